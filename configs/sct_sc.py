@@ -1,0 +1,107 @@
+"""sCT on single-cell RNA-seq: stage 1 of the paper, and small variants of it.
+
+Full model (79 million parameters, bags of 50 cells x about 20,000 genes, 10^12 tokens):
+
+    python -m launch.train --config=configs/sct_sc.py --config.data.store=STORE --workdir=runs/sct
+
+    Hardware: one A100 80 GB or better; with several devices use a batch that they divide
+    (--config.train.batch_size=8). The paper trained five days on one A100.
+
+:mini, the same recipe for a laptop and a store of your own files (full vocabulary, 2.6 million parameters,
+bags of 8 cells):
+
+    python -m launch.train --config=configs/sct_sc.py:mini --config.data.store=STORE --workdir=runs/mini
+
+:quickstart, real blood cells that come with scanpy (700 cells x 765 genes), 2 CPU cores, minutes:
+
+    python -m launch.train --config=configs/sct_sc.py:quickstart --workdir=runs/quickstart
+"""
+
+from ml_collections import ConfigDict
+
+VARIANTS = ("", "mini", "quickstart")
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The paper's recipe, or a small variant of it."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS[1:])}")
+    config = ConfigDict()
+    config.family = "sct"
+    config.task = "masked_expression"
+    config.init_from = ""  # model folder to start from
+
+    config.model = ConfigDict()
+    config.model.num_genes = 0  # 0: the store's vocabulary, padded
+    config.model.num_bins = 5
+    config.model.token_embed_dim = 64
+    config.model.embed_dim = 1024
+    config.model.num_downsamples = 8
+    config.model.num_layers = 4
+    config.model.num_heads = 16
+    config.model.ffn_dim = 2048
+    config.model.norm = "shared"  # shared_fixed, layer, none: ablations
+    config.model.pool = "avg"  # max: the paper's text
+    config.model.conv_boundary = "flat"  # cell: convolutions stay inside a cell
+    config.model.rotary = True
+    config.model.use_spatial = False
+    config.model.remat = "level"
+    config.model.dtype = "bfloat16"
+
+    config.data = ConfigDict()
+    config.data.store = ""
+    config.data.dataset = ""
+    config.data.cells_per_bag = 50
+    config.data.shuffle_cells = 0
+    config.data.tokens = 1e12
+
+    config.objective = ConfigDict()
+    config.objective.masking = ConfigDict()
+    config.objective.masking.kind = "stratified"
+    config.objective.masking.expressed = 0.15
+    config.objective.masking.unexpressed = 0.01
+    config.objective.masking.low = 0.05
+    config.objective.masking.high = 0.95
+    config.objective.head_budget = 0.05  # share of positions at which the head is evaluated in training
+    config.objective.report_ratio = 0.15
+    config.objective.report_seeds = 5
+
+    config.optimizer = ConfigDict()
+    config.optimizer.peak_lr = 1e-4
+    config.optimizer.init_lr = 5e-5
+    config.optimizer.final_lr = 0.0
+    config.optimizer.warmup_steps = 10_000
+    config.optimizer.schedule = "cosine"
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.clip_norm = 0.0
+
+    config.train = ConfigDict()
+    config.train.steps = 0  # 0: as many as data.tokens needs
+    config.train.batch_size = 1
+    config.train.log_every = 100
+    config.train.eval_every = 5_000
+    config.train.checkpoint_every = 5_000
+    config.train.keep_last = 2
+    config.train.patience = 10
+    config.train.stop_at = 0
+    config.train.seed = 0
+    config.train.loader_threads = 4
+    config.train.mesh = ConfigDict({"data": -1, "fsdp": 1, "sequence": 1, "tensor": 1})
+
+    if variant in ("mini", "quickstart"):
+        config.model.update(dtype="float32", remat="none", num_layers=2)
+        config.optimizer.update(clip_norm=1.0, final_lr=2e-5, init_lr=2e-4)
+        config.data.tokens = 0.0
+    if variant == "mini":
+        config.model.update(token_embed_dim=32, embed_dim=192, num_heads=6, ffn_dim=384, num_downsamples=6)
+        config.data.cells_per_bag = 8
+        config.optimizer.update(peak_lr=1e-3, warmup_steps=50)
+        config.train.update(steps=1_000, log_every=10, eval_every=100, checkpoint_every=100)
+    if variant == "quickstart":
+        config.model.update(token_embed_dim=32, embed_dim=64, num_heads=4, ffn_dim=128, num_downsamples=4)
+        config.data.update(dataset="pbmc68k", cells_per_bag=16, shuffle_cells=4096)
+        config.objective.head_budget = 0.0
+        config.optimizer.update(peak_lr=2e-3, warmup_steps=20)
+        config.train.update(batch_size=4, steps=300, log_every=10, eval_every=50, checkpoint_every=50)
+        config.train.loader_threads = 1
+    return config

@@ -1,0 +1,12 @@
+"""Train a model, or go on with a run.
+
+    python -m launch.train --config=configs/sct_sc.py:quickstart --workdir=runs/quickstart
+    python -m launch.train --config=configs/sct_sc.py --config.data.store=STORE
+
+`--help` explains the flags; see `sct.commands.train`.
+"""
+
+from sct.cli import main
+
+if __name__ == "__main__":
+    main("train")

@@ -1,0 +1,33 @@
+"""Long-context single-cell foundation models in JAX.
+
+`import sct` is cheap: it starts no JAX backend and imports neither scanpy nor JAX. The parts are loaded when
+they are first named: `sct.datasets`, `sct.GeneVocabulary`, `sct.Store`, ...
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_MODULES = {"datasets": "sct.data.datasets"}
+_NAMES = {
+    "GeneVocabulary": "sct.data.genes",
+    "Store": "sct.data.store",
+    "SctError": "sct.errors",
+}
+
+__all__ = ["__version__", *_MODULES, *_NAMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    raise AttributeError(f"module 'sct' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,85 @@
+"""The `sct` command: `sct train`, `sct ingest`, for people who do not clone the repository."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+
+_COMMANDS = {
+    "train": "train a model from a configuration, or go on with a run",
+    "ingest": "turn h5ad, 10x and zarr files into a store",
+}
+
+
+def _usage() -> str:
+    lines = [f"  sct {name:<10} {what}" for name, what in _COMMANDS.items()]
+    return "\n".join(["usage: sct COMMAND [--flag=value ...]", "", *lines, "", "sct COMMAND --help"])
+
+
+def main(command: str | None = None) -> None:
+    """Run a command of the command line.
+
+    Parameters
+    ----------
+    command
+        Name of the command; by default the first argument of the command line.
+    """
+    argv = sys.argv
+    if command is None:
+        if len(argv) < 2 or argv[1] in ("-h", "--help", "help"):
+            print(_usage())
+            sys.exit(0 if len(argv) > 1 else 2)
+        if argv[1] == "--version":
+            from sct import __version__
+
+            print(__version__)
+            sys.exit(0)
+        command, argv = argv[1], [f"sct {argv[1]}", *argv[2:]]
+    if command not in _COMMANDS:
+        print(f"error: there is no command {command!r}\n\n{_usage()}", file=sys.stderr)
+        sys.exit(2)
+    module = importlib.import_module(f"sct.commands.{command}")
+    # absl shows the main module's docstring as the help text.
+    sys.modules["__main__"].__doc__ = module.__doc__
+    run_main(module.main, argv, getattr(module, "prepare", None))
+
+
+def run_main(
+    program: Callable[[list[str]], int | None],
+    argv: list[str] | None = None,
+    prepare: Callable[[list[str]], list[str]] | None = None,
+) -> None:
+    """Run `program(arguments)` under absl flags; a user's mistake is one sentence and exit status 1.
+
+    Only errors of `sct.errors` are shortened: any other exception is a defect of this project (or of the
+    machine) and keeps its traceback. `prepare` may change the arguments before flags are read from them.
+    """
+    # Start-up chatter of the XLA runtime is of no use to a user.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+    from absl import app, logging
+
+    from sct.errors import SctError
+
+    def guarded(rest: list[str]) -> int | None:
+        # JAX and Orbax log back-end probing and every stage of a save through absl.
+        logging.set_verbosity(logging.ERROR)
+        try:
+            return program(rest)
+        except SctError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            return 130
+
+    argv = sys.argv if argv is None else argv
+    if prepare is not None:
+        try:
+            argv = prepare(argv)
+        except SctError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+    app.run(guarded, argv=argv)

@@ -1,0 +1,1 @@
+"""Command-line programs: `python -m launch.NAME` and `sct NAME` are the same one."""

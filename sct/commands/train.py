@@ -1,0 +1,71 @@
+"""Train a model, or go on with a run.
+
+    sct train --config=sct_sc:quickstart
+    sct train --config=sct_sc --config.data.store=STORE --config.optimizer.peak_lr=2e-4 --workdir=runs/mine
+
+A configuration is a file, or the name of one that comes with sct; a variant follows a colon, and any of its
+fields is overridden as `--config.section.field=value`. Running the same command again resumes the run in
+`--workdir`. In a clone, `python -m launch.train` is the same program.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+import sct
+from sct.errors import ConfigError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration: FILE_OR_NAME[:VARIANT].")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; runs/CONFIGURATION[-VARIANT] by default.")
+_CACHE = flags.DEFINE_string(
+    "compilation_cache", "~/.cache/sct/xla", "Folder of compiled programs kept between runs; '' for none."
+)
+flags.mark_flag_as_required("config")
+
+
+def config_folder() -> Path:
+    """Where the configurations lie: in the installed package, or beside it in a clone."""
+    package = Path(sct.__file__).parent
+    return next(f for f in (package / "configs", package.parent / "configs") if f.is_dir())
+
+
+def prepare(argv: list[str]) -> list[str]:
+    """Replace the name of a configuration that comes with sct by its file, in a list of arguments."""
+    found = []
+    for index, word in enumerate(argv):
+        prefix, _, value = word.partition("=") if word.startswith("--config=") else ("", "", word)
+        if prefix or (index and argv[index - 1] == "--config"):
+            name, colon, variant = value.partition(":")
+            value = f"{_find(name)}{colon}{variant}"
+            word = f"{prefix}={value}" if prefix else value
+        found.append(word)
+    return found
+
+
+def _find(name: str) -> Path:
+    folder = config_folder()
+    candidates = [Path(name), folder / Path(name).name, folder / f"{name}.py"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = ", ".join(sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__"))
+    raise ConfigError(f"there is no configuration {name!r}: give a file, or one of {known}.")
+
+
+def main(argv: list[str]) -> None:
+    """Train as the flags say."""
+    if len(argv) > 1:
+        raise ConfigError(f"{argv[1]!r} is not a flag: options are written --name=value.")
+    import jax
+
+    from sct.train.experiment import run
+
+    if _CACHE.value:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(_CACHE.value))
+    file, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    default = Path("runs") / "-".join([Path(file).stem, *([variant] if variant else [])])
+    run(_CONFIG.value.to_dict(), _WORKDIR.value or default)

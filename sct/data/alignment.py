@@ -1,0 +1,362 @@
+"""Finding the genes of an input in a vocabulary, and the report about it."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from sct.errors import DataError
+
+if TYPE_CHECKING:
+    from sct.data.genes import GeneVocabulary
+
+WARN_BELOW = 0.5  # of the genes that could match
+REFUSE_BELOW = 0.05
+# Ids that find this share fewer genes than symbols do are still taken: an id needs no alias to be resolved.
+ID_PREFERENCE = 0.02
+
+ENSEMBL = re.compile(r"(ENS[A-Z]*G\d{11})(?:\.\d+)?(_PAR_Y)?")
+_HUMAN_ID = re.compile(r"ENSG\d{11}")
+_OTHER_SPECIES = re.compile(r"ENS(?!G\d)[A-Z]+\d{11}(?:\.\d+)?")
+_MOUSE = re.compile(r"ENSMUSG\d{11}(?:\.\d+)?|[A-Z][a-z]+[a-z0-9-]*")
+
+# How an input name was found.
+_UNKNOWN, _ID, _SYMBOL, _ALIAS, _PAR_Y, _AMBIGUOUS = range(6)
+
+
+@dataclass(frozen=True)
+class GeneAlignment:
+    """Which column of an input holds which gene of a vocabulary.
+
+    Attributes
+    ----------
+    columns
+        (n_var,) int64, the vocabulary position of each input column; -1 where the column is not used.
+    vocabulary_size
+        Number of genes of the vocabulary, G.
+    source
+        Where the names were read, e.g. ``column "ensembl_id" (Ensembl ids)`` or ``index (symbols)``.
+    matched
+        Number of vocabulary genes that have a column.
+    by_alias
+        Input name -> gene, where an alias or a previous symbol was resolved.
+    ambiguous
+        Input name -> candidate genes, where the name was not guessed: it belongs to several genes, or it
+        is an alias of a gene that another column names. These columns are not used.
+    missing
+        Vocabulary genes (Ensembl id, or symbol where there is none) without a column.
+    unknown
+        Input names that are not in the vocabulary; '' stands for a column without a name.
+    duplicates
+        Gene -> input names, where several columns hold one gene. The ``_PAR_Y`` copy of a gene that is
+        present itself is listed here; it is used only where duplicates are summed.
+    warning
+        What a person should look at before going on; '' where nothing is suspicious.
+    """
+
+    columns: np.ndarray
+    vocabulary_size: int
+    source: str
+    matched: int
+    by_alias: dict[str, str]
+    ambiguous: dict[str, tuple[str, ...]]
+    missing: tuple[str, ...]
+    unknown: tuple[str, ...]
+    duplicates: dict[str, tuple[str, ...]]
+    warning: str = ""
+
+    def summary(self) -> str:
+        """Return the report in words, one line for each thing to say."""
+        lines = [
+            f"{self.matched:,} of {self.vocabulary_size:,} vocabulary genes found among "
+            f"{len(self.columns):,} input genes, by {self.source}"
+        ]
+        if self.by_alias:
+            pairs = some(f"{old} = {new}" for old, new in self.by_alias.items())
+            lines.append(f"{len(self.by_alias):,} of them by alias or previous symbol ({pairs})")
+        for names, what in (
+            (self.ambiguous, "ambiguous names left unused"),
+            (self.duplicates, "genes in several columns"),
+            (self.unknown, "input genes outside the vocabulary"),
+            (self.missing, "vocabulary genes not measured"),
+        ):
+            if names:
+                lines.append(f"{len(names):,} {what} ({some(name or 'no name' for name in names)})")
+        if self.warning:
+            lines.append(f"warning: {self.warning}")
+        return "\n".join(lines)
+
+    def project(self, matrix: Any) -> sparse.csr_matrix:
+        """Bring counts into the vocabulary's order.
+
+        Parameters
+        ----------
+        matrix
+            (N, n_var) sparse or dense array in memory; the columns are those that were aligned.
+
+        Returns
+        -------
+        (N, G) CSR with sorted indices in `matrix`'s dtype; vocabulary genes without a column are zero.
+        Columns of one gene are summed (an alignment holds several only where that was asked for), integers
+        then as int64.
+
+        Raises
+        ------
+        DataError
+            The number of columns is not the aligned one.
+        """
+        if matrix.ndim != 2 or matrix.shape[1] != len(self.columns):
+            raise DataError(
+                f"the matrix has shape {tuple(matrix.shape)} but {len(self.columns)} genes were aligned; "
+                f"project the matrix whose genes were given to align"
+            )
+        rows = sparse.csr_matrix(matrix)
+        used = np.flatnonzero(self.columns >= 0)
+        dtype = rows.dtype
+        if len(used) > self.matched and np.issubdtype(dtype, np.integer):
+            dtype = np.dtype(np.int64)
+        to_vocabulary = sparse.csr_matrix(
+            (np.ones(len(used), dtype), (used, self.columns[used])),
+            shape=(len(self.columns), self.vocabulary_size),
+        )
+        projected = sparse.csr_matrix(rows.astype(dtype, copy=False) @ to_vocabulary)
+        projected.sort_indices()
+        return projected
+
+
+def align(
+    vocabulary: GeneVocabulary, var: Any, column: str | None, duplicates: str, report_name: str
+) -> GeneAlignment:
+    """Find an input's genes in a vocabulary: see `GeneVocabulary.align`."""
+    if duplicates not in ("error", "sum"):
+        raise DataError(f"duplicates={duplicates!r} is not known; give 'error' or 'sum'")
+    prefix = f"{report_name}: " if report_name else ""
+    tried = []
+    for label, names in _sources(var, column, prefix):
+        positions, kinds = _resolve(vocabulary, names)
+        by_id = int(np.isin(kinds, (_ID, _PAR_Y)).sum())
+        label += " (Ensembl ids)" if 2 * by_id > (positions >= 0).sum() else " (symbols)"
+        tried.append((len(np.unique(positions[positions >= 0])), by_id, label, names, positions, kinds))
+    enough = (1 - ID_PREFERENCE) * max(found for found, *_ in tried)
+    _, _, source, names, positions, kinds = max(
+        (one for one in tried if one[0] >= enough), key=lambda one: (one[1], one[0])
+    )
+    return _report(vocabulary, names, positions, kinds, source, duplicates == "sum", prefix)
+
+
+def _resolve(vocabulary: GeneVocabulary, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Look each name up by itself: its vocabulary position or -1, and how it was found."""
+    positions = np.full(len(names), -1, np.int64)
+    kinds = np.full(len(names), _UNKNOWN, np.int8)
+    for at, name in enumerate(names):
+        position = vocabulary.position_of_id.get(name)
+        kind = _ID
+        if position is None and (match := ENSEMBL.fullmatch(name)) is not None:
+            position = vocabulary.position_of_id.get(match[1])
+            kind = _PAR_Y if match[2] else _ID
+        if position is not None:
+            positions[at], kinds[at] = position, kind
+            continue
+        owners, kind = vocabulary.owners_of_symbol.get(name, ()), _SYMBOL
+        if not owners:
+            owners, kind = vocabulary.owners_of_alias.get(name, ()), _ALIAS
+        if len(owners) == 1:
+            positions[at], kinds[at] = owners[0], kind
+        elif owners:
+            kinds[at] = _AMBIGUOUS
+    return positions, kinds
+
+
+def _report(
+    vocabulary: GeneVocabulary,
+    names: Sequence[str],
+    positions: np.ndarray,
+    kinds: np.ndarray,
+    source: str,
+    add: bool,
+    prefix: str,
+) -> GeneAlignment:
+    """Settle the conflicts between names and write the report."""
+    keys = vocabulary.keys
+    columns = positions.copy()
+    ambiguous = {}
+    for at in np.flatnonzero(kinds == _AMBIGUOUS).tolist():
+        name = names[at]
+        owners = vocabulary.owners_of_symbol.get(name) or vocabulary.owners_of_alias[name]
+        ambiguous[name] = tuple(keys[owner] for owner in owners)
+    columns_of: dict[int, list[int]] = defaultdict(list)
+    for at in np.flatnonzero(positions >= 0).tolist():
+        columns_of[int(positions[at])].append(at)
+    duplicates: dict[str, tuple[str, ...]] = {}
+    refused = []
+    for position, group in columns_of.items():
+        if len(group) == 1:
+            continue
+        gene = keys[position]
+        aliases = [at for at in group if kinds[at] == _ALIAS]
+        copies = [at for at in group if kinds[at] == _PAR_Y]
+        direct = [at for at in group if kinds[at] in (_ID, _SYMBOL)]
+        columns[aliases] = -1
+        ambiguous.update((names[at], (gene,)) for at in aliases)
+        if len(direct) + len(copies) < 2:
+            continue
+        duplicates[gene] = tuple(names[at] for at in group if kinds[at] != _ALIAS)
+        # The Y copy of a pseudoautosomal gene is a second name of it in some annotations, not a mistake.
+        if direct and not add:
+            columns[copies] = -1
+        if len(direct or copies) > 1:
+            refused.append(gene)
+    if refused and not add:
+        shown = some(f"{gene} as {' and '.join(duplicates[gene])}" for gene in refused)
+        raise DataError(
+            f"{prefix}{len(refused):,} genes stand in more than one column by {source} ({shown}); give "
+            f'duplicates="sum" to add their counts, or remove the surplus columns'
+        )
+    present = np.zeros(len(vocabulary), bool)
+    present[columns[columns >= 0]] = True
+    matched = int(present.sum())
+    by_alias = np.flatnonzero((kinds == _ALIAS) & (columns >= 0)).tolist()
+    return GeneAlignment(
+        columns=columns,
+        vocabulary_size=len(vocabulary),
+        source=source,
+        matched=matched,
+        by_alias={names[at]: keys[columns[at]] for at in by_alias},
+        ambiguous=ambiguous,
+        missing=tuple(keys[at] for at in np.flatnonzero(~present).tolist()),
+        unknown=tuple(names[at] for at in np.flatnonzero(kinds == _UNKNOWN).tolist()),
+        duplicates=duplicates,
+        warning=_judge(vocabulary, names, matched, source, prefix),
+    )
+
+
+def _judge(vocabulary: GeneVocabulary, names: Sequence[str], matched: int, source: str, prefix: str) -> str:
+    """Refuse or warn where too few genes matched; return the warning."""
+    named = [name for name in names if name]
+    # Most genes of a full annotation do not code for proteins, so the input's size alone says little.
+    possible = min(len(named), len(vocabulary))
+    if possible and matched >= WARN_BELOW * possible:
+        return ""
+    message = (
+        f"{prefix}only {matched:,} of {len(named):,} gene names were found in the vocabulary "
+        f"{vocabulary.name} ({len(vocabulary):,} genes) by {source}: {_likely_cause(vocabulary, named)}"
+    )
+    if not possible or matched < REFUSE_BELOW * possible:
+        raise DataError(message)
+    warnings.warn(message, UserWarning, stacklevel=5)
+    return message
+
+
+def _likely_cause(vocabulary: GeneVocabulary, names: Sequence[str]) -> str:
+    """Say why so few names are known, and what to do."""
+
+    def most(pattern: re.Pattern[str], among: Sequence[str]) -> bool:
+        return 2 * sum(pattern.fullmatch(name) is not None for name in among) > len(among)
+
+    if most(_HUMAN_ID, vocabulary.keys):
+        if most(_MOUSE, names):
+            return (
+                f"the names are written like mouse genes ({some(names)}), so map them to human orthologues "
+                f"or give a vocabulary of the right species"
+            )
+        if most(_OTHER_SPECIES, names):
+            return (
+                f"these are Ensembl ids of another species or of transcripts ({some(names)}), so give human "
+                f"gene ids or a vocabulary of that species"
+            )
+    if most(re.compile(r"\d+"), names):
+        return (
+            "the names are numbers, so name the column of var that holds Ensembl ids or symbols (column=...)"
+        )
+    return (
+        f"the names ({some(names)}) may be of another species, or the genes stand in another column, so name "
+        f"the column of var that holds Ensembl ids or symbols (column=...)"
+    )
+
+
+def _sources(var: Any, column: str | None, prefix: str) -> list[tuple[str, list[str]]]:
+    """Return (label, names) of every place where the gene names may stand."""
+    if not isinstance(var, pd.DataFrame):
+        if column is not None:
+            raise DataError(f"{prefix}column={column!r} needs var as a table but a list of names was given")
+        names = gene_names(var, f"{prefix}the list of gene names")
+        if not names:
+            raise DataError(f"{prefix}the input has no genes; give at least one")
+        return [("index" if isinstance(var, pd.Index) else "names", names)]
+    if not len(var):
+        raise DataError(f"{prefix}the input has no genes; give at least one")
+
+    def of_column(name: str) -> tuple[str, list[str]]:
+        label = f'column "{name}"'
+        return label, gene_names(var[name].astype(object), f"{prefix}{label} of var", missing_allowed=True)
+
+    if column is not None and column in var.columns:
+        return [of_column(column)]
+    if column is not None and column not in ("index", var.index.name):
+        have = ", ".join(repr(name) for name in var.columns) or "only its index"
+        raise DataError(
+            f"{prefix}var has no column {column!r} but {have}; give column= one of them or 'index'"
+        )
+    sources: list[tuple[str, list[str]]] = []
+    refused: DataError | None = None
+    try:
+        sources.append(("index", gene_names(var.index, f"{prefix}the index of var")))
+    except DataError as error:
+        refused = error
+    if column is None:
+        kinds = {
+            name: pd.api.types.infer_dtype(var[name].astype(object), skipna=True) for name in var.columns
+        }
+        sources += [of_column(name) for name, kind in kinds.items() if kind == "string"]
+    if not sources:
+        assert refused is not None
+        raise refused
+    return sources
+
+
+def gene_names(values: Any, what: str, *, missing_allowed: bool = False) -> list[str]:
+    """Return names as a list of str, a missing one as '' where that is allowed; `what` is for messages.
+
+    Raises
+    ------
+    DataError
+        Not a list, or an entry that is not text or is missing.
+    """
+    if isinstance(values, str):
+        raise DataError(f"{what} is the single text {values!r}; give a list of names")
+    try:
+        found = list(values)
+    except TypeError:
+        found = None
+    if found is None:
+        raise DataError(f"{what} is a {type(values).__name__}; give var, its index or a list of names")
+    for at, value in enumerate(found):
+        if isinstance(value, str):
+            continue
+        if not pd.api.types.is_scalar(value) or not pd.isna(value):
+            raise DataError(
+                f"{what} holds {value!r} ({type(value).__name__}) at position {at} where a gene name as text "
+                f"is expected; convert the names to text or name the right column"
+            )
+        if not missing_allowed:
+            raise DataError(
+                f"{what} holds a missing name ({value}) at position {at} where a gene name is expected; "
+                f"name that gene or remove it"
+            )
+        found[at] = ""
+    return found
+
+
+def some(names: Iterable[str], n: int = 3) -> str:
+    """Return the first `n` names, and how many follow."""
+    listed = list(names)
+    more = f", and {len(listed) - n:,} more" if len(listed) > n else ""
+    return ", ".join(listed[:n]) + more

@@ -1,0 +1,225 @@
+"""Bags: K cells of one study, the unit that sCT reads at once.
+
+A bag of dissociated cells is random; a bag of a spatial study is a cell and its nearest neighbours in the
+plane. Which cells make a bag is a pure function of (seed, study, epoch, number), so that any bag can be made
+again without replaying the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from scipy.spatial import KDTree
+
+from sct.data.store import Study
+from sct.data.tokenize import NOISE_FRACTION, bin_counts, noisy_genes
+from sct.errors import ConfigError, DataError
+
+# The longer side of a slide after rescaling. With the default wavelengths (2 pi to 20 pi) a slide then spans
+# about half of the longest one, so that no two places on it look alike, and neighbouring spots of a
+# 60 x 60 array stand half a unit apart, far above the shortest wavelength's resolution.
+SPATIAL_RANGE = 30.0
+
+
+def rescale_coordinates(coordinates: np.ndarray) -> np.ndarray:
+    """Move a slide's coordinates (N, 2) to the origin and scale its longer side to `SPATIAL_RANGE`.
+
+    The aspect is kept, so distances stay proportional; pixels, micrometres and array units give the same
+    result. Raises `DataError` where coordinates are not finite numbers in two columns.
+    """
+    coordinates = np.asarray(coordinates, np.float64)
+    if coordinates.ndim != 2 or coordinates.shape[1] != 2 or not np.isfinite(coordinates).all():
+        raise DataError(
+            f"coordinates have shape {coordinates.shape} or missing values, but (cells, 2) finite numbers "
+            "are needed: give x and y only, and drop cells without a position."
+        )
+    shifted = coordinates - coordinates.min(axis=0)
+    side = shifted.max() if shifted.size else 0.0
+    return (shifted * (SPATIAL_RANGE / side if side > 0 else 0.0)).astype(np.float32)
+
+
+def _rng(*words: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(list(words)))
+
+
+def random_bag_rows(
+    n_cells: int, cells_per_bag: int, number: int, epoch: int, seed: int, shuffle_cells: int = 0
+) -> np.ndarray:
+    """Rows of bag `number` of a study whose cells stand in random order, ascending.
+
+    The cells of an epoch are cut into blocks from a seeded offset; within a block of `shuffle_cells` cells
+    they are dealt to bags at random. With the default of 0 a block is one bag, a contiguous read; a block as
+    large as the study gives every partition of it. Up to `cells_per_bag - 1` cells are left out of an epoch,
+    others in each.
+    """
+    number_of_bags = max(1, n_cells // cells_per_bag)
+    if not 0 <= number < number_of_bags:
+        raise IndexError(f"bag {number} of {number_of_bags}")
+    spare = max(0, n_cells - number_of_bags * cells_per_bag)
+    offset = int(_rng(seed, 1, epoch).integers(spare + 1))
+    per_block = max(1, min(shuffle_cells, n_cells) // cells_per_bag)
+    block, place = divmod(number, per_block)
+    start = offset + block * per_block * cells_per_bag
+    stop = min(start + per_block * cells_per_bag, offset + number_of_bags * cells_per_bag, n_cells)
+    if stop - start <= cells_per_bag:
+        return np.arange(start, stop)
+    order = _rng(seed, 2, epoch, block).permutation(stop - start)
+    return np.sort(start + order[place * cells_per_bag : (place + 1) * cells_per_bag])
+
+
+def spatial_bag_rows(tree: KDTree, cells_per_bag: int, number: int, epoch: int, seed: int) -> np.ndarray:
+    """Rows of a centre cell and its nearest neighbours, nearest first (paper, appendix A).
+
+    Centres of an epoch are a seeded draw without repetition, `n_cells // cells_per_bag` of them.
+    """
+    n_cells = tree.n
+    centre = _rng(seed, 3, epoch).permutation(n_cells)[number]
+    _, rows = tree.query(tree.data[centre], k=min(cells_per_bag, n_cells))
+    return np.atleast_1d(rows).astype(np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class BagOptions:
+    """How bags are made from studies.
+
+    Parameters
+    ----------
+    cells_per_bag
+        K; the paper uses 50.
+    num_positions
+        Gene positions of the model (the vocabulary's length, padded).
+    num_bins
+        Expression levels, zero included.
+    shuffle_cells
+        See `random_bag_rows`.
+    noise_fraction
+        Genes with fewer counts per cell in a study are zeroed, see `sct.data.tokenize.noisy_genes`.
+    spatial
+        Whether bags carry coordinates; those of studies without any are NaN.
+    with_counts
+        Whether bags carry raw counts and level values, for evaluation.
+    seed
+        Seed of the choice of cells.
+    """
+
+    cells_per_bag: int = 50
+    num_positions: int = 19_968
+    num_bins: int = 5
+    shuffle_cells: int = 0
+    noise_fraction: float = NOISE_FRACTION
+    spatial: bool = False
+    with_counts: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.cells_per_bag < 1 or self.num_bins < 2:
+            raise ConfigError(
+                f"cells_per_bag is {self.cells_per_bag} and num_bins is {self.num_bins}, but at least 1 and "
+                "2 are needed."
+            )
+
+
+class BagSource:
+    """All bags of one epoch over some studies, addressable by number; picklable, safe for threads.
+
+    `source.bag(number, epoch)` is a dict of arrays: `tokens` uint8 (K, P); `coordinates` float32 (K, 2) with
+    `options.spatial`; `rows` int32 (K,), the cells' rows in their study, -1 for absent ones; with
+    `options.with_counts` also `counts` float32 (K, P), `low`, `high` (K,) and `values` (K, num_bins), see
+    `sct.data.tokenize.Bins`. A study smaller than K fills its bag up with cells of PAD.
+
+    Parameters
+    ----------
+    studies
+        Studies of one store.
+    options
+        See `BagOptions`.
+    exhaustive
+        Every cell exactly once, in file order, as evaluation needs it: the last bag of a study is filled up
+        with PAD and the epoch plays no part.
+    """
+
+    def __init__(self, studies: Sequence[Study], options: BagOptions, exhaustive: bool = False):
+        if not studies:
+            raise ConfigError("there is no study to read bags from.")
+        self.studies, self.options, self.exhaustive = tuple(studies), options, exhaustive
+        cells = options.cells_per_bag
+        counts = [-(-s.n_cells // cells) if exhaustive else max(1, s.n_cells // cells) for s in self.studies]
+        self._ends = np.cumsum(counts)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_trees", "_drops")}
+
+    @cached_property
+    def _trees(self) -> dict[int, KDTree]:
+        return {}
+
+    @cached_property
+    def _drops(self) -> dict[int, np.ndarray]:
+        return {}
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """Study index and bag number within the study."""
+        study = int(np.searchsorted(self._ends, number, side="right"))
+        return study, number - (int(self._ends[study - 1]) if study else 0)
+
+    def rows(self, number: int, epoch: int = 0) -> tuple[Study, np.ndarray]:
+        """Study of a bag and the rows of its cells."""
+        index, bag = self.locate(number)
+        study, options = self.studies[index], self.options
+        cells = options.cells_per_bag
+        if self.exhaustive:
+            return study, np.arange(bag * cells, min((bag + 1) * cells, study.n_cells))
+        seed = options.seed * 1_000_003 + index
+        if study.coordinates is None:
+            return study, random_bag_rows(study.n_cells, cells, bag, epoch, seed, options.shuffle_cells)
+        if index not in self._trees:
+            self._trees[index] = KDTree(rescale_coordinates(study.coordinates))
+        return study, spatial_bag_rows(self._trees[index], cells, bag, epoch, seed)
+
+    def describe(self, number: int, epoch: int = 0) -> str:
+        """Name a bag for a person: study and rows."""
+        study, rows = self.rows(number, epoch)
+        return f"study {study.name!r}, rows {rows.min()} to {rows.max()} (bag {number} of epoch {epoch})"
+
+    def bag(self, number: int, epoch: int = 0) -> dict[str, np.ndarray]:
+        """Read and tokenise one bag."""
+        options = self.options
+        study, rows = self.rows(number, epoch)
+        index, _ = self.locate(number)
+        if index not in self._drops:
+            self._drops[index] = noisy_genes(study.gene_totals, study.n_cells, options.noise_fraction)
+        counts = study.read_rows(rows)
+        bins = bin_counts(
+            counts,
+            num_bins=options.num_bins,
+            num_positions=options.num_positions,
+            drop=self._drops[index],
+            with_values=options.with_counts,
+        )
+        bag = {"tokens": bins.tokens, "rows": rows.astype(np.int32)}
+        fill = {"tokens": options.num_bins, "rows": -1}
+        if options.spatial:
+            bag["coordinates"] = np.full((len(rows), 2), np.nan, np.float32)
+            fill["coordinates"] = 0
+            if study.coordinates is not None:
+                bag["coordinates"] = rescale_coordinates(study.coordinates)[rows]
+        if options.with_counts and bins.values is not None:
+            dense = np.zeros(bins.tokens.shape, np.float32)
+            dense[:, : counts.shape[1]] = counts.toarray()
+            bag |= {"counts": dense, "low": bins.low, "high": bins.high, "values": bins.values}
+        missing = options.cells_per_bag - len(rows)
+        if missing:
+            bag = {
+                key: np.concatenate(
+                    [value, np.full((missing, *value.shape[1:]), fill.get(key, 0), value.dtype)]
+                )
+                for key, value in bag.items()
+            }
+        return bag

@@ -1,0 +1,346 @@
+"""Telling raw counts from everything else that is kept in count matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import zarr
+from anndata.abc import CSCDataset, CSRDataset
+from scipy import sparse
+
+from sct.errors import DataError
+
+# Counts that went through float32 arithmetic and back; a non-zero value that rounds to 0 is never a count, so
+# proportions cannot pass as empty cells.
+TOLERANCE = 1e-3
+BLOCK_VALUES = 4_000_000  # stored values looked at together: about 100 MB with temporaries
+
+ADVICE = (
+    'raw counts are needed: put them in X, adata.raw or layers["counts"], or name the layer that holds them '
+    "(layer=...)"
+)
+
+
+class _NotCountsError(DataError):
+    """Violation with its two halves apart, so that `validate` can list several."""
+
+    def __init__(self, what: str, reason: str):
+        super().__init__(f"{what} {reason}; {ADVICE}")
+        self.finding = f"{what} {reason}"
+
+
+@dataclass(frozen=True)
+class ValidatedCounts:
+    """Counts that passed, and where they were found.
+
+    Attributes
+    ----------
+    matrix
+        (N, n_var) raw counts. In memory: CSR of exact integers in the input's dtype (the input's own arrays
+        where nothing had to change: do not write to them). Backed: the matrix left on disk; pass the blocks
+        you read through `exact_integers`.
+    source
+        'X', 'raw.X' or 'layers["..."]'.
+    var
+        (n_var, ...) the genes of `matrix`.
+    n_empty_cells
+        Cells without any count.
+    messages
+        What a person should know, one sentence each.
+    """
+
+    matrix: Any
+    source: str
+    var: pd.DataFrame
+    n_empty_cells: int
+    messages: tuple[str, ...]
+
+
+class CountsChecker:
+    """Streaming check that values are raw counts, in memory bounded by the blocks it is fed.
+
+    Parameters
+    ----------
+    what
+        Name of the matrix in messages, e.g. 'X of pbmc.h5ad'.
+
+    Attributes
+    ----------
+    n_values, n_nonzero, maximum
+        Values seen, non-zero values seen, largest value seen.
+    inexact
+        Whether a value differed from its integer (within the tolerance of 0.001).
+    """
+
+    def __init__(self, what: str):
+        self.what = what
+        self.n_values = 0
+        self.n_nonzero = 0
+        self.maximum = 0.0
+        self.inexact = False
+
+    def update(self, block: Any) -> None:
+        """Check one block: the stored values (1-D), or a sparse or dense part of the matrix (2-D).
+
+        Rows of a 2-D block must be whole cells for the message to tell normalised from corrected values; what
+        is accepted does not depend on it.
+
+        Raises
+        ------
+        DataError
+            NaN or infinity, a negative value, or a value that is not an integer within 0.001; the message
+            says which kind of data this looks like.
+        """
+        values = np.asarray(block.data if sparse.issparse(block) else block)
+        if values.dtype.kind not in "biuf":
+            raise _NotCountsError(self.what, f"holds {values.dtype} values instead of numbers")
+        values = values.reshape(-1)
+        self.n_values += values.size
+        if not values.size:
+            return
+        if values.dtype.kind == "f":
+            self._check_floats(block, values)
+        elif values.dtype.kind == "i" and values.min() < 0:
+            raise _NotCountsError(
+                self.what, f"holds negative values (e.g. {values.min()}), which no count is"
+            )
+        self.n_nonzero += int(np.count_nonzero(values))
+        self.maximum = max(self.maximum, float(values.max()))
+
+    def _check_floats(self, block: Any, values: np.ndarray) -> None:
+        finite = np.isfinite(values)
+        if not finite.all():
+            bad = values[~finite]
+            name = "NaN" if np.isnan(bad).any() else "infinite"
+            raise _NotCountsError(
+                self.what,
+                f"holds {bad.size} {name} values in one block of {values.size}, a damaged or imputed matrix",
+            )
+        if (low := values.min()) < 0:
+            raise _NotCountsError(
+                self.what,
+                f"holds negative values (e.g. {low:.4g}): it looks like scaled (z-scored) or corrected data",
+            )
+        nearest = np.rint(values)
+        distance = np.abs(values - nearest)
+        off = distance > TOLERANCE
+        off |= (nearest == 0) & (values != 0)
+        if off.any():
+            raise _NotCountsError(
+                self.what,
+                f"holds values that are not integers (e.g. {values[np.argmax(off)]:.5g}): "
+                f"it looks like {_kind(block, values)}",
+            )
+        self.inexact |= bool(distance.any())
+
+    def finish(self) -> None:
+        """Make the checks that need the whole matrix.
+
+        Raises
+        ------
+        DataError
+            There is no count at all.
+        """
+        if not self.n_nonzero:
+            raise _NotCountsError(self.what, "holds no count at all: every cell is empty")
+
+
+def validate(adata: ad.AnnData, *, layer: str | None = None) -> ValidatedCounts:
+    """Find the raw counts of `adata` and check them; nothing is changed in `adata`.
+
+    Accepted are non-negative integers in any dtype, stored floats within 0.001 of an integer included (the
+    returned matrix holds the integers). Repeated gene names are left to `GeneVocabulary.align`.
+
+    Parameters
+    ----------
+    adata
+        (N, n_var) in memory or backed; dense, CSR or CSC. A backed matrix is read in blocks.
+    layer
+        Name of the layer to take ("X" and "raw.X" are understood too). By default `X`, `raw.X` and
+        `layers["counts"]` are looked at in this order and the first that holds raw counts is taken.
+
+    Raises
+    ------
+    DataError
+        No cells or genes, repeated cell names, an unknown layer, or no raw counts; the message says what was
+        found in each place.
+    """
+    _check_axes(adata)
+    findings = []
+    for source, matrix, var in _candidates(adata, layer):
+        try:
+            checked, n_empty, messages = _check(matrix, source)
+        except _NotCountsError as error:
+            findings.append(error.finding)
+            continue
+        if findings:
+            messages = [f"took {source}, because {' and '.join(findings)}", *messages]
+        elif source != "X" and layer is None:
+            messages = [f"took {source}, because there is no X", *messages]
+        n_repeated = int(var.index.duplicated().sum())
+        if n_repeated:
+            messages.append(
+                f"{n_repeated:,} gene names occur more than once; aligning the genes decides about them"
+            )
+        return ValidatedCounts(checked, source, var, n_empty, tuple(messages))
+    if not findings:
+        raise DataError(f'there is no X, adata.raw or layers["counts"]; {ADVICE}')
+    raise DataError(f"{', and '.join(findings)}; {ADVICE}")
+
+
+def exact_integers(matrix: Any) -> Any:
+    """Return the integers that checked values stand for, in the same type and dtype.
+
+    Only for values that `validate` or `CountsChecker` accepted.
+    """
+    values = matrix.data if sparse.issparse(matrix) else matrix
+    if values.dtype.kind != "f":
+        return matrix
+    nearest = np.rint(values)
+    if np.array_equal(nearest, values):
+        return matrix
+    if not sparse.issparse(matrix):
+        return nearest
+    rounded = matrix.copy()
+    rounded.data = nearest
+    return rounded
+
+
+def _check_axes(adata: ad.AnnData) -> None:
+    if adata.n_obs == 0 or adata.n_vars == 0:
+        empty = "cells" if adata.n_obs == 0 else "genes"
+        raise DataError(
+            f"the data has {adata.n_obs} cells x {adata.n_vars} genes; give data with at least one of {empty}"
+        )
+    repeated = adata.obs_names[adata.obs_names.duplicated()].unique()
+    if len(repeated):
+        shown = ", ".join(map(str, repeated[:3])) + (", ..." if len(repeated) > 3 else "")
+        raise DataError(
+            f"{len(repeated)} cell names occur more than once ({shown}) but each must name one cell; "
+            f"call adata.obs_names_make_unique() if they are different cells"
+        )
+
+
+def _candidates(adata: ad.AnnData, layer: str | None) -> Iterator[tuple[str, Any, pd.DataFrame]]:
+    """Yield (source, matrix, var) of the places to look at."""
+    if layer is not None and layer in adata.layers:
+        yield f'layers["{layer}"]', adata.layers[layer], adata.var
+        return
+    if layer not in (None, "X", "raw.X") or (layer == "raw.X" and adata.raw is None):
+        # anndata 0.13 lists X among the layers, under None.
+        have = ", ".join(repr(name) for name in adata.layers if name is not None) or "no layers"
+        raise DataError(f"there is no layer {layer!r} but {have}; give layer= one of them, 'X' or 'raw.X'")
+    if layer != "raw.X" and adata.X is not None:
+        yield "X", adata.X, adata.var
+    if layer != "X" and adata.raw is not None:
+        yield "raw.X", adata.raw.X, adata.raw.var
+    if layer is None and "counts" in adata.layers:
+        yield 'layers["counts"]', adata.layers["counts"], adata.var
+
+
+def _check(matrix: Any, source: str) -> tuple[Any, int, list[str]]:
+    """Check one matrix; return it (as CSR where it is in memory), its number of empty cells, and messages."""
+    on_disk = isinstance(matrix, CSRDataset | CSCDataset | h5py.Dataset | zarr.Array)
+    if not on_disk:
+        matrix = _in_memory(matrix, source)
+    if len(matrix.shape) != 2 or 0 in matrix.shape:
+        raise _NotCountsError(source, f"has shape {tuple(matrix.shape)}")
+    checker = CountsChecker(source)
+    filled = np.zeros(matrix.shape[0], bool)
+    parts = []
+    for start, block in _blocks(matrix):
+        checker.update(block)
+        if sparse.issparse(block):
+            rows = block.tocoo().row[block.data != 0]
+        else:
+            rows = np.flatnonzero(block.any(axis=1))
+            if not on_disk:
+                parts.append(sparse.csr_matrix(block))
+        filled[start + rows] = True
+    checker.finish()
+    if parts:
+        matrix = sparse.vstack(parts, format="csr")
+    if not on_disk and checker.inexact:
+        matrix = exact_integers(matrix)
+    messages = []
+    n_empty = int(matrix.shape[0] - filled.sum())
+    if n_empty:
+        messages.append(f"{n_empty:,} of {matrix.shape[0]:,} cells are empty (no count)")
+    if checker.maximum <= 1:
+        messages.append(f"{source} holds only 0 and 1: it may be binarised")
+    if checker.inexact:
+        messages.append(f"{source} holds floats within {TOLERANCE} of integers, taken as these integers")
+    return matrix, n_empty, messages
+
+
+def _in_memory(matrix: Any, source: str) -> Any:
+    """Return `matrix` as canonical CSR or as a numpy array."""
+    if sparse.issparse(matrix):
+        rows = sparse.csr_matrix(matrix)
+        if rows.dtype == bool:
+            rows = rows.astype(np.uint8)
+        if not rows.has_canonical_format:
+            rows = rows.copy()
+            rows.sum_duplicates()
+        return rows
+    if isinstance(matrix, np.ndarray):
+        return np.asarray(matrix, np.uint8) if matrix.dtype == bool else np.asarray(matrix)
+    raise DataError(
+        f"{source} is a {type(matrix).__module__}.{type(matrix).__name__} where a numpy array or a scipy "
+        f"sparse or backed matrix is expected; call adata.to_memory() first"
+    )
+
+
+def _blocks(matrix: Any) -> Iterator[tuple[int, Any]]:
+    """Yield (first row, block) of bounded size: rows, or whole columns of a CSC matrix on disk."""
+    if isinstance(matrix, CSRDataset | CSCDataset):
+        indptr = matrix.group["indptr"][:]
+    elif sparse.issparse(matrix):
+        indptr = matrix.indptr
+    else:
+        indptr = np.arange(matrix.shape[0] + 1, dtype=np.int64) * matrix.shape[1]
+    by_column = isinstance(matrix, CSCDataset)
+    start = 0
+    while start < len(indptr) - 1:
+        stop = int(np.searchsorted(indptr, int(indptr[start]) + BLOCK_VALUES, side="right")) - 1
+        stop = max(stop, start + 1)
+        yield (0, matrix[:, start:stop]) if by_column else (start, matrix[start:stop])
+        start = stop
+
+
+def _kind(block: Any, values: np.ndarray) -> str:
+    """Name the kind of data that non-negative, partly non-integer values look like."""
+    positive = values[values > 0]
+    if positive.max() < 25:  # the logarithm of any count, to base 2 as well
+        for name, counts in (("log1p", np.expm1(positive)), ("log2(x + 1)", np.exp2(positive) - 1)):
+            if np.mean(np.abs(counts - np.rint(counts)) < 1e-2) > 0.99:
+                return f"{name} of counts"
+        total = _constant_total(block, log=True)
+        if total is not None:
+            return f"log1p of counts normalised to {total:,.0f} per cell"
+    total = _constant_total(block, log=False)
+    if total is not None:
+        return f"counts normalised to {total:,.5g} per cell"
+    if positive.max() < 15:
+        return "log-transformed data"
+    return "TPM, normalised or corrected counts"
+
+
+def _constant_total(block: Any, *, log: bool) -> float | None:
+    """Return the total per cell where all cells of a block have nearly the same (2%)."""
+    if block.ndim != 2:
+        return None
+    rows = sparse.csr_matrix(block).astype(np.float64)
+    if log:
+        rows.data = np.expm1(rows.data)
+    totals = np.asarray(rows.sum(axis=1)).ravel()
+    totals = totals[totals > 0]
+    if len(totals) < 2 or np.ptp(totals) > 0.02 * totals.mean():
+        return None
+    return float(np.median(totals))

@@ -1,0 +1,288 @@
+"""Cells to try things on: real ones that need no download, and simulated atlases for tests of scale."""
+
+from __future__ import annotations
+
+import warnings
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from sct.data.genes import GeneVocabulary
+from sct.errors import DataError, MissingExtraError
+
+__all__ = ["pbmc68k", "simulate_atlas"]
+
+# A count c was stored as a rounded float of log1p(1e4 c / total); a residual below this leaves one integer.
+MAX_RESIDUAL = 0.13
+
+_N_TYPES = 12
+_N_DOMAINS = 7
+_SPOT_DISTANCE = 100.0  # micrometres
+_DISPERSION = 4.0  # negative binomial size: variance = mean + mean^2 / 4
+_FULL_SIZE = 20_124  # genes at which a cell has the mean library size below
+_LIBRARY = 5_000.0
+_BLOCK_VALUES = 8_000_000
+
+
+def pbmc68k() -> ad.AnnData:
+    """Return 700 real peripheral blood cells x 765 genes as raw counts (Zheng et al. 2017, 10x Genomics).
+
+    The cells are those of `scanpy.datasets.pbmc68k_reduced`, which ship with scanpy as normalised values;
+    the integers are recovered from them and the totals of the cells: C = rint(expm1(raw.X) * n_counts / 1e4).
+
+    Returns
+    -------
+    AnnData with `X` (700, 765) raw counts as CSR float32; `obs["bulk_labels"]`, the same labels as
+    `obs["cell_type"]`, and `obs["n_counts"]`, the total of the cell over all genes it was measured on; `var`
+    indexed by symbol; `uns["source"]`.
+
+    Raises
+    ------
+    MissingExtraError
+        scanpy is not installed.
+    DataError
+        A value is not within 0.13 of an integer: scanpy ships other cells than expected.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of scanpy and its dependencies, about their own future
+        return _pbmc68k()
+
+
+def _pbmc68k() -> ad.AnnData:
+    try:
+        import scanpy
+    except ImportError:
+        raise MissingExtraError(
+            "the real cells ship with scanpy, which is not installed; "
+            'install it with: pip install "sct[cells]"'
+        ) from None
+    shipped = scanpy.datasets.pbmc68k_reduced()
+    counts, residual = recover_counts(shipped.raw.X, shipped.obs["n_counts"].to_numpy())
+    if residual >= MAX_RESIDUAL:
+        raise DataError(
+            f"the counts of scanpy's pbmc68k_reduced are {residual:.3f} off an integer where less than "
+            f"{MAX_RESIDUAL} is expected; install scanpy >= 1.11"
+        )
+    labels = shipped.obs["bulk_labels"].astype(str).astype("category")
+    return ad.AnnData(
+        X=counts,
+        obs=pd.DataFrame(
+            {
+                "bulk_labels": labels,
+                "cell_type": labels,
+                "n_counts": shipped.obs["n_counts"].astype(np.int32),
+            },
+            index=pd.Index(shipped.obs_names.astype(str), name=None),
+        ),
+        var=pd.DataFrame(index=pd.Index(shipped.raw.var_names.astype(str), name=None)),
+        uns={
+            "study": "pbmc68k",
+            "source": "10x Genomics fresh 68k PBMCs (Zheng et al. 2017): 700 cells x 765 genes shipped with "
+            "scanpy, counts recovered from normalised values",
+        },
+    )
+
+
+def recover_counts(logged: sparse.spmatrix, totals: np.ndarray) -> tuple[sparse.csr_matrix, float]:
+    """Undo log1p of counts normalised to 10,000 per cell.
+
+    Parameters
+    ----------
+    logged
+        (N, G) log1p(1e4 * counts / totals).
+    totals
+        (N,) the total count of each cell.
+
+    Returns
+    -------
+    (N, G) CSR float32 integers, and the largest distance of a value from its integer before rounding.
+    """
+    rows = sparse.csr_matrix(logged).astype(np.float64)
+    per_value = np.repeat(totals.astype(np.float64), np.diff(rows.indptr))
+    values = np.expm1(rows.data) * per_value / 1e4
+    rows.data = np.rint(values)
+    residual = float(np.abs(values - rows.data).max(initial=0.0))
+    rows.eliminate_zeros()
+    return rows.astype(np.float32), residual
+
+
+def simulate_atlas(
+    n_studies: int, n_cells: int, n_genes: int, spatial: bool = False, seed: int = 0
+) -> list[ad.AnnData]:
+    """Simulate studies of one tissue, for tests and benchmarks of scale; never a substitute for real cells.
+
+    All studies share 12 cell types, each a programme of raised genes over a common heavy-tailed baseline. A
+    study adds its own gene effects, depth and cell-type proportions; a cell its log-normal library size and
+    position on three continuous programmes. Counts are negative binomial, then dropped out more often the
+    lower their expectation. Everything is drawn from `seed` and the study's number alone, so a study is the
+    same whatever `n_studies` is.
+
+    Parameters
+    ----------
+    n_studies
+        Number of studies.
+    n_cells
+        Number of cells of each study.
+    n_genes
+        Number of genes, at most 20,124: a random choice of the human vocabulary, in its order.
+    spatial
+        Lay the cells out as spots of a tissue section whose domains differ in their mixture of cell types.
+    seed
+        Seed of everything.
+
+    Returns
+    -------
+    One AnnData per study: `X` (n_cells, n_genes) raw counts as CSR float32; `obs["cell_type"]` (of a spot:
+    its most frequent one) and `obs["study"]`; `var` indexed by Ensembl id with `var["symbol"]`;
+    `uns["study"]` its name; with `spatial`, `obsm["spatial"]` (n_cells, 2) in micrometres and
+    `obs["domain"]`.
+
+    Raises
+    ------
+    DataError
+        A number is out of range.
+    """
+    vocabulary = GeneVocabulary.human()
+    for name, value, most in (
+        ("n_studies", n_studies, None),
+        ("n_cells", n_cells, None),
+        ("n_genes", n_genes, len(vocabulary)),
+    ):
+        if value < 1 or (most is not None and value > most):
+            limit = f"between 1 and {most:,}" if most is not None else "at least 1"
+            raise DataError(f"{name} is {value} but must be {limit}; choose another number")
+    rng = np.random.default_rng([seed, 0])
+    genes = np.sort(rng.permutation(len(vocabulary))[:n_genes])
+    var = pd.DataFrame(
+        {"symbol": [vocabulary.symbols[gene] for gene in genes]},
+        index=[vocabulary.ensembl_ids[gene] for gene in genes],
+    )
+    programmes = _programmes(rng, n_genes)
+    mixtures = rng.dirichlet(np.full(_N_TYPES, 0.3), size=_N_DOMAINS)
+    return [
+        _study(np.random.default_rng([seed, 1, study]), study, n_cells, programmes, mixtures, var, spatial)
+        for study in range(n_studies)
+    ]
+
+
+def _programmes(rng: np.random.Generator, n_genes: int) -> np.ndarray:
+    """Return (types, G) log expression: a baseline, and for each type a twentieth of the genes raised."""
+    baseline = rng.normal(0.0, 2.0, n_genes)
+    raised = rng.random((_N_TYPES, n_genes)) < 0.05
+    # The limit keeps the strongest gene of 20,000 near 1% of a cell's counts.
+    return np.minimum(baseline + raised * rng.gamma(4.0, 0.5, (_N_TYPES, n_genes)), 7.0)
+
+
+def _study(
+    rng: np.random.Generator,
+    number: int,
+    n_cells: int,
+    programmes: np.ndarray,
+    mixtures: np.ndarray,
+    var: pd.DataFrame,
+    spatial: bool,
+) -> ad.AnnData:
+    n_genes = programmes.shape[1]
+    name = f"simulated_{number:03d}"
+    log_rates = programmes + rng.normal(0.0, 0.3, n_genes)
+    profiles = np.exp(log_rates)
+    profiles /= profiles.sum(axis=1, keepdims=True)
+    # Fewer genes lose counts more slowly than in proportion, as a panel of informative genes does.
+    library = _LIBRARY * (n_genes / _FULL_SIZE) ** 0.5 * rng.lognormal(0.0, 0.2)
+    libraries = library * rng.lognormal(0.0, 0.4, n_cells)
+    if spatial:
+        coordinates, domains, composition = _section(rng, n_cells, mixtures)
+    else:
+        proportions = rng.dirichlet(np.full(_N_TYPES, 2.0))
+        composition = np.eye(_N_TYPES)[rng.choice(_N_TYPES, n_cells, p=proportions)]
+    states = rng.normal(0.0, 0.3, (3, n_genes))
+    positions = rng.normal(0.0, 1.0, (n_cells, 3))
+    counts = _counts(rng, composition, profiles, libraries, positions, states)
+    adata = ad.AnnData(
+        X=counts,
+        obs=pd.DataFrame(
+            {
+                "cell_type": _category(composition.argmax(axis=1), "type"),
+                "study": pd.Categorical([name] * n_cells),
+            },
+            index=[f"{name}:{cell}" for cell in range(n_cells)],
+        ),
+        var=var.copy(),
+        uns={"study": name, "source": "simulated by sct.datasets.simulate_atlas"},
+    )
+    if spatial:
+        adata.obsm["spatial"] = coordinates
+        adata.obs["domain"] = _category(domains, "domain")
+    return adata
+
+
+def _counts(
+    rng: np.random.Generator,
+    composition: np.ndarray,
+    profiles: np.ndarray,
+    libraries: np.ndarray,
+    positions: np.ndarray,
+    states: np.ndarray,
+) -> sparse.csr_matrix:
+    """Draw (N, G) counts block by block: first which are positive, then only these."""
+    n_cells, n_genes = len(composition), profiles.shape[1]
+    profiles, states = profiles.astype(np.float32), states.astype(np.float32)
+    dropout_at = np.float32(libraries.mean() / n_genes * 0.2)
+    step = max(1, _BLOCK_VALUES // n_genes)
+    blocks = []
+    for start in range(0, n_cells, step):
+        rows = slice(start, start + step)
+        means = composition[rows].astype(np.float32) @ profiles
+        means *= np.exp(positions[rows].astype(np.float32) @ states)
+        means *= (libraries[rows] / means.sum(axis=1)).astype(np.float32)[:, None]
+        positive = means * np.float32(1 / _DISPERSION) + 1  # becomes the probability of a positive count
+        np.log(positive, out=positive)
+        positive *= -_DISPERSION
+        np.exp(positive, out=positive)
+        np.subtract(1, positive, out=positive)
+        positive *= means / (means + dropout_at)
+        cells, genes = np.nonzero(rng.random(means.shape, dtype=np.float32) < positive)
+        values = _positive_counts(rng, means[cells, genes].astype(np.float64))
+        blocks.append(
+            sparse.csr_matrix((values.astype(np.float32), (cells, genes)), shape=(len(means), n_genes))
+        )
+    return sparse.vstack(blocks, format="csr")
+
+
+def _positive_counts(rng: np.random.Generator, means: np.ndarray) -> np.ndarray:
+    """Draw negative binomial counts given that they are positive, by inversion of their distribution."""
+    odds = means / (means + _DISPERSION)
+    term = (1 - odds) ** _DISPERSION  # probability of 0, then of 1, 2, ...
+    below = term.copy()
+    target = below + rng.random(len(means)) * (1 - below)
+    counts = np.zeros(len(means))
+    active = np.arange(len(means))
+    k = 0
+    while len(active) and k < 10_000:
+        k += 1
+        term = term * odds * ((k - 1 + _DISPERSION) / k)
+        below = below + term
+        counts[active] = k
+        more = below < target
+        active, term, odds, below, target = active[more], term[more], odds[more], below[more], target[more]
+    return counts
+
+
+def _section(
+    rng: np.random.Generator, n_cells: int, mixtures: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lay out spots on a jittered grid; return coordinates, domains and the mixture of types in each spot."""
+    side = int(np.ceil(n_cells**0.5))
+    grid = np.stack(np.divmod(np.arange(n_cells), side), axis=1) + rng.uniform(-0.2, 0.2, (n_cells, 2))
+    centres = rng.uniform(0, side, (len(mixtures), 2))
+    distance = np.linalg.norm(grid[:, None] - centres, axis=2)
+    near = np.exp(-(distance - distance.min(axis=1, keepdims=True)) / max(1.0, 0.03 * side))
+    expected = (near / near.sum(axis=1, keepdims=True)) @ mixtures
+    drawn = rng.gamma(30.0 * expected + 1e-3)
+    return grid * _SPOT_DISTANCE, distance.argmin(axis=1), drawn / drawn.sum(axis=1, keepdims=True)
+
+
+def _category(codes: np.ndarray, stem: str) -> pd.Categorical:
+    return pd.Categorical([f"{stem} {code}" for code in codes])

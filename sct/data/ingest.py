@@ -1,0 +1,320 @@
+"""Turning foreign files into a store: checked, aligned, shuffled, atomic, resumable, in parallel."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sct
+from sct.data.genes import GeneVocabulary
+from sct.data.ingest_input import IngestOptions, absolute_location, write_json
+from sct.data.ingest_jobs import Job, run_jobs
+from sct.data.sources import Input, find_inputs
+from sct.data.split import assign_splits, check_splits
+from sct.data.store import GENES, MANIFEST, SCHEMA_VERSION, STUDIES, read_manifest
+from sct.errors import ConfigError, DataError, StoreError
+
+if TYPE_CHECKING:
+    import anndata
+    from rich.table import Table
+
+__all__ = ["IngestOptions", "IngestReport", "ingest", "main"]
+
+# The last manifest while one of its studies is being rebuilt: until then nothing opens.
+_PREVIOUS = "manifest.previous.json"
+_LEFTOVERS = (".partial", ".spill", ".download")
+
+
+@dataclass(frozen=True)
+class IngestReport:
+    """What a store holds after an ingest.
+
+    Attributes
+    ----------
+    path
+        The store.
+    studies
+        The manifest's entries.
+    kept
+        Names of studies that were there before.
+    refused
+        Location -> reason, for inputs that were left out.
+    notes
+        What a person should look at.
+    """
+
+    path: Path
+    studies: list[dict[str, Any]]
+    kept: tuple[str, ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def table(self) -> Table:
+        """Summary with one row per study, for `rich`."""
+        from rich.table import Table
+
+        table = Table(title=str(self.path), title_justify="left")
+        for name in ("study", "split", "order"):
+            table.add_column(name, overflow="fold")
+        for name in ("cells", "dropped", "genes matched", "genes per cell"):
+            table.add_column(name, justify="right")
+        for name in ("why dropped", "counts from"):
+            table.add_column(name, overflow="fold")
+        for each in self.studies:
+            reasons = each["dropped"]
+            table.add_row(
+                each["name"],
+                each["split"],
+                each["order"],
+                f"{each['n_cells']:,}",
+                f"{sum(reasons.values()):,}",
+                f"{each['n_genes_matched']:,}",
+                f"{each['median_nnz_per_cell']:,.0f}",
+                ", ".join(f"{n:,} {reason}" for reason, n in reasons.items()),
+                each["counts_from"],
+            )
+        total = sum(each["n_cells"] for each in self.studies)
+        dropped = sum(sum(each["dropped"].values()) for each in self.studies)
+        table.add_section()
+        table.add_row(f"{len(self.studies)} studies", "", "", f"{total:,}", f"{dropped:,}", "", "", "", "")
+        return table
+
+    def print(self) -> None:
+        """Print the table, the refused inputs and the notes to standard output."""
+        from rich.console import Console
+
+        console = Console()
+        if not console.is_terminal:
+            console.width = max(console.width, 160)
+        console.print(self.table())
+        for location, reason in self.refused.items():
+            console.print(
+                f"left out: {reason if location in reason else f'{location}: {reason}'}", markup=False
+            )
+        for note in self.notes:
+            console.print(note, markup=False, highlight=False)
+
+
+def ingest(
+    inputs: Sequence[str | Path | tuple[str, anndata.AnnData]],
+    output: str | Path,
+    *,
+    vocabulary: GeneVocabulary | None = None,
+    options: IngestOptions | None = None,
+) -> IngestReport:
+    """Make a store, or add to one.
+
+    Inputs that were ingested before and have not changed are kept, so that running again after an
+    interruption resumes. The store opens only when all is done.
+
+    Parameters
+    ----------
+    inputs
+        Files, folders and ids as `sct.data.sources.find_inputs` takes them, or `(name, AnnData)` pairs.
+    output
+        Folder of the store.
+    vocabulary
+        Genes and their order (G columns); None takes the human protein-coding genes.
+    options
+        See `IngestOptions`.
+
+    Raises
+    ------
+    DataError
+        Inputs were refused; the others are finished and kept.
+    ConfigError
+        Options contradict each other or name unknown studies.
+    StoreError
+        The output cannot be written or belongs to another vocabulary.
+    """
+    options = options or IngestOptions()
+    vocabulary = vocabulary or GeneVocabulary.human()
+    check_splits(options.validation, options.test)
+    root = Path(output)
+    found, ignored = find_inputs(inputs, exclude=root)
+    with _only_one(root):
+        before, notes = _before(root, vocabulary)
+        jobs, kept, refused = _plan(root, found, vocabulary, options)
+        if options.study_key is None:
+            known = {each["name"] for each in before} | {each.name for each in found}
+            check_splits(options.validation, options.test, known)
+        replaced = {name for job in jobs for name in job.stale}
+        if replaced & {each["name"] for each in before} and (root / MANIFEST).is_file():
+            os.replace(root / MANIFEST, root / _PREVIOUS)
+        fresh, more = run_jobs(root, jobs, vocabulary, options)
+        refused.update(more)
+        if refused and not (options.skip_bad and (fresh or kept)):
+            _refuse(refused, len(found))
+        records = {each["name"]: each for each in before if each["name"] not in replaced}
+        records.update({each["name"]: each for each in (*kept, *fresh)})
+        report = _finish(root, records, before, vocabulary, options)
+    notes += [f"no 10x count matrix, left out: {each}" for each in ignored]
+    notes += [note for each in (*kept, *fresh) for note in each["notes"]]
+    return replace(
+        report,
+        kept=tuple(sorted(each["name"] for each in kept)),
+        refused=refused,
+        notes=(*notes, *report.notes),
+    )
+
+
+@contextlib.contextmanager
+def _only_one(root: Path) -> Iterator[None]:
+    """Make the folder, keep other ingests out of it, and clear away what an interrupted one left."""
+    try:
+        (root / STUDIES).mkdir(parents=True, exist_ok=True)
+        lock = os.open(root, os.O_RDONLY)
+    except OSError as error:
+        raise StoreError(f"{root} cannot be written ({error.strerror}): choose another output") from error
+    try:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(f"another ingest is writing to {root}: wait for it to end") from None
+        except (ImportError, OSError):
+            pass  # file systems without locks: the user is trusted to run one at a time
+        for path in (root / STUDIES).iterdir():
+            if path.name.startswith(".") and path.name.endswith(_LEFTOVERS):
+                shutil.rmtree(path, ignore_errors=True)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _before(root: Path, vocabulary: GeneVocabulary) -> tuple[list[dict[str, Any]], list[str]]:
+    """Studies of the store that is there already, and a note where its manifest is of no use."""
+    try:
+        manifest = read_manifest(root) or read_manifest(root, _PREVIOUS)
+    except StoreError as error:
+        return [], [f"the old manifest was replaced: {error}"]
+    if manifest is None:
+        return [], []
+    if manifest["vocabulary"]["hash"] != vocabulary.hash:
+        raise StoreError(
+            f"{root} is a store of the gene vocabulary {manifest['vocabulary']['name']!r} "
+            f"({manifest['vocabulary']['hash']}), not of {vocabulary.name!r} ({vocabulary.hash}): "
+            "choose another output"
+        )
+    there = [each for each in manifest["studies"] if (root / each["path"] / "zarr.json").is_file()]
+    gone = [each["name"] for each in manifest["studies"] if each not in there]
+    return there, [f"{name} was in the store, but its folder is gone" for name in gone]
+
+
+def _plan(
+    root: Path, found: list[Input], vocabulary: GeneVocabulary, options: IngestOptions
+) -> tuple[list[Job], list[dict[str, Any]], dict[str, str]]:
+    """Tell inputs that are done from inputs to do; the third part is inputs that cannot even be looked at."""
+    records: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted((root / STUDIES).glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            record = json.loads(file.read_text(encoding="utf-8"))
+            records.setdefault(record["source"]["input"], []).append(record)
+    jobs: list[Job] = []
+    kept: list[dict[str, Any]] = []
+    refused: dict[str, str] = {}
+    for item in found:
+        try:
+            fingerprint = item.fingerprint()
+        except DataError as error:
+            refused[item.location] = str(error)
+            continue
+        done = records.get(item.name, [])
+        if done and done[0]["source"]["fingerprint"] != fingerprint:
+            location = done[0]["source"]["location"]
+            if location != absolute_location(item):
+                refused[item.location] = (
+                    f"{item.location} would replace the study {item.name!r}, which was made from {location}: "
+                    "give it a name of its own as NAME=PATH"
+                )
+                continue
+        wanted = (fingerprint, options.digest(), vocabulary.hash)
+        complete = bool(done) and {each["name"] for each in done} == set(done[0]["source"]["siblings"])
+        for each in done:
+            source = each["source"]
+            there = (root / each["path"] / "zarr.json").is_file()
+            complete &= there and (source["fingerprint"], source["options"], source["vocabulary"]) == wanted
+        if complete:
+            kept += done
+        else:
+            jobs.append(Job(item, fingerprint, tuple(each["name"] for each in done)))
+    return jobs, kept, refused
+
+
+def _refuse(refused: dict[str, str], n_inputs: int) -> None:
+    reasons = list(refused.values())
+    if n_inputs == 1:
+        raise DataError(reasons[0])
+    listed = " | ".join(reasons)
+    raise DataError(
+        f"{len(reasons)} of {n_inputs} inputs were refused, so the store is not finished ({listed}): mend "
+        "them, or run again with --skip_bad to go on without them; the others are kept"
+    )
+
+
+def _finish(
+    root: Path,
+    records: dict[str, dict[str, Any]],
+    before: list[dict[str, Any]],
+    vocabulary: GeneVocabulary,
+    options: IngestOptions,
+) -> IngestReport:
+    """Write the vocabulary and, last, the manifest."""
+    names = sorted(records)
+    splits, note = assign_splits(
+        names,
+        {each["name"]: each["split"] for each in before},
+        validation=options.validation,
+        test=options.test,
+        fraction=options.validation_fraction,
+        seed=options.seed,
+    )
+    studies = [{**records[name], "split": splits[name]} for name in names]
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "sct_version": sct.__version__,
+        "vocabulary": {"name": vocabulary.name, "hash": vocabulary.hash, "n_genes": len(vocabulary)},
+        "studies": studies,
+    }
+    temporary = root / f".{GENES}.partial"
+    try:
+        vocabulary.save(temporary)
+        os.replace(temporary, root / GENES)
+        write_json(root / MANIFEST, manifest)
+        (root / _PREVIOUS).unlink(missing_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"{root} could not be written ({error.strerror}): free space, then run the ingest again to resume"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return IngestReport(root, studies, notes=(note,))
+
+
+def main(inputs: Sequence[str], output: str | None, *, genes: str | None = None, **options: Any) -> None:
+    """Run `ingest` for the command line and print its report.
+
+    Parameters
+    ----------
+    inputs, output
+        As for `ingest`.
+    genes
+        File of a gene vocabulary; None takes the human protein-coding genes.
+    **options
+        Fields of `IngestOptions`.
+    """
+    if not output:
+        raise ConfigError("no output was given: name the folder of the store with --output")
+    vocabulary = GeneVocabulary.load(genes) if genes else None
+    given = [part for text in inputs for part in ([text] if Path(text).exists() else text.split(","))]
+    report = ingest(
+        list(filter(None, given)), output, vocabulary=vocabulary, options=IngestOptions(**options)
+    )
+    report.print()

@@ -1,0 +1,139 @@
+"""The loader: a Grain pipeline over a source of numbered records, the same for every model family.
+
+The order of records is a function of the seed alone: batch b is made of records b * B to b * B + B - 1 of a
+globally shuffled sequence, whatever the number of processes, and the loader's whole state is the number of
+records drawn so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+
+from sct.errors import ConfigError
+
+Batch = dict[str, np.ndarray]
+
+
+class Source(Protocol):
+    """Records addressable by number within an epoch."""
+
+    def __len__(self) -> int:
+        """Records in an epoch."""
+        ...
+
+    def bag(self, number: int, epoch: int = 0) -> Batch:
+        """Record `number` of `epoch`: a dict of arrays of fixed shapes."""
+        ...
+
+    def describe(self, number: int, epoch: int = 0) -> str:
+        """Name the record for a person."""
+        ...
+
+
+class Loader:
+    """Endless batches of shuffled records, or one ordered pass.
+
+    Parameters
+    ----------
+    source
+        Records.
+    batch_size
+        Records in a batch over all processes, B.
+    seed
+        Seed of the order.
+    shuffle
+        True: endless, shuffled anew each epoch. False: one pass in order; the last batch is filled up with
+        copies of its last record, marked by a zero in `weight`.
+    process_index, process_count
+        Which share of each batch this process reads.
+    num_threads, prefetch
+        Threads that read and tokenise, and records that they keep ready.
+
+    Notes
+    -----
+    Every batch has an entry `weight`, float32 (B,): 1 for a record, 0 for a filled-up one.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        process_index: int = 0,
+        process_count: int = 1,
+        num_threads: int = 2,
+        prefetch: int = 8,
+    ):
+        if batch_size < 1 or batch_size % process_count:
+            raise ConfigError(
+                f"batch_size is {batch_size}, but it must be a positive multiple of the number of processes, "
+                f"{process_count}."
+            )
+        self.source, self.batch_size, self.seed, self.shuffle = source, batch_size, seed, shuffle
+        self.process_index, self.process_count = process_index, process_count
+        self.num_threads, self.prefetch = num_threads, prefetch
+
+    def _sequence(self) -> grain.MapDataset:
+        """Numbers of records within their epochs, paired with the epoch."""
+        numbers = grain.MapDataset.range(len(self.source))
+        if not self.shuffle:
+            return numbers.map(lambda number: (int(number), 0, 1.0))
+        numbers = numbers.seed(self.seed).shuffle().repeat()
+        length = len(self.source)
+        return numbers.map_with_index(lambda index, number: (int(number), index // length, 1.0))
+
+    def __len__(self) -> int:
+        """Batches in one pass."""
+        return -(-len(self.source) // self.batch_size)
+
+    def describe(self, first: int) -> list[str]:
+        """Name the records of the batch that starts at record `first` of the sequence."""
+        sequence = self._sequence()
+        records = [sequence[i] for i in range(first, first + self.batch_size)]
+        return [self.source.describe(number, epoch) for number, epoch, _ in records]
+
+    def __iter__(self) -> BatchIterator:
+        return self.iterate()
+
+    def iterate(self, records_drawn: int = 0) -> BatchIterator:
+        """Batches from record `records_drawn` of the sequence on."""
+        sequence = self._sequence()
+        if not self.shuffle:
+            total = len(self) * self.batch_size
+            last = len(self.source) - 1
+            sequence = grain.MapDataset.range(total).map(
+                lambda index: (min(int(index), last), 0, float(index <= last))
+            )
+
+        def read(entry: tuple[int, int, float]) -> Batch:
+            number, epoch, weight = entry
+            return {**self.source.bag(number, epoch), "weight": np.float32(weight)}
+
+        share = sequence[records_drawn + self.process_index :: self.process_count].map(read)
+        local = self.batch_size // self.process_count
+        options = grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=self.prefetch)
+        batches = share.to_iter_dataset(options).batch(local, drop_remainder=True)
+        return BatchIterator(iter(batches), records_drawn, self.batch_size)
+
+
+class BatchIterator(Iterator[Batch]):
+    """Iterator over batches whose state is one number, saved with every checkpoint."""
+
+    def __init__(self, batches: Any, records_drawn: int, batch_size: int):
+        self._batches, self.records_drawn, self._batch_size = batches, records_drawn, batch_size
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        self.records_drawn += self._batch_size
+        return batch
+
+    def close(self) -> None:
+        """Stop the threads that read ahead."""
+        if hasattr(self._batches, "close"):
+            self._batches.close()

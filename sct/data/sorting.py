@@ -1,0 +1,184 @@
+"""The order of a study's cells, and an external sort into it.
+
+The place of every cell is known before its counts are read (a seeded permutation, or its rank along a
+space-filling curve). Blocks are therefore cut by range of places, held in memory while they fit and spilled
+to files where they do not; then each bucket is sorted by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse as sp
+
+_HEADER = np.dtype([("rows", "<i8"), ("values", "<i8")])
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is held in memory; the result does not depend on it.
+
+    Attributes
+    ----------
+    block
+        Values read at once.
+    bucket
+        Values sorted at once.
+    held
+        Values kept in memory before they are spilled to disk.
+    """
+
+    block: int = 4_000_000
+    bucket: int = 16_000_000
+    held: int = 32_000_000
+
+
+def hilbert_rank(points: np.ndarray, bits: int = 16) -> np.ndarray:
+    """Rank of points along a Hilbert curve through their bounding square.
+
+    Parameters
+    ----------
+    points
+        Finite coordinates, (N, 2).
+    bits
+        The curve visits a grid of 2^bits x 2^bits squares; points of one square keep their order.
+
+    Returns
+    -------
+    (N,) int64, a permutation of 0..N-1.
+    """
+    points = np.asarray(points, dtype=np.float64)
+    low = points.min(axis=0)
+    span = float((points.max(axis=0) - low).max())
+    cells = ((points - low) / (span or 1.0) * ((1 << bits) - 1)).astype(np.int64)
+    x, y = cells[:, 0], cells[:, 1]
+    distance = np.zeros(len(points), np.int64)
+    for bit in reversed(range(bits)):
+        right, up = (x >> bit) & 1, (y >> bit) & 1
+        distance += ((3 * right) ^ up) << (2 * bit)
+        # Turn the quadrant so that the curve inside it starts where the last one ended.
+        mirror = (up == 0) & (right == 1)
+        mask = (1 << bit) - 1
+        x, y = np.where(mirror, mask - (x & mask), x & mask), np.where(mirror, mask - (y & mask), y & mask)
+        x, y = np.where(up == 0, y, x), np.where(up == 0, x, y)
+    rank = np.empty(len(points), np.int64)
+    rank[np.argsort(distance, kind="stable")] = np.arange(len(points))
+    return rank
+
+
+def random_rank(n: int, name: str, seed: int) -> np.ndarray:
+    """Seeded permutation of the `n` cells of the study `name`, (n,) int64."""
+    salt = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    return np.random.default_rng([seed, salt]).permutation(n)
+
+
+class BucketSort:
+    """External sort of CSR rows by place.
+
+    Parameters
+    ----------
+    folder
+        Where values are spilled; made when needed, removed by `close`.
+    edges
+        First place of each bucket, and the end, (buckets + 1,).
+    n_genes
+        Number of columns (G).
+    held
+        Values kept in memory before they are spilled.
+    """
+
+    def __init__(self, folder: Path, edges: np.ndarray, n_genes: int, held: int):
+        self.folder, self.edges, self.n_genes, self.held = folder, edges, n_genes, held
+        self._index_type = np.dtype("<u2" if n_genes <= 1 << 16 else "<i4")
+        self._pieces: list[list[tuple[np.ndarray, ...]]] = [[] for _ in edges[1:]]
+        self._n_held = 0
+
+    def add(self, places: np.ndarray, counts: sp.csr_matrix) -> None:
+        """Take in rows: `places` (n,) and their `counts` (n, G), positive integers."""
+        order = np.argsort(places, kind="stable")
+        places = places[order]
+        counts = counts[order]
+        indices = counts.indices.astype(self._index_type)
+        data = counts.data.astype("<f4")
+        lengths = np.diff(counts.indptr).astype("<i4")
+        cuts = np.searchsorted(places, self.edges)
+        for bucket in np.flatnonzero(np.diff(cuts)):
+            low, high = cuts[bucket], cuts[bucket + 1]
+            values = slice(counts.indptr[low], counts.indptr[high])
+            piece = (places[low:high].astype("<i8"), lengths[low:high], indices[values], data[values])
+            self._pieces[bucket].append(piece)
+        self._n_held += counts.nnz
+        if self._n_held > self.held:
+            self._spill()
+
+    def _spill(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for bucket, pieces in enumerate(self._pieces):
+            if pieces:
+                with (self.folder / str(bucket)).open("ab") as file:
+                    for piece in pieces:
+                        header = np.array((len(piece[0]), len(piece[2])), _HEADER)
+                        file.write(header.tobytes())
+                        for array in piece:
+                            file.write(np.ascontiguousarray(array).data)
+                pieces.clear()
+        self._n_held = 0
+
+    def _load_pieces(self, bucket: int) -> list[tuple[np.ndarray, ...]]:
+        pieces = []
+        file = self.folder / str(bucket)
+        if file.is_file():
+            with file.open("rb") as handle:
+                while len(header := np.fromfile(handle, _HEADER, 1)):
+                    rows, values = int(header["rows"][0]), int(header["values"][0])
+                    types = (("<i8", rows), ("<i4", rows), (self._index_type, values), ("<f4", values))
+                    pieces.append(tuple(np.fromfile(handle, kind, n) for kind, n in types))
+        return pieces + self._pieces[bucket]
+
+    def load(self, bucket: int) -> tuple[sp.csr_matrix, bool]:
+        """Rows of one bucket in order, (places, G) float32 CSR, and whether entries had to be summed."""
+        low, high = int(self.edges[bucket]), int(self.edges[bucket + 1])
+        pieces = self._load_pieces(bucket)
+        if not pieces:
+            return sp.csr_matrix((high - low, self.n_genes), dtype=np.float32), False
+        places, lengths, indices, data = (np.concatenate(each) for each in zip(*pieces, strict=True))
+        rows = places - low
+        del pieces, places
+        counts = sp.csr_matrix(
+            (data, indices.astype(np.int32), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])),
+            shape=(len(rows), self.n_genes),
+        )
+        order = np.argsort(rows, kind="stable")
+        rows, counts = rows[order], counts[order]
+        # Parts of one row (a source read by columns) are now side by side: joining them is a new row pointer.
+        lengths = np.bincount(rows, weights=np.diff(counts.indptr), minlength=high - low).astype(np.int64)
+        indptr = np.concatenate([[0], np.cumsum(lengths)])
+        counts = sp.csr_matrix((counts.data, counts.indices, indptr), shape=(high - low, self.n_genes))
+        before = counts.nnz
+        counts.sum_duplicates()
+        return counts, counts.nnz < before
+
+    def close(self) -> None:
+        """Forget everything and remove the files."""
+        self._pieces = []
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def cut_places(sizes_of_studies: list[int], n_values: int, bucket: int) -> tuple[np.ndarray, list[range]]:
+    """Cut the places of consecutive studies into buckets of about `bucket` values, none in two studies.
+
+    Returns the edges, (buckets + 1,), and the buckets of each study.
+    """
+    n_cells = sum(sizes_of_studies)
+    per_bucket = max(1, int(n_cells * bucket / max(n_values, 1)))
+    edges: list[int] = [0]
+    buckets: list[range] = []
+    for size in sizes_of_studies:
+        first, start = len(edges) - 1, edges[-1]
+        edges += [start + min(each, size) for each in range(per_bucket, size + per_bucket, per_bucket)]
+        buckets.append(range(first, len(edges) - 1))
+    return np.asarray(edges, np.int64), buckets

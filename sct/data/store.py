@@ -1,0 +1,358 @@
+"""The store: a folder of AnnData zarr groups, one per study, columns in the order of one gene vocabulary.
+
+    STORE/manifest.json        what the store holds; written last, so a store that opens is complete
+    STORE/genes.tsv            the vocabulary
+    STORE/studies/NAME.zarr    an AnnData group (zarr v3), also readable by `anndata.read_zarr`
+
+Rows are read here with TensorStore: contiguous rows are contiguous bytes, every chunk carries a checksum, and
+a missing or damaged chunk is an error, never zeros. `sct.data.ingest` writes this format.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from sct.data.genes import GeneVocabulary
+from sct.errors import SctError, StoreError
+
+if TYPE_CHECKING:
+    import anndata
+    import pandas as pd
+
+SCHEMA_VERSION = 1
+SPLITS = ("train", "validation", "test")
+MANIFEST, GENES, STUDIES = "manifest.json", "genes.tsv", "studies"
+# Elements of one compressed chunk of X: about 30 cells of 2,000 genes, so a bag decodes two or three.
+CHUNK = 65_536
+_CACHE_BYTES = 64 << 20
+_STUDY_FIELDS = ("name", "path", "n_cells", "n_genes_matched", "nnz", "total_counts", "spatial", "split")
+
+_context: Any = None
+
+
+def _shared_context() -> Any:
+    """One bounded cache per process, shared by all studies."""
+    global _context
+    if _context is None:
+        import tensorstore as ts
+
+        _context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+    return _context
+
+
+def _first_line(error: BaseException) -> str:
+    """The cause in TensorStore's and zarr's words, without the specification they append."""
+    text = str(error).strip().split("\n")[0].split(" [")[0]
+    return text or type(error).__name__
+
+
+class Study:
+    """One study of a store: cells that were made together, in the order in which bags are cut.
+
+    Objects are cheap, picklable and safe to read from several threads: files are opened at the first read.
+
+    Attributes
+    ----------
+    name, path, split
+        Name, folder of the AnnData group, and "train", "validation" or "test".
+    n_cells, n_genes, nnz
+        Rows (N), columns (G, the vocabulary's length) and stored values of X.
+    spatial
+        Whether cells have coordinates; their order is then a space-filling curve, otherwise random.
+    record
+        The study's entry in the manifest.
+    """
+
+    def __init__(self, root: Path, record: Mapping[str, Any], n_genes: int):
+        self.record = dict(record)
+        self.name: str = record["name"]
+        self.path = root / record["path"]
+        self.n_cells = int(record["n_cells"])
+        self.nnz = int(record["nnz"])
+        self.spatial = bool(record["spatial"])
+        self.split: str = record["split"]
+        self.n_genes = n_genes
+        self._open: dict[str, Any] = {}
+        self._cached: dict[str, np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}, "_cached": {}}
+
+    def __len__(self) -> int:
+        return self.n_cells
+
+    def __repr__(self) -> str:
+        kind = "spatial" if self.spatial else "single-cell"
+        return f"Study({self.name!r}, {self.n_cells:,} cells, {kind}, {self.split})"
+
+    @property
+    def gene_totals(self) -> np.ndarray:
+        """Sum of the raw counts of each gene over the study's cells, (G,) float64."""
+        totals = self._whole("var/total_counts", self.n_genes)
+        if not np.isclose(totals.sum(), float(self.record["total_counts"]), rtol=1e-9, atol=0.5):
+            raise self._damaged("var/total_counts", "its sum is not the manifest's total")
+        return totals
+
+    @property
+    def measured(self) -> np.ndarray:
+        """Whether each gene was among the source's columns, (G,) bool; other genes are unknown, not zero."""
+        return self._whole("var/measured", self.n_genes).astype(bool, copy=False)
+
+    @property
+    def coordinates(self) -> np.ndarray | None:
+        """Positions of the cells in the source's units, (N, 2) float32; None where the study has none."""
+        if not self.spatial:
+            return None
+        return self._whole("obsm/spatial", self.n_cells).astype(np.float32, copy=False)
+
+    def read(self, start: int, stop: int) -> sp.csr_matrix:
+        """Read rows `start` to `stop` (exclusive).
+
+        Returns
+        -------
+        Raw counts as float32 CSR, (stop - start, G), column indices sorted, no explicit zeros.
+
+        Raises
+        ------
+        IndexError
+            Rows outside of the study.
+        StoreError
+            Files of the study are missing, truncated or corrupted.
+        """
+        if not 0 <= start <= stop <= self.n_cells:
+            raise IndexError(f"rows {start} to {stop} of study {self.name!r}, which has {self.n_cells} cells")
+        return self._read_runs([(int(start), int(stop))])
+
+    def read_rows(self, rows: Sequence[int] | np.ndarray) -> sp.csr_matrix:
+        """Read any rows, in the order given (a row may occur more than once).
+
+        Rows that lie close together are fetched in one piece. Returns raw counts as float32 CSR,
+        (len(rows), G); errors as for `read`.
+        """
+        rows = np.asarray(rows, dtype=np.int64).ravel()
+        if rows.size == 0:
+            return sp.csr_matrix((0, self.n_genes), dtype=np.float32)
+        unique, inverse = np.unique(rows, return_inverse=True)
+        if unique[0] < 0 or unique[-1] >= self.n_cells:
+            raise IndexError(f"a row of study {self.name!r} is outside of its {self.n_cells} cells: {rows}")
+        # Within one chunk's worth of rows a second read would decode the same chunk again.
+        gap = max(1, CHUNK * self.n_cells // max(self.nnz, 1))
+        breaks = np.flatnonzero(np.diff(unique) > gap)
+        first = unique[np.concatenate([[0], breaks + 1])]
+        last = unique[np.concatenate([breaks, [unique.size - 1]])] + 1
+        block = self._read_runs(list(zip(first.tolist(), last.tolist(), strict=True)))
+        run = np.searchsorted(last, unique, side="right")
+        offset = np.concatenate([[0], np.cumsum(last - first)[:-1]])
+        position = (unique - first[run] + offset[run])[inverse.ravel()]
+        if position.size == block.shape[0] and np.array_equal(position, np.arange(position.size)):
+            return block
+        return block[position]
+
+    def obs(self) -> pd.DataFrame:
+        """Metadata of the cells, (N, columns), index = cell names."""
+        import zarr
+        from anndata.io import read_elem
+
+        try:
+            return read_elem(zarr.open_group(str(self.path), mode="r")["obs"])
+        except Exception as error:
+            raise self._damaged("obs", _first_line(error)) from error
+
+    def to_anndata(self) -> anndata.AnnData:
+        """Load the whole study into memory, (N, G) CSR raw counts."""
+        import anndata
+
+        try:
+            return anndata.read_zarr(self.path)
+        except Exception as error:
+            raise self._damaged("", _first_line(error)) from error
+
+    def _array(self, key: str) -> Any:
+        handle = self._open.get(key)
+        if handle is None:
+            import tensorstore as ts
+
+            spec = {
+                "driver": "zarr3",
+                "kvstore": {"driver": "file", "path": f"{self.path / key}/"},
+                "recheck_cached_data": "open",
+                "recheck_cached_metadata": "open",
+                "fill_missing_data_reads": False,
+            }
+            try:
+                handle = ts.open(spec, read=True, context=_shared_context()).result()
+            except Exception as error:
+                raise self._damaged(key, _first_line(error)) from error
+            self._open[key] = handle
+        return handle
+
+    def _whole(self, key: str, length: int) -> np.ndarray:
+        if key not in self._cached:
+            handle = self._array(key)
+            if handle.shape[0] != length:
+                raise self._damaged(key, f"it has {handle.shape[0]} rows, not {length}")
+            try:
+                self._cached[key] = np.asarray(handle.read().result())
+            except Exception as error:
+                raise self._damaged(key, _first_line(error)) from error
+        return self._cached[key]
+
+    def _slices(self, key: str, length: int, runs: Sequence[tuple[int, int]], rows: str) -> list[np.ndarray]:
+        handle = self._array(key)
+        if handle.shape[0] != length:
+            raise self._damaged(key, f"it has {handle.shape[0]} values, not {length}", rows)
+        try:
+            pending = [handle[start:stop].read() for start, stop in runs]
+            return [np.asarray(each.result()) for each in pending]
+        except Exception as error:
+            raise self._damaged(key, _first_line(error), rows) from error
+
+    def _read_runs(self, runs: list[tuple[int, int]]) -> sp.csr_matrix:
+        rows = f" in rows {runs[0][0]} to {runs[-1][1]}"
+        pointers = self._slices(
+            "X/indptr", self.n_cells + 1, [(start, stop + 1) for start, stop in runs], rows
+        )
+        lengths = np.concatenate([np.diff(each) for each in pointers])
+        spans = [(int(each[0]), int(each[-1])) for each in pointers]
+        if (lengths < 0).any() or spans[0][0] < 0 or spans[-1][1] > self.nnz:
+            raise self._damaged("X/indptr", "its values do not increase from 0 to the number of values", rows)
+        indices = np.concatenate(self._slices("X/indices", self.nnz, spans, rows)).astype(
+            np.int32, copy=False
+        )
+        data = np.concatenate(self._slices("X/data", self.nnz, spans, rows)).astype(np.float32, copy=False)
+        indptr = np.concatenate([[0], np.cumsum(lengths)])
+        if indices.size:
+            rising = np.diff(indices) > 0
+            inner = indptr[1:-1]
+            rising[inner[(inner > 0) & (inner < indices.size)] - 1] = True
+            if not rising.all() or indices.min() < 0 or indices.max() >= self.n_genes:
+                raise self._damaged("X/indices", "its columns are not rising gene positions", rows)
+            if not (np.isfinite(data).all() and data.min() > 0):
+                raise self._damaged("X/data", "its values are not positive counts", rows)
+        matrix = sp.csr_matrix((data, indices, indptr), shape=(len(lengths), self.n_genes))
+        matrix.has_canonical_format = True
+        return matrix
+
+    def _damaged(self, key: str, cause: str, rows: str = "") -> StoreError:
+        return StoreError(
+            f"study {self.name!r}: {self.path / key} cannot be read{rows} ({cause}); "
+            f"delete {self.path} and run the ingest again to rebuild it"
+        )
+
+
+class Store:
+    """A collection of studies over one gene vocabulary; open one with `Store.open`.
+
+    Attributes
+    ----------
+    path, manifest, vocabulary, studies
+        Folder, content of `manifest.json`, the gene vocabulary and the studies in the manifest's order.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], vocabulary: GeneVocabulary):
+        self.path, self.manifest, self.vocabulary = path, manifest, vocabulary
+        self.studies = tuple(Study(path, each, len(vocabulary)) for each in manifest["studies"])
+
+    @classmethod
+    def open(cls, path: str | Path) -> Store:
+        """Open a store and check that it is complete.
+
+        Raises
+        ------
+        StoreError
+            The folder, the manifest, the vocabulary or a study's group is missing, damaged, or of another
+            schema version.
+        """
+        path = Path(path)
+        manifest = read_manifest(path)
+        if manifest is None:
+            if not path.is_dir():
+                raise StoreError(f"there is no store at {path}: make one with launch.ingest --output={path}")
+            raise StoreError(
+                f"{path} has no {MANIFEST}: the ingest was interrupted or never run; run it again to resume"
+            )
+        genes = path / GENES
+        try:
+            vocabulary = GeneVocabulary.load(genes)
+        except (OSError, SctError) as error:
+            raise StoreError(
+                f"{genes} cannot be read ({_first_line(error)}); ingest the store again"
+            ) from error
+        expected = manifest["vocabulary"]["hash"]
+        if vocabulary.hash != expected:
+            raise StoreError(
+                f"{genes} has the hash {vocabulary.hash}, but {path / MANIFEST} was written with {expected}: "
+                "restore the original file or ingest the store again"
+            )
+        store = cls(path, manifest, vocabulary)
+        for study in store.studies:
+            if not (study.path / "zarr.json").is_file():
+                raise StoreError(
+                    f"{study.path} is missing, but {path / MANIFEST} lists it: run the ingest again to "
+                    "rebuild it"
+                )
+        return store
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.path)!r}, {len(self.studies)} studies, {self.n_cells:,} cells)"
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells of all studies."""
+        return sum(each.n_cells for each in self.studies)
+
+    def split(self, name: str) -> tuple[Study, ...]:
+        """Studies of the split `name`: "train", "validation" or "test" (possibly none)."""
+        if name not in SPLITS:
+            raise StoreError(f"a store has no split {name!r}: choose one of {', '.join(SPLITS)}")
+        return tuple(each for each in self.studies if each.split == name)
+
+    def study(self, name: str) -> Study:
+        """Return the study called `name`."""
+        for each in self.studies:
+            if each.name == name:
+                return each
+        known = ", ".join(each.name for each in self.studies)
+        raise StoreError(f"the store {self.path} has no study {name!r}: it holds {known}")
+
+    def check_vocabulary(self, vocabulary: GeneVocabulary) -> None:
+        """Raise StoreError unless the store's columns are those of `vocabulary`, in the same order."""
+        if vocabulary.hash != self.vocabulary.hash:
+            raise StoreError(
+                f"the store {self.path} was made for the gene vocabulary {self.vocabulary.name!r} "
+                f"({self.vocabulary.hash}), not for {vocabulary.name!r} ({vocabulary.hash}): "
+                "ingest the data again with that vocabulary"
+            )
+
+
+def read_manifest(path: Path, name: str = MANIFEST) -> dict[str, Any] | None:
+    """Read and check the manifest of the store at `path`; None where the folder has none."""
+    file = path / name
+    if not file.is_file():
+        return None
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        version = manifest["schema_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"{file} is not a store's manifest ({_first_line(error)}): ingest the store again"
+        ) from error
+    if version != SCHEMA_VERSION:
+        raise StoreError(
+            f"{file} has schema version {version}, this version of sct reads {SCHEMA_VERSION}: "
+            "ingest the store again, or use the version of sct that wrote it"
+        )
+    try:
+        manifest["vocabulary"]["hash"], manifest["vocabulary"]["name"]
+        for each in manifest["studies"]:
+            for field in _STUDY_FIELDS:
+                each[field]
+    except (KeyError, TypeError) as error:
+        raise StoreError(f"{file} lacks the field {error}: ingest the store again") from error
+    return manifest

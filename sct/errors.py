@@ -1,0 +1,35 @@
+"""Errors that a user can mend.
+
+Every message is one sentence: what was found, what was expected, what to do next. The command line
+prints the message alone and exits with status 1; a traceback is kept for defects of this project.
+"""
+
+from __future__ import annotations
+
+
+class SctError(Exception):
+    """Base of all errors that come from input, configuration or the machine, not from a defect."""
+
+
+class DataError(SctError, ValueError):
+    """Counts, genes, coordinates or labels are not what the function needs."""
+
+
+class StoreError(SctError, ValueError):
+    """A store is missing, incomplete, corrupted, or made for another vocabulary."""
+
+
+class ConfigError(SctError, ValueError):
+    """A configuration names something that does not exist or contradicts itself."""
+
+
+class CheckpointError(SctError, ValueError):
+    """A checkpoint or model folder cannot be used; the message lists the differences."""
+
+
+class DivergedError(SctError, ArithmeticError):
+    """The loss is not finite; the message names the step and the batch."""
+
+
+class MissingExtraError(SctError, ImportError):
+    """An optional dependency is not installed; the message gives the pip command."""

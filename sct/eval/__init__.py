@@ -1,0 +1,1 @@
+"""Metrics, baselines, protocols and reports."""

@@ -1,0 +1,53 @@
+"""Model families by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from sct.errors import ConfigError
+from sct.models.sct import SCT, SCTConfig
+
+T = TypeVar("T")
+
+# family -> (configuration, module)
+MODELS: dict[str, tuple[type[Any], type[Any]]] = {"sct": (SCTConfig, SCT)}
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Make a configuration dataclass of plain values, nested ones included.
+
+    Raises
+    ------
+    ConfigError
+        A name that the class does not have, or a value of the wrong type, named with its place.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ConfigError(f"{where} has no option {unknown[0]!r}: choose from {', '.join(sorted(fields))}.")
+    made = {}
+    for name, value in values.items():
+        default, factory = fields[name].default, fields[name].default_factory
+        if not isinstance(factory, type(dataclasses.MISSING)):
+            default = factory()
+        if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
+            value = build(type(default), value, f"{where}.{name}")
+        elif isinstance(default, tuple):
+            value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+        elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        elif default is not dataclasses.MISSING and not isinstance(value, type(default)):
+            raise ConfigError(
+                f"{where}.{name} is {value!r}, but a value of type {type(default).__name__} is needed."
+            )
+        made[name] = value
+    return cls(**made)
+
+
+def model_config(family: str, values: Mapping[str, Any]) -> Any:
+    """Configuration of a family from plain values."""
+    if family not in MODELS:
+        raise ConfigError(f"there is no model family {family!r}: choose from {', '.join(sorted(MODELS))}.")
+    return build(MODELS[family][0], values, f"model ({family})")

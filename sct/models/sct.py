@@ -1,0 +1,352 @@
+"""sCT (sCellTransformer): a UNet of convolutions around a transformer, over the genes of many cells.
+
+Source: "A long range foundation model for zero-shot predictions in single-cell and spatial transcriptomics
+data", section 3. Where the text and the published checkpoint differ the flags of `SCTConfig` name both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sct.errors import ConfigError
+from sct.nn import axes
+from sct.nn.attention import TransformerBlock
+from sct.nn.conv import Conv, pool_2x
+from sct.nn.linear import Embed, Linear
+from sct.nn.norm import EPSILON, LayerNorm, SharedLayerNorm
+from sct.nn.spatial import spatial_features
+
+_CHOICES = {
+    "norm": ("shared", "shared_fixed", "layer", "none"),
+    "pool": ("avg", "max"),
+    "conv_boundary": ("flat", "cell"),
+    "spatial_encoding": ("paper", "reference"),
+    "remat": ("none", "level"),
+    "dtype": ("float32", "bfloat16", "float16"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SCTConfig:
+    """Architecture of sCT; the defaults are the published model at 19,968 gene positions.
+
+    Parameters
+    ----------
+    num_genes
+        Gene positions of a cell, a multiple of 2 ** num_downsamples (pad the vocabulary up to it).
+    num_bins
+        Expression levels, zero included (5: unexpressed and four levels). PAD is `num_bins`, MASK is
+        `num_bins + 1`, the alphabet has `num_bins + 2` tokens.
+    token_embed_dim, embed_dim
+        Width before the tower and in the transformer; widths between them grow linearly.
+    num_downsamples
+        Levels of the tower; each halves the number of positions.
+    num_layers, num_heads, ffn_dim
+        Transformer blocks, heads, and width of the gated feed-forward.
+    num_hidden_layers_head
+        Hidden layers of the head, each `embed_dim` wide.
+    stem_taps, conv_taps
+        Kernel lengths of the stem and of the towers.
+    use_skip_connection
+        Whether a level's input is added to the matching level of the deconvolution tower.
+    norm
+        "shared" (the paper), "shared_fixed" (no learnable scale and bias), "layer" or "none".
+    pool
+        "avg" as in the published checkpoint, "max" as in the paper's text.
+    conv_boundary
+        "flat": convolutions run over the flat cells-by-genes sequence and see across cell borders, as in the
+        paper; "cell": they stay inside a cell.
+    rotary
+        Rotary position embedding over the whole flat sequence; False makes the transformer blind to order.
+    use_spatial, spatial_encoding, num_scales, sigma_min, sigma_max
+        Encoding of coordinates, see `sct.nn.spatial.spatial_features`.
+    layer_norm_eps
+        Epsilon of every norm.
+    remat
+        "level": keep only the inputs of levels and blocks for the backward pass and compute the rest again.
+    dtype
+        Type of the computation; parameters, norms and logits stay float32.
+    """
+
+    num_genes: int = 19_968
+    num_bins: int = 5
+    token_embed_dim: int = 64
+    embed_dim: int = 1024
+    num_downsamples: int = 8
+    num_layers: int = 4
+    num_heads: int = 16
+    ffn_dim: int = 2048
+    num_hidden_layers_head: int = 1
+    stem_taps: int = 15
+    conv_taps: int = 5
+    use_skip_connection: bool = True
+    norm: str = "shared"
+    pool: str = "avg"
+    conv_boundary: str = "flat"
+    rotary: bool = True
+    use_spatial: bool = False
+    spatial_encoding: str = "paper"
+    num_scales: int = 10
+    sigma_min: float = 1.0
+    sigma_max: float = 10.0
+    layer_norm_eps: float = EPSILON
+    remat: str = "none"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for field, choices in _CHOICES.items():
+            if getattr(self, field) not in choices:
+                raise ConfigError(f"{field}={getattr(self, field)!r} is not one of {', '.join(choices)}.")
+        for field in (
+            "num_genes",
+            "num_bins",
+            "embed_dim",
+            "num_heads",
+            "num_downsamples",
+            "token_embed_dim",
+        ):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field} is {getattr(self, field)}, but it must be at least 1.")
+        if self.num_genes % 2**self.num_downsamples:
+            raise ConfigError(
+                f"num_genes is {self.num_genes}, but {self.num_downsamples} downsamples need a multiple of "
+                f"{2**self.num_downsamples}: use {pad_to_multiple(self.num_genes, self.num_downsamples)}."
+            )
+        if self.use_skip_connection and self.token_embed_dim % 32:
+            raise ConfigError(
+                f"token_embed_dim is {self.token_embed_dim}, but skip connections need a multiple of 32."
+            )
+        if self.embed_dim % (2 * self.num_heads) or self.embed_dim % 32:
+            raise ConfigError(
+                f"embed_dim is {self.embed_dim}, but it must be a multiple of 32 and of twice num_heads "
+                f"({2 * self.num_heads})."
+            )
+
+    @property
+    def pad(self) -> int:
+        """Token of a gene position or cell that is not there."""
+        return self.num_bins
+
+    @property
+    def mask(self) -> int:
+        """Token of a masked position."""
+        return self.num_bins + 1
+
+    @property
+    def filters(self) -> tuple[int, ...]:
+        """Widths at the borders of the levels: `num_downsamples + 1` numbers, multiples of 32."""
+        widths = np.linspace(self.token_embed_dim, self.embed_dim, self.num_downsamples + 1)
+        return tuple(int(32 * np.ceil(width / 32)) for width in widths)
+
+
+def pad_to_multiple(num_genes: int, num_downsamples: int) -> int:
+    """Smallest number of gene positions >= `num_genes` that `num_downsamples` halvings divide."""
+    step = 2**num_downsamples
+    return -(-num_genes // step) * step
+
+
+class ConvBlock(nn.Module):
+    """Norm, convolution, GELU: the unit of both towers; `upsample` doubles the number of positions."""
+
+    config: SCTConfig
+    features: int
+    taps: int
+    num_positions: int
+    upsample: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map (B, K * G, C) to (B, K * G or 2 K G, features); G is `num_positions`."""
+        config = self.config
+        if config.norm == "layer":
+            x = LayerNorm(config.layer_norm_eps, name="norm")(x)
+        elif config.norm != "none":
+            learnable = config.norm == "shared"
+            x = SharedLayerNorm(self.num_positions, learnable, config.layer_norm_eps, name="norm")(x)
+        x = _convolve(config, self.features, self.taps, self.num_positions, self.upsample)(x)
+        return jax.nn.gelu(x, approximate=True)
+
+
+def _convolve(config: SCTConfig, features: int, taps: int, num_positions: int, upsample: bool = False) -> Any:
+    """Convolution over the flat sequence, or cell by cell (`conv_boundary`)."""
+    layer = Conv(features, taps, upsample, jnp.dtype(config.dtype), name="conv")
+
+    def apply(x: jax.Array) -> jax.Array:
+        if config.conv_boundary == "flat" or taps == 1:
+            return layer(x)
+        batch, length, width = x.shape
+        cells = layer(x.reshape(batch * length // num_positions, num_positions, width))
+        return cells.reshape(batch, -1, features)
+
+    return apply
+
+
+class TowerLevel(nn.Module):
+    """One level of a tower: a block that changes the width, and a residual block with a kernel of one.
+
+    A level of the deconvolution tower doubles the number of positions first.
+    """
+
+    config: SCTConfig
+    features: int
+    num_positions: int
+    upsample: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map (B, K * G, C) to (B, K * G or 2 K G, features)."""
+        config, taps = self.config, self.config.conv_taps
+        x = ConvBlock(config, self.features, taps, self.num_positions, self.upsample, name="block")(x)
+        positions = self.num_positions * (2 if self.upsample else 1)
+        x = x + ConvBlock(config, self.features, 1, positions, name="residual")(x)
+        return axes.constrain(x, axes.BATCH, axes.LENGTH, axes.CHANNEL)
+
+
+class Stem(nn.Module):
+    """Convolution with a long kernel over the embedded tokens, then GELU."""
+
+    config: SCTConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map (B, K * G, token_embed_dim) to (B, K * G, filters[0])."""
+        config = self.config
+        x = _convolve(config, config.filters[0], config.stem_taps, config.num_genes)(x)
+        return jax.nn.gelu(x, approximate=True)
+
+
+class Head(nn.Module):
+    """GELU, then hidden layers with GELU, then logits of the alphabet in float32."""
+
+    config: SCTConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map (..., filters[0]) to (..., num_bins + 2)."""
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        x = jax.nn.gelu(x, approximate=True)
+        for layer in range(config.num_hidden_layers_head):
+            x = Linear(config.embed_dim, dtype=dtype, name=f"hidden_{layer}")(x)
+            x = jax.nn.gelu(x, approximate=True)
+        return Linear(config.num_bins + 2, dtype=dtype, name="logits")(x).astype(jnp.float32)
+
+
+class SCT(nn.Module):
+    """The whole model; see `SCTConfig`."""
+
+    config: SCTConfig
+
+    def setup(self) -> None:
+        """Declare the parts, named as in the paper."""
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        level = nn.remat(TowerLevel) if config.remat == "level" else TowerLevel
+        block = nn.remat(TransformerBlock) if config.remat == "level" else TransformerBlock
+        filters, genes = config.filters, config.num_genes
+        self.token_embed = Embed(config.num_bins + 2, config.token_embed_dim, dtype)
+        if config.use_spatial:
+            # Zero, so that training on spatial data continues exactly where training on cells stopped.
+            self.spatial = Linear(config.token_embed_dim, dtype=jnp.float32, init=axes.zeros)
+        self.stem = Stem(config)
+        self.down = [level(config, filters[i + 1], genes >> i) for i in range(config.num_downsamples)]
+        self.transformer = [
+            block(config.num_heads, config.ffn_dim, config.rotary, config.layer_norm_eps, dtype)
+            for _ in range(config.num_layers)
+        ]
+        inwards = reversed(range(config.num_downsamples))  # level 0 of the way up is the innermost
+        self.up = [level(config, filters[i], genes >> (i + 1), True) for i in inwards]
+        self.head = Head(config)
+
+    def embed(self, tokens: jax.Array, coordinates: jax.Array | None = None) -> jax.Array:
+        """Embed tokens (B, K, G), and coordinates (B, K, 2) if any, as (B, K * G, token_embed_dim)."""
+        config = self.config
+        batch, cells, genes = tokens.shape
+        if genes != config.num_genes:
+            raise ConfigError(f"tokens have {genes} gene positions, but the model has {config.num_genes}.")
+        x = self.token_embed(tokens)
+        if config.use_spatial:
+            if coordinates is None:
+                # The term is zero for data without coordinates; the call declares the parameters.
+                self.spatial(jnp.zeros((batch, cells, self._spatial_width())))
+            else:
+                present = jnp.isfinite(coordinates).all(axis=-1, keepdims=True)
+                features = spatial_features(
+                    jnp.where(present, coordinates, 0.0),
+                    config.num_scales,
+                    config.sigma_min,
+                    config.sigma_max,
+                    config.spatial_encoding,
+                )
+                x = x + jnp.where(present, self.spatial(features), 0.0).astype(x.dtype)[:, :, None, :]
+        elif coordinates is not None:
+            raise ConfigError("coordinates were given, but the model was built with use_spatial=False.")
+        return x.reshape(batch, cells * genes, config.token_embed_dim)
+
+    def _spatial_width(self) -> int:
+        return self.config.num_scales * (4 if self.config.spatial_encoding == "paper" else 2)
+
+    def encode(self, x: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """Stem and convolution tower: (B, K * G / 2^n, embed_dim) and the inputs of the levels."""
+        x = self.stem(x)
+        skips = []
+        for level in self.down:
+            skips.append(x)
+            x = pool_2x(level(x), self.config.pool)
+        return x, skips
+
+    def decode(self, x: jax.Array, skips: list[jax.Array]) -> jax.Array:
+        """Deconvolution tower: (B, K * G, filters[0])."""
+        for level, skip in zip(self.up, reversed(skips), strict=True):
+            x = level(x)
+            if self.config.use_skip_connection:
+                x = x + skip
+        return x
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        coordinates: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> dict[str, jax.Array]:
+        """Compute logits, cell embeddings and the activations between the parts.
+
+        Parameters
+        ----------
+        tokens
+            Integers (B, K, G): 0 unexpressed, 1 .. num_bins - 1 levels, PAD, MASK.
+        coordinates
+            Rescaled positions of the cells (B, K, 2), for models with `use_spatial`; NaN for a cell without a
+            position, whose spatial term is zero.
+        positions
+            Flat positions (B, P) in the K * G sequence at which to evaluate the head; None for all.
+
+        Returns
+        -------
+        `logits` float32 (B, K, G, num_bins + 2), or (B, P, num_bins + 2) at `positions`; `cell_embedding`
+        float32 (B, K, embed_dim): the mean over a cell's transformer positions; `conv_out`,
+        `transformer_out` (B, K G / 2^n, embed_dim); `deconv_out` (B, K G, filters[0]).
+        """
+        batch, cells, genes = tokens.shape
+        conv_out, skips = self.encode(self.embed(tokens, coordinates))
+        x = conv_out
+        for block in self.transformer:
+            x = axes.constrain(block(x), axes.BATCH, axes.LENGTH, axes.EMBED)
+        deconv_out = self.decode(x, skips)
+        if positions is None:
+            logits = self.head(deconv_out).reshape(batch, cells, genes, -1)
+        else:
+            logits = self.head(jnp.take_along_axis(deconv_out, positions[..., None], axis=1))
+        embedding = x.astype(jnp.float32).reshape(batch, cells, -1, x.shape[-1]).mean(axis=2)
+        return {
+            "logits": logits,
+            "cell_embedding": embedding,
+            "conv_out": conv_out,
+            "transformer_out": x,
+            "deconv_out": deconv_out,
+        }

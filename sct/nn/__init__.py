@@ -1,0 +1,1 @@
+"""Building blocks of all model families, each with its logical axis names (see `sct.nn.axes`)."""

@@ -1,0 +1,58 @@
+"""Dense layers and token embeddings."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sct.nn import axes
+
+
+class Linear(nn.Module):
+    """`y = x @ kernel + bias` over the last axis, in `dtype`.
+
+    Parameters
+    ----------
+    features
+        Output width.
+    kernel_axes
+        Logical names of the kernel's two axes.
+    use_bias
+        Whether there is a bias.
+    dtype
+        Type of the computation; parameters are float32.
+    """
+
+    features: int
+    kernel_axes: tuple[str, str] = (axes.CHANNEL_IN, axes.CHANNEL)
+    use_bias: bool = True
+    dtype: jnp.dtype = jnp.float32
+    init: axes.Initializer = axes.kernel_init
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map (..., in) to (..., features)."""
+        kernel = axes.param(self, "kernel", self.init, (x.shape[-1], self.features), self.kernel_axes)
+        y = jnp.einsum("...i,io->...o", x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.use_bias:
+            bias = axes.param(self, "bias", axes.zeros, (self.features,), self.kernel_axes[1:])
+            y = y + bias.astype(self.dtype)
+        return y
+
+
+class Embed(nn.Module):
+    """Table of `num` vectors of width `features`."""
+
+    num: int
+    features: int
+    dtype: jnp.dtype = jnp.float32
+    init: axes.Initializer = jax.nn.initializers.normal(stddev=1.0)
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Map integer ids (...) to vectors (..., features)."""
+        table = axes.param(
+            self, "embedding", self.init, (self.num, self.features), (axes.VOCAB, axes.CHANNEL)
+        )
+        return jnp.take(table.astype(self.dtype), ids.astype(jnp.int32), axis=0)

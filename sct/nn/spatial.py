@@ -1,0 +1,41 @@
+"""Sinusoidal encoding of the coordinates of cells (sCT paper, equation 1)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def spatial_features(
+    coordinates: jax.Array, num_scales: int, sigma_min: float, sigma_max: float, mode: str
+) -> jax.Array:
+    """Encode coordinates (B, K, 2) as sines and cosines at several scales.
+
+    Parameters
+    ----------
+    coordinates
+        Positions of cells, rescaled per slide (see `sct.data.bags.rescale_coordinates`).
+    num_scales, sigma_min, sigma_max
+        S wavelengths between the two bounds.
+    mode
+        "paper": cos and sin of both coordinates, sigma_s geometric between the bounds, 4 S features.
+        "reference": cos of x and sin of y only, with the exponent's s running over
+        linspace(sigma_min, sigma_max, S) as in the published checkpoint, 2 S features.
+
+    Returns
+    -------
+    float32 (B, K, 4 S) or (B, K, 2 S), features interleaved scale by scale.
+    """
+    ratio = sigma_max / sigma_min
+    if mode == "paper":
+        steps = jnp.arange(num_scales, dtype=jnp.float32)
+    else:
+        steps = jnp.linspace(sigma_min, sigma_max, num_scales, dtype=jnp.float32)
+    sigma = sigma_min * ratio ** (steps / max(num_scales - 1, 1))
+    angle = coordinates.astype(jnp.float32)[..., None, :] / sigma[:, None]  # (B, K, S, 2)
+    x, y = angle[..., 0], angle[..., 1]
+    if mode == "paper":
+        features = jnp.stack([jnp.cos(x), jnp.cos(y), jnp.sin(x), jnp.sin(y)], axis=-1)
+    else:
+        features = jnp.stack([jnp.cos(x), jnp.sin(y)], axis=-1)
+    return features.reshape(*coordinates.shape[:2], -1)

@@ -1,0 +1,110 @@
+"""One progress display for everything that can take more than five seconds.
+
+On a terminal it is a live bar; where standard error is a file or a pipe it is one line per interval, so
+that logs stay readable.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def _clock(seconds: float) -> str:
+    minutes, sec = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{sec:02d}" if hours else f"{minutes}:{sec:02d}"
+
+
+class Bar:
+    """Handle given by `progress`: call `update` as work is done."""
+
+    def __init__(self, description: str, total: int | None, done: int, interval: float):
+        self.description, self.total, self.done = description, total, done
+        self._first, self._start, self._interval = done, time.monotonic(), interval
+        self._last = self._start
+        self._rich = None
+        self._task = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._rich = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=False,
+            )
+            self._task = self._rich.add_task(description, total=total, completed=done, note="")
+            self._rich.start()
+
+    def update(self, advance: int = 1, note: str = "") -> None:
+        """Advance by `advance` units; `note` is shown beside the bar (keep it short)."""
+        self.done += advance
+        if self._rich is not None and self._task is not None:
+            self._rich.update(self._task, advance=advance, **({"note": note} if note else {}))
+            return
+        now = time.monotonic()
+        if now - self._last >= self._interval or (self.done == self.total and now - self._start > 5):
+            self._last = now
+            self.write(self._line(note, now))
+
+    def _line(self, note: str, now: float) -> str:
+        total = f"/{self.total}" if self.total is not None else ""
+        rate = (self.done - self._first) / max(now - self._start, 1e-9)
+        left = f", {_clock((self.total - self.done) / rate)} left" if self.total and rate > 0 else ""
+        return f"{self.description} {self.done}{total}{' ' + note if note else ''}{left}"
+
+    def write(self, text: str) -> None:
+        """Print a line above the bar (terminal) or into the log (file)."""
+        if self._rich is not None:
+            self._rich.console.print(text, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """End the display; later updates are ignored by the terminal."""
+        if self._rich is not None:
+            self._rich.stop()
+
+
+@contextmanager
+def progress(
+    description: str, total: int | None = None, *, done: int = 0, interval: float = 15.0
+) -> Iterator[Bar]:
+    """Show progress of a piece of work on standard error.
+
+    Parameters
+    ----------
+    description
+        What is going on, in two or three words.
+    total
+        Number of units, or None where it is not known.
+    done
+        Units done before (a resumed run starts its bar there).
+    interval
+        Seconds between two lines where standard error is not a terminal.
+    """
+    bar = Bar(description, total, done, interval)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Iterate over `items` with a progress display of one unit per item."""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)  # type: ignore[arg-type]
+    with progress(description, total) as bar:
+        for item in items:
+            yield item
+            bar.update()

@@ -1,0 +1,74 @@
+"""The contract between a task and the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from sct.data.genes import GeneVocabulary
+from sct.data.loader import Source
+from sct.eval.report import Report
+
+Variables = dict[str, Any]
+Batch = Mapping[str, jax.Array]
+Sums = dict[str, jax.Array]
+
+
+class Evaluator(Protocol):
+    """A measurement at the end of training; `report` is the table of the last one, baselines included."""
+
+    name: str
+    report: Report | None
+
+    def __call__(self, variables: Variables) -> Iterator[tuple[str, float]]:
+        """Measure: yield (name, value) pairs and set `report`."""
+        ...
+
+
+class Task(Protocol):
+    """An objective over a model and data; the loop knows nothing else.
+
+    Attributes
+    ----------
+    trainable
+        Table of (regular expression over parameter paths, trained or not), see `sct.nn.paths`.
+    new
+        Patterns of parameters that may be absent from a model that training starts from.
+    vocabulary
+        Genes of the model.
+    monitor, monitor_mode
+        The summary that early stopping and keep-best watch, and whether "min" or "max" is best.
+    """
+
+    trainable: Sequence[tuple[str, bool]]
+    new: Sequence[str]
+    vocabulary: GeneVocabulary
+    monitor: str
+    monitor_mode: str
+
+    def init(self, rng: jax.Array) -> Variables:
+        """Initial variables, boxed with their logical axis names; traced, so it may be abstract."""
+        ...
+
+    def loss(self, variables: Variables, batch: Batch, rng: jax.Array, train: bool) -> tuple[jax.Array, Sums]:
+        """Scalar loss, and sums that add up over batches and that `summarise` turns into numbers."""
+        ...
+
+    def summarise(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Numbers to log from sums over one or many batches."""
+        ...
+
+    def dataset(self, split: str) -> Source | None:
+        """Records of "train" or "validation"; None where the store has no such study."""
+        ...
+
+    def evaluators(self) -> Sequence[Evaluator]:
+        """Measurements after training."""
+        ...
+
+    def tokens(self, batch: Mapping[str, Any]) -> int:
+        """Number of tokens in a batch, for the rate shown to people."""
+        ...

@@ -1,0 +1,169 @@
+"""Masked expression modelling: predict the levels of masked genes (sCT paper, section 3)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sct.data import masking
+from sct.data.bags import BagOptions, BagSource
+from sct.data.masking import Masking
+from sct.data.store import Store
+from sct.errors import ConfigError
+from sct.eval import metrics
+from sct.models.sct import SCT, SCTConfig, pad_to_multiple
+from sct.tasks.base import Batch, Evaluator, Sums, Variables
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedExpressionConfig:
+    """Options of the task.
+
+    Parameters
+    ----------
+    masking
+        Rule of training (and of the validation loss).
+    head_budget
+        Share of a bag's positions at which the head is evaluated in training, a static bound on the masked
+        ones; those beyond it are left out of the loss and counted in `overflow`. 0 evaluates it everywhere.
+    report_ratio, report_seeds
+        Share of genes masked, and number of draws, in the table after training.
+    """
+
+    masking: Masking = dataclasses.field(default_factory=Masking)
+    head_budget: float = 0.0
+    report_ratio: float = 0.15
+    report_seeds: int = 5
+
+
+class MaskedExpression:
+    """Task of sCT; see `sct.tasks.base.Task`.
+
+    Parameters
+    ----------
+    config
+        Options.
+    model
+        Architecture; `num_genes` 0 takes the store's vocabulary, padded.
+    bags
+        How bags are made; positions, levels and coordinates follow the model.
+    store
+        Data, or None to initialise and to take a step only.
+    """
+
+    trainable: Sequence[tuple[str, bool]] = ((".*", True),)
+    # The map of coordinates starts at zero where training on spatial data continues a model of cells.
+    new: Sequence[str] = (r"^params/spatial/",)
+    monitor, monitor_mode = "loss", "min"
+
+    def __init__(self, config: MaskedExpressionConfig, model: SCTConfig, bags: BagOptions, store: Store):
+        genes = len(store.vocabulary)
+        if model.num_genes < genes:
+            raise ConfigError(
+                f"the model has {model.num_genes} gene positions, but the store's vocabulary has {genes} "
+                f"genes: set model.num_genes to 0 or to {pad_to_multiple(genes, model.num_downsamples)}."
+            )
+        self.config, self.model_config, self.store = config, model, store
+        self.model = SCT(model)
+        self.vocabulary = store.vocabulary
+        self.bags = dataclasses.replace(
+            bags, num_positions=model.num_genes, num_bins=model.num_bins, spatial=model.use_spatial
+        )
+
+    def init(self, rng: jax.Array) -> Variables:
+        """Initial variables, boxed."""
+        tokens = jnp.zeros((1, 1, self.model_config.num_genes), jnp.uint8)
+        return cast(Variables, self.model.init(rng, tokens))
+
+    def loss(self, variables: Variables, batch: Batch, rng: jax.Array, train: bool) -> tuple[jax.Array, Sums]:
+        """Mean cross-entropy of the levels at masked positions.
+
+        Returns the loss and sums: `loss`, `masked` (count), `confusion` (num_bins, num_bins) with rows the
+        true and columns the predicted level, `overflow`.
+        """
+        tokens = batch["tokens"]
+        num_bins = self.model_config.num_bins
+        mask = self.config.masking(rng, tokens, num_bins) & (batch["weight"] > 0)[:, None, None]
+        inputs = masking.apply(tokens, mask, num_bins)
+        coordinates = batch.get("coordinates")
+        length = tokens.shape[1] * tokens.shape[2]
+        masked, targets = mask.reshape(-1, length), tokens.reshape(-1, length).astype(jnp.int32)
+        overflow = jnp.zeros((), jnp.float32)
+        if self.config.head_budget and train:
+            budget = min(length, max(1, round(self.config.head_budget * length)))
+            positions = jax.vmap(lambda m: jnp.nonzero(m, size=budget, fill_value=length)[0])(masked)
+            taken = positions < length
+            overflow = masked.sum() - taken.sum().astype(jnp.float32)
+            positions = jnp.minimum(positions, length - 1)
+            targets = jnp.take_along_axis(targets, positions, axis=1)
+            logits = self._logits(variables, inputs, coordinates, positions)
+            masked = taken
+        else:
+            logits = self._logits(variables, inputs, coordinates).reshape(*targets.shape, -1)
+        weights = masked.astype(jnp.float32)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        total, count = (losses * weights).sum(), weights.sum()
+        predicted = jnp.argmax(logits[..., :num_bins], axis=-1)
+        cell = jnp.where(masked, targets * num_bins + predicted, num_bins**2)
+        confusion = jnp.bincount(cell.reshape(-1), length=num_bins**2 + 1)[:-1].reshape(num_bins, num_bins)
+        sums = {
+            "loss": total,
+            "masked": count,
+            "confusion": confusion.astype(jnp.float32),
+            "overflow": overflow,
+        }
+        return total / jnp.maximum(count, 1.0), sums
+
+    def summarise(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Mean loss, MCC over the masked expressed genes, accuracy over all masked genes."""
+        confusion, count = np.asarray(sums["confusion"]), max(float(sums["masked"]), 1.0)
+        summary = {
+            "loss": float(sums["loss"]) / count,
+            "mcc_expressed": metrics.matthews_from_confusion(confusion[1:]),
+            "accuracy": float(np.trace(confusion)) / count,
+        }
+        if self.config.head_budget:
+            summary["overflow"] = float(sums["overflow"])
+        return summary
+
+    def dataset(self, split: str) -> BagSource | None:
+        """Bags of a split: random for "train", every cell once otherwise."""
+        studies = self.store.split(split)
+        return BagSource(studies, self.bags, exhaustive=split != "train") if studies else None
+
+    def evaluators(self) -> Sequence[Evaluator]:
+        """Imputation of masked genes beside its baselines, on the test studies, else the validation ones."""
+        from sct.eval.protocols import GeneImputation
+
+        held_out = next((split for split in ("test", "validation") if self.store.split(split)), None)
+        if held_out is None:
+            return ()
+        bags = dataclasses.replace(self.bags, with_counts=True)
+        return (
+            GeneImputation(
+                self._probabilities,
+                train=BagSource(self.store.split("train"), bags, exhaustive=True),
+                held_out=BagSource(self.store.split(held_out), bags, exhaustive=True),
+                split=held_out,
+                ratio=self.config.report_ratio,
+                seeds=self.config.report_seeds,
+            ),
+        )
+
+    def _logits(self, variables: Variables, *inputs: Any) -> jax.Array:
+        return cast(dict[str, jax.Array], self.model.apply(variables, *inputs))["logits"]
+
+    def _probabilities(self, variables: Variables, inputs: Any, coordinates: Any) -> jax.Array:
+        """Probabilities of the levels (B, K, G, num_bins) at every position."""
+        logits = self._logits(variables, inputs, coordinates)
+        return jax.nn.softmax(logits[..., : self.model_config.num_bins], axis=-1)
+
+    def tokens(self, batch: Mapping[str, Any]) -> int:
+        """Gene positions in a batch."""
+        return int(np.prod(batch["tokens"].shape))

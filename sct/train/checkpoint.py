@@ -1,0 +1,130 @@
+"""Checkpoints of a run: Orbax, written in the background, atomic, the last ones and the best one kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from sct.errors import CheckpointError
+from sct.train.state import State
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a run knows beside its arrays.
+
+    Attributes
+    ----------
+    step
+        Updates made.
+    records_drawn
+        State of the loader, see `sct.data.loader`.
+    best, best_step
+        Best value of the watched number so far and the step of it (None before the first).
+    stale
+        Evaluations since the best one.
+    """
+
+    step: int = 0
+    records_drawn: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    stale: int = 0
+
+
+class Checkpoints:
+    """The `checkpoints` folder of a run.
+
+    Parameters
+    ----------
+    folder
+        Where they lie.
+    keep_last
+        Number of the latest ones kept, beside the best one.
+    mode
+        "min" or "max": which value of the watched number is best.
+    """
+
+    def __init__(self, folder: Path, keep_last: int = 2, mode: str = "min"):
+        best = policies.BestN(get_metric_fn=lambda m: m["watched"], reverse=mode == "min", n=1)
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_last), best]),
+                enable_async_checkpointing=True,
+                # A run that was killed while it saved leaves a temporary folder behind.
+                cleanup_tmp_directories=True,
+            ),
+            item_names=("state", "progress"),
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the latest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """Steps of all complete checkpoints."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: State, progress: Progress, watched: float | None) -> None:
+        """Start to save; returns as soon as the arrays are copied."""
+        if progress.step in self._manager.all_steps():
+            return
+        self._manager.save(
+            progress.step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(dataclasses.asdict(progress))
+            ),
+            metrics=None if watched is None else {"watched": watched},
+            force=True,
+        )
+
+    def restore(self, abstract: State, step: int | None = None) -> tuple[State, Progress]:
+        """Load a checkpoint (the latest by default) straight onto the mesh.
+
+        Raises
+        ------
+        CheckpointError
+            There is none, or it is of another model; the message says which parameters differ.
+        """
+        step = self.latest if step is None else step
+        if step is None:
+            raise CheckpointError(f"{self._manager.directory} holds no complete checkpoint.")
+        try:
+            loaded = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()
+                ),
+            )
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            reason = " ".join(str(error).split())[:400]
+            raise CheckpointError(
+                f"checkpoint {self._manager.directory / str(step)} does not fit the configuration: use the "
+                f"configuration it was made with, or another --workdir ({reason})."
+            ) from error
+        return loaded.state, Progress(**loaded.progress)
+
+    def wait(self) -> None:
+        """Wait until what was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finish what is being written and release the folder."""
+        self._manager.close()
+
+
+def as_plain(config: Any) -> Any:
+    """Configuration as JSON can hold it."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {field.name: as_plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, dict):
+        return {key: as_plain(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [as_plain(value) for value in config]
+    return config

@@ -1,0 +1,91 @@
+"""Optimisers and schedules, from optax, with per-parameter rules."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import optax
+
+from sct.errors import ConfigError
+from sct.nn.paths import resolve
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimiser and learning-rate schedule; the defaults are the paper's (appendix B).
+
+    Parameters
+    ----------
+    peak_lr, init_lr, final_lr
+        Learning rate after, before the warm-up, and at the end.
+    warmup_steps
+        Steps of linear warm-up.
+    schedule
+        "cosine", "linear" or "constant" after the warm-up.
+    b1, b2, eps
+        Adam's moments and epsilon.
+    weight_decay
+        Decoupled weight decay (AdamW), for the parameters that `decay_rules` name; 0 is Adam.
+    clip_norm
+        Bound on the global norm of the gradient; 0 for none.
+    decay_rules, lr_rules
+        Tables of (regular expression, bool) and (regular expression, multiplier), see `sct.nn.paths`.
+    """
+
+    peak_lr: float = 1e-4
+    init_lr: float = 5e-5
+    final_lr: float = 0.0
+    warmup_steps: int = 10_000
+    schedule: str = "cosine"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0
+    decay_rules: tuple[tuple[str, bool], ...] = ((r"/(bias|scale|embedding)$", False), (".*", True))
+    lr_rules: tuple[tuple[str, float], ...] = ((".*", 1.0),)
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("cosine", "linear", "constant"):
+            raise ConfigError(f"schedule {self.schedule!r} is not one of cosine, linear, constant.")
+        if self.peak_lr <= 0:
+            raise ConfigError(f"peak_lr is {self.peak_lr}, but it must be positive.")
+
+
+def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Linear warm-up, then the schedule down to `final_lr` at `total_steps`."""
+    warmup = min(config.warmup_steps, total_steps)
+    rest = max(total_steps - warmup, 1)
+    after = {
+        "cosine": lambda: optax.cosine_decay_schedule(
+            config.peak_lr, rest, alpha=config.final_lr / config.peak_lr
+        ),
+        "linear": lambda: optax.linear_schedule(config.peak_lr, config.final_lr, rest),
+        "constant": lambda: optax.constant_schedule(config.peak_lr),
+    }[config.schedule]()
+    if not warmup:
+        return after
+    rise = optax.linear_schedule(config.init_lr, config.peak_lr, warmup)
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def make_optimizer(
+    config: OptimizerConfig, total_steps: int, params: dict[str, jax.Array]
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Optimiser of a flat dict of trained parameters, and its learning-rate schedule."""
+    schedule = learning_rate(config, total_steps)
+    parts = []
+    if config.clip_norm:
+        parts.append(optax.clip_by_global_norm(config.clip_norm))
+    parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
+    if config.weight_decay:
+        decayed = resolve(config.decay_rules, params, "weight-decay")
+        parts.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
+    multipliers = resolve(config.lr_rules, params, "learning-rate")
+    if any(value != 1.0 for value in multipliers.values()):
+        parts.append(
+            optax.stateless(lambda updates, _: {path: multipliers[path] * u for path, u in updates.items()})
+        )
+    parts.append(optax.scale_by_learning_rate(schedule))
+    return optax.chain(*parts), schedule

@@ -1,0 +1,110 @@
+"""Meshes, and the one table from logical axis names to mesh axes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sct.errors import ConfigError
+from sct.nn import axes
+
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
+
+# Logical axis -> mesh axes. A parameter's first axis that a mesh axis divides takes it.
+RULES: tuple[tuple[str, Any], ...] = (
+    (axes.BATCH, ("data", "fsdp")),
+    (axes.LENGTH, "sequence"),
+    (axes.CELL, "sequence"),
+    (axes.GENE, None),
+    (axes.VOCAB, None),
+    (axes.TAPS, None),
+    (axes.GENE_SCALE, None),
+    (axes.CHANNEL_IN, "fsdp"),
+    (axes.CHANNEL, "tensor"),
+    (axes.EMBED, "fsdp"),
+    (axes.HEADS, "tensor"),
+    (axes.HEAD_DIM, None),
+    (axes.MLP, "tensor"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Number of devices along each mesh axis; -1, at most once, takes what is left.
+
+    Parameters
+    ----------
+    data
+        Copies of the model, each with its share of the batch.
+    fsdp
+        Devices that share the batch and the parameters' and optimiser's storage.
+    sequence
+        Devices that share the cells of a bag.
+    tensor
+        Devices that share the channels of a layer.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    sequence: int = 1
+    tensor: int = 1
+
+
+def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
+    """Mesh over all devices with the axes `data`, `fsdp`, `sequence`, `tensor`."""
+    devices = jax.devices() if devices is None else devices
+    shape = [getattr(config, axis) for axis in MESH_AXES]
+    if shape.count(-1) == 1:
+        rest = math.prod(size for size in shape if size != -1)
+        shape[shape.index(-1)] = len(devices) // rest if rest > 0 else 0
+    if min(shape) < 1 or math.prod(shape) != len(devices):
+        raise ConfigError(
+            f"a mesh of {dict(zip(MESH_AXES, shape, strict=True))} does not fit {len(devices)} devices: "
+            "choose sizes whose product is that number, or one of them -1."
+        )
+    return jax.make_mesh(
+        tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Batches are split along their first axis."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """Raise `ConfigError` where a batch cannot be split evenly over the mesh."""
+    share = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % share:
+        raise ConfigError(
+            f"batch_size is {batch_size}, but the mesh splits a batch over {share} devices: use a multiple "
+            f"of {share}, such as --config.train.batch_size={-(-batch_size // share) * share}."
+        )
+
+
+def variable_shardings(boxed: Any, mesh: Mesh) -> Any:
+    """Sharding of each variable from its logical axis names; an axis that does not divide stays whole."""
+    specs = nn.logical_to_mesh(axes.logical_axes(boxed), RULES)
+
+    def place(spec: PartitionSpec, value: Any) -> NamedSharding:
+        kept = []
+        for size, names in zip(value.shape, (*spec, *[None] * len(value.shape)), strict=False):
+            names_tuple = (names,) if isinstance(names, str) else tuple(names or ())
+            parts = int(np.prod([mesh.shape[name] for name in names_tuple]))
+            kept.append(names if parts > 1 and size % parts == 0 else None)
+        return NamedSharding(mesh, PartitionSpec(*kept))
+
+    values = nn.unbox(boxed)
+    return jax.tree.map(place, specs, values, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Make global arrays of this process's share of a batch."""
+    sharding = batch_sharding(mesh)
+    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}

@@ -1,0 +1,151 @@
+"""Training state and the two compiled steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sct.nn.paths import flatten, resolve, unflatten
+from sct.tasks.base import Batch, Sums, Task, Variables
+from sct.train import sharding
+from sct.weights.pretrained import match
+
+
+class State(struct.PyTreeNode):
+    """All that a step changes, and all that a checkpoint of the arrays holds.
+
+    Attributes
+    ----------
+    step
+        int32, updates made.
+    trained, frozen
+        Flat dicts of variables, by the task's `trainable` table; only `trained` has gradients.
+    optimizer
+        State of the optimiser over `trained`.
+    key
+        Raw data of the run's PRNG key; a step's key is this one folded with the step.
+    """
+
+    step: jax.Array
+    trained: dict[str, jax.Array]
+    frozen: dict[str, jax.Array]
+    optimizer: Any
+    key: jax.Array
+
+    @property
+    def variables(self) -> Variables:
+        """Nested variables, trained and frozen together."""
+        return unflatten({**self.frozen, **self.trained})
+
+
+def _split(task: Task, flat: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    trained = resolve(task.trainable, flat, "trainable")
+    return (
+        {path: value for path, value in flat.items() if trained[path]},
+        {path: value for path, value in flat.items() if not trained[path]},
+    )
+
+
+MakeOptimizer = Callable[[dict[str, Any]], optax.GradientTransformation]
+
+
+def init_state(task: Task, make_optimizer: MakeOptimizer, mesh: Mesh, seed: int) -> tuple[State, Any]:
+    """Abstract state (shapes with shardings) and a function that makes the concrete one on the mesh.
+
+    Nothing is allocated until the function is called.
+    """
+    key = jax.random.key(seed)
+    boxed = jax.eval_shape(task.init, key)
+    placed = flatten(sharding.variable_shardings(boxed, mesh))
+    trained_shapes, _ = _split(task, flatten(nn.unbox(boxed)))
+    optimizer = make_optimizer(trained_shapes)
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def make() -> State:
+        init_key, run_key = jax.random.split(key)
+        trained, frozen = _split(task, flatten(nn.unbox(task.init(init_key))))
+        return State(
+            jnp.zeros((), jnp.int32), trained, frozen, optimizer.init(trained), jax.random.key_data(run_key)
+        )
+
+    def place(path: tuple[Any, ...], leaf: Any) -> Any:
+        # A moment of the optimiser lies under its parameter's path and is stored as the parameter is.
+        name = next((str(entry.key) for entry in reversed(path) if hasattr(entry, "key")), "")
+        where = placed.get(name, replicated)
+        where = where if len(where.spec) <= len(leaf.shape) else replicated
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    abstract = jax.tree_util.tree_map_with_path(place, jax.eval_shape(make))
+    compiled = jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))
+    return abstract, compiled
+
+
+def load_into(state: State, arrays: Mapping[str, np.ndarray], new: Sequence[str]) -> State:
+    """Replace the state's variables by loaded ones, placed as they were.
+
+    Paths that match a pattern of `new` may be absent and keep their initial value; any other difference is a
+    `CheckpointError` that lists it.
+    """
+    present = {**state.frozen, **state.trained}
+    match(arrays, present, "the model to start from", new)
+
+    def replaced(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        def place(path: str, value: jax.Array) -> jax.Array:
+            return jax.device_put(arrays[path].astype(value.dtype), value.sharding)
+
+        return {path: place(path, value) if path in arrays else value for path, value in flat.items()}
+
+    return state.replace(trained=replaced(state.trained), frozen=replaced(state.frozen))
+
+
+def make_train_step(
+    task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, abstract: State
+) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array], Sums]]:
+    """Compiled update: (state, batch) -> (state, {loss, gradient_norm}, sums of the task).
+
+    The state is donated: the caller must not use it again.
+    """
+
+    def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array], Sums]:
+        rng = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+
+        def loss_of(trained: dict[str, jax.Array]) -> tuple[jax.Array, Sums]:
+            return task.loss(unflatten({**state.frozen, **trained}), batch, rng, True)
+
+        with mesh, nn.logical_axis_rules(sharding.RULES):
+            (loss, sums), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.trained)
+        updates, moments = optimizer.update(gradient, state.optimizer, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
+        scalars = {"loss": loss, "gradient_norm": optax.global_norm(gradient)}
+        return state.replace(step=state.step + 1, trained=trained, optimizer=moments), scalars, sums
+
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(placed, sharding.batch_sharding(mesh)),
+        out_shardings=(placed, whole, whole),
+    )
+
+
+def make_eval_step(task: Task, mesh: Mesh) -> Callable[[State, Batch, jax.Array], Sums]:
+    """Compiled evaluation: (state, batch, batch number) -> sums of the task.
+
+    Its randomness depends on the batch number alone, so every evaluation of a run asks the same questions.
+    """
+
+    def step(state: State, batch: Batch, number: jax.Array) -> Sums:
+        rng = jax.random.fold_in(jax.random.key(0), number)
+        with mesh, nn.logical_axis_rules(sharding.RULES):
+            return task.loss(state.variables, batch, rng, False)[1]
+
+    return jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))
