@@ -40,9 +40,13 @@ def main(command: str | None = None) -> None:
     if command not in _COMMANDS:
         print(f"error: there is no command {command!r}\n\n{_usage()}", file=sys.stderr)
         sys.exit(2)
+    from absl import flags
+
     module = importlib.import_module(f"sct.commands.{command}")
-    # absl shows the main module's docstring as the help text.
+    # absl's help is the docstring and the flags of the main module.
     sys.modules["__main__"].__doc__ = module.__doc__
+    for flag in flags.FLAGS.get_key_flags_for_module(module):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     run_main(module.main, argv, getattr(module, "prepare", None))
 
 

@@ -50,7 +50,9 @@ class Bar:
         """Advance by `advance` units; `note` is shown beside the bar (keep it short)."""
         self.done += advance
         if self._rich is not None and self._task is not None:
-            self._rich.update(self._task, advance=advance, **({"note": note} if note else {}))
+            self._rich.update(self._task, advance=advance)
+            if note:
+                self._rich.update(self._task, note=note)
             return
         now = time.monotonic()
         if now - self._last >= self._interval or (self.done == self.total and now - self._start > 5):

@@ -8,8 +8,8 @@ again without replaying the run.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from functools import cached_property
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,24 +51,26 @@ def random_bag_rows(
 ) -> np.ndarray:
     """Rows of bag `number` of a study whose cells stand in random order, ascending.
 
-    The cells of an epoch are cut into blocks from a seeded offset; within a block of `shuffle_cells` cells
-    they are dealt to bags at random. With the default of 0 a block is one bag, a contiguous read; a block as
-    large as the study gives every partition of it. Up to `cells_per_bag - 1` cells are left out of an epoch,
-    others in each.
+    The study is a ring that each epoch cuts into blocks from a seeded offset; within a block of
+    `shuffle_cells` cells they are dealt to bags at random. With the default of 0 a block is one bag, a
+    contiguous read (two for the bag that closes the ring); a block as large as the study gives every
+    partition of it. Up to `cells_per_bag - 1` cells are left out of an epoch, others in each.
     """
     number_of_bags = max(1, n_cells // cells_per_bag)
     if not 0 <= number < number_of_bags:
         raise IndexError(f"bag {number} of {number_of_bags}")
-    spare = max(0, n_cells - number_of_bags * cells_per_bag)
-    offset = int(_rng(seed, 1, epoch).integers(spare + 1))
+    if n_cells <= cells_per_bag:
+        return np.arange(n_cells)
+    offset = int(_rng(seed, 1, epoch).integers(n_cells))
     per_block = max(1, min(shuffle_cells, n_cells) // cells_per_bag)
     block, place = divmod(number, per_block)
-    start = offset + block * per_block * cells_per_bag
-    stop = min(start + per_block * cells_per_bag, offset + number_of_bags * cells_per_bag, n_cells)
-    if stop - start <= cells_per_bag:
-        return np.arange(start, stop)
-    order = _rng(seed, 2, epoch, block).permutation(stop - start)
-    return np.sort(start + order[place * cells_per_bag : (place + 1) * cells_per_bag])
+    start = block * per_block * cells_per_bag
+    stop = min(start + per_block * cells_per_bag, number_of_bags * cells_per_bag)
+    order = np.arange(stop - start)
+    if len(order) > cells_per_bag:
+        order = _rng(seed, 2, epoch, block).permutation(order)
+    chosen = order[place * cells_per_bag : (place + 1) * cells_per_bag]
+    return np.sort((offset + start + chosen) % n_cells)
 
 
 def spatial_bag_rows(tree: KDTree, cells_per_bag: int, number: int, epoch: int, seed: int) -> np.ndarray:
@@ -116,20 +118,23 @@ class BagOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.cells_per_bag < 1 or self.num_bins < 2:
+        if self.cells_per_bag < 1 or not 2 <= self.num_bins <= 254:  # tokens are bytes, PAD and MASK included
             raise ConfigError(
-                f"cells_per_bag is {self.cells_per_bag} and num_bins is {self.num_bins}, but at least 1 and "
-                "2 are needed."
+                f"cells_per_bag is {self.cells_per_bag} and num_bins is {self.num_bins}, but at least 1, and "
+                "2 to 254, are needed."
             )
+        if self.seed < 0:
+            raise ConfigError(f"the seed of bags is {self.seed}, but it must be 0 or more.")
 
 
 class BagSource:
     """All bags of one epoch over some studies, addressable by number; picklable, safe for threads.
 
-    `source.bag(number, epoch)` is a dict of arrays: `tokens` uint8 (K, P); `coordinates` float32 (K, 2) with
-    `options.spatial`; `rows` int32 (K,), the cells' rows in their study, -1 for absent ones; with
-    `options.with_counts` also `counts` float32 (K, P), `low`, `high` (K,) and `values` (K, num_bins), see
-    `sct.data.tokenize.Bins`. A study smaller than K fills its bag up with cells of PAD.
+    `source.bag(number, epoch)` is a dict of arrays: `tokens` uint8 (K, P); `rows` int32 (K,), the cells' rows
+    in their study, -1 for absent ones; with `options.spatial` also `coordinates` float32 (K, 2), NaN for
+    cells without a position; with `options.with_counts` also `counts` float32 (K, P), `low`, `high` (K,) and
+    `values` (K, num_bins), see `sct.data.tokenize.Bins`. A study smaller than K fills its bag up with cells
+    of PAD.
 
     Parameters
     ----------
@@ -149,23 +154,34 @@ class BagSource:
         cells = options.cells_per_bag
         counts = [-(-s.n_cells // cells) if exhaustive else max(1, s.n_cells // cells) for s in self.studies]
         self._ends = np.cumsum(counts)
+        self._made: dict[tuple[str, int], Any] = {}
+        self._lock = threading.RLock()
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_trees", "_drops")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_made", "_lock")}
 
-    @cached_property
-    def _trees(self) -> dict[int, KDTree]:
-        return {}
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _made={}, _lock=threading.RLock())
 
-    @cached_property
-    def _drops(self) -> dict[int, np.ndarray]:
-        return {}
+    def _once(self, what: str, index: int, make: Callable[[], Any]) -> Any:
+        """Whatever is made once per study; other threads wait for it."""
+        with self._lock:
+            if (what, index) not in self._made:
+                self._made[what, index] = make()
+            return self._made[what, index]
+
+    def _coordinates(self, index: int) -> np.ndarray:
+        """Rescaled coordinates (N, 2) of a spatial study."""
+        study = self.studies[index]
+        return self._once("coordinates", index, lambda: rescale_coordinates(np.asarray(study.coordinates)))
 
     def locate(self, number: int) -> tuple[int, int]:
         """Study index and bag number within the study."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"bag {number} of {len(self)}")
         study = int(np.searchsorted(self._ends, number, side="right"))
         return study, number - (int(self._ends[study - 1]) if study else 0)
 
@@ -177,11 +193,10 @@ class BagSource:
         if self.exhaustive:
             return study, np.arange(bag * cells, min((bag + 1) * cells, study.n_cells))
         seed = options.seed * 1_000_003 + index
-        if study.coordinates is None:
+        if not study.spatial:
             return study, random_bag_rows(study.n_cells, cells, bag, epoch, seed, options.shuffle_cells)
-        if index not in self._trees:
-            self._trees[index] = KDTree(rescale_coordinates(study.coordinates))
-        return study, spatial_bag_rows(self._trees[index], cells, bag, epoch, seed)
+        tree = self._once("tree", index, lambda: KDTree(self._coordinates(index)))
+        return study, spatial_bag_rows(tree, cells, bag, epoch, seed)
 
     def describe(self, number: int, epoch: int = 0) -> str:
         """Name a bag for a person: study and rows."""
@@ -193,23 +208,23 @@ class BagSource:
         options = self.options
         study, rows = self.rows(number, epoch)
         index, _ = self.locate(number)
-        if index not in self._drops:
-            self._drops[index] = noisy_genes(study.gene_totals, study.n_cells, options.noise_fraction)
+        drop = self._once(
+            "drop", index, lambda: noisy_genes(study.gene_totals, study.n_cells, options.noise_fraction)
+        )
         counts = study.read_rows(rows)
         bins = bin_counts(
             counts,
             num_bins=options.num_bins,
             num_positions=options.num_positions,
-            drop=self._drops[index],
+            drop=drop,
             with_values=options.with_counts,
         )
         bag = {"tokens": bins.tokens, "rows": rows.astype(np.int32)}
-        fill = {"tokens": options.num_bins, "rows": -1}
+        fill = {"tokens": options.num_bins, "rows": -1, "coordinates": np.nan}
         if options.spatial:
             bag["coordinates"] = np.full((len(rows), 2), np.nan, np.float32)
-            fill["coordinates"] = 0
-            if study.coordinates is not None:
-                bag["coordinates"] = rescale_coordinates(study.coordinates)[rows]
+            if study.spatial:
+                bag["coordinates"] = self._coordinates(index)[rows]
         if options.with_counts and bins.values is not None:
             dense = np.zeros(bins.tokens.shape, np.float32)
             dense[:, : counts.shape[1]] = counts.toarray()

@@ -80,12 +80,13 @@ class Loader:
         self.num_threads, self.prefetch = num_threads, prefetch
 
     def _sequence(self) -> grain.MapDataset:
-        """Numbers of records within their epochs, paired with the epoch."""
-        numbers = grain.MapDataset.range(len(self.source))
-        if not self.shuffle:
-            return numbers.map(lambda number: (int(number), 0, 1.0))
-        numbers = numbers.seed(self.seed).shuffle().repeat()
+        """Numbers of records within their epochs, with the epoch and the weight."""
         length = len(self.source)
+        if not self.shuffle:
+            return grain.MapDataset.range(len(self) * self.batch_size).map(
+                lambda index: (min(int(index), length - 1), 0, float(index < length))
+            )
+        numbers = grain.MapDataset.range(length).seed(self.seed).shuffle().repeat()
         return numbers.map_with_index(lambda index, number: (int(number), index // length, 1.0))
 
     def __len__(self) -> int:
@@ -103,19 +104,12 @@ class Loader:
 
     def iterate(self, records_drawn: int = 0) -> BatchIterator:
         """Batches from record `records_drawn` of the sequence on."""
-        sequence = self._sequence()
-        if not self.shuffle:
-            total = len(self) * self.batch_size
-            last = len(self.source) - 1
-            sequence = grain.MapDataset.range(total).map(
-                lambda index: (min(int(index), last), 0, float(index <= last))
-            )
 
         def read(entry: tuple[int, int, float]) -> Batch:
             number, epoch, weight = entry
-            return {**self.source.bag(number, epoch), "weight": np.float32(weight)}
+            return {**self.source.bag(number, epoch), "weight": np.asarray(weight, np.float32)}
 
-        share = sequence[records_drawn + self.process_index :: self.process_count].map(read)
+        share = self._sequence()[records_drawn + self.process_index :: self.process_count].map(read)
         local = self.batch_size // self.process_count
         options = grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=self.prefetch)
         batches = share.to_iter_dataset(options).batch(local, drop_remainder=True)

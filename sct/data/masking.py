@@ -94,9 +94,14 @@ class Masking:
     low, high
         Range of the rate of "drawn"; unexpressed genes take its `unexpressed / expressed` part.
     num_cells
-        Cells masked by "cells".
+        Cells of each bag masked by "cells".
     genes
         Gene positions masked by "genes".
+
+    Raises
+    ------
+    ConfigError
+        A number out of its range, or a rule that could never mask anything.
     """
 
     kind: str = "stratified"
@@ -115,6 +120,10 @@ class Masking:
                 raise ConfigError(f"masking {name} is {getattr(self, name)}, but it must lie in [0, 1].")
         if self.kind == "drawn" and not (self.low < self.high and self.expressed > 0):
             raise ConfigError("masking kind 'drawn' needs low < high and expressed > 0.")
+        if self.kind == "cells" and self.num_cells < 1:
+            raise ConfigError(f"masking num_cells is {self.num_cells}, but it must be at least 1.")
+        if self.kind == "genes" and (not self.genes or min(self.genes) < 0):
+            raise ConfigError("masking kind 'genes' needs gene positions of 0 or more in genes.")
 
     def __call__(self, key: jax.Array, tokens: jax.Array, num_bins: int) -> jax.Array:
         """Mask of tokens (B, K, G)."""
@@ -129,6 +138,10 @@ class Masking:
             case "cells":
                 return whole_cells(key, tokens, self.num_cells, num_bins)
             case "genes":
+                if max(self.genes) >= tokens.shape[-1]:  # a scatter would leave it out without a word
+                    raise ConfigError(
+                        f"masking genes name position {max(self.genes)}, but cells have {tokens.shape[-1]}."
+                    )
                 chosen = jnp.zeros(tokens.shape[-1], bool).at[jnp.asarray(self.genes, jnp.int32)].set(True)
                 return fixed_genes(tokens, chosen, num_bins)
             case _:

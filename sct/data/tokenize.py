@@ -13,6 +13,8 @@ from scipy import sparse
 from sct.errors import DataError
 
 NOISE_FRACTION = 0.003  # sCT paper, section 3: counts per cell below which a gene is noise in a study
+# A count can lie exactly on a border of levels (7 in a cell of 1 to 31). Rounding must not decide its level.
+_BORDER = 1e-9
 
 
 def noisy_genes(gene_totals: np.ndarray, n_cells: int, fraction: float = NOISE_FRACTION) -> np.ndarray:
@@ -47,11 +49,13 @@ class Bins:
 def digitize(log_counts: np.ndarray, low: np.ndarray, high: np.ndarray, num_bins: int) -> np.ndarray:
     """Level 1 .. num_bins - 1 of log1p counts within [low, high]; arguments broadcast.
 
-    Values outside the range take the level of the nearer end; a range of width zero has level 1 only.
+    A value on a border belongs to the level above. Values outside the range take the level of the nearer end;
+    a range of width zero has level 1 only.
     """
     levels = num_bins - 1
-    width = np.maximum(high - low, np.finfo(np.float32).tiny)
-    level = np.floor((log_counts - low) / width * levels)
+    low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
+    width = np.where(high > low, high - low, 1.0)
+    level = np.floor((log_counts - low) / width * levels + _BORDER)
     return (1 + np.where(high > low, np.clip(level, 0, levels - 1), 0)).astype(np.uint8)
 
 
@@ -71,7 +75,7 @@ def bin_counts(
     Parameters
     ----------
     counts
-        Raw counts (K, G), CSR.
+        Raw counts (K, G), CSR; several entries of one position count as their sum.
     num_bins
         Levels, zero included.
     num_positions
@@ -84,28 +88,34 @@ def bin_counts(
     Raises
     ------
     DataError
-        If `num_positions` is smaller than G, or counts are negative.
+        If `num_positions` is smaller than G, or counts are negative or not finite.
     """
     n_cells, n_genes = counts.shape
     num_positions = n_genes if num_positions is None else num_positions
     if num_positions < n_genes:
         raise DataError(f"the cells have {n_genes} genes, but the model has only {num_positions} positions.")
+    if not counts.has_canonical_format:
+        counts = counts.copy()
+        counts.sum_duplicates()
     data = np.asarray(counts.data, dtype=np.float32)
+    if data.size and not (data.min() >= 0 and np.isfinite(data.max())):
+        raise DataError(
+            "counts are negative or not finite, but levels are defined for raw counts: give the raw counts."
+        )
     keep = data != 0
-    if data.size and data.min() < 0:
-        raise DataError("counts are negative, but levels are defined for raw counts: give the raw counts.")
     if drop is not None:
         keep &= ~np.asarray(drop)[counts.indices]
     rows = np.repeat(np.arange(n_cells), np.diff(counts.indptr))[keep]
-    columns, logs = counts.indices[keep], np.log1p(data[keep])
+    columns, logs = counts.indices[keep], np.log1p(data[keep], dtype=np.float64)
 
-    low, high = np.zeros(n_cells, np.float32), np.zeros(n_cells, np.float32)
+    low, high = np.zeros(n_cells), np.zeros(n_cells)
     starts = np.flatnonzero(np.diff(rows, prepend=-1))
     if starts.size:
         low[rows[starts]] = np.minimum.reduceat(logs, starts)
         high[rows[starts]] = np.maximum.reduceat(logs, starts)
     level = digitize(logs, low[rows], high[rows], num_bins)
 
+    low, high = low.astype(np.float32), high.astype(np.float32)
     tokens = np.zeros((n_cells, num_positions), np.uint8)
     tokens[:, n_genes:] = num_bins
     tokens[rows, columns] = level

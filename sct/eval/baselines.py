@@ -47,12 +47,18 @@ class KnnSmoothing:
     neighbours
         k.
     max_cells
-        Training cells searched at most, the first of each study in turn (a study's order is random).
+        Training cells searched at most, the same number of each study: the first ones (the order is random),
+        or evenly spaced ones of a spatial study (whose order follows the plane).
     """
 
     def __init__(self, train: BagSource, neighbours: int = 5, max_cells: int = 5000):
         each = -(-max_cells // len(train.studies))
-        blocks = [study.read(0, min(study.n_cells, each)) for study in train.studies]
+        blocks = [
+            study.read_rows(np.linspace(0, study.n_cells - 1, min(study.n_cells, each)).astype(int))
+            if study.spatial
+            else study.read(0, min(study.n_cells, each))
+            for study in train.studies
+        ]
         self.counts = sparse.vstack(blocks).tocsr()
         self.neighbours = min(neighbours, self.counts.shape[0])
         self._index = NearestNeighbors(n_neighbors=self.neighbours, metric="cosine").fit(
@@ -71,9 +77,14 @@ class KnnSmoothing:
         visible = np.where(mask, 0, counts)[:, :genes]
         query = self._profile(sparse.csr_matrix(visible))
         rows = self._index.kneighbors(query, return_distance=False)
-        means = np.stack([np.asarray(self.counts[row].mean(axis=0)).ravel() for row in rows])
+        starts = np.arange(len(rows) + 1) * self.neighbours
+        share = np.full(rows.size, 1 / self.neighbours)
+        means = (
+            sparse.csr_matrix((share, rows.ravel(), starts), (len(rows), self.counts.shape[0])) @ self.counts
+        ).toarray()
         seen = np.where(mask[:, :genes], 0, means).sum(axis=1)
-        factor = visible.sum(axis=1) / np.maximum(seen, 1e-9)
+        # Neighbours that show none of the visible genes tell nothing about the library size.
+        factor = np.where(seen > 0, visible.sum(axis=1) / np.where(seen > 0, seen, 1), 1)
         out = np.zeros(counts.shape, np.float32)
         out[:, :genes] = means * factor[:, None]
         return out

@@ -130,7 +130,7 @@ class GeneImputation:
             mcc = [metrics.matthews(t, np.concatenate(p)) for t, p in zip(true, levels[row], strict=True)]
             mae = [float(np.concatenate(e).mean()) for e in errors[row]]
             report.add(row.name, "yes" if row.told else "no", mcc, mae)
-            told = "_told" if row.told else ""
-            yield f"{row.name}{told}/mcc", float(np.mean(mcc))
-            yield f"{row.name}{told}/mae", float(np.mean(mae))
+            name = f"{row.name}, told" if row.told else row.name
+            yield f"{name}/mcc", float(np.mean(mcc))
+            yield f"{name}/mae", float(np.mean(mae))
         self.report = report

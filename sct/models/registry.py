@@ -30,7 +30,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     made = {}
     for name, value in values.items():
         default, factory = fields[name].default, fields[name].default_factory
-        if not isinstance(factory, type(dataclasses.MISSING)):
+        if callable(factory):
             default = factory()
         if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
             value = build(type(default), value, f"{where}.{name}")

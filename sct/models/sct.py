@@ -30,6 +30,20 @@ _CHOICES = {
     "remat": ("none", "level"),
     "dtype": ("float32", "bfloat16", "float16"),
 }
+_LEAST = {
+    "num_genes": 1,
+    "num_bins": 2,
+    "token_embed_dim": 1,
+    "embed_dim": 1,
+    "num_downsamples": 1,
+    "num_layers": 0,
+    "num_heads": 1,
+    "ffn_dim": 1,
+    "num_hidden_layers_head": 0,
+    "stem_taps": 1,
+    "conv_taps": 1,
+    "num_scales": 1,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,16 +117,16 @@ class SCTConfig:
         for field, choices in _CHOICES.items():
             if getattr(self, field) not in choices:
                 raise ConfigError(f"{field}={getattr(self, field)!r} is not one of {', '.join(choices)}.")
-        for field in (
-            "num_genes",
-            "num_bins",
-            "embed_dim",
-            "num_heads",
-            "num_downsamples",
-            "token_embed_dim",
-        ):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field} is {getattr(self, field)}, but it must be at least 1.")
+        for field, least in _LEAST.items():
+            if getattr(self, field) < least:
+                raise ConfigError(f"{field} is {getattr(self, field)}, but it must be at least {least}.")
+        if self.num_bins > 254:
+            raise ConfigError(f"num_bins is {self.num_bins}, but tokens are bytes: use at most 254.")
+        if not 0 < self.sigma_min <= self.sigma_max:
+            raise ConfigError(
+                f"sigma_min is {self.sigma_min} and sigma_max is {self.sigma_max}, but 0 < sigma_min <= "
+                "sigma_max is needed."
+            )
         if self.num_genes % 2**self.num_downsamples:
             raise ConfigError(
                 f"num_genes is {self.num_genes}, but {self.num_downsamples} downsamples need a multiple of "
@@ -252,7 +266,7 @@ class SCT(nn.Module):
         self.token_embed = Embed(config.num_bins + 2, config.token_embed_dim, dtype)
         if config.use_spatial:
             # Zero, so that training on spatial data continues exactly where training on cells stopped.
-            self.spatial = Linear(config.token_embed_dim, dtype=jnp.float32, init=axes.zeros)
+            self.spatial = Linear(config.token_embed_dim, dtype=jnp.float32, kernel_init=axes.zeros)
         self.stem = Stem(config)
         self.down = [level(config, filters[i + 1], genes >> i) for i in range(config.num_downsamples)]
         self.transformer = [

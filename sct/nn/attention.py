@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -55,7 +57,7 @@ class SelfAttention(nn.Module):
         mixed = mixed.reshape(batch, length, width)
         return Linear(width, (axes.HEADS, axes.EMBED), dtype=self.dtype, name="out")(mixed)
 
-    def _kernel(self) -> str | None:
+    def _kernel(self) -> Literal["cudnn"] | None:
         # cuDNN's flash attention takes 16-bit inputs only; elsewhere XLA's own form is used.
         flash = jax.default_backend() == "gpu" and jnp.dtype(self.dtype).itemsize == 2
         return "cudnn" if flash else None

@@ -6,11 +6,16 @@ initialisation and memory sums derive from it. `sct.train.sharding` maps the nam
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # Activations.
 BATCH = "batch"
@@ -41,14 +46,67 @@ def param(
     """Declare a float32 parameter of `module` with one logical axis name per dimension."""
     if len(shape) != len(axes):
         raise ValueError(f"parameter {name}: {len(shape)} dimensions but {len(axes)} axis names")
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    # Inside a module the box that carries the names is already opened.
+    value = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    return cast(jax.Array, value)
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Name the axes of an activation; a no-op outside a mesh."""
-    return nn.with_logical_constraint(x, axes)
+Rules = Mapping[str, tuple[str, ...]]
+_active: ContextVar[tuple[Mesh, Rules] | None] = ContextVar("sct_mesh", default=None)
 
 
-def logical_axes(variables: Any) -> Any:
-    """Tree of logical axis names (as `PartitionSpec`) of boxed variables, from `module.init`."""
-    return nn.get_partition_spec(variables)
+@contextmanager
+def on_mesh(mesh: Mesh, rules: Rules) -> Iterator[None]:
+    """Trace what is inside with activations placed on `mesh`, by logical axis name."""
+    token = _active.set((mesh, rules))
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Mesh, rules: Rules) -> PartitionSpec:
+    """Mesh axes of an array with named axes.
+
+    An axis goes to the mesh axes that `rules` give its name, unless an earlier axis of the array has taken
+    one of them or its size is no multiple of their devices; then it stays whole.
+    """
+    taken: set[str] = set()
+    parts: list[tuple[str, ...] | None] = []
+    for size, name in zip(shape, names, strict=True):
+        wanted = tuple(rules.get(name, ())) if name is not None else ()
+        devices = math.prod(mesh.shape[axis] for axis in wanted)
+        fits = devices > 1 and size % devices == 0 and not taken & set(wanted)
+        parts.append(wanted if fits else None)
+        taken |= set(wanted) if fits else set()
+    return PartitionSpec(*parts)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Name the axes of an activation; a no-op outside `on_mesh`."""
+    active = _active.get()
+    if active is None or active[0].size == 1:
+        return x
+    mesh, rules = active
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(x.shape, names, mesh, rules)))
+
+
+def mesh_axes_of(name: str) -> tuple[Mesh, str, int] | None:
+    """Mesh, mesh axis and its number of devices for a logical axis that `on_mesh` splits over several."""
+    active = _active.get()
+    if active is None:
+        return None
+    mesh, rules = active
+    split = [axis for axis in rules.get(name, ()) if mesh.shape[axis] > 1]
+    return (mesh, split[0], mesh.shape[split[0]]) if split else None
+
+
+def shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
+    """Tree of the shardings of boxed variables (from `module.init`), by their logical axis names."""
+
+    def place(leaf: Any) -> NamedSharding:
+        if isinstance(leaf, nn.LogicallyPartitioned):
+            return NamedSharding(mesh, spec(leaf.value.shape, leaf.names, mesh, rules))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree.map(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))

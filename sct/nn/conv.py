@@ -6,44 +6,79 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 
+from sct.errors import ConfigError
 from sct.nn import axes
 
 _DIMENSIONS = ("NWC", "WIO", "NWC")
 
 
-def conv(x: jax.Array, kernel: jax.Array, padding: str | tuple[int, int] = "SAME") -> jax.Array:
-    """Stride-1 convolution of x (B, L, C) with kernel (k, C, F), giving (B, L, F)."""
-    if kernel.shape[0] == 1:
+def conv(x: jax.Array, kernel: jax.Array, padding: tuple[int, int] | None = None) -> jax.Array:
+    """Stride-1 convolution of x (B, L, C) with kernel (k, C, F), giving (B, L, F).
+
+    `padding` is the number of zeros before and after the sequence, k - 1 together; by default "SAME".
+    """
+    taps = kernel.shape[0]
+    if taps == 1:
         return jnp.einsum("blc,cf->blf", x, kernel[0])
-    pads = padding if isinstance(padding, str) else [padding]
-    return lax.conv_general_dilated(x, kernel, (1,), pads, dimension_numbers=_DIMENSIONS)
+    pads = ((taps - 1) // 2, taps // 2) if padding is None else padding
+    split = axes.mesh_axes_of(axes.LENGTH)
+    if split is None or x.shape[1] % split[2]:
+        return lax.conv_general_dilated(x, kernel, (1,), [pads], dimension_numbers=_DIMENSIONS)
+    return _conv_with_halo(x, kernel, pads, *split)
+
+
+def _conv_with_halo(
+    x: jax.Array, kernel: jax.Array, pads: tuple[int, int], mesh: Mesh, axis: str, devices: int
+) -> jax.Array:
+    """Convolution of a sequence that is split over devices: each fetches its neighbours' border positions.
+
+    XLA (jax 0.10 to 0.12) partitions a convolution over length and channels at once to wrong results, so the
+    exchange is written out; the other mesh axes are left to XLA.
+    """
+    before, after = pads
+    if max(pads) > x.shape[1] // devices:
+        raise ConfigError(
+            f"a sequence of {x.shape[1]} positions is too short for {devices} devices along the mesh axis "
+            f"{axis!r}: use fewer of them."
+        )
+
+    def local(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        # Devices at the ends receive zeros, which is the padding.
+        left = lax.ppermute(x[:, x.shape[1] - before :], axis, [(i, i + 1) for i in range(devices - 1)])
+        right = lax.ppermute(x[:, :after], axis, [(i + 1, i) for i in range(devices - 1)])
+        wide = jnp.concatenate([left, x, right], axis=1)
+        return lax.conv_general_dilated(wide, kernel, (1,), "VALID", dimension_numbers=_DIMENSIONS)
+
+    along = PartitionSpec(None, axis)
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(along, PartitionSpec()), out_specs=along, axis_names={axis}
+    )(x, kernel)
 
 
 def conv_transpose_2x(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Transposed convolution of stride 2 and "SAME" padding: (B, L, C) -> (B, 2L, F).
 
-    The map of `lax.conv_transpose(x, kernel, (2,), "SAME")`, written as one stride-1 convolution that
-    computes the even and odd output positions as two groups of channels, then interleaves them. On CPU the
-    gradient of the strided form runs at 3 GFLOP/s; this form has an ordinary convolution's gradient.
+    The map of `lax.conv_transpose(x, kernel, (2,), "SAME")`, written as two stride-1 convolutions, one for
+    the even and one for the odd output positions, that are then interleaved. On CPU the gradient of the
+    strided form runs at 3 GFLOP/s; this form has an ordinary convolution's gradient.
 
     Output position 2m + p sums kernel[j] * x[m + (p + j - a) / 2] over the taps j of matching parity, where
     a is the left padding of the dilated input.
     """
     taps = kernel.shape[0]
     left = -(-taps // 2) if taps > 1 else 0  # left padding of the dilated input under "SAME", stride 2
-    offsets = [[(p + j - left) // 2 for j in range(taps) if (p + j - left) % 2 == 0] for p in (0, 1)]
-    low = min(min(o, default=0) for o in offsets)
-    high = max(max(o, default=0) for o in offsets)
-    zero = jnp.zeros(kernel.shape[1:], kernel.dtype)
     phases = []
     for p in (0, 1):
-        rows = [left - p + 2 * shift for shift in range(low, high + 1)]
-        phases.append(jnp.stack([kernel[j] if 0 <= j < taps else zero for j in rows]))
-    both = jnp.concatenate(phases, axis=-1)  # (taps of one phase, C, 2F)
-    y = conv(x, both, (-low, high))
-    batch, length, _ = x.shape
-    return y.reshape(batch, 2 * length, kernel.shape[2])
+        used = [j for j in range(taps) if (p + j - left) % 2 == 0]
+        if not used:  # a kernel of one tap leaves the odd positions empty
+            phases.append(jnp.zeros((*x.shape[:2], kernel.shape[2]), x.dtype))
+            continue
+        low, high = ((p + j - left) // 2 for j in (used[0], used[-1]))
+        phases.append(conv(x, kernel[used[0] :: 2], (-low, high)))
+    both = jnp.stack(phases, axis=2)
+    return both.reshape(x.shape[0], 2 * x.shape[1], kernel.shape[2])
 
 
 class Conv(nn.Module):
@@ -73,4 +108,9 @@ class Conv(nn.Module):
 def pool_2x(x: jax.Array, kind: str) -> jax.Array:
     """Join neighbouring pairs of positions: (B, L, C) -> (B, L / 2, C), by "avg" or "max"."""
     pairs = x.reshape(x.shape[0], x.shape[1] // 2, 2, x.shape[2])
-    return pairs.mean(axis=2) if kind == "avg" else pairs.max(axis=2)
+    if kind == "avg":
+        return pairs.mean(axis=2)
+    # The gradient of `max` divides by the number of equal values, which is zero where a compiler computes the
+    # input again with other rounding (seen on CPU with low optimisation): a choice has no such quotient.
+    first, second = pairs[:, :, 0], pairs[:, :, 1]
+    return jnp.where(first < second, second, first)

@@ -28,12 +28,12 @@ class Linear(nn.Module):
     kernel_axes: tuple[str, str] = (axes.CHANNEL_IN, axes.CHANNEL)
     use_bias: bool = True
     dtype: jnp.dtype = jnp.float32
-    init: axes.Initializer = axes.kernel_init
+    kernel_init: axes.Initializer = axes.kernel_init
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (..., in) to (..., features)."""
-        kernel = axes.param(self, "kernel", self.init, (x.shape[-1], self.features), self.kernel_axes)
+        kernel = axes.param(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.kernel_axes)
         y = jnp.einsum("...i,io->...o", x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
             bias = axes.param(self, "bias", axes.zeros, (self.features,), self.kernel_axes[1:])
@@ -47,12 +47,12 @@ class Embed(nn.Module):
     num: int
     features: int
     dtype: jnp.dtype = jnp.float32
-    init: axes.Initializer = jax.nn.initializers.normal(stddev=1.0)
+    table_init: axes.Initializer = jax.nn.initializers.normal(stddev=1.0)
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Map integer ids (...) to vectors (..., features)."""
         table = axes.param(
-            self, "embedding", self.init, (self.num, self.features), (axes.VOCAB, axes.CHANNEL)
+            self, "embedding", self.table_init, (self.num, self.features), (axes.VOCAB, axes.CHANNEL)
         )
         return jnp.take(table.astype(self.dtype), ids.astype(jnp.int32), axis=0)

@@ -16,9 +16,10 @@ def spatial_features(
     coordinates
         Positions of cells, rescaled per slide (see `sct.data.bags.rescale_coordinates`).
     num_scales, sigma_min, sigma_max
-        S wavelengths between the two bounds.
+        S scales sigma_s between the two bounds; the wavelength of a scale is 2 pi sigma_s.
     mode
-        "paper": cos and sin of both coordinates, sigma_s geometric between the bounds, 4 S features.
+        "paper": cos and sin of both coordinates, sigma_s geometric between the bounds, 4 S features
+        (per scale cos x, cos y, sin x, sin y).
         "reference": cos of x and sin of y only, with the exponent's s running over
         linspace(sigma_min, sigma_max, S) as in the published checkpoint, 2 S features.
 

@@ -50,7 +50,12 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep_last: int = 2, mode: str = "min"):
-        best = policies.BestN(get_metric_fn=lambda m: m["watched"], reverse=mode == "min", n=1)
+        best = policies.BestN(
+            get_metric_fn=lambda m: m["watched"],
+            reverse=mode == "min",
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
@@ -71,8 +76,10 @@ class Checkpoints:
         """Steps of all complete checkpoints."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: State, progress: Progress, watched: float | None) -> None:
+    def save(self, state: State, progress: Progress) -> None:
         """Start to save; returns as soon as the arrays are copied."""
+        # Only an improvement competes for being kept as the best, so that of equal ones it is the first.
+        best = progress.best_step == progress.step
         if progress.step in self._manager.all_steps():
             return
         self._manager.save(
@@ -80,7 +87,7 @@ class Checkpoints:
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(dataclasses.asdict(progress))
             ),
-            metrics=None if watched is None else {"watched": watched},
+            metrics={"watched": progress.best} if best else None,
             force=True,
         )
 

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,9 @@ def train(
     optimizer, schedule = make_optimizer(optimizer_config, config.steps, abstract.trained)
     train_step, eval_step = make_train_step(task, optimizer, mesh, abstract), make_eval_step(task, mesh)
 
+    resources = ExitStack()  # closed however the run ends: what is being saved is finished first
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep_last, task.monitor_mode)
+    resources.callback(checkpoints.close)
     if checkpoints.latest is None:
         state, now = make_state(), Progress()
         if start is not None:
@@ -164,12 +166,14 @@ def train(
     else:
         state, now = checkpoints.restore(abstract)
     batches = loader.iterate(now.records_drawn)
+    resources.callback(batches.close)
     last = min(config.steps, config.stop_at or config.steps)
     reason = "finished" if last == config.steps else "stop_at"
     if now.stale and now.stale >= (config.patience or math.inf):
         last, reason = now.step, "early stop"
 
     with (
+        resources,
         MetricLog(workdir, now.step, jax.process_index() == 0) as log,
         progress("training", last, done=now.step) as bar,
         _signals() as stop_asked,
@@ -201,23 +205,20 @@ def train(
                 bar.update(0, _note(values, rate))
             bar.update(1)
 
-            watched = None
             if evaluate and validation is not None:
                 summary = _validate(task, eval_step, state, validation, mesh)
                 log.write(now.step, summary, "validation")
-                watched = _watch(task, summary, now)
+                _watch(task, summary[task.monitor], now)
                 _report(bar, now, summary)
             if save:
-                checkpoints.save(state, dataclasses.replace(now), watched)
-            if watched is not None and config.patience and now.stale >= config.patience:
+                checkpoints.save(state, dataclasses.replace(now))
+            if evaluate and config.patience and now.stale >= config.patience:
                 reason = "early stop"
                 break
             if stop:
                 reason = "signal"
                 bar.write(f"asked to stop: saving step {now.step}; run the same command again to go on.")
                 break
-    batches.close()
-    checkpoints.close()
     return Result(state, now, reason)
 
 
@@ -249,15 +250,13 @@ def _validate(task: Task, eval_step: Any, state: State, loader: Loader, mesh: An
     return task.summarise(jax.device_get(total))
 
 
-def _watch(task: Task, summary: dict[str, float], now: Progress) -> float:
+def _watch(task: Task, value: float, now: Progress) -> None:
     """Update best value and patience with a validation's result."""
-    value = summary[task.monitor]
     sign = 1 if task.monitor_mode == "max" else -1
     if now.best is None or sign * value > sign * now.best:
         now.best, now.best_step, now.stale = value, now.step, 0
     else:
         now.stale += 1
-    return value
 
 
 def _note(values: dict[str, float], rate: float) -> str:

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -16,22 +15,17 @@ from sct.nn import axes
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
-# Logical axis -> mesh axes. A parameter's first axis that a mesh axis divides takes it.
-RULES: tuple[tuple[str, Any], ...] = (
-    (axes.BATCH, ("data", "fsdp")),
-    (axes.LENGTH, "sequence"),
-    (axes.CELL, "sequence"),
-    (axes.GENE, None),
-    (axes.VOCAB, None),
-    (axes.TAPS, None),
-    (axes.GENE_SCALE, None),
-    (axes.CHANNEL_IN, "fsdp"),
-    (axes.CHANNEL, "tensor"),
-    (axes.EMBED, "fsdp"),
-    (axes.HEADS, "tensor"),
-    (axes.HEAD_DIM, None),
-    (axes.MLP, "tensor"),
-)
+# Logical axis -> mesh axes; names that are not here stay whole.
+RULES: dict[str, tuple[str, ...]] = {
+    axes.BATCH: ("data", "fsdp"),
+    axes.LENGTH: ("sequence",),
+    axes.CELL: ("sequence",),
+    axes.CHANNEL_IN: ("fsdp",),
+    axes.CHANNEL: ("tensor",),
+    axes.EMBED: ("fsdp",),
+    axes.HEADS: ("tensor",),
+    axes.MLP: ("tensor",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,22 +80,6 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
             f"batch_size is {batch_size}, but the mesh splits a batch over {share} devices: use a multiple "
             f"of {share}, such as --config.train.batch_size={-(-batch_size // share) * share}."
         )
-
-
-def variable_shardings(boxed: Any, mesh: Mesh) -> Any:
-    """Sharding of each variable from its logical axis names; an axis that does not divide stays whole."""
-    specs = nn.logical_to_mesh(axes.logical_axes(boxed), RULES)
-
-    def place(spec: PartitionSpec, value: Any) -> NamedSharding:
-        kept = []
-        for size, names in zip(value.shape, (*spec, *[None] * len(value.shape)), strict=False):
-            names_tuple = (names,) if isinstance(names, str) else tuple(names or ())
-            parts = int(np.prod([mesh.shape[name] for name in names_tuple]))
-            kept.append(names if parts > 1 and size % parts == 0 else None)
-        return NamedSharding(mesh, PartitionSpec(*kept))
-
-    values = nn.unbox(boxed)
-    return jax.tree.map(place, specs, values, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -13,6 +13,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sct.nn import axes
 from sct.nn.paths import flatten, resolve, unflatten
 from sct.tasks.base import Batch, Sums, Task, Variables
 from sct.train import sharding
@@ -64,7 +65,7 @@ def init_state(task: Task, make_optimizer: MakeOptimizer, mesh: Mesh, seed: int)
     """
     key = jax.random.key(seed)
     boxed = jax.eval_shape(task.init, key)
-    placed = flatten(sharding.variable_shardings(boxed, mesh))
+    placed = flatten(axes.shardings(boxed, mesh, sharding.RULES))
     trained_shapes, _ = _split(task, flatten(nn.unbox(boxed)))
     optimizer = make_optimizer(trained_shapes)
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -120,11 +121,11 @@ def make_train_step(
         def loss_of(trained: dict[str, jax.Array]) -> tuple[jax.Array, Sums]:
             return task.loss(unflatten({**state.frozen, **trained}), batch, rng, True)
 
-        with mesh, nn.logical_axis_rules(sharding.RULES):
+        with axes.on_mesh(mesh, sharding.RULES):
             (loss, sums), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.trained)
         updates, moments = optimizer.update(gradient, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, updates)
-        scalars = {"loss": loss, "gradient_norm": optax.global_norm(gradient)}
+        scalars = {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
         return state.replace(step=state.step + 1, trained=trained, optimizer=moments), scalars, sums
 
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -145,7 +146,7 @@ def make_eval_step(task: Task, mesh: Mesh) -> Callable[[State, Batch, jax.Array]
 
     def step(state: State, batch: Batch, number: jax.Array) -> Sums:
         rng = jax.random.fold_in(jax.random.key(0), number)
-        with mesh, nn.logical_axis_rules(sharding.RULES):
+        with axes.on_mesh(mesh, sharding.RULES):
             return task.loss(state.variables, batch, rng, False)[1]
 
     return jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from store_inputs import (
+    VOCABULARY,
+    files_of,
+    leftovers,
+    make_adata,
+    run,
+    three_files,
+    write_as,
+)
+
+from sct.data import ingest_jobs
+from sct.data.ingest import ingest
+from sct.data.ingest_input import ingest_input
+from sct.data.store import Store
+from sct.errors import StoreError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> list[Path]:
+    return three_files(tmp_path / "inputs")
+
+
+def count_jobs(monkeypatch: pytest.MonkeyPatch, fail_on: str = "") -> list[str]:
+    done: list[str] = []
+
+    def counted(root, item, *args, **kwargs):
+        if item.name == fail_on:
+            raise KeyboardInterrupt
+        done.append(item.name)
+        return ingest_input(root, item, *args, **kwargs)
+
+    monkeypatch.setattr(ingest_jobs, "ingest_input", counted)
+    return done
+
+
+def test_an_interrupted_ingest_resumes(
+    three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    count_jobs(monkeypatch, fail_on="b")
+    with pytest.raises(KeyboardInterrupt):
+        run(three, store)
+    with pytest.raises(StoreError, match="interrupted or never run"):
+        Store.open(store)
+    # What a killed process leaves.
+    (store / "studies/.b.partial/X").mkdir(parents=True)
+    (store / "studies/.b.spill").mkdir()
+    done = count_jobs(monkeypatch)
+    report = run(three, store)
+    assert done == ["b", "c"]
+    assert report.kept == ("a",)
+    assert not leftovers(store)
+    run(three, tmp_path / "straight")
+    assert files_of(store) == files_of(tmp_path / "straight")
+
+
+def test_running_again_does_nothing_and_more_inputs_are_added(
+    three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    run(three[:2], store, validation=("b",))
+    before = files_of(store)
+    done = count_jobs(monkeypatch)
+    run(three[:2], store)
+    assert done == []
+    assert files_of(store) == before
+    run(three[2:], store)
+    assert done == ["c"]
+    assert {each.name: each.split for each in Store.open(store).studies} == {
+        "a": "train",
+        "b": "validation",
+        "c": "train",
+    }
+    run(three, store, validation=(), test=("c",))
+    assert done == ["c"]
+    assert {each.name: each.split for each in Store.open(store).studies}["b"] == "train"
+
+
+def test_what_has_changed_is_done_again(
+    three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    run(three, store)
+    write_as(make_adata(50, seed=7), "csr", tmp_path / "inputs", "b")
+    done = count_jobs(monkeypatch)
+    run(three, store)
+    assert done == ["b"]
+    assert Store.open(store).study("b").n_cells == 50
+    (store / "studies/c.zarr/zarr.json").unlink()
+    run(three, store)
+    assert done == ["b", "c"]
+    run(three, store, seed=3)
+    assert done == ["b", "c", "a", "b", "c"]
+
+
+def test_a_store_whose_study_is_being_replaced_does_not_open(
+    three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    run(three, store, test=("c",))
+    write_as(make_adata(50, seed=7), "csr", tmp_path / "inputs", "b")
+    count_jobs(monkeypatch, fail_on="b")
+    with pytest.raises(KeyboardInterrupt):
+        run([three[1]], store)
+    with pytest.raises(StoreError, match="interrupted"):
+        Store.open(store)
+    count_jobs(monkeypatch)
+    run([three[1]], store)
+    assert [(each.name, each.split) for each in Store.open(store).studies] == [
+        ("a", "train"),
+        ("b", "train"),
+        ("c", "test"),
+    ]
+    assert not (store / "manifest.previous.json").exists()
+
+
+def test_studies_of_an_old_study_key_disappear(tmp_path: Path) -> None:
+    path = write_as(make_adata(), "csr", tmp_path)
+    run([path], tmp_path / "store", study_key="batch")
+    run([path], tmp_path / "store")
+    assert [each.name for each in Store.open(tmp_path / "store").studies] == ["sample"]
+    assert sorted(each.name for each in (tmp_path / "store/studies").iterdir()) == [
+        "sample.json",
+        "sample.zarr",
+    ]
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = [{here!r}, {root!r}]
+left = [{number}]
+replace = os.replace
+def kill_at(source, target):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = kill_at
+from store_inputs import run
+from pathlib import Path
+run([Path(each) for each in {inputs!r}], Path({store!r}))
+"""
+
+
+@pytest.mark.parametrize("number", [2, 8])
+def test_a_killed_ingest_leaves_no_store_and_resumes(three: list[Path], tmp_path: Path, number: int) -> None:
+    store = tmp_path / "store"
+    code = KILLED.format(
+        here=str(Path(__file__).parent),
+        root=str(ROOT),
+        number=number,
+        inputs=[str(each) for each in three],
+        store=str(store),
+    )
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    with pytest.raises(StoreError, match="interrupted"):
+        Store.open(store)
+    run(three, store)
+    run(three, tmp_path / "straight")
+    assert files_of(store) == files_of(tmp_path / "straight")
+
+
+def test_one_ingest_at_a_time(three: list[Path], tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    store = tmp_path / "store"
+    run(three[:1], store)
+    lock = os.open(store, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(StoreError, match="another ingest is writing"):
+            run(three, store)
+    finally:
+        os.close(lock)
+    run(three, store)
+
+
+def test_another_vocabulary_needs_another_store(three: list[Path], tmp_path: Path) -> None:
+    run(three[:1], tmp_path / "store")
+    other = VOCABULARY.subset(VOCABULARY.ensembl_ids[:40])
+    with pytest.raises(StoreError, match="choose another output"):
+        ingest(three[:1], tmp_path / "store", vocabulary=other)
+    (tmp_path / "store/manifest.json").unlink()
+    ingest(three[:1], tmp_path / "store", vocabulary=other)
+    assert Store.open(tmp_path / "store").study("a").read(0, 3).shape == (3, 40)

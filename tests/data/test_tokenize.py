@@ -1,0 +1,206 @@
+"""Levels of expression: laws, exact arithmetic as the reference, and the counts that stand for levels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from sct.data.datasets import simulate_atlas
+from sct.data.tokenize import NOISE_FRACTION, bin_counts, digitize, expected_counts, noisy_genes
+from sct.errors import DataError
+
+cells = hnp.arrays(
+    np.int64,
+    hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=12),
+    elements=st.one_of(st.just(0), st.integers(0, 6), st.integers(0, 80)),
+)
+bins = st.integers(2, 8)
+laws = settings(max_examples=60, deadline=None)
+
+
+def tokens_of(counts: np.ndarray, num_bins: int = 5, **options) -> np.ndarray:
+    return bin_counts(sp.csr_matrix(np.asarray(counts, np.float32)), num_bins=num_bins, **options).tokens
+
+
+def exact_level(count: int, low: int, high: int, num_bins: int) -> int:
+    """Level of one integer count by integer arithmetic alone: log1p and its division are never rounded."""
+    if count == 0:
+        return 0
+    if low == high:
+        return 1
+    levels = num_bins - 1
+    passed = [(count + 1) ** levels >= (low + 1) ** (levels - k) * (high + 1) ** k for k in range(1, levels)]
+    return 1 + sum(passed)
+
+
+@laws
+@given(cells, bins)
+def test_levels_are_those_of_exact_arithmetic(counts, num_bins):
+    expected = np.zeros_like(counts)
+    for i, row in enumerate(counts):
+        present = [int(c) for c in row if c > 0]
+        expected[i] = [exact_level(int(c), min(present), max(present), num_bins) if c else 0 for c in row]
+    np.testing.assert_array_equal(tokens_of(counts, num_bins), expected)
+
+
+@pytest.mark.parametrize(
+    ("low", "count", "high", "num_bins", "level"),
+    [(1, 3, 31, 5, 2), (1, 7, 31, 5, 3), (1, 15, 31, 5, 4), (2, 11, 47, 5, 3), (6, 55, 223, 11, 7)],
+)
+def test_a_count_on_a_border_belongs_to_the_level_above(low, count, high, num_bins, level):
+    assert exact_level(count, low, high, num_bins) == level
+    assert tokens_of([[low, count, high, 0]], num_bins)[0, 1] == level
+    assert tokens_of([[low, count - 1, high, 0]], num_bins)[0, 1] == level - 1
+
+
+def test_levels_of_a_study_are_those_of_uniform_edges_on_the_log_scale():
+    counts = simulate_atlas(1, 40, 300, seed=5)[0].X
+    tokens = bin_counts(counts).tokens
+    for row, token in zip(counts.toarray(), tokens, strict=True):
+        logs = np.log1p(row[row > 0].astype(np.float64))
+        edges = np.linspace(logs.min(), logs.max(), 5)
+        expected = np.clip(np.digitize(logs + 1e-9, edges), 1, 4)
+        np.testing.assert_array_equal(token[row > 0], expected)
+    assert len(np.unique(tokens)) == 5
+
+
+@laws
+@given(cells, bins)
+def test_levels_rise_with_counts_from_the_first_to_the_last(counts, num_bins):
+    for row, token in zip(counts, tokens_of(counts, num_bins).astype(int), strict=True):
+        order = np.argsort(row, kind="stable")
+        assert (np.diff(token[order]) >= 0).all()
+        assert (token[row == 0] == 0).all()
+        present = row[row > 0]
+        if present.size:
+            assert (token[row == present.min()] == 1).all()
+            top = num_bins - 1 if present.max() > present.min() else 1
+            assert (token[row == present.max()] == top).all()
+
+
+def test_one_distinct_value_has_level_one_and_an_empty_cell_none():
+    bins_ = bin_counts(sp.csr_matrix([[0, 9, 9, 0], [0, 0, 0, 0], [0, 0, 4, 0]]), with_values=True)
+    np.testing.assert_array_equal(bins_.tokens, [[0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 1, 0]])
+    np.testing.assert_allclose(bins_.low, [np.log(10), 0, np.log(5)], rtol=1e-6)
+    np.testing.assert_array_equal(bins_.low, bins_.high)
+    np.testing.assert_allclose(bins_.values[:, 1:], [[9] * 4, [0] * 4, [4] * 4], rtol=1e-6)
+
+
+@laws
+@given(cells, bins, st.integers(0, 9))
+def test_added_positions_hold_pad_and_nothing_else_does(counts, num_bins, extra):
+    tokens = tokens_of(counts, num_bins, num_positions=counts.shape[1] + extra)
+    assert tokens.dtype == np.uint8
+    assert tokens.shape == (counts.shape[0], counts.shape[1] + extra)
+    assert (tokens[:, counts.shape[1] :] == num_bins).all()
+    assert (tokens[:, : counts.shape[1]] < num_bins).all()
+
+
+@laws
+@given(cells, st.data())
+def test_dropped_genes_are_as_if_never_counted(counts, data):
+    drop = data.draw(hnp.arrays(bool, counts.shape[1]))
+    tokens = tokens_of(counts, drop=drop)
+    assert (tokens[:, drop] == 0).all()
+    np.testing.assert_array_equal(tokens, tokens_of(np.where(drop, 0, counts)))
+
+
+@laws
+@given(cells, st.randoms(use_true_random=False))
+def test_a_cell_does_not_depend_on_the_other_cells(counts, random):
+    order = list(range(len(counts)))
+    random.shuffle(order)
+    together = bin_counts(sp.csr_matrix(counts.astype(np.float32)), with_values=True)
+    permuted = bin_counts(sp.csr_matrix(counts[order].astype(np.float32)), with_values=True)
+    for field in ("tokens", "low", "high", "values"):
+        np.testing.assert_array_equal(getattr(together, field)[order], getattr(permuted, field))
+    np.testing.assert_array_equal(tokens_of(counts[:1]), together.tokens[:1])
+
+
+def test_zeros_and_duplicates_in_the_matrix_do_not_matter():
+    plain = sp.csr_matrix([[0, 5, 2, 0], [1, 0, 0, 9]], dtype=np.float32)
+    data = np.array([2, 0, 2, 3, 9, 1, 0], np.float32)
+    columns = np.array([2, 0, 1, 1, 3, 0, 1])
+    odd = sp.csr_matrix((data, columns, [0, 4, 7]), shape=(2, 4))
+    before = odd.nnz
+    np.testing.assert_array_equal(bin_counts(odd).tokens, bin_counts(plain).tokens)
+    assert odd.nnz == before, "the input was changed"
+
+
+def test_wrong_input_is_refused():
+    for bad in (-1.0, np.nan, np.inf):
+        with pytest.raises(DataError, match=r"negative or not finite.*give the raw counts\.$"):
+            tokens_of([[1.0, bad]])
+    with pytest.raises(DataError, match="2 genes, but the model has only 1 positions"):
+        tokens_of([[1.0, 2.0]], num_positions=1)
+
+
+@laws
+@given(cells, bins)
+def test_values_of_levels_are_medians_or_middles(counts, num_bins):
+    got = bin_counts(sp.csr_matrix(counts.astype(np.float32)), num_bins=num_bins, with_values=True)
+    for i, row in enumerate(counts):
+        logs = np.log1p(row[row > 0])
+        low, high = (logs.min(), logs.max()) if logs.size else (0.0, 0.0)
+        step = (high - low) / (num_bins - 1)
+        for level in range(num_bins):
+            inside = row[got.tokens[i] == level]
+            if level == 0:
+                expected = 0.0
+            elif inside.size:
+                expected = np.median(inside)
+            else:
+                expected = np.expm1(low + (level - 0.5) * step)
+            np.testing.assert_allclose(got.values[i, level], expected, rtol=2e-5, atol=1e-6)
+        assert (np.diff(got.values[i].astype(np.float64)) >= -1e-4).all()
+
+
+@laws
+@given(cells, st.data())
+def test_expected_counts_lie_between_the_values(counts, data):
+    values = bin_counts(sp.csr_matrix(counts.astype(np.float32)), with_values=True).values
+    weights = data.draw(hnp.arrays(np.float64, (len(counts), 5), elements=st.floats(0.01, 1)))
+    expected = expected_counts(weights / weights.sum(axis=1, keepdims=True), values)
+    assert expected.shape == (len(counts),)
+    assert (expected >= values.min(axis=1) - 1e-4).all()
+    assert (expected <= values.max(axis=1) + 1e-4).all()
+    for level in range(5):
+        np.testing.assert_array_equal(
+            expected_counts(np.eye(5)[[level] * len(counts)], values), values[:, level]
+        )
+
+
+def test_a_gene_is_noise_below_exactly_three_counts_in_a_thousand_cells():
+    assert NOISE_FRACTION == 0.003
+    for thousands in range(1, 300):
+        totals = np.array([0, 3 * thousands - 1, 3 * thousands, 3 * thousands + 1])
+        np.testing.assert_array_equal(noisy_genes(totals, 1000 * thousands), [True, True, False, False])
+    np.testing.assert_array_equal(noisy_genes(np.array([0, 1]), 10), [True, False])
+    assert not noisy_genes(np.array([0.0]), 10, fraction=0).any()
+
+
+@laws
+@given(hnp.arrays(np.float64, 7, elements=st.floats(0, 12)), st.floats(0, 6), st.floats(0, 6), bins)
+def test_digitize_clips_to_the_range_and_rises(logs, low, width, num_bins):
+    logs = np.sort(logs)
+    level = digitize(logs, np.float64(low), np.float64(low + width), num_bins).astype(int)
+    assert level.min() >= 1
+    assert level.max() <= num_bins - 1
+    assert (np.diff(level) >= 0).all()
+    assert (level[logs <= low] == 1).all()
+    if low + width > low:
+        assert (level[logs >= low + width] == num_bins - 1).all()
+    else:
+        assert (level == 1).all()
+
+
+def test_many_levels_fit_into_a_byte():
+    counts = np.arange(2000)[None]
+    tokens = tokens_of(counts, 254, num_positions=2001)
+    assert tokens[0, -1] == 254
+    assert tokens[0, -2] == 253
+    assert (np.diff(tokens[0, :-1].astype(int)) >= 0).all()

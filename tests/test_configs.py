@@ -1,0 +1,207 @@
+"""Every file of configs/ and every variant: it builds, it trains abstractly, and mistakes are explained."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from sct.data.bags import BagSource
+from sct.data.datasets import simulate_atlas
+from sct.data.genes import GeneVocabulary
+from sct.data.ingest import IngestOptions, ingest
+from sct.data.store import Store
+from sct.errors import ConfigError
+from sct.models import registry
+from sct.tasks.masked_expression import MaskedExpression, MaskedExpressionConfig
+from sct.train import sharding
+from sct.train.experiment import DataConfig, make_task
+from sct.train.loop import TrainConfig
+from sct.train.optim import OptimizerConfig, make_optimizer
+from sct.train.state import State, init_state, make_eval_step, make_train_step
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"configs_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+FILES = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+CASES = [(path, variant) for path in FILES for variant in load(path).VARIANTS]
+every_config = pytest.mark.parametrize(
+    ("path", "variant"), CASES, ids=[f"{path.stem}:{variant}" for path, variant in CASES]
+)
+
+
+def values(path: Path, variant: str) -> dict[str, Any]:
+    return load(path).get_config(variant).to_dict()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    """Simulated spots over 300 of the human genes: every config must train on any store."""
+    spots = simulate_atlas(2, 60, 300, spatial=True)
+    inputs = [(adata.uns["study"], adata) for adata in spots]
+    folder = tmp_path_factory.mktemp("stores") / "spots"
+    genes = GeneVocabulary.human().subset(spots[0].var_names)
+    ingest(inputs, folder, vocabulary=genes, options=IngestOptions(validation=(inputs[1][0],)))
+    return Store.open(folder)
+
+
+def test_configs_are_found():
+    assert FILES
+    for path in FILES:
+        assert "" in load(path).VARIANTS
+        assert load(path).__doc__
+
+
+@every_config
+def test_every_section_builds(path, variant):
+    config = values(path, variant)
+    model = registry.model_config(config["family"], {**config["model"], "num_genes": 19_968})
+    assert model.num_genes == 19_968
+    data = registry.build(DataConfig, config["data"], "data")
+    registry.build(MaskedExpressionConfig, config["objective"], "objective")
+    registry.build(OptimizerConfig, config["optimizer"], "optimizer")
+    train = registry.build(
+        TrainConfig, {**config["train"], "steps": max(config["train"]["steps"], 1)}, "train"
+    )
+    assert train.checkpoint_every % train.log_every == 0
+    # One of them says how long training is.
+    assert (config["train"]["steps"] > 0) != (data.tokens > 0)
+
+
+@every_config
+def test_a_config_is_plain_and_made_anew(path, variant):
+    first, second = load(path).get_config(variant), load(path).get_config(variant)
+    assert first.to_dict() == second.to_dict()
+    first.train.seed += 1
+    assert second.train.seed == first.train.seed - 1
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_field_and_variant_of_the_docstring_exists(path):
+    module = load(path)
+    flags = re.findall(r"--config\.([\w.]+)=", module.__doc__)
+    assert flags
+    for flag in flags:
+        node = module.get_config("").to_dict()
+        for name in flag.split("."):
+            assert name in node, flag
+            node = node[name]
+    commands = re.findall(r"--config=(\S+?\.py)(?::(\w+))?(?:\s|$)", module.__doc__)
+    assert {variant for _, variant in commands} == set(module.VARIANTS)
+    assert {file for file, _ in commands} == {path.relative_to(ROOT).as_posix()}
+
+
+@every_config
+def test_one_abstract_step(path, variant, store):
+    config = values(path, variant)
+    task, _ = make_task(config, store)
+    options = registry.build(TrainConfig, {**config["train"], "steps": 100}, "train")
+    optimizer_config = registry.build(OptimizerConfig, config["optimizer"], "optimizer")
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    abstract, _ = init_state(task, lambda p: make_optimizer(optimizer_config, 100, p)[0], mesh, options.seed)
+    optimizer, _ = make_optimizer(optimizer_config, 100, abstract.trained)
+    batch = abstract_batch(task.dataset("train"), options.batch_size)
+    state, scalars, sums = make_train_step(task, optimizer, mesh, abstract).eval_shape(abstract, batch)
+    assert isinstance(state, State)
+    assert jax.tree.map(shape_of, state) == jax.tree.map(shape_of, abstract)
+    assert {name: shape_of(value)[0] for name, value in scalars.items()} == {"loss": (), "gradient_norm": ()}
+    number = jax.ShapeDtypeStruct((), np.int32)
+    evaluated = make_eval_step(task, mesh).eval_shape(state, batch, number)
+    assert jax.tree.map(shape_of, evaluated) == jax.tree.map(shape_of, sums)
+
+
+def shape_of(leaf: Any) -> tuple[tuple[int, ...], str]:
+    return tuple(leaf.shape), str(leaf.dtype)
+
+
+def abstract_batch(source: BagSource, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch of bags; the weight of a record is what a loader adds."""
+    bag = {**source.bag(0), "weight": np.float32(1)}
+    return {key: jax.ShapeDtypeStruct((size, *np.shape(v)), np.asarray(v).dtype) for key, v in bag.items()}
+
+
+def test_the_full_model_has_the_published_number_of_parameters():
+    config = values(ROOT / "configs" / "sct_sc.py", "")
+    model_config, model = registry.MODELS["sct"]
+    made = model(registry.build(model_config, {**config["model"], "num_genes": 19_968}, "model"))
+    shapes = jax.eval_shape(made.init, jax.random.key(0), np.zeros((1, 1, 19_968), np.uint8))
+    assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes)) == 79_204_163
+
+
+@every_config
+def test_unknown_fields_are_named(path, variant, store):
+    for section in ("model", "data", "objective", "train"):
+        config = values(path, variant)
+        config[section]["no_such_field"] = 1
+        with pytest.raises(ConfigError, match="no_such_field") as caught:  # noqa: PT012
+            make_task(config, store)
+            registry.build(TrainConfig, config["train"], "train")
+        assert section in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_model_too_small_for_the_vocabulary_is_refused(store):
+    config = values(ROOT / "configs" / "sct_sc.py", "quickstart")
+    config["model"]["num_genes"] = 288
+    with pytest.raises(ConfigError, match="num_genes"):
+        make_task(config, store)
+    config["model"]["num_genes"] = 304
+    assert isinstance(make_task(config, store)[0], MaskedExpression)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_an_unknown_variant_is_refused(path):
+    with pytest.raises(ValueError, match="no_such_variant"):
+        load(path).get_config("no_such_variant")
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "launch.train", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config=configs/sct_sc.py"], ["data.store", "launch.ingest"]),
+        (["--config=configs/sct_sc.py", "--config.data.store=no/such/store"], ["no/such/store"]),
+        (["--config=configs/sct_sc.py:no_such_variant"], ["no_such_variant", "quickstart"]),
+        (["--config=configs/sct_sc.py:quickstart", "--config.train.no_such_field=1"], ["no_such_field"]),
+        (["--config=configs/sct_sc.py:quickstart", "--config.train.steps=many"], ["train.steps", "many"]),
+        (["--config=no_such_config"], ["no_such_config", "sct_sc"]),
+        (["--config=configs/sct_sc.py:quickstart", "stray"], ["stray"]),
+    ],
+    ids=["no store", "missing store", "variant", "field", "type", "file", "stray word"],
+)
+def test_a_mistake_on_the_command_line_is_one_sentence(tmp_path, arguments, words):
+    workdir = tmp_path / "run"
+    done = launch(*arguments, f"--workdir={workdir}")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    message = done.stderr.strip()
+    assert all(word in message for word in words), message
+    assert len(message.splitlines()) <= 2, message
+    assert not workdir.exists()

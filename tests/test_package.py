@@ -1,0 +1,414 @@
+"""The package as a whole: which part may import which, what `import sct` costs, what the wheel holds."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+import zipfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "sct"
+
+_BELOW_TRAIN = {"tasks", "weights", "eval", "eval.metrics", "models", "data", "nn", "errors", "progress"}
+_ALL = _BELOW_TRAIN | {"train", "pp", "tl", "pl", "commands", "cli", "sct"}
+# Part of the package -> parts that it may import. "sct" is the root, which others read for its version.
+ALLOWED: dict[str, set[str]] = {
+    "sct": set(),
+    "errors": set(),
+    "progress": set(),
+    "nn": {"nn", "errors"},
+    "models": {"models", "nn", "errors"},
+    "data": {"data", "errors", "progress"},
+    "eval.metrics": set(),
+    "eval": {"eval", "eval.metrics", "data", "progress", "errors"},
+    "tasks": {"tasks", "data", "models", "eval", "eval.metrics", "nn", "errors"},
+    "weights": {"weights", "models", "nn", "data.genes", "errors", "sct"},
+    "train": {"train", "sct"} | _BELOW_TRAIN,
+    **{part: _ALL - {"train", "commands", "cli"} for part in ("pp", "tl", "pl")},
+    **dict.fromkeys(("commands", "cli"), _ALL),
+}
+# Never needed to import the package: each is loaded where a function cannot do without it.
+OPTIONAL = {
+    "torch", "transformers", "scanpy", "cellxgene_census", "huggingface_hub", "matplotlib", "igraph",
+    "leidenalg", "umap", "scib_metrics", "ot", "decoupler", "tokenizers", "sentencepiece", "sacrebleu",
+    "rouge_score",
+}  # fmt: skip
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py")) if "configs" not in path.parts}
+
+
+def part_of(module: str) -> str:
+    """Row of `ALLOWED` that a module of ours belongs to."""
+    below = module.split(".")[1:]
+    if below[:2] == ["eval", "metrics"]:
+        return "eval.metrics"
+    return below[0] if below else "sct"
+
+
+def imported(tree: ast.AST, module: str, is_package: bool = False) -> Iterator[tuple[str, int]]:
+    """Every absolute name that a module imports, anywhere in it, with the line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")[: len(module.split(".")) - node.level + is_package]
+                base = ".".join([*parents, *([node.module] if node.module else [])])
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                # `from sct.data import masking` names a module, `from sct.data.masking import x` does not.
+                yield (full if full in MODULES else base), node.lineno
+
+
+def violations(source: str, module: str, is_package: bool = False) -> list[str]:
+    """Imports of a module that the table does not allow, and uses of the root beyond its version."""
+    tree, part = ast.parse(source), part_of(module)
+    found = []
+    for name, line in imported(tree, module, is_package):
+        top = name.split(".")[0]
+        if top == "launch":
+            found.append(f"{module}:{line} imports {name}")
+        elif top == "sct":
+            allowed = ALLOWED[part]
+            if part_of(name) not in allowed and name.removeprefix("sct.") not in allowed:
+                found.append(f"{module}:{line} imports {name}")
+    if part in ("pp", "tl", "pl", "commands", "cli"):
+        return found
+    # The root loads its parts lazily, so `sct.Store` would be an import that the table does not see.
+    return found + [
+        f"{module}:{node.lineno} uses sct.{node.attr}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "sct"
+        and node.attr != "__version__"
+        and f"sct.{node.attr}" not in {name for name, _ in imported(tree, module, is_package)}
+    ]
+
+
+def at_import(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Top-level names of what is imported when a module is: not in functions, not for type checkers."""
+    todo: list[ast.AST] = list(tree.body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            yield from ((alias.name.split(".")[0], node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield (node.module or "").split(".")[0], node.lineno
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            todo += node.orelse
+        else:
+            todo += ast.iter_child_nodes(node)
+
+
+def run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that knows nothing of the checkout and is not told about accelerators."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "JAX_", "XLA_"))}
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env={**inherited, "JAX_PLATFORMS": "cpu", "COLUMNS": "120", **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def test_every_part_of_the_package_has_a_row():
+    assert {part_of(module) for module in MODULES} <= set(ALLOWED)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way(module):
+    path = MODULES[module]
+    assert violations(path.read_text(), module, path.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("sct.nn.linear", "from sct.models import sct"),
+        ("sct.nn.linear", "def f():\n    import sct.data.genes"),
+        ("sct.data.store", "from ..models.sct import SCTConfig"),
+        ("sct.data.store", "import sct\nsct.Store"),
+        ("sct.models.sct", "from sct.data import genes"),
+        ("sct.eval.metrics", "from sct.errors import DataError"),
+        ("sct.weights.pretrained", "from sct.data.store import Store"),
+        ("sct.tasks.base", "from sct.train.loop import train"),
+        ("sct.train.loop", "from sct.cli import main"),
+        ("sct.tl", "from sct.train.loop import train"),
+        ("sct.commands.train", "import launch.train"),
+    ],
+)
+def test_a_forbidden_import_is_seen(module, source):
+    assert violations(source, module)
+
+
+def test_configs_import_ml_collections_only():
+    for path in (ROOT / "configs").glob("*.py"):
+        names = {name.split(".")[0] for name, _ in imported(ast.parse(path.read_text()), path.stem)}
+        assert names <= {"ml_collections", "__future__"}, path.name
+
+
+def test_what_is_imported_at_once_is_a_core_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[^\w.-]", line)[0].replace("-", "_").lower() for line in project["dependencies"]}
+    # absl-py's module is absl, scikit-learn's is sklearn: a module belongs to its distribution.
+    distributions = metadata.packages_distributions()
+    for module, path in MODULES.items():
+        for name, line in at_import(ast.parse(path.read_text())):
+            if name in sys.stdlib_module_names or name == "sct":
+                continue
+            assert name not in OPTIONAL, f"{module}:{line} imports {name} at module level"
+            owners = {owner.replace("-", "_").lower() for owner in distributions.get(name, [name])}
+            assert owners & declared, f"{module}:{line} imports {name}, which is not declared"
+
+
+IMPORT = """
+import json, sys, time
+before = set(sys.modules)
+start = time.perf_counter()
+import sct
+seconds = time.perf_counter() - start
+print(json.dumps([seconds, sorted({name.split(".")[0] for name in set(sys.modules) - before})]))
+"""
+
+
+def test_import_is_cheap():
+    results = [json.loads(run(sys.executable, "-c", IMPORT, cwd=ROOT).stdout) for _ in range(3)]
+    assert min(seconds for seconds, _ in results) < 1.0
+    # Nothing but the standard library: neither JAX nor scanpy, anndata, pandas, numpy.
+    assert set(results[0][1]) - set(sys.stdlib_module_names) == {"sct"}
+
+
+START = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+print("imported")
+import jax
+jax.devices()
+"""
+
+
+def test_no_module_starts_a_jax_backend():
+    # Commands define flags and run one to a process; the installed ones are run below.
+    names = [name for name in MODULES if not name.startswith("sct.commands.")]
+    # With a platform that does not exist, whatever starts a backend fails: here that is the last line alone.
+    done = run(sys.executable, "-c", START, *names, cwd=ROOT, JAX_PLATFORMS="no_such_platform")
+    assert done.stdout.strip() == "imported", done.stderr
+    assert "no_such_platform" in done.stderr
+
+
+def test_public_names_resolve():
+    import sct
+
+    for name in sct.__all__:
+        assert getattr(sct, name) is not None
+    assert set(sct.__all__) <= set(dir(sct))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = sct.no_such_name
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_public_functions_and_classes_have_docstrings(module):
+    tree = ast.parse(MODULES[module].read_text())
+    assert ast.get_docstring(tree), module
+    bare = [
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and not node.name.startswith("_")
+        and not ast.get_docstring(node)
+    ]
+    assert bare == []
+
+
+def tracked_files() -> list[Path]:
+    """Files of the repository, those included that are not committed yet."""
+    git = shutil.which("git")
+    if git and (ROOT / ".git").exists():
+        listed = run(git, "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout
+        return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+    folders = ("sct", "configs", "launch", "tests", "tools", "docs", "constraints", ".ci")
+    inside = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    return [path for path in [*ROOT.glob("*"), *inside] if path.is_file() and "__pycache__" not in path.parts]
+
+
+MACHINE = re.compile(
+    r"(?<![\w./~}])/(?:home|root|Users|work|opt|tmp|mnt)/[\w.]"
+    r"|file:///|pypi\.org|pythonhosted|--(?:extra-)?index-url|--find-links|\b(?:10|192\.168)\.\d+\.\d+\.\d+"
+)
+
+
+def test_no_file_names_a_machine_or_a_registry():
+    files = tracked_files()
+    assert ROOT / "pyproject.toml" in files
+    found = []
+    for path in files:
+        content = path.read_bytes()
+        if path == Path(__file__).resolve() or b"\0" in content[:1024]:
+            continue
+        for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
+            if MACHINE.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}")
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["see /home/me/data", 'open("/tmp/x")', "--index-url https://host", "file:///opt/x", "http://10.1.2.3"],
+)
+def test_a_machine_path_is_seen(line):
+    assert MACHINE.search(line)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "constraints").glob("*.txt")), ids=lambda path: path.stem)
+def test_constraints_are_names_and_versions(path):
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][\w.]*", line) for line in lines)
+    names = [line.split("==")[0] for line in lines]
+    assert names == sorted(set(names))
+    assert {"jax", "jaxlib", "flax", "anndata", "scanpy", "pytest"} <= set(names)
+
+
+def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
+    pytest.importorskip("scanpy", reason="the real cells come with scanpy: make install brings it")
+    from sct.data.bundled import prepare
+
+    prepare("pbmc68k", tmp_path / "runs" / "quickstart" / "store")
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["cells"].shape == (700, 765)
+    assert names["counts"].shape == (64, 738)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    pytest.importorskip("build", reason="the wheel needs the package `build`: make install brings it")
+    pytest.importorskip("hatchling", reason="the wheel needs the package `hatchling`: make install brings it")
+    out = tmp_path_factory.mktemp("dist")
+    made = run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, ROOT, cwd=out)
+    assert made.returncode == 0, made.stdout + made.stderr
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """Virtual environment with the wheel, whose dependencies are those of the running interpreter."""
+    folder = tmp_path_factory.mktemp("installed") / "venv"
+    venv.create(folder, with_pip=True, symlinks=True)
+    python = folder / "bin" / "python"
+    done = run(python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    paths = dict.fromkeys(sysconfig.get_paths()[key] for key in ("purelib", "platlib"))
+    purelib = run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])", cwd=folder)
+    # A folder that a .pth file adds comes after the wheel's, and its own .pth files (an editable checkout's)
+    # are not followed.
+    Path(purelib.stdout.strip(), "dependencies.pth").write_text("\n".join(paths) + "\n")
+    return folder / "bin"
+
+
+def test_wheel_holds_what_it_needs_and_no_more(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for path in [*MODULES.values(), *(PACKAGE / "data" / "assets").iterdir(), PACKAGE / "py.typed"]:
+        assert path.relative_to(ROOT).as_posix() in names
+    for path in (ROOT / "configs").glob("*.py"):
+        assert f"sct/configs/{path.name}" in names
+    assert {name.split("/")[0] for name in names} == {"sct", f"{wheel.name.split('-py3')[0]}.dist-info"}
+    assert not [name for name in names if re.search(r"test|__pycache__|\.pyc$", name)]
+    assert [name for name in names if name.endswith("licenses/LICENSE")]
+
+
+def test_installed_package_is_the_wheels(installed, tmp_path):
+    code = "import sct; print(sct.__file__, len(sct.GeneVocabulary.human()))"
+    shown = run(installed / "python", "-P", "-c", code, cwd=tmp_path).stdout.split()
+    assert Path(shown[0]).is_relative_to(installed.parent)
+    assert int(shown[1]) > 19_000
+
+
+def test_installed_command_explains_itself(installed, tmp_path):
+    shown = run(installed / "sct", "--help", cwd=tmp_path)
+    assert shown.returncode == 0
+    assert "train" in shown.stdout
+    assert "ingest" in shown.stdout
+    assert run(installed / "sct", "--version", cwd=tmp_path).stdout.strip() == metadata_version()
+    wrong = run(installed / "sct", "trian", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "trian" in wrong.stderr
+
+
+def metadata_version() -> str:
+    return importlib.import_module("sct").__version__
+
+
+@pytest.mark.parametrize(("command", "flag"), [("train", "--workdir"), ("ingest", "--output")])
+def test_installed_commands_list_their_flags(installed, tmp_path, command, flag):
+    shown = run(installed / "sct", command, "--help", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert shown.stdout.count(flag) > importlib.import_module(f"sct.commands.{command}").__doc__.count(flag)
+
+
+def test_installed_command_trains(installed, tmp_path):
+    pytest.importorskip("scanpy", reason="the real cells come with scanpy: make install brings it")
+    small = {
+        "model.embed_dim": 32, "model.num_heads": 2, "model.ffn_dim": 32, "model.num_layers": 1,
+        "model.num_downsamples": 1, "data.cells_per_bag": 2, "train.batch_size": 1, "train.steps": 2,
+        "objective.report_seeds": 1,
+    }  # fmt: skip
+    done = run(
+        installed / "sct",
+        "train",
+        "--config=sct_sc:quickstart",
+        *[f"--config.{name}={value}" for name, value in small.items()],
+        f"--workdir={tmp_path / 'run'}",
+        "--compilation_cache=",
+        cwd=tmp_path,
+        HOME=str(tmp_path),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    assert str(tmp_path / "run") in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_full_install_from_the_index(wheel, tmp_path):
+    venv.create(tmp_path / "venv", with_pip=True, symlinks=True)
+    constraints = ROOT / "constraints" / "py{}{}.txt".format(*sys.version_info[:2])
+    limits = ["-c", constraints] if constraints.is_file() else []
+    python = tmp_path / "venv" / "bin" / "python"
+    done = run(python, "-m", "pip", "install", "-q", *limits, f"sct[cells] @ {wheel.as_uri()}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    checked = run(python, "-m", "pip", "check", cwd=tmp_path)
+    assert checked.returncode == 0, checked.stdout
+    code = "import sct; print(sct.datasets.pbmc68k().shape)"
+    assert run(python, "-P", "-c", code, cwd=tmp_path).stdout.strip() == "(700, 765)"

@@ -1,0 +1,55 @@
+"""A small store and a small configuration with which a run takes seconds."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sct.data.datasets import simulate_atlas
+from sct.data.genes import GeneVocabulary
+from sct.data.ingest import IngestOptions, ingest
+
+CONFIG: dict[str, Any] = {
+    "family": "sct",
+    "task": "masked_expression",
+    "model": {
+        "num_genes": 0, "token_embed_dim": 32, "embed_dim": 32, "num_downsamples": 3, "num_layers": 1,
+        "num_heads": 2, "ffn_dim": 32,
+    },
+    "data": {"cells_per_bag": 4, "shuffle_cells": 64},
+    "objective": {"report_seeds": 1},
+    "optimizer": {"peak_lr": 1e-3, "init_lr": 1e-4, "warmup_steps": 5},
+    "train": {"steps": 20, "batch_size": 2, "log_every": 1, "eval_every": 10, "checkpoint_every": 5},
+}  # fmt: skip
+
+
+def merged(base: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Configuration with changed fields, given as `section__field=value`."""
+    config = copy.deepcopy(base)
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        if field:
+            config.setdefault(section, {})[field] = value
+        else:
+            config[section] = value
+    return config
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory) -> Path:
+    """Three studies of 60 cells x 100 genes: two to train on, one for validation; one more for testing."""
+    folder = tmp_path_factory.mktemp("store") / "store"
+    atlas = simulate_atlas(4, 60, 100, seed=3)
+    genes = GeneVocabulary.human().subset(list(atlas[0].var_names))
+    inputs = [(f"study{i}", adata) for i, adata in enumerate(atlas)]
+    ingest(inputs, folder, vocabulary=genes, options=IngestOptions(validation=("study2",), test=("study3",)))
+    return folder
+
+
+@pytest.fixture
+def config(store):
+    """Function that gives the small configuration with changes."""
+    return lambda **changes: merged(CONFIG, **{"data__store": str(store), **changes})

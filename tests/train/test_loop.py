@@ -1,0 +1,233 @@
+"""Laws of the training loop: resuming changes nothing, nothing is lost, nothing bad is kept."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sct.data.store import Store
+from sct.errors import ConfigError, DivergedError
+from sct.tasks.masked_expression import MaskedExpression
+from sct.train import loop
+from sct.train.experiment import make_task, run
+from sct.train.optim import OptimizerConfig, make_optimizer
+from sct.train.sharding import MeshConfig
+from sct.train.state import init_state, make_train_step
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def read_log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(lines: list[dict]) -> list[dict]:
+    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+
+
+def same(first, second) -> bool:
+    leaves, others = jax.tree.leaves(first), jax.tree.leaves(second)
+    return len(leaves) == len(others) and all(
+        np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(leaves, others, strict=True)
+    )
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Record every batch that a run draws, by hash of its bytes."""
+    seen: list[int] = []
+    original = loop.sharding.put_batch
+
+    def recording(batch, mesh):
+        seen.append(hash(tuple(batch[key].tobytes() for key in sorted(batch))))
+        return original(batch, mesh)
+
+    monkeypatch.setattr(loop.sharding, "put_batch", recording)
+    return seen
+
+
+def test_stopping_and_resuming_equals_never_stopping_bit_for_bit(config, tmp_path, drawn):
+    # Validation batches pass through the same function, so both runs validate at the same steps.
+    whole = run(config(), tmp_path / "whole")
+    batches = drawn.copy()
+    drawn.clear()
+    first = run(config(train__stop_at=10), tmp_path / "parts")
+    assert (first.reason, first.progress.step) == ("stop_at", 10)
+    assert not same(first.state, whole.state)
+    second = run(config(), tmp_path / "parts")
+    assert second.reason == "finished"
+    assert drawn == batches
+    assert len(set(batches[:20])) > 15
+    assert same(whole.state, second.state)
+    assert without_times(read_log(tmp_path / "whole")) == without_times(read_log(tmp_path / "parts"))
+
+
+def test_a_finished_run_is_not_trained_further(config, tmp_path, drawn):
+    run(config(), tmp_path)
+    before, count = read_log(tmp_path), len(drawn)
+    again = run(config(), tmp_path)
+    assert again.progress.step == 20
+    assert read_log(tmp_path) == before
+    assert len(drawn) == count
+
+
+def test_the_run_folder_holds_what_was_promised(config, tmp_path):
+    run(config(), tmp_path)
+    for name in ("config.json", "genes.tsv", "metrics.jsonl", "report.md", "report.json", "model/config.json",
+                 "model/model.safetensors", "model/genes.tsv", "model/README.md"):  # fmt: skip
+        assert (tmp_path / name).stat().st_size > 0, name
+    assert any((tmp_path / "tensorboard").iterdir())
+    report = (tmp_path / "report.md").read_text()
+    for method in ("model", "most common level of the gene", "kNN smoothing"):
+        assert f"| {method}" in report
+
+
+def test_kept_checkpoints_are_the_last_ones_and_the_best(config, tmp_path):
+    # Validation of an untrained model at a high rate gets worse, so the best is early.
+    changes = {"optimizer__peak_lr": 0.3, "optimizer__init_lr": 0.3, "optimizer__clip_norm": 1.0}
+    result = run(config(train__eval_every=5, train__patience=0, **changes), tmp_path)
+    kept = {int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
+    assert kept == {result.progress.best_step, 15, 20}
+
+
+def test_early_stopping(config, tmp_path):
+    changes = {"optimizer__peak_lr": 1e-12, "optimizer__init_lr": 1e-12, "train__steps": 200}
+    result = run(config(train__eval_every=2, train__patience=3, **changes), tmp_path)
+    assert result.reason == "early stop"
+    assert result.progress.stale == 3
+    assert result.progress.step == result.progress.best_step + 6
+    again = run(config(train__eval_every=2, train__patience=3, **changes), tmp_path)
+    assert (again.reason, again.progress.step) == ("early stop", result.progress.step)
+
+
+class Poisoned(MaskedExpression):
+    """A task whose loss is not a number from the eighth step on (a step of the learning-rate warm-up)."""
+
+    def loss(self, variables, batch, rng, train):
+        loss, sums = super().loss(variables, batch, rng, train)
+        bad = jnp.sum(batch["rows"]) == Poisoned.rows if train else False
+        return jnp.where(bad, jnp.nan, loss), sums
+
+
+def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_the_good_checkpoint(
+    config, tmp_path, monkeypatch
+):
+    plain = config(train__log_every=4, train__eval_every=100)
+    task, _ = make_task(plain, Store.open(plain["data"]["store"]))
+    batches = loop.Loader(task.dataset("train"), 2, seed=0).iterate()
+    Poisoned.rows = [int(next(batches)["rows"].sum()) for _ in range(8)][-1]
+    batches.close()
+    monkeypatch.setattr("sct.train.experiment.MaskedExpression", Poisoned)
+    with pytest.raises(DivergedError, match=r"step 8 is nan .*study 'study\d', rows \d+ to \d+") as error:
+        run(plain, tmp_path)
+    assert "\n" not in str(error.value)
+    kept = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+    assert kept == [5]
+
+
+def start(config: dict, workdir: Path) -> subprocess.Popen:
+    """Train in another process, as a user would."""
+    code = "import json, sys; from sct.train.experiment import run; run(json.loads(sys.argv[1]), sys.argv[2])"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps(config), str(workdir)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    log = workdir / "metrics.jsonl"
+    while time.monotonic() < end:
+        assert process.poll() is None, process.communicate()[0]
+        if log.exists() and log.read_text().count("train/loss") >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError("the run did not get going")
+
+
+def test_a_killed_run_resumes_from_its_last_complete_checkpoint(config, tmp_path):
+    plain = config(train__steps=60, train__eval_every=20, train__checkpoint_every=3)
+    whole = run(plain, tmp_path / "whole")
+    killed = tmp_path / "killed"
+    process = start(plain, killed)
+    # Any moment will do: the law does not depend on it.
+    wait_for_step(killed, 7 + int(time.time_ns() % 20), process)
+    process.kill()
+    process.wait()
+    (killed / "checkpoints" / "999.orbax-checkpoint-tmp").mkdir()  # what a save that was cut off leaves
+    resumed = run(plain, killed)
+    assert same(whole.state, resumed.state)
+    assert without_times(read_log(tmp_path / "whole")) == without_times(read_log(killed))
+
+
+def test_sigterm_saves_and_exits_with_zero(config, tmp_path):
+    plain = config(train__steps=100_000, train__checkpoint_every=100_000, train__eval_every=100_000)
+    process = start(plain, tmp_path)
+    wait_for_step(tmp_path, 5, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    steps = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+    assert len(steps) == 1
+    assert steps[0] >= 5
+    assert f"saving step {steps[0]}" in output
+
+
+def test_other_options_on_an_old_folder_are_refused(config, tmp_path):
+    run(config(train__stop_at=5), tmp_path)
+    with pytest.raises(ConfigError, match=r"optimizer\.peak_lr = 0\.001, but now it is 0\.002"):
+        run(config(optimizer__peak_lr=2e-3), tmp_path)
+    with pytest.raises(ConfigError, match=r"objective\.report_seeds"):
+        run(config(objective__report_seeds=2), tmp_path)
+    run(config(train__stop_at=6, train__log_every=2), tmp_path)
+
+
+def test_step_two_and_later_do_not_compile(config, tmp_path):
+    with jax.log_compiles(False):
+        compiled: list[str] = []
+        jax.monitoring.register_event_duration_secs_listener(
+            lambda name, duration, **_: compiled.append(name) if "backend_compile" in name else None
+        )
+        counts = []
+        original = loop.sharding.put_batch
+
+        def counting(batch, mesh):
+            counts.append(len(compiled))
+            return original(batch, mesh)
+
+        loop.sharding.put_batch = counting
+        try:
+            run(config(train__steps=9, train__eval_every=50, train__checkpoint_every=50), tmp_path)
+        finally:
+            loop.sharding.put_batch = original
+    assert compiled
+    assert counts[2] == counts[8], counts
+
+
+def test_a_step_is_what_it_was(config):
+    # Recorded on CPU in float32; a change here means that older runs can no longer be reproduced.
+    golden = json.loads((Path(__file__).parent / "golden_step.json").read_text())
+    plain = config()
+    task, _ = make_task(plain, Store.open(plain["data"]["store"]))
+    mesh = loop.sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    optimizer_config = OptimizerConfig(peak_lr=1e-3, init_lr=1e-3)
+    abstract, make = init_state(task, lambda p: make_optimizer(optimizer_config, 10, p)[0], mesh, seed=5)
+    optimizer, _ = make_optimizer(optimizer_config, 10, abstract.trained)
+    step, state = make_train_step(task, optimizer, mesh, abstract), make()
+    # Tokens by arithmetic, since streams of random numbers may change with numpy.
+    tokens = (np.arange(2 * 4 * 104, dtype=np.uint64).reshape(2, 4, 104) * 2654435761 >> 11) % 5
+    tokens[..., 100:] = 5
+    batch = {"tokens": tokens.astype(np.uint8), "weight": np.ones(2, np.float32)}
+    for expected in golden:
+        state, scalars, _ = step(state, loop.sharding.put_batch(batch, mesh))
+        np.testing.assert_allclose(scalars["loss"], expected["loss"], rtol=1e-5)
+        np.testing.assert_allclose(scalars["gradient_norm"], expected["gradient_norm"], rtol=1e-4)

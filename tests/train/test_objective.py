@@ -1,0 +1,120 @@
+"""The masked-expression objective and stages of training."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sct.data.store import Store
+from sct.errors import CheckpointError, ConfigError
+from sct.train.experiment import make_task, run
+from sct.weights import pretrained
+
+from .conftest import merged
+
+
+@pytest.fixture
+def task(config):
+    plain = config()
+    return make_task(plain, Store.open(plain["data"]["store"]))[0]
+
+
+@pytest.fixture
+def batch(task):
+    bags = [task.dataset("train").bag(i) for i in range(2)]
+    stacked = {key: jnp.stack([bag[key] for bag in bags]) for key in bags[0]}
+    return {**stacked, "weight": jnp.ones(2)}
+
+
+@pytest.fixture
+def variables(task):
+    return nn.unbox(task.init(jax.random.key(1)))
+
+
+def test_a_budget_for_the_head_that_holds_all_changes_nothing(task, batch, variables):
+    rng = jax.random.key(0)
+    dense, sums = task.loss(variables, batch, rng, True)
+    task.config = dataclasses.replace(task.config, head_budget=0.5)
+    sparse, others = task.loss(variables, batch, rng, True)
+    np.testing.assert_allclose(dense, sparse, rtol=1e-5)
+    np.testing.assert_array_equal(sums["confusion"], others["confusion"])
+    assert others["overflow"] == 0
+    assert 0 < sums["masked"] < 0.5 * batch["tokens"].size
+
+
+def test_a_budget_that_is_too_small_is_counted(task, batch, variables):
+    rng = jax.random.key(0)
+    _, dense = task.loss(variables, batch, rng, True)
+    task.config = dataclasses.replace(task.config, head_budget=0.01)
+    _, sums = task.loss(variables, batch, rng, True)
+    assert sums["overflow"] > 0
+    assert sums["overflow"] + sums["masked"] == dense["masked"]
+    assert task.summarise(jax.device_get(sums))["overflow"] == sums["overflow"]
+
+
+def test_the_loss_is_cross_entropy_at_masked_positions_only(task, batch, variables):
+    rng = jax.random.key(0)
+    loss, sums = task.loss(variables, batch, rng, False)
+    mask = np.asarray(task.config.masking(rng, batch["tokens"], 5))
+    tokens = np.asarray(batch["tokens"])
+    logits = task.model.apply(variables, np.where(mask, 6, tokens))["logits"]
+    chosen = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), tokens[..., None].astype(int), -1)
+    np.testing.assert_allclose(loss, -chosen[..., 0][mask].mean(), rtol=1e-5)
+    assert sums["confusion"].sum() == mask.sum()
+    np.testing.assert_array_equal(sums["confusion"].sum(1), np.bincount(tokens[mask], minlength=5))
+
+
+def test_padding_takes_no_part(task, batch, variables):
+    rng = jax.random.key(0)
+    filled = {**batch, "weight": jnp.array([1.0, 0.0])}
+    _, sums = task.loss(variables, filled, rng, False)
+    mask = np.asarray(task.config.masking(rng, batch["tokens"], 5))
+    assert sums["masked"] == mask[0].sum()
+    assert not mask[np.asarray(batch["tokens"]) == 5].any()
+
+
+def test_spatial_training_goes_on_where_training_on_cells_stopped(config, tmp_path):
+    first = config(train__steps=4)
+    run(first, tmp_path / "cells")
+    second = merged(first, init_from=str(tmp_path / "cells"), model__use_spatial=True, train__steps=1)
+    result = run(second, tmp_path / "spatial")
+    before = pretrained.read_variables(tmp_path / "cells" / "model")
+    after = pretrained.read_variables(tmp_path / "spatial" / "model")
+    assert set(after) - set(before) == {"params/spatial/kernel", "params/spatial/bias"}
+    assert result.progress.step == 1
+    # One step at the initial rate moves parameters by at most about that rate.
+    assert max(np.abs(after[path] - before[path]).max() for path in before) < 2e-4
+
+
+def test_starting_from_another_model_lists_the_differences(config, tmp_path):
+    run(config(train__steps=1), tmp_path / "a")
+    other = config(train__steps=1, init_from=str(tmp_path / "a"), model__num_layers=2, model__ffn_dim=64)
+    with pytest.raises(CheckpointError) as error:
+        run(other, tmp_path / "b")
+    message = str(error.value)
+    assert "- params/transformer_1/mlp/up/kernel (32, 64)" in message
+    assert "~ params/transformer_0/mlp/up/kernel (32, 32) instead of (32, 64)" in message
+    with pytest.raises(CheckpointError, match="does not exist"):
+        run(config(init_from=str(tmp_path / "nowhere")), tmp_path / "c")
+
+
+def test_configuration_errors_say_what_to_do(config, tmp_path):
+    cases = [
+        (config(data__store=""), "either data.store or data.dataset"),
+        (config(data__store="", data__dataset="pbmc"), "choose pbmc68k"),
+        (config(model__widht=3), "no option 'widht'"),
+        (config(model__num_layers="two"), "a value of type int is needed"),
+        (config(model__num_genes=64), "vocabulary has 100 genes"),
+        (config(modle={}), "no section 'modle'"),
+        (config(train__steps=0), "neither train.steps nor data.tokens"),
+        (config(train__mesh={"data": 3}), "does not fit"),
+        (config(family="sct2"), "no model family 'sct2'"),
+    ]
+    for plain, expected in cases:
+        with pytest.raises(ConfigError, match=expected):
+            run(plain, tmp_path / "run")
