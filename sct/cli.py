@@ -40,13 +40,14 @@ def main(command: str | None = None) -> None:
     if command not in _COMMANDS:
         print(f"error: there is no command {command!r}\n\n{_usage()}", file=sys.stderr)
         sys.exit(2)
-    from absl import flags
-
     module = importlib.import_module(f"sct.commands.{command}")
-    # absl's help is the docstring and the flags of the main module.
-    sys.modules["__main__"].__doc__ = module.__doc__
-    for flag in flags.FLAGS.get_key_flags_for_module(module):
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    if {"-h", "--help"} & set(argv[1:]):
+        # absl's own help names files of this machine and ends with status 1.
+        from absl import flags
+
+        listed = flags.FLAGS.module_help(module.__name__).partition(":")[2]
+        print(f"{(module.__doc__ or '').strip()}\n\nFlags:{listed}")
+        sys.exit(0)
     run_main(module.main, argv, getattr(module, "prepare", None))
 
 

@@ -25,20 +25,21 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sct"
 
 _BELOW_TRAIN = {"tasks", "weights", "eval", "eval.metrics", "models", "data", "nn", "errors", "progress"}
-_ALL = _BELOW_TRAIN | {"train", "pp", "tl", "pl", "commands", "cli", "sct"}
+_ALL = _BELOW_TRAIN | {"train", "pp", "tl", "pl", "commands", "cli", "sct", "version"}
 # Part of the package -> parts that it may import. "sct" is the root, which others read for its version.
 ALLOWED: dict[str, set[str]] = {
-    "sct": set(),
+    "sct": {"version"},
+    "version": set(),
     "errors": set(),
     "progress": set(),
     "nn": {"nn", "errors"},
     "models": {"models", "nn", "errors"},
-    "data": {"data", "errors", "progress"},
+    "data": {"data", "errors", "progress", "version"},
     "eval.metrics": set(),
     "eval": {"eval", "eval.metrics", "data", "progress", "errors"},
     "tasks": {"tasks", "data", "models", "eval", "eval.metrics", "nn", "errors"},
-    "weights": {"weights", "models", "nn", "data.genes", "errors", "sct"},
-    "train": {"train", "sct"} | _BELOW_TRAIN,
+    "weights": {"weights", "models", "nn", "data.genes", "errors", "version"},
+    "train": {"train", "version"} | _BELOW_TRAIN,
     **{part: _ALL - {"train", "commands", "cli"} for part in ("pp", "tl", "pl")},
     **dict.fromkeys(("commands", "cli"), _ALL),
 }

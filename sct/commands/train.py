@@ -11,10 +11,11 @@ fields is overridden as `--config.section.field=value`. Running the same command
 from __future__ import annotations
 
 import os
+import runpy
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 import sct
 from sct.errors import ConfigError
@@ -40,7 +41,9 @@ def prepare(argv: list[str]) -> list[str]:
         prefix, _, value = word.partition("=") if word.startswith("--config=") else ("", "", word)
         if prefix or (index and argv[index - 1] == "--config"):
             name, colon, variant = value.partition(":")
-            value = f"{_find(name)}{colon}{variant}"
+            path = _find(name)
+            _check_fields(path, variant if colon else None, argv)
+            value = f"{path}{colon}{variant}"
             word = f"{prefix}={value}" if prefix else value
         found.append(word)
     return found
@@ -54,6 +57,25 @@ def _find(name: str) -> Path:
             return candidate
     known = ", ".join(sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__"))
     raise ConfigError(f"there is no configuration {name!r}: give a file, or one of {known}.")
+
+
+def _check_fields(path: Path, variant: str | None, argv: list[str]) -> None:
+    """Refuse a variant, or a field of `--config.section.field=value`, that a configuration does not have."""
+    module = runpy.run_path(str(path))
+    try:
+        config = module["get_config"](*([] if variant is None else [variant]))
+    except ValueError as error:
+        raise ConfigError(f"{path.name}: {error}.") from error
+    for word in argv:
+        if not word.startswith("--config."):
+            continue
+        node, names = config, word.removeprefix("--config.").partition("=")[0].split(".")
+        for depth, name in enumerate(names):
+            if not isinstance(node, ConfigDict) or name not in node:
+                where = ".".join(["config", *names[:depth]])
+                choices = f": choose from {', '.join(node)}" if isinstance(node, ConfigDict) else ""
+                raise ConfigError(f"{where} has no field {name!r}{choices}.")
+            node = node[name]
 
 
 def main(argv: list[str]) -> None:

@@ -73,6 +73,9 @@ class GeneAlignment:
     duplicates: dict[str, tuple[str, ...]]
     warning: str = ""
 
+    def __repr__(self) -> str:
+        return f"GeneAlignment({self.matched:,} genes matched by {self.source})"
+
     def summary(self) -> str:
         """Return the report in words, one line for each thing to say."""
         lines = [

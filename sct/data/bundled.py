@@ -41,8 +41,7 @@ def prepare(name: str, folder: Path, seed: int = 0) -> Store:
     ends = np.cumsum([round(share * cells.n_obs) for share in _SHARES.values()])
     parts = np.split(order, ends[:-1])
     inputs = [
-        (f"{name}_{split}", cells[np.sort(part)].copy())
-        for split, part in zip(_SHARES, parts, strict=True)
+        (f"{name}_{split}", cells[np.sort(part)].copy()) for split, part in zip(_SHARES, parts, strict=True)
     ]
     options = IngestOptions(validation=(f"{name}_validation",), test=(f"{name}_test",), seed=seed)
     ingest(inputs, folder, vocabulary=genes, options=options)

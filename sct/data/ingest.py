@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import sct
 from sct.data.genes import GeneVocabulary
 from sct.data.ingest_input import IngestOptions, absolute_location, write_json
 from sct.data.ingest_jobs import Job, run_jobs
@@ -19,6 +18,7 @@ from sct.data.sources import Input, find_inputs
 from sct.data.split import assign_splits, check_splits
 from sct.data.store import GENES, MANIFEST, SCHEMA_VERSION, STUDIES, read_manifest
 from sct.errors import ConfigError, DataError, StoreError
+from sct.version import __version__
 
 if TYPE_CHECKING:
     import anndata
@@ -279,7 +279,7 @@ def _finish(
     studies = [{**records[name], "split": splits[name]} for name in names]
     manifest = {
         "schema_version": SCHEMA_VERSION,
-        "sct_version": sct.__version__,
+        "sct_version": __version__,
         "vocabulary": {"name": vocabulary.name, "hash": vocabulary.hash, "n_genes": len(vocabulary)},
         "studies": studies,
     }

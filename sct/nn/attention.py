@@ -7,6 +7,7 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from sct.nn import axes
 from sct.nn.linear import Linear
@@ -37,7 +38,7 @@ class SelfAttention(nn.Module):
 
     num_heads: int
     use_rotary: bool = True
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -67,7 +68,7 @@ class GatedMlp(nn.Module):
     """SwiGLU feed-forward without biases: `(swish(x @ gate) * (x @ up)) @ down`."""
 
     hidden: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -88,7 +89,7 @@ class TransformerBlock(nn.Module):
     hidden: int
     use_rotary: bool = True
     epsilon: float = EPSILON
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
+from jax.typing import DTypeLike
 
 from sct.errors import ConfigError
 from sct.nn import axes
@@ -90,7 +91,7 @@ class Conv(nn.Module):
     features: int
     taps: int
     upsample: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from sct.nn import axes
 
@@ -27,7 +28,7 @@ class Linear(nn.Module):
     features: int
     kernel_axes: tuple[str, str] = (axes.CHANNEL_IN, axes.CHANNEL)
     use_bias: bool = True
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     kernel_init: axes.Initializer = axes.kernel_init
 
     @nn.compact
@@ -46,7 +47,7 @@ class Embed(nn.Module):
 
     num: int
     features: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     table_init: axes.Initializer = jax.nn.initializers.normal(stddev=1.0)
 
     @nn.compact

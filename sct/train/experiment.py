@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 
-import sct
 from sct.data.bags import BagOptions
 from sct.data.store import SPLITS, Store
 from sct.errors import ConfigError
@@ -22,6 +21,7 @@ from sct.tasks.masked_expression import MaskedExpression, MaskedExpressionConfig
 from sct.train.checkpoint import Checkpoints
 from sct.train.loop import Result, TrainConfig, train
 from sct.train.optim import OptimizerConfig
+from sct.version import __version__
 from sct.weights import pretrained
 
 _SECTIONS = ("family", "task", "init_from", "model", "data", "objective", "optimizer", "train")
@@ -215,7 +215,7 @@ def _announce(console: Any, task: MaskedExpression, options: TrainConfig, workdi
     parameters = sum(int(np.prod(leaf.shape)) for leaf in shapes)
     cells = {split: sum(study.n_cells for study in task.store.split(split)) for split in SPLITS}
     console.print(
-        f"sct {sct.__version__}: {parameters:,} parameters, {len(task.vocabulary):,} genes, "
+        f"sct {__version__}: {parameters:,} parameters, {len(task.vocabulary):,} genes, "
         + ", ".join(f"{count:,} {split} cells" for split, count in cells.items() if count)
         + f", {options.steps:,} steps on {jax.device_count()} {jax.default_backend()} device(s); {workdir}",
         soft_wrap=True,
@@ -228,7 +228,7 @@ def _card(plain: Mapping[str, Any], store: Store, result: Result, reports: list[
         [
             "---", "library_name: sct", "license: unknown", "---", "",
             f"# {plain['family']} model", "",
-            f"Trained with sct {sct.__version__}; {result.progress.step:,} steps ({result.reason}), best "
+            f"Trained with sct {__version__}; {result.progress.step:,} steps ({result.reason}), best "
             f"validation at step {result.progress.best_step}.", "",
             f"Training studies: {studies}.", "",
             "```python", "import sct", 'model = sct.load("THIS_FOLDER")', "```", "",

@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 
-import sct
 from sct.data.genes import GeneVocabulary
 from sct.errors import CheckpointError
 from sct.models import registry
 from sct.nn.paths import flatten
+from sct.version import __version__
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, GENES, CARD = "config.json", "model.safetensors", "genes.tsv", "README.md"
@@ -58,7 +58,7 @@ def save(
     genes.save(temporary / GENES)
     text = {
         "format_version": FORMAT_VERSION,
-        "sct_version": sct.__version__,
+        "sct_version": __version__,
         "family": family,
         "vocabulary_hash": genes.hash,
         "model": dict(config),
