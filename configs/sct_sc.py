@@ -98,10 +98,10 @@ def get_config(variant: str = "") -> ConfigDict:
         config.optimizer.update(peak_lr=1e-3, warmup_steps=50)
         config.train.update(steps=1_000, log_every=10, eval_every=100, checkpoint_every=100)
     if variant == "quickstart":
-        config.model.update(token_embed_dim=32, embed_dim=64, num_heads=4, ffn_dim=128, num_downsamples=4)
+        config.model.update(token_embed_dim=32, embed_dim=64, num_heads=2, ffn_dim=128, num_downsamples=5)
         config.data.update(dataset="pbmc68k", cells_per_bag=16, shuffle_cells=4096)
         config.objective.head_budget = 0.0
-        config.optimizer.update(peak_lr=2e-3, warmup_steps=20)
-        config.train.update(batch_size=4, steps=300, log_every=10, eval_every=50, checkpoint_every=50)
+        config.optimizer.update(peak_lr=4e-3, warmup_steps=30)
+        config.train.update(batch_size=2, steps=600, log_every=20, eval_every=100, checkpoint_every=100)
         config.train.loader_threads = 1
     return config

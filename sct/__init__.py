@@ -15,6 +15,7 @@ _MODULES = {"datasets": "sct.data.datasets"}
 _NAMES = {
     "GeneVocabulary": "sct.data.genes",
     "Store": "sct.data.store",
+    "load": "sct.weights.pretrained",
     "SctError": "sct.errors",
 }
 

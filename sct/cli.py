@@ -10,6 +10,7 @@ from collections.abc import Callable
 _COMMANDS = {
     "train": "train a model from a configuration, or go on with a run",
     "ingest": "turn h5ad, 10x and zarr files into a store",
+    "convert": "turn foreign weights into a model folder",
 }
 
 

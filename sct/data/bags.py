@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -192,7 +193,8 @@ class BagSource:
         cells = options.cells_per_bag
         if self.exhaustive:
             return study, np.arange(bag * cells, min((bag + 1) * cells, study.n_cells))
-        seed = options.seed * 1_000_003 + index
+        # By name, so that a further study does not change the bags of the others.
+        seed = options.seed * 1_000_003 + zlib.crc32(study.name.encode())
         if not study.spatial:
             return study, random_bag_rows(study.n_cells, cells, bag, epoch, seed, options.shuffle_cells)
         tree = self._once("tree", index, lambda: KDTree(self._coordinates(index)))

@@ -75,6 +75,8 @@ class Loader:
                 f"batch_size is {batch_size}, but it must be a positive multiple of the number of processes, "
                 f"{process_count}."
             )
+        if not 0 <= process_index < process_count:
+            raise ConfigError(f"process_index is {process_index}, but there are {process_count} processes.")
         self.source, self.batch_size, self.seed, self.shuffle = source, batch_size, seed, shuffle
         self.process_index, self.process_count = process_index, process_count
         self.num_threads, self.prefetch = num_threads, prefetch

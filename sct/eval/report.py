@@ -21,6 +21,8 @@ class Report:
         What was measured, on what, how often.
     columns
         Names of the columns.
+    notes
+        Sentences under the table.
     rows
         One list per row; a cell is text or a list of numbers (shown as mean and standard deviation).
     """
@@ -28,6 +30,7 @@ class Report:
     title: str
     columns: tuple[str, ...]
     rows: list[list[Any]] = dataclasses.field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
     def add(self, *cells: Any) -> None:
         """Append a row."""
@@ -45,7 +48,12 @@ class Report:
         """Rich table for the terminal."""
         from rich.table import Table
 
-        table = Table(title=self.title, title_justify="left")
+        table = Table(
+            title=self.title,
+            title_justify="left",
+            caption="\n".join(self.notes) or None,
+            caption_justify="left",
+        )
         numeric = [any(isinstance(row[i], list) for row in self.rows) for i in range(len(self.columns))]
         for name, right in zip(self.columns, numeric, strict=True):
             table.add_column(name, justify="right" if right else "left")
@@ -58,6 +66,7 @@ class Report:
         lines = [f"**{self.title}**", "", "| " + " | ".join(self.columns) + " |"]
         lines.append("|" + "---|" * len(self.columns))
         lines += ["| " + " | ".join(map(self._text, row)) + " |" for row in self.rows]
+        lines += ["", *self.notes] if self.notes else []
         return "\n".join(lines) + "\n"
 
     def as_dict(self) -> dict[str, Any]:

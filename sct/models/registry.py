@@ -46,8 +46,17 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     return cls(**made)
 
 
-def model_config(family: str, values: Mapping[str, Any]) -> Any:
-    """Configuration of a family from plain values."""
-    if family not in MODELS:
-        raise ConfigError(f"there is no model family {family!r}: choose from {', '.join(sorted(MODELS))}.")
-    return build(MODELS[family][0], values, f"model ({family})")
+def family(name: str) -> tuple[type[Any], type[Any]]:
+    """Configuration and module of a family; `ConfigError` where there is none of that name."""
+    if name not in MODELS:
+        raise ConfigError(f"there is no model family {name!r}: choose from {', '.join(sorted(MODELS))}.")
+    return MODELS[name]
+
+
+def model_config(name: str, values: Mapping[str, Any], num_genes: int | None = None) -> Any:
+    """Configuration of a family from plain values.
+
+    With `num_genes`, the size of a vocabulary, the architecture is fitted to it where it leaves that open.
+    """
+    cls = family(name)[0]
+    return build(cls, values if num_genes is None else cls.fit(values, num_genes), f"model ({name})")

@@ -7,7 +7,8 @@ data", section 3. Where the text and the published checkpoint differ the flags o
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -142,6 +143,12 @@ class SCTConfig:
                 f"({2 * self.num_heads})."
             )
 
+    @classmethod
+    def fit(cls, values: Mapping[str, Any], num_genes: int) -> dict[str, Any]:
+        """Values of a configuration with `num_genes` 0 or absent replaced by a vocabulary's size, padded."""
+        levels = values.get("num_downsamples", cls.num_downsamples)
+        return {**values, "num_genes": values.get("num_genes") or pad_to_multiple(num_genes, levels)}
+
     @property
     def pad(self) -> int:
         """Token of a gene position or cell that is not there."""
@@ -255,6 +262,13 @@ class SCT(nn.Module):
     """The whole model; see `SCTConfig`."""
 
     config: SCTConfig
+    outputs: ClassVar[tuple[str, ...]] = ("logits", "cell_embedding")
+    intermediates: ClassVar[tuple[str, ...]] = ("conv_out", "transformer_out", "deconv_out")
+
+    @staticmethod
+    def example(config: SCTConfig) -> dict[str, jax.Array]:
+        """Smallest inputs of a call, by name."""
+        return {"tokens": jnp.zeros((1, 1, config.num_genes), jnp.uint8)}
 
     def setup(self) -> None:
         """Declare the parts, named as in the paper."""

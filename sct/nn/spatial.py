@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def spatial_features(
@@ -27,12 +28,13 @@ def spatial_features(
     -------
     float32 (B, K, 4 S) or (B, K, 2 S), features interleaved scale by scale.
     """
-    ratio = sigma_max / sigma_min
+    ratio = np.float32(sigma_max / sigma_min)
     if mode == "paper":
-        steps = jnp.arange(num_scales, dtype=jnp.float32)
+        steps = np.arange(num_scales, dtype=np.float32)
     else:
-        steps = jnp.linspace(sigma_min, sigma_max, num_scales, dtype=jnp.float32)
-    sigma = sigma_min * ratio ** (steps / max(num_scales - 1, 1))
+        steps = np.linspace(sigma_min, sigma_max, num_scales, dtype=np.float32)
+    # On the host, once: a compiled power is a few units off in the last place, which the towers amplify.
+    sigma = np.float32(sigma_min) * ratio ** (steps / np.float32(max(num_scales - 1, 1)))
     angle = coordinates.astype(jnp.float32)[..., None, :] / sigma[:, None]  # (B, K, S, 2)
     x, y = angle[..., 0], angle[..., 1]
     if mode == "paper":

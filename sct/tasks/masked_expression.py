@@ -78,8 +78,7 @@ class MaskedExpression:
 
     def init(self, rng: jax.Array) -> Variables:
         """Initial variables, boxed."""
-        tokens = jnp.zeros((1, 1, self.model_config.num_genes), jnp.uint8)
-        return cast(Variables, self.model.init(rng, tokens))
+        return cast(Variables, self.model.init(rng, *SCT.example(self.model_config).values()))
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array, train: bool) -> tuple[jax.Array, Sums]:
         """Mean cross-entropy of the levels at masked positions.
@@ -97,10 +96,13 @@ class MaskedExpression:
         overflow = jnp.zeros((), jnp.float32)
         if self.config.head_budget and train:
             budget = min(length, max(1, round(self.config.head_budget * length)))
-            positions = jax.vmap(lambda m: jnp.nonzero(m, size=budget, fill_value=length)[0])(masked)
+            # The count starts at a random place, so that no cell is more often beyond the budget than others.
+            turn = jax.random.randint(jax.random.fold_in(rng, 1), (), 0, length)
+            turned = jnp.roll(masked, -turn, axis=1)
+            positions = jax.vmap(lambda m: jnp.nonzero(m, size=budget, fill_value=length)[0])(turned)
             taken = positions < length
             overflow = masked.sum() - taken.sum().astype(jnp.float32)
-            positions = jnp.minimum(positions, length - 1)
+            positions = jnp.where(taken, (positions + turn) % length, 0)
             targets = jnp.take_along_axis(targets, positions, axis=1)
             logits = self._logits(variables, inputs, coordinates, positions)
             masked = taken

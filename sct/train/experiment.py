@@ -16,7 +16,6 @@ from sct.data.bags import BagOptions
 from sct.data.store import SPLITS, Store
 from sct.errors import ConfigError
 from sct.models import registry
-from sct.models.sct import pad_to_multiple
 from sct.tasks.masked_expression import MaskedExpression, MaskedExpressionConfig
 from sct.train.checkpoint import Checkpoints
 from sct.train.loop import Result, TrainConfig, train
@@ -98,11 +97,7 @@ def _write_json(path: Path, content: Any) -> None:
 def make_task(config: Mapping[str, Any], store: Store) -> tuple[MaskedExpression, DataConfig]:
     """Task of a configuration over a store."""
     data = registry.build(DataConfig, config.get("data", {}), "data")
-    model_values = dict(config.get("model", {}))
-    if not model_values.get("num_genes"):
-        levels = model_values.get("num_downsamples", registry.MODELS[config["family"]][0].num_downsamples)
-        model_values["num_genes"] = pad_to_multiple(len(store.vocabulary), levels)
-    model = registry.model_config(config["family"], model_values)
+    model = registry.model_config(config["family"], config.get("model", {}), len(store.vocabulary))
     objective = registry.build(MaskedExpressionConfig, config.get("objective", {}), "objective")
     seed = int(config.get("train", {}).get("seed", 0))
     bags = BagOptions(
@@ -146,7 +141,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
     plain = json.loads(json.dumps(config))
     registry.build(TrainConfig, {**plain.get("train", {}), "steps": 1}, "train")  # errors before any work
     settings = workdir / "config.json"
-    if settings.exists():
+    if settings.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
         _check_same(json.loads(settings.read_text()), plain, workdir)
     store = open_data(registry.build(DataConfig, plain.get("data", {}), "data"), workdir)
     task, data = make_task(plain, store)
@@ -176,9 +171,9 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
             _write_json(workdir / f"{evaluator.name}.json", numbers)
     if first:
         report.write(reports, workdir)
-        card = _card(plain, store, result, reports)
-        model = dataclasses.asdict(task.model_config)
-        pretrained.save(workdir / "model", plain["family"], model, variables, store.vocabulary, card)
+        model = pretrained.Pretrained(plain["family"], task.model_config, variables, store.vocabulary)
+        card = pretrained.default_card(model, _history(plain, store, result, reports))
+        dataclasses.replace(model, card=card).save_pretrained(workdir / "model")
         console.print(f"run folder: {workdir}", soft_wrap=True)
     return result
 
@@ -222,17 +217,16 @@ def _announce(console: Any, task: MaskedExpression, options: TrainConfig, workdi
     )
 
 
-def _card(plain: Mapping[str, Any], store: Store, result: Result, reports: list[Any]) -> str:
-    studies = ", ".join(f"{s.name} ({s.n_cells:,} cells)" for s in store.split("train")[:20])
+def _history(plain: Mapping[str, Any], store: Store, result: Result, reports: list[Any]) -> str:
+    """How a model came about, for its card."""
+    studies = [f"{study.name} ({study.n_cells:,} cells)" for study in store.split("train")]
+    listed = ", ".join(studies[:20]) + (f" and {len(studies) - 20:,} more" if len(studies) > 20 else "")
     return "\n".join(
         [
-            "---", "library_name: sct", "license: unknown", "---", "",
-            f"# {plain['family']} model", "",
-            f"Trained with sct {__version__}; {result.progress.step:,} steps ({result.reason}), best "
-            f"validation at step {result.progress.best_step}.", "",
-            f"Training studies: {studies}.", "",
-            "```python", "import sct", 'model = sct.load("THIS_FOLDER")', "```", "",
-            *[r.markdown() for r in reports],
-            "Configuration:", "", "```json", json.dumps(plain, indent=1), "```", "",
+            "## Training", "",
+            f"{result.progress.step:,} steps ({result.reason}); best validation at step "
+            f"{result.progress.best_step}. Studies: {listed}.", "",
+            *[report.markdown() for report in reports],
+            "Configuration:", "", "```json", json.dumps(plain, indent=1), "```",
         ]
     )  # fmt: skip

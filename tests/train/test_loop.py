@@ -87,7 +87,12 @@ def test_the_run_folder_holds_what_was_promised(config, tmp_path):
         assert (tmp_path / name).stat().st_size > 0, name
     assert any((tmp_path / "tensorboard").iterdir())
     report = (tmp_path / "report.md").read_text()
-    for method in ("model", "most common level of the gene", "kNN smoothing"):
+    for method in (
+        "model",
+        "most common level per gene",
+        "most common expressed level per gene",
+        "kNN smoothing",
+    ):
         assert f"| {method}" in report
 
 

@@ -115,6 +115,6 @@ def test_configuration_errors_say_what_to_do(config, tmp_path):
         (config(train__mesh={"data": 3}), "does not fit"),
         (config(family="sct2"), "no model family 'sct2'"),
     ]
-    for plain, expected in cases:
+    for number, (plain, expected) in enumerate(cases):
         with pytest.raises(ConfigError, match=expected):
-            run(plain, tmp_path / "run")
+            run(plain, tmp_path / str(number))

@@ -1,0 +1,43 @@
+"""Turn foreign weights into a model folder.
+
+    sct convert --from=haiku-sct --input=DIR --output=MODEL_DIR
+    sct convert --from=haiku-sct --input=DIR --genes=genes.tsv --output=MODEL_DIR --dtype=bfloat16
+
+haiku-sct: the published sCellTransformer weights. DIR holds `config.json` and `params.joblib` (itself or in
+`jax_params/`), and for the gene order `ensembl_id_vocab.json` and `protein_gene_map.json`. Nothing that the
+files ask for is executed. In a clone, `python -m launch.convert` is the same program.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from absl import flags
+
+from sct.errors import ConfigError
+
+_FROM = flags.DEFINE_enum("from", None, ["haiku-sct"], "Format of the weights.")
+_INPUT = flags.DEFINE_string("input", None, "Folder of the weights.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "Model folder to write.", required=True)
+_GENES = flags.DEFINE_string(
+    "genes",
+    None,
+    "Gene order where the weights have none: a vocabulary file, or 'none' to number the positions.",
+)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the written arrays.")
+flags.mark_flag_as_required("from")
+
+
+def main(argv: list[str]) -> None:
+    """Convert as the flags say."""
+    if len(argv) > 1:
+        raise ConfigError(f"{argv[1]!r} is not a flag: options are written --name=value.")
+    from sct.data.genes import GeneVocabulary
+    from sct.weights import haiku_sct
+
+    numbered = _GENES.value == "none"
+    genes = GeneVocabulary.load(Path(_GENES.value)) if _GENES.value and not numbered else None
+    model = haiku_sct.convert(Path(_INPUT.value).expanduser(), genes, numbered)
+    model.save_pretrained(_OUTPUT.value, dtype=_DTYPE.value)
+    print(haiku_sct.NOTICE)
+    print(f"model folder: {_OUTPUT.value}")

@@ -1,0 +1,316 @@
+"""The published sCellTransformer weights (Haiku parameters) as a model folder of this project.
+
+The architecture's keys and shapes are described, no code of the published implementation is used. The
+published weights are under CC BY-NC-SA 4.0; what is converted keeps that licence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sct.data.genes import GeneVocabulary
+from sct.errors import CheckpointError
+from sct.models.sct import SCTConfig
+from sct.nn.paths import unflatten
+from sct.weights.pretrained import Pretrained, default_card, expected_shapes, match
+
+LICENSE = "cc-by-nc-sa-4.0"
+NOTICE = (
+    "The published sCellTransformer weights are licensed CC BY-NC-SA 4.0: non-commercial use, with "
+    "attribution, under the same licence. The converted model keeps it."
+)
+
+# Foreign key without the model's name, with its leaf -> path here. `{}` are the groups of the pattern.
+_NORM = {"scale": "scale", "offset": "bias"}
+_LAYER = {"w": "kernel", "b": "bias"}
+_RULES: tuple[tuple[str, str, dict[str, str]], ...] = (
+    (r"~/embed", "token_embed", {"embeddings": "embedding"}),
+    (r"spatial_encoding/~/spatial_fully_connected", "spatial", _LAYER),
+    (r"stem/conv1_d", "stem/conv", _LAYER),
+    (r"conv_block_(\d+)/conv_block/layer_norm", "down_{}/block/norm", _NORM),
+    (r"conv_block_(\d+)/conv_block/conv1_d", "down_{}/block/conv", _LAYER),
+    (r"conv_block_(\d+)/residual_conv_block/conv_block/layer_norm", "down_{}/residual/norm", _NORM),
+    (r"conv_block_(\d+)/residual_conv_block/conv_block/conv1_d", "down_{}/residual/conv", _LAYER),
+    (r"attention_layer_(\d+)/~/self_attention_layer_norm", "transformer_{}/attention_norm", _NORM),
+    (r"attention_layer_(\d+)/~/final_layer_norm", "transformer_{}/mlp_norm", _NORM),
+    (r"attention_layer_(\d+)/~/self_attention/(query|key|value)", "transformer_{}/attention/{}", _LAYER),
+    (r"attention_layer_(\d+)/~/self_attention/mha_output", "transformer_{}/attention/out", _LAYER),
+    (r"attention_layer_(\d+)/~/fc1", "transformer_{}/mlp/gate+up", _LAYER),
+    (r"attention_layer_(\d+)/~/fc2", "transformer_{}/mlp/down", _LAYER),
+    (r"deconv_block_(\d+)/de_conv_block/layer_norm", "up_{}/block/norm", _NORM),
+    (r"deconv_block_(\d+)/de_conv_block/conv1_d_transpose", "up_{}/block/conv", _LAYER),
+    (r"deconv_block_(\d+)/residual_de_conv_block/de_conv_block/layer_norm", "up_{}/residual/norm", _NORM),
+    (
+        r"deconv_block_(\d+)/residual_de_conv_block/de_conv_block/conv1_d_transpose",
+        "up_{}/residual/conv",
+        _LAYER,
+    ),
+)
+
+
+def read_params(path: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Read `params.joblib` without executing anything that the file asks for.
+
+    Only plain containers and numeric numpy arrays are admitted.
+
+    Raises
+    ------
+    CheckpointError
+        The file asks for anything else (named), holds arrays of objects, or is no joblib file.
+    """
+    import pickle
+
+    from joblib import numpy_pickle
+
+    class PlainArray(numpy_pickle.NumpyArrayWrapper):
+        """Array in a joblib file; one of objects would be read through another pickle."""
+
+        def read_array(self, unpickler: Any, *args: Any) -> np.ndarray:
+            if self.dtype.hasobject:
+                raise CheckpointError(f"{path} holds an array of Python objects: it is refused.")
+            return super().read_array(unpickler, *args)
+
+    admitted = {
+        ("joblib.numpy_pickle", "NumpyArrayWrapper"): PlainArray,
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
+
+    class Unpickler(numpy_pickle.NumpyUnpickler):
+        """Unpickler that admits nothing but arrays."""
+
+        def find_class(self, module: str, name: str) -> Any:
+            if (module, name) not in admitted:
+                raise CheckpointError(
+                    f"{path} asks for {module}.{name}, which weights do not need: it may be malicious and is "
+                    "refused."
+                )
+            return admitted[module, name]
+
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
+    try:
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+        elif data[:1] == b"\x78":
+            data = zlib.decompress(data)
+        stream = io.BytesIO(data)
+        try:
+            loaded = Unpickler(str(path), stream, ensure_native_byte_order=True).load()
+        except TypeError as error:
+            if "ensure_native_byte_order" not in str(error):
+                raise
+            loaded = Unpickler(str(path), stream).load()  # joblib before 1.5
+    except CheckpointError:
+        raise
+    except (pickle.UnpicklingError, zlib.error, EOFError, ValueError, TypeError, KeyError, AttributeError,
+            IndexError, OSError) as error:  # fmt: skip
+        raise CheckpointError(f"{path} is not a joblib file of arrays ({error}).") from error
+    if not isinstance(loaded, dict) or not all(
+        isinstance(leaves, dict) and all(isinstance(leaf, np.ndarray) for leaf in leaves.values())
+        for leaves in loaded.values()
+    ):
+        raise CheckpointError(f"{path} is not a dict of dicts of arrays, as Haiku parameters are.")
+    return loaded
+
+
+def convert_params(
+    params: Mapping[str, Mapping[str, np.ndarray]], hidden_layers: int, source: str
+) -> dict[str, np.ndarray]:
+    """Rename and reshape Haiku parameters to the paths of this project.
+
+    Convolution biases (out, 1) lose their last axis, kernels of transposed convolutions (k, out, in) become
+    (k, in, out), and `fc1` is split into the two halves of the gated unit.
+
+    Raises
+    ------
+    CheckpointError
+        Keys that the architecture does not have, all named.
+    """
+    converted: dict[str, np.ndarray] = {}
+    strange = []
+    for key, leaves in params.items():
+        name = key.partition("/")[2]
+        for leaf, value in leaves.items():
+            target = _target(name, leaf, hidden_layers)
+            if target is None:
+                strange.append(f"+ {key} {leaf} {value.shape}")
+                continue
+            value = np.asarray(value, np.float32)
+            if "conv" in name.rpartition("/")[2]:
+                if leaf == "b":
+                    value = value[:, 0]
+                elif name.endswith("transpose"):
+                    value = value.transpose(0, 2, 1)
+            if "gate+up" in target:
+                half = value.shape[-1] // 2
+                converted[target.replace("gate+up", "gate")] = value[..., :half]
+                converted[target.replace("gate+up", "up")] = value[..., half:]
+            else:
+                converted[target] = value
+    if strange:
+        raise CheckpointError(
+            f"{source} has {len(strange)} parameters that sCT does not have:\n  " + "\n  ".join(strange[:40])
+        )
+    return {path: np.ascontiguousarray(value) for path, value in converted.items()}
+
+
+def _target(name: str, leaf: str, hidden_layers: int) -> str | None:
+    """Path of a foreign parameter here, None where there is none."""
+    head = re.fullmatch(r"linear(?:_(\d+))?", name)
+    if head and leaf in _LAYER:
+        layer = int(head[1] or 0)
+        place = f"hidden_{layer}" if layer < hidden_layers else "logits" if layer == hidden_layers else None
+        return f"params/head/{place}/{_LAYER[leaf]}" if place else None
+    for pattern, path, leaves in _RULES:
+        found = re.fullmatch(pattern, name)
+        if found and leaf in leaves:
+            return f"params/{path.format(*found.groups())}/{leaves[leaf]}"
+    return None
+
+
+def convert_config(config: Mapping[str, Any], converted: Mapping[str, np.ndarray], source: str) -> SCTConfig:
+    """Architecture from the published `config.json` and the shapes of the parameters."""
+    try:
+        gene_scale = converted["params/down_0/block/norm/scale"]
+        made = SCTConfig(
+            num_genes=int(gene_scale.shape[0]),
+            num_bins=int(config["alphabet_size"]) - 2,
+            token_embed_dim=int(config["token_embed_dim"]),
+            embed_dim=int(config["embed_dim"]),
+            num_downsamples=int(config["num_downsamples"]),
+            num_layers=int(config["num_layers"]),
+            num_heads=int(config["attention_heads"]),
+            ffn_dim=int(config["ffn_embed_dim"]),
+            num_hidden_layers_head=int(config["num_hidden_layers_head"]),
+            stem_taps=int(converted["params/stem/conv/kernel"].shape[0]),
+            conv_taps=int(converted["params/down_0/block/conv/kernel"].shape[0]),
+            use_skip_connection=bool(config["use_skip_connection"]),
+            use_spatial=bool(config["use_spatial_information"]),
+            spatial_encoding="reference",
+            num_scales=int(config["num_scales"]),
+            sigma_min=float(config["sigma_min"]),
+            sigma_max=float(config["sigma_max"]),
+            layer_norm_eps=float(config["layer_norm_eps"]),
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{source} lacks {error}, which the published format has.") from None
+    expected = {
+        "key_size": made.embed_dim // made.num_heads,
+        "pad_token_id": made.pad,
+        "mask_token_id": made.mask,
+    }
+    for name, value in expected.items():
+        if config.get(name, value) not in (value, None):
+            raise CheckpointError(f"{source} has {name} = {config[name]}, but sCT needs {value}.")
+    return made
+
+
+def read_vocabulary(folder: Path, num_genes: int) -> GeneVocabulary | None:
+    """Gene order of a published model from its two JSON files, None where the folder has neither.
+
+    `ensembl_id_vocab.json` maps Ensembl ids to global indices, `protein_gene_map.json` maps those to
+    positions among the coding genes. Positions without an Ensembl id stay, with a number for a name.
+    """
+    files = [folder / "ensembl_id_vocab.json", folder / "protein_gene_map.json"]
+    there = [file.is_file() for file in files]
+    if not any(there):
+        return None
+    if not all(there):
+        raise CheckpointError(f"{files[there.index(False)]} is missing: both vocabulary files are needed.")
+    try:
+        indices, positions = (json.loads(file.read_text()) for file in files)
+        coding = {int(index): int(position) for index, position in positions.items()}
+        ids = {
+            coding[int(index)]: gene.partition(".")[0]
+            for gene, index in indices.items()
+            if int(index) in coding
+        }
+    except (ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{files[0].parent} has damaged vocabulary files ({error}).") from error
+    size = max(coding.values()) + 1
+    if len(set(coding.values())) != len(coding) or size > num_genes:
+        raise CheckpointError(
+            f"{files[1]} names {len(coding)} genes at positions up to {size - 1}, but the model has "
+            f"{num_genes} positions, one for each."
+        )
+    return numbered([ids.get(position, "") for position in range(size)], "sct-published")
+
+
+def numbered(ids: list[str], name: str) -> GeneVocabulary:
+    """Vocabulary of ids, of which an empty one becomes a position named by its number."""
+    human = GeneVocabulary.human()
+    symbols = []
+    for position, gene in enumerate(ids):
+        known = human.position_of_id.get(gene, -1) if gene else -1
+        symbols.append(human.symbols[known] if known >= 0 else gene or f"position_{position}")
+    return GeneVocabulary.from_ids(ids, symbols, name=name)
+
+
+def convert(folder: Path, genes: GeneVocabulary | None = None, numbered_genes: bool = False) -> Pretrained:
+    """Read a published model: architecture, parameters and gene order.
+
+    Parameters
+    ----------
+    folder
+        Holds `config.json`, and `params.joblib` itself or in `jax_params/`.
+    genes
+        Gene order where the folder has no vocabulary files.
+    numbered_genes
+        Accept that there is no gene order: positions are numbered.
+
+    Raises
+    ------
+    CheckpointError
+        Files are missing, refused, or do not fit each other; all differences are listed.
+    """
+    params_file = next(
+        (f for f in (folder / "params.joblib", folder / "jax_params" / "params.joblib") if f.is_file()), None
+    )
+    config_file = next(
+        (f for f in (folder / "config.json", folder / "jax_params" / "config.json") if f.is_file()), None
+    )
+    if params_file is None or config_file is None:
+        missing = "params.joblib" if params_file is None else "config.json"
+        raise CheckpointError(
+            f"{folder} has no {missing}, itself or in jax_params: give the folder of the weights."
+        )
+    try:
+        foreign = json.loads(config_file.read_text())
+        hidden = int(foreign["num_hidden_layers_head"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{config_file} is not a configuration of the published model ({error!r})."
+        ) from None
+    arrays = convert_params(read_params(params_file), hidden, str(params_file))
+    config = convert_config(foreign, arrays, str(config_file))
+    match(arrays, expected_shapes("sct", config), str(params_file))
+    vocabulary = read_vocabulary(folder, config.num_genes) or genes
+    if vocabulary is None:
+        if not numbered_genes:
+            raise CheckpointError(
+                f"{folder} has no ensembl_id_vocab.json and protein_gene_map.json: give the gene order as "
+                "--genes=FILE, or --genes=none to number the positions."
+            )
+        vocabulary = numbered([""] * config.num_genes, "numbered")
+    if len(vocabulary) > config.num_genes:
+        raise CheckpointError(
+            f"the vocabulary has {len(vocabulary)} genes, but the model has {config.num_genes} positions."
+        )
+    model = Pretrained("sct", config, unflatten(arrays), vocabulary, license=LICENSE)
+    origin = "Converted from the published sCellTransformer weights (Haiku parameters). " + NOTICE
+    if vocabulary.name == "numbered":
+        origin += " The order of the genes was not given: positions are numbered."
+    return dataclasses.replace(model, card=default_card(model, origin))
