@@ -102,6 +102,6 @@ def get_config(variant: str = "") -> ConfigDict:
         config.data.update(dataset="pbmc68k", cells_per_bag=16, shuffle_cells=4096)
         config.objective.head_budget = 0.0
         config.optimizer.update(peak_lr=4e-3, warmup_steps=30)
-        config.train.update(batch_size=2, steps=600, log_every=20, eval_every=100, checkpoint_every=100)
+        config.train.update(batch_size=2, steps=1_000, log_every=20, eval_every=100, checkpoint_every=100)
         config.train.loader_threads = 1
     return config

@@ -16,6 +16,7 @@ from sct.data.bags import BagOptions
 from sct.data.store import SPLITS, Store
 from sct.errors import ConfigError
 from sct.models import registry
+from sct.nn.paths import flatten
 from sct.tasks.masked_expression import MaskedExpression, MaskedExpressionConfig
 from sct.train.checkpoint import Checkpoints
 from sct.train.loop import Result, TrainConfig, train
@@ -156,7 +157,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
 
     start = None
     if plain.get("init_from"):
-        start = pretrained.read_variables(pretrained.locate(plain["init_from"]))
+        start = flatten(pretrained.load(plain["init_from"], genes=store.vocabulary).variables)
     result = train(task, options, optimizer, workdir, start)
     if result.reason in ("signal", "stop_at"):
         return result

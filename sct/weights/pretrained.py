@@ -118,16 +118,32 @@ def _compiled(family: str, config: Any, wanted: tuple[str, ...]) -> Callable[...
 
 def save(folder: Path, model: Pretrained, dtype: str = "float32", shard_bytes: int = SHARD_BYTES) -> None:
     """Write a model folder; see `Pretrained.save_pretrained`."""
-    from safetensors.numpy import save_file
-
     if dtype not in _DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}.")
     if folder.exists() and not (folder / CONFIG).is_file() and any(folder.iterdir()):
         raise CheckpointError(f"{folder} holds other files and no model: choose an empty or new folder.")
-    flat = flatten(model.variables)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    try:
+        _write(temporary, model, dtype, shard_bytes)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+        os.replace(temporary, folder)
+        shutil.rmtree(old)
+    else:
+        os.replace(temporary, folder)
+
+
+def _write(temporary: Path, model: Pretrained, dtype: str, shard_bytes: int) -> None:
+    from safetensors.numpy import save_file
+
+    flat = flatten(model.variables)
     shards = list(_shards(flat, dtype, shard_bytes))
     index: dict[str, str] = {}
     for number, paths in enumerate(shards, 1):
@@ -154,14 +170,6 @@ def save(folder: Path, model: Pretrained, dtype: str = "float32", shard_bytes: i
     }
     (temporary / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     (temporary / CARD).write_text(model.card or default_card(model), encoding="utf-8")
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-        os.replace(temporary, folder)
-        shutil.rmtree(old)
-    else:
-        os.replace(temporary, folder)
 
 
 def _is_float(value: Any) -> bool:
@@ -324,12 +332,6 @@ class _Reader:
         if sharding is None:
             return jnp.asarray(of((slice(None),) * len(shape)))
         return jax.make_array_from_callback(shape, sharding, of)
-
-
-def read_variables(folder: Path) -> dict[str, np.ndarray]:
-    """All arrays of a model folder on the host, by path."""
-    with _Reader(folder) as reader:
-        return {name: np.asarray(reader.read(name, None, None)) for name in reader.shapes}
 
 
 def locate(path: str | os.PathLike[str]) -> Path:

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sct
 from sct.data.store import Store
 from sct.errors import CheckpointError, ConfigError
+from sct.nn.paths import flatten
 from sct.train.experiment import make_task, run
-from sct.weights import pretrained
 
 from .conftest import merged
 
@@ -83,8 +84,8 @@ def test_spatial_training_goes_on_where_training_on_cells_stopped(config, tmp_pa
     run(first, tmp_path / "cells")
     second = merged(first, init_from=str(tmp_path / "cells"), model__use_spatial=True, train__steps=1)
     result = run(second, tmp_path / "spatial")
-    before = pretrained.read_variables(tmp_path / "cells" / "model")
-    after = pretrained.read_variables(tmp_path / "spatial" / "model")
+    before = flatten(sct.load(tmp_path / "cells").variables)
+    after = flatten(sct.load(tmp_path / "spatial").variables)
     assert set(after) - set(before) == {"params/spatial/kernel", "params/spatial/bias"}
     assert result.progress.step == 1
     # One step at the initial rate moves parameters by at most about that rate.
