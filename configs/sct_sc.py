@@ -1,4 +1,4 @@
-"""sCT on single-cell RNA-seq: stage 1 of the paper, and small variants of it.
+"""sCT on single-cell RNA-seq (stage 1 of the paper), then on spatial data (stage 2), and small variants.
 
 Full model (79 million parameters, bags of 50 cells x about 20,000 genes, 10^12 tokens):
 
@@ -7,7 +7,13 @@ Full model (79 million parameters, bags of 50 cells x about 20,000 genes, 10^12 
     Hardware: one A100 80 GB or better; with several devices use a batch that they divide
     (--config.train.batch_size=8). The paper trained five days on one A100.
 
-:mini, the same recipe for a laptop and a store of your own files (full vocabulary, 2.6 million parameters,
+:spatial, stage 2: the same schedule on a store of spatial studies (1.5 x 10^11 tokens), from stage 1; the map
+of coordinates is new and starts at zero:
+
+    python -m launch.train --config=configs/sct_sc.py:spatial --config.data.store=SPATIAL_STORE \
+        --config.init_from=runs/sct --workdir=runs/sct_spatial
+
+:mini, the same recipe for a laptop and a store of your own files (full vocabulary, 2.4 million parameters,
 bags of 8 cells):
 
     python -m launch.train --config=configs/sct_sc.py:mini --config.data.store=STORE --workdir=runs/mini
@@ -19,7 +25,7 @@ bags of 8 cells):
 
 from ml_collections import ConfigDict
 
-VARIANTS = ("", "mini", "quickstart")
+VARIANTS = ("", "spatial", "mini", "quickstart")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -88,6 +94,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.loader_threads = 4
     config.train.mesh = ConfigDict({"data": -1, "fsdp": 1, "sequence": 1, "tensor": 1})
 
+    if variant == "spatial":
+        config.model.use_spatial = True
+        config.data.tokens = 1.5e11
     if variant in ("mini", "quickstart"):
         config.model.update(dtype="float32", remat="none", num_layers=2)
         config.optimizer.update(clip_norm=1.0, final_lr=2e-5, init_lr=2e-4)
@@ -101,7 +110,10 @@ def get_config(variant: str = "") -> ConfigDict:
         config.model.update(token_embed_dim=32, embed_dim=64, num_heads=2, ffn_dim=128, num_downsamples=5)
         config.data.update(dataset="pbmc68k", cells_per_bag=16, shuffle_cells=4096)
         config.objective.head_budget = 0.0
+        # Departs from the paper: on these cells a ratio drawn per bag gives a better model at 15% as well
+        # (MCC 0.42 against 0.41).
+        config.objective.masking.update(kind="drawn", low=0.05, high=0.5)
         config.optimizer.update(peak_lr=4e-3, warmup_steps=30)
-        config.train.update(batch_size=2, steps=1_000, log_every=20, eval_every=100, checkpoint_every=100)
+        config.train.update(batch_size=2, steps=600, log_every=20, eval_every=100, checkpoint_every=100)
         config.train.loader_threads = 1
     return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,25 @@ class Progress:
     stale: int = 0
 
 
+class _LastAndBest(policies.PreservationPolicy):
+    """Keep the last checkpoints and the best one.
+
+    Which is best is told by the run's own progress: Orbax's policy by metric forgets the metrics of what an
+    earlier process saved, and deletes the best checkpoint after a resume.
+    """
+
+    def __init__(self, last: int):
+        self.last = last
+        self.best: int | None = None
+
+    def should_preserve(
+        self, checkpoints: Sequence[policies.PolicyCheckpointInfo], *, context: policies.PreservationContext
+    ) -> Sequence[bool]:
+        """For each checkpoint, in the order of steps, whether it stays."""
+        newest = {info.step for info in checkpoints[-self.last :]}
+        return [info.step in newest or info.step == self.best for info in checkpoints]
+
+
 class Checkpoints:
     """The `checkpoints` folder of a run.
 
@@ -45,21 +65,14 @@ class Checkpoints:
         Where they lie.
     keep_last
         Number of the latest ones kept, beside the best one.
-    mode
-        "min" or "max": which value of the watched number is best.
     """
 
-    def __init__(self, folder: Path, keep_last: int = 2, mode: str = "min"):
-        best = policies.BestN(
-            get_metric_fn=lambda m: m["watched"],
-            reverse=mode == "min",
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
+    def __init__(self, folder: Path, keep_last: int = 2):
+        self._kept = _LastAndBest(keep_last)
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_last), best]),
+                preservation_policy=self._kept,
                 enable_async_checkpointing=True,
                 # A run that was killed while it saved leaves a temporary folder behind.
                 cleanup_tmp_directories=True,
@@ -78,8 +91,7 @@ class Checkpoints:
 
     def save(self, state: State, progress: Progress) -> None:
         """Start to save; returns as soon as the arrays are copied."""
-        # Only an improvement competes for being kept as the best, so that of equal ones it is the first.
-        best = progress.best_step == progress.step
+        self._kept.best = progress.best_step
         if progress.step in self._manager.all_steps():
             return
         self._manager.save(
@@ -87,7 +99,6 @@ class Checkpoints:
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(dataclasses.asdict(progress))
             ),
-            metrics={"watched": progress.best} if best else None,
             force=True,
         )
 

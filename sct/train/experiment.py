@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from sct.data.bags import BagOptions
 from sct.data.store import SPLITS, Store
@@ -163,6 +164,8 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
         return result
 
     variables = best_variables(result, workdir, options, task)
+    if jax.process_count() > 1:
+        variables = multihost_utils.process_allgather(variables, tiled=True)
     reports = []
     for evaluator in task.evaluators():
         numbers = dict(evaluator(variables))
@@ -197,7 +200,7 @@ def best_variables(
     best = result.progress.best_step
     if best is None or best == result.progress.step:
         return result.state.variables
-    checkpoints = Checkpoints(workdir / "checkpoints", options.keep_last, task.monitor_mode)
+    checkpoints = Checkpoints(workdir / "checkpoints", options.keep_last)
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), result.state
     )

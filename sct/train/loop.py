@@ -157,7 +157,7 @@ def train(
     train_step, eval_step = make_train_step(task, optimizer, mesh, abstract), make_eval_step(task, mesh)
 
     resources = ExitStack()  # closed however the run ends: what is being saved is finished first
-    checkpoints = Checkpoints(workdir / "checkpoints", config.keep_last, task.monitor_mode)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.keep_last)
     resources.callback(checkpoints.close)
     if checkpoints.latest is None:
         state, now = make_state(), Progress()
