@@ -71,6 +71,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.objective.head_budget = 0.05  # share of positions at which the head is evaluated in training
     config.objective.report_ratio = 0.15
     config.objective.report_seeds = 5
+    config.objective.report_bags = 0  # held-out bags in the table at the end, spread evenly; 0: all
 
     config.optimizer = ConfigDict()
     config.optimizer.peak_lr = 1e-4
@@ -86,6 +87,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.batch_size = 1
     config.train.log_every = 100
     config.train.eval_every = 5_000
+    config.train.eval_records = 1_000  # validation bags, spread evenly; 0: all
     config.train.checkpoint_every = 5_000
     config.train.keep_last = 2
     config.train.patience = 10
@@ -104,8 +106,9 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "mini":
         config.model.update(token_embed_dim=32, embed_dim=192, num_heads=6, ffn_dim=384, num_downsamples=6)
         config.data.cells_per_bag = 8
+        config.objective.report_bags = 25
         config.optimizer.update(peak_lr=1e-3, warmup_steps=50)
-        config.train.update(steps=1_000, log_every=10, eval_every=100, checkpoint_every=100)
+        config.train.update(steps=1_000, log_every=10, eval_every=100, checkpoint_every=100, eval_records=25)
     if variant == "quickstart":
         config.model.update(token_embed_dim=32, embed_dim=64, num_heads=2, ffn_dim=128, num_downsamples=5)
         config.data.update(dataset="pbmc68k", cells_per_bag=16, shuffle_cells=4096)

@@ -24,13 +24,15 @@ def _clock(seconds: float) -> str:
 class Bar:
     """Handle given by `progress`: call `update` as work is done."""
 
-    def __init__(self, description: str, total: int | None, done: int, interval: float):
+    def __init__(self, description: str, total: int | None, done: int, interval: float, active: bool = True):
         self.description, self.total, self.done = description, total, done
         self._first, self._start, self._interval = done, time.monotonic(), interval
         self._last = self._start
+        self._note = ""
+        self._active = active
         self._rich = None
         self._task = None
-        if sys.stderr.isatty():
+        if active and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -47,8 +49,11 @@ class Bar:
             self._rich.start()
 
     def update(self, advance: int = 1, note: str = "") -> None:
-        """Advance by `advance` units; `note` is shown beside the bar (keep it short)."""
+        """Advance by `advance` units; `note` stays beside the bar until the next one (keep it short)."""
         self.done += advance
+        self._note = note or self._note
+        if not self._active:
+            return
         if self._rich is not None and self._task is not None:
             self._rich.update(self._task, advance=advance)
             if note:
@@ -57,16 +62,18 @@ class Bar:
         now = time.monotonic()
         if now - self._last >= self._interval or (self.done == self.total and now - self._start > 5):
             self._last = now
-            self.write(self._line(note, now))
+            self.write(self._line(now))
 
-    def _line(self, note: str, now: float) -> str:
+    def _line(self, now: float) -> str:
         total = f"/{self.total}" if self.total is not None else ""
         rate = (self.done - self._first) / max(now - self._start, 1e-9)
         left = f", {_clock((self.total - self.done) / rate)} left" if self.total and rate > 0 else ""
-        return f"{self.description} {self.done}{total}{' ' + note if note else ''}{left}"
+        return f"{self.description} {self.done}{total}{' ' + self._note if self._note else ''}{left}"
 
     def write(self, text: str) -> None:
         """Print a line above the bar (terminal) or into the log (file)."""
+        if not self._active:
+            return
         if self._rich is not None:
             self._rich.console.print(text, highlight=False)
         else:
@@ -80,7 +87,12 @@ class Bar:
 
 @contextmanager
 def progress(
-    description: str, total: int | None = None, *, done: int = 0, interval: float = 15.0
+    description: str,
+    total: int | None = None,
+    *,
+    done: int = 0,
+    interval: float = 15.0,
+    active: bool = True,
 ) -> Iterator[Bar]:
     """Show progress of a piece of work on standard error.
 
@@ -94,8 +106,10 @@ def progress(
         Units done before (a resumed run starts its bar there).
     interval
         Seconds between two lines where standard error is not a terminal.
+    active
+        False shows nothing (all processes of a run but the first).
     """
-    bar = Bar(description, total, done, interval)
+    bar = Bar(description, total, done, interval, active)
     try:
         yield bar
     finally:

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -300,15 +301,19 @@ def test_constraints_are_names_and_versions(path):
 
 def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
     pytest.importorskip("scanpy", reason="the real cells come with scanpy: make install brings it")
-    from sct.data.bundled import prepare
+    from sct.train.experiment import run as train
 
-    prepare("pbmc68k", tmp_path / "runs" / "quickstart" / "store")
+    config = runpy.run_path(str(ROOT / "configs" / "sct_sc.py"))["get_config"]("quickstart")
+    config.train.update(steps=2, eval_every=2)
+    config.objective.update(report_seeds=1, report_bags=1)
+    train(config.to_dict(), tmp_path / "runs" / "quickstart")
     monkeypatch.chdir(tmp_path)
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     exec(compile(example, "README.md", "exec"), names)
     assert names["cells"].shape == (700, 765)
-    assert names["counts"].shape == (64, 738)
+    assert names["counts"].shape == (16, 738)
+    assert names["tokens"].shape == (1, 16, 768)
 
 
 @pytest.fixture(scope="module")

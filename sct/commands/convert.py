@@ -33,11 +33,17 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise ConfigError(f"{argv[1]!r} is not a flag: options are written --name=value.")
     from sct.data.genes import GeneVocabulary
-    from sct.weights import haiku_sct
+    from sct.weights import haiku_sct, model_folder
 
+    source, target = (Path(flag.value).expanduser().resolve() for flag in (_INPUT, _OUTPUT))
+    if target.is_relative_to(source):
+        raise ConfigError(
+            f"the output {target} is the input folder or lies inside of it: choose another --output."
+        )
+    model_folder.check_target(target)
     numbered = _GENES.value == "none"
-    genes = GeneVocabulary.load(Path(_GENES.value)) if _GENES.value and not numbered else None
-    model = haiku_sct.convert(Path(_INPUT.value).expanduser(), genes, numbered)
-    model.save_pretrained(_OUTPUT.value, dtype=_DTYPE.value)
+    genes = GeneVocabulary.load(Path(_GENES.value).expanduser()) if _GENES.value and not numbered else None
+    model = haiku_sct.convert(source, genes, numbered)
+    model.save_pretrained(target, dtype=_DTYPE.value)
     print(haiku_sct.NOTICE)
     print(f"model folder: {_OUTPUT.value}")

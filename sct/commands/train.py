@@ -27,6 +27,12 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; runs/CONFIGURATION[
 _CACHE = flags.DEFINE_string(
     "compilation_cache", "~/.cache/sct/xla", "Folder of compiled programs kept between runs; '' for none."
 )
+_MULTIHOST = flags.DEFINE_bool(
+    "multihost", False, "This is one process of several; Slurm and TPU pods need nothing else."
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, with --multihost elsewhere.")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, from 0, with --coordinator.")
 flags.mark_flag_as_required("config")
 
 
@@ -53,7 +59,9 @@ def prepare(argv: list[str]) -> list[str]:
 
 def _find(name: str) -> Path:
     folder = config_folder()
-    candidates = [Path(name), folder / Path(name).name, folder / f"{name}.py"]
+    candidates = [Path(name), folder / f"{name}.py"]
+    if Path(name).parent in (Path(), Path("configs")):
+        candidates.append(folder / Path(name).name)
     for candidate in candidates:
         if candidate.is_file():
             return candidate
@@ -106,6 +114,15 @@ def main(argv: list[str]) -> None:
 
     from sct.train.experiment import run
 
+    if _MULTIHOST.value:
+        try:
+            jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(
+                f"--multihost found no cluster to join ({reason}): start it through Slurm or on a TPU pod, or "
+                "give --coordinator=HOST:PORT, --num_processes and --process_id."
+            ) from error
     if _CACHE.value:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(_CACHE.value))
     file, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")

@@ -34,6 +34,13 @@ class Source(Protocol):
         ...
 
 
+def spread(number: int, limit: int) -> list[int]:
+    """At most `limit` numbers below `number`, spread evenly over them; all with a limit of 0."""
+    if not limit or limit >= number:
+        return list(range(number))
+    return [round(i) for i in np.linspace(0, number - 1, limit)]
+
+
 class Loader:
     """Endless batches of shuffled records, or one ordered pass.
 
@@ -48,6 +55,8 @@ class Loader:
     shuffle
         True: endless, shuffled anew each epoch. False: one pass in order; the last batch is filled up with
         copies of its last record, marked by a zero in `weight`.
+    limit
+        Records of an ordered pass, spread evenly over the source; 0 for all.
     process_index, process_count
         Which share of each batch this process reads.
     num_threads, prefetch
@@ -65,6 +74,7 @@ class Loader:
         *,
         seed: int = 0,
         shuffle: bool = True,
+        limit: int = 0,
         process_index: int = 0,
         process_count: int = 1,
         num_threads: int = 2,
@@ -79,21 +89,28 @@ class Loader:
             raise ConfigError(f"process_index is {process_index}, but there are {process_count} processes.")
         self.source, self.batch_size, self.seed, self.shuffle = source, batch_size, seed, shuffle
         self.process_index, self.process_count = process_index, process_count
+        if num_threads < 0 or prefetch < 1 or limit < 0:
+            raise ConfigError(
+                f"num_threads is {num_threads}, prefetch {prefetch} and limit {limit}, but none may be negative "
+                "and prefetch must be at least 1."
+            )
         self.num_threads, self.prefetch = num_threads, prefetch
+        self._ordered = None if shuffle else spread(len(source), limit)
 
     def _sequence(self) -> grain.MapDataset:
         """Numbers of records within their epochs, with the epoch and the weight."""
         length = len(self.source)
-        if not self.shuffle:
+        if (ordered := self._ordered) is not None:
             return grain.MapDataset.range(len(self) * self.batch_size).map(
-                lambda index: (min(int(index), length - 1), 0, float(index < length))
+                lambda index: (ordered[min(int(index), len(ordered) - 1)], 0, float(index < len(ordered)))
             )
         numbers = grain.MapDataset.range(length).seed(self.seed).shuffle().repeat()
         return numbers.map_with_index(lambda index, number: (int(number), index // length, 1.0))
 
     def __len__(self) -> int:
         """Batches in one pass."""
-        return -(-len(self.source) // self.batch_size)
+        records = len(self.source if self._ordered is None else self._ordered)
+        return -(-records // self.batch_size)
 
     def describe(self, first: int) -> list[str]:
         """Name the records of the batch that starts at record `first` of the sequence."""

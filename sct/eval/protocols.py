@@ -12,6 +12,7 @@ import numpy as np
 
 from sct.data import masking
 from sct.data.bags import BagSource
+from sct.data.loader import spread
 from sct.data.tokenize import digitize, expected_counts
 from sct.eval import baselines, metrics
 from sct.eval.report import Report
@@ -52,6 +53,8 @@ class GeneImputation:
         Name of the held-out split, for the title.
     ratio, seeds
         Share of genes masked; number of draws of the masked positions, over which the spread is given.
+    max_bags
+        Bags scored, spread evenly over the held-out ones; 0 for all.
     """
 
     name = "imputation"
@@ -64,9 +67,11 @@ class GeneImputation:
         split: str = "test",
         ratio: float = 0.15,
         seeds: int = 5,
+        max_bags: int = 0,
     ):
         self.train, self.held_out, self.split = train, held_out, split
         self.ratio, self.seeds = ratio, seeds
+        self.numbers = spread(len(held_out), max_bags)
         self._probabilities = jax.jit(probabilities)
         self._mask = jax.jit(
             lambda key, tokens: masking.exact_ratio(key, tokens, ratio, held_out.options.num_bins)
@@ -89,7 +94,7 @@ class GeneImputation:
                 kept.setdefault(row, [[] for _ in range(self.seeds)])[seed].append(value)
 
         num_bins = self.held_out.options.num_bins
-        for number in track(range(len(self.held_out)), "imputing masked genes"):
+        for number in track(self.numbers, "imputing masked genes"):
             bag = self.held_out.bag(number)
             tokens = jnp.asarray(bag["tokens"])[None]
             coordinates = jnp.asarray(bag["coordinates"])[None] if "coordinates" in bag else None

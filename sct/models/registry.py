@@ -59,4 +59,6 @@ def model_config(name: str, values: Mapping[str, Any], num_genes: int | None = N
     With `num_genes`, the size of a vocabulary, the architecture is fitted to it where it leaves that open.
     """
     cls = family(name)[0]
-    return build(cls, values if num_genes is None else cls.fit(values, num_genes), f"model ({name})")
+    if num_genes is not None:
+        values = cls.fit(values, num_genes)
+    return build(cls, values, f"model ({name})")

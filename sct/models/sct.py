@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sct.errors import ConfigError
+from sct.errors import ConfigError, DataError
 from sct.nn import axes
 from sct.nn.attention import TransformerBlock
 from sct.nn.conv import Conv, pool_2x
@@ -147,6 +147,8 @@ class SCTConfig:
     def fit(cls, values: Mapping[str, Any], num_genes: int) -> dict[str, Any]:
         """Values of a configuration with `num_genes` 0 or absent replaced by a vocabulary's size, padded."""
         levels = values.get("num_downsamples", cls.num_downsamples)
+        if not isinstance(levels, int):
+            raise ConfigError(f"num_downsamples is {levels!r}, but a whole number is needed.")
         return {**values, "num_genes": values.get("num_genes") or pad_to_multiple(num_genes, levels)}
 
     @property
@@ -170,6 +172,17 @@ def pad_to_multiple(num_genes: int, num_downsamples: int) -> int:
     """Smallest number of gene positions >= `num_genes` that `num_downsamples` halvings divide."""
     step = 2**num_downsamples
     return -(-num_genes // step) * step
+
+
+def _check_range(name: str, values: Any, most: int) -> None:
+    """Raise `DataError` for integers outside of 0 .. `most`, which an index would silently clip."""
+    if not jnp.issubdtype(values.dtype, jnp.integer):
+        raise DataError(f"{name} are {values.dtype}, but integers are needed.")
+    if isinstance(values, jax.core.Tracer) or not getattr(values, "is_fully_addressable", True):
+        return
+    low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
+    if low < 0 or high > most:
+        raise DataError(f"{name} reach from {low} to {high}, but 0 to {most} is what the model knows.")
 
 
 class ConvBlock(nn.Module):
@@ -269,6 +282,39 @@ class SCT(nn.Module):
     def example(config: SCTConfig) -> dict[str, jax.Array]:
         """Smallest inputs of a call, by name."""
         return {"tokens": jnp.zeros((1, 1, config.num_genes), jnp.uint8)}
+
+    @staticmethod
+    def check_inputs(config: SCTConfig, inputs: Mapping[str, Any]) -> None:
+        """Raise `DataError` unless the inputs fit; values are looked at where they are known (not traced)."""
+        tokens = inputs["tokens"]
+        if tokens.ndim != 3 or not jnp.issubdtype(tokens.dtype, jnp.integer) or not tokens.size:
+            raise DataError(
+                f"tokens are {tokens.dtype} of shape {tokens.shape}, but integers (bags, cells, "
+                f"{config.num_genes} gene positions), none of them zero, are needed."
+            )
+        batch, cells, genes = tokens.shape
+        if genes != config.num_genes:
+            raise DataError(
+                f"tokens have {genes} gene positions, but the model has {config.num_genes}: pad with token "
+                f"{config.pad} in the model's order of genes."
+            )
+        _check_range("tokens", tokens, config.mask)
+        for name, last in (("coordinates", 2), ("positions", None)):
+            value = inputs.get(name)
+            if value is None:
+                continue
+            fits = value.ndim == 2 and value.shape[0] == batch
+            if last is not None:
+                fits = value.shape == (batch, cells, last)
+            if not fits:
+                wanted = f"({batch}, {cells}, {last})" if last else f"({batch}, any number)"
+                raise DataError(
+                    f"{name} have the shape {value.shape}, but {wanted} is needed for the tokens."
+                )
+        if inputs.get("coordinates") is not None and not config.use_spatial:
+            raise DataError("coordinates were given, but the model has no spatial encoding: leave them out.")
+        if inputs.get("positions") is not None:
+            _check_range("positions", inputs["positions"], cells * genes - 1)
 
     def setup(self) -> None:
         """Declare the parts, named as in the paper."""

@@ -33,6 +33,18 @@ MLP = "mlp"
 TAPS = "taps"  # kernel positions of a convolution
 GENE_SCALE = "gene_scale"  # one entry per gene position (shared layer norm)
 
+# Logical axis -> mesh axes (`sct.train.sharding` makes the mesh); names that are not here stay whole.
+RULES: dict[str, tuple[str, ...]] = {
+    BATCH: ("data", "fsdp"),
+    LENGTH: ("sequence",),
+    CELL: ("sequence",),
+    CHANNEL_IN: ("fsdp",),
+    CHANNEL: ("tensor",),
+    EMBED: ("fsdp",),
+    HEADS: ("tensor",),
+    MLP: ("tensor",),
+}
+
 Initializer = jax.nn.initializers.Initializer
 # Fan-in scaled truncated normal, the usual choice for convolutions and matrices followed by GELU.
 kernel_init: Initializer = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")

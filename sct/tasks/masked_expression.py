@@ -34,12 +34,31 @@ class MaskedExpressionConfig:
         ones; those beyond it are left out of the loss and counted in `overflow`. 0 evaluates it everywhere.
     report_ratio, report_seeds
         Share of genes masked, and number of draws, in the table after training.
+    report_bags
+        Held-out bags scored in that table, spread evenly over all of them; 0 for all.
     """
 
     masking: Masking = dataclasses.field(default_factory=Masking)
     head_budget: float = 0.0
     report_ratio: float = 0.15
     report_seeds: int = 5
+    report_bags: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("head_budget", "report_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but it must lie in [0, 1].")
+        if self.report_ratio == 0 or self.report_seeds < 1 or self.report_bags < 0:
+            raise ConfigError(
+                f"report_ratio is {self.report_ratio}, report_seeds {self.report_seeds} and report_bags "
+                f"{self.report_bags}, but the first two must be positive and the last not negative."
+            )
+        rule = self.masking
+        if self.head_budget and rule.kind in ("uniform", "ratio") and rule.expressed > self.head_budget:
+            raise ConfigError(
+                f"masking {rule.kind!r} hides a share of {rule.expressed} of all positions, but head_budget is "
+                f"{self.head_budget}: raise it above that, or set it to 0."
+            )
 
 
 class MaskedExpression:
@@ -155,6 +174,7 @@ class MaskedExpression:
                 split=held_out,
                 ratio=self.config.report_ratio,
                 seeds=self.config.report_seeds,
+                max_bags=self.config.report_bags,
             ),
         )
 

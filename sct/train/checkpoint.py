@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from sct.errors import CheckpointError
 from sct.train.state import State
+from sct.weights.pretrained import match
 
 
 @dataclasses.dataclass
@@ -113,6 +113,7 @@ class Checkpoints:
         step = self.latest if step is None else step
         if step is None:
             raise CheckpointError(f"{self._manager.directory} holds no complete checkpoint.")
+        self._check_shapes(abstract, step)
         try:
             loaded = self._manager.restore(
                 step,
@@ -120,13 +121,24 @@ class Checkpoints:
                     state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()
                 ),
             )
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            reason = " ".join(str(error).split())[:400]
+        except Exception as error:
+            folder = self._manager.directory / str(step)
+            older = [other for other in self.steps() if other < step]
             raise CheckpointError(
-                f"checkpoint {self._manager.directory / str(step)} does not fit the configuration: use the "
-                f"configuration it was made with, or another --workdir ({reason})."
+                f"checkpoint {folder} cannot be read ({_first_line(error)}): if it is damaged, delete that folder "
+                + (f"to go on from step {older[-1]}." if older else "to start again.")
             ) from error
         return loaded.state, Progress(**loaded.progress)
+
+    def _check_shapes(self, abstract: State, step: int) -> None:
+        """Raise with the list of parameters that differ from those of a checkpoint."""
+        try:
+            saved = ocp.PyTreeCheckpointer().metadata(self._manager.directory / str(step) / "state")
+            there = {**saved.item_metadata.tree["frozen"], **saved.item_metadata.tree["trained"]}
+        except Exception:
+            return  # the files are damaged, which restoring says better
+        source = f"the checkpoint {self._manager.directory / str(step)}"
+        match(there, {**abstract.frozen, **abstract.trained}, source)
 
     def wait(self) -> None:
         """Wait until what was saved is on disk."""
@@ -137,12 +149,5 @@ class Checkpoints:
         self._manager.close()
 
 
-def as_plain(config: Any) -> Any:
-    """Configuration as JSON can hold it."""
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return {field.name: as_plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
-    if isinstance(config, dict):
-        return {key: as_plain(value) for key, value in config.items()}
-    if isinstance(config, (list, tuple)):
-        return [as_plain(value) for value in config]
-    return config
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

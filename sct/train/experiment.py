@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from sct.data.bags import BagOptions
 from sct.data.store import SPLITS, Store
-from sct.errors import ConfigError
+from sct.errors import CheckpointError, ConfigError, StoreError
 from sct.models import registry
 from sct.nn.paths import flatten
 from sct.tasks.masked_expression import MaskedExpression, MaskedExpressionConfig
@@ -25,12 +29,13 @@ from sct.train.optim import OptimizerConfig
 from sct.version import __version__
 from sct.weights import pretrained
 
+TASKS = ("masked_expression",)
 _SECTIONS = ("family", "task", "init_from", "model", "data", "objective", "optimizer", "train")
-# What may change between two sessions of one run: it does not change what is computed.
+# What may change when a run goes on: it does not change what is computed.
 _FREE = {
     "train": {
         "stop_at", "log_every", "eval_every", "checkpoint_every", "keep_last", "patience", "loader_threads",
-        "mesh",
+        "eval_records", "mesh",
     },
     "data": {"store"},
 }  # fmt: skip
@@ -72,7 +77,11 @@ def open_data(config: DataConfig, workdir: Path) -> Store:
         return Store.open(Path(config.store).expanduser())
     from sct.data.bundled import prepare
 
-    return prepare(config.dataset, workdir / "store")
+    if jax.process_index() == 0:
+        prepare(config.dataset, workdir / "store")
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the store is made")
+    return Store.open(workdir / "store")
 
 
 def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Path) -> None:
@@ -114,7 +123,7 @@ def make_task(config: Mapping[str, Any], store: Store) -> tuple[MaskedExpression
 def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
     """Train as a configuration says, in a run folder; running again on the folder resumes.
 
-    The folder ends up with `config.json`, `genes.tsv`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`,
+    The folder ends up with `config.json`, `data.json`, `genes.tsv`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`,
     `model/` (the best checkpoint as a model folder) and `report.md`, `report.json`.
 
     Parameters
@@ -131,55 +140,148 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
     """
     from rich.console import Console
 
-    from sct.eval import report
-
-    console = Console()
-    unknown = sorted(set(config) - set(_SECTIONS))
-    if unknown:
-        raise ConfigError(
-            f"the configuration has no section {unknown[0]!r}: choose from {', '.join(_SECTIONS)}."
-        )
+    first = jax.process_index() == 0
+    console = Console(quiet=not first)
     workdir = Path(workdir).expanduser().absolute()
-    plain = json.loads(json.dumps(config))
-    registry.build(TrainConfig, {**plain.get("train", {}), "steps": 1}, "train")  # errors before any work
+    plain = _checked(config)
+    if workdir.exists() and not workdir.is_dir():
+        raise ConfigError(f"{workdir} is a file, but --workdir must be a folder: choose another.")
     settings = workdir / "config.json"
-    if settings.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
-        _check_same(json.loads(settings.read_text()), plain, workdir)
+    resumes = any((workdir / "checkpoints").glob("[0-9]*"))
+    if resumes:
+        _check_same(_read_json(settings), plain, workdir)
     store = open_data(registry.build(DataConfig, plain.get("data", {}), "data"), workdir)
+    if resumes:
+        _check_data(_read_json(workdir / "data.json"), store, workdir)
     task, data = make_task(plain, store)
     options = registry.build(TrainConfig, _with_steps(plain, task, data), "train")
     optimizer = registry.build(OptimizerConfig, plain.get("optimizer", {}), "optimizer")
-    workdir.mkdir(parents=True, exist_ok=True)
-    first = jax.process_index() == 0
     if first:
+        workdir.mkdir(parents=True, exist_ok=True)
         _write_json(settings, plain)
-        store.vocabulary.save(workdir / "genes.tsv")
-        _announce(console, task, options, workdir)
+        if not resumes:
+            _write_json(workdir / "data.json", _describe(store))
+            store.vocabulary.save(workdir / "genes.tsv")
+    _announce(console, task, options, workdir)
 
-    start = None
-    if plain.get("init_from"):
-        start = flatten(pretrained.load(plain["init_from"], genes=store.vocabulary).variables)
-    result = train(task, options, optimizer, workdir, start)
+    def start() -> dict[str, Any]:
+        return flatten(pretrained.load(plain["init_from"], genes=store.vocabulary).variables)
+
+    result = train(task, options, optimizer, workdir, start if plain.get("init_from") else None)
     if result.reason in ("signal", "stop_at"):
         return result
+    with _stoppable():
+        _finish(task, options, plain, result, workdir, console)
+    return result
 
-    variables = best_variables(result, workdir, options, task)
+
+def _finish(
+    task: MaskedExpression,
+    options: TrainConfig,
+    plain: Mapping[str, Any],
+    result: Result,
+    workdir: Path,
+    console: Any,
+) -> None:
+    """Measure the best model, and write tables and model folder."""
+    from sct.eval import report
+
+    variables = best_variables(result, workdir, options)
     if jax.process_count() > 1:
         variables = multihost_utils.process_allgather(variables, tiled=True)
     reports = []
     for evaluator in task.evaluators():
         numbers = dict(evaluator(variables))
-        if first and evaluator.report is not None:
+        if evaluator.report is not None:
             console.print(evaluator.report.table())
             reports.append(evaluator.report)
+        if jax.process_index() == 0:
             _write_json(workdir / f"{evaluator.name}.json", numbers)
-    if first:
+    if jax.process_index() == 0:
         report.write(reports, workdir)
-        model = pretrained.Pretrained(plain["family"], task.model_config, variables, store.vocabulary)
-        card = pretrained.default_card(model, _history(plain, store, result, reports))
+        step = result.progress.best_step or result.progress.step
+        model = pretrained.Pretrained(
+            plain["family"], task.model_config, variables, task.store.vocabulary, step=step
+        )
+        card = pretrained.default_card(model, _history(plain, task.store, result, reports))
         dataclasses.replace(model, card=card).save_pretrained(workdir / "model")
-        console.print(f"run folder: {workdir}", soft_wrap=True)
-    return result
+    console.print(f"run folder: {workdir}", soft_wrap=True)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """End with status 0 on SIGTERM: training is saved, and the same command measures and exports again."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        print("asked to stop: training is saved; run the same command again to measure it.", file=sys.stderr)
+        raise SystemExit(0)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain copy of a configuration whose errors are found before anything is read or written."""
+    plain = json.loads(json.dumps(config))
+    unknown = sorted(set(plain) - set(_SECTIONS))
+    if unknown:
+        raise ConfigError(
+            f"the configuration has no section {unknown[0]!r}: choose from {', '.join(_SECTIONS)}."
+        )
+    for section in ("model", "data", "objective", "optimizer", "train"):
+        if not isinstance(plain.get(section, {}), dict):
+            raise ConfigError(f"{section} is {plain[section]!r}, but it must hold named options.")
+    for name, known in (("family", tuple(registry.MODELS)), ("task", TASKS)):
+        if plain.get(name) not in known:
+            raise ConfigError(f"{name} is {plain.get(name)!r}, but it must be one of {', '.join(known)}.")
+    registry.build(TrainConfig, {**plain.get("train", {}), "steps": 1}, "train")
+    registry.build(OptimizerConfig, plain.get("optimizer", {}), "optimizer")
+    registry.build(MaskedExpressionConfig, plain.get("objective", {}), "objective")
+    registry.model_config(plain["family"], plain.get("model", {}), 1)
+    return plain
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}), but the folder holds checkpoints: restore it, or choose another "
+            "--workdir."
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged: restore it, or choose another --workdir.")
+    return content
+
+
+def _describe(store: Store) -> dict[str, Any]:
+    """What of a store decides which bags a run draws."""
+    studies = [[study.name, study.split, study.n_cells, study.nnz] for study in store.studies]
+    return {"vocabulary_hash": store.vocabulary.hash, "studies": studies}
+
+
+def _check_data(before: Mapping[str, Any], store: Store, workdir: Path) -> None:
+    """Refuse to continue a run on other data."""
+    after = _describe(store)
+    if before.get("vocabulary_hash") != after["vocabulary_hash"]:
+        raise StoreError(
+            f"{workdir} holds a run on the vocabulary with hash {str(before.get('vocabulary_hash'))[:16]}, but the "
+            f"store {store.path} has {after['vocabulary_hash'][:16]}: choose another --workdir or the same store."
+        )
+    if before.get("studies") != after["studies"]:
+        changed = [s[0] for s in before.get("studies", []) if s not in after["studies"]]
+        changed += [s[0] for s in after["studies"] if s not in before.get("studies", [])]
+        raise StoreError(
+            f"{workdir} holds a run on other data than the store {store.path} has now (different: "
+            f"{', '.join(dict.fromkeys(changed)) or 'the order of studies'}): choose another --workdir, with "
+            "--config.init_from to start from this run's model."
+        )
 
 
 def _with_steps(plain: Mapping[str, Any], task: MaskedExpression, data: DataConfig) -> dict[str, Any]:
@@ -193,9 +295,7 @@ def _with_steps(plain: Mapping[str, Any], task: MaskedExpression, data: DataConf
     return values
 
 
-def best_variables(
-    result: Result, workdir: Path, options: TrainConfig, task: MaskedExpression
-) -> dict[str, Any]:
+def best_variables(result: Result, workdir: Path, options: TrainConfig) -> dict[str, Any]:
     """Variables of the best checkpoint, or of the last step where nothing was validated."""
     best = result.progress.best_step
     if best is None or best == result.progress.step:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,14 +37,16 @@ class MetricLog:
             temporary.write_text("".join(line + "\n" for line in kept))
             os.replace(temporary, path)
         self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float], prefix: str) -> None:
         """Record numbers of a step under names `prefix/name`."""
         if not self._active:
             return
         named = {f"{prefix}/{name}": value for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **named}) + "\n")
+        # JSON has no NaN: a metric that is not defined (the MCC of nothing) is null.
+        known = {name: value if math.isfinite(value) else None for name, value in named.items()}
+        self._file.write(json.dumps({"step": step, **known}) + "\n")
         for name, value in named.items():
             self._board.add_scalar(name, value, step)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from sct.data.loader import Loader
 from sct.errors import ConfigError, DivergedError
@@ -48,6 +49,8 @@ class TrainConfig:
         Seed of initial parameters, masks and the order of data.
     loader_threads
         Threads that read and tokenise.
+    eval_records
+        Records of a validation, spread evenly over the split; 0 for all.
     mesh
         Devices along each axis.
     """
@@ -62,12 +65,16 @@ class TrainConfig:
     stop_at: int = 0
     seed: int = 0
     loader_threads: int = 2
+    eval_records: int = 0
     mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}, but it must be at least 1.")
+        for name in ("patience", "stop_at", "seed", "loader_threads", "eval_records"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}, but it must not be negative.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +94,10 @@ class Result:
     state: State
     progress: Progress
     reason: str
+
+
+# Number of a step, its scalars, and the sums of its task.
+Step = tuple[int, dict[str, jax.Array], Sums]
 
 
 @contextmanager
@@ -114,7 +125,7 @@ def train(
     config: TrainConfig,
     optimizer_config: OptimizerConfig,
     workdir: Path,
-    start: Mapping[str, np.ndarray] | None = None,
+    start: Callable[[], Mapping[str, Any]] | None = None,
 ) -> Result:
     """Train a task in a run folder, or go on where the folder's last checkpoint stopped.
 
@@ -127,8 +138,8 @@ def train(
     workdir
         Run folder: `checkpoints/`, `metrics.jsonl`, `tensorboard/` are written here.
     start
-        Arrays by path to start from instead of random ones (a further stage of training); only paths that
-        the task declares as `new` may be absent.
+        Gives arrays by path to start from instead of random ones (a further stage of training); only paths
+        that the task declares as `new` may be absent. Not called where the run goes on from a checkpoint.
 
     Raises
     ------
@@ -147,8 +158,10 @@ def train(
     held_out = task.dataset("validation")
     validation = None
     if held_out is not None:
-        threads = config.loader_threads
-        validation = Loader(held_out, config.batch_size, shuffle=False, num_threads=threads, **shares)
+        threads, limit = config.loader_threads, config.eval_records
+        validation = Loader(
+            held_out, config.batch_size, shuffle=False, limit=limit, num_threads=threads, **shares
+        )
 
     abstract, make_state = init_state(
         task, lambda shapes: make_optimizer(optimizer_config, config.steps, shapes)[0], mesh, config.seed
@@ -162,7 +175,7 @@ def train(
     if checkpoints.latest is None:
         state, now = make_state(), Progress()
         if start is not None:
-            state = load_into(state, start, task.new)
+            state = load_into(state, start(), task.new)
     else:
         state, now = checkpoints.restore(abstract)
     batches = loader.iterate(now.records_drawn)
@@ -175,44 +188,47 @@ def train(
     with (
         resources,
         MetricLog(workdir, now.step, jax.process_index() == 0) as log,
-        progress("training", last, done=now.step) as bar,
+        progress("training", last, done=now.step, active=jax.process_index() == 0) as bar,
         _signals() as stop_asked,
     ):
-        pending: list[tuple[int, dict[str, jax.Array], Sums]] = []
-        started, tokens = time.monotonic(), 0
-        rate = 0.0
+        pending: list[Step] = []  # steps whose numbers have not been fetched from the device
+        started, tokens, first = time.monotonic(), 0, now.step + 1
         while now.step < last:
             batch = next(batches)
-            tokens += task.tokens(batch) * jax.process_count()
             state, scalars, sums = train_step(state, sharding.put_batch(batch, mesh))
             now.step += 1
             now.records_drawn = batches.records_drawn
             pending.append((now.step, scalars, sums))
+            tokens += task.tokens(batch) * jax.process_count()
+            # Queue no more steps than keep the device busy; and leave compilation out of the rate.
+            jax.block_until_ready(pending[max(len(pending) - 3, 0)][1] if now.step > first else scalars)
+            if now.step == first:
+                started, tokens = time.monotonic(), 0
 
-            stop = stop_asked()
-            evaluate = validation is not None and (now.step % config.eval_every == 0 or now.step == last)
-            save = evaluate or stop or now.step % config.checkpoint_every == 0 or now.step == last
-            if save or now.step % config.log_every == 0 or now.step == 1:
-                # The only place where the host waits for the device, and where the loss is checked: a
-                # checkpoint never holds parameters made by a loss that is not finite.
+            logs = now.step % config.log_every == 0 or now.step == 1
+            stop = _agree(stop_asked(), logs)
+            # At the schedule's end, but not where a run is interrupted: that must not change what follows.
+            evaluates = now.step % config.eval_every == 0 or now.step == config.steps
+            saves = evaluates or stop or now.step % config.checkpoint_every == 0 or now.step == last
+            if logs or saves:
+                # The only place where numbers are fetched and the loss is checked: a checkpoint never holds
+                # parameters made by a loss that is not finite.
                 values = _collect(task, pending, loader)
-                elapsed = max(time.monotonic() - started, 1e-9)
-                if now.step > 1:  # the first step's time is compilation
-                    rate = tokens / elapsed
+                rate = tokens / max(time.monotonic() - started, 1e-9)
                 values |= {"learning_rate": float(schedule(now.step - 1)), "tokens_per_second": rate}
                 log.write(now.step, values, "train")
-                pending, started, tokens = [], time.monotonic(), 0
                 bar.update(0, _note(values, rate))
             bar.update(1)
-
-            if evaluate and validation is not None:
+            if evaluates and validation is not None:
                 summary = _validate(task, eval_step, state, validation, mesh)
                 log.write(now.step, summary, "validation")
                 _watch(task, summary[task.monitor], now)
                 _report(bar, now, summary)
-            if save:
+            if saves:
                 checkpoints.save(state, dataclasses.replace(now))
-            if evaluate and config.patience and now.stale >= config.patience:
+            if logs or saves:
+                pending, started, tokens = [], time.monotonic(), 0
+            if evaluates and config.patience and now.stale >= config.patience:
                 reason = "early stop"
                 break
             if stop:
@@ -222,9 +238,14 @@ def train(
     return Result(state, now, reason)
 
 
-def _collect(
-    task: Task, pending: list[tuple[int, dict[str, jax.Array], Sums]], loader: Loader
-) -> dict[str, float]:
+def _agree(asked: bool, now: bool) -> bool:
+    """Whether any process was asked to stop; they must all stop at the same step, so they talk at some only."""
+    if jax.process_count() == 1:
+        return asked
+    return now and bool(multihost_utils.process_allgather(np.asarray(asked)).any())
+
+
+def _collect(task: Task, pending: list[Step], loader: Loader) -> dict[str, float]:
     """Wait for the steps since the last call; check their losses, add up their sums."""
     fetched = jax.device_get(pending)
     for step, scalars, _ in fetched:
@@ -233,7 +254,8 @@ def _collect(
             raise DivergedError(
                 f"the loss of step {step} is {scalars['loss']} and its gradient's norm "
                 f"{scalars['gradient_norm']} (batch: {'; '.join(records)}): lower the learning rate or clip "
-                "the gradient, in another --workdir or from the last good checkpoint of this one."
+                "the gradient in another --workdir, which --config.init_from=THIS_FOLDER starts from the best "
+                "checkpoint of this one."
             )
     total = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *[sums for _, _, sums in fetched])
     values = task.summarise(total)
@@ -253,7 +275,7 @@ def _validate(task: Task, eval_step: Any, state: State, loader: Loader, mesh: An
 def _watch(task: Task, value: float, now: Progress) -> None:
     """Update best value and patience with a validation's result."""
     sign = 1 if task.monitor_mode == "max" else -1
-    if now.best is None or sign * value > sign * now.best:
+    if math.isfinite(value) and (now.best is None or sign * value > sign * now.best):
         now.best, now.best_step, now.stale = value, now.step, 0
     else:
         now.stale += 1
@@ -261,7 +283,10 @@ def _watch(task: Task, value: float, now: Progress) -> None:
 
 def _note(values: dict[str, float], rate: float) -> str:
     speed = f", {rate / 1e6:.2f} M tokens/s" if rate else ""
-    return f"loss {values.get('loss', math.nan):.4f}{speed}"
+    left_out = (
+        f", {values['overflow']:.0f} masked positions beyond head_budget" if values.get("overflow") else ""
+    )
+    return f"loss {values.get('loss', math.nan):.4f}{speed}{left_out}"
 
 
 def _report(bar: Bar, now: Progress, summary: dict[str, float]) -> None:

@@ -51,6 +51,12 @@ class OptimizerConfig:
             raise ConfigError(f"schedule {self.schedule!r} is not one of cosine, linear, constant.")
         if self.peak_lr <= 0:
             raise ConfigError(f"peak_lr is {self.peak_lr}, but it must be positive.")
+        for name in ("init_lr", "final_lr", "warmup_steps", "weight_decay", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but it must not be negative.")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but it must lie in [0, 1).")
 
 
 def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:

@@ -11,21 +11,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sct.errors import ConfigError
-from sct.nn import axes
+from sct.nn.axes import RULES
+
+__all__ = ["MESH_AXES", "RULES", "MeshConfig", "batch_sharding", "check_batch_size", "make_mesh", "put_batch"]
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
-
-# Logical axis -> mesh axes; names that are not here stay whole.
-RULES: dict[str, tuple[str, ...]] = {
-    axes.BATCH: ("data", "fsdp"),
-    axes.LENGTH: ("sequence",),
-    axes.CELL: ("sequence",),
-    axes.CHANNEL_IN: ("fsdp",),
-    axes.CHANNEL: ("tensor",),
-    axes.EMBED: ("fsdp",),
-    axes.HEADS: ("tensor",),
-    axes.MLP: ("tensor",),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +65,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     """Raise `ConfigError` where a batch cannot be split evenly over the mesh."""
     share = mesh.shape["data"] * mesh.shape["fsdp"]
+    if share % jax.process_count():
+        raise ConfigError(
+            f"the mesh splits a batch over {share} devices, but each of the {jax.process_count()} processes reads "
+            "its own part of a batch: choose data x fsdp as a multiple of the number of processes."
+        )
     if batch_size % share:
         raise ConfigError(
             f"batch_size is {batch_size}, but the mesh splits a batch over {share} devices: use a multiple "

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from sct.data.genes import GeneVocabulary
-from sct.errors import CheckpointError
+from sct.errors import CheckpointError, ConfigError
 from sct.models.sct import SCTConfig
 from sct.nn.paths import unflatten
 from sct.weights.pretrained import Pretrained, default_card, expected_shapes, match
@@ -119,8 +119,10 @@ def read_params(path: Path) -> dict[str, dict[str, np.ndarray]]:
             IndexError, OSError) as error:  # fmt: skip
         raise CheckpointError(f"{path} is not a joblib file of arrays ({error}).") from error
     if not isinstance(loaded, dict) or not all(
-        isinstance(leaves, dict) and all(isinstance(leaf, np.ndarray) for leaf in leaves.values())
-        for leaves in loaded.values()
+        isinstance(key, str)
+        and isinstance(leaves, dict)
+        and all(isinstance(name, str) and isinstance(leaf, np.ndarray) for name, leaf in leaves.items())
+        for key, leaves in loaded.items()
     ):
         raise CheckpointError(f"{path} is not a dict of dicts of arrays, as Haiku parameters are.")
     return loaded
@@ -137,34 +139,71 @@ def convert_params(
     Raises
     ------
     CheckpointError
-        Keys that the architecture does not have, all named.
+        Several models in one file, keys that the architecture does not have, two keys for one parameter,
+        arrays of another rank or type, or values that are not finite; all are named.
     """
+    models = sorted({key.partition("/")[0] for key in params})
+    if len(models) > 1:
+        raise CheckpointError(
+            f"{source} holds parameters of {len(models)} models ({', '.join(models[:5])}): keep those of one."
+        )
     converted: dict[str, np.ndarray] = {}
-    strange = []
+    made_of: dict[str, list[str]] = {}
+    problems = []
     for key, leaves in params.items():
         name = key.partition("/")[2]
         for leaf, value in leaves.items():
             target = _target(name, leaf, hidden_layers)
             if target is None:
-                strange.append(f"+ {key} {leaf} {value.shape}")
+                problems.append(f"+ {key} {leaf} {value.shape}")
                 continue
-            value = np.asarray(value, np.float32)
-            if "conv" in name.rpartition("/")[2]:
-                if leaf == "b":
-                    value = value[:, 0]
-                elif name.endswith("transpose"):
-                    value = value.transpose(0, 2, 1)
-            if "gate+up" in target:
-                half = value.shape[-1] // 2
-                converted[target.replace("gate+up", "gate")] = value[..., :half]
-                converted[target.replace("gate+up", "up")] = value[..., half:]
+            made_of.setdefault(target, []).append(f"{key} {leaf}")
+            problem = _problem(name, leaf, value)
+            if problem:
+                problems.append(f"~ {key} {leaf} {problem}")
             else:
-                converted[target] = value
-    if strange:
+                converted |= _converted(name, leaf, value, target)
+    problems += [
+        f"two for one: {', '.join(keys)} ({target})" for target, keys in made_of.items() if len(keys) > 1
+    ]
+    if problems:
         raise CheckpointError(
-            f"{source} has {len(strange)} parameters that sCT does not have:\n  " + "\n  ".join(strange[:40])
+            f"{source} has {len(problems)} parameters that do not fit sCT (+ not in the model, ~ not as "
+            "described):\n  " + "\n  ".join(problems[:40])
         )
     return {path: np.ascontiguousarray(value) for path, value in converted.items()}
+
+
+def _problem(name: str, leaf: str, value: np.ndarray) -> str:
+    """Say what is wrong with a foreign array by itself, '' where nothing is."""
+    if value.dtype.kind != "f" or value.dtype.itemsize > 4:
+        return f"is {value.dtype} instead of float32"
+    convolution = "conv" in name.rpartition("/")[2]
+    rank = {"w": 3 if convolution else 2, "b": 2 if convolution else 1, "embeddings": 2}.get(leaf, 1)
+    if value.ndim != rank:
+        return f"{value.shape} has {value.ndim} axes instead of {rank}"
+    if convolution and leaf == "b" and value.shape[1] != 1:
+        return f"{value.shape} is not (out, 1)"
+    if not np.isfinite(value).all():
+        return "has values that are not finite"
+    return ""
+
+
+def _converted(name: str, leaf: str, value: np.ndarray, target: str) -> dict[str, np.ndarray]:
+    """Parameters here, of one foreign array."""
+    value = value.astype(np.float32)
+    if "conv" in name.rpartition("/")[2]:
+        if leaf == "b":
+            value = value[:, 0]
+        elif name.endswith("transpose"):
+            value = value.transpose(0, 2, 1)
+    if "gate+up" not in target:
+        return {target: value}
+    half = value.shape[-1] // 2
+    return {
+        target.replace("gate+up", "gate"): value[..., :half],
+        target.replace("gate+up", "up"): value[..., half:],
+    }
 
 
 def _target(name: str, leaf: str, hidden_layers: int) -> str | None:
@@ -181,32 +220,76 @@ def _target(name: str, leaf: str, hidden_layers: int) -> str | None:
     return None
 
 
-def convert_config(config: Mapping[str, Any], converted: Mapping[str, np.ndarray], source: str) -> SCTConfig:
-    """Architecture from the published `config.json` and the shapes of the parameters."""
-    try:
-        gene_scale = converted["params/down_0/block/norm/scale"]
-        made = SCTConfig(
-            num_genes=int(gene_scale.shape[0]),
-            num_bins=int(config["alphabet_size"]) - 2,
-            token_embed_dim=int(config["token_embed_dim"]),
-            embed_dim=int(config["embed_dim"]),
-            num_downsamples=int(config["num_downsamples"]),
-            num_layers=int(config["num_layers"]),
-            num_heads=int(config["attention_heads"]),
-            ffn_dim=int(config["ffn_embed_dim"]),
-            num_hidden_layers_head=int(config["num_hidden_layers_head"]),
-            stem_taps=int(converted["params/stem/conv/kernel"].shape[0]),
-            conv_taps=int(converted["params/down_0/block/conv/kernel"].shape[0]),
-            use_skip_connection=bool(config["use_skip_connection"]),
-            use_spatial=bool(config["use_spatial_information"]),
-            spatial_encoding="reference",
-            num_scales=int(config["num_scales"]),
-            sigma_min=float(config["sigma_min"]),
-            sigma_max=float(config["sigma_max"]),
-            layer_norm_eps=float(config["layer_norm_eps"]),
+# Option here -> its name in the published configuration.
+_OPTIONS = {
+    "token_embed_dim": "token_embed_dim",
+    "embed_dim": "embed_dim",
+    "num_downsamples": "num_downsamples",
+    "num_layers": "num_layers",
+    "num_heads": "attention_heads",
+    "ffn_dim": "ffn_embed_dim",
+    "num_hidden_layers_head": "num_hidden_layers_head",
+    "use_skip_connection": "use_skip_connection",
+    "use_spatial": "use_spatial_information",
+    "num_scales": "num_scales",
+    "sigma_min": "sigma_min",
+    "sigma_max": "sigma_max",
+    "layer_norm_eps": "layer_norm_eps",
+}
+# Parameters whose shapes tell what the published configuration does not.
+_TELLING = {
+    "params/down_0/block/norm/scale": "conv_block_0/conv_block/layer_norm scale",
+    "params/down_0/block/conv/kernel": "conv_block_0/conv_block/conv1_d w",
+    "params/stem/conv/kernel": "stem/conv1_d w",
+}
+
+
+def _option(config: Mapping[str, Any], name: str, kind: type, source: str) -> Any:
+    """Value of a published option, of the type needed."""
+    if name not in config:
+        raise CheckpointError(f"{source} lacks {name!r}, which the published format has.")
+    value = config[name]
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise CheckpointError(
+            f"{source} has {name} = {value!r}, but a value of type {kind.__name__} is needed."
         )
-    except KeyError as error:
-        raise CheckpointError(f"{source} lacks {error}, which the published format has.") from None
+    return value
+
+
+def convert_config(
+    config: Mapping[str, Any], converted: Mapping[str, np.ndarray], source: str, params_source: str
+) -> SCTConfig:
+    """Architecture from the published `config.json` and the shapes of the parameters.
+
+    Raises
+    ------
+    CheckpointError
+        Options are missing, of the wrong type or contradict each other, or parameters that tell the number
+        of genes and the lengths of kernels are missing.
+    """
+    for path, foreign in _TELLING.items():
+        if path not in converted:
+            raise CheckpointError(
+                f"{params_source} lacks {foreign}, whose shape the architecture is known by."
+            )
+    scale, first, stem = (converted[path] for path in _TELLING)
+    values = {
+        ours: _option(config, theirs, type(getattr(SCTConfig, ours)), source)
+        for ours, theirs in _OPTIONS.items()
+    }
+    try:
+        made = SCTConfig(
+            num_genes=scale.shape[0],
+            num_bins=_option(config, "alphabet_size", int, source) - 2,
+            stem_taps=stem.shape[0],
+            conv_taps=first.shape[0],
+            spatial_encoding="reference",
+            **values,
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{source} does not describe a model: {error}") from None
     expected = {
         "key_size": made.embed_dim // made.num_heads,
         "pad_token_id": made.pad,
@@ -238,13 +321,18 @@ def read_vocabulary(folder: Path, num_genes: int) -> GeneVocabulary | None:
             for gene, index in indices.items()
             if int(index) in coding
         }
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, OSError) as error:
         raise CheckpointError(f"{files[0].parent} has damaged vocabulary files ({error}).") from error
-    size = max(coding.values()) + 1
-    if len(set(coding.values())) != len(coding) or size > num_genes:
+    if not coding or not ids:
         raise CheckpointError(
-            f"{files[1]} names {len(coding)} genes at positions up to {size - 1}, but the model has "
-            f"{num_genes} positions, one for each."
+            f"{files[0].parent} has vocabulary files that name no gene: put the complete files there, or "
+            "delete them and give --genes."
+        )
+    size = max(coding.values()) + 1
+    if len(set(coding.values())) != len(coding) or size > num_genes or min(coding.values()) < 0:
+        raise CheckpointError(
+            f"{files[1]} names {len(coding)} genes at positions {min(coding.values())} to {size - 1}, but the "
+            f"model has {num_genes} positions, one for each."
         )
     return numbered([ids.get(position, "") for position in range(size)], "sct-published")
 
@@ -289,15 +377,20 @@ def convert(folder: Path, genes: GeneVocabulary | None = None, numbered_genes: b
         )
     try:
         foreign = json.loads(config_file.read_text())
-        hidden = int(foreign["num_hidden_layers_head"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{config_file} is not a configuration of the published model ({error!r})."
-        ) from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{config_file} cannot be read as JSON ({error}).") from None
+    if not isinstance(foreign, dict):
+        raise CheckpointError(f"{config_file} is not a configuration of the published model.")
+    hidden = _option(foreign, "num_hidden_layers_head", int, str(config_file))
     arrays = convert_params(read_params(params_file), hidden, str(params_file))
-    config = convert_config(foreign, arrays, str(config_file))
+    config = convert_config(foreign, arrays, str(config_file), str(params_file))
     match(arrays, expected_shapes("sct", config), str(params_file))
-    vocabulary = read_vocabulary(folder, config.num_genes) or genes
+    vocabulary = read_vocabulary(folder, config.num_genes)
+    if vocabulary is not None and (genes is not None or numbered_genes):
+        raise CheckpointError(
+            f"{folder} has vocabulary files, which give the order of the genes: leave --genes out."
+        )
+    vocabulary = vocabulary or genes
     if vocabulary is None:
         if not numbered_genes:
             raise CheckpointError(

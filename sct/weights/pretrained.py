@@ -1,17 +1,13 @@
-"""Model folders: `config.json`, `model.safetensors`, `genes.tsv`, `README.md`.
-
-A folder is all that others need: any program that reads safetensors can read it without this project.
-"""
+"""A model with its weights and genes: applied, loaded from a folder, a run or the hub, and saved."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
+import inspect
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,17 +18,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sct.data.genes import GeneVocabulary
-from sct.errors import CheckpointError, MissingExtraError
+from sct.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 from sct.models import registry
 from sct.nn import axes
 from sct.nn.paths import flatten, unflatten
 from sct.version import __version__
+from sct.weights import model_folder
+from sct.weights.model_folder import CARD, CONFIG, FORMAT_VERSION, GENES, SHARD_BYTES, WEIGHTS
 
-FORMAT_VERSION = 1
-CONFIG, WEIGHTS, GENES, CARD = "config.json", "model.safetensors", "genes.tsv", "README.md"
-INDEX = f"{WEIGHTS}.index.json"
-SHARD_BYTES = 5_000_000_000
-_DTYPES = ("float32", "bfloat16")
+LOADED_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +45,8 @@ class Pretrained:
         Text of the model card.
     license
         Licence of the weights, as the card states it.
+    step
+        Training step of the weights, where a run made them.
     """
 
     family: str
@@ -59,6 +55,7 @@ class Pretrained:
     genes: GeneVocabulary
     card: str = ""
     license: str = "unknown"
+    step: int | None = None
 
     def apply(self, *, intermediates: Sequence[str] = (), **inputs: Any) -> dict[str, jax.Array]:
         """Run the model; compiled once per shape of the inputs.
@@ -77,6 +74,8 @@ class Pretrained:
         ------
         CheckpointError
             An intermediate that the family does not have.
+        DataError
+            An input that the family does not take, or whose shape or values are not those of this model.
         """
         module = registry.family(self.family)[1]
         unknown = sorted(set(intermediates) - set(module.intermediates))
@@ -85,24 +84,65 @@ class Pretrained:
                 f"there is no intermediate {unknown[0]!r}: choose from {', '.join(module.intermediates)}."
             )
         wanted = (*module.outputs, *sorted(set(intermediates)))
-        arrays = {name: jnp.asarray(value) for name, value in inputs.items() if value is not None}
+        given = {
+            name: value if hasattr(value, "shape") else np.asarray(value)
+            for name, value in inputs.items()
+            if value is not None
+        }
+        _check_inputs(module, self.config, given)
+        arrays = {name: jnp.asarray(value) for name, value in given.items()}
         return _compiled(self.family, self.config, wanted)(self.variables, arrays)
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], *, dtype: str = "float32", shard_bytes: int = SHARD_BYTES
     ) -> None:
-        """Write a model folder, whole or not at all; an existing model folder is replaced.
+        """Write a model folder; an existing model folder is replaced.
+
+        What is written takes its place at once when it is complete. An existing model is renamed to
+        `.NAME.old` just before that and then deleted; where the process dies in between, `load` reads it
+        there and the next save puts it back first.
 
         Parameters
         ----------
         folder
-            Where to write. A folder that holds anything else than a model is refused.
+            Where to write. A folder that holds anything else than the files of a model is refused.
         dtype
             "float32" or "bfloat16": type of the floating-point arrays in the file.
         shard_bytes
             Size above which the weights are split over several files, as Hugging Face does.
+
+        Raises
+        ------
+        CheckpointError
+            The folder holds other files, or cannot be written; nothing is left of the attempt then.
         """
-        save(Path(folder).expanduser(), self, dtype, shard_bytes)
+        config = {
+            "format_version": FORMAT_VERSION,
+            "sct_version": __version__,
+            "family": self.family,
+            "dtype": dtype,
+            "license": self.license,
+            "step": self.step,
+            "vocabulary_hash": self.genes.hash,
+            "model": dataclasses.asdict(self.config),
+        }
+        card = self.card or default_card(self)
+        target = Path(folder).expanduser()
+        model_folder.save(target, flatten(self.variables), config, self.genes, card, dtype, shard_bytes)
+
+
+def _check_inputs(module: Any, config: Any, inputs: Mapping[str, Any]) -> None:
+    """Raise `DataError` unless a family's module takes these inputs."""
+    takes = inspect.signature(module.__call__).parameters
+    names = [name for name in takes if name != "self"]
+    unknown = sorted(set(inputs) - set(names))
+    if unknown:
+        raise DataError(f"there is no input {unknown[0]!r}: the model takes {', '.join(names)}.")
+    missing = [n for n in names if takes[n].default is inspect.Parameter.empty and n not in inputs]
+    if missing:
+        raise DataError(f"the input {missing[0]!r} is missing: the model takes {', '.join(names)}.")
+    if hasattr(module, "check_inputs"):
+        module.check_inputs(config, inputs)
 
 
 @functools.lru_cache(maxsize=32)
@@ -114,89 +154,6 @@ def _compiled(family: str, config: Any, wanted: tuple[str, ...]) -> Callable[...
         return {name: outputs[name] for name in wanted}
 
     return jax.jit(run)
-
-
-def save(folder: Path, model: Pretrained, dtype: str = "float32", shard_bytes: int = SHARD_BYTES) -> None:
-    """Write a model folder; see `Pretrained.save_pretrained`."""
-    if dtype not in _DTYPES:
-        raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}.")
-    if folder.exists() and not (folder / CONFIG).is_file() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} holds other files and no model: choose an empty or new folder.")
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        _write(temporary, model, dtype, shard_bytes)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-        os.replace(temporary, folder)
-        shutil.rmtree(old)
-    else:
-        os.replace(temporary, folder)
-
-
-def _write(temporary: Path, model: Pretrained, dtype: str, shard_bytes: int) -> None:
-    from safetensors.numpy import save_file
-
-    flat = flatten(model.variables)
-    shards = list(_shards(flat, dtype, shard_bytes))
-    index: dict[str, str] = {}
-    for number, paths in enumerate(shards, 1):
-        name = WEIGHTS
-        if len(shards) > 1:
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        # One shard at a time is on the host.
-        arrays = {path: _host(flat[path], dtype) for path in paths}
-        save_file(arrays, temporary / name, metadata={"format": "sct", "family": model.family})
-        index |= dict.fromkeys(paths, name)
-    if len(shards) > 1:
-        total = sum(_bytes(value, dtype) for value in flat.values())
-        text = {"metadata": {"total_size": total}, "weight_map": index}
-        (temporary / INDEX).write_text(json.dumps(text, indent=1) + "\n")
-    model.genes.save(temporary / GENES)
-    config = {
-        "format_version": FORMAT_VERSION,
-        "sct_version": __version__,
-        "family": model.family,
-        "dtype": dtype,
-        "license": model.license,
-        "vocabulary_hash": model.genes.hash,
-        "model": dataclasses.asdict(model.config),
-    }
-    (temporary / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-    (temporary / CARD).write_text(model.card or default_card(model), encoding="utf-8")
-
-
-def _is_float(value: Any) -> bool:
-    return bool(jnp.issubdtype(value.dtype, jnp.floating))
-
-
-def _host(value: Any, dtype: str) -> np.ndarray:
-    array = np.asarray(jax.device_get(value))
-    return np.ascontiguousarray(array.astype(jnp.dtype(dtype)) if _is_float(array) else array)
-
-
-def _bytes(value: Any, dtype: str) -> int:
-    width = jnp.dtype(dtype).itemsize if _is_float(value) else value.dtype.itemsize
-    return int(np.prod(value.shape)) * width
-
-
-def _shards(flat: Mapping[str, Any], dtype: str, limit: int) -> Iterator[list[str]]:
-    """Paths of each file, in order, none above `limit` bytes unless a single array is."""
-    paths: list[str] = []
-    size = 0
-    for path, value in flat.items():
-        if paths and size + _bytes(value, dtype) > limit:
-            yield paths
-            paths, size = [], 0
-        paths.append(path)
-        size += _bytes(value, dtype)
-    yield paths
 
 
 def default_card(model: Pretrained, text: str = "") -> str:
@@ -229,10 +186,11 @@ def load(
     path
         A model folder, a run folder (its best checkpoint), or the id of a model on the Hugging Face hub.
     mesh, rules
-        Place the arrays on a mesh by their logical axes (`sct.train.sharding.RULES`), each device reading its
-        own part; by default they go whole to the default device.
+        Place the arrays on a mesh by their logical axes, each device reading its own part; without a mesh
+        they go whole to the default device. By default the rules are those of training
+        (`sct.nn.axes.RULES`), as far as the mesh has their axes.
     dtype
-        Type of the floating-point arrays; by default that of the file.
+        Type of the floating-point arrays, "float32", "bfloat16" or "float16"; by default that of the file.
     genes
         Vocabulary that the caller's data has; refused where its hash is another.
 
@@ -240,15 +198,20 @@ def load(
     ------
     CheckpointError
         The folder is missing, damaged, or its arrays are not those of its architecture; all are listed.
+    ConfigError
+        The rules name an axis that the mesh does not have.
     StoreError
         The vocabularies differ.
     """
     from sct.weights import run_folder
 
+    if dtype is not None and dtype not in LOADED_DTYPES:
+        raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(LOADED_DTYPES)}.")
+    rules = _rules(mesh, rules)
     folder = locate(path)
     if run_folder.is_run(folder):
         return run_folder.load(folder, mesh=mesh, rules=rules, dtype=dtype, genes=genes)
-    config = read_config(folder)
+    config = model_folder.read_config(folder)
     model = registry.model_config(config["family"], config["model"])
     vocabulary = GeneVocabulary.load(folder / GENES)
     if vocabulary.hash != config.get("vocabulary_hash"):
@@ -256,18 +219,38 @@ def load(
             f"{folder / GENES} is not the vocabulary that {CONFIG} names (hash {vocabulary.hash[:16]}, not "
             f"{str(config.get('vocabulary_hash'))[:16]}): the folder was changed."
         )
+    positions = getattr(model, "num_genes", len(vocabulary))
+    if len(vocabulary) > positions:
+        raise CheckpointError(
+            f"{folder / GENES} has {len(vocabulary)} genes, but the model has {positions} positions: the folder "
+            "was changed."
+        )
     if genes is not None:
         vocabulary.check_same(genes, what=f"the model {folder}", other_what="the data")
     boxed = boxed_shapes(config["family"], model)
     expected = flatten(nn.unbox(boxed))
-    with _Reader(folder) as reader:
+    with model_folder.Reader(folder) as reader:
         match(reader.shapes, expected, str(folder))
-        where = flatten(axes.shardings(boxed, mesh, rules or {})) if mesh is not None else {}
+        where = flatten(axes.shardings(boxed, mesh, rules)) if mesh is not None else {}
         arrays = {name: reader.read(name, where.get(name), dtype) for name in expected}
     card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
+    licence = config.get("license") or "unknown"
     return Pretrained(
-        config["family"], model, unflatten(arrays), vocabulary, card, config.get("license", "unknown")
+        config["family"], model, unflatten(arrays), vocabulary, card, licence, config.get("step")
     )
+
+
+def _rules(mesh: Mesh | None, rules: axes.Rules | None) -> axes.Rules:
+    """Rules for a mesh: those given, which must fit it, or the default ones without the axes it lacks."""
+    there = set(mesh.axis_names) if mesh is not None else set()
+    if rules is None:
+        return {name: tuple(a for a in wanted if a in there) for name, wanted in axes.RULES.items()}
+    strange = sorted({axis for wanted in rules.values() for axis in wanted} - there)
+    if mesh is not None and strange:
+        raise ConfigError(
+            f"the rules name the mesh axis {strange[0]!r}, but the mesh has {', '.join(mesh.axis_names)}."
+        )
+    return rules
 
 
 def boxed_shapes(family: str, config: Any) -> Any:
@@ -281,61 +264,10 @@ def expected_shapes(family: str, config: Any) -> dict[str, Any]:
     return flatten(nn.unbox(boxed_shapes(family, config)))
 
 
-class _Reader:
-    """Arrays of a model folder, read one by one, each device's part alone where they are placed on a mesh."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        index = folder / INDEX
-        try:
-            names = [WEIGHTS]
-            if index.is_file():
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index} is damaged ({error}).") from error
-        self._files = names
-        self._open: list[Any] = []
-        self.shapes: dict[str, jax.ShapeDtypeStruct] = {}
-        self._owner: dict[str, Any] = {}
-
-    def __enter__(self) -> _Reader:
-        from safetensors import SafetensorError, safe_open
-
-        for name in self._files:
-            try:
-                file = safe_open(self.folder / name, framework="numpy")
-                file.__enter__()
-                self._open.append(file)
-                for key in file.keys():  # noqa: SIM118 (not a mapping)
-                    part = file.get_slice(key)
-                    self.shapes[key] = jax.ShapeDtypeStruct(tuple(part.get_shape()), np.float32)
-                    self._owner[key] = file
-            except FileNotFoundError:
-                raise CheckpointError(f"{self.folder} has no {name}: the folder is incomplete.") from None
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{self.folder / name} is damaged ({error}).") from error
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for file in self._open:
-            file.__exit__(*error)
-
-    def read(self, name: str, sharding: Any, dtype: str | None) -> jax.Array:
-        """Read one array onto its devices."""
-        part = self._owner[name].get_slice(name)
-
-        def of(index: tuple[slice, ...] | None) -> np.ndarray:
-            value = part[index] if index else part[...]
-            return value.astype(jnp.dtype(dtype)) if dtype and _is_float(value) else value
-
-        shape = self.shapes[name].shape
-        if sharding is None:
-            return jnp.asarray(of((slice(None),) * len(shape)))
-        return jax.make_array_from_callback(shape, sharding, of)
-
-
 def locate(path: str | os.PathLike[str]) -> Path:
-    """Model folder of a path: the folder itself, the `model` folder of a run, the run folder, or a hub id.
+    """Folder to load for a path: a model folder, or a run folder; a hub id is fetched.
+
+    Of a run folder it is `model`, where that is still the best of the run's checkpoints.
 
     Raises
     ------
@@ -347,12 +279,15 @@ def locate(path: str | os.PathLike[str]) -> Path:
     from sct.weights import run_folder
 
     folder = Path(path).expanduser()
-    for candidate in (folder, folder / "model"):
-        weights = (candidate / WEIGHTS).is_file() or (candidate / INDEX).is_file()
-        if (candidate / CONFIG).is_file() and weights:
-            return candidate
+    here = model_folder.find(folder)
+    if here is not None:
+        return here
+    exported = model_folder.find(folder / "model")
     if run_folder.is_run(folder):
-        return folder
+        current = exported is not None and run_folder.is_current(folder, exported)
+        return cast(Path, exported) if current else folder
+    if exported is not None:
+        return exported
     if not folder.exists():
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
             return _download(str(path))
@@ -382,27 +317,10 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a model folder; `CheckpointError` where it is missing or unreadable."""
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not a model folder: it has no {CONFIG}.") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): the folder is damaged.") from error
-    if config.get("format_version") != FORMAT_VERSION or config.get("family") not in registry.MODELS:
-        raise CheckpointError(
-            f"{path} describes format {config.get('format_version')} of family {config.get('family')!r}, but "
-            f"this version reads format {FORMAT_VERSION} of {', '.join(registry.MODELS)}: upgrade sct."
-        )
-    return config
-
-
 def match(
     loaded: Mapping[str, Any], expected: Mapping[str, Any], source: str, new: Sequence[str] = ()
 ) -> None:
-    """Check that loaded arrays are those that a model has, by path and shape.
+    """Check that loaded arrays are those that a model has, by path, shape and kind of number.
 
     Parameters
     ----------
@@ -416,7 +334,7 @@ def match(
     Raises
     ------
     CheckpointError
-        With a list of the differences: "-" missing, "+" not in the model, "~" another shape.
+        With a list of the differences: "-" missing, "+" not in the model, "~" another shape or type.
     """
     differences = [
         f"- {path} {tuple(expected[path].shape)}"
@@ -424,14 +342,21 @@ def match(
         if not any(re.search(pattern, path) for pattern in new)
     ]
     differences += [f"+ {path} {tuple(loaded[path].shape)}" for path in sorted(set(loaded) - set(expected))]
-    differences += [
-        f"~ {path} {tuple(loaded[path].shape)} instead of {tuple(expected[path].shape)}"
-        for path in sorted(set(loaded) & set(expected))
-        if tuple(loaded[path].shape) != tuple(expected[path].shape)
-    ]
+    for path in sorted(set(loaded) & set(expected)):
+        ours, theirs = expected[path], loaded[path]
+        if tuple(theirs.shape) != tuple(ours.shape):
+            differences.append(f"~ {path} {tuple(theirs.shape)} instead of {tuple(ours.shape)}")
+        elif _kind(theirs) != _kind(ours):
+            differences.append(f"~ {path} {theirs.dtype} instead of {ours.dtype}")
     if differences:
         shown = "\n  ".join(differences[:40]) + ("\n  ..." if len(differences) > 40 else "")
         raise CheckpointError(
             f"{source} does not fit the model, {len(differences)} parameters differ (- missing, + not in the "
-            f"model, ~ another shape):\n  {shown}"
+            f"model, ~ another shape or type):\n  {shown}"
         )
+
+
+def _kind(value: Any) -> str:
+    """Type of an array, the same for all floating-point types that a model may be stored in."""
+    name = str(jnp.dtype(value.dtype))
+    return "floating" if name in LOADED_DTYPES else name

@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from sct.data.genes import GeneVocabulary
 from sct.errors import CheckpointError
 from sct.models import registry
-from sct.nn.paths import unflatten
+from sct.nn import axes
+from sct.nn.paths import flatten, unflatten
+from sct.weights import model_folder, pretrained
 
 
 def steps(folder: Path) -> list[int]:
@@ -25,48 +28,104 @@ def is_run(folder: Path) -> bool:
     return (folder / "config.json").is_file() and bool(steps(folder))
 
 
-def load(folder: Path, *, mesh: Any, rules: Any, dtype: str | None, genes: GeneVocabulary | None) -> Any:
-    """Load the best checkpoint of a run folder as `sct.load` does a model folder."""
-    import flax.linen as nn
-    import orbax.checkpoint as ocp
+def best_step(folder: Path) -> int:
+    """Step of the best checkpoint as the newest one tells it, that of the newest where nothing was validated.
 
-    from sct.nn import axes
-    from sct.nn.paths import flatten
-    from sct.weights import pretrained
+    Raises
+    ------
+    CheckpointError
+        The newest checkpoint is damaged.
+    """
+    last = steps(folder)[-1]
+    path = folder / "checkpoints" / str(last) / "progress" / "metadata"
+    progress = model_folder.read_json(path)
+    best = progress.get("best_step")
+    if not isinstance(best, (int, type(None))):
+        raise CheckpointError(
+            f"{path} has best_step = {best!r}: the checkpoint is damaged, delete its folder."
+        )
+    return last if best is None else best
 
-    config = json.loads((folder / "config.json").read_text())
+
+def is_current(folder: Path, exported: Path) -> bool:
+    """Whether the exported model of a run is that of its best step, and not one from before it went on."""
+    return model_folder.read_config(exported).get("step") == best_step(folder)
+
+
+def load(
+    folder: Path, *, mesh: Any, rules: axes.Rules, dtype: str | None, genes: GeneVocabulary | None
+) -> pretrained.Pretrained:
+    """Load the best checkpoint of a run folder as `sct.load` does a model folder.
+
+    Only the variables are read, not the optimiser's state, each device's part alone.
+    """
+    config = model_folder.read_json(folder / "config.json")
+    family, options = config.get("family"), config.get("model", {})
+    if not isinstance(family, str) or not isinstance(options, dict):
+        raise CheckpointError(f"{folder / 'config.json'} names no family and model: the run is damaged.")
     vocabulary = GeneVocabulary.load(folder / "genes.tsv")
     if genes is not None:
         vocabulary.check_same(genes, what=f"the run {folder}", other_what="the data")
-    there = steps(folder)
-    last = json.loads(_progress(folder, there[-1]).read_text())
-    best = last.get("best_step")
-    step = best if best in there else there[-1]
-    model = registry.model_config(config["family"], config["model"], len(vocabulary))
-    boxed = pretrained.boxed_shapes(config["family"], model)
-    expected = flatten(nn.unbox(boxed))
-    handler = ocp.PyTreeCheckpointer()
+    step, there = best_step(folder), steps(folder)
+    if step not in there:
+        raise CheckpointError(
+            f"the best step of {folder} is {step}, but of its checkpoints only {', '.join(map(str, there))} "
+            "are left: train on with the same configuration until a better one comes, or give another folder."
+        )
+    model = registry.model_config(family, options, len(vocabulary))
+    boxed = pretrained.boxed_shapes(family, model)
+    where = flatten(axes.shardings(boxed, mesh, rules)) if mesh is not None else {}
     path = (folder / "checkpoints" / str(step) / "state").absolute()
-    state = handler.restore(path, restore_args=_to_numpy(handler.metadata(path)))
-    arrays = {**state["frozen"], **state["trained"]}
-    pretrained.match(arrays, expected, str(path))
-    where = flatten(axes.shardings(boxed, mesh, rules or {})) if mesh is not None else {}
-    placed = {
-        name: jax.device_put(arrays[name].astype(dtype or arrays[name].dtype), where.get(name))
-        for name in expected
-    }
-    return pretrained.Pretrained(config["family"], model, unflatten(placed), vocabulary)
+    arrays = _restore(path, flatten(nn.unbox(boxed)), where, dtype)
+    made = pretrained.Pretrained(family, model, unflatten(arrays), vocabulary, step=step)
+    text = f"## Training\n\nCheckpoint of step {step:,} of a run with this configuration:\n\n```json\n"
+    card = pretrained.default_card(made, f"{text}{json.dumps(config, indent=1)}\n```")
+    return pretrained.Pretrained(family, model, made.variables, vocabulary, card, made.license, step)
 
 
-def _progress(folder: Path, step: int) -> Path:
-    path = folder / "checkpoints" / str(step) / "progress" / "metadata"
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: the checkpoint is damaged, delete its folder.")
-    return path
-
-
-def _to_numpy(metadata: Any) -> Any:
-    """Restore arguments that bring every array to the host, whatever mesh wrote it."""
+def _restore(
+    path: Path, expected: dict[str, Any], where: dict[str, Any], dtype: str | None
+) -> dict[str, Any]:
+    """Read the variables of a checkpoint, and nothing else of it."""
     import orbax.checkpoint as ocp
 
-    return jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.item_metadata.tree)
+    handler = ocp.PyTreeCheckpointHandler()
+    whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def argument(name: str, leaf: Any) -> Any:
+        kind = jnp.dtype(dtype) if dtype and model_folder.is_float(leaf) else leaf.dtype
+        return ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=where.get(name, whole), dtype=kind)
+
+    try:
+        saved = handler.metadata(path)
+        saved = getattr(saved, "tree", saved)
+        groups = {group: saved.get(group) or {} for group in ("trained", "frozen")}
+        pretrained.match({**groups["trained"], **groups["frozen"]}, expected, str(path))
+        wanted = {group: leaves for group, leaves in groups.items() if leaves}
+        restored = handler.restore(
+            path,
+            args=ocp.args.PyTreeRestore(
+                item={
+                    group: {
+                        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()
+                    }
+                    for group, leaves in wanted.items()
+                },
+                restore_args={
+                    group: {name: argument(name, leaf) for name, leaf in leaves.items()}
+                    for group, leaves in wanted.items()
+                },
+                partial_restore=True,
+            ),
+        )
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever the storage raises for a damaged file
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise CheckpointError(
+            f"the checkpoint {path.parent} cannot be read ({reason}): it is damaged, give another folder."
+        ) from error
+    finally:
+        handler.close()
+    arrays = {name: value for leaves in restored.values() for name, value in leaves.items()}
+    return {name: arrays[name] for name in expected}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sct.data.datasets import simulate_atlas
+from sct.data.genes import GeneVocabulary
+from sct.data.ingest import IngestOptions, ingest
 from sct.data.store import Store
-from sct.errors import ConfigError, DivergedError
+from sct.errors import CheckpointError, ConfigError, DivergedError, StoreError
 from sct.tasks.masked_expression import MaskedExpression
 from sct.train import loop
 from sct.train.experiment import make_task, run
@@ -60,8 +64,9 @@ def test_stopping_and_resuming_equals_never_stopping_bit_for_bit(config, tmp_pat
     whole = run(config(), tmp_path / "whole")
     batches = drawn.copy()
     drawn.clear()
-    first = run(config(train__stop_at=10), tmp_path / "parts")
-    assert (first.reason, first.progress.step) == ("stop_at", 10)
+    # Not a multiple of any interval: stopping must not add a validation.
+    first = run(config(train__stop_at=7), tmp_path / "parts")
+    assert (first.reason, first.progress.step) == ("stop_at", 7)
     assert not same(first.state, whole.state)
     second = run(config(), tmp_path / "parts")
     assert second.reason == "finished"
@@ -237,3 +242,77 @@ def test_a_step_is_what_it_was(config):
         state, scalars, _ = step(state, loop.sharding.put_batch(batch, mesh))
         np.testing.assert_allclose(scalars["loss"], expected["loss"], rtol=1e-5)
         np.testing.assert_allclose(scalars["gradient_norm"], expected["gradient_norm"], rtol=1e-4)
+
+
+def other_store(folder, ids, sizes):
+    atlas = simulate_atlas(len(sizes), 60, 100, seed=3)
+    inputs = [
+        (f"study{i}", adata[:size].copy()) for i, (adata, size) in enumerate(zip(atlas, sizes, strict=True))
+    ]
+    genes = GeneVocabulary.from_ids(ids)
+    ingest(inputs, folder, vocabulary=genes, options=IngestOptions(validation=("study2",), test=("study3",)))
+    return str(folder)
+
+
+def test_a_run_does_not_go_on_with_other_data(config, tmp_path):
+    plain = config(train__stop_at=5)
+    run(plain, tmp_path / "run")
+    genes = (tmp_path / "run" / "genes.tsv").read_bytes()
+    ids = list(Store.open(plain["data"]["store"]).vocabulary.ensembl_ids)
+    reordered = other_store(tmp_path / "reordered", ids[::-1], [60] * 4)
+    with pytest.raises(StoreError, match="run on the vocabulary with hash"):
+        run(config(data__store=reordered), tmp_path / "run")
+    smaller = other_store(tmp_path / "smaller", ids, [60, 50, 60, 60])
+    with pytest.raises(StoreError, match=r"other data .*different: study1\)"):
+        run(config(data__store=smaller), tmp_path / "run")
+    moved = other_store(tmp_path / "moved", ids, [60] * 4)
+    assert run(config(data__store=moved), tmp_path / "run").reason == "finished"
+    assert (tmp_path / "run" / "genes.tsv").read_bytes() == genes
+
+
+def test_a_damaged_checkpoint_says_what_to_do(config, tmp_path):
+    run(config(train__stop_at=10), tmp_path)
+    newest = tmp_path / "checkpoints" / "10"
+    for file in (newest / "state").rglob("*"):
+        if file.is_file() and file.stat().st_size > 1000:
+            file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(
+        CheckpointError, match=r"checkpoints/10 .*delete that folder to go on from step 5"
+    ) as error:
+        run(config(), tmp_path)
+    assert "\n" not in str(error.value)
+    shutil.rmtree(newest)
+    assert run(config(), tmp_path).reason == "finished"
+
+
+def test_a_changed_model_is_refused_with_the_differences(config, tmp_path):
+    run(config(train__stop_at=5), tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings["model"]["ffn_dim"] = 64
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(
+        CheckpointError, match=r"~ params/transformer_0/mlp/down/kernel \(32, 32\) instead of \(64, 32\)"
+    ):
+        run(config(model__ffn_dim=64), tmp_path)
+
+
+def test_patience_counts_across_interruptions(config, tmp_path):
+    changes = {"optimizer__peak_lr": 1e-12, "optimizer__init_lr": 1e-12, "train__steps": 200}
+    plain = config(train__eval_every=2, train__patience=3, **changes)
+    whole = run(plain, tmp_path / "whole")
+    for stop in (3, 5):
+        run({**plain, "train": {**plain["train"], "stop_at": stop}}, tmp_path / "parts")
+    parts = run(plain, tmp_path / "parts")
+    assert (parts.reason, parts.progress) == ("early stop", whole.progress)
+
+
+def test_a_validation_of_few_records_is_spread_over_the_split(config, tmp_path):
+    plain = config(train__eval_records=3)
+    task, _ = make_task(plain, Store.open(plain["data"]["store"]))
+    source = task.dataset("validation")
+    loader = loop.Loader(source, 2, shuffle=False, limit=3)
+    batches = list(loader)
+    assert len(batches) == len(loader) == 2
+    rows = [batch["rows"][i, 0] for batch in batches for i in range(2) if batch["weight"][i]]
+    assert rows == [source.bag(number)["rows"][0] for number in (0, 7, 14)]
+    assert run(plain, tmp_path).reason == "finished"

@@ -112,10 +112,30 @@ def test_configuration_errors_say_what_to_do(config, tmp_path):
         (config(model__num_layers="two"), "a value of type int is needed"),
         (config(model__num_genes=64), "vocabulary has 100 genes"),
         (config(modle={}), "no section 'modle'"),
+        (config(model=3), "model is 3, but it must hold named options"),
+        (config(model__num_downsamples="3"), "num_downsamples is '3'"),
+        (config(task="other"), "task is 'other', but it must be one of masked_expression"),
+        (config(family=None), "family is None"),
+        (config(optimizer__clip_norm=-1.0), "clip_norm is -1.0"),
+        (config(optimizer__b1=2.0), "b1 is 2.0"),
+        (config(objective__head_budget=-1.0), "head_budget is -1.0"),
+        (config(objective__report_seeds=0), "report_seeds 0"),
+        (config(objective__masking={"kind": "uniform"}, objective__head_budget=0.05), "raise it above that"),
+        (config(train__patience=-1), "train.patience is -1"),
+        (config(train__stop_at=-5), "train.stop_at is -5"),
+        (config(train__loader_threads=-1), "train.loader_threads is -1"),
         (config(train__steps=0), "neither train.steps nor data.tokens"),
         (config(train__mesh={"data": 3}), "does not fit"),
-        (config(family="sct2"), "no model family 'sct2'"),
+        (config(family="sct2"), "family is 'sct2', but it must be one of sct"),
     ]
     for number, (plain, expected) in enumerate(cases):
         with pytest.raises(ConfigError, match=expected):
             run(plain, tmp_path / str(number))
+        left = [path.name for path in (tmp_path / str(number)).rglob("*") if path.is_file()]
+        assert not {"genes.tsv", "manifest.json"} & set(left) or "does not fit" in expected, left
+
+
+def test_a_run_folder_must_be_a_folder(config, tmp_path):
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(ConfigError, match="is a file"):
+        run(config(), tmp_path / "file")

@@ -296,6 +296,103 @@ def test_a_configuration_that_contradicts_the_weights(folder, field):
         haiku_sct.convert(folder, numbered_genes=True)
 
 
+NAME = "long_range_nt"
+
+
+def put(key, leaf, value):
+    """Change that sets one parameter to a value, or to a function of it."""
+
+    def change(params):
+        leaves = params.setdefault(f"{NAME}/{key}", {})
+        leaves[leaf] = value(leaves[leaf]) if callable(value) else value
+
+    return change
+
+
+def renamed(params):
+    key = f"{NAME}/linear"
+    params["another/linear"] = params.pop(key)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("linear_0", "w", np.zeros((32, 64), np.float32)), r"two for one: .*/linear w, .*/linear_0 w"),
+        (renamed, r"of 2 models \(another, long_range_nt\)"),
+        (put("linear", "w", lambda w: w + np.float32("nan")), "linear w has values that are not finite"),
+        (put("stem/conv1_d", "b", lambda b: b[:, 0]), r"stem/conv1_d b \(32,\) has 1 axes instead of 2"),
+        (put("stem/conv1_d", "b", lambda b: np.tile(b, 2)), r"b \(32, 2\) is not \(out, 1\)"),
+        (put("stem/conv1_d", "w", lambda w: w[0]), r"w \(32, 32\) has 2 axes instead of 3"),
+        (put("deconv_block_0/de_conv_block/conv1_d_transpose", "w", lambda w: w[0]), "2 axes instead of 3"),
+        (put("linear", "b", np.array(["a"] * 64)), "linear b is <U1 instead of float32"),
+        (put("linear", "b", np.zeros(64, np.int32)), "linear b is int32 instead of float32"),
+        (put("~/embed", "embeddings", np.array(1.0, np.float32)), "0 axes instead of 2"),
+        (put("attention_layer_0/~/fc1", "w", lambda w: w[:, 1:]), "params/transformer_0/mlp/gate/kernel"),
+        (
+            lambda params: params.pop(f"{NAME}/conv_block_0/conv_block/layer_norm"),
+            r"params\.joblib lacks conv_block_0/conv_block/layer_norm scale",
+        ),
+        (lambda params: params.pop(f"{NAME}/stem/conv1_d"), r"params\.joblib lacks stem/conv1_d w"),
+    ],
+)
+def test_parameters_that_do_not_fit(folder, change, message):
+    rewrite(folder, change)
+    with pytest.raises(CheckpointError, match=message):
+        haiku_sct.convert(folder, numbered_genes=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_scales", None, "num_scales = None, but a value of type int"),
+        ("embed_dim", "x", "embed_dim = 'x'"),
+        ("embed_dim", 64.5, "embed_dim = 64.5"),
+        ("num_hidden_layers_head", None, "num_hidden_layers_head = None"),
+        ("use_skip_connection", "false", "use_skip_connection = 'false', but a value of type bool"),
+        ("sigma_min", [1.0], "sigma_min = "),
+        ("attention_heads", 0, "does not describe a model: num_heads is 0"),
+        ("alphabet_size", None, "alphabet_size = None"),
+    ],
+)
+def test_options_that_do_not_fit(folder, field, value, message):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(CheckpointError, match=message) as error:
+        haiku_sct.convert(folder, numbered_genes=True)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{", "{}"])
+def test_damaged_configurations(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        haiku_sct.convert(folder, numbered_genes=True)
+
+
+def test_a_whole_number_is_good_enough_for_a_real_one(folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sigma_min": 1, "sigma_max": 10}))
+    assert haiku_sct.convert(folder, numbered_genes=True).config.sigma_max == 10.0
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"1": -1}', '{"1": null}'])
+def test_damaged_vocabularies(folder, text):
+    for damaged in ("ensembl_id_vocab.json", "protein_gene_map.json"):
+        vocabulary_files(folder)
+        (folder / damaged).write_text(text)
+        with pytest.raises(CheckpointError, match=r"vocabulary files|positions") as error:
+            haiku_sct.convert(folder)
+        assert "\n" not in str(error.value)
+
+
+def test_genes_are_not_ignored_where_the_folder_has_its_own(folder):
+    vocabulary_files(folder)
+    genes = GeneVocabulary.from_ids(GeneVocabulary.human().ensembl_ids[:250])
+    for given in ((genes, False), (None, True)):
+        with pytest.raises(CheckpointError, match="leave --genes out"):
+            haiku_sct.convert(folder, *given)
+
+
 def vocabulary_files(folder, positions=254):
     """Files of the published form: two coding genes have no Ensembl id, other genes are interleaved."""
     human = GeneVocabulary.human().ensembl_ids
@@ -362,3 +459,14 @@ def test_genes_given_as_a_file(folder, tmp_path):
     many = GeneVocabulary.from_ids(GeneVocabulary.human().ensembl_ids[:257])
     with pytest.raises(CheckpointError, match="257 genes"):
         haiku_sct.convert(folder, many)
+
+
+@pytest.mark.parametrize("place", [".", "model", "jax_params/model", "../weights", "linked"])
+def test_the_input_is_never_the_output(folder, place):
+    (folder.parent / "linked").symlink_to(folder, target_is_directory=True)
+    output = folder.parent / "linked" if place == "linked" else folder / place
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    done = command(f"--input={folder}", f"--output={output}", "--genes=none")
+    assert done.returncode == 1
+    assert "is the input folder or lies inside of it" in done.stderr
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before

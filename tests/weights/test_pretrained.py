@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,17 +14,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import sct
 from sct.data.genes import GeneVocabulary
-from sct.errors import CheckpointError, MissingExtraError, StoreError
+from sct.errors import CheckpointError, ConfigError, DataError, MissingExtraError, StoreError
 from sct.models.sct import SCT, SCTConfig
 from sct.nn.paths import flatten, unflatten
 from sct.tasks.masked_expression import MaskedExpression
 from sct.train.experiment import run
 from sct.train.sharding import RULES, MeshConfig, make_mesh
-from sct.weights import pretrained
+from sct.weights import model_folder, pretrained
+from tests.train.conftest import CONFIG as CONFIG_OF_RUNS
+from tests.train.conftest import merged
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = SCTConfig(
@@ -55,7 +60,7 @@ def equal(first, second):
 def test_the_round_trip_is_exact(model, folder):
     loaded = sct.load(folder)
     equal(loaded.variables, model.variables)
-    assert (loaded.config, loaded.family, loaded.license) == (CONFIG, "sct", "cc0-1.0")
+    assert (loaded.config, loaded.family, loaded.license, loaded.step) == (CONFIG, "sct", "cc0-1.0", None)
     assert loaded.genes == model.genes
     assert "license: cc0-1.0" in loaded.card
     assert {p.name for p in folder.iterdir()} == {
@@ -114,9 +119,31 @@ def test_large_models_are_split_over_files(model, tmp_path):
 
 def test_loading_onto_a_mesh_places_each_array(model, folder):
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    loaded = sct.load(folder, mesh=mesh, rules=RULES)
-    equal(loaded.variables, model.variables)
-    assert all(leaf.sharding.mesh.shape == mesh.shape for leaf in jax.tree.leaves(loaded.variables))
+    for rules in (RULES, None):
+        loaded = sct.load(folder, mesh=mesh, rules=rules)
+        equal(loaded.variables, model.variables)
+        assert all(leaf.sharding.mesh.shape == mesh.shape for leaf in jax.tree.leaves(loaded.variables))
+    with pytest.raises(ConfigError, match="mesh axis 'rows', but the mesh has data"):
+        sct.load(folder, mesh=mesh, rules={"embed": ("rows",)})
+    other = jax.make_mesh((1,), ("fsdp",), devices=jax.devices()[:1])
+    equal(sct.load(folder, mesh=other).variables, model.variables)
+
+
+def test_a_mesh_of_several_devices_in_parts(model, folder, config, tmp_path):
+    run(config(train__stop_at=5), tmp_path / "run")
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.weights.mesh_load", str(folder), str(tmp_path / "run")],
+        cwd=ROOT, capture_output=True, text=True, check=False, env={**environment, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for what in json.loads(done.stdout.splitlines()[-1]):
+        assert what["devices"] == 8
+        assert what["equal"]
+        # Convolutions, which are nearly all of the model, go over 4 x 2 devices.
+        assert what["bytes_per_device"] < 0.25 * what["bytes"]
+        assert what["split"] > 5
+        assert what["largest_read"] <= what["largest_part"]
 
 
 def test_apply(model):
@@ -165,6 +192,62 @@ def test_differences_are_listed(model, folder):
         assert line in str(error.value)
 
 
+def test_types_of_weights(model, folder):
+    from safetensors.numpy import load_file, save_file
+
+    arrays = load_file(folder / "model.safetensors")
+    arrays["params/stem/conv/bias"] = np.zeros(32, np.int32)
+    arrays["params/head/logits/bias"] = np.zeros(7, np.float64)
+    save_file(arrays, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="2 parameters differ") as error:
+        sct.load(folder)
+    assert "~ params/stem/conv/bias int32 instead of float32" in str(error.value)
+    assert "~ params/head/logits/bias float64 instead of float32" in str(error.value)
+    for dtype in ("int8", "float64", "nonsense"):
+        with pytest.raises(CheckpointError, match="is not one of float32, bfloat16, float16"):
+            sct.load(folder, dtype=dtype)
+
+
+def test_more_genes_than_positions(model, tmp_path):
+    many = GeneVocabulary.from_ids(GeneVocabulary.human().ensembl_ids[:65])
+    dataclasses.replace(model, genes=many).save_pretrained(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="has 65 genes, but the model has 64 positions"):
+        sct.load(tmp_path / "model")
+
+
+TOKENS = np.zeros((2, 3, 64), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"tokens": TOKENS, "coords": TOKENS}, "no input 'coords': the model takes tokens, coordinates"),
+        ({}, "'tokens' is missing"),
+        ({"tokens": TOKENS[0]}, r"shape \(3, 64\)"),
+        ({"tokens": TOKENS[:0]}, "none of them zero"),
+        ({"tokens": TOKENS.astype(np.float32)}, "tokens are float32"),
+        ({"tokens": TOKENS[..., :60]}, "60 gene positions, but the model has 64"),
+        ({"tokens": TOKENS + 7}, "tokens reach from 7 to 7, but 0 to 6"),
+        ({"tokens": jnp.asarray(TOKENS) + 7}, "tokens reach from 7 to 7"),
+        ({"tokens": TOKENS.astype(np.int32) - 1}, "tokens reach from -1 to -1"),
+        ({"tokens": TOKENS.astype(np.int64) + 2**32}, "tokens reach from 4294967296"),
+        ({"tokens": TOKENS, "coordinates": np.zeros((2, 3, 2))}, "no spatial encoding: leave them out"),
+        ({"tokens": TOKENS, "coordinates": np.zeros((2, 2))}, r"coordinates have the shape \(2, 2\), but \(2, 3, 2\)"),
+        ({"tokens": TOKENS, "positions": np.array([[0], [192]])}, "positions reach from 0 to 192, but 0 to 191"),
+        ({"tokens": TOKENS, "positions": np.array([0, 1])}, "positions have the shape"),
+    ],
+)  # fmt: skip
+def test_inputs_that_do_not_fit(model, inputs, message):
+    with pytest.raises(DataError, match=message) as error:
+        model.apply(**inputs)
+    assert "\n" not in str(error.value)
+
+
+def test_apply_inside_of_a_compiled_function(model):
+    traced = jax.jit(lambda tokens: model.apply(tokens=tokens)["logits"])(TOKENS)
+    np.testing.assert_allclose(traced, model.apply(tokens=TOKENS.tolist())["logits"], atol=1e-5)
+
+
 def test_another_vocabulary_is_refused_with_both_named(model, folder):
     other = GeneVocabulary.from_ids(model.genes.ensembl_ids[::-1], name="backwards")
     with pytest.raises(StoreError) as error:
@@ -185,6 +268,17 @@ def test_a_changed_gene_list_is_noticed(model, folder):
     [
         ("config.json", b"{", "not valid JSON"),
         ("config.json", b'{"format_version": 99, "family": "sct"}', "upgrade sct"),
+        ("config.json", b'{"format_version": 1, "family": ["sct"]}', "upgrade sct"),
+        ("config.json", b"[]", "holds a list where an object is expected"),
+        ("config.json", b'{"format_version": 1, "family": "sct"}', "has model = None"),
+        ("config.json", b'{"format_version": 1, "family": "sct", "model": null}', "has model = None"),
+        (
+            "config.json",
+            b'{"format_version": 1, "family": "sct", "model": {}, "step": "x"}',
+            "has step = 'x'",
+        ),
+        ("model.safetensors.index.json", b"[]", "holds a list"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "../x.safetensors"}}', "does not name"),
         ("model.safetensors", b"short", "is damaged"),
     ],
 )
@@ -202,11 +296,117 @@ def test_truncated_weights(folder):
         sct.load(folder)
 
 
-def test_nothing_is_overwritten_that_is_no_model(model, tmp_path):
-    (tmp_path / "thesis.txt").write_text("irreplaceable")
-    with pytest.raises(CheckpointError, match="holds other files and no model"):
-        model.save_pretrained(tmp_path)
-    assert (tmp_path / "thesis.txt").read_text() == "irreplaceable"
+def files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("there", "also"),
+    [
+        ({"thesis.txt": "irreplaceable"}, False),
+        # A run folder, and foreign weights: both have a config.json of their own.
+        ({"config.json": '{"family": "sct"}', "checkpoints/5/state": "x"}, False),
+        ({"config.json": '{"alphabet_size": 7}', "params.joblib": "x"}, False),
+        ({"config.json": '{"format_version": 1}'}, False),
+        ({"config.json": "[]"}, False),
+        # A model folder with something beside the model.
+        ({"notes.md": "x"}, True),
+        ({"checkpoints/5": "x"}, True),
+        ({"adapter.safetensors": "x"}, True),
+    ],
+)
+def test_nothing_is_overwritten_that_is_no_model(model, tmp_path, there, also):
+    target = tmp_path / "target"
+    if also:
+        model.save_pretrained(target)
+    for name, text in there.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_text(text)
+    before = files(tmp_path)
+    with pytest.raises(CheckpointError, match="holds other files") as error:
+        model.save_pretrained(target)
+    assert "\n" not in str(error.value)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", [".target.tmp", ".target.old"])
+def test_what_is_needed_beside_the_folder_is_not_overwritten(model, tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.txt").write_text("irreplaceable")
+    with pytest.raises(CheckpointError, match="holds other files: move it away"):
+        model.save_pretrained(tmp_path / "target")
+    assert files(tmp_path) == {f"{name}/thesis.txt": b"irreplaceable"}
+
+
+def test_places_that_cannot_be_written(model, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(CheckpointError, match="is a file, but a model is a folder"):
+        model.save_pretrained(tmp_path / "file")
+    with pytest.raises(CheckpointError, match="could not be written") as error:
+        model.save_pretrained(tmp_path / "file" / "below")
+    assert "\n" not in str(error.value)
+    assert files(tmp_path) == {"file": b"kept"}
+
+
+def test_a_link_to_a_folder_stays_a_link(model, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk", target_is_directory=True)
+    for _ in range(2):
+        model.save_pretrained(tmp_path / "link")
+        assert (tmp_path / "link").is_symlink()
+    equal(sct.load(tmp_path / "disk").variables, model.variables)
+
+
+def killed_while_replacing(model, folder):
+    """Save in a process that dies between the two renames."""
+    changed = dataclasses.replace(model, variables=jax.tree.map(lambda x: x + 1, model.variables))
+    replace, calls = os.replace, []
+
+    class Killed(BaseException):
+        pass
+
+    def rename(source, target):
+        calls.append(Path(target).name)
+        replace(source, target)
+        if Path(target).name == f".{folder.name}.old":
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", rename)
+        patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
+        with pytest.raises(Killed):
+            changed.save_pretrained(folder)
+    assert not folder.exists()
+    return changed
+
+
+def test_a_process_killed_while_it_replaces_a_model_loses_nothing(model, folder):
+    changed = killed_while_replacing(model, folder)
+    equal(sct.load(folder).variables, model.variables)
+    # A save that fails afterwards puts the old model back; one that succeeds leaves nothing beside it.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_folder, "_write", lambda *args: (_ for _ in ()).throw(OSError(28, "No space")))
+        with pytest.raises(CheckpointError, match="No space"):
+            changed.save_pretrained(folder)
+    equal(sct.load(folder).variables, model.variables)
+    changed.save_pretrained(folder)
+    equal(sct.load(folder).variables, changed.variables)
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_rename_that_fails_puts_the_old_model_back(model, folder, monkeypatch):
+    replace = os.replace
+
+    def fail(source, target):
+        if Path(source).name == f".{folder.name}.tmp":
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    before = files(folder.parent)
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        model.save_pretrained(folder)
+    assert files(folder.parent) == before
 
 
 def test_a_failed_save_leaves_the_old_model(model, folder, monkeypatch):
@@ -217,8 +417,9 @@ def test_a_failed_save_leaves_the_old_model(model, folder, monkeypatch):
 
     monkeypatch.setattr("safetensors.numpy.save_file", full)
     changed = dataclasses.replace(model, variables=jax.tree.map(lambda x: x + 1, model.variables))
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(CheckpointError, match=r"could not be written .*No space left on device"):
         changed.save_pretrained(folder)
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
     assert (folder / "model.safetensors").read_bytes() == before
     equal(sct.load(folder).variables, model.variables)
 
@@ -268,6 +469,89 @@ def test_a_run_folder_gives_its_best_checkpoint(config, tmp_path, monkeypatch):
     exported = sct.load(tmp_path)
     equal(early.variables, exported.variables)
     assert early.genes == exported.genes
+
+
+@pytest.fixture(scope="module")
+def finished_run(store, tmp_path_factory):
+    """A run of 15 steps whose last checkpoint counts as the best, and its model of step 5."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    changes = {"data__store": str(store), "train__stop_at": 15, "train__eval_every": 5, "train__patience": 0}
+    run(merged(CONFIG_OF_RUNS, **changes), folder)
+    return folder
+
+
+@pytest.fixture
+def a_run(finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def set_best(folder, step):
+    path = max((folder / "checkpoints").iterdir(), key=lambda p: int(p.name)) / "progress" / "metadata"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "best_step": step}))
+
+
+def test_an_export_from_before_the_run_went_on_is_not_taken(model, a_run):
+    assert {p.name for p in (a_run / "checkpoints").iterdir()} >= {"10", "15"}
+    for best, step in ((15, 15), (10, 10), (None, 15)):
+        set_best(a_run, best)
+        shutil.rmtree(a_run / "model", ignore_errors=True)
+        early = sct.load(a_run)
+        assert early.step == step
+        assert f"step {step}" in early.card
+        assert "## Licence" in early.card
+        # An export of that step is preferred; here it is recognised by its values.
+        marked = jax.tree.map(lambda x: x + 1, early.variables)
+        dataclasses.replace(early, variables=marked).save_pretrained(a_run / "model")
+        equal(sct.load(a_run).variables, marked)
+        for stale in (step - 5, None):
+            dataclasses.replace(early, variables=marked, step=stale).save_pretrained(a_run / "model")
+            equal(sct.load(a_run).variables, early.variables)
+    shutil.rmtree(a_run / "checkpoints")
+    equal(sct.load(a_run).variables, marked)
+
+
+def test_a_best_checkpoint_that_is_gone_is_said(a_run):
+    set_best(a_run, 3)
+    with pytest.raises(
+        CheckpointError, match=r"best step .* is 3, but of its checkpoints only .*15 are left"
+    ):
+        sct.load(a_run)
+
+
+def test_a_run_is_loaded_without_the_optimiser(a_run, monkeypatch):
+    whole = sct.load(a_run)
+    handler = ocp.PyTreeCheckpointHandler
+    restore, seen = handler.restore, []
+
+    def watched(self, *args, **kwargs):
+        seen.append(restore(self, *args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(handler, "restore", watched)
+    half = sct.load(a_run, dtype="bfloat16")
+    assert [set(tree) for tree in seen] == [{"trained"}]
+    equal(half.variables, jax.tree.map(lambda x: x.astype(jnp.bfloat16), whole.variables))
+
+
+@pytest.mark.parametrize("file", ["config.json", "progress"])
+def test_damaged_runs(a_run, file):
+    path = a_run / "config.json" if file == "config.json" else a_run / "checkpoints/15/progress/metadata"
+    for text in ("[]", "{", '{"family": 3, "best_step": "x"}'):
+        path.write_text(text)
+        with pytest.raises(CheckpointError) as error:
+            sct.load(a_run)
+        assert "\n" not in str(error.value)
+
+
+def test_a_damaged_checkpoint(a_run):
+    set_best(a_run, 15)
+    for path in (a_run / "checkpoints" / "15" / "state").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="cannot be read") as error:
+        sct.load(a_run)
+    assert "\n" not in str(error.value)
 
 
 def test_an_unfinished_run_can_be_continued_from_elsewhere(config, tmp_path):

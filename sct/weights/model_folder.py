@@ -1,0 +1,321 @@
+"""Files of a model folder: `config.json`, `model.safetensors`, `genes.tsv`, `README.md`.
+
+A folder is all that others need: any program that reads safetensors can read it without this project.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sct.data.genes import GeneVocabulary
+from sct.errors import CheckpointError
+from sct.models import registry
+
+FORMAT_VERSION = 1
+CONFIG, WEIGHTS, GENES, CARD = "config.json", "model.safetensors", "genes.tsv", "README.md"
+INDEX = f"{WEIGHTS}.index.json"
+SHARD_BYTES = 5_000_000_000
+SAVED_DTYPES = ("float32", "bfloat16")
+
+_OURS = re.compile(r"config\.json|genes\.tsv|README\.md|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_UNFINISHED = re.compile(rf"{_OURS.pattern}|\.genes\.tsv\..*")
+# Names that safetensors gives to types.
+_FILE_DTYPES = {
+    "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "BOOL": "bool",
+    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+}  # fmt: skip
+
+
+def _holds_only(folder: Path, names: re.Pattern[str]) -> bool:
+    return all(names.fullmatch(file.name) and file.is_file() for file in folder.iterdir())
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder is a model folder and holds nothing else, so that it may be replaced."""
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError):
+        return False
+    ours = isinstance(config, dict) and "format_version" in config and "family" in config
+    return ours and _holds_only(folder, _OURS)
+
+
+def unfinished(folder: Path) -> tuple[Path, Path]:
+    """Where a new model is written, and where an old one waits, while a model folder is replaced."""
+    return folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+
+
+def check_target(folder: Path) -> Path:
+    """Folder to write a model to, resolved; `CheckpointError` unless it is new, empty, or a model folder."""
+    try:
+        folder = folder.resolve()
+        if folder.exists() and not folder.is_dir():
+            raise CheckpointError(f"{folder} is a file, but a model is a folder: choose another path.")
+        if folder.exists() and any(folder.iterdir()) and not _is_model(folder):
+            raise CheckpointError(
+                f"{folder} holds other files than those of a model folder, which would be lost: choose an "
+                "empty or new folder."
+            )
+        for beside in unfinished(folder):
+            if beside.exists() and not (beside.is_dir() and _holds_only(beside, _UNFINISHED)):
+                raise CheckpointError(
+                    f"{beside} is needed while the model is written, but it holds other files: move it away."
+                )
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    return folder
+
+
+def _unwritable(folder: Path, error: Exception) -> CheckpointError:
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return CheckpointError(
+        f"the model could not be written to {folder} ({reason}): choose a place that is writable and has "
+        "room for it."
+    )
+
+
+def save(
+    folder: Path,
+    arrays: Mapping[str, Any],
+    config: Mapping[str, Any],
+    genes: GeneVocabulary,
+    card: str,
+    dtype: str,
+    shard_bytes: int,
+) -> None:
+    """Write a model folder; see `sct.weights.pretrained.Pretrained.save_pretrained`.
+
+    The new model is written beside the folder and takes its place by renaming. An old model is renamed away
+    just before; where the process dies between these two, loading and saving find it there.
+    """
+    from safetensors import SafetensorError
+
+    if dtype not in SAVED_DTYPES:
+        raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(SAVED_DTYPES)}.")
+    folder = check_target(folder)
+    new, old = unfinished(folder)
+    try:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        _write(new, arrays, config, genes, card, dtype, shard_bytes)
+        for file in new.iterdir():
+            _flush(file)
+        _exchange(new, old, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise _unwritable(folder, error) from error
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
+def _exchange(new: Path, old: Path, folder: Path) -> None:
+    """Put `new` in the place of `folder`."""
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    try:
+        os.replace(new, folder)
+    except BaseException:
+        if old.exists():
+            os.replace(old, folder)
+        raise
+    _flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # folders cannot be opened on every system
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
+def _write(
+    folder: Path,
+    arrays: Mapping[str, Any],
+    config: Mapping[str, Any],
+    genes: GeneVocabulary,
+    card: str,
+    dtype: str,
+    shard_bytes: int,
+) -> None:
+    from safetensors.numpy import save_file
+
+    shards = list(_shards(arrays, dtype, shard_bytes))
+    index: dict[str, str] = {}
+    for number, paths in enumerate(shards, 1):
+        name = WEIGHTS
+        if len(shards) > 1:
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        # One shard at a time is on the host. A single entry of metadata: several have no fixed order.
+        on_host = {path: _host(arrays[path], dtype) for path in paths}
+        save_file(on_host, folder / name, metadata={"format": "sct"})
+        index |= dict.fromkeys(paths, name)
+    if len(shards) > 1:
+        total = sum(_bytes(value, dtype) for value in arrays.values())
+        text = {"metadata": {"total_size": total}, "weight_map": index}
+        (folder / INDEX).write_text(json.dumps(text, indent=1) + "\n")
+    genes.save(folder / GENES)
+    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def is_float(value: Any) -> bool:
+    """Whether an array's type is a floating-point one, bfloat16 included."""
+    return bool(jnp.issubdtype(value.dtype, jnp.floating))
+
+
+def _host(value: Any, dtype: str) -> np.ndarray:
+    array = np.asarray(jax.device_get(value))
+    return np.ascontiguousarray(array.astype(jnp.dtype(dtype)) if is_float(array) else array)
+
+
+def _bytes(value: Any, dtype: str) -> int:
+    width = jnp.dtype(dtype).itemsize if is_float(value) else value.dtype.itemsize
+    return int(np.prod(value.shape)) * width
+
+
+def _shards(flat: Mapping[str, Any], dtype: str, limit: int) -> Iterator[list[str]]:
+    """Paths of each file, in order, none above `limit` bytes unless a single array is."""
+    paths: list[str] = []
+    size = 0
+    for path, value in flat.items():
+        if paths and size + _bytes(value, dtype) > limit:
+            yield paths
+            paths, size = [], 0
+        paths.append(path)
+        size += _bytes(value, dtype)
+    yield paths
+
+
+def find(folder: Path) -> Path | None:
+    """Where the model of a path lies: there, or beside it where replacing it was cut off; None without one."""
+    candidates = [folder]
+    if not folder.exists() and folder.name:
+        candidates.append(unfinished(folder)[1])
+    for candidate in candidates:
+        weights = (candidate / WEIGHTS).is_file() or (candidate / INDEX).is_file()
+        if (candidate / CONFIG).is_file() and weights:
+            return candidate
+    return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Object in a JSON file; `CheckpointError` where it is missing, unreadable, or anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}: the folder is incomplete.") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}): the folder is damaged.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__} where an object is expected: the folder is damaged."
+        )
+    return content
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read `config.json` of a model folder; `CheckpointError` where it is no description of a model."""
+    path = folder / CONFIG
+    config = read_json(path)
+    version, family = config.get("format_version"), config.get("family")
+    if version != FORMAT_VERSION or not isinstance(family, str) or family not in registry.MODELS:
+        raise CheckpointError(
+            f"{path} describes format {version} of family {family!r}, but this version reads format "
+            f"{FORMAT_VERSION} of {', '.join(registry.MODELS)}: upgrade sct."
+        )
+    wanted: dict[str, type | tuple[type, ...]] = {
+        "model": dict, "license": (str, type(None)), "step": (int, type(None)),
+    }  # fmt: skip
+    for name, kind in wanted.items():
+        if not isinstance(config.get(name), kind):
+            raise CheckpointError(
+                f"{path} has {name} = {config.get(name)!r}, which does not describe a model: the folder is "
+                "damaged."
+            )
+    return config
+
+
+class Reader:
+    """Arrays of a model folder, read one by one, each device's part alone where they are placed on a mesh."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._files = [WEIGHTS]
+        if (folder / INDEX).is_file():
+            names = read_json(folder / INDEX).get("weight_map")
+            files: list[Any] = list(names.values()) if isinstance(names, dict) else [None]
+            if not files or not all(isinstance(name, str) and _OURS.fullmatch(name) for name in files):
+                raise CheckpointError(f"{folder / INDEX} does not name the files: the folder is damaged.")
+            self._files = sorted(set(files))
+        self._open: list[Any] = []
+        self.shapes: dict[str, jax.ShapeDtypeStruct] = {}
+        self._owner: dict[str, Any] = {}
+
+    def __enter__(self) -> Reader:
+        from safetensors import SafetensorError, safe_open
+
+        for name in self._files:
+            try:
+                file = safe_open(self.folder / name, framework="numpy")
+                file.__enter__()
+                self._open.append(file)
+                for key in file.keys():  # noqa: SIM118 (not a mapping)
+                    if key in self._owner:
+                        raise CheckpointError(f"{self.folder} has {key} in two files: it is damaged.")
+                    part = file.get_slice(key)
+                    kind = part.get_dtype()
+                    if kind not in _FILE_DTYPES:
+                        raise CheckpointError(
+                            f"{self.folder / name} holds {key} as {kind}: no model has that."
+                        )
+                    dtype = jnp.dtype(_FILE_DTYPES[kind])
+                    self.shapes[key] = jax.ShapeDtypeStruct(tuple(part.get_shape()), dtype)
+                    self._owner[key] = file
+            except FileNotFoundError:
+                raise CheckpointError(f"{self.folder} has no {name}: the folder is incomplete.") from None
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{self.folder / name} is damaged ({error}).") from error
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in self._open:
+            file.__exit__(*error)
+
+    def read(self, name: str, sharding: Any, dtype: str | None) -> jax.Array:
+        """Read one array onto its devices."""
+        part = self._owner[name].get_slice(name)
+
+        def of(index: tuple[slice, ...] | None) -> np.ndarray:
+            value = part[index] if index else part[...]
+            return value.astype(jnp.dtype(dtype)) if dtype and is_float(value) else value
+
+        shape = self.shapes[name].shape
+        if sharding is None:
+            return jnp.asarray(of((slice(None),) * len(shape)))
+        return jax.make_array_from_callback(shape, sharding, of)
