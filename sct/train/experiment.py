@@ -27,7 +27,7 @@ from sct.train.checkpoint import Checkpoints
 from sct.train.loop import Result, TrainConfig, train
 from sct.train.optim import OptimizerConfig
 from sct.version import __version__
-from sct.weights import pretrained
+from sct.weights import pretrained, run_folder
 
 TASKS = ("masked_expression",)
 _SECTIONS = ("family", "task", "init_from", "model", "data", "objective", "optimizer", "train")
@@ -147,7 +147,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f"{workdir} is a file, but --workdir must be a folder: choose another.")
     settings = workdir / "config.json"
-    resumes = any((workdir / "checkpoints").glob("[0-9]*"))
+    resumes = bool(run_folder.steps(workdir))
     if resumes:
         _check_same(_read_json(settings), plain, workdir)
     store = open_data(registry.build(DataConfig, plain.get("data", {}), "data"), workdir)
@@ -156,18 +156,21 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
     task, data = make_task(plain, store)
     options = registry.build(TrainConfig, _with_steps(plain, task, data), "train")
     optimizer = registry.build(OptimizerConfig, plain.get("optimizer", {}), "optimizer")
+    parent = None
+    if plain.get("init_from") and not resumes:
+        parent = pretrained.load(plain["init_from"], genes=store.vocabulary)
     if first:
         workdir.mkdir(parents=True, exist_ok=True)
         _write_json(settings, plain)
         if not resumes:
-            _write_json(workdir / "data.json", _describe(store))
+            # What is trained from licensed weights stays under their licence.
+            licence = parent.license if parent is not None else "unknown"
+            _write_json(workdir / "data.json", {**_describe(store), "license": licence})
             store.vocabulary.save(workdir / "genes.tsv")
     _announce(console, task, options, workdir)
 
-    def start() -> dict[str, Any]:
-        return flatten(pretrained.load(plain["init_from"], genes=store.vocabulary).variables)
-
-    result = train(task, options, optimizer, workdir, start if plain.get("init_from") else None)
+    start = flatten(parent.variables) if parent is not None else None
+    result = train(task, options, optimizer, workdir, start)
     if result.reason in ("signal", "stop_at"):
         return result
     with _stoppable():
@@ -199,9 +202,13 @@ def _finish(
             _write_json(workdir / f"{evaluator.name}.json", numbers)
     if jax.process_index() == 0:
         report.write(reports, workdir)
-        step = result.progress.best_step or result.progress.step
         model = pretrained.Pretrained(
-            plain["family"], task.model_config, variables, task.store.vocabulary, step=step
+            plain["family"],
+            task.model_config,
+            variables,
+            task.store.vocabulary,
+            license=_read_json(workdir / "data.json")["license"],
+            step=result.progress.best_step or result.progress.step,
         )
         card = pretrained.default_card(model, _history(plain, task.store, result, reports))
         dataclasses.replace(model, card=card).save_pretrained(workdir / "model")

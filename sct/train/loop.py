@@ -125,7 +125,7 @@ def train(
     config: TrainConfig,
     optimizer_config: OptimizerConfig,
     workdir: Path,
-    start: Callable[[], Mapping[str, Any]] | None = None,
+    start: Mapping[str, Any] | None = None,
 ) -> Result:
     """Train a task in a run folder, or go on where the folder's last checkpoint stopped.
 
@@ -138,8 +138,8 @@ def train(
     workdir
         Run folder: `checkpoints/`, `metrics.jsonl`, `tensorboard/` are written here.
     start
-        Gives arrays by path to start from instead of random ones (a further stage of training); only paths
-        that the task declares as `new` may be absent. Not called where the run goes on from a checkpoint.
+        Arrays by path to start from instead of random ones (a further stage of training); only paths that
+        the task declares as `new` may be absent. Not used where the run goes on from a checkpoint.
 
     Raises
     ------
@@ -175,7 +175,7 @@ def train(
     if checkpoints.latest is None:
         state, now = make_state(), Progress()
         if start is not None:
-            state = load_into(state, start(), task.new)
+            state = load_into(state, start, task.new)
     else:
         state, now = checkpoints.restore(abstract)
     batches = loader.iterate(now.records_drawn)

@@ -77,7 +77,8 @@ def load(
     where = flatten(axes.shardings(boxed, mesh, rules)) if mesh is not None else {}
     path = (folder / "checkpoints" / str(step) / "state").absolute()
     arrays = _restore(path, flatten(nn.unbox(boxed)), where, dtype)
-    made = pretrained.Pretrained(family, model, unflatten(arrays), vocabulary, step=step)
+    licence = model_folder.read_json(folder / "data.json").get("license") or "unknown"
+    made = pretrained.Pretrained(family, model, unflatten(arrays), vocabulary, license=licence, step=step)
     text = f"## Training\n\nCheckpoint of step {step:,} of a run with this configuration:\n\n```json\n"
     card = pretrained.default_card(made, f"{text}{json.dumps(config, indent=1)}\n```")
     return pretrained.Pretrained(family, model, made.variables, vocabulary, card, made.license, step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import flax.linen as nn
 import jax
@@ -82,12 +83,17 @@ def test_padding_takes_no_part(task, batch, variables):
 def test_spatial_training_goes_on_where_training_on_cells_stopped(config, tmp_path):
     first = config(train__steps=4)
     run(first, tmp_path / "cells")
-    second = merged(first, init_from=str(tmp_path / "cells"), model__use_spatial=True, train__steps=1)
+    parent = dataclasses.replace(sct.load(tmp_path / "cells"), license="cc-by-nc-sa-4.0", card="")
+    parent.save_pretrained(tmp_path / "parent")
+    second = merged(first, init_from=str(tmp_path / "parent"), model__use_spatial=True, train__steps=1)
     result = run(second, tmp_path / "spatial")
     before = flatten(sct.load(tmp_path / "cells").variables)
     after = flatten(sct.load(tmp_path / "spatial").variables)
     assert set(after) - set(before) == {"params/spatial/kernel", "params/spatial/bias"}
     assert result.progress.step == 1
+    assert sct.load(tmp_path / "spatial").license == "cc-by-nc-sa-4.0"
+    shutil.rmtree(tmp_path / "parent")
+    assert run(second, tmp_path / "spatial").reason == "finished"  # the parent is not needed any more
     # One step at the initial rate moves parameters by at most about that rate.
     assert max(np.abs(after[path] - before[path]).max() for path in before) < 2e-4
 
