@@ -18,7 +18,8 @@ bags of 8 cells):
 
     python -m launch.train --config=configs/sct_sc.py:mini --config.data.store=STORE --workdir=runs/mini
 
-:quickstart, real blood cells that come with scanpy (700 cells x 765 genes), 2 CPU cores, minutes:
+:quickstart, real blood cells that come with scanpy (700 cells x 765 genes), 2 CPU cores, two minutes; MCC 0.42 on
+masked expressed genes of held-out cells (README.md, "Results"):
 
     python -m launch.train --config=configs/sct_sc.py:quickstart --workdir=runs/quickstart
 """
@@ -113,8 +114,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.model.update(token_embed_dim=32, embed_dim=64, num_heads=2, ffn_dim=128, num_downsamples=5)
         config.data.update(dataset="pbmc68k", cells_per_bag=16, shuffle_cells=4096)
         config.objective.head_budget = 0.0
-        # Departs from the paper: on these cells a ratio drawn per bag gives a better model at 15% as well
-        # (MCC 0.42 against 0.41).
+        # Departs from the paper: a ratio drawn per bag gives a better model here, at 15% as well (README.md).
         config.objective.masking.update(kind="drawn", low=0.05, high=0.5)
         config.optimizer.update(peak_lr=4e-3, warmup_steps=30)
         config.train.update(batch_size=2, steps=600, log_every=20, eval_every=100, checkpoint_every=100)

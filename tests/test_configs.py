@@ -161,7 +161,7 @@ def test_a_model_too_small_for_the_vocabulary_is_refused(store):
     config["model"]["num_genes"] = 288
     with pytest.raises(ConfigError, match="num_genes"):
         make_task(config, store)
-    config["model"]["num_genes"] = 304
+    config["model"]["num_genes"] = 320
     assert isinstance(make_task(config, store)[0], MaskedExpression)
 
 
