@@ -264,7 +264,7 @@ def tracked_files() -> list[Path]:
 
 MACHINE = re.compile(
     r"(?<![\w./~}])/(?:home|root|Users|work|opt|tmp|mnt)/[\w.]"
-    r"|file:///|pypi\.org|pythonhosted|--(?:extra-)?index-url|--find-links|\b(?:10|192\.168)\.\d+\.\d+\.\d+"
+    r"|file:///|py[p]i\.org|python[h]osted|--(?:extra-)?index-url|--find-links|\b(?:10|192\.168)\.\d+\.\d+\.\d+"
 )
 
 

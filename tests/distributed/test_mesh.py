@@ -21,10 +21,14 @@ MESHES = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
-def test_losses_and_gradients_do_not_depend_on_the_mesh(config):
+# Splitting length and channels at once is what XLA alone gets wrong, so it is always tested.
+FEW = [{"data": 1}, {"fsdp": 8}, {"data": 2, "sequence": 2, "tensor": 2}]
+
+
+@pytest.mark.parametrize("meshes", [FEW, pytest.param(MESHES, marks=pytest.mark.slow)], ids=["few", "all"])
+def test_losses_and_gradients_do_not_depend_on_the_mesh(config, meshes):
     plain = config(data__cells_per_bag=4, train__batch_size=8)
-    request = json.dumps({"config": plain, "meshes": MESHES})
+    request = json.dumps({"config": plain, "meshes": meshes})
     done = subprocess.run(
         [sys.executable, "-m", "tests.distributed.mesh_steps", request],
         cwd=ROOT, capture_output=True, text=True, timeout=900, check=False,
@@ -32,13 +36,14 @@ def test_losses_and_gradients_do_not_depend_on_the_mesh(config):
     assert done.returncode == 0, done.stderr
     single, *others = json.loads(done.stdout.splitlines()[-1])
     assert single["losses"][2] < single["losses"][0]
-    for sizes, other in zip(MESHES[1:], others, strict=True):
+    for sizes, other in zip(meshes[1:], others, strict=True):
         for what in ("losses", "norms", "size"):
             np.testing.assert_allclose(other[what], single[what], rtol=1e-5, err_msg=f"{what} on {sizes}")
-    held = {str(sizes): other["bytes"] for sizes, other in zip(MESHES, [single, *others], strict=True)}
-    assert held[str({"data": 8})] == single["bytes"]
-    assert held[str({"fsdp": 8})] < 0.3 * single["bytes"]
-    assert held[str({"tensor": 4})] < 0.5 * single["bytes"]
+    for sizes, other in zip(meshes[1:], others, strict=True):
+        # Parameters and moments are really divided, but for small arrays that do not divide.
+        parts = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
+        share = other["bytes"] / single["bytes"]
+        assert share == 1 if parts == 1 else 1 / parts <= share < 1 / parts + 0.25, (sizes, share)
 
 
 def test_a_mesh_must_fit_the_devices():
