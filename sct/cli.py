@@ -78,8 +78,17 @@ def run_main(
             print(f"error: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
+            print("stopped; run the same command again to go on", file=sys.stderr)
             return 130
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            print(
+                "error: the memory is used up: take smaller batches or bags (--config.train.batch_size, "
+                "--config.data.cells_per_bag), or --config.model.remat=level.",
+                file=sys.stderr,
+            )
+            return 1
 
     argv = sys.argv if argv is None else argv
     if prepare is not None:

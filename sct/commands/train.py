@@ -105,8 +105,8 @@ def _keep_freed_memory() -> None:
             libc.mallopt(option, value)
 
 
-def main(argv: list[str]) -> None:
-    """Train as the flags say."""
+def main(argv: list[str]) -> int:
+    """Train as the flags say; 0, or 130 after Ctrl-C."""
     if len(argv) > 1:
         raise ConfigError(f"{argv[1]!r} is not a flag: options are written --name=value.")
     _keep_freed_memory()
@@ -127,4 +127,5 @@ def main(argv: list[str]) -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(_CACHE.value))
     file, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     default = Path("runs") / "-".join([Path(file).stem, *([variant] if variant else [])])
-    run(_CONFIG.value.to_dict(), _WORKDIR.value or default)
+    result = run(_CONFIG.value.to_dict(), _WORKDIR.value or default)
+    return 130 if result.reason == "interrupt" else 0

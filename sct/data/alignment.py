@@ -306,7 +306,7 @@ def _sources(var: Any, column: str | None, prefix: str) -> list[tuple[str, list[
     if column is not None and column not in ("index", var.index.name):
         have = ", ".join(repr(name) for name in var.columns) or "only its index"
         raise DataError(
-            f"{prefix}var has no column {column!r} but {have}; give column= one of them or 'index'"
+            f"{prefix}var has no column {column!r} but {have}; give column= (--gene_column=) one of them or 'index'"
         )
     sources: list[tuple[str, list[str]]] = []
     refused: DataError | None = None

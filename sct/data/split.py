@@ -97,7 +97,9 @@ def assign_splits(
     else:
         note = "no study is held out for validation: name one or more with --validation=NAME,..."
     if "train" not in splits.values():
-        raise ConfigError(f"no study is left to train on among {', '.join(names)}: hold out fewer")
+        raise ConfigError(
+            f"no study is left to train on among {', '.join(names)}: hold out fewer, or ingest at least two studies"
+        )
     return splits, note
 
 

@@ -272,10 +272,15 @@ class Store:
         path = Path(path)
         manifest = read_manifest(path)
         if manifest is None:
+            if path.is_file():
+                raise StoreError(
+                    f"{path} is a file, not a store: make one of it with launch.ingest --input={path} "
+                    "--output=STORE"
+                )
             if not path.is_dir():
                 raise StoreError(f"there is no store at {path}: make one with launch.ingest --output={path}")
             raise StoreError(
-                f"{path} has no {MANIFEST}: the ingest was interrupted or never run; run it again to resume"
+                f"{path} has no {MANIFEST}: the ingest was interrupted, refused or never run; run it again"
             )
         genes = path / GENES
         try:

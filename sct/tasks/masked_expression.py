@@ -88,6 +88,17 @@ class MaskedExpression:
                 f"the model has {model.num_genes} gene positions, but the store's vocabulary has {genes} "
                 f"genes: set model.num_genes to 0 or to {pad_to_multiple(genes, model.num_downsamples)}."
             )
+        studies = store.split("train")
+        if model.use_spatial and studies and not any(study.spatial for study in studies):
+            raise ConfigError(
+                f"the model has use_spatial, but no training study of {store.path} has coordinates: ingest them with "
+                "--spatial_key, or leave use_spatial out."
+            )
+        if studies and bags.cells_per_bag > max(study.n_cells for study in studies):
+            raise ConfigError(
+                f"cells_per_bag is {bags.cells_per_bag}, but the largest training study has "
+                f"{max(study.n_cells for study in studies)} cells: use fewer."
+            )
         self.config, self.model_config, self.store = config, model, store
         self.model = SCT(model)
         self.vocabulary = store.vocabulary

@@ -95,7 +95,8 @@ def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Path) -
             if name not in free and before.get(name) != after.get(name):
                 raise ConfigError(
                     f"{workdir} holds a run with {section}.{name} = {before.get(name)!r}, but now it is "
-                    f"{after.get(name)!r}: choose another --workdir, or the same options to resume."
+                    f"{after.get(name)!r}: use the same options to resume, or another --workdir, which "
+                    f"--config.init_from={workdir} starts from this run's model."
                 )
 
 
@@ -160,18 +161,36 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
     if plain.get("init_from") and not resumes:
         parent = pretrained.load(plain["init_from"], genes=store.vocabulary)
     if first:
-        workdir.mkdir(parents=True, exist_ok=True)
-        _write_json(settings, plain)
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            _write_json(settings, plain)
+        except OSError as error:
+            raise ConfigError(
+                f"the run folder {workdir} cannot be written ({error.strerror}): choose another --workdir."
+            ) from error
         if not resumes:
             # What is trained from licensed weights stays under their licence.
             licence = parent.license if parent is not None else "unknown"
             _write_json(workdir / "data.json", {**_describe(store), "license": licence})
             store.vocabulary.save(workdir / "genes.tsv")
     _announce(console, task, options, workdir)
+    if resumes:
+        console.print(f"going on from step {run_folder.steps(workdir)[-1]:,}")
+    if not store.split("validation"):
+        console.print(
+            "no study is held out for validation, so there is no early stopping"
+            + ("" if store.split("test") else " and no table of results")
+            + ": name one with `launch.ingest --validation=NAME`.",
+            soft_wrap=True,
+        )
 
     start = flatten(parent.variables) if parent is not None else None
     result = train(task, options, optimizer, workdir, start)
-    if result.reason in ("signal", "stop_at"):
+    if result.reason in ("signal", "interrupt", "stop_at"):
+        console.print(
+            f"stopped at step {result.progress.step:,} of {options.steps:,}; run folder: {workdir}",
+            soft_wrap=True,
+        )
         return result
     with _stoppable():
         _finish(task, options, plain, result, workdir, console)

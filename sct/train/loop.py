@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ class Result:
     progress
         Steps made, best value and step.
     reason
-        "finished", "early stop", "stop_at" or "signal".
+        "finished", "early stop", "stop_at", "signal" (SIGTERM) or "interrupt" (Ctrl-C).
     """
 
     state: State
@@ -101,20 +101,20 @@ Step = tuple[int, dict[str, jax.Array], Sums]
 
 
 @contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
-    """Turn SIGTERM and the first Ctrl-C into a wish to stop, read by the loop between two steps."""
-    asked = threading.Event()
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and the first Ctrl-C, which the loop reads between two steps."""
+    asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield asked
         return
 
     def ask(number: int, frame: Any) -> None:
-        asked.set()
+        asked.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield asked.is_set
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -189,7 +189,7 @@ def train(
         resources,
         MetricLog(workdir, now.step, jax.process_index() == 0) as log,
         progress("training", last, done=now.step, active=jax.process_index() == 0) as bar,
-        _signals() as stop_asked,
+        _signals() as asked,
     ):
         pending: list[Step] = []  # steps whose numbers have not been fetched from the device
         started, tokens, first = time.monotonic(), 0, now.step + 1
@@ -206,7 +206,7 @@ def train(
                 started, tokens = time.monotonic(), 0
 
             logs = now.step % config.log_every == 0 or now.step == 1
-            stop = _agree(stop_asked(), logs)
+            stop = _agree(bool(asked), logs)
             # At the schedule's end, but not where a run is interrupted: that must not change what follows.
             evaluates = now.step % config.eval_every == 0 or now.step == config.steps
             saves = evaluates or stop or now.step % config.checkpoint_every == 0 or now.step == last
@@ -232,7 +232,7 @@ def train(
                 reason = "early stop"
                 break
             if stop:
-                reason = "signal"
+                reason = "interrupt" if signal.SIGINT in asked else "signal"
                 bar.write(f"asked to stop: saving step {now.step}; run the same command again to go on.")
                 break
     return Result(state, now, reason)

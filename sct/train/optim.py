@@ -49,7 +49,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.schedule not in ("cosine", "linear", "constant"):
             raise ConfigError(f"schedule {self.schedule!r} is not one of cosine, linear, constant.")
-        if self.peak_lr <= 0:
+        if not 0 < self.peak_lr < float("inf"):
             raise ConfigError(f"peak_lr is {self.peak_lr}, but it must be positive.")
         for name in ("init_lr", "final_lr", "warmup_steps", "weight_decay", "clip_norm"):
             if getattr(self, name) < 0:

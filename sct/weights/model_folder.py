@@ -112,6 +112,8 @@ def save(
         new.mkdir(parents=True)
         _write(new, arrays, config, genes, card, dtype, shard_bytes)
         for file in new.iterdir():
+            # safetensors writes files that their owner alone can read.
+            shutil.copymode(new / CONFIG, file)
             _flush(file)
         _exchange(new, old, folder)
     except (OSError, SafetensorError) as error:

@@ -57,6 +57,10 @@ class Pretrained:
     license: str = "unknown"
     step: int | None = None
 
+    def __repr__(self) -> str:
+        size = sum(int(np.prod(value.shape)) for value in flatten(self.variables).values())
+        return f"Pretrained({self.family!r}, {size:,} parameters, {len(self.genes):,} genes)"
+
     def apply(self, *, intermediates: Sequence[str] = (), **inputs: Any) -> dict[str, jax.Array]:
         """Run the model; compiled once per shape of the inputs.
 

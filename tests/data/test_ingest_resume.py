@@ -51,7 +51,7 @@ def test_an_interrupted_ingest_resumes(
     count_jobs(monkeypatch, fail_on="b")
     with pytest.raises(KeyboardInterrupt):
         run(three, store)
-    with pytest.raises(StoreError, match="interrupted or never run"):
+    with pytest.raises(StoreError, match="interrupted, refused or never run"):
         Store.open(store)
     # What a killed process leaves.
     (store / "studies/.b.partial/X").mkdir(parents=True)

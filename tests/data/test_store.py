@@ -233,7 +233,7 @@ def _no_study(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (_no_manifest, "has no manifest.json: the ingest was interrupted or never run"),
+        (_no_manifest, "has no manifest.json: the ingest was interrupted, refused or never run"),
         (_broken_manifest, "manifest.json is not a store's manifest"),
         (_newer, "manifest.json has schema version 99"),
         (_no_splits, "manifest.json lacks the field 'split'"),

@@ -316,3 +316,27 @@ def test_a_validation_of_few_records_is_spread_over_the_split(config, tmp_path):
     rows = [batch["rows"][i, 0] for batch in batches for i in range(2) if batch["weight"][i]]
     assert rows == [source.bag(number)["rows"][0] for number in (0, 7, 14)]
     assert run(plain, tmp_path).reason == "finished"
+
+
+def test_ctrl_c_saves_and_is_not_taken_for_success(store, tmp_path):
+    words = [f"--config.{name}" for name in (
+        f"data.store={store}", "data.dataset=", "data.cells_per_bag=4", "model.num_downsamples=2", "train.steps=100000",
+        "train.log_every=1", "train.eval_every=100000", "train.checkpoint_every=100000",
+    )]  # fmt: skip
+    config = "--config=configs/sct_sc.py:quickstart"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.train", config, f"--workdir={tmp_path}", *words],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    wait_for_step(tmp_path, 3, process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert any(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir())
+
+
+def test_a_run_folder_that_cannot_be_written(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        run(config(), tmp_path / "file" / "run")

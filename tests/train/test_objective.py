@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 import sct
+from sct.data.datasets import simulate_atlas
+from sct.data.ingest import IngestOptions, ingest
 from sct.data.store import Store
 from sct.errors import CheckpointError, ConfigError
 from sct.nn.paths import flatten
@@ -85,7 +87,19 @@ def test_spatial_training_goes_on_where_training_on_cells_stopped(config, tmp_pa
     run(first, tmp_path / "cells")
     parent = dataclasses.replace(sct.load(tmp_path / "cells"), license="cc-by-nc-sa-4.0", card="")
     parent.save_pretrained(tmp_path / "parent")
-    second = merged(first, init_from=str(tmp_path / "parent"), model__use_spatial=True, train__steps=1)
+    slides = [
+        (f"slide{i}", slide) for i, slide in enumerate(simulate_atlas(2, 40, 100, spatial=True, seed=3))
+    ]
+    genes = Store.open(first["data"]["store"]).vocabulary
+    options = IngestOptions(validation=("slide1",))
+    ingest(slides, tmp_path / "slides", vocabulary=genes, options=options)
+    second = merged(
+        first,
+        init_from=str(tmp_path / "parent"),
+        data__store=str(tmp_path / "slides"),
+        model__use_spatial=True,
+        train__steps=1,
+    )
     result = run(second, tmp_path / "spatial")
     before = flatten(sct.load(tmp_path / "cells").variables)
     after = flatten(sct.load(tmp_path / "spatial").variables)
@@ -118,6 +132,9 @@ def test_configuration_errors_say_what_to_do(config, tmp_path):
         (config(model__num_layers="two"), "a value of type int is needed"),
         (config(model__num_genes=64), "vocabulary has 100 genes"),
         (config(modle={}), "no section 'modle'"),
+        (config(model__use_spatial=True), "no training study of .* has coordinates"),
+        (config(data__cells_per_bag=61), "the largest training study has 60 cells"),
+        (config(optimizer__peak_lr=float("nan")), "peak_lr is nan"),
         (config(model=3), "model is 3, but it must hold named options"),
         (config(model__num_downsamples="3"), "num_downsamples is '3'"),
         (config(task="other"), "task is 'other', but it must be one of masked_expression"),

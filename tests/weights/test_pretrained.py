@@ -146,6 +146,11 @@ def test_a_mesh_of_several_devices_in_parts(model, folder, config, tmp_path):
         assert what["largest_read"] <= what["largest_part"]
 
 
+def test_a_model_is_shown_in_a_line(model):
+    assert len(repr(model)) < 100
+    assert "60 genes" in repr(model)
+
+
 def test_apply(model):
     tokens = np.random.default_rng(0).integers(0, 6, (2, 3, 64)).astype(np.uint8)
     outputs = model.apply(tokens=tokens, coordinates=None)

@@ -91,6 +91,10 @@ def _stored_matrix(element: Any) -> Matrix | None:
     return Matrix(kind[:3], (rows, columns), element["data"], element["indices"], element["indptr"])
 
 
+# Where scverse tools keep coordinates; looked for without being asked.
+SPATIAL_KEY = "spatial"
+
+
 def anndata_source(label: str, parts: Parts, layer: str | None, spatial_key: str) -> Source:
     """Choose the counts among `parts` and check the coordinates."""
     obs = parts.obs()
@@ -133,12 +137,15 @@ def _find_counts(label: str, parts: Parts, layer: str | None) -> tuple[str, Matr
             return name, matrix
     found = "; ".join(refused) or "it has neither X nor raw nor layers['counts']"
     raise DataError(
-        f"{label} has no raw counts ({found}): name the layer that holds them, or leave the file out"
+        f"{label} has no raw counts ({found}): name the layer that holds them (--layer=), or leave the file "
+        "out (--skip_bad)"
     )
 
 
 def _coordinates(label: str, value: Any, key: str) -> np.ndarray | None:
     if value is None:
+        if key != SPATIAL_KEY:
+            raise DataError(f"{label} has no obsm[{key!r}]: give the key of its coordinates, or none")
         return None
     points = np.asarray(value, dtype=np.float64)
     if points.ndim != 2 or points.shape[1] != 2:
