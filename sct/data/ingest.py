@@ -167,6 +167,7 @@ def ingest(
 @contextlib.contextmanager
 def _only_one(root: Path) -> Iterator[None]:
     """Make the folder, keep other ingests out of it, and clear away what an interrupted one left."""
+    made = not root.exists()
     try:
         (root / STUDIES).mkdir(parents=True, exist_ok=True)
         lock = os.open(root, os.O_RDONLY)
@@ -187,6 +188,10 @@ def _only_one(root: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+        with contextlib.suppress(OSError):  # folders that nothing came into; others are not empty
+            (root / STUDIES).rmdir()
+            if made:
+                root.rmdir()
 
 
 def _before(root: Path, vocabulary: GeneVocabulary) -> tuple[list[dict[str, Any]], list[str]]:

@@ -15,8 +15,10 @@ from store_inputs import (
     write_as,
 )
 
+from sct.data.datasets import simulate_atlas
+from sct.data.ingest import IngestOptions, ingest
 from sct.data.store import Store
-from sct.errors import DataError, StoreError
+from sct.errors import DataError, SctError, StoreError
 
 
 @pytest.fixture
@@ -201,7 +203,7 @@ def test_a_full_disk_is_one_sentence(
         patched.setattr(writer, "write_frame", full)
         with pytest.raises(StoreError, match=r"could not be written \(No space left on device\)"):
             run(three, tmp_path / "store")
-    assert not list((tmp_path / "store/studies").iterdir())
+    assert not (tmp_path / "store").exists()
     run(three, tmp_path / "store")
 
 
@@ -218,3 +220,16 @@ def test_the_same_name_from_another_file_is_refused(three: list[Path], tmp_path:
         run([other], tmp_path / "store")
     run([f"a2={other}"], tmp_path / "store")
     assert [each.name for each in Store.open(tmp_path / "store").studies] == ["a", "a2", "b", "c"]
+
+
+def test_a_refused_input_leaves_no_folder_behind(tmp_path):
+    (tmp_path / "broken.h5ad").write_bytes(b"no h5ad")
+    with pytest.raises(SctError):
+        ingest([tmp_path / "broken.h5ad"], tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_key_of_coordinates_that_is_not_there_is_refused(tmp_path):
+    slide = simulate_atlas(1, 30, 80, spatial=True)[0]
+    with pytest.raises(DataError, match=r"has no obsm\['pixels'\]"):
+        ingest([("slide", slide)], tmp_path / "store", options=IngestOptions(spatial_key="pixels"))
