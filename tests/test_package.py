@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "weights": {"weights", "models", "nn", "data.genes", "errors", "version"},
     "train": {"train", "version"} | _BELOW_TRAIN,
     **{part: _ALL - {"train", "commands", "cli"} for part in ("pp", "tl", "pl")},
-    **dict.fromkeys(("commands", "cli"), _ALL),
+    **dict.fromkeys(("commands", "cli", "__main__"), _ALL),
 }
 # Never needed to import the package: each is loaded where a function cannot do without it.
 OPTIONAL = {
