@@ -1,4 +1,4 @@
-"""sCT on single-cell RNA-seq (stage 1 of the paper), then on spatial data (stage 2), and small variants.
+"""sCT on single-cell RNA-seq (stage 1 of the paper; `sct_spatial.py` is stage 2), and small variants.
 
 Full model (79 million parameters, bags of 50 cells x about 20,000 genes, 10^12 tokens):
 
@@ -6,12 +6,6 @@ Full model (79 million parameters, bags of 50 cells x about 20,000 genes, 10^12 
 
     Hardware: one A100 80 GB or better; with several devices use a batch that they divide
     (--config.train.batch_size=8). The paper trained five days on one A100.
-
-:spatial, stage 2: the same schedule on a store of spatial studies (1.5 x 10^11 tokens), from stage 1; the map
-of coordinates is new and starts at zero:
-
-    python -m launch.train --config=configs/sct_sc.py:spatial --config.data.store=SPATIAL_STORE \
-        --config.init_from=runs/sct --workdir=runs/sct_spatial
 
 :mini, the same recipe for a laptop and a store of your own files (full vocabulary, 2.4 million parameters,
 bags of 8 cells):
@@ -26,7 +20,7 @@ masked expressed genes of held-out cells (README.md, "Results"):
 
 from ml_collections import ConfigDict
 
-VARIANTS = ("", "spatial", "mini", "quickstart")
+VARIANTS = ("", "mini", "quickstart")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -97,9 +91,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.loader_threads = 4
     config.train.mesh = ConfigDict({"data": -1, "fsdp": 1, "sequence": 1, "tensor": 1})
 
-    if variant == "spatial":
-        config.model.use_spatial = True
-        config.data.tokens = 1.5e11
     if variant in ("mini", "quickstart"):
         config.model.update(dtype="float32", remat="none", num_layers=2)
         config.optimizer.update(clip_norm=1.0, final_lr=2e-5, init_lr=2e-4)

@@ -23,7 +23,7 @@ from sct.data.store import Store
 from sct.errors import ConfigError
 from sct.models import registry
 from sct.tasks.masked_expression import MaskedExpression, MaskedExpressionConfig
-from sct.train import sharding
+from sct.train import sharding, sweep
 from sct.train.experiment import DataConfig, make_task
 from sct.train.loop import TrainConfig
 from sct.train.optim import OptimizerConfig, make_optimizer
@@ -40,7 +40,13 @@ def load(path: Path) -> ModuleType:
 
 
 FILES = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
-CASES = [(path, variant) for path in FILES for variant in load(path).VARIANTS]
+# Configurations of training; others have tests of their own beside what they configure.
+CASES = [
+    (path, variant)
+    for path in FILES
+    for variant in load(path).VARIANTS
+    if "train" in load(path).get_config(variant)
+]
 every_config = pytest.mark.parametrize(
     ("path", "variant"), CASES, ids=[f"{path.stem}:{variant}" for path, variant in CASES]
 )
@@ -62,10 +68,19 @@ def store(tmp_path_factory) -> Store:
 
 
 def test_configs_are_found():
-    assert FILES
+    assert {path.stem for path, _ in CASES} >= {"sct_sc", "sct_spatial", "sct_ablations"}
     for path in FILES:
         assert "" in load(path).VARIANTS
         assert load(path).__doc__
+
+
+# Of a sweep, the base stands for itself and each run for what it changes.
+RUNS = [
+    (path, variant, name)
+    for path, variant in CASES
+    if "sweep" in values(path, variant)
+    for name in values(path, variant)["sweep"]
+]
 
 
 @every_config
@@ -109,7 +124,62 @@ def test_every_field_and_variant_of_the_docstring_exists(path):
 
 @every_config
 def test_one_abstract_step(path, variant, store):
-    config = values(path, variant)
+    one_abstract_step(values(path, variant), store)
+
+
+def run_of_sweep(path: Path, variant: str, name: str) -> dict[str, Any]:
+    return sweep.configurations(values(path, variant))[name]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [(path, name) for path, variant, name in RUNS if variant == "quickstart"]
+)
+def test_one_abstract_step_of_each_run_of_a_sweep(path, name, store):
+    one_abstract_step(run_of_sweep(path, "quickstart", name), store)
+
+
+@pytest.mark.parametrize(("path", "variant", "name"), RUNS)
+def test_a_run_of_a_sweep_changes_what_is_computed_and_no_more_than_it_says(path, variant, name):
+    base, run = (sweep.configurations(values(path, variant))[each] for each in (sweep.BASE, name))
+    built = [
+        registry.model_config(each["family"], {**each["model"], "num_genes": 19_968}) for each in (base, run)
+    ]
+    tasks = [registry.build(MaskedExpressionConfig, each["objective"], "objective") for each in (base, run)]
+    cells = [each["data"]["cells_per_bag"] for each in (base, run)]
+    differs = [a != b for a, b in (built, [task.masking for task in tasks], cells)]
+    assert sum(differs) == 1, "one ablation at a time"
+    assert {each["train"]["batch_size"] * cells[i] for i, each in enumerate((base, run))} == {
+        base["train"]["batch_size"] * cells[0]
+    }
+    assert base["optimizer"] == run["optimizer"]
+    assert base["train"]["steps"] == run["train"]["steps"]
+    assert base["objective"]["masking"]["kind"] == "stratified", "the base is the paper's"
+    # The positions at which the head is evaluated are enough for what is masked.
+    tokens = jax.numpy.asarray(np.random.default_rng(0).random((8, 8, 512)) < 0.15, np.uint8)
+    masks = tasks[1].masking(jax.random.key(0), tokens, built[1].num_bins)
+    assert tasks[1].head_budget == 0 or masks.mean(axis=(1, 2)).max() <= tasks[1].head_budget
+
+
+def test_runs_of_a_sweep_follow_the_command_line():
+    config = load(ROOT / "configs" / "sct_ablations.py").get_config("quickstart")
+    config.train.batch_size = 3
+    config.train.seed = 5
+    config.data.cells_per_bag = 8
+    runs = sweep.configurations(config.to_dict())
+    assert {run["train"]["seed"] for run in runs.values()} == {5}
+    assert {run["train"]["batch_size"] * run["data"]["cells_per_bag"] for run in runs.values()} == {24}
+    assert runs["norm_none"]["data"]["cells_per_bag"] == 8
+    assert runs["cells_1"]["data"]["cells_per_bag"] == 1
+
+
+@pytest.mark.parametrize("variant", load(ROOT / "configs" / "sct_spatial.py").VARIANTS)
+def test_the_second_stage_takes_the_models_of_the_first(variant):
+    first, second = (values(ROOT / "configs" / f"{name}.py", variant) for name in ("sct_sc", "sct_spatial"))
+    assert second["model"] == {**first["model"], "use_spatial": True}
+    assert second["data"]["cells_per_bag"] == first["data"]["cells_per_bag"]
+
+
+def one_abstract_step(config: dict[str, Any], store: Store) -> None:
     task, _ = make_task(config, store)
     options = registry.build(TrainConfig, {**config["train"], "steps": 100}, "train")
     optimizer_config = registry.build(OptimizerConfig, config["optimizer"], "optimizer")
@@ -191,10 +261,24 @@ def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["--config=configs/sct_sc.py:no_such_variant"], ["no_such_variant", "quickstart"]),
         (["--config=configs/sct_sc.py:quickstart", "--config.train.no_such_field=1"], ["no_such_field"]),
         (["--config=configs/sct_sc.py:quickstart", "--config.train.steps=many"], ["train.steps", "many"]),
+        (["--config=configs/sct_ablations.py:quickstart", "--only=base,bin_15"], ["bin_15", "'bins_15'"]),
+        (["--config=configs/sct_ablations.py"], ["data.store", "launch.ingest"]),
+        (["--config=configs/sct_sc.py:quickstart", "--only=base"], ["--only", "sweep"]),
         (["--config=no_such_config"], ["no_such_config", "sct_sc"]),
         (["--config=configs/sct_sc.py:quickstart", "stray"], ["stray"]),
     ],
-    ids=["no store", "missing store", "variant", "field", "type", "file", "stray word"],
+    ids=[
+        "no store",
+        "missing store",
+        "variant",
+        "field",
+        "type",
+        "run of a sweep",
+        "sweep",
+        "no sweep",
+        "file",
+        "stray word",
+    ],
 )
 def test_a_mistake_on_the_command_line_is_one_sentence(tmp_path, arguments, words):
     workdir = tmp_path / "run"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import warnings
 from collections import defaultdict
@@ -153,6 +154,33 @@ def align(
         (one for one in tried if one[0] >= enough), key=lambda one: (one[1], one[0])
     )
     return _report(vocabulary, names, positions, kinds, source, duplicates == "sum", prefix)
+
+
+def find(vocabulary: GeneVocabulary, names: Iterable[str]) -> np.ndarray:
+    """Look up genes that a person names: see `GeneVocabulary.find`."""
+    listed = gene_names(names, "the list of genes")
+    if not listed:
+        raise DataError("the list of genes is empty; name at least one")
+    positions, kinds = _resolve(vocabulary, listed)
+    unknown = [name for name, kind in zip(listed, kinds, strict=True) if kind == _UNKNOWN]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], [symbol for symbol in vocabulary.symbols if symbol], 3)
+        raise DataError(
+            f"{some(unknown)}: no such gene among the {len(vocabulary):,} of the vocabulary {vocabulary.name}; give "
+            f"Ensembl ids or symbols" + (f", perhaps {' or '.join(near)}" if near else "")
+        )
+    for name, kind in zip(listed, kinds, strict=True):
+        if kind == _AMBIGUOUS:
+            owners = vocabulary.owners_of_symbol.get(name) or vocabulary.owners_of_alias[name]
+            raise DataError(
+                f"{name} means several genes ({', '.join(vocabulary.keys[o] for o in owners)}); give the Ensembl id"
+            )
+    named: dict[int, str] = {}
+    for name, position in zip(listed, positions.tolist(), strict=True):
+        if position in named:
+            raise DataError(f"{named[position]} and {name} are the same gene; name it once")
+        named[position] = name
+    return positions
 
 
 def _resolve(vocabulary: GeneVocabulary, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,8 @@
 """Bags: K cells of one study, the unit that sCT reads at once.
 
 A bag of dissociated cells is random; a bag of a spatial study is a cell and its nearest neighbours in the
-plane. Which cells make a bag is a pure function of (seed, study, epoch, number), so that any bag can be made
-again without replaying the run.
+plane (or random as well, as an ablation). Which cells make a bag is a pure function of (seed, study, epoch,
+number), so that any bag can be made again without replaying the run.
 """
 
 from __future__ import annotations
@@ -17,30 +17,8 @@ import numpy as np
 from scipy.spatial import KDTree
 
 from sct.data.store import Study
-from sct.data.tokenize import NOISE_FRACTION, bin_counts, noisy_genes
-from sct.errors import ConfigError, DataError
-
-# The longer side of a slide after rescaling. With the default wavelengths (2 pi to 20 pi) a slide then spans
-# about half of the longest one, so that no two places on it look alike, and neighbouring spots of a
-# 60 x 60 array stand half a unit apart, far above the shortest wavelength's resolution.
-SPATIAL_RANGE = 30.0
-
-
-def rescale_coordinates(coordinates: np.ndarray) -> np.ndarray:
-    """Move a slide's coordinates (N, 2) to the origin and scale its longer side to `SPATIAL_RANGE`.
-
-    The aspect is kept, so distances stay proportional; pixels, micrometres and array units give the same
-    result. Raises `DataError` where coordinates are not finite numbers in two columns.
-    """
-    coordinates = np.asarray(coordinates, np.float64)
-    if coordinates.ndim != 2 or coordinates.shape[1] != 2 or not np.isfinite(coordinates).all():
-        raise DataError(
-            f"coordinates have shape {coordinates.shape} or missing values, but (cells, 2) finite numbers "
-            "are needed: give x and y only, and drop cells without a position."
-        )
-    shifted = coordinates - coordinates.min(axis=0)
-    side = shifted.max() if shifted.size else 0.0
-    return (shifted * (SPATIAL_RANGE / side if side > 0 else 0.0)).astype(np.float32)
+from sct.data.tokenize import NOISE_FRACTION, bin_counts
+from sct.errors import ConfigError
 
 
 def _rng(*words: int) -> np.random.Generator:
@@ -103,6 +81,9 @@ class BagOptions:
         Genes with fewer counts per cell in a study are zeroed, see `sct.data.tokenize.noisy_genes`.
     spatial
         Whether bags carry coordinates; those of studies without any are NaN.
+    spatial_bags
+        Whether cells of a bag of a spatial study are neighbours; False draws them at random from the whole
+        study, an ablation.
     with_counts
         Whether bags carry raw counts and level values, for evaluation.
     seed
@@ -115,6 +96,7 @@ class BagOptions:
     shuffle_cells: int = 0
     noise_fraction: float = NOISE_FRACTION
     spatial: bool = False
+    spatial_bags: bool = True
     with_counts: bool = False
     seed: int = 0
 
@@ -145,7 +127,8 @@ class BagSource:
         See `BagOptions`.
     exhaustive
         Every cell exactly once, in file order, as evaluation needs it: the last bag of a study is filled up
-        with PAD and the epoch plays no part.
+        with PAD and the epoch plays no part. The file order of a spatial study follows the plane, so its bags
+        are compact; without `spatial_bags` its cells are dealt at random instead, the same in every epoch.
     """
 
     def __init__(self, studies: Sequence[Study], options: BagOptions, exhaustive: bool = False):
@@ -177,7 +160,7 @@ class BagSource:
     def _coordinates(self, index: int) -> np.ndarray:
         """Rescaled coordinates (N, 2) of a spatial study."""
         study = self.studies[index]
-        return self._once("coordinates", index, lambda: rescale_coordinates(np.asarray(study.coordinates)))
+        return self._once("coordinates", index, lambda: study.rescaled_coordinates())
 
     def locate(self, number: int) -> tuple[int, int]:
         """Study index and bag number within the study."""
@@ -191,12 +174,19 @@ class BagSource:
         index, bag = self.locate(number)
         study, options = self.studies[index], self.options
         cells = options.cells_per_bag
-        if self.exhaustive:
-            return study, np.arange(bag * cells, min((bag + 1) * cells, study.n_cells))
         # By name, so that a further study does not change the bags of the others.
         seed = options.seed * 1_000_003 + zlib.crc32(study.name.encode())
-        if not study.spatial:
-            return study, random_bag_rows(study.n_cells, cells, bag, epoch, seed, options.shuffle_cells)
+        scattered = study.spatial and not options.spatial_bags
+        if self.exhaustive:
+            block = slice(bag * cells, min((bag + 1) * cells, study.n_cells))
+            if not scattered:
+                return study, np.arange(block.start, block.stop)
+            order = self._once("order", index, lambda: _rng(seed, 4).permutation(study.n_cells))
+            return study, np.sort(order[block])
+        if not study.spatial or scattered:
+            # Neighbours stand next to each other in the file of a spatial study: shuffle all of it.
+            shuffle_cells = study.n_cells if scattered else options.shuffle_cells
+            return study, random_bag_rows(study.n_cells, cells, bag, epoch, seed, shuffle_cells)
         tree = self._once("tree", index, lambda: KDTree(self._coordinates(index)))
         return study, spatial_bag_rows(tree, cells, bag, epoch, seed)
 
@@ -210,9 +200,7 @@ class BagSource:
         options = self.options
         study, rows = self.rows(number, epoch)
         index, _ = self.locate(number)
-        drop = self._once(
-            "drop", index, lambda: noisy_genes(study.gene_totals, study.n_cells, options.noise_fraction)
-        )
+        drop = self._once("drop", index, lambda: study.noisy_genes(options.noise_fraction))
         counts = study.read_rows(rows)
         bins = bin_counts(
             counts,

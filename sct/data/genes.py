@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 
 from sct.data import alignment
@@ -229,6 +230,16 @@ class GeneVocabulary:
             and the vocabulary's sizes. The message names the likely cause.
         """
         return alignment.align(self, var, column, duplicates, report_name)
+
+    def find(self, names: Iterable[str]) -> np.ndarray:
+        """Positions of genes that a person names, int64 (n,), by Ensembl id, symbol, or alias of one gene.
+
+        Raises
+        ------
+        DataError
+            A name that is unknown, means several genes, or means the same gene as another one.
+        """
+        return alignment.find(self, names)
 
     def check_same(self, other: GeneVocabulary, *, what: str, other_what: str) -> None:
         """Raise StoreError unless both vocabularies have the same genes in the same order.

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as sp
 
+from sct.data.coordinates import rescale_coordinates
 from sct.data.genes import GeneVocabulary
+from sct.data.tokenize import noisy_genes
 from sct.errors import SctError, StoreError
 
 if TYPE_CHECKING:
@@ -99,6 +101,10 @@ class Study:
             raise self._damaged("var/total_counts", "its sum is not the manifest's total")
         return totals
 
+    def noisy_genes(self, fraction: float) -> np.ndarray:
+        """Genes to treat as unexpressed, (G,) bool; see `sct.data.tokenize.noisy_genes`."""
+        return noisy_genes(self.gene_totals, self.n_cells, fraction)
+
     @property
     def measured(self) -> np.ndarray:
         """Whether each gene was among the source's columns, (G,) bool; other genes are unknown, not zero."""
@@ -110,6 +116,10 @@ class Study:
         if not self.spatial:
             return None
         return self._whole("obsm/spatial", self.n_cells).astype(np.float32, copy=False)
+
+    def rescaled_coordinates(self) -> np.ndarray:
+        """Positions (N, 2) in the units of models; see `sct.data.coordinates.rescale_coordinates`."""
+        return rescale_coordinates(np.asarray(self.coordinates))
 
     def read(self, start: int, stop: int) -> sp.csr_matrix:
         """Read rows `start` to `stop` (exclusive).

@@ -1,17 +1,79 @@
-"""Baselines of imputation, fitted on training cells and asked at the same masked positions as the model."""
+"""Methods of imputation that a model has to beat, asked at the same hidden positions as the model."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import warnings
+from typing import Any, Protocol
+
 import numpy as np
 from scipy import sparse
+from scipy.spatial.distance import cdist
 from sklearn.neighbors import NearestNeighbors
 
 from sct.data.bags import BagSource
+from sct.data.tokenize import digitize
+from sct.eval.held_out import HeldOut, Masked, pick
 from sct.progress import track
 
+TRAINING, OTHER_CELLS, THESE_CELLS = "training studies", "other cells of the study", "these cells"
 
+_CELLS_AT_ONCE, _GENES_AT_ONCE = 256, 2000  # bound the dense blocks of smoothed counts
+
+
+class Unavailable(Exception):  # noqa: N818
+    """A method cannot answer; the message is the reason, as the table gives it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """Levels (n,) and raw counts (n,) at the scored positions of a `Masked`."""
+
+    levels: np.ndarray
+    counts: np.ndarray
+
+
+class Method(Protocol):
+    """A row of the table, or two.
+
+    Attributes
+    ----------
+    name, fitted_on, remark
+        What it is, which cells it learned from, and what a reader should know.
+    """
+
+    name: str
+    fitted_on: str
+    remark: str
+
+    def predict(self, held_out: HeldOut, masked: Masked) -> dict[bool, Prediction]:
+        """Predict the hidden positions.
+
+        Key True is the form that is told that the positions are expressed, False the form that is not; a
+        method has one or both. It may look at `masked.visible`, at the tokens that are not hidden, and, as
+        all methods do, at the range and the level values of the cells. Raises `Unavailable`.
+        """
+        ...
+
+
+def from_levels(held_out: HeldOut, masked: Masked, levels: np.ndarray) -> Prediction:
+    """Prediction of levels (n,): their counts are those that stand for them in each cell."""
+    return Prediction(levels, held_out.values[masked.cells, levels])
+
+
+def from_counts(held_out: HeldOut, masked: Masked, counts: np.ndarray) -> dict[bool, Prediction]:
+    """Both forms of a prediction of raw counts (n,), whose levels follow from the range of the cell."""
+    low, high = held_out.low[masked.cells], held_out.high[masked.cells]
+    levels = digitize(np.log1p(counts), low, high, held_out.num_bins)
+    # Half a count is where the nearest integer turns to zero.
+    free = np.where(counts < 0.5, 0, levels)
+    return {False: Prediction(free, counts), True: Prediction(levels, counts)}
+
+
+@functools.lru_cache(maxsize=1)  # one protocol after the other asks for those of the same studies
 def level_frequencies(train: BagSource) -> np.ndarray:
-    """Number of cells (P, num_bins) in which each gene takes each level."""
+    """Number of cells (P, num_bins) in which each gene takes each level; not to be written to."""
     num_bins, positions = train.options.num_bins, train.options.num_positions
     frequencies = np.zeros((positions, num_bins), np.int64)
     for number in track(range(len(train)), "counting levels"):
@@ -21,29 +83,117 @@ def level_frequencies(train: BagSource) -> np.ndarray:
     return frequencies
 
 
-def most_common_level(frequencies: np.ndarray) -> np.ndarray:
-    """Most common level of each gene, (P,)."""
-    return frequencies.argmax(axis=1)
+class CommonLevel:
+    """Most common level of each gene, over all levels or over the expressed ones.
 
+    The second kind is told that the gene is expressed. It is the strong baseline, since the levels of most
+    genes hardly vary. A gene that no cell expresses has the lowest level that it may have.
 
-def most_common_expressed_level(frequencies: np.ndarray) -> np.ndarray:
-    """Most common level above zero of each gene, (P,); a gene that is never expressed has level 1.
-
-    It is told that a gene is expressed. This is the strong baseline: the levels of most genes hardly vary.
+    Parameters
+    ----------
+    expressed
+        Whether levels above zero alone are counted.
+    train
+        Frequencies of levels in the training studies (see `level_frequencies`), or None where there are none.
     """
-    return 1 + frequencies[:, 1:].argmax(axis=1)
+
+    remark = ""
+
+    def __init__(self, expressed: bool, train: np.ndarray | None):
+        self.first, self._train = int(expressed), train
+        self.name = f"most common {'expressed ' * expressed}level per gene"
+        self.fitted_on = TRAINING
+
+    def _frequencies(self, held_out: HeldOut, masked: Masked) -> np.ndarray:
+        """Frequencies (n, num_bins) of the gene of each scored position."""
+        if self._train is None:
+            raise Unavailable("no training studies were given")
+        return self._train[masked.genes]
+
+    def predict(self, held_out: HeldOut, masked: Masked) -> dict[bool, Prediction]:
+        """See `Method`; one form."""
+        frequencies = self._frequencies(held_out, masked)[:, self.first :]
+        levels = self.first + frequencies.argmax(axis=1)
+        return {bool(self.first): from_levels(held_out, masked, levels)}
+
+
+class OthersCommonLevel(CommonLevel):
+    """The same of the other cells of the study, all of whose genes are known: each cell without itself.
+
+    Of the expressed kind this is the bar: what an imputation has to beat to be of use.
+    """
+
+    def __init__(self, expressed: bool):
+        super().__init__(expressed, None)
+        self.fitted_on = OTHER_CELLS
+
+    def _frequencies(self, held_out: HeldOut, masked: Masked) -> np.ndarray:
+        frequencies = held_out.frequencies[held_out.study[masked.cells], masked.genes]
+        frequencies[np.arange(len(frequencies)), masked.levels] -= 1
+        return frequencies
+
+
+def _profile(counts: sparse.csr_matrix) -> sparse.csr_matrix:
+    """log1p of counts per 10,000."""
+    total = np.asarray(counts.sum(axis=1)).ravel()
+    scaled = sparse.diags(1e4 / np.maximum(total, 1)) @ counts
+    return scaled.log1p().tocsr()
+
+
+def _require_visible(masked: Masked) -> None:
+    """Refuse where all scored cells are hidden as a whole."""
+    shown = np.diff(masked.visible.indptr)[masked.cells]
+    if shown.size and not shown.any():
+        raise Unavailable("nothing of the hidden cells is visible")
+
+
+def _require_shown(masked: Masked) -> None:
+    """Refuse where the hidden genes are hidden in every cell."""
+    hidden = np.asarray(masked.mask.all(axis=0))
+    if masked.genes.size and hidden[masked.genes].all():
+        raise Unavailable("the hidden genes are hidden in every one of the cells that it learns from")
+
+
+def _smoothed(
+    neighbours: np.ndarray, reference: sparse.csr_matrix, hidden: np.ndarray | None, masked: Masked
+) -> np.ndarray:
+    """Mean counts (n,) of each cell's `neighbours` (N, k), scaled to the cell's library size.
+
+    Neighbours are rows of `reference` (M, G); where `hidden` (M, P) says that a neighbour's gene is hidden
+    that neighbour is left out of the mean. The library size is that of the genes visible in the cell.
+    """
+    positions, genes = masked.mask.shape[1], reference.shape[1]
+    totals = np.asarray(masked.visible.sum(axis=1)).ravel()
+    out = np.zeros(len(masked.cells), np.float32)
+    k = neighbours.shape[1]
+    for first in range(0, len(neighbours), _CELLS_AT_ONCE):
+        rows = neighbours[first : first + _CELLS_AT_ONCE]
+        starts = np.arange(len(rows) + 1) * k
+        ones = np.ones(rows.size, np.float32)
+        chosen = sparse.csr_matrix((ones, rows.ravel(), starts), (len(rows), reference.shape[0]))
+        means = np.zeros((len(rows), positions), np.float32)
+        means[:, :genes] = (chosen @ reference).toarray()
+        means /= k if hidden is None else np.maximum(k - hidden[rows].sum(axis=1), 1)
+        cells = slice(first, first + len(rows))
+        seen = np.where(masked.mask[cells], 0, means).sum(axis=1)
+        # Neighbours that show none of the visible genes tell nothing about the library size.
+        factor = np.where(seen > 0, totals[cells] / np.where(seen > 0, seen, 1), 1)
+        part = slice(*np.searchsorted(masked.cells, [first, first + len(rows)]))
+        cell = masked.cells[part] - first
+        out[part] = means[cell, masked.genes[part]] * factor[cell]
+    return out
 
 
 class KnnSmoothing:
-    """Mean raw counts of the nearest training cells, scaled to the cell's library size.
+    """Mean raw counts of the nearest cells of the training studies, scaled to the cell's library size.
 
-    Neighbours are found by cosine distance of log1p counts per 10,000, on the genes that are not masked in
-    the cell (the masked ones are zero in the query).
+    Neighbours are found by cosine distance of log1p counts per 10,000, on the genes that are visible in the
+    cell (hidden ones are zero in the query).
 
     Parameters
     ----------
     train
-        Training cells.
+        Training cells, or None where there are none.
     neighbours
         k.
     max_cells
@@ -51,7 +201,13 @@ class KnnSmoothing:
         or evenly spaced ones of a spatial study (whose order follows the plane).
     """
 
-    def __init__(self, train: BagSource, neighbours: int = 5, max_cells: int = 5000):
+    fitted_on, remark = TRAINING, ""
+
+    def __init__(self, train: BagSource | None, neighbours: int = 5, max_cells: int = 5000):
+        self.name = f"kNN smoothing, k = {neighbours}"
+        self._index = None
+        if train is None:
+            return
         each = -(-max_cells // len(train.studies))
         blocks = [
             study.read_rows(np.linspace(0, study.n_cells - 1, min(study.n_cells, each)).astype(int))
@@ -61,30 +217,163 @@ class KnnSmoothing:
         ]
         self.counts = sparse.vstack(blocks).tocsr()
         self.neighbours = min(neighbours, self.counts.shape[0])
-        self._index = NearestNeighbors(n_neighbors=self.neighbours, metric="cosine").fit(
-            self._profile(self.counts)
-        )
+        self._index = NearestNeighbors(n_neighbors=self.neighbours, metric="cosine")
+        self._index.fit(_profile(self.counts))
 
-    @staticmethod
-    def _profile(counts: sparse.csr_matrix) -> sparse.csr_matrix:
-        total = np.asarray(counts.sum(axis=1)).ravel()
-        scaled = sparse.diags(1e4 / np.maximum(total, 1)) @ counts
-        return scaled.log1p().tocsr()
-
-    def __call__(self, counts: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Expected raw counts (K, P) of cells with raw counts (K, P), of which `mask` (K, P) are hidden."""
-        genes = self.counts.shape[1]
-        visible = np.where(mask, 0, counts)[:, :genes]
-        query = self._profile(sparse.csr_matrix(visible))
+    def predict(self, held_out: HeldOut, masked: Masked) -> dict[bool, Prediction]:
+        """See `Method`; both forms."""
+        if self._index is None:
+            raise Unavailable("no training studies were given")
+        _require_visible(masked)
+        query = _profile(masked.visible[:, : self.counts.shape[1]])
         rows = self._index.kneighbors(query, return_distance=False)
-        starts = np.arange(len(rows) + 1) * self.neighbours
-        share = np.full(rows.size, 1 / self.neighbours)
-        means = (
-            sparse.csr_matrix((share, rows.ravel(), starts), (len(rows), self.counts.shape[0])) @ self.counts
-        ).toarray()
-        seen = np.where(mask[:, :genes], 0, means).sum(axis=1)
-        # Neighbours that show none of the visible genes tell nothing about the library size.
-        factor = np.where(seen > 0, visible.sum(axis=1) / np.where(seen > 0, seen, 1), 1)
-        out = np.zeros(counts.shape, np.float32)
-        out[:, :genes] = means * factor[:, None]
-        return out
+        return from_counts(held_out, masked, _smoothed(rows, self.counts, None, masked))
+
+
+class OwnKnnSmoothing:
+    """The same with the other cells of the draw as neighbours, of which only the visible part is known."""
+
+    fitted_on = THESE_CELLS
+    remark = "neighbours that hide the gene are left out"
+
+    def __init__(self, neighbours: int = 5):
+        self.neighbours = neighbours
+        self.name = f"kNN smoothing, k = {neighbours}"
+
+    def predict(self, held_out: HeldOut, masked: Masked) -> dict[bool, Prediction]:
+        """See `Method`; both forms."""
+        _require_visible(masked)
+        _require_shown(masked)
+        if len(held_out) < 2:
+            raise Unavailable("there is one cell only, which has no neighbours")
+        k = min(self.neighbours, len(held_out) - 1)
+        # Without a query, a cell is not its own neighbour.
+        index = NearestNeighbors(n_neighbors=k, metric="cosine").fit(_profile(masked.visible))
+        rows = index.kneighbors(return_distance=False)
+        return from_counts(held_out, masked, _smoothed(rows, masked.visible, masked.mask, masked))
+
+
+class NeighbourMean:
+    """Mean raw counts of the visible cells of the bag, for cells that are hidden as a whole.
+
+    Of cells with positions the k nearest ones in the plane, otherwise all visible cells of the bag. A visible
+    cell is one of which nothing is hidden.
+    """
+
+    fitted_on, remark = THESE_CELLS, ""
+
+    def __init__(self, held_out: HeldOut, neighbours: int = 5):
+        self.neighbours = neighbours
+        self.name = "mean of the visible cells of the bag"
+        if held_out.coordinates is not None:
+            self.name = f"mean of the {neighbours} nearest visible cells of the bag"
+            if np.isnan(held_out.coordinates).any():
+                self.remark = "cells without a position: mean of all visible cells of the bag"
+
+    def predict(self, held_out: HeldOut, masked: Masked) -> dict[bool, Prediction]:
+        """See `Method`; both forms."""
+        touched = np.asarray(masked.mask.any(axis=1))
+        rows, columns, shares = [], [], []
+        for bag in np.unique(held_out.bag[masked.cells]):
+            (cells,) = np.nonzero(held_out.bag == bag)
+            asked, visible = cells[touched[cells]], cells[~touched[cells]]
+            if not visible.size:
+                continue
+            chosen = np.broadcast_to(visible, (len(asked), len(visible)))
+            places = None if held_out.coordinates is None else held_out.coordinates[cells]
+            if places is not None and not np.isnan(places).any():
+                distance = cdist(places[touched[cells]], places[~touched[cells]])
+                chosen = visible[np.argsort(distance, axis=1, kind="stable")[:, : self.neighbours]]
+            rows.append(np.repeat(asked, chosen.shape[1]))
+            columns.append(chosen.ravel())
+            shares.append(np.full(chosen.size, 1 / chosen.shape[1], np.float32))
+        if not rows:
+            raise Unavailable("no cell of the bags is visible as a whole")
+        place = (np.concatenate(rows), np.concatenate(columns))
+        weights = sparse.csr_matrix((np.concatenate(shares), place), (len(held_out), len(held_out)))
+        means = weights @ masked.visible
+        return from_counts(held_out, masked, pick(means, masked.cells, masked.genes))
+
+
+class Magic:
+    """MAGIC (van Dijk et al., Cell 2018): diffusion of expression over a graph of the cells.
+
+    The operator is the one of the package magic-impute with its default parameters (k = 5, decay 1, t = 3,
+    100 components), fitted on the visible counts per 10,000, square-rooted, as its documentation has it.
+    Diffused values are squared and scaled to the library size of the genes that are visible in the cell.
+
+    Parameters
+    ----------
+    seed
+        Seed of the principal components.
+    """
+
+    name, fitted_on = "MAGIC", THESE_CELLS
+    remark = "magic-impute, default parameters"
+
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+
+    def predict(self, held_out: HeldOut, masked: Masked) -> dict[bool, Prediction]:
+        """See `Method`; both forms."""
+        _require_visible(masked)
+        _require_shown(masked)
+        totals = np.asarray(masked.visible.sum(axis=1)).ravel()
+        genes = np.flatnonzero(np.bincount(masked.visible.indices, minlength=masked.visible.shape[1]))
+        scaled = sparse.diags(1e4 / np.maximum(totals, 1)) @ masked.visible.tocsc()[:, genes]
+        roots = scaled.sqrt().tocsr()
+        operator, steps = self._operator(roots)
+        place = np.full(masked.mask.shape[1], -1)
+        place[genes] = np.arange(len(genes))
+        place = place[masked.genes]
+        out, seen = np.zeros(len(masked.cells)), np.zeros(len(totals))
+        # Diffusion acts on each gene by itself, so that a few at a time give the same as all.
+        for first in range(0, len(genes), _GENES_AT_ONCE):
+            part = slice(first, first + _GENES_AT_ONCE)
+            diffused = roots[:, part].toarray()
+            for _ in range(steps):
+                diffused = operator @ diffused
+            relative = diffused**2
+            seen += np.where(masked.mask[:, genes[part]], 0, relative).sum(axis=1)
+            here = (place >= first) & (place < first + _GENES_AT_ONCE)
+            out[here] = relative[masked.cells[here], place[here] - first]
+        factor = np.where(seen > 0, totals / np.where(seen > 0, seen, 1), 0)
+        return from_counts(held_out, masked, (out * factor[masked.cells]).astype(np.float32))
+
+    def _operator(self, values: sparse.csr_matrix) -> tuple[Any, int]:
+        """Diffusion operator (N, N) of cells (N, G), and how often it is applied."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                from magic import MAGIC
+            except ImportError as error:  # a package of file types has the same name
+                raise Unavailable("magic-impute is not installed: pip install magic-impute") from error
+            fitted = MAGIC(random_state=self.seed, verbose=0).fit(values)
+            return fitted.diff_op, fitted.t
+
+
+def standard_methods(
+    held_out: HeldOut, train: BagSource | None, *, whole_cells: bool = False, magic: bool = True
+) -> list[Method]:
+    """All baselines, the bar first; what can be fitted before anything is hidden is fitted now.
+
+    Parameters
+    ----------
+    held_out, train
+        Cells that will be scored; exhaustive bags of the training studies, or None where there are none.
+    whole_cells
+        Whether cells will be hidden as a whole.
+    magic
+        Whether MAGIC is among them.
+    """
+    frequencies = None if train is None else level_frequencies(train)
+    methods: list[Method] = [
+        OthersCommonLevel(expressed=True),
+        CommonLevel(expressed=True, train=frequencies),
+        OthersCommonLevel(expressed=False),
+        CommonLevel(expressed=False, train=frequencies),
+    ]
+    if whole_cells:
+        methods.append(NeighbourMean(held_out))
+    methods += [KnnSmoothing(train), OwnKnnSmoothing()]
+    return [*methods, Magic()] if magic else methods

@@ -1,14 +1,127 @@
-"""Tables of results: on the terminal, as Markdown and as JSON."""
+"""Tables of results: on the terminal, as Markdown, as JSON and as one HTML page."""
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
+import math
 import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from sct.version import __version__
+
+if TYPE_CHECKING:
+    from sct.eval.page import Figure
+
+_LIBRARIES = ("jax", "flax", "numpy", "scipy", "scikit-learn", "anndata", "scanpy")
+# Narrowest column of text on a terminal that is read with ease: one of several, and one with all texts.
+_TEXT, _MERGED = 20, 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Mean and standard deviation of repeated measurements; those that are NaN are left out and told.
+
+    Attributes
+    ----------
+    mean, std
+        Of the measurements that are numbers; the standard deviation is that of these values (ddof = 0).
+    count, asked
+        Number of measurements that are numbers, and number of all.
+    """
+
+    mean: float
+    std: float
+    count: int
+    asked: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Summary:
+        """Summarise measurements."""
+        array = np.asarray(values, dtype=float)
+        kept = array[~np.isnan(array)]
+        if kept.size == 0:
+            return cls(math.nan, math.nan, 0, array.size)
+        finite = bool(np.isfinite(kept).all())
+        return cls(float(kept.mean()), float(kept.std()) if finite else math.nan, kept.size, array.size)
+
+    @property
+    def value(self) -> str:
+        """The mean alone: "0.422", "n/a" where nothing is a number, "-" where nothing was measured."""
+        if self.asked == 0:
+            return "-"
+        return "n/a" if self.count == 0 else self._digits(self.mean)
+
+    @property
+    def spread(self) -> str:
+        """What stands beside the mean: "± 0.012 (5)", "(1)", "± 0.012 (4 of 5)" or nothing."""
+        if self.count == 0:
+            return ""
+        seeds = f"({self.count})" if self.count == self.asked else f"({self.count} of {self.asked})"
+        if self.count == 1 or math.isnan(self.std):
+            return seeds
+        return f"± {self._digits(self.std)} {seeds}"
+
+    def _digits(self, value: float) -> str:
+        return f"{value:z,.1f}" if abs(self.mean) >= 1000 else f"{value:z.3f}"
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.value, self.spread)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Column:
+    """Column of a table on the terminal: its cells (rich texts), and the most that it needs as its least."""
+
+    name: str
+    cells: list[Any]
+    is_number: bool
+    cap: int | None = None
+
+    @property
+    def natural(self) -> int:
+        """Characters that nothing is wrapped in."""
+        return max(
+            len(line) for text in [self.name, *(c.plain for c in self.cells)] for line in text.split("\n")
+        )
+
+    @property
+    def least(self) -> int:
+        """Characters below which it cannot be read: numbers are never wrapped, names of columns are."""
+        if self.cap is not None:
+            return min(self.natural, self.cap)
+        lines = [line for cell in self.cells for line in cell.plain.split("\n")]
+        return max(map(len, [*lines, *self.name.split(), ""]))
+
+
+def _taken(columns: Sequence[_Column]) -> int:
+    """Width of a table whose columns have their least, with its lines and spaces."""
+    return sum(column.least for column in columns) + 3 * len(columns) + 1
+
+
+def _share(columns: Sequence[_Column], width: int) -> list[int]:
+    """Widths of columns: what is left beyond the least goes to those that want little first."""
+    widths = [column.least for column in columns]
+    spare = width - _taken(columns)
+    if spare < 0:
+        widths[-1] = max(widths[-1] + spare, 8)
+        return widths
+    wanted = [column.natural - column.least for column in columns]
+    for served, i in enumerate(sorted(range(len(columns)), key=wanted.__getitem__)):
+        more = min(wanted[i], spare // (len(columns) - served))
+        widths[i] += more
+        spare -= more
+    return widths
 
 
 @dataclasses.dataclass
@@ -21,66 +134,256 @@ class Report:
         What was measured, on what, how often.
     columns
         Names of the columns.
+    rows
+        One list per row; a cell is text, or a list of numbers over seeds, shown as mean, standard deviation
+        and number of seeds. An empty list is "-" (not measured), NaN is "n/a" (undefined).
     notes
         Sentences under the table.
-    rows
-        One list per row; a cell is text or a list of numbers (shown as mean and standard deviation).
+    better
+        Name of a numeric column -> "max" or "min": its best mean is bold.
     """
 
     title: str
     columns: tuple[str, ...]
     rows: list[list[Any]] = dataclasses.field(default_factory=list)
     notes: tuple[str, ...] = ()
+    better: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, direction in self.better.items():
+            if name not in self.columns:
+                raise ValueError(f"better names {name!r}, which is none of the columns {list(self.columns)}")
+            if direction not in ("max", "min"):
+                raise ValueError(f"better[{name!r}] is {direction!r}: it must be 'max' or 'min'")
 
     def add(self, *cells: Any) -> None:
-        """Append a row."""
+        """Append a row of texts and lists of numbers."""
         if len(cells) != len(self.columns):
             raise ValueError(f"{len(cells)} cells for {len(self.columns)} columns")
-        self.rows.append(list(cells))
+        self.rows.append([_measurements(cell) for cell in cells])
 
-    @staticmethod
-    def _text(cell: Any) -> str:
-        if isinstance(cell, list):
-            return f"{np.mean(cell):.3f} ± {np.std(cell):.3f}"
-        return str(cell)
+    def numeric(self) -> list[bool]:
+        """Whether each column holds measurements."""
+        return [any(isinstance(row[i], list) for row in self.rows) for i in range(len(self.columns))]
 
-    def table(self) -> Any:
-        """Rich table for the terminal."""
+    def best(self) -> set[tuple[int, int]]:
+        """(row, column) of the cells that are best in their column, in the digits that are shown.
+
+        Where all are equal, or only one row has a number, none is.
+        """
+        found: set[tuple[int, int]] = set()
+        for name, direction in self.better.items():
+            column = self.columns.index(name)
+            means = {
+                number: summary
+                for number, row in enumerate(self.rows)
+                if isinstance(row[column], list) and (summary := Summary.of(row[column])).count
+            }
+            if len({summary.value for summary in means.values()}) < 2:
+                continue
+            choose = max if direction == "max" else min
+            top = choose(means.values(), key=lambda summary: summary.mean).value
+            found |= {(number, column) for number, summary in means.items() if summary.value == top}
+        return found
+
+    def table(self, width: int | None = None) -> Any:
+        """Rich table for the terminal, with one row per row of the report.
+
+        Where the columns do not fit beside each other, the texts of a row move under its first one; where
+        the numbers alone do not fit, they are listed under each other.
+
+        Parameters
+        ----------
+        width
+            Characters of a line; by default those of the terminal.
+        """
+        from rich import box
+        from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(
-            title=self.title,
-            title_justify="left",
-            caption="\n".join(self.notes) or None,
-            caption_justify="left",
+        width = width or Console().width
+        best, numeric = self.best(), self.numeric()
+        rows = range(len(self.rows))
+        texts = [i for i, is_number in enumerate(numeric) if not is_number]
+        numbers = [i for i, is_number in enumerate(numeric) if is_number]
+
+        def cell(row: int, column: int, split: bool = False) -> Text:
+            shown = cell_text(self.rows[row][column])
+            if split and numeric[column]:
+                shown = shown.replace(" ± ", "\n± ")
+            return Text(shown, style="bold" if (row, column) in best else "")
+
+        def texts_of(row: int) -> Text:
+            told = ((i, cell_text(self.rows[row][i])) for i in texts[1:])
+            more = [Text(f"{self.columns[i]}: {text}", "dim") for i, text in told if text not in ("", "-")]
+            return Text("\n").join([cell(row, i) for i in texts[:1]] + more)
+
+        def numbers_of(row: int, between: str) -> Text:
+            lines = (Text(f"{self.columns[i]}:{between}").append_text(cell(row, i)) for i in numbers)
+            return Text("\n").join(lines)
+
+        first = self.columns[texts[0]] if texts else ""
+        beside = [
+            _Column(name, [cell(row, i) for row in rows], numeric[i], None if numeric[i] else _TEXT)
+            for i, name in enumerate(self.columns)
+        ]
+        merged = [_Column(first, [texts_of(row) for row in rows], False, _MERGED)] + [
+            _Column(self.columns[i], [cell(row, i, split=True) for row in rows], True) for i in numbers
+        ]
+        listed, stacked = (
+            [
+                _Column(first, [texts_of(row) for row in rows], False, _TEXT),
+                _Column("", [numbers_of(row, between) for row in rows], False),
+            ]
+            for between in (" ", "\n  ")
         )
-        numeric = [any(isinstance(row[i], list) for row in self.rows) for i in range(len(self.columns))]
-        for name, right in zip(self.columns, numeric, strict=True):
-            table.add_column(name, justify="right" if right else "left")
-        for row in self.rows:
-            table.add_row(*map(self._text, row))
+        chosen = (
+            next((c for c in (beside, merged, listed) if _taken(c) <= width), stacked) if numbers else beside
+        )
+        table = Table(
+            title=Text(self.title),
+            title_justify="left",
+            caption=Text("\n".join(self.notes)) if self.notes else None,
+            caption_justify="left",
+            box=box.HEAVY_HEAD if chosen is beside else box.HORIZONTALS,
+            show_lines=chosen is not beside,
+        )
+        for column, given in zip(chosen, _share(chosen, width), strict=True):
+            table.add_column(
+                Text(column.name),
+                justify="right" if column.is_number else "left",
+                width=given,
+                overflow="fold",
+            )
+        for row in rows:
+            table.add_row(*(column.cells[row] for column in chosen))
         return table
 
     def markdown(self) -> str:
         """The table as Markdown."""
-        lines = [f"**{self.title}**", "", "| " + " | ".join(self.columns) + " |"]
-        lines.append("|" + "---|" * len(self.columns))
-        lines += ["| " + " | ".join(map(self._text, row)) + " |" for row in self.rows]
-        lines += ["", *self.notes] if self.notes else []
+        best = self.best()
+        lines = [f"**{_escape(self.title)}**", "", _line(map(_escape, self.columns))]
+        lines.append(_line("---:" if is_number else "---" for is_number in self.numeric()))
+        for number, row in enumerate(self.rows):
+            shown = [_escape(cell_text(cell)) for cell in row]
+            lines.append(
+                _line(f"**{text}**" if (number, i) in best else text for i, text in enumerate(shown))
+            )
+        if self.notes:
+            # A line alone would flow into the one before it.
+            lines += ["", "\n\n".join(map(_escape, self.notes))]
         return "\n".join(lines) + "\n"
 
     def as_dict(self) -> dict[str, Any]:
-        """The table with all its measurements, for JSON."""
-        return dataclasses.asdict(self)
+        """The table with all its measurements, for JSON: NaN becomes None, infinity its name."""
+        return {
+            "title": self.title,
+            "columns": list(self.columns),
+            "rows": [[_plain(cell) for cell in row] for row in self.rows],
+            "notes": list(self.notes),
+            "better": dict(self.better),
+        }
 
 
-def write(reports: list[Report], folder: Path) -> None:
-    """Write `report.md` and `report.json` into a folder, each whole or not at all."""
-    texts = {
-        "report.md": "\n".join(report.markdown() for report in reports),
-        "report.json": json.dumps([report.as_dict() for report in reports], indent=1),
+def _measurements(cell: Any) -> Any:
+    """A cell as it is kept: a list of floats, or text."""
+    if isinstance(cell, list | tuple | np.ndarray):
+        return [float(value) for value in cell]
+    return cell
+
+
+def cell_text(cell: Any) -> str:
+    """What is shown of a cell of a report."""
+    if isinstance(cell, list):
+        return str(Summary.of(cell))
+    return "-" if cell is None else str(cell)
+
+
+def _plain(cell: Any) -> Any:
+    if isinstance(cell, list):
+        return [None if math.isnan(x) else str(x) if math.isinf(x) else x for x in cell]
+    return cell if isinstance(cell, str | int | float | None) else str(cell)
+
+
+def _escape(text: str) -> str:
+    """Text as Markdown that shows it as it is, on one line."""
+    text = re.sub(r"([\\|*`])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"<(?=[A-Za-z/!?])", r"\\<", text)
+
+
+def _line(cells: Any) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def environment() -> dict[str, str]:
+    """Facts about this process: command, date, versions, machine, devices.
+
+    Nothing is imported for it. The devices of JAX are named where JAX is loaded; asking for them starts its
+    backend.
+    """
+    command = [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]
+    facts = {
+        "command": shlex.join(command),
+        "date": datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
+        "sct": __version__,
+        "python": platform.python_version(),
     }
-    for name, text in texts.items():
-        temporary = folder / f".{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, folder / name)
+    for name in _LIBRARIES:
+        try:
+            facts[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    facts["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"
+    if "jax" in sys.modules:
+        kinds = [device.device_kind for device in sys.modules["jax"].devices()]
+        facts["devices"] = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
+    return facts
+
+
+def write(
+    reports: Sequence[Report],
+    folder: Path,
+    facts: Mapping[str, str] | None = None,
+    figures: Sequence[Figure] = (),
+    title: str = "Results",
+) -> None:
+    """Write `report.md`, `report.json` and, where there are facts or figures, `report.html` into a folder.
+
+    Each file is whole or not there at all, and none is replaced before all are made.
+
+    Parameters
+    ----------
+    reports
+        Tables.
+    folder
+        Where the files go; it is made where it does not exist.
+    facts
+        Name -> value of what the numbers depend on (`environment` gives the start of it). With facts the JSON
+        is `{"facts": ..., "reports": [...]}`, without them it is the list of tables.
+    figures
+        Figures of the HTML page.
+    title
+        Heading of the page.
+    """
+    tables = [report.as_dict() for report in reports]
+    head = "".join(f"- {_escape(name)}: {_escape(str(value))}\n" for name, value in (facts or {}).items())
+    told = {"facts": {name: str(value) for name, value in (facts or {}).items()}, "reports": tables}
+    texts = {
+        "report.md": "\n".join([*([head] if head else []), *(report.markdown() for report in reports)]),
+        "report.json": json.dumps(told if facts else tables, indent=1, allow_nan=False),
+    }
+    if facts or figures:
+        from sct.eval.page import page
+
+        texts["report.html"] = page(title, reports, figures, facts or {})
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = {folder / f".{name}.tmp": folder / name for name in texts}
+    try:
+        for path, text in zip(temporary, texts.values(), strict=True):
+            path.write_text(text, encoding="utf-8")
+        for path, final in temporary.items():
+            os.replace(path, final)
+    finally:
+        for path in temporary:
+            path.unlink(missing_ok=True)

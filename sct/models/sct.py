@@ -7,8 +7,8 @@ data", section 3. Where the text and the published checkpoint differ the flags o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, cast
 
 import flax.linen as nn
 import jax
@@ -183,6 +183,17 @@ def _check_range(name: str, values: Any, most: int) -> None:
     low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
     if low < 0 or high > most:
         raise DataError(f"{name} reach from {low} to {high}, but 0 to {most} is what the model knows.")
+
+
+def level_probabilities(config: SCTConfig) -> Callable[[Any, jax.Array, jax.Array | None], jax.Array]:
+    """Make the function (variables, tokens (B, K, G), coordinates) -> probabilities of levels (B, K, G, num_bins)."""
+    module = SCT(config)
+
+    def probabilities(variables: Any, tokens: jax.Array, coordinates: jax.Array | None) -> jax.Array:
+        outputs = cast(dict[str, jax.Array], module.apply(variables, tokens, coordinates))
+        return jax.nn.softmax(outputs["logits"][..., : config.num_bins], axis=-1)
+
+    return probabilities
 
 
 class ConvBlock(nn.Module):

@@ -15,7 +15,7 @@ def spatial_features(
     Parameters
     ----------
     coordinates
-        Positions of cells, rescaled per slide (see `sct.data.bags.rescale_coordinates`).
+        Positions of cells, rescaled per slide (see `sct.data.coordinates.rescale_coordinates`).
     num_scales, sigma_min, sigma_max
         S scales sigma_s between the two bounds; the wavelength of a scale is 2 pi sigma_s.
     mode

@@ -171,7 +171,7 @@ class MaskedExpression:
 
     def evaluators(self) -> Sequence[Evaluator]:
         """Imputation of masked genes beside its baselines, on the test studies, else the validation ones."""
-        from sct.eval.protocols import GeneImputation
+        from sct.eval.imputation import GeneImputation
 
         held_out = next((split for split in ("test", "validation") if self.store.split(split)), None)
         if held_out is None:

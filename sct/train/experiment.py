@@ -51,7 +51,7 @@ class DataConfig:
         Folder that `launch.ingest` made.
     dataset
         Instead of a store: "pbmc68k", real cells that come with scanpy; a store is made in the run folder.
-    cells_per_bag, shuffle_cells, noise_fraction
+    cells_per_bag, shuffle_cells, spatial_bags, noise_fraction
         See `sct.data.bags.BagOptions`.
     tokens
         Gene-expression tokens to train on; with `train.steps` 0 the number of steps follows from it.
@@ -61,6 +61,7 @@ class DataConfig:
     dataset: str = ""
     cells_per_bag: int = 50
     shuffle_cells: int = 0
+    spatial_bags: bool = True
     noise_fraction: float = BagOptions.noise_fraction
     tokens: float = 0.0
 
@@ -82,6 +83,18 @@ def open_data(config: DataConfig, workdir: Path) -> Store:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("the store is made")
     return Store.open(workdir / "store")
+
+
+def check_data(config: Mapping[str, Any], workdir: Path) -> None:
+    """Raise what `run` would raise of missing or damaged data, before anything is written."""
+    data = registry.build(DataConfig, config.get("data", {}), "data")
+    if data.store or not data.dataset:
+        open_data(data, workdir)
+
+
+def check_same_run(config: Mapping[str, Any], workdir: Path) -> None:
+    """Raise ConfigError where a run folder holds a run with options that compute something else."""
+    _check_same(_read_json(workdir / "config.json"), _checked(config), workdir)
 
 
 def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Path) -> None:
@@ -115,6 +128,7 @@ def make_task(config: Mapping[str, Any], store: Store) -> tuple[MaskedExpression
     bags = BagOptions(
         cells_per_bag=data.cells_per_bag,
         shuffle_cells=data.shuffle_cells,
+        spatial_bags=data.spatial_bags,
         noise_fraction=data.noise_fraction,
         seed=seed,
     )
@@ -184,6 +198,12 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
             soft_wrap=True,
         )
 
+    if task.model_config.use_spatial and parent is None and not resumes:
+        console.print(
+            "starts from random parameters, not from a model of single cells: --config.init_from=RUN_OR_MODEL "
+            "starts from one.",
+            soft_wrap=True,
+        )
     start = flatten(parent.variables) if parent is not None else None
     result = train(task, options, optimizer, workdir, start)
     if result.reason in ("signal", "interrupt", "stop_at"):
@@ -228,6 +248,7 @@ def _finish(
             task.store.vocabulary,
             license=_read_json(workdir / "data.json")["license"],
             step=result.progress.best_step or result.progress.step,
+            data=pretrained.data_options(plain.get("data")),
         )
         card = pretrained.default_card(model, _history(plain, task.store, result, reports))
         dataclasses.replace(model, card=card).save_pretrained(workdir / "model")

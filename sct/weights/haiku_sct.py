@@ -22,7 +22,7 @@ from sct.data.genes import GeneVocabulary
 from sct.errors import CheckpointError, ConfigError
 from sct.models.sct import SCTConfig
 from sct.nn.paths import unflatten
-from sct.weights.pretrained import Pretrained, default_card, expected_shapes, match
+from sct.weights.pretrained import DATA_OPTIONS, Pretrained, default_card, expected_shapes, match
 
 LICENSE = "cc-by-nc-sa-4.0"
 NOTICE = (
@@ -402,7 +402,7 @@ def convert(folder: Path, genes: GeneVocabulary | None = None, numbered_genes: b
         raise CheckpointError(
             f"the vocabulary has {len(vocabulary)} genes, but the model has {config.num_genes} positions."
         )
-    model = Pretrained("sct", config, unflatten(arrays), vocabulary, license=LICENSE)
+    model = Pretrained("sct", config, unflatten(arrays), vocabulary, license=LICENSE, data=DATA_OPTIONS)
     origin = "Converted from the published sCellTransformer weights (Haiku parameters). " + NOTICE
     if vocabulary.name == "numbered":
         origin += " The order of the genes was not given: positions are numbered."

@@ -27,6 +27,8 @@ from sct.weights import model_folder
 from sct.weights.model_folder import CARD, CONFIG, FORMAT_VERSION, GENES, SHARD_BYTES, WEIGHTS
 
 LOADED_DTYPES = ("float32", "bfloat16", "float16")
+# Options of the data that a model's inputs should share with its training, and the paper's values.
+DATA_OPTIONS: Mapping[str, Any] = {"cells_per_bag": 50, "noise_fraction": 0.003}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Pretrained:
         Licence of the weights, as the card states it.
     step
         Training step of the weights, where a run made them.
+    data
+        How inputs were made in training, as far as it is known: the entries of `DATA_OPTIONS`.
     """
 
     family: str
@@ -56,16 +60,21 @@ class Pretrained:
     card: str = ""
     license: str = "unknown"
     step: int | None = None
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
         size = sum(int(np.prod(value.shape)) for value in flatten(self.variables).values())
         return f"Pretrained({self.family!r}, {size:,} parameters, {len(self.genes):,} genes)"
 
-    def apply(self, *, intermediates: Sequence[str] = (), **inputs: Any) -> dict[str, jax.Array]:
+    def apply(
+        self, *, intermediates: Sequence[str] = (), outputs: Sequence[str] | None = None, **inputs: Any
+    ) -> dict[str, jax.Array]:
         """Run the model; compiled once per shape of the inputs.
 
         Parameters
         ----------
+        outputs
+            Names of the results to compute, all by default; what only the others need is left out.
         intermediates
             Names of activations to return beside the outputs.
         inputs
@@ -77,7 +86,7 @@ class Pretrained:
         Raises
         ------
         CheckpointError
-            An intermediate that the family does not have.
+            An output or intermediate that the family does not have.
         DataError
             An input that the family does not take, or whose shape or values are not those of this model.
         """
@@ -87,7 +96,13 @@ class Pretrained:
             raise CheckpointError(
                 f"there is no intermediate {unknown[0]!r}: choose from {', '.join(module.intermediates)}."
             )
-        wanted = (*module.outputs, *sorted(set(intermediates)))
+        chosen = module.outputs if outputs is None else tuple(outputs)
+        unknown = sorted(set(chosen) - set(module.outputs))
+        if unknown:
+            raise CheckpointError(
+                f"there is no output {unknown[0]!r}: choose from {', '.join(module.outputs)}."
+            )
+        wanted = (*chosen, *sorted(set(intermediates)))
         given = {
             name: value if hasattr(value, "shape") else np.asarray(value)
             for name, value in inputs.items()
@@ -128,6 +143,7 @@ class Pretrained:
             "license": self.license,
             "step": self.step,
             "vocabulary_hash": self.genes.hash,
+            "data": dict(self.data),
             "model": dataclasses.asdict(self.config),
         }
         card = self.card or default_card(self)
@@ -240,8 +256,15 @@ def load(
     card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
     licence = config.get("license") or "unknown"
     return Pretrained(
-        config["family"], model, unflatten(arrays), vocabulary, card, licence, config.get("step")
-    )
+        config["family"], model, unflatten(arrays), vocabulary, card, licence, config.get("step"),
+        data_options(config.get("data")),
+    )  # fmt: skip
+
+
+def data_options(values: Any) -> dict[str, Any]:
+    """Entries of `DATA_OPTIONS` among a configuration's or a model folder's data section, those that are sound."""
+    given = values if isinstance(values, Mapping) else {}
+    return {name: given[name] for name in DATA_OPTIONS if isinstance(given.get(name), (int, float))}
 
 
 def _rules(mesh: Mesh | None, rules: axes.Rules | None) -> axes.Rules:

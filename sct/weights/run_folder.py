@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -78,10 +79,13 @@ def load(
     path = (folder / "checkpoints" / str(step) / "state").absolute()
     arrays = _restore(path, flatten(nn.unbox(boxed)), where, dtype)
     licence = model_folder.read_json(folder / "data.json").get("license") or "unknown"
-    made = pretrained.Pretrained(family, model, unflatten(arrays), vocabulary, license=licence, step=step)
+    data = pretrained.data_options(config.get("data"))
+    made = pretrained.Pretrained(
+        family, model, unflatten(arrays), vocabulary, license=licence, step=step, data=data
+    )
     text = f"## Training\n\nCheckpoint of step {step:,} of a run with this configuration:\n\n```json\n"
     card = pretrained.default_card(made, f"{text}{json.dumps(config, indent=1)}\n```")
-    return pretrained.Pretrained(family, model, made.variables, vocabulary, card, made.license, step)
+    return dataclasses.replace(made, card=card)
 
 
 def _restore(

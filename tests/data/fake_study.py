@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import scipy.sparse as sp
 
+from sct.data.coordinates import rescale_coordinates
+from sct.data.tokenize import noisy_genes
+
 
 class FakeStudy:
     """Stands in for `sct.data.store.Study`; picklable."""
@@ -18,6 +21,12 @@ class FakeStudy:
     @property
     def gene_totals(self) -> np.ndarray:
         return np.asarray(self.counts.sum(axis=0), np.float64).ravel()
+
+    def noisy_genes(self, fraction: float) -> np.ndarray:
+        return noisy_genes(self.gene_totals, self.n_cells, fraction)
+
+    def rescaled_coordinates(self) -> np.ndarray:
+        return rescale_coordinates(self.coordinates)
 
     def read(self, start: int, stop: int) -> sp.csr_matrix:
         return self.counts[start:stop]

@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from scipy.spatial import KDTree
 
 from sct.data.bags import (
-    SPATIAL_RANGE,
     BagOptions,
     BagSource,
     random_bag_rows,
-    rescale_coordinates,
     spatial_bag_rows,
 )
+from sct.data.coordinates import SPATIAL_RANGE, rescale_coordinates
 from sct.data.datasets import simulate_atlas
 from sct.data.genes import GeneVocabulary
 from sct.data.ingest import IngestOptions, ingest

@@ -1,0 +1,12 @@
+r"""Transfer labels from annotated cells.
+
+    python -m launch.annotate --input=cells.h5ad --reference=atlas.h5ad --label_key=cell_type \
+        --model=runs/mine --output=out.h5ad
+
+`--help` explains the flags; see `sct.commands.annotate`.
+"""
+
+from sct.cli import main
+
+if __name__ == "__main__":
+    main("annotate")

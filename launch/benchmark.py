@@ -1,0 +1,11 @@
+"""Measure a model beside honest baselines.
+
+    python -m launch.benchmark --config=configs/benchmark.py --config.model=runs/mine --config.data.path=cells.h5ad
+
+`--help` explains the flags; see `sct.commands.benchmark`.
+"""
+
+from sct.cli import main
+
+if __name__ == "__main__":
+    main("benchmark")

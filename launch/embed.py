@@ -1,0 +1,11 @@
+"""Embed the cells of an .h5ad file.
+
+    python -m launch.embed --input=cells.h5ad --model=runs/mine --output=embedded.h5ad
+
+`--help` explains the flags; see `sct.commands.embed`.
+"""
+
+from sct.cli import main
+
+if __name__ == "__main__":
+    main("embed")

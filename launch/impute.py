@@ -1,0 +1,11 @@
+"""Impute genes or whole cells of an .h5ad file.
+
+    python -m launch.impute --input=cells.h5ad --model=runs/mine --genes=CD3E --output=imputed.h5ad
+
+`--help` explains the flags; see `sct.commands.impute`.
+"""
+
+from sct.cli import main
+
+if __name__ == "__main__":
+    main("impute")

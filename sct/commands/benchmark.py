@@ -1,0 +1,41 @@
+"""Measure a model beside honest baselines on cells it has not seen.
+
+    sct benchmark --config=benchmark --config.model=runs/mine --config.data.path=cells.h5ad
+    sct benchmark --config=benchmark --config.model=runs/mine --config.data.path=STORE --config.output=runs/results
+    sct benchmark --config=benchmark:quick --config.model=runs/mine --config.data.path=cells.h5ad
+
+Imputation of genes and of whole cells, and embeddings where cells have labels; every method on the same cells and
+the same masked positions. The output folder gets report.html, report.md, report.json and results.json. Any field
+of the configuration is set as --config.section.field=value. In a clone, `python -m launch.benchmark` is the same
+program.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+from ml_collections import config_flags
+
+from sct.commands.configuration import prepare
+from sct.errors import ConfigError
+
+__all__ = ["main", "prepare"]
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration: FILE_OR_NAME[:VARIANT].")
+flags.mark_flag_as_required("config")
+
+
+def main(argv: list[str]) -> None:
+    """Measure as the configuration says."""
+    if len(argv) > 1:
+        raise ConfigError(f"{argv[1]!r} is not a flag: options are written --name=value.")
+    from rich.console import Console
+
+    from sct.tl.benchmarking import benchmark
+
+    config = _CONFIG.value.to_dict()
+    if "gene_imputation" not in config:
+        raise ConfigError("this is a configuration of training: give --config=configs/benchmark.py.")
+    console = Console()
+    for table in benchmark(config):
+        console.print(table.table())
+    console.print(f"report: {config['output']}/report.html", soft_wrap=True)

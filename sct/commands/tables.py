@@ -1,0 +1,95 @@
+"""Reading and writing the AnnData files that commands work on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import anndata as ad
+
+from sct.errors import ConfigError, DataError
+
+# Files above are read in place of being loaded.
+BACKED_BYTES = 1 << 30
+
+
+def read(path: str, may_be_backed: bool = True) -> ad.AnnData:
+    """Open an .h5ad file or a .zarr folder; a large .h5ad file stays on disk.
+
+    Raises
+    ------
+    DataError
+        It is not there, or cannot be read.
+    """
+    file = Path(path).expanduser()
+    if not file.exists():
+        raise DataError(f"there is no file {file}.")
+    if file.suffix not in (".h5ad", ".zarr"):
+        raise DataError(
+            f"{file} is neither .h5ad nor .zarr: read it in Python (scanpy.read_10x_h5, ...) and write it with "
+            "adata.write_h5ad."
+        )
+    try:
+        if file.suffix == ".zarr":
+            return ad.read_zarr(file)
+        large = may_be_backed and file.stat().st_size > BACKED_BYTES
+        return ad.read_h5ad(file, backed="r" if large else None)
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{file} cannot be read as AnnData ({reason}): give another file.") from error
+
+
+def check_output(path: str, source: str) -> Path:
+    """Refuse an output that is not .h5ad, that is the input, or whose folder is not there."""
+    target = Path(path).expanduser()
+    if target.suffix != ".h5ad":
+        raise ConfigError(f"the output {target} must end with .h5ad.")
+    if target.resolve() == Path(source).expanduser().resolve():
+        raise ConfigError(f"the output {target} is the input: choose another --output.")
+    if not target.absolute().parent.is_dir():
+        raise ConfigError(
+            f"there is no folder {target.absolute().parent} for the output: make it, or choose another."
+        )
+    return target
+
+
+def write(adata: ad.AnnData, source: str, target: Path, added: Mapping[str, Sequence[str]]) -> None:
+    """Write the input with what was added to it; the file appears when it is complete.
+
+    Parameters
+    ----------
+    adata
+        What `read` gave, with results.
+    source
+        Where it was read.
+    target
+        File to write.
+    added
+        "obs", "obsm", "layers", "uns" -> keys that are new; of an .h5ad input everything else is copied as it is.
+    """
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        if Path(source).suffix == ".h5ad":
+            import h5py
+
+            shutil.copyfile(Path(source).expanduser(), temporary)
+            with h5py.File(temporary, "r+") as file:
+                for slot, keys in added.items():
+                    if slot == "obs":
+                        ad.io.write_elem(file, "obs", adata.obs)
+                        continue
+                    if slot not in file:
+                        ad.io.write_elem(file, slot, {})
+                    for key in keys:
+                        ad.io.write_elem(file[slot], key, getattr(adata, slot)[key])
+        else:
+            adata.write_h5ad(temporary)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise DataError(
+            f"{target} cannot be written ({error.strerror or error}): choose another --output."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,271 @@
+"""Cells to impute, and one draw of what is hidden of them: the same positions for every method."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import sparse
+
+from sct.data import masking
+from sct.data.bags import BagSource
+from sct.data.loader import spread
+from sct.errors import ConfigError
+from sct.progress import track
+
+# Gene positions that are drawn, or given to a model, at once where nothing else is asked: a full bag alone,
+# many small ones together.
+POSITIONS_AT_ONCE = 2**18
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Some consecutive bags: their `numbers` (B,), their `cells`, and the place (`bag`, `slot`) of each."""
+
+    numbers: np.ndarray
+    cells: slice
+    bag: np.ndarray
+    slot: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Cells that are scored, all in memory, bag after bag; absent cells of a bag are not among them.
+
+    Attributes
+    ----------
+    tokens
+        uint8 (N, P) levels; PAD = `num_bins` beyond the vocabulary.
+    counts
+        Raw counts, CSR float32 (N, P).
+    low, high
+        float32 (N,) range of each cell, see `sct.data.tokenize.Bins`.
+    values
+        float32 (N, num_bins) raw counts that stand for the levels of each cell.
+    coordinates
+        float32 (N, 2) rescaled positions, NaN for cells of studies without any; None where no study has any.
+    bag, slot
+        int (N,) number of each cell's bag in its source, ascending, and the cell's place in the bag.
+    study
+        int (N,) number of each cell's study.
+    measured
+        bool (studies, P): genes that a study measured.
+    cells_per_bag, num_bins
+        K, and levels, zero included.
+    spatial
+        Whether the model is given the coordinates.
+    """
+
+    tokens: np.ndarray
+    counts: sparse.csr_matrix
+    low: np.ndarray
+    high: np.ndarray
+    values: np.ndarray
+    coordinates: np.ndarray | None
+    bag: np.ndarray
+    slot: np.ndarray
+    study: np.ndarray
+    measured: np.ndarray
+    cells_per_bag: int
+    num_bins: int
+    spatial: bool = False
+
+    @classmethod
+    def read(cls, source: BagSource, max_bags: int = 0) -> HeldOut:
+        """Read at most `max_bags` bags, spread evenly over the source (0: all of them).
+
+        Raises
+        ------
+        ConfigError
+            The source gives no raw counts, or may give a cell twice (its copy would tell the answer).
+        """
+        options = source.options
+        if not (options.with_counts and source.exhaustive):
+            raise ConfigError(
+                "bags without raw counts, or with a cell in several of them, cannot be scored: make them with "
+                "with_counts=True and exhaustive=True."
+            )
+        coordinates = {
+            index: study.rescaled_coordinates() for index, study in enumerate(source.studies) if study.spatial
+        }
+        parts: dict[str, list[Any]] = {}
+        for number in track(spread(len(source), max_bags), "reading cells"):
+            bag, (index, _) = source.bag(number), source.locate(number)
+            (slot,) = np.nonzero(bag["rows"] >= 0)
+            part = {name: bag[name][slot] for name in ("tokens", "low", "high", "values")}
+            part |= {"slot": slot, "bag": np.full(len(slot), number), "study": np.full(len(slot), index)}
+            part["counts"] = sparse.csr_matrix(bag["counts"][slot])
+            if coordinates:
+                nowhere = np.full((len(slot), 2), np.nan, np.float32)
+                part["coordinates"] = (
+                    coordinates[index][bag["rows"][slot]] if index in coordinates else nowhere
+                )
+            for name, value in part.items():
+                parts.setdefault(name, []).append(value)
+        counts = sparse.vstack(parts.pop("counts"), format="csr")
+        whole: dict[str, Any] = {name: np.concatenate(values) for name, values in parts.items()}
+        measured = np.zeros((len(source.studies), options.num_positions), bool)
+        for row, study in zip(measured, source.studies, strict=True):
+            row[: study.n_genes] = study.measured
+        return cls(
+            **{"coordinates": None, **whole},
+            counts=counts,
+            measured=measured,
+            cells_per_bag=options.cells_per_bag,
+            num_bins=options.num_bins,
+            spatial=options.spatial,
+        )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def frequencies(self) -> np.ndarray:
+        """Number of cells of each study that have each gene at each level, int32 (studies, P, num_bins)."""
+        out = np.zeros((*self.measured.shape, self.num_bins), np.int32)
+        for index in np.unique(self.study):
+            tokens = self.tokens[self.study == index]
+            for level in range(self.num_bins):
+                out[index, :, level] = (tokens == level).sum(axis=0)
+        return out
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """First cell of each bag, and the number of cells."""
+        return np.append(np.flatnonzero(np.diff(self.bag, prepend=-1)), len(self))
+
+    @property
+    def num_bags(self) -> int:
+        """Number of bags."""
+        return len(self._starts) - 1
+
+    def batches(self, bags_per_batch: int = 0) -> Iterator[Batch]:
+        """All bags in order, `bags_per_batch` at once (0: as many as fit into a modest size)."""
+        if not bags_per_batch:
+            bags_per_batch = max(1, POSITIONS_AT_ONCE // (self.cells_per_bag * self.tokens.shape[1]))
+        size = min(bags_per_batch, self.num_bags)
+        for first in range(0, self.num_bags, size):
+            starts = self._starts[first : first + size + 1]
+            cells = slice(int(starts[0]), int(starts[-1]))
+            # The last batch repeats its last number for the bags that it lacks, which hold no cell.
+            numbers = np.resize(self.bag[starts[:-1]], len(starts) - 1)
+            numbers = np.pad(numbers, (0, size - len(numbers)), mode="edge")
+            bag = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+            yield Batch(numbers, cells, bag, self.slot[cells])
+
+    def padded(self, batch: Batch, values: np.ndarray, fill: Any) -> np.ndarray:
+        """Bags (B, K, ...) of the cells' `values` (N, ...), with `fill` where a bag has no cell."""
+        shape = (len(batch.numbers), self.cells_per_bag, *values.shape[1:])
+        out = np.full(shape, fill, values.dtype)
+        out[batch.bag, batch.slot] = values[batch.cells]
+        return out
+
+
+def pick(matrix: sparse.csr_matrix, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Entries (n,) of a matrix, float32."""
+    if not len(rows):  # SciPy gives a matrix for none
+        return np.zeros(0, np.float32)
+    return np.asarray(matrix[rows, columns], np.float32).ravel()
+
+
+@dataclasses.dataclass(frozen=True)
+class Masked:
+    """One draw of what is hidden, and the truth of what is scored: hidden genes that are expressed.
+
+    Attributes
+    ----------
+    mask
+        bool (N, P): hidden positions, whatever their level; PAD is never hidden.
+    visible
+        Raw counts that are not hidden, CSR float32 (N, P): all that a method may look at.
+    cells, genes
+        (n,) scored positions, by cell.
+    levels, counts
+        (n,) their true levels, uint8, and raw counts, float32.
+    """
+
+    mask: np.ndarray
+    visible: sparse.csr_matrix
+    cells: np.ndarray
+    genes: np.ndarray
+    levels: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def of(cls, held_out: HeldOut, mask: np.ndarray) -> Masked:
+        """Hide the positions of `mask` (N, P)."""
+        tokens, all_counts = held_out.tokens, held_out.counts
+        mask = mask & (tokens < held_out.num_bins)
+        cells, genes = np.nonzero(mask & (tokens > 0))
+        rows = np.repeat(np.arange(len(held_out)), np.diff(all_counts.indptr))
+        shown = ~mask[rows, all_counts.indices]
+        ends = np.append(0, np.cumsum(shown))[all_counts.indptr]
+        visible = sparse.csr_matrix(
+            (all_counts.data[shown], all_counts.indices[shown], ends), all_counts.shape
+        )
+        return cls(mask, visible, cells, genes, tokens[cells, genes], pick(all_counts, cells, genes))
+
+
+@partial(jax.jit, static_argnames="num_bins")
+def _ratio_masks(
+    seed: Any, numbers: jax.Array, tokens: jax.Array, ratio: jax.Array, num_bins: int
+) -> jax.Array:
+    def one(number: Any, bag: Any, share: Any) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        return masking.exact_ratio(key, bag[None], share, num_bins)[0]
+
+    return jax.vmap(one)(numbers, tokens, ratio)
+
+
+@partial(jax.jit, static_argnames="num_bins")
+def _cell_masks(
+    seed: Any, numbers: jax.Array, tokens: jax.Array, hidden: jax.Array, num_bins: int
+) -> jax.Array:
+    def one(number: Any, bag: Any, cells: Any) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        return masking.whole_cells(key, bag[None], cells, num_bins)[0]
+
+    return jax.vmap(one)(numbers, tokens, hidden)
+
+
+def _draw(held_out: HeldOut, masks: Any, seed: int, rates: np.ndarray) -> Masked:
+    """Mask bag by bag; the key of a bag comes from the seed and the bag's number alone."""
+    mask = np.zeros(held_out.tokens.shape, bool)
+    position = np.searchsorted(np.unique(held_out.bag), held_out.bag)
+    for batch in held_out.batches():
+        tokens = held_out.padded(batch, held_out.tokens, held_out.num_bins)
+        rate = np.zeros(len(batch.numbers), rates.dtype)
+        rate[batch.bag] = rates[position[batch.cells]]
+        made = masks(seed, batch.numbers, tokens, rate, held_out.num_bins)
+        mask[batch.cells] = np.asarray(made)[batch.bag, batch.slot]
+    return Masked.of(held_out, mask)
+
+
+def mask_ratio(held_out: HeldOut, ratio: float, seed: int) -> Masked:
+    """Hide exactly round(`ratio` x n) of the n genes of each cell, expressed or not."""
+    return _draw(held_out, _ratio_masks, seed, np.full(held_out.num_bags, ratio, np.float32))
+
+
+def mask_cells(held_out: HeldOut, num_cells: int, seed: int) -> Masked:
+    """Hide all genes of `num_cells` of the K cells of each bag.
+
+    A bag that lacks cells hides the same share of those it has, at least one and never all of them; a lone
+    cell stays visible.
+    """
+    present = np.diff(held_out._starts)
+    hidden = np.round(num_cells * present / held_out.cells_per_bag)
+    hidden = np.minimum(np.maximum(hidden, 1), present - 1).astype(np.int32)
+    return _draw(held_out, _cell_masks, seed, hidden)
+
+
+def mask_genes(held_out: HeldOut, genes: np.ndarray) -> Masked:
+    """Hide the gene positions `genes` in all cells."""
+    chosen = np.zeros(held_out.tokens.shape[1], bool)
+    chosen[genes] = True
+    hidden = masking.fixed_genes(jnp.asarray(held_out.tokens), jnp.asarray(chosen), held_out.num_bins)
+    return Masked.of(held_out, np.asarray(hidden))

@@ -1,0 +1,25 @@
+"""Plots of AnnData and of benchmark results, in the idiom of scanpy; each function returns Matplotlib axes."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_FUNCTIONS = {
+    "umap": "sct.pl.embedding",
+    "imputation_confusion": "sct.pl.imputation",
+    "mcc_by_ratio": "sct.pl.imputation",
+    "spatial": "sct.pl.maps",
+}
+
+__all__ = [*_FUNCTIONS]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
+    raise AttributeError(f"module 'sct.pl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,174 @@
+"""UMAP of an embedding, coloured by a column of obs or by a gene."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from sct.errors import DataError
+from sct.pl import style
+from sct.pl.values import cell_values, positions
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+
+# Categories that get a colour and marker of their own.
+_NAMED = len(style.COLOURS) * len(style.MARKERS)
+
+
+def umap(
+    adata: AnnData,
+    *,
+    basis: str = "X_sct",
+    color: str | None = None,
+    layer: str | None = None,
+    seed: int = 0,
+    ax: Axes | None = None,
+) -> Axes:
+    """UMAP of an embedding, computed where it is not there yet.
+
+    The picture is kept in `obsm["X_umap_" + basis]`, with how it was made in `uns["X_umap_" + basis]`, and
+    used again as long as the embedding and the seed stay the same; it goes along with a subset of the cells.
+    Nothing else is written (scanpy's `X_umap` neither), and nothing into a view. An array of that name that
+    was not made here is used as it is.
+
+    Parameters
+    ----------
+    adata
+        Annotated cells (N, G).
+    basis
+        Name of the embedding (N, D) in `obsm`.
+    color
+        Column of `obs` (categories or numbers) or name of a gene; None for none. Of more than 40 categories the
+        commonest are named and the rest are grey. Cells without a value are grey.
+    layer
+        Layer that a gene's values come from; None for X.
+    seed
+        Seed of UMAP and of the order in which cells are drawn.
+    ax
+        Axes to draw in; None for a new figure.
+
+    Returns
+    -------
+    The axes.
+
+    Raises
+    ------
+    DataError
+        The embedding, the column, the gene or the layer is not there, or the embedding holds NaN.
+    MissingExtraError
+        Matplotlib or umap-learn is not installed.
+    """
+    values = None if color is None else cell_values(adata, color, layer)
+    points = _coordinates(adata, basis, seed)
+    size = float(np.clip(60_000 / max(len(points), 1), 1.5, 28))
+    order = np.random.default_rng(seed).permutation(len(points))
+    if values is None:
+        ax = style.new_axes(5, 4.6) if ax is None else ax
+        ax.scatter(points[:, 0], points[:, 1], s=size, color=style.COLOURS[0], linewidths=0)
+    elif _is_categorical(values):
+        ax = _categories(ax, points, pd.Series(np.asarray(values, dtype=object)), values, order, size)
+    else:
+        ax = style.new_axes(5.6, 4.6) if ax is None else ax
+        _numbers(ax, points, np.asarray(values, dtype=float), str(color), size)
+    style.bare(ax)
+    ax.set_xlabel("UMAP 1", loc="left", fontsize=8)
+    ax.set_ylabel("UMAP 2", loc="bottom", fontsize=8)
+    ax.set_title(basis if color is None else color, parse_math=False, fontsize=11)
+    return ax
+
+
+def _coordinates(adata: AnnData, basis: str, seed: int) -> np.ndarray:
+    """UMAP (N, 2), from obsm where it is fresh."""
+    embedding = positions(adata, basis)
+    key = f"X_umap_{basis}"
+    made = adata.uns.get(key)
+    digest = hashlib.blake2b(np.ascontiguousarray(embedding).data, digest_size=16).hexdigest()
+    if key in adata.obsm:
+        ours = made is not None and "embedding_hash" in made
+        # A subset has other bytes, and the picture of all cells is what one wants to see of it.
+        subset = ours and int(made["n_obs"]) != adata.n_obs
+        if not ours or subset or (made["embedding_hash"], int(made["seed"])) == (digest, seed):
+            return positions(adata, key, width=2)
+    from sct.eval.embedding import umap as layout
+
+    points = layout(embedding, seed)
+    if not adata.is_view:
+        adata.obsm[key] = points
+        adata.uns[key] = {"basis": basis, "seed": seed, "n_obs": adata.n_obs, "embedding_hash": digest}
+    return points.astype(np.float64)
+
+
+def _is_categorical(values: Any) -> bool:
+    dtype = values.dtype
+    return (
+        isinstance(dtype, pd.CategoricalDtype)
+        or not pd.api.types.is_numeric_dtype(dtype)
+        or pd.api.types.is_bool_dtype(dtype)
+    )
+
+
+def _categories(
+    ax: Axes | None,
+    points: np.ndarray,
+    names: pd.Series,
+    values: Any,
+    order: np.ndarray,
+    size: float,
+) -> Axes:
+    """Points in the colour and marker of their category, in random order, and the legend."""
+    from matplotlib.lines import Line2D
+
+    missing = pd.isna(names).to_numpy()
+    labels = names.astype(str).to_numpy()
+    counts = pd.Series(labels[~missing]).value_counts(sort=False)
+    known = [str(c) for c in values.cat.categories] if isinstance(values.dtype, pd.CategoricalDtype) else []
+    present = [c for c in known if c in counts.index] or sorted(counts.index)
+    named = present
+    if len(present) > _NAMED:
+        commonest = set(counts.sort_values(ascending=False, kind="stable").index[:_NAMED])
+        named = [name for name in present if name in commonest]
+    kinds = pd.Index(named).get_indexer(labels)
+    kinds[missing] = -1
+    legend = [(style.COLOURS[i % 8], style.MARKERS[i // 8], name) for i, name in enumerate(named)]
+    rest = len(present) - len(named)
+    if rest:
+        cells = int(((kinds < 0) & ~missing).sum())
+        legend.append((style.GREY, "o", f"{rest} rarer ones ({cells:,} cells)"))
+    if missing.any():
+        legend.append((style.GREY, "o", f"no value ({int(missing.sum()):,} cells)"))
+
+    texts = [text for *_, text in legend]
+    height = max(4.6, 0.19 * min(len(texts), 21) + 0.6)
+    ax = style.new_axes(4.6 + style.legend_width(texts), height) if ax is None else ax
+    if (kinds < 0).any():
+        ax.scatter(points[kinds < 0, 0], points[kinds < 0, 1], s=size, color=style.GREY, linewidths=0)
+    palette = np.array(style.COLOURS)
+    for i, marker in enumerate(style.MARKERS):
+        drawn = order[(kinds[order] >= 8 * i) & (kinds[order] < 8 * (i + 1))]
+        if len(drawn):
+            colours = palette[kinds[drawn] % 8].tolist()
+            ax.scatter(points[drawn, 0], points[drawn, 1], s=size, c=colours, marker=marker, linewidths=0)
+    handles = [
+        Line2D([], [], linestyle="", marker=marker, color=colour, markersize=6)
+        for colour, marker, _ in legend
+    ]
+    style.legend_outside(ax, handles, texts, points=True)
+    return ax
+
+
+def _numbers(ax: Axes, points: np.ndarray, values: np.ndarray, name: str, size: float) -> None:
+    """Points coloured by a number, the highest on top, and the colour bar."""
+    known = np.isfinite(values)
+    if not known.any():
+        raise DataError(f"{name!r} has no value in any cell: choose another column or gene.")
+    ax.scatter(points[~known, 0], points[~known, 1], s=size, color=style.GREY, linewidths=0)
+    order = np.flatnonzero(known)[np.argsort(values[known], kind="stable")]
+    drawn = ax.scatter(
+        points[order, 0], points[order, 1], s=size, c=values[order], cmap=style.CONTINUOUS, linewidths=0
+    )
+    style.colour_bar([ax], drawn, name)

@@ -1,0 +1,184 @@
+"""Plots of the imputation benchmark: confusion of levels, and agreement by share of masked genes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sct.errors import DataError
+from sct.pl import style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Appendix D.3 of the sCT paper.
+LEVELS = ("unexpressed", "low", "moderate", "high-moderate", "high")
+# What an imputation model has to beat: it knows nothing of the cell but that the gene is expressed.
+BAR = "most common expressed level per gene, other cells of the study"
+# Curves that are told apart by colour and line together.
+_LINES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
+
+
+def imputation_confusion(confusion: np.ndarray, *, normalize: bool = True, ax: Axes | None = None) -> Axes:
+    """How often each true expression level was imputed as each level.
+
+    Parameters
+    ----------
+    confusion
+        (true levels, predicted levels) counts of positions. Five levels are named as in the paper's appendix
+        D.3, others are numbered from 0. With fewer rows than columns the rows are the last levels, as where
+        only expressed genes are scored.
+    normalize
+        Colour and first line of a cell are the share of its row; else the colour is the count.
+    ax
+        Axes to draw in; None for a new figure.
+
+    Returns
+    -------
+    The axes.
+
+    Raises
+    ------
+    DataError
+        It is not a matrix of counts.
+    MissingExtraError
+        Matplotlib is not installed.
+    """
+    counts = np.asarray(confusion)
+    if counts.ndim != 2 or not 0 < counts.shape[0] <= counts.shape[1]:
+        raise DataError(
+            f"the confusion matrix has shape {counts.shape}, and (true levels, predicted levels) is needed."
+        )
+    if counts.dtype.kind not in "iuf" or not (np.isfinite(counts).all() and (counts >= 0).all()):
+        raise DataError("the confusion matrix holds other values than counts: give numbers of positions.")
+    if counts.sum() == 0:
+        raise DataError("the confusion matrix is all zero: there is no scored position to show.")
+    rows, columns = counts.shape
+    totals = counts.sum(axis=1, keepdims=True)
+    share = np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
+    shown = share if normalize else counts.astype(float)
+    names = LEVELS if columns == len(LEVELS) else tuple(map(str, range(columns)))
+    side = min(1.6 + 0.85 * columns, 9)
+    ax = style.new_axes(side + 1.0, min(1.5 + 0.75 * rows, 8)) if ax is None else ax
+    top = 1.0 if normalize else float(counts.max())
+    image = ax.imshow(shown, cmap="Blues", vmin=0, vmax=top, aspect="auto")
+    if columns <= 10:
+        for i, j in np.ndindex(rows, columns):
+            first = f"{share[i, j]:.0%}\n" if normalize and totals[i, 0] else ""
+            light = np.dot(image.to_rgba(shown[i, j])[:3], (0.2126, 0.7152, 0.0722))
+            # Not pure white or black: these stand for the reader's page in the HTML report.
+            colour = "#777777" if normalize and not totals[i, 0] else "#fefefe" if light < 0.5 else "#1a1a1a"
+            text = f"{first}{counts[i, j]:,.0f}"
+            ax.text(j, i, text, ha="center", va="center", fontsize=8, color=colour, linespacing=1.25)
+    ax.set_xticks(
+        range(columns),
+        names,
+        rotation=30 if columns == len(LEVELS) else 0,
+        ha="right" if columns == len(LEVELS) else "center",
+    )
+    ax.set_yticks(range(rows), names[columns - rows :])
+    ax.tick_params(length=0)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    ax.set(xlabel="imputed level", ylabel="true level")
+    style.colour_bar([ax], image, "share of the true level" if normalize else "positions")
+    return ax
+
+
+def mcc_by_ratio(
+    curves: Mapping[str, Sequence[tuple[float, Sequence[float]]]],
+    *,
+    masked: str = "masked genes",
+    ax: Axes | None = None,
+) -> Axes:
+    """Matthews correlation of imputed levels against the share of masked genes, or of masked cells.
+
+    Lines are means over seeds, bands one standard deviation. The legend stands in the order of the last values.
+    The most common expressed level per gene in the other cells of the study, which an imputation model has to
+    beat, is a thick dashed line.
+
+    Parameters
+    ----------
+    curves
+        Name of a method -> list of (share that is masked, in (0, 1], MCC of each seed). A method without a
+        value at a ratio leaves it out; one without any is named in the legend as not run.
+    masked
+        What the ratio is of: the name of the horizontal axis.
+    ax
+        Axes to draw in; None for a new figure.
+
+    Returns
+    -------
+    The axes.
+
+    Raises
+    ------
+    DataError
+        There is no value at all, a ratio is outside (0, 1] or comes twice, or an MCC outside [-1, 1].
+    MissingExtraError
+        Matplotlib is not installed.
+    """
+    points = {str(name): _curve(str(name), curve) for name, curve in curves.items()}
+    ratios = sorted({ratio for curve in points.values() for ratio in curve[:, 0].tolist()})
+    if not ratios:
+        raise DataError("there is no curve with a value: measure one ratio at least.")
+
+    def last(name: str) -> tuple[float, float]:
+        return tuple(points[name][-1, :2]) if len(points[name]) else (-1.0, -1.0)
+
+    drawn = sorted(points, key=last, reverse=True)
+    others = [name for name in points if not _is_bar(name)]
+    labels = [name if len(points[name]) else f"{name} (not run)" for name in drawn]
+    ax = style.new_axes(5.2 + style.legend_width(labels), 4.2) if ax is None else ax
+    handles = {}
+    for name in [*others, *filter(_is_bar, points)]:
+        curve = points[name]
+        number = others.index(name) if name in others else -1
+        look: dict[str, Any] = {
+            "color": style.COLOURS[number % 8],
+            "linestyle": _LINES[number // 8 % len(_LINES)],
+            "marker": style.MARKERS[number // 8 % len(style.MARKERS)],
+            "linewidth": 2.4 if name.startswith("model") else 1.6,
+            "markersize": 4.5,
+        }
+        if _is_bar(name):
+            look = {"color": "#000000", "linestyle": (0, (4, 2)), "linewidth": 3.2, "marker": "", "zorder": 3}
+        ratio, mean, std = curve.T
+        if _is_bar(name) and len(ratio) == 1:
+            look["marker"], look["markersize"] = "_", 24
+        (handles[name],) = ax.plot(ratio, mean, **look)
+        if len(ratio) > 1:
+            ax.fill_between(ratio, mean - std, mean + std, color=look["color"], alpha=0.18, linewidth=0)
+        elif len(ratio):
+            ax.errorbar(ratio, mean, std, color=look["color"], capsize=3, linestyle="")
+    ax.set_xticks(ratios, [f"{ratio:.0%}" for ratio in ratios])
+    pad = 0.05 * (ratios[-1] - ratios[0]) or 0.1
+    ax.set_xlim(ratios[0] - pad, ratios[-1] + pad)
+    ax.set(xlabel=masked, ylabel="MCC of the level, masked expressed genes")
+    ax.grid(axis="y", color=style.GREY, alpha=0.4, linewidth=0.7)
+    style.open_frame(ax)
+    style.legend_outside(ax, [handles[name] for name in drawn], labels, points=False)
+    return ax
+
+
+def _is_bar(name: str) -> bool:
+    return name.removesuffix(", told") == BAR
+
+
+def _curve(name: str, curve: Sequence[tuple[float, Sequence[float]]]) -> np.ndarray:
+    """Ratio, mean and standard deviation over seeds, (R, 3), by ratio; ratios without a value left out."""
+    rows = []
+    for ratio, values in curve:
+        measured = np.asarray(values, dtype=float)
+        measured = measured[~np.isnan(measured)]
+        if not 0 < ratio <= 1:
+            raise DataError(f"the curve {name!r} has the ratio {ratio}, and it must lie in (0, 1].")
+        if (np.abs(measured) > 1 + 1e-9).any():
+            raise DataError(f"the curve {name!r} has an MCC outside [-1, 1] at the ratio {ratio}.")
+        if measured.size:
+            rows.append((float(ratio), measured.mean(), measured.std()))
+    if len({row[0] for row in rows}) < len(rows):
+        raise DataError(f"the curve {name!r} has a ratio twice: give all its seeds in one list.")
+    return np.array(sorted(rows)).reshape(-1, 3)

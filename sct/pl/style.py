@@ -1,0 +1,98 @@
+"""What all plots share: axes, colours that colour-blind readers tell apart, legends that are never cut off."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from sct.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.legend import Legend
+
+# Okabe & Ito (2008), without black; the light yellow comes last.
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f5fc7", "#d6c516")
+# No palette has 40 colours that all readers tell apart, so the colours come round with another marker.
+MARKERS = ("o", "^", "s", "D", "v")
+GREY = "#b9bec6"
+# Characters of a line of a legend.
+_LABEL = 34
+CONTINUOUS = "viridis"
+
+
+def new_axes(width: float, height: float, columns: int = 1) -> Any:
+    """Axes of a new pyplot figure: one, or an array (columns,) of several.
+
+    Raises
+    ------
+    MissingExtraError
+        Matplotlib is not installed.
+    """
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise MissingExtraError('plots need matplotlib: pip install "sct[analysis]".') from error
+    _, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained")
+    return axes
+
+
+def legend_outside(ax: Axes, handles: Sequence[Any], labels: Sequence[str], *, points: bool) -> Legend:
+    """Legend to the right of axes, with labels shown letter by letter, whatever they hold."""
+    # Matplotlib leaves out labels that begin with "_" and reads "$" as mathematics, so they come afterwards.
+    labels = [wrapped(label) for label in labels]
+    legend = ax.legend(
+        list(handles),
+        [str(i) for i in range(len(handles))],
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+        ncols=legend_columns(len(handles)),
+        frameon=False,
+        fontsize=8,
+        alignment="left",
+        borderaxespad=0.4,
+        handletextpad=0.4,
+        # Long enough to show a dashed line; points need less.
+        handlelength=1.0 if points else 3.0,
+    )
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set_parse_math(False)
+        text.set_text(label)
+    return legend
+
+
+def wrapped(label: str) -> str:
+    """A label in lines of a legend's width."""
+    return textwrap.fill(label, _LABEL, break_long_words=True)
+
+
+def legend_columns(entries: int) -> int:
+    """Columns of a legend, of at most 21 entries each."""
+    return max(1, -(-entries // 21))
+
+
+def legend_width(labels: Sequence[str]) -> float:
+    """Inches that a legend beside axes takes, nearly."""
+    longest = max((len(line) for label in labels for line in wrapped(label).split("\n")), default=0)
+    return legend_columns(len(labels)) * (0.068 * longest + 0.4)
+
+
+def colour_bar(axes: Sequence[Axes], mappable: Any, label: str, extend: str = "neither") -> None:
+    """Colour bar to the right of axes."""
+    bar = axes[0].figure.colorbar(mappable, ax=list(axes), extend=extend, shrink=0.75, aspect=24, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.set_label(label, parse_math=False)
+
+
+def bare(ax: Axes) -> None:
+    """Take away ticks and frame of axes whose numbers say nothing."""
+    ax.set(xticks=[], yticks=[])
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
+def open_frame(ax: Axes) -> None:
+    """Take away the upper and right line of axes."""
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)

@@ -1,0 +1,26 @@
+"""Tools for an AnnData, in the idiom of scanpy: each writes its result into the AnnData it is given."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_FUNCTIONS = {
+    "embed": "sct.tl.embedding",
+    "impute": "sct.tl.imputation",
+    "annotate": "sct.tl.annotation",
+    "benchmark": "sct.tl.benchmarking",
+    "spatial_neighbors": "sct.tl.neighbours",
+}
+
+__all__ = ["annotate", "benchmark", "embed", "impute", "spatial_neighbors"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
+    raise AttributeError(f"module 'sct.tl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,136 @@
+"""`sct.tl.annotate`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from sklearn.neighbors import NearestNeighbors
+
+from sct.errors import ConfigError, DataError
+from sct.tl import running
+from sct.tl.embedding import embed
+from sct.version import __version__
+
+UNKNOWN = "unknown"
+
+
+def annotate(
+    adata: ad.AnnData,
+    model: running.Model | None = None,
+    *,
+    reference: ad.AnnData,
+    label_key: str,
+    use_rep: str | None = None,
+    n_neighbors: int = 15,
+    threshold: float = 0.5,
+    key_added: str = "sct_label",
+    copy: bool = False,
+    **options: Any,
+) -> ad.AnnData | None:
+    """Transfer labels from annotated cells by nearest neighbours among embeddings, without training.
+
+    The probability of a label is the share of the `n_neighbors` nearest reference cells (cosine distance) that
+    have it; reference cells without a label take no part. A cell whose most probable label has a share below
+    `threshold` is "unknown". With equal shares the label of the nearer cells (smaller summed distance) wins.
+
+    Parameters
+    ----------
+    adata
+        Cells to annotate.
+    model
+        Embeds both; of `sct.load`, or its path. Not needed with `use_rep`.
+    reference
+        Cells with labels, raw counts of any genes of the model.
+    label_key
+        Column of `reference.obs`.
+    use_rep
+        Key of an embedding that is in `obsm` of both already, instead of a new one.
+    n_neighbors, threshold
+        See above.
+    key_added
+        Results: `obs[key_added]`, categorical; `obs[key_added + "_probability"]`, the share of the best label
+        (of cells that became "unknown" too); `obsm[key_added + "_probabilities"]`, a table (N, labels);
+        `uns[key_added]`, the parameters. A new embedding stays in `obsm["X_sct"]` of both.
+    copy
+        Return a changed copy, and leave `adata` as it is.
+    options
+        For `sct.tl.embed`: `layer`, `batch_key`, `spatial_key`, `seed`, ...; `batch_key` and `spatial_key` are
+        applied to whichever of the two has them.
+
+    Raises
+    ------
+    ConfigError
+        Neither a model nor `use_rep`, or a number out of range.
+    DataError
+        No such column or embedding, no labels, and what `sct.tl.embed` refuses.
+    """
+    if not 0 <= threshold <= 1 or n_neighbors < 1:
+        raise ConfigError(
+            f"threshold is {threshold} and n_neighbors is {n_neighbors}, but a share in [0, 1] and at least 1 are "
+            "needed."
+        )
+    labels = running.column(reference, label_key, "label_key")
+    known = np.flatnonzero(labels.notna().to_numpy())
+    if not len(known):
+        raise DataError(
+            f"no reference cell has a label in obs[{label_key!r}]: name the column that holds them."
+        )
+    target = adata.copy() if copy else adata
+    if use_rep is None:
+        if model is None:
+            raise ConfigError("give a model to embed with, or use_rep=... to use an embedding that is there.")
+        handle, use_rep = running.opened(model), options.pop("embedding_key", "X_sct")
+        for cells in (reference, target):
+            here = {name: value for name, value in options.items() if _applies(name, value, cells)}
+            embed(cells, handle, key_added=use_rep, **here)
+    for name, cells in (("adata", target), ("the reference", reference)):
+        if use_rep not in cells.obsm:
+            raise DataError(f"{name} has no obsm[{use_rep!r}]: run sct.tl.embed on it, or leave use_rep out.")
+    searched, asked = np.asarray(reference.obsm[use_rep])[known], np.asarray(target.obsm[use_rep])
+    if searched.shape[1] != asked.shape[1]:
+        raise DataError(
+            f"obsm[{use_rep!r}] has {asked.shape[1]} columns, but that of the reference {searched.shape[1]}: embed "
+            "both with the same model."
+        )
+    shares, best = _shares(searched, asked, labels.to_numpy()[known], n_neighbors)
+    probability = shares.to_numpy()[np.arange(len(asked)), best].astype(np.float32)
+    named = np.where(probability >= threshold, shares.columns.to_numpy()[best], UNKNOWN)
+    target.obs[key_added] = pd.Categorical(named)
+    target.obs[f"{key_added}_probability"] = probability
+    target.obsm[f"{key_added}_probabilities"] = shares.set_index(target.obs_names)
+    target.uns[key_added] = {
+        "sct_version": __version__,
+        "label_key": label_key,
+        "use_rep": use_rep,
+        "n_neighbors": n_neighbors,
+        "threshold": threshold,
+        "reference_cells": len(known),
+    }
+    return target if copy else None
+
+
+def _applies(name: str, value: Any, cells: ad.AnnData) -> bool:
+    """Whether an option of `embed` is for these cells: keys are for those that have them."""
+    if name == "batch_key":
+        return value in cells.obs
+    return value in cells.obsm if name == "spatial_key" else True
+
+
+def _shares(
+    searched: np.ndarray, asked: np.ndarray, labels: np.ndarray, n_neighbors: int
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """Share of each label among the neighbours of each cell, (N, labels), and the best label's column (N,)."""
+    codes, names = pd.factorize(labels.astype(str), sort=True)
+    size = min(n_neighbors, len(searched))
+    index = NearestNeighbors(n_neighbors=size, metric="cosine").fit(searched)
+    distance, found = index.kneighbors(asked)
+    shares, nearness = np.zeros((2, len(asked), len(names)), np.float64)
+    rows = np.repeat(np.arange(len(asked)), size)
+    np.add.at(shares, (rows, codes[found].ravel()), 1 / size)
+    np.add.at(nearness, (rows, codes[found].ravel()), 2 - distance.ravel())
+    # Shares are multiples of 1/k, so a smaller number than that only breaks ties.
+    best = np.argmax(np.round(shares * size) + nearness / (2 * size + 1), axis=1)
+    return pd.DataFrame(shares.astype(np.float32), columns=names), best

@@ -1,0 +1,445 @@
+"""`sct.tl.benchmark`: a model beside honest baselines on cells it has not seen (sCT paper, section 4)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+from sct.data.bags import BagOptions, BagSource
+from sct.data.cells import Cells, CellStudy
+from sct.data.genes import GeneVocabulary
+from sct.data.store import SPLITS, Store
+from sct.errors import ConfigError, DataError
+from sct.eval import embedding as embeddings
+from sct.eval import imputation, report
+from sct.eval.held_out import HeldOut
+from sct.eval.page import Figure, figure_svg
+from sct.eval.report import Report
+from sct.eval.scoring import Model, Outcome
+from sct.models.registry import build
+from sct.models.sct import SCTConfig, level_probabilities, pad_to_multiple
+from sct.tl import running
+from sct.tl.embedding import embed
+from sct.weights.pretrained import DATA_OPTIONS, Pretrained
+
+NUM_BINS = SCTConfig.num_bins
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """Cells to measure on; see `configs/benchmark.py` for each field."""
+
+    path: str = ""
+    split: str = "test"
+    train: str = ""
+    layer: str = ""
+    gene_column: str = ""
+    duplicates: str = "error"
+    study_key: str = ""
+    spatial_key: str = "spatial"
+    label_key: str = "cell_type"
+    batch_key: str = ""
+    cells_per_bag: int = 0
+    max_bags: int = 100
+    max_cells: int = 10_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise ConfigError(f"data.split is {self.split!r}, but it must be one of {', '.join(SPLITS)}.")
+        for name in ("cells_per_bag", "max_bags", "max_cells", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"data.{name} is {getattr(self, name)}, but 0 or more is needed.")
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneImputationOptions:
+    """Genes masked at random."""
+
+    run: bool = True
+    ratios: tuple[float, ...] = imputation.RATIOS
+    magic: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.ratios or not all(0 < ratio < 1 for ratio in self.ratios):
+            raise ConfigError(
+                f"gene_imputation.ratios is {self.ratios}, but shares between 0 and 1 are needed."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class CellImputationOptions:
+    """Whole cells masked; (0,) for the paper's numbers in proportion to the bag."""
+
+    run: bool = True
+    numbers: tuple[int, ...] = (0,)
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedGenesOptions:
+    """Genes masked in all cells, by sparsity."""
+
+    run: str = "spatial"
+    per_group: int = 25
+
+    def __post_init__(self) -> None:
+        if self.run not in ("always", "never", "spatial"):
+            raise ConfigError(f"fixed_genes.run is {self.run!r}, but it must be always, never or spatial.")
+        if self.per_group < 1:
+            raise ConfigError(f"fixed_genes.per_group is {self.per_group}, but at least 1 is needed.")
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingOptions:
+    """Embeddings of labelled cells."""
+
+    run: bool = True
+    k: int = 5
+    folds: int = 5
+    resolution: float = 1.0
+    scvi: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkOptions:
+    """The whole benchmark; see `configs/benchmark.py`."""
+
+    data: DataOptions = dataclasses.field(default_factory=DataOptions)
+    gene_imputation: GeneImputationOptions = dataclasses.field(default_factory=GeneImputationOptions)
+    cell_imputation: CellImputationOptions = dataclasses.field(default_factory=CellImputationOptions)
+    fixed_genes: FixedGenesOptions = dataclasses.field(default_factory=FixedGenesOptions)
+    embedding: EmbeddingOptions = dataclasses.field(default_factory=EmbeddingOptions)
+    model: str = ""
+    genes: str = ""
+    output: str = "runs/benchmark"
+    seeds: int = 5
+
+    def __post_init__(self) -> None:
+        if not self.data.path:
+            raise ConfigError("say what to measure on: --config.data.path=FILE.h5ad, or a store.")
+        if self.seeds < 1:
+            raise ConfigError(f"seeds is {self.seeds}, but at least 1 is needed.")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A study: its cells, its table of counts, and the part that is scored."""
+
+    name: str
+    adata: ad.AnnData
+    table: Cells
+    section: running.Section
+
+
+def benchmark(
+    config: Mapping[str, Any], adata: ad.AnnData | None = None, model: running.Model | None = None
+) -> list[Report]:
+    """Measure a model and baselines on the same cells and the same masked positions, and write a report.
+
+    Parameters
+    ----------
+    config
+        Values as `configs/benchmark.py` gives them.
+    adata
+        Cells in place of `config["data"]["path"]`.
+    model
+        A model in place of `config["model"]`.
+
+    Returns
+    -------
+    The tables. `config["output"]` gets `report.html`, `report.md`, `report.json` (the tables) and
+    `results.json` (every number, with those that stand in no table).
+
+    Raises
+    ------
+    SctError
+        Whatever a user can mend, in one sentence.
+    """
+    started = time.monotonic()
+    values = json.loads(json.dumps(config))
+    if adata is not None:
+        values.setdefault("data", {})["path"] = "(in memory)"
+    options = build(BenchmarkOptions, values, "config")
+    output = Path(options.output).expanduser()
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"the output {output} is a file, but it must be a folder: choose another.")
+    chosen = model if model is not None else options.model
+    handle = running.opened(chosen) if chosen else None
+    vocabulary = handle.genes if handle is not None else _vocabulary(options.genes)
+    studies, train = _open(options, adata)
+    if train is not None and train.vocabulary.hash != vocabulary.hash:
+        train.check_vocabulary(vocabulary)
+    parts = [_part(name, study, vocabulary, options.data) for name, study in studies]
+    _check_labels(parts, options)
+    reports, figures, numbers = _measure(parts, handle, train, options)
+    facts = {
+        **report.environment(),
+        "model": repr(handle) if handle is not None else "none (baselines alone)",
+        "model folder": str(options.model or "(in memory)") if handle is not None else "-",
+        "licence of the model": handle.license if handle is not None else "-",
+        "cells": ", ".join(f"{part.name} ({part.adata.n_obs:,})" for part in parts),
+        "counts": ", ".join(sorted({part.table.counts_from for part in parts})),
+        "genes": ", ".join(f"{int(part.table.measured.sum()):,} of {len(vocabulary):,}" for part in parts),
+        "training studies": "none given" if train is None else f"{len(train.split('train'))} of {train.path}",
+        "seeds": str(options.seeds),
+        "time": f"{time.monotonic() - started:,.0f} s",
+    }
+    title = "Zero-shot benchmark"
+    report.write(reports, output, facts, figures, title)
+    _write_json(output / "results.json", {"facts": facts, **numbers})
+    return reports
+
+
+def _write_json(path: Path, content: Any) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1, default=float) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _vocabulary(path: str) -> GeneVocabulary:
+    return GeneVocabulary.load(Path(path).expanduser()) if path else GeneVocabulary.human()
+
+
+def _open(
+    options: BenchmarkOptions, adata: ad.AnnData | None
+) -> tuple[list[tuple[str, ad.AnnData]], Store | None]:
+    """Studies to score, and the store whose training studies baselines are fitted on."""
+    data = options.data
+    path = Path(data.path).expanduser()
+    train = Store.open(Path(data.train).expanduser()) if data.train else None
+    if adata is not None:
+        return _split(adata, data, "cells"), train
+    if not path.exists():
+        raise DataError(f"there is nothing at {path}: give an .h5ad file, a .zarr folder or a store.")
+    if path.is_dir() and (path / "manifest.json").is_file():
+        store = Store.open(path)
+        chosen = store.split(data.split)
+        if not chosen:
+            raise DataError(
+                f"{path} has no study in the split {data.split!r}: name one with `launch.ingest --{data.split}=NAME`, "
+                "or choose another split with --config.data.split."
+            )
+        return [(study.name, study.to_anndata()) for study in chosen], train or store
+    try:
+        cells = ad.read_zarr(path) if path.is_dir() else ad.read_h5ad(path)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{path} is neither a store nor a readable AnnData ({reason}): give another."
+        ) from error
+    return _split(cells, data, path.stem), train
+
+
+def _split(cells: ad.AnnData, data: DataOptions, name: str) -> list[tuple[str, ad.AnnData]]:
+    if not data.study_key:
+        return [(name, cells)]
+    parts = running.sections(cells, data.study_key, None)
+    return [(f"{name}.{part.name}", cells[part.rows].copy()) for part in parts]
+
+
+def _part(name: str, study: ad.AnnData, vocabulary: GeneVocabulary, data: DataOptions) -> _Part:
+    """Draw the cells of a study that are measured, and find their counts and positions."""
+    table = Cells(
+        study, vocabulary, layer=data.layer or None, gene_column=data.gene_column or None,
+        duplicates=data.duplicates,  # type: ignore[arg-type]
+    )  # fmt: skip
+    kept = np.flatnonzero(table.cell_totals > 0)
+    if not len(kept):
+        raise DataError(f"{name} has no count of the model's genes: give other cells.")
+    spatial = data.spatial_key in study.obsm
+    if data.max_cells and len(kept) > data.max_cells and not spatial:
+        kept = np.sort(np.random.default_rng(data.seed).permutation(kept)[: data.max_cells])
+    if len(kept) < study.n_obs:
+        study = study[kept].copy()
+        table = Cells(
+            study, vocabulary, layer=data.layer or None, gene_column=data.gene_column or None,
+            duplicates=data.duplicates,  # type: ignore[arg-type]
+        )  # fmt: skip
+    (section,) = running.sections(study, None, data.spatial_key if spatial else None)
+    return _Part(name, study, table, section)
+
+
+def _check_labels(parts: list[_Part], options: BenchmarkOptions) -> None:
+    """Refuse a key that was asked for by name and that no study has, before anything is computed."""
+    key = options.data.batch_key
+    if key:
+        for part in parts:
+            running.column(part.adata, key, "data.batch_key")
+
+
+def _measure(
+    parts: list[_Part], handle: Pretrained | None, train: Store | None, options: BenchmarkOptions
+) -> tuple[list[Report], list[Figure], dict[str, Any]]:
+    reports: list[Report] = []
+    figures: list[Figure] = []
+    numbers: dict[str, Any] = {"imputation": [], "embedding": {}}
+    spatial = any(part.section.places is not None for part in parts)
+    outcomes: list[Outcome] = []
+    gene, cell, fixed = options.gene_imputation, options.cell_imputation, options.fixed_genes
+    with_fixed = fixed.run == "always" or (fixed.run == "spatial" and spatial)
+    if gene.run or cell.run or with_fixed:
+        held_out, training, asked = _held_out(parts, handle, train, options.data)
+        name = ", ".join(part.name for part in parts)
+        name = name if len(name) < 60 else f"{len(parts)} studies"
+        common: dict[str, Any] = {"seeds": options.seeds, "cells_name": name}
+        if gene.run:
+            outcomes.append(
+                imputation.gene_imputation(
+                    held_out, asked, training, ratios=gene.ratios, magic=gene.magic, **common
+                )
+            )
+        if cell.run:
+            chosen = tuple(number for number in cell.numbers if number)
+            outcomes.append(
+                imputation.whole_cell_imputation(held_out, asked, training, numbers=chosen, **common)
+            )
+        if with_fixed:
+            outcomes.append(
+                imputation.fixed_gene_imputation(
+                    held_out, asked, training, per_group=fixed.per_group, magic=gene.magic, **common
+                )
+            )
+        figures += _imputation_figures(outcomes, held_out.cells_per_bag)
+    for outcome in outcomes:
+        reports += outcome.reports
+        numbers["imputation"].append(outcome.as_dict())
+    if options.embedding.run:
+        made, drawn, measured = _embeddings(parts, handle, options)
+        reports += made
+        figures += drawn
+        numbers["embedding"] = measured
+    return reports, figures, numbers
+
+
+def _held_out(
+    parts: list[_Part], handle: Pretrained | None, train: Store | None, data: DataOptions
+) -> tuple[HeldOut, BagSource | None, Model | None]:
+    """Cells to impute, bags of the training studies, and the model as a method."""
+    size = data.cells_per_bag or (
+        running.bag_size(handle, None) if handle is not None else DATA_OPTIONS["cells_per_bag"]
+    )
+    config = handle.config if handle is not None else None
+    genes = len(parts[0].table.vocabulary)
+    settings = handle.data if handle is not None else {}
+    bags = BagOptions(
+        cells_per_bag=size,
+        num_positions=config.num_genes if config is not None else pad_to_multiple(genes, 0),
+        num_bins=config.num_bins if config is not None else NUM_BINS,
+        noise_fraction=settings.get("noise_fraction", DATA_OPTIONS["noise_fraction"]),
+        spatial=bool(config is not None and config.use_spatial),
+        with_counts=True,
+    )
+    studies = []
+    for part in parts:
+        order = running.order_of(part.section, size, data.seed).once()
+        studies.append(CellStudy(part.table, order, part.section.places, part.name))
+    source = BagSource(studies, bags, exhaustive=True)  # type: ignore[arg-type]
+    training = None
+    if train is not None and train.split("train"):
+        training = BagSource(train.split("train"), bags, exhaustive=True)
+    asked = None
+    if handle is not None:
+        asked = Model(level_probabilities(handle.config), handle.variables, fitted_on="its training studies")
+    return HeldOut.read(source, data.max_bags), training, asked
+
+
+def _imputation_figures(outcomes: list[Outcome], cells_per_bag: int) -> list[Figure]:
+    """Curves of MCC, and the model's confusion matrix at the first masking ratio."""
+    from matplotlib.figure import Figure as Canvas
+
+    from sct import pl
+
+    figures = []
+    titles = {
+        "ratio": ("MCC against masking ratio", "masked genes", 1),
+        "cells": ("MCC against masked cells", "masked cells of a bag", cells_per_bag),
+    }
+    for outcome in outcomes:
+        if outcome.axis not in titles or not outcome.curves:
+            continue
+        title, masked, whole = titles[outcome.axis]
+        shares = {
+            row: [(value / whole, mcc) for value, mcc in curve] for row, curve in outcome.curves.items()
+        }
+        canvas = Canvas(figsize=(9, 5.5), layout="constrained")
+        pl.mcc_by_ratio(shares, masked=masked, ax=canvas.add_subplot())
+        caption = "Mean over draws, with one standard deviation. The dashed line is the bar."
+        figures.append(Figure(title, figure_svg(canvas), caption))
+        first = next(iter(outcome.confusion.values()), {})
+        for row, matrix in list(first.items())[:1]:
+            canvas = Canvas(figsize=(5.5, 4.8), layout="constrained")
+            pl.imputation_confusion(matrix, ax=canvas.add_subplot())
+            figures.append(
+                Figure(
+                    f"Levels of the {row}, {outcome.settings[0].name[0].lower()}{outcome.settings[0].name[1:]}",
+                    figure_svg(canvas),
+                    "True level by predicted level, share of each row; all draws together.",
+                )
+            )
+    return figures
+
+
+def _embeddings(
+    parts: list[_Part], handle: Pretrained | None, options: BenchmarkOptions
+) -> tuple[list[Report], list[Figure], dict[str, Any]]:
+    """One table per study that has labels, and a UMAP of each."""
+    data, asked = options.data, options.embedding
+    reports, figures, numbers = [], [], {}
+    baselines = tuple(name for name in embeddings.BASELINES if asked.scvi or name != embeddings.SCVI)
+    settings = embeddings.Options(
+        seeds=options.seeds, folds=asked.folds, k=asked.k, resolution=asked.resolution, baselines=baselines
+    )
+    for part in parts:
+        labels = part.adata.obs.get(data.label_key)
+        if labels is None or labels.nunique() < 2:
+            reason = (
+                f"obs has no {data.label_key!r}"
+                if labels is None
+                else f"obs[{data.label_key!r}] has one label only"
+            )
+            empty = Report(f"Embedding, {part.name}", ("method", "remark"))
+            empty.add("all", f"{reason}: name a column of labels with --config.data.label_key")
+            reports.append(empty)
+            continue
+        methods: dict[str, Any] = {}
+        if handle is not None:
+            embed(
+                part.adata, handle, layer=data.layer or None, gene_column=data.gene_column or None,
+                duplicates=data.duplicates,  # type: ignore[arg-type]
+                spatial_key=data.spatial_key if part.section.places is not None else None,
+                cells_per_bag=data.cells_per_bag or None, seed=data.seed,
+            )  # fmt: skip
+            methods["model"] = part.adata.obsm["X_sct"]
+        counts = part.table.read(np.arange(part.table.n_cells))
+        batch = part.adata.obs[data.batch_key] if data.batch_key else None
+        table, measured = embeddings.measure(methods, counts, labels, batch, settings)
+        table.title = f"{part.name}: {table.title}"
+        reports.append(table)
+        numbers[part.name] = measured
+        if handle is not None:
+            figures += _umaps(part, labels, data)
+    return reports, figures, numbers
+
+
+def _umaps(part: _Part, labels: pd.Series, data: DataOptions) -> list[Figure]:
+    from matplotlib.figure import Figure as Canvas
+
+    from sct import pl
+
+    figures = []
+    for color in [data.label_key, *([data.batch_key] if data.batch_key else [])]:
+        canvas = Canvas(figsize=(8, 5.5), layout="constrained")
+        pl.umap(part.adata, basis="X_sct", color=color, ax=canvas.add_subplot())
+        figures.append(
+            Figure(f"UMAP of the model's embedding, {part.name}", figure_svg(canvas), f"Coloured by {color}.")
+        )
+    return figures

@@ -1,0 +1,322 @@
+"""`sct.tl.impute`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from sct.data.bag_order import hidden_order
+from sct.data.cells import Cells
+from sct.data.tokenize import bin_counts, expected_counts
+from sct.errors import ConfigError, DataError
+from sct.tl import running
+
+MISSING = "missing"
+# Share of a bag's cells that are hidden together where whole cells are imputed: 10 of 50.
+HIDDEN_SHARE = 0.2
+_BLOCK = 2_000
+
+
+def impute(
+    adata: ad.AnnData,
+    model: running.Model,
+    *,
+    genes: str | Iterable[str] | None = None,
+    cells: Any = None,
+    layer: str | None = None,
+    key_added: str = "sct",
+    batch_key: str | None = None,
+    spatial_key: str | None = None,
+    cells_per_bag: int | None = None,
+    batch_size: int | None = None,
+    gene_column: str | None = None,
+    duplicates: Literal["error", "sum"] = "error",
+    seed: int = 0,
+    copy: bool = False,
+) -> ad.AnnData | None:
+    """Predict the expression of genes or of whole cells from all the rest (sCT paper, section 4).
+
+    What is asked for is hidden from the model, whether it was measured or not, and predicted as a
+    distribution over expression levels. The expected raw count is the mean of the counts that stand for the
+    levels: the medians of the cell's own levels among the genes that are shown; for a cell of which nothing is
+    shown, the mean of these medians over the shown cells of its bag.
+
+    Results, for `key_added="sct"`:
+
+    - `layers["sct_expected"]` (N, n_var) float32 CSR: raw counts, with the expected count in place of what was
+      imputed; `layers["sct_level"]` uint8 CSR: the same with levels (0 unexpressed, 1 lowest, ...; genes the
+      model does not know have none).
+    - for genes that are not in `adata.var`, and for a backed `adata`: `obsm["sct_expected"]` and
+      `obsm["sct_level"]`, tables (N, genes) with the names that were given.
+    - `uns["sct"]`: what was imputed (`genes`, `cells`), and the parameters.
+
+    X is never changed. Bags are those of `sct.tl.embed`; where whole cells are imputed a fifth of a bag at most
+    is hidden, and the rest are cells that are shown: random ones, or with positions the nearest.
+
+    Parameters
+    ----------
+    adata
+        Raw counts (N, n_var), in memory or backed.
+    model
+        Of `sct.load`, or its path.
+    genes
+        Ids or symbols of the model's vocabulary, in `adata` or not; "missing" for all genes of the vocabulary
+        that the panel lacks (N x thousands of values).
+    cells
+        Cells to impute as a whole, all their genes in `adata` (with `genes`: these genes in these cells only):
+        names, row numbers, or a mask (N,).
+    layer, batch_key, spatial_key, cells_per_bag, batch_size, gene_column, duplicates, seed, copy
+        See `sct.tl.embed`.
+    key_added
+        Beginning of the names of the results.
+
+    Raises
+    ------
+    ConfigError
+        Neither genes nor cells are given.
+    DataError
+        Unknown genes or cells, no cell left to look at, and what `sct.tl.embed` refuses.
+    """
+    if genes is None and cells is None:
+        raise ConfigError(
+            'say what to impute: genes=["CD3E", ...], genes="missing" for genes that the panel lacks, or cells=...'
+        )
+    handle = running.opened(model)
+    size = running.bag_size(handle, cells_per_bag)
+    if adata.isbacked and (copy or cells is not None):
+        raise DataError(
+            "of a backed AnnData only genes are imputed, in place: load it with adata.to_memory() for whole cells or "
+            "a copy."
+        )
+    chosen = None if cells is None else _rows(adata, cells)
+    sections = running.sections(adata, batch_key, spatial_key)
+    table = Cells(adata, handle.genes, layer=layer, gene_column=gene_column, duplicates=duplicates)
+    wanted, names = _genes(handle, table, genes)
+    whole = chosen is not None and genes is None
+    running.check_not_empty(table, ~chosen if whole and chosen is not None else None)
+    parts = []
+    for section in sections:
+        if whole and chosen is not None:
+            hidden = chosen[section.rows]
+            if not hidden.any():
+                continue
+            if hidden.all():
+                raise DataError(
+                    f"all {len(hidden):,} cells{f' of {section.name}' if section.name else ''} are to be imputed, but "
+                    "some must be left to look at: choose fewer."
+                )
+            places = None if section.places is None else section.places[section.rows]
+            most = max(1, int(HIDDEN_SHARE * size))
+            order = hidden_order(section.rows, hidden, size, most, seed, places)
+        else:
+            order = running.order_of(section, size, seed)
+        parts.append((section, order))
+
+    everywhere = np.ones(adata.n_obs, bool) if chosen is None else chosen
+    hidden_genes = None if whole else np.isin(np.arange(len(handle.genes)), wanted)
+    result = _predict(handle, table, parts, wanted, everywhere, hidden_genes, batch_size)
+    target = adata.copy() if copy else adata
+    _write(target, table, wanted, names, everywhere, result, key_added, handle)
+    target.uns[key_added] = dict(
+        running.record(
+            handle, table, cells_per_bag=size, batch_key=batch_key, spatial_key=spatial_key, seed=seed,
+            genes=np.asarray([] if whole else names, dtype=str),
+            cells=np.asarray([] if chosen is None else adata.obs_names[chosen], dtype=str),
+        )
+    )  # fmt: skip
+    return target if copy else None
+
+
+def _rows(adata: ad.AnnData, cells: Any) -> np.ndarray:
+    """Mask (N,) of the cells that a person names."""
+    given = np.asarray(cells)
+    mask = np.zeros(adata.n_obs, bool)
+    if given.dtype == bool:
+        if given.shape != mask.shape:
+            raise DataError(f"the mask of cells has the shape {given.shape}, but ({adata.n_obs},) is needed.")
+        mask = given.copy()
+    elif given.dtype.kind in "iu":
+        if given.size and not (given.min() >= 0 and given.max() < adata.n_obs):
+            raise DataError(
+                f"cells name rows {given.min()} to {given.max()}, but there are 0 to {adata.n_obs - 1}."
+            )
+        mask[given] = True
+    else:
+        found = adata.obs_names.get_indexer(np.atleast_1d(given).astype(str))
+        if (found < 0).any():
+            lost = np.atleast_1d(given)[found < 0]
+            raise DataError(
+                f"{len(lost):,} cells are not in obs_names (first: {str(lost[0])!r}): give names that are."
+            )
+        mask[found] = True
+    if not mask.any():
+        raise DataError("no cell is chosen: name at least one in cells.")
+    return mask
+
+
+def _genes(model: Any, table: Cells, genes: str | Iterable[str] | None) -> tuple[np.ndarray, list[str]]:
+    """Positions in the vocabulary, and names, of the genes that are to be predicted."""
+    vocabulary = model.genes
+    if genes is None:
+        wanted = np.flatnonzero(table.measured)
+        return wanted, [vocabulary.keys[gene] for gene in wanted]
+    if isinstance(genes, str) and genes == MISSING:
+        wanted = np.flatnonzero(~table.measured)
+        if not len(wanted):
+            raise DataError("the panel lacks no gene of the vocabulary: name the genes to impute.")
+        alone = [
+            vocabulary.owners_of_symbol.get(vocabulary.symbols[gene]) == (gene,) for gene in wanted.tolist()
+        ]
+        return wanted, [
+            vocabulary.symbols[gene] if unique else vocabulary.keys[gene]
+            for gene, unique in zip(wanted.tolist(), alone, strict=True)
+        ]
+    listed = [genes] if isinstance(genes, str) else list(genes)
+    return vocabulary.find(listed), listed
+
+
+def _predict(
+    model: Any,
+    table: Cells,
+    parts: list[Any],
+    wanted: np.ndarray,
+    chosen: np.ndarray,
+    hidden_genes: np.ndarray | None,
+    batch_size: int | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows (m,), expected counts (m, n) float32 and levels (m, n) uint8 of the chosen cells and wanted genes."""
+    config = model.config
+    whole = hidden_genes is None
+    places = np.flatnonzero(chosen)
+    slot = np.full(table.n_cells, -1)
+    slot[places] = np.arange(len(places))
+    expected = np.zeros((len(places), len(wanted)), np.float32)
+    level = np.zeros((len(places), len(wanted)), np.uint8)
+
+    def inputs(bag: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
+        tokens, hide = bag["tokens"].copy(), np.flatnonzero(chosen[rows])
+        if whole:
+            tokens[hide] = np.where(tokens[hide] < config.num_bins, config.mask, tokens[hide])
+        else:
+            tokens[np.ix_(hide, wanted)] = config.mask
+        asked = np.zeros(most, np.int32)
+        flat = (hide[:, None] * config.num_genes + wanted).ravel()
+        asked[: len(flat)] = flat
+        return {"tokens": tokens, "positions": asked}
+
+    runner = running.Runner(model, batch_size)
+    for part in parts:
+        # As many positions as the fullest bag of a section asks for, so that one program serves all.
+        rows_of = part[1].rows.reshape(-1, part[1].cells_per_bag)
+        most = int(chosen[rows_of].sum(axis=1).max()) * len(wanted)
+        if not most:
+            continue
+        for rows, counted, bag, outputs in running.run(
+            runner, table, [part], "imputing", outputs=("logits",), inputs=inputs, with_counts=True,
+            hidden_cells=chosen, hidden_genes=hidden_genes,
+        ):  # fmt: skip
+            hide = np.flatnonzero(chosen[rows])
+            logits = outputs["logits"][: len(hide) * len(wanted), : config.num_bins]
+            chance = np.exp(logits - logits.max(axis=-1, keepdims=True))
+            chance = (chance / chance.sum(axis=-1, keepdims=True)).reshape(len(hide), len(wanted), -1)
+            values = bag["values"][hide]
+            if whole:
+                values = np.broadcast_to(bag["values"][~chosen[rows]].mean(axis=0), values.shape)
+            counts = expected_counts(chance, values[:, None, :])
+            keep = counted[hide]
+            at = slot[rows[hide[keep]]]
+            expected[at], level[at] = counts[keep], chance[keep].argmax(axis=-1)
+    return places, expected, level
+
+
+def _write(
+    target: ad.AnnData,
+    table: Cells,
+    wanted: np.ndarray,
+    names: list[str],
+    chosen: np.ndarray,
+    result: tuple[np.ndarray, np.ndarray, np.ndarray],
+    key: str,
+    model: Any,
+) -> None:
+    """Put predictions into layers, and those of genes that `var` lacks into obsm."""
+    places, expected, level = result
+    column = _columns(target, table)
+    there = column[wanted] >= 0
+    if target.isbacked:
+        there[:] = False
+    if there.any():
+        shape = (target.n_obs, target.n_vars)
+        inside = column[wanted[there]]
+        for name, base, values in (
+            (f"{key}_expected", _counts(target, table), expected[:, there]),
+            (f"{key}_level", _levels(target, table, column, model), level[:, there]),
+        ):
+            taken = np.zeros(target.n_vars, bool)
+            taken[inside] = True
+            base = base.tocoo()
+            keep = ~(chosen[base.row] & taken[base.col])
+            rows, columns = np.broadcast_arrays(places[:, None], inside[None, :])
+            filled = sparse.coo_matrix(
+                (
+                    np.concatenate([base.data[keep].astype(values.dtype), values.ravel()]),
+                    (
+                        np.concatenate([base.row[keep], rows.ravel()]),
+                        np.concatenate([base.col[keep], columns.ravel()]),
+                    ),
+                ),
+                shape=shape,
+            ).tocsr()
+            filled.eliminate_zeros()
+            target.layers[name] = filled
+    if not there.all():
+        for name, values in ((f"{key}_expected", expected), (f"{key}_level", level)):
+            whole = np.zeros((target.n_obs, int((~there).sum())), values.dtype)
+            if values.dtype.kind == "f":
+                whole[:] = np.nan  # cells that were not asked for have no value
+            whole[places] = values[:, ~there]
+            lacking = [gene for gene, inside in zip(names, there, strict=True) if not inside]
+            target.obsm[name] = pd.DataFrame(whole, index=target.obs_names, columns=lacking)
+
+
+def _columns(target: ad.AnnData, table: Cells) -> np.ndarray:
+    """Column of `target.var` that holds each gene of the vocabulary, -1 where there is none."""
+    column = np.full(len(table.vocabulary), -1)
+    of_input = table.alignment.columns
+    used = np.flatnonzero(of_input >= 0)
+    if table.counts_from == "raw.X":
+        names = np.asarray(target.raw.var_names)
+        where = target.var_names.get_indexer(names[used])
+        column[of_input[used[where >= 0]]] = where[where >= 0]
+    else:
+        column[of_input[used]] = used
+    return column
+
+
+def _counts(target: ad.AnnData, table: Cells) -> sparse.csr_matrix:
+    """Raw counts (N, n_var) over all genes of `target`, those outside of the vocabulary included."""
+    matrix = table.matrix
+    if table.counts_from == "raw.X":
+        where = target.raw.var_names.get_indexer(target.var_names)
+        picked = sparse.csr_matrix(matrix)[:, np.maximum(where, 0)]
+        return sparse.csr_matrix(picked.multiply(where >= 0)).astype(np.float32)
+    return sparse.csr_matrix(matrix).astype(np.float32)
+
+
+def _levels(target: ad.AnnData, table: Cells, column: np.ndarray, model: Any) -> sparse.csr_matrix:
+    """Levels (N, n_var) of what was measured, as the model reads them."""
+    known = np.flatnonzero(column >= 0)
+    blocks = []
+    for start in range(0, table.n_cells, _BLOCK):
+        counts = table.read(np.arange(start, min(start + _BLOCK, table.n_cells)))
+        levels = sparse.csr_matrix(bin_counts(counts, num_bins=model.config.num_bins).tokens)
+        place = sparse.csr_matrix(
+            (np.ones(len(known), np.uint8), (known, column[known])), shape=(len(column), target.n_vars)
+        )
+        blocks.append(levels @ place)
+    return sparse.vstack(blocks).tocsr()

@@ -1,0 +1,72 @@
+"""`sct.tl.spatial_neighbors`."""
+
+from __future__ import annotations
+
+import anndata as ad
+import numpy as np
+
+from sct.data.bag_order import neighbours
+from sct.errors import ConfigError, DataError
+from sct.tl import running
+from sct.version import __version__
+
+
+def spatial_neighbors(
+    adata: ad.AnnData,
+    *,
+    cells_per_bag: int = 50,
+    spatial_key: str = "spatial",
+    batch_key: str | None = None,
+    key_added: str = "sct_neighbors",
+    copy: bool = False,
+) -> ad.AnnData | None:
+    """Make the bag of each cell from positions: itself and its nearest neighbours (sCT paper, appendix A).
+
+    These are the bags that spatial training draws and that `sct.tl.embed(..., context="neighbors")` uses.
+
+    Parameters
+    ----------
+    adata
+        Cells with positions `obsm[spatial_key]` (N, 2), in any unit.
+    cells_per_bag
+        K, the cell included.
+    spatial_key
+        Key of the positions.
+    batch_key
+        Column of `obs` that names the slide: neighbours are of the same slide.
+    key_added
+        `obsm[key_added]`, int64 (N, K): rows of `adata`, the cell first and then by distance, -1 where a slide
+        has fewer than K cells; `obs[key_added + "_radius"]`, the distance to the farthest of them in the unit
+        of the positions; `uns[key_added]`: the parameters.
+    copy
+        Return a changed copy, and leave `adata` as it is.
+
+    Raises
+    ------
+    DataError
+        No such key or column, a position that is missing.
+    """
+    if cells_per_bag < 1:
+        raise ConfigError(f"cells_per_bag is {cells_per_bag}, but at least 1 is needed.")
+    if copy and adata.isbacked:
+        raise DataError(
+            "a backed AnnData is not copied: leave copy=False, or load it with adata.to_memory()."
+        )
+    found = np.full((adata.n_obs, cells_per_bag), -1, np.int64)
+    radius = np.zeros(adata.n_obs, np.float32)
+    for section in running.sections(adata, batch_key, spatial_key):
+        rows = section.rows
+        places = np.asarray(adata.obsm[spatial_key], np.float64)[rows]
+        near = neighbours(places, cells_per_bag)
+        found[rows, : near.shape[1]] = rows[near]
+        radius[rows] = np.linalg.norm(places[near[:, -1]] - places, axis=1)
+    target = adata.copy() if copy else adata
+    target.obsm[key_added] = found
+    target.obs[f"{key_added}_radius"] = radius
+    target.uns[key_added] = {
+        "sct_version": __version__,
+        "cells_per_bag": cells_per_bag,
+        "spatial_key": spatial_key,
+        "batch_key": batch_key or "",
+    }
+    return target if copy else None

@@ -1,0 +1,259 @@
+"""Running a model over all cells of an AnnData: what every tool needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sct.data.bag_order import BagOrder, centred_order, random_order, tile_order
+from sct.data.bags import BagOptions, BagSource
+from sct.data.cells import Cells, CellStudy
+from sct.data.coordinates import rescale_coordinates
+from sct.errors import ConfigError, DataError
+from sct.progress import progress
+from sct.version import __version__
+from sct.weights.pretrained import DATA_OPTIONS, Pretrained, load
+
+# Gene tokens that one device reads at once, unless one bag alone has more.
+TOKENS_PER_DEVICE = 1 << 20
+CONTEXTS = ("tiles", "neighbors")
+
+Model = Pretrained | str | os.PathLike[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """Cells that may share a bag: a batch, a slide, or all of them; `places` are rescaled, (N, 2)."""
+
+    name: str
+    rows: np.ndarray
+    places: np.ndarray | None = None
+
+
+def opened(model: Model) -> Pretrained:
+    """Return a model, loaded where a path or an id is given, whose outputs these tools can use.
+
+    Raises
+    ------
+    ConfigError
+        The family has no cell embedding.
+    """
+    handle = (
+        model if isinstance(model, Pretrained) else load(Path(model) if not isinstance(model, str) else model)
+    )
+    if handle.family != "sct":
+        raise ConfigError(
+            f"a model of the family {handle.family!r} is not for this function: give one of sct."
+        )
+    return handle
+
+
+def sections(adata: ad.AnnData, batch_key: str | None, spatial_key: str | None) -> list[Section]:
+    """Divide cells by a column of obs, in the order of their first cells.
+
+    Raises
+    ------
+    DataError
+        There is no such column, a cell has no batch, or positions are missing or not two numbers.
+    """
+    if batch_key is None:
+        parts = [("", np.arange(adata.n_obs))]
+    else:
+        values = column(adata, batch_key, "batch_key")
+        if values.isna().any():
+            raise DataError(
+                f"obs[{batch_key!r}] is missing for {int(values.isna().sum()):,} cells, but every cell needs a batch: "
+                "fill it in or leave these cells out."
+            )
+        parts = [(str(name), np.flatnonzero(values == name)) for name in values.unique()]
+    if spatial_key is None:
+        return [Section(name, rows) for name, rows in parts]
+    if spatial_key not in adata.obsm:
+        known = ", ".join(map(repr, adata.obsm)) or "nothing"
+        raise DataError(
+            f"obsm has no {spatial_key!r} but {known}: name the key of the positions (spatial_key=...)."
+        )
+    given = np.asarray(adata.obsm[spatial_key])
+    found = []
+    for name, rows in parts:
+        places = np.full((adata.n_obs, 2), np.nan, np.float32)
+        try:
+            places[rows] = rescale_coordinates(given[rows])
+        except DataError as error:
+            raise DataError(f"obsm[{spatial_key!r}]{f' of {name}' if name else ''}: {error}") from error
+        found.append(Section(name, rows, places))
+    return found
+
+
+def column(adata: ad.AnnData, name: str, what: str) -> Any:
+    """Return a column of obs, or say which ones there are."""
+    if name not in adata.obs:
+        known = ", ".join(map(repr, adata.obs.columns)) or "no column"
+        raise DataError(f"obs has no {name!r} but {known}: name another column ({what}=...).")
+    return adata.obs[name]
+
+
+def bag_size(model: Pretrained, cells_per_bag: int | None) -> int:
+    """Cells per bag that are asked for, by default those of the model's training."""
+    size = cells_per_bag if cells_per_bag is not None else model.data.get("cells_per_bag")
+    size = DATA_OPTIONS["cells_per_bag"] if size is None else size
+    if size < 1:
+        raise ConfigError(f"cells_per_bag is {size}, but at least 1 is needed.")
+    return int(size)
+
+
+def order_of(section: Section, cells_per_bag: int, seed: int, context: str = "tiles") -> BagOrder:
+    """Bags of a section: random ones, or where cells have positions tiles or neighbourhoods.
+
+    Raises
+    ------
+    ConfigError
+        Another kind of context than these.
+    """
+    if context not in CONTEXTS:
+        raise ConfigError(f"context is {context!r}, but it must be one of {', '.join(CONTEXTS)}.")
+    if section.places is None:
+        return random_order(section.rows, cells_per_bag, seed)
+    make = tile_order if context == "tiles" else centred_order
+    return make(section.rows, section.places[section.rows], cells_per_bag)
+
+
+class Runner:
+    """Applies a model to bags, several at once, on all devices of this process.
+
+    Parameters
+    ----------
+    model
+        The model; its variables are copied to every device.
+    batch_size
+        Bags at once; by default as many as hold about a million tokens on each device.
+    """
+
+    def __init__(self, model: Pretrained, batch_size: int | None = None):
+        if batch_size is not None and batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}, but at least 1 is needed.")
+        self._devices = jax.local_devices()
+        self._mesh = Mesh(np.asarray(self._devices), ("data",))
+        self.batch_size = batch_size
+        everywhere = NamedSharding(self._mesh, PartitionSpec())
+        self.model = dataclasses.replace(model, variables=jax.device_put(model.variables, everywhere))
+
+    def _bags(self, number: int, cells_per_bag: int) -> int:
+        devices = len(self._devices)
+        size = self.batch_size
+        if size is None:
+            size = devices * max(1, TOKENS_PER_DEVICE // (cells_per_bag * self.model.config.num_genes))
+        size = min(size, number)
+        return -(-size // devices) * devices
+
+    def __call__(
+        self,
+        cells: Cells,
+        section: Section,
+        order: BagOrder,
+        outputs: Sequence[str],
+        advance: Callable[[int], None],
+        inputs: Callable[[dict[str, np.ndarray], np.ndarray], dict[str, np.ndarray]] | None = None,
+        with_counts: bool = False,
+        hidden_cells: np.ndarray | None = None,
+        hidden_genes: np.ndarray | None = None,
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]]:
+        """Yield (rows (K,), counted (K,), bag, outputs) for each bag, in order.
+
+        Parameters
+        ----------
+        cells, section, order
+            Which cells, and in which bags.
+        outputs
+            Names of the model's results.
+        advance
+            Told the number of counted cells that are done.
+        inputs
+            (bag, rows) -> further or changed inputs of the model, without the axis of bags.
+        with_counts, hidden_cells, hidden_genes
+            See `BagOptions` and `CellStudy`.
+        """
+        config = self.model.config
+        use_places = config.use_spatial and section.places is not None
+        study = CellStudy(cells, order, section.places, section.name, hidden_cells, hidden_genes)
+        options = BagOptions(
+            cells_per_bag=order.cells_per_bag,
+            num_positions=config.num_genes,
+            num_bins=config.num_bins,
+            noise_fraction=self.model.data.get("noise_fraction", DATA_OPTIONS["noise_fraction"]),
+            spatial=use_places,
+            with_counts=with_counts,
+        )
+        source = BagSource((study,), options, exhaustive=True)  # type: ignore[arg-type]
+        size = self._bags(len(source), order.cells_per_bag)
+        rows = order.rows.reshape(-1, order.cells_per_bag)
+        counted = order.counted.reshape(rows.shape)
+        split = NamedSharding(self._mesh, PartitionSpec("data"))
+
+        def start(first: int) -> tuple[range, list[Any], Any]:
+            numbers = range(first, min(first + size, len(source)))
+            bags = [source.bag(number) for number in numbers]
+            given = []
+            for number, bag in zip(numbers, bags, strict=True):
+                one = {"tokens": bag["tokens"]}
+                if use_places:
+                    one["coordinates"] = bag["coordinates"]
+                given.append(one | (inputs(bag, rows[number]) if inputs is not None else {}))
+            given += given[-1:] * (size - len(given))  # one shape, compiled once
+            stacked = {name: np.stack([one[name] for one in given]) for name in given[0]}
+            return numbers, bags, self.model.apply(outputs=outputs, **jax.device_put(stacked, split))
+
+        # While the devices work on one batch the next is read.
+        pending = None
+        for first in [*range(0, len(source), size), None]:
+            begun = start(first) if first is not None else None
+            if pending is not None:
+                numbers, bags, results = pending
+                arrays = {name: np.asarray(results[name]) for name in outputs}
+                for place, (number, bag) in enumerate(zip(numbers, bags, strict=True)):
+                    yield rows[number], counted[number], bag, {n: a[place] for n, a in arrays.items()}
+                advance(int(counted[numbers.start : numbers.stop].sum()))
+            pending = begun
+
+
+def run(
+    runner: Runner, cells: Cells, parts: Sequence[tuple[Section, BagOrder]], what: str, **options: Any
+) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]]:
+    """Run over several sections with one progress bar; options as for `Runner.__call__`."""
+    total = sum(int(order.counted.sum()) for _, order in parts)
+    with progress(what, total) as bar:
+        for section, order in parts:
+            yield from runner(cells, section, order, advance=bar.update, **options)
+
+
+def check_not_empty(cells: Cells, needed: np.ndarray | None = None) -> None:
+    """Raise `DataError` where cells (of those needed) have no count of the model's genes."""
+    empty = cells.cell_totals == 0
+    if needed is not None:
+        empty &= needed
+    if empty.any():
+        raise DataError(
+            f"{int(empty.sum()):,} of {cells.n_cells:,} cells have no count of the model's genes (the first is row "
+            f"{int(np.argmax(empty))}): leave them out, as scanpy.pp.filter_cells(adata, min_counts=1) does."
+        )
+
+
+def record(model: Pretrained, table: Cells, /, **settings: Any) -> Mapping[str, Any]:
+    """What a tool writes into uns, so that a result can be made again; h5ad knows no None."""
+    return {
+        "sct_version": __version__,
+        "model": repr(model),
+        "model_step": -1 if model.step is None else model.step,
+        "vocabulary_hash": model.genes.hash,
+        "counts_from": table.counts_from,
+        "genes_matched": table.alignment.matched,
+        **{name: "" if value is None else value for name, value in settings.items()},
+    }

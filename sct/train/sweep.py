@@ -1,0 +1,246 @@
+"""Several runs of one configuration, each with some fields changed: ablations, trained one after the other."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from sct.errors import ConfigError, SctError
+from sct.eval import report
+from sct.eval.report import Report
+from sct.train import experiment
+from sct.weights import run_folder
+
+BASE = "base"
+_COLUMNS = ("run", "MCC", "gain over the bar", "MAE (counts)", "remark")
+_NOTES = (
+    "A run changes what its name says of the base, and nothing else; scored are masked expressed genes.",
+    "The bar is the most common expressed level of each gene, at the same masked positions as the run.",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """How a sweep ended.
+
+    Attributes
+    ----------
+    reason
+        "finished", "failed" (some runs did), "signal" or "interrupt".
+    states
+        Run -> "" where it is finished, otherwise why it is not.
+    """
+
+    reason: str
+    states: Mapping[str, str]
+
+
+def configurations(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Configuration of each run of a sweep, the base first.
+
+    Parameters
+    ----------
+    config
+        A configuration with a section `sweep`: name of a run -> the fields that it changes, nested as in the
+        configuration.
+
+    Raises
+    ------
+    ConfigError
+        The section is not of that form, or names a field that the base does not have.
+    """
+    plain = json.loads(json.dumps(config))
+    changes = plain.pop("sweep", None)
+    if not isinstance(changes, dict) or not all(isinstance(change, dict) for change in changes.values()):
+        raise ConfigError(
+            f"sweep is {changes!r}, but it must hold named runs with the fields that each changes."
+        )
+    if BASE in changes:
+        raise ConfigError(f"a run of the sweep is called {BASE!r}, the name of the unchanged one: rename it.")
+    for name in changes:
+        if Path(name).name != name or name.startswith("."):
+            raise ConfigError(f"a run of the sweep is called {name!r}, but it must be the name of a folder.")
+    return {BASE: plain, **{name: _merged(plain, change, name) for name, change in changes.items()}}
+
+
+def _merged(base: Mapping[str, Any], change: Mapping[str, Any], where: str) -> dict[str, Any]:
+    made = copy.deepcopy(dict(base))
+    for name, value in change.items():
+        if name not in base or isinstance(value, dict) != isinstance(base[name], dict):
+            raise ConfigError(
+                f"sweep.{where}.{name} = {value!r} does not fit the configuration: choose from {', '.join(base)}."
+            )
+        made[name] = _merged(base[name], value, f"{where}.{name}") if isinstance(value, dict) else value
+    return made
+
+
+def chosen(names: Sequence[str], only: Sequence[str]) -> list[str]:
+    """Runs to train: all of them, or those of `only`; `ConfigError` for a name that there is not."""
+    for name in only:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0)
+            raise ConfigError(
+                f"the sweep has no run {name!r}: the nearest name is {near[0]!r}, and all are {', '.join(names)}."
+            )
+    return [name for name in names if not only or name in only]
+
+
+def run(config: Mapping[str, Any], workdir: str | os.PathLike[str], only: Sequence[str] = ()) -> Sweep:
+    """Train the runs of a sweep one after the other, each in `WORKDIR/NAME`, and put them into one table.
+
+    Finished runs are left alone, begun ones go on. A run that fails for a reason that a user can mend is a row
+    with the reason, and the sweep goes on. SIGTERM and Ctrl-C end the sweep as they end a run, which is saved.
+    The table of all runs is `report.md` and `report.json`.
+
+    Parameters
+    ----------
+    config
+        Plain nested values with a section `sweep`, see `configurations`.
+    workdir
+        Folder of the sweep.
+    only
+        Names of the runs to train; none for all.
+
+    Raises
+    ------
+    ConfigError, StoreError
+        The sweep or its data cannot be read at all.
+    """
+    from rich.console import Console
+
+    console = Console(quiet=jax.process_index() != 0)
+    workdir = Path(workdir).expanduser().absolute()
+    runs = configurations(config)
+    wanted = chosen(list(runs), only)
+    if run_folder.is_run(workdir):
+        raise ConfigError(
+            f"{workdir} is a run, but a sweep needs a folder of its own: choose another --workdir."
+        )
+    experiment.check_data(runs[BASE], workdir)
+    states = {name: "" if is_finished(workdir / name) else _unfinished(workdir / name) for name in runs}
+    reason = "finished"
+    for number, name in enumerate(wanted, 1):
+        console.rule(f"{name} ({number} of {len(wanted)})", align="left")
+        started = time.monotonic()
+        try:
+            states[name], ended = _one(runs[name], workdir / name)
+        except SctError as error:
+            states[name], ended = str(error), "failed"
+            console.print(f"{name} failed: {error}", soft_wrap=True, markup=False)
+        else:
+            took = time.monotonic() - started
+            console.print(
+                f"{name}: {states[name] or 'finished'} ({took / 60:.1f} min)", soft_wrap=True, markup=False
+            )
+        if ended in ("signal", "interrupt"):
+            reason = ended
+            break
+        if ended == "failed":
+            reason = "failed"
+    if jax.process_index() == 0:
+        made = tables(workdir, runs, states)
+        report.write(made, workdir)
+        for each in made:
+            console.print(each.table())
+        console.print(f"sweep folder: {workdir}", soft_wrap=True)
+    return Sweep(reason, states)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run was measured and exported, and has not gone on since."""
+    exported = folder / "model"
+    if not (exported / "config.json").is_file() or not (folder / "report.json").is_file():
+        return False
+    return run_folder.is_run(folder) and run_folder.is_current(folder, exported)
+
+
+def _unfinished(folder: Path) -> str:
+    steps = run_folder.steps(folder) if folder.is_dir() else []
+    return f"stopped at step {steps[-1]:,}" if steps else "not trained yet"
+
+
+def _one(config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
+    """Train one run unless it is finished; its state and why it ended."""
+    if is_finished(folder):
+        experiment.check_same_run(config, folder)
+        return "", "finished"
+    result = experiment.run(config, folder)
+    if result.reason in ("signal", "interrupt", "stop_at"):
+        return f"stopped at step {result.progress.step:,}", result.reason
+    return "", result.reason
+
+
+def tables(workdir: Path, runs: Mapping[str, Mapping[str, Any]], states: Mapping[str, str]) -> list[Report]:
+    """Tables of all runs of a sweep and the baselines of its base: not told, and told that a gene is expressed.
+
+    Parameters
+    ----------
+    workdir
+        Folder of the sweep.
+    runs
+        Configuration of each run, see `configurations`.
+    states
+        Run -> "" where it is finished, otherwise why it is not: its remark.
+    """
+    measured = {name: _measured(workdir / name) if not state else ("", []) for name, state in states.items()}
+    title = next((title for title, _ in measured.values() if title), "Runs")
+    made = []
+    for told in ("no", "yes"):
+        words = "not told" if told == "no" else "told"
+        one = Report(f"{title}; methods are {words} that the gene is expressed", _COLUMNS, notes=_NOTES)
+        for name in runs:
+            rows = [
+                row for row in measured[name][1] if row["method"] == "model" and row["told expressed"] == told
+            ]
+            remark = states[name] or _remark(runs[name], runs[BASE])
+            if not rows:
+                one.add(name, [], [], [], states[name] or "no study is held out to measure it on")
+            for row in rows:
+                one.add(name, *_numbers(row), remark)
+        for row in measured[BASE][1]:
+            if row["method"] != "model" and row["told expressed"] == told:
+                fitted = f", fitted on {row['fitted on']}" if row.get("fitted on") else ""
+                one.add(f"({row['method']}{fitted})", *_numbers(row), row.get("remark", ""))
+        made.append(one)
+    return made
+
+
+def _measured(folder: Path) -> tuple[str, list[dict[str, Any]]]:
+    """Title and rows of the table of a finished run, by the names of the columns."""
+    content = json.loads((folder / "report.json").read_text())
+    found = content["reports"] if isinstance(content, dict) else content
+    for each in found:
+        if {"method", "told expressed", "MCC"} <= set(each["columns"]):
+            return each["title"], [dict(zip(each["columns"], row, strict=True)) for row in each["rows"]]
+    return "", []
+
+
+def _numbers(row: Mapping[str, Any]) -> list[list[float]]:
+    cells = [row.get(name) for name in _COLUMNS[1:-1]]
+    return [
+        [math.nan if x is None else float(x) for x in cell] if isinstance(cell, list) else []
+        for cell in cells
+    ]
+
+
+def _remark(config: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+    """What keeps the numbers of a run from being those of the base's question."""
+    found = []
+    levels = [each["model"].get("num_bins") for each in (config, base)]
+    if levels[0] != levels[1]:
+        found.append(
+            f"{levels[0]} levels instead of {levels[1]}: the MCC is another measure, compare the MAE"
+        )
+    if config["data"].get("cells_per_bag") != base["data"].get("cells_per_bag"):
+        found.append("other bags: other masked positions in the cells")
+    return "; ".join(found)

@@ -1,0 +1,226 @@
+"""Tables of results: every number with its seeds, the best bold, readable on any terminal, whole files."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from sct.eval import report
+from sct.eval.page import Figure
+from sct.eval.report import Report, Summary, environment
+
+REASON = "magic-impute is not installed: pip install magic-impute, then run the command again"
+COLUMNS = ("method", "fitted on", "told expressed", "MCC", "gain over the bar", "MAE (counts)", "remark")
+BETTER = {"MCC": "max", "gain over the bar": "max", "MAE (counts)": "min"}
+
+
+def imputation() -> Report:
+    made = Report("Imputation [40%] of genes", COLUMNS, notes=("Scored: expressed genes.",), better=BETTER)
+    made.add(
+        "most common expressed level per gene",
+        "other cells of the study",
+        "yes",
+        [0.5, 0.6],
+        [0.0, 0.0],
+        [1.2, 1.0],
+        "",
+    )
+    made.add("model", "training studies", "yes", [0.626, 0.6], [0.126, 0.0], [1.5, math.nan], "")
+    made.add("MAGIC", "these cells", "no", [], [], [], REASON)
+    return made  # fmt: skip
+
+
+def embedding() -> Report:
+    names = ("method", "fitted on", *(f"a longer metric {i}" for i in range(11)), "remark")
+    made = Report("Embedding", names)
+    made.add("model", "nothing (zero-shot)", *([0.1 * i, 0.2] for i in range(11)), "")
+    return made
+
+
+def shown(made: Report, width: int, **options) -> str:
+    out = io.StringIO()
+    Console(file=out, width=width, **options).print(made.table(width))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ([0.41, 0.42, 0.436], "0.422 ± 0.011 (3)"),
+        ([0.4216], "0.422 (1)"),
+        ([], "-"),
+        ([math.nan, math.nan], "n/a"),
+        ([0.5, math.nan, 0.7], "0.600 ± 0.100 (2 of 3)"),
+        ([-1e-9, -1e-9], "0.000 ± 0.000 (2)"),
+        ([1500.0, 1700.0], "1,600.0 ± 100.0 (2)"),
+        ([math.inf, 1.0], "inf (2)"),
+    ],
+)
+def test_a_number_is_shown_with_its_seeds(values, text):
+    assert str(Summary.of(values)) == text
+    made = Report("t", ("a",))
+    made.add(values)
+    assert f"| {text} |" in made.markdown()
+
+
+@given(st.lists(st.floats(-900, 900), min_size=1, max_size=9))
+def test_mean_and_spread_are_numpys(values):
+    found = re.fullmatch(r"(\S+)(?: ± (\S+))? \((\d+)\)", str(Summary.of(values)))
+    assert int(found[3]) == len(values)
+    assert float(found[1]) == pytest.approx(np.mean(values), abs=6e-4)
+    assert (found[2] is None) == (len(values) == 1)
+    assert float(found[2] or 0) == pytest.approx(np.std(values), abs=6e-4)
+
+
+def test_arrays_are_kept_as_lists_of_floats():
+    made = Report("t", ("a", "b"))
+    made.add(np.array([1, 2]), (np.float32(0.5),))
+    assert made.rows == [[[1.0, 2.0], [0.5]]]
+
+
+def test_the_best_mean_is_bold_in_its_direction():
+    made = imputation()
+    assert made.best() == {(1, 3), (1, 4), (0, 5)}
+    lines = made.markdown().splitlines()
+    assert "**0.613 ± 0.013 (2)**" in lines[5]
+    assert "**1.100 ± 0.100 (2)**" in lines[4]
+    assert made.markdown().count("**") == 2 + 2 * 3
+    bold = re.findall(r"\x1b\[1m([^\x1b]*)", shown(made, 160, force_terminal=True, color_system="standard"))
+    assert [text for text in bold if "±" in text] == [
+        "1.100 ± 0.100 (2)",
+        "0.613 ± 0.013 (2)",
+        "0.063 ± 0.063 (2)",
+    ]
+
+
+def test_what_reads_the_same_is_equally_good():
+    made = Report("t", ("a", "b", "c"), better={"a": "max", "b": "min", "c": "max"})
+    made.add([0.50001], [1.0], [0.5])
+    made.add([0.50002], [1.0], [math.nan])
+    made.add([0.1], [1.0], [])
+    # All equal, or one number alone: nothing to point at.
+    assert made.best() == {(0, 0), (1, 0)}
+
+
+@given(
+    st.lists(st.lists(st.floats(-5, 5), max_size=3), min_size=1, max_size=6), st.sampled_from(["max", "min"])
+)
+def test_no_mean_beats_a_bold_one(cells, direction):
+    made = Report("t", ("a",), better={"a": direction})
+    for cell in cells:
+        made.add(cell)
+    means = [np.mean(cell) if cell else None for cell in cells]
+    sign = 1 if direction == "max" else -1
+    for row, _ in made.best():
+        assert all(sign * mean <= sign * means[row] + 1e-3 for mean in means if mean is not None)
+
+
+@pytest.mark.parametrize("better", [{"b": "max"}, {"a": "highest"}])
+def test_a_wrong_direction_is_refused(better):
+    with pytest.raises(ValueError, match=r"'b'|'highest'"):
+        Report("t", ("a",), better=better)
+
+
+def test_a_row_of_another_length_is_refused():
+    with pytest.raises(ValueError, match="2 cells for 3 columns"):
+        Report("t", ("a", "b", "c")).add("x", [1.0])
+
+
+@pytest.mark.parametrize("width", [50, 60, 80, 100, 120, 160, 200])
+@pytest.mark.parametrize("made", [imputation(), embedding()], ids=["imputation", "embedding"])
+def test_the_terminal_shows_everything_and_never_breaks_a_number(made, width):
+    text = shown(made, width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    assert made.table(width).row_count == len(made.rows)
+    lines = [line for line in text.splitlines() if not re.search(r"[━─]", line)]
+    for row in made.rows:
+        for cell in row:
+            if isinstance(cell, list) and len(cell) > 1:
+                # Mean and spread stand beside or right above each other.
+                mean, spread = Summary.of(cell).value, Summary.of(cell).spread
+                assert any(mean in line for line in lines)
+                assert any(spread in line for line in lines), spread
+    words = re.sub(r"[^\w]", "", "".join(lines))
+    for row in made.rows:
+        assert re.sub(r"[^\w]", "", row[0]) in words or all(word in text for word in row[0].split())
+    if made.rows[-1][-1]:
+        assert all(word in text for word in REASON.split())
+
+
+def test_texts_are_not_read_as_markup():
+    made = Report("share [bold]x[/bold] <0.75", ("a|b", "n"), notes=("see <b>this</b> *note*",))
+    made.add("[red]gene|name`s`</td>", [1.0])
+    assert "[bold]x[/bold]" in shown(made, 90)
+    assert "[red]gene|name" in shown(made, 90)
+    text = made.markdown()
+    assert r"| \[red" not in text
+    assert r"[red]gene\|name\`s\`\</td>" in text
+    assert r"\<b>this\</b> \*note\*" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {3}
+
+
+def test_the_files_hold_facts_and_every_measurement(tmp_path):
+    facts = {"command": "python -m x --a='<b>'", "seeds": "0, 1"}
+    figure = Figure("A figure", "<svg xmlns='http://www.w3.org/2000/svg'></svg>")
+    report.write([imputation(), embedding()], tmp_path / "new", facts, [figure], title="Benchmark")
+    folder = tmp_path / "new"
+    assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.json", "report.md"]
+    saved = json.loads((folder / "report.json").read_text(), parse_constant=pytest.fail)
+    assert saved["facts"] == facts
+    assert saved["reports"][0]["rows"][1][5] == [1.5, None]
+    assert saved["reports"][0]["better"] == BETTER
+    assert (
+        (folder / "report.md")
+        .read_text()
+        .startswith("- command: python -m x --a='\\<b>'\n- seeds: 0, 1\n\n**")
+    )
+    html = (folder / "report.html").read_text()
+    assert "&lt;b&gt;" in html
+    assert "<title>Benchmark</title>" in html
+
+
+def test_without_facts_and_figures_there_is_no_page(tmp_path):
+    report.write([imputation()], tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
+    (saved,) = json.loads((tmp_path / "report.json").read_text())
+    assert saved["title"] == "Imputation [40%] of genes"
+
+
+def test_a_write_that_fails_leaves_the_old_files_and_nothing_else(tmp_path, monkeypatch):
+    report.write([imputation()], tmp_path, {"seed": "1"})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write_text = type(tmp_path).write_text
+
+    def full(path, text, **options):
+        if "html" in path.name:
+            raise OSError("no space left on device")
+        return write_text(path, text, **options)
+
+    monkeypatch.setattr(type(tmp_path), "write_text", full)
+    with pytest.raises(OSError, match="no space"):
+        report.write([embedding()], tmp_path, {"seed": "2"})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_environment_names_versions_and_devices():
+    import jax
+
+    import sct
+
+    facts = environment()
+    assert facts["sct"] == sct.__version__
+    assert facts["jax"] == jax.__version__
+    assert facts["numpy"] == np.__version__
+    assert facts["devices"].startswith(f"{jax.device_count()} x ")
+    assert all(isinstance(value, str) and value for value in facts.values())
+    assert {"command", "date", "python", "machine", "anndata"} <= set(facts)

@@ -1,0 +1,169 @@
+"""`sct.tl.benchmark`: what it writes, on what, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sct
+from sct.data.genes import GeneVocabulary
+from sct.data.ingest import IngestOptions, ingest
+from sct.errors import ConfigError, DataError, StoreError
+from sct.tl.benchmarking import BenchmarkOptions
+from tests.tl.conftest import made, slide
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = runpy.run_path(str(ROOT / "configs" / "benchmark.py"))["get_config"]
+
+
+def config(output: Path, **changes):
+    """The quick configuration with changes, given as `section__field=value`."""
+    values = CONFIG("quick").to_dict() | {"output": str(output)}
+    values["embedding"]["run"] = False
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        if field:
+            values[section][field] = value
+        else:
+            values[section] = value
+    return values
+
+
+def numbers(output: Path) -> dict:
+    return json.loads((output / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of everything that needs no optional package, on cells with labels, batches and positions."""
+    output = tmp_path_factory.mktemp("benchmark") / "out"
+    cells = slide()
+    cells.obs["cell_type"] = np.array(["T", "B", "NK"])[np.arange(cells.n_obs) % 3]
+    settings = config(output, seeds=2, embedding__run=True, embedding__folds=2, data__batch_key="batch")
+    reports = sct.tl.benchmark(settings, cells, made(use_spatial=True))
+    return output, reports
+
+
+def test_every_protocol_has_its_tables(whole):
+    output, reports = whole
+    titles = [report.title for report in reports]
+    for words in (
+        "15% masked genes",
+        "80% masked genes",
+        "1 of 6 cells",
+        "5 of 6 cells",
+        "low sparsity",
+        "very high",
+    ):
+        assert sum(words in title for title in titles) == 1, (words, titles)
+    assert {path.name for path in output.iterdir()} == {
+        "report.md",
+        "report.json",
+        "report.html",
+        "results.json",
+    }
+
+
+def test_every_row_has_numbers_of_every_seed_or_a_reason(whole):
+    _, reports = whole
+    for report in reports:
+        remark = report.columns.index("remark")
+        for row in report.rows:
+            measured = [cell for cell in row if isinstance(cell, list)]
+            assert (measured and all(len(cell) in (1, 2) for cell in measured)) or row[remark], row
+    imputation = [report for report in reports if "gain over the bar" in report.columns]
+    for report in imputation:
+        assert "most common expressed level" in report.rows[0][0]
+        assert any(row[0] == "model" for row in report.rows)
+        assert any("training studies" in row[1] and row[-1] for row in report.rows), (
+            "no training studies: a reason"
+        )
+
+
+def test_the_page_and_the_facts(whole):
+    output, _ = whole
+    page = (output / "report.html").read_text()
+    assert page.count("<svg") >= 5
+    for fact in ("command", "seeds", "time", "jax", "licence of the model"):
+        assert fact in numbers(output)["facts"]
+        assert fact in page
+    assert numbers(output)["embedding"]["cells"]["model"]
+
+
+def test_the_same_call_gives_the_same_numbers(adata, model, tmp_path):
+    settings = config(tmp_path / "out", gene_imputation__ratios=(0.3,), cell_imputation__run=False)
+    sct.tl.benchmark(settings, adata, model)
+    (protocol, *_) = numbers(tmp_path / "out")["imputation"]
+    rows = protocol["settings"][0]["rows"]
+    assert len({len(row["mcc"]) for row in rows if row["mcc"]}) == 1
+    again = tmp_path / "again"
+    sct.tl.benchmark({**settings, "output": str(again)}, adata, model)
+    assert numbers(again)["imputation"] == numbers(tmp_path / "out")["imputation"]
+
+
+def test_a_store_has_its_own_training_studies(adata, model, tmp_path):
+    inputs = [("a", adata[:20].copy()), ("b", adata[20:].copy())]
+    ingest(inputs, tmp_path / "store", vocabulary=model.genes, options=IngestOptions(test=("b",)))
+    settings = config(tmp_path / "out", data__path=str(tmp_path / "store"))
+    reports = sct.tl.benchmark(settings, model=model)
+    common = [row for row in reports[0].rows if row[1] == "training studies" and "common" in row[0]]
+    assert len(common) == 2
+    assert all(isinstance(row[3], list) for row in common)
+    with pytest.raises(DataError, match="split 'validation'"):
+        sct.tl.benchmark(
+            config(tmp_path / "x", data__path=str(tmp_path / "store"), data__split="validation"), model=model
+        )
+
+
+def test_baselines_without_a_model_and_studies_of_a_file(adata, tmp_path):
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    vocabulary = GeneVocabulary.human().subset(list(adata.var_names))
+    vocabulary.save(tmp_path / "genes.tsv")
+    files = {"data__path": str(tmp_path / "cells.h5ad"), "genes": str(tmp_path / "genes.tsv")}
+    settings = config(tmp_path / "out", data__study_key="batch", data__cells_per_bag=5, **files)
+    reports = sct.tl.benchmark(settings)
+    assert not any(row[0] == "model" for report in reports for row in report.rows)
+    assert "cells.a" in numbers(tmp_path / "out")["facts"]["cells"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({}, ConfigError, "say what to measure on"),
+        ({"data__path": "nowhere.h5ad"}, DataError, "nothing at nowhere.h5ad"),
+        ({"data__path": "x", "seeds": 0}, ConfigError, "seeds is 0"),
+        ({"data__path": "x", "data__split": "eval"}, ConfigError, "data.split"),
+        ({"data__path": "x", "gene_imputation__ratios": (1.5,)}, ConfigError, "ratios"),
+        ({"data__path": "x", "fixed_genes__run": "yes"}, ConfigError, "fixed_genes.run"),
+        ({"data__path": "x", "data__max_bags": -1}, ConfigError, "max_bags"),
+        ({"data__path": "x", "speed": 1}, ConfigError, "no option 'speed'"),
+        ({"data__path": ".", "data__train": "nowhere"}, StoreError, "no store at nowhere"),
+    ],
+)
+def test_wrong_options_are_a_sentence(tmp_path, changes, error, words):
+    with pytest.raises(error, match=words):
+        sct.tl.benchmark(config(tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_batch_key_that_is_not_there(adata, model, tmp_path):
+    with pytest.raises(DataError, match="obs has no 'lab'"):
+        sct.tl.benchmark(config(tmp_path / "out", data__batch_key="lab"), adata, model)
+
+
+def test_the_configuration_and_the_options_have_the_same_fields():
+    import dataclasses
+
+    written = CONFIG().to_dict()
+    for field in dataclasses.fields(BenchmarkOptions):
+        value = written.pop(field.name)
+        if isinstance(value, dict):
+            factory = field.default_factory
+            assert value == dataclasses.asdict(factory()), field.name
+        else:
+            assert value == field.default, field.name
+    assert not written

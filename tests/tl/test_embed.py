@@ -1,0 +1,182 @@
+"""Laws of `sct.tl.embed`."""
+
+from __future__ import annotations
+
+import anndata as ad
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+import sct
+from sct.data.bag_order import random_order
+from sct.data.tokenize import bin_counts, noisy_genes
+from sct.errors import ConfigError, DataError
+from tests.tl.conftest import BAG, CELLS
+
+
+def embedded(adata, model, **options) -> np.ndarray:
+    result = sct.tl.embed(adata, model, copy=True, **options)
+    return result.obsm["X_sct"]
+
+
+def test_an_embedding_is_what_the_model_gives_for_the_bag(adata, model):
+    ours = embedded(adata, model)
+    order = random_order(np.arange(CELLS), BAG, seed=0)
+    counts = model.genes.align(adata.var).project(adata.X)
+    drop = noisy_genes(np.asarray(counts.sum(axis=0)).ravel(), CELLS)
+    for number in (0, 3, len(order.rows) // BAG - 1):
+        rows = order.rows[number * BAG : (number + 1) * BAG]
+        tokens = bin_counts(counts[rows], num_positions=64, drop=drop).tokens[None]
+        expected = np.asarray(model.apply(tokens=tokens)["cell_embedding"])[0]
+        counted = order.counted[number * BAG : (number + 1) * BAG]
+        np.testing.assert_allclose(ours[rows[counted]], expected[counted], rtol=1e-5, atol=1e-5)
+    assert ours.std(axis=0).min() > 1e-3, "cells differ, so that the comparison says something"
+
+
+def test_the_same_call_gives_the_same_bytes_and_changes_nothing_else(adata, model):
+    before = adata.copy()
+    assert sct.tl.embed(adata, model) is None
+    first = adata.obsm["X_sct"].tobytes()
+    sct.tl.embed(adata, model)
+    assert adata.obsm["X_sct"].tobytes() == first
+    np.testing.assert_array_equal(adata.X.toarray(), before.X.toarray())
+    assert set(adata.obsm) == {"spatial", "X_sct"}
+    assert list(adata.obs) == list(before.obs)
+    assert set(adata.uns) - set(before.uns) == {"X_sct"}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_the_result_does_not_depend_on_how_many_bags_are_run_at_once(adata, model, batch_size):
+    np.testing.assert_allclose(
+        embedded(adata, model, batch_size=batch_size), embedded(adata, model), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("keys", [{}, {"batch_key": "batch"}, {"spatial_key": "spatial"}])
+def test_a_backed_file_gives_what_memory_gives(adata, model, tmp_path, keys, monkeypatch):
+    monkeypatch.setattr("sct.data.cells.WINDOW", 10)  # so that there are several windows
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    sct.tl.embed(backed, model, **keys)
+    np.testing.assert_array_equal(backed.obsm["X_sct"], embedded(adata, model, **keys))
+
+
+def test_columns_may_stand_in_any_order_under_any_name(adata, model):
+    expected = embedded(adata, model)
+    shuffled = adata[:, np.random.default_rng(0).permutation(adata.n_vars)].copy()
+    np.testing.assert_array_equal(embedded(shuffled, model), expected)
+    versioned = adata.copy()
+    versioned.var_names = [f"{name}.7" for name in adata.var_names]
+    np.testing.assert_array_equal(embedded(versioned, model), expected)
+    extra = ad.concat(
+        [adata, ad.AnnData(sp.csr_matrix(np.ones((CELLS, 1))), adata.obs, {"_": ["FOO"]})], axis=1
+    )
+    extra.obsm = adata.obsm
+    np.testing.assert_array_equal(embedded(extra, model), expected)
+
+
+def test_counts_are_found_where_they_are(adata, model):
+    expected = embedded(adata, model)
+    normalised = adata.copy()
+    normalised.layers["counts"] = adata.X.copy()
+    normalised.X = adata.X.log1p()
+    np.testing.assert_array_equal(embedded(normalised, model), expected)
+    np.testing.assert_array_equal(embedded(normalised, model, layer="counts"), expected)
+    del normalised.layers["counts"]
+    with pytest.raises(DataError, match="log1p"):
+        sct.tl.embed(normalised, model)
+    assert "X_sct" not in normalised.obsm
+
+
+def test_a_batch_is_not_seen_by_another(adata, model):
+    before = embedded(adata, model, batch_key="batch")
+    changed = adata.copy()
+    of_a = (adata.obs["batch"] == "a").to_numpy()
+    rows = changed.X.toarray()
+    rows[of_a] = rows[of_a][:, ::-1] + 1
+    changed.X = sp.csr_matrix(rows)
+    after = embedded(changed, model, batch_key="batch")
+    np.testing.assert_allclose(after[~of_a], before[~of_a], rtol=1e-5, atol=1e-5)
+    assert np.abs(after[of_a] - before[of_a]).max() > 1e-3
+    mixed = embedded(changed, model) - embedded(adata, model)
+    assert np.abs(mixed[~of_a]).max() > 1e-4, "without batch_key cells share bags, so that context shows"
+
+
+def test_positions_are_read_by_a_spatial_model(adata, spatial_model):
+    with_places = embedded(adata, spatial_model, spatial_key="spatial")
+    moved = adata.copy()
+    moved.obsm["spatial"] = adata.obsm["spatial"] * 0.35 + 1000  # another unit and origin
+    np.testing.assert_allclose(
+        embedded(moved, spatial_model, spatial_key="spatial"), with_places, rtol=1e-3, atol=1e-3
+    )
+    assert np.abs(embedded(adata, spatial_model) - with_places).max() > 1e-2
+    centred = embedded(adata, spatial_model, spatial_key="spatial", context="neighbors")
+    assert centred.shape == with_places.shape
+    assert np.abs(centred - with_places).max() > 1e-3
+
+
+def test_the_seed_changes_the_bags(adata, model):
+    assert np.abs(embedded(adata, model, seed=1) - embedded(adata, model)).max() > 1e-4
+
+
+def test_fewer_cells_than_a_bag(adata, model):
+    few = adata[:3].copy()
+    assert np.isfinite(embedded(few, model)).all()
+
+
+def test_results_survive_a_file(adata, model, tmp_path):
+    sct.tl.embed(adata, model, batch_key="batch")
+    adata.write_h5ad(tmp_path / "out.h5ad")
+    again = ad.read_h5ad(tmp_path / "out.h5ad")
+    np.testing.assert_array_equal(again.obsm["X_sct"], adata.obsm["X_sct"])
+    assert again.uns["X_sct"]["batch_key"] == "batch"
+    assert again.uns["X_sct"]["cells_per_bag"] == BAG
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"batch_key": "donor"}, DataError, "obs has no 'donor'"),
+        ({"spatial_key": "places"}, DataError, "obsm has no 'places'"),
+        ({"layer": "raw_counts"}, DataError, "no layer 'raw_counts'"),
+        ({"context": "rings", "spatial_key": "spatial"}, ConfigError, "rings"),
+        ({"cells_per_bag": 0}, ConfigError, "cells_per_bag is 0"),
+        ({"batch_size": 0}, ConfigError, "batch_size is 0"),
+        ({"gene_column": "ids"}, DataError, "'ids'"),
+    ],
+)
+def test_wrong_input_is_a_sentence(adata, model, options, error, words):
+    with pytest.raises(error, match=words):
+        sct.tl.embed(adata, model, **options)
+    assert "X_sct" not in adata.obsm
+
+
+def test_cells_and_positions_that_are_missing(adata, model):
+    empty = adata.copy()
+    rows = empty.X.tolil()
+    rows[4] = 0
+    empty.X = rows.tocsr()
+    with pytest.raises(DataError, match=r"1 of 45 cells have no count.*row 4"):
+        sct.tl.embed(empty, model)
+    nowhere = adata.copy()
+    nowhere.obsm["spatial"] = np.full((CELLS, 2), np.nan)
+    with pytest.raises(DataError, match="spatial"):
+        sct.tl.embed(nowhere, model, spatial_key="spatial")
+    nobatch = adata.copy()
+    nobatch.obs["batch"] = nobatch.obs["batch"].astype(object).where(np.arange(CELLS) > 2)
+    with pytest.raises(DataError, match="missing for 3 cells"):
+        sct.tl.embed(nobatch, model, batch_key="batch")
+    mouse = adata.copy()
+    mouse.var_names = [f"ENSMUSG{i:011d}" for i in range(adata.n_vars)]
+    mouse.var = mouse.var[[]]
+    with pytest.raises(DataError, match="species"):
+        sct.tl.embed(mouse, model)
+
+
+def test_a_file_by_column_is_refused(adata, model, tmp_path):
+    adata.X = adata.X.tocsc()
+    expected = embedded(adata, model)
+    assert np.isfinite(expected).all()
+    adata.write_h5ad(tmp_path / "csc.h5ad")
+    with pytest.raises(DataError, match="by column"):
+        sct.tl.embed(ad.read_h5ad(tmp_path / "csc.h5ad", backed="r"), model)

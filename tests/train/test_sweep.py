@@ -1,0 +1,205 @@
+"""Sweeps: which runs there are, that they resume, that one failure does not end the others, and the table."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sct.errors import ConfigError, StoreError
+from sct.train import experiment, loop, sweep
+from sct.train.checkpoint import Progress
+
+SWEEP = {
+    "norm_none": {"model": {"norm": "none"}},
+    "cells_2": {"data": {"cells_per_bag": 2}, "train": {"batch_size": 4}},
+    "bins_7": {"model": {"num_bins": 7}},
+}
+
+
+@pytest.fixture
+def swept(config):
+    """Function that gives the small configuration with a sweep, three steps long."""
+
+    def make(**runs):
+        plain = config(
+            model__norm="shared",
+            model__num_bins=5,
+            train__steps=3,
+            train__eval_every=3,
+            objective__report_bags=2,
+        )
+        return {**plain, "sweep": {**SWEEP, **runs}}
+
+    return make
+
+
+def trained(monkeypatch) -> list[str]:
+    """Names of the runs that are trained from now on."""
+    names: list[str] = []
+    original = experiment.run
+
+    def noted(config, workdir):
+        names.append(Path(workdir).name)
+        return original(config, workdir)
+
+    monkeypatch.setattr(experiment, "run", noted)
+    return names
+
+
+def rows_of(folder: Path) -> list[dict[str, list]]:
+    """Of both tables: name of a run -> its other cells."""
+    content = json.loads((folder / "report.json").read_text())
+    return [{row[0]: row[1:] for row in each["rows"]} for each in content]
+
+
+def test_a_run_is_the_base_with_its_own_fields(swept):
+    config = swept()
+    runs = sweep.configurations(config)
+    assert list(runs) == ["base", *SWEEP]
+    base = runs["base"]
+    assert base == {name: value for name, value in config.items() if name != "sweep"}
+    for name, change in SWEEP.items():
+        for section in base:
+            expected = base[section]
+            if section in change:
+                expected = {**expected, **change[section]}
+            assert runs[name][section] == expected, (name, section)
+
+
+@pytest.mark.parametrize(
+    ("runs", "words"),
+    [
+        ({"x": {"model": {"no_such_field": 1}}}, r"sweep\.x\.model\.no_such_field = 1 .*norm"),
+        ({"x": {"model": 3}}, r"sweep\.x\.model = 3"),
+        ({"x": {"model": {"norm": {"kind": "none"}}}}, r"sweep\.x\.model\.norm"),
+        ({"base": {}}, "'base'"),
+        ({"a/b": {}}, "'a/b'"),
+        ({"..": {}}, "name of a folder"),
+        ({"x": 1}, "named runs"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_one_sentence(swept, tmp_path, runs, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        sweep.run(swept(**runs), tmp_path / "sweep")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_an_unknown_run_is_answered_with_the_nearest(swept, tmp_path):
+    with pytest.raises(ConfigError, match=r"no run 'bin_7': the nearest name is 'bins_7'"):
+        sweep.run(swept(), tmp_path / "sweep", ["base", "bin_7"])
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_data_that_is_not_there_is_told_once(swept, tmp_path):
+    config = swept()
+    with pytest.raises(StoreError, match="no/such/store"):
+        sweep.run({**config, "data": {**config["data"], "store": "no/such/store"}}, tmp_path / "sweep")
+    with pytest.raises(ConfigError, match=r"data\.store"):
+        sweep.run({**config, "data": {**config["data"], "store": ""}}, tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_sweep_resumes_skips_and_survives_a_failure(swept, tmp_path, monkeypatch):
+    names = trained(monkeypatch)
+    config = swept(wrong={"data": {"cells_per_bag": 100}})
+    first = sweep.run(config, tmp_path, ["wrong", "base"])
+    assert (first.reason, names) == ("failed", ["base", "wrong"])
+    assert {
+        name: state for name, state in first.states.items() if name not in ("base", "wrong")
+    } == dict.fromkeys(SWEEP, "not trained yet")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "base").rglob("*") if path.is_file()}
+    for table in rows_of(tmp_path):
+        assert table["cells_2"] == [[], [], [], "not trained yet"]
+        assert table["wrong"][:3] == [[], [], []]
+        assert "cells_per_bag is 100" in table["wrong"][-1]
+        assert len(table["base"][0]) == 1
+
+    # The failed run is mended; a finished one is left alone, and refused other options in its row.
+    config["sweep"]["wrong"]["data"]["cells_per_bag"] = 2
+    assert sweep.run(config, tmp_path, ["base", "wrong"]).reason == "finished"
+    assert names == ["base", "wrong", "wrong"]
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    base = json.loads((tmp_path / "base" / "report.json").read_text())
+    base = base["reports"][0] if isinstance(base, dict) else base[0]
+    own = {row[base["columns"].index("told expressed")]: row for row in base["rows"] if row[0] == "model"}
+    for told, table in zip(("no", "yes"), rows_of(tmp_path), strict=True):
+        assert list(table)[:5] == ["base", *SWEEP, "wrong"]
+        assert len(table) > 5, "the baselines of the base are in the table"
+        assert table["base"][0] == own[told][base["columns"].index("MCC")]
+        assert "other masked positions" in table["wrong"][-1]
+    assert "not trained yet" in (tmp_path / "report.md").read_text()
+    config["optimizer"]["peak_lr"] = 0.5
+    changed = sweep.run(config, tmp_path, ["base"])
+    assert changed.reason == "failed"
+    assert "optimizer.peak_lr = 0.001, but now it is 0.5" in changed.states["base"]
+    with pytest.raises(ConfigError, match="is a run, but a sweep"):
+        sweep.run(swept(), tmp_path / "base")
+
+
+def test_a_signal_stops_the_sweep_which_goes_on_later(swept, tmp_path, monkeypatch):
+    names = trained(monkeypatch)
+    original = loop.sharding.put_batch
+    with monkeypatch.context() as patched:
+
+        def asking(batch, mesh):
+            os.kill(os.getpid(), signal.SIGINT)
+            return original(batch, mesh)
+
+        patched.setattr(loop.sharding, "put_batch", asking)
+        ended = sweep.run(swept(), tmp_path, ["base", "norm_none"])
+    assert (ended.reason, names) == ("interrupt", ["base"])
+    assert ended.states["base"] == "stopped at step 1"
+    assert rows_of(tmp_path)[0]["base"][-1] == "stopped at step 1"
+    assert sweep.run(swept(), tmp_path, ["base"]).states["base"] == ""
+    lines = (tmp_path / "base" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if "train/loss" in line] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("reason", ["signal", "interrupt"])
+def test_no_run_begins_after_a_signal(swept, tmp_path, monkeypatch, reason):
+    begun = []
+
+    def stopped(config, workdir):
+        begun.append(Path(workdir).name)
+        return loop.Result(None, Progress(step=7), reason if len(begun) == 2 else "stop_at")
+
+    monkeypatch.setattr(experiment, "run", stopped)
+    ended = sweep.run(swept(), tmp_path)
+    assert (ended.reason, begun) == (reason, ["base", "norm_none"])
+    assert list(ended.states.values()) == ["stopped at step 7"] * 2 + ["not trained yet"] * 2
+
+
+@pytest.mark.parametrize("facts", [False, True])
+def test_the_table_of_finished_runs(tmp_path, swept, facts):
+    columns = ["method", "fitted on", "told expressed", "MCC", "gain over the bar", "MAE (counts)", "remark"]
+
+    def finished(name, mcc):
+        rows = [
+            ["model", "nothing", "no", [mcc, mcc + 0.1], [-0.2, -0.1], [2.0, None], ""],
+            ["model", "nothing", "yes", [mcc + 0.2], [0.1], [1.5], ""],
+            ["MAGIC", "these cells", "no", [], [], [], "not installed"],
+        ]
+        found = [{"title": "Imputation", "columns": columns, "rows": rows}]
+        (tmp_path / name).mkdir()
+        content = {"facts": {}, "reports": found} if facts else found
+        (tmp_path / name / "report.json").write_text(json.dumps(content))
+
+    runs = sweep.configurations(swept())
+    for place, name in enumerate(runs):
+        finished(name, place / 10)
+    no, yes = sweep.tables(tmp_path, runs, dict.fromkeys(runs, "") | {"norm_none": "the disk is full."})
+    assert [row[0] for row in no.rows] == [*runs, "(MAGIC, fitted on these cells)"]
+    assert [row[0] for row in yes.rows] == [*runs]
+    assert no.rows[0][1:3] == [[0.0, 0.1], [-0.2, -0.1]]
+    assert np.isnan(no.rows[0][3][1])
+    assert no.rows[1][1:] == [[], [], [], "the disk is full."]
+    assert no.rows[-1][1:] == [[], [], [], "not installed"]
+    assert "7 levels instead of 5" in no.rows[3][-1]
+    assert "other masked positions" in yes.rows[2][-1]
+    assert yes.rows[3][1] == [0.5]
