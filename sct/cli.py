@@ -22,6 +22,16 @@ _COMMANDS = {
 # Those that run a model step by step.
 _COMPUTING = ("embed", "impute", "annotate", "benchmark", "train")
 
+_SMALLER = {
+    "train": "take smaller batches or bags (--config.train.batch_size, --config.data.cells_per_bag), or "
+    "--config.model.remat=level",
+    "benchmark": "score fewer cells (--config.data.max_cells, --config.data.max_bags) or take smaller bags "
+    "(--config.data.cells_per_bag)",
+    **dict.fromkeys(
+        ("embed", "impute"), "take fewer or smaller bags at once (--batch_size=1, --cells_per_bag)"
+    ),
+}
+
 
 def _usage() -> str:
     lines = [f"  sct {name:<10} {what}" for name, what in _COMMANDS.items()]
@@ -61,7 +71,13 @@ def main(command: str | None = None) -> None:
     if command in _COMPUTING:
         keep_freed_memory()
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/sct/xla"))
-    run_main(module.main, argv, getattr(module, "prepare", None))
+    run_main(
+        module.main,
+        argv,
+        getattr(module, "prepare", None),
+        "go on" if command in ("train", "ingest") else "start over",
+        _SMALLER.get(command, "take less at once, or a machine with more"),
+    )
 
 
 def keep_freed_memory() -> None:
@@ -85,11 +101,14 @@ def run_main(
     program: Callable[[list[str]], int | None],
     argv: list[str] | None = None,
     prepare: Callable[[list[str]], list[str]] | None = None,
+    again: str = "go on",
+    smaller: str = "take less at once, or a machine with more",
 ) -> None:
     """Run `program(arguments)` under absl flags; a user's mistake is one sentence and exit status 1.
 
     Only errors of `sct.errors` are shortened: any other exception is a defect of this project (or of the
-    machine) and keeps its traceback. `prepare` may change the arguments before flags are read from them.
+    machine) and keeps its traceback. `prepare` may change the arguments before flags are read from them; `again`
+    and `smaller` say what to do after Ctrl-C and where memory does not suffice.
     """
     # Start-up chatter of the XLA runtime is of no use to a user.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -107,16 +126,12 @@ def run_main(
             print(f"error: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
-            print("stopped; run the same command again to go on", file=sys.stderr)
+            print(f"stopped; run the same command again to {again}", file=sys.stderr)
             return 130
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            print(
-                "error: the memory is used up: take smaller batches or bags (--config.train.batch_size, "
-                "--config.data.cells_per_bag), or --config.model.remat=level.",
-                file=sys.stderr,
-            )
+            print(f"error: the memory is used up: {smaller}.", file=sys.stderr)
             return 1
 
     argv = sys.argv if argv is None else argv

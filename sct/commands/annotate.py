@@ -8,6 +8,8 @@ agree) and obs["sct_label_probability"]. In a clone, `python -m launch.annotate`
 
 from __future__ import annotations
 
+from typing import Any
+
 from absl import flags
 
 from sct.errors import ConfigError
@@ -45,11 +47,14 @@ def main(argv: list[str]) -> None:
     target = tables.check_output(_OUTPUT.value, _INPUT.value)
     adata, reference = tables.read(_INPUT.value), tables.read(_REFERENCE.value)
     key = _KEY.value
+    embedding: dict[str, Any] = {
+        "layer": _LAYER.value, "batch_key": _BATCH.value, "spatial_key": _SPATIAL.value,
+        "gene_column": _COLUMN.value, "duplicates": _DUPLICATES.value, "seed": _SEED.value,
+    }  # fmt: skip
     annotate(
         adata, _MODEL.value, reference=reference, label_key=_LABEL.value, use_rep=_REP.value,
-        n_neighbors=_NEIGHBORS.value, threshold=_THRESHOLD.value, key_added=key, layer=_LAYER.value,
-        batch_key=_BATCH.value, spatial_key=_SPATIAL.value, gene_column=_COLUMN.value,
-        duplicates=_DUPLICATES.value, seed=_SEED.value,
+        n_neighbors=_NEIGHBORS.value, threshold=_THRESHOLD.value, key_added=key,
+        **({} if _REP.value else embedding),
     )  # fmt: skip
     made = [] if _REP.value else ["X_sct"]
     added = {"obs": [key], "obsm": [f"{key}_probabilities", *made], "uns": [key, *made]}

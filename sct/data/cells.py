@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import anndata as ad
 import numpy as np
-from anndata.abc import CSCDataset
+import pandas as pd
+from anndata.abc import CSCDataset, CSRDataset
 from scipy import sparse
 
 from sct.data import counts
@@ -16,6 +18,25 @@ from sct.data.genes import GeneVocabulary
 from sct.data.tokenize import noisy_genes
 from sct.errors import DataError
 from sct.progress import progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """Cells that may share a bag: a batch, a slide, or all of them.
+
+    Attributes
+    ----------
+    name
+        For messages; "" where there is one section.
+    rows
+        int64 (n,) rows of the table, ascending.
+    places
+        float32 (n, 2) rescaled positions of these cells, or None.
+    """
+
+    name: str
+    rows: np.ndarray
+    places: np.ndarray | None = None
 
 
 class Cells:
@@ -27,6 +48,8 @@ class Cells:
         In memory or backed. Nothing in it is changed.
     vocabulary
         Genes of the model.
+    sections
+        What bags are made of; by default all cells are one section.
     layer
         Where the raw counts are; by default the first of X, raw and layers["counts"] that holds them.
     gene_column
@@ -40,8 +63,12 @@ class Cells:
         Place of the counts, and sentences for a person.
     alignment
         Report about the genes.
-    gene_totals, cell_totals
-        Sums of counts over cells (G,), and over the vocabulary's genes (N,).
+    measured
+        Whether a gene was measured, (G,) bool: it has a column, or, of a study of a store, had one.
+    cell_totals
+        Sum of each cell's counts over the vocabulary's genes, (N,).
+    gene_totals
+        Sum of each gene's counts over the cells of each section, (sections, G).
 
     Raises
     ------
@@ -53,6 +80,7 @@ class Cells:
         self,
         adata: ad.AnnData,
         vocabulary: GeneVocabulary,
+        sections: Sequence[Section] | None = None,
         *,
         layer: str | None = None,
         gene_column: str | None = None,
@@ -60,39 +88,48 @@ class Cells:
     ):
         found = counts.validate(adata, layer=layer)
         self.counts_from, self.notes = found.source, found.messages
-        self._matrix = found.matrix
-        if isinstance(self._matrix, CSCDataset):
+        self.matrix = found.matrix
+        if isinstance(self.matrix, CSCDataset):
             raise DataError(
-                f"{found.source} is stored by column on disk, where single cells cannot be read: load the file "
-                "without backed, or write it with adata.X as CSR"
+                f"{found.source} is stored by column, so single cells of the file on disk cannot be read: write it as "
+                "CSR (adata.X = adata.X.tocsr()), or load it into memory"
             )
         self.alignment = vocabulary.align(found.var, column=gene_column, duplicates=duplicates)
         self.vocabulary = vocabulary
         self.n_cells: int = found.matrix.shape[0]
-        self.on_disk = not sparse.issparse(self._matrix)
-        self.gene_totals = np.zeros(len(vocabulary))
+        self.on_disk = not sparse.issparse(self.matrix)
+        self.sections = tuple(sections) if sections is not None else (Section("", np.arange(self.n_cells)),)
+        self.measured = self._measured(found.var)
+        self._window: tuple[Any, int, sparse.csr_matrix] | None = None
+        self.gene_totals = np.zeros((len(self.sections), len(vocabulary)))
         self.cell_totals = np.zeros(self.n_cells)
-        with progress("counting genes", self.n_cells, active=self.on_disk) as bar:
-            for start, block in self._blocks():
-                self.gene_totals += np.asarray(block.sum(axis=0)).ravel()
-                self.cell_totals[start : start + block.shape[0]] = np.asarray(block.sum(axis=1)).ravel()
-                bar.update(block.shape[0])
+        self._count()
 
-    @property
-    def matrix(self) -> Any:
-        """The counts as they are given, (N, n_var), in the order of the input's genes."""
-        return self._matrix
-
-    @property
-    def measured(self) -> np.ndarray:
-        """Whether a gene of the vocabulary has a column, (G,) bool."""
+    def _measured(self, var: pd.DataFrame) -> np.ndarray:
+        columns = self.alignment.columns
+        used = columns >= 0
+        if "measured" in var and "total_counts" in var and var["measured"].dtype == bool:
+            used &= var["measured"].to_numpy()  # a study of a store has a column for every gene
         present = np.zeros(len(self.vocabulary), bool)
-        present[self.alignment.columns[self.alignment.columns >= 0]] = True
+        present[columns[used]] = True
         return present
 
-    def _blocks(self) -> Iterator[tuple[int, sparse.csr_matrix]]:
-        for start in range(0, self.n_cells, WINDOW):
-            yield start, self.read(np.arange(start, min(start + WINDOW, self.n_cells)))
+    def _count(self) -> None:
+        """Sum over cells and over genes, block by block."""
+        section = np.zeros(self.n_cells, np.int64)
+        for number, each in enumerate(self.sections):
+            section[each.rows] = number
+        with progress("counting genes", self.n_cells, active=self.on_disk) as bar:
+            for start in range(0, self.n_cells, WINDOW):
+                rows = np.arange(start, min(start + WINDOW, self.n_cells))
+                block = self.read(rows)
+                self.cell_totals[rows] = np.asarray(block.sum(axis=1)).ravel()
+                here, position = np.unique(section[rows], return_inverse=True)
+                member = sparse.csr_matrix(
+                    (np.ones(len(rows)), (position.ravel(), np.arange(len(rows)))), (len(here), len(rows))
+                )
+                self.gene_totals[here] += (member @ block).toarray()
+                bar.update(len(rows))
 
     def read(self, rows: np.ndarray) -> sparse.csr_matrix:
         """Raw counts of rows (any order, repeats allowed), float32 CSR (len(rows), G)."""
@@ -100,38 +137,57 @@ class Cells:
         if not len(rows):
             return sparse.csr_matrix((0, len(self.vocabulary)), dtype=np.float32)
         if not self.on_disk:
-            block = self._matrix[rows]
+            block = self.matrix[rows]
         else:
             unique, inverse = np.unique(rows, return_inverse=True)
-            first, last = int(unique[0]), int(unique[-1]) + 1
-            # A file is read faster in one piece than cell by cell, unless most of it would be thrown away.
-            if last - first <= 4 * len(unique):
-                block = self._matrix[first:last][unique - first]
-            else:
-                block = self._matrix[unique]
-            block = counts.exact_integers(sparse.csr_matrix(block))[inverse.ravel()]
+            block = counts.exact_integers(self._from_disk(unique))[inverse.ravel()]
         projected = self.alignment.project(block).astype(np.float32)
         projected.sum_duplicates()
         projected.eliminate_zeros()
         return projected
 
+    def _from_disk(self, rows: np.ndarray) -> sparse.csr_matrix:
+        """Ascending rows of a matrix on disk, as CSR."""
+        # A file is read faster in one piece than cell by cell, unless most of it would be thrown away.
+        if isinstance(self.matrix, CSRDataset):
+            first, last = int(rows[0]), int(rows[-1]) + 1
+            if last - first <= 2 * len(rows):
+                return sparse.csr_matrix(self.matrix[first:last])[rows - first]
+            return sparse.csr_matrix(self.matrix[rows])
+        step = max(1, counts.BLOCK_VALUES // self.matrix.shape[1])
+        parts, start = [], 0
+        while start < len(rows):
+            stop = int(np.searchsorted(rows, rows[start] + step))
+            first = int(rows[start])
+            dense = np.asarray(self.matrix[first : int(rows[stop - 1]) + 1])
+            parts.append(sparse.csr_matrix(dense[rows[start:stop] - first]))
+            start = stop
+        return sparse.vstack(parts, format="csr")
+
+    def window(self, reader: Any, number: int, rows: np.ndarray) -> sparse.csr_matrix:
+        """Raw counts of window `number` of a reader, kept until another one is asked for."""
+        if self._window is None or self._window[0] is not reader or self._window[1] != number:
+            self._window = None  # two windows are never held at once
+            self._window = (reader, number, self.read(rows))
+        return self._window[2]
+
 
 class CellStudy:
-    """Some cells in the order of their bags, with what `sct.data.bags.BagSource` wants to know of a study.
+    """The cells of a section in the order of their bags, with what `sct.data.bags.BagSource` asks of a study.
 
     Parameters
     ----------
     cells
         The table they are from.
+    number
+        Number of the section in `cells.sections`.
     order
         Rows of the table, bag after bag.
-    coordinates
-        Rescaled positions (N, 2) of the table's cells, or None.
-    name
-        For messages.
     hidden_cells, hidden_genes
         Cells of the table (N,) bool and genes (G,) bool whose counts are not to be shown: where both hold (one
-        that is None holds everywhere) nothing is read.
+        that is None holds everywhere) nothing is read. With both None nothing is hidden.
+    name
+        Instead of the section's.
     """
 
     split = "test"
@@ -139,64 +195,64 @@ class CellStudy:
     def __init__(
         self,
         cells: Cells,
+        number: int,
         order: BagOrder,
-        coordinates: np.ndarray | None = None,
-        name: str = "",
         hidden_cells: np.ndarray | None = None,
         hidden_genes: np.ndarray | None = None,
+        name: str = "",
     ):
-        self.cells, self.order, self.name = cells, order, name
+        self.cells, self.number, self.order = cells, number, order
+        self.section = cells.sections[number]
+        self.name = name or self.section.name
         self.n_cells, self.n_genes = len(order.rows), len(cells.vocabulary)
-        self.spatial = coordinates is not None
+        self.spatial = self.section.places is not None
         self._hidden = (hidden_cells, hidden_genes)
-        self._places = coordinates
-        self._window: tuple[int, sparse.csr_matrix] | None = None
         self._size = max(WINDOW // order.cells_per_bag, 1) * order.cells_per_bag
 
     @property
     def measured(self) -> np.ndarray:
-        """Whether a gene has a column, (G,) bool."""
+        """Whether a gene was measured, (G,) bool."""
         return self.cells.measured
 
     def noisy_genes(self, fraction: float) -> np.ndarray:
-        """Genes (G,) whose counts in the whole table, as far as they are shown, are noise.
+        """Genes (G,) whose counts in the section, as far as they are shown, are noise.
 
         See `sct.data.tokenize.noisy_genes`.
         """
-        totals, n_cells = self.cells.gene_totals, self.cells.n_cells
-        hidden_cells, hidden_genes = self._hidden
-        if hidden_cells is not None:
+        totals, n_cells = self.cells.gene_totals[self.number], len(self.section.rows)
+        cells, genes = self._hidden
+        if cells is not None:
+            rows = self.section.rows[cells[self.section.rows]]
             everything = np.ones(len(totals), bool)
-            rows = np.flatnonzero(hidden_cells)
             for start in range(0, len(rows), WINDOW):
                 part = np.asarray(self.cells.read(rows[start : start + WINDOW]).sum(axis=0)).ravel()
-                totals = totals - np.where(everything if hidden_genes is None else hidden_genes, part, 0)
-            n_cells -= len(rows) if hidden_genes is None else 0
+                totals = totals - np.where(everything if genes is None else genes, part, 0)
+            n_cells -= len(rows) if genes is None else 0
         return noisy_genes(totals, n_cells, fraction)
 
     def rescaled_coordinates(self) -> np.ndarray:
         """Positions (len(order), 2) in the units of models."""
-        if self._places is None:
+        if self.section.places is None:
             raise DataError(f"the cells {self.name} have no positions")
-        return self._places[self.order.rows]
+        return self.section.places[np.searchsorted(self.section.rows, self.order.rows)]
 
     def read_rows(self, rows: np.ndarray) -> sparse.csr_matrix:
         """Raw counts (len(rows), G) of places in the order; the window around them is kept for the next."""
         rows = np.asarray(rows, np.int64)
         number = int(rows[0]) // self._size
         if int(rows[-1]) // self._size != number:
-            return self._read(self.order.rows[rows])
-        if self._window is None or self._window[0] != number:
-            window = self.order.rows[number * self._size : (number + 1) * self._size]
-            self._window = (number, self._read(window))
-        return self._window[1][rows - number * self._size]
+            block = self.cells.read(self.order.rows[rows])
+        else:
+            start = number * self._size
+            window = self.order.rows[start : start + self._size]
+            block = self.cells.window(self, number, window)[rows - start]
+        return self._without_hidden(block, self.order.rows[rows])
 
     def read(self, start: int, stop: int) -> sparse.csr_matrix:
         """Raw counts of a range of places in the order."""
         return self.read_rows(np.arange(start, stop))
 
-    def _read(self, rows: np.ndarray) -> sparse.csr_matrix:
-        block = self.cells.read(rows)
+    def _without_hidden(self, block: sparse.csr_matrix, rows: np.ndarray) -> sparse.csr_matrix:
         cells, genes = self._hidden
         if cells is None and genes is None:
             return block

@@ -51,24 +51,27 @@ class Method(Protocol):
         """Predict the hidden positions.
 
         Key True is the form that is told that the positions are expressed, False the form that is not; a
-        method has one or both. It may look at `masked.visible`, at the tokens that are not hidden, and, as
-        all methods do, at the range and the level values of the cells. Raises `Unavailable`.
+        method has one or both. It may look at `masked.visible`, at the tokens that are not hidden, and at the
+        ranges and level values of `masked`, never at those of `held_out`. Raises `Unavailable`.
         """
         ...
 
 
-def from_levels(held_out: HeldOut, masked: Masked, levels: np.ndarray) -> Prediction:
+def from_levels(masked: Masked, levels: np.ndarray) -> Prediction:
     """Prediction of levels (n,): their counts are those that stand for them in each cell."""
-    return Prediction(levels, held_out.values[masked.cells, levels])
+    return Prediction(levels, masked.values[masked.cells, levels])
 
 
-def from_counts(held_out: HeldOut, masked: Masked, counts: np.ndarray) -> dict[bool, Prediction]:
-    """Both forms of a prediction of raw counts (n,), whose levels follow from the range of the cell."""
-    low, high = held_out.low[masked.cells], held_out.high[masked.cells]
-    levels = digitize(np.log1p(counts), low, high, held_out.num_bins)
+def from_counts(masked: Masked, counts: np.ndarray) -> dict[bool, Prediction]:
+    """Both forms of a prediction of raw counts (n,), whose levels follow from the range of the cell.
+
+    The form that is told that the genes are expressed knows that they have at least one count.
+    """
+    low, high = masked.low[masked.cells], masked.high[masked.cells]
+    levels = digitize(np.log1p(counts), low, high, masked.values.shape[1])
     # Half a count is where the nearest integer turns to zero.
     free = np.where(counts < 0.5, 0, levels)
-    return {False: Prediction(free, counts), True: Prediction(levels, counts)}
+    return {False: Prediction(free, counts), True: Prediction(levels, np.maximum(counts, np.float32(1)))}
 
 
 @functools.lru_cache(maxsize=1)  # one protocol after the other asks for those of the same studies
@@ -114,7 +117,7 @@ class CommonLevel:
         """See `Method`; one form."""
         frequencies = self._frequencies(held_out, masked)[:, self.first :]
         levels = self.first + frequencies.argmax(axis=1)
-        return {bool(self.first): from_levels(held_out, masked, levels)}
+        return {bool(self.first): from_levels(masked, levels)}
 
 
 class OthersCommonLevel(CommonLevel):
@@ -227,7 +230,7 @@ class KnnSmoothing:
         _require_visible(masked)
         query = _profile(masked.visible[:, : self.counts.shape[1]])
         rows = self._index.kneighbors(query, return_distance=False)
-        return from_counts(held_out, masked, _smoothed(rows, self.counts, None, masked))
+        return from_counts(masked, _smoothed(rows, self.counts, None, masked))
 
 
 class OwnKnnSmoothing:
@@ -250,28 +253,46 @@ class OwnKnnSmoothing:
         # Without a query, a cell is not its own neighbour.
         index = NearestNeighbors(n_neighbors=k, metric="cosine").fit(_profile(masked.visible))
         rows = index.kneighbors(return_distance=False)
-        return from_counts(held_out, masked, _smoothed(rows, masked.visible, masked.mask, masked))
+        return from_counts(masked, _smoothed(rows, masked.visible, masked.mask, masked))
 
 
 class NeighbourMean:
     """Mean raw counts of the visible cells of the bag, for cells that are hidden as a whole.
 
-    Of cells with positions the k nearest ones in the plane, otherwise all visible cells of the bag. A visible
-    cell is one of which nothing is hidden.
+    A visible cell is one of which nothing is hidden.
+
+    Parameters
+    ----------
+    held_out
+        Cells that will be scored.
+    neighbours
+        k: of cells with positions the k nearest ones in the plane; otherwise, and for None, all visible cells.
+    expressed
+        Whether the mean is over the cells that express the gene, for the form that is told so alone.
     """
 
     fitted_on, remark = THESE_CELLS, ""
 
-    def __init__(self, held_out: HeldOut, neighbours: int = 5):
-        self.neighbours = neighbours
-        self.name = "mean of the visible cells of the bag"
-        if held_out.coordinates is not None:
-            self.name = f"mean of the {neighbours} nearest visible cells of the bag"
-            if np.isnan(held_out.coordinates).any():
-                self.remark = "cells without a position: mean of all visible cells of the bag"
+    def __init__(self, held_out: HeldOut, neighbours: int | None = 5, expressed: bool = False):
+        places, self.expressed = held_out.coordinates, expressed
+        self.neighbours = None if places is None else neighbours
+        nearest = "" if self.neighbours is None else f"{self.neighbours} nearest "
+        self.name = f"mean of the {nearest}visible cells of the bag{' that express the gene' * expressed}"
+        if nearest and places is not None and np.isnan(places).any():
+            self.remark = "cells without a position: mean of all visible cells of the bag"
 
     def predict(self, held_out: HeldOut, masked: Masked) -> dict[bool, Prediction]:
-        """See `Method`; both forms."""
+        """See `Method`; both forms, or the one that is told."""
+        weights = self._weights(held_out, masked)
+        counts = pick(weights @ masked.visible, masked.cells, masked.genes)
+        if not self.expressed:
+            return from_counts(masked, counts)
+        share = pick(weights @ (masked.visible > 0).astype(np.float32), masked.cells, masked.genes)
+        counts = np.where(share > 0, counts / np.where(share > 0, share, 1), 0)
+        return {True: from_counts(masked, counts)[True]}
+
+    def _weights(self, held_out: HeldOut, masked: Masked) -> sparse.csr_matrix:
+        """Share (N, N) of each visible cell in the mean of each other cell."""
         touched = np.asarray(masked.mask.any(axis=1))
         rows, columns, shares = [], [], []
         for bag in np.unique(held_out.bag[masked.cells]):
@@ -281,7 +302,7 @@ class NeighbourMean:
                 continue
             chosen = np.broadcast_to(visible, (len(asked), len(visible)))
             places = None if held_out.coordinates is None else held_out.coordinates[cells]
-            if places is not None and not np.isnan(places).any():
+            if self.neighbours is not None and places is not None and not np.isnan(places).any():
                 distance = cdist(places[touched[cells]], places[~touched[cells]])
                 chosen = visible[np.argsort(distance, axis=1, kind="stable")[:, : self.neighbours]]
             rows.append(np.repeat(asked, chosen.shape[1]))
@@ -290,9 +311,7 @@ class NeighbourMean:
         if not rows:
             raise Unavailable("no cell of the bags is visible as a whole")
         place = (np.concatenate(rows), np.concatenate(columns))
-        weights = sparse.csr_matrix((np.concatenate(shares), place), (len(held_out), len(held_out)))
-        means = weights @ masked.visible
-        return from_counts(held_out, masked, pick(means, masked.cells, masked.genes))
+        return sparse.csr_matrix((np.concatenate(shares), place), (len(held_out), len(held_out)))
 
 
 class Magic:
@@ -338,7 +357,7 @@ class Magic:
             here = (place >= first) & (place < first + _GENES_AT_ONCE)
             out[here] = relative[masked.cells[here], place[here] - first]
         factor = np.where(seen > 0, totals / np.where(seen > 0, seen, 1), 0)
-        return from_counts(held_out, masked, (out * factor[masked.cells]).astype(np.float32))
+        return from_counts(masked, (out * factor[masked.cells]).astype(np.float32))
 
     def _operator(self, values: sparse.csr_matrix) -> tuple[Any, int]:
         """Diffusion operator (N, N) of cells (N, G), and how often it is applied."""
@@ -374,6 +393,8 @@ def standard_methods(
         CommonLevel(expressed=False, train=frequencies),
     ]
     if whole_cells:
-        methods.append(NeighbourMean(held_out))
+        if held_out.coordinates is not None:
+            methods.append(NeighbourMean(held_out))
+        methods += [NeighbourMean(held_out, None), NeighbourMean(held_out, None, expressed=True)]
     methods += [KnnSmoothing(train), OwnKnnSmoothing()]
     return [*methods, Magic()] if magic else methods

@@ -46,7 +46,8 @@ class HeldOut:
     low, high
         float32 (N,) range of each cell, see `sct.data.tokenize.Bins`.
     values
-        float32 (N, num_bins) raw counts that stand for the levels of each cell.
+        float32 (N, num_bins) raw counts that stand for the levels of each cell. These and the ranges tell
+        the size of a cell: methods take those of `Masked`.
     coordinates
         float32 (N, 2) rescaled positions, NaN for cells of studies without any; None where no study has any.
     bag, slot
@@ -173,6 +174,26 @@ def pick(matrix: sparse.csr_matrix, rows: np.ndarray, columns: np.ndarray) -> np
     return np.asarray(matrix[rows, columns], np.float32).ravel()
 
 
+def shown_ranges(held_out: HeldOut, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Low and high (N,) and level values (N, num_bins) of each cell, as methods may know them.
+
+    A cell of which some gene is shown has its own. One that is hidden as a whole has the mean of the shown
+    cells of its bag (of all bags, where its bag shows none), so that nothing of its size is told. Where no
+    cell at all is shown, what is asked for is genes and not cells, and each cell has its own.
+    """
+    own = np.column_stack([held_out.low, held_out.high, held_out.values])
+    shown = (~mask & (held_out.tokens < held_out.num_bins)).any(axis=1)
+    if shown.any() and not shown.all():
+        _, bag = np.unique(held_out.bag, return_inverse=True)
+        number = np.bincount(bag[shown], minlength=held_out.num_bags)
+        means = np.zeros((len(number), own.shape[1]))
+        np.add.at(means, bag[shown], own[shown])
+        means /= np.maximum(number, 1)[:, None]
+        means[number == 0] = own[shown].mean(axis=0, dtype=np.float64)
+        own[~shown] = means[bag[~shown]]
+    return own[:, 0], own[:, 1], own[:, 2:]
+
+
 @dataclasses.dataclass(frozen=True)
 class Masked:
     """One draw of what is hidden, and the truth of what is scored: hidden genes that are expressed.
@@ -187,6 +208,8 @@ class Masked:
         (n,) scored positions, by cell.
     levels, counts
         (n,) their true levels, uint8, and raw counts, float32.
+    low, high, values
+        Ranges (N,) and level values (N, num_bins) as methods may know them, float32, see `shown_ranges`.
     """
 
     mask: np.ndarray
@@ -195,6 +218,9 @@ class Masked:
     genes: np.ndarray
     levels: np.ndarray
     counts: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    values: np.ndarray
 
     @classmethod
     def of(cls, held_out: HeldOut, mask: np.ndarray) -> Masked:
@@ -208,7 +234,15 @@ class Masked:
         visible = sparse.csr_matrix(
             (all_counts.data[shown], all_counts.indices[shown], ends), all_counts.shape
         )
-        return cls(mask, visible, cells, genes, tokens[cells, genes], pick(all_counts, cells, genes))
+        return cls(
+            mask,
+            visible,
+            cells,
+            genes,
+            tokens[cells, genes],
+            pick(all_counts, cells, genes),
+            *shown_ranges(held_out, mask),
+        )
 
 
 @partial(jax.jit, static_argnames="num_bins")

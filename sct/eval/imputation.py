@@ -19,7 +19,7 @@ from sct.eval import held_out as drawing
 from sct.eval.baselines import Method, standard_methods
 from sct.eval.held_out import HeldOut, Masked
 from sct.eval.report import Report
-from sct.eval.scoring import Draw, Model, Outcome, Probabilities, Row, Setting, measure
+from sct.eval.scoring import BAG_RANGES, Draw, Model, Outcome, Probabilities, Row, Setting, measure
 from sct.progress import progress
 
 RATIOS = (0.15, 0.30, 0.40, 0.80)
@@ -125,17 +125,20 @@ def whole_cell_imputation(
     *,
     numbers: Sequence[int] = (),
     seeds: int = 5,
+    magic: bool = True,
     cells_name: str = "held-out cells",
 ) -> Outcome:
     """Imputation of whole cells from the others of their bag (sCT paper, section 4, Table 2).
+
+    No method is told the size of a masked cell, see `sct.eval.held_out.shown_ranges`.
 
     Parameters
     ----------
     numbers
         Cells masked in each bag of K; empty for the paper's shares, see `cells_to_mask`. A bag that lacks
         cells has the same share masked.
-    held_out, model, train, seeds, cells_name
-        See `gene_imputation`.
+    held_out, model, train, seeds, magic, cells_name
+        See `gene_imputation`. MAGIC needs visible genes of a cell: its row says so.
 
     Raises
     ------
@@ -149,7 +152,7 @@ def whole_cell_imputation(
             raise DataError(
                 f"{number} cells of a bag are to be masked, but bags have {whole}: mask 1 to {whole - 1}."
             )
-    methods = _methods(held_out, model, train, whole_cells=True)
+    methods = _methods(held_out, model, train, whole_cells=True, magic=magic)
 
     def draw(number: int, seed: int) -> Callable[[], Draw]:
         return lambda: _everything(drawing.mask_cells(held_out, number, seed))
@@ -163,7 +166,7 @@ def whole_cell_imputation(
         "whole-cell imputation",
         "cells",
         [
-            Setting(name, number, rows[""], positions[""])
+            Setting(name, number, rows[""], positions[""], ranges=BAG_RANGES)
             for number, (name, rows, positions) in zip(numbers, measured, strict=True)
         ],
     )

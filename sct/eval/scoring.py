@@ -26,7 +26,11 @@ _NOTES = (
     "Scored: masked genes that are expressed; a method that is told so has an easier task.",
     f"The bar, in the first row, is the {BAR}, which knows every gene of those cells; a gain is the MCC "
     "minus that of the bar in the same draw.",
-    "Levels and their counts follow each cell's own range, masked genes included, for all methods.",
+)
+OWN_RANGES = "Levels and their counts follow each cell's own range, masked genes included, for all methods."
+BAG_RANGES = (
+    "True levels follow each cell's own range; what methods answer follows the mean range and the mean level "
+    "counts of the cells of its bag that are shown, for all methods: none is told the size of a masked cell."
 )
 
 Draw = tuple[Masked, Mapping[str, np.ndarray]]
@@ -86,7 +90,7 @@ class Model:
         known = chance.copy()
         known[:, 0] = 0
         known /= np.maximum(known.sum(axis=1, keepdims=True), 1e-9)
-        values = held_out.values[masked.cells]
+        values = masked.values[masked.cells]
         return {
             told: Prediction(each.argmax(axis=1), expected_counts(each, values))
             for told, each in ((False, chance), (True, known))
@@ -149,19 +153,23 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One table: what was hidden (`name`, `value` on the axis of a plot), its rows and scored positions."""
+    """One table: what was hidden (`name`, `value` on the axis of a plot), its rows and scored positions.
+
+    `ranges` is the note on what methods know of the cells' ranges, `notes` are others.
+    """
 
     name: str
     value: float | str
     rows: list[Row]
     positions: list[int]
     notes: tuple[str, ...] = ()
+    ranges: str = OWN_RANGES
 
     def report(self) -> Report:
         """The table."""
         total, draws = sum(self.positions), len(self.positions)
         title = f"{self.name} ({total:,} masked expressed genes in {draws} draw{'s' * (draws != 1)})"
-        report = Report(title, COLUMNS, notes=(*_NOTES, *self.notes))
+        report = Report(title, COLUMNS, notes=(*_NOTES, self.ranges, *self.notes))
         for row in self.rows:
             told = "-" if row.told is None else "yes" if row.told else "no"
             numbers: tuple[Any, ...] = (row.mcc, row.gain, row.mae) if row.mcc else ("-", "-", "-")
@@ -217,7 +225,7 @@ class Outcome:
                 "positions": setting.positions,
                 "rows": [row.as_dict() for row in setting.rows],
                 "confusion": {k: v.tolist() for k, v in self.confusion[setting.value].items()},
-                "notes": list(setting.notes),
+                "notes": [setting.ranges, *setting.notes],
             }
             for setting in self.settings
         ]

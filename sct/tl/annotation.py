@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import anndata as ad
@@ -15,6 +16,9 @@ from sct.tl.embedding import embed
 from sct.version import __version__
 
 UNKNOWN = "unknown"
+_EMBED_OPTIONS = (
+    "layer", "batch_key", "spatial_key", "context", "cells_per_bag", "batch_size", "gene_column", "duplicates", "seed",
+)  # fmt: skip
 
 
 def annotate(
@@ -78,11 +82,16 @@ def annotate(
         raise DataError(
             f"no reference cell has a label in obs[{label_key!r}]: name the column that holds them."
         )
+    if copy and adata.isbacked:
+        raise DataError(
+            "a backed AnnData is not copied: leave copy=False, or load it with adata.to_memory()."
+        )
+    _check_options(adata, reference, use_rep, options)
     target = adata.copy() if copy else adata
     if use_rep is None:
         if model is None:
             raise ConfigError("give a model to embed with, or use_rep=... to use an embedding that is there.")
-        handle, use_rep = running.opened(model), options.pop("embedding_key", "X_sct")
+        handle, use_rep = running.opened(model), "X_sct"
         for cells in (reference, target):
             here = {name: value for name, value in options.items() if _applies(name, value, cells)}
             embed(cells, handle, key_added=use_rep, **here)
@@ -112,8 +121,29 @@ def annotate(
     return target if copy else None
 
 
+def _check_options(
+    adata: ad.AnnData, reference: ad.AnnData, use_rep: str | None, options: Mapping[str, Any]
+) -> None:
+    """Refuse options that would be ignored."""
+    for name in options:
+        if name not in _EMBED_OPTIONS:
+            raise ConfigError(f"there is no option {name!r}: choose from {', '.join(_EMBED_OPTIONS)}.")
+        if use_rep is not None:
+            raise ConfigError(
+                f"{name} is for a new embedding, but use_rep={use_rep!r} takes one that is there: give one of both."
+            )
+    for name, where in (("batch_key", "obs"), ("spatial_key", "obsm")):
+        key = options.get(name)
+        if key is not None and not any(key in getattr(cells, where) for cells in (adata, reference)):
+            raise DataError(
+                f"neither adata nor the reference has {where}[{key!r}]: name another ({name}=...)."
+            )
+
+
 def _applies(name: str, value: Any, cells: ad.AnnData) -> bool:
     """Whether an option of `embed` is for these cells: keys are for those that have them."""
+    if value is None:
+        return False
     if name == "batch_key":
         return value in cells.obs
     return value in cells.obsm if name == "spatial_key" else True

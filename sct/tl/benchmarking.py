@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
 import numpy as np
-import pandas as pd
 
 from sct.data.bags import BagOptions, BagSource
 from sct.data.cells import Cells, CellStudy
 from sct.data.genes import GeneVocabulary
 from sct.data.store import SPLITS, Store
-from sct.errors import ConfigError, DataError
+from sct.errors import ConfigError, DataError, SctError
 from sct.eval import embedding as embeddings
 from sct.eval import imputation, report
 from sct.eval.held_out import HeldOut
@@ -70,9 +70,10 @@ class GeneImputationOptions:
     magic: bool = True
 
     def __post_init__(self) -> None:
-        if not self.ratios or not all(0 < ratio < 1 for ratio in self.ratios):
+        valid = all(0 < ratio < 1 for ratio in self.ratios) and len(set(self.ratios)) == len(self.ratios)
+        if not self.ratios or not valid:
             raise ConfigError(
-                f"gene_imputation.ratios is {self.ratios}, but shares between 0 and 1 are needed."
+                f"gene_imputation.ratios is {self.ratios}, but different shares between 0 and 1 are needed."
             )
 
 
@@ -132,12 +133,16 @@ class BenchmarkOptions:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """A study: its cells, its table of counts, and the part that is scored."""
+    """A study: the cells that are measured, and their table of counts, with one section."""
 
     name: str
     adata: ad.AnnData
     table: Cells
-    section: running.Section
+
+    @property
+    def spatial(self) -> bool:
+        """Whether its cells have positions."""
+        return self.table.sections[0].places is not None
 
 
 def benchmark(
@@ -176,10 +181,11 @@ def benchmark(
     handle = running.opened(chosen) if chosen else None
     vocabulary = handle.genes if handle is not None else _vocabulary(options.genes)
     studies, train = _open(options, adata)
-    if train is not None and train.vocabulary.hash != vocabulary.hash:
+    if train is not None:
         train.check_vocabulary(vocabulary)
     parts = [_part(name, study, vocabulary, options.data) for name, study in studies]
-    _check_labels(parts, options)
+    for part in parts if options.data.batch_key else ():
+        running.column(part.adata, options.data.batch_key, "data.batch_key")
     reports, figures, numbers = _measure(parts, handle, train, options)
     facts = {
         **report.environment(),
@@ -201,8 +207,20 @@ def benchmark(
 
 def _write_json(path: Path, content: Any) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, default=float) + "\n", encoding="utf-8")
+    text = json.dumps(_finite(content), indent=1, allow_nan=False)
+    temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _finite(content: Any) -> Any:
+    """Content for JSON, which knows no NaN: null in its place."""
+    if isinstance(content, Mapping):
+        return {str(key): _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple | np.ndarray):
+        return [_finite(value) for value in content]
+    if isinstance(content, float | np.floating):
+        return float(content) if np.isfinite(content) else None
+    return int(content) if isinstance(content, np.integer) else content
 
 
 def _vocabulary(path: str) -> GeneVocabulary:
@@ -212,12 +230,12 @@ def _vocabulary(path: str) -> GeneVocabulary:
 def _open(
     options: BenchmarkOptions, adata: ad.AnnData | None
 ) -> tuple[list[tuple[str, ad.AnnData]], Store | None]:
-    """Studies to score, and the store whose training studies baselines are fitted on."""
+    """Studies to score, in memory, and the store whose training studies baselines are fitted on."""
     data = options.data
     path = Path(data.path).expanduser()
     train = Store.open(Path(data.train).expanduser()) if data.train else None
     if adata is not None:
-        return _split(adata, data, "cells"), train
+        return _divided(adata, data, "cells"), train
     if not path.exists():
         raise DataError(f"there is nothing at {path}: give an .h5ad file, a .zarr folder or a store.")
     if path.is_dir() and (path / "manifest.json").is_file():
@@ -228,96 +246,113 @@ def _open(
                 f"{path} has no study in the split {data.split!r}: name one with `launch.ingest --{data.split}=NAME`, "
                 "or choose another split with --config.data.split."
             )
-        return [(study.name, study.to_anndata()) for study in chosen], train or store
+        whole = dataclasses.replace(data, study_key="")
+        return [
+            pair for each in chosen for pair in _divided(each.to_anndata(), whole, each.name)
+        ], train or store
     try:
-        cells = ad.read_zarr(path) if path.is_dir() else ad.read_h5ad(path)
+        cells = ad.read_zarr(path) if path.is_dir() else ad.read_h5ad(path, backed="r")
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"{path} is neither a store nor a readable AnnData ({reason}): give another."
         ) from error
-    return _split(cells, data, path.stem), train
+    return _divided(cells, data, path.stem), train
 
 
-def _split(cells: ad.AnnData, data: DataOptions, name: str) -> list[tuple[str, ad.AnnData]]:
-    if not data.study_key:
-        return [(name, cells)]
-    parts = running.sections(cells, data.study_key, None)
-    return [(f"{name}.{part.name}", cells[part.rows].copy()) for part in parts]
+def _divided(cells: ad.AnnData, data: DataOptions, name: str) -> list[tuple[str, ad.AnnData]]:
+    """Studies of a table as tables of their own, each with at most `max_cells` cells."""
+    spatial_key = data.spatial_key if data.spatial_key in cells.obsm else None
+    parts = []
+    for section in running.sections(cells, data.study_key or None, spatial_key):
+        rows = section.rows
+        if data.max_cells and len(rows) > data.max_cells:
+            rng = np.random.default_rng(data.seed)
+            if section.places is None:
+                rows = np.sort(rng.permutation(rows)[: data.max_cells])
+            else:  # cells that lie together, for neighbours to stay neighbours
+                centre = section.places[rng.integers(len(rows))]
+                distance = ((section.places - centre) ** 2).sum(axis=1)
+                rows = np.sort(rows[np.argsort(distance, kind="stable")[: data.max_cells]])
+        # Always a copy: results are written into it.
+        part = cells[rows].to_memory() if cells.isbacked else cells[rows].copy()
+        parts.append((f"{name}.{section.name}" if section.name else name, part))
+    return parts
 
 
 def _part(name: str, study: ad.AnnData, vocabulary: GeneVocabulary, data: DataOptions) -> _Part:
-    """Draw the cells of a study that are measured, and find their counts and positions."""
-    table = Cells(
-        study, vocabulary, layer=data.layer or None, gene_column=data.gene_column or None,
-        duplicates=data.duplicates,  # type: ignore[arg-type]
-    )  # fmt: skip
-    kept = np.flatnonzero(table.cell_totals > 0)
-    if not len(kept):
-        raise DataError(f"{name} has no count of the model's genes: give other cells.")
-    spatial = data.spatial_key in study.obsm
-    if data.max_cells and len(kept) > data.max_cells and not spatial:
-        kept = np.sort(np.random.default_rng(data.seed).permutation(kept)[: data.max_cells])
-    if len(kept) < study.n_obs:
-        study = study[kept].copy()
-        table = Cells(
-            study, vocabulary, layer=data.layer or None, gene_column=data.gene_column or None,
-            duplicates=data.duplicates,  # type: ignore[arg-type]
+    """Find the counts and positions of a study's cells; cells without any count are left out."""
+
+    def table(cells: ad.AnnData) -> Cells:
+        spatial_key = data.spatial_key if data.spatial_key in cells.obsm else None
+        return Cells(
+            cells, vocabulary, running.sections(cells, None, spatial_key), layer=data.layer or None,
+            gene_column=data.gene_column or None, duplicates=data.duplicates,  # type: ignore[arg-type]
         )  # fmt: skip
-    (section,) = running.sections(study, None, data.spatial_key if spatial else None)
-    return _Part(name, study, table, section)
 
-
-def _check_labels(parts: list[_Part], options: BenchmarkOptions) -> None:
-    """Refuse a key that was asked for by name and that no study has, before anything is computed."""
-    key = options.data.batch_key
-    if key:
-        for part in parts:
-            running.column(part.adata, key, "data.batch_key")
+    made = table(study)
+    filled = made.cell_totals > 0
+    if not filled.any():
+        raise DataError(f"{name} has no count of the model's genes: give other cells.")
+    if not filled.all():
+        study = study[filled].copy()
+        made = table(study)
+    return _Part(name, study, made)
 
 
 def _measure(
     parts: list[_Part], handle: Pretrained | None, train: Store | None, options: BenchmarkOptions
 ) -> tuple[list[Report], list[Figure], dict[str, Any]]:
+    """Run every protocol; one that cannot run is a table with the reason."""
     reports: list[Report] = []
     figures: list[Figure] = []
     numbers: dict[str, Any] = {"imputation": [], "embedding": {}}
-    spatial = any(part.section.places is not None for part in parts)
-    outcomes: list[Outcome] = []
     gene, cell, fixed = options.gene_imputation, options.cell_imputation, options.fixed_genes
-    with_fixed = fixed.run == "always" or (fixed.run == "spatial" and spatial)
-    if gene.run or cell.run or with_fixed:
+    with_fixed = fixed.run == "always" or (fixed.run == "spatial" and any(part.spatial for part in parts))
+    protocols: dict[str, Callable[..., Outcome]] = {}
+    if gene.run:
+        protocols["Imputation of masked genes"] = functools.partial(
+            imputation.gene_imputation, ratios=gene.ratios, magic=gene.magic
+        )
+    if cell.run:
+        chosen = tuple(number for number in cell.numbers if number)
+        protocols["Imputation of whole cells"] = functools.partial(
+            imputation.whole_cell_imputation, numbers=chosen, magic=gene.magic
+        )
+    if with_fixed:
+        protocols["Imputation of fixed genes"] = functools.partial(
+            imputation.fixed_gene_imputation, per_group=fixed.per_group, magic=gene.magic
+        )
+    if protocols:
         held_out, training, asked = _held_out(parts, handle, train, options.data)
         name = ", ".join(part.name for part in parts)
         name = name if len(name) < 60 else f"{len(parts)} studies"
-        common: dict[str, Any] = {"seeds": options.seeds, "cells_name": name}
-        if gene.run:
-            outcomes.append(
-                imputation.gene_imputation(
-                    held_out, asked, training, ratios=gene.ratios, magic=gene.magic, **common
-                )
-            )
-        if cell.run:
-            chosen = tuple(number for number in cell.numbers if number)
-            outcomes.append(
-                imputation.whole_cell_imputation(held_out, asked, training, numbers=chosen, **common)
-            )
-        if with_fixed:
-            outcomes.append(
-                imputation.fixed_gene_imputation(
-                    held_out, asked, training, per_group=fixed.per_group, magic=gene.magic, **common
-                )
-            )
-        figures += _imputation_figures(outcomes, held_out.cells_per_bag)
-    for outcome in outcomes:
-        reports += outcome.reports
-        numbers["imputation"].append(outcome.as_dict())
-    if options.embedding.run:
-        made, drawn, measured = _embeddings(parts, handle, options)
-        reports += made
+        for title, protocol in protocols.items():
+            try:
+                outcome = protocol(held_out, asked, training, seeds=options.seeds, cells_name=name)
+            except SctError as error:
+                reports.append(_reason(title, error))
+                continue
+            reports += outcome.reports
+            numbers["imputation"].append(outcome.as_dict())
+            figures += _imputation_figures(outcome, held_out.cells_per_bag)
+    for part in parts if options.embedding.run else ():
+        try:
+            table, drawn, measured = _embedding(part, handle, options)
+        except SctError as error:
+            reports.append(_reason(f"Embedding, {part.name}", error))
+            continue
+        reports.append(table)
         figures += drawn
-        numbers["embedding"] = measured
+        numbers["embedding"][part.name] = measured
     return reports, figures, numbers
+
+
+def _reason(title: str, error: SctError) -> Report:
+    """A table that says why there is none."""
+    table = Report(title, ("method", "remark"))
+    table.add("all", str(error))
+    return table
 
 
 def _held_out(
@@ -340,8 +375,8 @@ def _held_out(
     )
     studies = []
     for part in parts:
-        order = running.order_of(part.section, size, data.seed).once()
-        studies.append(CellStudy(part.table, order, part.section.places, part.name))
+        order = running.order_of(part.table.sections[0], size, data.seed).once()
+        studies.append(CellStudy(part.table, 0, order, name=part.name))
     source = BagSource(studies, bags, exhaustive=True)  # type: ignore[arg-type]
     training = None
     if train is not None and train.split("train"):
@@ -352,94 +387,84 @@ def _held_out(
     return HeldOut.read(source, data.max_bags), training, asked
 
 
-def _imputation_figures(outcomes: list[Outcome], cells_per_bag: int) -> list[Figure]:
-    """Curves of MCC, and the model's confusion matrix at the first masking ratio."""
+def _imputation_figures(outcome: Outcome, cells_per_bag: int) -> list[Figure]:
+    """Curves of MCC, and the model's confusion matrix at the first setting."""
     from matplotlib.figure import Figure as Canvas
 
     from sct import pl
 
-    figures = []
     titles = {
         "ratio": ("MCC against masking ratio", "masked genes", 1),
         "cells": ("MCC against masked cells", "masked cells of a bag", cells_per_bag),
     }
-    for outcome in outcomes:
-        if outcome.axis not in titles or not outcome.curves:
-            continue
-        title, masked, whole = titles[outcome.axis]
-        shares = {
-            row: [(value / whole, mcc) for value, mcc in curve] for row, curve in outcome.curves.items()
-        }
-        canvas = Canvas(figsize=(9, 5.5), layout="constrained")
-        pl.mcc_by_ratio(shares, masked=masked, ax=canvas.add_subplot())
-        caption = "Mean over draws, with one standard deviation. The dashed line is the bar."
-        figures.append(Figure(title, figure_svg(canvas), caption))
-        first = next(iter(outcome.confusion.values()), {})
-        for row, matrix in list(first.items())[:1]:
-            canvas = Canvas(figsize=(5.5, 4.8), layout="constrained")
-            pl.imputation_confusion(matrix, ax=canvas.add_subplot())
-            figures.append(
-                Figure(
-                    f"Levels of the {row}, {outcome.settings[0].name[0].lower()}{outcome.settings[0].name[1:]}",
-                    figure_svg(canvas),
-                    "True level by predicted level, share of each row; all draws together.",
-                )
+    if outcome.axis not in titles or not outcome.curves:
+        return []
+    title, masked, whole = titles[outcome.axis]
+    shares = {row: [(value / whole, mcc) for value, mcc in curve] for row, curve in outcome.curves.items()}
+    canvas = Canvas(figsize=(9, 5.5), layout="constrained")
+    pl.mcc_by_ratio(shares, masked=masked, ax=canvas.add_subplot())
+    caption = "Mean over draws, with one standard deviation. The dashed line is the bar."
+    figures = [Figure(title, figure_svg(canvas), caption)]
+    first = next(iter(outcome.confusion.values()), {})
+    for row, matrix in list(first.items())[:1]:
+        canvas = Canvas(figsize=(5.5, 4.8), layout="constrained")
+        pl.imputation_confusion(matrix, ax=canvas.add_subplot())
+        setting = outcome.settings[0].name
+        figures.append(
+            Figure(
+                f"Levels of the {row}, {setting[0].lower()}{setting[1:]}",
+                figure_svg(canvas),
+                "True level by predicted level, share of each row; all draws together.",
             )
+        )
     return figures
 
 
-def _embeddings(
-    parts: list[_Part], handle: Pretrained | None, options: BenchmarkOptions
-) -> tuple[list[Report], list[Figure], dict[str, Any]]:
-    """One table per study that has labels, and a UMAP of each."""
+def _embedding(
+    part: _Part, handle: Pretrained | None, options: BenchmarkOptions
+) -> tuple[Report, list[Figure], dict[str, Any]]:
+    """Table and pictures of the embeddings of a study."""
     data, asked = options.data, options.embedding
-    reports, figures, numbers = [], [], {}
-    baselines = tuple(name for name in embeddings.BASELINES if asked.scvi or name != embeddings.SCVI)
+    labels = part.adata.obs.get(data.label_key)
+    if labels is None:
+        raise DataError(
+            f"obs has no {data.label_key!r}: name a column of labels with --config.data.label_key."
+        )
     settings = embeddings.Options(
-        seeds=options.seeds, folds=asked.folds, k=asked.k, resolution=asked.resolution, baselines=baselines
-    )
-    for part in parts:
-        labels = part.adata.obs.get(data.label_key)
-        if labels is None or labels.nunique() < 2:
-            reason = (
-                f"obs has no {data.label_key!r}"
-                if labels is None
-                else f"obs[{data.label_key!r}] has one label only"
-            )
-            empty = Report(f"Embedding, {part.name}", ("method", "remark"))
-            empty.add("all", f"{reason}: name a column of labels with --config.data.label_key")
-            reports.append(empty)
-            continue
-        methods: dict[str, Any] = {}
-        if handle is not None:
-            embed(
-                part.adata, handle, layer=data.layer or None, gene_column=data.gene_column or None,
-                duplicates=data.duplicates,  # type: ignore[arg-type]
-                spatial_key=data.spatial_key if part.section.places is not None else None,
-                cells_per_bag=data.cells_per_bag or None, seed=data.seed,
-            )  # fmt: skip
-            methods["model"] = part.adata.obsm["X_sct"]
-        counts = part.table.read(np.arange(part.table.n_cells))
-        batch = part.adata.obs[data.batch_key] if data.batch_key else None
-        table, measured = embeddings.measure(methods, counts, labels, batch, settings)
-        table.title = f"{part.name}: {table.title}"
-        reports.append(table)
-        numbers[part.name] = measured
-        if handle is not None:
-            figures += _umaps(part, labels, data)
-    return reports, figures, numbers
+        seeds=options.seeds, folds=asked.folds, k=asked.k, resolution=asked.resolution,
+        baselines=tuple(name for name in embeddings.BASELINES if asked.scvi or name != embeddings.SCVI),
+    )  # fmt: skip
+    methods: dict[str, Any] = {}
+    if handle is not None:
+        embed(
+            part.adata, handle, layer=data.layer or None, gene_column=data.gene_column or None,
+            duplicates=data.duplicates,  # type: ignore[arg-type]
+            spatial_key=data.spatial_key if part.spatial else None,
+            cells_per_bag=data.cells_per_bag or None, seed=data.seed,
+        )  # fmt: skip
+        methods["model"] = part.adata.obsm["X_sct"]
+    counts = part.table.read(np.arange(part.table.n_cells))
+    batch = part.adata.obs[data.batch_key] if data.batch_key else None
+    alone = batch is not None and batch.nunique() < 2
+    table, measured = embeddings.measure(methods, counts, labels, None if alone else batch, settings)
+    table.title = f"{part.name}: {table.title}"
+    if alone:
+        table.notes = (
+            *table.notes,
+            f"All cells have the same {data.batch_key}, so integration is not measured.",
+        )
+    figures = [
+        _umap(part, color) for color in (data.label_key, data.batch_key) if color and handle is not None
+    ]
+    return table, figures, measured
 
 
-def _umaps(part: _Part, labels: pd.Series, data: DataOptions) -> list[Figure]:
+def _umap(part: _Part, color: str) -> Figure:
     from matplotlib.figure import Figure as Canvas
 
     from sct import pl
 
-    figures = []
-    for color in [data.label_key, *([data.batch_key] if data.batch_key else [])]:
-        canvas = Canvas(figsize=(8, 5.5), layout="constrained")
-        pl.umap(part.adata, basis="X_sct", color=color, ax=canvas.add_subplot())
-        figures.append(
-            Figure(f"UMAP of the model's embedding, {part.name}", figure_svg(canvas), f"Coloured by {color}.")
-        )
-    return figures
+    canvas = Canvas(figsize=(8, 5.5), layout="constrained")
+    pl.umap(part.adata, basis="X_sct", color=color, ax=canvas.add_subplot())
+    title = f"UMAP of the model's embedding, {part.name}, by {color}"
+    return Figure(title, figure_svg(canvas), f"Coloured by {color}.")

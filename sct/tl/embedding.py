@@ -76,16 +76,15 @@ def embed(
         raise DataError(
             "a backed AnnData is not copied: leave copy=False, or load it with adata.to_memory()."
         )
+    running.check_seed(seed)
     parts = running.sections(adata, batch_key, spatial_key)
-    orders = [(part, running.order_of(part, size, seed, context)) for part in parts]
-    cells = Cells(adata, handle.genes, layer=layer, gene_column=gene_column, duplicates=duplicates)
+    orders = [running.order_of(part, size, seed, context) for part in parts]
+    cells = Cells(adata, handle.genes, parts, layer=layer, gene_column=gene_column, duplicates=duplicates)
     running.check_not_empty(cells)
     runner = running.Runner(handle, batch_size)
     embedding = np.zeros((adata.n_obs, handle.config.embed_dim), np.float32)
-    for rows, counted, _, outputs in running.run(
-        runner, cells, orders, "embedding cells", outputs=("cell_embedding",)
-    ):
-        embedding[rows[counted]] = outputs["cell_embedding"][counted]
+    for one in runner(cells, orders, ("cell_embedding",), "embedding cells"):
+        embedding[one.rows[one.counted]] = one.outputs["cell_embedding"][one.counted]
     target = adata.copy() if copy else adata
     target.obsm[key_added] = embedding
     target.uns[key_added] = running.record(

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from sct.data.bag_order import hidden_order
-from sct.data.cells import Cells
+from sct.data.bag_order import BagOrder, hidden_order
+from sct.data.cells import Cells, Section
 from sct.data.tokenize import bin_counts, expected_counts
 from sct.errors import ConfigError, DataError
 from sct.tl import running
@@ -49,14 +49,15 @@ def impute(
     Results, for `key_added="sct"`:
 
     - `layers["sct_expected"]` (N, n_var) float32 CSR: raw counts, with the expected count in place of what was
-      imputed; `layers["sct_level"]` uint8 CSR: the same with levels (0 unexpressed, 1 lowest, ...; genes the
-      model does not know have none).
-    - for genes that are not in `adata.var`, and for a backed `adata`: `obsm["sct_expected"]` and
-      `obsm["sct_level"]`, tables (N, genes) with the names that were given.
-    - `uns["sct"]`: what was imputed (`genes`, `cells`), and the parameters.
+      imputed; `layers["sct_level"]` uint8 CSR: the same with levels (0 unexpressed, 1 lowest, ...; what was
+      counted by the range of all counts of its cell; genes the model does not know have none).
+    - for genes that are not in `adata.var` or stand in several of its columns, and for a backed `adata`:
+      `obsm["sct_expected"]` and `obsm["sct_level"]`, tables (N, genes) with the names that were given.
+    - `uns["sct"]`: what was imputed (`genes`, `cells`; `var_names` of those in layers), and the parameters.
 
-    X is never changed. Bags are those of `sct.tl.embed`; where whole cells are imputed a fifth of a bag at most
-    is hidden, and the rest are cells that are shown: random ones, or with positions the nearest.
+    X is never changed; results of an earlier call with this `key_added` are removed. Bags are those of
+    `sct.tl.embed`; where whole cells are imputed one cell or a fifth of a bag is hidden, and the rest are cells
+    that are shown: random ones, or with positions the nearest.
 
     Parameters
     ----------
@@ -93,43 +94,56 @@ def impute(
             "of a backed AnnData only genes are imputed, in place: load it with adata.to_memory() for whole cells or "
             "a copy."
         )
+    running.check_seed(seed)
     chosen = None if cells is None else _rows(adata, cells)
     sections = running.sections(adata, batch_key, spatial_key)
-    table = Cells(adata, handle.genes, layer=layer, gene_column=gene_column, duplicates=duplicates)
-    wanted, names = _genes(handle, table, genes)
+    table = Cells(adata, handle.genes, sections, layer=layer, gene_column=gene_column, duplicates=duplicates)
+    if table.counts_from == "raw.X" and not (adata.var_names.is_unique and adata.raw.var_names.is_unique):
+        raise DataError(
+            "names in var or raw.var occur more than once, so the genes of raw cannot be told apart in var: call "
+            "adata.var_names_make_unique(), and make those of raw unique."
+        )
+    column = _columns(adata, table)
+    wanted, names = _genes(handle, table, column, genes)
     whole = chosen is not None and genes is None
     running.check_not_empty(table, ~chosen if whole and chosen is not None else None)
-    parts = []
-    for section in sections:
-        if whole and chosen is not None:
-            hidden = chosen[section.rows]
-            if not hidden.any():
-                continue
-            if hidden.all():
-                raise DataError(
-                    f"all {len(hidden):,} cells{f' of {section.name}' if section.name else ''} are to be imputed, but "
-                    "some must be left to look at: choose fewer."
-                )
-            places = None if section.places is None else section.places[section.rows]
-            most = max(1, int(HIDDEN_SHARE * size))
-            order = hidden_order(section.rows, hidden, size, most, seed, places)
-        else:
-            order = running.order_of(section, size, seed)
-        parts.append((section, order))
+    if whole and chosen is not None:
+        orders = [_hidden_order(section, chosen[section.rows], size, seed) for section in sections]
+    else:
+        orders = [running.order_of(section, size, seed) for section in sections]
 
     everywhere = np.ones(adata.n_obs, bool) if chosen is None else chosen
     hidden_genes = None if whole else np.isin(np.arange(len(handle.genes)), wanted)
-    result = _predict(handle, table, parts, wanted, everywhere, hidden_genes, batch_size)
+    result = _predict(handle, table, orders, wanted, everywhere, hidden_genes, batch_size)
     target = adata.copy() if copy else adata
-    _write(target, table, wanted, names, everywhere, result, key_added, handle)
+    there = _write(target, table, column, wanted, names, everywhere, result, key_added, handle)
     target.uns[key_added] = dict(
         running.record(
             handle, table, cells_per_bag=size, batch_key=batch_key, spatial_key=spatial_key, seed=seed,
             genes=np.asarray([] if whole else names, dtype=str),
+            var_names=np.asarray(target.var_names[column[wanted[there]]], dtype=str),
             cells=np.asarray([] if chosen is None else adata.obs_names[chosen], dtype=str),
         )
     )  # fmt: skip
     return target if copy else None
+
+
+def _hidden_order(section: Section, hidden: np.ndarray, cells_per_bag: int, seed: int) -> BagOrder | None:
+    """Bags of a section that holds hidden cells (n,), None for another."""
+    where = f" of {section.name}" if section.name else ""
+    if not hidden.any():
+        return None
+    if hidden.all():
+        raise DataError(
+            f"all {len(hidden):,} cells{where} are to be imputed, but some must be left to look at: choose fewer."
+        )
+    if cells_per_bag < 2:
+        raise ConfigError(
+            "a bag has one cell, but whole cells are imputed from others: set cells_per_bag to 2 or more."
+        )
+    # Not more than the share of the cells that there are, so that a small section is mostly seen.
+    most = max(1, int(HIDDEN_SHARE * min(cells_per_bag, len(hidden))))
+    return hidden_order(section.rows, hidden, cells_per_bag, most, seed, section.places)
 
 
 def _rows(adata: ad.AnnData, cells: Any) -> np.ndarray:
@@ -159,11 +173,13 @@ def _rows(adata: ad.AnnData, cells: Any) -> np.ndarray:
     return mask
 
 
-def _genes(model: Any, table: Cells, genes: str | Iterable[str] | None) -> tuple[np.ndarray, list[str]]:
+def _genes(
+    model: Any, table: Cells, column: np.ndarray, genes: str | Iterable[str] | None
+) -> tuple[np.ndarray, list[str]]:
     """Positions in the vocabulary, and names, of the genes that are to be predicted."""
     vocabulary = model.genes
     if genes is None:
-        wanted = np.flatnonzero(table.measured)
+        wanted = np.flatnonzero(table.measured & (column >= 0))
         return wanted, [vocabulary.keys[gene] for gene in wanted]
     if isinstance(genes, str) and genes == MISSING:
         wanted = np.flatnonzero(~table.measured)
@@ -183,7 +199,7 @@ def _genes(model: Any, table: Cells, genes: str | Iterable[str] | None) -> tuple
 def _predict(
     model: Any,
     table: Cells,
-    parts: list[Any],
+    orders: list[BagOrder | None],
     wanted: np.ndarray,
     chosen: np.ndarray,
     hidden_genes: np.ndarray | None,
@@ -209,47 +225,54 @@ def _predict(
         asked[: len(flat)] = flat
         return {"tokens": tokens, "positions": asked}
 
+    # As many positions as the fullest bag asks for, so that one program serves all.
+    full = max(
+        int(chosen[order.rows.reshape(-1, order.cells_per_bag)].sum(axis=1).max())
+        for order in orders
+        if order is not None
+    )
+    most = full * len(wanted)
     runner = running.Runner(model, batch_size)
-    for part in parts:
-        # As many positions as the fullest bag of a section asks for, so that one program serves all.
-        rows_of = part[1].rows.reshape(-1, part[1].cells_per_bag)
-        most = int(chosen[rows_of].sum(axis=1).max()) * len(wanted)
-        if not most:
+    for one in runner(
+        table, orders, ("logits",), "imputing", inputs, with_counts=True, hidden_cells=chosen,
+        hidden_genes=hidden_genes,
+    ):  # fmt: skip
+        hide = np.flatnonzero(chosen[one.rows])
+        keep = one.counted[hide]
+        if not keep.any():
             continue
-        for rows, counted, bag, outputs in running.run(
-            runner, table, [part], "imputing", outputs=("logits",), inputs=inputs, with_counts=True,
-            hidden_cells=chosen, hidden_genes=hidden_genes,
-        ):  # fmt: skip
-            hide = np.flatnonzero(chosen[rows])
-            logits = outputs["logits"][: len(hide) * len(wanted), : config.num_bins]
-            chance = np.exp(logits - logits.max(axis=-1, keepdims=True))
-            chance = (chance / chance.sum(axis=-1, keepdims=True)).reshape(len(hide), len(wanted), -1)
-            values = bag["values"][hide]
-            if whole:
-                values = np.broadcast_to(bag["values"][~chosen[rows]].mean(axis=0), values.shape)
-            counts = expected_counts(chance, values[:, None, :])
-            keep = counted[hide]
-            at = slot[rows[hide[keep]]]
-            expected[at], level[at] = counts[keep], chance[keep].argmax(axis=-1)
+        logits = one.outputs["logits"][: len(hide) * len(wanted), : config.num_bins]
+        chance = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        chance = (chance / chance.sum(axis=-1, keepdims=True)).reshape(len(hide), len(wanted), -1)
+        values = one.bag["values"][hide]
+        if whole:
+            values = np.broadcast_to(one.bag["values"][~chosen[one.rows]].mean(axis=0), values.shape)
+        counts = expected_counts(chance, values[:, None, :])
+        at = slot[one.rows[hide[keep]]]
+        expected[at], level[at] = counts[keep], chance[keep].argmax(axis=-1)
     return places, expected, level
 
 
 def _write(
     target: ad.AnnData,
     table: Cells,
+    column: np.ndarray,
     wanted: np.ndarray,
     names: list[str],
     chosen: np.ndarray,
     result: tuple[np.ndarray, np.ndarray, np.ndarray],
     key: str,
     model: Any,
-) -> None:
-    """Put predictions into layers, and those of genes that `var` lacks into obsm."""
+) -> np.ndarray:
+    """Put predictions into layers, and those of genes that `var` lacks into obsm; return which are in layers."""
     places, expected, level = result
-    column = _columns(target, table)
     there = column[wanted] >= 0
     if target.isbacked:
         there[:] = False
+    for name in (f"{key}_expected", f"{key}_level"):  # of an earlier call, about other genes or cells
+        for slot in (target.layers, target.obsm):
+            if name in slot:
+                del slot[name]
     if there.any():
         shape = (target.n_obs, target.n_vars)
         inside = column[wanted[there]]
@@ -282,13 +305,15 @@ def _write(
             whole[places] = values[:, ~there]
             lacking = [gene for gene, inside in zip(names, there, strict=True) if not inside]
             target.obsm[name] = pd.DataFrame(whole, index=target.obs_names, columns=lacking)
+    return there
 
 
 def _columns(target: ad.AnnData, table: Cells) -> np.ndarray:
-    """Column of `target.var` that holds each gene of the vocabulary, -1 where there is none."""
+    """Column of `target.var` that holds each gene of the vocabulary, -1 where there is none or several do."""
     column = np.full(len(table.vocabulary), -1)
     of_input = table.alignment.columns
-    used = np.flatnonzero(of_input >= 0)
+    times = np.bincount(of_input[of_input >= 0], minlength=len(column))
+    used = np.flatnonzero((of_input >= 0) & (times[of_input] == 1))
     if table.counts_from == "raw.X":
         names = np.asarray(target.raw.var_names)
         where = target.var_names.get_indexer(names[used])

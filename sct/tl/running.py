@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sct.data.bag_order import BagOrder, centred_order, random_order, tile_order
 from sct.data.bags import BagOptions, BagSource
-from sct.data.cells import Cells, CellStudy
+from sct.data.cells import Cells, CellStudy, Section
 from sct.data.coordinates import rescale_coordinates
 from sct.errors import ConfigError, DataError
 from sct.progress import progress
@@ -27,15 +27,6 @@ TOKENS_PER_DEVICE = 1 << 20
 CONTEXTS = ("tiles", "neighbors")
 
 Model = Pretrained | str | os.PathLike[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """Cells that may share a bag: a batch, a slide, or all of them; `places` are rescaled, (N, 2)."""
-
-    name: str
-    rows: np.ndarray
-    places: np.ndarray | None = None
 
 
 def opened(model: Model) -> Pretrained:
@@ -62,8 +53,11 @@ def sections(adata: ad.AnnData, batch_key: str | None, spatial_key: str | None) 
     Raises
     ------
     DataError
-        There is no such column, a cell has no batch, or positions are missing or not two numbers.
+        There are no cells, there is no such column, a cell has no batch, or positions are missing or not two
+        numbers.
     """
+    if not adata.n_obs:
+        raise DataError("the data has no cells: give at least one.")
     if batch_key is None:
         parts = [("", np.arange(adata.n_obs))]
     else:
@@ -84,9 +78,8 @@ def sections(adata: ad.AnnData, batch_key: str | None, spatial_key: str | None) 
     given = np.asarray(adata.obsm[spatial_key])
     found = []
     for name, rows in parts:
-        places = np.full((adata.n_obs, 2), np.nan, np.float32)
         try:
-            places[rows] = rescale_coordinates(given[rows])
+            places = rescale_coordinates(given[rows])
         except DataError as error:
             raise DataError(f"obsm[{spatial_key!r}]{f' of {name}' if name else ''}: {error}") from error
         found.append(Section(name, rows, places))
@@ -110,6 +103,12 @@ def bag_size(model: Pretrained, cells_per_bag: int | None) -> int:
     return int(size)
 
 
+def check_seed(seed: int) -> None:
+    """Raise `ConfigError` for a number that is no seed."""
+    if seed < 0:
+        raise ConfigError(f"seed is {seed}, but it must be 0 or more.")
+
+
 def order_of(section: Section, cells_per_bag: int, seed: int, context: str = "tiles") -> BagOrder:
     """Bags of a section: random ones, or where cells have positions tiles or neighbourhoods.
 
@@ -123,7 +122,27 @@ def order_of(section: Section, cells_per_bag: int, seed: int, context: str = "ti
     if section.places is None:
         return random_order(section.rows, cells_per_bag, seed)
     make = tile_order if context == "tiles" else centred_order
-    return make(section.rows, section.places[section.rows], cells_per_bag)
+    return make(section.rows, section.places, cells_per_bag)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A bag and what the model says of it.
+
+    Attributes
+    ----------
+    rows, counted
+        (K,) rows of the table, and whether a result is to be taken from here.
+    bag
+        What was read, see `BagSource`.
+    outputs
+        Results of the model, by name.
+    """
+
+    rows: np.ndarray
+    counted: np.ndarray
+    bag: dict[str, np.ndarray]
+    outputs: dict[str, np.ndarray]
 
 
 class Runner:
@@ -157,81 +176,91 @@ class Runner:
     def __call__(
         self,
         cells: Cells,
-        section: Section,
-        order: BagOrder,
+        orders: Sequence[BagOrder | None],
         outputs: Sequence[str],
-        advance: Callable[[int], None],
+        what: str,
         inputs: Callable[[dict[str, np.ndarray], np.ndarray], dict[str, np.ndarray]] | None = None,
         with_counts: bool = False,
         hidden_cells: np.ndarray | None = None,
         hidden_genes: np.ndarray | None = None,
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]]:
-        """Yield (rows (K,), counted (K,), bag, outputs) for each bag, in order.
+    ) -> Iterator[Result]:
+        """Run over all bags, with a progress bar.
 
         Parameters
         ----------
-        cells, section, order
-            Which cells, and in which bags.
+        cells
+            The table.
+        orders
+            Bags of each of its sections; None for a section that is left out.
         outputs
             Names of the model's results.
-        advance
-            Told the number of counted cells that are done.
+        what
+            Said beside the progress bar.
         inputs
             (bag, rows) -> further or changed inputs of the model, without the axis of bags.
         with_counts, hidden_cells, hidden_genes
             See `BagOptions` and `CellStudy`.
         """
+        studies = [
+            CellStudy(cells, number, order, hidden_cells, hidden_genes)
+            for number, order in enumerate(orders)
+            if order is not None
+        ]
+        with progress(what, sum(int(study.order.counted.sum()) for study in studies)) as bar:
+            # Sections with fewer cells than a bag have bags of another shape, and a program of their own.
+            for size in sorted({study.order.cells_per_bag for study in studies}, reverse=True):
+                same = [study for study in studies if study.order.cells_per_bag == size]
+                for result in self._run(same, size, outputs, inputs, with_counts):
+                    yield result
+                    bar.update(int(result.counted.sum()))
+
+    def _run(
+        self,
+        studies: list[CellStudy],
+        cells_per_bag: int,
+        outputs: Sequence[str],
+        inputs: Callable[[dict[str, np.ndarray], np.ndarray], dict[str, np.ndarray]] | None,
+        with_counts: bool,
+    ) -> Iterator[Result]:
         config = self.model.config
-        use_places = config.use_spatial and section.places is not None
-        study = CellStudy(cells, order, section.places, section.name, hidden_cells, hidden_genes)
+        use_places = config.use_spatial and studies[0].spatial
         options = BagOptions(
-            cells_per_bag=order.cells_per_bag,
+            cells_per_bag=cells_per_bag,
             num_positions=config.num_genes,
             num_bins=config.num_bins,
             noise_fraction=self.model.data.get("noise_fraction", DATA_OPTIONS["noise_fraction"]),
             spatial=use_places,
             with_counts=with_counts,
         )
-        source = BagSource((study,), options, exhaustive=True)  # type: ignore[arg-type]
-        size = self._bags(len(source), order.cells_per_bag)
-        rows = order.rows.reshape(-1, order.cells_per_bag)
-        counted = order.counted.reshape(rows.shape)
+        source = BagSource(studies, options, exhaustive=True)  # type: ignore[arg-type]
+        size = self._bags(len(source), cells_per_bag)
         split = NamedSharding(self._mesh, PartitionSpec("data"))
 
-        def start(first: int) -> tuple[range, list[Any], Any]:
-            numbers = range(first, min(first + size, len(source)))
-            bags = [source.bag(number) for number in numbers]
-            given = []
-            for number, bag in zip(numbers, bags, strict=True):
+        def start(first: int) -> tuple[list[Result], Any]:
+            asked, given = [], []
+            for number in range(first, min(first + size, len(source))):
+                bag, (study, place) = source.bag(number), source.locate(number)
+                order = studies[study].order
+                part = slice(place * cells_per_bag, (place + 1) * cells_per_bag)
+                asked.append(Result(order.rows[part], order.counted[part], bag, {}))
                 one = {"tokens": bag["tokens"]}
                 if use_places:
                     one["coordinates"] = bag["coordinates"]
-                given.append(one | (inputs(bag, rows[number]) if inputs is not None else {}))
+                given.append(one | (inputs(bag, order.rows[part]) if inputs is not None else {}))
             given += given[-1:] * (size - len(given))  # one shape, compiled once
             stacked = {name: np.stack([one[name] for one in given]) for name in given[0]}
-            return numbers, bags, self.model.apply(outputs=outputs, **jax.device_put(stacked, split))
+            return asked, self.model.apply(outputs=outputs, **jax.device_put(stacked, split))
 
         # While the devices work on one batch the next is read.
         pending = None
         for first in [*range(0, len(source), size), None]:
             begun = start(first) if first is not None else None
             if pending is not None:
-                numbers, bags, results = pending
+                asked, results = pending
                 arrays = {name: np.asarray(results[name]) for name in outputs}
-                for place, (number, bag) in enumerate(zip(numbers, bags, strict=True)):
-                    yield rows[number], counted[number], bag, {n: a[place] for n, a in arrays.items()}
-                advance(int(counted[numbers.start : numbers.stop].sum()))
+                for place, one in enumerate(asked):
+                    yield dataclasses.replace(one, outputs={n: a[place] for n, a in arrays.items()})
             pending = begun
-
-
-def run(
-    runner: Runner, cells: Cells, parts: Sequence[tuple[Section, BagOrder]], what: str, **options: Any
-) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]]:
-    """Run over several sections with one progress bar; options as for `Runner.__call__`."""
-    total = sum(int(order.counted.sum()) for _, order in parts)
-    with progress(what, total) as bar:
-        for section, order in parts:
-            yield from runner(cells, section, order, advance=bar.update, **options)
 
 
 def check_not_empty(cells: Cells, needed: np.ndarray | None = None) -> None:

@@ -148,12 +148,16 @@ def masked_as(cells: drawing.HeldOut, masked: Masked) -> Masked:
 def test_counts_become_levels_of_the_cells_range():
     masked = random_mask(CELLS, 0.5)
     counts = masked.counts.copy()
-    both = from_counts(CELLS, masked, counts)
-    np.testing.assert_array_equal(both[True].levels, masked.levels)
-    np.testing.assert_array_equal(both[False].levels, masked.levels)
-    both = from_counts(CELLS, masked, np.full(len(counts), 0.49))
+    both = from_counts(masked, counts)
+    for prediction in both.values():
+        np.testing.assert_array_equal(prediction.levels, masked.levels)
+        np.testing.assert_array_equal(prediction.counts, counts)
+    few = np.full(len(counts), 0.49, np.float32)
+    both = from_counts(masked, few)
     assert set(both[True].levels) == {1}
+    assert set(both[True].counts) == {1}, "an expressed gene has one count at least"
     assert set(both[False].levels) == {0}
+    np.testing.assert_array_equal(both[False].counts, few)
 
 
 # kNN smoothing
@@ -161,8 +165,8 @@ def test_counts_become_levels_of_the_cells_range():
 
 def test_smoothing_against_a_plain_reference():
     masked = random_mask(CELLS, 0.3)
-    got = KnnSmoothing(TRAIN, neighbours=3).predict(CELLS, masked)[True].counts
-    own = OwnKnnSmoothing(neighbours=3).predict(CELLS, masked)[True].counts
+    got = KnnSmoothing(TRAIN, neighbours=3).predict(CELLS, masked)[False].counts
+    own = OwnKnnSmoothing(neighbours=3).predict(CELLS, masked)[False].counts
     reference = TRAIN.studies[0].counts.toarray().astype(float)
     visible = np.where(masked.mask, 0, CELLS.counts.toarray())[:, :GENES].astype(float)
 
@@ -228,7 +232,7 @@ def test_whole_cells_are_the_mean_of_the_visible_ones_beside_them(spatial):
     masked = drawing.mask_cells(cells, 5, 0)
     method = NeighbourMean(cells, 2)
     assert ("nearest" in method.name) == spatial
-    got = method.predict(cells, masked)[True].counts
+    got = method.predict(cells, masked)[False].counts
     dense, hidden = cells.counts.toarray(), masked.mask.any(axis=1)
     for place, (cell, gene) in enumerate(zip(masked.cells, masked.genes, strict=True)):
         (visible,) = np.nonzero(~hidden & (cells.bag == cells.bag[cell]))
@@ -236,6 +240,19 @@ def test_whole_cells_are_the_mean_of_the_visible_ones_beside_them(spatial):
             far = np.linalg.norm(cells.coordinates[visible] - cells.coordinates[cell], axis=1)
             visible = visible[np.argsort(far)[:2]]
         np.testing.assert_allclose(got[place], dense[visible, gene].mean(), rtol=1e-5)
+
+
+def test_whole_cells_are_the_mean_of_the_visible_ones_that_express_the_gene():
+    cells = hold_out(study(20, seed=5, spatial=True))
+    masked = drawing.mask_cells(cells, 5, 0)
+    ((told, got),) = NeighbourMean(cells, None, expressed=True).predict(cells, masked).items()
+    assert told
+    dense, hidden, lone = cells.counts.toarray(), masked.mask.any(axis=1), 0
+    for place, (cell, gene) in enumerate(zip(masked.cells, masked.genes, strict=True)):
+        beside = dense[~hidden & (cells.bag == cells.bag[cell]), gene]
+        lone += not beside.any()
+        np.testing.assert_allclose(got.counts[place], beside[beside > 0].mean() if beside.any() else 1, 1e-5)
+    assert lone, "some genes are expressed in none"
 
 
 # MAGIC
@@ -258,7 +275,7 @@ def test_magic_against_its_published_algorithm_computed_densely(capfd):
     masked = random_mask(cells, 0.3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        got = Magic().predict(cells, masked)[True].counts
+        got = Magic().predict(cells, masked)[False].counts
     assert capfd.readouterr() == ("", "")
     visible = np.where(masked.mask, 0, cells.counts.toarray()).astype(float)
     total = visible.sum(axis=1, keepdims=True)
@@ -304,5 +321,12 @@ def test_the_bar_stands_first_among_all_methods():
         for whole in (False, True):
             names = [(m.name, m.fitted_on) for m in standard_methods(CELLS, train, whole_cells=whole)]
             assert names[0] == ("most common expressed level per gene", "other cells of the study")
-            assert len(set(names)) == len(names) == 7 + whole
+            assert len(set(names)) == len(names) == 7 + 2 * whole
+    spatial = hold_out(study(9, spatial=True))
+    names = [method.name for method in standard_methods(spatial, None, whole_cells=True, magic=False)]
+    assert names[4:7] == [
+        "mean of the 5 nearest visible cells of the bag",
+        "mean of the visible cells of the bag",
+        "mean of the visible cells of the bag that express the gene",
+    ]
     assert CELLS.tokens.shape[1] == POSITIONS

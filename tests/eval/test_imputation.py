@@ -15,12 +15,22 @@ from sct.data.tokenize import bin_counts
 from sct.errors import ConfigError, DataError, StoreError
 from sct.eval import held_out as drawing
 from sct.eval import imputation, report, scoring
-from sct.eval.baselines import Unavailable
+from sct.eval.baselines import OTHER_CELLS, Unavailable
 from sct.eval.held_out import HeldOut
 from sct.eval.imputation import GeneImputation, cells_to_mask, sparsity_groups
 from sct.eval.scoring import BAR, COLUMNS, Model, measure
 from tests.data.fake_study import FakeStudy
-from tests.eval.toy_cells import GENES, NUM_BINS, POSITIONS, changed, hold_out, random_mask, source, study
+from tests.eval.toy_cells import (
+    GENES,
+    NUM_BINS,
+    POSITIONS,
+    changed,
+    hold_out,
+    random_mask,
+    scaled,
+    source,
+    study,
+)
 
 COMMON = "most common level per gene, training studies"
 EXPRESSED = "most common expressed level per gene, training studies"
@@ -143,6 +153,69 @@ def test_whole_cells_are_hidden_in_proportion_to_the_bag():
         assert (masked.mask[hidden, :GENES]).all()
         assert tuple(np.bincount(held_out.bag, hidden).astype(int)) == expected
     assert (drawing.mask_cells(held_out, 4, 1).mask != drawing.mask_cells(held_out, 4, 2).mask).any()
+
+
+def test_a_cell_hidden_as_a_whole_has_the_range_of_the_shown_cells_of_its_bag():
+    held_out = hold_out(study(20, seed=3), cells=8)  # bags of 8, 8 and 4
+    hidden = np.zeros(20, bool)
+    hidden[[0, 3, 9, 16, 17, 18, 19]] = True  # the last bag shows no cell
+    mask = np.repeat(hidden[:, None], POSITIONS, axis=1)
+    mask[5, :7] = True  # a cell that shows some genes still shows its range
+    masked = drawing.Masked.of(held_out, mask)
+    for name in ("low", "high", "values"):
+        own, seen = getattr(held_out, name), getattr(masked, name)
+        np.testing.assert_array_equal(seen[~hidden], own[~hidden])
+        np.testing.assert_allclose(seen[0], own[[1, 2, 4, 5, 6, 7]].mean(axis=0), rtol=1e-6)
+        np.testing.assert_array_equal(seen[3], seen[0])
+        np.testing.assert_allclose(seen[9], own[[8, 10, 11, 12, 13, 14, 15]].mean(axis=0), rtol=1e-6)
+        np.testing.assert_allclose(seen[18], own[~hidden].mean(axis=0), rtol=1e-6)
+        assert seen.dtype == own.dtype
+    np.testing.assert_array_equal(masked.levels, held_out.tokens[masked.cells, masked.genes])
+
+
+def test_genes_hidden_in_all_cells_leave_each_cell_its_own_range():
+    held_out = hold_out(study(20))
+    for masked in (
+        drawing.mask_ratio(held_out, 0.8, 0),
+        drawing.mask_ratio(held_out, 1.0, 0),
+        drawing.mask_genes(held_out, np.array([1, 4])),
+    ):
+        for name in ("low", "high", "values"):
+            np.testing.assert_array_equal(getattr(masked, name), getattr(held_out, name))
+
+
+@pytest.mark.parametrize("spatial", [False, True])
+def test_the_size_of_a_cell_that_is_hidden_as_a_whole_reaches_no_method(spatial):
+    made = study(22, seed=6, spatial=spatial)
+    held_out = hold_out(made, spatial=spatial)
+    masked = drawing.mask_cells(held_out, 3, 0)
+    (hidden,) = np.nonzero(masked.mask.any(axis=1))
+    methods = [Model(contextual, {}), *imputation.standard_methods(held_out, source(TRAIN), whole_cells=True)]
+    before, asked = {}, set()
+    for cell in (None, hidden[0], hidden[-1]):
+        other = hold_out(made if cell is None else scaled(made, np.array([cell]), 7), spatial=spatial)
+        again = drawing.mask_cells(other, 3, 0)
+        np.testing.assert_array_equal(again.mask, masked.mask)
+        if cell is not None:
+            assert (other.values[cell] != held_out.values[cell]).any()
+            np.testing.assert_array_equal(
+                again.counts[again.cells == cell], 7 * masked.counts[masked.cells == cell]
+            )
+        for number, method in enumerate(methods):
+            try:
+                answer = method.predict(other, again)
+            except Unavailable:
+                continue
+            asked.add(method.name)
+            # Methods that know the other cells of the study know this one where they answer for another.
+            part = (
+                again.cells == cell if cell is not None and method.fitted_on == OTHER_CELLS else slice(None)
+            )
+            for told, got in answer.items():
+                first = before.setdefault((number, told), got)
+                np.testing.assert_array_equal(got.levels[part], first.levels[part], err_msg=method.name)
+                np.testing.assert_array_equal(got.counts[part], first.counts[part], err_msg=method.name)
+    assert len(asked) == 5 + spatial
 
 
 def test_the_papers_numbers_of_masked_cells():
@@ -336,7 +409,7 @@ def outcomes() -> dict[str, imputation.Outcome]:
     cells, train, model = hold_out(HELD_OUT), source(TRAIN), Model(contextual, {})
     return {
         "ratio": imputation.gene_imputation(cells, model, train, ratios=(0.15, 0.8), seeds=3, magic=False),
-        "cells": imputation.whole_cell_imputation(cells, model, train, seeds=3),
+        "cells": imputation.whole_cell_imputation(cells, model, train, seeds=3, magic=False),
         "sparsity": imputation.fixed_gene_imputation(cells, model, None, seeds=3, magic=False, per_group=3),
     }
 
@@ -393,7 +466,19 @@ def test_numbers_for_plots_and_json(outcomes):
 def test_whole_cells_have_their_own_baseline(outcomes):
     rows = {row.method: row for row in outcomes["cells"].settings[0].rows}
     assert rows["mean of the visible cells of the bag"].mcc
+    assert rows["mean of the visible cells of the bag that express the gene"].told
     assert rows["kNN smoothing, k = 5"].remark == "nothing of the hidden cells is visible"
+    assert "MAGIC" not in rows
+    other = imputation.whole_cell_imputation(hold_out(HELD_OUT), None, numbers=(2,), seeds=1)
+    assert "MAGIC" in {row.method for row in other.settings[0].rows}
+
+
+def test_each_table_says_what_methods_know_of_the_size_of_cells(outcomes):
+    for axis, outcome in outcomes.items():
+        for setting, table in zip(outcome.as_dict()["settings"], outcome.reports, strict=True):
+            for notes in (setting["notes"], table.notes):
+                assert (scoring.BAG_RANGES in notes) == (axis == "cells")
+                assert (scoring.OWN_RANGES in notes) == (axis != "cells")
 
 
 # Fixed genes

@@ -38,5 +38,14 @@ def changed(held_out: HeldOut, mask: np.ndarray, seed: int = 0) -> HeldOut:
     return dataclasses.replace(held_out, tokens=tokens, counts=type(held_out.counts)(counts))
 
 
+def scaled(made: FakeStudy, rows: np.ndarray, factor: int) -> FakeStudy:
+    """The same study with all counts of some cells multiplied."""
+    counts = made.counts.toarray()
+    counts[rows] *= factor
+    again = FakeStudy(counts, made.name, made.coordinates)
+    again.measured = made.measured
+    return again
+
+
 def random_mask(held_out: HeldOut, share: float, seed: int = 0) -> Masked:
     return Masked.of(held_out, np.random.default_rng(seed).random(held_out.tokens.shape) < share)

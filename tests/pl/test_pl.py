@@ -252,6 +252,37 @@ def test_nothing_is_written_into_a_view(layouts):
     assert "X_umap_X_sct" not in part.obsm
 
 
+@pytest.mark.parametrize("name", ["new embedding", "one new row", "two rows swapped", "another seed"])
+def test_a_subset_whose_embedding_changed_gets_a_picture_of_its_own(name, layouts):
+    adata = cells()
+    del adata.obsm["X_umap_X_sct"]
+    sct.pl.umap(adata, ax=axes())
+    part = adata[:30].copy()
+    rows = part.obsm["X_sct"]
+    if name == "new embedding":
+        part.obsm["X_sct"] = rows[:, ::-1].copy()
+    elif name == "one new row":
+        rows[7, 4] += 1
+    elif name == "two rows swapped":
+        rows[[3, 8]] = rows[[8, 3]]
+    seed = 5 if name == "another seed" else 0
+    sct.pl.umap(part, seed=seed, ax=(ax := axes()))
+    assert layouts == [0, seed]
+    np.testing.assert_allclose(points(ax), part.obsm["X_sct"][:, :2] + seed)
+    sct.pl.umap(part, seed=seed, ax=axes())
+    assert layouts == [0, seed]
+
+
+def test_cells_in_another_order_keep_their_places(layouts):
+    adata = cells()
+    del adata.obsm["X_umap_X_sct"]
+    sct.pl.umap(adata, ax=axes())
+    part = adata[np.random.default_rng(0).permutation(N)[:40]].copy()
+    sct.pl.umap(part, ax=(ax := axes()))
+    assert layouts == [0]
+    np.testing.assert_allclose(points(ax), part.obsm["X_sct"][:, :2])
+
+
 @pytest.mark.slow
 def test_the_real_umap_is_drawn():
     pytest.importorskip("umap", reason="umap-learn is not installed: make install brings it")
@@ -412,6 +443,151 @@ def test_cells_without_an_imputed_value_are_grey():
     ax = sct.pl.spatial(adata, "EPCAM", compare=False, ax=axes())
     assert [len(c.get_offsets()) for c in ax.collections] == [20, 40]
     assert len(ax.collections[1].get_array()) == 40
+
+
+def imputed_slide(
+    genes=("EPCAM",), rows=None, counts_from="X", var_names=("EPCAM",), var_column=False
+) -> AnnData:
+    """What sct.tl.impute leaves: counts, with 0.25 more where genes of cells were imputed, and a record."""
+    adata = slide()
+    del adata.obsm["sct_expected"]
+    counts = np.random.default_rng(2).poisson(3.0, (N, 4)).astype(np.float32)
+    adata.X = sparse.csr_matrix(counts)
+    columns = adata.var_names.get_indexer(["EPCAM"] if genes else adata.var_names)
+    chosen = np.arange(N) if rows is None else np.asarray(rows)
+    expected = counts.copy()
+    expected[np.ix_(chosen, columns)] += 0.25
+    adata.layers["sct_expected"] = sparse.csr_matrix(expected)
+    adata.layers["sct_level"] = sparse.csr_matrix(np.minimum(counts, 4).astype(np.uint8))
+    adata.uns["sct"] = {
+        "genes": np.asarray(genes, dtype=str),
+        "cells": np.asarray([] if rows is None else adata.obs_names[chosen], dtype=str),
+        "counts_from": counts_from,
+    }
+    if var_names is not None:
+        adata.uns["sct"]["var_names"] = np.asarray(var_names, dtype=str)
+    if var_column:
+        adata.var["gene_ids"] = [f"ENSG{i}" for i in range(4)]
+    if counts_from == "raw.X":
+        adata.raw = adata.copy()
+    elif counts_from != "X":
+        adata.layers["counts"] = adata.X.copy()
+    if counts_from != "X":
+        adata.X = adata.X.log1p()
+    return adata
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"genes": ("ENSG0",)},
+        {"var_names": None},
+        {"genes": ("ENSG0",), "var_names": None, "var_column": True},
+        {"rows": range(10)},
+    ],
+)
+def test_a_gene_that_was_not_imputed_is_refused(options):
+    adata = imputed_slide(**options)
+    sct.pl.spatial(adata, "EPCAM", ax=axes(2))
+    with pytest.raises(DataError, match=r"'CD8A' was not imputed.*there is 'EPCAM'") as caught:
+        sct.pl.spatial(adata, "CD8A", ax=axes(2))
+    assert caught.value.args[0].count(". ") == 0
+
+
+@pytest.mark.parametrize("counts_from", ["X", "raw.X", 'layers["counts"]'])
+def test_imputed_and_observed_counts_are_on_one_scale(counts_from, tmp_path):
+    import anndata
+
+    adata = imputed_slide(counts_from=counts_from)
+    adata.write_h5ad(tmp_path / "x.h5ad")
+    adata = anndata.read_h5ad(tmp_path / "x.h5ad")
+    imputed, observed = sct.pl.spatial(adata, "EPCAM", ax=axes(2))
+    imputed_values, observed_values = (ax.collections[-1].get_array() for ax in (imputed, observed))
+    np.testing.assert_allclose(imputed_values, observed_values + 0.25)
+    np.testing.assert_array_equal(observed_values, np.rint(observed_values))
+    assert [ax.get_title() for ax in (imputed, observed)] == ["EPCAM, imputed", "EPCAM, observed"]
+    assert "raw counts" in [ax.get_ylabel() for ax in imputed.figure.axes]
+    half = adata[N // 2 :]
+    part, _ = sct.pl.spatial(half, "EPCAM", ax=axes(2))
+    np.testing.assert_allclose(part.collections[-1].get_array(), imputed_values[N // 2 :])
+
+
+@pytest.mark.parametrize(("genes", "gene"), [((), "CD8B"), (("EPCAM",), "EPCAM")])
+@pytest.mark.parametrize("with_names", [True, False])
+def test_only_imputed_cells_have_a_colour_in_the_imputed_map(genes, gene, with_names):
+    names = (genes or ("EPCAM", "CD8A", "CD8B")) if with_names else None
+    adata = imputed_slide(genes, range(20, 32), var_names=names)
+    imputed, observed = sct.pl.spatial(adata, gene, ax=axes(2))
+    grey, coloured = imputed.collections
+    assert (len(grey.get_offsets()), len(coloured.get_offsets())) == (N - 12, 12)
+    np.testing.assert_array_equal(coloured.get_offsets(), adata.obsm["spatial"][20:32])
+    assert imputed.get_title() == f"{gene}, imputed in 12 of 60 cells"
+    assert len(observed.collections[-1].get_array()) == N
+    np.testing.assert_allclose(coloured.get_array(), observed.collections[-1].get_array()[20:32] + 0.25)
+    if with_names and not genes:
+        with pytest.raises(DataError, match="'MS4A1' was not imputed"):
+            sct.pl.spatial(adata, "MS4A1", ax=axes(2))
+    with pytest.raises(DataError, match=r"holds no number for the gene .* one of these 20 cells"):
+        sct.pl.spatial(adata[:20], gene, ax=axes(2))
+
+
+def test_what_the_tool_writes_is_what_the_map_reads():
+    from tests.tl import conftest as tools
+
+    adata, model = tools.slide(), tools.made()
+    known, unknown = adata.var_names[2], adata.var_names[-1]
+    sct.tl.impute(adata, model, genes=[known])
+    imputed, observed = sct.pl.spatial(adata, known, ax=axes(2))
+    np.testing.assert_allclose(
+        imputed.collections[-1].get_array(), adata[:, known].layers["sct_expected"].toarray().ravel()
+    )
+    np.testing.assert_array_equal(observed.collections[-1].get_array(), adata[:, known].X.toarray().ravel())
+    with pytest.raises(DataError, match="was not imputed"):
+        sct.pl.spatial(adata, adata.var_names[3], ax=axes(2))
+    sct.tl.impute(adata, model, cells=[0, 7, 8])
+    imputed, _ = sct.pl.spatial(adata, known, ax=axes(2))
+    assert imputed.get_title() == f"{known}, imputed in 3 of {adata.n_obs} cells"
+    with pytest.raises(DataError, match="was not imputed"):
+        sct.pl.spatial(adata, unknown, ax=axes(2))
+
+
+def test_a_gene_of_a_table_is_compared_under_whatever_name_var_has():
+    adata = imputed_slide(("ENSG0",), var_names=(), var_column=True)
+    adata.obsm["sct_expected"] = pd.DataFrame({"ENSG0": np.arange(N, dtype=float)}, index=adata.obs_names)
+    imputed, observed = sct.pl.spatial(adata, "ENSG0", ax=axes(2))
+    np.testing.assert_array_equal(imputed.collections[-1].get_array(), np.arange(N))
+    np.testing.assert_array_equal(observed.collections[-1].get_array(), adata.X.toarray()[:, 0])
+    with pytest.raises(DataError, match="'EPCAM' was not imputed"):
+        sct.pl.spatial(adata, "EPCAM", ax=axes(2))
+
+
+def test_levels_are_drawn_alone():
+    adata = imputed_slide()
+    with pytest.raises(DataError, match=r"'sct_level' holds levels .* compare=False"):
+        sct.pl.spatial(adata, "EPCAM", layer="sct_level", ax=axes(2))
+    ax = sct.pl.spatial(adata, "EPCAM", layer="sct_level", compare=False, ax=axes())
+    assert ax.get_title() == "EPCAM, imputed level"
+
+
+def test_a_layer_of_another_origin_is_named_in_the_title():
+    imputed, _ = sct.pl.spatial(slide(), "EPCAM", ax=axes(2))
+    assert imputed.get_title() == "EPCAM, sct_expected"
+
+
+@pytest.mark.parametrize("counts_from", ["X", "raw.X", 'layers["counts"]'])
+def test_observed_counts_that_are_no_longer_there_are_told(counts_from):
+    adata = imputed_slide(counts_from=counts_from)
+    if counts_from == "X":
+        adata.X = adata.X.log1p()
+    elif counts_from == "raw.X":
+        adata.raw = None
+    else:
+        del adata.layers["counts"]
+    with pytest.raises(DataError, match="compare=False") as caught:
+        sct.pl.spatial(adata, "EPCAM", ax=axes(2))
+    assert counts_from in caught.value.args[0]
+    sct.pl.spatial(adata, "EPCAM", compare=False, ax=axes())
 
 
 def test_an_outlier_does_not_take_the_whole_scale():

@@ -80,6 +80,8 @@ def test_itself_as_the_reference_gives_its_own_labels(adata, model):
         ({"label_key": "kind", "use_rep": "Y"}, DataError, "no obsm\\['Y'\\]"),
         ({"label_key": "kind", "use_rep": "X", "threshold": 2}, ConfigError, "threshold is 2"),
         ({"label_key": "kind", "use_rep": "X", "n_neighbors": 0}, ConfigError, "n_neighbors is 0"),
+        ({"label_key": "kind", "use_rep": "X", "n_neighbours": 3}, ConfigError, "no option 'n_neighbours'"),
+        ({"label_key": "kind", "use_rep": "X", "seed": 3}, ConfigError, "give one of both"),
     ],
 )
 def test_wrong_input_is_a_sentence(options, error, words):
@@ -99,3 +101,8 @@ def test_neighbours_stay_on_their_slide(adata):
     np.testing.assert_allclose(adata.obs["sct_neighbors_radius"], distance[:, -1], rtol=1e-5)
     sct.tl.spatial_neighbors(adata, cells_per_bag=CELLS + 1)
     assert (adata.obsm["sct_neighbors"][:, -1] == -1).all()
+
+
+def test_a_batch_that_neither_has(adata, model):
+    with pytest.raises(DataError, match="neither adata nor the reference"):
+        sct.tl.annotate(adata, model, reference=adata.copy(), label_key="cell_type", batch_key="donr")

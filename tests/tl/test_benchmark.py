@@ -74,7 +74,8 @@ def test_every_row_has_numbers_of_every_seed_or_a_reason(whole):
         remark = report.columns.index("remark")
         for row in report.rows:
             measured = [cell for cell in row if isinstance(cell, list)]
-            assert (measured and all(len(cell) in (1, 2) for cell in measured)) or row[remark], row
+            seeds = {2} if "gain over the bar" in report.columns else {1, 2}
+            assert (measured and all(len(cell) in seeds for cell in measured)) or row[remark], row
     imputation = [report for report in reports if "gain over the bar" in report.columns]
     for report in imputation:
         assert "most common expressed level" in report.rows[0][0]
@@ -148,6 +149,33 @@ def test_wrong_options_are_a_sentence(tmp_path, changes, error, words):
     with pytest.raises(error, match=words):
         sct.tl.benchmark(config(tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_run_is_a_row_and_the_rest_runs(adata, model, tmp_path):
+    del adata.obs["cell_type"]
+    settings = config(tmp_path / "out", data__cells_per_bag=1, embedding__run=True, fixed_genes__run="never")
+    before = adata.copy()
+    reports = sct.tl.benchmark(settings, adata, model)
+    reasons = {
+        report.title: report.rows[0][1] for report in reports if report.columns == ("method", "remark")
+    }
+    assert "bags have 1 cell" in reasons["Imputation of whole cells"]
+    assert "obs has no 'cell_type'" in reasons["Embedding, cells"]
+    assert any("15% masked genes" in report.title for report in reports)
+    assert set(adata.obsm) == set(before.obsm)
+    assert set(adata.uns) == set(before.uns)
+
+
+def test_at_most_so_many_cells_and_neighbours_stay_neighbours(adata, tmp_path):
+    from sct.tl.benchmarking import DataOptions, _divided
+
+    ((_, part),) = _divided(adata, DataOptions(max_cells=9), "cells")
+    places, kept = adata.obsm["spatial"], adata.obs_names.isin(part.obs_names)
+    assert part.n_obs == 9
+    assert places[kept].std(axis=0).sum() < 0.7 * places.std(axis=0).sum()
+    ((_, drawn),) = _divided(adata, DataOptions(max_cells=9, spatial_key="no"), "cells")
+    assert drawn.n_obs == 9
+    assert list(drawn.obs_names) != list(adata.obs_names[:9])
 
 
 def test_a_batch_key_that_is_not_there(adata, model, tmp_path):

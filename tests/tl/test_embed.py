@@ -180,3 +180,49 @@ def test_a_file_by_column_is_refused(adata, model, tmp_path):
     adata.write_h5ad(tmp_path / "csc.h5ad")
     with pytest.raises(DataError, match="by column"):
         sct.tl.embed(ad.read_h5ad(tmp_path / "csc.h5ad", backed="r"), model)
+
+
+def test_a_rare_gene_of_one_batch_is_noise_by_that_batch_alone(adata, model):
+    rare = adata.copy()
+    dense = rare.X.toarray()
+    of_b = np.flatnonzero(rare.obs["batch"] == "b")
+    dense[:, 12] = 0
+    dense[of_b[0], 12] = 1
+    more = ad.concat([rare] + [rare[rare.obs["batch"] == "a"]] * 40)  # many more cells of the other batch
+    more.var = rare.var
+    dense_more = more.X.toarray()
+    dense_more[:, 12] = 0
+    dense_more[of_b[0], 12] = 1
+    rare.X, more.X = sp.csr_matrix(dense), sp.csr_matrix(dense_more)
+    more.obs_names_make_unique()
+    before, after = (embedded(cells, model, batch_key="batch") for cells in (rare, more))
+    np.testing.assert_allclose(after[of_b], before[of_b], rtol=1e-5, atol=1e-5)
+
+
+def test_sections_of_very_different_sizes(adata, model):
+    adata.obs["batch"] = np.where(
+        np.arange(CELLS) < 2, "two", np.where(np.arange(CELLS) < 10, "eight", "rest")
+    )
+    whole = embedded(adata, model, batch_key="batch", batch_size=3)
+    for name in ("two", "eight", "rest"):
+        alone = adata[adata.obs["batch"] == name].copy()
+        expected = embedded(alone, model)
+        np.testing.assert_allclose(whole[adata.obs["batch"] == name], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dense_files_are_read_in_pieces(adata, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("sct.data.counts.BLOCK_VALUES", 7 * adata.n_vars)
+    dense = adata.copy()
+    dense.X = adata.X.toarray()
+    dense.write_h5ad(tmp_path / "dense.h5ad")
+    backed = ad.read_h5ad(tmp_path / "dense.h5ad", backed="r")
+    sct.tl.embed(backed, model, batch_key="batch")
+    np.testing.assert_array_equal(backed.obsm["X_sct"], embedded(adata, model, batch_key="batch"))
+
+
+@pytest.mark.parametrize("options", [{}, {"spatial_key": "spatial"}, {"batch_key": "batch"}])
+def test_no_cells_and_no_seed(adata, model, options):
+    with pytest.raises(DataError, match="no cells"):
+        sct.tl.embed(adata[:0].copy(), model, **options)
+    with pytest.raises(ConfigError, match="seed is -1"):
+        sct.tl.embed(adata, model, seed=-1, **options)

@@ -9,6 +9,8 @@ import scipy.sparse as sp
 
 import sct
 from sct.data.bag_order import random_order
+from sct.data.ingest import ingest
+from sct.data.store import Store
 from sct.data.tokenize import bin_counts, noisy_genes
 from sct.errors import ConfigError, DataError
 from tests.tl.conftest import BAG, CELLS, GENES
@@ -195,3 +197,50 @@ def test_a_gene_is_named_once(adata, model):
     name = adata.var_names[2]
     with pytest.raises(DataError, match="the same gene"):
         sct.tl.impute(adata, model, genes=[name, f"{name}.3"])
+
+
+def test_a_gene_in_two_columns_is_a_table(adata, model):
+    name = adata.var_names[10]
+    twice = adata.copy()
+    twice.var_names = [f"{name}.2" if i == 20 else n for i, n in enumerate(adata.var_names)]
+    sct.tl.impute(twice, model, genes=[name, adata.var_names[11]], duplicates="sum")
+    assert list(twice.obsm["sct_expected"].columns) == [name]
+    np.testing.assert_array_equal(dense(twice[:, name].layers["sct_expected"]), twice[:, name].X.toarray())
+    assert list(twice.uns["sct"]["var_names"]) == [adata.var_names[11]]
+
+
+def test_a_study_of_a_store_knows_what_its_panel_lacks(adata, model, tmp_path):
+    panel = adata[:, :40].copy()
+    ingest([("panel", panel)], tmp_path / "store", vocabulary=model.genes)
+    study = Store.open(tmp_path / "store").study("panel").to_anndata()
+    sct.tl.impute(study, model, genes="missing")
+    measured = int(panel.var_names.isin(model.genes.keys).sum())
+    assert len(study.uns["sct"]["genes"]) == GENES - measured
+    assert 0 < measured < GENES
+
+
+def test_whole_cells_need_others_in_their_bag(adata, model):
+    for keys in ({}, {"spatial_key": "spatial"}):
+        with pytest.raises(ConfigError, match="cells_per_bag to 2"):
+            sct.tl.impute(adata, model, cells=[0, 5], cells_per_bag=1, **keys)
+    sct.tl.impute(adata, model, cells=np.arange(30), cells_per_bag=2)
+    assert np.isfinite(dense(adata.layers["sct_expected"])).all()
+
+
+def test_results_of_an_earlier_call_do_not_stay(adata, model):
+    lacking = adata.var_names[3]
+    panel = adata[:, adata.var_names != lacking].copy()
+    sct.tl.impute(panel, model, genes=[lacking])
+    assert "sct_expected" in panel.obsm
+    sct.tl.impute(panel, model, genes=[adata.var_names[10]])
+    assert "sct_expected" not in panel.obsm
+    sct.tl.impute(panel, model, genes=[lacking])
+    assert "sct_expected" not in panel.layers
+
+
+def test_repeated_names_with_counts_in_raw(adata, model):
+    adata.raw = adata.copy()
+    adata.X = adata.X.log1p()
+    adata.var_names = ["same"] * 2 + list(adata.var_names[2:])
+    with pytest.raises(DataError, match="more than once"):
+        sct.tl.impute(adata, model, genes=[adata.var_names[10]])
