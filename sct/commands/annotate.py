@@ -40,7 +40,9 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of the bags.")
 def main(argv: list[str]) -> None:
     """Annotate as the flags say."""
     if len(argv) > 1:
-        raise ConfigError(f"{argv[1]!r} is not a flag: options are written --name=value.")
+        raise ConfigError(
+            f"{argv[1]!r} is not a flag: options are written --name=value, a list without spaces."
+        )
     from sct.commands import tables
     from sct.tl.annotation import annotate
 

@@ -42,7 +42,9 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of the bags.")
 def main(argv: list[str]) -> None:
     """Impute as the flags say."""
     if len(argv) > 1:
-        raise ConfigError(f"{argv[1]!r} is not a flag: options are written --name=value.")
+        raise ConfigError(
+            f"{argv[1]!r} is not a flag: options are written --name=value, a list without spaces."
+        )
     from sct.commands import tables
     from sct.tl.imputation import MISSING, impute
 
@@ -50,8 +52,14 @@ def main(argv: list[str]) -> None:
     genes, key, cells = _GENES.value, _KEY.value, None
     if _CELLS.value is not None:
         file = Path(_CELLS.value).expanduser()
+        if not file.is_file() and file.suffix in (".txt", ".tsv", ".csv"):
+            raise ConfigError(
+                f"there is no file {file}: give one with a cell's name on each line, or the names."
+            )
         listed = file.read_text().split("\n") if file.is_file() else _CELLS.value.split(",")
         cells = [name.strip() for name in listed if name.strip()]
+    if genes is None and cells is None:
+        raise ConfigError("say what to impute: --genes=CD3E,MS4A1, --genes=missing, or --cells=NAMES.")
     adata = tables.read(_INPUT.value, may_be_backed=cells is None)
     impute(
         adata, _MODEL.value, genes=MISSING if genes == [MISSING] else genes, cells=cells, layer=_LAYER.value,

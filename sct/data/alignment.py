@@ -158,16 +158,18 @@ def align(
 
 def find(vocabulary: GeneVocabulary, names: Iterable[str]) -> np.ndarray:
     """Look up genes that a person names: see `GeneVocabulary.find`."""
-    listed = gene_names(names, "the list of genes")
+    listed = [name.strip() for name in gene_names(names, "the list of genes")]
     if not listed:
         raise DataError("the list of genes is empty; name at least one")
     positions, kinds = _resolve(vocabulary, listed)
     unknown = [name for name, kind in zip(listed, kinds, strict=True) if kind == _UNKNOWN]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], [symbol for symbol in vocabulary.symbols if symbol], 3)
+        near = difflib.get_close_matches(
+            unknown[0].upper(), [symbol for symbol in vocabulary.symbols if symbol], 3
+        )
         raise DataError(
-            f"{some(unknown)}: no such gene among the {len(vocabulary):,} of the vocabulary {vocabulary.name}; give "
-            f"Ensembl ids or symbols" + (f", perhaps {' or '.join(near)}" if near else "")
+            f"{some(unknown)}: not among the {len(vocabulary):,} genes that the model knows, protein-coding ones at "
+            f"most; give Ensembl ids or symbols" + (f" (near in spelling: {', '.join(near)})" if near else "")
         )
     for name, kind in zip(listed, kinds, strict=True):
         if kind == _AMBIGUOUS:
@@ -305,11 +307,20 @@ def _likely_cause(vocabulary: GeneVocabulary, names: Sequence[str]) -> str:
             )
     if most(re.compile(r"\d+"), names):
         return (
-            "the names are numbers, so name the column of var that holds Ensembl ids or symbols (column=...)"
+            "the names are numbers, so name the column of var that holds Ensembl ids or symbols (column= or "
+            "gene_column=)"
+        )
+    human = most(_HUMAN_ID, vocabulary.keys) and type(vocabulary).human()
+    if human and 2 * sum(n in human.position_of_id or n in human.owners_of_symbol for n in names) > len(
+        names
+    ):
+        return (
+            f"these are human genes, but few are among the {len(vocabulary):,} of this vocabulary, so give all "
+            "measured genes and not a selection of variable ones"
         )
     return (
         f"the names ({some(names)}) may be of another species, or the genes stand in another column, so name "
-        f"the column of var that holds Ensembl ids or symbols (column=...)"
+        f"the column of var that holds Ensembl ids or symbols (column= or gene_column=)"
     )
 
 
@@ -334,7 +345,7 @@ def _sources(var: Any, column: str | None, prefix: str) -> list[tuple[str, list[
     if column is not None and column not in ("index", var.index.name):
         have = ", ".join(repr(name) for name in var.columns) or "only its index"
         raise DataError(
-            f"{prefix}var has no column {column!r} but {have}; give column= (--gene_column=) one of them or 'index'"
+            f"{prefix}var has no column {column!r} but {have}; give column= or gene_column= one of them or 'index'"
         )
     sources: list[tuple[str, list[str]]] = []
     refused: DataError | None = None

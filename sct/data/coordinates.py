@@ -19,10 +19,15 @@ def rescale_coordinates(coordinates: np.ndarray) -> np.ndarray:
     result. Raises `DataError` where coordinates are not finite numbers in two columns.
     """
     coordinates = np.asarray(coordinates, np.float64)
-    if coordinates.ndim != 2 or coordinates.shape[1] != 2 or not np.isfinite(coordinates).all():
+    if coordinates.ndim != 2 or coordinates.shape[1] != 2:
         raise DataError(
-            f"coordinates have shape {coordinates.shape} or missing values, but (cells, 2) finite numbers "
-            "are needed: give x and y only, and drop cells without a position."
+            f"coordinates have the shape {coordinates.shape}, but (cells, 2) is needed: give x and y only."
+        )
+    lost = ~np.isfinite(coordinates).all(axis=1)
+    if lost.any():
+        raise DataError(
+            f"{int(lost.sum()):,} of {len(coordinates):,} cells have missing coordinates (the first is row "
+            f"{int(np.argmax(lost))}): drop cells without a position."
         )
     shifted = coordinates - coordinates.min(axis=0)
     side = shifted.max() if shifted.size else 0.0

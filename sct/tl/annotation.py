@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,12 +72,17 @@ def annotate(
     DataError
         No such column or embedding, no labels, and what `sct.tl.embed` refuses.
     """
+    running.check_table(adata, copy)
+    running.check_table(reference, False)
     if not 0 <= threshold <= 1 or n_neighbors < 1:
         raise ConfigError(
             f"threshold is {threshold} and n_neighbors is {n_neighbors}, but a share in [0, 1] and at least 1 are "
             "needed."
         )
-    labels = running.column(reference, label_key, "label_key")
+    try:
+        labels = running.column(reference, label_key, "label_key")
+    except DataError as error:
+        raise DataError(f"the reference: {error}") from error
     known = np.flatnonzero(labels.notna().to_numpy())
     if not len(known):
         raise DataError(
@@ -87,14 +93,17 @@ def annotate(
             "a backed AnnData is not copied: leave copy=False, or load it with adata.to_memory()."
         )
     _check_options(adata, reference, use_rep, options)
-    target = adata.copy() if copy else adata
+    target = running.to_write(adata, copy)
     if use_rep is None:
         if model is None:
             raise ConfigError("give a model to embed with, or use_rep=... to use an embedding that is there.")
         handle, use_rep = running.opened(model), "X_sct"
         for cells in (reference, target):
             here = {name: value for name, value in options.items() if _applies(name, value, cells)}
-            embed(cells, handle, key_added=use_rep, **here)
+            try:
+                embed(cells, handle, key_added=use_rep, **here)
+            except DataError as error:
+                raise DataError(f"the reference: {error}" if cells is reference else str(error)) from error
     for name, cells in (("adata", target), ("the reference", reference)):
         if use_rep not in cells.obsm:
             raise DataError(f"{name} has no obsm[{use_rep!r}]: run sct.tl.embed on it, or leave use_rep out.")
@@ -107,6 +116,14 @@ def annotate(
     shares, best = _shares(searched, asked, labels.to_numpy()[known], n_neighbors)
     probability = shares.to_numpy()[np.arange(len(asked)), best].astype(np.float32)
     named = np.where(probability >= threshold, shares.columns.to_numpy()[best], UNKNOWN)
+    lost = float(np.mean(named == UNKNOWN))
+    if lost > 0.5:
+        warnings.warn(
+            f"{lost:.0%} of the cells are {UNKNOWN!r}: their neighbours disagree, so look at the embedding, or change "
+            "n_neighbors or threshold",
+            UserWarning,
+            stacklevel=2,
+        )
     target.obs[key_added] = pd.Categorical(named)
     target.obs[f"{key_added}_probability"] = probability
     target.obsm[f"{key_added}_probabilities"] = shares.set_index(target.obs_names)

@@ -70,6 +70,7 @@ def embed(
     DataError
         No raw counts, unknown genes, cells without a count, a missing column or key.
     """
+    running.check_table(adata, copy)
     handle = running.opened(model)
     size = running.bag_size(handle, cells_per_bag)
     if copy and adata.isbacked:
@@ -85,7 +86,7 @@ def embed(
     embedding = np.zeros((adata.n_obs, handle.config.embed_dim), np.float32)
     for one in runner(cells, orders, ("cell_embedding",), "embedding cells"):
         embedding[one.rows[one.counted]] = one.outputs["cell_embedding"][one.counted]
-    target = adata.copy() if copy else adata
+    target = running.to_write(adata, copy)
     target.obsm[key_added] = embedding
     target.uns[key_added] = running.record(
         handle, cells, cells_per_bag=size, batch_key=batch_key, spatial_key=spatial_key,

@@ -83,16 +83,16 @@ def impute(
     DataError
         Unknown genes or cells, no cell left to look at, and what `sct.tl.embed` refuses.
     """
+    running.check_table(adata, copy)
     if genes is None and cells is None:
         raise ConfigError(
             'say what to impute: genes=["CD3E", ...], genes="missing" for genes that the panel lacks, or cells=...'
         )
     handle = running.opened(model)
     size = running.bag_size(handle, cells_per_bag)
-    if adata.isbacked and (copy or cells is not None):
+    if adata.isbacked and cells is not None:
         raise DataError(
-            "of a backed AnnData only genes are imputed, in place: load it with adata.to_memory() for whole cells or "
-            "a copy."
+            "of a backed AnnData only genes are imputed: load it with adata.to_memory() for whole cells."
         )
     running.check_seed(seed)
     chosen = None if cells is None else _rows(adata, cells)
@@ -115,7 +115,7 @@ def impute(
     everywhere = np.ones(adata.n_obs, bool) if chosen is None else chosen
     hidden_genes = None if whole else np.isin(np.arange(len(handle.genes)), wanted)
     result = _predict(handle, table, orders, wanted, everywhere, hidden_genes, batch_size)
-    target = adata.copy() if copy else adata
+    target = running.to_write(adata, copy)
     there = _write(target, table, column, wanted, names, everywhere, result, key_added, handle)
     target.uns[key_added] = dict(
         running.record(

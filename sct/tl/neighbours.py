@@ -46,7 +46,8 @@ def spatial_neighbors(
     DataError
         No such key or column, a position that is missing.
     """
-    if cells_per_bag < 1:
+    running.check_table(adata, copy)
+    if not isinstance(cells_per_bag, int) or cells_per_bag < 1:
         raise ConfigError(f"cells_per_bag is {cells_per_bag}, but at least 1 is needed.")
     if copy and adata.isbacked:
         raise DataError(
@@ -60,7 +61,7 @@ def spatial_neighbors(
         near = neighbours(places, cells_per_bag)
         found[rows, : near.shape[1]] = rows[near]
         radius[rows] = np.linalg.norm(places[near[:, -1]] - places, axis=1)
-    target = adata.copy() if copy else adata
+    target = running.to_write(adata, copy)
     target.obsm[key_added] = found
     target.obs[f"{key_added}_radius"] = radius
     target.uns[key_added] = {

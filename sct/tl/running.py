@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,11 @@ def opened(model: Model) -> Pretrained:
     ConfigError
         The family has no cell embedding.
     """
+    if not isinstance(model, Pretrained | str | os.PathLike):
+        raise ConfigError(
+            f"the model is a {type(model).__name__}, but what sct.load gives, or a path or hub id, is needed (adata "
+            "comes first)."
+        )
     handle = (
         model if isinstance(model, Pretrained) else load(Path(model) if not isinstance(model, str) else model)
     )
@@ -47,17 +53,42 @@ def opened(model: Model) -> Pretrained:
     return handle
 
 
+def check_table(adata: Any, copy: bool) -> None:
+    """Raise `DataError` for what is no AnnData, has no cells, or cannot hold results."""
+    if not isinstance(adata, ad.AnnData):
+        raise DataError(
+            f"the data is a {type(adata).__name__}, but an AnnData is needed: read a file with anndata.read_h5ad first."
+        )
+    if not adata.n_obs:
+        raise DataError("the data has no cells: give at least one.")
+    if adata.isbacked and adata.is_view:
+        raise DataError("a part of a backed AnnData cannot hold results: load it with .to_memory() first.")
+    if adata.isbacked and copy:
+        raise DataError(
+            "a backed AnnData is not copied: leave copy=False, or load it with adata.to_memory()."
+        )
+
+
+def to_write(adata: ad.AnnData, copy: bool) -> ad.AnnData:
+    """Return what results are written into: a copy, or `adata` itself, made independent if it is a view."""
+    if copy:
+        return adata.copy()
+    if adata.is_view:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ad.ImplicitModificationWarning)
+            adata.obs = adata.obs.copy()
+    return adata
+
+
 def sections(adata: ad.AnnData, batch_key: str | None, spatial_key: str | None) -> list[Section]:
     """Divide cells by a column of obs, in the order of their first cells.
 
     Raises
     ------
     DataError
-        There are no cells, there is no such column, a cell has no batch, or positions are missing or not two
+        There is no such column, a cell has no batch, or positions are missing or not two
         numbers.
     """
-    if not adata.n_obs:
-        raise DataError("the data has no cells: give at least one.")
     if batch_key is None:
         parts = [("", np.arange(adata.n_obs))]
     else:
@@ -71,9 +102,9 @@ def sections(adata: ad.AnnData, batch_key: str | None, spatial_key: str | None) 
     if spatial_key is None:
         return [Section(name, rows) for name, rows in parts]
     if spatial_key not in adata.obsm:
-        known = ", ".join(map(repr, adata.obsm)) or "nothing"
+        known = f"only {', '.join(map(repr, adata.obsm))}" if len(adata.obsm) else "it is empty"
         raise DataError(
-            f"obsm has no {spatial_key!r} but {known}: name the key of the positions (spatial_key=...)."
+            f"obsm has no {spatial_key!r}, {known}: name the key of the positions (spatial_key=...)."
         )
     given = np.asarray(adata.obsm[spatial_key])
     found = []
@@ -89,8 +120,8 @@ def sections(adata: ad.AnnData, batch_key: str | None, spatial_key: str | None) 
 def column(adata: ad.AnnData, name: str, what: str) -> Any:
     """Return a column of obs, or say which ones there are."""
     if name not in adata.obs:
-        known = ", ".join(map(repr, adata.obs.columns)) or "no column"
-        raise DataError(f"obs has no {name!r} but {known}: name another column ({what}=...).")
+        known = f"only {', '.join(map(repr, adata.obs.columns))}" if len(adata.obs.columns) else "it is empty"
+        raise DataError(f"obs has no {name!r}, {known}: name another column ({what}=...).")
     return adata.obs[name]
 
 
@@ -119,6 +150,8 @@ def order_of(section: Section, cells_per_bag: int, seed: int, context: str = "ti
     """
     if context not in CONTEXTS:
         raise ConfigError(f"context is {context!r}, but it must be one of {', '.join(CONTEXTS)}.")
+    if context != CONTEXTS[0] and section.places is None:
+        raise ConfigError(f"context={context!r} needs positions: give spatial_key as well.")
     if section.places is None:
         return random_order(section.rows, cells_per_bag, seed)
     make = tile_order if context == "tiles" else centred_order
@@ -271,7 +304,8 @@ def check_not_empty(cells: Cells, needed: np.ndarray | None = None) -> None:
     if empty.any():
         raise DataError(
             f"{int(empty.sum()):,} of {cells.n_cells:,} cells have no count of the model's genes (the first is row "
-            f"{int(np.argmax(empty))}): leave them out, as scanpy.pp.filter_cells(adata, min_counts=1) does."
+            f"{int(np.argmax(empty))}): leave them out, for example by adata = "
+            "adata[adata[:, model.genes.align(adata.var).columns >= 0].X.sum(axis=1) > 0].copy()."
         )
 
 
@@ -280,6 +314,7 @@ def record(model: Pretrained, table: Cells, /, **settings: Any) -> Mapping[str, 
     return {
         "sct_version": __version__,
         "model": repr(model),
+        "weights": model.fingerprint,
         "model_step": -1 if model.step is None else model.step,
         "vocabulary_hash": model.genes.hash,
         "counts_from": table.counts_from,

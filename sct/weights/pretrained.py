@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import inspect
 import os
 import re
@@ -65,6 +66,15 @@ class Pretrained:
     def __repr__(self) -> str:
         size = sum(int(np.prod(value.shape)) for value in flatten(self.variables).values())
         return f"Pretrained({self.family!r}, {size:,} parameters, {len(self.genes):,} genes)"
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of the weights, 16 hexadecimal digits: which model it was."""
+        digest = hashlib.sha256()
+        for path, value in sorted(flatten(self.variables).items()):
+            digest.update(path.encode())
+            digest.update(np.asarray(value).tobytes())
+        return digest.hexdigest()[:16]
 
     def apply(
         self, *, intermediates: Sequence[str] = (), outputs: Sequence[str] | None = None, **inputs: Any
@@ -253,11 +263,14 @@ def load(
         match(reader.shapes, expected, str(folder))
         where = flatten(axes.shardings(boxed, mesh, rules)) if mesh is not None else {}
         arrays = {name: reader.read(name, where.get(name), dtype) for name in expected}
+    data = config.get("data")
+    if data is None and run_folder.is_run(folder.parent):  # written before model folders knew it
+        data = model_folder.read_json(folder.parent / "config.json").get("data")
     card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
     licence = config.get("license") or "unknown"
     return Pretrained(
         config["family"], model, unflatten(arrays), vocabulary, card, licence, config.get("step"),
-        data_options(config.get("data")),
+        data_options(data),
     )  # fmt: skip
 
 

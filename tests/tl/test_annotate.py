@@ -35,7 +35,10 @@ def test_a_split_vote_is_unknown_and_its_share_is_told():
     reference = blobs(4, 1)
     query = blobs(1, 0, labels=False)
     query.obsm["X"][:] = [[5.0, 5.1]]
-    sct.tl.annotate(query, reference=reference, label_key="kind", use_rep="X", n_neighbors=4, threshold=0.6)
+    with pytest.warns(UserWarning, match="100% of the cells are 'unknown'"):
+        sct.tl.annotate(
+            query, reference=reference, label_key="kind", use_rep="X", n_neighbors=4, threshold=0.6
+        )
     assert query.obs["sct_label"].iloc[0] == "unknown"
     assert query.obs["sct_label_probability"].iloc[0] == 0.5
     sct.tl.annotate(query, reference=reference, label_key="kind", use_rep="X", n_neighbors=4, threshold=0.5)
@@ -75,7 +78,7 @@ def test_itself_as_the_reference_gives_its_own_labels(adata, model):
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"label_key": "type", "use_rep": "X"}, DataError, "obs has no 'type' but 'kind'"),
+        ({"label_key": "type", "use_rep": "X"}, DataError, "obs has no 'type', only 'kind'"),
         ({"label_key": "kind"}, ConfigError, "give a model"),
         ({"label_key": "kind", "use_rep": "Y"}, DataError, "no obsm\\['Y'\\]"),
         ({"label_key": "kind", "use_rep": "X", "threshold": 2}, ConfigError, "threshold is 2"),

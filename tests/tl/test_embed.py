@@ -11,7 +11,7 @@ import sct
 from sct.data.bag_order import random_order
 from sct.data.tokenize import bin_counts, noisy_genes
 from sct.errors import ConfigError, DataError
-from tests.tl.conftest import BAG, CELLS
+from tests.tl.conftest import BAG, CELLS, made
 
 
 def embedded(adata, model, **options) -> np.ndarray:
@@ -188,13 +188,12 @@ def test_a_rare_gene_of_one_batch_is_noise_by_that_batch_alone(adata, model):
     of_b = np.flatnonzero(rare.obs["batch"] == "b")
     dense[:, 12] = 0
     dense[of_b[0], 12] = 1
-    more = ad.concat([rare] + [rare[rare.obs["batch"] == "a"]] * 40)  # many more cells of the other batch
+    more = ad.concat([rare] + [rare[rare.obs["batch"] == "a"]] * 40, index_unique="-")  # of the other batch
     more.var = rare.var
     dense_more = more.X.toarray()
     dense_more[:, 12] = 0
     dense_more[of_b[0], 12] = 1
     rare.X, more.X = sp.csr_matrix(dense), sp.csr_matrix(dense_more)
-    more.obs_names_make_unique()
     before, after = (embedded(cells, model, batch_key="batch") for cells in (rare, more))
     np.testing.assert_allclose(after[of_b], before[of_b], rtol=1e-5, atol=1e-5)
 
@@ -226,3 +225,29 @@ def test_no_cells_and_no_seed(adata, model, options):
         sct.tl.embed(adata[:0].copy(), model, **options)
     with pytest.raises(ConfigError, match="seed is -1"):
         sct.tl.embed(adata, model, seed=-1, **options)
+
+
+def test_what_is_no_table_or_no_model(adata, model, tmp_path):
+    with pytest.raises(DataError, match="is a DataFrame, but an AnnData"):
+        sct.tl.embed(adata.to_df(), model)
+    with pytest.raises(ConfigError, match="adata comes first"):
+        sct.tl.embed(adata, adata)
+    with pytest.raises(ConfigError, match="give spatial_key as well"):
+        sct.tl.embed(adata, model, context="neighbors")
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    with pytest.raises(DataError, match="part of a backed"):
+        sct.tl.embed(ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")[:5], model)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_view_becomes_a_table_of_its_own_without_a_warning(adata, model):
+    view = adata[:20]
+    sct.tl.embed(view, model)
+    assert view.obsm["X_sct"].shape[0] == 20
+    assert "X_sct" not in adata.obsm
+
+
+def test_the_weights_are_named(adata, model):
+    other = made(use_spatial=True)
+    sct.tl.embed(adata, model)
+    assert adata.uns["X_sct"]["weights"] == model.fingerprint == made().fingerprint != other.fingerprint

@@ -178,7 +178,7 @@ def test_results_survive_a_file(adata, model, tmp_path):
     ("options", "error", "words"),
     [
         ({}, ConfigError, "say what to impute"),
-        ({"genes": ["NOSUCHGENE"]}, DataError, "NOSUCHGENE: no such gene"),
+        ({"genes": ["NOSUCHGENE"]}, DataError, "NOSUCHGENE: not among the 60 genes"),
         ({"genes": []}, DataError, "empty"),
         ({"cells": [1, 99]}, DataError, "rows 1 to 99"),
         ({"cells": ["nobody"]}, DataError, "'nobody'"),
