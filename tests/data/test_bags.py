@@ -190,10 +190,7 @@ def test_rescaling_keeps_the_aspect():
 def test_coordinates_of_one_place_are_zero_and_wrong_ones_refused():
     np.testing.assert_array_equal(rescale_coordinates(np.full((3, 2), 7.0)), np.zeros((3, 2)))
     for bad in (np.zeros((3, 3)), np.zeros(3), np.array([[0.0, np.nan]]), np.array([[np.inf, 0.0]])):
-        with pytest.raises(
-            DataError,
-            match=r"(coordinates have the shape.*give x and y only|missing coordinates.*drop cells without a position)\.$",
-        ):
+        with pytest.raises(DataError, match=r"coordinates (have the shape|\(the first is row 0\))"):
             rescale_coordinates(bad)
 
 
