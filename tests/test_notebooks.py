@@ -38,7 +38,8 @@ def test_a_notebook_runs(path, folder, monkeypatch):
         for output in cell.get("outputs", [])
     ]
     assert not any("error:" in text or "Traceback" in text for text in printed), printed
-    warned = [text for text in printed if "Warning" in text]
+    # After so few steps most labels are unknown, which annotate says.
+    warned = [text for text in printed if "Warning" in text and "of the cells are 'unknown'" not in text]
     assert not warned, warned
     pictures = [
         output

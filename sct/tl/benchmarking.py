@@ -191,6 +191,8 @@ def benchmark(
         **report.environment(),
         "model": repr(handle) if handle is not None else "none (baselines alone)",
         "model folder": str(options.model or "(in memory)") if handle is not None else "-",
+        "weights": handle.fingerprint if handle is not None else "-",
+        "cells per bag": str(_bag_size(handle, options.data)),
         "licence of the model": handle.license if handle is not None else "-",
         "cells": ", ".join(f"{part.name} ({part.adata.n_obs:,})" for part in parts),
         "counts": ", ".join(sorted({part.table.counts_from for part in parts})),
@@ -355,13 +357,17 @@ def _reason(title: str, error: SctError) -> Report:
     return table
 
 
+def _bag_size(handle: Pretrained | None, data: DataOptions) -> int:
+    if data.cells_per_bag or handle is None:
+        return data.cells_per_bag or DATA_OPTIONS["cells_per_bag"]
+    return running.bag_size(handle, None)
+
+
 def _held_out(
     parts: list[_Part], handle: Pretrained | None, train: Store | None, data: DataOptions
 ) -> tuple[HeldOut, BagSource | None, Model | None]:
     """Cells to impute, bags of the training studies, and the model as a method."""
-    size = data.cells_per_bag or (
-        running.bag_size(handle, None) if handle is not None else DATA_OPTIONS["cells_per_bag"]
-    )
+    size = _bag_size(handle, data)
     config = handle.config if handle is not None else None
     genes = len(parts[0].table.vocabulary)
     settings = handle.data if handle is not None else {}
@@ -401,7 +407,7 @@ def _imputation_figures(outcome: Outcome, cells_per_bag: int) -> list[Figure]:
         return []
     title, masked, whole = titles[outcome.axis]
     shares = {row: [(value / whole, mcc) for value, mcc in curve] for row, curve in outcome.curves.items()}
-    canvas = Canvas(figsize=(9, 5.5), layout="constrained")
+    canvas = Canvas(figsize=(7.2, 5.6), layout="constrained")
     pl.mcc_by_ratio(shares, masked=masked, ax=canvas.add_subplot())
     caption = "Mean over draws, with one standard deviation. The dashed line is the bar."
     figures = [Figure(title, figure_svg(canvas), caption)]
@@ -464,7 +470,7 @@ def _umap(part: _Part, color: str) -> Figure:
 
     from sct import pl
 
-    canvas = Canvas(figsize=(8, 5.5), layout="constrained")
+    canvas = Canvas(figsize=(7, 5), layout="constrained")
     pl.umap(part.adata, basis="X_sct", color=color, ax=canvas.add_subplot())
     title = f"UMAP of the model's embedding, {part.name}, by {color}"
     return Figure(title, figure_svg(canvas), f"Coloured by {color}.")
