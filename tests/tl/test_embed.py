@@ -239,7 +239,7 @@ def test_what_is_no_table_or_no_model(adata, model, tmp_path):
         sct.tl.embed(ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")[:5], model)
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::anndata.ImplicitModificationWarning")
 def test_a_view_becomes_a_table_of_its_own_without_a_warning(adata, model):
     view = adata[:20]
     sct.tl.embed(view, model)
