@@ -1,7 +1,8 @@
 # Everything a clone needs; `make` alone lists the targets. PYTHON=... chooses the interpreter of .venv.
 
 PYTHON ?= python3
-PYTEST_ARGS ?=
+# Two tests at once: much of each is imports and compilation on one core.
+PYTEST_ARGS ?= -n 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +16,7 @@ QUIET_ENV = env $(foreach name,$(filter JAX_% XLA_%,$(.VARIABLES)),-u $(name))
 help:
 	@echo "make quickstart   install into .venv and train sCT on real blood cells (minutes on two cores)"
 	@echo "make install      install into .venv, with what the tests and linters need"
-	@echo "make test         run the tests, without the slow ones; PYTEST_ARGS='-n 2 tests/data' is passed on"
+	@echo "make test         run the tests, without the slow ones, two at once; PYTEST_ARGS='-n 4 tests/data' instead"
 	@echo "make test-all     run all tests"
 	@echo "make lint         check style and types"
 	@echo "make format       format the code"
