@@ -28,7 +28,8 @@ _SMALLER = {
     "benchmark": "score fewer cells (--config.data.max_cells, --config.data.max_bags) or take smaller bags "
     "(--config.data.cells_per_bag)",
     **dict.fromkeys(
-        ("embed", "impute"), "take fewer or smaller bags at once (--batch_size=1, --cells_per_bag)"
+        ("embed", "impute", "annotate"),
+        "take fewer or smaller bags at once (--batch_size=1, --cells_per_bag)",
     ),
 }
 
@@ -65,7 +66,8 @@ def main(command: str | None = None) -> None:
         # absl's own help names files of this machine and ends with status 1.
         from absl import flags
 
-        listed = flags.FLAGS.module_help(module.__name__).partition(":")[2]
+        names = (module.__name__, *getattr(module, "FLAG_MODULES", ()))
+        listed = "".join(flags.FLAGS.module_help(name).partition(":")[2].rstrip() for name in names)
         print(f"{(module.__doc__ or '').strip()}\n\nFlags:{listed}")
         sys.exit(0)
     if command in _COMPUTING:
@@ -77,6 +79,7 @@ def main(command: str | None = None) -> None:
         getattr(module, "prepare", None),
         "go on" if command in ("train", "ingest") else "start over",
         _SMALLER.get(command, "take less at once, or a machine with more"),
+        getattr(module, "TAKES_ARGUMENTS", False),
     )
 
 
@@ -103,24 +106,30 @@ def run_main(
     prepare: Callable[[list[str]], list[str]] | None = None,
     again: str = "go on",
     smaller: str = "take less at once, or a machine with more",
+    takes_arguments: bool = False,
 ) -> None:
     """Run `program(arguments)` under absl flags; a user's mistake is one sentence and exit status 1.
 
     Only errors of `sct.errors` are shortened: any other exception is a defect of this project (or of the
     machine) and keeps its traceback. `prepare` may change the arguments before flags are read from them; `again`
-    and `smaller` say what to do after Ctrl-C and where memory does not suffice.
+    and `smaller` say what to do after Ctrl-C and where memory does not suffice. Words that are no flags are
+    refused unless it `takes_arguments`.
     """
     # Start-up chatter of the XLA runtime is of no use to a user.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
     from absl import app, logging
 
-    from sct.errors import SctError
+    from sct.errors import ConfigError, SctError
 
     def guarded(rest: list[str]) -> int | None:
         # JAX and Orbax log back-end probing and every stage of a save through absl.
         logging.set_verbosity(logging.ERROR)
         try:
+            if len(rest) > 1 and not takes_arguments:
+                raise ConfigError(
+                    f"{rest[1]!r} is not a flag: options are written --name=value, a list without spaces."
+                )
             return program(rest)
         except SctError as error:
             print(f"error: {error}", file=sys.stderr)

@@ -26,10 +26,6 @@ flags.mark_flag_as_required("config")
 
 def main(argv: list[str]) -> None:
     """Measure as the configuration says."""
-    if len(argv) > 1:
-        raise ConfigError(
-            f"{argv[1]!r} is not a flag: options are written --name=value, a list without spaces."
-        )
     from rich.console import Console
 
     from sct.tl.benchmarking import benchmark

@@ -30,10 +30,6 @@ flags.mark_flag_as_required("from")
 
 def main(argv: list[str]) -> None:
     """Convert as the flags say."""
-    if len(argv) > 1:
-        raise ConfigError(
-            f"{argv[1]!r} is not a flag: options are written --name=value, a list without spaces."
-        )
     from sct.data.genes import GeneVocabulary
     from sct.weights import haiku_sct, model_folder
 

@@ -15,11 +15,9 @@ from pathlib import Path
 
 from absl import flags
 
+from sct.commands import cell_flags
 from sct.errors import ConfigError
 
-_INPUT = flags.DEFINE_string("input", None, ".h5ad file or .zarr folder with raw counts.", required=True)
-_MODEL = flags.DEFINE_string("model", None, "Model folder, run folder or hub id.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, ".h5ad file to write.", required=True)
 _GENES = flags.DEFINE_list(
     "genes", None, "Genes, separated by commas; 'missing' for all that the file lacks."
 )
@@ -27,28 +25,17 @@ _CELLS = flags.DEFINE_string(
     "cells", None, "Cells: names separated by commas, or a text file with one per line."
 )
 _KEY = flags.DEFINE_string("key_added", "sct", "Beginning of the names of the results.")
-_LAYER = flags.DEFINE_string("layer", None, "Layer with the raw counts; found by default.")
-_BATCH = flags.DEFINE_string("batch_key", None, "Column of obs within which cells share a bag.")
-_SPATIAL = flags.DEFINE_string("spatial_key", None, "Key of positions in obsm: neighbours share a bag.")
-_BAG = flags.DEFINE_integer("cells_per_bag", None, "Cells read together; as in training by default.")
-_SIZE = flags.DEFINE_integer("batch_size", None, "Bags computed at once; by default what fits well.")
-_COLUMN = flags.DEFINE_string(
-    "gene_column", None, "Column of var with gene ids or symbols; found by default."
-)
-_DUPLICATES = flags.DEFINE_enum("duplicates", "error", ["error", "sum"], "Several columns of one gene.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the bags.")
+
+FLAG_MODULES = ("sct.commands.cell_flags",)
+flags.mark_flag_as_required("model")
 
 
 def main(argv: list[str]) -> None:
     """Impute as the flags say."""
-    if len(argv) > 1:
-        raise ConfigError(
-            f"{argv[1]!r} is not a flag: options are written --name=value, a list without spaces."
-        )
     from sct.commands import tables
     from sct.tl.imputation import MISSING, impute
 
-    target = tables.check_output(_OUTPUT.value, _INPUT.value)
+    target = tables.check_output(cell_flags.OUTPUT.value, cell_flags.INPUT.value)
     genes, key, cells = _GENES.value, _KEY.value, None
     if _CELLS.value is not None:
         file = Path(_CELLS.value).expanduser()
@@ -60,15 +47,12 @@ def main(argv: list[str]) -> None:
         cells = [name.strip() for name in listed if name.strip()]
     if genes is None and cells is None:
         raise ConfigError("say what to impute: --genes=CD3E,MS4A1, --genes=missing, or --cells=NAMES.")
-    adata = tables.read(_INPUT.value, may_be_backed=cells is None)
-    impute(
-        adata, _MODEL.value, genes=MISSING if genes == [MISSING] else genes, cells=cells, layer=_LAYER.value,
-        key_added=key, batch_key=_BATCH.value, spatial_key=_SPATIAL.value, cells_per_bag=_BAG.value,
-        batch_size=_SIZE.value, gene_column=_COLUMN.value, duplicates=_DUPLICATES.value, seed=_SEED.value,  # type: ignore[arg-type]
-    )  # fmt: skip
+    adata = tables.read(cell_flags.INPUT.value, may_be_backed=cells is None)
+    asked = MISSING if genes == [MISSING] else genes
+    impute(adata, cell_flags.MODEL.value, genes=asked, cells=cells, key_added=key, **cell_flags.options())
     names = [f"{key}_expected", f"{key}_level"]
     added = {slot: [n for n in names if n in getattr(adata, slot)] for slot in ("layers", "obsm")}
-    tables.write(adata, _INPUT.value, target, {**added, "uns": [key]})
+    tables.write(adata, cell_flags.INPUT.value, target, {**added, "uns": [key]})
     said = adata.uns[key]
     what = f"{len(said['genes']):,} genes" if len(said["genes"]) else "all genes"
     print(

@@ -45,6 +45,9 @@ _SKIP_BAD = flags.DEFINE_bool("skip_bad", False, "Finish the store without input
 _CENSUS_VERSION = flags.DEFINE_string("census_version", "stable", "Release of the CELLxGENE Census.")
 
 
+TAKES_ARGUMENTS = True  # inputs may also stand without --input
+
+
 def main(argv: list[str]) -> None:
     """Ingest what the flags say."""
     from sct.data import ingest

@@ -39,10 +39,6 @@ flags.mark_flag_as_required("config")
 
 def main(argv: list[str]) -> int:
     """Train as the flags say; 0, 1 where a run of a sweep failed, or 130 after Ctrl-C."""
-    if len(argv) > 1:
-        raise ConfigError(
-            f"{argv[1]!r} is not a flag: options are written --name=value, a list without spaces."
-        )
     import jax
 
     from sct.train import experiment, sweep
