@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from typing import Any
 
@@ -21,6 +21,9 @@ from sct.progress import track
 # Gene positions that are drawn, or given to a model, at once where nothing else is asked: a full bag alone,
 # many small ones together.
 POSITIONS_AT_ONCE = 2**18
+
+# (key, tokens (B, K, P), amount, num_bins) -> mask (B, K, P), see `sct.data.masking`.
+Rule = Callable[..., jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,44 +248,33 @@ class Masked:
         )
 
 
-@partial(jax.jit, static_argnames="num_bins")
-def _ratio_masks(
-    seed: Any, numbers: jax.Array, tokens: jax.Array, ratio: jax.Array, num_bins: int
+@partial(jax.jit, static_argnames=("rule", "num_bins"))
+def _masks(
+    rule: Rule, seed: Any, numbers: jax.Array, tokens: jax.Array, amounts: jax.Array, num_bins: int
 ) -> jax.Array:
-    def one(number: Any, bag: Any, share: Any) -> jax.Array:
+    def one(number: Any, bag: Any, amount: Any) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(seed), number)
-        return masking.exact_ratio(key, bag[None], share, num_bins)[0]
+        return rule(key, bag[None], amount, num_bins)[0]
 
-    return jax.vmap(one)(numbers, tokens, ratio)
-
-
-@partial(jax.jit, static_argnames="num_bins")
-def _cell_masks(
-    seed: Any, numbers: jax.Array, tokens: jax.Array, hidden: jax.Array, num_bins: int
-) -> jax.Array:
-    def one(number: Any, bag: Any, cells: Any) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        return masking.whole_cells(key, bag[None], cells, num_bins)[0]
-
-    return jax.vmap(one)(numbers, tokens, hidden)
+    return jax.vmap(one)(numbers, tokens, amounts)
 
 
-def _draw(held_out: HeldOut, masks: Any, seed: int, rates: np.ndarray) -> Masked:
-    """Mask bag by bag; the key of a bag comes from the seed and the bag's number alone."""
+def _draw(held_out: HeldOut, rule: Rule, seed: int, amounts: np.ndarray) -> Masked:
+    """Mask bag by bag, `amounts` one of each; the key of a bag comes from the seed and the bag's number alone."""
     mask = np.zeros(held_out.tokens.shape, bool)
     position = np.searchsorted(np.unique(held_out.bag), held_out.bag)
     for batch in held_out.batches():
         tokens = held_out.padded(batch, held_out.tokens, held_out.num_bins)
-        rate = np.zeros(len(batch.numbers), rates.dtype)
-        rate[batch.bag] = rates[position[batch.cells]]
-        made = masks(seed, batch.numbers, tokens, rate, held_out.num_bins)
+        amount = np.zeros(len(batch.numbers), amounts.dtype)
+        amount[batch.bag] = amounts[position[batch.cells]]
+        made = _masks(rule, seed, batch.numbers, tokens, amount, held_out.num_bins)
         mask[batch.cells] = np.asarray(made)[batch.bag, batch.slot]
     return Masked.of(held_out, mask)
 
 
 def mask_ratio(held_out: HeldOut, ratio: float, seed: int) -> Masked:
     """Hide exactly round(`ratio` x n) of the n genes of each cell, expressed or not."""
-    return _draw(held_out, _ratio_masks, seed, np.full(held_out.num_bags, ratio, np.float32))
+    return _draw(held_out, masking.exact_ratio, seed, np.full(held_out.num_bags, ratio, np.float32))
 
 
 def mask_cells(held_out: HeldOut, num_cells: int, seed: int) -> Masked:
@@ -294,7 +286,7 @@ def mask_cells(held_out: HeldOut, num_cells: int, seed: int) -> Masked:
     present = np.diff(held_out._starts)
     hidden = np.round(num_cells * present / held_out.cells_per_bag)
     hidden = np.minimum(np.maximum(hidden, 1), present - 1).astype(np.int32)
-    return _draw(held_out, _cell_masks, seed, hidden)
+    return _draw(held_out, masking.whole_cells, seed, hidden)
 
 
 def mask_genes(held_out: HeldOut, genes: np.ndarray) -> Masked:

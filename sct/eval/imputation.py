@@ -7,7 +7,8 @@ chooses among all levels and, where it has one, in the form that is told that th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,7 +20,17 @@ from sct.eval import held_out as drawing
 from sct.eval.baselines import Method, standard_methods
 from sct.eval.held_out import HeldOut, Masked
 from sct.eval.report import Report
-from sct.eval.scoring import BAG_RANGES, Draw, Model, Outcome, Probabilities, Row, Setting, measure
+from sct.eval.scoring import (
+    BAG_RANGES,
+    OWN_RANGES,
+    Draw,
+    Model,
+    Outcome,
+    Probabilities,
+    Row,
+    Setting,
+    measure,
+)
 from sct.progress import progress
 
 RATIOS = (0.15, 0.30, 0.40, 0.80)
@@ -40,15 +51,36 @@ def _run(
         return [(name, *measure(held_out, methods, draws, bar.update)) for name, draws in settings]
 
 
-def _everything(masked: Masked) -> Draw:
-    return masked, {"": np.ones(len(masked.cells), bool)}
-
-
 def _methods(
     held_out: HeldOut, model: Method | None, train: BagSource | None, **options: bool
 ) -> list[Method]:
     bar, *others = standard_methods(held_out, train, **options)
     return [bar, *([] if model is None else [model]), *others]
+
+
+def _by_amount(
+    held_out: HeldOut,
+    methods: Sequence[Method],
+    mask: Callable[[HeldOut, Any, int], Masked],
+    titles: Mapping[Any, str],
+    seeds: int,
+    description: str,
+    ranges: str = OWN_RANGES,
+) -> list[Setting]:
+    """A setting for each amount that is masked (amount -> title), whose positions are scored together."""
+
+    def draw(amount: Any, seed: int) -> Draw:
+        masked = mask(held_out, amount, seed)
+        return masked, {"": np.ones(len(masked.cells), bool)}
+
+    asked = [
+        (title, [partial(draw, amount, seed) for seed in range(seeds)]) for amount, title in titles.items()
+    ]
+    measured = _run(held_out, methods, asked, description)
+    return [
+        Setting(title, amount, rows[""], positions[""], ranges=ranges)
+        for amount, (title, rows, positions) in zip(titles, measured, strict=True)
+    ]
 
 
 def gene_imputation(
@@ -83,23 +115,9 @@ def gene_imputation(
         What the titles call the cells.
     """
     methods = _methods(held_out, model, train, magic=magic)
-
-    def draw(ratio: float, seed: int) -> Callable[[], Draw]:
-        return lambda: _everything(drawing.mask_ratio(held_out, ratio, seed))
-
-    settings = [
-        (f"Imputation of {ratio:.0%} masked genes, {cells_name}", [draw(ratio, s) for s in range(seeds)])
-        for ratio in ratios
-    ]
-    measured = _run(held_out, methods, settings, "imputing masked genes")
-    return Outcome(
-        "gene imputation",
-        "ratio",
-        [
-            Setting(name, ratio, rows[""], positions[""])
-            for ratio, (name, rows, positions) in zip(ratios, measured, strict=True)
-        ],
-    )
+    titles = {ratio: f"Imputation of {ratio:.0%} masked genes, {cells_name}" for ratio in ratios}
+    settings = _by_amount(held_out, methods, drawing.mask_ratio, titles, seeds, "imputing masked genes")
+    return Outcome("gene imputation", "ratio", settings)
 
 
 def cells_to_mask(cells_per_bag: int) -> tuple[int, ...]:
@@ -153,23 +171,11 @@ def whole_cell_imputation(
                 f"{number} cells of a bag are to be masked, but bags have {whole}: mask 1 to {whole - 1}."
             )
     methods = _methods(held_out, model, train, whole_cells=True, magic=magic)
-
-    def draw(number: int, seed: int) -> Callable[[], Draw]:
-        return lambda: _everything(drawing.mask_cells(held_out, number, seed))
-
-    settings = [
-        (f"Imputation of {number} of {whole} cells, {cells_name}", [draw(number, s) for s in range(seeds)])
-        for number in numbers
-    ]
-    measured = _run(held_out, methods, settings, "imputing whole cells")
-    return Outcome(
-        "whole-cell imputation",
-        "cells",
-        [
-            Setting(name, number, rows[""], positions[""], ranges=BAG_RANGES)
-            for number, (name, rows, positions) in zip(numbers, measured, strict=True)
-        ],
+    titles = {number: f"Imputation of {number} of {whole} cells, {cells_name}" for number in numbers}
+    settings = _by_amount(
+        held_out, methods, drawing.mask_cells, titles, seeds, "imputing whole cells", BAG_RANGES
     )
+    return Outcome("whole-cell imputation", "cells", settings)
 
 
 def sparsity_groups(held_out: HeldOut) -> dict[str, np.ndarray]:

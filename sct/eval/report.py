@@ -280,7 +280,7 @@ class Report:
         return {
             "title": self.title,
             "columns": list(self.columns),
-            "rows": [[_plain(cell) for cell in row] for row in self.rows],
+            "rows": _plain(self.rows),
             "notes": list(self.notes),
             "better": dict(self.better),
         }
@@ -300,10 +300,17 @@ def cell_text(cell: Any) -> str:
     return "-" if cell is None else str(cell)
 
 
-def _plain(cell: Any) -> Any:
-    if isinstance(cell, list):
-        return [None if math.isnan(x) else str(x) if math.isinf(x) else x for x in cell]
-    return cell if isinstance(cell, str | int | float | None) else str(cell)
+def _plain(content: Any) -> Any:
+    """Content for JSON, which knows neither NaN (None in its place) nor infinity (its name)."""
+    if isinstance(content, Mapping):
+        return {str(key): _plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_plain(value) for value in content]
+    if isinstance(content, np.ndarray | np.generic):
+        return _plain(content.tolist())
+    if isinstance(content, float) and not math.isfinite(content):
+        return None if math.isnan(content) else str(content)
+    return content
 
 
 def _escape(text: str) -> str:
@@ -341,14 +348,19 @@ def environment() -> dict[str, str]:
     return facts
 
 
+def _json(content: Any) -> str:
+    return json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"
+
+
 def write(
     reports: Sequence[Report],
     folder: Path,
     facts: Mapping[str, str] | None = None,
     figures: Sequence[Figure] = (),
     title: str = "Results",
+    numbers: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `report.md`, `report.json` and, where there are facts or figures, `report.html` into a folder.
+    """Write tables into a folder: as `report.md`, `report.json` and, with facts or figures, `report.html`.
 
     Each file is whole or not there at all, and none is replaced before all are made.
 
@@ -365,14 +377,19 @@ def write(
         Figures of the HTML page.
     title
         Heading of the page.
+    numbers
+        Name -> numbers that stand in no table; with them there is `results.json`, `{"facts": ..., **numbers}`.
+        NaN and infinity are written as in `Report.as_dict`.
     """
     tables = [report.as_dict() for report in reports]
     head = "".join(f"- {_escape(name)}: {_escape(str(value))}\n" for name, value in (facts or {}).items())
-    told = {"facts": {name: str(value) for name, value in (facts or {}).items()}, "reports": tables}
+    known = {"facts": {name: str(value) for name, value in (facts or {}).items()}}
     texts = {
         "report.md": "\n".join([*([head] if head else []), *(report.markdown() for report in reports)]),
-        "report.json": json.dumps(told if facts else tables, indent=1, allow_nan=False),
+        "report.json": _json({**known, "reports": tables} if facts else tables),
     }
+    if numbers is not None:
+        texts["results.json"] = _json({**known, **numbers})
     if facts or figures:
         from sct.eval.page import page
 

@@ -88,10 +88,6 @@ def annotate(
         raise DataError(
             f"no reference cell has a label in obs[{label_key!r}]: name the column that holds them."
         )
-    if copy and adata.isbacked:
-        raise DataError(
-            "a backed AnnData is not copied: leave copy=False, or load it with adata.to_memory()."
-        )
     _check_options(adata, reference, use_rep, options)
     target = running.to_write(adata, copy)
     if use_rep is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -202,27 +201,8 @@ def benchmark(
         "time": f"{time.monotonic() - started:,.0f} s",
     }
     title = "Zero-shot benchmark"
-    report.write(reports, output, facts, figures, title)
-    _write_json(output / "results.json", {"facts": facts, **numbers})
+    report.write(reports, output, facts, figures, title, numbers)
     return reports
-
-
-def _write_json(path: Path, content: Any) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    text = json.dumps(_finite(content), indent=1, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _finite(content: Any) -> Any:
-    """Content for JSON, which knows no NaN: null in its place."""
-    if isinstance(content, Mapping):
-        return {str(key): _finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple | np.ndarray):
-        return [_finite(value) for value in content]
-    if isinstance(content, float | np.floating):
-        return float(content) if np.isfinite(content) else None
-    return int(content) if isinstance(content, np.integer) else content
 
 
 def _vocabulary(path: str) -> GeneVocabulary:

@@ -8,7 +8,6 @@ import anndata as ad
 import numpy as np
 
 from sct.data.cells import Cells
-from sct.errors import DataError
 from sct.tl import running
 
 
@@ -73,10 +72,6 @@ def embed(
     running.check_table(adata, copy)
     handle = running.opened(model)
     size = running.bag_size(handle, cells_per_bag)
-    if copy and adata.isbacked:
-        raise DataError(
-            "a backed AnnData is not copied: leave copy=False, or load it with adata.to_memory()."
-        )
     running.check_seed(seed)
     parts = running.sections(adata, batch_key, spatial_key)
     orders = [running.order_of(part, size, seed, context) for part in parts]

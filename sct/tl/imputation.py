@@ -334,14 +334,16 @@ def _counts(target: ad.AnnData, table: Cells) -> sparse.csr_matrix:
 
 
 def _levels(target: ad.AnnData, table: Cells, column: np.ndarray, model: Any) -> sparse.csr_matrix:
-    """Levels (N, n_var) of what was measured, as the model reads them."""
+    """Levels (N, n_var) of what was counted, by the range of all of a cell's counts of the model's genes.
+
+    The model may have read other levels: it is shown neither what is hidden nor genes that are noise.
+    """
     known = np.flatnonzero(column >= 0)
+    place = sparse.csr_matrix(
+        (np.ones(len(known), np.uint8), (known, column[known])), shape=(len(column), target.n_vars)
+    )
     blocks = []
     for start in range(0, table.n_cells, _BLOCK):
         counts = table.read(np.arange(start, min(start + _BLOCK, table.n_cells)))
-        levels = sparse.csr_matrix(bin_counts(counts, num_bins=model.config.num_bins).tokens)
-        place = sparse.csr_matrix(
-            (np.ones(len(known), np.uint8), (known, column[known])), shape=(len(column), target.n_vars)
-        )
-        blocks.append(levels @ place)
+        blocks.append(sparse.csr_matrix(bin_counts(counts, num_bins=model.config.num_bins).tokens) @ place)
     return sparse.vstack(blocks).tocsr()

@@ -6,7 +6,7 @@ import anndata as ad
 import numpy as np
 
 from sct.data.bag_order import neighbours
-from sct.errors import ConfigError, DataError
+from sct.errors import ConfigError
 from sct.tl import running
 from sct.version import __version__
 
@@ -49,10 +49,6 @@ def spatial_neighbors(
     running.check_table(adata, copy)
     if not isinstance(cells_per_bag, int) or cells_per_bag < 1:
         raise ConfigError(f"cells_per_bag is {cells_per_bag}, but at least 1 is needed.")
-    if copy and adata.isbacked:
-        raise DataError(
-            "a backed AnnData is not copied: leave copy=False, or load it with adata.to_memory()."
-        )
     found = np.full((adata.n_obs, cells_per_bag), -1, np.int64)
     radius = np.zeros(adata.n_obs, np.float32)
     for section in running.sections(adata, batch_key, spatial_key):

@@ -189,6 +189,22 @@ def test_the_files_hold_facts_and_every_measurement(tmp_path):
     assert "<title>Benchmark</title>" in html
 
 
+def test_further_numbers_have_a_file_without_nan(tmp_path):
+    numbers = {
+        "curves": {0.5: (np.float32(1.5), np.nan, math.inf)},
+        "count": np.int64(3),
+        "of": np.array([1.0, np.nan]),
+    }
+    report.write([imputation()], tmp_path, {"seed": "1"}, numbers=numbers)
+    saved = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    assert saved == {
+        "facts": {"seed": "1"},
+        "curves": {"0.5": [1.5, None, "inf"]},
+        "count": 3,
+        "of": [1.0, None],
+    }
+
+
 def test_without_facts_and_figures_there_is_no_page(tmp_path):
     report.write([imputation()], tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]

@@ -239,6 +239,24 @@ def test_what_is_no_table_or_no_model(adata, model, tmp_path):
         sct.tl.embed(ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")[:5], model)
 
 
+def test_no_tool_copies_a_backed_table(adata, model, tmp_path):
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    reference = adata.copy()
+    for tool in (
+        lambda: sct.tl.embed(backed, model, copy=True),
+        lambda: sct.tl.impute(backed, model, genes=[adata.var_names[0]], copy=True),
+        lambda: sct.tl.annotate(backed, model, reference=reference, label_key="batch", copy=True),
+        lambda: sct.tl.spatial_neighbors(backed, copy=True),
+    ):
+        with pytest.raises(DataError, match="backed AnnData is not copied"):
+            tool()
+    for cells in (backed, reference):
+        assert set(cells.obsm) == set(adata.obsm)
+        assert set(cells.obs) == set(adata.obs)
+        assert set(cells.uns) == set(adata.uns)
+
+
 @pytest.mark.filterwarnings("error::anndata.ImplicitModificationWarning")
 def test_a_view_becomes_a_table_of_its_own_without_a_warning(adata, model):
     view = adata[:20]

@@ -88,6 +88,19 @@ def test_the_rest_stays_as_it_was_counted(adata, model):
     assert list(adata.uns["new"]["genes"]) == [gene]
 
 
+def test_levels_of_the_rest_follow_all_counts_of_the_cell(adata, model):
+    counts = model.genes.align(adata.var).project(adata.X)
+    largest = int(np.argmax(np.asarray(counts.sum(axis=0)).ravel()))
+    sct.tl.impute(adata, model, genes=[model.genes.keys[largest]])
+    column = adata.var_names.get_indexer(model.genes.keys)
+    rest = (column >= 0) & (np.arange(len(column)) != largest)
+    levels = dense(adata.layers["sct_level"])[:, column[rest]]
+    np.testing.assert_array_equal(levels, bin_counts(counts).tokens[:, rest])
+    shown = counts.tolil()
+    shown[:, largest] = 0
+    assert (levels != bin_counts(shown.tocsr()).tokens[:, rest]).any()
+
+
 def test_genes_that_the_panel_lacks_are_tables(adata, model):
     lacking, there = adata.var_names[3], adata.var_names[10]
     panel = adata[:, adata.var_names != lacking].copy()
