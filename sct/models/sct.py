@@ -7,6 +7,7 @@ data", section 3. Where the text and the published checkpoint differ the flags o
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
 
@@ -14,13 +15,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from sct.errors import ConfigError, DataError
 from sct.nn import axes
 from sct.nn.attention import TransformerBlock
-from sct.nn.conv import Conv, pool_2x
+from sct.nn.conv import Conv, halo_of, pool_2x
 from sct.nn.linear import Embed, Linear
 from sct.nn.norm import EPSILON, LayerNorm, SharedLayerNorm
+from sct.nn.pieces import map_pieces
+from sct.nn.plain import wants_plain
 from sct.nn.spatial import spatial_features
 
 _CHOICES = {
@@ -28,7 +32,7 @@ _CHOICES = {
     "pool": ("avg", "max"),
     "conv_boundary": ("flat", "cell"),
     "spatial_encoding": ("paper", "reference"),
-    "remat": ("none", "level"),
+    "remat": ("none", "products", "level"),
     "dtype": ("float32", "bfloat16", "float16"),
 }
 _LEAST = {
@@ -84,7 +88,9 @@ class SCTConfig:
     layer_norm_eps
         Epsilon of every norm.
     remat
-        "level": keep only the inputs of levels and blocks for the backward pass and compute the rest again.
+        What levels and blocks keep for the backward pass beside their inputs: "level" nothing, the least memory;
+        "products" the outputs of convolutions and matrix products, so that only what is cheap is computed again;
+        "none" everything.
     dtype
         Type of the computation; parameters, norms and logits stay float32.
     """
@@ -196,6 +202,22 @@ def level_probabilities(config: SCTConfig) -> Callable[[Any, jax.Array, jax.Arra
     return probabilities
 
 
+# Name of the outputs of convolutions and matrix products among what the backward pass may keep.
+PRODUCT = "product"
+# What a level keeps for the backward pass, beside its inputs.
+_KEPT: dict[str, Callable[..., bool] | None] = {
+    "none": None,
+    "products": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    "level": jax.checkpoint_policies.nothing_saveable,
+}
+# Positions that a level handles at once on CPU: enough for the products to run at full speed.
+_POSITIONS_AT_ONCE = 4096
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
 class ConvBlock(nn.Module):
     """Norm, convolution, GELU: the unit of both towers; `upsample` doubles the number of positions."""
 
@@ -205,37 +227,40 @@ class ConvBlock(nn.Module):
     num_positions: int
     upsample: bool = False
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map (B, K * G, C) to (B, K * G or 2 K G, features); G is `num_positions`."""
+    def setup(self) -> None:
+        """Declare norm and convolution."""
         config = self.config
         if config.norm == "layer":
-            x = LayerNorm(config.layer_norm_eps, name="norm")(x)
+            self.norm: nn.Module = LayerNorm(config.layer_norm_eps)
         elif config.norm != "none":
-            learnable = config.norm == "shared"
-            x = SharedLayerNorm(self.num_positions, learnable, config.layer_norm_eps, name="norm")(x)
-        x = _convolve(config, self.features, self.taps, self.num_positions, self.upsample)(x)
-        return jax.nn.gelu(x, approximate=True)
+            self.norm = SharedLayerNorm(self.num_positions, config.norm == "shared", config.layer_norm_eps)
+        self.conv = Conv(self.features, self.taps, self.upsample, jnp.dtype(config.dtype))
 
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map (B, K * G, C) to (B, K * G or 2 K G, features); G is `num_positions`."""
+        return _gelu(self.convolve(self.normalise(x)))
 
-def _convolve(config: SCTConfig, features: int, taps: int, num_positions: int, upsample: bool = False) -> Any:
-    """Convolution over the flat sequence, or cell by cell (`conv_boundary`)."""
-    layer = Conv(features, taps, upsample, jnp.dtype(config.dtype), name="conv")
+    def normalise(self, x: jax.Array) -> jax.Array:
+        """Norm of whole cells (B, K * G, C)."""
+        return x if self.config.norm == "none" else self.norm(x)
 
-    def apply(x: jax.Array) -> jax.Array:
-        if config.conv_boundary == "flat" or taps == 1:
-            return layer(x)
-        batch, length, width = x.shape
-        cells = layer(x.reshape(batch * length // num_positions, num_positions, width))
-        return cells.reshape(batch, -1, features)
-
-    return apply
+    def convolve(self, x: jax.Array, with_halo: bool = False) -> jax.Array:
+        """Convolution of what the norm gave; see `Conv` for the halo."""
+        if self.config.conv_boundary == "cell" and self.taps > 1:
+            halo = halo_of(self.taps, self.upsample) if with_halo else 0
+            cells = x.reshape(-1, self.num_positions, x.shape[-1])
+            y = self.conv(jnp.pad(cells, ((0, 0), (halo, halo), (0, 0))), with_halo)
+            y = y.reshape(x.shape[0], -1, self.features)
+        else:
+            y = self.conv(x, with_halo)
+        return checkpoint_name(y, PRODUCT)
 
 
 class TowerLevel(nn.Module):
     """One level of a tower: a block that changes the width, and a residual block with a kernel of one.
 
-    A level of the deconvolution tower doubles the number of positions first.
+    A level of the convolution tower halves the number of positions in the end, by pooling; a level of the
+    deconvolution tower doubles it first, and adds the skip connection in the end.
     """
 
     config: SCTConfig
@@ -243,14 +268,113 @@ class TowerLevel(nn.Module):
     num_positions: int
     upsample: bool = False
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map (B, K * G, C) to (B, K * G or 2 K G, features)."""
-        config, taps = self.config, self.config.conv_taps
-        x = ConvBlock(config, self.features, taps, self.num_positions, self.upsample, name="block")(x)
-        positions = self.num_positions * (2 if self.upsample else 1)
-        x = x + ConvBlock(config, self.features, 1, positions, name="residual")(x)
-        return axes.constrain(x, axes.BATCH, axes.LENGTH, axes.CHANNEL)
+    def setup(self) -> None:
+        """Declare the blocks."""
+        config, positions = self.config, self.num_positions * (2 if self.upsample else 1)
+        self.block = ConvBlock(config, self.features, config.conv_taps, self.num_positions, self.upsample)
+        self.residual = ConvBlock(config, self.features, 1, positions)
+
+    def __call__(self, x: jax.Array, skip: jax.Array | None = None) -> jax.Array:
+        """Map (B, K * G, C) to (B, K * G / 2 or 2 K G, features); `skip` is added to the latter."""
+        config = self.config
+        cells = x.shape[1] // self.num_positions
+        chunk = _cells_at_once(config, cells, self.num_positions)
+        if self.is_initializing():
+            return self.whole(x, skip)
+        pure = self.clone(parent=None, name=None)
+
+        def level(params: Any, x: jax.Array, skip: jax.Array | None) -> jax.Array:
+            if chunk == cells:
+                return cast(jax.Array, pure.apply({"params": params}, x, skip, method="whole"))
+            return _in_pieces(pure, params, x, skip, chunk)
+
+        keeps_itself = chunk < cells and config.remat == "products"
+        if config.remat != "none" and not keeps_itself:
+            level = jax.checkpoint(level, policy=_KEPT[config.remat])
+        y = level(self.variables["params"], x, skip)
+        return axes.constrain(y, axes.BATCH, axes.LENGTH, axes.CHANNEL)
+
+    def whole(self, x: jax.Array, skip: jax.Array | None) -> jax.Array:
+        """All cells at once."""
+        product = self.block.convolve(self.block.normalise(x))
+        return self.join(product, self.refine(product), skip)
+
+    def normalise(self, x: jax.Array) -> jax.Array:
+        """First norm, of whole cells."""
+        return self.block.normalise(x)
+
+    def convolve(self, left: jax.Array, x: jax.Array, right: jax.Array) -> jax.Array:
+        """First convolution, of some cells between the border positions of their neighbours."""
+        return self.block.convolve(jnp.concatenate([left, x, right], axis=1), with_halo=True)
+
+    def refine(self, product: jax.Array) -> jax.Array:
+        """Second norm and product."""
+        return self.residual.convolve(self.residual.normalise(_gelu(product)))
+
+    def after_norm(self, left: jax.Array, x: jax.Array, right: jax.Array, *skip: jax.Array) -> jax.Array:
+        """What follows the first norm, of some cells between the border positions of their neighbours."""
+        product = self.convolve(left, x, right)
+        return self.join(product, self.refine(product), *skip)
+
+    def join(self, product: jax.Array, refined: jax.Array, skip: jax.Array | None = None) -> jax.Array:
+        """Add the blocks, and pool or add the skip connection."""
+        y = _gelu(product) + _gelu(refined)
+        if not self.upsample:
+            return pool_2x(y, self.config.pool)
+        return y if skip is None else y + skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stage:
+    """A method of a level as a function of parameters and of the inputs of one piece of a bag."""
+
+    level: TowerLevel
+    method: str
+
+    def __call__(self, params: Any, inputs: tuple[jax.Array, ...]) -> jax.Array:
+        return cast(jax.Array, self.level.apply({"params": params}, *inputs, method=self.method))
+
+
+def _in_pieces(level: TowerLevel, params: Any, x: jax.Array, skip: jax.Array | None, chunk: int) -> jax.Array:
+    """A level, some cells after the other; a piece sees the border positions of its neighbours."""
+    batch, length, width = x.shape
+    pieces = length // level.num_positions // chunk
+
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(batch * pieces, 1, -1, x.shape[-1])
+
+    def run(method: str, blocks: dict[str, Any], *inputs: jax.Array) -> jax.Array:
+        return map_pieces(_Stage(level, method), blocks, inputs)
+
+    config, block = level.config, params["block"]
+    norm = {"block": {name: block[name] for name in block if name == "norm"}}
+    first, second = {"block": {"conv": block["conv"]}}, {"residual": params["residual"]}
+    main = split(x) if config.norm == "none" else run("normalise", norm, split(x))
+    halo = 0 if config.conv_boundary == "cell" else halo_of(config.conv_taps, level.upsample)
+    ends = main.reshape(batch, pieces, -1, width)
+    border = jnp.zeros((batch, 1, halo, width), main.dtype)
+    left = jnp.concatenate([border, ends[:, :-1, ends.shape[2] - halo :]], axis=1)
+    right = jnp.concatenate([ends[:, 1:, :halo], border], axis=1)
+    inputs, added = (split(left), main, split(right)), [] if skip is None else [split(skip)]
+    if config.remat == "products":
+        product = run("convolve", first, *inputs)
+        refined = run("refine", second, product)
+        y = run("join", {}, product, refined, *added)
+    else:
+        y = run("after_norm", first | second, *inputs, *added)
+    return y.reshape(batch, -1, level.features)
+
+
+def _cells_at_once(config: SCTConfig, cells: int, positions: int) -> int:
+    """Cells of `positions` that a level handles at once, a divisor of the `cells` of a bag.
+
+    On CPU a level goes through a bag in pieces, which stay in the cache and need little memory; what lies between
+    its products costs half as much then (docs/performance.md). Elsewhere, and on a mesh, it takes the bag at once.
+    """
+    if wants_plain() or config.remat == "none" or jax.default_backend() != "cpu" or axes.is_split():
+        return cells
+    fitting = (n for n in range(1, cells) if cells % n == 0 and n * positions >= _POSITIONS_AT_ONCE)
+    return next(fitting, cells)
 
 
 class Stem(nn.Module):
@@ -262,8 +386,11 @@ class Stem(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (B, K * G, token_embed_dim) to (B, K * G, filters[0])."""
         config = self.config
-        x = _convolve(config, config.filters[0], config.stem_taps, config.num_genes)(x)
-        return jax.nn.gelu(x, approximate=True)
+        layer = Conv(config.filters[0], config.stem_taps, dtype=jnp.dtype(config.dtype), name="conv")
+        if config.conv_boundary == "cell":
+            cells = layer(x.reshape(-1, config.num_genes, x.shape[-1]))
+            return jax.nn.gelu(cells.reshape(x.shape[0], -1, config.filters[0]), approximate=True)
+        return jax.nn.gelu(layer(x), approximate=True)
 
 
 class Head(nn.Module):
@@ -293,6 +420,36 @@ class SCT(nn.Module):
     def example(config: SCTConfig) -> dict[str, jax.Array]:
         """Smallest inputs of a call, by name."""
         return {"tokens": jnp.zeros((1, 1, config.num_genes), jnp.uint8)}
+
+    @staticmethod
+    def flops(config: SCTConfig, batch: int, cells: int, head_positions: int | None = None) -> float:
+        """Operations of the matrix products and convolutions of one forward pass; a multiply-add counts as two.
+
+        Parameters
+        ----------
+        config
+            Architecture.
+        batch, cells
+            Bags (B) and cells of each (K).
+        head_positions
+            Positions of a bag at which the head is evaluated; None for all of them.
+        """
+        filters, levels = config.filters, config.num_downsamples
+        length = cells * config.num_genes
+        total: float = length * config.stem_taps * config.token_embed_dim * filters[0]
+        for i in range(levels):
+            narrow, wide = filters[i], filters[i + 1]
+            down = (length >> i) * (config.conv_taps * narrow * wide + wide**2)
+            # Half of the taps of a transposed convolution of stride 2 meet an inserted zero.
+            up = (length >> i) * (config.conv_taps * narrow * wide / 2 + narrow**2)
+            total += down + up
+        inner, width = length >> levels, config.embed_dim
+        block = 4 * width**2 + 2 * inner * width + 3 * width * config.ffn_dim
+        total += config.num_layers * inner * block
+        hidden = [filters[0], *([width] * config.num_hidden_layers_head), config.num_bins + 2]
+        head = sum(into * out for into, out in itertools.pairwise(hidden))
+        total += (length if head_positions is None else head_positions) * head
+        return 2.0 * batch * total
 
     @staticmethod
     def check_inputs(config: SCTConfig, inputs: Mapping[str, Any]) -> None:
@@ -331,21 +488,20 @@ class SCT(nn.Module):
         """Declare the parts, named as in the paper."""
         config = self.config
         dtype = jnp.dtype(config.dtype)
-        level = nn.remat(TowerLevel) if config.remat == "level" else TowerLevel
-        block = nn.remat(TransformerBlock) if config.remat == "level" else TransformerBlock
+        block = TransformerBlock if config.remat == "none" else nn.remat(TransformerBlock)
         filters, genes = config.filters, config.num_genes
         self.token_embed = Embed(config.num_bins + 2, config.token_embed_dim, dtype)
         if config.use_spatial:
             # Zero, so that training on spatial data continues exactly where training on cells stopped.
             self.spatial = Linear(config.token_embed_dim, dtype=jnp.float32, kernel_init=axes.zeros)
         self.stem = Stem(config)
-        self.down = [level(config, filters[i + 1], genes >> i) for i in range(config.num_downsamples)]
+        self.down = [TowerLevel(config, filters[i + 1], genes >> i) for i in range(config.num_downsamples)]
         self.transformer = [
             block(config.num_heads, config.ffn_dim, config.rotary, config.layer_norm_eps, dtype)
             for _ in range(config.num_layers)
         ]
         inwards = reversed(range(config.num_downsamples))  # level 0 of the way up is the innermost
-        self.up = [level(config, filters[i], genes >> (i + 1), True) for i in inwards]
+        self.up = [TowerLevel(config, filters[i], genes >> (i + 1), True) for i in inwards]
         self.head = Head(config)
 
     def embed(self, tokens: jax.Array, coordinates: jax.Array | None = None) -> jax.Array:
@@ -382,15 +538,13 @@ class SCT(nn.Module):
         skips = []
         for level in self.down:
             skips.append(x)
-            x = pool_2x(level(x), self.config.pool)
+            x = level(x)
         return x, skips
 
     def decode(self, x: jax.Array, skips: list[jax.Array]) -> jax.Array:
         """Deconvolution tower: (B, K * G, filters[0])."""
         for level, skip in zip(self.up, reversed(skips), strict=True):
-            x = level(x)
-            if self.config.use_skip_connection:
-                x = x + skip
+            x = level(x, skip if self.config.use_skip_connection else None)
         return x
 
     def __call__(

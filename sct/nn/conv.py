@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,19 +17,57 @@ from sct.nn import axes
 _DIMENSIONS = ("NWC", "WIO", "NWC")
 
 
-def conv(x: jax.Array, kernel: jax.Array, padding: tuple[int, int] | None = None) -> jax.Array:
+def conv(
+    x: jax.Array, kernel: jax.Array, padding: tuple[int, int] | None = None, in_loop: bool = False
+) -> jax.Array:
     """Stride-1 convolution of x (B, L, C) with kernel (k, C, F), giving (B, L, F).
 
-    `padding` is the number of zeros before and after the sequence, k - 1 together; by default "SAME".
+    `padding` is the number of zeros before and after the sequence, by default "SAME"; a negative number takes
+    positions away. `in_loop` says that it is one step of a loop, which needs another gradient on CPU.
     """
     taps = kernel.shape[0]
     if taps == 1:
         return jnp.einsum("blc,cf->blf", x, kernel[0])
     pads = ((taps - 1) // 2, taps // 2) if padding is None else padding
     split = axes.mesh_axes_of(axes.LENGTH)
-    if split is None or x.shape[1] % split[2]:
-        return lax.conv_general_dilated(x, kernel, (1,), [pads], dimension_numbers=_DIMENSIONS)
-    return _conv_with_halo(x, kernel, pads, *split)
+    if split is not None and x.shape[1] % split[2] == 0:
+        return _conv_with_halo(x, kernel, pads, *split)
+    if in_loop and jax.default_backend() == "cpu":
+        return _conv_in_loop(x, kernel, pads)
+    return _plain_conv(x, kernel, pads)
+
+
+def _plain_conv(x: jax.Array, kernel: jax.Array, pads: tuple[int, int]) -> jax.Array:
+    return lax.conv_general_dilated(x, kernel, (1,), [pads], dimension_numbers=_DIMENSIONS)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _conv_in_loop(x: jax.Array, kernel: jax.Array, pads: tuple[int, int]) -> jax.Array:
+    """The kernel's gradient is one matrix product per tap: inside a loop XLA (jax 0.10) runs it as a convolution
+    with a kernel of the sequence's length at 5 GFLOP/s, the products at 100 and more.
+    """  # noqa: D205
+    return _plain_conv(x, kernel, pads)
+
+
+def _conv_in_loop_forward(
+    x: jax.Array, kernel: jax.Array, pads: tuple[int, int]
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _plain_conv(x, kernel, pads), (x, kernel)
+
+
+def _conv_in_loop_backward(
+    pads: tuple[int, int], kept: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = kept
+    (before, after), taps, length = pads, kernel.shape[0], gradient.shape[1]
+    turned = jnp.flip(kernel, 0).swapaxes(1, 2)
+    by_x = _plain_conv(gradient, turned, (taps - 1 - before, taps - 1 - after))
+    padded = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (before, after, 0), (0, 0, 0)])
+    by_tap = [jnp.einsum("blf,blc->fc", gradient, padded[:, j : j + length]).T for j in range(taps)]
+    return by_x, jnp.stack(by_tap)
+
+
+_conv_in_loop.defvjp(_conv_in_loop_forward, _conv_in_loop_backward)
 
 
 def _conv_with_halo(
@@ -58,8 +98,10 @@ def _conv_with_halo(
     )(x, kernel)
 
 
-def conv_transpose_2x(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def conv_transpose_2x(x: jax.Array, kernel: jax.Array, halo: int = 0) -> jax.Array:
     """Transposed convolution of stride 2 and "SAME" padding: (B, L, C) -> (B, 2L, F).
+
+    With a `halo`, x has so many further positions at each end, of its neighbours, in place of the padding.
 
     The map of `lax.conv_transpose(x, kernel, (2,), "SAME")`, written as two stride-1 convolutions, one for
     the even and one for the odd output positions, that are then interleaved. On CPU the gradient of the
@@ -70,16 +112,21 @@ def conv_transpose_2x(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     taps = kernel.shape[0]
     left = -(-taps // 2) if taps > 1 else 0  # left padding of the dilated input under "SAME", stride 2
-    phases = []
+    phases: list[jax.Array] = []
     for p in (0, 1):
         used = [j for j in range(taps) if (p + j - left) % 2 == 0]
         if not used:  # a kernel of one tap leaves the odd positions empty
-            phases.append(jnp.zeros((*x.shape[:2], kernel.shape[2]), x.dtype))
+            phases.append(jnp.zeros_like(phases[0]))
             continue
         low, high = ((p + j - left) // 2 for j in (used[0], used[-1]))
-        phases.append(conv(x, kernel[used[0] :: 2], (-low, high)))
+        phases.append(conv(x, kernel[used[0] :: 2], (-low - halo, high - halo), halo > 0))
     both = jnp.stack(phases, axis=2)
-    return both.reshape(x.shape[0], 2 * x.shape[1], kernel.shape[2])
+    return both.reshape(x.shape[0], -1, kernel.shape[2])
+
+
+def halo_of(taps: int, upsample: bool = False) -> int:
+    """Positions at each end of a sequence that the convolution of its neighbours sees."""
+    return (taps + 1) // 4 if upsample else taps // 2
 
 
 class Conv(nn.Module):
@@ -94,15 +141,23 @@ class Conv(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map (B, L, C) to (B, L, features), or (B, 2L, features) when upsampling."""
+    def __call__(self, x: jax.Array, with_halo: bool = False) -> jax.Array:
+        """Map (B, L, C) to (B, L, features), or (B, 2L, features) when upsampling.
+
+        `with_halo`: x has `halo_of(taps, upsample)` further positions at each end, of its neighbours, in place of
+        the padding, as the pieces of a sequence have in a loop over them.
+        """
         shape = (self.taps, x.shape[-1], self.features)
         kernel = axes.param(
             self, "kernel", axes.kernel_init, shape, (axes.TAPS, axes.CHANNEL_IN, axes.CHANNEL)
         )
         bias = axes.param(self, "bias", axes.zeros, (self.features,), (axes.CHANNEL,))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        y = conv_transpose_2x(x, kernel) if self.upsample else conv(x, kernel)
+        halo = halo_of(self.taps, self.upsample) if with_halo else 0
+        if self.upsample:
+            y = conv_transpose_2x(x, kernel, halo)
+        else:
+            y = conv(x, kernel, ((self.taps - 1) // 2 - halo, self.taps // 2 - halo), with_halo)
         return y + bias.astype(self.dtype)
 
 
@@ -110,7 +165,8 @@ def pool_2x(x: jax.Array, kind: str) -> jax.Array:
     """Join neighbouring pairs of positions: (B, L, C) -> (B, L / 2, C), by "avg" or "max"."""
     pairs = x.reshape(x.shape[0], x.shape[1] // 2, 2, x.shape[2])
     if kind == "avg":
-        return pairs.mean(axis=2)
+        # Not `mean`, whose sum over two numbers the CPU computes ten times slower.
+        return (pairs[:, :, 0] + pairs[:, :, 1]) * 0.5
     # The gradient of `max` divides by the number of equal values, which is zero where a compiler computes the
     # input again with other rounding (seen on CPU with low optimisation): a choice has no such quotient.
     first, second = pairs[:, :, 0], pairs[:, :, 1]

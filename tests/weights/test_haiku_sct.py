@@ -165,7 +165,7 @@ def test_one_level_of_the_tower(golden):
     x = x + gelu(
         convolve(shared_norm(x, params[f"{residual}/layer_norm"], 256), params[f"{residual}/conv1_d"])
     )
-    close(ours, x)
+    close(ours, x.reshape(2, -1, 2, x.shape[-1]).mean(axis=2))
 
 
 def test_one_level_of_the_deconvolution(golden):
