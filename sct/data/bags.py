@@ -11,6 +11,7 @@ import dataclasses
 import threading
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,15 +26,26 @@ def _rng(*words: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(list(words)))
 
 
+def _permutation(size: int, *words: int) -> np.ndarray:
+    return _rng(*words).permutation(size)
+
+
 def random_bag_rows(
-    n_cells: int, cells_per_bag: int, number: int, epoch: int, seed: int, shuffle_cells: int = 0
+    n_cells: int,
+    cells_per_bag: int,
+    number: int,
+    epoch: int,
+    seed: int,
+    shuffle_cells: int = 0,
+    permutation: Callable[..., np.ndarray] = _permutation,
 ) -> np.ndarray:
     """Rows of bag `number` of a study whose cells stand in random order, ascending.
 
     The study is a ring that each epoch cuts into blocks from a seeded offset; within a block of
     `shuffle_cells` cells they are dealt to bags at random. With the default of 0 a block is one bag, a
     contiguous read (two for the bag that closes the ring); a block as large as the study gives every
-    partition of it. Up to `cells_per_bag - 1` cells are left out of an epoch, others in each.
+    partition of it. Up to `cells_per_bag - 1` cells are left out of an epoch, others in each. `permutation` may
+    keep what it returns for the next bag.
     """
     number_of_bags = max(1, n_cells // cells_per_bag)
     if not 0 <= number < number_of_bags:
@@ -45,20 +57,27 @@ def random_bag_rows(
     block, place = divmod(number, per_block)
     start = block * per_block * cells_per_bag
     stop = min(start + per_block * cells_per_bag, number_of_bags * cells_per_bag)
-    order = np.arange(stop - start)
-    if len(order) > cells_per_bag:
-        order = _rng(seed, 2, epoch, block).permutation(order)
+    one_bag = stop - start <= cells_per_bag
+    order = np.arange(stop - start) if one_bag else permutation(stop - start, seed, 2, epoch, block)
     chosen = order[place * cells_per_bag : (place + 1) * cells_per_bag]
     return np.sort((offset + start + chosen) % n_cells)
 
 
-def spatial_bag_rows(tree: KDTree, cells_per_bag: int, number: int, epoch: int, seed: int) -> np.ndarray:
+def spatial_bag_rows(
+    tree: KDTree,
+    cells_per_bag: int,
+    number: int,
+    epoch: int,
+    seed: int,
+    permutation: Callable[..., np.ndarray] = _permutation,
+) -> np.ndarray:
     """Rows of a centre cell and its nearest neighbours, nearest first (paper, appendix A).
 
-    Centres of an epoch are a seeded draw without repetition, `n_cells // cells_per_bag` of them.
+    Centres of an epoch are a seeded draw without repetition, `n_cells // cells_per_bag` of them. `permutation`
+    may keep what it returns for the next bag.
     """
     n_cells = tree.n
-    centre = _rng(seed, 3, epoch).permutation(n_cells)[number]
+    centre = permutation(n_cells, seed, 3, epoch)[number]
     _, rows = tree.query(tree.data[centre], k=min(cells_per_bag, n_cells))
     return np.atleast_1d(rows).astype(np.int64)
 
@@ -157,6 +176,15 @@ class BagSource:
                 self._made[what, index] = make()
             return self._made[what, index]
 
+    def _permutation(self, index: int, size: int, *words: int) -> np.ndarray:
+        """The seeded order of a study that is in use: one that is as long as the study is not made for each bag."""
+        with self._lock:
+            kept, order = self._made.get(("permutation", index), (None, None))
+            if kept != (size, *words):
+                order = _permutation(size, *words)
+                self._made["permutation", index] = (size, *words), order
+            return order
+
     def _coordinates(self, index: int) -> np.ndarray:
         """Rescaled coordinates (N, 2) of a spatial study."""
         study = self.studies[index]
@@ -177,18 +205,18 @@ class BagSource:
         # By name, so that a further study does not change the bags of the others.
         seed = options.seed * 1_000_003 + zlib.crc32(study.name.encode())
         scattered = study.spatial and not options.spatial_bags
+        order = partial(self._permutation, index)
         if self.exhaustive:
             block = slice(bag * cells, min((bag + 1) * cells, study.n_cells))
             if not scattered:
                 return study, np.arange(block.start, block.stop)
-            order = self._once("order", index, lambda: _rng(seed, 4).permutation(study.n_cells))
-            return study, np.sort(order[block])
+            return study, np.sort(order(study.n_cells, seed, 4)[block])
         if not study.spatial or scattered:
             # Neighbours stand next to each other in the file of a spatial study: shuffle all of it.
             shuffle_cells = study.n_cells if scattered else options.shuffle_cells
-            return study, random_bag_rows(study.n_cells, cells, bag, epoch, seed, shuffle_cells)
+            return study, random_bag_rows(study.n_cells, cells, bag, epoch, seed, shuffle_cells, order)
         tree = self._once("tree", index, lambda: KDTree(self._coordinates(index)))
-        return study, spatial_bag_rows(tree, cells, bag, epoch, seed)
+        return study, spatial_bag_rows(tree, cells, bag, epoch, seed, order)
 
     def describe(self, number: int, epoch: int = 0) -> str:
         """Name a bag for a person: study and rows."""

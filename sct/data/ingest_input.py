@@ -24,6 +24,7 @@ from sct.data.store import SCHEMA_VERSION, STUDIES
 from sct.data.writer import MAX_COUNT, portable_table, write_study, writing
 from sct.errors import DataError
 
+_MANY_BUCKETS = 256
 _SECTION_COLUMNS = ("section", "slide", "library_id", "sample", "batch", "donor")
 
 
@@ -169,7 +170,9 @@ def _write_studies(
             place[rows] = start + random_rank(len(rows), name, options.seed)
         start += len(rows)
     cell_at = np.argsort(place)
-    edges, buckets = cut_places([len(rows) for _, rows in groups], source.n_values, sizes.bucket)
+    # Every block is cut at every edge: more values than this get larger buckets instead of more of them.
+    bucket = min(max(sizes.bucket, source.n_values // _MANY_BUCKETS), 4 * sizes.bucket)
+    edges, buckets = cut_places([len(rows) for _, rows in groups], source.n_values, bucket)
     sort = BucketSort(spill, edges, len(vocabulary), sizes.held)
     with writing(spill):
         lengths, totals, maxima = _stream(source, alignment, sort, place, sizes, advance)
@@ -304,8 +307,7 @@ def _stream(
     checker = CountsChecker(f"{source.taken} of {source.label}")
     for rows, counts in source.blocks(sizes.block):
         checker.update(counts)
-        aligned = alignment.project(exact_integers(counts))
-        aligned.eliminate_zeros()
+        aligned = alignment.project(exact_integers(counts) if checker.inexact else counts)
         if source.whole_rows:
             note(place[rows], aligned)
         sort.add(place[rows], aligned)

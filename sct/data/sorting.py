@@ -15,7 +15,10 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 
-_HEADER = np.dtype([("rows", "<i8"), ("values", "<i8")])
+from sct.errors import StoreError
+
+_HEADER = np.dtype([("rows", "<i8"), ("values", "<i8"), ("small", "<i8")])
+_SMALL, _LARGE = np.dtype("<u2"), np.dtype("<f4")
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,9 @@ class Sizes:
         Values kept in memory before they are spilled to disk.
     """
 
-    block: int = 4_000_000
-    bucket: int = 16_000_000
-    held: int = 32_000_000
+    block: int = 1_000_000
+    bucket: int = 4_000_000
+    held: int = 64_000_000
 
 
 def hilbert_rank(points: np.ndarray, bits: int = 16) -> np.ndarray:
@@ -103,7 +106,8 @@ class BucketSort:
         places = places[order]
         counts = counts[order]
         indices = counts.indices.astype(self._index_type)
-        data = counts.data.astype("<f4")
+        small = not counts.nnz or counts.data.max() <= np.iinfo(_SMALL).max
+        data = counts.data.astype(_SMALL if small else _LARGE)
         lengths = np.diff(counts.indptr).astype("<i4")
         cuts = np.searchsorted(places, self.edges)
         for bucket in np.flatnonzero(np.diff(cuts)):
@@ -121,7 +125,7 @@ class BucketSort:
             if pieces:
                 with (self.folder / str(bucket)).open("ab") as file:
                     for piece in pieces:
-                        header = np.array((len(piece[0]), len(piece[2])), _HEADER)
+                        header = np.array((len(piece[0]), len(piece[2]), piece[3].dtype == _SMALL), _HEADER)
                         file.write(header.tobytes())
                         for array in piece:
                             file.write(np.ascontiguousarray(array).data)
@@ -135,12 +139,22 @@ class BucketSort:
             with file.open("rb") as handle:
                 while len(header := np.fromfile(handle, _HEADER, 1)):
                     rows, values = int(header["rows"][0]), int(header["values"][0])
-                    types = (("<i8", rows), ("<i4", rows), (self._index_type, values), ("<f4", values))
-                    pieces.append(tuple(np.fromfile(handle, kind, n) for kind, n in types))
+                    kind = _SMALL if header["small"][0] else _LARGE
+                    types = (("<i8", rows), ("<i4", rows), (self._index_type, values), (kind, values))
+                    piece = tuple(np.fromfile(handle, each, n) for each, n in types)
+                    if any(len(array) != n for array, (_, n) in zip(piece, types, strict=True)):
+                        raise StoreError(
+                            f"{file} ends too early, although all of it was written: check the disk, then run "
+                            "the ingest again to resume"
+                        )
+                    pieces.append(piece)
         return pieces + self._pieces[bucket]
 
     def load(self, bucket: int) -> tuple[sp.csr_matrix, bool]:
-        """Rows of one bucket in order, (places, G) float32 CSR, and whether entries had to be summed."""
+        """Rows of one bucket in order, (places, G) CSR, and whether entries had to be summed.
+
+        Values are uint16 where all of them fit, otherwise float32.
+        """
         low, high = int(self.edges[bucket]), int(self.edges[bucket + 1])
         pieces = self._load_pieces(bucket)
         if not pieces:
@@ -158,7 +172,10 @@ class BucketSort:
         lengths = np.bincount(rows, weights=np.diff(counts.indptr), minlength=high - low).astype(np.int64)
         indptr = np.concatenate([[0], np.cumsum(lengths)])
         counts = sp.csr_matrix((counts.data, counts.indices, indptr), shape=(high - low, self.n_genes))
+        if counts.has_canonical_format:
+            return counts, False
         before = counts.nnz
+        counts = counts.astype(_LARGE)
         counts.sum_duplicates()
         return counts, counts.nnz < before
 

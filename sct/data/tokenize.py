@@ -15,6 +15,7 @@ from sct.errors import DataError
 NOISE_FRACTION = 0.003  # sCT paper, section 3: counts per cell below which a gene is noise in a study
 # A count can lie exactly on a border of levels (7 in a cell of 1 to 31). Rounding must not decide its level.
 _BORDER = 1e-9
+_EXACT = 1 << 24  # float32 holds every integer below
 
 
 def noisy_genes(gene_totals: np.ndarray, n_cells: int, fraction: float = NOISE_FRACTION) -> np.ndarray:
@@ -102,25 +103,76 @@ def bin_counts(
         raise DataError(
             "counts are negative or not finite, but levels are defined for raw counts: give the raw counts."
         )
-    keep = data != 0
-    if drop is not None:
-        keep &= ~np.asarray(drop)[counts.indices]
-    rows = np.repeat(np.arange(n_cells), np.diff(counts.indptr))[keep]
-    columns, logs = counts.indices[keep], np.log1p(data[keep], dtype=np.float64)
-
-    low, high = np.zeros(n_cells), np.zeros(n_cells)
-    starts = np.flatnonzero(np.diff(rows, prepend=-1))
-    if starts.size:
-        low[rows[starts]] = np.minimum.reduceat(logs, starts)
-        high[rows[starts]] = np.maximum.reduceat(logs, starts)
-    level = digitize(logs, low[rows], high[rows], num_bins)
-
-    low, high = low.astype(np.float32), high.astype(np.float32)
-    tokens = np.zeros((n_cells, num_positions), np.uint8)
+    log_range, level = _levels(data, counts, drop, num_bins)
+    low, high = log_range.astype(np.float32)
+    padded = (n_cells, num_positions)
+    tokens = sparse.csr_matrix((level, counts.indices, counts.indptr), shape=padded).toarray()
     tokens[:, n_genes:] = num_bins
-    tokens[rows, columns] = level
-    values = level_values(rows, level, data[keep], low, high, num_bins) if with_values else None
+    values = None
+    if with_values:
+        keep = level > 0
+        rows = np.repeat(np.arange(n_cells), np.diff(counts.indptr))[keep]
+        values = level_values(rows, level[keep], data[keep], low, high, num_bins)
     return Bins(tokens, low, high, values)
+
+
+def _levels(
+    data: np.ndarray, counts: sparse.csr_matrix, drop: np.ndarray | None, num_bins: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Range of log1p counts of each cell, (2, K) float64, and level of each stored count, 0 where dropped."""
+    filled = np.flatnonzero(np.diff(counts.indptr))
+    log_range = np.zeros((2, counts.shape[0]))
+    if not filled.size:
+        return log_range, np.zeros(0, np.uint8)
+    starts = counts.indptr[filled]
+    if drop is not None:
+        data = data * np.take(~np.asarray(drop), counts.indices, mode="clip")
+    whole = data.astype(np.int32) if data.max() < _EXACT else None
+    if whole is None or not np.array_equal(whole, data):
+        return _levels_of_logs(data, filled, starts, log_range, num_bins)
+    # A zero, less one, is the largest number without a sign: it is no minimum unless there is nothing else.
+    least = np.minimum.reduceat((whole - 1).view(np.uint32), starts).view(np.int32) + 1
+    most = np.maximum.reduceat(whole, starts)
+    low, high = log_range[:, filled] = np.log1p(np.stack([least, most]).astype(np.float64))
+    border = _borders(low, high, num_bins)
+    # All counts from the last border on have the level of that border.
+    width = 1 + max(int(border.max(initial=0)), 1)
+    table = np.zeros((len(filled), width), np.uint8)
+    table[:, 1] = 1
+    each = np.broadcast_to(np.arange(len(filled))[:, None], border.shape)[border > 0]
+    np.add.at(table, (each, border[border > 0]), 1)
+    table = np.cumsum(table, axis=1, dtype=np.uint8)
+    lengths = np.diff(np.append(starts, len(whole)))
+    at = np.minimum(whole, width - 1, out=whole)
+    at += np.repeat(np.arange(len(filled), dtype=np.int32) * width, lengths)
+    return log_range, np.take(table.reshape(-1), at, mode="clip")
+
+
+def _borders(low: np.ndarray, high: np.ndarray, num_bins: int) -> np.ndarray:
+    """Smallest count of the levels 2 .. num_bins - 1 of cells with log1p counts in [low, high].
+
+    Returns int64 (K, num_bins - 2), 0 where the range has width zero.
+    """
+    levels = np.arange(2, num_bins)
+    border = low[:, None] + (high - low)[:, None] * (levels - 1) / (num_bins - 1)
+    near = np.maximum(np.rint(np.expm1(border))[..., None] + np.arange(-1, 2), 0)
+    reached = digitize(np.log1p(near), low[:, None, None], high[:, None, None], num_bins) >= levels[:, None]
+    smallest = np.where(reached, near, np.inf).min(axis=-1, initial=np.inf)
+    return np.where((high > low)[:, None], smallest, 0).astype(np.int64)
+
+
+def _levels_of_logs(
+    data: np.ndarray, filled: np.ndarray, starts: np.ndarray, log_range: np.ndarray, num_bins: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`_levels` of values that are no integers, or too large for a table."""
+    keep = data != 0
+    logs = np.log1p(data, dtype=np.float64)
+    low = np.minimum.reduceat(np.where(keep, logs, np.inf), starts)
+    high = np.maximum.reduceat(logs, starts)
+    log_range[:, filled] = low, high = np.where(np.isinf(low), 0, low), high
+    lengths = np.diff(np.append(starts, len(data)))
+    level = digitize(logs, np.repeat(low, lengths), np.repeat(high, lengths), num_bins)
+    return log_range, np.where(keep, level, 0).astype(np.uint8)
 
 
 def level_values(

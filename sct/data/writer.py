@@ -21,8 +21,10 @@ from sct.data.genes import GeneVocabulary
 from sct.data.store import CHUNK
 from sct.errors import SctError, StoreError
 
-CHUNKS_PER_SHARD = 64  # shards of 4M values: about 5 MB on disk each, hundreds of files for a million cells
+CHUNKS_PER_SHARD = 128  # shards of 4M values: about 5 MB on disk each, hundreds of files for a million cells
 _ROW_CHUNK = 8_192
+# Level 3 takes twice the time to write for 2% less on disk.
+COMPRESSOR = {"cname": "zstd", "clevel": 1, "shuffle": "shuffle"}
 MAX_COUNT = 1 << 24  # float32 holds every integer below
 
 
@@ -93,11 +95,13 @@ def create_array(
 
     rest = list(shape[1:])
     shard = min(shard, -(-max(shape[0], 1) // chunk) * chunk)
-    compressor = {"cname": "zstd", "clevel": 3, "shuffle": "shuffle", "blocksize": 0}
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     inner = [
         little,
-        {"name": "blosc", "configuration": {**compressor, "typesize": np.dtype(dtype).itemsize}},
+        {
+            "name": "blosc",
+            "configuration": {**COMPRESSOR, "blocksize": 0, "typesize": np.dtype(dtype).itemsize},
+        },
         {"name": "crc32c"},
     ]
     sharding = {

@@ -160,6 +160,18 @@ def test_bags_never_mix_studies():
     assert names == ["a"] * 3 + ["b"] * 3
 
 
+@pytest.mark.parametrize(
+    "options", [BagOptions(4, 16), BagOptions(4, 16, shuffle_cells=40), BagOptions(4, 16, spatial_bags=False)]
+)
+def test_bags_do_not_depend_on_those_drawn_before(options):
+    """Orders are kept from bag to bag: epochs and studies in turn must not mix them up."""
+    studies = [toy_study(50, seed=1, name="a"), toy_study(30, seed=2, name="b", spatial=True)]
+    source = BagSource(studies, options)
+    for number, epoch in np.random.default_rng(0).integers(0, [len(source), 3], (60, 2)).tolist():
+        _, rows = source.rows(number, epoch)
+        np.testing.assert_array_equal(rows, BagSource(studies, options).rows(number, epoch)[1])
+
+
 # Coordinates
 
 

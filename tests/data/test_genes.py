@@ -402,6 +402,32 @@ def test_report_in_words():
     assert "nothing" in text
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1), st.sampled_from([np.float32, np.int32, np.uint16, np.float64]), st.booleans()
+)
+def test_project_is_a_product_with_the_map_of_columns(seed, dtype, doubled):
+    """Rows in any state: columns in no order, entries twice, zeros that are stored."""
+    rng = np.random.default_rng(seed)
+    names = [HUMAN.keys[i] for i in rng.permutation(len(HUMAN))[:20]] + ["nothing"]
+    names = list(rng.permutation(names + names[:3] * doubled))
+    aligned = HUMAN.align(names, duplicates="sum")
+    n_cells, size = int(rng.integers(0, 6)), int(rng.integers(0, 60)) if len(names) else 0
+    size = size if n_cells else 0
+    cells, columns = np.sort(rng.integers(0, max(n_cells, 1), size)), rng.integers(0, len(names), size)
+    indptr = np.searchsorted(cells, np.arange(n_cells + 1))
+    matrix = sparse.csr_matrix(
+        (rng.integers(0, 4, size).astype(dtype), columns, indptr), shape=(n_cells, len(names))
+    )
+    expected = np.zeros((n_cells, len(HUMAN)))
+    np.add.at(expected.T, aligned.columns[aligned.columns >= 0], matrix.toarray().T[aligned.columns >= 0])
+    projected = aligned.project(matrix)
+    np.testing.assert_array_equal(projected.toarray(), expected)
+    assert projected.has_canonical_format
+    assert (projected.data != 0).all()
+    assert projected.dtype == (np.int64 if doubled and np.issubdtype(dtype, np.integer) else dtype)
+
+
 def test_project_refuses_another_matrix():
     with pytest.raises(DataError, match="4 genes were aligned"):
         toy().align(["AAA", "BBB", "CCC", "DUP"]).project(np.ones((2, 3)))

@@ -238,6 +238,26 @@ def test_large_counts_are_kept_exactly(tmp_path: Path) -> None:
         run([("sample", adata)], tmp_path / "other")
 
 
+@pytest.mark.parametrize("kind", ["csr", "csc", "integers"])
+@pytest.mark.parametrize("held", [0, 10_000])
+def test_sums_above_the_small_type_are_exact(tmp_path: Path, kind: str, held: int) -> None:
+    """Columns of one gene that come in different blocks, each of them within 16 bits."""
+    genes = VOCABULARY.ensembl_ids
+    names = [genes[0], *genes[1:8], f"{genes[0]}.3"]
+    counts = np.full((5, len(names)), 40_000, np.float32)
+    adata = ad.AnnData(sp.csr_matrix(counts), var=pd.DataFrame(index=names))
+    adata.obs_names = [f"c{i}" for i in range(5)]
+    (item,), _ = find_inputs([write_as(adata, kind, tmp_path)])
+    (tmp_path / "store/studies").mkdir(parents=True)
+    options = IngestOptions(duplicates="sum")
+    (record,) = ingest_input(
+        tmp_path / "store", item, "", VOCABULARY, options, sizes=Sizes(block=4, bucket=10, held=held)
+    )
+    assert record["value_dtype"] == "float32"
+    read = ad.read_zarr(tmp_path / "store/studies/sample.zarr").X.toarray()
+    np.testing.assert_array_equal(read[:, :8], [[80_000] + [40_000] * 7] * 5)
+
+
 def test_nearly_integers_are_rounded(tmp_path: Path) -> None:
     adata = make_adata(30)
     exact = expected_counts(adata, VOCABULARY)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import pytest
 from store_inputs import (
     VOCABULARY,
@@ -102,6 +103,25 @@ def test_what_has_changed_is_done_again(
     assert done == ["b", "c"]
     run(three, store, seed=3)
     assert done == ["b", "c", "a", "b", "c"]
+
+
+def test_a_clock_that_jumps_back_hides_no_change(
+    three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    monkeypatch.setattr("time.time", iter(range(10**9, 0, -1000)).__next__)
+    run(three, store)
+    before = files_of(store)
+    changed = three[1]
+    size = changed.stat().st_size
+    with h5py.File(changed, "r+") as file:
+        file["X/data"][0] += 1
+    os.utime(changed, (1, 1))
+    done = count_jobs(monkeypatch)
+    run(three, store)
+    assert done == ["b"]
+    assert changed.stat().st_size == size, "only the time of the change can tell that there is one"
+    assert files_of(store) != before
 
 
 def test_a_store_whose_study_is_being_replaced_does_not_open(

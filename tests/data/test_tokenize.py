@@ -198,6 +198,30 @@ def test_digitize_clips_to_the_range_and_rises(logs, low, width, num_bins):
         assert (level == 1).all()
 
 
+@laws
+@given(
+    hnp.arrays(
+        np.int64,
+        hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=8),
+        elements=st.one_of(st.just(0), st.integers(0, 9), st.integers(0, 70_000), st.integers(0, 1 << 26)),
+    ),
+    st.sampled_from([2, 3, 5, 11, 51, 254]),
+    st.floats(0, 0.5),
+    st.data(),
+)
+def test_levels_are_those_of_each_logarithm(counts, num_bins, part, data):
+    """Levels of integers come from a table; every value by itself must give the same, and so must others."""
+    drop = data.draw(hnp.arrays(bool, counts.shape[1]))
+    for values in (counts.astype(np.float32), (counts + part * (counts > 0)).astype(np.float32)):
+        found = bin_counts(sp.csr_matrix(values), num_bins=num_bins, drop=drop, with_values=True)
+        for row, tokens, low, high in zip(values * ~drop, found.tokens, found.low, found.high, strict=True):
+            logs = np.log1p(row[row > 0], dtype=np.float64)
+            ends = (logs.min(), logs.max()) if logs.size else (0.0, 0.0)
+            assert (low, high) == tuple(map(np.float32, ends))
+            np.testing.assert_array_equal(tokens[row == 0], 0)
+            np.testing.assert_array_equal(tokens[row > 0], digitize(logs, *ends, num_bins))
+
+
 def test_many_levels_fit_into_a_byte():
     counts = np.arange(2000)[None]
     tokens = tokens_of(counts, 254, num_positions=2001)

@@ -19,6 +19,8 @@ from sct.errors import DataError, MissingExtraError
 
 __all__ = ["Source", "count_cells", "open_source"]
 
+_CHUNK_CACHE = 16 << 20
+
 
 @contextmanager
 def open_source(
@@ -104,7 +106,8 @@ def _open(item: Input, layer: str | None, spatial_key: str) -> tuple[Source, Cal
         return anndata_source(item.location, from_group(group), layer, spatial_key), lambda: None
     import h5py
 
-    file = h5py.File(item.location, "r")
+    # With HDF5's own cache of 1 MiB a compressed chunk is decompressed again for every block that it touches.
+    file = h5py.File(item.location, "r", rdcc_nbytes=_CHUNK_CACHE)
     try:
         if item.kind == "10x_h5":
             return tenx_h5(item.location, file), file.close
