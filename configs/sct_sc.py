@@ -76,10 +76,13 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optimizer.schedule = "cosine"
     config.optimizer.weight_decay = 0.0
     config.optimizer.clip_norm = 0.0
+    config.optimizer.moment_dtype = "float32"  # bfloat16: first moment in half the memory
 
     config.train = ConfigDict()
     config.train.steps = 0  # 0: as many as data.tokens needs
     config.train.batch_size = 1
+    config.train.accumulate = 1  # microbatches run one after the other: memory of batch_size / accumulate
+    config.train.batch_ramp = ()  # smaller batches first: ((1_000, 2), (5_000, 4)) up to steps 1,000 and 5,000
     config.train.log_every = 100
     config.train.eval_every = 5_000
     config.train.eval_records = 1_000  # validation bags, spread evenly; 0: all
@@ -89,7 +92,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.stop_at = 0
     config.train.seed = 0
     config.train.loader_threads = 4
-    config.train.mesh = ConfigDict({"data": -1, "fsdp": 1, "sequence": 1, "tensor": 1})
+    config.train.mesh = "data"  # or single, fsdp, pod, or sizes: data=2,fsdp=4 (also sequence, tensor)
 
     if variant in ("mini", "quickstart"):
         config.model.update(dtype="float32", remat="none", num_layers=2)

@@ -17,16 +17,19 @@ _COMMANDS = {
     "train": "train a model from a configuration, or go on with a run",
     "ingest": "turn h5ad, 10x and zarr files into a store",
     "convert": "turn foreign weights into a model folder",
+    "speed": "measure steps, loader and ingest beside what the machine can do",
 }
 
 # Those that run a model step by step.
-_COMPUTING = ("embed", "impute", "annotate", "benchmark", "train")
+_COMPUTING = ("embed", "impute", "annotate", "benchmark", "train", "speed")
 
 _SMALLER = {
     "train": "take smaller batches or bags (--config.train.batch_size, --config.data.cells_per_bag), or "
     "--config.model.remat=level",
     "benchmark": "score fewer cells (--config.data.max_cells, --config.data.max_bags) or take smaller bags "
     "(--config.data.cells_per_bag)",
+    "speed": "take smaller batches or bags (--config.train.batch_size, --config.data.cells_per_bag), or compare fewer "
+    "cells with the reference path (--check_cells=1)",
     **dict.fromkeys(
         ("embed", "impute", "annotate"),
         "take fewer or smaller bags at once (--batch_size=1, --cells_per_bag)",
@@ -72,7 +75,10 @@ def main(command: str | None = None) -> None:
         sys.exit(0)
     if command in _COMPUTING:
         keep_freed_memory()
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/sct/xla"))
+        if command != "train":  # which has a flag for it
+            from sct.commands.compilation import keep_programs
+
+            keep_programs()
     run_main(
         module.main,
         argv,

@@ -31,5 +31,9 @@ class DivergedError(SctError, ArithmeticError):
     """The loss is not finite; the message names the step and the batch."""
 
 
+class ProcessLostError(SctError, ConnectionError):
+    """Another process of the run has ended or does not answer."""
+
+
 class MissingExtraError(SctError, ImportError):
     """An optional dependency is not installed; the message gives the pip command."""

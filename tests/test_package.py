@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sct"
 
 _BELOW_TRAIN = {"tasks", "weights", "eval", "eval.metrics", "models", "data", "nn", "errors", "progress"}
-_ALL = _BELOW_TRAIN | {"train", "pp", "tl", "pl", "commands", "cli", "sct", "version"}
+_ALL = _BELOW_TRAIN | {"train", "speed", "pp", "tl", "pl", "commands", "cli", "sct", "version"}
 # Part of the package -> parts that it may import. "sct" is the root, which others read for its version.
 ALLOWED: dict[str, set[str]] = {
     "sct": {"version"},
@@ -42,7 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": {"tasks", "data", "models", "eval", "eval.metrics", "nn", "errors"},
     "weights": {"weights", "models", "nn", "data.genes", "errors", "version"},
     "train": {"train", "version"} | _BELOW_TRAIN,
-    **{part: _ALL - {"train", "commands", "cli"} for part in ("pp", "tl", "pl")},
+    **{part: _ALL - {"train", "speed", "commands", "cli"} for part in ("pp", "tl", "pl")},
+    "speed": {"speed", "train", "tl", "version"} | _BELOW_TRAIN,
     **dict.fromkeys(("commands", "cli", "__main__"), _ALL),
 }
 # Never needed to import the package: each is loaded where a function cannot do without it.

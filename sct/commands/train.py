@@ -7,16 +7,20 @@ A configuration is a file, or the name of one that comes with sct; a variant fol
 fields is overridden as `--config.section.field=value`. Running the same command again resumes the run in
 `--workdir`. A configuration with a section `sweep` (sct_ablations) is several runs, trained one after the other in
 `WORKDIR/NAME`; `--only=NAME,NAME` chooses. In a clone, `python -m launch.train` is the same program.
+
+On several machines, the same command is started on each with `--multihost` (launch/slurm, launch/tpu). Where one
+process ends, the others end too, within a minute, and the command goes on from the last checkpoint on any number of
+processes.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
+from sct.commands.compilation import DEFAULT, keep_programs
 from sct.commands.configuration import prepare
 from sct.errors import ConfigError
 
@@ -25,7 +29,9 @@ __all__ = ["main", "prepare"]
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration: FILE_OR_NAME[:VARIANT].")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; runs/CONFIGURATION[-VARIANT] by default.")
 _CACHE = flags.DEFINE_string(
-    "compilation_cache", "~/.cache/sct/xla", "Folder of compiled programs kept between runs; '' for none."
+    "compilation_cache",
+    None,
+    f"Folder of compiled programs kept between runs; '' for none; $JAX_COMPILATION_CACHE_DIR or {DEFAULT} by default.",
 )
 _MULTIHOST = flags.DEFINE_bool(
     "multihost", False, "This is one process of several; Slurm and TPU pods need nothing else."
@@ -33,26 +39,28 @@ _MULTIHOST = flags.DEFINE_bool(
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, with --multihost elsewhere.")
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, from 0, with --coordinator.")
+_JOIN = flags.DEFINE_integer("join_seconds", 300, "How long processes wait for each other, with --multihost.")
 _ONLY = flags.DEFINE_list("only", [], "Runs of a sweep to train, NAME,NAME; all of them by default.")
 flags.mark_flag_as_required("config")
 
 
 def main(argv: list[str]) -> int:
     """Train as the flags say; 0, 1 where a run of a sweep failed, or 130 after Ctrl-C."""
-    import jax
+    keep_programs(_CACHE.value)  # before JAX is imported, which reads the environment then
 
-    from sct.train import experiment, sweep
+    from sct.train import processes
 
     if _MULTIHOST.value:
-        try:
-            jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        except (ValueError, RuntimeError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise ConfigError(
-                f"--multihost found no cluster to join ({reason}): start it through Slurm or on a TPU pod, or "
-                "give --coordinator=HOST:PORT, --num_processes and --process_id."
-            ) from error
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(_CACHE.value) or None)
+        processes.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _JOIN.value)
+    elif (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value) != (None, None, None):
+        raise ConfigError("--coordinator, --num_processes and --process_id need --multihost: add it.")
+    with processes.together():
+        return _run()
+
+
+def _run() -> int:
+    from sct.train import experiment, sweep
+
     file, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     default = Path("runs") / "-".join([Path(file).stem, *([variant] if variant else [])])
     config, workdir = _CONFIG.value.to_dict(), _WORKDIR.value or default

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
-from sct.errors import ConfigError
+from sct.errors import ConfigError, StoreError
 
 Batch = dict[str, np.ndarray]
 
@@ -126,10 +126,25 @@ class Loader:
 
         def read(entry: tuple[int, int, float]) -> Batch:
             number, epoch, weight = entry
-            return {**self.source.bag(number, epoch), "weight": np.asarray(weight, np.float32)}
+            try:
+                bag = self.source.bag(number, epoch)
+            except OSError as error:
+                raise StoreError(
+                    f"{self.source.describe(number, epoch)} cannot be read ({error}): check the disk and run the "
+                    "same command again."
+                ) from error
+            except Exception as error:
+                error.add_note(f"while reading {self.source.describe(number, epoch)}")
+                raise
+            return {**bag, "weight": np.asarray(weight, np.float32)}
 
-        share = self._sequence()[records_drawn + self.process_index :: self.process_count].map(read)
-        local = self.batch_size // self.process_count
+        sequence, local = self._sequence(), self.batch_size // self.process_count
+        first = records_drawn + self.process_index * local
+        # Each process has a run of the batch's records, so that the processes' parts in order are the batch.
+        own = grain.MapDataset.range((len(sequence) - records_drawn) // self.process_count).map(
+            lambda i: sequence[first + i // local * self.batch_size + i % local]
+        )
+        share = own.map(read)
         options = grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=self.prefetch)
         batches = share.to_iter_dataset(options).batch(local, drop_remainder=True)
         return BatchIterator(iter(batches), records_drawn, self.batch_size)

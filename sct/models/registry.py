@@ -34,6 +34,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
             default = factory()
         if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
             value = build(type(default), value, f"{where}.{name}")
+        elif isinstance(value, str) and (parse := getattr(default, "parse", None)) is not None:
+            value = parse(value)  # a structure that may also be written as a text
         elif isinstance(default, tuple):
             value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
         elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 
 from sct.nn import axes
+from sct.nn.chunked_attention import chunked_attention, default_chunks
 from sct.nn.linear import Linear
 from sct.nn.norm import EPSILON, LayerNorm
+from sct.nn.plain import wants_plain
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def rotary(x: jax.Array, positions: jax.Array, base: float = 10_000.0) -> jax.Array:
@@ -29,12 +35,47 @@ def rotary(x: jax.Array, positions: jax.Array, base: float = 10_000.0) -> jax.Ar
     return turned.astype(x.dtype)
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention over the whole sequence, with biases, no mask.
+def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Softmax attention (B, L, H, D) over the whole sequence; scores are scaled by 1 / sqrt(D), without a mask.
 
-    Scores are scaled by 1 / sqrt(head size); the softmax is float32. On GPU in bf16 the attention is cuDNN's
-    flash kernel through `jax.nn.dot_product_attention`.
+    The form is chosen by backend, type and length; all but the plain one need memory linear in L:
+
+    - on GPU in 16 bits, cuDNN's flash kernel through `jax.nn.dot_product_attention`;
+    - up to one chunk of keys, and inside `plain_forms`, `jax.nn.dot_product_attention` as XLA writes it;
+    - otherwise `chunked_attention`.
+
+    On a mesh each device attends from its own queries, heads and bags. Where it holds a part of the sequence it
+    gathers keys and values first: two arrays of B x L x H x D, small beside the scores of its queries.
     """
+    placed = axes.placement(query.shape, axes.BATCH, axes.LENGTH, axes.HEADS, None)
+    attend = _form(query)
+    if placed is None or not any(placed[1]):
+        return attend(query, key, value)
+    mesh, spec = placed
+    along = spec[1]
+
+    def local(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        if along is not None:
+            key, value = (lax.all_gather(x, along, axis=1, tiled=True) for x in (key, value))
+        return attend(query, key, value)
+
+    shard = jax.shard_map(local, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)
+    return shard(query, key, value)
+
+
+def _form(query: jax.Array) -> Attend:
+    """Function of queries, keys and values for this backend, type and length of the whole sequence."""
+    if not wants_plain():
+        # cuDNN's flash attention takes 16-bit inputs only.
+        if jax.default_backend() == "gpu" and query.dtype.itemsize == 2:
+            return functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+        if query.shape[1] > default_chunks()[1]:
+            return chunked_attention
+    return jax.nn.dot_product_attention
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over the whole sequence, with biases, no mask; see `attend`."""
 
     num_heads: int
     use_rotary: bool = True
@@ -54,14 +95,8 @@ class SelfAttention(nn.Module):
         if self.use_rotary:
             positions = jnp.arange(length)
             query, key = rotary(query, positions), rotary(key, positions)
-        mixed = jax.nn.dot_product_attention(query, key, value, implementation=self._kernel())
-        mixed = mixed.reshape(batch, length, width)
+        mixed = attend(query, key, value).reshape(batch, length, width)
         return Linear(width, (axes.HEADS, axes.EMBED), dtype=self.dtype, name="out")(mixed)
-
-    def _kernel(self) -> Literal["cudnn"] | None:
-        # cuDNN's flash attention takes 16-bit inputs only; elsewhere XLA's own form is used.
-        flash = jax.default_backend() == "gpu" and jnp.dtype(self.dtype).itemsize == 2
-        return "cudnn" if flash else None
 
 
 class GatedMlp(nn.Module):

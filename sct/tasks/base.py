@@ -39,6 +39,9 @@ class Task(Protocol):
         Patterns of parameters that may be absent from a model that training starts from.
     vocabulary
         Genes of the model.
+    weight
+        The sum whose value the loss is a mean over (masked positions, say): by it the losses of microbatches add up
+        to that of their batch.
     monitor, monitor_mode
         The summary that early stopping and keep-best watch, and whether "min" or "max" is best.
     """
@@ -46,6 +49,7 @@ class Task(Protocol):
     trainable: Sequence[tuple[str, bool]]
     new: Sequence[str]
     vocabulary: GeneVocabulary
+    weight: str
     monitor: str
     monitor_mode: str
 

@@ -16,7 +16,6 @@ from sct.data.bags import BagOptions, BagSource
 from sct.data.masking import Masking
 from sct.data.store import Store
 from sct.errors import ConfigError
-from sct.eval import metrics
 from sct.models.sct import SCT, SCTConfig, pad_to_multiple
 from sct.tasks.base import Batch, Evaluator, Sums, Variables
 
@@ -79,6 +78,7 @@ class MaskedExpression:
     trainable: Sequence[tuple[str, bool]] = ((".*", True),)
     # The map of coordinates starts at zero where training on spatial data continues a model of cells.
     new: Sequence[str] = (r"^params/spatial/",)
+    weight = "masked"
     monitor, monitor_mode = "loss", "min"
 
     def __init__(self, config: MaskedExpressionConfig, model: SCTConfig, bags: BagOptions, store: Store):
@@ -154,6 +154,8 @@ class MaskedExpression:
 
     def summarise(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Mean loss, MCC over the masked expressed genes, accuracy over all masked genes."""
+        from sct.eval import metrics  # a second of scikit-learn, which the first step need not wait for
+
         confusion, count = np.asarray(sums["confusion"]), max(float(sums["masked"]), 1.0)
         summary = {
             "loss": float(sums["loss"]) / count,

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import errno
+import logging
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -56,6 +64,11 @@ class _LastAndBest(policies.PreservationPolicy):
         return [info.step in newest or info.step == self.best for info in checkpoints]
 
 
+def _told_otherwise(record: logging.LogRecord) -> bool:
+    """Whether to log a record: Orbax logs errors of saving with their traces before it raises them."""
+    return record.levelno < logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
 class Checkpoints:
     """The `checkpoints` folder of a run.
 
@@ -68,7 +81,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep_last: int = 2):
-        self._kept = _LastAndBest(keep_last)
+        logging.getLogger("absl").addFilter(_told_otherwise)
+        self._kept, self._begun = _LastAndBest(keep_last), 0
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
@@ -90,17 +104,33 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: State, progress: Progress) -> None:
-        """Start to save; returns as soon as the arrays are copied."""
-        self._kept.best = progress.best_step
-        if progress.step in self._manager.all_steps():
-            return
-        self._manager.save(
-            progress.step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(dataclasses.asdict(progress))
-            ),
-            force=True,
-        )
+        """Start to save; returns as soon as the arrays are copied or held, the save before being finished.
+
+        The state may be donated afterwards: what is held is not written over.
+
+        Raises
+        ------
+        CheckpointError
+            This checkpoint, or the one that was being written, cannot be written; so do `check`, `wait` and `close`.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+            if progress.step in self._manager.all_steps():
+                return
+            self._kept.best, self._begun = progress.best_step, progress.step
+            self._manager.save(
+                progress.step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
+                ),
+                force=True,
+            )
+
+    def check(self) -> None:
+        """Raise what went wrong in the background, without waiting."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()
 
     def restore(self, abstract: State, step: int | None = None) -> tuple[State, Progress]:
         """Load a checkpoint (the latest by default) straight onto the mesh.
@@ -142,11 +172,75 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Wait until what was saved is on disk."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Finish what is being written and release the folder."""
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            older = [step for step in self._manager.all_steps(read=True) if step != self._begun]
+            raise CheckpointError(
+                f"the checkpoint of step {self._begun} cannot be written to {self._manager.directory} "
+                f"({_reason(error)}): make that possible (free space?) and run the same command again, which goes on "
+                + (f"from step {max(older)}." if older else "from the start.")
+            ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class SaveCost:
+    """What a checkpoint costs: medians over several saves, in seconds.
+
+    Attributes
+    ----------
+    blocked
+        For which the loop waits.
+    written
+        Until it is on disk; saves that come faster than this wait for each other.
+    processor
+        Of processor time, all threads; it is taken from the training only where that runs on the same cores.
+    """
+
+    blocked: float
+    written: float
+    processor: float
+
+    def interval(self, share: float = 0.02, cores: int = 0) -> float:
+        """Least seconds between two saves that cost a loop no more than a share of its time.
+
+        `cores` is the number of them that the training uses, 0 where it runs on an accelerator.
+        """
+        return max(self.written, (self.blocked + (self.processor / cores if cores else 0.0)) / share)
+
+
+def measure_save(state: State, folder: Path, repeats: int = 3) -> SaveCost:
+    """Save a state a few times in a new folder, which is removed, while nothing else runs."""
+    found = []
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        checkpoints = Checkpoints(Path(place))
+        jax.block_until_ready(state)
+        for step in range(1, repeats + 2):
+            started, used = time.perf_counter(), time.process_time()
+            checkpoints.save(state, Progress(step=step))
+            blocked = time.perf_counter() - started
+            checkpoints.wait()
+            found.append((blocked, time.perf_counter() - started, time.process_time() - used))
+        checkpoints.close()
+    # The first save also starts what later ones use.
+    return SaveCost(*(statistics.median(values) for values in zip(*found[1:], strict=True)))
+
+
+def _reason(error: Exception) -> str:
+    """What the system says of a failed write, without the many words of the libraries in between."""
+    known = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOENT)
+    words = [os.strerror(number) for number in known]
+    return next((text for text in words if text in str(error)), _first_line(error))
 
 
 def _first_line(error: Exception) -> str:

@@ -23,6 +23,7 @@ from sct.errors import CheckpointError, ConfigError, StoreError
 from sct.models import registry
 from sct.nn.paths import flatten
 from sct.tasks.masked_expression import MaskedExpression, MaskedExpressionConfig
+from sct.train import processes
 from sct.train.checkpoint import Checkpoints
 from sct.train.loop import Result, TrainConfig, train
 from sct.train.optim import OptimizerConfig
@@ -187,6 +188,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
             licence = parent.license if parent is not None else "unknown"
             _write_json(workdir / "data.json", {**_describe(store), "license": licence})
             store.vocabulary.save(workdir / "genes.tsv")
+    processes.check_shared(settings)
     _announce(console, task, options, workdir)
     if resumes:
         console.print(f"going on from step {run_folder.steps(workdir)[-1]:,}")
@@ -233,7 +235,8 @@ def _finish(
         variables = multihost_utils.process_allgather(variables, tiled=True)
     reports = []
     for evaluator in task.evaluators():
-        numbers = dict(evaluator(variables))
+        with processes.only_first_speaks():
+            numbers = dict(evaluator(variables))
         if evaluator.report is not None:
             console.print(evaluator.report.table())
             reports.append(evaluator.report)

@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+
+from sct.errors import CheckpointError
+
+_FLUSH_SECONDS = 60.0
 
 
 class MetricLog:
     """Writes `metrics.jsonl` and `tensorboard/` of a run folder; only process 0 writes.
+
+    Both are written where `write` is called: a writer of its own thread would hang the run when the disk is full.
 
     Parameters
     ----------
@@ -22,22 +30,26 @@ class MetricLog:
         checkpoint, are removed, since they will be written again.
     active
         False writes nothing.
+
+    Raises
+    ------
+    CheckpointError
+        A file cannot be written; this and every method.
     """
 
     def __init__(self, folder: Path, step: int = 0, active: bool = True):
-        self._active = active
+        self._active, self._folder = active, folder
         if not active:
             return
-        from tensorboardX import SummaryWriter
-
-        path = folder / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            os.replace(temporary, path)
-        self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        with self._writing():
+            path = folder / "metrics.jsonl"
+            if path.exists():
+                kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+                temporary = path.with_suffix(".tmp")
+                temporary.write_text("".join(line + "\n" for line in kept))
+                os.replace(temporary, path)
+            self._file = path.open("ab", buffering=0)
+            self._board = _Board(folder / "tensorboard", step)
 
     def write(self, step: int, values: Mapping[str, float], prefix: str) -> None:
         """Record numbers of a step under names `prefix/name`."""
@@ -46,15 +58,28 @@ class MetricLog:
         named = {f"{prefix}/{name}": value for name, value in values.items()}
         # JSON has no NaN: a metric that is not defined (the MCC of nothing) is null.
         known = {name: value if math.isfinite(value) else None for name, value in named.items()}
-        self._file.write(json.dumps({"step": step, **known}) + "\n")
-        for name, value in named.items():
-            self._board.add_scalar(name, value, step)
+        line = memoryview((json.dumps({"step": step, **known}) + "\n").encode())
+        with self._writing():
+            while line:
+                line = line[self._file.write(line) :]
+            self._board.write(step, named)
 
     def close(self) -> None:
         """Flush and close the files."""
         if self._active:
-            self._file.close()
-            self._board.close()
+            with self._writing():
+                self._file.close()
+                self._board.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"the metrics of the run folder {self._folder} cannot be written ({error.strerror or error}): make "
+                "that possible (free space?) and run the same command again, which goes on from the last checkpoint."
+            ) from error
 
     def __enter__(self) -> MetricLog:
         return self
@@ -62,7 +87,45 @@ class MetricLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if error is None:
+            self.close()
+        else:  # which is what to tell, not that closing fails too
+            with suppress(CheckpointError):
+                self.close()
+
+
+class _Board:
+    """TensorBoard's event file of one stretch of a run."""
+
+    def __init__(self, folder: Path, step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+
+        self._pb = event_pb2
+        folder.mkdir(parents=True, exist_ok=True)
+        # TensorBoard reads files in the order of their names: that of steps, whatever the clock says.
+        self._events = EventsWriter(str(folder / f"step{step:012d}"))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        # Hides what a run that was killed wrote of later steps.
+        self._events.write_event(
+            event_pb2.Event(step=step + 1, wall_time=time.time(), file_version="brain.Event:2")
+        )
+        self._events.write_event(event_pb2.Event(step=step + 1, wall_time=time.time(), session_log=start))
+        self._flushed = time.monotonic()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboardX.summary import scalar
+
+        for name, value in values.items():
+            self._events.write_event(
+                self._pb.Event(step=step, wall_time=time.time(), summary=scalar(name, value))
+            )
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self._events.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._events.close()
 
 
 def _step_of(line: str) -> float:

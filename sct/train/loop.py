@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
-from sct.data.loader import Loader
+from sct.data.loader import Batch, Loader
 from sct.errors import ConfigError, DivergedError
 from sct.progress import Bar, progress
 from sct.tasks.base import Sums, Task
@@ -37,6 +40,12 @@ class TrainConfig:
         Updates of the whole run (the schedule's length).
     batch_size
         Records in a batch over all devices.
+    accumulate
+        Microbatches that a batch is run as, one after the other: the update is that of the whole batch, the memory
+        that of batch_size / accumulate records. Masks depend on it, so it cannot change within a run.
+    batch_ramp
+        Stages of smaller batches before `batch_size`: pairs of (step up to which, records), both rising. Batches of
+        a stage are run as microbatches of the same size as later ones, the first ones as one.
     log_every, eval_every, checkpoint_every
         Steps between two log entries, validations, checkpoints.
     keep_last
@@ -52,11 +61,13 @@ class TrainConfig:
     eval_records
         Records of a validation, spread evenly over the split; 0 for all.
     mesh
-        Devices along each axis.
+        Devices along each axis; in a configuration also as a text, see `sct.train.sharding.MeshConfig.parse`.
     """
 
     steps: int = 1000
     batch_size: int = 1
+    accumulate: int = 1
+    batch_ramp: tuple[tuple[int, int], ...] = ()
     log_every: int = 50
     eval_every: int = 500
     checkpoint_every: int = 500
@@ -69,12 +80,65 @@ class TrainConfig:
     mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "keep_last"):
+        for name in (
+            "steps", "batch_size", "accumulate", "log_every", "eval_every", "checkpoint_every", "keep_last",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}, but it must be at least 1.")
         for name in ("patience", "stop_at", "seed", "loader_threads", "eval_records"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}, but it must not be negative.")
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"train.batch_size is {self.batch_size}, but it must be a multiple of train.accumulate, "
+                f"{self.accumulate}: change one of them."
+            )
+        _check_ramp(self)
+
+    @property
+    def microbatch(self) -> int:
+        """Records that go through the model at once."""
+        return self.batch_size // self.accumulate
+
+    @property
+    def stages(self) -> tuple[tuple[int, int], ...]:
+        """Pairs of (step up to which, records in a batch) that cover the whole run."""
+        return (*self.batch_ramp, (self.steps, self.batch_size))
+
+
+def _check_ramp(config: TrainConfig) -> None:
+    """Raise ConfigError where the stages of the batch ramp do not rise or do not divide into microbatches."""
+    before = (0, 0)
+    for stage in config.batch_ramp:
+        if not (
+            isinstance(stage, Sequence) and len(stage) == 2 and all(type(number) is int for number in stage)
+        ):
+            raise ConfigError(
+                f"train.batch_ramp holds {stage!r}, but it must hold pairs of (step, records), such as "
+                "((1000, 2), (5000, 4))."
+            )
+        if not (stage[0] > before[0] and before[1] < stage[1] < config.batch_size):
+            raise ConfigError(
+                f"train.batch_ramp is {config.batch_ramp}, but its steps and its sizes must rise, the sizes below "
+                f"train.batch_size, {config.batch_size}: leave out or change the stage {tuple(stage)}."
+            )
+        if stage[1] > config.microbatch and stage[1] % config.microbatch:
+            raise ConfigError(
+                f"train.batch_ramp has batches of {stage[1]} records, but microbatches have {config.microbatch} "
+                "(train.batch_size / train.accumulate): choose a multiple of that."
+            )
+        before = (stage[0], stage[1])
+
+
+def steps_for(records: float, batch_size: int, batch_ramp: Sequence[Sequence[int]] = ()) -> int:
+    """Steps that draw about so many records, with the stages of a batch ramp (see `TrainConfig`)."""
+    begun = 0
+    for until, size in batch_ramp:
+        stage = (until - begun) * size
+        if records <= stage:
+            return begun + round(records / size)
+        begun, records = until, records - stage
+    return begun + round(records / batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +160,23 @@ class Result:
     reason: str
 
 
-# Number of a step, its scalars, and the sums of its task.
-Step = tuple[int, dict[str, jax.Array], Sums]
+class Step(NamedTuple):
+    """A step whose numbers have not been fetched from the device.
+
+    Attributes
+    ----------
+    number
+        Which.
+    describe
+        Names its records.
+    scalars, sums
+        What the compiled step returned.
+    """
+
+    number: int
+    describe: Callable[[], list[str]]
+    scalars: dict[str, jax.Array]
+    sums: Sums
 
 
 @contextmanager
@@ -149,25 +228,23 @@ def train(
         The configuration contradicts the data, the devices or the folder's checkpoints.
     """
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch_size(config.batch_size, mesh)
+    _check_batches(config, mesh)
     source = task.dataset("train")
     if source is None:
         raise ConfigError("the store has no study in the split 'train': ingest one, or change the splits.")
     shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    loader = Loader(source, config.batch_size, seed=config.seed, num_threads=config.loader_threads, **shares)
+    shares |= {"num_threads": config.loader_threads}
     held_out = task.dataset("validation")
     validation = None
     if held_out is not None:
-        threads, limit = config.loader_threads, config.eval_records
-        validation = Loader(
-            held_out, config.batch_size, shuffle=False, limit=limit, num_threads=threads, **shares
-        )
+        validation = Loader(held_out, config.microbatch, shuffle=False, limit=config.eval_records, **shares)
 
     abstract, make_state = init_state(
         task, lambda shapes: make_optimizer(optimizer_config, config.steps, shapes)[0], mesh, config.seed
     )
     optimizer, schedule = make_optimizer(optimizer_config, config.steps, abstract.trained)
-    train_step, eval_step = make_train_step(task, optimizer, mesh, abstract), make_eval_step(task, mesh)
+    train_step = make_train_step(task, optimizer, mesh, abstract, config.microbatch)
+    eval_step = make_eval_step(task, mesh)
 
     resources = ExitStack()  # closed however the run ends: what is being saved is finished first
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep_last)
@@ -178,7 +255,7 @@ def train(
             state = load_into(state, start, task.new)
     else:
         state, now = checkpoints.restore(abstract)
-    batches = loader.iterate(now.records_drawn)
+    batches = _draw(lambda size: Loader(source, size, seed=config.seed, **shares), config, now)
     resources.callback(batches.close)
     last = min(config.steps, config.stop_at or config.steps)
     reason = "finished" if last == config.steps else "stop_at"
@@ -191,18 +268,19 @@ def train(
         progress("training", last, done=now.step, active=jax.process_index() == 0) as bar,
         _signals() as asked,
     ):
-        pending: list[Step] = []  # steps whose numbers have not been fetched from the device
-        started, tokens, first = time.monotonic(), 0, now.step + 1
+        pending: list[Step] = []
+        started, tokens, size = time.monotonic(), 0, 0
         while now.step < last:
-            batch = next(batches)
+            loader, batch = next(batches)
             state, scalars, sums = train_step(state, sharding.put_batch(batch, mesh))
             now.step += 1
-            now.records_drawn = batches.records_drawn
-            pending.append((now.step, scalars, sums))
+            pending.append(Step(now.step, partial(loader.describe, now.records_drawn), scalars, sums))
+            now.records_drawn += loader.batch_size
             tokens += task.tokens(batch) * jax.process_count()
             # Queue no more steps than keep the device busy; and leave compilation out of the rate.
-            jax.block_until_ready(pending[max(len(pending) - 3, 0)][1] if now.step > first else scalars)
-            if now.step == first:
+            compiled, size = loader.batch_size != size, loader.batch_size
+            jax.block_until_ready(scalars if compiled else pending[max(len(pending) - 3, 0)].scalars)
+            if compiled:
                 started, tokens = time.monotonic(), 0
 
             logs = now.step % config.log_every == 0 or now.step == 1
@@ -213,10 +291,11 @@ def train(
             if logs or saves:
                 # The only place where numbers are fetched and the loss is checked: a checkpoint never holds
                 # parameters made by a loss that is not finite.
-                values = _collect(task, pending, loader)
+                values = _collect(task, pending)
                 rate = tokens / max(time.monotonic() - started, 1e-9)
                 values |= {"learning_rate": float(schedule(now.step - 1)), "tokens_per_second": rate}
                 log.write(now.step, values, "train")
+                checkpoints.check()
                 bar.update(0, _note(values, rate))
             bar.update(1)
             if evaluates and validation is not None:
@@ -238,6 +317,38 @@ def train(
     return Result(state, now, reason)
 
 
+def _check_batches(config: TrainConfig, mesh: Mesh) -> None:
+    """Raise `ConfigError` where a batch or microbatch of the run cannot be split evenly over the mesh."""
+    sharding.check_batch_size(config.batch_size, mesh)
+    share = mesh.shape["data"] * mesh.shape["fsdp"]
+    named = {f"a stage of train.batch_ramp has {size}": size for _, size in config.batch_ramp}
+    named |= {
+        f"a microbatch (train.batch_size / train.accumulate) has {config.microbatch}": config.microbatch
+    }
+    for what, size in named.items():
+        if size % share:
+            raise ConfigError(
+                f"{what} records, but the mesh splits them over {share} devices: choose a multiple of {share}."
+            )
+
+
+def _draw(
+    load: Callable[[int], Loader], config: TrainConfig, now: Progress
+) -> Generator[tuple[Loader, Batch], None, None]:
+    """Batches from where a run stands, each with the loader it comes from: one for each stage of the ramp.
+
+    All stages draw from one sequence of records, which goes on where the stage before left it.
+    """
+    step, drawn = now.step, now.records_drawn
+    for until, size in config.stages:
+        if step < until:
+            loader = load(size)
+            with closing(loader.iterate(drawn)) as batches:
+                for batch in itertools.islice(batches, until - step):
+                    yield loader, batch
+            step, drawn = until, drawn + (until - step) * size
+
+
 def _agree(asked: bool, now: bool) -> bool:
     """Whether any process was asked to stop; they must all stop at the same step, so they talk at some only."""
     if jax.process_count() == 1:
@@ -245,21 +356,20 @@ def _agree(asked: bool, now: bool) -> bool:
     return now and bool(multihost_utils.process_allgather(np.asarray(asked)).any())
 
 
-def _collect(task: Task, pending: list[Step], loader: Loader) -> dict[str, float]:
+def _collect(task: Task, pending: list[Step]) -> dict[str, float]:
     """Wait for the steps since the last call; check their losses, add up their sums."""
-    fetched = jax.device_get(pending)
-    for step, scalars, _ in fetched:
+    fetched = jax.device_get([(step.scalars, step.sums) for step in pending])
+    for step, (scalars, _) in zip(pending, fetched, strict=True):
         if not (np.isfinite(scalars["loss"]) and np.isfinite(scalars["gradient_norm"])):
-            records = loader.describe((step - 1) * loader.batch_size)
             raise DivergedError(
-                f"the loss of step {step} is {scalars['loss']} and its gradient's norm "
-                f"{scalars['gradient_norm']} (batch: {'; '.join(records)}): lower the learning rate or clip "
+                f"the loss of step {step.number} is {scalars['loss']} and its gradient's norm "
+                f"{scalars['gradient_norm']} (batch: {'; '.join(step.describe())}): lower the learning rate or clip "
                 "the gradient in another --workdir, which --config.init_from=THIS_FOLDER starts from the best "
                 "checkpoint of this one."
             )
-    total = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *[sums for _, _, sums in fetched])
+    total = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *[sums for _, sums in fetched])
     values = task.summarise(total)
-    return values | {"gradient_norm": float(np.mean([s["gradient_norm"] for _, s, _ in fetched]))}
+    return values | {"gradient_norm": float(np.mean([s["gradient_norm"] for s, _ in fetched]))}
 
 
 def _validate(task: Task, eval_step: Any, state: State, loader: Loader, mesh: Any) -> dict[str, float]:

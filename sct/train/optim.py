@@ -25,6 +25,9 @@ class OptimizerConfig:
         "cosine", "linear" or "constant" after the warm-up.
     b1, b2, eps
         Adam's moments and epsilon.
+    moment_dtype
+        "float32", or "bfloat16" to keep the first moment in half the memory; the second and the parameters are
+        float32 whatever the model computes in.
     weight_decay
         Decoupled weight decay (AdamW), for the parameters that `decay_rules` name; 0 is Adam.
     clip_norm
@@ -41,6 +44,7 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    moment_dtype: str = "float32"
     weight_decay: float = 0.0
     clip_norm: float = 0.0
     decay_rules: tuple[tuple[str, bool], ...] = ((r"/(bias|scale|embedding)$", False), (".*", True))
@@ -49,6 +53,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.schedule not in ("cosine", "linear", "constant"):
             raise ConfigError(f"schedule {self.schedule!r} is not one of cosine, linear, constant.")
+        if self.moment_dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"moment_dtype {self.moment_dtype!r} is not one of float32, bfloat16.")
         if not 0 < self.peak_lr < float("inf"):
             raise ConfigError(f"peak_lr is {self.peak_lr}, but it must be positive.")
         for name in ("init_lr", "final_lr", "warmup_steps", "weight_decay", "clip_norm"):
@@ -84,7 +90,7 @@ def make_optimizer(
     parts = []
     if config.clip_norm:
         parts.append(optax.clip_by_global_norm(config.clip_norm))
-    parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
+    parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.moment_dtype))
     if config.weight_decay:
         decayed = resolve(config.decay_rules, params, "weight-decay")
         parts.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))

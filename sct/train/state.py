@@ -108,21 +108,62 @@ def load_into(state: State, arrays: Mapping[str, np.ndarray], new: Sequence[str]
 
 
 def make_train_step(
-    task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, abstract: State
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    abstract: State,
+    microbatch: int = 0,
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array], Sums]]:
     """Compiled update: (state, batch) -> (state, {loss, gradient_norm}, sums of the task).
 
     The state is donated: the caller must not use it again.
+
+    Parameters
+    ----------
+    microbatch
+        Records that go through the model at once, a divisor of larger batches; 0 for the whole batch. A batch of n
+        of them is run as n microbatches, one after the other: records m, m + n, m + 2 n, ... with the step's key
+        folded with m are microbatch m. The update is that of the whole batch with those masks.
     """
 
-    def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array], Sums]:
-        rng = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-
+    def gradient_of(state: State, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, Any], Sums]:
         def loss_of(trained: dict[str, jax.Array]) -> tuple[jax.Array, Sums]:
             return task.loss(unflatten({**state.frozen, **trained}), batch, rng, True)
 
         with axes.on_mesh(mesh, sharding.RULES):
             (loss, sums), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.trained)
+        return loss, gradient, sums
+
+    def accumulated(
+        state: State, batch: Batch, rng: jax.Array, parts: int
+    ) -> tuple[jax.Array, dict[str, Any], Sums]:
+        # Strided parts keep each record on the device that holds it.
+        turned = {
+            name: value.reshape(-1, parts, *value.shape[1:]).swapaxes(0, 1) for name, value in batch.items()
+        }
+        split = NamedSharding(mesh, PartitionSpec(None, *sharding.batch_sharding(mesh).spec))
+        turned = jax.lax.with_sharding_constraint(turned, dict.fromkeys(turned, split))
+
+        def add(total: dict[str, Any], part: tuple[jax.Array, Batch]) -> tuple[dict[str, Any], Any]:
+            loss, gradient, sums = gradient_of(state, part[1], jax.random.fold_in(rng, part[0]))
+            # The loss is a mean over `weight` things: microbatches count by how many they have.
+            weight = sums[task.weight]
+            total = jax.tree.map(lambda t, g: t + weight * g, total, gradient)
+            return jax.lax.with_sharding_constraint(total, placed.trained), (weight * loss, sums)
+
+        zero = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, state.trained), placed.trained)
+        total, (losses, sums) = jax.lax.scan(add, zero, (jnp.arange(parts), turned))
+        sums = jax.tree.map(lambda value: value.sum(0), sums)
+        weight = jnp.maximum(sums[task.weight], 1.0)
+        return losses.sum() / weight, jax.tree.map(lambda g: g / weight, total), sums
+
+    def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array], Sums]:
+        rng = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        parts = len(next(iter(batch.values()))) // microbatch if microbatch else 1
+        if parts > 1:
+            loss, gradient, sums = accumulated(state, batch, rng, parts)
+        else:
+            loss, gradient, sums = gradient_of(state, batch, rng)
         updates, moments = optimizer.update(gradient, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         scalars = {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}

@@ -1,4 +1,4 @@
-"""Training is the same on one device and on any mesh."""
+"""Training is the same on one device and on any mesh, and goes on from one to the other."""
 
 from __future__ import annotations
 
@@ -6,49 +6,145 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sct.errors import ConfigError
+from sct.models import registry
+from sct.nn import axes
 from sct.train import sharding
+from sct.train.loop import TrainConfig
+from sct.train.sharding import MeshConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 MESHES = [
-    {"data": 1}, {"data": 8}, {"fsdp": 8}, {"sequence": 4}, {"tensor": 4},
-    {"data": 2, "fsdp": 4}, {"data": 2, "sequence": 2, "tensor": 2},
+    {"data": 1}, {"data": 8}, {"fsdp": 8}, {"sequence": 8}, {"tensor": 4}, {"data": 2, "fsdp": 4},
+    {"fsdp": 2, "sequence": 4}, {"sequence": 4, "tensor": 2}, {"fsdp": 2, "sequence": 2, "tensor": 2},
+    {"data": 2, "sequence": 2, "tensor": 2},
 ]  # fmt: skip
-
-
 # Splitting length and channels at once is what XLA alone gets wrong, so it is always tested.
-FEW = [{"data": 1}, {"fsdp": 8}, {"data": 2, "sequence": 2, "tensor": 2}]
+FEW = [{"data": 1}, {"fsdp": 2, "sequence": 2, "tensor": 2}]
+
+
+def ask(**request: Any) -> Any:
+    """Answer of a process with eight simulated devices."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.distributed.mesh_steps", json.dumps(request)],
+        cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def small(config) -> dict[str, Any]:
+    """Eight bags of eight cells, and heads and channels that two devices divide."""
+    changes = {"data__cells_per_bag": 8, "train__batch_size": 8, "objective__head_budget": 0.3}
+    return config(**changes, model__remat="level")
 
 
 @pytest.mark.parametrize("meshes", [FEW, pytest.param(MESHES, marks=pytest.mark.slow)], ids=["few", "all"])
-def test_losses_and_gradients_do_not_depend_on_the_mesh(config, meshes):
-    plain = config(data__cells_per_bag=4, train__batch_size=8)
-    request = json.dumps({"config": plain, "meshes": meshes})
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.mesh_steps", request],
-        cwd=ROOT, capture_output=True, text=True, timeout=900, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    single, *others = json.loads(done.stdout.splitlines()[-1])
+def test_losses_and_gradients_do_not_depend_on_the_mesh(small, meshes):
+    single, *others = ask(config=small, meshes=meshes)
     assert single["losses"][2] < single["losses"][0]
     for sizes, other in zip(meshes[1:], others, strict=True):
-        for what in ("losses", "norms", "size"):
-            np.testing.assert_allclose(other[what], single[what], rtol=1e-5, err_msg=f"{what} on {sizes}")
-    for sizes, other in zip(meshes[1:], others, strict=True):
+        np.testing.assert_allclose(other["losses"], single["losses"], rtol=1e-5, err_msg=str(sizes))
+        assert other["error"] < 1e-5, f"gradient of {other['worst']} on {sizes} differs by {other['error']}"
         # Parameters and moments are really divided, but for small arrays that do not divide.
         parts = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
-        share = other["bytes"] / single["bytes"]
-        assert share == 1 if parts == 1 else 1 / parts <= share < 1 / parts + 0.25, (sizes, share)
+        for what, held in other["bytes"].items():
+            share = held / single["bytes"][what]
+            assert share == 1 if parts == 1 else 1 / parts <= share < 1 / parts + 0.25, (sizes, what, share)
+
+
+@pytest.mark.slow
+def test_a_run_goes_from_mesh_to_mesh(small, tmp_path):
+    meshes = [{"fsdp": 8}, {"data": 2, "tensor": 2, "sequence": 2}, {"data": 1}]
+    answer = ask(config=small, meshes=meshes, folder=str(tmp_path / "checkpoints"))
+    np.testing.assert_allclose(answer["losses"], answer["expected"], rtol=1e-5)
+    assert len(answer["losses"]) == 6
+    assert answer["losses"][-1] < answer["losses"][0]
+
+
+def test_presets_and_sizes_on_eight_devices():
+    wanted = {
+        "data": [8, 1, 1, 1],
+        "single": [1, 1, 1, 1],
+        "fsdp": [1, 8, 1, 1],
+        "pod": [1, 8, 1, 1],
+        "sequence=4": [2, 1, 4, 1],
+        "fsdp=-1, tensor=2": [1, 4, 1, 2],
+        "data=2,devices=2": [2, 1, 1, 1],
+    }
+    assert ask(texts=list(wanted)) == list(wanted.values())
+
+
+@pytest.mark.parametrize(("platform", "processes"), [("tpu", 4), ("gpu", 16)])
+def test_pod_copies_the_model_to_hosts_and_divides_it_inside(platform, processes):
+    """Four hosts of four devices each; on GPU every device has a process of its own."""
+
+    def device(i: int) -> SimpleNamespace:
+        wires = {"slice_index": i // 4} if platform == "gpu" else {}
+        return SimpleNamespace(id=i, platform=platform, process_index=i * processes // 16, **wires)
+
+    devices = [device(i) for i in np.random.default_rng(0).permutation(16).tolist()]
+    made = sharding.arrange(MeshConfig.parse("pod"), devices)
+    assert made.shape == (4, 4, 1, 1)
+    assert [[device.id for device in host] for host in made[:, :, 0, 0]] == np.arange(16).reshape(
+        4, 4
+    ).tolist()
+    free = sharding.arrange(MeshConfig.parse("data=2,sequence=2,tensor=4"), devices)
+    assert {device.id // 4 for device in free[1, 0, 0]} == {2}, "the last axis stays on a host"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("pods", "neither one of data, single, fsdp, pod nor sizes"),
+        ("data=2,data=4", "write it like data=2,fsdp=4"),
+        ("fsdp=two", "write it like data=2,fsdp=4"),
+        ("", "write it like data=2,fsdp=4"),
+    ],
+)
+def test_a_text_that_is_no_mesh_is_explained(text, message):
+    with pytest.raises(ConfigError, match=message):
+        MeshConfig.parse(text)
+
+
+def test_a_configuration_takes_a_text_or_sizes():
+    for value, mesh in (("pod", MeshConfig.parse("pod")), ({"fsdp": 4}, MeshConfig(fsdp=4))):
+        assert registry.build(TrainConfig, {"mesh": value}, "train").mesh == mesh
+    with pytest.raises(ConfigError, match="the mesh 'all' is neither"):
+        registry.build(TrainConfig, {"mesh": "all"}, "train")
+    with pytest.raises(ConfigError, match=r"train\.mesh is 3"):
+        registry.build(TrainConfig, {"mesh": 3}, "train")
 
 
 def test_a_mesh_must_fit_the_devices():
     with pytest.raises(ConfigError, match="does not fit 1 devices"):
-        sharding.make_mesh(sharding.MeshConfig(data=-1, fsdp=2), jax.devices()[:1])
+        sharding.make_mesh(MeshConfig(data=-1, fsdp=2), jax.devices()[:1])
+    with pytest.raises(ConfigError, match="use at most that number"):
+        sharding.make_mesh(MeshConfig(devices=2), jax.devices()[:1])
+
+
+def test_one_device_of_several_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match="leaves some of the 2 processes without work"):
+        sharding.make_mesh(MeshConfig.parse("single"), jax.devices()[:1])
+
+
+def test_cells_must_divide_over_the_mesh():
+    mesh = jax.sharding.AbstractMesh((1, 1, 8, 1), sharding.MESH_AXES)
+    with (
+        axes.on_mesh(mesh, sharding.RULES),
+        pytest.raises(ConfigError, match=r"such as --config\.data\.cells_per_bag=16"),
+    ):
+        axes.on_each_part(lambda params, x: x, {}, jnp.zeros((1, 24, 2)), cells=12)
 
 
 def test_a_batch_must_divide_over_the_mesh():

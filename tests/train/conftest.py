@@ -11,6 +11,11 @@ import pytest
 from sct.data.datasets import simulate_atlas
 from sct.data.genes import GeneVocabulary
 from sct.data.ingest import IngestOptions, ingest
+from sct.data.store import Store
+from sct.models import registry
+from sct.train.experiment import make_task
+from sct.train.loop import Result, TrainConfig, train
+from sct.train.optim import OptimizerConfig
 
 CONFIG: dict[str, Any] = {
     "family": "sct",
@@ -36,6 +41,14 @@ def merged(base: dict[str, Any], **changes: Any) -> dict[str, Any]:
         else:
             config[section] = value
     return config
+
+
+def learn(config: dict[str, Any], folder: Path) -> Result:
+    """Train as a run does, without what comes after training."""
+    folder.mkdir(exist_ok=True)
+    task, _ = make_task(config, Store.open(config["data"]["store"]))
+    options = registry.build(TrainConfig, config["train"], "train")
+    return train(task, options, registry.build(OptimizerConfig, config["optimizer"], "optimizer"), folder)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,11 @@
+"""Measure how fast a configuration runs here, beside what the machine can do.
+
+    python -m launch.speed --config=configs/sct_sc.py --mode=train --json=speed.json
+
+`--help` explains the flags; see `sct.commands.speed`.
+"""
+
+from sct.cli import main
+
+if __name__ == "__main__":
+    main("speed")

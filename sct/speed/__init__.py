@@ -1,0 +1,1 @@
+"""How fast the parts run, beside what the machine can do: the measurements of `launch.speed`."""

@@ -1,0 +1,173 @@
+"""Modes forward and train: compiled steps on the devices, beside the ceiling."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+
+from sct.data.loader import Loader
+from sct.data.store import Store
+from sct.errors import SctError
+from sct.models import registry
+from sct.speed import memory, reference
+from sct.speed.ceiling import arithmetic, matmul_ceiling
+from sct.speed.job import Job
+from sct.speed.timing import timed
+from sct.tasks.masked_expression import MaskedExpression
+from sct.train import sharding
+from sct.train.optim import make_optimizer
+from sct.train.state import init_state, make_train_step
+
+T = TypeVar("T")
+# Forward and backward pass: the gradient of a product is two products. What is computed again is not counted.
+_PASSES = 3
+
+
+def run_steps(
+    job: Job,
+    draw: Callable[[], T],
+    call: Callable[[T], Any],
+    what: str,
+    *,
+    dtype: str,
+    devices: Sequence[Any],
+    active: bool = True,
+) -> dict[str, Any]:
+    """Time steps between two measurements of the ceiling; the ceiling's memory is not counted.
+
+    Returns
+    -------
+    Entries of a report: times, memory, ceilings.
+    """
+    with memory.HostPeak() as warm:
+        timed(draw, call, job.options.warmup, f"warm-up of {what}", active)
+    # A device's mark cannot be set back, but the steps to come are the same program.
+    device_peak = memory.device_peak()
+    before, size = matmul_ceiling(dtype, job.options.ceiling_size, devices)
+    with memory.HostPeak() as peak:
+        times = timed(draw, call, job.options.steps, what, active)
+    after, _ = matmul_ceiling(dtype, size, devices)
+    return {
+        **times.report(),
+        "ceiling_flops": max(before, after),
+        "ceiling_before_flops": before,
+        "ceiling_after_flops": after,
+        "ceiling_matrix_size": size,
+        "peak_host_bytes": max(warm.bytes, peak.bytes),
+        "peak_host_from": peak.how,
+        "host_bytes_before_steps": warm.before,
+        "peak_device_bytes": device_peak,
+        "devices_used": len(devices),
+        "dtype": dtype,
+        "arithmetic": arithmetic(dtype),
+    }
+
+
+def _compiled(function: Any, *arguments: Any) -> tuple[Any, dict[str, Any]]:
+    """Compile a jitted function, and what the compiler says of the program."""
+    start = time.perf_counter()
+    lowered = function.lower(*arguments)
+    traced = time.perf_counter()
+    program = lowered.compile()
+    ended = time.perf_counter()
+    return program, {
+        "trace_seconds": traced - start,
+        "compile_seconds": ended - traced,
+        "compiled_flops": memory.flops_of(program),
+        **memory.memory_of(program),
+    }
+
+
+def _rates(found: dict[str, Any], task: MaskedExpression, bags: int, flops: float) -> dict[str, Any]:
+    cells, seconds = task.bags.cells_per_bag, found["step_seconds"]
+    achieved = flops / seconds
+    return {
+        "batch_size": bags,
+        "cells_per_bag": cells,
+        "gene_positions": task.model_config.num_genes,
+        "tokens_per_step": bags * cells * task.model_config.num_genes,
+        "tokens_per_s": bags * cells * task.model_config.num_genes / seconds,
+        "cells_per_s": bags * cells / seconds,
+        "model_flops": flops,
+        "achieved_flops": achieved,
+        "utilisation": achieved / found["ceiling_flops"],
+    }
+
+
+def measure_train(job: Job, store: Store) -> dict[str, Any]:
+    """Time the compiled training step with its optimiser, fed by the loader as in training.
+
+    A step is the transfer of the batch and the update; waiting for the loader is given apart.
+    """
+    task, options = job.task(store), job.train
+    mesh = sharding.make_mesh(options.mesh)
+    sharding.check_batch_size(options.batch_size, mesh)
+    source = task.dataset("train")
+    assert source is not None
+    loader = Loader(source, options.batch_size, seed=options.seed, num_threads=options.loader_threads)
+    abstract, make_state = init_state(
+        task, lambda shapes: make_optimizer(job.optimizer, options.steps, shapes)[0], mesh, options.seed
+    )
+    optimizer, _ = make_optimizer(job.optimizer, options.steps, abstract.trained)
+    batches = loader.iterate()
+    try:
+        first = sharding.put_batch(next(batches), mesh)
+        update = make_train_step(task, optimizer, mesh, abstract, options.microbatch)
+        step, program = _compiled(update, abstract, first)
+        now: dict[str, Any] = {"state": make_state()}
+
+        def call(batch: dict[str, Any]) -> None:
+            now["state"], now["scalars"], _ = step(now["state"], sharding.put_batch(batch, mesh))
+            jax.block_until_ready((now["state"], now["scalars"]))
+
+        dtype, devices = task.model_config.dtype, list(mesh.devices.flat)
+        found = run_steps(job, lambda: next(batches), call, "training steps", dtype=dtype, devices=devices)
+    finally:
+        batches.close()
+    loss = float(now["scalars"]["loss"])
+    if not math.isfinite(loss):
+        raise SctError(
+            f"the loss is {loss} after some steps of training, so their time means nothing: lower the learning rate "
+            "(--config.optimizer.peak_lr)."
+        )
+    cells, budget = task.bags.cells_per_bag, task.config.head_budget
+    length = cells * task.model_config.num_genes
+    positions = max(1, round(budget * length)) if budget else None
+    module = registry.family(job.config["family"])[1]
+    flops = _PASSES * module.flops(task.model_config, options.batch_size, cells, positions)
+    return {
+        **found,
+        **program,
+        **_rates(found, task, options.batch_size, flops),
+        "head_positions": positions if positions is not None else length,
+        "accumulate": options.accumulate,
+        "remat": getattr(task.model_config, "remat", None),
+    }
+
+
+def measure_forward(job: Job, store: Store) -> dict[str, Any]:
+    """Time the compiled forward pass over a batch, logits at all positions."""
+    task, options = job.task(store), job.train
+    mesh = sharding.make_mesh(options.mesh)
+    sharding.check_batch_size(options.batch_size, mesh)
+    source = task.dataset("train")
+    assert source is not None
+    with_batch = Loader(source, options.batch_size, seed=options.seed, num_threads=0).iterate()
+    inputs = reference.masked_inputs(task, sharding.put_batch(next(with_batch), mesh))
+    with_batch.close()
+    _, make_state = init_state(task, lambda _: reference.keep_gradient(), mesh, options.seed)
+    variables = make_state().variables
+    step, program = _compiled(reference.forward(task, mesh), variables, inputs)
+
+    def call(_: None) -> None:
+        jax.block_until_ready(step(variables, inputs))
+
+    dtype, devices = task.model_config.dtype, list(mesh.devices.flat)
+    found = run_steps(job, lambda: None, call, "forward passes", dtype=dtype, devices=devices)
+    module = registry.family(job.config["family"])[1]
+    flops = module.flops(task.model_config, options.batch_size, task.bags.cells_per_bag)
+    return {**found, **program, **_rates(found, task, options.batch_size, flops)}

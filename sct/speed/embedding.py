@@ -1,0 +1,99 @@
+"""Mode embed: `sct.tl.embed` over cells in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import anndata as ad
+import jax
+import numpy as np
+import pandas as pd
+
+from sct.data.bag_order import random_order
+from sct.data.store import Store
+from sct.data.tokenize import bin_counts
+from sct.nn.paths import unflatten
+from sct.speed import compute, reference
+from sct.speed.compare import Check, Outputs, compare
+from sct.speed.job import Job
+from sct.speed.timing import timed
+from sct.tasks.masked_expression import MaskedExpression
+from sct.tl.embedding import embed
+from sct.train import sharding
+from sct.weights.pretrained import Pretrained
+
+
+def _pretrained(job: Job, task: MaskedExpression, variables: Any) -> Pretrained:
+    """Handle of a model with these variables that takes no gene for noise, however few the cells are."""
+    data = {"cells_per_bag": task.bags.cells_per_bag, "noise_fraction": 0.0}
+    return Pretrained(job.config["family"], task.model_config, variables, task.vocabulary, data=data)
+
+
+def _table(store: Store, cells: int) -> ad.AnnData:
+    """First cells of the first training study, in memory."""
+    study = store.split("train")[0]
+    var = pd.DataFrame(index=pd.Index(np.array(store.vocabulary.keys, dtype=object), dtype=object))
+    counts = study.read(0, min(cells, study.n_cells))
+    obs = pd.DataFrame(index=pd.Index([f"cell{i}" for i in range(counts.shape[0])], dtype=object))
+    return ad.AnnData(X=counts, obs=obs, var=var)
+
+
+def _embedding(adata: ad.AnnData, model: Pretrained) -> np.ndarray:
+    embed(adata, model, key_added="X_speed")
+    return np.asarray(adata.obsm["X_speed"])
+
+
+def check_embed(job: Job, store: Store) -> Check:
+    """Compare `sct.tl.embed` with the reference path over the same bag; see `sct.speed.compare.compare`."""
+    cells = min(job.options.check_cells or 2, job.data.cells_per_bag)
+    adata = _table(store, cells)
+    order = random_order(np.arange(adata.n_obs), cells)
+    counts = store.split("train")[0].read(0, adata.n_obs)[order.rows]
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    known: dict[str, Any] = {}
+
+    def fast(model: Mapping[str, Any]) -> Outputs:
+        task = job.task(store, data={"cells_per_bag": cells}, model=model)
+        known["arrays"] = reference.moved_state(task, mesh, job.train.seed)[2]
+        made = _embedding(adata, _pretrained(job, task, unflatten(known["arrays"])))
+        return {"embedding": made[order.rows]}
+
+    def plain(model: Mapping[str, Any]) -> Outputs:
+        task = job.task(store, data={"cells_per_bag": cells}, model=model)
+        config = task.model_config
+        bins = bin_counts(counts, num_bins=config.num_bins, num_positions=config.num_genes)
+        given = {"tokens": bins.tokens[None]}
+        known["shape"] = reference.shape(given)
+        return {"embedding": reference.plain_output(task, known["arrays"], given, "cell_embedding")[0]}
+
+    dtype = job.task(store).model_config.dtype
+    return {**compare("sct.tl.embed", dtype, fast, plain), **known["shape"]}
+
+
+def measure_embed(job: Job, store: Store) -> dict[str, Any]:
+    """Time `sct.tl.embed`, from counts in memory to the embedding in obsm.
+
+    The family counts operations of a whole forward pass only, and an embedding needs half of one: none are given.
+    """
+    task = job.task(store)
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    _, _, variables = reference.moved_state(task, mesh, job.train.seed)
+    model = _pretrained(job, task, unflatten(variables))
+    adata = _table(store, job.cells)
+
+    def call(_: None) -> None:
+        _embedding(adata, model)
+
+    first = timed(lambda: None, call, 1, "first call", active=False)
+    dtype, devices = task.model_config.dtype, jax.local_devices()
+    found = compute.run_steps(job, lambda: None, call, "calls", dtype=dtype, devices=devices, active=False)
+    seconds = found["step_seconds"]
+    return {
+        **found,
+        "first_call_seconds": first.median,
+        "cells": adata.n_obs,
+        "cells_per_bag": task.bags.cells_per_bag,
+        "cells_per_s": adata.n_obs / seconds,
+        "tokens_per_s": adata.n_obs * task.model_config.num_genes / seconds,
+    }

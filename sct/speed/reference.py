@@ -1,0 +1,166 @@
+"""Is it right? Steps compared with the reference path, before any time of theirs is believed.
+
+The reference path is the same model with the same parameters on the same bag with the same masks, where every layer
+takes its plainest form (`sct.nn.plain`), everything is float32 with exact products, the head is evaluated at all
+positions, and nothing is computed twice to save memory. Parameters are random; those that start at 0 or 1 are moved,
+so that what they do shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import jax
+import numpy as np
+import optax
+
+from sct.data import masking
+from sct.data.store import Store
+from sct.nn import axes
+from sct.nn.paths import unflatten
+from sct.speed.compare import Check, Outputs, compare
+from sct.speed.job import Job
+from sct.tasks.masked_expression import MaskedExpression
+from sct.train import sharding
+from sct.train.state import State, init_state, load_into, make_train_step
+
+_MOVED = 0.1
+_MORE_BAGS = 2  # so that what mixes up the bags of a batch shows
+
+
+def small_batch(job: Job, store: Store) -> tuple[MaskedExpression, Any, dict[str, np.ndarray]]:
+    """Task with small bags, mesh, and a batch of one or two of them for each share of a batch."""
+    cells = min(job.options.check_cells or 2, job.data.cells_per_bag)
+    task = job.task(store, data={"cells_per_bag": cells})
+    mesh = sharding.make_mesh(job.train.mesh)
+    sharding.check_batch_size(job.train.batch_size, mesh)
+    source = task.dataset("train")
+    assert source is not None
+    bags = [source.bag(i % len(source)) for i in range(min(job.train.batch_size, _MORE_BAGS * _share(mesh)))]
+    batch = {name: np.stack([bag[name] for bag in bags]) for name in bags[0]}
+    return task, mesh, {**batch, "weight": np.ones(len(bags), np.float32)}
+
+
+def _share(mesh: Any) -> int:
+    return int(mesh.shape["data"] * mesh.shape["fsdp"])
+
+
+def keep_gradient() -> optax.GradientTransformation:
+    """Optimiser that leaves the parameters alone and has the last gradient as its state."""
+
+    def zeros(tree: Any) -> Any:
+        return jax.tree.map(jax.numpy.zeros_like, tree)
+
+    return optax.GradientTransformation(
+        zeros, lambda gradient, state, params=None: (zeros(gradient), gradient)
+    )
+
+
+def moved_state(task: MaskedExpression, mesh: Any, seed: int) -> tuple[State, State, dict[str, np.ndarray]]:
+    """State on the mesh, its abstract form, and a copy of its variables by path; biases, scales and zeros are moved."""
+    abstract, make_state = init_state(task, lambda _: keep_gradient(), mesh, seed)
+    state = make_state()
+    rng, arrays = np.random.default_rng(seed), {}
+    for path, value in sorted({**state.frozen, **state.trained}.items()):
+        array = np.array(value)  # a copy: the state will be donated
+        if array.ndim < 2 or not array.any():
+            array = array + _MOVED * rng.standard_normal(array.shape, np.float32)
+        arrays[path] = array
+    return load_into(state, arrays, ()), abstract, arrays
+
+
+def check_train(job: Job, store: Store) -> Check:
+    """Compare loss and gradient of the compiled training step with the reference path; see `compare`."""
+    task, mesh, batch = small_batch(job, store)
+    micro = _share(mesh) if job.train.accumulate > 1 else len(batch["weight"])
+    parts = len(batch["weight"]) // micro
+    seed, data = job.train.seed, {"cells_per_bag": task.bags.cells_per_bag}
+    known: dict[str, Any] = {}
+
+    def fast(model: Mapping[str, Any]) -> Outputs:
+        task = job.task(store, data=data, model=model)
+        state, abstract, arrays = moved_state(task, mesh, seed)
+        known.update(arrays=arrays, trained=tuple(state.trained), key=np.array(state.key))
+        step = make_train_step(task, keep_gradient(), mesh, abstract, micro)
+        after, scalars, sums = step(state, sharding.put_batch(batch, mesh))
+        known["overflow"] = float(np.asarray(sums.get("overflow", 0.0)))
+        gradient = {path: np.array(value) for path, value in after.optimizer.items()}
+        return {"loss": float(scalars["loss"]), "gradient": gradient}
+
+    def plain(model: Mapping[str, Any]) -> Outputs:
+        # What is masked beyond the head's budget is left out of the loss: then it is left out here as well.
+        objective = {} if known["overflow"] else {"head_budget": 0.0}
+        task = job.task(store, data=data, model=model, objective=objective)
+        frozen = {path: value for path, value in known["arrays"].items() if path not in known["trained"]}
+
+        def loss_of(trained: dict[str, Any], batch: dict[str, Any]) -> jax.Array:
+            rng = jax.random.fold_in(jax.random.wrap_key_data(jax.numpy.asarray(known["key"])), 0)
+            variables = unflatten({**frozen, **trained})
+            total = weight = jax.numpy.zeros(())
+            for part in range(parts):  # the masks of a microbatch are its own
+                own = jax.random.fold_in(rng, part) if parts > 1 else rng
+                chosen = {name: value[part::parts] for name, value in batch.items()}
+                loss, sums = task.loss(variables, chosen, own, True)
+                total, weight = total + loss * sums[task.weight], weight + sums[task.weight]
+            return total / weight
+
+        trained = {path: known["arrays"][path] for path in known["trained"]}
+        loss, gradient = jax.jit(jax.value_and_grad(loss_of))(trained, batch)
+        return {"loss": float(loss), "gradient": jax.device_get(gradient)}
+
+    found = compare("the training step", task.model_config.dtype, fast, plain)
+    return {**found, **shape(batch), "overflow": known["overflow"]}
+
+
+def shape(batch: Mapping[str, Any]) -> dict[str, int]:
+    """Size of what was compared, for a report."""
+    return dict(zip(("bags", "cells_per_bag", "gene_positions"), batch["tokens"].shape, strict=True))
+
+
+def masked_inputs(task: MaskedExpression, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs of the model for a batch, masked as in training with a fixed key."""
+    bins = task.model_config.num_bins
+    mask = task.config.masking(jax.random.key(0), batch["tokens"], bins)
+    inputs = {"tokens": masking.apply(batch["tokens"], mask, bins)}
+    return inputs | ({"coordinates": batch["coordinates"]} if "coordinates" in batch else {})
+
+
+def forward(task: MaskedExpression, mesh: Any) -> Callable[[Any, Mapping[str, Any]], jax.Array]:
+    """Compiled forward pass: (variables, inputs) -> logits (B, K, G, levels + 2) at all positions."""
+
+    def logits(variables: Any, inputs: Mapping[str, Any]) -> jax.Array:
+        with axes.on_mesh(mesh, sharding.RULES):
+            return cast(dict[str, jax.Array], task.model.apply(variables, **inputs))["logits"]
+
+    return jax.jit(logits)
+
+
+def plain_output(
+    task: MaskedExpression, arrays: dict[str, np.ndarray], inputs: Mapping[str, Any], name: str
+) -> Any:
+    """One output of a model on this device, in the forms that are current."""
+
+    def output(variables: Any, inputs: Mapping[str, Any]) -> jax.Array:
+        return cast(dict[str, jax.Array], task.model.apply(variables, **inputs))[name]
+
+    return jax.device_get(jax.jit(output)(unflatten(arrays), dict(inputs)))
+
+
+def check_forward(job: Job, store: Store) -> Check:
+    """Compare the logits of the compiled forward pass with the reference path; see `compare`."""
+    task, mesh, batch = small_batch(job, store)
+    given = masked_inputs(task, sharding.put_batch(batch, mesh))
+    there, data = jax.device_get(given), {"cells_per_bag": task.bags.cells_per_bag}
+    known: dict[str, Any] = {}
+
+    def fast(model: Mapping[str, Any]) -> Outputs:
+        task = job.task(store, data=data, model=model)
+        state, _, known["arrays"] = moved_state(task, mesh, job.train.seed)
+        return {"logits": np.array(forward(task, mesh)(state.variables, given))}
+
+    def plain(model: Mapping[str, Any]) -> Outputs:
+        task = job.task(store, data=data, model=model)
+        return {"logits": plain_output(task, known["arrays"], there, "logits")}
+
+    return {**compare("the forward pass", task.model_config.dtype, fast, plain), **shape(batch)}

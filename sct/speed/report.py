@@ -1,0 +1,149 @@
+"""What a person reads of a measurement, and the file that a program reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sct.data.ingest_input import write_json
+from sct.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Two measurements of the ceiling that differ by more than this share tell of a disturbed machine.
+_DISTURBED = 0.1
+_UNITS = {
+    "step_seconds": "s", "step_cpu_seconds": "s", "input_wait_seconds": "s", "compile_seconds": "s",
+    "trace_seconds": "s", "first_call_seconds": "s", "first_batch_seconds": "s",
+    "model_flops": "FLOP", "compiled_flops": "FLOP",
+    "achieved_flops": "FLOP/s", "ceiling_flops": "FLOP/s", "utilisation": "",
+    "tokens_per_s": "/s", "cells_per_s": "/s", "cells_per_cpu_s": "/s", "raw_cells_per_s": "/s",
+    "raw_cells_per_cpu_s": "/s",
+    "peak_host_bytes": "B", "peak_device_bytes": "B", "temporaries_bytes": "B",
+    "disk_read_bytes_per_s": "B/s", "store_bytes_per_s": "B/s", "input_bytes_per_s": "B/s",
+}  # fmt: skip
+_NAMES = {
+    "step_seconds": "time of a step (median)",
+    "step_cpu_seconds": "processor time of a step",
+    "input_wait_seconds": "waiting for the input of a step",
+    "compile_seconds": "compilation",
+    "trace_seconds": "tracing",
+    "first_call_seconds": "first call, with compilation",
+    "first_batch_seconds": "first batch after opening the store",
+    "tokens_per_s": "gene tokens",
+    "cells_per_s": "cells",
+    "cells_per_cpu_s": "cells per second of processor time",
+    "raw_cells_per_s": "cells in raw blocks",
+    "raw_cells_per_cpu_s": "the same per second of processor time",
+    "model_flops": "operations of a step, by formula",
+    "compiled_flops": "operations of a step, counted by XLA",
+    "achieved_flops": "achieved",
+    "ceiling_flops": "ceiling: a large matrix product",
+    "utilisation": "achieved / ceiling",
+    "peak_host_bytes": "peak memory of the process",
+    "peak_device_bytes": "peak memory of a device",
+    "temporaries_bytes": "temporaries of the compiled step",
+    "disk_read_bytes_per_s": "sequential read of the same files",
+    "store_bytes_per_s": "read in raw blocks, as stored",
+    "input_bytes_per_s": "read of the input file",
+}
+
+
+def quantity(value: float | None, unit: str) -> str:
+    """Write a number for a person: "3.21 s", "4.14 TFLOP", "12.3 GiB"; "-" for none."""
+    if value is None:
+        return "-"
+    if unit == "":
+        return f"{value:.3f}"
+    if unit == "s":
+        return f"{value:.4g} s" if value < 1000 else f"{value:,.0f} s"
+    if unit == "/s" and value < 1e6:
+        return f"{value:,.0f} /s" if value >= 100 else f"{value:.3g} /s"
+    step, signs = (
+        (1024.0, ("", "Ki", "Mi", "Gi", "Ti", "Pi"))
+        if unit[0] == "B"
+        else (1000.0, ("", "k", "M", "G", "T", "P"))
+    )
+    power = 0
+    while abs(value) >= step and power < len(signs) - 1:
+        value, power = value / step, power + 1
+    if unit == "/s":
+        return f"{value:.3g} {({'M': 'million', 'G': 'billion'}).get(signs[power], signs[power])} /s"
+    return f"{value:.3g} {signs[power]}{unit}"
+
+
+def table(found: Mapping[str, Any]) -> Table:
+    """Make a table of a measurement, for `rich`."""
+    from rich.table import Table
+
+    where = f"{found['cpu_count']} cores, {found['cpu']}" if found["platform"] == "cpu" else found["device"]
+    if found.get("devices_used", 1) > 1:
+        where = f"{found['devices_used']} devices, {where}"
+    shown = Table(title=f"{found['mode']} on {where}", title_justify="left", show_header=False)
+    shown.add_column("what")
+    shown.add_column("value", justify="right")
+    shown.add_column("remark", overflow="fold")
+    for name, label in _NAMES.items():
+        if name in found:
+            shown.add_row(label, quantity(found[name], _UNITS[name]), _remark(name, found))
+    return shown
+
+
+def _remark(name: str, found: Mapping[str, Any]) -> str:
+    if name == "step_seconds":
+        low, high = found["step_seconds_spread"]["min"], found["step_seconds_spread"]["max"]
+        return f"{quantity(low, 's')} to {quantity(high, 's')} in {len(found['step_seconds_all'])}"
+    if name == "ceiling_flops":
+        both = (quantity(found[f"ceiling_{when}_flops"], "FLOP/s") for when in ("before", "after"))
+        return f"{found['arithmetic']}, {found['ceiling_matrix_size']:,} wide; {' before, '.join(both)} after"
+    if name == "tokens_per_s" and "tokens_per_step" in found:
+        return (
+            f"{found['tokens_per_step']:,} a step: {found['batch_size']} x {found['cells_per_bag']} cells x "
+            f"{found['gene_positions']:,} genes"
+        )
+    if name == "peak_host_bytes":
+        return str(found["peak_host_from"])
+    if name == "disk_read_bytes_per_s":
+        return f"from {found['disk_read_from']}" if found["disk_read_from"] != "unknown" else ""
+    return ""
+
+
+def notes(found: Mapping[str, Any]) -> list[str]:
+    """Sentences that belong to the numbers: what was compared, and what may be wrong with them."""
+    check = found["check"]
+    differences = ", ".join(
+        f"{name} {value:.1e} (limit {check['limits'][name]:.1e})"
+        for name, value in check["differences"].items()
+    )
+    bags = f" on bags of {check['cells_per_bag']:,} cells" if "cells_per_bag" in check else ""
+    said = [f"Compared with the reference path{bags}, difference in relative norm: {differences}."]
+    if found.get("synthetic"):
+        made = found["synthetic"]
+        said.append(
+            f"On {made['cells']:,} synthetic cells with {made['expressed_genes_of_a_cell']:,} expressed genes on "
+            "average."
+        )
+    before, after = found.get("ceiling_before_flops"), found.get("ceiling_after_flops")
+    if before and after and abs(before - after) > _DISTURBED * max(before, after):
+        said.append(
+            "The ceiling changed by more than 10% during the measurement: the machine was disturbed, measure again."
+        )
+    return said
+
+
+def check_writable(path: Path) -> None:
+    """Raise `ConfigError` where a file could not be written, before anything is measured."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ConfigError(f"--json={path} cannot be written: give a file in a folder that is there.")
+
+
+def write(found: Mapping[str, Any], path: Path) -> None:
+    """Write all numbers as JSON; the file is complete or not there."""
+    try:
+        write_json(path, found)
+    except OSError as error:
+        raise ConfigError(
+            f"--json={path} cannot be written ({error.strerror or error}): choose another."
+        ) from error

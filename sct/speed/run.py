@@ -1,0 +1,162 @@
+"""A measurement from beginning to end: cells, comparison with the reference path, times, facts about the machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sct.data.store import Store
+from sct.errors import ConfigError
+from sct.models import registry
+from sct.speed import compute, data, embedding, reference
+from sct.speed.job import Job, Options
+from sct.version import __version__
+
+Measure = Callable[[Job, Store], dict[str, Any]]
+# Mode -> comparison with the reference path, and measurement.
+_MODES: Mapping[str, tuple[Measure, Measure]] = {
+    "forward": (reference.check_forward, compute.measure_forward),
+    "train": (reference.check_train, compute.measure_train),
+    "embed": (embedding.check_embed, embedding.measure_embed),
+    "loader": (data.check_loader, data.measure_loader),
+}
+
+
+def measure(config: Mapping[str, Any], options: Options, apart: bool = True) -> dict[str, Any]:
+    """Measure what `options.mode` names of a configuration.
+
+    Cells are made and the comparison with the reference path is done in a process of its own, so that neither
+    counts in this one's memory.
+
+    Parameters
+    ----------
+    config
+        Plain nested values of a configuration of training.
+    options
+        What is measured.
+    apart
+        False does all in this process.
+
+    Returns
+    -------
+    Everything measured, by name, ready for JSON; bytes, seconds, operations (a multiply-add is two).
+
+    Raises
+    ------
+    SctError
+        A step differs from the reference path, or the configuration cannot be measured.
+    """
+    if options.mode == "generate":
+        _refuse_generation(config)
+    with tempfile.TemporaryDirectory(prefix="sct-speed-") as folder:
+        job = Job(config, options, Path(folder))
+        check = _apart(prepare, job) if apart else prepare(job)
+        load = _load()
+        if options.mode == "ingest":
+            # A process of its own, as that of an ingest is: this one never gives memory back.
+            found = _apart(data.measure_ingest, job) if apart else data.measure_ingest(job)
+        else:
+            found = {"check": check, **_MODES[options.mode][1](job, job.open_store())}
+        synthetic = {"cells": job.cells, "expressed_genes_of_a_cell": job.nonzeros} if job.synthetic else None
+        return {
+            "mode": options.mode,
+            **found,
+            "synthetic": synthetic,
+            "load_average": {"before": load, "after": _load()},
+            **machine(),
+            "config": dict(config),
+            "command": shlex.join(_words()),
+        }
+
+
+def prepare(job: Job) -> dict[str, Any] | None:
+    """Make cells, and compare the step that will be timed with the reference path."""
+    try:
+        job.prepare_cells()
+        if job.options.mode == "ingest":
+            return None  # what was written is compared with what was read
+        return _MODES[job.options.mode][0](job, job.open_store())
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):  # an exception that another process can be told
+            raise MemoryError(str(error)) from None
+        raise
+
+
+def _quiet() -> None:
+    from absl import logging
+
+    logging.set_verbosity(logging.ERROR)
+
+
+def _apart(function: Callable[[Job], Any], job: Job) -> Any:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_quiet) as pool:
+        try:
+            return pool.submit(function, job).result()
+        except BrokenProcessPool as error:
+            raise ConfigError(
+                "a process that makes cells or compares with the reference path was killed, most likely for want of "
+                "memory: take fewer (--cells, --check_cells=1)."
+            ) from error
+
+
+def _refuse_generation(config: Mapping[str, Any]) -> None:
+    able = [name for name, (_, module) in registry.MODELS.items() if hasattr(module, "generate")]
+    raise ConfigError(
+        f"--mode=generate needs a model that generates text, which {config.get('family')!r} does not: "
+        + (f"choose a configuration of {', '.join(able)}." if able else "no family does yet.")
+    )
+
+
+def _load() -> list[float] | None:
+    return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
+
+
+def _words() -> list[str]:
+    """Words of the command line as they were typed."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    program = ["python", "-m", spec.name.removesuffix(".__main__")] if spec else [Path(sys.argv[0]).name]
+    return [*program, *sys.argv[1:]]
+
+
+def machine() -> dict[str, Any]:
+    """Facts about this machine and the versions that run on it."""
+    import jax
+
+    devices = jax.devices()
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "device": devices[0].device_kind,
+        "platform": devices[0].platform,
+        "device_count": len(devices),
+        "cpu": _processor(),
+        "cpu_count": available,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {
+            "sct": __version__,
+            **{name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
+        },
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )

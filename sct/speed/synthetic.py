@@ -1,0 +1,107 @@
+"""Synthetic cells of any number and sparsity, for measurements without data of one's own.
+
+The genes are those of the human vocabulary. A gene has a mean count per cell, log-normal over the genes; the counts
+of a cell are Poisson with these means. They are no biology: what counts here is how many values there are, how they
+are distributed over genes, and that they are real files in the store's own format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from sct.data.genes import GeneVocabulary
+from sct.data.ingest import IngestOptions, ingest
+from sct.data.writer import quiet_anndata
+from sct.errors import ConfigError
+from sct.progress import progress
+
+NAME = "synthetic"
+_SPREAD = (
+    1.8  # of the log means: the strongest of 20,000 genes has some hundred times the count of a middle one
+)
+_MOST = 50.0  # counts per cell of the strongest genes
+_BLOCK_VALUES = 4_000_000
+
+
+def vocabulary(num_genes: int = 0) -> GeneVocabulary:
+    """Human protein-coding genes: all, or with a model of fewer positions the first of them."""
+    human = GeneVocabulary.human()
+    if not num_genes or num_genes >= len(human):
+        return human
+    return human.subset(list(human.keys[:num_genes]))
+
+
+def means(n_genes: int, nonzeros: int, seed: int = 0) -> np.ndarray:
+    """Mean counts of the genes (G,), such that a cell expresses `nonzeros` of them on average.
+
+    Raises
+    ------
+    ConfigError
+        There are not so many genes.
+    """
+    if not 1 <= nonzeros <= 0.9 * n_genes:
+        raise ConfigError(
+            f"--nonzeros is {nonzeros:,}, but a cell of {n_genes:,} genes can have 1 to {int(0.9 * n_genes):,}: "
+            "choose from these."
+        )
+    shape = np.exp(np.random.default_rng([seed, 0]).normal(0.0, _SPREAD, n_genes))
+    low, high = -40.0, 40.0  # of the logarithm of the factor, halved until it is known
+    for _ in range(100):
+        middle = (low + high) / 2
+        expressed = -np.expm1(-np.minimum(shape * np.exp(middle), _MOST)).sum()
+        low, high = (middle, high) if expressed < nonzeros else (low, middle)
+    return np.minimum(shape * np.exp(high), _MOST)
+
+
+def blocks(n_cells: int, n_genes: int, nonzeros: int, seed: int = 0) -> Iterator[sparse.csr_matrix]:
+    """Raw counts of `n_cells` cells, (n, n_genes) float32 CSR blocks; the same for the same arguments."""
+    rates = means(n_genes, nonzeros, seed)
+    step = max(1, int(_BLOCK_VALUES / rates.sum()))
+    for number, start in enumerate(range(0, n_cells, step)):
+        cells = min(step, n_cells - start)
+        rng = np.random.default_rng([seed, 1, number])
+        # The molecules of a gene are dealt to the cells: each cell's count is Poisson.
+        genes = np.repeat(np.arange(n_genes), rng.poisson(rates * cells))
+        rows = rng.integers(cells, size=len(genes))
+        # No cell may be empty: one molecule of the strongest gene each.
+        rows = np.concatenate([rows, np.arange(cells)])
+        genes = np.concatenate([genes, np.full(cells, int(np.argmax(rates)))])
+        counts = sparse.csr_matrix(
+            (np.ones(len(rows), np.float32), (rows, genes)), shape=(cells, n_genes), dtype=np.float32
+        )
+        counts.sum_duplicates()
+        yield counts
+
+
+def write_h5ad(path: Path, genes: GeneVocabulary, n_cells: int, nonzeros: int, seed: int = 0) -> None:
+    """Write synthetic cells as an .h5ad file, block by block, so that their number is not bounded by memory."""
+    var = pd.DataFrame(index=pd.Index(np.array(genes.keys, dtype=object), dtype=object))
+    obs = pd.DataFrame(index=pd.Index([f"cell{i}" for i in range(n_cells)], dtype=object))
+    with quiet_anndata(), h5py.File(path, "w") as file, progress("synthetic cells", n_cells) as bar:
+        ad.io.write_elem(file, "/", ad.AnnData(obs=obs, var=var))
+        for counts in blocks(n_cells, len(genes), nonzeros, seed):
+            if "X" not in file or not isinstance(file["X"], h5py.Group):
+                if "X" in file:
+                    del file["X"]
+                # Their number may pass what 32 bits count.
+                first = counts.copy()
+                first.indptr = first.indptr.astype(np.int64)
+                ad.io.write_elem(file, "X", first)
+            else:
+                ad.io.sparse_dataset(file["X"]).append(counts)
+            bar.update(counts.shape[0])
+
+
+def make_store(folder: Path, genes: GeneVocabulary, n_cells: int, nonzeros: int, seed: int = 0) -> None:
+    """Make a store of one study of synthetic cells for training, by way of an .h5ad file and an ingest."""
+    source = folder.parent / f"{NAME}.h5ad"
+    write_h5ad(source, genes, n_cells, nonzeros, seed)
+    ingest([source], folder, vocabulary=genes, options=IngestOptions(seed=seed))
+    source.unlink()

@@ -1,0 +1,71 @@
+"""Timing of repeated steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+
+from sct.progress import progress
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Seconds of each repetition: on the clock, of the processor (all threads), and of waiting for the input."""
+
+    wall: tuple[float, ...]
+    cpu: tuple[float, ...]
+    wait: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median seconds of a step."""
+        return float(np.median(self.wall))
+
+    def report(self) -> dict[str, Any]:
+        """Entries of a report."""
+        return {
+            "step_seconds": self.median,
+            "step_seconds_spread": {"min": min(self.wall), "max": max(self.wall)},
+            "step_seconds_all": list(self.wall),
+            "step_cpu_seconds": float(np.median(self.cpu)),
+            "input_wait_seconds": float(np.median(self.wait)),
+        }
+
+
+def timed(
+    draw: Callable[[], T], call: Callable[[T], Any], repeats: int, what: str, active: bool = True
+) -> Times:
+    """Time `call(draw())`, the two apart; `call` must return when its work is done.
+
+    Parameters
+    ----------
+    draw
+        Makes the input of a step.
+    call
+        The step.
+    repeats
+        How often.
+    what
+        Said beside the progress bar.
+    active
+        Whether there is one: False where the step shows its own.
+    """
+    wall, cpu, wait = [], [], []
+    with progress(what, repeats, active=active) as bar:
+        for _ in range(repeats):
+            begun = time.perf_counter()
+            given = draw()
+            started, busy = time.perf_counter(), time.process_time()
+            call(given)
+            ended = time.perf_counter()
+            wall.append(ended - started)
+            cpu.append(time.process_time() - busy)
+            wait.append(started - begun)
+            bar.update(1, note=f"{wall[-1]:.3g} s")
+    return Times(tuple(wall), tuple(cpu), tuple(wait))
