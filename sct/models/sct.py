@@ -7,6 +7,7 @@ data", section 3. Where the text and the published checkpoint differ the flags o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
@@ -277,26 +278,41 @@ class TowerLevel(nn.Module):
     def __call__(self, x: jax.Array, skip: jax.Array | None = None) -> jax.Array:
         """Map (B, K * G, C) to (B, K * G / 2 or 2 K G, features); `skip` is added to the latter."""
         config = self.config
-        cells = x.shape[1] // self.num_positions
-        chunk = _cells_at_once(config, cells, self.num_positions)
         if self.is_initializing():
             return self.whole(x, skip)
         pure = self.clone(parent=None, name=None)
 
-        def level(params: Any, x: jax.Array, skip: jax.Array | None) -> jax.Array:
-            if chunk == cells:
-                return cast(jax.Array, pure.apply({"params": params}, x, skip, method="whole"))
-            return _in_pieces(pure, params, x, skip, chunk)
+        def whole(params: Any, x: jax.Array, skip: jax.Array | None) -> jax.Array:
+            return cast(jax.Array, pure.apply({"params": params}, x, skip, method="whole"))
 
-        keeps_itself = chunk < cells and config.remat == "products"
-        if config.remat != "none" and not keeps_itself:
-            level = jax.checkpoint(level, policy=_KEPT[config.remat])
-        y = level(self.variables["params"], x, skip)
+        def level(params: Any, x: jax.Array, skip: jax.Array | None) -> jax.Array:
+            # Of a mesh each device sees its own cells here.
+            cells = x.shape[1] // self.num_positions
+            chunk = _cells_at_once(config, cells, self.num_positions)
+            run = whole if chunk == cells else functools.partial(_in_pieces, pure, chunk=chunk)
+            keeps_itself = chunk < cells and config.remat == "products"
+            if config.remat != "none" and not keeps_itself:
+                run = jax.checkpoint(run, policy=_KEPT[config.remat])
+            return cast(jax.Array, run(params, x, skip))
+
+        cells = x.shape[1] // self.num_positions
+        y = axes.on_each_part(level, self.variables["params"], x, skip, cells=cells)
         return axes.constrain(y, axes.BATCH, axes.LENGTH, axes.CHANNEL)
+
+    @property
+    def halo(self) -> int:
+        """Positions at each end of some cells that their neighbours see."""
+        config = self.config
+        return 0 if config.conv_boundary == "cell" else halo_of(config.conv_taps, self.upsample)
 
     def whole(self, x: jax.Array, skip: jax.Array | None) -> jax.Array:
         """All cells at once."""
-        product = self.block.convolve(self.block.normalise(x))
+        y, halo = self.block.normalise(x), self.halo
+        if halo and axes.has_neighbours():
+            before, behind = axes.neighbours(y, halo)
+            product = self.convolve(before, y, behind)
+        else:
+            product = self.block.convolve(y)
         return self.join(product, self.refine(product), skip)
 
     def normalise(self, x: jax.Array) -> jax.Array:
@@ -350,11 +366,10 @@ def _in_pieces(level: TowerLevel, params: Any, x: jax.Array, skip: jax.Array | N
     norm = {"block": {name: block[name] for name in block if name == "norm"}}
     first, second = {"block": {"conv": block["conv"]}}, {"residual": params["residual"]}
     main = split(x) if config.norm == "none" else run("normalise", norm, split(x))
-    halo = 0 if config.conv_boundary == "cell" else halo_of(config.conv_taps, level.upsample)
     ends = main.reshape(batch, pieces, -1, width)
-    border = jnp.zeros((batch, 1, halo, width), main.dtype)
-    left = jnp.concatenate([border, ends[:, :-1, ends.shape[2] - halo :]], axis=1)
-    right = jnp.concatenate([ends[:, 1:, :halo], border], axis=1)
+    before, behind = axes.neighbours(main.reshape(batch, -1, width), level.halo)
+    left = jnp.concatenate([before[:, None], ends[:, :-1, ends.shape[2] - level.halo :]], axis=1)
+    right = jnp.concatenate([ends[:, 1:, : level.halo], behind[:, None]], axis=1)
     inputs, added = (split(left), main, split(right)), [] if skip is None else [split(skip)]
     if config.remat == "products":
         product = run("convolve", first, *inputs)
@@ -369,7 +384,8 @@ def _cells_at_once(config: SCTConfig, cells: int, positions: int) -> int:
     """Cells of `positions` that a level handles at once, a divisor of the `cells` of a bag.
 
     On CPU a level goes through a bag in pieces, which stay in the cache and need little memory; what lies between
-    its products costs half as much then (docs/performance.md). Elsewhere, and on a mesh, it takes the bag at once.
+    its products costs half as much then (docs/performance.md). Elsewhere it takes the bag at once.
+    On a mesh a bag is the device's part of it.
     """
     if wants_plain() or config.remat == "none" or jax.default_backend() != "cpu" or axes.is_split():
         return cells
@@ -563,12 +579,13 @@ class SCT(nn.Module):
             Rescaled positions of the cells (B, K, 2), for models with `use_spatial`; NaN for a cell without a
             position, whose spatial term is zero.
         positions
-            Flat positions (B, P) in the K * G sequence at which to evaluate the head; None for all.
+            Flat positions (B, P) in the K * G sequence at which to evaluate the head; None for all. Or (B, S, P)
+            in S equal parts of it, each counted from the part's start, so that devices look at their own.
 
         Returns
         -------
-        `logits` float32 (B, K, G, num_bins + 2), or (B, P, num_bins + 2) at `positions`; `cell_embedding`
-        float32 (B, K, embed_dim): the mean over a cell's transformer positions; `conv_out`,
+        `logits` float32 (B, K, G, num_bins + 2), or those at `positions`, with num_bins + 2 as a further axis;
+        `cell_embedding` float32 (B, K, embed_dim): the mean over a cell's transformer positions; `conv_out`,
         `transformer_out` (B, K G / 2^n, embed_dim); `deconv_out` (B, K G, filters[0]).
         """
         batch, cells, genes = tokens.shape
@@ -580,7 +597,11 @@ class SCT(nn.Module):
         if positions is None:
             logits = self.head(deconv_out).reshape(batch, cells, genes, -1)
         else:
-            logits = self.head(jnp.take_along_axis(deconv_out, positions[..., None], axis=1))
+            parts = positions.reshape(batch, -1, positions.shape[-1])
+            rows = deconv_out.reshape(batch, parts.shape[1], -1, deconv_out.shape[-1])
+            chosen = jnp.take_along_axis(rows, parts[..., None], axis=2)
+            chosen = axes.constrain(chosen, axes.BATCH, axes.CELL, None, None)
+            logits = self.head(chosen.reshape(*positions.shape, -1))
         embedding = x.astype(jnp.float32).reshape(batch, cells, -1, x.shape[-1]).mean(axis=2)
         return {
             "logits": logits,

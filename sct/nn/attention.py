@@ -56,11 +56,25 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 
     def local(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         if along is not None:
-            key, value = (lax.all_gather(x, along, axis=1, tiled=True) for x in (key, value))
+            key, value = _gathered(key, along), _gathered(value, along)
         return attend(query, key, value)
 
     shard = jax.shard_map(local, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)
     return shard(query, key, value)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(x: jax.Array, along: str) -> jax.Array:
+    """The whole sequence (B, L, H, D) of the parts of the devices; gradients are summed over them in float32."""
+    return lax.all_gather(x, along, axis=1, tiled=True)
+
+
+def _gathered_backward(along: str, kept: None, gradient: jax.Array) -> tuple[jax.Array]:
+    parts = gradient.astype(jnp.float32)
+    return (lax.psum_scatter(parts, along, scatter_dimension=1, tiled=True).astype(gradient.dtype),)
+
+
+_gathered.defvjp(lambda x, along: (_gathered(x, along), None), _gathered_backward)
 
 
 def _form(query: jax.Array) -> Attend:

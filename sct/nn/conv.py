@@ -86,6 +86,9 @@ def _conv_with_halo(
         )
 
     def local(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        # The kernel comes in float32, in which its gradient is then summed over the devices (in bfloat16 that ends
+        # the process on CPU, jax 0.10).
+        kernel = kernel.astype(x.dtype)
         # Devices at the ends receive zeros, which is the padding.
         left = lax.ppermute(x[:, x.shape[1] - before :], axis, [(i, i + 1) for i in range(devices - 1)])
         right = lax.ppermute(x[:, :after], axis, [(i + 1, i) for i in range(devices - 1)])
@@ -95,7 +98,7 @@ def _conv_with_halo(
     along = PartitionSpec(None, axis)
     return jax.shard_map(
         local, mesh=mesh, in_specs=(along, PartitionSpec()), out_specs=along, axis_names={axis}
-    )(x, kernel)
+    )(x, kernel.astype(jnp.float32))
 
 
 def conv_transpose_2x(x: jax.Array, kernel: jax.Array, halo: int = 0) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from sct.data.masking import Masking
 from sct.data.store import Store
 from sct.errors import ConfigError
 from sct.models.sct import SCT, SCTConfig, pad_to_multiple
+from sct.nn import axes
 from sct.tasks.base import Batch, Evaluator, Sums, Variables
 
 
@@ -125,15 +127,21 @@ class MaskedExpression:
         masked, targets = mask.reshape(-1, length), tokens.reshape(-1, length).astype(jnp.int32)
         overflow = jnp.zeros((), jnp.float32)
         if self.config.head_budget and train:
+            # Devices that share the cells of a bag have a share of the budget each, for their own cells.
+            parts = axes.parts_of(axes.CELL, tokens.shape[1])
+            masked, targets = (x.reshape(x.shape[0], parts, -1) for x in (masked, targets))
+            length //= parts
             budget = min(length, max(1, round(self.config.head_budget * length)))
             # The count starts at a random place, so that no cell is more often beyond the budget than others.
             turn = jax.random.randint(jax.random.fold_in(rng, 1), (), 0, length)
-            turned = jnp.roll(masked, -turn, axis=1)
-            positions = jax.vmap(lambda m: jnp.nonzero(m, size=budget, fill_value=length)[0])(turned)
+            turned = jnp.roll(masked, -turn, axis=2)
+            find = functools.partial(jnp.nonzero, size=budget, fill_value=length)
+            positions = jax.vmap(jax.vmap(lambda m: find(m)[0]))(turned)
             taken = positions < length
             overflow = masked.sum() - taken.sum().astype(jnp.float32)
             positions = jnp.where(taken, (positions + turn) % length, 0)
-            targets = jnp.take_along_axis(targets, positions, axis=1)
+            positions = axes.constrain(positions, axes.BATCH, axes.CELL, None)
+            targets = jnp.take_along_axis(targets, positions, axis=2)
             logits = self._logits(variables, inputs, coordinates, positions)
             masked = taken
         else:
