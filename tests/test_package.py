@@ -158,7 +158,7 @@ def test_imports_point_one_way(module):
     [
         ("sct.nn.linear", "from sct.models import sct"),
         ("sct.nn.linear", "def f():\n    import sct.data.genes"),
-        ("sct.data.store", "from ..models.sct import SCTConfig"),
+        ("sct.data.store", "from ..models.sct_config import SCTConfig"),
         ("sct.data.store", "import sct\nsct.Store"),
         ("sct.models.sct", "from sct.data import genes"),
         ("sct.eval.metrics", "from sct.errors import DataError"),

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from sct.errors import ConfigError
-from sct.models.sct import SCT, SCTConfig
+from sct.models.sct import SCT
+from sct.models.sct_config import SCTConfig
 
 T = TypeVar("T")
 

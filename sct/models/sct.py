@@ -6,8 +6,6 @@ data", section 3. Where the text and the published checkpoint differ the flags o
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
@@ -15,382 +13,15 @@ from typing import Any, ClassVar, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from sct.errors import ConfigError, DataError
+from sct.models.sct_config import SCTConfig
+from sct.models.sct_tower import TowerLevel
 from sct.nn import axes
 from sct.nn.attention import TransformerBlock
-from sct.nn.conv import Conv, halo_of, pool_2x
+from sct.nn.conv import Conv
 from sct.nn.linear import Embed, Linear
-from sct.nn.norm import EPSILON, LayerNorm, SharedLayerNorm
-from sct.nn.pieces import map_pieces
-from sct.nn.plain import wants_plain
 from sct.nn.spatial import spatial_features
-
-_CHOICES = {
-    "norm": ("shared", "shared_fixed", "layer", "none"),
-    "pool": ("avg", "max"),
-    "conv_boundary": ("flat", "cell"),
-    "spatial_encoding": ("paper", "reference"),
-    "remat": ("none", "products", "level"),
-    "dtype": ("float32", "bfloat16", "float16"),
-}
-_LEAST = {
-    "num_genes": 1,
-    "num_bins": 2,
-    "token_embed_dim": 1,
-    "embed_dim": 1,
-    "num_downsamples": 1,
-    "num_layers": 0,
-    "num_heads": 1,
-    "ffn_dim": 1,
-    "num_hidden_layers_head": 0,
-    "stem_taps": 1,
-    "conv_taps": 1,
-    "num_scales": 1,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class SCTConfig:
-    """Architecture of sCT; the defaults are the published model at 19,968 gene positions.
-
-    Parameters
-    ----------
-    num_genes
-        Gene positions of a cell, a multiple of 2 ** num_downsamples (pad the vocabulary up to it).
-    num_bins
-        Expression levels, zero included (5: unexpressed and four levels). PAD is `num_bins`, MASK is
-        `num_bins + 1`, the alphabet has `num_bins + 2` tokens.
-    token_embed_dim, embed_dim
-        Width before the tower and in the transformer; widths between them grow linearly.
-    num_downsamples
-        Levels of the tower; each halves the number of positions.
-    num_layers, num_heads, ffn_dim
-        Transformer blocks, heads, and width of the gated feed-forward.
-    num_hidden_layers_head
-        Hidden layers of the head, each `embed_dim` wide.
-    stem_taps, conv_taps
-        Kernel lengths of the stem and of the towers.
-    use_skip_connection
-        Whether a level's input is added to the matching level of the deconvolution tower.
-    norm
-        "shared" (the paper), "shared_fixed" (no learnable scale and bias), "layer" or "none".
-    pool
-        "avg" as in the published checkpoint, "max" as in the paper's text.
-    conv_boundary
-        "flat": convolutions run over the flat cells-by-genes sequence and see across cell borders, as in the
-        paper; "cell": they stay inside a cell.
-    rotary
-        Rotary position embedding over the whole flat sequence; False makes the transformer blind to order.
-    use_spatial, spatial_encoding, num_scales, sigma_min, sigma_max
-        Encoding of coordinates, see `sct.nn.spatial.spatial_features`.
-    layer_norm_eps
-        Epsilon of every norm.
-    remat
-        What levels and blocks keep for the backward pass beside their inputs: "level" nothing, the least memory;
-        "products" the outputs of convolutions and matrix products, so that only what is cheap is computed again;
-        "none" everything.
-    dtype
-        Type of the computation; parameters, norms and logits stay float32.
-    """
-
-    num_genes: int = 19_968
-    num_bins: int = 5
-    token_embed_dim: int = 64
-    embed_dim: int = 1024
-    num_downsamples: int = 8
-    num_layers: int = 4
-    num_heads: int = 16
-    ffn_dim: int = 2048
-    num_hidden_layers_head: int = 1
-    stem_taps: int = 15
-    conv_taps: int = 5
-    use_skip_connection: bool = True
-    norm: str = "shared"
-    pool: str = "avg"
-    conv_boundary: str = "flat"
-    rotary: bool = True
-    use_spatial: bool = False
-    spatial_encoding: str = "paper"
-    num_scales: int = 10
-    sigma_min: float = 1.0
-    sigma_max: float = 10.0
-    layer_norm_eps: float = EPSILON
-    remat: str = "none"
-    dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        for field, choices in _CHOICES.items():
-            if getattr(self, field) not in choices:
-                raise ConfigError(f"{field}={getattr(self, field)!r} is not one of {', '.join(choices)}.")
-        for field, least in _LEAST.items():
-            if getattr(self, field) < least:
-                raise ConfigError(f"{field} is {getattr(self, field)}, but it must be at least {least}.")
-        if self.num_bins > 254:
-            raise ConfigError(f"num_bins is {self.num_bins}, but tokens are bytes: use at most 254.")
-        if not 0 < self.sigma_min <= self.sigma_max:
-            raise ConfigError(
-                f"sigma_min is {self.sigma_min} and sigma_max is {self.sigma_max}, but 0 < sigma_min <= "
-                "sigma_max is needed."
-            )
-        if self.num_genes % 2**self.num_downsamples:
-            raise ConfigError(
-                f"num_genes is {self.num_genes}, but {self.num_downsamples} downsamples need a multiple of "
-                f"{2**self.num_downsamples}: use {pad_to_multiple(self.num_genes, self.num_downsamples)}."
-            )
-        if self.use_skip_connection and self.token_embed_dim % 32:
-            raise ConfigError(
-                f"token_embed_dim is {self.token_embed_dim}, but skip connections need a multiple of 32."
-            )
-        if self.embed_dim % (2 * self.num_heads) or self.embed_dim % 32:
-            raise ConfigError(
-                f"embed_dim is {self.embed_dim}, but it must be a multiple of 32 and of twice num_heads "
-                f"({2 * self.num_heads})."
-            )
-
-    @classmethod
-    def fit(cls, values: Mapping[str, Any], num_genes: int) -> dict[str, Any]:
-        """Values of a configuration with `num_genes` 0 or absent replaced by a vocabulary's size, padded."""
-        levels = values.get("num_downsamples", cls.num_downsamples)
-        if not isinstance(levels, int):
-            raise ConfigError(f"num_downsamples is {levels!r}, but a whole number is needed.")
-        return {**values, "num_genes": values.get("num_genes") or pad_to_multiple(num_genes, levels)}
-
-    @property
-    def pad(self) -> int:
-        """Token of a gene position or cell that is not there."""
-        return self.num_bins
-
-    @property
-    def mask(self) -> int:
-        """Token of a masked position."""
-        return self.num_bins + 1
-
-    @property
-    def filters(self) -> tuple[int, ...]:
-        """Widths at the borders of the levels: `num_downsamples + 1` numbers, multiples of 32."""
-        widths = np.linspace(self.token_embed_dim, self.embed_dim, self.num_downsamples + 1)
-        return tuple(int(32 * np.ceil(width / 32)) for width in widths)
-
-
-def pad_to_multiple(num_genes: int, num_downsamples: int) -> int:
-    """Smallest number of gene positions >= `num_genes` that `num_downsamples` halvings divide."""
-    step = 2**num_downsamples
-    return -(-num_genes // step) * step
-
-
-def _check_range(name: str, values: Any, most: int) -> None:
-    """Raise `DataError` for integers outside of 0 .. `most`, which an index would silently clip."""
-    if not jnp.issubdtype(values.dtype, jnp.integer):
-        raise DataError(f"{name} are {values.dtype}, but integers are needed.")
-    if isinstance(values, jax.core.Tracer) or not getattr(values, "is_fully_addressable", True):
-        return
-    low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
-    if low < 0 or high > most:
-        raise DataError(f"{name} reach from {low} to {high}, but 0 to {most} is what the model knows.")
-
-
-def level_probabilities(config: SCTConfig) -> Callable[[Any, jax.Array, jax.Array | None], jax.Array]:
-    """Make the function (variables, tokens (B, K, G), coordinates) -> probabilities of levels (B, K, G, num_bins)."""
-    module = SCT(config)
-
-    def probabilities(variables: Any, tokens: jax.Array, coordinates: jax.Array | None) -> jax.Array:
-        outputs = cast(dict[str, jax.Array], module.apply(variables, tokens, coordinates))
-        return jax.nn.softmax(outputs["logits"][..., : config.num_bins], axis=-1)
-
-    return probabilities
-
-
-# Name of the outputs of convolutions and matrix products among what the backward pass may keep.
-PRODUCT = "product"
-# What a level keeps for the backward pass, beside its inputs.
-_KEPT: dict[str, Callable[..., bool] | None] = {
-    "none": None,
-    "products": jax.checkpoint_policies.save_only_these_names(PRODUCT),
-    "level": jax.checkpoint_policies.nothing_saveable,
-}
-# Positions that a level handles at once on CPU: enough for the products to run at full speed.
-_POSITIONS_AT_ONCE = 4096
-
-
-def _gelu(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=True)
-
-
-class ConvBlock(nn.Module):
-    """Norm, convolution, GELU: the unit of both towers; `upsample` doubles the number of positions."""
-
-    config: SCTConfig
-    features: int
-    taps: int
-    num_positions: int
-    upsample: bool = False
-
-    def setup(self) -> None:
-        """Declare norm and convolution."""
-        config = self.config
-        if config.norm == "layer":
-            self.norm: nn.Module = LayerNorm(config.layer_norm_eps)
-        elif config.norm != "none":
-            self.norm = SharedLayerNorm(self.num_positions, config.norm == "shared", config.layer_norm_eps)
-        self.conv = Conv(self.features, self.taps, self.upsample, jnp.dtype(config.dtype))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map (B, K * G, C) to (B, K * G or 2 K G, features); G is `num_positions`."""
-        return _gelu(self.convolve(self.normalise(x)))
-
-    def normalise(self, x: jax.Array) -> jax.Array:
-        """Norm of whole cells (B, K * G, C)."""
-        return x if self.config.norm == "none" else self.norm(x)
-
-    def convolve(self, x: jax.Array, with_halo: bool = False) -> jax.Array:
-        """Convolution of what the norm gave; see `Conv` for the halo."""
-        if self.config.conv_boundary == "cell" and self.taps > 1:
-            halo = halo_of(self.taps, self.upsample) if with_halo else 0
-            cells = x.reshape(-1, self.num_positions, x.shape[-1])
-            y = self.conv(jnp.pad(cells, ((0, 0), (halo, halo), (0, 0))), with_halo)
-            y = y.reshape(x.shape[0], -1, self.features)
-        else:
-            y = self.conv(x, with_halo)
-        return checkpoint_name(y, PRODUCT)
-
-
-class TowerLevel(nn.Module):
-    """One level of a tower: a block that changes the width, and a residual block with a kernel of one.
-
-    A level of the convolution tower halves the number of positions in the end, by pooling; a level of the
-    deconvolution tower doubles it first, and adds the skip connection in the end.
-    """
-
-    config: SCTConfig
-    features: int
-    num_positions: int
-    upsample: bool = False
-
-    def setup(self) -> None:
-        """Declare the blocks."""
-        config, positions = self.config, self.num_positions * (2 if self.upsample else 1)
-        self.block = ConvBlock(config, self.features, config.conv_taps, self.num_positions, self.upsample)
-        self.residual = ConvBlock(config, self.features, 1, positions)
-
-    def __call__(self, x: jax.Array, skip: jax.Array | None = None) -> jax.Array:
-        """Map (B, K * G, C) to (B, K * G / 2 or 2 K G, features); `skip` is added to the latter."""
-        config = self.config
-        if self.is_initializing():
-            return self.whole(x, skip)
-        pure = self.clone(parent=None, name=None)
-
-        def whole(params: Any, x: jax.Array, skip: jax.Array | None) -> jax.Array:
-            return cast(jax.Array, pure.apply({"params": params}, x, skip, method="whole"))
-
-        def level(params: Any, x: jax.Array, skip: jax.Array | None) -> jax.Array:
-            # Of a mesh each device sees its own cells here.
-            cells = x.shape[1] // self.num_positions
-            chunk = _cells_at_once(config, cells, self.num_positions)
-            run = whole if chunk == cells else functools.partial(_in_pieces, pure, chunk=chunk)
-            keeps_itself = chunk < cells and config.remat == "products"
-            if config.remat != "none" and not keeps_itself:
-                run = jax.checkpoint(run, policy=_KEPT[config.remat])
-            return cast(jax.Array, run(params, x, skip))
-
-        cells = x.shape[1] // self.num_positions
-        y = axes.on_each_part(level, self.variables["params"], x, skip, cells=cells)
-        return axes.constrain(y, axes.BATCH, axes.LENGTH, axes.CHANNEL)
-
-    @property
-    def halo(self) -> int:
-        """Positions at each end of some cells that their neighbours see."""
-        config = self.config
-        return 0 if config.conv_boundary == "cell" else halo_of(config.conv_taps, self.upsample)
-
-    def whole(self, x: jax.Array, skip: jax.Array | None) -> jax.Array:
-        """All cells at once."""
-        y, halo = self.block.normalise(x), self.halo
-        if halo and axes.has_neighbours():
-            before, behind = axes.neighbours(y, halo)
-            product = self.convolve(before, y, behind)
-        else:
-            product = self.block.convolve(y)
-        return self.join(product, self.refine(product), skip)
-
-    def normalise(self, x: jax.Array) -> jax.Array:
-        """First norm, of whole cells."""
-        return self.block.normalise(x)
-
-    def convolve(self, left: jax.Array, x: jax.Array, right: jax.Array) -> jax.Array:
-        """First convolution, of some cells between the border positions of their neighbours."""
-        return self.block.convolve(jnp.concatenate([left, x, right], axis=1), with_halo=True)
-
-    def refine(self, product: jax.Array) -> jax.Array:
-        """Second norm and product."""
-        return self.residual.convolve(self.residual.normalise(_gelu(product)))
-
-    def after_norm(self, left: jax.Array, x: jax.Array, right: jax.Array, *skip: jax.Array) -> jax.Array:
-        """What follows the first norm, of some cells between the border positions of their neighbours."""
-        product = self.convolve(left, x, right)
-        return self.join(product, self.refine(product), *skip)
-
-    def join(self, product: jax.Array, refined: jax.Array, skip: jax.Array | None = None) -> jax.Array:
-        """Add the blocks, and pool or add the skip connection."""
-        y = _gelu(product) + _gelu(refined)
-        if not self.upsample:
-            return pool_2x(y, self.config.pool)
-        return y if skip is None else y + skip
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stage:
-    """A method of a level as a function of parameters and of the inputs of one piece of a bag."""
-
-    level: TowerLevel
-    method: str
-
-    def __call__(self, params: Any, inputs: tuple[jax.Array, ...]) -> jax.Array:
-        return cast(jax.Array, self.level.apply({"params": params}, *inputs, method=self.method))
-
-
-def _in_pieces(level: TowerLevel, params: Any, x: jax.Array, skip: jax.Array | None, chunk: int) -> jax.Array:
-    """A level, some cells after the other; a piece sees the border positions of its neighbours."""
-    batch, length, width = x.shape
-    pieces = length // level.num_positions // chunk
-
-    def split(x: jax.Array) -> jax.Array:
-        return x.reshape(batch * pieces, 1, -1, x.shape[-1])
-
-    def run(method: str, blocks: dict[str, Any], *inputs: jax.Array) -> jax.Array:
-        return map_pieces(_Stage(level, method), blocks, inputs)
-
-    config, block = level.config, params["block"]
-    norm = {"block": {name: block[name] for name in block if name == "norm"}}
-    first, second = {"block": {"conv": block["conv"]}}, {"residual": params["residual"]}
-    main = split(x) if config.norm == "none" else run("normalise", norm, split(x))
-    ends = main.reshape(batch, pieces, -1, width)
-    before, behind = axes.neighbours(main.reshape(batch, -1, width), level.halo)
-    left = jnp.concatenate([before[:, None], ends[:, :-1, ends.shape[2] - level.halo :]], axis=1)
-    right = jnp.concatenate([ends[:, 1:, : level.halo], behind[:, None]], axis=1)
-    inputs, added = (split(left), main, split(right)), [] if skip is None else [split(skip)]
-    if config.remat == "products":
-        product = run("convolve", first, *inputs)
-        refined = run("refine", second, product)
-        y = run("join", {}, product, refined, *added)
-    else:
-        y = run("after_norm", first | second, *inputs, *added)
-    return y.reshape(batch, -1, level.features)
-
-
-def _cells_at_once(config: SCTConfig, cells: int, positions: int) -> int:
-    """Cells of `positions` that a level handles at once, a divisor of the `cells` of a bag.
-
-    On CPU a level goes through a bag in pieces, which stay in the cache and need little memory; what lies between
-    its products costs half as much then (docs/performance.md). Elsewhere it takes the bag at once.
-    On a mesh a bag is the device's part of it.
-    """
-    if wants_plain() or config.remat == "none" or jax.default_backend() != "cpu" or axes.is_split():
-        return cells
-    fitting = (n for n in range(1, cells) if cells % n == 0 and n * positions >= _POSITIONS_AT_ONCE)
-    return next(fitting, cells)
 
 
 class Stem(nn.Module):
@@ -610,3 +241,25 @@ class SCT(nn.Module):
             "transformer_out": x,
             "deconv_out": deconv_out,
         }
+
+
+def level_probabilities(config: SCTConfig) -> Callable[[Any, jax.Array, jax.Array | None], jax.Array]:
+    """Make the function (variables, tokens (B, K, G), coordinates) -> probabilities of levels (B, K, G, num_bins)."""
+    module = SCT(config)
+
+    def probabilities(variables: Any, tokens: jax.Array, coordinates: jax.Array | None) -> jax.Array:
+        outputs = cast(dict[str, jax.Array], module.apply(variables, tokens, coordinates))
+        return jax.nn.softmax(outputs["logits"][..., : config.num_bins], axis=-1)
+
+    return probabilities
+
+
+def _check_range(name: str, values: Any, most: int) -> None:
+    """Raise `DataError` for integers outside of 0 .. `most`, which an index would silently clip."""
+    if not jnp.issubdtype(values.dtype, jnp.integer):
+        raise DataError(f"{name} are {values.dtype}, but integers are needed.")
+    if isinstance(values, jax.core.Tracer) or not getattr(values, "is_fully_addressable", True):
+        return
+    low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
+    if low < 0 or high > most:
+        raise DataError(f"{name} reach from {low} to {high}, but 0 to {most} is what the model knows.")

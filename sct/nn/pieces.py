@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-# (params, inputs of one piece) -> output of the piece.
-Piece = Callable[[Any, tuple[jax.Array, ...]], jax.Array]
+Arrays = tuple[jax.Array, ...]
+# (params, inputs of one piece, kept arrays or None) -> (output of the piece, arrays to keep), see `map_pieces`.
+Piece = Callable[[Any, Arrays, Arrays | None], tuple[jax.Array, Arrays]]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def map_pieces(function: Piece, params: Any, inputs: tuple[jax.Array, ...]) -> jax.Array:
-    """Apply `function(params, piece of each input)` along the first axis of `inputs`; stack the outputs.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def map_pieces(function: Piece, keep: bool, params: Any, inputs: Arrays) -> jax.Array:
+    """Apply a function to one piece of each input after the other; stack the outputs.
 
-    The result of `jax.lax.map`, whose gradient keeps `params` and `inputs` alone and goes through the pieces again.
+    The result of `jax.lax.map`, whose gradient goes through the pieces again. It keeps `params` and `inputs` for
+    that, and with `keep` also what the function gives beside its output, which it then gets back as its last
+    argument, to be used in place of computing it again (see `known`).
+
     `lax.map` would fill its outputs with zeros first, which XLA for the CPU (jax 0.10) does for all the loops of a
     program at its beginning, each with a copy of its own: at full size half of all memory.
 
@@ -26,24 +30,53 @@ def map_pieces(function: Piece, params: Any, inputs: tuple[jax.Array, ...]) -> j
     ----------
     function
         Pure function; hashable, since it is a static argument.
+    keep
+        Whether to keep what the function offers, for the gradient.
     params
         Tree of arrays; its gradient is summed over the pieces.
     inputs
         Arrays (P, ...) of P pieces.
     """
+    return _run(function, params, inputs, False)[0]
+
+
+def _run(function: Piece, params: Any, inputs: Arrays, keep: bool) -> tuple[jax.Array, Arrays]:
+    """Outputs of the pieces, stacked, and what they offer to keep, if it is wanted."""
     count = inputs[0].shape[0]
-    shape = jax.eval_shape(function, params, tuple(each[0] for each in inputs))
 
-    def step(i: jax.Array, output: jax.Array) -> jax.Array:
-        return lax.dynamic_update_index_in_dim(output, function(params, _piece(inputs, i)), i, 0)
+    def of_piece(piece: Arrays) -> Arrays:
+        output, offered = function(params, piece, None)
+        return (output, *offered) if keep else (output,)
 
-    return lax.fori_loop(
-        0, count, step, _room((count, *shape.shape), shape.dtype, max(inputs, key=lambda each: each.size))
-    )
+    shapes = jax.eval_shape(of_piece, tuple(each[0] for each in inputs))
+    after = max(inputs, key=lambda each: each.size)
+    room = tuple(_room((count, *each.shape), each.dtype, after) for each in shapes)
+
+    def step(i: jax.Array, outputs: Arrays) -> Arrays:
+        return _put(outputs, of_piece(_piece(inputs, i)), i)
+
+    output, *kept = lax.fori_loop(0, count, step, room)
+    return output, tuple(kept)
 
 
-def _piece(arrays: tuple[jax.Array, ...], i: jax.Array) -> tuple[jax.Array, ...]:
+@jax.custom_vjp
+def known(computed: jax.Array, value: jax.Array) -> jax.Array:
+    """`value`, which is what `computed` was before; the gradient goes to `computed`, whose own value is not needed."""
+    return value
+
+
+known.defvjp(
+    lambda computed, value: (value, None), lambda kept, gradient: (gradient, jnp.zeros_like(gradient))
+)
+
+
+def _piece(arrays: Arrays, i: jax.Array) -> Arrays:
     return tuple(lax.dynamic_index_in_dim(each, i, keepdims=False) for each in arrays)
+
+
+def _put(arrays: Arrays, pieces: Sequence[jax.Array], i: jax.Array) -> Arrays:
+    both = zip(arrays, pieces, strict=True)
+    return tuple(lax.dynamic_update_index_in_dim(whole, piece, i, 0) for whole, piece in both)
 
 
 def _room(shape: tuple[int, ...], dtype: Any, after: jax.Array) -> jax.Array:
@@ -53,32 +86,29 @@ def _room(shape: tuple[int, ...], dtype: Any, after: jax.Array) -> jax.Array:
 
 
 def _forward(
-    function: Piece, params: Any, inputs: tuple[jax.Array, ...]
-) -> tuple[jax.Array, tuple[Any, tuple[jax.Array, ...]]]:
-    return map_pieces(function, params, inputs), (params, inputs)
+    function: Piece, keep: bool, params: Any, inputs: Arrays
+) -> tuple[jax.Array, tuple[Any, Arrays, Arrays]]:
+    output, kept = _run(function, params, inputs, keep)
+    return output, (params, inputs, kept)
 
 
 def _backward(
-    function: Piece, kept: tuple[Any, tuple[jax.Array, ...]], gradient: jax.Array
-) -> tuple[Any, tuple[jax.Array, ...]]:
-    params, inputs = kept
+    function: Piece, keep: bool, saved: tuple[Any, Arrays, Arrays], gradient: jax.Array
+) -> tuple[Any, Arrays]:
+    params, inputs, kept = saved
 
-    def step(i: jax.Array, sums: tuple[Any, tuple[jax.Array, ...]]) -> tuple[Any, tuple[jax.Array, ...]]:
+    def step(i: jax.Array, sums: tuple[Any, Arrays]) -> tuple[Any, Arrays]:
         by_params, by_inputs = sums
-        _, pull = jax.vjp(function, params, _piece(inputs, i))
+        again = _piece(kept, i) if keep else None
+        _, pull = jax.vjp(lambda params, piece: function(params, piece, again)[0], params, _piece(inputs, i))
         of_params, of_inputs = pull(lax.dynamic_index_in_dim(gradient, i, keepdims=False))
-        placed = [
-            lax.dynamic_update_index_in_dim(whole, part, i, 0)
-            for whole, part in zip(by_inputs, of_inputs, strict=True)
-        ]
-        return jax.tree.map(jnp.add, by_params, of_params), tuple(placed)
+        return jax.tree.map(jnp.add, by_params, of_params), _put(by_inputs, of_inputs, i)
 
     start = (
         jax.tree.map(jnp.zeros_like, params),
         tuple(_room(each.shape, each.dtype, gradient) for each in inputs),
     )
-    by_params, by_inputs = lax.fori_loop(0, inputs[0].shape[0], step, start)
-    return by_params, by_inputs
+    return lax.fori_loop(0, inputs[0].shape[0], step, start)
 
 
 map_pieces.defvjp(_forward, _backward)

@@ -17,7 +17,8 @@ from sct.data.bags import BagOptions, BagSource
 from sct.data.masking import Masking
 from sct.data.store import Store
 from sct.errors import ConfigError
-from sct.models.sct import SCT, SCTConfig, pad_to_multiple
+from sct.models.sct import SCT
+from sct.models.sct_config import SCTConfig, pad_to_multiple
 from sct.nn import axes
 from sct.tasks.base import Batch, Evaluator, Sums, Variables
 

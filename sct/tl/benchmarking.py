@@ -25,7 +25,8 @@ from sct.eval.page import Figure, figure_svg
 from sct.eval.report import Report
 from sct.eval.scoring import Model, Outcome
 from sct.models.registry import build
-from sct.models.sct import SCTConfig, level_probabilities, pad_to_multiple
+from sct.models.sct import level_probabilities
+from sct.models.sct_config import SCTConfig, pad_to_multiple
 from sct.tl import running
 from sct.tl.embedding import embed
 from sct.weights.pretrained import DATA_OPTIONS, Pretrained

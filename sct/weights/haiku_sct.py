@@ -20,7 +20,7 @@ import numpy as np
 
 from sct.data.genes import GeneVocabulary
 from sct.errors import CheckpointError, ConfigError
-from sct.models.sct import SCTConfig
+from sct.models.sct_config import SCTConfig
 from sct.nn.paths import unflatten
 from sct.weights.pretrained import DATA_OPTIONS, Pretrained, default_card, expected_shapes, match
 

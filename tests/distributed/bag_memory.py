@@ -21,7 +21,7 @@ import numpy as np
 
 from sct.data.bags import BagOptions
 from sct.data.store import Store
-from sct.models.sct import SCTConfig
+from sct.models.sct_config import SCTConfig
 from sct.tasks.masked_expression import MaskedExpression, MaskedExpressionConfig
 from sct.train import sharding
 from sct.train.optim import OptimizerConfig, make_optimizer

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from sct.data.store import Store
-from sct.models import sct
+from sct.models import sct_tower
 from sct.nn import chunked_attention
 from sct.train import sharding
 from sct.train.checkpoint import Checkpoints, Progress
@@ -27,7 +27,7 @@ from sct.train.state import State, init_state, make_train_step
 
 # So that the short sequences of a test have several chunks, the last of them not full, and several pieces.
 chunked_attention.CPU_CHUNKS = (5, 16)
-sct._POSITIONS_AT_ONCE = 32
+sct_tower._POSITIONS_AT_ONCE = 32
 
 
 def recorder() -> optax.GradientTransformation:

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from sct.errors import ConfigError
-from sct.models import sct as sct_model
-from sct.models.sct import SCT, SCTConfig, pad_to_multiple
+from sct.models import sct_tower
+from sct.models.sct import SCT
+from sct.models.sct_config import SCTConfig, pad_to_multiple
 from sct.nn.plain import plain_forms
 from sct.nn.spatial import spatial_features
 
@@ -195,7 +196,7 @@ def test_what_is_kept_and_in_how_many_pieces_changes_neither_loss_nor_gradient(o
     with plain_forms():
         loss, gradient = _loss(config, variables(config), tokens())
     for remat, positions in (("none", 4096), ("level", 4096), ("level", 8), ("products", 8)):
-        monkeypatch.setattr(sct_model, "_POSITIONS_AT_ONCE", positions)
+        monkeypatch.setattr(sct_tower, "_POSITIONS_AT_ONCE", positions)
         other_loss, other = _loss(dataclasses.replace(config, remat=remat), variables(config), tokens())
         close(other_loss, loss, 1e-6)
         jax.tree.map(partial(close, tolerance=1e-5), other, gradient)
@@ -203,8 +204,8 @@ def test_what_is_kept_and_in_how_many_pieces_changes_neither_loss_nor_gradient(o
 
 def test_pieces_are_whole_cells_and_divide_a_bag(monkeypatch):
     config = dataclasses.replace(SMALL, remat="level")
-    monkeypatch.setattr(sct_model, "_POSITIONS_AT_ONCE", 64)
-    assert [sct_model._cells_at_once(config, cells, 32) for cells in (1, 2, 3, 4, 9, 50)] == [
+    monkeypatch.setattr(sct_tower, "_POSITIONS_AT_ONCE", 64)
+    assert [sct_tower._cells_at_once(config, cells, 32) for cells in (1, 2, 3, 4, 9, 50)] == [
         1,
         2,
         3,
@@ -212,9 +213,9 @@ def test_pieces_are_whole_cells_and_divide_a_bag(monkeypatch):
         3,
         2,
     ]
-    assert sct_model._cells_at_once(SMALL, 50, 32) == 50
+    assert sct_tower._cells_at_once(SMALL, 50, 32) == 50
     with plain_forms():
-        assert sct_model._cells_at_once(config, 50, 32) == 50
+        assert sct_tower._cells_at_once(config, 50, 32) == 50
 
 
 def test_bfloat16_is_near_float32():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import sct.models.sct as model
+import sct.models.sct_tower as model
 from sct.data import bags
 from sct.errors import SctError
 from sct.nn.plain import wants_plain

@@ -17,7 +17,8 @@ from rich.console import Console
 
 from sct.errors import ConfigError, SctError
 from sct.models import registry
-from sct.models.sct import SCT, SCTConfig
+from sct.models.sct import SCT
+from sct.models.sct_config import SCTConfig
 from sct.speed import compare, report, run
 from sct.speed.job import Options
 from sct.speed.run import measure

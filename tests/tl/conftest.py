@@ -10,7 +10,8 @@ import pytest
 
 from sct.data.datasets import simulate_atlas
 from sct.data.genes import GeneVocabulary
-from sct.models.sct import SCT, SCTConfig
+from sct.models.sct import SCT
+from sct.models.sct_config import SCTConfig
 from sct.weights.pretrained import Pretrained
 
 CELLS, GENES, BAG = 45, 60, 6

@@ -20,7 +20,8 @@ import pytest
 import sct
 from sct.data.genes import GeneVocabulary
 from sct.errors import CheckpointError, ConfigError, DataError, MissingExtraError, StoreError
-from sct.models.sct import SCT, SCTConfig
+from sct.models.sct import SCT
+from sct.models.sct_config import SCTConfig
 from sct.nn.paths import flatten, unflatten
 from sct.tasks.masked_expression import MaskedExpression
 from sct.train.experiment import run
