@@ -1,10 +1,16 @@
 """Errors that a user can mend.
 
 Every message is one sentence: what was found, what was expected, what to do next. The command line
-prints the message alone and exits with status 1; a traceback is kept for defects of this project.
+prints the message alone and exits with status 1 (a `ProcessLostError`: `AGAIN`); a traceback is kept for defects
+of this project.
 """
 
 from __future__ import annotations
+
+import os
+
+# Exit status of a command that has saved its work and goes on where it is run again: EX_TEMPFAIL of sysexits.h.
+AGAIN: int = getattr(os, "EX_TEMPFAIL", 75)
 
 
 class SctError(Exception):
@@ -37,3 +43,9 @@ class ProcessLostError(SctError, ConnectionError):
 
 class MissingExtraError(SctError, ImportError):
     """An optional dependency is not installed; the message gives the pip command."""
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """What a library's error says, at most its first line and `limit` characters; its name where it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:limit]

@@ -122,7 +122,21 @@ def test_every_field_and_variant_of_the_docstring_exists(path):
     assert {file for file, _ in commands} == {path.relative_to(ROOT).as_posix()}
 
 
-@every_config
+def slow_if(second_of_its_kind: bool) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if second_of_its_kind else []
+
+
+# The base of the ablations is a model of single cells with other masks, of every size.
+@pytest.mark.parametrize(
+    ("path", "variant"),
+    [
+        pytest.param(
+            path, variant, marks=slow_if(path.stem == "sct_ablations" and variant != "quickstart"),
+            id=f"{path.stem}:{variant}",
+        )
+        for path, variant in CASES
+    ],
+)  # fmt: skip
 def test_one_abstract_step(path, variant, store):
     one_abstract_step(values(path, variant), store)
 
@@ -131,8 +145,17 @@ def run_of_sweep(path: Path, variant: str, name: str) -> dict[str, Any]:
     return sweep.configurations(values(path, variant))[name]
 
 
+# One run of each section of a configuration and one of another number of levels; all of them are built below.
+QUICK_RUNS = {"masking_drawn", "norm_fixed", "cells_1", "bins_15"}
+
+
 @pytest.mark.parametrize(
-    ("path", "name"), [(path, name) for path, variant, name in RUNS if variant == "quickstart"]
+    ("path", "name"),
+    [
+        pytest.param(path, name, marks=slow_if(name not in QUICK_RUNS), id=name)
+        for path, variant, name in RUNS
+        if variant == "quickstart"
+    ],
 )
 def test_one_abstract_step_of_each_run_of_a_sweep(path, name, store):
     one_abstract_step(run_of_sweep(path, "quickstart", name), store)
@@ -262,7 +285,9 @@ def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["--config=configs/sct_sc.py:quickstart", "--config.train.no_such_field=1"], ["no_such_field"]),
         (["--config=configs/sct_sc.py:quickstart", "--config.train.steps=many"], ["train.steps", "many"]),
         (["--config=configs/sct_ablations.py:quickstart", "--only=base,bin_15"], ["bin_15", "'bins_15'"]),
-        (["--config=configs/sct_ablations.py"], ["data.store", "launch.ingest"]),
+        pytest.param(
+            ["--config=configs/sct_ablations.py"], ["data.store", "launch.ingest"], marks=pytest.mark.slow
+        ),
         (["--config=configs/sct_sc.py:quickstart", "--only=base"], ["--only", "sweep"]),
         (["--config=no_such_config"], ["no_such_config", "sct_sc"]),
         (["--config=configs/sct_sc.py:quickstart", "stray"], ["stray"]),

@@ -1,4 +1,4 @@
-"""The notebooks run from their first cell to their last, in a fresh kernel, with a shorter training."""
+"""The notebooks run from their first cell to their last, in a fresh kernel, with a short training of a small model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FEW_STEPS = 20
+SMALL = "--config.model.num_downsamples=3 --config.model.num_layers=1 --config.data.cells_per_bag=4"
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,12 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("notebooks")
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# The second and later ones are of the same kind: trained, loaded, and drawn.
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] * (path != NOTEBOOKS[0])) for path in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 def test_a_notebook_runs(path, folder, monkeypatch):
     from nbclient import NotebookClient
 
@@ -28,6 +34,9 @@ def test_a_notebook_runs(path, folder, monkeypatch):
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
     parameters.source, changed = re.subn(r"STEPS = \d+", f"STEPS = {FEW_STEPS}", parameters.source)
     assert changed == 1
+    (training,) = [cell for cell in notebook.cells if "sct train --config=" in cell.source]
+    training.source = training.source.replace(" --workdir=", f" {SMALL} --workdir=")
+    assert SMALL in training.source
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}})
     client.execute()

@@ -308,6 +308,8 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
     config = runpy.run_path(str(ROOT / "configs" / "sct_sc.py"))["get_config"]("quickstart")
     config.train.update(steps=2, eval_every=2)
     config.objective.update(report_seeds=1, report_bags=1)
+    config.model.update(num_downsamples=3, num_layers=1)
+    config.data.cells_per_bag = 4
     train(config.to_dict(), tmp_path / "runs" / "quickstart")
     monkeypatch.chdir(tmp_path)
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -393,7 +395,7 @@ def test_installed_command_trains(installed, tmp_path):
     small = {
         "model.embed_dim": 32, "model.num_heads": 2, "model.ffn_dim": 32, "model.num_layers": 1,
         "model.num_downsamples": 1, "data.cells_per_bag": 2, "train.batch_size": 1, "train.steps": 2,
-        "objective.report_seeds": 1,
+        "objective.report_seeds": 1, "objective.report_bags": 2,
     }  # fmt: skip
     done = run(
         installed / "sct",
@@ -404,6 +406,7 @@ def test_installed_command_trains(installed, tmp_path):
         "--compilation_cache=",
         cwd=tmp_path,
         HOME=str(tmp_path),
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()

@@ -40,18 +40,36 @@ trap '' TERM
 
 # One task per GPU, every task seeing all GPUs of its node: JAX takes the one with the task's local number. (With
 # --gpus-per-task each task would see one GPU only, and tasks could not reach each other's directly.)
-srun --kill-on-bad-exit=1 "${PYTHON:-python}" -m launch.train --multihost "$@"
-status=$?
-
-if [[ -d "$workdir/model" ]]; then
-  exit "$status"  # finished: the model is exported last
+# srun's own status is the highest of all tasks, so a mistake that one task found (1) hides behind the others, which
+# lost it (75) or were killed: what srun says of each task is kept.
+said="$(mktemp)"
+{
+  srun --kill-on-bad-exit=1 "${PYTHON:-python}" -m launch.train --multihost "$@" 2>&1 >&3 | tee "$said" >&2
+  status=${PIPESTATUS[0]}
+} 3>&1
+node_lost=$(grep -c '^srun: error: Node failure on ' "$said")
+mistakes=$(grep -cE '^srun: error: .*tasks? .*: Exited with exit code 1$' "$said")
+rm -f "$said"
+if ((node_lost)); then
+  status=75
+elif ((mistakes)); then
+  status=1
 fi
-if (( status != 0 && ${SLURM_RESTART_COUNT:-0} >= 20 )); then
-  echo "error: ended with status $status after 20 restarts: read the log before submitting it again." >&2
+
+# Statuses of launch.train: 75 asks for the same command again; more than 128 is a death by signal.
+case "$status" in
+  0) echo "ended: nothing is left to do" && exit 0 ;;
+  1) echo "error: a mistake or a diverged loss, which starting again does not mend: read the error above." >&2 && exit 1 ;;
+  130) echo "stopped by SIGINT, and saved: submit the job again to go on" && exit 130 ;;
+  253) echo "error: a node's memory is used up: ask for more (--mem) or take smaller batches." >&2 && exit 253 ;;
+esac
+if ((status != 75 && status < 128)); then
+  echo "error: ended with status $status, which starting again does not mend: read the error above." >&2
   exit "$status"
 fi
-if (( status == 1 )) && ! ls "$workdir"/checkpoints/[0-9]* > /dev/null 2>&1; then
-  exit "$status"  # a mistake in the command or the data, which starting again does not mend
+if ((${SLURM_RESTART_COUNT:-0} >= 20)); then
+  echo "error: ended with status $status after 20 restarts: read the log, then submit the job again to go on." >&2
+  exit "$status"
 fi
 echo "not finished (status $status): back into the queue, to go on from the last checkpoint"
 scontrol requeue "$SLURM_JOB_ID"

@@ -5,10 +5,10 @@
     sct speed --config=sct_sc --mode=loader --config.data.store=STORE
 
 Modes: forward (the model on a batch, logits at all positions), train (the step of training with its optimiser and
-loader), embed (`sct.tl.embed`), loader (bags and raw blocks of a store), ingest (an .h5ad file into a store),
-generate (families that generate text; none yet). The ceiling, a large matrix product in the same type on the same
-device, is measured in the same run. Before a step is timed it is compared with the reference path, on bags of
---check_cells cells, and refused where it differs.
+loader), embed (`sct.tl.embed`), loader (bags and raw blocks of a store), ingest (an .h5ad file into a store), save (a
+checkpoint of a run), generate (families that generate text; none yet). The ceiling, a large matrix product in the same
+type on the same device, is measured in the same run. Before a step is timed it is compared with the reference path, on
+bags of --check_cells cells in as many pieces as it will take, and refused where it differs.
 
 Without data.store or data.dataset in the configuration, --cells synthetic ones are made in a temporary folder (TMPDIR),
 with --nonzeros expressed genes on average, of the human vocabulary (with --config.model.num_genes fewer, of its first
@@ -27,7 +27,7 @@ from sct.commands.configuration import prepare
 __all__ = ["main", "prepare"]
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration: FILE_OR_NAME[:VARIANT].")
-_MODE = flags.DEFINE_string("mode", "train", "forward, train, loader, ingest, embed or generate.")
+_MODE = flags.DEFINE_string("mode", "train", "forward, train, loader, ingest, embed, save or generate.")
 _JSON = flags.DEFINE_string("json", None, "File for all numbers.")
 _STEPS = flags.DEFINE_integer("steps", 5, "Repetitions that are timed, 3 or more (of an ingest 1 or more).")
 _WARMUP = flags.DEFINE_integer("warmup", 1, "Repetitions before them that are not timed.")

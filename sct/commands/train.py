@@ -11,6 +11,9 @@ fields is overridden as `--config.section.field=value`. Running the same command
 On several machines, the same command is started on each with `--multihost` (launch/slurm, launch/tpu). Where one
 process ends, the others end too, within a minute, and the command goes on from the last checkpoint on any number of
 processes.
+
+Exit status: 0 where nothing is left to do (also after train.stop_at), 75 where the same command goes on (SIGTERM came,
+or another process was lost), 130 after Ctrl-C, which also saves, and 1 for a mistake or a loss that is not finite.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from ml_collections import config_flags
 
 from sct.commands.compilation import DEFAULT, keep_programs
 from sct.commands.configuration import prepare
-from sct.errors import ConfigError
+from sct.errors import AGAIN, ConfigError
 
 __all__ = ["main", "prepare"]
 
@@ -43,9 +46,12 @@ _JOIN = flags.DEFINE_integer("join_seconds", 300, "How long processes wait for e
 _ONLY = flags.DEFINE_list("only", [], "Runs of a sweep to train, NAME,NAME; all of them by default.")
 flags.mark_flag_as_required("config")
 
+# Why a run or a sweep ended -> exit status, where it is not 0.
+_STATUS = {"signal": AGAIN, "interrupt": 130, "failed": 1}
+
 
 def main(argv: list[str]) -> int:
-    """Train as the flags say; 0, 1 where a run of a sweep failed, or 130 after Ctrl-C."""
+    """Train as the flags say; the status to exit with."""
     keep_programs(_CACHE.value)  # before JAX is imported, which reads the environment then
 
     from sct.train import processes
@@ -55,18 +61,18 @@ def main(argv: list[str]) -> int:
     elif (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value) != (None, None, None):
         raise ConfigError("--coordinator, --num_processes and --process_id need --multihost: add it.")
     with processes.together():
-        return _run()
+        return _STATUS.get(_run(), 0)
 
 
-def _run() -> int:
+def _run() -> str:
+    """Train one run or a sweep; why it ended."""
     from sct.train import experiment, sweep
 
     file, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     default = Path("runs") / "-".join([Path(file).stem, *([variant] if variant else [])])
     config, workdir = _CONFIG.value.to_dict(), _WORKDIR.value or default
     if "sweep" in config:
-        reason = sweep.run(config, workdir, _ONLY.value).reason
-        return {"interrupt": 130, "failed": 1}.get(reason, 0)
+        return sweep.run(config, workdir, _ONLY.value).reason
     if _ONLY.value:
         raise ConfigError("--only chooses runs of a sweep, but this configuration is one run: leave it out.")
-    return 130 if experiment.run(config, workdir).reason == "interrupt" else 0
+    return experiment.run(config, workdir).reason

@@ -21,7 +21,7 @@ import scipy.sparse as sp
 from sct.data.coordinates import rescale_coordinates
 from sct.data.genes import GeneVocabulary
 from sct.data.tokenize import noisy_genes
-from sct.errors import SctError, StoreError
+from sct.errors import SctError, StoreError, first_line
 
 if TYPE_CHECKING:
     import anndata
@@ -48,10 +48,9 @@ def _shared_context() -> Any:
     return _context
 
 
-def _first_line(error: BaseException) -> str:
+def _cause(error: BaseException) -> str:
     """The cause in TensorStore's and zarr's words, without the specification they append."""
-    text = str(error).strip().split("\n")[0].split(" [")[0]
-    return text or type(error).__name__
+    return first_line(error, limit=1000).split(" [")[0]
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
@@ -190,7 +189,7 @@ class Study:
         try:
             return read_elem(zarr.open_group(str(self.path), mode="r")["obs"])
         except Exception as error:
-            raise self._damaged("obs", _first_line(error)) from error
+            raise self._damaged("obs", _cause(error)) from error
 
     def to_anndata(self) -> anndata.AnnData:
         """Load the whole study into memory, (N, G) CSR raw counts."""
@@ -199,7 +198,7 @@ class Study:
         try:
             return anndata.read_zarr(self.path)
         except Exception as error:
-            raise self._damaged("", _first_line(error)) from error
+            raise self._damaged("", _cause(error)) from error
 
     def _array(self, key: str) -> Any:
         handle = self._open.get(key)
@@ -216,7 +215,7 @@ class Study:
             try:
                 handle = ts.open(spec, read=True, context=_shared_context()).result()
             except Exception as error:
-                raise self._damaged(key, _first_line(error)) from error
+                raise self._damaged(key, _cause(error)) from error
             self._open[key] = handle
         return handle
 
@@ -228,7 +227,7 @@ class Study:
             try:
                 self._cached[key] = np.asarray(handle.read().result())
             except Exception as error:
-                raise self._damaged(key, _first_line(error)) from error
+                raise self._damaged(key, _cause(error)) from error
         return self._cached[key]
 
     def _request(self, key: str, length: int, runs: Sequence[tuple[int, int]], rows: str) -> list[Any]:
@@ -242,7 +241,7 @@ class Study:
         try:
             return [np.asarray(each.result()) for each in pending]
         except Exception as error:
-            raise self._damaged(key, _first_line(error), rows) from error
+            raise self._damaged(key, _cause(error), rows) from error
 
     def _read_runs(self, runs: list[tuple[int, int]]) -> sp.csr_matrix:
         rows = f" in rows {runs[0][0]} to {runs[-1][1]}"
@@ -315,9 +314,7 @@ class Store:
         try:
             vocabulary = GeneVocabulary.load(genes)
         except (OSError, SctError) as error:
-            raise StoreError(
-                f"{genes} cannot be read ({_first_line(error)}); ingest the store again"
-            ) from error
+            raise StoreError(f"{genes} cannot be read ({_cause(error)}); ingest the store again") from error
         expected = manifest["vocabulary"]["hash"]
         if vocabulary.hash != expected:
             raise StoreError(
@@ -375,7 +372,7 @@ def read_manifest(path: Path, name: str = MANIFEST) -> dict[str, Any] | None:
         version = manifest["schema_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(
-            f"{file} is not a store's manifest ({_first_line(error)}): ingest the store again"
+            f"{file} is not a store's manifest ({_cause(error)}): ingest the store again"
         ) from error
     if version != SCHEMA_VERSION:
         raise StoreError(

@@ -16,6 +16,7 @@ NOISE_FRACTION = 0.003  # sCT paper, section 3: counts per cell below which a ge
 # A count can lie exactly on a border of levels (7 in a cell of 1 to 31). Rounding must not decide its level.
 _BORDER = 1e-9
 _EXACT = 1 << 24  # float32 holds every integer below
+_TABULATED = 1024  # counts up to here have their levels in a table of each cell (512 to 2048 are as fast)
 
 
 def noisy_genes(gene_totals: np.ndarray, n_cells: int, fraction: float = NOISE_FRACTION) -> np.ndarray:
@@ -126,7 +127,7 @@ def _levels(
         return log_range, np.zeros(0, np.uint8)
     starts = counts.indptr[filled]
     if drop is not None:
-        data = data * np.take(~np.asarray(drop), counts.indices, mode="clip")
+        data = data * np.take(~np.asarray(drop), counts.indices)
     whole = data.astype(np.int32) if data.max() < _EXACT else None
     if whole is None or not np.array_equal(whole, data):
         return _levels_of_logs(data, filled, starts, log_range, num_bins)
@@ -136,16 +137,21 @@ def _levels(
     low, high = log_range[:, filled] = np.log1p(np.stack([least, most]).astype(np.float64))
     border = _borders(low, high, num_bins)
     # All counts from the last border on have the level of that border.
-    width = 1 + max(int(border.max(initial=0)), 1)
+    width = 1 + min(max(int(border.max(initial=0)), 1), _TABULATED)
     table = np.zeros((len(filled), width), np.uint8)
     table[:, 1] = 1
-    each = np.broadcast_to(np.arange(len(filled))[:, None], border.shape)[border > 0]
-    np.add.at(table, (each, border[border > 0]), 1)
+    inside = (border > 0) & (border < width)
+    np.add.at(table, (np.nonzero(inside)[0], border[inside]), 1)
     table = np.cumsum(table, axis=1, dtype=np.uint8)
     lengths = np.diff(np.append(starts, len(whole)))
-    at = np.minimum(whole, width - 1, out=whole)
-    at += np.repeat(np.arange(len(filled), dtype=np.int32) * width, lengths)
-    return log_range, np.take(table.reshape(-1), at, mode="clip")
+    at = np.repeat(np.arange(len(filled), dtype=np.int64) * width, lengths)
+    at += np.minimum(whole, width - 1)
+    level = np.take(table.reshape(-1), at)
+    if width > _TABULATED:
+        beyond = np.flatnonzero(whole >= width)
+        cell = at[beyond] // width
+        level[beyond] = digitize(np.log1p(whole[beyond], dtype=np.float64), low[cell], high[cell], num_bins)
+    return log_range, level
 
 
 def _borders(low: np.ndarray, high: np.ndarray, num_bins: int) -> np.ndarray:
@@ -164,7 +170,7 @@ def _borders(low: np.ndarray, high: np.ndarray, num_bins: int) -> np.ndarray:
 def _levels_of_logs(
     data: np.ndarray, filled: np.ndarray, starts: np.ndarray, log_range: np.ndarray, num_bins: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`_levels` of values that are no integers, or too large for a table."""
+    """`_levels` of values that are no integers, or where float32 no longer holds every integer."""
     keep = data != 0
     logs = np.log1p(data, dtype=np.float64)
     low = np.minimum.reduceat(np.where(keep, logs, np.inf), starts)

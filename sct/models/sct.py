@@ -6,6 +6,8 @@ data", section 3. Where the text and the published checkpoint differ the flags o
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
@@ -16,11 +18,13 @@ import jax.numpy as jnp
 
 from sct.errors import ConfigError, DataError
 from sct.models.sct_config import SCTConfig
-from sct.models.sct_tower import TowerLevel
+from sct.models.sct_tower import TowerLevel, applied, gelu
 from sct.nn import axes
 from sct.nn.attention import TransformerBlock
-from sct.nn.conv import Conv
+from sct.nn.conv import Conv, halo_of
 from sct.nn.linear import Embed, Linear
+from sct.nn.pieces import Arrays, map_pieces
+from sct.nn.plain import at_once, wants_plain
 from sct.nn.spatial import spatial_features
 
 
@@ -29,15 +33,29 @@ class Stem(nn.Module):
 
     config: SCTConfig
 
-    @nn.compact
+    def setup(self) -> None:
+        """Declare the convolution."""
+        config = self.config
+        self.conv = Conv(config.filters[0], config.stem_taps, dtype=jnp.dtype(config.dtype))
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (B, K * G, token_embed_dim) to (B, K * G, filters[0])."""
+        if self.is_initializing():
+            return self.part(x)
+        run = applied(self.clone(parent=None, name=None), "part")
+        cells = x.shape[1] // self.config.num_genes
+        return axes.on_each_part(run, self.variables["params"], x, cells=cells)
+
+    def part(self, x: jax.Array) -> jax.Array:
+        """All cells at once, or those of one device."""
         config = self.config
-        layer = Conv(config.filters[0], config.stem_taps, dtype=jnp.dtype(config.dtype), name="conv")
         if config.conv_boundary == "cell":
-            cells = layer(x.reshape(-1, config.num_genes, x.shape[-1]))
-            return jax.nn.gelu(cells.reshape(x.shape[0], -1, config.filters[0]), approximate=True)
-        return jax.nn.gelu(layer(x), approximate=True)
+            cells = self.conv(x.reshape(-1, config.num_genes, x.shape[-1]))
+            return gelu(cells.reshape(x.shape[0], -1, config.filters[0]))
+        if axes.has_neighbours():
+            before, behind = axes.neighbours(x, halo_of(config.stem_taps))
+            return gelu(self.conv(jnp.concatenate([before, x, behind], axis=1), with_halo=True))
+        return gelu(self.conv(x))
 
 
 class Head(nn.Module):
@@ -45,15 +63,60 @@ class Head(nn.Module):
 
     config: SCTConfig
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map (..., filters[0]) to (..., num_bins + 2)."""
+    def setup(self) -> None:
+        """Declare the layers."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        x = jax.nn.gelu(x, approximate=True)
         for layer in range(config.num_hidden_layers_head):
-            x = Linear(config.embed_dim, dtype=dtype, name=f"hidden_{layer}")(x)
-            x = jax.nn.gelu(x, approximate=True)
-        return Linear(config.num_bins + 2, dtype=dtype, name="logits")(x).astype(jnp.float32)
+            setattr(self, f"hidden_{layer}", Linear(config.embed_dim, dtype=dtype))
+        self.logits = Linear(config.num_bins + 2, dtype=dtype)
+
+    def __call__(self, x: jax.Array, cells: int | None = None) -> jax.Array:
+        """Map (..., filters[0]) to (..., num_bins + 2); `cells` is their number where (B, K * G, C) is all positions.
+
+        The hidden layers are 16 times as wide as what they read, so a long sequence goes through in pieces; on a mesh
+        only where devices have their own cells.
+        """
+        if self.is_initializing() or wants_plain() or (cells is None and axes.is_split()):
+            return self.whole(x)
+        run = functools.partial(_head_in_pieces, self.clone(parent=None, name=None))
+        if cells is None:
+            return run(self.variables["params"], x)
+        return axes.on_each_part(run, self.variables["params"], x, cells=cells)
+
+    def whole(self, x: jax.Array) -> jax.Array:
+        """All positions at once."""
+        x = gelu(x)
+        for layer in range(self.config.num_hidden_layers_head):
+            x = gelu(getattr(self, f"hidden_{layer}")(x))
+        return self.logits(x).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """The head as a function of parameters and of one piece of a sequence."""
+
+    head: Head
+
+    def __call__(self, params: Any, inputs: Arrays, kept: Arrays | None) -> tuple[jax.Array, Arrays]:
+        return cast(jax.Array, self.head.apply({"params": params}, *inputs, method="whole")), ()
+
+
+# Positions that the head handles at once: few stay in a processor's cache, many keep an accelerator busy.
+_HEAD_POSITIONS_AT_ONCE = {"cpu": 4096}
+_HEAD_POSITIONS_ELSEWHERE = 65_536
+
+
+def _head_in_pieces(head: Head, params: Any, x: jax.Array) -> jax.Array:
+    most = at_once(_HEAD_POSITIONS_AT_ONCE.get(jax.default_backend(), _HEAD_POSITIONS_ELSEWHERE))
+    positions, width = x.size // x.shape[-1], x.shape[-1]
+    pieces = -(-positions // most)
+    if pieces == 1:
+        return applied(head, "whole")(params, x)
+    # The most even pieces, the last one filled up.
+    size = -(-positions // pieces)
+    filled = jnp.pad(x.reshape(positions, width), ((0, pieces * size - positions), (0, 0)))
+    y = map_pieces(_Piece(head), False, params, (filled.reshape(pieces, size, width),))
+    return y.reshape(pieces * size, -1)[:positions].reshape(*x.shape[:-1], -1)
 
 
 class SCT(nn.Module):
@@ -135,7 +198,10 @@ class SCT(nn.Module):
         """Declare the parts, named as in the paper."""
         config = self.config
         dtype = jnp.dtype(config.dtype)
-        block = TransformerBlock if config.remat == "none" else nn.remat(TransformerBlock)
+        block = TransformerBlock
+        if config.remat != "none":
+            keeps = {"products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+            block = nn.remat(TransformerBlock, policy=keeps.get(config.remat))
         filters, genes = config.filters, config.num_genes
         self.token_embed = Embed(config.num_bins + 2, config.token_embed_dim, dtype)
         if config.use_spatial:
@@ -226,13 +292,13 @@ class SCT(nn.Module):
             x = axes.constrain(block(x), axes.BATCH, axes.LENGTH, axes.EMBED)
         deconv_out = self.decode(x, skips)
         if positions is None:
-            logits = self.head(deconv_out).reshape(batch, cells, genes, -1)
+            logits = self.head(deconv_out, cells).reshape(batch, cells, genes, -1)
         else:
             parts = positions.reshape(batch, -1, positions.shape[-1])
             rows = deconv_out.reshape(batch, parts.shape[1], -1, deconv_out.shape[-1])
             chosen = jnp.take_along_axis(rows, parts[..., None], axis=2)
             chosen = axes.constrain(chosen, axes.BATCH, axes.CELL, None, None)
-            logits = self.head(chosen.reshape(*positions.shape, -1))
+            logits = self.head(chosen).reshape(*positions.shape, -1)
         embedding = x.astype(jnp.float32).reshape(batch, cells, -1, x.shape[-1]).mean(axis=2)
         return {
             "logits": logits,

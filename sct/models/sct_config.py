@@ -73,8 +73,9 @@ class SCTConfig:
         Epsilon of every norm.
     remat
         What levels and blocks keep for the backward pass beside their inputs: "level" nothing, the least memory;
-        "products" the outputs of convolutions and matrix products, so that only what is cheap is computed again;
-        "none" everything.
+        "products" the outputs of convolutions and matrix products (not the scores of attention), so that only what
+        is cheap is computed again; "none" everything. Levels that go through a bag in pieces (on CPU) keep the
+        normalised input in all three, and no more than "products" in the last.
     dtype
         Type of the computation; parameters, norms and logits stay float32.
     """

@@ -21,7 +21,7 @@ from sct.nn import axes
 from sct.nn.conv import Conv, halo_of, pool_2x
 from sct.nn.norm import LayerNorm, SharedLayerNorm
 from sct.nn.pieces import Arrays, known, map_pieces
-from sct.nn.plain import wants_plain
+from sct.nn.plain import at_once, wants_plain
 
 # Name of the outputs of convolutions and matrix products among what the backward pass may keep.
 PRODUCT = "product"
@@ -35,8 +35,18 @@ _KEPT: dict[str, Callable[..., bool] | None] = {
 _POSITIONS_AT_ONCE = 4096
 
 
-def _gelu(x: jax.Array) -> jax.Array:
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU in its tanh form."""
     return jax.nn.gelu(x, approximate=True)
+
+
+def applied(module: nn.Module, method: str) -> Callable[..., jax.Array]:
+    """Make the function (params, *inputs) of a method of an unbound module."""
+
+    def function(params: Any, *inputs: jax.Array | None) -> jax.Array:
+        return cast(jax.Array, module.apply({"params": params}, *inputs, method=method))
+
+    return function
 
 
 class ConvBlock(nn.Module):
@@ -59,7 +69,7 @@ class ConvBlock(nn.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (B, K * G, C) to (B, K * G or 2 K G, features); G is `num_positions`."""
-        return _gelu(self.convolve(self.normalise(x)))
+        return gelu(self.convolve(self.normalise(x)))
 
     def normalise(self, x: jax.Array) -> jax.Array:
         """Norm of whole cells (B, K * G, C)."""
@@ -102,15 +112,14 @@ class TowerLevel(nn.Module):
             return self.whole(x, skip)
         pure = self.clone(parent=None, name=None)
 
-        def whole(params: Any, x: jax.Array, skip: jax.Array | None) -> jax.Array:
-            return cast(jax.Array, pure.apply({"params": params}, x, skip, method="whole"))
-
         def level(params: Any, x: jax.Array, skip: jax.Array | None) -> jax.Array:
             # Of a mesh each device sees its own cells here.
             cells = x.shape[1] // self.num_positions
             chunk = _cells_at_once(config, cells, self.num_positions)
-            run = whole if chunk == cells else functools.partial(_in_pieces, pure, chunk=chunk)
-            keeps_itself = chunk < cells and config.remat == "products"
+            run = (
+                applied(pure, "whole") if chunk == cells else functools.partial(_in_pieces, pure, chunk=chunk)
+            )
+            keeps_itself = chunk < cells and config.remat != "level"
             if config.remat != "none" and not keeps_itself:
                 run = jax.checkpoint(run, policy=_KEPT[config.remat])
             return cast(jax.Array, run(params, x, skip))
@@ -145,7 +154,7 @@ class TowerLevel(nn.Module):
 
     def refine(self, product: jax.Array) -> jax.Array:
         """Second norm and product."""
-        return self.residual.convolve(self.residual.normalise(_gelu(product)))
+        return self.residual.convolve(self.residual.normalise(gelu(product)))
 
     def after_norm(self, inputs: Arrays, kept: Arrays | None) -> tuple[jax.Array, Arrays]:
         """What follows the first norm, of some cells between the border positions of their neighbours.
@@ -162,7 +171,7 @@ class TowerLevel(nn.Module):
 
     def join(self, product: jax.Array, refined: jax.Array, skip: jax.Array | None = None) -> jax.Array:
         """Add the blocks, and pool or add the skip connection."""
-        y = _gelu(product) + _gelu(refined)
+        y = gelu(product) + gelu(refined)
         if not self.upsample:
             return pool_2x(y, self.config.pool)
         return y if skip is None else y + skip
@@ -208,7 +217,7 @@ def _in_pieces(level: TowerLevel, params: Any, x: jax.Array, skip: jax.Array | N
     left = jnp.concatenate([before[:, None], ends[:, :-1, ends.shape[2] - level.halo :]], axis=1)
     right = jnp.concatenate([ends[:, 1:, : level.halo], behind[:, None]], axis=1)
     inputs = (split(left), main, split(right), *([] if skip is None else [split(skip)]))
-    y = map_pieces(_AfterNorm(level), config.remat == "products", rest, inputs)
+    y = map_pieces(_AfterNorm(level), config.remat != "level", rest, inputs)
     return y.reshape(batch, -1, level.features)
 
 
@@ -219,7 +228,7 @@ def _cells_at_once(config: SCTConfig, cells: int, positions: int) -> int:
     its products costs half as much then (docs/performance.md). Elsewhere it takes the bag at once.
     On a mesh a bag is the device's part of it.
     """
-    if wants_plain() or config.remat == "none" or jax.default_backend() != "cpu" or axes.is_split():
+    if wants_plain() or jax.default_backend() != "cpu" or axes.is_split():
         return cells
-    fitting = (n for n in range(1, cells) if cells % n == 0 and n * positions >= _POSITIONS_AT_ONCE)
+    fitting = (n for n in range(1, cells) if cells % n == 0 and n * positions >= at_once(_POSITIONS_AT_ONCE))
     return next(fitting, cells)

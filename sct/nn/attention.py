@@ -80,12 +80,19 @@ _gathered.defvjp(lambda x, along: (_gathered(x, along), None), _gathered_backwar
 def _form(query: jax.Array) -> Attend:
     """Function of queries, keys and values for this backend, type and length of the whole sequence."""
     if not wants_plain():
-        # cuDNN's flash attention takes 16-bit inputs only.
-        if jax.default_backend() == "gpu" and query.dtype.itemsize == 2:
+        if _fits_cudnn(query):
             return functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
         if query.shape[1] > default_chunks()[1]:
             return chunked_attention
     return jax.nn.dot_product_attention
+
+
+def _fits_cudnn(query: jax.Array) -> bool:
+    """Whether cuDNN's flash attention takes (B, L, H, D): 16 bits, D up to 128 by eights, Ampere or newer."""
+    if jax.default_backend() != "gpu" or query.dtype.itemsize != 2:
+        return False
+    capability = str(getattr(jax.devices()[0], "compute_capability", "0"))
+    return query.shape[-1] % 8 == 0 and query.shape[-1] <= 128 and float(capability) >= 8.0
 
 
 class SelfAttention(nn.Module):

@@ -214,16 +214,6 @@ def neighbours(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     return before, behind
 
 
-def mesh_axes_of(name: str) -> tuple[Mesh, str, int] | None:
-    """Mesh, mesh axis and its number of devices for a logical axis that `on_mesh` splits over several."""
-    active = _active.get()
-    if active is None or not is_split():
-        return None
-    mesh, rules = active
-    split = [axis for axis in rules.get(name, ()) if mesh.shape[axis] > 1]
-    return (mesh, split[0], mesh.shape[split[0]]) if split else None
-
-
 def shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
     """Tree of the shardings of boxed variables (from `module.init`), by their logical axis names."""
 

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sct.nn.plain import at_once
+
 # Query and key positions of a block. On CPU a block of 16 heads then stays near the caches, which is 3 to 4 times
 # faster than whole scores at 3,900 positions; accelerators need larger products.
 CPU_CHUNKS = (256, 512)
@@ -23,7 +25,8 @@ CHUNKS = (1024, 1024)
 
 def default_chunks() -> tuple[int, int]:
     """Query and key positions of a block on the default backend."""
-    return CPU_CHUNKS if jax.default_backend() == "cpu" else CHUNKS
+    queries, keys = CPU_CHUNKS if jax.default_backend() == "cpu" else CHUNKS
+    return at_once(queries), at_once(keys)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -8,11 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
-from sct.errors import ConfigError
 from sct.nn import axes
+from sct.nn.plain import wants_plain
 
 _DIMENSIONS = ("NWC", "WIO", "NWC")
 
@@ -26,12 +25,11 @@ def conv(
     positions away. `in_loop` says that it is one step of a loop, which needs another gradient on CPU.
     """
     taps = kernel.shape[0]
+    pads = ((taps - 1) // 2, taps // 2) if padding is None else padding
+    if wants_plain():
+        return _plain_conv(x, kernel, pads)
     if taps == 1:
         return jnp.einsum("blc,cf->blf", x, kernel[0])
-    pads = ((taps - 1) // 2, taps // 2) if padding is None else padding
-    split = axes.mesh_axes_of(axes.LENGTH)
-    if split is not None and x.shape[1] % split[2] == 0:
-        return _conv_with_halo(x, kernel, pads, *split)
     if in_loop and jax.default_backend() == "cpu":
         return _conv_in_loop(x, kernel, pads)
     return _plain_conv(x, kernel, pads)
@@ -70,37 +68,6 @@ def _conv_in_loop_backward(
 _conv_in_loop.defvjp(_conv_in_loop_forward, _conv_in_loop_backward)
 
 
-def _conv_with_halo(
-    x: jax.Array, kernel: jax.Array, pads: tuple[int, int], mesh: Mesh, axis: str, devices: int
-) -> jax.Array:
-    """Convolution of a sequence that is split over devices: each fetches its neighbours' border positions.
-
-    XLA (jax 0.10 to 0.12) partitions a convolution over length and channels at once to wrong results, so the
-    exchange is written out; the other mesh axes are left to XLA.
-    """
-    before, after = pads
-    if max(pads) > x.shape[1] // devices:
-        raise ConfigError(
-            f"a sequence of {x.shape[1]} positions is too short for {devices} devices along the mesh axis "
-            f"{axis!r}: use fewer of them."
-        )
-
-    def local(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        # The kernel comes in float32, in which its gradient is then summed over the devices (in bfloat16 that ends
-        # the process on CPU, jax 0.10).
-        kernel = kernel.astype(x.dtype)
-        # Devices at the ends receive zeros, which is the padding.
-        left = lax.ppermute(x[:, x.shape[1] - before :], axis, [(i, i + 1) for i in range(devices - 1)])
-        right = lax.ppermute(x[:, :after], axis, [(i + 1, i) for i in range(devices - 1)])
-        wide = jnp.concatenate([left, x, right], axis=1)
-        return lax.conv_general_dilated(wide, kernel, (1,), "VALID", dimension_numbers=_DIMENSIONS)
-
-    along = PartitionSpec(None, axis)
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(along, PartitionSpec()), out_specs=along, axis_names={axis}
-    )(x, kernel.astype(jnp.float32))
-
-
 def conv_transpose_2x(x: jax.Array, kernel: jax.Array, halo: int = 0) -> jax.Array:
     """Transposed convolution of stride 2 and "SAME" padding: (B, L, C) -> (B, 2L, F).
 
@@ -115,6 +82,9 @@ def conv_transpose_2x(x: jax.Array, kernel: jax.Array, halo: int = 0) -> jax.Arr
     """
     taps = kernel.shape[0]
     left = -(-taps // 2) if taps > 1 else 0  # left padding of the dilated input under "SAME", stride 2
+    if wants_plain():
+        dilated = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 1), (0, 0, 0)])
+        return _plain_conv(dilated, kernel, (left, taps - left))
     phases: list[jax.Array] = []
     for p in (0, 1):
         used = [j for j in range(taps) if (p + j - left) % 2 == 0]

@@ -27,3 +27,25 @@ def plain_forms() -> Iterator[None]:
 def wants_plain() -> bool:
     """Whether layers are to take their plainest form."""
     return _plain.get()
+
+
+_share: ContextVar[float] = ContextVar("sct_share_of_sizes", default=1.0)
+
+
+@contextmanager
+def smaller_pieces(share: float) -> Iterator[None]:
+    """Trace what is inside with all limits on what a layer takes at once multiplied by `share`.
+
+    A small input is then cut into pieces as one that is larger by 1 / share, so that a comparison of a few cells with
+    the reference path goes through the same forms as the step of all cells that it vouches for.
+    """
+    token = _share.set(share)
+    try:
+        yield
+    finally:
+        _share.reset(token)
+
+
+def at_once(limit: int) -> int:
+    """What a layer takes at once, where `limit` is the best for inputs of full size."""
+    return max(1, round(limit * _share.get()))

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from sct.errors import SctError
-from sct.nn.plain import plain_forms
+from sct.nn.plain import plain_forms, smaller_pieces
 from sct.speed.ceiling import arithmetic
 
 # Largest difference in relative norm where products are exact float32: about 40 layers, and sums over a million
@@ -89,7 +89,7 @@ def _require(what: str, made: Outputs, expected: Outputs, limits: Mapping[str, f
     return found
 
 
-def compare(what: str, dtype: str, fast: Path, plain: Path) -> Check:
+def compare(what: str, dtype: str, fast: Path, plain: Path, share: float) -> Check:
     """Compare a step with the reference path: its formulas in exact float32, and then the step in its own arithmetic.
 
     Parameters
@@ -100,6 +100,8 @@ def compare(what: str, dtype: str, fast: Path, plain: Path) -> Check:
         Type in which the model computes.
     fast, plain
         Outputs of the step that will be timed, and of the reference path; `fast` is called first.
+    share
+        Size of what is compared relative to what will be timed: the fast path takes as many pieces as that will.
 
     Raises
     ------
@@ -108,7 +110,8 @@ def compare(what: str, dtype: str, fast: Path, plain: Path) -> Check:
     """
     kind = arithmetic(dtype)
     with jax.default_matmul_precision("highest"):
-        made = fast(EXACT_MODEL if kind != "float32" else {})
+        with smaller_pieces(share):
+            made = fast(EXACT_MODEL if kind != "float32" else {})
         with plain_forms():
             expected = plain({**PLAIN_MODEL, **EXACT_MODEL})
     names = differences(expected, expected)
@@ -121,6 +124,8 @@ def compare(what: str, dtype: str, fast: Path, plain: Path) -> Check:
         rounding = differences(plain(PLAIN_MODEL), expected)
     own_limits = {name: ROUNDING_FACTOR * rounding[name] + TOLERANCE for name in names}
     own_limits.update({name: LOSS_TOLERANCE[kind] for name in names if name == "loss"})
-    own = _require(f"{what} in {kind}", fast({}), expected, own_limits)
+    with smaller_pieces(share):
+        made = fast({})
+    own = _require(f"{what} in {kind}", made, expected, own_limits)
     exact = {"differences_in_float32": found, "limits_in_float32": limits}
     return {"arithmetic": kind, "differences": own, "limits": own_limits, "rounding": rounding, **exact}

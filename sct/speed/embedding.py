@@ -46,7 +46,7 @@ def _embedding(adata: ad.AnnData, model: Pretrained) -> np.ndarray:
 
 def check_embed(job: Job, store: Store) -> Check:
     """Compare `sct.tl.embed` with the reference path over the same bag; see `sct.speed.compare.compare`."""
-    cells = min(job.options.check_cells or 2, job.data.cells_per_bag)
+    cells = reference.checked_cells(job)
     adata = _table(store, cells)
     order = random_order(np.arange(adata.n_obs), cells)
     counts = store.split("train")[0].read(0, adata.n_obs)[order.rows]
@@ -68,7 +68,7 @@ def check_embed(job: Job, store: Store) -> Check:
         return {"embedding": reference.plain_output(task, known["arrays"], given, "cell_embedding")[0]}
 
     dtype = job.task(store).model_config.dtype
-    return {**compare("sct.tl.embed", dtype, fast, plain), **known["shape"]}
+    return {**compare("sct.tl.embed", dtype, fast, plain, reference.share_of(job, cells)), **known["shape"]}
 
 
 def measure_embed(job: Job, store: Store) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from sct.train.experiment import DataConfig, make_task
 from sct.train.loop import TrainConfig
 from sct.train.optim import OptimizerConfig
 
-MODES = ("forward", "train", "loader", "ingest", "embed", "generate")
+MODES = ("forward", "train", "loader", "ingest", "embed", "save", "generate")
 # Synthetic cells where none are asked for. A store of the loader must be large beside what TensorStore caches.
 _CELLS = {"loader": 40_000, "ingest": 20_000}
 _LEAST_CELLS = 1_000

@@ -31,15 +31,26 @@ _MORE_BAGS = 2  # so that what mixes up the bags of a batch shows
 
 def small_batch(job: Job, store: Store) -> tuple[MaskedExpression, Any, dict[str, np.ndarray]]:
     """Task with small bags, mesh, and a batch of one or two of them for each share of a batch."""
-    cells = min(job.options.check_cells or 2, job.data.cells_per_bag)
-    task = job.task(store, data={"cells_per_bag": cells})
     mesh = sharding.make_mesh(job.train.mesh)
+    cells = checked_cells(job, mesh.shape["sequence"])
+    task = job.task(store, data={"cells_per_bag": cells})
     sharding.check_batch_size(job.train.batch_size, mesh)
     source = task.dataset("train")
     assert source is not None
     bags = [source.bag(i % len(source)) for i in range(min(job.train.batch_size, _MORE_BAGS * _share(mesh)))]
     batch = {name: np.stack([bag[name] for bag in bags]) for name in bags[0]}
     return task, mesh, {**batch, "weight": np.ones(len(bags), np.float32)}
+
+
+def checked_cells(job: Job, devices: int = 1) -> int:
+    """Cells of a bag in a comparison, a multiple of the devices that divide them among themselves."""
+    wanted = -(-(job.options.check_cells or 2) // devices) * devices
+    return min(wanted, job.data.cells_per_bag)
+
+
+def share_of(job: Job, cells: int) -> float:
+    """Size of a bag in a comparison relative to the one that is timed."""
+    return cells / job.data.cells_per_bag
 
 
 def _share(mesh: Any) -> int:
@@ -109,7 +120,8 @@ def check_train(job: Job, store: Store) -> Check:
         loss, gradient = jax.jit(jax.value_and_grad(loss_of))(trained, batch)
         return {"loss": float(loss), "gradient": jax.device_get(gradient)}
 
-    found = compare("the training step", task.model_config.dtype, fast, plain)
+    share = share_of(job, task.bags.cells_per_bag)
+    found = compare("the training step", task.model_config.dtype, fast, plain, share)
     return {**found, **shape(batch), "overflow": known["overflow"]}
 
 
@@ -163,4 +175,5 @@ def check_forward(job: Job, store: Store) -> Check:
         task = job.task(store, data=data, model=model)
         return {"logits": plain_output(task, known["arrays"], there, "logits")}
 
-    return {**compare("the forward pass", task.model_config.dtype, fast, plain), **shape(batch)}
+    share = share_of(job, task.bags.cells_per_bag)
+    return {**compare("the forward pass", task.model_config.dtype, fast, plain, share), **shape(batch)}

@@ -22,6 +22,7 @@ _UNITS = {
     "tokens_per_s": "/s", "cells_per_s": "/s", "cells_per_cpu_s": "/s", "raw_cells_per_s": "/s",
     "raw_cells_per_cpu_s": "/s",
     "peak_host_bytes": "B", "peak_device_bytes": "B", "temporaries_bytes": "B",
+    "save_blocked_seconds": "s", "checkpoint_interval_seconds": "s", "saved_bytes": "B",
     "disk_read_bytes_per_s": "B/s", "store_bytes_per_s": "B/s", "input_bytes_per_s": "B/s",
 }  # fmt: skip
 _NAMES = {
@@ -45,6 +46,9 @@ _NAMES = {
     "peak_host_bytes": "peak memory of the process",
     "peak_device_bytes": "peak memory of a device",
     "temporaries_bytes": "temporaries of the compiled step",
+    "save_blocked_seconds": "of which the training waits",
+    "saved_bytes": "size of a checkpoint",
+    "checkpoint_interval_seconds": "least time between saves at a cost of 2%",
     "disk_read_bytes_per_s": "sequential read of the same files",
     "store_bytes_per_s": "read in raw blocks, as stored",
     "input_bytes_per_s": "read of the input file",
@@ -103,6 +107,8 @@ def _remark(name: str, found: Mapping[str, Any]) -> str:
             f"{found['tokens_per_step']:,} a step: {found['batch_size']} x {found['cells_per_bag']} cells x "
             f"{found['gene_positions']:,} genes"
         )
+    if name == "compiled_flops":
+        return "loops once, library calls not at all"
     if name == "peak_host_bytes":
         return str(found["peak_host_from"])
     if name == "disk_read_bytes_per_s":

@@ -18,7 +18,7 @@ from typing import Any
 from sct.data.store import Store
 from sct.errors import ConfigError
 from sct.models import registry
-from sct.speed import compute, data, embedding, reference
+from sct.speed import compute, data, embedding, reference, saving
 from sct.speed.job import Job, Options
 from sct.version import __version__
 
@@ -29,6 +29,7 @@ _MODES: Mapping[str, tuple[Measure, Measure]] = {
     "train": (reference.check_train, compute.measure_train),
     "embed": (embedding.check_embed, embedding.measure_embed),
     "loader": (data.check_loader, data.measure_loader),
+    "save": (saving.check_save, saving.measure_save),
 }
 
 

@@ -33,7 +33,9 @@ class MaskedExpressionConfig:
         Rule of training (and of the validation loss).
     head_budget
         Share of a bag's positions at which the head is evaluated in training, a static bound on the masked
-        ones; those beyond it are left out of the loss and counted in `overflow`. 0 evaluates it everywhere.
+        ones; those beyond it are left out of the loss and counted in `overflow`. 0 evaluates it everywhere. Devices
+        that share the cells of a bag have equal parts of the budget, so where there is overflow (and only there) the
+        loss depends on their number.
     report_ratio, report_seeds
         Share of genes masked, and number of draws, in the table after training.
     report_bags

@@ -6,18 +6,14 @@ import dataclasses
 import errno
 import logging
 import os
-import statistics
-import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from sct.errors import CheckpointError
+from sct.errors import CheckpointError, first_line
 from sct.train.state import State
 from sct.weights.pretrained import match
 
@@ -155,7 +151,7 @@ class Checkpoints:
             folder = self._manager.directory / str(step)
             older = [other for other in self.steps() if other < step]
             raise CheckpointError(
-                f"checkpoint {folder} cannot be read ({_first_line(error)}): if it is damaged, delete that folder "
+                f"checkpoint {folder} cannot be read ({first_line(error)}): if it is damaged, delete that folder "
                 + (f"to go on from step {older[-1]}." if older else "to start again.")
             ) from error
         return loaded.state, Progress(**loaded.progress)
@@ -193,55 +189,8 @@ class Checkpoints:
             ) from error
 
 
-@dataclasses.dataclass(frozen=True)
-class SaveCost:
-    """What a checkpoint costs: medians over several saves, in seconds.
-
-    Attributes
-    ----------
-    blocked
-        For which the loop waits.
-    written
-        Until it is on disk; saves that come faster than this wait for each other.
-    processor
-        Of processor time, all threads; it is taken from the training only where that runs on the same cores.
-    """
-
-    blocked: float
-    written: float
-    processor: float
-
-    def interval(self, share: float = 0.02, cores: int = 0) -> float:
-        """Least seconds between two saves that cost a loop no more than a share of its time.
-
-        `cores` is the number of them that the training uses, 0 where it runs on an accelerator.
-        """
-        return max(self.written, (self.blocked + (self.processor / cores if cores else 0.0)) / share)
-
-
-def measure_save(state: State, folder: Path, repeats: int = 3) -> SaveCost:
-    """Save a state a few times in a new folder, which is removed, while nothing else runs."""
-    found = []
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        checkpoints = Checkpoints(Path(place))
-        jax.block_until_ready(state)
-        for step in range(1, repeats + 2):
-            started, used = time.perf_counter(), time.process_time()
-            checkpoints.save(state, Progress(step=step))
-            blocked = time.perf_counter() - started
-            checkpoints.wait()
-            found.append((blocked, time.perf_counter() - started, time.process_time() - used))
-        checkpoints.close()
-    # The first save also starts what later ones use.
-    return SaveCost(*(statistics.median(values) for values in zip(*found[1:], strict=True)))
-
-
 def _reason(error: Exception) -> str:
     """What the system says of a failed write, without the many words of the libraries in between."""
     known = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOENT)
     words = [os.strerror(number) for number in known]
-    return next((text for text in words if text in str(error)), _first_line(error))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return next((text for text in words if text in str(error)), first_line(error))

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from sct.data.bags import BagOptions
 from sct.data.store import SPLITS, Store
-from sct.errors import CheckpointError, ConfigError, StoreError
+from sct.errors import AGAIN, CheckpointError, ConfigError, StoreError
 from sct.models import registry
 from sct.nn.paths import flatten
 from sct.tasks.masked_expression import MaskedExpression, MaskedExpressionConfig
@@ -260,14 +260,14 @@ def _finish(
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """End with status 0 on SIGTERM: training is saved, and the same command measures and exports again."""
+    """End with status `AGAIN` on SIGTERM: training is saved, and the same command measures and exports again."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: Any) -> None:
         print("asked to stop: training is saved; run the same command again to measure it.", file=sys.stderr)
-        raise SystemExit(0)
+        raise SystemExit(AGAIN)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

@@ -4,34 +4,39 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import faulthandler
 import os
 import re
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sct.errors import ConfigError, ProcessLostError, SctError
+from sct.errors import AGAIN, ConfigError, ProcessLostError, SctError, first_line
 
 # Seconds after which a process that does not answer is given up: the others end within a minute.
 HEARTBEAT_SECONDS = 30
 
 _HOW = "start it through Slurm or on a TPU pod, or give --coordinator=HOST:PORT, --num_processes and --process_id"
+_CODES = "UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED"  # of a status that tells of somebody else
+# What a collective or a barrier says where it fails because another process is gone.
 _LOST = re.compile(
-    r"gloo|nccl|rccl|coordination|heartbeat|socket|connection (reset|closed|refused)|UNAVAILABLE|DEADLINE_EXCEEDED",
-    re.IGNORECASE,
+    rf"^(?:{_CODES}): |(?i:\bgloo \w+ failed\b|\bnccl operation\b|\bconnection (?:reset|closed|refused)\b)"
 )
-_STATUS = re.compile(r"absl::Status: ([^\n]+)")
-_handlers: list[Any] = []  # C calls them as long as the process lives
+# The last words of JAX's coordination client, before it calls `abort` in a thread of its own.
+_ENDED = re.compile(rb"JAX distributed service detected fatal errors[^\n]*absl::Status: ([^\n]+)\n")
+_watches: list[_Watch] = []
 
 
 def join(coordinator: str | None, count: int | None, number: int | None, seconds: int = 300) -> None:
@@ -52,23 +57,21 @@ def join(coordinator: str | None, count: int | None, number: int | None, seconds
         The processes do not find each other. What JAX finds out itself ends the process, after the same sentence.
     """
     _check(coordinator, count, number, seconds)
-    with _quiet() as said:
-        failure = (
-            f"--multihost did not bring the processes together within {seconds} s ({{}}): check that all are "
-        )
-        failure += "started with the same --coordinator and --num_processes, each with its own --process_id."
-        _before_abort(lambda: failure.format(_reason(said())))
-        try:
-            jax.distributed.initialize(
-                coordinator, count, number,
-                initialization_timeout=seconds, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            )  # fmt: skip
-        except (ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"--multihost found no cluster to join ({_first_line(error)}): {_HOW}."
-            ) from error
+    failure = (
+        f"--multihost did not bring the processes together within {seconds} s ({{}}): check that all are "
+        "started with the same --coordinator and --num_processes, each with its own --process_id."
+    )
+    watch = _Watch(lambda status: (1, failure.format(status)))
+    try:
+        jax.distributed.initialize(
+            coordinator, count, number,
+            initialization_timeout=seconds, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )  # fmt: skip
+    except (ValueError, RuntimeError) as error:
+        watch.give_back()
+        raise ConfigError(f"--multihost found no cluster to join ({first_line(error)}): {_HOW}.") from error
     number, count = jax.process_index(), jax.process_count()
-    _before_abort(lambda: _lost(number, count, "JAX's coordination service ended it"))
+    watch.go_on(lambda status: _told(status, number, count))
 
 
 def _check(coordinator: str | None, count: int | None, number: int | None, seconds: int) -> None:
@@ -115,42 +118,87 @@ def _find(host: str, port: int, seconds: float) -> None:
     )
 
 
-@contextmanager
-def _quiet() -> Iterator[Callable[[], str]]:
-    """Hold back what C++ code writes to standard error; gives a function that tells what it was."""
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as held:
-        real = os.dup(2)
-        os.dup2(held.fileno(), 2)
-
-        def restored() -> str:
-            os.dup2(real, 2)
-            held.seek(0)
-            return held.read().decode(errors="replace")
-
-        try:
-            yield restored
-        finally:
-            os.write(real, restored().encode())
-            os.close(real)
+def _told(status: str, number: int, count: int) -> tuple[int, str] | None:
+    """Exit status and sentence where a status of JAX's coordination service tells of another process's end."""
+    if count == 1 or not re.match(rf"({_CODES}): ", status):
+        return None
+    return AGAIN, _lost(number, count, status[:200])
 
 
-def _before_abort(sentence: Callable[[], str]) -> None:
-    """Say something where C++ code ends this process, which cannot be caught, instead of a long dump.
+class _Watch:
+    """Ends this process with a sentence where JAX's coordination client is about to end it by `abort`.
 
-    JAX's coordination client ends a process by `abort` in a thread of its own.
+    That client says why on standard error, which a thread reads here; meanwhile `abort` waits in the C function
+    `sleep`. No Python runs in the handler of the signal: it could wait for ever, for the interpreter or for the
+    heap. After a few seconds the signal acts as ever, so any other `abort` only comes a little later.
+
+    Parameters
+    ----------
+    answer
+        Status of the coordination service -> exit status and sentence, or None to let the signal act.
     """
-    if os.name != "posix":
-        return
 
-    def speak(number: int) -> None:
-        if said := sentence():
-            os.write(2, f"error: {said}\n".encode())
-        os._exit(1)
+    def __init__(self, answer: Callable[[str], tuple[int, str] | None]) -> None:
+        self.answer = answer
+        if os.name != "posix":
+            return
+        sys.stderr.flush()
+        self.held = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process lives
+        self.real = os.dup(2)
+        os.dup2(self.held.fileno(), 2)
+        _delay_abort()
+        _watches.append(self)
+        threading.Thread(target=self._listen, daemon=True).start()
 
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(speak)
-    _handlers.append(handler)
-    ctypes.CDLL(None).signal(int(signal.SIGABRT), handler)
+    def _listen(self) -> None:
+        heard, place = b"", 0
+        while True:
+            time.sleep(0.1)
+            new = os.pread(self.held.fileno(), 1 << 20, place)
+            if not new:
+                continue
+            place, heard = place + len(new), (heard + new)[-(1 << 16) :]
+            for status in _ENDED.findall(heard):
+                if answer := self.answer(status.decode(errors="replace").strip()):
+                    os.write(self.real, f"error: {answer[1]}\n".encode())
+                    _leave(answer[0])
+
+    def give_back(self) -> None:
+        """Let standard error be what it was, and write what was held back."""
+        self.answer = lambda status: None
+        if os.name == "posix":
+            os.dup2(self.real, 2)
+            os.write(2, os.pread(self.held.fileno(), 1 << 20, 0))
+
+    def go_on(self, answer: Callable[[str], tuple[int, str] | None]) -> None:
+        """Hold nothing back any more, but go on reading what C code writes."""
+        self.give_back()
+        if os.name != "posix" or shutil.which("tee") is None:
+            return
+        self.answer = answer
+        file = self.held.fileno()
+        # A process of its own, so that words are shown even if they are the last ones; it ends with this process.
+        tee = subprocess.Popen(
+            ["sh", "-c", "trap '' HUP INT TERM; exec tee -a \"$0\"", f"/dev/fd/{file}"],
+            stdin=subprocess.PIPE, stdout=self.real, pass_fds=[file], start_new_session=True,
+        )  # fmt: skip
+        assert tee.stdin is not None
+        os.dup2(tee.stdin.fileno(), 2)
+        self.tee = tee
+        # Python's own words need no detour, and a bar of progress must see that there is a terminal.
+        sys.stderr = os.fdopen(os.dup(self.real), "w", buffering=1, errors="backslashreplace")
+
+
+def _delay_abort() -> None:
+    """Let the next `abort` wait as many seconds as its signal's number, 6."""
+    dumps = faulthandler.is_enabled()
+    faulthandler.disable()
+    libc = ctypes.CDLL(None)
+    once = getattr(libc, "sysv_signal", libc.signal)  # a second signal from outside acts at once
+    once.argtypes, once.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    once(int(signal.SIGABRT), ctypes.cast(libc.sleep, ctypes.c_void_p))
+    if dumps:  # comes first, with the stack of every thread
+        faulthandler.enable()
 
 
 @contextmanager
@@ -168,12 +216,14 @@ def together() -> Iterator[None]:
     except SystemExit:
         raise  # asked to stop, as all are
     except BaseException as error:
-        _before_abort(lambda: "")  # what happened is told by the error
+        for watch in _watches:
+            watch.answer = lambda status: None  # what happened is told by the error
+        lost = next((each for each in _chain(error) if _tells_of_loss(each)), None)
+        status = 130 if isinstance(error, KeyboardInterrupt) else 1 if lost is None else AGAIN
         # Runs before JAX's own function, which was registered earlier.
-        atexit.register(_leave, 130 if isinstance(error, KeyboardInterrupt) else 1)
-        lost = next((each for each in _chain(error) if _LOST.search(str(each))), None)
+        atexit.register(_leave, status)
         if lost is not None:
-            reason = _first_line(lost)
+            reason = first_line(lost)
             raise ProcessLostError(_lost(jax.process_index(), jax.process_count(), reason)) from error
         raise
 
@@ -186,9 +236,15 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+def _tells_of_loss(error: BaseException) -> bool:
+    """Whether JAX says that another process is gone; other libraries' errors hold paths and names of users."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(str(error)) is not None
+
+
 def _leave(status: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)
 
 
@@ -198,16 +254,6 @@ def _lost(number: int, count: int, reason: str) -> str:
         "others said last, and run the same command again, with any number of processes, to go on from the last "
         "checkpoint."
     )
-
-
-def _reason(said: str) -> str:
-    found = _STATUS.findall(said)
-    return found[-1].strip() if found else (said.strip().splitlines() or ["no reason given"])[-1]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]
 
 
 def check_shared(file: Path, seconds: float = 60.0) -> None:

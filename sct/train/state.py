@@ -85,8 +85,10 @@ def init_state(task: Task, make_optimizer: MakeOptimizer, mesh: Mesh, seed: int)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     abstract = jax.tree_util.tree_map_with_path(place, jax.eval_shape(make))
-    compiled = jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))
-    return abstract, compiled
+    # It runs once: on CPU less optimisation saves a third of its compilation, 4 s of the full model's start.
+    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return abstract, jax.jit(make, out_shardings=shardings, compiler_options=options)
 
 
 def load_into(state: State, arrays: Mapping[str, np.ndarray], new: Sequence[str]) -> State:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -10,7 +12,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from sct.data.datasets import simulate_atlas
-from sct.data.tokenize import NOISE_FRACTION, bin_counts, digitize, expected_counts, noisy_genes
+from sct.data.tokenize import (
+    _EXACT,
+    _TABULATED,
+    NOISE_FRACTION,
+    bin_counts,
+    digitize,
+    expected_counts,
+    noisy_genes,
+)
 from sct.errors import DataError
 
 cells = hnp.arrays(
@@ -203,14 +213,20 @@ def test_digitize_clips_to_the_range_and_rises(logs, low, width, num_bins):
     hnp.arrays(
         np.int64,
         hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=8),
-        elements=st.one_of(st.just(0), st.integers(0, 9), st.integers(0, 70_000), st.integers(0, 1 << 26)),
+        elements=st.one_of(
+            st.just(0),
+            st.integers(0, 9),
+            st.integers(_TABULATED - 2, _TABULATED + 2),
+            st.integers(0, 70_000),
+            st.integers(0, 1 << 26),
+        ),
     ),
     st.sampled_from([2, 3, 5, 11, 51, 254]),
     st.floats(0, 0.5),
     st.data(),
 )
 def test_levels_are_those_of_each_logarithm(counts, num_bins, part, data):
-    """Levels of integers come from a table; every value by itself must give the same, and so must others."""
+    """Levels of small integers come from a table; every value by itself must give the same, and so must others."""
     drop = data.draw(hnp.arrays(bool, counts.shape[1]))
     for values in (counts.astype(np.float32), (counts + part * (counts > 0)).astype(np.float32)):
         found = bin_counts(sp.csr_matrix(values), num_bins=num_bins, drop=drop, with_values=True)
@@ -220,6 +236,39 @@ def test_levels_are_those_of_each_logarithm(counts, num_bins, part, data):
             assert (low, high) == tuple(map(np.float32, ends))
             np.testing.assert_array_equal(tokens[row == 0], 0)
             np.testing.assert_array_equal(tokens[row > 0], digitize(logs, *ends, num_bins))
+
+
+@pytest.mark.parametrize("num_bins", [5, 15, 50, 254])
+@pytest.mark.parametrize("top", [59, 20_000, 1_000_000, _EXACT - 1, 1 << 26])
+def test_large_counts_and_many_cells_give_the_levels_of_each_logarithm(num_bins, top):
+    """One large count in each of thousands of cells, beside small ones and ones around the end of the table."""
+    rng = np.random.default_rng(top + num_bins)
+    counts = rng.integers(0, [60, 60, 2 * _TABULATED, top, top], (6000, 5), endpoint=True)
+    counts[:, 1] *= rng.random(6000) < 0.5
+    counts[::7, 2:4] = 0
+    counts[::11] = 0
+    counts[:, 4] = np.where(np.arange(6000) % 5, top, counts[:, 4])
+    values = counts.astype(np.float32)
+    found = bin_counts(sp.csr_matrix(values), num_bins=num_bins)
+    logs = np.log1p(values, dtype=np.float64)
+    low = np.where(values > 0, logs, np.inf).min(axis=1, keepdims=True)
+    low, high = np.where(np.isinf(low), 0, low), logs.max(axis=1, keepdims=True)
+    np.testing.assert_array_equal(found.low, low[:, 0].astype(np.float32))
+    np.testing.assert_array_equal(found.high, high[:, 0].astype(np.float32))
+    expected = np.where(values > 0, digitize(logs, low, high, num_bins), 0)
+    np.testing.assert_array_equal(found.tokens, expected)
+
+
+def test_the_table_of_a_block_does_not_grow_with_its_counts():
+    """A table as wide as the last border would take 2.7 GB here, and its entries' numbers more than 31 bits."""
+    counts = sp.csr_matrix(np.tile(np.float32([1, 1000, 1_000_000]), (3000, 1)))
+    tracemalloc.start()
+    tokens = bin_counts(counts, num_bins=50).tokens
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6
+    expected = [exact_level(int(count), 1, 1_000_000, 50) for count in counts[0].data]
+    np.testing.assert_array_equal(tokens, np.tile(expected, (3000, 1)))
 
 
 def test_many_levels_fit_into_a_byte():

@@ -1,5 +1,13 @@
 """The small store and configuration of the training tests."""
 
-from tests.train.conftest import config, store
+import pytest
 
-__all__ = ["config", "store"]
+from tests.train.conftest import full_config, store
+
+__all__ = ["config", "full_config", "store"]
+
+
+@pytest.fixture
+def config(full_config):
+    """Function that gives the small configuration with changes."""
+    return full_config

@@ -60,7 +60,8 @@ class Run:
         batch["weight"] = np.ones(8, np.float32)
         losses, gradients = [], []
         for _ in range(steps):
-            state, scalars, _ = self.step(state, sharding.put_batch(batch, self.mesh))
+            state, scalars, sums = self.step(state, sharding.put_batch(batch, self.mesh))
+            self.counts = {name: float(sums[name]) for name in ("masked", "overflow")}
             losses.append(float(scalars["loss"]))
             gradients.append(jax.device_get(state.optimizer[0]))
         return state, losses, gradients
@@ -94,7 +95,7 @@ def compare(config: dict[str, Any], meshes: list[dict[str, int]]) -> list[dict[s
         assert all(np.linalg.norm(value) > 0 for value in gradient.values())
         errors = {path: relative(value, first[path]) for path, value in gradient.items()}
         worst = max(errors, key=errors.__getitem__)
-        found.append({"losses": losses, "worst": worst, "error": errors[worst], "bytes": held})
+        found.append({"losses": losses, "worst": worst, "error": errors[worst], "bytes": held, **run.counts})
     return found
 
 

@@ -107,26 +107,58 @@ def fakes(folder: Path, **programs: str) -> dict[str, str]:
     return {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
 
 
+SAVED, MEASURED = "mkdir -p run/checkpoints/5", "mkdir -p run/base/model run/other/model"
+
+
+def task(status: int) -> str:
+    """What srun says of a task."""
+    return f"echo 'srun: error: node2: task 3: Exited with exit code {status}' >&2"
+
+
 @pytest.mark.parametrize(
-    ("happens", "restarts", "status", "again"),
+    ("happens", "restarts", "status", "again", "sentence"),
     [
-        ("mkdir -p run/model", 0, 0, False),
-        ("mkdir -p run/checkpoints/5", 0, 0, True),  # the time was over, and the run saved
-        ("mkdir -p run/checkpoints/5", 40, 0, True),
-        ("mkdir -p run/checkpoints/5; exit 1", 0, 0, True),  # a node was lost
-        ("mkdir -p run/checkpoints/5; exit 1", 20, 1, False),
-        ("mkdir -p run; exit 1", 0, 1, False),  # a mistake in the command
-        ("exit 143", 0, 0, True),  # stopped while it compiled
+        ("mkdir -p run/model", 0, 0, False, "nothing is left to do"),
+        (SAVED, 0, 0, False, "nothing is left to do"),  # at train.stop_at, where no model is exported
+        (MEASURED, 0, 0, False, "nothing is left to do"),  # a sweep
+        (f"{SAVED}; exit 75", 0, 0, True, "back into the queue"),  # the time was over, and the run saved
+        (f"{SAVED}; mkdir run/model; exit 75", 0, 0, True, "back into the queue"),  # an older model is no end
+        (f"{SAVED}; exit 75", 19, 0, True, "back into the queue"),
+        (f"{SAVED}; exit 75", 20, 75, False, "after 20 restarts"),
+        ("exit 75", 0, 0, True, "back into the queue"),  # a process was lost before the first checkpoint
+        (f"{MEASURED}; exit 75", 0, 0, True, "back into the queue"),  # ... or in a sweep
+        ("echo 'srun: error: Node failure on node2' >&2; exit 1", 0, 0, True, "back into the queue"),
+        ("exit 143", 0, 0, True, "back into the queue"),  # stopped while it compiled
+        (f"{SAVED}; exit 137", 0, 0, True, "back into the queue"),
+        ("exit 134", 20, 134, False, "after 20 restarts"),
+        ("mkdir -p run; exit 1", 0, 1, False, "does not mend"),  # a mistake in the command
+        (f"{SAVED}; exit 1", 0, 1, False, "does not mend"),  # ... when it goes on, or a diverged loss
+        (f"{MEASURED}; exit 1", 0, 1, False, "does not mend"),  # a run of a sweep failed
+        # One task finds a mistake: the others lose it, or are killed.
+        (f"{SAVED}; {task(1)}; {task(75)}; exit 75", 0, 1, False, "does not mend"),
+        (f"{task(75)}; exit 75", 0, 0, True, "back into the queue"),
+        (f"{SAVED}; {task(1)}; exit 137", 0, 1, False, "does not mend"),
+        ("exit 2", 0, 2, False, "ended with status 2"),
+        (f"{SAVED}; exit 130", 0, 130, False, "stopped by SIGINT"),
+        ("exit 253", 0, 253, False, "memory is used up"),
     ],
 )
-def test_a_slurm_job_goes_back_into_the_queue_until_the_model_is_there(
-    tmp_path, happens, restarts, status, again
+def test_a_slurm_job_goes_back_into_the_queue_where_the_same_command_goes_on(
+    tmp_path, happens, restarts, status, again, sentence
 ):
-    env = fakes(tmp_path, srun=f'echo "$@" > said; env > seen; {happens}', scontrol='echo "$@" > requeued')
+    srun = f'echo "$@" > said; env > seen; echo out; echo err >&2; {happens}'
+    env = fakes(tmp_path, srun=srun, scontrol='echo "$@" > requeued')
     env |= {"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": str(restarts), "https_proxy": "http://proxy"}
     words = ["--config=configs/sct_sc.py", "--workdir=run", "--config.data.store=a store"]
-    done = subprocess.run([SLURM / "train.sh", *words], cwd=tmp_path, env=env, check=False)
-    assert done.returncode == status
+    done = subprocess.run(
+        [SLURM / "train.sh", *words], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == status, done.stderr
+    told = [line for line in (done.stdout + done.stderr).splitlines() if sentence in line]
+    assert len(told) == 1, done.stdout + done.stderr
+    # What the tasks write comes out where they wrote it.
+    assert done.stdout.splitlines()[0] == "out"
+    assert done.stderr.splitlines()[0] == "err"
     said = (tmp_path / "said").read_text()
     assert (
         "-m launch.train --multihost --config=configs/sct_sc.py --workdir=run --config.data.store=a store"
@@ -161,11 +193,10 @@ def test_a_pod_gets_the_words_as_they_were_given_on_every_worker(tmp_path):
     subprocess.run([TPU / "train.sh", "start", *words], cwd=tmp_path, env=env, check=True)
     asked = (tmp_path / "asked").read_text()
     assert "compute tpus tpu-vm ssh pod --zone=zone --worker=all" in asked
-    pid = int((tmp_path / "home" / "sct" / "train.pid").read_text())
-    assert pid > 0
+    assert int((tmp_path / "home" / "sct" / "train.pid").read_text()) > 0
     log = tmp_path / "home" / "sct" / "train.log"
     for _ in range(200):
-        if log.read_text().endswith("store's|"):
+        if log.exists() and log.read_text().endswith("store's|"):
             break
         subprocess.run(["sleep", "0.05"], check=True)
     assert log.read_text() == "|".join(["-m", "launch.train", "--multihost", *words]) + "|"

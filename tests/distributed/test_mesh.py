@@ -54,12 +54,23 @@ def test_losses_and_gradients_do_not_depend_on_the_mesh(small, meshes):
     assert single["losses"][2] < single["losses"][0]
     for sizes, other in zip(meshes[1:], others, strict=True):
         np.testing.assert_allclose(other["losses"], single["losses"], rtol=1e-5, err_msg=str(sizes))
+        assert single["overflow"] == other["overflow"] == 0
         assert other["error"] < 1e-5, f"gradient of {other['worst']} on {sizes} differs by {other['error']}"
         # Parameters and moments are really divided, but for small arrays that do not divide.
         parts = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
         for what, held in other["bytes"].items():
             share = held / single["bytes"][what]
             assert share == 1 if parts == 1 else 1 / parts <= share < 1 / parts + 0.25, (sizes, what, share)
+
+
+@pytest.mark.slow
+def test_every_masked_position_is_seen_or_counted_on_any_mesh(small):
+    """Devices that share a bag have their own parts of the budget: where it is too small, losses may differ."""
+    small["objective"]["head_budget"] = 0.05
+    single, parts = ask(config=small, meshes=[{"data": 1}, {"sequence": 4}])
+    assert single["overflow"] > 0
+    assert parts["overflow"] >= single["overflow"]
+    assert parts["masked"] + parts["overflow"] == single["masked"] + single["overflow"]
 
 
 @pytest.mark.slow

@@ -6,19 +6,21 @@ import itertools
 import json
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import sct
 from sct.data.loader import Loader
 from sct.data.store import Store
-from sct.errors import ConfigError
+from sct.errors import AGAIN, ConfigError, DataError, ProcessLostError
 from sct.train import processes
 from sct.train.experiment import make_task, run
 from tests.distributed.processes import ROOT, Run, free_port, write_config
@@ -142,6 +144,109 @@ def test_processes_that_do_not_find_each_other_say_so(small, tmp_path, words, se
     assert not (tmp_path / "run").exists()
 
 
+# A process that joins others, none or one, and then ends in one of several ways.
+ENDS = """
+import ctypes, faulthandler, os, sys, threading, time
+from sct.train import processes
+faulthandler.enable()
+processes.join("127.0.0.1:" + sys.argv[1], 1, 0)
+libc = ctypes.CDLL(None)
+said = b"F0101 client.h:80] Terminating process because the JAX distributed service detected fatal errors. This most \
+likely indicates that another task died; see the other task logs. absl::Status: STATUS\\nand a dump\\n"
+match sys.argv[2]:
+    case "abort":  # holds the interpreter's lock, so no thread of Python runs any more
+        os.abort()
+    case "thread":
+        threading.Thread(target=libc.abort).start()
+        time.sleep(60)
+    case "signal":
+        while True:
+            os.kill(os.getpid(), 6)
+    case status:
+        processes._watches[0].answer = lambda text: processes._told(text, 1, 2)
+        os.write(2, said.replace(b"STATUS", status.encode()))
+        libc.abort()
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "sentence"),
+    [
+        ("abort", -signal.SIGABRT, ""),
+        pytest.param("thread", -signal.SIGABRT, "", marks=pytest.mark.slow),
+        pytest.param("signal", -signal.SIGABRT, "", marks=pytest.mark.slow),
+        (
+            "UNAVAILABLE: heartbeats",
+            AGAIN,
+            "process 1 of 2 lost another one, which has ended or does not answer",
+        ),
+        pytest.param("INTERNAL: a defect", -signal.SIGABRT, "", marks=pytest.mark.slow),
+    ],
+)
+def test_only_a_loss_that_jax_tells_of_is_called_one_and_other_aborts_act(ending, status, sentence):
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS, str(free_port()), ending],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr
+    if sentence:
+        assert f"{sentence} (UNAVAILABLE: heartbeats)" in assert_one_error(done.stderr)
+    else:
+        assert not [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert "Fatal Python error: Aborted" in done.stderr
+    # What C code says is shown, even if it is the last.
+    assert ("absl::Status" in done.stderr) == (":" in ending)
+
+
+JAX_ERROR = jax.errors.JaxRuntimeError
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (JAX_ERROR("UNAVAILABLE: failed to connect to all addresses"), True),
+        (JAX_ERROR("DEADLINE_EXCEEDED: Barrier timed out."), True),
+        (JAX_ERROR("INTERNAL: Gloo AllReduce failed: Connection closed by peer [127.0.0.1]:36055"), True),
+        (JAX_ERROR("INTERNAL: NCCL operation ncclAllReduce failed: remote process exited"), True),
+        (JAX_ERROR("INVALID_ARGUMENT: /home/gloor/runs/x, study heartbeat_2021, socket, UNAVAILABLE"), False),
+        (JAX_ERROR("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes"), False),
+        (OSError("/home/gloo/runs/x failed: Connection reset"), False),
+        (DataError("UNAVAILABLE: heartbeat of gloo"), False),
+        (KeyboardInterrupt("UNAVAILABLE: x"), False),
+    ],
+)
+def test_an_error_is_a_loss_only_where_jax_says_so(monkeypatch, error, lost):
+    left = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes.atexit, "register", lambda leave, status: left.append(status))
+    with pytest.raises(BaseException) as caught, processes.together():  # noqa: PT012
+        try:
+            raise error
+        except Exception as cause:
+            if lost:
+                raise ValueError("what a library makes of it") from cause
+            raise
+    assert isinstance(caught.value, ProcessLostError) == lost
+    assert left == [AGAIN if lost else 130 if isinstance(error, KeyboardInterrupt) else 1]
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_asked_to_stop_save_and_say_so(small, tmp_path):
+    long = small(
+        train__stop_at=0, train__steps=100_000, train__eval_every=100_000, train__checkpoint_every=100_000
+    )
+    with Run(write_config(long, tmp_path / "c.py"), tmp_path / "run", 2) as two:
+        log = tmp_path / "run" / "metrics.jsonl"
+        while not log.exists() or log.read_text().count("train/loss") < 3:
+            assert two.processes[0].poll() is None, two.everything()
+            time.sleep(0.1)
+        for process in two.processes:
+            process.send_signal(signal.SIGTERM)
+        assert two.statuses(120) == [AGAIN, AGAIN], two.everything()
+        assert "run the same command again to go on" in two.said(0)
+    assert len([path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "mesh"), [(2, {"fsdp": 2}), (4, {"data": 2, "fsdp": 2}), (4, {"data": 4})])
 def test_every_mesh_of_processes_trains_as_one(small, straight, tmp_path, count, mesh):
@@ -185,7 +290,7 @@ def test_where_one_is_killed_the_others_end_and_others_go_on(small, straight, tm
         statuses = several.statuses(timeout=60)
         assert time.monotonic() - killed < 60
         for number, status in enumerate(statuses):
-            assert status == (-9 if number == victim else 1), several.everything()
+            assert status == (-9 if number == victim else AGAIN), several.everything()
             if number != victim:
                 error = assert_one_error(several.said(number))
                 assert f"process {number} of {count} lost another one" in error

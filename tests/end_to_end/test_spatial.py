@@ -23,6 +23,7 @@ from sct.eval.held_out import HeldOut
 from sct.eval.imputation import whole_cell_imputation
 from sct.eval.scoring import Model
 from sct.train.experiment import make_task, run
+from tests.quick import compiled_quickly
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,11 +72,25 @@ def small(name: str, store: Store, **train: Any) -> dict[str, Any]:
     return config.to_dict()
 
 
+@pytest.fixture
+def quick():
+    """Most time of a few steps is compilation."""
+    with compiled_quickly():
+        yield
+
+
+@pytest.mark.usefixtures("quick")
 def test_the_second_stage_goes_on_from_the_first(tmp_path, capsys):
     store = store_of(sections(4, 8, 40), tmp_path / "store")
-    first = run(small("sct_sc", store), tmp_path / "cells")
+
+    def staged(name: str) -> dict[str, Any]:
+        config = small(name, store)
+        config["model"]["num_downsamples"] = 1
+        return config
+
+    first = run(staged("sct_sc"), tmp_path / "cells")
     assert "starts from random parameters" not in capsys.readouterr().out
-    config = {**small("sct_spatial", store), "init_from": str(tmp_path / "cells")}
+    config = {**staged("sct_spatial"), "init_from": str(tmp_path / "cells")}
     # So small a rate that what it starts from is what it ends with.
     config["optimizer"] |= {"peak_lr": 1e-30, "init_lr": 1e-30, "final_lr": 0.0}
     run(config, tmp_path / "spots")
@@ -88,7 +103,7 @@ def test_the_second_stage_goes_on_from_the_first(tmp_path, capsys):
     assert [leaf.tobytes() for leaf in leaves(before)] == [leaf.tobytes() for leaf in leaves(after)]
 
     # Without a first stage it says so; the map of coordinates learns.
-    run(small("sct_spatial", store), tmp_path / "fresh")
+    run(staged("sct_spatial"), tmp_path / "fresh")
     lines = [line for line in capsys.readouterr().out.splitlines() if "starts from random parameters" in line]
     assert len(lines) == 1
     assert "--config.init_from" in lines[0]

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from sct.errors import ConfigError
+from sct.models import sct as sct_model
 from sct.models import sct_tower
 from sct.models.sct import SCT
 from sct.models.sct_config import SCTConfig, pad_to_multiple
-from sct.nn.plain import plain_forms
+from sct.nn.plain import plain_forms, smaller_pieces
 from sct.nn.spatial import spatial_features
 
 GENES, CELLS = 32, 3
@@ -186,17 +187,39 @@ def test_the_head_at_chosen_positions_gives_the_dense_logits():
     close(got, np.take_along_axis(dense, positions[..., None], axis=1))
 
 
-OPTIONS = [{}, {"norm": "shared_fixed", "pool": "max"}, {"norm": "none", "conv_taps": 4},
-           {"conv_boundary": "cell"}, {"norm": "layer", "use_skip_connection": False}]  # fmt: skip
+PIECES = [("level", 8), ("products", 8)]
+FORMS = [("none", 4096), ("level", 4096), *PIECES]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_what_is_kept_and_in_how_many_pieces_changes_neither_loss_nor_gradient(options, monkeypatch):
+@pytest.fixture
+def compiled_anew():
+    """Function that forgets programs: jax.jit does not see that constants or forms of layers have changed."""
+    _loss.clear_cache()
+    yield _loss.clear_cache
+    _loss.clear_cache()
+
+
+@pytest.mark.parametrize(
+    ("options", "forms"),
+    [
+        ({}, FORMS),
+        ({"norm": "layer", "conv_taps": 4, "use_skip_connection": False}, PIECES),
+        ({"norm": "none", "pool": "max", "conv_boundary": "cell"}, PIECES),
+        pytest.param({"norm": "shared_fixed", "pool": "max"}, FORMS, marks=pytest.mark.slow),
+        pytest.param({"conv_boundary": "cell"}, FORMS, marks=pytest.mark.slow),
+    ],
+    ids=["default", "layer, 4 taps, no skip", "none, max, cell", "shared_fixed, max", "cell"],
+)
+def test_what_is_kept_and_in_how_many_pieces_changes_neither_loss_nor_gradient(
+    options, forms, monkeypatch, compiled_anew
+):
     config = dataclasses.replace(SMALL, **options)
     with plain_forms():
         loss, gradient = _loss(config, variables(config), tokens())
-    for remat, positions in (("none", 4096), ("level", 4096), ("level", 8), ("products", 8)):
+    for remat, positions in forms:
+        compiled_anew()
         monkeypatch.setattr(sct_tower, "_POSITIONS_AT_ONCE", positions)
+        monkeypatch.setattr(sct_model, "_HEAD_POSITIONS_AT_ONCE", {"cpu": 3 * positions // 2})
         other_loss, other = _loss(dataclasses.replace(config, remat=remat), variables(config), tokens())
         close(other_loss, loss, 1e-6)
         jax.tree.map(partial(close, tolerance=1e-5), other, gradient)
@@ -205,15 +228,10 @@ def test_what_is_kept_and_in_how_many_pieces_changes_neither_loss_nor_gradient(o
 def test_pieces_are_whole_cells_and_divide_a_bag(monkeypatch):
     config = dataclasses.replace(SMALL, remat="level")
     monkeypatch.setattr(sct_tower, "_POSITIONS_AT_ONCE", 64)
-    assert [sct_tower._cells_at_once(config, cells, 32) for cells in (1, 2, 3, 4, 9, 50)] == [
-        1,
-        2,
-        3,
-        2,
-        3,
-        2,
-    ]
-    assert sct_tower._cells_at_once(SMALL, 50, 32) == 50
+    counts = (1, 2, 3, 4, 9, 50)
+    assert [sct_tower._cells_at_once(config, cells, 32) for cells in counts] == [1, 2, 3, 2, 3, 2]
+    with smaller_pieces(0.5):
+        assert [sct_tower._cells_at_once(config, cells, 32) for cells in counts] == [1, 1, 1, 1, 1, 1]
     with plain_forms():
         assert sct_tower._cells_at_once(config, 50, 32) == 50
 

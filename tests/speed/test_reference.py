@@ -12,6 +12,7 @@ import pytest
 import sct.models.sct_tower as model
 from sct.data import bags
 from sct.errors import SctError
+from sct.nn import attention, chunked_attention, conv
 from sct.nn.plain import wants_plain
 from sct.speed import compare, data, embedding, reference, synthetic
 from tests.speed.conftest import small
@@ -77,6 +78,35 @@ def test_a_wrong_layer_is_refused(job, monkeypatch, mode):
         CHECKS[mode](made, made.open_store())
     assert "\n" not in str(caught.value)
     assert "no time is given" in str(caught.value)
+
+
+def wrong_by(function, where):
+    """Make the same function with its values wrong by 1% in the fast path."""
+
+    def wrong(*args, **kwargs):
+        return function(*args, **kwargs) * (1.0 if wants_plain() else 1.01)
+
+    return where, function.__name__, wrong
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        wrong_by(conv.conv_transpose_2x, conv),
+        wrong_by(conv._conv_in_loop, conv),
+        wrong_by(attention.chunked_attention, attention),
+    ],
+    ids=["transposed", "in_loop", "attention"],
+)
+def test_forms_that_only_a_larger_bag_takes_are_compared(job, monkeypatch, wrong):
+    """Eight cells are timed, two of them compared: in as many pieces and chunks as the eight."""
+    monkeypatch.setattr(*wrong)
+    # Eight cells have 512 positions in the outer level and 256 in the attention, two a quarter of that.
+    monkeypatch.setattr(model, "_POSITIONS_AT_ONCE", 256)
+    monkeypatch.setattr(chunked_attention, "CPU_CHUNKS", (32, 128))
+    made = job("forward", data__cells_per_bag=8, model__layer_norm_eps=1.6e-5)
+    with pytest.raises(SctError, match="differs from the reference path"):
+        reference.check_forward(made, made.open_store())
 
 
 def test_a_wrong_gradient_alone_is_refused(job, monkeypatch):

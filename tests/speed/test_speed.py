@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from rich.console import Console
 
@@ -19,33 +20,35 @@ from sct.errors import ConfigError, SctError
 from sct.models import registry
 from sct.models.sct import SCT
 from sct.models.sct_config import SCTConfig
-from sct.speed import compare, report, run
+from sct.speed import compare, report, run, saving
 from sct.speed.job import Options
 from sct.speed.run import measure
+from sct.train.checkpoint import Checkpoints
 from tests.speed.conftest import CONFIG, SMALL
 from tests.train.conftest import merged
 
 ROOT = Path(__file__).resolve().parents[2]
 ALWAYS = {
-    "mode", "check", "step_seconds", "step_seconds_spread", "step_seconds_all", "peak_host_bytes", "cells_per_s",
+    "mode", "check", "step_seconds", "step_seconds_spread", "step_seconds_all", "peak_host_bytes",
     "device", "cpu_count", "python", "versions", "config", "command", "load_average", "synthetic",
 }  # fmt: skip
+CELLS = {"cells_per_s", "tokens_per_s"}
 STEPS = {
     "dtype", "arithmetic", "ceiling_flops", "ceiling_before_flops", "ceiling_after_flops", "peak_device_bytes",
-    "tokens_per_s",
 }  # fmt: skip
 PROGRAM = {
     "compile_seconds", "compiled_flops", "temporaries_bytes", "model_flops", "achieved_flops", "utilisation",
 }  # fmt: skip
 KEYS = {
-    "train": STEPS | PROGRAM | {"input_wait_seconds"},
-    "forward": STEPS | PROGRAM,
-    "embed": STEPS | {"first_call_seconds"},
+    "train": CELLS | STEPS | PROGRAM | {"input_wait_seconds"},
+    "forward": CELLS | STEPS | PROGRAM,
+    "embed": CELLS | STEPS | {"first_call_seconds"},
     "loader": {
-        "tokens_per_s", "raw_cells_per_s", "disk_read_bytes_per_s", "disk_read_from", "first_batch_seconds",
+        *CELLS, "raw_cells_per_s", "disk_read_bytes_per_s", "disk_read_from", "first_batch_seconds",
         "store_bytes_per_s", "host_bytes_first_repetition", "host_bytes_last_repetition",
     },
-    "ingest": {"disk_read_bytes_per_s", "input_bytes_per_s", "processes"},
+    "save": STEPS | {"save_blocked_seconds", "saved_bytes", "checkpoint_interval_seconds"},
+    "ingest": {"cells_per_s", "disk_read_bytes_per_s", "input_bytes_per_s", "processes"},
 }  # fmt: skip
 
 
@@ -57,6 +60,24 @@ def of(mode: str) -> dict[str, Any]:
 
 def measured(mode: str, **changes: Any) -> dict[str, Any]:
     return measure(merged(CONFIG, **changes), Options(mode, **SMALL), apart=False)
+
+
+def test_a_save_is_read_again_and_its_cost_counted(monkeypatch):
+    found = of("save")
+    assert 0 < found["save_blocked_seconds"] <= found["step_seconds_spread"]["max"]
+    parameters = 4 * sum(x.size for x in jax.tree.leaves(jax.eval_shape(SCT(SCTConfig(**CONFIG["model"])).init,
+        jax.random.key(0), **SCT.example(SCTConfig(**CONFIG["model"])))))  # fmt: skip
+    assert 0.5 * 3 * parameters < found["saved_bytes"], "parameters and two moments, compressed"
+    assert saving.interval(blocked=0.5, written=60.0, processor=0.0) == 60, "no save waits for the one before"
+    assert saving.interval(blocked=0.5, written=2.0, processor=0.0) == 25
+    restore = Checkpoints.restore
+    monkeypatch.setattr(
+        Checkpoints,
+        "restore",
+        lambda *a: (lambda state, now: (state.replace(step=state.step + 1), now))(*restore(*a)),
+    )
+    with pytest.raises(SctError, match="1 arrays of a checkpoint are not what was saved"):
+        measured("save")
 
 
 @pytest.mark.parametrize("mode", KEYS)

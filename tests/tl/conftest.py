@@ -24,7 +24,7 @@ def made(use_spatial: bool = False, genes: int = GENES) -> Pretrained:
         num_genes=64, token_embed_dim=32, embed_dim=32, num_downsamples=3, num_layers=1, num_heads=2,
         ffn_dim=32, use_spatial=use_spatial,
     )  # fmt: skip
-    variables = nn.unbox(SCT(config).init(jax.random.key(0), *SCT.example(config).values()))
+    variables = nn.unbox(jax.jit(SCT(config).init)(jax.random.key(0), *SCT.example(config).values()))
     # Layers that start at zero would make a test of what flows through them empty.
     leaves, tree = jax.tree.flatten(variables)
     keys = jax.random.split(jax.random.key(1), len(leaves))

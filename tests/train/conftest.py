@@ -16,6 +16,7 @@ from sct.models import registry
 from sct.train.experiment import make_task
 from sct.train.loop import Result, TrainConfig, train
 from sct.train.optim import OptimizerConfig
+from tests.quick import compiled_quickly
 
 CONFIG: dict[str, Any] = {
     "family": "sct",
@@ -63,6 +64,13 @@ def store(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def config(store):
+def full_config(store):
     """Function that gives the small configuration with changes."""
     return lambda **changes: merged(CONFIG, **{"data__store": str(store), **changes})
+
+
+@pytest.fixture
+def config(full_config):
+    """As `full_config`, with one level and compiled in less time: most time of a run here is compilation."""
+    with compiled_quickly():
+        yield lambda **changes: full_config(**{"model__num_downsamples": 1, **changes})

@@ -23,7 +23,7 @@ from sct.data.store import Store
 from sct.errors import CheckpointError, DivergedError, StoreError
 from sct.tasks.masked_expression import MaskedExpression
 from sct.train import loop
-from sct.train.checkpoint import Checkpoints, Progress, SaveCost, measure_save
+from sct.train.checkpoint import Checkpoints, Progress
 from sct.train.experiment import make_task
 from sct.train.logging import MetricLog
 from sct.train.state import State
@@ -56,6 +56,12 @@ def saved(folder: Path) -> list[str]:
     """Names of what lies in the folder of checkpoints: steps, and what was not finished."""
     names = [path.name for path in (folder / "checkpoints").iterdir() if path.is_dir()]
     return sorted(names, key=lambda name: (len(name), name))
+
+
+@pytest.fixture
+def config(full_config):
+    """What is compared bit for bit with `whole` is compiled as that is."""
+    return full_config
 
 
 @pytest.fixture(scope="module")
@@ -272,18 +278,6 @@ def test_what_is_saved_is_the_state_of_its_step_although_it_is_donated(tmp_path)
     for number, expected in before.items():
         assert same(keep.restore(abstract, number)[0], expected)
     keep.close()
-
-
-def test_the_cost_of_a_save(tmp_path):
-    state = State(jnp.zeros((), jnp.int32), {"a": jnp.ones(1_000)}, {}, (), jnp.zeros(2, jnp.uint32))
-    cost = measure_save(state, tmp_path, repeats=2)
-    assert 0 < cost.blocked <= cost.written
-    assert cost.processor > 0
-    assert not list(tmp_path.iterdir())
-    cost = SaveCost(blocked=0.5, written=12.0, processor=6.0)
-    assert cost.interval() == 25  # on an accelerator
-    assert cost.interval(cores=2) == 175
-    assert cost.interval(share=0.5) == 12, "no save waits for the one before"
 
 
 class Poisoned(MaskedExpression):

@@ -27,6 +27,8 @@ from sct.train.optim import OptimizerConfig, make_optimizer
 from sct.train.sharding import MeshConfig
 from sct.train.state import init_state, make_train_step
 
+from .conftest import CONFIG
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -180,19 +182,6 @@ def test_a_killed_run_resumes_from_its_last_complete_checkpoint(config, tmp_path
     assert without_times(read_log(tmp_path / "whole")) == without_times(read_log(killed))
 
 
-def test_sigterm_saves_and_exits_with_zero(config, tmp_path):
-    plain = config(train__steps=100_000, train__checkpoint_every=100_000, train__eval_every=100_000)
-    process = start(plain, tmp_path)
-    wait_for_step(tmp_path, 5, process)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    steps = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
-    assert len(steps) == 1
-    assert steps[0] >= 5
-    assert f"saving step {steps[0]}" in output
-
-
 def test_other_options_on_an_old_folder_are_refused(config, tmp_path):
     run(config(train__stop_at=5), tmp_path)
     with pytest.raises(ConfigError, match=r"optimizer\.peak_lr = 0\.001, but now it is 0\.002"):
@@ -224,11 +213,10 @@ def test_step_two_and_later_do_not_compile(config, tmp_path):
     assert counts[2] == counts[8], counts
 
 
-def test_a_step_is_what_it_was(config):
+def test_a_step_is_what_it_was(store):
     # Recorded on CPU in float32; a change here means that older runs can no longer be reproduced.
     golden = json.loads((Path(__file__).parent / "golden_step.json").read_text())
-    plain = config()
-    task, _ = make_task(plain, Store.open(plain["data"]["store"]))
+    task, _ = make_task(CONFIG, Store.open(store))
     mesh = loop.sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     optimizer_config = OptimizerConfig(peak_lr=1e-3, init_lr=1e-3)
     abstract, make = init_state(task, lambda p: make_optimizer(optimizer_config, 10, p)[0], mesh, seed=5)
@@ -318,9 +306,11 @@ def test_a_validation_of_few_records_is_spread_over_the_split(config, tmp_path):
     assert run(plain, tmp_path).reason == "finished"
 
 
-def test_ctrl_c_saves_and_is_not_taken_for_success(store, tmp_path):
+@pytest.mark.usefixtures("config")
+@pytest.mark.parametrize(("asked", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_sigterm_and_ctrl_c_save_and_are_not_taken_for_success(store, tmp_path, asked, status):
     words = [f"--config.{name}" for name in (
-        f"data.store={store}", "data.dataset=", "data.cells_per_bag=4", "model.num_downsamples=2", "train.steps=100000",
+        f"data.store={store}", "data.dataset=", "data.cells_per_bag=4", "model.num_downsamples=1", "train.steps=100000",
         "train.log_every=1", "train.eval_every=100000", "train.checkpoint_every=100000",
     )]  # fmt: skip
     config = "--config=configs/sct_sc.py:quickstart"
@@ -328,12 +318,56 @@ def test_ctrl_c_saves_and_is_not_taken_for_success(store, tmp_path):
         [sys.executable, "-m", "launch.train", config, f"--workdir={tmp_path}", *words],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    wait_for_step(tmp_path, 3, process)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, output
+    try:
+        wait_for_step(tmp_path, 3, process)
+        process.send_signal(asked)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == status, output
     assert "Traceback" not in output
-    assert any(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir())
+    steps = [int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
+    assert len(steps) == 1
+    assert steps[0] >= 3
+    assert f"saving step {steps[0]}" in output
+
+
+# Runs the command of the command line with runs and sweeps that end at once, and prints each time the exit status.
+STATUSES = """
+import sys
+from types import SimpleNamespace
+from sct import errors
+from sct.cli import main
+from sct.train import experiment, sweep
+
+def ends(*words):
+    if issubclass(made := getattr(errors, reason, type(None)), Exception):
+        raise made("told")
+    if reason == "SIGTERM while it is measured":
+        raise SystemExit(75)
+    return SimpleNamespace(reason=reason)
+
+experiment.run = sweep.run = ends
+for reason in sys.argv.pop().split(","):
+    try:
+        main("train")
+    except SystemExit as ended:
+        print(reason, ended.code)
+"""
+
+
+@pytest.mark.parametrize("config", ["sct_sc.py:quickstart", "sct_ablations.py"])
+def test_the_exit_status_tells_whether_the_same_command_goes_on(tmp_path, config):
+    expected = {
+        "finished": 0, "early stop": 0, "stop_at": 0, "signal": 75, "interrupt": 130, "failed": 1,
+        "SIGTERM while it is measured": 75, "ProcessLostError": 75, "ConfigError": 1, "DivergedError": 1,
+    }  # fmt: skip
+    words = [f"--config=configs/{config}", f"--workdir={tmp_path}", ",".join(expected)]
+    done = subprocess.run(
+        [sys.executable, "-c", STATUSES, *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    found = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
+    assert found == {name: str(status) for name, status in expected.items()}, done.stderr
 
 
 def test_a_run_folder_that_cannot_be_written(config, tmp_path):

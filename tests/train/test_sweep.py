@@ -13,6 +13,7 @@ import pytest
 from sct.errors import ConfigError, StoreError
 from sct.train import experiment, loop, sweep
 from sct.train.checkpoint import Progress
+from tests.quick import compiled_quickly
 
 SWEEP = {
     "norm_none": {"model": {"norm": "none"}},
@@ -23,11 +24,12 @@ SWEEP = {
 
 @pytest.fixture
 def swept(config):
-    """Function that gives the small configuration with a sweep, three steps long."""
+    """Function that gives the small configuration with a sweep, three steps long, and is compiled quickly."""
 
     def make(**runs):
         plain = config(
             model__norm="shared",
+            model__num_downsamples=1,
             model__num_bins=5,
             train__steps=3,
             train__eval_every=3,
@@ -35,7 +37,8 @@ def swept(config):
         )
         return {**plain, "sweep": {**SWEEP, **runs}}
 
-    return make
+    with compiled_quickly():
+        yield make
 
 
 def trained(monkeypatch) -> list[str]:
