@@ -66,7 +66,7 @@ def main(command: str | None = None) -> None:
         sys.exit(2)
     asks_for_help = bool({"-h", "--help"} & set(argv[1:]))
     if command in _COMPUTING and not asks_for_help:
-        use_huge_pages()
+        use_memory_well()
     module = importlib.import_module(f"sct.commands.{command}")
     if asks_for_help:
         # absl's own help names files of this machine and ends with status 1.
@@ -76,12 +76,10 @@ def main(command: str | None = None) -> None:
         listed = "".join(flags.FLAGS.module_help(name).partition(":")[2].rstrip() for name in names)
         print(f"{(module.__doc__ or '').strip()}\n\nFlags:{listed}")
         sys.exit(0)
-    if command in _COMPUTING:
-        keep_freed_memory()
-        if command != "train":  # which has a flag for it
-            from sct.commands.compilation import keep_programs
+    if command in _COMPUTING and command != "train":  # which has a flag for it
+        from sct.commands.compilation import keep_programs
 
-            keep_programs()
+        keep_programs()
     run_main(
         module.main,
         argv,
@@ -97,36 +95,31 @@ def _on_cpu_of_linux() -> bool:
     return sys.platform.startswith("linux") and not accelerators
 
 
-def keep_freed_memory() -> None:
-    """Let the C library reuse the memory of a step for the next one, where a step runs on the CPU.
+_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_ASK = "glibc.malloc.hugetlb=1"
 
-    glibc gives large blocks back to the system when they are freed and gets them again, cleared page by page,
-    in the next step: in the quickstart a third of the time, on two cores. Must precede JAX's threads.
+
+def use_memory_well() -> None:
+    """Get the memory of a step in large pages, where a step runs on the CPU, or else keep it for the next one.
+
+    A step at full size goes through gigabytes, which in pages of 4 KiB, cleared one by one, cost a sixth of its time
+    (docs/performance.md). Where the system gives pages of 2 MiB when asked, glibc (2.35 and newer) is told to ask: it
+    reads that at the start of a process only, so the process starts over, once. Where there are no large pages, glibc
+    keeps what is freed, which costs memory at full size. Must precede JAX's threads.
     """
+    if not _on_cpu_of_linux():
+        return
+    pages = _PAGES.read_text() if _PAGES.exists() else "[never]"
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if "[madvise]" in pages and "glibc.malloc.hugetlb" not in tunables:
+        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, _ASK)))
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     libc = ctypes.CDLL(None)
-    if _on_cpu_of_linux() and hasattr(libc, "mallopt"):
+    if "[never]" in pages and hasattr(libc, "mallopt"):
         # From malloc.h: one arena for all threads, no separate mappings, never shrink.
         m_arena_max, m_mmap_max, m_trim_threshold = -8, -4, -1
-        for option, value in ((m_arena_max, 1), (m_mmap_max, 0), (m_trim_threshold, -1)):
+        for option, value in ((m_arena_max, 1), (m_mmap_max, 0), (m_trim_threshold, 2**31 - 1)):
             libc.mallopt(option, value)
-
-
-_HUGE_PAGES = "glibc.malloc.hugetlb"
-
-
-def use_huge_pages() -> None:
-    """Let the C library ask for pages of 2 MiB, where a step runs on the CPU and the system gives them when asked.
-
-    A step at full size goes through gigabytes, which in pages of 4 KiB costs a sixth of its time (docs/performance.md).
-    glibc (2.35 and newer) reads this setting at the start of a process only, so the process starts over, once.
-    """
-    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if not _on_cpu_of_linux() or _HUGE_PAGES in tunables or not setting.exists():
-        return
-    if "[madvise]" in setting.read_text():
-        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{_HUGE_PAGES}=1")))
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def run_main(

@@ -75,15 +75,15 @@ class ConvBlock(nn.Module):
         """Norm of whole cells (B, K * G, C)."""
         return x if self.config.norm == "none" else self.norm(x)
 
-    def convolve(self, x: jax.Array, with_halo: bool = False) -> jax.Array:
-        """Convolution of what the norm gave; see `Conv` for the halo."""
+    def convolve(self, x: jax.Array, with_halo: bool = False, in_loop: bool = False) -> jax.Array:
+        """Convolution of what the norm gave; see `Conv` for halo and loop."""
         if self.config.conv_boundary == "cell" and self.taps > 1:
             halo = halo_of(self.taps, self.upsample) if with_halo else 0
             cells = x.reshape(-1, self.num_positions, x.shape[-1])
-            y = self.conv(jnp.pad(cells, ((0, 0), (halo, halo), (0, 0))), with_halo)
+            y = self.conv(jnp.pad(cells, ((0, 0), (halo, halo), (0, 0))), with_halo, in_loop)
             y = y.reshape(x.shape[0], -1, self.features)
         else:
-            y = self.conv(x, with_halo)
+            y = self.conv(x, with_halo, in_loop)
         return checkpoint_name(y, PRODUCT)
 
 
@@ -139,7 +139,7 @@ class TowerLevel(nn.Module):
         y, halo = self.block.normalise(x), self.halo
         if halo and axes.has_neighbours():
             before, behind = axes.neighbours(y, halo)
-            product = self.convolve(before, y, behind)
+            product = self.convolve(before, y, behind, in_loop=False)
         else:
             product = self.block.convolve(y)
         return self.join(product, self.refine(product), skip)
@@ -148,9 +148,9 @@ class TowerLevel(nn.Module):
         """First norm, of whole cells."""
         return self.block.normalise(x)
 
-    def convolve(self, left: jax.Array, x: jax.Array, right: jax.Array) -> jax.Array:
+    def convolve(self, left: jax.Array, x: jax.Array, right: jax.Array, in_loop: bool) -> jax.Array:
         """First convolution, of some cells between the border positions of their neighbours."""
-        return self.block.convolve(jnp.concatenate([left, x, right], axis=1), with_halo=True)
+        return self.block.convolve(jnp.concatenate([left, x, right], axis=1), True, in_loop)
 
     def refine(self, product: jax.Array) -> jax.Array:
         """Second norm and product."""
@@ -163,7 +163,7 @@ class TowerLevel(nn.Module):
         products are given beside the result, and taken from `kept` if they are known.
         """
         left, x, right, *skip = inputs
-        product = self.convolve(left, x, right)
+        product = self.convolve(left, x, right, in_loop=True)
         product = product if kept is None else known(product, kept[0])
         refined = self.refine(product)
         refined = refined if kept is None else known(refined, kept[1])

@@ -68,10 +68,11 @@ def _conv_in_loop_backward(
 _conv_in_loop.defvjp(_conv_in_loop_forward, _conv_in_loop_backward)
 
 
-def conv_transpose_2x(x: jax.Array, kernel: jax.Array, halo: int = 0) -> jax.Array:
+def conv_transpose_2x(x: jax.Array, kernel: jax.Array, halo: int = 0, in_loop: bool = False) -> jax.Array:
     """Transposed convolution of stride 2 and "SAME" padding: (B, L, C) -> (B, 2L, F).
 
-    With a `halo`, x has so many further positions at each end, of its neighbours, in place of the padding.
+    With a `halo`, x has so many further positions at each end, of its neighbours, in place of the padding; for
+    `in_loop` see `conv`.
 
     The map of `lax.conv_transpose(x, kernel, (2,), "SAME")`, written as two stride-1 convolutions, one for
     the even and one for the odd output positions, that are then interleaved. On CPU the gradient of the
@@ -92,7 +93,7 @@ def conv_transpose_2x(x: jax.Array, kernel: jax.Array, halo: int = 0) -> jax.Arr
             phases.append(jnp.zeros_like(phases[0]))
             continue
         low, high = ((p + j - left) // 2 for j in (used[0], used[-1]))
-        phases.append(conv(x, kernel[used[0] :: 2], (-low - halo, high - halo), halo > 0))
+        phases.append(conv(x, kernel[used[0] :: 2], (-low - halo, high - halo), in_loop))
     both = jnp.stack(phases, axis=2)
     return both.reshape(x.shape[0], -1, kernel.shape[2])
 
@@ -114,11 +115,11 @@ class Conv(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, with_halo: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array, with_halo: bool = False, in_loop: bool = False) -> jax.Array:
         """Map (B, L, C) to (B, L, features), or (B, 2L, features) when upsampling.
 
         `with_halo`: x has `halo_of(taps, upsample)` further positions at each end, of its neighbours, in place of
-        the padding, as the pieces of a sequence have in a loop over them.
+        the padding, as the pieces of a sequence have. `in_loop`: it is one step of a loop over them, see `conv`.
         """
         shape = (self.taps, x.shape[-1], self.features)
         kernel = axes.param(
@@ -128,9 +129,9 @@ class Conv(nn.Module):
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         halo = halo_of(self.taps, self.upsample) if with_halo else 0
         if self.upsample:
-            y = conv_transpose_2x(x, kernel, halo)
+            y = conv_transpose_2x(x, kernel, halo, in_loop)
         else:
-            y = conv(x, kernel, ((self.taps - 1) // 2 - halo, self.taps // 2 - halo), with_halo)
+            y = conv(x, kernel, ((self.taps - 1) // 2 - halo, self.taps // 2 - halo), in_loop)
         return y + bias.astype(self.dtype)
 
 

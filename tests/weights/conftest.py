@@ -1,5 +1,5 @@
 """The small store and configuration of the training tests."""
 
-from tests.train.conftest import config, store
+from tests.train.conftest import config, full_config, store
 
-__all__ = ["config", "store"]
+__all__ = ["config", "full_config", "store"]
