@@ -33,7 +33,18 @@ def _state(job: Job, store: Store) -> tuple[State, State]:
     abstract, make = init_state(
         task, lambda shapes: make_optimizer(job.optimizer, job.train.steps, shapes)[0], mesh, job.train.seed
     )
-    return jax.block_until_ready(make()), abstract
+    state = make()
+    # Moments are zero at first, which is compressed to nothing: later ones are as random as the parameters.
+    leaves, tree = jax.tree.flatten(state.optimizer)
+    keys = jax.random.split(jax.random.key(job.train.seed), max(len(leaves), 1))
+    noise = [
+        leaf + jax.random.normal(key, leaf.shape, leaf.dtype)
+        if jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating)
+        else leaf
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
+    state = state.replace(optimizer=jax.tree.unflatten(tree, noise))
+    return jax.block_until_ready(state), abstract
 
 
 def check_save(job: Job, store: Store) -> Check:

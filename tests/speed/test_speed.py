@@ -67,7 +67,9 @@ def test_a_save_is_read_again_and_its_cost_counted(monkeypatch):
     assert 0 < found["save_blocked_seconds"] <= found["step_seconds_spread"]["max"]
     parameters = 4 * sum(x.size for x in jax.tree.leaves(jax.eval_shape(SCT(SCTConfig(**CONFIG["model"])).init,
         jax.random.key(0), **SCT.example(SCTConfig(**CONFIG["model"])))))  # fmt: skip
-    assert 0.5 * 3 * parameters < found["saved_bytes"], "parameters and two moments, compressed"
+    assert 0.8 * 3 * parameters < found["saved_bytes"], (
+        "parameters and two moments, as random as they will be"
+    )
     assert saving.interval(blocked=0.5, written=60.0, processor=0.0) == 60, "no save waits for the one before"
     assert saving.interval(blocked=0.5, written=2.0, processor=0.0) == 25
     restore = Checkpoints.restore
