@@ -102,12 +102,11 @@ class _Piece:
 
 
 # Positions that the head handles at once: few stay in a processor's cache, many keep an accelerator busy.
-_HEAD_POSITIONS_AT_ONCE = {"cpu": 4096}
-_HEAD_POSITIONS_ELSEWHERE = 65_536
+_HEAD_POSITIONS_CPU, _HEAD_POSITIONS = 4096, 65_536
 
 
 def _head_in_pieces(head: Head, params: Any, x: jax.Array) -> jax.Array:
-    most = at_once(_HEAD_POSITIONS_AT_ONCE.get(jax.default_backend(), _HEAD_POSITIONS_ELSEWHERE))
+    most = at_once(_HEAD_POSITIONS_CPU if jax.default_backend() == "cpu" else _HEAD_POSITIONS)
     positions, width = x.size // x.shape[-1], x.shape[-1]
     pieces = -(-positions // most)
     if pieces == 1:

@@ -50,7 +50,7 @@ def applied(module: nn.Module, method: str) -> Callable[..., jax.Array]:
 
 
 class ConvBlock(nn.Module):
-    """Norm, convolution, GELU: the unit of both towers; `upsample` doubles the number of positions."""
+    """Norm and convolution, which a GELU follows: the unit of both towers; `upsample` doubles the positions."""
 
     config: SCTConfig
     features: int
@@ -67,16 +67,12 @@ class ConvBlock(nn.Module):
             self.norm = SharedLayerNorm(self.num_positions, config.norm == "shared", config.layer_norm_eps)
         self.conv = Conv(self.features, self.taps, self.upsample, jnp.dtype(config.dtype))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map (B, K * G, C) to (B, K * G or 2 K G, features); G is `num_positions`."""
-        return gelu(self.convolve(self.normalise(x)))
-
     def normalise(self, x: jax.Array) -> jax.Array:
         """Norm of whole cells (B, K * G, C)."""
         return x if self.config.norm == "none" else self.norm(x)
 
     def convolve(self, x: jax.Array, with_halo: bool = False, in_loop: bool = False) -> jax.Array:
-        """Convolution of what the norm gave; see `Conv` for halo and loop."""
+        """Map what the norm gave to (B, K * G or 2 K G, features); see `Conv` for halo and loop."""
         if self.config.conv_boundary == "cell" and self.taps > 1:
             halo = halo_of(self.taps, self.upsample) if with_halo else 0
             cells = x.reshape(-1, self.num_positions, x.shape[-1])
@@ -225,8 +221,8 @@ def _cells_at_once(config: SCTConfig, cells: int, positions: int) -> int:
     """Cells of `positions` that a level handles at once, a divisor of the `cells` of a bag.
 
     On CPU a level goes through a bag in pieces, which stay in the cache and need little memory; what lies between
-    its products costs half as much then (docs/performance.md). Elsewhere it takes the bag at once.
-    On a mesh a bag is the device's part of it.
+    its products costs half as much then (docs/performance.md). Elsewhere it takes the bag at once. On a mesh a
+    bag is the device's part of it.
     """
     if wants_plain() or jax.default_backend() != "cpu" or axes.is_split():
         return cells

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,14 +117,12 @@ def forget(files: Iterable[Path]) -> None:
     """Ask the system to drop files from its page cache, as far as it can be asked."""
     for path in files:
         descriptor = os.open(path, os.O_RDONLY)
-        try:
+        # Some file systems cannot; whether the files were read from the disk is counted when they are read.
+        with suppress(OSError):
             if hasattr(os, "posix_fadvise"):
                 os.fsync(descriptor)  # pages that are not written yet are not dropped
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        except OSError:
-            pass  # a file system that cannot: the reading below tells
-        finally:
-            os.close(descriptor)
+        os.close(descriptor)
 
 
 def _read_from_disk() -> int | None:

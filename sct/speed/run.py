@@ -64,7 +64,7 @@ def measure(config: Mapping[str, Any], options: Options, apart: bool = True) -> 
         check = _apart(prepare, job) if apart else prepare(job)
         load = _load()
         if options.mode == "ingest":
-            # A process of its own, as that of an ingest is: this one never gives memory back.
+            # A process of its own, as that of an ingest is: this one has JAX and may keep what it freed.
             found = _apart(data.measure_ingest, job) if apart else data.measure_ingest(job)
         else:
             found = {"check": check, **_MODES[options.mode][1](job, job.open_store())}

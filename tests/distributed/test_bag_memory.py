@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from .conftest import answer
+
 SMALL = {
     "num_genes": 1024, "num_downsamples": 4, "token_embed_dim": 32, "embed_dim": 64, "num_layers": 1,
     "num_heads": 2, "ffn_dim": 64,
 }  # fmt: skip
-
-
-def measured(**request: object) -> list[dict[str, float]]:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.bag_memory", json.dumps(request)],
-        cwd=ROOT, capture_output=True, text=True, timeout=7200, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def needs(bag: dict[str, float]) -> float:
@@ -31,7 +18,7 @@ def needs(bag: dict[str, float]) -> float:
 
 def test_eight_times_the_cells_on_eight_devices_need_no_more_of_each():
     bags = [{"cells": 16}, {"cells": 128, "sequence": 8}]
-    one, eight = measured(model=SMALL, head_budget=0.25, bags=bags)
+    one, eight = answer("bag_memory", {"model": SMALL, "head_budget": 0.25, "bags": bags})
     assert needs(eight) < 1.3 * needs(one)
     # The scores of the whole bag, or the head at all of its positions, would be larger than anything else.
     assert eight["largest"] < 1.3 * one["largest"]
@@ -40,9 +27,8 @@ def test_eight_times_the_cells_on_eight_devices_need_no_more_of_each():
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_eight_million_tokens_at_full_size(dtype):
-    one, eight = measured(
-        model={"dtype": dtype}, head_budget=0.05, bags=[{"cells": 50}, {"cells": 400, "sequence": 8}]
-    )
+    bags = [{"cells": 50}, {"cells": 400, "sequence": 8}]
+    one, eight = answer("bag_memory", {"model": {"dtype": dtype}, "head_budget": 0.05, "bags": bags})
     assert needs(eight) < 1.3 * needs(one)
     scores = 4 * 16 * (400 * 78) ** 2 / 2**30
     assert needs(one) < scores / 2

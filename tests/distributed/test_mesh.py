@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +18,8 @@ from sct.train import sharding
 from sct.train.loop import TrainConfig
 from sct.train.sharding import MeshConfig
 
+from .conftest import answer
+
 ROOT = Path(__file__).resolve().parents[2]
 MESHES = [
     {"data": 1}, {"data": 8}, {"fsdp": 8}, {"sequence": 8}, {"tensor": 4}, {"data": 2, "fsdp": 4},
@@ -32,13 +31,7 @@ FEW = [{"data": 1}, {"fsdp": 2, "sequence": 2, "tensor": 2}]
 
 
 def ask(**request: Any) -> Any:
-    """Answer of a process with eight simulated devices."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.mesh_steps", json.dumps(request)],
-        cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return answer("mesh_steps", request)
 
 
 @pytest.fixture

@@ -219,7 +219,7 @@ def test_what_is_kept_and_in_how_many_pieces_changes_neither_loss_nor_gradient(
     for remat, positions in forms:
         compiled_anew()
         monkeypatch.setattr(sct_tower, "_POSITIONS_AT_ONCE", positions)
-        monkeypatch.setattr(sct_model, "_HEAD_POSITIONS_AT_ONCE", {"cpu": 3 * positions // 2})
+        monkeypatch.setattr(sct_model, "_HEAD_POSITIONS_CPU", 3 * positions // 2)
         other_loss, other = _loss(dataclasses.replace(config, remat=remat), variables(config), tokens())
         close(other_loss, loss, 1e-6)
         jax.tree.map(partial(close, tolerance=1e-5), other, gradient)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
 from sct.data.datasets import simulate_atlas
@@ -50,6 +53,24 @@ def learn(config: dict[str, Any], folder: Path) -> Result:
     task, _ = make_task(config, Store.open(config["data"]["store"]))
     options = registry.build(TrainConfig, config["train"], "train")
     return train(task, options, registry.build(OptimizerConfig, config["optimizer"], "optimizer"), folder)
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """Entries of a run's log."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Entries without what differs between two runs of the same."""
+    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two trees of arrays are equal bit for bit."""
+    leaves, others = jax.tree.leaves(first), jax.tree.leaves(second)
+    return len(leaves) == len(others) and all(
+        np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(leaves, others, strict=True)
+    )
 
 
 @pytest.fixture(scope="session")

@@ -27,24 +27,9 @@ from sct.train.optim import OptimizerConfig, make_optimizer
 from sct.train.sharding import MeshConfig
 from sct.train.state import init_state, make_train_step
 
-from .conftest import CONFIG
+from .conftest import CONFIG, read_log, same, without_times
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def read_log(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_times(lines: list[dict]) -> list[dict]:
-    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
-
-
-def same(first, second) -> bool:
-    leaves, others = jax.tree.leaves(first), jax.tree.leaves(second)
-    return len(leaves) == len(others) and all(
-        np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(leaves, others, strict=True)
-    )
 
 
 @pytest.fixture
