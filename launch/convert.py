@@ -1,6 +1,8 @@
 """Turn foreign weights into a model folder.
 
     python -m launch.convert --from=haiku-sct --input=DIR --output=MODEL_DIR
+    python -m launch.convert --from=hf --input=DIR --output=MODEL_DIR
+    python -m launch.convert --from=sct --to=hf --input=MODEL_DIR --output=DIR
 
 `--help` explains the flags; see `sct.commands.convert`.
 """

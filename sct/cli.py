@@ -12,7 +12,8 @@ from pathlib import Path
 _COMMANDS = {
     "embed": "embed the cells of an .h5ad file",
     "impute": "impute genes or whole cells of an .h5ad file",
-    "annotate": "transfer labels from annotated cells",
+    "annotate": "name cells, by annotated ones or by a model that answers in words",
+    "generate": "generate cells with a model of cell sentences",
     "benchmark": "measure a model beside honest baselines",
     "train": "train a model from a configuration, or go on with a run",
     "ingest": "turn h5ad, 10x and zarr files into a store",
@@ -21,13 +22,14 @@ _COMMANDS = {
 }
 
 # Those that run a model step by step.
-_COMPUTING = ("embed", "impute", "annotate", "benchmark", "train", "speed")
+_COMPUTING = ("embed", "impute", "annotate", "generate", "benchmark", "train", "speed")
 
 _SMALLER = {
     "train": "take smaller batches or bags (--config.train.batch_size, --config.data.cells_per_bag), or "
     "--config.model.remat=level",
     "benchmark": "score fewer cells (--config.data.max_cells, --config.data.max_bags) or take smaller bags "
     "(--config.data.cells_per_bag)",
+    "generate": "take fewer cells at once (--batch_size=1)",
     "speed": "take smaller batches or bags (--config.train.batch_size, --config.data.cells_per_bag), or compare fewer "
     "cells with the reference path (--check_cells=1)",
     **dict.fromkeys(

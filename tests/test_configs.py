@@ -23,8 +23,8 @@ from sct.data.store import Store
 from sct.errors import ConfigError
 from sct.models import registry
 from sct.tasks.masked_expression import MaskedExpression, MaskedExpressionConfig
+from sct.tasks.registry import data_of, kind_of, make_task
 from sct.train import sharding, sweep
-from sct.train.experiment import DataConfig, make_task
 from sct.train.loop import TrainConfig
 from sct.train.optim import OptimizerConfig, make_optimizer
 from sct.train.state import State, init_state, make_eval_step, make_train_step
@@ -68,7 +68,8 @@ def store(tmp_path_factory) -> Store:
 
 
 def test_configs_are_found():
-    assert {path.stem for path, _ in CASES} >= {"sct_sc", "sct_spatial", "sct_ablations"}
+    names = {"sct_sc", "sct_spatial", "sct_ablations", "c2s_gpt2", "c2s_pythia"}
+    assert {path.stem for path, _ in CASES} >= names
     for path in FILES:
         assert "" in load(path).VARIANTS
         assert load(path).__doc__
@@ -86,10 +87,11 @@ RUNS = [
 @every_config
 def test_every_section_builds(path, variant):
     config = values(path, variant)
-    model = registry.model_config(config["family"], {**config["model"], "num_genes": 19_968})
-    assert model.num_genes == 19_968
-    data = registry.build(DataConfig, config["data"], "data")
-    registry.build(MaskedExpressionConfig, config["objective"], "objective")
+    kind, size = kind_of(config), "num_genes" if config["family"] == "sct" else "vocab_size"
+    model = registry.model_config(config["family"], {**config["model"], size: 19_968})
+    assert getattr(model, size) == 19_968
+    data = data_of(config)
+    registry.build(kind.objective, config["objective"], "objective")
     registry.build(OptimizerConfig, config["optimizer"], "optimizer")
     train = registry.build(
         TrainConfig, {**config["train"], "steps": max(config["train"]["steps"], 1)}, "train"

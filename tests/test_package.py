@@ -26,7 +26,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sct"
 
-_BELOW_TRAIN = {"tasks", "weights", "eval", "eval.metrics", "models", "data", "nn", "errors", "progress"}
+_BELOW_TRAIN = {
+    "tasks",
+    "generation",
+    "weights",
+    "eval",
+    "eval.metrics",
+    "models",
+    "data",
+    "nn",
+    "errors",
+    "progress",
+}
 _ALL = _BELOW_TRAIN | {"train", "speed", "pp", "tl", "pl", "commands", "cli", "sct", "version"}
 # Part of the package -> parts that it may import. "sct" is the root, which others read for its version.
 ALLOWED: dict[str, set[str]] = {
@@ -39,8 +50,9 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"data", "errors", "progress", "version"},
     "eval.metrics": set(),
     "eval": {"eval", "eval.metrics", "data", "progress", "errors", "version"},
-    "tasks": {"tasks", "data", "models", "eval", "eval.metrics", "nn", "errors"},
-    "weights": {"weights", "models", "nn", "data.genes", "errors", "version"},
+    "generation": {"generation", "data", "models", "nn", "progress", "errors"},
+    "tasks": {"tasks", "data", "models", "generation", "eval", "eval.metrics", "nn", "errors"},
+    "weights": {"weights", "models", "nn", "data.genes", "data.text.tokenizer", "errors", "version"},
     "train": {"train", "version"} | _BELOW_TRAIN,
     **{part: _ALL - {"train", "speed", "commands", "cli"} for part in ("pp", "tl", "pl")},
     "speed": {"speed", "train", "tl", "version"} | _BELOW_TRAIN,
@@ -50,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
 OPTIONAL = {
     "torch", "transformers", "scanpy", "cellxgene_census", "huggingface_hub", "matplotlib", "igraph",
     "leidenalg", "umap", "scib_metrics", "ot", "decoupler", "tokenizers", "sentencepiece", "sacrebleu",
-    "rouge_score",
+    "rouge_score", "rapidfuzz",
 }  # fmt: skip
 
 

@@ -33,3 +33,9 @@ def options() -> dict[str, Any]:
         "duplicates": _DUPLICATES.value,
         "seed": _SEED.value,
     }
+
+
+def given() -> dict[str, Any]:
+    """Those of `options` that were set on the command line."""
+    flag = flags.FLAGS
+    return {name: value for name, value in options().items() if flag[name].present}

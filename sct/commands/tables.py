@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -41,12 +42,12 @@ def read(path: str, may_be_backed: bool = True) -> ad.AnnData:
         raise DataError(f"{file} cannot be read as AnnData ({reason}): give another file.") from error
 
 
-def check_output(path: str, source: str) -> Path:
+def check_output(path: str, source: str | None = None) -> Path:
     """Refuse an output that is not .h5ad, that is the input, or whose folder is not there."""
     target = Path(path).expanduser()
     if target.suffix != ".h5ad":
         raise ConfigError(f"the output {target} must end with .h5ad.")
-    if target.resolve() == Path(source).expanduser().resolve():
+    if source is not None and target.resolve() == Path(source).expanduser().resolve():
         raise ConfigError(f"the output {target} is the input: choose another --output.")
     if not target.absolute().parent.is_dir():
         raise ConfigError(
@@ -71,6 +72,8 @@ def write(adata: ad.AnnData, source: str, target: Path, added: Mapping[str, Sequ
     """
     temporary = target.with_name(f".{target.name}.tmp")
     try:
+        # Names of labels, and so columns of tables, may hold a slash.
+        warnings.filterwarnings("ignore", message="Forward slashes", category=FutureWarning)
         if Path(source).suffix == ".h5ad":
             import h5py
 

@@ -7,13 +7,23 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from sct.errors import ConfigError
+from sct.models.bert import Bert
+from sct.models.bert_config import BertConfig
+from sct.models.decoder import Decoder
+from sct.models.decoder_config import GPT2Config, LlamaConfig, NeoXConfig
 from sct.models.sct import SCT
 from sct.models.sct_config import SCTConfig
 
 T = TypeVar("T")
 
 # family -> (configuration, module)
-MODELS: dict[str, tuple[type[Any], type[Any]]] = {"sct": (SCTConfig, SCT)}
+MODELS: dict[str, tuple[type[Any], type[Any]]] = {
+    "sct": (SCTConfig, SCT),
+    "gpt2": (GPT2Config, Decoder),
+    "neox": (NeoXConfig, Decoder),
+    "llama": (LlamaConfig, Decoder),
+    "bert": (BertConfig, Bert),
+}
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:

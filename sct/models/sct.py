@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from sct.errors import ConfigError, DataError
+from sct.models.checks import check_range
 from sct.models.sct_config import SCTConfig
 from sct.models.sct_tower import TowerLevel, applied, gelu
 from sct.nn import axes
@@ -80,8 +81,8 @@ class Head(nn.Module):
             return self.whole(x)
         run = functools.partial(_head_in_pieces, self.clone(parent=None, name=None))
         if cells is None:
-            return run(self.variables["params"], x)
-        return axes.on_each_part(run, self.variables["params"], x, cells=cells)
+            return run(self.variables, x)
+        return axes.on_each_part(run, self.variables, x, cells=cells)
 
     def whole(self, x: jax.Array) -> jax.Array:
         """All positions at once."""
@@ -93,28 +94,28 @@ class Head(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """The head as a function of parameters and of one piece of a sequence."""
+    """The head as a function of its variables and of one piece of a sequence."""
 
     head: Head
 
-    def __call__(self, params: Any, inputs: Arrays, kept: Arrays | None) -> tuple[jax.Array, Arrays]:
-        return cast(jax.Array, self.head.apply({"params": params}, *inputs, method="whole")), ()
+    def __call__(self, variables: Any, inputs: Arrays, kept: Arrays | None) -> tuple[jax.Array, Arrays]:
+        return cast(jax.Array, self.head.apply(variables, *inputs, method="whole")), ()
 
 
 # Positions that the head handles at once: few stay in a processor's cache, many keep an accelerator busy.
 _HEAD_POSITIONS_CPU, _HEAD_POSITIONS = 4096, 65_536
 
 
-def _head_in_pieces(head: Head, params: Any, x: jax.Array) -> jax.Array:
+def _head_in_pieces(head: Head, variables: Any, x: jax.Array) -> jax.Array:
     most = at_once(_HEAD_POSITIONS_CPU if jax.default_backend() == "cpu" else _HEAD_POSITIONS)
     positions, width = x.size // x.shape[-1], x.shape[-1]
     pieces = -(-positions // most)
     if pieces == 1:
-        return applied(head, "whole")(params, x)
+        return cast(jax.Array, head.apply(variables, x, method="whole"))
     # The most even pieces, the last one filled up.
     size = -(-positions // pieces)
     filled = jnp.pad(x.reshape(positions, width), ((0, pieces * size - positions), (0, 0)))
-    y = map_pieces(_Piece(head), False, params, (filled.reshape(pieces, size, width),))
+    y = map_pieces(_Piece(head), False, variables, (filled.reshape(pieces, size, width),))
     return y.reshape(pieces * size, -1)[:positions].reshape(*x.shape[:-1], -1)
 
 
@@ -175,7 +176,7 @@ class SCT(nn.Module):
                 f"tokens have {genes} gene positions, but the model has {config.num_genes}: pad with token "
                 f"{config.pad} in the model's order of genes."
             )
-        _check_range("tokens", tokens, config.mask)
+        check_range("tokens", tokens, config.mask)
         for name, last in (("coordinates", 2), ("positions", None)):
             value = inputs.get(name)
             if value is None:
@@ -191,7 +192,7 @@ class SCT(nn.Module):
         if inputs.get("coordinates") is not None and not config.use_spatial:
             raise DataError("coordinates were given, but the model has no spatial encoding: leave them out.")
         if inputs.get("positions") is not None:
-            _check_range("positions", inputs["positions"], cells * genes - 1)
+            check_range("positions", inputs["positions"], cells * genes - 1)
 
     def setup(self) -> None:
         """Declare the parts, named as in the paper."""
@@ -317,14 +318,3 @@ def level_probabilities(config: SCTConfig) -> Callable[[Any, jax.Array, jax.Arra
         return jax.nn.softmax(outputs["logits"][..., : config.num_bins], axis=-1)
 
     return probabilities
-
-
-def _check_range(name: str, values: Any, most: int) -> None:
-    """Raise `DataError` for integers outside of 0 .. `most`, which an index would silently clip."""
-    if not jnp.issubdtype(values.dtype, jnp.integer):
-        raise DataError(f"{name} are {values.dtype}, but integers are needed.")
-    if isinstance(values, jax.core.Tracer) or not getattr(values, "is_fully_addressable", True):
-        return
-    low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
-    if low < 0 or high > most:
-        raise DataError(f"{name} reach from {low} to {high}, but 0 to {most} is what the model knows.")

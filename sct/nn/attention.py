@@ -4,43 +4,55 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from sct.nn import axes
-from sct.nn.chunked_attention import chunked_attention, default_chunks
+from sct.nn.chunked_attention import Mask, chunked_attention, default_chunks
 from sct.nn.linear import Linear
 from sct.nn.norm import EPSILON, LayerNorm
 from sct.nn.plain import wants_plain
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Mask | None], jax.Array]
 
 
-def rotary(x: jax.Array, positions: jax.Array, base: float = 10_000.0) -> jax.Array:
-    """Rotate x (B, L, H, D) by its positions (L,), in the half-split form.
+def rotary_frequencies(features: int, base: float = 10_000.0) -> jax.Array:
+    """Radians per position of each pair of rotated features, `base ** (-2 i / features)`, (features / 2,)."""
+    half = features // 2
+    return base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+
+
+def rotary(x: jax.Array, positions: jax.Array, frequencies: jax.Array | None = None) -> jax.Array:
+    """Rotate x (B, L, H, D) by its positions, (L,) or (B, L), in the half-split form.
 
     Feature i of the first half is paired with feature i of the second; pair i turns by
-    `position * base ** (-2 i / D)`. Angles are float32, the result has the type of `x`.
+    `position * frequencies[i]`, by default those of `rotary_frequencies(D)`. With fewer frequencies than D / 2 the
+    features behind the first `2 * len(frequencies)` stay as they are. Angles are float32, the result has the type
+    of `x`.
     """
-    half = x.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions.astype(jnp.float32)[:, None] * frequency
-    cos, sin = jnp.cos(angle)[None, :, None, :], jnp.sin(angle)[None, :, None, :]
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    frequencies = rotary_frequencies(x.shape[-1]) if frequencies is None else frequencies
+    half = frequencies.shape[0]
+    angle = positions.astype(jnp.float32)[..., None, None] * frequencies
+    angle = angle if positions.ndim > 1 else angle[None]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*(part.astype(x.dtype) for part in turned), x[..., 2 * half :]], axis=-1)
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Softmax attention (B, L, H, D) over the whole sequence; scores are scaled by 1 / sqrt(D), without a mask.
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | None = None) -> jax.Array:
+    """Softmax attention (B, L, H, D); scores are scaled by 1 / sqrt(D). Without a mask every query sees all keys.
 
-    The form is chosen by backend, type and length; all but the plain one need memory linear in L:
+    Keys and values (B, M, H', D) may have fewer heads, a divisor of H: H / H' queries share each (Ainslie et al.
+    2023, "GQA"). The form is chosen by backend, type and length; all but the plain one need memory linear in L:
 
-    - on GPU in 16 bits, cuDNN's flash kernel through `jax.nn.dot_product_attention`;
+    - on GPU in 16 bits, cuDNN's flash kernel through `jax.nn.dot_product_attention`, unless there are segments;
     - up to one chunk of keys, and inside `plain_forms`, `jax.nn.dot_product_attention` as XLA writes it;
     - otherwise `chunked_attention`.
 
@@ -48,19 +60,33 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     gathers keys and values first: two arrays of B x L x H x D, small beside the scores of its queries.
     """
     placed = axes.placement(query.shape, axes.BATCH, axes.LENGTH, axes.HEADS, None)
-    attend = _form(query)
+    along = None if placed is None else placed[1][1]
+    attend = _form(query, key, mask, along is not None)
     if placed is None or not any(placed[1]):
-        return attend(query, key, value)
+        return attend(query, key, value, mask)
     mesh, spec = placed
-    along = spec[1]
+    if key.shape[2] != query.shape[2]:
+        # Devices that share the heads of queries would not all find whole heads of keys.
+        key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
+    segments = None if mask is None or mask.query is None else (mask.query, mask.key)
+    causal = mask is not None and mask.order is not None
+    order = jnp.asarray(mask.order if causal and mask is not None else 0)
 
-    def local(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    def local(query: Any, key: Any, value: Any, segments: Any, order: jax.Array) -> jax.Array:
         if along is not None:
             key, value = _gathered(key, along), _gathered(value, along)
-        return attend(query, key, value)
+            order = order + lax.axis_index(along) * query.shape[1]
+            if segments is not None:
+                segments = (segments[0], lax.all_gather(segments[1], along, axis=1, tiled=True))
+        own, others = segments or (None, None)
+        seen = None if mask is None else Mask(own, others, order if causal else None)
+        return attend(query, key, value, seen)
 
-    shard = jax.shard_map(local, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)
-    return shard(query, key, value)
+    rows = PartitionSpec(spec[0], spec[1])
+    shard = jax.shard_map(
+        local, mesh=mesh, in_specs=(spec, spec, spec, rows, PartitionSpec()), out_specs=spec, check_vma=False
+    )
+    return shard(query, key, value, segments, order)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -77,14 +103,36 @@ def _gathered_backward(along: str, kept: None, gradient: jax.Array) -> tuple[jax
 _gathered.defvjp(lambda x, along: (_gathered(x, along), None), _gathered_backward)
 
 
-def _form(query: jax.Array) -> Attend:
-    """Function of queries, keys and values for this backend, type and length of the whole sequence."""
+def _form(query: jax.Array, key: jax.Array, mask: Mask | None, parted: bool) -> Attend:
+    """Function of queries, keys, values and mask for this backend, type and length of the whole sequence.
+
+    `parted` tells that a device has a part of the queries only.
+    """
+    order = None if mask is None else mask.order
     if not wants_plain():
-        if _fits_cudnn(query):
-            return functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-        if query.shape[1] > default_chunks()[1]:
-            return chunked_attention
-    return jax.nn.dot_product_attention
+        # cuDNN's order is that of queries and keys counted from zero, and it knows no segments here.
+        counted = order is None or (isinstance(order, int) and order == 0 and not parted)
+        if counted and (mask is None or mask.query is None) and _fits_cudnn(query):
+            return _cudnn
+        if key.shape[1] > default_chunks(order is not None)[1]:
+            return _chunked
+    return _plain
+
+
+def _plain(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | None) -> jax.Array:
+    seen = None if mask is None else mask.visible(jnp.arange(query.shape[1]), jnp.arange(key.shape[1]))
+    return jax.nn.dot_product_attention(query, key, value, mask=None if seen is None else seen[:, None])
+
+
+def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | None) -> jax.Array:
+    causal = mask is not None and mask.order is not None
+    return jax.nn.dot_product_attention(query, key, value, is_causal=causal, implementation="cudnn")
+
+
+def _chunked(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | None) -> jax.Array:
+    if key.shape[2] != query.shape[2]:
+        key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
+    return chunked_attention(query, key, value, mask)
 
 
 def _fits_cudnn(query: jax.Array) -> bool:

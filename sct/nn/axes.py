@@ -26,6 +26,8 @@ CELL = "cell"
 GENE = "gene"
 # Parameters and channels.
 VOCAB = "vocab"
+TEXT_VOCAB = "text_vocab"  # tokens of a text model, tens of thousands
+LAYERS = "layers"  # layers of one kind, stacked
 CHANNEL_IN = "channel_in"
 CHANNEL = "channel"
 EMBED = "embed"
@@ -45,6 +47,7 @@ RULES: dict[str, tuple[str, ...]] = {
     EMBED: ("fsdp",),
     HEADS: ("tensor",),
     MLP: ("tensor",),
+    TEXT_VOCAB: ("tensor",),
 }
 
 Initializer = jax.nn.initializers.Initializer

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sct.nn import axes
+from sct.nn.adapters import with_low_rank
 
 
 class Linear(nn.Module):
@@ -33,13 +34,13 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map (..., in) to (..., features)."""
+        """Map (..., in) to (..., features); what the collection "adapters" holds for this layer is added."""
         kernel = axes.param(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.kernel_axes)
         y = jnp.einsum("...i,io->...o", x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
             bias = axes.param(self, "bias", axes.zeros, (self.features,), self.kernel_axes[1:])
             y = y + bias.astype(self.dtype)
-        return y
+        return with_low_rank(self, x, y)
 
 
 class Embed(nn.Module):
@@ -49,11 +50,17 @@ class Embed(nn.Module):
     features: int
     dtype: DTypeLike = jnp.float32
     table_init: axes.Initializer = jax.nn.initializers.normal(stddev=1.0)
+    table_axes: tuple[str | None, str] = (axes.VOCAB, axes.CHANNEL)
 
-    @nn.compact
+    def setup(self) -> None:
+        """Declare the table."""
+        shape = (self.num, self.features)
+        self.table = axes.param(self, "embedding", self.table_init, shape, self.table_axes)
+
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Map integer ids (...) to vectors (..., features)."""
-        table = axes.param(
-            self, "embedding", self.table_init, (self.num, self.features), (axes.VOCAB, axes.CHANNEL)
-        )
-        return jnp.take(table.astype(self.dtype), ids.astype(jnp.int32), axis=0)
+        return jnp.take(self.table, ids.astype(jnp.int32), axis=0).astype(self.dtype)
+
+    def scores(self, x: jax.Array) -> jax.Array:
+        """Product (..., num) of vectors (..., features) with every vector of the table: a head that shares it."""
+        return jnp.einsum("...i,vi->...v", x.astype(self.dtype), self.table.astype(self.dtype))

@@ -40,6 +40,20 @@ class LayerNorm(nn.Module):
         return (_normalise(x, -1, self.epsilon) * scale + bias).astype(x.dtype)
 
 
+class RMSNorm(nn.Module):
+    """Division by the root mean square over the last axis, times a scale (Zhang & Sennrich 2019)."""
+
+    epsilon: float = EPSILON
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise (..., D) over D; the result has the type of `x`."""
+        scale = axes.param(self, "scale", axes.ones, (x.shape[-1],), (axes.CHANNEL,))
+        exact = x.astype(jnp.float32)
+        rate = jax.lax.rsqrt(jnp.mean(jnp.square(exact), axis=-1, keepdims=True) + self.epsilon)
+        return (exact * rate * scale).astype(x.dtype)
+
+
 class SharedLayerNorm(nn.Module):
     """Layer norm over the gene axis of each cell and channel (sCT paper, section 3).
 

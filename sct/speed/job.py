@@ -12,8 +12,8 @@ from sct.data.store import Store
 from sct.errors import ConfigError
 from sct.models import registry
 from sct.speed import synthetic
-from sct.tasks.masked_expression import MaskedExpression
-from sct.train.experiment import DataConfig, make_task
+from sct.tasks.masked_expression import BagData, MaskedExpression
+from sct.tasks.registry import make_task
 from sct.train.loop import TrainConfig
 from sct.train.optim import OptimizerConfig
 
@@ -85,7 +85,7 @@ class Job:
             raise ConfigError(
                 "this configuration is not one run of training: give one that is, such as --config=configs/sct_sc.py."
             )
-        if self.synthetic and self.options.mode != "ingest" and self.options.cells:
+        if self.options.mode not in ("ingest", "generate") and self.options.cells and self.synthetic:
             smallest = self.data.cells_per_bag
             if self.options.cells < smallest:
                 raise ConfigError(
@@ -93,9 +93,9 @@ class Job:
                 )
 
     @property
-    def data(self) -> DataConfig:
+    def data(self) -> BagData:
         """The configuration's data section."""
-        return registry.build(DataConfig, self.config.get("data", {}), "data")
+        return registry.build(BagData, self.config.get("data", {}), "data")
 
     @property
     def train(self) -> TrainConfig:

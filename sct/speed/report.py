@@ -23,7 +23,9 @@ _UNITS = {
     "raw_cells_per_cpu_s": "/s",
     "peak_host_bytes": "B", "peak_device_bytes": "B", "temporaries_bytes": "B",
     "save_blocked_seconds": "s", "checkpoint_interval_seconds": "s", "saved_bytes": "B",
-    "disk_read_bytes_per_s": "B/s", "store_bytes_per_s": "B/s", "input_bytes_per_s": "B/s",
+    "generated_tokens_per_s": "/s", "sampled_tokens_per_s": "/s", "transformers_greedy_tokens_per_s": "/s",
+    "transformers_sampled_tokens_per_s": "/s", "weights_bytes_per_s": "B/s", "memory_ceiling_bytes_per_s": "B/s",
+    "utilisation_of_memory": "", "disk_read_bytes_per_s": "B/s", "store_bytes_per_s": "B/s", "input_bytes_per_s": "B/s",
 }  # fmt: skip
 _NAMES = {
     "step_seconds": "time of a step (median)",
@@ -33,6 +35,13 @@ _NAMES = {
     "trace_seconds": "tracing",
     "first_call_seconds": "first call, with compilation",
     "first_batch_seconds": "first batch after opening the store",
+    "generated_tokens_per_s": "new tokens, the best each time",
+    "transformers_greedy_tokens_per_s": "the same by transformers with torch",
+    "sampled_tokens_per_s": "new tokens, drawn",
+    "transformers_sampled_tokens_per_s": "the same by transformers with torch",
+    "weights_bytes_per_s": "weights read",
+    "memory_ceiling_bytes_per_s": "ceiling: a few rows by a large matrix",
+    "utilisation_of_memory": "weights read / ceiling",
     "tokens_per_s": "gene tokens",
     "cells_per_s": "cells",
     "cells_per_cpu_s": "cells per second of processor time",
@@ -107,6 +116,11 @@ def _remark(name: str, found: Mapping[str, Any]) -> str:
             f"{found['tokens_per_step']:,} a step: {found['batch_size']} x {found['cells_per_bag']} cells x "
             f"{found['gene_positions']:,} genes"
         )
+    if name == "generated_tokens_per_s":
+        prompts = f"{found['batch_size']} prompts of up to {found['prompt_tokens']} tokens"
+        return f"{prompts}, {found['new_tokens']} new ones each"
+    if name == "sampled_tokens_per_s":
+        return "temperature 0.7, top-p 0.9"
     if name == "compiled_flops":
         return "loops once, library calls not at all"
     if name == "peak_host_bytes":

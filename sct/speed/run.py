@@ -17,9 +17,9 @@ from typing import Any
 
 from sct.data.store import Store
 from sct.errors import ConfigError
-from sct.models import registry
-from sct.speed import compute, data, embedding, reference, saving
+from sct.speed import compute, data, embedding, generation, reference, saving
 from sct.speed.job import Job, Options
+from sct.tasks.registry import kind_of
 from sct.version import __version__
 
 Measure = Callable[[Job, Store], dict[str, Any]]
@@ -58,7 +58,13 @@ def measure(config: Mapping[str, Any], options: Options, apart: bool = True) -> 
         A step differs from the reference path, or the configuration cannot be measured.
     """
     if options.mode == "generate":
-        _refuse_generation(config)
+        load, job = _load(), Job(config, options, Path())
+        return _facts(job, generation.measure(job), load)
+    if kind_of(config).tokenizer is not None:
+        raise ConfigError(
+            f"--mode={options.mode} measures models of cells, which {config.get('family')!r} is not: take "
+            "--mode=generate, or a configuration of sct."
+        )
     with tempfile.TemporaryDirectory(prefix="sct-speed-") as folder:
         job = Job(config, options, Path(folder))
         check = _apart(prepare, job) if apart else prepare(job)
@@ -68,16 +74,20 @@ def measure(config: Mapping[str, Any], options: Options, apart: bool = True) -> 
             found = _apart(data.measure_ingest, job) if apart else data.measure_ingest(job)
         else:
             found = {"check": check, **_MODES[options.mode][1](job, job.open_store())}
-        synthetic = {"cells": job.cells, "expressed_genes_of_a_cell": job.nonzeros} if job.synthetic else None
-        return {
-            "mode": options.mode,
-            **found,
-            "synthetic": synthetic,
-            "load_average": {"before": load, "after": _load()},
-            **machine(),
-            "config": dict(config),
-            "command": shlex.join(_words()),
-        }
+        made = {"cells": job.cells, "expressed_genes_of_a_cell": job.nonzeros} if job.synthetic else None
+        return _facts(job, {**found, "synthetic": made}, load)
+
+
+def _facts(job: Job, found: Mapping[str, Any], load: list[float] | None) -> dict[str, Any]:
+    """A measurement with what it was measured on."""
+    return {
+        "mode": job.options.mode,
+        **found,
+        "load_average": {"before": load, "after": _load()},
+        **machine(),
+        "config": dict(job.config),
+        "command": shlex.join(_words()),
+    }
 
 
 def prepare(job: Job) -> dict[str, Any] | None:
@@ -109,14 +119,6 @@ def _apart(function: Callable[[Job], Any], job: Job) -> Any:
                 "a process that makes cells or compares with the reference path was killed, most likely for want of "
                 "memory: take fewer (--cells, --check_cells=1)."
             ) from error
-
-
-def _refuse_generation(config: Mapping[str, Any]) -> None:
-    able = [name for name, (_, module) in registry.MODELS.items() if hasattr(module, "generate")]
-    raise ConfigError(
-        f"--mode=generate needs a model that generates text, which {config.get('family')!r} does not: "
-        + (f"choose a configuration of {', '.join(able)}." if able else "no family does yet.")
-    )
 
 
 def _load() -> list[float] | None:

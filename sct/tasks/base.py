@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -10,11 +11,31 @@ import numpy as np
 
 from sct.data.genes import GeneVocabulary
 from sct.data.loader import Source
+from sct.data.store import Store
 from sct.eval.report import Report
 
 Variables = dict[str, Any]
 Batch = Mapping[str, jax.Array]
 Sums = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreConfig:
+    """Where cells come from; the options of the data of every task.
+
+    Parameters
+    ----------
+    store
+        Folder that `launch.ingest` made.
+    dataset
+        Instead of a store: "pbmc68k", real cells that come with scanpy; a store is made in the run folder.
+    tokens
+        Tokens to train on; with `train.steps` 0 the number of steps follows from it.
+    """
+
+    store: str = ""
+    dataset: str = ""
+    tokens: float = 0.0
 
 
 class Evaluator(Protocol):
@@ -39,6 +60,10 @@ class Task(Protocol):
         Patterns of parameters that may be absent from a model that training starts from.
     vocabulary
         Genes of the model.
+    store, model_config
+        Data, and architecture.
+    tokens_per_record
+        Tokens of one record, by which the length of a training is told.
     weight
         The sum whose value the loss is a mean over (masked positions, say): by it the losses of microbatches add up
         to that of their batch.
@@ -49,6 +74,9 @@ class Task(Protocol):
     trainable: Sequence[tuple[str, bool]]
     new: Sequence[str]
     vocabulary: GeneVocabulary
+    store: Store
+    model_config: Any
+    tokens_per_record: int
     weight: str
     monitor: str
     monitor_mode: str
@@ -75,4 +103,12 @@ class Task(Protocol):
 
     def tokens(self, batch: Mapping[str, Any]) -> int:
         """Number of tokens in a batch, for the rate shown to people."""
+        ...
+
+    def exports(self) -> dict[str, Any]:
+        """What a model folder says beside the model: fields of `sct.weights.pretrained.Pretrained`."""
+        ...
+
+    def notes(self, fresh: bool) -> Sequence[str]:
+        """Sentences for a person before training; `fresh` tells that it starts from random parameters."""
         ...

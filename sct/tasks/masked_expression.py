@@ -20,7 +20,7 @@ from sct.errors import ConfigError
 from sct.models.sct import SCT
 from sct.models.sct_config import SCTConfig, pad_to_multiple
 from sct.nn import axes
-from sct.tasks.base import Batch, Evaluator, Sums, Variables
+from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +63,32 @@ class MaskedExpressionConfig:
                 f"masking {rule.kind!r} hides a share of {rule.expressed} of all positions, but head_budget is "
                 f"{self.head_budget}: raise it above that, or set it to 0."
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class BagData(StoreConfig):
+    """Where cells come from and how bags are made.
+
+    Parameters
+    ----------
+    cells_per_bag, shuffle_cells, spatial_bags, noise_fraction
+        See `sct.data.bags.BagOptions`.
+    """
+
+    cells_per_bag: int = 50
+    shuffle_cells: int = 0
+    spatial_bags: bool = True
+    noise_fraction: float = BagOptions.noise_fraction
+
+    def options(self, seed: int) -> BagOptions:
+        """How bags are made, with a seed."""
+        return BagOptions(
+            cells_per_bag=self.cells_per_bag,
+            shuffle_cells=self.shuffle_cells,
+            spatial_bags=self.spatial_bags,
+            noise_fraction=self.noise_fraction,
+            seed=seed,
+        )
 
 
 class MaskedExpression:
@@ -110,6 +136,7 @@ class MaskedExpression:
         self.bags = dataclasses.replace(
             bags, num_positions=model.num_genes, num_bins=model.num_bins, spatial=model.use_spatial
         )
+        self.tokens_per_record = bags.cells_per_bag * model.num_genes
 
     def init(self, rng: jax.Array) -> Variables:
         """Initial variables, boxed."""
@@ -213,3 +240,17 @@ class MaskedExpression:
     def tokens(self, batch: Mapping[str, Any]) -> int:
         """Gene positions in a batch."""
         return int(np.prod(batch["tokens"].shape))
+
+    def exports(self) -> dict[str, Any]:
+        """Genes, and how inputs were made in training."""
+        data = {"cells_per_bag": self.bags.cells_per_bag, "noise_fraction": self.bags.noise_fraction}
+        return {"genes": self.vocabulary, "data": data}
+
+    def notes(self, fresh: bool) -> Sequence[str]:
+        """Tell of a spatial model that starts from nothing."""
+        if not (fresh and self.model_config.use_spatial):
+            return ()
+        return (
+            "starts from random parameters, not from a model of single cells: --config.init_from=RUN_OR_MODEL starts "
+            "from one.",
+        )

@@ -11,9 +11,14 @@ _FUNCTIONS = {
     "annotate": "sct.tl.annotation",
     "benchmark": "sct.tl.benchmarking",
     "spatial_neighbors": "sct.tl.neighbours",
+    "to_sentences": "sct.tl.sentences",
+    "generate_cells": "sct.tl.sentences",
+    "describe": "sct.tl.sentences",
 }
 
-__all__ = ["annotate", "benchmark", "embed", "impute", "spatial_neighbors"]
+__all__ = [
+    "annotate", "benchmark", "describe", "embed", "generate_cells", "impute", "spatial_neighbors", "to_sentences",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

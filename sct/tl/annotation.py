@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import anndata as ad
@@ -12,6 +12,7 @@ import pandas as pd
 from sklearn.neighbors import NearestNeighbors
 
 from sct.errors import ConfigError, DataError
+from sct.models.decoder_config import DecoderConfig
 from sct.tl import running
 from sct.tl.embedding import embed
 from sct.version import __version__
@@ -26,44 +27,57 @@ def annotate(
     adata: ad.AnnData,
     model: running.Model | None = None,
     *,
-    reference: ad.AnnData,
-    label_key: str,
+    reference: ad.AnnData | None = None,
+    label_key: str | Sequence[str] | None = None,
+    candidates: Sequence[Any] | None = None,
     use_rep: str | None = None,
     n_neighbors: int = 15,
-    threshold: float = 0.5,
+    threshold: float | None = None,
     key_added: str = "sct_label",
     copy: bool = False,
     **options: Any,
 ) -> ad.AnnData | None:
-    """Transfer labels from annotated cells by nearest neighbours among embeddings, without training.
+    """Name cells: by nearest neighbours among annotated ones, or by a model that answers in words.
 
-    The probability of a label is the share of the `n_neighbors` nearest reference cells (cosine distance) that
-    have it; reference cells without a label take no part. A cell whose most probable label has a share below
-    `threshold` is "unknown". With equal shares the label of the nearer cells (smaller summed distance) wins.
+    With a reference, labels are transferred by nearest neighbours among embeddings, without training. The probability
+    of a label is the share of the `n_neighbors` nearest reference cells (cosine distance) that have it; reference cells
+    without a label take no part. A cell whose most probable label has a share below `threshold` is "unknown". With
+    equal shares the label of the nearer cells (smaller summed distance) wins.
+
+    A model of cell sentences needs no reference: it is asked about each cell, and the probability of each candidate
+    answer is computed, so that an answer is always one of the candidates (Cell2Sentence paper, section 4.3).
 
     Parameters
     ----------
     adata
         Cells to annotate.
     model
-        Embeds both; of `sct.load`, or its path. Not needed with `use_rep`.
+        Embeds both, or answers; of `sct.load`, or its path. Not needed with `use_rep`.
     reference
         Cells with labels, raw counts of any genes of the model.
     label_key
-        Column of `reference.obs`.
+        Column of `reference.obs`. For a model of cell sentences "cell_type", "tissue", or the names of labels that it
+        learned together; by default the first of them that it learned.
+    candidates
+        For a model of cell sentences: answers to choose among (texts, or for labels learned together mappings); by
+        default all values in its training.
     use_rep
         Key of an embedding that is in `obsm` of both already, instead of a new one.
-    n_neighbors, threshold
+    n_neighbors
         See above.
+    threshold
+        Least probability of a label; below it a cell is "unknown". By default 0.5 with a reference, 0 for answers.
     key_added
         Results: `obs[key_added]`, categorical; `obs[key_added + "_probability"]`, the share of the best label
         (of cells that became "unknown" too); `obsm[key_added + "_probabilities"]`, a table (N, labels);
-        `uns[key_added]`, the parameters. A new embedding stays in `obsm["X_sct"]` of both.
+        `uns[key_added]`, the parameters. A new embedding stays in `obsm["X_sct"]` of both. For labels learned together
+        there is a column `obs[key_added + "_" + label]` for each, too.
     copy
         Return a changed copy, and leave `adata` as it is.
     options
         For `sct.tl.embed`: `layer`, `batch_key`, `spatial_key`, `seed`, ...; `batch_key` and `spatial_key` are
-        applied to whichever of the two has them.
+        applied to whichever of the two has them. For a model of cell sentences: `layer`, `gene_column`, `duplicates`,
+        `seed`, `batch_size` (cells at once), and `templates`, the number of wordings of the question to average over.
 
     Raises
     ------
@@ -73,6 +87,23 @@ def annotate(
         No such column or embedding, no labels, and what `sct.tl.embed` refuses.
     """
     running.check_table(adata, copy)
+    if reference is None:
+        return _by_answers(
+            adata,
+            model,
+            label_key,
+            candidates,
+            0.0 if threshold is None else threshold,
+            key_added,
+            copy,
+            options,
+        )
+    if candidates is not None or not isinstance(label_key, str):
+        raise ConfigError(
+            "labels of a reference are those of one of its columns: give label_key, the column's name, and no "
+            "candidates."
+        )
+    threshold = 0.5 if threshold is None else threshold
     running.check_table(reference, False)
     if not 0 <= threshold <= 1 or n_neighbors < 1:
         raise ConfigError(
@@ -132,6 +163,42 @@ def annotate(
         "reference_cells": len(known),
     }
     return target if copy else None
+
+
+_ANSWER_OPTIONS = ("layer", "gene_column", "duplicates", "seed", "batch_size", "templates")
+
+
+def _by_answers(
+    adata: ad.AnnData,
+    model: running.Model | None,
+    label_key: Any,
+    candidates: Any,
+    threshold: float,
+    key_added: str,
+    copy: bool,
+    options: Mapping[str, Any],
+) -> ad.AnnData | None:
+    """Annotate without a reference, by a model that answers in words."""
+    from sct.tl.answers import annotate_by_answers
+
+    handle = running.loaded(model) if model is not None else None
+    if handle is None or not isinstance(handle.config, DecoderConfig):
+        raise ConfigError(
+            "annotated cells are needed to transfer labels from: give reference=... and label_key=..., or a model that "
+            "answers in words (of configs/c2s_gpt2.py)."
+        )
+    if not 0 <= threshold <= 1:
+        raise ConfigError(f"threshold is {threshold}, but a probability in [0, 1] is needed.")
+    for name in options:
+        if name not in _ANSWER_OPTIONS:
+            raise ConfigError(
+                f"there is no option {name!r} for a model that answers in words: choose from "
+                f"{', '.join(_ANSWER_OPTIONS)}."
+            )
+    return annotate_by_answers(
+        adata, handle, label_key=label_key, candidates=candidates, threshold=threshold, unknown=UNKNOWN,
+        key_added=key_added, copy=copy, **options,
+    )  # fmt: skip
 
 
 def _check_options(

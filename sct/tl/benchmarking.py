@@ -179,7 +179,7 @@ def benchmark(
         raise ConfigError(f"the output {output} is a file, but it must be a folder: choose another.")
     chosen = model if model is not None else options.model
     handle = running.opened(chosen) if chosen else None
-    vocabulary = handle.genes if handle is not None else _vocabulary(options.genes)
+    vocabulary = handle.vocabulary if handle is not None else _vocabulary(options.genes)
     studies, train = _open(options, adata)
     if train is not None:
         train.check_vocabulary(vocabulary)

@@ -75,7 +75,9 @@ def embed(
     running.check_seed(seed)
     parts = running.sections(adata, batch_key, spatial_key)
     orders = [running.order_of(part, size, seed, context) for part in parts]
-    cells = Cells(adata, handle.genes, parts, layer=layer, gene_column=gene_column, duplicates=duplicates)
+    cells = Cells(
+        adata, handle.vocabulary, parts, layer=layer, gene_column=gene_column, duplicates=duplicates
+    )
     running.check_not_empty(cells)
     runner = running.Runner(handle, batch_size)
     embedding = np.zeros((adata.n_obs, handle.config.embed_dim), np.float32)

@@ -97,7 +97,9 @@ def impute(
     running.check_seed(seed)
     chosen = None if cells is None else _rows(adata, cells)
     sections = running.sections(adata, batch_key, spatial_key)
-    table = Cells(adata, handle.genes, sections, layer=layer, gene_column=gene_column, duplicates=duplicates)
+    table = Cells(
+        adata, handle.vocabulary, sections, layer=layer, gene_column=gene_column, duplicates=duplicates
+    )
     if table.counts_from == "raw.X" and not (adata.var_names.is_unique and adata.raw.var_names.is_unique):
         raise DataError(
             "names in var or raw.var occur more than once, so the genes of raw cannot be told apart in var: call "
@@ -113,7 +115,7 @@ def impute(
         orders = [running.order_of(section, size, seed) for section in sections]
 
     everywhere = np.ones(adata.n_obs, bool) if chosen is None else chosen
-    hidden_genes = None if whole else np.isin(np.arange(len(handle.genes)), wanted)
+    hidden_genes = None if whole else np.isin(np.arange(len(handle.vocabulary)), wanted)
     result = _predict(handle, table, orders, wanted, everywhere, hidden_genes, batch_size)
     target = running.to_write(adata, copy)
     there = _write(target, table, column, wanted, names, everywhere, result, key_added, handle)
@@ -177,7 +179,7 @@ def _genes(
     model: Any, table: Cells, column: np.ndarray, genes: str | Iterable[str] | None
 ) -> tuple[np.ndarray, list[str]]:
     """Positions in the vocabulary, and names, of the genes that are to be predicted."""
-    vocabulary = model.genes
+    vocabulary = model.vocabulary
     if genes is None:
         wanted = np.flatnonzero(table.measured & (column >= 0))
         return wanted, [vocabulary.keys[gene] for gene in wanted]

@@ -30,6 +30,18 @@ CONTEXTS = ("tiles", "neighbors")
 Model = Pretrained | str | os.PathLike[str]
 
 
+def loaded(model: Model) -> Pretrained:
+    """Return a model, loaded where a path or an id is given; `ConfigError` for what is neither."""
+    if not isinstance(model, Pretrained | str | os.PathLike):
+        raise ConfigError(
+            f"the model is a {type(model).__name__}, but what sct.load gives, or a path or hub id, is needed (adata "
+            "comes first)."
+        )
+    return (
+        model if isinstance(model, Pretrained) else load(Path(model) if not isinstance(model, str) else model)
+    )
+
+
 def opened(model: Model) -> Pretrained:
     """Return a model, loaded where a path or an id is given, whose outputs these tools can use.
 
@@ -38,14 +50,7 @@ def opened(model: Model) -> Pretrained:
     ConfigError
         The family has no cell embedding.
     """
-    if not isinstance(model, Pretrained | str | os.PathLike):
-        raise ConfigError(
-            f"the model is a {type(model).__name__}, but what sct.load gives, or a path or hub id, is needed (adata "
-            "comes first)."
-        )
-    handle = (
-        model if isinstance(model, Pretrained) else load(Path(model) if not isinstance(model, str) else model)
-    )
+    handle = loaded(model)
     if handle.family != "sct":
         raise ConfigError(
             f"a model of the family {handle.family!r} is not for this function: give one of sct."
@@ -316,7 +321,7 @@ def record(model: Pretrained, table: Cells, /, **settings: Any) -> Mapping[str, 
         "model": repr(model),
         "weights": model.fingerprint,
         "model_step": -1 if model.step is None else model.step,
-        "vocabulary_hash": model.genes.hash,
+        "vocabulary_hash": model.vocabulary.hash,
         "counts_from": table.counts_from,
         "genes_matched": table.alignment.matched,
         **{name: "" if value is None else value for name, value in settings.items()},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -17,20 +18,23 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sct.data.bags import BagOptions
 from sct.data.store import SPLITS, Store
+from sct.data.text.tokenizer import Tokenizer
 from sct.errors import AGAIN, CheckpointError, ConfigError, StoreError
 from sct.models import registry
 from sct.nn.paths import flatten
-from sct.tasks.masked_expression import MaskedExpression, MaskedExpressionConfig
+from sct.tasks.base import StoreConfig, Task
+from sct.tasks.registry import data_of, kind_of, make_task
 from sct.train import processes
 from sct.train.checkpoint import Checkpoints
 from sct.train.loop import Result, TrainConfig, train
 from sct.train.optim import OptimizerConfig
 from sct.version import __version__
 from sct.weights import pretrained, run_folder
+from sct.weights.vocabulary import resized
 
-TASKS = ("masked_expression",)
+# Where a run folder keeps the tokenizer of texts; section of its config.json with the whole architecture.
+TOKENIZER, MODEL = run_folder.TOKENIZER, run_folder.MODEL
 _SECTIONS = ("family", "task", "init_from", "model", "data", "objective", "optimizer", "train")
 # What may change when a run goes on: it does not change what is computed.
 _FREE = {
@@ -42,32 +46,7 @@ _FREE = {
 }  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Where cells come from and how bags are made.
-
-    Parameters
-    ----------
-    store
-        Folder that `launch.ingest` made.
-    dataset
-        Instead of a store: "pbmc68k", real cells that come with scanpy; a store is made in the run folder.
-    cells_per_bag, shuffle_cells, spatial_bags, noise_fraction
-        See `sct.data.bags.BagOptions`.
-    tokens
-        Gene-expression tokens to train on; with `train.steps` 0 the number of steps follows from it.
-    """
-
-    store: str = ""
-    dataset: str = ""
-    cells_per_bag: int = 50
-    shuffle_cells: int = 0
-    spatial_bags: bool = True
-    noise_fraction: float = BagOptions.noise_fraction
-    tokens: float = 0.0
-
-
-def open_data(config: DataConfig, workdir: Path) -> Store:
+def open_data(config: StoreConfig, workdir: Path) -> Store:
     """Open the configured store, or make one of the configured data set in the run folder."""
     if bool(config.store) == bool(config.dataset):
         raise ConfigError(
@@ -88,7 +67,7 @@ def open_data(config: DataConfig, workdir: Path) -> Store:
 
 def check_data(config: Mapping[str, Any], workdir: Path) -> None:
     """Raise what `run` would raise of missing or damaged data, before anything is written."""
-    data = registry.build(DataConfig, config.get("data", {}), "data")
+    data = data_of(config)
     if data.store or not data.dataset:
         open_data(data, workdir)
 
@@ -120,20 +99,55 @@ def _write_json(path: Path, content: Any) -> None:
     os.replace(temporary, path)
 
 
-def make_task(config: Mapping[str, Any], store: Store) -> tuple[MaskedExpression, DataConfig]:
-    """Task of a configuration over a store."""
-    data = registry.build(DataConfig, config.get("data", {}), "data")
-    model = registry.model_config(config["family"], config.get("model", {}), len(store.vocabulary))
-    objective = registry.build(MaskedExpressionConfig, config.get("objective", {}), "objective")
-    seed = int(config.get("train", {}).get("seed", 0))
-    bags = BagOptions(
-        cells_per_bag=data.cells_per_bag,
-        shuffle_cells=data.shuffle_cells,
-        spatial_bags=data.spatial_bags,
-        noise_fraction=data.noise_fraction,
-        seed=seed,
-    )
-    return MaskedExpression(objective, model, bags, store), data
+def _tokenizer(
+    plain: Mapping[str, Any], store: Store, parent: pretrained.Pretrained | None, workdir: Path
+) -> Tokenizer | None:
+    """Tokenizer of a task of texts, the same however often a run is resumed.
+
+    It is the one that the run folder keeps, that the configuration names, that of the model that training starts from,
+    or a new one, in this order.
+    """
+    kind, folder = kind_of(plain), workdir / TOKENIZER
+    if kind.tokenizer is None:
+        return None
+    if jax.process_index() == 0 and not folder.exists():
+        named = plain.get("data", {}).get("tokenizer")
+        if named:
+            tokenizer = Tokenizer.load(Path(named).expanduser())
+        elif parent is not None and parent.tokenizer is not None:
+            tokenizer = parent.tokenizer
+        else:
+            objective = registry.build(kind.objective, plain.get("objective", {}), "objective")
+            tokenizer = kind.tokenizer(
+                store, objective, data_of(plain), int(plain.get("train", {}).get("seed", 0))
+            )
+        unfinished = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        tokenizer.save(unfinished)
+        os.replace(unfinished, folder)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the tokenizer is made")
+    return Tokenizer.load(folder)
+
+
+# What of a model's configuration says how it is computed and not what.
+_COMPUTING = ("dtype", "remat", "dropout")
+
+
+def _architecture(plain: Mapping[str, Any], parent: pretrained.Pretrained | None) -> dict[str, Any]:
+    """Values of the model: of a text decoder those of the one that training starts from, but for how it computes."""
+    given = dict(plain.get("model", {}))
+    if parent is None or kind_of(plain).tokenizer is None:
+        return given
+    if parent.family != plain["family"]:
+        raise ConfigError(
+            f"the model to start from is of the family {parent.family!r}, but the configuration's is "
+            f"{plain['family']!r}: add --config.family={parent.family}."
+        )
+    return {
+        **dataclasses.asdict(parent.config),
+        **{name: given[name] for name in _COMPUTING if name in given},
+    }
 
 
 def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
@@ -166,19 +180,24 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
     resumes = bool(run_folder.steps(workdir))
     if resumes:
         _check_same(_read_json(settings), plain, workdir)
-    store = open_data(registry.build(DataConfig, plain.get("data", {}), "data"), workdir)
+    store = open_data(data_of(plain), workdir)
     if resumes:
         _check_data(_read_json(workdir / "data.json"), store, workdir)
-    task, data = make_task(plain, store)
-    options = registry.build(TrainConfig, _with_steps(plain, task, data), "train")
-    optimizer = registry.build(OptimizerConfig, plain.get("optimizer", {}), "optimizer")
     parent = None
     if plain.get("init_from") and not resumes:
         parent = pretrained.load(plain["init_from"], genes=store.vocabulary)
+    architecture = _read_json(settings).get(MODEL) if resumes else _architecture(plain, parent)
+    tokenizer = _tokenizer(plain, store, parent, workdir)
+    if tokenizer is not None and parent is not None:
+        parent = resized(parent, tokenizer.vocab_size)
+        architecture = _architecture(plain, parent)
+    task, data = make_task({**plain, "model": architecture or plain.get("model", {})}, store, tokenizer)
+    options = registry.build(TrainConfig, _with_steps(plain, task, data), "train")
+    optimizer = registry.build(OptimizerConfig, plain.get("optimizer", {}), "optimizer")
     if first:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            _write_json(settings, plain)
+            _write_json(settings, {**plain, MODEL: dataclasses.asdict(task.model_config)})
         except OSError as error:
             raise ConfigError(
                 f"the run folder {workdir} cannot be written ({error.strerror}): choose another --workdir."
@@ -186,7 +205,8 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
         if not resumes:
             # What is trained from licensed weights stays under their licence.
             licence = parent.license if parent is not None else "unknown"
-            _write_json(workdir / "data.json", {**_describe(store), "license": licence})
+            described = {**_describe(store), "license": licence, "model": task.exports()["data"]}
+            _write_json(workdir / "data.json", described)
             store.vocabulary.save(workdir / "genes.tsv")
     processes.check_shared(settings)
     _announce(console, task, options, workdir)
@@ -200,12 +220,8 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
             soft_wrap=True,
         )
 
-    if task.model_config.use_spatial and parent is None and not resumes:
-        console.print(
-            "starts from random parameters, not from a model of single cells: --config.init_from=RUN_OR_MODEL "
-            "starts from one.",
-            soft_wrap=True,
-        )
+    for note in task.notes(fresh=parent is None and not resumes):
+        console.print(note, soft_wrap=True)
     start = flatten(parent.variables) if parent is not None else None
     result = train(task, options, optimizer, workdir, start)
     if result.reason in ("signal", "interrupt", "stop_at"):
@@ -220,7 +236,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
 
 
 def _finish(
-    task: MaskedExpression,
+    task: Task,
     options: TrainConfig,
     plain: Mapping[str, Any],
     result: Result,
@@ -248,10 +264,9 @@ def _finish(
             plain["family"],
             task.model_config,
             variables,
-            task.store.vocabulary,
             license=_read_json(workdir / "data.json")["license"],
             step=result.progress.best_step or result.progress.step,
-            data=pretrained.data_options(plain.get("data")),
+            **task.exports(),
         )
         card = pretrained.default_card(model, _history(plain, task.store, result, reports))
         dataclasses.replace(model, card=card).save_pretrained(workdir / "model")
@@ -287,12 +302,11 @@ def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
     for section in ("model", "data", "objective", "optimizer", "train"):
         if not isinstance(plain.get(section, {}), dict):
             raise ConfigError(f"{section} is {plain[section]!r}, but it must hold named options.")
-    for name, known in (("family", tuple(registry.MODELS)), ("task", TASKS)):
-        if plain.get(name) not in known:
-            raise ConfigError(f"{name} is {plain.get(name)!r}, but it must be one of {', '.join(known)}.")
+    kind = kind_of(plain)
     registry.build(TrainConfig, {**plain.get("train", {}), "steps": 1}, "train")
     registry.build(OptimizerConfig, plain.get("optimizer", {}), "optimizer")
-    registry.build(MaskedExpressionConfig, plain.get("objective", {}), "objective")
+    registry.build(kind.objective, plain.get("objective", {}), "objective")
+    registry.build(kind.data, plain.get("data", {}), "data")
     registry.model_config(plain["family"], plain.get("model", {}), 1)
     return plain
 
@@ -334,14 +348,14 @@ def _check_data(before: Mapping[str, Any], store: Store, workdir: Path) -> None:
         )
 
 
-def _with_steps(plain: Mapping[str, Any], task: MaskedExpression, data: DataConfig) -> dict[str, Any]:
+def _with_steps(plain: Mapping[str, Any], task: Task, data: StoreConfig) -> dict[str, Any]:
     values = dict(plain.get("train", {}))
     if not values.get("steps"):
-        batch = values.get("batch_size", TrainConfig.batch_size)
-        per_step = batch * data.cells_per_bag * task.model_config.num_genes
         if data.tokens <= 0:
             raise ConfigError("the configuration gives neither train.steps nor data.tokens: set one of them.")
-        values["steps"] = round(data.tokens / per_step)
+        values["steps"] = round(
+            data.tokens / (values.get("batch_size", TrainConfig.batch_size) * task.tokens_per_record)
+        )
     return values
 
 
@@ -359,7 +373,7 @@ def best_variables(result: Result, workdir: Path, options: TrainConfig) -> dict[
     return state.variables
 
 
-def _announce(console: Any, task: MaskedExpression, options: TrainConfig, workdir: Path) -> None:
+def _announce(console: Any, task: Task, options: TrainConfig, workdir: Path) -> None:
     shapes = jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0)))
     parameters = sum(int(np.prod(leaf.shape)) for leaf in shapes)
     cells = {split: sum(study.n_cells for study in task.store.split(split)) for split in SPLITS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import optax
@@ -92,7 +93,11 @@ def make_optimizer(
         parts.append(optax.clip_by_global_norm(config.clip_norm))
     parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.moment_dtype))
     if config.weight_decay:
-        decayed = resolve(config.decay_rules, params, "weight-decay")
+        rules = config.decay_rules
+        if rules == OptimizerConfig.decay_rules:
+            # The default is for all models: one may have none of these parameters among its trained ones.
+            rules = tuple(rule for rule in rules if any(re.search(rule[0], path) for path in params))
+        decayed = resolve(rules, params, "weight-decay")
         parts.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
     multipliers = resolve(config.lr_rules, params, "learning-rate")
     if any(value != 1.0 for value in multipliers.values()):

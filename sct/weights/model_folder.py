@@ -1,4 +1,4 @@
-"""Files of a model folder: `config.json`, `model.safetensors`, `genes.tsv`, `README.md`.
+"""Files of a model folder: `config.json`, `model.safetensors`, `README.md`, and `genes.tsv` or a tokenizer, or both.
 
 A folder is all that others need: any program that reads safetensors can read it without this project.
 """
@@ -18,16 +18,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from sct.data.genes import GeneVocabulary
+from sct.data.text.tokenizer import Tokenizer
 from sct.errors import CheckpointError
 from sct.models import registry
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, GENES, CARD = "config.json", "model.safetensors", "genes.tsv", "README.md"
 INDEX = f"{WEIGHTS}.index.json"
+TORCH = "pytorch_model.bin"  # weights of older foreign folders
 SHARD_BYTES = 5_000_000_000
 SAVED_DTYPES = ("float32", "bfloat16")
 
-_OURS = re.compile(r"config\.json|genes\.tsv|README\.md|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_OURS = re.compile(
+    r"config\.json|genes\.tsv|README\.md|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+    r"|tokenizer\.json|tokenizer\.model|tokenizer_config\.json"
+)
+_PARTS = re.compile(r"[\w.-]+\.safetensors")
 _UNFINISHED = re.compile(rf"{_OURS.pattern}|\.genes\.tsv\..*")
 # Names that safetensors gives to types.
 _FILE_DTYPES = {
@@ -47,8 +53,7 @@ def _is_model(folder: Path) -> bool:
         config = json.loads((folder / CONFIG).read_text())
     except (OSError, ValueError):
         return False
-    ours = isinstance(config, dict) and "format_version" in config and "family" in config
-    return ours and _holds_only(folder, _OURS)
+    return isinstance(config, dict) and "sct_version" in config and _holds_only(folder, _OURS)
 
 
 def unfinished(folder: Path) -> tuple[Path, Path]:
@@ -89,10 +94,12 @@ def save(
     folder: Path,
     arrays: Mapping[str, Any],
     config: Mapping[str, Any],
-    genes: GeneVocabulary,
+    genes: GeneVocabulary | None,
+    tokenizer: Tokenizer | None,
     card: str,
     dtype: str,
     shard_bytes: int,
+    made_for: str = "sct",
 ) -> None:
     """Write a model folder; see `sct.weights.pretrained.Pretrained.save_pretrained`.
 
@@ -110,12 +117,12 @@ def save(
             os.replace(old, folder)
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
-        _write(new, arrays, config, genes, card, dtype, shard_bytes)
+        _write(new, arrays, config, genes, tokenizer, card, dtype, shard_bytes, made_for)
         for file in new.iterdir():
             # safetensors writes files that their owner alone can read.
             shutil.copymode(new / CONFIG, file)
-            _flush(file)
-        _exchange(new, old, folder)
+            flush(file)
+        exchange(new, old, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
         raise _unwritable(folder, error) from error
@@ -124,7 +131,7 @@ def save(
         raise
 
 
-def _exchange(new: Path, old: Path, folder: Path) -> None:
+def exchange(new: Path, old: Path, folder: Path) -> None:
     """Put `new` in the place of `folder`."""
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -135,11 +142,11 @@ def _exchange(new: Path, old: Path, folder: Path) -> None:
         if old.exists():
             os.replace(old, folder)
         raise
-    _flush(folder.parent)
+    flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     try:
         handle = os.open(path, os.O_RDONLY)
@@ -158,10 +165,12 @@ def _write(
     folder: Path,
     arrays: Mapping[str, Any],
     config: Mapping[str, Any],
-    genes: GeneVocabulary,
+    genes: GeneVocabulary | None,
+    tokenizer: Tokenizer | None,
     card: str,
     dtype: str,
     shard_bytes: int,
+    made_for: str,
 ) -> None:
     from safetensors.numpy import save_file
 
@@ -173,13 +182,16 @@ def _write(
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         # One shard at a time is on the host. A single entry of metadata: several have no fixed order.
         on_host = {path: _host(arrays[path], dtype) for path in paths}
-        save_file(on_host, folder / name, metadata={"format": "sct"})
+        save_file(on_host, folder / name, metadata={"format": made_for})
         index |= dict.fromkeys(paths, name)
     if len(shards) > 1:
         total = sum(_bytes(value, dtype) for value in arrays.values())
         text = {"metadata": {"total_size": total}, "weight_map": index}
         (folder / INDEX).write_text(json.dumps(text, indent=1) + "\n")
-    genes.save(folder / GENES)
+    if genes is not None:
+        genes.save(folder / GENES)
+    if tokenizer is not None:
+        tokenizer.save(folder)
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     (folder / CARD).write_text(card, encoding="utf-8")
 
@@ -191,7 +203,8 @@ def is_float(value: Any) -> bool:
 
 def _host(value: Any, dtype: str) -> np.ndarray:
     array = np.asarray(jax.device_get(value))
-    return np.ascontiguousarray(array.astype(jnp.dtype(dtype)) if is_float(array) else array)
+    # `ascontiguousarray` would make a number an array of one.
+    return np.asarray(array.astype(jnp.dtype(dtype)) if is_float(array) else array, order="C")
 
 
 def _bytes(value: Any, dtype: str) -> int:
@@ -218,7 +231,7 @@ def find(folder: Path) -> Path | None:
     if not folder.exists() and folder.name:
         candidates.append(unfinished(folder)[1])
     for candidate in candidates:
-        weights = (candidate / WEIGHTS).is_file() or (candidate / INDEX).is_file()
+        weights = any((candidate / name).is_file() for name in (WEIGHTS, INDEX, TORCH, f"{TORCH}.index.json"))
         if (candidate / CONFIG).is_file() and weights:
             return candidate
     return None
@@ -239,6 +252,12 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} holds a {type(content).__name__} where an object is expected: the folder is damaged."
         )
     return content
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether the `config.json` of a folder is one of Hugging Face."""
+    config = read_json(folder / CONFIG)
+    return "model_type" in config and "format_version" not in config
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -272,7 +291,7 @@ class Reader:
         if (folder / INDEX).is_file():
             names = read_json(folder / INDEX).get("weight_map")
             files: list[Any] = list(names.values()) if isinstance(names, dict) else [None]
-            if not files or not all(isinstance(name, str) and _OURS.fullmatch(name) for name in files):
+            if not files or not all(isinstance(name, str) and _PARTS.fullmatch(name) for name in files):
                 raise CheckpointError(f"{folder / INDEX} does not name the files: the folder is damaged.")
             self._files = sorted(set(files))
         self._open: list[Any] = []
@@ -309,12 +328,16 @@ class Reader:
         for file in self._open:
             file.__exit__(*error)
 
+    def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Read a part of one array into memory; nothing else of the file is."""
+        part = self._owner[name].get_slice(name)
+        return np.asarray(part[index] if index else part[...])
+
     def read(self, name: str, sharding: Any, dtype: str | None) -> jax.Array:
         """Read one array onto its devices."""
-        part = self._owner[name].get_slice(name)
 
         def of(index: tuple[slice, ...] | None) -> np.ndarray:
-            value = part[index] if index else part[...]
+            value = self.part(name, index or ())
             return value.astype(jnp.dtype(dtype)) if dtype and is_float(value) else value
 
         shape = self.shapes[name].shape

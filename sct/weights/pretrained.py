@@ -19,8 +19,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sct.data.genes import GeneVocabulary
+from sct.data.text.tokenizer import Tokenizer
 from sct.errors import CheckpointError, ConfigError, DataError, MissingExtraError
-from sct.models import registry
+from sct.models import lora, registry
 from sct.nn import axes
 from sct.nn.paths import flatten, unflatten
 from sct.version import __version__
@@ -43,7 +44,7 @@ class Pretrained:
     variables
         Nested dict of arrays.
     genes
-        Vocabulary of the gene positions.
+        Vocabulary of the gene positions, or the genes whose names the model writes; None of a model of text alone.
     card
         Text of the model card.
     license
@@ -51,21 +52,38 @@ class Pretrained:
     step
         Training step of the weights, where a run made them.
     data
-        How inputs were made in training, as far as it is known: the entries of `DATA_OPTIONS`.
+        How inputs were made in training, as far as it is known: the entries of `DATA_OPTIONS`, or what a task of
+        texts describes.
+    tokenizer
+        Of a model of text.
     """
 
     family: str
     config: Any
     variables: dict[str, Any]
-    genes: GeneVocabulary
+    genes: GeneVocabulary | None = None
     card: str = ""
     license: str = "unknown"
     step: int | None = None
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tokenizer: Tokenizer | None = None
 
     def __repr__(self) -> str:
-        size = sum(int(np.prod(value.shape)) for value in flatten(self.variables).values())
-        return f"Pretrained({self.family!r}, {size:,} parameters, {len(self.genes):,} genes)"
+        knows = f", {len(self.genes):,} genes" if self.genes is not None else ""
+        knows += f", {self.tokenizer.vocab_size:,} tokens" if self.tokenizer is not None else ""
+        return f"Pretrained({self.family!r}, {self.size:,} parameters{knows})"
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return sum(int(np.prod(value.shape)) for value in flatten(self.variables).values())
+
+    @property
+    def vocabulary(self) -> GeneVocabulary:
+        """Genes of the model; `ConfigError` where it has none."""
+        if self.genes is None:
+            raise ConfigError(f"{self!r} knows no genes: give a model that was made for cells.")
+        return self.genes
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -106,12 +124,11 @@ class Pretrained:
             raise CheckpointError(
                 f"there is no intermediate {unknown[0]!r}: choose from {', '.join(module.intermediates)}."
             )
-        chosen = module.outputs if outputs is None else tuple(outputs)
-        unknown = sorted(set(chosen) - set(module.outputs))
+        there = module.outputs_of(self.config) if hasattr(module, "outputs_of") else module.outputs
+        chosen = there if outputs is None else tuple(outputs)
+        unknown = sorted(set(chosen) - set(there))
         if unknown:
-            raise CheckpointError(
-                f"there is no output {unknown[0]!r}: choose from {', '.join(module.outputs)}."
-            )
+            raise CheckpointError(f"there is no output {unknown[0]!r}: choose from {', '.join(there)}.")
         wanted = (*chosen, *sorted(set(intermediates)))
         given = {
             name: value if hasattr(value, "shape") else np.asarray(value)
@@ -152,13 +169,15 @@ class Pretrained:
             "dtype": dtype,
             "license": self.license,
             "step": self.step,
-            "vocabulary_hash": self.genes.hash,
+            "vocabulary_hash": self.genes.hash if self.genes is not None else None,
+            "tokenizer_hash": self.tokenizer.fingerprint if self.tokenizer is not None else None,
             "data": dict(self.data),
             "model": dataclasses.asdict(self.config),
         }
         card = self.card or default_card(self)
         target = Path(folder).expanduser()
-        model_folder.save(target, flatten(self.variables), config, self.genes, card, dtype, shard_bytes)
+        arrays = flatten(self.variables)
+        model_folder.save(target, arrays, config, self.genes, self.tokenizer, card, dtype, shard_bytes)
 
 
 def _check_inputs(module: Any, config: Any, inputs: Mapping[str, Any]) -> None:
@@ -188,13 +207,16 @@ def _compiled(family: str, config: Any, wanted: tuple[str, ...]) -> Callable[...
 
 def default_card(model: Pretrained, text: str = "") -> str:
     """Model card: what it is, how to load it, its licence, and `text` about how it was made."""
+    knows = []
+    if model.genes is not None:
+        knows.append(f"{len(model.genes):,} genes ({model.genes.name}, hash `{model.genes.hash[:16]}`)")
+    if model.tokenizer is not None:
+        knows.append(f"{model.tokenizer.vocab_size:,} tokens (hash `{model.tokenizer.fingerprint[:16]}`)")
     return "\n".join(
         [
             "---", "library_name: sct", f"license: {model.license}", "tags: [single-cell]", "---", "",
             f"# {model.family} model", "",
-            f"{len(model.genes):,} genes ({model.genes.name}, hash `{model.genes.hash[:16]}`), "
-            f"{sum(int(np.prod(v.shape)) for v in flatten(model.variables).values()):,} parameters, "
-            f"written by sct {__version__}.", "",
+            f"{', '.join([*knows, f'{model.size:,} parameters'])}, written by sct {__version__}.", "",
             "```python", "import sct", 'model = sct.load("THIS_FOLDER")', "```", "",
             text, "", "## Licence", "", model.license, "",
         ]
@@ -214,7 +236,8 @@ def load(
     Parameters
     ----------
     path
-        A model folder, a run folder (its best checkpoint), or the id of a model on the Hugging Face hub.
+        A model folder, a run folder (its best checkpoint), a Hugging Face folder of a text model (see
+        `sct.weights.hf`), or the id of a model on the Hugging Face hub.
     mesh, rules
         Place the arrays on a mesh by their logical axes, each device reading its own part; without a mesh
         they go whole to the default device. By default the rules are those of training
@@ -233,16 +256,52 @@ def load(
     StoreError
         The vocabularies differ.
     """
-    from sct.weights import run_folder
+    from sct.weights import hf, run_folder
 
     if dtype is not None and dtype not in LOADED_DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(LOADED_DTYPES)}.")
-    rules = _rules(mesh, rules)
+    rules = fitting_rules(mesh, rules)
     folder = locate(path)
     if run_folder.is_run(folder):
         return run_folder.load(folder, mesh=mesh, rules=rules, dtype=dtype, genes=genes)
+    if model_folder.is_foreign(folder):
+        return hf.load(folder, mesh=mesh, rules=rules, dtype=dtype, genes=genes)
     config = model_folder.read_config(folder)
     model = registry.model_config(config["family"], config["model"])
+    vocabulary = _vocabulary(folder, config, model)
+    if genes is not None and vocabulary is not None:
+        vocabulary.check_same(genes, what=f"the model {folder}", other_what="the data")
+    tokenizer = _tokenizer(folder, config)
+    boxed = boxed_shapes(config["family"], model)
+    with model_folder.Reader(folder) as reader:
+        boxed = lora.beside(boxed, reader.shapes)
+        expected = flatten(nn.unbox(boxed))
+        match(reader.shapes, expected, str(folder))
+        where = flatten(axes.shardings(boxed, mesh, rules)) if mesh is not None else {}
+        arrays = {name: reader.read(name, where.get(name), dtype) for name in expected}
+    data = config.get("data")
+    if data is None and run_folder.is_run(folder.parent):  # written before model folders knew it
+        data = model_folder.read_json(folder.parent / "config.json").get("data")
+    card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
+    licence = config.get("license") or "unknown"
+    known = data_options(data) if config["family"] == "sct" else data or {}
+    return Pretrained(
+        config["family"],
+        model,
+        unflatten(arrays),
+        vocabulary,
+        card,
+        licence,
+        config.get("step"),
+        known,
+        tokenizer,
+    )
+
+
+def _vocabulary(folder: Path, config: Mapping[str, Any], model: Any) -> GeneVocabulary | None:
+    """Genes of a model folder, as its configuration names them."""
+    if config.get("vocabulary_hash") is None and not (folder / GENES).is_file():
+        return None
     vocabulary = GeneVocabulary.load(folder / GENES)
     if vocabulary.hash != config.get("vocabulary_hash"):
         raise CheckpointError(
@@ -255,23 +314,21 @@ def load(
             f"{folder / GENES} has {len(vocabulary)} genes, but the model has {positions} positions: the folder "
             "was changed."
         )
-    if genes is not None:
-        vocabulary.check_same(genes, what=f"the model {folder}", other_what="the data")
-    boxed = boxed_shapes(config["family"], model)
-    expected = flatten(nn.unbox(boxed))
-    with model_folder.Reader(folder) as reader:
-        match(reader.shapes, expected, str(folder))
-        where = flatten(axes.shardings(boxed, mesh, rules)) if mesh is not None else {}
-        arrays = {name: reader.read(name, where.get(name), dtype) for name in expected}
-    data = config.get("data")
-    if data is None and run_folder.is_run(folder.parent):  # written before model folders knew it
-        data = model_folder.read_json(folder.parent / "config.json").get("data")
-    card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
-    licence = config.get("license") or "unknown"
-    return Pretrained(
-        config["family"], model, unflatten(arrays), vocabulary, card, licence, config.get("step"),
-        data_options(data),
-    )  # fmt: skip
+    return vocabulary
+
+
+def _tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:
+    """Tokenizer of a model folder, as its configuration names it."""
+    named = config.get("tokenizer_hash")
+    if named is None:
+        return None
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.fingerprint != named:
+        raise CheckpointError(
+            f"the tokenizer in {folder} is not the one that {CONFIG} names (hash {tokenizer.fingerprint[:16]}, not "
+            f"{str(named)[:16]}): the folder was changed."
+        )
+    return tokenizer
 
 
 def data_options(values: Any) -> dict[str, Any]:
@@ -280,7 +337,7 @@ def data_options(values: Any) -> dict[str, Any]:
     return {name: given[name] for name in DATA_OPTIONS if isinstance(given.get(name), (int, float))}
 
 
-def _rules(mesh: Mesh | None, rules: axes.Rules | None) -> axes.Rules:
+def fitting_rules(mesh: Mesh | None, rules: axes.Rules | None) -> axes.Rules:
     """Rules for a mesh: those given, which must fit it, or the default ones without the axes it lacks."""
     there = set(mesh.axis_names) if mesh is not None else set()
     if rules is None:
@@ -348,7 +405,9 @@ def _download(name: str) -> Path:
             'pip install "sct[hub]".'
         ) from None
     try:
-        return Path(snapshot_download(name))
+        return Path(
+            snapshot_download(name, ignore_patterns=["*.h5", "*.msgpack", "*.onnx*", "*.ot", "*.tflite"])
+        )
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise CheckpointError(

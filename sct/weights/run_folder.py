@@ -12,11 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from sct.data.genes import GeneVocabulary
+from sct.data.text.tokenizer import Tokenizer
 from sct.errors import CheckpointError
-from sct.models import registry
+from sct.models import lora, registry
 from sct.nn import axes
 from sct.nn.paths import flatten, unflatten
 from sct.weights import model_folder, pretrained
+
+# Tokenizer of a run on texts; section of the run's config.json with the whole architecture.
+TOKENIZER, MODEL = "tokenizer", "resolved_model"
 
 
 def steps(folder: Path) -> list[int]:
@@ -61,7 +65,7 @@ def load(
     Only the variables are read, not the optimiser's state, each device's part alone.
     """
     config = model_folder.read_json(folder / "config.json")
-    family, options = config.get("family"), config.get("model", {})
+    family, options = config.get("family"), config.get(MODEL, config.get("model", {}))
     if not isinstance(family, str) or not isinstance(options, dict):
         raise CheckpointError(f"{folder / 'config.json'} names no family and model: the run is damaged.")
     vocabulary = GeneVocabulary.load(folder / "genes.tsv")
@@ -74,24 +78,22 @@ def load(
             "are left: train on with the same configuration until a better one comes, or give another folder."
         )
     model = registry.model_config(family, options, len(vocabulary))
-    boxed = pretrained.boxed_shapes(family, model)
-    where = flatten(axes.shardings(boxed, mesh, rules)) if mesh is not None else {}
     path = (folder / "checkpoints" / str(step) / "state").absolute()
-    arrays = _restore(path, flatten(nn.unbox(boxed)), where, dtype)
-    licence = model_folder.read_json(folder / "data.json").get("license") or "unknown"
-    data = pretrained.data_options(config.get("data"))
+    arrays = _restore(path, pretrained.boxed_shapes(family, model), mesh, rules, dtype)
+    described = model_folder.read_json(folder / "data.json")
+    data = described.get("model") or pretrained.data_options(config.get("data"))
+    tokenizer = Tokenizer.load(folder / TOKENIZER) if (folder / TOKENIZER).is_dir() else None
     made = pretrained.Pretrained(
-        family, model, unflatten(arrays), vocabulary, license=licence, step=step, data=data
-    )
+        family, model, unflatten(arrays), vocabulary, license=described.get("license") or "unknown", step=step,
+        data=data, tokenizer=tokenizer,
+    )  # fmt: skip
     text = f"## Training\n\nCheckpoint of step {step:,} of a run with this configuration:\n\n```json\n"
     card = pretrained.default_card(made, f"{text}{json.dumps(config, indent=1)}\n```")
     return dataclasses.replace(made, card=card)
 
 
-def _restore(
-    path: Path, expected: dict[str, Any], where: dict[str, Any], dtype: str | None
-) -> dict[str, Any]:
-    """Read the variables of a checkpoint, and nothing else of it."""
+def _restore(path: Path, boxed: Any, mesh: Any, rules: axes.Rules, dtype: str | None) -> dict[str, Any]:
+    """Read the variables of a checkpoint, and nothing else of it; `boxed` are those of the model without adapters."""
     import orbax.checkpoint as ocp
 
     handler = ocp.PyTreeCheckpointHandler()
@@ -105,7 +107,11 @@ def _restore(
         saved = handler.metadata(path)
         saved = getattr(saved, "tree", saved)
         groups = {group: saved.get(group) or {} for group in ("trained", "frozen")}
-        pretrained.match({**groups["trained"], **groups["frozen"]}, expected, str(path))
+        there = {**groups["trained"], **groups["frozen"]}
+        boxed = lora.beside(boxed, there)
+        expected = flatten(nn.unbox(boxed))
+        pretrained.match(there, expected, str(path))
+        where = flatten(axes.shardings(boxed, mesh, rules)) if mesh is not None else {}
         wanted = {group: leaves for group, leaves in groups.items() if leaves}
         restored = handler.restore(
             path,

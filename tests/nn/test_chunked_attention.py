@@ -37,7 +37,7 @@ def both(function, *inputs):
 
 
 def chunked(*chunks: int):
-    return lambda *inputs: chunked_attention.chunked_attention(*inputs, chunks)
+    return lambda *inputs: chunked_attention.chunked_attention(*inputs, None, chunks)
 
 
 def agree(got, expected, tolerance):

@@ -446,12 +446,12 @@ def test_a_hub_id_is_fetched(model, folder, monkeypatch):
 
     asked = []
     fake = types.ModuleType("huggingface_hub")
-    fake.snapshot_download = lambda name: asked.append(name) or str(folder)
+    fake.snapshot_download = lambda name, **options: asked.append(name) or str(folder)
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
     equal(sct.load("someone/a-model").variables, model.variables)
     assert asked == ["someone/a-model"]
 
-    def offline(name):
+    def offline(name, **options):
         raise ConnectionError("no route to host\nlong explanation")
 
     fake.snapshot_download = offline

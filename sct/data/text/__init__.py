@@ -1,0 +1,1 @@
+"""Cells as text: cell sentences, prompt templates and tokenizers."""

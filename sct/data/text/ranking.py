@@ -1,0 +1,205 @@
+"""Genes of a cell in descending order of expression, with ties in a seeded random order.
+
+The order follows from the seed, the cell's key, its counts and the genes alone: not from the other cells, nor
+from where cells and genes stand in the table.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from sct.errors import DataError
+
+# Each entry of a cell is one sortable uint64: its count (the bits of a positive float32 grow with its value),
+# then random bits, then its gene, which settles the few ties that the random bits leave.
+_GENE_BITS = 17
+_TIE_BITS = 32 - _GENE_BITS
+_BLOCK = 1 << 20  # entries at a time: their keys stay in the cache
+
+
+class Ranked(NamedTuple):
+    """Expressed genes of N cells in descending order of expression.
+
+    Attributes
+    ----------
+    indptr
+        int64 (N + 1,): the entries of cell i are indptr[i] to indptr[i + 1].
+    genes
+        int32: columns of the genes.
+    counts
+        float32: raw counts of these genes.
+    """
+
+    indptr: np.ndarray
+    genes: np.ndarray
+    counts: np.ndarray
+
+
+def canonical(counts: sparse.csr_matrix) -> sparse.csr_matrix:
+    """Counts as float32 CSR with one positive entry per expressed gene; the argument is not changed."""
+    if not sparse.issparse(counts) or counts.format != "csr":
+        raise DataError(f"the counts are a {type(counts).__name__}, expected scipy CSR; convert them first")
+    if not counts.has_canonical_format:
+        counts = counts.copy()
+        counts.sum_duplicates()
+    if counts.nnz and not (counts.data.min() >= 0 and np.isfinite(counts.data.max())):
+        raise DataError("the counts are negative or not finite, but ranks need raw counts; give raw counts")
+    counts = counts.astype(np.float32, copy=False)
+    if counts.nnz and counts.data.min() == 0:
+        counts = counts.copy()
+        counts.eliminate_zeros()
+    return counts
+
+
+def cell_keys(index: Iterable[str]) -> np.ndarray:
+    """Keys of cells, uint64 (N,), from their names; the same in every process and on every machine.
+
+    Raises
+    ------
+    DataError
+        A name is not text.
+    """
+    return hash_names(list(index), "the name of cell")
+
+
+def rank(
+    counts: sparse.csr_matrix,
+    *,
+    top_k: int | None = None,
+    seed: int = 0,
+    keys: np.ndarray | None = None,
+    gene_keys: np.ndarray | None = None,
+) -> Ranked:
+    """Genes of each cell in descending order of expression, ties in a seeded random order.
+
+    Normalisation keeps the order of a cell's genes, so raw counts serve, and their ties are exact.
+
+    Parameters
+    ----------
+    counts
+        Raw counts (N, G); genes without a count are in no sentence.
+    top_k
+        Genes to keep of each cell; by default all expressed ones.
+    seed
+        Of the order of ties, at least 0.
+    keys
+        uint64 (N,), see `cell_keys`; by default made of each cell's own counts.
+    gene_keys
+        uint64 (G,), distinct; by default made of the column numbers.
+
+    Raises
+    ------
+    DataError
+        Counts are negative or not finite, more than 131,072 genes, or a key per cell and gene is missing.
+    """
+    counts = canonical(counts)
+    n_cells, n_genes = counts.shape
+    if n_genes > 1 << _GENE_BITS:
+        raise DataError(
+            f"the cells have {n_genes:,} genes but at most {1 << _GENE_BITS:,} can be ranked; select genes first"
+        )
+    if top_k is not None and top_k < 1:
+        raise DataError(f"top_k is {top_k}, expected at least 1; give a number of genes or None")
+    if gene_keys is None:
+        gene_keys = mix(np.arange(1, n_genes + 1, dtype=np.uint64))
+    gene_keys = _checked_keys(gene_keys, n_genes, "gene")
+    keys = _content_keys(counts, gene_keys) if keys is None else _checked_keys(keys, n_cells, "cell")
+    keys = mix(keys ^ _seed_key(seed))
+    by_key = np.argsort(gene_keys, kind="stable").astype(np.int32)
+    place = np.empty(n_genes, np.uint64)
+    place[by_key] = np.arange(n_genes, dtype=np.uint64)
+
+    indptr = counts.indptr.astype(np.int64)
+    lengths = np.diff(indptr)
+    kept = lengths if top_k is None else np.minimum(lengths, top_k)
+    ends = np.concatenate([[0], np.cumsum(kept)])
+    result = Ranked(ends, np.empty(ends[-1], np.int32), np.empty(ends[-1], np.float32))
+    start = 0
+    while start < n_cells:
+        stop = max(int(np.searchsorted(indptr, indptr[start] + _BLOCK, side="right")) - 1, start + 1)
+        a, b = indptr[start], indptr[stop]
+        columns = counts.indices[a:b]
+        entry = gene_keys[columns] ^ np.repeat(keys[start:stop], lengths[start:stop])
+        entry = mix(entry) >> np.uint64(64 - _TIE_BITS) << np.uint64(_GENE_BITS)
+        entry |= place[columns]
+        entry |= (~counts.data[a:b].view(np.uint32)).astype(np.uint64) << np.uint64(32)
+        _sort_rows(entry, indptr[start : stop + 1] - a, top_k)
+        if top_k is not None:
+            offset = np.arange(b - a) - np.repeat(indptr[start:stop] - a, lengths[start:stop])
+            entry = entry[offset < top_k]
+        part = slice(ends[start], ends[stop])
+        result.genes[part] = by_key[entry & np.uint64((1 << _GENE_BITS) - 1)]
+        result.counts[part] = (~(entry >> np.uint64(32)).astype(np.uint32)).view(np.float32)
+        start = stop
+    return result
+
+
+def choose(counts: sparse.csr_matrix, n: int, *, seed: int, keys: np.ndarray | None) -> np.ndarray:
+    """Rows of `n` cells chosen at random by their keys, ascending; `counts` are canonical."""
+    if keys is None:
+        keys = _content_keys(counts, mix(np.arange(1, counts.shape[1] + 1, dtype=np.uint64)))
+    keys = _checked_keys(keys, counts.shape[0], "cell")
+    return np.sort(np.argsort(mix(keys ^ _seed_key(seed)), kind="stable")[:n])
+
+
+def _sort_rows(entry: np.ndarray, indptr: np.ndarray, top_k: int | None) -> None:
+    """Sort each row in place; with `top_k` only its first places are sorted.
+
+    Rows in one padded matrix take twice as long: to copy them there and back costs more than these calls.
+    """
+    for a, b in itertools.pairwise(indptr.tolist()):
+        if top_k is not None and top_k < b - a:
+            entry[a:b].partition(top_k - 1)
+            entry[a : a + top_k].sort()
+        else:
+            entry[a:b].sort()
+
+
+def _content_keys(counts: sparse.csr_matrix, gene_keys: np.ndarray) -> np.ndarray:
+    """Keys of cells, uint64 (N,), made of which genes they express and how much."""
+    filled = np.flatnonzero(np.diff(counts.indptr))
+    keys = np.zeros(counts.shape[0], np.uint64)
+    if filled.size:
+        terms = gene_keys[counts.indices] * counts.data.view(np.uint32)
+        keys[filled] = np.add.reduceat(terms, counts.indptr[filled])
+    return mix(keys)
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """Spread uint64 values over all 64 bits, one to one."""
+    values = values * np.uint64(0x9E3779B97F4A7C15)
+    values ^= values >> np.uint64(32)
+    values *= np.uint64(0xD6E8FEB86659FD93)
+    values ^= values >> np.uint64(32)
+    return values
+
+
+def _seed_key(seed: int) -> np.ndarray:
+    if not 0 <= seed < 1 << 64:
+        raise DataError(f"seed is {seed}, expected 0 to 2**64 - 1; give another seed")
+    return mix(np.array([seed], np.uint64))
+
+
+def hash_names(names: list[str], what: str) -> np.ndarray:
+    """Hash texts to uint64, the same in every process; `what` names one of them in an error."""
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong:
+        raise DataError(f"{what} {wrong[0]!r} is not text; give names as text")
+    values = np.empty(len(names), object)
+    values[:] = names
+    return pd.util.hash_array(values, categorize=False)
+
+
+def _checked_keys(keys: np.ndarray, n: int, what: str) -> np.ndarray:
+    keys = np.asarray(keys)
+    if keys.dtype != np.uint64 or keys.shape != (n,):
+        raise DataError(
+            f"the {what} keys are {keys.dtype} {keys.shape}, expected uint64 ({n},); give one key per {what}"
+        )
+    return keys

@@ -1,0 +1,223 @@
+"""What `Tokenizer` asks of the libraries `tokenizers` and `sentencepiece`, imported where they are needed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from sct.errors import ConfigError, MissingExtraError
+
+JSON, MODEL = "tokenizer.json", "tokenizer.model"
+ROLES = ("bos", "eos", "pad", "unk")
+
+
+class Backend(Protocol):
+    """What a library does; ids are lists of int."""
+
+    file: str
+    size: int
+
+    def encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
+        """Ids of texts; `special` puts around them what the model's own format has."""
+
+    def decode(self, ids: list[int], skip_special: bool) -> str:
+        """Text of ids."""
+
+    def id_of(self, token: str) -> int | None:
+        """Id of a token, or None."""
+
+    def token_of(self, number: int) -> str | None:
+        """Token of an id of the vocabulary, or None."""
+
+    def add(self, tokens: Sequence[str]) -> Backend:
+        """Return a copy with special tokens behind the others."""
+
+    def content(self) -> bytes:
+        """Bytes of the file."""
+
+    def config(self) -> dict[str, Any]:
+        """Content of tokenizer_config.json, without the names of the special tokens."""
+
+    def roles(self) -> dict[str, str]:
+        """Special tokens that the file itself names, by role."""
+
+
+class JsonTokenizer:
+    """A tokenizer.json."""
+
+    file = JSON
+
+    def __init__(self, content: bytes, where: str) -> None:
+        library = import_tokenizers()
+        try:
+            self._model = library.Tokenizer.from_str(content.decode("utf-8"))
+        except Exception as error:  # the library raises Exception itself
+            raise ConfigError(
+                f"{where} is no tokenizer.json ({error}); give the tokenizer's own file"
+            ) from None
+        # Lengths are the caller's; a file may carry those of somebody's last call.
+        self._model.no_truncation()
+        self._model.no_padding()
+        self.size = 1 + max(self._model.get_vocab(with_added_tokens=True).values())
+
+    def encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
+        """Ids of texts; `special` puts around them what the model's own format has."""
+        return [encoding.ids for encoding in self._model.encode_batch(texts, add_special_tokens=special)]
+
+    def decode(self, ids: list[int], skip_special: bool) -> str:
+        """Text of ids."""
+        return self._model.decode(ids, skip_special_tokens=skip_special)
+
+    def id_of(self, token: str) -> int | None:
+        """Id of a token, or None."""
+        return self._model.token_to_id(token)
+
+    def token_of(self, number: int) -> str | None:
+        """Token of an id of the vocabulary, or None."""
+        return self._model.id_to_token(number)
+
+    def add(self, tokens: Sequence[str]) -> Backend:
+        """Return a copy with special tokens behind the others."""
+        copy = JsonTokenizer(self.content(), "a copy")
+        added = [import_tokenizers().AddedToken(token, special=True, normalized=False) for token in tokens]
+        copy._model.add_special_tokens(added)
+        return JsonTokenizer(copy.content(), "a copy")
+
+    def content(self) -> bytes:
+        """Bytes of the file."""
+        return self._model.to_str().encode()
+
+    def config(self) -> dict[str, Any]:
+        """Content of tokenizer_config.json, without the names of the special tokens."""
+        return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+
+    def roles(self) -> dict[str, str]:
+        """Special tokens that the file itself names, by role."""
+        return {}
+
+
+class PieceTokenizer:
+    """A tokenizer.model with tokens added behind its pieces.
+
+    Each stretch of text between added tokens is encoded by itself, so the model's space before a text stands
+    after an added token too. Text that spells a control piece, such as "<s>", is plain text.
+    """
+
+    file = MODEL
+
+    def __init__(self, content: bytes, added: tuple[str, ...], bos: bool, eos: bool, where: str) -> None:
+        try:
+            import sentencepiece
+        except ImportError as error:
+            raise MissingExtraError(
+                'tokenizer.model needs the package sentencepiece: pip install "sct[text]".'
+            ) from error
+        self._bytes, self._where = content, where
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except Exception as error:  # RuntimeError or TypeError, by version
+            raise ConfigError(
+                f"{where} is no sentencepiece model ({error}); give the tokenizer's own file"
+            ) from None
+        self._pieces = self._model.get_piece_size()
+        self._added, self._bos, self._eos = added, bos, eos
+        self._ids = {token: self._pieces + i for i, token in enumerate(added)}
+        self._known = {self._model.id_to_piece(i): i for i in range(self._pieces)} | self._ids
+        self.size = self._pieces + len(added)
+        longest_first = sorted(added, key=len, reverse=True)
+        self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if added else None
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self._bytes, self._added, self._bos, self._eos, self._where
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+
+    def encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
+        """Ids of texts; `special` puts around them what the model's own format has."""
+        if self._split is None:
+            ids = self._model.encode(list(texts), out_type=int)
+        else:
+            ids = [self._encode_around(text) for text in texts]
+        before = [self._model.bos_id()] if special and self._bos and self._model.bos_id() >= 0 else []
+        after = [self._model.eos_id()] if special and self._eos and self._model.eos_id() >= 0 else []
+        return [before + one + after for one in ids] if before or after else ids
+
+    def _encode_around(self, text: str) -> list[int]:
+        assert self._split is not None
+        ids: list[int] = []
+        for i, stretch in enumerate(self._split.split(text)):
+            if i % 2:
+                ids.append(self._ids[stretch])
+            elif stretch:
+                ids += self._model.encode(stretch, out_type=int)
+        return ids
+
+    def decode(self, ids: list[int], skip_special: bool) -> str:
+        """Text of ids."""
+        text, run = [], []
+        for number in ids:
+            special = number >= self._pieces or self._model.is_control(number)
+            if not special:
+                run.append(number)
+                continue
+            if not skip_special:
+                text += [self._model.decode(run), self.token_of(number) or ""]
+                run = []
+        return "".join([*text, self._model.decode(run)])
+
+    def id_of(self, token: str) -> int | None:
+        """Id of a token, or None."""
+        return self._known.get(token)
+
+    def token_of(self, number: int) -> str | None:
+        """Token of an id of the vocabulary, or None."""
+        inside = number < self._pieces
+        return self._model.id_to_piece(number) if inside else self._added[number - self._pieces]
+
+    def add(self, tokens: Sequence[str]) -> Backend:
+        """Return a copy with special tokens behind the others."""
+        new = tuple(token for token in tokens if token not in self._known)
+        return PieceTokenizer(self._bytes, self._added + new, self._bos, self._eos, self._where)
+
+    def content(self) -> bytes:
+        """Bytes of the file."""
+        return self._bytes
+
+    def config(self) -> dict[str, Any]:
+        """Content of tokenizer_config.json, without the names of the special tokens."""
+        decoder = {
+            str(number): {
+                "content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
+                "special": True,
+            }
+            for token, number in self._ids.items()
+        }  # fmt: skip
+        config = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "clean_up_tokenization_spaces": False}
+        return {
+            **config,
+            "add_bos_token": self._bos,
+            "add_eos_token": self._eos,
+            "added_tokens_decoder": decoder,
+        }
+
+    def roles(self) -> dict[str, str]:
+        """Special tokens that the file itself names, by role."""
+        ids = {role: getattr(self._model, f"{role}_id")() for role in ROLES}
+        return {role: self._model.id_to_piece(number) for role, number in ids.items() if number >= 0}
+
+
+def import_tokenizers() -> Any:
+    """Return the library `tokenizers` with the modules used here, or raise MissingExtraError."""
+    try:
+        import tokenizers
+        import tokenizers.decoders
+        import tokenizers.models
+        import tokenizers.pre_tokenizers
+        import tokenizers.trainers
+    except ImportError as error:
+        raise MissingExtraError(
+            'tokenizer.json needs the package tokenizers: pip install "sct[text]".'
+        ) from error
+    return tokenizers

@@ -1,0 +1,152 @@
+"""Beam search: the answer of most probability, as far as following a few beginnings at a time finds it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from sct.generation.cache import Cache, empty, extend, scores_of
+from sct.generation.generate import Generated, Model, Options, batches, padded, ready
+from sct.generation.trie import Trie
+from sct.models.decoder_config import DecoderConfig
+from sct.nn.chunked_attention import UNSEEN
+
+
+class _Now(NamedTuple):
+    """State of the search: K beams of B prompts that go on, and the K best answers that have ended."""
+
+    cache: Cache  # rows are beams, those of a prompt together
+    scores: jax.Array  # (B, K, V)
+    step: jax.Array
+    ids: jax.Array  # (B, K, N)
+    sums: jax.Array  # (B, K) logarithms of probabilities
+    node: jax.Array  # (B, K)
+    ended_ids: jax.Array
+    ended: jax.Array  # (B, K) divided by the length's power; UNSEEN where there is none
+    ended_sums: jax.Array
+
+
+def _take(tree: Any, chosen: jax.Array) -> Any:
+    """Entries (B, K', ...) of arrays (B, K, ...) by numbers (B, K')."""
+    return jax.tree.map(lambda x: jax.vmap(lambda row, i: row[i])(x, chosen), tree)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "new", "beams"))
+def decode(
+    config: DecoderConfig,
+    new: int,
+    beams: int,
+    variables: dict[str, Any],
+    ids: jax.Array,
+    there: jax.Array,
+    length_penalty: jax.Array,
+    stop: jax.Array,
+    trie: Trie | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Best answers behind prompts; arguments and results as of `sct.generation.generate.decode`.
+
+    A prompt's search ends when none of its beams can become better than the worst of K ended answers.
+    """
+    parts = ready(config, variables)
+    rows, length = ids.shape
+    vocab = config.vocab_size
+
+    def each_beam(x: jax.Array) -> jax.Array:
+        return jnp.repeat(x, beams, axis=0)
+
+    hidden, cache = extend(config, parts, empty(config, rows, length + new), ids, there, first=True)
+    cache = cache._replace(
+        keys=tuple(map(each_beam, cache.keys)), values=tuple(map(each_beam, cache.values)),
+        filled=each_beam(cache.filled), positions=each_beam(cache.positions),
+    )  # fmt: skip
+    first = each_beam(scores_of(config, parts, hidden[:, -1])).reshape(rows, beams, vocab)
+    # Equal beams would stay equal: one of them begins.
+    alone = jnp.where(jnp.arange(beams) == 0, 0.0, UNSEEN)
+    nothing = jnp.full((rows, beams, new), -1, jnp.int32)
+    none = jnp.full((rows, beams), UNSEEN)
+    node = jnp.zeros((rows, beams), jnp.int32)
+    start = _Now(
+        cache, first, jnp.zeros((), jnp.int32), nothing, jnp.broadcast_to(alone, (rows, beams)), node, nothing, none,
+        none,
+    )  # fmt: skip
+
+    def power(step: jax.Array) -> jax.Array:
+        return step.astype(jnp.float32) ** length_penalty
+
+    def goes_on(now: _Now) -> jax.Array:
+        # A beam only loses probability; its best length is the present one, or the longest where length is rewarded.
+        best = now.sums.max(axis=1) / jnp.where(length_penalty > 0, power(jnp.asarray(new)), power(now.step))
+        open_ = best > now.ended.min(axis=1)
+        return (now.step < new) & ((now.step == 0) | open_.any())
+
+    def body(now: _Now) -> _Now:
+        scores = jax.nn.log_softmax(now.scores, axis=-1)
+        if trie is not None:
+            allowed = trie.allowed(now.node.reshape(-1), vocab).reshape(scores.shape)
+            scores = jnp.where(allowed, scores, UNSEEN)
+        sums = (now.sums[:, :, None] + scores).reshape(rows, -1)
+        # Each beam can end in as many ways as there are stop tokens; so many more leave K that go on.
+        candidates = min(beams * (1 + len(stop)), sums.shape[1])
+        sums, chosen = lax.top_k(sums, candidates)
+        beam, token = chosen // vocab, (chosen % vocab).astype(jnp.int32)
+        made = lax.dynamic_update_slice(_take(now.ids, beam), token[:, :, None], (0, 0, now.step))
+        ends = (token[:, :, None] == stop).any(axis=-1)
+
+        # A candidate that is not among the best K does not end the search early (it may still be in reach later).
+        counts = ends & (jnp.arange(candidates) < beams) & (sums > UNSEEN / 2)
+        worth = jnp.where(counts, sums / power(now.step + 1), UNSEEN)
+        all_worth = jnp.concatenate([now.ended, worth], axis=1)
+        ended, kept = lax.top_k(all_worth, beams)
+        ended_ids = _take(jnp.concatenate([now.ended_ids, made], axis=1), kept)
+        ended_sums = _take(jnp.concatenate([now.ended_sums, sums], axis=1), kept)
+
+        going = jnp.where(ends, 2 * UNSEEN, sums)
+        going, kept = lax.top_k(going, beams)
+        beam, token, made = _take((beam, token, made), kept)
+        node = _take(now.node, beam)
+        if trie is not None:
+            node = trie.follow(node.reshape(-1), token.reshape(-1)).reshape(node.shape)
+        flat = (jnp.arange(rows)[:, None] * beams + beam).reshape(-1)
+        cache = now.cache._replace(
+            keys=tuple(x[flat] for x in now.cache.keys), values=tuple(x[flat] for x in now.cache.values),
+            filled=now.cache.filled[flat],
+        )  # fmt: skip
+        every = jnp.ones((rows * beams, 1), bool)
+        hidden, cache = extend(config, parts, cache, token.reshape(-1, 1), every)
+        scores = scores_of(config, parts, hidden[:, 0]).reshape(rows, beams, vocab)
+        return _Now(
+            cache, scores, now.step + 1, made, jnp.maximum(going, UNSEEN), node, ended_ids, ended, ended_sums
+        )
+
+    last = lax.while_loop(goes_on, body, start)
+    # What has not ended competes with what has, at its present length.
+    worth = jnp.concatenate([last.ended, last.sums / power(last.step)], axis=1)
+    ids_of = jnp.concatenate([last.ended_ids, last.ids], axis=1)
+    sums_of = jnp.concatenate([last.ended_sums, last.sums], axis=1)
+    best = jnp.argmax(worth, axis=1)[:, None]
+    found = _take((ids_of, sums_of), best)
+    return found[0][:, 0], best[:, 0] < beams, found[1][:, 0]
+
+
+def search(
+    model: Model, prompts: Sequence[np.ndarray], options: Options, stop: Sequence[int], trie: Trie | None
+) -> list[Generated]:
+    """Best answer behind each prompt; called by `sct.generation.generate.generate`."""
+    made: list[Generated | None] = [None] * len(prompts)
+    rows = min(options.batch_size, len(prompts))
+    ends = jnp.asarray(list(stop), jnp.int32)
+    for chosen in batches(prompts, rows, "searching"):
+        ids, there = padded([prompts[i] for i in chosen], rows)
+        found = decode(
+            model.config, options.max_new_tokens, options.beams, model.variables, ids, there,
+            jnp.asarray(options.length_penalty), ends, trie,
+        )  # fmt: skip
+        for i, *of_row in zip(chosen, *map(np.asarray, found), strict=False):
+            made[i] = Generated.of(*of_row)
+    return [each for each in made if each is not None]

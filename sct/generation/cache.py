@@ -1,0 +1,154 @@
+"""Decoding with a cache: each token is computed once, and later ones attend to the keys and values it left.
+
+Where training runs the stacked layers in a loop, decoding unrolls them over separate parameters: a loop would copy
+every layer's parameters and cache once per token, which costs more than the products of a few rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sct.models.decoder import Block, Decoder
+from sct.models.decoder_config import DecoderConfig
+from sct.nn import axes
+from sct.nn.attention import attend
+from sct.nn.chunked_attention import UNSEEN, Mask
+from sct.nn.stack import unstack
+
+
+class Cache(NamedTuple):
+    """What decoding keeps of the tokens so far; rows are texts, slots are places in them, padding included.
+
+    Attributes
+    ----------
+    keys, values
+        One array (B, H', M, D) for each layer.
+    filled
+        Whether a slot holds a token, bool (B, M).
+    used
+        Slots used so far, int32 (), the same for all rows.
+    positions
+        Tokens of each row so far, int32 (B,).
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    filled: jax.Array
+    used: jax.Array
+    positions: jax.Array
+
+
+def layers_of(
+    variables: dict[str, Any], config: DecoderConfig
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Variables of a decoder without its layers, and those of each layer, for `extend`."""
+    rest, layers = {}, [{} for _ in range(config.num_layers)]  # type: ignore[var-annotated]
+    for name, tree in variables.items():
+        rest[name] = {key: value for key, value in tree.items() if key != "layers"}
+        if "layers" in tree:
+            for layer, part in zip(layers, unstack(tree["layers"], config.num_layers), strict=True):
+                layer[name] = part
+    return rest, layers
+
+
+def empty(config: DecoderConfig, rows: int, slots: int) -> Cache:
+    """Cache of `rows` texts with room for `slots` tokens each."""
+    shape = (rows, config.kv_heads, slots, config.head_size)
+    one = jnp.zeros(shape, jnp.dtype(config.dtype))
+    many = (axes.constrain(one, axes.BATCH, axes.HEADS, None, None),) * config.num_layers
+    nothing = jnp.zeros((), jnp.int32)
+    return Cache(many, many, jnp.zeros((rows, slots), bool), nothing, jnp.zeros(rows, jnp.int32))
+
+
+def extend(
+    config: DecoderConfig,
+    parts: tuple[dict[str, Any], list[dict[str, Any]]],
+    cache: Cache,
+    ids: jax.Array,
+    there: jax.Array,
+    first: bool = False,
+) -> tuple[jax.Array, Cache]:
+    """Read further tokens of each text.
+
+    Parameters
+    ----------
+    config
+        Architecture.
+    parts
+        Of `layers_of`.
+    cache
+        Of the tokens before.
+    ids
+        Tokens (B, T), which take the next T slots.
+    there
+        Which of them are tokens and not padding, bool (B, T).
+    first
+        Whether the cache is empty, so that the tokens need not look at it.
+
+    Returns
+    -------
+    Hidden vectors (B, T, D) behind the last norm, and the cache with these tokens.
+    """
+    rest, layers = parts
+    length = ids.shape[1]
+    module, start = Decoder(config), cache.used
+    places = cache.positions[:, None] + jnp.maximum(jnp.cumsum(there, axis=1) - 1, 0)
+    filled = lax.dynamic_update_slice(cache.filled, there, (0, start))
+    x = module.apply(rest, ids, places, method="embed")
+    keys, values = [], []
+    for layer, old_keys, old_values in zip(layers, cache.keys, cache.values, strict=True):
+        kept: dict[str, jax.Array] = {}
+
+        def mix(
+            query: jax.Array,
+            key: jax.Array,
+            value: jax.Array,
+            old: tuple[jax.Array, jax.Array] = (old_keys, old_values),
+            kept: dict[str, jax.Array] = kept,
+        ) -> jax.Array:
+            both = zip(old, (key, value), strict=True)
+            all_keys, all_values = (
+                lax.dynamic_update_slice(before, new.swapaxes(1, 2).astype(before.dtype), (0, 0, start, 0))
+                for before, new in both
+            )
+            kept.update(keys=all_keys, values=all_values)
+            if first:
+                segments = there.astype(jnp.int32)
+                return attend(query, key, value, Mask(segments, segments, 0))
+            slots = jnp.arange(filled.shape[1])
+            seen = filled[:, None] & (slots <= start + jnp.arange(length)[:, None])
+            return _attend_slots(query, all_keys, all_values, seen)
+
+        x = Block(config).apply(layer, x, places, mix, method="mix")
+        keys.append(kept["keys"])
+        values.append(kept["values"])
+    hidden = cast(jax.Array, module.apply(rest, x, method="finish"))
+    counts = there.sum(axis=1, dtype=jnp.int32)
+    return hidden, Cache(tuple(keys), tuple(values), filled, start + length, cache.positions + counts)
+
+
+def _attend_slots(query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array) -> jax.Array:
+    """Attention of queries (B, T, H, D) to slots (B, H', M, D) where `seen` (B, T, M)."""
+    rows, length, heads, size = query.shape
+    groups = keys.shape[1]
+    # Queries that share a head of keys go through one product.
+    grouped = query.reshape(rows, length, groups, heads // groups, size).transpose(0, 2, 1, 3, 4)
+    grouped = grouped.reshape(rows, groups, -1, size)
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores = dot("bgqd,bgmd->bgqm", grouped, keys) * size**-0.5
+    scores = scores.reshape(rows, groups, length, heads // groups, -1)
+    scores = jnp.where(seen[:, None, :, None], scores, UNSEEN)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype).reshape(rows, groups, -1, scores.shape[-1])
+    mixed = dot("bgqm,bgmd->bgqd", weights, values).astype(query.dtype)
+    mixed = mixed.reshape(rows, groups, length, heads // groups, size)
+    return mixed.transpose(0, 2, 1, 3, 4).reshape(rows, length, heads, size)
+
+
+def scores_of(config: DecoderConfig, parts: tuple[dict[str, Any], Any], hidden: jax.Array) -> jax.Array:
+    """Scores of the next token, float32 (..., V), of hidden vectors (..., D)."""
+    return cast(jax.Array, Decoder(config).apply(parts[0], hidden, method="logits"))

@@ -1,0 +1,112 @@
+"""How probable a model finds each of a list of answers: a classifier that never answers outside of its list."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from sct.errors import ConfigError
+from sct.generation.cache import empty, extend, scores_of
+from sct.generation.generate import Model, batches, check_model, check_prompts, padded, ready
+from sct.models.decoder_config import DecoderConfig
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def log_probabilities(
+    config: DecoderConfig,
+    variables: dict[str, Any],
+    ids: jax.Array,
+    there: jax.Array,
+    answers: jax.Array,
+    lengths: jax.Array,
+) -> jax.Array:
+    """Logarithm of the probability of each answer behind each prompt, in one compiled program.
+
+    Prompts are read once; answers are read one after the other from the cache that the prompts left.
+
+    Parameters
+    ----------
+    config, variables
+        Of the model.
+    ids, there
+        Prompts (B, T), filled up on the left, and where they hold tokens, bool.
+    answers, lengths
+        Tokens of the answers (C, A), filled up on the right, and their numbers (C,).
+
+    Returns
+    -------
+    float32 (B, C), sums over the tokens of an answer.
+    """
+    parts = ready(config, variables)
+    rows, (_, size) = len(ids), answers.shape
+    hidden, cache = extend(config, parts, empty(config, rows, ids.shape[1] + size), ids, there, first=True)
+    last = scores_of(config, parts, hidden[:, -1:])
+
+    def of_answer(answer: tuple[jax.Array, jax.Array]) -> jax.Array:
+        tokens, length = answer
+        counts = jnp.arange(size) < length
+        read = jnp.broadcast_to(tokens, (rows, size))
+        hidden, _ = extend(config, parts, cache, read, jnp.broadcast_to(counts, (rows, size)))
+        scores = jnp.concatenate([last, scores_of(config, parts, hidden[:, :-1])], axis=1)
+        own = jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), read[:, :, None], axis=2)[..., 0]
+        return jnp.where(counts, own, 0.0).sum(axis=1)
+
+    return lax.map(of_answer, (answers, lengths)).T
+
+
+def score(
+    model: Model,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    candidates: Sequence[Sequence[int] | np.ndarray],
+    *,
+    batch_size: int = 8,
+    per_token: bool = False,
+) -> np.ndarray:
+    """Log-likelihood of each candidate answer behind each prompt.
+
+    Parameters
+    ----------
+    model
+        A decoder.
+    prompts, candidates
+        Tokens of each. A candidate should end with the token that ends an answer; otherwise one that begins another
+        is never less probable.
+    batch_size
+        Prompts read at once.
+    per_token
+        Divide by the number of tokens, so that long answers are not at a disadvantage; what comes out is no
+        logarithm of a probability then.
+
+    Returns
+    -------
+    float32 (prompts, candidates), natural logarithms.
+
+    Raises
+    ------
+    ConfigError, DataError
+        The model generates no text, there are no candidates, or a prompt or candidate does not fit the model.
+    """
+    config = check_model(model)
+    if not len(candidates):
+        raise ConfigError("the list of candidate answers is empty: give at least one.")
+    arrays, answers = ([np.asarray(each, np.int64) for each in given] for given in (prompts, candidates))
+    longest = max(map(len, answers))
+    check_prompts(config, answers, 0, "candidate")
+    check_prompts(config, arrays, longest)
+    filled = np.zeros((len(answers), longest), np.int32)
+    for row, answer in zip(filled, answers, strict=True):
+        row[: len(answer)] = answer
+    lengths = np.array([len(answer) for answer in answers], np.int32)
+    out = np.zeros((len(arrays), len(answers)), np.float32)
+    rows = min(batch_size, len(arrays))
+    for chosen in batches(arrays, rows, "scoring answers"):
+        ids, there = padded([arrays[i] for i in chosen], rows)
+        found = log_probabilities(config, model.variables, ids, there, filled, lengths)
+        out[chosen] = np.asarray(found)[: len(chosen)]
+    return out / lengths if per_token else out

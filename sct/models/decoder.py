@@ -1,0 +1,244 @@
+"""Causal transformer over text tokens: GPT-2, GPT-NeoX and LLaMA (DESIGN 4.3 to 4.5); see `DecoderConfig`.
+
+Sources: Radford et al. 2019 (GPT-2), Black et al. 2022 (GPT-NeoX), Touvron et al. 2023 (LLaMA), Ainslie et al. 2023
+(grouped-query attention).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sct.models.checks import check_range, check_text
+from sct.models.decoder_config import DecoderConfig
+from sct.nn import axes
+from sct.nn.adapters import drop
+from sct.nn.attention import attend, rotary
+from sct.nn.chunked_attention import Mask
+from sct.nn.linear import Embed, Linear
+from sct.nn.norm import LayerNorm, RMSNorm
+from sct.nn.stack import stack
+
+# Queries (B, T, H, D), keys and values (B, T, H', D) -> what the queries see, (B, T, H, D).
+Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+_DEVIATION = 0.02
+
+
+def _initializer(config: DecoderConfig, adds: bool = False) -> axes.Initializer:
+    """Random matrices; `adds` for those whose outputs are added up over the blocks."""
+    if config.init == "xavier":
+        return jax.nn.initializers.glorot_normal()
+    return jax.nn.initializers.normal(_DEVIATION / (2 * config.num_layers) ** 0.5 if adds else _DEVIATION)
+
+
+def _norm(config: DecoderConfig, name: str | None = None) -> nn.Module:
+    made: type[nn.Module] = RMSNorm if config.norm == "rms" else LayerNorm
+    return made(config.norm_eps, name=name)
+
+
+class CausalAttention(nn.Module):
+    """Projections around attention."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, positions: jax.Array, attention: Attention) -> jax.Array:
+        """Map (B, T, D) at positions (B, T) to (B, T, D)."""
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        linear = functools.partial(Linear, dtype=dtype)
+
+        def project(name: str, heads: int) -> jax.Array:
+            width, names = heads * config.head_size, (axes.EMBED, axes.HEADS)
+            layer = linear(width, names, config.attention_bias, kernel_init=_initializer(config), name=name)
+            return layer(x).reshape(*x.shape[:-1], heads, config.head_size)
+
+        query, key = project("query", config.num_heads), project("key", config.kv_heads)
+        if config.positions == "rotary":
+            frequencies = config.frequencies()
+            query, key = rotary(query, positions, frequencies), rotary(key, positions, frequencies)
+        mixed = attention(query, key, project("value", config.kv_heads))
+        mixed = mixed.reshape(*x.shape[:-1], config.num_heads * config.head_size)
+        names, init = (axes.HEADS, axes.EMBED), _initializer(config, adds=True)
+        return linear(config.embed_dim, names, config.out_bias, kernel_init=init, name="out")(mixed)
+
+
+class FeedForward(nn.Module):
+    """Two dense layers with GELU between, or SwiGLU."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map (B, T, D) to (B, T, D)."""
+        config = self.config
+        linear = functools.partial(Linear, use_bias=config.mlp_bias, dtype=jnp.dtype(config.dtype))
+        into, out, init = (axes.EMBED, axes.MLP), (axes.MLP, axes.EMBED), _initializer(config)
+        up = linear(config.ffn_dim, into, kernel_init=init, name="up")(x)
+        if config.mlp == "swiglu":
+            up = jax.nn.silu(linear(config.ffn_dim, into, kernel_init=init, name="gate")(x)) * up
+        else:
+            up = jax.nn.gelu(up, approximate=config.mlp == "gelu_tanh")
+        return linear(config.embed_dim, out, kernel_init=_initializer(config, adds=True), name="down")(up)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind a norm and added to its input."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, positions: jax.Array, mask: Mask) -> jax.Array:
+        """Map (B, T, D) at positions (B, T) to (B, T, D); the mask's order is the causal one, whatever it says."""
+        # The order is a number here, because rematerialisation traces what is handed over, and the kernels that take
+        # no other order than this one could not be chosen.
+        return self.mix(x, positions, functools.partial(attend, mask=mask._replace(order=0)))
+
+    @nn.compact
+    def mix(self, x: jax.Array, positions: jax.Array, attention: Attention) -> jax.Array:
+        """Like a call, with any function in the place of attention."""
+        config = self.config
+
+        def attended(x: jax.Array) -> jax.Array:
+            y = CausalAttention(config, name="attention")(
+                _norm(config, "attention_norm")(x), positions, attention
+            )
+            return drop(self, y, config.dropout) if config.dropout else y
+
+        def fed(x: jax.Array) -> jax.Array:
+            y = FeedForward(config, name="mlp")(_norm(config, "mlp_norm")(x))
+            return drop(self, y, config.dropout) if config.dropout else y
+
+        if config.parallel:
+            x = x + attended(x) + fed(x)
+        else:
+            x = x + attended(x)
+            x = x + fed(x)
+        return axes.constrain(x, axes.BATCH, axes.LENGTH, None)
+
+
+def running_positions(segments: jax.Array) -> jax.Array:
+    """Place of each token within its run of equal segments (B, T)."""
+    index = jnp.arange(segments.shape[1])
+    starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+class Decoder(nn.Module):
+    """The whole model; see `DecoderConfig`."""
+
+    config: DecoderConfig
+    outputs: ClassVar[tuple[str, ...]] = ("logits",)
+    intermediates: ClassVar[tuple[str, ...]] = ("hidden",)
+
+    @staticmethod
+    def example(config: DecoderConfig) -> dict[str, jax.Array]:
+        """Smallest inputs of a call, by name."""
+        return {"input_ids": jnp.zeros((1, 1), jnp.int32)}
+
+    @staticmethod
+    def check_inputs(config: DecoderConfig, inputs: Mapping[str, Any]) -> None:
+        """Raise `DataError` unless the inputs fit; values are looked at where they are known (not traced)."""
+        most = config.max_length if config.positions == "learned" else None
+        check_text(inputs, config.vocab_size, most)
+        if inputs.get("positions") is not None and most is not None:
+            check_range("positions", inputs["positions"], most - 1)
+
+    @staticmethod
+    def flops(config: DecoderConfig, batch: int, length: int) -> float:
+        """Operations of the matrix products of one forward pass; a multiply-add counts as two.
+
+        Attention counts the half of the scores that causality leaves.
+        """
+        width, size = config.embed_dim, config.head_size
+        attention = width * size * (2 * config.num_heads + 2 * config.kv_heads)
+        scores = length * config.num_heads * size
+        block = attention + scores + (3 if config.mlp == "swiglu" else 2) * width * config.ffn_dim
+        return 2.0 * batch * length * (config.num_layers * block + width * config.vocab_size)
+
+    def setup(self) -> None:
+        """Declare the parts."""
+        config = self.config
+        normal, names = jax.nn.initializers.normal(_DEVIATION), (axes.TEXT_VOCAB, axes.EMBED)
+        embed = functools.partial(
+            Embed, features=config.embed_dim, dtype=jnp.dtype(config.dtype), table_init=normal
+        )
+        self.token = embed(config.vocab_size, table_axes=names)
+        if config.positions == "learned":
+            self.position = embed(config.max_length, table_axes=(None, axes.EMBED))
+        self.layers = stack(Block, config, config.num_layers, config.remat, "layers", seen=2)
+        self.norm = _norm(config)
+        if not config.tied:
+            self.head = Linear(
+                config.vocab_size, (axes.EMBED, axes.TEXT_VOCAB), use_bias=False, dtype=jnp.dtype(config.dtype),
+                kernel_init=_initializer(config),
+            )  # fmt: skip
+
+    def embed(self, input_ids: jax.Array, positions: jax.Array) -> jax.Array:
+        """Vectors (B, T, D) of tokens at positions, both (B, T)."""
+        x = self.token(input_ids)
+        if self.config.positions == "learned":
+            x = x + self.position(positions)
+        x = drop(self, x, self.config.dropout) if self.config.dropout else x
+        return axes.constrain(x, axes.BATCH, axes.LENGTH, None)
+
+    def hidden(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """Vectors (B, T, D) behind the last norm; arguments as in a call."""
+        if segments is not None:
+            places = running_positions(segments)
+        elif attention_mask is not None:
+            segments = attention_mask.astype(jnp.int32)
+            places = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
+        else:
+            places = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
+        positions = places if positions is None else positions
+        x = self.embed(input_ids, positions)
+        x, _ = self.layers(x, positions, Mask(segments, segments))
+        return self.finish(x)
+
+    def finish(self, x: jax.Array) -> jax.Array:
+        """Norm behind the last block."""
+        return self.norm(x)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Scores of all tokens, float32 (..., V), of hidden vectors (..., D)."""
+        scores = self.token.scores(hidden) if self.config.tied else self.head(hidden)
+        return scores.astype(jnp.float32)
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> dict[str, jax.Array]:
+        """Compute the scores of each next token.
+
+        Parameters
+        ----------
+        input_ids
+            Tokens, integers (B, T).
+        attention_mask
+            (B, T), 1 for tokens and 0 for padding, on either side. What is there is the same with and without it.
+        segments
+            Instead: numbers (B, T) of the texts that share a row, one after the other; a token sees its own text
+            alone, and positions are counted from its beginning. 0 is padding.
+        positions
+            Positions (B, T) instead of counted ones.
+
+        Returns
+        -------
+        `logits` float32 (B, T, V); `hidden` (B, T, D), behind the last norm.
+        """
+        hidden = self.hidden(input_ids, attention_mask, segments, positions)
+        return {"logits": self.logits(hidden), "hidden": hidden}

@@ -1,0 +1,59 @@
+"""Losses over large vocabularies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from sct.nn.plain import at_once, wants_plain
+
+# Scores that exist at once for one text: 64 MB in float32.
+_SCORES = 1 << 24
+
+
+def token_losses(
+    scores: Callable[[jax.Array], jax.Array], hidden: jax.Array, targets: jax.Array, vocab_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy of tokens, without ever holding the scores of all positions, in either direction.
+
+    Parameters
+    ----------
+    scores
+        Function of hidden vectors (B, t, D) -> scores float32 (B, t, V).
+    hidden
+        Vectors (B, T, D).
+    targets
+        Tokens that each should predict, integers (B, T).
+    vocab_size
+        V.
+
+    Returns
+    -------
+    Losses float32 (B, T), natural logarithm, and whether the best token is the target, bool (B, T).
+    """
+
+    def piece(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x, wanted = inputs
+        logits = scores(x)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, wanted)
+        return losses, jnp.argmax(logits, axis=-1) == wanted
+
+    batch, length = targets.shape
+    most = at_once(max(1, _SCORES // vocab_size))
+    if wants_plain() or length <= most:
+        return piece((hidden, targets))
+    pieces = -(-length // most)
+    size = -(-length // pieces)
+    filled = ((0, 0), (0, pieces * size - length))
+
+    def cut(x: jax.Array) -> jax.Array:
+        return x.reshape(batch, pieces, size, *x.shape[2:]).swapaxes(0, 1)
+
+    inputs = cut(jnp.pad(hidden, (*filled, (0, 0)))), cut(jnp.pad(targets, filled))
+    losses, right = lax.map(jax.checkpoint(piece), inputs)
+    losses, right = (x.swapaxes(0, 1).reshape(batch, -1)[:, :length] for x in (losses, right))
+    return losses, right

@@ -1,0 +1,225 @@
+"""Mode generate: tokens per second of a text decoder, beside the memory's speed and, where installed, transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sct.errors import ConfigError, MissingExtraError, SctError
+from sct.generation.cache import empty, extend, scores_of
+from sct.generation.generate import Options, generate, ready
+from sct.models import registry
+from sct.models.decoder import Decoder
+from sct.models.decoder_config import DecoderConfig
+from sct.speed import memory
+from sct.speed.compare import Check
+from sct.speed.job import Job
+from sct.speed.timing import timed
+from sct.weights.pretrained import Pretrained, load
+
+# Prompts, tokens of each, and tokens that are generated behind each.
+ROWS, PROMPT, NEW = 8, 64, 256
+LIMIT = 1e-4
+_CEILING_BYTES = 1 << 28
+_REPEATS = 5
+
+
+def model_of(job: Job) -> Pretrained:
+    """Model of a configuration with random parameters, or the one that it starts from.
+
+    Raises
+    ------
+    ConfigError
+        It generates no text.
+    """
+    given = dict(job.config.get("model", {}))
+    family = registry.family(str(job.config.get("family")))[0]
+    if not issubclass(family, DecoderConfig):
+        able = [name for name, (kind, _) in registry.MODELS.items() if issubclass(kind, DecoderConfig)]
+        raise ConfigError(
+            f"--mode=generate needs a model that generates text, which {job.config.get('family')!r} does not: choose a "
+            f"configuration of {', '.join(able)}."
+        )
+    if job.config.get("init_from"):
+        return load(job.config["init_from"])
+    given["vocab_size"] = given.get("vocab_size") or family.vocab_size
+    config = registry.model_config(job.config["family"], given)
+    module = Decoder(config)
+    make = jax.jit(lambda key: nn.unbox(module.init(key, *Decoder.example(config).values())))
+    return Pretrained(job.config["family"], config, make(jax.random.key(0)))
+
+
+def prompts_of(config: DecoderConfig) -> list[np.ndarray]:
+    """Random prompts, of half to the whole length."""
+    rng = np.random.default_rng(0)
+    lengths = np.linspace(PROMPT // 2, PROMPT, ROWS).astype(int)
+    return [rng.integers(0, config.vocab_size, length) for length in lengths]
+
+
+def check(model: Pretrained) -> Check:
+    """Compare reading with a cache, token by token, with the forward pass over the whole text."""
+    config, length = model.config, 24
+    ids = jnp.asarray(np.random.default_rng(1).integers(0, config.vocab_size, (2, length)))
+    there = jnp.arange(length) >= jnp.asarray([[0], [5]])
+    whole = model.apply(input_ids=ids, attention_mask=there)["logits"]
+
+    @jax.jit
+    def with_cache(variables: dict[str, Any]) -> jax.Array:
+        parts, found = ready(config, variables), []
+        hidden, cache = extend(
+            config, parts, empty(config, 2, length), ids[:, :12], there[:, :12], first=True
+        )
+        found.append(scores_of(config, parts, hidden))
+        for at in range(12, length):
+            hidden, cache = extend(config, parts, cache, ids[:, at : at + 1], there[:, at : at + 1])
+            found.append(scores_of(config, parts, hidden))
+        return jnp.concatenate(found, axis=1)
+
+    a, b = (np.asarray(x, np.float64)[np.asarray(there)] for x in (with_cache(model.variables), whole))
+    limit = LIMIT if config.dtype == "float32" else 0.05
+    difference = float(np.linalg.norm(a - b) / np.linalg.norm(b))
+    if not difference <= limit:
+        raise SctError(
+            f"scores with a cache differ from those without by {difference:.1e} in relative norm (limit {limit:.1e}), "
+            "so no time is given."
+        )
+    return {"differences": {"scores with a cache": difference}, "limits": {"scores with a cache": limit}}
+
+
+def memory_ceiling(dtype: str) -> float:
+    """Bytes per second of a product of a few rows with a large matrix, which reads the matrix once."""
+    side = 4096
+    width = _CEILING_BYTES // side // jnp.dtype(dtype).itemsize
+    matrix = jax.random.normal(jax.random.key(0), (side, width), jnp.float32).astype(dtype)
+    rows = jnp.ones((ROWS, side), dtype)
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(rows, matrix))
+    times = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        jax.block_until_ready(product(rows, matrix))
+        times.append(time.perf_counter() - start)
+    return matrix.nbytes / min(times)
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """Time generation: a step is 8 prompts with 256 new tokens each, the prompts' reading included."""
+    model = model_of(job)
+    config: DecoderConfig = model.config
+    if config.positions == "learned" and config.max_length < PROMPT + NEW:
+        raise ConfigError(
+            f"the model has {config.max_length} positions, but {PROMPT + NEW} are generated: raise "
+            "--config.model.max_length."
+        )
+    compared = check(model)
+    prompts, options = prompts_of(config), Options(max_new_tokens=NEW, batch_size=ROWS)
+    variants = {"greedy": options, "sampled": dataclasses.replace(options, temperature=0.7, top_p=0.9)}
+    before = memory_ceiling(config.dtype)
+    found: dict[str, Any] = {}
+    for name, each in variants.items():
+
+        def call(_: None, each: Options = each) -> None:
+            generate(model, prompts, each, stop=(), progress_bar=False)
+
+        started = time.perf_counter()
+        call(None)
+        first = time.perf_counter() - started
+        with memory.HostPeak() as peak:
+            times = timed(lambda: None, call, job.options.steps, f"generating ({name})")
+        rate = ROWS * NEW / times.median
+        if name == "greedy":
+            found |= {**times.report(), "first_call_seconds": first, "generated_tokens_per_s": rate}
+            found |= {"peak_host_bytes": peak.bytes, "peak_host_from": peak.how}
+        else:
+            found["sampled_tokens_per_s"] = rate
+    ceiling = max(before, memory_ceiling(config.dtype))
+    itemsize = jnp.dtype(config.dtype).itemsize
+    read = sum(leaf.size for leaf in jax.tree.leaves(model.variables)) * itemsize
+    if not config.tied:
+        read -= (
+            config.vocab_size * config.embed_dim * itemsize
+        )  # of an untied table of tokens few rows are read
+    achieved = read * NEW / found["step_seconds"]
+    return {
+        "check": compared,
+        **found,
+        "parameters": model.size,
+        "batch_size": ROWS,
+        "prompt_tokens": PROMPT,
+        "new_tokens": NEW,
+        "weights_bytes_per_s": achieved,
+        "memory_ceiling_bytes_per_s": ceiling,
+        "utilisation_of_memory": achieved / ceiling,
+        "peak_device_bytes": memory.device_peak(),
+        "dtype": config.dtype,
+        **beside_transformers(model, prompts, job.options.steps),
+    }
+
+
+def beside_transformers(model: Pretrained, prompts: list[np.ndarray], steps: int) -> dict[str, Any]:
+    """Rate of `generate` of transformers with torch for the same weights; says so where it is not installed."""
+    try:
+        rate = _transformers(model, prompts, steps)
+    except MissingExtraError:
+        return {"transformers": "not installed"}
+    return {"transformers": "measured", **rate}
+
+
+def _transformers(model: Pretrained, prompts: list[np.ndarray], steps: int) -> dict[str, float]:
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError("torch and transformers are not installed.") from error
+    from sct.weights import hf
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(_cores())
+    with tempfile.TemporaryDirectory() as folder:
+        hf.save(model, Path(folder, "model"))
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            Path(folder, "model"), torch_dtype=getattr(torch, model.config.dtype)
+        ).eval()
+    length = max(map(len, prompts))
+    ids, there = torch.zeros((2, len(prompts), length), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = torch.as_tensor(prompt)
+        there[row, length - len(prompt) :] = 1
+    ways: dict[str, dict[str, Any]] = {
+        "greedy": {"do_sample": False},
+        "sampled": {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0},
+    }
+    rates = {}
+    for name, options in ways.items():
+
+        def call(_: None, options: dict[str, Any] = options) -> None:
+            with torch.inference_mode():
+                made = theirs.generate(
+                    ids,
+                    attention_mask=there,
+                    max_new_tokens=NEW,
+                    min_new_tokens=NEW,
+                    pad_token_id=0,
+                    **options,
+                )
+            assert made.shape[1] == length + NEW
+
+        call(None)
+        times = timed(lambda: None, call, steps, f"transformers ({name})")
+        rates[f"transformers_{name}_tokens_per_s"] = len(prompts) * NEW / times.median
+    return rates
+
+
+def _cores() -> int:
+    """Processor cores of this process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

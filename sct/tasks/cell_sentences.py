@@ -1,0 +1,391 @@
+"""Cell sentences: a text decoder learns cells as gene names by descending expression (Cell2Sentence paper)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import sparse
+
+from sct.data.store import Store, Study
+from sct.data.text.cell_sentence import RankFit, fit_rank
+from sct.data.text.prompts import TASKS, Prompts, load_prompts, render_labels
+from sct.data.text.source import SentenceOptions, SentenceSource, Texts, read_studies
+from sct.data.text.tokenizer import VOCAB_SIZE, Tokenizer, train_bpe
+from sct.errors import ConfigError
+from sct.generation.cells import TASK, CellWriter
+from sct.models import lora
+from sct.models.decoder import Decoder
+from sct.models.decoder_config import DecoderConfig
+from sct.nn.losses import token_losses
+from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables
+
+NAME = TASK
+_FIT_CELLS = 5000  # cells of a study that its line is fitted to
+_MANY = 1000  # different values above which a column is a text and not a label
+
+
+@dataclasses.dataclass(frozen=True)
+class SentenceData(StoreConfig):
+    """Where cells and their texts come from.
+
+    Parameters
+    ----------
+    top_k
+        Words of a cell sentence at most; 0 for all expressed genes.
+    length
+        Tokens of a row; short texts share one.
+    cell_type, tissue, organism, abstract
+        Columns of `obs`, "" for none.
+    labels
+        Columns of `obs` that are predicted and asked for together (cell type, stimulation, exposure, ...).
+    studies
+        YAML file with texts of whole studies, `STUDY: {abstract: ..., tissue: ...}`.
+    tokenizer
+        File or folder; by default that of the model that training starts from, else one is trained.
+    vocab_size, corpus_cells
+        Of a trained tokenizer: its size at most, and the number of cells whose texts it sees.
+    """
+
+    top_k: int = 100
+    length: int = 1024
+    cell_type: str = "cell_type"
+    tissue: str = ""
+    organism: str = ""
+    abstract: str = ""
+    labels: tuple[str, ...] = ()
+    studies: str = ""
+    tokenizer: str = ""
+    vocab_size: int = VOCAB_SIZE
+    corpus_cells: int = 20_000
+
+    def __post_init__(self) -> None:
+        for name, least in (("top_k", 0), ("length", 8), ("corpus_cells", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"data.{name} is {getattr(self, name)}, but it must be at least {least}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """Low-rank adapters to train in place of the model; see `sct.models.lora.LoraConfig`."""
+
+    rank: int = 0
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+
+    def config(self, family: str) -> lora.LoraConfig | None:
+        """Options for a family, None where the whole model is trained."""
+        if not self.rank:
+            return None
+        own = {"targets": self.targets} if self.targets else {}
+        return lora.LoraConfig.of(family, rank=self.rank, alpha=self.alpha, dropout=self.dropout, **own)
+
+
+@dataclasses.dataclass(frozen=True)
+class CellSentencesConfig:
+    """Options of the task.
+
+    Parameters
+    ----------
+    tasks
+        Pairs of a task of `sct.data.text.prompts.TASKS` and how often it is drawn.
+    loss_on
+        "response", the choice for a tuned model, or "all", for one trained from the beginning (appendix C).
+    balance
+        What counts equally: "tokens", as in the paper, or "texts", so that the few tokens of a label weigh as much as
+        the many of a sentence.
+    prompts
+        JSON file with further templates.
+    lora
+        Train low-rank adapters alone, of these options (`sct.models.lora.LoraConfig`; an empty `targets` takes the
+        family's); `rank` 0 trains the whole model.
+    report_cells, report_seeds
+        Held-out cells that the tables after training are made of (0: no tables), and seeds of what is drawn.
+    """
+
+    tasks: tuple[tuple[str, float], ...] = (
+        ("unconditional", 1.0), ("cell_type_to_cell", 1.0), ("cell_to_cell_type", 1.0),
+    )  # fmt: skip
+    loss_on: str = "response"
+    balance: str = "tokens"
+    prompts: str = ""
+    lora: Adapters = dataclasses.field(default_factory=lambda: Adapters())
+    report_cells: int = 500
+    report_seeds: int = 3
+
+    def __post_init__(self) -> None:
+        if self.loss_on not in ("response", "all"):
+            raise ConfigError(f"loss_on is {self.loss_on!r}, but it must be response or all.")
+        if self.balance not in ("tokens", "texts"):
+            raise ConfigError(f"balance is {self.balance!r}, but it must be tokens or texts.")
+        for entry in self.tasks:
+            if len(entry) != 2 or entry[0] not in TASKS or not float(entry[1]) > 0:
+                raise ConfigError(
+                    f"objective.tasks has {entry!r}, but pairs of a task and a positive weight are needed; tasks are "
+                    f"{', '.join(TASKS)}."
+                )
+        if not self.tasks or self.report_cells < 0 or self.report_seeds < 1:
+            raise ConfigError(
+                "objective.tasks must name a task, report_cells must not be negative, and report_seeds be positive."
+            )
+
+
+def options_of(config: CellSentencesConfig, data: SentenceData, seed: int) -> SentenceOptions:
+    """How cells become texts, as a configuration says."""
+    columns = {name: getattr(data, name) for name in ("cell_type", "tissue", "organism", "abstract")}
+    return SentenceOptions(
+        top_k=data.top_k,
+        length=data.length,
+        tasks=tuple((name, float(weight)) for name, weight in config.tasks),
+        fields={name: column for name, column in columns.items() if column},
+        labels=tuple(data.labels),
+        studies=read_studies(data.studies) if data.studies else {},
+        all_tokens=config.loss_on == "all",
+        seed=seed,
+    )
+
+
+def corpus(
+    studies: Sequence[Study], store: Store, options: SentenceOptions, prompts: Prompts, cells: int
+) -> Iterator[str]:
+    """Texts of about so many cells, spread over the studies by their size, to train a tokenizer on."""
+    total = sum(study.n_cells for study in studies)
+    for study in studies:
+        texts = Texts(study, store.vocabulary, options, prompts)
+        wanted = min(study.n_cells, max(1, round(cells * study.n_cells / total)))
+        for start in range(0, wanted, 512):
+            for example in texts.examples(start, min(start + 512, wanted), 0):
+                yield example.text
+
+
+def make_tokenizer(store: Store, config: CellSentencesConfig, data: SentenceData, seed: int) -> Tokenizer:
+    """Byte-level BPE trained on cell sentences in their prompts (appendix C.0.1)."""
+    prompts = load_prompts(config.prompts or None)
+    texts = corpus(store.split("train"), store, options_of(config, data, seed), prompts, data.corpus_cells)
+    return train_bpe(texts, data.vocab_size)
+
+
+class CellSentences:
+    """Task of Cell2Sentence; see `sct.tasks.base.Task`.
+
+    Parameters
+    ----------
+    config, data
+        Options.
+    model
+        Architecture; its vocabulary may be larger than the tokenizer's, never smaller.
+    tokenizer
+        Of the texts.
+    store
+        Cells.
+    seed
+        Of texts.
+    family
+        Of the model, by which adapters choose their layers.
+    """
+
+    weight = "weight"
+    monitor, monitor_mode = "loss", "min"
+
+    def __init__(
+        self,
+        config: CellSentencesConfig,
+        data: SentenceData,
+        model: DecoderConfig,
+        tokenizer: Tokenizer,
+        store: Store,
+        seed: int,
+        family: str = "gpt2",
+    ):
+        if model.vocab_size < tokenizer.vocab_size:
+            raise ConfigError(
+                f"the model has {model.vocab_size} tokens, but the tokenizer {tokenizer.vocab_size}: set "
+                "model.vocab_size to 0."
+            )
+        if model.positions == "learned" and data.length > model.max_length:
+            raise ConfigError(
+                f"data.length is {data.length}, but the model has {model.max_length} positions: lower it, or raise "
+                "model.max_length."
+            )
+        self.config, self.data, self.model_config, self.store = config, data, model, store
+        self.tokenizer, self.vocabulary = tokenizer, store.vocabulary
+        self.model, self.prompts = Decoder(model), load_prompts(config.prompts or None)
+        self.options = options_of(config, data, seed)
+        self.tokens_per_record = data.length
+        self.lora = config.lora.config(family)
+        self.trainable: Sequence[tuple[str, bool]] = lora.TRAINABLE if self.lora else ((".*", True),)
+        self.new: Sequence[str] = lora.NEW if self.lora else ()
+
+    def init(self, rng: jax.Array) -> Variables:
+        """Initial variables, boxed."""
+        variables = cast(Variables, self.model.init(rng, *Decoder.example(self.model_config).values()))
+        if self.lora is None:
+            return variables
+        return {
+            **variables,
+            "adapters": lora.init(jax.random.fold_in(rng, 1), variables["params"], self.lora),
+        }
+
+    def loss(self, variables: Variables, batch: Batch, rng: jax.Array, train: bool) -> tuple[jax.Array, Sums]:
+        """Mean cross-entropy of the predicted tokens.
+
+        Returns the loss and sums: `loss` over `predicted` tokens (count), `weighted` and `weight` (the loss as it is
+        balanced is the first over the second), `right` (best token is the target), `cut` (tokens that did not fit into
+        rows).
+        """
+        ids, segments = batch["input_ids"], batch["segments"]
+        drops = self.model_config.dropout or (self.lora is not None and self.lora.dropout)
+        rngs = {"dropout": rng} if train and drops else {}
+        # What is behind a single text is seen by nothing in it: without segments attention has its fastest form.
+        seen = None if self.alone else segments
+        hidden = self.model.apply(variables, ids, segments=seen, rngs=rngs, method="hidden")
+
+        def scores(x: jax.Array) -> jax.Array:
+            return cast(jax.Array, self.model.apply(variables, x, method="logits"))
+
+        targets = jnp.roll(ids, -1, axis=1)
+        losses, right = token_losses(scores, cast(jax.Array, hidden), targets, self.model_config.vocab_size)
+        counts = jnp.roll(batch["predicted"], -1, axis=1).at[:, -1].set(False)
+        counts = counts * (batch["weight"] > 0)[:, None].astype(jnp.float32)
+        weights = counts
+        if self.config.balance == "texts":
+            weights = counts / jnp.maximum(_per_text(counts, segments), 1.0)
+        total, count = (losses * weights).sum(), weights.sum()
+        sums = {
+            "loss": (losses * counts).sum(),
+            "weight": count,
+            "weighted": total,
+            "predicted": counts.sum(),
+            "right": (right * counts).sum(),
+            "cut": (batch["cut"] * (batch["weight"] > 0)).sum().astype(jnp.float32),
+        }
+        return total / jnp.maximum(count, 1.0), sums
+
+    @functools.cached_property
+    def alone(self) -> bool:
+        """Whether rows hold one text each."""
+        source = self.dataset("train")
+        return source is not None and source.cells_per_row == 1
+
+    def summarise(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Mean loss in nats, balanced as in training; perplexity and accuracy of a token, share of tokens cut off."""
+        count, cut = max(float(sums["predicted"]), 1.0), float(sums["cut"])
+        loss = float(sums["weighted"]) / max(float(sums["weight"]), 1e-9)
+        summary = {
+            "loss": loss,
+            "perplexity": float(np.exp(min(float(sums["loss"]) / count, 700.0))),
+            "accuracy": float(sums["right"]) / count,
+        }
+        return {**summary, "cut": cut / (cut + count)} if cut else summary
+
+    @functools.cache  # noqa: B019 (a run has one task)
+    def dataset(self, split: str) -> SentenceSource | None:
+        """Rows of texts of a split."""
+        studies = self.store.split(split)
+        if not studies:
+            return None
+        return SentenceSource(studies, self.vocabulary, self.options, self.prompts, self.tokenizer)
+
+    def evaluators(self) -> Sequence[Evaluator]:
+        """Generated cells, and predicted labels, beside baselines, on the test studies, else the validation ones."""
+        held_out = next((split for split in ("test", "validation") if self.store.split(split)), None)
+        if held_out is None or not self.config.report_cells:
+            return ()
+        from sct.tasks.sentence_reports import reports
+
+        train, after = (
+            [Texts(study, self.vocabulary, self.options, self.prompts) for study in self.store.split(split)]
+            for split in ("train", held_out)
+        )
+        tasks = [name for name, _ in self.options.tasks]
+        return list(
+            reports(self._writer, train, after, tasks, self.config.report_cells, self.config.report_seeds)
+        )
+
+    def _writer(self, variables: Variables) -> CellWriter:
+        """Model with these variables, ready to be asked."""
+        parts = self.exports()
+        return CellWriter.of(self.model_config, variables, parts["tokenizer"], parts["genes"], parts["data"])
+
+    def tokens(self, batch: Mapping[str, Any]) -> int:
+        """Tokens in a batch, padding included."""
+        return int(np.prod(batch["input_ids"].shape))
+
+    @functools.cached_property
+    def fits(self) -> dict[str, RankFit]:
+        """Line of expression over log rank of each training study, and of all together ("all")."""
+        parts, found = [], {}
+        for study in self.store.split("train"):
+            counts = study.read(0, min(study.n_cells, _FIT_CELLS))
+            parts.append(counts)
+            found[study.name] = fit_rank(counts, top_k=self.data.top_k or None)
+        return {"all": fit_rank(sparse.vstack(parts, format="csr"), top_k=self.data.top_k or None), **found}
+
+    def labels(self) -> dict[str, list[str]]:
+        """Values of each label in the training studies, and of the combined ones, the most frequent first."""
+        found: dict[str, Counter[str]] = {}
+        for study in self.store.split("train"):
+            obs = study.obs()
+            for field in ("cell_type", "tissue", "organism"):
+                column = self.options.fields.get(field)
+                if column in obs:
+                    values = obs[column][obs[column].notna()].astype(str)
+                    found.setdefault(field, Counter()).update(value for value in values if value.strip())
+                elif text := self.options.studies.get(study.name, {}).get(field):
+                    found.setdefault(field, Counter()).update({text: study.n_cells})
+            names = list(self.options.labels)
+            if names and set(names) <= set(obs.columns):
+                rows = obs[names].dropna().astype(str).drop_duplicates().to_dict("records")
+                sizes = obs[names].dropna().astype(str).value_counts()
+                combined = {
+                    render_labels(row): int(sizes[tuple(row[name] for name in names)]) for row in rows
+                }
+                found.setdefault("labels", Counter()).update(combined)
+        return {
+            field: sorted(counts, key=lambda value, counts=counts: (-counts[value], value))  # type: ignore[misc]
+            for field, counts in found.items()
+            if 0 < len(counts) <= _MANY
+        }
+
+    def exports(self) -> dict[str, Any]:
+        """What a model folder says beside the model: genes, tokenizer, and how texts were made."""
+        templates = {
+            task: [dataclasses.asdict(template) for template in many]
+            for task, many in self.prompts.templates.items()
+        }
+        described = {
+            "task": NAME,
+            "tasks": [name for name, _ in self.options.tasks],
+            "top_k": self.data.top_k,
+            "fits": {name: dataclasses.asdict(fit) for name, fit in self.fits.items()},
+            "labels": self.labels(),
+            "prompts": templates,
+        }
+        return {"genes": self.vocabulary, "tokenizer": self.tokenizer, "data": described}
+
+    def notes(self, fresh: bool) -> Sequence[str]:
+        """Tell how well ranks stand for expression, and how texts share rows."""
+        fit, source = self.fits["all"], self.dataset("train")
+        rows = 0 if source is None else source.cells_per_row
+        return (
+            f"expression = {fit.slope:.3f} ln(rank) + {fit.intercept:.3f}: R2 {fit.r2:.2f}, Pearson {fit.pearson:.2f}, "
+            f"Spearman {fit.spearman:.2f}; {self.tokenizer.vocab_size:,} tokens, {rows} cells in a row of "
+            f"{self.data.length:,} tokens.",
+        )
+
+
+def _per_text(counts: jax.Array, segments: jax.Array) -> jax.Array:
+    """Sum of counts (B, T) over the text that each token belongs to."""
+    texts = segments.shape[1] + 1
+
+    def of_row(counts: jax.Array, segments: jax.Array) -> jax.Array:
+        return jax.ops.segment_sum(counts, segments, texts)[segments]
+
+    return jax.vmap(of_row)(counts, segments)

@@ -1,0 +1,122 @@
+"""Tasks by name: the one place where a configuration becomes a task."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sct.data.store import Store
+from sct.data.text.tokenizer import Tokenizer
+from sct.errors import ConfigError
+from sct.models import registry
+from sct.tasks import cell_sentences
+from sct.tasks.base import StoreConfig, Task
+from sct.tasks.cell_sentences import CellSentences, CellSentencesConfig, SentenceData
+from sct.tasks.masked_expression import BagData, MaskedExpression, MaskedExpressionConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a task is made of.
+
+    Attributes
+    ----------
+    family, model
+        Name of the family, and plain values of its architecture.
+    objective, data
+        Options, of the types that the task's `Kind` names.
+    store, seed
+        Cells, and the run's seed.
+    tokenizer
+        Of a task of texts.
+    """
+
+    family: str
+    model: Mapping[str, Any]
+    objective: Any
+    data: Any
+    store: Store
+    seed: int
+    tokenizer: Tokenizer | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One kind of task.
+
+    Attributes
+    ----------
+    families
+        Models that it trains.
+    objective, data
+        Types of the configuration's sections.
+    make
+        Makes the task.
+    tokenizer
+        Of a task of texts: trains one, from (store, objective, data, seed).
+    """
+
+    families: tuple[str, ...]
+    objective: type[Any]
+    data: type[StoreConfig]
+    make: Callable[[Parts], Task]
+    tokenizer: Callable[[Store, Any, Any, int], Tokenizer] | None = None
+
+
+def _masked_expression(parts: Parts) -> MaskedExpression:
+    model = registry.model_config(parts.family, parts.model, len(parts.store.vocabulary))
+    return MaskedExpression(parts.objective, model, parts.data.options(parts.seed), parts.store)
+
+
+def _cell_sentences(parts: Parts) -> CellSentences:
+    assert parts.tokenizer is not None
+    model = registry.model_config(parts.family, parts.model, parts.tokenizer.vocab_size)
+    return CellSentences(
+        parts.objective, parts.data, model, parts.tokenizer, parts.store, parts.seed, parts.family
+    )
+
+
+TASKS: Mapping[str, Kind] = {
+    "masked_expression": Kind(("sct",), MaskedExpressionConfig, BagData, _masked_expression),
+    cell_sentences.NAME: Kind(
+        ("gpt2", "neox", "llama"),
+        CellSentencesConfig,
+        SentenceData,
+        _cell_sentences,
+        cell_sentences.make_tokenizer,
+    ),
+}
+
+
+def kind_of(config: Mapping[str, Any]) -> Kind:
+    """Kind of a configuration's task; `ConfigError` where there is none, or it does not train the family."""
+    name, family = config.get("task"), config.get("family")
+    for what, value, known in (("family", family, registry.MODELS), ("task", name, TASKS)):
+        if value not in known:
+            raise ConfigError(f"{what} is {value!r}, but it must be one of {', '.join(known)}.")
+    kind = TASKS[str(name)]
+    if family not in kind.families:
+        raise ConfigError(
+            f"the task {name!r} does not train the family {family!r}: choose from {', '.join(kind.families)}."
+        )
+    return kind
+
+
+def data_of(config: Mapping[str, Any]) -> Any:
+    """A configuration's data section, of the type of its task."""
+    return registry.build(kind_of(config).data, config.get("data", {}), "data")
+
+
+def make_task(config: Mapping[str, Any], store: Store, tokenizer: Tokenizer | None = None) -> tuple[Any, Any]:
+    """Task of a configuration over a store, and its data section.
+
+    A task of texts without a tokenizer trains one.
+    """
+    kind, data = kind_of(config), data_of(config)
+    objective = registry.build(kind.objective, config.get("objective", {}), "objective")
+    seed = int(config.get("train", {}).get("seed", 0))
+    if kind.tokenizer is not None and tokenizer is None:
+        tokenizer = kind.tokenizer(store, objective, data, seed)
+    parts = Parts(config["family"], config.get("model", {}), objective, data, store, seed, tokenizer)
+    return kind.make(parts), data

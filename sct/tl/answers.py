@@ -1,0 +1,97 @@
+"""Annotation by a model that answers in words: the probability of each candidate, for `sct.tl.annotate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+from sct.data.text.prompts import parse_labels, render_labels
+from sct.errors import ConfigError
+from sct.generation.cells import CellWriter
+from sct.tl import running
+from sct.tl.sentences import questions, writer_of
+from sct.version import __version__
+from sct.weights.pretrained import Pretrained
+
+LABELS = "labels"
+Candidates = Sequence[str] | Sequence[Mapping[str, Any]]
+
+
+def candidates_of(
+    writer: CellWriter, label_key: str | Sequence[str] | None, given: Candidates | None
+) -> tuple[str, list[str]]:
+    """Field that is asked for, and the answers to choose among.
+
+    Raises
+    ------
+    ConfigError
+        The model did not learn this label, or has no list of its values and none is given.
+    """
+    known = [name for name in ("cell_type", "tissue", LABELS) if name in writer.labels]
+    if label_key is None:
+        label_key = known[0] if known else "cell_type"
+    field = label_key if isinstance(label_key, str) and label_key in ("cell_type", "tissue") else LABELS
+    if given is not None:
+        texts = [render_labels(each) if isinstance(each, Mapping) else str(each) for each in given]
+        return field, list(dict.fromkeys(texts))
+    found = list(writer.labels.get(field, ()))
+    if field == LABELS and found:
+        keys = {label_key} if isinstance(label_key, str) else set(label_key)
+        learned = set(parse_labels(found[0]))
+        if keys != learned and keys != {LABELS}:
+            raise ConfigError(
+                f"label_key asks for {', '.join(sorted(keys))}, but the model learned {', '.join(sorted(learned))} "
+                "together: ask for these."
+            )
+    if not found:
+        raise ConfigError(
+            f"the model has no list of {field}: give candidates=[...], or name one of {', '.join(known) or 'none'}."
+        )
+    return field, found
+
+
+def annotate_by_answers(
+    adata: ad.AnnData,
+    model: Pretrained,
+    *,
+    label_key: str | Sequence[str] | None,
+    candidates: Candidates | None,
+    threshold: float,
+    unknown: str,
+    key_added: str,
+    copy: bool,
+    templates: int = 1,
+    batch_size: int = 8,
+    **options: Any,
+) -> ad.AnnData | None:
+    """Write the most probable answer about each cell; see `sct.tl.annotate`."""
+    writer = writer_of(model)
+    field, answers = candidates_of(writer, label_key, candidates)
+    fields, _ = questions(adata, model, writer, **options)
+    logs = writer.score(f"cell_to_{field}", fields, answers, templates=templates, batch_size=batch_size)
+    probabilities = np.exp(logs)
+    best = probabilities.argmax(axis=1)
+    highest = probabilities[np.arange(len(best)), best]
+    target = running.to_write(adata, copy)
+    names = np.array(answers, dtype=object)
+    target.obs[key_added] = pd.Categorical(np.where(highest >= threshold, names[best], unknown))
+    target.obs[f"{key_added}_probability"] = highest.astype(np.float32)
+    table = pd.DataFrame(probabilities.astype(np.float32), index=adata.obs_names, columns=answers)
+    target.obsm[f"{key_added}_probabilities"] = table
+    if field == LABELS:
+        parts = pd.DataFrame([parse_labels(answer) for answer in answers])
+        for key in parts:
+            # The probability of a value is that of all combinations with it.
+            sums = pd.DataFrame(probabilities).T.groupby(parts[key].to_numpy()).sum().T
+            target.obs[f"{key_added}_{key}"] = pd.Categorical(
+                sums.columns.to_numpy()[sums.to_numpy().argmax(axis=1)]
+            )
+    target.uns[key_added] = {
+        "sct_version": __version__, "model": repr(model), "weights": model.fingerprint, "label_key": field,
+        "candidates": answers, "templates": templates, "threshold": threshold,
+    }  # fmt: skip
+    return target if copy else None

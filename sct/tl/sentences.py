@@ -1,0 +1,317 @@
+"""`sct.tl.to_sentences`, `sct.tl.generate_cells`, `sct.tl.describe`: cells as text and text as cells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+from sct.data import counts
+from sct.data.cells import Cells
+from sct.data.genes import GeneVocabulary
+from sct.data.text.cell_sentence import cell_keys, sentences
+from sct.data.text.prompts import render_labels
+from sct.data.text.source import gene_words
+from sct.errors import ConfigError
+from sct.generation.cells import CellWriter
+from sct.tl import running
+from sct.version import __version__
+from sct.weights.pretrained import Pretrained
+
+
+def writer_of(model: Pretrained) -> CellWriter:
+    """What a model learned of cell sentences; `ConfigError` for any other model."""
+    return CellWriter.of(model.config, model.variables, model.tokenizer, model.genes, model.data)
+
+
+def to_sentences(
+    adata: ad.AnnData,
+    *,
+    top_k: int | None = None,
+    seed: int = 0,
+    model: running.Model | None = None,
+    layer: str | None = None,
+    gene_column: str | None = None,
+    duplicates: Literal["error", "sum"] = "error",
+) -> pd.Series:
+    """Write each cell as a sentence: its expressed genes in descending order (Cell2Sentence paper, section 3.1).
+
+    Genes of equal counts stand in a random order that depends on the seed, the cell's name and the gene alone.
+
+    Parameters
+    ----------
+    adata
+        Raw counts (N, n_var), in memory or backed.
+    top_k
+        Words at most; by default all expressed genes (with `model`, as many as it reads).
+    seed
+        Of the order of ties.
+    model
+        Write the words of this model alone. Otherwise every gene of `adata` is a word: its name, or the symbol of an
+        Ensembl id that the human gene table knows.
+    layer
+        Where the raw counts are; by default the first of X, raw and layers["counts"] that holds them.
+    gene_column, duplicates
+        With `model`: see `sct.GeneVocabulary.align`.
+
+    Returns
+    -------
+    Sentences indexed by cell; an empty cell has an empty one.
+
+    Raises
+    ------
+    DataError
+        No raw counts, or genes that cannot be words: repeated names, or white space in one.
+    """
+    running.check_table(adata, False)
+    running.check_seed(seed)
+    if top_k is not None and top_k < 1:
+        raise ConfigError(
+            f"top_k is {top_k}, but at least 1 is needed: leave it out to write all expressed genes."
+        )
+    keys = cell_keys(adata.obs_names)
+    if model is not None:
+        handle = running.loaded(model)
+        writer = writer_of(handle)
+        table = Cells(adata, handle.vocabulary, layer=layer, gene_column=gene_column, duplicates=duplicates)
+        made = written(table, writer, keys, np.arange(adata.n_obs), top_k=top_k, seed=seed)
+    else:
+        found = counts.validate(adata, layer=layer)
+        words = _words(found.var)
+        made = []
+        for start in range(0, adata.n_obs, _BLOCK):
+            block = counts.exact_integers(found.matrix[start : start + _BLOCK])
+            made += sentences(block, words, top_k=top_k, seed=seed, keys=keys[start : start + _BLOCK])
+    return pd.Series(made, index=adata.obs_names, name="sentence", dtype=object)
+
+
+_BLOCK = 4096  # cells turned into text at once
+
+
+def _words(var: pd.DataFrame) -> list[str]:
+    """Name of each column; the symbol of an Ensembl id that the human table knows."""
+    names = [str(name) for name in var.index]
+    human = GeneVocabulary.human()
+    symbols = dict(zip(human.ensembl_ids, gene_words(human), strict=True))
+    known = [symbols.get(name.partition(".")[0], name) if name.startswith("ENSG") else name for name in names]
+    return known if len(set(known)) == len(set(names)) else names
+
+
+def written(
+    table: Cells,
+    writer: CellWriter,
+    keys: np.ndarray,
+    rows: np.ndarray,
+    *,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> list[str]:
+    """Sentences of rows of a table, in the words of a model and as long as it reads."""
+    longest = min(top_k or writer.top_k or len(writer.words), writer.top_k or len(writer.words))
+    made: list[str] = []
+    for start in range(0, len(rows), _BLOCK):
+        part = rows[start : start + _BLOCK]
+        made += sentences(table.read(part), writer.words, top_k=longest, seed=seed, keys=keys[part])
+    return made
+
+
+def questions(
+    adata: ad.AnnData,
+    model: Pretrained,
+    writer: CellWriter,
+    *,
+    seed: int = 0,
+    layer: str | None = None,
+    gene_column: str | None = None,
+    duplicates: Literal["error", "sum"] = "error",
+) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """What a model is told of each cell, and the cells' keys.
+
+    Raises
+    ------
+    DataError
+        No raw counts, unknown genes, cells without a count.
+    """
+    table = Cells(adata, model.vocabulary, layer=layer, gene_column=gene_column, duplicates=duplicates)
+    running.check_not_empty(table)
+    keys = cell_keys(adata.obs_names)
+    made = written(table, writer, keys, np.arange(adata.n_obs), seed=seed)
+    fields = []
+    for sentence in made:
+        number = sentence.count(" ") + 1
+        cut = {"num_genes": number} if number == writer.top_k else {}
+        fields.append({"cell": sentence, **cut})
+    return fields, keys
+
+
+def generate_cells(
+    model: running.Model,
+    *,
+    cell_type: str | Sequence[str] | None = None,
+    tissue: str | Sequence[str] | None = None,
+    labels: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    text: str | Sequence[str] | None = None,
+    n: int = 1,
+    seed: int = 0,
+    fit: str = "all",
+    temperature: float | None = None,
+    top_p: float | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int = 32,
+) -> ad.AnnData:
+    """Generate cells with a model of cell sentences, and restore their expression (Cell2Sentence paper, 3.1, D).
+
+    Parameters
+    ----------
+    model
+        Of `sct.load`, or its path.
+    cell_type, tissue, labels, text
+        What the cells should be, at most one of them: a cell type; a tissue; labels that the model was trained on
+        together, such as {"cell type": "T cell", "exposure": "acute"}; an abstract of a study. A list asks for `n`
+        cells of each of its entries. With none of them cells are generated unconditionally.
+    n
+        Cells of each.
+    seed
+        The same seed gives the same cells.
+    fit
+        Training study whose line turns ranks into expression; "all" is that of all of them.
+    temperature, top_p, max_new_tokens
+        How words are drawn; by default as in the paper, 0.7 and 0.9, as long as a sentence may be.
+    batch_size
+        Cells generated at once.
+
+    Returns
+    -------
+    AnnData with X float32, log10(1 + counts per 10,000), of the model's genes (`var`: Ensembl ids and symbols);
+    `obs`: what was asked for, `sentence`, `n_words`, `n_valid`, `n_unique`, `valid_share`, `unique_share` and
+    `finished` (whether the model ended the sentence itself); `uns["sct"]`: model, seed and options.
+
+    Raises
+    ------
+    ConfigError
+        Contradicting conditions, or the model did not learn what is asked.
+    """
+    handle = running.loaded(model)
+    writer = writer_of(handle)
+    running.check_seed(seed)
+    if n < 1:
+        raise ConfigError(f"n is {n}, but at least one cell is needed.")
+    given = {"cell_type": cell_type, "tissue": tissue, "labels": labels, "abstract": text}
+    asked = {name: value for name, value in given.items() if value is not None}
+    if len(asked) > 1:
+        raise ConfigError(f"{' and '.join(asked)} were given together: give one, or combine them as labels.")
+    name = next(iter(asked), None)
+    task = "unconditional" if name is None else f"{name}_to_cell"
+    many: Sequence[Any] = [None]
+    if name is not None:
+        value = asked[name]
+        many = [value] if isinstance(value, str | Mapping) else list(value)
+        _check_known(writer, name, many)
+    wanted = [value for value in many for _ in range(n)]
+    cut = {"num_genes": writer.top_k} if writer.top_k else {}
+    fields = [cut if value is None else {name: value, **cut} for value in wanted]
+    made = writer.answer(
+        task, fields, seed=seed, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )  # fmt: skip
+    # Words that are not of the template's form are words still, and count as invalid.
+    texts = made["answer"].where(made["answer"].notna(), made["text"]).tolist()
+    matrix, table = writer.expression(texts, fit)
+    obs = table.set_axis(pd.Index([f"generated_{i}" for i in range(len(wanted))]), axis=0)
+    obs.insert(0, "sentence", texts)
+    obs["finished"] = made["finished"].to_numpy()
+    if name is not None:
+        shown = [render_labels(value) if isinstance(value, Mapping) else str(value) for value in wanted]
+        obs.insert(0, name, pd.Categorical(shown))
+    if name == "labels":
+        for key in sorted({key for value in many for key in value}):
+            obs[key] = pd.Categorical([str(value.get(key, "")) for value in wanted])
+    genes = handle.vocabulary
+    var = pd.DataFrame({"ensembl_id": list(genes.ensembl_ids)}, index=pd.Index(writer.words, name="symbol"))
+    adata = ad.AnnData(matrix, obs=obs, var=var)
+    adata.uns["sct"] = {
+        "sct_version": __version__, "model": repr(handle), "weights": handle.fingerprint, "seed": seed, "fit": fit,
+        "task": task, "units": "log10(1 + counts per 10,000)",
+    }  # fmt: skip
+    return adata
+
+
+def _check_known(writer: CellWriter, name: str, many: Sequence[Any]) -> None:
+    """Refuse names of cell types and tissues that the model has never seen: it would make up something else."""
+    if not many:
+        raise ConfigError(f"{name} is an empty list: give at least one.")
+    known = writer.labels.get(name)
+    if name not in ("cell_type", "tissue") or known is None:
+        return
+    for value in many:
+        if value not in known:
+            raise ConfigError(
+                f"the model has seen no {name.replace('_', ' ')} {value!r}: choose from {', '.join(known[:20])}"
+                f"{', ...' if len(known) > 20 else ''}."
+            )
+
+
+def describe(
+    adata: ad.AnnData,
+    model: running.Model,
+    *,
+    seed: int = 0,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    max_new_tokens: int = 128,
+    batch_size: int = 16,
+    layer: str | None = None,
+    gene_column: str | None = None,
+    duplicates: Literal["error", "sum"] = "error",
+    key_added: str = "sct_description",
+    copy: bool = False,
+) -> ad.AnnData | None:
+    """Write a text about each cell: the summary of a study that it may be from (Cell2Sentence paper, section 4.4).
+
+    Parameters
+    ----------
+    adata
+        Raw counts (N, n_var).
+    model
+        A model of cell sentences that was trained on abstracts (task cell_to_abstract).
+    seed, temperature, top_p, max_new_tokens, batch_size
+        See `sct.tl.generate_cells`.
+    layer, gene_column, duplicates
+        See `sct.tl.embed`.
+    key_added
+        Texts are written to `obs[key_added]`, the parameters to `uns[key_added]`.
+    copy
+        Return a changed copy, and leave `adata` as it is.
+
+    Raises
+    ------
+    ConfigError
+        The model did not learn to write about cells.
+    DataError
+        No raw counts, unknown genes, cells without a count.
+    """
+    running.check_table(adata, copy)
+    handle = running.loaded(model)
+    writer = writer_of(handle)
+    trained = handle.data.get("tasks", ())
+    if "cell_to_abstract" not in trained:
+        raise ConfigError(
+            f"the model learned {', '.join(trained)}, but not to write about cells: train one with the task "
+            "cell_to_abstract (--config.objective.tasks) and texts of the studies (--config.data.studies)."
+        )
+    fields, keys = questions(
+        adata, handle, writer, seed=seed, layer=layer, gene_column=gene_column, duplicates=duplicates
+    )
+    made = writer.answer(
+        "cell_to_abstract", fields, seed=seed, keys=keys.tolist(), temperature=temperature, top_p=top_p,
+        max_new_tokens=max_new_tokens, batch_size=batch_size,
+    )  # fmt: skip
+    target = running.to_write(adata, copy)
+    target.obs[key_added] = made["answer"].where(made["answer"].notna(), made["text"]).to_numpy()
+    target.uns[key_added] = {
+        "sct_version": __version__, "model": repr(handle), "weights": handle.fingerprint, "seed": seed,
+    }  # fmt: skip
+    return target if copy else None

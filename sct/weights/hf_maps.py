@@ -1,0 +1,252 @@
+"""Where each parameter of a text model lies in the files of Hugging Face: one ordered table per family.
+
+Parameters of equal layers are stacked here, (layers, ...), and apart there; a projection that is fused there (query,
+key and value) is three here; dense layers of torch hold (out, in) instead of (in, out).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from sct.errors import CheckpointError
+
+# Leaf here -> leaf there, and whether its two axes are exchanged.
+_Leaves = Mapping[str, tuple[str, bool]]
+_TABLE: _Leaves = {"embedding": ("weight", False)}
+_NORM: _Leaves = {"scale": ("weight", False), "bias": ("bias", False)}
+_CONV: _Leaves = {"kernel": ("weight", False), "bias": ("bias", False)}
+_LINEAR: _Leaves = {"kernel": ("weight", True), "bias": ("bias", False)}
+_BIAS: _Leaves = {"head_bias": ("bias", False)}
+_FUSED = re.compile(r"[^/]*\+[^/]*")
+_ROW = tuple[str, str, _Leaves]
+
+# Module here -> module there, `{}` the number of the layer.
+_GPT2: tuple[_ROW, ...] = (
+    ("token", "transformer.wte", _TABLE),
+    ("position", "transformer.wpe", _TABLE),
+    ("layers/attention_norm", "transformer.h.{}.ln_1", _NORM),
+    ("layers/attention/query+key+value", "transformer.h.{}.attn.c_attn", _CONV),
+    ("layers/attention/out", "transformer.h.{}.attn.c_proj", _CONV),
+    ("layers/mlp_norm", "transformer.h.{}.ln_2", _NORM),
+    ("layers/mlp/up", "transformer.h.{}.mlp.c_fc", _CONV),
+    ("layers/mlp/down", "transformer.h.{}.mlp.c_proj", _CONV),
+    ("norm", "transformer.ln_f", _NORM),
+    ("head", "lm_head", _LINEAR),
+)
+_NEOX: tuple[_ROW, ...] = (
+    ("token", "gpt_neox.embed_in", _TABLE),
+    ("layers/attention_norm", "gpt_neox.layers.{}.input_layernorm", _NORM),
+    ("layers/attention/query+key+value", "gpt_neox.layers.{}.attention.query_key_value", _LINEAR),
+    ("layers/attention/out", "gpt_neox.layers.{}.attention.dense", _LINEAR),
+    ("layers/mlp_norm", "gpt_neox.layers.{}.post_attention_layernorm", _NORM),
+    ("layers/mlp/up", "gpt_neox.layers.{}.mlp.dense_h_to_4h", _LINEAR),
+    ("layers/mlp/down", "gpt_neox.layers.{}.mlp.dense_4h_to_h", _LINEAR),
+    ("norm", "gpt_neox.final_layer_norm", _NORM),
+    ("head", "embed_out", _LINEAR),
+)
+_LLAMA: tuple[_ROW, ...] = (
+    ("token", "model.embed_tokens", _TABLE),
+    ("layers/attention_norm", "model.layers.{}.input_layernorm", _NORM),
+    ("layers/attention/query", "model.layers.{}.self_attn.q_proj", _LINEAR),
+    ("layers/attention/key", "model.layers.{}.self_attn.k_proj", _LINEAR),
+    ("layers/attention/value", "model.layers.{}.self_attn.v_proj", _LINEAR),
+    ("layers/attention/out", "model.layers.{}.self_attn.o_proj", _LINEAR),
+    ("layers/mlp_norm", "model.layers.{}.post_attention_layernorm", _NORM),
+    ("layers/mlp/gate", "model.layers.{}.mlp.gate_proj", _LINEAR),
+    ("layers/mlp/up", "model.layers.{}.mlp.up_proj", _LINEAR),
+    ("layers/mlp/down", "model.layers.{}.mlp.down_proj", _LINEAR),
+    ("norm", "model.norm", _NORM),
+    ("head", "lm_head", _LINEAR),
+)
+_BERT: tuple[_ROW, ...] = (
+    ("token", "bert.embeddings.word_embeddings", _TABLE),
+    ("position", "bert.embeddings.position_embeddings", _TABLE),
+    ("type", "bert.embeddings.token_type_embeddings", _TABLE),
+    ("norm", "bert.embeddings.LayerNorm", _NORM),
+    ("layers/attention/query", "bert.encoder.layer.{}.attention.self.query", _LINEAR),
+    ("layers/attention/key", "bert.encoder.layer.{}.attention.self.key", _LINEAR),
+    ("layers/attention/value", "bert.encoder.layer.{}.attention.self.value", _LINEAR),
+    ("layers/attention/out", "bert.encoder.layer.{}.attention.output.dense", _LINEAR),
+    ("layers/attention_norm", "bert.encoder.layer.{}.attention.output.LayerNorm", _NORM),
+    ("layers/mlp/up", "bert.encoder.layer.{}.intermediate.dense", _LINEAR),
+    ("layers/mlp/down", "bert.encoder.layer.{}.output.dense", _LINEAR),
+    ("layers/mlp_norm", "bert.encoder.layer.{}.output.LayerNorm", _NORM),
+    ("pooler", "bert.pooler.dense", _LINEAR),
+    ("transform", "cls.predictions.transform.dense", _LINEAR),
+    ("transform_norm", "cls.predictions.transform.LayerNorm", _NORM),
+    ("head", "cls.predictions.decoder", _LINEAR),
+    ("", "cls.predictions", _BIAS),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Names in the files of a family.
+
+    Attributes
+    ----------
+    prefix
+        Before the names of everything but the head; files of a model without its head lack it.
+    rows
+        The table.
+    head
+        Name of the head's matrix, and `head_names` all spellings of it.
+    ignored
+        Names of arrays that hold nothing learned (masks, frequencies, positions) or belong to another task.
+    """
+
+    prefix: str
+    rows: tuple[_ROW, ...]
+    head: str
+    head_names: tuple[str, ...]
+    ignored: str
+
+    @property
+    def table(self) -> str:
+        """Name of the embeddings of the tokens, which a tied head shares."""
+        return f"{self.rows[0][1]}.weight"
+
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family(
+        "transformer.", _GPT2, "lm_head.weight", ("lm_head.weight",),
+        r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",
+    ),
+    "neox": Family(
+        "gpt_neox.", _NEOX, "embed_out.weight", ("embed_out.weight", "lm_head.weight"),
+        r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)|gpt_neox\.rotary_emb\.inv_freq",
+    ),
+    "llama": Family(
+        "model.", _LLAMA, "lm_head.weight", ("lm_head.weight",),
+        r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
+    ),
+    "bert": Family(
+        "bert.", _BERT, "cls.predictions.decoder.weight", ("cls.predictions.decoder.weight",),
+        # The second head of pretraining tells whether one text follows another.
+        r"bert\.embeddings\.(position_ids|token_type_ids)|cls\.seq_relationship\.(weight|bias)",
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Where a parameter lies: one of equal pieces of one array, or of one array of each layer.
+
+    Attributes
+    ----------
+    names
+        Arrays, one per layer where `stacked`.
+    transposed
+        Whether the axes of the arrays are (out, in).
+    piece, pieces, run
+        The output axis of an array holds `run` features of the first piece, as many of the second, and so on, and
+        then again the first.
+    """
+
+    names: tuple[str, ...]
+    stacked: bool
+    transposed: bool
+    piece: int
+    pieces: int
+    run: int
+
+    def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the arrays, of the parameter's shape."""
+        one = ours[1:] if self.stacked else ours
+        one = (*one[:-1], one[-1] * self.pieces)
+        return one[::-1] if self.transposed else one
+
+    def take(self, part: Callable[[tuple[slice, ...]], np.ndarray], index: tuple[slice, ...]) -> np.ndarray:
+        """Read the part `index` of the parameter of one layer; `part` reads one of the array."""
+        if self.pieces == 1:
+            found = part(index[::-1] if self.transposed else index)
+            return found.T if self.transposed else found
+        *before, out = index
+        blocks = []
+        for number in range(out.start // self.run, -(-out.stop // self.run)):
+            begin = (number * self.pieces + self.piece - number) * self.run
+            columns = slice(
+                begin + max(out.start, number * self.run), begin + min(out.stop, (number + 1) * self.run)
+            )
+            whole = (*before, columns)
+            block = part(whole[::-1] if self.transposed else whole)
+            blocks.append(block.T if self.transposed else block)
+        return np.concatenate(blocks, axis=-1)
+
+    def join(self, pieces: list[np.ndarray]) -> np.ndarray:
+        """Array of a layer from the parameters that are its pieces; the way back of `take`."""
+        made = pieces[0]
+        if self.pieces > 1:
+            runs = [x.reshape(*x.shape[:-1], -1, self.run) for x in pieces]
+            made = np.stack(runs, axis=-2).reshape(*made.shape[:-1], -1)
+        return np.ascontiguousarray(made.T if self.transposed else made)
+
+
+def entries(family: str, config: Any, shapes: Mapping[str, Any]) -> dict[str, Entry]:
+    """Place of each parameter of a model, by path, in the order of the family's table."""
+    found: dict[str, Entry] = {}
+    for ours, theirs, leaves in FAMILIES[family].rows:
+        fused = _FUSED.search(ours)
+        parts = fused[0].split("+") if fused else [""]
+        for piece, part in enumerate(parts):
+            module = _FUSED.sub(part, ours)
+            for leaf, (foreign, transposed) in leaves.items():
+                path = "/".join(name for name in ("params", module, leaf) if name)
+                if path not in shapes:
+                    continue
+                stacked = "{}" in theirs
+                names = [theirs.format(layer) for layer in range(config.num_layers if stacked else 1)]
+                width = shapes[path].shape[-1]
+                # GPT-NeoX keeps the three of a head together, GPT-2 all heads of each.
+                run = config.head_size if fused and family == "neox" else width
+                found[path] = Entry(
+                    tuple(f"{name}.{foreign}" for name in names), stacked, transposed, piece, len(parts), run
+                )
+    unknown = sorted(set(shapes) - set(found))
+    if unknown:
+        raise CheckpointError(
+            f"Hugging Face's format of {family} has no place for {unknown[0]}: merge adapters before, and save what "
+            "else the model has as a model folder."
+        )
+    return found
+
+
+def resolve(family: str, keys: list[str], expected: set[str], source: str) -> dict[str, str]:
+    """Name of the table for each key of the files; a key that has none keeps its own.
+
+    Raises
+    ------
+    CheckpointError
+        Two keys are one array.
+    """
+    prefix = FAMILIES[family].prefix
+    names: dict[str, str] = {}
+    known = re.compile(FAMILIES[family].ignored)
+    extra = {*FAMILIES[family].head_names, "cls.predictions.bias", "cls.predictions.decoder.bias"}
+    for key in keys:
+        # The first releases of BERT name the parameters of norms as TensorFlow does.
+        plain = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", key) if family == "bert" else key
+        plain = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", plain) if family == "bert" else plain
+        fits = [n for n in (plain, prefix + plain) if n in expected or n in extra or known.fullmatch(n)]
+        name = fits[0] if fits else key
+        if name in names:
+            raise CheckpointError(f"{source} holds {name} twice, as {names[name]} and as {key}: keep one.")
+        names[name] = key
+    return names
+
+
+def copies(family: str, tied: bool) -> list[tuple[str, str, bool]]:
+    """Arrays that may be in the files a second time: (name of the copy, of the original, must they be equal)."""
+    table = FAMILIES[family]
+    original = table.table if tied else table.head
+    found = [(name, original, True) for name in table.head_names if name != original]
+    if family == "bert":
+        bias, other = "cls.predictions.bias", "cls.predictions.decoder.bias"
+        # `transformers` 5 computes with the second of the two where the head is not tied.
+        found.append((other, bias, True) if tied else (bias, other, False))
+    return found

@@ -1,0 +1,140 @@
+"""Files of an adapter in the format of the PEFT library: `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sct.errors import CheckpointError
+from sct.weights import model_folder
+
+CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+_OURS = {CONFIG, WEIGHTS, CARD}
+# Options that do not change what a trained adapter computes, or that the files themselves answer.
+_FREE = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "layers_pattern", "layers_to_transform", "lora_ga_config", "loftq_config",
+    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
+}  # fmt: skip
+_READ = {
+    "peft_type", "bias", "init_lora_weights", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern",
+    "alpha_pattern",
+}  # fmt: skip
+# Ways to begin that leave the model as it is; the others take from it what the adapter then gives.
+_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
+_ADVICE = "add the adapter to the model with the PEFT library (merge_and_unload) and convert that instead"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Options of an adapter folder; `CheckpointError` for those that are not computed here."""
+    given, path = model_folder.read_json(folder / CONFIG), folder / CONFIG
+    if given.get("peft_type") != "LORA":
+        raise CheckpointError(
+            f"{path} has peft_type = {given.get('peft_type')!r}, but only LORA is read here."
+        )
+    if given.get("bias", "none") != "none":
+        raise CheckpointError(
+            f"{path} has bias = {given['bias']!r}, but biases are not trained with adapters here: {_ADVICE}."
+        )
+    if given.get("init_lora_weights") not in _BEGINNINGS:
+        raise CheckpointError(
+            f"{path} has init_lora_weights = {given['init_lora_weights']!r}, which changes the model beside the "
+            f"adapter: {_ADVICE}."
+        )
+    # Whatever else there is, now or in later versions, must be switched off.
+    strange = sorted(name for name in set(given) - _FREE - _READ if given[name])
+    if strange:
+        raise CheckpointError(
+            f"{path} has {strange[0]} = {given[strange[0]]!r}, which is not computed here: {_ADVICE}."
+        )
+    defaults: dict[str, Any] = {
+        "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}
+    }  # fmt: skip
+    options = {
+        name: default if given.get(name) is None else given[name] for name, default in defaults.items()
+    }
+    for name, value in options.items():
+        patterns = name.endswith("_pattern")
+        values = list(value.values()) if patterns and isinstance(value, dict) else [value]
+        numbers = all(isinstance(v, (int, float)) and math.isfinite(v) and v >= 0 for v in values)
+        if not numbers or patterns != isinstance(value, dict):
+            raise CheckpointError(
+                f"{path} has {name} = {value!r}, which describes no adapter: it is damaged."
+            )
+    if not options["lora_dropout"] < 1:
+        raise CheckpointError(
+            f"{path} has lora_dropout = {options['lora_dropout']}, but it must lie in [0, 1)."
+        )
+    return options
+
+
+def read_arrays(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Arrays of an adapter folder by name."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / WEIGHTS
+    if not path.is_file() and (folder / "adapter_model.bin").is_file():
+        raise CheckpointError(
+            f"{folder} holds adapter_model.bin, but {WEIGHTS} is read here: load it with the PEFT library and save it "
+            "again."
+        )
+    try:
+        with safe_open(path, framework="flax") as file:  # numpy alone does not know bfloat16
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                yield key, np.asarray(file.get_tensor(key))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}: the folder is incomplete.") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}).") from error
+
+
+def write(folder: Path, tensors: dict[str, np.ndarray], config: Mapping[str, Any]) -> None:
+    """Write an adapter folder; it takes its place at once when it is complete.
+
+    Raises
+    ------
+    CheckpointError
+        The folder holds other files, or cannot be written; nothing is left of the attempt then.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        folder = folder.resolve()
+        if folder.exists() and not folder.is_dir():
+            raise CheckpointError(f"{folder} is a file, but an adapter is a folder: choose another path.")
+        new, old = model_folder.unfinished(folder)
+        for place in (folder, new, old):
+            if place.exists() and not (place.is_dir() and {file.name for file in place.iterdir()} <= _OURS):
+                raise CheckpointError(
+                    f"{place} holds other files than those of an adapter, which would be lost: choose an empty or "
+                    "new folder."
+                )
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        shutil.rmtree(new, ignore_errors=True)
+        try:
+            new.mkdir(parents=True)
+            (new / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+            save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+            # safetensors writes files that their owner alone can read.
+            shutil.copymode(new / CONFIG, new / WEIGHTS)
+            for file in new.iterdir():
+                model_folder.flush(file)
+            model_folder.exchange(new, old, folder)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise CheckpointError(
+            f"the adapter could not be written to {folder} ({reason}): choose a place that is writable and has room "
+            "for it."
+        ) from error

@@ -1,0 +1,1 @@
+"""Our models beside those of other libraries, with the same weights."""
