@@ -6,7 +6,8 @@ Tuning of GPT-2 small (124 million parameters) from a Hugging Face folder with `
     python -m launch.train --config=configs/c2s_gpt2.py --config.init_from=GPT2_FOLDER --config.data.store=STORE \
         --workdir=runs/c2s
 
-    Any size (medium, large) does: the architecture is that of the folder. Hardware: one GPU of 24 GB.
+    Any size (medium, large) does: the architecture is that of the folder. Hardware: one GPU (its memory was not
+    measured; --config.train.accumulate=8 runs a batch in parts).
 
 :scratch, from random parameters with a tokenizer of its own; the loss counts all tokens (appendix C.0.1):
 
@@ -41,7 +42,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.max_length = 1024
     config.model.dropout = 0.1
     config.model.init = "xavier"
-    config.model.remat = "none"
+    config.model.remat = "level"
     config.model.dtype = "bfloat16"
 
     config.data = ConfigDict()
@@ -102,12 +103,13 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant in ("scratch", "quickstart"):
         config.objective.loss_on = "all"
     if variant == "quickstart":
+        config.model.remat = "none"
         config.model.update(
             embed_dim=192, num_layers=4, num_heads=6, ffn_dim=768, max_length=512, dtype="float32"
         )
         config.data.update(dataset="pbmc68k", length=512)
         config.objective.balance = "texts"  # departs from the paper: few cells, and labels are learned sooner
         config.optimizer.update(peak_lr=2e-3, warmup_steps=30, final_lr=1e-4)
-        config.train.update(batch_size=8, steps=400, log_every=20, eval_every=100, checkpoint_every=100)
+        config.train.update(batch_size=8, steps=600, log_every=20, eval_every=100, checkpoint_every=100)
         config.train.update(loader_threads=1, eval_records=0)
     return config

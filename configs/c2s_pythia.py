@@ -14,95 +14,33 @@ Tuning from a Hugging Face folder of Pythia-160m (`config.json`, `model.safetens
     python -m launch.train --config=configs/c2s_pythia.py:quickstart --workdir=runs/c2s_pythia_quickstart
 """
 
+import runpy
+from pathlib import Path
+
 from ml_collections import ConfigDict
 
 VARIANTS = ("", "quickstart")
 
+_GPT2 = runpy.run_path(str(Path(__file__).with_name("c2s_gpt2.py")))
+
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The paper's recipe, or a small variant of it."""
+    """The paper's recipe, or a small variant of it; what is not said here is that of `c2s_gpt2.py`."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS[1:])}")
-    config = ConfigDict()
+    config = _GPT2["get_config"](variant)
     config.family = "neox"
-    config.task = "cell_sentences"
-    config.init_from = ""  # Hugging Face folder, model folder or run; its architecture replaces that below
-
-    config.model = ConfigDict()
-    config.model.vocab_size = 0  # 0: the tokenizer's
-    config.model.embed_dim = 768
-    config.model.num_layers = 12
-    config.model.num_heads = 12
-    config.model.ffn_dim = 3072
-    config.model.max_length = 9_200  # a rotary model reads longer texts than it was made for
-    config.model.dropout = 0.0
     config.model.init = "normal"
-    config.model.remat = "level"
-    config.model.dtype = "bfloat16"
-
-    config.data = ConfigDict()
-    config.data.store = ""
-    config.data.dataset = ""
-    config.data.tokens = 0.0
     config.data.top_k = 0  # whole cells
-    config.data.length = 9_200
-    config.data.cell_type = "cell_type"  # columns of obs, "" for none
-    config.data.tissue = ""
-    config.data.organism = ""
-    config.data.abstract = ""
-    config.data.labels = ()
-    config.data.studies = ""  # YAML file with texts of whole studies
-    config.data.tokenizer = ""  # folder; otherwise that of init_from, or a new one
-    config.data.vocab_size = 9_609
-    config.data.corpus_cells = 20_000
-
-    config.objective = ConfigDict()
-    config.objective.tasks = (("unconditional", 1.0), ("cell_type_to_cell", 1.0), ("cell_to_cell_type", 1.0))
     config.objective.loss_on = "all"  # the paper trains on all tokens (appendix C)
-    config.objective.balance = "tokens"  # texts: a label counts as much as a whole sentence
-    config.objective.prompts = ""  # JSON file with further templates
-    config.objective.lora = ConfigDict()
-    config.objective.lora.rank = 0  # above 0: low-rank adapters alone are trained
-    config.objective.lora.alpha = 16.0
-    config.objective.lora.dropout = 0.0
-    config.objective.lora.targets = ()  # regular expressions over paths; empty: those of the family
-    config.objective.report_cells = 500
-    config.objective.report_seeds = 3
-
-    config.optimizer = ConfigDict()
-    config.optimizer.peak_lr = 6e-4
-    config.optimizer.init_lr = 0.0
-    config.optimizer.final_lr = 0.0
-    config.optimizer.warmup_steps = 500
-    config.optimizer.schedule = "cosine"
-    config.optimizer.weight_decay = 0.01
-    config.optimizer.clip_norm = 1.0
-    config.optimizer.moment_dtype = "float32"
-
-    config.train = ConfigDict()
-    config.train.steps = 140_000
-    config.train.batch_size = 32
-    config.train.accumulate = 1
-    config.train.batch_ramp = ()
-    config.train.log_every = 100
-    config.train.eval_every = 5_000
-    config.train.eval_records = 500
-    config.train.checkpoint_every = 5_000
-    config.train.keep_last = 2
-    config.train.patience = 10
-    config.train.stop_at = 0
-    config.train.seed = 0
-    config.train.loader_threads = 4
-    config.train.mesh = "data"  # or single, fsdp, pod, or sizes: data=2,fsdp=4
-
-    if variant == "quickstart":
+    if not variant:
         config.model.update(
-            embed_dim=192, num_layers=4, num_heads=6, ffn_dim=768, max_length=768, dtype="float32"
-        )
-        config.model.update(remat="none", dropout=0.1)
-        config.data.update(dataset="pbmc68k", length=384)
-        config.objective.update(balance="texts", report_cells=140)
-        config.optimizer.update(peak_lr=2e-3, warmup_steps=30, final_lr=1e-4)
-        config.train.update(batch_size=8, steps=400, log_every=20, eval_every=100, checkpoint_every=100)
-        config.train.update(loader_threads=1, eval_records=0)
+            max_length=9_200, dropout=0.0, remat="level"
+        )  # rotary models read longer texts, too
+        config.data.length = 9_200
+        config.train.update(steps=140_000, eval_every=5_000, checkpoint_every=5_000)
+    if variant == "quickstart":
+        config.model.max_length = 768
+        config.data.length = 384
+        config.objective.report_cells = 140
     return config

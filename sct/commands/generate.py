@@ -1,7 +1,7 @@
 """Generate cells with a model of cell sentences, as an .h5ad file.
 
     sct generate --model=runs/c2s --cell_type="B cell" --n=100 --output=generated.h5ad
-    sct generate --model=runs/c2s --labels="cell type=B cell,exposure=acute" --n=100 --output=generated.h5ad
+    sct generate --model=runs/c2s --label="cell type=B cell" --label=exposure=acute --n=100 --output=generated.h5ad
 
 X of the output is log10(1 + counts per 10,000); obs has the sentences, the share of their words that are genes, and
 whether the model ended them itself. In a clone, `python -m launch.generate` is the same program.
@@ -9,17 +9,17 @@ whether the model ended them itself. In a clone, `python -m launch.generate` is 
 
 from __future__ import annotations
 
-import os
-
 from absl import flags
 
-from sct.errors import ConfigError, DataError
+from sct.errors import ConfigError
 
 _MODEL = flags.DEFINE_string("model", None, "Model folder, run folder or hub id.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, ".h5ad file to write.", required=True)
 _CELL_TYPE = flags.DEFINE_multi_string("cell_type", [], "Cell type; may be given several times.")
 _TISSUE = flags.DEFINE_multi_string("tissue", [], "Tissue; may be given several times.")
-_LABELS = flags.DEFINE_list("labels", [], "Labels that the model learned together, as NAME=VALUE,NAME=VALUE.")
+_LABELS = flags.DEFINE_multi_string(
+    "label", [], "NAME=VALUE of labels that the model learned together; give the flag for each of them."
+)
 _TEXT = flags.DEFINE_string("text", None, "Abstract of a study.")
 _N = flags.DEFINE_integer("n", 100, "Cells of each.")
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same cells.")
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     target = tables.check_output(_OUTPUT.value)
     pairs = [text.partition("=") for text in _LABELS.value]
     if any(not (name.strip() and mark and value.strip()) for name, mark, value in pairs):
-        raise ConfigError(f"--labels={','.join(_LABELS.value)} is not of the form NAME=VALUE,NAME=VALUE.")
+        raise ConfigError(f"--label={' --label='.join(_LABELS.value)} is not of the form NAME=VALUE.")
     adata = generate_cells(
         _MODEL.value,
         cell_type=_CELL_TYPE.value or None,
@@ -51,16 +51,8 @@ def main(argv: list[str]) -> None:
         top_p=_TOP_P.value,
         batch_size=_SIZE.value,
     )
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
+    with tables.replacing(target) as temporary:
         adata.write_h5ad(temporary)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise DataError(
-            f"{target} cannot be written ({error.strerror or error}): choose another --output."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     shares = adata.obs[["valid_share", "unique_share"]].mean()
     print(
         f"{adata.n_obs:,} cells of {adata.obs['n_words'].mean():.0f} words on average; {shares.iloc[0]:.1%} of the "

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import anndata as ad
@@ -70,25 +70,36 @@ def write(adata: ad.AnnData, source: str, target: Path, added: Mapping[str, Sequ
     added
         "obs", "obsm", "layers", "uns" -> keys that are new; of an .h5ad input everything else is copied as it is.
     """
+    with replacing(target) as temporary:
+        if Path(source).suffix != ".h5ad":
+            adata.write_h5ad(temporary)
+            return
+        import h5py
+
+        shutil.copyfile(Path(source).expanduser(), temporary)
+        with h5py.File(temporary, "r+") as file:
+            for slot, keys in added.items():
+                if slot == "obs":
+                    ad.io.write_elem(file, "obs", adata.obs)
+                    continue
+                if slot not in file:
+                    ad.io.write_elem(file, slot, {})
+                for key in keys:
+                    ad.io.write_elem(file[slot], key, getattr(adata, slot)[key])
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Give a place to write a file to, which takes the place of `target` when it is complete.
+
+    Raises
+    ------
+    DataError
+        It cannot be written.
+    """
     temporary = target.with_name(f".{target.name}.tmp")
     try:
-        # Names of labels, and so columns of tables, may hold a slash.
-        warnings.filterwarnings("ignore", message="Forward slashes", category=FutureWarning)
-        if Path(source).suffix == ".h5ad":
-            import h5py
-
-            shutil.copyfile(Path(source).expanduser(), temporary)
-            with h5py.File(temporary, "r+") as file:
-                for slot, keys in added.items():
-                    if slot == "obs":
-                        ad.io.write_elem(file, "obs", adata.obs)
-                        continue
-                    if slot not in file:
-                        ad.io.write_elem(file, slot, {})
-                    for key in keys:
-                        ad.io.write_elem(file[slot], key, getattr(adata, slot)[key])
-        else:
-            adata.write_h5ad(temporary)
+        yield temporary
         os.replace(temporary, target)
     except OSError as error:
         raise DataError(

@@ -11,7 +11,7 @@ a missing or damaged chunk is an error, never zeros. `sct.data.ingest` writes th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,13 +181,30 @@ class Study:
             return block
         return block[position]
 
-    def obs(self) -> pd.DataFrame:
-        """Metadata of the cells, (N, columns), index = cell names."""
+    def obs(self, columns: Collection[str] | None = None) -> pd.DataFrame:
+        """Metadata of the cells, (N, columns), index = cell names; `columns` reads those of them that there are."""
+        import pandas as pd
         import zarr
         from anndata.io import read_elem
 
         try:
-            return read_elem(zarr.open_group(str(self.path), mode="r")["obs"])
+            group: Any = zarr.open_group(str(self.path), mode="r")["obs"]
+            if columns is None:
+                return read_elem(group)
+            index = read_elem(group[str(group.attrs["_index"])])
+            chosen = [name for name in self.obs_columns if name in columns]
+            return pd.DataFrame({name: read_elem(group[name]) for name in chosen}, index=pd.Index(index))
+        except Exception as error:
+            raise self._damaged("obs", _cause(error)) from error
+
+    @property
+    def obs_columns(self) -> tuple[str, ...]:
+        """Names of the columns of `obs`."""
+        import zarr
+
+        try:
+            group: Any = zarr.open_group(str(self.path), mode="r")["obs"]
+            return tuple(map(str, group.attrs["column-order"]))
         except Exception as error:
             raise self._damaged("obs", _cause(error)) from error
 

@@ -12,7 +12,17 @@ import numpy as np
 from jax import lax
 
 from sct.generation.cache import Cache, empty, extend, scores_of
-from sct.generation.generate import Generated, Model, Options, batches, padded, ready
+from sct.generation.generate import (
+    Generated,
+    Model,
+    Options,
+    Parts,
+    batches,
+    known_tokens,
+    only_known,
+    padded,
+    prepared,
+)
 from sct.generation.trie import Trie
 from sct.models.decoder_config import DecoderConfig
 from sct.nn.chunked_attention import UNSEEN
@@ -37,12 +47,13 @@ def _take(tree: Any, chosen: jax.Array) -> Any:
     return jax.tree.map(lambda x: jax.vmap(lambda row, i: row[i])(x, chosen), tree)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "new", "beams"))
+@functools.partial(jax.jit, static_argnames=("config", "new", "beams", "known"))
 def decode(
     config: DecoderConfig,
     new: int,
     beams: int,
-    variables: dict[str, Any],
+    known: int,
+    parts: Parts,
     ids: jax.Array,
     there: jax.Array,
     length_penalty: jax.Array,
@@ -53,7 +64,6 @@ def decode(
 
     A prompt's search ends when none of its beams can become better than the worst of K ended answers.
     """
-    parts = ready(config, variables)
     rows, length = ids.shape
     vocab = config.vocab_size
 
@@ -65,7 +75,8 @@ def decode(
         keys=tuple(map(each_beam, cache.keys)), values=tuple(map(each_beam, cache.values)),
         filled=each_beam(cache.filled), positions=each_beam(cache.positions),
     )  # fmt: skip
-    first = each_beam(scores_of(config, parts, hidden[:, -1])).reshape(rows, beams, vocab)
+    scored = only_known(scores_of(config, parts, hidden[:, -1]), known)
+    first = each_beam(scored).reshape(rows, beams, vocab)
     # Equal beams would stay equal: one of them begins.
     alone = jnp.where(jnp.arange(beams) == 0, 0.0, UNSEEN)
     nothing = jnp.full((rows, beams, new), -1, jnp.int32)
@@ -119,7 +130,7 @@ def decode(
         )  # fmt: skip
         every = jnp.ones((rows * beams, 1), bool)
         hidden, cache = extend(config, parts, cache, token.reshape(-1, 1), every)
-        scores = scores_of(config, parts, hidden[:, 0]).reshape(rows, beams, vocab)
+        scores = only_known(scores_of(config, parts, hidden[:, 0]), known).reshape(rows, beams, vocab)
         return _Now(
             cache, scores, now.step + 1, made, jnp.maximum(going, UNSEEN), node, ended_ids, ended, ended_sums
         )
@@ -140,11 +151,11 @@ def search(
     """Best answer behind each prompt; called by `sct.generation.generate.generate`."""
     made: list[Generated | None] = [None] * len(prompts)
     rows = min(options.batch_size, len(prompts))
-    ends = jnp.asarray(list(stop), jnp.int32)
+    ends, parts = jnp.asarray(list(stop), jnp.int32), prepared(model)
     for chosen in batches(prompts, rows, "searching"):
         ids, there = padded([prompts[i] for i in chosen], rows)
         found = decode(
-            model.config, options.max_new_tokens, options.beams, model.variables, ids, there,
+            model.config, options.max_new_tokens, options.beams, known_tokens(model), parts, ids, there,
             jnp.asarray(options.length_penalty), ends, trie,
         )  # fmt: skip
         for i, *of_row in zip(chosen, *map(np.asarray, found), strict=False):

@@ -44,6 +44,10 @@ class CellWriter:
         Line of expression over log rank, by training study, and "all".
     labels
         Values of each label in training, the most frequent first; those of combined labels as "labels".
+    tasks
+        What it learned, of `sct.data.text.prompts.TASKS`.
+    length
+        Tokens of the rows that it was trained on.
     """
 
     config: DecoderConfig
@@ -54,6 +58,8 @@ class CellWriter:
     top_k: int
     fits: Mapping[str, RankFit]
     labels: Mapping[str, Sequence[str]]
+    tasks: tuple[str, ...]
+    length: int
 
     @classmethod
     def of(
@@ -91,10 +97,17 @@ class CellWriter:
             tokenizer,
             gene_words(genes),
             Prompts(templates),
-            data["top_k"],
-            fits,
-            data["labels"],
-        )
+            data["top_k"], fits, data["labels"],
+            tuple(data["tasks"]), int(data["length"]),
+        )  # fmt: skip
+
+    def check(self, task: str) -> None:
+        """Raise `ConfigError` unless the model learned a task."""
+        if task not in self.tasks:
+            raise ConfigError(
+                f"the model learned {', '.join(self.tasks)}, but not {task}: train one with this task "
+                "(--config.objective.tasks)."
+            )
 
     def _prompts(
         self,
@@ -105,6 +118,7 @@ class CellWriter:
         number: int | None,
     ) -> tuple[list[np.ndarray], list[int]]:
         """Tokens of the question about each cell, and the number of its template."""
+        self.check(task)
         keys = range(len(fields)) if keys is None else keys
         asked = [
             self.prompts.ask(task, each, seed=seed, key=int(key), number=number)
@@ -117,9 +131,12 @@ class CellWriter:
 
     def options(self, prompts: Sequence[np.ndarray], **changes: Any) -> Options:
         """How to generate behind these prompts: as the paper does, with as many tokens as an answer may need."""
-        limit = _TOKENS_PER_WORD * (self.top_k or len(self.words))
+        longest = self.length
         if self.config.positions == "learned":
-            limit = min(limit, self.config.max_length - max(map(len, prompts), default=0))
+            longest = min(longest, self.config.max_length)
+        limit = min(
+            _TOKENS_PER_WORD * (self.top_k or len(self.words)), longest - max(map(len, prompts), default=0)
+        )
         given = {name: value for name, value in changes.items() if value is not None}
         if given.get("temperature", TEMPERATURE) > 0 and given.get("beams", 1) == 1:
             given = {"temperature": TEMPERATURE, "top_p": TOP_P, **given}
@@ -143,7 +160,7 @@ class CellWriter:
         fields
             What is known of each cell.
         seed, keys
-            Cell i is asked by the template that follows from the seed and key i, and answered with seed + i.
+            Template and draws of a cell follow from the seed and its key; by default keys are 0, 1, ...
         options
             Of `sct.generation.generate.Options`, in place of the paper's.
 
@@ -153,8 +170,12 @@ class CellWriter:
         form; `finished`, whether it ended by itself; `log_probability`.
         """
         prompts, numbers = self._prompts(task, fields, seed, keys, None)
-        made = generate(self, prompts, self.options(prompts, **options), seeds=seed)
-        texts = [self.tokenizer.decode(each.ids).strip() for each in made]
+        keys = range(len(fields)) if keys is None else keys
+        # Seeds of their own: 0 and 1 must not share most draws.
+        seeds = [int(np.random.SeedSequence([seed, int(key)]).generate_state(1)[0]) for key in keys]
+        made = generate(self, prompts, self.options(prompts, **options), seeds=seeds)
+        # A byte of zero, which an untrained model may write, is no text that a file can hold.
+        texts = [self.tokenizer.decode(each.ids).replace("\0", "\ufffd").strip() for each in made]
         found = [self.prompts.parse(task, number, text) for number, text in zip(numbers, texts, strict=True)]
         return pd.DataFrame(
             {
@@ -191,11 +212,16 @@ class CellWriter:
         -------
         float64 (N, C).
         """
+        if templates < 1 or batch_size < 1:
+            raise ConfigError(
+                f"templates is {templates} and batch_size is {batch_size}, but both must be at least 1."
+            )
         if len(set(candidates)) != len(candidates) or not candidates:
             raise ConfigError(
                 f"there are {len(candidates)} candidates, {len(set(candidates))} of them different: give each once, "
                 "and at least one."
             )
+        self.check(task)
         usable = [
             number
             for number, template in enumerate(self.prompts.templates[task])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -148,12 +148,41 @@ def ready(config: DecoderConfig, variables: dict[str, Any]) -> tuple[dict[str, A
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "new", "uses"))
+Parts = tuple[dict[str, Any], list[dict[str, Any]]]
+
+
+@functools.lru_cache(maxsize=8)
+def _prepared(config: DecoderConfig) -> Any:
+    return jax.jit(functools.partial(ready, config))
+
+
+def prepared(model: Model) -> Parts:
+    """Parts of a model, made once for all batches: a copy in the type of the computation."""
+    return cast(Parts, _prepared(model.config)(model.variables))
+
+
+def known_tokens(model: Model) -> int:
+    """Tokens that its tokenizer can write; a table may have more rows, to be of a round size."""
+    size = model.tokenizer.vocab_size if model.tokenizer is not None else model.config.vocab_size
+    return min(size, model.config.vocab_size)
+
+
+def only_known(scores: jax.Array, known: int) -> jax.Array:
+    """Scores (..., V) of the first `known` tokens; the others are never chosen."""
+    return (
+        scores
+        if known >= scores.shape[-1]
+        else jnp.where(jnp.arange(scores.shape[-1]) < known, scores, UNSEEN)
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "new", "uses", "known"))
 def decode(
     config: DecoderConfig,
     new: int,
     uses: Uses,
-    variables: dict[str, Any],
+    known: int,
+    parts: Parts,
     ids: jax.Array,
     there: jax.Array,
     sampling: Sampling,
@@ -164,10 +193,10 @@ def decode(
 
     Parameters
     ----------
-    config, new, uses
-        Architecture, most tokens to generate (N), and what any row needs.
-    variables
-        Of the model.
+    config, new, uses, known
+        Architecture, most tokens to generate (N), what any row needs, and the number of tokens that may be chosen.
+    parts
+        Of `prepared`.
     ids, there
         Prompts (B, T), filled up on the left, and where they hold tokens, bool.
     sampling, stop
@@ -180,7 +209,6 @@ def decode(
     Tokens int32 (B, N), -1 behind the end (the stop token itself is kept); whether a stop token came, bool (B,);
     the logarithm of the probability, float32 (B,).
     """
-    parts = ready(config, variables)
     rows, length = ids.shape
     hidden, cache = extend(config, parts, empty(config, rows, length + new), ids, there, first=True)
     seen = None
@@ -193,7 +221,7 @@ def decode(
         )
     start = _Now(
         cache,
-        scores_of(config, parts, hidden[:, -1]),
+        only_known(scores_of(config, parts, hidden[:, -1]), known),
         jnp.zeros((), jnp.int32),
         jnp.full((rows, new), -1, jnp.int32),
         jnp.zeros(rows, bool),
@@ -218,7 +246,7 @@ def decode(
         hidden, cache = extend(config, parts, now.cache, token[:, None], ~now.done[:, None])
         return _Now(
             cache,
-            scores_of(config, parts, hidden[:, 0]),
+            only_known(scores_of(config, parts, hidden[:, 0]), known),
             now.step + 1,
             ids,
             now.done | (token[:, None] == stop).any(axis=1),
@@ -261,6 +289,23 @@ def check_prompts(
                 f"{what} {number} has {len(prompt)} tokens and {new} are to follow, but the model has "
                 f"{config.max_length} positions: shorten it, or ask for fewer."
             )
+
+
+def _check_trie(trie: Trie, config: DecoderConfig, options: Options, stop: Sequence[int]) -> None:
+    """Refuse a list of answers that generation could leave, or not come to the end of."""
+    highest, depth = int(trie.tokens.max()), trie.longest
+    if highest >= config.vocab_size:
+        raise ConfigError(
+            f"an allowed answer has the token {highest}, but the model knows 0 to {config.vocab_size - 1}."
+        )
+    if trie.stop not in stop:
+        raise ConfigError(
+            f"the token {trie.stop} ends the allowed answers, so it must be among the stop tokens."
+        )
+    if options.max_new_tokens < depth:
+        raise ConfigError(
+            f"an allowed answer has {depth} tokens with its end, but max_new_tokens is {options.max_new_tokens}."
+        )
 
 
 def padded(prompts: Sequence[np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -320,18 +365,31 @@ def generate(
         The model generates no text, options contradict each other, or a prompt does not fit the model.
     """
     options, config = options or Options(), check_model(model)
+    if not len(prompts):
+        return []
     arrays = [np.asarray(prompt, np.int64) for prompt in prompts]
     check_prompts(config, arrays, options.max_new_tokens)
-    numbers = range(seeds, seeds + len(arrays)) if isinstance(seeds, int) else list(seeds)
+    numbers = [int(seeds) + i for i in range(len(arrays))] if np.ndim(seeds) == 0 else [int(i) for i in seeds]  # type: ignore[union-attr,arg-type]
     if len(numbers) != len(arrays):
         raise ConfigError(f"{len(numbers)} seeds were given for {len(arrays)} prompts: give one for each.")
     if stop is None:
         end = model.tokenizer.eos if model.tokenizer is not None else None
         stop = [] if end is None else [end]
+    if strange := [token for token in stop if not 0 <= token < config.vocab_size]:
+        raise ConfigError(
+            f"the stop token {strange[0]} is none of the model's {config.vocab_size}: use its tokenizer."
+        )
+    if min(numbers) < 0 or max(numbers) >= 1 << 32:
+        raise ConfigError(
+            f"seeds reach from {min(numbers)} to {max(numbers)}, but they must lie in 0 to 2 ** 32 - 1."
+        )
+    if trie is not None:
+        _check_trie(trie, config, options, stop)
     if options.beams > 1:
         from sct.generation.beam import search
 
         return search(model, arrays, options, stop, trie)
+    parts = prepared(model)
     uses = Uses(
         options.temperature > 0, options.top_k > 0, options.top_p < 1, options.repetition_penalty != 1
     )
@@ -349,7 +407,7 @@ def generate(
             jnp.asarray([*own, *own[-1:] * (rows - len(own))], jnp.uint32),
         )
         found = decode(
-            config, options.max_new_tokens, uses, model.variables, ids, there, sampling, ends, trie
+            config, options.max_new_tokens, uses, known_tokens(model), parts, ids, there, sampling, ends, trie
         )
         for i, *of_row in zip(chosen, *map(np.asarray, found), strict=False):
             made[i] = Generated.of(*of_row)

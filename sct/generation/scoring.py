@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +12,14 @@ from jax import lax
 
 from sct.errors import ConfigError
 from sct.generation.cache import empty, extend, scores_of
-from sct.generation.generate import Model, batches, check_model, check_prompts, padded, ready
+from sct.generation.generate import Model, Parts, batches, check_model, check_prompts, padded, prepared
 from sct.models.decoder_config import DecoderConfig
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def log_probabilities(
     config: DecoderConfig,
-    variables: dict[str, Any],
+    parts: Parts,
     ids: jax.Array,
     there: jax.Array,
     answers: jax.Array,
@@ -32,8 +31,8 @@ def log_probabilities(
 
     Parameters
     ----------
-    config, variables
-        Of the model.
+    config, parts
+        Of the model; see `sct.generation.generate.prepared`.
     ids, there
         Prompts (B, T), filled up on the left, and where they hold tokens, bool.
     answers, lengths
@@ -43,7 +42,6 @@ def log_probabilities(
     -------
     float32 (B, C), sums over the tokens of an answer.
     """
-    parts = ready(config, variables)
     rows, (_, size) = len(ids), answers.shape
     hidden, cache = extend(config, parts, empty(config, rows, ids.shape[1] + size), ids, there, first=True)
     last = scores_of(config, parts, hidden[:, -1:])
@@ -104,9 +102,11 @@ def score(
         row[: len(answer)] = answer
     lengths = np.array([len(answer) for answer in answers], np.int32)
     out = np.zeros((len(arrays), len(answers)), np.float32)
-    rows = min(batch_size, len(arrays))
+    if not arrays:
+        return out
+    rows, parts = min(batch_size, len(arrays)), prepared(model)
     for chosen in batches(arrays, rows, "scoring answers"):
         ids, there = padded([arrays[i] for i in chosen], rows)
-        found = log_probabilities(config, model.variables, ids, there, filled, lengths)
+        found = log_probabilities(config, parts, ids, there, filled, lengths)
         out[chosen] = np.asarray(found)[: len(chosen)]
     return out / lengths if per_token else out

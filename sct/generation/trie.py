@@ -21,10 +21,14 @@ class Trie(NamedTuple):
         Tokens that may follow each node, int32 (nodes, most children), -1 where there are fewer.
     children
         Node that each of them leads to.
+    stop, longest
+        Token that ends every sequence, and tokens of the longest one with it.
     """
 
     tokens: jax.Array
     children: jax.Array
+    stop: int
+    longest: int
 
     def allowed(self, nodes: jax.Array, vocab_size: int) -> jax.Array:
         """Which tokens may follow nodes (B,), bool (B, V)."""
@@ -68,4 +72,5 @@ def make_trie(sequences: Sequence[Sequence[int]], stop: int) -> Trie:
     for number, following in enumerate(nodes):
         tokens[number, : len(following)] = list(following)
         children[number, : len(following)] = list(following.values())
-    return Trie(jnp.asarray(tokens), jnp.asarray(np.maximum(children, 0)))
+    longest = 1 + max(map(len, sequences))
+    return Trie(jnp.asarray(tokens), jnp.asarray(np.maximum(children, 0)), stop, longest)

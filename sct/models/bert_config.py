@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sct.errors import ConfigError
+from sct.models.checks import check_fields
 
 _CHOICES = {
     "activation": ("gelu", "gelu_tanh", "relu"),
@@ -66,13 +67,7 @@ class BertConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for field, choices in _CHOICES.items():
-            if getattr(self, field) not in choices:
-                known = ", ".join(repr(choice) for choice in choices)
-                raise ConfigError(f"{field} is {getattr(self, field)!r}, but it must be one of {known}.")
-        for field in _LEAST:
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field} is {getattr(self, field)}, but it must be at least 1.")
+        check_fields(self, _CHOICES, dict.fromkeys(_LEAST, 1))
         if self.embed_dim % self.num_heads:
             raise ConfigError(
                 f"embed_dim is {self.embed_dim}, but it must be a multiple of num_heads ({self.num_heads})."

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from sct.errors import DataError
+from sct.errors import ConfigError, DataError
+
+
+def check_fields(config: Any, choices: Mapping[str, tuple[str, ...]], least: Mapping[str, int]) -> None:
+    """Raise `ConfigError` where a field of a configuration is not one of its choices, or too small."""
+    for field, known in choices.items():
+        if getattr(config, field) not in known:
+            listed = ", ".join(repr(choice) for choice in known)
+            raise ConfigError(f"{field} is {getattr(config, field)!r}, but it must be one of {listed}.")
+    for field, smallest in least.items():
+        if getattr(config, field) < smallest:
+            raise ConfigError(f"{field} is {getattr(config, field)}, but it must be at least {smallest}.")
 
 
 def check_range(name: str, values: Any, most: int) -> None:

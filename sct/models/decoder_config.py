@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sct.errors import ConfigError
+from sct.models.checks import check_fields
 from sct.nn.attention import rotary_frequencies
 
 _CHOICES = {
@@ -105,13 +106,7 @@ class DecoderConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for field, choices in _CHOICES.items():
-            if getattr(self, field) not in choices:
-                known = ", ".join(repr(choice) for choice in choices)
-                raise ConfigError(f"{field} is {getattr(self, field)!r}, but it must be one of {known}.")
-        for field, least in _LEAST.items():
-            if getattr(self, field) < least:
-                raise ConfigError(f"{field} is {getattr(self, field)}, but it must be at least {least}.")
+        check_fields(self, _CHOICES, _LEAST)
         if not self.head_dim and self.embed_dim % self.num_heads:
             raise ConfigError(
                 f"embed_dim is {self.embed_dim}, but it must be a multiple of num_heads ({self.num_heads}), or "

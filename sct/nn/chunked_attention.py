@@ -23,12 +23,12 @@ CPU_CHUNKS = (256, 512)
 # With an order, small blocks leave out more of what is not seen: attention over 512 tokens takes less than half the
 # time that whole scores take.
 CPU_ORDERED_CHUNKS = (128, 128)
-CHUNKS = (1024, 1024)
+CHUNKS, ORDERED_CHUNKS = (1024, 1024), (512, 512)
 
 
 def default_chunks(ordered: bool = False) -> tuple[int, int]:
     """Query and key positions of a block on the default backend; `ordered` where queries see no keys behind them."""
-    queries, keys = CHUNKS
+    queries, keys = ORDERED_CHUNKS if ordered else CHUNKS
     if jax.default_backend() == "cpu":
         queries, keys = CPU_ORDERED_CHUNKS if ordered else CPU_CHUNKS
     return at_once(queries), at_once(keys)
@@ -231,10 +231,16 @@ def _backward(
         def add(j: jax.Array, sums: Any) -> Any:
             d_query, d_key, d_value = sums
             key, value = _block(blocks, j)
-            weights = jnp.exp(_scores(query, key, which.bias(i, j)) - log_total)
+            bias = which.bias(i, j)
+            weights = jnp.exp(_scores(query, key, bias) - log_total)
+            if bias is not None:  # beside UNSEEN the logarithm of the number of keys is lost
+                weights = jnp.where(log_total > UNSEEN / 2, weights, weights / which.length)
             d_value = d_value.at[j].add(_dot("bhqk,bhqd->bhkd", weights.astype(value.dtype), gradient))
             d_weights = _dot("bhqd,bhkd->bhqk", gradient, value)
-            d_scores = (weights * (d_weights - shared) * scale).astype(query.dtype)
+            d_scores = weights * (d_weights - shared) * scale
+            if bias is not None:  # the even weights of a query that sees nothing do not come from its scores
+                d_scores = jnp.where(bias > UNSEEN / 2, d_scores, 0.0)
+            d_scores = d_scores.astype(query.dtype)
             d_key = d_key.at[j].add(_dot("bhqk,bhqd->bhkd", d_scores, query))
             return d_query + _dot("bhqk,bhkd->bhqd", d_scores, key), d_key, d_value
 

@@ -11,7 +11,7 @@ from jax import lax
 
 from sct.nn.plain import at_once, wants_plain
 
-# Scores that exist at once for one text: 64 MB in float32.
+# Scores that exist at once: 64 MB in float32.
 _SCORES = 1 << 24
 
 
@@ -43,7 +43,7 @@ def token_losses(
         return losses, jnp.argmax(logits, axis=-1) == wanted
 
     batch, length = targets.shape
-    most = at_once(max(1, _SCORES // vocab_size))
+    most = at_once(max(1, _SCORES // (vocab_size * batch)))
     if wants_plain() or length <= most:
         return piece((hidden, targets))
     pieces = -(-length // most)

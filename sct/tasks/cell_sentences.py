@@ -270,9 +270,9 @@ class CellSentences:
 
     @functools.cached_property
     def alone(self) -> bool:
-        """Whether rows hold one text each."""
-        source = self.dataset("train")
-        return source is not None and source.cells_per_row == 1
+        """Whether rows hold one text each, in training and in validation."""
+        sources = [self.dataset(split) for split in ("train", "validation")]
+        return all(source.cells_per_row == 1 for source in sources if source is not None)
 
     def summarise(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Mean loss in nats, balanced as in training; perplexity and accuracy of a token, share of tokens cut off."""
@@ -291,7 +291,9 @@ class CellSentences:
         studies = self.store.split(split)
         if not studies:
             return None
-        return SentenceSource(studies, self.vocabulary, self.options, self.prompts, self.tokenizer)
+        needs = split == "train"
+        source = SentenceSource(studies, self.vocabulary, self.options, self.prompts, self.tokenizer, needs)
+        return source if needs or source.possible else None
 
     def evaluators(self) -> Sequence[Evaluator]:
         """Generated cells, and predicted labels, beside baselines, on the test studies, else the validation ones."""
@@ -305,9 +307,11 @@ class CellSentences:
             for split in ("train", held_out)
         )
         tasks = [name for name, _ in self.options.tasks]
-        return list(
-            reports(self._writer, train, after, tasks, self.config.report_cells, self.config.report_seeds)
-        )
+        note = ""
+        if held_out == "validation":
+            note = "The held-out cells are the validation studies, by which the best step was chosen, too."
+        options = (tasks, self.config.report_cells, self.config.report_seeds, note)
+        return list(reports(self._writer, train, after, *options))
 
     def _writer(self, variables: Variables) -> CellWriter:
         """Model with these variables, ready to be asked."""
@@ -324,7 +328,7 @@ class CellSentences:
         parts, found = [], {}
         for study in self.store.split("train"):
             counts = study.read(0, min(study.n_cells, _FIT_CELLS))
-            parts.append(counts)
+            parts.append(counts[: max(1, _FIT_CELLS // len(self.store.split("train")))])
             found[study.name] = fit_rank(counts, top_k=self.data.top_k or None)
         return {"all": fit_rank(sparse.vstack(parts, format="csr"), top_k=self.data.top_k or None), **found}
 
@@ -332,18 +336,23 @@ class CellSentences:
         """Values of each label in the training studies, and of the combined ones, the most frequent first."""
         found: dict[str, Counter[str]] = {}
         for study in self.store.split("train"):
-            obs = study.obs()
+            obs = study.obs({*self.options.fields.values(), *self.options.labels})
             for field in ("cell_type", "tissue", "organism"):
                 column = self.options.fields.get(field)
+                known: list[str] = []
                 if column in obs:
-                    values = obs[column][obs[column].notna()].astype(str)
-                    found.setdefault(field, Counter()).update(value for value in values if value.strip())
-                elif text := self.options.studies.get(study.name, {}).get(field):
-                    found.setdefault(field, Counter()).update({text: study.n_cells})
+                    values = obs[column][obs[column].notna()].astype(str).str.strip()
+                    known = values[values != ""].tolist()
+                found.setdefault(field, Counter()).update(known)
+                # A cell without a value of its own has that of its study.
+                text = self.options.studies.get(study.name, {}).get(field)
+                if text and len(known) < study.n_cells:
+                    found[field][text] += study.n_cells - len(known)
             names = list(self.options.labels)
             if names and set(names) <= set(obs.columns):
-                rows = obs[names].dropna().astype(str).drop_duplicates().to_dict("records")
-                sizes = obs[names].dropna().astype(str).value_counts()
+                full = obs[names].dropna().astype(str).apply(lambda column: column.str.strip())
+                full = full[(full != "").all(axis=1)]
+                rows, sizes = full.drop_duplicates().to_dict("records"), full.value_counts()
                 combined = {
                     render_labels(row): int(sizes[tuple(row[name] for name in names)]) for row in rows
                 }
@@ -364,6 +373,7 @@ class CellSentences:
             "task": NAME,
             "tasks": [name for name, _ in self.options.tasks],
             "top_k": self.data.top_k,
+            "length": self.data.length,
             "fits": {name: dataclasses.asdict(fit) for name, fit in self.fits.items()},
             "labels": self.labels(),
             "prompts": templates,
@@ -374,10 +384,16 @@ class CellSentences:
         """Tell how well ranks stand for expression, and how texts share rows."""
         fit, source = self.fits["all"], self.dataset("train")
         rows = 0 if source is None else source.cells_per_row
+        many = "1 cell" if rows == 1 else f"{rows} cells"
         return (
             f"expression = {fit.slope:.3f} ln(rank) + {fit.intercept:.3f}: R2 {fit.r2:.2f}, Pearson {fit.pearson:.2f}, "
-            f"Spearman {fit.spearman:.2f}; {self.tokenizer.vocab_size:,} tokens, {rows} cells in a row of "
+            f"Spearman {fit.spearman:.2f}; {self.tokenizer.vocab_size:,} tokens, {many} in a row of "
             f"{self.data.length:,} tokens.",
+            *(
+                ["adapters are trained over random parameters: --config.init_from=MODEL starts from a model."]
+                if fresh and self.lora
+                else []
+            ),
         )
 
 

@@ -69,9 +69,10 @@ def annotate(
         Least probability of a label; below it a cell is "unknown". By default 0.5 with a reference, 0 for answers.
     key_added
         Results: `obs[key_added]`, categorical; `obs[key_added + "_probability"]`, the share of the best label
-        (of cells that became "unknown" too); `obsm[key_added + "_probabilities"]`, a table (N, labels);
-        `uns[key_added]`, the parameters. A new embedding stays in `obsm["X_sct"]` of both. For labels learned together
-        there is a column `obs[key_added + "_" + label]` for each, too.
+        (of cells that became "unknown" too); `obsm[key_added + "_probabilities"]`, float32 (N, labels);
+        `uns[key_added]`, the parameters, and "labels", the names of these columns. A new embedding stays in
+        `obsm["X_sct"]` of both. For labels learned together there is a column `obs[key_added + "_" + label]` for
+        each, too.
     copy
         Return a changed copy, and leave `adata` as it is.
     options
@@ -88,6 +89,8 @@ def annotate(
     """
     running.check_table(adata, copy)
     if reference is None:
+        if use_rep is not None or n_neighbors != 15:
+            raise ConfigError("use_rep and n_neighbors are for a reference: give one, or leave them out.")
         return _by_answers(
             adata,
             model,
@@ -153,10 +156,11 @@ def annotate(
         )
     target.obs[key_added] = pd.Categorical(named)
     target.obs[f"{key_added}_probability"] = probability
-    target.obsm[f"{key_added}_probabilities"] = shares.set_index(target.obs_names)
+    target.obsm[f"{key_added}_probabilities"] = shares.to_numpy()
     target.uns[key_added] = {
         "sct_version": __version__,
         "label_key": label_key,
+        "labels": shares.columns.tolist(),
         "use_rep": use_rep,
         "n_neighbors": n_neighbors,
         "threshold": threshold,

@@ -31,10 +31,17 @@ def candidates_of(
     ConfigError
         The model did not learn this label, or has no list of its values and none is given.
     """
-    known = [name for name in ("cell_type", "tissue", LABELS) if name in writer.labels]
+    known = [name for name in ("cell_type", "tissue", LABELS) if f"cell_to_{name}" in writer.tasks]
     if label_key is None:
         label_key = known[0] if known else "cell_type"
-    field = label_key if isinstance(label_key, str) and label_key in ("cell_type", "tissue") else LABELS
+    alone = isinstance(label_key, str) and label_key != LABELS
+    field = str(label_key) if alone else LABELS
+    if field not in ("cell_type", "tissue", LABELS):
+        raise ConfigError(
+            f"label_key is {label_key!r}, but the model is asked for one of {', '.join(known)}, or for names of labels "
+            "that it learned together, as a list."
+        )
+    writer.check(f"cell_to_{field}")
     if given is not None:
         texts = [render_labels(each) if isinstance(each, Mapping) else str(each) for each in given]
         return field, list(dict.fromkeys(texts))
@@ -80,8 +87,8 @@ def annotate_by_answers(
     names = np.array(answers, dtype=object)
     target.obs[key_added] = pd.Categorical(np.where(highest >= threshold, names[best], unknown))
     target.obs[f"{key_added}_probability"] = highest.astype(np.float32)
-    table = pd.DataFrame(probabilities.astype(np.float32), index=adata.obs_names, columns=answers)
-    target.obsm[f"{key_added}_probabilities"] = table
+    # An array, since names of labels hold what names of columns in a file must not, such as slashes.
+    target.obsm[f"{key_added}_probabilities"] = probabilities.astype(np.float32)
     if field == LABELS:
         parts = pd.DataFrame([parse_labels(answer) for answer in answers])
         for key in parts:
@@ -92,6 +99,6 @@ def annotate_by_answers(
             )
     target.uns[key_added] = {
         "sct_version": __version__, "model": repr(model), "weights": model.fingerprint, "label_key": field,
-        "candidates": answers, "templates": templates, "threshold": threshold,
+        "labels": answers, "templates": templates, "threshold": threshold,
     }  # fmt: skip
     return target if copy else None

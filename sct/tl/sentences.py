@@ -8,12 +8,13 @@ from typing import Any, Literal
 import anndata as ad
 import numpy as np
 import pandas as pd
+from scipy import sparse
 
 from sct.data import counts
 from sct.data.cells import Cells
 from sct.data.genes import GeneVocabulary
 from sct.data.text.cell_sentence import cell_keys, sentences
-from sct.data.text.prompts import render_labels
+from sct.data.text.prompts import parse_labels, render_labels
 from sct.data.text.source import gene_words
 from sct.errors import ConfigError
 from sct.generation.cells import CellWriter
@@ -83,7 +84,7 @@ def to_sentences(
         words = _words(found.var)
         made = []
         for start in range(0, adata.n_obs, _BLOCK):
-            block = counts.exact_integers(found.matrix[start : start + _BLOCK])
+            block = sparse.csr_matrix(counts.exact_integers(found.matrix[start : start + _BLOCK]))
             made += sentences(block, words, top_k=top_k, seed=seed, keys=keys[start : start + _BLOCK])
     return pd.Series(made, index=adata.obs_names, name="sentence", dtype=object)
 
@@ -209,7 +210,10 @@ def generate_cells(
     if name is not None:
         value = asked[name]
         many = [value] if isinstance(value, str | Mapping) else list(value)
+        writer.check(task)
         _check_known(writer, name, many)
+        if name == "labels":
+            many = [_in_order(writer, each) for each in many]
     wanted = [value for value in many for _ in range(n)]
     cut = {"num_genes": writer.top_k} if writer.top_k else {}
     fields = [cut if value is None else {name: value, **cut} for value in wanted]
@@ -254,6 +258,17 @@ def _check_known(writer: CellWriter, name: str, many: Sequence[Any]) -> None:
             )
 
 
+def _in_order(writer: CellWriter, labels: Any) -> dict[str, Any]:
+    """Labels in the order in which the model learned them; `ConfigError` unless they are all of these."""
+    learned = list(parse_labels(next(iter(writer.labels.get("labels", [""])), "")))
+    if not isinstance(labels, Mapping) or (learned and set(labels) != set(learned)):
+        shown = ", ".join(map(str, labels)) if isinstance(labels, Mapping) else repr(labels)
+        raise ConfigError(
+            f"the labels are {shown}, but the model learned {', '.join(learned)} together: give all of them."
+        )
+    return {key: labels[key] for key in learned or labels}
+
+
 def describe(
     adata: ad.AnnData,
     model: running.Model,
@@ -296,12 +311,7 @@ def describe(
     running.check_table(adata, copy)
     handle = running.loaded(model)
     writer = writer_of(handle)
-    trained = handle.data.get("tasks", ())
-    if "cell_to_abstract" not in trained:
-        raise ConfigError(
-            f"the model learned {', '.join(trained)}, but not to write about cells: train one with the task "
-            "cell_to_abstract (--config.objective.tasks) and texts of the studies (--config.data.studies)."
-        )
+    writer.check("cell_to_abstract")
     fields, keys = questions(
         adata, handle, writer, seed=seed, layer=layer, gene_column=gene_column, duplicates=duplicates
     )

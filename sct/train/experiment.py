@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -20,12 +21,12 @@ from jax.experimental import multihost_utils
 
 from sct.data.store import SPLITS, Store
 from sct.data.text.tokenizer import Tokenizer
-from sct.errors import AGAIN, CheckpointError, ConfigError, StoreError
+from sct.errors import AGAIN, CheckpointError, ConfigError, SctError, StoreError
 from sct.models import registry
 from sct.nn.paths import flatten
 from sct.tasks.base import StoreConfig, Task
 from sct.tasks.registry import data_of, kind_of, make_task
-from sct.train import processes
+from sct.train import processes, sharding
 from sct.train.checkpoint import Checkpoints
 from sct.train.loop import Result, TrainConfig, train
 from sct.train.optim import OptimizerConfig
@@ -100,22 +101,37 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def _tokenizer(
-    plain: Mapping[str, Any], store: Store, parent: pretrained.Pretrained | None, workdir: Path
+    plain: Mapping[str, Any], store: Store, parent: pretrained.Pretrained | None, workdir: Path, resumes: bool
 ) -> Tokenizer | None:
     """Tokenizer of a task of texts, the same however often a run is resumed.
 
-    It is the one that the run folder keeps, that the configuration names, that of the model that training starts from,
-    or a new one, in this order.
+    It is the one that the folder of a resumed run keeps, that the configuration names, that of the model that training
+    starts from, or a new one, in this order.
+
+    Raises
+    ------
+    ConfigError
+        The model to start from has no tokenizer: with another one its tokens would mean something else.
     """
     kind, folder = kind_of(plain), workdir / TOKENIZER
     if kind.tokenizer is None:
         return None
-    if jax.process_index() == 0 and not folder.exists():
+    if resumes and not folder.exists():
+        raise CheckpointError(
+            f"{workdir} has no folder {TOKENIZER!r}, without which its tokens mean nothing: restore it, or choose "
+            "another --workdir."
+        )
+    if jax.process_index() == 0 and not resumes:
         named = plain.get("data", {}).get("tokenizer")
         if named:
             tokenizer = Tokenizer.load(Path(named).expanduser())
         elif parent is not None and parent.tokenizer is not None:
             tokenizer = parent.tokenizer
+        elif parent is not None:
+            raise ConfigError(
+                f"{plain['init_from']} has no tokenizer.json or tokenizer.model, without which its tokens mean "
+                "nothing: add the file, or name it by --config.data.tokenizer."
+            )
         else:
             objective = registry.build(kind.objective, plain.get("objective", {}), "objective")
             tokenizer = kind.tokenizer(
@@ -124,6 +140,7 @@ def _tokenizer(
         unfinished = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(unfinished, ignore_errors=True)
         tokenizer.save(unfinished)
+        shutil.rmtree(folder, ignore_errors=True)
         os.replace(unfinished, folder)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("the tokenizer is made")
@@ -144,10 +161,11 @@ def _architecture(plain: Mapping[str, Any], parent: pretrained.Pretrained | None
             f"the model to start from is of the family {parent.family!r}, but the configuration's is "
             f"{plain['family']!r}: add --config.family={parent.family}."
         )
-    return {
-        **dataclasses.asdict(parent.config),
-        **{name: given[name] for name in _COMPUTING if name in given},
-    }
+    values = dataclasses.asdict(parent.config)
+    values |= {name: given[name] for name in _COMPUTING if name in given}
+    if values["positions"] == "rotary":  # reads any length, and is told the one that it is trained on
+        values["max_length"] = max(values["max_length"], int(plain.get("data", {}).get("length", 0)))
+    return values
 
 
 def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
@@ -183,11 +201,15 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
     store = open_data(data_of(plain), workdir)
     if resumes:
         _check_data(_read_json(workdir / "data.json"), store, workdir)
+        _check_files(_read_json(workdir / "data.json"), plain, workdir)
     parent = None
     if plain.get("init_from") and not resumes:
-        parent = pretrained.load(plain["init_from"], genes=store.vocabulary)
+        # Each device reads its own part of a large model.
+        mesh = registry.build(TrainConfig, {**plain.get("train", {}), "steps": 1}, "train").mesh
+        placed = sharding.make_mesh(mesh) if jax.device_count() > 1 else None
+        parent = pretrained.load(plain["init_from"], mesh=placed, genes=store.vocabulary)
     architecture = _read_json(settings).get(MODEL) if resumes else _architecture(plain, parent)
-    tokenizer = _tokenizer(plain, store, parent, workdir)
+    tokenizer = _tokenizer(plain, store, parent, workdir, resumes)
     if tokenizer is not None and parent is not None:
         parent = resized(parent, tokenizer.vocab_size)
         architecture = _architecture(plain, parent)
@@ -205,7 +227,9 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
         if not resumes:
             # What is trained from licensed weights stays under their licence.
             licence = parent.license if parent is not None else "unknown"
-            described = {**_describe(store), "license": licence, "model": task.exports()["data"]}
+            described = {
+                **_describe(store), "license": licence, "files": _files(plain), "model": task.exports()["data"],
+            }  # fmt: skip
             _write_json(workdir / "data.json", described)
             store.vocabulary.save(workdir / "genes.tsv")
     processes.check_shared(settings)
@@ -249,10 +273,17 @@ def _finish(
     variables = best_variables(result, workdir, options)
     if jax.process_count() > 1:
         variables = multihost_utils.process_allgather(variables, tiled=True)
-    reports = []
+    reports, failed = [], None
     for evaluator in task.evaluators():
-        with processes.only_first_speaks():
-            numbers = dict(evaluator(variables))
+        try:
+            with processes.only_first_speaks():
+                numbers = dict(evaluator(variables))
+        except SctError as error:
+            console.print(f"no table of {evaluator.name}: {error}", soft_wrap=True)
+            continue
+        except Exception as error:  # a defect, told when the model is safe
+            failed = error
+            break
         if evaluator.report is not None:
             console.print(evaluator.report.table())
             reports.append(evaluator.report)
@@ -270,6 +301,8 @@ def _finish(
         )
         card = pretrained.default_card(model, _history(plain, task.store, result, reports))
         dataclasses.replace(model, card=card).save_pretrained(workdir / "model")
+    if failed is not None:
+        raise failed
     console.print(f"run folder: {workdir}", soft_wrap=True)
 
 
@@ -346,6 +379,31 @@ def _check_data(before: Mapping[str, Any], store: Store, workdir: Path) -> None:
             f"{', '.join(dict.fromkeys(changed)) or 'the order of studies'}): choose another --workdir, with "
             "--config.init_from to start from this run's model."
         )
+
+
+def _files(plain: Mapping[str, Any]) -> dict[str, str]:
+    """Hashes of the files that a configuration names beside its store."""
+    named = {"data.studies": plain.get("data", {}), "objective.prompts": plain.get("objective", {})}
+    paths = {option: values.get(option.rpartition(".")[2]) for option, values in named.items()}
+    found = {}
+    for option, path in paths.items():
+        if path:
+            try:
+                found[option] = hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
+            except OSError as error:
+                raise ConfigError(
+                    f"the file of {option}, {path}, cannot be read ({error.strerror})."
+                ) from error
+    return found
+
+
+def _check_files(before: Mapping[str, Any], plain: Mapping[str, Any], workdir: Path) -> None:
+    """Refuse to continue a run with other texts."""
+    for option, digest in _files(plain).items():
+        if before.get("files", {}).get(option) != digest:
+            raise ConfigError(
+                f"the file of {option} has changed since {workdir} began: restore it, or choose another --workdir."
+            )
 
 
 def _with_steps(plain: Mapping[str, Any], task: Task, data: StoreConfig) -> dict[str, Any]:

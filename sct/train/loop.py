@@ -392,7 +392,7 @@ def _watch(task: Task, value: float, now: Progress) -> None:
 
 
 def _note(values: dict[str, float], rate: float) -> str:
-    speed = f", {rate / 1e6:.2f} M tokens/s" if rate else ""
+    speed = f", {rate / 1e6:.2f} M tokens/s" if rate >= 1e5 else f", {rate:,.0f} tokens/s" if rate else ""
     left_out = (
         f", {values['overflow']:.0f} masked positions beyond head_budget" if values.get("overflow") else ""
     )

@@ -111,8 +111,8 @@ class Texts:
 
     @functools.cached_property
     def obs(self) -> pd.DataFrame:
-        """Metadata of the cells."""
-        return self.study.obs()
+        """Metadata of the cells, as far as prompts speak of them."""
+        return self.study.obs({*self.options.fields.values(), *self.options.labels})
 
     @functools.cached_property
     def keys(self) -> np.ndarray:
@@ -122,13 +122,22 @@ class Texts:
     def values(self, row: int) -> dict[str, Any]:
         """Fields of a cell but for its sentence, as far as they are known."""
         found: dict[str, Any] = dict(self.options.studies.get(self.study.name, {}))
+        columns = self._columns
         for field, column in self.options.fields.items():
-            if column in self.obs and not pd.isna(value := self.obs[column].iloc[row]) and str(value).strip():
-                found[field] = str(value)
-        labels = {name: self.obs[name].iloc[row] for name in self.options.labels if name in self.obs}
-        if labels and not any(pd.isna(value) or not str(value).strip() for value in labels.values()):
-            found["labels"] = {name: str(value) for name, value in labels.items()}
+            if column in columns and (value := columns[column][row]):
+                found[field] = value
+        labels = {name: columns[name][row] for name in self.options.labels if name in columns}
+        if labels and all(labels.values()) and len(labels) == len(self.options.labels):
+            found["labels"] = labels
         return found
+
+    @functools.cached_property
+    def _columns(self) -> dict[str, np.ndarray]:
+        """Texts of each column; "" where a cell has none."""
+        return {
+            name: np.where(self.obs[name].isna(), "", self.obs[name].astype(str).str.strip()).astype(object)
+            for name in self.obs
+        }
 
     def sentences(self, start: int, stop: int, epoch: int = 0) -> list[str]:
         """Cell sentences of rows `start` to `stop`; genes of equal counts change places from epoch to epoch."""
@@ -187,6 +196,8 @@ class SentenceSource:
         Of a store.
     options, prompts, tokenizer
         How texts and tokens are made.
+    needs_all
+        Whether each task must be possible for some cells; otherwise it is left out where it is not.
 
     Raises
     ------
@@ -201,12 +212,14 @@ class SentenceSource:
         options: SentenceOptions,
         prompts: Prompts,
         tokenizer: Tokenizer,
+        needs_all: bool = True,
     ):
         self.options, self.tokenizer = options, tokenizer
         if tokenizer.eos is None:
             raise ConfigError("the tokenizer has no token that ends a text: name one (eos) in its files.")
         self.texts = [Texts(study, vocabulary, options, prompts) for study in studies]
-        self._check_fields()
+        if needs_all:
+            self._check_fields()
         self.cells_per_row = self._cells_per_row()
         rows = [-(-study.n_cells // self.cells_per_row) for study in studies]
         self._ends = np.cumsum(rows)
@@ -216,10 +229,11 @@ class SentenceSource:
         for name, _ in self.options.tasks:
             needed = {TASKS[name].answer, *TASKS[name].prompt} - {"cell"}
             for texts in self.texts:
-                columns |= set(map(str, texts.obs.columns))
-                known = {field for field, column in self.options.fields.items() if column in texts.obs}
+                there = set(texts.study.obs_columns)
+                columns |= there
+                known = {field for field, column in self.options.fields.items() if column in there}
                 known |= set(self.options.studies.get(texts.study.name, {}))
-                known |= {"labels"} if self.options.labels and set(self.options.labels) <= columns else set()
+                known |= {"labels"} if self.options.labels and set(self.options.labels) <= there else set()
                 if needed <= known:
                     break
             else:
@@ -227,6 +241,11 @@ class SentenceSource:
                     f"the task {name!r} needs {' and '.join(sorted(needed))}, which no study has: name columns of obs "
                     f"(there are {', '.join(sorted(columns)) or 'none'}), or leave the task out."
                 )
+
+    @property
+    def possible(self) -> bool:
+        """Whether any of the first cells of any study has what a task needs."""
+        return any(texts.examples(0, min(texts.study.n_cells, _SAMPLE), 0) for texts in self.texts)
 
     def _cells_per_row(self) -> int:
         """Cells whose texts fit into a row nearly always."""

@@ -1,0 +1,595 @@
+"""Cell sentences from task to run folder: the loss of packed texts, runs that resume, models to start from."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sct
+from sct.data.store import Store
+from sct.data.text.tokenizer import Tokenizer
+from sct.errors import CheckpointError, ConfigError, SctError, StoreError
+from sct.generation.cells import CellWriter
+from sct.models import registry
+from sct.models.decoder import Decoder
+from sct.nn.paths import flatten
+from sct.tasks import cell_sentences, sentence_reports
+from sct.tasks.cell_sentences import CellSentences, CellSentencesConfig, SentenceData
+from sct.tasks.registry import kind_of, make_task
+from sct.train import experiment
+from sct.train.experiment import run
+from tests.data.text.toy_texts import SHORT, ToyStore, ToyStudy, study, tokenizer
+from tests.quick import compiled_quickly
+
+from .conftest import merged, read_log, same, without_times
+
+SIZES = {"embed_dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 24, "max_length": 96}
+TASKS = (("unconditional", 1.0), ("cell_type_to_cell", 1.0), ("cell_to_cell_type", 2.0))
+CONFIG: dict[str, Any] = {
+    "family": "gpt2", "task": "cell_sentences", "model": {"vocab_size": 0, **SIZES},
+    "data": {"top_k": 4, "length": 96, "vocab_size": 330},
+    "objective": {"tasks": TASKS, "loss_on": "all", "balance": "texts", "report_cells": 16, "report_seeds": 1},
+    "optimizer": {"peak_lr": 1e-2, "warmup_steps": 2},
+    "train": {"steps": 6, "batch_size": 4, "log_every": 1, "eval_every": 3, "checkpoint_every": 2, "loader_threads": 1},
+}  # fmt: skip
+FOREIGN = {"gpt2": {}, "neox": {"rotary_fraction": 0.5}, "llama": {"num_kv_heads": 1}}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quickly():
+    with compiled_quickly():
+        yield
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.json"
+    SHORT.save(path)
+    return path
+
+
+def task_of(
+    prompts: Path, *studies: ToyStudy, family: str = "gpt2", loss_on: str = "response", balance: str = "tokens",
+    tasks: Any = TASKS, model: dict[str, Any] | None = None, report_cells: int = 8, **data: Any,
+) -> CellSentences:  # fmt: skip
+    """Task over cells in memory."""
+    objective = CellSentencesConfig(
+        tasks, loss_on, balance, str(prompts), report_cells=report_cells, report_seeds=1
+    )
+    size = tokenizer().vocab_size
+    config = registry.model_config(family, {"vocab_size": size, **SIZES, **FOREIGN[family], **(model or {})})
+    made = SentenceData(**{"top_k": 8, "length": 96, **data})
+    return CellSentences(objective, made, config, tokenizer(), ToyStore(*studies), seed=0)
+
+
+@functools.cache
+def parameters(family: str) -> Any:
+    """Parameters so large that every part counts."""
+    config = registry.model_config(family, {"vocab_size": tokenizer().vocab_size, **SIZES, **FOREIGN[family]})
+    variables = nn.unbox(jax.jit(Decoder(config).init)(jax.random.key(0), **Decoder.example(config)))
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda x: x + jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), variables)
+
+
+def batch_of(task: CellSentences, split: str, number: int) -> dict[str, np.ndarray]:
+    source = task.dataset(split)
+    assert source is not None
+    rows = [source.bag(i % len(source), i // len(source)) for i in range(number)]
+    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    return {**batch, "weight": np.ones(number, np.float32)}
+
+
+def texts_of(batch: dict[str, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Tokens of each text, and which of them are predicted."""
+    return [
+        (ids[segments == number], predicted[segments == number])
+        for ids, segments, predicted, weight in zip(
+            *(batch[name] for name in ("input_ids", "segments", "predicted", "weight")), strict=True
+        )
+        if weight
+        for number in range(1, segments.max() + 1)
+    ]
+
+
+def alone(task: CellSentences, texts: list[tuple[np.ndarray, np.ndarray]]) -> Any:
+    """Loss of texts, each in a row of its own, and its gradients; computed without what is under test."""
+    length = task.data.length
+    ids = np.stack([np.pad(tokens, (0, length - len(tokens))) for tokens, _ in texts])
+    counts = np.stack([np.pad(predicted, (0, length - len(predicted))) for _, predicted in texts])
+    weights = counts.astype(np.float32)
+    if task.config.balance == "texts":
+        weights = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def run(variables: Any) -> Any:
+        logs = jax.nn.log_softmax(Decoder(task.model_config).apply(variables, ids)["logits"], axis=-1)
+        losses = -jnp.take_along_axis(logs[:, :-1], ids[:, 1:, None], axis=2)[..., 0]
+        hits = (logs[:, :-1].argmax(axis=-1) == ids[:, 1:]) & counts[:, 1:]
+        sums = {
+            "loss": (losses * counts[:, 1:]).sum(),
+            "weighted": (losses * weights[:, 1:]).sum(),
+            "right": hits.sum(),
+        }
+        return sums["weighted"] / weights.sum(), sums | {"weight": weights.sum(), "predicted": counts.sum()}
+
+    return run(parameters_of(task))
+
+
+def parameters_of(task: CellSentences) -> Any:
+    return parameters({0: "gpt2", 1: "neox", 2: "llama"}[["GPT2Config", "NeoXConfig", "LlamaConfig"].index(
+        type(task.model_config).__name__)])  # fmt: skip
+
+
+def packed(task: CellSentences, batch: dict[str, np.ndarray], train: bool = True) -> Any:
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def run(variables: Any) -> Any:
+        return task.loss(variables, batch, jax.random.key(0), train)
+
+    return run(parameters_of(task))
+
+
+def agree(task: CellSentences, batch: dict[str, np.ndarray], train: bool = True) -> None:
+    (loss, sums), gradients = packed(task, batch, train)
+    (expected, parts), slopes = alone(task, texts_of(batch))
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    for name, value in parts.items():
+        assert float(sums[name]) == pytest.approx(float(value), rel=1e-5), name
+    assert loss == pytest.approx(float(sums["weighted"]) / float(sums["weight"]), rel=1e-5)
+    most = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(slopes))
+    for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(slopes), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=2e-5 * most)
+
+
+@pytest.mark.parametrize(
+    ("family", "loss_on", "balance"),
+    [
+        ("gpt2", "response", "tokens"), ("gpt2", "all", "texts"), ("neox", "response", "texts"),
+        ("llama", "all", "tokens"), ("llama", "response", "texts"),
+    ],
+)  # fmt: skip
+def test_texts_in_a_row_have_the_loss_of_the_same_texts_alone(prompts, family, loss_on, balance):
+    task = task_of(prompts, study(40), family=family, loss_on=loss_on, balance=balance, length=80)
+    batch = batch_of(task, "train", 3)
+    assert batch["segments"].max() >= 2
+    assert batch["cut"].sum() + (batch["segments"] == 0).sum() > 0
+    batch["weight"][1] = 0  # a row that fills up a batch
+    agree(task, batch)
+
+
+def test_held_out_rows_of_several_texts_where_those_of_training_have_one(prompts):
+    long, short = study(12, low=14), study(12, "two", seed=1, split="validation", low=1, high=1)
+    task = task_of(prompts, long, short, top_k=0, length=32, tasks=(("cell_to_cell_type", 1.0),))
+    for split, several in (("train", False), ("validation", True)):
+        batch = batch_of(task, split, 2)
+        assert (batch["segments"].max() > 1) == several, "cells are not as this test needs them"
+        agree(task, batch, train=split == "train")
+
+
+def test_dropout_is_for_training(prompts):
+    plain, drops = (task_of(prompts, study(20), model={"dropout": rate}) for rate in (0.0, 0.5))
+    batch = batch_of(plain, "train", 2)
+
+    @functools.partial(jax.jit, static_argnums=(0, 2))
+    def loss(task, key, train):
+        return task.loss(parameters("gpt2"), batch, jax.random.key(key), train)[0]
+
+    assert loss(plain, 0, True) == loss(drops, 0, False)
+    assert len({float(loss(drops, key, True)) for key in (0, 0, 1)} | {float(loss(plain, 0, True))}) == 3
+
+
+def test_a_batch_without_a_predicted_token_has_no_loss(prompts):
+    task = task_of(prompts, ToyStudy(np.zeros((4, 14)), "none", cell_type=["B cell"] * 4), study(9, "two"))
+    batch = batch_of(task, "train", 1)
+    batch["predicted"][:] = False
+    (loss, sums), gradients = packed(task, batch)
+    assert loss == sums["weight"] == 0
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradients))
+    assert np.isfinite(list(task.summarise(jax.device_get(sums)).values())).all()
+
+
+def test_held_out_studies_of_which_nothing_can_be_told_are_no_validation(prompts):
+    """A loss of zero over nothing would be the best that there is."""
+    held_out = study(9, "two", seed=1, split="validation")
+    del held_out.table["cell_type"]
+    try:
+        source = task_of(prompts, study(20), held_out, tasks=TASKS[1:]).dataset("validation")
+    except ConfigError:
+        return
+    assert source is None
+
+
+def test_held_out_studies_need_not_be_fit_for_every_task(prompts):
+    held_out = study(9, "two", seed=1, split="validation")
+    del held_out.table["cell_type"]
+    source = task_of(prompts, study(20), held_out).dataset("validation")
+    assert source is not None
+    assert {each.task for each in source.texts[0].examples(0, 9, 0)} == {"unconditional"}
+
+
+def test_numbers_that_are_logged(prompts):
+    task = task_of(prompts, study(9))
+    sums = {"loss": 6.0, "predicted": 3.0, "weighted": 5.0, "weight": 2.0, "right": 1.0, "cut": 1.0}
+    assert task.summarise(sums) == pytest.approx(
+        {"loss": 2.5, "perplexity": np.exp(2), "accuracy": 1 / 3, "cut": 0.25}
+    )
+    assert "cut" not in task.summarise({**sums, "cut": 0.0})
+    assert task.tokens({"input_ids": np.zeros((3, 7))}) == 21
+    assert task.tokens_per_record == 96
+
+
+def test_values_of_labels_are_those_that_texts_tell(prompts, tmp_path):
+    """What may be answered is what was told in training: the most frequent first, nothing that no text has."""
+    first, second = study(40), study(25, "two", seed=1)
+    for each, column, value in (
+        (first, "cell_type", None), (first, "tissue", ""), (second, "cell_type", "  "), (second, "tissue", None),
+    ):  # fmt: skip
+        each.table.iloc[:3, each.table.columns.get_loc(column)] = value
+    second.table.iloc[5, second.table.columns.get_loc("cell_type")] = " T cell "
+    (tmp_path / "studies.yaml").write_text("two: {tissue: spleen}\n")
+    task = task_of(
+        prompts,
+        first,
+        second,
+        tissue="tissue",
+        labels=("tissue", "cell_type"),
+        studies=str(tmp_path / "studies.yaml"),
+    )
+    source = task.dataset("train")
+    assert source is not None
+    told: dict[str, Counter[str]] = {"cell_type": Counter(), "tissue": Counter(), "labels": Counter()}
+    for texts in source.texts:
+        for row in range(texts.study.n_cells):
+            for field, value in texts.values(row).items():
+                told[field][sentence_reports._text(value)] += 1
+    for field, values in task.labels().items():
+        expected = sorted(told[field], key=lambda value, field=field: (-told[field][value], value))
+        assert values == expected, field
+    assert set(task.labels()) == set(told)
+
+
+def test_a_text_or_a_study_with_more_values_than_labels_have_is_no_label(prompts, monkeypatch):
+    monkeypatch.setattr(cell_sentences, "_MANY", 2)
+    assert "cell_type" not in task_of(prompts, study(40)).labels()
+
+
+def test_what_a_model_folder_says_is_read_back_from_json(prompts):
+    task = task_of(prompts, study(40), labels=("tissue", "cell_type"))
+    exported = task.exports()
+    read = json.loads(json.dumps(exported["data"]))
+    writer = CellWriter.of(
+        task.model_config, parameters("gpt2"), exported["tokenizer"], exported["genes"], read
+    )
+    assert writer.prompts == task.prompts
+    assert writer.fits == task.fits
+    assert (writer.top_k, writer.labels) == (8, task.labels())
+    with pytest.raises(ConfigError, match="did not learn cell sentences"):
+        CellWriter.of(task.model_config, {}, exported["tokenizer"], exported["genes"], {"cells_per_bag": 3})
+
+
+def test_reports_hold_the_cells_with_their_own_labels(prompts):
+    first, second = study(30), study(20, "two", seed=1)
+    first.table.loc[first.table.index[::2], "cell_type"] = None
+    second.table["cell_type"] = None
+    first.counts = first.counts.tolil()
+    first.counts[1] = 0
+    first.counts = first.counts.tocsr()
+    source = task_of(prompts, first, second).dataset("train")
+    assert source is not None
+    cells = sentence_reports.LabelledCells.read(source.texts, "cell_type", 50)
+    rows = np.arange(3, 30, 2)
+    np.testing.assert_array_equal(cells.counts.toarray(), first.counts[rows].toarray())
+    assert cells.labels.tolist() == first.table["cell_type"].iloc[rows].tolist()
+    np.testing.assert_array_equal(cells.keys, source.texts[0].keys[rows])
+    few = sentence_reports.LabelledCells.read(source.texts, "cell_type", 10)
+    assert 1 <= len(few.labels) == few.counts.shape[0] <= 11
+
+
+def test_held_out_cells_of_labels_that_no_training_cell_has(prompts):
+    """A label that the model cannot have learned is left out of the tables, or wrong in them, and no end of a run."""
+    held_out = study(20, "two", seed=1, split="test", low=2)
+    held_out.table["cell_type"] = np.where(np.arange(20) % 2, "astrocyte", "neuron")
+    task = task_of(prompts, study(40), held_out, top_k=2, length=64)
+    for evaluator in task.evaluators():
+        for name, value in evaluator(parameters("gpt2")):
+            assert np.isfinite(value) or "AU" in name, (evaluator.name, name)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "words"),
+    [
+        ("objective", {"loss_on": "prompt"}, "loss_on is 'prompt'"),
+        ("objective", {"balance": "cells"}, "balance is 'cells'"),
+        ("objective", {"tasks": ()}, "must name a task"),
+        ("objective", {"tasks": (("cell_to_age", 1.0),)}, "a task and a positive weight"),
+        ("objective", {"tasks": (("unconditional", 0),)}, "a task and a positive weight"),
+        ("objective", {"report_cells": -1}, "report_cells must not be negative"),
+        ("data", {"length": 4}, "data.length is 4"),
+        ("data", {"top_k": -1}, "data.top_k is -1"),
+    ],
+)
+def test_options_that_cannot_be(section, values, words):
+    with pytest.raises(ConfigError, match=words):
+        (CellSentencesConfig if section == "objective" else SentenceData)(**values)
+
+
+def test_models_that_do_not_fit_the_texts(prompts):
+    with pytest.raises(ConfigError, match=r"data\.length is 97, but the model has 96 positions"):
+        task_of(prompts, study(9), length=97)
+    assert task_of(prompts, study(9), length=97, family="llama").data.length == 97
+    with pytest.raises(ConfigError, match="the model has 300 tokens, but the tokenizer"):
+        task_of(prompts, study(9), model={"vocab_size": 300})
+    with pytest.raises(ConfigError, match="does not train the family 'sct': choose from gpt2, neox, llama"):
+        kind_of({"family": "sct", "task": "cell_sentences"})
+    with pytest.raises(ConfigError, match="task is 'sentences'"):
+        kind_of({"family": "gpt2", "task": "sentences"})
+
+
+# Runs.
+
+
+@pytest.fixture(scope="module")
+def text_config(store, prompts):
+    """Function that gives the small configuration with changes."""
+    changed = {"data__store": str(store), "objective__prompts": str(prompts)}
+    return lambda **changes: merged(CONFIG, **{**changed, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(text_config, tmp_path_factory):
+    """A whole run, its folder and how it ended."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return folder, run(text_config(), folder)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_the_run_folder_holds_what_was_promised(finished, store):
+    folder, result = finished
+    assert result.reason == "finished"
+    for name in ("tokenizer/tokenizer.json", "model/tokenizer.json", "model/genes.tsv", "model/config.json",
+                 "model/model.safetensors", "report.md", "report.json", "genes.tsv", "data.json"):  # fmt: skip
+        assert (folder / name).stat().st_size > 0, name
+    report = (folder / "report.md").read_text()
+    assert "Labels of" in report
+    assert "generated cells" in report
+    for name in ("predicted_cell_type", "generated_by_cell_type"):
+        numbers = json.loads((folder / f"{name}.json").read_text())
+        assert numbers
+        assert np.isfinite(list(numbers.values())).any()
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings["model"]["vocab_size"] == 0
+    assert settings["resolved_model"]["vocab_size"] == Tokenizer.load(folder / "tokenizer").vocab_size
+    assert settings["data"]["store"] == str(store)
+    losses = [line["train/loss"] for line in read_log(folder) if "train/loss" in line]
+    assert losses[-1] < losses[0]
+
+
+def test_stopping_and_resuming_equals_never_stopping(finished, text_config, tmp_path, monkeypatch):
+    folder, whole = finished
+    monkeypatch.setattr(CellSentences, "evaluators", lambda self: ())
+    first = run(text_config(train__stop_at=4), tmp_path / "parts")
+    assert (first.reason, first.progress.step) == ("stop_at", 4)
+    kept = files(tmp_path / "parts" / "tokenizer")
+    half = sct.load(tmp_path / "parts")
+    assert half.tokenizer.fingerprint == Tokenizer.load(folder / "tokenizer").fingerprint
+
+    def refused(*given):
+        raise AssertionError("a tokenizer is trained once")
+
+    kind = kind_of(CONFIG)
+    monkeypatch.setattr(
+        "sct.tasks.registry.TASKS", {"cell_sentences": dataclasses.replace(kind, tokenizer=refused)}
+    )
+    second = run(text_config(), tmp_path / "parts")
+    assert second.reason == "finished"
+    assert files(tmp_path / "parts" / "tokenizer") == kept == files(folder / "tokenizer")
+    assert same(whole.state, second.state)
+    assert not same(first.state, whole.state)
+    assert without_times(read_log(folder)) == without_times(read_log(tmp_path / "parts"))
+    # Of an unfinished run too, what goes with the weights is known.
+    exported = sct.load(folder)
+    assert half.data == json.loads(json.dumps(exported.data)) == exported.data
+    assert half.step == 3, "the best checkpoint is the validated one"
+    assert half.config == exported.config
+
+
+def test_other_options_are_refused(finished, text_config, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    before = files(folder / "tokenizer"), (folder / "config.json").read_bytes()
+    for name, value in (
+        ("data__top_k", 5), ("data__vocab_size", 340), ("objective__balance", "tokens"),
+        ("objective__tasks", TASKS[:1]),
+        ("model__embed_dim", 32), ("data__cell_type", "study"), ("family", "llama"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"holds a run with .*{name.rpartition('__')[2]}"):
+            run(text_config(**{name: value}), folder)
+    assert (files(folder / "tokenizer"), (folder / "config.json").read_bytes()) == before
+
+
+def test_run_folder_and_model_folder_are_the_same_model(finished, tmp_path):
+    folder = finished[0]
+    loaded = [sct.load(folder), sct.load(folder / "model")]
+    shutil.copytree(folder, tmp_path / "unexported", ignore=shutil.ignore_patterns("model"))
+    loaded.append(sct.load(tmp_path / "unexported"))
+    for each in loaded[1:]:
+        assert same(each.variables, loaded[0].variables)
+        assert each.tokenizer.fingerprint == loaded[0].tokenizer.fingerprint
+        assert (each.data, each.config, each.step) == (loaded[0].data, loaded[0].config, loaded[0].step)
+        assert each.vocabulary.hash == loaded[0].vocabulary.hash
+    assert loaded[0].data["task"] == "cell_sentences"
+    made = [sct.tl.generate_cells(each, n=2, max_new_tokens=8) for each in loaded]
+    assert (
+        made[0].obs["sentence"].tolist()
+        == made[1].obs["sentence"].tolist()
+        == made[2].obs["sentence"].tolist()
+    )
+
+
+class BegunError(Exception):
+    """Says what a run was about to train."""
+
+    def __init__(self, task, start):
+        self.task, self.start = task, start
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """Function that gives the task and the first parameters of a run instead of training it."""
+
+    def caught(task, options, optimizer, workdir, start):
+        raise BegunError(task, start)
+
+    monkeypatch.setattr(experiment, "train", caught)
+
+    def begin(config, folder):
+        with pytest.raises(BegunError) as found:
+            run(config, folder)
+        return found.value.task, found.value.start
+
+    return begin
+
+
+def test_a_model_to_start_from_brings_architecture_and_tokenizer(finished, text_config, begun, tmp_path):
+    parent = sct.load(finished[0])
+    config = text_config(
+        init_from=str(finished[0] / "model"), model__embed_dim=64, model__num_layers=3, model__dropout=0.25,
+        model__remat="level", data__vocab_size=500,
+    )  # fmt: skip
+    task, start = begun(config, tmp_path / "tuned")
+    assert task.model_config == dataclasses.replace(parent.config, dropout=0.25, remat="level")
+    assert task.tokenizer.fingerprint == parent.tokenizer.fingerprint
+    assert same(start, flatten(parent.variables))
+    settings = json.loads((tmp_path / "tuned" / "config.json").read_text())
+    assert settings["resolved_model"] == dataclasses.asdict(task.model_config)
+    assert settings["model"]["embed_dim"] == 64, "what the person wrote stays"
+
+
+def test_a_tokenizer_with_more_tokens_lets_the_model_grow(finished, text_config, begun, tmp_path):
+    parent = sct.load(finished[0])
+    parent.tokenizer.add_special(["<cell>", "</cell>"]).save(tmp_path / "more")
+    config = text_config(init_from=str(finished[0]), data__tokenizer=str(tmp_path / "more"))
+    task, start = begun(config, tmp_path / "grown")
+    size = parent.tokenizer.vocab_size
+    assert task.tokenizer.vocab_size == task.model_config.vocab_size == size + 2
+    table, old = start["params/token/embedding"], flatten(parent.variables)["params/token/embedding"]
+    np.testing.assert_array_equal(table[:size], old)
+    np.testing.assert_allclose(
+        table[size:], np.repeat(np.asarray(old).mean(axis=0)[None], 2, axis=0), atol=1e-6
+    )
+    assert (
+        json.loads((tmp_path / "grown" / "config.json").read_text())["resolved_model"]["vocab_size"]
+        == size + 2
+    )
+
+
+def test_a_model_of_another_family_or_of_other_genes_is_refused(finished, text_config, begun, tmp_path):
+    with pytest.raises(ConfigError, match="is of the family 'gpt2', but the configuration's is 'llama'"):
+        run(text_config(init_from=str(finished[0]), family="llama"), tmp_path / "a")
+    genes = tmp_path / "model"
+    shutil.copytree(finished[0] / "model", genes)
+    model = sct.load(genes)
+    other = model.vocabulary.subset(list(model.vocabulary.ensembl_ids[:50]))
+    dataclasses.replace(model, genes=other).save_pretrained(genes)
+    with pytest.raises(StoreError, match="vocabular"):
+        run(text_config(init_from=str(genes)), tmp_path / "b")
+    with pytest.raises(SctError):
+        run(text_config(init_from=str(tmp_path / "nothing")), tmp_path / "c")
+
+
+def test_a_run_that_began_with_nothing_kept_has_the_tokenizer_of_its_own_options(
+    finished, text_config, begun, tmp_path
+):
+    """A run that ended before its first checkpoint leaves a tokenizer of other options behind."""
+    begun(text_config(data__vocab_size=290), tmp_path / "run")
+    task, _ = begun(text_config(), tmp_path / "run")
+    assert task.tokenizer.vocab_size == Tokenizer.load(finished[0] / "tokenizer").vocab_size > 290
+    begun(text_config(data__vocab_size=290), tmp_path / "tuned")
+    task, _ = begun(text_config(init_from=str(finished[0])), tmp_path / "tuned")
+    assert task.tokenizer.fingerprint == sct.load(finished[0]).tokenizer.fingerprint
+
+
+def test_a_run_without_its_tokenizer_does_not_make_another(finished, text_config, begun, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        run(text_config(), folder)
+
+
+def test_files_that_a_run_reads_must_stay_as_they_are(finished, text_config, prompts, begun, tmp_path):
+    changed = tmp_path / "prompts.json"
+    changed.write_bytes(prompts.read_bytes())
+    begun(text_config(objective__prompts=str(changed)), tmp_path / "run")
+    shutil.copytree(finished[0] / "checkpoints", tmp_path / "run" / "checkpoints")
+    begun(text_config(objective__prompts=str(changed)), tmp_path / "run")
+    changed.write_text(prompts.read_text().replace("Write a cell", "Make a cell"))
+    with pytest.raises(ConfigError, match="the file of objective\\.prompts has changed"):
+        run(text_config(objective__prompts=str(changed)), tmp_path / "run")
+    changed.unlink()
+    with pytest.raises(ConfigError, match="prompts"):
+        run(text_config(objective__prompts=str(changed)), tmp_path / "run")
+
+
+def test_a_tokenizer_is_trained_on_texts_of_training_studies_alone(store, prompts, monkeypatch):
+    opened, seen = Store.open(store), []
+    original = cell_sentences.Texts.examples
+
+    def recording(self, start, stop, epoch):
+        seen.append((self.study.name, stop - start))
+        return original(self, start, stop, epoch)
+
+    monkeypatch.setattr(cell_sentences.Texts, "examples", recording)
+    objective = CellSentencesConfig(tasks=TASKS, prompts=str(prompts))
+    made = cell_sentences.make_tokenizer(opened, objective, SentenceData(vocab_size=300, corpus_cells=40), 0)
+    assert seen == [("study0", 20), ("study1", 20)]
+    assert made.vocab_size <= 300
+    again = cell_sentences.make_tokenizer(opened, objective, SentenceData(vocab_size=300, corpus_cells=40), 0)
+    assert again.fingerprint == made.fingerprint
+
+
+@pytest.mark.parametrize("family", ["neox", "llama"])
+def test_every_family_learns_cell_sentences(text_config, tmp_path, family):
+    config = text_config(
+        family=family, train__steps=2, train__eval_every=2, objective__report_cells=0,
+        **{f"model__{name}": value for name, value in FOREIGN[family].items()},
+    )  # fmt: skip
+    result = run(config, tmp_path / "run")
+    assert (result.reason, result.progress.step) == ("finished", 2)
+    model = sct.load(tmp_path / "run")
+    assert (model.family, type(model.config).__name__.removesuffix("Config").lower()) == (family, family)
+    assert same(model.variables, result.state.variables)
+    assert not (tmp_path / "run" / "predicted_cell_type.json").exists()
+
+
+def test_labels_learned_together(text_config, tmp_path):
+    """A table of combined labels, and cells generated by them, from a store."""
+    config = text_config(
+        data__labels=("cell_type",), objective__tasks=(("cell_to_labels", 1.0), ("labels_to_cell", 1.0)),
+        train__steps=1, train__eval_every=1, objective__report_cells=10,
+    )  # fmt: skip
+    task, _ = make_task(config, Store.open(config["data"]["store"]))
+    (predicted, *others) = task.evaluators()
+    assert predicted.name == "predicted_labels"
+    assert [each.name for each in others] == ["generated_by_labels"]
+    variables = nn.unbox(task.init(jax.random.key(0)))
+    numbers = dict(predicted(variables))
+    assert {"cell sentences/accuracy", "most common label/accuracy"} <= set(numbers)
+    assert predicted.report is not None
+    assert "cell_type (" in predicted.report.title
+    assert all(value.startswith("cell_type: type ") for value in task.labels()["labels"])
