@@ -13,7 +13,7 @@ from sct.errors import ConfigError
 from sct.models import registry
 from sct.speed import synthetic
 from sct.tasks.masked_expression import BagData, MaskedExpression
-from sct.tasks.registry import make_task
+from sct.tasks.registry import kind_of, make_task
 from sct.train.loop import TrainConfig
 from sct.train.optim import OptimizerConfig
 
@@ -84,6 +84,11 @@ class Job:
         if "sweep" in self.config or "train" not in self.config:
             raise ConfigError(
                 "this configuration is not one run of training: give one that is, such as --config=configs/sct_sc.py."
+            )
+        if self.options.mode != "generate" and kind_of(self.config).tokenizer is not None:
+            raise ConfigError(
+                f"--mode={self.options.mode} measures models of cells, which {self.config['family']!r} is not: take "
+                "--mode=generate, or a configuration of sct."
             )
         if self.options.mode not in ("ingest", "generate") and self.options.cells and self.synthetic:
             smallest = self.data.cells_per_bag

@@ -19,7 +19,6 @@ from sct.data.store import Store
 from sct.errors import ConfigError
 from sct.speed import compute, data, embedding, generation, reference, saving
 from sct.speed.job import Job, Options
-from sct.tasks.registry import kind_of
 from sct.version import __version__
 
 Measure = Callable[[Job, Store], dict[str, Any]]
@@ -60,11 +59,6 @@ def measure(config: Mapping[str, Any], options: Options, apart: bool = True) -> 
     if options.mode == "generate":
         load, job = _load(), Job(config, options, Path())
         return _facts(job, generation.measure(job), load)
-    if kind_of(config).tokenizer is not None:
-        raise ConfigError(
-            f"--mode={options.mode} measures models of cells, which {config.get('family')!r} is not: take "
-            "--mode=generate, or a configuration of sct."
-        )
     with tempfile.TemporaryDirectory(prefix="sct-speed-") as folder:
         job = Job(config, options, Path(folder))
         check = _apart(prepare, job) if apart else prepare(job)

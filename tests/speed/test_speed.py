@@ -140,7 +140,7 @@ def test_a_disturbed_ceiling_is_said():
     assert not any("disturbed" in note for note in report.notes(found))
 
 
-def test_generation_names_the_families_that_can(monkeypatch):
+def test_generation_names_the_families_that_can():
     with pytest.raises(ConfigError, match="choose a configuration of gpt2, neox, llama"):
         measured("generate")
 
