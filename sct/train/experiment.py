@@ -208,7 +208,9 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
         mesh = registry.build(TrainConfig, {**plain.get("train", {}), "steps": 1}, "train").mesh
         placed = sharding.make_mesh(mesh) if jax.device_count() > 1 else None
         parent = pretrained.load(plain["init_from"], mesh=placed, genes=store.vocabulary)
-    if resumes and kind_of(plain).tokenizer is not None:  # of the model that it started from, or its tokenizer's
+    if (
+        resumes and kind_of(plain).tokenizer is not None
+    ):  # of the model that it started from, or its tokenizer's
         architecture = _read_json(settings).get(MODEL)
     else:
         architecture = _architecture(plain, parent)

@@ -16,7 +16,8 @@ import pandas as pd
 from scipy import sparse
 
 from sct.data.alignment import some
-from sct.data.text.ranking import Ranked, canonical, cell_keys, choose, hash_names, mix, rank
+from sct.data.text.ranking import Ranked, canonical, cell_keys, choose, hash_names, mix, rank, sort_rows
+from sct.data.text.words import Words
 from sct.errors import DataError
 
 __all__ = [
@@ -261,9 +262,9 @@ def expression(
     if isinstance(sentences, str) or not all(isinstance(text, str) for text in texts):
         raise DataError("the sentences are not a list of texts; give one text per cell")
     names = _checked_names(names, len(names), separator)
-    columns = {name: column for column, name in enumerate(names)}
+    words = Words(names)
     blocks = [
-        _restore(texts[start : start + _BLOCK], columns, fit, separator)
+        _restore(texts[start : start + _BLOCK], words, fit, separator)
         for start in range(0, max(len(texts), 1), _BLOCK)
     ]
     matrix = sparse.vstack([block for block, _ in blocks], format="csr")
@@ -275,37 +276,37 @@ def expression(
 
 
 def _restore(
-    texts: list[str], columns: dict[str, int], fit: RankFit, separator: str
+    texts: list[str], names: Words, fit: RankFit, separator: str
 ) -> tuple[sparse.csr_matrix, np.ndarray]:
     """Expression of some sentences, and n_words, n_valid and n_unique of each, int64 (3, n)."""
     if separator.isspace() or not separator:
-        words = [text.split() for text in texts]
+        n_words, gene = names.find(texts)
     else:
-        words = [[word for part in text.split(separator) if (word := part.strip())] for text in texts]
-    n_words = np.fromiter(map(len, words), np.int64, len(words))
-    chained = itertools.chain.from_iterable(words)
-    gene = np.fromiter(map(columns.get, chained, itertools.repeat(-1)), np.int64, n_words.sum())
-    # Cell, gene and position in one number: to sort it is several times faster than to sort by three keys.
-    gene_bits, bits = len(columns).bit_length(), int(n_words.max(initial=0)).bit_length()
-    entry = np.repeat(np.arange(len(texts), dtype=np.int64) << gene_bits, n_words)
-    entry = (entry + gene << bits) + np.arange(1, len(gene) + 1)
-    entry -= np.repeat(np.cumsum(n_words) - n_words, n_words)
-    entry = entry[gene >= 0]
-    entry.sort()
-    position = entry & (1 << bits) - 1
-    entry >>= bits
-    starts = np.flatnonzero(np.diff(entry, prepend=-1))
+        n_words, gene = names.look_up(
+            [[word for part in text.split(separator) if (word := part.strip())] for text in texts]
+        )
+    ends = np.cumsum(n_words)
+    position = np.arange(1, len(gene) + 1) - np.repeat(ends - n_words, n_words)
+    # Gene and position in one number, which sorts several times faster than by two keys.
+    bits = int(n_words.max(initial=0)).bit_length()
+    kind = np.uint32 if bits + len(names.places).bit_length() <= 32 else np.uint64
+    known = gene >= 0
+    entry = (gene[known] << bits | position[known]).astype(kind)
+    rows = np.repeat(np.arange(len(texts)), n_words)[known]
+    n_valid = np.bincount(rows, minlength=len(texts)).astype(np.int64)
+    sort_rows(entry, np.concatenate([[0], np.cumsum(n_valid)]))
+    position = (entry & kind((1 << bits) - 1)).astype(np.int64)
+    entry >>= kind(bits)
+    starts = np.flatnonzero((np.diff(entry, prepend=entry[:1]) != 0) | (np.diff(rows, prepend=-1) != 0))
     times = np.diff(starts, append=len(entry))
     mean_rank = np.add.reduceat(position, starts) / times if starts.size else np.zeros(0)
-    entry = entry[starts]
     values = np.maximum(fit.slope * np.log(mean_rank) + fit.intercept, 0).astype(np.float32)
-    rows = entry >> gene_bits
-    n_unique = np.bincount(rows, minlength=len(texts))
-    indices = (entry & (1 << gene_bits) - 1).astype(np.int32)
+    n_unique = np.bincount(rows[starts], minlength=len(texts))
     indptr = np.concatenate([[0], np.cumsum(n_unique)])
-    matrix = sparse.csr_matrix((values, indices, indptr), (len(texts), len(columns)))
+    matrix = sparse.csr_matrix(
+        (values, entry[starts].astype(np.int32), indptr), (len(texts), len(names.places))
+    )
     matrix.eliminate_zeros()
-    n_valid = np.bincount(rows, times, minlength=len(texts)).astype(np.int64)
     return matrix, np.stack([n_words, n_valid, n_unique])
 
 

@@ -129,7 +129,7 @@ def rank(
         entry = mix(entry) >> np.uint64(64 - _TIE_BITS) << np.uint64(_GENE_BITS)
         entry |= place[columns]
         entry |= (~counts.data[a:b].view(np.uint32)).astype(np.uint64) << np.uint64(32)
-        _sort_rows(entry, indptr[start : stop + 1] - a, top_k)
+        sort_rows(entry, indptr[start : stop + 1] - a, top_k)
         if top_k is not None:
             offset = np.arange(b - a) - np.repeat(indptr[start:stop] - a, lengths[start:stop])
             entry = entry[offset < top_k]
@@ -148,7 +148,7 @@ def choose(counts: sparse.csr_matrix, n: int, *, seed: int, keys: np.ndarray | N
     return np.sort(np.argsort(mix(keys ^ _seed_key(seed)), kind="stable")[:n])
 
 
-def _sort_rows(entry: np.ndarray, indptr: np.ndarray, top_k: int | None) -> None:
+def sort_rows(entry: np.ndarray, indptr: np.ndarray, top_k: int | None = None) -> None:
     """Sort each row in place; with `top_k` only its first places are sorted.
 
     Rows in one padded matrix take twice as long: to copy them there and back costs more than these calls.

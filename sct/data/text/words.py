@@ -1,0 +1,103 @@
+"""Words of many texts as numbers, all at once: a text becomes the columns of the genes that it names."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from sct.data.text.ranking import mix
+
+_BYTES = 8  # of a word that are compared at once
+_SPACES = np.isin(np.arange(256), list(b" \t\n\v\f\r\x1c\x1d\x1e\x1f"))  # that `str.split` splits at
+_LOW_BYTES = np.array([(1 << 8 * n) - 1 for n in range(_BYTES + 1)], np.uint64)
+
+
+class Words:
+    """Words with numbers, which are looked up for many texts at once.
+
+    To split texts and ask a dictionary for each word takes twice as long: here the words are never made, and their
+    bytes are compared eight at a time.
+
+    Parameters
+    ----------
+    words
+        Different words without white space; their numbers are their places.
+    """
+
+    def __init__(self, words: Sequence[str]):
+        self.places = {word: place for place, word in enumerate(words)}
+        self._plain = len(words) > 0 and all(word.isascii() for word in words)
+        if not self._plain:
+            return
+        self._lengths = np.array([len(word) for word in words])
+        data = np.frombuffer("".join(words).encode() + bytes(_BYTES), np.uint8)
+        first = np.cumsum(self._lengths) - self._lengths
+        self._parts = -(-int(self._lengths.max()) // _BYTES)
+        self._keys = _keys(data, first, self._lengths, self._parts)
+        hashes = _hash(self._keys)
+        self._index = pd.Index(hashes)
+        self._plain = self._index.is_unique
+
+    def find(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the words of texts, split at white space.
+
+        Returns
+        -------
+        tuple
+            Words of each text, int64 (N,), and the numbers of all words one after the other, int64 (M,), -1 for an
+            unknown one.
+        """
+        joined = "\n".join(texts)
+        if not (self._plain and texts and joined.isascii()):
+            return self.look_up([text.split() for text in texts])
+        data = np.frombuffer(joined.encode() + b"\n" + bytes(_BYTES), np.uint8)
+        space = data <= ord(" ")
+        if not _SPACES[data[:-_BYTES][space[:-_BYTES]]].all():  # other control characters are parts of words
+            return self.look_up([text.split() for text in texts])
+        edges = np.flatnonzero(np.diff(space, prepend=True))
+        first, after = edges[0::2], edges[1::2]
+        lengths = after - first
+        places = self._places(data, first, lengths)
+        ends = np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)) + 1)
+        return np.diff(np.searchsorted(first, ends), prepend=0), places
+
+    def look_up(self, words: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+        """The same of texts that are split already."""
+        sizes = np.fromiter(map(len, words), np.int64, len(words))
+        chained = itertools.chain.from_iterable(words)
+        return sizes, np.fromiter(map(self.places.get, chained, itertools.repeat(-1)), np.int64, sizes.sum())
+
+    def _places(self, data: np.ndarray, first: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Numbers of the words that begin at `first` in the text."""
+        keys = _keys(data, first, lengths, self._parts)
+        places = self._index.get_indexer(_hash(keys))
+        same = self._lengths[places] == lengths
+        for own, other in zip(self._keys, keys, strict=True):
+            same &= own[places] == other
+        return np.where(same, places, -1)
+
+
+def _keys(data: np.ndarray, first: np.ndarray, lengths: np.ndarray, parts: int) -> list[np.ndarray]:
+    """Bytes of words, eight in a number, zeros behind the end; what is behind `parts` of them is left out.
+
+    Parameters
+    ----------
+    data
+        uint8 text, with eight bytes behind the last word.
+    """
+    eight = np.ndarray((len(data) - _BYTES + 1,), "<u8", data, strides=(1,))
+    found = []
+    for part in range(parts):
+        left = np.clip(lengths - part * _BYTES, 0, _BYTES)
+        found.append(eight[np.minimum(first + part * _BYTES, len(eight) - 1)] & _LOW_BYTES[left])
+    return found
+
+
+def _hash(keys: list[np.ndarray]) -> np.ndarray:
+    total = keys[0]
+    for key in keys[1:]:
+        total = mix(total) ^ key
+    return total
