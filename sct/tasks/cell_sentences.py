@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
-from sct.data.store import Store, Study
+from sct.data.alignment import some
+from sct.data.store import SPLITS, Store, Study
 from sct.data.text.cell_sentence import RankFit, fit_rank
 from sct.data.text.prompts import TASKS, Prompts, load_prompts, render_labels
 from sct.data.text.source import SentenceOptions, SentenceSource, Texts, read_studies
@@ -103,6 +104,10 @@ class CellSentencesConfig:
         the many of a sentence.
     prompts
         JSON file with further templates.
+    perturbation, control
+        The one of `data.labels` that says what was done to a cell, and its value that others are compared with (by
+        default the most frequent other one): cells generated for combinations that training had none of are measured
+        beside it.
     lora
         Train low-rank adapters alone, of these options (`sct.models.lora.LoraConfig`; an empty `targets` takes the
         family's); `rank` 0 trains the whole model.
@@ -116,6 +121,8 @@ class CellSentencesConfig:
     loss_on: str = "response"
     balance: str = "tokens"
     prompts: str = ""
+    perturbation: str = ""
+    control: str = ""
     lora: Adapters = dataclasses.field(default_factory=lambda: Adapters())
     report_cells: int = 500
     report_seeds: int = 3
@@ -214,10 +221,20 @@ class CellSentences:
                 f"data.length is {data.length}, but the model has {model.max_length} positions: lower it, or raise "
                 "model.max_length."
             )
+        if config.perturbation and config.perturbation not in data.labels:
+            raise ConfigError(
+                f"objective.perturbation is {config.perturbation!r}, but it must be one of data.labels "
+                f"({', '.join(data.labels) or 'none'})."
+            )
         self.config, self.data, self.model_config, self.store = config, data, model, store
+        self.options = options_of(config, data, seed)
+        known = [study.name for split in SPLITS for study in store.split(split)]
+        if strange := sorted(set(self.options.studies) - set(known)):
+            raise ConfigError(
+                f"{data.studies} has texts of {strange[0]!r}, but the store's studies are {some(known)}: correct it."
+            )
         self.tokenizer, self.vocabulary = tokenizer, store.vocabulary
         self.model, self.prompts = Decoder(model), load_prompts(config.prompts or None)
-        self.options = options_of(config, data, seed)
         self.tokens_per_record = data.length
         self.lora = config.lora.config(family)
         self.trainable: Sequence[tuple[str, bool]] = lora.TRAINABLE if self.lora else ((".*", True),)
@@ -300,7 +317,7 @@ class CellSentences:
         held_out = next((split for split in ("test", "validation") if self.store.split(split)), None)
         if held_out is None or not self.config.report_cells:
             return ()
-        from sct.tasks.sentence_reports import reports
+        from sct.tasks.sentence_reports import Contrast, reports
 
         train, after = (
             [Texts(study, self.vocabulary, self.options, self.prompts) for study in self.store.split(split)]
@@ -310,7 +327,11 @@ class CellSentences:
         note = ""
         if held_out == "validation":
             note = "The held-out cells are the validation studies, by which the best step was chosen, too."
-        options = (tasks, self.config.report_cells, self.config.report_seeds, note)
+        config, contrast = self.config, None
+        if config.perturbation:
+            seen = frozenset(self._label_counts.get("labels", ()))
+            contrast = Contrast(config.perturbation, config.control, seen)
+        options = (tasks, config.report_cells, config.report_seeds, note, contrast)
         return list(reports(self._writer, train, after, *options))
 
     def _writer(self, variables: Variables) -> CellWriter:
@@ -332,8 +353,9 @@ class CellSentences:
             found[study.name] = fit_rank(counts, top_k=self.data.top_k or None)
         return {"all": fit_rank(sparse.vstack(parts, format="csr"), top_k=self.data.top_k or None), **found}
 
-    def labels(self) -> dict[str, list[str]]:
-        """Values of each label in the training studies, and of the combined ones, the most frequent first."""
+    @functools.cached_property
+    def _label_counts(self) -> dict[str, Counter[str]]:
+        """Cells of each value of each label in the training studies, and of the combined ones."""
         found: dict[str, Counter[str]] = {}
         for study in self.store.split("train"):
             obs = study.obs({*self.options.fields.values(), *self.options.labels})
@@ -357,9 +379,13 @@ class CellSentences:
                     render_labels(row): int(sizes[tuple(row[name] for name in names)]) for row in rows
                 }
                 found.setdefault("labels", Counter()).update(combined)
+        return found
+
+    def labels(self) -> dict[str, list[str]]:
+        """Values of each label in the training studies, and of the combined ones, the most frequent first."""
         return {
             field: sorted(counts, key=lambda value, counts=counts: (-counts[value], value))  # type: ignore[misc]
-            for field, counts in found.items()
+            for field, counts in self._label_counts.items()
             if 0 < len(counts) <= _MANY
         }
 

@@ -14,7 +14,7 @@ from sct.data.store import Study
 from sct.data.text.cell_sentence import sentences
 from sct.data.text.prompts import parse_labels, render_labels
 from sct.errors import ConfigError
-from sct.eval import generation, labels, texts
+from sct.eval import generation, labels, perturbation, texts
 from sct.eval.generated import CellSet
 from sct.eval.report import Report
 from sct.generation.cells import CellWriter
@@ -168,27 +168,128 @@ class GeneratedCells:
         sizes = pd.Series(self.held_out.labels).value_counts()
         if self.field != "labels":
             sizes = sizes[sizes.index.isin(_values(writer, self.field))]
-        number = np.maximum(1, np.floor(sizes / 2 * min(1.0, 2 * self.cells / sizes.sum()))).astype(int)
-        wanted = np.repeat(sizes.index.to_numpy(), number)
-        cut = {"num_genes": writer.top_k} if writer.top_k else {}
-        made = writer.answer(
-            f"{self.field}_to_cell", [{self.field: label, **cut} for label in wanted], batch_size=32
-        )
-        cells = made["answer"].where(made["answer"].notna(), made["text"]).tolist()
-        expression, quality = writer.expression(cells)
-        real = _written(writer, self.held_out)
-
-        def express(counts: sparse.csr_matrix) -> tuple[Any, Sequence[str]]:
-            written = sentences(counts, writer.words, top_k=writer.top_k or None)
-            return writer.expression(written)[0], written
-
+        express = _expression(writer)
         self.report, numbers = generation.compare(
-            CellSet(expression, wanted, cells, quality),
-            CellSet(writer.expression(real)[0], self.held_out.labels, real),
+            _generate(writer, self.field, sizes, self.cells),
+            _cell_set(writer, self.held_out),
             self.train.counts,
             self.train.labels,
             express=express,
             options=generation.Options(seeds=self.seeds),
+        )
+        self.report.notes = (*self.report.notes, *filter(None, [self.note]))
+        yield from _means(numbers)
+
+
+def _generate(writer: CellWriter, field: str, sizes: pd.Series, cells: int) -> CellSet:
+    """At most so many cells of some labels, in proportion to how many there are of each; half as many at most."""
+    number = np.maximum(1, np.floor(sizes / 2 * min(1.0, 2 * cells / sizes.sum()))).astype(int)
+    wanted = np.repeat(sizes.index.to_numpy(), number)
+    cut = {"num_genes": writer.top_k} if writer.top_k else {}
+    made = writer.answer(f"{field}_to_cell", [{field: label, **cut} for label in wanted], batch_size=32)
+    texts = made["answer"].where(made["answer"].notna(), made["text"]).tolist()
+    expression, quality = writer.expression(texts)
+    return CellSet(expression, wanted, texts, quality)
+
+
+def _expression(writer: CellWriter) -> generation.Express:
+    """How counts become what the model sees of them: the expression that the line gives their sentences."""
+
+    def express(counts: sparse.csr_matrix) -> tuple[Any, Sequence[str]]:
+        written = sentences(counts, writer.words, top_k=writer.top_k or None)
+        return writer.expression(written)[0], written
+
+    return express
+
+
+def _cell_set(writer: CellWriter, cells: LabelledCells) -> CellSet:
+    """Real cells as the model sees them."""
+    written = _written(writer, cells)
+    return CellSet(writer.expression(written)[0], cells.labels, written)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrast:
+    """What unseen combinations of labels are compared with.
+
+    Attributes
+    ----------
+    perturbation, control
+        The label that says what was done to a cell, and its value that others are compared with; "" for the most
+        frequent other value in training.
+    seen
+        Combinations that any training cell has.
+    """
+
+    perturbation: str
+    control: str
+    seen: frozenset[str]
+
+    def opposites(self, train: np.ndarray, held_out: np.ndarray) -> dict[str, str]:
+        """Unseen combination of two or more held-out cells -> that of two or more training cells to compare it with.
+
+        It differs in the perturbation alone. A combination without such training cells is left out.
+        """
+        known, asked = pd.Series(train).value_counts(), pd.Series(held_out).value_counts()
+        # `value_counts` has the most frequent first, and sorting keeps the order of equals.
+        known = known[known > 1]
+        parts = {name: parse_labels(name) for name in {*known.index, *asked.index}}
+        others = sorted(known.index, key=lambda name: parts[name][self.perturbation] != self.control)
+
+        def rest(name: str) -> dict[str, str]:
+            return {key: value for key, value in parts[name].items() if key != self.perturbation}
+
+        pairs = {
+            name: next((other for other in others if rest(other) == rest(name)), None)
+            for name in asked.index[(asked > 1) & ~asked.index.isin(self.seen)]
+        }
+        return {name: other for name, other in sorted(pairs.items()) if other is not None}
+
+
+class PerturbedCells:
+    """Cells generated for combinations of labels that training had none of (Cell2Sentence, section 4.2, Table 2).
+
+    Parameters
+    ----------
+    writer, train, held_out, seeds, cells
+        See `GeneratedCells`.
+    contrast
+        What the combinations are compared with.
+
+    Attributes
+    ----------
+    opposite
+        Unseen combination -> the combination of training that differs from it in the perturbation alone.
+    """
+
+    name = "perturbed"
+
+    def __init__(
+        self,
+        writer: Callable[[Any], CellWriter],
+        train: LabelledCells,
+        held_out: LabelledCells,
+        seeds: int,
+        cells: int,
+        contrast: Contrast,
+    ):
+        self.writer, self.train, self.held_out = writer, train, held_out
+        self.seeds, self.cells = seeds, cells
+        self.opposite = contrast.opposites(train.labels, held_out.labels)
+        self.report: Report | None = None
+        self.note = ""
+
+    def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
+        """Measure; yields the numbers of the table and keeps it in `report`."""
+        writer = self.writer(variables)
+        unseen = pd.Series(self.held_out.labels)
+        sizes = unseen[unseen.isin(list(self.opposite))].value_counts()
+        self.report, numbers = perturbation.compare_perturbations(
+            _generate(writer, "labels", sizes, self.cells),
+            _cell_set(writer, self.held_out),
+            _cell_set(writer, self.train),
+            self.opposite,
+            generation.Options(seeds=self.seeds),
         )
         self.report.notes = (*self.report.notes, *filter(None, [self.note]))
         yield from _means(numbers)
@@ -236,7 +337,7 @@ def _means(numbers: Mapping[str, Mapping[str, Sequence[float]]]) -> Iterator[tup
                 yield f"{row}/{column}", float(np.mean(values))
 
 
-Measurement = PredictedLabels | GeneratedCells | DescribedCells
+Measurement = PredictedLabels | GeneratedCells | PerturbedCells | DescribedCells
 
 
 def reports(
@@ -247,10 +348,12 @@ def reports(
     cells: int,
     seeds: int,
     note: str = "",
+    contrast: Contrast | None = None,
 ) -> Iterator[Measurement]:
     """Measurements of what a model learned: labels that it predicts, cells that it generates, texts that it writes.
 
-    `note` is said below each of them. A label that held-out and training cells do not share two values of is left out.
+    `note` is said below each of them; with a `contrast` unseen combinations of labels are measured, too. A label that
+    held-out and training cells do not share two values of is left out.
     """
     made: list[Measurement] = []
     for field in ("cell_type", "tissue", "labels"):
@@ -261,14 +364,14 @@ def reports(
             LabelledCells.read(many, field, n) for many, n in ((train, _TRAINING_CELLS), (held_out, cells))
         )
         # Of combined labels new combinations of known values are of interest, too.
-        if field != "labels" and len(set(before.labels) & set(after.labels)) < 2:
-            continue
-        if len(np.unique(after.labels)) < 2:
-            continue
-        if f"cell_to_{field}" in able:
+        known = set(after.labels) if field == "labels" else set(before.labels) & set(after.labels)
+        if len(known) > 1 and f"cell_to_{field}" in able:
             made.append(PredictedLabels(writer, before, after, field, seeds))
-        if f"{field}_to_cell" in able:
+        if len(known) > 1 and f"{field}_to_cell" in able:
             made.append(GeneratedCells(writer, before, after, field, seeds, cells))
+        if field == "labels" and contrast and "labels_to_cell" in able:
+            perturbed = PerturbedCells(writer, before, after, seeds, cells, contrast)
+            made += [perturbed] if perturbed.opposite else []
     if "cell_to_abstract" in tasks:
         before, after = (LabelledCells.read(many, "abstract", cells) for many in (train, held_out))
         if len(np.unique(after.labels)) > 1:

@@ -297,6 +297,61 @@ def test_reports_hold_the_cells_with_their_own_labels(prompts):
     assert 1 <= len(few.labels) == few.counts.shape[0] <= 11
 
 
+def perturbed(prompts: Path, held_out: list[tuple[str, str, int]], **options: Any) -> CellSentences:
+    """Task over cells of two types, with and without a drug; B cells with it are held out."""
+    train = [("T cell", "none", 6), ("T cell", "drug", 5), ("B cell", "none", 4), ("B cell", "sham", 5)]
+    train.append(("NK cell", "none", 1))
+    made = []
+    for name, split, groups in (("one", "train", train), ("two", "test", held_out)):
+        cells = study(sum(number for *_, number in groups), name, len(made), split)
+        for column, place in (("cell_type", 0), ("dose", 1)):
+            cells.table[column] = [group[place] for group in groups for _ in range(group[2])]
+        made.append(cells)
+    task = task_of(
+        prompts, *made, tasks=(("labels_to_cell", 1.0), ("cell_to_labels", 1.0)), labels=("cell_type", "dose")
+    )
+    task.config = dataclasses.replace(task.config, perturbation="dose", **options)
+    return task
+
+
+def test_unseen_perturbations_are_compared_with_cells_of_the_same_type(prompts):
+    held_out = [("B cell", "drug", 6), ("T cell", "drug", 4), ("NK cell", "drug", 3), ("T cell", "sham", 1)]
+    opposites = {}
+    for control in ("", "none"):
+        made = perturbed(prompts, held_out, control=control).evaluators()
+        assert [each.name for each in made] == ["predicted_labels", "generated_by_labels", "perturbed"]
+        opposites[control] = made[-1].opposite
+    # NK cells have one training cell without the drug, and T cells with the sham are held out once.
+    assert opposites[""] == {"cell_type: B cell; dose: drug": "cell_type: B cell; dose: sham"}
+    assert opposites["none"] == {"cell_type: B cell; dose: drug": "cell_type: B cell; dose: none"}
+    assert [each.name for each in perturbed(prompts, held_out[:1]).evaluators()] == ["perturbed"]
+    assert not perturbed(prompts, held_out[1:2]).evaluators()  # training has these
+
+
+def test_the_table_of_unseen_perturbations(prompts):
+    pytest.importorskip("scanpy")
+    task = perturbed(prompts, [("B cell", "drug", 8), ("T cell", "drug", 4)], control="none")
+    measured = task.evaluators()[-1]
+    numbers = dict(measured(nn.unbox(task.init(jax.random.key(0)))))
+    assert measured.report is not None
+    assert measured.report.title.startswith("1 unseen conditions, 4 generated cells")
+    real, unchanged = (
+        [value for name, value in numbers.items() if name.startswith(row)]
+        for row in ("other real cells/", "training cells of the opposite condition/")
+    )
+    assert len(real) == 8
+    assert all(-1 <= value <= 1 for value in real)
+    assert np.isnan(unchanged[4:]).all()  # without an effect nothing correlates with it
+    assert np.isfinite(unchanged[:4]).all()
+
+
+def test_texts_of_studies_that_the_store_lacks_are_refused(prompts, tmp_path):
+    file = tmp_path / "texts.yaml"
+    file.write_text("one: {abstract: Cells.}\nthree: {abstract: Others.}\n")
+    with pytest.raises(ConfigError, match=r"texts of 'three', but the store's studies are .*one"):
+        task_of(prompts, study(9), studies=str(file))
+
+
 def test_held_out_cells_of_labels_that_no_training_cell_has(prompts):
     """A label that the model cannot have learned is left out of the tables, or wrong in them, and no end of a run."""
     held_out = study(20, "two", seed=1, split="test", low=2)
