@@ -62,7 +62,8 @@ def decode(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Best answers behind prompts; arguments and results as of `sct.generation.generate.decode`.
 
-    A prompt's search ends when none of its beams can become better than the worst of K ended answers.
+    A prompt's search ends when none of its beams can become better than the worst of K ended answers: the rule that
+    transformers calls `early_stopping="never"`.
     """
     rows, length = ids.shape
     vocab = config.vocab_size
@@ -75,8 +76,7 @@ def decode(
         keys=tuple(map(each_beam, cache.keys)), values=tuple(map(each_beam, cache.values)),
         filled=each_beam(cache.filled), positions=each_beam(cache.positions),
     )  # fmt: skip
-    scored = only_known(scores_of(config, parts, hidden[:, -1]), known)
-    first = each_beam(scored).reshape(rows, beams, vocab)
+    first = each_beam(scores_of(config, parts, hidden[:, -1])).reshape(rows, beams, vocab)
     # Equal beams would stay equal: one of them begins.
     alone = jnp.where(jnp.arange(beams) == 0, 0.0, UNSEEN)
     nothing = jnp.full((rows, beams, new), -1, jnp.int32)
@@ -97,7 +97,7 @@ def decode(
         return (now.step < new) & ((now.step == 0) | open_.any())
 
     def body(now: _Now) -> _Now:
-        scores = jax.nn.log_softmax(now.scores, axis=-1)
+        scores = only_known(jax.nn.log_softmax(now.scores, axis=-1), known)
         if trie is not None:
             allowed = trie.allowed(now.node.reshape(-1), vocab).reshape(scores.shape)
             scores = jnp.where(allowed, scores, UNSEEN)
@@ -130,7 +130,7 @@ def decode(
         )  # fmt: skip
         every = jnp.ones((rows * beams, 1), bool)
         hidden, cache = extend(config, parts, cache, token.reshape(-1, 1), every)
-        scores = only_known(scores_of(config, parts, hidden[:, 0]), known).reshape(rows, beams, vocab)
+        scores = scores_of(config, parts, hidden[:, 0]).reshape(rows, beams, vocab)
         return _Now(
             cache, scores, now.step + 1, made, jnp.maximum(going, UNSEEN), node, ended_ids, ended, ended_sums
         )
@@ -146,13 +146,18 @@ def decode(
 
 
 def search(
-    model: Model, prompts: Sequence[np.ndarray], options: Options, stop: Sequence[int], trie: Trie | None
+    model: Model,
+    prompts: Sequence[np.ndarray],
+    options: Options,
+    stop: Sequence[int],
+    trie: Trie | None,
+    progress_bar: bool = True,
 ) -> list[Generated]:
     """Best answer behind each prompt; called by `sct.generation.generate.generate`."""
     made: list[Generated | None] = [None] * len(prompts)
     rows = min(options.batch_size, len(prompts))
     ends, parts = jnp.asarray(list(stop), jnp.int32), prepared(model)
-    for chosen in batches(prompts, rows, "searching"):
+    for chosen in batches(prompts, rows, "searching", progress_bar):
         ids, there = padded([prompts[i] for i in chosen], rows)
         found = decode(
             model.config, options.max_new_tokens, options.beams, known_tokens(model), parts, ids, there,

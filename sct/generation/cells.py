@@ -12,10 +12,10 @@ from scipy import sparse
 
 from sct.data.genes import GeneVocabulary
 from sct.data.text.cell_sentence import RankFit, expression
-from sct.data.text.prompts import Prompts, Template
+from sct.data.text.prompts import TASKS, Prompts, Template
 from sct.data.text.source import begin, gene_words
 from sct.data.text.tokenizer import Tokenizer
-from sct.errors import ConfigError
+from sct.errors import ConfigError, DataError
 from sct.generation.generate import Options, generate
 from sct.generation.scoring import score
 from sct.models.decoder_config import DecoderConfig
@@ -129,18 +129,36 @@ class CellWriter:
             each.number for each in asked
         ]
 
-    def options(self, prompts: Sequence[np.ndarray], **changes: Any) -> Options:
-        """How to generate behind these prompts: as the paper does, with as many tokens as an answer may need."""
-        longest = self.length
-        if self.config.positions == "learned":
-            longest = min(longest, self.config.max_length)
-        limit = min(
-            _TOKENS_PER_WORD * (self.top_k or len(self.words)), longest - max(map(len, prompts), default=0)
-        )
+    def options(self, task: str, prompts: Sequence[np.ndarray], **changes: Any) -> Options:
+        """How to generate behind these prompts: as the paper does, with as many tokens as an answer may need.
+
+        Where `max_new_tokens` is not among the changes, question and answer have the length of the rows of training
+        together, and a cell no more tokens than its words may need. That holds for rotary models, too, which could
+        read on.
+
+        Raises
+        ------
+        DataError
+            A question leaves no room for an answer.
+        """
         given = {name: value for name, value in changes.items() if value is not None}
         if given.get("temperature", TEMPERATURE) > 0 and given.get("beams", 1) == 1:
             given = {"temperature": TEMPERATURE, "top_p": TOP_P, **given}
-        return Options(**{"max_new_tokens": max(limit, 1), **given})
+        if "max_new_tokens" not in given:
+            row = self.length
+            if self.config.positions == "learned":
+                row = min(row, self.config.max_length)
+            longest = max(map(len, prompts), default=0)
+            if longest >= row:
+                raise DataError(
+                    f"a question has {longest} tokens, but the model learned rows of {row}, questions and answers "
+                    "together: ask about fewer genes, or set max_new_tokens."
+                )
+            given["max_new_tokens"] = row - longest
+            if TASKS[task].answer == "cell":
+                words = self.top_k or len(self.words)
+                given["max_new_tokens"] = min(_TOKENS_PER_WORD * words, row - longest)
+        return Options(**given)
 
     def answer(
         self,
@@ -173,7 +191,7 @@ class CellWriter:
         keys = range(len(fields)) if keys is None else keys
         # Seeds of their own: 0 and 1 must not share most draws.
         seeds = [int(np.random.SeedSequence([seed, int(key)]).generate_state(1)[0]) for key in keys]
-        made = generate(self, prompts, self.options(prompts, **options), seeds=seeds)
+        made = generate(self, prompts, self.options(task, prompts, **options), seeds=seeds)
         # A byte of zero, which an untrained model may write, is no text that a file can hold.
         texts = [self.tokenizer.decode(each.ids).replace("\0", "\ufffd").strip() for each in made]
         found = [self.prompts.parse(task, number, text) for number, text in zip(numbers, texts, strict=True)]
@@ -250,9 +268,19 @@ class CellWriter:
 
         See `sct.data.text.cell_sentence.expression`.
         """
+        return expression(sentences, self.words, self.line(fit))
+
+    def line(self, fit: str) -> RankFit:
+        """Line that turns ranks into expression, of a training study or of "all".
+
+        Raises
+        ------
+        ConfigError
+            There is no such study.
+        """
         if fit not in self.fits:
             raise ConfigError(f"there is no line of the study {fit!r}: choose from {', '.join(self.fits)}.")
-        return expression(sentences, self.words, self.fits[fit])
+        return self.fits[fit]
 
 
 def _normalised(logs: np.ndarray) -> np.ndarray:

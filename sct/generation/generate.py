@@ -221,7 +221,7 @@ def decode(
         )
     start = _Now(
         cache,
-        only_known(scores_of(config, parts, hidden[:, -1]), known),
+        scores_of(config, parts, hidden[:, -1]),
         jnp.zeros((), jnp.int32),
         jnp.full((rows, new), -1, jnp.int32),
         jnp.zeros(rows, bool),
@@ -234,7 +234,7 @@ def decode(
         return (now.step < new) & ~now.done.all()
 
     def body(now: _Now) -> _Now:
-        scores, node = now.scores, now.node
+        scores, node = only_known(now.scores, known), now.node
         if trie is not None:
             scores = jnp.where(trie.allowed(node, config.vocab_size), scores, UNSEEN)
         token = choose(adjusted(scores, sampling, now.seen, uses), sampling, now.step, uses)
@@ -246,7 +246,7 @@ def decode(
         hidden, cache = extend(config, parts, now.cache, token[:, None], ~now.done[:, None])
         return _Now(
             cache,
-            only_known(scores_of(config, parts, hidden[:, 0]), known),
+            scores_of(config, parts, hidden[:, 0]),
             now.step + 1,
             ids,
             now.done | (token[:, None] == stop).any(axis=1),
@@ -388,7 +388,7 @@ def generate(
     if options.beams > 1:
         from sct.generation.beam import search
 
-        return search(model, arrays, options, stop, trie)
+        return search(model, arrays, options, stop, trie, progress_bar)
     parts = prepared(model)
     uses = Uses(
         options.temperature > 0, options.top_k > 0, options.top_p < 1, options.repetition_penalty != 1

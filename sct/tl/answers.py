@@ -78,6 +78,12 @@ def annotate_by_answers(
     """Write the most probable answer about each cell; see `sct.tl.annotate`."""
     writer = writer_of(model)
     field, answers = candidates_of(writer, label_key, candidates)
+    parts = pd.DataFrame([parse_labels(answer) for answer in answers] if field == LABELS else None)
+    if "probability" in parts:
+        raise ConfigError(
+            f"a label is named 'probability', but obs[{key_added}_probability] is that of the answer: train with "
+            "another name."
+        )
     fields, _ = questions(adata, model, writer, **options)
     logs = writer.score(f"cell_to_{field}", fields, answers, templates=templates, batch_size=batch_size)
     probabilities = np.exp(logs)
@@ -89,14 +95,12 @@ def annotate_by_answers(
     target.obs[f"{key_added}_probability"] = highest.astype(np.float32)
     # An array, since names of labels hold what names of columns in a file must not, such as slashes.
     target.obsm[f"{key_added}_probabilities"] = probabilities.astype(np.float32)
-    if field == LABELS:
-        parts = pd.DataFrame([parse_labels(answer) for answer in answers])
-        for key in parts:
-            # The probability of a value is that of all combinations with it.
-            sums = pd.DataFrame(probabilities).T.groupby(parts[key].to_numpy()).sum().T
-            target.obs[f"{key_added}_{key}"] = pd.Categorical(
-                sums.columns.to_numpy()[sums.to_numpy().argmax(axis=1)]
-            )
+    for key in parts:
+        # The probability of a value is that of all combinations with it.
+        sums = pd.DataFrame(probabilities).T.groupby(parts[key].to_numpy()).sum().T
+        target.obs[f"{key_added}_{key}"] = pd.Categorical(
+            sums.columns.to_numpy()[sums.to_numpy().argmax(axis=1)]
+        )
     target.uns[key_added] = {
         "sct_version": __version__, "model": repr(model), "weights": model.fingerprint, "label_key": field,
         "labels": answers, "templates": templates, "threshold": threshold,

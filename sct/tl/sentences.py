@@ -73,6 +73,10 @@ def to_sentences(
         raise ConfigError(
             f"top_k is {top_k}, but at least 1 is needed: leave it out to write all expressed genes."
         )
+    if model is None and (gene_column is not None or duplicates != "error"):
+        raise ConfigError(
+            "gene_column and duplicates say how genes become those of a model: give one, or leave them out."
+        )
     keys = cell_keys(adata.obs_names)
     if model is not None:
         handle = running.loaded(model)
@@ -198,6 +202,7 @@ def generate_cells(
     handle = running.loaded(model)
     writer = writer_of(handle)
     running.check_seed(seed)
+    writer.line(fit)
     if n < 1:
         raise ConfigError(f"n is {n}, but at least one cell is needed.")
     given = {"cell_type": cell_type, "tissue": tissue, "labels": labels, "abstract": text}

@@ -195,7 +195,11 @@ def test_cells_that_cannot_be_written(cells, model):
     logged.X = logged.X.log1p()
     with pytest.raises(DataError, match="raw counts are needed"):
         sct.tl.to_sentences(logged)
-    for options, words in (({"top_k": 0}, "top_k is 0"), ({"seed": -1}, "seed is -1")):
+    for options, words in (
+        ({"top_k": 0}, "top_k is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"duplicates": "sum"}, "genes become those of a model: give one"),
+    ):
         with pytest.raises(ConfigError, match=words):
             sct.tl.to_sentences(cells, **options)
     with pytest.raises(ConfigError, match="did not learn cell sentences"):
@@ -336,7 +340,9 @@ def test_the_order_in_which_labels_are_given_does_not_matter(text_model):
         ({"labels": {"cell_type": "B cell"}}, "tissue"),
     ],
 )
-def test_cells_that_cannot_be_asked_for(text_model, options, words):
+def test_cells_that_cannot_be_asked_for(text_model, options, words, monkeypatch):
+    if "fit" in options:  # found before the time for generation is spent
+        monkeypatch.setattr(CellWriter, "answer", None)
     with pytest.raises(ConfigError, match=words):
         sct.tl.generate_cells(text_model, **{"max_new_tokens": 4, **options})
 
@@ -504,6 +510,11 @@ def test_annotated_cells_can_be_written(text_model, cells, tmp_path, names):
         ({"use_rep": "X"}, ConfigError, "use_rep"),
         ({"n_neighbors": 3}, ConfigError, "n_neighbors"),
         ({"candidates": []}, ConfigError, "0 candidates"),
+        (
+            {"label_key": "labels", "candidates": [{"tissue": "gut", "probability": "high"}] * 2},
+            ConfigError,
+            "a label is named 'probability'",
+        ),
         (
             {"label_key": ["cell_type", "dose"]},
             ConfigError,
