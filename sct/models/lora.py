@@ -85,6 +85,65 @@ class LoraConfig:
         return cls(**{"targets": TARGETS[family], **options})
 
 
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Several adapters of every layer that are all summed, of which a sample trains its own (ZerOmics, section 3.2).
+
+    The members lie side by side in one adapter of as many times the rank: whatever reads, merges or exports adapters
+    has their sum, and a forward pass costs no more than that of one.
+
+    Parameters
+    ----------
+    members
+        Names, such as "universal" and those of tasks.
+    each
+        Options of one of them; `alpha / rank` is the factor of each.
+    """
+
+    members: tuple[str, ...]
+    each: LoraConfig
+
+    def __post_init__(self) -> None:
+        if not self.members or len(set(self.members)) < len(self.members):
+            raise ConfigError(f"members are {self.members!r}, but one or more different names are needed.")
+
+    @property
+    def config(self) -> LoraConfig:
+        """Options of the one adapter that holds all members."""
+        number = len(self.members)
+        return dataclasses.replace(self.each, rank=self.each.rank * number, alpha=self.each.alpha * number)
+
+    def place(self, member: str) -> slice:
+        """Columns of `lora_a`, and rows of `lora_b`, of a member."""
+        first = self.members.index(member) * self.each.rank
+        return slice(first, first + self.each.rank)
+
+    def gate(self, trains: jax.Array) -> jax.Array:
+        """Which columns each sample trains (B, members x rank), of which members it does, (B, members)."""
+        return jnp.repeat(trains.astype(jnp.float32), self.each.rank, axis=1)
+
+
+def gated(variables: Mapping[str, Any], trained: jax.Array) -> dict[str, Any]:
+    """Variables for a call in which the gradient of each sample reaches a part of the adapters alone.
+
+    Nothing else changes: the outputs, and the gradient that passes through the adapters to the layers below, are
+    those without it.
+
+    Parameters
+    ----------
+    variables
+        Nested arrays with the collection "adapters".
+    trained
+        (B, r), see `Mixture.gate`.
+    """
+    adapters = flatten(variables[COLLECTION])
+    gates = {
+        _under(layer, "trained"): jnp.broadcast_to(trained, (*jnp.shape(adapter["scale"]), *trained.shape))
+        for layer, adapter in adapted(variables)
+    }
+    return {**variables, COLLECTION: unflatten({**adapters, **gates})}
+
+
 def _under(layer: str, leaf: str) -> str:
     return f"{layer}/{leaf}" if layer else leaf
 

@@ -4,7 +4,9 @@ A low-rank adapter (LoRA; Hu et al. 2022) of a dense layer of shape (in, out) li
 
 - `lora_a` (in, r) and `lora_b` (r, out), which are trained;
 - `scale`, a number: alpha / r;
-- `dropout`, a number: the share of inputs left out, where the call has a key named "dropout".
+- `dropout`, a number: the share of inputs left out, where the call has a key named "dropout";
+- `trained` (B, r), only in a call that is differentiated: 1 where a sample's gradient reaches a column of `lora_a` and
+  the row of `lora_b` that belongs to it, 0 where it does not (`sct.models.lora.gated`).
 
 `sct.models.lora` makes such collections, merges them, and says which layers have one.
 """
@@ -36,6 +38,44 @@ def with_low_rank(module: nn.Module, x: jax.Array, y: jax.Array) -> jax.Array:
     scale: jax.Array = module.get_variable(COLLECTION, "scale")
     if module.has_variable(COLLECTION, "dropout"):
         x = drop(module, x, module.get_variable(COLLECTION, "dropout"))
-    inner = jnp.einsum("...i,ir->...r", x.astype(y.dtype), first.astype(y.dtype))
     # The scale is applied while the numbers are still float32.
-    return y + jnp.einsum("...r,ro->...o", inner, (second * scale).astype(y.dtype))
+    matrices = first.astype(y.dtype), (second * scale).astype(y.dtype)
+    if module.has_variable(COLLECTION, "trained"):
+        return y + _gated(x.astype(y.dtype), *matrices, module.get_variable(COLLECTION, "trained"))
+    return y + _product(x.astype(y.dtype), *matrices)[0]
+
+
+def _product(x: jax.Array, first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
+    inner = jnp.einsum("...i,ir->...r", x, first)
+    return jnp.einsum("...r,ro->...o", inner, second), inner
+
+
+@jax.custom_vjp
+def _gated(x: jax.Array, first: jax.Array, second: jax.Array, trained: jax.Array) -> jax.Array:
+    """`x @ first @ second` of x (B, ..., in), all of which x's own gradient passes.
+
+    The gradient of the two matrices has of each sample the columns and rows that `trained` (B, r) lets through.
+    """
+    return _product(x, first, second)[0]
+
+
+def _gated_forward(
+    x: jax.Array, first: jax.Array, second: jax.Array, trained: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    y, inner = _product(x, first, second)
+    return y, (x, inner, first, second, trained)
+
+
+def _gated_backward(kept: tuple[jax.Array, ...], change: jax.Array) -> tuple[jax.Array | None, ...]:
+    x, inner, first, second, trained = kept
+    through = jnp.einsum("...o,ro->...r", change, second)
+    gate = trained.astype(x.dtype).reshape(trained.shape[0], *[1] * (x.ndim - 2), trained.shape[1])
+    return (
+        jnp.einsum("...r,ir->...i", through, first),
+        jnp.einsum("...i,...r->ir", x, through * gate),
+        jnp.einsum("...r,...o->ro", inner * gate, change),
+        jnp.zeros_like(trained),
+    )
+
+
+_gated.defvjp(_gated_forward, _gated_backward)
