@@ -81,6 +81,35 @@ def exact_ratio(
     return (rank < number) & eligible
 
 
+def within_budget(key: jax.Array, mask: jax.Array, budget: int) -> tuple[jax.Array, jax.Array]:
+    """Positions of masked places, of which a static number is looked at.
+
+    The count starts at a random place, so that no position is more often beyond the budget than others.
+
+    Parameters
+    ----------
+    mask
+        bool (..., L).
+    budget
+        Places per row (P); masked ones beyond it are left out.
+
+    Returns
+    -------
+    Positions int32 (..., P), and whether there is a masked one, bool (..., P); where there is none the position is 0.
+    """
+    length = mask.shape[-1]
+    turn = jax.random.randint(key, (), 0, length)
+
+    def find(row: jax.Array) -> jax.Array:
+        return jnp.nonzero(row, size=budget, fill_value=length)[0]
+
+    for _ in mask.shape[:-1]:
+        find = jax.vmap(find)
+    positions = find(jnp.roll(mask, -turn, axis=-1))
+    taken = positions < length
+    return jnp.where(taken, (positions + turn) % length, 0), taken
+
+
 @dataclasses.dataclass(frozen=True)
 class Masking:
     """A masking rule with its parameters, hashable, as configurations give it.

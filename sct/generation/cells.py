@@ -13,7 +13,7 @@ from scipy import sparse
 from sct.data.genes import GeneVocabulary
 from sct.data.text.cell_sentence import RankFit, expression
 from sct.data.text.prompts import TASKS, Prompts, Template
-from sct.data.text.source import begin, gene_words
+from sct.data.text.source import gene_words
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import ConfigError, DataError
 from sct.generation.generate import Options, generate
@@ -125,9 +125,7 @@ class CellWriter:
             for each, key in zip(fields, keys, strict=True)
         ]
         ids = self.tokenizer.encode_batch([each.prompt for each in asked])
-        return [np.concatenate([begin(self.tokenizer), each]) for each in ids], [
-            each.number for each in asked
-        ]
+        return [np.concatenate([self.tokenizer.begin, each]) for each in ids], [each.number for each in asked]
 
     def options(self, task: str, prompts: Sequence[np.ndarray], **changes: Any) -> Options:
         """How to generate behind these prompts: as the paper does, with as many tokens as an answer may need.

@@ -58,6 +58,9 @@ class Task(Protocol):
         Table of (regular expression over parameter paths, trained or not), see `sct.nn.paths`.
     new
         Patterns of parameters that may be absent from a model that training starts from.
+    given
+        Arrays by path that a new training takes in place of random ones, such as features of genes; what a model that
+        it starts from has goes first.
     vocabulary
         Genes of the model.
     store, model_config
@@ -73,6 +76,7 @@ class Task(Protocol):
 
     trainable: Sequence[tuple[str, bool]]
     new: Sequence[str]
+    given: Mapping[str, Any]
     vocabulary: GeneVocabulary
     store: Store
     model_config: Any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -198,6 +199,7 @@ class CellSentences:
         Of the model, by which adapters choose their layers.
     """
 
+    given: Mapping[str, Any] = types.MappingProxyType({})
     weight = "weight"
     monitor, monitor_mode = "loss", "min"
 

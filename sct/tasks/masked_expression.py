@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -109,6 +109,7 @@ class MaskedExpression:
     trainable: Sequence[tuple[str, bool]] = ((".*", True),)
     # The map of coordinates starts at zero where training on spatial data continues a model of cells.
     new: Sequence[str] = (r"^params/spatial/",)
+    given: Mapping[str, Any] = types.MappingProxyType({})
     weight = "masked"
     monitor, monitor_mode = "loss", "min"
 
@@ -162,14 +163,8 @@ class MaskedExpression:
             masked, targets = (x.reshape(x.shape[0], parts, -1) for x in (masked, targets))
             length //= parts
             budget = min(length, max(1, round(self.config.head_budget * length)))
-            # The count starts at a random place, so that no cell is more often beyond the budget than others.
-            turn = jax.random.randint(jax.random.fold_in(rng, 1), (), 0, length)
-            turned = jnp.roll(masked, -turn, axis=2)
-            find = functools.partial(jnp.nonzero, size=budget, fill_value=length)
-            positions = jax.vmap(jax.vmap(lambda m: find(m)[0]))(turned)
-            taken = positions < length
+            positions, taken = masking.within_budget(jax.random.fold_in(rng, 1), masked, budget)
             overflow = masked.sum() - taken.sum().astype(jnp.float32)
-            positions = jnp.where(taken, (positions + turn) % length, 0)
             positions = axes.constrain(positions, axes.BATCH, axes.CELL, None)
             targets = jnp.take_along_axis(targets, positions, axis=2)
             logits = self._logits(variables, inputs, coordinates, positions)

@@ -6,13 +6,16 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from sct.data.store import Store
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import ConfigError
 from sct.models import registry
-from sct.tasks import cell_sentences
+from sct.tasks import cell_sentences, masked_bins
 from sct.tasks.base import StoreConfig, Task
 from sct.tasks.cell_sentences import CellSentences, CellSentencesConfig, SentenceData
+from sct.tasks.masked_bins import BinData, MaskedBins, MaskedBinsConfig
 from sct.tasks.masked_expression import BagData, MaskedExpression, MaskedExpressionConfig
 
 
@@ -30,6 +33,8 @@ class Parts:
         Cells, and the run's seed.
     tokenizer
         Of a task of texts.
+    kept
+        What the run that goes on, or the model that training starts from, says of its data.
     """
 
     family: str
@@ -39,6 +44,7 @@ class Parts:
     store: Store
     seed: int
     tokenizer: Tokenizer | None = None
+    kept: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +61,9 @@ class Kind:
         Makes the task.
     tokenizer
         Of a task of texts: trains one, from (store, objective, data, seed).
+    resolves
+        Whether sizes of the model follow from files: a run that is resumed, or that starts from a model, then has the
+        sizes that were kept.
     """
 
     families: tuple[str, ...]
@@ -62,6 +71,7 @@ class Kind:
     data: type[StoreConfig]
     make: Callable[[Parts], Task]
     tokenizer: Callable[[Store, Any, Any, int], Tokenizer] | None = None
+    resolves: bool = False
 
 
 def _masked_expression(parts: Parts) -> MaskedExpression:
@@ -77,6 +87,22 @@ def _cell_sentences(parts: Parts) -> CellSentences:
     )
 
 
+def _masked_bins(parts: Parts) -> MaskedBins:
+    vocabulary, kept, features = parts.store.vocabulary, parts.kept, None
+    if kept is not None and kept.get("task") == masked_bins.NAME:
+        known = np.ones(len(vocabulary), bool)
+        known[kept["dropped"]] = False
+        described = kept["features"]
+    else:
+        features, known, described = masked_bins.gene_features(parts.data, vocabulary, parts.seed)
+    values = {
+        **parts.model,
+        "feature_dim": parts.model.get("feature_dim") or (0 if features is None else features.shape[1]),
+    }
+    model = registry.model_config(parts.family, values, len(vocabulary))
+    return MaskedBins(parts.objective, parts.data, model, parts.store, known, features, described, parts.seed)
+
+
 TASKS: Mapping[str, Kind] = {
     "masked_expression": Kind(("sct",), MaskedExpressionConfig, BagData, _masked_expression),
     cell_sentences.NAME: Kind(
@@ -85,7 +111,9 @@ TASKS: Mapping[str, Kind] = {
         SentenceData,
         _cell_sentences,
         cell_sentences.make_tokenizer,
+        resolves=True,
     ),
+    masked_bins.NAME: Kind(("zeromics_cells",), MaskedBinsConfig, BinData, _masked_bins, resolves=True),
 }
 
 
@@ -108,15 +136,20 @@ def data_of(config: Mapping[str, Any]) -> Any:
     return registry.build(kind_of(config).data, config.get("data", {}), "data")
 
 
-def make_task(config: Mapping[str, Any], store: Store, tokenizer: Tokenizer | None = None) -> tuple[Any, Any]:
+def make_task(
+    config: Mapping[str, Any],
+    store: Store,
+    tokenizer: Tokenizer | None = None,
+    kept: Mapping[str, Any] | None = None,
+) -> tuple[Any, Any]:
     """Task of a configuration over a store, and its data section.
 
-    A task of texts without a tokenizer trains one.
+    A task of texts without a tokenizer trains one; `kept` is that of `Parts`.
     """
     kind, data = kind_of(config), data_of(config)
     objective = registry.build(kind.objective, config.get("objective", {}), "objective")
     seed = int(config.get("train", {}).get("seed", 0))
     if kind.tokenizer is not None and tokenizer is None:
         tokenizer = kind.tokenizer(store, objective, data, seed)
-    parts = Parts(config["family"], config.get("model", {}), objective, data, store, seed, tokenizer)
+    parts = Parts(config["family"], config.get("model", {}), objective, data, store, seed, tokenizer, kept)
     return kind.make(parts), data

@@ -363,11 +363,11 @@ def reports(
         before, after = (
             LabelledCells.read(many, field, n) for many, n in ((train, _TRAINING_CELLS), (held_out, cells))
         )
+        shared = set(before.labels) & set(after.labels)
         # Of combined labels new combinations of known values are of interest, too.
-        known = set(after.labels) if field == "labels" else set(before.labels) & set(after.labels)
-        if len(known) > 1 and f"cell_to_{field}" in able:
+        if len(set(after.labels) if field == "labels" else shared) > 1 and f"cell_to_{field}" in able:
             made.append(PredictedLabels(writer, before, after, field, seeds))
-        if len(known) > 1 and f"{field}_to_cell" in able:
+        if len(shared) > 1 and f"{field}_to_cell" in able:
             made.append(GeneratedCells(writer, before, after, field, seeds, cells))
         if field == "labels" and contrast and "labels_to_cell" in able:
             perturbed = PerturbedCells(writer, before, after, seeds, cells, contrast)

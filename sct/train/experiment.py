@@ -152,9 +152,9 @@ _COMPUTING = ("dtype", "remat", "dropout")
 
 
 def _architecture(plain: Mapping[str, Any], parent: pretrained.Pretrained | None) -> dict[str, Any]:
-    """Values of the model: of a text decoder those of the one that training starts from, but for how it computes."""
+    """Values of the model: of a kind that resolves those of the one that training starts from."""
     given = dict(plain.get("model", {}))
-    if parent is None or kind_of(plain).tokenizer is None:
+    if parent is None or not kind_of(plain).resolves:
         return given
     if parent.family != plain["family"]:
         raise ConfigError(
@@ -163,7 +163,7 @@ def _architecture(plain: Mapping[str, Any], parent: pretrained.Pretrained | None
         )
     values = dataclasses.asdict(parent.config)
     values |= {name: given[name] for name in _COMPUTING if name in given}
-    if values["positions"] == "rotary":  # reads any length, and is told the one that it is trained on
+    if values.get("positions") == "rotary":  # reads any length, and is told the one that it is trained on
         values["max_length"] = max(values["max_length"], int(plain.get("data", {}).get("length", 0)))
     return values
 
@@ -218,7 +218,9 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
     if tokenizer is not None and parent is not None:
         parent = resized(parent, tokenizer.vocab_size)
         architecture = _architecture(plain, parent)
-    task, data = make_task({**plain, "model": architecture or plain.get("model", {})}, store, tokenizer)
+    kept = parent.data if parent is not None else None
+    kept = _read_json(workdir / "data.json").get("model") if resumes else kept
+    task, data = make_task({**plain, "model": architecture or plain.get("model", {})}, store, tokenizer, kept)
     options = registry.build(TrainConfig, _with_steps(plain, task, data), "train")
     optimizer = registry.build(OptimizerConfig, plain.get("optimizer", {}), "optimizer")
     if first:

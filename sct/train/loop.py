@@ -251,8 +251,9 @@ def train(
     resources.callback(checkpoints.close)
     if checkpoints.latest is None:
         state, now = make_state(), Progress()
-        if start is not None:
-            state = load_into(state, start, task.new)
+        if start is not None or task.given:
+            # Without a model to start from everything else is random.
+            state = load_into(state, {**task.given, **(start or {})}, (".*",) if start is None else task.new)
     else:
         state, now = checkpoints.restore(abstract)
     batches = _draw(lambda size: Loader(source, size, seed=config.seed, **shares), config, now)

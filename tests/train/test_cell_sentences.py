@@ -14,14 +14,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 
 import sct
 from sct.data.store import Store
+from sct.data.text.prompts import Template
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import CheckpointError, ConfigError, SctError, StoreError
 from sct.generation.cells import CellWriter
-from sct.models import registry
+from sct.models import lora, registry
 from sct.models.decoder import Decoder
 from sct.nn.paths import flatten
 from sct.tasks import cell_sentences, sentence_reports
@@ -308,7 +310,11 @@ def perturbed(prompts: Path, held_out: list[tuple[str, str, int]], **options: An
             cells.table[column] = [group[place] for group in groups for _ in range(group[2])]
         made.append(cells)
     task = task_of(
-        prompts, *made, tasks=(("labels_to_cell", 1.0), ("cell_to_labels", 1.0)), labels=("cell_type", "dose")
+        prompts,
+        *made,
+        tasks=(("labels_to_cell", 1.0), ("cell_to_labels", 1.0)),
+        labels=("cell_type", "dose"),
+        report_cells=30,
     )
     task.config = dataclasses.replace(task.config, perturbation="dose", **options)
     return task
@@ -316,6 +322,7 @@ def perturbed(prompts: Path, held_out: list[tuple[str, str, int]], **options: An
 
 def test_unseen_perturbations_are_compared_with_cells_of_the_same_type(prompts):
     held_out = [("B cell", "drug", 6), ("T cell", "drug", 4), ("NK cell", "drug", 3), ("T cell", "sham", 1)]
+    held_out.append(("B cell", "none", 3))
     opposites = {}
     for control in ("", "none"):
         made = perturbed(prompts, held_out, control=control).evaluators()
@@ -648,3 +655,187 @@ def test_labels_learned_together(text_config, tmp_path):
     assert predicted.report is not None
     assert "cell_type (" in predicted.report.title
     assert all(value.startswith("cell_type: type ") for value in task.labels()["labels"])
+
+
+# Texts about cells.
+
+
+@pytest.fixture(scope="module")
+def describing(tmp_path_factory) -> Path:
+    """Prompts of which those that ask for a text are short, too."""
+    path = tmp_path_factory.mktemp("describing") / "prompts.json"
+    asks = (Template("Tell of {cell} !", "Summary: {abstract}"),)
+    dataclasses.replace(SHORT, templates={**SHORT.templates, "cell_to_abstract": asks}).save(path)
+    return path
+
+
+def test_texts_about_cells_beside_those_of_their_studies(describing, tmp_path, monkeypatch):
+    """A model that tells the text of a cell's own study is as near to it as can be, its controls are not."""
+    texts = {
+        "one": "neurons of the human cortex", "two": "lymph nodes after vaccination",
+        "three": "kidney cells in culture", "four": "blood of healthy donors",
+    }  # fmt: skip
+    held_out = [study(20, name, seed=i, split="test") for i, name in enumerate(("two", "three", "four"))]
+
+    def made(*studies):
+        lines = [f"{each.name}: {{abstract: {texts[each.name]}}}" for each in studies]
+        (tmp_path / "studies.yaml").write_text("\n".join(lines))
+        return task_of(
+            describing, *studies, tasks=(("cell_to_abstract", 1.0),), report_cells=24,
+            studies=str(tmp_path / "studies.yaml"),
+        )  # fmt: skip
+
+    assert not made(study(30), held_out[0]).evaluators(), "with one text there is none to tell it from"
+    (described,) = made(study(30), *held_out).evaluators()
+    own = dict(zip(described.held_out.keys.tolist(), described.held_out.labels, strict=True))
+    assert Counter(own.values()) == dict.fromkeys(list(texts.values())[1:], 8)
+    asked = {}
+
+    def answer(self, task, fields, *, keys, **options):
+        assert task == "cell_to_abstract"
+        asked.update(zip(keys, (each["cell"] for each in fields), strict=True))
+        # What is not of the template's form is a text still.
+        table = pd.DataFrame({"text": [own[key] for key in keys], "answer": [own[key] for key in keys]})
+        table.loc[::2, "answer"] = None
+        return table
+
+    monkeypatch.setattr(CellWriter, "answer", answer)
+    described.note = "Said below."
+    numbers = dict(described(parameters("gpt2")))
+    sources = made(study(30), *held_out).dataset("test").texts
+    sentences = {
+        int(key): text for each in sources for key, text in zip(each.keys, each.sentences(0, 20), strict=True)
+    }
+    assert asked == {key: sentences[key] for key in own}
+    assert numbers["cell sentences/cosine (own)"] == pytest.approx(1)
+    assert numbers["cell sentences/BLEU"] == pytest.approx(100)
+    assert numbers["cell sentences/MMD"] == pytest.approx(0, abs=1e-6)
+    for name in ("cell sentences, pairs shuffled", "training texts drawn by chance"):
+        assert numbers[f"{name}/cosine (own)"] < 0.7, name
+    assert described.report.notes[-1] == "Said below."
+
+
+def test_a_run_that_learns_to_tell_of_cells_is_measured(text_config, describing, tmp_path):
+    """Texts of the cells' own, from a column; the parameters are random, so nothing is told of quality."""
+    config = text_config(
+        data__abstract="cell_type", objective__tasks=(("cell_to_abstract", 1.0),), objective__report_cells=12,
+        objective__prompts=str(describing), train__steps=1, train__eval_every=1,
+    )  # fmt: skip
+    run(config, tmp_path / "run")
+    numbers = json.loads((tmp_path / "run" / "described.json").read_text())
+    assert {name.partition("/")[0] for name in numbers} == {
+        "cell sentences", "cell sentences, pairs shuffled", "training texts drawn by chance",
+        "most typical training text for all",
+    }  # fmt: skip
+    assert 0 <= numbers["cell sentences/cosine (own)"] <= 1
+    assert "12 generated texts for" in (tmp_path / "run" / "report.md").read_text()
+
+
+# Adapters.
+
+TARGETS = ["attention/query$", "mlp/up$"]
+LORA = {"rank": 3, "alpha": 6.0, "dropout": 0.2, "targets": TARGETS}
+FEW = {"objective__lora": LORA, "objective__report_cells": 0, "train__steps": 3, "train__eval_every": 3}
+
+
+def adapting(prompts, family="gpt2", **options) -> CellSentences:
+    """Task that trains adapters."""
+    plain = task_of(prompts, study(20), family=family)
+    objective = dataclasses.replace(plain.config, lora=cell_sentences.Adapters(**options))
+    return CellSentences(
+        objective, plain.data, plain.model_config, plain.tokenizer, plain.store, seed=0, family=family
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [("gpt2", "key query value"), ("neox", "key query value"), ("llama", "query value")],
+)
+def test_options_of_adapters_are_those_of_the_task(prompts, family, layers):
+    task = adapting(prompts, family, rank=3, alpha=12.0)
+    shapes = flatten(nn.unbox(jax.eval_shape(task.init, jax.random.key(0))["adapters"]))
+    assert sorted({path.split("/")[2] for path in shapes}) == layers.split()
+    assert {path.rpartition("/")[2] for path in shapes} == {"lora_a", "lora_b", "scale"}
+    assert shapes["layers/attention/query/lora_a"].shape == (1, SIZES["embed_dim"], 3)
+    assert shapes["layers/attention/value/lora_b"].shape[:2] == (1, 3)
+    chosen = adapting(prompts, family, rank=3, alpha=12.0, dropout=0.25, targets=("attention/out$",))
+    made = flatten(nn.unbox(jax.jit(chosen.init)(jax.random.key(0))["adapters"]))
+    assert {path.rpartition("/")[0] for path in made} == {"layers/attention/out"}
+    assert made["layers/attention/out/scale"] == 4.0
+    assert made["layers/attention/out/dropout"] == 0.25
+    with pytest.raises(ConfigError, match="'q_proj' matches no dense layer"):
+        jax.eval_shape(adapting(prompts, family, rank=3, targets=("q_proj",)).init, jax.random.key(0))
+    assert "adapters" not in jax.eval_shape(adapting(prompts, family, rank=0).init, jax.random.key(0))
+
+
+def test_adapters_drop_in_training_alone(prompts):
+    task = adapting(prompts, rank=3, dropout=0.5)
+    batch, base = batch_of(task, "train", 2), parameters("gpt2")
+    fresh = nn.unbox(jax.jit(task.init)(jax.random.key(0)))["adapters"]
+    trained = jax.tree.map(lambda leaf: leaf if leaf.ndim < 3 else leaf + 0.3, fresh)
+
+    @functools.partial(jax.jit, static_argnums=(0, 3))
+    def loss(task, adapters, key, train):
+        return task.loss({**base, "adapters": adapters}, batch, jax.random.key(key), train)[0]
+
+    plain, _ = alone(task, texts_of(batch))[0]
+    assert loss(task, fresh, 0, False) == pytest.approx(float(plain), rel=1e-5)
+    assert loss(task, fresh, 0, True) == pytest.approx(float(plain), rel=1e-5)
+    assert loss(task, trained, 0, False) == loss(task, trained, 1, False) != loss(task, fresh, 0, False)
+    assert len({float(loss(task, trained, key, True)) for key in (0, 0, 1)}) == 2
+
+
+def test_adapters_are_trained_alone_and_kept_beside_the_model(finished, text_config, tmp_path):
+    parent = sct.load(finished[0])
+    result = run(text_config(init_from=str(finished[0]), **FEW), tmp_path / "run")
+    layers = ("adapters/layers/attention/query", "adapters/layers/mlp/up")
+    assert set(result.state.trained) == {f"{layer}/lora_{matrix}" for layer in layers for matrix in "ab"}
+    assert all(np.abs(value).max() > 0 for value in result.state.trained.values())
+    frozen = dict(result.state.frozen)
+    for layer in layers:
+        assert frozen.pop(f"{layer}/scale") == 2.0
+        assert frozen.pop(f"{layer}/dropout") == np.float32(0.2)
+    base = flatten(parent.variables)
+    assert frozen.keys() == base.keys()
+    assert all(np.array_equal(frozen[path], value) for path, value in base.items())
+    # The model of a run is the one that was trained, with its adapters beside it.
+    for folder in (tmp_path / "run", tmp_path / "run" / "model"):
+        model = sct.load(folder)
+        assert same(model.variables, result.state.variables)
+        assert model.config == parent.config
+    ids = {"input_ids": np.arange(20)[None]}
+    merged = dataclasses.replace(model, variables=lora.merge(model.variables))
+    ours, plain = model.apply(**ids)["logits"], parent.apply(**ids)["logits"]
+    np.testing.assert_allclose(merged.apply(**ids)["logits"], ours, atol=1e-5)
+    assert np.abs(ours - plain).max() > 1e-4
+
+
+def test_adapters_need_a_model_to_be_worth_training(prompts):
+    notes = adapting(prompts, rank=2).notes(fresh=True)
+    assert any("over random parameters" in note for note in notes)
+    assert len(adapting(prompts, rank=2).notes(fresh=False)) == len(notes) - 1
+    assert len(adapting(prompts, rank=0).notes(fresh=True)) == len(notes) - 1
+
+
+@pytest.mark.slow
+def test_a_resumed_run_of_adapters_is_one_that_never_stopped(finished, text_config, tmp_path):
+    config = functools.partial(text_config, init_from=str(finished[0]), **FEW)
+    whole = run(config(), tmp_path / "whole")
+    assert run(config(train__stop_at=2), tmp_path / "parts").reason == "stop_at"
+    assert same(run(config(), tmp_path / "parts").state, whole.state)
+    with pytest.raises(ConfigError, match=r"holds a run with objective\.lora"):
+        run(config(objective__lora={**LORA, "alpha": 3.0}), tmp_path / "parts")
+    # Their training goes on, or they are merged before the model itself is trained.
+    again = run(
+        config(init_from=str(tmp_path / "whole"), train__steps=1, train__eval_every=1), tmp_path / "again"
+    )
+    assert not same(again.state.trained, whole.state.trained)
+    assert same(again.state.frozen, whole.state.frozen)
+    for number, changes in enumerate(({"rank": 0}, {**LORA, "rank": 2})):
+        with pytest.raises(
+            CheckpointError, match=r"(?s)does not fit the model.*adapters/layers/mlp/up/lora_a"
+        ):
+            run(
+                config(init_from=str(tmp_path / "whole"), objective__lora=changes),
+                tmp_path / f"other {number}",
+            )

@@ -276,7 +276,7 @@ class SentenceSource:
         if not examples:
             return []
         tokenizer = self.tokenizer
-        begins = begin(tokenizer)
+        begins = tokenizer.begin
         prompts = tokenizer.encode_batch([example.prompt for example in examples])
         responses = tokenizer.encode_response([example.response for example in examples])
         return [
@@ -314,9 +314,3 @@ class SentenceSource:
             "predicted": predicted,
             "cut": np.asarray(cut, np.int32),
         }
-
-
-def begin(tokenizer: Tokenizer) -> np.ndarray:
-    """Tokens before every text: the one that begins texts, unless it is the one that ends them."""
-    has_own = tokenizer.bos is not None and tokenizer.bos != tokenizer.eos
-    return np.array([tokenizer.bos] if has_own else [], np.int32)

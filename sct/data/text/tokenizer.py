@@ -176,6 +176,11 @@ class Tokenizer:
         return self._id(self.eos_token)
 
     @property
+    def begin(self) -> np.ndarray:
+        """Tokens before every text, int32: the one that begins texts, unless it is the one that ends them."""
+        return np.array([self.bos] if self.bos not in (None, self.eos) else [], np.int32)
+
+    @property
     def pad(self) -> int | None:
         """Id of the token that fills a batch, or None."""
         return self._id(self.pad_token)

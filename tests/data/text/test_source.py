@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sct.data.genes import GeneVocabulary
 from sct.data.loader import Loader
 from sct.data.text.prompts import JOIN, TASKS, parse_labels
-from sct.data.text.source import SentenceSource, Texts, begin, gene_words, read_studies
+from sct.data.text.source import SentenceSource, Texts, gene_words, read_studies
 from sct.errors import ConfigError
 from tests.data.text.toy_texts import GENES, SHORT, ToyStudy, counts, options, study, tokenizer, vocabulary
 
@@ -62,8 +62,8 @@ def test_texts_stand_one_behind_another_and_what_is_predicted_is_of_its_own_text
         ids, segments = np.zeros((2, length), np.int32)
         predicted, at, wanted = np.zeros(length, bool), 0, 0
         for segment, example in enumerate(texts.examples(start, stop, 0), 1):
-            prompt = len(begin(writer)) + len(writer.encode(example.prompt))
-            whole = [*begin(writer), *writer.encode(example.prompt + JOIN + example.response), writer.eos]
+            prompt = len(writer.begin) + len(writer.encode(example.prompt))
+            whole = [*writer.begin, *writer.encode(example.prompt + JOIN + example.response), writer.eos]
             counts = np.arange(len(whole)) >= (1 if all_tokens else prompt)
             wanted += counts.sum()
             part = slice(at, at + len(whole))
@@ -312,9 +312,9 @@ def test_processes_read_disjoint_shares_that_make_up_the_whole(processes):
 
 def test_a_text_begins_with_the_token_for_it_unless_that_ends_texts():
     assert tokenizer().bos == tokenizer().eos
-    assert not len(begin(tokenizer()))
+    assert not len(tokenizer().begin)
     own = tokenizer(own_begin=True)
-    assert begin(own).tolist() == [own.bos] == [own.token_to_id("<s>")]
+    assert own.begin.tolist() == [own.bos] == [own.token_to_id("<s>")]
     for row in rows(source(own_begin=True, length=200)):
         starts = np.flatnonzero(np.diff(row["segments"], prepend=0) > 0)
         assert len(starts) > 1

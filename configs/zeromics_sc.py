@@ -1,0 +1,97 @@
+"""Cell model of ZerOmics: a transformer over the genes of a cell, aligned with summaries of these genes.
+
+The paper's sizes (12 layers, 12 heads, 10 bins). Features of genes are made once by a text model, here LLaMA-2, from a
+Hugging Face folder with its tokenizer, and kept (docs/zeromics.md):
+
+    python -m launch.ingest --input=FILES --output=STORE --min_genes=201
+    python -m launch.train --config=configs/zeromics_sc.py --config.data.store=STORE \
+        --config.data.corpus=SUMMARIES.tsv --config.data.features=LLAMA_FOLDER --workdir=runs/zeromics_sc
+
+    All genes of a cell are read (20,000 tokens). --config.data.max_genes=2048 reads the expressed ones alone: a tenth
+    of the tokens, but the model no longer sees which genes are silent. Hardware: eight A100 of 80 GB in the paper.
+
+:quickstart, a small model on real blood cells that come with scanpy, with features by latent semantic analysis of the
+built-in corpus, a few minutes on 2 CPU cores:
+
+    python -m launch.train --config=configs/zeromics_sc.py:quickstart --workdir=runs/zeromics_sc
+"""
+
+from ml_collections import ConfigDict
+
+VARIANTS = ("", "quickstart")
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The paper's recipe, or a small variant of it."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS[1:])}")
+    config = ConfigDict()
+    config.family = "zeromics_cells"
+    config.task = "masked_bins"
+    config.init_from = ""
+
+    config.model = ConfigDict()
+    config.model.num_genes = 0  # 0: those of the store's vocabulary
+    config.model.feature_dim = 0  # 0: the width of the features
+    config.model.num_bins = 10
+    config.model.embed_dim = 768
+    config.model.num_layers = 12
+    config.model.num_heads = 12
+    config.model.ffn_dim = 3072
+    config.model.dropout = 0.0
+    config.model.remat = "level"
+    config.model.dtype = "bfloat16"
+
+    config.data = ConfigDict()
+    config.data.store = ""
+    config.data.dataset = ""
+    config.data.tokens = 0.0
+    config.data.max_genes = 0  # 0: all genes; otherwise the most highly expressed ones of each cell
+    config.data.corpus = "built_in"  # or a file with summaries of genes
+    config.data.features = "lsa"  # or a text model, "random", or a file with a table of features
+    config.data.features_cache = ""
+    config.data.feature_dim = 256  # of lsa and random
+
+    config.objective = ConfigDict()
+    config.objective.masked = 0.15
+    config.objective.substituted = 0.1
+    config.objective.head_budget = 0.05  # 0.15 of the expressed genes, of which a cell has up to a third
+    config.objective.report_cells = 500
+    config.objective.report_seeds = 3
+
+    config.optimizer = ConfigDict()
+    config.optimizer.peak_lr = 1e-4
+    config.optimizer.init_lr = 0.0
+    config.optimizer.final_lr = 0.0
+    config.optimizer.warmup_steps = 1_000
+    config.optimizer.schedule = "cosine"
+    config.optimizer.weight_decay = 0.01
+    config.optimizer.clip_norm = 1.0
+    config.optimizer.moment_dtype = "float32"
+
+    config.train = ConfigDict()
+    config.train.steps = 100_000
+    config.train.batch_size = 64
+    config.train.accumulate = 1
+    config.train.batch_ramp = ()
+    config.train.log_every = 100
+    config.train.eval_every = 2_000
+    config.train.eval_records = 1_000
+    config.train.checkpoint_every = 2_000
+    config.train.keep_last = 2
+    config.train.patience = 10
+    config.train.stop_at = 0
+    config.train.seed = 0
+    config.train.loader_threads = 8
+    config.train.mesh = "data"  # or single, fsdp, pod, or sizes: data=2,fsdp=4
+
+    if variant == "quickstart":
+        config.model.update(
+            embed_dim=96, num_layers=2, num_heads=4, ffn_dim=192, remat="none", dtype="float32"
+        )
+        config.data.update(dataset="pbmc68k", max_genes=512, feature_dim=64)
+        config.objective.update(head_budget=0.25)
+        config.optimizer.update(peak_lr=1e-3, warmup_steps=30, final_lr=1e-5)
+        config.train.update(batch_size=8, steps=400, log_every=20, eval_every=100, checkpoint_every=100)
+        config.train.update(loader_threads=1, eval_records=0)
+    return config

@@ -1,0 +1,300 @@
+"""Masked bins: a cell model predicts the bin and the text item of masked genes (ZerOmics paper, section 3.1)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sct.data import masking
+from sct.data.genes import GeneVocabulary
+from sct.data.quantile_bins import CellOptions, CellSource
+from sct.data.store import Store
+from sct.data.text.gene_corpus import GeneCorpus, suffix_of
+from sct.errors import ConfigError
+from sct.models.zeromics_cells import FEATURES, ZerOmicsCells, ZerOmicsCellsConfig
+from sct.nn.losses import token_losses
+from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables
+from sct.weights.gene_feature_files import TABLES
+from sct.weights.gene_features import GeneFeatures
+from sct.weights.pretrained import load
+
+NAME = "masked_bins"
+
+
+@dataclasses.dataclass(frozen=True)
+class BinData(StoreConfig):
+    """Where cells come from, and what is known of their genes.
+
+    Parameters
+    ----------
+    max_genes
+        0: all genes of the vocabulary. Otherwise the so many most highly expressed genes of each cell.
+    corpus
+        "built_in", or a file with summaries of genes (`sct.data.text.gene_corpus`).
+    features
+        What makes a feature of a summary: a text model (folder or id), "lsa" (latent semantic analysis, no model
+        needed), "random", or a file with a table of features, which needs no corpus.
+    features_cache
+        Folder for features of text models; by default one for all runs.
+    feature_dim
+        Width of features of "lsa" and "random".
+    """
+
+    max_genes: int = 0
+    corpus: str = "built_in"
+    features: str = "lsa"
+    features_cache: str = ""
+    feature_dim: int = 256
+
+    def __post_init__(self) -> None:
+        if self.max_genes < 0 or self.feature_dim < 1:
+            raise ConfigError(
+                f"data.max_genes is {self.max_genes} and data.feature_dim {self.feature_dim}, but 0 or more, and 1 or "
+                "more, are needed."
+            )
+
+
+def gene_features(
+    data: BinData, vocabulary: GeneVocabulary, seed: int
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Features (G, F) of the genes of a vocabulary, which genes have one, bool (G,), and what made them.
+
+    Raises
+    ------
+    SctError
+        Corpus, model or table are missing or damaged, or are those of other genes.
+    """
+    path = Path(data.features).expanduser()
+    if suffix_of(path) in TABLES:
+        made = GeneFeatures.load(path)
+    elif data.features == "random":
+        made = GeneFeatures.random(vocabulary, data.feature_dim, seed)
+    else:
+        corpus = GeneCorpus.built_in() if data.corpus == "built_in" else GeneCorpus.load(data.corpus)
+        if data.features == "lsa":
+            made = GeneFeatures.lsa(corpus, data.feature_dim, seed)
+        else:
+            made = GeneFeatures.encode(corpus, load(data.features), cache=data.features_cache or None)
+    table, known = made.of(vocabulary)
+    return table, known, dict(made.source)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedBinsConfig:
+    """Options of the task.
+
+    Parameters
+    ----------
+    masked
+        Probability that a non-zero bin is masked (p_m, equation 1).
+    substituted
+        Probability that another non-zero bin is replaced by a random other one, zero included (p_s).
+    head_budget
+        Share of a cell's places at which the heads are evaluated, a bound on the masked ones; those beyond it are left
+        out of the loss and counted in `overflow`.
+    report_cells, report_seeds
+        Held-out cells that the table after training is made of (0: no table), and draws of what is masked.
+    """
+
+    masked: float = 0.15
+    substituted: float = 0.1
+    head_budget: float = 0.2
+    report_cells: int = 500
+    report_seeds: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("masked", "head_budget"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but it must lie in (0, 1].")
+        if not 0 <= self.substituted <= 1 or self.report_cells < 0 or self.report_seeds < 1:
+            raise ConfigError(
+                f"substituted is {self.substituted}, report_cells {self.report_cells} and report_seeds "
+                f"{self.report_seeds}, but a share, 0 or more, and 1 or more are needed."
+            )
+
+
+class MaskedBins:
+    """Task of the cell model of ZerOmics; see `sct.tasks.base.Task`.
+
+    Parameters
+    ----------
+    config, data
+        Options.
+    model
+        Architecture.
+    store
+        Cells.
+    known
+        Genes that have a feature, bool (G,); the others are dropped.
+    features
+        float32 (G, F) to start from; None where a checkpoint or another model has them.
+    described
+        What is told of the features in the model folder.
+    seed
+        Of the order of cells.
+    """
+
+    trainable: Sequence[tuple[str, bool]] = ((f"^{FEATURES}$", False), (".*", True))
+    new: Sequence[str] = ()
+    weight = "masked"
+    monitor, monitor_mode = "loss", "min"
+
+    def __init__(
+        self,
+        config: MaskedBinsConfig,
+        data: BinData,
+        model: ZerOmicsCellsConfig,
+        store: Store,
+        known: np.ndarray,
+        features: np.ndarray | None,
+        described: Mapping[str, Any],
+        seed: int,
+    ):
+        if model.num_genes != len(store.vocabulary):
+            raise ConfigError(
+                f"the model has {model.num_genes} genes, but the store's vocabulary {len(store.vocabulary)}: set "
+                "model.num_genes to 0."
+            )
+        if features is not None and features.shape != (model.num_genes, model.feature_dim):
+            raise ConfigError(
+                f"the features of genes are {features.shape[1]} wide, but model.feature_dim is {model.feature_dim}: "
+                "set it to 0."
+            )
+        self.config, self.data, self.model_config, self.store, self.seed = config, data, model, store, seed
+        self.model, self.vocabulary = ZerOmicsCells(model), store.vocabulary
+        self.known, self.described = known, described
+        self.given: Mapping[str, Any] = {} if features is None else {FEATURES: features}
+        self.options = CellOptions(model.num_bins, data.max_genes)
+        self.tokens_per_record = data.max_genes or model.num_genes
+
+    def init(self, rng: jax.Array) -> Variables:
+        """Initial variables, boxed."""
+        return cast(Variables, self.model.init(rng, *ZerOmicsCells.example(self.model_config).values()))
+
+    def hide(self, rng: jax.Array, bins: jax.Array, there: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Bins (B, S) as the model sees them, and which are masked, bool (B, S), of the places that are there."""
+        config, levels = self.config, self.model_config.num_bins
+        first, second, third = jax.random.split(rng, 3)
+        expressed = (bins > 0) & there
+        masked = expressed & (jax.random.uniform(first, bins.shape) < config.masked)
+        swapped = expressed & ~masked & (jax.random.uniform(second, bins.shape) < config.substituted)
+        other = (bins + jax.random.randint(third, bins.shape, 1, levels + 1)) % (levels + 1)
+        seen = jnp.where(swapped, other, bins)
+        return jnp.where(masked, self.model_config.mask, seen), masked
+
+    def loss(self, variables: Variables, batch: Batch, rng: jax.Array, train: bool) -> tuple[jax.Array, Sums]:
+        """Mean of the cross-entropies of bin and gene item at masked places (section 3.1, equations 4 and 5).
+
+        Returns the loss and sums over masked places: `loss`, `masked` (count), `bin_loss`, `gene_loss`, `bin_right`,
+        `gene_right`, `overflow`.
+        """
+        bins, genes = batch["bins"].astype(jnp.int32), batch.get("genes")
+        there = jnp.broadcast_to((batch["weight"] > 0)[:, None], bins.shape)
+        hiding, place, dropping = jax.random.split(rng, 3)
+        seen, masked = self.hide(hiding, bins, there)
+        rngs = {"dropout": dropping} if train and self.model_config.dropout else {}
+        hidden = cast(jax.Array, self.model.apply(variables, seen, genes, rngs=rngs, method="hidden"))
+        budget = min(bins.shape[1], max(1, round(self.config.head_budget * bins.shape[1])))
+        positions, taken = masking.within_budget(place, masked, budget)
+        picked = jnp.take_along_axis(hidden, positions[..., None], axis=1)
+        targets = jnp.take_along_axis(bins, positions, axis=1)
+        items = positions if genes is None else jnp.maximum(jnp.take_along_axis(genes, positions, axis=1), 0)
+
+        def scores(x: jax.Array) -> jax.Array:
+            return cast(jax.Array, self.model.apply(variables, x, method="gene_logits"))
+
+        logits = cast(jax.Array, self.model.apply(variables, picked, method="bin_logits"))
+        bin_losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        gene_losses, gene_right = token_losses(scores, picked, items, self.model_config.num_genes)
+        weights = taken.astype(jnp.float32)
+        count = weights.sum()
+        sums = {
+            "masked": count,
+            "bin_loss": (bin_losses * weights).sum(),
+            "gene_loss": (gene_losses * weights).sum(),
+            "bin_right": ((logits.argmax(axis=-1) == targets) * weights).sum(),
+            "gene_right": (gene_right * weights).sum(),
+            "overflow": masked.sum().astype(jnp.float32) - count,
+        }
+        sums["loss"] = (sums["bin_loss"] + sums["gene_loss"]) / 2
+        return sums["loss"] / jnp.maximum(count, 1.0), sums
+
+    def summarise(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Mean losses in nats, and shares of masked genes whose bin and item are right."""
+        count = max(float(sums["masked"]), 1.0)
+        names = {
+            "loss": "loss",
+            "bin_loss": "bin_loss",
+            "gene_loss": "gene_loss",
+            "bin_right": "bin_accuracy",
+        }
+        summary = {shown: float(sums[name]) / count for name, shown in names.items()}
+        summary["gene_accuracy"] = float(sums["gene_right"]) / count
+        return {**summary, "overflow": overflow} if (overflow := float(sums["overflow"])) else summary
+
+    @functools.cache  # noqa: B019 (a run has one task)
+    def dataset(self, split: str) -> CellSource | None:
+        """Cells of a split."""
+        studies = self.store.split(split)
+        if not studies:
+            return None
+        return CellSource(studies, self.options, self.known, exhaustive=split != "train", seed=self.seed)
+
+    def evaluators(self) -> Sequence[Evaluator]:
+        """Bins of masked genes beside what is known of each gene, on the test studies, else the validation ones."""
+        held_out = next((split for split in ("test", "validation") if self.store.split(split)), None)
+        if held_out is None or not self.config.report_cells:
+            return ()
+        from sct.eval.masked_bins import PredictedBins
+
+        source, cells = self.dataset(held_out), self.dataset("train")
+        assert source is not None
+        assert cells is not None
+        model, config = self.model_config, self.config
+        return (
+            PredictedBins(
+                self._predict, cells, source, model.num_bins, model.num_genes, config.report_cells,
+                config.report_seeds, held_out,
+            ),
+        )  # fmt: skip
+
+    def _predict(
+        self, variables: Variables, batch: Mapping[str, jax.Array], rng: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Logarithms of the probabilities of bins float32 (B, S, num_bins + 1), and which are masked."""
+        bins, genes = batch["bins"].astype(jnp.int32), batch.get("genes")
+        seen, masked = self.hide(rng, bins, jnp.ones(bins.shape, bool))
+        hidden = self.model.apply(variables, seen, genes, method="hidden")
+        logits = cast(jax.Array, self.model.apply(variables, hidden, method="bin_logits"))
+        return jax.nn.log_softmax(logits, axis=-1), masked
+
+    def tokens(self, batch: Mapping[str, Any]) -> int:
+        """Places of genes in a batch."""
+        return int(np.prod(batch["bins"].shape))
+
+    def exports(self) -> dict[str, Any]:
+        """Genes, and how inputs were made in training."""
+        data = {
+            "task": NAME,
+            "max_genes": self.data.max_genes,
+            "features": dict(self.described),
+            "dropped": np.flatnonzero(~self.known).tolist(),
+        }
+        return {"genes": self.vocabulary, "data": data}
+
+    def notes(self, fresh: bool) -> Sequence[str]:
+        """Tell what genes the model knows."""
+        dropped = int((~self.known).sum())
+        return (
+            f"{len(self.known) - dropped:,} genes have a feature ({self.described['kind']})"
+            + (f", {dropped:,} are dropped" if dropped else "")
+            + f"; {self.tokens_per_record:,} genes of each cell are read.",
+        )
