@@ -6,9 +6,10 @@
 
 Modes: forward (the model on a batch, logits at all positions), train (the step of training with its optimiser and
 loader), embed (`sct.tl.embed`), loader (bags and raw blocks of a store), ingest (an .h5ad file into a store), save (a
-checkpoint of a run), generate (families that generate text; none yet). The ceiling, a large matrix product in the same
-type on the same device, is measured in the same run. Before a step is timed it is compared with the reference path, on
-bags of --check_cells cells in as many pieces as it will take, and refused where it differs.
+checkpoint of a run), and, for text decoders (gpt2, neox, llama) alone and the only mode of these, generate. The
+ceiling, a large matrix product in the same type on the same device, is measured in the same run. Before a step is timed
+it is compared with the reference path, on bags of --check_cells cells in as many pieces as it will take, and refused
+where it differs.
 
 Without data.store or data.dataset in the configuration, --cells synthetic ones are made in a temporary folder (TMPDIR),
 with --nonzeros expressed genes on average, of the human vocabulary (with --config.model.num_genes fewer, of its first

@@ -324,6 +324,8 @@ class Store:
                 )
             if not path.is_dir():
                 raise StoreError(f"there is no store at {path}: make one with launch.ingest --output={path}")
+            if (path / "store" / MANIFEST).is_file():
+                raise StoreError(f"{path} is a run folder, not a store: its store is {path / 'store'}")
             raise StoreError(
                 f"{path} has no {MANIFEST}: the ingest was interrupted, refused or never run; run it again"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -149,11 +150,11 @@ def knn_accuracy(
     real_labels, generated_labels
         (N,) and (M,).
     ks
-        Numbers of neighbours; all real cells where there are fewer.
+        Numbers of neighbours.
 
     Returns
     -------
-    k -> accuracy in [0, 1], higher is better.
+    k -> accuracy in [0, 1], higher is better; NaN where there are fewer than k real cells.
 
     Raises
     ------
@@ -170,8 +171,11 @@ def knn_accuracy(
     names = metrics.codes(np.concatenate([real, asked]))
     accuracies = {}
     for k in ks:
+        if k > len(real):
+            accuracies[k] = math.nan
+            continue
         # Of the training matrix of "precomputed" only the shape is looked at.
-        model = KNeighborsClassifier(min(k, len(real)), weights=_votes, metric="precomputed")
+        model = KNeighborsClassifier(k, weights=_votes, metric="precomputed")
         model.fit(sparse.eye(len(real), format="csr"), names[: len(real)])
         predicted = model.predict(distances)
         accuracies[k] = metrics.accuracy_and_f1(names[len(real) :], predicted)[0]

@@ -29,7 +29,7 @@ from sct.nn.chunked_attention import UNSEEN
 
 
 class _Now(NamedTuple):
-    """State of the search: K beams of B prompts that go on, and the K best answers that have ended."""
+    """State of the search: K beams of B prompts that go on, and the best answer of each that has ended."""
 
     cache: Cache  # rows are beams, those of a prompt together
     scores: jax.Array  # (B, K, V)
@@ -37,8 +37,8 @@ class _Now(NamedTuple):
     ids: jax.Array  # (B, K, N)
     sums: jax.Array  # (B, K) logarithms of probabilities
     node: jax.Array  # (B, K)
-    ended_ids: jax.Array
-    ended: jax.Array  # (B, K) divided by the length's power; UNSEEN where there is none
+    ended_ids: jax.Array  # (B, 1, N)
+    ended: jax.Array  # (B, 1) divided by the length's power; UNSEEN where there is none
     ended_sums: jax.Array
 
 
@@ -62,8 +62,8 @@ def decode(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Best answers behind prompts; arguments and results as of `sct.generation.generate.decode`.
 
-    A prompt's search ends when none of its beams can become better than the worst of K ended answers: the rule that
-    transformers calls `early_stopping="never"`.
+    A prompt's search ends when none of its beams can become better than the best answer that has ended. It finds what
+    transformers finds with `early_stopping="never"`, where the search goes on for K answers.
     """
     rows, length = ids.shape
     vocab = config.vocab_size
@@ -80,11 +80,11 @@ def decode(
     # Equal beams would stay equal: one of them begins.
     alone = jnp.where(jnp.arange(beams) == 0, 0.0, UNSEEN)
     nothing = jnp.full((rows, beams, new), -1, jnp.int32)
-    none = jnp.full((rows, beams), UNSEEN)
+    none = jnp.full((rows, 1), UNSEEN)
     node = jnp.zeros((rows, beams), jnp.int32)
     start = _Now(
-        cache, first, jnp.zeros((), jnp.int32), nothing, jnp.broadcast_to(alone, (rows, beams)), node, nothing, none,
-        none,
+        cache, first, jnp.zeros((), jnp.int32), nothing, jnp.broadcast_to(alone, (rows, beams)), node, nothing[:, :1],
+        none, none,
     )  # fmt: skip
 
     def power(step: jax.Array) -> jax.Array:
@@ -93,7 +93,7 @@ def decode(
     def goes_on(now: _Now) -> jax.Array:
         # A beam only loses probability; its best length is the present one, or the longest where length is rewarded.
         best = now.sums.max(axis=1) / jnp.where(length_penalty > 0, power(jnp.asarray(new)), power(now.step))
-        open_ = best > now.ended.min(axis=1)
+        open_ = best > now.ended[:, 0]
         return (now.step < new) & ((now.step == 0) | open_.any())
 
     def body(now: _Now) -> _Now:
@@ -113,7 +113,7 @@ def decode(
         counts = ends & (jnp.arange(candidates) < beams) & (sums > UNSEEN / 2)
         worth = jnp.where(counts, sums / power(now.step + 1), UNSEEN)
         all_worth = jnp.concatenate([now.ended, worth], axis=1)
-        ended, kept = lax.top_k(all_worth, beams)
+        ended, kept = lax.top_k(all_worth, 1)
         ended_ids = _take(jnp.concatenate([now.ended_ids, made], axis=1), kept)
         ended_sums = _take(jnp.concatenate([now.ended_sums, sums], axis=1), kept)
 
@@ -142,7 +142,7 @@ def decode(
     sums_of = jnp.concatenate([last.ended_sums, last.sums], axis=1)
     best = jnp.argmax(worth, axis=1)[:, None]
     found = _take((ids_of, sums_of), best)
-    return found[0][:, 0], best[:, 0] < beams, found[1][:, 0]
+    return found[0][:, 0], best[:, 0] == 0, found[1][:, 0]
 
 
 def search(

@@ -178,9 +178,18 @@ class Decoder(nn.Module):
                 kernel_init=_initializer(config),
             )  # fmt: skip
 
-    def embed(self, input_ids: jax.Array, positions: jax.Array) -> jax.Array:
-        """Vectors (B, T, D) of tokens at positions, both (B, T)."""
-        x = self.token(input_ids)
+    def embed(self, input_ids: jax.Array, positions: jax.Array, soft: jax.Array | None = None) -> jax.Array:
+        """Vectors (B, T, D) of tokens at positions, both (B, T).
+
+        The token -1 - k is the vector k of the row of `soft` (B, K, D), which stands for a token of no vocabulary.
+        """
+        if soft is None:
+            x = self.token(input_ids)
+        else:
+            place = jnp.clip(-1 - input_ids, 0, soft.shape[1] - 1)
+            given = jnp.take_along_axis(soft, place[..., None], axis=1)
+            x = self.token(jnp.maximum(input_ids, 0))
+            x = jnp.where(input_ids[..., None] < 0, given.astype(x.dtype), x)
         if self.config.positions == "learned":
             x = x + self.position(positions)
         x = drop(self, x, self.config.dropout) if self.config.dropout else x
@@ -192,8 +201,9 @@ class Decoder(nn.Module):
         attention_mask: jax.Array | None = None,
         segments: jax.Array | None = None,
         positions: jax.Array | None = None,
+        soft: jax.Array | None = None,
     ) -> jax.Array:
-        """Vectors (B, T, D) behind the last norm; arguments as in a call."""
+        """Vectors (B, T, D) behind the last norm; arguments as in a call, `soft` as in `embed`."""
         if segments is not None:
             places = running_positions(segments)
         elif attention_mask is not None:
@@ -202,7 +212,7 @@ class Decoder(nn.Module):
         else:
             places = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
         positions = places if positions is None else positions
-        x = self.embed(input_ids, positions)
+        x = self.embed(input_ids, positions, soft)
         x, _ = self.layers(x, positions, Mask(segments, segments))
         return self.finish(x)
 

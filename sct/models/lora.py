@@ -290,6 +290,25 @@ def adapted(variables: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]
     yield from layers.items()
 
 
+def check_same(variables: Mapping[str, Any], config: LoraConfig, what: str) -> None:
+    """Raise `ConfigError` where the adapters of a model have another scale or dropout than a configuration says.
+
+    These are kept with the adapters, so what the configuration says would have no effect. `what` names the model.
+    """
+    for layer, adapter in adapted(variables):
+        rank = np.shape(adapter["lora_a"])[-1]
+        kept = {
+            "alpha": float(np.ravel(adapter["scale"])[0]) * rank,
+            "dropout": float(np.ravel(adapter.get("dropout", 0.0))[0]),
+        }
+        for name, value in kept.items():
+            if not math.isclose(value, wanted := getattr(config, name), rel_tol=1e-5, abs_tol=1e-7):
+                raise ConfigError(
+                    f"the adapter of {layer!r} in {what} has {name} {value:g}, but {wanted:g} is asked for: ask for "
+                    "its own, or merge the adapters first (sct.models.lora.merge)."
+                )
+
+
 def merge(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Variables without adapters that compute the same: what an adapter gives is added to its kernel.
 

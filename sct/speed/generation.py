@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -141,6 +142,10 @@ def measure(job: Job) -> dict[str, Any]:
             found |= {"peak_host_bytes": peak.bytes, "peak_host_from": peak.how}
         else:
             found["sampled_tokens_per_s"] = rate
+    rates = f"{found['generated_tokens_per_s']:,.0f} tokens/s greedy, {found['sampled_tokens_per_s']:,.0f} sampled"
+    print(
+        f"{rates}; now transformers, where it is installed, which takes longer", file=sys.stderr, flush=True
+    )
     ceiling = max(before, memory_ceiling(config.dtype))
     itemsize = jnp.dtype(config.dtype).itemsize
     read = sum(leaf.size for leaf in jax.tree.leaves(model.variables)) * itemsize

@@ -82,6 +82,13 @@ class Adapters:
     dropout: float = 0.0
     targets: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not self.rank and (self.targets or self.dropout or self.alpha != Adapters.alpha):
+            raise ConfigError(
+                "objective.lora has options, but its rank is 0, which trains the whole model: set a rank, or leave them "
+                "out."
+            )
+
     def config(self, family: str) -> lora.LoraConfig | None:
         """Options for a family, None where the whole model is trained."""
         if not self.rank:
@@ -220,8 +227,8 @@ class CellSentences:
             )
         if model.positions == "learned" and data.length > model.max_length:
             raise ConfigError(
-                f"data.length is {data.length}, but the model has {model.max_length} positions: lower it, or raise "
-                "model.max_length."
+                f"data.length is {data.length}, but the model has {model.max_length} positions: set it to "
+                f"{model.max_length} or less, or, for a model of random parameters, raise model.max_length."
             )
         if config.perturbation and config.perturbation not in data.labels:
             raise ConfigError(
@@ -418,8 +425,11 @@ class CellSentences:
             f"Spearman {fit.spearman:.2f}; {self.tokenizer.vocab_size:,} tokens, {many} in a row of "
             f"{self.data.length:,} tokens.",
             *(
-                ["adapters are trained over random parameters: --config.init_from=MODEL starts from a model."]
-                if fresh and self.lora
+                [
+                    "the model starts from random parameters, and the loss counts responses alone: "
+                    "--config.init_from=MODEL starts from a model; the variant :scratch counts all tokens."
+                ]
+                if fresh and self.config.loss_on == "response"
                 else []
             ),
         )

@@ -42,9 +42,17 @@ def candidates_of(
             "that it learned together, as a list."
         )
     writer.check(f"cell_to_{field}")
+    if isinstance(given, str):
+        raise ConfigError(
+            f"candidates is the text {given!r}, but a list of answers to choose among is needed."
+        )
     if given is not None:
         texts = [render_labels(each) if isinstance(each, Mapping) else str(each) for each in given]
-        return field, list(dict.fromkeys(texts))
+        if len(set(texts)) < len(texts) or len(texts) < 2:
+            raise ConfigError(
+                f"there are {len(texts)} candidates, {len(set(texts))} of them different: give two or more, each once."
+            )
+        return field, texts
     found = list(writer.labels.get(field, ()))
     if field == LABELS and found:
         keys = {label_key} if isinstance(label_key, str) else set(label_key)

@@ -53,7 +53,8 @@ def opened(model: Model) -> Pretrained:
     handle = loaded(model)
     if handle.family != "sct":
         raise ConfigError(
-            f"a model of the family {handle.family!r} is not for this function: give one of sct."
+            f"a model of the family {handle.family!r} is not for this function, which needs one of the "
+            "family sct."
         )
     return handle
 

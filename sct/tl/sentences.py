@@ -208,7 +208,10 @@ def generate_cells(
     given = {"cell_type": cell_type, "tissue": tissue, "labels": labels, "abstract": text}
     asked = {name: value for name, value in given.items() if value is not None}
     if len(asked) > 1:
-        raise ConfigError(f"{' and '.join(asked)} were given together: give one, or combine them as labels.")
+        given_as = ["text" if name == "abstract" else name for name in asked]
+        raise ConfigError(
+            f"{' and '.join(given_as)} were given together: give one, or combine them as labels."
+        )
     name = next(iter(asked), None)
     task = "unconditional" if name is None else f"{name}_to_cell"
     many: Sequence[Any] = [None]

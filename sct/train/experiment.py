@@ -21,8 +21,9 @@ from jax.experimental import multihost_utils
 
 from sct.data.store import SPLITS, Store
 from sct.data.text.tokenizer import Tokenizer
+from sct.data.text.tokenizer_libraries import import_tokenizers
 from sct.errors import AGAIN, CheckpointError, ConfigError, SctError, StoreError
-from sct.models import registry
+from sct.models import lora, registry
 from sct.nn.paths import flatten
 from sct.tasks.base import StoreConfig, Task
 from sct.tasks.registry import data_of, kind_of, make_task
@@ -49,7 +50,12 @@ _FREE = {
 
 def open_data(config: StoreConfig, workdir: Path) -> Store:
     """Open the configured store, or make one of the configured data set in the run folder."""
-    if bool(config.store) == bool(config.dataset):
+    if config.store and config.dataset:
+        raise ConfigError(
+            f"data.store is {config.store} and data.dataset {config.dataset}: choose one of them, as by "
+            "--config.data.dataset= (nothing behind the sign) for the store."
+        )
+    if not (config.store or config.dataset):
         raise ConfigError(
             "the configuration needs either data.store or data.dataset: make a store of your files with "
             "`python -m launch.ingest --input=FILES --output=STORE` and add --config.data.store=STORE, or "
@@ -87,8 +93,9 @@ def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Path) -
         free = _FREE.get(section, set())
         for name in sorted(set(before) | set(after)):
             if name not in free and before.get(name) != after.get(name):
+                option = section if name == section else f"{section}.{name}"
                 raise ConfigError(
-                    f"{workdir} holds a run with {section}.{name} = {before.get(name)!r}, but now it is "
+                    f"{workdir} holds a run with {option} = {before.get(name)!r}, but now it is "
                     f"{after.get(name)!r}: use the same options to resume, or another --workdir, which "
                     f"--config.init_from={workdir} starts from this run's model."
                 )
@@ -156,6 +163,12 @@ def _architecture(plain: Mapping[str, Any], parent: pretrained.Pretrained | None
     given = dict(plain.get("model", {}))
     if parent is None or not kind_of(plain).resolves:
         return given
+    families = kind_of(plain).families
+    if parent.family not in families:
+        raise ConfigError(
+            f"the model to start from is of the family {parent.family!r}, which the task {plain['task']!r} does not "
+            f"train: give one of {', '.join(families)}."
+        )
     if parent.family != plain["family"]:
         raise ConfigError(
             f"the model to start from is of the family {parent.family!r}, but the configuration's is "
@@ -216,10 +229,20 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
         architecture = _architecture(plain, parent)
     tokenizer = _tokenizer(plain, store, parent, workdir, resumes)
     if tokenizer is not None and parent is not None:
-        parent = resized(parent, tokenizer.vocab_size)
+        rows, parent = parent.config.vocab_size, resized(parent, tokenizer.vocab_size)
+        if parent.config.vocab_size > rows:
+            console.print(
+                f"the tokenizer has {tokenizer.vocab_size:,} tokens, but the model {rows:,}: the rows of the others "
+                "begin near the mean of the known ones.",
+                soft_wrap=True,
+            )
         architecture = _architecture(plain, parent)
     kept = parent.data if parent is not None else None
     kept = _read_json(workdir / "data.json").get("model") if resumes else kept
+    adapters = registry.build(kind_of(plain).objective, plain.get("objective", {}), "objective")
+    adapters = getattr(adapters, "lora", None)
+    if parent is not None and adapters is not None and (wanted := adapters.config(parent.family)):
+        lora.check_same(parent.variables, wanted, str(plain["init_from"]))
     task, data = make_task({**plain, "model": architecture or plain.get("model", {})}, store, tokenizer, kept)
     options = registry.build(TrainConfig, _with_steps(plain, task, data), "train")
     optimizer = registry.build(OptimizerConfig, plain.get("optimizer", {}), "optimizer")
@@ -345,7 +368,17 @@ def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = kind_of(plain)
     registry.build(TrainConfig, {**plain.get("train", {}), "steps": 1}, "train")
     registry.build(OptimizerConfig, plain.get("optimizer", {}), "optimizer")
-    registry.build(kind.objective, plain.get("objective", {}), "objective")
+    objective = registry.build(kind.objective, plain.get("objective", {}), "objective")
+    if (
+        kind.tokenizer is not None
+        and not plain.get("data", {}).get("tokenizer")
+        and not plain.get("init_from")
+    ):
+        import_tokenizers()  # before minutes of work that would come to nothing
+    if getattr(getattr(objective, "lora", None), "rank", 0) and not plain.get("init_from"):
+        raise ConfigError(
+            "adapters change a model that is there: add --config.init_from=MODEL, or set objective.lora.rank to 0."
+        )
     registry.build(kind.data, plain.get("data", {}), "data")
     registry.model_config(plain["family"], plain.get("model", {}), 1)
     return plain

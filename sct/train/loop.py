@@ -271,6 +271,8 @@ def train(
     ):
         pending: list[Step] = []
         started, tokens, size = time.monotonic(), 0, 0
+        if now.step < last:
+            bar.write("compiling the step")
         while now.step < last:
             loader, batch = next(batches)
             state, scalars, sums = train_step(state, sharding.put_batch(batch, mesh))

@@ -40,7 +40,9 @@ from sct.weights.pretrained import (
     match,
 )
 
-NOTICE = "The weights keep the licence under which they were published: see where they come from."
+NOTICE = (
+    "The weights keep the licence under which they were published: it is named where they were downloaded."
+)
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _COMPARED = 1 << 24  # numbers of a copied array that are compared at a time
 
@@ -103,7 +105,15 @@ def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
 def _opened(folder: Path) -> Iterator[_Opened]:
     """Open a folder and hold it against its `config.json`, name by name."""
     source = str(folder / CONFIG)
-    family, config = hf_config.read(model_folder.read_json(folder / CONFIG), source)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{folder} {what}, but a Hugging Face folder is needed.")
+    content = model_folder.read_json(folder / CONFIG)
+    if "model_type" not in content and {"format_version", "family"} & set(content):
+        raise CheckpointError(
+            f"{folder} is a folder of sct already, which sct.load reads as it is; --from=sct --to=hf is the way back."
+        )
+    family, config = hf_config.read(content, source)
     with open_weights(folder) as reader:
         files = list(reader.shapes)
         if family == "bert":

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from types import SimpleNamespace
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +17,10 @@ from sct.errors import ConfigError, DataError
 from sct.generation import cache
 from sct.generation.generate import Options, generate
 from sct.generation.sampling import Sampling, Uses, adjusted, choose
+from sct.generation.scoring import score
+from sct.models import lora
+from sct.nn.paths import flatten, unflatten
+from sct.weights.pretrained import boxed_shapes
 from tests.generation.conftest import log_softmax, logits
 
 PROMPTS = ([3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9, 3], [2])
@@ -145,6 +153,13 @@ def test_repetition_is_penalised_in_prompt_and_answer(gpt2):
     assert len({*prompt, *found}) == 9  # nothing comes twice while there is something new
 
 
+def test_what_fills_up_a_prompt_is_no_repetition(gpt2):
+    """Rows are filled up with zeros; here 0 is the only token that the prompt does not hold."""
+    prompt = list(range(1, 11))
+    assert generate(gpt2, [prompt], Options(max_new_tokens=6))[0].ids[0] != 0
+    assert generate(gpt2, [prompt], Options(max_new_tokens=6, repetition_penalty=1e6))[0].ids[0] == 0
+
+
 def test_generation_compiles_once_for_prompts_of_like_length(gpt2):
     from sct.generation import generate as module
 
@@ -179,9 +194,74 @@ def test_seeds_must_be_as_many_as_prompts(gpt2):
 
 
 def test_sixteen_bits_generate_too(gpt2):
-    import dataclasses
-
     half = dataclasses.replace(gpt2, config=dataclasses.replace(gpt2.config, dtype="bfloat16"))
     kept = jax.eval_shape(lambda: cache.empty(half.config, 1, 4))
     assert kept.keys[0].dtype == jnp.bfloat16
     assert len(generate(half, [[1, 2]], Options(max_new_tokens=4))[0].ids) == 4
+
+
+def test_rotary_models_go_on_behind_the_length_they_were_made_for(model):
+    """Positions that are learned end with their table; angles follow from the number of a position."""
+    short = dataclasses.replace(model, config=dataclasses.replace(model.config, max_length=8))
+    prompts, options = [PROMPTS[1], PROMPTS[2]], Options(max_new_tokens=6)
+    if model.family == "gpt2":
+        with pytest.raises(
+            DataError, match="prompt 1 has 9 tokens and 6 are to follow, but the model has 8 positions"
+        ):
+            generate(short, prompts, options)
+        with pytest.raises(DataError, match="prompt 0 has 7 tokens and 2 are to follow"):
+            score(short, [[1] * 7], [[1, 2]])
+        return
+    found = generate(short, prompts, options)
+    assert [each.ids.tolist() for each in found] == [greedy(model, prompt, 6) for prompt in prompts]
+    np.testing.assert_allclose(
+        score(short, prompts, [each.ids for each in found]).diagonal(),
+        [each.log_probability for each in found], atol=1e-4,
+    )  # fmt: skip
+
+
+def test_rows_of_the_table_that_no_token_has_are_never_chosen_and_count(gpt2):
+    """A table may be larger than the vocabulary; probabilities are those of the model, wherever they are asked for."""
+    wide = dataclasses.replace(gpt2, tokenizer=SimpleNamespace(vocab_size=6, eos=None))
+    free = generate(gpt2, PROMPTS, Options(max_new_tokens=6))
+    assert max(each.ids.max() for each in free) >= 6
+    for beams in (1, 2):
+        found = generate(wide, PROMPTS, Options(max_new_tokens=6, beams=beams))
+        assert max(each.ids.max() for each in found) < 6
+        expected = score(wide, PROMPTS, [each.ids for each in found]).diagonal()
+        np.testing.assert_allclose([each.log_probability for each in found], expected, atol=1e-3)
+
+
+def test_adapters_generate_as_the_model_they_are_merged_into(gpt2):
+    boxed = boxed_shapes("gpt2", gpt2.config)["params"]
+    adapters = nn.unbox(lora.init(jax.random.key(0), boxed, lora.LoraConfig((".",), rank=3, alpha=6.0)))
+    rng = np.random.default_rng(0)
+    trained = {
+        path: jnp.asarray(0.5 * rng.normal(size=value.shape), value.dtype)
+        if path.endswith("lora_b")
+        else value
+        for path, value in flatten(adapters).items()
+    }
+    adapted = dataclasses.replace(gpt2, variables={**gpt2.variables, "adapters": unflatten(trained)})
+    merged = dataclasses.replace(gpt2, variables=lora.merge(adapted.variables))
+    prompts, options = PROMPTS[:2], Options(max_new_tokens=6)
+    base, one, other = (generate(each, prompts, options) for each in (gpt2, adapted, merged))
+    for plain, beside, within in zip(base, one, other, strict=True):
+        assert beside.ids.tolist() == within.ids.tolist() != plain.ids.tolist()
+        assert beside.log_probability == pytest.approx(within.log_probability, abs=1e-3)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_the_bar_is_shown_where_it_is_wanted(gpt2, monkeypatch, beams):
+    from sct.generation import generate as module
+
+    shown, original = [], module.progress
+
+    def recording(*given, active):
+        shown.append(active)
+        return original(*given, active=active)
+
+    monkeypatch.setattr(module, "progress", recording)
+    for active in (True, False):
+        generate(gpt2, [[1], [2]], Options(max_new_tokens=2, beams=beams), progress_bar=active)
+    assert shown == [True, False]

@@ -27,7 +27,7 @@ from sct.models import lora, registry
 from sct.models.decoder import Decoder
 from sct.nn.paths import flatten
 from sct.tasks import cell_sentences, sentence_reports
-from sct.tasks.cell_sentences import CellSentences, CellSentencesConfig, SentenceData
+from sct.tasks.cell_sentences import Adapters, CellSentences, CellSentencesConfig, SentenceData
 from sct.tasks.registry import kind_of, make_task
 from sct.train import experiment
 from sct.train.experiment import run
@@ -246,6 +246,7 @@ def test_values_of_labels_are_those_that_texts_tell(prompts, tmp_path):
         first,
         second,
         tissue="tissue",
+        tasks=(*TASKS, ("cell_to_labels", 1.0)),
         labels=("tissue", "cell_type"),
         studies=str(tmp_path / "studies.yaml"),
     )
@@ -810,11 +811,30 @@ def test_adapters_are_trained_alone_and_kept_beside_the_model(finished, text_con
     assert np.abs(ours - plain).max() > 1e-4
 
 
-def test_adapters_need_a_model_to_be_worth_training(prompts):
-    notes = adapting(prompts, rank=2).notes(fresh=True)
-    assert any("over random parameters" in note for note in notes)
-    assert len(adapting(prompts, rank=2).notes(fresh=False)) == len(notes) - 1
-    assert len(adapting(prompts, rank=0).notes(fresh=True)) == len(notes) - 1
+def test_adapters_that_are_there_have_their_own_options(finished, text_config, tmp_path):
+    parent = sct.load(finished[0])
+    options = Adapters(**LORA).config("gpt2")
+    boxed = registry.family("gpt2")[1](parent.config).init(
+        jax.random.key(0), **Decoder.example(parent.config)
+    )
+    adapters = nn.unbox(lora.init(jax.random.key(0), boxed["params"], options))
+    adapted = dataclasses.replace(parent, variables={**parent.variables, "adapters": adapters})
+    adapted.save_pretrained(tmp_path / "adapted")
+    for changed, words in (({"alpha": 12.0}, "alpha 6, but 12"), ({"dropout": 0.5}, "dropout 0.2, but 0.5")):
+        config = text_config(
+            init_from=str(tmp_path / "adapted"), **{**FEW, "objective__lora": {**LORA, **changed}}
+        )
+        with pytest.raises(ConfigError, match=words):
+            run(config, tmp_path / "run")
+    for without in ({"alpha": 8.0}, {"dropout": 0.1}, {"targets": ("mlp",)}):
+        with pytest.raises(ConfigError, match="its rank is 0"):
+            Adapters(**without)
+
+
+def test_adapters_need_a_model_that_they_change(text_config, tmp_path):
+    with pytest.raises(ConfigError, match=r"add --config\.init_from=MODEL, or set objective\.lora"):
+        run(text_config(objective__lora=LORA), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

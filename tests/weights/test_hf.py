@@ -195,8 +195,14 @@ def test_damaged_folders_are_refused(folder, tmp_path):
         (path / "config.json").write_text(content)
         with pytest.raises(CheckpointError, match=message):
             hf.load(path)
-    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+    with pytest.raises(CheckpointError, match="nowhere does not exist, but a Hugging Face folder"):
         hf.load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        hf.load(tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_text('{"format_version": 1, "family": "gpt2"}')
+    with pytest.raises(CheckpointError, match="a folder of sct already"):
+        hf.load(tmp_path / "empty")
 
 
 def test_other_names_of_files_are_read(folder):

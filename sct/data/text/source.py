@@ -226,6 +226,13 @@ class SentenceSource:
 
     def _check_fields(self) -> None:
         columns: set[str] = set()
+        named = {TASKS[name].answer for name, _ in self.options.tasks}
+        named = named.union(*(TASKS[name].prompt for name, _ in self.options.tasks))
+        if self.options.labels and "labels" not in named:
+            raise ConfigError(
+                f"data.labels names {', '.join(self.options.labels)}, but no task asks for labels: add labels_to_cell "
+                "or cell_to_labels to objective.tasks, or leave data.labels out."
+            )
         for name, _ in self.options.tasks:
             needed = {TASKS[name].answer, *TASKS[name].prompt} - {"cell"}
             for texts in self.texts:

@@ -217,7 +217,5 @@ def import_tokenizers() -> Any:
         import tokenizers.pre_tokenizers
         import tokenizers.trainers
     except ImportError as error:
-        raise MissingExtraError(
-            'tokenizer.json needs the package tokenizers: pip install "sct[text]".'
-        ) from error
+        raise MissingExtraError('texts need the package tokenizers: pip install "sct[text]".') from error
     return tokenizers
