@@ -16,6 +16,21 @@ from sct.errors import ConfigError, StoreError
 _SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
 
 
+# What is said of the studies of a data set, in the project's own words; source: Zheng et al. 2017.
+_ABSTRACTS = {
+    "pbmc68k": "Peripheral blood mononuclear cells of a healthy donor were profiled by droplet-based single-cell RNA "
+    "sequencing (10x Genomics, 3' counting). T cells, natural killer cells, B cells, monocytes and dendritic cells "
+    "were named by their similarity to cells that had been sorted by surface markers."
+}
+
+
+def study_texts(name: str) -> dict[str, dict[str, str]]:
+    """What is said of the studies of a bundled data set, by study; see `sct.data.text.instructions`."""
+    if name not in _ABSTRACTS:
+        raise ConfigError(f"there is no data set {name!r}: choose pbmc68k, or give a store.")
+    return {f"{name}_{split}": {"abstract": _ABSTRACTS[name]} for split in _SHARES}
+
+
 def prepare(name: str, folder: Path, seed: int = 0) -> Store:
     """Make a store of a bundled data set, or open the one that is there.
 

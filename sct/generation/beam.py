@@ -17,11 +17,13 @@ from sct.generation.generate import (
     Model,
     Options,
     Parts,
+    Soft,
     batches,
     known_tokens,
     only_known,
     padded,
     prepared,
+    soft_of,
 )
 from sct.generation.trie import Trie
 from sct.models.decoder_config import DecoderConfig
@@ -59,6 +61,7 @@ def decode(
     length_penalty: jax.Array,
     stop: jax.Array,
     trie: Trie | None = None,
+    soft: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Best answers behind prompts; arguments and results as of `sct.generation.generate.decode`.
 
@@ -71,7 +74,9 @@ def decode(
     def each_beam(x: jax.Array) -> jax.Array:
         return jnp.repeat(x, beams, axis=0)
 
-    hidden, cache = extend(config, parts, empty(config, rows, length + new), ids, there, first=True)
+    hidden, cache = extend(
+        config, parts, empty(config, rows, length + new), ids, there, first=True, soft=soft
+    )
     cache = cache._replace(
         keys=tuple(map(each_beam, cache.keys)), values=tuple(map(each_beam, cache.values)),
         filled=each_beam(cache.filled), positions=each_beam(cache.positions),
@@ -151,6 +156,7 @@ def search(
     options: Options,
     stop: Sequence[int],
     trie: Trie | None,
+    soft: Soft | None = None,
     progress_bar: bool = True,
 ) -> list[Generated]:
     """Best answer behind each prompt; called by `sct.generation.generate.generate`."""
@@ -161,7 +167,7 @@ def search(
         ids, there = padded([prompts[i] for i in chosen], rows)
         found = decode(
             model.config, options.max_new_tokens, options.beams, known_tokens(model), parts, ids, there,
-            jnp.asarray(options.length_penalty), ends, trie,
+            jnp.asarray(options.length_penalty), ends, trie, soft_of(soft, chosen, rows),
         )  # fmt: skip
         for i, *of_row in zip(chosen, *map(np.asarray, found), strict=False):
             made[i] = Generated.of(*of_row)

@@ -72,6 +72,7 @@ def extend(
     ids: jax.Array,
     there: jax.Array,
     first: bool = False,
+    soft: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Read further tokens of each text.
 
@@ -89,6 +90,8 @@ def extend(
         Which of them are tokens and not padding, bool (B, T).
     first
         Whether the cache is empty, so that the tokens need not look at it.
+    soft
+        Vectors (B, K, D) that negative tokens stand for; see `sct.models.decoder.Decoder.embed`.
 
     Returns
     -------
@@ -99,7 +102,7 @@ def extend(
     module, start = Decoder(config), cache.used
     places = cache.positions[:, None] + jnp.maximum(jnp.cumsum(there, axis=1) - 1, 0)
     filled = lax.dynamic_update_slice(cache.filled, there, (0, start))
-    x = module.apply(rest, ids, places, method="embed")
+    x = module.apply(rest, ids, places, soft, method="embed")
     keys, values = [], []
     for layer, old_keys, old_values in zip(layers, cache.keys, cache.values, strict=True):
         kept: dict[str, jax.Array] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import jax
@@ -40,6 +40,9 @@ class Model(Protocol):
         """Of its texts, if it has one."""
         ...
 
+
+# Numbers of prompts -> vectors (n, K, D) that their negative tokens stand for.
+Soft = Callable[[Sequence[int]], jax.Array]
 
 # Prompts are filled up to a multiple of this, so that few lengths are compiled.
 PROMPT_STEP = 32
@@ -188,6 +191,7 @@ def decode(
     sampling: Sampling,
     stop: jax.Array,
     trie: Trie | None = None,
+    soft: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Generate behind prompts, in one compiled program.
 
@@ -203,6 +207,8 @@ def decode(
         How rows choose; tokens that end a row, int32 (S,).
     trie
         What may be answered, if not everything.
+    soft
+        Vectors (B, K, D) that negative tokens of the prompts stand for.
 
     Returns
     -------
@@ -210,10 +216,12 @@ def decode(
     the logarithm of the probability, float32 (B,).
     """
     rows, length = ids.shape
-    hidden, cache = extend(config, parts, empty(config, rows, length + new), ids, there, first=True)
+    hidden, cache = extend(
+        config, parts, empty(config, rows, length + new), ids, there, first=True, soft=soft
+    )
     seen = None
     if uses.penalty:
-        where = jnp.where(there, ids, config.vocab_size)
+        where = jnp.where(there & (ids >= 0), ids, config.vocab_size)
         seen = (
             jnp.zeros((rows, config.vocab_size), bool)
             .at[jnp.arange(rows)[:, None], where]
@@ -270,16 +278,16 @@ def check_model(model: Model) -> DecoderConfig:
 
 
 def check_prompts(
-    config: DecoderConfig, prompts: Sequence[np.ndarray], new: int, what: str = "prompt"
+    config: DecoderConfig, prompts: Sequence[np.ndarray], new: int, what: str = "prompt", soft: bool = False
 ) -> None:
-    """Raise `DataError` unless prompts are tokens of the model and leave room for `new` more."""
+    """Raise `DataError` unless prompts are tokens of the model, or `soft` ones, and leave room for `new` more."""
     for number, prompt in enumerate(prompts):
         if prompt.ndim != 1 or not len(prompt):
             raise DataError(
                 f"{what} {number} has no tokens: give at least one, such as the token that begins texts."
             )
         low, high = int(prompt.min()), int(prompt.max())
-        if low < 0 or high >= config.vocab_size:
+        if (low < 0 and not soft) or high >= config.vocab_size:
             raise DataError(
                 f"{what} {number} has the token {low if low < 0 else high}, but the model knows 0 to "
                 f"{config.vocab_size - 1}: use its own tokenizer."
@@ -319,6 +327,13 @@ def padded(prompts: Sequence[np.ndarray], rows: int) -> tuple[np.ndarray, np.nda
     return ids, there
 
 
+def soft_of(soft: Soft | None, chosen: Sequence[int], rows: int) -> jax.Array | None:
+    """Vectors (rows, K, D) of some prompts; missing rows repeat the last one, as `padded` does."""
+    if soft is None:
+        return None
+    return soft([chosen[min(row, len(chosen) - 1)] for row in range(rows)])
+
+
 def batches(prompts: Sequence[np.ndarray], size: int, what: str, active: bool = True) -> Iterator[list[int]]:
     """Numbers of the prompts of each batch, those of like length together, with a progress bar."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -337,6 +352,7 @@ def generate(
     stop: Sequence[int] | None = None,
     seeds: Sequence[int] | int = 0,
     trie: Trie | None = None,
+    soft: Soft | None = None,
     progress_bar: bool = True,
 ) -> list[Generated]:
     """Generate text behind prompts of tokens.
@@ -356,6 +372,9 @@ def generate(
         prompt and its seed, and not on the other prompts.
     trie
         Only answers of a list; of `sct.generation.trie.make_trie`.
+    soft
+        Gives the vectors (n, K, D) of n prompts by their numbers, made when these prompts are read: the token -1 - k of
+        a prompt stands for its vector k.
     progress_bar
         Whether to show one.
 
@@ -368,7 +387,7 @@ def generate(
     if not len(prompts):
         return []
     arrays = [np.asarray(prompt, np.int64) for prompt in prompts]
-    check_prompts(config, arrays, options.max_new_tokens)
+    check_prompts(config, arrays, options.max_new_tokens, soft=soft is not None)
     numbers = [int(seeds) + i for i in range(len(arrays))] if np.ndim(seeds) == 0 else [int(i) for i in seeds]  # type: ignore[union-attr,arg-type]
     if len(numbers) != len(arrays):
         raise ConfigError(f"{len(numbers)} seeds were given for {len(arrays)} prompts: give one for each.")
@@ -388,7 +407,7 @@ def generate(
     if options.beams > 1:
         from sct.generation.beam import search
 
-        return search(model, arrays, options, stop, trie, progress_bar)
+        return search(model, arrays, options, stop, trie, soft, progress_bar)
     parts = prepared(model)
     uses = Uses(
         options.temperature > 0, options.top_k > 0, options.top_p < 1, options.repetition_penalty != 1
@@ -407,8 +426,9 @@ def generate(
             jnp.asarray([*own, *own[-1:] * (rows - len(own))], jnp.uint32),
         )
         found = decode(
-            config, options.max_new_tokens, uses, known_tokens(model), parts, ids, there, sampling, ends, trie
-        )
+            config, options.max_new_tokens, uses, known_tokens(model), parts, ids, there, sampling, ends, trie,
+            soft_of(soft, chosen, rows),
+        )  # fmt: skip
         for i, *of_row in zip(chosen, *map(np.asarray, found), strict=False):
             made[i] = Generated.of(*of_row)
     return [each for each in made if each is not None]

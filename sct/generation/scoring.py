@@ -12,7 +12,17 @@ from jax import lax
 
 from sct.errors import ConfigError
 from sct.generation.cache import empty, extend, scores_of
-from sct.generation.generate import Model, Parts, batches, check_model, check_prompts, padded, prepared
+from sct.generation.generate import (
+    Model,
+    Parts,
+    Soft,
+    batches,
+    check_model,
+    check_prompts,
+    padded,
+    prepared,
+    soft_of,
+)
 from sct.models.decoder_config import DecoderConfig
 
 
@@ -24,6 +34,7 @@ def log_probabilities(
     there: jax.Array,
     answers: jax.Array,
     lengths: jax.Array,
+    soft: jax.Array | None = None,
 ) -> jax.Array:
     """Logarithm of the probability of each answer behind each prompt, in one compiled program.
 
@@ -37,13 +48,16 @@ def log_probabilities(
         Prompts (B, T), filled up on the left, and where they hold tokens, bool.
     answers, lengths
         Tokens of the answers (C, A), filled up on the right, and their numbers (C,).
+    soft
+        Vectors (B, K, D) that negative tokens of the prompts stand for.
 
     Returns
     -------
     float32 (B, C), sums over the tokens of an answer.
     """
     rows, (_, size) = len(ids), answers.shape
-    hidden, cache = extend(config, parts, empty(config, rows, ids.shape[1] + size), ids, there, first=True)
+    cache = empty(config, rows, ids.shape[1] + size)
+    hidden, cache = extend(config, parts, cache, ids, there, first=True, soft=soft)
     last = scores_of(config, parts, hidden[:, -1:])
 
     def of_answer(answer: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -65,6 +79,7 @@ def score(
     *,
     batch_size: int = 8,
     per_token: bool = False,
+    soft: Soft | None = None,
 ) -> np.ndarray:
     """Log-likelihood of each candidate answer behind each prompt.
 
@@ -80,6 +95,8 @@ def score(
     per_token
         Divide by the number of tokens, so that long answers are not at a disadvantage; what comes out is no
         logarithm of a probability then.
+    soft
+        See `sct.generation.generate.generate`.
 
     Returns
     -------
@@ -96,7 +113,7 @@ def score(
     arrays, answers = ([np.asarray(each, np.int64) for each in given] for given in (prompts, candidates))
     longest = max(map(len, answers))
     check_prompts(config, answers, 0, "candidate")
-    check_prompts(config, arrays, longest)
+    check_prompts(config, arrays, longest, soft=soft is not None)
     filled = np.zeros((len(answers), longest), np.int32)
     for row, answer in zip(filled, answers, strict=True):
         row[: len(answer)] = answer
@@ -107,6 +124,6 @@ def score(
     rows, parts = min(batch_size, len(arrays)), prepared(model)
     for chosen in batches(arrays, rows, "scoring answers"):
         ids, there = padded([arrays[i] for i in chosen], rows)
-        found = log_probabilities(config, parts, ids, there, filled, lengths)
+        found = log_probabilities(config, parts, ids, there, filled, lengths, soft_of(soft, chosen, rows))
         out[chosen] = np.asarray(found)[: len(chosen)]
     return out / lengths if per_token else out

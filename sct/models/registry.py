@@ -13,6 +13,7 @@ from sct.models.decoder import Decoder
 from sct.models.decoder_config import GPT2Config, LlamaConfig, NeoXConfig
 from sct.models.sct import SCT
 from sct.models.sct_config import SCTConfig
+from sct.models.zeromics import ZerOmics, ZerOmicsConfig
 from sct.models.zeromics_cells import ZerOmicsCells, ZerOmicsCellsConfig
 
 T = TypeVar("T")
@@ -24,6 +25,7 @@ MODELS: dict[str, tuple[type[Any], type[Any]]] = {
     "neox": (NeoXConfig, Decoder),
     "llama": (LlamaConfig, Decoder),
     "bert": (BertConfig, Bert),
+    "zeromics": (ZerOmicsConfig, ZerOmics),
     "zeromics_cells": (ZerOmicsCellsConfig, ZerOmicsCells),
 }
 

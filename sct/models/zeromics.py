@@ -54,8 +54,13 @@ class ZerOmicsConfig:
 
     @classmethod
     def fit(cls, values: Mapping[str, Any], num_genes: int) -> dict[str, Any]:
-        """Values of a configuration with the cell model's `num_genes` 0 replaced by a vocabulary's size."""
-        return {**values, "cells": ZerOmicsCellsConfig.fit(values.get("cells", {}), num_genes)}
+        """Values of a configuration whose sizes of 0 are replaced: genes by a vocabulary's, others by the default."""
+        cells = ZerOmicsCellsConfig.fit(values.get("cells", {}), num_genes)
+        return {
+            **values,
+            "cells": cells,
+            "llm": LlamaConfig.fit(values.get("llm", {}), LlamaConfig.vocab_size),
+        }
 
     @property
     def num_genes(self) -> int:

@@ -57,3 +57,33 @@ def token_losses(
     losses, right = lax.map(jax.checkpoint(piece), inputs)
     losses, right = (x.swapaxes(0, 1).reshape(batch, -1)[:, :length] for x in (losses, right))
     return losses, right
+
+
+def next_token_losses(
+    scores: Callable[[jax.Array], jax.Array],
+    hidden: jax.Array,
+    ids: jax.Array,
+    predicted: jax.Array,
+    weight: jax.Array,
+    vocab_size: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Cross-entropy of the token behind each place of a row.
+
+    Parameters
+    ----------
+    scores, hidden, vocab_size
+        See `token_losses`.
+    ids
+        Tokens (B, T); negative ones stand for vectors, and are never predicted.
+    predicted
+        Which tokens count, bool (B, T).
+    weight
+        0 for rows that do not count, (B,).
+
+    Returns
+    -------
+    Losses float32 (B, T), whether the best token is the right one, bool (B, T), and 1 where a place counts, float32.
+    """
+    losses, right = token_losses(scores, hidden, jnp.maximum(jnp.roll(ids, -1, axis=1), 0), vocab_size)
+    counts = jnp.roll(predicted, -1, axis=1).at[:, -1].set(False)
+    return losses, right, counts * (weight > 0)[:, None].astype(jnp.float32)

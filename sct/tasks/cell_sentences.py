@@ -25,7 +25,7 @@ from sct.generation.cells import TASK, CellWriter
 from sct.models import lora
 from sct.models.decoder import Decoder
 from sct.models.decoder_config import DecoderConfig
-from sct.nn.losses import token_losses
+from sct.nn.losses import next_token_losses
 from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables
 
 NAME = TASK
@@ -85,8 +85,8 @@ class Adapters:
     def __post_init__(self) -> None:
         if not self.rank and (self.targets or self.dropout or self.alpha != Adapters.alpha):
             raise ConfigError(
-                "objective.lora has options, but its rank is 0, which trains the whole model: set a rank, or leave them "
-                "out."
+                "objective.lora has options, but its rank is 0, which trains the whole model: set a rank, or leave "
+                "them out."
             )
 
     def config(self, family: str) -> lora.LoraConfig | None:
@@ -276,10 +276,14 @@ class CellSentences:
         def scores(x: jax.Array) -> jax.Array:
             return cast(jax.Array, self.model.apply(variables, x, method="logits"))
 
-        targets = jnp.roll(ids, -1, axis=1)
-        losses, right = token_losses(scores, cast(jax.Array, hidden), targets, self.model_config.vocab_size)
-        counts = jnp.roll(batch["predicted"], -1, axis=1).at[:, -1].set(False)
-        counts = counts * (batch["weight"] > 0)[:, None].astype(jnp.float32)
+        losses, right, counts = next_token_losses(
+            scores,
+            cast(jax.Array, hidden),
+            ids,
+            batch["predicted"],
+            batch["weight"],
+            self.model_config.vocab_size,
+        )
         weights = counts
         if self.config.balance == "texts":
             weights = counts / jnp.maximum(_per_text(counts, segments), 1.0)

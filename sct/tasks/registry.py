@@ -12,9 +12,10 @@ from sct.data.store import Store
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import ConfigError
 from sct.models import registry
-from sct.tasks import cell_sentences, masked_bins
+from sct.tasks import cell_sentences, instructions, masked_bins
 from sct.tasks.base import StoreConfig, Task
 from sct.tasks.cell_sentences import CellSentences, CellSentencesConfig, SentenceData
+from sct.tasks.instructions import InstructionData, Instructions, InstructionsConfig
 from sct.tasks.masked_bins import BinData, MaskedBins, MaskedBinsConfig
 from sct.tasks.masked_expression import BagData, MaskedExpression, MaskedExpressionConfig
 
@@ -103,6 +104,22 @@ def _masked_bins(parts: Parts) -> MaskedBins:
     return MaskedBins(parts.objective, parts.data, model, parts.store, known, features, described, parts.seed)
 
 
+def _instructions(parts: Parts) -> Instructions:
+    assert parts.tokenizer is not None
+    vocabulary, kept, values = parts.store.vocabulary, parts.kept, dict(parts.model)
+    if kept is not None and kept.get("task") == instructions.NAME:
+        given: dict[str, Any] = {}
+        known = np.ones(len(vocabulary), bool)
+        known[kept["dropped"]] = False
+    else:
+        size = parts.tokenizer.vocab_size
+        values, known, given = instructions.parts_of(parts.data, vocabulary, values, size)
+    model = registry.model_config(parts.family, values, len(vocabulary))
+    return Instructions(
+        parts.objective, parts.data, model, parts.tokenizer, parts.store, known, given, parts.seed
+    )
+
+
 TASKS: Mapping[str, Kind] = {
     "masked_expression": Kind(("sct",), MaskedExpressionConfig, BagData, _masked_expression),
     cell_sentences.NAME: Kind(
@@ -111,6 +128,14 @@ TASKS: Mapping[str, Kind] = {
         SentenceData,
         _cell_sentences,
         cell_sentences.make_tokenizer,
+        resolves=True,
+    ),
+    instructions.NAME: Kind(
+        ("zeromics",),
+        InstructionsConfig,
+        InstructionData,
+        _instructions,
+        instructions.make_tokenizer,
         resolves=True,
     ),
     masked_bins.NAME: Kind(("zeromics_cells",), MaskedBinsConfig, BinData, _masked_bins, resolves=True),

@@ -19,7 +19,7 @@ from sct.eval.generated import CellSet
 from sct.eval.report import Report
 from sct.generation.cells import CellWriter
 
-_TRAINING_CELLS = 5000  # that baselines are fitted on
+TRAINING_CELLS = 5000  # that baselines are fitted on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ class PredictedLabels:
             options=labels.Options(seeds=self.seeds),
         )
         self.report.notes = (*self.report.notes, *filter(None, [self.note]))
-        yield from _means(numbers)
+        yield from means(numbers)
 
 
 def _values(writer: CellWriter, field: str) -> list[str]:
@@ -178,7 +178,7 @@ class GeneratedCells:
             options=generation.Options(seeds=self.seeds),
         )
         self.report.notes = (*self.report.notes, *filter(None, [self.note]))
-        yield from _means(numbers)
+        yield from means(numbers)
 
 
 def _generate(writer: CellWriter, field: str, sizes: pd.Series, cells: int) -> CellSet:
@@ -292,7 +292,7 @@ class PerturbedCells:
             generation.Options(seeds=self.seeds),
         )
         self.report.notes = (*self.report.notes, *filter(None, [self.note]))
-        yield from _means(numbers)
+        yield from means(numbers)
 
 
 class DescribedCells:
@@ -327,10 +327,11 @@ class DescribedCells:
             seeds=self.seeds,
         )
         self.report.notes = (*self.report.notes, *filter(None, [self.note]))
-        yield from _means(numbers)
+        yield from means(numbers)
 
 
-def _means(numbers: Mapping[str, Mapping[str, Sequence[float]]]) -> Iterator[tuple[str, float]]:
+def means(numbers: Mapping[str, Mapping[str, Sequence[float]]]) -> Iterator[tuple[str, float]]:
+    """Mean of each row's measurements in each column, by "row/column"."""
     for row, columns in numbers.items():
         for column, values in columns.items():
             if len(values):
@@ -361,7 +362,7 @@ def reports(
         if not able:
             continue
         before, after = (
-            LabelledCells.read(many, field, n) for many, n in ((train, _TRAINING_CELLS), (held_out, cells))
+            LabelledCells.read(many, field, n) for many, n in ((train, TRAINING_CELLS), (held_out, cells))
         )
         shared = set(before.labels) & set(after.labels)
         # Of combined labels new combinations of known values are of interest, too.

@@ -14,12 +14,13 @@ A file of templates is JSON::
       }
     }
 
-The tasks are those of `TASKS`: each has the field that is the answer and the fields that its prompt must
-hold. A response holds the answer once and no other field. A prompt may hold any field but the answer; a
-template is used only where all its fields are known. `{genes}` is made by the renderer: "expressed genes", or
-"100 most highly expressed genes" where `num_genes` is given. A literal brace is doubled. `{cell}` stands
-between white space, so that every gene remains one word. With `"replace": true` the built-in templates of the
-task are left out, otherwise the file's follow them. In messages templates count from 1.
+The tasks are those of `TASKS` (cell sentences) or of `INSTRUCTIONS` (ZerOmics, where `{cell}` stands for vectors and
+not for text): each has the field that is the answer and the fields that its prompt must hold. A response holds the
+answer once and no other field. A prompt may hold any field but the answer; a template is used only where all its fields
+are known. `{genes}` is made by the renderer: "expressed genes", or "100 most highly expressed genes" where `num_genes`
+is given. A literal brace is doubled. In cell sentences `{cell}` stands between white space, so that every gene remains
+one word. With `"replace": true` the built-in templates of the task are left out, otherwise the file's follow them. In
+messages templates count from 1.
 
 A prompt ends, and a response begins, without white space; `JOIN` stands between them. One space before the
 response is part of its first word for byte-level tokenizers, so that prompt and response have the same tokens
@@ -34,7 +35,7 @@ import json
 import os
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
@@ -43,8 +44,9 @@ from typing import Any, NamedTuple
 from sct.errors import ConfigError, DataError
 
 JOIN = " "
-FIELDS = ("cell", "genes", "num_genes", "cell_type", "tissue", "abstract", "labels", "organism")
-_BUILT_IN = "prompts_cell2sentence.json"
+FIELDS = (
+    "cell", "genes", "num_genes", "cell_type", "tissue", "abstract", "labels", "organism", "candidates", "answer"
+)  # fmt: skip
 _VERSION = 1
 _LONG = ("cell", "abstract")  # answers that may have several lines
 
@@ -54,6 +56,7 @@ class TaskFields(NamedTuple):
 
     answer: str
     prompt: tuple[str, ...]
+    soft: bool = False  # whether the cell is no text, and may stand beside any mark
 
 
 TASKS: dict[str, TaskFields] = {
@@ -67,6 +70,15 @@ TASKS: dict[str, TaskFields] = {
     "labels_to_cell": TaskFields("cell", ("labels",)),
     "cell_to_labels": TaskFields("labels", ("cell",)),
 }
+# ZerOmics, Table 7: annotation of the cell type, rare cells, tumour cells, pathways.
+INSTRUCTIONS: dict[str, TaskFields] = {
+    "cta": TaskFields("answer", ("cell", "abstract", "candidates"), True),
+    "rci": TaskFields("answer", ("cell", "abstract"), True),
+    "tcd": TaskFields("answer", ("cell", "abstract", "candidates"), True),
+    "cpi": TaskFields("answer", ("cell", "abstract", "candidates"), True),
+}
+_BUILT_IN = {"prompts_cell2sentence.json": TASKS, "prompts_zeromics.json": INSTRUCTIONS}
+SENTENCE_PROMPTS, INSTRUCTION_PROMPTS = _BUILT_IN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +166,7 @@ class Prompts:
     """The templates of every task, made by `load_prompts`."""
 
     templates: Mapping[str, tuple[Template, ...]]
+    tasks: Mapping[str, TaskFields] = dataclasses.field(default_factory=lambda: TASKS)
 
     def render(
         self,
@@ -258,7 +271,7 @@ class Prompts:
     def _task(self, task: str) -> TaskFields:
         if task not in self.templates:
             raise ConfigError(f"there is no task {task!r}; give one of {', '.join(self.templates)}")
-        return TASKS[task]
+        return self.tasks[task]
 
     def _template(self, task: str, number: int) -> Template:
         self._task(task)
@@ -268,22 +281,40 @@ class Prompts:
         return self.templates[task][number]
 
 
-def load_prompts(path: str | os.PathLike[str] | None = None) -> Prompts:
-    """Return the built-in templates, with those of a user's file added or put in their place.
+def draw_task(weights: Sequence[tuple[str, float]], key: tuple[int, ...]) -> str:
+    """One of some tasks, by weight; which one follows from the key alone."""
+    digest = hashlib.blake2b(repr(("task", *key)).encode(), digest_size=8).digest()
+    place = int.from_bytes(digest, "little") / 2**64 * sum(weight for _, weight in weights)
+    for name, weight in weights:
+        place -= weight
+        if place < 0:
+            return name
+    return weights[-1][0]
+
+
+def load_prompts(path: str | os.PathLike[str] | None = None, built_in: str = SENTENCE_PROMPTS) -> Prompts:
+    """Return built-in templates, with those of a user's file added or put in their place.
+
+    Parameters
+    ----------
+    path
+        File of the user.
+    built_in
+        `SENTENCE_PROMPTS` or `INSTRUCTION_PROMPTS`.
 
     Raises
     ------
     ConfigError
         The file is absent or not as the head of this module says; the message names file, task and template.
     """
-    built_in = _built_in()
+    known = _built_in(built_in)
     if path is None:
-        return built_in
+        return known
     try:
         text = Path(path).read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the prompts in {path} ({error}); check the path") from None
-    return _merged(built_in.templates, text, str(path))
+    return _merged(known, text, str(path))
 
 
 def render_labels(labels: Mapping[str, Any]) -> str:
@@ -315,9 +346,9 @@ def parse_labels(text: str) -> dict[str, str]:
 
 
 @cache
-def _built_in() -> Prompts:
-    text = resources.files(__package__).joinpath(_BUILT_IN).read_text(encoding="utf-8")
-    return _merged({}, text, _BUILT_IN)
+def _built_in(name: str) -> Prompts:
+    text = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return _merged(Prompts({}, _BUILT_IN[name]), text, name)
 
 
 def _text(field: str, value: Any) -> str:
@@ -338,8 +369,8 @@ def _flexible(literal: str) -> str:
     return before + words + after
 
 
-def _merged(base: Mapping[str, tuple[Template, ...]], text: str, file: str) -> Prompts:
-    """Check a file of templates and add it to `base`."""
+def _merged(base: Prompts, text: str, file: str) -> Prompts:
+    """Check a file of templates and add it to those that are there."""
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
@@ -350,13 +381,13 @@ def _merged(base: Mapping[str, tuple[Template, ...]], text: str, file: str) -> P
         or content["version"] != _VERSION
     ):
         raise ConfigError(f'{file} is not {{"version": {_VERSION}, "tasks": {{...}}}}; write it like this')
-    merged = {task: base.get(task, ()) for task in TASKS}
+    merged = {task: base.templates.get(task, ()) for task in base.tasks}
     tasks = content["tasks"]
     if not isinstance(tasks, dict):
         raise ConfigError(f'{file}: "tasks" is no object; give an object of tasks')
     for task, entry in tasks.items():
-        if task not in TASKS:
-            raise ConfigError(f"{file}: there is no task {task!r}; name one of {', '.join(TASKS)}")
+        if task not in base.tasks:
+            raise ConfigError(f"{file}: there is no task {task!r}; name one of {', '.join(base.tasks)}")
         known = isinstance(entry, dict) and set(entry) <= {"replace", "templates"}
         templates = entry.get("templates") if known else None
         replace = entry.get("replace", False) if known else None
@@ -370,12 +401,12 @@ def _merged(base: Mapping[str, tuple[Template, ...]], text: str, file: str) -> P
         added = []
         for i, raw in enumerate(templates, 1):
             where = f"{file}: task {task!r}, template {i}"
-            template = _checked(raw, TASKS[task], where)
+            template = _checked(raw, base.tasks[task], where)
             if (same := seen.setdefault(_squeezed(template), f"template {i}")) != f"template {i}":
                 raise ConfigError(f"{where} repeats {same}; remove one of them")
             added.append(template)
         merged[task] = (*start, *added)
-    return Prompts(merged)
+    return Prompts(merged, base.tasks)
 
 
 def _squeezed(template: Template) -> tuple[str, str]:
@@ -419,7 +450,7 @@ def _checked(raw: Any, needed: TaskFields, where: str) -> Template:
             raise ConfigError(f"{where}: the prompt tells the answer {{{needed.answer}}}; remove it")
         if side == "prompt" and (missing := [name for name in needed.prompt if name not in names]):
             raise ConfigError(f"{where}: the prompt lacks the field {{{missing[0]}}}; add it")
-        if re.search(r"\S\{cell\}|\{cell\}\S", text):
+        if not needed.soft and re.search(r"\S\{cell\}|\{cell\}\S", text):
             raise ConfigError(
                 f"{where}: the {side} has {{cell}} beside other marks; put white space around it"
             )

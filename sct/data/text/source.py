@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pandas as pd
 from sct.data.genes import GeneVocabulary
 from sct.data.store import Study
 from sct.data.text.cell_sentence import cell_keys, sentences
-from sct.data.text.prompts import TASKS, Example, Prompts
+from sct.data.text.prompts import TASKS, Example, Prompts, draw_task
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import ConfigError
 
@@ -171,16 +170,7 @@ def _draw(tasks: Sequence[tuple[str, float]], fields: Mapping[str, Any], key: tu
     able = [
         (name, weight) for name, weight in tasks if {TASKS[name].answer, *TASKS[name].prompt} <= set(fields)
     ]
-    total = sum(weight for _, weight in able)
-    if not total:
-        return None
-    digest = hashlib.blake2b(repr(("task", *key)).encode(), digest_size=8).digest()
-    place = int.from_bytes(digest, "little") / 2**64 * total
-    for name, weight in able:
-        place -= weight
-        if place < 0:
-            return name
-    return able[-1][0]
+    return draw_task(able, key) if able else None
 
 
 class SentenceSource:

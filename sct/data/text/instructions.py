@@ -1,0 +1,324 @@
+"""Instructions about cells: what a decoder is asked, with the cell as soft tokens, and what it should answer.
+
+ZerOmics paper, section 3.2 ("Instruction design", "Tuning strategy"), appendix A.3 and Table 7. What is said of a study
+comes from a YAML file::
+
+    STUDY:
+      abstract: What the authors say about the study.
+      cell_types: [B cell, T cell, ...]   # candidates of annotation; by default those of its cells
+      rare: [plasma cell, ...]            # by default the types that fewer than rare_share of its cells have
+      diseases: [glioma, ...]             # candidates for tumour cells; by default those of its cells
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sct.data.quantile_bins import CellOptions, CellSource
+from sct.data.store import Study
+from sct.data.text.cell_sentence import cell_keys
+from sct.data.text.prompts import INSTRUCTIONS, Example, Prompts, draw_task
+from sct.data.text.tokenizer import Tokenizer
+from sct.errors import ConfigError
+
+# Stands for the cell in a text until it is tokenised; no text of a person has it.
+MARK = "\0"
+NORMAL, YES, NO = "normal cell", "Yes", "No"
+_LISTS = ("cell_types", "rare", "diseases")
+
+
+@dataclasses.dataclass(frozen=True)
+class InstructionOptions:
+    """What is asked of cells.
+
+    Parameters
+    ----------
+    tasks
+        Pairs of a task of `sct.data.text.prompts.INSTRUCTIONS` and how often it is drawn, relative to the others.
+    num_soft
+        Soft tokens of a cell (K).
+    length
+        Tokens of a row (T), soft ones included.
+    cell_type, disease
+        Columns of `obs`, "" for none.
+    normal
+        Values of the disease column that mean a normal cell.
+    rare_share
+        Share of a study's cells below which a type is rare, where the study does not list its rare types.
+    studies
+        Study -> what its YAML file says.
+    seed
+        Of tasks, templates and the order of candidates.
+    """
+
+    tasks: tuple[tuple[str, float], ...] = (("cta", 1.0), ("rci", 1.0), ("tcd", 1.0))
+    num_soft: int = 500
+    length: int = 1024
+    cell_type: str = "cell_type"
+    disease: str = ""
+    normal: tuple[str, ...] = ("normal", "healthy")
+    rare_share: float = 0.05
+    studies: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+
+
+def read_study_texts(path: str | Path) -> dict[str, dict[str, Any]]:
+    """Read what is said of studies; the head of this module has the form.
+
+    Raises
+    ------
+    ConfigError
+        The file cannot be read or has another form; study and field are named.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"the texts of studies in {path} cannot be read ({error}): check the file."
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
+        raise ConfigError(
+            f"{path} is not of the form `STUDY: {{abstract: TEXT, cell_types: [...]}}`: write it so."
+        )
+    known = ("abstract", *_LISTS)
+    for study, entry in content.items():
+        for field, value in entry.items():
+            if field not in known:
+                raise ConfigError(
+                    f"{path}: {study} has the field {field!r}, but there are {', '.join(known)}."
+                )
+            good = isinstance(value, str) if field == "abstract" else isinstance(value, list) and value
+            texts = [value] if field == "abstract" else value
+            if not good or not all(
+                isinstance(text, str) and text.strip() and MARK not in text for text in texts
+            ):
+                form = "a text" if field == "abstract" else "a list of texts"
+                raise ConfigError(f"{path}: {field} of {study} is {value!r}, but {form} is needed.")
+    return {str(study): dict(entry) for study, entry in content.items()}
+
+
+class StudyQuestions:
+    """What can be asked of the cells of one study, and the answers.
+
+    Parameters
+    ----------
+    study
+        Of a store.
+    options
+        See `InstructionOptions`.
+
+    Raises
+    ------
+    ConfigError
+        The study has no abstract.
+    """
+
+    def __init__(self, study: Study, options: InstructionOptions):
+        self.study, self.options = study, options
+        self.said = options.studies.get(study.name, {})
+        if "abstract" not in self.said:
+            raise ConfigError(
+                f"the study {study.name!r} has no abstract: add `{study.name}: {{abstract: ...}}` to the file of "
+                "data.studies."
+            )
+
+    @functools.cached_property
+    def obs(self) -> pd.DataFrame:
+        """Columns of labels, as texts; "" where a cell has none."""
+        wanted = {name for name in (self.options.cell_type, self.options.disease) if name}
+        table = self.study.obs(wanted)
+        return table.apply(
+            lambda column: column.astype(object).where(column.notna(), "").astype(str).str.strip()
+        )
+
+    @functools.cached_property
+    def keys(self) -> np.ndarray:
+        """Key of each cell, uint64 (N,)."""
+        return cell_keys(self.obs.index)
+
+    def _column(self, name: str) -> np.ndarray | None:
+        return self.obs[name].to_numpy(object) if name and name in self.obs else None
+
+    @functools.cached_property
+    def cell_types(self) -> np.ndarray | None:
+        """Type of each cell, "" for none; None where the study has no such column."""
+        return self._column(self.options.cell_type)
+
+    @functools.cached_property
+    def diseases(self) -> np.ndarray | None:
+        """Disease of each cell or `NORMAL`, "" where it is not known; None where the study has no such column."""
+        found = self._column(self.options.disease)
+        return None if found is None else np.where(np.isin(found, self.options.normal), NORMAL, found)
+
+    @functools.cached_property
+    def rare(self) -> frozenset[str]:
+        """Types that are rare in the study."""
+        if "rare" in self.said:
+            return frozenset(self.said["rare"])
+        if self.cell_types is None:
+            return frozenset()
+        shares = pd.Series(self.cell_types[self.cell_types != ""]).value_counts(normalize=True)
+        return frozenset(shares.index[shares < self.options.rare_share])
+
+    @functools.cached_property
+    def candidates(self) -> dict[str, tuple[str, ...]]:
+        """Answers to choose among, by task; a task that cannot be asked is absent."""
+        found: dict[str, Sequence[str]] = {}
+        if self.cell_types is not None:
+            types = self.said.get("cell_types") or sorted(set(self.cell_types) - {""})
+            found["cta"] = types if len(types) > 1 else ()
+            found["rci"] = (YES, NO) if self.rare and set(self.cell_types) - {""} - self.rare else ()
+        if self.diseases is not None:
+            diseases = self.said.get("diseases") or sorted(set(self.diseases) - {"", NORMAL})
+            found["tcd"] = (*diseases, NORMAL) if diseases else ()
+        return {task: tuple(many) for task, many in found.items() if many}
+
+    def values(self, row: int) -> dict[str, str]:
+        """Answers about a cell that are known, by task."""
+        return {task: answer for task in self.candidates if (answer := self.answer(task, row))}
+
+    def answer(self, task: str, row: int) -> str:
+        """Answer about a cell, "" where it is not known."""
+        if task not in self.candidates:
+            return ""
+        if task == "tcd":
+            value = str(self.diseases[row]) if self.diseases is not None else ""
+        else:
+            value = str(self.cell_types[row]) if self.cell_types is not None else ""
+            if task == "rci" and value:
+                value = YES if value in self.rare else NO
+        return value if value in self.candidates[task] else ""
+
+
+def fields_of(
+    task: str, abstract: str, candidates: Sequence[str], key: tuple[int, ...], answer: str | None = None
+) -> dict[str, Any]:
+    """Fields of a template; candidates are shuffled by the key, so that their place tells nothing."""
+    fields: dict[str, Any] = {"cell": MARK, "abstract": abstract, "answer": answer}
+    if "candidates" in INSTRUCTIONS[task].prompt:
+        # The normal cell is named by the template.
+        listed = [each for each in candidates if task != "tcd" or each != NORMAL]
+        order = np.random.default_rng(list(key)).permutation(len(listed))
+        fields["candidates"] = ", ".join(listed[i] for i in order)
+    return fields
+
+
+def tokens_of(example: Example, tokenizer: Tokenizer, num_soft: int) -> tuple[np.ndarray, int]:
+    """Tokens int32 of a question, the cell as -1 .. -K, with the answer and its end; and how many are the question.
+
+    The answer is left out where there is none.
+    """
+    before, after = example.prompt.split(MARK)
+    parts = tokenizer.encode_batch([before, after])
+    soft = -1 - np.arange(num_soft)
+    question = np.concatenate([tokenizer.begin, parts[0], soft, parts[1]]).astype(np.int32)
+    if not example.response:
+        return question, len(question)
+    (response,) = tokenizer.encode_response([example.response])
+    return np.concatenate([question, response, [tokenizer.eos]]).astype(np.int32), len(question)
+
+
+class InstructionSource:
+    """Cells with an instruction each; see `sct.data.loader.Source`.
+
+    A record is that of `sct.data.quantile_bins.CellSource`, and `input_ids` int32 (T,), `there` bool (T,), `predicted`
+    bool (T,), the tokens of the answer and its end, and `task` int32 (), its number among the options'.
+    Task, template and order of the candidates follow from seed, cell and epoch. A cell of which nothing is known has no
+    predicted token.
+
+    Parameters
+    ----------
+    studies
+        Of one store.
+    cells, known, exhaustive
+        As of `CellSource`.
+    options, prompts, tokenizer
+        What is asked, in which words.
+
+    Raises
+    ------
+    ConfigError
+        No study can be asked one of the tasks, a study has no abstract, or a question is longer than a row.
+    """
+
+    def __init__(
+        self,
+        studies: Sequence[Study],
+        cells: CellOptions,
+        options: InstructionOptions,
+        prompts: Prompts,
+        tokenizer: Tokenizer,
+        known: np.ndarray | None = None,
+        exhaustive: bool = False,
+    ):
+        if tokenizer.eos is None:
+            raise ConfigError("the tokenizer has no token that ends a text: name one (eos) in its files.")
+        self.options, self.prompts, self.tokenizer = options, prompts, tokenizer
+        self.cells = CellSource(studies, cells, known, exhaustive, options.seed)
+        self.questions = {study.name: StudyQuestions(study, options) for study in studies}
+        if not exhaustive:
+            self._check_tasks()
+
+    def _check_tasks(self) -> None:
+        for task, _ in self.options.tasks:
+            if not any(task in each.candidates for each in self.questions.values()):
+                column = "disease" if task == "tcd" else "cell_type"
+                raise ConfigError(
+                    f"the task {task!r} can be asked of no study: name the column of labels (data.{column}), of which "
+                    "two values are needed, and for rare cells a type below data.rare_share, or leave the task out."
+                )
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def describe(self, number: int, epoch: int = 0) -> str:
+        """Name a cell for a person: study and row."""
+        return self.cells.describe(number, epoch)
+
+    def example(self, study: Study, row: int, epoch: int) -> tuple[int, Example | None]:
+        """Number of a cell's task and its instruction, None where nothing can be asked."""
+        asked = self.questions[study.name]
+        able = [(task, weight) for task, weight in self.options.tasks if asked.answer(task, row)]
+        if not able:
+            return 0, None
+        key = (self.options.seed, int(asked.keys[row]), epoch)
+        task = draw_task(able, key)
+        fields = fields_of(
+            task, asked.said["abstract"], asked.candidates[task], (*key, 1), asked.answer(task, row)
+        )
+        number = [name for name, _ in self.options.tasks].index(task)
+        return number, self.prompts.render(task, fields, seed=key[0], key=key[1], epoch=epoch)
+
+    def bag(self, number: int, epoch: int = 0) -> dict[str, np.ndarray]:
+        """Record of a cell."""
+        study, rows = self.cells.cells.rows(number, epoch)
+        task, example = self.example(study, int(rows[0]), epoch)
+        length = self.options.length
+        ids, predicted = np.zeros(length, np.int32), np.zeros(length, bool)
+        there = np.zeros(length, bool)
+        if example is not None:
+            tokens, question = tokens_of(example, self.tokenizer, self.options.num_soft)
+            if len(tokens) > length:
+                raise ConfigError(
+                    f"an instruction about the study {study.name!r} has {len(tokens)} tokens, but rows have {length}: "
+                    "raise data.length, or shorten its abstract."
+                )
+            ids[: len(tokens)], there[: len(tokens)] = tokens, True
+            predicted[question : len(tokens)] = True
+        own = self.cells.bag(number, epoch)
+        return {
+            **own,
+            "input_ids": ids,
+            "there": there,
+            "predicted": predicted,
+            "task": np.asarray(task, np.int32),
+        }

@@ -1,0 +1,224 @@
+"""Asking a ZerOmics model about cells: probabilities of candidate answers, or free text (ZerOmics, section 3.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sct.data.genes import GeneVocabulary
+from sct.data.quantile_bins import CellOptions
+from sct.data.text.instructions import fields_of, tokens_of
+from sct.data.text.prompts import INSTRUCTIONS, Prompts, Template
+from sct.data.text.tokenizer import Tokenizer
+from sct.errors import ConfigError
+from sct.generation.generate import Generated, Options, generate
+from sct.generation.scoring import score
+from sct.models.decoder_config import DecoderConfig
+from sct.models.zeromics import ZerOmics, ZerOmicsConfig
+
+TASK = "instructions"
+Records = Mapping[
+    str, np.ndarray
+]  # `bins` and maybe `genes` of cells, see `sct.data.quantile_bins.binned_cells`
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+    """The decoder of a model, for generation."""
+
+    config: DecoderConfig
+    variables: dict[str, Any]
+    tokenizer: Tokenizer
+
+
+@functools.lru_cache(maxsize=8)
+def _soft(config: ZerOmicsConfig) -> Any:
+    module = ZerOmics(config)
+
+    def soft(variables: dict[str, Any], bins: jax.Array, genes: jax.Array | None) -> jax.Array:
+        encoded = module.apply(variables, bins, genes, method="encode")
+        return cast(jax.Array, module.apply(variables, encoded, genes, method="soft"))
+
+    return jax.jit(soft)
+
+
+@dataclasses.dataclass(frozen=True)
+class CellAsker:
+    """A ZerOmics model that is ready to be asked.
+
+    Attributes
+    ----------
+    config, variables, tokenizer
+        Of the model.
+    prompts
+        Templates of instructions.
+    cells
+        How cells become records.
+    known
+        Genes that the cell model knows, bool (G,).
+    """
+
+    config: ZerOmicsConfig
+    variables: dict[str, Any]
+    tokenizer: Tokenizer
+    prompts: Prompts
+    cells: CellOptions
+    known: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        config: Any,
+        variables: dict[str, Any],
+        tokenizer: Tokenizer | None,
+        genes: GeneVocabulary | None,
+        data: Mapping[str, Any],
+    ) -> CellAsker:
+        """Make it of the parts of a model.
+
+        Raises
+        ------
+        ConfigError
+            The model did not learn to answer instructions.
+        """
+        fits = isinstance(config, ZerOmicsConfig) and tokenizer is not None and genes is not None
+        if not fits or data.get("task") != TASK:
+            raise ConfigError(
+                "the model did not learn to answer instructions about cells: give one that was trained with the task "
+                "instructions, such as by configs/zeromics_llm.py."
+            )
+        assert tokenizer is not None
+        assert genes is not None
+        templates = {
+            task: tuple(Template(**template) for template in many) for task, many in data["prompts"].items()
+        }
+        known = np.ones(len(genes), bool)
+        known[data["dropped"]] = False
+        cells = CellOptions(config.cells.num_bins, int(data["max_genes"]))
+        return cls(config, variables, tokenizer, Prompts(templates, INSTRUCTIONS), cells, known)
+
+    @property
+    def language(self) -> Language:
+        """The decoder with its adapters."""
+        parts = {name: tree["llm"] for name, tree in self.variables.items() if "llm" in tree}
+        return Language(self.config.llm, parts, self.tokenizer)
+
+    def soft(self, records: Records, rows: Sequence[int]) -> jax.Array:
+        """Soft tokens (n, K, E) of some of the cells."""
+        chosen = {
+            name: jnp.asarray(value[list(rows)])
+            for name, value in records.items()
+            if name in ("bins", "genes")
+        }
+        return cast(jax.Array, _soft(self.config)(self.variables, chosen["bins"], chosen.get("genes")))
+
+    def _questions(
+        self,
+        task: str,
+        number: int,
+        abstracts: Sequence[str],
+        candidates: Sequence[str],
+        keys: Sequence[int],
+        seed: int,
+    ) -> list[np.ndarray]:
+        """Tokens of the question of a template about each cell."""
+        made = []
+        for abstract, key in zip(abstracts, keys, strict=True):
+            fields = fields_of(task, abstract, candidates, (seed, int(key), 0, 1))
+            made.append(
+                tokens_of(
+                    self.prompts.ask(task, fields, number=number), self.tokenizer, self.config.num_soft
+                )[0]
+            )
+        return made
+
+    def score(
+        self,
+        task: str,
+        records: Records,
+        abstracts: Sequence[str],
+        candidates: Sequence[str],
+        *,
+        keys: Sequence[int] | None = None,
+        seed: int = 0,
+        templates: int = 1,
+        batch_size: int = 8,
+        cells: Sequence[int] | None = None,
+    ) -> np.ndarray:
+        """Log-probabilities of the candidate answers for each cell, normalised over the candidates.
+
+        Parameters
+        ----------
+        task
+            "cta", "rci", "tcd" or "cpi".
+        records
+            Cells (N, S).
+        abstracts
+            What is said of the study of each cell, N texts.
+        candidates
+            Answers to choose among, C different ones.
+        keys, seed
+            The order in which a question lists the candidates follows from the seed and the cell's key (0, 1, ...).
+        templates
+            Wordings of the question, the first ones, over which probabilities are averaged.
+        batch_size
+            Cells at once.
+        cells
+            Instead of its own, the cell that each question is given (a control).
+
+        Returns
+        -------
+        float64 (N, C).
+        """
+        usable = self.prompts.templates[task]
+        if len(set(candidates)) != len(candidates) or len(candidates) < 2:
+            raise ConfigError(
+                f"there are {len(candidates)} candidates, {len(set(candidates))} of them different: give two or more, "
+                "each once."
+            )
+        if not 1 <= templates <= len(usable):
+            raise ConfigError(
+                f"templates is {templates}, but 1 to {len(usable)} are there for the task {task!r}."
+            )
+        keys = range(len(abstracts)) if keys is None else keys
+        given = range(len(abstracts)) if cells is None else cells
+        total: np.ndarray | float = 0.0
+        for number in range(templates):
+            questions = self._questions(task, number, abstracts, candidates, keys, seed)
+            responses = [self.prompts.response_for(task, number, each) for each in candidates]
+            answers = [
+                np.append(ids, np.array([self.tokenizer.eos]))
+                for ids in self.tokenizer.encode_response(responses)
+            ]
+            logs = score(
+                self.language, questions, answers, batch_size=batch_size,
+                soft=lambda numbers: self.soft(records, [given[i] for i in numbers]),
+            ).astype(np.float64)  # fmt: skip
+            logs -= np.logaddexp.reduce(logs, axis=1, keepdims=True)
+            total = total + np.exp(logs) / templates
+        return np.log(np.maximum(total, 1e-300))
+
+    def answer(
+        self,
+        task: str,
+        records: Records,
+        abstracts: Sequence[str],
+        candidates: Sequence[str],
+        *,
+        keys: Sequence[int] | None = None,
+        seed: int = 0,
+        options: Options | None = None,
+    ) -> list[Generated]:
+        """Free text about each cell; arguments as of `score`."""
+        keys = range(len(abstracts)) if keys is None else keys
+        questions = self._questions(task, 0, abstracts, candidates, keys, seed)
+        return generate(
+            self.language, questions, options or Options(max_new_tokens=32),
+            soft=lambda numbers: self.soft(records, numbers),
+        )  # fmt: skip

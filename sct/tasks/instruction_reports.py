@@ -1,0 +1,104 @@
+"""Tables after instruction tuning: answers about held-out cells beside baselines and a control (ZerOmics, 4.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from sct.data.quantile_bins import binned_cells
+from sct.data.text.instructions import StudyQuestions
+from sct.eval import labels
+from sct.eval.report import Report
+from sct.generation.cell_asker import CellAsker
+from sct.tasks.sentence_reports import TRAINING_CELLS, LabelledCells, means
+
+MODEL, OTHERS = "ZerOmics", "ZerOmics, soft tokens of other cells"
+
+
+class Answers:
+    """Answers to one task about held-out cells, by candidate scoring.
+
+    The control asks the same questions with the soft tokens shuffled among the cells of a study: what it gets right
+    comes from the text and not from the cell.
+
+    Parameters
+    ----------
+    asker
+        Makes the model of variables.
+    task
+        "cta", "rci" or "tcd".
+    train, held_out
+        Studies that baselines are fitted on, and whose cells are asked about.
+    cells, seeds
+        Held-out cells at most, and seeds of what is drawn.
+    """
+
+    def __init__(
+        self, asker: Callable[[Any], CellAsker], task: str, train: Sequence[StudyQuestions],
+        held_out: Sequence[StudyQuestions], cells: int, seeds: int, note: str = "",
+    ):  # fmt: skip
+        self.name = f"answers_{task}"
+        self.asker, self.task, self.seeds, self.note = asker, task, seeds, note
+        self.train = LabelledCells.read(
+            [each for each in train if task in each.candidates], task, TRAINING_CELLS
+        )
+        asked = [each for each in held_out if task in each.candidates]
+        total = sum(each.study.n_cells for each in asked)
+        self.held_out = [
+            (each, LabelledCells.read([each], task, -(-cells * each.study.n_cells // total)))
+            for each in asked
+        ]
+        self.report: Report | None = None
+
+    def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
+        """Measure; yields the numbers of the table and keeps it in `report`."""
+        asker = self.asker(variables)
+        names = sorted({name for each, _ in self.held_out for name in each.candidates[self.task]})
+        shares: dict[str, list[pd.DataFrame]] = {MODEL: [], OTHERS: []}
+        for asked, cells in self.held_out:
+            records = binned_cells(cells.counts, asker.cells, asker.known)
+            candidates, abstracts = asked.candidates[self.task], [asked.said["abstract"]] * len(cells.labels)
+            mixed = np.random.default_rng(0).permutation(len(cells.labels))
+            for name, order in ((MODEL, None), (OTHERS, mixed.tolist())):
+                keys = [int(key) for key in cells.keys]
+                logs = asker.score(self.task, records, abstracts, candidates, keys=keys, cells=order)
+                # What was no candidate has no probability.
+                table = pd.DataFrame(np.exp(logs), columns=list(candidates))
+                shares[name].append(table.reindex(columns=names, fill_value=0.0))
+        predictions = {}
+        for name, tables in shares.items():
+            table = pd.concat(tables, ignore_index=True)
+            best = pd.DataFrame({self.task: table.columns.to_numpy()[table.to_numpy().argmax(axis=1)]})
+            predictions[name] = labels.Prediction(best, {self.task: table})
+        self.report, numbers = labels.compare(
+            predictions,
+            pd.DataFrame({self.task: np.concatenate([cells.labels for _, cells in self.held_out])}),
+            pd.DataFrame({self.task: self.train.labels}),
+            sparse.vstack([cells.counts for _, cells in self.held_out], format="csr"),
+            self.train.counts,
+            options=labels.Options(seeds=self.seeds),
+        )
+        self.report.notes = (*self.report.notes, *filter(None, [self.note]))
+        yield from means(numbers)
+
+
+def reports(
+    asker: Callable[[Any], CellAsker],
+    train: Sequence[StudyQuestions],
+    held_out: Sequence[StudyQuestions],
+    tasks: Sequence[str],
+    cells: int,
+    seeds: int,
+    note: str = "",
+) -> Iterator[Answers]:
+    """Measurements of each task that held-out and training cells have two answers to; `note` is said below them."""
+    for task in tasks:
+        if all(any(task in each.candidates for each in studies) for studies in (train, held_out)):
+            made = Answers(asker, task, train, held_out, cells, seeds, note)
+            answers = np.concatenate([each.labels for _, each in made.held_out])
+            if len(set(answers)) > 1 and len(set(made.train.labels)) > 1:
+                yield made

@@ -1,0 +1,431 @@
+"""Instruction tuning: a decoder answers questions about cells that it reads as soft tokens (ZerOmics, section 3.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sct.data.bundled import study_texts
+from sct.data.genes import GeneVocabulary
+from sct.data.quantile_bins import CellOptions
+from sct.data.store import Store
+from sct.data.text.gene_corpus import GeneCorpus
+from sct.data.text.instructions import InstructionOptions, InstructionSource, StudyQuestions, read_study_texts
+from sct.data.text.prompts import INSTRUCTION_PROMPTS, load_prompts
+from sct.data.text.tokenizer import Tokenizer, train_bpe
+from sct.errors import ConfigError
+from sct.generation.cell_asker import TASK, CellAsker
+from sct.models import lora
+from sct.models.decoder_config import DecoderConfig
+from sct.models.lora import LoraConfig, Mixture
+from sct.models.zeromics import ZerOmics, ZerOmicsConfig
+from sct.models.zeromics_cells import ZerOmicsCellsConfig
+from sct.nn.losses import next_token_losses
+from sct.nn.paths import flatten
+from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables
+from sct.weights.pretrained import load
+
+NAME = TASK
+UNIVERSAL = "universal"
+TRAINED_TASKS = ("cta", "rci", "tcd")
+_CORPUS_GENES = 2_000  # texts of genes that a tokenizer is trained on, beside templates and texts of studies
+
+
+@dataclasses.dataclass(frozen=True)
+class InstructionData(StoreConfig):
+    """Where cells, what is said of their studies, and the two models come from.
+
+    Parameters
+    ----------
+    cells
+        Cell model: a run of `configs/zeromics_sc.py` or its model folder.
+    llm
+        Decoder: a Hugging Face folder of LLaMA or a model folder; "" trains the one that `model.llm` describes.
+    max_genes
+        See `sct.tasks.masked_bins.BinData`.
+    studies
+        YAML file; the head of `sct.data.text.instructions` says what it holds.
+    length, cell_type, disease, normal, rare_share
+        See `sct.data.text.instructions.InstructionOptions`.
+    tokenizer, vocab_size
+        File or folder, by default the decoder's; without a decoder one of at most so many tokens is trained on
+        templates, texts of studies and texts of genes.
+    """
+
+    cells: str = ""
+    llm: str = ""
+    max_genes: int = 0
+    studies: str = ""
+    length: int = 1024
+    cell_type: str = "cell_type"
+    disease: str = ""
+    normal: tuple[str, ...] = ("normal", "healthy")
+    rare_share: float = 0.05
+    tokenizer: str = ""
+    vocab_size: int = 4_096
+
+    def __post_init__(self) -> None:
+        if self.max_genes < 0 or self.length < 8 or not 0 <= self.rare_share <= 1:
+            raise ConfigError(
+                f"data.max_genes is {self.max_genes}, data.length {self.length} and data.rare_share {self.rare_share}, "
+                "but 0 or more, 8 or more, and a share are needed."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class InstructionsConfig:
+    """Options of the task.
+
+    Parameters
+    ----------
+    tasks
+        Pairs of a task ("cta", "rci", "tcd") and how often it is drawn.
+    prompts
+        JSON file with further templates.
+    rank, alpha, dropout
+        Of each adapter of the mixture (8 and 8 in the paper).
+    targets
+        Regular expressions over paths of the decoder's layers; by default queries and values.
+    universal, of_tasks
+        Whether there is a universal adapter, and one for each task; the ablations of Table 5 leave one out.
+    train_llm, train_cells
+        Train the decoder's and the cell model's own parameters, too.
+    report_cells, report_seeds
+        Held-out cells that the tables after training are made of (0: no tables), and seeds of what is drawn.
+    """
+
+    tasks: tuple[tuple[str, float], ...] = (("cta", 1.0), ("rci", 1.0), ("tcd", 1.0))
+    prompts: str = ""
+    rank: int = 8
+    alpha: float = 8.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = (r"layers/attention/(query|value)$",)
+    universal: bool = True
+    of_tasks: bool = True
+    train_llm: bool = False
+    train_cells: bool = False
+    report_cells: int = 500
+    report_seeds: int = 3
+
+    def __post_init__(self) -> None:
+        for entry in self.tasks:
+            if len(entry) != 2 or entry[0] not in TRAINED_TASKS or not float(entry[1]) > 0:
+                raise ConfigError(
+                    f"objective.tasks has {entry!r}, but pairs of a task and a positive weight are needed; tasks are "
+                    f"{', '.join(TRAINED_TASKS)}."
+                )
+        if self.report_cells < 0 or self.report_seeds < 1:
+            raise ConfigError("report_cells must not be negative, and report_seeds be positive.")
+        if not self.tasks or not (self.universal or self.of_tasks):
+            raise ConfigError(
+                "objective needs a task, and an adapter: the universal one, those of tasks, or both."
+            )
+
+    @property
+    def mixture(self) -> Mixture:
+        """Adapters that are summed."""
+        members = [UNIVERSAL] * self.universal + [task for task, _ in self.tasks] * self.of_tasks
+        targets = tuple(f"llm/.*{target}" for target in self.targets)
+        return Mixture(tuple(members), LoraConfig(targets, self.rank, self.alpha, self.dropout))
+
+
+def options_of(
+    config: InstructionsConfig, data: InstructionData, num_soft: int, seed: int
+) -> InstructionOptions:
+    """What is asked of cells, as a configuration says."""
+    if not (data.studies or data.dataset):
+        raise ConfigError(
+            "the abstracts of studies are missing: name a YAML file of the form `STUDY: {abstract: TEXT}` by "
+            "--config.data.studies."
+        )
+    return InstructionOptions(
+        tasks=tuple((task, float(weight)) for task, weight in config.tasks),
+        num_soft=num_soft,
+        length=data.length,
+        cell_type=data.cell_type,
+        disease=data.disease,
+        normal=tuple(data.normal),
+        rare_share=data.rare_share,
+        studies=read_study_texts(data.studies) if data.studies else study_texts(data.dataset),
+        seed=seed,
+    )
+
+
+def make_tokenizer(store: Store, config: InstructionsConfig, data: InstructionData, seed: int) -> Tokenizer:
+    """Tokenizer of the decoder, or a byte-level BPE trained on all that instructions and corpus say."""
+    if data.llm:
+        return Tokenizer.load(Path(data.llm).expanduser())
+    said = options_of(config, data, 1, seed).studies
+    prompts = load_prompts(config.prompts or None, INSTRUCTION_PROMPTS)
+    texts = [template.prompt for many in prompts.templates.values() for template in many]
+    texts += [text for entry in said.values() for value in entry.values() for text in np.atleast_1d(value)]
+    for study in store.split("train"):
+        table = study.obs({name for name in (data.cell_type, data.disease) if name})
+        texts += [str(value) for column in table for value in table[column].dropna().unique()]
+    return train_bpe([*texts, *GeneCorpus.built_in().texts[:_CORPUS_GENES]], data.vocab_size)
+
+
+def parts_of(
+    data: InstructionData, vocabulary: GeneVocabulary, values: Mapping[str, Any], vocab_size: int
+) -> tuple[dict[str, Any], np.ndarray, dict[str, Any]]:
+    """Architecture, genes that the cell model knows, bool (G,), and arrays by path, of the two models to start from.
+
+    Parameters
+    ----------
+    data
+        Names the models.
+    vocabulary
+        Genes of the store.
+    values
+        Of the architecture; what the two models bring goes before them, but for how they compute.
+    vocab_size
+        Of the tokenizer, for a decoder that is trained from random parameters.
+
+    Raises
+    ------
+    SctError
+        A model is missing, damaged, of another kind or of other genes.
+    """
+    if not data.cells:
+        raise ConfigError(
+            "the cell model is missing: train one by configs/zeromics_sc.py, and name its run by --config.data.cells."
+        )
+    made = dict(values)
+    given: dict[str, Any] = {}
+    cells = load(data.cells, genes=vocabulary)
+    if not isinstance(cells.config, ZerOmicsCellsConfig):
+        raise ConfigError(
+            f"{data.cells} is a model of the family {cells.family!r}, but one of zeromics_cells is needed."
+        )
+    known = np.ones(len(vocabulary), bool)
+    known[cells.data["dropped"]] = False
+    models = {"cells": cells}
+    if data.llm:
+        models["llm"] = load(data.llm)
+        if not isinstance(models["llm"].config, DecoderConfig):
+            raise ConfigError(
+                f"{data.llm} is a model of the family {models['llm'].family!r}, but LLaMA is needed."
+            )
+    for name, model in models.items():
+        own = dict(made.get(name, {}))
+        made[name] = dataclasses.asdict(model.config) | {
+            option: own[option] for option in ("dtype", "remat", "dropout") if option in own
+        }
+        params = lora.merge(model.variables)["params"]
+        given |= {f"params/{name}/{path}": leaf for path, leaf in flatten(params).items()}
+    if not data.llm:
+        own = dict(made.get("llm", {}))
+        made["llm"] = {**own, "vocab_size": own.get("vocab_size") or vocab_size}
+    return made, known, given
+
+
+class Instructions:
+    """Task of ZerOmics' second stage; see `sct.tasks.base.Task`.
+
+    Parameters
+    ----------
+    config, data
+        Options.
+    model
+        Architecture.
+    tokenizer
+        Of instructions.
+    store
+        Cells.
+    known
+        Genes that the cell model knows, bool (G,).
+    given
+        Arrays by path of the two models to start from; empty where a checkpoint or another model has them.
+    seed
+        Of tasks, templates and the order of candidates.
+    """
+
+    new: Sequence[str] = lora.NEW
+    weight = "predicted"
+    monitor, monitor_mode = "loss", "min"
+
+    def __init__(
+        self,
+        config: InstructionsConfig,
+        data: InstructionData,
+        model: ZerOmicsConfig,
+        tokenizer: Tokenizer,
+        store: Store,
+        known: np.ndarray,
+        given: Mapping[str, Any],
+        seed: int,
+    ):
+        if model.num_genes != len(store.vocabulary):
+            raise ConfigError(
+                f"the cell model has {model.num_genes} genes, but the store's vocabulary {len(store.vocabulary)}: "
+                "ingest the cells with the genes of the model."
+            )
+        if model.llm.vocab_size < tokenizer.vocab_size:
+            raise ConfigError(
+                f"the decoder has {model.llm.vocab_size} tokens, but the tokenizer {tokenizer.vocab_size}: give the "
+                "decoder's own."
+            )
+        self.config, self.data, self.model_config, self.store, self.seed = config, data, model, store, seed
+        self.model, self.tokenizer, self.vocabulary = ZerOmics(model), tokenizer, store.vocabulary
+        self.known, self.given = known, given
+        self.options = options_of(config, data, model.num_soft, seed)
+        self.prompts = load_prompts(config.prompts or None, INSTRUCTION_PROMPTS)
+        self.cells = CellOptions(model.cells.num_bins, data.max_genes)
+        self.mixture = config.mixture
+        self.tokens_per_record = data.length
+        self.trainable: Sequence[tuple[str, bool]] = (
+            ("/features$|/bin_head/|/gene_head/|tokenizer/fixed$", False),
+            ("^params/cells/", config.train_cells),
+            ("^params/llm/", config.train_llm),
+            ("^params/tokenizer/", True),
+            *lora.TRAINABLE,
+        )
+
+    def init(self, rng: jax.Array) -> Variables:
+        """Initial variables, boxed."""
+        variables = cast(Variables, self.model.init(rng, *ZerOmics.example(self.model_config).values()))
+        adapters = lora.init(jax.random.fold_in(rng, 1), variables["params"], self.mixture.config)
+        params = dict(variables["params"])
+        if not self.config.train_llm:
+            # What no training changes needs no more digits than are computed with.
+            kind = jnp.dtype(self.model_config.llm.dtype)
+            params["llm"] = jax.tree.map(
+                lambda leaf: leaf.astype(kind) if leaf.ndim > 1 else leaf, params["llm"]
+            )
+        return {**variables, "params": params, "adapters": adapters}
+
+    def gates(self, task: jax.Array) -> jax.Array:
+        """Which columns of the adapters each cell trains (B, members x rank), by the number of its task (B,)."""
+        members = self.mixture.members
+        own = jnp.asarray(
+            [[member in (UNIVERSAL, name) for member in members] for name, _ in self.config.tasks]
+        )
+        return self.mixture.gate(own[task])
+
+    def loss(self, variables: Variables, batch: Batch, rng: jax.Array, train: bool) -> tuple[jax.Array, Sums]:
+        """Mean cross-entropy of the tokens of answers and of their ends.
+
+        Returns the loss and sums: `loss` over `predicted` tokens (count), `right` tokens, and for each task `answers`
+        and those that are `exact`, every token the best one (T,).
+        """
+        ids, genes = batch["input_ids"], batch.get("genes")
+        if train:
+            variables = lora.gated(variables, self.gates(batch["task"]))
+        drops = train and self.config.dropout > 0
+        rngs = {"dropout": rng} if drops else {}
+        encoded = self.model.apply(variables, batch["bins"], genes, method="encode")
+        if not self.config.train_cells:
+            encoded = jax.lax.stop_gradient(encoded)
+        soft = self.model.apply(variables, encoded, genes, method="soft")
+        hidden = self.model.apply(variables, ids, batch["there"], soft, rngs=rngs, method="hidden")
+
+        def scores(x: jax.Array) -> jax.Array:
+            return cast(jax.Array, self.model.apply(variables, x, method="logits"))
+
+        losses, right, counts = next_token_losses(
+            scores,
+            cast(jax.Array, hidden),
+            ids,
+            batch["predicted"],
+            batch["weight"],
+            self.model_config.llm.vocab_size,
+        )
+        total, count = (losses * counts).sum(), counts.sum()
+        answered = counts.sum(axis=1) > 0
+        exact = answered & ((right * counts).sum(axis=1) == counts.sum(axis=1))
+        of_task = jax.nn.one_hot(batch["task"], len(self.config.tasks)) * answered[:, None]
+        sums = {
+            "loss": total,
+            "predicted": count,
+            "right": (right * counts).sum(),
+            "answers": of_task.sum(axis=0),
+            "exact": (of_task * exact[:, None]).sum(axis=0),
+        }
+        return total / jnp.maximum(count, 1.0), sums
+
+    def summarise(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Mean loss in nats, share of right tokens, and for each task that of answers that are right as a whole."""
+        count = max(float(sums["predicted"]), 1.0)
+        summary = {"loss": float(sums["loss"]) / count, "accuracy": float(sums["right"]) / count}
+        for (task, _), answers, exact in zip(self.config.tasks, sums["answers"], sums["exact"], strict=True):
+            if answers:
+                summary[f"{task}_exact"] = float(exact / answers)
+        return summary
+
+    @functools.cache  # noqa: B019 (a run has one task)
+    def dataset(self, split: str) -> InstructionSource | None:
+        """Cells of a split with an instruction each."""
+        studies = self.store.split(split)
+        if not studies:
+            return None
+        return InstructionSource(
+            studies,
+            self.cells,
+            self.options,
+            self.prompts,
+            self.tokenizer,
+            self.known,
+            exhaustive=split != "train",
+        )
+
+    def evaluators(self) -> Sequence[Evaluator]:
+        """Answers about held-out cells beside baselines, on the test studies, else the validation ones."""
+        held_out = next((split for split in ("test", "validation") if self.store.split(split)), None)
+        if held_out is None or not self.config.report_cells:
+            return ()
+        from sct.tasks.instruction_reports import reports
+
+        train, after = (
+            [StudyQuestions(study, self.options) for study in self.store.split(split)]
+            for split in ("train", held_out)
+        )
+        note = ""
+        if held_out == "validation":
+            note = "The held-out cells are the validation studies, by which the best step was chosen, too."
+        tasks = [task for task, _ in self.config.tasks]
+        options = (tasks, self.config.report_cells, self.config.report_seeds, note)
+        return list(reports(self._asker, train, after, *options))
+
+    def _asker(self, variables: Variables) -> CellAsker:
+        """Model with these variables, ready to be asked."""
+        parts = self.exports()
+        return CellAsker.of(self.model_config, variables, parts["tokenizer"], parts["genes"], parts["data"])
+
+    def tokens(self, batch: Mapping[str, Any]) -> int:
+        """Tokens in a batch, padding included."""
+        return int(np.prod(batch["input_ids"].shape))
+
+    def exports(self) -> dict[str, Any]:
+        """Genes, tokenizer, and how instructions were made in training."""
+        templates = {
+            task: [dataclasses.asdict(template) for template in many]
+            for task, many in self.prompts.templates.items()
+        }
+        described = {
+            "task": NAME,
+            "tasks": [task for task, _ in self.config.tasks],
+            "members": list(self.mixture.members),
+            "max_genes": self.data.max_genes,
+            "length": self.data.length,
+            "dropped": np.flatnonzero(~self.known).tolist(),
+            "prompts": templates,
+        }
+        return {"genes": self.vocabulary, "tokenizer": self.tokenizer, "data": described}
+
+    def notes(self, fresh: bool) -> Sequence[str]:
+        """Tell what is trained."""
+        parts = [
+            f"{len(self.mixture.members)} adapters ({', '.join(self.mixture.members)})",
+            "the cell tokenizer",
+        ]
+        parts += ["the decoder"] * self.config.train_llm + ["the cell model"] * self.config.train_cells
+        return (
+            f"{', '.join(parts)} are trained; {self.model_config.num_soft} soft tokens of {self.data.length}.",
+        )
