@@ -13,11 +13,11 @@ import numpy as np
 
 from sct.data.genes import GeneVocabulary
 from sct.data.quantile_bins import CellOptions
-from sct.data.text.instructions import fields_of, tokens_of
-from sct.data.text.prompts import INSTRUCTIONS, Prompts, Template
+from sct.data.text.instructions import MARK, fields_of, tokens_of
+from sct.data.text.prompts import INSTRUCTIONS, Example, Prompts
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import ConfigError
-from sct.generation.generate import Generated, Options, generate
+from sct.generation.generate import Options, generate
 from sct.generation.scoring import score
 from sct.models.decoder_config import DecoderConfig
 from sct.models.zeromics import ZerOmics, ZerOmicsConfig
@@ -95,13 +95,12 @@ class CellAsker:
             )
         assert tokenizer is not None
         assert genes is not None
-        templates = {
-            task: tuple(Template(**template) for template in many) for task, many in data["prompts"].items()
-        }
         known = np.ones(len(genes), bool)
         known[data["dropped"]] = False
         cells = CellOptions(config.cells.num_bins, int(data["max_genes"]))
-        return cls(config, variables, tokenizer, Prompts(templates, INSTRUCTIONS), cells, known)
+        return cls(
+            config, variables, tokenizer, Prompts.of_plain(data["prompts"], INSTRUCTIONS), cells, known
+        )
 
     @property
     def language(self) -> Language:
@@ -204,21 +203,41 @@ class CellAsker:
             total = total + np.exp(logs) / templates
         return np.log(np.maximum(total, 1e-300))
 
-    def answer(
+    def ask(
         self,
-        task: str,
+        question: str,
         records: Records,
         abstracts: Sequence[str],
-        candidates: Sequence[str],
         *,
         keys: Sequence[int] | None = None,
         seed: int = 0,
         options: Options | None = None,
-    ) -> list[Generated]:
-        """Free text about each cell; arguments as of `score`."""
+    ) -> list[str]:
+        """Free text about each cell.
+
+        Parameters
+        ----------
+        question
+            What is asked, behind the cell and what is said of its study.
+        records, abstracts, keys
+            As of `score`; draws of a cell follow from the seed and its key.
+        options
+            How to generate, by default the best token each time.
+
+        Returns
+        -------
+        N texts.
+        """
         keys = range(len(abstracts)) if keys is None else keys
-        questions = self._questions(task, 0, abstracts, candidates, keys, seed)
-        return generate(
-            self.language, questions, options or Options(max_new_tokens=32),
+        asked = [
+            Example("", 0, f"Study: {abstract.strip()}\nCell: {MARK}\nTask: {question.strip()}", "")
+            for abstract in abstracts
+        ]
+        prompts = [tokens_of(each, self.tokenizer, self.config.num_soft)[0] for each in asked]
+        seeds = [int(np.random.SeedSequence([seed, int(key)]).generate_state(1)[0]) for key in keys]
+        made = generate(
+            self.language, prompts, options or Options(max_new_tokens=64), seeds=seeds,
             soft=lambda numbers: self.soft(records, numbers),
         )  # fmt: skip
+        # A byte of zero, which an untrained model may write, is no text that a file can hold.
+        return [self.tokenizer.decode(each.ids).replace("\0", "\ufffd").strip() for each in made]

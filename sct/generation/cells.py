@@ -12,7 +12,7 @@ from scipy import sparse
 
 from sct.data.genes import GeneVocabulary
 from sct.data.text.cell_sentence import RankFit, expression
-from sct.data.text.prompts import TASKS, Prompts, Template
+from sct.data.text.prompts import TASKS, Prompts
 from sct.data.text.source import gene_words
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import ConfigError, DataError
@@ -87,16 +87,13 @@ class CellWriter:
                 "the model did not learn cell sentences: give one that was trained with the task cell_sentences, such "
                 "as by configs/c2s_gpt2.py."
             )
-        templates = {
-            task: tuple(Template(**template) for template in many) for task, many in data["prompts"].items()
-        }
         fits = {name: RankFit(**fit) for name, fit in data["fits"].items()}
         return cls(
             config,
             variables,
             tokenizer,
             gene_words(genes),
-            Prompts(templates),
+            Prompts.of_plain(data["prompts"]),
             data["top_k"], fits, data["labels"],
             tuple(data["tasks"]), int(data["length"]),
         )  # fmt: skip

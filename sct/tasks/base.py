@@ -38,6 +38,16 @@ class StoreConfig:
     tokens: float = 0.0
 
 
+def held_out_split(store: Store) -> tuple[str | None, str]:
+    """Split that a finished model is measured on, the test studies if there are some, and what to say of it."""
+    if store.split("test"):
+        return "test", ""
+    if store.split("validation"):
+        note = "The held-out cells are the validation studies, by which the best step was chosen, too."
+        return "validation", note
+    return None, ""
+
+
 class Evaluator(Protocol):
     """A measurement at the end of training; `report` is the table of the last one, baselines included."""
 

@@ -26,7 +26,7 @@ from sct.models import lora
 from sct.models.decoder import Decoder
 from sct.models.decoder_config import DecoderConfig
 from sct.nn.losses import next_token_losses
-from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables
+from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables, held_out_split
 
 NAME = TASK
 _FIT_CELLS = 5000  # cells of a study that its line is fitted to
@@ -327,7 +327,7 @@ class CellSentences:
 
     def evaluators(self) -> Sequence[Evaluator]:
         """Generated cells, and predicted labels, beside baselines, on the test studies, else the validation ones."""
-        held_out = next((split for split in ("test", "validation") if self.store.split(split)), None)
+        held_out, note = held_out_split(self.store)
         if held_out is None or not self.config.report_cells:
             return ()
         from sct.tasks.sentence_reports import Contrast, reports
@@ -337,9 +337,6 @@ class CellSentences:
             for split in ("train", held_out)
         )
         tasks = [name for name, _ in self.options.tasks]
-        note = ""
-        if held_out == "validation":
-            note = "The held-out cells are the validation studies, by which the best step was chosen, too."
         config, contrast = self.config, None
         if config.perturbation:
             seen = frozenset(self._label_counts.get("labels", ()))
@@ -404,10 +401,6 @@ class CellSentences:
 
     def exports(self) -> dict[str, Any]:
         """What a model folder says beside the model: genes, tokenizer, and how texts were made."""
-        templates = {
-            task: [dataclasses.asdict(template) for template in many]
-            for task, many in self.prompts.templates.items()
-        }
         described = {
             "task": NAME,
             "tasks": [name for name, _ in self.options.tasks],
@@ -415,7 +408,7 @@ class CellSentences:
             "length": self.data.length,
             "fits": {name: dataclasses.asdict(fit) for name, fit in self.fits.items()},
             "labels": self.labels(),
-            "prompts": templates,
+            "prompts": self.prompts.plain(),
         }
         return {"genes": self.vocabulary, "tokenizer": self.tokenizer, "data": described}
 

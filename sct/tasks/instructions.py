@@ -29,7 +29,7 @@ from sct.models.zeromics import ZerOmics, ZerOmicsConfig
 from sct.models.zeromics_cells import ZerOmicsCellsConfig
 from sct.nn.losses import next_token_losses
 from sct.nn.paths import flatten
-from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables
+from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables, held_out_split
 from sct.weights.pretrained import load
 
 NAME = TASK
@@ -377,7 +377,7 @@ class Instructions:
 
     def evaluators(self) -> Sequence[Evaluator]:
         """Answers about held-out cells beside baselines, on the test studies, else the validation ones."""
-        held_out = next((split for split in ("test", "validation") if self.store.split(split)), None)
+        held_out, note = held_out_split(self.store)
         if held_out is None or not self.config.report_cells:
             return ()
         from sct.tasks.instruction_reports import reports
@@ -386,9 +386,6 @@ class Instructions:
             [StudyQuestions(study, self.options) for study in self.store.split(split)]
             for split in ("train", held_out)
         )
-        note = ""
-        if held_out == "validation":
-            note = "The held-out cells are the validation studies, by which the best step was chosen, too."
         tasks = [task for task, _ in self.config.tasks]
         options = (tasks, self.config.report_cells, self.config.report_seeds, note)
         return list(reports(self._asker, train, after, *options))
@@ -404,10 +401,6 @@ class Instructions:
 
     def exports(self) -> dict[str, Any]:
         """Genes, tokenizer, and how instructions were made in training."""
-        templates = {
-            task: [dataclasses.asdict(template) for template in many]
-            for task, many in self.prompts.templates.items()
-        }
         described = {
             "task": NAME,
             "tasks": [task for task, _ in self.config.tasks],
@@ -415,7 +408,7 @@ class Instructions:
             "max_genes": self.data.max_genes,
             "length": self.data.length,
             "dropped": np.flatnonzero(~self.known).tolist(),
-            "prompts": templates,
+            "prompts": self.prompts.plain(),
         }
         return {"genes": self.vocabulary, "tokenizer": self.tokenizer, "data": described}
 

@@ -21,7 +21,7 @@ from sct.data.text.gene_corpus import GeneCorpus, suffix_of
 from sct.errors import ConfigError
 from sct.models.zeromics_cells import FEATURES, ZerOmicsCells, ZerOmicsCellsConfig
 from sct.nn.losses import token_losses
-from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables
+from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables, held_out_split
 from sct.weights.gene_feature_files import TABLES
 from sct.weights.gene_features import GeneFeatures
 from sct.weights.pretrained import load
@@ -250,7 +250,7 @@ class MaskedBins:
 
     def evaluators(self) -> Sequence[Evaluator]:
         """Bins of masked genes beside what is known of each gene, on the test studies, else the validation ones."""
-        held_out = next((split for split in ("test", "validation") if self.store.split(split)), None)
+        held_out, _ = held_out_split(self.store)
         if held_out is None or not self.config.report_cells:
             return ()
         from sct.eval.masked_bins import PredictedBins

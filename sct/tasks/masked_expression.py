@@ -20,7 +20,7 @@ from sct.errors import ConfigError
 from sct.models.sct import SCT
 from sct.models.sct_config import SCTConfig, pad_to_multiple
 from sct.nn import axes
-from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables
+from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables, held_out_split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +208,7 @@ class MaskedExpression:
         """Imputation of masked genes beside its baselines, on the test studies, else the validation ones."""
         from sct.eval.imputation import GeneImputation
 
-        held_out = next((split for split in ("test", "validation") if self.store.split(split)), None)
+        held_out, _ = held_out_split(self.store)
         if held_out is None:
             return ()
         bags = dataclasses.replace(self.bags, with_counts=True)

@@ -14,10 +14,15 @@ _FUNCTIONS = {
     "to_sentences": "sct.tl.sentences",
     "generate_cells": "sct.tl.sentences",
     "describe": "sct.tl.sentences",
+    "find_rare": "sct.tl.asking",
+    "find_tumor": "sct.tl.asking",
+    "infer_pathways": "sct.tl.asking",
+    "ask": "sct.tl.asking",
 }
 
 __all__ = [
-    "annotate", "benchmark", "describe", "embed", "generate_cells", "impute", "spatial_neighbors", "to_sentences",
+    "annotate", "ask", "benchmark", "describe", "embed", "find_rare", "find_tumor", "generate_cells", "impute",
+    "infer_pathways", "spatial_neighbors", "to_sentences",
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from sct.errors import ConfigError, DataError
 from sct.models.decoder_config import DecoderConfig
+from sct.models.zeromics import ZerOmicsConfig
 from sct.tl import running
 from sct.tl.embedding import embed
 from sct.version import __version__
@@ -45,7 +46,8 @@ def annotate(
     equal shares the label of the nearer cells (smaller summed distance) wins.
 
     A model of cell sentences needs no reference: it is asked about each cell, and the probability of each candidate
-    answer is computed, so that an answer is always one of the candidates (Cell2Sentence paper, section 4.3).
+    answer is computed, so that an answer is always one of the candidates (Cell2Sentence paper, section 4.3). So does a
+    ZerOmics model, which is told an abstract of the study as well (ZerOmics paper, section 3.2).
 
     Parameters
     ----------
@@ -60,7 +62,8 @@ def annotate(
         learned together; by default the first of them that it learned.
     candidates
         For a model of cell sentences: answers to choose among (texts, or for labels learned together mappings); by
-        default all values in its training.
+        default all values in its training. For a ZerOmics model: names of cell types, by default
+        `adata.uns["cell_types"]`.
     use_rep
         Key of an embedding that is in `obsm` of both already, instead of a new one.
     n_neighbors
@@ -79,6 +82,7 @@ def annotate(
         For `sct.tl.embed`: `layer`, `batch_key`, `spatial_key`, `seed`, ...; `batch_key` and `spatial_key` are
         applied to whichever of the two has them. For a model of cell sentences: `layer`, `gene_column`, `duplicates`,
         `seed`, `batch_size` (cells at once), and `templates`, the number of wordings of the question to average over.
+        For a ZerOmics model these and `abstract`, by default `adata.uns["abstract"]`.
 
     Raises
     ------
@@ -170,6 +174,7 @@ def annotate(
 
 
 _ANSWER_OPTIONS = ("layer", "gene_column", "duplicates", "seed", "batch_size", "templates")
+_INSTRUCTION_OPTIONS = (*_ANSWER_OPTIONS, "abstract")
 
 
 def _by_answers(
@@ -186,19 +191,31 @@ def _by_answers(
     from sct.tl.answers import annotate_by_answers
 
     handle = running.loaded(model) if model is not None else None
-    if handle is None or not isinstance(handle.config, DecoderConfig):
+    if handle is None or not isinstance(handle.config, DecoderConfig | ZerOmicsConfig):
         raise ConfigError(
             "annotated cells are needed to transfer labels from: give reference=... and label_key=..., or a model that "
-            "answers in words (of configs/c2s_gpt2.py)."
+            "answers in words (of configs/c2s_gpt2.py or configs/zeromics_llm.py)."
         )
     if not 0 <= threshold <= 1:
         raise ConfigError(f"threshold is {threshold}, but a probability in [0, 1] is needed.")
+    instructed = isinstance(handle.config, ZerOmicsConfig)
+    able = _INSTRUCTION_OPTIONS if instructed else _ANSWER_OPTIONS
     for name in options:
-        if name not in _ANSWER_OPTIONS:
+        if name not in able:
             raise ConfigError(
-                f"there is no option {name!r} for a model that answers in words: choose from "
-                f"{', '.join(_ANSWER_OPTIONS)}."
+                f"there is no option {name!r} for a model that answers in words: choose from {', '.join(able)}."
             )
+    if instructed:
+        from sct.tl.asking import annotate_by_instructions
+
+        if label_key not in (None, "cell_type"):
+            raise ConfigError(
+                f"label_key is {label_key!r}, but this model names cell types alone: leave it out."
+            )
+        return annotate_by_instructions(
+            adata, handle, candidates=candidates, threshold=threshold, unknown=UNKNOWN, key_added=key_added,
+            copy=copy, **options,
+        )  # fmt: skip
     return annotate_by_answers(
         adata, handle, label_key=label_key, candidates=candidates, threshold=threshold, unknown=UNKNOWN,
         key_added=key_added, copy=copy, **options,

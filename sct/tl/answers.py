@@ -69,6 +69,24 @@ def candidates_of(
     return field, found
 
 
+def write_answers(
+    target: ad.AnnData,
+    answers: Sequence[str],
+    probabilities: np.ndarray,
+    key_added: str,
+    threshold: float = 0.0,
+    unknown: str = "",
+) -> None:
+    """Write the most probable of C answers about each cell, and all probabilities (N, C); see `sct.tl.annotate`."""
+    best = probabilities.argmax(axis=1)
+    highest = probabilities[np.arange(len(best)), best]
+    names = np.array(answers, dtype=object)
+    target.obs[key_added] = pd.Categorical(np.where(highest >= threshold, names[best], unknown))
+    target.obs[f"{key_added}_probability"] = highest.astype(np.float32)
+    # An array, since names of labels hold what names of columns in a file must not, such as slashes.
+    target.obsm[f"{key_added}_probabilities"] = probabilities.astype(np.float32)
+
+
 def annotate_by_answers(
     adata: ad.AnnData,
     model: Pretrained,
@@ -95,14 +113,8 @@ def annotate_by_answers(
     fields, _ = questions(adata, model, writer, **options)
     logs = writer.score(f"cell_to_{field}", fields, answers, templates=templates, batch_size=batch_size)
     probabilities = np.exp(logs)
-    best = probabilities.argmax(axis=1)
-    highest = probabilities[np.arange(len(best)), best]
     target = running.to_write(adata, copy)
-    names = np.array(answers, dtype=object)
-    target.obs[key_added] = pd.Categorical(np.where(highest >= threshold, names[best], unknown))
-    target.obs[f"{key_added}_probability"] = highest.astype(np.float32)
-    # An array, since names of labels hold what names of columns in a file must not, such as slashes.
-    target.obsm[f"{key_added}_probabilities"] = probabilities.astype(np.float32)
+    write_answers(target, answers, probabilities, key_added, threshold, unknown)
     for key in parts:
         # The probability of a value is that of all combinations with it.
         sums = pd.DataFrame(probabilities).T.groupby(parts[key].to_numpy()).sum().T

@@ -249,12 +249,22 @@ class Prompts:
         """Take the answer out of a response to this template; see `Template.parse`."""
         return self._template(task, number).parse(text)
 
+    def plain(self) -> dict[str, list[dict[str, str]]]:
+        """Templates as plain values, which `of_plain` takes."""
+        return {task: [dataclasses.asdict(each) for each in many] for task, many in self.templates.items()}
+
+    @classmethod
+    def of_plain(
+        cls, templates: Mapping[str, Sequence[Mapping[str, str]]], tasks: Mapping[str, TaskFields] = TASKS
+    ) -> Prompts:
+        """Make them of plain values."""
+        return cls(
+            {task: tuple(Template(**each) for each in many) for task, many in templates.items()}, tasks
+        )
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a file that `load_prompts` reads back as these templates, whatever is built in then."""
-        tasks = {
-            task: {"replace": True, "templates": [dataclasses.asdict(template) for template in templates]}
-            for task, templates in self.templates.items()
-        }
+        tasks = {task: {"replace": True, "templates": many} for task, many in self.plain().items()}
         text = json.dumps({"version": _VERSION, "tasks": tasks}, indent=1, ensure_ascii=False)
         Path(path).write_text(text + "\n", encoding="utf-8")
 

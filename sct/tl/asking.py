@@ -1,0 +1,281 @@
+"""Questions about cells to a ZerOmics model: types, rare cells, tumour cells, pathways, or anything (ZerOmics, 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import anndata as ad
+import numpy as np
+
+from sct.data.cells import Cells
+from sct.data.quantile_bins import binned_cells
+from sct.data.text.cell_sentence import cell_keys
+from sct.data.text.instructions import NO, NORMAL, YES
+from sct.errors import ConfigError
+from sct.generation.cell_asker import CellAsker, Records
+from sct.generation.generate import Options
+from sct.tl import running
+from sct.tl.answers import write_answers
+from sct.version import __version__
+from sct.weights.pretrained import Pretrained
+
+_BLOCK = 4096  # cells turned into records at once
+
+
+def asker_of(model: Pretrained) -> CellAsker:
+    """What a model learned of instructions; `ConfigError` for any other model."""
+    return CellAsker.of(model.config, model.variables, model.tokenizer, model.genes, model.data)
+
+
+def _said(adata: ad.AnnData, name: str, given: Any, form: str, argument: str = "") -> Any:
+    """What is said of the study, as given or in `uns`; `ConfigError` where it is neither."""
+    argument = argument or name
+    found = adata.uns.get(name) if given is None else given
+    if form == "a text":
+        good = isinstance(found, str) and bool(found.strip())
+    else:
+        good = isinstance(found, Sequence | np.ndarray) and not isinstance(found, str) and len(found) > 0
+    if not good:
+        raise ConfigError(
+            f'{argument}, {form}, is missing: give {argument}=..., or put it into adata.uns["{name}"].'
+        )
+    return found if form == "a text" else [str(each) for each in found]
+
+
+def _records(
+    adata: ad.AnnData, model: Pretrained, asker: CellAsker, options: dict[str, Any]
+) -> tuple[Records, list[int]]:
+    """Cells as the model reads them, and their keys."""
+    table = Cells(adata, model.vocabulary, **options)
+    running.check_not_empty(table)
+    blocks = [
+        binned_cells(table.read(np.arange(first, min(first + _BLOCK, adata.n_obs))), asker.cells, asker.known)
+        for first in range(0, adata.n_obs, _BLOCK)
+    ]
+    records = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    return records, [int(key) for key in cell_keys(adata.obs_names)]
+
+
+def answer_by_candidates(
+    adata: ad.AnnData,
+    model: running.Model,
+    task: str,
+    candidates: Sequence[str],
+    abstract: str | None,
+    key_added: str,
+    copy: bool,
+    *,
+    threshold: float = 0.0,
+    unknown: str = "",
+    seed: int = 0,
+    templates: int = 1,
+    batch_size: int = 8,
+    layer: str | None = None,
+    gene_column: str | None = None,
+    duplicates: Literal["error", "sum"] = "error",
+) -> ad.AnnData | None:
+    """Write the most probable of some answers to a task about each cell.
+
+    Parameters
+    ----------
+    task
+        Of `sct.data.text.prompts.INSTRUCTIONS`.
+    candidates
+        Answers, two or more.
+    abstract
+        What is said of the study, by default `adata.uns["abstract"]`.
+    key_added, copy, threshold, unknown
+        See `sct.tl.annotate`.
+    seed, templates, batch_size
+        See `sct.generation.cell_asker.CellAsker.score`.
+    layer, gene_column, duplicates
+        See `sct.tl.embed`.
+    """
+    running.check_table(adata, copy)
+    running.check_seed(seed)
+    handle = running.loaded(model)
+    asker = asker_of(handle)
+    said = _said(adata, "abstract", abstract, "a text")
+    options = {"layer": layer, "gene_column": gene_column, "duplicates": duplicates}
+    records, keys = _records(adata, handle, asker, options)
+    logs = asker.score(
+        task, records, [said] * adata.n_obs, candidates, keys=keys, seed=seed, templates=templates,
+        batch_size=batch_size,
+    )  # fmt: skip
+    target = running.to_write(adata, copy)
+    write_answers(target, candidates, np.exp(logs), key_added, threshold, unknown)
+    target.uns[key_added] = {
+        "sct_version": __version__, "model": repr(handle), "weights": handle.fingerprint, "task": task,
+        "labels": list(candidates), "abstract": said, "templates": templates, "threshold": threshold, "seed": seed,
+    }  # fmt: skip
+    return target if copy else None
+
+
+def annotate_by_instructions(
+    adata: ad.AnnData,
+    model: Pretrained,
+    *,
+    candidates: Sequence[str] | None,
+    abstract: str | None = None,
+    key_added: str,
+    copy: bool,
+    **options: Any,
+) -> ad.AnnData | None:
+    """Name the type of each cell; see `sct.tl.annotate`."""
+    types = _said(adata, "cell_types", candidates, "a list of names", "candidates")
+    return answer_by_candidates(adata, model, "cta", types, abstract, key_added, copy, **options)
+
+
+def find_rare(
+    adata: ad.AnnData,
+    model: running.Model,
+    *,
+    abstract: str | None = None,
+    key_added: str = "sct_rare",
+    copy: bool = False,
+    **options: Any,
+) -> ad.AnnData | None:
+    """Ask whether each cell is of a rare type (ZerOmics, rare cell identification).
+
+    Parameters
+    ----------
+    adata
+        Raw counts (N, n_var).
+    model
+        Of `sct.load`, or its path.
+    abstract
+        What is said of the study; by default `adata.uns["abstract"]`.
+    key_added
+        Results: `obs[key_added]`, "Yes" or "No"; `obs[key_added + "_probability"]` of it;
+        `obsm[key_added + "_probabilities"]`, float32 (N, 2); `uns[key_added]`, the parameters.
+    copy
+        Return a changed copy, and leave `adata` as it is.
+    options
+        See `answer_by_candidates`: `seed`, `templates`, `batch_size`, `layer`, `gene_column`, `duplicates`.
+
+    Raises
+    ------
+    ConfigError
+        The model did not learn instructions, or the abstract is missing.
+    DataError
+        No raw counts, unknown genes, cells without a count.
+    """
+    return answer_by_candidates(adata, model, "rci", (YES, NO), abstract, key_added, copy, **options)
+
+
+def find_tumor(
+    adata: ad.AnnData,
+    model: running.Model,
+    *,
+    diseases: Sequence[str] | None = None,
+    abstract: str | None = None,
+    key_added: str = "sct_tumor",
+    copy: bool = False,
+    **options: Any,
+) -> ad.AnnData | None:
+    """Ask which of some diseases' tumours each cell is of, or whether it is normal (ZerOmics, tumor cell discovery).
+
+    Parameters
+    ----------
+    diseases
+        Names of tumours; by default `adata.uns["diseases"]`. "normal cell" is among the answers always.
+    adata, model, abstract, key_added, copy, options
+        See `find_rare`; the columns of `obsm[key_added + "_probabilities"]` are `uns[key_added]["labels"]`.
+
+    Raises
+    ------
+    ConfigError, DataError
+        As `find_rare`, or the diseases are missing.
+    """
+    running.check_table(adata, copy)
+    named = [each for each in _said(adata, "diseases", diseases, "a list of names") if each != NORMAL]
+    return answer_by_candidates(adata, model, "tcd", (*named, NORMAL), abstract, key_added, copy, **options)
+
+
+def infer_pathways(
+    adata: ad.AnnData,
+    model: running.Model,
+    *,
+    gene_sets: Sequence[str] | None = None,
+    abstract: str | None = None,
+    key_added: str = "sct_pathways",
+    copy: bool = False,
+    **options: Any,
+) -> ad.AnnData | None:
+    """Ask which pathways are active in each cell (ZerOmics, cell pathway inference; no model was tuned on this task).
+
+    Parameters
+    ----------
+    gene_sets
+        Names of pathways, two or more; by default `adata.uns["gene_sets"]`. A mapping of names to genes does as well,
+        whose names count.
+    adata, model, abstract, key_added, copy, options
+        See `find_rare`: `obs[key_added]` is the most probable pathway, `obsm[key_added + "_probabilities"]` (N, sets)
+        adds up to one over the pathways and ranks them.
+
+    Raises
+    ------
+    ConfigError, DataError
+        As `find_rare`, or the pathways are missing.
+    """
+    running.check_table(adata, copy)
+    names = list(gene_sets) if isinstance(gene_sets, dict) else gene_sets
+    listed = _said(adata, "gene_sets", names, "a list of names")
+    return answer_by_candidates(adata, model, "cpi", listed, abstract, key_added, copy, **options)
+
+
+def ask(
+    adata: ad.AnnData,
+    model: running.Model,
+    question: str,
+    *,
+    abstract: str | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 8,
+    key_added: str = "sct_answer",
+    copy: bool = False,
+    layer: str | None = None,
+    gene_column: str | None = None,
+    duplicates: Literal["error", "sum"] = "error",
+) -> ad.AnnData | None:
+    """Ask any question about each cell, and write the free text of the answer.
+
+    Parameters
+    ----------
+    question
+        What to ask, behind the cell and what is said of its study.
+    max_new_tokens, temperature, batch_size
+        See `sct.generation.generate.Options`.
+    seed
+        Of what is drawn where `temperature` is above 0.
+    adata, model, abstract, copy, layer, gene_column, duplicates
+        See `find_rare`.
+    key_added
+        Results: `obs[key_added]`, texts; `uns[key_added]`, the parameters.
+
+    Raises
+    ------
+    ConfigError, DataError
+        As `find_rare`, or the question is empty.
+    """
+    running.check_table(adata, copy)
+    running.check_seed(seed)
+    if not question.strip():
+        raise ConfigError("the question is empty: ask something.")
+    handle = running.loaded(model)
+    asker = asker_of(handle)
+    said = _said(adata, "abstract", abstract, "a text")
+    options = {"layer": layer, "gene_column": gene_column, "duplicates": duplicates}
+    records, keys = _records(adata, handle, asker, options)
+    how = Options(max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size)
+    texts = asker.ask(question, records, [said] * adata.n_obs, keys=keys, seed=seed, options=how)
+    target = running.to_write(adata, copy)
+    target.obs[key_added] = np.array(texts, dtype=object)
+    target.uns[key_added] = {
+        "sct_version": __version__, "model": repr(handle), "weights": handle.fingerprint, "question": question,
+        "abstract": said, "temperature": temperature, "seed": seed,
+    }  # fmt: skip
+    return target if copy else None
