@@ -8,11 +8,10 @@ a YAML file (docs/zeromics.md):
         --config.data.studies=STUDIES.yaml --config.data.cells=runs/zeromics_sc --config.data.llm=LLAMA_FOLDER \
         --workdir=runs/zeromics_llm
 
-:quickstart, a small LLaMA from random parameters on real blood cells that come with scanpy, on 2 CPU cores; the cell
-model comes from configs/zeromics_sc.py:quickstart in runs/zeromics_sc. What it learns it learns from 490 cells: that a
-question about other studies or tasks is answered takes a LLaMA that was trained on text.
+:quickstart, a small LLaMA from random parameters on real blood cells that come with scanpy, on 2 CPU cores, after the
+quickstart of zeromics_sc with the run folder runs/zeromics_sc. What it learns it learns from 490 cells: that a question
+about other studies or tasks is answered takes a LLaMA that was trained on text.
 
-    python -m launch.train --config=configs/zeromics_sc.py:quickstart --workdir=runs/zeromics_sc
     python -m launch.train --config=configs/zeromics_llm.py:quickstart --workdir=runs/zeromics_llm
 """
 

@@ -7,8 +7,9 @@ Hugging Face folder with its tokenizer, and kept (docs/zeromics.md):
     python -m launch.train --config=configs/zeromics_sc.py --config.data.store=STORE \
         --config.data.corpus=SUMMARIES.tsv --config.data.features=LLAMA_FOLDER --workdir=runs/zeromics_sc
 
-    All genes of a cell are read (20,000 tokens). --config.data.max_genes=2048 reads the expressed ones alone: a tenth
-    of the tokens, but the model no longer sees which genes are silent. Hardware: eight A100 of 80 GB in the paper.
+    All genes of a cell are read (20,000 tokens). --config.data.max_genes=2048 --config.objective.head_budget=0.2 reads
+    the expressed ones alone: a tenth of the tokens, but the model no longer sees which genes are silent. Hardware:
+    eight A100 of 80 GB in the paper.
 
 :quickstart, a small model on real blood cells that come with scanpy, with features by latent semantic analysis of the
 built-in corpus, a few minutes on 2 CPU cores:

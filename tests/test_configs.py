@@ -84,11 +84,17 @@ RUNS = [
 ]
 
 
+# What families of cells are sized by; those of text by their tokens.
+SIZES = dict.fromkeys(("sct", "zeromics_cells", "zeromics"), "num_genes")
+
+
 @every_config
 def test_every_section_builds(path, variant):
     config = values(path, variant)
-    kind, size = kind_of(config), "num_genes" if config["family"] == "sct" else "vocab_size"
-    model = registry.model_config(config["family"], {**config["model"], size: 19_968})
+    kind, size = kind_of(config), SIZES.get(config["family"], "vocab_size")
+    begun = config["family"].startswith("zeromics")  # further sizes follow from files
+    sized = {} if begun else {size: 19_968}
+    model = registry.model_config(config["family"], {**config["model"], **sized}, 19_968 if begun else None)
     assert getattr(model, size) == 19_968
     data = data_of(config)
     registry.build(kind.objective, config["objective"], "objective")
@@ -139,8 +145,8 @@ def slow_if(second_of_its_kind: bool) -> list[pytest.MarkDecorator]:
         for path, variant in CASES
     ],
 )  # fmt: skip
-def test_one_abstract_step(path, variant, store):
-    one_abstract_step(values(path, variant), store)
+def test_one_abstract_step(path, variant, store, tmp_path):
+    one_abstract_step(values(path, variant), store, tmp_path)
 
 
 def run_of_sweep(path: Path, variant: str, name: str) -> dict[str, Any]:
@@ -204,8 +210,20 @@ def test_the_second_stage_takes_the_models_of_the_first(variant):
     assert second["data"]["cells_per_bag"] == first["data"]["cells_per_bag"]
 
 
-def one_abstract_step(config: dict[str, Any], store: Store) -> None:
-    task, _ = make_task(config, store)
+def task_of(config: dict[str, Any], store: Store, folder: Path) -> Any:
+    """Task of a configuration; instructions as of a run that has begun, without the models that it started from."""
+    if config["task"] != "instructions":
+        return make_task(config, store)[0]
+    path = folder / "studies.yaml"
+    path.write_text("".join(f"{study.name}: {{abstract: Simulated spots.}}\n" for study in store.studies))
+    data = {**config["data"], "studies": str(path), "disease": ""}
+    objective = {**config["objective"], "tasks": (("cta", 1.0),)}
+    kept = {"task": "instructions", "dropped": [], "members": ["universal", "cta"]}
+    return make_task({**config, "data": data, "objective": objective}, store, None, kept)[0]
+
+
+def one_abstract_step(config: dict[str, Any], store: Store, folder: Path | None = None) -> None:
+    task = task_of(config, store, folder or Path())
     options = registry.build(TrainConfig, {**config["train"], "steps": 100}, "train")
     optimizer_config = registry.build(OptimizerConfig, config["optimizer"], "optimizer")
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
@@ -240,12 +258,12 @@ def test_the_full_model_has_the_published_number_of_parameters():
 
 
 @every_config
-def test_unknown_fields_are_named(path, variant, store):
+def test_unknown_fields_are_named(path, variant, store, tmp_path):
     for section in ("model", "data", "objective", "train"):
         config = values(path, variant)
         config[section]["no_such_field"] = 1
         with pytest.raises(ConfigError, match="no_such_field") as caught:  # noqa: PT012
-            make_task(config, store)
+            task_of(config, store, tmp_path)
             registry.build(TrainConfig, config["train"], "train")
         assert section in str(caught.value)
         assert "\n" not in str(caught.value)

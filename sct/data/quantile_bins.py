@@ -59,6 +59,13 @@ def quantile_bins(counts: sparse.csr_matrix, num_bins: int = 10) -> sparse.csr_m
     return result
 
 
+def known_genes(number: int, dropped: Sequence[int]) -> np.ndarray:
+    """Which of so many genes a model knows, bool (G,), of the numbers of those that it does not."""
+    known = np.ones(number, bool)
+    known[list(dropped)] = False
+    return known
+
+
 @dataclasses.dataclass(frozen=True)
 class CellOptions:
     """How cells become records.

@@ -44,7 +44,7 @@ class PredictedBins:
 
     def __init__(
         self, predict: Predict, train: CellSource, held_out: CellSource, num_bins: int, num_genes: int, cells: int,
-        seeds: int, split: str,
+        seeds: int, split: str, note: str = "",
     ):  # fmt: skip
         self.predict, self.train, self.held_out = predict, train, held_out
         self.num_bins, self.num_genes, self.cells, self.seeds, self.split = (
@@ -54,6 +54,7 @@ class PredictedBins:
             seeds,
             split,
         )
+        self.note = note
         self.report: Report | None = None
 
     def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
@@ -94,6 +95,7 @@ class PredictedBins:
             notes=(
                 f"Cross-entropy in nats over {self.num_bins} bins; baselines counted in training cells, with the bins "
                 "of all genes as 10 further values of each.",
+                *filter(None, [self.note]),
             ),
         )
         for name, total in sums.items():

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sct.data.genes import GeneVocabulary
-from sct.data.quantile_bins import CellOptions
+from sct.data.quantile_bins import CellOptions, known_genes
 from sct.data.text.instructions import MARK, fields_of, tokens_of
 from sct.data.text.prompts import INSTRUCTIONS, Example, Prompts
 from sct.data.text.tokenizer import Tokenizer
@@ -62,6 +62,8 @@ class CellAsker:
         How cells become records.
     known
         Genes that the cell model knows, bool (G,).
+    normal
+        Names that mean a normal cell.
     """
 
     config: ZerOmicsConfig
@@ -70,6 +72,7 @@ class CellAsker:
     prompts: Prompts
     cells: CellOptions
     known: np.ndarray
+    normal: frozenset[str]
 
     @classmethod
     def of(
@@ -95,12 +98,10 @@ class CellAsker:
             )
         assert tokenizer is not None
         assert genes is not None
-        known = np.ones(len(genes), bool)
-        known[data["dropped"]] = False
+        known = known_genes(len(genes), data["dropped"])
         cells = CellOptions(config.cells.num_bins, int(data["max_genes"]))
-        return cls(
-            config, variables, tokenizer, Prompts.of_plain(data["prompts"], INSTRUCTIONS), cells, known
-        )
+        prompts = Prompts.of_plain(data["prompts"], INSTRUCTIONS)
+        return cls(config, variables, tokenizer, prompts, cells, known, frozenset(data["normal"]))
 
     @property
     def language(self) -> Language:

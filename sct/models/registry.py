@@ -63,6 +63,21 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     return cls(**made)
 
 
+# What of a configuration says how it is computed and not what.
+_COMPUTING = ("dtype", "remat", "dropout")
+
+
+def computing(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of an architecture, in which what is given of the computation is replaced; parts of a model included."""
+    changed = {name: given[name] for name in _COMPUTING if name in given and name in values}
+    parts = {
+        name: computing(part, given[name])
+        for name, part in values.items()
+        if isinstance(part, Mapping) and isinstance(given.get(name), Mapping)
+    }
+    return {**values, **changed, **parts}
+
+
 def family(name: str) -> tuple[type[Any], type[Any]]:
     """Configuration and module of a family; `ConfigError` where there is none of that name."""
     if name not in MODELS:

@@ -26,7 +26,7 @@ TOKENIZERS = ("linear", "pooled", "none")
 
 @dataclasses.dataclass(frozen=True)
 class ZerOmicsConfig:
-    """Architecture of ZerOmics; the defaults are the paper's, with LLaMA-2-7B.
+    """Architecture of ZerOmics; the defaults are the paper's, but for the decoder, which is LLaMA-2-7B.
 
     Parameters
     ----------

@@ -9,10 +9,13 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from sct.data.alignment import some
 from sct.data.genes import GeneVocabulary
 from sct.data.loader import Source
-from sct.data.store import Store
+from sct.data.store import SPLITS, Store
+from sct.errors import ConfigError
 from sct.eval.report import Report
+from sct.models.lora import LoraConfig
 
 Variables = dict[str, Any]
 Batch = Mapping[str, jax.Array]
@@ -36,6 +39,15 @@ class StoreConfig:
     store: str = ""
     dataset: str = ""
     tokens: float = 0.0
+
+
+def check_study_names(said: Mapping[str, Any], store: Store, file: str) -> None:
+    """Raise `ConfigError` where a file speaks of studies that a store does not have."""
+    known = [study.name for split in SPLITS for study in store.split(split)]
+    if strange := sorted(set(said) - set(known)):
+        raise ConfigError(
+            f"{file} has texts of {strange[0]!r}, but the store's studies are {some(known)}: correct it."
+        )
 
 
 def held_out_split(store: Store) -> tuple[str | None, str]:
@@ -68,6 +80,10 @@ class Task(Protocol):
         Table of (regular expression over parameter paths, trained or not), see `sct.nn.paths`.
     new
         Patterns of parameters that may be absent from a model that training starts from.
+    lora
+        Options of the adapters that are trained, or None.
+    license
+        Of what `given` holds.
     given
         Arrays by path that a new training takes in place of random ones, such as features of genes; what a model that
         it starts from has goes first.
@@ -86,6 +102,8 @@ class Task(Protocol):
 
     trainable: Sequence[tuple[str, bool]]
     new: Sequence[str]
+    lora: LoraConfig | None
+    license: str
     given: Mapping[str, Any]
     vocabulary: GeneVocabulary
     store: Store

@@ -15,9 +15,9 @@ import numpy as np
 from scipy import sparse
 
 from sct.data.alignment import some
-from sct.data.store import SPLITS, Store, Study
+from sct.data.store import Store, Study
 from sct.data.text.cell_sentence import RankFit, fit_rank
-from sct.data.text.prompts import TASKS, Prompts, load_prompts, render_labels
+from sct.data.text.prompts import TASKS, Prompts, load_prompts, parse_labels, render_labels
 from sct.data.text.source import SentenceOptions, SentenceSource, Texts, read_studies
 from sct.data.text.tokenizer import VOCAB_SIZE, Tokenizer, train_bpe
 from sct.errors import ConfigError
@@ -26,7 +26,7 @@ from sct.models import lora
 from sct.models.decoder import Decoder
 from sct.models.decoder_config import DecoderConfig
 from sct.nn.losses import next_token_losses
-from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables, held_out_split
+from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables, check_study_names, held_out_split
 
 NAME = TASK
 _FIT_CELLS = 5000  # cells of a study that its line is fitted to
@@ -207,6 +207,7 @@ class CellSentences:
     """
 
     given: Mapping[str, Any] = types.MappingProxyType({})
+    license = "unknown"
     weight = "weight"
     monitor, monitor_mode = "loss", "min"
 
@@ -237,11 +238,7 @@ class CellSentences:
             )
         self.config, self.data, self.model_config, self.store = config, data, model, store
         self.options = options_of(config, data, seed)
-        known = [study.name for split in SPLITS for study in store.split(split)]
-        if strange := sorted(set(self.options.studies) - set(known)):
-            raise ConfigError(
-                f"{data.studies} has texts of {strange[0]!r}, but the store's studies are {some(known)}: correct it."
-            )
+        check_study_names(self.options.studies, store, data.studies)
         self.tokenizer, self.vocabulary = tokenizer, store.vocabulary
         self.model, self.prompts = Decoder(model), load_prompts(config.prompts or None)
         self.tokens_per_record = data.length
@@ -340,6 +337,12 @@ class CellSentences:
         config, contrast = self.config, None
         if config.perturbation:
             seen = frozenset(self._label_counts.get("labels", ()))
+            values = {parse_labels(name)[config.perturbation] for name in seen}
+            if config.control and config.control not in values:
+                raise ConfigError(
+                    f"objective.control is {config.control!r}, but training cells have {some(sorted(values))} as "
+                    f"{config.perturbation}."
+                )
             contrast = Contrast(config.perturbation, config.control, seen)
         options = (tasks, config.report_cells, config.report_seeds, note, contrast)
         return list(reports(self._writer, train, after, *options))

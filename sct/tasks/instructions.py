@@ -14,7 +14,7 @@ import numpy as np
 
 from sct.data.bundled import study_texts
 from sct.data.genes import GeneVocabulary
-from sct.data.quantile_bins import CellOptions
+from sct.data.quantile_bins import CellOptions, known_genes
 from sct.data.store import Store
 from sct.data.text.gene_corpus import GeneCorpus
 from sct.data.text.instructions import InstructionOptions, InstructionSource, StudyQuestions, read_study_texts
@@ -23,13 +23,13 @@ from sct.data.text.tokenizer import Tokenizer, train_bpe
 from sct.errors import ConfigError
 from sct.generation.cell_asker import TASK, CellAsker
 from sct.models import lora
-from sct.models.decoder_config import DecoderConfig
 from sct.models.lora import LoraConfig, Mixture
+from sct.models.registry import computing
 from sct.models.zeromics import ZerOmics, ZerOmicsConfig
 from sct.models.zeromics_cells import ZerOmicsCellsConfig
 from sct.nn.losses import next_token_losses
 from sct.nn.paths import flatten
-from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables, held_out_split
+from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables, check_study_names, held_out_split
 from sct.weights.pretrained import load
 
 NAME = TASK
@@ -174,8 +174,8 @@ def make_tokenizer(store: Store, config: InstructionsConfig, data: InstructionDa
 
 def parts_of(
     data: InstructionData, vocabulary: GeneVocabulary, values: Mapping[str, Any], vocab_size: int
-) -> tuple[dict[str, Any], np.ndarray, dict[str, Any]]:
-    """Architecture, genes that the cell model knows, bool (G,), and arrays by path, of the two models to start from.
+) -> tuple[dict[str, Any], np.ndarray, dict[str, Any], str]:
+    """Architecture, genes that the cell model knows, bool (G,), arrays by path, and licence of the two models.
 
     Parameters
     ----------
@@ -204,26 +204,28 @@ def parts_of(
         raise ConfigError(
             f"{data.cells} is a model of the family {cells.family!r}, but one of zeromics_cells is needed."
         )
-    known = np.ones(len(vocabulary), bool)
-    known[cells.data["dropped"]] = False
+    if data.max_genes != cells.data["max_genes"]:
+        raise ConfigError(
+            f"data.max_genes is {data.max_genes}, but the cell model was trained with {cells.data['max_genes']}: set "
+            "it to that, for the model has seen no other cells."
+        )
+    known = known_genes(len(vocabulary), cells.data["dropped"])
     models = {"cells": cells}
     if data.llm:
         models["llm"] = load(data.llm)
-        if not isinstance(models["llm"].config, DecoderConfig):
+        if models["llm"].family != "llama":
             raise ConfigError(
-                f"{data.llm} is a model of the family {models['llm'].family!r}, but LLaMA is needed."
+                f"{data.llm} is a model of the family {models['llm'].family!r}, but one of llama is needed."
             )
     for name, model in models.items():
-        own = dict(made.get(name, {}))
-        made[name] = dataclasses.asdict(model.config) | {
-            option: own[option] for option in ("dtype", "remat", "dropout") if option in own
-        }
+        made[name] = computing(dataclasses.asdict(model.config), made.get(name, {}))
         params = lora.merge(model.variables)["params"]
         given |= {f"params/{name}/{path}": leaf for path, leaf in flatten(params).items()}
     if not data.llm:
         own = dict(made.get("llm", {}))
         made["llm"] = {**own, "vocab_size": own.get("vocab_size") or vocab_size}
-    return made, known, given
+    licences = {model.license for model in models.values()} - {"unknown"}
+    return made, known, given, " and ".join(sorted(licences)) or "unknown"
 
 
 class Instructions:
@@ -245,6 +247,8 @@ class Instructions:
         Arrays by path of the two models to start from; empty where a checkpoint or another model has them.
     seed
         Of tasks, templates and the order of candidates.
+    license
+        Of what is given.
     """
 
     new: Sequence[str] = lora.NEW
@@ -261,6 +265,7 @@ class Instructions:
         known: np.ndarray,
         given: Mapping[str, Any],
         seed: int,
+        license: str = "unknown",
     ):
         if model.num_genes != len(store.vocabulary):
             raise ConfigError(
@@ -274,17 +279,23 @@ class Instructions:
             )
         self.config, self.data, self.model_config, self.store, self.seed = config, data, model, store, seed
         self.model, self.tokenizer, self.vocabulary = ZerOmics(model), tokenizer, store.vocabulary
-        self.known, self.given = known, given
+        self.known, self.given, self.license = known, given, license
         self.options = options_of(config, data, model.num_soft, seed)
         self.prompts = load_prompts(config.prompts or None, INSTRUCTION_PROMPTS)
         self.cells = CellOptions(model.cells.num_bins, data.max_genes)
+        if data.studies:
+            check_study_names(self.options.studies, store, data.studies)
         self.mixture = config.mixture
+        self.lora: LoraConfig | None = self.mixture.config
         self.tokens_per_record = data.length
+        # The map of a model without tokenizer, where one is needed, is random and stays so.
+        fixed = model.tokenizer == "none"
+        has = not fixed or model.cells.embed_dim != model.llm.embed_dim
         self.trainable: Sequence[tuple[str, bool]] = (
-            ("/features$|/bin_head/|/gene_head/|tokenizer/fixed$", False),
+            ("^params/cells/(features$|bin_head/|gene_head/)", False),
             ("^params/cells/", config.train_cells),
             ("^params/llm/", config.train_llm),
-            ("^params/tokenizer/", True),
+            *([("^params/tokenizer/", not fixed)] if has else []),
             *lora.TRAINABLE,
         )
 
@@ -318,13 +329,16 @@ class Instructions:
         ids, genes = batch["input_ids"], batch.get("genes")
         if train:
             variables = lora.gated(variables, self.gates(batch["task"]))
-        drops = train and self.config.dropout > 0
-        rngs = {"dropout": rng} if drops else {}
-        encoded = self.model.apply(variables, batch["bins"], genes, method="encode")
+        rates = (self.model_config.cells.dropout, self.model_config.llm.dropout + self.config.dropout)
+        encoding, reading = (
+            {"dropout": key} if train and rate else {}
+            for key, rate in zip(jax.random.split(rng), rates, strict=True)
+        )
+        encoded = self.model.apply(variables, batch["bins"], genes, rngs=encoding, method="encode")
         if not self.config.train_cells:
             encoded = jax.lax.stop_gradient(encoded)
         soft = self.model.apply(variables, encoded, genes, method="soft")
-        hidden = self.model.apply(variables, ids, batch["there"], soft, rngs=rngs, method="hidden")
+        hidden = self.model.apply(variables, ids, batch["there"], soft, rngs=reading, method="hidden")
 
         def scores(x: jax.Array) -> jax.Array:
             return cast(jax.Array, self.model.apply(variables, x, method="logits"))
@@ -405,6 +419,7 @@ class Instructions:
             "task": NAME,
             "tasks": [task for task, _ in self.config.tasks],
             "members": list(self.mixture.members),
+            "normal": list(self.options.normal),
             "max_genes": self.data.max_genes,
             "length": self.data.length,
             "dropped": np.flatnonzero(~self.known).tolist(),

@@ -19,6 +19,7 @@ from sct.data.quantile_bins import CellOptions, CellSource
 from sct.data.store import Store
 from sct.data.text.gene_corpus import GeneCorpus, suffix_of
 from sct.errors import ConfigError
+from sct.models.lora import LoraConfig
 from sct.models.zeromics_cells import FEATURES, ZerOmicsCells, ZerOmicsCellsConfig
 from sct.nn.losses import token_losses
 from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables, held_out_split
@@ -144,6 +145,8 @@ class MaskedBins:
 
     trainable: Sequence[tuple[str, bool]] = ((f"^{FEATURES}$", False), (".*", True))
     new: Sequence[str] = ()
+    lora: LoraConfig | None = None
+    license = "unknown"
     weight = "masked"
     monitor, monitor_mode = "loss", "min"
 
@@ -250,7 +253,7 @@ class MaskedBins:
 
     def evaluators(self) -> Sequence[Evaluator]:
         """Bins of masked genes beside what is known of each gene, on the test studies, else the validation ones."""
-        held_out, _ = held_out_split(self.store)
+        held_out, note = held_out_split(self.store)
         if held_out is None or not self.config.report_cells:
             return ()
         from sct.eval.masked_bins import PredictedBins
@@ -262,7 +265,7 @@ class MaskedBins:
         return (
             PredictedBins(
                 self._predict, cells, source, model.num_bins, model.num_genes, config.report_cells,
-                config.report_seeds, held_out,
+                config.report_seeds, held_out, note,
             ),
         )  # fmt: skip
 
@@ -297,4 +300,12 @@ class MaskedBins:
             f"{len(self.known) - dropped:,} genes have a feature ({self.described['kind']})"
             + (f", {dropped:,} are dropped" if dropped else "")
             + f"; {self.tokens_per_record:,} genes of each cell are read.",
+            *(
+                [
+                    f"{self.config.masked} of the expressed genes are masked, but head_budget looks at "
+                    f"{self.config.head_budget} of all places that are read: what is beyond it is left out of the loss."
+                ]
+                if self.data.max_genes and self.config.head_budget < self.config.masked
+                else []
+            ),
         )

@@ -17,6 +17,7 @@ from sct.data.bags import BagOptions, BagSource
 from sct.data.masking import Masking
 from sct.data.store import Store
 from sct.errors import ConfigError
+from sct.models.lora import LoraConfig
 from sct.models.sct import SCT
 from sct.models.sct_config import SCTConfig, pad_to_multiple
 from sct.nn import axes
@@ -110,6 +111,8 @@ class MaskedExpression:
     # The map of coordinates starts at zero where training on spatial data continues a model of cells.
     new: Sequence[str] = (r"^params/spatial/",)
     given: Mapping[str, Any] = types.MappingProxyType({})
+    lora: LoraConfig | None = None
+    license = "unknown"
     weight = "masked"
     monitor, monitor_mode = "loss", "min"
 

@@ -6,8 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
+from sct.data.quantile_bins import known_genes
 from sct.data.store import Store
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import ConfigError
@@ -91,8 +90,7 @@ def _cell_sentences(parts: Parts) -> CellSentences:
 def _masked_bins(parts: Parts) -> MaskedBins:
     vocabulary, kept, features = parts.store.vocabulary, parts.kept, None
     if kept is not None and kept.get("task") == masked_bins.NAME:
-        known = np.ones(len(vocabulary), bool)
-        known[kept["dropped"]] = False
+        known = known_genes(len(vocabulary), kept["dropped"])
         described = kept["features"]
     else:
         features, known, described = masked_bins.gene_features(parts.data, vocabulary, parts.seed)
@@ -109,14 +107,24 @@ def _instructions(parts: Parts) -> Instructions:
     vocabulary, kept, values = parts.store.vocabulary, parts.kept, dict(parts.model)
     if kept is not None and kept.get("task") == instructions.NAME:
         given: dict[str, Any] = {}
-        known = np.ones(len(vocabulary), bool)
-        known[kept["dropped"]] = False
+        licence = "unknown"
+        if kept["members"] != list(parts.objective.mixture.members):
+            raise ConfigError(
+                f"the model has adapters for {', '.join(kept['members'])}, but the configuration asks for "
+                f"{', '.join(parts.objective.mixture.members)}: name the same tasks in the same order."
+            )
+        known = known_genes(len(vocabulary), kept["dropped"])
     else:
+        if not parts.data.llm and not parts.objective.train_llm:
+            raise ConfigError(
+                "adapters change a decoder that is there: name one by --config.data.llm=FOLDER, or train one by "
+                "--config.objective.train_llm=True."
+            )
         size = parts.tokenizer.vocab_size
-        values, known, given = instructions.parts_of(parts.data, vocabulary, values, size)
+        values, known, given, licence = instructions.parts_of(parts.data, vocabulary, values, size)
     model = registry.model_config(parts.family, values, len(vocabulary))
     return Instructions(
-        parts.objective, parts.data, model, parts.tokenizer, parts.store, known, given, parts.seed
+        parts.objective, parts.data, model, parts.tokenizer, parts.store, known, given, parts.seed, licence
     )
 
 

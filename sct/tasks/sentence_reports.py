@@ -231,10 +231,10 @@ class Contrast:
         It differs in the perturbation alone. A combination without such training cells is left out.
         """
         known, asked = pd.Series(train).value_counts(), pd.Series(held_out).value_counts()
-        # `value_counts` has the most frequent first, and sorting keeps the order of equals.
+        # `value_counts` has the most frequent first.
         known = known[known > 1]
         parts = {name: parse_labels(name) for name in {*known.index, *asked.index}}
-        others = sorted(known.index, key=lambda name: parts[name][self.perturbation] != self.control)
+        others = [name for name in known.index if self.control in ("", parts[name][self.perturbation])]
 
         def rest(name: str) -> dict[str, str]:
             return {key: value for key, value in parts[name].items() if key != self.perturbation}
@@ -291,7 +291,8 @@ class PerturbedCells:
             self.opposite,
             generation.Options(seeds=self.seeds),
         )
-        self.report.notes = (*self.report.notes, *filter(None, [self.note]))
+        pairs = "; ".join(f"{name} with {other}" for name, other in self.opposite.items())
+        self.report.notes = (*self.report.notes, f"Compared: {pairs}.", *filter(None, [self.note]))
         yield from means(numbers)
 
 

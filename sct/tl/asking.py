@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import anndata as ad
@@ -32,6 +32,8 @@ def _said(adata: ad.AnnData, name: str, given: Any, form: str, argument: str = "
     """What is said of the study, as given or in `uns`; `ConfigError` where it is neither."""
     argument = argument or name
     found = adata.uns.get(name) if given is None else given
+    if form != "a text" and isinstance(found, Mapping):
+        found = list(found)
     if form == "a text":
         good = isinstance(found, str) and bool(found.strip())
     else:
@@ -189,7 +191,9 @@ def find_tumor(
         As `find_rare`, or the diseases are missing.
     """
     running.check_table(adata, copy)
-    named = [each for each in _said(adata, "diseases", diseases, "a list of names") if each != NORMAL]
+    model = running.loaded(model)
+    normal = {NORMAL, *asker_of(model).normal}
+    named = [each for each in _said(adata, "diseases", diseases, "a list of names") if each not in normal]
     return answer_by_candidates(adata, model, "tcd", (*named, NORMAL), abstract, key_added, copy, **options)
 
 
@@ -220,8 +224,7 @@ def infer_pathways(
         As `find_rare`, or the pathways are missing.
     """
     running.check_table(adata, copy)
-    names = list(gene_sets) if isinstance(gene_sets, dict) else gene_sets
-    listed = _said(adata, "gene_sets", names, "a list of names")
+    listed = _said(adata, "gene_sets", gene_sets, "a list of names")
     return answer_by_candidates(adata, model, "cpi", listed, abstract, key_added, copy, **options)
 
 

@@ -24,6 +24,7 @@ from sct.data.text.tokenizer import Tokenizer
 from sct.data.text.tokenizer_libraries import import_tokenizers
 from sct.errors import AGAIN, CheckpointError, ConfigError, SctError, StoreError
 from sct.models import lora, registry
+from sct.models.registry import computing
 from sct.nn.paths import flatten
 from sct.tasks.base import StoreConfig, Task
 from sct.tasks.registry import data_of, kind_of, make_task
@@ -154,10 +155,6 @@ def _tokenizer(
     return Tokenizer.load(folder)
 
 
-# What of a model's configuration says how it is computed and not what.
-_COMPUTING = ("dtype", "remat", "dropout")
-
-
 def _architecture(plain: Mapping[str, Any], parent: pretrained.Pretrained | None) -> dict[str, Any]:
     """Values of the model: of a kind that resolves those of the one that training starts from."""
     given = dict(plain.get("model", {}))
@@ -174,8 +171,7 @@ def _architecture(plain: Mapping[str, Any], parent: pretrained.Pretrained | None
             f"the model to start from is of the family {parent.family!r}, but the configuration's is "
             f"{plain['family']!r}: add --config.family={parent.family}."
         )
-    values = dataclasses.asdict(parent.config)
-    values |= {name: given[name] for name in _COMPUTING if name in given}
+    values = computing(dataclasses.asdict(parent.config), given)
     if values.get("positions") == "rotary":  # reads any length, and is told the one that it is trained on
         values["max_length"] = max(values["max_length"], int(plain.get("data", {}).get("length", 0)))
     return values
@@ -221,14 +217,12 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
         mesh = registry.build(TrainConfig, {**plain.get("train", {}), "steps": 1}, "train").mesh
         placed = sharding.make_mesh(mesh) if jax.device_count() > 1 else None
         parent = pretrained.load(plain["init_from"], mesh=placed, genes=store.vocabulary)
-    if (
-        resumes and kind_of(plain).tokenizer is not None
-    ):  # of the model that it started from, or its tokenizer's
+    if resumes and kind_of(plain).resolves:
         architecture = _read_json(settings).get(MODEL)
     else:
         architecture = _architecture(plain, parent)
     tokenizer = _tokenizer(plain, store, parent, workdir, resumes)
-    if tokenizer is not None and parent is not None:
+    if tokenizer is not None and parent is not None and hasattr(parent.config, "vocab_size"):
         rows, parent = parent.config.vocab_size, resized(parent, tokenizer.vocab_size)
         if parent.config.vocab_size > rows:
             console.print(
@@ -239,11 +233,9 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
         architecture = _architecture(plain, parent)
     kept = parent.data if parent is not None else None
     kept = _read_json(workdir / "data.json").get("model") if resumes else kept
-    adapters = registry.build(kind_of(plain).objective, plain.get("objective", {}), "objective")
-    adapters = getattr(adapters, "lora", None)
-    if parent is not None and adapters is not None and (wanted := adapters.config(parent.family)):
-        lora.check_same(parent.variables, wanted, str(plain["init_from"]))
     task, data = make_task({**plain, "model": architecture or plain.get("model", {})}, store, tokenizer, kept)
+    if parent is not None and task.lora is not None:
+        lora.check_same(parent.variables, task.lora, str(plain["init_from"]))
     options = registry.build(TrainConfig, _with_steps(plain, task, data), "train")
     optimizer = registry.build(OptimizerConfig, plain.get("optimizer", {}), "optimizer")
     if first:
@@ -256,7 +248,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
             ) from error
         if not resumes:
             # What is trained from licensed weights stays under their licence.
-            licence = parent.license if parent is not None else "unknown"
+            licence = parent.license if parent is not None else task.license
             described = {
                 **_describe(store), "license": licence, "files": _files(plain), "model": task.exports()["data"],
             }  # fmt: skip

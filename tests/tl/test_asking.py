@@ -142,7 +142,8 @@ def test_rare_cells_tumours_and_pathways(asked, cells, tmp_path):
     cells.write_h5ad(tmp_path / "cells.h5ad")
     assert ad.read_h5ad(tmp_path / "cells.h5ad").obs["sct_tumor"].tolist() == cells.obs["sct_tumor"].tolist()
     named = {"HYPOXIA": ["A"], "APOPTOSIS": ["B"], "DNA_REPAIR": ["C"]}
-    again = sct.tl.infer_pathways(cells, asked, gene_sets=named, copy=True)
+    cells.uns["gene_sets"] = named
+    again = sct.tl.infer_pathways(cells, asked, copy=True)
     np.testing.assert_allclose(
         again.obsm["sct_pathways_probabilities"], cells.obsm["sct_pathways_probabilities"], atol=1e-6
     )
@@ -174,7 +175,7 @@ def test_any_question_has_a_text_for_an_answer(asked, cells):
         (lambda a, m: sct.tl.annotate(a, m, candidates=TYPES, context="x"), ConfigError, "no option 'context'"),
         (lambda a, m: sct.tl.annotate(a, m, candidates=TYPES, templates=4), ConfigError, "1 to 3 are there"),
         (lambda a, m: sct.tl.find_tumor(a, m), ConfigError, "diseases, a list of names, is missing"),
-        (lambda a, m: sct.tl.find_tumor(a, m, diseases=["normal cell"]), ConfigError, "1 candidates"),
+        (lambda a, m: sct.tl.find_tumor(a, m, diseases=["normal cell", "normal"]), ConfigError, "1 candidates"),
         (lambda a, m: sct.tl.infer_pathways(a, m), ConfigError, "gene_sets, a list of names, is missing"),
         (lambda a, m: sct.tl.find_rare(a, m, abstract=" "), ConfigError, "abstract, a text, is missing"),
         (lambda a, m: sct.tl.find_rare(a, m, layer="none"), DataError, "none"),

@@ -333,6 +333,12 @@ def test_unseen_perturbations_are_compared_with_cells_of_the_same_type(prompts):
     assert opposites[""] == {"cell_type: B cell; dose: drug": "cell_type: B cell; dose: sham"}
     assert opposites["none"] == {"cell_type: B cell; dose: drug": "cell_type: B cell; dose: none"}
     assert [each.name for each in perturbed(prompts, held_out[:1]).evaluators()] == ["perturbed"]
+    # No B cell of training had it: nothing else takes its place.
+    assert "perturbed" not in [
+        each.name for each in perturbed(prompts, held_out, control="drug").evaluators()
+    ]
+    with pytest.raises(ConfigError, match=r"objective.control is 'None', but training cells have .*none"):
+        perturbed(prompts, held_out, control="None").evaluators()
     assert not perturbed(prompts, held_out[1:2]).evaluators()  # training has these
 
 
@@ -343,6 +349,9 @@ def test_the_table_of_unseen_perturbations(prompts):
     numbers = dict(measured(nn.unbox(task.init(jax.random.key(0)))))
     assert measured.report is not None
     assert measured.report.title.startswith("1 unseen conditions, 4 generated cells")
+    assert "cell_type: B cell; dose: drug with cell_type: B cell; dose: none." in " ".join(
+        measured.report.notes
+    )
     real, unchanged = (
         [value for name, value in numbers.items() if name.startswith(row)]
         for row in ("other real cells/", "training cells of the opposite condition/")

@@ -19,11 +19,13 @@ from sct.data.text.instructions import StudyQuestions
 from sct.errors import ConfigError
 from sct.generation.cell_asker import CellAsker
 from sct.models import registry
+from sct.models.decoder import Decoder
 from sct.models.zeromics import ZerOmics
-from sct.nn.paths import flatten, unflatten
+from sct.nn.paths import flatten, resolve, unflatten
 from sct.tasks.instruction_reports import MODEL, OTHERS, Answers
 from sct.tasks.instructions import InstructionData, Instructions, InstructionsConfig
 from sct.train.experiment import run
+from sct.weights.pretrained import Pretrained
 from tests.data.test_quantile_bins import Study
 from tests.data.text.test_instructions import ABSTRACT, study, tokenizer
 from tests.data.text.toy_texts import GENES, ToyStore
@@ -44,7 +46,7 @@ def _quickly():
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("texts") / "studies.yaml"
-    path.write_text(f"one: {{abstract: {ABSTRACT}}}\ntest: {{abstract: {ABSTRACT}}}\n")
+    path.write_text(f"one: {{abstract: {ABSTRACT}}}\n")
     return path
 
 
@@ -173,8 +175,10 @@ def test_options_that_cannot_be(studies):
 
 def test_answers_beside_a_control_that_gives_other_cells(studies):
     """A model that reads the answer out of the cell is right, and with other cells' tokens no better than chance."""
+    both = studies.with_name("both.yaml")
+    both.write_text(f"one: {{abstract: {ABSTRACT}}}\ntest: {{abstract: {ABSTRACT}}}\n")
     held_out = study("test", 60, "test")
-    task = task_of(studies, held_out, tasks=(("cta", 1.0),))
+    task = task_of(both, held_out, tasks=(("cta", 1.0),))
     (measured,) = task.evaluators()
     assert isinstance(measured, Answers)
     cells = [each for _, each in measured.held_out]
@@ -258,25 +262,105 @@ def test_both_stages_from_configurations(text_config, tmp_path):
     assert settings["resolved_model"]["llm"]["vocab_size"] == model.tokenizer.vocab_size
 
 
-def test_stopping_and_resuming_does_not_read_the_models_again(text_config, tmp_path):
+def test_stopping_and_resuming_does_not_read_the_models_again(text_config, tmp_path, monkeypatch):
     _, config, _ = text_config
     whole = run(config, tmp_path / "whole")
     stopped = {**config, "train": {**config["train"], "stop_at": 2}}
     assert run(stopped, tmp_path / "parts").reason == "stop_at"
-    gone = {**config, "data": {**config["data"]}}
-    again = run(gone, tmp_path / "parts")
-    assert same(again.state, whole.state)
+    monkeypatch.setattr("sct.tasks.instructions.load", None)
+    assert same(run(config, tmp_path / "parts").state, whole.state)
+
+
+def test_a_cell_model_that_is_resumed_has_the_size_of_its_features(text_config, tmp_path):
+    first, *_ = text_config
+    config = {**first, "train": {**first["train"], "steps": 4}}
+    whole = run(config, tmp_path / "whole")
+    stopped = {**config, "train": {**config["train"], "stop_at": 2}}
+    assert run(stopped, tmp_path / "parts").reason == "stop_at"
+    assert same(run(config, tmp_path / "parts").state, whole.state)
+    # And one that starts from it.
+    again = run({**config, "init_from": str(tmp_path / "whole")}, tmp_path / "again")
+    assert again.progress.step == 4
+
+
+def test_training_goes_on_from_a_model_that_answers(text_config, tmp_path):
+    _, config, _ = text_config
+    run(config, tmp_path / "first")
+    more = {**config, "init_from": str(tmp_path / "first"), "train": {**config["train"], "steps": 2}}
+    result = run(more, tmp_path / "second")
+    assert result.progress.step == 2
+    before = flatten(sct.load(tmp_path / "first").variables)
+    path = "params/cells/layers/mlp/up/kernel"
+    np.testing.assert_array_equal(flatten(result.state.variables)[path], before[path])
+    for changes, words in (
+        (
+            {"tasks": (("rci", 1.0),)},
+            "adapters for universal, cta, but the configuration asks for universal, rci",
+        ),
+        ({"alpha": 4.0}, "alpha 4, but 8 is asked for"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            run({**more, "objective": {**more["objective"], **changes}}, tmp_path / "third")
 
 
 def test_a_model_of_another_kind_is_refused(text_config, tmp_path):
-    _, config, folder = text_config
+    _, config, _ = text_config
     for changes, words in (
         ({"cells": ""}, "the cell model is missing"),
         ({"studies": ""}, "the abstracts of studies are missing"),
-        ({"llm": str(folder / "cells")}, "tokenizer|zeromics_cells"),
+        ({"max_genes": 30}, "data.max_genes is 30, but the cell model was trained with 40"),
     ):
         with pytest.raises(sct.errors.SctError, match=words):
             run({**config, "data": {**config["data"], **changes}}, tmp_path / "run")
+
+
+def test_random_decoders_and_other_families_are_refused(text_config, tmp_path):
+    _, config, folder = text_config
+    frozen = {**config, "objective": {**config["objective"], "train_llm": False}}
+    with pytest.raises(ConfigError, match="adapters change a decoder that is there: name one"):
+        run(frozen, tmp_path / "run")
+    other = registry.model_config("gpt2", {**LLM, "vocab_size": tokenizer().vocab_size})
+    variables = nn.unbox(Decoder(other).init(jax.random.key(0), **Decoder.example(other)))
+    Pretrained("gpt2", other, variables, tokenizer=tokenizer()).save_pretrained(folder / "gpt2")
+    with pytest.raises(ConfigError, match="family 'gpt2', but one of llama is needed"):
+        run({**config, "data": {**config["data"], "llm": str(folder / "gpt2")}}, tmp_path / "other")
+
+
+def test_a_llama_comes_along_with_its_tokenizer_and_licence(text_config, tmp_path):
+    _, config, folder = text_config
+    llama = registry.model_config("llama", {**LLM, "vocab_size": tokenizer().vocab_size})
+    variables = nn.unbox(Decoder(llama).init(jax.random.key(0), **Decoder.example(llama)))
+    Pretrained("llama", llama, variables, tokenizer=tokenizer(), license="llama2").save_pretrained(
+        folder / "llama"
+    )
+    changed = {
+        **config, "data": {**config["data"], "llm": str(folder / "llama"), "length": 250},
+        "model": {"num_soft": 3, "llm": {"remat": "level"}}, "objective": {**config["objective"], "train_llm": False},
+    }  # fmt: skip
+    result = run(changed, tmp_path / "run")
+    model = sct.load(tmp_path / "run")
+    assert (model.license, model.config.llm.remat) == ("llama2", "level")
+    assert model.tokenizer.fingerprint == tokenizer().fingerprint
+    final = flatten(result.state.variables)
+    for path, value in flatten(variables).items():
+        np.testing.assert_array_equal(final[path.replace("params/", "params/llm/", 1)], value, err_msg=path)
+    assert {path.split("/")[1] for path in result.state.trained} == {"tokenizer", "llm"}
+    assert all(path.startswith(("adapters/llm/", "params/tokenizer/")) for path in result.state.trained)
+
+
+@pytest.mark.parametrize("width", [16, 8])
+def test_without_a_tokenizer_adapters_alone_are_trained(studies, width):
+    values = {
+        "cells": CELLS, "llm": {**LLM, "vocab_size": tokenizer().vocab_size, "embed_dim": width}, "num_soft": 1,
+        "tokenizer": "none",
+    }  # fmt: skip
+    task = task_of(studies)
+    model = registry.model_config("zeromics", values, GENES)
+    made = Instructions(task.config, task.data, model, tokenizer(), task.store, task.known, {}, 0)
+    shapes = flatten(nn.unbox(jax.eval_shape(made.init, jax.random.key(0))))
+    trained = resolve(made.trainable, shapes, "trainable")
+    assert {path.rsplit("/", 1)[1] for path, yes in trained.items() if yes} == {"lora_a", "lora_b"}
+    assert ("params/tokenizer/fixed" in shapes) == (width == 16)
 
 
 def test_the_frozen_decoder_has_the_type_of_the_computation(studies):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,8 @@ def read_study_texts(path: str | Path) -> dict[str, dict[str, Any]]:
             ):
                 form = "a text" if field == "abstract" else "a list of texts"
                 raise ConfigError(f"{path}: {field} of {study} is {value!r}, but {form} is needed.")
+            if len(set(texts)) < len(texts):
+                raise ConfigError(f"{path}: {field} of {study} names one of its entries twice.")
     return {str(study): dict(entry) for study, entry in content.items()}
 
 
@@ -162,25 +164,47 @@ class StudyQuestions:
     @functools.cached_property
     def rare(self) -> frozenset[str]:
         """Types that are rare in the study."""
-        if "rare" in self.said:
-            return frozenset(self.said["rare"])
         if self.cell_types is None:
             return frozenset()
+        if "rare" in self.said:
+            return frozenset(self.said["rare"]) & frozenset(self.cell_types)
         shares = pd.Series(self.cell_types[self.cell_types != ""]).value_counts(normalize=True)
         return frozenset(shares.index[shares < self.options.rare_share])
 
     @functools.cached_property
     def candidates(self) -> dict[str, tuple[str, ...]]:
-        """Answers to choose among, by task; a task that cannot be asked is absent."""
+        """Answers to choose among, by task; a task to which no cell has an answer is absent.
+
+        Raises
+        ------
+        ConfigError
+            No cell has any of the types or diseases that the file lists.
+        """
         found: dict[str, Sequence[str]] = {}
-        if self.cell_types is not None:
-            types = self.said.get("cell_types") or sorted(set(self.cell_types) - {""})
-            found["cta"] = types if len(types) > 1 else ()
-            found["rci"] = (YES, NO) if self.rare and set(self.cell_types) - {""} - self.rare else ()
-        if self.diseases is not None:
-            diseases = self.said.get("diseases") or sorted(set(self.diseases) - {"", NORMAL})
-            found["tcd"] = (*diseases, NORMAL) if diseases else ()
-        return {task: tuple(many) for task, many in found.items() if many}
+        types = self._named("cell_types", self.cell_types, ())
+        if len(types) > 1:
+            found["cta"] = types
+        if self.cell_types is not None and self.rare and set(self.cell_types) - {""} - self.rare:
+            found["rci"] = (YES, NO)
+        diseases = self._named("diseases", self.diseases, {NORMAL, *self.options.normal})
+        if diseases:
+            found["tcd"] = (*diseases, NORMAL)
+        return {task: tuple(many) for task, many in found.items()}
+
+    def _named(self, field: str, values: np.ndarray | None, without: Collection[str]) -> list[str]:
+        """Names that the file lists, or else those of the cells."""
+        if values is None:
+            return []
+        there = set(values) - {""}
+        listed = self.said.get(field)
+        if listed is None:
+            return sorted(there - set(without))
+        if there - {NORMAL} and not there & set(listed):
+            raise ConfigError(
+                f"the file of data.studies lists {field} of {self.study.name!r}, but its cells have none of them: they "
+                f"are {', '.join(sorted(there)[:5])}, written like this."
+            )
+        return [name for name in listed if name not in without]
 
     def values(self, row: int) -> dict[str, str]:
         """Answers about a cell that are known, by task."""
@@ -266,7 +290,9 @@ class InstructionSource:
         self.cells = CellSource(studies, cells, known, exhaustive, options.seed)
         self.questions = {study.name: StudyQuestions(study, options) for study in studies}
         if not exhaustive:
+            self._check_rare()
             self._check_tasks()
+        self._check_lengths()
 
     def _check_tasks(self) -> None:
         for task, _ in self.options.tasks:
@@ -276,6 +302,36 @@ class InstructionSource:
                     f"the task {task!r} can be asked of no study: name the column of labels (data.{column}), of which "
                     "two values are needed, and for rare cells a type below data.rare_share, or leave the task out."
                 )
+
+    def _check_rare(self) -> None:
+        """Raise `ConfigError` where a file lists rare types, but not as the cells have them."""
+        for each in self.questions.values():
+            listed = set(each.said.get("rare", ()))
+            if each.cell_types is not None and listed and not listed & set(each.cell_types):
+                raise ConfigError(
+                    f"the file of data.studies lists rare types of {each.study.name!r}, but no cell has one of them: "
+                    f"write {sorted(listed)[0]!r} as in the column data.cell_type."
+                )
+
+    def _check_lengths(self) -> None:
+        """Raise `ConfigError` where the longest instruction about a study does not fit into a row."""
+        for each in self.questions.values():
+            for task, _ in self.options.tasks:
+                for number in range(len(self.prompts.templates[task])):
+                    if candidates := each.candidates.get(task):
+                        fields = fields_of(
+                            task, each.said["abstract"], candidates, (0,), max(candidates, key=len)
+                        )
+                        example = self.prompts.render(task, fields, number=number)
+                        tokens, _ = tokens_of(example, self.tokenizer, self.options.num_soft)
+                        self._check_length(len(tokens), each.study)
+
+    def _check_length(self, number: int, study: Study) -> None:
+        if number > self.options.length:
+            raise ConfigError(
+                f"an instruction about the study {study.name!r} has {number} tokens, but rows have "
+                f"{self.options.length}: raise data.length, or shorten its abstract."
+            )
 
     def __len__(self) -> int:
         return len(self.cells)
@@ -307,11 +363,7 @@ class InstructionSource:
         there = np.zeros(length, bool)
         if example is not None:
             tokens, question = tokens_of(example, self.tokenizer, self.options.num_soft)
-            if len(tokens) > length:
-                raise ConfigError(
-                    f"an instruction about the study {study.name!r} has {len(tokens)} tokens, but rows have {length}: "
-                    "raise data.length, or shorten its abstract."
-                )
+            self._check_length(len(tokens), study)
             ids[: len(tokens)], there[: len(tokens)] = tokens, True
             predicted[question : len(tokens)] = True
         own = self.cells.bag(number, epoch)

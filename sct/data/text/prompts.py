@@ -460,6 +460,8 @@ def _checked(raw: Any, needed: TaskFields, where: str) -> Template:
             raise ConfigError(f"{where}: the prompt tells the answer {{{needed.answer}}}; remove it")
         if side == "prompt" and (missing := [name for name in needed.prompt if name not in names]):
             raise ConfigError(f"{where}: the prompt lacks the field {{{missing[0]}}}; add it")
+        if needed.soft and side == "prompt" and names.count("cell") != 1:
+            raise ConfigError(f"{where}: the prompt has {{cell}} {names.count('cell')} times; have it once")
         if not needed.soft and re.search(r"\S\{cell\}|\{cell\}\S", text):
             raise ConfigError(
                 f"{where}: the {side} has {{cell}} beside other marks; put white space around it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from functools import cache
 from typing import Any
@@ -140,6 +141,7 @@ def test_what_a_study_says_of_itself_goes_first():
             "diseases": ["glioma", "lymphoma"]}  # fmt: skip
     asked = StudyQuestions(study(), options(studies={"one": said}))
     assert asked.candidates["cta"] == ("B cell", "T cell", "plasma cell")
+    assert asked.rare == {"T cell"}
     assert asked.candidates["tcd"] == ("glioma", "lymphoma", "normal cell")
     table = asked.study.table
     for row in range(20):
@@ -148,6 +150,37 @@ def test_what_a_study_says_of_itself_goes_first():
         assert asked.answer("cta", row) == (name if name in said["cell_types"] else "")
         assert asked.answer("rci", row) == ({"T cell": "Yes", None: ""}.get(name, "No"))
         assert asked.answer("tcd", row) == ({"normal": "normal cell", "glioma": "glioma"}.get(disease, ""))
+
+
+def test_normal_cells_are_no_disease():
+    for diseases in (["glioma", "normal"], ["normal cell", "glioma"]):
+        asked = StudyQuestions(
+            study(), options(studies={"one": {"abstract": ABSTRACT, "diseases": diseases}})
+        )
+        assert asked.candidates["tcd"] == ("glioma", "normal cell")
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"rare": ["Nk cell"]}, "lists rare types of 'one', but no cell has one of them: write 'Nk cell'"),
+        ({"cell_types": ["b cell", "t cell"]}, "lists cell_types of 'one', but its cells have none of them"),
+        ({"diseases": ["Glioma"]}, "lists diseases of 'one', but its cells have none of them"),
+    ],
+)
+def test_names_that_no_cell_has(said, words):
+    with pytest.raises(ConfigError, match=words):
+        source(studies={"one": {"abstract": ABSTRACT, **said}})
+
+
+def test_a_prompt_has_the_cell_once(tmp_path):
+    prompts = load_prompts(None, INSTRUCTION_PROMPTS).plain()
+    prompts["rci"][0]["prompt"] += " {cell}"
+    path = tmp_path / "prompts.json"
+    tasks = {task: {"replace": True, "templates": many} for task, many in prompts.items()}
+    path.write_text(json.dumps({"version": 1, "tasks": tasks}))
+    with pytest.raises(ConfigError, match=r"has \{cell\} 2 times"):
+        load_prompts(path, INSTRUCTION_PROMPTS)
 
 
 def test_tasks_that_a_study_cannot_be_asked():
@@ -170,7 +203,9 @@ def test_a_study_without_an_abstract_and_a_row_that_is_too_short():
     with pytest.raises(ConfigError, match=r"the study 'two' has no abstract: add `two: \{abstract"):
         source(study("two"))
     with pytest.raises(ConfigError, match=r"has \d+ tokens, but rows have 40: raise data.length"):
-        [source(length=40).bag(number) for number in range(20)]
+        source(length=40)
+    with pytest.raises(ConfigError, match=r"tokens, but rows have 40: raise data\.length"):
+        source(length=40, exhaustive=True)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +218,7 @@ def test_a_study_without_an_abstract_and_a_row_that_is_too_short():
         ("one: {rare: B cell}", "rare of one is 'B cell', but a list of texts"),
         ("one: {diseases: []}", "a list of texts"),
         ('one: {abstract: "a\\0b"}', "a text is needed"),
+        ("one: {rare: [B cell, B cell]}", "rare of one names one of its entries twice"),
         ("one: {", "cannot be read"),
     ],
 )
