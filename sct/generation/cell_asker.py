@@ -17,7 +17,7 @@ from sct.data.text.instructions import MARK, fields_of, tokens_of
 from sct.data.text.prompts import INSTRUCTIONS, Example, Prompts
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import ConfigError
-from sct.generation.generate import Options, generate
+from sct.generation.generate import Options, Parts, generate, made_parts
 from sct.generation.scoring import score
 from sct.models.decoder_config import DecoderConfig
 from sct.models.zeromics import ZerOmics, ZerOmicsConfig
@@ -35,6 +35,11 @@ class Language:
     config: DecoderConfig
     variables: dict[str, Any]
     tokenizer: Tokenizer
+
+    @functools.cached_property
+    def parts(self) -> Parts:
+        """Parameters as generation takes them, made once for all questions."""
+        return made_parts(self.config, self.variables)
 
 
 @functools.lru_cache(maxsize=8)
@@ -103,7 +108,7 @@ class CellAsker:
         prompts = Prompts.of_plain(data["prompts"], INSTRUCTIONS)
         return cls(config, variables, tokenizer, prompts, cells, known, frozenset(data["normal"]))
 
-    @property
+    @functools.cached_property
     def language(self) -> Language:
         """The decoder with its adapters."""
         parts = {name: tree["llm"] for name, tree in self.variables.items() if "llm" in tree}

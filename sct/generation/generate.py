@@ -159,9 +159,19 @@ def _prepared(config: DecoderConfig) -> Any:
     return jax.jit(functools.partial(ready, config))
 
 
+def made_parts(config: DecoderConfig, variables: dict[str, Any]) -> Parts:
+    """Parts of a decoder for `decode`, in the type of the computation."""
+    return cast(Parts, _prepared(config)(variables))
+
+
 def prepared(model: Model) -> Parts:
-    """Parts of a model, made once for all batches: a copy in the type of the computation."""
-    return cast(Parts, _prepared(model.config)(model.variables))
+    """Parts of a model, made once for all batches: a copy in the type of the computation.
+
+    A model that is asked again and again keeps its own (`parts`).
+    """
+    if (own := getattr(model, "parts", None)) is not None:
+        return cast(Parts, own)
+    return made_parts(model.config, model.variables)
 
 
 def known_tokens(model: Model) -> int:

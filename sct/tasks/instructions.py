@@ -11,6 +11,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from sct.data.bundled import study_texts
 from sct.data.genes import GeneVocabulary
@@ -173,7 +174,12 @@ def make_tokenizer(store: Store, config: InstructionsConfig, data: InstructionDa
 
 
 def parts_of(
-    data: InstructionData, vocabulary: GeneVocabulary, values: Mapping[str, Any], vocab_size: int
+    data: InstructionData,
+    vocabulary: GeneVocabulary,
+    values: Mapping[str, Any],
+    vocab_size: int,
+    mesh: Mesh | None = None,
+    frozen: bool = False,
 ) -> tuple[dict[str, Any], np.ndarray, dict[str, Any], str]:
     """Architecture, genes that the cell model knows, bool (G,), arrays by path, and licence of the two models.
 
@@ -187,6 +193,10 @@ def parts_of(
         Of the architecture; what the two models bring goes before them, but for how they compute.
     vocab_size
         Of the tokenizer, for a decoder that is trained from random parameters.
+    mesh
+        Devices that share the arrays.
+    frozen
+        Whether the decoder is not trained: it is then loaded in the type of the computation.
 
     Raises
     ------
@@ -199,7 +209,7 @@ def parts_of(
         )
     made = dict(values)
     given: dict[str, Any] = {}
-    cells = load(data.cells, genes=vocabulary)
+    cells = load(data.cells, genes=vocabulary, mesh=mesh)
     if not isinstance(cells.config, ZerOmicsCellsConfig):
         raise ConfigError(
             f"{data.cells} is a model of the family {cells.family!r}, but one of zeromics_cells is needed."
@@ -212,7 +222,8 @@ def parts_of(
     known = known_genes(len(vocabulary), cells.data["dropped"])
     models = {"cells": cells}
     if data.llm:
-        models["llm"] = load(data.llm)
+        kind = dict(made.get("llm", {})).get("dtype", "float32")
+        models["llm"] = load(data.llm, mesh=mesh, dtype=kind if frozen else None)
         if models["llm"].family != "llama":
             raise ConfigError(
                 f"{data.llm} is a model of the family {models['llm'].family!r}, but one of llama is needed."

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jax.sharding import Mesh
+
 from sct.data.quantile_bins import known_genes
 from sct.data.store import Store
 from sct.data.text.tokenizer import Tokenizer
@@ -35,6 +37,8 @@ class Parts:
         Of a task of texts.
     kept
         What the run that goes on, or the model that training starts from, says of its data.
+    mesh
+        Devices that share the arrays of models which the task loads, each reading its own part; None for one.
     """
 
     family: str
@@ -45,6 +49,7 @@ class Parts:
     seed: int
     tokenizer: Tokenizer | None = None
     kept: Mapping[str, Any] | None = None
+    mesh: Mesh | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +126,9 @@ def _instructions(parts: Parts) -> Instructions:
                 "--config.objective.train_llm=True."
             )
         size = parts.tokenizer.vocab_size
-        values, known, given, licence = instructions.parts_of(parts.data, vocabulary, values, size)
+        values, known, given, licence = instructions.parts_of(
+            parts.data, vocabulary, values, size, parts.mesh, not parts.objective.train_llm
+        )
     model = registry.model_config(parts.family, values, len(vocabulary))
     return Instructions(
         parts.objective, parts.data, model, parts.tokenizer, parts.store, known, given, parts.seed, licence
@@ -174,15 +181,18 @@ def make_task(
     store: Store,
     tokenizer: Tokenizer | None = None,
     kept: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Any, Any]:
     """Task of a configuration over a store, and its data section.
 
-    A task of texts without a tokenizer trains one; `kept` is that of `Parts`.
+    A task of texts without a tokenizer trains one; `kept` and `mesh` are those of `Parts`.
     """
     kind, data = kind_of(config), data_of(config)
     objective = registry.build(kind.objective, config.get("objective", {}), "objective")
     seed = int(config.get("train", {}).get("seed", 0))
     if kind.tokenizer is not None and tokenizer is None:
         tokenizer = kind.tokenizer(store, objective, data, seed)
-    parts = Parts(config["family"], config.get("model", {}), objective, data, store, seed, tokenizer, kept)
+    parts = Parts(
+        config["family"], config.get("model", {}), objective, data, store, seed, tokenizer, kept, mesh
+    )
     return kind.make(parts), data

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import anndata as ad
@@ -45,18 +45,16 @@ def _said(adata: ad.AnnData, name: str, given: Any, form: str, argument: str = "
     return found if form == "a text" else [str(each) for each in found]
 
 
-def _records(
+def _blocks(
     adata: ad.AnnData, model: Pretrained, asker: CellAsker, options: dict[str, Any]
-) -> tuple[Records, list[int]]:
-    """Cells as the model reads them, and their keys."""
+) -> Iterator[tuple[Records, list[int]]]:
+    """Cells as the model reads them, and their keys, some thousands at a time."""
     table = Cells(adata, model.vocabulary, **options)
     running.check_not_empty(table)
-    blocks = [
-        binned_cells(table.read(np.arange(first, min(first + _BLOCK, adata.n_obs))), asker.cells, asker.known)
-        for first in range(0, adata.n_obs, _BLOCK)
-    ]
-    records = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-    return records, [int(key) for key in cell_keys(adata.obs_names)]
+    keys = [int(key) for key in cell_keys(adata.obs_names)]
+    for first in range(0, adata.n_obs, _BLOCK):
+        rows = np.arange(first, min(first + _BLOCK, adata.n_obs))
+        yield binned_cells(table.read(rows), asker.cells, asker.known), keys[first : first + _BLOCK]
 
 
 def answer_by_candidates(
@@ -100,13 +98,15 @@ def answer_by_candidates(
     asker = asker_of(handle)
     said = _said(adata, "abstract", abstract, "a text")
     options = {"layer": layer, "gene_column": gene_column, "duplicates": duplicates}
-    records, keys = _records(adata, handle, asker, options)
-    logs = asker.score(
-        task, records, [said] * adata.n_obs, candidates, keys=keys, seed=seed, templates=templates,
-        batch_size=batch_size,
-    )  # fmt: skip
+    logs = [
+        asker.score(
+            task, records, [said] * len(keys), candidates, keys=keys, seed=seed, templates=templates,
+            batch_size=batch_size,
+        )
+        for records, keys in _blocks(adata, handle, asker, options)
+    ]  # fmt: skip
     target = running.to_write(adata, copy)
-    write_answers(target, candidates, np.exp(logs), key_added, threshold, unknown)
+    write_answers(target, candidates, np.exp(np.concatenate(logs)), key_added, threshold, unknown)
     target.uns[key_added] = {
         "sct_version": __version__, "model": repr(handle), "weights": handle.fingerprint, "task": task,
         "labels": list(candidates), "abstract": said, "templates": templates, "threshold": threshold, "seed": seed,
@@ -272,9 +272,10 @@ def ask(
     asker = asker_of(handle)
     said = _said(adata, "abstract", abstract, "a text")
     options = {"layer": layer, "gene_column": gene_column, "duplicates": duplicates}
-    records, keys = _records(adata, handle, asker, options)
     how = Options(max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size)
-    texts = asker.ask(question, records, [said] * adata.n_obs, keys=keys, seed=seed, options=how)
+    texts: list[str] = []
+    for records, keys in _blocks(adata, handle, asker, options):
+        texts += asker.ask(question, records, [said] * len(keys), keys=keys, seed=seed, options=how)
     target = running.to_write(adata, copy)
     target.obs[key_added] = np.array(texts, dtype=object)
     target.uns[key_added] = {

@@ -212,10 +212,10 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
         _check_data(_read_json(workdir / "data.json"), store, workdir)
         _check_files(_read_json(workdir / "data.json"), plain, workdir)
     parent = None
+    # Each device reads its own part of a large model.
+    mesh = registry.build(TrainConfig, {**plain.get("train", {}), "steps": 1}, "train").mesh
+    placed = sharding.make_mesh(mesh) if jax.device_count() > 1 else None
     if plain.get("init_from") and not resumes:
-        # Each device reads its own part of a large model.
-        mesh = registry.build(TrainConfig, {**plain.get("train", {}), "steps": 1}, "train").mesh
-        placed = sharding.make_mesh(mesh) if jax.device_count() > 1 else None
         parent = pretrained.load(plain["init_from"], mesh=placed, genes=store.vocabulary)
     if resumes and kind_of(plain).resolves:
         architecture = _read_json(settings).get(MODEL)
@@ -233,7 +233,9 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
         architecture = _architecture(plain, parent)
     kept = parent.data if parent is not None else None
     kept = _read_json(workdir / "data.json").get("model") if resumes else kept
-    task, data = make_task({**plain, "model": architecture or plain.get("model", {})}, store, tokenizer, kept)
+    task, data = make_task(
+        {**plain, "model": architecture or plain.get("model", {})}, store, tokenizer, kept, placed
+    )
     if parent is not None and task.lora is not None:
         lora.check_same(parent.variables, task.lora, str(plain["init_from"]))
     options = registry.build(TrainConfig, _with_steps(plain, task, data), "train")

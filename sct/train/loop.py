@@ -254,6 +254,7 @@ def train(
         if start is not None or task.given:
             # Without a model to start from everything else is random.
             state = load_into(state, {**task.given, **(start or {})}, (".*",) if start is None else task.new)
+            task.given = {}  # the state has them now
     else:
         state, now = checkpoints.restore(abstract)
     batches = _draw(lambda size: Loader(source, size, seed=config.seed, **shares), config, now)
