@@ -108,7 +108,7 @@ def get_config(variant: str = "") -> ConfigDict:
             dtype="float32",
             remat="none",
         )
-        config.data.update(dataset="pbmc68k", cells="runs/zeromics_sc", max_genes=512, length=320, disease="")
+        config.data.update(dataset="pbmc68k", cells="runs/zeromics_sc", max_genes=512, length=384, disease="")
         config.data.vocab_size = 1_024
         config.objective.tasks = (("cta", 2.0), ("rci", 1.0))
         config.objective.train_llm = True

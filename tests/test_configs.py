@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from sct.data.bags import BagSource
+from sct.data.bundled import prepare
 from sct.data.datasets import simulate_atlas
 from sct.data.genes import GeneVocabulary
 from sct.data.ingest import IngestOptions, ingest
@@ -334,3 +335,16 @@ def test_a_mistake_on_the_command_line_is_one_sentence(tmp_path, arguments, word
     assert all(word in message for word in words), message
     assert len(message.splitlines()) <= 2, message
     assert not workdir.exists()
+
+
+def test_instructions_of_the_quickstart_fit_into_its_rows(tmp_path):
+    """The texts about the bundled cells, with a tokenizer trained on them, in every split."""
+    config = values(ROOT / "configs" / "zeromics_llm.py", "quickstart")
+    cells = prepare("pbmc68k", tmp_path / "store")
+    kept = {"task": "instructions", "dropped": [], "members": ["universal", "cta", "rci"]}
+    task, data = make_task(config, cells, None, kept)
+    for split in ("train", "validation", "test"):
+        source = task.dataset(split)
+        assert {name for each in source.questions.values() for name in each.candidates} == {"cta", "rci"}
+        longest = max(int(source.bag(number)["there"].sum()) for number in range(len(source)))
+        assert data.length - 64 < longest <= data.length
