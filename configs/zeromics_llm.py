@@ -35,9 +35,11 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.cells = ConfigDict()  # the sizes are those of data.cells
     config.model.cells.dtype = "bfloat16"
     config.model.cells.remat = "level"
+    config.model.cells.dropout = 0.0
     config.model.llm = ConfigDict()  # the sizes are those of data.llm
     config.model.llm.dtype = "bfloat16"
     config.model.llm.remat = "level"
+    config.model.llm.dropout = 0.0
 
     config.data = ConfigDict()
     config.data.store = ""
@@ -50,6 +52,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.length = 1536
     config.data.cell_type = "cell_type"  # columns of obs, "" for none
     config.data.disease = "disease"
+    config.data.pathways = ""  # active pathways of each cell, "hypoxia, apoptosis", for the task cpi
     config.data.normal = ("normal", "healthy")
     config.data.rare_share = 0.05
     config.data.tokenizer = ""
@@ -63,6 +66,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.objective.dropout = 0.0
     config.objective.universal = True  # ablations: leave the universal adapter, or those of tasks, out
     config.objective.of_tasks = True
+    config.objective.members = ()  # adapters of init_from, where it was trained on other tasks
     config.objective.train_llm = False
     config.objective.train_cells = False
     config.objective.report_cells = 500
@@ -95,8 +99,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.mesh = "fsdp"  # or single, data, pod, or sizes: fsdp=4,tensor=2
 
     if variant == "quickstart":
-        config.model.num_soft = 8
-        config.model.tokenizer = "pooled"
+        config.model.num_soft = 16
         config.model.cells.update(dtype="float32", remat="none")
         config.model.llm.update(
             vocab_size=0,
@@ -107,13 +110,13 @@ def get_config(variant: str = "") -> ConfigDict:
             max_length=512,
             dtype="float32",
             remat="none",
+            dropout=0.1,
         )
-        config.data.update(dataset="pbmc68k", cells="runs/zeromics_sc", max_genes=512, length=384, disease="")
+        config.data.update(dataset="pbmc68k", cells="runs/zeromics_sc", max_genes=512, length=192, disease="")
         config.data.vocab_size = 1_024
         config.objective.tasks = (("cta", 2.0), ("rci", 1.0))
         config.objective.train_llm = True
-        config.objective.train_cells = True
-        config.optimizer.update(peak_lr=1e-3, warmup_steps=30, final_lr=1e-5)
-        config.train.update(batch_size=8, steps=600, log_every=20, eval_every=100, checkpoint_every=100)
+        config.optimizer.update(peak_lr=2e-3, warmup_steps=30, final_lr=1e-5, weight_decay=0.1)
+        config.train.update(batch_size=16, steps=250, log_every=10, eval_every=50, checkpoint_every=50)
         config.train.update(loader_threads=1, eval_records=0, mesh="data")
     return config

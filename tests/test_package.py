@@ -38,7 +38,7 @@ _BELOW_TRAIN = {
     "errors",
     "progress",
 }
-_ALL = _BELOW_TRAIN | {"train", "speed", "pp", "tl", "pl", "commands", "cli", "sct", "version"}
+_ALL = _BELOW_TRAIN | {"train", "speed", "pp", "tl", "pl", "benchmarks", "commands", "cli", "sct", "version"}
 # Part of the package -> parts that it may import. "sct" is the root, which others read for its version.
 ALLOWED: dict[str, set[str]] = {
     "sct": {"version"},
@@ -65,7 +65,8 @@ ALLOWED: dict[str, set[str]] = {
         "version",
     },
     "train": {"train", "version"} | _BELOW_TRAIN,
-    **{part: _ALL - {"train", "speed", "commands", "cli"} for part in ("pp", "tl", "pl")},
+    **{part: _ALL - {"train", "speed", "benchmarks", "commands", "cli"} for part in ("pp", "tl", "pl")},
+    "benchmarks": {"benchmarks", "train", "tl", "version"} | _BELOW_TRAIN,
     "speed": {"speed", "train", "tl", "version"} | _BELOW_TRAIN,
     **dict.fromkeys(("commands", "cli", "__main__"), _ALL),
 }

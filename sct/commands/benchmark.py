@@ -3,11 +3,12 @@
     sct benchmark --config=benchmark --config.model=runs/mine --config.data.path=cells.h5ad
     sct benchmark --config=benchmark --config.model=runs/mine --config.data.path=STORE --config.output=runs/results
     sct benchmark --config=benchmark:quick --config.model=runs/mine --config.data.path=cells.h5ad
+    sct benchmark --config=benchmark_zeromics --config.model=runs/zeromics_llm --config.data.path=cells.h5ad
 
 Imputation of genes and of whole cells, and embeddings where cells have labels; every method on the same cells and
-the same masked positions. The output folder gets report.html, report.md, report.json and results.json. Any field
-of the configuration is set as --config.section.field=value. In a clone, `python -m launch.benchmark` is the same
-program.
+the same masked positions. With benchmark_zeromics: questions about cells, zero- and few-shot. The output folder gets
+report.html, report.md, report.json and results.json. Any field of the configuration is set as
+--config.section.field=value. In a clone, `python -m launch.benchmark` is the same program.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ def main(argv: list[str]) -> None:
     """Measure as the configuration says."""
     from rich.console import Console
 
-    from sct.tl.benchmarking import benchmark
-
     config = _CONFIG.value.to_dict()
-    if "gene_imputation" not in config:
+    if config.pop("benchmark", "") == "instructions":
+        from sct.benchmarks.instructions import benchmark
+    elif "gene_imputation" in config:
+        from sct.tl.benchmarking import benchmark
+    else:
         raise ConfigError("this is a configuration of training: give --config=configs/benchmark.py.")
     console = Console()
     for table in benchmark(config):

@@ -12,7 +12,7 @@ from scipy import sparse
 from sklearn.decomposition import PCA
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import average_precision_score, cohen_kappa_score, roc_auc_score
+from sklearn.metrics import average_precision_score, cohen_kappa_score, f1_score, roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from sct.errors import ConfigError, DataError
@@ -57,11 +57,14 @@ class Options:
         Draws of the shuffled controls and of the guesses: 0, 1, ...
     components, k
         Principal components of the baselines, and neighbours that vote.
+    positive
+        A label whose own F1 is a column, such as "Yes".
     """
 
     seeds: int = 5
     components: int = 50
     k: int = 5
+    positive: str = ""
 
     def __post_init__(self) -> None:
         for name in ("seeds", "components", "k"):
@@ -237,7 +240,19 @@ def joint(true: pd.DataFrame, probabilities: Mapping[str, pd.DataFrame]) -> tupl
     return combined, pd.DataFrame(product, index=true.index, columns=columns)
 
 
-def _values(true: pd.DataFrame, prediction: Prediction) -> tuple[dict[str, float], list[str]]:
+def f1_of(label: Any, true: pd.Series, predicted: pd.Series) -> float:
+    """F1 of one label of a key (N,), in [0, 1], 1 the best; 0 where it is never predicted, NaN where no cell has it."""
+    has, says = (np.asarray(each.to_numpy(object) == label, dtype=bool) for each in (true, predicted))
+    return float(f1_score(has, says, zero_division=0.0)) if has.any() else float("nan")
+
+
+def _f1_column(positive: str) -> list[str]:
+    return [f'F1 of "{positive}"'] if positive else []
+
+
+def _values(
+    true: pd.DataFrame, prediction: Prediction, positive: str = ""
+) -> tuple[dict[str, float], list[str]]:
     """Every measure of one prediction by column, and remarks."""
     several, remarks = true.shape[1] > 1, []
     right = _right(true, prediction.labels)
@@ -248,6 +263,9 @@ def _values(true: pd.DataFrame, prediction: Prediction) -> tuple[dict[str, float
         values["partial accuracy"] = partial_accuracy(true, prediction.labels)
     with metrics.quiet():
         values |= {"macro F1": float(np.mean(f1s)), "kappa": float(np.nanmean(kappas))}
+        for column in _f1_column(positive):
+            own = [f1_of(positive, true[key], prediction.labels[key]) for key in true]
+            values[column] = float(np.nanmean(own))
     if several:
         values |= {f"{key} accuracy": float(right[:, i].mean()) for i, key in enumerate(true)}
     if empty := int(prediction.labels[list(true)].isna().to_numpy().sum()):
@@ -271,11 +289,27 @@ def _first(true: pd.DataFrame) -> str:
     return "exact accuracy" if true.shape[1] > 1 else "accuracy"
 
 
-def _columns(true: pd.DataFrame) -> list[str]:
+def _columns(true: pd.DataFrame, positive: str) -> list[str]:
+    common = ["macro F1", "kappa", *_f1_column(positive), *AREAS]
     if true.shape[1] == 1:
-        return ["accuracy", "macro F1", "kappa", *AREAS]
+        return ["accuracy", *common]
     keys = [f"{key} accuracy" for key in true]
-    return ["exact accuracy", "partial accuracy", "macro F1", "kappa", *AREAS, "exact AUROC (average)", *keys]
+    return ["exact accuracy", "partial accuracy", *common, "exact AUROC (average)", *keys]
+
+
+def log_expression(counts: Any) -> sparse.csr_matrix:
+    """log1p of counts per 10,000 (N, G)."""
+    return Cells(sparse.csr_matrix(counts).astype(np.float32), np.empty(0), None).log
+
+
+def components(training_counts: Any, counts: Any, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Principal components of log expression (T, n) and (N, n), fitted on training cells; fewer of few cells."""
+    before, after = log_expression(training_counts), log_expression(counts)
+    least = min(before.shape)
+    if least < 3:  # too few for components: what they would keep are the genes themselves
+        return before.toarray(), after.toarray()
+    model = PCA(min(number, least - 1), svd_solver="arpack", random_state=0).fit(before)
+    return model.transform(before), model.transform(after)
 
 
 def classify(
@@ -298,14 +332,7 @@ def classify(
     one classifier for each key, on 50 components of log1p counts per 10,000.
     """
     options = options or Options()
-    before, after = (
-        Cells(sparse.csr_matrix(each).astype(np.float32), np.empty(0), None).log
-        for each in (training_counts, counts)
-    )
-    model = PCA(min(options.components, min(before.shape) - 1), svd_solver="arpack", random_state=0).fit(
-        before
-    )
-    before, after = model.transform(before), model.transform(after)
+    before, after = components(training_counts, counts, options.components)
     kinds = {
         LOGISTIC: lambda: LogisticRegression(max_iter=1000),
         KNN.format(options.k): lambda: KNeighborsClassifier(min(options.k, len(before))),
@@ -354,6 +381,7 @@ def compare(
     counts: Any = None,
     training_counts: Any = None,
     options: Options | None = None,
+    beside: Mapping[str, tuple[str, Prediction | Sequence[Prediction]]] | None = None,
 ) -> tuple[Report, Numbers]:
     """Predicted labels beside baselines fitted on training cells (Cell2Sentence, section 4.3, Tables 3 and 9).
 
@@ -373,6 +401,9 @@ def compare(
         (N, G) and (T, G) raw counts, or None, which leaves out the baselines that look at them.
     options
         See `Options`.
+    beside
+        Rows between the predictions and the baselines, which are not shuffled: name -> what it was fitted on, and what
+        it predicts, as in `predictions`.
 
     Returns
     -------
@@ -385,9 +416,9 @@ def compare(
     DataError
         Lengths differ, a key is missing, or no cell has all labels.
     ConfigError
-        A prediction is called like a baseline.
+        Two rows have one name.
     """
-    options = options or Options()
+    options, beside = options or Options(), beside or {}
     missing = [key for key in true if key not in training]
     if missing or not len(true.columns):
         what = f"{missing[0]!r}" if missing else "any key"
@@ -409,7 +440,8 @@ def compare(
         notes.append(f"{left:,} cells without all true labels are left out.")
     if left := int((~fits).sum()):
         notes.append(f"{left:,} training cells without all labels are left out.")
-    for one in (one for given in predictions.values() for one in _listed(given)):
+    asked = [*predictions.values(), *(given for _, given in beside.values())]
+    for one in (one for given in asked for one in _listed(given)):
         for each in (one.labels, *(one.probabilities or {}).values()):
             if len(each) != len(true):
                 raise DataError(
@@ -429,8 +461,11 @@ def compare(
         baselines |= {name: [each] for name, each in fitted.items()}
     for name in guesses[0]:
         baselines[name] = [each[name] for each in (guesses if name == CHANCE else guesses[:1])]
-    if taken := [name for name in baselines if name in predictions]:
-        raise ConfigError(f"a prediction is called {taken[0]!r} like a baseline; give it another name.")
+    names = [*predictions, *(SHUFFLED.format(name) for name in predictions), *beside, *baselines]
+    if taken := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(
+            f"two rows are called {taken[0]!r}, as where a prediction is called like a baseline; give another name."
+        )
 
     measured_rows: dict[str, tuple[str, list[Prediction]]] = {}
     for name, given in predictions.items():
@@ -439,9 +474,11 @@ def compare(
         orders = (np.random.default_rng(seed).permutation(len(rows)) for seed in range(options.seeds))
         shuffled = [_rows(chosen[i % len(chosen)], order) for i, order in enumerate(orders)]
         measured_rows[SHUFFLED.format(name)] = "", shuffled
+    for name, (fitted_on, given) in beside.items():
+        measured_rows[name] = fitted_on, [_rows(one, rows) for one in _listed(given)]
     measured_rows |= {name: (TRAINING, each) for name, each in baselines.items()}
 
-    columns = _columns(true)
+    columns = _columns(true, options.positive)
     report = Report(
         f"Labels of {len(true):,} cells: {', '.join(f'{key} ({true[key].nunique()})' for key in true)}",
         ("method", "fitted on", *columns, "remark"),
@@ -450,7 +487,7 @@ def compare(
     numbers: Numbers = {}
     for name in track(list(measured_rows), "measuring labels"):
         fitted_on, given = measured_rows[name]
-        measured = [_values(true, each) for each in given]
+        measured = [_values(true, each, options.positive) for each in given]
         numbers[name] = {c: [values[c] for values, _ in measured] for c in columns if c in measured[0][0]}
         cells = [numbers[name].get(column, UNMEASURED) for column in columns]
         report.add(

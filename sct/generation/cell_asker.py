@@ -158,6 +158,9 @@ class CellAsker:
     ) -> np.ndarray:
         """Log-probabilities of the candidate answers for each cell, normalised over the candidates.
 
+        Those of pathways, of which an answer may list several, are of answers that begin with a pathway; those of other
+        tasks are of whole answers.
+
         Parameters
         ----------
         task
@@ -197,10 +200,8 @@ class CellAsker:
         for number in range(templates):
             questions = self._questions(task, number, abstracts, candidates, keys, seed)
             responses = [self.prompts.response_for(task, number, each) for each in candidates]
-            answers = [
-                np.append(ids, np.array([self.tokenizer.eos]))
-                for ids in self.tokenizer.encode_response(responses)
-            ]
+            end = np.array([] if task == "cpi" else [self.tokenizer.eos], np.int64)
+            answers = [np.append(ids, end) for ids in self.tokenizer.encode_response(responses)]
             logs = score(
                 self.language, questions, answers, batch_size=batch_size,
                 soft=lambda numbers: self.soft(records, [given[i] for i in numbers]),

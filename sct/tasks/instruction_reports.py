@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import sparse
 
 from sct.data.quantile_bins import binned_cells
-from sct.data.text.instructions import StudyQuestions
+from sct.data.text.instructions import YES, StudyQuestions
 from sct.eval import labels
 from sct.eval.report import Report
 from sct.generation.cell_asker import CellAsker
@@ -75,12 +75,13 @@ class Answers:
             best = pd.DataFrame({self.task: table.columns.to_numpy()[table.to_numpy().argmax(axis=1)]})
             predictions[name] = labels.Prediction(best, {self.task: table})
         self.report, numbers = labels.compare(
-            predictions,
+            {MODEL: predictions[MODEL]},
             pd.DataFrame({self.task: np.concatenate([cells.labels for _, cells in self.held_out])}),
             pd.DataFrame({self.task: self.train.labels}),
             sparse.vstack([cells.counts for _, cells in self.held_out], format="csr"),
             self.train.counts,
-            options=labels.Options(seeds=self.seeds),
+            options=labels.Options(seeds=self.seeds, positive=YES if self.task == "rci" else ""),
+            beside={OTHERS: ("", predictions[OTHERS])},
         )
         self.report.notes = (*self.report.notes, *filter(None, [self.note]))
         yield from means(numbers)

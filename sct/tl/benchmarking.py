@@ -132,7 +132,7 @@ class BenchmarkOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class Part:
     """A study: the cells that are measured, and their table of counts, with one section."""
 
     name: str
@@ -180,10 +180,10 @@ def benchmark(
     chosen = model if model is not None else options.model
     handle = running.opened(chosen) if chosen else None
     vocabulary = handle.vocabulary if handle is not None else _vocabulary(options.genes)
-    studies, train = _open(options, adata)
+    studies, train = open_cells(options.data, adata)
     if train is not None:
         train.check_vocabulary(vocabulary)
-    parts = [_part(name, study, vocabulary, options.data) for name, study in studies]
+    parts = [part_of(name, study, vocabulary, options.data) for name, study in studies]
     for part in parts if options.data.batch_key else ():
         running.column(part.adata, options.data.batch_key, "data.batch_key")
     reports, figures, numbers = _measure(parts, handle, train, options)
@@ -210,11 +210,10 @@ def _vocabulary(path: str) -> GeneVocabulary:
     return GeneVocabulary.load(Path(path).expanduser()) if path else GeneVocabulary.human()
 
 
-def _open(
-    options: BenchmarkOptions, adata: ad.AnnData | None
+def open_cells(
+    data: DataOptions, adata: ad.AnnData | None = None
 ) -> tuple[list[tuple[str, ad.AnnData]], Store | None]:
     """Studies to score, in memory, and the store whose training studies baselines are fitted on."""
-    data = options.data
     path = Path(data.path).expanduser()
     train = Store.open(Path(data.train).expanduser()) if data.train else None
     if adata is not None:
@@ -263,7 +262,7 @@ def _divided(cells: ad.AnnData, data: DataOptions, name: str) -> list[tuple[str,
     return parts
 
 
-def _part(name: str, study: ad.AnnData, vocabulary: GeneVocabulary, data: DataOptions) -> _Part:
+def part_of(name: str, study: ad.AnnData, vocabulary: GeneVocabulary, data: DataOptions) -> Part:
     """Find the counts and positions of a study's cells; cells without any count are left out."""
 
     def table(cells: ad.AnnData) -> Cells:
@@ -280,11 +279,11 @@ def _part(name: str, study: ad.AnnData, vocabulary: GeneVocabulary, data: DataOp
     if not filled.all():
         study = study[filled].copy()
         made = table(study)
-    return _Part(name, study, made)
+    return Part(name, study, made)
 
 
 def _measure(
-    parts: list[_Part], handle: Pretrained | None, train: Store | None, options: BenchmarkOptions
+    parts: list[Part], handle: Pretrained | None, train: Store | None, options: BenchmarkOptions
 ) -> tuple[list[Report], list[Figure], dict[str, Any]]:
     """Run every protocol; one that cannot run is a table with the reason."""
     reports: list[Report] = []
@@ -345,7 +344,7 @@ def _bag_size(handle: Pretrained | None, data: DataOptions) -> int:
 
 
 def _held_out(
-    parts: list[_Part], handle: Pretrained | None, train: Store | None, data: DataOptions
+    parts: list[Part], handle: Pretrained | None, train: Store | None, data: DataOptions
 ) -> tuple[HeldOut, BagSource | None, Model | None]:
     """Cells to impute, bags of the training studies, and the model as a method."""
     size = _bag_size(handle, data)
@@ -408,7 +407,7 @@ def _imputation_figures(outcome: Outcome, cells_per_bag: int) -> list[Figure]:
 
 
 def _embedding(
-    part: _Part, handle: Pretrained | None, options: BenchmarkOptions
+    part: Part, handle: Pretrained | None, options: BenchmarkOptions
 ) -> tuple[Report, list[Figure], dict[str, Any]]:
     """Table and pictures of the embeddings of a study."""
     data, asked = options.data, options.embedding
@@ -446,7 +445,7 @@ def _embedding(
     return table, figures, measured
 
 
-def _umap(part: _Part, color: str) -> Figure:
+def _umap(part: Part, color: str) -> Figure:
     from matplotlib.figure import Figure as Canvas
 
     from sct import pl

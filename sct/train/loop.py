@@ -218,7 +218,8 @@ def train(
         Run folder: `checkpoints/`, `metrics.jsonl`, `tensorboard/` are written here.
     start
         Arrays by path to start from instead of random ones (a further stage of training); only paths that
-        the task declares as `new` may be absent. Not used where the run goes on from a checkpoint.
+        the task declares as `new` may be absent. Not used where the run goes on from a checkpoint. Arrays on a device
+        are given away: copy what is needed afterwards.
 
     Raises
     ------

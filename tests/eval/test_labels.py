@@ -226,6 +226,24 @@ def test_one_key_has_one_accuracy_and_seeds_of_a_model_are_measurements():
     assert list(numbers) == ["model", "model, shuffled among cells", lab.MAJORITY, lab.CHANCE]
 
 
+def test_one_label_has_an_f1_of_its_own_and_rows_beside_are_not_shuffled():
+    true = pd.DataFrame({"rare": ["Yes", "Yes", "No", "No", "No", "No"]})
+    said = pd.DataFrame({"rare": ["Yes", "No", "Yes", "No", "No", None]})
+    report, numbers = lab.compare(
+        {"model": Prediction(said)}, true, true, options=Options(seeds=2, positive="Yes"),
+        beside={"other": ("a file", [Prediction(true), Prediction(said)])},
+    )  # fmt: skip
+    assert numbers["model"]['F1 of "Yes"'] == [pytest.approx(2 * 1 / (2 * 1 + 1 + 1))]
+    assert numbers["other"]['F1 of "Yes"'] == [1.0, pytest.approx(0.5)]
+    assert numbers[lab.MAJORITY]['F1 of "Yes"'] == [0.0]
+    assert [row[:2] for row in report.rows][:3] == [
+        ["model", ""], ["model, shuffled among cells", ""], ["other", "a file"],
+    ]  # fmt: skip
+    assert np.isnan(lab.f1_of("Yes", pd.Series(["No"]), pd.Series(["Yes"])))
+    with pytest.raises(ConfigError, match="two rows are called 'model'"):
+        lab.compare({"model": Prediction(said)}, true, true, beside={"model": ("", Prediction(true))})
+
+
 def test_cells_without_a_label_and_labels_that_training_lacks():
     (true, counts), (training, before) = data(80, 0), data(80, 1)
     true.loc[3, "dose"], training.loc[5, "type"] = None, np.nan

@@ -92,7 +92,8 @@ def by_hand(
             logs = jax.nn.log_softmax(
                 model.apply(**inputs, input_ids=ids[None], outputs=["logits"])["logits"][0]
             )
-            answer = np.arange(question, len(ids))
+            # An answer may list several pathways: that it begins with one is what counts.
+            answer = np.arange(question, len(ids) - (task == "cpi"))
             found[row, column] = np.asarray(logs)[answer - 1, ids[answer]].sum()
     shares = np.exp(found - found.max(axis=1, keepdims=True))
     return shares / shares.sum(axis=1, keepdims=True)

@@ -149,6 +149,7 @@ def test_a_mixed_batch_trains_what_batches_of_each_task_would(studies):
         ({"of_tasks": False}, ("universal",)),
         ({"universal": False}, ("cta", "rci", "tcd")),
         ({"tasks": (("tcd", 1.0),)}, ("universal", "tcd")),
+        ({"tasks": (("tcd", 1.0),), "members": ("universal", "cta", "rci")}, ("universal", "cta", "rci")),
     ],
 )
 def test_ablations_leave_adapters_out(studies, options, members):
@@ -163,7 +164,8 @@ def test_ablations_leave_adapters_out(studies, options, members):
 
 def test_options_that_cannot_be(studies):
     for options, words in (
-        ({"tasks": (("cpi", 1.0),)}, "tasks are cta, rci, tcd"),
+        ({"tasks": (("csi", 1.0),)}, "tasks are cta, rci, tcd, cpi"),
+        ({"tasks": (("cpi", 1.0),), "members": ("cta",)}, "neither 'cpi' nor 'universal'"),
         ({"universal": False, "of_tasks": False}, "the universal one, those of tasks, or both"),
         ({"report_seeds": 0}, "report_seeds be positive"),
     ):

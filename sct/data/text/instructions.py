@@ -8,15 +8,16 @@ comes from a YAML file::
       cell_types: [B cell, T cell, ...]   # candidates of annotation; by default those of its cells
       rare: [plasma cell, ...]            # by default the types that fewer than rare_share of its cells have
       diseases: [glioma, ...]             # candidates for tumour cells; by default those of its cells
+      gene_sets: [hypoxia, ...]           # pathways to choose among; by default those of its cells
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -31,7 +32,9 @@ from sct.errors import ConfigError
 # Stands for the cell in a text until it is tokenised; no text of a person has it.
 MARK = "\0"
 NORMAL, YES, NO = "normal cell", "Yes", "No"
-_LISTS = ("cell_types", "rare", "diseases")
+# Between the pathways of a cell; no name of one has it.
+BETWEEN = ", "
+_LISTS = ("cell_types", "rare", "diseases", "gene_sets")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +49,8 @@ class InstructionOptions:
         Soft tokens of a cell (K).
     length
         Tokens of a row (T), soft ones included.
-    cell_type, disease
-        Columns of `obs`, "" for none.
+    cell_type, disease, pathways
+        Columns of `obs`, "" for none; the last has the active pathways of a cell, "hypoxia, apoptosis".
     normal
         Values of the disease column that mean a normal cell.
     rare_share
@@ -63,6 +66,7 @@ class InstructionOptions:
     length: int = 1024
     cell_type: str = "cell_type"
     disease: str = ""
+    pathways: str = ""
     normal: tuple[str, ...] = ("normal", "healthy")
     rare_share: float = 0.05
     studies: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
@@ -103,9 +107,31 @@ def read_study_texts(path: str | Path) -> dict[str, dict[str, Any]]:
             ):
                 form = "a text" if field == "abstract" else "a list of texts"
                 raise ConfigError(f"{path}: {field} of {study} is {value!r}, but {form} is needed.")
+            if field == "gene_sets" and any(BETWEEN.strip() in text for text in texts):
+                raise ConfigError(
+                    f"{path}: gene_sets of {study} has a name with a comma, which stands between names: leave it out."
+                )
             if len(set(texts)) < len(texts):
                 raise ConfigError(f"{path}: {field} of {study} names one of its entries twice.")
     return {str(study): dict(entry) for study, entry in content.items()}
+
+
+class Labelled(Protocol):
+    """Cells with labels, such as a `sct.data.store.Study`."""
+
+    @property
+    def name(self) -> str:
+        """Of the study."""
+        ...
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells (N)."""
+        ...
+
+    def obs(self, columns: Collection[str] | None = None) -> pd.DataFrame:
+        """Labels of its cells: those of these columns that there are."""
+        ...
 
 
 class StudyQuestions:
@@ -114,7 +140,7 @@ class StudyQuestions:
     Parameters
     ----------
     study
-        Of a store.
+        Of a store, or any labelled cells.
     options
         See `InstructionOptions`.
 
@@ -124,7 +150,7 @@ class StudyQuestions:
         The study has no abstract.
     """
 
-    def __init__(self, study: Study, options: InstructionOptions):
+    def __init__(self, study: Labelled, options: InstructionOptions):
         self.study, self.options = study, options
         self.said = options.studies.get(study.name, {})
         if "abstract" not in self.said:
@@ -136,7 +162,8 @@ class StudyQuestions:
     @functools.cached_property
     def obs(self) -> pd.DataFrame:
         """Columns of labels, as texts; "" where a cell has none."""
-        wanted = {name for name in (self.options.cell_type, self.options.disease) if name}
+        named = (self.options.cell_type, self.options.disease, self.options.pathways)
+        wanted = {name for name in named if name}
         table = self.study.obs(wanted)
         return table.apply(
             lambda column: column.astype(object).where(column.notna(), "").astype(str).str.strip()
@@ -160,6 +187,11 @@ class StudyQuestions:
         """Disease of each cell or `NORMAL`, "" where it is not known; None where the study has no such column."""
         found = self._column(self.options.disease)
         return None if found is None else np.where(np.isin(found, self.options.normal), NORMAL, found)
+
+    @functools.cached_property
+    def pathways(self) -> np.ndarray | None:
+        """Active pathways of each cell as one text, "" for none; None where the study has no such column."""
+        return self._column(self.options.pathways)
 
     @functools.cached_property
     def rare(self) -> frozenset[str]:
@@ -189,6 +221,10 @@ class StudyQuestions:
         diseases = self._named("diseases", self.diseases, {NORMAL, *self.options.normal})
         if diseases:
             found["tcd"] = (*diseases, NORMAL)
+        listed = None if self.pathways is None else _names(self.pathways)
+        pathways = self._named("gene_sets", listed, ())
+        if len(pathways) > 1:
+            found["cpi"] = pathways
         return {task: tuple(many) for task, many in found.items()}
 
     def _named(self, field: str, values: np.ndarray | None, without: Collection[str]) -> list[str]:
@@ -210,12 +246,24 @@ class StudyQuestions:
         """Answers about a cell that are known, by task."""
         return {task: answer for task in self.candidates if (answer := self.answer(task, row))}
 
+    def longest(self, task: str) -> str:
+        """Longest answer to a task that there are candidates for."""
+        if task != "cpi" or self.pathways is None:
+            return max(self.candidates[task], key=len)
+        row = int(np.argmax([len(text) for text in self.pathways]))
+        return self.answer(task, row) or self.candidates[task][0]
+
     def answer(self, task: str, row: int) -> str:
-        """Answer about a cell, "" where it is not known."""
+        """Answer about a cell, "" where it is not known, or where no pathway is active."""
         if task not in self.candidates:
             return ""
         if task == "tcd":
             value = str(self.diseases[row]) if self.diseases is not None else ""
+        elif task == "cpi":
+            own = (
+                np.array([], dtype=object) if self.pathways is None else _names(self.pathways[row : row + 1])
+            )
+            return BETWEEN.join(name for name in own if name in self.candidates[task])
         else:
             value = str(self.cell_types[row]) if self.cell_types is not None else ""
             if task == "rci" and value:
@@ -223,10 +271,22 @@ class StudyQuestions:
         return value if value in self.candidates[task] else ""
 
 
+def _names(texts: Iterable[str]) -> np.ndarray:
+    """Pathways that texts name, each once, in order."""
+    named = (name.strip() for text in texts for name in str(text).split(BETWEEN.strip()))
+    return np.array(sorted({name for name in named if name}), dtype=object)
+
+
 def fields_of(
     task: str, abstract: str, candidates: Sequence[str], key: tuple[int, ...], answer: str | None = None
 ) -> dict[str, Any]:
-    """Fields of a template; candidates are shuffled by the key, so that their place tells nothing."""
+    """Fields of a template; candidates are shuffled by the key, so that their place tells nothing.
+
+    Several pathways of an answer are shuffled as well, for the first one to be any of them.
+    """
+    if task == "cpi" and answer:
+        own = answer.split(BETWEEN)
+        answer = BETWEEN.join(own[i] for i in np.random.default_rng([*key, 2]).permutation(len(own)))
     fields: dict[str, Any] = {"cell": MARK, "abstract": abstract, "answer": answer}
     if "candidates" in INSTRUCTIONS[task].prompt:
         # The normal cell is named by the template.
@@ -297,7 +357,7 @@ class InstructionSource:
     def _check_tasks(self) -> None:
         for task, _ in self.options.tasks:
             if not any(task in each.candidates for each in self.questions.values()):
-                column = "disease" if task == "tcd" else "cell_type"
+                column = {"tcd": "disease", "cpi": "pathways"}.get(task, "cell_type")
                 raise ConfigError(
                     f"the task {task!r} can be asked of no study: name the column of labels (data.{column}), of which "
                     "two values are needed, and for rare cells a type below data.rare_share, or leave the task out."
@@ -319,14 +379,12 @@ class InstructionSource:
             for task, _ in self.options.tasks:
                 for number in range(len(self.prompts.templates[task])):
                     if candidates := each.candidates.get(task):
-                        fields = fields_of(
-                            task, each.said["abstract"], candidates, (0,), max(candidates, key=len)
-                        )
+                        fields = fields_of(task, each.said["abstract"], candidates, (0,), each.longest(task))
                         example = self.prompts.render(task, fields, number=number)
                         tokens, _ = tokens_of(example, self.tokenizer, self.options.num_soft)
                         self._check_length(len(tokens), each.study)
 
-    def _check_length(self, number: int, study: Study) -> None:
+    def _check_length(self, number: int, study: Labelled) -> None:
         if number > self.options.length:
             raise ConfigError(
                 f"an instruction about the study {study.name!r} has {number} tokens, but rows have "

@@ -161,6 +161,40 @@ def test_normal_cells_are_no_disease():
         assert asked.candidates["tcd"] == ("glioma", "normal cell")
 
 
+def test_pathways_are_several_answers_in_any_order():
+    made = study()
+    made.table["active"] = np.where(np.arange(120) % 3 == 0, "", "hypoxia, apoptosis,DNA repair")
+    asked = StudyQuestions(made, options(pathways="active"))
+    assert asked.candidates["cpi"] == ("DNA repair", "apoptosis", "hypoxia")
+    assert asked.answer("cpi", 0) == ""
+    assert asked.answer("cpi", 1) == "DNA repair, apoptosis, hypoxia"
+    listed = {"one": {"abstract": ABSTRACT, "gene_sets": ["hypoxia", "apoptosis", "glycolysis"]}}
+    some = StudyQuestions(made, options(pathways="active", studies=listed))
+    assert some.candidates["cpi"] == ("hypoxia", "apoptosis", "glycolysis")
+    assert some.answer("cpi", 1) == "apoptosis, hypoxia"
+    # The first one of an answer is any of them, and does not follow the order of the candidates.
+    pairs = Counter()
+    for epoch in range(200):
+        fields = instructions.fields_of(
+            "cpi", ABSTRACT, asked.candidates["cpi"], (0, 1, epoch, 1), asked.answer("cpi", 1)
+        )
+        assert sorted(fields["answer"].split(", ")) == sorted(asked.candidates["cpi"])
+        pairs[fields["candidates"].split(", ")[0], fields["answer"].split(", ")[0]] += 1
+    assert len(pairs) == 9
+    assert min(pairs.values()) > 8
+    asks: dict[str, Any] = {"pathways": "active", "tasks": (("cpi", 1.0),)}
+    with pytest.raises(ConfigError, match=r"has 16[0-9] tokens, but rows have 160"):
+        source(made, **asks)
+    records = source(made, **asks, length=180)
+    known = [bool(records.bag(number)["predicted"].any()) for number in range(120)]
+    assert sum(known) == 80
+
+
+def test_a_task_without_pathways_names_the_column():
+    with pytest.raises(ConfigError, match=r"the task 'cpi' can be asked of no study: .* \(data.pathways\)"):
+        source(tasks=(("cpi", 1.0),))
+
+
 @pytest.mark.parametrize(
     ("said", "words"),
     [

@@ -1,0 +1,1 @@
+"""Benchmarks that train as well as measure."""
