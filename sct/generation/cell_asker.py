@@ -13,8 +13,8 @@ import numpy as np
 
 from sct.data.genes import GeneVocabulary
 from sct.data.quantile_bins import CellOptions, known_genes
-from sct.data.text.instructions import MARK, fields_of, tokens_of
-from sct.data.text.prompts import INSTRUCTIONS, Example, Prompts
+from sct.data.text.instructions import MARK, fields_of, questions_of
+from sct.data.text.prompts import INSTRUCTIONS, Prompts
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import ConfigError
 from sct.generation.generate import Options, Parts, generate, made_parts
@@ -133,15 +133,13 @@ class CellAsker:
         seed: int,
     ) -> list[np.ndarray]:
         """Tokens of the question of a template about each cell."""
-        made = []
-        for abstract, key in zip(abstracts, keys, strict=True):
-            fields = fields_of(task, abstract, candidates, (seed, int(key), 0, 1))
-            made.append(
-                tokens_of(
-                    self.prompts.ask(task, fields, number=number), self.tokenizer, self.config.num_soft
-                )[0]
+        asked = [
+            self.prompts.ask(
+                task, fields_of(task, abstract, candidates, (seed, int(key), 0, 1)), number=number
             )
-        return made
+            for abstract, key in zip(abstracts, keys, strict=True)
+        ]
+        return questions_of([each.prompt for each in asked], self.tokenizer, self.config.num_soft)
 
     def score(
         self,
@@ -237,10 +235,9 @@ class CellAsker:
         """
         keys = range(len(abstracts)) if keys is None else keys
         asked = [
-            Example("", 0, f"Study: {abstract.strip()}\nCell: {MARK}\nTask: {question.strip()}", "")
-            for abstract in abstracts
+            f"Study: {abstract.strip()}\nCell: {MARK}\nTask: {question.strip()}" for abstract in abstracts
         ]
-        prompts = [tokens_of(each, self.tokenizer, self.config.num_soft)[0] for each in asked]
+        prompts = questions_of(asked, self.tokenizer, self.config.num_soft)
         seeds = [int(np.random.SeedSequence([seed, int(key)]).generate_state(1)[0]) for key in keys]
         made = generate(
             self.language, prompts, options or Options(max_new_tokens=64), seeds=seeds,

@@ -201,15 +201,21 @@ def is_float(value: Any) -> bool:
     return bool(jnp.issubdtype(value.dtype, jnp.floating))
 
 
+def _kind(value: Any, dtype: str) -> np.dtype:
+    """Type that an array is written in: a narrower one has no digits that a wider could keep."""
+    wanted = jnp.dtype(dtype)
+    own: np.dtype = value.dtype
+    return wanted if is_float(value) and own.itemsize >= wanted.itemsize else own
+
+
 def _host(value: Any, dtype: str) -> np.ndarray:
     array = np.asarray(jax.device_get(value))
     # `ascontiguousarray` would make a number an array of one.
-    return np.asarray(array.astype(jnp.dtype(dtype)) if is_float(array) else array, order="C")
+    return np.asarray(array.astype(_kind(array, dtype)), order="C")
 
 
 def _bytes(value: Any, dtype: str) -> int:
-    width = jnp.dtype(dtype).itemsize if is_float(value) else value.dtype.itemsize
-    return int(np.prod(value.shape)) * width
+    return int(np.prod(value.shape)) * _kind(value, dtype).itemsize
 
 
 def _shards(flat: Mapping[str, Any], dtype: str, limit: int) -> Iterator[list[str]]:

@@ -153,7 +153,7 @@ class Pretrained:
         folder
             Where to write. A folder that holds anything else than the files of a model is refused.
         dtype
-            "float32" or "bfloat16": type of the floating-point arrays in the file.
+            "float32" or "bfloat16": widest type of the floating-point arrays in the file; narrower ones stay.
         shard_bytes
             Size above which the weights are split over several files, as Hugging Face does.
 

@@ -99,6 +99,10 @@ def test_bfloat16_is_the_rounded_model(model, tmp_path):
     equal(loaded.variables, jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.variables))
     size = (tmp_path / "half" / "model.safetensors").stat().st_size
     assert size < 0.6 * 4 * sum(x.size for x in jax.tree.leaves(model.variables))
+    # A model of fewer digits does not grow when it is saved again.
+    loaded.save_pretrained(tmp_path / "again")
+    equal(sct.load(tmp_path / "again").variables, loaded.variables)
+    assert (tmp_path / "again" / "model.safetensors").stat().st_size == pytest.approx(size, abs=1000)
     wide = sct.load(tmp_path / "half", dtype="float32")
     assert {x.dtype for x in jax.tree.leaves(wide.variables)} == {np.dtype("float32")}
     with pytest.raises(CheckpointError, match="dtype 'int8' is not one of"):

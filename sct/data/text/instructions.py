@@ -160,22 +160,19 @@ class StudyQuestions:
             )
 
     @functools.cached_property
-    def obs(self) -> pd.DataFrame:
-        """Columns of labels, as texts; "" where a cell has none."""
+    def _labels(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Key of each cell, and the labels by column: of millions of cells, which share one text for each label."""
         named = (self.options.cell_type, self.options.disease, self.options.pathways)
-        wanted = {name for name in named if name}
-        table = self.study.obs(wanted)
-        return table.apply(
-            lambda column: column.astype(object).where(column.notna(), "").astype(str).str.strip()
-        )
+        table = self.study.obs({name for name in named if name})
+        return cell_keys(table.index), {str(name): _shared_texts(table[name]) for name in table}
 
-    @functools.cached_property
+    @property
     def keys(self) -> np.ndarray:
         """Key of each cell, uint64 (N,)."""
-        return cell_keys(self.obs.index)
+        return self._labels[0]
 
     def _column(self, name: str) -> np.ndarray | None:
-        return self.obs[name].to_numpy(object) if name and name in self.obs else None
+        return self._labels[1].get(name) if name else None
 
     @functools.cached_property
     def cell_types(self) -> np.ndarray | None:
@@ -271,6 +268,13 @@ class StudyQuestions:
         return value if value in self.candidates[task] else ""
 
 
+def _shared_texts(column: pd.Series) -> np.ndarray:
+    """Labels as texts (N,), "" where there is none, each text once in memory."""
+    codes, values = pd.factorize(column)
+    names = [*(str(value).strip() for value in values), ""]  # the last for what is missing, -1
+    return np.array(names, dtype=object)[codes]
+
+
 def _names(texts: Iterable[str]) -> np.ndarray:
     """Pathways that texts name, each once, in order."""
     named = (name.strip() for text in texts for name in str(text).split(BETWEEN.strip()))
@@ -296,15 +300,21 @@ def fields_of(
     return fields
 
 
-def tokens_of(example: Example, tokenizer: Tokenizer, num_soft: int) -> tuple[np.ndarray, int]:
-    """Tokens int32 of a question, the cell as -1 .. -K, with the answer and its end; and how many are the question.
-
-    The answer is left out where there is none.
-    """
-    before, after = example.prompt.split(MARK)
-    parts = tokenizer.encode_batch([before, after])
+def questions_of(prompts: Sequence[str], tokenizer: Tokenizer, num_soft: int) -> list[np.ndarray]:
+    """Tokens int32 of questions, the cell as -1 .. -K; what several have in common, as an abstract, is read once."""
+    parts = [prompt.split(MARK) for prompt in prompts]
+    texts = list(dict.fromkeys(text for pair in parts for text in pair))
+    tokens = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
     soft = -1 - np.arange(num_soft)
-    question = np.concatenate([tokenizer.begin, parts[0], soft, parts[1]]).astype(np.int32)
+    return [
+        np.concatenate([tokenizer.begin, tokens[before], soft, tokens[after]]).astype(np.int32)
+        for before, after in parts
+    ]
+
+
+def tokens_of(example: Example, tokenizer: Tokenizer, num_soft: int) -> tuple[np.ndarray, int]:
+    """Tokens int32 of a question with the answer and its end, where there is one; and how many are the question."""
+    (question,) = questions_of([example.prompt], tokenizer, num_soft)
     if not example.response:
         return question, len(question)
     (response,) = tokenizer.encode_response([example.response])

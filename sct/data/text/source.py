@@ -105,6 +105,7 @@ class Texts:
     """
 
     def __init__(self, study: Study, vocabulary: GeneVocabulary, options: SentenceOptions, prompts: Prompts):
+        study.check_counts()
         self.study, self.options, self.prompts = study, options, prompts
         self.words = gene_words(vocabulary)
 
