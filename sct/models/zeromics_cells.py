@@ -16,12 +16,13 @@ import jax.numpy as jnp
 from sct.errors import ConfigError, DataError
 from sct.models.bert import BertLayer
 from sct.models.bert_config import BertConfig
-from sct.models.checks import check_range
+from sct.models.checks import check_fields, check_range
 from sct.nn import axes
 from sct.nn.chunked_attention import Mask
 from sct.nn.linear import Embed, Linear
 from sct.nn.stack import stack
 
+ENCODERS = ("transformer", "weighted")
 # Where the features of genes lie, which no training changes.
 FEATURES = "params/features"
 
@@ -42,6 +43,9 @@ class ZerOmicsCellsConfig:
         Width (D), to which features are projected; layers, heads, and width of the feed-forward.
     norm_eps, activation, dropout, remat, dtype
         See `sct.models.bert_config.BertConfig`.
+    encoder
+        "transformer", or "weighted", an ablation without layers (Table 5, "GenePT"): the feature of each gene,
+        projected and weighted by its bin, so that the mean over the genes is the weighted mean of their texts.
     """
 
     num_genes: int = 20_124
@@ -56,8 +60,10 @@ class ZerOmicsCellsConfig:
     dropout: float = 0.0
     remat: str = "level"
     dtype: str = "float32"
+    encoder: str = "transformer"
 
     def __post_init__(self) -> None:
+        check_fields(self, {"encoder": ENCODERS}, {})
         for name in ("num_genes", "feature_dim", "num_bins"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but it must be at least 1.")
@@ -117,6 +123,8 @@ class ZerOmicsCells(nn.Module):
         """Operations of the matrix products of one forward pass without heads; a multiply-add counts as two."""
         width = config.embed_dim
         layer = 4 * width**2 + 2 * length * width + 2 * width * config.ffn_dim
+        if config.encoder == "weighted":
+            layer = 0
         features = min(config.num_genes, batch * length) * config.feature_dim * width
         return 2.0 * (batch * length * config.num_layers * layer + features)
 
@@ -124,11 +132,12 @@ class ZerOmicsCells(nn.Module):
         """Declare the parts."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         init = jax.nn.initializers.normal(0.02)
-        self.bin = Embed(config.num_bins + 2, config.embed_dim, dtype, init, (None, axes.EMBED))
+        if config.encoder == "transformer":
+            self.bin = Embed(config.num_bins + 2, config.embed_dim, dtype, init, (None, axes.EMBED))
+            self.layers = stack(BertLayer, config.layer, config.num_layers, config.remat, "layers", seen=1)
         shape = (config.num_genes, config.feature_dim)
         self.features = axes.param(self, "features", axes.zeros, shape, (None, axes.CHANNEL_IN))
         self.project = Linear(config.embed_dim, (axes.CHANNEL_IN, axes.EMBED), dtype=dtype)
-        self.layers = stack(BertLayer, config.layer, config.num_layers, config.remat, "layers", seen=1)
         self.bin_head = Linear(config.num_bins + 1, (axes.EMBED, axes.CHANNEL), dtype=dtype, kernel_init=init)
         self.gene_head = Linear(
             config.num_genes, (axes.EMBED, axes.TEXT_VOCAB), dtype=dtype, kernel_init=init
@@ -145,9 +154,18 @@ class ZerOmicsCells(nn.Module):
             text = jnp.take(self.project(self.features), jnp.maximum(genes, 0), axis=0)
         if genes is not None:
             segments = (genes >= 0).astype(jnp.int32)
+        if self.config.encoder == "weighted":
+            return self._weighted(bins, text)
         x = axes.constrain(self.bin(bins) + text, axes.BATCH, axes.LENGTH, None)
         x, _ = self.layers(x, Mask(segments, segments))
         return x
+
+    def _weighted(self, bins: jax.Array, text: jax.Array) -> jax.Array:
+        """Texts (B, S, D) times the bins, whose mean over a cell's expressed genes is made one; masked ones are 0."""
+        weights = jnp.where(bins == self.config.mask, 0, bins).astype(jnp.float32)
+        expressed = jnp.maximum((weights > 0).sum(axis=1, keepdims=True), 1)
+        weights = weights * expressed / jnp.maximum(weights.sum(axis=1, keepdims=True), 1.0)
+        return weights[..., None].astype(text.dtype) * text
 
     def bin_logits(self, hidden: jax.Array) -> jax.Array:
         """Scores float32 (..., num_bins + 1) of bins, zero included, of vectors (..., D)."""

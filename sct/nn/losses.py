@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from sct.nn import axes
 from sct.nn.plain import at_once, wants_plain
 
-# Scores that exist at once: 64 MB in float32.
+# Scores that a device holds at once: 64 MB in float32.
 _SCORES = 1 << 24
 
 
@@ -43,7 +44,8 @@ def token_losses(
         return losses, jnp.argmax(logits, axis=-1) == wanted
 
     batch, length = targets.shape
-    most = at_once(max(1, _SCORES // (vocab_size * batch)))
+    parts = axes.parts_of(axes.BATCH, batch) * axes.parts_of(axes.TEXT_VOCAB, vocab_size)
+    most = at_once(max(1, _SCORES * parts // (vocab_size * batch)))
     if wants_plain() or length <= most:
         return piece((hidden, targets))
     pieces = -(-length // most)

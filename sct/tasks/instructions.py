@@ -366,7 +366,9 @@ class Instructions:
         if not self.config.train_cells:
             encoded = jax.lax.stop_gradient(encoded)
         soft = self.model.apply(variables, encoded, genes, method="soft")
-        hidden = self.model.apply(variables, ids, batch["there"], soft, rngs=reading, method="hidden")
+        # Padding stands behind what is read, where no token of a causal decoder sees it: without a mask attention can
+        # be the fast kernel of a GPU.
+        hidden = self.model.apply(variables, ids, None, soft, rngs=reading, method="hidden")
 
         def scores(x: jax.Array) -> jax.Array:
             return cast(jax.Array, self.model.apply(variables, x, method="logits"))

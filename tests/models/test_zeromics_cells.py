@@ -81,6 +81,32 @@ def test_a_gene_is_what_its_feature_says():
     assert np.abs(ours - ZerOmicsCells(CONFIG).apply(changed, swapped)["cell_embedding"]).max() > 1e-3
 
 
+def test_the_ablation_is_the_weighted_mean_of_texts():
+    config = dataclasses.replace(CONFIG, encoder="weighted")
+    module = ZerOmicsCells(config)
+    made = nn.unbox(module.init(jax.random.key(1), **ZerOmicsCells.example(config)))
+    assert set(made["params"]) == {"features", "project", "bin_head", "gene_head"}
+    rng = np.random.default_rng(2)
+    features = jnp.asarray(rng.normal(size=(24, 10)), jnp.float32)
+    made = {"params": {**made["params"], "features": features}}
+    bins = cells().copy()
+    bins[:, 5] = config.mask
+    found = module.apply(made, bins)
+    text = np.asarray(features @ made["params"]["project"]["kernel"] + made["params"]["project"]["bias"])
+    weights = np.where(bins == config.mask, 0, bins).astype(float)
+    expected = weights @ text / weights.sum(axis=1, keepdims=True)
+    expressed = (weights > 0).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(found["cell_embedding"] * 24 / expressed, expected, rtol=1e-3, atol=1e-5)
+    # Genes in any order, with places without one.
+    order = rng.permutation(24)
+    genes = np.concatenate([order, [-1, -1]])[None].repeat(len(bins), axis=0).astype(np.int32)
+    padded = np.concatenate([bins[:, order], np.zeros((len(bins), 2), bins.dtype)], axis=1)
+    again = module.apply(made, padded, genes)
+    np.testing.assert_allclose(again["cell_embedding"], found["cell_embedding"], rtol=1e-3, atol=1e-5)
+    with pytest.raises(ConfigError, match="encoder"):
+        dataclasses.replace(CONFIG, encoder="mean")
+
+
 def test_expression_and_text_are_added_before_the_first_layer():
     """Equation 4, from the parameters alone."""
     params = variables()["params"]

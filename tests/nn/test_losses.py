@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jax.sharding import AbstractMesh
 
-from sct.nn import losses
+from sct.nn import axes, losses
 from sct.nn.losses import token_losses
 from sct.nn.plain import plain_forms, smaller_pieces
+from sct.train import sharding
 from tests.quick import compiled_quickly
 
 VOCAB, WIDTH = 13, 5
@@ -119,6 +121,24 @@ def test_pieces_are_equal_and_as_few_as_can_be(monkeypatch, length, most, sizes)
         return x @ table
 
     token_losses(scores, hidden, targets, VOCAB)
+    assert sorted(set(seen)) == sizes
+
+
+@pytest.mark.parametrize(("rows", "sizes"), [(4, [8]), (3, [2])])
+def test_pieces_are_as_large_as_the_devices_that_share_them(monkeypatch, rows, sizes):
+    monkeypatch.setattr(losses, "_SCORES", 2 * rows * VOCAB)
+    mesh = AbstractMesh(
+        (1, 4, 1, 2), sharding.MESH_AXES
+    )  # four share rows that they divide, none the 13 tokens
+    hidden, targets, table = data(rows, 16)
+    seen = []
+
+    def scores(x):
+        seen.append(x.shape[1])
+        return x @ table
+
+    with axes.on_mesh(mesh, sharding.RULES):
+        token_losses(scores, hidden, targets, VOCAB)
     assert sorted(set(seen)) == sizes
 
 
