@@ -11,7 +11,7 @@ from typing import Any
 
 from sct.version import __version__
 
-_MODULES = {"datasets": "sct.data.datasets", "tl": "sct.tl", "pl": "sct.pl"}
+_MODULES = {"datasets": "sct.data.datasets", "pp": "sct.pp", "tl": "sct.tl", "pl": "sct.pl"}
 _NAMES = {
     "GeneVocabulary": "sct.data.genes",
     "Store": "sct.data.store",

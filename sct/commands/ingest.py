@@ -4,12 +4,17 @@
     sct ingest --input=a.h5ad,b.h5 --input=liver=c/outs --output=stores/mine --validation=liver
     sct ingest --input=census:DATASET_ID --output=stores/mine --processes=4
     sct ingest --input=slides.h5ad --study_key=section --output=stores/spatial
+    sct ingest --input=mouse.h5ad --orthologues=mart_export.txt.gz --output=stores/mine
+    sct ingest --input=gene_scores.h5ad --values=activity --output=stores/chromatin
 
 Folders are searched. Each input becomes a study named after its file (or NAME in NAME=PATH). Counts must
-be raw; genes are aligned to the human protein-coding genes, or to --genes. Running the same command again
-resumes after an interruption, and with more inputs it adds to the store; studies that have not changed are
-kept. At the end a table says what was taken and what was dropped, and why. Train on the store with
---config.data.store=stores/mine. In a clone, `python -m launch.ingest` is the same program.
+be raw; genes are aligned to the human protein-coding genes, or to --genes. Files of mouse or another species
+are named by the one-to-one pairs of a table, --orthologues, in an ingest of their own that adds them to the
+store. Matrices that are no counts, such as fractional gene activities of chromatin, need --values=activity;
+only ZerOmics reads them. Running the same command again resumes after an interruption, and with more inputs
+it adds to the store; studies that have not changed are kept. At the end a table says what was taken and what
+was dropped, and why. Train on the store with --config.data.store=stores/mine. In a clone,
+`python -m launch.ingest` is the same program.
 """
 
 from __future__ import annotations
@@ -42,6 +47,15 @@ _PROCESSES = flags.DEFINE_integer(
     "processes", None, "Inputs read at once; default: one per core.", lower_bound=1
 )
 _SKIP_BAD = flags.DEFINE_bool("skip_bad", False, "Finish the store without inputs that are refused.")
+_ORTHOLOGUES = flags.DEFINE_string(
+    "orthologues", None, "Table of orthologues, for inputs of another species alone (.tsv, .csv, .gz)."
+)
+_ORTHOLOGUE_COLUMNS = flags.DEFINE_list(
+    "orthologue_columns", None, "Its columns SOURCE,TARGET; default: BioMart's, else the first two."
+)
+_VALUES = flags.DEFINE_enum(
+    "values", "counts", ["counts", "activity"], "What matrices hold; activity: any non-negative values."
+)
 _CENSUS_VERSION = flags.DEFINE_string("census_version", "stable", "Release of the CELLxGENE Census.")
 
 
@@ -70,4 +84,7 @@ def main(argv: list[str]) -> None:
         processes=_PROCESSES.value or os.cpu_count() or 1,
         skip_bad=_SKIP_BAD.value,
         census_version=_CENSUS_VERSION.value,
+        orthologues=_ORTHOLOGUES.value,
+        orthologue_columns=None if _ORTHOLOGUE_COLUMNS.value is None else tuple(_ORTHOLOGUE_COLUMNS.value),
+        values=_VALUES.value,
     )

@@ -28,6 +28,11 @@ ENSEMBL = re.compile(r"(ENS[A-Z]*G\d{11})(?:\.\d+)?(_PAR_Y)?")
 _HUMAN_ID = re.compile(r"ENSG\d{11}")
 _OTHER_SPECIES = re.compile(r"ENS(?!G\d)[A-Z]+\d{11}(?:\.\d+)?")
 _MOUSE = re.compile(r"ENSMUSG\d{11}(?:\.\d+)?|[A-Z][a-z]+[a-z0-9-]*")
+_REGION = re.compile(r"(?:chr)?[\w.]+[:_-]\d+[_-]\d+")
+_BY_TABLE = (
+    "map them to human orthologues by a table (sct.pp.to_orthologues(adata, TABLE) in Python, --orthologues=TABLE "
+    "of the ingest)"
+)
 
 # How an input name was found.
 _UNKNOWN, _ID, _SYMBOL, _ALIAS, _PAR_Y, _AMBIGUOUS = range(6)
@@ -150,8 +155,8 @@ def align(
         raise DataError(f"duplicates={duplicates!r} is not known; give 'error' or 'sum'")
     prefix = f"{report_name}: " if report_name else ""
     tried = []
-    for label, names in _sources(var, column, prefix):
-        positions, kinds = _resolve(vocabulary, names)
+    for label, names in name_places(var, column, prefix):
+        positions, kinds = look_up(vocabulary, names)
         by_id = int(np.isin(kinds, (_ID, _PAR_Y)).sum())
         label += " (Ensembl ids)" if 2 * by_id > (positions >= 0).sum() else " (symbols)"
         tried.append((len(np.unique(positions[positions >= 0])), by_id, label, names, positions, kinds))
@@ -167,7 +172,7 @@ def find(vocabulary: GeneVocabulary, names: Iterable[str]) -> np.ndarray:
     listed = [name.strip() for name in gene_names(names, "the list of genes")]
     if not listed:
         raise DataError("the list of genes is empty; name at least one")
-    positions, kinds = _resolve(vocabulary, listed)
+    positions, kinds = look_up(vocabulary, listed)
     unknown = [name for name, kind in zip(listed, kinds, strict=True) if kind == _UNKNOWN]
     if unknown:
         near = difflib.get_close_matches(
@@ -191,8 +196,8 @@ def find(vocabulary: GeneVocabulary, names: Iterable[str]) -> np.ndarray:
     return positions
 
 
-def _resolve(vocabulary: GeneVocabulary, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Look each name up by itself: its vocabulary position or -1, and how it was found."""
+def look_up(vocabulary: GeneVocabulary, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Look each name up by itself: its vocabulary position or -1, int64 (n,), and how it was found, int8 (n,)."""
     positions = np.full(len(names), -1, np.int64)
     kinds = np.full(len(names), _UNKNOWN, np.int8)
     for at, name in enumerate(names):
@@ -303,13 +308,18 @@ def _likely_cause(vocabulary: GeneVocabulary, names: Sequence[str]) -> str:
     if most(_HUMAN_ID, vocabulary.keys):
         if most(_MOUSE, names):
             return (
-                f"the names are written like mouse genes ({some(names)}), so map them to human orthologues "
-                f"or give a vocabulary of the right species"
+                f"the names are written like mouse genes ({some(names)}), so {_BY_TABLE}, or give a vocabulary of the "
+                "right species"
             )
         if most(_OTHER_SPECIES, names):
             return (
-                f"these are Ensembl ids of another species or of transcripts ({some(names)}), so give human "
-                f"gene ids or a vocabulary of that species"
+                f"these are Ensembl ids of another species or of transcripts ({some(names)}), so give human gene ids, "
+                f"or {_BY_TABLE}, or give a vocabulary of that species"
+            )
+        if most(_REGION, names):
+            return (
+                f"the names are regions of a genome ({some(names)}), so add up each gene's fragments into a matrix of "
+                "gene activity first"
             )
     if most(re.compile(r"\d+"), names):
         return (
@@ -330,8 +340,14 @@ def _likely_cause(vocabulary: GeneVocabulary, names: Sequence[str]) -> str:
     )
 
 
-def _sources(var: Any, column: str | None, prefix: str) -> list[tuple[str, list[str]]]:
-    """Return (label, names) of every place where the gene names may stand."""
+def name_places(var: Any, column: str | None, prefix: str) -> list[tuple[str, list[str]]]:
+    """Return (label, names) of every place where the gene names may stand: the index, and columns of text.
+
+    Raises
+    ------
+    DataError
+        There are no genes, no such column, or a name is not text.
+    """
     if not isinstance(var, pd.DataFrame):
         if column is not None:
             raise DataError(f"{prefix}column={column!r} needs var as a table but a list of names was given")
@@ -408,3 +424,9 @@ def some(names: Iterable[str], n: int = 3) -> str:
     listed = list(names)
     more = f", and {len(listed) - n:,} more" if len(listed) > n else ""
     return ", ".join(listed[:n]) + more
+
+
+def without_version(name: str) -> str:
+    """Return an Ensembl id without its version; any other name, and the id of a ``_PAR_Y`` copy, as it is."""
+    match = ENSEMBL.fullmatch(name)
+    return match[1] if match is not None and not match[2] else name

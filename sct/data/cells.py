@@ -56,6 +56,8 @@ class Cells:
         Column of `var` with Ensembl ids or symbols; by default it is found.
     duplicates
         "error", or "sum" several columns of one gene.
+    values
+        "activity" for a matrix that is no counts, see `sct.data.counts.validate`: what is read is then not counts.
 
     Attributes
     ----------
@@ -85,8 +87,10 @@ class Cells:
         layer: str | None = None,
         gene_column: str | None = None,
         duplicates: Literal["error", "sum"] = "error",
+        values: counts.Values = counts.COUNTS,
     ):
-        found = counts.validate(adata, layer=layer)
+        found = counts.validate(adata, layer=layer, values=values)
+        self.values = values
         self.counts_from, self.notes = found.source, found.messages
         self.matrix = found.matrix
         if isinstance(self.matrix, CSCDataset):
@@ -140,7 +144,8 @@ class Cells:
             block = self.matrix[rows]
         else:
             unique, inverse = np.unique(rows, return_inverse=True)
-            block = counts.exact_integers(self._from_disk(unique))[inverse.ravel()]
+            block = self._from_disk(unique)
+            block = (counts.exact_integers(block) if self.values == counts.COUNTS else block)[inverse.ravel()]
         projected = self.alignment.project(block).astype(np.float32)
         projected.sum_duplicates()
         projected.eliminate_zeros()

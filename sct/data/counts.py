@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import anndata as ad
 import h5py
@@ -14,25 +14,38 @@ import zarr
 from anndata.abc import CSCDataset, CSRDataset
 from scipy import sparse
 
-from sct.errors import DataError
+from sct.errors import ConfigError, DataError
 
+# What a matrix holds: counts of molecules, or any other measure of genes of which only the order within a cell is used.
+Values = Literal["counts", "activity"]
+COUNTS: Values = "counts"
 # Counts that went through float32 arithmetic and back; a non-zero value that rounds to 0 is never a count, so
 # proportions cannot pass as empty cells.
 TOLERANCE = 1e-3
 _PART = 65_536  # what several passes find in the processor's cache
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 BLOCK_VALUES = 4_000_000  # stored values looked at together: about 100 MB with temporaries
 
 ADVICE = (
     'raw counts are needed: put them in X, adata.raw or layers["counts"], or name the layer that holds them '
     "(layer=...)"
 )
+ACTIVITY_ADVICE = (
+    "activities are non-negative numbers: put them in X, or name the layer that holds them (layer=...)"
+)
+
+
+def check_values(values: str) -> None:
+    """Raise `ConfigError` for what is no kind of values."""
+    if values not in get_args(Values):
+        raise ConfigError(f"values is {values!r}, but it must be one of {', '.join(get_args(Values))}.")
 
 
 class _NotCountsError(DataError):
     """Violation with its two halves apart, so that `validate` can list several."""
 
-    def __init__(self, what: str, reason: str):
-        super().__init__(f"{what} {reason}; {ADVICE}")
+    def __init__(self, what: str, reason: str, advice: str = ADVICE):
+        super().__init__(f"{what} {reason}; {advice}")
         self.finding = f"{what} {reason}"
 
 
@@ -70,17 +83,22 @@ class CountsChecker:
     ----------
     what
         Name of the matrix in messages, e.g. 'X of pbmc.h5ad'.
+    values
+        "activity" takes any finite values of at least 0.
 
     Attributes
     ----------
     n_values, n_nonzero, maximum
         Values seen, non-zero values seen, largest value seen.
     inexact
-        Whether a value differed from its integer (within the tolerance of 0.001).
+        Whether a value differed from its integer (within the tolerance of 0.001); never for activity.
     """
 
-    def __init__(self, what: str):
+    def __init__(self, what: str, values: Values = COUNTS):
+        check_values(values)
         self.what = what
+        self.values = values
+        self._advice = ADVICE if values == COUNTS else ACTIVITY_ADVICE
         self.n_values = 0
         self.n_nonzero = 0
         self.maximum = 0.0
@@ -100,7 +118,7 @@ class CountsChecker:
         """
         values = np.asarray(block.data if sparse.issparse(block) else block)
         if values.dtype.kind not in "biuf":
-            raise _NotCountsError(self.what, f"holds {values.dtype} values instead of numbers")
+            raise self._refused(f"holds {values.dtype} values instead of numbers")
         values = values.reshape(-1)
         self.n_values += values.size
         if not values.size:
@@ -108,37 +126,39 @@ class CountsChecker:
         if values.dtype.kind == "f":
             self._check_floats(block, values)
         elif values.dtype.kind == "i" and values.min() < 0:
-            raise _NotCountsError(
-                self.what, f"holds negative values (e.g. {values.min()}), which no count is"
-            )
+            raise self._refused(f"holds negative values (e.g. {values.min()}), which no count is")
         self.n_nonzero += int(np.count_nonzero(values))
         self.maximum = max(self.maximum, float(values.max()))
 
     def _check_floats(self, block: Any, values: np.ndarray) -> None:
-        if all(_are_counts(values[at : at + _PART]) for at in range(0, values.size, _PART)):
+        if self.values == COUNTS and all(
+            _are_counts(values[at : at + _PART]) for at in range(0, values.size, _PART)
+        ):
             return
         finite = np.isfinite(values)
         if not finite.all():
             bad = values[~finite]
             name = "NaN" if np.isnan(bad).any() else "infinite"
-            raise _NotCountsError(
-                self.what,
-                f"holds {bad.size} {name} values in one block of {values.size}, a damaged or imputed matrix",
+            raise self._refused(
+                f"holds {bad.size} {name} values in one block of {values.size}, a damaged or imputed matrix"
             )
         if (low := values.min()) < 0:
-            raise _NotCountsError(
-                self.what,
-                f"holds negative values (e.g. {low:.4g}): it looks like scaled (z-scored) or corrected data",
+            raise self._refused(
+                f"holds negative values (e.g. {low:.4g}): it looks like scaled (z-scored) or corrected data"
             )
+        if self.values != COUNTS:
+            positive = values[values > 0]
+            if positive.size and not (positive.min() >= _SMALLEST and positive.max() <= _LARGEST):
+                raise self._refused("holds values that are too small or too large for float32; scale them")
+            return
         nearest = np.rint(values)
         distance = np.abs(values - nearest)
         off = distance > TOLERANCE
         off |= (nearest == 0) & (values != 0)
         if off.any():
-            raise _NotCountsError(
-                self.what,
+            raise self._refused(
                 f"holds values that are not integers (e.g. {values[np.argmax(off)]:.5g}): "
-                f"it looks like {_kind(block, values)}",
+                f"it looks like {_kind(block, values)}"
             )
         self.inexact |= bool(distance.any())
 
@@ -151,7 +171,10 @@ class CountsChecker:
             There is no count at all.
         """
         if not self.n_nonzero:
-            raise _NotCountsError(self.what, "holds no count at all: every cell is empty")
+            raise self._refused("holds no count at all: every cell is empty")
+
+    def _refused(self, reason: str) -> _NotCountsError:
+        return _NotCountsError(self.what, reason, self._advice)
 
 
 def _are_counts(values: np.ndarray) -> bool:
@@ -159,7 +182,7 @@ def _are_counts(values: np.ndarray) -> bool:
     return bool(values.min() >= 0 and values.max() < np.inf and np.array_equal(np.rint(values), values))
 
 
-def validate(adata: ad.AnnData, *, layer: str | None = None) -> ValidatedCounts:
+def validate(adata: ad.AnnData, *, layer: str | None = None, values: Values = COUNTS) -> ValidatedCounts:
     """Find the raw counts of `adata` and check them; nothing is changed in `adata`.
 
     Accepted are non-negative integers in any dtype, stored floats within 0.001 of an integer included (the
@@ -172,18 +195,26 @@ def validate(adata: ad.AnnData, *, layer: str | None = None) -> ValidatedCounts:
     layer
         Name of the layer to take ("X" and "raw.X" are understood too). By default `X`, `raw.X` and
         `layers["counts"]` are looked at in this order and the first that holds raw counts is taken.
+    values
+        "activity" takes a matrix that is no counts, X by default and as it is: any finite values of at least 0. It is
+        for what uses the order of a cell's genes alone.
 
     Raises
     ------
     DataError
         No cells or genes, repeated cell names, an unknown layer, or no raw counts; the message says what was
         found in each place.
+    ConfigError
+        Another kind of values than these.
     """
+    check_values(values)
     _check_axes(adata)
+    if values != COUNTS and layer is None:
+        layer = "X"  # where nothing tells counts from other values, nothing is searched for
     findings = []
     for source, matrix, var in _candidates(adata, layer):
         try:
-            checked, n_empty, messages = _check(matrix, source)
+            checked, n_empty, messages = _check(matrix, source, values)
         except _NotCountsError as error:
             findings.append(error.finding)
             continue
@@ -198,8 +229,10 @@ def validate(adata: ad.AnnData, *, layer: str | None = None) -> ValidatedCounts:
             )
         return ValidatedCounts(checked, source, var, n_empty, tuple(messages))
     if not findings:
-        raise DataError(f'there is no X, adata.raw or layers["counts"]; {ADVICE}')
-    raise DataError(f"{', and '.join(findings)}; {ADVICE}")
+        where = 'X, adata.raw or layers["counts"]' if values == COUNTS else "X"
+        raise DataError(f"there is no {where}; {ADVICE if values == COUNTS else ACTIVITY_ADVICE}")
+    advice = ADVICE if values == COUNTS else ACTIVITY_ADVICE
+    raise DataError(f"{', and '.join(findings)}; {advice}")
 
 
 def exact_integers(matrix: Any) -> Any:
@@ -252,14 +285,14 @@ def _candidates(adata: ad.AnnData, layer: str | None) -> Iterator[tuple[str, Any
         yield 'layers["counts"]', adata.layers["counts"], adata.var
 
 
-def _check(matrix: Any, source: str) -> tuple[Any, int, list[str]]:
+def _check(matrix: Any, source: str, values: Values = COUNTS) -> tuple[Any, int, list[str]]:
     """Check one matrix; return it (as CSR where it is in memory), its number of empty cells, and messages."""
     on_disk = isinstance(matrix, CSRDataset | CSCDataset | h5py.Dataset | zarr.Array)
     if not on_disk:
         matrix = _in_memory(matrix, source)
     if len(matrix.shape) != 2 or 0 in matrix.shape:
         raise _NotCountsError(source, f"has shape {tuple(matrix.shape)}")
-    checker = CountsChecker(source)
+    checker = CountsChecker(source, values)
     filled = np.zeros(matrix.shape[0], bool)
     parts = []
     for start, block in _blocks(matrix):
@@ -280,7 +313,7 @@ def _check(matrix: Any, source: str) -> tuple[Any, int, list[str]]:
     n_empty = int(matrix.shape[0] - filled.sum())
     if n_empty:
         messages.append(f"{n_empty:,} of {matrix.shape[0]:,} cells are empty (no count)")
-    if checker.maximum <= 1:
+    if values == COUNTS and checker.maximum <= 1:
         messages.append(f"{source} holds only 0 and 1: it may be binarised")
     if checker.inexact:
         messages.append(f"{source} holds floats within {TOLERANCE} of integers, taken as these integers")

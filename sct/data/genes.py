@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from sct.data import alignment
-from sct.data.alignment import ENSEMBL, GeneAlignment, gene_names, some
+from sct.data.alignment import GeneAlignment, gene_names, some, without_version
 from sct.errors import DataError, StoreError
 
 __all__ = ["HUMAN_VERSION", "GeneAlignment", "GeneVocabulary"]
@@ -152,7 +152,7 @@ class GeneVocabulary:
             A gene occurs twice, has neither id nor symbol, or a name is not text or holds a tab, a '|' or a
             line break.
         """
-        genes = [_without_version(gene) for gene in gene_names(ids, "the list of ids")]
+        genes = [without_version(gene) for gene in gene_names(ids, "the list of ids")]
         human = cls.human()
         at = [human.position_of_id.get(gene, -1) for gene in genes]
         fields = human._take(at)
@@ -178,7 +178,7 @@ class GeneVocabulary:
         DataError
             A gene is not in this vocabulary.
         """
-        wanted = [_without_version(gene) for gene in gene_names(ensembl_ids, "the list of genes")]
+        wanted = [without_version(gene) for gene in gene_names(ensembl_ids, "the list of genes")]
         absent = [gene for gene in wanted if gene not in self.position_of_id]
         if absent:
             raise DataError(
@@ -378,8 +378,3 @@ def _owners(names: Iterable[Iterable[str]]) -> dict[str, tuple[int, ...]]:
             if name:
                 owners[name].append(position)
     return {name: tuple(positions) for name, positions in owners.items()}
-
-
-def _without_version(gene: str) -> str:
-    match = ENSEMBL.fullmatch(gene)
-    return match[1] if match is not None and not match[2] else gene

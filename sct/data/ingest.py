@@ -127,7 +127,7 @@ def ingest(
     Raises
     ------
     DataError
-        Inputs were refused; the others are finished and kept.
+        Inputs were refused, and the others are finished and kept; or the table of orthologues cannot be used.
     ConfigError
         Options contradict each other or name unknown studies.
     StoreError
@@ -136,6 +136,7 @@ def ingest(
     options = options or IngestOptions()
     vocabulary = vocabulary or GeneVocabulary.human()
     check_splits(options.validation, options.test)
+    options.read_orthologues(vocabulary)  # a table that cannot be used is refused before anything is written
     root = Path(output)
     found, ignored = find_inputs(inputs, exclude=root)
     with _only_one(root):

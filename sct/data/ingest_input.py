@@ -8,21 +8,22 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from sct.data.counts import CountsChecker, exact_integers
+from sct.data.counts import COUNTS, CountsChecker, Values, check_values, exact_integers
 from sct.data.genes import GeneAlignment, GeneVocabulary
+from sct.data.orthologues import MappedGenes, Orthologues, map_orthologues, read_orthologues
 from sct.data.readers import Source, open_source
 from sct.data.sorting import BucketSort, Sizes, cut_places, hilbert_rank, random_rank
 from sct.data.sources import Input, sanitise
 from sct.data.store import SCHEMA_VERSION, STUDIES
 from sct.data.writer import MAX_COUNT, portable_table, write_study, writing
-from sct.errors import DataError
+from sct.errors import ConfigError, DataError
 
 _MANY_BUCKETS = 256
 _SECTION_COLUMNS = ("section", "slide", "library_id", "sample", "batch", "donor")
@@ -47,7 +48,8 @@ class IngestOptions:
     seed
         Order of the cells of studies that are not spatial, and choice of validation studies.
     min_genes, min_counts
-        Cells with fewer genes or a smaller total over the vocabulary's genes are dropped and reported.
+        Cells with fewer genes or a smaller total over the vocabulary's genes are dropped and reported. Of activity
+        the default drops cells without any.
     validation, test
         Names of the studies of these splits; None leaves the splits as they are.
     validation_fraction
@@ -58,6 +60,14 @@ class IngestOptions:
         Finish the store without the inputs that are refused, instead of leaving it unfinished.
     census_version
         Release of the CELLxGENE Census for `census:` inputs.
+    orthologues
+        File of orthologues for inputs of another species (`sct.data.orthologues.read_orthologues`); all inputs must
+        then be of that species. None takes the genes of inputs as they are.
+    orthologue_columns
+        Its columns of genes and of their orthologues; None finds them.
+    values
+        "counts", or "activity" for matrices that are none, such as fractional gene activities of chromatin: any
+        non-negative values. Only ZerOmics reads a store of them.
     """
 
     layer: str | None = None
@@ -74,10 +84,30 @@ class IngestOptions:
     processes: int = 1
     skip_bad: bool = False
     census_version: str = "stable"
+    orthologues: str | None = None
+    orthologue_columns: tuple[str, str] | None = None
+    values: Values = COUNTS
+
+    def __post_init__(self) -> None:
+        check_values(self.values)
+        if self.orthologue_columns is not None and (
+            self.orthologues is None or len(self.orthologue_columns) != 2
+        ):
+            raise ConfigError(
+                f"orthologue_columns is {','.join(self.orthologue_columns)}, but it is two columns of a table: give "
+                "orthologues as well, and SOURCE,TARGET"
+            )
+
+    def read_orthologues(self, vocabulary: GeneVocabulary) -> Orthologues | None:
+        """Read the table of orthologues, where one is named; `DataError` where it cannot be used."""
+        if self.orthologues is None:
+            return None
+        source, target = self.orthologue_columns or (None, None)
+        return read_orthologues(self.orthologues, source=source, target=target, vocabulary=vocabulary)
 
     def digest(self) -> str:
         """Digest of the options that decide about a study's content."""
-        content = (
+        content: tuple[Any, ...] = (
             SCHEMA_VERSION,
             self.layer,
             self.gene_column,
@@ -89,6 +119,12 @@ class IngestOptions:
             self.min_counts,
             self.census_version,
         )
+        # Behind the others and only where they are used, so that studies made without them are still known.
+        if self.orthologues is not None:
+            table = hashlib.sha256(Path(self.orthologues).expanduser().read_bytes()).hexdigest()
+            content += (("orthologues", table, self.orthologue_columns),)
+        if self.values != COUNTS:
+            content += (("values", self.values),)
         return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
@@ -120,6 +156,7 @@ def ingest_input(
             spatial_key=options.spatial_key,
             folder=download,
             census_version=options.census_version,
+            values=options.values,
         ) as source:
             records = _write_studies(
                 source, item, folder, spill, partial, vocabulary, options, sizes, advance
@@ -158,7 +195,7 @@ def _write_studies(
     sizes: Sizes,
     advance: Callable[[float], None],
 ) -> list[dict[str, Any]]:
-    alignment = _align(source, vocabulary, options)
+    alignment, mapped = _align(source, vocabulary, options)
     groups = _groups(source, item.name, options.study_key)
     n_cells = len(source.obs)
     place = np.empty(n_cells, np.int64)
@@ -175,11 +212,17 @@ def _write_studies(
     edges, buckets = cut_places([len(rows) for _, rows in groups], source.n_values, bucket)
     sort = BucketSort(spill, edges, len(vocabulary), sizes.held)
     with writing(spill):
-        lengths, totals, maxima = _stream(source, alignment, sort, place, sizes, advance)
+        lengths, totals, maxima = _stream(source, alignment, sort, place, sizes, advance, options.values)
     measured = np.zeros(len(vocabulary), bool)
     measured[alignment.columns[alignment.columns >= 0]] = True
     obs, dropped_columns = portable_table(source.obs)
-    notes = [alignment.warning] if alignment.warning else []
+    notes = [mapped.summary()] if mapped is not None else []
+    notes += [alignment.warning] if alignment.warning else []
+    if options.values != COUNTS:
+        notes.append(
+            f"{source.label}: the values of {source.taken} are taken for {options.values}, not for counts, so only "
+            "ZerOmics reads this study"
+        )
     if dropped_columns:
         notes.append(f"{source.label}: obs columns that AnnData cannot store: {', '.join(dropped_columns)}")
     notes += _several_sections(source, options)
@@ -195,7 +238,7 @@ def _write_studies(
                 f"{source.label}: no cell of the study {name!r} is left ({reasons}): leave it out"
             )
         maximum = float(maxima[places][kept].max())
-        if maximum >= MAX_COUNT:
+        if options.values == COUNTS and maximum >= MAX_COUNT:
             raise DataError(
                 f"{source.label} has a count of {maximum:,.0f}, above {MAX_COUNT - 1:,}, the largest that is "
                 "kept exactly: check that these are counts of molecules"
@@ -207,7 +250,7 @@ def _write_studies(
             _sorted_blocks(sort, own, advance),
             kept,
             lengths[places],
-            maximum,
+            maximum if options.values == COUNTS else np.inf,
             {
                 "obs": obs.iloc[cells],
                 "vocabulary": vocabulary,
@@ -226,6 +269,7 @@ def _write_studies(
                 "seed": options.seed,
                 "dropped": dropped,
                 "counts_from": source.taken,
+                "values": options.values,
                 "genes_from": alignment.source,
                 "notes": notes if not records else [],
             }
@@ -233,16 +277,26 @@ def _write_studies(
     return records
 
 
-def _align(source: Source, vocabulary: GeneVocabulary, options: IngestOptions) -> GeneAlignment:
+def _align(
+    source: Source, vocabulary: GeneVocabulary, options: IngestOptions
+) -> tuple[GeneAlignment, MappedGenes | None]:
+    """Which column holds which gene, and how genes of another species were mapped."""
+    table = options.read_orthologues(vocabulary)
+    mapped = None
+    if table is not None:
+        mapped = map_orthologues(source.var, table, column=options.gene_column, report_name=source.label)
     with warnings.catch_warnings():
         # The report carries the alignment's warning.
         warnings.simplefilter("ignore", UserWarning)
-        return vocabulary.align(
-            source.var,
-            column=options.gene_column,
+        alignment = vocabulary.align(
+            source.var if mapped is None else mapped.targets,
+            column=options.gene_column if mapped is None else None,
             duplicates=options.duplicates,
             report_name=source.label,
         )
+    if mapped is not None:
+        alignment = replace(alignment, source=f"{mapped.source}, orthologues of {mapped.table}")
+    return alignment, mapped
 
 
 def _several_sections(source: Source, options: IngestOptions) -> list[str]:
@@ -291,6 +345,7 @@ def _stream(
     place: np.ndarray,
     sizes: Sizes,
     advance: Callable[[float], None],
+    values: Values,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Read everything into `sort`; return number, sum and maximum of the values of each place, (N,) each."""
     n = len(place)
@@ -304,7 +359,7 @@ def _stream(
             totals[places[filled]] = np.add.reduceat(counts.data, starts, dtype=np.float64)
             maxima[places[filled]] = np.maximum.reduceat(counts.data, starts)
 
-    checker = CountsChecker(f"{source.taken} of {source.label}")
+    checker = CountsChecker(f"{source.taken} of {source.label}", values)
     for rows, counts in source.blocks(sizes.block):
         checker.update(counts)
         aligned = alignment.project(exact_integers(counts) if checker.inexact else counts)
@@ -336,10 +391,11 @@ def _filter(
     lengths: np.ndarray, totals: np.ndarray, options: IngestOptions
 ) -> tuple[np.ndarray, dict[str, int]]:
     """Which cells are kept, and how many are not for which reason."""
+    least = 0 if options.values != COUNTS and options.min_counts == 1 else options.min_counts
     tests = {
         "without counts": (totals == 0) & (options.min_counts > 0 or options.min_genes > 0),
         f"under {options.min_genes} genes": lengths < options.min_genes,
-        f"under {options.min_counts} counts": totals < options.min_counts,
+        f"under {options.min_counts} counts": totals < least,
     }
     kept = np.ones(len(lengths), bool)
     dropped: dict[str, int] = {}

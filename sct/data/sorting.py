@@ -101,13 +101,15 @@ class BucketSort:
         self._n_held = 0
 
     def add(self, places: np.ndarray, counts: sp.csr_matrix) -> None:
-        """Take in rows: `places` (n,) and their `counts` (n, G), positive integers."""
+        """Take in rows: `places` (n,) and their `counts` (n, G), positive and below 2^24 or not whole."""
         order = np.argsort(places, kind="stable")
         places = places[order]
         counts = counts[order]
         indices = counts.indices.astype(self._index_type)
         small = not counts.nnz or counts.data.max() <= np.iinfo(_SMALL).max
         data = counts.data.astype(_SMALL if small else _LARGE)
+        if small and not np.array_equal(data, counts.data):  # activities, which are not whole
+            data = counts.data.astype(_LARGE)
         lengths = np.diff(counts.indptr).astype("<i4")
         cuts = np.searchsorted(places, self.edges)
         for bucket in np.flatnonzero(np.diff(cuts)):

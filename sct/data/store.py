@@ -84,6 +84,8 @@ class Study:
         Whether cells have coordinates; their order is then a space-filling curve, otherwise random.
     record
         The study's entry in the manifest.
+    values
+        "counts", or "activity" where they are any other non-negative values.
     """
 
     def __init__(self, root: Path, record: Mapping[str, Any], n_genes: int):
@@ -94,6 +96,7 @@ class Study:
         self.nnz = int(record["nnz"])
         self.spatial = bool(record["spatial"])
         self.split: str = record["split"]
+        self.values: str = record.get("values", "counts")
         self.n_genes = n_genes
         self._open: dict[str, Any] = {}
         self._cached: dict[str, np.ndarray] = {}
@@ -118,7 +121,16 @@ class Study:
 
     def noisy_genes(self, fraction: float) -> np.ndarray:
         """Genes to treat as unexpressed, (G,) bool; see `sct.data.tokenize.noisy_genes`."""
+        self.check_counts()
         return noisy_genes(self.gene_totals, self.n_cells, fraction)
+
+    def check_counts(self) -> None:
+        """Raise `StoreError` where the values are not counts."""
+        if self.values != "counts":
+            raise StoreError(
+                f"the study {self.name!r} of {self.path.parent.parent} holds {self.values}, not counts, and only "
+                "ZerOmics reads that: use a store without it"
+            )
 
     @property
     def measured(self) -> np.ndarray:

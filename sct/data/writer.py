@@ -238,7 +238,7 @@ def write_study(
     lengths
         Values of each cell, (N,) int64.
     maximum
-        Largest value of the kept cells, below 2^24.
+        Largest value of the kept cells, below 2^24; infinity where values need not be whole.
     frame
         `obs`, `vocabulary`, `measured` and `coordinates` for `write_frame`, the rows being the kept cells.
 

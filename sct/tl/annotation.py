@@ -82,7 +82,8 @@ def annotate(
         For `sct.tl.embed`: `layer`, `batch_key`, `spatial_key`, `seed`, ...; `batch_key` and `spatial_key` are
         applied to whichever of the two has them. For a model of cell sentences: `layer`, `gene_column`, `duplicates`,
         `seed`, `batch_size` (cells at once), and `templates`, the number of wordings of the question to average over.
-        For a ZerOmics model these and `abstract`, by default `adata.uns["abstract"]`.
+        For a ZerOmics model these, `abstract`, by default `adata.uns["abstract"]`, and `values`, "activity" for a
+        matrix that is no counts.
 
     Raises
     ------
@@ -174,7 +175,7 @@ def annotate(
 
 
 _ANSWER_OPTIONS = ("layer", "gene_column", "duplicates", "seed", "batch_size", "templates")
-_INSTRUCTION_OPTIONS = (*_ANSWER_OPTIONS, "abstract")
+_INSTRUCTION_OPTIONS = (*_ANSWER_OPTIONS, "abstract", "values")
 
 
 def _by_answers(

@@ -9,6 +9,7 @@ import anndata as ad
 import numpy as np
 
 from sct.data.cells import Cells
+from sct.data.counts import COUNTS, Values
 from sct.data.quantile_bins import binned_cells
 from sct.data.text.cell_sentence import cell_keys
 from sct.data.text.instructions import NO, NORMAL, YES
@@ -74,6 +75,7 @@ def answer_by_candidates(
     layer: str | None = None,
     gene_column: str | None = None,
     duplicates: Literal["error", "sum"] = "error",
+    values: Values = COUNTS,
 ) -> ad.AnnData | None:
     """Write the most probable of some answers to a task about each cell.
 
@@ -91,13 +93,16 @@ def answer_by_candidates(
         See `sct.generation.cell_asker.CellAsker.score`.
     layer, gene_column, duplicates
         See `sct.tl.embed`.
+    values
+        "activity" for a matrix that is no counts, such as fractional gene activities of chromatin: any values of at
+        least 0, in X or in `layer`. A cell's genes are binned by their quantile, so their order alone matters.
     """
     running.check_table(adata, copy)
     running.check_seed(seed)
     handle = running.loaded(model)
     asker = asker_of(handle)
     said = _said(adata, "abstract", abstract, "a text")
-    options = {"layer": layer, "gene_column": gene_column, "duplicates": duplicates}
+    options = {"layer": layer, "gene_column": gene_column, "duplicates": duplicates, "values": values}
     logs = [
         asker.score(
             task, records, [said] * len(keys), candidates, keys=keys, seed=seed, templates=templates,
@@ -110,6 +115,7 @@ def answer_by_candidates(
     target.uns[key_added] = {
         "sct_version": __version__, "model": repr(handle), "weights": handle.fingerprint, "task": task,
         "labels": list(candidates), "abstract": said, "templates": templates, "threshold": threshold, "seed": seed,
+        "values": values,
     }  # fmt: skip
     return target if copy else None
 
@@ -154,7 +160,8 @@ def find_rare(
     copy
         Return a changed copy, and leave `adata` as it is.
     options
-        See `answer_by_candidates`: `seed`, `templates`, `batch_size`, `layer`, `gene_column`, `duplicates`.
+        See `answer_by_candidates`: `seed`, `templates`, `batch_size`, `layer`, `gene_column`, `duplicates`,
+        `values`.
 
     Raises
     ------
@@ -243,6 +250,7 @@ def ask(
     layer: str | None = None,
     gene_column: str | None = None,
     duplicates: Literal["error", "sum"] = "error",
+    values: Values = COUNTS,
 ) -> ad.AnnData | None:
     """Ask any question about each cell, and write the free text of the answer.
 
@@ -254,7 +262,7 @@ def ask(
         See `sct.generation.generate.Options`.
     seed
         Of what is drawn where `temperature` is above 0.
-    adata, model, abstract, copy, layer, gene_column, duplicates
+    adata, model, abstract, copy, layer, gene_column, duplicates, values
         See `find_rare`.
     key_added
         Results: `obs[key_added]`, texts; `uns[key_added]`, the parameters.
@@ -271,7 +279,7 @@ def ask(
     handle = running.loaded(model)
     asker = asker_of(handle)
     said = _said(adata, "abstract", abstract, "a text")
-    options = {"layer": layer, "gene_column": gene_column, "duplicates": duplicates}
+    options = {"layer": layer, "gene_column": gene_column, "duplicates": duplicates, "values": values}
     how = Options(max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size)
     texts: list[str] = []
     for records, keys in _blocks(adata, handle, asker, options):
@@ -280,6 +288,6 @@ def ask(
     target.obs[key_added] = np.array(texts, dtype=object)
     target.uns[key_added] = {
         "sct_version": __version__, "model": repr(handle), "weights": handle.fingerprint, "question": question,
-        "abstract": said, "temperature": temperature, "seed": seed,
+        "abstract": said, "temperature": temperature, "seed": seed, "values": values,
     }  # fmt: skip
     return target if copy else None

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sct.data.counts import COUNTS, Values
 from sct.data.readers.h5ad import anndata_source, from_group, from_memory
 from sct.data.readers.stream import UNREADABLE, Source, reading
 from sct.data.readers.tenx import mtx_header, tenx_h5, tenx_mtx
@@ -24,7 +25,13 @@ _CHUNK_CACHE = 16 << 20
 
 @contextmanager
 def open_source(
-    item: Input, *, layer: str | None, spatial_key: str, folder: Path, census_version: str = "stable"
+    item: Input,
+    *,
+    layer: str | None,
+    spatial_key: str,
+    folder: Path,
+    census_version: str = "stable",
+    values: Values = COUNTS,
 ) -> Iterator[Source]:
     """Open an input.
 
@@ -40,6 +47,8 @@ def open_source(
         Where a download may be put while the source is open.
     census_version
         Release of the CELLxGENE Census for `census:` inputs.
+    values
+        "activity": the matrix is no counts; without a layer it is X.
 
     Raises
     ------
@@ -50,13 +59,16 @@ def open_source(
         path = _download(item.location, folder, census_version)
         try:
             item = Input(item.name, "h5ad", str(path))
-            with open_source(item, layer=layer, spatial_key=spatial_key, folder=folder) as source:
+            with open_source(
+                item, layer=layer, spatial_key=spatial_key, folder=folder, values=values
+            ) as source:
                 yield source
         finally:
             path.unlink(missing_ok=True)
         return
     with reading(item.location):
-        source, close = _open(item, layer, spatial_key)
+        # Where nothing tells counts from other values, nothing is searched for.
+        source, close = _open(item, "X" if layer is None and values != COUNTS else layer, spatial_key)
     try:
         _check_cells(source)
         yield source

@@ -30,6 +30,9 @@ class ToyStudy:
     def obs(self, columns: Collection[str] | None = None) -> pd.DataFrame:
         return self.table[[name for name in self.table if columns is None or name in columns]]
 
+    def check_counts(self) -> None:
+        """They are counts."""
+
     @property
     def obs_columns(self) -> tuple[str, ...]:
         return tuple(self.table)

@@ -1,0 +1,20 @@
+"""Preparing an AnnData for a model: each function returns a new one and leaves what it is given as it is."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_FUNCTIONS = {"to_orthologues": "sct.pp.orthologues"}
+
+__all__ = ["to_orthologues"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
+    raise AttributeError(f"module 'sct.pp' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

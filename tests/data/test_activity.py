@@ -1,0 +1,167 @@
+"""Matrices that are no counts, such as gene activities of chromatin: taken where a person says so, and nowhere else."""
+
+from __future__ import annotations
+
+import re
+
+import anndata as ad
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from store_inputs import VOCABULARY, make_adata, matrix, run, write_as
+from test_ingest_command import command
+
+from sct.data.bags import BagOptions, BagSource
+from sct.data.cells import Cells
+from sct.data.counts import CountsChecker, validate
+from sct.data.ingest import IngestOptions
+from sct.data.quantile_bins import CellOptions, CellSource, binned_cells
+from sct.data.store import Store
+from sct.data.text.prompts import load_prompts
+from sct.data.text.source import SentenceOptions, Texts
+from sct.errors import ConfigError, DataError, StoreError
+
+
+def activity(n_cells: int = 60, seed: int = 0) -> ad.AnnData:
+    """Fractional scores: each cell's counts times a number of its own, and some that are smaller than one in all."""
+    made = make_adata(n_cells, seed)
+    factors = np.random.default_rng(seed).uniform(1e-3, 3.0, n_cells)
+    made.X = sp.csr_matrix(sp.diags_array(factors) @ made.X.astype(np.float64))
+    return made
+
+
+def genes_of(adata: ad.AnnData) -> np.ndarray:
+    """Values (N, G) of the vocabulary's genes."""
+    table = adata.to_df().reindex(columns=list(VOCABULARY.ensembl_ids), fill_value=0.0)
+    return table.to_numpy()
+
+
+@pytest.mark.parametrize("kind", ["csr", "csc", "dense"])
+def test_a_store_of_activity_holds_the_values(kind, tmp_path):
+    adata = activity()
+    path = write_as(adata, kind, tmp_path)
+    with pytest.raises(DataError, match=r"no raw counts .*not integers"):
+        run([path], tmp_path / "store")
+    report = run([path], tmp_path / "store", values="activity")
+    assert any("are taken for activity, not for counts, so only ZerOmics" in note for note in report.notes)
+    found = matrix(tmp_path / "store").loc[adata.obs_names].to_numpy()
+    np.testing.assert_array_equal(found, genes_of(adata).astype(np.float32))
+    assert (adata.X.sum(axis=1) < 1).any()  # such cells are not taken for empty ones
+    (study,) = Store.open(tmp_path / "store").studies
+    assert study.values == study.record["values"] == "activity"
+    assert study.record["dropped"] == {}
+    # Unlike what was ingested as counts, and kept when it has not changed.
+    assert run([path], tmp_path / "store", values="activity").kept == ("sample",)
+
+
+def test_zeromics_reads_it_as_it_reads_counts(tmp_path):
+    """Bins are quantiles within a cell, which a factor does not change."""
+    counts = make_adata(60)
+    run([write_as(activity(), "csr", tmp_path, "atac")], tmp_path / "store", values="activity")
+    run([write_as(counts, "csr", tmp_path, "rna")], tmp_path / "store")
+    store = Store.open(tmp_path / "store")
+    assert [study.values for study in store.studies] == ["activity", "counts"]
+    expected = binned_cells(sp.csr_matrix(genes_of(counts).astype(np.float32)), CellOptions(4))["bins"]
+    for study in store.studies:
+        source = CellSource([study], CellOptions(4), exhaustive=True)
+        names = study.obs().index
+        rows = [counts.obs_names.get_loc(name) for name in names]
+        found = np.stack([source.bag(i)["bins"] for i in range(len(source))])
+        np.testing.assert_array_equal(found, expected[rows], err_msg=study.name)
+        assert expected.max() == 4
+
+
+def test_models_of_counts_refuse_it(tmp_path):
+    run([write_as(activity(), "csr", tmp_path)], tmp_path / "store", values="activity")
+    store = Store.open(tmp_path / "store")
+    words = "'sample' .* holds activity, not counts, and only ZerOmics reads that: use a store without it"
+    with pytest.raises(StoreError, match=words):
+        BagSource(store.studies, BagOptions(cells_per_bag=4)).bag(0)
+    with pytest.raises(StoreError, match=words):
+        Texts(store.studies[0], store.vocabulary, SentenceOptions(), load_prompts())
+    with pytest.raises(DataError, match="not integers"):
+        validate(store.studies[0].to_anndata())
+
+
+def test_whole_activities_are_counts_without_being_told():
+    """Sums of fragments."""
+    adata = make_adata(40)
+    found = [Cells(adata, VOCABULARY, values=values).read(np.arange(40)) for values in ("counts", "activity")]
+    np.testing.assert_array_equal(found[0].toarray(), genes_of(adata))
+    assert (found[0] != found[1]).nnz == 0
+
+
+def test_the_place_is_x_or_the_one_that_is_named(tmp_path):
+    adata = activity()
+    adata.layers["counts"] = make_adata(60).X
+    adata.layers["scores"] = adata.X * 2
+    path = write_as(adata, "csr", tmp_path)
+    assert run([path], tmp_path / "found").studies[0]["counts_from"] == 'layers["counts"]'
+    named = run([path], tmp_path / "named", values="activity", layer="scores")
+    assert named.studies[0]["counts_from"] == 'layers["scores"]'
+    found = matrix(tmp_path / "named").loc[adata.obs_names].to_numpy()
+    np.testing.assert_array_equal(found, 2 * genes_of(adata).astype(np.float32))
+
+
+def test_cells_of_a_table(tmp_path):
+    adata = activity()
+    expected = genes_of(adata).astype(np.float32)
+    with pytest.raises(DataError, match="not integers"):
+        Cells(adata, VOCABULARY)
+    cells = Cells(adata, VOCABULARY, values="activity")
+    assert cells.counts_from == "X"
+    np.testing.assert_array_equal(cells.read(np.arange(60)).toarray(), expected)
+    np.testing.assert_allclose(cells.cell_totals, expected.sum(axis=1), rtol=1e-5)
+    for kind in ("csr", "dense"):
+        backed = ad.read_h5ad(write_as(adata, kind, tmp_path, kind), backed="r")
+        cells = Cells(backed, VOCABULARY, values="activity")
+        rows = np.array([7, 3, 3, 50])
+        np.testing.assert_array_equal(cells.read(rows).toarray(), expected[rows])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: -x, "negative values"),
+        (lambda x: x * np.nan, "NaN values"),
+        (lambda x: x * np.inf, "values in one block"),
+        (lambda x: x * 1e-42, "too small or too large for float32"),
+        (lambda x: x * 1e39, "too small or too large for float32"),
+        (lambda x: x * 0, "no count at all"),
+    ],
+)
+def test_what_is_no_activity(change, words, tmp_path):
+    adata = activity()
+    with np.errstate(all="ignore"):
+        adata.X = sp.csr_matrix(change(adata.X.toarray()))
+    with pytest.raises(DataError, match=words) as error:
+        validate(adata, values="activity")
+    assert "activities are non-negative numbers" in str(error.value)
+    with pytest.raises(DataError, match=words):
+        run([write_as(adata, "csr", tmp_path)], tmp_path / "store", values="activity")
+
+
+def test_the_default_is_counts():
+    with pytest.raises(DataError, match="raw counts are needed"):
+        validate(activity())
+    for wrong in (
+        lambda: validate(activity(), values="fragments"),
+        lambda: CountsChecker("X", "fragments"),
+        lambda: IngestOptions(values="fragments"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape("must be one of counts, activity")):
+            wrong()
+    adata = activity()
+    del adata.X
+    with pytest.raises(DataError, match="there is no X; activities are"):
+        validate(adata, values="activity")
+
+
+def test_command_line(tmp_path):
+    VOCABULARY.save(tmp_path / "toy.tsv")
+    path = write_as(activity(), "csr", tmp_path)
+    flags = (f"--input={path}", f"--output={tmp_path / 'store'}", f"--genes={tmp_path / 'toy.tsv'}")
+    done = command(*flags, "--values=activity")
+    assert done.returncode == 0, done.stderr
+    assert "not for counts, so only ZerOmics" in " ".join(done.stdout.split())
+    assert Store.open(tmp_path / "store").studies[0].values == "activity"

@@ -1,0 +1,119 @@
+"""Mouse files become studies of human genes: the same as the human files they were made of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import anndata as ad
+import pytest
+from store_inputs import VOCABULARY, files_of, make_adata, matrix, run, write_as
+from test_ingest_command import command
+
+from sct.data.ingest import IngestOptions
+from sct.data.store import Store
+from sct.errors import ConfigError, DataError
+from tests.data.orthologue_tables import mouse_id, pairs_of, write
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    return write(pairs_of(VOCABULARY), tmp_path / "orthologues.tsv.gz")
+
+
+def mouse_of(adata: ad.AnnData) -> ad.AnnData:
+    """The same cells with mouse genes; those outside the vocabulary are outside the table, too."""
+    named = {gene: mouse_id(at) for at, gene in enumerate(VOCABULARY.ensembl_ids)}
+    made = adata.copy()
+    made.var_names = [f"{named.get(name, mouse_id(900 + at))}.2" for at, name in enumerate(adata.var_names)]
+    return made
+
+
+@pytest.mark.parametrize("kind", ["csr", "csc", "dense", "mtx", "tenx3", "zarr3"])
+def test_a_mouse_file_is_the_human_study(kind, table, tmp_path):
+    human = make_adata(spatial=kind == "csr")
+    run([write_as(human, kind, tmp_path / "human")], tmp_path / "expected")
+    report = run(
+        [write_as(mouse_of(human), kind, tmp_path / "mouse")], tmp_path / "store", orthologues=str(table)
+    )
+    assert files_of(tmp_path / "store/studies/sample.zarr") == files_of(
+        tmp_path / "expected/studies/sample.zarr"
+    )
+    (record,) = report.studies
+    (expected,) = Store.open(tmp_path / "expected").manifest["studies"]
+    assert record["n_genes_matched"] == expected["n_genes_matched"] == 55
+    assert record["genes_from"].endswith("orthologues of orthologues.tsv.gz")
+    assert any(
+        "55 of 65 genes have a one-to-one orthologue" in note and "10 not in the table" in note
+        for note in report.notes
+    )
+
+
+def test_mouse_joins_human_and_resumes(table, tmp_path):
+    human = write_as(make_adata(40, 1), "csr", tmp_path, "human")
+    mouse = write_as(mouse_of(make_adata(40, 2)), "csr", tmp_path, "mouse")
+    run([human], tmp_path / "store")
+    first = run([mouse], tmp_path / "store", orthologues=str(table))
+    assert {each["name"] for each in first.studies} == {"human", "mouse"}
+    assert first.kept == ()
+    assert run([mouse], tmp_path / "store", orthologues=str(table)).kept == ("mouse",)
+    assert run([human], tmp_path / "store").kept == ("human",)
+    # Another table makes another study.
+    before = matrix(tmp_path / "store", "mouse")
+    write(pairs_of(VOCABULARY).iloc[:30], table)
+    changed = run([mouse], tmp_path / "store", orthologues=str(table))
+    assert changed.kept == ()
+    after = matrix(tmp_path / "store", "mouse").loc[before.index]
+    assert not after.iloc[:, 30:].to_numpy().any()
+    assert (after.iloc[:, :30] == before.iloc[:, :30]).all(axis=None)
+
+
+def test_options_of_ingests_without_a_table_mean_what_they_meant():
+    """Stores that were made before are not made again."""
+    assert IngestOptions().digest() == "cb61f37b86df4ccb"
+
+
+def test_human_files_and_bad_tables_are_refused(table, tmp_path):
+    human = write_as(make_adata(40, 1), "csr", tmp_path, "human")
+    mouse = write_as(mouse_of(make_adata(40, 2)), "csr", tmp_path, "mouse")
+    with pytest.raises(
+        DataError, match=r"human\.h5ad: the genes are those of toy already .*out for this input"
+    ):
+        run([human], tmp_path / "store", orthologues=str(table))
+    with pytest.raises(DataError, match="1 of 2 inputs were refused"):
+        run([human, mouse], tmp_path / "store", orthologues=str(table))
+    with pytest.raises(DataError, match=r"cannot read .*none\.tsv"):
+        run([mouse], tmp_path / "other", orthologues=str(tmp_path / "none.tsv"))
+    assert not (tmp_path / "other").exists()
+    for columns in (("mouse",), ("mouse", "human")):
+        with pytest.raises(ConfigError, match="SOURCE,TARGET"):
+            IngestOptions(orthologues=None if len(columns) > 1 else "x", orthologue_columns=columns)
+
+
+def test_two_columns_of_one_gene(table, tmp_path):
+    human = make_adata(40)
+    mouse = mouse_of(human)
+    mouse.var_names = [mouse_id(0) if name == f"{mouse_id(7)}.2" else name for name in mouse.var_names]
+    inputs = [write_as(mouse, "csr", tmp_path)]
+    with pytest.raises(DataError, match='give duplicates="sum"'):
+        run(inputs, tmp_path / "store", orthologues=str(table))
+    run(inputs, tmp_path / "store", orthologues=str(table), duplicates="sum")
+    found, genes = matrix(tmp_path / "store"), list(VOCABULARY.ensembl_ids)
+    counts = human.to_df().loc[found.index]
+    assert (found[0] == counts[genes[0]] + counts[genes[7]]).all()
+    assert not found[7].any()
+
+
+def test_command_line(table, tmp_path):
+    genes = tmp_path / "toy.tsv"
+    VOCABULARY.save(genes)
+    mouse = write_as(mouse_of(make_adata(40)), "csr", tmp_path, "mouse")
+    flags = (f"--input={mouse}", f"--output={tmp_path / 'store'}", f"--genes={genes}")
+    refused = command(*flags)
+    assert refused.returncode == 1
+    assert "Traceback" not in refused.stderr
+    done = command(*flags, f"--orthologues={table}", "--orthologue_columns=mouse,human")
+    assert done.returncode == 0, done.stderr
+    assert "one-to-one orthologue in orthologues.tsv.gz" in done.stdout.replace("\n", " ")
+    record = json.loads((tmp_path / "store/studies/mouse.json").read_text())
+    assert record["n_genes_matched"] == 55

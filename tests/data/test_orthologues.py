@@ -1,0 +1,224 @@
+"""Tables of orthologues: which pairs are one-to-one, what becomes of an input's genes, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sct.data.orthologues import (
+    AMBIGUOUS,
+    MAPPED,
+    SEVERAL,
+    UNKNOWN,
+    WITHOUT,
+    map_orthologues,
+    read_orthologues,
+)
+from sct.errors import DataError
+from tests.data.orthologue_tables import HUMAN, ONE_TO_ONE, biomart, human_id, mouse_id, write
+
+EXPECTED = {mouse_id(i): human_id(symbol) for i, symbol in ((0, "CD3D"), (1, "MS4A1"), (3, "NKG7"))} | {
+    mouse_id(i): human_id(symbol) for i, symbol in ((7, "FCER1A"), (8, "PPBP"), (9, "S100A8"))
+}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    return read_orthologues(write(biomart(), tmp_path_factory.mktemp("table") / "mart_export.txt"))
+
+
+def of_human_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """The same pairs as Ensembl gives them for human genes."""
+    named = {
+        "Human gene stable ID": "Gene stable ID", "Human gene name": "Gene name",
+        "Gene stable ID": "Mouse gene stable ID", "Gene name": "Mouse gene name",
+        "Human homology type": "Mouse homology type",
+    }  # fmt: skip
+    return rows.rename(columns=named)[[*named.values()]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rows: rows,
+        of_human_table,
+        lambda rows: rows.drop(columns="Human homology type"),
+        lambda rows: rows.sample(frac=1, random_state=0),
+        lambda rows: rows[["Gene stable ID", "Human gene name"]],
+        lambda rows: rows[["Gene stable ID", "Human gene stable ID"]].set_axis(["from", "to"], axis=1),
+        lambda rows: rows.assign(**{"Gene stable ID": rows["Gene stable ID"] + ".7"}),
+        lambda rows: rows.rename(columns=str.lower).rename(columns=lambda name: name.replace(" ", "_")),
+    ],
+    ids=["mouse", "human", "no kinds", "shuffled", "to symbols", "first two", "versions", "underscores"],
+)
+@pytest.mark.parametrize("name", ["table.tsv", "table.csv.gz", "mart_export.txt"])
+def test_the_same_pairs_in_every_form(change, name, tmp_path):
+    found = read_orthologues(write(change(biomart()), tmp_path / name))
+    assert found.target_of == EXPECTED
+    assert found.several == {mouse_id(i) for i in (2, 4, 6, 20)}
+    assert found.without == {mouse_id(5)}
+    assert "6 one-to-one pairs" in found.summary()
+    assert "4 genes with several" in found.summary()
+
+
+def test_named_columns(tmp_path):
+    rows = biomart().assign(note="x")[["note", "Human gene name", "Gene name"]]
+    path = write(rows, tmp_path / "odd.tsv")
+    found = read_orthologues(path, source="Gene name", target="Human gene name")
+    assert found.target_of == {symbol.capitalize(): human_id(symbol) for symbol in ONE_TO_ONE}
+    both = read_orthologues(
+        write(biomart(), tmp_path / "b.tsv"), source=["Gene stable ID", "Gene name"],
+        target=["Human gene stable ID", "Human gene name"],
+    )  # fmt: skip
+    assert both.target_of == EXPECTED
+    for wrong in ({"source": "Gene name"}, {"source": "mouse", "target": "note"}):
+        with pytest.raises(DataError, match=r"give both columns|has no column 'mouse' among note, Human"):
+            read_orthologues(path, **wrong)
+
+
+def test_aliases_of_human_genes_are_one_gene(tmp_path):
+    """Two mouse genes with one human orthologue under two names are no one-to-one pairs."""
+    at = next(i for i, old in enumerate(HUMAN.previous) if old and HUMAN.owners_of_alias[old[0]] == (i,))
+    rows = pd.DataFrame(
+        {"mouse": ["Aa", "Bb", "Cc"], "human": [HUMAN.symbols[at], HUMAN.previous[at][0], "CD3D"]}
+    )
+    found = read_orthologues(write(rows, tmp_path / "table.tsv"))
+    assert found.target_of == {"Cc": human_id("CD3D")}
+
+
+def test_genes_that_the_vocabulary_lacks_keep_the_name_of_the_table(tmp_path):
+    rows = pd.DataFrame({"mouse": ["Cd3d", "Gm1"], "human": ["CD3D", "ENSG00000999999.3"]})
+    found = read_orthologues(write(rows, tmp_path / "table.tsv"))
+    assert found.target_of == {"Cd3d": human_id("CD3D"), "Gm1": "ENSG00000999999"}
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=14))
+def test_a_pair_is_kept_where_neither_gene_has_another(tmp_path_factory, edges):
+    path = tmp_path_factory.getbasetemp() / "edges.tsv"
+    rows = [(mouse_id(a), HUMAN.ensembl_ids[b]) for a, b in edges]
+    write(pd.DataFrame(rows, columns=["mouse", "human"]), path)
+    left, right = Counter(a for a, _ in set(edges)), Counter(b for _, b in set(edges))
+    expected = {mouse_id(a): HUMAN.ensembl_ids[b] for a, b in set(edges) if left[a] == right[b] == 1}
+    if not expected:
+        with pytest.raises(DataError, match="no pair of genes that is one-to-one"):
+            read_orthologues(path)
+        return
+    found = read_orthologues(path)
+    assert found.target_of == expected
+    assert found.several == {mouse_id(a) for a in left} - set(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is empty"),
+        ("mouse\thuman\n", "is empty but for its header"),
+        ("mouse\nCd3d\n", "the one column 'mouse'"),
+        ("mouse\thuman\nCd3d\nMs4a1\tMS4A1\n", "line 2: found 1 fields where 2"),
+        ("mouse\thuman\nCd3d\tCD3D\tx\n", "line 2: found 3 fields where 2"),
+        ("mouse\thuman\nCd3d\tCD3D\nMs4a1\tMS4A1\tx\ty\n", "line 3: found 4 fields where 2"),
+        (f"{mouse_id(1)}\t{human_id('CD3D')}\n{mouse_id(2)}\t{human_id('LYZ')}\n", "not with a header"),
+        ("human\tmouse\nCD3D\tCd3d\nLYZ\tLyz2\n", "in the column 'human' rather than in 'mouse'.*name the columns"),
+        ("mouse\trat\nCd3d\tCd3e\n", "hardly any of the 1 orthologues in the column 'rat'"),
+        ("key\thuman\n\tCD3D\n", "no gene in the column 'key'"),
+        ("mouse\thuman\ttype\nCd3d\tCD3D\tx\n", ""),
+        ("mouse\thuman\thomology_type\nCd3d\tCD3D\tx\n", "no pair of the kind .* in the column 'homology_type' but x"),
+        ("gene\tgene\nCd3d\tCD3D\n", "more than one column 'gene'"),
+        ('mouse\thuman\n"Cd3d\tCD3D\n', "unexpected end of data"),
+        ("Gene name\tHuman gene name\tRat gene name\nCd3d\tCD3D\tCd3d\n", "genes of several species"),
+    ],
+)  # fmt: skip
+def test_tables_that_cannot_be_used(text, words, tmp_path):
+    path = tmp_path / "table.tsv"
+    path.write_text(text)
+    if not words:
+        assert len(read_orthologues(path)) == 1
+        return
+    with pytest.raises(DataError, match=words) as error:
+        read_orthologues(path)
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(DataError, match=r"cannot read .*no\.tsv"):
+        read_orthologues(tmp_path / "no.tsv")
+    (tmp_path / "bad.tsv.gz").write_bytes(b"mouse\thuman\n")
+    with pytest.raises(DataError, match="cannot read"):
+        read_orthologues(tmp_path / "bad.tsv.gz")
+
+
+def test_what_becomes_of_each_gene(table):
+    names = [mouse_id(1), "Cd3d", mouse_id(3) + ".12", "Lyz", "Cd79a", "Gnly", "Nowhere", ""]
+    found = [table.fate(name) for name in names]
+    assert found == [
+        (MAPPED, human_id("MS4A1")), (MAPPED, human_id("CD3D")), (MAPPED, human_id("NKG7")), (SEVERAL, ""),
+        (SEVERAL, ""), (WITHOUT, ""), (UNKNOWN, ""), (UNKNOWN, ""),
+    ]  # fmt: skip
+    mapped = map_orthologues(names, table, report_name="mouse.h5ad")
+    assert mapped.targets == tuple(target for _, target in found)
+    assert mapped.dropped == {SEVERAL: 2, WITHOUT: 1, UNKNOWN: 2}
+    assert mapped.matched == 3
+    assert mapped.summary() == (
+        "mouse.h5ad: 3 of 8 genes have a one-to-one orthologue in mart_export.txt, by names (Ensembl ids); dropped: "
+        "2 with several orthologues, 1 without an orthologue, 2 not in the table"
+    )
+
+
+def test_a_symbol_of_two_genes_is_not_guessed(tmp_path):
+    rows = biomart()
+    rows.loc[3, "Gene name"] = "Cd3d"
+    found = read_orthologues(write(rows, tmp_path / "table.tsv"))
+    assert found.fate("Cd3d") == (AMBIGUOUS, "")
+    assert found.fate(mouse_id(0)) == (MAPPED, human_id("CD3D"))
+
+
+def test_names_are_found_where_most_of_them_are(table):
+    symbols = ["Cd3d", "Ms4a1", "Nkg7", "x"]
+    var = pd.DataFrame({"ids": [mouse_id(0), mouse_id(1), "", mouse_id(9)]}, index=symbols)
+    assert map_orthologues(var, table).source == 'column "ids" (Ensembl ids)'  # ids where as many
+    assert map_orthologues(var, table, column="index").source == "index (symbols)"
+    var["ids"] = "?"
+    assert map_orthologues(var, table).source == "index (symbols)"
+    with pytest.raises(DataError, match="no column 'none'"):
+        map_orthologues(var, table, column="none")
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (
+            ["CD3D", "MS4A1", "NKG7"],
+            r"in\.h5ad: the genes are those of .* already \(CD3D, .*--orthologues\) out",
+        ),
+        ([human_id("CD3D"), human_id("LYZ")], "already"),
+        (["CD3D", "MS4A1", "Nkg7"], "already"),
+        (
+            [f"ENSDARG{i:011d}" for i in range(5)],
+            r"only 0 of 5 gene names .* whose genes are named like ENSMUSG",
+        ),
+        (["Lyz", "Gnly"], "only 0 of 2"),
+        ([], "no genes"),
+    ],
+)
+def test_genes_that_the_table_does_not_map(table, names, words):
+    with pytest.raises(DataError, match=words):
+        map_orthologues(names, table, report_name="in.h5ad")
+    if names:
+        var = pd.DataFrame({"other": ["?"] * len(names)}, index=names)
+        with pytest.raises(DataError, match=words):
+            map_orthologues(var, table, report_name="in.h5ad")
+
+
+def test_mouse_and_regions_of_chromatin_are_told_what_to_do():
+    for names in (["Cd3d", "Ms4a1", "Lyz2"], [mouse_id(i) for i in range(9)]):
+        with pytest.raises(DataError, match=re.escape("sct.pp.to_orthologues(adata, TABLE)")) as error:
+            HUMAN.align(names)
+        assert "--orthologues=TABLE" in str(error.value)
+    for region in ("chr{}:100-2000", "chr{}-100-2000", "{}_100_2000", "GL000{}.1:100-2000"):
+        with pytest.raises(DataError, match="a matrix of gene activity first"):
+            HUMAN.align([region.format(i) for i in range(1, 9)])
