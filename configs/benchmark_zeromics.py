@@ -4,10 +4,10 @@
         --config.data.path=cells.h5ad --config.data.disease=disease --config.pathways.file=h.all.symbols.gmt
 
 Cell types (accuracy, macro F1), rare cells (kappa, F1 of "Yes"), tumour cells (accuracy, F1, diseases folded into one)
-and pathways (AUROC and AUPRC) against labels by AUCell. The abstract of the study stands in `adata.uns["abstract"]`
-or in the file of `data.studies`. Each study is divided: two thirds are what baselines are fitted on and few-shot cells
-are drawn from, and all methods answer about the same third. Tables and all numbers are written to `config.output` as
-report.html, report.md, report.json and results.json.
+and pathways (AUROC and AUPRC) against labels by the ranks of their genes. The abstract of the study stands in
+`adata.uns["abstract"]` or in the file of `data.studies`. Each study is divided: two thirds are what baselines are
+fitted on and few-shot cells are drawn from, and all methods answer about the same third. Tables and all numbers are
+written to `config.output` as report.html, report.md, report.json and results.json.
 
 :quick, one seed, one and five shots, on the test cells of the quickstart of zeromics_llm, whose run is the model:
 
@@ -28,17 +28,13 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model = ""  # model folder or run folder of zeromics_llm
     config.output = "runs/benchmark_zeromics"
     config.tasks = ("cta", "rci", "tcd", "cpi")
-    config.shots = (
-        1,
-        5,
-        10,
-    )  # cells of each answer, for cpi in all, to tune on; zero shots are measured always
-    config.seeds = 3  # of the order of candidates, of few-shot cells and of controls
-    config.templates = 1  # wordings of a question to average over
+    # Cells of each answer, for cpi in all, to tune on; zero shots are measured always.
+    config.shots = (1, 5, 10)
+    config.seeds = 3  # each with its wording and order of candidates, its few-shot cells and its control
+    config.templates = 1  # wordings of a question to average over, the first ones; 1: that of the seed
     config.batch_size = 8
-    config.markers = (
-        ""  # JSON file, {"B cell": ["MS4A1", ...]}; "": found in the cells that baselines are fitted on
-    )
+    # Of cell types, a JSON file {"B cell": ["MS4A1", ...]}; "": markers are found where baselines are fitted.
+    config.markers = ""
 
     config.data = ConfigDict()
     config.data.path = ""  # .h5ad, .zarr or a store

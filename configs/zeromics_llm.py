@@ -36,6 +36,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.cells.dtype = "bfloat16"
     config.model.cells.remat = "level"
     config.model.cells.dropout = 0.0
+    config.model.cells.encoder = (
+        "transformer"  # or weighted, an ablation: texts of genes weighted by expression
+    )
     config.model.llm = ConfigDict()  # the sizes are those of data.llm
     config.model.llm.dtype = "bfloat16"
     config.model.llm.remat = "level"

@@ -40,7 +40,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.num_heads = 12
     config.model.ffn_dim = 3072
     config.model.dropout = 0.0
-    config.model.encoder = "transformer"  # or weighted, an ablation: texts of genes weighted by expression
     config.model.remat = "level"
     config.model.dtype = "bfloat16"
 

@@ -26,6 +26,7 @@ from sct.nn.paths import flatten
 from sct.tasks.instructions import InstructionData, Instructions, InstructionsConfig
 from sct.train.loop import TrainConfig, train
 from sct.train.optim import OptimizerConfig
+from sct.train.sharding import MeshConfig
 from sct.weights.pretrained import Pretrained
 
 _STUDY, _SPARE = "shots", 32  # tokens, for an order of candidates in which they have a few more
@@ -89,6 +90,14 @@ def _mixture(model: Pretrained) -> dict[str, Any]:
     }
 
 
+def _plain(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Texts and lists of texts as YAML knows them, whatever an AnnData made of them."""
+    return {
+        name: str(value) if isinstance(value, str) else [str(each) for each in value]
+        for name, value in said.items()
+    }
+
+
 def _longest(asker: CellAsker, questions: StudyQuestions, task: str, number: int) -> int:
     """Tokens of the longest instruction about some cells."""
     candidates, sizes = questions.candidates[task], []
@@ -104,7 +113,7 @@ def _longest(asker: CellAsker, questions: StudyQuestions, task: str, number: int
 
 def tune(
     model: Pretrained, asker: CellAsker, task: str, shots: Shots, columns: Mapping[str, Any],
-    options: TuningOptions, seed: int,
+    options: TuningOptions, seed: int, place: Path | None = None,
 ) -> CellAsker:  # fmt: skip
     """Tune a model on one task with a few cells, by the loop and the loss of its training.
 
@@ -123,16 +132,20 @@ def tune(
         `cell_type`, `disease`, `pathways`, `normal` and `rare_share` of `InstructionData`.
     options, seed
         How, and the order of cells, wordings and candidates.
+    place
+        Folder for temporary files.
 
     Raises
     ------
     SctError
-        The cells cannot be asked about.
+        The cells cannot be asked about, or the loss is not finite.
+    KeyboardInterrupt
+        The process was asked to stop.
     """
     import yaml
 
     vocabulary = model.vocabulary
-    with tempfile.TemporaryDirectory(prefix="sct_shots_") as name:
+    with tempfile.TemporaryDirectory(prefix=".shots_", dir=place) as name:
         folder = Path(name)
         table = ad.AnnData(
             X=sparse.csr_matrix(shots.counts, dtype=np.float32),
@@ -142,7 +155,7 @@ def tune(
         ingest([(_STUDY, table)], folder / "store", vocabulary=vocabulary)
         store = Store.open(folder / "store")
         texts, prompts = folder / "studies.yaml", folder / "prompts.json"
-        texts.write_text(yaml.safe_dump({_STUDY: dict(shots.said)}, allow_unicode=True), encoding="utf-8")
+        texts.write_text(yaml.safe_dump({_STUDY: _plain(shots.said)}, allow_unicode=True), encoding="utf-8")
         asker.prompts.save(prompts)
         config = InstructionsConfig(
             tasks=((task, 1.0),), prompts=str(prompts), report_cells=0, **_mixture(model)
@@ -156,14 +169,16 @@ def tune(
         steps = options.steps
         loop = TrainConfig(
             steps=steps, batch_size=min(options.batch_size, number), log_every=steps, eval_every=steps,
-            checkpoint_every=steps, keep_last=1, seed=seed, loader_threads=1,
+            checkpoint_every=steps, seed=seed, loader_threads=1, mesh=MeshConfig.parse("single"),
         )  # fmt: skip
         optimizer = OptimizerConfig(
             peak_lr=options.learning_rate, init_lr=0.0, warmup_steps=max(steps // 10, 1), clip_norm=1.0
         )
         # The loop gives its start away, and the model is needed again.
         start = jax.tree.map(jnp.copy, flatten(model.variables))
-        result = train(made, loop, optimizer, folder, start)
+        result = train(made, loop, optimizer, folder, start, keep=False)
+        if result.reason != "finished":
+            raise KeyboardInterrupt
         return dataclasses.replace(asker, variables=result.state.variables)
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,10 @@ from sct.data.text.instructions import (
     StudyQuestions,
     read_study_texts,
 )
-from sct.errors import ConfigError, DataError, SctError
+from sct.errors import ConfigError, DataError, MissingExtraError, SctError
 from sct.eval import labels, marker_scores, pathways, report
 from sct.eval.report import Report
 from sct.generation.cell_asker import CellAsker
-from sct.models.registry import build
 from sct.tasks.instructions import TRAINED_TASKS
 from sct.tl import benchmarking, running
 from sct.tl.asking import asker_of
@@ -77,6 +75,10 @@ class DataOptions:
             raise ConfigError(f"data.share is {self.share}, but a share between 0 and 1 is needed.")
         if not 0 <= self.rare_share <= 1:
             raise ConfigError(f"data.rare_share is {self.rare_share}, but a share is needed.")
+        if self.split == "train":
+            raise ConfigError(
+                "data.split is train, but cells that no model has learned are needed: test, or validation."
+            )
 
     @property
     def cells(self) -> benchmarking.DataOptions:
@@ -84,6 +86,7 @@ class DataOptions:
         return benchmarking.DataOptions(
             path=self.path, split=self.split, layer=self.layer, gene_column=self.gene_column,
             duplicates=self.duplicates, study_key=self.study_key, max_cells=self.max_cells, seed=self.seed,
+            spatial_key="",
         )  # fmt: skip
 
     @property
@@ -177,43 +180,50 @@ def benchmark(
         Whatever a user can mend, in one sentence.
     """
     started = time.monotonic()
-    values = {name: value for name, value in json.loads(json.dumps(config)).items() if name != "benchmark"}
-    options = build(InstructionBenchmarkOptions, values, "config")
-    output, data = Path(options.output).expanduser(), options.data
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"the output {output} is a file, but it must be a folder: choose another.")
+    values = {name: value for name, value in config.items() if name != "benchmark"}
+    options, output = benchmarking.read_options(InstructionBenchmarkOptions, values, adata)
+    data: DataOptions = options.data
     if not (model or options.model):
         raise ConfigError("say which model to ask: --config.model=RUN.")
+    if data.path and data.dataset:
+        raise ConfigError("there is both data.path and data.dataset: choose one of them.")
+    if not (data.path or data.dataset):
+        raise ConfigError("say what to ask about: --config.data.path=FILE.h5ad, or a store.")
+    said = read_study_texts(data.studies) if data.studies else {}
+    markers = marker_scores.read_markers(options.markers) if options.markers else None
     handle = running.loaded(model or options.model)
     asker = asker_of(handle)
-    said = read_study_texts(data.studies) if data.studies else {}
+    output.mkdir(parents=True, exist_ok=True)
     if data.dataset:
-        if data.path or adata is not None:
-            raise ConfigError("there is both data.path and data.dataset: choose one of them.")
         prepare(data.dataset, output / "store")
         data = dataclasses.replace(data, path=str(output / "store"))
+        options = dataclasses.replace(options, data=data)
         said = {**study_texts(data.dataset), **said}
-    if not data.path and adata is None:
-        raise ConfigError("say what to ask about: --config.data.path=FILE.h5ad, or a store.")
-    options = dataclasses.replace(options, data=data)
     studies, _ = benchmarking.open_cells(data.cells, adata)
+    if said and not set(said) & {name for name, _ in studies}:
+        raise ConfigError(
+            f"{data.studies} has texts of {sorted(said)[0]!r}, but the studies are "
+            f"{', '.join(name for name, _ in studies[:5])}: write these names."
+        )
     reports: list[Report] = []
     numbers: dict[str, Any] = {}
     sizes = []
     for name, cells in studies:
-        own = {key: _listed(cells.uns[key]) for key in _UNS if key in cells.uns}
-        asked = _Study(name, cells, {**own, **said.get(name, {})}, handle, asker, options)
+        try:
+            asked = _Study(name, cells, said.get(name, {}), handle, asker, options, markers, output)
+        except SctError as error:
+            reports.append(_reason(name, error))
+            continue
         sizes.append(f"{name} ({len(asked.query):,} asked about, {len(asked.support):,} to fit on)")
         for task in options.tasks:
             title = f"{name}: {TITLES[task]}"
             try:
                 table, measured = asked.measure(task)
             except SctError as error:
-                table = Report(title, ("method", "remark"))
-                table.add("all", str(error))
-            else:
-                table.title = f"{title}. {table.title}"
-                numbers.setdefault(name, {})[task] = measured
+                reports.append(_reason(title, error))
+                continue
+            table.title = f"{title}. {table.title}"
+            numbers.setdefault(name, {})[task] = measured
             reports.append(table)
     if not numbers:
         reasons = list(dict.fromkeys(str(each.rows[0][1]) for each in reports))
@@ -228,8 +238,24 @@ def benchmark(
     return reports
 
 
-def _listed(value: Any) -> Any:
-    return value if isinstance(value, str) else [str(each) for each in value]
+def _reason(title: str, error: SctError) -> Report:
+    """A table that says why there is none."""
+    table = Report(title, ("method", "remark"))
+    table.add("all", str(error))
+    return table
+
+
+def _texts_of(name: str, cells: ad.AnnData) -> dict[str, Any]:
+    """What the table of a study says of it; `ConfigError` for another form."""
+    said = {}
+    for key in (key for key in _UNS if key in cells.uns):
+        value = cells.uns[key]
+        good = isinstance(value, str) if key == "abstract" else not isinstance(value, str | Mapping)
+        if not good:
+            form = "a text" if key == "abstract" else "a list of texts"
+            raise ConfigError(f'{name}: adata.uns["{key}"] is {value!r}, but {form} is needed.')
+        said[key] = value.strip() if key == "abstract" else [str(each) for each in value]
+    return {key: value for key, value in said.items() if len(value)}
 
 
 class _Study:
@@ -237,19 +263,20 @@ class _Study:
 
     def __init__(
         self, name: str, cells: ad.AnnData, said: Mapping[str, Any], model: Pretrained, asker: CellAsker,
-        options: InstructionBenchmarkOptions,
+        options: InstructionBenchmarkOptions, markers: Mapping[str, Sequence[str]] | None, place: Path,
     ):  # fmt: skip
         part = benchmarking.part_of(name, cells, model.vocabulary, options.data.cells)
-        self.model, self.asker, self.options, self.said = model, asker, options, dict(said)
-        self.name, self.data = name, options.data
+        self.said = {**_texts_of(name, cells), **said}
+        self.model, self.asker, self.options, self.markers = model, asker, options, markers
+        self.name, self.data, self.place = name, options.data, place
         self.counts = sparse.csr_matrix(part.table.read(np.arange(part.table.n_cells)))
-        self.obs = part.adata.obs
+        self.obs, self.measured = part.adata.obs, np.asarray(part.table.measured)
         self.symbols = list(model.vocabulary.symbols)
         self.keys = [int(key) for key in cell_keys(part.adata.obs_names)]
         self.support, self.query = self._divided()
 
     def _divided(self) -> tuple[np.ndarray, np.ndarray]:
-        """Rows to fit on and to ask about: by group where there is one, else with all labels in both parts."""
+        """Rows to fit on and to ask about: by group where there is one, else with every label of two cells in both."""
         rows, data = np.arange(len(self.obs)), self.data
         if data.group_key:
             if data.group_key not in self.obs:
@@ -264,15 +291,20 @@ class _Study:
             return fit, ask
         if len(rows) < 3:
             raise DataError(f"{self.name} has {len(rows)} cells, too few to divide: give more.")
-        names = self.obs.get(data.cell_type, pd.Series("", index=self.obs.index)).astype(str)
-        sizes = names.map(names.value_counts())
-        strata = names.where(sizes > 1, "")  # one cell alone cannot be in both parts
-        few = strata.value_counts().min() < 2 or strata.nunique() > min(data.share, 1 - data.share) * len(
-            rows
-        )
-        fit, ask = train_test_split(
-            rows, test_size=data.share, random_state=data.seed, stratify=None if few else strata
-        )
+        there = [name for name in (data.cell_type, data.disease) if name and name in self.obs]
+        least = int(min(data.share, 1 - data.share) * len(rows))
+        strata = None
+        for columns in (there, there[:1]):  # types alone where there are too many of both
+            names = pd.Series("", index=rows)
+            for column in columns:
+                names += self.obs[column].astype(str).to_numpy() + "\0"
+            sizes = names.value_counts()
+            # A cell alone cannot be in both parts; it goes with the most common ones.
+            found = names.where(names.map(sizes) > 1, sizes.index[0])
+            if found.nunique() <= least:
+                strata = found
+                break
+        fit, ask = train_test_split(rows, test_size=data.share, random_state=data.seed, stratify=strata)
         return np.sort(fit), np.sort(ask)
 
     def _questions(self, obs: pd.DataFrame, said: Mapping[str, Any]) -> StudyQuestions:
@@ -304,37 +336,67 @@ class _Study:
         seed: int,
         others: bool = False,
     ) -> pd.DataFrame:
-        """Probabilities of the candidates for these of the cells asked about; `others` gives each another's tokens."""
+        """Probabilities of the candidates for these of the cells asked about; `others` gives each another's tokens.
+
+        A seed has its own wording and order of candidates.
+        """
         chosen = {name: value[rows] for name, value in self.records.items()}
-        mixed = np.random.default_rng(seed).permutation(len(rows)).tolist() if others else None
+        mixed = np.random.default_rng([seed, 1]).permutation(len(rows)).tolist() if others else None
+        wordings, number = len(asker.prompts.templates[task]), self.options.templates
         logs = asker.score(
             task, chosen, [self.said["abstract"]] * len(rows), candidates, seed=seed, cells=mixed,
-            keys=[self.keys[row] for row in self.query[rows]], templates=self.options.templates,
-            batch_size=self.options.batch_size,
+            keys=[self.keys[row] for row in self.query[rows]], batch_size=self.options.batch_size,
+            templates=number if number > 1 else [seed % wordings],
         )  # fmt: skip
         return pd.DataFrame(np.exp(logs), columns=list(candidates))
 
-    def _tuned(
-        self, task: str, rows: np.ndarray, obs: pd.DataFrame, said: dict[str, Any], seed: int
-    ) -> CellAsker:
-        shots = Shots(self.counts[rows], obs.iloc[rows], said)
-        columns, tuning = self.data.columns, self.options.tuning
-        return tune(self.model, self.asker, task, shots, columns, tuning, seed)
+    def _few_shot(
+        self, task: str, fit: np.ndarray, answers: np.ndarray, obs: pd.DataFrame, said: dict[str, Any],
+        ask: Callable[[CellAsker, int], Any], fit_few: Callable[[np.ndarray], Any],
+    ) -> tuple[dict[str, tuple[str, Any]], list[str]]:  # fmt: skip
+        """Rows of the model tuned on a few of the rows `fit`, and of what `fit_few` makes of the same; and notes."""
+        made: dict[str, tuple[str, Any]] = {}
+        notes = []
+        for number in self.options.shots:
+            what = f"{number} cells" if task == "cpi" else f"{number} of each answer"
+            tuned, few = [], []
+            try:
+                for seed in range(self.options.seeds):
+                    places = fit[drawn(list(answers[fit]), number, task != "cpi", seed)]
+                    few.append(fit_few(places))
+                    shots = Shots(self.counts[places], obs.iloc[places], said)
+                    columns, tuning = self.data.columns, self.options.tuning
+                    # Not kept: a model is as large as the one that is asked.
+                    tuned.append(
+                        ask(
+                            tune(self.model, self.asker, task, shots, columns, tuning, seed, self.place), seed
+                        )
+                    )
+            except SctError as error:
+                notes.append(f"There is no {number}-shot: {error}")
+                continue
+            made[f"{number}-shot"] = what, tuned
+            made[f"{labels.LOGISTIC}, {number}-shot"] = what, few
+        return made, notes
 
     def _single(self, task: str) -> tuple[Report, dict[str, Any]]:
         """One answer of several."""
+        column = self.data.disease if task == "tcd" else self.data.cell_type
+        named = "disease" if task == "tcd" else "cell_type"
+        if not column or column not in self.obs:
+            there = f"has no column {column!r}" if column else "needs a column of labels"
+            raise ConfigError(f"{self.name} {there}: name one by --config.data.{named}.")
         asked = self._questions(self.obs, self.said)
         if task not in asked.candidates:
-            column = "disease" if task == "tcd" else "cell_type"
             raise ConfigError(
-                f"{self.name} has no answers: name the column of labels by --config.data.{column}, of which two values "
-                "are needed, and for rare cells a type below data.rare_share."
+                f"{self.name} has no two answers in the column {column!r}; for rare cells a type below "
+                "data.rare_share, or one that is listed as rare, is needed."
             )
         candidates, options = asked.candidates[task], self.options
         answers = np.array([asked.answer(task, row) for row in range(len(self.obs))], dtype=object)
         rows = np.flatnonzero(answers[self.query] != "")
         fit = self.support[answers[self.support] != ""]
-        true = answers[self.query[rows]]
+        true, counts = answers[self.query[rows]], self.counts[self.query[rows]]
         if len(set(true)) < 2 or len(set(answers[fit])) < 2:
             raise ConfigError(
                 f"{self.name} has cells with one answer only, or with none, in one of its parts."
@@ -342,81 +404,65 @@ class _Study:
         listed = {"cta": {"cell_types": list(candidates)}, "rci": {"rare": sorted(asked.rare)}}
         listed["tcd"] = {"diseases": [name for name in candidates if name != NORMAL]}
         said = {"abstract": self.said["abstract"], **listed[task]}
+        score = functools.partial(self._score, task=task, rows=rows, candidates=candidates)
 
-        def folded(names: np.ndarray) -> np.ndarray:
-            return np.where(names == NORMAL, NORMAL, TUMOUR) if task == "tcd" else names
-
-        def prediction(table: pd.DataFrame) -> labels.Prediction:
-            if task == "tcd":
-                tumour = 1 - table[NORMAL] if NORMAL in table else pd.Series(1.0, index=table.index)
-                table = pd.DataFrame({NORMAL: 1 - tumour, TUMOUR: tumour})
-            best = table.columns.to_numpy(object)[table.to_numpy().argmax(axis=1)]
-            return labels.Prediction(pd.DataFrame({task: best}, dtype=object), {task: table})
+        def fit_few(places: np.ndarray) -> labels.Prediction:
+            known = pd.DataFrame({task: folded(task, answers[places])}, dtype=object)
+            return labels.classify(self.counts[places], known, counts)[labels.LOGISTIC]
 
         seeds = range(options.seeds)
-        main = [prediction(self._score(self.asker, task, rows, candidates, seed)) for seed in seeds]
-        beside: dict[str, tuple[str, Any]] = {
-            OTHERS: (
-                "",
-                [prediction(self._score(self.asker, task, rows, candidates, seed, True)) for seed in seeds],
-            )
-        }
-        counts, of_each = self.counts[self.query[rows]], "{} of each answer"
-        for number in options.shots:
-            tuned, fitted = [], []
-            for seed in seeds:
-                places = fit[drawn(list(answers[fit]), number, True, seed)]
-                asker = self._tuned(task, places, self.obs, said, seed)
-                tuned.append(prediction(self._score(asker, task, rows, candidates, seed)))
-                known = pd.DataFrame({task: folded(answers[places])}, dtype=object)
-                with_few = labels.classify(self.counts[places], known, counts)
-                fitted.append(with_few[labels.LOGISTIC])
-            beside[f"{number}-shot"] = of_each.format(number), tuned
-            beside[f"{labels.LOGISTIC}, {number}-shot"] = of_each.format(number), fitted
-        beside |= self._markers(
-            task, counts, fit, folded(answers[fit]), folded(np.array(candidates, dtype=object))
-        )
+        main = [prediction(task, score(self.asker, seed=seed)) for seed in seeds]
+        others = [prediction(task, score(self.asker, seed=seed, others=True)) for seed in seeds]
+        few, notes = self._few_shot(
+            task, fit, answers, self.obs, said,
+            lambda asker, seed: prediction(task, score(asker, seed=seed)), fit_few,
+        )  # fmt: skip
+        names = list(dict.fromkeys(folded(task, np.array(candidates, dtype=object)).tolist()))
+        by_markers, without = self._by_markers(task, counts, fit, folded(task, answers[fit]).tolist(), names)
         table, numbers = labels.compare(
             {ZERO: main},
-            pd.DataFrame({task: folded(true)}, dtype=object),
-            pd.DataFrame({task: folded(answers[fit])}, dtype=object),
+            pd.DataFrame({task: folded(task, true)}, dtype=object),
+            pd.DataFrame({task: folded(task, answers[fit])}, dtype=object),
             counts,
             self.counts[fit],
             labels.Options(seeds=options.seeds, positive={"rci": YES, "tcd": TUMOUR}.get(task, "")),
-            beside,
+            {OTHERS: ("", others), **few, **by_markers},
         )
         if task == "tcd":
-            table.notes = (*table.notes, f"Diseases are folded: a cell is a {NORMAL} or a {TUMOUR}.")
-        table.notes = (*table.notes, *self._notes(task))
+            notes.append(f"Answers are folded after they are given: a cell is a {NORMAL} or a {TUMOUR}.")
+        if left := len(self.query) - len(rows):
+            notes.append(f"{left:,} cells without a label, or with one that is no candidate, are left out.")
+        table.notes = (*table.notes, *notes, *without, *self._notes(task, len(fit)))
         return table, numbers
 
-    def _markers(
-        self, task: str, counts: sparse.csr_matrix, fit: np.ndarray, names: np.ndarray, candidates: np.ndarray
-    ) -> dict[str, tuple[str, labels.Prediction]]:
-        """Labels by marker genes, of a file or of the cells to fit on."""
-        given = bool(self.options.markers) and task == "cta"
-        if given:
-            markers = marker_scores.read_markers(self.options.markers)
-        else:
-            markers = marker_scores.find_markers(self.counts[fit], names.tolist(), self.symbols)
+    def _by_markers(
+        self, task: str, counts: sparse.csr_matrix, fit: np.ndarray, names: list[str], candidates: list[str]
+    ) -> tuple[dict[str, tuple[str, labels.Prediction]], list[str]]:
+        """Labels by marker genes, of a file or of the cells to fit on; or a note why there are none."""
+        given = self.markers is not None and task == "cta"
         try:
-            table = marker_scores.marker_scores(
-                counts, self.symbols, markers, list(dict.fromkeys(candidates.tolist()))
+            markers = (
+                self.markers
+                if given and self.markers is not None
+                else marker_scores.find_markers(self.counts[fit], names, self.symbols)
             )
-        except DataError:
-            if given:
-                raise
-            return {}
+            table = marker_scores.marker_scores(counts, self.symbols, markers, candidates)
+        except (DataError, MissingExtraError) as error:
+            return {}, [f"There are no {marker_scores.NAME}: {error}"]
         best = table.columns.to_numpy(object)[table.to_numpy().argmax(axis=1)]
         predicted = labels.Prediction(pd.DataFrame({task: best}, dtype=object), {task: table})
-        return {marker_scores.NAME: ("a file" if given else labels.TRAINING, predicted)}
+        return {marker_scores.NAME: ("a file" if given else labels.TRAINING, predicted)}, []
 
-    def _notes(self, task: str) -> list[str]:
+    def _notes(self, task: str, fit: int) -> list[str]:
         divided = f"by {self.data.group_key}" if self.data.group_key else "at random"
         notes = [
-            f"Baselines are fitted on {len(self.support):,} other cells of the study, which is divided {divided}; the "
-            "zero-shot model has seen none of them."
+            f"Baselines are fitted on {fit:,} other cells of the study, which is divided {divided}, those of few shots "
+            "on the few cells alone; the zero-shot model is fitted on none of it."
         ]
+        if self.data.dataset:
+            notes.append(
+                "These cells are of the one sample from which the quick starts take their training cells."
+            )
         if task not in self.model.data["tasks"]:
             notes.append("The model was not trained on this task.")
         return notes
@@ -429,35 +475,40 @@ class _Study:
                 "name a GMT file of gene sets by --config.pathways.file, such as MSigDB's hallmarks."
             )
         gene_sets = pathways.read_gene_sets(asked.file, asked.names)
-        cells = pathways.Cells.of(self.counts, self.symbols, gene_sets, asked.deviations)
+        measured = np.array(self.symbols, dtype=object)[self.measured].tolist()
+        cells = pathways.Cells.of(self.counts[:, self.measured], measured, gene_sets, asked.deviations)
         names = list(cells.active)
         texts = [BETWEEN.join(np.array(names, dtype=object)[own]) for own in cells.active.to_numpy()]
         obs = self.obs.assign(**{_PATHWAYS: texts})
         said = {"abstract": self._questions(obs, self.said).said["abstract"], "gene_sets": names}
-        options, rows, seeds = self.options, np.arange(len(self.query)), range(self.options.seeds)
-
-        def scores(asker: CellAsker, seed: int, others: bool = False) -> np.ndarray:
-            return self._score(asker, "cpi", rows, names, seed, others).to_numpy()
-
+        seeds, query = range(self.options.seeds), cells.rows(self.query)
+        score = functools.partial(self._score, task="cpi", rows=np.arange(len(self.query)), candidates=names)
         predictions: dict[str, tuple[str, Sequence[np.ndarray]]] = {
-            ZERO: ("", [scores(self.asker, seed) for seed in seeds]),
-            OTHERS: ("", [scores(self.asker, seed, True) for seed in seeds]),
+            ZERO: ("", [score(self.asker, seed=seed).to_numpy() for seed in seeds]),
+            OTHERS: ("", [score(self.asker, seed=seed, others=True).to_numpy() for seed in seeds]),
         }
-        query = cells.rows(self.query)
-        for number in options.shots:
-            tuned, fitted = [], []
-            for seed in seeds:
-                places = self.support[drawn([texts[row] for row in self.support], number, False, seed)]
-                tuned.append(scores(self._tuned("cpi", places, obs, said, seed), seed))
-                fitted.append(
-                    pathways.baselines(cells.rows(places), query, labels.Options())[labels.LOGISTIC]
-                )
-            predictions[f"{number}-shot"] = f"{number} cells", tuned
-            predictions[f"{labels.LOGISTIC}, {number}-shot"] = f"{number} cells", fitted
+        few, failed = self._few_shot(
+            "cpi", self.support, np.array(texts, dtype=object), obs, said,
+            lambda asker, seed: score(asker, seed=seed).to_numpy(),
+            lambda places: pathways.logistic(cells.rows(places), query, labels.Options()),
+        )  # fmt: skip
         table, numbers = pathways.compare(
-            predictions, query, cells.rows(self.support), labels.Options(seeds=options.seeds)
+            {**predictions, **few}, query, cells.rows(self.support), labels.Options(seeds=self.options.seeds)
         )
         left = len(gene_sets) - len(names)
-        notes = [f"{left} gene sets with too few of the cells' genes are left out."] if left else []
-        table.notes = (*table.notes, *notes, *self._notes("cpi"))
+        notes = [f"{left} gene sets with too few measured genes are left out."] if left else []
+        table.notes = (*table.notes, *failed, *notes, *self._notes("cpi", len(self.support)))
         return table, numbers
+
+
+def folded(task: str, names: np.ndarray) -> np.ndarray:
+    """Answers as they are measured: of diseases only whether there is one (appendix B.1)."""
+    return np.where(names == NORMAL, NORMAL, TUMOUR).astype(object) if task == "tcd" else names
+
+
+def prediction(task: str, table: pd.DataFrame) -> labels.Prediction:
+    """The most probable answer of each cell, and probabilities; both folded where the task asks for it."""
+    best = table.columns.to_numpy(object)[table.to_numpy().argmax(axis=1)]
+    if task == "tcd":
+        table = pd.DataFrame({NORMAL: table[NORMAL], TUMOUR: 1 - table[NORMAL]})
+    return labels.Prediction(pd.DataFrame({task: folded(task, best)}, dtype=object), {task: table})

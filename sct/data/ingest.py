@@ -11,12 +11,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sct.data.counts import COUNTS
 from sct.data.genes import GeneVocabulary
 from sct.data.ingest_input import IngestOptions, absolute_location, write_json
 from sct.data.ingest_jobs import Job, run_jobs
+from sct.data.orthologues import Orthologues
 from sct.data.sources import Input, find_inputs
 from sct.data.split import assign_splits, check_splits
-from sct.data.store import GENES, MANIFEST, SCHEMA_VERSION, STUDIES, read_manifest
+from sct.data.store import ACTIVITY_VERSION, GENES, MANIFEST, SCHEMA_VERSION, STUDIES, read_manifest
 from sct.errors import ConfigError, DataError, StoreError
 from sct.version import __version__
 
@@ -136,12 +138,12 @@ def ingest(
     options = options or IngestOptions()
     vocabulary = vocabulary or GeneVocabulary.human()
     check_splits(options.validation, options.test)
-    options.read_orthologues(vocabulary)  # a table that cannot be used is refused before anything is written
+    table = options.read_orthologues(vocabulary)  # once, and before anything is written
     root = Path(output)
     found, ignored = find_inputs(inputs, exclude=root)
     with _only_one(root):
         before, notes = _before(root, vocabulary)
-        jobs, kept, refused = _plan(root, found, vocabulary, options)
+        jobs, kept, refused = _plan(root, found, vocabulary, options, table)
         if options.study_key is None:
             known = {each["name"] for each in before} | {each.name for each in found}
             check_splits(options.validation, options.test, known)
@@ -151,11 +153,15 @@ def ingest(
         fresh, more = run_jobs(root, jobs, vocabulary, options)
         refused.update(more)
         if refused and not (options.skip_bad and (fresh or kept)):
+            _restore(root)
             _refuse(refused, len(found))
-        records = {each["name"]: each for each in before if each["name"] not in replaced}
+        # The studies of an input that is refused now are as they were.
+        left = [each for each in before if each["name"] in replaced and _unchanged(root, each)]
+        records = {each["name"]: each for each in before if each["name"] not in replaced or each in left}
         records.update({each["name"]: each for each in (*kept, *fresh)})
         report = _finish(root, records, before, vocabulary, options)
     notes += [f"no 10x count matrix, left out: {each}" for each in ignored]
+    notes += [f"{each['name']} stays as it was ingested before" for each in left]
     notes += [note for each in (*kept, *fresh) for note in each["notes"]]
     return replace(
         report,
@@ -214,8 +220,29 @@ def _before(root: Path, vocabulary: GeneVocabulary) -> tuple[list[dict[str, Any]
     return there, [f"{name} was in the store, but its folder is gone" for name in gone]
 
 
+def _unchanged(root: Path, record: dict[str, Any]) -> bool:
+    """Whether a study of a manifest is still what the manifest says."""
+    try:
+        there = json.loads((root / STUDIES / f"{record['name']}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return {**there, "split": record["split"]} == record
+
+
+def _restore(root: Path) -> None:
+    """Put the last manifest back where its studies have not changed, so that the store opens as before."""
+    with contextlib.suppress(StoreError):
+        manifest = read_manifest(root, _PREVIOUS)
+        if manifest is not None and all(_unchanged(root, each) for each in manifest["studies"]):
+            os.replace(root / _PREVIOUS, root / MANIFEST)
+
+
 def _plan(
-    root: Path, found: list[Input], vocabulary: GeneVocabulary, options: IngestOptions
+    root: Path,
+    found: list[Input],
+    vocabulary: GeneVocabulary,
+    options: IngestOptions,
+    table: Orthologues | None,
 ) -> tuple[list[Job], list[dict[str, Any]], dict[str, str]]:
     """Tell inputs that are done from inputs to do; the third part is inputs that cannot even be looked at."""
     records: dict[str, list[dict[str, Any]]] = {}
@@ -223,6 +250,7 @@ def _plan(
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             record = json.loads(file.read_text(encoding="utf-8"))
             records.setdefault(record["source"]["input"], []).append(record)
+    digest = options.digest(table)
     jobs: list[Job] = []
     kept: list[dict[str, Any]] = []
     refused: dict[str, str] = {}
@@ -241,7 +269,7 @@ def _plan(
                     "give it a name of its own as NAME=PATH"
                 )
                 continue
-        wanted = (fingerprint, options.digest(), vocabulary.hash)
+        wanted = (fingerprint, digest, vocabulary.hash)
         complete = bool(done) and {each["name"] for each in done} == set(done[0]["source"]["siblings"])
         for each in done:
             source = each["source"]
@@ -250,7 +278,7 @@ def _plan(
         if complete:
             kept += done
         else:
-            jobs.append(Job(item, fingerprint, tuple(each["name"] for each in done)))
+            jobs.append(Job(item, fingerprint, tuple(each["name"] for each in done), table))
     return jobs, kept, refused
 
 
@@ -284,7 +312,9 @@ def _finish(
     )
     studies = [{**records[name], "split": splits[name]} for name in names]
     manifest = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSION
+        if all(each.get("values", COUNTS) == COUNTS for each in studies)
+        else ACTIVITY_VERSION,
         "sct_version": __version__,
         "vocabulary": {"name": vocabulary.name, "hash": vocabulary.hash, "n_genes": len(vocabulary)},
         "studies": studies,

@@ -105,8 +105,8 @@ class IngestOptions:
         source, target = self.orthologue_columns or (None, None)
         return read_orthologues(self.orthologues, source=source, target=target, vocabulary=vocabulary)
 
-    def digest(self) -> str:
-        """Digest of the options that decide about a study's content."""
+    def digest(self, table: Orthologues | None = None) -> str:
+        """Digest of the options and of the table of orthologues, which decide about a study's content."""
         content: tuple[Any, ...] = (
             SCHEMA_VERSION,
             self.layer,
@@ -120,9 +120,8 @@ class IngestOptions:
             self.census_version,
         )
         # Behind the others and only where they are used, so that studies made without them are still known.
-        if self.orthologues is not None:
-            table = hashlib.sha256(Path(self.orthologues).expanduser().read_bytes()).hexdigest()
-            content += (("orthologues", table, self.orthologue_columns),)
+        if table is not None:
+            content += (("orthologues", table.digest, self.orthologue_columns),)
         if self.values != COUNTS:
             content += (("values", self.values),)
         return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
@@ -135,14 +134,16 @@ def ingest_input(
     vocabulary: GeneVocabulary,
     options: IngestOptions,
     *,
+    table: Orthologues | None = None,
     stale: Sequence[str] = (),
     advance: Callable[[float], None] = lambda cells: None,
     sizes: Sizes | None = None,
 ) -> list[dict[str, Any]]:
     """Write the studies of one input into the folder `root`/studies and return their records.
 
-    `stale` names studies that an earlier version of the input left and that are removed; `advance` is told
-    about cells as they are done; `sizes` changes memory use, never the result.
+    `table` maps genes of another species; `stale` names studies that an earlier version of the input left and
+    that are removed; `advance` is told about cells as they are done; `sizes` changes memory use, never the
+    result.
     """
     sizes = sizes or Sizes()
     folder = root / STUDIES
@@ -159,7 +160,7 @@ def ingest_input(
             values=options.values,
         ) as source:
             records = _write_studies(
-                source, item, folder, spill, partial, vocabulary, options, sizes, advance
+                source, item, folder, spill, partial, vocabulary, options, table, sizes, advance
             )
         for record in records:
             record["source"] = {
@@ -167,7 +168,7 @@ def ingest_input(
                 "kind": item.kind,
                 "input": item.name,
                 "fingerprint": fingerprint,
-                "options": options.digest(),
+                "options": options.digest(table),
                 "vocabulary": vocabulary.hash,
                 "siblings": [each["name"] for each in records],
             }
@@ -192,10 +193,11 @@ def _write_studies(
     partial: dict[str, Path],
     vocabulary: GeneVocabulary,
     options: IngestOptions,
+    table: Orthologues | None,
     sizes: Sizes,
     advance: Callable[[float], None],
 ) -> list[dict[str, Any]]:
-    alignment, mapped = _align(source, vocabulary, options)
+    alignment, mapped = _align(source, vocabulary, options, table)
     groups = _groups(source, item.name, options.study_key)
     n_cells = len(source.obs)
     place = np.empty(n_cells, np.int64)
@@ -278,13 +280,14 @@ def _write_studies(
 
 
 def _align(
-    source: Source, vocabulary: GeneVocabulary, options: IngestOptions
+    source: Source, vocabulary: GeneVocabulary, options: IngestOptions, table: Orthologues | None
 ) -> tuple[GeneAlignment, MappedGenes | None]:
     """Which column holds which gene, and how genes of another species were mapped."""
-    table = options.read_orthologues(vocabulary)
     mapped = None
     if table is not None:
         mapped = map_orthologues(source.var, table, column=options.gene_column, report_name=source.label)
+        if options.duplicates == "error":
+            mapped.check_distinct('give duplicates="sum" to add their counts, or remove the surplus columns')
     with warnings.catch_warnings():
         # The report carries the alignment's warning.
         warnings.simplefilter("ignore", UserWarning)

@@ -13,6 +13,7 @@ from typing import Any
 
 from sct.data.genes import GeneVocabulary
 from sct.data.ingest_input import IngestOptions, ingest_input
+from sct.data.orthologues import Orthologues
 from sct.data.readers import count_cells
 from sct.data.sources import Input
 from sct.errors import SctError, StoreError
@@ -21,11 +22,15 @@ from sct.progress import Bar, progress
 
 @dataclass(frozen=True)
 class Job:
-    """One input to do, its fingerprint, and the studies that an earlier version of it left."""
+    """One input to do, its fingerprint, the studies that an earlier version of it left, and the table of its genes.
+
+    All processes have the one table that was read, and its digest, whatever becomes of the file.
+    """
 
     item: Input
     fingerprint: str
     stale: tuple[str, ...]
+    table: Orthologues | None
 
 
 def run_jobs(
@@ -136,7 +141,14 @@ def _attempt(
     """Records of the studies of one input, or the sentence that says why it is refused."""
     try:
         return ingest_input(
-            root, job.item, job.fingerprint, vocabulary, options, stale=job.stale, advance=advance
+            root,
+            job.item,
+            job.fingerprint,
+            vocabulary,
+            options,
+            table=job.table,
+            stale=job.stale,
+            advance=advance,
         )
     except StoreError as error:
         raise StoreError(str(error)) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import os
 import re
@@ -32,9 +33,16 @@ from sct.errors import DataError
 MAPPED, SEVERAL, WITHOUT, AMBIGUOUS, UNKNOWN = (
     "mapped", "with several orthologues", "without an orthologue", "of ambiguous name", "not in the table",
 )  # fmt: skip
-_BIOMART = re.compile(r"(?:(.+) )?gene (stable id|name)")
-_KIND = re.compile(r"(?:.+ )?(?:homology|orthology) ?type")
+# Columns as BioMart's site and its R package call them, e.g. "Human gene stable ID", hsapiens_homolog_ensembl_gene.
+_BIOMART = re.compile(
+    r"(?:(?P<species>.+?) )??(?:homolog )?"
+    r"(?:(?P<id>gene stable id|ensembl gene(?: id)?)|(?P<name>(?:associated |external )?gene name)|"
+    r"(?P<kind>(?:homology|orthology) ?type))"
+)
+_HUMAN = ("human", "hsapiens")
 _ONE_TO_ONE = "ortholog_one2one"
+# What tables hold where there is no gene; some of these are aliases of human genes.
+_ABSENT = frozenset(("", "NA", "N/A", "NaN", "nan", "NULL", "None", "-"))
 _COLUMNS = (
     "name the columns (source= and target= in Python, --orthologue_columns=SOURCE,TARGET of the ingest)"
 )
@@ -59,6 +67,8 @@ class Orthologues:
         Genes without an orthologue.
     vocabulary
         Where orthologues were looked up.
+    digest
+        SHA-256 of the table's text.
     """
 
     name: str
@@ -67,6 +77,7 @@ class Orthologues:
     several: frozenset[str]
     without: frozenset[str]
     vocabulary: GeneVocabulary
+    digest: str
 
     def __len__(self) -> int:
         return len(self.target_of)
@@ -132,6 +143,20 @@ class MappedGenes:
             + (f"; dropped: {reasons}" if reasons else "")
         )
 
+    def check_distinct(self, remedy: str) -> None:
+        """Raise `DataError` where several columns are one gene; `remedy` says what to do about them."""
+        named: dict[str, list[str]] = defaultdict(list)
+        for name, target in zip(self.names, self.targets, strict=True):
+            if target:
+                named[target].append(name)
+        twice = {target: names for target, names in named.items() if len(names) > 1}
+        if twice:
+            shown = some(f"{' and '.join(names)} for {target}" for target, names in twice.items())
+            raise DataError(
+                f"{f'{self.report_name}: ' if self.report_name else ''}{len(twice):,} genes stand in more than one "
+                f"column by {self.source} ({shown}); {remedy}"
+            )
+
 
 def read_orthologues(
     path: str | os.PathLike[str],
@@ -142,31 +167,34 @@ def read_orthologues(
 ) -> Orthologues:
     """Read a table of orthologues, and keep its one-to-one pairs.
 
-    A pair is one-to-one where neither of the two genes stands in another pair. Where the table says of what kind a pair
-    is (Ensembl's "Human homology type"), only those of the kind "ortholog_one2one" are taken. What is left out is
-    counted.
+    A pair is one-to-one where neither of the two genes stands in another pair, of whatever kind. Where the table says
+    of what kind a pair is (Ensembl's "Human homology type"), only those of the kind "ortholog_one2one" are taken. What
+    is left out is counted.
 
     Parameters
     ----------
     path
-        Table with a header, separated by tabs or, where the header has none, by commas; it may end with .gz.
+        Table with a header, separated by tabs or, where the header has none, by commas; it may end with .gz. NA, N/A,
+        NaN, nan, NULL, None, - and an empty cell stand for no gene.
     source, target
         Columns of the other species' genes and of their orthologues: Ensembl ids, symbols, or a column of each. By
         default the columns that Ensembl's BioMart gives ("Gene stable ID", "Gene name", "Human gene stable ID",
-        "Human gene name", whichever there are and from whichever of the two species' tables), else the first two.
+        "Human gene name", or hsapiens_homolog_ensembl_gene and its like, whichever there are and from whichever of the
+        two species' tables), else the first two.
     vocabulary
         Where orthologues are looked up; by default the shipped human genes. Other genes stay as the table names them.
 
     Raises
     ------
     DataError
-        The file is absent, damaged, empty or without such columns, hardly any orthologue is a gene of the vocabulary,
-        or no pair is one-to-one.
+        The file is absent, damaged, empty or without such columns, it has several columns of kinds, hardly any
+        orthologue is a gene of the vocabulary, or no pair is one-to-one.
     """
     path, vocabulary = Path(path).expanduser(), vocabulary or GeneVocabulary.human()
-    table = _read(path)
-    sources, targets = _chosen(table, path, source, target)
-    kind = _kind_column(table, sources, targets)
+    text = read_text(path)
+    table = _table(text, path)
+    sources, targets = _chosen(table, path, source, target, vocabulary)
+    kind = _kind_column(list(table.columns), path, (*sources, *targets))
     rows = table.shape[0]
     of_sources, of_targets = (_names(table, columns) for columns in (sources, targets))
     if not any(map(any, of_sources)):
@@ -186,28 +214,25 @@ def read_orthologues(
     owners: dict[str, set[str]] = defaultdict(set)
     targets_of: dict[str, set[str]] = defaultdict(set)
     sources_of: dict[str, set[str]] = defaultdict(set)
-    several: set[str] = set()
+    unfit: set[str] = set()
     for key, names, gene, fit in zip(keys, of_sources, found, fits, strict=True):
         if not key:
             continue
-        for name in names:
-            if name:
-                owners[name].add(key)
-        if not gene:
-            continue
-        if not fit:
-            several.add(key)
-            continue
-        targets_of[key].add(gene)
-        sources_of[gene].add(key)
+        for name in filter(None, names):
+            owners[name].add(key)
+        if gene:
+            targets_of[key].add(gene)
+            sources_of[gene].add(key)
+            if not fit:
+                unfit.add(key)
     pairs = {
-        key: next(iter(genes))
-        for key, genes in targets_of.items()
-        if len(genes) == 1 and len(sources_of[next(iter(genes))]) == 1
+        key: gene
+        for key, (gene, *others) in targets_of.items()
+        if not others and len(sources_of[gene]) == 1 and key not in unfit
     }
     if not pairs:
         raise DataError(f"{path} has no pair of genes that is one-to-one; give a table with such pairs")
-    several = (several | set(targets_of)) - set(pairs)
+    several = set(targets_of) - set(pairs)
     everything = {key for key in keys if key}
     return Orthologues(
         path.name,
@@ -216,6 +241,7 @@ def read_orthologues(
         frozenset(several),
         frozenset(everything - several - set(pairs)),
         vocabulary,
+        hashlib.sha256(text.encode()).hexdigest(),
     )
 
 
@@ -274,31 +300,34 @@ def _check_species(
 ) -> None:
     """Refuse an input of the vocabulary's own genes, or of genes that the table does not know."""
 
-    def own(names: Sequence[str]) -> int:
-        positions, _ = look_up(table.vocabulary, names)
+    def own(names: Sequence[str], fates: Sequence[tuple[str, str]]) -> int:
+        # Names that the table has as well tell nothing: many species' symbols are spelled like the human ones.
+        foreign = [name for name, (fate, _) in zip(names, fates, strict=True) if fate == UNKNOWN]
+        positions, _ = look_up(table.vocabulary, foreign)
         return len(np.unique(positions[positions >= 0]))
 
-    here = own(chosen)
     possible = min(len([name for name in chosen if name]), len(table))
-    if here <= found and found >= max(REFUSE_BELOW * possible, 1):
-        return
-    # Where nothing is mapped, any of the places may tell which genes these are.
-    most, names = (here, chosen) if here > found else max((own(names), names) for *_, names, _ in places)
+    enough = found >= max(REFUSE_BELOW * possible, 1)
+    # Where hardly anything is mapped, any of the places may tell which genes these are.
+    most, names = max(
+        (own(names, fates), names) for *_, names, fates in places if names is chosen or not enough
+    )
     if most > found:
         raise DataError(
-            f"{prefix}the genes are those of {table.vocabulary.name} already ({some(names)}), not of another species; "
-            f"leave the table of orthologues {table.name} (--orthologues) out for this input"
+            f"{prefix}the genes are those of {table.vocabulary.name} already ({some(names)}), or named like them; "
+            f"leave the table of orthologues {table.name} (--orthologues) out for this input, or give one that has "
+            "these names"
         )
-    raise DataError(
-        f"{prefix}only {found:,} of {len(chosen):,} gene names ({some(chosen)}) have an orthologue in {table.name}, "
-        f"whose genes are named like {some(table.owners)}; give a table of this species with this kind of names, or "
-        "name the column of var that holds the table's kind (gene_column=)"
-    )
+    if not enough:
+        raise DataError(
+            f"{prefix}only {found:,} of {len(chosen):,} gene names ({some(chosen)}) have an orthologue in "
+            f"{table.name}, whose genes are named like {some(table.owners)}; give a table of this species with this "
+            "kind of names, or name the column of var that holds the table's kind (gene_column=)"
+        )
 
 
-def _read(path: Path) -> pd.DataFrame:
+def _table(text: str, path: Path) -> pd.DataFrame:
     """The table, all of it as text."""
-    text = read_text(path)
     lines = io.StringIO(text, newline="")
     reader = csv.reader(lines, delimiter="\t" if "\t" in text.partition("\n")[0] else ",", strict=True)
     rows: list[list[str]] = []
@@ -325,14 +354,18 @@ def _read(path: Path) -> pd.DataFrame:
 
 
 def _chosen(
-    table: pd.DataFrame, path: Path, source: str | Sequence[str] | None, target: str | Sequence[str] | None
+    table: pd.DataFrame,
+    path: Path,
+    source: str | Sequence[str] | None,
+    target: str | Sequence[str] | None,
+    vocabulary: GeneVocabulary,
 ) -> tuple[list[str], list[str]]:
     """Columns of the genes and of their orthologues."""
     if (source is None) != (target is None):
         raise DataError("one of source and target was given alone; give both columns, or neither")
     named = list(table.columns)
     if source is None or target is None:
-        sources, targets = _found(named, path)
+        sources, targets = _found(named, path, vocabulary)
     else:
         sources, targets = ([each] if isinstance(each, str) else list(each) for each in (source, target))
     for name in (*sources, *targets):
@@ -342,38 +375,51 @@ def _chosen(
     return sources, targets
 
 
-def _found(named: list[str], path: Path) -> tuple[list[str], list[str]]:
+def _found(named: list[str], path: Path, vocabulary: GeneVocabulary) -> tuple[list[str], list[str]]:
     """Columns of genes and of orthologues, as BioMart calls them, or the first two."""
-    if any(ENSEMBL.fullmatch(name.strip()) for name in named):
+    second = named[1].strip()
+    if any(ENSEMBL.fullmatch(name.strip()) for name in named) or second in vocabulary.owners_of_symbol:
         raise DataError(f"{path} begins with genes ({some(named)}), not with a header; add one")
-    by_species: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    by_species: dict[str, list[tuple[bool, str]]] = defaultdict(list)
     for name in named:
-        if match := _BIOMART.fullmatch(_folded(name)):
-            by_species[match[1] or ""].append((match[2], name))
+        match = _biomart(name)
+        if match and not match["kind"]:
+            by_species[match["species"] or ""].append((match["id"] is None, name))
     if len(by_species) < 2:
         return named[:1], named[1:2]
     # In a table of one species' genes, those of the other are told by its name.
-    human = "human" if "human" in by_species else ""
+    human = next((species for species in _HUMAN if species in by_species), "")
     others = [species for species in by_species if species != human]
     if human not in by_species or len(others) != 1:
         raise DataError(f"{path} has genes of several species ({', '.join(named)}); {_COLUMNS}")
     # Ids before symbols, for an id means one gene.
-    of = {
-        species: [name for _, name in sorted(columns, reverse=True)]
-        for species, columns in by_species.items()
-    }
+    of = {species: [name for _, name in sorted(columns)] for species, columns in by_species.items()}
     return of[others[0]], of[human]
 
 
-def _kind_column(table: pd.DataFrame, sources: Sequence[str], targets: Sequence[str]) -> str | None:
-    """Column that says of what kind a pair is."""
-    kinds = [name for name in table.columns if _KIND.fullmatch(_folded(name))]
-    return kinds[0] if len(kinds) == 1 and kinds[0] not in (*sources, *targets) else None
+def _kind_column(named: Sequence[str], path: Path, chosen: Sequence[str]) -> str | None:
+    """Column that says of what kind the chosen pairs are."""
+    matches = [(name, match) for name in named if (match := _biomart(name)) is not None]
+    species = {match["species"] for name, match in matches if name in chosen} - {None}
+    kinds = [
+        name
+        for name, match in matches
+        if match["kind"] and name not in chosen and (not species or match["species"] in {None, *species})
+    ]
+    if len(kinds) > 1:
+        raise DataError(
+            f"{path} has several columns that say of what kind a pair is ({', '.join(kinds)}); leave that of these "
+            "pairs alone"
+        )
+    return kinds[0] if kinds else None
 
 
 def _names(table: pd.DataFrame, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """Names of a gene in each row, ids without version."""
-    listed = [[without_version(name.strip()) for name in table[column]] for column in columns]
+    """Names of a gene in each row, ids without version, '' where there is none."""
+    listed = [
+        ["" if (name := text.strip()) in _ABSENT else without_version(name) for text in table[column]]
+        for column in columns
+    ]
     return list(zip(*listed, strict=True))
 
 
@@ -397,21 +443,26 @@ def _check_direction(
     vocabulary: GeneVocabulary,
 ) -> None:
     """Refuse columns that are the wrong way round, and orthologues that are no genes of the vocabulary."""
-    if _keys_of(of_sources, vocabulary)[1] > n_known:
+    ids = {name for names in of_sources for name in names if ENSEMBL.fullmatch(name)}
+    own = sum(name in vocabulary.position_of_id for name in ids)
+    there = {gene for gene in found if gene}
+    hardly = n_known < max(REFUSE_BELOW * len(there), 1)
+    # Symbols tell only where the orthologues are none: those of many species are spelled like the human ones.
+    if own >= max(REFUSE_BELOW * len(ids), 1) or (hardly and _keys_of(of_sources, vocabulary)[1] > n_known):
         raise DataError(
             f"{path} has genes of {vocabulary.name} in the column {sources[0]!r} rather than in {targets[0]!r}, where "
             f"the orthologues should be; {_COLUMNS}"
         )
-    there = {gene for gene in found if gene}
-    if n_known < max(REFUSE_BELOW * len(there), 1):
+    if hardly:
         raise DataError(
             f"hardly any of the {len(there):,} orthologues in the column {targets[0]!r} of {path} "
             f"({some(sorted(there))}) is a gene of {vocabulary.name}; {_COLUMNS}"
         )
 
 
-def _folded(name: str) -> str:
-    return re.sub(r"[\s_.]+", " ", name.strip().casefold())
+def _biomart(name: str) -> re.Match[str] | None:
+    """What a column holds, where BioMart calls it so."""
+    return _BIOMART.fullmatch(re.sub(r"[\s_.]+", " ", name.strip().casefold()))
 
 
 def _first(names: Sequence[str]) -> str:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA_VERSION = 1
+# Of a store with studies that hold no counts: what reads version 1 alone would take them for counts.
+ACTIVITY_VERSION = 2
 SPLITS = ("train", "validation", "test")
 MANIFEST, GENES, STUDIES = "manifest.json", "genes.tsv", "studies"
 # Elements of one compressed chunk of X: about 16 cells of 2,000 genes, so a bag decodes four or five.
@@ -405,9 +407,9 @@ def read_manifest(path: Path, name: str = MANIFEST) -> dict[str, Any] | None:
         raise StoreError(
             f"{file} is not a store's manifest ({_cause(error)}): ingest the store again"
         ) from error
-    if version != SCHEMA_VERSION:
+    if version not in (SCHEMA_VERSION, ACTIVITY_VERSION):
         raise StoreError(
-            f"{file} has schema version {version}, this version of sct reads {SCHEMA_VERSION}: "
+            f"{file} has schema version {version}, this version of sct reads {SCHEMA_VERSION} and {ACTIVITY_VERSION}: "
             "ingest the store again, or use the version of sct that wrote it"
         )
     try:

@@ -211,6 +211,8 @@ class KnnSmoothing:
         self._index = None
         if train is None:
             return
+        for study in train.studies:
+            study.check_counts()
         each = -(-max_cells // len(train.studies))
         blocks = [
             study.read_rows(np.linspace(0, study.n_cells - 1, min(study.n_cells, each)).astype(int))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pandas as pd
 
 from sct.errors import DataError
 from sct.eval import metrics
+from sct.eval.generated import optional
 from sct.eval.labels import log_expression
 
 NAME = "marker scores"
@@ -37,6 +39,17 @@ def _table(counts: Any, symbols: Sequence[str]) -> ad.AnnData:
     return ad.AnnData(X=log_expression(counts), var=pd.DataFrame(index=list(symbols)))
 
 
+@contextlib.contextmanager
+def _told(label: str) -> Iterator[None]:
+    """Say of which label scanpy cannot score the markers, as where they are all genes of their level."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise DataError(
+            f"the markers of {label!r} cannot be scored ({error}): give fewer, or more genes."
+        ) from error
+
+
 def find_markers(
     counts: Any, names: Sequence[str], symbols: Sequence[str], number: int = 25
 ) -> dict[str, tuple[str, ...]]:
@@ -51,8 +64,7 @@ def find_markers(
     number
         Genes of a label at most.
     """
-    import scanpy
-
+    scanpy = optional("scanpy", "scanpy", "cells")
     table = _table(counts, symbols)
     table.obs["label"] = pd.Categorical(np.asarray(names, dtype=object).astype(str))
     sizes = table.obs["label"].value_counts()
@@ -97,13 +109,12 @@ def marker_scores(
     DataError
         No candidate has a marker among the genes.
     """
-    import scanpy
-
+    scanpy = optional("scanpy", "scanpy", "cells")
     table, known, scores = _table(counts, symbols), set(symbols), {}
     for label in candidates:
         own = [gene for gene in dict.fromkeys(markers.get(label, ())) if gene in known]
         if own:
-            with metrics.quiet():
+            with metrics.quiet(), _told(label):
                 # Of a panel of few genes, whose bins of equal expression would hold none to compare with.
                 bins = min(25, max(table.n_vars // 20, 2))
                 scanpy.tl.score_genes(table, own, score_name="score", n_bins=bins, random_state=0)

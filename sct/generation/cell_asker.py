@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -150,7 +151,7 @@ class CellAsker:
         *,
         keys: Sequence[int] | None = None,
         seed: int = 0,
-        templates: int = 1,
+        templates: int | Sequence[int] = 1,
         batch_size: int = 8,
         cells: Sequence[int] | None = None,
     ) -> np.ndarray:
@@ -172,7 +173,7 @@ class CellAsker:
         keys, seed
             The order in which a question lists the candidates follows from the seed and the cell's key (0, 1, ...).
         templates
-            Wordings of the question, the first ones, over which probabilities are averaged.
+            Wordings of the question over which probabilities are averaged: so many, the first ones, or their numbers.
         batch_size
             Cells at once.
         cells
@@ -181,6 +182,11 @@ class CellAsker:
         Returns
         -------
         float64 (N, C).
+
+        Raises
+        ------
+        ConfigError
+            Candidates stand twice, there are fewer than two, or the name of a pathway begins that of another.
         """
         usable = self.prompts.templates[task]
         if len(set(candidates)) != len(candidates) or len(candidates) < 2:
@@ -188,14 +194,22 @@ class CellAsker:
                 f"there are {len(candidates)} candidates, {len(set(candidates))} of them different: give two or more, "
                 "each once."
             )
-        if not 1 <= templates <= len(usable):
+        begun = sorted(candidates) if task == "cpi" else []
+        for name, longer in itertools.pairwise(begun):
+            # Sorted, a name stands before those that it begins.
+            if longer.startswith(name):
+                raise ConfigError(
+                    f"{name!r} begins {longer!r}, so that answers with one are answers with both: leave one out."
+                )
+        wordings = range(templates) if isinstance(templates, int) else templates
+        if not wordings or not all(0 <= number < len(usable) for number in wordings):
             raise ConfigError(
                 f"templates is {templates}, but 1 to {len(usable)} are there for the task {task!r}."
             )
         keys = range(len(abstracts)) if keys is None else keys
         given = range(len(abstracts)) if cells is None else cells
         total: np.ndarray | float = 0.0
-        for number in range(templates):
+        for number in wordings:
             questions = self._questions(task, number, abstracts, candidates, keys, seed)
             responses = [self.prompts.response_for(task, number, each) for each in candidates]
             end = np.array([] if task == "cpi" else [self.tokenizer.eos], np.int64)
@@ -205,7 +219,7 @@ class CellAsker:
                 soft=lambda numbers: self.soft(records, [given[i] for i in numbers]),
             ).astype(np.float64)  # fmt: skip
             logs -= np.logaddexp.reduce(logs, axis=1, keepdims=True)
-            total = total + np.exp(logs) / templates
+            total = total + np.exp(logs) / len(wordings)
         return np.log(np.maximum(total, 1e-300))
 
     def ask(

@@ -44,8 +44,8 @@ class ZerOmicsCellsConfig:
     norm_eps, activation, dropout, remat, dtype
         See `sct.models.bert_config.BertConfig`.
     encoder
-        "transformer", or "weighted", an ablation without layers (Table 5, "GenePT"): the feature of each gene,
-        projected and weighted by its bin, so that the mean over the genes is the weighted mean of their texts.
+        "transformer", or "weighted", an ablation of the second stage without layers (Table 5, "GenePT"): the feature of
+        each gene, projected, weighted by its bin, so that the mean over genes is the weighted mean of their texts.
     """
 
     num_genes: int = 20_124
@@ -155,16 +155,16 @@ class ZerOmicsCells(nn.Module):
         if genes is not None:
             segments = (genes >= 0).astype(jnp.int32)
         if self.config.encoder == "weighted":
-            return self._weighted(bins, text)
+            return self._weighted(bins, text, segments)
         x = axes.constrain(self.bin(bins) + text, axes.BATCH, axes.LENGTH, None)
         x, _ = self.layers(x, Mask(segments, segments))
         return x
 
-    def _weighted(self, bins: jax.Array, text: jax.Array) -> jax.Array:
-        """Texts (B, S, D) times the bins, whose mean over a cell's expressed genes is made one; masked ones are 0."""
+    def _weighted(self, bins: jax.Array, text: jax.Array, there: jax.Array | None) -> jax.Array:
+        """Texts (B, S, D) times the bins, whose mean over a cell's genes is made one; a masked bin is 0."""
         weights = jnp.where(bins == self.config.mask, 0, bins).astype(jnp.float32)
-        expressed = jnp.maximum((weights > 0).sum(axis=1, keepdims=True), 1)
-        weights = weights * expressed / jnp.maximum(weights.sum(axis=1, keepdims=True), 1.0)
+        genes = bins.shape[1] if there is None else there.sum(axis=1, keepdims=True)
+        weights = weights * genes / jnp.maximum(weights.sum(axis=1, keepdims=True), 1.0)
         return weights[..., None].astype(text.dtype) * text
 
     def bin_logits(self, hidden: jax.Array) -> jax.Array:

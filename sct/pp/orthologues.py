@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Sequence
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 
-from sct.data.alignment import ENSEMBL, look_up, some
+from sct.data.alignment import ENSEMBL, look_up
 from sct.data.orthologues import MappedGenes, Orthologues, map_orthologues, read_orthologues
 from sct.errors import DataError
 from sct.progress import progress
@@ -28,20 +27,20 @@ def to_orthologues(
 ) -> ad.AnnData:
     """Name the genes of another species by their human orthologues, and leave out those that have no single one.
 
-    Values are those of `adata`, in X, in every layer and in raw. One sentence on standard error says how many genes
-    were mapped and why the others were not.
+    Values are those of `adata`, in X, in every layer and in raw. A sentence on standard error says how many genes were
+    mapped and why the others were not, and another one of raw.
 
     Parameters
     ----------
     adata
-        (N, n_var), in memory or backed, of which the genes that are kept are read into memory. It is not changed.
+        (N, n_var), in memory, or backed and then read whole. It is not changed.
     table
         File of orthologues, or what `sct.data.orthologues.read_orthologues` made of one.
     source, target
         Columns of the file, see `read_orthologues`.
     gene_column
-        Column of `var` with Ensembl ids or symbols as the table has them ("index" for its index); by default it is
-        found.
+        Column of `var`, and of that of raw, with Ensembl ids or symbols as the table has them ("index" for the index);
+        by default it is found in each.
     key_added
         `uns[key_added]`: name of the table, number of its pairs, where the genes were named, how many there were, were
         mapped, and were dropped, by reason.
@@ -50,7 +49,7 @@ def to_orthologues(
     -------
     AnnData (N, mapped genes): `var_names` are symbols (the Ensembl id where two genes share a symbol, the table's own
     name where the human genes lack it), `var["ensembl_id"]` the Ensembl ids, '' where unknown, and `var["source_gene"]`
-    the names before.
+    the names before. A column "ensembl_id" that was there is "source_ensembl_id" then.
 
     Raises
     ------
@@ -68,11 +67,15 @@ def to_orthologues(
             "source and target are columns of a file, but the table is read already; leave them out"
         )
     mapped = map_orthologues(adata.var, table, column=gene_column)
+    if adata.isbacked:
+        adata = adata.to_memory()
     result = _renamed(adata, mapped, table)
+    sentences = [mapped.summary()]
     if adata.raw is not None:
         raw = adata.raw.to_adata()
-        column = gene_column if gene_column in raw.var else None
-        result.raw = _renamed(raw, map_orthologues(raw.var, table, column=column, report_name="raw"), table)
+        mapped_raw = map_orthologues(raw.var, table, column=gene_column, report_name="raw")
+        result.raw = _renamed(raw, mapped_raw, table)
+        sentences.append(mapped_raw.summary())
     result.uns[key_added] = {
         "sct_version": __version__,
         "table": table.name,
@@ -83,26 +86,19 @@ def to_orthologues(
         "dropped": dict(mapped.dropped),
     }
     with progress("orthologues") as bar:
-        bar.write(mapped.summary())
+        for sentence in sentences:
+            bar.write(sentence)
     return result
 
 
 def _renamed(adata: ad.AnnData, mapped: MappedGenes, table: Orthologues) -> ad.AnnData:
     """The genes that have an orthologue, under its name."""
+    mapped.check_distinct(
+        "add these columns up or remove the surplus ones, or name a column of var in which genes differ (gene_column=)"
+    )
     kept = np.flatnonzero([bool(target) for target in mapped.targets])
     targets = [mapped.targets[at] for at in kept]
-    named: dict[str, list[str]] = defaultdict(list)
-    for at, target in zip(kept.tolist(), targets, strict=True):
-        named[target].append(mapped.names[at])
-    twice = {target: names for target, names in named.items() if len(names) > 1}
-    if twice:
-        shown = some(f"{' and '.join(names)} for {target}" for target, names in twice.items())
-        raise DataError(
-            f"{len(twice):,} genes stand in more than one column by {mapped.source} ({shown}); add these columns up or "
-            "remove the surplus ones, or name a column of var in which genes differ (gene_column=)"
-        )
-    part = adata[:, kept]
-    result = part.to_memory() if adata.isbacked else part.copy()
+    result = adata[:, kept].copy()
     genes = table.vocabulary
     positions, _ = look_up(genes, targets)
     symbols = [genes.symbols[at] if at >= 0 else "" for at in positions.tolist()]
@@ -116,6 +112,7 @@ def _renamed(adata: ad.AnnData, mapped: MappedGenes, table: Orthologues) -> ad.A
         for at, target in zip(positions.tolist(), targets, strict=True)
     ]
     result.var_names = pd.Index(names, dtype=object)
+    result.var = result.var.rename(columns={"ensembl_id": "source_ensembl_id"})
     result.var["ensembl_id"] = np.array(ids, dtype=object)
     result.var["source_gene"] = np.array([mapped.names[at] for at in kept], dtype=object)
     return result

@@ -35,7 +35,7 @@ from sct.weights.pretrained import load
 
 NAME = TASK
 UNIVERSAL = "universal"
-# The paper trains on the first three, and keeps the fourth for evaluation.
+# The paper trains on the first three and keeps the fourth, pathways, for evaluation and few shots.
 TRAINED_TASKS = ("cta", "rci", "tcd", "cpi")
 _CORPUS_GENES = 2_000  # texts of genes that a tokenizer is trained on, beside templates and texts of studies
 # How often a tokenizer's training counts the texts of instructions, each of which is read for thousands of cells: the
@@ -246,9 +246,14 @@ def parts_of(
                 f"{data.llm} is a model of the family {models['llm'].family!r}, but one of llama is needed."
             )
     for name, model in models.items():
-        made[name] = computing(dataclasses.asdict(model.config), made.get(name, {}))
-        params = lora.merge(model.variables)["params"]
-        given |= {f"params/{name}/{path}": leaf for path, leaf in flatten(params).items()}
+        own = made.get(name, {})
+        made[name] = computing(dataclasses.asdict(model.config), own)
+        params = flatten(lora.merge(model.variables)["params"])
+        if name == "cells" and own.get("encoder", "transformer") != "transformer":
+            # The ablation has neither layers nor bins of its own.
+            made[name]["encoder"] = own["encoder"]
+            params = {path: leaf for path, leaf in params.items() if not path.startswith(("layers/", "bin/"))}
+        given |= {f"params/{name}/{path}": leaf for path, leaf in params.items()}
     if not data.llm:
         own = dict(made.get("llm", {}))
         made["llm"] = {**own, "vocab_size": own.get("vocab_size") or vocab_size}

@@ -171,6 +171,11 @@ class MaskedBins:
                 f"the features of genes are {features.shape[1]} wide, but model.feature_dim is {model.feature_dim}: "
                 "set it to 0."
             )
+        if model.encoder != "transformer":
+            raise ConfigError(
+                "without layers there is nothing to learn of masked genes: train with model.encoder=transformer, and "
+                "give --config.model.cells.encoder=weighted to the second stage."
+            )
         self.config, self.data, self.model_config, self.store, self.seed = config, data, model, store, seed
         self.model, self.vocabulary = ZerOmicsCells(model), store.vocabulary
         self.known, self.described = known, described

@@ -15,7 +15,7 @@ import optax
 from sct.data import masking
 from sct.data.bags import BagOptions, BagSource
 from sct.data.masking import Masking
-from sct.data.store import Store
+from sct.data.store import SPLITS, Store
 from sct.errors import ConfigError
 from sct.models.lora import LoraConfig
 from sct.models.sct import SCT
@@ -123,6 +123,9 @@ class MaskedExpression:
                 f"the model has {model.num_genes} gene positions, but the store's vocabulary has {genes} "
                 f"genes: set model.num_genes to 0 or to {pad_to_multiple(genes, model.num_downsamples)}."
             )
+        for split in SPLITS:
+            for study in store.split(split):
+                study.check_counts()
         studies = store.split("train")
         if model.use_spatial and studies and not any(study.spatial for study in studies):
             raise ConfigError(

@@ -170,13 +170,7 @@ def benchmark(
         Whatever a user can mend, in one sentence.
     """
     started = time.monotonic()
-    values = json.loads(json.dumps(config))
-    if adata is not None:
-        values.setdefault("data", {})["path"] = "(in memory)"
-    options = build(BenchmarkOptions, values, "config")
-    output = Path(options.output).expanduser()
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"the output {output} is a file, but it must be a folder: choose another.")
+    options, output = read_options(BenchmarkOptions, config, adata)
     chosen = model if model is not None else options.model
     handle = running.opened(chosen) if chosen else None
     vocabulary = handle.vocabulary if handle is not None else _vocabulary(options.genes)
@@ -204,6 +198,18 @@ def benchmark(
     title = "Zero-shot benchmark"
     report.write(reports, output, facts, figures, title, numbers)
     return reports
+
+
+def read_options(kind: type[Any], config: Mapping[str, Any], adata: ad.AnnData | None) -> tuple[Any, Path]:
+    """Options of a benchmark, of a type with `data.path` and `output`, and the folder of its report."""
+    values = json.loads(json.dumps(config))
+    if adata is not None:
+        values.setdefault("data", {})["path"] = "(in memory)"
+    options = build(kind, values, "config")
+    output = Path(options.output).expanduser()
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"the output {output} is a file, but it must be a folder: choose another.")
+    return options, output
 
 
 def _vocabulary(path: str) -> GeneVocabulary:

@@ -205,6 +205,7 @@ def train(
     optimizer_config: OptimizerConfig,
     workdir: Path,
     start: Mapping[str, Any] | None = None,
+    keep: bool = True,
 ) -> Result:
     """Train a task in a run folder, or go on where the folder's last checkpoint stopped.
 
@@ -220,6 +221,8 @@ def train(
         Arrays by path to start from instead of random ones (a further stage of training); only paths that
         the task declares as `new` may be absent. Not used where the run goes on from a checkpoint. Arrays on a device
         are given away: copy what is needed afterwards.
+    keep
+        Write checkpoints; without them the result is what is in memory, and nothing can be resumed.
 
     Raises
     ------
@@ -308,7 +311,7 @@ def train(
                 log.write(now.step, summary, "validation")
                 _watch(task, summary[task.monitor], now)
                 _report(bar, now, summary)
-            if saves:
+            if saves and keep:
                 checkpoints.save(state, dataclasses.replace(now))
             if logs or saves:
                 pending, started, tokens = [], time.monotonic(), 0
@@ -317,7 +320,11 @@ def train(
                 break
             if stop:
                 reason = "interrupt" if signal.SIGINT in asked else "signal"
-                bar.write(f"asked to stop: saving step {now.step}; run the same command again to go on.")
+                bar.write(
+                    f"asked to stop: saving step {now.step}; run the same command again to go on."
+                    if keep
+                    else "asked to stop."
+                )
                 break
     return Result(state, now, reason)
 

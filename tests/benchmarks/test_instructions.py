@@ -17,10 +17,13 @@ import scipy.sparse as sp
 from configs.benchmark_zeromics import get_config
 from sct.benchmarks import few_shot, instructions
 from sct.benchmarks.few_shot import Shots, TuningOptions, drawn, tune
+from sct.data.quantile_bins import binned_cells
+from sct.data.text.cell_sentence import cell_keys
 from sct.errors import ConfigError, DataError
-from sct.eval import labels, marker_scores
+from sct.eval import labels, marker_scores, pathways
 from sct.nn.paths import flatten
 from sct.tl.asking import asker_of
+from sct.tl.benchmarking import read_options
 from sct.train.loop import train
 from tests.data.text.test_instructions import ABSTRACT
 from tests.data.text.toy_texts import GENES, vocabulary
@@ -73,6 +76,15 @@ def config(output: Path, **changes: Any) -> dict[str, Any]:
     return made.to_dict()
 
 
+def study_of(cells: ad.AnnData, model: Any, place: Path, **data: Any) -> Any:
+    """A study as the benchmark makes it."""
+    given = config(place, tasks=("cta",))
+    given["data"].update(data)
+    values = {name: value for name, value in given.items() if name != "benchmark"}
+    options, _ = read_options(instructions.InstructionBenchmarkOptions, values, cells)
+    return instructions._Study("cells", cells.copy(), {}, model, asker_of(model), options, None, place)
+
+
 def gene_sets(path: Path) -> Path:
     symbols = list(vocabulary().symbols)
     path.write_text(
@@ -119,13 +131,7 @@ def test_the_zero_shot_row_is_what_the_model_answers(asked, tmp_path):  # noqa: 
     given = config(tmp_path / "out", tasks=("cta",), shots=())
     instructions.benchmark(given, cells, asked)
     numbers = json.loads((tmp_path / "out" / "results.json").read_text())["cells"]["cta"]
-    study = instructions._Study(
-        "cells", cells.copy(), {"abstract": ABSTRACT}, asked, asker_of(asked),
-        instructions.build(
-            instructions.InstructionBenchmarkOptions,
-            {name: value for name, value in given.items() if name != "benchmark"}, "config",
-        ),
-    )  # fmt: skip
+    study = study_of(cells, asked, tmp_path)
     part = cells[study.query].copy()
     assert set(study.query) | set(study.support) == set(range(60))
     assert not set(study.query) & set(study.support)
@@ -140,13 +146,170 @@ def test_groups_are_in_one_part_only(asked, tmp_path):  # noqa: F811
     given["data"]["group_key"] = "donor"
     (made,) = instructions.benchmark(given, cells, asked)
     assert any("divided by donor" in note for note in made.notes)
-    values = {name: value for name, value in given.items() if name != "benchmark"}
-    options = instructions.build(instructions.InstructionBenchmarkOptions, values, "config")
-    study = instructions._Study(
-        "cells", cells.copy(), {"abstract": ABSTRACT}, asked, asker_of(asked), options
-    )
+    study = study_of(cells, asked, tmp_path, group_key="donor")
     donors = cells.obs["donor"].to_numpy()
     assert not set(donors[study.query]) & set(donors[study.support])
+
+
+class Oracle:
+    """Answers what the cells themselves say, half of them where it was not tuned; keeps what it was asked."""
+
+    def __init__(self, cells: ad.AnnData, real: Any, tuned_on: frozenset[int] = frozenset()):
+        self.table, self.real, self.tuned_on, self.seen = cells, real, tuned_on, []
+        self.cells, self.known, self.prompts, self.config = real.cells, real.known, real.prompts, real.config
+
+    def score(self, task, records, abstracts, candidates, *, keys, seed, templates, batch_size, cells=None):
+        names = self.table.obs_names
+        rows = {int(key): i for i, key in enumerate(cell_keys(names))}
+        own = [rows[key] for key in keys]
+        expected = binned_cells(sp.csr_matrix(self.table.X)[own], self.cells, self.known)
+        for name, value in expected.items():
+            np.testing.assert_array_equal(records[name], value)  # each question with its own cell
+        self.seen.append((task, own, cells, list(templates), seed))
+        looked = own if cells is None else [own[i] for i in cells]
+        column = {"cta": "cell_type", "rci": "rare", "tcd": "told", "cpi": "active"}[task]
+        truth = self.table.obs[column].to_numpy(object)
+        found = np.full((len(own), len(candidates)), 0.01)
+        for i, row in enumerate(looked):
+            for j, name in enumerate(candidates):
+                right = name in str(truth[row]).split(", ")
+                # Untuned, it knows every other cell alone.
+                found[i, j] += right and (bool(self.tuned_on) or row % 2 == 0)
+        return np.log(found / found.sum(axis=1, keepdims=True))
+
+
+@pytest.fixture
+def watched(asked, monkeypatch):  # noqa: F811
+    """Cells whose answers an oracle reads, and what it was asked and tuned on."""
+    cells = table(120)
+    types = cells.obs["cell_type"]
+    cells.obs["rare"] = np.where(types == "NK cell", "Yes", "No")
+    # Three diseases that together are more probable than any one answer.
+    cells.obs["told"] = cells.obs["disease"].astype(str).replace("normal", "normal cell")
+    cells.obs["active"] = ""
+    oracle, tunings = Oracle(cells, asker_of(asked)), []
+    monkeypatch.setattr(instructions, "asker_of", lambda model: oracle)
+
+    def tuned(model, asker, task, shots, columns, options, seed, place):
+        assert asker is oracle
+        names = shots.obs.index
+        rows = frozenset(cells.obs_names.get_indexer(names).tolist())
+        np.testing.assert_array_equal(shots.counts.toarray(), sp.csr_matrix(cells.X)[sorted(rows)].toarray())
+        made = Oracle(cells, oracle, rows)
+        tunings.append((task, rows, made, seed))
+        return made
+
+    monkeypatch.setattr(instructions, "tune", tuned)
+    return cells, oracle, tunings
+
+
+def test_every_row_is_of_the_right_model_and_cells(asked, watched, tmp_path):  # noqa: F811
+    cells, oracle, tunings = watched
+    given = config(tmp_path / "out", seeds=2, shots=(1, 3))
+    instructions.benchmark(given, cells, asked)
+    numbers = json.loads((tmp_path / "out" / "results.json").read_text())["cells"]
+    columns = {"cta": "cell_type", "rci": "rare", "tcd": "told"}
+    query = sorted({row for _, rows, *_ in oracle.seen for row in rows})
+    assert len(query) == 40
+    for task in ("cta", "rci", "tcd"):
+        rows = numbers[task]
+        calls = [each for each in oracle.seen if each[0] == task]
+        assert [each[1] for each in calls] == [query] * 4
+        # The seed chooses the wording, and the control mixes the cells.
+        assert [each[3] for each in calls] == [[0], [1]] * 2
+        assert [each[2] is None for each in calls] == [True, True, False, False]
+        assert all(sorted(each[2]) == list(range(40)) for each in calls[2:])
+        # Untuned it is right about the even cells and at the first answer of the others.
+        assert rows["1-shot"]["accuracy"] == rows["3-shot"]["accuracy"] == [1.0, 1.0]
+        truth = cells.obs[columns[task]].to_numpy(object)[query]
+        first = {"cta": truth == "B cell", "rci": truth == "Yes", "tcd": truth != "normal cell"}[task]
+        expected = (first | (np.array(query) % 2 == 0)).mean()
+        assert rows[instructions.ZERO]["accuracy"] == [pytest.approx(expected)] * 2
+        assert rows[instructions.OTHERS]["accuracy"][0] < rows[instructions.ZERO]["accuracy"][0]
+        made = [each for each in tunings if each[0] == task]
+        number = cells.obs[columns[task]].nunique()
+        assert [len(shots) for _, shots, *_ in made] == [number] * 2 + [3 * number] * 2
+        for _, shots, tuned, _ in made:
+            assert not shots & set(query)
+            assert [each[:2] for each in tuned.seen] == [(task, query)]
+        assert len({shots for _, shots, *_ in made}) == 4
+
+
+def test_pathways_are_scored_cell_by_cell(asked, watched, tmp_path, monkeypatch):  # noqa: F811
+    pytest.importorskip("decoupler")
+    cells, oracle, tunings = watched
+    sets = {"file": str(gene_sets(tmp_path / "sets.gmt"))}
+    given = config(tmp_path / "out", tasks=("cpi",), shots=(2,), pathways=sets)
+    found = pathways.read_gene_sets(sets["file"])
+    counts = sp.csr_matrix(cells.X)
+    own = pathways.Cells.of(counts, list(vocabulary().symbols), found).active
+    cells.obs["active"] = [", ".join(own.columns[row]) for row in own.to_numpy()]
+    instructions.benchmark(given, cells, asked)
+    numbers = json.loads((tmp_path / "out" / "results.json").read_text())["cells"]["cpi"]
+    assert numbers["2-shot"] == {name: [1.0] for name in pathways.AREAS}
+    query = np.array(oracle.seen[0][1])
+    known = own.to_numpy()[query] & (query % 2 == 0)[:, None]
+    said = (known + 0.01) / (known + 0.01).sum(axis=1, keepdims=True)
+    expected = pathways.areas(own.to_numpy()[query], said)
+    assert list(numbers[instructions.ZERO].values()) == [[pytest.approx(value)] for value in expected]
+    ((_, shots, _, _),) = tunings
+    assert len(shots) == 2
+    assert not shots & set(oracle.seen[0][1])
+
+
+def test_genes_that_were_not_measured_are_not_ranked(asked, tmp_path):  # noqa: F811
+    pytest.importorskip("decoupler")
+    part = table()[:, :12].copy()
+    symbols = list(vocabulary().symbols)
+    path = tmp_path / "sets.gmt"
+    path.write_text(
+        f"ONE\tx\t{chr(9).join(symbols[:6])}\nTWO\tx\t{chr(9).join(symbols[6:12])}\nTHREE\tx\t{chr(9).join(symbols[9:])}\n"
+    )
+    given = config(tmp_path / "out", tasks=("cpi",), shots=(), pathways={"file": str(path)})
+    (made,) = instructions.benchmark(given, part, asked)
+    assert "1 gene sets with too few measured genes are left out." in made.notes
+
+
+def test_diseases_are_folded_after_the_answer():
+    shares = pd.DataFrame(
+        {"glioma": [0.2, 0.5], "melanoma": [0.3, 0.1], "other": [0.1, 0.0], "normal cell": [0.4, 0.4]}
+    )
+    made = instructions.prediction("tcd", shares)
+    assert made.labels["tcd"].tolist() == ["normal cell", "tumour cell"]
+    np.testing.assert_allclose(made.probabilities["tcd"]["tumour cell"], [0.6, 0.6])
+    same = instructions.prediction("cta", shares)
+    assert same.labels["cta"].tolist() == ["normal cell", "glioma"]
+
+
+def test_a_tuning_that_fails_leaves_the_other_rows(asked, tmp_path, monkeypatch):  # noqa: F811
+    def fails(*args: Any) -> Any:
+        raise ConfigError("no.")
+
+    monkeypatch.setattr(instructions, "tune", fails)
+    (made,) = instructions.benchmark(config(tmp_path / "out", tasks=("cta",)), table(), asked)
+    assert "There is no 2-shot: no." in made.notes
+    assert {instructions.ZERO, instructions.OTHERS, labels.LOGISTIC} <= {row[0] for row in made.rows}
+
+
+def test_a_tuning_that_is_stopped_gives_no_model(asked, monkeypatch):  # noqa: F811
+    def stopped(*args: Any, **options: Any) -> Any:
+        return dataclasses.replace(train(*args, **options), reason="interrupt")
+
+    monkeypatch.setattr(few_shot, "train", stopped)
+    cells = table()
+    options = TuningOptions(steps=1, batch_size=2)
+    with pytest.raises(KeyboardInterrupt):
+        tune(asked, asker_of(asked), "cta", _shots(cells, "cta", np.arange(4)), COLUMNS, options, 0)
+
+
+def test_rare_labels_are_in_both_parts_whatever_else_there_is(asked, tmp_path):  # noqa: F811
+    cells = table(90)
+    cells.obs["cell_type"] = np.where(np.arange(90) % 15 == 0, "NK cell", "B cell")
+    cells.obs.loc[cells.obs_names[4], "cell_type"] = "lonely"
+    cells.obs["disease"] = "normal"
+    for seed in range(4):
+        study = study_of(cells, asked, tmp_path, seed=seed)
+        assert (cells.obs["cell_type"].to_numpy()[study.query] == "NK cell").sum() == 2
 
 
 def _shots(cells: ad.AnnData, task: str, rows: np.ndarray) -> Shots:
@@ -164,8 +327,8 @@ def test_a_few_cells_tune_adapters_and_tokenizer_alone(asked, task, monkeypatch)
     rows = np.arange(0, 90, 9)
     losses: list[float] = []
 
-    def watched(made: Any, loop: Any, optimizer: Any, folder: Path, start: Any) -> Any:
-        result = train(made, dataclasses.replace(loop, log_every=10), optimizer, folder, start)
+    def watched(made: Any, loop: Any, optimizer: Any, folder: Path, start: Any, **how: Any) -> Any:
+        result = train(made, dataclasses.replace(loop, log_every=10), optimizer, folder, start, **how)
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         losses.extend(json.loads(line)["train/loss"] for line in lines)
         return result

@@ -22,6 +22,9 @@ class FakeStudy:
     def gene_totals(self) -> np.ndarray:
         return np.asarray(self.counts.sum(axis=0), np.float64).ravel()
 
+    def check_counts(self) -> None:
+        pass
+
     def noisy_genes(self, fraction: float) -> np.ndarray:
         return noisy_genes(self.gene_totals, self.n_cells, fraction)
 

@@ -11,6 +11,7 @@ from sct.data.genes import GeneVocabulary
 
 HUMAN = GeneVocabulary.human()
 SYMBOLS = ("CD3D", "MS4A1", "LYZ", "NKG7", "CD79A", "GNLY", "CST3", "FCER1A", "PPBP", "S100A8")
+HOMOLOGY = "Human homology type"
 # Of these the pair LYZ has two genes in mouse, GNLY none, and CD79A and CST3 are each other's in a tangle.
 ONE_TO_ONE = ("CD3D", "MS4A1", "NKG7", "FCER1A", "PPBP", "S100A8")
 
@@ -38,7 +39,7 @@ def biomart() -> pd.DataFrame:
     rows.append((mouse_id(6), "Cst3", human_id("CD79A"), "CD79A", "ortholog_many2many"))
     rows.append(rows[0])  # a row for each transcript
     columns = [
-        "Gene stable ID", "Gene name", "Human gene stable ID", "Human gene name", "Human homology type",
+        "Gene stable ID", "Gene name", "Human gene stable ID", "Human gene name", HOMOLOGY,
     ]  # fmt: skip
     return pd.DataFrame(rows, columns=columns)
 

@@ -20,6 +20,9 @@ from sct.data.store import Store
 from sct.data.text.prompts import load_prompts
 from sct.data.text.source import SentenceOptions, Texts
 from sct.errors import ConfigError, DataError, StoreError
+from sct.eval.baselines import KnnSmoothing
+from sct.models.sct_config import SCTConfig
+from sct.tasks.masked_expression import MaskedExpression, MaskedExpressionConfig
 
 
 def activity(n_cells: int = 60, seed: int = 0) -> ad.AnnData:
@@ -79,8 +82,30 @@ def test_models_of_counts_refuse_it(tmp_path):
         BagSource(store.studies, BagOptions(cells_per_bag=4)).bag(0)
     with pytest.raises(StoreError, match=words):
         Texts(store.studies[0], store.vocabulary, SentenceOptions(), load_prompts())
+    with pytest.raises(StoreError, match=words):
+        KnnSmoothing(BagSource(store.studies, BagOptions(cells_per_bag=4)))
     with pytest.raises(DataError, match="not integers"):
         validate(store.studies[0].to_anndata())
+
+
+def test_training_on_counts_refuses_it_before_it_begins(tmp_path):
+    """Wherever in the store it is: a run would end at the first bag of it, after hours."""
+    counts = write_as(make_adata(60), "csr", tmp_path, "rna")
+    run([counts], tmp_path / "store")
+    model, bags = SCTConfig(num_genes=256), BagOptions(cells_per_bag=4)
+    MaskedExpression(MaskedExpressionConfig(), model, bags, Store.open(tmp_path / "store"))
+    run(
+        [write_as(activity(), "csr", tmp_path, "atac")], tmp_path / "store", values="activity", test=("atac",)
+    )
+    with pytest.raises(StoreError, match=r"'atac' .* holds activity, not counts"):
+        MaskedExpression(MaskedExpressionConfig(), model, bags, Store.open(tmp_path / "store"))
+
+
+def test_versions_that_know_counts_alone_do_not_read_it(tmp_path):
+    run([write_as(make_adata(60), "csr", tmp_path, "rna")], tmp_path / "store")
+    assert Store.open(tmp_path / "store").manifest["schema_version"] == 1
+    run([write_as(activity(), "csr", tmp_path, "atac")], tmp_path / "store", values="activity")
+    assert Store.open(tmp_path / "store").manifest["schema_version"] == 2
 
 
 def test_whole_activities_are_counts_without_being_told():

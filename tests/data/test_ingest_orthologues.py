@@ -10,9 +10,10 @@ import pytest
 from store_inputs import VOCABULARY, files_of, make_adata, matrix, run, write_as
 from test_ingest_command import command
 
+from sct.data import ingest_jobs
 from sct.data.ingest import IngestOptions
 from sct.data.store import Store
-from sct.errors import ConfigError, DataError
+from sct.errors import ConfigError, DataError, StoreError
 from tests.data.orthologue_tables import mouse_id, pairs_of, write
 
 
@@ -68,6 +69,75 @@ def test_mouse_joins_human_and_resumes(table, tmp_path):
     assert (after.iloc[:, :30] == before.iloc[:, :30]).all(axis=None)
 
 
+def test_the_columns_of_a_table_are_a_part_of_the_study(table, tmp_path):
+    rows = pairs_of(VOCABULARY)
+    write(rows.assign(other=rows["human"].iloc[::-1].tolist()), table)
+    mouse = write_as(mouse_of(make_adata(40)), "csr", tmp_path, "mouse")
+    for target, kept in (("human", ()), ("human", ("mouse",)), ("other", ())):
+        options = {"orthologues": str(table), "orthologue_columns": ("mouse", target)}
+        assert run([mouse], tmp_path / "store", **options).kept == kept
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: write(pairs_of(VOCABULARY).iloc[:30], path)])
+def test_a_table_that_changes_while_the_ingest_runs(change, table, tmp_path, monkeypatch):
+    """It is read once, so that a study is what its digest says."""
+    before = table.read_bytes()
+    inputs = [write_as(mouse_of(make_adata(40, i)), "csr", tmp_path, name) for i, name in enumerate("ab")]
+    original = ingest_jobs.ingest_input
+
+    def slow(*args, **kwargs):
+        if table.exists():
+            change(table)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest_jobs, "ingest_input", slow)
+        report = run(inputs, tmp_path / "store", orthologues=str(table))
+    assert [each["n_genes_matched"] for each in report.studies] == [55, 55]
+    table.write_bytes(before)
+    assert run(inputs, tmp_path / "store", orthologues=str(table)).kept == ("a", "b")
+
+
+def test_processes_have_the_table(table, tmp_path):
+    inputs = [write_as(mouse_of(make_adata(40, i)), "csr", tmp_path, name) for i, name in enumerate("ab")]
+    for processes in (1, 2):
+        run(inputs, tmp_path / f"store{processes}", orthologues=str(table), processes=processes)
+    assert files_of(tmp_path / "store1") == files_of(tmp_path / "store2")
+
+
+def test_a_refused_ingest_leaves_the_store_as_it_was(table, tmp_path):
+    store = tmp_path / "store"
+    human = write_as(make_adata(40, 1), "csr", tmp_path, "human")
+    mouse = write_as(mouse_of(make_adata(40, 2)), "csr", tmp_path, "mouse")
+    rest = write_as(mouse_of(make_adata(40, 4)), "csr", tmp_path, "rest")
+    run([mouse, rest], store, orthologues=str(table), test=("mouse",))
+    before = Store.open(store).manifest
+    with pytest.raises(DataError, match="1 of 2 inputs were refused"):
+        run([human, mouse], store)
+    assert Store.open(store).manifest == before
+    with pytest.raises(DataError):
+        run([mouse], store, skip_bad=True)
+    assert Store.open(store).manifest == before
+    report = run([human, mouse], store, skip_bad=True)
+    assert list(report.refused) == [str(mouse)]
+    assert "mouse stays as it was ingested before" in report.notes
+    assert [(each.name, each.split) for each in Store.open(store).studies] == [
+        ("human", "train"),
+        ("mouse", "test"),
+        ("rest", "train"),
+    ]
+    assert Store.open(store).study("mouse").record == before["studies"][0]
+    assert run([mouse], store, orthologues=str(table)).kept == ("mouse",)
+    # Where another study was replaced the old manifest is not true any more.
+    write_as(make_adata(50, 3), "csr", tmp_path, "human")
+    with pytest.raises(DataError, match="1 of 2 inputs were refused"):
+        run([human, mouse], store)
+    with pytest.raises(StoreError, match="run it again"):
+        Store.open(store)
+    run([human, mouse], store, skip_bad=True)
+    assert [each.n_cells for each in Store.open(store).studies] == [50, 40, 40]
+
+
 def test_options_of_ingests_without_a_table_mean_what_they_meant():
     """Stores that were made before are not made again."""
     assert IngestOptions().digest() == "cb61f37b86df4ccb"
@@ -95,7 +165,11 @@ def test_two_columns_of_one_gene(table, tmp_path):
     mouse = mouse_of(human)
     mouse.var_names = [mouse_id(0) if name == f"{mouse_id(7)}.2" else name for name in mouse.var_names]
     inputs = [write_as(mouse, "csr", tmp_path)]
-    with pytest.raises(DataError, match='give duplicates="sum"'):
+    words = (
+        rf"sample\.h5ad: 1 genes .* by index \(Ensembl ids\) \({mouse_id(0)}.* and {mouse_id(0)}.* for ENSG.*give "
+        'duplicates="sum"'
+    )
+    with pytest.raises(DataError, match=words):
         run(inputs, tmp_path / "store", orthologues=str(table))
     run(inputs, tmp_path / "store", orthologues=str(table), duplicates="sum")
     found, genes = matrix(tmp_path / "store"), list(VOCABULARY.ensembl_ids)

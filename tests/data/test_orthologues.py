@@ -20,7 +20,7 @@ from sct.data.orthologues import (
     read_orthologues,
 )
 from sct.errors import DataError
-from tests.data.orthologue_tables import HUMAN, ONE_TO_ONE, biomart, human_id, mouse_id, write
+from tests.data.orthologue_tables import HOMOLOGY, HUMAN, ONE_TO_ONE, biomart, human_id, mouse_id, write
 
 EXPECTED = {mouse_id(i): human_id(symbol) for i, symbol in ((0, "CD3D"), (1, "MS4A1"), (3, "NKG7"))} | {
     mouse_id(i): human_id(symbol) for i, symbol in ((7, "FCER1A"), (8, "PPBP"), (9, "S100A8"))
@@ -30,6 +30,13 @@ EXPECTED = {mouse_id(i): human_id(symbol) for i, symbol in ((0, "CD3D"), (1, "MS
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     return read_orthologues(write(biomart(), tmp_path_factory.mktemp("table") / "mart_export.txt"))
+
+
+BIOMART_R = {
+    "Gene stable ID": "ensembl_gene_id", "Gene name": "external_gene_name",
+    "Human gene stable ID": "hsapiens_homolog_ensembl_gene",
+    "Human gene name": "hsapiens_homolog_associated_gene_name", HOMOLOGY: "hsapiens_homolog_orthology_type",
+}  # fmt: skip
 
 
 def of_human_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -53,8 +60,21 @@ def of_human_table(rows: pd.DataFrame) -> pd.DataFrame:
         lambda rows: rows[["Gene stable ID", "Human gene stable ID"]].set_axis(["from", "to"], axis=1),
         lambda rows: rows.assign(**{"Gene stable ID": rows["Gene stable ID"] + ".7"}),
         lambda rows: rows.rename(columns=str.lower).rename(columns=lambda name: name.replace(" ", "_")),
+        lambda rows: rows.rename(columns=BIOMART_R)[sorted(BIOMART_R.values(), reverse=True)],
+        lambda rows: rows.replace("", "NA"),
     ],
-    ids=["mouse", "human", "no kinds", "shuffled", "to symbols", "first two", "versions", "underscores"],
+    ids=[
+        "mouse",
+        "human",
+        "no kinds",
+        "shuffled",
+        "to symbols",
+        "first two",
+        "versions",
+        "underscores",
+        "biomaRt",
+        "absent",
+    ],
 )
 @pytest.mark.parametrize("name", ["table.tsv", "table.csv.gz", "mart_export.txt"])
 def test_the_same_pairs_in_every_form(change, name, tmp_path):
@@ -76,9 +96,71 @@ def test_named_columns(tmp_path):
         target=["Human gene stable ID", "Human gene name"],
     )  # fmt: skip
     assert both.target_of == EXPECTED
-    for wrong in ({"source": "Gene name"}, {"source": "mouse", "target": "note"}):
-        with pytest.raises(DataError, match=r"give both columns|has no column 'mouse' among note, Human"):
-            read_orthologues(path, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"source": "Gene name"}, "give both columns"),
+        ({"target": "Gene name"}, "give both columns"),
+        ({"source": "mouse", "target": "Gene name"}, "has no column 'mouse' among Gene stable ID"),
+        ({"source": "Gene name", "target": "man"}, "has no column 'man' among Gene stable ID"),
+    ],
+)
+def test_named_columns_that_are_not_there(wrong, words, tmp_path):
+    with pytest.raises(DataError, match=words):
+        read_orthologues(write(biomart(), tmp_path / "table.tsv"), **wrong)
+
+
+@pytest.mark.parametrize("absent", ["", " ", "NA", "N/A", "NaN", "nan", "NULL", "None", "-"])
+def test_cells_without_a_gene(absent, tmp_path):
+    """Some of these are aliases of human genes, and one name would make one gene of all of them."""
+    rows = pd.DataFrame(
+        [("Cd3d", "CD3D"), ("Gm1", absent), (absent, "MS4A1"), ("Ms4a1", "MS4A1")], columns=["mouse", "human"]
+    )
+    found = read_orthologues(write(rows, tmp_path / "table.tsv"))
+    assert found.target_of == {"Cd3d": human_id("CD3D"), "Ms4a1": human_id("MS4A1")}
+    assert found.without == {"Gm1"}
+    assert found.fate(absent) == (UNKNOWN, "")
+
+
+def of_kinds(*rows: tuple[str, str, str], **more: str) -> pd.DataFrame:
+    table = pd.DataFrame(rows, columns=["Gene name", "Human gene name", HOMOLOGY])
+    return table.assign(**more)
+
+
+def test_kinds_of_pairs(tmp_path):
+    rows = of_kinds(
+        ("M1", "CD3D", "ortholog_one2one"),  # the kinds contradict the pairs
+        ("M1", "CD3E", "ortholog_one2many"),
+        ("M2", "CD3D", "ortholog_one2many"),
+        ("M3", "LYZ", "ortholog_one2many"),  # the other ones of this pair were left out of the table
+        ("M4", "MS4A1", "ortholog_one2one"),
+    )
+    found = read_orthologues(write(rows, tmp_path / "table.tsv"))
+    assert found.target_of == {"M4": human_id("MS4A1")}
+    assert found.several == {"M1", "M2", "M3"}
+
+
+def test_kinds_are_those_of_the_species(tmp_path):
+    one, many = "ortholog_one2one", "ortholog_one2many"
+    rows = pd.DataFrame(
+        [("CD3D", "Cd3d", one, "Cd3r", many), ("LYZ", "Lyz1", many, "Lyzr", one)],
+        columns=["Gene name", "Mouse gene name", "Mouse homology type", "Rat gene name", "Rat homology type"],
+    )
+    path = write(rows, tmp_path / "table.tsv")
+    for species, expected in (("Mouse", {"Cd3d": human_id("CD3D")}), ("Rat", {"Lyzr": human_id("LYZ")})):
+        assert read_orthologues(path, source=f"{species} gene name", target="Gene name").target_of == expected
+    # Of another species alone they say nothing.
+    path = write(rows.drop(columns="Mouse homology type"), tmp_path / "rat.tsv")
+    assert len(read_orthologues(path, source="Mouse gene name", target="Gene name")) == 2
+    path = write(
+        rows.rename(columns={"Gene name": "human", "Mouse gene name": "mouse"}), tmp_path / "odd.tsv"
+    )
+    with pytest.raises(
+        DataError, match=r"several columns .*Mouse homology type, Rat homology type.*leave that"
+    ):
+        read_orthologues(path, source="mouse", target="human")
 
 
 def test_aliases_of_human_genes_are_one_gene(tmp_path):
@@ -123,6 +205,8 @@ def test_a_pair_is_kept_where_neither_gene_has_another(tmp_path_factory, edges):
         ("mouse\thuman\nCd3d\tCD3D\tx\n", "line 2: found 3 fields where 2"),
         ("mouse\thuman\nCd3d\tCD3D\nMs4a1\tMS4A1\tx\ty\n", "line 3: found 4 fields where 2"),
         (f"{mouse_id(1)}\t{human_id('CD3D')}\n{mouse_id(2)}\t{human_id('LYZ')}\n", "not with a header"),
+        ("Cd3d\tCD3D\nMs4a1\tMS4A1\n", "begins with genes .*not with a header; add one"),
+        (f"human\tmacaque\n{human_id('CD3D')}\tCD3D\n", "in the column 'human' rather than in 'macaque'"),
         ("human\tmouse\nCD3D\tCd3d\nLYZ\tLyz2\n", "in the column 'human' rather than in 'mouse'.*name the columns"),
         ("mouse\trat\nCd3d\tCd3e\n", "hardly any of the 1 orthologues in the column 'rat'"),
         ("key\thuman\n\tCD3D\n", "no gene in the column 'key'"),
@@ -182,10 +266,39 @@ def test_names_are_found_where_most_of_them_are(table):
     var = pd.DataFrame({"ids": [mouse_id(0), mouse_id(1), "", mouse_id(9)]}, index=symbols)
     assert map_orthologues(var, table).source == 'column "ids" (Ensembl ids)'  # ids where as many
     assert map_orthologues(var, table, column="index").source == "index (symbols)"
-    var["ids"] = "?"
+    var["ids"] = [mouse_id(0), "", "", ""]  # too few
     assert map_orthologues(var, table).source == "index (symbols)"
     with pytest.raises(DataError, match="no column 'none'"):
         map_orthologues(var, table, column="none")
+
+
+def test_ids_are_taken_where_they_find_nearly_as_many(tmp_path):
+    rows = pd.DataFrame({"id": map(mouse_id, range(100)), "name": [f"Gm{i}" for i in range(100)]})
+    rows["human"] = HUMAN.ensembl_ids[:100]
+    found = read_orthologues(write(rows, tmp_path / "t.tsv"), source=["id", "name"], target="human")
+    var = pd.DataFrame({"ids": rows["id"].tolist()}, index=rows["name"].tolist())
+    for lost, source in ((2, 'column "ids" (Ensembl ids)'), (3, "index (symbols)")):
+        var.iloc[:lost, 0] = ""
+        assert map_orthologues(var, found).source == source
+
+
+def test_species_with_symbols_like_the_human_ones(tmp_path):
+    """Macaque, pig, cow and others."""
+    symbols = ["CD3D", "CD3E", "MS4A1", "LYZ", "NKG7", "GNLY"]
+    ids = [f"ENSMMUG{i:011d}" for i in range(len(symbols))]
+    # One orthologue is outside of the human genes, so more names of macaque are known than of man.
+    targets = [*symbols[:5], "LINC99999"]
+    rows = pd.DataFrame({"Gene stable ID": ids, "Gene name": symbols, "Human gene name": targets})
+    both = read_orthologues(write(rows, tmp_path / "both.tsv"))
+    named = read_orthologues(write(rows.iloc[:, 1:], tmp_path / "symbols.tsv"))
+    expected = [*map(human_id, targets[:5]), "LINC99999"]
+    for table, names in ((both, ids), (both, symbols), (named, symbols)):
+        assert list(map_orthologues(names, table).targets) == expected
+    # The pairs of a symbol that has several are not taken, but the table knows it.
+    several = rows.iloc[[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]].copy()
+    several.iloc[6:, 2] = ["A1", "A2", "A3", "A4"]
+    found = read_orthologues(write(several, tmp_path / "several.tsv"))
+    assert map_orthologues(symbols, found).matched == 2
 
 
 @pytest.mark.parametrize(
@@ -193,7 +306,7 @@ def test_names_are_found_where_most_of_them_are(table):
     [
         (
             ["CD3D", "MS4A1", "NKG7"],
-            r"in\.h5ad: the genes are those of .* already \(CD3D, .*--orthologues\) out",
+            r"in\.h5ad: the genes are those of .* already \(CD3D, .*--orthologues\) out for",
         ),
         ([human_id("CD3D"), human_id("LYZ")], "already"),
         (["CD3D", "MS4A1", "Nkg7"], "already"),

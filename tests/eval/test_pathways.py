@@ -79,6 +79,14 @@ def test_activity_follows_the_ranks_of_the_genes():
     np.testing.assert_array_equal(found.to_numpy()[np.arange(40), which], True)
     assert not found.to_numpy()[np.arange(40), 1 - which].any()
     assert not pathways.active(scores * 0).to_numpy().any()
+    assert pathways.active(scores - 100, 0.5).equals(found)  # above the other cells, not above zero
+    # Equal counts share a rank: the order of genes tells nothing.
+    order = np.random.default_rng(3).permutation(60)
+    ones = (counts > 0).astype(int)
+    named = [SYMBOLS[i] for i in order]
+    np.testing.assert_allclose(
+        pathways.activities(ones[:, order], named, SETS), pathways.activities(ones, SYMBOLS, SETS), atol=1e-6
+    )
     with pytest.raises(DataError, match="fewer than two gene sets have 5 genes"):
         pathways.activities(counts, SYMBOLS, {"low": SETS["low"], "few": SETS["few"]})
 
@@ -120,6 +128,10 @@ def test_predictions_stand_beside_baselines_on_the_same_cells():
     assert numbers["right"] == {name: [1.0, 1.0] for name in pathways.AREAS}
     assert numbers["noise"]["f-AUROC"][0] < 0.8 < numbers[labels.LOGISTIC]["f-AUROC"][0]
     assert numbers[pathways.MEANS]["a-AUROC"][0] > 0.9
+    # The mean of a pathway's genes above that of training cells, in their spread.
+    centre, spread = fit.means.mean(axis=0), fit.means.std(axis=0)
+    found = pathways.baselines(fit, asked, labels.Options())[pathways.MEANS]
+    np.testing.assert_allclose(found * spread + centre, asked.means, rtol=1e-5)
     # Without the cell only the more frequent pathway can be told, the same for all.
     share = fit.active.mean().to_numpy()
     expected = pathways.areas(true, np.tile(share, (30, 1)))
@@ -135,6 +147,13 @@ def test_few_cells_are_enough_for_baselines():
     for number in (1, 2, 5):
         made = pathways.baselines(whole.rows(np.arange(number)), whole, labels.Options())
         assert all(np.isfinite(each).all() and each.shape == (30, 2) for each in made.values())
+
+
+def test_blocks_of_cells_change_nothing(monkeypatch):
+    counts, _ = cells(11)
+    whole = pathways.activities(counts, SYMBOLS, SETS)
+    monkeypatch.setattr(pathways, "_BLOCK", 4)
+    pd.testing.assert_frame_equal(pathways.activities(counts, SYMBOLS, SETS), whole)
 
 
 def test_means_are_of_log_expression():

@@ -48,6 +48,7 @@ def test_genes_are_named_and_values_stay(form, table, capsys):
     assert found.var_names.tolist() == NAMES
     assert found.var["ensembl_id"].tolist() == [human_id(name) for name in NAMES]
     assert found.var["source_gene"].tolist() == [GENES[at] for at in KEPT]
+    assert found.var["source_ensembl_id"].tolist() == ["?"] * 4  # what was there under the name
     assert found.var["chromosome"].tolist() == [before.var["chromosome"].iloc[at] for at in KEPT]
     for one, other in ((found.X, before.X), (found.layers["spliced"], before.layers["spliced"])):
         assert type(one) is type(other)
@@ -90,22 +91,40 @@ def test_ids_with_versions_a_column_and_a_table_that_is_read(table):
         sct.pp.to_orthologues(before, read, source="a", target="b")
 
 
-@pytest.mark.parametrize("form", ["csr", "dense"])
+@pytest.mark.parametrize("form", FORMS)
 def test_backed_files_and_what_is_written(form, table, tmp_path):
-    mouse(form).write_h5ad(tmp_path / "mouse.h5ad")
+    adata = mouse(form)
+    adata.raw = adata.copy()
+    adata = adata[:, 1:].copy()
+    adata.layers["spliced"] = FORMS[form](adata.layers["spliced"])
+    adata.write_h5ad(tmp_path / "mouse.h5ad")
     backed = ad.read_h5ad(tmp_path / "mouse.h5ad", backed="r")
+    expected = sct.pp.to_orthologues(adata, table)
+    for file, cells in ((backed, 5), (backed[:3], 3)):
+        found = sct.pp.to_orthologues(file, table)
+        assert not found.isbacked
+        assert not found.is_view
+        for one, other in (
+            (found.X, expected.X),
+            (found.layers["spliced"], expected.layers["spliced"]),
+            (found.raw.X, expected.raw.X),
+            (found.obsm["spatial"], expected.obsm["spatial"]),
+        ):
+            assert type(one) is type(other)
+            np.testing.assert_array_equal(dense(one), dense(other)[:cells])
+        assert found.raw.var.to_dict() == expected.raw.var.to_dict()
+        # What was read is one's own.
+        for matrix in (found.X, found.layers["spliced"], found.obsm["spatial"]):
+            (matrix.data if sp.issparse(matrix) else matrix)[...] = 7
     found = sct.pp.to_orthologues(backed, table)
-    expected = sct.pp.to_orthologues(mouse(form), table)
-    assert not found.isbacked
-    np.testing.assert_array_equal(dense(found.X), dense(expected.X))
-    np.testing.assert_array_equal(dense(found.layers["spliced"]), dense(expected.layers["spliced"]))
     found.write_h5ad(tmp_path / "human.h5ad")
     again = ad.read_h5ad(tmp_path / "human.h5ad")
     assert again.var.to_dict() == found.var.to_dict()
+    assert again.raw.var_names.tolist() == NAMES
     assert again.uns["sct_orthologues"]["dropped"]["not in the table"] == 1
 
 
-def test_counts_in_raw_are_mapped_as_well(table):
+def test_counts_in_raw_are_mapped_as_well(table, capsys):
     adata = mouse()
     adata.raw = adata.copy()
     adata = adata[:, 1:].copy()
@@ -116,6 +135,30 @@ def test_counts_in_raw_are_mapped_as_well(table):
     assert counts.source == "raw.X"
     assert counts.var.index.tolist() == NAMES
     np.testing.assert_array_equal(counts.matrix.toarray(), mouse().X.toarray()[:, KEPT])
+    of_x, of_raw = capsys.readouterr().err.strip().splitlines()
+    assert of_x.startswith("3 of 7 genes")
+    assert of_raw.startswith("raw: 4 of 8 genes")
+    # What was given is as it was.
+    assert adata.raw.var.equals(mouse().var)
+    np.testing.assert_array_equal(adata.raw.X.toarray(), mouse().X.toarray())
+
+
+def test_genes_of_raw_are_read_in_the_same_place(table):
+    adata = mouse()
+    adata.var["ids"] = [
+        mouse_id(i) for i in (0, 1, 2, 99, 3, 5, 4, 9)
+    ]  # by themselves these would be preferred
+    adata.raw = adata.copy()
+    found = sct.pp.to_orthologues(adata, table, gene_column="index")
+    assert (
+        found.raw.var["source_gene"].tolist()
+        == found.var["source_gene"].tolist()
+        == ["Ms4a1", "Cd3d", "Nkg7", "S100a8"]
+    )
+    assert sct.pp.to_orthologues(adata, table).raw.var["source_gene"].iloc[0] == mouse_id(0)
+    adata.var["later"] = adata.var["ids"]
+    with pytest.raises(DataError, match="raw: var has no column 'later'"):
+        sct.pp.to_orthologues(adata, table, gene_column="later")
 
 
 def test_genes_that_share_a_symbol_and_genes_that_are_not_known(tmp_path):

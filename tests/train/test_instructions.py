@@ -264,6 +264,32 @@ def test_both_stages_from_configurations(text_config, tmp_path):
     assert settings["resolved_model"]["llm"]["vocab_size"] == model.tokenizer.vocab_size
 
 
+def test_both_stages_without_the_cell_model_of_the_paper(text_config, tmp_path):
+    """The ablation that weights texts of genes; and a model that is tuned on a task it has no adapter for."""
+    first, second, _ = text_config
+    with pytest.raises(ConfigError, match="nothing to learn of masked genes"):
+        run({**first, "model": {**first["model"], "encoder": "weighted"}}, tmp_path / "cells")
+    config = {**second, "model": {**second["model"], "cells": {"encoder": "weighted"}}}
+    run(config, tmp_path / "run")
+    model = sct.load(tmp_path / "run")
+    assert model.config.cells.encoder == "weighted"
+    assert not any("cells/layers" in path for path in flatten(model.variables))
+    objective = {**second["objective"], "tasks": (("rci", 1.0),), "members": ("universal", "cta")}
+    more = {
+        **config, "init_from": str(tmp_path / "run"), "objective": objective,
+        "data": {**config["data"], "rare_share": 0.3}, "train": {**config["train"], "steps": 2},
+    }  # fmt: skip
+    run(more, tmp_path / "more")
+    before, after = flatten(model.variables), flatten(sct.load(tmp_path / "more").variables)
+    changed = [path for path in before if not np.array_equal(before[path], after[path])]
+    assert any(path.endswith("lora_b") for path in changed)
+    for path in (path for path in changed if path.endswith("lora_b")):
+        # That of cell types stays as it is.
+        np.testing.assert_array_equal(
+            np.asarray(after[path])[..., 2:, :], np.asarray(before[path])[..., 2:, :]
+        )
+
+
 def test_stopping_and_resuming_does_not_read_the_models_again(text_config, tmp_path, monkeypatch):
     _, config, _ = text_config
     whole = run(config, tmp_path / "whole")

@@ -234,7 +234,7 @@ class StudyQuestions:
             return sorted(there - set(without))
         if there - {NORMAL} and not there & set(listed):
             raise ConfigError(
-                f"the file of data.studies lists {field} of {self.study.name!r}, but its cells have none of them: they "
+                f"{field} are listed for {self.study.name!r}, but its cells have none of them: they "
                 f"are {', '.join(sorted(there)[:5])}, written like this."
             )
         return [name for name in listed if name not in without]
@@ -247,8 +247,8 @@ class StudyQuestions:
         """Longest answer to a task that there are candidates for."""
         if task != "cpi" or self.pathways is None:
             return max(self.candidates[task], key=len)
-        row = int(np.argmax([len(text) for text in self.pathways]))
-        return self.answer(task, row) or self.candidates[task][0]
+        _, rows = np.unique(self.pathways, return_index=True)
+        return max((self.answer(task, int(row)) for row in rows), key=len) or self.candidates[task][0]
 
     def answer(self, task: str, row: int) -> str:
         """Answer about a cell, "" where it is not known, or where no pathway is active."""

@@ -199,8 +199,11 @@ def test_a_task_without_pathways_names_the_column():
     ("said", "words"),
     [
         ({"rare": ["Nk cell"]}, "lists rare types of 'one', but no cell has one of them: write 'Nk cell'"),
-        ({"cell_types": ["b cell", "t cell"]}, "lists cell_types of 'one', but its cells have none of them"),
-        ({"diseases": ["Glioma"]}, "lists diseases of 'one', but its cells have none of them"),
+        (
+            {"cell_types": ["b cell", "t cell"]},
+            "cell_types are listed for 'one', but its cells have none of them",
+        ),
+        ({"diseases": ["Glioma"]}, "diseases are listed for 'one', but its cells have none of them"),
     ],
 )
 def test_names_that_no_cell_has(said, words):
