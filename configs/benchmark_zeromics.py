@@ -27,7 +27,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.benchmark = "instructions"
     config.model = ""  # model folder or run folder of zeromics_llm
     config.output = "runs/benchmark_zeromics"
-    config.tasks = ("cta", "rci", "tcd", "cpi")
+    config.tasks = ()  # of cta, rci, tcd, cpi; (): those for which columns and gene sets are named
     # Cells of each answer, for cpi in all, to tune on; zero shots are measured always.
     config.shots = (1, 5, 10)
     config.seeds = 3  # each with its wording and order of candidates, its few-shot cells and its control
@@ -69,6 +69,5 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "quick":
         config.seeds = 1
         config.shots = (1, 5)
-        config.tasks = ("cta", "rci")
         config.data.dataset = "pbmc68k"
     return config

@@ -31,7 +31,6 @@ from sct.errors import ConfigError, DataError, MissingExtraError, SctError
 from sct.eval import labels, marker_scores, pathways, report
 from sct.eval.report import Report
 from sct.generation.cell_asker import CellAsker
-from sct.tasks.instructions import TRAINED_TASKS
 from sct.tl import benchmarking, running
 from sct.tl.asking import asker_of
 from sct.weights.pretrained import Pretrained
@@ -116,7 +115,7 @@ class InstructionBenchmarkOptions:
     tuning: TuningOptions = dataclasses.field(default_factory=TuningOptions)
     model: str = ""
     output: str = "runs/benchmark_zeromics"
-    tasks: tuple[str, ...] = TRAINED_TASKS
+    tasks: tuple[str, ...] = ()
     shots: tuple[int, ...] = (1, 5, 10)
     seeds: int = 3
     templates: int = 1
@@ -126,8 +125,14 @@ class InstructionBenchmarkOptions:
     def __post_init__(self) -> None:
         if strange := [task for task in self.tasks if task not in TITLES]:
             raise ConfigError(f"tasks has {strange[0]!r}, but choose from {', '.join(TITLES)}.")
-        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+        if len(set(self.tasks)) < len(self.tasks):
             raise ConfigError(f"tasks is {self.tasks}, but different ones of {', '.join(TITLES)} are needed.")
+        if "tcd" in self.tasks and not self.data.disease:
+            raise ConfigError("tasks has tcd: name the column of diseases by --config.data.disease.")
+        if "cpi" in self.tasks and not self.pathways.file:
+            raise ConfigError(
+                "tasks has cpi: name a GMT file of gene sets by --config.pathways.file, such as MSigDB's hallmarks."
+            )
         if any(number < 1 for number in self.shots) or len(set(self.shots)) < len(self.shots):
             raise ConfigError(
                 f"shots is {self.shots}, but different positive numbers are needed; zero shots are measured always."
@@ -135,6 +140,14 @@ class InstructionBenchmarkOptions:
         for name in ("seeds", "templates", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but at least 1 is needed.")
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Tasks to measure: those that are named, or else those that the options have what is needed for."""
+        known = {
+            "cta": self.data.cell_type, "rci": self.data.cell_type, "tcd": self.data.disease, "cpi": self.pathways.file,
+        }  # fmt: skip
+        return self.tasks or tuple(task for task, needed in known.items() if needed)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -191,6 +204,8 @@ def benchmark(
         raise ConfigError("say what to ask about: --config.data.path=FILE.h5ad, or a store.")
     said = read_study_texts(data.studies) if data.studies else {}
     markers = marker_scores.read_markers(options.markers) if options.markers else None
+    if options.pathways.file:
+        pathways.read_gene_sets(options.pathways.file, options.pathways.names)
     handle = running.loaded(model or options.model)
     asker = asker_of(handle)
     output.mkdir(parents=True, exist_ok=True)
@@ -205,6 +220,14 @@ def benchmark(
             f"{data.studies} has texts of {sorted(said)[0]!r}, but the studies are "
             f"{', '.join(name for name, _ in studies[:5])}: write these names."
         )
+    for name, column in (("cell_type", data.cell_type), ("disease", data.disease)):
+        asked_for = set(options.wanted) & ({"tcd"} if name == "disease" else {"cta", "rci"})
+        if asked_for and not any(column in cells.obs for _, cells in studies):
+            known = ", ".join(map(repr, studies[0][1].obs.columns[:10])) or "none"
+            raise ConfigError(
+                f"the cells have no column {column!r}, only {known}: name one by --config.data.{name}, or name "
+                "the tasks to measure by --config.tasks."
+            )
     reports: list[Report] = []
     numbers: dict[str, Any] = {}
     sizes = []
@@ -215,7 +238,7 @@ def benchmark(
             reports.append(_reason(name, error))
             continue
         sizes.append(f"{name} ({len(asked.query):,} asked about, {len(asked.support):,} to fit on)")
-        for task in options.tasks:
+        for task in options.wanted:
             title = f"{name}: {TITLES[task]}"
             try:
                 table, measured = asked.measure(task)
@@ -226,7 +249,7 @@ def benchmark(
             numbers.setdefault(name, {})[task] = measured
             reports.append(table)
     if not numbers:
-        reasons = list(dict.fromkeys(str(each.rows[0][1]) for each in reports))
+        reasons = [f"{each.title}: {each.rows[0][1]}" for each in reports]
         raise ConfigError(f"no task could be measured: {' '.join(reasons)}")
     facts = {
         **report.environment(), "model": repr(handle), "model folder": str(options.model or "(in memory)"),
@@ -389,8 +412,9 @@ class _Study:
         asked = self._questions(self.obs, self.said)
         if task not in asked.candidates:
             raise ConfigError(
-                f"{self.name} has no two answers in the column {column!r}; for rare cells a type below "
-                "data.rare_share, or one that is listed as rare, is needed."
+                f"no type of {self.name} is rare (data.rare_share), or all are: list the rare ones."
+                if task == "rci"
+                else f"{self.name} has no two answers in the column {column!r}: name another."
             )
         candidates, options = asked.candidates[task], self.options
         answers = np.array([asked.answer(task, row) for row in range(len(self.obs))], dtype=object)
@@ -431,7 +455,13 @@ class _Study:
         if task == "tcd":
             notes.append(f"Answers are folded after they are given: a cell is a {NORMAL} or a {TUMOUR}.")
         if left := len(self.query) - len(rows):
-            notes.append(f"{left:,} cells without a label, or with one that is no candidate, are left out.")
+            strange = sorted(
+                set(self.obs[column].dropna().astype(str)) - set(candidates) - set(self.data.normal)
+            )
+            which = f" ({', '.join(strange[:5])})" if strange and task != "rci" else ""
+            notes.append(
+                f"{left:,} cells without a label, or with one that is no candidate{which}, are left out."
+            )
         table.notes = (*table.notes, *notes, *without, *self._notes(task, len(fit)))
         return table, numbers
 
@@ -470,10 +500,6 @@ class _Study:
     def _pathways(self) -> tuple[Report, dict[str, Any]]:
         """Several answers: which pathways are active."""
         asked = self.options.pathways
-        if not asked.file:
-            raise ConfigError(
-                "name a GMT file of gene sets by --config.pathways.file, such as MSigDB's hallmarks."
-            )
         gene_sets = pathways.read_gene_sets(asked.file, asked.names)
         measured = np.array(self.symbols, dtype=object)[self.measured].tolist()
         cells = pathways.Cells.of(self.counts[:, self.measured], measured, gene_sets, asked.deviations)

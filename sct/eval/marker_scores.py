@@ -25,7 +25,8 @@ def read_markers(path: str | Path) -> dict[str, tuple[str, ...]]:
     try:
         content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"the markers in {path} cannot be read ({error}): give a JSON file.") from error
+        said = getattr(error, "strerror", None) or error
+        raise DataError(f"the markers in {path} cannot be read ({said}): give a JSON file.") from error
     form = '{"B cell": ["MS4A1", "CD79A"], ...}'
     if not isinstance(content, dict) or not content:
         raise DataError(f"{path} is not of the form {form}: write it so.")

@@ -57,7 +57,8 @@ def read_gene_sets(path: str | Path, names: Sequence[str] = ()) -> dict[str, tup
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the gene sets in {path} cannot be read ({error}): give a GMT file.") from error
+        said = getattr(error, "strerror", None) or error
+        raise DataError(f"the gene sets in {path} cannot be read ({said}): give a GMT file.") from error
     # decoupler's reader divides at any white space, so a description of two words would become a gene.
     rows = [[field.strip() for field in line.split("\t")] for line in lines if line.strip()]
     if any(len(row) < 3 or not row[0] for row in rows) or not rows:
@@ -123,8 +124,10 @@ def activities(counts: Any, symbols: Sequence[str], gene_sets: Mapping[str, Sequ
     ]
     net = pd.DataFrame(pairs, columns=["source", "target"])
     if net["source"].nunique() < 2:
+        of_sets = {gene for own in gene_sets.values() for gene in own}
         raise DataError(
-            f"fewer than two gene sets have {_LEAST} genes among those of the cells: give sets of human symbols."
+            f"of the {len(of_sets):,} genes of the gene sets {len(known & of_sets):,} are measured in these cells and "
+            f"known to the model, so that fewer than two sets have {_LEAST}: give sets of human symbols or other cells."
         )
     matrix, found = sparse.csr_matrix(counts, dtype=np.float32), []
     for first in track(range(0, matrix.shape[0], _BLOCK), "scoring pathways"):

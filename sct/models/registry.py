@@ -52,6 +52,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         elif isinstance(value, str) and (parse := getattr(default, "parse", None)) is not None:
             value = parse(value)  # a structure that may also be written as a text
         elif isinstance(default, tuple):
+            if not isinstance(value, list | tuple):
+                raise ConfigError(f"{where}.{name} is {value!r}, but a list such as ({value!r},) is needed.")
             value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
         elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)

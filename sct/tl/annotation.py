@@ -192,6 +192,11 @@ def _by_answers(
     from sct.tl.answers import annotate_by_answers
 
     handle = running.loaded(model) if model is not None else None
+    if handle is not None and handle.family == "zeromics_cells":
+        raise ConfigError(
+            "this is the cell model of ZerOmics' first stage, which answers no questions: give a model of the second "
+            "(configs/zeromics_llm.py)."
+        )
     if handle is None or not isinstance(handle.config, DecoderConfig | ZerOmicsConfig):
         raise ConfigError(
             "annotated cells are needed to transfer labels from: give reference=... and label_key=..., or a model that "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import anndata as ad
@@ -29,21 +29,32 @@ def asker_of(model: Pretrained) -> CellAsker:
     return CellAsker.of(model.config, model.variables, model.tokenizer, model.genes, model.data)
 
 
+def check_key(name: str) -> None:
+    """Raise `ConfigError` for a name under which no file could keep results."""
+    if not name:
+        raise ConfigError("key_added is empty: give the name of a column.")
+
+
 def _said(adata: ad.AnnData, name: str, given: Any, form: str, argument: str = "") -> Any:
     """What is said of the study, as given or in `uns`; `ConfigError` where it is neither."""
     argument = argument or name
     found = adata.uns.get(name) if given is None else given
-    if form != "a text" and isinstance(found, Mapping):
-        found = list(found)
-    if form == "a text":
-        good = isinstance(found, str) and bool(found.strip())
-    else:
-        good = isinstance(found, Sequence | np.ndarray) and not isinstance(found, str) and len(found) > 0
-    if not good:
+    where = f'adata.uns["{name}"]' if given is None else argument
+    if found is None:
         raise ConfigError(
             f'{argument}, {form}, is missing: give {argument}=..., or put it into adata.uns["{name}"].'
         )
-    return found if form == "a text" else [str(each) for each in found]
+    if form == "a text":
+        if not isinstance(found, str) or not found.strip():
+            raise ConfigError(f"{where} is {found!r}, but {form} is needed.")
+        return found
+    many = isinstance(found, Iterable) and not isinstance(found, str)
+    names = list(found) if many else []
+    if wrong := [each for each in names if not isinstance(each, str) or not each.strip()]:
+        raise ConfigError(f"{where} has {wrong[0]!r}, but {form} is needed: leave it out.")
+    if not names:
+        raise ConfigError(f'{where} is {found!r}, but {form} is needed, such as ["one", "two"].')
+    return [str(each) for each in names]
 
 
 def _blocks(
@@ -99,6 +110,9 @@ def answer_by_candidates(
     """
     running.check_table(adata, copy)
     running.check_seed(seed)
+    check_key(key_added)
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}, but it must be at least 1.")
     handle = running.loaded(model)
     asker = asker_of(handle)
     said = _said(adata, "abstract", abstract, "a text")
@@ -115,7 +129,7 @@ def answer_by_candidates(
     target.uns[key_added] = {
         "sct_version": __version__, "model": repr(handle), "weights": handle.fingerprint, "task": task,
         "labels": list(candidates), "abstract": said, "templates": templates, "threshold": threshold, "seed": seed,
-        "values": values,
+        "values": values, "learned": list(handle.data["tasks"]),
     }  # fmt: skip
     return target if copy else None
 
@@ -185,6 +199,8 @@ def find_tumor(
 ) -> ad.AnnData | None:
     """Ask which of some diseases' tumours each cell is of, or whether it is normal (ZerOmics, tumor cell discovery).
 
+    `uns[key_added]["learned"]` has the tasks that the model learned; answers to others take a pretrained decoder.
+
     Parameters
     ----------
     diseases
@@ -201,6 +217,10 @@ def find_tumor(
     model = running.loaded(model)
     normal = {NORMAL, *asker_of(model).normal}
     named = [each for each in _said(adata, "diseases", diseases, "a list of names") if each not in normal]
+    if not named:
+        raise ConfigError(
+            f"diseases names no disease: give one or more; {NORMAL!r} is among the answers always."
+        )
     return answer_by_candidates(adata, model, "tcd", (*named, NORMAL), abstract, key_added, copy, **options)
 
 
@@ -274,8 +294,9 @@ def ask(
     """
     running.check_table(adata, copy)
     running.check_seed(seed)
-    if not question.strip():
-        raise ConfigError("the question is empty: ask something.")
+    check_key(key_added)
+    if not isinstance(question, str) or not question.strip():
+        raise ConfigError(f"the question is {question!r}, but a text is needed: ask something.")
     handle = running.loaded(model)
     asker = asker_of(handle)
     said = _said(adata, "abstract", abstract, "a text")

@@ -371,9 +371,13 @@ def test_cells_are_drawn_of_each_answer_or_in_all():
 
 def test_what_cannot_be_measured_is_said(asked, tmp_path):  # noqa: F811
     cells = table()
-    given = config(tmp_path / "out", tasks=("cta", "cpi"), shots=())
+    # Without names of tasks those that there are columns for.
+    given = config(tmp_path / "out", tasks=(), shots=())
     reports = instructions.benchmark(given, cells, asked)
-    assert "name a GMT file" in reports[1].rows[0][1]
+    assert [each.title.split(".")[0] for each in reports] == [
+        f"cells: {instructions.TITLES[task]}" for task in ("cta", "rci", "tcd")
+    ]
+    del given["data"]["disease"]
     nameless = cells.copy()
     del nameless.uns["abstract"]
     with pytest.raises(ConfigError, match=r"cells has no abstract: put it into adata.uns\['abstract'\]"):
@@ -381,13 +385,22 @@ def test_what_cannot_be_measured_is_said(asked, tmp_path):  # noqa: F811
     for changes, words in (
         ({"tasks": ("abc",)}, "choose from cta, rci, tcd, cpi"),
         ({"shots": (0,)}, "zero shots are measured always"),
+        ({"shots": 5}, "shots is 5, but a list"),
+        ({"tasks": ("cpi",)}, "tasks has cpi: name a GMT file"),
+        ({"tasks": ("tcd",), "data": {"disease": ""}}, "tasks has tcd: name the column"),
+        ({"data": {"disease": "diseas"}}, "no column 'diseas', only 'cell_type', 'disease'"),
+        ({"data": {"cell_type": "celltype"}}, "no column 'celltype'"),
+        ({"pathways": {"file": "nowhere.gmt"}}, "cannot be read"),
         ({"seeds": 0}, "seeds is 0"),
         ({"tuning": {"steps": 0}}, "tuning.steps is 0"),
         ({"data": {"share": 1.5}}, "data.share is 1.5"),
         ({"data": {"group_key": "patient"}}, "no column 'patient'"),
     ):
+        values = config(tmp_path / "out")
+        for name, value in changes.items():
+            values[name] = {**values[name], **value} if isinstance(value, dict) else value
         with pytest.raises((ConfigError, DataError), match=words):
-            instructions.benchmark(config(tmp_path / "out", **changes), cells, asked)
+            instructions.benchmark(values, cells, asked)
     with pytest.raises(ConfigError, match="say which model to ask"):
         instructions.benchmark(given, cells)
     with pytest.raises(ConfigError, match="say what to ask about"):

@@ -112,6 +112,10 @@ def test_types_are_named_by_the_probability_of_each_candidate(asked, cells):
     part = before[[4, 1]].copy()
     sct.tl.annotate(part, asked, candidates=TYPES)
     np.testing.assert_allclose(part.obsm["sct_label_probabilities"], expected[[4, 1]], atol=1e-3)
+    # As a column of obs gives them.
+    again = sct.tl.annotate(part, asked, candidates=pd.Index(TYPES), key_added="again", copy=True)
+    np.testing.assert_allclose(again.obsm["again_probabilities"], expected[[4, 1]], atol=1e-3)
+    assert again.uns["again"]["learned"] == ["cta", "rci", "tcd"]
     other = sct.tl.annotate(before, asked, candidates=TYPES, seed=1, templates=3, copy=True)
     assert np.abs(other.obsm["sct_label_probabilities"] - expected).max() > 1e-4
     assert "sct_label" not in before.obs
@@ -171,16 +175,21 @@ def test_any_question_has_a_text_for_an_answer(asked, cells):
     [
         (lambda a, m: sct.tl.annotate(a, m), ConfigError, r"candidates, a list of names, .*uns\[.cell_types"),
         (lambda a, m: sct.tl.annotate(a, m, candidates=["B cell"]), ConfigError, "1 candidates"),
-        (lambda a, m: sct.tl.annotate(a, m, candidates="B cell"), ConfigError, "a list of names, is missing"),
+        (lambda a, m: sct.tl.annotate(a, m, candidates="B cell"), ConfigError, "candidates is 'B cell', but a list"),
+        (lambda a, m: sct.tl.annotate(a, m, candidates=["B cell", None]), ConfigError, "candidates has None"),
+        (lambda a, m: sct.tl.annotate(a, m, candidates=[]), ConfigError, "a list of names is needed, such as"),
+        (lambda a, m: sct.tl.annotate(a, m, candidates=TYPES, batch_size=0), ConfigError, "batch_size is 0"),
+        (lambda a, m: sct.tl.find_rare(a, m, key_added=""), ConfigError, "key_added is empty"),
+        (lambda a, m: sct.tl.ask(a, m, ["x"]), ConfigError, "a text is needed"),
         (lambda a, m: sct.tl.annotate(a, m, candidates=TYPES, label_key="tissue"), ConfigError, "cell types alone"),
         (lambda a, m: sct.tl.annotate(a, m, candidates=TYPES, context="x"), ConfigError, "no option 'context'"),
         (lambda a, m: sct.tl.annotate(a, m, candidates=TYPES, templates=4), ConfigError, "1 to 3 are there"),
         (lambda a, m: sct.tl.find_tumor(a, m), ConfigError, "diseases, a list of names, is missing"),
-        (lambda a, m: sct.tl.find_tumor(a, m, diseases=["normal cell", "normal"]), ConfigError, "1 candidates"),
+        (lambda a, m: sct.tl.find_tumor(a, m, diseases=["normal cell", "normal"]), ConfigError, "names no disease"),
         (lambda a, m: sct.tl.infer_pathways(a, m), ConfigError, "gene_sets, a list of names, is missing"),
-        (lambda a, m: sct.tl.find_rare(a, m, abstract=" "), ConfigError, "abstract, a text, is missing"),
+        (lambda a, m: sct.tl.find_rare(a, m, abstract=" "), ConfigError, "abstract is ' ', but a text is needed"),
         (lambda a, m: sct.tl.find_rare(a, m, layer="none"), DataError, "none"),
-        (lambda a, m: sct.tl.ask(a, m, " "), ConfigError, "the question is empty"),
+        (lambda a, m: sct.tl.ask(a, m, " "), ConfigError, "the question is ' '"),
         (lambda a, m: sct.tl.ask(a, m, "Why?", max_new_tokens=0), ConfigError, "max_new_tokens is 0"),
     ],
 )  # fmt: skip
