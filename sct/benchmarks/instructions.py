@@ -235,7 +235,7 @@ def benchmark(
         try:
             asked = _Study(name, cells, said.get(name, {}), handle, asker, options, markers, output)
         except SctError as error:
-            reports.append(_reason(name, error))
+            reports.append(benchmarking.reason(name, error))
             continue
         sizes.append(f"{name} ({len(asked.query):,} asked about, {len(asked.support):,} to fit on)")
         for task in options.wanted:
@@ -243,7 +243,7 @@ def benchmark(
             try:
                 table, measured = asked.measure(task)
             except SctError as error:
-                reports.append(_reason(title, error))
+                reports.append(benchmarking.reason(title, error))
                 continue
             table.title = f"{title}. {table.title}"
             numbers.setdefault(name, {})[task] = measured
@@ -252,20 +252,12 @@ def benchmark(
         reasons = [f"{each.title}: {each.rows[0][1]}" for each in reports]
         raise ConfigError(f"no task could be measured: {' '.join(reasons)}")
     facts = {
-        **report.environment(), "model": repr(handle), "model folder": str(options.model or "(in memory)"),
-        "weights": handle.fingerprint, "licence of the model": handle.license, "cells": ", ".join(sizes),
+        **benchmarking.facts_of(handle, options.model), "cells": ", ".join(sizes),
         "few shots": f"{options.tuning.steps} steps at {options.tuning.learning_rate:g}",
         "seeds": str(options.seeds), "time": f"{time.monotonic() - started:,.0f} s",
     }  # fmt: skip
     report.write(reports, output, facts, (), "Questions about cells", numbers)
     return reports
-
-
-def _reason(title: str, error: SctError) -> Report:
-    """A table that says why there is none."""
-    table = Report(title, ("method", "remark"))
-    table.add("all", str(error))
-    return table
 
 
 def _texts_of(name: str, cells: ad.AnnData) -> dict[str, Any]:

@@ -182,12 +182,8 @@ def benchmark(
         running.column(part.adata, options.data.batch_key, "data.batch_key")
     reports, figures, numbers = _measure(parts, handle, train, options)
     facts = {
-        **report.environment(),
-        "model": repr(handle) if handle is not None else "none (baselines alone)",
-        "model folder": str(options.model or "(in memory)") if handle is not None else "-",
-        "weights": handle.fingerprint if handle is not None else "-",
+        **facts_of(handle, options.model),
         "cells per bag": str(_bag_size(handle, options.data)),
-        "licence of the model": handle.license if handle is not None else "-",
         "cells": ", ".join(f"{part.name} ({part.adata.n_obs:,})" for part in parts),
         "counts": ", ".join(sorted({part.table.counts_from for part in parts})),
         "genes": ", ".join(f"{int(part.table.measured.sum()):,} of {len(vocabulary):,}" for part in parts),
@@ -198,6 +194,18 @@ def benchmark(
     title = "Zero-shot benchmark"
     report.write(reports, output, facts, figures, title, numbers)
     return reports
+
+
+def facts_of(handle: Pretrained | None, folder: str) -> dict[str, str]:
+    """What a report says of the process and of the model, from a folder or from memory."""
+    if handle is None:
+        what = ("none (baselines alone)", "-", "-", "-")
+    else:
+        what = (repr(handle), folder or "(in memory)", handle.fingerprint, handle.license)
+    return {
+        **report.environment(),
+        **dict(zip(("model", "model folder", "weights", "licence of the model"), what, strict=True)),
+    }
 
 
 def read_options(kind: type[Any], config: Mapping[str, Any], adata: ad.AnnData | None) -> tuple[Any, Path]:
@@ -319,7 +327,7 @@ def _measure(
             try:
                 outcome = protocol(held_out, asked, training, seeds=options.seeds, cells_name=name)
             except SctError as error:
-                reports.append(_reason(title, error))
+                reports.append(reason(title, error))
                 continue
             reports += outcome.reports
             numbers["imputation"].append(outcome.as_dict())
@@ -328,7 +336,7 @@ def _measure(
         try:
             table, drawn, measured = _embedding(part, handle, options)
         except SctError as error:
-            reports.append(_reason(f"Embedding, {part.name}", error))
+            reports.append(reason(f"Embedding, {part.name}", error))
             continue
         reports.append(table)
         figures += drawn
@@ -336,7 +344,7 @@ def _measure(
     return reports, figures, numbers
 
 
-def _reason(title: str, error: SctError) -> Report:
+def reason(title: str, error: SctError) -> Report:
     """A table that says why there is none."""
     table = Report(title, ("method", "remark"))
     table.add("all", str(error))
