@@ -19,6 +19,7 @@ from sct.data.text.prompts import (
     render_labels,
 )
 from sct.errors import ConfigError, DataError
+from tests.cases import each
 
 PROMPTS = load_prompts()
 EVERY = [(task, number) for task, templates in PROMPTS.templates.items() for number in range(len(templates))]
@@ -45,8 +46,7 @@ def test_every_task_has_20_templates_that_need_neither_number_nor_organism():
         assert any("organism" in t.prompt_fields for t in templates), task
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_wordings_of_a_task_differ(task):
+def check_wordings(task: str) -> None:
     templates = PROMPTS.templates[task]
     assert len({t.prompt for t in templates}) == len(templates)
     for one, other in itertools.combinations(templates, 2):
@@ -54,8 +54,11 @@ def test_wordings_of_a_task_differ(task):
         assert len(a & b) / len(a | b) < 0.6, (one.prompt, other.prompt)
 
 
-@pytest.mark.parametrize(("task", "number"), EVERY)
-def test_a_filled_template_holds_its_fields_and_is_well_written(task, number):
+def test_wordings_of_a_task_differ():
+    each(check_wordings, [(task,) for task in TASKS])
+
+
+def check_filled(task: str, number: int) -> None:
     for n, genes in ((None, "expressed genes"), (4, "4 most highly expressed genes")):
         needed = PROMPTS.templates[task][number].prompt_fields
         if n is None and "num_genes" in needed:
@@ -80,8 +83,11 @@ def test_a_filled_template_holds_its_fields_and_is_well_written(task, number):
             assert re.search(rf"(^|\s){FIELDS['cell']}(\s|$)", example.prompt)
 
 
-@pytest.mark.parametrize(("task", "number"), EVERY)
-def test_the_answer_is_read_back(task, number):
+def test_a_filled_template_holds_its_fields_and_is_well_written():
+    each(check_filled, EVERY)
+
+
+def check_read_back(task: str, number: int) -> None:
     value = FIELDS[TASKS[task].answer]
     response = PROMPTS.response_for(task, number, value)
     text = render_labels(value) if isinstance(value, dict) else value
@@ -91,6 +97,10 @@ def test_the_answer_is_read_back(task, number):
         assert PROMPTS.parse(task, number, f"{response}\nAnd so it goes on.") == text
         assert PROMPTS.parse(task, number, response.rstrip(".")) == text
     assert PROMPTS.parse(task, number, "") is None
+
+
+def test_the_answer_is_read_back():
+    each(check_read_back, EVERY)
 
 
 @laws
