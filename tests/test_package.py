@@ -36,6 +36,7 @@ _BELOW_TRAIN = {
     "data",
     "nn",
     "errors",
+    "atomic",
     "progress",
 }
 _ALL = _BELOW_TRAIN | {"train", "speed", "pp", "tl", "pl", "benchmarks", "commands", "cli", "sct", "version"}
@@ -45,11 +46,12 @@ ALLOWED: dict[str, set[str]] = {
     "version": set(),
     "errors": set(),
     "progress": set(),
+    "atomic": set(),
     "nn": {"nn", "errors"},
     "models": {"models", "nn", "errors"},
-    "data": {"data", "errors", "progress", "version"},
+    "data": {"data", "errors", "atomic", "progress", "version"},
     "eval.metrics": set(),
-    "eval": {"eval", "eval.metrics", "data", "progress", "errors", "version"},
+    "eval": {"eval", "eval.metrics", "data", "progress", "errors", "atomic", "version"},
     "generation": {"generation", "data", "models", "nn", "progress", "errors"},
     "tasks": {"tasks", "data", "models", "weights", "generation", "eval", "eval.metrics", "nn", "errors"},
     "weights": {
@@ -62,6 +64,7 @@ ALLOWED: dict[str, set[str]] = {
         "data.text.cell_sentence",
         "progress",
         "errors",
+        "atomic",
         "version",
     },
     "train": {"train", "version"} | _BELOW_TRAIN,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import anndata as ad
 
+from sct.atomic import atomic_write
 from sct.errors import ConfigError, DataError
 
 # Files above are read in place of being loaded.
@@ -97,13 +97,10 @@ def replacing(target: Path) -> Iterator[Path]:
     DataError
         It cannot be written.
     """
-    temporary = target.with_name(f".{target.name}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, target)
+        with atomic_write(target) as temporary:
+            yield temporary
     except OSError as error:
         raise DataError(
             f"{target} cannot be written ({error.strerror or error}): choose another --output."
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import os
 import re
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from sct.atomic import write_text
 from sct.data import alignment
 from sct.data.alignment import GeneAlignment, gene_names, some, without_version
 from sct.errors import DataError, StoreError
@@ -267,17 +267,7 @@ class GeneVocabulary:
         lines = ["\t".join(_HEADER), *("\t".join((*row, tail)) for row in zip(*columns, strict=True))]
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-                file.write("\n".join(lines) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_text(target, "\n".join(lines) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> GeneVocabulary:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sct.atomic import remove, write_json
 from sct.data.counts import COUNTS
 from sct.data.genes import GeneVocabulary
-from sct.data.ingest_input import IngestOptions, absolute_location, write_json
+from sct.data.ingest_input import IngestOptions, absolute_location
 from sct.data.ingest_jobs import Job, run_jobs
 from sct.data.orthologues import Orthologues
 from sct.data.sources import Input, find_inputs
@@ -30,7 +30,7 @@ __all__ = ["IngestOptions", "IngestReport", "ingest", "main"]
 
 # The last manifest while one of its studies is being rebuilt: until then nothing opens.
 _PREVIOUS = "manifest.previous.json"
-_LEFTOVERS = (".partial", ".spill", ".download")
+_LEFTOVERS = (".partial", ".spill", ".download", ".tmp")
 
 
 @dataclass(frozen=True)
@@ -189,9 +189,9 @@ def _only_one(root: Path) -> Iterator[None]:
             raise StoreError(f"another ingest is writing to {root}: wait for it to end") from None
         except (ImportError, OSError):
             pass  # file systems without locks: the user is trusted to run one at a time
-        for path in (root / STUDIES).iterdir():
+        for path in (*root.iterdir(), *(root / STUDIES).iterdir()):
             if path.name.startswith(".") and path.name.endswith(_LEFTOVERS):
-                shutil.rmtree(path, ignore_errors=True)
+                remove(path)
         yield
     finally:
         os.close(lock)
@@ -319,18 +319,14 @@ def _finish(
         "vocabulary": {"name": vocabulary.name, "hash": vocabulary.hash, "n_genes": len(vocabulary)},
         "studies": studies,
     }
-    temporary = root / f".{GENES}.partial"
     try:
-        vocabulary.save(temporary)
-        os.replace(temporary, root / GENES)
+        vocabulary.save(root / GENES)
         write_json(root / MANIFEST, manifest)
         (root / _PREVIOUS).unlink(missing_ok=True)
     except OSError as error:
         raise StoreError(
             f"{root} could not be written ({error.strerror}): free space, then run the ingest again to resume"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return IngestReport(root, studies, notes=(note,))
 
 

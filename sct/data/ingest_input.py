@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import warnings
@@ -15,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from sct.atomic import write_json
 from sct.data.counts import COUNTS, CountsChecker, Values, check_values, exact_integers
 from sct.data.genes import GeneAlignment, GeneVocabulary
 from sct.data.orthologues import MappedGenes, Orthologues, map_orthologues, read_orthologues
@@ -413,17 +413,3 @@ def _filter(
 def absolute_location(item: Input) -> str:
     """Where an input lies, whatever the working folder of the next ingest is."""
     return item.location if item.kind in ("census", "memory") else str(Path(item.location).absolute())
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file that is either complete or not there."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -98,7 +98,7 @@ class BucketSort:
         self.folder, self.edges, self.n_genes, self.held = folder, edges, n_genes, held
         self._index_type = np.dtype("<u2" if n_genes <= 1 << 16 else "<i4")
         self._pieces: list[list[tuple[np.ndarray, ...]]] = [[] for _ in edges[1:]]
-        self._n_held = 0
+        self._n_held, self._spilled = 0, False
 
     def add(self, places: np.ndarray, counts: sp.csr_matrix) -> None:
         """Take in rows: `places` (n,) and their `counts` (n, G), positive and below 2^24 or not whole."""
@@ -122,7 +122,9 @@ class BucketSort:
             self._spill()
 
     def _spill(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self._spilled:  # new, so that nothing that lies there is written to
+            self.folder.mkdir(parents=True)
+            self._spilled = True
         for bucket, pieces in enumerate(self._pieces):
             if pieces:
                 with (self.folder / str(bucket)).open("ab") as file:
@@ -184,7 +186,8 @@ class BucketSort:
     def close(self) -> None:
         """Forget everything and remove the files."""
         self._pieces = []
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._spilled:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def cut_places(sizes_of_studies: list[int], n_values: int, bucket: int) -> tuple[np.ndarray, list[range]]:

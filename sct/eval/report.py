@@ -12,12 +12,14 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sct.atomic import atomic_write
 from sct.version import __version__
 
 if TYPE_CHECKING:
@@ -395,12 +397,6 @@ def write(
 
         texts["report.html"] = page(title, reports, figures, facts or {})
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = {folder / f".{name}.tmp": folder / name for name in texts}
-    try:
-        for path, text in zip(temporary, texts.values(), strict=True):
-            path.write_text(text, encoding="utf-8")
-        for path, final in temporary.items():
-            os.replace(path, final)
-    finally:
-        for path in temporary:
-            path.unlink(missing_ok=True)
+    with ExitStack() as stack:
+        for name, text in texts.items():
+            stack.enter_context(atomic_write(folder / name)).write_text(text, encoding="utf-8")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sct.data.ingest_input import write_json
+from sct.atomic import write_json
 from sct.errors import ConfigError
 
 if TYPE_CHECKING:

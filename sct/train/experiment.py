@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -19,6 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from sct.atomic import atomic_folder, write_json
 from sct.data.store import SPLITS, Store
 from sct.data.text.tokenizer import Tokenizer
 from sct.data.text.tokenizer_libraries import import_tokenizers
@@ -102,12 +102,6 @@ def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Path) -
                 )
 
 
-def _write_json(path: Path, content: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
 def _tokenizer(
     plain: Mapping[str, Any], store: Store, parent: pretrained.Pretrained | None, workdir: Path, resumes: bool
 ) -> Tokenizer | None:
@@ -145,11 +139,8 @@ def _tokenizer(
             tokenizer = kind.tokenizer(
                 store, objective, data_of(plain), int(plain.get("train", {}).get("seed", 0))
             )
-        unfinished = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        tokenizer.save(unfinished)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(unfinished, folder)
+        with atomic_folder(folder) as unfinished:
+            tokenizer.save(unfinished)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("the tokenizer is made")
     return Tokenizer.load(folder)
@@ -243,7 +234,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
     if first:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            _write_json(settings, {**plain, MODEL: dataclasses.asdict(task.model_config)})
+            write_json(settings, {**plain, MODEL: dataclasses.asdict(task.model_config)})
         except OSError as error:
             raise ConfigError(
                 f"the run folder {workdir} cannot be written ({error.strerror}): choose another --workdir."
@@ -254,7 +245,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
             described = {
                 **_describe(store), "license": licence, "files": _files(plain), "model": task.exports()["data"],
             }  # fmt: skip
-            _write_json(workdir / "data.json", described)
+            write_json(workdir / "data.json", described)
             store.vocabulary.save(workdir / "genes.tsv")
     processes.check_shared(settings)
     _announce(console, task, options, workdir)
@@ -312,7 +303,7 @@ def _finish(
             console.print(evaluator.report.table())
             reports.append(evaluator.report)
         if jax.process_index() == 0:
-            _write_json(workdir / f"{evaluator.name}.json", numbers)
+            write_json(workdir / f"{evaluator.name}.json", numbers)
     if jax.process_index() == 0:
         report.write(reports, workdir)
         model = pretrained.Pretrained(

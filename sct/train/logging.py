@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
+from sct.atomic import write_text
 from sct.errors import CheckpointError
 
 _FLUSH_SECONDS = 60.0
@@ -45,9 +45,7 @@ class MetricLog:
             path = folder / "metrics.jsonl"
             if path.exists():
                 kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-                temporary = path.with_suffix(".tmp")
-                temporary.write_text("".join(line + "\n" for line in kept))
-                os.replace(temporary, path)
+                write_text(path, "".join(line + "\n" for line in kept))
             self._file = path.open("ab", buffering=0)
             self._board = _Board(folder / "tensorboard", step)
 

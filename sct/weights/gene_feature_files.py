@@ -1,15 +1,11 @@
-"""Files with a row of numbers for each of some genes, as others write them, and files written whole or not at all."""
+"""Files with a row of numbers for each of some genes, as others write them."""
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
 import re
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import pandas as pd
@@ -98,19 +94,3 @@ def _is_header(fields: Sequence[str]) -> bool:
 
     first, *others = [field.strip(' "\r') for field in fields]
     return first.casefold() in ("", *GENE_COLUMNS) or not any(map(is_number, others))
-
-
-@contextlib.contextmanager
-def replacing(target: Path) -> Iterator[IO[bytes]]:
-    """File that takes the place of `target` when it is complete, and is on the disk."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
+from sct.atomic import atomic_write
 from sct.data.genes import GeneVocabulary
 from sct.data.text.cell_sentence import normalise
 from sct.data.text.gene_corpus import GeneCorpus, find_genes, suffix_of
@@ -30,7 +31,7 @@ from sct.errors import ConfigError, DataError
 from sct.models.decoder_config import DecoderConfig
 from sct.nn.paths import flatten, unflatten
 from sct.progress import progress
-from sct.weights.gene_feature_files import DELIMITERS, TABLES, named_rows, read_arrays, replacing, text_rows
+from sct.weights.gene_feature_files import DELIMITERS, TABLES, named_rows, read_arrays, text_rows
 from sct.weights.pretrained import Pretrained
 from sct.weights.vocabulary import resized
 
@@ -292,7 +293,7 @@ class GeneFeatures:
         )
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(target) as file:
+            with atomic_write(target) as temporary, temporary.open("wb") as file:
                 np.savez(file, keys=np.array(self.keys), table=self.table, about=np.array(about))
         except OSError as error:
             raise DataError(

@@ -6,7 +6,6 @@ A folder is all that others need: any program that reads safetensors can read it
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sct.atomic import atomic_folder, replaced
 from sct.data.genes import GeneVocabulary
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import CheckpointError
@@ -56,9 +56,9 @@ def _is_model(folder: Path) -> bool:
     return isinstance(config, dict) and "sct_version" in config and _holds_only(folder, _OURS)
 
 
-def unfinished(folder: Path) -> tuple[Path, Path]:
-    """Where a new model is written, and where an old one waits, while a model folder is replaced."""
-    return folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+def is_leftover(folder: Path) -> bool:
+    """Whether a folder holds nothing but files of a model, as a save that was killed leaves them."""
+    return _holds_only(folder, _UNFINISHED)
 
 
 def check_target(folder: Path) -> Path:
@@ -72,11 +72,11 @@ def check_target(folder: Path) -> Path:
                 f"{folder} holds other files than those of a model folder, which would be lost: choose an "
                 "empty or new folder."
             )
-        for beside in unfinished(folder):
-            if beside.exists() and not (beside.is_dir() and _holds_only(beside, _UNFINISHED)):
-                raise CheckpointError(
-                    f"{beside} is needed while the model is written, but it holds other files: move it away."
-                )
+        beside = replaced(folder)
+        if beside.exists() and not (beside.is_dir() and _holds_only(beside, _UNFINISHED)):
+            raise CheckpointError(
+                f"{beside} is needed while the model is written, but it holds other files: move it away."
+            )
     except OSError as error:
         raise _unwritable(folder, error) from error
     return folder
@@ -111,54 +111,14 @@ def save(
     if dtype not in SAVED_DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(SAVED_DTYPES)}.")
     folder = check_target(folder)
-    new, old = unfinished(folder)
     try:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        _write(new, arrays, config, genes, tokenizer, card, dtype, shard_bytes, made_for)
-        for file in new.iterdir():
-            # safetensors writes files that their owner alone can read.
-            shutil.copymode(new / CONFIG, file)
-            flush(file)
-        exchange(new, old, folder)
+        with atomic_folder(folder, is_leftover) as new:
+            _write(new, arrays, config, genes, tokenizer, card, dtype, shard_bytes, made_for)
+            for file in new.iterdir():
+                # safetensors writes files that their owner alone can read.
+                shutil.copymode(new / CONFIG, file)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(new, ignore_errors=True)
         raise _unwritable(folder, error) from error
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-
-
-def exchange(new: Path, old: Path, folder: Path) -> None:
-    """Put `new` in the place of `folder`."""
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    try:
-        os.replace(new, folder)
-    except BaseException:
-        if old.exists():
-            os.replace(old, folder)
-        raise
-    flush(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:  # folders cannot be opened on every system
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        if not path.is_dir():
-            raise
-    finally:
-        os.close(handle)
 
 
 def _write(
@@ -235,7 +195,7 @@ def find(folder: Path) -> Path | None:
     """Where the model of a path lies: there, or beside it where replacing it was cut off; None without one."""
     candidates = [folder]
     if not folder.exists() and folder.name:
-        candidates.append(unfinished(folder)[1])
+        candidates.append(replaced(folder))
     for candidate in candidates:
         weights = any((candidate / name).is_file() for name in (WEIGHTS, INDEX, TORCH, f"{TORCH}.index.json"))
         if (candidate / CONFIG).is_file() and weights:

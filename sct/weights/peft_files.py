@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from sct.atomic import atomic_folder, replaced
 from sct.errors import CheckpointError
 from sct.weights import model_folder
 
@@ -95,6 +95,11 @@ def read_arrays(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
         raise CheckpointError(f"{path} is damaged ({error}).") from error
 
 
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder holds nothing but files of an adapter."""
+    return {file.name for file in folder.iterdir()} <= _OURS
+
+
 def write(folder: Path, tensors: dict[str, np.ndarray], config: Mapping[str, Any]) -> None:
     """Write an adapter folder; it takes its place at once when it is complete.
 
@@ -110,28 +115,17 @@ def write(folder: Path, tensors: dict[str, np.ndarray], config: Mapping[str, Any
         folder = folder.resolve()
         if folder.exists() and not folder.is_dir():
             raise CheckpointError(f"{folder} is a file, but an adapter is a folder: choose another path.")
-        new, old = model_folder.unfinished(folder)
-        for place in (folder, new, old):
-            if place.exists() and not (place.is_dir() and {file.name for file in place.iterdir()} <= _OURS):
+        for place in (folder, replaced(folder)):
+            if place.exists() and not (place.is_dir() and _is_ours(place)):
                 raise CheckpointError(
                     f"{place} holds other files than those of an adapter, which would be lost: choose an empty or "
                     "new folder."
                 )
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        shutil.rmtree(new, ignore_errors=True)
-        try:
-            new.mkdir(parents=True)
+        with atomic_folder(folder, _is_ours) as new:
             (new / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
             save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
             # safetensors writes files that their owner alone can read.
             shutil.copymode(new / CONFIG, new / WEIGHTS)
-            for file in new.iterdir():
-                model_folder.flush(file)
-            model_folder.exchange(new, old, folder)
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
-            raise
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise CheckpointError(

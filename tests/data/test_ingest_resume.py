@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
+import scipy.sparse as sp
 from store_inputs import (
     VOCABULARY,
     files_of,
@@ -21,6 +23,7 @@ from store_inputs import (
 from sct.data import ingest_jobs
 from sct.data.ingest import ingest
 from sct.data.ingest_input import ingest_input
+from sct.data.sorting import BucketSort
 from sct.data.store import Store
 from sct.errors import StoreError
 
@@ -214,3 +217,28 @@ def test_another_vocabulary_needs_another_store(three: list[Path], tmp_path: Pat
     (tmp_path / "store/manifest.json").unlink()
     ingest(three[:1], tmp_path / "store", vocabulary=other)
     assert Store.open(tmp_path / "store").study("a").read(0, 3).shape == (3, 40)
+
+
+def test_planted_links_are_not_followed(three: list[Path], tmp_path: Path) -> None:
+    """Neither to files nor to folders, where an ingest puts what it has not finished."""
+    store, elsewhere = tmp_path / "store", tmp_path / "elsewhere"
+    (store / "studies").mkdir(parents=True)
+    elsewhere.mkdir()
+    for name in ("0", "thesis.txt"):
+        (elsewhere / name).write_text("irreplaceable")
+    for name in ("a.partial", "a.spill", "a.download", "a.json.partial"):
+        (store / f"studies/.{name}").symlink_to(elsewhere / ("thesis.txt" if "json" in name else ""))
+    for name in (".genes.tsv.partial", ".manifest.json.partial", "genes.tsv"):
+        (store / name).symlink_to(elsewhere / "thesis.txt")
+    run(three[:1], store)
+    assert not leftovers(store)
+    assert {path.name: path.read_text() for path in elsewhere.iterdir()} == {
+        "0": "irreplaceable",
+        "thesis.txt": "irreplaceable",
+    }
+    # A link that comes while the ingest runs.
+    (store / "studies/.late.spill").symlink_to(elsewhere)
+    sort = BucketSort(store / "studies/.late.spill", np.array([0, 10]), 5, held=0)
+    with pytest.raises(FileExistsError):
+        sort.add(np.arange(3), sp.csr_matrix(np.ones((3, 5), np.float32)))
+    assert (elsewhere / "0").read_text() == "irreplaceable"

@@ -339,13 +339,27 @@ def test_nothing_is_overwritten_that_is_no_model(model, tmp_path, there, also):
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", [".target.tmp", ".target.old"])
-def test_what_is_needed_beside_the_folder_is_not_overwritten(model, tmp_path, name):
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "thesis.txt").write_text("irreplaceable")
+def test_what_lies_beside_the_folder_is_not_overwritten(model, tmp_path):
+    for name in (".target.tmp", ".target.0123.tmp", ".target.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("irreplaceable")
+    before = files(tmp_path)
     with pytest.raises(CheckpointError, match="holds other files: move it away"):
         model.save_pretrained(tmp_path / "target")
-    assert files(tmp_path) == {f"{name}/thesis.txt": b"irreplaceable"}
+    assert files(tmp_path) == before
+    shutil.rmtree(tmp_path / ".target.old")
+    model.save_pretrained(tmp_path / "target")
+    assert {name: text for name, text in files(tmp_path).items() if name.startswith(".")} == {
+        name: text for name, text in before.items() if ".old" not in name
+    }
+
+
+def test_a_killed_save_leaves_nothing_that_the_next_one_does_not_remove(model, tmp_path):
+    left = tmp_path / ".target.0123.tmp"
+    left.mkdir()
+    (left / "model.safetensors").write_text("half")
+    model.save_pretrained(tmp_path / "target")
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
 def test_places_that_cannot_be_written(model, tmp_path):
@@ -408,7 +422,7 @@ def test_a_rename_that_fails_puts_the_old_model_back(model, folder, monkeypatch)
     replace = os.replace
 
     def fail(source, target):
-        if Path(source).name == f".{folder.name}.tmp":
+        if Path(source).name.endswith(".tmp") and Path(target) == folder:
             raise OSError(5, "Input/output error")
         replace(source, target)
 

@@ -41,6 +41,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sct.atomic import write_text
 from sct.errors import ConfigError, DataError
 
 JOIN = " "
@@ -266,7 +267,7 @@ class Prompts:
         """Write a file that `load_prompts` reads back as these templates, whatever is built in then."""
         tasks = {task: {"replace": True, "templates": many} for task, many in self.plain().items()}
         text = json.dumps({"version": _VERSION, "tasks": tasks}, indent=1, ensure_ascii=False)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        write_text(path, text + "\n")
 
     def _choose(self, task: str, have: set[str], key: tuple[int, ...]) -> int:
         usable = [i for i, template in enumerate(self.templates[task]) if template.prompt_fields <= have]

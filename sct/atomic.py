@@ -1,0 +1,175 @@
+"""Files and folders that take their place at once, when they are complete, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_LONGEST = 200  # bytes of a name, which with what is added stays below the 255 of most file systems
+
+
+def _beside(path: Path) -> Path:
+    """A name beside `path` that nobody can foresee."""
+    kept = os.fsencode(path.name)[:_LONGEST].decode("utf-8", "ignore")
+    return path.with_name(f".{kept}.{secrets.token_hex(8)}.tmp")
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give an empty file to write to, which takes the place of `path` when the block ends.
+
+    The file is new: nothing that lies in the folder is written to, and no link is followed. It is on the disk before it
+    takes its place, and gone where the block fails. A link at `path` is replaced, not what it names.
+
+    Parameters
+    ----------
+    path
+        File to write, in a folder that exists.
+
+    Raises
+    ------
+    OSError
+        The file cannot be written.
+    """
+    target = Path(path)
+    temporary = _beside(target)
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666))
+    try:
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    flush(target.parent)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write UTF-8 text by `atomic_write`, line ends as they are."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Write a JSON file by `atomic_write`."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def replaced(folder: Path) -> Path:
+    """Where an old folder waits while `atomic_folder` puts a new one in its place."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+@contextmanager
+def atomic_folder(
+    folder: Path, is_leftover: Callable[[Path], bool] = lambda leftover: False
+) -> Iterator[Path]:
+    """Give a new folder to fill, which takes the place of `folder` when the block ends.
+
+    An old folder is renamed to `replaced(folder)` just before and removed after; where the process dies between these
+    two, it is found there, and the next call puts it back first.
+
+    Parameters
+    ----------
+    folder
+        Folder to write; the folder above is made.
+    is_leftover
+        Whether a folder that a process left behind, which died while it wrote, may be removed.
+
+    Raises
+    ------
+    OSError
+        The folder cannot be written; the old one is as it was.
+    """
+    old, new = replaced(folder), _beside(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if old.exists() and not folder.exists():
+        os.replace(old, folder)
+    new.mkdir()
+    try:
+        with _held(new):
+            _remove_leftovers(folder, is_leftover)
+            yield new
+            for file in new.rglob("*"):
+                flush(file)
+            flush(new)
+            _exchange(new, old, folder)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
+def _exchange(new: Path, old: Path, folder: Path) -> None:
+    remove(old)
+    if folder.exists() or folder.is_symlink():
+        os.replace(folder, old)
+    try:
+        os.replace(new, folder)
+    except BaseException:
+        if old.exists():
+            os.replace(old, folder)
+        raise
+    flush(folder.parent)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (and not what it names) or a folder, as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _remove_leftovers(folder: Path, is_leftover: Callable[[Path], bool]) -> None:
+    """Remove what processes left that died while they wrote `folder`: nobody holds it."""
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
+        if path.is_dir() and not path.is_symlink() and is_leftover(path):
+            with _held(path) as held:
+                if held:
+                    remove(path)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Hold a folder for as long as this process lives; False where another does, or where there are no locks."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # folders cannot be opened on every system
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
