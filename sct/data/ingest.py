@@ -18,7 +18,15 @@ from sct.data.ingest_jobs import Job, run_jobs
 from sct.data.orthologues import Orthologues
 from sct.data.sources import Input, find_inputs
 from sct.data.split import assign_splits, check_splits
-from sct.data.store import ACTIVITY_VERSION, GENES, MANIFEST, SCHEMA_VERSION, STUDIES, read_manifest
+from sct.data.store import (
+    ACTIVITY_VERSION,
+    GENES,
+    MANIFEST,
+    SCHEMA_VERSION,
+    STUDIES,
+    check_study,
+    read_manifest,
+)
 from sct.errors import ConfigError, DataError, StoreError
 from sct.version import __version__
 
@@ -177,6 +185,11 @@ def _only_one(root: Path) -> Iterator[None]:
     made = not root.exists()
     try:
         (root / STUDIES).mkdir(parents=True, exist_ok=True)
+        if (root / STUDIES).is_symlink():
+            raise StoreError(
+                f"{root / STUDIES} is a link, which may lead out of the store: put a folder in its place, or choose "
+                "another output"
+            )
         lock = os.open(root, os.O_RDONLY)
     except OSError as error:
         raise StoreError(f"{root} cannot be written ({error.strerror}): choose another output") from error
@@ -247,9 +260,17 @@ def _plan(
     """Tell inputs that are done from inputs to do; the third part is inputs that cannot even be looked at."""
     records: dict[str, list[dict[str, Any]]] = {}
     for file in sorted((root / STUDIES).glob("*.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        try:
             record = json.loads(file.read_text(encoding="utf-8"))
-            records.setdefault(record["source"]["input"], []).append(record)
+            source = record["source"]
+            made = records.setdefault(source["input"], [])
+            record["name"], record["path"], set(source["siblings"])
+            source["fingerprint"], source["location"], source["options"], source["vocabulary"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        # Folders of these names are removed where the input has changed.
+        _check_record(record, file)
+        made.append(record)
     digest = options.digest(table)
     jobs: list[Job] = []
     kept: list[dict[str, Any]] = []
@@ -280,6 +301,15 @@ def _plan(
         else:
             jobs.append(Job(item, fingerprint, tuple(each["name"] for each in done), table))
     return jobs, kept, refused
+
+
+def _check_record(record: dict[str, Any], file: Path) -> None:
+    """Raise `StoreError` where the file beside a study speaks of another one."""
+    check_study(record, file)
+    if record["name"] != file.stem:
+        raise StoreError(
+            f"{file} speaks of the study {record['name']!r}, not of its own: delete the file and ingest again"
+        )
 
 
 def _refuse(refused: dict[str, str], n_inputs: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,14 +13,14 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from sct.atomic import write_json
+from sct.atomic import remove, write_json
 from sct.data.counts import COUNTS, CountsChecker, Values, check_values, exact_integers
 from sct.data.genes import GeneAlignment, GeneVocabulary
 from sct.data.orthologues import MappedGenes, Orthologues, map_orthologues, read_orthologues
 from sct.data.readers import Source, open_source
 from sct.data.sorting import BucketSort, Sizes, cut_places, hilbert_rank, random_rank
 from sct.data.sources import Input, sanitise
-from sct.data.store import SCHEMA_VERSION, STUDIES
+from sct.data.store import SCHEMA_VERSION, STUDIES, study_path
 from sct.data.writer import MAX_COUNT, portable_table, write_study, writing
 from sct.errors import ConfigError, DataError
 
@@ -175,14 +174,14 @@ def ingest_input(
         with writing(spill):
             for name in {*stale, *partial}:
                 (folder / f"{name}.json").unlink(missing_ok=True)
-                shutil.rmtree(folder / f"{name}.zarr", ignore_errors=True)
+                remove(folder / f"{name}.zarr")
             for record in records:
                 os.replace(partial[record["name"]], folder / f"{record['name']}.zarr")
                 write_json(folder / f"{record['name']}.json", record)
         return records
     finally:
         for path in (spill, download, *partial.values()):
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
 
 
 def _write_studies(
@@ -263,7 +262,7 @@ def _write_studies(
         records.append(
             {
                 "name": name,
-                "path": f"{STUDIES}/{name}.zarr",
+                "path": study_path(name),
                 **facts,
                 "n_genes_matched": alignment.matched,
                 "spatial": source.spatial is not None,

@@ -11,6 +11,7 @@ a missing or damaged chunk is an error, never zeros. `sct.data.ingest` writes th
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ MANIFEST, GENES, STUDIES = "manifest.json", "genes.tsv", "studies"
 # Elements of one compressed chunk of X: about 16 cells of 2,000 genes, so a bag decodes four or five.
 CHUNK = 32_768
 _CACHE_BYTES = 64 << 20
+# What `sct.data.sources.sanitise` makes of an input and of its part: the name becomes a folder.
+_STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9][A-Za-z0-9_-]*)*")
 _STUDY_FIELDS = ("name", "path", "n_cells", "n_genes_matched", "nnz", "total_counts", "spatial", "split")
 
 _context: Any = None
@@ -417,6 +420,39 @@ def read_manifest(path: Path, name: str = MANIFEST) -> dict[str, Any] | None:
         for each in manifest["studies"]:
             for field in _STUDY_FIELDS:
                 each[field]
+            check_study(each, file)
     except (KeyError, TypeError) as error:
         raise StoreError(f"{file} lacks the field {error}: ingest the store again") from error
+    names = [each["name"].casefold() for each in manifest["studies"]]
+    if len(set(names)) < len(names):
+        raise StoreError(f"{file} names a study twice: ingest the store again")
     return manifest
+
+
+def study_path(name: str) -> str:
+    """Folder of a study below that of the store.
+
+    Raises
+    ------
+    StoreError
+        The name is none of letters, digits, `-`, `_` and single dots between them, so that it could lead elsewhere.
+    """
+    if not isinstance(name, str) or not _STUDY_NAME.fullmatch(name):
+        raise StoreError(
+            f"a study is called {name!r}, but a name has letters, digits, '-', '_' and single dots between them: "
+            "rename it"
+        )
+    return f"{STUDIES}/{name}.zarr"
+
+
+def check_study(record: Mapping[str, Any], file: Path) -> None:
+    """Raise `StoreError` where a record in `file` names no study, another folder than its own, or no split."""
+    try:
+        expected = study_path(record["name"])
+    except StoreError as error:
+        raise StoreError(f"{file}: {error}, and ingest the store again") from None
+    if record["path"] != expected or record.get("split", SPLITS[0]) not in SPLITS:
+        raise StoreError(
+            f"{file} gives the study {record['name']!r} the path {record['path']!r} and the split "
+            f"{record.get('split')!r}, but the path is {expected!r} and splits are {', '.join(SPLITS)}: ingest it again"
+        )

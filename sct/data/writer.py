@@ -146,7 +146,7 @@ def portable_table(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     written = pd.DataFrame(index=index)
     dropped: list[str] = []
     for position, name in enumerate(table.columns):
-        usable = isinstance(name, str) and "/" not in name and name not in ("_index", "")
+        usable = isinstance(name, str) and _is_folder_name(name) and name != "_index"
         values = _portable(table.iloc[:, position]) if usable and name not in written else None
         if values is None:
             dropped.append(str(name))
@@ -155,6 +155,15 @@ def portable_table(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
         else:
             written[name] = values
     return written, dropped
+
+
+def _is_folder_name(name: str) -> bool:
+    """Whether a column's name can be that of its folder, and of nothing above or of zarr's own."""
+    return (
+        name.strip() not in ("", ".", "..", "zarr.json")
+        and not any(character in "/\\" or not character.isprintable() for character in name)
+        and len(name.encode()) <= 255
+    )
 
 
 def _portable(column: pd.Series) -> Any:

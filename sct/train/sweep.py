@@ -8,6 +8,7 @@ import difflib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from sct.train import experiment
 from sct.weights import run_folder
 
 BASE = "base"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _COLUMNS = ("run", "MCC", "gain over the bar", "MAE (counts)", "remark")
 _NOTES = (
     "A run changes what its name says of the base, and nothing else; scored are masked expressed genes.",
@@ -68,8 +70,11 @@ def configurations(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     if BASE in changes:
         raise ConfigError(f"a run of the sweep is called {BASE!r}, the name of the unchanged one: rename it.")
     for name in changes:
-        if Path(name).name != name or name.startswith("."):
-            raise ConfigError(f"a run of the sweep is called {name!r}, but it must be the name of a folder.")
+        if not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"a run of the sweep is called {name!r}, but its folder needs a name of letters, digits, '.', '-' and "
+                "'_' that begins with a letter or digit."
+            )
     return {BASE: plain, **{name: _merged(plain, change, name) for name, change in changes.items()}}
 
 

@@ -386,7 +386,7 @@ def locate(path: str | os.PathLike[str]) -> Path:
     if exported is not None:
         return exported
     if not folder.exists():
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path)):
             return _download(str(path))
         raise CheckpointError(f"{folder} does not exist: give a model folder, a run folder or a hub id.")
     raise CheckpointError(

@@ -82,7 +82,7 @@ def test_a_run_is_the_base_with_its_own_fields(swept):
         ({"x": {"model": {"norm": {"kind": "none"}}}}, r"sweep\.x\.model\.norm"),
         ({"base": {}}, "'base'"),
         ({"a/b": {}}, "'a/b'"),
-        ({"..": {}}, "name of a folder"),
+        ({"..": {}}, r"'\.\.'"),
         ({"x": 1}, "named runs"),
     ],
 )
@@ -91,6 +91,18 @@ def test_a_sweep_that_cannot_be_is_one_sentence(swept, tmp_path, runs, words):
         sweep.run(swept(**runs), tmp_path / "sweep")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "sweep").exists()
+
+
+def test_the_folder_of_a_run_lies_in_that_of_the_sweep(swept):
+    accepted = []
+    for name in ("", ".", "..", "../x", "/x", "a/b", "a\\b", ".a", "-a", "a\n", "a\0", "ä", "a" * 300):
+        try:
+            sweep.configurations(swept(**{name: {}}))
+            accepted.append(name)
+        except ConfigError as error:
+            accepted += [] if "is called" in str(error) else [name]
+    assert not accepted
+    assert "a.b-2_C" in sweep.configurations(swept(**{"a.b-2_C": {}}))
 
 
 def test_an_unknown_run_is_answered_with_the_nearest(swept, tmp_path):

@@ -459,6 +459,33 @@ def test_paths_that_are_no_model(tmp_path, monkeypatch):
         sct.load("someone/a-model")
 
 
+def test_a_path_that_leads_elsewhere_is_no_hub_id(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.chdir(tmp_path)
+    for name in ("../model", "./model", "someone/.model", "a/../b", "/someone/model", "someone/"):
+        with pytest.raises(CheckpointError, match="does not exist"):
+            sct.load(name)
+
+
+def test_shards_of_an_index_lie_in_its_folder(model, tmp_path):
+    model.save_pretrained(tmp_path / "model", shard_bytes=20_000)
+    path = tmp_path / "model" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    for name in (
+        "../x.safetensors",
+        "/x.safetensors",
+        "",
+        "..",
+        "a/b.safetensors",
+        "a\\b.safetensors",
+        3,
+        None,
+    ):
+        path.write_text(json.dumps({"weight_map": {**index["weight_map"], "a": name}}))
+        with pytest.raises(CheckpointError, match="does not name"):
+            sct.load(tmp_path / "model")
+
+
 def test_a_hub_id_is_fetched(model, folder, monkeypatch):
     import types
 

@@ -148,7 +148,7 @@ def _download(dataset: str, folder: Path, version: str) -> Path:
             f"census:{dataset} needs the package cellxgene-census: pip install 'sct[census]'"
         ) from error
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{dataset}.h5ad"
+    path = folder / "source.h5ad"
     path.unlink(missing_ok=True)
     try:
         cellxgene_census.download_source_h5ad(dataset, str(path), census_version=version, progress_bar=False)
