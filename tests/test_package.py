@@ -37,6 +37,7 @@ _BELOW_TRAIN = {
     "nn",
     "errors",
     "atomic",
+    "folder_lock",
     "progress",
 }
 _ALL = _BELOW_TRAIN | {"train", "speed", "pp", "tl", "pl", "benchmarks", "commands", "cli", "sct", "version"}
@@ -47,6 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "progress": set(),
     "atomic": set(),
+    "folder_lock": {"errors"},
     "nn": {"nn", "errors"},
     "models": {"models", "nn", "errors"},
     "data": {"data", "errors", "atomic", "progress", "version"},
