@@ -65,7 +65,7 @@ $(VENV)/.python:
 $(VENV)/.cells: EXTRAS := cells
 $(VENV)/.test: EXTRAS := cells,test
 $(VENV)/.cells $(VENV)/.test: $(VENV)/.python $(INPUTS)
-	@echo "installing sct[$(EXTRAS)] into $(VENV) (minutes the first time)"
+	@echo "installing sct-jax[$(EXTRAS)] into $(VENV) (minutes the first time)"
 	@versions=constraints/$$($(BIN)/python -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt; \
 	[ ! -f $$versions ] || set -- -c $$versions; \
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[$(EXTRAS)]" "$$@"

@@ -9,6 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from sct.version import DISTRIBUTION, REPOSITORY
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FEW_STEPS = 20
@@ -61,12 +63,15 @@ def test_a_notebook_runs(path, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_clean_and_opens_in_colab(path):
+def test_a_notebook_is_clean_and_opens_in_colab_where_there_is_an_address(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in code), (
         "outputs are not kept in the repository"
     )
-    assert f"blob/main/notebooks/{path.name}" in notebook.cells[0].source
-    assert "pip" in code[0].source
+    badge = f"{(REPOSITORY or '').removeprefix('https:/')}/blob/main/notebooks/{path.name}"
+    addresses = re.findall(r"\(https://(\S+)\)", notebook.cells[0].source)
+    assert any(address.endswith(badge) for address in addresses) == (REPOSITORY is not None)
+    assert REPOSITORY or not any("colab" in address for address in addresses)
+    assert f'"{DISTRIBUTION}[analysis]"' in code[0].source

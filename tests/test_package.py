@@ -23,6 +23,10 @@ from typing import Any
 
 import pytest
 
+from sct.errors import MissingExtraError
+from sct.extras import load_extra, missing_extra
+from sct.version import DISTRIBUTION, REPOSITORY, __version__
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sct"
 
@@ -37,7 +41,7 @@ _BELOW_TRAIN = {
     "nn",
     "errors",
     "atomic",
-    "folder_lock",
+    "extras",
     "progress",
 }
 _ALL = _BELOW_TRAIN | {"train", "speed", "pp", "tl", "pl", "benchmarks", "commands", "cli", "sct", "version"}
@@ -46,14 +50,14 @@ ALLOWED: dict[str, set[str]] = {
     "sct": {"version"},
     "version": set(),
     "errors": set(),
+    "extras": {"errors", "version"},
     "progress": set(),
     "atomic": set(),
-    "folder_lock": {"errors"},
     "nn": {"nn", "errors"},
     "models": {"models", "nn", "errors"},
-    "data": {"data", "errors", "atomic", "progress", "version"},
-    "eval.metrics": set(),
-    "eval": {"eval", "eval.metrics", "data", "progress", "errors", "atomic", "version"},
+    "data": {"data", "errors", "extras", "atomic", "progress", "version"},
+    "eval.metrics": {"extras"},
+    "eval": {"eval", "eval.metrics", "data", "progress", "errors", "extras", "atomic", "version"},
     "generation": {"generation", "data", "models", "nn", "progress", "errors"},
     "tasks": {"tasks", "data", "models", "weights", "generation", "eval", "eval.metrics", "nn", "errors"},
     "weights": {
@@ -67,6 +71,7 @@ ALLOWED: dict[str, set[str]] = {
         "progress",
         "errors",
         "atomic",
+        "extras",
         "version",
     },
     "train": {"train", "version"} | _BELOW_TRAIN,
@@ -78,8 +83,8 @@ ALLOWED: dict[str, set[str]] = {
 # Never needed to import the package: each is loaded where a function cannot do without it.
 OPTIONAL = {
     "torch", "transformers", "scanpy", "cellxgene_census", "huggingface_hub", "matplotlib", "igraph",
-    "leidenalg", "umap", "scib_metrics", "ot", "decoupler", "tokenizers", "sentencepiece", "sacrebleu",
-    "rouge_score", "rapidfuzz",
+    "umap", "scib_metrics", "ot", "decoupler", "tokenizers", "sentencepiece", "sacrebleu",
+    "rouge_score", "rapidfuzz", "joblib", "magic", "scvi",
 }  # fmt: skip
 
 
@@ -208,18 +213,91 @@ def test_configs_import_ml_collections_and_the_standard_library_only():
         assert names <= {"ml_collections", *sys.stdlib_module_names}, path.name
 
 
-def test_what_is_imported_at_once_is_a_core_dependency():
+def normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def declared() -> dict[str, dict[str, str]]:
+    """Requirements of pyproject.toml by distribution, in groups: "core" and the extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {re.split(r"[^\w.-]", line)[0].replace("-", "_").lower() for line in project["dependencies"]}
-    # absl-py's module is absl, scikit-learn's is sklearn: a module belongs to its distribution.
-    distributions = metadata.packages_distributions()
+    groups = {"core": project["dependencies"], **project["optional-dependencies"]}
+    return {
+        group: {normalized(re.split(r"[^\w.-]", line)[0]): line for line in lines}
+        for group, lines in groups.items()
+    }
+
+
+# absl-py's module is absl, scikit-learn's is sklearn: a module belongs to its distributions.
+_OWNERS = {
+    module: {normalized(owner) for owner in owners}
+    for module, owners in metadata.packages_distributions().items()
+}
+
+
+def owners_of(module: str) -> set[str]:
+    """Distributions that hold a module; its own name where none is installed."""
+    return _OWNERS.get(module, {normalized(module)})
+
+
+def extra_calls(tree: ast.AST) -> Iterator[tuple[str | None, str, str, int]]:
+    """Module (of `load_extra` only), library, extra and line of every call that names an extra."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+            continue
+        words = [ast.literal_eval(word) for word in node.args if isinstance(word, ast.Constant)]
+        if node.func.id == "load_extra":
+            module = words[0].split(".")[0]
+            yield module, words[2] if len(words) > 2 else module, words[1], node.lineno
+        elif node.func.id == "missing_extra" and len(words) > 1:
+            yield None, words[0], words[1], node.lineno
+
+
+def test_what_is_imported_at_once_is_a_core_dependency():
+    core = set(declared()["core"])
     for module, path in MODULES.items():
         for name, line in at_import(ast.parse(path.read_text())):
             if name in sys.stdlib_module_names or name == "sct":
                 continue
             assert name not in OPTIONAL, f"{module}:{line} imports {name} at module level"
-            owners = {owner.replace("-", "_").lower() for owner in distributions.get(name, [name])}
-            assert owners & declared, f"{module}:{line} imports {name}, which is not declared"
+            assert owners_of(name) & core, f"{module}:{line} imports {name}, which is not declared"
+
+
+def test_errors_name_the_extra_that_brings_the_library():
+    groups, found = declared(), []
+    for module, path in MODULES.items():
+        for name, library, extra, line in extra_calls(ast.parse(path.read_text())):
+            if normalized(library) not in groups.get(extra, ()):
+                found.append(f"{module}:{line} says that the extra {extra} brings {library}")
+            elif name and name in _OWNERS and normalized(library) not in owners_of(name):
+                found.append(f"{module}:{line} says that {library} holds {name}")
+    assert found == []
+
+
+def test_one_range_of_versions_per_dependency():
+    ranges: dict[str, set[str]] = {}
+    for lines in declared().values():
+        for name, line in lines.items():
+            if "[" not in line:  # jax[cuda12] is jax again
+                ranges.setdefault(name, set()).add(line)
+    assert {name: lines for name, lines in ranges.items() if len(lines) > 1} == {}
+
+
+def test_a_missing_library_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "absent_library", None)
+    with pytest.raises(
+        MissingExtraError, match=rf'^a map needs Absent: pip install "{DISTRIBUTION}\[text\]"$'
+    ):
+        raise missing_extra("Absent", "text", "a map")
+    with pytest.raises(MissingExtraError, match="absent_library is not installed: pip install"):
+        load_extra("absent_library.part", "text", "absent_library")
+
+
+def test_an_installed_library_that_cannot_be_loaded_keeps_its_own_error(tmp_path, monkeypatch):
+    (tmp_path / "half_installed.py").write_text("import absent_library")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="absent_library") as raised:
+        load_extra("half_installed", "text")
+    assert not isinstance(raised.value, MissingExtraError)
 
 
 IMPORT = """
@@ -310,6 +388,47 @@ def test_a_machine_path_is_seen():
     assert [line for line in lines if not MACHINE.search(line)] == []
 
 
+# The name of another project where ours is meant, or an address that nobody has.
+MISNAMED = re.compile(
+    r"(?<![\w.])sct\\*(?:\[|==|\s*@\s*git)|pip install (?:-\S+ )*[\"'\\]*sct(?![\w-])|\bOWNER/"
+)
+EXTRAS_NAMED = re.compile(re.escape(DISTRIBUTION) + r"\\*\[([\w,]+)\\*\]")
+
+
+def test_no_file_installs_another_project_or_leads_nowhere():
+    found, extras = [], set(declared()) - {"core"}
+    for path in tracked_files():
+        content = path.read_bytes()
+        if path == Path(__file__).resolve() or b"\0" in content[:1024]:
+            continue
+        for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
+            named = {name for names in EXTRAS_NAMED.findall(line) for name in names.split(",")}
+            if named - extras or MISNAMED.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}")
+    assert found == []
+
+
+def test_a_misnamed_installation_is_seen():
+    wrong = [
+        "pip install \"sct[text]\"", "pip install sct", "pip install -q 'sct==0.1'", "sct[analysis] @ git+https://host",
+        "match=r\"sct\\[text\\]\"", "https://host/OWNER/sct",
+    ]  # fmt: skip
+    right = [
+        'pip install "sct-jax[text]"',
+        'pip install -e ".[cells]"',
+        "pip install sct-jax",
+        'uns["sct"]["x"]',
+    ]
+    assert [line for line in [*wrong, *right] if MISNAMED.search(line)] == wrong
+
+
+def test_the_name_and_the_address_are_those_of_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["name"] == DISTRIBUTION
+    assert project.get("urls", {}).get("Repository") == REPOSITORY
+    assert REPOSITORY is None or re.fullmatch(r"https://[\w.-]+/[\w.-]+/[\w.-]+", REPOSITORY)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "constraints").glob("*.txt")), ids=lambda path: path.stem)
 def test_constraints_are_names_and_versions(path):
     lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
@@ -374,12 +493,15 @@ def test_wheel_holds_what_it_needs_and_no_more(wheel):
         assert path.relative_to(ROOT).as_posix() in names
     for path in (ROOT / "configs").glob("*.py"):
         assert f"sct/configs/{path.name}" in names
+    assert wheel.name == f"{DISTRIBUTION.replace('-', '_')}-{__version__}-py3-none-any.whl"
     assert {name.split("/")[0] for name in names} == {"sct", f"{wheel.name.split('-py3')[0]}.dist-info"}
     assert not [name for name in names if re.search(r"test|__pycache__|\.pyc$", name)]
     assert [name for name in names if name.endswith("licenses/LICENSE")]
 
 
 def test_installed_package_is_the_wheels(installed, tmp_path):
+    listed = run(installed / "python", "-m", "pip", "show", DISTRIBUTION, cwd=tmp_path)
+    assert f"Version: {__version__}" in listed.stdout, listed.stderr
     code = "import sct; print(sct.__file__, len(sct.GeneVocabulary.human()))"
     shown = run(installed / "python", "-P", "-c", code, cwd=tmp_path).stdout.split()
     assert Path(shown[0]).is_relative_to(installed.parent)
@@ -391,14 +513,10 @@ def test_installed_command_explains_itself(installed, tmp_path):
     assert shown.returncode == 0
     assert "train" in shown.stdout
     assert "ingest" in shown.stdout
-    assert run(installed / "sct", "--version", cwd=tmp_path).stdout.strip() == metadata_version()
+    assert run(installed / "sct", "--version", cwd=tmp_path).stdout.strip() == __version__
     wrong = run(installed / "sct", "trian", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "trian" in wrong.stderr
-
-
-def metadata_version() -> str:
-    return importlib.import_module("sct").__version__
 
 
 def test_installed_commands_list_their_flags(installed, tmp_path):
@@ -439,7 +557,16 @@ def test_full_install_from_the_index(wheel, tmp_path):
     constraints = ROOT / "constraints" / "py{}{}.txt".format(*sys.version_info[:2])
     limits = ["-c", constraints] if constraints.is_file() else []
     python = tmp_path / "venv" / "bin" / "python"
-    done = run(python, "-m", "pip", "install", "-q", *limits, f"sct[cells] @ {wheel.as_uri()}", cwd=tmp_path)
+    done = run(
+        python,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        *limits,
+        f"{DISTRIBUTION}[cells] @ {wheel.as_uri()}",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     checked = run(python, "-m", "pip", "check", cwd=tmp_path)
     assert checked.returncode == 0, checked.stdout

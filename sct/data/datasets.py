@@ -10,7 +10,8 @@ import pandas as pd
 from scipy import sparse
 
 from sct.data.genes import GeneVocabulary
-from sct.errors import DataError, MissingExtraError
+from sct.errors import DataError
+from sct.extras import load_extra
 
 __all__ = ["pbmc68k", "simulate_atlas"]
 
@@ -51,13 +52,7 @@ def pbmc68k() -> ad.AnnData:
 
 
 def _pbmc68k() -> ad.AnnData:
-    try:
-        import scanpy
-    except ImportError:
-        raise MissingExtraError(
-            "the real cells ship with scanpy, which is not installed; "
-            'install it with: pip install "sct[cells]"'
-        ) from None
+    scanpy = load_extra("scanpy", "cells", what="the data set pbmc68k")
     shipped = scanpy.datasets.pbmc68k_reduced()
     counts, residual = recover_counts(shipped.raw.X, shipped.obs["n_counts"].to_numpy())
     if residual >= MAX_RESIDUAL:

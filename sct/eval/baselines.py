@@ -15,6 +15,7 @@ from sklearn.neighbors import NearestNeighbors
 from sct.data.bags import BagSource
 from sct.data.tokenize import digitize
 from sct.eval.held_out import HeldOut, Masked, pick
+from sct.extras import missing_extra
 from sct.progress import track
 
 TRAINING, OTHER_CELLS, THESE_CELLS = "training studies", "other cells of the study", "these cells"
@@ -368,7 +369,7 @@ class Magic:
             try:
                 from magic import MAGIC
             except ImportError as error:  # a package of file types has the same name
-                raise Unavailable("magic-impute is not installed: pip install magic-impute") from error
+                raise Unavailable(str(missing_extra("magic-impute", "analysis"))) from error
             fitted = MAGIC(random_state=self.seed, verbose=0).fit(values)
             return fitted.diff_op, fitted.t
 

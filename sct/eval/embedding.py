@@ -10,11 +10,12 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from sct.errors import ConfigError, DataError, MissingExtraError, SctError
+from sct.errors import ConfigError, DataError, SctError
 from sct.eval import embedding_baselines as baselines
 from sct.eval import metrics
 from sct.eval.embedding_baselines import Cells
 from sct.eval.report import Report
+from sct.extras import load_extra
 from sct.progress import track
 
 ZERO_SHOT = "nothing (zero-shot)"
@@ -264,8 +265,13 @@ def _add(
 def _reason(error: Exception) -> str:
     """What went wrong, in one line: messages that are meant for people as they are."""
     text = str(error).strip().split("\n")[0]
-    known = isinstance(error, SctError) or (isinstance(error, ImportError) and "pip install" in text)
-    return text if known else f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return (
+        text
+        if isinstance(error, SctError)
+        else f"{type(error).__name__}: {text}"
+        if text
+        else type(error).__name__
+    )
 
 
 def _measure(
@@ -320,7 +326,7 @@ def _accuracy(fits: list[np.ndarray], cells: Cells, options: Options) -> dict[st
 
 
 def _clusters(fits: list[np.ndarray], cells: Cells, options: Options) -> dict[str, list[float]]:
-    metrics.load("igraph", "igraph")  # told before the neighbours are searched
+    load_extra("igraph", "analysis")  # told before the neighbours are searched
     graphs = [metrics.neighbor_graph(fit, options.graph_neighbors) for fit in fits]
     clusters = [
         metrics.leiden_of_graph(graphs[seed % len(graphs)], options.resolution, seed=seed)
@@ -412,15 +418,8 @@ def umap(embedding: np.ndarray, seed: int = 0, *, n_neighbors: int = 15, min_dis
     if len(embedding) < 5:
         raise DataError(f"a UMAP of {len(embedding)} cells was asked for, and at least 5 are needed.")
     with metrics.quiet():
-        try:
-            from umap import UMAP
-        except ImportError as error:
-            if error.name != "umap":
-                raise
-            raise MissingExtraError(
-                "a UMAP needs the package umap-learn: pip install 'sct[analysis]'"
-            ) from None
-        model = UMAP(
+        umap = load_extra("umap", "analysis", "umap-learn", what="a UMAP")
+        model = umap.UMAP(
             n_neighbors=min(n_neighbors, len(embedding) - 1), min_dist=min_dist, random_state=seed, n_jobs=1
         )
         return np.asarray(model.fit_transform(np.asarray(embedding, dtype=np.float32)), dtype=np.float32)

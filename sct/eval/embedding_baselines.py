@@ -13,6 +13,7 @@ from sklearn import decomposition
 
 from sct.errors import MissingExtraError
 from sct.eval import metrics
+from sct.extras import load_extra
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ def _fit(values: sparse.csr_matrix, components: int) -> Any:
 
 def _variable_genes(cells: Cells, genes: int) -> Any:
     """AnnData of log counts, of highly variable genes alone (scanpy's default way to find them)."""
-    scanpy = metrics.load("scanpy", "scanpy")
+    scanpy = load_extra("scanpy", "analysis")
     from anndata import AnnData
 
     adata = AnnData(cells.counts.copy())
@@ -68,7 +69,7 @@ def _variable_genes(cells: Cells, genes: int) -> Any:
 
 def hvg_pca(cells: Cells, genes: int, seed: int) -> np.ndarray:
     """Principal components (N, P) by scanpy's standard recipe: variable genes, scaled and clipped at 10."""
-    scanpy = metrics.load("scanpy", "scanpy")
+    scanpy = load_extra("scanpy", "analysis")
     adata = _variable_genes(cells, genes)
     scanpy.pp.scale(adata, max_value=10)
     scanpy.pp.pca(adata, min(cells.components, min(adata.shape) - 1), svd_solver="arpack", random_state=seed)

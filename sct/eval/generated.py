@@ -14,22 +14,13 @@ from sklearn.metrics import r2_score
 from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.neighbors import KNeighborsClassifier
 
-from sct.errors import DataError, MissingExtraError
+from sct.errors import DataError
 from sct.eval import metrics
+from sct.extras import load_extra
 
 KS = (3, 5, 10, 25)
 QUALITY = ("length", "valid genes", "unique genes")
 Numbers = dict[str, dict[str, list[float]]]
-
-
-def optional(module: str, distribution: str, extra: str) -> Any:
-    """Import an optional library; a MissingExtraError names the extra that has it."""
-    try:
-        return metrics.load(module, distribution)
-    except ImportError as error:
-        if (error.name or "").split(".")[0] != module.split(".")[0]:
-            raise
-        raise MissingExtraError(f"{distribution} is not installed: pip install 'sct[{extra}]'") from None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,7 +97,7 @@ def token_distances(queries: Sequence[str], references: Sequence[str], *, worker
     MissingExtraError
         rapidfuzz is not installed.
     """
-    optional("rapidfuzz", "rapidfuzz", "text")
+    load_extra("rapidfuzz", "text")
     from rapidfuzz.distance import Levenshtein
     from rapidfuzz.process import cdist
 
@@ -216,7 +207,7 @@ def gromov_wasserstein(real: Any, generated: Any, *, max_cells: int = 1000, seed
         POT is not installed.
     """
     with metrics.quiet():
-        ot = optional("ot", "POT", "analysis")
+        ot = load_extra("ot", "analysis", "POT")
         rng = np.random.default_rng(seed)
         first, second = (
             each if each.shape[0] <= max_cells else each[rng.permutation(each.shape[0])[:max_cells]]

@@ -21,11 +21,11 @@ from sct.eval.generated import (
     gromov_wasserstein,
     knn_accuracy,
     mean_correlations,
-    optional,
     sentence_quality,
     token_distances,
 )
 from sct.eval.report import Report
+from sct.extras import load_extra
 from sct.progress import track
 
 GENERATED, SHUFFLED = "generated", "generated, labels shuffled"
@@ -307,14 +307,14 @@ def _available(generated: CellSet, real: CellSet, options: Options) -> tuple[lis
     spaces, measured, missing = ["expression"], options.max_cells > 0, []
     if generated.sentences is not None and real.sentences is not None:
         try:
-            optional("rapidfuzz", "rapidfuzz", "text")
+            load_extra("rapidfuzz", "text")
             spaces.append("sentences")
         except MissingExtraError as error:
             missing.append(f"No Levenshtein distances: {error}.")
     if measured:
         try:
             with metrics.quiet():
-                optional("ot", "POT", "analysis")
+                load_extra("ot", "analysis", "POT")
         except MissingExtraError as error:
             measured = False
             missing.append(f"No Gromov-Wasserstein discrepancy: {error}.")

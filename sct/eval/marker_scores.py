@@ -14,8 +14,8 @@ import pandas as pd
 
 from sct.errors import DataError
 from sct.eval import metrics
-from sct.eval.generated import optional
 from sct.eval.labels import log_expression
+from sct.extras import load_extra
 
 NAME = "marker scores"
 
@@ -65,7 +65,7 @@ def find_markers(
     number
         Genes of a label at most.
     """
-    scanpy = optional("scanpy", "scanpy", "cells")
+    scanpy = load_extra("scanpy", "cells")
     table = _table(counts, symbols)
     table.obs["label"] = pd.Categorical(np.asarray(names, dtype=object).astype(str))
     sizes = table.obs["label"].value_counts()
@@ -110,7 +110,7 @@ def marker_scores(
     DataError
         No candidate has a marker among the genes.
     """
-    scanpy = optional("scanpy", "scanpy", "cells")
+    scanpy = load_extra("scanpy", "cells")
     table, known, scores = _table(counts, symbols), set(symbols), {}
     for label in candidates:
         own = [gene for gene in dict.fromkeys(markers.get(label, ())) if gene in known]

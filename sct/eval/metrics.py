@@ -1,12 +1,11 @@
-"""Metrics of arrays, from scikit-learn, scanpy and scib-metrics; this module imports nothing of the project.
+"""Metrics of arrays, from scikit-learn, scanpy and scib-metrics; of the project it imports `extras` only.
 
-A library of the `analysis` extra is loaded where it is needed; where it is missing, an ImportError says what to
-install.
+A library of the `analysis` extra is loaded where it is needed; where it is missing, a MissingExtraError says what
+to install.
 """
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import random
@@ -30,6 +29,8 @@ from sklearn.metrics import (
 from sklearn.model_selection import StratifiedKFold
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
+from sct.extras import load_extra
+
 __all__ = [
     "KnnAccuracy",
     "SCIB_BATCH",
@@ -43,7 +44,6 @@ __all__ = [
     "knn_accuracy",
     "leiden_clusters",
     "leiden_of_graph",
-    "load",
     "matthews",
     "matthews_from_confusion",
     "mean_absolute_error",
@@ -123,19 +123,6 @@ def quiet() -> Iterator[None]:
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
-
-
-def load(module: str, distribution: str) -> Any:
-    """Import an optional library, or raise an ImportError that says what to install."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        # A module that is there but cannot load its own parts has its own words.
-        if (error.name or "").split(".")[0] != module.split(".")[0]:
-            raise
-        raise ImportError(
-            f"{distribution} is not installed: pip install 'sct[analysis]'", name=error.name
-        ) from None
 
 
 def codes(labels: Any) -> np.ndarray:
@@ -253,7 +240,7 @@ def neighbor_graph(embedding: np.ndarray, n_neighbors: int = 15, *, seed: int = 
 
     Neighbours are exact up to 50,000 cells, so that `seed` has no part in it, and approximate above.
     """
-    scanpy = load("scanpy", "scanpy")
+    scanpy = load_extra("scanpy", "analysis")
     from anndata import AnnData
 
     few = len(embedding) <= EXACT_NEIGHBORS
@@ -271,8 +258,8 @@ def neighbor_graph(embedding: np.ndarray, n_neighbors: int = 15, *, seed: int = 
 
 def leiden_of_graph(graph: sparse.csr_matrix, resolution: float = 1.0, *, seed: int = 0) -> np.ndarray:
     """Leiden clusters (N,) of a weighted graph (N, N), as integers; modularity, igraph's implementation."""
-    scanpy = load("scanpy", "scanpy")
-    load("igraph", "igraph")
+    scanpy = load_extra("scanpy", "analysis")
+    load_extra("igraph", "analysis")
     from anndata import AnnData
 
     with quiet():
@@ -307,7 +294,7 @@ def leiden_clusters(
 
     Raises
     ------
-    ImportError
+    MissingExtraError
         scanpy or igraph is not installed.
     """
     return leiden_of_graph(neighbor_graph(embedding, n_neighbors, seed=seed), resolution, seed=seed)
@@ -392,11 +379,11 @@ def scib(
 
     Raises
     ------
-    ImportError
+    MissingExtraError
         scib-metrics is not installed.
     """
     with quiet():
-        library = load("scib_metrics", "scib-metrics")
+        library = load_extra("scib_metrics", "analysis", "scib-metrics")
         X = np.ascontiguousarray(embedding, dtype=np.float32)
         names, batches = codes(labels), codes(batch)
         # Sums in float32 are not the same twice in their last digits.

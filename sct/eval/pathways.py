@@ -22,8 +22,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from sct.errors import ConfigError, DataError
 from sct.eval import labels, metrics
-from sct.eval.generated import optional
 from sct.eval.report import Report
+from sct.extras import load_extra
 from sct.progress import track
 
 AREAS = ("a-AUROC", "f-AUROC", "a-AUPRC", "f-AUPRC")
@@ -114,7 +114,7 @@ def activities(counts: Any, symbols: Sequence[str], gene_sets: Mapping[str, Sequ
     MissingExtraError
         decoupler is not installed.
     """
-    decoupler = optional("decoupler", "decoupler", "analysis")
+    decoupler = load_extra("decoupler", "analysis")
     known = set(symbols)
     pairs = [
         (name, gene)

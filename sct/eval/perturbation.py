@@ -12,9 +12,10 @@ from scipy import sparse
 
 from sct.errors import DataError
 from sct.eval import metrics
-from sct.eval.generated import CellSet, Numbers, correlations, mean_profiles, optional
+from sct.eval.generated import CellSet, Numbers, correlations, mean_profiles
 from sct.eval.generation import GENERATED, REAL, SHUFFLED, Options, _split
 from sct.eval.report import Report
+from sct.extras import load_extra
 from sct.progress import track
 
 NO_CHANGE = "training cells of the opposite condition"
@@ -28,7 +29,7 @@ def variable_genes(expression: Any, number: int = 5000, *, log_base: float = 10.
     MissingExtraError
         scanpy is not installed.
     """
-    scanpy = optional("scanpy", "scanpy", "analysis")
+    scanpy = load_extra("scanpy", "analysis")
     from anndata import AnnData
 
     if not number or number >= expression.shape[1]:
@@ -49,7 +50,7 @@ def differential_genes(cells: Any, opposite: Any, number: int = 20) -> np.ndarra
     MissingExtraError
         scanpy is not installed.
     """
-    scanpy = optional("scanpy", "scanpy", "analysis")
+    scanpy = load_extra("scanpy", "analysis")
     from anndata import AnnData
 
     with metrics.quiet():

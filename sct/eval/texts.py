@@ -15,8 +15,8 @@ from sklearn.metrics.pairwise import cosine_similarity, rbf_kernel
 
 from sct.errors import ConfigError, DataError, MissingExtraError
 from sct.eval import metrics
-from sct.eval.generated import optional
 from sct.eval.report import Report
+from sct.extras import load_extra
 from sct.progress import track
 
 SHUFFLED = "{}, pairs shuffled"
@@ -222,7 +222,7 @@ def wasserstein(generated: np.ndarray, true: np.ndarray) -> float:
     generated, true = np.asarray(generated, float), np.asarray(true, float)
     _check(generated, true)
     with metrics.quiet():
-        ot = optional("ot", "POT", "analysis")
+        ot = load_extra("ot", "analysis", "POT")
         # POT's own distances come from a matrix product, whose rounding keeps equal points apart.
         return float(ot.emd2([], [], cdist(generated, true)))
 
@@ -236,7 +236,7 @@ def bleu(generated: Sequence[str], true: Sequence[str]) -> float:
         sacrebleu is not installed.
     """
     _check_texts(generated, true)
-    return float(optional("sacrebleu", "sacrebleu", "text").corpus_bleu(list(generated), [list(true)]).score)
+    return float(load_extra("sacrebleu", "text").corpus_bleu(list(generated), [list(true)]).score)
 
 
 def rouge(generated: Sequence[str], true: Sequence[str]) -> dict[str, float]:
@@ -252,7 +252,7 @@ def rouge(generated: Sequence[str], true: Sequence[str]) -> dict[str, float]:
         rouge-score is not installed.
     """
     _check_texts(generated, true)
-    library = optional("rouge_score.rouge_scorer", "rouge-score", "text")
+    library = load_extra("rouge_score.rouge_scorer", "text", "rouge-score")
     scorer = library.RougeScorer(list(ROUGE), use_stemmer=True)
     scores = [scorer.score(own, made) for made, own in zip(generated, true, strict=True)]
     return {name: float(np.mean([score[name].fmeasure for score in scores])) for name in ROUGE}

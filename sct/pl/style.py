@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sct.errors import MissingExtraError
+from sct.extras import load_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,10 +30,7 @@ def new_axes(width: float, height: float, columns: int = 1) -> Any:
     MissingExtraError
         Matplotlib is not installed.
     """
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise MissingExtraError('plots need matplotlib: pip install "sct[analysis]".') from error
+    plt = load_extra("matplotlib.pyplot", "analysis", "matplotlib", what="a plot")
     _, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained")
     return axes
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sct.errors import CheckpointError, MissingExtraError, first_line
+from sct.errors import CheckpointError, first_line
+from sct.extras import load_extra
 from sct.weights.model_folder import INDEX, TORCH, WEIGHTS, Reader, read_json
 
 _BIN = re.compile(r"[\w.-]+\.bin")
@@ -51,13 +52,8 @@ class TorchReader:
         self._tensors: dict[str, Any] = {}
 
     def __enter__(self) -> TorchReader:
-        try:
-            import torch
-        except ImportError:
-            raise MissingExtraError(
-                f"{self.folder} has weights in torch's own format, and torch is not installed: pip install "
-                '"sct[torch]", or convert them to safetensors elsewhere.'
-            ) from None
+        what = f"{self.folder} has no safetensors but files in torch's own format; reading them"
+        torch = load_extra("torch", "torch", what=what)
         for name in self._files:
             path = self.folder / name
             if not path.is_file():

@@ -21,6 +21,7 @@ from sct.data.genes import GeneVocabulary
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import CheckpointError
 from sct.models import registry
+from sct.version import DISTRIBUTION
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, GENES, CARD = "config.json", "model.safetensors", "genes.tsv", "README.md"
@@ -234,7 +235,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION or not isinstance(family, str) or family not in registry.MODELS:
         raise CheckpointError(
             f"{path} describes format {version} of family {family!r}, but this version reads format "
-            f"{FORMAT_VERSION} of {', '.join(registry.MODELS)}: upgrade sct."
+            f"{FORMAT_VERSION} of {', '.join(registry.MODELS)}: pip install --upgrade {DISTRIBUTION}."
         )
     wanted: dict[str, type | tuple[type, ...]] = {
         "model": dict, "license": (str, type(None)), "step": (int, type(None)),

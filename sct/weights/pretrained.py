@@ -20,11 +20,12 @@ from jax.sharding import Mesh
 
 from sct.data.genes import GeneVocabulary
 from sct.data.text.tokenizer import Tokenizer
-from sct.errors import CheckpointError, ConfigError, DataError, MissingExtraError
+from sct.errors import CheckpointError, ConfigError, DataError
+from sct.extras import load_extra
 from sct.models import lora, registry
 from sct.nn import axes
 from sct.nn.paths import flatten, unflatten
-from sct.version import __version__
+from sct.version import DISTRIBUTION, REPOSITORY, __version__
 from sct.weights import model_folder
 from sct.weights.model_folder import CARD, CONFIG, FORMAT_VERSION, GENES, SHARD_BYTES, WEIGHTS
 
@@ -217,6 +218,7 @@ def default_card(model: Pretrained, text: str = "") -> str:
             "---", "library_name: sct", f"license: {model.license}", "tags: [single-cell]", "---", "",
             f"# {model.family} model", "",
             f"{', '.join([*knows, f'{model.size:,} parameters'])}, written by sct {__version__}.", "",
+            f"To load it, `pip install {DISTRIBUTION}`{f' ({REPOSITORY})' if REPOSITORY else ''}, then", "",
             "```python", "import sct", 'model = sct.load("THIS_FOLDER")', "```", "",
             text, "", "## Licence", "", model.license, "",
         ]
@@ -397,16 +399,11 @@ def locate(path: str | os.PathLike[str]) -> Path:
 
 def _download(name: str) -> Path:
     """Fetch a model of the Hugging Face hub."""
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise MissingExtraError(
-            f"there is no folder {name!r}, and to look for it on the Hugging Face hub a package is missing: "
-            'pip install "sct[hub]".'
-        ) from None
+    what = f"there is no folder {name!r}, and fetching it from the Hugging Face hub"
+    hub = load_extra("huggingface_hub", "hub", what=what)
     try:
         return Path(
-            snapshot_download(name, ignore_patterns=["*.h5", "*.msgpack", "*.onnx*", "*.ot", "*.tflite"])
+            hub.snapshot_download(name, ignore_patterns=["*.h5", "*.msgpack", "*.onnx*", "*.ot", "*.tflite"])
         )
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
+import sys
 import warnings
 
 import numpy as np
@@ -69,15 +69,8 @@ def test_real_cells_align_to_the_vocabulary(cells):
 
 
 def test_without_scanpy_the_command_to_install_it_is_given(monkeypatch):
-    original = builtins.__import__
-
-    def no_scanpy(name, *args, **kwargs):
-        if name == "scanpy":
-            raise ImportError(name)
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", no_scanpy)
-    with pytest.raises(MissingExtraError, match=r'pip install "sct\[cells\]"'):
+    monkeypatch.setitem(sys.modules, "scanpy", None)
+    with pytest.raises(MissingExtraError, match=r'pip install "sct-jax\[cells\]"'):
         pbmc68k()
 
 

@@ -99,9 +99,9 @@ def test_census_without_its_package_names_the_extra(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "cellxgene_census", None)
     item = Input("x", "census", "x")
     with (
-        pytest.raises(MissingExtraError, match=r"sct\[census\]"),
+        pytest.raises(MissingExtraError, match=r"sct-jax\[census\]"),
         open_source(item, layer=None, spatial_key="spatial", folder=tmp_path),
     ):
         pass
-    with pytest.raises(SctError, match=r"sct\[census\]"):
+    with pytest.raises(SctError, match=r"sct-jax\[census\]"):
         run(["census:x"], tmp_path / "store")

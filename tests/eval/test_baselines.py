@@ -292,7 +292,7 @@ def test_a_missing_package_is_a_reason(monkeypatch):
     # None: nothing of the name is installed; a module: another package of the same name is.
     for module in (None, types.ModuleType("magic")):
         monkeypatch.setitem(sys.modules, "magic", module)
-        with pytest.raises(Unavailable, match="pip install magic-impute"):
+        with pytest.raises(Unavailable, match="magic-impute is not installed"):
             Magic().predict(CELLS, masked)
 
 

@@ -18,10 +18,10 @@ from sct.eval.embedding import Method, Options, measure, umap
 from sct.eval.embedding_baselines import Cells, classify
 
 needs_igraph = pytest.mark.skipif(
-    find_spec("igraph") is None, reason="needs igraph: pip install 'sct[analysis]'"
+    find_spec("igraph") is None, reason='needs igraph: pip install "sct-jax[analysis]"'
 )
 needs_scib = pytest.mark.skipif(
-    find_spec("scib_metrics") is None, reason="needs scib-metrics: pip install 'sct[analysis]'"
+    find_spec("scib_metrics") is None, reason='needs scib-metrics: pip install "sct-jax[analysis]"'
 )
 QUICK = Options(seeds=2, components=5, genes=20, baselines=("PCA",))
 CLASSIFIERS = Options(seeds=2, components=5, baselines=("PCA + k-NN", "PCA + logistic regression"))
@@ -109,7 +109,7 @@ def test_what_fails_is_a_row_with_its_reason(monkeypatch):
     assert list(table) == [*methods, "PCA"]
     assert table["good"]["5-NN accuracy"] == [1.0, 1.0]
     assert table["good"]["NMI"] == table["good"]["ARI"] == "-"
-    assert table["good"]["remark"] == "clusters: igraph is not installed: pip install 'sct[analysis]'"
+    assert table["good"]["remark"] == 'clusters: igraph is not installed: pip install "sct-jax[analysis]"'
     assert table["broken"]["remark"] == "the embedding of 1 cells has NaN or infinite values."
     assert "(50, 3)" in table["short"]["remark"]
     assert table["fails"]["remark"] == "RuntimeError: out of luck"
@@ -121,7 +121,7 @@ def test_without_scanpy_its_baseline_is_a_row_with_the_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "scanpy", None)
     counts, labels, _ = cells()
     table = rows(measure({}, counts, labels, options=Options(seeds=1, baselines=("HVG + PCA",)))[0])
-    assert table["HVG + PCA"]["remark"] == "scanpy is not installed: pip install 'sct[analysis]'"
+    assert table["HVG + PCA"]["remark"] == 'scanpy is not installed: pip install "sct-jax[analysis]"'
 
 
 def test_classifiers_that_cannot_run_are_rows_with_the_reason():
@@ -219,7 +219,7 @@ def test_batches_bring_the_columns_of_scib():
 
 @pytest.mark.slow
 def test_umap_is_seeded_and_keeps_types_together(recwarn):
-    pytest.importorskip("umap", reason="needs umap-learn: pip install 'sct[analysis]'")
+    pytest.importorskip("umap", reason='needs umap-learn: pip install "sct-jax[analysis]"')
     _, labels, embedding = cells()
     picture = umap(embedding, seed=1)
     assert picture.shape == (90, 2)

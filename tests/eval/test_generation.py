@@ -21,7 +21,9 @@ from sct.eval.generation import Options
 
 
 def needs(module: str, extra: str):
-    return pytest.mark.skipif(find_spec(module) is None, reason=f"needs {module}: pip install 'sct[{extra}]'")
+    return pytest.mark.skipif(
+        find_spec(module) is None, reason=f'needs {module}: pip install "sct-jax[{extra}]"'
+    )
 
 
 needs_rapidfuzz, needs_pot, needs_scanpy = (
@@ -96,7 +98,7 @@ def test_more_genes_than_characters_before_the_gap_of_surrogates():
 
 def test_without_rapidfuzz_an_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "rapidfuzz", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'sct\[text\]'"):
+    with pytest.raises(MissingExtraError, match=r'pip install "sct-jax\[text\]"'):
         generated.token_distances(["A"], ["A"])
 
 
@@ -200,7 +202,7 @@ def test_large_sets_are_sampled_by_the_seed():
 
 def test_without_pot_an_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ot", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'sct\[analysis\]'"):
+    with pytest.raises(MissingExtraError, match=r'pip install "sct-jax\[analysis\]"'):
         generated.gromov_wasserstein(np.eye(3), np.eye(3))
 
 

@@ -74,10 +74,10 @@ def test_perfect_wrong_and_constant_predictions():
 # Embeddings
 
 needs_igraph = pytest.mark.skipif(
-    find_spec("igraph") is None, reason="needs igraph: pip install 'sct[analysis]'"
+    find_spec("igraph") is None, reason='needs igraph: pip install "sct-jax[analysis]"'
 )
 needs_scib = pytest.mark.skipif(
-    find_spec("scib_metrics") is None, reason="needs scib-metrics: pip install 'sct[analysis]'"
+    find_spec("scib_metrics") is None, reason='needs scib-metrics: pip install "sct-jax[analysis]"'
 )
 
 
@@ -225,7 +225,7 @@ def test_a_missing_library_is_told_with_what_to_install(monkeypatch, missing):
         "igraph": lambda: metrics.leiden_of_graph(sparse.eye(4, format="csr")),
         "scib_metrics": lambda: metrics.scib(embedding, labels, labels),
     }
-    with pytest.raises(ImportError, match=r"is not installed: pip install 'sct\[analysis\]'"):
+    with pytest.raises(ImportError, match=r'is not installed: pip install "sct-jax\[analysis\]"'):
         calls[missing]()
 
 

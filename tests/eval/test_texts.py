@@ -16,7 +16,9 @@ from sct.eval import texts as txt
 
 
 def needs(module: str, extra: str):
-    return pytest.mark.skipif(find_spec(module) is None, reason=f"needs {module}: pip install 'sct[{extra}]'")
+    return pytest.mark.skipif(
+        find_spec(module) is None, reason=f'needs {module}: pip install "sct-jax[{extra}]"'
+    )
 
 
 needs_pot, needs_sacrebleu, needs_rouge = (
@@ -190,7 +192,7 @@ def test_equal_texts_are_the_best_and_texts_without_a_common_word_the_worst():
 )
 def test_without_a_library_an_error_says_what_to_install(monkeypatch, module, call, extra):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingExtraError, match=rf"pip install 'sct\[{extra}\]'"):
+    with pytest.raises(MissingExtraError, match=rf'pip install "sct-jax\[{extra}\]"'):
         call()
 
 
@@ -263,9 +265,9 @@ def test_an_embedding_of_the_users_is_taken_and_named(monkeypatch):
     assert {table["model"][column] for column in ("BLEU", "rouge1", "Wasserstein")} == {"-"}
     assert isinstance(table["model"]["MMD"], list)
     assert [note for note in report.notes if "pip install" in note] == [
-        "sacrebleu is not installed: pip install 'sct[text]'.",
-        "rouge-score is not installed: pip install 'sct[text]'.",
-        "POT is not installed: pip install 'sct[analysis]'.",
+        'sacrebleu is not installed: pip install "sct-jax[text]".',
+        'rouge-score is not installed: pip install "sct-jax[text]".',
+        'POT is not installed: pip install "sct-jax[analysis]".',
     ]
 
 

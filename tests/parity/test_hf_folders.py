@@ -75,7 +75,7 @@ def test_torch_is_asked_for_where_it_is_needed(folder, monkeypatch):
     path, theirs = folder("gpt2")
     as_bin(path, theirs.state_dict())
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    with pytest.raises(MissingExtraError, match=r'pip install "sct\[torch\]"'):
+    with pytest.raises(MissingExtraError, match=r'pip install "sct-jax\[torch\]"'):
         sct.load(path)
 
 
@@ -229,7 +229,7 @@ def test_there_and_back_again(kind, name, folder, tmp_path):
 
 def test_a_tokenizer_is_taken_along(folder, tmp_path):
     tokenizers = pytest.importorskip(
-        "tokenizers", reason='tokenizers is not installed: pip install "sct[text]"'
+        "tokenizers", reason='tokenizers is not installed: pip install "sct-jax[text]"'
     )
     path, _ = folder("gpt2")
     words = tokenizers.Tokenizer(

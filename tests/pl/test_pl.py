@@ -660,7 +660,7 @@ def test_the_same_call_draws_the_same_picture(name):
 @pytest.mark.parametrize("name", DRAWINGS)
 def test_a_missing_library_is_told_with_the_command(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(MissingExtraError, match=r'pip install "sct\[analysis\]"'):
+    with pytest.raises(MissingExtraError, match=r'pip install "sct-jax\[analysis\]"'):
         DRAWINGS[name]()
 
 

@@ -26,6 +26,7 @@ from sct.nn.paths import flatten, unflatten
 from sct.tasks.masked_expression import MaskedExpression
 from sct.train.experiment import run
 from sct.train.sharding import RULES, MeshConfig, make_mesh
+from sct.version import DISTRIBUTION
 from sct.weights import model_folder, pretrained
 from tests.train.conftest import CONFIG as CONFIG_OF_RUNS
 from tests.train.conftest import merged
@@ -277,8 +278,8 @@ def test_a_changed_gene_list_is_noticed(model, folder):
     ("file", "content", "message"),
     [
         ("config.json", b"{", "not valid JSON"),
-        ("config.json", b'{"format_version": 99, "family": "sct"}', "upgrade sct"),
-        ("config.json", b'{"format_version": 1, "family": ["sct"]}', "upgrade sct"),
+        ("config.json", b'{"format_version": 99, "family": "sct"}', "--upgrade sct-jax"),
+        ("config.json", b'{"format_version": 1, "family": ["sct"]}', "--upgrade sct-jax"),
         ("config.json", b"[]", "holds a list where an object is expected"),
         ("config.json", b'{"format_version": 1, "family": "sct"}', "has model = None"),
         ("config.json", b'{"format_version": 1, "family": "sct", "model": null}', "has model = None"),
@@ -455,7 +456,7 @@ def test_paths_that_are_no_model(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="neither a model folder"):
         sct.load(tmp_path / "empty")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(MissingExtraError, match=r'pip install "sct\[hub\]"'):
+    with pytest.raises(MissingExtraError, match=r'pip install "sct-jax\[hub\]"'):
         sct.load("someone/a-model")
 
 
@@ -484,6 +485,13 @@ def test_shards_of_an_index_lie_in_its_folder(model, tmp_path):
         path.write_text(json.dumps({"weight_map": {**index["weight_map"], "a": name}}))
         with pytest.raises(CheckpointError, match="does not name"):
             sct.load(tmp_path / "model")
+
+
+def test_the_card_says_what_to_install_and_where_it_is_from_once_there_is_an_address(model, monkeypatch):
+    assert f"`pip install {DISTRIBUTION}`, then" in pretrained.default_card(model)
+    monkeypatch.setattr(pretrained, "REPOSITORY", "https://host.example/lab/project")
+    card = pretrained.default_card(model)
+    assert f"`pip install {DISTRIBUTION}` (https://host.example/lab/project), then" in card
 
 
 def test_a_hub_id_is_fetched(model, folder, monkeypatch):

@@ -16,7 +16,8 @@ from sct.data.readers.h5ad import anndata_source, from_group, from_memory
 from sct.data.readers.stream import UNREADABLE, Source, reading
 from sct.data.readers.tenx import mtx_header, tenx_h5, tenx_mtx
 from sct.data.sources import Input
-from sct.errors import DataError, MissingExtraError
+from sct.errors import DataError
+from sct.extras import load_extra
 
 __all__ = ["Source", "count_cells", "open_source"]
 
@@ -141,17 +142,12 @@ def _check_cells(source: Source) -> None:
 
 
 def _download(dataset: str, folder: Path, version: str) -> Path:
-    try:
-        import cellxgene_census
-    except ImportError as error:
-        raise MissingExtraError(
-            f"census:{dataset} needs the package cellxgene-census: pip install 'sct[census]'"
-        ) from error
+    census = load_extra("cellxgene_census", "census", "cellxgene-census", what=f"census:{dataset}")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "source.h5ad"
     path.unlink(missing_ok=True)
     try:
-        cellxgene_census.download_source_h5ad(dataset, str(path), census_version=version, progress_bar=False)
+        census.download_source_h5ad(dataset, str(path), census_version=version, progress_bar=False)
     except Exception as error:
         path.unlink(missing_ok=True)
         cause = next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from sct.errors import ConfigError, MissingExtraError
+from sct.errors import ConfigError
+from sct.extras import load_extra
 
 JSON, MODEL = "tokenizer.json", "tokenizer.model"
 ROLES = ("bos", "eos", "pad", "unk")
@@ -107,12 +109,7 @@ class PieceTokenizer:
     file = MODEL
 
     def __init__(self, content: bytes, added: tuple[str, ...], bos: bool, eos: bool, where: str) -> None:
-        try:
-            import sentencepiece
-        except ImportError as error:
-            raise MissingExtraError(
-                'tokenizer.model needs the package sentencepiece: pip install "sct[text]".'
-            ) from error
+        sentencepiece = load_extra("sentencepiece", "text", what="tokenizer.model")
         self._bytes, self._where = content, where
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
@@ -210,12 +207,7 @@ class PieceTokenizer:
 
 def import_tokenizers() -> Any:
     """Return the library `tokenizers` with the modules used here, or raise MissingExtraError."""
-    try:
-        import tokenizers
-        import tokenizers.decoders
-        import tokenizers.models
-        import tokenizers.pre_tokenizers
-        import tokenizers.trainers
-    except ImportError as error:
-        raise MissingExtraError('texts need the package tokenizers: pip install "sct[text]".') from error
-    return tokenizers
+    library = load_extra("tokenizers", "text", what="reading text")
+    for part in ("decoders", "models", "pre_tokenizers", "trainers"):
+        importlib.import_module(f"tokenizers.{part}")
+    return library

@@ -18,10 +18,10 @@ from sct.data.text.tokenizer import END, PAD, Tokenizer, train_bpe
 from sct.errors import ConfigError, MissingExtraError
 
 tokenizers = pytest.importorskip(
-    "tokenizers", reason='tokenizer.json needs `tokenizers`: pip install "sct[text]"'
+    "tokenizers", reason='tokenizer.json needs `tokenizers`: pip install "sct-jax[text]"'
 )
 sentencepiece = pytest.importorskip(
-    "sentencepiece", reason='tokenizer.model needs `sentencepiece`: pip install "sct[text]"'
+    "sentencepiece", reason='tokenizer.model needs `sentencepiece`: pip install "sct-jax[text]"'
 )
 
 GENES = [
@@ -317,7 +317,7 @@ def test_an_id_outside_the_vocabulary_is_refused(either):
 def test_an_absent_library_is_named(library, bpe, pieces, tmp_path, monkeypatch):
     (bpe if library == "tokenizers" else pieces).save(tmp_path)
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(MissingExtraError, match=rf'{library}: pip install "sct\[text\]"'):
+    with pytest.raises(MissingExtraError, match=rf'{library}: pip install "sct-jax\[text\]"'):
         Tokenizer.load(tmp_path)
 
 
