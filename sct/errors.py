@@ -29,6 +29,10 @@ class ConfigError(SctError, ValueError):
     """A configuration names something that does not exist or contradicts itself."""
 
 
+class FolderInUseError(SctError, RuntimeError):
+    """Another process writes to the folder; the message names it."""
+
+
 class CheckpointError(SctError, ValueError):
     """A checkpoint or model folder cannot be used; the message lists the differences."""
 

@@ -42,6 +42,7 @@ _BELOW_TRAIN = {
     "errors",
     "atomic",
     "extras",
+    "folder_lock",
     "progress",
 }
 _ALL = _BELOW_TRAIN | {"train", "speed", "pp", "tl", "pl", "benchmarks", "commands", "cli", "sct", "version"}
@@ -53,6 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "extras": {"errors", "version"},
     "progress": set(),
     "atomic": set(),
+    "folder_lock": {"errors"},
     "nn": {"nn", "errors"},
     "models": {"models", "nn", "errors"},
     "data": {"data", "errors", "extras", "atomic", "progress", "version"},

@@ -30,6 +30,7 @@ from sct.data.text.instructions import (
 from sct.errors import ConfigError, DataError, MissingExtraError, SctError
 from sct.eval import labels, marker_scores, pathways, report
 from sct.eval.report import Report
+from sct.folder_lock import only_one
 from sct.generation.cell_asker import CellAsker
 from sct.tl import benchmarking, running
 from sct.tl.asking import asker_of
@@ -192,9 +193,17 @@ def benchmark(
     SctError
         Whatever a user can mend, in one sentence.
     """
-    started = time.monotonic()
     values = {name: value for name, value in config.items() if name != "benchmark"}
     options, output = benchmarking.read_options(InstructionBenchmarkOptions, values, adata)
+    with only_one(output, "benchmark", "--config.output"):
+        return _benchmark(options, output, adata, model)
+
+
+def _benchmark(
+    options: InstructionBenchmarkOptions, output: Path, adata: ad.AnnData | None, model: running.Model | None
+) -> list[Report]:
+    """Measure as options say, and write the report into a folder that no other process writes to."""
+    started = time.monotonic()
     data: DataOptions = options.data
     if not (model or options.model):
         raise ConfigError("say which model to ask: --config.model=RUN.")

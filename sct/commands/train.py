@@ -13,7 +13,9 @@ process ends, the others end too, within a minute, and the command goes on from 
 processes.
 
 Exit status: 0 where nothing is left to do (also after train.stop_at), 75 where the same command goes on (SIGTERM came,
-or another process was lost), 130 after Ctrl-C, which also saves, and 1 for a mistake or a loss that is not finite.
+or another process was lost), 130 after Ctrl-C, which also saves, and 1 for a mistake, a run folder in which another
+process trains, or a loss that is not finite. A process that was asked to stop is waited for while it saves, so that the
+same command can be started again at once.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from sct.eval.held_out import HeldOut
 from sct.eval.page import Figure, figure_svg
 from sct.eval.report import Report
 from sct.eval.scoring import Model, Outcome
+from sct.folder_lock import only_one
 from sct.models.registry import build
 from sct.models.sct import level_probabilities
 from sct.models.sct_config import SCTConfig, pad_to_multiple
@@ -169,8 +170,16 @@ def benchmark(
     SctError
         Whatever a user can mend, in one sentence.
     """
-    started = time.monotonic()
     options, output = read_options(BenchmarkOptions, config, adata)
+    with only_one(output, "benchmark", "--config.output"):
+        return _benchmark(options, output, adata, model)
+
+
+def _benchmark(
+    options: BenchmarkOptions, output: Path, adata: ad.AnnData | None, model: running.Model | None
+) -> list[Report]:
+    """Measure as options say, and write the report into a folder that no other process writes to."""
+    started = time.monotonic()
     chosen = model if model is not None else options.model
     handle = running.opened(chosen) if chosen else None
     vocabulary = handle.vocabulary if handle is not None else _vocabulary(options.genes)

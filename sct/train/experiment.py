@@ -183,17 +183,25 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
 
     Raises
     ------
+    FolderInUseError
+        Another process trains in the folder; one that was asked to stop is waited for.
     SctError
         Whatever a user can mend, in one sentence.
     """
-    from rich.console import Console
-
-    first = jax.process_index() == 0
-    console = Console(quiet=not first)
     workdir = Path(workdir).expanduser().absolute()
     plain = _checked(config)
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f"{workdir} is a file, but --workdir must be a folder: choose another.")
+    with processes.held_by_first(workdir, "training", "--workdir"):
+        return _run(plain, workdir)
+
+
+def _run(plain: Mapping[str, Any], workdir: Path) -> Result:
+    """Train as a checked configuration says, in a folder that no other process writes to."""
+    from rich.console import Console
+
+    first = jax.process_index() == 0
+    console = Console(quiet=not first)
     settings = workdir / "config.json"
     resumes = bool(run_folder.steps(workdir))
     if resumes:

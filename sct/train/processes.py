@@ -16,14 +16,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sct.errors import AGAIN, ConfigError, ProcessLostError, SctError, first_line
+from sct.errors import AGAIN, ConfigError, FolderInUseError, ProcessLostError, SctError, first_line
+from sct.folder_lock import only_one
 
 # Seconds after which a process that does not answer is given up: the others end within a minute.
 HEARTBEAT_SECONDS = 30
@@ -275,6 +276,30 @@ def check_shared(file: Path, seconds: float = 60.0) -> None:
             f"process {blind} does not see {file}, which process 0 has written: choose a --workdir on a file system "
             "that all processes share."
         )
+
+
+@contextmanager
+def held_by_first(folder: Path, doing: str, option: str) -> Iterator[None]:
+    """Keep other runs out of a folder, see `sct.folder_lock.only_one`: process 0 holds it for all.
+
+    Called by all processes. Where it cannot, all of them raise what it found.
+    """
+    with ExitStack() as held:
+        refusal: SctError | None = None
+        if jax.process_index() == 0:
+            try:
+                held.enter_context(only_one(folder, doing, option))
+            except SctError as error:
+                refusal = error
+        if jax.process_count() > 1:
+            room = np.zeros(4096, np.uint8)
+            words = str(refusal or "").encode()[: len(room)]
+            room[: len(words)] = np.frombuffer(words, np.uint8)
+            said = bytes(multihost_utils.broadcast_one_to_all(room)).rstrip(b"\0").decode(errors="replace")
+            refusal = refusal or (FolderInUseError(said) if said else None)
+        if refusal is not None:
+            raise refusal
+        yield
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from sct.errors import ConfigError, SctError
+from sct.errors import ConfigError, FolderInUseError, SctError
 from sct.eval import report
 from sct.eval.report import Report
 from sct.train import experiment
@@ -105,7 +105,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str], only: Sequen
 
     Finished runs are left alone, begun ones go on. A run that fails for a reason that a user can mend is a row
     with the reason, and the sweep goes on. SIGTERM and Ctrl-C end the sweep as they end a run, which is saved.
-    The table of all runs is `report.md` and `report.json`.
+    Several processes may train different runs (`only`) at once. The table of all runs is `report.md` and `report.json`.
 
     Parameters
     ----------
@@ -120,6 +120,8 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str], only: Sequen
     ------
     ConfigError, StoreError
         The sweep or its data cannot be read at all.
+    FolderInUseError
+        Another process trains one of the runs.
     """
     from rich.console import Console
 
@@ -139,6 +141,8 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str], only: Sequen
         started = time.monotonic()
         try:
             states[name], ended = _one(runs[name], workdir / name)
+        except FolderInUseError:
+            raise  # another sweep trains this run, and is about to train the next ones
         except SctError as error:
             states[name], ended = str(error), "failed"
             console.print(f"{name} failed: {error}", soft_wrap=True, markup=False)
@@ -153,6 +157,9 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str], only: Sequen
         if ended == "failed":
             reason = "failed"
     if jax.process_index() == 0:
+        # Others may have trained the rest meanwhile, with another --only.
+        for name in set(runs) - set(wanted):
+            states[name] = "" if is_finished(workdir / name) else _unfinished(workdir / name)
         made = tables(workdir, runs, states)
         report.write(made, workdir)
         for each in made:

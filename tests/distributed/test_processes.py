@@ -240,6 +240,12 @@ def test_two_processes_that_are_asked_to_stop_save_and_say_so(small, tmp_path):
         while not log.exists() or log.read_text().count("train/loss") < 3:
             assert two.processes[0].poll() is None, two.everything()
             time.sleep(0.1)
+        with Run(write_config(long, tmp_path / "c.py"), tmp_path / "run", 2) as second:
+            assert second.statuses(120) == [1, 1], second.everything()
+            for number in range(2):
+                error = assert_one_error(second.said(number))
+                assert f"{tmp_path / 'run'} is in use by a training" in error
+                assert f"process {two.processes[0].pid}" in error
         for process in two.processes:
             process.send_signal(signal.SIGTERM)
         assert two.statuses(120) == [AGAIN, AGAIN], two.everything()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -19,9 +20,9 @@ from sct.data.datasets import simulate_atlas
 from sct.data.genes import GeneVocabulary
 from sct.data.ingest import IngestOptions, ingest
 from sct.data.store import Store
-from sct.errors import CheckpointError, ConfigError, DivergedError, StoreError
+from sct.errors import CheckpointError, ConfigError, DivergedError, FolderInUseError, StoreError
 from sct.tasks.masked_expression import MaskedExpression
-from sct.train import loop
+from sct.train import loop, sweep
 from sct.train.experiment import make_task, run
 from sct.train.optim import OptimizerConfig, make_optimizer
 from sct.train.sharding import MeshConfig
@@ -165,6 +166,36 @@ def test_a_killed_run_resumes_from_its_last_complete_checkpoint(config, tmp_path
     resumed = run(plain, killed)
     assert same(whole.state, resumed.state)
     assert without_times(read_log(tmp_path / "whole")) == without_times(read_log(killed))
+
+
+def test_two_trainings_on_one_folder(config, tmp_path, capfd):
+    plain = config(train__steps=100_000, train__eval_every=100_000, train__checkpoint_every=1000)
+    folder = tmp_path / "sweep" / "base"
+    process = start(plain, folder)
+    try:
+        wait_for_step(folder, 2, process)
+        began = time.monotonic()
+        swept = {**plain, "sweep": {"other": {"model": {"ffn_dim": 64}}}}
+        for second in (lambda: run(plain, folder), lambda: sweep.run(swept, tmp_path / "sweep")):
+            with pytest.raises(FolderInUseError, match=rf"{folder} .*process {process.pid}"):
+                second()
+        assert time.monotonic() - began < 10
+        assert process.poll() is None
+        assert not (tmp_path / "sweep" / "other").exists()
+        # Stopped and started again at once: the second one waits for what the first one saves, and goes on from there.
+        process.send_signal(signal.SIGTERM)
+        stop = 50 + read_log(folder)[-1]["step"]
+        again = run({**plain, "train": {**plain["train"], "stop_at": stop}}, folder)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    saved = int(re.search(r"saving step (\d+)", output)[1])
+    assert again.reason == "stop_at"
+    said = capfd.readouterr()
+    assert f"going on from step {saved:,}" in said.out
+    lines = [line["step"] for line in read_log(folder)]
+    assert lines == list(range(1, again.progress.step + 1)), "neither process lost or doubled a line"
 
 
 def test_other_options_on_an_old_folder_are_refused(config, tmp_path):
@@ -346,6 +377,7 @@ def test_the_exit_status_tells_whether_the_same_command_goes_on(tmp_path, config
     expected = {
         "finished": 0, "early stop": 0, "stop_at": 0, "signal": 75, "interrupt": 130, "failed": 1,
         "SIGTERM while it is measured": 75, "ProcessLostError": 75, "ConfigError": 1, "DivergedError": 1,
+        "FolderInUseError": 1,
     }  # fmt: skip
     words = [f"--config=configs/{config}", f"--workdir={tmp_path}", ",".join(expected)]
     done = subprocess.run(
