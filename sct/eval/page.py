@@ -7,18 +7,28 @@ import dataclasses
 import hashlib
 import io
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
 
-from sct.errors import DataError
+from sct.errors import DataError, first_line
 from sct.eval.report import Report, Summary, cell_text
 
 # Above this many points a scatter is drawn as an image inside the SVG, which else grows by 100 bytes a point.
 _MAX_VECTOR_POINTS = 2000
 _LONG = ' class="long"'
+_SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+_XML = "http://www.w3.org/XML/1998/namespace"
+# Elements that draw, and neither run, load, link nor change anything.
+_DRAWING = frozenset(
+    ("svg", "g", "defs", "symbol", "use", "title", "desc", "path", "rect", "circle", "ellipse", "line", "polyline",
+     "polygon", "text", "tspan", "image", "clipPath", "mask", "pattern", "marker", "linearGradient", "radialGradient",
+     "stop")
+)  # fmt: skip
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1d2430; --soft: #5d6878; --line: #dde2e9;
@@ -141,13 +151,13 @@ class Figure:
     title
         Its heading.
     svg
-        An SVG document, as `figure_svg` makes it.
+        An SVG document, as `figure_svg` makes it, or a function that draws one when the page is made.
     caption
         Sentences below it: what is drawn, of what, with how many seeds.
     """
 
     title: str
-    svg: str
+    svg: str | Callable[[], str]
     caption: str = ""
 
 
@@ -195,7 +205,8 @@ def page(
     """One HTML page with everything in it.
 
     Tables are sorted by a click on a column; colours follow the reader's light or dark setting; all text is
-    escaped, and the page may load nothing.
+    escaped, and the page may load nothing. A figure that cannot be drawn, or is no plain SVG, is a paragraph with the
+    reason, and a warning.
 
     Parameters
     ----------
@@ -207,11 +218,6 @@ def page(
         Figures, after the tables.
     facts
         Name -> value: command, versions, date, machine, time taken.
-
-    Raises
-    ------
-    DataError
-        A figure is not an SVG document.
     """
     entries = [(f"table-{i}", report.title) for i, report in enumerate(reports, 1)]
     entries += [(f"figure-{i}", figure.title) for i, figure in enumerate(figures, 1)]
@@ -292,20 +298,77 @@ def _number(cell: Any, best: bool) -> str:
 
 
 def _figure(name: str, figure: Figure) -> str:
-    """A figure as a section of the page: its names made unique, black and white turned into the page's."""
-    found = re.search(r"<svg\b.*</svg>", figure.svg, re.DOTALL)
-    if found is None or re.search(r"<script|<foreignObject|\son\w+\s*=", figure.svg, re.IGNORECASE):
-        raise DataError(
-            f"the figure {figure.title!r} is not a plain SVG document: make it with sct.eval.page.figure_svg."
-        )
-    svg = re.sub(
-        r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", found[0], flags=re.DOTALL
-    )
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'href="#', f'href="#{name}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
-    svg = re.sub(r"(stroke|fill): #000000", r"\1: currentColor", svg)
-    svg = re.sub(r"(stroke|fill): #ffffff", r"\1: var(--paper)", svg)
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(figure.title)}"', 1)
-    caption = f"<figcaption>{escape(figure.caption)}</figcaption>" if figure.caption else ""
-    return f'<section id="{name}"><h2>{escape(figure.title)}</h2><figure>{svg}{caption}</figure></section>\n'
+    """A figure as a section of the page, or the reason why there is none: it costs nothing but itself."""
+    try:
+        text = figure.svg if isinstance(figure.svg, str) else figure.svg()
+        drawn = f"<figure>{_inline(name, figure.title, text)}{_caption(figure.caption)}</figure>"
+    except Exception as error:  # whatever a drawing library raises about a label
+        reason = first_line(error)
+        warnings.warn(f"the figure {figure.title!r} is left out: {reason}", UserWarning, stacklevel=4)
+        drawn = f'<p class="notes">This figure could not be drawn: {escape(reason)}</p>'
+    return f'<section id="{name}"><h2>{escape(figure.title)}</h2>{drawn}</section>\n'
+
+
+def _caption(text: str) -> str:
+    return f"<figcaption>{escape(text)}</figcaption>" if text else ""
+
+
+def _inline(name: str, title: str, document: str) -> str:
+    """An SVG document as an element of a page: its names made unique, black and white turned into the page's.
+
+    It is written anew from what was read, so that a browser sees what is checked here and nothing else.
+    """
+    # Without its head, where entities could be defined, and without comments, in which Matplotlib repeats labels.
+    found = re.search(r"<svg\b.*</svg>", re.sub(r"<!--.*?-->", "", document, flags=re.DOTALL), re.DOTALL)
+    try:
+        root = ET.fromstring(found[0]) if found else None
+    except ET.ParseError as error:
+        raise _not_plain(str(error)) from None
+    if root is None:
+        raise _not_plain("it has no <svg>")
+    _clean(root, name)
+    root.attrib.update({"xmlns": _SVG, "role": "img", "aria-label": title})
+    return ET.tostring(root, encoding="unicode")
+
+
+def _clean(element: ET.Element, name: str) -> None:
+    """Make an element and those below it plain, or raise: no namespaces but SVG's, references into itself alone."""
+    space, _, kind = element.tag.rpartition("}")
+    if space not in ("", f"{{{_SVG}") or kind not in _DRAWING:
+        raise _not_plain(f"it has the element <{kind}>")
+    element.tag = kind
+    given, element.attrib = element.attrib, {}
+    for key, value in given.items():
+        space, _, attribute = key.rpartition("}")
+        if space not in ("", f"{{{_XLINK}", f"{{{_XML}"):
+            continue
+        data = attribute == "href" and value.startswith("data:image/")
+        if attribute.lower().startswith("on"):
+            raise _not_plain(f"<{kind}> has the attribute {attribute}")
+        if (attribute == "href" and not (data or value.startswith("#"))) or re.search(
+            r"url\((?!\s*['\"]?#)|@import|javascript:", value
+        ):
+            raise _not_plain(f"<{kind}> refers to something outside of it")
+        if data:
+            value = "".join(value.split())
+        elif attribute == "href":
+            value = f"#{name}-{value[1:]}"
+        elif attribute == "id":
+            value = f"{name}-{value}"
+        else:
+            value = re.sub(r"(url\(\s*['\"]?#)", rf"\g<1>{name}-", value)
+        if attribute == "style":
+            value = re.sub(r"(stroke|fill): #000000", r"\1: currentColor", value)
+            value = re.sub(r"(stroke|fill): #ffffff", r"\1: var(--paper)", value)
+        prefix = {f"{{{_XLINK}": "xlink:", f"{{{_XML}": "xml:"}.get(space, "")
+        element.attrib[prefix + attribute] = value
+    for child in list(element):
+        # What describes the drawing, or styles it for the whole page, which does so itself.
+        if child.tag.rpartition("}")[2] in ("metadata", "style"):
+            element.remove(child)
+        else:
+            _clean(child, name)
+
+
+def _not_plain(reason: str) -> DataError:
+    return DataError(f"it is not a plain SVG document ({reason}): make it with sct.eval.page.figure_svg.")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sct.atomic import atomic_write
+from sct.atomic import atomic_write, write_text
 from sct.version import __version__
 
 if TYPE_CHECKING:
@@ -364,7 +364,8 @@ def write(
 ) -> None:
     """Write tables into a folder: as `report.md`, `report.json` and, with facts or figures, `report.html`.
 
-    Each file is whole or not there at all, and none is replaced before all are made.
+    Numbers come first, then the tables as text, then the page with its figures, which may fail: what was measured is
+    on the disk then. Each file is whole or not there at all, and none of an earlier report is left beside new numbers.
 
     Parameters
     ----------
@@ -386,17 +387,18 @@ def write(
     tables = [report.as_dict() for report in reports]
     head = "".join(f"- {_escape(name)}: {_escape(str(value))}\n" for name, value in (facts or {}).items())
     known = {"facts": {name: str(value) for name, value in (facts or {}).items()}}
-    texts = {
-        "report.md": "\n".join([*([head] if head else []), *(report.markdown() for report in reports)]),
-        "report.json": _json({**known, "reports": tables} if facts else tables),
-    }
+    texts = {"report.json": _json({**known, "reports": tables} if facts else tables)}
     if numbers is not None:
         texts["results.json"] = _json({**known, **numbers})
-    if facts or figures:
-        from sct.eval.page import page
-
-        texts["report.html"] = page(title, reports, figures, facts or {})
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         for name, text in texts.items():
             stack.enter_context(atomic_write(folder / name)).write_text(text, encoding="utf-8")
+    for name in ("report.md", "report.html"):
+        (folder / name).unlink(missing_ok=True)
+    blocks = [*([head] if head else []), *(report.markdown() for report in reports)]
+    write_text(folder / "report.md", "\n".join(blocks))
+    if facts or figures:
+        from sct.eval.page import page
+
+        write_text(folder / "report.html", page(title, reports, figures, facts or {}))

@@ -398,10 +398,6 @@ def _held_out(
 
 def _imputation_figures(outcome: Outcome, cells_per_bag: int) -> list[Figure]:
     """Curves of MCC, and the model's confusion matrix at the first setting."""
-    from matplotlib.figure import Figure as Canvas
-
-    from sct import pl
-
     titles = {
         "ratio": ("MCC against masking ratio", "masked genes", 1),
         "cells": ("MCC against masked cells", "masked cells of a bag", cells_per_bag),
@@ -410,19 +406,16 @@ def _imputation_figures(outcome: Outcome, cells_per_bag: int) -> list[Figure]:
         return []
     title, masked, whole = titles[outcome.axis]
     shares = {row: [(value / whole, mcc) for value, mcc in curve] for row, curve in outcome.curves.items()}
-    canvas = Canvas(figsize=(7.2, 5.6), layout="constrained")
-    pl.mcc_by_ratio(shares, masked=masked, ax=canvas.add_subplot())
+    draw = functools.partial(_drawn, "mcc_by_ratio", (7.2, 5.6), shares, masked=masked)
     caption = "Mean over draws, with one standard deviation. The dashed line is the bar."
-    figures = [Figure(title, figure_svg(canvas), caption)]
+    figures = [Figure(title, draw, caption)]
     first = next(iter(outcome.confusion.values()), {})
     for row, matrix in list(first.items())[:1]:
-        canvas = Canvas(figsize=(5.5, 4.8), layout="constrained")
-        pl.imputation_confusion(matrix, ax=canvas.add_subplot())
         setting = outcome.settings[0].name
         figures.append(
             Figure(
                 f"Levels of the {row}, {setting[0].lower()}{setting[1:]}",
-                figure_svg(canvas),
+                functools.partial(_drawn, "imputation_confusion", (5.5, 4.8), matrix),
                 "True level by predicted level, share of each row; all draws together.",
             )
         )
@@ -469,11 +462,17 @@ def _embedding(
 
 
 def _umap(part: Part, color: str) -> Figure:
+    draw = functools.partial(_drawn, "umap", (7, 5), part.adata, basis="X_sct", color=color)
+    title = f"UMAP of the model's embedding, {part.name}, by {color}"
+    return Figure(title, draw, f"Coloured by {color}.")
+
+
+def _drawn(function: str, size: tuple[float, float], *arguments: Any, **options: Any) -> str:
+    """Draw with a function of `sct.pl`, as SVG."""
     from matplotlib.figure import Figure as Canvas
 
     from sct import pl
 
-    canvas = Canvas(figsize=(7, 5), layout="constrained")
-    pl.umap(part.adata, basis="X_sct", color=color, ax=canvas.add_subplot())
-    title = f"UMAP of the model's embedding, {part.name}, by {color}"
-    return Figure(title, figure_svg(canvas), f"Coloured by {color}.")
+    canvas = Canvas(figsize=size, layout="constrained")
+    getattr(pl, function)(*arguments, **options, ax=canvas.add_subplot())
+    return figure_svg(canvas)

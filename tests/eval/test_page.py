@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sct.errors import DataError
 from sct.eval.page import Figure, figure_svg, page
 from sct.eval.report import Report
 
@@ -141,19 +140,94 @@ def test_many_points_become_an_image():
     assert 6 * len(many) < 3_000_000
 
 
-@pytest.mark.parametrize(
-    "svg",
-    [
-        "",
-        "<p>none</p>",
-        "<svg><script>x</script></svg>",
-        "<svg onload='x()'></svg>",
-        "<svg><foreignObject/></svg>",
-    ],
+SVG = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+FOREIGN = (
+    "",
+    "<p>none</p>",
+    "<svg><script>bad()</script></svg>",
+    "<svg><SCRIPT>bad()</SCRIPT></svg>",
+    "<svg onload='bad()'></svg>",
+    "<svg><g\nOnClick = 'bad()'/></svg>",
+    "<svg><foreignObject/></svg>",
+    "<svg><unclosed></svg>",
+    f"<svg {SVG}><x:script xmlns:x='http://www.w3.org/1999/xhtml'>bad()</x:script></svg>",
+    f"<svg {SVG}><s:script xmlns:s='http://www.w3.org/2000/svg'>bad()</s:script></svg>",
+    f"<svg {SVG}><a xlink:href='javascript:bad()'><path/></a></svg>",
+    f"<svg {SVG}><use xlink:href='https://bad/x.svg#a'/></svg>",
+    f"<svg {SVG}><image href='https://bad/x.png'/></svg>",
+    f"<svg {SVG}><path style='fill: url(https://bad/x)'/></svg>",
+    f"<svg {SVG}><animate attributeName='href' to='javascript:bad()'/></svg>",
+    f"<svg {SVG}><!-- --><iframe src='bad'/></svg>",
+    f"<!DOCTYPE svg [<!ENTITY x 'bad'>]><svg {SVG}><text>&x;</text></svg>",
+    f"<svg {SVG}><!-- a --><script><!-- bad() --></script></svg>",
+    f"<svg {SVG}><scr<!-- -->ipt>bad()</script></svg>",
 )
-def test_what_is_not_a_plain_svg_is_refused(svg):
-    with pytest.raises(DataError, match="'Mine' is not a plain SVG"):
-        page("t", [], [Figure("Mine", svg)], {})
+
+
+def test_what_is_not_a_plain_svg_costs_that_figure_alone():
+    good, wrong = figure_svg(drawing()), []
+    for svg in FOREIGN:
+        with pytest.warns(UserWarning, match="'Mine' is left out: it is not a plain SVG"):
+            text = page("t", tables(), [Figure("Mine", svg, "Not drawn."), Figure("Good", good)], {})
+        outline = Outline(text)
+        of_figure = text.split('<section id="figure-1">')[1].split("</section>")[0]
+        said = "This figure could not be drawn: it is not a plain SVG" in of_figure
+        if (
+            not said
+            or "<svg" in of_figure
+            or outline.stack
+            or outline.tags.count("svg") != 1
+            or "bad()" in text
+        ):
+            wrong.append(svg)
+    assert not wrong
+
+
+@pytest.mark.filterwarnings("ignore:Glyph 8")
+def test_any_label_is_drawn():
+    """Names of cell types are texts of others: Matplotlib writes them into comments and names of elements."""
+    from matplotlib.figure import Figure as Canvas
+
+    labels = [
+        "T cell onset=late",
+        NASTY,
+        "a -- b --> c",
+        "]]>&amp;&x;",
+        "\x08bell",
+        "url(https://x)",
+        'href="x"',
+        "β\n2",
+    ]
+    canvas = Canvas(figsize=(4, 3))
+    ax = canvas.subplots()
+    for number, label in enumerate(labels):
+        (line,) = ax.plot([0, 1], [0, number], label=label)
+        line.set_gid(f"id {label}" if number < 3 else None)
+    ax.legend()
+    text = page("t", [], [Figure(label, figure_svg(canvas)) for label in labels], {})
+    outline = Outline(text)
+    assert outline.stack == []
+    assert outline.tags.count("svg") == len(labels)
+    assert outline.tags.count("script") == 1
+    assert outline.loaded == ["data:,"]
+
+
+def test_a_figure_that_cannot_be_drawn_costs_itself_alone():
+    """It is drawn when the page is made."""
+
+    def broken() -> str:
+        figure = drawing()
+        figure.axes[0].set_title(r"$\frac$")  # no formula
+        return figure_svg(figure)
+
+    figures = [Figure("Broken", broken), Figure("Good", lambda: figure_svg(drawing()))]
+    with pytest.warns(UserWarning, match="'Broken' is left out"):
+        text = page("t", tables(), figures, {})
+    outline = Outline(text)
+    assert outline.stack == []
+    assert outline.tags.count("svg") == 1
+    assert outline.tags.count("table") == 2
+    assert "This figure could not be drawn" in text
 
 
 @pytest.fixture(scope="session")

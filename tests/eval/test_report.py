@@ -212,20 +212,40 @@ def test_without_facts_and_figures_there_is_no_page(tmp_path):
     assert saved["title"] == "Imputation [40%] of genes"
 
 
-def test_a_write_that_fails_leaves_the_old_files_and_nothing_else(tmp_path, monkeypatch):
-    report.write([imputation()], tmp_path, {"seed": "1"})
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+@pytest.mark.parametrize("what", ["report.json", "results.json", "report.md", "report.html"])
+def test_numbers_are_on_the_disk_before_what_may_fail(tmp_path, monkeypatch, what):
+    """Whichever file cannot be written: numbers come first, and nothing of an earlier report stays beside new ones."""
+    files = ["report.json", "results.json", "report.md", "report.html"]
+    report.write([imputation()], tmp_path, {"seed": "1"}, numbers={"n": 1})
     write_text = type(tmp_path).write_text
 
     def full(path, text, **options):
-        if "html" in path.name:
+        if what in path.name:
             raise OSError("no space left on device")
         return write_text(path, text, **options)
 
     monkeypatch.setattr(type(tmp_path), "write_text", full)
     with pytest.raises(OSError, match="no space"):
-        report.write([embedding()], tmp_path, {"seed": "2"})
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        report.write([embedding()], tmp_path, {"seed": "2"}, numbers={"n": 2})
+    there = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    if what.endswith(".json"):
+        assert set(there) == set(files)
+        assert "Embedding" not in "".join(there.values())
+    else:
+        assert set(there) == set(files[: files.index(what)])
+        assert json.loads(there["results.json"])["n"] == 2
+        assert "Imputation" not in "".join(there.values())
+
+
+def test_a_page_that_cannot_be_made_costs_no_number(tmp_path):
+    def broken() -> str:
+        assert json.loads((tmp_path / "results.json").read_text())["n"] == 1
+        assert (tmp_path / "report.md").is_file()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        report.write([imputation()], tmp_path, {"seed": "1"}, [Figure("f", broken)], numbers={"n": 1})
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_the_environment_names_versions_and_devices():
