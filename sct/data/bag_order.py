@@ -11,8 +11,6 @@ import dataclasses
 import numpy as np
 from scipy.spatial import KDTree
 
-from sct.data.coordinates import rescale_coordinates
-
 # Cells that are shuffled among each other: one contiguous read of a file, some hundred megabytes at most.
 WINDOW = 10_000
 
@@ -107,12 +105,12 @@ def tile_order(rows: np.ndarray, coordinates: np.ndarray, cells_per_bag: int) ->
     return BagOrder(rows[np.concatenate(order)], np.concatenate(counted), cells)
 
 
-def neighbours(coordinates: np.ndarray, cells_per_bag: int) -> np.ndarray:
+def neighbours(places: np.ndarray, cells_per_bag: int) -> np.ndarray:
     """Rows of the K nearest cells of each cell, (N, K): itself first, then by distance (paper, appendix A).
 
-    Cells at one place stand in the order of the tree, but each cell is first in its own bag.
+    `places` (N, 2) are in the units of models, as in training: at equal distances rounding decides. Cells at one
+    place stand in the order of the tree, but each cell is first in its own bag.
     """
-    places = rescale_coordinates(coordinates)
     cells = min(cells_per_bag, len(places))
     _, found = KDTree(places).query(places, k=cells)
     found = np.asarray(found, np.int64).reshape(len(places), cells)

@@ -14,6 +14,7 @@ from scipy import sparse
 
 from sct.data import counts
 from sct.data.bag_order import WINDOW, BagOrder
+from sct.data.coordinates import Scale
 from sct.data.genes import GeneVocabulary
 from sct.data.tokenize import noisy_genes
 from sct.errors import DataError
@@ -32,11 +33,14 @@ class Section:
         int64 (n,) rows of the table, ascending.
     places
         float32 (n, 2) rescaled positions of these cells, or None.
+    scale
+        How they were rescaled.
     """
 
     name: str
     rows: np.ndarray
     places: np.ndarray | None = None
+    scale: Scale | None = None
 
 
 class Cells:

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from sct.atomic import remove, write_json
+from sct.data.coordinates import SECTION_COLUMNS, Scale, doubts
 from sct.data.counts import COUNTS, CountsChecker, Values, check_values, exact_integers
 from sct.data.genes import GeneAlignment, GeneVocabulary
 from sct.data.orthologues import MappedGenes, Orthologues, map_orthologues, read_orthologues
@@ -25,7 +26,6 @@ from sct.data.writer import MAX_COUNT, portable_table, write_study, writing
 from sct.errors import ConfigError, DataError
 
 _MANY_BUCKETS = 256
-_SECTION_COLUMNS = ("section", "slide", "library_id", "sample", "batch", "donor")
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def _write_studies(
         )
     if dropped_columns:
         notes.append(f"{source.label}: obs columns that AnnData cannot store: {', '.join(dropped_columns)}")
-    notes += _several_sections(source, options)
+    notes += _doubts(source, groups, options)
     records: list[dict[str, Any]] = []
     start = 0
     for (name, rows), own in zip(groups, buckets, strict=True):
@@ -257,6 +257,10 @@ def _write_studies(
                 "vocabulary": vocabulary,
                 "measured": measured,
                 "coordinates": None if source.spatial is None else source.spatial[cells],
+                # Of all the study's cells, and of their positions as the store keeps them.
+                "scale": None
+                if source.spatial is None
+                else Scale.of(source.spatial[rows].astype(np.float32)),
             },
         )
         records.append(
@@ -301,17 +305,25 @@ def _align(
     return alignment, mapped
 
 
-def _several_sections(source: Source, options: IngestOptions) -> list[str]:
-    """A note where coordinates of several sections may share one plane: neighbours would be mixed up."""
-    if source.spatial is None or options.study_key is not None:
+def _doubts(source: Source, groups: Sequence[tuple[str, np.ndarray]], options: IngestOptions) -> list[str]:
+    """Notes about positions that look wrong, or where those of several sections may share one plane."""
+    if source.spatial is None:
         return []
-    for name in _SECTION_COLUMNS:
+    found = [
+        f"{source.label}{f' ({name})' if len(groups) > 1 else ''}: {doubt}"
+        for name, rows in groups
+        for doubt in doubts(source.spatial[rows], source.obs.iloc[rows], "--study_key={}")
+    ]
+    if options.study_key is not None or any("--study_key" in each for each in found):
+        return found
+    for name in SECTION_COLUMNS:
         if name in source.obs and source.obs[name].nunique() > 1:
             return [
+                *found,
                 f"{source.label} is spatial and obs[{name!r}] has {source.obs[name].nunique()} values: if "
-                f"these are sections with coordinates of their own, ingest it with --study_key={name}"
+                f"these are sections with coordinates of their own, ingest it with --study_key={name}",
             ]
-    return []
+    return found
 
 
 def _groups(source: Source, name: str, study_key: str | None) -> list[tuple[str, np.ndarray]]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as sp
 
-from sct.data.coordinates import rescale_coordinates
+from sct.data.coordinates import SCALES, SPATIAL_KEY, Scale, read_scales, write_scales
 from sct.data.genes import GeneVocabulary
 from sct.data.tokenize import noisy_genes
 from sct.errors import SctError, StoreError, first_line
@@ -150,8 +150,23 @@ class Study:
         return self._whole("obsm/spatial", self.n_cells).astype(np.float32, copy=False)
 
     def rescaled_coordinates(self) -> np.ndarray:
-        """Positions (N, 2) in the units of models; see `sct.data.coordinates.rescale_coordinates`."""
-        return rescale_coordinates(np.asarray(self.coordinates))
+        """Positions (N, 2) in the units of models; see `sct.data.coordinates.Scale`."""
+        return self._scale().apply(np.asarray(self.coordinates))
+
+    def _scale(self) -> Scale:
+        """The section's scale as the ingest wrote it; older stores have none, and it is that of their cells."""
+        import zarr
+        from anndata.io import read_elem
+
+        try:
+            group: Any = zarr.open_group(str(self.path), mode="r")
+            uns = read_elem(group["uns"]) if "uns" in group else {}
+            scales = read_scales(uns, SPATIAL_KEY, None)
+        except Exception as error:
+            raise self._damaged("uns", _cause(error)) from error
+        if "" in scales:
+            return scales[""]
+        return Scale.of(np.asarray(self.coordinates), stray=np.zeros(self.n_cells, bool))
 
     def read(self, start: int, stop: int) -> sp.csr_matrix:
         """Read rows `start` to `stop` (exclusive).
@@ -230,9 +245,12 @@ class Study:
         import anndata
 
         try:
-            return anndata.read_zarr(self.path)
+            adata = anndata.read_zarr(self.path)
         except Exception as error:
             raise self._damaged("", _cause(error)) from error
+        if self.spatial:
+            adata.uns[SCALES] = {SPATIAL_KEY: write_scales({"": self._scale()}, None)}
+        return adata
 
     def _array(self, key: str) -> Any:
         handle = self._open.get(key)

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from sct.data.coordinates import SCALES, SPATIAL_KEY, Scale, write_scales
 from sct.data.genes import GeneVocabulary
 from sct.data.store import CHUNK
 from sct.errors import SctError, StoreError
@@ -197,6 +198,7 @@ def write_frame(
     gene_totals: np.ndarray,
     measured: np.ndarray,
     coordinates: np.ndarray | None,
+    scale: Scale | None,
     shape: tuple[int, int],
 ) -> None:
     """Write everything of an AnnData group but the arrays of X."""
@@ -216,8 +218,10 @@ def write_frame(
         )
         write_elem(group, "obs", obs)
         write_elem(group, "var", var)
-        for name in ("obsm", "varm", "obsp", "varp", "layers", "uns"):
+        for name in ("obsm", "varm", "obsp", "varp", "layers"):
             write_elem(group, name, {})
+        scales = {} if scale is None else {SCALES: {SPATIAL_KEY: write_scales({"": scale}, None)}}
+        write_elem(group, "uns", scales)
     if coordinates is not None:
         points = coordinates.astype(np.float32)
         array = create_array(
@@ -249,7 +253,7 @@ def write_study(
     maximum
         Largest value of the kept cells, below 2^24; infinity where values need not be whole.
     frame
-        `obs`, `vocabulary`, `measured` and `coordinates` for `write_frame`, the rows being the kept cells.
+        `obs`, `vocabulary`, `measured`, `coordinates` and `scale` for `write_frame`, the rows being the kept cells.
 
     Returns
     -------
@@ -278,7 +282,9 @@ def write_study(
         shape = (len(lengths), len(vocabulary))
         array = create_array(path / "X/indptr", "int64", indptr.shape, _ROW_CHUNK, _ROW_CHUNK * 128, -1)
         array[...].write(indptr).result()
-        write_frame(path, frame["obs"], vocabulary, totals, frame["measured"], frame["coordinates"], shape)
+        write_frame(
+            path, frame["obs"], vocabulary, totals, frame["measured"], frame["coordinates"], frame["scale"], shape
+        )  # fmt: skip
     return {
         "n_cells": shape[0],
         "nnz": nnz,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_FUNCTIONS = {"to_orthologues": "sct.pp.orthologues"}
+_FUNCTIONS = {"spatial_scale": "sct.pp.spatial", "to_orthologues": "sct.pp.orthologues"}
 
-__all__ = ["to_orthologues"]
+__all__ = ["spatial_scale", "to_orthologues"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 
 from sct.data.bags import BagOptions, BagSource
 from sct.data.cells import Cells, CellStudy
+from sct.data.coordinates import SCALES
 from sct.data.genes import GeneVocabulary
 from sct.data.store import SPLITS, Store
 from sct.errors import ConfigError, DataError, SctError
@@ -281,6 +282,8 @@ def _divided(cells: ad.AnnData, data: DataOptions, name: str) -> list[tuple[str,
                 rows = np.sort(rows[np.argsort(distance, kind="stable")[: data.max_cells]])
         # Always a copy: results are written into it.
         part = cells[rows].to_memory() if cells.isbacked else cells[rows].copy()
+        part.uns = {key: value for key, value in part.uns.items() if key != SCALES}
+        running.keep_scales(part, [dataclasses.replace(section, name="")], None, spatial_key)
         parts.append((f"{name}.{section.name}" if section.name else name, part))
     return parts
 
@@ -296,6 +299,8 @@ def part_of(name: str, study: ad.AnnData, vocabulary: GeneVocabulary, data: Data
         )  # fmt: skip
 
     made = table(study)
+    if made.sections[0].scale is not None:
+        running.keep_scales(study, made.sections, None, data.spatial_key)
     filled = made.cell_totals > 0
     if not filled.any():
         raise DataError(f"{name} has no count of the model's genes: give other cells.")

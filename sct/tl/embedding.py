@@ -85,6 +85,7 @@ def embed(
         embedding[one.rows[one.counted]] = one.outputs["cell_embedding"][one.counted]
     target = running.to_write(adata, copy)
     target.obsm[key_added] = embedding
+    running.keep_scales(target, parts, batch_key, spatial_key)
     target.uns[key_added] = running.record(
         handle, cells, cells_per_bag=size, batch_key=batch_key, spatial_key=spatial_key,
         context=context if spatial_key is not None else "random", seed=seed,

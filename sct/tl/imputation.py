@@ -119,6 +119,7 @@ def impute(
     result = _predict(handle, table, orders, wanted, everywhere, hidden_genes, batch_size)
     target = running.to_write(adata, copy)
     there = _write(target, table, column, wanted, names, everywhere, result, key_added, handle)
+    running.keep_scales(target, sections, batch_key, spatial_key)
     target.uns[key_added] = dict(
         running.record(
             handle, table, cells_per_bag=size, batch_key=batch_key, spatial_key=spatial_key, seed=seed,

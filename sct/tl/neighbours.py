@@ -51,13 +51,16 @@ def spatial_neighbors(
         raise ConfigError(f"cells_per_bag is {cells_per_bag}, but at least 1 is needed.")
     found = np.full((adata.n_obs, cells_per_bag), -1, np.int64)
     radius = np.zeros(adata.n_obs, np.float32)
-    for section in running.sections(adata, batch_key, spatial_key):
+    sections = running.sections(adata, batch_key, spatial_key)
+    for section in sections:
         rows = section.rows
+        assert section.places is not None
+        near = neighbours(section.places, cells_per_bag)
         places = np.asarray(adata.obsm[spatial_key], np.float64)[rows]
-        near = neighbours(places, cells_per_bag)
         found[rows, : near.shape[1]] = rows[near]
         radius[rows] = np.linalg.norm(places[near[:, -1]] - places, axis=1)
     target = running.to_write(adata, copy)
+    running.keep_scales(target, sections, batch_key, spatial_key)
     target.obsm[key_added] = found
     target.obs[f"{key_added}_radius"] = radius
     target.uns[key_added] = {

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sct.data.bag_order import BagOrder, centred_order, random_order, tile_order
 from sct.data.bags import BagOptions, BagSource
 from sct.data.cells import Cells, CellStudy, Section
-from sct.data.coordinates import rescale_coordinates
+from sct.data.coordinates import SCALES, Scale, doubts, read_scales, write_scales
 from sct.errors import ConfigError, DataError
 from sct.progress import progress
 from sct.version import __version__
@@ -89,6 +89,9 @@ def to_write(adata: ad.AnnData, copy: bool) -> ad.AnnData:
 def sections(adata: ad.AnnData, batch_key: str | None, spatial_key: str | None) -> list[Section]:
     """Divide cells by a column of obs, in the order of their first cells.
 
+    Positions are rescaled by section, see `sct.data.coordinates.Scale`: by the scale that `uns` has of it, so that
+    a part of a section lies as in the whole, or by that of the cells given. Warns where positions look wrong.
+
     Raises
     ------
     DataError
@@ -113,14 +116,33 @@ def sections(adata: ad.AnnData, batch_key: str | None, spatial_key: str | None) 
             f"obsm has no {spatial_key!r}, {known}: name the key of the positions (spatial_key=...)."
         )
     given = np.asarray(adata.obsm[spatial_key])
+    known_scales = read_scales(adata.uns, spatial_key, batch_key)
     found = []
     for name, rows in parts:
+        where = f"obsm[{spatial_key!r}]{f' of {name}' if name else ''}"
+        scale, places = known_scales.get(name), given[rows]
         try:
-            places = rescale_coordinates(given[rows])
+            if scale is None or not scale.holds(places):
+                scale = Scale.of(places)
+            section = Section(name, rows, scale.apply(places), scale)
         except DataError as error:
-            raise DataError(f"obsm[{spatial_key!r}]{f' of {name}' if name else ''}: {error}") from error
-        found.append(Section(name, rows, places))
+            raise DataError(f"{where}: {error}") from error
+        if len(rows) == scale.cells:
+            for doubt in doubts(places, adata.obs.iloc[rows], "batch_key={!r}"):
+                warnings.warn(f"{where}: {doubt}", UserWarning, stacklevel=3)
+        found.append(section)
     return found
+
+
+def keep_scales(
+    target: ad.AnnData, sections: Sequence[Section], batch_key: str | None, spatial_key: str | None
+) -> None:
+    """Write the scales of sections into `uns`, where parts of `target` keep them."""
+    scales = {section.name: section.scale for section in sections if section.scale is not None}
+    if spatial_key is not None and scales:
+        target.uns[SCALES] = {
+            **target.uns.get(SCALES, {}), spatial_key: write_scales(scales, batch_key),
+        }  # fmt: skip
 
 
 def column(adata: ad.AnnData, name: str, what: str) -> Any:

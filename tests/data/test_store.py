@@ -9,14 +9,17 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pytest
+import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_inputs import expected_counts, make_adata, small_vocabulary
 
+from sct.data.coordinates import rescale_coordinates
 from sct.data.genes import GeneVocabulary
 from sct.data.ingest import IngestOptions, ingest
 from sct.data.store import Store
 from sct.errors import StoreError
+from sct.tl.running import sections
 
 INPUTS = {"plain": make_adata(400), "plane": make_adata(130, seed=1, spatial=True)}
 
@@ -257,3 +260,28 @@ def test_damaged_tables_are_errors(copied: Path) -> None:
         study.obs()
     with pytest.raises(StoreError, match=r"plane\.zarr cannot be read"):
         study.to_anndata()
+
+
+def test_the_scale_is_that_of_all_cells_of_the_section(tmp_path: Path) -> None:
+    adata = make_adata(60, seed=2, spatial=True)
+    corner = np.argmax(adata.obsm["spatial"][:, 0])
+    counts = adata.X.toarray()
+    counts[corner] = 0  # an ingest drops it, and the others keep their place
+    adata.X = sp.csr_matrix(counts)
+    del adata.obs["batch"]
+    ingest([("plane", adata)], tmp_path / "store", vocabulary=small_vocabulary(), options=IngestOptions())
+    study = Store.open(tmp_path / "store").studies[0]
+    assert study.n_cells == 59
+    names = list(study.obs().index)
+    whole = rescale_coordinates(adata.obsm["spatial"].astype(np.float32))
+    at = [adata.obs_names.get_loc(name) for name in names]
+    np.testing.assert_array_equal(study.rescaled_coordinates(), whole[at])
+    (section,) = sections(study.to_anndata(), None, "spatial")
+    np.testing.assert_array_equal(section.places, whole[at])
+    # A store that an earlier version wrote has no scale, and means what it meant: the box around its own cells.
+    shutil.rmtree(study.path / "uns" / "sct_sections")
+    own = rescale_coordinates(np.asarray(study.coordinates))
+    assert np.abs(own - whole[at]).max() > 1e-3
+    np.testing.assert_array_equal(study.rescaled_coordinates(), own)
+    (section,) = sections(study.to_anndata(), None, "spatial")
+    np.testing.assert_array_equal(section.places, own)

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import sparse
 
 import sct
+from sct.data.coordinates import rescale_coordinates
 from sct.data.genes import GeneVocabulary
 from sct.data.ingest import IngestOptions, ingest
 from sct.errors import ConfigError, DataError, StoreError
-from sct.tl.benchmarking import BenchmarkOptions
+from sct.tl import running
+from sct.tl.benchmarking import BenchmarkOptions, DataOptions, open_cells, part_of
 from tests.tl.conftest import made, slide
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -195,3 +198,26 @@ def test_the_configuration_and_the_options_have_the_same_fields():
         else:
             assert value == field.default, field.name
     assert not written
+
+
+def test_a_part_of_a_section_is_measured_as_it_lies_in_the_whole():
+    cells = slide()
+    del cells.obs["batch"]
+    counts = cells.X.toarray()
+    counts[::5] = 0  # left out
+    cells.X = sparse.csr_matrix(counts)
+    whole = rescale_coordinates(cells.obsm["spatial"])
+    model = made(use_spatial=True)
+    for key, most in (("", 0), ("", 20), ("half", 10)):
+        cells.obs["half"] = np.where(np.arange(cells.n_obs) < 22, "a", "b")
+        options = DataOptions(path="x", max_cells=most, study_key=key)
+        (name, study), *more = open_cells(options, cells)[0]
+        part = part_of(name, study, model.vocabulary, options)
+        at = cells.obs_names.get_indexer(part.adata.obs_names)
+        expected = whole if not key else rescale_coordinates(cells.obsm["spatial"][:22])
+        places = part.table.sections[0].places
+        np.testing.assert_array_equal(places, expected[at])
+        assert len(at) == len(places) <= (most or 36)
+        again = running.sections(part.adata, None, "spatial")  # as sct.tl.embed divides them
+        np.testing.assert_array_equal(again[0].places, places)
+        assert len(more) == bool(key)

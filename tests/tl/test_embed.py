@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+
 import anndata as ad
 import numpy as np
 import pytest
 import scipy.sparse as sp
 
 import sct
-from sct.data.bag_order import random_order
+from sct.data.bag_order import random_order, tile_order
+from sct.data.coordinates import rescale_coordinates
 from sct.data.tokenize import bin_counts, noisy_genes
 from sct.errors import ConfigError, DataError
+from sct.tl.running import sections
 from tests.tl.conftest import BAG, CELLS, made
 
 
@@ -269,3 +273,68 @@ def test_the_weights_are_named(adata, model):
     other = made(use_spatial=True)
     sct.tl.embed(adata, model)
     assert adata.uns["X_sct"]["weights"] == model.fingerprint == made().fingerprint != other.fingerprint
+
+
+def by_hand(model, cells, places: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Embeddings (rows, D) of one bag at given positions."""
+    counts = model.genes.align(cells.var).project(cells.X)
+    drop = noisy_genes(np.asarray(counts.sum(axis=0)).ravel(), cells.n_obs)
+    tokens = bin_counts(counts[rows], num_positions=64, drop=drop).tokens[None]
+    return np.asarray(model.apply(tokens=tokens, coordinates=places[rows][None])["cell_embedding"])[0]
+
+
+def test_a_part_of_a_section_is_embedded_as_it_lies_in_the_whole(adata, spatial_model):
+    whole = adata.copy()
+    sct.tl.embed(whole, spatial_model, spatial_key="spatial")
+    chosen = np.arange(10, 10 + BAG)
+    places = rescale_coordinates(adata.obsm["spatial"])
+    part, alone = whole[chosen].copy(), adata[chosen].copy()
+    order = tile_order(np.arange(BAG), places[chosen], BAG).rows
+    expected = by_hand(spatial_model, part, places[chosen], order)
+    got = embedded(part, spatial_model, spatial_key="spatial")
+    np.testing.assert_allclose(got[order], expected, rtol=1e-5, atol=1e-5)
+    without = embedded(alone, spatial_model, spatial_key="spatial")
+    assert np.abs(without - got).max() > 1e-3, "a part that has lost its section is another section"
+    prepared = sct.pp.spatial_scale(adata)[chosen].copy()
+    np.testing.assert_array_equal(embedded(prepared, spatial_model, spatial_key="spatial"), got)
+    assert "sct_sections" not in adata.uns, "a new AnnData is returned"
+
+
+def test_a_scale_survives_a_file_and_is_one_of_its_batch(adata, spatial_model, tmp_path):
+    options = {"spatial_key": "spatial", "batch_key": "batch"}
+    kept = sct.pp.spatial_scale(adata, batch_key="batch")
+    part = kept[::2].copy()
+    part.write_h5ad(tmp_path / "part.h5ad")
+    read = ad.read_h5ad(tmp_path / "part.h5ad")
+    backed = ad.read_h5ad(tmp_path / "part.h5ad", backed="r")
+    expected = embedded(part, spatial_model, **options)
+    np.testing.assert_array_equal(embedded(read, spatial_model, **options), expected)
+    sct.tl.embed(backed, spatial_model, **options)
+    np.testing.assert_array_equal(backed.obsm["X_sct"], expected)
+    for section in sections(part, "batch", "spatial"):
+        of_whole = (adata.obs["batch"] == section.name).to_numpy()
+        whole = rescale_coordinates(adata.obsm["spatial"][of_whole])
+        names = list(adata.obs_names[of_whole])
+        at = [names.index(name) for name in part.obs_names[section.rows]]
+        np.testing.assert_array_equal(section.places, whole[at])
+    moved = part.copy()
+    moved.obsm["spatial"] = part.obsm["spatial"] - 1e6  # not those that the scale was made of
+    np.testing.assert_allclose(
+        np.concatenate([s.places for s in sections(moved, "batch", "spatial")]).min(), 0
+    )
+
+
+def test_positions_that_look_wrong_warn(adata, model):
+    stray = adata.copy()
+    stray.obsm["spatial"][7] = 1e9
+    with pytest.warns(UserWarning, match="1 of 45 cells lie up to"):
+        sct.tl.embed(stray, model, spatial_key="spatial")
+    del adata.obs["batch"]  # of every third cell
+    twice = ad.concat([adata, adata], index_unique="-")
+    twice.obs["library_id"] = np.repeat(["a", "b"], CELLS)
+    with pytest.warns(UserWarning, match="batch_key='library_id'") as caught:
+        sct.tl.embed(twice, model, spatial_key="spatial")
+    assert len(caught) == 1, [str(each.message) for each in caught]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sct.tl.embed(twice, model, spatial_key="spatial", batch_key="library_id")

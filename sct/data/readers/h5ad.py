@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as sp
 
+from sct.data.coordinates import SPATIAL_KEY
 from sct.data.counts import CountsChecker
 from sct.data.readers.stream import Matrix, Source, guarded
 from sct.errors import DataError
@@ -89,10 +90,6 @@ def _stored_matrix(element: Any) -> Matrix | None:
     shape = element.attrs["shape"] if "shape" in element.attrs else element.attrs["h5sparse_shape"]
     rows, columns = (int(each) for each in shape)
     return Matrix(kind[:3], (rows, columns), element["data"], element["indices"], element["indptr"])
-
-
-# Where scverse tools keep coordinates; looked for without being asked.
-SPATIAL_KEY = "spatial"
 
 
 def anndata_source(label: str, parts: Parts, layer: str | None, spatial_key: str) -> Source:
