@@ -10,14 +10,15 @@ INPUTS := pyproject.toml $(wildcard constraints/*.txt)
 # Tests choose their own devices: what the shell says to JAX must not change them.
 QUIET_ENV = env $(foreach name,$(filter JAX_% XLA_%,$(.VARIABLES)),-u $(name))
 
-.PHONY: help quickstart install test test-all lint format wheel clean
+.PHONY: help quickstart install test test-most test-all lint format wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   install into .venv and train sCT on real blood cells (minutes on two cores)"
 	@echo "make install      install into .venv, with what the tests and linters need"
-	@echo "make test         run the tests, without the slow ones, two at once; PYTEST_ARGS='-n 4 tests/data' instead"
-	@echo "make test-all     run all tests"
+	@echo "make test         run the quick tests, two at once (minutes); PYTEST_ARGS='-n 4 tests/data' instead"
+	@echo "make test-most    run the slow tests as well (within an hour), but for the slowest"
+	@echo "make test-all     run all tests, compiled as for a user (hours)"
 	@echo "make lint         check style and types"
 	@echo "make format       format the code"
 	@echo "make wheel        build dist/*.whl"
@@ -29,10 +30,13 @@ quickstart: $(VENV)/.cells
 install: $(VENV)/.test
 
 test: $(VENV)/.test
-	@$(QUIET_ENV) $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	@$(QUIET_ENV) $(BIN)/python -m pytest -m "not slow and not slowest" $(PYTEST_ARGS)
+
+test-most: $(VENV)/.test
+	@$(QUIET_ENV) $(BIN)/python -m pytest -m "not slowest" $(PYTEST_ARGS)
 
 test-all: $(VENV)/.test
-	@$(QUIET_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(QUIET_ENV) SCT_TESTS_COMPILE=full $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.test
 	@$(BIN)/ruff check -q .

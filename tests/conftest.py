@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
 import pytest
 
+from tests.quick import prepare
+
 ROOT = Path(__file__).resolve().parents[1]
 
-# Tests compile the same small programs over and over, in many processes.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "xla"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+prepare()
+# Tracing makes very many objects that all live on: looking through them took a tenth of the time of tests.
+gc.set_threshold(100_000, 50, 100)
 
 
 def _optional(env: str, folder: str) -> Path:

@@ -23,12 +23,8 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("notebooks")
 
 
-# The second and later ones are of the same kind: trained, loaded, and drawn.
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=[pytest.mark.slow] * (path != NOTEBOOKS[0])) for path in NOTEBOOKS],
-    ids=lambda path: path.stem,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, folder, monkeypatch):
     from nbclient import NotebookClient
 

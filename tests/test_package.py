@@ -529,6 +529,7 @@ def test_installed_commands_list_their_flags(installed, tmp_path):
         assert shown.stdout.count(flag) > in_text, command
 
 
+@pytest.mark.slow
 def test_installed_command_trains(installed, tmp_path):
     pytest.importorskip("scanpy", reason="the real cells come with scanpy: make install brings it")
     small = {
@@ -553,7 +554,7 @@ def test_installed_command_trains(installed, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.slowest
 def test_full_install_from_the_index(wheel, tmp_path):
     venv.create(tmp_path / "venv", with_pip=True, symlinks=True)
     constraints = ROOT / "constraints" / "py{}{}.txt".format(*sys.version_info[:2])

@@ -27,7 +27,6 @@ from sct.tl.benchmarking import read_options
 from sct.train.loop import train
 from tests.data.text.test_instructions import ABSTRACT
 from tests.data.text.toy_texts import GENES, vocabulary
-from tests.quick import compiled_quickly
 from tests.tl.test_asking import asked  # noqa: F401  (a model, as a fixture)
 
 COLUMNS = {
@@ -37,12 +36,6 @@ COLUMNS = {
     "normal": ("normal",),
     "rare_share": 0.1,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quickly():
-    with compiled_quickly():
-        yield
 
 
 def table(n: int = 90, seed: int = 0) -> ad.AnnData:
@@ -93,23 +86,30 @@ def gene_sets(path: Path) -> Path:
     return path
 
 
-def test_all_methods_answer_about_the_same_cells(asked, tmp_path):  # noqa: F811
+TASKS = ("cta", "rci", "tcd", "cpi")
+
+
+@pytest.mark.parametrize(
+    "tasks", [("cta", "cpi"), pytest.param(TASKS, marks=pytest.mark.slow)], ids=["two", "all"]
+)
+def test_all_methods_answer_about_the_same_cells(asked, tmp_path, tasks):  # noqa: F811
     pytest.importorskip("decoupler")
     pathways = {"file": str(gene_sets(tmp_path / "sets.gmt"))}
-    given = config(tmp_path / "out", tasks=("cta", "rci", "tcd", "cpi"), pathways=pathways)
+    given = config(tmp_path / "out", tasks=tasks, pathways=pathways)
     cells = table()
     before, weights = cells.copy(), jax.device_get(flatten(asked.variables))
     reports = instructions.benchmark(given, cells, asked)
     assert [each.title.split(".")[0] for each in reports] == [
-        f"cells: {name}" for name in instructions.TITLES.values()
+        f"cells: {name}" for task, name in instructions.TITLES.items() if task in tasks
     ]
     numbers = json.loads((tmp_path / "out" / "results.json").read_text())["cells"]
     shared = {instructions.ZERO, instructions.OTHERS, "2-shot", labels.LOGISTIC, f"{labels.LOGISTIC}, 2-shot"}
-    for task in ("cta", "rci", "tcd", "cpi"):
+    assert set(numbers) == set(tasks)
+    for task in tasks:
         assert shared <= set(numbers[task])
     assert marker_scores.NAME in numbers["cta"]
-    assert 'F1 of "Yes"' in numbers["rci"][instructions.ZERO]
-    assert 'F1 of "tumour cell"' in numbers["tcd"][instructions.ZERO]
+    for task, answer in (("rci", "Yes"), ("tcd", "tumour cell")):
+        assert task not in tasks or f'F1 of "{answer}"' in numbers[task][instructions.ZERO]
     # Types show in the genes: what looks at them is right, from two cells of each as well.
     for method in (labels.LOGISTIC, f"{labels.LOGISTIC}, 2-shot", marker_scores.NAME):
         assert numbers["cta"][method]["accuracy"][0] > 0.9, method
@@ -365,7 +365,7 @@ def test_cells_are_drawn_of_each_answer_or_in_all():
     assert drawn(answers, 3, False, 0).tolist() == drawn(answers, 3, False, 0).tolist()
     assert all(answers[i] for seed in range(5) for i in drawn(answers, 3, False, seed))
     assert {tuple(drawn(answers, 1, True, seed)) for seed in range(20)} != {tuple(drawn(answers, 1, True, 0))}
-    with pytest.raises(ConfigError, match="no cell of the part to tune on has an answer"):
+    with pytest.raises(ConfigError, match="tune"):
         drawn(["", ""], 1, True, 0)
 
 
@@ -380,29 +380,29 @@ def test_what_cannot_be_measured_is_said(asked, tmp_path):  # noqa: F811
     del given["data"]["disease"]
     nameless = cells.copy()
     del nameless.uns["abstract"]
-    with pytest.raises(ConfigError, match=r"cells has no abstract: put it into adata.uns\['abstract'\]"):
+    with pytest.raises(ConfigError, match=r"adata\.uns\['abstract'\]"):
         instructions.benchmark(given, nameless, asked)
     for changes, words in (
-        ({"tasks": ("abc",)}, "choose from cta, rci, tcd, cpi"),
-        ({"shots": (0,)}, "zero shots are measured always"),
-        ({"shots": 5}, "shots is 5, but a list"),
-        ({"tasks": ("cpi",)}, "tasks has cpi: name a GMT file"),
-        ({"tasks": ("tcd",), "data": {"disease": ""}}, "tasks has tcd: name the column"),
-        ({"data": {"disease": "diseas"}}, "no column 'diseas', only 'cell_type', 'disease'"),
-        ({"data": {"cell_type": "celltype"}}, "no column 'celltype'"),
+        ({"tasks": ("abc",)}, "cta, rci, tcd, cpi"),
+        ({"shots": (0,)}, "zero"),
+        ({"shots": 5}, "shots"),
+        ({"tasks": ("cpi",)}, "tasks"),
+        ({"tasks": ("tcd",), "data": {"disease": ""}}, "tasks"),
+        ({"data": {"disease": "diseas"}}, r"'diseas'.*'cell_type', 'disease'"),
+        ({"data": {"cell_type": "celltype"}}, "'celltype'"),
         ({"pathways": {"file": "nowhere.gmt"}}, "cannot be read"),
-        ({"seeds": 0}, "seeds is 0"),
-        ({"tuning": {"steps": 0}}, "tuning.steps is 0"),
-        ({"data": {"share": 1.5}}, "data.share is 1.5"),
-        ({"data": {"group_key": "patient"}}, "no column 'patient'"),
+        ({"seeds": 0}, "seeds"),
+        ({"tuning": {"steps": 0}}, "tuning.steps"),
+        ({"data": {"share": 1.5}}, "share"),
+        ({"data": {"group_key": "patient"}}, "'patient'"),
     ):
         values = config(tmp_path / "out")
         for name, value in changes.items():
             values[name] = {**values[name], **value} if isinstance(value, dict) else value
         with pytest.raises((ConfigError, DataError), match=words):
             instructions.benchmark(values, cells, asked)
-    with pytest.raises(ConfigError, match="say which model to ask"):
+    with pytest.raises(ConfigError, match=r"--config\.model"):
         instructions.benchmark(given, cells)
-    with pytest.raises(ConfigError, match="say what to ask about"):
+    with pytest.raises(ConfigError, match=r"--config\.data\.path"):
         instructions.benchmark(given, None, asked)
     assert few_shot.TuningOptions().steps == get_config().tuning.steps

@@ -43,7 +43,7 @@ def genes_of(adata: ad.AnnData) -> np.ndarray:
 def test_a_store_of_activity_holds_the_values(kind, tmp_path):
     adata = activity()
     path = write_as(adata, kind, tmp_path)
-    with pytest.raises(DataError, match=r"no raw counts .*not integers"):
+    with pytest.raises(DataError, match=r"sample\.h5ad.*integer"):
         run([path], tmp_path / "store")
     report = run([path], tmp_path / "store", values="activity")
     assert any("are taken for activity, not for counts, so only ZerOmics" in note for note in report.notes)
@@ -97,7 +97,7 @@ def test_training_on_counts_refuses_it_before_it_begins(tmp_path):
     run(
         [write_as(activity(), "csr", tmp_path, "atac")], tmp_path / "store", values="activity", test=("atac",)
     )
-    with pytest.raises(StoreError, match=r"'atac' .* holds activity, not counts"):
+    with pytest.raises(StoreError, match=r"'atac' .*activity"):
         MaskedExpression(MaskedExpressionConfig(), model, bags, Store.open(tmp_path / "store"))
 
 
@@ -147,12 +147,12 @@ def test_cells_of_a_table(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda x: -x, "negative values"),
-        (lambda x: x * np.nan, "NaN values"),
-        (lambda x: x * np.inf, "values in one block"),
-        (lambda x: x * 1e-42, "too small or too large for float32"),
-        (lambda x: x * 1e39, "too small or too large for float32"),
-        (lambda x: x * 0, "no count at all"),
+        (lambda x: -x, "negative"),
+        (lambda x: x * np.nan, "NaN"),
+        (lambda x: x * np.inf, "block"),
+        (lambda x: x * 1e-42, "float32"),
+        (lambda x: x * 1e39, "float32"),
+        (lambda x: x * 0, "no count"),
     ],
 )
 def test_what_is_no_activity(change, words, tmp_path):
@@ -167,7 +167,7 @@ def test_what_is_no_activity(change, words, tmp_path):
 
 
 def test_the_default_is_counts():
-    with pytest.raises(DataError, match="raw counts are needed"):
+    with pytest.raises(DataError, match="raw counts"):
         validate(activity())
     for wrong in (
         lambda: validate(activity(), values="fragments"),
@@ -178,7 +178,7 @@ def test_the_default_is_counts():
             wrong()
     adata = activity()
     del adata.X
-    with pytest.raises(DataError, match="there is no X; activities are"):
+    with pytest.raises(DataError, match="no X"):
         validate(adata, values="activity")
 
 

@@ -202,7 +202,7 @@ def test_rescaling_keeps_the_aspect():
 def test_coordinates_of_one_place_are_zero_and_wrong_ones_refused():
     np.testing.assert_array_equal(rescale_coordinates(np.full((3, 2), 7.0)), np.zeros((3, 2)))
     for bad in (np.zeros((3, 3)), np.zeros(3), np.array([[0.0, np.nan]]), np.array([[np.inf, 0.0]])):
-        with pytest.raises(DataError, match=r"coordinates (have the shape|\(the first is row 0\))"):
+        with pytest.raises(DataError, match=r"shape|row 0"):
             rescale_coordinates(bad)
 
 
@@ -296,10 +296,10 @@ def test_describe_names_study_and_rows():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cells_per_bag": 0}, "cells_per_bag is 0"),
-        ({"num_bins": 1}, "num_bins is 1"),
-        ({"num_bins": 255}, "num_bins is 255"),
-        ({"seed": -1}, "seed of bags is -1"),
+        ({"cells_per_bag": 0}, "cells_per_bag"),
+        ({"num_bins": 1}, "num_bins"),
+        ({"num_bins": 255}, "num_bins"),
+        ({"seed": -1}, "seed"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):
@@ -310,7 +310,7 @@ def test_options_that_cannot_be_are_refused(options, message):
 def test_no_studies_and_too_few_positions_are_refused():
     with pytest.raises(ConfigError, match="no study"):
         BagSource([], BagOptions())
-    with pytest.raises(DataError, match="12 genes, but the model has only 8"):
+    with pytest.raises(DataError, match="12 genes"):
         BagSource([toy_study(9)], BagOptions(3, 8)).bag(0)
 
 

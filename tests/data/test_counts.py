@@ -90,7 +90,7 @@ def test_floats_that_are_integers_become_these_integers(raw, form):
 def test_any_integers_are_accepted_unless_all_are_zero(values, dtype):
     adata = anndata(sparse.csc_matrix(values.astype(dtype)))
     if not values.any():
-        with pytest.raises(DataError, match="no count at all"):
+        with pytest.raises(DataError, match="no count"):
             validate(adata)
         return
     found = validate(adata)
@@ -198,7 +198,7 @@ def test_repeated_cell_names_are_refused_with_the_way_out(raw):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # anndata warns too
         adata.obs_names = ["a", "a", "b", "b", *adata.obs_names[4:]]
-    with pytest.raises(DataError, match=r"2 cell names .*\(a, b\).*adata.obs_names_make_unique"):
+    with pytest.raises(DataError, match=r"\(a, b\).*obs_names_make_unique"):
         validate(adata)
 
 
@@ -252,9 +252,9 @@ def test_layer_forces_the_place(raw):
     assert validate(adata, layer="X").source == "X"
     with pytest.raises(DataError, match=r'layers\["scaled"\] holds'):
         validate(adata, layer="scaled")
-    with pytest.raises(DataError, match="no layer 'spliced' but 'umi', 'scaled'"):
+    with pytest.raises(DataError, match=r"'spliced'.*'umi', 'scaled'"):
         validate(adata, layer="spliced")
-    with pytest.raises(DataError, match=r"no layer 'raw\.X'"):
+    with pytest.raises(DataError, match=r"layer 'raw\.X'"):
         validate(anndata(raw), layer="raw.X")
 
 
@@ -263,7 +263,7 @@ def test_without_x_the_layer_is_taken(raw):
         obs=pd.DataFrame(index=[str(i) for i in range(N_CELLS)]),
         var=pd.DataFrame(index=[str(i) for i in range(N_GENES)]),
     )
-    with pytest.raises(DataError, match=r"no X, adata\.raw or layers"):
+    with pytest.raises(DataError, match="no X"):
         validate(adata)
     adata.layers["counts"] = raw
     assert validate(adata).source == 'layers["counts"]'
@@ -298,7 +298,7 @@ def test_a_backed_file_is_checked_and_left_on_disk(raw, form, tmp_path, block_va
 def test_a_wrong_value_anywhere_in_a_backed_file_is_found(raw, form, tmp_path, block_values):
     raw[33, 27] = 0.25
     anndata(FORMS[form](raw)).write_h5ad(tmp_path / "cells.h5ad")
-    with pytest.raises(DataError, match=r"not integers \(e.g. 0.25\)"):
+    with pytest.raises(DataError, match=r"0\.25"):
         validate(ad.read_h5ad(tmp_path / "cells.h5ad", backed="r"))
 
 
@@ -326,14 +326,14 @@ def test_a_stream_is_refused_at_its_first_wrong_block(raw):
     assert checker.n_nonzero == np.count_nonzero(raw[:21])
     assert checker.maximum == raw[:21].max()
     checker.finish()
-    with pytest.raises(DataError, match=r"^X of cells\.h5ad holds negative"):
+    with pytest.raises(DataError, match=r"X of cells\.h5ad .*negative"):
         checker.update(-raw[21:])
 
 
 def test_a_stream_without_counts_is_refused_at_its_end():
     checker = CountsChecker("X")
     checker.update(np.zeros(5))
-    with pytest.raises(DataError, match="every cell is empty"):
+    with pytest.raises(DataError, match="every cell"):
         checker.finish()
 
 
@@ -356,5 +356,5 @@ def test_real_counts_are_accepted_and_real_tpm_is_refused(shared_data):
     assert pbmc.messages == ()
     glioma = shared_data / "unlabelled" / "glioma_oligo_tirosh.h5ad"
     for adata in (ad.read_h5ad(glioma), ad.read_h5ad(glioma, backed="r")):
-        with pytest.raises(DataError, match="X holds values that are not integers"):
+        with pytest.raises(DataError, match="integers"):
             validate(adata)

@@ -200,7 +200,7 @@ def test_from_ids_takes_any_order_and_any_names():
         (([""],), "neither"),
         ((["a", float("nan")],), "missing name"),
         ((["a", 3],), "int"),
-        ((["a", "b"], ["a"]), "2 ids but 1 symbols"),
+        ((["a", "b"], ["a"]), "2 ids"),
         ((["a\tb"],), "tab"),
         (("ENSG00000141510",), "single text"),
         ((3,), "int"),
@@ -263,7 +263,7 @@ def test_damaged_file_is_an_error_with_file_and_line(damage, line, tmp_path):
 
 
 def test_absent_or_binary_file_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="No such file"):
+    with pytest.raises(DataError, match=r"no\.tsv"):
         GeneVocabulary.load(tmp_path / "no.tsv")
     (tmp_path / "binary.tsv").write_bytes(b"ensembl\n\xff\xfe")
     with pytest.raises(DataError, match=r"binary\.tsv line 2"):
@@ -376,7 +376,7 @@ def test_an_alias_of_a_gene_that_another_column_names_by_id_is_left_unused():
     ],
 )
 def test_real_duplicates_are_refused_unless_they_are_summed(names):
-    with pytest.raises(DataError, match=r'ENSG00000000001 as .* and .*duplicates="sum"'):
+    with pytest.raises(DataError, match=r'ENSG00000000001.*duplicates="sum"'):
         toy().align(names)
     aligned = toy().align(names, duplicates="sum")
     assert aligned.columns.tolist() == [0, 1, 0]
@@ -429,7 +429,7 @@ def test_project_is_a_product_with_the_map_of_columns(seed, dtype, doubled):
 
 
 def test_project_refuses_another_matrix():
-    with pytest.raises(DataError, match="4 genes were aligned"):
+    with pytest.raises(DataError, match=r"\(2, 3\) .*4 genes"):
         toy().align(["AAA", "BBB", "CCC", "DUP"]).project(np.ones((2, 3)))
 
 
@@ -462,11 +462,11 @@ def test_names_are_found_in_any_column_or_the_index():
 def test_column_forces_the_source():
     var = table()
     assert HUMAN.align(var, column="feature_name").source == 'column "feature_name" (symbols)'
-    with pytest.raises(DataError, match="only 0 of 50"):
+    with pytest.raises(DataError, match="0 of 50"):
         HUMAN.align(var, column="index")
-    with pytest.raises(DataError, match="no column 'genes' but 'n_cells', 'chromosome'"):
+    with pytest.raises(DataError, match=r"'genes' .*'n_cells', 'chromosome'"):
         HUMAN.align(var, column="genes")
-    with pytest.raises(DataError, match="needs var as a table"):
+    with pytest.raises(DataError, match="column='feature_name'"):
         HUMAN.align(list(var.index), column="feature_name")
 
 
@@ -485,11 +485,11 @@ def test_a_column_with_gaps_is_used_for_the_genes_it_names():
     [
         (["TP53", None], "missing name"),
         (["TP53", float("nan")], "missing name"),
-        (["TP53", 7], "7 .int. at position 1"),
+        (["TP53", 7], r"7 .int. .*1"),
         (["TP53", b"MYC"], "bytes"),
         (pd.Index([0, 1]), "int"),
         (pd.DataFrame({"n": [1.0, 2.0]}), "int"),
-        (pd.DataFrame({"n": ["TP53", 2]}, index=["a", "b"]), "only 0 of 2"),
+        (pd.DataFrame({"n": ["TP53", 2]}, index=["a", "b"]), "0 of 2"),
         ([], "no genes"),
         (pd.DataFrame(index=pd.Index([], dtype=str)), "no genes"),
         ("TP53", "single text"),
@@ -502,7 +502,7 @@ def test_what_is_no_list_of_genes_is_refused(var, message):
 
 
 def test_unknown_way_with_duplicates_is_refused():
-    with pytest.raises(DataError, match="'error' or 'sum'"):
+    with pytest.raises(DataError, match="duplicates"):
         HUMAN.align(["TP53"], duplicates="first")
 
 
@@ -523,7 +523,7 @@ def test_half_of_the_genes_is_enough(fraction):
 
 @pytest.mark.parametrize("fraction", [0.05, 0.49])
 def test_fewer_than_half_warns(fraction):
-    with pytest.warns(UserWarning, match="liver: only .* of 200 gene names") as caught:
+    with pytest.warns(UserWarning, match=r"liver: .* of 200") as caught:
         aligned = HUMAN.align(of_fraction(fraction), report_name="liver")
     assert caught[0].filename == __file__
     assert aligned.warning in aligned.summary()
@@ -531,7 +531,7 @@ def test_fewer_than_half_warns(fraction):
 
 
 def test_hardly_any_is_refused():
-    with pytest.raises(DataError, match="only 9 of 200"):
+    with pytest.raises(DataError, match="9 of 200"):
         HUMAN.align(of_fraction(0.045))
 
 
@@ -544,9 +544,9 @@ def test_genes_that_code_for_no_protein_do_not_count():
 
 def test_mouse_genes_are_recognised():
     symbols = [HUMAN.symbols[i].capitalize() for i in UNIQUE[:300]]
-    with pytest.raises(DataError, match="like mouse genes"):
+    with pytest.raises(DataError, match="mouse"):
         HUMAN.align(symbols)
-    with pytest.raises(DataError, match="like mouse genes"):
+    with pytest.raises(DataError, match="mouse"):
         HUMAN.align([f"ENSMUSG{i:011d}" for i in range(50)])
     with pytest.raises(DataError, match="another species"):
         HUMAN.align([f"ENSDARG{i:011d}" for i in range(50)])

@@ -112,7 +112,7 @@ def test_a_refused_ingest_leaves_the_store_as_it_was(table, tmp_path):
     rest = write_as(mouse_of(make_adata(40, 4)), "csr", tmp_path, "rest")
     run([mouse, rest], store, orthologues=str(table), test=("mouse",))
     before = Store.open(store).manifest
-    with pytest.raises(DataError, match="1 of 2 inputs were refused"):
+    with pytest.raises(DataError, match="1 of 2 inputs"):
         run([human, mouse], store)
     assert Store.open(store).manifest == before
     with pytest.raises(DataError):
@@ -130,9 +130,9 @@ def test_a_refused_ingest_leaves_the_store_as_it_was(table, tmp_path):
     assert run([mouse], store, orthologues=str(table)).kept == ("mouse",)
     # Where another study was replaced the old manifest is not true any more.
     write_as(make_adata(50, 3), "csr", tmp_path, "human")
-    with pytest.raises(DataError, match="1 of 2 inputs were refused"):
+    with pytest.raises(DataError, match="1 of 2 inputs"):
         run([human, mouse], store)
-    with pytest.raises(StoreError, match="run it again"):
+    with pytest.raises(StoreError, match=r"manifest\.json"):
         Store.open(store)
     run([human, mouse], store, skip_bad=True)
     assert [each.n_cells for each in Store.open(store).studies] == [50, 40, 40]
@@ -146,13 +146,11 @@ def test_options_of_ingests_without_a_table_mean_what_they_meant():
 def test_human_files_and_bad_tables_are_refused(table, tmp_path):
     human = write_as(make_adata(40, 1), "csr", tmp_path, "human")
     mouse = write_as(mouse_of(make_adata(40, 2)), "csr", tmp_path, "mouse")
-    with pytest.raises(
-        DataError, match=r"human\.h5ad: the genes are those of toy already .*out for this input"
-    ):
+    with pytest.raises(DataError, match=r"human\.h5ad: .*toy"):
         run([human], tmp_path / "store", orthologues=str(table))
-    with pytest.raises(DataError, match="1 of 2 inputs were refused"):
+    with pytest.raises(DataError, match="1 of 2 inputs"):
         run([human, mouse], tmp_path / "store", orthologues=str(table))
-    with pytest.raises(DataError, match=r"cannot read .*none\.tsv"):
+    with pytest.raises(DataError, match=r"none\.tsv"):
         run([mouse], tmp_path / "other", orthologues=str(tmp_path / "none.tsv"))
     assert not (tmp_path / "other").exists()
     for columns in (("mouse",), ("mouse", "human")):

@@ -55,7 +55,7 @@ def test_an_interrupted_ingest_resumes(
     count_jobs(monkeypatch, fail_on="b")
     with pytest.raises(KeyboardInterrupt):
         run(three, store)
-    with pytest.raises(StoreError, match="interrupted, refused or never run"):
+    with pytest.raises(StoreError, match=r"manifest\.json"):
         Store.open(store)
     # What a killed process leaves.
     (store / "studies/.b.partial/X").mkdir(parents=True)
@@ -202,7 +202,7 @@ def test_one_ingest_at_a_time(three: list[Path], tmp_path: Path) -> None:
     lock = os.open(store, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     try:
-        with pytest.raises(StoreError, match="another ingest is writing"):
+        with pytest.raises(StoreError, match="another ingest"):
             run(three, store)
     finally:
         os.close(lock)
@@ -212,7 +212,7 @@ def test_one_ingest_at_a_time(three: list[Path], tmp_path: Path) -> None:
 def test_another_vocabulary_needs_another_store(three: list[Path], tmp_path: Path) -> None:
     run(three[:1], tmp_path / "store")
     other = VOCABULARY.subset(VOCABULARY.ensembl_ids[:40])
-    with pytest.raises(StoreError, match="choose another output"):
+    with pytest.raises(StoreError, match=r"'toy'.*'toy, 40 of its genes'"):
         ingest(three[:1], tmp_path / "store", vocabulary=other)
     (tmp_path / "store/manifest.json").unlink()
     ingest(three[:1], tmp_path / "store", vocabulary=other)

@@ -101,10 +101,10 @@ def test_named_columns(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"source": "Gene name"}, "give both columns"),
-        ({"target": "Gene name"}, "give both columns"),
-        ({"source": "mouse", "target": "Gene name"}, "has no column 'mouse' among Gene stable ID"),
-        ({"source": "Gene name", "target": "man"}, "has no column 'man' among Gene stable ID"),
+        ({"source": "Gene name"}, "both"),
+        ({"target": "Gene name"}, "both"),
+        ({"source": "mouse", "target": "Gene name"}, r"'mouse'.*Gene stable ID"),
+        ({"source": "Gene name", "target": "man"}, r"'man'.*Gene stable ID"),
     ],
 )
 def test_named_columns_that_are_not_there(wrong, words, tmp_path):
@@ -157,9 +157,7 @@ def test_kinds_are_those_of_the_species(tmp_path):
     path = write(
         rows.rename(columns={"Gene name": "human", "Mouse gene name": "mouse"}), tmp_path / "odd.tsv"
     )
-    with pytest.raises(
-        DataError, match=r"several columns .*Mouse homology type, Rat homology type.*leave that"
-    ):
+    with pytest.raises(DataError, match="Mouse homology type, Rat homology type"):
         read_orthologues(path, source="mouse", target="human")
 
 
@@ -187,7 +185,7 @@ def test_a_pair_is_kept_where_neither_gene_has_another(tmp_path_factory, edges):
     left, right = Counter(a for a, _ in set(edges)), Counter(b for _, b in set(edges))
     expected = {mouse_id(a): HUMAN.ensembl_ids[b] for a, b in set(edges) if left[a] == right[b] == 1}
     if not expected:
-        with pytest.raises(DataError, match="no pair of genes that is one-to-one"):
+        with pytest.raises(DataError, match="one-to-one"):
             read_orthologues(path)
         return
     found = read_orthologues(path)
@@ -199,22 +197,22 @@ def test_a_pair_is_kept_where_neither_gene_has_another(tmp_path_factory, edges):
     ("text", "words"),
     [
         ("", "is empty"),
-        ("mouse\thuman\n", "is empty but for its header"),
-        ("mouse\nCd3d\n", "the one column 'mouse'"),
-        ("mouse\thuman\nCd3d\nMs4a1\tMS4A1\n", "line 2: found 1 fields where 2"),
-        ("mouse\thuman\nCd3d\tCD3D\tx\n", "line 2: found 3 fields where 2"),
-        ("mouse\thuman\nCd3d\tCD3D\nMs4a1\tMS4A1\tx\ty\n", "line 3: found 4 fields where 2"),
-        (f"{mouse_id(1)}\t{human_id('CD3D')}\n{mouse_id(2)}\t{human_id('LYZ')}\n", "not with a header"),
-        ("Cd3d\tCD3D\nMs4a1\tMS4A1\n", "begins with genes .*not with a header; add one"),
-        (f"human\tmacaque\n{human_id('CD3D')}\tCD3D\n", "in the column 'human' rather than in 'macaque'"),
-        ("human\tmouse\nCD3D\tCd3d\nLYZ\tLyz2\n", "in the column 'human' rather than in 'mouse'.*name the columns"),
-        ("mouse\trat\nCd3d\tCd3e\n", "hardly any of the 1 orthologues in the column 'rat'"),
-        ("key\thuman\n\tCD3D\n", "no gene in the column 'key'"),
+        ("mouse\thuman\n", "header"),
+        ("mouse\nCd3d\n", "'mouse'"),
+        ("mouse\thuman\nCd3d\nMs4a1\tMS4A1\n", r"line 2: .*1 field"),
+        ("mouse\thuman\nCd3d\tCD3D\tx\n", r"line 2: .*3 fields"),
+        ("mouse\thuman\nCd3d\tCD3D\nMs4a1\tMS4A1\tx\ty\n", r"line 3: .*4 fields"),
+        (f"{mouse_id(1)}\t{human_id('CD3D')}\n{mouse_id(2)}\t{human_id('LYZ')}\n", "header"),
+        ("Cd3d\tCD3D\nMs4a1\tMS4A1\n", "header"),
+        (f"human\tmacaque\n{human_id('CD3D')}\tCD3D\n", r"'human'.*'macaque'"),
+        ("human\tmouse\nCD3D\tCd3d\nLYZ\tLyz2\n", r"'human'.*'mouse'"),
+        ("mouse\trat\nCd3d\tCd3e\n", "'rat'"),
+        ("key\thuman\n\tCD3D\n", "'key'"),
         ("mouse\thuman\ttype\nCd3d\tCD3D\tx\n", ""),
-        ("mouse\thuman\thomology_type\nCd3d\tCD3D\tx\n", "no pair of the kind .* in the column 'homology_type' but x"),
-        ("gene\tgene\nCd3d\tCD3D\n", "more than one column 'gene'"),
+        ("mouse\thuman\thomology_type\nCd3d\tCD3D\tx\n", r"'homology_type'.*x"),
+        ("gene\tgene\nCd3d\tCD3D\n", "'gene'"),
         ('mouse\thuman\n"Cd3d\tCD3D\n', "unexpected end of data"),
-        ("Gene name\tHuman gene name\tRat gene name\nCd3d\tCD3D\tCd3d\n", "genes of several species"),
+        ("Gene name\tHuman gene name\tRat gene name\nCd3d\tCD3D\tCd3d\n", "several species"),
     ],
 )  # fmt: skip
 def test_tables_that_cannot_be_used(text, words, tmp_path):
@@ -229,7 +227,7 @@ def test_tables_that_cannot_be_used(text, words, tmp_path):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(DataError, match=r"cannot read .*no\.tsv"):
+    with pytest.raises(DataError, match=r"no\.tsv"):
         read_orthologues(tmp_path / "no.tsv")
     (tmp_path / "bad.tsv.gz").write_bytes(b"mouse\thuman\n")
     with pytest.raises(DataError, match="cannot read"):
@@ -268,7 +266,7 @@ def test_names_are_found_where_most_of_them_are(table):
     assert map_orthologues(var, table, column="index").source == "index (symbols)"
     var["ids"] = [mouse_id(0), "", "", ""]  # too few
     assert map_orthologues(var, table).source == "index (symbols)"
-    with pytest.raises(DataError, match="no column 'none'"):
+    with pytest.raises(DataError, match="'none'"):
         map_orthologues(var, table, column="none")
 
 
@@ -306,15 +304,15 @@ def test_species_with_symbols_like_the_human_ones(tmp_path):
     [
         (
             ["CD3D", "MS4A1", "NKG7"],
-            r"in\.h5ad: the genes are those of .* already \(CD3D, .*--orthologues\) out for",
+            r"in\.h5ad: .*\(CD3D, .*--orthologues",
         ),
         ([human_id("CD3D"), human_id("LYZ")], "already"),
         (["CD3D", "MS4A1", "Nkg7"], "already"),
         (
             [f"ENSDARG{i:011d}" for i in range(5)],
-            r"only 0 of 5 gene names .* whose genes are named like ENSMUSG",
+            r"0 of 5 .*ENSMUSG",
         ),
-        (["Lyz", "Gnly"], "only 0 of 2"),
+        (["Lyz", "Gnly"], "0 of 2"),
         ([], "no genes"),
     ],
 )
@@ -333,5 +331,5 @@ def test_mouse_and_regions_of_chromatin_are_told_what_to_do():
             HUMAN.align(names)
         assert "--orthologues=TABLE" in str(error.value)
     for region in ("chr{}:100-2000", "chr{}-100-2000", "{}_100_2000", "GL000{}.1:100-2000"):
-        with pytest.raises(DataError, match="a matrix of gene activity first"):
+        with pytest.raises(DataError, match="gene activity"):
             HUMAN.align([region.format(i) for i in range(1, 9)])

@@ -65,10 +65,10 @@ def test_two_inputs_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_values_of_a_study_key_must_stay_apart(tmp_path: Path) -> None:
     adata = make_adata()
     adata.obs["batch"] = np.where(adata.obs["batch"] == "one", "a b", "a_b")
-    with pytest.raises(DataError, match=r"two values .*'sample\.a_b'"):
+    with pytest.raises(DataError, match=r"'sample\.a_b'"):
         run([("sample", adata)], tmp_path / "store", study_key="batch")
     adata.obs["batch"] = pd.Categorical([None, *["x"] * 149])
-    with pytest.raises(DataError, match="missing for 1 cells"):
+    with pytest.raises(DataError, match=r"obs\['batch'\] .*1 cells"):
         run([("sample", adata)], tmp_path / "store", study_key="batch")
 
 
@@ -89,7 +89,7 @@ def test_census_downloads_and_cleans_up(tmp_path: Path, monkeypatch: pytest.Monk
     assert not leftovers(tmp_path / "store")
     run(["census:1234-ab"], tmp_path / "store")
     assert len(asked) == 1
-    with pytest.raises(DataError, match="census:missing could not be downloaded"):
+    with pytest.raises(DataError, match="census:missing"):
         run(["census:missing"], tmp_path / "store")
 
 

@@ -70,7 +70,7 @@ def test_a_loader_ends_with_the_sentence_of_the_store_and_no_batch_is_wrong(
     truncate(sorted((study.path / "X/indices/c").iterdir())[3])
     iterator = Loader(bags(Store.open(store.path)), 2, seed=1, num_threads=threads).iterate()
     drawn: list[dict[str, np.ndarray]] = []
-    with pytest.raises(StoreError, match=r"X/indices cannot be read in rows \d+ to \d+"):
+    with pytest.raises(StoreError, match=r"X/indices .*rows \d+ to \d+"):
         drawn.extend(itertools.islice(iterator, 12))
     iterator.close()
     assert len(drawn) < 12
@@ -90,7 +90,7 @@ def test_a_spilled_file_that_lost_its_end_is_noticed(tmp_path: Path, monkeypatch
     monkeypatch.setattr(BucketSort, "load", load)
     monkeypatch.setattr("sct.data.ingest_input.Sizes", lambda: Sizes(500, 300, 0))
     path = write_as(make_adata(), "csr", tmp_path)
-    with pytest.raises(StoreError, match=r"sample\.spill/2 ends too early"):
+    with pytest.raises(StoreError, match=r"sample\.spill/2"):
         run([path], tmp_path / "store")
     assert not leftovers(tmp_path / "store")
 

@@ -17,7 +17,9 @@ from sct.tasks.base import Task
 from sct.train import sharding
 from sct.train.optim import OptimizerConfig, make_optimizer
 from sct.train.state import State, init_state, make_train_step
+from tests.quick import compile_fully
 
+compile_fully()  # what a program needs depends on how it is compiled
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 

@@ -16,6 +16,7 @@ def needs(bag: dict[str, float]) -> float:
     return bag["temporaries"] + bag["arguments"]
 
 
+@pytest.mark.slow
 def test_eight_times_the_cells_on_eight_devices_need_no_more_of_each():
     bags = [{"cells": 16}, {"cells": 128, "sequence": 8}]
     one, eight = answer("bag_memory", {"model": SMALL, "head_budget": 0.25, "bags": bags})
@@ -24,7 +25,7 @@ def test_eight_times_the_cells_on_eight_devices_need_no_more_of_each():
     assert eight["largest"] < 1.3 * one["largest"]
 
 
-@pytest.mark.slow
+@pytest.mark.slowest
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_eight_million_tokens_at_full_size(dtype):
     bags = [{"cells": 50}, {"cells": 400, "sequence": 8}]

@@ -10,7 +10,7 @@ WIDTH, FFN, TOKENS = 4096, 11_008, 32_000
 LAYER, HEAD = 4 * WIDTH**2 + 3 * WIDTH * FFN, WIDTH * TOKENS
 
 
-@pytest.mark.slow
+@pytest.mark.slowest
 @pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}])
 def test_each_of_eight_devices_needs_an_eighth_of_a_frozen_llama(mesh):
     runs = {"target": "cpu", "runs": [{"batch": 16, "mesh": mesh, "max_genes": 512}]}

@@ -41,8 +41,11 @@ def small(config) -> dict[str, Any]:
     return config(**changes, model__remat="level")
 
 
-@pytest.mark.parametrize("meshes", [FEW, pytest.param(MESHES, marks=pytest.mark.slow)], ids=["few", "all"])
-def test_losses_and_gradients_do_not_depend_on_the_mesh(small, meshes):
+@pytest.mark.parametrize(
+    ("meshes", "levels"), [(FEW, 1), pytest.param(MESHES, 3, marks=pytest.mark.slow)], ids=["few", "all"]
+)
+def test_losses_and_gradients_do_not_depend_on_the_mesh(small, meshes, levels):
+    small["model"]["num_downsamples"] = levels
     single, *others = ask(config=small, meshes=meshes)
     assert single["losses"][2] < single["losses"][0]
     for sizes, other in zip(meshes[1:], others, strict=True):
@@ -109,10 +112,10 @@ def test_pod_copies_the_model_to_hosts_and_divides_it_inside(platform, processes
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("pods", "neither one of data, single, fsdp, pod nor sizes"),
-        ("data=2,data=4", "write it like data=2,fsdp=4"),
-        ("fsdp=two", "write it like data=2,fsdp=4"),
-        ("", "write it like data=2,fsdp=4"),
+        ("pods", "data, single, fsdp, pod"),
+        ("data=2,data=4", "data=2,fsdp=4"),
+        ("fsdp=two", "data=2,fsdp=4"),
+        ("", "data=2,fsdp=4"),
     ],
 )
 def test_a_text_that_is_no_mesh_is_explained(text, message):
@@ -123,22 +126,22 @@ def test_a_text_that_is_no_mesh_is_explained(text, message):
 def test_a_configuration_takes_a_text_or_sizes():
     for value, mesh in (("pod", MeshConfig.parse("pod")), ({"fsdp": 4}, MeshConfig(fsdp=4))):
         assert registry.build(TrainConfig, {"mesh": value}, "train").mesh == mesh
-    with pytest.raises(ConfigError, match="the mesh 'all' is neither"):
+    with pytest.raises(ConfigError, match="'all'"):
         registry.build(TrainConfig, {"mesh": "all"}, "train")
-    with pytest.raises(ConfigError, match=r"train\.mesh is 3"):
+    with pytest.raises(ConfigError, match=r"train\.mesh"):
         registry.build(TrainConfig, {"mesh": 3}, "train")
 
 
 def test_a_mesh_must_fit_the_devices():
-    with pytest.raises(ConfigError, match="does not fit 1 devices"):
+    with pytest.raises(ConfigError, match=r"\b1 device"):
         sharding.make_mesh(MeshConfig(data=-1, fsdp=2), jax.devices()[:1])
-    with pytest.raises(ConfigError, match="use at most that number"):
+    with pytest.raises(ConfigError, match=r"\b2\b.*\b1\b|\b1\b.*\b2\b"):
         sharding.make_mesh(MeshConfig(devices=2), jax.devices()[:1])
 
 
 def test_one_device_of_several_processes_is_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ConfigError, match="leaves some of the 2 processes without work"):
+    with pytest.raises(ConfigError, match="2 processes"):
         sharding.make_mesh(MeshConfig.parse("single"), jax.devices()[:1])
 
 
@@ -146,13 +149,13 @@ def test_cells_must_divide_over_the_mesh():
     mesh = jax.sharding.AbstractMesh((1, 1, 8, 1), sharding.MESH_AXES)
     with (
         axes.on_mesh(mesh, sharding.RULES),
-        pytest.raises(ConfigError, match=r"such as --config\.data\.cells_per_bag=16"),
+        pytest.raises(ConfigError, match=r"--config\.data\.cells_per_bag=16"),
     ):
         axes.on_each_part(lambda params, x: x, {}, jnp.zeros((1, 24, 2)), cells=12)
 
 
 def test_a_batch_must_divide_over_the_mesh():
     mesh = jax.sharding.AbstractMesh((4, 2, 1, 1), sharding.MESH_AXES)
-    with pytest.raises(ConfigError, match=r"multiple of 8, such as --config\.train\.batch_size=16"):
+    with pytest.raises(ConfigError, match=r"--config\.train\.batch_size=16"):
         sharding.check_batch_size(12, mesh)
     sharding.check_batch_size(16, mesh)

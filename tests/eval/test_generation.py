@@ -152,9 +152,9 @@ def test_cells_of_their_own_type_are_told_and_others_are_not():
 
 
 def test_a_label_that_no_real_cell_has_is_an_error():
-    with pytest.raises(DataError, match="'z', which no real cell has"):
+    with pytest.raises(DataError, match="'z'"):
         generated.knn_accuracy(np.ones((1, 2)), ["x", "y"], ["z"])
-    with pytest.raises(DataError, match="one row for each generated"):
+    with pytest.raises(DataError, match=r"\(2, 1\)"):
         generated.knn_accuracy(np.ones((2, 1)), ["x", "y"], ["x"])
 
 
@@ -243,7 +243,7 @@ def test_mean_correlations_are_by_label_and_equal_sets_have_one():
 def test_a_label_that_has_no_real_profile_is_an_error():
     real = cells()
     only = real.take(np.flatnonzero(real.labels != "c"))
-    with pytest.raises(DataError, match="'c', which no real cell has"):
+    with pytest.raises(DataError, match="'c'"):
         generated.mean_correlations(real, only)
 
 
@@ -255,9 +255,9 @@ def test_quality_follows_the_definitions():
     assert generated.sentence_quality(table) == pytest.approx(
         {"length": 2, "valid genes": (0.75 + 1 + 0) / 3, "unique genes": (0.5 + 1 + 0) / 3}
     )
-    with pytest.raises(DataError, match="no column 'n_unique'"):
+    with pytest.raises(DataError, match="'n_unique'"):
         generated.sentence_quality(table.drop(columns="n_unique"))
-    with pytest.raises(DataError, match="n_words >= n_valid"):
+    with pytest.raises(DataError, match="n_words"):
         generated.sentence_quality(table.assign(n_valid=[5, 2, 0]))
 
 
@@ -267,12 +267,12 @@ def test_quality_follows_the_definitions():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"labels": ["a"]}, "1 labels for 2 cells"),
-        ({"labels": ["a", None]}, "1 cells have no label"),
-        ({"sentences": ["A"]}, "1 sentences for 2 cells"),
-        ({"quality": pd.DataFrame({"n_words": [1]})}, "1 quality for 2 cells"),
-        ({"expression": np.array([[1.0], [np.nan]])}, "NaN or infinite"),
-        ({"expression": np.ones(2)}, "matrix of cells by genes"),
+        ({"labels": ["a"]}, r"\b1 label"),
+        ({"labels": ["a", None]}, r"\b1 cell"),
+        ({"sentences": ["A"]}, r"\b1 sentence"),
+        ({"quality": pd.DataFrame({"n_words": [1]})}, r"\b1 quality"),
+        ({"expression": np.array([[1.0], [np.nan]])}, "NaN"),
+        ({"expression": np.ones(2)}, "matrix"),
     ],
 )
 def test_what_does_not_fit_is_an_error(change, message):
@@ -282,7 +282,7 @@ def test_what_does_not_fit_is_an_error(change, message):
 
 def test_options_that_make_no_sense_are_errors():
     for change in ({"seeds": 0}, {"ks": ()}, {"ks": (0,)}, {"differential_genes": 1}):
-        with pytest.raises(ConfigError, match="has to be"):
+        with pytest.raises(ConfigError, match=next(iter(change))):
             Options(**change)
 
 
@@ -305,8 +305,8 @@ def test_draws_keep_totals_and_means_of_their_label():
     for arguments, message in (
         ((raw * 0.3, train.labels, asked), "whole numbers"),
         ((-raw, train.labels, asked), "whole numbers"),
-        ((raw, train.labels[1:], asked), "299 training labels for 300 cells"),
-        ((raw, train.labels, ["z"]), "no training cell has the label 'z'"),
+        ((raw, train.labels[1:], asked), "299"),
+        ((raw, train.labels, ["z"]), "'z'"),
     ):
         with pytest.raises(DataError, match=message):
             generation.profile_counts(*arguments, np.random.default_rng(0))
@@ -394,13 +394,13 @@ def test_labels_that_cannot_be_compared_are_left_out_and_told():
     assert "Gromov-Wasserstein" not in report.columns
     assert numbers[generation.CHANCE]["3-NN accuracy"] == [0.5]
     assert generation.PROFILE not in numbers
-    with pytest.raises(DataError, match="two labels are needed"):
+    with pytest.raises(DataError, match="label 'a'"):
         generation.compare(made, real.take(np.flatnonzero(real.labels == "a")))
-    with pytest.raises(DataError, match="no label of the generated cells"):
+    with pytest.raises(DataError, match="generated cells"):
         generation.compare(made, real.take(np.arange(1)))
-    with pytest.raises(ConfigError, match="give both or none"):
+    with pytest.raises(ConfigError, match=r"counts.*labels"):
         generation.compare(made, real, counts(made.labels, 0))
-    with pytest.raises(DataError, match="the same genes"):
+    with pytest.raises(DataError, match=r"5 genes .*40"):
         generation.compare(CellSet(made.expression[:, :5], made.labels), real)
 
 
@@ -490,7 +490,7 @@ def test_a_model_that_knows_the_effect_is_above_no_change_and_shuffled_condition
     # A model that predicts no effect has no correlation of differences.
     _, none = perturbation.compare_perturbations(perturbed(3, effect=0), real, train, opposite, options)
     assert max(none[generation.GENERATED]["Δ Pearson"]) < 0.6
-    with pytest.raises(DataError, match="has 0 training cells"):
+    with pytest.raises(DataError, match="'nothing'"):
         perturbation.compare_perturbations(perturbed(2), real, train, {"a treated": "nothing"}, options)
 
 

@@ -53,11 +53,11 @@ def test_keys_are_found_by_name_and_cells_by_order():
     true = pd.DataFrame({"a": ["x", "y"], "b": ["u", "v"]})
     assert lab.exact_accuracy(true, true[["b", "a"]]) == 1
     assert lab.exact_accuracy(true, true.set_axis([7, 9])) == 1
-    with pytest.raises(DataError, match="nothing is predicted for 'b'"):
+    with pytest.raises(DataError, match="'b'"):
         lab.exact_accuracy(true, true[["a"]])
-    with pytest.raises(DataError, match="1 predictions for 2 cells"):
+    with pytest.raises(DataError, match=r"\b1 prediction"):
         lab.partial_accuracy(true, true[:1])
-    with pytest.raises(DataError, match="no true 'a'"):
+    with pytest.raises(DataError, match="'a'"):
         lab.exact_accuracy(true.assign(a=[None, "y"]), true)
 
 
@@ -136,9 +136,9 @@ def test_what_does_not_fit_is_an_error():
     true = pd.Series(list("xy"))
     good = one_hot(true, "xy")
     for scores, message in (
-        (good[:1], "1 rows of probabilities for 2 cells"),
+        (good[:1], "probabilities"),
         (good.set_axis(["x", "x"], axis=1), "stands twice"),
-        (good.replace(1.0, np.nan), "NaN or infinite"),
+        (good.replace(1.0, np.nan), "NaN"),
     ):
         with pytest.raises(DataError, match=message):
             lab.areas(true, scores)
@@ -240,7 +240,7 @@ def test_one_label_has_an_f1_of_its_own_and_rows_beside_are_not_shuffled():
         ["model", ""], ["model, shuffled among cells", ""], ["other", "a file"],
     ]  # fmt: skip
     assert np.isnan(lab.f1_of("Yes", pd.Series(["No"]), pd.Series(["Yes"])))
-    with pytest.raises(ConfigError, match="two rows are called 'model'"):
+    with pytest.raises(ConfigError, match="'model'"):
         lab.compare({"model": Prediction(said)}, true, true, beside={"model": ("", Prediction(true))})
 
 
@@ -271,24 +271,24 @@ def test_a_key_that_is_constant_in_training_is_predicted_as_it_is():
 def test_tables_that_do_not_fit_are_errors():
     (true, counts), (training, before) = data(20, 0), data(20, 1)
     good = {"model": Prediction(true)}
-    with pytest.raises(DataError, match="'type'; give both"):
+    with pytest.raises(DataError, match="'type'"):
         lab.compare(good, true, training[["dose"]])
-    with pytest.raises(ConfigError, match="one of the two sets"):
+    with pytest.raises(ConfigError, match="counts"):
         lab.compare(good, true, training, counts)
-    with pytest.raises(DataError, match="19 rows of counts for 20 cells"):
+    with pytest.raises(DataError, match="19 rows"):
         lab.compare(good, true, training, counts[:19], before)
-    with pytest.raises(DataError, match="19 predictions for 20 cells"):
+    with pytest.raises(DataError, match="19 predictions"):
         lab.compare({"model": Prediction(true[:19])}, true, training)
     short = {key: table[:19] for key, table in perfect(true).probabilities.items()}
-    with pytest.raises(DataError, match="19 predictions for 20 cells"):
+    with pytest.raises(DataError, match="19 predictions"):
         lab.compare({"model": Prediction(true, short)}, true, training)
-    with pytest.raises(ConfigError, match="like a baseline"):
+    with pytest.raises(ConfigError, match="'most common label'"):
         lab.compare({lab.MAJORITY: Prediction(true)}, true, training)
-    with pytest.raises(DataError, match="no cell has all its labels"):
+    with pytest.raises(DataError, match="labels"):
         lab.compare(good, true.assign(type=None), training)
-    with pytest.raises(DataError, match="no probabilities of 'dose'"):
+    with pytest.raises(DataError, match="'dose'"):
         lab.compare({"m": Prediction(true, {"type": one_hot(true["type"], "abc")})}, true, training)
-    with pytest.raises(ConfigError, match="seeds = 0"):
+    with pytest.raises(ConfigError, match="seeds"):
         Options(seeds=0)
 
 

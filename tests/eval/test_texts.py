@@ -123,11 +123,11 @@ def test_studies_of_which_nothing_was_generated_are_others_and_one_text_has_no_o
 def test_what_does_not_fit_is_an_error():
     made, true, pairs = blobs()
     for arguments, message in (
-        ((made, true, pairs[:3]), "one row number is needed"),
-        ((made, true, pairs.astype(float)), "one row number is needed"),
+        ((made, true, pairs[:3]), "row number"),
+        ((made, true, pairs.astype(float)), "row number"),
         ((made, true, pairs + 1), "count from 0"),
-        ((made[:, :3], true, pairs), "same number of columns"),
-        ((made * np.nan, true, pairs), "NaN or infinite"),
+        ((made[:, :3], true, pairs), "columns"),
+        ((made * np.nan, true, pairs), "NaN"),
     ):
         with pytest.raises(DataError, match=message):
             txt.similarity(*arguments)
@@ -178,7 +178,7 @@ def test_equal_texts_are_the_best_and_texts_without_a_common_word_the_worst():
     # Two of two words, two of four: F is 2/3; one of one pair, one of three: F is 1/2.
     found = txt.rouge(["one two"], ["one two three four"])
     assert found == pytest.approx({"rouge1": 2 / 3, "rouge2": 1 / 2, "rougeL": 2 / 3})
-    with pytest.raises(DataError, match="1 generated texts for 6"):
+    with pytest.raises(DataError, match=r"\b1 generated"):
         txt.bleu(["a"], TRUE)
 
 
@@ -210,7 +210,7 @@ def test_texts_that_share_words_are_near_and_unknown_words_do_not_count():
     np.testing.assert_allclose(points, txt.tfidf_embedding(TRUE)([*TRUE, TRUE[0], ABOUT[0], "zebra"]))
     assert txt.tfidf_embedding(TRUE, 2)(TRUE).shape == (6, 2)
     for bad in (TRUE[:1], ["", ""], []):
-        with pytest.raises(DataError, match="two texts or more"):
+        with pytest.raises(DataError, match=r"embedding .*texts"):
             txt.tfidf_embedding(bad)
 
 
@@ -283,11 +283,11 @@ def test_the_most_typical_training_text_is_the_one_nearest_to_all():
 
 
 def test_reports_that_cannot_be_made_are_errors():
-    with pytest.raises(DataError, match="two or more are needed"):
+    with pytest.raises(DataError, match=r"\b1 true"):
         txt.compare({"m": GENERATED[:3]}, TRUE[:1], PAIRS[:3])
-    with pytest.raises(DataError, match="'m' has 3 texts for 18 pairs"):
+    with pytest.raises(DataError, match=r"'m' .*3 texts"):
         txt.compare({"m": GENERATED[:3]}, TRUE, PAIRS)
-    with pytest.raises(ConfigError, match="seeds = 0"):
+    with pytest.raises(ConfigError, match="seeds"):
         txt.compare({"m": GENERATED}, TRUE, PAIRS, seeds=0)
     with pytest.raises(ConfigError, match="one name"):
         txt.compare({txt.DRAWN: GENERATED}, TRUE, PAIRS, TRAINING)

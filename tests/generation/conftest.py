@@ -13,7 +13,6 @@ import pytest
 from sct.models.decoder import Decoder
 from sct.models.decoder_config import DecoderConfig, GPT2Config, LlamaConfig, NeoXConfig
 from sct.weights.pretrained import Pretrained
-from tests.quick import compiled_quickly
 
 SMALL = {"vocab_size": 23, "embed_dim": 16, "num_layers": 2, "num_heads": 4, "ffn_dim": 24}
 CONFIGS = {
@@ -29,12 +28,6 @@ def make(config: DecoderConfig, family: str, seed: int = 0) -> Pretrained:
     rng = np.random.default_rng(seed)
     noisy = jax.tree.map(lambda x: x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), variables)
     return Pretrained(family, config, noisy)
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _quickly():
-    with compiled_quickly():
-        yield
 
 
 @pytest.fixture(scope="session", params=CONFIGS)

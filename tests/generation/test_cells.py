@@ -57,7 +57,7 @@ def test_question_and_answer_have_the_length_of_a_row_of_training(config):
 def test_fewer_positions_than_a_row_has_tokens_are_the_limit():
     asked = writer(GPT2Config(**SIZES, max_length=40))
     assert asked.options("cell_to_abstract", questions(10)).max_new_tokens == 30
-    with pytest.raises(DataError, match="rows of 40"):
+    with pytest.raises(DataError, match=r"\b40\b.*max_new_tokens"):
         asked.options("cell_to_abstract", questions(40))
 
 
@@ -68,7 +68,7 @@ def test_a_longer_question_is_answered_where_the_model_can_read_it():
     made = rotary.answer("cell_to_cell_type", fields, **given)
     long = replace(rotary, config=LlamaConfig(**SIZES), length=4096)
     assert made.equals(long.answer("cell_to_cell_type", fields, **given))
-    with pytest.raises(DataError, match=r"a question has \d\d+ tokens, but the model learned rows of 48"):
+    with pytest.raises(DataError, match=r"\d\d+ tokens.* rows of 48"):
         rotary.answer("cell_to_cell_type", fields)
-    with pytest.raises(DataError, match="the model has 48 positions"):
+    with pytest.raises(DataError, match="48 positions"):
         learned.answer("cell_to_cell_type", fields, **given)

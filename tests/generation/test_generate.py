@@ -174,7 +174,7 @@ def test_generation_compiles_once_for_prompts_of_like_length(gpt2):
     ("prompts", "changes", "error", "words"),
     [
         ([[]], {"max_new_tokens": 4}, DataError, "no tokens"),
-        ([[1], [99]], {"max_new_tokens": 4}, DataError, "prompt 1 has the token 99"),
+        ([[1], [99]], {"max_new_tokens": 4}, DataError, "token 99"),
         ([[-1]], {"max_new_tokens": 4}, DataError, "token -1"),
         ([[1] * 120], {"max_new_tokens": 50}, DataError, "160 positions"),
         ([[1]], {"top_p": 0.9}, ConfigError, "temperature"),
@@ -205,11 +205,9 @@ def test_rotary_models_go_on_behind_the_length_they_were_made_for(model):
     short = dataclasses.replace(model, config=dataclasses.replace(model.config, max_length=8))
     prompts, options = [PROMPTS[1], PROMPTS[2]], Options(max_new_tokens=6)
     if model.family == "gpt2":
-        with pytest.raises(
-            DataError, match="prompt 1 has 9 tokens and 6 are to follow, but the model has 8 positions"
-        ):
+        with pytest.raises(DataError, match=r"prompt 1 .*9 tokens .*8 positions"):
             generate(short, prompts, options)
-        with pytest.raises(DataError, match="prompt 0 has 7 tokens and 2 are to follow"):
+        with pytest.raises(DataError, match=r"prompt 0 .*7 tokens"):
             score(short, [[1] * 7], [[1, 2]])
         return
     found = generate(short, prompts, options)

@@ -19,8 +19,7 @@ def test_meshes_generate_what_one_device_generates():
     """Eight simulated devices, in a process of their own."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.generation.mesh_models"], cwd=ROOT, capture_output=True, text=True, check=False,
-        timeout=1800, env={**os.environ, "JAX_PLATFORMS": "cpu",
-                           "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        timeout=1800, env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

@@ -17,17 +17,10 @@ from sct.models import registry
 from sct.models.zeromics_cells import FEATURES, ZerOmicsCells, ZerOmicsCellsConfig
 from sct.nn.paths import flatten
 from sct.weights.pretrained import Pretrained
-from tests.quick import compiled_quickly
 
 CONFIG = ZerOmicsCellsConfig(
     num_genes=24, feature_dim=10, num_bins=4, embed_dim=16, num_layers=2, num_heads=4, ffn_dim=20
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-    with compiled_quickly():
-        yield
 
 
 @cache
@@ -147,8 +140,8 @@ def test_expression_and_text_are_added_before_the_first_layer():
     [
         ({"bins": np.zeros(24, np.uint8)}, "the shape"),
         ({"bins": np.full((1, 24), 6, np.uint8)}, "0 to 5"),
-        ({"bins": np.zeros((1, 23), np.uint8)}, "23 genes, but the model has 24"),
-        ({"bins": np.zeros((1, 3), np.uint8), "genes": np.zeros((1, 2), np.int32)}, "that of bins"),
+        ({"bins": np.zeros((1, 23), np.uint8)}, "23 genes"),
+        ({"bins": np.zeros((1, 3), np.uint8), "genes": np.zeros((1, 2), np.int32)}, "bins"),
         ({"bins": np.zeros((1, 1), np.uint8), "genes": np.full((1, 1), 24)}, "0 to 24"),
     ],
 )
@@ -159,9 +152,9 @@ def test_inputs_that_do_not_fit(inputs, words):
 
 def test_configurations():
     assert registry.model_config("zeromics_cells", {"num_genes": 0}, 77).num_genes == 77
-    with pytest.raises(ConfigError, match="feature_dim is 0"):
+    with pytest.raises(ConfigError, match="feature_dim"):
         ZerOmicsCellsConfig(feature_dim=0)
-    with pytest.raises(ConfigError, match="multiple of num_heads"):
+    with pytest.raises(ConfigError, match="num_heads"):
         ZerOmicsCellsConfig(embed_dim=10, num_heads=3)
 
 

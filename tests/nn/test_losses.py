@@ -14,14 +14,13 @@ from sct.nn import axes, losses
 from sct.nn.losses import token_losses
 from sct.nn.plain import plain_forms, smaller_pieces
 from sct.train import sharding
-from tests.quick import compiled_quickly
 
 VOCAB, WIDTH = 13, 5
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _quickly():
-    with jax.default_matmul_precision("highest"), compiled_quickly():
+    with jax.default_matmul_precision("highest"):
         yield
 
 

@@ -12,12 +12,11 @@ from hypothesis import strategies as st
 from sct.nn import attention, chunked_attention
 from sct.nn.chunked_attention import Mask
 from sct.nn.plain import plain_forms, smaller_pieces
-from tests.quick import compiled_quickly
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _exact():
-    with jax.default_matmul_precision("highest"), compiled_quickly():
+    with jax.default_matmul_precision("highest"):
         yield
 
 

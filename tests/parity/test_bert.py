@@ -74,7 +74,7 @@ def test_export_loads_back_with_equal_outputs(name, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     model = sct.load(tmp_path / "theirs")
     assert (model.config.pooler, model.config.mlm_head) == (False, True)
-    with pytest.raises(CheckpointError, match="no output 'pooled': choose from hidden, logits"):
+    with pytest.raises(CheckpointError, match=r"'pooled'.*hidden, logits"):
         model.apply(input_ids=np.zeros((1, 2), np.int32), outputs=["pooled"])
     hf.save(model, tmp_path / "ours")
     again = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "ours")

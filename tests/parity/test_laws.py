@@ -127,7 +127,7 @@ def test_outputs_of_bert_are_those_of_its_configuration():
         names = {"hidden", *["pooled"] * pooler, *["logits"] * head}
         assert model.apply(input_ids=np.zeros((1, 2), np.int32)).keys() == names
         assert names == set(registry.family("bert")[1].outputs_of(model.config))
-    with pytest.raises(CheckpointError, match="no output 'logits': choose from hidden"):
+    with pytest.raises(CheckpointError, match=r"'logits'.*hidden"):
         model.apply(input_ids=np.zeros((1, 2), np.int32), outputs=["logits"])
 
 
@@ -139,20 +139,20 @@ def test_types_and_positions_of_bert_count_and_are_checked():
     near(plain, model.apply(input_ids=ids, positions=np.arange(6)[None])["hidden"])
     for changed in ({"token_type_ids": np.ones_like(ids)}, {"positions": np.arange(6)[None] + 1}):
         assert np.abs(model.apply(input_ids=ids, **changed)["hidden"] - plain).max() > 1e-2
-    with pytest.raises(DataError, match="token_type_ids reach from 2 to 2, but 0 to 1"):
+    with pytest.raises(DataError, match="token_type_ids"):
         model.apply(input_ids=ids, token_type_ids=2 * np.ones_like(ids))
-    with pytest.raises(DataError, match="41 tokens, but the model has 40 positions"):
+    with pytest.raises(DataError, match="41 tokens"):
         model.apply(input_ids=np.zeros((1, 41), np.int32))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_heads": 5}, "a multiple of num_heads"),
-        ({"activation": "silu"}, "activation is 'silu'"),
-        ({"num_types": 0}, "num_types is 0"),
-        ({"dropout": 1.0}, "dropout is 1.0"),
-        ({"norm_eps": 0.0}, "norm_eps is 0.0"),
+        ({"num_heads": 5}, "num_heads"),
+        ({"activation": "silu"}, "activation"),
+        ({"num_types": 0}, "num_types"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"norm_eps": 0.0}, "norm_eps"),
     ],
 )
 def test_configurations_of_bert_that_cannot_be(changes, message):
@@ -191,8 +191,7 @@ def test_meshes_give_what_one_device_gives():
     """Eight simulated devices, in a process of their own."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.parity.mesh_models"], cwd=ROOT, capture_output=True, text=True, check=False,
-        timeout=1800, env={**os.environ, "JAX_PLATFORMS": "cpu",
-                           "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        timeout=1800, env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout.splitlines()[-1])

@@ -87,7 +87,7 @@ def test_ids_with_versions_a_column_and_a_table_that_is_read(table):
     ):
         assert found.var_names.tolist() == NAMES
         assert found.var["source_gene"].tolist() == [f"{mouse_id(i)}.3" for i in (1, 0, 3, 9)]
-    with pytest.raises(DataError, match="source and target are columns of a file"):
+    with pytest.raises(DataError, match="source"):
         sct.pp.to_orthologues(before, read, source="a", target="b")
 
 
@@ -157,7 +157,7 @@ def test_genes_of_raw_are_read_in_the_same_place(table):
     )
     assert sct.pp.to_orthologues(adata, table).raw.var["source_gene"].iloc[0] == mouse_id(0)
     adata.var["later"] = adata.var["ids"]
-    with pytest.raises(DataError, match="raw: var has no column 'later'"):
+    with pytest.raises(DataError, match=r"raw: .*'later'"):
         sct.pp.to_orthologues(adata, table, gene_column="later")
 
 
@@ -176,16 +176,14 @@ def test_genes_that_share_a_symbol_and_genes_that_are_not_known(tmp_path):
 
 def test_what_cannot_be_mapped(table):
     adata = mouse()
-    with pytest.raises(DataError, match="an AnnData is needed"):
+    with pytest.raises(DataError, match="DataFrame"):
         sct.pp.to_orthologues(adata.var, table)
     human = adata.copy()
     human.var_names = [name.upper() for name in GENES]
-    with pytest.raises(DataError, match=r"are those of .* already .*leave the table of orthologues"):
+    with pytest.raises(DataError, match=r"MS4A1.*mart_export\.txt\.gz"):
         sct.pp.to_orthologues(human, table)
     twice = adata.copy()
     twice.var_names = [mouse_id(0), f"{mouse_id(0)}.2", *GENES[2:]]
     twice.var["ensembl_id"] = [mouse_id(0), f"{mouse_id(0)}.2", *map(mouse_id, range(3, 9))]
-    with pytest.raises(
-        DataError, match=r"1 genes stand in more than one column .*\(ENSMUSG00000000000 and ENSMUSG"
-    ):
+    with pytest.raises(DataError, match="ENSMUSG00000000000 and ENSMUSG"):
         sct.pp.to_orthologues(twice, table)

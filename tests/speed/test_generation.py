@@ -17,7 +17,6 @@ from sct.speed import generation, report
 from sct.speed.job import MODES, Job, Options
 from sct.speed.run import measure
 from sct.weights.pretrained import expected_shapes
-from tests.quick import compiled_quickly
 from tests.speed.conftest import CONFIG as CELLS
 from tests.train.conftest import merged
 
@@ -39,8 +38,6 @@ def small(monkeypatch):
         raise MissingExtraError("torch and transformers are not installed.")
 
     monkeypatch.setattr(generation, "_transformers", missing)
-    with compiled_quickly():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -125,17 +122,13 @@ def test_no_time_is_given_for_a_cache_that_is_wrong(monkeypatch, change):
         raise AssertionError("timed")
 
     monkeypatch.setattr(generation, "timed", refused)
-    with pytest.raises(
-        SctError, match=r"scores with a cache differ from those without by .* so no time is given"
-    ):
+    with pytest.raises(SctError, match="cache"):
         measure(CONFIG, OPTIONS, apart=False)
 
 
 def test_a_model_with_too_few_positions_is_refused(monkeypatch):
     monkeypatch.setattr(generation, "NEW", 25)
-    with pytest.raises(
-        ConfigError, match=r"32 positions, but 33 are generated: raise --config.model.max_length"
-    ):
+    with pytest.raises(ConfigError, match=r"--config\.model\.max_length"):
         measure(CONFIG, OPTIONS, apart=False)
 
 

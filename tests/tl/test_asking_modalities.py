@@ -13,9 +13,9 @@ from sct.data.orthologues import read_orthologues
 from sct.errors import ConfigError, DataError
 from tests.data.orthologue_tables import mouse_id, pairs_of, write
 from tests.data.text.toy_texts import vocabulary
-from tests.tl.test_asking import _quickly, asked, cells
+from tests.tl.test_asking import asked, cells
 
-__all__ = ["_quickly", "asked", "cells"]
+__all__ = ["asked", "cells"]
 
 TYPES = ["B cell", "T cell", "NK cell"]
 
@@ -59,7 +59,7 @@ def test_what_is_no_activity_is_refused(asked, cells, model):
     scaled.X.data[:3] = -1.5
     with pytest.raises(DataError, match="negative values"):
         sct.tl.find_rare(scaled, asked, values="activity")
-    with pytest.raises(ConfigError, match="must be one of counts, activity"):
+    with pytest.raises(ConfigError, match="counts, activity"):
         sct.tl.find_rare(cells, asked, values="scores")
     with pytest.raises(TypeError, match="values"):
         sct.tl.embed(cells, model, values="activity")
@@ -80,7 +80,7 @@ def test_mouse_cells_are_answered_as_the_human_ones(asked, cells, tmp_path):
     named = {gene: mouse_id(at) for at, gene in enumerate(vocabulary().ensembl_ids)}
     mouse = cells.copy()
     mouse.var = pd.DataFrame(index=[named[gene] for gene in cells.var_names])
-    with pytest.raises(DataError, match=r"sct\.pp\.to_orthologues|may be of another species"):
+    with pytest.raises(DataError, match=r"sct\.pp\.to_orthologues|species"):
         shares(mouse, asked)
     pairs = pairs_of(vocabulary())
     table = read_orthologues(write(pairs, tmp_path / "t.csv"), vocabulary=vocabulary())

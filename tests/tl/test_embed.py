@@ -140,12 +140,12 @@ def test_results_survive_a_file(adata, model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"batch_key": "donor"}, DataError, "obs has no 'donor'"),
-        ({"spatial_key": "places"}, DataError, "obsm has no 'places'"),
-        ({"layer": "raw_counts"}, DataError, "no layer 'raw_counts'"),
+        ({"batch_key": "donor"}, DataError, "'donor'"),
+        ({"spatial_key": "places"}, DataError, "'places'"),
+        ({"layer": "raw_counts"}, DataError, "'raw_counts'"),
         ({"context": "rings", "spatial_key": "spatial"}, ConfigError, "rings"),
-        ({"cells_per_bag": 0}, ConfigError, "cells_per_bag is 0"),
-        ({"batch_size": 0}, ConfigError, "batch_size is 0"),
+        ({"cells_per_bag": 0}, ConfigError, "cells_per_bag"),
+        ({"batch_size": 0}, ConfigError, "batch_size"),
         ({"gene_column": "ids"}, DataError, "'ids'"),
     ],
 )
@@ -160,7 +160,7 @@ def test_cells_and_positions_that_are_missing(adata, model):
     rows = empty.X.tolil()
     rows[4] = 0
     empty.X = rows.tocsr()
-    with pytest.raises(DataError, match=r"1 of 45 cells have no count.*row 4"):
+    with pytest.raises(DataError, match=r"1 of 45 cells.*row 4"):
         sct.tl.embed(empty, model)
     nowhere = adata.copy()
     nowhere.obsm["spatial"] = np.full((CELLS, 2), np.nan)
@@ -168,7 +168,7 @@ def test_cells_and_positions_that_are_missing(adata, model):
         sct.tl.embed(nowhere, model, spatial_key="spatial")
     nobatch = adata.copy()
     nobatch.obs["batch"] = nobatch.obs["batch"].astype(object).where(np.arange(CELLS) > 2)
-    with pytest.raises(DataError, match="missing for 3 cells"):
+    with pytest.raises(DataError, match=r"\b3 cells"):
         sct.tl.embed(nobatch, model, batch_key="batch")
     mouse = adata.copy()
     mouse.var_names = [f"ENSMUSG{i:011d}" for i in range(adata.n_vars)]
@@ -227,19 +227,19 @@ def test_dense_files_are_read_in_pieces(adata, model, tmp_path, monkeypatch):
 def test_no_cells_and_no_seed(adata, model, options):
     with pytest.raises(DataError, match="no cells"):
         sct.tl.embed(adata[:0].copy(), model, **options)
-    with pytest.raises(ConfigError, match="seed is -1"):
+    with pytest.raises(ConfigError, match="seed"):
         sct.tl.embed(adata, model, seed=-1, **options)
 
 
 def test_what_is_no_table_or_no_model(adata, model, tmp_path):
-    with pytest.raises(DataError, match="is a DataFrame, but an AnnData"):
+    with pytest.raises(DataError, match="DataFrame"):
         sct.tl.embed(adata.to_df(), model)
-    with pytest.raises(ConfigError, match="adata comes first"):
+    with pytest.raises(ConfigError, match="adata"):
         sct.tl.embed(adata, adata)
-    with pytest.raises(ConfigError, match="give spatial_key as well"):
+    with pytest.raises(ConfigError, match="spatial_key"):
         sct.tl.embed(adata, model, context="neighbors")
     adata.write_h5ad(tmp_path / "cells.h5ad")
-    with pytest.raises(DataError, match="part of a backed"):
+    with pytest.raises(DataError, match="backed"):
         sct.tl.embed(ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")[:5], model)
 
 
@@ -253,7 +253,7 @@ def test_no_tool_copies_a_backed_table(adata, model, tmp_path):
         lambda: sct.tl.annotate(backed, model, reference=reference, label_key="batch", copy=True),
         lambda: sct.tl.spatial_neighbors(backed, copy=True),
     ):
-        with pytest.raises(DataError, match="backed AnnData is not copied"):
+        with pytest.raises(DataError, match="backed"):
             tool()
     for cells in (backed, reference):
         assert set(cells.obsm) == set(adata.obsm)

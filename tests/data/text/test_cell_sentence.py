@@ -169,7 +169,7 @@ def test_quality_follows_the_order_that_is_documented():
     assert cells.tolist() == [False, True, False, True]
     with pytest.raises(DataError, match="'MT-'"):
         quality(csr(table), ["A", "B", "C", "D"], max_mitochondrial=0.2)
-    with pytest.raises(DataError, match="share between 0 and 1"):
+    with pytest.raises(DataError, match="max_mitochondrial"):
         quality(csr(table), names, max_mitochondrial=20)
 
 
@@ -207,11 +207,11 @@ def test_cells_of_the_fit_are_chosen_by_their_keys():
 
 
 def test_a_line_of_one_value_is_refused():
-    with pytest.raises(DataError, match="one rank or one value"):
+    with pytest.raises(DataError, match="rank"):
         fit_rank(csr(np.ones((3, 4))))
-    with pytest.raises(DataError, match="one rank or one value"):
+    with pytest.raises(DataError, match="rank"):
         fit_rank(csr([[1, 0], [0, 5]]))
-    with pytest.raises(DataError, match="one rank or one value"):
+    with pytest.raises(DataError, match="rank"):
         fit_rank(sp.csr_matrix((0, 4), dtype=np.float32))
 
 
@@ -285,11 +285,11 @@ def test_other_separators():
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["A", "B C"], "'B C' is not one word"),
-        (["A", ""], "'' is not one word"),
-        (["A", 3], "3 is not one word"),
+        (["A", "B C"], "'B C'"),
+        (["A", ""], "''"),
+        (["A", 3], r"\b3\b"),
         (["A", "A"], r"more than once \(A\)"),
-        (["A"], "2 genes but 1 gene names"),
+        (["A"], "2 genes"),
     ],
 )
 def test_unusable_names_are_named(names, said):
@@ -299,27 +299,27 @@ def test_unusable_names_are_named(names, said):
 
 def test_unusable_input_is_refused():
     names = ["A", "B"]
-    with pytest.raises(DataError, match="not one word"):
+    with pytest.raises(DataError, match="'B-C'"):
         sentences(csr([[1, 2]]), ["A", "B-C"], separator="-")
     with pytest.raises(DataError, match="negative or not finite"):
         sentences(csr([[1, -2]]), names)
     with pytest.raises(DataError, match="negative or not finite"):
         normalise(csr([[1, np.nan]]))
-    with pytest.raises(DataError, match="expected scipy CSR"):
+    with pytest.raises(DataError, match="CSR"):
         rank(np.ones((2, 2)))
-    with pytest.raises(DataError, match="top_k is 0"):
+    with pytest.raises(DataError, match="top_k"):
         sentences(csr([[1, 2]]), names, top_k=0)
     with pytest.raises(DataError, match="seed is -1"):
         sentences(csr([[1, 2]]), names, seed=-1)
-    with pytest.raises(DataError, match="cell keys are int64"):
+    with pytest.raises(DataError, match=r"keys .*int64"):
         sentences(csr([[1, 2]]), names, keys=np.array([1]))
-    with pytest.raises(DataError, match="is not text"):
+    with pytest.raises(DataError, match="None"):
         cell_keys(["a", None])
-    with pytest.raises(DataError, match="at most 131,072"):
+    with pytest.raises(DataError, match="131,072"):
         rank(sp.csr_matrix((1, 131_073), dtype=np.float32))
     fit = RankFit(-0.5, 3, 1, 1, 1, 9, None)
     for texts in ("A B", ["A", None]):
-        with pytest.raises(DataError, match="not a list of texts"):
+        with pytest.raises(DataError, match="sentences"):
             expression(texts, names, fit)
 
 

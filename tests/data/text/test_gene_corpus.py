@@ -186,7 +186,7 @@ def test_a_cut_archive_is_refused(name, tmp_path):
 
 
 def test_another_form_of_file_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"none of .tsv, .csv and .json"):
+    with pytest.raises(DataError, match=r"a\.xlsx"):
         GeneCorpus.load(write(tmp_path / "a.xlsx", b"x"))
 
 
@@ -233,7 +233,7 @@ def test_texts_are_aligned_to_a_vocabulary_and_genes_without_one_are_dropped(tmp
     assert corpus.restricted(measured).keys == (KEYS["TP53"], KEYS["TNF"])
     whole = GeneVocabulary.from_ids(corpus.keys, name="whole")
     assert corpus.restricted(whole) is whole
-    with pytest.raises(DataError, match="none of the 1 genes of other has a text"):
+    with pytest.raises(DataError, match=r"a\.tsv"):
         corpus.restricted(GeneVocabulary.from_ids([cd4], name="other"))
 
 

@@ -183,7 +183,7 @@ def test_pathways_are_several_answers_in_any_order():
     assert len(pairs) == 9
     assert min(pairs.values()) > 8
     asks: dict[str, Any] = {"pathways": "active", "tasks": (("cpi", 1.0),)}
-    with pytest.raises(ConfigError, match=r"has 16[0-9] tokens, but rows have 160"):
+    with pytest.raises(ConfigError, match=r"'one' .*16[0-9] tokens.*160"):
         source(made, **asks)
     records = source(made, **asks, length=180)
     known = [bool(records.bag(number)["predicted"].any()) for number in range(120)]
@@ -191,19 +191,19 @@ def test_pathways_are_several_answers_in_any_order():
 
 
 def test_a_task_without_pathways_names_the_column():
-    with pytest.raises(ConfigError, match=r"the task 'cpi' can be asked of no study: .* \(data.pathways\)"):
+    with pytest.raises(ConfigError, match=r"'cpi' .*data\.pathways"):
         source(tasks=(("cpi", 1.0),))
 
 
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        ({"rare": ["Nk cell"]}, "lists rare types of 'one', but no cell has one of them: write 'Nk cell'"),
+        ({"rare": ["Nk cell"]}, r"rare .*'one'.*'Nk cell'"),
         (
             {"cell_types": ["b cell", "t cell"]},
-            "cell_types are listed for 'one', but its cells have none of them",
+            r"cell_types .*'one'",
         ),
-        ({"diseases": ["Glioma"]}, "diseases are listed for 'one', but its cells have none of them"),
+        ({"diseases": ["Glioma"]}, r"diseases .*'one'"),
     ],
 )
 def test_names_that_no_cell_has(said, words):
@@ -217,7 +217,7 @@ def test_a_prompt_has_the_cell_once(tmp_path):
     path = tmp_path / "prompts.json"
     tasks = {task: {"replace": True, "templates": many} for task, many in prompts.items()}
     path.write_text(json.dumps({"version": 1, "tasks": tasks}))
-    with pytest.raises(ConfigError, match=r"has \{cell\} 2 times"):
+    with pytest.raises(ConfigError, match=r"\{cell\}"):
         load_prompts(path, INSTRUCTION_PROMPTS)
 
 
@@ -227,7 +227,7 @@ def test_tasks_that_a_study_cannot_be_asked():
     assert StudyQuestions(plain, options()).candidates == {}
     del plain.table["disease"]
     assert StudyQuestions(plain, options(rare_share=1.1)).candidates == {}
-    with pytest.raises(ConfigError, match="'cta' can be asked of no study"):
+    with pytest.raises(ConfigError, match=r"'cta' .*data\.cell_type"):
         source(plain)
     with pytest.raises(ConfigError, match=r"data\.disease"):
         source(tasks=(("tcd", 1.0),), disease="")
@@ -238,25 +238,25 @@ def test_tasks_that_a_study_cannot_be_asked():
 
 
 def test_a_study_without_an_abstract_and_a_row_that_is_too_short():
-    with pytest.raises(ConfigError, match=r"the study 'two' has no abstract: add `two: \{abstract"):
+    with pytest.raises(ConfigError, match=r"'two' .*two: \{abstract"):
         source(study("two"))
-    with pytest.raises(ConfigError, match=r"has \d+ tokens, but rows have 40: raise data.length"):
+    with pytest.raises(ConfigError, match=r"data\.length"):
         source(length=40)
-    with pytest.raises(ConfigError, match=r"tokens, but rows have 40: raise data\.length"):
+    with pytest.raises(ConfigError, match=r"data\.length"):
         source(length=40, exhaustive=True)
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("- one", "not of the form"),
-        ("one: text", "not of the form"),
-        ("one: {summary: text}", "one has the field 'summary'"),
-        ("one: {abstract: [text]}", "abstract of one is .* a text is needed"),
-        ("one: {rare: B cell}", "rare of one is 'B cell', but a list of texts"),
+        ("- one", "form"),
+        ("one: text", "form"),
+        ("one: {summary: text}", "'summary'"),
+        ("one: {abstract: [text]}", "abstract of one"),
+        ("one: {rare: B cell}", r"rare of one .*'B cell'"),
         ("one: {diseases: []}", "a list of texts"),
-        ('one: {abstract: "a\\0b"}', "a text is needed"),
-        ("one: {rare: [B cell, B cell]}", "rare of one names one of its entries twice"),
+        ('one: {abstract: "a\\0b"}', "text"),
+        ("one: {rare: [B cell, B cell]}", r"rare of one .*twice"),
         ("one: {", "cannot be read"),
     ],
 )
@@ -274,5 +274,5 @@ def test_a_file_about_studies(tmp_path):
         "one": {"abstract": "Cells.", "rare": ["NK cell"]},
         "7": {"abstract": "More."},
     }
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"nothing\.yaml"):
         read_study_texts(tmp_path / "nothing.yaml")

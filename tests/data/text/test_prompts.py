@@ -178,24 +178,24 @@ def test_odd_labels():
 
 
 def test_missing_and_unknown_fields():
-    with pytest.raises(ConfigError, match=r"answer 'cell_type' .* is missing"):
+    with pytest.raises(ConfigError, match="answer 'cell_type'"):
         PROMPTS.render("cell_to_cell_type", {"cell": "A"})
-    with pytest.raises(ConfigError, match="field 'cell' of the task 'cell_to_cell_type' is missing"):
+    with pytest.raises(ConfigError, match=r"'cell' .*'cell_to_cell_type'"):
         PROMPTS.render("cell_to_cell_type", {"cell": None, "cell_type": "B cell"})
-    with pytest.raises(ConfigError, match="'celltype' is not one"):
+    with pytest.raises(ConfigError, match="'celltype'"):
         PROMPTS.ask("cell_to_cell_type", {"cell": "A", "celltype": "B cell"})
-    with pytest.raises(ConfigError, match="'genes' is not one"):
+    with pytest.raises(ConfigError, match="'genes'"):
         PROMPTS.ask("cell_to_cell_type", {"cell": "A", "genes": "genes"})
-    with pytest.raises(DataError, match="field 'cell' is empty"):
+    with pytest.raises(DataError, match=r"'cell'.* empty"):
         PROMPTS.ask("cell_to_cell_type", {"cell": " "})
-    with pytest.raises(ConfigError, match="no task 'cell_to_age'"):
+    with pytest.raises(ConfigError, match="'cell_to_age'"):
         PROMPTS.ask("cell_to_age", {"cell": "A"})
-    with pytest.raises(ConfigError, match="no template number 99"):
+    with pytest.raises(ConfigError, match=r"\b99\b"):
         PROMPTS.parse("unconditional", 99, "A")
     number = next(
         i for i, t in enumerate(PROMPTS.templates["cell_to_tissue"]) if "organism" in t.prompt_fields
     )
-    with pytest.raises(ConfigError, match="needs the field 'organism'"):
+    with pytest.raises(ConfigError, match="'organism'"):
         PROMPTS.ask("cell_to_tissue", {"cell": "A"}, number=number)
 
 
@@ -227,25 +227,25 @@ def test_saved_templates_are_those_that_load(tmp_path):
 def test_no_template_for_the_fields(tmp_path):
     only = {"prompt": "{organism} {cell}", "response": "{cell_type}"}
     prompts = load_prompts(written(tmp_path / "a.json", [only], replace=True))
-    with pytest.raises(ConfigError, match="no template of the task 'cell_to_cell_type'"):
+    with pytest.raises(ConfigError, match="'cell_to_cell_type'"):
         prompts.ask("cell_to_cell_type", {"cell": "A"})
 
 
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        ({**GOOD, "prompt": "{cell} {celltype}"}, r"unknown field \{celltype\}"),
-        ({**GOOD, "prompt": "{cell} {}"}, r"unknown field \{\}"),
-        ({**GOOD, "prompt": "{cell:>9}"}, r"unknown field \{cell:>9\}"),
-        ({**GOOD, "prompt": "Which cell?"}, r"lacks the field \{cell\}"),
-        ({**GOOD, "prompt": "{cell} {cell_type}"}, r"tells the answer \{cell_type\}"),
-        ({**GOOD, "prompt": "{cell}."}, "white space around it"),
+        ({**GOOD, "prompt": "{cell} {celltype}"}, r"\{celltype\}"),
+        ({**GOOD, "prompt": "{cell} {}"}, r"\{\}"),
+        ({**GOOD, "prompt": "{cell:>9}"}, r"\{cell:>9\}"),
+        ({**GOOD, "prompt": "Which cell?"}, r"\{cell\}"),
+        ({**GOOD, "prompt": "{cell} {cell_type}"}, r"\{cell_type\}"),
+        ({**GOOD, "prompt": "{cell}."}, "white space"),
         ({**GOOD, "prompt": "{cell} {"}, "stray brace"),
-        ({**GOOD, "prompt": " "}, "prompt is empty"),
-        ({**GOOD, "prompt": "{cell} "}, "prompt begins or ends with white space"),
-        ({**GOOD, "response": "It is a cell."}, r"expected \{cell_type\} once"),
-        ({**GOOD, "response": "{cell_type} {cell_type}"}, r"expected \{cell_type\} once"),
-        ({**GOOD, "response": "{cell_type} {tissue}"}, r"expected \{cell_type\} once"),
+        ({**GOOD, "prompt": " "}, "empty"),
+        ({**GOOD, "prompt": "{cell} "}, "white space"),
+        ({**GOOD, "response": "It is a cell."}, r"\{cell_type\} once"),
+        ({**GOOD, "response": "{cell_type} {cell_type}"}, r"\{cell_type\} once"),
+        ({**GOOD, "response": "{cell_type} {tissue}"}, r"\{cell_type\} once"),
         ({"prompt": "{cell}"}, "is not"),
         ({**GOOD, "weight": 2}, "is not"),
         ({**GOOD, "response": 3}, "is not"),
@@ -262,14 +262,14 @@ def test_a_bad_template_is_named(tmp_path, template, said):
 
 def test_bad_files_are_named(tmp_path):
     path = tmp_path / "mine.json"
-    with pytest.raises(ConfigError, match=r"cannot read the prompts in .*mine\.json"):
+    with pytest.raises(ConfigError, match=r"mine\.json"):
         load_prompts(path)
     for content, said in (
         ("{", "is not JSON"),
         ("[]", "is not {"),
         ('{"version": 2, "tasks": {}}', "is not {"),
         ('{"version": 1, "tasks": []}', "no object"),
-        ('{"version": 1, "tasks": {"age": {}}}', "no task 'age'"),
+        ('{"version": 1, "tasks": {"age": {}}}', "'age'"),
         ('{"version": 1, "tasks": {"unconditional": {"templates": []}}}', "at least one"),
         ('{"version": 1, "tasks": {"unconditional": {"template": []}}}', "at least one"),
         ('{"version": 1, "tasks": {"unconditional": {"templates": [1], "replace": 1}}}', "at least one"),
@@ -279,5 +279,5 @@ def test_bad_files_are_named(tmp_path):
             load_prompts(path)
     built_in = PROMPTS.templates["cell_to_cell_type"][0]
     written(path, [{"prompt": built_in.prompt, "response": built_in.response}])
-    with pytest.raises(ConfigError, match="repeats built-in template 1"):
+    with pytest.raises(ConfigError, match="built-in template 1"):
         load_prompts(path)

@@ -242,10 +242,10 @@ def test_texts_of_studies(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("- one\n", "not of the form"),
-        ("one: spleen\n", "not of the form"),
-        ("one: {tissue: 3}\n", "not of the form"),
-        ("one: {tissue: ' '}\n", "not of the form"),
+        ("- one\n", "form"),
+        ("one: spleen\n", "form"),
+        ("one: {tissue: 3}\n", "form"),
+        ("one: {tissue: ' '}\n", "form"),
         ("one: {tissue: [\n", "cannot be read"),
     ],
 )
@@ -253,18 +253,16 @@ def test_studies_that_cannot_be_read(tmp_path, text, words):
     (tmp_path / "studies.yaml").write_text(text)
     with pytest.raises(ConfigError, match=words):
         read_studies(tmp_path / "studies.yaml")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"none\.yaml"):
         read_studies(tmp_path / "none.yaml")
 
 
 def test_a_task_without_its_column_is_named_with_what_there_is():
-    with pytest.raises(
-        ConfigError, match=r"'cell_type_to_cell' needs cell_type, .*there are cell_type, own, tissue"
-    ):
+    with pytest.raises(ConfigError, match=r"'cell_type_to_cell' .*cell_type, own, tissue"):
         source(fields={"cell_type": "celltype"})
-    with pytest.raises(ConfigError, match="'tissue_to_cell' needs tissue"):
+    with pytest.raises(ConfigError, match=r"'tissue_to_cell' .*tissue"):
         source(tasks=(("cell_type_to_cell", 1.0), ("tissue_to_cell", 1.0)))
-    with pytest.raises(ConfigError, match="'labels_to_cell' needs labels"):
+    with pytest.raises(ConfigError, match=r"'labels_to_cell' .*labels"):
         source(labels=("cell_type", "dose"), tasks=(("labels_to_cell", 1.0),))
 
 
@@ -285,7 +283,7 @@ def test_labels_of_which_a_study_lacks_one_are_not_told():
 def test_labels_that_no_study_has_together_are_missing():
     first, second = study(9), study(7, "two", seed=1)
     del first.table["tissue"], second.table["cell_type"]
-    with pytest.raises(ConfigError, match="'cell_to_labels' needs labels"):
+    with pytest.raises(ConfigError, match=r"'cell_to_labels' .*labels"):
         source(first, second, labels=("tissue", "cell_type"), tasks=(("cell_to_labels", 1.0),))
 
 

@@ -128,7 +128,7 @@ def test_a_tokenizer_that_joins_words_has_no_tokens_of_a_response(tmp_path):
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=100, show_progress=False)
     library.train_from_iterator([": B", ": T"] * 9, trainer)
     library.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ConfigError, match="joins words across a space"):
+    with pytest.raises(ConfigError, match="space"):
         Tokenizer.load(tmp_path).encode_response(["B"])
 
 
@@ -149,7 +149,7 @@ def test_training_is_deterministic_whatever_the_order(bpe):
     assert train_bpe(CORPUS, vocab_size=500, min_frequency=10**6).vocab_size == 258
     one = train_bpe(CORPUS[:20], vocab_size=300, special=["<end>"])
     assert (one.eos_token, one.pad) == ("<end>", None)
-    with pytest.raises(ConfigError, match="expected at least 258"):
+    with pytest.raises(ConfigError, match=r"\b258\b"):
         train_bpe(CORPUS, vocab_size=257)
 
 
@@ -184,10 +184,10 @@ def test_added_tokens_follow_the_last_id(either):
     assert more.add_special(["<cell>"]).vocab_size == n + 2
     assert more.fingerprint != either.fingerprint
     for tokens, roles, said in (
-        ("<x>", {}, "not a list of texts"),
-        ([""], {}, "not a list of texts"),
-        (["<x>"], {"end": "<x>"}, "no special token 'end'"),
-        ([], {"pad": "<x>"}, "pad token '<x>' is not in the vocabulary"),
+        ("<x>", {}, "list"),
+        ([""], {}, "list"),
+        (["<x>"], {"end": "<x>"}, "'end'"),
+        ([], {"pad": "<x>"}, "'<x>'"),
     ):
         with pytest.raises(ConfigError, match=said):
             either.add_special(tokens, **roles)
@@ -289,21 +289,21 @@ def test_tokens_added_to_a_sentencepiece_folder(pieces, tmp_path):
 
 
 def test_bad_files_are_named(bpe, tmp_path):
-    with pytest.raises(ConfigError, match=r"neither tokenizer\.json nor tokenizer\.model"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.json .*tokenizer\.model"):
         Tokenizer.load(tmp_path)
-    with pytest.raises(ConfigError, match="no special token 'end'"):
+    with pytest.raises(ConfigError, match="'end'"):
         Tokenizer.load(tmp_path, end="x")
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"is no tokenizer\.json"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.json"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
-    with pytest.raises(ConfigError, match="is no sentencepiece model"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.model .*sentencepiece"):
         Tokenizer.load(tmp_path / "tokenizer.model")
     bpe.save(tmp_path)
-    with pytest.raises(ConfigError, match="eos token '<none>' is not in the vocabulary"):
+    with pytest.raises(ConfigError, match="'<none>'"):
         Tokenizer.load(tmp_path, eos="<none>")
     (tmp_path / "tokenizer_config.json").write_text("[")
-    with pytest.raises(ConfigError, match=r"cannot read .*tokenizer_config\.json"):
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json"):
         Tokenizer.load(tmp_path)
 
 
