@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sct.errors import OutputError, SctError, disk_trouble, first_line
+
 _LONGEST = 200  # bytes of a name, which with what is added stays below the 255 of most file systems
 
 
@@ -36,20 +38,40 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises
     ------
-    OSError
-        The file cannot be written.
+    OutputError
+        The file cannot be written, in one sentence; also where the block fails for a full disk.
     """
     target = Path(path)
     temporary = _beside(target)
-    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666))
+    with _told(target):
+        os.close(
+            os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        )
     try:
-        yield temporary
-        flush(temporary)
-        os.replace(temporary, target)
+        with _told(target, disk_alone=True):
+            yield temporary
+        with _told(target):
+            flush(temporary)
+            os.replace(temporary, target)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
         raise
     flush(target.parent)
+
+
+@contextmanager
+def _told(path: Path, disk_alone: bool = False) -> Iterator[None]:
+    """Turn what the system says of an output into one sentence; of other code, a full disk and its like alone."""
+    try:
+        yield
+    except SctError:
+        raise
+    except Exception as error:
+        reason = disk_trouble(error)
+        if not reason and (disk_alone or not isinstance(error, OSError)):
+            raise
+        reason = reason or getattr(error, "strerror", None) or first_line(error)
+        raise OutputError(getattr(error, "errno", None), reason, str(path)) from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -86,22 +108,25 @@ def atomic_folder(
 
     Raises
     ------
-    OSError
-        The folder cannot be written; the old one is as it was.
+    OutputError
+        The folder cannot be written, in one sentence; the old one is as it was.
     """
     old, new = replaced(folder), _beside(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if old.exists() and not folder.exists():
-        os.replace(old, folder)
-    new.mkdir()
+    with _told(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        new.mkdir()
     try:
         with _held(new):
             _remove_leftovers(folder, is_leftover)
-            yield new
-            for file in new.rglob("*"):
-                flush(file)
-            flush(new)
-            _exchange(new, old, folder)
+            with _told(folder, disk_alone=True):
+                yield new
+            with _told(folder):
+                for file in new.rglob("*"):
+                    flush(file)
+                flush(new)
+                _exchange(new, old, folder)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise

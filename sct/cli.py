@@ -136,17 +136,17 @@ def run_main(
 
     Where another process was lost, the status is `sct.errors.AGAIN`.
 
-    Only errors of `sct.errors` are shortened: any other exception is a defect of this project (or of the
-    machine) and keeps its traceback. `prepare` may change the arguments before flags are read from them; `again`
-    and `smaller` say what to do after Ctrl-C and where memory does not suffice. Words that are no flags are
-    refused unless it `takes_arguments`.
+    Only errors of `sct.errors`, a disk that is full or broken and used-up memory are shortened: any other exception is
+    a defect of this project and keeps its traceback. `prepare` may change the arguments before flags are read from
+    them; `again` and `smaller` say what to do after Ctrl-C and where memory does not suffice. Words that are no flags
+    are refused unless it `takes_arguments`.
     """
     # Start-up chatter of the XLA runtime is of no use to a user.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
     from absl import app, logging
 
-    from sct.errors import AGAIN, ConfigError, ProcessLostError, SctError
+    from sct.errors import AGAIN, ConfigError, ProcessLostError, SctError, disk_trouble
 
     def guarded(rest: list[str]) -> int | None:
         # JAX and Orbax log back-end probing and every stage of a save through absl.
@@ -163,8 +163,18 @@ def run_main(
         except KeyboardInterrupt:
             print(f"stopped; run the same command again to {again}", file=sys.stderr)
             return 130
-        except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+        except Exception as error:
+            if trouble := disk_trouble(error):
+                what = getattr(error, "filename", None) or "a file"
+                print(
+                    f"error: writing or reading {what} failed ({trouble}): free space or mend the disk, then run the "
+                    f"same command again to {again}.",
+                    file=sys.stderr,
+                )
+                return 1
+            if not isinstance(error, MemoryError) and not (
+                isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+            ):
                 raise
             print(f"error: the memory is used up: {smaller}.", file=sys.stderr)
             return 1

@@ -7,6 +7,7 @@ of this project.
 
 from __future__ import annotations
 
+import errno
 import os
 
 # Exit status of a command that has saved its work and goes on where it is run again: EX_TEMPFAIL of sysexits.h.
@@ -45,6 +46,13 @@ class ProcessLostError(SctError, ConnectionError):
     """Another process of the run has ended or does not answer."""
 
 
+class OutputError(SctError, OSError):
+    """A file or folder cannot be written: arguments are those of `OSError`, with the path as its file name."""
+
+    def __str__(self) -> str:
+        return f"{self.filename} cannot be written ({self.strerror}): make that possible, or choose another place."
+
+
 class MissingExtraError(SctError, ImportError):
     """An optional dependency is not installed; the message gives the pip command."""
 
@@ -53,3 +61,23 @@ def first_line(error: BaseException, limit: int = 200) -> str:
     """What a library's error says, at most its first line and `limit` characters; its name where it says nothing."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:limit]
+
+
+# A full disk or quota, a file that a limit or a read-only disk forbids, a broken disk.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+def disk_trouble(error: BaseException) -> str:
+    """What the system says of a disk that is full, read-only or broken; '' for every other error.
+
+    Libraries (HDF5, TensorStore, Orbax) give it as text inside errors of their own, or as the cause of one.
+    """
+    seen: BaseException | None = error
+    for _ in range(10):
+        if seen is None:
+            break
+        for number in _DISK:
+            if getattr(seen, "errno", None) == number or os.strerror(number) in str(seen):
+                return os.strerror(number)
+        seen = seen.__cause__ or seen.__context__
+    return ""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from sct import atomic
+from sct.errors import OutputError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -62,8 +63,11 @@ def test_nothing_is_left_of_a_write_that_fails(tmp_path, monkeypatch, where):
             if where == "block":
                 full()
 
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(
+        OutputError, match=r"made.txt cannot be written \(No space left on device\)"
+    ) as caught:
         write()
+    assert caught.value.strerror == "No space left on device"
     assert tree(tmp_path) == {"made.txt": "old"}
 
 
@@ -80,7 +84,7 @@ def test_a_planted_link_is_not_followed(tmp_path, monkeypatch):
     (folder / ".made.txt.drawn.tmp").symlink_to(victim)
     (folder / ".dangling.drawn.tmp").symlink_to(tmp_path / "nothing")
     for name in ("made.txt", "dangling"):
-        with pytest.raises(FileExistsError):
+        with pytest.raises(OutputError, match="File exists"):
             atomic.write_text(folder / name, "newer")
     assert victim.read_text() == "irreplaceable"
     assert not (tmp_path / "nothing").exists()

@@ -168,7 +168,11 @@ class _Table:
 
 
 def benchmark(
-    config: Mapping[str, Any], adata: ad.AnnData | None = None, model: running.Model | None = None
+    config: Mapping[str, Any],
+    adata: ad.AnnData | None = None,
+    model: running.Model | None = None,
+    *,
+    overwrite: bool = True,
 ) -> list[Report]:
     """Ask a model about cells of studies, zero- and few-shot, and write tables with baselines beside.
 
@@ -183,6 +187,8 @@ def benchmark(
         Cells in place of `config["data"]["path"]`.
     model
         A model in place of `config["model"]`.
+    overwrite
+        Whether an earlier report in the folder is replaced; otherwise it is refused, before anything is computed.
 
     Returns
     -------
@@ -194,7 +200,7 @@ def benchmark(
         Whatever a user can mend, in one sentence.
     """
     values = {name: value for name, value in config.items() if name != "benchmark"}
-    options, output = benchmarking.read_options(InstructionBenchmarkOptions, values, adata)
+    options, output = benchmarking.read_options(InstructionBenchmarkOptions, values, adata, overwrite)
     with only_one(output, "benchmark", "--config.output"):
         return _benchmark(options, output, adata, model)
 

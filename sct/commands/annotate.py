@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from absl import flags
 
-from sct.commands import cell_flags
+from sct.commands import cell_flags, output_flags
 
 _REFERENCE = flags.DEFINE_string("reference", None, "Annotated cells, .h5ad or .zarr.")
 _LABEL = flags.DEFINE_string(
@@ -30,7 +30,7 @@ _THRESHOLD = flags.DEFINE_float(
 )
 _KEY = flags.DEFINE_string("key_added", "sct_label", "Name of the result.")
 
-FLAG_MODULES = ("sct.commands.cell_flags",)
+FLAG_MODULES = ("sct.commands.cell_flags", "sct.commands.output_flags")
 
 
 def main(argv: list[str]) -> None:
@@ -38,7 +38,9 @@ def main(argv: list[str]) -> None:
     from sct.commands import tables
     from sct.tl.annotation import annotate
 
-    target = tables.check_output(cell_flags.OUTPUT.value, cell_flags.INPUT.value)
+    target = tables.check_output(
+        cell_flags.OUTPUT.value, cell_flags.INPUT.value, output_flags.OVERWRITE.value
+    )
     adata = tables.read(cell_flags.INPUT.value)
     reference = tables.read(_REFERENCE.value) if _REFERENCE.value else None
     key, made = _KEY.value, []

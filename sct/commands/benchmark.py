@@ -7,8 +7,9 @@
 
 Imputation of genes and of whole cells, and embeddings where cells have labels; every method on the same cells and
 the same masked positions. With benchmark_zeromics: questions about cells, zero- and few-shot. The output folder gets
-report.html, report.md, report.json and results.json. Any field of the configuration is set as
---config.section.field=value. In a clone, `python -m launch.benchmark` is the same program.
+report.html, report.md, report.json and results.json; a report that is there is replaced only with --overwrite. Any
+field of the configuration is set as --config.section.field=value. In a clone, `python -m launch.benchmark` is the same
+program.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 from absl import flags
 from ml_collections import config_flags
 
+from sct.commands import output_flags
 from sct.commands.configuration import prepare
 from sct.errors import ConfigError
 
@@ -23,6 +25,8 @@ __all__ = ["main", "prepare"]
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration: FILE_OR_NAME[:VARIANT].")
 flags.mark_flag_as_required("config")
+
+FLAG_MODULES = ("sct.commands.output_flags",)
 
 
 def main(argv: list[str]) -> None:
@@ -37,6 +41,6 @@ def main(argv: list[str]) -> None:
     else:
         raise ConfigError("this is a configuration of training: give --config=configs/benchmark.py.")
     console = Console()
-    for table in benchmark(config):
+    for table in benchmark(config, overwrite=output_flags.OVERWRITE.value):
         console.print(table.table())
     console.print(f"report: {config['output']}/report.html", soft_wrap=True)

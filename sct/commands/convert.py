@@ -22,6 +22,8 @@ from pathlib import Path
 
 from absl import flags
 
+from sct import outputs
+from sct.commands import output_flags
 from sct.errors import ConfigError
 
 _FROM = flags.DEFINE_enum(
@@ -37,6 +39,9 @@ _GENES = flags.DEFINE_string(
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the written arrays.")
 flags.mark_flag_as_required("from")
+
+FLAG_MODULES = ("sct.commands.output_flags",)
+_WEIGHTS = (".safetensors", ".bin", ".joblib")
 
 
 def main(argv: list[str]) -> None:
@@ -56,8 +61,17 @@ def main(argv: list[str]) -> None:
     if _GENES.value and _FROM.value != "haiku-sct":
         raise ConfigError(f"--genes is for --from=haiku-sct alone, not {_FROM.value}: leave it out.")
     model_folder.check_target(target)
+    outputs.check_folder(target, "--output", output_flags.OVERWRITE.value, _least_bytes(source))
     {"haiku-sct": _from_haiku, "hf": _from_hf, "sct": _to_hf}[str(_FROM.value)](source, target)
     print(f"{'model folder' if _TO.value == 'sct' else 'Hugging Face folder'}: {_OUTPUT.value}")
+
+
+def _least_bytes(source: Path) -> int:
+    """Bytes that the output has at least: half of the smallest set of weights, a quarter of it in half the type."""
+    folders = [folder for folder in (source, source / "jax_params") if folder.is_dir()]
+    files = [file for folder in folders for file in folder.iterdir()]
+    sets = [sum(outputs.size_of(file) for file in files if file.suffix == suffix) for suffix in _WEIGHTS]
+    return min(filter(None, sets), default=0) // (2 if _DTYPE.value == "float32" else 4)
 
 
 def _from_haiku(source: Path, target: Path) -> None:

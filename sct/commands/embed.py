@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from absl import flags
 
-from sct.commands import cell_flags
+from sct.commands import cell_flags, output_flags
 
 _KEY = flags.DEFINE_string("key_added", "X_sct", "Key of the embedding in obsm.")
 _CONTEXT = flags.DEFINE_enum(
@@ -21,7 +21,7 @@ _CONTEXT = flags.DEFINE_enum(
     "With positions: compact tiles, or a bag centred on each cell.",
 )
 
-FLAG_MODULES = ("sct.commands.cell_flags",)
+FLAG_MODULES = ("sct.commands.cell_flags", "sct.commands.output_flags")
 flags.mark_flag_as_required("model")
 
 
@@ -30,7 +30,9 @@ def main(argv: list[str]) -> None:
     from sct.commands import tables
     from sct.tl.embedding import embed
 
-    target = tables.check_output(cell_flags.OUTPUT.value, cell_flags.INPUT.value)
+    target = tables.check_output(
+        cell_flags.OUTPUT.value, cell_flags.INPUT.value, output_flags.OVERWRITE.value
+    )
     adata = tables.read(cell_flags.INPUT.value)
     key = _KEY.value
     embed(adata, cell_flags.MODEL.value, key_added=key, context=_CONTEXT.value, **cell_flags.options())

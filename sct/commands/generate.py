@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from absl import flags
 
+from sct.commands import output_flags
 from sct.errors import ConfigError
 
 _MODEL = flags.DEFINE_string("model", None, "Model folder, run folder or hub id.", required=True)
@@ -28,13 +29,19 @@ _TEMPERATURE = flags.DEFINE_float("temperature", None, "0 for the best word each
 _TOP_P = flags.DEFINE_float("top_p", None, "Probability of the words that are drawn from; 0.9 by default.")
 _SIZE = flags.DEFINE_integer("batch_size", 32, "Cells at once.")
 
+FLAG_MODULES = ("sct.commands.output_flags",)
+_BYTES_PER_CELL = 1000  # of a sentence of a hundred genes and their values: the least
+
 
 def main(argv: list[str]) -> None:
     """Generate as the flags say."""
     from sct.commands import tables
     from sct.tl.sentences import generate_cells
 
-    target = tables.check_output(_OUTPUT.value)
+    cells = _N.value * max(1, len(_CELL_TYPE.value) * max(1, len(_TISSUE.value)))
+    target = tables.check_output(
+        _OUTPUT.value, overwrite=output_flags.OVERWRITE.value, needed=max(cells, 0) * _BYTES_PER_CELL
+    )
     pairs = [text.partition("=") for text in _LABELS.value]
     if any(not (name.strip() and mark and value.strip()) for name, mark, value in pairs):
         raise ConfigError(f"--label={' --label='.join(_LABELS.value)} is not of the form NAME=VALUE.")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from sct.commands import cell_flags
+from sct.commands import cell_flags, output_flags
 from sct.errors import ConfigError
 
 _GENES = flags.DEFINE_list(
@@ -26,7 +26,7 @@ _CELLS = flags.DEFINE_string(
 )
 _KEY = flags.DEFINE_string("key_added", "sct", "Beginning of the names of the results.")
 
-FLAG_MODULES = ("sct.commands.cell_flags",)
+FLAG_MODULES = ("sct.commands.cell_flags", "sct.commands.output_flags")
 flags.mark_flag_as_required("model")
 
 
@@ -35,7 +35,9 @@ def main(argv: list[str]) -> None:
     from sct.commands import tables
     from sct.tl.imputation import MISSING, impute
 
-    target = tables.check_output(cell_flags.OUTPUT.value, cell_flags.INPUT.value)
+    target = tables.check_output(
+        cell_flags.OUTPUT.value, cell_flags.INPUT.value, output_flags.OVERWRITE.value
+    )
     genes, key, cells = _GENES.value, _KEY.value, None
     if _CELLS.value is not None:
         file = Path(_CELLS.value).expanduser()

@@ -23,6 +23,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from sct.commands import output_flags
 from sct.commands.configuration import prepare
 
 __all__ = ["main", "prepare"]
@@ -44,12 +45,15 @@ _CEILING = flags.DEFINE_integer(
 )
 flags.mark_flag_as_required("config")
 
+FLAG_MODULES = ("sct.commands.output_flags",)
+
 
 def main(argv: list[str]) -> None:
     """Measure as the flags say."""
     import jax
     from rich.console import Console
 
+    from sct import outputs
     from sct.speed import report
     from sct.speed.job import Options
     from sct.speed.run import measure
@@ -59,7 +63,7 @@ def main(argv: list[str]) -> None:
     )
     path = Path(_JSON.value).expanduser() if _JSON.value else None
     if path is not None:
-        report.check_writable(path)
+        outputs.check_file(path, "--json", output_flags.OVERWRITE.value)
     # The time of compilation is that of compiling, not of finding what an earlier run has left.
     jax.config.update("jax_enable_compilation_cache", False)
     found = measure(_CONFIG.value.to_dict(), options)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import anndata as ad
 
+from sct import outputs
 from sct.atomic import atomic_write
-from sct.errors import ConfigError, DataError
+from sct.errors import ConfigError, DataError, disk_trouble, first_line
 
 # Files above are read in place of being loaded.
 BACKED_BYTES = 1 << 30
@@ -42,17 +43,20 @@ def read(path: str, may_be_backed: bool = True) -> ad.AnnData:
         raise DataError(f"{file} cannot be read as AnnData ({reason}): give another file.") from error
 
 
-def check_output(path: str, source: str | None = None) -> Path:
-    """Refuse an output that is not .h5ad, that is the input, or whose folder is not there."""
+def check_output(path: str, source: str | None = None, overwrite: bool = False, needed: int = 0) -> Path:
+    """Refuse an output that is not .h5ad, is the input, exists (unless `overwrite`) or cannot be written.
+
+    It will hold all of `source`, and at least `needed` bytes.
+    """
     target = Path(path).expanduser()
     if target.suffix != ".h5ad":
         raise ConfigError(f"the output {target} must end with .h5ad.")
     if source is not None and target.resolve() == Path(source).expanduser().resolve():
         raise ConfigError(f"the output {target} is the input: choose another --output.")
-    if not target.absolute().parent.is_dir():
-        raise ConfigError(
-            f"there is no folder {target.absolute().parent} for the output: make it, or choose another."
-        )
+    copied = 0
+    if source is not None and Path(source).suffix == ".h5ad":
+        copied = outputs.size_of(Path(source).expanduser())
+    outputs.check_file(target, "--output", overwrite, max(copied, needed))
     return target
 
 
@@ -98,9 +102,11 @@ def replacing(target: Path) -> Iterator[Path]:
         It cannot be written.
     """
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(target) as temporary:
             yield temporary
-    except OSError as error:
-        raise DataError(
-            f"{target} cannot be written ({error.strerror or error}): choose another --output."
-        ) from error
+    except (OSError, RuntimeError) as error:  # HDF5 raises either of a full disk
+        if isinstance(error, RuntimeError) and not disk_trouble(error):
+            raise
+        reason = disk_trouble(error) or getattr(error, "strerror", None) or first_line(error)
+        raise DataError(f"{target} cannot be written ({reason}): choose another --output.") from error

@@ -28,6 +28,7 @@ from sct.data.store import (
     read_manifest,
 )
 from sct.errors import ConfigError, DataError, StoreError
+from sct.outputs import check_room, size_of
 from sct.version import __version__
 
 if TYPE_CHECKING:
@@ -149,6 +150,10 @@ def ingest(
     table = options.read_orthologues(vocabulary)  # once, and before anything is written
     root = Path(output)
     found, ignored = find_inputs(inputs, exclude=root)
+    try:
+        check_room(root, "--output", _least_bytes(found))
+    except ConfigError as error:
+        raise StoreError(str(error)) from error
     with _only_one(root):
         before, notes = _before(root, vocabulary)
         jobs, kept, refused = _plan(root, found, vocabulary, options, table)
@@ -231,6 +236,12 @@ def _before(root: Path, vocabulary: GeneVocabulary) -> tuple[list[dict[str, Any]
     there = [each for each in manifest["studies"] if (root / each["path"] / "zarr.json").is_file()]
     gone = [each["name"] for each in manifest["studies"] if each not in there]
     return there, [f"{name} was in the store, but its folder is gone" for name in gone]
+
+
+def _least_bytes(found: Sequence[Input]) -> int:
+    """Bytes that a store needs at least: an input with every zero written out has a hundred times as many."""
+    there = (Path(each.location) for each in found if each.adata is None and each.kind != "census")
+    return sum(map(size_of, there)) // 100
 
 
 def _unchanged(root: Path, record: dict[str, Any]) -> bool:

@@ -25,6 +25,7 @@ from sct.version import __version__
 if TYPE_CHECKING:
     from sct.eval.page import Figure
 
+FILES = ("results.json", "report.json", "report.md", "report.html")  # what `write` writes
 _LIBRARIES = ("jax", "flax", "numpy", "scipy", "scikit-learn", "anndata", "scanpy")
 # Narrowest column of text on a terminal that is read with ease: one of several, and one with all texts.
 _TEXT, _MERGED = 20, 24

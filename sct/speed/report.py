@@ -153,15 +153,10 @@ def notes(found: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def check_writable(path: Path) -> None:
-    """Raise `ConfigError` where a file could not be written, before anything is measured."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ConfigError(f"--json={path} cannot be written: give a file in a folder that is there.")
-
-
 def write(found: Mapping[str, Any], path: Path) -> None:
     """Write all numbers as JSON; the file is complete or not there."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, found)
     except OSError as error:
         raise ConfigError(

@@ -29,11 +29,13 @@ from sct.folder_lock import only_one
 from sct.models.registry import build
 from sct.models.sct import level_probabilities
 from sct.models.sct_config import SCTConfig, pad_to_multiple
+from sct.outputs import check_folder
 from sct.tl import running
 from sct.tl.embedding import embed
 from sct.weights.pretrained import DATA_OPTIONS, Pretrained
 
 NUM_BINS = SCTConfig.num_bins
+_REPORT_BYTES = 10_000_000  # of a page with figures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +150,11 @@ class Part:
 
 
 def benchmark(
-    config: Mapping[str, Any], adata: ad.AnnData | None = None, model: running.Model | None = None
+    config: Mapping[str, Any],
+    adata: ad.AnnData | None = None,
+    model: running.Model | None = None,
+    *,
+    overwrite: bool = True,
 ) -> list[Report]:
     """Measure a model and baselines on the same cells and the same masked positions, and write a report.
 
@@ -160,6 +166,8 @@ def benchmark(
         Cells in place of `config["data"]["path"]`.
     model
         A model in place of `config["model"]`.
+    overwrite
+        Whether an earlier report in the folder is replaced; otherwise it is refused, before anything is computed.
 
     Returns
     -------
@@ -171,7 +179,7 @@ def benchmark(
     SctError
         Whatever a user can mend, in one sentence.
     """
-    options, output = read_options(BenchmarkOptions, config, adata)
+    options, output = read_options(BenchmarkOptions, config, adata, overwrite)
     with only_one(output, "benchmark", "--config.output"):
         return _benchmark(options, output, adata, model)
 
@@ -218,15 +226,16 @@ def facts_of(handle: Pretrained | None, folder: str) -> dict[str, str]:
     }
 
 
-def read_options(kind: type[Any], config: Mapping[str, Any], adata: ad.AnnData | None) -> tuple[Any, Path]:
-    """Options of a benchmark, of a type with `data.path` and `output`, and the folder of its report."""
+def read_options(
+    kind: type[Any], config: Mapping[str, Any], adata: ad.AnnData | None, overwrite: bool
+) -> tuple[Any, Path]:
+    """Options of a benchmark, of a type with `data.path` and `output`, and the checked folder of its report."""
     values = json.loads(json.dumps(config))
     if adata is not None:
         values.setdefault("data", {})["path"] = "(in memory)"
     options = build(kind, values, "config")
     output = Path(options.output).expanduser()
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"the output {output} is a file, but it must be a folder: choose another.")
+    check_folder(output, "--config.output", overwrite, _REPORT_BYTES, report.FILES)
     return options, output
 
 

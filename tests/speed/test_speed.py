@@ -216,7 +216,7 @@ def test_the_command_prints_a_table_and_writes_all_numbers(tmp_path):
     ("words", "sentence"),
     [
         (["--mode=generate"], "choose a configuration of gpt2"),
-        (["--mode=train", "--json=no/such/folder/speed.json"], "--json=no/such/folder/speed.json"),
+        (["--mode=train", "--json=pyproject.toml/speed.json"], "another --json"),
     ],
 )
 def test_a_mistake_is_one_sentence(words, sentence):

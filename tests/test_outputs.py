@@ -1,0 +1,258 @@
+"""Outputs are checked before the work, and a full disk is one sentence."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+
+from sct import atomic, cli, outputs
+from sct.errors import ConfigError, DataError, OutputError, SctError, disk_trouble
+from tests.tl.conftest import made, slide
+
+ROOT = Path(__file__).resolve().parents[1]
+FULL = os.strerror(errno.ENOSPC)
+
+
+def refusal(check, *arguments, **options) -> str:
+    try:
+        check(*arguments, **options)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_a_file_is_refused_where_it_could_not_be_written(tmp_path, monkeypatch):
+    (tmp_path / "there").write_text("kept")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    assert "is a folder" in refusal(outputs.check_file, tmp_path, "--output")
+    assert "is no folder" in refusal(outputs.check_file, tmp_path / "there" / "x", "--output")
+    for name in ("there", "dangling"):
+        assert "--overwrite" in refusal(outputs.check_file, tmp_path / name, "--output")
+    assert not refusal(outputs.check_file, tmp_path / "there", "--output", overwrite=True)
+    assert not refusal(outputs.check_file, tmp_path / "deep" / "er" / "new", "--output")
+    monkeypatch.chdir(tmp_path)
+    assert not refusal(outputs.check_file, Path("new"), "--output")
+    said = refusal(outputs.check_file, tmp_path / "new", "--json", needed=1 << 60)
+    assert "free space" in said
+    assert "--json" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "there"]
+
+
+def test_a_folder_is_refused_where_it_would_lose_files(tmp_path):
+    folder = tmp_path / "report"
+    folder.mkdir()
+    (folder / "other").write_text("kept")
+    assert "other" in refusal(outputs.check_folder, folder, "--output")
+    assert not refusal(outputs.check_folder, folder, "--output", files=["report.json"])
+    (folder / "report.json").write_text("{}")
+    assert "report.json" in refusal(outputs.check_folder, folder, "--output", files=["report.json"])
+    assert not refusal(outputs.check_folder, folder, "--output", overwrite=True, files=["report.json"])
+    assert "is a file" in refusal(outputs.check_folder, folder / "other", "--output")
+    assert "free space" in refusal(outputs.check_folder, tmp_path / "new", "--output", needed=1 << 60)
+
+
+def test_a_place_that_takes_no_file_is_told(tmp_path, monkeypatch):
+    def refuse(**options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(outputs.tempfile, "TemporaryFile", refuse)
+    assert os.strerror(errno.EROFS) in refusal(outputs.check_room, tmp_path, "--output")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    slide().write_h5ad(folder / "cells.h5ad")
+    (folder / "report").mkdir()
+    (folder / "report" / "results.json").write_text("old")
+    (folder / "model").mkdir()
+    made().save_pretrained(folder / "model")
+    (folder / "there.h5ad").write_text("old")
+    (folder / "speed.json").write_text("old")
+    return folder
+
+
+def test_every_command_refuses_an_output_before_the_work(files):
+    """None of the models exists, so a command that came to load one would say that."""
+    cells, there = f"--input={files}/cells.h5ad", f"--output={files}/there.h5ad"
+    commands = {
+        "embed": [cells, there, "--model=nothing"],
+        "impute": [cells, there, "--model=nothing", "--genes=A"],
+        "annotate": [cells, there, "--model=nothing"],
+        "generate": [there, "--model=nothing"],
+        "convert": ["--from=hf", f"--input={files}/nothing", f"--output={files}/model"],
+        "benchmark": [
+            "--config=benchmark", "--config.model=nothing", f"--config.data.path={files}/cells.h5ad",
+            f"--config.output={files}/report",
+        ],
+        "speed": ["--config=sct_sc:quickstart", f"--json={files}/speed.json"],
+    }  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    started = {
+        name: subprocess.Popen(
+            [sys.executable, "-m", "sct", name, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment, cwd=files,
+        )
+        for name, words in commands.items()
+    }  # fmt: skip
+    wrong = {}
+    for name, process in started.items():
+        _, said = process.communicate(timeout=300)
+        if process.returncode != 1 or "--overwrite" not in said or len(said.strip().splitlines()) != 1:
+            wrong[name] = said
+    assert not wrong
+    assert (files / "there.h5ad").read_text() == (files / "speed.json").read_text() == "old"
+    assert (files / "report" / "results.json").read_text() == "old"
+
+
+def test_benchmarks_of_the_library_check_their_folder(files):
+    from sct.benchmarks.instructions import benchmark as ask
+    from sct.tl.benchmarking import benchmark
+
+    for measure in (benchmark, ask):
+        config = {
+            "data": {"path": str(files / "cells.h5ad")},
+            "model": "nothing",
+            "output": str(files / "report"),
+        }
+        with pytest.raises(ConfigError, match="--overwrite"):
+            measure(config, overwrite=False)
+        with pytest.raises(ConfigError, match="is a file"):
+            measure({**config, "output": str(files / "cells.h5ad")})
+        # With it, the next thing that is wrong is told.
+        with pytest.raises(SctError, match="nothing does not exist"):
+            measure(config)
+
+
+def test_what_the_system_says_of_a_disk_is_found_in_what_libraries_say():
+    full = OSError(errno.ENOSPC, FULL)
+    wrapped = RuntimeError("no checkpoint")
+    wrapped.__cause__ = full
+    for error in (
+        full,
+        OSError(f"Can't write data (errno = 28, error message = '{FULL}')"),
+        ValueError(f"RESOURCE_EXHAUSTED: Failed to write: {FULL} [source locations=...]"),
+        wrapped,
+        OutputError(errno.EDQUOT, os.strerror(errno.EDQUOT), "x"),
+    ):
+        assert disk_trouble(error), error
+    for other in (
+        OSError(errno.ENOENT, "No such file"),
+        ValueError("x"),
+        RuntimeError("RESOURCE_EXHAUSTED: memory"),
+    ):
+        assert not disk_trouble(other)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, FULL, "/x/y"), ("/x/y", FULL, "start over")),
+        (RuntimeError(f"RESOURCE_EXHAUSTED: {FULL}"), (FULL,)),
+        (OutputError(errno.ENOSPC, FULL, "/x/y"), ("/x/y cannot be written", FULL)),
+        (RuntimeError("RESOURCE_EXHAUSTED: out of memory"), ("memory is used up",)),
+        (MemoryError(), ("memory is used up",)),
+    ],
+)
+def test_a_full_disk_ends_a_command_in_one_sentence(error, words, monkeypatch, capsys):
+    from absl import app
+
+    def program(rest):
+        raise error
+
+    status = []
+    monkeypatch.setattr(app, "run", lambda guarded, argv: status.append(guarded(argv)))
+    cli.run_main(program, ["sct"], again="start over")
+    said = capsys.readouterr().err
+    assert status == [1]
+    assert len(said.strip().splitlines()) == 1
+    assert all(word in said for word in words), said
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    from absl import app
+
+    def program(rest):
+        raise KeyError("x")
+
+    monkeypatch.setattr(app, "run", lambda guarded, argv: guarded(argv))
+    with pytest.raises(KeyError):
+        cli.run_main(program, ["sct"])
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of 300 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount, unmount = shutil.which("mount"), shutil.which("umount")
+    if not mount or not unmount or os.geteuid() != 0:
+        pytest.skip("a small disk needs root, mount and umount")
+    done = subprocess.run(
+        [mount, "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        pytest.skip(f"no small disk can be made here: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run([unmount, str(folder)], check=True)
+
+
+def test_whatever_is_written_to_a_full_disk_ends_in_one_sentence(small_disk, tmp_path):
+    """Nothing is left of it, and what was there is kept."""
+    from sct.commands import tables
+    from sct.data.genes import GeneVocabulary
+    from sct.data.ingest import ingest
+    from sct.eval import report
+    from sct.weights.gene_features import GeneFeatures
+
+    atomic.write_text(small_disk / "kept", "x" * 280_000)  # all but some 20 kB
+    rng, human = np.random.default_rng(0), GeneVocabulary.human()
+    cells = ad.AnnData(rng.random((50, 20)).astype(np.float32))
+    cells.write_h5ad(tmp_path / "in.h5ad")
+    cells.obsm["X_sct"] = rng.random((50, 4000)).astype(np.float32)
+    many = ad.AnnData(rng.poisson(3.0, (300, 2000)).astype(np.float32))
+    many.var_names = list(human.keys[:2000])
+    table = report.Report("t", ("a",), notes=("x" * 400_000,))
+    writers = {
+        "vocabulary": lambda: human.save(small_disk / "genes.tsv"),
+        "features": lambda: GeneFeatures(("ENSG1",), rng.random((1, 200_000)).astype(np.float32), {}).save(
+            small_disk / "f.npz"
+        ),
+        "report": lambda: report.write([table], small_disk / "report", {"seed": "1"}),
+        "cells": lambda: tables.write(
+            cells, str(tmp_path / "in.h5ad"), small_disk / "o.h5ad", {"obsm": ["X_sct"]}
+        ),
+        "model": lambda: made().save_pretrained(small_disk / "model"),
+        "store": lambda: ingest([("many", many)], small_disk / "store"),
+    }
+    wrong = {}
+    for name, write in writers.items():
+        try:
+            write()
+        except SctError as error:
+            if FULL not in str(error) or "\n" in str(error):
+                wrong[name] = str(error)
+        except Exception as error:
+            wrong[name] = repr(error)
+        else:
+            wrong[name] = "it was written"
+    assert not wrong
+    left = [path for path in small_disk.rglob("*") if path.is_file()]
+    assert left == [small_disk / "kept"]
+    assert (small_disk / "kept").read_text() == "x" * 280_000
+    with pytest.raises(DataError, match=FULL):
+        tables.write(cells, str(tmp_path / "x.zarr"), small_disk / "o.h5ad", {})
