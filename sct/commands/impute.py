@@ -4,9 +4,9 @@
     sct impute --input=panel.h5ad --model=models/sct --genes=missing --output=imputed.h5ad
     sct impute --input=slide.h5ad --model=models/sct --spatial_key=spatial --cells=names.txt --output=imputed.h5ad
 
-The output is the input with expected raw counts in layers["sct_expected"] and the most likely levels in
-layers["sct_level"]; genes that the file does not have are tables of these names in obsm. X stays as it is. In a
-clone, `python -m launch.impute` is the same program.
+The output is the input with expected raw counts in layers["sct_expected"], the most likely levels in
+layers["sct_level"] and the probability that a gene is expressed in layers["sct_probability"]. Genes that the file does
+not have are tables of these names in obsm. X stays as it is. In a clone, `python -m launch.impute` is the same program.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ flags.mark_flag_as_required("model")
 def main(argv: list[str]) -> None:
     """Impute as the flags say."""
     from sct.commands import tables
-    from sct.tl.imputation import MISSING, impute
+    from sct.tl.imputation import MISSING, RESULTS, impute
 
     target = tables.check_output(
         cell_flags.OUTPUT.value, cell_flags.INPUT.value, output_flags.OVERWRITE.value
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     adata = tables.read(cell_flags.INPUT.value, may_be_backed=cells is None)
     asked = MISSING if genes == [MISSING] else genes
     impute(adata, cell_flags.MODEL.value, genes=asked, cells=cells, key_added=key, **cell_flags.options())
-    names = [f"{key}_expected", f"{key}_level"]
+    names = [f"{key}_{ending}" for ending in RESULTS]
     added = {slot: [n for n in names if n in getattr(adata, slot)] for slot in ("layers", "obsm")}
     tables.write(adata, cell_flags.INPUT.value, target, {**added, "uns": [key]})
     said = adata.uns[key]

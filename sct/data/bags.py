@@ -104,7 +104,7 @@ class BagOptions:
         Whether cells of a bag of a spatial study are neighbours; False draws them at random from the whole
         study, an ablation.
     with_counts
-        Whether bags carry raw counts and level values, for evaluation.
+        Whether bags carry raw counts and the counts that stand for levels, for evaluation.
     seed
         Seed of the choice of cells.
     """
@@ -132,11 +132,12 @@ class BagOptions:
 class BagSource:
     """All bags of one epoch over some studies, addressable by number; picklable, safe for threads.
 
-    `source.bag(number, epoch)` is a dict of arrays: `tokens` uint8 (K, P); `rows` int32 (K,), the cells' rows
+    `source.bag(number, epoch)` is a dict of arrays: `tokens` uint8 (K, P); `measured` bool (P,), the genes that the
+    study measured; `rows` int32 (K,), the cells' rows
     in their study, -1 for absent ones; with `options.spatial` also `coordinates` float32 (K, 2), NaN for
-    cells without a position; with `options.with_counts` also `counts` float32 (K, P), `low`, `high` (K,) and
-    `values` (K, num_bins), see `sct.data.tokenize.Bins`. A study smaller than K fills its bag up with cells
-    of PAD.
+    cells without a position; with `options.with_counts` also `counts` float32 (K, P), `low`, `high` (K,),
+    `medians` and `means` (K, num_bins), see `sct.data.tokenize.Bins`. A study smaller than K fills its bag up
+    with cells of PAD.
 
     Parameters
     ----------
@@ -189,6 +190,12 @@ class BagSource:
         """Rescaled coordinates (N, 2) of a spatial study."""
         study = self.studies[index]
         return self._once("coordinates", index, lambda: study.rescaled_coordinates())
+
+    def _measured(self, study: Study) -> np.ndarray:
+        """Gene positions (P,) that a study measured; padding is none of them."""
+        measured = np.zeros(self.options.num_positions, bool)
+        measured[: study.n_genes] = study.measured
+        return measured
 
     def locate(self, number: int) -> tuple[int, int]:
         """Study index and bag number within the study."""
@@ -243,10 +250,11 @@ class BagSource:
             bag["coordinates"] = np.full((len(rows), 2), np.nan, np.float32)
             if study.spatial:
                 bag["coordinates"] = self._coordinates(index)[rows]
-        if options.with_counts and bins.values is not None:
+        if options.with_counts and bins.medians is not None and bins.means is not None:
             dense = np.zeros(bins.tokens.shape, np.float32)
             dense[:, : counts.shape[1]] = counts.toarray()
-            bag |= {"counts": dense, "low": bins.low, "high": bins.high, "values": bins.values}
+            bag |= {"counts": dense, "low": bins.low, "high": bins.high}
+            bag |= {"medians": bins.medians, "means": bins.means}
         missing = options.cells_per_bag - len(rows)
         if missing:
             bag = {
@@ -255,4 +263,5 @@ class BagSource:
                 )
                 for key, value in bag.items()
             }
+        bag["measured"] = self._once("measured", index, lambda: self._measured(study))
         return bag

@@ -2,18 +2,24 @@
 
 Each takes tokens (B, K, G) and returns a bool mask of the same shape; PAD is never masked. `apply` puts the
 MASK token there. Token numbers: levels 0 .. num_bins - 1, PAD = num_bins, MASK = num_bins + 1.
+
+A rule that masks expressed genes more often than unexpressed ones changes the class balance among masked genes:
+they are expressed more often than all genes are. `Masking.draw` therefore also returns by how much, so that the
+loss can remove it (logit adjustment, Menon et al., ICLR 2021).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
 from sct.errors import ConfigError
 
-KINDS = ("stratified", "uniform", "drawn", "cells", "genes", "ratio")
+KINDS = ("stratified", "uniform", "drawn", "drawn_uniform", "cells", "genes", "ratio")
+MIXTURE = "mixture"
 
 
 def apply(tokens: jax.Array, mask: jax.Array, num_bins: int) -> jax.Array:
@@ -117,15 +123,20 @@ class Masking:
     Parameters
     ----------
     kind
-        "stratified" (the paper), "uniform", "drawn", "cells", "genes" or "ratio"; see the functions.
+        "stratified" (the paper), "uniform", "drawn", "drawn_uniform", "cells", "genes" or "ratio", see the
+        functions; or "mixture", which draws one of several kinds per bag.
     expressed, unexpressed
         Rates of "stratified"; `expressed` is also the rate of "uniform" and the ratio of "ratio".
     low, high
-        Range of the rate of "drawn"; unexpressed genes take its `unexpressed / expressed` part.
+        Range of the rate of "drawn" and "drawn_uniform"; with "drawn" unexpressed genes take its
+        `unexpressed / expressed` part, with "drawn_uniform" the same rate.
     num_cells
         Cells of each bag masked by "cells".
     genes
         Gene positions masked by "genes".
+    mixture
+        Kinds and their weights for "mixture", as in (("drawn", 3.0), ("cells", 1.0)); each kind takes its
+        parameters from the fields above.
 
     Raises
     ------
@@ -140,23 +151,109 @@ class Masking:
     high: float = 0.95
     num_cells: int = 1
     genes: tuple[int, ...] = ()
+    mixture: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ConfigError(f"masking kind {self.kind!r} is not one of {', '.join(KINDS)}.")
+        if self.kind not in (*KINDS, MIXTURE):
+            raise ConfigError(f"masking kind {self.kind!r} is not one of {', '.join((*KINDS, MIXTURE))}.")
         for name in ("expressed", "unexpressed", "low", "high"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"masking {name} is {getattr(self, name)}, but it must lie in [0, 1].")
-        if self.kind == "drawn" and not (self.low < self.high and self.expressed > 0):
-            raise ConfigError("masking kind 'drawn' needs low < high and expressed > 0.")
-        if self.kind == "cells" and self.num_cells < 1:
+        self._check_mixture()
+        kinds = [kind for kind, _ in self.components]
+        if {"drawn", "drawn_uniform"} & set(kinds) and not self.low < self.high:
+            raise ConfigError(f"masking kind {self.kind!r} needs low < high.")
+        if "drawn" in kinds and not self.expressed > 0:
+            raise ConfigError(f"masking kind {self.kind!r} needs expressed > 0.")
+        if "cells" in kinds and self.num_cells < 1:
             raise ConfigError(f"masking num_cells is {self.num_cells}, but it must be at least 1.")
-        if self.kind == "genes" and (not self.genes or min(self.genes) < 0):
+        if "genes" in kinds and (not self.genes or min(self.genes) < 0):
             raise ConfigError("masking kind 'genes' needs gene positions of 0 or more in genes.")
+
+    def _check_mixture(self) -> None:
+        if self.kind != MIXTURE:
+            if self.mixture:
+                raise ConfigError(
+                    f"masking mixture is set, but masking kind is {self.kind!r}: set the kind to {MIXTURE!r}, or "
+                    "leave mixture empty."
+                )
+            return
+        pairs = [pair for pair in self.mixture if isinstance(pair, tuple) and len(pair) == 2]
+        kinds = [kind for kind, _ in pairs]
+        sound = all(isinstance(w, int | float) and math.isfinite(w) and w > 0 for _, w in pairs)
+        if not pairs or len(pairs) < len(self.mixture) or not sound or len(set(kinds)) < len(kinds):
+            raise ConfigError(
+                f"masking mixture is {self.mixture!r}, but it must list different kinds with positive weights, as in "
+                "(('drawn', 3.0), ('cells', 1.0))."
+            )
+        for kind in kinds:
+            if kind not in KINDS:
+                raise ConfigError(f"masking mixture names {kind!r}, which is not one of {', '.join(KINDS)}.")
+
+    @property
+    def components(self) -> tuple[tuple[str, float], ...]:
+        """Kinds with their probabilities; one kind with probability 1 unless this is a mixture."""
+        if self.kind != MIXTURE:
+            return ((self.kind, 1.0),)
+        total = sum(weight for _, weight in self.mixture)
+        return tuple((kind, weight / total) for kind, weight in self.mixture)
+
+    def log_ratio_of(self, kind: str) -> float:
+        """Log of how much more often one kind masks an expressed gene than an unexpressed one.
+
+        Raises
+        ------
+        ConfigError
+            The kind never masks one of the two, so that the ratio is no number.
+        """
+        if kind not in ("stratified", "drawn"):
+            if kind in ("uniform", "ratio") and not self.expressed:
+                raise ConfigError(f"masking kind {kind!r} masks nothing: set masking.expressed above 0.")
+            return 0.0
+        for name in ("expressed", "unexpressed"):
+            if not getattr(self, name):
+                raise ConfigError(
+                    f"masking.{name} is 0, so {name} genes are never masked and the probability of expression "
+                    f"cannot be learned: set masking.{name} above 0, or objective.logit_adjustment=False."
+                )
+        return math.log(self.expressed / self.unexpressed)
+
+    @property
+    def log_ratio(self) -> float:
+        """Log of how much more often an expressed gene is masked than an unexpressed one; of a mixture, the mean."""
+        return sum(weight * self.log_ratio_of(kind) for kind, weight in self.components)
 
     def __call__(self, key: jax.Array, tokens: jax.Array, num_bins: int) -> jax.Array:
         """Mask of tokens (B, K, G)."""
-        match self.kind:
+        if self.kind != MIXTURE:
+            return self._mask(self.kind, key, tokens, num_bins)
+        mask = jnp.zeros(tokens.shape, bool)
+        chosen = self._chosen(key, tokens.shape[0])
+        for number, (kind, _) in enumerate(self.components):
+            here = self._mask(kind, jax.random.fold_in(key, number), tokens, num_bins)
+            mask |= here & (chosen == number)[:, None, None]
+        return mask
+
+    def draw(self, key: jax.Array, tokens: jax.Array, num_bins: int) -> tuple[jax.Array, jax.Array]:
+        """Mask of tokens (B, K, G), and what it does to the class balance among masked genes.
+
+        Returns
+        -------
+        bool (B, K, G), and float32 (B,): the log of (masking rate of expressed genes / masking rate of
+        unexpressed ones) of each bag, which is the same at all its positions.
+        """
+        ratios = jnp.asarray([self.log_ratio_of(kind) for kind, _ in self.components], jnp.float32)
+        return self(key, tokens, num_bins), ratios[self._chosen(key, tokens.shape[0])]
+
+    def _chosen(self, key: jax.Array, num_bags: int) -> jax.Array:
+        """Number of the component of each bag, (B,)."""
+        if self.kind != MIXTURE:
+            return jnp.zeros(num_bags, jnp.int32)
+        weights = jnp.log(jnp.asarray([weight for _, weight in self.components], jnp.float32))
+        return jax.random.categorical(jax.random.fold_in(key, len(KINDS)), weights, shape=(num_bags,))
+
+    def _mask(self, kind: str, key: jax.Array, tokens: jax.Array, num_bins: int) -> jax.Array:
+        match kind:
             case "stratified":
                 return stratified(key, tokens, self.expressed, self.unexpressed, num_bins)
             case "uniform":
@@ -164,6 +261,8 @@ class Masking:
             case "drawn":
                 share = self.unexpressed / self.expressed
                 return drawn(key, tokens, self.low, self.high, share, num_bins)
+            case "drawn_uniform":
+                return drawn(key, tokens, self.low, self.high, 1.0, num_bins)
             case "cells":
                 return whole_cells(key, tokens, self.num_cells, num_bins)
             case "genes":

@@ -38,14 +38,16 @@ class Bins:
         positions beyond the vocabulary.
     low, high
         float32 (K,): range of log1p of the non-zero counts of each cell; 0 for an empty cell.
-    values
-        float32 (K, num_bins): raw counts that stand for the levels (see `level_values`), or None.
+    medians, means
+        float32 (K, num_bins): median and mean of the raw counts of each level (see `level_values`), or None. A
+        predicted level stands for the median, an expected count is a sum over the means.
     """
 
     tokens: np.ndarray
     low: np.ndarray
     high: np.ndarray
-    values: np.ndarray | None = None
+    medians: np.ndarray | None = None
+    means: np.ndarray | None = None
 
 
 def digitize(log_counts: np.ndarray, low: np.ndarray, high: np.ndarray, num_bins: int) -> np.ndarray:
@@ -85,7 +87,7 @@ def bin_counts(
     drop
         bool (G,): genes to treat as unexpressed (see `noisy_genes`).
     with_values
-        Compute `Bins.values` as well.
+        Compute `Bins.medians` and `Bins.means` as well.
 
     Raises
     ------
@@ -109,12 +111,11 @@ def bin_counts(
     padded = (n_cells, num_positions)
     tokens = sparse.csr_matrix((level, counts.indices, counts.indptr), shape=padded).toarray()
     tokens[:, n_genes:] = num_bins
-    values = None
-    if with_values:
-        keep = level > 0
-        rows = np.repeat(np.arange(n_cells), np.diff(counts.indptr))[keep]
-        values = level_values(rows, level[keep], data[keep], low, high, num_bins)
-    return Bins(tokens, low, high, values)
+    if not with_values:
+        return Bins(tokens, low, high)
+    keep = level > 0
+    rows = np.repeat(np.arange(n_cells), np.diff(counts.indptr))[keep]
+    return Bins(tokens, low, high, *level_values(rows, level[keep], data[keep], low, high, num_bins))
 
 
 def _levels(
@@ -135,7 +136,7 @@ def _levels(
     least = np.minimum.reduceat((whole - 1).view(np.uint32), starts).view(np.int32) + 1
     most = np.maximum.reduceat(whole, starts)
     low, high = log_range[:, filled] = np.log1p(np.stack([least, most]).astype(np.float64))
-    border = _borders(low, high, num_bins)
+    border = level_borders(low, high, num_bins)
     # All counts from the last border on have the level of that border.
     width = 1 + min(max(int(border.max(initial=0)), 1), _TABULATED)
     table = np.zeros((len(filled), width), np.uint8)
@@ -154,7 +155,7 @@ def _levels(
     return log_range, level
 
 
-def _borders(low: np.ndarray, high: np.ndarray, num_bins: int) -> np.ndarray:
+def level_borders(low: np.ndarray, high: np.ndarray, num_bins: int) -> np.ndarray:
     """Smallest count of the levels 2 .. num_bins - 1 of cells with log1p counts in [low, high].
 
     Returns int64 (K, num_bins - 2), 0 where the range has width zero.
@@ -183,11 +184,12 @@ def _levels_of_logs(
 
 def level_values(
     rows: np.ndarray, level: np.ndarray, counts: np.ndarray, low: np.ndarray, high: np.ndarray, num_bins: int
-) -> np.ndarray:
-    """Raw count that stands for each level of each cell: the median of the counts in that level.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Raw counts that stand for each level of each cell: the median and the mean of the counts in that level.
 
-    A level that no gene of the cell takes is represented by its middle on the log scale. With these values a
-    predicted distribution over levels becomes an expected raw count (sCT paper, section 4, "Metrics").
+    A level that no gene of the cell takes is represented by its middle on the log scale. The sCT paper (section 4,
+    "Metrics") takes the median for everything; a distribution over levels becomes an *expected* raw count with
+    the means, since counts within a level are skewed.
 
     Parameters
     ----------
@@ -198,25 +200,29 @@ def level_values(
 
     Returns
     -------
-    float32 (K, num_bins); column 0 is zero.
+    Medians and means, each float32 (K, num_bins); column 0 is zero.
     """
     n_cells, levels = low.shape[0], num_bins - 1
     middle = low[:, None] + (high - low)[:, None] * (np.arange(levels) + 0.5) / levels
-    values = np.concatenate([np.zeros((n_cells, 1)), np.expm1(middle)], axis=1).astype(np.float32)
+    medians = np.concatenate([np.zeros((n_cells, 1)), np.expm1(middle)], axis=1).astype(np.float32)
+    means = medians.copy()
     if rows.size:
         group = rows.astype(np.int64) * num_bins + level
         order = np.lexsort((counts, group))
         group, counts = group[order], counts[order]
         starts = np.flatnonzero(np.diff(group, prepend=-1))
         sizes = np.diff(starts, append=group.size)
-        median = (counts[starts + (sizes - 1) // 2] + counts[starts + sizes // 2]) / 2
-        values.reshape(-1)[group[starts]] = median
-    return values
+        medians.reshape(-1)[group[starts]] = (
+            counts[starts + (sizes - 1) // 2] + counts[starts + sizes // 2]
+        ) / 2
+        means.reshape(-1)[group[starts]] = np.add.reduceat(counts.astype(np.float64), starts) / sizes
+    return medians, means
 
 
 def expected_counts(probabilities: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Expected raw counts (...,) of predicted distributions over levels (..., num_bins).
 
-    `values` (..., num_bins) are the counts that stand for the levels of the cells concerned.
+    `values` (..., num_bins) are the counts that stand for the levels of the cells concerned: their means, for
+    the expectation of the count itself.
     """
     return np.einsum("...b,...b->...", probabilities, values)

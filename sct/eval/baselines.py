@@ -53,14 +53,14 @@ class Method(Protocol):
 
         Key True is the form that is told that the positions are expressed, False the form that is not; a
         method has one or both. It may look at `masked.visible`, at the tokens that are not hidden, and at the
-        ranges and level values of `masked`, never at those of `held_out`. Raises `Unavailable`.
+        ranges, medians and means of `masked`, never at those of `held_out`. Raises `Unavailable`.
         """
         ...
 
 
 def from_levels(masked: Masked, levels: np.ndarray) -> Prediction:
     """Prediction of levels (n,): their counts are those that stand for them in each cell."""
-    return Prediction(levels, masked.values[masked.cells, levels])
+    return Prediction(levels, masked.medians[masked.cells, levels])
 
 
 def from_counts(masked: Masked, counts: np.ndarray) -> dict[bool, Prediction]:
@@ -69,7 +69,7 @@ def from_counts(masked: Masked, counts: np.ndarray) -> dict[bool, Prediction]:
     The form that is told that the genes are expressed knows that they have at least one count.
     """
     low, high = masked.low[masked.cells], masked.high[masked.cells]
-    levels = digitize(np.log1p(counts), low, high, masked.values.shape[1])
+    levels = digitize(np.log1p(counts), low, high, masked.medians.shape[1])
     # Half a count is where the nearest integer turns to zero.
     free = np.where(counts < 0.5, 0, levels)
     return {False: Prediction(free, counts), True: Prediction(levels, np.maximum(counts, np.float32(1)))}
@@ -77,13 +77,13 @@ def from_counts(masked: Masked, counts: np.ndarray) -> dict[bool, Prediction]:
 
 @functools.lru_cache(maxsize=1)  # one protocol after the other asks for those of the same studies
 def level_frequencies(train: BagSource) -> np.ndarray:
-    """Number of cells (P, num_bins) in which each gene takes each level; not to be written to."""
+    """Number of cells (P, num_bins) in which each gene that was measured takes each level; not to be written to."""
     num_bins, positions = train.options.num_bins, train.options.num_positions
     frequencies = np.zeros((positions, num_bins), np.int64)
     for number in track(range(len(train)), "counting levels"):
-        tokens = train.bag(number)["tokens"]
+        bag = train.bag(number)
         for level in range(num_bins):
-            frequencies[:, level] += (tokens == level).sum(axis=0)
+            frequencies[:, level] += (bag["tokens"] == level).sum(axis=0) * bag["measured"]
     return frequencies
 
 
@@ -108,7 +108,7 @@ class CommonLevel:
         self.name = f"most common {'expressed ' * expressed}level per gene"
         self.fitted_on = TRAINING
 
-    def _frequencies(self, held_out: HeldOut, masked: Masked) -> np.ndarray:
+    def frequencies(self, held_out: HeldOut, masked: Masked) -> np.ndarray:
         """Frequencies (n, num_bins) of the gene of each scored position."""
         if self._train is None:
             raise Unavailable("no training studies were given")
@@ -116,7 +116,7 @@ class CommonLevel:
 
     def predict(self, held_out: HeldOut, masked: Masked) -> dict[bool, Prediction]:
         """See `Method`; one form."""
-        frequencies = self._frequencies(held_out, masked)[:, self.first :]
+        frequencies = self.frequencies(held_out, masked)[:, self.first :]
         levels = self.first + frequencies.argmax(axis=1)
         return {bool(self.first): from_levels(masked, levels)}
 
@@ -131,7 +131,8 @@ class OthersCommonLevel(CommonLevel):
         super().__init__(expressed, None)
         self.fitted_on = OTHER_CELLS
 
-    def _frequencies(self, held_out: HeldOut, masked: Masked) -> np.ndarray:
+    def frequencies(self, held_out: HeldOut, masked: Masked) -> np.ndarray:
+        """See `CommonLevel`."""
         frequencies = held_out.frequencies[held_out.study[masked.cells], masked.genes]
         frequencies[np.arange(len(frequencies)), masked.levels] -= 1
         return frequencies

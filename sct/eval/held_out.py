@@ -48,7 +48,7 @@ class HeldOut:
         Raw counts, CSR float32 (N, P).
     low, high
         float32 (N,) range of each cell, see `sct.data.tokenize.Bins`.
-    values
+    medians, means
         float32 (N, num_bins) raw counts that stand for the levels of each cell. These and the ranges tell
         the size of a cell: methods take those of `Masked`.
     coordinates
@@ -69,7 +69,8 @@ class HeldOut:
     counts: sparse.csr_matrix
     low: np.ndarray
     high: np.ndarray
-    values: np.ndarray
+    medians: np.ndarray
+    means: np.ndarray
     coordinates: np.ndarray | None
     bag: np.ndarray
     slot: np.ndarray
@@ -101,7 +102,7 @@ class HeldOut:
         for number in track(spread(len(source), max_bags), "reading cells"):
             bag, (index, _) = source.bag(number), source.locate(number)
             (slot,) = np.nonzero(bag["rows"] >= 0)
-            part = {name: bag[name][slot] for name in ("tokens", "low", "high", "values")}
+            part = {name: bag[name][slot] for name in ("tokens", "low", "high", "medians", "means")}
             part |= {"slot": slot, "bag": np.full(len(slot), number), "study": np.full(len(slot), index)}
             part["counts"] = sparse.csr_matrix(bag["counts"][slot])
             if coordinates:
@@ -171,20 +172,28 @@ class HeldOut:
 
 
 def pick(matrix: sparse.csr_matrix, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Entries (n,) of a matrix, float32."""
-    if not len(rows):  # SciPy gives a matrix for none
-        return np.zeros(0, np.float32)
-    return np.asarray(matrix[rows, columns], np.float32).ravel()
+    """Entries (n,) of a matrix at `rows`, ascending, and `columns`, float32."""
+    out = np.zeros(len(rows), np.float32)
+    step = max(1, POSITIONS_AT_ONCE // max(matrix.shape[1], 1))
+    # Dense blocks: looking up millions of single entries of a sparse matrix takes far longer.
+    for first in range(0, matrix.shape[0], step):
+        part = slice(*np.searchsorted(rows, [first, first + step]))
+        if part.start < part.stop:
+            block = np.asarray(matrix[first : first + step].toarray(), np.float32)
+            out[part] = block[rows[part] - first, columns[part]]
+    return out
 
 
-def shown_ranges(held_out: HeldOut, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Low and high (N,) and level values (N, num_bins) of each cell, as methods may know them.
+def shown_ranges(
+    held_out: HeldOut, mask: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Low and high (N,), and medians and means of levels (N, num_bins), of each cell, as methods may know them.
 
     A cell of which some gene is shown has its own. One that is hidden as a whole has the mean of the shown
     cells of its bag (of all bags, where its bag shows none), so that nothing of its size is told. Where no
     cell at all is shown, what is asked for is genes and not cells, and each cell has its own.
     """
-    own = np.column_stack([held_out.low, held_out.high, held_out.values])
+    own = np.column_stack([held_out.low, held_out.high, held_out.medians, held_out.means])
     shown = (~mask & (held_out.tokens < held_out.num_bins)).any(axis=1)
     if shown.any() and not shown.all():
         _, bag = np.unique(held_out.bag, return_inverse=True)
@@ -194,12 +203,13 @@ def shown_ranges(held_out: HeldOut, mask: np.ndarray) -> tuple[np.ndarray, np.nd
         means /= np.maximum(number, 1)[:, None]
         means[number == 0] = own[shown].mean(axis=0, dtype=np.float64)
         own[~shown] = means[bag[~shown]]
-    return own[:, 0], own[:, 1], own[:, 2:]
+    medians, means = np.split(own[:, 2:], 2, axis=1)
+    return own[:, 0], own[:, 1], medians, means
 
 
 @dataclasses.dataclass(frozen=True)
 class Masked:
-    """One draw of what is hidden, and the truth of what is scored: hidden genes that are expressed.
+    """One draw of what is hidden, and the truth of what is scored: by default, hidden genes that are expressed.
 
     Attributes
     ----------
@@ -211,8 +221,9 @@ class Masked:
         (n,) scored positions, by cell.
     levels, counts
         (n,) their true levels, uint8, and raw counts, float32.
-    low, high, values
-        Ranges (N,) and level values (N, num_bins) as methods may know them, float32, see `shown_ranges`.
+    low, high, medians, means
+        Ranges (N,), and medians and means of levels (N, num_bins), as methods may know them, float32, see
+        `shown_ranges`.
     """
 
     mask: np.ndarray
@@ -223,14 +234,17 @@ class Masked:
     counts: np.ndarray
     low: np.ndarray
     high: np.ndarray
-    values: np.ndarray
+    medians: np.ndarray
+    means: np.ndarray
 
     @classmethod
-    def of(cls, held_out: HeldOut, mask: np.ndarray) -> Masked:
-        """Hide the positions of `mask` (N, P)."""
+    def of(
+        cls, held_out: HeldOut, mask: np.ndarray, scored: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> Masked:
+        """Hide the positions of `mask` (N, P); score those that are expressed, or `scored` (cells, genes), by cell."""
         tokens, all_counts = held_out.tokens, held_out.counts
         mask = mask & (tokens < held_out.num_bins)
-        cells, genes = np.nonzero(mask & (tokens > 0))
+        cells, genes = np.nonzero(mask & (tokens > 0)) if scored is None else scored
         rows = np.repeat(np.arange(len(held_out)), np.diff(all_counts.indptr))
         shown = ~mask[rows, all_counts.indices]
         ends = np.append(0, np.cumsum(shown))[all_counts.indptr]
@@ -259,22 +273,44 @@ def _masks(
     return jax.vmap(one)(numbers, tokens, amounts)
 
 
-def _draw(held_out: HeldOut, rule: Rule, seed: int, amounts: np.ndarray) -> Masked:
-    """Mask bag by bag, `amounts` one of each; the key of a bag comes from the seed and the bag's number alone."""
-    mask = np.zeros(held_out.tokens.shape, bool)
+def _draw(
+    held_out: HeldOut, rule: Rule, seed: int, amounts: np.ndarray, tokens: np.ndarray | None = None
+) -> np.ndarray:
+    """Mask (N, P), bag by bag, `amounts` one of each; the key of a bag comes from the seed and the bag's number alone.
+
+    `tokens` stand for those of the cells, with PAD at what must not be masked.
+    """
+    tokens = held_out.tokens if tokens is None else tokens
+    mask = np.zeros(tokens.shape, bool)
     position = np.searchsorted(np.unique(held_out.bag), held_out.bag)
     for batch in held_out.batches():
-        tokens = held_out.padded(batch, held_out.tokens, held_out.num_bins)
         amount = np.zeros(len(batch.numbers), amounts.dtype)
         amount[batch.bag] = amounts[position[batch.cells]]
-        made = _masks(rule, seed, batch.numbers, tokens, amount, held_out.num_bins)
+        given = held_out.padded(batch, tokens, held_out.num_bins)
+        made = _masks(rule, seed, batch.numbers, given, amount, held_out.num_bins)
         mask[batch.cells] = np.asarray(made)[batch.bag, batch.slot]
-    return Masked.of(held_out, mask)
+    return mask
 
 
 def mask_ratio(held_out: HeldOut, ratio: float, seed: int) -> Masked:
     """Hide exactly round(`ratio` x n) of the n genes of each cell, expressed or not."""
-    return _draw(held_out, masking.exact_ratio, seed, np.full(held_out.num_bags, ratio, np.float32))
+    amounts = np.full(held_out.num_bags, ratio, np.float32)
+    return Masked.of(held_out, _draw(held_out, masking.exact_ratio, seed, amounts))
+
+
+def mask_measured(held_out: HeldOut, ratio: float, seed: int, most: int) -> Masked:
+    """Hide exactly round(`ratio` x n) of the n measured genes of each cell, and score them all, expressed or not.
+
+    Of more than `most` hidden positions, so many are scored, drawn at random.
+    """
+    amounts = np.full(held_out.num_bags, ratio, np.float32)
+    measured = held_out.measured[held_out.study]
+    tokens = np.where(measured, held_out.tokens, np.uint8(held_out.num_bins))
+    mask = _draw(held_out, masking.exact_ratio, seed, amounts, tokens)
+    places = np.flatnonzero(mask)
+    if len(places) > most:
+        places = np.sort(np.random.default_rng(seed).choice(places, most, replace=False))
+    return Masked.of(held_out, mask, np.divmod(places, mask.shape[1]))
 
 
 def mask_cells(held_out: HeldOut, num_cells: int, seed: int) -> Masked:
@@ -286,7 +322,7 @@ def mask_cells(held_out: HeldOut, num_cells: int, seed: int) -> Masked:
     present = np.diff(held_out._starts)
     hidden = np.round(num_cells * present / held_out.cells_per_bag)
     hidden = np.minimum(np.maximum(hidden, 1), present - 1).astype(np.int32)
-    return _draw(held_out, masking.whole_cells, seed, hidden)
+    return Masked.of(held_out, _draw(held_out, masking.whole_cells, seed, hidden))
 
 
 def mask_genes(held_out: HeldOut, genes: np.ndarray) -> Masked:

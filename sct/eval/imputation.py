@@ -247,7 +247,7 @@ class GeneImputation:
 
     Parameters
     ----------
-    probabilities
+    probabilities, odds
         See `Model`.
     train, held_out
         Exhaustive bags with counts: what baselines are fitted on, and what is scored.
@@ -270,9 +270,10 @@ class GeneImputation:
         ratio: float = 0.15,
         seeds: int = 5,
         max_bags: int = 0,
+        odds: float = 1.0,
     ):
         self.train, self.held_out, self.split = train, held_out, split
-        self.ratio, self.seeds, self.max_bags = ratio, seeds, max_bags
+        self.ratio, self.seeds, self.max_bags, self.odds = ratio, seeds, max_bags, odds
         self._probabilities = jax.jit(probabilities)
         self.report: Report | None = None
 
@@ -280,7 +281,7 @@ class GeneImputation:
         """Measure; yields the numbers of the table and keeps it in `report`."""
         outcome = gene_imputation(
             HeldOut.read(self.held_out, self.max_bags),
-            Model(self._probabilities, variables),
+            Model(self._probabilities, variables, odds=self.odds),
             self.train,
             ratios=(self.ratio,),
             seeds=self.seeds,

@@ -20,10 +20,12 @@ from scipy import sparse
 from sklearn.metrics import (
     accuracy_score,
     adjusted_rand_score,
+    average_precision_score,
     f1_score,
     matthews_corrcoef,
     mean_absolute_error,
     normalized_mutual_info_score,
+    roc_auc_score,
     silhouette_score,
 )
 from sklearn.model_selection import StratifiedKFold
@@ -36,11 +38,15 @@ __all__ = [
     "SCIB_BATCH",
     "SCIB_BIO",
     "SCIB_METRICS",
+    "Reliability",
     "accuracy_and_f1",
     "ari",
+    "average_precision",
+    "cross_entropy",
     "codes",
     "cross_validated",
     "exact_neighbors",
+    "grouped_pearson",
     "knn_accuracy",
     "leiden_clusters",
     "leiden_of_graph",
@@ -50,6 +56,8 @@ __all__ = [
     "neighbor_graph",
     "nmi",
     "quiet",
+    "reliability",
+    "roc_auc",
     "scib",
     "silhouette",
     "stratified_folds",
@@ -91,6 +99,95 @@ def matthews_from_confusion(confusion: np.ndarray) -> float:
     true, predicted = np.nonzero(confusion)
     weight = confusion[true, predicted]
     return float(matthews_corrcoef(true + skipped, predicted, sample_weight=weight))
+
+
+# Probabilities
+
+
+def roc_auc(true: np.ndarray, score: np.ndarray) -> float:
+    """Area under the ROC curve of a score for a bool array; NaN where one class is absent."""
+    true = np.asarray(true, bool)
+    return float(roc_auc_score(true, score)) if true.any() and not true.all() else float("nan")
+
+
+def average_precision(true: np.ndarray, score: np.ndarray) -> float:
+    """Average precision of a score for a bool array; NaN where one class is absent."""
+    true = np.asarray(true, bool)
+    return float(average_precision_score(true, score)) if true.any() and not true.all() else float("nan")
+
+
+def cross_entropy(true: np.ndarray, chance: np.ndarray, least: float = 1e-6) -> float:
+    """Mean of -log probability of the true class, in nats; a probability below `least` counts as `least`.
+
+    Parameters
+    ----------
+    true
+        (n,) classes.
+    chance
+        (n, classes) probabilities.
+    """
+    if len(true) == 0:
+        return float("nan")
+    given = chance[np.arange(len(true)), np.asarray(true, np.int64)]
+    return float(-np.log(np.maximum(given, least), dtype=np.float64).mean())
+
+
+class Reliability(NamedTuple):
+    """Predicted probabilities beside observed frequencies, by bin of the predicted probability.
+
+    Attributes
+    ----------
+    predicted, observed
+        (bins,) mean probability and share of positives; NaN where a bin is empty.
+    number
+        (bins,) number of predictions.
+    """
+
+    predicted: np.ndarray
+    observed: np.ndarray
+    number: np.ndarray
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error (Guo et al., ICML 2017): mean distance between the two, weighted by number."""
+        filled = self.number > 0
+        if not filled.any():
+            return float("nan")
+        distance = np.abs(self.predicted - self.observed)[filled]
+        return float(np.average(distance, weights=self.number[filled]))
+
+
+def reliability(true: np.ndarray, probability: np.ndarray, bins: int = 15) -> Reliability:
+    """Reliability of the predicted probability (n,) of a bool array (n,), in bins of equal width."""
+    index = np.minimum((np.asarray(probability, np.float64) * bins).astype(int), bins - 1)
+    count = np.bincount(index, minlength=bins)
+    sums = [
+        np.bincount(index, weights=np.asarray(x, np.float64), minlength=bins) for x in (probability, true)
+    ]
+    predicted, observed = (np.divide(s, count, out=np.full(bins, np.nan), where=count > 0) for s in sums)
+    return Reliability(predicted, observed, count)
+
+
+def grouped_pearson(
+    first: np.ndarray, second: np.ndarray, group: np.ndarray, num_groups: int, least: int = 10
+) -> np.ndarray:
+    """Pearson correlation of two arrays (n,) within each group.
+
+    Returns
+    -------
+    float64 (num_groups,); NaN for a group with fewer than `least` values or where either array is constant.
+    """
+    x, y = np.asarray(first, np.float64), np.asarray(second, np.float64)
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return np.bincount(group, weights=values, minlength=num_groups) / np.maximum(size, 1)
+
+    size = np.bincount(group, minlength=num_groups)
+    x, y = x - mean(x)[group], y - mean(y)[group]
+    covariance, x_variance, y_variance = mean(x * y), mean(x * x), mean(y * y)
+    defined = (size >= least) & (x_variance > 1e-12) & (y_variance > 1e-12)
+    scale = np.sqrt(np.where(defined, x_variance * y_variance, 1))
+    return np.where(defined, covariance / scale, np.nan)
 
 
 # Embeddings

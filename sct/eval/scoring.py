@@ -44,9 +44,12 @@ class Model:
     ----------
     probabilities
         (variables, masked tokens (B, K, P), coordinates (B, K, 2) or None) -> probabilities of the levels
-        (B, K, P, num_bins).
+        (B, K, P, num_bins) of an ordinary gene.
     variables
         Parameters of the model.
+    odds
+        By what factor the odds of being expressed are multiplied where `predict` chooses among all levels, as a
+        model that is trained by the paper's loss multiplies them (`sct.weights.class_prior`).
     name, fitted_on, remark
         See `sct.eval.baselines.Method`.
     bags_per_batch
@@ -58,19 +61,20 @@ class Model:
         probabilities: Probabilities,
         variables: Any,
         *,
+        odds: float = 1.0,
         name: str = "model",
         fitted_on: str = TRAINING,
         remark: str = "",
         bags_per_batch: int = 0,
     ):
         self.name, self.fitted_on, self.remark = name, fitted_on, remark
-        self.variables, self.bags_per_batch = variables, bags_per_batch
+        self.variables, self.odds, self.bags_per_batch = variables, odds, bags_per_batch
         self._probabilities = jax.jit(probabilities)
 
-    def predict(
+    def chances(
         self, held_out: HeldOut, masked: Masked, tick: Callable[[int], None] = lambda bags: None
-    ) -> dict[bool, Prediction]:
-        """See `sct.eval.baselines.Method`; both forms. `tick` is told of bags that are done."""
+    ) -> np.ndarray:
+        """Probabilities (n, num_bins) of the levels at the scored positions. `tick` is told of bags that are done."""
         num_bins = held_out.num_bins
         chance = np.zeros((len(masked.cells), num_bins), np.float32)
         for batch in held_out.batches(self.bags_per_batch):
@@ -87,14 +91,22 @@ class Model:
             cell = masked.cells[part] - batch.cells.start
             chance[part] = predicted[batch.bag[cell], batch.slot[cell], masked.genes[part]]
             tick(len(np.unique(batch.bag)))
-        known = chance.copy()
+        return chance
+
+    def predict(
+        self, held_out: HeldOut, masked: Masked, tick: Callable[[int], None] = lambda bags: None
+    ) -> dict[bool, Prediction]:
+        """See `sct.eval.baselines.Method`; both forms, scored as the sCT paper does: levels stand for medians."""
+        chance = self.chances(held_out, masked, tick)
+        tilted, known = chance.copy(), chance
+        tilted[:, 1:] *= self.odds
         known[:, 0] = 0
-        known /= np.maximum(known.sum(axis=1, keepdims=True), 1e-9)
-        values = masked.values[masked.cells]
-        return {
-            told: Prediction(each.argmax(axis=1), expected_counts(each, values))
-            for told, each in ((False, chance), (True, known))
-        }
+        medians = masked.medians[masked.cells]
+        out = {}
+        for told, each in ((False, tilted), (True, known)):
+            each /= np.maximum(each.sum(axis=1, keepdims=True), 1e-30)
+            out[told] = Prediction(each.argmax(axis=1), expected_counts(each, medians))
+        return out
 
 
 @dataclasses.dataclass

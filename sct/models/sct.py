@@ -309,12 +309,18 @@ class SCT(nn.Module):
         }
 
 
-def level_probabilities(config: SCTConfig) -> Callable[[Any, jax.Array, jax.Array | None], jax.Array]:
-    """Make the function (variables, tokens (B, K, G), coordinates) -> probabilities of levels (B, K, G, num_bins)."""
+def level_probabilities(
+    config: SCTConfig, offset: float = 0.0
+) -> Callable[[Any, jax.Array, jax.Array | None], jax.Array]:
+    """Make the function (variables, tokens (B, K, G), coordinates) -> probabilities of levels (B, K, G, num_bins).
+
+    `offset` is added to the logit of "unexpressed", see `sct.weights.class_prior`.
+    """
     module = SCT(config)
 
     def probabilities(variables: Any, tokens: jax.Array, coordinates: jax.Array | None) -> jax.Array:
         outputs = cast(dict[str, jax.Array], module.apply(variables, tokens, coordinates))
-        return jax.nn.softmax(outputs["logits"][..., : config.num_bins], axis=-1)
+        logits = outputs["logits"][..., : config.num_bins]
+        return jax.nn.softmax(logits.at[..., 0].add(offset), axis=-1)
 
     return probabilities

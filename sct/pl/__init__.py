@@ -9,6 +9,7 @@ _FUNCTIONS = {
     "umap": "sct.pl.embedding",
     "imputation_confusion": "sct.pl.imputation",
     "mcc_by_ratio": "sct.pl.imputation",
+    "reliability": "sct.pl.imputation",
     "spatial": "sct.pl.maps",
 }
 

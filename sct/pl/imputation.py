@@ -163,6 +163,70 @@ def mcc_by_ratio(
     return ax
 
 
+def reliability(curves: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
+    """Predicted probability of expression against the share of genes that are expressed.
+
+    A method whose probabilities are right lies on the diagonal; below it, it says "expressed" too often. The size
+    of a point is the share of the method's predictions in its bin.
+
+    Parameters
+    ----------
+    curves
+        Name of a method -> (predicted (bins,), observed (bins,), number (bins,)), as
+        `sct.eval.metrics.reliability` gives them. Names that begin with "model" are drawn thick.
+    ax
+        Axes to draw in; None for a new figure.
+
+    Returns
+    -------
+    The axes.
+
+    Raises
+    ------
+    DataError
+        There is no curve, or one whose values lie outside [0, 1].
+    MissingExtraError
+        Matplotlib is not installed.
+    """
+    points = {}
+    for name, curve in curves.items():
+        predicted, observed, count = (np.asarray(values, dtype=float) for values in curve)
+        filled = count > 0
+        kept = np.stack([predicted[filled], observed[filled]])
+        if not ((kept >= 0) & (kept <= 1)).all():
+            raise DataError(
+                f"the curve {str(name)!r} has values outside [0, 1]: give probabilities and shares."
+            )
+        if filled.any():
+            points[str(name)] = (*kept, count[filled] / count.sum())
+    if not points:
+        raise DataError("there is no curve with a value: measure one method at least.")
+    ax = style.new_axes(4.6 + style.legend_width(list(points)), 4.4) if ax is None else ax
+    ax.plot([0, 1], [0, 1], color=style.GREY, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
+    handles = []
+    for number, (name, (predicted, observed, share)) in enumerate(points.items()):
+        colour = style.COLOURS[number % 8]
+        line = _LINES[number // 8 % len(_LINES)]
+        thick = name.startswith("model")
+        (handle,) = ax.plot(
+            predicted,
+            observed,
+            color=colour,
+            linestyle=line,
+            linewidth=2.6 if thick else 1.4,
+            zorder=3 if thick else 2,
+        )
+        ax.scatter(predicted, observed, s=6 + 240 * share, color=colour, linewidths=0, alpha=0.85, zorder=3)
+        handles.append(handle)
+    ax.set(
+        xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal",
+        xlabel="predicted probability of expression", ylabel="share that is expressed",
+    )  # fmt: skip
+    style.open_frame(ax)
+    style.legend_outside(ax, handles, list(points), points=False)
+    return ax
+
+
 def _is_bar(name: str) -> bool:
     return name.removesuffix(", told") == BAR
 

@@ -18,10 +18,11 @@ from sct.data.masking import Masking
 from sct.data.store import SPLITS, Store
 from sct.errors import ConfigError
 from sct.models.lora import LoraConfig
-from sct.models.sct import SCT
+from sct.models.sct import SCT, level_probabilities
 from sct.models.sct_config import SCTConfig, pad_to_multiple
 from sct.nn import axes
 from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables, held_out_split
+from sct.weights.class_prior import ClassPrior
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,11 @@ class MaskedExpressionConfig:
     ----------
     masking
         Rule of training (and of the validation loss).
+    logit_adjustment
+        Remove from the training signal what the masking rates do to the class balance, so that the model's
+        probabilities are those of an ordinary gene and not of a masked one: the log of (masking rate of
+        expressed / of unexpressed genes) is subtracted from the logit of "unexpressed" inside the loss. False is
+        the paper's loss; inference then adds that number (`sct.weights.class_prior`).
     head_budget
         Share of a bag's positions at which the head is evaluated in training, a static bound on the masked
         ones; those beyond it are left out of the loss and counted in `overflow`. 0 evaluates it everywhere. Devices
@@ -44,6 +50,7 @@ class MaskedExpressionConfig:
     """
 
     masking: Masking = dataclasses.field(default_factory=Masking)
+    logit_adjustment: bool = True
     head_budget: float = 0.0
     report_ratio: float = 0.15
     report_seeds: int = 5
@@ -59,6 +66,8 @@ class MaskedExpressionConfig:
                 f"{self.report_bags}, but the first two must be positive and the last not negative."
             )
         rule = self.masking
+        if self.logit_adjustment:
+            _ = rule.log_ratio  # refused where it is no number
         if self.head_budget and rule.kind in ("uniform", "ratio") and rule.expressed > self.head_budget:
             raise ConfigError(
                 f"masking {rule.kind!r} hides a share of {rule.expressed} of all positions, but head_budget is "
@@ -150,14 +159,24 @@ class MaskedExpression:
         return cast(Variables, self.model.init(rng, *SCT.example(self.model_config).values()))
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array, train: bool) -> tuple[jax.Array, Sums]:
-        """Mean cross-entropy of the levels at masked positions.
+        """Mean cross-entropy of the levels at masked positions of measured genes.
+
+        With `logit_adjustment` the cross-entropy is that of the logits plus the log of the rate at which each
+        class is masked (up to a constant), so that the logits themselves are those of an ordinary gene. Genes that
+        a study did not measure are read as unexpressed and are never targets.
 
         Returns the loss and sums: `loss`, `masked` (count), `confusion` (num_bins, num_bins) with rows the
         true and columns the predicted level, `overflow`.
         """
         tokens = batch["tokens"]
         num_bins = self.model_config.num_bins
-        mask = self.config.masking(rng, tokens, num_bins) & (batch["weight"] > 0)[:, None, None]
+        # A gene that was not measured can no more be masked than padding.
+        eligible = jnp.where(batch["measured"][:, None, :], tokens, jnp.asarray(num_bins, tokens.dtype))
+        if self.config.logit_adjustment:
+            mask, log_ratio = self.config.masking.draw(rng, eligible, num_bins)
+        else:
+            mask, log_ratio = self.config.masking(rng, eligible, num_bins), jnp.zeros(tokens.shape[0])
+        mask &= (batch["weight"] > 0)[:, None, None]
         inputs = masking.apply(tokens, mask, num_bins)
         coordinates = batch.get("coordinates")
         length = tokens.shape[1] * tokens.shape[2]
@@ -178,6 +197,9 @@ class MaskedExpression:
         else:
             logits = self._logits(variables, inputs, coordinates).reshape(*targets.shape, -1)
         weights = masked.astype(jnp.float32)
+        # Of the masked genes, as the loss and the training metrics see them.
+        shift = log_ratio.reshape(-1, *(1,) * (logits.ndim - 1)) * (jnp.arange(logits.shape[-1]) == 0)
+        logits = logits - shift
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         total, count = (losses * weights).sum(), weights.sum()
         predicted = jnp.argmax(logits[..., :num_bins], axis=-1)
@@ -211,32 +233,34 @@ class MaskedExpression:
         return BagSource(studies, self.bags, exhaustive=split != "train") if studies else None
 
     def evaluators(self) -> Sequence[Evaluator]:
-        """Imputation of masked genes beside its baselines, on the test studies, else the validation ones."""
+        """Imputation of masked genes beside its baselines, on the test studies, else the validation ones.
+
+        First of genes masked at random, all of which are scored, then as the sCT paper scores it.
+        """
         from sct.eval.imputation import GeneImputation
+        from sct.eval.natural import NaturalImputation
 
         held_out, _ = held_out_split(self.store)
         if held_out is None:
             return ()
         bags = dataclasses.replace(self.bags, with_counts=True)
+        prior = ClassPrior.of(self.exports()["data"])
+        probabilities = level_probabilities(self.model_config, prior.offset)
+        given = (
+            BagSource(self.store.split("train"), bags, exhaustive=True),
+            BagSource(self.store.split(held_out), bags, exhaustive=True),
+            held_out,
+            self.config.report_ratio,
+            self.config.report_seeds,
+            self.config.report_bags,
+        )
         return (
-            GeneImputation(
-                self._probabilities,
-                train=BagSource(self.store.split("train"), bags, exhaustive=True),
-                held_out=BagSource(self.store.split(held_out), bags, exhaustive=True),
-                split=held_out,
-                ratio=self.config.report_ratio,
-                seeds=self.config.report_seeds,
-                max_bags=self.config.report_bags,
-            ),
+            NaturalImputation(probabilities, *given),
+            GeneImputation(probabilities, *given, odds=prior.odds),
         )
 
     def _logits(self, variables: Variables, *inputs: Any) -> jax.Array:
         return cast(dict[str, jax.Array], self.model.apply(variables, *inputs))["logits"]
-
-    def _probabilities(self, variables: Variables, inputs: Any, coordinates: Any) -> jax.Array:
-        """Probabilities of the levels (B, K, G, num_bins) at every position."""
-        logits = self._logits(variables, inputs, coordinates)
-        return jax.nn.softmax(logits[..., : self.model_config.num_bins], axis=-1)
 
     def tokens(self, batch: Mapping[str, Any]) -> int:
         """Gene positions in a batch."""
@@ -244,7 +268,12 @@ class MaskedExpression:
 
     def exports(self) -> dict[str, Any]:
         """Genes, and how inputs were made in training."""
-        data = {"cells_per_bag": self.bags.cells_per_bag, "noise_fraction": self.bags.noise_fraction}
+        data = {
+            "cells_per_bag": self.bags.cells_per_bag,
+            "noise_fraction": self.bags.noise_fraction,
+            "masking": dataclasses.asdict(self.config.masking),
+            "logit_adjustment": self.config.logit_adjustment,
+        }
         return {"genes": self.vocabulary, "data": data}
 
     def notes(self, fresh: bool) -> Sequence[str]:

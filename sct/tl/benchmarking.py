@@ -20,7 +20,7 @@ from sct.data.genes import GeneVocabulary
 from sct.data.store import SPLITS, Store
 from sct.errors import ConfigError, DataError, SctError
 from sct.eval import embedding as embeddings
-from sct.eval import imputation, report
+from sct.eval import imputation, natural, report
 from sct.eval.held_out import HeldOut
 from sct.eval.page import Figure, figure_svg
 from sct.eval.report import Report
@@ -32,8 +32,10 @@ from sct.models.sct_config import SCTConfig, pad_to_multiple
 from sct.outputs import check_folder
 from sct.tl import running
 from sct.tl.embedding import embed
+from sct.weights.class_prior import ClassPrior
 from sct.weights.pretrained import DATA_OPTIONS, Pretrained
 
+ASSUMED_RATES = "its masking rates are not recorded: 15% and 1% are assumed"
 NUM_BINS = SCTConfig.num_bins
 _REPORT_BYTES = 10_000_000  # of a page with figures
 
@@ -63,6 +65,18 @@ class DataOptions:
         for name in ("cells_per_bag", "max_bags", "max_cells", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"data.{name} is {getattr(self, name)}, but 0 or more is needed.")
+
+
+@dataclasses.dataclass(frozen=True)
+class NaturalImputationOptions:
+    """Measured genes masked at random, expressed or not, all of them scored."""
+
+    run: bool = True
+    ratio: float = natural.RATIO
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio < 1:
+            raise ConfigError(f"natural_imputation.ratio is {self.ratio}, but it must lie between 0 and 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +133,7 @@ class BenchmarkOptions:
     """The whole benchmark; see `configs/benchmark.py`."""
 
     data: DataOptions = dataclasses.field(default_factory=DataOptions)
+    natural_imputation: NaturalImputationOptions = dataclasses.field(default_factory=NaturalImputationOptions)
     gene_imputation: GeneImputationOptions = dataclasses.field(default_factory=GeneImputationOptions)
     cell_imputation: CellImputationOptions = dataclasses.field(default_factory=CellImputationOptions)
     fixed_genes: FixedGenesOptions = dataclasses.field(default_factory=FixedGenesOptions)
@@ -328,7 +343,11 @@ def _measure(
     numbers: dict[str, Any] = {"imputation": [], "embedding": {}}
     gene, cell, fixed = options.gene_imputation, options.cell_imputation, options.fixed_genes
     with_fixed = fixed.run == "always" or (fixed.run == "spatial" and any(part.spatial for part in parts))
-    protocols: dict[str, Callable[..., Outcome]] = {}
+    protocols: dict[str, Callable[..., Any]] = {}
+    if options.natural_imputation.run:
+        protocols["Natural imputation"] = functools.partial(
+            natural.natural_imputation, ratio=options.natural_imputation.ratio, magic=gene.magic
+        )
     if gene.run:
         protocols["Imputation of masked genes"] = functools.partial(
             imputation.gene_imputation, ratios=gene.ratios, magic=gene.magic
@@ -354,7 +373,10 @@ def _measure(
                 continue
             reports += outcome.reports
             numbers["imputation"].append(outcome.as_dict())
-            figures += _imputation_figures(outcome, held_out.cells_per_bag)
+            if isinstance(outcome, natural.Outcome):
+                figures.append(_reliability_figure(outcome))
+            else:
+                figures += _imputation_figures(outcome, held_out.cells_per_bag)
     for part in parts if options.embedding.run else ():
         try:
             table, drawn, measured = _embedding(part, handle, options)
@@ -406,8 +428,24 @@ def _held_out(
         training = BagSource(train.split("train"), bags, exhaustive=True)
     asked = None
     if handle is not None:
-        asked = Model(level_probabilities(handle.config), handle.variables, fitted_on="its training studies")
+        prior = ClassPrior.of(handle.data)
+        asked = Model(
+            level_probabilities(handle.config, prior.offset), handle.variables, odds=prior.odds,
+            fitted_on="its training studies", remark=ASSUMED_RATES if prior.assumed else "",
+        )  # fmt: skip
     return HeldOut.read(source, data.max_bags), training, asked
+
+
+def _reliability_figure(outcome: natural.Outcome) -> Figure:
+    """Reliability of the probabilities of expression."""
+    from matplotlib.figure import Figure as Canvas
+
+    from sct import pl
+
+    canvas = Canvas(figsize=(8.2, 4.8), layout="constrained")
+    pl.reliability(outcome.reliability, ax=canvas.add_subplot())
+    caption = "Hidden measured genes, all draws together. On the diagonal, probabilities are what they say."
+    return Figure("Reliability of the probability of expression", figure_svg(canvas), caption)
 
 
 def _imputation_figures(outcome: Outcome, cells_per_bag: int) -> list[Figure]:

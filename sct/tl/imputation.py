@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -9,14 +10,18 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from scipy import sparse
+from scipy.special import softmax
 
 from sct.data.bag_order import BagOrder, hidden_order
 from sct.data.cells import Cells, Section
 from sct.data.tokenize import bin_counts, expected_counts
 from sct.errors import ConfigError, DataError
 from sct.tl import running
+from sct.weights.class_prior import ClassPrior
 
 MISSING = "missing"
+# Endings of the names of results.
+RESULTS = ("expected", "level", "probability")
 # Share of a bag's cells that are hidden together where whole cells are imputed: 10 of 50.
 HIDDEN_SHARE = 0.2
 _BLOCK = 2_000
@@ -42,17 +47,23 @@ def impute(
     """Predict the expression of genes or of whole cells from all the rest (sCT paper, section 4).
 
     What is asked for is hidden from the model, whether it was measured or not, and predicted as a
-    distribution over expression levels. The expected raw count is the mean of the counts that stand for the
-    levels: the medians of the cell's own levels among the genes that are shown; for a cell of which nothing is
-    shown, the mean of these medians over the shown cells of its bag.
+    distribution over expression levels. The expected raw count is the sum of the levels' probabilities times the
+    counts that stand for them: the means of the cell's own levels among the genes that are shown; for a cell of
+    which nothing is shown, the average of these means over the shown cells of its bag.
+
+    Probabilities are those of an ordinary gene. Training masks expressed genes more often than others; where the
+    loss did not correct for that, the correction is made here (`sct.weights.class_prior`).
 
     Results, for `key_added="sct"`:
 
     - `layers["sct_expected"]` (N, n_var) float32 CSR: raw counts, with the expected count in place of what was
-      imputed; `layers["sct_level"]` uint8 CSR: the same with levels (0 unexpressed, 1 lowest, ...; what was
-      counted by the range of all counts of its cell; genes the model does not know have none).
+      imputed; `layers["sct_level"]` uint8 CSR: the same with the most likely levels (0 unexpressed, 1 lowest, ...;
+      what was counted by the range of all counts of its cell; genes the model does not know have none);
+      `layers["sct_probability"]` float32 CSR: the same with the probability that the gene is expressed (1 where a
+      count was measured and not imputed).
     - for genes that are not in `adata.var` or stand in several of its columns, and for a backed `adata`:
-      `obsm["sct_expected"]` and `obsm["sct_level"]`, tables (N, genes) with the names that were given.
+      `obsm["sct_expected"]`, `obsm["sct_level"]` and `obsm["sct_probability"]`, tables (N, genes) with the names that
+      were given.
     - `uns["sct"]`: what was imputed (`genes`, `cells`; `var_names` of those in layers), and the parameters.
 
     X is never changed; results of an earlier call with this `key_added` are removed. Bags are those of
@@ -89,6 +100,8 @@ def impute(
             'say what to impute: genes=["CD3E", ...], genes="missing" for genes that the panel lacks, or cells=...'
         )
     handle = running.opened(model)
+    prior = ClassPrior.of(handle.data)
+    prior.warn()
     size = running.bag_size(handle, cells_per_bag)
     if adata.isbacked and cells is not None:
         raise DataError(
@@ -116,13 +129,14 @@ def impute(
 
     everywhere = np.ones(adata.n_obs, bool) if chosen is None else chosen
     hidden_genes = None if whole else np.isin(np.arange(len(handle.vocabulary)), wanted)
-    result = _predict(handle, table, orders, wanted, everywhere, hidden_genes, batch_size)
+    result = _predict(handle, prior, table, orders, wanted, everywhere, hidden_genes, batch_size)
     target = running.to_write(adata, copy)
     there = _write(target, table, column, wanted, names, everywhere, result, key_added, handle)
     running.keep_scales(target, sections, batch_key, spatial_key)
     target.uns[key_added] = dict(
         running.record(
             handle, table, cells_per_bag=size, batch_key=batch_key, spatial_key=spatial_key, seed=seed,
+            class_offset=prior.offset,
             genes=np.asarray([] if whole else names, dtype=str),
             var_names=np.asarray(target.var_names[column[wanted[there]]], dtype=str),
             cells=np.asarray([] if chosen is None else adata.obs_names[chosen], dtype=str),
@@ -199,23 +213,42 @@ def _genes(
     return vocabulary.find(listed), listed
 
 
+@dataclasses.dataclass(frozen=True)
+class _Predictions:
+    """What is predicted of the chosen cells (m,) and wanted genes (n,).
+
+    Attributes
+    ----------
+    rows
+        int (m,) rows of the table.
+    values
+        By the ending of its name (`RESULTS`): expected counts and probability of expression float32 (m, n), level
+        uint8.
+    """
+
+    rows: np.ndarray
+    values: dict[str, np.ndarray]
+
+
 def _predict(
     model: Any,
+    prior: ClassPrior,
     table: Cells,
     orders: list[BagOrder | None],
     wanted: np.ndarray,
     chosen: np.ndarray,
     hidden_genes: np.ndarray | None,
     batch_size: int | None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows (m,), expected counts (m, n) float32 and levels (m, n) uint8 of the chosen cells and wanted genes."""
+) -> _Predictions:
+    """Predict the wanted genes of the chosen cells."""
     config = model.config
     whole = hidden_genes is None
     places = np.flatnonzero(chosen)
     slot = np.full(table.n_cells, -1)
     slot[places] = np.arange(len(places))
-    expected = np.zeros((len(places), len(wanted)), np.float32)
-    level = np.zeros((len(places), len(wanted)), np.uint8)
+    shape = (len(places), len(wanted))
+    expected, probability = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    level = np.zeros(shape, np.uint8)
 
     def inputs(bag: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
         tokens, hide = bag["tokens"].copy(), np.flatnonzero(chosen[rows])
@@ -245,15 +278,16 @@ def _predict(
         if not keep.any():
             continue
         logits = one.outputs["logits"][: len(hide) * len(wanted), : config.num_bins]
-        chance = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        chance = (chance / chance.sum(axis=-1, keepdims=True)).reshape(len(hide), len(wanted), -1)
-        values = one.bag["values"][hide]
+        logits = logits + prior.offset * (np.arange(config.num_bins) == 0)
+        chance = softmax(logits, axis=-1).reshape(len(hide), len(wanted), -1)
+        means = one.bag["means"][hide]
         if whole:
-            values = np.broadcast_to(one.bag["values"][~chosen[one.rows]].mean(axis=0), values.shape)
-        counts = expected_counts(chance, values[:, None, :])
+            means = np.broadcast_to(one.bag["means"][~chosen[one.rows]].mean(axis=0), means.shape)
+        counts = expected_counts(chance, means[:, None, :])
         at = slot[one.rows[hide[keep]]]
         expected[at], level[at] = counts[keep], chance[keep].argmax(axis=-1)
-    return places, expected, level
+        probability[at] = chance[keep, :, 1:].sum(axis=-1)
+    return _Predictions(places, dict(zip(RESULTS, (expected, level, probability), strict=True)))
 
 
 def _write(
@@ -263,26 +297,29 @@ def _write(
     wanted: np.ndarray,
     names: list[str],
     chosen: np.ndarray,
-    result: tuple[np.ndarray, np.ndarray, np.ndarray],
+    result: _Predictions,
     key: str,
     model: Any,
 ) -> np.ndarray:
     """Put predictions into layers, and those of genes that `var` lacks into obsm; return which are in layers."""
-    places, expected, level = result
+    places = result.rows
     there = column[wanted] >= 0
     if target.isbacked:
         there[:] = False
-    for name in (f"{key}_expected", f"{key}_level"):  # of an earlier call, about other genes or cells
+    for name in (
+        f"{key}_{ending}" for ending in result.values
+    ):  # of an earlier call, about other genes or cells
         for slot in (target.layers, target.obsm):
             if name in slot:
                 del slot[name]
     if there.any():
         shape = (target.n_obs, target.n_vars)
         inside = column[wanted[there]]
-        for name, base, values in (
-            (f"{key}_expected", _counts(target, table), expected[:, there]),
-            (f"{key}_level", _levels(target, table, column, model), level[:, there]),
-        ):
+        counted = _counts(target, table)
+        levels = _levels(target, table, column, model)
+        bases = dict(zip(RESULTS, (counted, levels, (counted > 0).astype(np.float32)), strict=True))
+        for ending, predicted in result.values.items():
+            name, base, values = f"{key}_{ending}", bases[ending], predicted[:, there]
             taken = np.zeros(target.n_vars, bool)
             taken[inside] = True
             base = base.tocoo()
@@ -301,7 +338,8 @@ def _write(
             filled.eliminate_zeros()
             target.layers[name] = filled
     if not there.all():
-        for name, values in ((f"{key}_expected", expected), (f"{key}_level", level)):
+        for ending, values in result.values.items():
+            name = f"{key}_{ending}"
             whole = np.zeros((target.n_obs, int((~there).sum())), values.dtype)
             if values.dtype.kind == "f":
                 whole[:] = np.nan  # cells that were not asked for have no value

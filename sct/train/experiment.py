@@ -39,6 +39,8 @@ from sct.weights.vocabulary import resized
 # Where a run folder keeps the tokenizer of texts; section of its config.json with the whole architecture.
 TOKENIZER, MODEL = run_folder.TOKENIZER, run_folder.MODEL
 _SECTIONS = ("family", "task", "init_from", "model", "data", "objective", "optimizer", "train")
+# What an option meant before it existed, for runs that do not record it.
+_BEFORE = {"objective": {"logit_adjustment": False}}
 # What may change when a run goes on: it does not change what is computed.
 _FREE = {
     "train": {
@@ -92,6 +94,7 @@ def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Path) -
         if not isinstance(before, Mapping) or not isinstance(after, Mapping):
             before, after = {section: before}, {section: after}
         free = _FREE.get(section, set())
+        before = {**{k: v for k, v in _BEFORE.get(section, {}).items() if k in after}, **before}
         for name in sorted(set(before) | set(after)):
             if name not in free and before.get(name) != after.get(name):
                 option = section if name == section else f"{section}.{name}"
@@ -362,6 +365,9 @@ def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
     registry.build(TrainConfig, {**plain.get("train", {}), "steps": 1}, "train")
     registry.build(OptimizerConfig, plain.get("optimizer", {}), "optimizer")
     objective = registry.build(kind.objective, plain.get("objective", {}), "objective")
+    for name in _BEFORE["objective"]:
+        if hasattr(objective, name):  # recorded even where the configuration leaves it to its default
+            plain.setdefault("objective", {})[name] = getattr(objective, name)
     if (
         kind.tokenizer is not None
         and not plain.get("data", {}).get("tokenizer")

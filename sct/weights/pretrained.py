@@ -53,8 +53,8 @@ class Pretrained:
     step
         Training step of the weights, where a run made them.
     data
-        How inputs were made in training, as far as it is known: the entries of `DATA_OPTIONS`, or what a task of
-        texts describes.
+        How inputs were made in training, as far as it is known: the entries of `DATA_OPTIONS` and how genes were
+        masked (`sct.weights.class_prior`), or what a task of texts describes.
     tokenizer
         Of a model of text.
     """
@@ -282,8 +282,9 @@ def load(
         where = flatten(axes.shardings(boxed, mesh, rules)) if mesh is not None else {}
         arrays = {name: reader.read(name, where.get(name), dtype) for name in expected}
     data = config.get("data")
-    if data is None and run_folder.is_run(folder.parent):  # written before model folders knew it
-        data = model_folder.read_json(folder.parent / "config.json").get("data")
+    if run_folder.is_run(folder.parent):  # written before model folders knew it
+        run = model_folder.read_json(folder.parent / "config.json")
+        data = run_folder.with_masking(run.get("data") if data is None else data, run)
     card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
     licence = config.get("license") or "unknown"
     known = data_options(data) if config["family"] == "sct" else data or {}
@@ -334,9 +335,17 @@ def _tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:
 
 
 def data_options(values: Any) -> dict[str, Any]:
-    """Entries of `DATA_OPTIONS` among a configuration's or a model folder's data section, those that are sound."""
+    """Entries of `DATA_OPTIONS`, and the record of masking, in the data section of a configuration or model folder.
+
+    Entries of another type than theirs are left out.
+    """
     given = values if isinstance(values, Mapping) else {}
-    return {name: given[name] for name in DATA_OPTIONS if isinstance(given.get(name), (int, float))}
+    kinds: dict[str, Any] = {
+        **dict.fromkeys(DATA_OPTIONS, (int, float)),
+        "masking": Mapping,
+        "logit_adjustment": bool,
+    }
+    return {name: given[name] for name, kind in kinds.items() if isinstance(given.get(name), kind)}
 
 
 def fitting_rules(mesh: Mesh | None, rules: axes.Rules | None) -> axes.Rules:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,16 @@ def is_current(folder: Path, exported: Path) -> bool:
     return model_folder.read_config(exported).get("step") == best_step(folder)
 
 
+def with_masking(data: Any, config: Mapping[str, Any]) -> Any:
+    """Data section of a model, with the masking of its run's configuration where it has no record of its own."""
+    objective = config.get("objective")
+    recorded = objective.get("masking") if isinstance(objective, Mapping) else None
+    if not isinstance(data, Mapping) or "masking" in data or not isinstance(recorded, Mapping):
+        return data
+    # A run that knew of logit adjustment has a record.
+    return {**data, "masking": dict(recorded), "logit_adjustment": False}
+
+
 def load(
     folder: Path, *, mesh: Any, rules: axes.Rules, dtype: str | None, genes: GeneVocabulary | None
 ) -> pretrained.Pretrained:
@@ -82,6 +93,7 @@ def load(
     arrays = _restore(path, pretrained.boxed_shapes(family, model), mesh, rules, dtype)
     described = model_folder.read_json(folder / "data.json")
     data = described.get("model") or pretrained.data_options(config.get("data"))
+    data = with_masking(data, config)
     tokenizer = Tokenizer.load(folder / TOKENIZER) if (folder / TOKENIZER).is_dir() else None
     made = pretrained.Pretrained(
         family, model, unflatten(arrays), vocabulary, license=described.get("license") or "unknown", step=step,

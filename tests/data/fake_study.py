@@ -17,6 +17,7 @@ class FakeStudy:
         self.name, self.coordinates = name, coordinates
         self.n_cells, self.n_genes = self.counts.shape
         self.spatial = coordinates is not None
+        self.measured = np.ones(self.n_genes, bool)
 
     @property
     def gene_totals(self) -> np.ndarray:

@@ -215,7 +215,7 @@ def test_a_bag_is_the_tokens_of_its_cells():
     counts = study.read_rows(bag["rows"])
     bins = bin_counts(counts, num_bins=6, num_positions=16, with_values=True)
     np.testing.assert_array_equal(bag["tokens"], bins.tokens)
-    for key in ("low", "high", "values"):
+    for key in ("low", "high", "medians", "means"):
         np.testing.assert_array_equal(bag[key], getattr(bins, key))
     np.testing.assert_array_equal(bag["counts"][:, :12], counts.toarray())
     assert not bag["counts"][:, 12:].any()
@@ -223,7 +223,8 @@ def test_a_bag_is_the_tokens_of_its_cells():
     dtypes = {key: value.dtype for key, value in bag.items()}
     assert dtypes["tokens"] == np.uint8
     assert dtypes["rows"] == np.int32
-    assert dtypes["counts"] == dtypes["low"] == dtypes["values"] == np.float32
+    assert {dtypes[key] for key in ("counts", "low", "high", "medians", "means")} == {np.dtype(np.float32)}
+    np.testing.assert_array_equal(bag["measured"], np.arange(16) < 12)
 
 
 def test_noise_is_judged_by_the_study_not_by_the_bag():
@@ -242,13 +243,14 @@ def test_a_small_study_is_filled_up_with_absent_cells(exhaustive):
     options = BagOptions(6, 12, spatial=True, with_counts=True)
     for spatial in (False, True):
         bag = BagSource([toy_study(4, spatial=spatial)], options, exhaustive).bag(0)
-        assert {len(value) for value in bag.values()} == {6}
+        assert {len(value) for key, value in bag.items() if key != "measured"} == {6}
+        np.testing.assert_array_equal(bag["measured"], np.arange(12) < 12)
         assert (bag["tokens"][4:] == 5).all()
         assert (bag["tokens"][:4] < 5).all()
         assert (bag["rows"][4:] == -1).all()
         assert np.isnan(bag["coordinates"][4:]).all()
         assert np.isfinite(bag["coordinates"][:4]).all() == spatial
-        for key in ("counts", "low", "high", "values"):
+        for key in ("counts", "low", "high", "medians", "means"):
             assert not bag[key][4:].any()
 
 

@@ -24,6 +24,8 @@ ALL = {
     "cells": Masking("cells", num_cells=2),
     "genes": Masking("genes", genes=(0, 3, 63)),
     "ratio": Masking("ratio", expressed=0.4),
+    "drawn_uniform": Masking("drawn_uniform"),
+    "mixture": Masking("mixture", mixture=(("drawn", 2.0), ("drawn_uniform", 1.0), ("cells", 1.0))),
 }
 RULES = {name: jax.jit(partial(rule, num_bins=NUM_BINS)) for name, rule in ALL.items()}
 seeds = st.integers(0, 2**31 - 1)
@@ -47,7 +49,7 @@ def share_within(mask: np.ndarray, among: np.ndarray, rate: float) -> None:
 
 
 def test_the_kinds_under_test_are_all_kinds():
-    assert set(ALL) == set(masking.KINDS)
+    assert set(ALL) == {*masking.KINDS, masking.MIXTURE}
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -183,7 +185,13 @@ def test_the_exact_ratio_treats_all_levels_alike():
         ({"unexpressed": -0.1}, "unexpressed"),
         ({"low": float("nan")}, "low"),
         ({"kind": "drawn", "low": 0.5, "high": 0.5}, "low < high"),
-        ({"kind": "drawn", "expressed": 0.0}, "low < high"),
+        ({"kind": "drawn", "expressed": 0.0}, "expressed > 0"),
+        ({"kind": "mixture"}, "mixture"),
+        ({"kind": "mixture", "mixture": (("drawn", 0.0),)}, "mixture"),
+        ({"kind": "mixture", "mixture": (("drawn", 1.0), ("drawn", 2.0))}, "mixture"),
+        ({"kind": "mixture", "mixture": (("mixture", 1.0),)}, "mixture"),
+        ({"kind": "mixture", "mixture": (("drawn", 1.0), ("cells", 1.0)), "num_cells": 0}, "num_cells"),
+        ({"mixture": (("drawn", 1.0),)}, "mixture is set"),
         ({"kind": "cells", "num_cells": 0}, "num_cells"),
         ({"kind": "genes"}, "gene positions"),
         ({"kind": "genes", "genes": (2, -1)}, "gene positions"),
@@ -203,3 +211,48 @@ def test_a_gene_beyond_the_cells_is_refused():
 
 def test_a_rule_can_be_a_static_argument():
     assert len({Masking(), Masking(), Masking("uniform")}) == 2
+
+
+def test_a_mixture_draws_one_kind_per_bag_by_weight():
+    tokens = np.zeros((400, 3, 50), np.uint8)
+    rule = Masking("mixture", mixture=(("cells", 1.0), ("uniform", 3.0)), expressed=0.5)
+    mask = np.asarray(rule(jax.random.key(0), tokens, NUM_BINS))
+    per_cell = mask.sum(axis=-1)
+    cells = (np.sort(per_cell, axis=1) == [0, 0, 50]).all(axis=1)
+    share_within(~cells[:, None].repeat(3, 1), np.ones((400, 3), bool), 0.75)
+    assert (per_cell[~cells] < 50).all()
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_the_log_ratio_of_a_bag_is_that_of_its_masking_rates(kind):
+    rng = np.random.default_rng(0)
+    tokens = np.where(rng.random((48, 4, 2048)) < 0.6, 0, 2).astype(np.uint8)
+    mask, log_ratio = (np.asarray(x) for x in ALL[kind].draw(jax.random.key(0), tokens, NUM_BINS))
+    np.testing.assert_array_equal(mask, ALL[kind](jax.random.key(0), tokens, NUM_BINS))
+    assert log_ratio.shape == (48,)
+    for ratio in np.unique(log_ratio):
+        same = log_ratio == ratio
+        share = [mask[same][expressed].mean() for expressed in (tokens[same] > 0, tokens[same] == 0)]
+        if kind != "genes":  # the same few genes, whose number says little
+            np.testing.assert_allclose(np.log(share[0] / share[1]), ratio, atol=0.15)
+    assert len(np.unique(log_ratio)) == (2 if kind == "mixture" else 1)
+    expected = np.mean([ALL[kind].log_ratio_of(each) * weight for each, weight in ALL[kind].components])
+    np.testing.assert_allclose(ALL[kind].log_ratio, expected * len(ALL[kind].components), rtol=1e-6)
+
+
+def test_a_class_that_is_never_masked_has_no_ratio():
+    rules = {
+        "unexpressed": [Masking(unexpressed=0.0), Masking("drawn", unexpressed=0.0)],
+        "expressed": [
+            Masking(expressed=0.0),
+            Masking("uniform", expressed=0.0),
+            Masking("ratio", expressed=0.0),
+        ],
+    }
+    rules["unexpressed"].append(
+        Masking("mixture", mixture=(("stratified", 1.0), ("cells", 1.0)), unexpressed=0.0)
+    )
+    for name, refused in rules.items():
+        for rule in refused:
+            with pytest.raises(ConfigError, match=f"masking.{name}"):
+                _ = rule.log_ratio

@@ -97,7 +97,8 @@ def test_one_distinct_value_has_level_one_and_an_empty_cell_none():
     np.testing.assert_array_equal(bins_.tokens, [[0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 1, 0]])
     np.testing.assert_allclose(bins_.low, [np.log(10), 0, np.log(5)], rtol=1e-6)
     np.testing.assert_array_equal(bins_.low, bins_.high)
-    np.testing.assert_allclose(bins_.values[:, 1:], [[9] * 4, [0] * 4, [4] * 4], rtol=1e-6)
+    np.testing.assert_array_equal(bins_.medians, bins_.means)
+    np.testing.assert_allclose(bins_.medians[:, 1:], [[9] * 4, [0] * 4, [4] * 4], rtol=1e-6)
 
 
 @laws
@@ -126,7 +127,7 @@ def test_a_cell_does_not_depend_on_the_other_cells(counts, random):
     random.shuffle(order)
     together = bin_counts(sp.csr_matrix(counts.astype(np.float32)), with_values=True)
     permuted = bin_counts(sp.csr_matrix(counts[order].astype(np.float32)), with_values=True)
-    for field in ("tokens", "low", "high", "values"):
+    for field in ("tokens", "low", "high", "medians", "means"):
         np.testing.assert_array_equal(getattr(together, field)[order], getattr(permuted, field))
     np.testing.assert_array_equal(tokens_of(counts[:1]), together.tokens[:1])
 
@@ -151,7 +152,7 @@ def test_wrong_input_is_refused():
 
 @laws
 @given(cells, bins)
-def test_values_of_levels_are_medians_or_middles(counts, num_bins):
+def test_levels_stand_for_their_median_and_mean_or_their_middle(counts, num_bins):
     got = bin_counts(sp.csr_matrix(counts.astype(np.float32)), num_bins=num_bins, with_values=True)
     for i, row in enumerate(counts):
         logs = np.log1p(row[row > 0])
@@ -160,19 +161,21 @@ def test_values_of_levels_are_medians_or_middles(counts, num_bins):
         for level in range(num_bins):
             inside = row[got.tokens[i] == level]
             if level == 0:
-                expected = 0.0
+                expected = [0.0, 0.0]
             elif inside.size:
-                expected = np.median(inside)
+                expected = [np.median(inside), np.mean(inside)]
             else:
-                expected = np.expm1(low + (level - 0.5) * step)
-            np.testing.assert_allclose(got.values[i, level], expected, rtol=2e-5, atol=1e-6)
-        assert (np.diff(got.values[i].astype(np.float64)) >= -1e-4).all()
+                expected = [np.expm1(low + (level - 0.5) * step)] * 2
+            found = [got.medians[i, level], got.means[i, level]]
+            np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-6)
+        for values in (got.medians, got.means):
+            assert (np.diff(values[i].astype(np.float64)) >= -1e-4).all()
 
 
 @laws
 @given(cells, st.data())
 def test_expected_counts_lie_between_the_values(counts, data):
-    values = bin_counts(sp.csr_matrix(counts.astype(np.float32)), with_values=True).values
+    values = bin_counts(sp.csr_matrix(counts.astype(np.float32)), with_values=True).means
     weights = data.draw(hnp.arrays(np.float64, (len(counts), 5), elements=st.floats(0.01, 1)))
     expected = expected_counts(weights / weights.sum(axis=1, keepdims=True), values)
     assert expected.shape == (len(counts),)

@@ -162,7 +162,7 @@ def test_a_cell_hidden_as_a_whole_has_the_range_of_the_shown_cells_of_its_bag():
     mask = np.repeat(hidden[:, None], POSITIONS, axis=1)
     mask[5, :7] = True  # a cell that shows some genes still shows its range
     masked = drawing.Masked.of(held_out, mask)
-    for name in ("low", "high", "values"):
+    for name in ("low", "high", "medians", "means"):
         own, seen = getattr(held_out, name), getattr(masked, name)
         np.testing.assert_array_equal(seen[~hidden], own[~hidden])
         np.testing.assert_allclose(seen[0], own[[1, 2, 4, 5, 6, 7]].mean(axis=0), rtol=1e-6)
@@ -180,7 +180,7 @@ def test_genes_hidden_in_all_cells_leave_each_cell_its_own_range():
         drawing.mask_ratio(held_out, 1.0, 0),
         drawing.mask_genes(held_out, np.array([1, 4])),
     ):
-        for name in ("low", "high", "values"):
+        for name in ("low", "high", "medians", "means"):
             np.testing.assert_array_equal(getattr(masked, name), getattr(held_out, name))
 
 
@@ -197,7 +197,7 @@ def test_the_size_of_a_cell_that_is_hidden_as_a_whole_reaches_no_method(spatial)
         again = drawing.mask_cells(other, 3, 0)
         np.testing.assert_array_equal(again.mask, masked.mask)
         if cell is not None:
-            assert (other.values[cell] != held_out.values[cell]).any()
+            assert (other.medians[cell] != held_out.medians[cell]).any()
             np.testing.assert_array_equal(
                 again.counts[again.cells == cell], 7 * masked.counts[masked.cells == cell]
             )
@@ -240,7 +240,7 @@ def test_an_oracle_of_levels_is_perfect_up_to_the_width_of_levels():
     errors = []
     for seed in range(2):
         masked = drawing.mask_ratio(HeldOut.read(bags), 0.4, seed)
-        values = bag["values"][masked.cells, masked.levels]
+        values = bag["medians"][masked.cells, masked.levels]
         errors.append(np.abs(values - masked.counts).mean())
     assert np.mean(errors) > 0
     np.testing.assert_allclose(numbers["model/mae"], np.mean(errors), rtol=1e-5)
@@ -274,7 +274,7 @@ def test_a_model_that_is_told_is_never_asked_whether_a_gene_is_expressed():
     numbers = dict(protocol(shy, cells=22, ratio=1.0, seeds=1)({}))
     assert numbers["model/mcc"] == 0
     cells, _, _, counts = fully_masked(HELD_OUT)
-    values = bin_counts(HELD_OUT.counts, with_values=True).values[cells]
+    values = bin_counts(HELD_OUT.counts, with_values=True).medians[cells]
     for name, weights in (("model", [0.9, 0.01, 0.01, 0.01, 0.07]), ("model, told", [0, 0.1, 0.1, 0.1, 0.7])):
         expected = values @ weights
         np.testing.assert_allclose(numbers[f"{name}/mae"], np.abs(expected - counts).mean(), rtol=1e-5)
@@ -291,7 +291,7 @@ def test_the_table_of_common_levels_by_hand():
         frequency = np.stack([(train == i).sum(axis=0) for i in range(first, NUM_BINS)])
         predicted = first + frequency.argmax(axis=0)[genes]
         np.testing.assert_allclose(numbers[f"{name}/mcc"], matthews_corrcoef(level, predicted), rtol=1e-9)
-        error = np.abs(held_out.values[cells, predicted] - counts).mean()
+        error = np.abs(held_out.medians[cells, predicted] - counts).mean()
         np.testing.assert_allclose(numbers[f"{name}/mae"], error, rtol=1e-5)
 
 

@@ -29,7 +29,7 @@ def made(use_spatial: bool = False, genes: int = GENES) -> Pretrained:
     leaves, tree = jax.tree.flatten(variables)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noisy = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    data = {"cells_per_bag": BAG, "noise_fraction": 0.003}
+    data = {"cells_per_bag": BAG, "noise_fraction": 0.003, "masking": {}, "logit_adjustment": True}
     return Pretrained("sct", config, jax.tree.unflatten(tree, noisy), vocabulary, data=data)
 
 

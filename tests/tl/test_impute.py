@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import anndata as ad
+import jax
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -35,7 +39,7 @@ def test_hidden_genes_are_not_looked_at(adata, model):
     other = changed(adata, np.arange(CELLS), np.array([2, 5, 40]))
     for cells in (adata, other):
         sct.tl.impute(cells, model, genes=genes)
-    for name in ("sct_expected", "sct_level"):
+    for name in ("sct_expected", "sct_level", "sct_probability"):
         one, two = (dense(cells[:, genes].layers[name]) for cells in (adata, other))
         np.testing.assert_array_equal(one, two)
     assert dense(adata[:, genes].layers["sct_expected"]).std() > 0
@@ -70,14 +74,47 @@ def test_expected_counts_and_levels_are_those_of_the_distribution(adata, model):
     logits = np.asarray(model.apply(tokens=tokens[None])["logits"])[0, :, position, :5].astype(np.float64)
     chance = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     ours = dense(adata[:, gene].layers["sct_expected"])[rows, 0]
-    np.testing.assert_allclose(ours, (chance * bins.values).sum(axis=1), rtol=1e-4)
+    np.testing.assert_allclose(ours, (chance * bins.means).sum(axis=1), rtol=1e-4)
+    probability = dense(adata[:, gene].layers["sct_probability"])[rows, 0]
+    np.testing.assert_allclose(probability, chance[:, 1:].sum(axis=1), rtol=1e-4)
     np.testing.assert_array_equal(dense(adata[:, gene].layers["sct_level"])[rows, 0], chance.argmax(axis=1))
+
+
+def test_a_model_without_adjustment_imputes_as_one_whose_logits_have_the_offset(adata, model):
+    rates = {"cells_per_bag": BAG, "masking": {"expressed": 0.5, "unexpressed": 0.1}}
+    unadjusted = dataclasses.replace(model, data={**rates, "logit_adjustment": False})
+    variables = copy.deepcopy(jax.device_get(model.variables))
+    variables["params"]["head"]["logits"]["bias"] = variables["params"]["head"]["logits"]["bias"] + np.log(
+        5.0
+    ) * (np.arange(7) == 0).astype(np.float32)
+    shifted = dataclasses.replace(model, data={**rates, "logit_adjustment": True}, variables=variables)
+    gene = adata.var_names[10]
+    first, second = adata.copy(), adata.copy()
+    sct.tl.impute(first, unadjusted, genes=gene)
+    sct.tl.impute(second, shifted, genes=gene)
+    for name in ("sct_expected", "sct_probability", "sct_level"):
+        one, two = (dense(cells.layers[name]) for cells in (first, second))
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6)
+    assert first.uns["sct"]["class_offset"] == pytest.approx(np.log(5))
+    assert second.uns["sct"]["class_offset"] == 0
+
+
+def test_assumed_masking_rates_are_said_once(adata, model):
+    old = dataclasses.replace(model, data={"cells_per_bag": BAG})
+    with pytest.warns(UserWarning, match="15% of expressed") as said:
+        sct.tl.impute(adata, old, genes=adata.var_names[10])
+    assert len([w for w in said if "15% of expressed" in str(w.message)]) == 1
+    assert adata.uns["sct"]["class_offset"] == pytest.approx(np.log(15))
 
 
 def test_the_rest_stays_as_it_was_counted(adata, model):
     before = adata.X.toarray()
     gene = adata.var_names[10]
     sct.tl.impute(adata, model, genes=[gene], key_added="new")
+    np.testing.assert_array_equal(
+        dense(adata.layers["new_probability"])[:, adata.var_names != gene],
+        before[:, adata.var_names != gene] > 0,
+    )
     rest = adata.var_names != gene
     np.testing.assert_array_equal(dense(adata.layers["new_expected"])[:, rest], before[:, rest])
     np.testing.assert_array_equal(adata.X.toarray(), before)

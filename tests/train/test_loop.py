@@ -28,7 +28,7 @@ from sct.train.optim import OptimizerConfig, make_optimizer
 from sct.train.sharding import MeshConfig
 from sct.train.state import init_state, make_train_step
 
-from .conftest import CONFIG, read_log, same, without_times
+from .conftest import CONFIG, merged, read_log, same, without_times
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -230,9 +230,9 @@ def test_step_two_and_later_do_not_compile(config, tmp_path):
 
 
 def test_a_step_is_what_it_was(store):
-    # Recorded on CPU in float32; a change here means that older runs can no longer be reproduced.
+    # Recorded on CPU in float32, of the paper's loss; a change here means that older runs can no longer be reproduced.
     golden = json.loads((Path(__file__).parent / "golden_step.json").read_text())
-    task, _ = make_task(CONFIG, Store.open(store))
+    task, _ = make_task(merged(CONFIG, objective__logit_adjustment=False), Store.open(store))
     mesh = loop.sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     optimizer_config = OptimizerConfig(peak_lr=1e-3, init_lr=1e-3)
     abstract, make = init_state(task, lambda p: make_optimizer(optimizer_config, 10, p)[0], mesh, seed=5)
@@ -241,7 +241,11 @@ def test_a_step_is_what_it_was(store):
     # Tokens by arithmetic, since streams of random numbers may change with numpy.
     tokens = (np.arange(2 * 4 * 104, dtype=np.uint64).reshape(2, 4, 104) * 2654435761 >> 11) % 5
     tokens[..., 100:] = 5
-    batch = {"tokens": tokens.astype(np.uint8), "weight": np.ones(2, np.float32)}
+    batch = {
+        "tokens": tokens.astype(np.uint8),
+        "weight": np.ones(2, np.float32),
+        "measured": np.ones((2, 104), bool),
+    }
     for expected in golden:
         state, scalars, _ = step(state, loop.sharding.put_batch(batch, mesh))
         np.testing.assert_allclose(scalars["loss"], expected["loss"], rtol=1e-5)

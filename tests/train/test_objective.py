@@ -12,11 +12,15 @@ import numpy as np
 import pytest
 
 import sct
+from sct.data import masking
 from sct.data.datasets import simulate_atlas
 from sct.data.ingest import IngestOptions, ingest
+from sct.data.masking import Masking
 from sct.data.store import Store
 from sct.errors import CheckpointError, ConfigError
+from sct.models.sct_config import SCTConfig
 from sct.nn.paths import flatten
+from sct.tasks.masked_expression import MaskedExpression, MaskedExpressionConfig
 from sct.train.experiment import make_task, run
 
 from .conftest import merged
@@ -61,16 +65,80 @@ def test_a_budget_that_is_too_small_is_counted(task, batch, variables):
     assert task.summarise(jax.device_get(sums))["overflow"] == sums["overflow"]
 
 
-def test_the_loss_is_cross_entropy_at_masked_positions_only(task, batch, variables):
+@pytest.mark.parametrize("adjusted", [True, False])
+def test_the_loss_is_cross_entropy_at_masked_positions_only(task, batch, variables, adjusted):
+    task.config = dataclasses.replace(task.config, logit_adjustment=adjusted)
     rng = jax.random.key(0)
     loss, sums = task.loss(variables, batch, rng, False)
-    mask = np.asarray(task.config.masking(rng, batch["tokens"], 5))
     tokens = np.asarray(batch["tokens"])
-    logits = task.model.apply(variables, np.where(mask, 6, tokens))["logits"]
+    mask = np.asarray(task.config.masking(rng, tokens, 5))
+    logits = np.array(task.model.apply(variables, np.where(mask, 6, tokens))["logits"])
+    if adjusted:
+        logits[..., 0] += np.log(0.01 / 0.15)  # masking rate of unexpressed genes, relative to expressed ones
     chosen = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), tokens[..., None].astype(int), -1)
     np.testing.assert_allclose(loss, -chosen[..., 0][mask].mean(), rtol=1e-5)
     assert sums["confusion"].sum() == mask.sum()
     np.testing.assert_array_equal(sums["confusion"].sum(1), np.bincount(tokens[mask], minlength=5))
+
+
+RULES = {
+    "stratified": Masking(),
+    "uniform": Masking("uniform", expressed=0.2),
+    "drawn": Masking("drawn"),
+    "drawn_uniform": Masking("drawn_uniform"),
+    "cells": Masking("cells"),
+    "genes": Masking("genes", genes=tuple(range(0, 1000, 3))),
+    "ratio": Masking("ratio", expressed=0.3),
+    "mixture": Masking("mixture", mixture=(("stratified", 1.0), ("drawn_uniform", 1.0), ("cells", 1.0))),
+}
+
+
+class Constant(MaskedExpression):
+    """Says the same of every gene: its variables are the logits."""
+
+    def __init__(self, rule: Masking):
+        self.config, self.model_config = MaskedExpressionConfig(masking=rule), SCTConfig(num_genes=1024)
+
+    def _logits(self, variables, tokens, *rest):
+        return jnp.broadcast_to(variables, (*tokens.shape, 7))
+
+
+def test_the_best_logits_are_those_of_an_ordinary_gene_for_every_kind_of_masking():
+    assert set(RULES) == {*masking.KINDS, masking.MIXTURE}
+    share = np.asarray([0.62, 0.2, 0.1, 0.05, 0.03])
+    tokens = np.random.default_rng(0).choice(5, (32, 4, 1000), p=share).astype(np.uint8)
+    batch = {"tokens": jnp.asarray(tokens), "measured": jnp.ones((32, 1000), bool), "weight": jnp.ones(32)}
+    wrong = []
+    for name, rule in RULES.items():
+        task = Constant(rule)
+        gradient = jax.grad(lambda x, task=task: task.loss(x, batch, jax.random.key(1), True)[0])
+        # At the frequencies of all genes the adjusted loss is stationary, and elsewhere it is not.
+        logits = jnp.asarray([*np.log(share), -30, -30])
+        if np.abs(gradient(logits)).max() > 0.02 or np.abs(gradient(logits.at[0].add(1.0))).max() < 0.1:
+            wrong.append(name)
+    assert not wrong
+
+
+def test_genes_that_were_not_measured_are_never_targets(task, batch, variables):
+    rng = jax.random.key(0)
+    measured = np.asarray(batch["measured"]).copy()
+    assert measured[:, :100].all()
+    assert not measured[:, 100:].any(), "padding is not measured"
+    measured[0, ::2] = False
+    fewer = {**batch, "measured": jnp.asarray(measured)}
+    tokens = np.asarray(batch["tokens"])
+    for rule in (
+        Masking(),
+        Masking("uniform", expressed=0.5),
+        Masking("ratio", expressed=0.5),
+        Masking("cells"),
+    ):
+        task.config = dataclasses.replace(task.config, masking=rule)
+        _, sums = task.loss(variables, fewer, rng, False)
+        eligible = np.where(measured[:, None], tokens, 5)
+        mask = np.asarray(rule(rng, jnp.asarray(eligible), 5))
+        assert not mask[0][:, ::2].any()
+        assert sums["masked"] == mask.sum() > 0
 
 
 def test_padding_takes_no_part(task, batch, variables):
@@ -144,6 +212,7 @@ def test_configuration_errors_say_what_to_do(config, tmp_path):
         (config(objective__head_budget=-1.0), "head_budget is -1.0"),
         (config(objective__report_seeds=0), "report_seeds 0"),
         (config(objective__masking={"kind": "uniform"}, objective__head_budget=0.05), "raise it above that"),
+        (config(objective__masking={"unexpressed": 0.0}), "logit_adjustment=False"),
         (config(train__patience=-1), "train.patience is -1"),
         (config(train__stop_at=-5), "train.stop_at is -5"),
         (config(train__loader_threads=-1), "train.loader_threads is -1"),

@@ -1,0 +1,495 @@
+"""Imputation of genes hidden without regard to expression, which asks whether probabilities mean what they say.
+
+The sCT paper scores hidden genes that are expressed. A person who imputes a gene does not know whether it is
+expressed, so here a share of the *measured* genes of each cell is hidden and every hidden position is scored:
+how well expression is told from no expression, whether a probability of 0.3 is right in 30% of cases, and whether
+expected counts are those that were counted. Every method answers with probabilities of the levels and an expected
+count at the same positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from scipy.special import gammainc
+
+from sct.data.bags import BagSource
+from sct.data.tokenize import expected_counts, level_borders
+from sct.errors import SctError
+from sct.eval import baselines, metrics
+from sct.eval.baselines import OTHER_CELLS, THESE_CELLS, TRAINING, Unavailable
+from sct.eval.held_out import HeldOut, Masked, mask_measured
+from sct.eval.report import Report
+from sct.eval.scoring import Model, Probabilities
+from sct.progress import progress
+
+RATIO = 0.15
+# Positions scored per draw: enough for three digits of every metric, and a bound on memory and time.
+SCORED = 2_000_000
+# Hidden counts of a gene (all cells of a draw) from which its ratio of imputed to counted means is taken.
+_COUNTS_PER_GENE = 20
+_CELLS_AT_ONCE = 256
+
+# Column -> (name of the number, which is better); the two tables of a report.
+EXPRESSION = {
+    "AUROC": ("auroc", "max"),
+    "average precision": ("average_precision", "max"),
+    "cross-entropy": ("cross_entropy", "min"),
+    "ECE": ("ece", "min"),
+    "MCC, all levels": ("mcc", "max"),
+}
+COUNTS = {
+    "MAE per gene": ("mae_per_gene", "min"),
+    "MAE per cell": ("mae_per_cell", "min"),
+    "r per gene": ("r_per_gene", "max"),
+    "r per cell": ("r_per_cell", "max"),
+    "imputed / counted": ("imputed_to_counted", ""),
+}
+SUMMARY = {
+    name: (EXPRESSION | COUNTS)[name]
+    for name in ("AUROC", "cross-entropy", "ECE", "MCC, all levels", "r per gene", "imputed / counted")
+}
+_SCORED = (
+    "Measured genes are hidden at random, whether expressed or not, and all hidden positions are scored."
+)
+_EXPRESSION_NOTES = (
+    _SCORED,
+    "AUROC and average precision: of the probability that a count was measured. Cross-entropy: of the levels, in nats. "
+    "ECE: expected calibration error of that probability, 15 bins.",
+)
+_COUNTS_NOTES = (
+    _SCORED,
+    "Expected raw counts against counted ones: mean absolute error and Pearson correlation, averaged over genes and "
+    "over cells; and the imputed mean of a gene divided by its counted mean, median over genes (1 is unbiased).",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Probabilities of the levels (n, num_bins) and expected raw counts (n,) at the scored positions."""
+
+    chance: np.ndarray
+    counts: np.ndarray
+
+
+class Estimator(Protocol):
+    """A row of the tables; the attributes are those of `sct.eval.baselines.Method`."""
+
+    name: str
+    fitted_on: str
+    remark: str
+
+    def estimate(self, held_out: HeldOut, masked: Masked) -> Estimate:
+        """Estimate the hidden positions, looking at what a method may look at; raises `Unavailable`."""
+        ...
+
+
+class LevelFrequency:
+    """How often each gene takes each level in other cells, whatever the cell.
+
+    Parameters
+    ----------
+    train
+        Frequencies of levels in the training studies (`sct.eval.baselines.level_frequencies`) or, for `others`,
+        None.
+    others
+        Whether they are those of the other cells of the study, all of whose genes are known.
+    """
+
+    remark = ""
+
+    def __init__(self, train: np.ndarray | None, others: bool = False):
+        self.name = "frequency of levels per gene"
+        self.fitted_on = OTHER_CELLS if others else TRAINING
+        self._of = (
+            baselines.OthersCommonLevel(expressed=False)
+            if others
+            else baselines.CommonLevel(expressed=False, train=train)
+        )
+
+    def estimate(self, held_out: HeldOut, masked: Masked) -> Estimate:
+        """See `Estimator`."""
+        # One further cell, of no particular level: no probability is zero.
+        chance = self._of.frequencies(held_out, masked) + 1 / held_out.num_bins
+        chance = (chance / chance.sum(axis=1, keepdims=True)).astype(np.float32)
+        return Estimate(chance, expected_counts(chance, masked.means[masked.cells]))
+
+
+class GeneMean:
+    """Mean expression of each gene, scaled to the cell's library size, with Poisson counts around it.
+
+    The library size is that of the genes that are visible in the cell.
+
+    Parameters
+    ----------
+    fitted_on
+        `TRAINING`; `OTHER_CELLS`, of which all genes are known; or `THESE_CELLS`, of which what is hidden is not.
+    train
+        Share of each gene in the counts of the training studies, (G,).
+    """
+
+    remark = "Poisson"
+
+    def __init__(self, fitted_on: str, train: np.ndarray | None = None):
+        self.name, self.fitted_on, self._train = "mean per gene, by library size", fitted_on, train
+
+    def counts(self, held_out: HeldOut, masked: Masked) -> np.ndarray:
+        """Expected counts (n,)."""
+        if self.fitted_on == TRAINING and self._train is None:
+            raise Unavailable("no training studies were given")
+        known = masked.visible if self.fitted_on == THESE_CELLS else held_out.counts
+        studies = np.unique(held_out.study)
+        totals = np.zeros((len(held_out.measured), masked.mask.shape[1]))
+        for study in studies:
+            if self._train is not None:
+                totals[study, : len(self._train)] = self._train
+            else:
+                totals[study] = np.asarray(known[held_out.study == study].sum(axis=0)).ravel()
+        out = np.zeros(len(masked.cells), np.float32)
+        library = np.asarray(masked.visible.sum(axis=1)).ravel()
+        for cells, part in _blocks(masked):
+            mean = totals[held_out.study[cells]]
+            if self._train is None:  # a cell does not tell of itself
+                mean = mean - known[cells].toarray()
+            seen = np.where(masked.mask[cells], 0, mean).sum(axis=1)
+            factor = np.divide(library[cells], seen, out=np.zeros_like(seen), where=seen > 0)
+            cell = masked.cells[part] - cells.start
+            out[part] = np.maximum(mean[cell, masked.genes[part]], 0) * factor[cell]
+        return out
+
+    def estimate(self, held_out: HeldOut, masked: Masked) -> Estimate:
+        """See `Estimator`."""
+        return poisson(masked, self.counts(held_out, masked))
+
+
+class Smoothed:
+    """A method that smooths counts over similar cells, with Poisson counts around its mean.
+
+    Few neighbours say zero where the gene is only rare, so the mean of the gene counts as one more neighbour.
+
+    Parameters
+    ----------
+    method
+        Whose counts are taken.
+    gene_mean
+        Of the same cells.
+    neighbours
+        Weight of the method's counts against that of `gene_mean`.
+    """
+
+    def __init__(self, method: baselines.Method, gene_mean: GeneMean, neighbours: int):
+        self.name, self.fitted_on = method.name, method.fitted_on
+        self.remark = "Poisson; " + (method.remark or "the gene's mean counts as one more neighbor")
+        self._method, self._mean, self._neighbours = method, gene_mean, neighbours
+
+    def estimate(self, held_out: HeldOut, masked: Masked) -> Estimate:
+        """See `Estimator`."""
+        smoothed = self._method.predict(held_out, masked)[False].counts
+        mean = self._mean.counts(held_out, masked)
+        return poisson(masked, (self._neighbours * smoothed + mean) / (self._neighbours + 1))
+
+
+class ModelEstimator:
+    """A model, whose probabilities are those of an ordinary gene."""
+
+    def __init__(self, model: Model):
+        self.name, self.fitted_on, self.remark = model.name, model.fitted_on, model.remark
+        self._model = model
+
+    def estimate(
+        self, held_out: HeldOut, masked: Masked, tick: Callable[[int], None] = lambda bags: None
+    ) -> Estimate:
+        """See `Estimator`; `tick` is told of bags that are done."""
+        chance = self._model.chances(held_out, masked, tick)
+        return Estimate(chance, expected_counts(chance, masked.means[masked.cells]))
+
+
+def _blocks(masked: Masked) -> Iterator[tuple[slice, slice]]:
+    """Cells, some at a time, and their part of the scored positions."""
+    for first in range(0, len(masked.mask), _CELLS_AT_ONCE):
+        stop = min(first + _CELLS_AT_ONCE, len(masked.mask))
+        yield slice(first, stop), slice(*np.searchsorted(masked.cells, [first, stop]))
+
+
+def poisson(masked: Masked, rate: np.ndarray) -> Estimate:
+    """Poisson counts of a given mean (n,): probabilities of the levels, by the range of each cell."""
+    num_bins = masked.medians.shape[1]
+    borders = level_borders(masked.low.astype(np.float64), masked.high.astype(np.float64), num_bins)
+    # A cell whose range has width zero has level 1 alone.
+    borders = np.where(borders > 0, borders, np.inf)
+    borders = np.column_stack([np.ones(len(borders)), borders])
+    chance = np.empty((len(rate), num_bins), np.float32)
+    for cells, part in _blocks(masked):
+        edge = borders[cells][masked.cells[part] - cells.start]
+        mean = np.maximum(rate[part].astype(np.float64), 1e-9)[:, None]
+        reached = np.where(np.isinf(edge), 0, gammainc(np.where(np.isinf(edge), 1, edge), mean))
+        above = np.column_stack([np.ones(len(edge)), reached, np.zeros(len(edge))])
+        chance[part] = above[:, :-1] - above[:, 1:]
+    return Estimate(np.maximum(chance, 0), np.asarray(rate, np.float32))
+
+
+def estimators(
+    held_out: HeldOut, model: Model | None, train: BagSource | None, *, magic: bool = True
+) -> list[Estimator]:
+    """The model, and simple methods at the same positions."""
+    frequencies = None if train is None else baselines.level_frequencies(train)
+    totals = None if train is None else _gene_totals(train)
+    of_training, of_these = GeneMean(TRAINING, totals), GeneMean(THESE_CELLS)
+    found: list[Estimator] = [] if model is None else [ModelEstimator(model)]
+    found += [
+        LevelFrequency(frequencies), LevelFrequency(None, others=True),
+        of_training, GeneMean(OTHER_CELLS),
+    ]  # fmt: skip
+    for k in (5, 30):
+        found.append(Smoothed(baselines.KnnSmoothing(train, k), of_training, k))
+    for k in (5, 30):
+        found.append(Smoothed(baselines.OwnKnnSmoothing(k), of_these, k))
+    if magic:
+        found.append(Smoothed(baselines.Magic(), of_these, 30))
+    return found
+
+
+def _gene_totals(train: BagSource) -> np.ndarray:
+    """Mean share of each gene (G,) in the counts of the training studies that measured it."""
+    shares = [np.asarray(study.gene_totals) / max(study.gene_totals.sum(), 1) for study in train.studies]
+    measured = np.sum([study.measured for study in train.studies], axis=0)
+    return np.sum(shares, axis=0, dtype=np.float64) / np.maximum(measured, 1)
+
+
+@dataclasses.dataclass
+class Row:
+    """Numbers of a method, one of each draw, or the reason why there are none (`remark`)."""
+
+    method: str
+    fitted_on: str
+    remark: str
+    is_model: bool = False
+    numbers: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    reliability: list[metrics.Reliability] = dataclasses.field(default_factory=list)
+
+    def score(self, held_out: HeldOut, masked: Masked, estimate: Estimate) -> None:
+        """Add the numbers of one draw."""
+        expressed = masked.counts > 0
+        probability = 1 - estimate.chance[:, 0]
+        table = metrics.reliability(expressed, probability)
+        genes, cells = masked.mask.shape[1], len(masked.mask)
+        error = np.abs(estimate.counts - masked.counts)
+        imputed, counted, hidden = (
+            np.bincount(masked.genes, weights=values, minlength=genes)
+            for values in (estimate.counts, masked.counts, np.ones(len(masked.genes)))
+        )
+        enough = counted >= _COUNTS_PER_GENE
+        per_cell = np.bincount(masked.cells, minlength=cells)
+        values = {
+            "auroc": metrics.roc_auc(expressed, probability),
+            "average_precision": metrics.average_precision(expressed, probability),
+            "cross_entropy": metrics.cross_entropy(masked.levels, estimate.chance),
+            "ece": table.calibration_error,
+            "mcc": metrics.matthews(masked.levels, estimate.chance.argmax(axis=1)),
+            "expressed": float(expressed.mean()),
+            "predicted_expressed": float(probability.mean()),
+            "mae_per_gene": _mean_of_means(masked.genes, error, hidden),
+            "mae_per_cell": _mean_of_means(masked.cells, error, per_cell),
+            "r_per_gene": _mean(metrics.grouped_pearson(estimate.counts, masked.counts, masked.genes, genes)),
+            "r_per_cell": _mean(metrics.grouped_pearson(estimate.counts, masked.counts, masked.cells, cells)),
+            "imputed_to_counted": (
+                float(np.median(imputed[enough] / counted[enough])) if enough.any() else float("nan")
+            ),
+        }
+        for name, value in values.items():
+            self.numbers.setdefault(name, []).append(value)
+        self.reliability.append(table)
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(np.nanmean(values)) if (~np.isnan(values)).any() else float("nan")
+
+
+def _mean_of_means(group: np.ndarray, values: np.ndarray, sizes: np.ndarray) -> float:
+    """Mean over the groups that have a value of the mean within the group."""
+    sums = np.bincount(group, weights=values, minlength=len(sizes))
+    return _mean(np.divide(sums, sizes, out=np.full(len(sizes), np.nan), where=sizes > 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Result of the protocol.
+
+    Attributes
+    ----------
+    title
+        What was hidden, of which cells.
+    ratio
+        Share of the measured genes that was hidden.
+    rows
+        The model first.
+    positions
+        Scored positions of each draw.
+    """
+
+    title: str
+    ratio: float
+    rows: list[Row]
+    positions: list[int]
+
+    name, axis = "natural imputation", "ratio"
+
+    def report(self, columns: dict[str, tuple[str, str]], what: str, notes: tuple[str, ...]) -> Report:
+        """A table of some numbers."""
+        draws = len(self.positions)
+        expressed = [x for row in self.rows for x in row.numbers.get("expressed", ())][:draws]
+        share = f", {np.mean(expressed):.1%} expressed" if expressed else ""
+        report = Report(
+            f"{self.title}: {what} ({sum(self.positions):,} hidden positions in {draws} "
+            f"draw{'s' * (draws != 1)}{share})",
+            ("method", "fitted on", *columns, "remark"),
+            notes=notes,
+            better={column: better for column, (_, better) in columns.items() if better},
+        )
+        for row in self.rows:
+            numbers = [row.numbers.get(name, "-") for name, _ in columns.values()]
+            report.add(row.method, row.fitted_on, *numbers, row.remark)
+        return report
+
+    @property
+    def reports(self) -> list[Report]:
+        """The tables."""
+        return [
+            self.report(EXPRESSION, "expression", _EXPRESSION_NOTES),
+            self.report(COUNTS, "counts", _COUNTS_NOTES),
+        ]
+
+    @property
+    def summary(self) -> Report:
+        """One table of the most important numbers."""
+        return self.report(SUMMARY, "expression and counts", (*_EXPRESSION_NOTES, *_COUNTS_NOTES[1:]))
+
+    @property
+    def reliability(self) -> dict[str, metrics.Reliability]:
+        """Reliability of each method's probability of expression, all draws together."""
+        found = {}
+        for row in self.rows:
+            if not row.reliability:
+                continue
+            count = np.sum([each.number for each in row.reliability], axis=0)
+            sums = [
+                np.sum([np.nan_to_num(getattr(each, name)) * each.number for each in row.reliability], axis=0)
+                for name in ("predicted", "observed")
+            ]
+            predicted, observed = (
+                np.divide(s, count, out=np.full(len(count), np.nan), where=count > 0) for s in sums
+            )
+            name = row.method if row.is_model else f"{row.method}, {row.fitted_on}"
+            found[name] = metrics.Reliability(predicted, observed, count)
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """All numbers, for JSON."""
+        rows = [
+            {"method": row.method, "fitted_on": row.fitted_on, "remark": row.remark, **row.numbers}
+            for row in self.rows
+        ]
+        curves = {
+            name: {field: getattr(table, field).tolist() for field in table._fields}
+            for name, table in self.reliability.items()
+        }
+        setting = {"ratio": self.ratio, "title": self.title, "positions": self.positions, "rows": rows}
+        return {"protocol": self.name, "axis": self.axis, "settings": [setting], "reliability": curves}
+
+
+def natural_imputation(
+    held_out: HeldOut,
+    model: Model | None,
+    train: BagSource | None = None,
+    *,
+    ratio: float = RATIO,
+    seeds: int = 5,
+    magic: bool = True,
+    cells_name: str = "held-out cells",
+) -> Outcome:
+    """Imputation of measured genes hidden without regard to expression, all of them scored.
+
+    Parameters
+    ----------
+    ratio
+        Share of the measured genes of each cell that is hidden.
+    held_out, model, train, seeds, magic, cells_name
+        See `sct.eval.imputation.gene_imputation`.
+    """
+    methods = estimators(held_out, model, train, magic=magic)
+    rows = [Row(m.name, m.fitted_on, m.remark, isinstance(m, ModelEstimator)) for m in methods]
+    positions = []
+    units = seeds * sum(held_out.num_bags if row.is_model else 1 for row in rows)
+    with progress("imputing genes hidden at random", units) as bar:
+        for seed in range(seeds):
+            masked = mask_measured(held_out, ratio, seed, SCORED)
+            positions.append(len(masked.cells))
+            for row, method in zip(rows, methods, strict=True):
+                if isinstance(method, ModelEstimator):
+                    row.score(held_out, masked, method.estimate(held_out, masked, bar.update))
+                    continue
+                bar.update(1)
+                if seed and not row.numbers:  # it could not run at the first draw
+                    continue
+                try:
+                    row.score(held_out, masked, method.estimate(held_out, masked))
+                except SctError:
+                    raise
+                except Exception as error:  # a defect of a library must not cost the table
+                    known = isinstance(error, Unavailable)
+                    reason = (str(error).splitlines() or [""])[0]
+                    row.remark = reason if known else f"{type(error).__name__}: {reason}"
+                    row.numbers, row.reliability = {}, []
+    return Outcome(
+        f"Natural imputation, {ratio:.0%} of the measured genes of {cells_name}", ratio, rows, positions
+    )
+
+
+class NaturalImputation:
+    """`natural_imputation` as the measurement after training; without MAGIC.
+
+    Parameters
+    ----------
+    probabilities
+        See `sct.eval.scoring.Model`.
+    train, held_out, split, ratio, seeds, max_bags
+        See `sct.eval.imputation.GeneImputation`.
+    """
+
+    name = "natural_imputation"
+
+    def __init__(
+        self,
+        probabilities: Probabilities,
+        train: BagSource,
+        held_out: BagSource,
+        split: str = "test",
+        ratio: float = RATIO,
+        seeds: int = 5,
+        max_bags: int = 0,
+    ):
+        self.train, self.held_out, self.split = train, held_out, split
+        self.ratio, self.seeds, self.max_bags = ratio, seeds, max_bags
+        self._probabilities = jax.jit(probabilities)
+        self.report: Report | None = None
+
+    def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
+        """Measure; yields the numbers and keeps the table in `report`."""
+        outcome = natural_imputation(
+            HeldOut.read(self.held_out, self.max_bags),
+            Model(self._probabilities, variables),
+            self.train,
+            ratio=self.ratio,
+            seeds=self.seeds,
+            magic=False,
+            cells_name=f"{self.split} cells",
+        )
+        self.report = outcome.summary
+        for row in outcome.rows:
+            label = row.method if row.is_model else f"{row.method}, {row.fitted_on}"
+            for name, values in row.numbers.items():
+                yield f"{label}/{name}", float(np.mean(values))

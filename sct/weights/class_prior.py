@@ -1,0 +1,72 @@
+"""What masking in training did to a model's probabilities of expression, and how inference takes it back.
+
+Training masks expressed genes more often than unexpressed ones (15% and 1% in the sCT paper), so a model that is
+trained without logit adjustment says "expressed" far too often. Adding log(rate of expressed / rate of unexpressed)
+to its logit of "unexpressed" gives the probabilities of an ordinary gene (Saerens et al., Neural Computation 2002).
+That is exact where one gene is hidden; where many are, the model also reads the other hidden ones as likely
+expressed, and a part of the bias stays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from sct.data.masking import Masking
+from sct.errors import ConfigError
+from sct.models.registry import build
+
+PAPER = Masking()  # 15% of expressed and 1% of unexpressed genes
+ASSUMED = (
+    "this model does not say how its training masked genes: 15% of expressed and 1% of unexpressed genes are assumed, "
+    "as in the sCT paper, to turn its logits into probabilities of expression."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassPrior:
+    """The class balance among masked genes in training, relative to that of all genes.
+
+    Attributes
+    ----------
+    log_ratio
+        log(masking rate of expressed genes / of unexpressed ones).
+    adjusted
+        Whether the training loss removed it (logit adjustment), so that the logits are those of an ordinary gene.
+    assumed
+        Whether the rates are the paper's for want of a record.
+    """
+
+    log_ratio: float
+    adjusted: bool = False
+    assumed: bool = False
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> ClassPrior:
+        """Read it from the `data` section of a model."""
+        recorded = data.get("masking")
+        try:
+            rule = build(Masking, recorded, "masking") if isinstance(recorded, Mapping) else None
+            log_ratio = PAPER.log_ratio if rule is None else rule.log_ratio
+        except ConfigError:  # trained with a rate of zero, which has no logarithm
+            rule, log_ratio = None, PAPER.log_ratio
+        adjusted = data.get("logit_adjustment") is True
+        return cls(log_ratio, adjusted, rule is None and not adjusted)
+
+    @property
+    def offset(self) -> float:
+        """What to add to the logit of "unexpressed" for probabilities of an ordinary gene."""
+        return 0.0 if self.adjusted else self.log_ratio
+
+    @property
+    def odds(self) -> float:
+        """Masked genes are so many times more often expressed, as odds, than all genes are."""
+        return math.exp(self.log_ratio)
+
+    def warn(self) -> None:
+        """Warn a user where the rates are assumed."""
+        if self.assumed:
+            warnings.warn(ASSUMED, UserWarning, stacklevel=3)
