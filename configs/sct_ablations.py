@@ -40,8 +40,11 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS[1:])}")
     config = _SINGLE_CELL["get_config"](variant)
-    # The quick start departs from the paper in its masking, which is here the run `masking_drawn`.
-    config.objective.masking.update(kind="stratified", expressed=0.15, unexpressed=0.01, low=0.05, high=0.5)
+    # The small variants depart from the paper in their masking, which is here the run `masking_mixture`.
+    config.objective.masking.update(
+        kind="stratified", expressed=0.15, unexpressed=0.01, low=0.05, high=0.5, mixture=()
+    )
+    mixture = {"kind": "mixture", "mixture": _SINGLE_CELL["MIXTURE"]}
 
     few = _FEW_CELLS[variant]
     config.sweep = ConfigDict(
@@ -49,6 +52,8 @@ def get_config(variant: str = "") -> ConfigDict:
             "masking_uniform": {"objective": {"masking": {"kind": "uniform"}}},
             "masking_unexpressed_5": {"objective": {"masking": {"unexpressed": 0.05}}},
             "masking_drawn": {"objective": {"masking": {"kind": "drawn"}}},
+            "masking_mixture": {"objective": {"masking": mixture}},
+            "adjustment_none": {"objective": {"logit_adjustment": False}},
             "norm_layer": {"model": {"norm": "layer"}},
             "norm_none": {"model": {"norm": "none"}},
             "norm_fixed": {"model": {"norm": "shared_fixed"}},
@@ -63,6 +68,7 @@ def get_config(variant: str = "") -> ConfigDict:
             ("masking_uniform", 0.2),
             ("masking_unexpressed_5", 0.1),
             ("masking_drawn", 0.1),
+            ("masking_mixture", 0.2),
         ):
             config.sweep[name].objective.head_budget = budget
     for name, cells in (("cells_1", 1), (f"cells_{few}", few)):

@@ -63,8 +63,12 @@ class ClassPrior:
 
     @property
     def odds(self) -> float:
-        """Masked genes are so many times more often expressed, as odds, than all genes are."""
-        return math.exp(self.log_ratio)
+        """By what factor the paper's protocol multiplies the odds of expression of an ordinary gene.
+
+        A model without adjustment then answers with its own logits, and one with it as if it had been trained by the
+        paper's loss.
+        """
+        return math.exp(PAPER.log_ratio if self.adjusted else self.log_ratio)
 
     def warn(self) -> None:
         """Warn a user where the rates are assumed."""

@@ -33,7 +33,8 @@ def test_the_offset_follows_from_the_record():
             wrong[name] = prior
     assert not wrong
     adjusted = ClassPrior.of(cases["adjusted"][0])
-    np.testing.assert_allclose(adjusted.odds, 6)  # what the paper's protocol multiplies by stays known
+    np.testing.assert_allclose(adjusted.odds, 15)  # as if trained by the paper's loss
+    np.testing.assert_allclose(ClassPrior.of({"masking": rates}).odds, 6)
 
 
 def test_the_warning_says_what_is_assumed():
