@@ -21,7 +21,7 @@ masked expressed genes of held-out cells (README.md, "Results"):
 from ml_collections import ConfigDict
 
 VARIANTS = ("", "mini", "quickstart")
-# Departs from the paper in the small variants: a ratio drawn per bag is better at every ratio, and half of the bags hide
+# The small variants depart from the paper: a ratio drawn per bag is better at every ratio, and half of the bags hide
 # genes whether expressed or not, so that probabilities are right when many genes are hidden (docs/benchmarks.md).
 MIXTURE = (("drawn", 1.0), ("drawn_uniform", 1.0))
 

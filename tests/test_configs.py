@@ -178,7 +178,8 @@ def test_a_run_of_a_sweep_changes_what_is_computed_and_no_more_than_it_says(path
     ]
     tasks = [registry.build(MaskedExpressionConfig, each["objective"], "objective") for each in (base, run)]
     cells = [each["data"]["cells_per_bag"] for each in (base, run)]
-    differs = [a != b for a, b in (built, [task.masking for task in tasks], cells)]
+    objectives = [(task.masking, task.logit_adjustment) for task in tasks]
+    differs = [a != b for a, b in (built, objectives, cells)]
     assert sum(differs) == 1, "one ablation at a time"
     assert {each["train"]["batch_size"] * cells[i] for i, each in enumerate((base, run))} == {
         base["train"]["batch_size"] * cells[0]
