@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -169,6 +171,26 @@ class Masking:
             raise ConfigError(f"masking num_cells is {self.num_cells}, but it must be at least 1.")
         if "genes" in kinds and (not self.genes or min(self.genes) < 0):
             raise ConfigError("masking kind 'genes' needs gene positions of 0 or more in genes.")
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Masking:
+        """Make the rule of which a model folder or run folder holds the fields, as JSON gives them.
+
+        Raises
+        ------
+        ConfigError
+            An unknown field, or one of another type.
+        """
+        fields = {
+            name: tuple(tuple(each) if isinstance(each, list) else each for each in value)
+            if isinstance(value, list)
+            else value
+            for name, value in record.items()
+        }
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise ConfigError(f"the record of masking cannot be read ({error}): it was changed.") from error
 
     def _check_mixture(self) -> None:
         if self.kind != MIXTURE:

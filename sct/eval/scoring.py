@@ -49,7 +49,7 @@ class Model:
         Parameters of the model.
     odds
         By what factor the odds of being expressed are multiplied where `predict` chooses among all levels, as a
-        model that is trained by the paper's loss multiplies them (`sct.weights.class_prior`).
+        model that is trained by the paper's loss multiplies them (`sct.data.class_prior`).
     name, fitted_on, remark
         See `sct.eval.baselines.Method`.
     bags_per_batch

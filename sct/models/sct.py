@@ -314,7 +314,7 @@ def level_probabilities(
 ) -> Callable[[Any, jax.Array, jax.Array | None], jax.Array]:
     """Make the function (variables, tokens (B, K, G), coordinates) -> probabilities of levels (B, K, G, num_bins).
 
-    `offset` is added to the logit of "unexpressed", see `sct.weights.class_prior`.
+    `offset` is added to the logit of "unexpressed", see `sct.data.class_prior`.
     """
     module = SCT(config)
 

@@ -14,6 +14,7 @@ import optax
 
 from sct.data import masking
 from sct.data.bags import BagOptions, BagSource
+from sct.data.class_prior import ClassPrior
 from sct.data.masking import Masking
 from sct.data.store import SPLITS, Store
 from sct.errors import ConfigError
@@ -22,7 +23,6 @@ from sct.models.sct import SCT, level_probabilities
 from sct.models.sct_config import SCTConfig, pad_to_multiple
 from sct.nn import axes
 from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables, held_out_split
-from sct.weights.class_prior import ClassPrior
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class MaskedExpressionConfig:
         Remove from the training signal what the masking rates do to the class balance, so that the model's
         probabilities are those of an ordinary gene and not of a masked one: the log of (masking rate of
         expressed / of unexpressed genes) is subtracted from the logit of "unexpressed" inside the loss. False is
-        the paper's loss; inference then adds that number (`sct.weights.class_prior`).
+        the paper's loss; inference then adds that number (`sct.data.class_prior`).
     head_budget
         Share of a bag's positions at which the head is evaluated in training, a static bound on the masked
         ones; those beyond it are left out of the loss and counted in `overflow`. 0 evaluates it everywhere. Devices

@@ -15,6 +15,7 @@ import numpy as np
 
 from sct.data.bags import BagOptions, BagSource
 from sct.data.cells import Cells, CellStudy
+from sct.data.class_prior import ClassPrior
 from sct.data.coordinates import SCALES
 from sct.data.genes import GeneVocabulary
 from sct.data.store import SPLITS, Store
@@ -32,7 +33,6 @@ from sct.models.sct_config import SCTConfig, pad_to_multiple
 from sct.outputs import check_folder
 from sct.tl import running
 from sct.tl.embedding import embed
-from sct.weights.class_prior import ClassPrior
 from sct.weights.pretrained import DATA_OPTIONS, Pretrained
 
 ASSUMED_RATES = "its masking rates are not recorded: 15% and 1% are assumed"

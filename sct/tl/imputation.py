@@ -14,10 +14,10 @@ from scipy.special import softmax
 
 from sct.data.bag_order import BagOrder, hidden_order
 from sct.data.cells import Cells, Section
+from sct.data.class_prior import ClassPrior
 from sct.data.tokenize import bin_counts, expected_counts
 from sct.errors import ConfigError, DataError
 from sct.tl import running
-from sct.weights.class_prior import ClassPrior
 
 MISSING = "missing"
 # Endings of the names of results.
@@ -52,7 +52,7 @@ def impute(
     which nothing is shown, the average of these means over the shown cells of its bag.
 
     Probabilities are those of an ordinary gene. Training masks expressed genes more often than others; where the
-    loss did not correct for that, the correction is made here (`sct.weights.class_prior`).
+    loss did not correct for that, the correction is made here (`sct.data.class_prior`).
 
     Results, for `key_added="sct"`:
 

@@ -54,7 +54,7 @@ class Pretrained:
         Training step of the weights, where a run made them.
     data
         How inputs were made in training, as far as it is known: the entries of `DATA_OPTIONS` and how genes were
-        masked (`sct.weights.class_prior`), or what a task of texts describes.
+        masked (`sct.data.class_prior`), or what a task of texts describes.
     tokenizer
         Of a model of text.
     """

@@ -669,6 +669,7 @@ def test_naming_the_functions_loads_no_matplotlib():
     code = f"import sys, sct.pl; {names}; print('matplotlib' in sys.modules, *dir(sct.pl))"
     root = Path(sct.pl.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
-    assert done.stdout.split() == ["False", "imputation_confusion", "mcc_by_ratio", "spatial", "umap"]
+    names = ["imputation_confusion", "mcc_by_ratio", "reliability", "spatial", "umap"]
+    assert done.stdout.split() == ["False", *names]
     with pytest.raises(AttributeError, match="no_such_plot"):
         _ = sct.pl.no_such_plot

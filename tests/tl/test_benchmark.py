@@ -101,9 +101,11 @@ def test_the_page_and_the_facts(whole):
 def test_the_same_call_gives_the_same_numbers(adata, model, tmp_path):
     settings = config(tmp_path / "out", gene_imputation__ratios=(0.3,), cell_imputation__run=False)
     sct.tl.benchmark(settings, adata, model)
-    (protocol, *_) = numbers(tmp_path / "out")["imputation"]
-    rows = protocol["settings"][0]["rows"]
-    assert len({len(row["mcc"]) for row in rows if row["mcc"]}) == 1
+    natural, protocol, *_ = numbers(tmp_path / "out")["imputation"]
+    assert natural["protocol"] == "natural imputation"
+    rows = [each["settings"][0]["rows"] for each in (natural, protocol)]
+    for each in rows:
+        assert len({len(row["mcc"]) for row in each if row.get("mcc")}) == 1
     again = tmp_path / "again"
     sct.tl.benchmark({**settings, "output": str(again)}, adata, model)
     assert numbers(again)["imputation"] == numbers(tmp_path / "out")["imputation"]
@@ -114,7 +116,8 @@ def test_a_store_has_its_own_training_studies(adata, model, tmp_path):
     ingest(inputs, tmp_path / "store", vocabulary=model.genes, options=IngestOptions(test=("b",)))
     settings = config(tmp_path / "out", data__path=str(tmp_path / "store"))
     reports = sct.tl.benchmark(settings, model=model)
-    common = [row for row in reports[0].rows if row[1] == "training studies" and "common" in row[0]]
+    assert "Natural imputation" in reports[0].title
+    common = [row for row in reports[2].rows if row[1] == "training studies" and "common" in row[0]]
     assert len(common) == 2
     assert all(isinstance(row[3], list) for row in common)
     with pytest.raises(DataError, match="split 'validation'"):

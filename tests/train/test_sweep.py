@@ -139,7 +139,8 @@ def test_a_sweep_resumes_skips_and_survives_a_failure(swept, tmp_path, monkeypat
     assert names == ["base", "wrong", "wrong"]
     assert before == {path: path.stat().st_mtime_ns for path in before}
     base = json.loads((tmp_path / "base" / "report.json").read_text())
-    base = base["reports"][0] if isinstance(base, dict) else base[0]
+    tables = base["reports"] if isinstance(base, dict) else base
+    base = next(table for table in tables if "told expressed" in table["columns"])
     own = {row[base["columns"].index("told expressed")]: row for row in base["rows"] if row[0] == "model"}
     for told, table in zip(("no", "yes"), rows_of(tmp_path), strict=True):
         assert list(table)[:5] == ["base", *SWEEP, "wrong"]

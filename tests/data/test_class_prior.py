@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
-from sct.weights.class_prior import ClassPrior
+from sct.data.class_prior import ClassPrior
 
 
 def test_the_offset_follows_from_the_record():

@@ -17,7 +17,6 @@ from typing import Any
 
 from sct.data.masking import Masking
 from sct.errors import ConfigError
-from sct.models.registry import build
 
 PAPER = Masking()  # 15% of expressed and 1% of unexpressed genes
 ASSUMED = (
@@ -49,7 +48,7 @@ class ClassPrior:
         """Read it from the `data` section of a model."""
         recorded = data.get("masking")
         try:
-            rule = build(Masking, recorded, "masking") if isinstance(recorded, Mapping) else None
+            rule = Masking.from_record(recorded) if isinstance(recorded, Mapping) else None
             log_ratio = PAPER.log_ratio if rule is None else rule.log_ratio
         except ConfigError:  # trained with a rate of zero, which has no logarithm
             rule, log_ratio = None, PAPER.log_ratio
