@@ -181,7 +181,7 @@ class Masking:
         ConfigError
             An unknown field, or one of another type.
         """
-        fields = {
+        fields: dict[str, Any] = {
             name: tuple(tuple(each) if isinstance(each, list) else each for each in value)
             if isinstance(value, list)
             else value
