@@ -15,6 +15,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from sct.errors import CheckpointError, first_line
 from sct.train.state import State
+from sct.weights import run_folder
 from sct.weights.pretrained import match
 
 
@@ -78,17 +79,23 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep_last: int = 2):
         logging.getLogger("absl").addFilter(_told_otherwise)
-        self._kept, self._begun = _LastAndBest(keep_last), 0
+        self._kept, self._begun, self._folder = _LastAndBest(keep_last), 0, folder.absolute()
         self._manager = ocp.CheckpointManager(
-            folder.absolute(),
+            self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._kept,
                 enable_async_checkpointing=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._record),
                 # A run that was killed while it saved leaves a temporary folder behind.
                 cleanup_tmp_directories=True,
             ),
             item_names=("state", "progress"),
         )
+
+    def _record(self) -> None:
+        """Hash what was written; Orbax calls this in the background, just before it renames the folder."""
+        unfinished = self._folder.glob(f"{self._begun}.orbax-checkpoint-tmp*")
+        run_folder.record_checkpoint(max(unfinished, key=lambda path: path.stat().st_mtime_ns))
 
     @property
     def latest(self) -> int | None:
@@ -134,11 +141,20 @@ class Checkpoints:
         Raises
         ------
         CheckpointError
-            There is none, or it is of another model; the message says which parameters differ.
+            There is none, its files were changed, or it is of another model; the message says which parameters
+            differ.
+
+        Warns
+        -----
+        UserWarning
+            It has no hashes.
         """
         step = self.latest if step is None else step
         if step is None:
             raise CheckpointError(f"{self._manager.directory} holds no complete checkpoint.")
+        older = [other for other in self.steps() if other < step]
+        instead = f"to go on from step {older[-1]}" if older else "to start again"
+        run_folder.verify_checkpoint(self._folder / str(step), shared=True, instead=instead)
         self._check_shapes(abstract, step)
         try:
             loaded = self._manager.restore(
@@ -149,11 +165,12 @@ class Checkpoints:
             )
         except Exception as error:
             folder = self._manager.directory / str(step)
-            older = [other for other in self.steps() if other < step]
             raise CheckpointError(
                 f"checkpoint {folder} cannot be read ({first_line(error)}): if it is damaged, delete that folder "
-                + (f"to go on from step {older[-1]}." if older else "to start again.")
+                f"{instead}."
             ) from error
+        for group in (loaded.state.trained, loaded.state.frozen):
+            run_folder.check_finite(group, self._folder / str(step))
         return loaded.state, Progress(**loaded.progress)
 
     def _check_shapes(self, abstract: State, step: int) -> None:

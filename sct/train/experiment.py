@@ -19,10 +19,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sct.atomic import atomic_folder, write_json
+from sct.data.genes import GeneVocabulary
 from sct.data.store import SPLITS, Store
 from sct.data.text.tokenizer import Tokenizer
 from sct.data.text.tokenizer_libraries import import_tokenizers
 from sct.errors import AGAIN, CheckpointError, ConfigError, SctError, StoreError
+from sct.hashes import sealed
 from sct.models import lora, registry
 from sct.models.registry import computing
 from sct.nn.paths import flatten
@@ -211,8 +213,11 @@ def _run(plain: Mapping[str, Any], workdir: Path) -> Result:
         _check_same(_read_json(settings), plain, workdir)
     store = open_data(data_of(plain), workdir)
     if resumes:
-        _check_data(_read_json(workdir / "data.json"), store, workdir)
-        _check_files(_read_json(workdir / "data.json"), plain, workdir)
+        described = _read_json(workdir / "data.json")
+        _check_data(described, store, workdir)
+        _check_files(described, plain, workdir)
+        run_folder.verify_files(workdir, described)
+        run_folder.check_genes(GeneVocabulary.load(workdir / run_folder.GENES), described, workdir)
     parent = None
     # Each device reads its own part of a large model.
     mesh = registry.build(TrainConfig, {**plain.get("train", {}), "steps": 1}, "train").mesh
@@ -245,7 +250,7 @@ def _run(plain: Mapping[str, Any], workdir: Path) -> Result:
     if first:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            write_json(settings, {**plain, MODEL: dataclasses.asdict(task.model_config)})
+            write_json(settings, sealed({**plain, MODEL: dataclasses.asdict(task.model_config)}))
         except OSError as error:
             raise ConfigError(
                 f"the run folder {workdir} cannot be written ({error.strerror}): choose another --workdir."
@@ -253,11 +258,12 @@ def _run(plain: Mapping[str, Any], workdir: Path) -> Result:
         if not resumes:
             # What is trained from licensed weights stays under their licence.
             licence = parent.license if parent is not None else task.license
+            store.vocabulary.save(workdir / run_folder.GENES)
             described = {
                 **_describe(store), "license": licence, "files": _files(plain), "model": task.exports()["data"],
+                run_folder.HASHES: run_folder.hashed_files(workdir),
             }  # fmt: skip
-            write_json(workdir / "data.json", described)
-            store.vocabulary.save(workdir / "genes.tsv")
+            write_json(workdir / run_folder.DATA, sealed(described))
     processes.check_shared(settings)
     _announce(console, task, options, workdir)
     if resumes:
@@ -385,15 +391,11 @@ def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return run_folder.read(path)
+    except CheckpointError as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error}), but the folder holds checkpoints: restore it, or choose another "
-            "--workdir."
+            f"{str(error).removesuffix('.')} (the folder holds checkpoints; another --workdir begins anew)."
         ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is damaged: restore it, or choose another --workdir.")
-    return content
 
 
 def _describe(store: Store) -> dict[str, Any]:

@@ -85,11 +85,13 @@ class _Opened:
             return entry.take(lambda part: self.reader.part(self.keys[name], part), index)
 
         made = _aligned([part.stop - part.start for part in index], dtype)
-        if not entry.stacked:
-            made[...] = one(entry.names[0], index)
-            return made
-        for row, layer in enumerate(range(index[0].start, index[0].stop)):
-            made[row] = one(entry.names[layer], index[1:])
+        with np.errstate(over="ignore"):
+            if entry.stacked:
+                for row, layer in enumerate(range(index[0].start, index[0].stop)):
+                    made[row] = one(entry.names[layer], index[1:])
+            else:
+                made[...] = one(entry.names[0], index)
+        model_folder.check_range(made, path)
         return made
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from sct.errors import CheckpointError, first_line
 from sct.extras import load_extra
-from sct.weights.model_folder import INDEX, TORCH, WEIGHTS, Reader, read_json
+from sct.weights.model_folder import INDEX, TORCH, WEIGHTS, Reader, check_finite, read_json
 
 _BIN = re.compile(r"[\w.-]+\.bin")
 _DTYPES = ("float16", "bfloat16", "float32", "float64", "bool", "uint8", "int8", "int16", "int32", "int64")
@@ -104,5 +104,8 @@ class TorchReader:
 
         found = self._tensors[name].detach()[index].contiguous()
         if found.dtype == torch.bfloat16:
-            return np.asarray(found.view(torch.int16).numpy().view(jnp.bfloat16))
-        return np.asarray(found.numpy())
+            value = np.asarray(found.view(torch.int16).numpy().view(jnp.bfloat16))
+        else:
+            value = np.asarray(found.numpy())
+        check_finite(value, name, self.folder)
+        return value

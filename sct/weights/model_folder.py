@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from sct.atomic import atomic_folder, replaced
 from sct.data.genes import GeneVocabulary
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import CheckpointError
+from sct.hashes import SEAL, first_changed, hash_files, is_changed, sealed
 from sct.models import registry
 from sct.version import DISTRIBUTION
 
@@ -29,7 +31,9 @@ INDEX = f"{WEIGHTS}.index.json"
 TORCH = "pytorch_model.bin"  # weights of older foreign folders
 SHARD_BYTES = 5_000_000_000
 SAVED_DTYPES = ("float32", "bfloat16")
+FILES = "files"  # entry of config.json with the hashes of the other files
 
+_CHECKED = 1 << 20  # numbers looked at together
 _OURS = re.compile(
     r"config\.json|genes\.tsv|README\.md|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
     r"|tokenizer\.json|tokenizer\.model|tokenizer_config\.json"
@@ -143,6 +147,12 @@ def _write(
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         # One shard at a time is on the host. A single entry of metadata: several have no fixed order.
         on_host = {path: _host(arrays[path], dtype) for path in paths}
+        for path, value in on_host.items():
+            if not all_finite(value):
+                raise CheckpointError(
+                    f"the model's {path} holds numbers that are not finite in {value.dtype}: save a model whose "
+                    "training went well."
+                )
         save_file(on_host, folder / name, metadata={"format": made_for})
         index |= dict.fromkeys(paths, name)
     if len(shards) > 1:
@@ -153,6 +163,9 @@ def _write(
         genes.save(folder / GENES)
     if tokenizer is not None:
         tokenizer.save(folder)
+    if made_for == "sct":  # a foreign program would copy hashes to files that it changed
+        names = sorted(file.name for file in folder.iterdir())
+        config = sealed({**config, FILES: hash_files(folder, names)})
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     (folder / CARD).write_text(card, encoding="utf-8")
 
@@ -173,6 +186,34 @@ def _host(value: Any, dtype: str) -> np.ndarray:
     array = np.asarray(jax.device_get(value))
     # `ascontiguousarray` would make a number an array of one.
     return np.asarray(array.astype(_kind(array, dtype)), order="C")
+
+
+def all_finite(value: np.ndarray) -> bool:
+    """Whether no number of an array is NaN or infinite; true of integers."""
+    if not is_float(value):
+        return True
+    bits = np.ascontiguousarray(value).reshape(-1).view(f"uint{8 * value.dtype.itemsize}")
+    # Exponents of ones are the largest; the sign in front is left out. NumPy knows no bfloat16.
+    limit = np.asarray(np.inf, value.dtype).view(bits.dtype)[()]
+    most = bits.dtype.type(np.iinfo(bits.dtype).max >> 1)
+    return all((bits[at : at + _CHECKED] & most).max() < limit for at in range(0, len(bits), _CHECKED))
+
+
+def check_range(value: np.ndarray, name: str) -> None:
+    """Raise `CheckpointError` where finite weights were converted to float16 and are too large for it."""
+    if value.dtype == np.float16 and not all_finite(value):
+        raise CheckpointError(
+            f"{name} holds numbers that are too large for float16: load the model as bfloat16 or float32."
+        )
+
+
+def check_finite(value: np.ndarray, name: str, path: Path) -> None:
+    """Raise `CheckpointError` where weights of a file are NaN or infinite."""
+    if not all_finite(value):
+        raise CheckpointError(
+            f"{path} holds numbers in {name} that are not finite: it is damaged, or its training went wrong; give "
+            "another model."
+        )
 
 
 def _bytes(value: Any, dtype: str) -> int:
@@ -246,7 +287,66 @@ def read_config(folder: Path) -> dict[str, Any]:
                 f"{path} has {name} = {config.get(name)!r}, which does not describe a model: the folder is "
                 "damaged."
             )
+    if is_changed(config):
+        raise CheckpointError(
+            f"{path} is damaged or was changed after the model was saved (its {SEAL} is another): restore it, or "
+            f"delete its entry {SEAL!r} if you made the change and mean it."
+        )
     return config
+
+
+def verify(folder: Path, config: Mapping[str, Any], shared: bool = False) -> None:
+    """Check that the files of a model folder are those that were saved, by the hashes in its configuration.
+
+    Parameters
+    ----------
+    folder, config
+        Model folder, and what `read_config` gave of it.
+    shared
+        All processes load the model: each reads its share of the files.
+
+    Raises
+    ------
+    CheckpointError
+        A file is missing, of other bytes, or was added.
+
+    Warns
+    -----
+    UserWarning
+        There are no hashes.
+    """
+    recorded = config.get(FILES)
+    if recorded is None or SEAL not in config:
+        warnings.warn(
+            f"{folder / CONFIG} has no hashes of {'itself' if recorded else 'the files'}, so that changes of "
+            f"{'it' if recorded else 'them'} are not noticed: save the model again (save_pretrained) to record them.",
+            UserWarning,
+            stacklevel=4,
+        )
+    if recorded is None:
+        return
+    if not isinstance(recorded, dict) or not all(
+        isinstance(name, str) and _OURS.fullmatch(name) for name in recorded
+    ):
+        raise CheckpointError(f"{folder / CONFIG} has no hashes by file as {FILES!r}: the folder is damaged.")
+    there = {file.name for file in folder.iterdir() if _OURS.fullmatch(file.name)} - {CONFIG, CARD}
+    for name in sorted(set(recorded) - there):
+        raise CheckpointError(f"{folder} has no {name}: the folder is incomplete.")
+    for name in sorted(there - set(recorded)):
+        raise CheckpointError(
+            f"{folder / name} is not among the files that {CONFIG} names: move it away, or delete the entry "
+            f"{FILES!r} from {CONFIG} if you added it and mean it."
+        )
+    try:
+        changed = first_changed(folder, recorded, shared)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or folder} cannot be read ({error.strerror}).") from error
+    if changed is not None:
+        raise CheckpointError(
+            f"{folder / changed} is damaged or was changed after the model was saved (its sha256 is not the one in "
+            f"{CONFIG}): fetch or save the model again, or delete the entries {FILES!r} and {SEAL!r} from {CONFIG} if "
+            "you made the change and mean it."
+        )
 
 
 class Reader:
@@ -298,14 +398,21 @@ class Reader:
     def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Read a part of one array into memory; nothing else of the file is."""
         part = self._owner[name].get_slice(name)
-        return np.asarray(part[index] if index else part[...])
+        value = np.asarray(part[index] if index else part[...])
+        check_finite(value, name, self.folder)
+        return value
 
     def read(self, name: str, sharding: Any, dtype: str | None) -> jax.Array:
         """Read one array onto its devices."""
 
         def of(index: tuple[slice, ...] | None) -> np.ndarray:
             value = self.part(name, index or ())
-            return value.astype(jnp.dtype(dtype)) if dtype and is_float(value) else value
+            if not (dtype and is_float(value)):
+                return value
+            with np.errstate(over="ignore"):
+                value = value.astype(jnp.dtype(dtype))
+            check_range(value, name)
+            return value
 
         shape = self.shapes[name].shape
         if sharding is None:

@@ -88,7 +88,9 @@ def read_arrays(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     try:
         with safe_open(path, framework="flax") as file:  # numpy alone does not know bfloat16
             for key in file.keys():  # noqa: SIM118 (not a mapping)
-                yield key, np.asarray(file.get_tensor(key))
+                value = np.asarray(file.get_tensor(key))
+                model_folder.check_finite(value, key, path)
+                yield key, value
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}: the folder is incomplete.") from None
     except (SafetensorError, OSError) as error:

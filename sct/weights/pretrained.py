@@ -252,11 +252,17 @@ def load(
     Raises
     ------
     CheckpointError
-        The folder is missing, damaged, or its arrays are not those of its architecture; all are listed.
+        The folder is missing, damaged or was changed (by the hashes of its files), weights are not finite, or its
+        arrays are not those of its architecture; all are listed.
     ConfigError
         The rules name an axis that the mesh does not have.
     StoreError
         The vocabularies differ.
+
+    Warns
+    -----
+    UserWarning
+        The folder has no hashes.
     """
     from sct.weights import hf, run_folder
 
@@ -270,6 +276,7 @@ def load(
         return hf.load(folder, mesh=mesh, rules=rules, dtype=dtype, genes=genes)
     config = model_folder.read_config(folder)
     model = registry.model_config(config["family"], config["model"])
+    model_folder.verify(folder, config, shared=spans_processes(mesh))
     vocabulary = _vocabulary(folder, config, model)
     if genes is not None and vocabulary is not None:
         vocabulary.check_same(genes, what=f"the model {folder}", other_what="the data")
@@ -359,6 +366,12 @@ def fitting_rules(mesh: Mesh | None, rules: axes.Rules | None) -> axes.Rules:
             f"the rules name the mesh axis {strange[0]!r}, but the mesh has {', '.join(mesh.axis_names)}."
         )
     return rules
+
+
+def spans_processes(mesh: Mesh | None) -> bool:
+    """Whether a mesh has devices of all processes, of which there are several."""
+    owners = {device.process_index for device in mesh.devices.flat} if mesh is not None else set()
+    return jax.process_count() > 1 and len(owners) == jax.process_count()
 
 
 def boxed_shapes(family: str, config: Any) -> Any:

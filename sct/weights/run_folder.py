@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from sct.atomic import write_json
 from sct.data.genes import GeneVocabulary
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import CheckpointError
+from sct.hashes import SEAL, files_below, first_changed, hash_files, is_changed, sealed
 from sct.models import lora, registry
 from sct.nn import axes
 from sct.nn.paths import flatten, unflatten
@@ -22,6 +26,10 @@ from sct.weights import model_folder, pretrained
 
 # Tokenizer of a run on texts; section of the run's config.json with the whole architecture.
 TOKENIZER, MODEL = "tokenizer", "resolved_model"
+# Files of a run that hold its options and what describes its data; hashes of other files, in the latter.
+CONFIG, DATA, GENES, HASHES = "config.json", "data.json", "genes.tsv", "hashes"
+# File of a checkpoint with the hashes of its items' files, and what is said where there are none.
+RECORD, FILES = "sha256.json", "files"
 
 
 def steps(folder: Path) -> list[int]:
@@ -44,6 +52,7 @@ def best_step(folder: Path) -> int:
     """
     last = steps(folder)[-1]
     path = folder / "checkpoints" / str(last) / "progress" / "metadata"
+    verify_checkpoint(path.parent.parent, only=("progress",))
     progress = model_folder.read_json(path)
     best = progress.get("best_step")
     if not isinstance(best, (int, type(None))):
@@ -56,6 +65,142 @@ def best_step(folder: Path) -> int:
 def is_current(folder: Path, exported: Path) -> bool:
     """Whether the exported model of a run is that of its best step, and not one from before it went on."""
     return model_folder.read_config(exported).get("step") == best_step(folder)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read `config.json` or `data.json` of a run folder.
+
+    Raises
+    ------
+    CheckpointError
+        It is missing, damaged, or was changed after it was written.
+    """
+    content = model_folder.read_json(path)
+    if is_changed(content):
+        raise CheckpointError(
+            f"{path} is damaged or was changed after the run wrote it (its {SEAL} is another): restore it, or delete "
+            f"its entry {SEAL!r} if you made the change and mean it."
+        )
+    return content
+
+
+def hashed_files(folder: Path) -> dict[str, str]:
+    """Hashes of the files of a run folder that decide what its inputs mean: the genes and the tokenizer."""
+    tokenizer = folder / TOKENIZER
+    names = [f"{TOKENIZER}/{name}" for name in files_below(tokenizer)] if tokenizer.is_dir() else []
+    return hash_files(folder, [GENES, *names])
+
+
+def verify_files(folder: Path, described: Mapping[str, Any]) -> None:
+    """Check that genes and tokenizer of a run folder are those that it began with.
+
+    Parameters
+    ----------
+    folder, described
+        Run folder, and its `data.json`.
+
+    Raises
+    ------
+    CheckpointError
+        A file is missing or of other bytes.
+
+    Warns
+    -----
+    UserWarning
+        There are no hashes.
+    """
+    recorded = described.get(HASHES)
+    if recorded is None:
+        _note(folder / DATA, "genes")
+        return
+    _check(folder, recorded, folder / DATA, "restore it, or choose another run folder")
+
+
+def check_genes(vocabulary: GeneVocabulary, described: Mapping[str, Any], folder: Path) -> None:
+    """Raise `CheckpointError` where the genes of a run folder are not those that its `data.json` names."""
+    named = described.get("vocabulary_hash")
+    if named != vocabulary.hash:
+        raise CheckpointError(
+            f"{folder / GENES} has the hash {vocabulary.hash[:16]}, but {DATA} names {str(named)[:16]}: restore the "
+            "file, which the store that the run was trained on has too."
+        )
+
+
+def record_checkpoint(folder: Path) -> None:
+    """Write the hashes of a checkpoint's items into its folder, before that gets the name of a complete one."""
+    names = [name for name in files_below(folder) if "/" in name]
+    write_json(folder / RECORD, sealed({FILES: hash_files(folder, names)}))
+
+
+def verify_checkpoint(
+    folder: Path, only: Collection[str] = (), shared: bool = False, instead: str = "to do without it"
+) -> None:
+    """Check that the files of a checkpoint are those that were written.
+
+    Parameters
+    ----------
+    folder
+        Folder of one step.
+    only
+        Items to check, all by default.
+    shared
+        All processes load it: each reads its share of the files.
+    instead
+        What deleting the checkpoint is good for, for the message.
+
+    Raises
+    ------
+    CheckpointError
+        A file is missing or of other bytes.
+
+    Warns
+    -----
+    UserWarning
+        There are no hashes, and all items were to be checked.
+    """
+    if not (folder / RECORD).is_file():
+        if not only:
+            _note(folder, "files")
+        return
+    advice = f"delete the folder of that checkpoint {instead}"
+    content = model_folder.read_json(folder / RECORD)
+    recorded = content.get(FILES)
+    if is_changed(content) or not isinstance(recorded, dict):
+        raise CheckpointError(
+            f"{folder / RECORD} is damaged: delete the folder of that checkpoint to go on without it."
+        )
+    chosen = {name: value for name, value in recorded.items() if not only or name.split("/")[0] in only}
+    _check(folder, chosen, folder / RECORD, advice, shared)
+
+
+def _check(
+    folder: Path, recorded: Mapping[str, str], named_in: Path, advice: str, shared: bool = False
+) -> None:
+    try:
+        changed = first_changed(folder, recorded, shared)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or folder} cannot be read ({error.strerror}).") from error
+    if changed is not None:
+        what = "is damaged or was changed" if (folder / changed).exists() else "is missing"
+        raise CheckpointError(
+            f"{folder / changed} {what} after it was written (by its sha256 in {named_in.name}): {advice}."
+        )
+
+
+def _note(path: Path, what: str) -> None:
+    warnings.warn(
+        f"{path} has no hashes of the {what}, so that changes of them are not noticed: it is of an earlier version.",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+def check_finite(arrays: Mapping[str, jax.Array], path: Path) -> None:
+    """Raise `CheckpointError` where weights of a checkpoint are NaN or infinite; each process looks at its own."""
+    for name, value in arrays.items():
+        for part in value.addressable_shards:
+            if part.replica_id == 0:
+                model_folder.check_finite(np.asarray(part.data), name, path)
 
 
 def with_masking(data: Any, config: Mapping[str, Any]) -> Any:
@@ -75,11 +220,13 @@ def load(
 
     Only the variables are read, not the optimiser's state, each device's part alone.
     """
-    config = model_folder.read_json(folder / "config.json")
+    config, described = read(folder / CONFIG), read(folder / DATA)
     family, options = config.get("family"), config.get(MODEL, config.get("model", {}))
     if not isinstance(family, str) or not isinstance(options, dict):
         raise CheckpointError(f"{folder / 'config.json'} names no family and model: the run is damaged.")
-    vocabulary = GeneVocabulary.load(folder / "genes.tsv")
+    verify_files(folder, described)
+    vocabulary = GeneVocabulary.load(folder / GENES)
+    check_genes(vocabulary, described, folder)
     if genes is not None:
         vocabulary.check_same(genes, what=f"the run {folder}", other_what="the data")
     step, there = best_step(folder), steps(folder)
@@ -89,9 +236,9 @@ def load(
             "are left: train on with the same configuration until a better one comes, or give another folder."
         )
     model = registry.model_config(family, options, len(vocabulary))
+    verify_checkpoint(folder / "checkpoints" / str(step), shared=pretrained.spans_processes(mesh))
     path = (folder / "checkpoints" / str(step) / "state").absolute()
     arrays = _restore(path, pretrained.boxed_shapes(family, model), mesh, rules, dtype)
-    described = model_folder.read_json(folder / "data.json")
     data = described.get("model") or pretrained.data_options(config.get("data"))
     data = with_masking(data, config)
     tokenizer = Tokenizer.load(folder / TOKENIZER) if (folder / TOKENIZER).is_dir() else None
@@ -99,6 +246,7 @@ def load(
         family, model, unflatten(arrays), vocabulary, license=described.get("license") or "unknown", step=step,
         data=data, tokenizer=tokenizer,
     )  # fmt: skip
+    config = {name: value for name, value in config.items() if name != SEAL}
     text = f"## Training\n\nCheckpoint of step {step:,} of a run with this configuration:\n\n```json\n"
     card = pretrained.default_card(made, f"{text}{json.dumps(config, indent=1)}\n```")
     return dataclasses.replace(made, card=card)
@@ -151,4 +299,5 @@ def _restore(path: Path, boxed: Any, mesh: Any, rules: axes.Rules, dtype: str | 
     finally:
         handler.close()
     arrays = {name: value for leaves in restored.values() for name, value in leaves.items()}
+    check_finite(arrays, path)
     return {name: arrays[name] for name in expected}

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import flax.linen as nn
@@ -27,7 +28,7 @@ from sct.tasks.masked_expression import MaskedExpression
 from sct.train.experiment import run
 from sct.train.sharding import RULES, MeshConfig, make_mesh
 from sct.version import DISTRIBUTION
-from sct.weights import model_folder, pretrained
+from sct.weights import model_folder, pretrained, run_folder
 from tests.train.conftest import CONFIG as CONFIG_OF_RUNS
 from tests.train.conftest import merged
 
@@ -188,9 +189,11 @@ def test_apply_compiles_once_for_each_shape(model):
     assert len(compiled) > count
 
 
+@pytest.mark.filterwarnings("ignore:.*no hashes")
 def test_differences_are_listed(model, folder):
     from safetensors.numpy import load_file, save_file
 
+    unsealed(folder)
     arrays = load_file(folder / "model.safetensors")
     arrays["params/extra"] = np.zeros(2, np.float32)
     arrays["params/stem/conv/bias"] = np.zeros(31, np.float32)
@@ -203,9 +206,11 @@ def test_differences_are_listed(model, folder):
         assert line in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore:.*no hashes")
 def test_types_of_weights(model, folder):
     from safetensors.numpy import load_file, save_file
 
+    unsealed(folder)
     arrays = load_file(folder / "model.safetensors")
     arrays["params/stem/conv/bias"] = np.zeros(32, np.int32)
     arrays["params/head/logits/bias"] = np.zeros(7, np.float64)
@@ -270,7 +275,13 @@ def test_another_vocabulary_is_refused_with_both_named(model, folder):
 
 def test_a_changed_gene_list_is_noticed(model, folder):
     GeneVocabulary.from_ids(model.genes.ensembl_ids[::-1]).save(folder / "genes.tsv")
-    with pytest.raises(CheckpointError, match="the folder was changed"):
+    with pytest.raises(CheckpointError, match=r"genes\.tsv is damaged or was changed"):
+        sct.load(folder)
+    unsealed(folder)
+    with (
+        pytest.raises(CheckpointError, match="the folder was changed"),
+        pytest.warns(UserWarning, match="no hashes"),
+    ):
         sct.load(folder)
 
 
@@ -293,7 +304,10 @@ def test_a_changed_gene_list_is_noticed(model, folder):
         ("model.safetensors", b"short", "is damaged"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*no hashes")
 def test_damaged_folders(folder, file, content, message):
+    if "index" in file:
+        unsealed(folder)
     (folder / file).write_bytes(content)
     with pytest.raises(CheckpointError, match=message) as error:
         sct.load(folder)
@@ -305,6 +319,147 @@ def test_truncated_weights(folder):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
         sct.load(folder)
+
+
+def unsealed(folder: Path) -> Path:
+    """Model folder as version 0.1.0 wrote it at first: without hashes."""
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("files", "sha256"):
+        config.pop(name)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def flip_bit(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def swap_genes(path: Path) -> None:
+    header, first, second, *rest = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([header, second, first, *rest]))
+
+
+def edit_config(folder: Path, change) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def overwrite_weight(path: Path, value: float) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    arrays = load_file(path)
+    arrays["params/head/logits/bias"][3] = value
+    save_file(arrays, path)
+
+
+ALTERED = {
+    "a bit of the last weight": ("model.safetensors", lambda f: flip_bit(f / "model.safetensors", -1)),
+    "zeros": ("model.safetensors", lambda f: overwrite_weight(f / "model.safetensors", 0.0)),
+    "a letter of a gene": ("genes.tsv", lambda f: flip_bit(f / "genes.tsv", 200)),
+    "genes swapped": ("genes.tsv", lambda f: swap_genes(f / "genes.tsv")),
+    "another number of heads": ("config.json", lambda f: edit_config(f, lambda c: c["model"].update(num_heads=1))),
+    "another eps": ("config.json", lambda f: edit_config(f, lambda c: c["model"].update(layer_norm_eps=0.1))),
+    "no data section": ("config.json", lambda f: edit_config(f, lambda c: c.pop("data"))),
+    "another step": ("config.json", lambda f: edit_config(f, lambda c: c.update(step=7))),
+    "another hash": ("config.json", lambda f: edit_config(f, lambda c: c["files"].update({"genes.tsv": "0"}))),
+    "no genes": ("genes.tsv", lambda f: (f / "genes.tsv").unlink()),
+    "a file more": ("tokenizer.json", lambda f: (f / "tokenizer.json").write_text("{}")),
+}  # fmt: skip
+
+
+def test_every_byte_of_a_model_folder_is_checked(model, tmp_path):
+    wrong = []
+    for what, (file, alter) in ALTERED.items():
+        folder = tmp_path / what.replace(" ", "-")
+        model.save_pretrained(folder)
+        alter(folder)
+        try:
+            sct.load(folder)
+            wrong.append(f"{what}: loaded")
+        except CheckpointError as error:
+            if file not in str(error) or "\n" in str(error):
+                wrong.append(f"{what}: {error}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_bit_of_one_of_several_files(model, tmp_path):
+    model.save_pretrained(tmp_path / "split", shard_bytes=20_000)
+    flip_bit(sorted((tmp_path / "split").glob("model-*"))[1], -1)
+    with pytest.raises(CheckpointError, match=r"model-00002-of-\d+\.safetensors is damaged or was changed"):
+        sct.load(tmp_path / "split")
+
+
+def test_a_change_that_is_meant(model, folder, recwarn):
+    # The layout of the file is free, and so is the card.
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text())))
+    (folder / "README.md").write_text("my model")
+    equal(sct.load(folder).variables, model.variables)
+    assert not recwarn
+    edit_config(folder, lambda config: config["model"].update(layer_norm_eps=1e-4))
+    with pytest.raises(CheckpointError, match="delete its entry 'sha256' if"):
+        sct.load(folder)
+    edit_config(folder, lambda config: config.pop("sha256"))
+    with pytest.warns(UserWarning, match="has no hashes of itself") as notes:
+        loaded = sct.load(folder)
+    assert len(notes) == 1
+    assert loaded.config.layer_norm_eps == 1e-4
+    flip_bit(folder / "model.safetensors", -1)  # the weights are still checked
+    with (
+        pytest.raises(CheckpointError, match=r"model\.safetensors"),
+        pytest.warns(UserWarning, match="no hashes"),
+    ):
+        sct.load(folder)
+
+
+def test_folders_without_hashes_are_loaded_with_a_note(model, folder, tmp_path):
+    unsealed(folder)
+    with pytest.warns(UserWarning, match="no hashes of the files") as notes:
+        loaded = sct.load(folder)
+    assert len(notes) == 1
+    equal(loaded.variables, model.variables)
+    loaded.save_pretrained(tmp_path / "again")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sct.load(tmp_path / "again")
+
+
+@pytest.mark.filterwarnings("ignore:.*no hashes")
+@pytest.mark.filterwarnings("ignore:.*no hashes")
+def test_weights_that_are_not_finite(model, tmp_path):
+    from safetensors.flax import save_file
+
+    name, mesh = "params/head/logits/bias", make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    for dtype, value, where in (
+        ("float32", np.nan, None),
+        ("float32", np.inf, mesh),
+        ("bfloat16", -np.inf, None),
+    ):
+        folder, flat = tmp_path / f"{dtype}{value}", dict(flatten(model.variables))
+        model.save_pretrained(folder, dtype=dtype)
+        flat = {path: leaf.astype(dtype) for path, leaf in flat.items()}
+        flat[name] = flat[name].at[3].set(value)
+        bad = dataclasses.replace(model, variables=unflatten(flat))
+        with pytest.raises(CheckpointError, match=f"{name} holds numbers that are not finite"):
+            bad.save_pretrained(tmp_path / "bad", dtype=dtype)
+        assert not (tmp_path / "bad").exists()
+        save_file(flat, unsealed(folder) / "model.safetensors")
+        with pytest.raises(CheckpointError, match=f"in {name} that are not finite") as error:
+            sct.load(folder, mesh=where)
+        assert "\n" not in str(error.value)
+
+
+def test_weights_that_float16_cannot_hold(model, tmp_path):
+    flat = dict(flatten(model.variables))
+    flat["params/head/logits/bias"] = flat["params/head/logits/bias"].at[3].set(1e6)
+    dataclasses.replace(model, variables=unflatten(flat)).save_pretrained(tmp_path / "large")
+    sct.load(tmp_path / "large", dtype="bfloat16")
+    with pytest.raises(
+        CheckpointError, match="params/head/logits/bias holds numbers that are too large for float16"
+    ):
+        sct.load(tmp_path / "large", dtype="float16")
 
 
 def files(folder):
@@ -548,6 +703,7 @@ def a_run(finished_run, tmp_path):
 def set_best(folder, step):
     path = max((folder / "checkpoints").iterdir(), key=lambda p: int(p.name)) / "progress" / "metadata"
     path.write_text(json.dumps({**json.loads(path.read_text()), "best_step": step}))
+    run_folder.record_checkpoint(path.parent.parent)
 
 
 def test_an_export_from_before_the_run_went_on_is_not_taken(model, a_run):
@@ -603,14 +759,132 @@ def test_damaged_runs(a_run, file):
         assert "\n" not in str(error.value)
 
 
+def flip_a_bit_of_a_number(folder):
+    """Change the middle of the largest file with arrays."""
+    files = [path for path in (folder / "state").rglob("*") if path.is_file() and path.parent.name == "d"]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    flip_bit(largest, largest.stat().st_size // 2)
+
+
+def lose_a_file(folder):
+    next(
+        path for path in (folder / "state").rglob("*") if path.is_file() and path.parent.name == "d"
+    ).unlink()
+
+
+def edit_json(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+# Of the run, or of its checkpoints of the steps 10 (the best) and 15 (the last).
+ALTERED_RUNS = {
+    "a bit of an array": ("10/state", lambda f: flip_a_bit_of_a_number(f / "checkpoints/10")),
+    "a lost file": ("10/state", lambda f: lose_a_file(f / "checkpoints/10")),
+    "another best step": (
+        "15/progress", lambda f: edit_json(f / "checkpoints/15/progress/metadata", lambda c: c.update(best_step=15)),
+    ),
+    "no hash": ("10/sha256.json", lambda f: edit_json(f / "checkpoints/10/sha256.json", lambda c: c.update(files={}))),
+    "genes swapped": ("genes.tsv", lambda f: swap_genes(f / "genes.tsv")),
+    "no genes": ("genes.tsv", lambda f: (f / "genes.tsv").unlink()),
+    "another eps": (
+        "config.json", lambda f: edit_json(f / "config.json", lambda c: c["resolved_model"].update(layer_norm_eps=0.1)),
+    ),
+    "other data": ("config.json", lambda f: edit_json(f / "config.json", lambda c: c["data"].update(cells_per_bag=9))),
+    "another license": ("data.json", lambda f: edit_json(f / "data.json", lambda c: c.update(license="mit"))),
+    "other genes": ("data.json", lambda f: edit_json(f / "data.json", lambda c: c.update(vocabulary_hash="0"))),
+}  # fmt: skip
+
+
+def test_every_byte_of_a_run_folder_is_checked(finished_run, config, store, tmp_path):
+    """By `sct.load`, by a run that starts from it, and by the run that goes on."""
+    wrong, resume = [], {"data__store": str(store), "train__eval_every": 5, "train__patience": 0}
+    uses = {
+        "load": lambda folder: sct.load(folder),
+        "init_from": lambda folder: run(config(init_from=str(folder)), tmp_path / "new"),
+        "resume": lambda folder: run(merged(CONFIG_OF_RUNS, **resume), folder),
+    }
+    set_best(finished_run, 10)
+    for number, (what, (file, alter)) in enumerate(ALTERED_RUNS.items()):
+        for use, function in uses.items():
+            if (use == "init_from" and number) or (use == "resume" and file.startswith("1")):
+                continue  # a run goes on from the last checkpoint: see below
+            folder = tmp_path / f"{number}{use}"
+            shutil.copytree(finished_run, folder)
+            alter(folder)
+            try:
+                function(folder)
+                wrong.append(f"{use} with {what}: not refused")
+            except CheckpointError as error:
+                if file not in str(error) or "\n" in str(error):
+                    wrong.append(f"{use} with {what}: {error}")
+            shutil.rmtree(folder)
+    for alter in (flip_a_bit_of_a_number, lose_a_file):
+        folder = tmp_path / f"last{alter.__name__}"
+        shutil.copytree(finished_run, folder)
+        alter(folder / "checkpoints/15")
+        try:
+            uses["resume"](folder)
+            wrong.append(f"resume with {alter.__name__}: not refused")
+        except CheckpointError as error:
+            if "15/state" not in str(error) or "delete the folder" not in str(error):
+                wrong.append(f"resume with {alter.__name__}: {error}")
+    assert not wrong, "\n".join(wrong)
+
+
+def old_run(folder):
+    """Make a run folder what version 0.1.0 wrote at first: without hashes."""
+    for path in (folder / "checkpoints").glob("*/sha256.json"):
+        path.unlink()
+    for name in ("config.json", "data.json"):
+        edit_json(folder / name, lambda content: (content.pop("sha256"), content.pop("hashes", None)))
+    return folder
+
+
+def test_runs_without_hashes_are_loaded_and_go_on_with_a_note(a_run, store):
+    set_best(a_run, 10)
+    expected = sct.load(a_run)
+    with pytest.warns(UserWarning, match="no hashes") as notes:
+        equal(sct.load(old_run(a_run)).variables, expected.variables)
+    assert len(notes) == 2  # of the run, and of its checkpoint
+    changes = {"data__store": str(store), "train__eval_every": 5, "train__patience": 0, "train__stop_at": 16}
+    with pytest.warns(UserWarning, match="no hashes"):
+        assert run(merged(CONFIG_OF_RUNS, **changes), a_run).progress.step == 16
+    assert json.loads((a_run / "config.json").read_text())["sha256"]
+    assert (a_run / "checkpoints/16/sha256.json").is_file()
+    swap_genes(a_run / "genes.tsv")
+    with (
+        pytest.raises(CheckpointError, match=r"genes\.tsv has the hash"),
+        pytest.warns(UserWarning, match="no hashes"),
+    ):
+        sct.load(a_run)
+
+
+def test_a_checkpoint_whose_weights_are_not_finite(a_run):
+    best = sct.load(a_run)
+    with ocp.PyTreeCheckpointer() as writer:
+        path = a_run / "checkpoints" / str(best.step) / "state"
+        state = writer.restore(path)
+        bias = state["trained"]["params/head/logits/bias"]
+        state["trained"]["params/head/logits/bias"] = bias.at[3].set(np.nan)
+        writer.save(path, state, force=True)
+    run_folder.record_checkpoint(path.parent)
+    with pytest.raises(CheckpointError, match="in params/head/logits/bias that are not finite"):
+        sct.load(a_run)
+
+
+@pytest.mark.filterwarnings("ignore:.*no hashes")
 def test_a_damaged_checkpoint(a_run):
     set_best(a_run, 15)
     for path in (a_run / "checkpoints" / "15" / "state").rglob("*"):
         if path.is_file() and path.parent.name == "d":
             path.write_bytes(b"x")
-    with pytest.raises(CheckpointError, match="cannot be read") as error:
-        sct.load(a_run)
-    assert "\n" not in str(error.value)
+    for message in ("15/state/.* is damaged or was changed", "cannot be read"):
+        with pytest.raises(CheckpointError, match=message) as error:
+            sct.load(a_run)
+        assert "\n" not in str(error.value)
+        (a_run / "checkpoints/15/sha256.json").unlink(missing_ok=True)
 
 
 def test_an_unfinished_run_can_be_continued_from_elsewhere(config, tmp_path):
