@@ -28,6 +28,7 @@ from sct.data.store import (
     read_manifest,
 )
 from sct.errors import ConfigError, DataError, StoreError
+from sct.hashes import hash_file, sealed
 from sct.outputs import check_room, size_of
 from sct.version import __version__
 
@@ -357,12 +358,13 @@ def _finish(
         if all(each.get("values", COUNTS) == COUNTS for each in studies)
         else ACTIVITY_VERSION,
         "sct_version": __version__,
-        "vocabulary": {"name": vocabulary.name, "hash": vocabulary.hash, "n_genes": len(vocabulary)},
         "studies": studies,
     }
     try:
         vocabulary.save(root / GENES)
-        write_json(root / MANIFEST, manifest)
+        facts = {"name": vocabulary.name, "hash": vocabulary.hash, "n_genes": len(vocabulary)}
+        manifest["vocabulary"] = {**facts, "sha256": hash_file(root / GENES)}
+        write_json(root / MANIFEST, sealed(manifest))
         (root / _PREVIOUS).unlink(missing_ok=True)
     except OSError as error:
         raise StoreError(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from sct.data.coordinates import SCALES, SPATIAL_KEY, Scale, read_scales, write_
 from sct.data.genes import GeneVocabulary
 from sct.data.tokenize import noisy_genes
 from sct.errors import SctError, StoreError, first_line
+from sct.hashes import SEAL, hash_file, hash_files, hash_folder, hash_json, is_changed
 
 if TYPE_CHECKING:
     import anndata
@@ -33,6 +35,8 @@ SCHEMA_VERSION = 1
 ACTIVITY_VERSION = 2
 SPLITS = ("train", "validation", "test")
 MANIFEST, GENES, STUDIES = "manifest.json", "genes.tsv", "studies"
+# Groups of a study. Tables are written by anndata, and their chunks carry no checksums.
+GROUPS = {"obs": "table", "var": "table", "X": "arrays", "obsm": "arrays"}
 # Elements of one compressed chunk of X: about 16 cells of 2,000 genes, so a bag decodes four or five.
 CHUNK = 32_768
 _CACHE_BYTES = 64 << 20
@@ -56,6 +60,14 @@ def _shared_context() -> Any:
 def _cause(error: BaseException) -> str:
     """The cause in TensorStore's and zarr's words, without the specification they append."""
     return first_line(error, limit=1000).split(" [")[0]
+
+
+def hash_group(study: Path, name: str) -> str:
+    """Hash of the files of a group of a study that carry no checksum: of arrays the descriptions, of tables all."""
+    if GROUPS[name] == "table":
+        return hash_folder(study / name)
+    files = sorted(path.relative_to(study).as_posix() for path in (study / name).rglob("zarr.json"))
+    return hash_json(hash_files(study, files))
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
@@ -105,9 +117,10 @@ class Study:
         self.n_genes = n_genes
         self._open: dict[str, Any] = {}
         self._cached: dict[str, np.ndarray] = {}
+        self._verified: set[str] = set()  # groups whose hashes were found right
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}, "_cached": {}}
+        return {**self.__dict__, "_open": {}, "_cached": {}, "_verified": set()}
 
     def __len__(self) -> int:
         return self.n_cells
@@ -219,6 +232,7 @@ class Study:
         import zarr
         from anndata.io import read_elem
 
+        self._verify("obs")
         try:
             group: Any = zarr.open_group(str(self.path), mode="r")["obs"]
             if columns is None:
@@ -234,6 +248,7 @@ class Study:
         """Names of the columns of `obs`."""
         import zarr
 
+        self._verify("obs", once=True)
         try:
             group: Any = zarr.open_group(str(self.path), mode="r")["obs"]
             return tuple(map(str, group.attrs["column-order"]))
@@ -244,6 +259,10 @@ class Study:
         """Load the whole study into memory, (N, G) CSR raw counts."""
         import anndata
 
+        for name in self.record.get("hashes", ()):
+            self._verify(name)
+        for array in ("X/data", "X/indices", "X/indptr", *(["obsm/spatial"] if self.spatial else [])):
+            self._check_chunks(array)
         try:
             adata = anndata.read_zarr(self.path)
         except Exception as error:
@@ -252,9 +271,38 @@ class Study:
             adata.uns[SCALES] = {SPATIAL_KEY: write_scales({"": self._scale()}, None)}
         return adata
 
+    def _verify(self, group: str, once: bool = False, key: str = "") -> None:
+        """Raise `StoreError` where files of a group that carry no checksum are not those that were written.
+
+        `key` is what of the group is asked for, for the message. Stores of earlier versions do not have the hashes, see
+        `Store.open`.
+        """
+        recorded = self.record.get("hashes", {}).get(group)
+        if recorded is None or (once and group in self._verified):
+            return
+        try:
+            found = hash_group(self.path, group)
+        except OSError as error:
+            raise self._damaged(group, error.strerror or str(error)) from error
+        if found != recorded:
+            raise self._damaged(
+                key or group, f"a file of {group} is missing or was changed after it was written"
+            )
+        self._verified.add(group)
+
+    def _check_chunks(self, key: str) -> None:
+        """Raise `StoreError` where a chunk of a one- or two-dimensional array is missing: zarr would make one up."""
+        array = self._array(key)
+        length, rows = array.shape[0], array.chunk_layout.write_chunk.shape[0]
+        for number in range(-(-length // rows)):
+            chunk = self.path / key / "/".join(["c", str(number), *["0"] * (array.ndim - 1)])
+            if not chunk.is_file():
+                raise self._damaged(key, f"its chunk {number} is missing")
+
     def _array(self, key: str) -> Any:
         handle = self._open.get(key)
         if handle is None:
+            self._verify(key.split("/")[0], once=True, key=key)
             import tensorstore as ts
 
             spec = {
@@ -348,6 +396,11 @@ class Store:
         StoreError
             The folder, the manifest, the vocabulary or a study's group is missing, damaged, or of another
             schema version.
+
+        Warns
+        -----
+        UserWarning
+            Studies have no hashes.
         """
         path = Path(path)
         manifest = read_manifest(path)
@@ -375,7 +428,19 @@ class Store:
                 f"{genes} has the hash {vocabulary.hash}, but {path / MANIFEST} was written with {expected}: "
                 "restore the original file or ingest the store again"
             )
+        if manifest["vocabulary"].get("sha256", hash_file(genes)) != hash_file(genes):
+            raise StoreError(
+                f"{genes} was changed after it was written (its sha256 is not the one in {path / MANIFEST}): restore "
+                "the original file or ingest the store again"
+            )
         store = cls(path, manifest, vocabulary)
+        if not all("hashes" in study.record for study in store.studies):
+            warnings.warn(
+                f"{path / MANIFEST} has no hashes of some studies, so that changes of their cells' metadata are not "
+                "noticed: it is of an earlier version, ingest the data again to record them",
+                UserWarning,
+                stacklevel=2,
+            )
         for study in store.studies:
             if not (study.path / "zarr.json").is_file():
                 raise StoreError(
@@ -432,6 +497,11 @@ def read_manifest(path: Path, name: str = MANIFEST) -> dict[str, Any] | None:
         raise StoreError(
             f"{file} has schema version {version}, this version of sct reads {SCHEMA_VERSION} and {ACTIVITY_VERSION}: "
             "ingest the store again, or use the version of sct that wrote it"
+        )
+    if is_changed(manifest):
+        raise StoreError(
+            f"{file} is damaged or was changed after it was written (its {SEAL} is another): restore it or ingest the "
+            f"store again, or delete its entry {SEAL!r} if you made the change and mean it"
         )
     try:
         manifest["vocabulary"]["hash"], manifest["vocabulary"]["name"]

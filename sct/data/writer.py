@@ -19,7 +19,7 @@ import scipy.sparse as sp
 
 from sct.data.coordinates import SCALES, SPATIAL_KEY, Scale, write_scales
 from sct.data.genes import GeneVocabulary
-from sct.data.store import CHUNK
+from sct.data.store import CHUNK, GROUPS, hash_group
 from sct.errors import SctError, StoreError
 
 CHUNKS_PER_SHARD = 128  # shards of 4M values: about 5 MB on disk each, hundreds of files for a million cells
@@ -127,13 +127,16 @@ def create_array(
 def quiet_anndata() -> Iterator[None]:
     """Fix the format that anndata writes, and keep its and zarr's announcements from users."""
     import anndata
+    import zarr
 
     with warnings.catch_warnings():
         for module in ("anndata", "zarr", "numcodecs"):
             warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
         # Without shards a small column is one file, in every version of anndata.
         warnings.filterwarnings("ignore", message="zarr v3 autosharding")
-        with anndata.settings.override(auto_shard_zarr_v3=False):
+        # A chunk that is not there is never one whose values all are the fill value.
+        complete = zarr.config.set({"array.write_empty_chunks": True})
+        with anndata.settings.override(auto_shard_zarr_v3=False), complete:
             yield
 
 
@@ -292,4 +295,5 @@ def write_study(
         "median_nnz_per_cell": float(np.median(lengths)) if len(lengths) else 0.0,
         "total_counts": float(totals.sum()),
         "value_dtype": dtype,
+        "hashes": {name: hash_group(path, name) for name in GROUPS},
     }

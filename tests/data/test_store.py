@@ -217,8 +217,18 @@ def _newer(path: Path) -> None:
 
 def _no_splits(path: Path) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
-    del manifest["studies"][0]["split"]
+    del manifest["studies"][0]["split"], manifest["sha256"]
     (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _other_number(path: Path) -> None:
+    text = (path / "manifest.json").read_text()
+    (path / "manifest.json").write_text(text.replace('"nnz": ', '"nnz": 1', 1))
+
+
+def _other_names(path: Path) -> None:
+    text = (path / "genes.tsv").read_text()
+    (path / "genes.tsv").write_text(text.replace("TOY3", "TOI3"))
 
 
 def _other_genes(path: Path) -> None:
@@ -240,6 +250,8 @@ def _no_study(path: Path) -> None:
         (_broken_manifest, "manifest.json"),
         (_newer, r"manifest.json .*99"),
         (_no_splits, r"manifest.json .*'split'"),
+        (_other_number, r"manifest.json .*changed"),
+        (_other_names, r"genes.tsv .*changed"),
         (_other_genes, r"genes.tsv .*hash"),
         (_no_genes, "genes.tsv"),
         (_no_study, "plane.zarr"),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
+import warnings
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from store_inputs import VOCABULARY, leftovers, make_adata, run, write_as
 
@@ -110,3 +113,77 @@ def test_chunks_of_another_size_and_codec_are_read(tmp_path: Path, monkeypatch: 
     rows = [190, 3, 77, 4]
     assert (now.read_rows(rows) != before.read_rows(rows)).nnz == 0
     assert now.n_genes == len(VOCABULARY)
+
+
+def use(path: Path, group: str) -> None:
+    """Read what a group of the study holds, and the whole study."""
+    study = Store.open(path).studies[0]
+    uses = {
+        "obs": [study.obs, lambda: study.obs({"quality"})],
+        "var": [lambda: study.gene_totals, lambda: study.measured],
+        "obsm": [lambda: study.coordinates],
+        "X": [lambda: study.read(0, study.n_cells)],
+    }
+    for read in (*uses[group], study.to_anndata):
+        with pytest.raises(StoreError, match="cells" if read == study.to_anndata else f"/{group}") as error:
+            read()
+        assert "\n" not in str(error.value)
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+@pytest.fixture
+def plane(tmp_path: Path, store: Store) -> Path:
+    """A store of one spatial study, all of whose cells are of one type and of no quality."""
+    adata = make_adata(200, spatial=True)
+    adata.obs["cell_type"], adata.obs["quality"] = pd.Categorical(["B"] * 200), 0.0
+    run([("cells", adata)], tmp_path / "plane")
+    return tmp_path / "plane"
+
+
+def test_every_file_of_a_study_is_checked(plane: Path) -> None:
+    study = plane / "studies/cells.zarr"
+    files = [
+        file
+        for group in ("obs", "var", "obsm", "X")
+        for file in sorted((study / group).rglob("*"))
+        if file.is_file()
+    ]
+    # Of X, one chunk of each array is enough.
+    files = [file for file in files if "/X/" not in str(file) or file.name in ("zarr.json", "1")]
+    assert len(files) > 20
+    wrong = []
+    for file in files:
+        before, group = file.read_bytes(), file.relative_to(study).parts[0]
+        if file == study / group / "zarr.json" and group in ("X", "obsm"):
+            continue  # a description of the group, which holds no number
+        for alter in (flip_a_bit, Path.unlink):
+            alter(file)
+            try:
+                use(plane, group)
+            except BaseException as error:
+                wrong.append(f"{file.relative_to(study)}, {alter.__name__}: {error!r}"[:300])
+            file.write_bytes(before)
+    assert not wrong, "\n".join(wrong)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (Store.open(plane).studies[0].obs()["cell_type"] == "B").all()
+
+
+def test_stores_without_hashes_open_with_a_note(plane: Path) -> None:
+    """Earlier versions did not write chunks that hold nothing but the fill value."""
+    manifest = json.loads((plane / "manifest.json").read_text())
+    del manifest["sha256"], manifest["studies"][0]["hashes"], manifest["vocabulary"]["sha256"]
+    (plane / "manifest.json").write_text(json.dumps(manifest))
+    for column in ("cell_type/codes", "quality"):
+        (plane / "studies/cells.zarr/obs" / column / "c/0").unlink()
+    with pytest.warns(UserWarning, match="no hashes") as notes:
+        study = Store.open(plane).studies[0]
+    assert len(notes) == 1
+    for obs in (study.obs(), study.to_anndata().obs):
+        assert (obs["cell_type"] == "B").all()
+        assert (obs["quality"] == 0).all()
