@@ -36,7 +36,7 @@ ACTIVITY_VERSION = 2
 SPLITS = ("train", "validation", "test")
 MANIFEST, GENES, STUDIES = "manifest.json", "genes.tsv", "studies"
 # Groups of a study. Tables are written by anndata, and their chunks carry no checksums.
-GROUPS = {"obs": "table", "var": "table", "X": "arrays", "obsm": "arrays"}
+GROUPS = {"obs": "table", "var": "table", "uns": "table", "X": "arrays", "obsm": "arrays"}
 # Elements of one compressed chunk of X: about 16 cells of 2,000 genes, so a bag decodes four or five.
 CHUNK = 32_768
 _CACHE_BYTES = 64 << 20
@@ -171,6 +171,7 @@ class Study:
         import zarr
         from anndata.io import read_elem
 
+        self._verify("uns")
         try:
             group: Any = zarr.open_group(str(self.path), mode="r")
             uns = read_elem(group["uns"]) if "uns" in group else {}

@@ -17,6 +17,7 @@ from sct.errors import ConfigError, DataError
 from sct.generation.cache import Cache, empty, extend, layers_of, scores_of
 from sct.generation.sampling import Sampling, Uses, adjusted, choose
 from sct.generation.trie import Trie
+from sct.models.checks import check_outputs
 from sct.models.decoder_config import DecoderConfig
 from sct.nn.chunked_attention import UNSEEN
 from sct.progress import progress
@@ -417,7 +418,7 @@ def generate(
     if options.beams > 1:
         from sct.generation.beam import search
 
-        return search(model, arrays, options, stop, trie, soft, progress_bar)
+        return _finite(search(model, arrays, options, stop, trie, soft, progress_bar))
     parts = prepared(model)
     uses = Uses(
         options.temperature > 0, options.top_k > 0, options.top_p < 1, options.repetition_penalty != 1
@@ -441,4 +442,10 @@ def generate(
         )  # fmt: skip
         for i, *of_row in zip(chosen, *map(np.asarray, found), strict=False):
             made[i] = Generated.of(*of_row)
-    return [each for each in made if each is not None]
+    return _finite([each for each in made if each is not None])
+
+
+def _finite(made: list[Generated]) -> list[Generated]:
+    """Texts whose probabilities are numbers; others were chosen among scores that are none."""
+    check_outputs(np.array([each.log_probability for each in made]), "probabilities of texts", "prompts")
+    return made

@@ -23,6 +23,7 @@ from sct.generation.generate import (
     prepared,
     soft_of,
 )
+from sct.models.checks import check_outputs
 from sct.models.decoder_config import DecoderConfig
 
 
@@ -126,4 +127,5 @@ def score(
         ids, there = padded([arrays[i] for i in chosen], rows)
         found = log_probabilities(config, parts, ids, there, filled, lengths, soft_of(soft, chosen, rows))
         out[chosen] = np.asarray(found)[: len(chosen)]
+    check_outputs(out, "scores of answers", "prompts")
     return out / lengths if per_token else out

@@ -74,8 +74,6 @@ class BertConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}, but it must lie in [0, 1).")
-        if self.norm_eps <= 0:
-            raise ConfigError(f"norm_eps is {self.norm_eps}, but it must be positive.")
 
     @classmethod
     def fit(cls, values: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:

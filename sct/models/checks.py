@@ -1,18 +1,46 @@
-"""Checks of a model's inputs that families share."""
+"""Checks of configurations, inputs and outputs of models that families share."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from sct.errors import ConfigError, DataError
+from sct.errors import CheckpointError, ConfigError, DataError
+
+# Largest sizes of any family, well above those of published models: beyond, a configuration is damaged, and would take
+# all memory, or hours to trace, before anything else is noticed.
+MOST = {
+    "vocab_size": 1 << 24, "num_genes": 1 << 20, "feature_dim": 1 << 20, "num_bins": 254, "num_types": 1 << 16,
+    "embed_dim": 1 << 16, "token_embed_dim": 1 << 16, "ffn_dim": 1 << 20, "num_layers": 512, "num_heads": 1024,
+    "num_kv_heads": 1024, "head_dim": 1 << 14, "max_length": 1 << 24, "rotary_length": 1 << 24, "num_downsamples": 20,
+    "num_hidden_layers_head": 64, "stem_taps": 1023, "conv_taps": 1023, "num_scales": 1024, "num_soft": 1 << 16,
+}  # fmt: skip
+# Numbers that something is divided by: more than 0, and the second at most.
+POSITIVE = {
+    "layer_norm_eps": 0.1, "norm_eps": 0.1, "rotary_base": 1e12, "rotary_factor": 1e6, "sigma_min": 1e9,
+    "sigma_max": 1e9, "rotary_fraction": 1.0, "rotary_low": 1e6, "rotary_high": 1e6,
+}  # fmt: skip
 
 
 def check_fields(config: Any, choices: Mapping[str, tuple[str, ...]], least: Mapping[str, int]) -> None:
-    """Raise `ConfigError` where a field of a configuration is not one of its choices, or too small."""
+    """Raise `ConfigError` where a field of a configuration is not one of its choices, or out of range.
+
+    `least` has the smallest sizes of a family; the largest ones, and what must be positive, are those of all families.
+    """
+    for field in (each.name for each in dataclasses.fields(config)):
+        value = getattr(config, field)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{field} is {value}, but it must be finite.")
+        if field in MOST and not value <= MOST[field]:
+            raise ConfigError(f"{field} is {value}, but it must be at most {MOST[field]}.")
+        if field in POSITIVE and not 0 < value <= POSITIVE[field]:
+            raise ConfigError(f"{field} is {value}, but it must be above 0 and at most {POSITIVE[field]:g}.")
     for field, known in choices.items():
         if getattr(config, field) not in known:
             listed = ", ".join(repr(choice) for choice in known)
@@ -20,6 +48,18 @@ def check_fields(config: Any, choices: Mapping[str, tuple[str, ...]], least: Map
     for field, smallest in least.items():
         if getattr(config, field) < smallest:
             raise ConfigError(f"{field} is {getattr(config, field)}, but it must be at least {smallest}.")
+
+
+def check_outputs(values: np.ndarray, what: str, of: str = "rows") -> None:
+    """Raise `CheckpointError` where numbers (N, ...) that a model computed are NaN or infinite."""
+    wrong = ~np.isfinite(values)
+    if wrong.any():
+        rows = wrong.reshape(len(wrong), -1).any(axis=1)
+        raise CheckpointError(
+            f"the {what} that the model computes are not finite for {int(rows.sum()):,} of {len(rows):,} {of}: its "
+            "weights are damaged or too large for the type of its computation; give another model, or one whose "
+            "configuration has dtype float32."
+        )
 
 
 def check_range(name: str, values: Any, most: int) -> None:

@@ -25,7 +25,7 @@ _CHOICES = {
 }
 _LEAST = {
     "vocab_size": 1, "embed_dim": 1, "num_layers": 1, "num_heads": 1, "num_kv_heads": 0, "head_dim": 0, "ffn_dim": 1,
-    "max_length": 1,
+    "max_length": 1, "rotary_length": 1,
 }  # fmt: skip
 
 
@@ -121,10 +121,12 @@ class DecoderConfig:
                 f"{self.rotary_dim} of {self.head_size} features of a head would turn (rotary_fraction "
                 f"{self.rotary_fraction}), but an even number of at least 2 must."
             )
+        if self.rotary_scaling == "llama3" and self.rotary_low >= self.rotary_high:
+            raise ConfigError(
+                f"rotary_low is {self.rotary_low} and rotary_high is {self.rotary_high}, but it must be smaller."
+            )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}, but it must lie in [0, 1).")
-        if self.norm_eps <= 0 or self.rotary_base <= 0 or self.rotary_factor <= 0:
-            raise ConfigError("norm_eps, rotary_base and rotary_factor must be positive.")
 
     @classmethod
     def fit(cls, values: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:

@@ -57,7 +57,10 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
             value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
         elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        elif default is not dataclasses.MISSING and not isinstance(value, type(default)):
+        elif default is not dataclasses.MISSING and (
+            not isinstance(value, type(default))
+            or (isinstance(value, bool) and not isinstance(default, bool))
+        ):
             raise ConfigError(
                 f"{where}.{name} is {value!r}, but a value of type {type(default).__name__} is needed."
             )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sct.errors import ConfigError
+from sct.models.checks import MOST, check_fields
 from sct.nn.norm import EPSILON
 
 _CHOICES = {
@@ -106,15 +107,8 @@ class SCTConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for field, choices in _CHOICES.items():
-            if getattr(self, field) not in choices:
-                raise ConfigError(f"{field}={getattr(self, field)!r} is not one of {', '.join(choices)}.")
-        for field, least in _LEAST.items():
-            if getattr(self, field) < least:
-                raise ConfigError(f"{field} is {getattr(self, field)}, but it must be at least {least}.")
-        if self.num_bins > 254:
-            raise ConfigError(f"num_bins is {self.num_bins}, but tokens are bytes: use at most 254.")
-        if not 0 < self.sigma_min <= self.sigma_max:
+        check_fields(self, _CHOICES, _LEAST)
+        if self.sigma_min > self.sigma_max:
             raise ConfigError(
                 f"sigma_min is {self.sigma_min} and sigma_max is {self.sigma_max}, but 0 < sigma_min <= "
                 "sigma_max is needed."
@@ -138,8 +132,10 @@ class SCTConfig:
     def fit(cls, values: Mapping[str, Any], num_genes: int) -> dict[str, Any]:
         """Values of a configuration with `num_genes` 0 or absent replaced by a vocabulary's size, padded."""
         levels = values.get("num_downsamples", cls.num_downsamples)
-        if not isinstance(levels, int):
-            raise ConfigError(f"num_downsamples is {levels!r}, but a whole number is needed.")
+        if type(levels) is not int or not 0 < levels <= MOST["num_downsamples"]:
+            raise ConfigError(
+                f"num_downsamples is {levels!r}, but a whole number from 1 to {MOST['num_downsamples']} is needed."
+            )
         return {**values, "num_genes": values.get("num_genes") or pad_to_multiple(num_genes, levels)}
 
     @property

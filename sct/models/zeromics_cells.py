@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sct.errors import ConfigError, DataError
+from sct.errors import DataError
 from sct.models.bert import BertLayer
 from sct.models.bert_config import BertConfig
 from sct.models.checks import check_fields, check_range
@@ -63,10 +63,7 @@ class ZerOmicsCellsConfig:
     encoder: str = "transformer"
 
     def __post_init__(self) -> None:
-        check_fields(self, {"encoder": ENCODERS}, {})
-        for name in ("num_genes", "feature_dim", "num_bins"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but it must be at least 1.")
+        check_fields(self, {"encoder": ENCODERS}, dict.fromkeys(("num_genes", "feature_dim", "num_bins"), 1))
         _ = self.layer
 
     @classmethod

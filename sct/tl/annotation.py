@@ -142,6 +142,13 @@ def annotate(
     for name, cells in (("adata", target), ("the reference", reference)):
         if use_rep not in cells.obsm:
             raise DataError(f"{name} has no obsm[{use_rep!r}]: run sct.tl.embed on it, or leave use_rep out.")
+        values = np.asarray(cells.obsm[use_rep])[known if cells is reference else slice(None)]
+        bad = int((~np.isfinite(values.reshape(len(values), -1)).all(axis=1)).sum())
+        if bad:
+            raise DataError(
+                f"obsm[{use_rep!r}] of {name} is not finite for {bad:,} of {len(values):,} cells: embed them again, "
+                "or leave them out."
+            )
     searched, asked = np.asarray(reference.obsm[use_rep])[known], np.asarray(target.obsm[use_rep])
     if searched.shape[1] != asked.shape[1]:
         raise DataError(

@@ -68,6 +68,8 @@ def embed(
     ------
     DataError
         No raw counts, unknown genes, cells without a count, a missing column or key.
+    CheckpointError
+        What the model computes is not finite; nothing is written then.
     """
     running.check_table(adata, copy)
     handle = running.opened(model)

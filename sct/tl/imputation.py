@@ -93,6 +93,8 @@ def impute(
         Neither genes nor cells are given.
     DataError
         Unknown genes or cells, no cell left to look at, and what `sct.tl.embed` refuses.
+    CheckpointError
+        What the model computes is not finite; nothing is written then.
     """
     running.check_table(adata, copy)
     if genes is None and cells is None:

@@ -19,6 +19,7 @@ from sct.data.bags import BagOptions, BagSource
 from sct.data.cells import Cells, CellStudy, Section
 from sct.data.coordinates import SCALES, Scale, doubts, read_scales, write_scales
 from sct.errors import ConfigError, DataError
+from sct.models.checks import check_outputs
 from sct.progress import progress
 from sct.version import __version__
 from sct.weights.pretrained import DATA_OPTIONS, Pretrained, load
@@ -319,6 +320,8 @@ class Runner:
             if pending is not None:
                 asked, results = pending
                 arrays = {name: np.asarray(results[name]) for name in outputs}
+                for name, array in arrays.items():
+                    check_outputs(array[: len(asked)], name, "bags")
                 for place, one in enumerate(asked):
                     yield dataclasses.replace(one, outputs={n: a[place] for n, a in arrays.items()})
             pending = begun

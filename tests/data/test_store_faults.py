@@ -122,6 +122,7 @@ def use(path: Path, group: str) -> None:
         "obs": [study.obs, lambda: study.obs({"quality"})],
         "var": [lambda: study.gene_totals, lambda: study.measured],
         "obsm": [lambda: study.coordinates],
+        "uns": [study.rescaled_coordinates],
         "X": [lambda: study.read(0, study.n_cells)],
     }
     for read in (*uses[group], study.to_anndata):

@@ -254,7 +254,7 @@ def test_inputs_that_do_not_fit_are_a_sentence(inputs, words):
         ({"positions": "none"}, "positions"),
         ({"dropout": 1.0}, "dropout"),
         ({"vocab_size": 0}, "vocab_size"),
-        ({"norm_eps": 0.0}, "must be positive"),
+        ({"norm_eps": 0.0}, "norm_eps"),
         ({"remat": "all"}, "remat"),
     ],
 )

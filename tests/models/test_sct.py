@@ -389,9 +389,9 @@ def test_a_vocabulary_is_padded_to_what_the_tower_divides():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"norm": "batch"}, "norm='batch'"),
-        ({"pool": "sum"}, "pool='sum'"),
-        ({"dtype": "float64"}, "dtype='float64'"),
+        ({"norm": "batch"}, "norm is 'batch'"),
+        ({"pool": "sum"}, "pool is 'sum'"),
+        ({"dtype": "float64"}, "dtype is 'float64'"),
         ({"num_genes": 33}, r"num_genes .*36"),
         ({"num_genes": 0}, "num_genes"),
         ({"num_bins": 1}, "num_bins"),

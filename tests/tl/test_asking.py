@@ -19,7 +19,7 @@ import sct
 from sct.data.quantile_bins import binned_cells
 from sct.data.text.cell_sentence import cell_keys
 from sct.data.text.instructions import fields_of, tokens_of
-from sct.errors import ConfigError, DataError
+from sct.errors import CheckpointError, ConfigError, DataError
 from sct.generation.cell_asker import CellAsker
 from sct.models import registry
 from sct.nn.paths import flatten, unflatten
@@ -207,3 +207,22 @@ def test_models_and_cells_that_cannot_be_asked(asked, model, cells):
     empty = ad.AnnData(sp.csr_matrix(values), obs=cells.obs, var=cells.var, uns={"abstract": ABSTRACT})
     with pytest.raises(DataError, match="1 of 7 cells"):
         sct.tl.find_rare(empty, asked)
+
+
+def test_answers_that_are_not_finite_are_refused_before_anything_is_written(asked, cells):
+    flat = flatten(asked.variables)
+    name = "params/cells/project/kernel"
+    flat[name] = jnp.full_like(flat[name], jnp.nan)
+    broken = dataclasses.replace(asked, variables=unflatten(flat))
+    before = cells.copy()
+    calls = {
+        "annotate": lambda: sct.tl.annotate(cells, broken, candidates=TYPES),
+        "find_rare": lambda: sct.tl.find_rare(cells, broken),
+        "ask": lambda: sct.tl.ask(cells, broken, "What is it?", max_new_tokens=2),
+    }
+    for call in calls.values():
+        with pytest.raises(CheckpointError, match="not finite") as error:
+            call()
+        assert "\n" not in str(error.value)
+        assert list(cells.obs) == list(before.obs)
+        assert list(cells.uns) == list(before.uns)

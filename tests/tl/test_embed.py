@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import anndata as ad
+import jax
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -13,7 +15,7 @@ import sct
 from sct.data.bag_order import random_order, tile_order
 from sct.data.coordinates import rescale_coordinates
 from sct.data.tokenize import bin_counts, noisy_genes
-from sct.errors import ConfigError, DataError
+from sct.errors import CheckpointError, ConfigError, DataError
 from sct.tl.running import sections
 from tests.tl.conftest import BAG, CELLS, made
 
@@ -338,3 +340,31 @@ def test_positions_that_look_wrong_warn(adata, model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sct.tl.embed(twice, model, spatial_key="spatial", batch_key="library_id")
+
+
+def test_outputs_that_are_not_finite_are_refused_before_anything_is_written(adata, model):
+    params = {**model.variables["params"]}
+    broken = jax.tree.map(lambda leaf: leaf.at[...].set(np.nan), params["head"])
+    stem = jax.tree.map(lambda leaf: leaf.at[...].set(np.inf), params["stem"])
+    no_head = dataclasses.replace(model, variables={"params": {**params, "head": broken}})
+    no_stem = dataclasses.replace(model, variables={"params": {**params, "stem": stem}})
+    reference, known = adata.copy(), adata.copy()
+    reference.obs["type"] = "a"
+    known.obsm["X_sct"] = np.full((adata.n_obs, 4), np.nan, np.float32)
+    calls = {
+        "embed": lambda cells: sct.tl.embed(cells, no_stem),
+        "impute": lambda cells: sct.tl.impute(cells, no_head, genes=[model.genes.symbols[3]]),
+        "annotate": lambda cells: sct.tl.annotate(cells, no_stem, reference=reference, label_key="type"),
+    }
+    for name, call in calls.items():
+        before = [set(part) for part in (adata.obs, adata.obsm, adata.layers, adata.uns)]
+        with pytest.raises(CheckpointError, match="not finite") as error:
+            call(adata)
+        assert "\n" not in str(error.value)
+        assert [set(part) for part in (adata.obs, adata.obsm, adata.layers, adata.uns)] == before, name
+        assert "X_sct" not in reference.obsm
+    sct.tl.embed(reference, model)
+    reference.obsm["X_sct"] = reference.obsm["X_sct"][:, :4]
+    with pytest.raises(DataError, match=r"obsm\['X_sct'\] .* not finite"):
+        sct.tl.annotate(known, reference=reference, label_key="type", use_rep="X_sct")
+    assert "sct_label" not in known.obs
