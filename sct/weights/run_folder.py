@@ -165,10 +165,8 @@ def verify_checkpoint(
     advice = f"delete the folder of that checkpoint {instead}"
     content = model_folder.read_json(folder / RECORD)
     recorded = content.get(FILES)
-    if is_changed(content) or not isinstance(recorded, dict):
-        raise CheckpointError(
-            f"{folder / RECORD} is damaged: delete the folder of that checkpoint to go on without it."
-        )
+    if SEAL not in content or is_changed(content) or not isinstance(recorded, dict):
+        raise CheckpointError(f"{folder / RECORD} is damaged: {advice}.")
     chosen = {name: value for name, value in recorded.items() if not only or name.split("/")[0] in only}
     _check(folder, chosen, folder / RECORD, advice, shared)
 
