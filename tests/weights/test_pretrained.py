@@ -31,6 +31,7 @@ from sct.version import DISTRIBUTION
 from sct.weights import model_folder, pretrained, run_folder
 from tests.train.conftest import CONFIG as CONFIG_OF_RUNS
 from tests.train.conftest import merged
+from tests.weights.conftest import unsealed
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = SCTConfig(
@@ -319,15 +320,6 @@ def test_truncated_weights(folder):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
         sct.load(folder)
-
-
-def unsealed(folder: Path) -> Path:
-    """Model folder as version 0.1.0 wrote it at first: without hashes."""
-    config = json.loads((folder / "config.json").read_text())
-    for name in ("files", "sha256"):
-        config.pop(name)
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 def flip_bit(path: Path, at: int) -> None:
