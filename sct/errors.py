@@ -57,6 +57,12 @@ class MissingExtraError(SctError, ImportError):
     """An optional dependency is not installed; the message gives the pip command."""
 
 
+def space_hint(reason: str) -> str:
+    """What to look at first where a file cannot be written for a reason of the system: space, where it is that."""
+    short = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
+    return " (free space?)" if reason in map(os.strerror, short) else ""
+
+
 def first_line(error: BaseException, limit: int = 200) -> str:
     """What a library's error says, at most its first line and `limit` characters; its name where it says nothing."""
     lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -9,11 +9,12 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from sct.errors import CheckpointError, first_line
+from sct.errors import CheckpointError, first_line, space_hint
 from sct.train.state import State
 from sct.weights import run_folder
 from sct.weights.pretrained import match
@@ -33,6 +34,9 @@ class Progress:
         Best value of the watched number so far and the step of it (None before the first).
     stale
         Evaluations since the best one.
+    unlogged
+        What the steps since the last line of the log gave, where a run stops between two lines: the line is written
+        when it goes on, as if it had not stopped.
     """
 
     step: int = 0
@@ -40,6 +44,7 @@ class Progress:
     best: float | None = None
     best_step: int | None = None
     stale: int = 0
+    unlogged: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 class _LastAndBest(policies.PreservationPolicy):
@@ -199,9 +204,10 @@ class Checkpoints:
             yield
         except Exception as error:
             older = [step for step in self._manager.all_steps(read=True) if step != self._begun]
+            reason = _reason(error)
             raise CheckpointError(
                 f"the checkpoint of step {self._begun} cannot be written to {self._manager.directory} "
-                f"({_reason(error)}): make that possible (free space?) and run the same command again, which goes on "
+                f"({reason}): make that possible{space_hint(reason)} and run the same command again, which goes on "
                 + (f"from step {max(older)}." if older else "from the start.")
             ) from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -11,13 +12,16 @@ from pathlib import Path
 from types import TracebackType
 
 from sct.atomic import write_text
-from sct.errors import CheckpointError
+from sct.errors import CheckpointError, space_hint
 
 _FLUSH_SECONDS = 60.0
 
 
 class MetricLog:
     """Writes `metrics.jsonl` and `tensorboard/` of a run folder; only process 0 writes.
+
+    The lines are the same however often a run was stopped, killed and resumed, but for `train/tokens_per_second`, the
+    only number that comes from the clock.
 
     Both are written where `write` is called: a writer of its own thread would hang the run when the disk is full.
 
@@ -44,7 +48,9 @@ class MetricLog:
         with self._writing():
             path = folder / "metrics.jsonl"
             if path.exists():
-                kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+                kept = [
+                    line for line in path.read_text(errors="replace").splitlines() if _step_of(line) <= step
+                ]
                 write_text(path, "".join(line + "\n" for line in kept))
             self._file = path.open("ab", buffering=0)
             self._board = _Board(folder / "tensorboard", step)
@@ -62,6 +68,12 @@ class MetricLog:
                 line = line[self._file.write(line) :]
             self._board.write(step, named)
 
+    def flush(self) -> None:
+        """Wait until the lines are on the disk: a checkpoint, which says that they are written, must not come first."""
+        if self._active:
+            with self._writing():
+                os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Flush and close the files."""
         if self._active:
@@ -74,9 +86,10 @@ class MetricLog:
         try:
             yield
         except OSError as error:
+            reason = error.strerror or str(error)
             raise CheckpointError(
-                f"the metrics of the run folder {self._folder} cannot be written ({error.strerror or error}): make "
-                "that possible (free space?) and run the same command again, which goes on from the last checkpoint."
+                f"the metrics of the run folder {self._folder} cannot be written ({reason}): make that possible"
+                f"{space_hint(reason)} and run the same command again, which goes on from the last checkpoint."
             ) from error
 
     def __enter__(self) -> MetricLog:

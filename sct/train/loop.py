@@ -47,7 +47,7 @@ class TrainConfig:
         Stages of smaller batches before `batch_size`: pairs of (step up to which, records), both rising. Batches of
         a stage are run as microbatches of the same size as later ones, the first ones as one.
     log_every, eval_every, checkpoint_every
-        Steps between two log entries, validations, checkpoints.
+        Steps between two log entries, validations, checkpoints; validations and checkpoints have an entry, too.
     keep_last
         Latest checkpoints kept, beside the best.
     patience
@@ -295,16 +295,20 @@ def train(
             stop = _agree(bool(asked), logs)
             # At the schedule's end, but not where a run is interrupted: that must not change what follows.
             evaluates = now.step % config.eval_every == 0 or now.step == config.steps
+            logs = logs or evaluates or now.step % config.checkpoint_every == 0
             saves = evaluates or stop or now.step % config.checkpoint_every == 0 or now.step == last
             if logs or saves:
                 # The only place where numbers are fetched and the loss is checked: a checkpoint never holds
                 # parameters made by a loss that is not finite.
-                values = _collect(task, pending)
+                now.unlogged = now.unlogged + _fetch(pending)
+            if logs:
+                values, now.unlogged = _summarise(task, now.unlogged), []
                 rate = tokens / max(time.monotonic() - started, 1e-9)
                 values |= {"learning_rate": float(schedule(now.step - 1)), "tokens_per_second": rate}
                 log.write(now.step, values, "train")
-                checkpoints.check()
                 bar.update(0, _note(values, rate))
+            if logs or saves:
+                checkpoints.check()
             bar.update(1)
             if evaluates and validation is not None:
                 summary = _validate(task, eval_step, state, validation, mesh)
@@ -312,6 +316,7 @@ def train(
                 _watch(task, summary[task.monitor], now)
                 _report(bar, now, summary)
             if saves and keep:
+                log.flush()
                 checkpoints.save(state, dataclasses.replace(now))
             if logs or saves:
                 pending, started, tokens = [], time.monotonic(), 0
@@ -368,8 +373,8 @@ def _agree(asked: bool, now: bool) -> bool:
     return now and bool(multihost_utils.process_allgather(np.asarray(asked)).any())
 
 
-def _collect(task: Task, pending: list[Step]) -> dict[str, float]:
-    """Wait for the steps since the last call; check their losses, add up their sums."""
+def _fetch(pending: list[Step]) -> list[dict[str, Any]]:
+    """Wait for steps and check their losses; what each gave, as JSON takes it and gives it back bit for bit."""
     fetched = jax.device_get([(step.scalars, step.sums) for step in pending])
     for step, (scalars, _) in zip(pending, fetched, strict=True):
         if not (np.isfinite(scalars["loss"]) and np.isfinite(scalars["gradient_norm"])):
@@ -379,9 +384,23 @@ def _collect(task: Task, pending: list[Step]) -> dict[str, float]:
                 "the gradient in another --workdir, which --config.init_from=THIS_FOLDER starts from the best "
                 "checkpoint of this one."
             )
-    total = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *[sums for _, sums in fetched])
-    values = task.summarise(total)
-    return values | {"gradient_norm": float(np.mean([s["gradient_norm"] for s, _ in fetched]))}
+    return [
+        {
+            "gradient_norm": float(scalars["gradient_norm"]),
+            "sums": {name: [str(value.dtype), value.tolist()] for name, value in sums.items()},
+        }
+        for scalars, sums in fetched
+    ]
+
+
+def _summarise(task: Task, steps: list[dict[str, Any]]) -> dict[str, float]:
+    """Numbers of one line of the log from what its steps gave."""
+    parts = [
+        {name: np.asarray(value, kind) for name, (kind, value) in step["sums"].items()} for step in steps
+    ]
+    total = jax.tree.map(lambda *values: np.sum(values, axis=0), *parts)
+    norms = np.asarray([step["gradient_norm"] for step in steps], np.float32)
+    return task.summarise(total) | {"gradient_norm": float(np.mean(norms))}
 
 
 def _validate(task: Task, eval_step: Any, state: State, loader: Loader, mesh: Any) -> dict[str, float]:

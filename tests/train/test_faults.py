@@ -6,6 +6,7 @@ import contextlib
 import json
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -299,6 +300,72 @@ def test_one_bad_microbatch_names_its_batch_and_spoils_no_checkpoint(config, tmp
     with ocp.PyTreeCheckpointer() as reader:
         kept = reader.restore(tmp_path / "run" / "checkpoints" / "6" / "state")
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(kept))
+
+
+def board(folder: Path) -> list[tuple[int, str, float]]:
+    """What TensorBoard shows of a run: (step, name, value), without what a restart makes it forget."""
+    from tensorboardX.proto import event_pb2
+
+    shown: list[tuple[int, str, float]] = []
+    for path in sorted((folder / "tensorboard").iterdir()):
+        content, place = path.read_bytes(), 0
+        while place < len(content):
+            size = int.from_bytes(content[place : place + 8], "little")
+            event = event_pb2.Event.FromString(content[place + 12 : place + 12 + size])
+            place += 12 + size + 4
+            if event.session_log.status == event_pb2.SessionLog.START:
+                shown = [each for each in shown if each[0] < event.step]
+            shown += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+    return [each for each in shown if "second" not in each[1]]
+
+
+def test_metrics_are_the_same_however_often_a_run_is_stopped(config, tmp_path, monkeypatch):
+    # Intervals of which none divides another, so that runs stop between lines, validations and checkpoints.
+    plain = config(**SHORT | {"train__steps": 24, "train__eval_every": 11, "train__checkpoint_every": 7},
+                   train__log_every=5)  # fmt: skip
+    whole, folder, original = learn(plain, tmp_path / "whole"), tmp_path / "stopped", loop.sharding.put_batch
+    drawn = 0
+
+    def counted(batch, mesh):
+        nonlocal drawn
+        drawn -= 1
+        if not drawn:
+            signal.raise_signal(signal.SIGTERM)
+        return original(batch, mesh)
+
+    monkeypatch.setattr(loop.sharding, "put_batch", counted)
+    steps = []
+    for number in range(6):
+        drawn = 1 + number % 3
+        result = learn(plain, folder)
+        assert result.reason == "signal"
+        steps.append(result.progress.step)
+        # What a killed run leaves behind: a line of a later step, and half of one.
+        with (folder / "metrics.jsonl").open("ab") as log:
+            log.write(b'{"step": 500, "train/loss": 1.0}\n{"step": 501, "train/lo\xff')
+    assert len({step % 5 for step in steps}) > 3
+    drawn = 0
+    resumed = learn(plain, folder)
+    assert resumed.progress == whole.progress
+    assert same(resumed.state, whole.state)
+    assert without_times(read_log(folder)) == without_times(read_log(tmp_path / "whole"))
+    assert [line["step"] for line in read_log(folder)] == [
+        1,
+        5,
+        7,
+        10,
+        11,
+        11,
+        14,
+        15,
+        20,
+        21,
+        22,
+        22,
+        24,
+        24,
+    ]
+    assert board(folder) == board(tmp_path / "whole")
 
 
 def within_a_minute(function, *arguments):

@@ -154,14 +154,17 @@ def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
 
 
 def test_a_killed_run_resumes_from_its_last_complete_checkpoint(config, tmp_path):
-    plain = config(train__steps=60, train__eval_every=20, train__checkpoint_every=3)
+    plain = config(train__steps=300, train__eval_every=50, train__checkpoint_every=3, train__log_every=2)
     whole = run(plain, tmp_path / "whole")
     killed = tmp_path / "killed"
-    process = start(plain, killed)
-    # Any moment will do: the law does not depend on it.
-    wait_for_step(killed, 7 + int(time.time_ns() % 20), process)
-    process.kill()
-    process.wait()
+    for asked in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        lines = (killed / "metrics.jsonl").read_text().count("train/loss") if killed.exists() else 0
+        process = start(plain, killed)
+        # Any moment will do: the law does not depend on it.
+        wait_for_step(killed, lines + 3 + int(time.time_ns() % 9), process)
+        process.send_signal(asked)
+        process.communicate()
+        assert process.returncode == (-9 if asked == signal.SIGKILL else 0)
     (killed / "checkpoints" / "999.orbax-checkpoint-tmp").mkdir()  # what a save that was cut off leaves
     resumed = run(plain, killed)
     assert same(whole.state, resumed.state)
