@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -31,7 +30,7 @@ from sct.models.zeromics_cells import ZerOmicsCellsConfig
 from sct.nn.losses import next_token_losses
 from sct.nn.paths import flatten
 from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables, check_study_names, held_out_split
-from sct.weights.pretrained import load
+from sct.weights.pretrained import load, load_tokenizer
 
 NAME = TASK
 UNIVERSAL = "universal"
@@ -179,7 +178,7 @@ def options_of(
 def make_tokenizer(store: Store, config: InstructionsConfig, data: InstructionData, seed: int) -> Tokenizer:
     """Tokenizer of the decoder, or a byte-level BPE trained on all that instructions and corpus say."""
     if data.llm:
-        return Tokenizer.load(Path(data.llm).expanduser())
+        return load_tokenizer(data.llm)
     said = options_of(config, data, 1, seed).studies
     prompts = load_prompts(config.prompts or None, INSTRUCTION_PROMPTS)
     texts = [template.prompt for many in prompts.templates.values() for template in many]

@@ -131,7 +131,7 @@ def _tokenizer(
     if jax.process_index() == 0 and not resumes:
         named = plain.get("data", {}).get("tokenizer")
         if named:
-            tokenizer = Tokenizer.load(Path(named).expanduser())
+            tokenizer = pretrained.load_tokenizer(named)
         elif parent is not None and parent.tokenizer is not None:
             tokenizer = parent.tokenizer
         elif parent is not None:

@@ -29,6 +29,8 @@ from sct.version import DISTRIBUTION, REPOSITORY, __version__
 from sct.weights import model_folder
 from sct.weights.model_folder import CARD, CONFIG, FORMAT_VERSION, GENES, SHARD_BYTES, WEIGHTS
 
+# Folders that runs and models are kept in by this project's own examples: what is not there yet is no model of the hub.
+_LOCAL = ("runs", "models")
 LOADED_DTYPES = ("float32", "bfloat16", "float16")
 # Options of the data that a model's inputs should share with its training, and the paper's values.
 DATA_OPTIONS: Mapping[str, Any] = {"cells_per_bag": 50, "noise_fraction": 0.003}
@@ -388,7 +390,8 @@ def expected_shapes(family: str, config: Any) -> dict[str, Any]:
 def locate(path: str | os.PathLike[str]) -> Path:
     """Folder to load for a path: a model folder, or a run folder; a hub id is fetched.
 
-    Of a run folder it is `model`, where that is still the best of the run's checkpoints.
+    Of a run folder it is `model`, where that is still the best of the run's checkpoints. Whatever names a model comes
+    here: `sct.load`, the tools, `init_from`, `data.cells`, `data.llm`.
 
     Raises
     ------
@@ -410,13 +413,43 @@ def locate(path: str | os.PathLike[str]) -> Path:
     if exported is not None:
         return exported
     if not folder.exists():
-        if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path)):
+        if _is_hub_id(path):
             return _download(str(path))
-        raise CheckpointError(f"{folder} does not exist: give a model folder, a run folder or a hub id.")
+        raise CheckpointError(
+            f"the folder {folder} does not exist: give a model folder, a run folder, or the id of a model on the hub, "
+            "OWNER/NAME, where OWNER is no folder here."
+        )
     raise CheckpointError(
         f"{folder} is neither a model folder ({CONFIG}, {WEIGHTS}) nor a run folder with a checkpoint: train "
         "first, or give another folder."
     )
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Tokenizer of a file, of a folder that holds one, of a run folder, or of a model on the hub.
+
+    Raises
+    ------
+    ConfigError
+        There is no tokenizer.
+    CheckpointError, MissingExtraError
+        It looks like a hub id and cannot be fetched.
+    """
+    from sct.weights import run_folder
+
+    given = Path(path).expanduser()
+    folder = given if given.exists() or not _is_hub_id(path) else _download(str(path))
+    folder = model_folder.find(folder) or folder
+    own = folder / run_folder.TOKENIZER
+    return Tokenizer.load(own if own.is_dir() else folder)
+
+
+def _is_hub_id(path: str | os.PathLike[str]) -> bool:
+    """Whether a text can only mean a model of the hub: OWNER/NAME, not a file's, and no folder here is OWNER."""
+    found = re.fullmatch(r"([A-Za-z0-9][\w.-]*)/[A-Za-z0-9][\w.-]*", path) if isinstance(path, str) else None
+    if found is None or found[1] in _LOCAL or path.endswith((".json", ".model", ".safetensors")):
+        return False
+    return not Path(found[1]).exists()
 
 
 def _download(name: str) -> Path:

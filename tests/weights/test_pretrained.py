@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import pytest
 
 import sct
 from sct.data.genes import GeneVocabulary
+from sct.data.text.tokenizer import train_bpe
 from sct.errors import CheckpointError, ConfigError, DataError, MissingExtraError, StoreError
 from sct.models.sct import SCT
 from sct.models.sct_config import SCTConfig
@@ -610,9 +612,39 @@ def test_paths_that_are_no_model(tmp_path, monkeypatch):
 def test_a_path_that_leads_elsewhere_is_no_hub_id(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     monkeypatch.chdir(tmp_path)
-    for name in ("../model", "./model", "someone/.model", "a/../b", "/someone/model", "someone/"):
-        with pytest.raises(CheckpointError, match="does not exist"):
+    (tmp_path / "here").mkdir()
+    names: list[str | Path] = [
+        "../model", "./model", "someone/.model", "a/../b", "/someone/model", "someone/", "~/model", "runs/x",
+        "models/x", "here/x", "runs/x/model", Path("someone/model"),
+    ]  # fmt: skip
+    for name in names:
+        with pytest.raises(CheckpointError, match="does not exist") as error:
             sct.load(name)
+        assert str(Path(name).expanduser()) in str(error.value)
+        assert "\n" not in str(error.value)
+        with pytest.raises(ConfigError, match=r"tokenizer\.json"):
+            pretrained.load_tokenizer(name)
+    with pytest.raises(ConfigError, match=r"tokenizer\.json"):
+        pretrained.load_tokenizer("someone/tokenizer.json")
+    for load in (sct.load, pretrained.load_tokenizer):
+        with pytest.raises(MissingExtraError, match="hub"):
+            load("someone/model")
+
+
+def test_the_tokenizer_of_whatever_names_a_model(tmp_path, monkeypatch):
+    tokenizer = train_bpe(["the cell of a liver"] * 3, 300)
+    tokenizer.save(tmp_path / "run" / "tokenizer")
+    tokenizer.save(tmp_path / "model")
+    fake = types.ModuleType("huggingface_hub")
+    fake.snapshot_download = lambda name, **options: str(tmp_path / "model")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    for name in (
+        tmp_path / "run",
+        str(tmp_path / "model"),
+        tmp_path / "model" / "tokenizer.json",
+        "someone/model",
+    ):
+        assert pretrained.load_tokenizer(name).fingerprint == tokenizer.fingerprint
 
 
 def test_shards_of_an_index_lie_in_its_folder(model, tmp_path):
@@ -642,8 +674,6 @@ def test_the_card_says_what_to_install_and_where_it_is_from_once_there_is_an_add
 
 
 def test_a_hub_id_is_fetched(model, folder, monkeypatch):
-    import types
-
     asked = []
     fake = types.ModuleType("huggingface_hub")
     fake.snapshot_download = lambda name, **options: asked.append(name) or str(folder)
