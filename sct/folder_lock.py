@@ -30,7 +30,8 @@ LOCK = ".lock"
 BEAT_SECONDS, SILENT_SECONDS = 5.0, 30.0
 # A touch older than this is not waited for: no two clocks of a cluster differ by so much.
 OLD_SECONDS = 600.0
-# How long a holder that was asked to stop may take to save.
+# How soon a holder that was asked to stop has said so, and how long it may take to save.
+NOTICE_SECONDS = 3.0
 SAVING_SECONDS = 900.0
 _POLL_SECONDS = 0.2
 _open: set[_Lock] = set()
@@ -134,14 +135,13 @@ class _Lock:
     def acquire(self, option: str) -> None:
         """Take the lock, or raise `FolderInUseError`."""
         self._reopen()
-        end, told = time.monotonic() + SAVING_SECONDS, False
-        while True:
-            if self._take():
-                break
+        began, told = time.monotonic(), False
+        while not self._take():
             holder = self._other()
-            if holder is None or not holder.stopping or time.monotonic() > end:
+            stopping = holder is not None and holder.stopping
+            if time.monotonic() - began > (SAVING_SECONDS if stopping else NOTICE_SECONDS):
                 raise self._refusal(holder, option)
-            if not told:
+            if stopping and not told:
                 print(
                     f"{holder} was asked to stop and is still saving to {self.path.parent}: waiting for it to end.",
                     file=sys.stderr, flush=True,

@@ -46,6 +46,12 @@ with only_one(Path(sys.argv[1]), "training", "--workdir"):
 """
 
 
+@pytest.fixture(autouse=True)
+def _soon(request, monkeypatch):
+    if "asked_to_stop" not in request.node.name:
+        monkeypatch.setattr(folder_lock, "NOTICE_SECONDS", 0.3)
+
+
 @pytest.fixture
 def holder():
     """Function that starts a process that holds a folder, and the word behind "held"."""
@@ -107,7 +113,6 @@ def test_a_dead_holder_does_not_block(tmp_path, holder):
 def test_one_that_is_asked_to_stop_is_waited_for(tmp_path, holder, capfd):
     process, _ = holder(tmp_path, "saves")
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.1)  # the time that a shell takes to start the next one
     held(tmp_path)
     assert process.wait() == 0
     said = capfd.readouterr().err
@@ -119,7 +124,7 @@ def test_one_that_never_ends_saving_is_not_waited_for(tmp_path, holder, monkeypa
     monkeypatch.setattr(folder_lock, "SAVING_SECONDS", 0.5)
     process, _ = holder(tmp_path, "saves")
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.1)
+    time.sleep(1)
     with pytest.raises(FolderInUseError, match=f"process {process.pid}.* saving for long"):
         held(tmp_path)
 

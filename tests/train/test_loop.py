@@ -154,7 +154,7 @@ def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
 
 
 def test_a_killed_run_resumes_from_its_last_complete_checkpoint(config, tmp_path):
-    plain = config(train__steps=300, train__eval_every=50, train__checkpoint_every=3, train__log_every=2)
+    plain = config(train__steps=200, train__eval_every=50, train__checkpoint_every=10, train__log_every=3)
     whole = run(plain, tmp_path / "whole")
     killed = tmp_path / "killed"
     for asked in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
@@ -182,7 +182,7 @@ def test_two_trainings_on_one_folder(config, tmp_path, capfd):
         for second in (lambda: run(plain, folder), lambda: sweep.run(swept, tmp_path / "sweep")):
             with pytest.raises(FolderInUseError, match=rf"{folder} .*process {process.pid}"):
                 second()
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 30
         assert process.poll() is None
         assert not (tmp_path / "sweep" / "other").exists()
         # Stopped and started again at once: the second one waits for what the first one saves, and goes on from there.
