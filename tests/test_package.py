@@ -270,6 +270,17 @@ def test_what_is_imported_at_once_is_a_core_dependency():
             assert owners_of(name) & core, f"{module}:{line} imports {name}, which is not declared"
 
 
+def test_what_is_imported_anywhere_is_declared():
+    known, found = set().union(*declared().values()), []
+    for module, path in MODULES.items():
+        for name, line in imported(ast.parse(path.read_text()), module, path.stem == "__init__"):
+            top = name.split(".")[0]
+            if top in sys.stdlib_module_names or top in {"sct", *OPTIONAL} or owners_of(top) & known:
+                continue
+            found.append(f"{module}:{line} imports {top}, which is not declared")
+    assert found == []
+
+
 def test_errors_name_the_extra_that_brings_the_library():
     groups, found = declared(), []
     for module, path in MODULES.items():

@@ -17,6 +17,7 @@ from sct.errors import ConfigError, DataError
 from sct.generation.cache import Cache, empty, extend, layers_of, scores_of
 from sct.generation.sampling import Sampling, Uses, adjusted, choose
 from sct.generation.trie import Trie
+from sct.models import registry
 from sct.models.checks import check_outputs
 from sct.models.decoder_config import DecoderConfig
 from sct.nn.chunked_attention import UNSEEN
@@ -279,12 +280,13 @@ def decode(
 
 
 def check_model(model: Model) -> DecoderConfig:
-    """Architecture of a model that generates text; `ConfigError` for any other."""
+    """Architecture of a model that generates text; `ConfigError` for any other, and for one that needs a GPU."""
     if not isinstance(model.config, DecoderConfig):
         raise ConfigError(
             f"a {type(model.config).__name__} describes no model that generates text: give one of the families gpt2, "
             "neox or llama."
         )
+    registry.check_device(model.config)
     return model.config
 
 

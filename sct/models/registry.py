@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import jax
+
 from sct.errors import ConfigError
 from sct.models.bert import Bert
 from sct.models.bert_config import BertConfig
@@ -81,6 +83,27 @@ def computing(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
         if isinstance(part, Mapping) and isinstance(given.get(name), Mapping)
     }
     return {**values, **changed, **parts}
+
+
+def check_device(config: Any) -> None:
+    """Raise `ConfigError` where a model computes in float16 and there is only a CPU.
+
+    There XLA has no float16 products with sums in float32, and compiles the rest for minutes; it does have bfloat16.
+    """
+    if jax.default_backend() != "cpu":
+        return
+    parts = [("", config)]
+    while parts:
+        path, part = parts.pop()
+        if getattr(part, "dtype", None) == "float16":
+            raise ConfigError(
+                f"the model computes in float16 ({path}dtype), which CPUs do not: take a GPU, or float32 or bfloat16 "
+                f"(--config.model.{path}dtype=float32; of a saved model, in its config.json)."
+            )
+        nested = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+        parts += [
+            (f"{path}{name}.", value) for name, value in nested.items() if dataclasses.is_dataclass(value)
+        ]
 
 
 def family(name: str) -> tuple[type[Any], type[Any]]:

@@ -54,6 +54,7 @@ def model_of(job: Job) -> Pretrained:
         return load(job.config["init_from"])
     given["vocab_size"] = given.get("vocab_size") or family.vocab_size
     config = registry.model_config(job.config["family"], given)
+    registry.check_device(config)
     module = Decoder(config)
     make = jax.jit(lambda key: nn.unbox(module.init(key, *Decoder.example(config).values())))
     return Pretrained(job.config["family"], config, make(jax.random.key(0)))

@@ -140,6 +140,11 @@ class Job:
         """File of synthetic cells that an ingest reads."""
         return self.folder / f"{synthetic.NAME}.h5ad"
 
+    def check_device(self) -> None:
+        """Raise `ConfigError` for a model that this machine does not compute."""
+        family, values = str(self.config.get("family")), self.config.get("model", {})
+        registry.check_device(registry.model_config(family, values, len(self.genes)))
+
     def prepare_cells(self) -> None:
         """Make what is not there: synthetic cells, as a file or as a store, or the store of a data set."""
         if self.options.mode == "ingest":

@@ -87,6 +87,8 @@ def _facts(job: Job, found: Mapping[str, Any], load: list[float] | None) -> dict
 def prepare(job: Job) -> dict[str, Any] | None:
     """Make cells, and compare the step that will be timed with the reference path."""
     try:
+        if job.options.mode != "ingest":
+            job.check_device()  # before minutes of work that would come to nothing
         job.prepare_cells()
         if job.options.mode == "ingest":
             return None  # what was written is compared with what was read

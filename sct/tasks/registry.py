@@ -185,7 +185,8 @@ def make_task(
 ) -> tuple[Any, Any]:
     """Task of a configuration over a store, and its data section.
 
-    A task of texts without a tokenizer trains one; `kept` and `mesh` are those of `Parts`.
+    A task of texts without a tokenizer trains one; `kept` and `mesh` are those of `Parts`. `ConfigError` for a model
+    that this machine does not compute.
     """
     kind, data = kind_of(config), data_of(config)
     objective = registry.build(kind.objective, config.get("objective", {}), "objective")
@@ -195,4 +196,6 @@ def make_task(
     parts = Parts(
         config["family"], config.get("model", {}), objective, data, store, seed, tokenizer, kept, mesh
     )
-    return kind.make(parts), data
+    task = kind.make(parts)
+    registry.check_device(task.model_config)
+    return task, data

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import anndata as ad
@@ -19,6 +18,7 @@ from sct.data.bags import BagOptions, BagSource
 from sct.data.cells import Cells, CellStudy, Section
 from sct.data.coordinates import SCALES, Scale, doubts, read_scales, write_scales
 from sct.errors import ConfigError, DataError
+from sct.models import registry
 from sct.models.checks import check_outputs
 from sct.progress import progress
 from sct.version import __version__
@@ -32,15 +32,15 @@ Model = Pretrained | str | os.PathLike[str]
 
 
 def loaded(model: Model) -> Pretrained:
-    """Return a model, loaded where a path or an id is given; `ConfigError` for what is neither."""
+    """Return a model, loaded where a path or an id is given; `ConfigError` for what is neither, or needs a GPU."""
     if not isinstance(model, Pretrained | str | os.PathLike):
         raise ConfigError(
             f"the model is a {type(model).__name__}, but what sct.load gives, or a path or hub id, is needed (adata "
             "comes first)."
         )
-    return (
-        model if isinstance(model, Pretrained) else load(Path(model) if not isinstance(model, str) else model)
-    )
+    handle = model if isinstance(model, Pretrained) else load(model)
+    registry.check_device(handle.config)
+    return handle
 
 
 def opened(model: Model) -> Pretrained:

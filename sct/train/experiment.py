@@ -385,7 +385,7 @@ def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
             "adapters change a model that is there: add --config.init_from=MODEL, or set objective.lora.rank to 0."
         )
     registry.build(kind.data, plain.get("data", {}), "data")
-    registry.model_config(plain["family"], plain.get("model", {}), 1)
+    registry.check_device(registry.model_config(plain["family"], plain.get("model", {}), 1))
     return plain
 
 

@@ -120,7 +120,10 @@ class Pretrained:
             An output or intermediate that the family does not have.
         DataError
             An input that the family does not take, or whose shape or values are not those of this model.
+        ConfigError
+            The model computes in float16, which CPUs do not.
         """
+        registry.check_device(self.config)
         module = registry.family(self.family)[1]
         unknown = sorted(set(intermediates) - set(module.intermediates))
         if unknown:
@@ -446,8 +449,10 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 def _is_hub_id(path: str | os.PathLike[str]) -> bool:
     """Whether a text can only mean a model of the hub: OWNER/NAME, not a file's, and no folder here is OWNER."""
-    found = re.fullmatch(r"([A-Za-z0-9][\w.-]*)/[A-Za-z0-9][\w.-]*", path) if isinstance(path, str) else None
-    if found is None or found[1] in _LOCAL or path.endswith((".json", ".model", ".safetensors")):
+    found = (
+        re.fullmatch(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)", path) if isinstance(path, str) else None
+    )
+    if found is None or found[1] in _LOCAL or found[2].endswith((".json", ".model", ".safetensors")):
         return False
     return not Path(found[1]).exists()
 
