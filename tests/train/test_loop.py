@@ -143,7 +143,7 @@ def start(config: dict, workdir: Path) -> subprocess.Popen:
 
 
 def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     log = workdir / "metrics.jsonl"
     while time.monotonic() < end:
         assert process.poll() is None, process.communicate()[0]
