@@ -419,8 +419,8 @@ def locate(path: str | os.PathLike[str]) -> Path:
         if _is_hub_id(path):
             return _download(str(path))
         raise CheckpointError(
-            f"the folder {folder} does not exist: give a model folder, a run folder, or the id of a model on the hub, "
-            "OWNER/NAME, where OWNER is no folder here."
+            f"the folder {folder} does not exist: give a model folder, a run folder, or a hub id whose first part is "
+            "no folder here."
         )
     raise CheckpointError(
         f"{folder} is neither a model folder ({CONFIG}, {WEIGHTS}) nor a run folder with a checkpoint: train "
@@ -448,7 +448,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _is_hub_id(path: str | os.PathLike[str]) -> bool:
-    """Whether a text can only mean a model of the hub: OWNER/NAME, not a file's, and no folder here is OWNER."""
+    """Whether a text can only mean a model of the hub: two names, not of a file, and the first is no folder here."""
     found = (
         re.fullmatch(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)", path) if isinstance(path, str) else None
     )
