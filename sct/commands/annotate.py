@@ -28,6 +28,9 @@ _NEIGHBORS = flags.DEFINE_integer("n_neighbors", 15, "Reference cells that vote.
 _THRESHOLD = flags.DEFINE_float(
     "threshold", None, "Least probability; below it a cell is unknown. 0.5 with a reference, otherwise 0."
 )
+_CONTEXTS = flags.DEFINE_integer(
+    "n_contexts", None, "Draws of the bags to average; 3 by default with a reference and a model."
+)
 _KEY = flags.DEFINE_string("key_added", "sct_label", "Name of the result.")
 
 FLAG_MODULES = ("sct.commands.cell_flags", "sct.commands.output_flags")
@@ -49,10 +52,15 @@ def main(argv: list[str]) -> None:
         made = ["X_sct"]
     annotate(
         adata, cell_flags.MODEL.value, reference=reference, label_key=_LABEL.value, use_rep=_REP.value,
-        candidates=_CANDIDATES.value or None, n_neighbors=_NEIGHBORS.value, threshold=_THRESHOLD.value, key_added=key,
+        candidates=_CANDIDATES.value or None, n_neighbors=_NEIGHBORS.value, threshold=_THRESHOLD.value,
+        n_contexts=_CONTEXTS.value, key_added=key,
         **({} if _REP.value else options),
     )  # fmt: skip
-    added = {"obs": [key], "obsm": [f"{key}_probabilities", *made], "uns": [key, *made]}
+    added = {
+        "obs": [key],
+        "obsm": [f"{key}_probabilities", *made],
+        "uns": [key, *made, *cell_flags.scales(adata)],
+    }
     tables.write(adata, cell_flags.INPUT.value, target, added)
     for name, count in adata.obs[key].value_counts().items():
         print(f"{count:>10,}  {name}")

@@ -35,6 +35,13 @@ def options() -> dict[str, Any]:
     }
 
 
+def scales(adata: Any) -> list[str]:
+    """Keys of `uns` under which sections keep the scale of their positions."""
+    from sct.data.coordinates import SCALES
+
+    return [SCALES] if SCALES in adata.uns else []
+
+
 def given() -> dict[str, Any]:
     """Those of `options` that were set on the command line."""
     flag = flags.FLAGS

@@ -21,6 +21,8 @@ _CONTEXT = flags.DEFINE_enum(
     "With positions: compact tiles, or a bag centred on each cell.",
 )
 
+_CONTEXTS = flags.DEFINE_integer("n_contexts", 1, "Draws of the bags, whose mean is the embedding.")
+
 FLAG_MODULES = ("sct.commands.cell_flags", "sct.commands.output_flags")
 flags.mark_flag_as_required("model")
 
@@ -35,8 +37,13 @@ def main(argv: list[str]) -> None:
     )
     adata = tables.read(cell_flags.INPUT.value)
     key = _KEY.value
-    embed(adata, cell_flags.MODEL.value, key_added=key, context=_CONTEXT.value, **cell_flags.options())
-    tables.write(adata, cell_flags.INPUT.value, target, {"obsm": [key], "uns": [key]})
+    embed(
+        adata, cell_flags.MODEL.value, key_added=key, context=_CONTEXT.value, n_contexts=_CONTEXTS.value,
+        **cell_flags.options(),
+    )  # fmt: skip
+    tables.write(
+        adata, cell_flags.INPUT.value, target, {"obsm": [key], "uns": [key, *cell_flags.scales(adata)]}
+    )
     said = adata.uns[key]
     print(
         f"{adata.n_obs:,} cells embedded by {said['model']}; counts from {said['counts_from']}, "

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     impute(adata, cell_flags.MODEL.value, genes=asked, cells=cells, key_added=key, **cell_flags.options())
     names = [f"{key}_{ending}" for ending in RESULTS]
     added = {slot: [n for n in names if n in getattr(adata, slot)] for slot in ("layers", "obsm")}
-    tables.write(adata, cell_flags.INPUT.value, target, {**added, "uns": [key]})
+    tables.write(adata, cell_flags.INPUT.value, target, {**added, "uns": [key, *cell_flags.scales(adata)]})
     said = adata.uns[key]
     what = f"{len(said['genes']):,} genes" if len(said["genes"]) else "all genes"
     print(

@@ -299,6 +299,27 @@ def _judge(vocabulary: GeneVocabulary, names: Sequence[str], matched: int, sourc
     return message
 
 
+def check_shared(shared: int, possible: int, what: str) -> None:
+    """Refuse or warn where too few of the genes that could be shared are, by the rule of `GeneVocabulary.align`.
+
+    `what` says whose genes these are: "of adata and of the reference".
+
+    Raises
+    ------
+    DataError
+        Hardly any is.
+    """
+    if possible and shared >= WARN_BELOW * possible:
+        return
+    message = (
+        f"only {shared:,} of {possible:,} genes are shared ({what}), and what one of them lacks counts as unexpressed: "
+        "give cells with the same genes"
+    )
+    if shared < max(1, REFUSE_BELOW * possible):
+        raise DataError(message)
+    warnings.warn(message, UserWarning, stacklevel=3)
+
+
 def _likely_cause(vocabulary: GeneVocabulary, names: Sequence[str]) -> str:
     """Say why so few names are known, and what to do."""
 

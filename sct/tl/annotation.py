@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,14 +10,18 @@ import numpy as np
 import pandas as pd
 from sklearn.neighbors import NearestNeighbors
 
+from sct.data.alignment import check_shared
 from sct.errors import ConfigError, DataError
 from sct.models.decoder_config import DecoderConfig
 from sct.models.zeromics import ZerOmicsConfig
 from sct.tl import running
-from sct.tl.embedding import embed
+from sct.tl.embedding import Contexts
+from sct.tl.labels import warn_of_labels
 from sct.version import __version__
+from sct.weights.pretrained import Pretrained
 
 UNKNOWN = "unknown"
+CONTEXTS = 3  # draws of the bags; see docs/tools.md for what more bring
 _EMBED_OPTIONS = (
     "layer", "batch_key", "spatial_key", "context", "cells_per_bag", "batch_size", "gene_column", "duplicates", "seed",
 )  # fmt: skip
@@ -34,6 +37,7 @@ def annotate(
     use_rep: str | None = None,
     n_neighbors: int = 15,
     threshold: float | None = None,
+    n_contexts: int | None = None,
     key_added: str = "sct_label",
     copy: bool = False,
     **options: Any,
@@ -70,12 +74,16 @@ def annotate(
         See above.
     threshold
         Least probability of a label; below it a cell is "unknown". By default 0.5 with a reference, 0 for answers.
+    n_contexts
+        Draws of the bags in which a model reads the cells, by `seed`, `seed + 1`, ...: neighbours are those by the mean
+        embedding. By default 3; 1 with `spatial_key`, where bags are not drawn, and with `use_rep`.
     key_added
         Results: `obs[key_added]`, categorical; `obs[key_added + "_probability"]`, the share of the best label
         (of cells that became "unknown" too); `obsm[key_added + "_probabilities"]`, float32 (N, labels);
         `uns[key_added]`, the parameters, and "labels", the names of these columns. A new embedding stays in
-        `obsm["X_sct"]` of both. For labels learned together there is a column `obs[key_added + "_" + label]` for
-        each, too.
+        `obsm["X_sct"]` of both. With several contexts `obs[key_added + "_agreement"]`, the share of them in which the
+        embedding alone gives the same label, whose mean is `uns[key_added]["agreement"]`. For labels learned together
+        there is a column `obs[key_added + "_" + label]` for each, too.
     copy
         Return a changed copy, and leave `adata` as it is.
     options
@@ -96,6 +104,10 @@ def annotate(
     if reference is None:
         if use_rep is not None or n_neighbors != 15:
             raise ConfigError("use_rep and n_neighbors are for a reference: give one, or leave them out.")
+        if n_contexts is not None:
+            raise ConfigError(
+                "n_contexts is for a reference, whose cells a model reads in bags: give one, or leave it out."
+            )
         return _by_answers(
             adata,
             model,
@@ -127,18 +139,24 @@ def annotate(
         raise DataError(
             f"no reference cell has a label in obs[{label_key!r}]: name the column that holds them."
         )
-    _check_options(adata, reference, use_rep, options)
+    given = options if n_contexts is None else {**options, "n_contexts": n_contexts}
+    _check_options(adata, reference, use_rep, given)
     target = running.to_write(adata, copy)
+    drawn: list[np.ndarray] = []  # best label of each cell in each context
     if use_rep is None:
         if model is None:
             raise ConfigError("give a model to embed with, or use_rep=... to use an embedding that is there.")
         handle, use_rep = running.opened(model), "X_sct"
-        for cells in (reference, target):
-            here = {name: value for name, value in options.items() if _applies(name, value, cells)}
-            try:
-                embed(cells, handle, key_added=use_rep, **here)
-            except DataError as error:
-                raise DataError(f"the reference: {error}" if cells is reference else str(error)) from error
+        if n_contexts is None:
+            n_contexts = CONTEXTS if options.get("spatial_key") is None else 1
+        pair = _contexts(reference, target, handle, {**options, "n_contexts": n_contexts})
+        totals: Any = [0, 0]
+        for found in zip(*(each.draws() for each in pair), strict=True):
+            totals = [total + one for total, one in zip(totals, found, strict=True)]
+            if n_contexts > 1:
+                drawn.append(_shares(found[0][known], found[1], labels.to_numpy()[known], n_neighbors)[1])
+        for each, cells, total in zip(pair, (reference, target), totals, strict=True):
+            each.write(cells, total, use_rep)
     for name, cells in (("adata", target), ("the reference", reference)):
         if use_rep not in cells.obsm:
             raise DataError(f"{name} has no obsm[{use_rep!r}]: run sct.tl.embed on it, or leave use_rep out.")
@@ -158,19 +176,20 @@ def annotate(
     shares, best = _shares(searched, asked, labels.to_numpy()[known], n_neighbors)
     probability = shares.to_numpy()[np.arange(len(asked)), best].astype(np.float32)
     named = np.where(probability >= threshold, shares.columns.to_numpy()[best], UNKNOWN)
-    lost = float(np.mean(named == UNKNOWN))
-    if lost > 0.5:
-        warnings.warn(
-            f"{lost:.0%} of the cells are {UNKNOWN!r}: their neighbours disagree, so look at the embedding, or change "
-            "n_neighbors or threshold",
-            UserWarning,
-            stacklevel=2,
-        )
+    why = "their neighbours disagree, so look at the embedding, or change n_neighbors or threshold"
+    warn_of_labels(named, shares.columns, probability, UNKNOWN, why)
     target.obs[key_added] = pd.Categorical(named)
     target.obs[f"{key_added}_probability"] = probability
     target.obsm[f"{key_added}_probabilities"] = shares.to_numpy()
+    target.obs.drop(columns=f"{key_added}_agreement", errors="ignore", inplace=True)
+    contexts: dict[str, Any] = {"n_contexts": n_contexts or 1}
+    if drawn:
+        agreement = np.mean([one == best for one in drawn], axis=0, dtype=np.float32)
+        target.obs[f"{key_added}_agreement"] = agreement
+        contexts["agreement"] = float(agreement.mean())
     target.uns[key_added] = {
         "sct_version": __version__,
+        **contexts,
         "label_key": label_key,
         "labels": shares.columns.tolist(),
         "use_rep": use_rep,
@@ -235,12 +254,30 @@ def _by_answers(
     )  # fmt: skip
 
 
+def _contexts(
+    reference: ad.AnnData, query: ad.AnnData, model: Pretrained, options: Mapping[str, Any]
+) -> list[Contexts]:
+    """How the model reads the reference and the query; `DataError` where they share hardly any gene."""
+    found = []
+    for cells in (reference, query):
+        here = {name: value for name, value in options.items() if _applies(name, value, cells)}
+        try:
+            found.append(Contexts.of(cells, model, **here))
+        except DataError as error:
+            raise DataError(f"the reference: {error}" if cells is reference else str(error)) from error
+    # Each may have enough of the model's genes, and yet they may be others.
+    measured = [each.cells.measured for each in found]
+    shared = int((measured[0] & measured[1]).sum())
+    check_shared(shared, min(int(each.sum()) for each in measured), "those of adata and of the reference")
+    return found
+
+
 def _check_options(
     adata: ad.AnnData, reference: ad.AnnData, use_rep: str | None, options: Mapping[str, Any]
 ) -> None:
     """Refuse options that would be ignored."""
     for name in options:
-        if name not in _EMBED_OPTIONS:
+        if name not in (*_EMBED_OPTIONS, "n_contexts"):
             raise ConfigError(f"there is no option {name!r}: choose from {', '.join(_EMBED_OPTIONS)}.")
         if use_rep is not None:
             raise ConfigError(

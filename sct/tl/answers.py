@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import anndata as ad
@@ -13,6 +13,7 @@ from sct.data.text.prompts import parse_labels, render_labels
 from sct.errors import ConfigError
 from sct.generation.cells import CellWriter
 from sct.tl import running
+from sct.tl.labels import warn_of_labels
 from sct.tl.sentences import questions, writer_of
 from sct.version import __version__
 from sct.weights.pretrained import Pretrained
@@ -76,13 +77,23 @@ def write_answers(
     key_added: str,
     threshold: float = 0.0,
     unknown: str = "",
+    asked_for: Collection[str] | None = None,
 ) -> None:
-    """Write the most probable of C answers about each cell, and all probabilities (N, C); see `sct.tl.annotate`."""
+    """Write the most probable of C answers about each cell, and all probabilities (N, C); see `sct.tl.annotate`.
+
+    The probability that stands in `obs` is that of the answer or, with `asked_for`, that one of these is true.
+    """
     best = probabilities.argmax(axis=1)
     highest = probabilities[np.arange(len(best)), best]
     names = np.array(answers, dtype=object)
-    target.obs[key_added] = pd.Categorical(np.where(highest >= threshold, names[best], unknown))
-    target.obs[f"{key_added}_probability"] = highest.astype(np.float32)
+    labels = np.where(highest >= threshold, names[best], unknown)
+    why = "no answer is that probable, so lower the threshold or give other candidates"
+    warn_of_labels(labels, answers, highest, unknown, why)
+    target.obs[key_added] = pd.Categorical(labels)
+    told = highest
+    if asked_for is not None:
+        told = probabilities[:, [answer in asked_for for answer in answers]].sum(axis=1)
+    target.obs[f"{key_added}_probability"] = told.astype(np.float32)
     # An array, since names of labels hold what names of columns in a file must not, such as slashes.
     target.obsm[f"{key_added}_probabilities"] = probabilities.astype(np.float32)
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import anndata as ad
 import numpy as np
 
+from sct.data.alignment import check_shared
 from sct.data.cells import Cells
 from sct.data.counts import COUNTS, Values
 from sct.data.quantile_bins import binned_cells
 from sct.data.text.cell_sentence import cell_keys
 from sct.data.text.instructions import NO, NORMAL, YES
-from sct.errors import ConfigError
+from sct.errors import ConfigError, DataError
 from sct.generation.cell_asker import CellAsker, Records
 from sct.generation.generate import Options
 from sct.tl import running
@@ -63,10 +64,20 @@ def _blocks(
     """Cells as the model reads them, and their keys, some thousands at a time."""
     table = Cells(adata, model.vocabulary, **options)
     running.check_not_empty(table)
+    measured = table.measured & asker.known
+    possible = min(int(table.measured.sum()), int(asker.known.sum()))
+    check_shared(int(measured.sum()), possible, "those of adata, and those with features in the model")
     keys = [int(key) for key in cell_keys(adata.obs_names)]
     for first in range(0, adata.n_obs, _BLOCK):
         rows = np.arange(first, min(first + _BLOCK, adata.n_obs))
-        yield binned_cells(table.read(rows), asker.cells, asker.known), keys[first : first + _BLOCK]
+        counts = table.read(rows)
+        empty = np.asarray(counts[:, asker.known].sum(axis=1)).ravel() == 0
+        if empty.any():
+            raise DataError(
+                f"{int(empty.sum()):,} of {len(rows):,} cells have no count of the genes with features in the model "
+                f"(the first is row {first + int(np.argmax(empty))}): leave them out."
+            )
+        yield binned_cells(counts, asker.cells, asker.known), keys[first : first + _BLOCK]
 
 
 def answer_by_candidates(
@@ -78,6 +89,7 @@ def answer_by_candidates(
     key_added: str,
     copy: bool,
     *,
+    asked_for: Collection[str] | None = None,
     threshold: float = 0.0,
     unknown: str = "",
     seed: int = 0,
@@ -100,6 +112,8 @@ def answer_by_candidates(
         What is said of the study, by default `adata.uns["abstract"]`.
     key_added, copy, threshold, unknown
         See `sct.tl.annotate`.
+    asked_for
+        Answers whose probability, of all of them together, is told in `obs`; by default that of the answer given.
     seed, templates, batch_size
         See `sct.generation.cell_asker.CellAsker.score`.
     layer, gene_column, duplicates
@@ -125,7 +139,7 @@ def answer_by_candidates(
         for records, keys in _blocks(adata, handle, asker, options)
     ]  # fmt: skip
     target = running.to_write(adata, copy)
-    write_answers(target, candidates, np.exp(np.concatenate(logs)), key_added, threshold, unknown)
+    write_answers(target, candidates, np.exp(np.concatenate(logs)), key_added, threshold, unknown, asked_for)
     target.uns[key_added] = {
         "sct_version": __version__, "model": repr(handle), "weights": handle.fingerprint, "task": task,
         "labels": list(candidates), "abstract": said, "templates": templates, "threshold": threshold, "seed": seed,
@@ -169,8 +183,8 @@ def find_rare(
     abstract
         What is said of the study; by default `adata.uns["abstract"]`.
     key_added
-        Results: `obs[key_added]`, "Yes" or "No"; `obs[key_added + "_probability"]` of it;
-        `obsm[key_added + "_probabilities"]`, float32 (N, 2); `uns[key_added]`, the parameters.
+        Results: `obs[key_added]`, "Yes" or "No"; `obs[key_added + "_probability"]`, that the cell is rare;
+        `obsm[key_added + "_probabilities"]`, float32 (N, 2), of both; `uns[key_added]`, the parameters.
     copy
         Return a changed copy, and leave `adata` as it is.
     options
@@ -184,7 +198,9 @@ def find_rare(
     DataError
         No raw counts, unknown genes, cells without a count.
     """
-    return answer_by_candidates(adata, model, "rci", (YES, NO), abstract, key_added, copy, **options)
+    return answer_by_candidates(
+        adata, model, "rci", (YES, NO), abstract, key_added, copy, asked_for=(YES,), **options
+    )
 
 
 def find_tumor(
@@ -206,7 +222,8 @@ def find_tumor(
     diseases
         Names of tumours; by default `adata.uns["diseases"]`. "normal cell" is among the answers always.
     adata, model, abstract, key_added, copy, options
-        See `find_rare`; the columns of `obsm[key_added + "_probabilities"]` are `uns[key_added]["labels"]`.
+        See `find_rare`: `obs[key_added]` is a disease or "normal cell", `obs[key_added + "_probability"]` that the cell
+        is of any of the tumours; the columns of `obsm[key_added + "_probabilities"]` are `uns[key_added]["labels"]`.
 
     Raises
     ------
@@ -221,7 +238,9 @@ def find_tumor(
         raise ConfigError(
             f"diseases names no disease: give one or more; {NORMAL!r} is among the answers always."
         )
-    return answer_by_candidates(adata, model, "tcd", (*named, NORMAL), abstract, key_added, copy, **options)
+    return answer_by_candidates(
+        adata, model, "tcd", (*named, NORMAL), abstract, key_added, copy, asked_for=named, **options
+    )
 
 
 def infer_pathways(
@@ -242,7 +261,8 @@ def infer_pathways(
         Names of pathways, two or more; by default `adata.uns["gene_sets"]`. A mapping of names to genes does as well,
         whose names count.
     adata, model, abstract, key_added, copy, options
-        See `find_rare`: `obs[key_added]` is the most probable pathway, `obsm[key_added + "_probabilities"]` (N, sets)
+        See `find_rare`: `obs[key_added]` is the most probable pathway, `obs[key_added + "_probability"]` its own,
+        `obsm[key_added + "_probabilities"]` (N, sets)
         adds up to one over the pathways and ranks them.
 
     Raises

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import anndata as ad
 import numpy as np
 
 from sct.data.cells import Cells
+from sct.errors import ConfigError
 from sct.tl import running
+from sct.weights.pretrained import Pretrained
 
 
 def embed(
@@ -25,6 +29,7 @@ def embed(
     gene_column: str | None = None,
     duplicates: Literal["error", "sum"] = "error",
     seed: int = 0,
+    n_contexts: int = 1,
     copy: bool = False,
 ) -> ad.AnnData | None:
     """Embed cells without training: the mean of a cell's transformer positions (sCT paper, section 4).
@@ -61,6 +66,8 @@ def embed(
         See `sct.GeneVocabulary.align`.
     seed
         Of the bags.
+    n_contexts
+        Draws of the bags, by `seed`, `seed + 1`, ..., whose mean is the embedding. Bags of neighbours are not drawn.
     copy
         Return a changed copy, and leave `adata` as it is.
 
@@ -72,24 +79,82 @@ def embed(
         What the model computes is not finite; nothing is written then.
     """
     running.check_table(adata, copy)
-    handle = running.opened(model)
-    size = running.bag_size(handle, cells_per_bag)
-    running.check_seed(seed)
-    parts = running.sections(adata, batch_key, spatial_key)
-    orders = [running.order_of(part, size, seed, context) for part in parts]
-    cells = Cells(
-        adata, handle.vocabulary, parts, layer=layer, gene_column=gene_column, duplicates=duplicates
-    )
-    running.check_not_empty(cells)
-    runner = running.Runner(handle, batch_size)
-    embedding = np.zeros((adata.n_obs, handle.config.embed_dim), np.float32)
-    for one in runner(cells, orders, ("cell_embedding",), "embedding cells"):
-        embedding[one.rows[one.counted]] = one.outputs["cell_embedding"][one.counted]
-    target = running.to_write(adata, copy)
-    target.obsm[key_added] = embedding
-    running.keep_scales(target, parts, batch_key, spatial_key)
-    target.uns[key_added] = running.record(
-        handle, cells, cells_per_bag=size, batch_key=batch_key, spatial_key=spatial_key,
-        context=context if spatial_key is not None else "random", seed=seed,
+    found = Contexts.of(
+        adata, running.opened(model), layer=layer, batch_key=batch_key, spatial_key=spatial_key, context=context,
+        cells_per_bag=cells_per_bag, batch_size=batch_size, gene_column=gene_column, duplicates=duplicates, seed=seed,
+        n_contexts=n_contexts,
     )  # fmt: skip
+    total = sum(found.draws())
+    target = running.to_write(adata, copy)
+    found.write(target, total, key_added)
     return target if copy else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Contexts:
+    """The cells of an AnnData, and the bags in which a model reads them: several draws of them, each with an embedding.
+
+    Attributes
+    ----------
+    model, cells
+        What reads, and what is read.
+    settings
+        The parameters, as `uns` keeps them.
+    context, batch_size
+        See `embed`.
+    """
+
+    model: Pretrained
+    cells: Cells
+    settings: dict[str, Any]
+    context: str
+    batch_size: int | None
+
+    @classmethod
+    def of(
+        cls, adata: ad.AnnData, model: Pretrained, *, layer: str | None = None, batch_key: str | None = None,
+        spatial_key: str | None = None, context: str = "tiles", cells_per_bag: int | None = None,
+        batch_size: int | None = None, gene_column: str | None = None,
+        duplicates: Literal["error", "sum"] = "error", seed: int = 0, n_contexts: int = 1,
+    ) -> Contexts:  # fmt: skip
+        """Check everything that `embed` is given."""
+        size = running.bag_size(model, cells_per_bag)
+        running.check_seed(seed)
+        if n_contexts < 1:
+            raise ConfigError(f"n_contexts is {n_contexts}, but at least 1 is needed.")
+        if n_contexts > 1 and spatial_key is not None:
+            raise ConfigError(
+                f"n_contexts is {n_contexts}, but with spatial_key bags are of neighbours and not drawn: leave one out."
+            )
+        parts = running.sections(adata, batch_key, spatial_key)
+        running.check_context(context, parts[0])
+        cells = Cells(
+            adata, model.vocabulary, parts, layer=layer, gene_column=gene_column, duplicates=duplicates
+        )
+        running.check_not_empty(cells)
+        settings = {
+            "cells_per_bag": size, "batch_key": batch_key, "spatial_key": spatial_key,
+            "context": context if spatial_key is not None else "random", "seed": seed, "n_contexts": n_contexts,
+        }  # fmt: skip
+        return cls(model, cells, settings, context, batch_size)
+
+    def draws(self) -> Iterator[np.ndarray]:
+        """The embedding (N, D) float32 in each draw of the bags."""
+        said = self.settings
+        runner = running.Runner(self.model, self.batch_size)
+        for seed in range(said["seed"], said["seed"] + said["n_contexts"]):
+            orders = [
+                running.order_of(part, said["cells_per_bag"], seed, self.context)
+                for part in self.cells.sections
+            ]
+            embedding = np.zeros((self.cells.n_cells, self.model.config.embed_dim), np.float32)
+            for one in runner(self.cells, orders, ("cell_embedding",), "embedding cells"):
+                embedding[one.rows[one.counted]] = one.outputs["cell_embedding"][one.counted]
+            yield embedding
+
+    def write(self, target: ad.AnnData, total: Any, key: str) -> None:
+        """Write the mean of the draws, of their sum (N, D), and how it was made."""
+        said = self.settings
+        target.obsm[key] = (total / np.float32(said["n_contexts"])).astype(np.float32)
+        running.keep_scales(target, self.cells.sections, said["batch_key"], said["spatial_key"])
+        target.uns[key] = running.record(self.model, self.cells, **said)

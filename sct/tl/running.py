@@ -169,6 +169,14 @@ def check_seed(seed: int) -> None:
         raise ConfigError(f"seed is {seed}, but it must be 0 or more.")
 
 
+def check_context(context: str, section: Section) -> None:
+    """Raise `ConfigError` for a kind of context that there is not, or that needs positions which a section lacks."""
+    if context not in CONTEXTS:
+        raise ConfigError(f"context is {context!r}, but it must be one of {', '.join(CONTEXTS)}.")
+    if context != CONTEXTS[0] and section.places is None:
+        raise ConfigError(f"context={context!r} needs positions: give spatial_key as well.")
+
+
 def order_of(section: Section, cells_per_bag: int, seed: int, context: str = "tiles") -> BagOrder:
     """Bags of a section: random ones, or where cells have positions tiles or neighbourhoods.
 
@@ -177,10 +185,7 @@ def order_of(section: Section, cells_per_bag: int, seed: int, context: str = "ti
     ConfigError
         Another kind of context than these.
     """
-    if context not in CONTEXTS:
-        raise ConfigError(f"context is {context!r}, but it must be one of {', '.join(CONTEXTS)}.")
-    if context != CONTEXTS[0] and section.places is None:
-        raise ConfigError(f"context={context!r} needs positions: give spatial_key as well.")
+    check_context(context, section)
     if section.places is None:
         return random_order(section.rows, cells_per_bag, seed)
     make = tile_order if context == "tiles" else centred_order

@@ -74,7 +74,7 @@ def study_of(cells: ad.AnnData, model: Any, place: Path, **data: Any) -> Any:
     given = config(place, tasks=("cta",))
     given["data"].update(data)
     values = {name: value for name, value in given.items() if name != "benchmark"}
-    options, _ = read_options(instructions.InstructionBenchmarkOptions, values, cells)
+    options, _ = read_options(instructions.InstructionBenchmarkOptions, values, cells, False)
     return instructions._Study("cells", cells.copy(), {}, model, asker_of(model), options, None, place)
 
 

@@ -137,6 +137,15 @@ def test_rare_cells_tumours_and_pathways(asked, cells, tmp_path):
         np.testing.assert_allclose(cells.obsm[f"{key}_probabilities"], expected, atol=1e-3, err_msg=key)
         assert set(cells.obs[key]) <= set(answers)
         assert cells.uns[key]["labels"] == answers
+        # Of what is asked for, whatever the answer: a cell that is not rare with 0.9 is rare with 0.1.
+        told = {
+            "sct_rare": expected[:, 0],
+            "sct_tumor": 1 - expected[:, -1],
+            "sct_pathways": expected.max(axis=1),
+        }
+        np.testing.assert_allclose(cells.obs[f"{key}_probability"], told[key], atol=1e-3, err_msg=key)
+    assert "No" in set(cells.obs["sct_rare"])
+    assert "normal cell" in set(cells.obs["sct_tumor"])
     cells.write_h5ad(tmp_path / "cells.h5ad")
     assert ad.read_h5ad(tmp_path / "cells.h5ad").obs["sct_tumor"].tolist() == cells.obs["sct_tumor"].tolist()
     named = {"HYPOXIA": ["A"], "APOPTOSIS": ["B"], "DNA_REPAIR": ["C"]}
@@ -226,3 +235,18 @@ def test_answers_that_are_not_finite_are_refused_before_anything_is_written(aske
         assert "\n" not in str(error.value)
         assert list(cells.obs) == list(before.obs)
         assert list(cells.uns) == list(before.uns)
+
+
+def test_genes_that_the_model_has_no_features_of(asked, cells):
+    dropped = [3, 8]
+    ids = [vocabulary().ensembl_ids[gene] for gene in dropped]
+    for columns, words in (
+        (ids, "only 0 of 2 genes are shared"),
+        ([*ids, vocabulary().ensembl_ids[0]], "row 1"),
+    ):
+        part = cells[:, columns].copy()
+        counts = np.ones(part.shape, np.float32)
+        counts[1, len(dropped) :] = 0
+        part.X = sp.csr_matrix(counts)
+        with pytest.raises(DataError, match=words):
+            sct.tl.find_rare(part, asked)

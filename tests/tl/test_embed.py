@@ -368,3 +368,15 @@ def test_outputs_that_are_not_finite_are_refused_before_anything_is_written(adat
     with pytest.raises(DataError, match=r"obsm\['X_sct'\] .* not finite"):
         sct.tl.annotate(known, reference=reference, label_key="type", use_rep="X_sct")
     assert "sct_label" not in known.obs
+
+
+def test_several_contexts_are_averaged(adata, model):
+    mean = np.mean([embedded(adata, model, seed=seed) for seed in (2, 3)], axis=0)
+    np.testing.assert_allclose(embedded(adata, model, seed=2, n_contexts=2), mean, rtol=1e-5, atol=1e-5)
+    assert sct.tl.embed(adata, model, n_contexts=2, copy=True).uns["X_sct"]["n_contexts"] == 2
+    for given, words in (
+        ({"n_contexts": 0}, "n_contexts is 0"),
+        ({"n_contexts": 2, "spatial_key": "spatial"}, "drawn"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            embedded(adata, model, **given)
