@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,7 +41,9 @@ __all__ = ["IngestOptions", "IngestReport", "ingest", "main"]
 
 # The last manifest while one of its studies is being rebuilt: until then nothing opens.
 _PREVIOUS = "manifest.previous.json"
-_LEFTOVERS = (".partial", ".spill", ".download", ".tmp")
+# Files of an ingest that died, as it and earlier versions name them: the output may hold other files.
+_LEFT_IN_ROOT = re.compile(r"\.(manifest\.json|genes\.tsv)\.([0-9a-f]{16}\.tmp|partial)")
+_LEFT_IN_STUDIES = re.compile(r"\..+\.([0-9a-f]{16}\.tmp|partial|spill|download)")
 
 
 @dataclass(frozen=True)
@@ -208,9 +211,10 @@ def _only_one(root: Path) -> Iterator[None]:
             raise StoreError(f"another ingest is writing to {root}: wait for it to end") from None
         except (ImportError, OSError):
             pass  # file systems without locks: the user is trusted to run one at a time
-        for path in (*root.iterdir(), *(root / STUDIES).iterdir()):
-            if path.name.startswith(".") and path.name.endswith(_LEFTOVERS):
-                remove(path)
+        for folder, pattern in ((root, _LEFT_IN_ROOT), (root / STUDIES, _LEFT_IN_STUDIES)):
+            for path in folder.iterdir():
+                if pattern.fullmatch(path.name) and (folder != root or path.is_symlink() or path.is_file()):
+                    remove(path)
         yield
     finally:
         os.close(lock)

@@ -242,3 +242,27 @@ def test_planted_links_are_not_followed(three: list[Path], tmp_path: Path) -> No
     with pytest.raises(FileExistsError):
         sort.add(np.arange(3), sp.csr_matrix(np.ones((3, 5), np.float32)))
     assert (elsewhere / "0").read_text() == "irreplaceable"
+
+
+def test_only_files_of_an_ingest_are_cleared_away(three: list[Path], tmp_path: Path) -> None:
+    """The output may be a folder of other work."""
+    store = tmp_path / "store"
+    folders = (".cache.download", ".genes.tsv.0123456789abcdef.tmp", ".old.spill")
+    files = (".notes.tmp", ".a.partial", ".manifest.json.tmp", ".notes.0123456789abcdef.tmp")
+    for name in folders:
+        (store / name).mkdir(parents=True)
+        (store / name / "thesis.txt").write_text("irreplaceable")
+    for name in files:
+        (store / name).write_text("irreplaceable")
+    ours = (
+        ".manifest.json.0123456789abcdef.tmp",
+        ".genes.tsv.partial",
+        "studies/.a.json.0123456789abcdef.tmp",
+    )
+    (store / "studies").mkdir()
+    for name in ours:
+        (store / name).write_text("half")
+    run(three[:1], store)
+    assert not [name for name in ours if (store / name).exists()]
+    assert {name for name in files if (store / name).read_text() == "irreplaceable"} == set(files)
+    assert {name for name in folders if (store / name / "thesis.txt").exists()} == set(folders)
