@@ -37,13 +37,14 @@ def files(tmp_path_factory) -> Path:
 
 def test_embed_writes_the_input_with_the_embedding(files):
     done = run(
-        "embed", f"--input={files}/cells.h5ad", f"--model={files}/model", f"--output={files}/embedded.h5ad"
-    )
+        "embed", f"--input={files}/cells.h5ad", f"--model={files}/model", f"--output={files}/embedded.h5ad",
+        "--n_contexts=2",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "45 cells embedded" in done.stdout
     assert "Warning" not in done.stderr
     before, after = slide(), ad.read_h5ad(files / "embedded.h5ad")
-    sct.tl.embed(before, made())
+    sct.tl.embed(before, made(), n_contexts=2)
     np.testing.assert_allclose(after.obsm["X_sct"], before.obsm["X_sct"], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(after.X.toarray(), before.X.toarray())
     assert list(after.obs) == list(before.obs)
@@ -54,22 +55,27 @@ def test_impute_genes_there_and_not_there(files):
     genes = [slide().var_names[10], made().genes.keys[0]]
     done = run(
         "impute", f"--input={files}/cells.h5ad", f"--model={files}/model", f"--output={files}/imputed.h5ad",
-        f"--genes={','.join(dict.fromkeys(genes))}",
+        f"--genes={','.join(dict.fromkeys(genes))}", "--spatial_key=spatial", "--batch_key=batch",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     after = ad.read_h5ad(files / "imputed.h5ad")
     assert "sct_expected" in after.layers
     assert after.uns["sct"]["model"].startswith("Pretrained('sct'")
+    assert list(after.uns["sct_sections"]["spatial"]["section"]) == ["a", "b"], (
+        "parts of the file keep the scale"
+    )
 
 
 def test_annotate_counts_labels(files):
     done = run(
         "annotate", f"--input={files}/cells.h5ad", f"--reference={files}/cells.h5ad", "--label_key=cell_type",
-        f"--model={files}/model", f"--output={files}/labelled.h5ad", "--n_neighbors=1",
+        f"--model={files}/model", f"--output={files}/labelled.h5ad", "--n_neighbors=1", "--n_contexts=2",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     after = ad.read_h5ad(files / "labelled.h5ad")
     assert (after.obs["sct_label"].astype(str) == after.obs["cell_type"].astype(str)).all()
+    assert (after.obs["sct_label_agreement"] == 1).all()
+    assert after.uns["sct_label"]["n_contexts"] == 2
     assert 'obs["sct_label"]' in done.stdout
 
 
