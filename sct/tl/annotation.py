@@ -143,6 +143,7 @@ def annotate(
     _check_options(adata, reference, use_rep, given)
     target = running.to_write(adata, copy)
     drawn: list[np.ndarray] = []  # best label of each cell in each context
+    given_embedding = use_rep is not None
     if use_rep is None:
         if model is None:
             raise ConfigError("give a model to embed with, or use_rep=... to use an embedding that is there.")
@@ -177,7 +178,8 @@ def annotate(
     probability = shares.to_numpy()[np.arange(len(asked)), best].astype(np.float32)
     named = np.where(probability >= threshold, shares.columns.to_numpy()[best], UNKNOWN)
     why = "their neighbours disagree, so look at the embedding, or change n_neighbors or threshold"
-    warn_of_labels(named, shares.columns, probability, UNKNOWN, why)
+    # No model computed an embedding that is given, and a query may well be cells of one type.
+    warn_of_labels(named, shares.columns, probability, UNKNOWN, why, may_be_alike=given_embedding)
     target.obs[key_added] = pd.Categorical(named)
     target.obs[f"{key_added}_probability"] = probability
     target.obsm[f"{key_added}_probabilities"] = shares.to_numpy()

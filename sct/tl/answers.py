@@ -88,7 +88,8 @@ def write_answers(
     names = np.array(answers, dtype=object)
     labels = np.where(highest >= threshold, names[best], unknown)
     why = "no answer is that probable, so lower the threshold or give other candidates"
-    warn_of_labels(labels, answers, highest, unknown, why)
+    # Cells that are searched for are few, so that one answer for the others is expected.
+    warn_of_labels(labels, answers, highest, unknown, why, may_be_alike=asked_for is not None)
     target.obs[key_added] = pd.Categorical(labels)
     told = highest
     if asked_for is not None:

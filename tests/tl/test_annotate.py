@@ -48,12 +48,16 @@ def test_a_split_vote_is_unknown_and_its_share_is_told():
     assert query.obs["sct_label"].iloc[0] == "B", "of equal shares that of the nearer cells"
 
 
-def test_one_label_for_all_cells_is_doubted():
-    reference, query = blobs(40, 1), blobs(60, 0, labels=False)[::2].copy()
-    with pytest.warns(
-        UserWarning, match=r"30 of 30 cells get the same label 'T' of 2 \(mean probability 1.0000\)"
-    ):
-        sct.tl.annotate(query, reference=reference, label_key="kind", use_rep="X")
+def test_one_label_for_all_cells_is_doubted(adata, model):
+    query, reference = adata[:20].copy(), adata[20:].copy()
+    reference.obs["cell_type"] = ["T"] * (reference.n_obs - 1) + ["B"]
+    options = {"reference": reference, "label_key": "cell_type"}
+    with pytest.warns(UserWarning, match=r"20 of 20 cells get the same label 'T' of 2 \(mean probability"):
+        sct.tl.annotate(query, model, n_contexts=1, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        sct.tl.annotate(query, use_rep="X_sct", **options)
+    assert set(query.obs["sct_label"]) == {"T"}
     cases = {
         "few cells": (["T"] * 19, ["T", "B"], 0),
         "nothing to choose from": (["T"] * 90, ["T"], 0),

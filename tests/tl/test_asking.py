@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from typing import Any
 
 import anndata as ad
@@ -121,6 +122,18 @@ def test_what_the_table_says_of_its_study_is_taken(asked, cells):
     np.testing.assert_allclose(
         cells.obsm["sct_label_probabilities"], expected.obsm["sct_label_probabilities"], atol=1e-5
     )
+
+
+def test_one_answer_for_all_cells_is_doubted_but_not_of_a_search(asked, cells):
+    many = ad.concat([cells] * 4, index_unique="-", merge="same", uns_merge="same")
+    flat = dataclasses.replace(asked, variables=jax.tree.map(np.zeros_like, asked.variables))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        sct.tl.find_rare(many, flat)
+        sct.tl.find_tumor(many, flat, diseases=["glioma"])
+    assert many.obs["sct_rare"].nunique() == many.obs["sct_tumor"].nunique() == 1
+    with pytest.warns(UserWarning, match=rf"{len(many)} of {len(many)} cells get the same label"):
+        sct.tl.annotate(many, flat, candidates=TYPES)
 
 
 def test_rare_cells_tumours_and_pathways(asked, cells, tmp_path):
