@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import json
 import os
-import select
 import signal
 import socket
 import sys
@@ -91,10 +90,11 @@ def only_one(folder: Path, doing: str, option: str) -> Iterator[None]:
     ConfigError
         The folder cannot be written.
     """
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    made: list[Path] = []
     lock = _Lock(folder / LOCK, doing)
     try:
         try:
+            made = [each for each in (folder, *folder.parents) if not each.exists()]
             lock.acquire(option)
         except OSError as error:
             raise ConfigError(
@@ -131,6 +131,14 @@ class _Lock:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+    def forget(self) -> None:
+        """Let go without a word, in a forked process."""
+        beat, self._beat, self._mine = self._beat, None, False
+        with suppress(OSError):
+            self.close()
+        if beat is not None:
+            beat.forget()
 
     def acquire(self, option: str) -> None:
         """Take the lock, or raise `FolderInUseError`."""
@@ -221,8 +229,8 @@ class _Lock:
             if abs(os.fstat(new.fileno()).st_mtime - before) > OLD_SECONDS:
                 return False
         print(
-            f"{self.path.parent} was last used by {holder}: looking whether that is alive, for up to "
-            f"{SILENT_SECONDS:.0f} s.",
+            f"{self.path.parent} was last used by {holder}: checking for up to {SILENT_SECONDS:.0f} s "
+            "whether it still runs.",
             file=sys.stderr, flush=True,
         )  # fmt: skip
         end = time.monotonic() + SILENT_SECONDS
@@ -235,7 +243,9 @@ class _Lock:
     def _refusal(self, holder: Holder | None, option: str) -> FolderInUseError:
         who, stop = "another process, which left no name", ""
         if holder is not None:
-            who = str(holder) + (", which has been saving for long" if holder.stopping else "")
+            who = str(holder)
+            if holder.stopping:
+                who += f", which was asked to stop and has not ended after {SAVING_SECONDS:.0f} s"
             if (holder.host, holder.pid) != (self.me.host, self.me.pid):
                 stop = f"stop it (`kill {holder.pid}` on {holder.host}), "
         return FolderInUseError(
@@ -281,6 +291,7 @@ class _Beat:
     def __init__(self, lock: _Lock):
         self._lock = lock
         self._reads, self._writes = socket.socketpair()
+        self._reads.settimeout(BEAT_SECONDS)
         self._writes.setblocking(False)
         self._before: int | None = None
         with suppress(ValueError):  # another thread than the main one gets no signals
@@ -290,11 +301,11 @@ class _Beat:
 
     def _run(self) -> None:
         while True:
-            ready, _, _ = select.select([self._reads], [], [], BEAT_SECONDS)
-            if not ready:
+            try:
+                heard = self._reads.recv(64)
+            except TimeoutError:
                 self._lock.touch()
                 continue
-            heard = self._reads.recv(64)
             if not heard:
                 return
             if self._before is not None and self._before >= 0:
@@ -303,19 +314,31 @@ class _Beat:
             if {signal.SIGTERM, signal.SIGINT} & set(heard):
                 self._lock.is_stopping()
 
+    def forget(self) -> None:
+        """Listen to no signals in a forked process."""
+        if self._before is not None:
+            with suppress(ValueError):
+                signal.set_wakeup_fd(-1)
+        for each in (self._reads, self._writes):
+            each.close()
+
     def end(self) -> None:
         if self._before is not None:
             signal.set_wakeup_fd(self._before)
+        with suppress(OSError):
+            self._writes.shutdown(socket.SHUT_WR)  # also of the copies that forked processes have
         self._writes.close()
         self._thread.join()
         self._reads.close()
 
 
 def _forked() -> None:
-    """Let a forked process not hold what it does not know of: the lock would outlive the one that took it."""
+    """Let a forked process not hold what it does not know of: the lock would outlive the one that took it.
+
+    Nor may its signals be taken for those of the one that holds the lock.
+    """
     for lock in list(_open):
-        with suppress(OSError):
-            lock.close()
+        lock.forget()
 
 
 if hasattr(os, "register_at_fork"):

@@ -110,6 +110,64 @@ def test_a_dead_holder_does_not_block(tmp_path, holder):
             os.kill(child, signal.SIGKILL)
 
 
+def test_the_holder_touches_the_file_also_with_many_files_open(tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(folder_lock, "BEAT_SECONDS", 0.1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1400:
+        pytest.skip("so many files cannot be open here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1400), hard))
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        with only_one(tmp_path, "training", "--workdir"):
+            os.utime(tmp_path / LOCK, (1, 1))
+            end = time.monotonic() + 20
+            while (tmp_path / LOCK).stat().st_mtime == 1 and time.monotonic() < end:
+                time.sleep(0.05)
+            assert (tmp_path / LOCK).stat().st_mtime > 1
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_signals_of_a_forked_process_are_its_own(tmp_path):
+    """And the holder ends, though the forked process has copies of its sockets and goes on."""
+    code = """
+import os, signal, sys, time
+from pathlib import Path
+from sct.folder_lock import LOCK, only_one
+folder = Path(sys.argv[1])
+with only_one(folder, "training", "--workdir"):
+    child = os.fork()
+    if not child:
+        print(signal.set_wakeup_fd(-1), flush=True)
+        time.sleep(60)
+        os._exit(0)
+    time.sleep(1)
+os.kill(child, signal.SIGKILL)
+print("ended", flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert done.stdout.split() == ["-1", "ended"], done
+
+
+def test_a_folder_that_may_not_be_looked_into_is_told(tmp_path, monkeypatch):
+    def refuse(path, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(tmp_path), "exists", refuse)
+    with pytest.raises(ConfigError, match=r"Permission denied.*--workdir"):
+        held(tmp_path / "run")
+
+
 def test_one_that_is_asked_to_stop_is_waited_for(tmp_path, holder, capfd):
     process, _ = holder(tmp_path, "saves")
     process.send_signal(signal.SIGTERM)
@@ -125,7 +183,7 @@ def test_one_that_never_ends_saving_is_not_waited_for(tmp_path, holder, monkeypa
     process, _ = holder(tmp_path, "saves")
     process.send_signal(signal.SIGTERM)
     time.sleep(1)
-    with pytest.raises(FolderInUseError, match=f"process {process.pid}.* saving for long"):
+    with pytest.raises(FolderInUseError, match=f"process {process.pid}.* has not ended after"):
         held(tmp_path)
 
 
