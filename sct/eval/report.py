@@ -395,8 +395,8 @@ def write(
     with ExitStack() as stack:
         for name, text in texts.items():
             stack.enter_context(atomic_write(folder / name)).write_text(text, encoding="utf-8")
-    for name in ("report.md", "report.html"):
-        (folder / name).unlink(missing_ok=True)
+        for name in set(FILES) - set(texts):
+            (folder / name).unlink(missing_ok=True)
     blocks = [*([head] if head else []), *(report.markdown() for report in reports)]
     write_text(folder / "report.md", "\n".join(blocks))
     if facts or figures:

@@ -237,6 +237,13 @@ def test_numbers_are_on_the_disk_before_what_may_fail(tmp_path, monkeypatch, wha
         assert "Imputation" not in "".join(there.values())
 
 
+def test_numbers_of_an_earlier_report_do_not_stay_beside_a_new_one(tmp_path):
+    report.write([imputation()], tmp_path, {"seed": "1"}, numbers={"n": 1})
+    (tmp_path / "kept.json").write_text("{}")
+    report.write([embedding()], tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"kept.json", "report.json", "report.md"}
+
+
 def test_a_page_that_cannot_be_made_costs_no_number(tmp_path):
     def broken() -> str:
         assert json.loads((tmp_path / "results.json").read_text())["n"] == 1
