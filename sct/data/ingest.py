@@ -22,6 +22,7 @@ from sct.data.split import assign_splits, check_splits
 from sct.data.store import (
     ACTIVITY_VERSION,
     GENES,
+    GROUPS,
     MANIFEST,
     SCHEMA_VERSION,
     STUDIES,
@@ -154,13 +155,11 @@ def ingest(
     table = options.read_orthologues(vocabulary)  # once, and before anything is written
     root = Path(output)
     found, ignored = find_inputs(inputs, exclude=root)
-    try:
-        check_room(root, "--output", _least_bytes(found))
-    except ConfigError as error:
-        raise StoreError(str(error)) from error
+    _check_room(root)
     with _only_one(root):
         before, notes = _before(root, vocabulary)
         jobs, kept, refused = _plan(root, found, vocabulary, options, table)
+        _check_room(root, [job.item for job in jobs])
         if options.study_key is None:
             known = {each["name"] for each in before} | {each.name for each in found}
             check_splits(options.validation, options.test, known)
@@ -243,10 +242,16 @@ def _before(root: Path, vocabulary: GeneVocabulary) -> tuple[list[dict[str, Any]
     return there, [f"{name} was in the store, but its folder is gone" for name in gone]
 
 
-def _least_bytes(found: Sequence[Input]) -> int:
-    """Bytes that a store needs at least: an input with every zero written out has a hundred times as many."""
-    there = (Path(each.location) for each in found if each.adata is None and each.kind != "census")
-    return sum(map(size_of, there)) // 100
+def _check_room(root: Path, inputs: Sequence[Input] = ()) -> None:
+    """Raise `StoreError` where the output cannot be written, or lacks room for what is to do."""
+    there = (Path(each.location) for each in inputs if each.adata is None and each.kind != "census")
+    least = (
+        sum(map(size_of, there)) // 100
+    )  # an input with every zero written out has a hundred times as many
+    try:
+        check_room(root, "--output", least)
+    except ConfigError as error:
+        raise StoreError(str(error)) from error
 
 
 def _unchanged(root: Path, record: dict[str, Any]) -> bool:
@@ -311,7 +316,9 @@ def _plan(
         for each in done:
             source = each["source"]
             there = (root / each["path"] / "zarr.json").is_file()
-            complete &= there and (source["fingerprint"], source["options"], source["vocabulary"]) == wanted
+            # Earlier versions recorded no hashes, and none can be made of files that may have changed since.
+            complete &= there and set(GROUPS) <= set(each.get("hashes") or ())
+            complete &= (source["fingerprint"], source["options"], source["vocabulary"]) == wanted
         if complete:
             kept += done
         else:

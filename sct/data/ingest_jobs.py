@@ -116,6 +116,10 @@ def _in_pool(
             seen = now
             for future in finished:
                 yield waiting.pop(future), future.result()
+    except (SystemExit, GeneratorExit):  # SIGTERM, which the processes did not get
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
     except BrokenProcessPool as error:
         raise StoreError(
             f"a process that wrote to {root} was killed, most likely for want of memory: run the ingest "

@@ -438,7 +438,7 @@ class Store:
         if not all("hashes" in study.record for study in store.studies):
             warnings.warn(
                 f"{path / MANIFEST} has no hashes of some studies, so that changes of their cells' metadata are not "
-                "noticed: it is of an earlier version, ingest the data again to record them",
+                "noticed: it is of an earlier version, run the ingest again to make these studies anew",
                 UserWarning,
                 stacklevel=2,
             )

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import h5py
@@ -20,6 +23,7 @@ from store_inputs import (
     write_as,
 )
 
+from sct import outputs
 from sct.data import ingest_jobs
 from sct.data.ingest import ingest
 from sct.data.ingest_input import ingest_input
@@ -146,6 +150,49 @@ def test_a_store_whose_study_is_being_replaced_does_not_open(
         ("c", "test"),
     ]
     assert not (store / "manifest.previous.json").exists()
+
+
+def test_room_is_asked_for_what_is_left_to_do(
+    three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    run(three[:1], store)
+    before = files_of(store)
+    done = count_jobs(monkeypatch)
+    full = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda place: full)
+    run(three[:1], store)
+    with pytest.raises(StoreError, match="free space"):
+        run(three[:2], store)
+    assert not done
+    assert files_of(store) == before
+    with pytest.raises(StoreError, match="free space"):
+        run(three[:2], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_ingest_gives_hashes_to_a_store_without(
+    three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older versions recorded none: their studies are made anew, which is what the note about them asks for."""
+    store = tmp_path / "store"
+    run(three[:2], store)
+    before = files_of(store)
+    manifest = json.loads((store / "manifest.json").read_text())
+    del manifest["sha256"], manifest["vocabulary"]["sha256"], manifest["studies"][0]["hashes"]
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    record = json.loads((store / "studies/a.json").read_text())
+    del record["hashes"]
+    (store / "studies/a.json").write_text(json.dumps(record))
+    with pytest.warns(UserWarning, match="no hashes"):
+        Store.open(store)
+    done = count_jobs(monkeypatch)
+    run(three[:2], store)
+    assert done == ["a"]
+    assert files_of(store) == before
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Store.open(store)
 
 
 def test_studies_of_an_old_study_key_disappear(tmp_path: Path) -> None:
