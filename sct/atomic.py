@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
 import os
+import re
 import secrets
 import shutil
+import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,25 +18,34 @@ from typing import Any
 from sct.errors import OutputError, SctError, disk_trouble, first_line
 
 _LONGEST = 200  # bytes of a name, which with what is added stays below the 255 of most file systems
+# What is younger may be of a process that does not hold it yet, or that writes HDF5. No clocks differ by so much.
+_YOUNG_SECONDS = 600.0
+
+
+def _kept(path: Path) -> str:
+    """The part of a name that a temporary name has too."""
+    return os.fsencode(path.name)[:_LONGEST].decode("utf-8", "ignore")
 
 
 def _beside(path: Path) -> Path:
     """A name beside `path` that nobody can foresee."""
-    kept = os.fsencode(path.name)[:_LONGEST].decode("utf-8", "ignore")
-    return path.with_name(f".{kept}.{secrets.token_hex(8)}.tmp")
+    return path.with_name(f".{_kept(path)}.{secrets.token_hex(8)}.tmp")
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str], hold: bool = True) -> Iterator[Path]:
     """Give an empty file to write to, which takes the place of `path` when the block ends.
 
     The file is new: nothing that lies in the folder is written to, and no link is followed. It is on the disk before it
-    takes its place, and gone where the block fails. A link at `path` is replaced, not what it names.
+    takes its place, and gone where the block fails. A link at `path` is replaced, not what it names. Files of processes
+    that died while they wrote `path` are removed.
 
     Parameters
     ----------
     path
         File to write, in a folder that exists.
+    hold
+        Whether the new file is locked (`flock`) meanwhile. False where the library that writes it does so, as HDF5.
 
     Raises
     ------
@@ -48,11 +59,13 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
         )
     try:
-        with _told(target, disk_alone=True):
-            yield temporary
-        with _told(target):
-            flush(temporary)
-            os.replace(temporary, target)
+        with _held(temporary) if hold else contextlib.nullcontext():
+            _remove_leftover_files(target)
+            with _told(target, disk_alone=True):
+                yield temporary
+            with _told(target):
+                flush(temporary)
+                os.replace(temporary, target)
     except BaseException:
         remove(temporary)
         raise
@@ -157,20 +170,53 @@ def remove(path: Path) -> None:
 
 def _remove_leftovers(folder: Path, is_leftover: Callable[[Path], bool]) -> None:
     """Remove what processes left that died while they wrote `folder`: nobody holds it."""
-    for path in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
-        if path.is_dir() and not path.is_symlink() and is_leftover(path):
-            with _held(path) as held:
-                if held:
-                    remove(path)
+    for path in _temporaries(folder, stat.S_ISDIR):
+        with contextlib.suppress(OSError):  # removed meanwhile
+            # A process that has just made its folder does not hold it yet, and nothing is in it.
+            if is_leftover(path) and (any(path.iterdir()) or not _is_young(path)):
+                _remove_unheld(path)
+
+
+def _remove_leftover_files(target: Path) -> None:
+    """Remove what processes left that died while they wrote `target`: it is old, and nobody holds it."""
+    for path in _temporaries(target, stat.S_ISREG):
+        if not _is_young(path):
+            _remove_unheld(path)
+
+
+def _temporaries(target: Path, is_kind: Callable[[int], bool]) -> list[Path]:
+    """What lies beside `target` under a name that `_beside` gives."""
+    name = re.compile(rf"\.{re.escape(_kept(target))}\.[0-9a-f]{{16}}\.tmp")
+    with contextlib.suppress(OSError), os.scandir(target.parent) as entries:
+        return [
+            target.with_name(entry.name)
+            for entry in entries
+            if name.fullmatch(entry.name) and is_kind(entry.stat(follow_symlinks=False).st_mode)
+        ]
+    return []
+
+
+def _is_young(path: Path) -> bool:
+    """Whether a file or folder changed a short time ago, or is gone."""
+    try:
+        return time.time() - path.lstat().st_mtime < _YOUNG_SECONDS
+    except OSError:
+        return True
+
+
+def _remove_unheld(path: Path) -> None:
+    with _held(path) as held:
+        if held:
+            remove(path)
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[bool]:
-    """Hold a folder for as long as this process lives; False where another does, or where there are no locks."""
+def _held(path: Path) -> Iterator[bool]:
+    """Hold a file or folder while this process lives; False where another does, or where there are no locks."""
     try:
         import fcntl
 
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
     except (ImportError, OSError):
         yield False
         return

@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 _COMMANDS = {
@@ -89,6 +92,7 @@ def main(command: str | None = None) -> None:
         "go on" if command in ("train", "ingest") else "start over",
         _SMALLER.get(command, "take less at once, or a machine with more"),
         getattr(module, "TAKES_ARGUMENTS", False),
+        stoppable=command != "train",  # which saves first
     )
 
 
@@ -124,6 +128,29 @@ def use_memory_well() -> None:
             libc.mallopt(option, value)
 
 
+class _Terminated(SystemExit):
+    """SIGTERM came."""
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let the first SIGTERM end the block as an error would, so that nothing unfinished is left; a second one kills."""
+    on_main = threading.current_thread() is threading.main_thread()
+    if not on_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise _Terminated(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def run_main(
     program: Callable[[list[str]], int | None],
     argv: list[str] | None = None,
@@ -131,6 +158,7 @@ def run_main(
     again: str = "go on",
     smaller: str = "take less at once, or a machine with more",
     takes_arguments: bool = False,
+    stoppable: bool = True,
 ) -> None:
     """Run `program(arguments)` under absl flags; a user's mistake is one sentence and exit status 1.
 
@@ -139,7 +167,7 @@ def run_main(
     Only errors of `sct.errors`, a disk that is full or broken and used-up memory are shortened: any other exception is
     a defect of this project and keeps its traceback. `prepare` may change the arguments before flags are read from
     them; `again` and `smaller` say what to do after Ctrl-C and where memory does not suffice. Words that are no flags
-    are refused unless it `takes_arguments`.
+    are refused unless it `takes_arguments`. Where it is `stoppable`, SIGTERM ends it as Ctrl-C does, with status 143.
     """
     # Start-up chatter of the XLA runtime is of no use to a user.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -156,13 +184,14 @@ def run_main(
                 raise ConfigError(
                     f"{rest[1]!r} is not a flag: options are written --name=value, a list without spaces."
                 )
-            return program(rest)
+            with _ended_by_sigterm() if stoppable else nullcontext():
+                return program(rest)
         except SctError as error:
             print(f"error: {error}", file=sys.stderr)
             return AGAIN if isinstance(error, ProcessLostError) else 1
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, _Terminated) as stop:
             print(f"stopped; run the same command again to {again}", file=sys.stderr)
-            return 130
+            return 130 if isinstance(stop, KeyboardInterrupt) else 143
         except Exception as error:
             if trouble := disk_trouble(error):
                 what = getattr(error, "filename", None) or "a file"

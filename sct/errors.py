@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import traceback
 
 # Exit status of a command that has saved its work and goes on where it is run again: EX_TEMPFAIL of sysexits.h.
 AGAIN: int = getattr(os, "EX_TEMPFAIL", 75)
@@ -50,7 +51,10 @@ class OutputError(SctError, OSError):
     """A file or folder cannot be written: arguments are those of `OSError`, with the path as its file name."""
 
     def __str__(self) -> str:
-        return f"{self.filename} cannot be written ({self.strerror}): make that possible, or choose another place."
+        return (
+            f"{self.filename} cannot be written ({self.strerror}): check its permissions and the free space, or choose "
+            "another place."
+        )
 
 
 class MissingExtraError(SctError, ImportError):
@@ -70,20 +74,35 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 
 
 # A full disk or quota, a file that a limit or a read-only disk forbids, a broken disk.
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_DISK = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG, errno.EROFS, errno.EIO)
+# Libraries whose errors may hide that of the system that they were handling.
+_WRITERS = ("h5py", "tensorstore", "zarr", "anndata", "orbax")
 
 
 def disk_trouble(error: BaseException) -> str:
     """What the system says of a disk that is full, read-only or broken; '' for every other error.
 
-    Libraries (HDF5, TensorStore, Orbax) give it as text inside errors of their own, or as the cause of one.
+    Libraries (HDF5, TensorStore, Orbax) give it as text inside errors of their own, or as the cause of one. A defect
+    that comes up while such an error is handled is still a defect.
     """
     seen: BaseException | None = error
     for _ in range(10):
         if seen is None:
             break
-        for number in _DISK:
-            if getattr(seen, "errno", None) == number or os.strerror(number) in str(seen):
-                return os.strerror(number)
-        seen = seen.__cause__ or seen.__context__
+        if isinstance(seen, OSError | RuntimeError | ValueError):
+            for number in _DISK:
+                if getattr(seen, "errno", None) == number or os.strerror(number) in str(seen):
+                    return os.strerror(number)
+        follows = not seen.__suppress_context__ and (isinstance(seen, OSError) or _is_of_writer(seen))
+        seen = seen.__cause__ or (seen.__context__ if follows else None)
     return ""
+
+
+def _is_of_writer(error: BaseException) -> bool:
+    """Whether a library that writes files raised this RuntimeError or ValueError."""
+    if not isinstance(error, RuntimeError | ValueError):
+        return False
+    module = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = str(frame.f_globals.get("__name__", ""))
+    return module.partition(".")[0] in _WRITERS

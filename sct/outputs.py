@@ -28,7 +28,7 @@ def check_file(path: Path, option: str, overwrite: bool = False, needed: int = 0
         raise ConfigError(f"the output {path} is a folder, but a file is written: choose another {option}.")
     if not overwrite and (path.exists() or path.is_symlink()):
         raise ConfigError(
-            f"the output {path} is there already: replace it with --overwrite, or choose another {option}."
+            f"the output {path} already exists: replace it with --overwrite, or choose another {option}."
         )
     check_room(path.parent, option, needed)
 
@@ -63,7 +63,7 @@ def check_room(folder: Path, option: str, needed: int = 0) -> None:
     while not place.exists() and place != place.parent:
         place = place.parent
     if not place.is_dir():
-        raise ConfigError(f"{place} is no folder, so {folder} cannot be written: choose another {option}.")
+        raise ConfigError(f"{place} is not a folder, so {folder} cannot be written: choose another {option}.")
     try:
         with tempfile.TemporaryFile(dir=place) as probe:  # permissions do not tell what a file system allows
             probe.write(b"0")

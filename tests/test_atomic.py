@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import signal
 import stat
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -121,8 +125,8 @@ def test_the_old_folder_comes_back_where_a_process_died(tmp_path):
 
 
 def test_leftovers_of_dead_processes_alone_are_removed(tmp_path):
-    folder, link = tmp_path / "made", tmp_path / ".made.link.tmp"
-    dead, foreign = tmp_path / ".made.0123.tmp", tmp_path / ".made.4567.tmp"
+    folder, link = tmp_path / "made", tmp_path / ".made.00000000000000ff.tmp"
+    dead, foreign = tmp_path / ".made.0123456789abcdef.tmp", tmp_path / ".made.456789abcdef0123.tmp"
     for place in (dead, foreign):
         place.mkdir()
     (dead / "a").write_text("half")
@@ -145,6 +149,62 @@ def test_leftovers_of_dead_processes_alone_are_removed(tmp_path):
     assert foreign.is_dir()
     assert link.is_symlink()
     assert (tmp_path / "elsewhere").is_dir()
+
+
+def made_long_ago(path: Path) -> Path:
+    then = time.time() - 3600
+    os.utime(path, (then, then))
+    return path
+
+
+def test_an_empty_folder_that_was_just_made_is_not_taken_for_a_leftover(tmp_path):
+    young, old = (tmp_path / f".made.{digit * 16}.tmp" for digit in "01")
+    young.mkdir()
+    old.mkdir()
+    made_long_ago(old)
+    with atomic.atomic_folder(tmp_path / "made", lambda leftover: True):
+        assert young.is_dir()
+        assert not old.exists()
+
+
+KILLED = """
+import os, signal, sys
+from sct.atomic import atomic_write
+with atomic_write(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_files_of_dead_processes_alone_are_removed(tmp_path):
+    target = tmp_path / "made.txt"
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(target)], cwd=ROOT, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (dead,) = tmp_path.iterdir()
+    others = [tmp_path / name for name in (
+        "made.txt.0123456789abcdef.tmp", ".made.txt.0123.tmp", ".made.txt.tmp", ".other.0123456789abcdef.tmp",
+        ".made.txt.0123456789ABCDEF.tmp", ".madeXtxt.0123456789abcdef.tmp",
+    )]  # fmt: skip
+    for path in others:
+        path.write_text("irreplaceable")
+        made_long_ago(path)
+    link, folder = (tmp_path / f".made.txt.{digit * 16}.tmp" for digit in "01")
+    link.symlink_to(others[0])
+    folder.mkdir()
+    (folder / "thesis").write_text("irreplaceable")
+    made_long_ago(folder)
+    atomic.write_text(target, "young")
+    assert dead.exists(), "it may still be written"
+    made_long_ago(dead)
+    with atomic.atomic_write(target) as one:
+        one.write_text("one")
+        made_long_ago(one)
+        assert not dead.exists()
+        # Another writer of the same file takes nothing from this one.
+        atomic.write_text(target, "two")
+        assert one.read_text() == "one"
+    assert target.read_text() == "one"
+    assert set(tmp_path.iterdir()) == {target, link, folder, *others}
 
 
 def test_no_other_module_renames_files_into_place():

@@ -86,7 +86,7 @@ def test_annotate_counts_labels(files):
         (["--input=cells.h5ad", "--model=m", "--output=o.h5ad"], "m does not exist"),
         (["--input=cells.h5ad", "--model=model", "--output=o.csv"], "must end with .h5ad"),
         (["--input=cells.h5ad", "--model=model", "--output=cells.h5ad"], "is the input"),
-        (["--input=cells.h5ad", "--model=model", "--output=cells.h5ad/o.h5ad"], "is no folder"),
+        (["--input=cells.h5ad", "--model=model", "--output=cells.h5ad/o.h5ad"], "is not a folder"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(files, monkeypatch, words, sentence):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import anndata as ad
+import h5py
 import numpy as np
 import pytest
 
@@ -34,7 +36,7 @@ def test_a_file_is_refused_where_it_could_not_be_written(tmp_path, monkeypatch):
     (tmp_path / "there").write_text("kept")
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     assert "is a folder" in refusal(outputs.check_file, tmp_path, "--output")
-    assert "is no folder" in refusal(outputs.check_file, tmp_path / "there" / "x", "--output")
+    assert "is not a folder" in refusal(outputs.check_file, tmp_path / "there" / "x", "--output")
     for name in ("there", "dangling"):
         assert "--overwrite" in refusal(outputs.check_file, tmp_path / name, "--output")
     assert not refusal(outputs.check_file, tmp_path / "there", "--output", overwrite=True)
@@ -151,6 +153,73 @@ def test_what_the_system_says_of_a_disk_is_found_in_what_libraries_say():
         RuntimeError("RESOURCE_EXHAUSTED: memory"),
     ):
         assert not disk_trouble(other)
+
+
+def test_a_defect_that_comes_up_on_a_full_disk_is_a_defect():
+    def caught(defect) -> Exception:
+        try:
+            try:
+                raise OSError(errno.ENOSPC, FULL)
+            except OSError:
+                defect()
+        except Exception as error:
+            return error
+        raise AssertionError
+
+    def broken_library():
+        # h5py's own, of a file that is closed while the error is on its way.
+        with h5py.File("x", "w", driver="core", backing_store=False) as file:
+            file.create_group("a")
+            file.create_group("a")
+
+    def reraised():
+        raise OSError("the folder was not written")
+
+    def value_of_ours():
+        raise ValueError("not a disk")
+
+    for defect in (lambda: {}["x"], lambda: [][0], lambda: int("x"), value_of_ours):
+        assert not disk_trouble(caught(defect)), caught(defect)
+    assert not disk_trouble(KeyError(FULL))
+    for trouble in (reraised, broken_library):
+        assert disk_trouble(caught(trouble)), caught(trouble)
+
+
+def test_an_input_that_cannot_be_read_is_not_told_as_an_output(tmp_path):
+    from sct.commands import tables
+
+    cells, source = slide(), tmp_path / "cells.h5ad"
+    with pytest.raises(DataError, match=r"cells\.h5ad cannot be read \(No such file"):
+        tables.write(cells, str(source), tmp_path / "out.h5ad", {})
+    cells.write_h5ad(source)
+    tables.write(cells, str(source), tmp_path / "out.h5ad", {})
+    assert (tmp_path / "out.h5ad").read_bytes() == source.read_bytes()
+
+
+def test_sigterm_ends_a_command_without_leftovers(tmp_path):
+    code = """
+import signal, sys
+from sct import cli
+from sct.atomic import atomic_write
+def program(rest):
+    with atomic_write(sys.argv[1]) as temporary:
+        temporary.write_text("half")
+        signal.raise_signal(signal.SIGTERM)
+cli.run_main(program, ["sct"], again="start over", stoppable=sys.argv[2] == "stoppable")
+"""
+    said = {}
+    for how in ("stoppable", "handled"):
+        folder = tmp_path / how
+        folder.mkdir()
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(folder / "made.txt"), how],
+            capture_output=True, text=True, cwd=ROOT, check=False,
+        )  # fmt: skip
+        said[how] = (done.returncode, done.stderr.strip(), len(list(folder.iterdir())))
+    assert said == {
+        "stoppable": (143, "stopped; run the same command again to start over", 0),
+        "handled": (-signal.SIGTERM, "", 1),
+    }
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from sct.errors import ConfigError, DataError, disk_trouble, first_line
 
 # Files above are read in place of being loaded.
 BACKED_BYTES = 1 << 30
+_BLOCK = 16 << 20
 
 
 def read(path: str, may_be_backed: bool = True) -> ad.AnnData:
@@ -80,7 +80,9 @@ def write(adata: ad.AnnData, source: str, target: Path, added: Mapping[str, Sequ
             return
         import h5py
 
-        shutil.copyfile(Path(source).expanduser(), temporary)
+        with temporary.open("wb") as copy:
+            for block in _blocks(Path(source).expanduser()):
+                copy.write(block)
         with h5py.File(temporary, "r+") as file:
             for slot, keys in added.items():
                 if slot == "obs":
@@ -90,6 +92,17 @@ def write(adata: ad.AnnData, source: str, target: Path, added: Mapping[str, Sequ
                     ad.io.write_elem(file, slot, {})
                 for key in keys:
                     ad.io.write_elem(file[slot], key, getattr(adata, slot)[key])
+
+
+def _blocks(file: Path) -> Iterator[bytes]:
+    """The bytes of an input, piece by piece; `DataError` where they cannot be read."""
+    try:
+        with file.open("rb") as source:
+            while block := source.read(_BLOCK):
+                yield block
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise DataError(f"{file} cannot be read ({reason}): give another file.") from error
 
 
 @contextmanager
@@ -103,7 +116,7 @@ def replacing(target: Path) -> Iterator[Path]:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(target) as temporary:
+        with atomic_write(target, hold=False) as temporary:  # HDF5 locks what it writes
             yield temporary
     except (OSError, RuntimeError) as error:  # HDF5 raises either of a full disk
         if isinstance(error, RuntimeError) and not disk_trouble(error):

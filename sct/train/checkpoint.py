@@ -207,8 +207,8 @@ class Checkpoints:
             reason = _reason(error)
             raise CheckpointError(
                 f"the checkpoint of step {self._begun} cannot be written to {self._manager.directory} "
-                f"({reason}): make that possible{space_hint(reason)} and run the same command again, which goes on "
-                + (f"from step {max(older)}." if older else "from the start.")
+                f"({reason}): check that the folder can be written to{space_hint(reason)}, and run the same command "
+                "again, which goes on " + (f"from step {max(older)}." if older else "from the start.")
             ) from error
 
 

@@ -88,8 +88,9 @@ class MetricLog:
         except OSError as error:
             reason = error.strerror or str(error)
             raise CheckpointError(
-                f"the metrics of the run folder {self._folder} cannot be written ({reason}): make that possible"
-                f"{space_hint(reason)} and run the same command again, which goes on from the last checkpoint."
+                f"the metrics of the run folder {self._folder} cannot be written ({reason}): check that it can be "
+                f"written to{space_hint(reason)}, and run the same command again, which goes on from the last "
+                "checkpoint."
             ) from error
 
     def __enter__(self) -> MetricLog:
