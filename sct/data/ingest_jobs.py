@@ -102,6 +102,7 @@ def _in_pool(
     done = context.Value("d", 0.0)
     meter = _Meter(bar, "")
     seen = 0.0
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker, initargs=(done,))
     try:
         # The largest first, so that no process is left alone with one at the end.
@@ -117,7 +118,7 @@ def _in_pool(
             for future in finished:
                 yield waiting.pop(future), future.result()
     except (SystemExit, GeneratorExit):  # SIGTERM, which the processes did not get
-        for process in multiprocessing.active_children():
+        for process in set(multiprocessing.active_children()) - others:
             process.terminate()
         raise
     except BrokenProcessPool as error:
