@@ -19,6 +19,10 @@ from sct.train.state import State
 from sct.weights import run_folder
 from sct.weights.pretrained import match
 
+# For writing a checkpoint and then reading all of it to hash it, of which process 0 does the second alone: a model of
+# 13 billion parameters with its optimizer is 156 GB. Orbax's default is 20 minutes.
+SAVE_SECONDS = 6 * 3600
+
 
 @dataclasses.dataclass
 class Progress:
@@ -90,7 +94,9 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._kept,
                 enable_async_checkpointing=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._record),
+                async_options=ocp.AsyncOptions(
+                    timeout_secs=SAVE_SECONDS, post_finalization_callback=self._record
+                ),
                 # A run that was killed while it saved leaves a temporary folder behind.
                 cleanup_tmp_directories=True,
             ),

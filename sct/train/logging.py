@@ -69,10 +69,11 @@ class MetricLog:
             self._board.write(step, named)
 
     def flush(self) -> None:
-        """Wait until the lines are on the disk: a checkpoint, which says that they are written, must not come first."""
+        """Write everything to the disk: a checkpoint, which says that it is there, must not come first."""
         if self._active:
             with self._writing():
                 os.fsync(self._file.fileno())
+                self._board.flush()
 
     def close(self) -> None:
         """Flush and close the files."""
@@ -133,8 +134,11 @@ class _Board:
                 self._pb.Event(step=step, wall_time=time.time(), summary=scalar(name, value))
             )
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
-            self._events.flush()
-            self._flushed = time.monotonic()
+            self.flush()
+
+    def flush(self) -> None:
+        self._events.flush()
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
         self._events.close()

@@ -93,3 +93,22 @@ def full_config(store):
 def config(full_config):
     """As `full_config`, with one level: most time of a run here is compilation."""
     return lambda **changes: full_config(**{"model__num_downsamples": 1, **changes})
+
+
+def board(folder: Path) -> list[tuple[int, str, float]]:
+    """What TensorBoard shows of a run: (step, name, value), without what a restart makes it forget."""
+    from tensorboardX.proto import event_pb2
+
+    shown: list[tuple[int, str, float]] = []
+    for path in sorted((folder / "tensorboard").iterdir()):
+        content, place = path.read_bytes(), 0
+        while place < len(content):
+            size = int.from_bytes(content[place : place + 8], "little")
+            if place + 12 + size + 4 > len(content):
+                break  # what a killed run wrote a part of, which TensorBoard does not read
+            event = event_pb2.Event.FromString(content[place + 12 : place + 12 + size])
+            place += 12 + size + 4
+            if event.session_log.status == event_pb2.SessionLog.START:
+                shown = [each for each in shown if each[0] < event.step]
+            shown += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+    return [each for each in shown if "second" not in each[1]]
