@@ -134,7 +134,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str], only: Sequen
             f"{workdir} is a run, but a sweep needs a folder of its own: choose another --workdir."
         )
     experiment.check_data(runs[BASE], workdir)
-    states = {name: "" if is_finished(workdir / name) else _unfinished(workdir / name) for name in runs}
+    states = {name: _state(workdir / name) for name in runs}
     reason = "finished"
     for number, name in enumerate(wanted, 1):
         console.rule(f"{name} ({number} of {len(wanted)})", align="left")
@@ -159,7 +159,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str], only: Sequen
     if jax.process_index() == 0:
         # Others may have trained the rest meanwhile, with another --only.
         for name in set(runs) - set(wanted):
-            states[name] = "" if is_finished(workdir / name) else _unfinished(workdir / name)
+            states[name] = _state(workdir / name)
         made = tables(workdir, runs, states)
         report.write(made, workdir)
         for each in made:
@@ -174,6 +174,14 @@ def is_finished(folder: Path) -> bool:
     if not (exported / "config.json").is_file() or not (folder / "report.json").is_file():
         return False
     return run_folder.is_run(folder) and run_folder.is_current(folder, exported)
+
+
+def _state(folder: Path) -> str:
+    """Why a run is not finished, "" where it is; a damaged run says so and does not end the others."""
+    try:
+        return "" if is_finished(folder) else _unfinished(folder)
+    except SctError as error:
+        return str(error)
 
 
 def _unfinished(folder: Path) -> str:

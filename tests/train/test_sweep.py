@@ -156,6 +156,27 @@ def test_a_sweep_resumes_skips_and_survives_a_failure(swept, tmp_path, monkeypat
         sweep.run(swept(), tmp_path / "base")
 
 
+def test_a_damaged_run_does_not_end_the_sweep(swept, tmp_path, monkeypatch):
+    names: list[str] = []
+
+    def refused(config, workdir):
+        names.append(Path(workdir).name)
+        raise ConfigError("not trained here.")
+
+    monkeypatch.setattr(experiment, "run", refused)
+    for name in ("base", "bins_7"):
+        folder = tmp_path / name
+        for file in ("config.json", "report.json", "model/config.json", "checkpoints/3/progress/metadata"):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text("{")
+    ended = sweep.run(swept(), tmp_path, ["base", "cells_2"])
+    assert (ended.reason, names) == ("failed", ["cells_2"])
+    for table in rows_of(tmp_path):
+        assert all("not valid JSON" in table[name][-1] for name in ("base", "bins_7"))
+        assert table["cells_2"][-1] == "not trained here."
+        assert table["norm_none"][-1] == "not trained yet"
+
+
 def test_a_signal_stops_the_sweep_which_goes_on_later(swept, tmp_path, monkeypatch):
     names = trained(monkeypatch)
     original = loop.sharding.put_batch
