@@ -30,6 +30,7 @@ _DRAWN = 2000  # cells whose surroundings are looked at
 # that stand side by side.
 _MIXED = 0.2
 _SHARED_PLACE = 0.1
+_APART = 0.9  # of the cells at a place that is taken, those whose section has no other there
 _NEAR = 24  # cells around each in which a grid is looked for
 _GRID_CELLS = 100  # fewer cells show no grid
 _BINS = 50  # bins from such a cell to the farthest of them
@@ -83,7 +84,11 @@ class Scale:
         return ((_checked(coordinates) - self.origin) * self.factor).astype(np.float32)
 
     def holds(self, coordinates: np.ndarray) -> bool:
-        """Whether positions (n, 2) can be those of the section's cells, or of a part of them."""
+        """Whether positions (n, 2) can be those of the section's cells, or of a part of them.
+
+        Raises `DataError` where they are not finite numbers in two columns.
+        """
+        coordinates = _checked(coordinates)
         if not len(coordinates) or len(coordinates) > self.cells:
             return False
         slack = 1e-6 * float((self.high - self.low).max())
@@ -131,16 +136,32 @@ def write_scales(scales: dict[str, Scale], batch_key: str | None) -> dict[str, A
 
 
 def read_scales(uns: Any, spatial_key: str, batch_key: str | None) -> dict[str, Scale]:
-    """The scales that `uns` holds of sections by a column of obs; none where it knows none of them."""
+    """The scales that `uns` holds of sections by a column of obs; none where it knows none of them.
+
+    Raises `DataError` where the entry does not have the form that `write_scales` gives it.
+    """
     found = uns.get(SCALES, {})
     found = found.get(spatial_key) if hasattr(found, "get") else None
-    if found is None or str(found["batch_key"]) != (batch_key or ""):
+    if found is None:
         return {}
-    columns = [np.asarray(found[name]) for name in ("section", "cells", "low", "high", "origin", "factor")]
-    return {
-        str(name): Scale(int(cells), low, high, origin, float(factor))
-        for name, cells, low, high, origin, factor in zip(*columns, strict=True)
-    }
+    try:
+        if str(found["batch_key"]) != (batch_key or ""):
+            return {}
+        names, cells = np.asarray(found["section"]).astype(str), np.asarray(found["cells"], np.int64)
+        low, high, origin = (_checked(found[name]) for name in ("low", "high", "origin"))
+        factor = np.asarray(found["factor"], np.float64)
+        if not np.isfinite(factor).all():
+            raise ValueError("a factor is not finite")
+        return {
+            str(name): Scale(int(n), least, most, start, float(each))
+            for name, n, least, most, start, each in zip(names, cells, low, high, origin, factor, strict=True)
+        }
+    except (KeyError, IndexError, TypeError, ValueError, DataError) as error:
+        raise DataError(
+            f"uns[{SCALES!r}][{spatial_key!r}] does not describe scales of sections "
+            f"({type(error).__name__}: {error}): delete it (del adata.uns[{SCALES!r}]), and compute it again of whole "
+            "sections with sct.pp.spatial_scale."
+        ) from error
 
 
 def stray_cells(coordinates: np.ndarray) -> np.ndarray:
@@ -206,12 +227,23 @@ def _overlaid(coordinates: np.ndarray, obs: pd.DataFrame) -> tuple[str, str]:
         share = float((codes[beside] != codes[drawn]).mean())
         if share > _MIXED:
             return name, f"{share:.0%} of the cells are next to one of another {name}"
-    column = columns[0] if columns else ""
-    taken = n - len(np.unique(coordinates, axis=0))
+    # Cells at one place may also be single cells assigned to a spot: sections have one cell each at a place.
+    places, at = np.unique(coordinates, axis=0, return_inverse=True)
+    taken = n - len(places)
     if taken > _SHARED_PLACE * n:
-        return column, f"{taken:,} of {n:,} cells are at the place of another"
-    if n < _GRID_CELLS:
+        for name in columns:
+            pairs = np.stack([at.ravel(), pd.factorize(obs[name])[0]])
+            apart = np.unique(pairs, axis=1).shape[1] - len(places)
+            if apart > _APART * taken:
+                return name, f"{taken:,} of {n:,} cells are at the place of one of another {name}"
+    if taken:
+        coordinates = places
+        drawn = np.random.default_rng(0).permutation(len(places))[:_DRAWN]
+    if len(coordinates) < _GRID_CELLS:
         return "", ""
+    if taken:
+        _, near = KDTree(coordinates).query(coordinates[drawn], k=_NEAR + 1)
+    column = columns[0] if columns else ""
     crowded = _crowded(coordinates[near[:, 1:]] - coordinates[drawn][:, None])
     return column, f"{crowded:.0%} of the spots lie between those of a regular grid" if crowded else ""
 

@@ -17,6 +17,7 @@ from sct.data.coordinates import (
     stray_cells,
     write_scales,
 )
+from sct.errors import DataError
 
 
 def grid(side: int = 40, pitch: float = 100.0) -> np.ndarray:
@@ -58,6 +59,32 @@ def test_a_scale_is_not_for_other_positions():
         "nothing": whole[:0],
     }
     assert not {name for name, places in other.items() if scale.holds(places)}
+    for places in (np.zeros((5, 3)), np.zeros(5), np.full((5, 2), np.nan)):
+        with pytest.raises(DataError, match="coordinates"):
+            scale.holds(places)
+
+
+def test_damaged_scales_are_one_sentence():
+    whole = write_scales({"a": Scale.of(grid()), "b": Scale.of(grid(9))}, "slide")
+    damaged = {
+        "a list": [1, 2],
+        "a text": "scale",
+        "no entry": {name: value for name, value in whole.items() if name != "origin"},
+        "fewer": {**whole, "cells": whole["cells"][:1]},
+        "three columns": {**whole, "low": np.zeros((2, 3))},
+        "words": {**whole, "cells": ["many", "few"]},
+        "a number": {**whole, "factor": 3.0},
+        "nan": {**whole, "factor": [np.nan, 1.0]},
+    }
+    wrong = []
+    for name, content in damaged.items():
+        try:
+            read_scales({SCALES: {"spatial": content}}, "spatial", "slide")
+            wrong.append(name)
+        except DataError as error:
+            wrong += [] if SCALES in str(error) else [(name, str(error))]
+    assert not wrong
+    assert list(read_scales({SCALES: {"spatial": whole}}, "spatial", "slide")) == ["a", "b"]
 
 
 def test_stray_cells_do_not_shrink_the_section():
@@ -90,7 +117,10 @@ def test_sections_over_each_other_are_found():
     two = 2 * len(one)
     letters = rows_like(two, "ab")
     overlaid = {
-        "the same array": (np.concatenate([one, one]), {}, "batch_key=..."),
+        "the same array": (np.concatenate([one, one]), {"slide": letters}, "batch_key='slide'"),
+        "a part of the same array": (
+            np.concatenate([one, one[:300]]), {"donor": ["a"] * len(one) + ["b"] * 300}, "batch_key='donor'",
+        ),
         "shifted": (np.concatenate([one, moved(one, 33, 41)]), {}, "batch_key=..."),
         "turned": (np.concatenate([one, turned(one, 0.3)]), {}, "batch_key=..."),
         "three": (np.concatenate([one, moved(one, 30, 20), moved(one, 61, 70)]), {}, "batch_key=..."),
@@ -122,6 +152,12 @@ def test_one_section_raises_no_doubt():
         "a second piece": (np.concatenate([one, moved(one[:60], 7000, 0)]), {}),
         "types": (rng.random((1600, 2)), {"cell_type": rng.choice(["T", "B"], 1600)}),
         "one library": (one, {"library_id": rows_like(1600, "a")}),
+        "single cells on spots": (np.repeat(one, 5, axis=0), {}),
+        "single cells on some spots": (one[rng.integers(0, len(one), 1600)], {"cell_type": ["T"] * 1600}),
+        "single cells on spots side by side": (
+            np.repeat(np.concatenate([one, moved(one, 6000, 0)]), 3, axis=0),
+            {"slide": rows_like(9600, "ab")},
+        ),
         "a few cells": (rng.random((10, 2)), {}),
         "one cell": (rng.random((1, 2)), {}),
         "none": (np.zeros((0, 2)), {}),
