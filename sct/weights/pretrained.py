@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sct.data.genes import GeneVocabulary
+from sct.data.text import tokenizer as tokenizers
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import CheckpointError, ConfigError, DataError
 from sct.extras import load_extra
@@ -441,7 +442,10 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     from sct.weights import run_folder
 
     given = Path(path).expanduser()
-    folder = given if given.exists() or not _is_hub_id(path) else _download(str(path))
+    folder = given
+    if not given.exists() and _is_hub_id(path):
+        here = f"{run_folder.TOKENIZER}/"
+        folder = _download(str(path), [place + name for place in ("", here) for name in tokenizers.FILES])
     folder = model_folder.find(folder) or folder
     own = folder / run_folder.TOKENIZER
     return Tokenizer.load(own if own.is_dir() else folder)
@@ -457,13 +461,17 @@ def _is_hub_id(path: str | os.PathLike[str]) -> bool:
     return not Path(found[1]).exists()
 
 
-def _download(name: str) -> Path:
-    """Fetch a model of the Hugging Face hub."""
+def _download(name: str, only: Sequence[str] | None = None) -> Path:
+    """Fetch a model of the Hugging Face hub, or some of its files."""
     what = f"there is no folder {name!r}, and fetching it from the Hugging Face hub"
     hub = load_extra("huggingface_hub", "hub", what=what)
     try:
         return Path(
-            hub.snapshot_download(name, ignore_patterns=["*.h5", "*.msgpack", "*.onnx*", "*.ot", "*.tflite"])
+            hub.snapshot_download(
+                name,
+                allow_patterns=only,
+                ignore_patterns=["*.h5", "*.msgpack", "*.onnx*", "*.ot", "*.tflite"],
+            )
         )
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 import warnings
+from fnmatch import fnmatch
 from pathlib import Path
 
 import flax.linen as nn
@@ -636,7 +637,13 @@ def test_the_tokenizer_of_whatever_names_a_model(tmp_path, monkeypatch):
     tokenizer.save(tmp_path / "run" / "tokenizer")
     tokenizer.save(tmp_path / "model")
     fake = types.ModuleType("huggingface_hub")
-    fake.snapshot_download = lambda name, **options: str(tmp_path / "model")
+    asked = []
+
+    def fetch(name, *, allow_patterns, **options):
+        asked.extend(allow_patterns)
+        return str(tmp_path / "model")
+
+    fake.snapshot_download = fetch
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
     for name in (
         tmp_path / "run",
@@ -645,6 +652,18 @@ def test_the_tokenizer_of_whatever_names_a_model(tmp_path, monkeypatch):
         "someone/model",
     ):
         assert pretrained.load_tokenizer(name).fingerprint == tokenizer.fingerprint
+    fetched = lambda name: any(fnmatch(name, pattern) for pattern in asked)  # noqa: E731
+    needed = (
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "config.json",
+    )
+    assert all(fetched(name) for name in (*needed, "added_tokens.json", "generation_config.json"))
+    assert fetched("tokenizer/tokenizer.json"), "of a run"
+    weights = ("model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin", "genes.tsv")
+    assert not any(fetched(name) for name in weights)
 
 
 def test_shards_of_an_index_lie_in_its_folder(model, tmp_path):

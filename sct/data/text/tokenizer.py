@@ -33,6 +33,11 @@ END = "<|endoftext|>"
 PAD = "<|pad|>"
 VOCAB_SIZE = 9609  # Cell2Sentence paper, appendix C.0.1
 _CONFIG = "tokenizer_config.json"
+# Files beside a tokenizer's own that name its special tokens.
+_ADDED, _SPECIAL = "added_tokens.json", "special_tokens_map.json"
+_NAMED_BY_ID = ("generation_config.json", "config.json")
+# All that `Tokenizer.load` reads of a folder.
+FILES = (JSON, MODEL, _CONFIG, _ADDED, _SPECIAL, *_NAMED_BY_ID)
 _ANCHOR = ":"
 # Pieces that are never joined: words with a space before them, which may hold hyphens and dots, and other marks.
 _WORDS = r" ?\w+(?:[-./]\w+)*| ?[^\s\w]+|\s+"
@@ -315,7 +320,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _added(config: dict[str, Any], folder: Path, pieces: int) -> tuple[str, ...]:
     """Tokens that a folder adds behind the pieces of its tokenizer.model, in the order of their ids."""
     decoder = config.get("added_tokens_decoder", {})
-    ids = {int(number): token for token, number in _read(folder / "added_tokens.json").items()}
+    ids = {int(number): token for token, number in _read(folder / _ADDED).items()}
     ids |= {int(number): str(_content(token)) for number, token in decoder.items()}
     beyond = sorted(number for number in ids if number >= pieces)
     if beyond != list(range(pieces, pieces + len(beyond))):
@@ -334,11 +339,11 @@ def _content(token: Any) -> Any:
 def _special_names(folder: Path, config: dict[str, Any], backend: Backend) -> dict[str, str | None]:
     """Names of the special tokens by role, from the first file that speaks of each; null means none."""
     names: dict[str, str | None] = {}
-    for source in (config, _read(folder / "special_tokens_map.json")):
+    for source in (config, _read(folder / _SPECIAL)):
         for role in ROLES:
             if f"{role}_token" in source:
                 names.setdefault(role, _content(source[f"{role}_token"]))
-    for source in (_read(folder / "generation_config.json"), _read(folder / "config.json")):
+    for source in (_read(folder / name) for name in _NAMED_BY_ID):
         for role in ROLES:
             number = source.get(f"{role}_token_id")
             number = number[0] if isinstance(number, list) and number else number
