@@ -82,7 +82,8 @@ def annotate(
         (of cells that became "unknown" too); `obsm[key_added + "_probabilities"]`, float32 (N, labels);
         `uns[key_added]`, the parameters, and "labels", the names of these columns. A new embedding stays in
         `obsm["X_sct"]` of both. With several contexts `obs[key_added + "_agreement"]`, the share of them in which the
-        embedding alone gives the same label, whose mean is `uns[key_added]["agreement"]`. For labels learned together
+        embedding alone gives the same best label (of cells that became "unknown" too), whose mean is
+        `uns[key_added]["agreement"]`. For labels learned together
         there is a column `obs[key_added + "_" + label]` for each, too.
     copy
         Return a changed copy, and leave `adata` as it is.
@@ -151,11 +152,15 @@ def annotate(
         if n_contexts is None:
             n_contexts = CONTEXTS if options.get("spatial_key") is None else 1
         pair = _contexts(reference, target, handle, {**options, "n_contexts": n_contexts})
-        totals: Any = [0, 0]
+        totals: list[np.ndarray] = []
         for found in zip(*(each.draws() for each in pair), strict=True):
-            totals = [total + one for total, one in zip(totals, found, strict=True)]
             if n_contexts > 1:
                 drawn.append(_shares(found[0][known], found[1], labels.to_numpy()[known], n_neighbors)[1])
+            if not totals:
+                totals = list(found)
+                continue
+            for total, one in zip(totals, found, strict=True):
+                total += one
         for each, cells, total in zip(pair, (reference, target), totals, strict=True):
             each.write(cells, total, use_rep)
     for name, cells in (("adata", target), ("the reference", reference)):

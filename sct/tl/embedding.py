@@ -84,7 +84,10 @@ def embed(
         cells_per_bag=cells_per_bag, batch_size=batch_size, gene_column=gene_column, duplicates=duplicates, seed=seed,
         n_contexts=n_contexts,
     )  # fmt: skip
-    total = sum(found.draws())
+    draws = found.draws()
+    total = next(draws)
+    for one in draws:
+        total += one
     target = running.to_write(adata, copy)
     found.write(target, total, key_added)
     return target if copy else None
@@ -152,9 +155,9 @@ class Contexts:
                 embedding[one.rows[one.counted]] = one.outputs["cell_embedding"][one.counted]
             yield embedding
 
-    def write(self, target: ad.AnnData, total: Any, key: str) -> None:
+    def write(self, target: ad.AnnData, total: np.ndarray, key: str) -> None:
         """Write the mean of the draws, of their sum (N, D), and how it was made."""
         said = self.settings
-        target.obsm[key] = (total / np.float32(said["n_contexts"])).astype(np.float32)
+        target.obsm[key] = (total / np.float32(said["n_contexts"])).astype(np.float32, copy=False)
         running.keep_scales(target, self.cells.sections, said["batch_key"], said["spatial_key"])
         target.uns[key] = running.record(self.model, self.cells, **said)
