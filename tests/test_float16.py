@@ -102,7 +102,7 @@ def test_a_part_of_a_model_is_named_and_an_accelerator_computes_it(monkeypatch):
         "zeromics",
         {"llm": {**SMALL, "vocab_size": 20, "dtype": "float16"}, "cells": {**SMALL, "num_genes": 8}},
     )
-    with pytest.raises(ConfigError, match=r"llm\.dtype=float32"):
+    with pytest.raises(ConfigError, match=r"llm\.dtype=float32.*model\.llm\.dtype.*'sha256'"):
         registry.check_device(config)
     llm = dataclasses.replace(config.llm, dtype="bfloat16")
     registry.check_device(dataclasses.replace(config, llm=llm))

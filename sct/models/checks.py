@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import jax
@@ -37,6 +38,8 @@ def check_fields(config: Any, choices: Mapping[str, tuple[str, ...]], least: Map
         value = getattr(config, field)
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{field} is {value}, but it must be finite.")
+        if (field in MOST or field in POSITIVE or field in least) and not isinstance(value, Real):
+            raise ConfigError(f"{field} is {value!r}, but it must be a number.")
         if field in MOST and not value <= MOST[field]:
             raise ConfigError(f"{field} is {value}, but it must be at most {MOST[field]}.")
         if field in POSITIVE and not 0 < value <= POSITIVE[field]:

@@ -123,7 +123,7 @@ class DecoderConfig:
             )
         if self.rotary_scaling == "llama3" and self.rotary_low >= self.rotary_high:
             raise ConfigError(
-                f"rotary_low is {self.rotary_low} and rotary_high is {self.rotary_high}, but it must be smaller."
+                f"rotary_low is {self.rotary_low}, but it must be smaller than rotary_high ({self.rotary_high})."
             )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}, but it must lie in [0, 1).")

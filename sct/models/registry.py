@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import jax
 
 from sct.errors import ConfigError
+from sct.hashes import SEAL
 from sct.models.bert import Bert
 from sct.models.bert_config import BertConfig
 from sct.models.decoder import Decoder
@@ -98,7 +99,8 @@ def check_device(config: Any) -> None:
         if getattr(part, "dtype", None) == "float16":
             raise ConfigError(
                 f"the model computes in float16 ({path}dtype), which CPUs do not: take a GPU, or float32 or bfloat16 "
-                f"(--config.model.{path}dtype=float32; of a saved model, in its config.json)."
+                f"(--config.model.{path}dtype=float32; of a saved model change model.{path}dtype in its config.json "
+                f"and delete the entry {SEAL!r} there)."
             )
         nested = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
         parts += [

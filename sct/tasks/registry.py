@@ -122,7 +122,7 @@ def _instructions(parts: Parts) -> Instructions:
     else:
         if not parts.data.llm and not parts.objective.train_llm:
             raise ConfigError(
-                "adapters change a decoder that is there: name one by --config.data.llm=FOLDER, or train one by "
+                "LoRA needs a pretrained decoder: set --config.data.llm=FOLDER, or train one with "
                 "--config.objective.train_llm=True."
             )
         size = parts.tokenizer.vocab_size

@@ -316,7 +316,7 @@ def ask(
     running.check_seed(seed)
     check_key(key_added)
     if not isinstance(question, str) or not question.strip():
-        raise ConfigError(f"the question is {question!r}, but a text is needed: ask something.")
+        raise ConfigError(f"question is {question!r}, but it must be a non-empty string.")
     handle = running.loaded(model)
     asker = asker_of(handle)
     said = _said(adata, "abstract", abstract, "a text")

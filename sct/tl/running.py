@@ -54,8 +54,8 @@ def opened(model: Model) -> Pretrained:
     handle = loaded(model)
     if handle.family != "sct":
         raise ConfigError(
-            f"a model of the family {handle.family!r} is not for this function, which needs one of the "
-            "family sct."
+            f"this function needs a model with cell embeddings (family sct), but the model is of the family "
+            f"{handle.family!r}: give another."
         )
     return handle
 

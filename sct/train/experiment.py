@@ -382,7 +382,7 @@ def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
         import_tokenizers()  # before minutes of work that would come to nothing
     if getattr(getattr(objective, "lora", None), "rank", 0) and not plain.get("init_from"):
         raise ConfigError(
-            "adapters change a model that is there: add --config.init_from=MODEL, or set objective.lora.rank to 0."
+            "LoRA needs a pretrained model: set --config.init_from=MODEL, or objective.lora.rank to 0."
         )
     registry.build(kind.data, plain.get("data", {}), "data")
     registry.check_device(registry.model_config(plain["family"], plain.get("model", {}), 1))

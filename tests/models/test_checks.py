@@ -51,6 +51,22 @@ def test_sizes_and_numbers_are_bounded_before_anything_is_allocated(family, monk
     assert all(most < 10**9 for most in MOST.values())
 
 
+def test_what_is_no_number_is_refused_where_a_number_is_bounded():
+    wrong = []
+    for family, (cls, _) in registry.MODELS.items():
+        config = registry.model_config(family, {}, 1000)
+        for name in {field.name for field in dataclasses.fields(cls)} & {*MOST, *POSITIVE}:
+            for value in (None, "12"):
+                try:
+                    dataclasses.replace(config, **{name: value})
+                    wrong.append((family, name, value))
+                except ConfigError as error:
+                    wrong += [] if name in str(error) else [(family, name, value, str(error))]
+                except Exception as error:
+                    wrong.append((family, name, value, repr(error)))
+    assert not wrong
+
+
 def test_heads_that_do_not_divide_the_width():
     for family, values in {
         "sct": {"embed_dim": 96, "num_heads": 7}, "bert": {"embed_dim": 96, "num_heads": 7},
