@@ -65,11 +65,23 @@ $(VENV)/.python:
 	@"$(PYTHON)" -m venv --clear $(VENV)
 	@touch $@
 
+# Whether .venv holds this folder under `sct`, the name of the distribution in earlier versions.
+define EARLIER
+import json, os
+from importlib.metadata import distribution
+from urllib.parse import unquote, urlsplit
+about = json.loads(distribution("sct").read_text("direct_url.json"))
+assert about["dir_info"]["editable"] and os.path.samefile(unquote(urlsplit(about["url"]).path), ".")
+endef
+export EARLIER
+
 # A stamp per set of extras; the constraints are the tested versions of .venv's Python, where there are some.
 $(VENV)/.cells: EXTRAS := cells
 $(VENV)/.test: EXTRAS := cells,test
 $(VENV)/.cells $(VENV)/.test: $(VENV)/.python $(INPUTS)
 	@echo "installing sct-jax[$(EXTRAS)] into $(VENV) (minutes the first time)"
+	@! $(BIN)/python -P -c "$$EARLIER" 2> /dev/null || \
+		$(BIN)/python -m pip uninstall -qq --disable-pip-version-check -y sct
 	@versions=constraints/$$($(BIN)/python -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt; \
 	[ ! -f $$versions ] || set -- -c $$versions; \
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[$(EXTRAS)]" "$$@"

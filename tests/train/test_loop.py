@@ -28,7 +28,7 @@ from sct.train.optim import OptimizerConfig, make_optimizer
 from sct.train.sharding import MeshConfig
 from sct.train.state import init_state, make_train_step
 
-from .conftest import CONFIG, merged, read_log, same, without_times
+from .conftest import CONFIG, board, merged, read_log, same, without_times
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -169,6 +169,7 @@ def test_a_killed_run_resumes_from_its_last_complete_checkpoint(config, tmp_path
     resumed = run(plain, killed)
     assert same(whole.state, resumed.state)
     assert without_times(read_log(tmp_path / "whole")) == without_times(read_log(killed))
+    assert board(tmp_path / "whole") == board(killed)
 
 
 def test_two_trainings_on_one_folder(config, tmp_path, capfd):
