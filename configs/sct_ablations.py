@@ -44,6 +44,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.objective.masking.update(
         kind="stratified", expressed=0.15, unexpressed=0.01, low=0.05, high=0.5, mixture=()
     )
+    config.objective.logit_adjustment = False  # the paper's loss, in every run but one
     mixture = {"kind": "mixture", "mixture": _SINGLE_CELL["MIXTURE"]}
 
     few = _FEW_CELLS[variant]
@@ -53,7 +54,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "masking_unexpressed_5": {"objective": {"masking": {"unexpressed": 0.05}}},
             "masking_drawn": {"objective": {"masking": {"kind": "drawn"}}},
             "masking_mixture": {"objective": {"masking": mixture}},
-            "adjustment_none": {"objective": {"logit_adjustment": False}},
+            "logit_adjustment": {"objective": {"logit_adjustment": True}},
             "norm_layer": {"model": {"norm": "layer"}},
             "norm_none": {"model": {"norm": "none"}},
             "norm_fixed": {"model": {"norm": "shared_fixed"}},

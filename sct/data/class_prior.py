@@ -24,6 +24,11 @@ ASSUMED = (
     "as in the sCT paper, to turn its logits into probabilities of expression."
 )
 
+ONE_SIDED = (
+    "this model's training never masked unexpressed genes (or never expressed ones), so it cannot tell whether a gene "
+    "is expressed: use its levels only for genes that you know to be expressed."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class ClassPrior:
@@ -36,24 +41,26 @@ class ClassPrior:
     adjusted
         Whether the training loss removed it (logit adjustment), so that the logits are those of an ordinary gene.
     assumed
-        Whether the rates are the paper's for want of a record.
+        Whether there is no record of the rates, and the paper's are assumed.
+    one_sided
+        Whether only expressed, or only unexpressed, genes were masked: nothing can correct that.
     """
 
     log_ratio: float
     adjusted: bool = False
     assumed: bool = False
+    one_sided: bool = False
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> ClassPrior:
         """Read it from the `data` section of a model."""
-        recorded = data.get("masking")
+        recorded, adjusted = data.get("masking"), data.get("logit_adjustment") is True
+        if not isinstance(recorded, Mapping):
+            return cls(PAPER.log_ratio, adjusted, assumed=not adjusted)
         try:
-            rule = Masking.from_record(recorded) if isinstance(recorded, Mapping) else None
-            log_ratio = PAPER.log_ratio if rule is None else rule.log_ratio
+            return cls(Masking.from_record(recorded).log_ratio, adjusted)
         except ConfigError:  # trained with a rate of zero, which has no logarithm
-            rule, log_ratio = None, PAPER.log_ratio
-        adjusted = data.get("logit_adjustment") is True
-        return cls(log_ratio, adjusted, rule is None and not adjusted)
+            return cls(0.0, adjusted, one_sided=True)
 
     @property
     def offset(self) -> float:
@@ -70,6 +77,6 @@ class ClassPrior:
         return math.exp(PAPER.log_ratio if self.adjusted else self.log_ratio)
 
     def warn(self) -> None:
-        """Warn a user where the rates are assumed."""
-        if self.assumed:
-            warnings.warn(ASSUMED, UserWarning, stacklevel=3)
+        """Warn a user where the rates are assumed, or leave nothing to correct."""
+        if self.assumed or self.one_sided:
+            warnings.warn(ASSUMED if self.assumed else ONE_SIDED, UserWarning, stacklevel=3)

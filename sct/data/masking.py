@@ -137,8 +137,8 @@ class Masking:
     genes
         Gene positions masked by "genes".
     mixture
-        Kinds and their weights for "mixture", as in (("drawn", 3.0), ("cells", 1.0)); each kind takes its
-        parameters from the fields above.
+        Kinds and their weights for "mixture", as in (("drawn", 3.0), ("cells", 1.0)); each kind takes its parameters
+        from the fields above. Other kinds ignore it.
 
     Raises
     ------
@@ -194,11 +194,6 @@ class Masking:
 
     def _check_mixture(self) -> None:
         if self.kind != MIXTURE:
-            if self.mixture:
-                raise ConfigError(
-                    f"masking mixture is set, but masking kind is {self.kind!r}: set the kind to {MIXTURE!r}, or "
-                    "leave mixture empty."
-                )
             return
         pairs = [pair for pair in self.mixture if isinstance(pair, tuple) and len(pair) == 2]
         kinds = [kind for kind, _ in pairs]

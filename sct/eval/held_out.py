@@ -15,6 +15,7 @@ from scipy import sparse
 from sct.data import masking
 from sct.data.bags import BagSource
 from sct.data.loader import spread
+from sct.data.tokenize import level_values
 from sct.errors import ConfigError
 from sct.progress import track
 
@@ -301,7 +302,8 @@ def mask_ratio(held_out: HeldOut, ratio: float, seed: int) -> Masked:
 def mask_measured(held_out: HeldOut, ratio: float, seed: int, most: int) -> Masked:
     """Hide exactly round(`ratio` x n) of the n measured genes of each cell, and score them all, expressed or not.
 
-    Of more than `most` hidden positions, so many are scored, drawn at random.
+    If more than `most` positions are hidden, a random draw of `most` of them is scored. `means` are those of the
+    visible genes of each cell.
     """
     amounts = np.full(held_out.num_bags, ratio, np.float32)
     measured = held_out.measured[held_out.study]
@@ -310,7 +312,16 @@ def mask_measured(held_out: HeldOut, ratio: float, seed: int, most: int) -> Mask
     places = np.flatnonzero(mask)
     if len(places) > most:
         places = np.sort(np.random.default_rng(seed).choice(places, most, replace=False))
-    return Masked.of(held_out, mask, np.divmod(places, mask.shape[1]))
+    masked = Masked.of(held_out, mask, np.divmod(places, mask.shape[1]))
+    # As `sct.tl.impute`: what stands for a level are the counts of the genes that are shown.
+    shown = masked.visible
+    rows = np.repeat(np.arange(len(held_out)), np.diff(shown.indptr))
+    levels = held_out.tokens[rows, shown.indices]
+    used = levels > 0  # noise is read as unexpressed
+    _, means = level_values(
+        rows[used], levels[used], shown.data[used], masked.low, masked.high, held_out.num_bins
+    )
+    return dataclasses.replace(masked, means=means)
 
 
 def mask_cells(held_out: HeldOut, num_cells: int, seed: int) -> Masked:

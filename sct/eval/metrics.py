@@ -171,11 +171,12 @@ def reliability(true: np.ndarray, probability: np.ndarray, bins: int = 15) -> Re
 def grouped_pearson(
     first: np.ndarray, second: np.ndarray, group: np.ndarray, num_groups: int, least: int = 10
 ) -> np.ndarray:
-    """Pearson correlation of two arrays (n,) within each group.
+    """Pearson correlation of predicted (`first`) and true (`second`) values (n,) within each group.
 
     Returns
     -------
-    float64 (num_groups,); NaN for a group with fewer than `least` values or where either array is constant.
+    float64 (num_groups,); NaN for a group with fewer than `least` values or where `second` is constant, 0 where
+        only `first` is: a constant prediction says nothing.
     """
     x, y = np.asarray(first, np.float64), np.asarray(second, np.float64)
 
@@ -185,9 +186,9 @@ def grouped_pearson(
     size = np.bincount(group, minlength=num_groups)
     x, y = x - mean(x)[group], y - mean(y)[group]
     covariance, x_variance, y_variance = mean(x * y), mean(x * x), mean(y * y)
-    defined = (size >= least) & (x_variance > 1e-12) & (y_variance > 1e-12)
-    scale = np.sqrt(np.where(defined, x_variance * y_variance, 1))
-    return np.where(defined, covariance / scale, np.nan)
+    defined, varies = (size >= least) & (y_variance > 1e-12), x_variance > 1e-12
+    scale = np.sqrt(np.where(defined & varies, x_variance * y_variance, 1))
+    return np.where(defined, np.where(varies, covariance / scale, 0.0), np.nan)
 
 
 # Embeddings

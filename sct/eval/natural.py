@@ -1,4 +1,4 @@
-"""Imputation of genes hidden without regard to expression, which asks whether probabilities mean what they say.
+"""Imputation of genes hidden without regard to expression: tests whether probabilities and counts are right.
 
 The sCT paper scores hidden genes that are expressed. A person who imputes a gene does not know whether it is
 expressed, so here a share of the *measured* genes of each cell is hidden and every hidden position is scored:
@@ -60,6 +60,11 @@ _EXPRESSION_NOTES = (
     _SCORED,
     "AUROC and average precision: of the probability that a count was measured. Cross-entropy: of the levels, in nats. "
     "ECE: expected calibration error of that probability, 15 bins.",
+)
+_RANGES = (
+    "Levels follow each cell's own range of counts, hidden genes included, for all methods. Expected counts use the "
+    "mean counts of levels among visible genes. Poisson: smoothed means become probabilities of levels; real counts "
+    "vary more than that, so these rows understate zeros."
 )
 _COUNTS_NOTES = (
     _SCORED,
@@ -149,16 +154,19 @@ class GeneMean:
                 totals[study, : len(self._train)] = self._train
             else:
                 totals[study] = np.asarray(known[held_out.study == study].sum(axis=0)).ravel()
+        sizes = np.bincount(held_out.study)
         out = np.zeros(len(masked.cells), np.float32)
         library = np.asarray(masked.visible.sum(axis=1)).ravel()
         for cells, part in _blocks(masked):
             mean = totals[held_out.study[cells]]
             if self._train is None:  # a cell does not tell of itself
-                mean = mean - known[cells].toarray()
+                mean = np.maximum(mean - known[cells].toarray(), 0)
+            # One further cell with the average of all genes, so that no gene has the mean zero.
+            mean = mean + mean.mean(axis=1, keepdims=True) / sizes[held_out.study[cells], None]
             seen = np.where(masked.mask[cells], 0, mean).sum(axis=1)
             factor = np.divide(library[cells], seen, out=np.zeros_like(seen), where=seen > 0)
             cell = masked.cells[part] - cells.start
-            out[part] = np.maximum(mean[cell, masked.genes[part]], 0) * factor[cell]
+            out[part] = mean[cell, masked.genes[part]] * factor[cell]
         return out
 
     def estimate(self, held_out: HeldOut, masked: Masked) -> Estimate:
@@ -183,7 +191,8 @@ class Smoothed:
 
     def __init__(self, method: baselines.Method, gene_mean: GeneMean, neighbours: int):
         self.name, self.fitted_on = method.name, method.fitted_on
-        self.remark = "Poisson; " + (method.remark or "the gene's mean counts as one more neighbor")
+        parts = ("Poisson", method.remark, f"with the gene's mean, weights {neighbours} : 1")
+        self.remark = "; ".join(filter(None, parts))
         self._method, self._mean, self._neighbours = method, gene_mean, neighbours
 
     def estimate(self, held_out: HeldOut, masked: Masked) -> Estimate:
@@ -273,7 +282,7 @@ class Row:
 
     def score(self, held_out: HeldOut, masked: Masked, estimate: Estimate) -> None:
         """Add the numbers of one draw."""
-        expressed = masked.counts > 0
+        expressed = masked.levels > 0  # noise genes are read as unexpressed
         probability = 1 - estimate.chance[:, 0]
         table = metrics.reliability(expressed, probability)
         genes, cells = masked.mask.shape[1], len(masked.mask)
@@ -359,14 +368,16 @@ class Outcome:
     def reports(self) -> list[Report]:
         """The tables."""
         return [
-            self.report(EXPRESSION, "expression", _EXPRESSION_NOTES),
-            self.report(COUNTS, "counts", _COUNTS_NOTES),
+            self.report(EXPRESSION, "expression", (*_EXPRESSION_NOTES, _RANGES)),
+            self.report(COUNTS, "counts", (*_COUNTS_NOTES, _RANGES)),
         ]
 
     @property
     def summary(self) -> Report:
         """One table of the most important numbers."""
-        return self.report(SUMMARY, "expression and counts", (*_EXPRESSION_NOTES, *_COUNTS_NOTES[1:]))
+        return self.report(
+            SUMMARY, "expression and counts", (*_EXPRESSION_NOTES, *_COUNTS_NOTES[1:], _RANGES)
+        )
 
     @property
     def reliability(self) -> dict[str, metrics.Reliability]:

@@ -438,14 +438,9 @@ def _held_out(
 
 def _reliability_figure(outcome: natural.Outcome) -> Figure:
     """Reliability of the probabilities of expression."""
-    from matplotlib.figure import Figure as Canvas
-
-    from sct import pl
-
-    canvas = Canvas(figsize=(8.2, 4.8), layout="constrained")
-    pl.reliability(outcome.reliability, ax=canvas.add_subplot())
-    caption = "Hidden measured genes, all draws together. On the diagonal, probabilities are what they say."
-    return Figure("Reliability of the probability of expression", figure_svg(canvas), caption)
+    caption = "Hidden measured genes, all draws together. On the diagonal, probabilities are right."
+    drawing = functools.partial(_drawn, "reliability", (8.2, 4.8), outcome.reliability)
+    return Figure("Reliability of the probability of expression", drawing, caption)
 
 
 def _imputation_figures(outcome: Outcome, cells_per_bag: int) -> list[Figure]:

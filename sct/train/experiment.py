@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -42,7 +42,7 @@ from sct.weights.vocabulary import resized
 TOKENIZER, MODEL = run_folder.TOKENIZER, run_folder.MODEL
 _SECTIONS = ("family", "task", "init_from", "model", "data", "objective", "optimizer", "train")
 # What an option meant before it existed, for runs that do not record it.
-_BEFORE = {"objective": {"logit_adjustment": False}}
+_BEFORE = {"logit_adjustment": False}
 # What may change when a run goes on: it does not change what is computed.
 _FREE = {
     "train": {
@@ -93,10 +93,13 @@ def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Path) -
     """Refuse to continue a run with options that change what it computes."""
     for section in _SECTIONS:
         before, after = old.get(section), new.get(section)
+        if section == "objective":  # a run may have been made without the section
+            before, after = before or {}, after or {}
         if not isinstance(before, Mapping) or not isinstance(after, Mapping):
             before, after = {section: before}, {section: after}
+        if section == "objective":
+            before, after = (_all_options(kind_of(new).objective, each) for each in (before, after))
         free = _FREE.get(section, set())
-        before = {**{k: v for k, v in _BEFORE.get(section, {}).items() if k in after}, **before}
         for name in sorted(set(before) | set(after)):
             if name not in free and before.get(name) != after.get(name):
                 option = section if name == section else f"{section}.{name}"
@@ -105,6 +108,18 @@ def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Path) -
                     f"{after.get(name)!r}: use the same options to resume, or another --workdir, which "
                     f"--config.init_from={workdir} starts from this run's model."
                 )
+
+
+def _all_options(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of an objective, so that one which a run does not record has the value that it stood for."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    values = {**{name: value for name, value in _BEFORE.items() if name in known}, **values}
+    try:
+        return cast(
+            dict[str, Any], json.loads(json.dumps(dataclasses.asdict(registry.build(kind, values, ""))))
+        )
+    except SctError:  # of another version: as it stands
+        return values
 
 
 def _tokenizer(
@@ -371,7 +386,7 @@ def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
     registry.build(TrainConfig, {**plain.get("train", {}), "steps": 1}, "train")
     registry.build(OptimizerConfig, plain.get("optimizer", {}), "optimizer")
     objective = registry.build(kind.objective, plain.get("objective", {}), "objective")
-    for name in _BEFORE["objective"]:
+    for name in _BEFORE:
         if hasattr(objective, name):  # recorded even where the configuration leaves it to its default
             plain.setdefault("objective", {})[name] = getattr(objective, name)
     if (

@@ -24,7 +24,7 @@ def test_the_offset_follows_from_the_record():
             False,
         ),
         "of an early version": ({"cells_per_bag": 50}, np.log(15), True),
-        "without a logarithm": ({"masking": {"unexpressed": 0.0}}, np.log(15), True),
+        "without a logarithm": ({"masking": {"unexpressed": 0.0}}, 0.0, False),
     }
     wrong = {}
     for name, (data, offset, assumed) in cases.items():
@@ -40,6 +40,8 @@ def test_the_offset_follows_from_the_record():
 def test_the_warning_says_what_is_assumed():
     with pytest.warns(UserWarning, match="15% of expressed and 1% of unexpressed"):
         ClassPrior.of({}).warn()
+    with pytest.warns(UserWarning, match="never masked unexpressed genes"):
+        ClassPrior.of({"masking": {"unexpressed": 0.0}}).warn()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ClassPrior.of({"masking": {}}).warn()

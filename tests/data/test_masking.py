@@ -191,7 +191,6 @@ def test_the_exact_ratio_treats_all_levels_alike():
         ({"kind": "mixture", "mixture": (("drawn", 1.0), ("drawn", 2.0))}, "mixture"),
         ({"kind": "mixture", "mixture": (("mixture", 1.0),)}, "mixture"),
         ({"kind": "mixture", "mixture": (("drawn", 1.0), ("cells", 1.0)), "num_cells": 0}, "num_cells"),
-        ({"mixture": (("drawn", 1.0),)}, "mixture is set"),
         ({"kind": "cells", "num_cells": 0}, "num_cells"),
         ({"kind": "genes"}, "gene positions"),
         ({"kind": "genes", "genes": (2, -1)}, "gene positions"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from sct.eval.baselines import OTHER_CELLS, THESE_CELLS, TRAINING
 from sct.eval.held_out import mask_measured
 from sct.eval.natural import GeneMean, ModelEstimator, Row, natural_imputation
 from sct.eval.scoring import Model
-from tests.eval.toy_cells import GENES, NUM_BINS, changed, hold_out, source, study
+from tests.eval.toy_cells import GENES, NUM_BINS, hold_out, source, study
 
 TRAIN, HELD_OUT = study(60, seed=1, name="train"), study(40, seed=2, name="held out")
 
@@ -21,6 +23,13 @@ TRAIN, HELD_OUT = study(60, seed=1, name="train"), study(40, seed=2, name="held 
 def oracle(variables, shown, coordinates):
     """Knows the tokens of the only bag."""
     return jax.nn.one_hot(variables, NUM_BINS)
+
+
+def contextual(variables, shown, coordinates):
+    """Depends on all of the bag."""
+    mean = shown.astype(jnp.float32).mean(axis=(1, 2), keepdims=True)
+    score = jnp.sin(jnp.arange(shown.shape[-1]) * 1.3 + shown * 0.7 + 5 * mean)
+    return jax.nn.softmax(score[..., None] * jnp.arange(1, NUM_BINS + 1))
 
 
 def constant(chance):
@@ -57,7 +66,7 @@ def test_an_oracle_is_perfect_and_right_probabilities_have_no_calibration_error(
     assert numbers["ece"] == [0, 0]
     np.testing.assert_allclose(numbers["cross_entropy"], 0, atol=1e-6)
     masked = [mask_measured(held_out, 0.4, seed, 10**6) for seed in range(2)]
-    expected = [held_out.means[m.cells, m.levels] for m in masked]
+    expected = [m.means[m.cells, m.levels] for m in masked]
     for number in range(2):
         error = np.abs(expected[number] - masked[number].counts)
         per_gene = [error[masked[number].genes == gene].mean() for gene in range(GENES)]
@@ -78,14 +87,23 @@ def test_an_oracle_is_perfect_and_right_probabilities_have_no_calibration_error(
 def test_every_baseline_answers_with_probabilities_and_sees_nothing_that_is_hidden():
     held_out = hold_out(HELD_OUT)
     masked = mask_measured(held_out, 0.4, 0, 10**6)
-    alone = np.zeros(held_out.tokens.shape, bool)
-    alone[7] = masked.mask[7]
-    other = changed(held_out, alone)  # other truth in one cell: what is known of the other cells stays
+    # Another truth in one cell, where expressed becomes unexpressed and the reverse: what is known of others stays.
+    tokens, counts = held_out.tokens.copy(), held_out.counts.toarray()
+    hidden = np.flatnonzero(masked.mask[7])
+    tokens[7, hidden] = np.where(tokens[7, hidden] > 0, 0, 3)
+    counts[7, hidden] = np.where(tokens[7, hidden] > 0, 25, 0)
+    other = dataclasses.replace(held_out, tokens=tokens, counts=type(held_out.counts)(counts))
     again = mask_measured(other, 0.4, 0, 10**6)
     np.testing.assert_array_equal(again.mask, masked.mask)
     own, names = masked.cells == 7, []
-    assert (again.counts[own] != masked.counts[own]).any()
-    for method in natural.estimators(held_out, None, source(TRAIN), magic=False):
+    assert ((again.counts[own] > 0) != (masked.counts[own] > 0)).all()
+    np.testing.assert_array_equal(again.means, masked.means)
+    model = ModelEstimator(Model(contextual, {}))
+    first, second = model.estimate(held_out, masked), model.estimate(other, again)
+    np.testing.assert_array_equal(first.chance, second.chance)
+    np.testing.assert_array_equal(first.counts, second.counts)
+    assert first.chance.std(axis=0).min() > 0
+    for method in natural.estimators(held_out, None, source(TRAIN), magic=True):
         first, second = method.estimate(held_out, masked), method.estimate(other, again)
         names.append((method.name, method.fitted_on))
         np.testing.assert_allclose(first.chance.sum(axis=1), 1, atol=1e-5)
@@ -93,7 +111,7 @@ def test_every_baseline_answers_with_probabilities_and_sees_nothing_that_is_hidd
         assert (first.counts >= 0).all()
         np.testing.assert_allclose(first.chance[own], second.chance[own], atol=1e-6, err_msg=str(names[-1]))
         np.testing.assert_allclose(first.counts[own], second.counts[own], rtol=1e-4, err_msg=str(names[-1]))
-    assert len(set(names)) == len(names) == 8
+    assert len(set(names)) == len(names) == 9
     assert {fitted for _, fitted in names} == {TRAINING, OTHER_CELLS, THESE_CELLS}
 
 
@@ -105,13 +123,13 @@ def test_poisson_levels_are_those_of_poisson_counts():
     counts = np.arange(0, 400)
     for place in range(0, len(rate), 17):
         cell = masked.cells[place]
-        level = natural_levels(counts, masked.low[cell], masked.high[cell])
+        level = levels_of(counts, masked.low[cell], masked.high[cell])
         weight = stats.poisson.pmf(counts, rate[place])
         expected = np.bincount(level, weights=weight, minlength=NUM_BINS)
         np.testing.assert_allclose(chance[place], expected, atol=1e-5)
 
 
-def natural_levels(counts, low, high):
+def levels_of(counts, low, high):
     from sct.data.tokenize import digitize
 
     return np.where(counts > 0, digitize(np.log1p(counts), low, high, NUM_BINS), 0)
@@ -124,7 +142,8 @@ def test_the_mean_of_a_gene_by_hand():
     counts = held_out.counts.toarray()
     for place in range(0, len(ours), 23):
         cell, gene = masked.cells[place], masked.genes[place]
-        others = np.delete(counts, cell, axis=0).sum(axis=0)
+        others = np.delete(counts, cell, axis=0).sum(axis=0).astype(float)
+        others += others.sum() / len(others) / len(counts)  # one further, average cell
         visible = ~masked.mask[cell]
         factor = counts[cell, visible].sum() / others[visible].sum()
         np.testing.assert_allclose(ours[place], others[gene] * factor, rtol=1e-4)
@@ -197,6 +216,8 @@ def test_metrics_of_probabilities_by_hand():
     for number in range(3):
         np.testing.assert_allclose(found[number], stats.pearsonr(x[group == number], y[group == number])[0])
     assert np.isnan(found[3:]).all(), "constant, and groups without a value"
+    constant_guess = metrics.grouped_pearson(np.ones(500), x, group, 4)
+    np.testing.assert_array_equal(constant_guess, 0)
     assert np.isnan(metrics.roc_auc(np.ones(3, bool), x[:3]))
     assert np.isnan(metrics.cross_entropy(np.zeros(0, int), np.zeros((0, 5))))
     np.testing.assert_allclose(

@@ -22,7 +22,7 @@ from sct.data.ingest import IngestOptions, ingest
 from sct.data.store import Store
 from sct.errors import CheckpointError, ConfigError, DivergedError, FolderInUseError, StoreError
 from sct.tasks.masked_expression import MaskedExpression
-from sct.train import loop, sweep
+from sct.train import experiment, loop, sweep
 from sct.train.experiment import make_task, run
 from sct.train.optim import OptimizerConfig, make_optimizer
 from sct.train.sharding import MeshConfig
@@ -231,6 +231,20 @@ def test_step_two_and_later_do_not_compile(config, tmp_path):
             loop.sharding.put_batch = original
     assert compiled
     assert counts[2] == counts[8], counts
+
+
+def test_a_run_from_before_an_option_goes_on_with_what_the_option_stood_for(tmp_path):
+    new = {"family": "sct", "task": "masked_expression", "objective": {"logit_adjustment": False}}
+    for old in (
+        {**new, "objective": {"masking": {"kind": "stratified", "low": 0.05}}},
+        {**new, "objective": None},
+    ):
+        experiment._check_same(old, new, tmp_path)
+        with pytest.raises(ConfigError, match="logit_adjustment"):
+            experiment._check_same(old, {**new, "objective": {"logit_adjustment": True}}, tmp_path)
+        other = {"logit_adjustment": False, "masking": {"kind": "uniform"}}
+        with pytest.raises(ConfigError, match="masking"):
+            experiment._check_same(old, {**new, "objective": other}, tmp_path)
 
 
 def test_a_step_is_what_it_was(store):
