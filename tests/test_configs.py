@@ -131,16 +131,20 @@ def test_every_field_and_variant_of_the_docstring_exists(path):
     assert {file for file, _ in commands} == {path.relative_to(ROOT).as_posix()}
 
 
-def slow_if(second_of_its_kind: bool) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.slow] if second_of_its_kind else []
+def slow_if(condition: bool) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if condition else []
 
 
-# The base of the ablations is a model of single cells with other masks, of every size.
+def smallest(path: Path) -> str:
+    return next(variant for variant in ("quickstart", "mini", "") if variant in load(path).VARIANTS)
+
+
+# Of each file the smallest variant is always taken, the others with the slow tests.
 @pytest.mark.parametrize(
     ("path", "variant"),
     [
         pytest.param(
-            path, variant, marks=slow_if(path.stem == "sct_ablations" and variant != "quickstart"),
+            path, variant, marks=slow_if(variant != smallest(path)),
             id=f"{path.stem}:{variant}",
         )
         for path, variant in CASES
@@ -302,7 +306,11 @@ def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
     ("arguments", "words"),
     [
         (["--config=configs/sct_sc.py"], ["data.store", "launch.ingest"]),
-        (["--config=configs/sct_sc.py", "--config.data.store=no/such/store"], ["no/such/store"]),
+        pytest.param(
+            ["--config=configs/sct_sc.py", "--config.data.store=no/such/store"],
+            ["no/such/store"],
+            marks=pytest.mark.slow,
+        ),
         (["--config=configs/sct_sc.py:no_such_variant"], ["no_such_variant", "quickstart"]),
         (["--config=configs/sct_sc.py:quickstart", "--config.train.no_such_field=1"], ["no_such_field"]),
         (["--config=configs/sct_sc.py:quickstart", "--config.train.steps=many"], ["train.steps", "many"]),
@@ -310,7 +318,11 @@ def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
         pytest.param(
             ["--config=configs/sct_ablations.py"], ["data.store", "launch.ingest"], marks=pytest.mark.slow
         ),
-        (["--config=configs/sct_sc.py:quickstart", "--only=base"], ["--only", "sweep"]),
+        pytest.param(
+            ["--config=configs/sct_sc.py:quickstart", "--only=base"],
+            ["--only", "sweep"],
+            marks=pytest.mark.slow,
+        ),
         (["--config=no_such_config"], ["no_such_config", "sct_sc"]),
         (["--config=configs/sct_sc.py:quickstart", "stray"], ["stray"]),
     ],

@@ -125,6 +125,7 @@ def test_memory_is_that_of_a_microbatch(task):
     assert temporaries(4) < 0.3 * temporaries(0)
 
 
+@pytest.mark.slow
 def test_microbatches_on_a_mesh(config):
     plain = config(train__batch_size=16, model__num_downsamples=1)
     request = {"config": plain, "microbatch": 4, "meshes": [{"data": 1}, {"data": 2, "fsdp": 2}]}
@@ -211,6 +212,7 @@ def seen(monkeypatch):
     return batches, counts
 
 
+@pytest.mark.slow
 def test_a_ramp_draws_the_same_records_and_compiles_once_a_stage(config, tmp_path, seen):
     plain = config(**RAMP, train__steps=14)
     result = learn(plain, tmp_path)
@@ -232,9 +234,13 @@ def test_a_ramp_draws_the_same_records_and_compiles_once_a_stage(config, tmp_pat
     assert counts[10] == counts[13]
 
 
-def test_stopping_within_a_ramp_changes_nothing(config, tmp_path):
+# Within a stage; within others, and where one ends.
+@pytest.mark.parametrize(
+    "stops", [(7,), pytest.param((3, 5, 8), marks=pytest.mark.slow)], ids=["once", "often"]
+)
+def test_stopping_within_a_ramp_changes_nothing(config, tmp_path, stops):
     whole = learn(config(**RAMP), tmp_path / "whole")
-    for stop in (3, 5, 8):  # within stages, and where one ends
+    for stop in stops:
         assert learn(config(**RAMP, train__stop_at=stop), tmp_path / "parts").progress.step == stop
     parts = learn(config(**RAMP), tmp_path / "parts")
     assert parts.progress == whole.progress

@@ -105,12 +105,13 @@ def test_a_mixed_batch_trains_what_batches_of_each_task_would(studies):
     count = batch["predicted"].sum(axis=1)
     assert len(set(batch["task"][count > 0])) == 3
 
+    @jax.jit
+    @jax.grad
+    def gradient(variables: Any, part: dict[str, jax.Array]) -> Any:
+        return task.loss(variables, part, jax.random.key(0), True)[1]["loss"]
+
     def gradients(rows: np.ndarray) -> dict[str, jax.Array]:
-        part = {name: value[rows] for name, value in batch.items()}
-        summed = lambda variables: (  # noqa: E731
-            task.loss(variables, part, jax.random.key(0), True)[1]["loss"]
-        )
-        return flatten(jax.grad(summed)(variables))
+        return flatten(gradient(variables, {name: value[rows] for name, value in batch.items()}))
 
     whole = gradients(np.arange(9))
     parts = [gradients(np.flatnonzero(batch["task"] == number)) for number in range(3)]
@@ -235,6 +236,7 @@ def text_config(store, tmp_path_factory) -> Any:
     return first, second, folder
 
 
+@pytest.mark.slow
 def test_both_stages_from_configurations(text_config, tmp_path):
     _, config, folder = text_config
     result = run(config, tmp_path / "run")
@@ -257,6 +259,7 @@ def test_both_stages_from_configurations(text_config, tmp_path):
     assert settings["resolved_model"]["llm"]["vocab_size"] == model.tokenizer.vocab_size
 
 
+@pytest.mark.slow
 def test_both_stages_without_the_cell_model_of_the_paper(text_config, tmp_path):
     """The ablation that weights texts of genes; and a model that is tuned on a task it has no adapter for."""
     first, second, _ = text_config
@@ -283,6 +286,7 @@ def test_both_stages_without_the_cell_model_of_the_paper(text_config, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_stopping_and_resuming_does_not_read_the_models_again(text_config, tmp_path, monkeypatch):
     _, config, _ = text_config
     whole = run(config, tmp_path / "whole")
@@ -292,6 +296,7 @@ def test_stopping_and_resuming_does_not_read_the_models_again(text_config, tmp_p
     assert same(run(config, tmp_path / "parts").state, whole.state)
 
 
+@pytest.mark.slow
 def test_a_cell_model_that_is_resumed_has_the_size_of_its_features(text_config, tmp_path):
     first, *_ = text_config
     config = {**first, "train": {**first["train"], "steps": 4}}
@@ -304,6 +309,7 @@ def test_a_cell_model_that_is_resumed_has_the_size_of_its_features(text_config, 
     assert again.progress.step == 4
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_model_that_answers(text_config, tmp_path):
     _, config, _ = text_config
     run(config, tmp_path / "first")
@@ -347,6 +353,7 @@ def test_random_decoders_and_other_families_are_refused(text_config, tmp_path):
         run({**config, "data": {**config["data"], "llm": str(folder / "gpt2")}}, tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_a_llama_comes_along_with_its_tokenizer_and_licence(text_config, tmp_path):
     _, config, folder = text_config
     llama = registry.model_config("llama", {**LLM, "vocab_size": tokenizer().vocab_size})

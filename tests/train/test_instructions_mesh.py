@@ -20,8 +20,6 @@ RUNS: list[tuple[dict[str, int], int]] = [
     ({"data": 1}, 0), ({"data": 1}, 4), ({"data": 2}, 0), ({"fsdp": 2}, 0), ({"fsdp": 2, "tensor": 2}, 0),
     ({"data": 2}, 4), ({"fsdp": 2, "tensor": 2}, 4),
 ]  # fmt: skip
-# What divides parameters and microbatches at once is always tested.
-FEW = [RUNS[0], RUNS[1], RUNS[-1]]
 
 
 def measured(runs: list[tuple[dict[str, int], int]], folder: Path) -> dict[str, Any]:
@@ -36,7 +34,8 @@ def measured(runs: list[tuple[dict[str, int], int]], folder: Path) -> dict[str, 
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("runs", [FEW, pytest.param(RUNS, marks=pytest.mark.slow)], ids=["few", "all"])
+@pytest.mark.slow
+@pytest.mark.parametrize("runs", [RUNS], ids=["all"])
 def test_losses_and_gradients_do_not_depend_on_mesh_or_microbatches(runs, tmp_path):
     answer = measured(runs, tmp_path)
     single, *others = answer["runs"]

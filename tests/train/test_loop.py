@@ -33,9 +33,8 @@ from .conftest import CONFIG, board, merged, read_log, same, without_times
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """Record every batch that a run draws, by hash of its bytes."""
+def recorded(monkeypatch) -> list[int]:
+    """Every batch that is drawn from now on, by hash of its bytes."""
     seen: list[int] = []
     original = loop.sharding.put_batch
 
@@ -47,11 +46,26 @@ def drawn(monkeypatch):
     return seen
 
 
-def test_stopping_and_resuming_equals_never_stopping_bit_for_bit(config, tmp_path, drawn):
+@pytest.fixture
+def drawn(monkeypatch) -> list[int]:
+    """See `recorded`."""
+    return recorded(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def finished(store, tmp_path_factory):
+    """A run that never stopped, its folder, and the batches that it drew; to be read or copied."""
+    plain = merged(CONFIG, data__store=str(store), model__num_downsamples=1)
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        batches = recorded(patch)
+        result = run(plain, folder)
+    return result, folder, batches
+
+
+def test_stopping_and_resuming_equals_never_stopping_bit_for_bit(config, tmp_path, finished, drawn):
     # Validation batches pass through the same function, so both runs validate at the same steps.
-    whole = run(config(), tmp_path / "whole")
-    batches = drawn.copy()
-    drawn.clear()
+    whole, folder, batches = finished
     # Not a multiple of any interval: stopping must not add a validation.
     first = run(config(train__stop_at=7), tmp_path / "parts")
     assert (first.reason, first.progress.step) == ("stop_at", 7)
@@ -61,20 +75,20 @@ def test_stopping_and_resuming_equals_never_stopping_bit_for_bit(config, tmp_pat
     assert drawn == batches
     assert len(set(batches[:20])) > 15
     assert same(whole.state, second.state)
-    assert without_times(read_log(tmp_path / "whole")) == without_times(read_log(tmp_path / "parts"))
+    assert without_times(read_log(folder)) == without_times(read_log(tmp_path / "parts"))
 
 
-def test_a_finished_run_is_not_trained_further(config, tmp_path, drawn):
-    run(config(), tmp_path)
-    before, count = read_log(tmp_path), len(drawn)
-    again = run(config(), tmp_path)
+def test_a_finished_run_is_not_trained_further(config, tmp_path, finished, drawn):
+    folder = shutil.copytree(finished[1], tmp_path / "run")
+    before = read_log(folder)
+    again = run(config(), folder)
     assert again.progress.step == 20
-    assert read_log(tmp_path) == before
-    assert len(drawn) == count
+    assert read_log(folder) == before
+    assert not drawn
 
 
-def test_the_run_folder_holds_what_was_promised(config, tmp_path):
-    run(config(), tmp_path)
+def test_the_run_folder_holds_what_was_promised(finished):
+    tmp_path = finished[1]
     for name in ("config.json", "genes.tsv", "metrics.jsonl", "report.md", "report.json", "model/config.json",
                  "model/model.safetensors", "model/genes.tsv", "model/README.md"):  # fmt: skip
         assert (tmp_path / name).stat().st_size > 0, name
@@ -153,6 +167,7 @@ def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError("the run did not get going")
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_from_its_last_complete_checkpoint(config, tmp_path):
     plain = config(train__steps=200, train__eval_every=50, train__checkpoint_every=10, train__log_every=3)
     whole = run(plain, tmp_path / "whole")
@@ -319,6 +334,7 @@ def test_a_changed_model_is_refused_with_the_differences(config, tmp_path):
         run(config(model__ffn_dim=64), tmp_path)
 
 
+@pytest.mark.slow
 def test_patience_counts_across_interruptions(config, tmp_path):
     changes = {"optimizer__peak_lr": 1e-12, "optimizer__init_lr": 1e-12, "train__steps": 200}
     plain = config(train__eval_every=2, train__patience=3, **changes)
@@ -341,7 +357,9 @@ def test_a_validation_of_few_records_is_spread_over_the_split(config, tmp_path):
     assert run(plain, tmp_path).reason == "finished"
 
 
-@pytest.mark.parametrize(("asked", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("asked", "status"), [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_sigterm_and_ctrl_c_save_and_are_not_taken_for_success(store, tmp_path, asked, status):
     words = [f"--config.{name}" for name in (
         f"data.store={store}", "data.dataset=", "data.cells_per_bag=4", "model.num_downsamples=1", "train.steps=100000",
@@ -390,7 +408,9 @@ for reason in sys.argv.pop().split(","):
 """
 
 
-@pytest.mark.parametrize("config", ["sct_sc.py:quickstart", "sct_ablations.py"])
+@pytest.mark.parametrize(
+    "config", ["sct_sc.py:quickstart", pytest.param("sct_ablations.py", marks=pytest.mark.slow)]
+)
 def test_the_exit_status_tells_whether_the_same_command_goes_on(tmp_path, config):
     expected = {
         "finished": 0, "early stop": 0, "stop_at": 0, "signal": 75, "interrupt": 130, "failed": 1,

@@ -108,6 +108,7 @@ def test_the_loss_is_the_mean_of_two_cross_entropies(max_genes):
     assert "overflow" not in found
 
 
+@pytest.mark.slow
 def test_a_budget_leaves_out_and_counts():
     task, key = task_of(head_budget=2 / GENES, masked=0.9), jax.random.key(1)
     _, sums = task.loss(parameters(), batch_of(task), key, True)

@@ -150,6 +150,7 @@ def test_padding_takes_no_part(task, batch, variables):
     assert not mask[np.asarray(batch["tokens"]) == 5].any()
 
 
+@pytest.mark.slow
 def test_spatial_training_goes_on_where_training_on_cells_stopped(config, tmp_path):
     first = config(train__steps=4)
     run(first, tmp_path / "cells")

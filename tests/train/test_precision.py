@@ -63,6 +63,7 @@ def test_small_updates_are_not_lost(config, microbatch):
     assert np.abs(moved).max() <= 3 * RATE * 1.01
 
 
+@pytest.mark.slow
 def test_a_first_moment_of_half_the_size(config):
     state, batch, make_step = built(config, moment_dtype="bfloat16")
     full, _, make_full = built(config)
@@ -79,6 +80,7 @@ def test_a_first_moment_of_half_the_size(config):
     np.testing.assert_allclose(scalars["loss"], expected["loss"], rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_run_with_small_moments_resumes_bit_for_bit(config, tmp_path):
     changes = {"optimizer__moment_dtype": "bfloat16", "model__dtype": "bfloat16"}
     plain = config(**changes, model__num_downsamples=1, train__steps=6)
