@@ -60,7 +60,7 @@ ALLOWED: dict[str, set[str]] = {
     "outputs": {"errors"},
     "folder_lock": {"errors"},
     "nn": {"nn", "errors"},
-    "models": {"models", "nn", "errors"},
+    "models": {"models", "nn", "errors", "hashes"},
     "data": {"data", "errors", "extras", "atomic", "hashes", "outputs", "progress", "version"},
     "eval.metrics": {"extras"},
     "eval": {"eval", "eval.metrics", "data", "progress", "errors", "extras", "atomic", "version"},
