@@ -147,7 +147,8 @@ def read_scales(uns: Any, spatial_key: str, batch_key: str | None) -> dict[str, 
     try:
         if str(found["batch_key"]) != (batch_key or ""):
             return {}
-        names, cells = np.asarray(found["section"]).astype(str), np.asarray(found["cells"], np.int64)
+        # zarr gives texts of a type that numpy does not cast to its own.
+        names, cells = np.asarray(found["section"]).ravel().tolist(), np.asarray(found["cells"], np.int64)
         low, high, origin = (_checked(found[name]) for name in ("low", "high", "origin"))
         factor = np.asarray(found["factor"], np.float64)
         if not np.isfinite(factor).all():
