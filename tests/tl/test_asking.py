@@ -195,7 +195,7 @@ def test_any_question_has_a_text_for_an_answer(asked, cells):
         (lambda a, m: sct.tl.annotate(a, m, candidates=[]), ConfigError, "list"),
         (lambda a, m: sct.tl.annotate(a, m, candidates=TYPES, batch_size=0), ConfigError, "batch_size"),
         (lambda a, m: sct.tl.find_rare(a, m, key_added=""), ConfigError, "key_added"),
-        (lambda a, m: sct.tl.ask(a, m, ["x"]), ConfigError, "text"),
+        (lambda a, m: sct.tl.ask(a, m, ["x"]), ConfigError, "question"),
         (lambda a, m: sct.tl.annotate(a, m, candidates=TYPES, label_key="tissue"), ConfigError, "cell types"),
         (lambda a, m: sct.tl.annotate(a, m, candidates=TYPES, context="x"), ConfigError, "'context'"),
         (lambda a, m: sct.tl.annotate(a, m, candidates=TYPES, templates=4), ConfigError, "1 to 3"),
