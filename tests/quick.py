@@ -6,8 +6,6 @@ Imported before JAX and NumPy, by `conftest.py`. `SCT_TESTS_COMPILE=full` compil
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -45,9 +43,3 @@ def compile_fully() -> None:
         os.environ.pop(name, None)
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "").replace(_FLAG, "").strip()
     jax.config.update("jax_disable_most_optimizations", False)
-
-
-@contextmanager
-def compiled_quickly() -> Iterator[None]:
-    """Nothing, since all tests compile quickly."""
-    yield

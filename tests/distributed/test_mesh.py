@@ -42,7 +42,7 @@ def small(config) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("meshes", "levels"), [(FEW, 1), pytest.param(MESHES, 3, marks=pytest.mark.slow)], ids=["few", "all"]
+    ("meshes", "levels"), [(FEW, 1), pytest.param(MESHES, 3, marks=pytest.mark.slowest)], ids=["few", "all"]
 )
 def test_losses_and_gradients_do_not_depend_on_the_mesh(small, meshes, levels):
     small["model"]["num_downsamples"] = levels

@@ -155,7 +155,7 @@ def compared(
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.slowest
 def test_spatial_bags_beat_random_bags_on_simulated_domains(tmp_path):
     found = compared(store_of(sections(8, 16, 64), tmp_path / "store"), tmp_path, steps=300)
     spatial, random = found[True, True], [found[False, asked] for asked in (True, False)]

@@ -111,7 +111,7 @@ def test_bfloat16_is_the_rounded_model(model, tmp_path):
     assert (tmp_path / "again" / "model.safetensors").stat().st_size == pytest.approx(size, abs=1000)
     wide = sct.load(tmp_path / "half", dtype="float32")
     assert {x.dtype for x in jax.tree.leaves(wide.variables)} == {np.dtype("float32")}
-    with pytest.raises(CheckpointError, match="dtype 'int8' is not one of"):
+    with pytest.raises(CheckpointError, match="'int8'"):
         model.save_pretrained(tmp_path / "bad", dtype="int8")
 
 
@@ -134,7 +134,7 @@ def test_loading_onto_a_mesh_places_each_array(model, folder):
         loaded = sct.load(folder, mesh=mesh, rules=rules)
         equal(loaded.variables, model.variables)
         assert all(leaf.sharding.mesh.shape == mesh.shape for leaf in jax.tree.leaves(loaded.variables))
-    with pytest.raises(ConfigError, match="mesh axis 'rows', but the mesh has data"):
+    with pytest.raises(ConfigError, match="'rows'"):
         sct.load(folder, mesh=mesh, rules={"embed": ("rows",)})
     other = jax.make_mesh((1,), ("fsdp",), devices=jax.devices()[:1])
     equal(sct.load(folder, mesh=other).variables, model.variables)
@@ -142,7 +142,7 @@ def test_loading_onto_a_mesh_places_each_array(model, folder):
 
 def test_a_mesh_of_several_devices_in_parts(model, folder, config, tmp_path):
     run(config(train__stop_at=5), tmp_path / "run")
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.weights.mesh_load", str(folder), str(tmp_path / "run")],
         cwd=ROOT, capture_output=True, text=True, check=False, env={**environment, "JAX_PLATFORMS": "cpu"},
@@ -173,7 +173,7 @@ def test_apply(model):
     more = model.apply(tokens=tokens, intermediates=("deconv_out", "conv_out"))
     assert set(more) == {"logits", "cell_embedding", "conv_out", "deconv_out"}
     np.testing.assert_allclose(more["conv_out"], full["conv_out"], atol=1e-5)
-    with pytest.raises(CheckpointError, match="choose from conv_out, transformer_out, deconv_out"):
+    with pytest.raises(CheckpointError, match="conv_out, transformer_out, deconv_out"):
         model.apply(tokens=tokens, intermediates=("attention",))
 
 
@@ -203,7 +203,7 @@ def test_differences_are_listed(model, folder):
     arrays["params/stem/conv/bias"] = np.zeros(31, np.float32)
     del arrays["params/head/logits/bias"]
     save_file(arrays, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="3 parameters differ") as error:
+    with pytest.raises(CheckpointError, match="3 parameters") as error:
         sct.load(folder)
     for line in ("+ params/extra (2,)", "~ params/stem/conv/bias (31,) instead of (32,)",
                  "- params/head/logits/bias (7,)"):  # fmt: skip
@@ -219,19 +219,19 @@ def test_types_of_weights(model, folder):
     arrays["params/stem/conv/bias"] = np.zeros(32, np.int32)
     arrays["params/head/logits/bias"] = np.zeros(7, np.float64)
     save_file(arrays, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="2 parameters differ") as error:
+    with pytest.raises(CheckpointError, match="2 parameters") as error:
         sct.load(folder)
     assert "~ params/stem/conv/bias int32 instead of float32" in str(error.value)
     assert "~ params/head/logits/bias float64 instead of float32" in str(error.value)
     for dtype in ("int8", "float64", "nonsense"):
-        with pytest.raises(CheckpointError, match="is not one of float32, bfloat16, float16"):
+        with pytest.raises(CheckpointError, match="float32, bfloat16, float16"):
             sct.load(folder, dtype=dtype)
 
 
 def test_more_genes_than_positions(model, tmp_path):
     many = GeneVocabulary.from_ids(GeneVocabulary.human().ensembl_ids[:65])
     dataclasses.replace(model, genes=many).save_pretrained(tmp_path / "model")
-    with pytest.raises(CheckpointError, match="has 65 genes, but the model has 64 positions"):
+    with pytest.raises(CheckpointError, match="65 genes"):
         sct.load(tmp_path / "model")
 
 
@@ -241,20 +241,20 @@ TOKENS = np.zeros((2, 3, 64), np.uint8)
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"tokens": TOKENS, "coords": TOKENS}, "no input 'coords': the model takes tokens, coordinates"),
-        ({}, "'tokens' is missing"),
+        ({"tokens": TOKENS, "coords": TOKENS}, "'coords'"),
+        ({}, "'tokens'"),
         ({"tokens": TOKENS[0]}, r"shape \(3, 64\)"),
-        ({"tokens": TOKENS[:0]}, "none of them zero"),
-        ({"tokens": TOKENS.astype(np.float32)}, "tokens are float32"),
-        ({"tokens": TOKENS[..., :60]}, "60 gene positions, but the model has 64"),
-        ({"tokens": TOKENS + 7}, "tokens reach from 7 to 7, but 0 to 6"),
+        ({"tokens": TOKENS[:0]}, "zero"),
+        ({"tokens": TOKENS.astype(np.float32)}, "float32"),
+        ({"tokens": TOKENS[..., :60]}, r"\b60\b"),
+        ({"tokens": TOKENS + 7}, r"tokens .*\b7\b"),
         ({"tokens": jnp.asarray(TOKENS) + 7}, "tokens reach from 7 to 7"),
         ({"tokens": TOKENS.astype(np.int32) - 1}, "tokens reach from -1 to -1"),
         ({"tokens": TOKENS.astype(np.int64) + 2**32}, "tokens reach from 4294967296"),
-        ({"tokens": TOKENS, "coordinates": np.zeros((2, 3, 2))}, "no spatial encoding: leave them out"),
-        ({"tokens": TOKENS, "coordinates": np.zeros((2, 2))}, r"coordinates have the shape \(2, 2\), but \(2, 3, 2\)"),
-        ({"tokens": TOKENS, "positions": np.array([[0], [192]])}, "positions reach from 0 to 192, but 0 to 191"),
-        ({"tokens": TOKENS, "positions": np.array([0, 1])}, "positions have the shape"),
+        ({"tokens": TOKENS, "coordinates": np.zeros((2, 3, 2))}, "spatial"),
+        ({"tokens": TOKENS, "coordinates": np.zeros((2, 2))}, r"coordinates .*\(2, 2\)"),
+        ({"tokens": TOKENS, "positions": np.array([[0], [192]])}, r"positions .*192"),
+        ({"tokens": TOKENS, "positions": np.array([0, 1])}, "positions"),
     ],
 )  # fmt: skip
 def test_inputs_that_do_not_fit(model, inputs, message):
@@ -283,7 +283,7 @@ def test_a_changed_gene_list_is_noticed(model, folder):
         sct.load(folder)
     unsealed(folder)
     with (
-        pytest.raises(CheckpointError, match="the folder was changed"),
+        pytest.raises(CheckpointError, match="changed"),
         pytest.warns(UserWarning, match="no hashes"),
     ):
         sct.load(folder)
@@ -292,16 +292,16 @@ def test_a_changed_gene_list_is_noticed(model, folder):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("config.json", b"{", "not valid JSON"),
+        ("config.json", b"{", "JSON"),
         ("config.json", b'{"format_version": 99, "family": "sct"}', "--upgrade sct-jax"),
         ("config.json", b'{"format_version": 1, "family": ["sct"]}', "--upgrade sct-jax"),
-        ("config.json", b"[]", "holds a list where an object is expected"),
-        ("config.json", b'{"format_version": 1, "family": "sct"}', "has model = None"),
-        ("config.json", b'{"format_version": 1, "family": "sct", "model": null}', "has model = None"),
+        ("config.json", b"[]", "list"),
+        ("config.json", b'{"format_version": 1, "family": "sct"}', "model"),
+        ("config.json", b'{"format_version": 1, "family": "sct", "model": null}', "model"),
         (
             "config.json",
             b'{"format_version": 1, "family": "sct", "model": {}, "step": "x"}',
-            "has step = 'x'",
+            "step",
         ),
         ("model.safetensors.index.json", b"[]", "holds a list"),
         ("model.safetensors.index.json", b'{"weight_map": {"a": "../x.safetensors"}}', "does not name"),
@@ -321,7 +321,7 @@ def test_damaged_folders(folder, file, content, message):
 def test_truncated_weights(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         sct.load(folder)
 
 
@@ -484,7 +484,7 @@ def test_nothing_is_overwritten_that_is_no_model(model, tmp_path, there, also):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (target / name).write_text(text)
     before = files(tmp_path)
-    with pytest.raises(CheckpointError, match="holds other files") as error:
+    with pytest.raises(CheckpointError, match="other files") as error:
         model.save_pretrained(target)
     assert "\n" not in str(error.value)
     assert files(tmp_path) == before
@@ -495,7 +495,7 @@ def test_what_lies_beside_the_folder_is_not_overwritten(model, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "thesis.txt").write_text("irreplaceable")
     before = files(tmp_path)
-    with pytest.raises(CheckpointError, match="holds other files: move it away"):
+    with pytest.raises(CheckpointError, match="other files"):
         model.save_pretrained(tmp_path / "target")
     assert files(tmp_path) == before
     shutil.rmtree(tmp_path / ".target.old")
@@ -515,7 +515,7 @@ def test_a_killed_save_leaves_nothing_that_the_next_one_does_not_remove(model, t
 
 def test_places_that_cannot_be_written(model, tmp_path):
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(CheckpointError, match="is a file, but a model is a folder"):
+    with pytest.raises(CheckpointError, match="file"):
         model.save_pretrained(tmp_path / "file")
     with pytest.raises(CheckpointError, match="could not be written") as error:
         model.save_pretrained(tmp_path / "file" / "below")
@@ -592,7 +592,7 @@ def test_a_failed_save_leaves_the_old_model(model, folder, monkeypatch):
 
     monkeypatch.setattr("safetensors.numpy.save_file", full)
     changed = dataclasses.replace(model, variables=jax.tree.map(lambda x: x + 1, model.variables))
-    with pytest.raises(CheckpointError, match=r"could not be written .*No space left on device"):
+    with pytest.raises(CheckpointError, match="No space left"):
         changed.save_pretrained(folder)
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
     assert (folder / "model.safetensors").read_bytes() == before
@@ -603,7 +603,7 @@ def test_paths_that_are_no_model(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="does not exist"):
         sct.load(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="neither a model folder"):
+    with pytest.raises(CheckpointError, match="model folder"):
         sct.load(tmp_path / "empty")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingExtraError, match=r'pip install "sct-jax\[hub\]"'):
@@ -704,7 +704,7 @@ def test_a_hub_id_is_fetched(model, folder, monkeypatch):
         raise ConnectionError("no route to host\nlong explanation")
 
     fake.snapshot_download = offline
-    with pytest.raises(CheckpointError, match=r"could not be fetched .*\(no route to host\)") as error:
+    with pytest.raises(CheckpointError, match="no route to host") as error:
         sct.load("someone/a-model")
     assert "\n" not in str(error.value)
 

@@ -15,7 +15,6 @@ from sct.models.decoder_config import GPT2Config, LlamaConfig, NeoXConfig
 from sct.nn.paths import flatten
 from sct.weights.pretrained import Pretrained, expected_shapes, load
 from sct.weights.vocabulary import resized
-from tests.quick import compiled_quickly
 
 SIZES = {"vocab_size": 17, "embed_dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 24, "max_length": 16}
 CONFIGS = {
@@ -23,12 +22,6 @@ CONFIGS = {
     "neox": NeoXConfig(**SIZES, rotary_fraction=0.5), "llama": LlamaConfig(**SIZES),
     "tied": LlamaConfig(**SIZES, tied=True),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quickly():
-    with compiled_quickly():
-        yield
 
 
 def made(name: str) -> Pretrained:
