@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,26 @@ ROOT = Path(__file__).resolve().parents[1]
 prepare()
 # Tracing makes very many objects that all live on: looking through them took a tenth of the time of tests.
 gc.set_threshold(100_000, 50, 100)
+
+
+# A compiled program takes six maps of memory and more, of which Linux gives a process 65,530 and XLA dies of the next.
+MAPS = 20_000
+
+
+def drop_programs(limit: int = MAPS) -> bool:
+    """Forget compiled programs where they take more than a number of maps of memory; whether it was done."""
+    maps = Path("/proc/self/maps")
+    if "jax" not in sys.modules or not maps.exists() or maps.read_bytes().count(b"\n") <= limit:
+        return False
+    sys.modules["jax"].clear_caches()
+    gc.collect()
+    return True
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_are_dropped() -> Iterator[None]:
+    yield
+    drop_programs()
 
 
 def _optional(env: str, folder: str) -> Path:
