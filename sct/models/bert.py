@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from sct.models.bert_config import BertConfig
 from sct.models.checks import check_range, check_text
@@ -45,10 +46,12 @@ class BertAttention(nn.Module):
 
         def project(name: str, given: jax.Array) -> jax.Array:
             y = _linear(config, config.embed_dim, axes.EMBED, axes.HEADS, name)(given)
-            return y.reshape(*given.shape[:-1], config.num_heads, config.embed_dim // config.num_heads)
+            return rearrange(y, "b t (h d) -> b t h d", h=config.num_heads)
 
         mixed = attend(project("query", x), project("key", source), project("value", source), mask)
-        return _linear(config, config.embed_dim, axes.HEADS, axes.EMBED, "out")(mixed.reshape(x.shape))
+        return _linear(config, config.embed_dim, axes.HEADS, axes.EMBED, "out")(
+            rearrange(mixed, "b t h d -> b t (h d)")
+        )
 
 
 class BertFeedForward(nn.Module):

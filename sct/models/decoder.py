@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from sct.models.checks import check_range, check_text
 from sct.models.decoder_config import DecoderConfig
@@ -55,14 +56,14 @@ class CausalAttention(nn.Module):
         def project(name: str, heads: int) -> jax.Array:
             width, names = heads * config.head_size, (axes.EMBED, axes.HEADS)
             layer = linear(width, names, config.attention_bias, kernel_init=_initializer(config), name=name)
-            return layer(x).reshape(*x.shape[:-1], heads, config.head_size)
+            return rearrange(layer(x), "b t (h d) -> b t h d", h=heads)
 
         query, key = project("query", config.num_heads), project("key", config.kv_heads)
         if config.positions == "rotary":
             frequencies = config.frequencies()
             query, key = rotary(query, positions, frequencies), rotary(key, positions, frequencies)
         mixed = attention(query, key, project("value", config.kv_heads))
-        mixed = mixed.reshape(*x.shape[:-1], config.num_heads * config.head_size)
+        mixed = rearrange(mixed, "b t h d -> b t (h d)")
         names, init = (axes.HEADS, axes.EMBED), _initializer(config, adds=True)
         return linear(config.embed_dim, names, config.out_bias, kernel_init=init, name="out")(mixed)
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange, reduce
 
 from sct.errors import ConfigError, DataError
 from sct.models.checks import check_range
@@ -51,8 +52,8 @@ class Stem(nn.Module):
         """All cells at once, or those of one device."""
         config = self.config
         if config.conv_boundary == "cell":
-            cells = self.conv(x.reshape(-1, config.num_genes, x.shape[-1]))
-            return gelu(cells.reshape(x.shape[0], -1, config.filters[0]))
+            cells = self.conv(rearrange(x, "b (k g) c -> (b k) g c", g=config.num_genes))
+            return gelu(rearrange(cells, "(b k) g c -> b (k g) c", b=x.shape[0]))
         if axes.has_neighbours():
             before, behind = axes.neighbours(x, halo_of(config.stem_taps))
             return gelu(self.conv(jnp.concatenate([before, x, behind], axis=1), with_halo=True))
@@ -108,15 +109,16 @@ _HEAD_POSITIONS_CPU, _HEAD_POSITIONS = 4096, 65_536
 
 def _head_in_pieces(head: Head, variables: Any, x: jax.Array) -> jax.Array:
     most = at_once(_HEAD_POSITIONS_CPU if jax.default_backend() == "cpu" else _HEAD_POSITIONS)
-    positions, width = x.size // x.shape[-1], x.shape[-1]
+    positions = x.size // x.shape[-1]
     pieces = -(-positions // most)
     if pieces == 1:
         return cast(jax.Array, head.apply(variables, x, method="whole"))
     # The most even pieces, the last one filled up.
     size = -(-positions // pieces)
-    filled = jnp.pad(x.reshape(positions, width), ((0, pieces * size - positions), (0, 0)))
-    y = map_pieces(_Piece(head), False, variables, (filled.reshape(pieces, size, width),))
-    return y.reshape(pieces * size, -1)[:positions].reshape(*x.shape[:-1], -1)
+    filled = jnp.pad(rearrange(x, "... d -> (...) d"), ((0, pieces * size - positions), (0, 0)))
+    parts = rearrange(filled, "(n s) d -> n s d", n=pieces)
+    y = rearrange(map_pieces(_Piece(head), False, variables, (parts,)), "n s c -> (n s) c")
+    return y[:positions].reshape(*x.shape[:-1], -1)
 
 
 class SCT(nn.Module):
@@ -240,7 +242,7 @@ class SCT(nn.Module):
                 x = x + jnp.where(present, self.spatial(features), 0.0).astype(x.dtype)[:, :, None, :]
         elif coordinates is not None:
             raise ConfigError("coordinates were given, but the model was built with use_spatial=False.")
-        return x.reshape(batch, cells * genes, config.token_embed_dim)
+        return rearrange(x, "b k g d -> b (k g) d")
 
     def _spatial_width(self) -> int:
         return self.config.num_scales * (4 if self.config.spatial_encoding == "paper" else 2)
@@ -285,21 +287,21 @@ class SCT(nn.Module):
         `cell_embedding` float32 (B, K, embed_dim): the mean over a cell's transformer positions; `conv_out`,
         `transformer_out` (B, K G / 2^n, embed_dim); `deconv_out` (B, K G, filters[0]).
         """
-        batch, cells, genes = tokens.shape
+        batch, cells, _ = tokens.shape
         conv_out, skips = self.encode(self.embed(tokens, coordinates))
         x = conv_out
         for block in self.transformer:
             x = axes.constrain(block(x), axes.BATCH, axes.LENGTH, axes.EMBED)
         deconv_out = self.decode(x, skips)
         if positions is None:
-            logits = self.head(deconv_out, cells).reshape(batch, cells, genes, -1)
+            logits = rearrange(self.head(deconv_out, cells), "b (k g) c -> b k g c", k=cells)
         else:
             parts = positions.reshape(batch, -1, positions.shape[-1])
-            rows = deconv_out.reshape(batch, parts.shape[1], -1, deconv_out.shape[-1])
+            rows = rearrange(deconv_out, "b (s l) d -> b s l d", s=parts.shape[1])
             chosen = jnp.take_along_axis(rows, parts[..., None], axis=2)
             chosen = axes.constrain(chosen, axes.BATCH, axes.CELL, None, None)
             logits = self.head(chosen).reshape(*positions.shape, -1)
-        embedding = x.astype(jnp.float32).reshape(batch, cells, -1, x.shape[-1]).mean(axis=2)
+        embedding = reduce(x.astype(jnp.float32), "b (k l) d -> b k d", "mean", k=cells)
         return {
             "logits": logits,
             "cell_embedding": embedding,

@@ -14,6 +14,7 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
 from sct.models.sct_config import SCTConfig
@@ -75,9 +76,9 @@ class ConvBlock(nn.Module):
         """Map what the norm gave to (B, K * G or 2 K G, features); see `Conv` for halo and loop."""
         if self.config.conv_boundary == "cell" and self.taps > 1:
             halo = halo_of(self.taps, self.upsample) if with_halo else 0
-            cells = x.reshape(-1, self.num_positions, x.shape[-1])
+            cells = rearrange(x, "b (k g) c -> (b k) g c", g=self.num_positions)
             y = self.conv(jnp.pad(cells, ((0, 0), (halo, halo), (0, 0))), with_halo, in_loop)
-            y = y.reshape(x.shape[0], -1, self.features)
+            y = rearrange(y, "(b k) g c -> b (k g) c", b=x.shape[0])
         else:
             y = self.conv(x, with_halo, in_loop)
         return checkpoint_name(y, PRODUCT)
@@ -196,11 +197,14 @@ class _AfterNorm:
 
 def _in_pieces(level: TowerLevel, params: Any, x: jax.Array, skip: jax.Array | None, chunk: int) -> jax.Array:
     """A level, some cells after the other; a piece sees the border positions of its neighbours."""
-    batch, length, width = x.shape
-    pieces = length // level.num_positions // chunk
+    batch = x.shape[0]
+    pieces = x.shape[1] // level.num_positions // chunk
 
     def split(x: jax.Array) -> jax.Array:
-        return x.reshape(batch * pieces, 1, -1, x.shape[-1])
+        return rearrange(x, "b (n l) c -> (b n) 1 l c", n=pieces)
+
+    def border(x: jax.Array) -> jax.Array:
+        return rearrange(x, "b n l c -> (b n) 1 l c")
 
     config, block = level.config, params["block"]
     norm = {"block": {name: block[name] for name in block if name == "norm"}}
@@ -208,13 +212,13 @@ def _in_pieces(level: TowerLevel, params: Any, x: jax.Array, skip: jax.Array | N
     main = split(x)
     if config.norm != "none":
         main = map_pieces(_Normalise(level), False, norm, (main,))
-    ends = main.reshape(batch, pieces, -1, width)
-    before, behind = axes.neighbours(main.reshape(batch, -1, width), level.halo)
+    ends = rearrange(main, "(b n) 1 l c -> b n l c", b=batch)
+    before, behind = axes.neighbours(rearrange(ends, "b n l c -> b (n l) c"), level.halo)
     left = jnp.concatenate([before[:, None], ends[:, :-1, ends.shape[2] - level.halo :]], axis=1)
     right = jnp.concatenate([ends[:, 1:, : level.halo], behind[:, None]], axis=1)
-    inputs = (split(left), main, split(right), *([] if skip is None else [split(skip)]))
+    inputs = (border(left), main, border(right), *([] if skip is None else [split(skip)]))
     y = map_pieces(_AfterNorm(level), config.remat != "level", rest, inputs)
-    return y.reshape(batch, -1, level.features)
+    return rearrange(y, "(b n) 1 l c -> b (n l) c", b=batch)
 
 
 def _cells_at_once(config: SCTConfig, cells: int, positions: int) -> int:

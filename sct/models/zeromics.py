@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from sct.errors import ConfigError, DataError
 from sct.models.checks import check_fields, check_range, check_text
@@ -96,7 +97,7 @@ class CellTokenizer(nn.Module):
             made = Linear(config.num_soft * width, (axes.CHANNEL_IN, axes.EMBED), dtype=dtype, name="out")(
                 mean
             )
-            return made.reshape(len(x), config.num_soft, width)
+            return rearrange(made, "b (k d) -> b k d", k=config.num_soft)
         if config.cells.embed_dim != width:
             kernel = axes.param(
                 self,

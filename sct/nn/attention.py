@@ -6,9 +6,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange, repeat
 from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
@@ -36,6 +38,7 @@ def rotary(x: jax.Array, positions: jax.Array, frequencies: jax.Array | None = N
     features behind the first `2 * len(frequencies)` stay as they are. Angles are float32, the result has the type
     of `x`.
     """
+    chex.assert_rank([x, positions], [4, {1, 2}])
     frequencies = rotary_frequencies(x.shape[-1]) if frequencies is None else frequencies
     half = frequencies.shape[0]
     angle = positions.astype(jnp.float32)[..., None, None] * frequencies
@@ -59,6 +62,10 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | None
     On a mesh each device attends from its own queries, heads and bags. Where it holds a part of the sequence it
     gathers keys and values first: two arrays of B x L x H x D, small beside the scores of its queries.
     """
+    chex.assert_rank([query, key, value], 4)
+    chex.assert_equal_shape([key, value])
+    chex.assert_equal_shape([query, key], dims=(0, 3))
+    chex.assert_is_divisible(query.shape[2], key.shape[2])
     placed = axes.placement(query.shape, axes.BATCH, axes.LENGTH, axes.HEADS, None)
     along = None if placed is None else placed[1][1]
     attend = _form(query, key, mask, along is not None)
@@ -67,7 +74,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | None
     mesh, spec = placed
     if key.shape[2] != query.shape[2]:
         # Devices that share the heads of queries would not all find whole heads of keys.
-        key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
+        key, value = (_for_each(x, query) for x in (key, value))
     segments = None if mask is None or mask.query is None else (mask.query, mask.key)
     causal = mask is not None and mask.order is not None
     order = jnp.asarray(mask.order if causal and mask is not None else 0)
@@ -131,8 +138,13 @@ def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | None
 
 def _chunked(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | None) -> jax.Array:
     if key.shape[2] != query.shape[2]:
-        key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
+        key, value = (_for_each(x, query) for x in (key, value))
     return chunked_attention(query, key, value, mask)
+
+
+def _for_each(shared: jax.Array, query: jax.Array) -> jax.Array:
+    """Keys or values (B, M, H', D) for each head of the queries (B, L, H, D) that share them, (B, M, H, D)."""
+    return repeat(shared, "b m h d -> b m (h shares) d", shares=query.shape[2] // shared.shape[2])
 
 
 def _fits_cudnn(query: jax.Array) -> bool:
@@ -153,18 +165,18 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (B, L, D) to (B, L, D); D must be a multiple of `num_heads`."""
-        batch, length, width = x.shape
-        head = width // self.num_heads
+        chex.assert_rank(x, 3)
+        width = x.shape[-1]
 
         def project(name: str) -> jax.Array:
             y = Linear(width, (axes.EMBED, axes.HEADS), dtype=self.dtype, name=name)(x)
-            return y.reshape(batch, length, self.num_heads, head)
+            return rearrange(y, "b l (h d) -> b l h d", h=self.num_heads)
 
         query, key, value = project("query"), project("key"), project("value")
         if self.use_rotary:
-            positions = jnp.arange(length)
+            positions = jnp.arange(x.shape[1])
             query, key = rotary(query, positions), rotary(key, positions)
-        mixed = attend(query, key, value).reshape(batch, length, width)
+        mixed = rearrange(attend(query, key, value), "b l h d -> b l (h d)")
         return Linear(width, (axes.HEADS, axes.EMBED), dtype=self.dtype, name="out")(mixed)
 
 

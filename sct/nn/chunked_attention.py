@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import lax
 
 from sct.nn.plain import at_once
@@ -101,16 +102,14 @@ def _plan(length: int, most: int) -> tuple[int, int]:
 
 def _cut(x: jax.Array, plan: tuple[int, int]) -> jax.Array:
     """Chunks (n, B, H, c, D) of (B, L, H, D), the last one padded with zeros."""
-    batch, length, heads, size = x.shape
     number, chunk = plan
-    x = jnp.pad(x, ((0, 0), (0, number * chunk - length), (0, 0), (0, 0)))
-    return x.reshape(batch, number, chunk, heads, size).transpose(1, 0, 3, 2, 4)
+    x = jnp.pad(x, ((0, 0), (0, number * chunk - x.shape[1]), (0, 0), (0, 0)))
+    return rearrange(x, "b (n c) h d -> n b h c d", n=number)
 
 
 def _join(x: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
     """Undo `_cut`, in the shape and type of `like`."""
-    number, batch, heads, chunk, size = x.shape
-    whole = x.transpose(1, 0, 3, 2, 4).reshape(batch, number * chunk, heads, size)
+    whole = rearrange(x, "n b h c d -> b (n c) h d")
     return whole[:, : like.shape[1]].astype(like.dtype)
 
 

@@ -7,6 +7,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import lax
 from jax.typing import DTypeLike
 
@@ -58,7 +59,7 @@ def _conv_in_loop_backward(
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = kept
     (before, after), taps, length = pads, kernel.shape[0], gradient.shape[1]
-    turned = jnp.flip(kernel, 0).swapaxes(1, 2)
+    turned = rearrange(jnp.flip(kernel, 0), "taps c f -> taps f c")
     by_x = _plain_conv(gradient, turned, (taps - 1 - before, taps - 1 - after))
     padded = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (before, after, 0), (0, 0, 0)])
     by_tap = [jnp.einsum("blf,blc->fc", gradient, padded[:, j : j + length]).T for j in range(taps)]
@@ -94,8 +95,7 @@ def conv_transpose_2x(x: jax.Array, kernel: jax.Array, halo: int = 0, in_loop: b
             continue
         low, high = ((p + j - left) // 2 for j in (used[0], used[-1]))
         phases.append(conv(x, kernel[used[0] :: 2], (-low - halo, high - halo), in_loop))
-    both = jnp.stack(phases, axis=2)
-    return both.reshape(x.shape[0], -1, kernel.shape[2])
+    return rearrange(jnp.stack(phases, axis=2), "b l phase f -> b (l phase) f")
 
 
 def halo_of(taps: int, upsample: bool = False) -> int:
@@ -137,7 +137,7 @@ class Conv(nn.Module):
 
 def pool_2x(x: jax.Array, kind: str) -> jax.Array:
     """Join neighbouring pairs of positions: (B, L, C) -> (B, L / 2, C), by "avg" or "max"."""
-    pairs = x.reshape(x.shape[0], x.shape[1] // 2, 2, x.shape[2])
+    pairs = rearrange(x, "b (l pair) c -> b l pair c", pair=2)
     if kind == "avg":
         # Not `mean`, whose sum over two numbers the CPU computes ten times slower.
         return (pairs[:, :, 0] + pairs[:, :, 1]) * 0.5

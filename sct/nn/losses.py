@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
+from einops import rearrange
 from jax import lax
 
 from sct.nn import axes
@@ -43,6 +45,9 @@ def token_losses(
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, wanted)
         return losses, jnp.argmax(logits, axis=-1) == wanted
 
+    chex.assert_rank(targets, 2)
+    chex.assert_type(targets, int)
+    chex.assert_equal_shape_prefix([hidden, targets], 2)
     batch, length = targets.shape
     parts = axes.parts_of(axes.BATCH, batch) * axes.parts_of(axes.TEXT_VOCAB, vocab_size)
     most = at_once(max(1, _SCORES * parts // (vocab_size * batch)))
@@ -53,11 +58,11 @@ def token_losses(
     filled = ((0, 0), (0, pieces * size - length))
 
     def cut(x: jax.Array) -> jax.Array:
-        return x.reshape(batch, pieces, size, *x.shape[2:]).swapaxes(0, 1)
+        return rearrange(x, "b (n t) ... -> n b t ...", n=pieces)
 
     inputs = cut(jnp.pad(hidden, (*filled, (0, 0)))), cut(jnp.pad(targets, filled))
     losses, right = lax.map(jax.checkpoint(piece), inputs)
-    losses, right = (x.swapaxes(0, 1).reshape(batch, -1)[:, :length] for x in (losses, right))
+    losses, right = (rearrange(x, "n b t -> b (n t)")[:, :length] for x in (losses, right))
     return losses, right
 
 

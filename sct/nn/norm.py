@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from sct.nn import axes
 from sct.nn.plain import wants_plain
@@ -68,8 +70,8 @@ class SharedLayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise (B, K * G, D) over each cell's G = `num_positions` positions."""
-        batch, length, width = x.shape
-        cells = x.reshape(batch * (length // self.num_positions), self.num_positions, width)
+        chex.assert_rank(x, 3)
+        cells = rearrange(x, "b (k g) d -> (b k) g d", g=self.num_positions)
         if self.learnable:
             shape, names = (self.num_positions,), (axes.GENE_SCALE,)
             scale = axes.param(self, "scale", axes.ones, shape, names)
@@ -77,7 +79,7 @@ class SharedLayerNorm(nn.Module):
         else:
             scale, bias = jnp.ones(self.num_positions), jnp.zeros(self.num_positions)
         norm = _plain_shared_norm if wants_plain() else shared_norm
-        return norm(cells, scale, bias, self.epsilon).reshape(batch, length, width)
+        return rearrange(norm(cells, scale, bias, self.epsilon), "(b k) g d -> b (k g) d", b=x.shape[0])
 
 
 def _plain_shared_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:

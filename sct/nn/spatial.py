@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 
 def spatial_features(
@@ -28,6 +30,7 @@ def spatial_features(
     -------
     float32 (B, K, 4 S) or (B, K, 2 S), features interleaved scale by scale.
     """
+    chex.assert_shape(coordinates, (None, None, 2))
     ratio = np.float32(sigma_max / sigma_min)
     if mode == "paper":
         steps = np.arange(num_scales, dtype=np.float32)
@@ -41,4 +44,4 @@ def spatial_features(
         features = jnp.stack([jnp.cos(x), jnp.cos(y), jnp.sin(x), jnp.sin(y)], axis=-1)
     else:
         features = jnp.stack([jnp.cos(x), jnp.sin(y)], axis=-1)
-    return features.reshape(*coordinates.shape[:2], -1)
+    return rearrange(features, "b k scale form -> b k (scale form)")

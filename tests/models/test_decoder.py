@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -127,8 +128,7 @@ def test_what_is_kept_for_the_backward_pass_changes_nothing(family, dropout):
     expected = step(family, dropout > 0, dropout=dropout)(3)
     for remat in ("products", "level"):
         found = step(family, dropout > 0, dropout=dropout, remat=remat)(3)
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6, err_msg=remat)
+        chex.assert_trees_all_close(found, expected, rtol=2e-4, atol=2e-6)
 
 
 def test_dropout_is_for_training_alone():

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -48,9 +49,9 @@ def test_an_untrained_adapter_changes_nothing(family):
     plain = nn.unbox(boxed(family))
     variables = adapted(family, everything(family), trained=False)
     before = call(family, plain)
-    assert same(before, call(family, variables))
-    assert same(before, call(family, variables, jax.random.key(3)))
-    assert same(before, call(family, lora.merge(variables)))
+    chex.assert_trees_all_equal(before, call(family, variables), strict=True)
+    chex.assert_trees_all_equal(before, call(family, variables, jax.random.key(3)), strict=True)
+    chex.assert_trees_all_equal(before, call(family, lora.merge(variables)), strict=True)
     # The same matrices with another second factor do change it.
     assert not same(before, call(family, adapted(family, everything(family))))
 
@@ -80,7 +81,7 @@ def test_a_merged_model_is_the_adapted_one(family):
     for name, value in ours.items():
         size = max(1.0, float(jnp.abs(value).max()))
         np.testing.assert_allclose(value, theirs[name], rtol=0, atol=1e-5 * size, err_msg=name)
-    assert same(call(family, merged), call(family, merged, jax.random.key(0)))
+    chex.assert_trees_all_equal(call(family, merged), call(family, merged, jax.random.key(0)), strict=True)
     assert not same(merged, {"params": variables["params"]})
 
 
@@ -108,7 +109,7 @@ def test_merging_keeps_types_and_needs_the_layer():
     with pytest.raises(CheckpointError, match="'nowhere'"):
         lora.merge({**variables, "adapters": {"nowhere": variables["adapters"]["head"]}})
     plain = {"params": variables["params"]}
-    assert same(lora.merge(plain), plain)
+    chex.assert_trees_all_equal(lora.merge(plain), plain, strict=True)
 
 
 def test_a_single_layer():
@@ -218,7 +219,7 @@ def test_training_starts_from_a_model_without_adapters():
     state = trained_with("none")[0]
     arrays = {path: np.asarray(value) + 1.0 for path, value in state.frozen.items() if "params/" in path}
     loaded = load_into(state, arrays, Task.new)
-    assert same(loaded.trained, state.trained)
+    chex.assert_trees_all_equal(loaded.trained, state.trained, strict=True)
     assert all(np.array_equal(loaded.frozen[path], value) for path, value in arrays.items())
 
 
@@ -233,7 +234,7 @@ def test_dropout_needs_a_key_and_keeps_the_mean():
     def dropped(seed):
         return layer.apply(variables, x, rngs={"dropout": jax.random.key(seed)})
 
-    assert same(dropped(0), dropped(0))
+    chex.assert_trees_all_equal(dropped(0), dropped(0), strict=True)
     assert not same(dropped(0), dropped(1))
     assert not same(dropped(0), plain)
     scatter = np.asarray(dropped(0) - plain)
@@ -249,12 +250,12 @@ def test_dropout_differs_between_layers():
     variables = adapted("gpt2", options)
     first, other = (call("gpt2", variables, jax.random.key(seed))["logits"] for seed in (0, 1))
     assert not same(first, other)
-    assert same(first, call("gpt2", variables, jax.random.key(0))["logits"])
-    assert same(call("gpt2", variables), call("gpt2", variables))
+    chex.assert_trees_all_equal(first, call("gpt2", variables, jax.random.key(0))["logits"], strict=True)
+    chex.assert_trees_all_equal(call("gpt2", variables), call("gpt2", variables), strict=True)
     none = adapted("gpt2", LoraConfig(("attention/query",), 3, 6.0))
     # Where nothing is dropped the tree holds no share, so that no random numbers are drawn.
     assert not any(path.endswith("dropout") for path in flatten(none["adapters"]))
-    assert same(call("gpt2", none), call("gpt2", none, jax.random.key(0)))
+    chex.assert_trees_all_equal(call("gpt2", none), call("gpt2", none, jax.random.key(0)), strict=True)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])

@@ -6,6 +6,7 @@ import dataclasses
 from functools import cache, partial
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -222,7 +223,7 @@ def test_what_is_kept_and_in_how_many_pieces_changes_neither_loss_nor_gradient(
         monkeypatch.setattr(sct_model, "_HEAD_POSITIONS_CPU", 3 * positions // 2)
         other_loss, other = _loss(dataclasses.replace(config, remat=remat), variables(config), tokens())
         close(other_loss, loss, 1e-6)
-        jax.tree.map(partial(close, tolerance=1e-5), other, gradient)
+        chex.assert_trees_all_close(other, gradient, rtol=1e-5, atol=1e-5)
 
 
 def test_pieces_are_whole_cells_and_divide_a_bag(monkeypatch):

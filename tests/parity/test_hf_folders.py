@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
-import numpy as np
+import chex
 import pytest
 
 import sct
@@ -21,11 +21,8 @@ transformers = pytest.importorskip("transformers", reason=foreign.REASON.format(
 
 
 def same(one, other):
-    first, second = flatten(one.variables), flatten(other.variables)
-    assert first.keys() == second.keys()
-    for path in first:
-        assert first[path].dtype == second[path].dtype
-        np.testing.assert_array_equal(first[path], second[path], err_msg=path)
+    chex.assert_trees_all_equal_dtypes(one.variables, other.variables)
+    chex.assert_trees_all_equal(one.variables, other.variables, strict=True)
     assert one.config == other.config
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,8 +105,7 @@ def test_remat_and_chunks_change_nothing(family):
     for remat in ("products", "level"):
         with smaller_pieces(0.02):  # ten keys and five queries at a time
             found = gradients(remat)
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * most, err_msg=remat)
+        chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6 * most)
 
 
 @pytest.mark.parametrize("remat", ["none", "products", "level"])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +26,7 @@ from sct.train.loop import TrainConfig, steps_for
 from sct.train.sharding import MeshConfig
 from sct.train.state import init_state, make_train_step
 
-from .conftest import learn, read_log, same, without_times
+from .conftest import learn, read_log, without_times
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,8 +68,7 @@ def test_microbatches_make_the_update_of_the_whole_batch(microbatch, seed, empti
     }
     batch["count"][::emptied] = 0  # even a microbatch of nothing, and a batch of nothing
     whole, parts = stepped(Line(), batch, 0), stepped(Line(), batch, microbatch)
-    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
-        np.testing.assert_allclose(other, one, rtol=2e-5, atol=1e-5)
+    chex.assert_trees_all_close(parts, whole, rtol=2e-5, atol=1e-5)
 
 
 @pytest.fixture
@@ -244,7 +244,7 @@ def test_stopping_within_a_ramp_changes_nothing(config, tmp_path, stops):
         assert learn(config(**RAMP, train__stop_at=stop), tmp_path / "parts").progress.step == stop
     parts = learn(config(**RAMP), tmp_path / "parts")
     assert parts.progress == whole.progress
-    assert same(whole.state, parts.state)
+    chex.assert_trees_all_equal(whole.state, parts.state, strict=True)
     assert without_times(read_log(tmp_path / "whole")) == without_times(read_log(tmp_path / "parts"))
 
 

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -144,8 +145,7 @@ def agree(task: CellSentences, batch: dict[str, np.ndarray], train: bool = True)
         assert float(sums[name]) == pytest.approx(float(value), rel=1e-5), name
     assert loss == pytest.approx(float(sums["weighted"]) / float(sums["weight"]), rel=1e-5)
     most = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(slopes))
-    for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(slopes), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-3, atol=2e-5 * most)
+    chex.assert_trees_all_close(gradients, slopes, rtol=1e-3, atol=2e-5 * most)
 
 
 @pytest.mark.parametrize(
@@ -463,7 +463,7 @@ def test_stopping_and_resuming_equals_never_stopping(finished, text_config, tmp_
     second = run(text_config(), tmp_path / "parts")
     assert second.reason == "finished"
     assert files(tmp_path / "parts" / "tokenizer") == kept == files(folder / "tokenizer")
-    assert same(whole.state, second.state)
+    chex.assert_trees_all_equal(whole.state, second.state, strict=True)
     assert not same(first.state, whole.state)
     assert without_times(read_log(folder)) == without_times(read_log(tmp_path / "parts"))
     # Of an unfinished run too, what goes with the weights is known.
@@ -493,7 +493,7 @@ def test_run_folder_and_model_folder_are_the_same_model(finished, tmp_path):
     shutil.copytree(folder, tmp_path / "unexported", ignore=shutil.ignore_patterns("model"))
     loaded.append(sct.load(tmp_path / "unexported"))
     for each in loaded[1:]:
-        assert same(each.variables, loaded[0].variables)
+        chex.assert_trees_all_equal(each.variables, loaded[0].variables, strict=True)
         assert each.tokenizer.fingerprint == loaded[0].tokenizer.fingerprint
         assert (each.data, each.config, each.step) == (loaded[0].data, loaded[0].config, loaded[0].step)
         assert each.vocabulary.hash == loaded[0].vocabulary.hash
@@ -539,7 +539,7 @@ def test_a_model_to_start_from_brings_architecture_and_tokenizer(finished, text_
     task, start = begun(config, tmp_path / "tuned")
     assert task.model_config == dataclasses.replace(parent.config, dropout=0.25, remat="level")
     assert task.tokenizer.fingerprint == parent.tokenizer.fingerprint
-    assert same(start, flatten(parent.variables))
+    chex.assert_trees_all_equal(start, flatten(parent.variables), strict=True)
     settings = json.loads((tmp_path / "tuned" / "config.json").read_text())
     assert settings["resolved_model"] == dataclasses.asdict(task.model_config)
     assert settings["model"]["embed_dim"] == 64, "what the person wrote stays"
@@ -638,7 +638,7 @@ def test_every_family_learns_cell_sentences(text_config, tmp_path, family):
     assert (result.reason, result.progress.step) == ("finished", 2)
     model = sct.load(tmp_path / "run")
     assert (model.family, type(model.config).__name__.removesuffix("Config").lower()) == (family, family)
-    assert same(model.variables, result.state.variables)
+    chex.assert_trees_all_equal(model.variables, result.state.variables, strict=True)
     assert not (tmp_path / "run" / "predicted_cell_type.json").exists()
 
 
@@ -804,7 +804,7 @@ def test_adapters_are_trained_alone_and_kept_beside_the_model(finished, text_con
     # The model of a run is the one that was trained, with its adapters beside it.
     for folder in (tmp_path / "run", tmp_path / "run" / "model"):
         model = sct.load(folder)
-        assert same(model.variables, result.state.variables)
+        chex.assert_trees_all_equal(model.variables, result.state.variables, strict=True)
         assert model.config == parent.config
     ids = {"input_ids": np.arange(20)[None]}
     merged = dataclasses.replace(model, variables=lora.merge(model.variables))
@@ -844,7 +844,7 @@ def test_a_resumed_run_of_adapters_is_one_that_never_stopped(finished, text_conf
     config = functools.partial(text_config, init_from=str(finished[0]), **FEW)
     whole = run(config(), tmp_path / "whole")
     assert run(config(train__stop_at=2), tmp_path / "parts").reason == "stop_at"
-    assert same(run(config(), tmp_path / "parts").state, whole.state)
+    chex.assert_trees_all_equal(run(config(), tmp_path / "parts").state, whole.state, strict=True)
     with pytest.raises(ConfigError, match=r"objective\.lora"):
         run(config(objective__lora={**LORA, "alpha": 3.0}), tmp_path / "parts")
     # Their training goes on, or they are merged before the model itself is trained.
@@ -852,7 +852,7 @@ def test_a_resumed_run_of_adapters_is_one_that_never_stopped(finished, text_conf
         config(init_from=str(tmp_path / "whole"), train__steps=1, train__eval_every=1), tmp_path / "again"
     )
     assert not same(again.state.trained, whole.state.trained)
-    assert same(again.state.frozen, whole.state.frozen)
+    chex.assert_trees_all_equal(again.state.frozen, whole.state.frozen, strict=True)
     for number, changes in enumerate(({"rank": 0}, {**LORA, "rank": 2})):
         with pytest.raises(CheckpointError, match="adapters/layers/mlp/up/lora_a"):
             run(

@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,7 +65,7 @@ def goes_on(config, whole, folder: Path) -> None:
     """Run again without the fault, and end as the run without faults did."""
     resumed, (expected, other) = learn(config(**SHORT), folder), whole
     assert resumed.progress == expected.progress
-    assert same(resumed.state, expected.state)
+    chex.assert_trees_all_equal(resumed.state, expected.state, strict=True)
     assert without_times(read_log(folder)) == without_times(read_log(other))
     assert saved(folder) == saved(other)
 
@@ -222,7 +223,9 @@ def test_a_small_disk_that_is_full(config, tmp_path, whole):
     assert "No space left on device" in refused
     assert str(folder) in refused
     arrays = np.load(output)
-    assert same([arrays[name] for name in arrays.files], jax.tree.leaves(whole[0].state))
+    chex.assert_trees_all_equal(
+        [arrays[name] for name in arrays.files], jax.tree.leaves(whole[0].state), strict=True
+    )
 
 
 def test_an_error_of_the_last_save_is_not_swallowed(tmp_path):
@@ -282,7 +285,7 @@ def test_what_is_saved_is_the_state_of_its_step_although_it_is_donated(tmp_path)
     keep.wait()
     assert not same(before[1], before[2])
     for number, expected in before.items():
-        assert same(keep.restore(abstract, number)[0], expected)
+        chex.assert_trees_all_equal(keep.restore(abstract, number)[0], expected, strict=True)
     keep.close()
 
 
@@ -347,7 +350,7 @@ def test_metrics_are_the_same_however_often_a_run_is_stopped(config, tmp_path, m
     drawn = 0
     resumed = learn(plain, folder)
     assert resumed.progress == whole.progress
-    assert same(resumed.state, whole.state)
+    chex.assert_trees_all_equal(resumed.state, whole.state, strict=True)
     assert without_times(read_log(folder)) == without_times(read_log(tmp_path / "whole"))
     assert [line["step"] for line in read_log(folder)] == [
         1,

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -29,8 +30,6 @@ from sct.weights.pretrained import Pretrained
 from tests.data.test_quantile_bins import Study
 from tests.data.text.test_instructions import ABSTRACT, study, tokenizer
 from tests.data.text.toy_texts import GENES, ToyStore
-
-from .conftest import same
 
 CELLS = {"embed_dim": 8, "num_layers": 1, "num_heads": 2, "ffn_dim": 12, "feature_dim": 5, "num_bins": 4}
 LLM = {"vocab_size": 0, "embed_dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24, "max_length": 256}
@@ -293,7 +292,7 @@ def test_stopping_and_resuming_does_not_read_the_models_again(text_config, tmp_p
     stopped = {**config, "train": {**config["train"], "stop_at": 2}}
     assert run(stopped, tmp_path / "parts").reason == "stop_at"
     monkeypatch.setattr("sct.tasks.instructions.load", None)
-    assert same(run(config, tmp_path / "parts").state, whole.state)
+    chex.assert_trees_all_equal(run(config, tmp_path / "parts").state, whole.state, strict=True)
 
 
 @pytest.mark.slow
@@ -303,7 +302,7 @@ def test_a_cell_model_that_is_resumed_has_the_size_of_its_features(text_config, 
     whole = run(config, tmp_path / "whole")
     stopped = {**config, "train": {**config["train"], "stop_at": 2}}
     assert run(stopped, tmp_path / "parts").reason == "stop_at"
-    assert same(run(config, tmp_path / "parts").state, whole.state)
+    chex.assert_trees_all_equal(run(config, tmp_path / "parts").state, whole.state, strict=True)
     # And one that starts from it.
     again = run({**config, "init_from": str(tmp_path / "whole")}, tmp_path / "again")
     assert again.progress.step == 4

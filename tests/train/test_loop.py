@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,7 +75,7 @@ def test_stopping_and_resuming_equals_never_stopping_bit_for_bit(config, tmp_pat
     assert second.reason == "finished"
     assert drawn == batches
     assert len(set(batches[:20])) > 15
-    assert same(whole.state, second.state)
+    chex.assert_trees_all_equal(whole.state, second.state, strict=True)
     assert without_times(read_log(folder)) == without_times(read_log(tmp_path / "parts"))
 
 
@@ -182,7 +183,7 @@ def test_a_killed_run_resumes_from_its_last_complete_checkpoint(config, tmp_path
         assert process.returncode == (-9 if asked == signal.SIGKILL else 0)
     (killed / "checkpoints" / "999.orbax-checkpoint-tmp").mkdir()  # what a save that was cut off leaves
     resumed = run(plain, killed)
-    assert same(whole.state, resumed.state)
+    chex.assert_trees_all_equal(whole.state, resumed.state, strict=True)
     assert without_times(read_log(tmp_path / "whole")) == without_times(read_log(killed))
     assert board(tmp_path / "whole") == board(killed)
 

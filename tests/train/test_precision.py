@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,9 +88,8 @@ def test_a_run_with_small_moments_resumes_bit_for_bit(config, tmp_path):
     whole = learn(plain, tmp_path / "whole")
     learn({**plain, "train": {**plain["train"], "stop_at": 3}}, tmp_path / "parts")
     parts = learn(plain, tmp_path / "parts")
-    for one, other in zip(jax.tree.leaves(whole.state), jax.tree.leaves(parts.state), strict=True):
-        assert one.dtype == other.dtype
-        np.testing.assert_array_equal(one, other)
+    chex.assert_trees_all_equal_dtypes(parts.state, whole.state)
+    chex.assert_trees_all_equal(parts.state, whole.state, strict=True)
 
 
 def test_an_unknown_type_is_refused():

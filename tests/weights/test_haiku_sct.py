@@ -11,6 +11,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import joblib
@@ -283,7 +284,7 @@ def test_the_name_of_the_model_may_be_anything(folder):
     params = haiku_sct.read_params(folder / "params.joblib")
     joblib.dump({f"other/{key.partition('/')[2]}": v for key, v in params.items()}, folder / "params.joblib")
     after = haiku_sct.convert(folder, numbered_genes=True)
-    assert jax.tree.all(jax.tree.map(np.array_equal, before.variables, after.variables))
+    chex.assert_trees_all_equal(before.variables, after.variables, strict=True)
 
 
 @pytest.mark.parametrize("field", ["attention_heads", "key_size"])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,10 +33,7 @@ FAMILIES = list(SMALL)
 
 
 def same(one, other):
-    first, second = flatten(one.variables), flatten(other.variables)
-    assert first.keys() == second.keys()
-    for path in first:
-        np.testing.assert_array_equal(first[path], second[path], err_msg=path)
+    chex.assert_trees_all_equal(one.variables, other.variables, strict=True)
     assert dataclasses.replace(one.config, dropout=0.0) == dataclasses.replace(other.config, dropout=0.0)
     assert one.family == other.family
 

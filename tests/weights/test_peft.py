@@ -6,6 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,11 +45,6 @@ def ids() -> np.ndarray:
 
 def outputs(of: Pretrained) -> np.ndarray:
     return np.asarray(of.apply(input_ids=ids(), outputs=["logits"])["logits"])
-
-
-def same(a: Any, b: Any) -> bool:
-    flat, other = flatten(a), flatten(b)
-    return flat.keys() == other.keys() and all(np.array_equal(flat[path], other[path]) for path in flat)
 
 
 def edited(folder, **options: Any) -> None:
@@ -137,7 +133,7 @@ def test_what_the_library_saved_is_computed_here(family, foreign, tmp_path):
     expected = foreign.outputs(made)
     np.testing.assert_allclose(outputs(loaded), expected, rtol=0, atol=1e-4)
     assert np.abs(outputs(plain) - expected).max() > 0.01
-    assert same({"params": loaded.variables["params"]}, plain.variables)
+    chex.assert_trees_all_equal({"params": loaded.variables["params"]}, plain.variables, strict=True)
     rates = [value for path, value in flatten(loaded.variables["adapters"]).items() if "dropout" in path]
     assert all(np.allclose(rate, 0.2) for rate in rates) == bool(rates) is True
     # And back: the library finds what it wrote.
@@ -164,7 +160,7 @@ def test_a_model_without_its_head(foreign, tmp_path):
     np.testing.assert_allclose(found.last_hidden_state.numpy(), expected["hidden"], rtol=0, atol=1e-4)
     np.testing.assert_allclose(found.pooler_output.numpy(), expected["pooled"], rtol=0, atol=1e-4)
     plain = dataclasses.replace(ours, variables={"params": variables["params"]})
-    assert same(peft.load(plain, tmp_path / "adapter").variables, ours.variables)
+    chex.assert_trees_all_equal(peft.load(plain, tmp_path / "adapter").variables, ours.variables, strict=True)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -206,7 +202,7 @@ def test_written_and_read_back_they_are_the_same(family, options, tmp_path):
     peft.export(ours, tmp_path / "adapter")
     plain = dataclasses.replace(ours, variables={"params": ours.variables["params"]})
     back = peft.load(plain, tmp_path / "adapter")
-    assert same(back.variables, ours.variables)
+    chex.assert_trees_all_equal(back.variables, ours.variables, strict=True)
     assert all(value.dtype == jnp.float32 for value in jax.tree.leaves(back.variables["adapters"]))
 
 
@@ -220,7 +216,7 @@ def test_parts_of_one_module_with_the_same_first_matrix(family, tmp_path):
     written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {value.shape for value in written.values()} == {(3, 24), (72, 3)}
     plain = dataclasses.replace(ours, variables={"params": ours.variables["params"]})
-    assert same(peft.load(plain, tmp_path / "adapter").variables, ours.variables)
+    chex.assert_trees_all_equal(peft.load(plain, tmp_path / "adapter").variables, ours.variables, strict=True)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "neox"])
@@ -268,7 +264,9 @@ def test_names_without_the_prefix_and_bfloat16(tmp_path):
     peft.export(ours, tmp_path / "adapter")
     expected = peft.load(model("gpt2"), tmp_path / "adapter")
     rewritten(tmp_path / "adapter", lambda t: {n.replace("transformer.", ""): v for n, v in t.items()})
-    assert same(peft.load(model("gpt2"), tmp_path / "adapter").variables, expected.variables)
+    chex.assert_trees_all_equal(
+        peft.load(model("gpt2"), tmp_path / "adapter").variables, expected.variables, strict=True
+    )
     rewritten(tmp_path / "adapter", lambda t: {n: v.astype(jnp.bfloat16) for n, v in t.items()})
     found = peft.load(model("gpt2"), tmp_path / "adapter").variables["adapters"]
     assert all(value.dtype == jnp.float32 for value in jax.tree.leaves(found))
@@ -284,7 +282,7 @@ def test_adapters_lie_where_the_kernels_do(tmp_path):
     boxes = boxed("llama")
     placed = jax.device_put({"params": ours.variables["params"]}, axes.shardings(boxes, mesh, rules))
     found = peft.load(dataclasses.replace(ours, variables=placed), tmp_path / "adapter").variables["adapters"]
-    assert same(found, ours.variables["adapters"])
+    chex.assert_trees_all_equal(found, ours.variables["adapters"], strict=True)
     assert all(value.sharding.mesh == mesh for value in jax.tree.leaves(found))
     assert boxed_shapes("llama", ours.config).keys() == {"params"}
 
@@ -294,9 +292,11 @@ def test_adapters_lie_where_the_kernels_do(tmp_path):
 def test_a_model_folder_keeps_the_adapters(family, tmp_path):
     ours = model(family, LoraConfig((".",), rank=3, dropout=0.1))
     ours.save_pretrained(tmp_path / "model")
-    assert same(sct.load(tmp_path / "model").variables, ours.variables)
+    chex.assert_trees_all_equal(sct.load(tmp_path / "model").variables, ours.variables, strict=True)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    assert same(sct.load(tmp_path / "model", mesh=mesh).variables, ours.variables)
+    chex.assert_trees_all_equal(
+        sct.load(tmp_path / "model", mesh=mesh).variables, ours.variables, strict=True
+    )
     half = flatten(sct.load(tmp_path / "model", dtype="bfloat16").variables)
     assert all(value.dtype == jnp.bfloat16 for value in half.values())
     layer = next(path for path in flatten(ours.variables) if path.endswith("query/lora_a"))
@@ -370,7 +370,9 @@ def test_the_head_of_the_model_in_the_file(family, tmp_path):
     peft.export(ours, tmp_path / "adapter")
     for kept in (head, head.astype(jnp.bfloat16)):
         rewritten(tmp_path / "adapter", lambda t, kept=kept: {**t, key: np.ascontiguousarray(kept)})
-        assert same(peft.load(model(family), tmp_path / "adapter").variables, ours.variables)
+        chex.assert_trees_all_equal(
+            peft.load(model(family), tmp_path / "adapter").variables, ours.variables, strict=True
+        )
     for other in (head + 0.1, head[1:]):
         rewritten(tmp_path / "adapter", lambda t, other=other: {**t, key: np.ascontiguousarray(other)})
         with pytest.raises(CheckpointError, match="lm_head"):
@@ -416,7 +418,7 @@ def test_writing_replaces_an_adapter_and_nothing_else(tmp_path, monkeypatch):
     peft.export(one, target)
     peft.export(two, target)
     expected = peft.load(model("llama"), target).variables
-    assert same(expected, two.variables)
+    chex.assert_trees_all_equal(expected, two.variables, strict=True)
 
     def fails(*_: Any, **__: Any) -> None:
         raise OSError(28, "no space left")
@@ -425,7 +427,7 @@ def test_writing_replaces_an_adapter_and_nothing_else(tmp_path, monkeypatch):
         patched.setattr("safetensors.numpy.save_file", fails)
         with pytest.raises(CheckpointError, match=r"could not be written to .*(?i:no space left)"):
             peft.export(one, target)
-    assert same(peft.load(model("llama"), target).variables, expected)
+    chex.assert_trees_all_equal(peft.load(model("llama"), target).variables, expected, strict=True)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     (target / "mine.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="other files"):

@@ -13,6 +13,7 @@ import warnings
 from fnmatch import fnmatch
 from pathlib import Path
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -56,12 +57,8 @@ def folder(model, tmp_path):
 
 
 def equal(first, second):
-    one, two = flatten(first), flatten(second)
-    assert one.keys() == two.keys()
-    for path in one:
-        a, b = np.asarray(one[path]), np.asarray(two[path])
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b, err_msg=path)
+    chex.assert_trees_all_equal_dtypes(first, second)
+    chex.assert_trees_all_equal(first, second, strict=True)
 
 
 def test_the_round_trip_is_exact(model, folder):
