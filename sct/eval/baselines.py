@@ -161,15 +161,15 @@ def _require_shown(masked: Masked) -> None:
 
 def _smoothed(
     neighbours: np.ndarray, reference: sparse.csr_matrix, hidden: np.ndarray | None, masked: Masked
-) -> np.ndarray:
-    """Mean counts (n,) of each cell's `neighbours` (N, k), scaled to the cell's library size.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean counts (n,) of each cell's `neighbours` (N, k), scaled to the cell's library size, and of how many (n,).
 
     Neighbours are rows of `reference` (M, G); where `hidden` (M, P) says that a neighbour's gene is hidden
     that neighbour is left out of the mean. The library size is that of the genes visible in the cell.
     """
     positions, genes = masked.mask.shape[1], reference.shape[1]
     totals = np.asarray(masked.visible.sum(axis=1)).ravel()
-    out = np.zeros(len(masked.cells), np.float32)
+    out, of = np.zeros((2, len(masked.cells)), np.float32)
     k = neighbours.shape[1]
     for first in range(0, len(neighbours), _CELLS_AT_ONCE):
         rows = neighbours[first : first + _CELLS_AT_ONCE]
@@ -178,7 +178,8 @@ def _smoothed(
         chosen = sparse.csr_matrix((ones, rows.ravel(), starts), (len(rows), reference.shape[0]))
         means = np.zeros((len(rows), positions), np.float32)
         means[:, :genes] = (chosen @ reference).toarray()
-        means /= k if hidden is None else np.maximum(k - hidden[rows].sum(axis=1), 1)
+        shown = np.full(means.shape, k) if hidden is None else k - hidden[rows].sum(axis=1)
+        means /= np.maximum(shown, 1)
         cells = slice(first, first + len(rows))
         seen = np.where(masked.mask[cells], 0, means).sum(axis=1)
         # Neighbours that show none of the visible genes tell nothing about the library size.
@@ -186,7 +187,8 @@ def _smoothed(
         part = slice(*np.searchsorted(masked.cells, [first, first + len(rows)]))
         cell = masked.cells[part] - first
         out[part] = means[cell, masked.genes[part]] * factor[cell]
-    return out
+        of[part] = shown[cell, masked.genes[part]]
+    return out, of
 
 
 class KnnSmoothing:
@@ -229,12 +231,16 @@ class KnnSmoothing:
 
     def predict(self, held_out: HeldOut, masked: Masked) -> dict[bool, Prediction]:
         """See `Method`; both forms."""
+        return from_counts(masked, self.smooth(held_out, masked)[0])
+
+    def smooth(self, held_out: HeldOut, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
+        """Mean counts (n,), and of how many cells (n,)."""
         if self._index is None:
             raise Unavailable("no training studies were given")
         _require_visible(masked)
         query = _profile(masked.visible[:, : self.counts.shape[1]])
         rows = self._index.kneighbors(query, return_distance=False)
-        return from_counts(masked, _smoothed(rows, self.counts, None, masked))
+        return _smoothed(rows, self.counts, None, masked)
 
 
 class OwnKnnSmoothing:
@@ -249,6 +255,10 @@ class OwnKnnSmoothing:
 
     def predict(self, held_out: HeldOut, masked: Masked) -> dict[bool, Prediction]:
         """See `Method`; both forms."""
+        return from_counts(masked, self.smooth(held_out, masked)[0])
+
+    def smooth(self, held_out: HeldOut, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
+        """Mean counts (n,), and of how many cells (n,)."""
         _require_visible(masked)
         _require_shown(masked)
         if len(held_out) < 2:
@@ -257,7 +267,7 @@ class OwnKnnSmoothing:
         # Without a query, a cell is not its own neighbour.
         index = NearestNeighbors(n_neighbors=k, metric="cosine").fit(_profile(masked.visible))
         rows = index.kneighbors(return_distance=False)
-        return from_counts(masked, _smoothed(rows, masked.visible, masked.mask, masked))
+        return _smoothed(rows, masked.visible, masked.mask, masked)
 
 
 class NeighbourMean:
@@ -318,6 +328,10 @@ class NeighbourMean:
         return sparse.csr_matrix((np.concatenate(shares), place), (len(held_out), len(held_out)))
 
 
+# Three steps over a graph of five neighbours mix some thirty cells.
+_MAGIC_CELLS = 30
+
+
 class Magic:
     """MAGIC (van Dijk et al., Cell 2018): diffusion of expression over a graph of the cells.
 
@@ -339,6 +353,10 @@ class Magic:
 
     def predict(self, held_out: HeldOut, masked: Masked) -> dict[bool, Prediction]:
         """See `Method`; both forms."""
+        return from_counts(masked, self.smooth(held_out, masked)[0])
+
+    def smooth(self, held_out: HeldOut, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
+        """Diffused counts (n,), and of how many cells that show the gene they count (n,)."""
         _require_visible(masked)
         _require_shown(masked)
         totals = np.asarray(masked.visible.sum(axis=1)).ravel()
@@ -361,7 +379,8 @@ class Magic:
             here = (place >= first) & (place < first + _GENES_AT_ONCE)
             out[here] = relative[masked.cells[here], place[here] - first]
         factor = np.where(seen > 0, totals / np.where(seen > 0, seen, 1), 0)
-        return from_counts(masked, (out * factor[masked.cells]).astype(np.float32))
+        shown = 1 - masked.mask.mean(axis=0, dtype=np.float32)
+        return (out * factor[masked.cells]).astype(np.float32), _MAGIC_CELLS * shown[masked.genes]
 
     def _operator(self, values: sparse.csr_matrix) -> tuple[Any, int]:
         """Diffusion operator (N, N) of cells (N, G), and how often it is applied."""

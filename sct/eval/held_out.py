@@ -131,6 +131,11 @@ class HeldOut:
         return len(self.tokens)
 
     @cached_property
+    def eligible(self) -> np.ndarray:
+        """Positions (N, P) that may be hidden: as in training, neither padding nor a gene that was not measured."""
+        return self.measured[self.study] & (self.tokens < self.num_bins)
+
+    @cached_property
     def frequencies(self) -> np.ndarray:
         """Number of cells of each study that have each gene at each level, int32 (studies, P, num_bins)."""
         out = np.zeros((*self.measured.shape, self.num_bins), np.int32)
@@ -195,7 +200,7 @@ def shown_ranges(
     cell at all is shown, what is asked for is genes and not cells, and each cell has its own.
     """
     own = np.column_stack([held_out.low, held_out.high, held_out.medians, held_out.means])
-    shown = (~mask & (held_out.tokens < held_out.num_bins)).any(axis=1)
+    shown = (~mask & held_out.eligible).any(axis=1)
     if shown.any() and not shown.all():
         _, bag = np.unique(held_out.bag, return_inverse=True)
         number = np.bincount(bag[shown], minlength=held_out.num_bags)
@@ -274,14 +279,14 @@ def _masks(
     return jax.vmap(one)(numbers, tokens, amounts)
 
 
-def _draw(
-    held_out: HeldOut, rule: Rule, seed: int, amounts: np.ndarray, tokens: np.ndarray | None = None
-) -> np.ndarray:
-    """Mask (N, P), bag by bag, `amounts` one of each; the key of a bag comes from the seed and the bag's number alone.
+def _draw(held_out: HeldOut, rule: Rule, seed: int, amounts: np.ndarray) -> np.ndarray:
+    """Mask (N, P) of measured genes, bag by bag, `amounts` one of each.
 
-    `tokens` stand for those of the cells, with PAD at what must not be masked.
+    The key of a bag comes from the seed and the bag's number alone.
     """
-    tokens = held_out.tokens if tokens is None else tokens
+    tokens = np.where(
+        held_out.eligible, held_out.tokens, np.asarray(held_out.num_bins, held_out.tokens.dtype)
+    )
     mask = np.zeros(tokens.shape, bool)
     position = np.searchsorted(np.unique(held_out.bag), held_out.bag)
     for batch in held_out.batches():
@@ -294,7 +299,7 @@ def _draw(
 
 
 def mask_ratio(held_out: HeldOut, ratio: float, seed: int) -> Masked:
-    """Hide exactly round(`ratio` x n) of the n genes of each cell, expressed or not."""
+    """Hide exactly round(`ratio` x n) of the n measured genes of each cell, expressed or not."""
     amounts = np.full(held_out.num_bags, ratio, np.float32)
     return Masked.of(held_out, _draw(held_out, masking.exact_ratio, seed, amounts))
 
@@ -306,9 +311,7 @@ def mask_measured(held_out: HeldOut, ratio: float, seed: int, most: int) -> Mask
     visible genes of each cell.
     """
     amounts = np.full(held_out.num_bags, ratio, np.float32)
-    measured = held_out.measured[held_out.study]
-    tokens = np.where(measured, held_out.tokens, np.uint8(held_out.num_bins))
-    mask = _draw(held_out, masking.exact_ratio, seed, amounts, tokens)
+    mask = _draw(held_out, masking.exact_ratio, seed, amounts)
     places = np.flatnonzero(mask)
     if len(places) > most:
         places = np.sort(np.random.default_rng(seed).choice(places, most, replace=False))
@@ -325,7 +328,7 @@ def mask_measured(held_out: HeldOut, ratio: float, seed: int, most: int) -> Mask
 
 
 def mask_cells(held_out: HeldOut, num_cells: int, seed: int) -> Masked:
-    """Hide all genes of `num_cells` of the K cells of each bag.
+    """Hide all measured genes of `num_cells` of the K cells of each bag.
 
     A bag that lacks cells hides the same share of those it has, at least one and never all of them; a lone
     cell stays visible.

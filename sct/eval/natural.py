@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from scipy.special import gammainc
+from scipy.special import betainc
 
 from sct.data.bags import BagSource
 from sct.data.tokenize import expected_counts, level_borders
@@ -33,6 +33,8 @@ SCORED = 2_000_000
 # Hidden counts of a gene (all cells of a draw) from which its ratio of imputed to counted means is taken.
 _COUNTS_PER_GENE = 20
 _CELLS_AT_ONCE = 256
+# Below it, counts are Poisson to six digits.
+_LEAST_DISPERSION = 1e-6
 
 # Column -> (name of the number, which is better); the two tables of a report.
 EXPRESSION = {
@@ -63,8 +65,8 @@ _EXPRESSION_NOTES = (
 )
 _RANGES = (
     "Levels follow each cell's own range of counts, hidden genes included, for all methods. Expected counts use the "
-    "mean counts of levels among visible genes. Poisson: smoothed means become probabilities of levels; real counts "
-    "vary more than that, so these rows understate zeros."
+    "mean counts of levels among visible genes. Smoothed means become probabilities of levels by a negative binomial "
+    "distribution, with a dispersion of each gene from the visible counts."
 )
 _COUNTS_NOTES = (
     _SCORED,
@@ -125,7 +127,7 @@ class LevelFrequency:
 
 
 class GeneMean:
-    """Mean expression of each gene, scaled to the cell's library size, with Poisson counts around it.
+    """Mean expression of each gene, scaled to the cell's library size, with negative binomial counts around it.
 
     The library size is that of the genes that are visible in the cell.
 
@@ -137,7 +139,7 @@ class GeneMean:
         Share of each gene in the counts of the training studies, (G,).
     """
 
-    remark = "Poisson"
+    remark = ""
 
     def __init__(self, fitted_on: str, train: np.ndarray | None = None):
         self.name, self.fitted_on, self._train = "mean per gene, by library size", fitted_on, train
@@ -171,11 +173,23 @@ class GeneMean:
 
     def estimate(self, held_out: HeldOut, masked: Masked) -> Estimate:
         """See `Estimator`."""
-        return poisson(masked, self.counts(held_out, masked))
+        return negative_binomial(masked, self.counts(held_out, masked), dispersions(held_out, masked))
+
+
+class Smoother(Protocol):
+    """A method that smooths counts over similar cells; the attributes are those of `sct.eval.baselines.Method`."""
+
+    name: str
+    fitted_on: str
+    remark: str
+
+    def smooth(self, held_out: HeldOut, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
+        """Mean counts (n,) at the scored positions, and of how many cells (n,); raises `Unavailable`."""
+        ...
 
 
 class Smoothed:
-    """A method that smooths counts over similar cells, with Poisson counts around its mean.
+    """A method that smooths counts over similar cells, with negative binomial counts around its mean.
 
     Few neighbours say zero where the gene is only rare, so the mean of the gene counts as one more neighbour.
 
@@ -185,21 +199,18 @@ class Smoothed:
         Whose counts are taken.
     gene_mean
         Of the same cells.
-    neighbours
-        Weight of the method's counts against that of `gene_mean`.
     """
 
-    def __init__(self, method: baselines.Method, gene_mean: GeneMean, neighbours: int):
+    def __init__(self, method: Smoother, gene_mean: GeneMean):
         self.name, self.fitted_on = method.name, method.fitted_on
-        parts = ("Poisson", method.remark, f"with the gene's mean, weights {neighbours} : 1")
-        self.remark = "; ".join(filter(None, parts))
-        self._method, self._mean, self._neighbours = method, gene_mean, neighbours
+        self.remark = "; ".join(filter(None, (method.remark, "the gene's mean counts as one cell more")))
+        self._method, self._mean = method, gene_mean
 
     def estimate(self, held_out: HeldOut, masked: Masked) -> Estimate:
         """See `Estimator`."""
-        smoothed = self._method.predict(held_out, masked)[False].counts
-        mean = self._mean.counts(held_out, masked)
-        return poisson(masked, (self._neighbours * smoothed + mean) / (self._neighbours + 1))
+        smoothed, cells = self._method.smooth(held_out, masked)
+        mean = (cells * smoothed + self._mean.counts(held_out, masked)) / (cells + 1)
+        return negative_binomial(masked, mean, dispersions(held_out, masked))
 
 
 class ModelEstimator:
@@ -224,21 +235,52 @@ def _blocks(masked: Masked) -> Iterator[tuple[slice, slice]]:
         yield slice(first, stop), slice(*np.searchsorted(masked.cells, [first, stop]))
 
 
-def poisson(masked: Masked, rate: np.ndarray) -> Estimate:
-    """Poisson counts of a given mean (n,): probabilities of the levels, by the range of each cell."""
+def dispersions(held_out: HeldOut, masked: Masked) -> np.ndarray:
+    """Dispersion (P,) of each gene, where the variance of a count is mean + dispersion * mean^2.
+
+    By moments, from the visible counts of all cells around the mean of the gene in their study, scaled to the
+    library size of the cell. A gene with few visible counts has the median of the others.
+    """
+    visible, hidden = masked.visible, masked.mask
+    library = np.asarray(visible.sum(axis=1)).ravel()
+    excess, square, counted = np.zeros((3, visible.shape[1]))
+    for study in np.unique(held_out.study):
+        (cells,) = np.nonzero(held_out.study == study)
+        shown = np.maximum(len(cells) - hidden[cells].sum(axis=0), 1)
+        mean = np.asarray(visible[cells].sum(axis=0)).ravel() / shown
+        counted += mean * shown
+        for first in range(0, len(cells), _CELLS_AT_ONCE):
+            some = cells[first : first + _CELLS_AT_ONCE]
+            seen = np.where(hidden[some], 0, mean)
+            total = seen.sum(axis=1)
+            factor = np.divide(library[some], total, out=np.zeros_like(total), where=total > 0)
+            seen *= factor[:, None]
+            excess += ((visible[some].toarray() - seen) ** 2 - seen).sum(axis=0)
+            square += (seen**2).sum(axis=0)
+    enough = (counted >= _COUNTS_PER_GENE) & (square > 0)
+    found = np.divide(np.maximum(excess, 0), square, out=np.zeros_like(square), where=enough)
+    return np.where(enough, found, np.median(found[enough]) if enough.any() else 0.0)
+
+
+def negative_binomial(masked: Masked, mean: np.ndarray, dispersion: np.ndarray) -> Estimate:
+    """Negative binomial counts of given means (n,) and dispersions of genes (P,).
+
+    Probabilities of the levels follow from the range of each cell. A dispersion of zero is a Poisson distribution.
+    """
     num_bins = masked.medians.shape[1]
     borders = level_borders(masked.low.astype(np.float64), masked.high.astype(np.float64), num_bins)
     # A cell whose range has width zero has level 1 alone.
     borders = np.where(borders > 0, borders, np.inf)
     borders = np.column_stack([np.ones(len(borders)), borders])
-    chance = np.empty((len(rate), num_bins), np.float32)
+    size = 1 / np.maximum(dispersion, _LEAST_DISPERSION)
+    chance = np.empty((len(mean), num_bins), np.float32)
     for cells, part in _blocks(masked):
         edge = borders[cells][masked.cells[part] - cells.start]
-        mean = np.maximum(rate[part].astype(np.float64), 1e-9)[:, None]
-        reached = np.where(np.isinf(edge), 0, gammainc(np.where(np.isinf(edge), 1, edge), mean))
-        above = np.column_stack([np.ones(len(edge)), reached, np.zeros(len(edge))])
+        rate, r = np.maximum(mean[part].astype(np.float64), 1e-9), size[masked.genes[part]]
+        above = betainc(np.where(np.isinf(edge), 1, edge), r[:, None], (rate / (rate + r))[:, None])
+        above = np.column_stack([np.ones(len(edge)), np.where(np.isinf(edge), 0, above), np.zeros(len(edge))])
         chance[part] = above[:, :-1] - above[:, 1:]
-    return Estimate(np.maximum(chance, 0), np.asarray(rate, np.float32))
+    return Estimate(np.maximum(chance, 0), np.asarray(mean, np.float32))
 
 
 def estimators(
@@ -254,11 +296,11 @@ def estimators(
         of_training, GeneMean(OTHER_CELLS),
     ]  # fmt: skip
     for k in (5, 30):
-        found.append(Smoothed(baselines.KnnSmoothing(train, k), of_training, k))
+        found.append(Smoothed(baselines.KnnSmoothing(train, k), of_training))
     for k in (5, 30):
-        found.append(Smoothed(baselines.OwnKnnSmoothing(k), of_these, k))
+        found.append(Smoothed(baselines.OwnKnnSmoothing(k), of_these))
     if magic:
-        found.append(Smoothed(baselines.Magic(), of_these, 30))
+        found.append(Smoothed(baselines.Magic(), of_these))
     return found
 
 

@@ -254,8 +254,10 @@ def _predict(
 
     def inputs(bag: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
         tokens, hide = bag["tokens"].copy(), np.flatnonzero(chosen[rows])
-        if whole:
-            tokens[hide] = np.where(tokens[hide] < config.num_bins, config.mask, tokens[hide])
+        if whole:  # as in training: what was not measured is not masked
+            tokens[hide] = np.where(
+                bag["measured"] & (tokens[hide] < config.num_bins), config.mask, tokens[hide]
+            )
         else:
             tokens[np.ix_(hide, wanted)] = config.mask
         asked = np.zeros(most, np.int32)

@@ -155,6 +155,17 @@ def test_whole_cells_are_hidden_in_proportion_to_the_bag():
     assert (drawing.mask_cells(held_out, 4, 1).mask != drawing.mask_cells(held_out, 4, 2).mask).any()
 
 
+def test_genes_that_were_not_measured_are_never_hidden():
+    made = study(20)
+    made.measured[[2, 6]] = False
+    held_out = hold_out(made)
+    for masked in (drawing.mask_ratio(held_out, 0.8, 0), drawing.mask_cells(held_out, 3, 0)):
+        assert not masked.mask[:, [2, 6]].any()
+        assert masked.mask[:, np.delete(np.arange(GENES), [2, 6])].any(axis=0).all()
+    hidden = masked.mask.any(axis=1)
+    assert (masked.means != held_out.means).any(axis=1)[hidden].all(), "a hidden cell does not tell its range"
+
+
 def test_a_cell_hidden_as_a_whole_has_the_range_of_the_shown_cells_of_its_bag():
     held_out = hold_out(study(20, seed=3), cells=8)  # bags of 8, 8 and 4
     hidden = np.zeros(20, bool)

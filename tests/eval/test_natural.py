@@ -115,18 +115,38 @@ def test_every_baseline_answers_with_probabilities_and_sees_nothing_that_is_hidd
     assert {fitted for _, fitted in names} == {TRAINING, OTHER_CELLS, THESE_CELLS}
 
 
-def test_poisson_levels_are_those_of_poisson_counts():
+@pytest.mark.parametrize("dispersion", [0.0, 0.7])
+def test_levels_of_a_negative_binomial_are_those_of_its_counts(dispersion):
     held_out = hold_out(HELD_OUT)
     masked = mask_measured(held_out, 0.4, 0, 10**6)
     rate = np.random.default_rng(0).gamma(1.0, 3.0, len(masked.cells)).astype(np.float32)
-    chance = natural.poisson(masked, rate).chance
+    of_genes = dispersion * (1 + np.arange(masked.mask.shape[1]) / 10)
+    chance = natural.negative_binomial(masked, rate, of_genes).chance
     counts = np.arange(0, 400)
     for place in range(0, len(rate), 17):
         cell = masked.cells[place]
         level = levels_of(counts, masked.low[cell], masked.high[cell])
         weight = stats.poisson.pmf(counts, rate[place])
+        if dispersion:
+            size = 1 / of_genes[masked.genes[place]]
+            weight = stats.nbinom.pmf(counts, size, size / (size + rate[place]))
         expected = np.bincount(level, weights=weight, minlength=NUM_BINS)
         np.testing.assert_allclose(chance[place], expected, atol=1e-5)
+
+
+def test_dispersions_are_found_again():
+    rng = np.random.default_rng(0)
+    made, true = study(4000, seed=0), np.zeros(GENES)
+    true[GENES // 2 :] = np.linspace(0.2, 2, GENES - GENES // 2)
+    # The first genes tell the library size.
+    rate = np.where(true > 0, 6.0, 300.0) * rng.gamma(5.0, 1 / 5, (4000, 1))
+    size = 1 / np.maximum(true, 1e-6)
+    made.counts = type(made.counts)(
+        rng.poisson(rate * rng.gamma(size, 1 / size, (4000, GENES))).astype(np.float32)
+    )
+    held_out = hold_out(made)
+    found = natural.dispersions(held_out, mask_measured(held_out, 0.15, 0, 10**6))[:GENES]
+    np.testing.assert_allclose(found, true, rtol=0.15, atol=0.02)
 
 
 def levels_of(counts, low, high):

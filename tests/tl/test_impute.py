@@ -58,6 +58,25 @@ def test_hidden_cells_are_not_looked_at(adata, spatial_model, keys):
     np.testing.assert_array_equal(one[:, ~known], adata.X.toarray()[rows][:, ~known])
 
 
+def test_genes_that_the_panel_lacks_are_not_hidden_with_a_cell(adata, model, monkeypatch):
+    panel, rows, shown = adata[:, :20].copy(), np.array([0, 7]), []
+    apply = type(model).apply
+
+    def spy(self, **inputs):
+        shown.append(np.asarray(inputs["tokens"]).reshape(-1, inputs["tokens"].shape[-1]))
+        return apply(self, **inputs)
+
+    monkeypatch.setattr(type(model), "apply", spy)
+    sct.tl.impute(panel, model, cells=rows)
+    tokens = np.concatenate(shown)
+    hidden = (tokens == model.config.mask).any(axis=1)
+    measured = model.genes.align(panel.var).columns >= 0
+    assert 2 <= hidden.sum() < len(tokens)
+    np.testing.assert_array_equal(
+        tokens[hidden][:, : len(measured)] == model.config.mask, np.tile(measured, (hidden.sum(), 1))
+    )
+
+
 def test_expected_counts_and_levels_are_those_of_the_distribution(adata, model):
     gene = adata.var_names[10]
     sct.tl.impute(adata, model, genes=gene)
