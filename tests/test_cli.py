@@ -67,6 +67,7 @@ def test_what_is_freed_is_kept_only_where_there_are_no_large_pages(system):
     assert len(kept.options) == 3
 
 
+@pytest.mark.slow
 def test_the_words_survive_the_restart():
     words = ["-c", "from sct.cli import main; main('speed')", "--config=sct_sc", "--mode=no such mode"]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)

@@ -35,6 +35,7 @@ def files(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_embed_writes_the_input_with_the_embedding(files):
     done = run(
         "embed", f"--input={files}/cells.h5ad", f"--model={files}/model", f"--output={files}/embedded.h5ad",
@@ -51,6 +52,7 @@ def test_embed_writes_the_input_with_the_embedding(files):
     assert not list(files.glob(".*tmp"))
 
 
+@pytest.mark.slow
 def test_impute_genes_there_and_not_there(files):
     genes = [slide().var_names[10], made().genes.keys[0]]
     done = run(
@@ -66,6 +68,7 @@ def test_impute_genes_there_and_not_there(files):
     )
 
 
+@pytest.mark.slow
 def test_annotate_counts_labels(files):
     done = run(
         "annotate", f"--input={files}/cells.h5ad", f"--reference={files}/cells.h5ad", "--label_key=cell_type",
@@ -79,6 +82,7 @@ def test_annotate_counts_labels(files):
     assert 'obs["sct_label"]' in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # What the commands do, with a program of their size in seconds of compilation replaced by a small one.
@@ -44,6 +46,7 @@ def entries(folder: Path) -> list[Path]:
     return sorted(folder.glob("*-cache"))
 
 
+@pytest.mark.slow
 def test_a_second_run_takes_what_the_first_one_compiled_and_mends_a_broken_entry(tmp_path):
     folder = tmp_path / "new" / "xla"
     assert work(str(folder)) == (str(folder), 0, "")
@@ -59,6 +62,7 @@ def test_a_second_run_takes_what_the_first_one_compiled_and_mends_a_broken_entry
     assert work(str(folder)) == (str(folder), len(kept), "")
 
 
+@pytest.mark.slow
 def test_the_folder_is_in_the_home_folder_or_the_environments_or_nowhere(tmp_path):
     assert work(HOME=str(tmp_path))[0] == str(tmp_path / ".cache" / "sct" / "xla")
     assert entries(tmp_path / ".cache" / "sct" / "xla")

@@ -140,6 +140,7 @@ def smallest(path: Path) -> str:
 
 
 # Of each file the smallest variant is always taken, the others with the slow tests.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "variant"),
     [
@@ -162,6 +163,7 @@ def run_of_sweep(path: Path, variant: str, name: str) -> dict[str, Any]:
 QUICK_RUNS = {"masking_drawn", "norm_fixed", "cells_1", "bins_15"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "name"),
     [
@@ -263,6 +265,7 @@ def test_the_full_model_has_the_published_number_of_parameters():
     assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes)) == 79_204_163
 
 
+@pytest.mark.slow
 @every_config
 def test_unknown_fields_are_named(path, variant, store, tmp_path):
     for section in ("model", "data", "objective", "train"):
@@ -302,27 +305,18 @@ def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--config=configs/sct_sc.py"], ["data.store", "launch.ingest"]),
-        pytest.param(
-            ["--config=configs/sct_sc.py", "--config.data.store=no/such/store"],
-            ["no/such/store"],
-            marks=pytest.mark.slow,
-        ),
+        (["--config=configs/sct_sc.py", "--config.data.store=no/such/store"], ["no/such/store"]),
         (["--config=configs/sct_sc.py:no_such_variant"], ["no_such_variant", "quickstart"]),
         (["--config=configs/sct_sc.py:quickstart", "--config.train.no_such_field=1"], ["no_such_field"]),
         (["--config=configs/sct_sc.py:quickstart", "--config.train.steps=many"], ["train.steps", "many"]),
         (["--config=configs/sct_ablations.py:quickstart", "--only=base,bin_15"], ["bin_15", "'bins_15'"]),
-        pytest.param(
-            ["--config=configs/sct_ablations.py"], ["data.store", "launch.ingest"], marks=pytest.mark.slow
-        ),
-        pytest.param(
-            ["--config=configs/sct_sc.py:quickstart", "--only=base"],
-            ["--only", "sweep"],
-            marks=pytest.mark.slow,
-        ),
+        (["--config=configs/sct_ablations.py"], ["data.store", "launch.ingest"]),
+        (["--config=configs/sct_sc.py:quickstart", "--only=base"], ["--only", "sweep"]),
         (["--config=no_such_config"], ["no_such_config", "sct_sc"]),
         (["--config=configs/sct_sc.py:quickstart", "stray"], ["stray"]),
     ],

@@ -168,6 +168,7 @@ def test_a_folder_that_may_not_be_looked_into_is_told(tmp_path, monkeypatch):
         held(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_one_that_is_asked_to_stop_is_waited_for(tmp_path, holder, capfd):
     process, _ = holder(tmp_path, "saves")
     process.send_signal(signal.SIGTERM)
@@ -231,6 +232,7 @@ def test_a_holder_on_another_host_lives_while_it_touches_the_file(tmp_path, monk
     assert "elsewhere" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_file_systems_without_locks(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_lock, "fcntl", None)
     monkeypatch.setattr(folder_lock, "SILENT_SECONDS", 1.5)

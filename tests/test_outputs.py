@@ -83,6 +83,7 @@ def files(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_command_refuses_an_output_before_the_work(files):
     """None of the models exists, so a command that came to load one would say that."""
     cells, there = f"--input={files}/cells.h5ad", f"--output={files}/there.h5ad"

@@ -375,6 +375,7 @@ jax.devices()
 """
 
 
+@pytest.mark.slow
 def test_no_module_starts_a_jax_backend():
     # Commands define flags and run one to a process; the installed ones are run below.
     names = [name for name in MODULES if not name.startswith("sct.commands.")]
@@ -486,6 +487,7 @@ def test_constraints_are_names_and_versions(path):
     assert {"jax", "jaxlib", "flax", "anndata", "scanpy", "pytest"} <= set(names)
 
 
+@pytest.mark.slow
 def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
     pytest.importorskip("scanpy", reason="the real cells come with scanpy: make install brings it")
     from sct.train.experiment import run as train
@@ -547,6 +549,7 @@ def test_wheel_holds_what_it_needs_and_no_more(wheel):
     assert [name for name in names if name.endswith("licenses/LICENSE")]
 
 
+@pytest.mark.slow
 def test_installed_package_is_the_wheels(installed, tmp_path):
     listed = run(installed / "python", "-m", "pip", "show", DISTRIBUTION, cwd=tmp_path)
     assert f"Version: {__version__}" in listed.stdout, listed.stderr

@@ -13,6 +13,7 @@ from tests.conftest import drop_programs
 MAPS = Path("/proc/self/maps")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not MAPS.exists(), reason="only Linux says how many maps of memory a process has")
 def test_compiled_programs_are_dropped_where_they_take_too_many_maps():
     programs = [jax.jit(lambda x, i=i: jnp.tanh(x * i)) for i in range(40)]

@@ -89,9 +89,8 @@ def gene_sets(path: Path) -> Path:
 TASKS = ("cta", "rci", "tcd", "cpi")
 
 
-@pytest.mark.parametrize(
-    "tasks", [("cta", "cpi"), pytest.param(TASKS, marks=pytest.mark.slow)], ids=["two", "all"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("tasks", [("cta", "cpi"), TASKS], ids=["two", "all"])
 def test_all_methods_answer_about_the_same_cells(asked, tmp_path, tasks):  # noqa: F811
     pytest.importorskip("decoupler")
     pathways = {"file": str(gene_sets(tmp_path / "sets.gmt"))}
@@ -319,6 +318,7 @@ def _shots(cells: ad.AnnData, task: str, rows: np.ndarray) -> Shots:
     return Shots(sp.csr_matrix(cells.X)[rows], cells.obs.iloc[rows], {"abstract": ABSTRACT, **said})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["cta", "cpi"])
 def test_a_few_cells_tune_adapters_and_tokenizer_alone(asked, task, monkeypatch):  # noqa: F811
     """The universal adapter always, of the others that of the task."""

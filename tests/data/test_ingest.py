@@ -49,6 +49,7 @@ def test_cells_keep_their_counts_and_labels(reference: Path) -> None:
         assert list(obs[column]) == list(source.obs.loc[obs.index, column])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_format_gives_the_same_store(reference: Path, tmp_path: Path, kind: str) -> None:
     report = run([write_as(make_adata(), kind, tmp_path)], tmp_path / "store")
@@ -76,6 +77,7 @@ def test_objects_in_memory_give_the_same_store(reference: Path, tmp_path: Path) 
         pd.testing.assert_frame_equal(one.obs(), other.obs(), check_dtype=False, check_categorical=False)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(
     kind=st.sampled_from(["csr", "csc", "dense", "mtx", "plane"]),

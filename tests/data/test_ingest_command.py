@@ -28,6 +28,7 @@ def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
+@pytest.mark.slow
 def test_command_line_in_parallel(three: list[Path], tmp_path: Path) -> None:
     genes = tmp_path / "toy.tsv"
     VOCABULARY.save(genes)
@@ -49,6 +50,7 @@ def test_command_line_in_parallel(three: list[Path], tmp_path: Path) -> None:
     assert [each.split for each in Store.open(store).studies] == ["train", "validation", "train"]
 
 
+@pytest.mark.slow
 def test_command_line_refuses_in_one_sentence(three: list[Path], tmp_path: Path) -> None:
     genes = tmp_path / "toy.tsv"
     VOCABULARY.save(genes)
@@ -64,6 +66,7 @@ def test_command_line_refuses_in_one_sentence(three: list[Path], tmp_path: Path)
     assert "left out" in done.stdout
 
 
+@pytest.mark.slow
 def test_command_line_without_inputs_or_output(tmp_path: Path) -> None:
     for flags in ((f"--input={tmp_path}",), (f"--output={tmp_path / 'store'}",)):
         done = command(*flags)

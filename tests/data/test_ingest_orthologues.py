@@ -98,6 +98,7 @@ def test_a_table_that_changes_while_the_ingest_runs(change, table, tmp_path, mon
     assert run(inputs, tmp_path / "store", orthologues=str(table)).kept == ("a", "b")
 
 
+@pytest.mark.slow
 def test_processes_have_the_table(table, tmp_path):
     inputs = [write_as(mouse_of(make_adata(40, i)), "csr", tmp_path, name) for i, name in enumerate("ab")]
     for processes in (1, 2):
@@ -176,6 +177,7 @@ def test_two_columns_of_one_gene(table, tmp_path):
     assert not found[7].any()
 
 
+@pytest.mark.slow
 def test_command_line(table, tmp_path):
     genes = tmp_path / "toy.tsv"
     VOCABULARY.save(genes)

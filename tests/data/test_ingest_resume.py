@@ -223,6 +223,7 @@ run([Path(each) for each in {inputs!r}], Path({store!r}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [2, 8])
 def test_a_killed_ingest_leaves_no_store_and_resumes(three: list[Path], tmp_path: Path, number: int) -> None:
     store = tmp_path / "store"

@@ -52,6 +52,7 @@ def test_the_kinds_under_test_are_all_kinds():
     assert set(ALL) == {*masking.KINDS, masking.MIXTURE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ALL)
 @laws
 @given(seeds)
@@ -222,6 +223,7 @@ def test_a_mixture_draws_one_kind_per_bag_by_weight():
     assert (per_cell[~cells] < 50).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ALL)
 def test_the_log_ratio_of_a_bag_is_that_of_its_masking_rates(kind):
     rng = np.random.default_rng(0)

@@ -47,6 +47,7 @@ def refusal(action: Callable[[], object]) -> str:
 
 def edit(file: Path, name: object, path: object) -> None:
     content = json.loads(file.read_text())
+    content.pop("sha256", None)  # whoever writes such a file can write its hash
     for record in content["studies"][:1] if "studies" in content else [content]:
         record.update(name=name, path=path)
     file.write_text(json.dumps(content))
@@ -78,7 +79,7 @@ def test_a_manifest_that_leads_elsewhere_is_refused(store: Path, tmp_path: Path)
     for name, path in [*((name, f"studies/{name}.zarr") for name in BAD), *(("a", path) for path in paths)]:
         edit(file, name, path)
         said = refusal(lambda: Store.open(store))
-        if str(file) not in said or "\n" in said:
+        if str(file) not in said or "\n" in said or "sha256" in said:
             wrong.append((name, path, said))
         file.write_text(whole)
     assert not wrong
@@ -89,6 +90,7 @@ def test_a_manifest_that_leads_elsewhere_is_refused(store: Path, tmp_path: Path)
         {"name": "B", "path": "studies/B.zarr"},
     ):
         altered = json.loads(whole)
+        del altered["sha256"]
         altered["studies"][0].update(change)
         file.write_text(json.dumps(altered))
         with pytest.raises(StoreError, match=r"split|twice"):
@@ -105,7 +107,7 @@ def test_an_ingest_deletes_nothing_that_a_foreign_record_names(store: Path, tmp_
     for name in (*BAD, "../../victim", "../victim", str(tmp_path / "victim"), "b"):
         edit(file, name, f"studies/{name}.zarr")
         said = refusal(lambda: run([tmp_path / "inputs"], store))
-        if str(file) not in said or "\n" in said:
+        if str(file) not in said or "\n" in said or "sha256" in said:
             wrong.append((name, said))
         file.write_text(whole)
         assert victims(tmp_path) == ["irreplaceable"] * 4

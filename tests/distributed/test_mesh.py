@@ -41,6 +41,7 @@ def small(config) -> dict[str, Any]:
     return config(**changes, model__remat="level")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("meshes", "levels"), [(FEW, 1), pytest.param(MESHES, 3, marks=pytest.mark.slowest)], ids=["few", "all"]
 )

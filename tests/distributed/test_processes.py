@@ -118,6 +118,7 @@ def test_what_cannot_be_joined_is_found_before_anything_is_started(where, count,
             processes.join(where, count, number, seconds=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -125,7 +126,7 @@ def test_what_cannot_be_joined_is_found_before_anything_is_started(where, count,
             ["--coordinator=127.0.0.1:PORT", "--num_processes=2", "--process_id=0"],
             "together within 2 s (DEADLINE",
         ),
-        pytest.param([], "found no cluster to join", marks=pytest.mark.slow),
+        ([], "found no cluster to join"),
     ],
     ids=["alone", "nothing"],
 )
@@ -170,18 +171,19 @@ match sys.argv[2]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ending", "status", "sentence"),
     [
         ("abort", -signal.SIGABRT, ""),
-        pytest.param("thread", -signal.SIGABRT, "", marks=pytest.mark.slow),
-        pytest.param("signal", -signal.SIGABRT, "", marks=pytest.mark.slow),
+        ("thread", -signal.SIGABRT, ""),
+        ("signal", -signal.SIGABRT, ""),
         (
             "UNAVAILABLE: heartbeats",
             AGAIN,
             "process 1 of 2 lost another one, which has ended or does not answer",
         ),
-        pytest.param("INTERNAL: a defect", -signal.SIGABRT, "", marks=pytest.mark.slow),
+        ("INTERNAL: a defect", -signal.SIGABRT, ""),
     ],
 )
 def test_only_a_loss_that_jax_tells_of_is_called_one_and_other_aborts_act(ending, status, sentence):

@@ -53,6 +53,7 @@ def no_scvi(monkeypatch):
     monkeypatch.setitem(sys.modules, "scvi", None)
 
 
+@pytest.mark.slow
 @needs_igraph
 def test_every_method_has_its_row_and_the_same_call_the_same_numbers(recwarn, capsys):
     counts, labels, embedding = cells()

@@ -113,6 +113,7 @@ def test_candidates_that_no_cell_has_and_labels_that_are_no_candidate_are_told()
     assert np.isnan(lab.areas(pd.Series(["x", "x"]), pd.DataFrame({"x": [0.1, 0.4]}))[:4]).all()
 
 
+@pytest.mark.slow
 @laws
 @given(st.integers(0, 10_000), st.integers(2, 4), st.integers(4, 25))
 def test_areas_do_not_depend_on_order_or_names_nor_auroc_on_monotone_maps(seed, candidates, n):

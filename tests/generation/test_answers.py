@@ -31,6 +31,7 @@ def every_answer(model, prompt, new):
             yield answer, probability(model, prompt, answer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0])
 def test_enough_beams_find_the_best_of_all_answers(gpt2, length_penalty):
     prompt, new = [4, 7, 2], 2
@@ -44,6 +45,7 @@ def test_enough_beams_find_the_best_of_all_answers(gpt2, length_penalty):
     assert found.log_probability == pytest.approx(value, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_beams_do_not_find_less_than_the_best_token_each_time(model):
     prompts = [[3, 1, 4], [1], [5, 9, 2, 6, 5]]
     simple = generate(model, prompts, Options(max_new_tokens=7))
@@ -55,6 +57,7 @@ def test_beams_do_not_find_less_than_the_best_token_each_time(model):
     )
 
 
+@pytest.mark.slow
 def test_beams_are_those_of_each_prompt_alone(model):
     prompts = [[3, 1, 4], [1], [5, 9, 2, 6, 5]]
     options = Options(max_new_tokens=5, beams=3)
@@ -66,6 +69,7 @@ def test_beams_are_those_of_each_prompt_alone(model):
 CANDIDATES = [[5, 6, STOP], [5, STOP], [7, 1, 2, 3, STOP], [9]]
 
 
+@pytest.mark.slow
 def test_candidates_have_the_probability_that_the_forward_pass_gives(model):
     prompts = [[3, 1, 4], [1], [5, 9, 2, 6, 5]]
     found = score(model, prompts, CANDIDATES, batch_size=2)
@@ -87,6 +91,7 @@ def test_answers_come_from_the_list_whatever_is_drawn(model):
     assert len({tuple(each.ids) for each in found}) > 1
 
 
+@pytest.mark.slow
 def test_beams_over_a_list_find_its_most_probable_answer(model):
     answers = [[5, 6], [5], [7, 1, 2, 3], [5, 6, 8], [4]]
     trie = make_trie(answers, STOP)

@@ -35,6 +35,7 @@ def questions(*lengths: int) -> list[np.ndarray]:
     return [np.ones(length, int) for length in lengths]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [GPT2Config(**SIZES, max_length=48), LlamaConfig(**SIZES, max_length=16)])
 def test_question_and_answer_have_the_length_of_a_row_of_training(config):
     """A rotary model reads on behind any length, but did not learn to."""

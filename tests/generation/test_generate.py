@@ -26,6 +26,7 @@ from tests.generation.conftest import log_softmax, logits
 PROMPTS = ([3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9, 3], [2])
 
 
+@pytest.mark.slow
 def test_reading_with_a_cache_is_reading_the_whole_text(model):
     rng, config = np.random.default_rng(0), model.config
     ids = rng.integers(0, config.vocab_size, (3, 14))
@@ -68,6 +69,7 @@ def test_a_stop_token_ends_its_own_answer_alone(gpt2):
     assert found[0].finished
 
 
+@pytest.mark.slow
 def test_an_answer_depends_on_its_seed_and_not_on_the_batch(model):
     options = Options(max_new_tokens=8, temperature=1.0, top_p=0.95)
     together = generate(model, PROMPTS, options, seeds=[5, 6, 7, 8])
@@ -113,6 +115,7 @@ def nucleus(probabilities, share):
     return np.where(np.isin(np.arange(len(probabilities)), kept), probabilities, 0)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([2, 7, 700]), st.integers(1, 20), st.floats(0.05, 0.99))
 def test_what_is_kept_is_what_sorting_would_keep(seed, size, k, p):
@@ -218,6 +221,7 @@ def test_rotary_models_go_on_behind_the_length_they_were_made_for(model):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_rows_of_the_table_that_no_token_has_are_never_chosen_and_count(gpt2):
     """A table may be larger than the vocabulary; probabilities are those of the model, wherever they are asked for."""
     wide = dataclasses.replace(gpt2, tokenizer=SimpleNamespace(vocab_size=6, eos=None))

@@ -46,6 +46,7 @@ def softened(
     return prompts, replaced, soft, asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("way", WAYS)
 def test_vectors_of_tokens_are_as_good_as_tokens(family, way):
@@ -60,6 +61,7 @@ def test_vectors_of_tokens_are_as_good_as_tokens(family, way):
     assert asked == [[2, 0], [3, 1], [4, 4]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_of_answers(family):
     model = make(CONFIGS[family], family)
@@ -94,6 +96,7 @@ def test_a_penalty_is_for_tokens_alone():
     assert any(not np.array_equal(one.ids, other.ids) for one, other in zip(found, of_tokens, strict=True))
 
 
+@pytest.mark.slow
 def test_negative_tokens_need_vectors():
     model = make(CONFIGS["gpt2"], "gpt2")
     with pytest.raises(DataError, match="token -1"):

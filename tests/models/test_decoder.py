@@ -61,6 +61,7 @@ def test_places_are_counted_within_a_run_of_equal_numbers(rows):
         assert places == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("left", [True, False])
 def test_padding_on_either_side_counts_for_nothing(family, left):
@@ -123,6 +124,7 @@ def step(family: str, drops: bool = False, **changes):
     return lambda key=0: run(model(family).variables, jax.random.key(key))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "dropout"), [*((family, 0.0) for family in CONFIGS), ("gpt2", 0.3)])
 def test_what_is_kept_for_the_backward_pass_changes_nothing(family, dropout):
     expected = step(family, dropout > 0, dropout=dropout)(3)
@@ -163,6 +165,7 @@ def test_what_is_left_out_differs_between_branches_layers_and_texts(family):
     assert len(set(rows)) == len(rows) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["normal", "xavier"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_initial_parameters_have_the_deviation_of_their_choice(family, init):

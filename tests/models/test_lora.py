@@ -44,6 +44,7 @@ def same(a: Any, b: Any) -> bool:
     return jax.tree.all(jax.tree.map(lambda x, y: bool(np.array_equal(x, y)), a, b))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SIZES)
 def test_an_untrained_adapter_changes_nothing(family):
     plain = nn.unbox(boxed(family))
@@ -56,6 +57,7 @@ def test_an_untrained_adapter_changes_nothing(family):
     assert not same(before, call(family, adapted(family, everything(family))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SIZES)
 def test_every_adapter_of_every_layer_has_an_effect(family):
     variables = adapted(family, everything(family))
@@ -196,6 +198,7 @@ def trained_with(remat: str) -> Any:
     return trained_by(Task("gpt2", options, remat=remat), 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "products", "level"])
 def test_training_changes_the_adapters_alone(remat):
     state, before, after, losses = trained_with(remat)
@@ -336,6 +339,7 @@ def test_targets_that_are_refused():
         LoraConfig.of("other")
 
 
+@pytest.mark.slow
 def test_a_mesh_of_eight_devices():
     done = subprocess.run(
         [sys.executable, "-m", "tests.models.lora_mesh"], cwd=ROOT, capture_output=True, text=True, check=False,

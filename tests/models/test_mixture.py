@@ -80,6 +80,7 @@ def test_all_members_are_summed(variables, ids):
     assert np.array_equal(call(gated, {"input_ids": ids}, {})["logits"], together)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "level"])
 def test_a_sample_trains_the_universal_adapter_and_its_own(variables, ids, remat):
     found = gradients(variables, ids, TRAINS, remat=remat)

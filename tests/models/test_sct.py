@@ -200,14 +200,15 @@ def compiled_anew():
     _loss.clear_cache()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "forms"),
     [
         ({}, FORMS),
         ({"norm": "layer", "conv_taps": 4, "use_skip_connection": False}, PIECES),
         ({"norm": "none", "pool": "max", "conv_boundary": "cell"}, PIECES),
-        pytest.param({"norm": "shared_fixed", "pool": "max"}, FORMS, marks=pytest.mark.slow),
-        pytest.param({"conv_boundary": "cell"}, FORMS, marks=pytest.mark.slow),
+        ({"norm": "shared_fixed", "pool": "max"}, FORMS),
+        ({"conv_boundary": "cell"}, FORMS),
     ],
     ids=["default", "layer, 4 taps, no skip", "none, max, cell", "shared_fixed, max", "cell"],
 )

@@ -51,6 +51,7 @@ def encoded() -> np.ndarray:
     return np.asarray(ZerOmicsCells(CELLS).apply({"params": params}, bins())["hidden"])
 
 
+@pytest.mark.slow
 def test_soft_tokens_are_linear_maps_over_genes_and_width():
     params = jax.tree.map(np.asarray, model().variables["params"]["tokenizer"])
     pooled = np.einsum("bgd,gk->bkd", encoded(), params["genes"])
@@ -60,6 +61,7 @@ def test_soft_tokens_are_linear_maps_over_genes_and_width():
     np.testing.assert_allclose(found["cell_embedding"], expected.mean(axis=1), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tokenizer", "width"), [("linear", 16), ("pooled", 16), ("none", 16), ("none", 8)])
 def test_genes_in_any_order_and_places_without_one(tokenizer, width):
     handle, order = model(tokenizer, width), np.random.default_rng(2).permutation(CELLS.num_genes)
@@ -111,6 +113,7 @@ def test_padding_changes_nothing(side):
     np.testing.assert_allclose(kept, plain, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_answer_depends_on_the_cell_through_every_part():
     """Gradients of an answer reach the tokenizer and the cell model, and a mixture of adapters in the decoder."""
     config = model().config

@@ -45,6 +45,7 @@ def agree(got, expected, tolerance):
         assert np.abs(a - b).max() <= tolerance * max(np.abs(b).max(), 1.0), name
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 16), st.integers(1, 16))
 @example(length=24, keys=24, first=8, second=6)  # nothing to pad

@@ -100,6 +100,7 @@ def runs(rng, length: int, most: int) -> np.ndarray:
     ).astype(np.int32)
 
 
+@pytest.mark.slow
 @settings(max_examples=4, deadline=None)
 @given(
     length=st.integers(1, 33), most=st.integers(1, 5), sizes=st.tuples(st.integers(1, 12), st.integers(1, 12)),
@@ -115,6 +116,7 @@ def test_texts_in_a_row(length, most, sizes, groups, causal, seed):
     agree(arrays, mask, visible(length, length, segments, segments, order), sizes)
 
 
+@pytest.mark.slow
 @settings(max_examples=4, deadline=None)
 @given(
     length=st.integers(1, 20), before=st.integers(-3, 25), behind=st.integers(0, 6),

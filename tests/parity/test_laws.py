@@ -38,6 +38,7 @@ def near(a, b):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_and_packing_change_nothing(family):
     model = random_model(family)
@@ -80,9 +81,10 @@ def test_an_encoder_looks_both_ways():
     ).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
-    ["llama", "bert", *(pytest.param(family, marks=pytest.mark.slow) for family in ("gpt2", "neox"))],
+    ["llama", "bert", "gpt2", "neox"],
 )
 def test_remat_and_chunks_change_nothing(family):
     """Loss and gradients of a text longer than a chunk of the attention, beside those of the plainest forms."""

@@ -532,6 +532,7 @@ def test_only_imputed_cells_have_a_colour_in_the_imputed_map(genes, gene, with_n
         sct.pl.spatial(adata[:20], gene, ax=axes(2))
 
 
+@pytest.mark.slow
 def test_what_the_tool_writes_is_what_the_map_reads():
     from tests.tl import conftest as tools
 

@@ -46,6 +46,7 @@ def asked():
     return []
 
 
+@pytest.mark.slow
 def test_a_measurement_from_configuration_to_report(asked, monkeypatch):
     original = generation.generate
 
@@ -83,6 +84,7 @@ def test_a_measurement_from_configuration_to_report(asked, monkeypatch):
     assert "scores with a cache" in " ".join(report.notes(found))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "changes"), [("neox", {"rotary_fraction": 0.5}), ("llama", {"num_kv_heads": 1})]
 )
@@ -104,6 +106,7 @@ def wrong(part: int, change: Any) -> Any:
     return extend
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -21,6 +21,7 @@ pool_2x, bin_counts = model.pool_2x, bags.bin_counts
 CHECKS = {"train": reference.check_train, "forward": reference.check_forward, "embed": embedding.check_embed}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", CHECKS)
 def test_the_right_path_passes_and_says_what_was_compared(job, mode):
     made = job(mode)
@@ -32,6 +33,7 @@ def test_the_right_path_passes_and_says_what_was_compared(job, mode):
     assert found["gene_positions"] == 64
 
 
+@pytest.mark.slow
 def test_sixteen_bits_pass_within_their_own_limit_and_are_exact_in_float32(job):
     made = job("forward", model__dtype="bfloat16")
     found = reference.check_forward(made, made.open_store())
@@ -40,6 +42,7 @@ def test_sixteen_bits_pass_within_their_own_limit_and_are_exact_in_float32(job):
     assert found["differences"]["logits"] <= found["limits"]["logits"] < 0.2
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_wrong_in_sixteen_bits_alone_is_refused(job, monkeypatch):
     def layer(x: jax.Array, kind: str) -> jax.Array:
         return pool_2x(x, kind) * (1.0 if wants_plain() or x.dtype == jnp.float32 else 1.3)
@@ -89,6 +92,7 @@ def wrong_by(function, where):
     return where, function.__name__, wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -109,6 +113,7 @@ def test_forms_that_only_a_larger_bag_takes_are_compared(job, monkeypatch, wrong
         reference.check_forward(made, made.open_store())
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient_alone_is_refused(job, monkeypatch):
     def layer(x: jax.Array, kind: str) -> jax.Array:
         x = pool_2x(x, kind)
@@ -131,6 +136,7 @@ def test_what_is_no_number_is_refused(job, monkeypatch):
         reference.check_forward(made, made.open_store())
 
 
+@pytest.mark.slow
 def test_positions_beyond_the_budget_of_the_head_are_left_out_on_both_sides(job):
     made = job("train", objective__head_budget=0.005, objective__masking={"kind": "stratified"})
     found = reference.check_train(made, made.open_store())

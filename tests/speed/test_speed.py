@@ -61,6 +61,7 @@ def measured(mode: str, **changes: Any) -> dict[str, Any]:
     return measure(merged(CONFIG, **changes), Options(mode, **SMALL), apart=False)
 
 
+@pytest.mark.slow
 def test_a_save_is_read_again_and_its_cost_counted(monkeypatch):
     found = of("save")
     assert 0 < found["save_blocked_seconds"] <= found["step_seconds_spread"]["max"]
@@ -81,6 +82,7 @@ def test_a_save_is_read_again_and_its_cost_counted(monkeypatch):
         measured("save")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", KEYS)
 def test_a_mode_measures_what_it_promises(mode, tmp_path):
     found = of(mode)
@@ -199,6 +201,7 @@ def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_all_numbers(tmp_path):
     file = tmp_path / "speed.json"
     done = command("--mode=forward", "--config.data.cells_per_bag=4", f"--json={file}")
@@ -212,6 +215,7 @@ def test_the_command_prints_a_table_and_writes_all_numbers(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

@@ -48,6 +48,7 @@ def test_a_split_vote_is_unknown_and_its_share_is_told():
     assert query.obs["sct_label"].iloc[0] == "B", "of equal shares that of the nearer cells"
 
 
+@pytest.mark.slow
 def test_one_label_for_all_cells_is_doubted(adata, model):
     query, reference = adata[:20].copy(), adata[20:].copy()
     reference.obs["cell_type"] = ["T"] * (reference.n_obs - 1) + ["B"]

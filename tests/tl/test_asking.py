@@ -93,6 +93,7 @@ def by_hand(
     return shares / shares.sum(axis=1, keepdims=True)
 
 
+@pytest.mark.slow
 def test_types_are_named_by_the_probability_of_each_candidate(asked, cells):
     before = cells.copy()
     assert sct.tl.annotate(cells, asked, candidates=TYPES, batch_size=3) is None
@@ -124,6 +125,7 @@ def test_what_the_table_says_of_its_study_is_taken(asked, cells):
     )
 
 
+@pytest.mark.slow
 def test_one_answer_for_all_cells_is_doubted_but_not_of_a_search(asked, cells):
     many = ad.concat([cells] * 4, index_unique="-", merge="same", uns_merge="same")
     flat = dataclasses.replace(asked, variables=jax.tree.map(np.zeros_like, asked.variables))
@@ -136,6 +138,7 @@ def test_one_answer_for_all_cells_is_doubted_but_not_of_a_search(asked, cells):
         sct.tl.annotate(many, flat, candidates=TYPES)
 
 
+@pytest.mark.slow
 def test_rare_cells_tumours_and_pathways(asked, cells, tmp_path):
     diseases = ["glioma", "melanoma"]
     sct.tl.find_rare(cells, asked)
@@ -169,6 +172,7 @@ def test_rare_cells_tumours_and_pathways(asked, cells, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_any_question_has_a_text_for_an_answer(asked, cells):
     sct.tl.ask(cells, asked, "What is this cell?", max_new_tokens=6)
     texts = cells.obs["sct_answer"].tolist()

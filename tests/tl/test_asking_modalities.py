@@ -25,6 +25,7 @@ def shares(adata: ad.AnnData, model, **options) -> np.ndarray:
     return made.obsm["sct_label_probabilities"]
 
 
+@pytest.mark.slow
 def test_gene_activity_is_answered_where_it_is_called_so(asked, cells):
     """By the order of a cell's genes: any rising function of its values gives the same answers."""
     # Of more genes than the model reads, which of equal ones are left out follows from the values themselves.

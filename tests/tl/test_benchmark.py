@@ -51,6 +51,7 @@ def whole(tmp_path_factory):
     return output, reports
 
 
+@pytest.mark.slow
 def test_every_protocol_has_its_tables(whole):
     output, reports = whole
     titles = [report.title for report in reports]
@@ -98,6 +99,7 @@ def test_the_page_and_the_facts(whole):
     assert numbers(output)["embedding"]["cells"]["model"]
 
 
+@pytest.mark.slow
 def test_the_same_call_gives_the_same_numbers(adata, model, tmp_path):
     settings = config(tmp_path / "out", gene_imputation__ratios=(0.3,), cell_imputation__run=False)
     sct.tl.benchmark(settings, adata, model)
@@ -111,6 +113,7 @@ def test_the_same_call_gives_the_same_numbers(adata, model, tmp_path):
     assert numbers(again)["imputation"] == numbers(tmp_path / "out")["imputation"]
 
 
+@pytest.mark.slow
 def test_a_store_has_its_own_training_studies(adata, model, tmp_path):
     inputs = [("a", adata[:20].copy()), ("b", adata[20:].copy())]
     ingest(inputs, tmp_path / "store", vocabulary=model.genes, options=IngestOptions(test=("b",)))
@@ -157,6 +160,7 @@ def test_wrong_options_are_a_sentence(tmp_path, changes, error, words):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_what_cannot_run_is_a_row_and_the_rest_runs(adata, model, tmp_path):
     del adata.obs["cell_type"]
     settings = config(tmp_path / "out", data__cells_per_bag=1, embedding__run=True, fixed_genes__run="never")

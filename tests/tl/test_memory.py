@@ -6,6 +6,7 @@ import tracemalloc
 
 import anndata as ad
 import numpy as np
+import pytest
 import scipy.sparse as sp
 
 import sct
@@ -32,6 +33,7 @@ def peak(model, path) -> float:
     return most - backed.obsm["X_sct"].nbytes
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_window(model, tmp_path, monkeypatch):
     monkeypatch.setattr("sct.data.cells.WINDOW", 300)
     monkeypatch.setattr("sct.data.counts.BLOCK_VALUES", 100_000)

@@ -208,6 +208,7 @@ def same_cells(one: ad.AnnData, other: ad.AnnData) -> bool:
     return one.obs["sentence"].tolist() == other.obs["sentence"].tolist() and (one.X != other.X).nnz == 0
 
 
+@pytest.mark.slow
 def test_generated_cells_are_a_table_that_can_be_written(text_model, tmp_path):
     made = sct.tl.generate_cells(text_model, cell_type=["B cell", "T cell"], n=3, seed=4, max_new_tokens=30)
     assert made.shape == (6, GENES)
@@ -231,6 +232,7 @@ def test_generated_cells_are_a_table_that_can_be_written(text_model, tmp_path):
     assert list(read.obs.columns) == list(made.obs.columns)
 
 
+@pytest.mark.slow
 def test_whatever_a_model_writes_can_be_written_to_a_file(text_model, cells, tmp_path, monkeypatch):
     """A byte-level tokenizer can spell any character, and a file takes no zero byte."""
     monkeypatch.setattr(Tokenizer, "decode", lambda self, ids, skip_special=True: "GA0 \x00 GB1.")
@@ -292,6 +294,7 @@ def test_a_greedy_cell_is_the_best_one_each_time(text_model):
     assert made.uns["sct"]["task"] == "unconditional"
 
 
+@pytest.mark.slow
 def test_cells_of_labels_that_were_learned_together(text_model, tmp_path):
     wanted = [{"tissue": "lung", "cell_type": "B cell"}, {"tissue": "gut", "cell_type": "T cell"}]
     made = sct.tl.generate_cells(text_model, labels=wanted, n=2, max_new_tokens=8)
@@ -390,6 +393,7 @@ def by_hand(
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("templates", [1, 2])
 def test_probabilities_are_those_of_the_forward_pass(text_model, cells, templates):
     assert sct.tl.annotate(cells, text_model, templates=templates, batch_size=4) is None
@@ -597,6 +601,7 @@ def test_a_model_that_did_not_learn_to_describe(text_model, cells):
         sct.tl.describe(cells, without(text_model, "cell_to_abstract"))
 
 
+@pytest.mark.slow
 def test_a_model_that_names_all_cells_alike_is_doubted(text_model, cells):
     many = ad.concat([cells] * 4, index_unique="-")
     flat = dataclasses.replace(text_model, variables=jax.tree.map(np.zeros_like, text_model.variables))

@@ -57,6 +57,7 @@ def stepped(task, batch, microbatch, steps=1):
     return state, scalars, sums
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(st.sampled_from([1, 2, 3, 4]), st.integers(0, 1000), st.integers(1, 3))
 def test_microbatches_make_the_update_of_the_whole_batch(microbatch, seed, emptied):
@@ -83,6 +84,7 @@ def batch_of(task, size):
     return {**stacked, "weight": np.ones(size, np.float32)}
 
 
+@pytest.mark.slow
 def test_masks_of_a_microbatch_are_those_of_its_number(task):
     batch = batch_of(task, 8)
     batch["weight"][1] = 0  # microbatches of unlike numbers of masked genes
@@ -112,6 +114,7 @@ def test_masks_of_a_microbatch_are_those_of_its_number(task):
         np.testing.assert_allclose(moved, gradient[path], rtol=1e-3, atol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_microbatch(task):
     mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     optimizer = optax.sgd(1.0)
@@ -235,9 +238,8 @@ def test_a_ramp_draws_the_same_records_and_compiles_once_a_stage(config, tmp_pat
 
 
 # Within a stage; within others, and where one ends.
-@pytest.mark.parametrize(
-    "stops", [(7,), pytest.param((3, 5, 8), marks=pytest.mark.slow)], ids=["once", "often"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stops", [(7,), (3, 5, 8)], ids=["once", "often"])
 def test_stopping_within_a_ramp_changes_nothing(config, tmp_path, stops):
     whole = learn(config(**RAMP), tmp_path / "whole")
     for stop in stops:

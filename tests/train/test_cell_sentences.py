@@ -148,6 +148,7 @@ def agree(task: CellSentences, batch: dict[str, np.ndarray], train: bool = True)
     chex.assert_trees_all_close(gradients, slopes, rtol=1e-3, atol=2e-5 * most)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "loss_on", "balance"),
     [
@@ -164,6 +165,7 @@ def test_texts_in_a_row_have_the_loss_of_the_same_texts_alone(prompts, family, l
     agree(task, batch)
 
 
+@pytest.mark.slow
 def test_held_out_rows_of_several_texts_where_those_of_training_have_one(prompts):
     long, short = study(12, low=14), study(12, "two", seed=1, split="validation", low=1, high=1)
     task = task_of(prompts, long, short, top_k=0, length=32, tasks=(("cell_to_cell_type", 1.0),))
@@ -423,6 +425,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow
 def test_the_run_folder_holds_what_was_promised(finished, store):
     folder, result = finished
     assert result.reason == "finished"
@@ -444,6 +447,7 @@ def test_the_run_folder_holds_what_was_promised(finished, store):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_stopping_and_resuming_equals_never_stopping(finished, text_config, tmp_path, monkeypatch):
     folder, whole = finished
     monkeypatch.setattr(CellSentences, "evaluators", lambda self: ())
@@ -628,6 +632,7 @@ def test_a_tokenizer_is_trained_on_texts_of_training_studies_alone(store, prompt
     assert again.fingerprint == made.fingerprint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["neox", "llama"])
 def test_every_family_learns_cell_sentences(text_config, tmp_path, family):
     config = text_config(
@@ -718,6 +723,7 @@ def test_texts_about_cells_beside_those_of_their_studies(describing, tmp_path, m
     assert described.report.notes[-1] == "Said below."
 
 
+@pytest.mark.slow
 def test_a_run_that_learns_to_tell_of_cells_is_measured(text_config, describing, tmp_path):
     """Texts of the cells' own, from a column; the parameters are random, so nothing is told of quality."""
     config = text_config(
@@ -750,6 +756,7 @@ def adapting(prompts, family="gpt2", **options) -> CellSentences:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "layers"),
     [("gpt2", "key query value"), ("neox", "key query value"), ("llama", "query value")],
@@ -771,6 +778,7 @@ def test_options_of_adapters_are_those_of_the_task(prompts, family, layers):
     assert "adapters" not in jax.eval_shape(adapting(prompts, family, rank=0).init, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_adapters_drop_in_training_alone(prompts):
     task = adapting(prompts, rank=3, dropout=0.5)
     batch, base = batch_of(task, "train", 2), parameters("gpt2")
@@ -788,6 +796,7 @@ def test_adapters_drop_in_training_alone(prompts):
     assert len({float(loss(task, trained, key, True)) for key in (0, 0, 1)}) == 2
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_alone_and_kept_beside_the_model(finished, text_config, tmp_path):
     parent = sct.load(finished[0])
     result = run(text_config(init_from=str(finished[0]), **FEW), tmp_path / "run")

@@ -100,10 +100,11 @@ learn(json.loads(sys.argv[1]), Path(sys.argv[2]))
 
 
 # Before the folder is made, while files are written in it, and before it gets the name of a complete one.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("event", "number"),
-    [("os.rename", 1), pytest.param("os.mkdir", 1, marks=pytest.mark.slow),
-     pytest.param("open", 1, marks=pytest.mark.slow), pytest.param("open", 3, marks=pytest.mark.slow)],
+    [("os.rename", 1), ("os.mkdir", 1),
+     ("open", 1), ("open", 3)],
 )  # fmt: skip
 def test_killed_while_a_checkpoint_is_written(config, tmp_path, whole, event, number):
     plain, folder = config(**SHORT), tmp_path / "killed"
@@ -128,7 +129,8 @@ def files_no_larger_than(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("limit", [pytest.param(200, marks=pytest.mark.slow), 20_000])
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [200, 20_000])
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written(config, tmp_path, whole, monkeypatch, limit):
     folder, original = tmp_path / "full", Checkpoints.save
     with contextlib.ExitStack() as limited, monkeypatch.context() as patched:
@@ -155,6 +157,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(config, tmp_path, wh
     goes_on(config, whole, folder)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_while_metrics_are_written(config, tmp_path, whole, monkeypatch):
     folder, original, save = tmp_path / "full", MetricLog.write, Checkpoints.save
     with contextlib.ExitStack() as limited, monkeypatch.context() as patched:
@@ -300,6 +303,7 @@ class Poisoned(MaskedExpression):
         return jnp.where(bad, jnp.nan, loss), sums
 
 
+@pytest.mark.slow
 def test_one_bad_microbatch_names_its_batch_and_spoils_no_checkpoint(config, tmp_path, monkeypatch):
     changes = {"train__batch_size": 4, "train__accumulate": 4, "train__batch_ramp": [[4, 1]]}
     plain = config(**SHORT | changes, train__log_every=10)
@@ -322,6 +326,7 @@ def test_one_bad_microbatch_names_its_batch_and_spoils_no_checkpoint(config, tmp
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(kept))
 
 
+@pytest.mark.slow
 def test_metrics_are_the_same_however_often_a_run_is_stopped(config, tmp_path, monkeypatch):
     # Intervals of which none divides another, so that runs stop between lines, validations and checkpoints.
     plain = config(**SHORT | {"train__steps": 24, "train__eval_every": 11, "train__checkpoint_every": 7},
@@ -403,6 +408,7 @@ def test_a_reader_that_fails_names_the_record(config, tmp_path, whole, monkeypat
     goes_on(config, whole, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_back(config, tmp_path, whole, monkeypatch):
     folder, now = tmp_path / "back", [time.time()]
 

@@ -64,6 +64,7 @@ def finished(store, tmp_path_factory):
     return result, folder, batches
 
 
+@pytest.mark.slow
 def test_stopping_and_resuming_equals_never_stopping_bit_for_bit(config, tmp_path, finished, drawn):
     # Validation batches pass through the same function, so both runs validate at the same steps.
     whole, folder, batches = finished
@@ -79,6 +80,7 @@ def test_stopping_and_resuming_equals_never_stopping_bit_for_bit(config, tmp_pat
     assert without_times(read_log(folder)) == without_times(read_log(tmp_path / "parts"))
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_further(config, tmp_path, finished, drawn):
     folder = shutil.copytree(finished[1], tmp_path / "run")
     before = read_log(folder)
@@ -104,6 +106,7 @@ def test_the_run_folder_holds_what_was_promised(finished):
         assert f"| {method}" in report
 
 
+@pytest.mark.slow
 def test_kept_checkpoints_are_the_last_ones_and_the_best(config, tmp_path, monkeypatch):
     # Where the largest loss counts as the best, the best step is the first validated one.
     monkeypatch.setattr(MaskedExpression, "monitor_mode", "max")
@@ -113,6 +116,7 @@ def test_kept_checkpoints_are_the_last_ones_and_the_best(config, tmp_path, monke
     assert kept == {5, 20, 25}
 
 
+@pytest.mark.slow
 def test_early_stopping(config, tmp_path):
     changes = {"optimizer__peak_lr": 1e-12, "optimizer__init_lr": 1e-12, "train__steps": 200}
     result = run(config(train__eval_every=2, train__patience=3, **changes), tmp_path)
@@ -132,6 +136,7 @@ class Poisoned(MaskedExpression):
         return jnp.where(bad, jnp.nan, loss), sums
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_the_good_checkpoint(
     config, tmp_path, monkeypatch
 ):
@@ -188,6 +193,7 @@ def test_a_killed_run_resumes_from_its_last_complete_checkpoint(config, tmp_path
     assert board(tmp_path / "whole") == board(killed)
 
 
+@pytest.mark.slow
 def test_two_trainings_on_one_folder(config, tmp_path, capfd):
     plain = config(train__steps=100_000, train__eval_every=100_000, train__checkpoint_every=1000)
     folder = tmp_path / "sweep" / "base"
@@ -218,6 +224,7 @@ def test_two_trainings_on_one_folder(config, tmp_path, capfd):
     assert lines == list(range(1, again.progress.step + 1)), "neither process lost or doubled a line"
 
 
+@pytest.mark.slow
 def test_other_options_on_an_old_folder_are_refused(config, tmp_path):
     run(config(train__stop_at=5), tmp_path)
     with pytest.raises(ConfigError, match=r"optimizer\.peak_lr .*0\.001.*0\.002"):
@@ -227,6 +234,7 @@ def test_other_options_on_an_old_folder_are_refused(config, tmp_path):
     run(config(train__stop_at=6, train__log_every=2), tmp_path)
 
 
+@pytest.mark.slow
 def test_step_two_and_later_do_not_compile(config, tmp_path):
     with jax.log_compiles(False):
         compiled: list[str] = []
@@ -263,6 +271,7 @@ def test_a_run_from_before_an_option_goes_on_with_what_the_option_stood_for(tmp_
             experiment._check_same(old, {**new, "objective": other}, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_step_is_what_it_was(store):
     # Recorded on CPU in float32, of the paper's loss; a change here means that older runs can no longer be reproduced.
     golden = json.loads((Path(__file__).parent / "golden_step.json").read_text())
@@ -296,6 +305,7 @@ def other_store(folder, ids, sizes):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_other_data(config, tmp_path):
     plain = config(train__stop_at=5)
     run(plain, tmp_path / "run")
@@ -312,6 +322,7 @@ def test_a_run_does_not_go_on_with_other_data(config, tmp_path):
     assert (tmp_path / "run" / "genes.tsv").read_bytes() == genes
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_says_what_to_do(config, tmp_path):
     run(config(train__stop_at=10), tmp_path)
     newest = tmp_path / "checkpoints" / "10"
@@ -325,6 +336,7 @@ def test_a_damaged_checkpoint_says_what_to_do(config, tmp_path):
     assert run(config(), tmp_path).reason == "finished"
 
 
+@pytest.mark.slow
 def test_a_changed_model_is_refused_with_the_differences(config, tmp_path):
     run(config(train__stop_at=5), tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
@@ -346,6 +358,7 @@ def test_patience_counts_across_interruptions(config, tmp_path):
     assert (parts.reason, parts.progress) == ("early stop", whole.progress)
 
 
+@pytest.mark.slow
 def test_a_validation_of_few_records_is_spread_over_the_split(config, tmp_path):
     plain = config(train__eval_records=3)
     task, _ = make_task(plain, Store.open(plain["data"]["store"]))
@@ -358,9 +371,8 @@ def test_a_validation_of_few_records_is_spread_over_the_split(config, tmp_path):
     assert run(plain, tmp_path).reason == "finished"
 
 
-@pytest.mark.parametrize(
-    ("asked", "status"), [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("asked", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_sigterm_and_ctrl_c_save_and_are_not_taken_for_success(store, tmp_path, asked, status):
     words = [f"--config.{name}" for name in (
         f"data.store={store}", "data.dataset=", "data.cells_per_bag=4", "model.num_downsamples=1", "train.steps=100000",
@@ -409,9 +421,8 @@ for reason in sys.argv.pop().split(","):
 """
 
 
-@pytest.mark.parametrize(
-    "config", ["sct_sc.py:quickstart", pytest.param("sct_ablations.py", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["sct_sc.py:quickstart", "sct_ablations.py"])
 def test_the_exit_status_tells_whether_the_same_command_goes_on(tmp_path, config):
     expected = {
         "finished": 0, "early stop": 0, "stop_at": 0, "signal": 75, "interrupt": 130, "failed": 1,

@@ -79,6 +79,7 @@ def test_what_is_hidden():
         np.testing.assert_allclose(np.delete(put, level) / put.sum(), 0.25, atol=0.04)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_genes", [0, GENES + 3])
 def test_the_loss_is_the_mean_of_two_cross_entropies(max_genes):
     """At masked places of cells that are there, from the logits of all places."""
@@ -117,6 +118,7 @@ def test_a_budget_leaves_out_and_counts():
     assert task.summarise({n: np.asarray(v) for n, v in sums.items()})["overflow"] == float(sums["overflow"])
 
 
+@pytest.mark.slow
 def test_features_are_given_and_never_trained():
     task = task_of(dropped=(2, 5))
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1))

@@ -44,6 +44,7 @@ def variables(task):
     return nn.unbox(task.init(jax.random.key(1)))
 
 
+@pytest.mark.slow
 def test_a_budget_for_the_head_that_holds_all_changes_nothing(task, batch, variables):
     rng = jax.random.key(0)
     dense, sums = task.loss(variables, batch, rng, True)
@@ -103,6 +104,7 @@ class Constant(MaskedExpression):
         return jnp.broadcast_to(variables, (*tokens.shape, 7))
 
 
+@pytest.mark.slow
 def test_the_best_logits_are_those_of_an_ordinary_gene_for_every_kind_of_masking():
     assert set(RULES) == {*masking.KINDS, masking.MIXTURE}
     share = np.asarray([0.62, 0.2, 0.1, 0.05, 0.03])
@@ -181,6 +183,7 @@ def test_spatial_training_goes_on_where_training_on_cells_stopped(config, tmp_pa
     assert max(np.abs(after[path] - before[path]).max() for path in before) < 2e-4
 
 
+@pytest.mark.slow
 def test_starting_from_another_model_lists_the_differences(config, tmp_path):
     run(config(train__steps=1), tmp_path / "a")
     other = config(train__steps=1, init_from=str(tmp_path / "a"), model__num_layers=2, model__ffn_dim=64)

@@ -44,6 +44,7 @@ def types(tree) -> set[str]:
     return {str(leaf.dtype) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microbatch", [0, 2])
 def test_small_updates_are_not_lost(config, microbatch):
     state, batch, make_step = built(config)

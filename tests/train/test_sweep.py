@@ -118,6 +118,7 @@ def test_data_that_is_not_there_is_told_once(swept, tmp_path):
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_resumes_skips_and_survives_a_failure(swept, tmp_path, monkeypatch):
     names = trained(monkeypatch)
     config = swept(wrong={"data": {"cells_per_bag": 100}})
@@ -177,6 +178,7 @@ def test_a_damaged_run_does_not_end_the_sweep(swept, tmp_path, monkeypatch):
         assert table["norm_none"][-1] == "not trained yet"
 
 
+@pytest.mark.slow
 def test_a_signal_stops_the_sweep_which_goes_on_later(swept, tmp_path, monkeypatch):
     names = trained(monkeypatch)
     original = loop.sharding.put_batch

@@ -59,6 +59,7 @@ def encode(texts: GeneCorpus, model: Pretrained, **options) -> GeneFeatures:
     return GeneFeatures.encode(texts, model, **{"cache": "", "progress_bar": False, **options})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "own_begin"), [("gpt2", False), ("neox", False), ("llama", True)])
 def test_a_feature_is_the_state_at_the_item_token(family, own_begin):
     model, texts = decoder(family, own_begin), corpus(4)

@@ -61,6 +61,7 @@ def test_conv_out(golden):
     close(model.apply(intermediates=("conv_out",), **inputs(arrays))["conv_out"], arrays["conv_out"])
 
 
+@pytest.mark.slow
 def test_transformer_from_the_published_conv_out(golden):
     model, arrays, _ = golden
 
@@ -79,6 +80,7 @@ def test_transformer_out(golden):
     close(outputs["transformer_out"], arrays["transformer_out"])
 
 
+@pytest.mark.slow
 def test_deconvolution_and_head_from_the_published_transformer_out(golden):
     model, arrays, _ = golden
 
@@ -97,6 +99,7 @@ def test_logits(golden):
     close(model.apply(**inputs(arrays))["logits"], arrays["logits"])
 
 
+@pytest.mark.slow
 def test_the_model_that_trains_gives_the_same_numbers(golden):
     # Recomputation in the backward pass and the head at chosen positions are what training adds.
     import dataclasses
@@ -430,6 +433,7 @@ def command(*words):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_command(folder, tmp_path):
     (folder / "jax_params").mkdir()
     (folder / "params.joblib").rename(folder / "jax_params" / "params.joblib")
@@ -451,6 +455,7 @@ def test_the_command(folder, tmp_path):
     close(loaded.apply(tokens=arrays["tokens"].reshape(2, 4, 256))["logits"], arrays["logits"])
 
 
+@pytest.mark.slow
 def test_genes_given_as_a_file(folder, tmp_path):
     genes = GeneVocabulary.from_ids(GeneVocabulary.human().ensembl_ids[:250])
     genes.save(tmp_path / "genes.tsv")
@@ -462,6 +467,7 @@ def test_genes_given_as_a_file(folder, tmp_path):
         haiku_sct.convert(folder, many)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [".", "model", "jax_params/model", "../weights", "linked"])
 def test_the_input_is_never_the_output(folder, place):
     (folder.parent / "linked").symlink_to(folder, target_is_directory=True)

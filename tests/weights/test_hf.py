@@ -56,6 +56,7 @@ def described(path, **changes):
     (path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_round_trip_is_exact(family, tied, folder, tmp_path):
@@ -109,6 +110,7 @@ def test_fused_projections_are_split_where_they_should_be(folder):
         np.testing.assert_array_equal(fused[:, i].reshape(32, 32).T, kernel[name]["kernel"][1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
@@ -356,6 +358,7 @@ def eight_devices(*words):
     )
 
 
+@pytest.mark.slow
 def test_a_mesh_of_several_devices_in_parts(folder):
     paths = [str(folder(family)[0]) for family in FAMILIES]
     done = eight_devices("tests.weights.mesh_load", *paths)
@@ -409,6 +412,7 @@ def command(*words):
     )
 
 
+@pytest.mark.slow
 def test_the_command(folder, tmp_path):
     path, model = folder("bert", mlm_head=False)
     there, back = tmp_path / "ours", tmp_path / "theirs"
@@ -424,6 +428,7 @@ def test_the_command(folder, tmp_path):
     assert json.loads((back / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -187,6 +187,7 @@ def test_layers_without_an_adapter_get_one_of_zeros(foreign, tmp_path):
     np.testing.assert_allclose(foreign.outputs(again), foreign.outputs(made), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "options",
@@ -287,6 +288,7 @@ def test_adapters_lie_where_the_kernels_do(tmp_path):
     assert boxed_shapes("llama", ours.config).keys() == {"params"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SIZES)
 @pytest.mark.filterwarnings("ignore:.*no hashes")
 def test_a_model_folder_keeps_the_adapters(family, tmp_path):
@@ -327,6 +329,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", REFUSED)
 def test_options_that_are_refused(what, tmp_path):
     options, message = REFUSED[what]

@@ -96,6 +96,7 @@ def test_the_weights_are_readable_with_safetensors_alone(model, folder):
         np.testing.assert_allclose(total, np.asarray(flat[path], np.float64).sum(), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_the_rounded_model(model, tmp_path):
     model.save_pretrained(tmp_path / "half", dtype="bfloat16")
     loaded = sct.load(tmp_path / "half")
@@ -137,6 +138,7 @@ def test_loading_onto_a_mesh_places_each_array(model, folder):
     equal(sct.load(folder, mesh=other).variables, model.variables)
 
 
+@pytest.mark.slow
 def test_a_mesh_of_several_devices_in_parts(model, folder, config, tmp_path):
     run(config(train__stop_at=5), tmp_path / "run")
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8"}
@@ -159,6 +161,7 @@ def test_a_model_is_shown_in_a_line(model):
     assert "60 genes" in repr(model)
 
 
+@pytest.mark.slow
 def test_apply(model):
     tokens = np.random.default_rng(0).integers(0, 6, (2, 3, 64)).astype(np.uint8)
     outputs = model.apply(tokens=tokens, coordinates=None)
@@ -708,6 +711,7 @@ def test_a_hub_id_is_fetched(model, folder, monkeypatch):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_run_folder_gives_its_best_checkpoint(config, tmp_path, monkeypatch):
     # Where the largest loss counts as the best, the best step is an early one.
     monkeypatch.setattr(MaskedExpression, "monitor_mode", "max")
@@ -746,6 +750,7 @@ def set_best(folder, step):
     run_folder.record_checkpoint(path.parent.parent)
 
 
+@pytest.mark.slow
 def test_an_export_from_before_the_run_went_on_is_not_taken(model, a_run):
     assert {p.name for p in (a_run / "checkpoints").iterdir()} >= {"10", "15"}
     for best, step in ((15, 15), (10, 10), (None, 15)):
@@ -774,6 +779,7 @@ def test_a_best_checkpoint_that_is_gone_is_said(a_run):
         sct.load(a_run)
 
 
+@pytest.mark.slow
 def test_a_run_is_loaded_without_the_optimiser(a_run, monkeypatch):
     whole = sct.load(a_run)
     handler = ocp.PyTreeCheckpointHandler
@@ -882,6 +888,7 @@ def old_run(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_runs_without_hashes_are_loaded_and_go_on_with_a_note(a_run, store):
     set_best(a_run, 10)
     expected = sct.load(a_run)
@@ -927,6 +934,7 @@ def test_a_damaged_checkpoint(a_run):
         (a_run / "checkpoints/15/sha256.json").unlink(missing_ok=True)
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_can_be_continued_from_elsewhere(config, tmp_path):
     run(config(train__stop_at=5), tmp_path / "a")
     result = run(config(train__steps=1, init_from=str(tmp_path / "a")), tmp_path / "b")

@@ -32,6 +32,7 @@ def made(name: str) -> Pretrained:
     return Pretrained("llama" if name == "tied" else name.replace("untied", "gpt2"), config, noisy, step=7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_old_tokens_stay_and_new_ones_are_the_mean(name, tmp_path):
     model = made(name)
