@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from sct.errors import ConfigError, FolderInUseError, SctError
+from sct.errors import CheckpointError, ConfigError, FolderInUseError, SctError
 from sct.eval import report
 from sct.eval.report import Report
 from sct.train import experiment
@@ -237,11 +237,17 @@ def tables(workdir: Path, runs: Mapping[str, Mapping[str, Any]], states: Mapping
 
 def _measured(folder: Path) -> tuple[str, list[dict[str, Any]]]:
     """Title and rows of the table of a finished run, by the names of the columns."""
-    content = json.loads((folder / "report.json").read_text())
-    found = content["reports"] if isinstance(content, dict) else content
-    for each in found:
-        if {"method", "told expressed", "MCC"} <= set(each["columns"]):
-            return each["title"], [dict(zip(each["columns"], row, strict=True)) for row in each["rows"]]
+    path = folder / "report.json"
+    try:
+        content = json.loads(path.read_text())
+        found = content["reports"] if isinstance(content, dict) else content
+        for each in found:
+            if {"method", "told expressed", "MCC"} <= set(each["columns"]):
+                return each["title"], [dict(zip(each["columns"], row, strict=True)) for row in each["rows"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}): delete it and start the sweep again, which measures this run anew."
+        ) from error
     return "", []
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sct.errors import ConfigError, StoreError
+from sct.errors import CheckpointError, ConfigError, StoreError
 from sct.train import experiment, loop, sweep
 from sct.train.checkpoint import Progress
 
@@ -240,3 +240,12 @@ def test_the_table_of_finished_runs(tmp_path, swept, facts):
     assert "7 levels instead of 5" in no.rows[3][-1]
     assert "other masked positions" in yes.rows[2][-1]
     assert yes.rows[3][1] == [0.5]
+
+
+@pytest.mark.parametrize("content", ["", '{"facts"', "3", '[{"title": "no columns"}]'])
+def test_a_damaged_report_says_what_to_do(tmp_path, swept, content):
+    runs = sweep.configurations(swept())
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "report.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"base.report\.json is damaged .*delete it"):
+        sweep.tables(tmp_path, runs, {**dict.fromkeys(runs, "not trained yet"), "base": ""})
