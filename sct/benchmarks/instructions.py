@@ -245,7 +245,16 @@ def _benchmark(
             )
     reports: list[Report] = []
     numbers: dict[str, Any] = {}
-    sizes = []
+    sizes: list[str] = []
+
+    def write(**more: str) -> None:
+        facts = {
+            **benchmarking.facts_of(handle, options.model), "cells": ", ".join(sizes),
+            "few shots": f"{options.tuning.steps} steps at {options.tuning.learning_rate:g}",
+            "seeds": str(options.seeds), "time": f"{time.monotonic() - started:,.0f} s", **more,
+        }  # fmt: skip
+        report.write(reports, output, facts, (), "Questions about cells", numbers)
+
     for name, cells in studies:
         try:
             asked = _Study(name, cells, said.get(name, {}), handle, asker, options, markers, output)
@@ -263,15 +272,11 @@ def _benchmark(
             table.title = f"{title}. {table.title}"
             numbers.setdefault(name, {})[task] = measured
             reports.append(table)
+            write(state=report.UNFINISHED)
     if not numbers:
         reasons = [f"{each.title}: {each.rows[0][1]}" for each in reports]
         raise ConfigError(f"no task could be measured: {' '.join(reasons)}")
-    facts = {
-        **benchmarking.facts_of(handle, options.model), "cells": ", ".join(sizes),
-        "few shots": f"{options.tuning.steps} steps at {options.tuning.learning_rate:g}",
-        "seeds": str(options.seeds), "time": f"{time.monotonic() - started:,.0f} s",
-    }  # fmt: skip
-    report.write(reports, output, facts, (), "Questions about cells", numbers)
+    write()
     return reports
 
 

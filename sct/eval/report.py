@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from sct.eval.page import Figure
 
 FILES = ("results.json", "report.json", "report.md", "report.html")  # what `write` writes
+# State of a report that is written again after each part, so that a measurement that is stopped loses one part at most.
+UNFINISHED = "unfinished: it is still being measured, or was stopped"
 _LIBRARIES = ("jax", "flax", "numpy", "scipy", "scikit-learn", "anndata", "scanpy")
 # Narrowest column of text on a terminal that is read with ease: one of several, and one with all texts.
 _TEXT, _MERGED = 20, 24

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +213,6 @@ def _benchmark(
     parts = [part_of(name, study, vocabulary, options.data) for name, study in studies]
     for part in parts if options.data.batch_key else ():
         running.column(part.adata, options.data.batch_key, "data.batch_key")
-    reports, figures, numbers = _measure(parts, handle, train, options)
     facts = {
         **facts_of(handle, options.model),
         "cells per bag": str(_bag_size(handle, options.data)),
@@ -222,10 +221,20 @@ def _benchmark(
         "genes": ", ".join(f"{int(part.table.measured.sum()):,} of {len(vocabulary):,}" for part in parts),
         "training studies": "none given" if train is None else f"{len(train.split('train'))} of {train.path}",
         "seeds": str(options.seeds),
-        "time": f"{time.monotonic() - started:,.0f} s",
     }
-    title = "Zero-shot benchmark"
-    report.write(reports, output, facts, figures, title, numbers)
+    reports: list[Report] = []
+    figures: list[Figure] = []
+    numbers: dict[str, Any] = {"imputation": [], "embedding": {}}
+
+    def write(pictures: list[Figure], **more: str) -> None:
+        time_taken = {"time": f"{time.monotonic() - started:,.0f} s"}
+        report.write(reports, output, facts | time_taken | more, pictures, "Zero-shot benchmark", numbers)
+
+    for tables, drawn in _measure(parts, handle, train, options, numbers):
+        reports += tables
+        figures += drawn
+        write([], state=report.UNFINISHED)
+    write(figures)
     return reports
 
 
@@ -335,12 +344,13 @@ def part_of(name: str, study: ad.AnnData, vocabulary: GeneVocabulary, data: Data
 
 
 def _measure(
-    parts: list[Part], handle: Pretrained | None, train: Store | None, options: BenchmarkOptions
-) -> tuple[list[Report], list[Figure], dict[str, Any]]:
-    """Run every protocol; one that cannot run is a table with the reason."""
-    reports: list[Report] = []
-    figures: list[Figure] = []
-    numbers: dict[str, Any] = {"imputation": [], "embedding": {}}
+    parts: list[Part],
+    handle: Pretrained | None,
+    train: Store | None,
+    options: BenchmarkOptions,
+    numbers: dict[str, Any],
+) -> Iterator[tuple[list[Report], list[Figure]]]:
+    """Run every protocol, adding to `numbers`; one that cannot run is a table with the reason."""
     gene, cell, fixed = options.gene_imputation, options.cell_imputation, options.fixed_genes
     with_fixed = fixed.run == "always" or (fixed.run == "spatial" and any(part.spatial for part in parts))
     protocols: dict[str, Callable[..., Any]] = {}
@@ -369,24 +379,21 @@ def _measure(
             try:
                 outcome = protocol(held_out, asked, training, seeds=options.seeds, cells_name=name)
             except SctError as error:
-                reports.append(reason(title, error))
+                yield [reason(title, error)], []
                 continue
-            reports += outcome.reports
             numbers["imputation"].append(outcome.as_dict())
             if isinstance(outcome, natural.Outcome):
-                figures.append(_reliability_figure(outcome))
+                yield outcome.reports, [_reliability_figure(outcome)]
             else:
-                figures += _imputation_figures(outcome, held_out.cells_per_bag)
+                yield outcome.reports, _imputation_figures(outcome, held_out.cells_per_bag)
     for part in parts if options.embedding.run else ():
         try:
             table, drawn, measured = _embedding(part, handle, options)
         except SctError as error:
-            reports.append(reason(f"Embedding, {part.name}", error))
+            yield [reason(f"Embedding, {part.name}", error)], []
             continue
-        reports.append(table)
-        figures += drawn
         numbers["embedding"][part.name] = measured
-    return reports, figures, numbers
+        yield [table], drawn
 
 
 def reason(title: str, error: SctError) -> Report:

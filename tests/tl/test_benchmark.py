@@ -72,6 +72,7 @@ def test_every_protocol_has_its_tables(whole):
     }
 
 
+@pytest.mark.slow
 def test_every_row_has_numbers_of_every_seed_or_a_reason(whole):
     _, reports = whole
     for report in reports:
@@ -89,6 +90,7 @@ def test_every_row_has_numbers_of_every_seed_or_a_reason(whole):
         )
 
 
+@pytest.mark.slow
 def test_the_page_and_the_facts(whole):
     output, _ = whole
     page = (output / "report.html").read_text()
@@ -96,7 +98,21 @@ def test_the_page_and_the_facts(whole):
     for fact in ("command", "seeds", "time", "jax", "licence of the model"):
         assert fact in numbers(output)["facts"]
         assert fact in page
+    assert "state" not in numbers(output)["facts"]
     assert numbers(output)["embedding"]["cells"]["model"]
+
+
+def test_what_was_measured_before_a_stop_is_kept(adata, tmp_path, monkeypatch):
+    def stopped(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sct.eval.imputation.whole_cell_imputation", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        sct.tl.benchmark(config(tmp_path / "out", model="", seeds=1), adata)
+    kept = numbers(tmp_path / "out")
+    assert [each["protocol"] for each in kept["imputation"]] == ["natural imputation", "gene imputation"]
+    assert kept["facts"]["state"].startswith("unfinished")
+    assert "unfinished" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.slow
