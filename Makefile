@@ -16,8 +16,8 @@ QUIET_ENV = env $(foreach name,$(filter JAX_% XLA_%,$(.VARIABLES)),-u $(name))
 help:
 	@echo "make quickstart   install into .venv and train sCT on real blood cells (minutes on two cores)"
 	@echo "make install      install into .venv, with what the tests and linters need"
-	@echo "make test         run the quick tests, two at once (minutes); PYTEST_ARGS='-n 4 tests/data' instead"
-	@echo "make test-most    run the slow tests as well (within an hour), but for the slowest"
+	@echo "make test         run the quick tests, two at once (minutes); PYTEST_ARGS='-n 4 tests/data' replaces -n 2"
+	@echo "make test-most    run quick and slow tests (within an hour)"
 	@echo "make test-all     run all tests, compiled as for a user (hours)"
 	@echo "make lint         check style and types"
 	@echo "make format       format the code"

@@ -16,7 +16,7 @@ The full model, each run as long as `configs/sct_sc.py`:
     python -m launch.train --config=configs/sct_ablations.py --config.data.store=STORE --workdir=runs/ablations
 
 Runs are trained one after the other in WORKDIR/NAME, and the table of all of them is WORKDIR/report.md. The same
-command goes on where it was stopped and leaves finished runs alone; `--only=base,one_cell` chooses. A field of the
+command goes on where it was stopped and leaves finished runs alone; `--only=base,cells_1` chooses. A field of the
 command line is that of all runs (`--config.train.steps=100`, `--config.train.seed=1`), unless the run sets it itself:
 `--config.sweep.bins_15.model.num_bins=20`. The paper's base has an MCC of 0.48; uniform masking 0.34, 5% of
 unexpressed genes 0.45, standard layer norm 0.39, none 0.40, 1 cell 0.07, 10 cells 0.44.

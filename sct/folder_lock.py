@@ -172,6 +172,9 @@ class _Lock:
         if before is not None and (locks is None or before.host != self.me.host) and self._is_alive(before):
             self._unlock()
             return False
+        if not self._is_current():  # removed while its holder was watched
+            self._reopen()
+            return self._take()
         self._sign(self.me)
         if locks is None:  # of two that come here at once, the last one to sign holds it
             time.sleep(5 * _POLL_SECONDS)
@@ -236,8 +239,11 @@ class _Lock:
         end = time.monotonic() + SILENT_SECONDS
         while time.monotonic() < end:
             time.sleep(_POLL_SECONDS)
-            if self._touched() != before:
-                return self._other() is not None  # None: it has just ended
+            try:
+                if self._touched() != before:
+                    return self._other() is not None  # None: it has just ended
+            except FileNotFoundError:  # it has just ended
+                return False
         return False
 
     def _refusal(self, holder: Holder | None, option: str) -> FolderInUseError:

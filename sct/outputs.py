@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sct.errors import ConfigError, first_line
@@ -24,9 +25,11 @@ def check_file(path: Path, option: str, overwrite: bool = False, needed: int = 0
     needed
         Bytes that it will have at least.
     """
-    if path.is_dir():
+    with _readable(path, option):
+        is_folder, is_there = path.is_dir(), path.exists() or path.is_symlink()
+    if is_folder:
         raise ConfigError(f"the output {path} is a folder, but a file is written: choose another {option}.")
-    if not overwrite and (path.exists() or path.is_symlink()):
+    if is_there and not overwrite:
         raise ConfigError(
             f"the output {path} already exists: replace it with --overwrite, or choose another {option}."
         )
@@ -45,23 +48,38 @@ def check_folder(
     files
         Names of the files in it that are written; None where the folder is replaced as a whole.
     """
-    if folder.exists() and not folder.is_dir():
+    with _readable(folder, option):
+        is_file = folder.exists() and not folder.is_dir()
+        there = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+    if is_file:
         raise ConfigError(f"the output {folder} is a file, but it must be a folder: choose another {option}.")
-    there = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
     replaced = [name for name in there if files is None or name in files]
     if replaced and not overwrite:
         raise ConfigError(
-            f"the output {folder} holds {replaced[0]} already: replace it with --overwrite, or choose another {option}."
+            f"the output {folder} already holds {replaced[0]}: replace it with --overwrite (in Python overwrite=True), "
+            f"or choose another {option}."
         )
     # A folder that is replaced as a whole is made beside it.
     check_room(folder if files is not None else folder.parent, option, needed)
 
 
+@contextmanager
+def _readable(path: Path, option: str) -> Iterator[None]:
+    """Say what keeps a path from being looked at: a name that is too long, a folder that may not be entered."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"the output {path} cannot be used ({error.strerror or first_line(error)}): choose another {option}."
+        ) from error
+
+
 def check_room(folder: Path, option: str, needed: int = 0) -> None:
     """Raise `ConfigError` where a folder cannot be made or written to, or lies on a disk without room."""
     place = folder.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    with _readable(folder, option):
+        while not place.exists() and place != place.parent:
+            place = place.parent
     if not place.is_dir():
         raise ConfigError(f"{place} is not a folder, so {folder} cannot be written: choose another {option}.")
     try:

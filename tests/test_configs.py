@@ -131,26 +131,10 @@ def test_every_field_and_variant_of_the_docstring_exists(path):
     assert {file for file, _ in commands} == {path.relative_to(ROOT).as_posix()}
 
 
-def slow_if(condition: bool) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.slow] if condition else []
-
-
-def smallest(path: Path) -> str:
-    return next(variant for variant in ("quickstart", "mini", "") if variant in load(path).VARIANTS)
-
-
-# Of each file the smallest variant is always taken, the others with the slow tests.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("path", "variant"),
-    [
-        pytest.param(
-            path, variant, marks=slow_if(variant != smallest(path)),
-            id=f"{path.stem}:{variant}",
-        )
-        for path, variant in CASES
-    ],
-)  # fmt: skip
+    ("path", "variant"), CASES, ids=[f"{path.stem}:{variant}" for path, variant in CASES]
+)
 def test_one_abstract_step(path, variant, store, tmp_path):
     one_abstract_step(values(path, variant), store, tmp_path)
 
@@ -159,18 +143,10 @@ def run_of_sweep(path: Path, variant: str, name: str) -> dict[str, Any]:
     return sweep.configurations(values(path, variant))[name]
 
 
-# One run of each section of a configuration and one of another number of levels; all of them are built below.
-QUICK_RUNS = {"masking_drawn", "norm_fixed", "cells_1", "bins_15"}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "name"),
-    [
-        pytest.param(path, name, marks=slow_if(name not in QUICK_RUNS), id=name)
-        for path, variant, name in RUNS
-        if variant == "quickstart"
-    ],
+    [pytest.param(path, name, id=name) for path, variant, name in RUNS if variant == "quickstart"],
 )
 def test_one_abstract_step_of_each_run_of_a_sweep(path, name, store):
     one_abstract_step(run_of_sweep(path, "quickstart", name), store)

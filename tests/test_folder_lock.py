@@ -232,6 +232,16 @@ def test_a_holder_on_another_host_lives_while_it_touches_the_file(tmp_path, monk
     assert "elsewhere" in capfd.readouterr().err
 
 
+def test_a_holder_that_ends_while_it_is_watched_leaves_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_lock, "SILENT_SECONDS", 5)
+    lock = left_by(tmp_path, "elsewhere")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: (time.sleep(0.5), lock.unlink()))
+        started = time.monotonic()
+        held(tmp_path)
+    assert time.monotonic() - started < 3
+
+
 @pytest.mark.slow
 def test_file_systems_without_locks(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_lock, "fcntl", None)

@@ -40,6 +40,8 @@ def test_a_file_is_refused_where_it_could_not_be_written(tmp_path, monkeypatch):
     for name in ("there", "dangling"):
         assert "--overwrite" in refusal(outputs.check_file, tmp_path / name, "--output")
     assert not refusal(outputs.check_file, tmp_path / "there", "--output", overwrite=True)
+    for check in (outputs.check_file, outputs.check_folder, outputs.check_room):
+        assert "too long" in refusal(check, tmp_path / ("x" * 300), "--output")
     assert not refusal(outputs.check_file, tmp_path / "deep" / "er" / "new", "--output")
     monkeypatch.chdir(tmp_path)
     assert not refusal(outputs.check_file, Path("new"), "--output")
@@ -117,6 +119,7 @@ def test_every_command_refuses_an_output_before_the_work(files):
     assert (files / "report" / "results.json").read_text() == "old"
 
 
+@pytest.mark.slow
 def test_benchmarks_of_the_library_check_their_folder(files):
     from sct.benchmarks.instructions import benchmark as ask
     from sct.tl.benchmarking import benchmark

@@ -559,6 +559,7 @@ def test_installed_package_is_the_wheels(installed, tmp_path):
     assert int(shown[1]) > 19_000
 
 
+@pytest.mark.slow
 def test_installed_command_explains_itself(installed, tmp_path):
     shown = run(installed / "sct", "--help", cwd=tmp_path)
     assert shown.returncode == 0

@@ -247,13 +247,12 @@ def _benchmark(
     numbers: dict[str, Any] = {}
     sizes: list[str] = []
 
-    def write(**more: str) -> None:
-        facts = {
+    def facts() -> dict[str, str]:
+        return {
             **benchmarking.facts_of(handle, options.model), "cells": ", ".join(sizes),
             "few shots": f"{options.tuning.steps} steps at {options.tuning.learning_rate:g}",
-            "seeds": str(options.seeds), "time": f"{time.monotonic() - started:,.0f} s", **more,
+            "seeds": str(options.seeds), "time": f"{time.monotonic() - started:,.0f} s",
         }  # fmt: skip
-        report.write(reports, output, facts, (), "Questions about cells", numbers)
 
     for name, cells in studies:
         try:
@@ -272,11 +271,11 @@ def _benchmark(
             table.title = f"{title}. {table.title}"
             numbers.setdefault(name, {})[task] = measured
             reports.append(table)
-            write(state=report.UNFINISHED)
+            report.keep(reports, output, facts(), numbers)
     if not numbers:
         reasons = [f"{each.title}: {each.rows[0][1]}" for each in reports]
         raise ConfigError(f"no task could be measured: {' '.join(reasons)}")
-    write()
+    report.write(reports, output, facts(), (), "Questions about cells", numbers)
     return reports
 
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sct.data.masking import Masking
-from sct.errors import ConfigError
+from sct.errors import CheckpointError, ConfigError
 
 PAPER = Masking()  # 15% of expressed and 1% of unexpressed genes
 ASSUMED = (
@@ -25,8 +25,9 @@ ASSUMED = (
 )
 
 ONE_SIDED = (
-    "this model's training never masked unexpressed genes (or never expressed ones), so it cannot tell whether a gene "
-    "is expressed: use its levels only for genes that you know to be expressed."
+    "this model's training masked only expressed or only unexpressed genes, so it cannot tell whether a gene is "
+    "expressed: ignore its probabilities and expected counts, and use its levels only for genes that you know to be "
+    "expressed."
 )
 
 
@@ -53,12 +54,18 @@ class ClassPrior:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> ClassPrior:
-        """Read it from the `data` section of a model."""
+        """Read it from the `data` section of a model; `CheckpointError` for a record that is none."""
         recorded, adjusted = data.get("masking"), data.get("logit_adjustment") is True
         if not isinstance(recorded, Mapping):
             return cls(PAPER.log_ratio, adjusted, assumed=not adjusted)
         try:
-            return cls(Masking.from_record(recorded).log_ratio, adjusted)
+            masking = Masking.from_record(recorded)
+        except ConfigError as error:
+            raise CheckpointError(
+                f"how this model's training masked genes cannot be read: {error}"
+            ) from error
+        try:
+            return cls(masking.log_ratio, adjusted)
         except ConfigError:  # trained with a rate of zero, which has no logarithm
             return cls(0.0, adjusted, one_sided=True)
 

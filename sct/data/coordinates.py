@@ -160,8 +160,8 @@ def read_scales(uns: Any, spatial_key: str, batch_key: str | None) -> dict[str, 
     except (KeyError, IndexError, TypeError, ValueError, DataError) as error:
         raise DataError(
             f"uns[{SCALES!r}][{spatial_key!r}] does not describe scales of sections "
-            f"({type(error).__name__}: {error}): delete it (del adata.uns[{SCALES!r}]), and compute it again of whole "
-            "sections with sct.pp.spatial_scale."
+            f"({type(error).__name__}: {error}): delete it (del adata.uns[{SCALES!r}]), and compute it again from "
+            "whole sections with sct.pp.spatial_scale."
         ) from error
 
 
@@ -200,9 +200,8 @@ def doubts(coordinates: np.ndarray, obs: pd.DataFrame, divide_by: str) -> list[s
         far = np.linalg.norm(outside - np.clip(outside, low, high), axis=1).max()
         shown = ", ".join(map(str, obs.index[rows[:3]])) + (", ..." if len(rows) > 3 else "")
         said.append(
-            f"{len(rows):,} of {len(stray):,} cells lie up to {far:,.6g} away from all others, which span "
-            f"{(high - low).max():,.6g} ({shown}): the scale leaves them out, but drop them if their positions "
-            "are wrong"
+            f"{len(rows):,} of {len(stray):,} cells lie far outside the section, up to {far:,.6g} away where it is "
+            f"{(high - low).max():,.6g} long ({shown}): the scale ignores them; drop them if their positions are wrong"
         )
     name, finding = _overlaid(coordinates[~stray], obs.loc[~stray])
     if finding:

@@ -167,6 +167,12 @@ class Masking:
             raise ConfigError(f"masking kind {self.kind!r} needs low < high.")
         if "drawn" in kinds and not self.expressed > 0:
             raise ConfigError(f"masking kind {self.kind!r} needs expressed > 0.")
+        if "drawn" in kinds and self.high * self.unexpressed > self.expressed:
+            raise ConfigError(
+                "masking kind 'drawn' would mask unexpressed genes at rates up to high x unexpressed / expressed = "
+                f"{self.high * self.unexpressed / self.expressed:.3g}, but a rate is at most 1: lower high or "
+                "unexpressed."
+            )
         if "cells" in kinds and self.num_cells < 1:
             raise ConfigError(f"masking num_cells is {self.num_cells}, but it must be at least 1.")
         if "genes" in kinds and (not self.genes or min(self.genes) < 0):

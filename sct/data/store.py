@@ -501,8 +501,8 @@ def read_manifest(path: Path, name: str = MANIFEST) -> dict[str, Any] | None:
         )
     if is_changed(manifest):
         raise StoreError(
-            f"{file} is damaged or was changed after it was written (its {SEAL} is another): restore it or ingest the "
-            f"store again, or delete its entry {SEAL!r} if you made the change and mean it"
+            f"{file} is damaged or was changed after it was written (its {SEAL} does not match): restore it or ingest "
+            f"the store again, or delete its entry {SEAL!r} if you changed it on purpose"
         )
     try:
         manifest["vocabulary"]["hash"], manifest["vocabulary"]["name"]

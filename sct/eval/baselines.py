@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 from scipy import sparse
 from scipy.spatial.distance import cdist
-from sklearn.neighbors import NearestNeighbors
 
 from sct.data.bags import BagSource
 from sct.data.tokenize import digitize
@@ -20,7 +20,8 @@ from sct.progress import track
 
 TRAINING, OTHER_CELLS, THESE_CELLS = "training studies", "other cells of the study", "these cells"
 
-_CELLS_AT_ONCE, _GENES_AT_ONCE = 256, 2000  # bound the dense blocks of smoothed counts
+# Bound the dense blocks of smoothed counts and of profiles.
+_CELLS_AT_ONCE, _GENES_AT_ONCE, _REFERENCE_AT_ONCE = 256, 2000, 1024
 
 
 class Unavailable(Exception):  # noqa: N818
@@ -160,15 +161,17 @@ def _require_shown(masked: Masked) -> None:
 
 
 def _smoothed(
-    neighbours: np.ndarray, reference: sparse.csr_matrix, hidden: np.ndarray | None, masked: Masked
+    neighbours: np.ndarray,
+    reference: sparse.csr_matrix,
+    shown_in: Callable[[np.ndarray], np.ndarray],
+    masked: Masked,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean counts (n,) of each cell's `neighbours` (N, k), scaled to the cell's library size, and of how many (n,).
 
-    Neighbours are rows of `reference` (M, G); where `hidden` (M, P) says that a neighbour's gene is hidden
-    that neighbour is left out of the mean. The library size is that of the genes visible in the cell.
+    Neighbours are rows of `reference` (M, G); `shown_in` says of some of them (m, k) how many show each gene (m, G),
+    and the others are left out of the mean. The library size is that of genes that the cell and its neighbours show.
     """
     positions, genes = masked.mask.shape[1], reference.shape[1]
-    totals = np.asarray(masked.visible.sum(axis=1)).ravel()
     out, of = np.zeros((2, len(masked.cells)), np.float32)
     k = neighbours.shape[1]
     for first in range(0, len(neighbours), _CELLS_AT_ONCE):
@@ -176,26 +179,61 @@ def _smoothed(
         starts = np.arange(len(rows) + 1) * k
         ones = np.ones(rows.size, np.float32)
         chosen = sparse.csr_matrix((ones, rows.ravel(), starts), (len(rows), reference.shape[0]))
-        means = np.zeros((len(rows), positions), np.float32)
+        means, number = np.zeros((2, len(rows), positions), np.float32)
+        number[:, :genes] = shown_in(rows)
         means[:, :genes] = (chosen @ reference).toarray()
-        shown = np.full(means.shape, k) if hidden is None else k - hidden[rows].sum(axis=1)
-        means /= np.maximum(shown, 1)
+        means /= np.maximum(number, 1)
         cells = slice(first, first + len(rows))
-        seen = np.where(masked.mask[cells], 0, means).sum(axis=1)
+        both = masked.shown[cells] & (number > 0)
+        total = (masked.visible[cells].toarray() * both).sum(axis=1)
+        seen = (means * both).sum(axis=1)
         # Neighbours that show none of the visible genes tell nothing about the library size.
-        factor = np.where(seen > 0, totals[cells] / np.where(seen > 0, seen, 1), 1)
+        factor = np.where(seen > 0, total / np.where(seen > 0, seen, 1), 1)
         part = slice(*np.searchsorted(masked.cells, [first, first + len(rows)]))
         cell = masked.cells[part] - first
         out[part] = means[cell, masked.genes[part]] * factor[cell]
-        of[part] = shown[cell, masked.genes[part]]
+        of[part] = number[cell, masked.genes[part]]
     return out, of
+
+
+def _nearest(
+    query: sparse.csr_matrix,
+    shown: np.ndarray,
+    reference: sparse.csr_matrix,
+    shown_there: np.ndarray | None,
+    k: int,
+) -> np.ndarray:
+    """Rows (N, k) of `reference` (M, G) with the greatest cosine to each `query` (N, G), over what both show.
+
+    Were all of a reference cell in its norm, cells without counts of the hidden genes would be the nearest. `shown`
+    (N, G) and `shown_there` (M, G) say what is shown; None: everything. Where the same cells are given twice a cell is
+    not its own neighbour.
+    """
+    own = query is reference
+    rows = np.zeros((query.shape[0], k), int)
+    squares = reference.multiply(reference).tocsr()
+    for first in range(0, len(rows), _CELLS_AT_ONCE):
+        some = slice(first, min(first + _CELLS_AT_ONCE, len(rows)))
+        seen, mine = shown[some].astype(np.float32), query[some]
+        cosine = (mine @ reference.T).toarray()
+        mine = mine.multiply(mine).toarray()
+        for start in range(0, cosine.shape[1], _REFERENCE_AT_ONCE):
+            part = slice(start, start + _REFERENCE_AT_ONCE)
+            norm = seen @ squares[part].toarray().T
+            if shown_there is not None:
+                norm *= mine @ shown_there[part].T.astype(np.float32)
+            cosine[:, part] /= np.sqrt(np.maximum(norm, 1e-12))
+        if own:
+            cosine[np.arange(some.stop - first), np.arange(first, some.stop)] = -np.inf
+        rows[some] = np.argpartition(-cosine, k - 1, axis=1)[:, :k]
+    return rows
 
 
 class KnnSmoothing:
     """Mean raw counts of the nearest cells of the training studies, scaled to the cell's library size.
 
-    Neighbours are found by cosine distance of log1p counts per 10,000, on the genes that are visible in the
-    cell (hidden ones are zero in the query).
+    Neighbours are found by the cosine of log1p counts per 10,000 over the genes that are visible in the cell.
+    Neighbours whose study did not measure a gene are left out of its mean.
 
     Parameters
     ----------
@@ -212,22 +250,9 @@ class KnnSmoothing:
 
     def __init__(self, train: BagSource | None, neighbours: int = 5, max_cells: int = 5000):
         self.name = f"kNN smoothing, k = {neighbours}"
-        self._index = None
-        if train is None:
-            return
-        for study in train.studies:
-            study.check_counts()
-        each = -(-max_cells // len(train.studies))
-        blocks = [
-            study.read_rows(np.linspace(0, study.n_cells - 1, min(study.n_cells, each)).astype(int))
-            if study.spatial
-            else study.read(0, min(study.n_cells, each))
-            for study in train.studies
-        ]
-        self.counts = sparse.vstack(blocks).tocsr()
-        self.neighbours = min(neighbours, self.counts.shape[0])
-        self._index = NearestNeighbors(n_neighbors=self.neighbours, metric="cosine")
-        self._index.fit(_profile(self.counts))
+        self._reference = None if train is None else _reference(train, max_cells)
+        if self._reference is not None:
+            self.neighbours = min(neighbours, self._reference.counts.shape[0])
 
     def predict(self, held_out: HeldOut, masked: Masked) -> dict[bool, Prediction]:
         """See `Method`; both forms."""
@@ -235,12 +260,63 @@ class KnnSmoothing:
 
     def smooth(self, held_out: HeldOut, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
         """Mean counts (n,), and of how many cells (n,)."""
-        if self._index is None:
+        if self._reference is None:
             raise Unavailable("no training studies were given")
         _require_visible(masked)
-        query = _profile(masked.visible[:, : self.counts.shape[1]])
-        rows = self._index.kneighbors(query, return_distance=False)
-        return _smoothed(rows, self.counts, None, masked)
+        genes = self._reference.counts.shape[1]
+        rows = np.zeros((len(held_out), self.neighbours), int)
+        for study in np.unique(held_out.study):
+            (cells,) = np.nonzero(held_out.study == study)
+            profile = self._reference.profile(held_out.measured[study, :genes])
+            query = _profile(masked.visible[cells][:, :genes])
+            rows[cells] = _nearest(query, masked.shown[cells, :genes], profile, None, self.neighbours)
+        return _smoothed(rows, self._reference.counts, self._reference.shown_in, masked)
+
+
+class _Reference:
+    """Training cells in which neighbours are searched.
+
+    Attributes
+    ----------
+    counts
+        CSR (M, G).
+    study, measured
+        int (M,) study of each cell, and bool (studies, G).
+    """
+
+    def __init__(self, counts: sparse.csr_matrix, study: np.ndarray, measured: np.ndarray):
+        self.counts, self.study, self.measured = counts, study, measured
+        self._profiles: dict[bytes, sparse.csr_matrix] = {}
+
+    def profile(self, genes: np.ndarray) -> sparse.csr_matrix:
+        """Profiles (M, G) of some genes (G,) alone; the last ones are kept."""
+        key = genes.tobytes()
+        if key not in self._profiles:
+            shown = sparse.csr_matrix(self.counts @ sparse.diags(genes.astype(np.float32)))
+            self._profiles = {key: _profile(shown)}
+        return self._profiles[key]
+
+    def shown_in(self, rows: np.ndarray) -> np.ndarray:
+        """How many of the cells `rows` (n, k) were measured for each gene, (n, G)."""
+        of_study = (self.study[rows][..., None] == np.arange(len(self.measured))).sum(axis=1)
+        return of_study @ self.measured.astype(np.float32)
+
+
+@functools.lru_cache(maxsize=1)  # of all numbers of neighbours and protocols
+def _reference(train: BagSource, max_cells: int) -> _Reference:
+    """Read the same number of cells of each training study."""
+    for study in train.studies:
+        study.check_counts()
+    each = -(-max_cells // len(train.studies))
+    blocks = [
+        study.read_rows(np.linspace(0, study.n_cells - 1, min(study.n_cells, each)).astype(int))
+        if study.spatial
+        else study.read(0, min(study.n_cells, each))
+        for study in train.studies
+    ]
+    numbers = np.repeat(np.arange(len(blocks)), [block.shape[0] for block in blocks])
+    measured = np.array([study.measured for study in train.studies])
+    return _Reference(sparse.vstack(blocks).tocsr(), numbers, measured)
 
 
 class OwnKnnSmoothing:
@@ -264,10 +340,9 @@ class OwnKnnSmoothing:
         if len(held_out) < 2:
             raise Unavailable("there is one cell only, which has no neighbours")
         k = min(self.neighbours, len(held_out) - 1)
-        # Without a query, a cell is not its own neighbour.
-        index = NearestNeighbors(n_neighbors=k, metric="cosine").fit(_profile(masked.visible))
-        rows = index.kneighbors(return_distance=False)
-        return _smoothed(rows, masked.visible, masked.mask, masked)
+        profile = _profile(masked.visible)
+        rows = _nearest(profile, masked.shown, profile, masked.shown, k)
+        return _smoothed(rows, masked.visible, lambda rows: masked.shown[rows].sum(axis=1), masked)
 
 
 class NeighbourMean:
@@ -328,8 +403,7 @@ class NeighbourMean:
         return sparse.csr_matrix((np.concatenate(shares), place), (len(held_out), len(held_out)))
 
 
-# Three steps over a graph of five neighbours mix some thirty cells.
-_MAGIC_CELLS = 30
+_PROBES = 100
 
 
 class Magic:
@@ -375,12 +449,17 @@ class Magic:
             for _ in range(steps):
                 diffused = operator @ diffused
             relative = diffused**2
-            seen += np.where(masked.mask[:, genes[part]], 0, relative).sum(axis=1)
+            seen += np.where(masked.shown[:, genes[part]], relative, 0).sum(axis=1)
             here = (place >= first) & (place < first + _GENES_AT_ONCE)
             out[here] = relative[masked.cells[here], place[here] - first]
         factor = np.where(seen > 0, totals / np.where(seen > 0, seen, 1), 0)
-        shown = 1 - masked.mask.mean(axis=0, dtype=np.float32)
-        return (out * factor[masked.cells]).astype(np.float32), _MAGIC_CELLS * shown[masked.genes]
+        # Mean of so many cells of equal weight: the sum of squared weights of a row, by random signs.
+        signs = np.random.default_rng(self.seed).choice([-1.0, 1.0], (len(totals), _PROBES))
+        for _ in range(steps):
+            signs = operator @ signs
+        cells = 1 / np.maximum((signs**2).mean(axis=1), 1 / len(totals))
+        number = cells[masked.cells] * masked.shown.mean(axis=0)[masked.genes]
+        return (out * factor[masked.cells]).astype(np.float32), number.astype(np.float32)
 
     def _operator(self, values: sparse.csr_matrix) -> tuple[Any, int]:
         """Diffusion operator (N, N) of cells (N, G), and how often it is applied."""

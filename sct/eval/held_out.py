@@ -221,6 +221,8 @@ class Masked:
     ----------
     mask
         bool (N, P): hidden positions, whatever their level; PAD is never hidden.
+    shown
+        bool (N, P): positions of measured genes that are not hidden.
     visible
         Raw counts that are not hidden, CSR float32 (N, P): all that a method may look at.
     cells, genes
@@ -233,6 +235,7 @@ class Masked:
     """
 
     mask: np.ndarray
+    shown: np.ndarray
     visible: sparse.csr_matrix
     cells: np.ndarray
     genes: np.ndarray
@@ -259,6 +262,7 @@ class Masked:
         )
         return cls(
             mask,
+            held_out.eligible & ~mask,
             visible,
             cells,
             genes,
@@ -340,8 +344,8 @@ def mask_cells(held_out: HeldOut, num_cells: int, seed: int) -> Masked:
 
 
 def mask_genes(held_out: HeldOut, genes: np.ndarray) -> Masked:
-    """Hide the gene positions `genes` in all cells."""
+    """Hide the gene positions `genes` in all cells that measured them."""
     chosen = np.zeros(held_out.tokens.shape[1], bool)
     chosen[genes] = True
     hidden = masking.fixed_genes(jnp.asarray(held_out.tokens), jnp.asarray(chosen), held_out.num_bins)
-    return Masked.of(held_out, np.asarray(hidden))
+    return Masked.of(held_out, np.asarray(hidden) & held_out.eligible)

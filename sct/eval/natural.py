@@ -9,6 +9,7 @@ count at the same positions.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -30,11 +31,13 @@ from sct.progress import progress
 RATIO = 0.15
 # Positions scored per draw: enough for three digits of every metric, and a bound on memory and time.
 SCORED = 2_000_000
-# Hidden counts of a gene (all cells of a draw) from which its ratio of imputed to counted means is taken.
+# Hidden counts of a gene (all cells of a draw), as its visible ones predict them, from which its ratio of imputed to
+# counted means is taken.
 _COUNTS_PER_GENE = 20
 _CELLS_AT_ONCE = 256
 # Below it, counts are Poisson to six digits.
 _LEAST_DISPERSION = 1e-6
+_ITERATIONS = 50
 
 # Column -> (name of the number, which is better); the two tables of a report.
 EXPRESSION = {
@@ -65,8 +68,8 @@ _EXPRESSION_NOTES = (
 )
 _RANGES = (
     "Levels follow each cell's own range of counts, hidden genes included, for all methods. Expected counts use the "
-    "mean counts of levels among visible genes. Smoothed means become probabilities of levels by a negative binomial "
-    "distribution, with a dispersion of each gene from the visible counts."
+    "mean counts of levels among visible genes. Baselines that expect counts give probabilities of levels by a "
+    "negative binomial distribution, whose dispersion is that of known counts around what the method expects."
 )
 _COUNTS_NOTES = (
     _SCORED,
@@ -126,54 +129,114 @@ class LevelFrequency:
         return Estimate(chance, expected_counts(chance, masked.means[masked.cells]))
 
 
-class GeneMean:
-    """Mean expression of each gene, scaled to the cell's library size, with negative binomial counts around it.
+class CountMethod(abc.ABC):
+    """A method that expects a count at each position, with negative binomial counts around it.
 
-    The library size is that of the genes that are visible in the cell.
+    The dispersion of a gene is that of counts around what the method expects where the count is known: some of the
+    visible genes are hidden as well, and the method is asked for them.
+    """
+
+    name: str
+    fitted_on: str
+    remark: str
+
+    @abc.abstractmethod
+    def counts(self, held_out: HeldOut, masked: Masked) -> np.ndarray:
+        """Expected counts (n,); raises `Unavailable`."""
+
+    def _of_visible(self) -> CountMethod:
+        """The method, without a look at hidden counts of other cells: what was hidden tells no dispersion."""
+        return self
+
+    def estimate(self, held_out: HeldOut, masked: Masked) -> Estimate:
+        """See `Estimator`."""
+        known = _hide_more(held_out, masked)
+        expected = self._of_visible().counts(held_out, known)
+        dispersion = dispersions(known.genes, expected, known.counts, masked.mask.shape[1])
+        return negative_binomial(masked, self.counts(held_out, masked), dispersion)
+
+
+def _hide_more(held_out: HeldOut, masked: Masked) -> Masked:
+    """A draw in which a share of what is visible is hidden, too; that is what is scored."""
+    rng = np.random.default_rng(len(masked.cells))
+    more = masked.shown & (rng.random(masked.mask.shape, np.float32) < RATIO)
+    places = np.flatnonzero(more)
+    if len(places) > SCORED:
+        places = np.sort(rng.choice(places, SCORED, replace=False))
+    return Masked.of(held_out, masked.mask | more, np.divmod(places, more.shape[1]))
+
+
+class GeneMean(CountMethod):
+    """Mean count of each gene, scaled to the cell's library size.
+
+    The library size is that of the measured genes that are visible in the cell.
 
     Parameters
     ----------
     fitted_on
         `TRAINING`; `OTHER_CELLS`, of which all genes are known; or `THESE_CELLS`, of which what is hidden is not.
     train
-        Share of each gene in the counts of the training studies, (G,).
+        See `training_means`.
     """
 
     remark = ""
 
-    def __init__(self, fitted_on: str, train: np.ndarray | None = None):
+    def __init__(self, fitted_on: str, train: tuple[np.ndarray, np.ndarray] | None = None):
         self.name, self.fitted_on, self._train = "mean per gene, by library size", fitted_on, train
 
+    def _of_visible(self) -> CountMethod:
+        return GeneMean(THESE_CELLS) if self.fitted_on == OTHER_CELLS else self
+
     def counts(self, held_out: HeldOut, masked: Masked) -> np.ndarray:
-        """Expected counts (n,)."""
+        """See `CountMethod`."""
         if self.fitted_on == TRAINING and self._train is None:
             raise Unavailable("no training studies were given")
         known = masked.visible if self.fitted_on == THESE_CELLS else held_out.counts
-        studies = np.unique(held_out.study)
-        totals = np.zeros((len(held_out.measured), masked.mask.shape[1]))
-        for study in studies:
+        shown = masked.shown if self.fitted_on == THESE_CELLS else held_out.eligible
+        positions, studies = masked.mask.shape[1], len(held_out.measured)
+        totals, numbers = np.zeros((2, studies, positions))
+        for study in np.unique(held_out.study):
             if self._train is not None:
-                totals[study, : len(self._train)] = self._train
+                means, cells = self._train
+                totals[study, : len(means)], numbers[study, : len(means)] = means * cells, cells
             else:
-                totals[study] = np.asarray(known[held_out.study == study].sum(axis=0)).ravel()
-        sizes = np.bincount(held_out.study)
+                own = held_out.study == study
+                totals[study] = np.asarray(known[own].sum(axis=0)).ravel()
+                numbers[study] = shown[own].sum(axis=0)
         out = np.zeros(len(masked.cells), np.float32)
-        library = np.asarray(masked.visible.sum(axis=1)).ravel()
-        for cells, part in _blocks(masked):
-            mean = totals[held_out.study[cells]]
+        for block, part in _blocks(masked):
+            total, number = totals[held_out.study[block]], numbers[held_out.study[block]]
             if self._train is None:  # a cell does not tell of itself
-                mean = np.maximum(mean - known[cells].toarray(), 0)
+                total, number = np.maximum(total - known[block].toarray(), 0), number - shown[block]
+            mean = np.divide(total, number, out=np.zeros_like(total), where=number > 0)
+            average = mean.sum(axis=1, keepdims=True) / np.maximum((number > 0).sum(axis=1, keepdims=True), 1)
             # One further cell with the average of all genes, so that no gene has the mean zero.
-            mean = mean + mean.mean(axis=1, keepdims=True) / sizes[held_out.study[cells], None]
-            seen = np.where(masked.mask[cells], 0, mean).sum(axis=1)
-            factor = np.divide(library[cells], seen, out=np.zeros_like(seen), where=seen > 0)
-            cell = masked.cells[part] - cells.start
+            mean = (total + average) / (number + 1)
+            seen, visible = masked.shown[block], masked.visible[block].toarray()
+            expected = (mean * seen).sum(axis=1)
+            factor = np.divide(
+                (visible * seen).sum(axis=1), expected, out=np.zeros_like(expected), where=expected > 0
+            )
+            cell = masked.cells[part] - block.start
             out[part] = mean[cell, masked.genes[part]] * factor[cell]
         return out
 
-    def estimate(self, held_out: HeldOut, masked: Masked) -> Estimate:
-        """See `Estimator`."""
-        return negative_binomial(masked, self.counts(held_out, masked), dispersions(held_out, masked))
+
+def training_means(train: BagSource) -> tuple[np.ndarray, np.ndarray]:
+    """Mean count (G,) of each gene in an average training cell, and the number of cells (G,) that measured it.
+
+    Maximum likelihood of total = depth of the study x mean of the gene, over the genes that each study measured, so
+    that a panel of few genes and a whole transcriptome agree about the genes that they share.
+    """
+    totals = np.array([study.gene_totals for study in train.studies], np.float64)
+    measured = np.array([study.measured for study in train.studies])
+    cells = np.array([study.n_cells for study in train.studies])
+    totals *= measured
+    depth = totals.sum(axis=1)
+    for _ in range(_ITERATIONS):
+        mean = totals.sum(axis=0) / np.maximum(depth @ measured, 1e-12)
+        depth = totals.sum(axis=1) / np.maximum(measured @ mean, 1e-12)
+    return mean * depth.sum() / cells.sum(), cells @ measured
 
 
 class Smoother(Protocol):
@@ -188,8 +251,8 @@ class Smoother(Protocol):
         ...
 
 
-class Smoothed:
-    """A method that smooths counts over similar cells, with negative binomial counts around its mean.
+class Smoothed(CountMethod):
+    """A method that smooths counts over similar cells.
 
     Few neighbours say zero where the gene is only rare, so the mean of the gene counts as one more neighbour.
 
@@ -206,11 +269,10 @@ class Smoothed:
         self.remark = "; ".join(filter(None, (method.remark, "the gene's mean counts as one cell more")))
         self._method, self._mean = method, gene_mean
 
-    def estimate(self, held_out: HeldOut, masked: Masked) -> Estimate:
-        """See `Estimator`."""
+    def counts(self, held_out: HeldOut, masked: Masked) -> np.ndarray:
+        """See `CountMethod`."""
         smoothed, cells = self._method.smooth(held_out, masked)
-        mean = (cells * smoothed + self._mean.counts(held_out, masked)) / (cells + 1)
-        return negative_binomial(masked, mean, dispersions(held_out, masked))
+        return (cells * smoothed + self._mean.counts(held_out, masked)) / (cells + 1)
 
 
 class ModelEstimator:
@@ -235,31 +297,29 @@ def _blocks(masked: Masked) -> Iterator[tuple[slice, slice]]:
         yield slice(first, stop), slice(*np.searchsorted(masked.cells, [first, stop]))
 
 
-def dispersions(held_out: HeldOut, masked: Masked) -> np.ndarray:
-    """Dispersion (P,) of each gene, where the variance of a count is mean + dispersion * mean^2.
+def dispersions(genes: np.ndarray, mean: np.ndarray, counts: np.ndarray, num_genes: int) -> np.ndarray:
+    """Dispersion (`num_genes`,) of each gene, where the variance of a count is mean + dispersion * mean^2.
 
-    By moments, from the visible counts of all cells around the mean of the gene in their study, scaled to the
-    library size of the cell. A gene with few visible counts has the median of the others.
+    By moments, from counts (n,) of genes (n,) around their means (n,). Few counts say little of a gene's dispersion, so
+    it is drawn towards the mean of all genes, whose standard deviation is taken to be as large as it is itself.
     """
-    visible, hidden = masked.visible, masked.mask
-    library = np.asarray(visible.sum(axis=1)).ravel()
-    excess, square, counted = np.zeros((3, visible.shape[1]))
-    for study in np.unique(held_out.study):
-        (cells,) = np.nonzero(held_out.study == study)
-        shown = np.maximum(len(cells) - hidden[cells].sum(axis=0), 1)
-        mean = np.asarray(visible[cells].sum(axis=0)).ravel() / shown
-        counted += mean * shown
-        for first in range(0, len(cells), _CELLS_AT_ONCE):
-            some = cells[first : first + _CELLS_AT_ONCE]
-            seen = np.where(hidden[some], 0, mean)
-            total = seen.sum(axis=1)
-            factor = np.divide(library[some], total, out=np.zeros_like(total), where=total > 0)
-            seen *= factor[:, None]
-            excess += ((visible[some].toarray() - seen) ** 2 - seen).sum(axis=0)
-            square += (seen**2).sum(axis=0)
-    enough = (counted >= _COUNTS_PER_GENE) & (square > 0)
-    found = np.divide(np.maximum(excess, 0), square, out=np.zeros_like(square), where=enough)
-    return np.where(enough, found, np.median(found[enough]) if enough.any() else 0.0)
+    mean, counts = mean.astype(np.float64), counts.astype(np.float64)
+
+    def total(values: np.ndarray) -> np.ndarray:
+        return np.bincount(genes, weights=values, minlength=num_genes)
+
+    square = total(mean**2)
+    told = square > 0
+    own = total((counts - mean) ** 2 - mean)[told] / square[told]
+    overall = 0.0
+    for _ in range(2):  # the weights of the mean depend on the mean
+        variance = mean + overall * mean**2
+        error = total(variance + 2 * variance**2)[told] / square[told] ** 2
+        overall = max(float((own / error).sum() / (1 / error).sum()), 0.0) if told.any() else 0.0
+    weight = overall**2 / (overall**2 + error) if overall > 0 else np.zeros(int(told.sum()))
+    found = np.full(num_genes, overall)
+    found[told] = np.maximum(weight * own + (1 - weight) * overall, 0)
+    return found
 
 
 def negative_binomial(masked: Masked, mean: np.ndarray, dispersion: np.ndarray) -> Estimate:
@@ -268,7 +328,9 @@ def negative_binomial(masked: Masked, mean: np.ndarray, dispersion: np.ndarray) 
     Probabilities of the levels follow from the range of each cell. A dispersion of zero is a Poisson distribution.
     """
     num_bins = masked.medians.shape[1]
-    borders = level_borders(masked.low.astype(np.float64), masked.high.astype(np.float64), num_bins)
+    # Levels follow the exact logarithms of counts, which `low` and `high` are up to the precision of float32.
+    low, high = (np.log1p(np.rint(np.expm1(x.astype(np.float64)))) for x in (masked.low, masked.high))
+    borders = level_borders(low, high, num_bins)
     # A cell whose range has width zero has level 1 alone.
     borders = np.where(borders > 0, borders, np.inf)
     borders = np.column_stack([np.ones(len(borders)), borders])
@@ -288,8 +350,8 @@ def estimators(
 ) -> list[Estimator]:
     """The model, and simple methods at the same positions."""
     frequencies = None if train is None else baselines.level_frequencies(train)
-    totals = None if train is None else _gene_totals(train)
-    of_training, of_these = GeneMean(TRAINING, totals), GeneMean(THESE_CELLS)
+    means = None if train is None else training_means(train)
+    of_training, of_these = GeneMean(TRAINING, means), GeneMean(THESE_CELLS)
     found: list[Estimator] = [] if model is None else [ModelEstimator(model)]
     found += [
         LevelFrequency(frequencies), LevelFrequency(None, others=True),
@@ -302,13 +364,6 @@ def estimators(
     if magic:
         found.append(Smoothed(baselines.Magic(), of_these))
     return found
-
-
-def _gene_totals(train: BagSource) -> np.ndarray:
-    """Mean share of each gene (G,) in the counts of the training studies that measured it."""
-    shares = [np.asarray(study.gene_totals) / max(study.gene_totals.sum(), 1) for study in train.studies]
-    measured = np.sum([study.measured for study in train.studies], axis=0)
-    return np.sum(shares, axis=0, dtype=np.float64) / np.maximum(measured, 1)
 
 
 @dataclasses.dataclass
@@ -333,7 +388,9 @@ class Row:
             np.bincount(masked.genes, weights=values, minlength=genes)
             for values in (estimate.counts, masked.counts, np.ones(len(masked.genes)))
         )
-        enough = counted >= _COUNTS_PER_GENE
+        # Chosen by what is visible: hidden counts would choose genes of which many happened to be hidden.
+        visible, shown = np.asarray(masked.visible.sum(axis=0)).ravel(), masked.shown.sum(axis=0)
+        enough = visible * hidden >= _COUNTS_PER_GENE * np.maximum(shown, 1)
         per_cell = np.bincount(masked.cells, minlength=cells)
         values = {
             "auroc": metrics.roc_auc(expressed, probability),
@@ -348,7 +405,9 @@ class Row:
             "r_per_gene": _mean(metrics.grouped_pearson(estimate.counts, masked.counts, masked.genes, genes)),
             "r_per_cell": _mean(metrics.grouped_pearson(estimate.counts, masked.counts, masked.cells, cells)),
             "imputed_to_counted": (
-                float(np.median(imputed[enough] / counted[enough])) if enough.any() else float("nan")
+                float(np.median(imputed[enough] / np.maximum(counted[enough], 0.5)))
+                if enough.any()
+                else float("nan")
             ),
         }
         for name, value in values.items():

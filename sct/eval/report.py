@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from sct.eval.page import Figure
 
 FILES = ("results.json", "report.json", "report.md", "report.html")  # what `write` writes
-# State of a report that is written again after each part, so that a measurement that is stopped loses one part at most.
-UNFINISHED = "unfinished: it is still being measured, or was stopped"
+UNFINISHED = "unfinished.json"  # what `keep` writes
 _LIBRARIES = ("jax", "flax", "numpy", "scipy", "scikit-learn", "anndata", "scanpy")
 # Narrowest column of text on a terminal that is read with ease: one of several, and one with all texts.
 _TEXT, _MERGED = 20, 24
@@ -357,6 +356,19 @@ def _json(content: Any) -> str:
     return json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"
 
 
+def keep(
+    reports: Sequence[Report], folder: Path, facts: Mapping[str, str], numbers: Mapping[str, Any]
+) -> None:
+    """Write what was measured so far, as `unfinished.json`, beside an earlier report: a stop loses one part at most.
+
+    `write` removes it. Parameters are those of `write`; the file has the tables of `report.json` and the numbers of
+    `results.json`.
+    """
+    content = {"facts": dict(facts), "reports": [report.as_dict() for report in reports], **numbers}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / UNFINISHED, _json(content))
+
+
 def write(
     reports: Sequence[Report],
     folder: Path,
@@ -397,7 +409,7 @@ def write(
     with ExitStack() as stack:
         for name, text in texts.items():
             stack.enter_context(atomic_write(folder / name)).write_text(text, encoding="utf-8")
-        for name in set(FILES) - set(texts):
+        for name in {*FILES, UNFINISHED} - set(texts):
             (folder / name).unlink(missing_ok=True)
     blocks = [*([head] if head else []), *(report.markdown() for report in reports)]
     write_text(folder / "report.md", "\n".join(blocks))

@@ -76,7 +76,8 @@ def annotate(
         Least probability of a label; below it a cell is "unknown". By default 0.5 with a reference, 0 for answers.
     n_contexts
         Draws of the bags in which a model reads the cells, by `seed`, `seed + 1`, ...: neighbours are those by the mean
-        embedding. By default 3; 1 with `spatial_key`, where bags are not drawn, and with `use_rep`.
+        embedding. By default 3; 1 with `use_rep`, and with `spatial_key`, where bags follow from positions (a
+        reference without positions is then read in one random draw).
     key_added
         Results: `obs[key_added]`, categorical; `obs[key_added + "_probability"]`, the share of the best label
         (of cells that became "unknown" too); `obsm[key_added + "_probabilities"]`, float32 (N, labels);

@@ -215,7 +215,7 @@ def find_tumor(
 ) -> ad.AnnData | None:
     """Ask which of some diseases' tumours each cell is of, or whether it is normal (ZerOmics, tumor cell discovery).
 
-    `uns[key_added]["learned"]` has the tasks that the model learned; answers to others take a pretrained decoder.
+    `uns[key_added]["learned"]` has the tasks that the model learned; only a pretrained LLaMA can answer others.
 
     Parameters
     ----------

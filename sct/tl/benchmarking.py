@@ -226,15 +226,14 @@ def _benchmark(
     figures: list[Figure] = []
     numbers: dict[str, Any] = {"imputation": [], "embedding": {}}
 
-    def write(pictures: list[Figure], **more: str) -> None:
-        time_taken = {"time": f"{time.monotonic() - started:,.0f} s"}
-        report.write(reports, output, facts | time_taken | more, pictures, "Zero-shot benchmark", numbers)
+    def timed() -> dict[str, str]:
+        return facts | {"time": f"{time.monotonic() - started:,.0f} s"}
 
     for tables, drawn in _measure(parts, handle, train, options, numbers):
         reports += tables
         figures += drawn
-        write([], state=report.UNFINISHED)
-    write(figures)
+        report.keep(reports, output, timed(), numbers)
+    report.write(reports, output, timed(), figures, "Zero-shot benchmark", numbers)
     return reports
 
 

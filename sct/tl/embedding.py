@@ -67,7 +67,8 @@ def embed(
     seed
         Of the bags.
     n_contexts
-        Draws of the bags, by `seed`, `seed + 1`, ..., whose mean is the embedding. Bags of neighbours are not drawn.
+        Draws of the bags, by `seed`, `seed + 1`, ..., whose mean is the embedding. With `spatial_key` bags follow from
+        positions, and 1 is needed.
     copy
         Return a changed copy, and leave `adata` as it is.
 
@@ -127,7 +128,8 @@ class Contexts:
             raise ConfigError(f"n_contexts is {n_contexts}, but at least 1 is needed.")
         if n_contexts > 1 and spatial_key is not None:
             raise ConfigError(
-                f"n_contexts is {n_contexts}, but with spatial_key bags are of neighbours and not drawn: leave one out."
+                f"n_contexts is {n_contexts}, but with spatial_key bags follow from positions, so there is nothing to "
+                "average: leave out n_contexts or spatial_key."
             )
         parts = running.sections(adata, batch_key, spatial_key)
         running.check_context(context, parts[0])

@@ -51,19 +51,19 @@ def impute(
     counts that stand for them: the means of the cell's own levels among the genes that are shown; for a cell of
     which nothing is shown, the average of these means over the shown cells of its bag.
 
-    Probabilities are those of an ordinary gene. Training masks expressed genes more often than others; where the
-    loss did not correct for that, the correction is made here (`sct.data.class_prior`).
+    Probabilities are those of a gene chosen regardless of its expression. Training masks expressed genes more often
+    than others; where the loss did not correct for that, the correction is made here (`sct.data.class_prior`).
 
     Results, for `key_added="sct"`:
 
     - `layers["sct_expected"]` (N, n_var) float32 CSR: raw counts, with the expected count in place of what was
       imputed; `layers["sct_level"]` uint8 CSR: the same with the most likely levels (0 unexpressed, 1 lowest, ...;
       what was counted by the range of all counts of its cell; genes the model does not know have none);
-      `layers["sct_probability"]` float32 CSR: the same with the probability that the gene is expressed (1 where a
-      count was measured and not imputed).
+      `layers["sct_probability"]` float32 CSR: the same with the probability that the raw count is at least 1 (what
+      was not imputed has 1 or 0, by its count).
     - for genes that are not in `adata.var` or stand in several of its columns, and for a backed `adata`:
       `obsm["sct_expected"]`, `obsm["sct_level"]` and `obsm["sct_probability"]`, tables (N, genes) with the names that
-      were given.
+      were given; NaN for cells that were not asked for.
     - `uns["sct"]`: what was imputed (`genes`, `cells`; `var_names` of those in layers), and the parameters.
 
     X is never changed; results of an earlier call with this `key_added` are removed. Bags are those of
@@ -180,6 +180,11 @@ def _rows(adata: ad.AnnData, cells: Any) -> np.ndarray:
             )
         mask[given] = True
     else:
+        if not adata.obs_names.is_unique:
+            raise DataError(
+                "names in obs_names occur more than once, but each must name one cell: call "
+                "adata.obs_names_make_unique() if they are different cells."
+            )
         found = adata.obs_names.get_indexer(np.atleast_1d(given).astype(str))
         if (found < 0).any():
             lost = np.atleast_1d(given)[found < 0]
@@ -344,10 +349,10 @@ def _write(
     if not there.all():
         for ending, values in result.values.items():
             name = f"{key}_{ending}"
-            whole = np.zeros((target.n_obs, int((~there).sum())), values.dtype)
-            if values.dtype.kind == "f":
-                whole[:] = np.nan  # cells that were not asked for have no value
-            whole[places] = values[:, ~there]
+            whole = values[:, ~there]
+            if len(places) < target.n_obs:  # cells that were not asked for have no value, and no level either
+                whole = np.full((target.n_obs, whole.shape[1]), np.nan, np.float32)
+                whole[places] = values[:, ~there]
             lacking = [gene for gene, inside in zip(names, there, strict=True) if not inside]
             target.obsm[name] = pd.DataFrame(whole, index=target.obs_names, columns=lacking)
     return there

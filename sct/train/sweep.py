@@ -212,7 +212,13 @@ def tables(workdir: Path, runs: Mapping[str, Mapping[str, Any]], states: Mapping
     states
         Run -> "" where it is finished, otherwise why it is not: its remark.
     """
-    measured = {name: _measured(workdir / name) if not state else ("", []) for name, state in states.items()}
+    measured: dict[str, tuple[str, list[dict[str, Any]]]] = {}
+    states = dict(states)
+    for name, state in states.items():
+        try:
+            measured[name] = ("", []) if state else _measured(workdir / name)
+        except CheckpointError as error:  # does not cost the others their rows
+            measured[name], states[name] = ("", []), str(error)
     title = next((title for title, _ in measured.values() if title), "Runs")
     made = []
     for told in ("no", "yes"):

@@ -289,8 +289,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             )
     if is_changed(config):
         raise CheckpointError(
-            f"{path} is damaged or was changed after the model was saved (its {SEAL} is another): restore it, or "
-            f"delete its entry {SEAL!r} if you made the change and mean it."
+            f"{path} is damaged or was changed after the model was saved (its {SEAL} does not match): restore it, "
+            f"or delete its entry {SEAL!r} if you changed it on purpose."
         )
     return config
 
@@ -334,8 +334,8 @@ def verify(folder: Path, config: Mapping[str, Any], shared: bool = False) -> Non
         raise CheckpointError(f"{folder} has no {name}: the folder is incomplete.")
     for name in sorted(there - set(recorded)):
         raise CheckpointError(
-            f"{folder / name} is not among the files that {CONFIG} names: move it away, or delete the entry "
-            f"{FILES!r} from {CONFIG} if you added it and mean it."
+            f"{folder / name} is not among the files that {CONFIG} names: move it away, or delete the entries "
+            f"{FILES!r} and {SEAL!r} from {CONFIG} if you added it on purpose."
         )
     try:
         changed = first_changed(folder, recorded, shared)
@@ -345,7 +345,7 @@ def verify(folder: Path, config: Mapping[str, Any], shared: bool = False) -> Non
         raise CheckpointError(
             f"{folder / changed} is damaged or was changed after the model was saved (its sha256 is not the one in "
             f"{CONFIG}): fetch or save the model again, or delete the entries {FILES!r} and {SEAL!r} from {CONFIG} if "
-            "you made the change and mean it."
+            "you changed it on purpose."
         )
 
 

@@ -322,7 +322,8 @@ def _vocabulary(folder: Path, config: Mapping[str, Any], model: Any) -> GeneVoca
     if vocabulary.hash != config.get("vocabulary_hash"):
         raise CheckpointError(
             f"{folder / GENES} is not the vocabulary that {CONFIG} names (hash {vocabulary.hash[:16]}, not "
-            f"{str(config.get('vocabulary_hash'))[:16]}): the folder was changed."
+            f"{str(config.get('vocabulary_hash'))[:16]}): restore the file; a model with other genes must be saved "
+            "anew (save_pretrained)."
         )
     positions = getattr(model, "num_genes", len(vocabulary))
     if len(vocabulary) > positions:
@@ -342,7 +343,8 @@ def _tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:
     if tokenizer.fingerprint != named:
         raise CheckpointError(
             f"the tokenizer in {folder} is not the one that {CONFIG} names (hash {tokenizer.fingerprint[:16]}, not "
-            f"{str(named)[:16]}): the folder was changed."
+            f"{str(named)[:16]}): restore its files; a model with another tokenizer must be saved anew "
+            "(save_pretrained)."
         )
     return tokenizer
 

@@ -78,8 +78,8 @@ def read(path: Path) -> dict[str, Any]:
     content = model_folder.read_json(path)
     if is_changed(content):
         raise CheckpointError(
-            f"{path} is damaged or was changed after the run wrote it (its {SEAL} is another): restore it, or delete "
-            f"its entry {SEAL!r} if you made the change and mean it."
+            f"{path} is damaged or was changed after the run wrote it (its {SEAL} does not match): restore it, or "
+            f"delete its entry {SEAL!r} if you changed it on purpose."
         )
     return content
 

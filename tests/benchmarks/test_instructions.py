@@ -122,6 +122,7 @@ def test_all_methods_answer_about_the_same_cells(asked, tmp_path, tasks):  # noq
         np.testing.assert_array_equal(value, weights[path], err_msg=path)
 
 
+@pytest.mark.slow
 def test_the_zero_shot_row_is_what_the_model_answers(asked, tmp_path):  # noqa: F811
     """By `sct.tl.annotate` of the same cells."""
     import sct
@@ -202,6 +203,7 @@ def watched(asked, monkeypatch):  # noqa: F811
     return cells, oracle, tunings
 
 
+@pytest.mark.slow
 def test_every_row_is_of_the_right_model_and_cells(asked, watched, tmp_path):  # noqa: F811
     cells, oracle, tunings = watched
     given = config(tmp_path / "out", seeds=2, shots=(1, 3))
@@ -290,6 +292,7 @@ def test_a_tuning_that_fails_leaves_the_other_rows(asked, tmp_path, monkeypatch)
     assert {instructions.ZERO, instructions.OTHERS, labels.LOGISTIC} <= {row[0] for row in made.rows}
 
 
+@pytest.mark.slow
 def test_a_tuning_that_is_stopped_gives_no_model(asked, monkeypatch):  # noqa: F811
     def stopped(*args: Any, **options: Any) -> Any:
         return dataclasses.replace(train(*args, **options), reason="interrupt")
@@ -369,6 +372,7 @@ def test_cells_are_drawn_of_each_answer_or_in_all():
         drawn(["", ""], 1, True, 0)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_measured_is_said(asked, tmp_path):  # noqa: F811
     cells = table()
     # Without names of tasks those that there are columns for.

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sct.data.class_prior import ClassPrior
+from sct.errors import CheckpointError
 
 
 def test_the_offset_follows_from_the_record():
@@ -37,10 +38,16 @@ def test_the_offset_follows_from_the_record():
     np.testing.assert_allclose(ClassPrior.of({"masking": rates}).odds, 6)
 
 
+def test_a_record_that_cannot_be_read_is_not_taken_for_another():
+    for record in ({"newer_field": 1}, {"expressed": 2.0}, {"kind": "newer"}):
+        with pytest.raises(CheckpointError, match="masked genes cannot be read"):
+            ClassPrior.of({"masking": record})
+
+
 def test_the_warning_says_what_is_assumed():
     with pytest.warns(UserWarning, match="15% of expressed and 1% of unexpressed"):
         ClassPrior.of({}).warn()
-    with pytest.warns(UserWarning, match="never masked unexpressed genes"):
+    with pytest.warns(UserWarning, match="masked only expressed"):
         ClassPrior.of({"masking": {"unexpressed": 0.0}}).warn()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

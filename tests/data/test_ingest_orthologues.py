@@ -30,6 +30,7 @@ def mouse_of(adata: ad.AnnData) -> ad.AnnData:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["csr", "csc", "dense", "mtx", "tenx3", "zarr3"])
 def test_a_mouse_file_is_the_human_study(kind, table, tmp_path):
     human = make_adata(spatial=kind == "csr")

@@ -187,6 +187,7 @@ def test_the_exact_ratio_treats_all_levels_alike():
         ({"low": float("nan")}, "low"),
         ({"kind": "drawn", "low": 0.5, "high": 0.5}, "low < high"),
         ({"kind": "drawn", "expressed": 0.0}, "expressed > 0"),
+        ({"kind": "drawn", "expressed": 0.1, "unexpressed": 0.3}, "lower high or unexpressed"),
         ({"kind": "mixture"}, "mixture"),
         ({"kind": "mixture", "mixture": (("drawn", 0.0),)}, "mixture"),
         ({"kind": "mixture", "mixture": (("drawn", 1.0), ("drawn", 2.0))}, "mixture"),

@@ -79,6 +79,7 @@ def test_a_run_goes_from_mesh_to_mesh(small, tmp_path):
     assert answer["losses"][-1] < answer["losses"][0]
 
 
+@pytest.mark.slow
 def test_presets_and_sizes_on_eight_devices():
     wanted = {
         "data": [8, 1, 1, 1],

@@ -135,6 +135,7 @@ def test_classifiers_that_cannot_run_are_rows_with_the_reason():
     )
 
 
+@pytest.mark.slow
 def test_cells_without_a_label_are_left_out_and_counted():
     counts, labels, embedding = cells()
     labels = labels.astype(object)

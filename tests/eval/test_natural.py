@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import sparse, stats
 
+from sct.data.tokenize import bin_counts
 from sct.eval import metrics, natural
 from sct.eval.baselines import OTHER_CELLS, THESE_CELLS, TRAINING
 from sct.eval.held_out import mask_measured
-from sct.eval.natural import GeneMean, ModelEstimator, Row, natural_imputation
+from sct.eval.natural import GeneMean, ModelEstimator, natural_imputation
 from sct.eval.scoring import Model
+from tests.data.fake_study import FakeStudy
 from tests.eval.toy_cells import GENES, NUM_BINS, hold_out, source, study
 
 TRAIN, HELD_OUT = study(60, seed=1, name="train"), study(40, seed=2, name="held out")
@@ -117,70 +119,118 @@ def test_every_baseline_answers_with_probabilities_and_sees_nothing_that_is_hidd
 
 @pytest.mark.parametrize("dispersion", [0.0, 0.7])
 def test_levels_of_a_negative_binomial_are_those_of_its_counts(dispersion):
-    held_out = hold_out(HELD_OUT)
-    masked = mask_measured(held_out, 0.4, 0, 10**6)
-    rate = np.random.default_rng(0).gamma(1.0, 3.0, len(masked.cells)).astype(np.float32)
+    # Ranges whose borders are whole counts, where the precision of the logarithms decides.
+    counts = np.zeros((6, GENES))
+    counts[:, :4] = [[1, m, 3, 5] for m in (7, 17, 31, 49, 71, 97)]
+    made = study(6)
+    made.counts = type(made.counts)(counts.astype(np.float32))
+    held_out = hold_out(made)
+    masked = mask_measured(held_out, 0.5, 0, 10**6)
+    rate = np.random.default_rng(0).gamma(1.0, 6.0, len(masked.cells)).astype(np.float32)
     of_genes = dispersion * (1 + np.arange(masked.mask.shape[1]) / 10)
     chance = natural.negative_binomial(masked, rate, of_genes).chance
-    counts = np.arange(0, 400)
-    for place in range(0, len(rate), 17):
-        cell = masked.cells[place]
-        level = levels_of(counts, masked.low[cell], masked.high[cell])
-        weight = stats.poisson.pmf(counts, rate[place])
+    every = np.arange(4000)
+    for place, (cell, gene) in enumerate(zip(masked.cells, masked.genes, strict=True)):
+        most = int(counts[cell].max())
+        inside = np.arange(1, most + 1)
+        row = np.column_stack([np.ones(most), np.full(most, most), inside])
+        level = np.full(len(every), NUM_BINS - 1)
+        level[0], level[1 : most + 1] = 0, bin_counts(sparse.csr_matrix(row), num_bins=NUM_BINS).tokens[:, 2]
+        weight = stats.poisson.pmf(every, rate[place])
         if dispersion:
-            size = 1 / of_genes[masked.genes[place]]
-            weight = stats.nbinom.pmf(counts, size, size / (size + rate[place]))
+            size = 1 / of_genes[gene]
+            weight = stats.nbinom.pmf(every, size, size / (size + rate[place]))
         expected = np.bincount(level, weights=weight, minlength=NUM_BINS)
         np.testing.assert_allclose(chance[place], expected, atol=1e-5)
 
 
 def test_dispersions_are_found_again():
     rng = np.random.default_rng(0)
-    made, true = study(4000, seed=0), np.zeros(GENES)
-    true[GENES // 2 :] = np.linspace(0.2, 2, GENES - GENES // 2)
-    # The first genes tell the library size.
-    rate = np.where(true > 0, 6.0, 300.0) * rng.gamma(5.0, 1 / 5, (4000, 1))
-    size = 1 / np.maximum(true, 1e-6)
-    made.counts = type(made.counts)(
-        rng.poisson(rate * rng.gamma(size, 1 / size, (4000, GENES))).astype(np.float32)
-    )
-    held_out = hold_out(made)
-    found = natural.dispersions(held_out, mask_measured(held_out, 0.15, 0, 10**6))[:GENES]
-    np.testing.assert_allclose(found, true, rtol=0.15, atol=0.02)
-
-
-def levels_of(counts, low, high):
-    from sct.data.tokenize import digitize
-
-    return np.where(counts > 0, digitize(np.log1p(counts), low, high, NUM_BINS), 0)
+    true = np.linspace(0, 2, 8)
+    genes, mean = np.repeat(np.arange(8), 20_000), rng.gamma(4.0, 1.5, 160_000)
+    size = 1 / np.maximum(true, 1e-9)[genes]
+    counts = rng.poisson(mean * rng.gamma(size, 1 / size))
+    found = natural.dispersions(genes, mean, counts, 10)
+    np.testing.assert_allclose(found[:8], true, rtol=0.1, atol=0.02)
+    assert true.min() < found[8] == found[9] < true.max(), "of a gene without counts: the mean of the others"
+    few = np.flatnonzero(np.arange(160_000) % 20_000 < 4)
+    drawn = natural.dispersions(genes[few], mean[few], counts[few], 10)
+    assert drawn[:8].std() < found[:8].std(), "four counts of a gene say little"
 
 
 def test_the_mean_of_a_gene_by_hand():
     held_out = hold_out(HELD_OUT)
     masked = mask_measured(held_out, 0.4, 0, 10**6)
-    ours = GeneMean(OTHER_CELLS).counts(held_out, masked)
-    counts = held_out.counts.toarray()
-    for place in range(0, len(ours), 23):
-        cell, gene = masked.cells[place], masked.genes[place]
-        others = np.delete(counts, cell, axis=0).sum(axis=0).astype(float)
-        others += others.sum() / len(others) / len(counts)  # one further, average cell
-        visible = ~masked.mask[cell]
-        factor = counts[cell, visible].sum() / others[visible].sum()
-        np.testing.assert_allclose(ours[place], others[gene] * factor, rtol=1e-4)
+    counts = held_out.counts.toarray().astype(float)
+    for fitted_on in (OTHER_CELLS, THESE_CELLS):
+        ours = GeneMean(fitted_on).counts(held_out, masked)
+        known = np.ones(counts.shape, bool) if fitted_on == OTHER_CELLS else ~masked.mask
+        known[:, GENES:] = False
+        seen = np.where(known, counts, 0)
+        for place in range(0, len(ours), 23):
+            cell, gene = masked.cells[place], masked.genes[place]
+            total, number = seen.sum(axis=0) - seen[cell], known.sum(axis=0) - known[cell]
+            average = (total[:GENES] / number[:GENES]).mean()
+            others = (total + average) / (number + 1)  # one further, average cell
+            visible = ~masked.mask[cell] & (np.arange(len(others)) < GENES)
+            factor = counts[cell, visible].sum() / others[visible].sum()
+            np.testing.assert_allclose(ours[place], others[gene] * factor, rtol=1e-4)
 
 
-def test_the_mean_by_library_size_is_unbiased_on_counts_of_that_kind():
-    rng = np.random.default_rng(0)
-    made = study(300, seed=0)
-    rate = rng.gamma(2.0, 2.0, GENES) * rng.gamma(4.0, 0.25, (300, 1))
-    made.counts = type(made.counts)(rng.poisson(rate).astype(np.float32))
-    held_out = hold_out(made)
-    row = Row("mean", OTHER_CELLS, "")
-    for seed in range(3):
-        masked = mask_measured(held_out, 0.15, seed, 10**6)
-        row.score(held_out, masked, GeneMean(OTHER_CELLS).estimate(held_out, masked))
-    assert 0.9 < np.mean(row.numbers["imputed_to_counted"]) < 1.1
-    assert np.mean(row.numbers["ece"]) < 0.05
+MANY = 60
+
+
+def drawn_study(name, rate, depth, lacking=()):
+    counts = np.random.default_rng(len(name)).poisson(rate * depth[:, None]).astype(np.float32)
+    counts[:, list(lacking)] = 0
+    made = FakeStudy(counts, name)
+    made.measured = ~np.isin(np.arange(MANY), list(lacking))
+    return made
+
+
+@pytest.mark.parametrize("lacking", [range(0), range(20, 45)], ids=["all genes", "panel"])
+@pytest.mark.parametrize("panels", [range(0), range(15)], ids=["whole training", "training panel"])
+def test_every_baseline_is_unbiased_whatever_was_measured(lacking, panels):
+    rng = np.random.default_rng(5)
+    rate = rng.gamma(1.0, 2.0, MANY) + 0.1
+    train = [
+        drawn_study(name, rate, rng.gamma(8.0, size / 8, 300), without)
+        for name, size, without in (("whole", 1.0, ()), ("a panel", 3.0, panels))
+    ]
+    options = {"num_positions": MANY + 4}
+    made = drawn_study("held-out cells", rate, rng.gamma(8.0, 1 / 8, 200), lacking)
+    outcome = natural_imputation(
+        hold_out(made, **options), None, source(*train, **options), seeds=2, magic=False
+    )
+    wrong = {
+        (row.method, row.fitted_on): {
+            name: np.mean(row.numbers[name]).round(3) for name in ("imputed_to_counted", "ece")
+        }
+        for row in outcome.rows
+        if row.method != "frequency of levels per gene"  # does not know how deep a cell is
+        if not 0.93 < np.mean(row.numbers["imputed_to_counted"]) < 1.07 or np.mean(row.numbers["ece"]) > 0.06
+    }
+    assert not wrong
+    assert len(outcome.rows) == 8
+
+
+def test_neighbours_of_a_type_leave_its_markers_no_dispersion():
+    rng = np.random.default_rng(6)
+    rate = rng.gamma(1.0, 2.0, (2, MANY)) + 0.1
+    rate[0, :20], rate[1, :20] = 6.0, 0.05
+
+    def typed(name, n):
+        return drawn_study(name, rate[np.arange(n) % 2], np.ones(n))
+
+    options = {"num_positions": MANY}
+    held_out = hold_out(typed("held-out cells", 200), **options)
+    rows = natural_imputation(
+        held_out, None, source(typed("training", 600), **options), seeds=2, magic=False
+    ).rows
+    ece = {(row.method, row.fitted_on): np.mean(row.numbers["ece"]) for row in rows}
+    # What is left is the gene's mean, one cell of 31.
+    assert ece["kNN smoothing, k = 30", TRAINING] < 0.03
+    assert ece["mean per gene, by library size", TRAINING] > 0.06
 
 
 def test_a_method_that_cannot_run_is_a_row_with_the_reason():

@@ -81,6 +81,7 @@ def test_candidates_have_the_probability_that_the_forward_pass_gives(model):
     )
 
 
+@pytest.mark.slow
 def test_answers_come_from_the_list_whatever_is_drawn(model):
     answers = [[5, 6], [5], [7, 1, 2, 3], [5, 6, 8]]
     trie = make_trie(answers, STOP)

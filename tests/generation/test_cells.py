@@ -62,6 +62,7 @@ def test_fewer_positions_than_a_row_has_tokens_are_the_limit():
         asked.options("cell_to_abstract", questions(40))
 
 
+@pytest.mark.slow
 def test_a_longer_question_is_answered_where_the_model_can_read_it():
     fields = [{"cell": "GA0 GB1"}, {"cell": " ".join(vocabulary().symbols * 4)}]
     rotary, learned = writer(LlamaConfig(**SIZES, max_length=16)), writer(GPT2Config(**SIZES, max_length=48))

@@ -48,6 +48,7 @@ def greedy(model, prompt, new, stop=()):
     return ids[len(prompt) :]
 
 
+@pytest.mark.slow
 def test_without_temperature_the_best_token_is_taken_each_time(model):
     found = generate(model, PROMPTS, Options(max_new_tokens=6, batch_size=3))
     for prompt, answer in zip(PROMPTS, found, strict=True):
@@ -149,6 +150,7 @@ def test_a_penalty_lowers_what_is_there_already():
     np.testing.assert_allclose(found, [[1.0, -2.0, 1.5, 0.5]])
 
 
+@pytest.mark.slow
 def test_repetition_is_penalised_in_prompt_and_answer(gpt2):
     strict = Options(max_new_tokens=6, repetition_penalty=1e6)
     prompt = [1, 2, 3]
@@ -234,6 +236,7 @@ def test_rows_of_the_table_that_no_token_has_are_never_chosen_and_count(gpt2):
         np.testing.assert_allclose([each.log_probability for each in found], expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_adapters_generate_as_the_model_they_are_merged_into(gpt2):
     boxed = boxed_shapes("gpt2", gpt2.config)["params"]
     adapters = nn.unbox(lora.init(jax.random.key(0), boxed, lora.LoraConfig((".",), rank=3, alpha=6.0)))

@@ -74,6 +74,7 @@ def test_scores_of_answers(family):
     assert np.abs(other - expected).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_penalty_is_for_tokens_alone():
     """A vector is no token that an answer could repeat."""
     model, penalty = make(CONFIGS["gpt2"], "gpt2"), 1.7

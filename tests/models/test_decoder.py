@@ -78,6 +78,7 @@ def test_padding_on_either_side_counts_for_nothing(family, left):
     np.testing.assert_array_equal(found, logits(family, input_ids=filled, attention_mask=mask.astype(bool)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_texts_in_a_row_are_texts_alone(family):
     texts = [ids(length, seed=length) for length in (7, 1, 9, 5)]
@@ -133,6 +134,7 @@ def test_what_is_kept_for_the_backward_pass_changes_nothing(family, dropout):
         chex.assert_trees_all_close(found, expected, rtol=2e-4, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_dropout_is_for_training_alone():
     plain = step("gpt2", dropout=0.0)()[0]
     assert step("gpt2", dropout=0.3)()[0] == plain, "without a key nothing is left out"
@@ -141,6 +143,7 @@ def test_dropout_is_for_training_alone():
     assert len({drawn[0], drawn[2], float(plain)}) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "neox"])  # branches one after the other, and side by side
 def test_what_is_left_out_differs_between_branches_layers_and_texts(family):
     config = dataclasses.replace(CONFIGS[family], dropout=0.5)

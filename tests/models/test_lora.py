@@ -73,6 +73,7 @@ def test_every_adapter_of_every_layer_has_an_effect(family):
             assert (jnp.abs(layers).max(axis=(1, 2)) > 0).all(), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SIZES)
 def test_a_merged_model_is_the_adapted_one(family):
     variables = adapted(family, everything(family))
@@ -211,6 +212,7 @@ def test_training_changes_the_adapters_alone(remat):
     assert sum(value.size for value in state.trained.values()) == count
 
 
+@pytest.mark.slow
 def test_what_is_kept_for_the_backward_pass_changes_no_result():
     first, *others = (trained_with(remat)[2] for remat in ("none", "products", "level"))
     for other in others:

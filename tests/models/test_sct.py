@@ -311,6 +311,7 @@ def test_coordinates_for_a_model_without_them_are_refused():
 # Every part has an effect
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [SMALL, SPATIAL, dataclasses.replace(BLIND, pool="max", norm="layer")])
 def test_gradient_reaches_every_parameter(config):
     inputs = (tokens(), places()) if config.use_spatial else (tokens(),)
@@ -334,6 +335,7 @@ def test_without_coordinates_only_their_map_gets_no_gradient():
     assert dead == {"['spatial']"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

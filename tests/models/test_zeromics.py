@@ -74,6 +74,7 @@ def test_genes_in_any_order_and_places_without_one(tokenizer, width):
     np.testing.assert_allclose(mixed, whole, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_pooled_and_missing_tokenizers():
     cells = model("pooled").variables["params"]["cells"]
     hidden = ZerOmicsCells(CELLS).apply({"params": cells}, bins())["hidden"]
@@ -89,6 +90,7 @@ def test_pooled_and_missing_tokenizers():
     np.testing.assert_allclose(found[:, 0], hidden.mean(axis=1), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_decoder_reads_soft_tokens_where_the_instruction_has_them():
     """As a decoder whose table of tokens has them as further rows."""
     found = model().apply(bins=bins(), input_ids=INSTRUCTIONS)

@@ -56,6 +56,7 @@ def gradients(hidden, targets, table, weights):
     return jax.tree.map(np.asarray, run(hidden, table))
 
 
+@pytest.mark.slow
 @settings(max_examples=3, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 41), st.integers(1, 45))
 @example(batch=2, length=12, most=4)  # no remainder

@@ -164,6 +164,7 @@ def test_what_is_not_seen_does_not_count_however_large_it_is():
     assert np.abs(one[0][:, 10:] - two[0][:, 10:]).max() > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("heads", "groups"), [(4, 1), (4, 2), (6, 3), (3, 3)])
 def test_heads_that_share_keys_are_neighbours(heads, groups):
     arrays = inputs(5, 5, heads, groups)

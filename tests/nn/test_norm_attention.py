@@ -247,6 +247,7 @@ def test_spatial_features_are_those_of_equation_1(scales, low, high):
         np.testing.assert_allclose(got[..., 4 * s : 4 * s + 4], expected, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_spatial_features_of_the_published_checkpoint():
     places = normal(1, 3, 2) * 10
     got = np.asarray(spatial_features(places, 10, 1.0, 10.0, "reference"))

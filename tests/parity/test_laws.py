@@ -176,6 +176,7 @@ def test_published_sizes(family, config, size):
     assert sum(leaf.size for leaf in jax.tree.leaves(boxed_shapes(family, config))) == size
 
 
+@pytest.mark.slow
 def test_dropout_needs_a_key_and_leaves_the_mean():
     model = random_model("bert", dropout=0.2)
     ids = texts([6])[0][None]

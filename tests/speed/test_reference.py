@@ -72,6 +72,7 @@ def wrong_gradient(x: jax.Array) -> jax.Array:
 wrong_gradient.defvjp(lambda x: (x, None), lambda _, cotangent: (1.01 * cotangent,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["forward", "embed"])
 def test_a_wrong_layer_is_refused(job, monkeypatch, mode):
     monkeypatch.setattr(model, "pool_2x", wrong_layer)

@@ -100,6 +100,7 @@ def test_a_mode_measures_what_it_promises(mode, tmp_path):
     assert any("reference path" in note for note in report.notes(found))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "passes"), [("forward", 1), ("train", 3)])
 def test_operations_are_those_of_the_formula(mode, passes):
     found = of(mode)

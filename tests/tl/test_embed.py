@@ -58,6 +58,7 @@ def test_the_result_does_not_depend_on_how_many_bags_are_run_at_once(adata, mode
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [{}, {"batch_key": "batch"}, {"spatial_key": "spatial"}])
 def test_a_backed_file_gives_what_memory_gives(adata, model, tmp_path, keys, monkeypatch):
     monkeypatch.setattr("sct.data.cells.WINDOW", 10)  # so that there are several windows
@@ -108,6 +109,7 @@ def test_a_batch_is_not_seen_by_another(adata, model):
     assert np.abs(mixed[~of_a]).max() > 1e-4, "without batch_key cells share bags, so that context shows"
 
 
+@pytest.mark.slow
 def test_positions_are_read_by_a_spatial_model(adata, spatial_model):
     with_places = embedded(adata, spatial_model, spatial_key="spatial")
     moved = adata.copy()
@@ -204,6 +206,7 @@ def test_a_rare_gene_of_one_batch_is_noise_by_that_batch_alone(adata, model):
     np.testing.assert_allclose(after[of_b], before[of_b], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sections_of_very_different_sizes(adata, model):
     adata.obs["batch"] = np.where(
         np.arange(CELLS) < 2, "two", np.where(np.arange(CELLS) < 10, "eight", "rest")

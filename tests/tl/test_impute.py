@@ -182,6 +182,10 @@ def test_genes_of_some_cells_only(adata, model):
     column = dense(adata[:, gene].layers["sct_expected"])[:, 0]
     np.testing.assert_array_equal(column[~mask], before[~mask, 10])
     assert (column[mask] != before[mask, 10]).all()
+    panel = adata[:, adata.var_names != gene].copy()
+    sct.tl.impute(panel, model, genes=[gene], cells=mask)
+    for name in ("sct_expected", "sct_level", "sct_probability"):
+        np.testing.assert_array_equal(panel.obsm[name][gene].isna(), ~mask)
 
 
 def test_cells_by_name_number_and_mask_are_the_same(adata, model):
@@ -260,6 +264,13 @@ def test_wrong_input_is_a_sentence(adata, model, options, error, words):
     with pytest.raises(error, match=words):
         sct.tl.impute(adata, model, **options)
     assert not {"sct_expected", "sct_level"} & {*adata.layers, *adata.obsm}
+
+
+def test_cells_of_one_name_are_not_told_apart(adata, model):
+    adata.obs_names = ["same", "same", *adata.obs_names[2:]]
+    for cells in (["same"], [1]):
+        with pytest.raises(DataError, match="more than once"):
+            sct.tl.impute(adata, model, cells=cells)
 
 
 def test_a_gene_is_named_once(adata, model):

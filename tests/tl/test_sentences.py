@@ -261,6 +261,7 @@ def test_expression_is_that_of_the_sentences_by_the_line_of_a_study(text_model):
     assert len({json.dumps(text_model.data["fits"][name]) for name in ("all", "one", "two")}) == 3
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_cells(text_model):
     options = {"cell_type": "T cell", "n": 5, "max_new_tokens": 20}
     first = sct.tl.generate_cells(text_model, **options, seed=3)

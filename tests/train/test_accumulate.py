@@ -250,6 +250,7 @@ def test_stopping_within_a_ramp_changes_nothing(config, tmp_path, stops):
     assert without_times(read_log(tmp_path / "whole")) == without_times(read_log(tmp_path / "parts"))
 
 
+@pytest.mark.slow
 def test_what_is_computed_cannot_change_within_a_run(config, tmp_path):
     run(config(train__accumulate=1, train__stop_at=1, train__batch_ramp=[]), tmp_path)
     with pytest.raises(ConfigError, match=r"train\.accumulate"):

@@ -477,6 +477,7 @@ def test_stopping_and_resuming_equals_never_stopping(finished, text_config, tmp_
     assert half.config == exported.config
 
 
+@pytest.mark.slow
 def test_other_options_are_refused(finished, text_config, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(finished[0], folder)
@@ -491,6 +492,7 @@ def test_other_options_are_refused(finished, text_config, tmp_path):
     assert (files(folder / "tokenizer"), (folder / "config.json").read_bytes()) == before
 
 
+@pytest.mark.slow
 def test_run_folder_and_model_folder_are_the_same_model(finished, tmp_path):
     folder = finished[0]
     loaded = [sct.load(folder), sct.load(folder / "model")]

@@ -343,6 +343,7 @@ def test_a_model_of_another_kind_is_refused(text_config, tmp_path):
             run({**config, "data": {**config["data"], **changes}}, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_random_decoders_and_other_families_are_refused(text_config, tmp_path):
     _, config, folder = text_config
     frozen = {**config, "objective": {**config["objective"], "train_llm": False}}

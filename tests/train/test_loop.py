@@ -90,6 +90,7 @@ def test_a_finished_run_is_not_trained_further(config, tmp_path, finished, drawn
     assert not drawn
 
 
+@pytest.mark.slow
 def test_the_run_folder_holds_what_was_promised(finished):
     tmp_path = finished[1]
     for name in ("config.json", "genes.tsv", "metrics.jsonl", "report.md", "report.json", "model/config.json",

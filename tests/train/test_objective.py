@@ -56,6 +56,7 @@ def test_a_budget_for_the_head_that_holds_all_changes_nothing(task, batch, varia
     assert 0 < sums["masked"] < 0.5 * batch["tokens"].size
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_too_small_is_counted(task, batch, variables):
     rng = jax.random.key(0)
     _, dense = task.loss(variables, batch, rng, True)

@@ -73,6 +73,7 @@ def test_a_feature_is_the_state_at_the_item_token(family, own_begin):
     assert (found.source["corpus"], found.source["cut"]) == (texts.hash, 0)
 
 
+@pytest.mark.slow
 def test_neither_order_nor_batches_nor_other_texts_matter():
     model, texts = decoder(), corpus()
     whole = encode(texts, model, batch_size=3)
@@ -97,6 +98,7 @@ def test_texts_of_like_length_are_read_together_in_few_shapes(monkeypatch):
     assert len(set(shapes)) < len(shapes)
 
 
+@pytest.mark.slow
 def test_long_texts_are_cut_before_the_item_token_and_counted_once():
     model, texts = decoder("llama", own_begin=True), corpus()
     longer = sum(len(model.tokenizer.encode(text)) > 18 for text in texts.texts)

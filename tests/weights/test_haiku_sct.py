@@ -56,6 +56,7 @@ def close(ours, theirs):
     np.testing.assert_allclose(np.asarray(ours).reshape(theirs.shape), theirs, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_conv_out(golden):
     model, arrays, _ = golden
     close(model.apply(intermediates=("conv_out",), **inputs(arrays))["conv_out"], arrays["conv_out"])
@@ -74,6 +75,7 @@ def test_transformer_from_the_published_conv_out(golden):
     close(ours, arrays["transformer_out"])
 
 
+@pytest.mark.slow
 def test_transformer_out(golden):
     model, arrays, _ = golden
     outputs = model.apply(intermediates=("transformer_out",), **inputs(arrays))
@@ -94,6 +96,7 @@ def test_deconvolution_and_head_from_the_published_transformer_out(golden):
     close(ours, arrays["logits"])
 
 
+@pytest.mark.slow
 def test_logits(golden):
     model, arrays, _ = golden
     close(model.apply(**inputs(arrays))["logits"], arrays["logits"])
@@ -379,6 +382,7 @@ def test_a_whole_number_is_good_enough_for_a_real_one(folder):
     assert haiku_sct.convert(folder, numbered_genes=True).config.sigma_max == 10.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["{}", "[]", '{"1": -1}', '{"1": null}'])
 def test_damaged_vocabularies(folder, text):
     for damaged in ("ensembl_id_vocab.json", "protein_gene_map.json"):

@@ -74,6 +74,7 @@ def test_the_round_trip_is_exact(family, tied, folder, tmp_path):
         np.testing.assert_array_equal(value, flatten(model.variables)[name].astype(jnp.bfloat16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "changes"),
     [

@@ -220,6 +220,7 @@ def test_parts_of_one_module_with_the_same_first_matrix(family, tmp_path):
     chex.assert_trees_all_equal(peft.load(plain, tmp_path / "adapter").variables, ours.variables, strict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "neox"])
 def test_parts_with_other_ranks_and_scales(family, tmp_path):
     one, other = (
