@@ -13,6 +13,7 @@ import numpy as np
 from sct.models import lora, registry
 from sct.models.lora import LoraConfig
 from sct.nn.paths import flatten, unflatten
+from tests.cached import cached
 
 _TEXT = {
     "vocab_size": 40, "embed_dim": 24, "num_layers": 2, "num_heads": 4, "ffn_dim": 40, "max_length": 32
@@ -35,7 +36,7 @@ def config(family: str, **options: Any) -> Any:
     return registry.model_config(family, {**SIZES[family], **options})
 
 
-@cache
+@cached
 def boxed(family: str) -> Any:
     """Its variables, boxed with axis names."""
     module = registry.family(family)[1]
@@ -51,7 +52,7 @@ def inputs(family: str) -> dict[str, jax.Array]:
     return {"input_ids": jnp.asarray(rng.integers(0, 40, (2, 7)), jnp.int32)}
 
 
-@cache
+@cached
 def fresh(family: str, options: LoraConfig, seed: int = 1) -> Any:
     """Boxed adapters that are not trained."""
     params = boxed(family)["params"]  # made outside of the function that is traced

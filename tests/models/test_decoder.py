@@ -21,6 +21,7 @@ from sct.nn.chunked_attention import Mask
 from sct.nn.paths import flatten, unflatten
 from sct.nn.plain import plain_forms
 from sct.weights.pretrained import Pretrained
+from tests.cached import cached
 
 SIZES = {"vocab_size": 19, "embed_dim": 16, "num_layers": 2, "num_heads": 4, "ffn_dim": 24, "max_length": 24}
 CONFIGS: dict[str, DecoderConfig] = {
@@ -32,7 +33,7 @@ CONFIGS: dict[str, DecoderConfig] = {
 FAMILIES = ["gpt2", "llama", pytest.param("neox", marks=pytest.mark.slow)]
 
 
-@functools.cache
+@cached
 def model(family: str) -> Pretrained:
     """Random parameters so large that every part counts."""
     config = CONFIGS[family]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import chex
@@ -20,6 +20,7 @@ from sct.models.sct import SCT
 from sct.models.sct_config import SCTConfig, pad_to_multiple
 from sct.nn.plain import plain_forms, smaller_pieces
 from sct.nn.spatial import spatial_features
+from tests.cached import cached
 
 GENES, CELLS = 32, 3
 SMALL = SCTConfig(
@@ -49,7 +50,7 @@ def places(seed: int = 0) -> np.ndarray:
     return (np.random.default_rng(seed).random((2, CELLS, 2)) * 30).astype(np.float32)
 
 
-@cache
+@cached
 def variables(config: SCTConfig) -> Any:
     """Random variables of the scale of initial ones, none of them zero or one, so that every one counts."""
     shapes = jax.eval_shape(lambda: nn.meta.unbox(SCT(config).init(jax.random.key(0), tokens())))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cache
 from typing import Any
 
 import flax.linen as nn
@@ -21,6 +20,7 @@ from sct.models.zeromics import ZerOmics, ZerOmicsConfig
 from sct.models.zeromics_cells import ZerOmicsCells, ZerOmicsCellsConfig
 from sct.nn.paths import flatten, unflatten
 from sct.weights.pretrained import Pretrained
+from tests.cached import cached
 
 CELLS = ZerOmicsCellsConfig(
     num_genes=12, feature_dim=6, num_bins=4, embed_dim=8, num_layers=1, num_heads=2, ffn_dim=10
@@ -32,7 +32,7 @@ CONFIG = ZerOmicsConfig(CELLS, LLM, num_soft=3)
 INSTRUCTIONS = np.array([[4, -1, -2, -3, 9, 7], [8, 8, -1, -2, -3, 2]])
 
 
-@cache
+@cached
 def model(tokenizer: str = "linear", width: int = 16) -> Pretrained:
     llm = dataclasses.replace(LLM, embed_dim=width)
     config = ZerOmicsConfig(CELLS, llm, 1 if tokenizer == "none" else 3, tokenizer)

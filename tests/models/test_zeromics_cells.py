@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cache
 from typing import Any
 
 import flax.linen as nn
@@ -17,20 +16,21 @@ from sct.models import registry
 from sct.models.zeromics_cells import FEATURES, ZerOmicsCells, ZerOmicsCellsConfig
 from sct.nn.paths import flatten
 from sct.weights.pretrained import Pretrained
+from tests.cached import cached
 
 CONFIG = ZerOmicsCellsConfig(
     num_genes=24, feature_dim=10, num_bins=4, embed_dim=16, num_layers=2, num_heads=4, ffn_dim=20
 )
 
 
-@cache
+@cached
 def variables() -> dict[str, Any]:
     made = nn.unbox(jax.jit(ZerOmicsCells(CONFIG).init)(jax.random.key(0), **ZerOmicsCells.example(CONFIG)))
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), made)
 
 
-@cache
+@cached
 def model() -> Pretrained:
     return Pretrained("zeromics_cells", CONFIG, variables())
 

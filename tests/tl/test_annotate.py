@@ -169,7 +169,7 @@ def test_several_contexts_are_averaged_and_their_agreement_is_told(adata, model)
     assert "sct_label_agreement" not in query.obs, "bags of neighbours are not drawn"
     for given, words in (
         ({"n_contexts": 0}, "n_contexts is 0"),
-        ({"n_contexts": 2, "spatial_key": "spatial"}, "not drawn"),
+        ({"n_contexts": 2, "spatial_key": "spatial"}, "leave out n_contexts"),
         ({"n_contexts": 2, "use_rep": "X_sct"}, "give one of both"),
     ):
         with pytest.raises(ConfigError, match=words):

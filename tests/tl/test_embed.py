@@ -332,7 +332,7 @@ def test_a_scale_survives_a_file_and_is_one_of_its_batch(adata, spatial_model, t
 def test_positions_that_look_wrong_warn(adata, model):
     stray = adata.copy()
     stray.obsm["spatial"][7] = 1e9
-    with pytest.warns(UserWarning, match="1 of 45 cells lie up to"):
+    with pytest.warns(UserWarning, match="1 of 45 cells lie far outside"):
         sct.tl.embed(stray, model, spatial_key="spatial")
     del adata.obs["batch"]  # of every third cell
     twice = ad.concat([adata, adata], index_unique="-")
@@ -379,7 +379,7 @@ def test_several_contexts_are_averaged(adata, model):
     assert sct.tl.embed(adata, model, n_contexts=2, copy=True).uns["X_sct"]["n_contexts"] == 2
     for given, words in (
         ({"n_contexts": 0}, "n_contexts is 0"),
-        ({"n_contexts": 2, "spatial_key": "spatial"}, "drawn"),
+        ({"n_contexts": 2, "spatial_key": "spatial"}, "leave out n_contexts"),
     ):
         with pytest.raises(ConfigError, match=words):
             embedded(adata, model, **given)

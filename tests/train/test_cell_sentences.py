@@ -32,6 +32,7 @@ from sct.tasks.cell_sentences import Adapters, CellSentences, CellSentencesConfi
 from sct.tasks.registry import kind_of, make_task
 from sct.train import experiment
 from sct.train.experiment import run
+from tests.cached import cached
 from tests.data.text.toy_texts import SHORT, ToyStore, ToyStudy, study, tokenizer
 
 from .conftest import merged, read_log, same, without_times
@@ -69,7 +70,7 @@ def task_of(
     return CellSentences(objective, made, config, tokenizer(), ToyStore(*studies), seed=0)
 
 
-@functools.cache
+@cached
 def parameters(family: str) -> Any:
     """Parameters so large that every part counts."""
     config = registry.model_config(family, {"vocab_size": tokenizer().vocab_size, **SIZES, **FOREIGN[family]})

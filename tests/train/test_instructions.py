@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from sct.tasks.instruction_reports import MODEL, OTHERS, Answers
 from sct.tasks.instructions import InstructionData, Instructions, InstructionsConfig
 from sct.train.experiment import run
 from sct.weights.pretrained import Pretrained
+from tests.cached import cached
 from tests.data.test_quantile_bins import Study
 from tests.data.text.test_instructions import ABSTRACT, study, tokenizer
 from tests.data.text.toy_texts import GENES, ToyStore
@@ -51,7 +51,7 @@ def task_of(studies: Path, *held_out: Study, **options: Any) -> Instructions:
     return Instructions(config, data, model, tokenizer(), store, np.ones(GENES, bool), {}, 0)
 
 
-@cache
+@cached
 def parameters(path: Path) -> Any:
     """Parameters so large that every part counts, adapters included."""
     task = task_of(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cache
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +19,7 @@ from sct.tasks.masked_bins import BinData, MaskedBins, MaskedBinsConfig
 from sct.train import sharding
 from sct.train.optim import OptimizerConfig, make_optimizer
 from sct.train.state import init_state, load_into, make_train_step
+from tests.cached import cached
 from tests.data.test_quantile_bins import Study
 from tests.data.text.toy_texts import GENES, ToyStore
 
@@ -52,7 +52,7 @@ def batch_of(task: MaskedBins, number: int = 5) -> dict[str, np.ndarray]:
     }
 
 
-@cache
+@cached
 def parameters() -> Any:
     task = task_of()
     made = nn.unbox(jax.jit(task.init)(jax.random.key(0)))

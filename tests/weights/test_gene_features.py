@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import warnings
-from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from sct.models.decoder import Decoder
 from sct.weights.gene_features import ITEM, GeneFeatures
 from sct.weights.pretrained import Pretrained
 from sct.weights.vocabulary import resized
+from tests.cached import cached
 from tests.data.text.toy_texts import tokenizer, vocabulary
 from tests.generation.conftest import CONFIGS, make
 
@@ -34,7 +34,7 @@ def corpus(n: int = len(LENGTHS), longer: str = "") -> GeneCorpus:
     return GeneCorpus(GENES.keys[:n], (*texts[:-1], texts[-1] + longer), "toy")
 
 
-@cache
+@cached
 def decoder(family: str = "gpt2", own_begin: bool = False) -> Pretrained:
     """A small decoder with a tokenizer."""
     words = tokenizer(own_begin)
