@@ -15,7 +15,7 @@ _MODULES = {"datasets": "sct.data.datasets", "pp": "sct.pp", "tl": "sct.tl", "pl
 _NAMES = {
     "GeneVocabulary": "sct.data.genes",
     "Store": "sct.data.store",
-    "load": "sct.weights.pretrained",
+    "load": "sct.weights.load",
     "SctError": "sct.errors",
 }
 

@@ -94,8 +94,9 @@ def _from_hf(source: Path, target: Path) -> None:
 def _to_hf(source: Path, target: Path) -> None:
     import jax
 
-    from sct.weights import hf, pretrained
+    from sct.weights import hf
+    from sct.weights.load import load
 
     # Accelerators may be smaller than a model, and have nothing to compute here.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        hf.save(pretrained.load(source), target, dtype=_DTYPE.value)
+        hf.save(load(source), target, dtype=_DTYPE.value)

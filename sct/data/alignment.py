@@ -6,18 +6,15 @@ import difflib
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
 from sct.errors import DataError
-
-if TYPE_CHECKING:
-    from sct.data.genes import GeneVocabulary
 
 WARN_BELOW = 0.5  # of the genes that could match
 REFUSE_BELOW = 0.05
@@ -36,6 +33,49 @@ _BY_TABLE = (
 
 # How an input name was found.
 _UNKNOWN, _ID, _SYMBOL, _ALIAS, _PAR_Y, _AMBIGUOUS = range(6)
+
+
+class Vocabulary(Protocol):
+    """What finding genes needs of a gene vocabulary: `sct.data.genes.GeneVocabulary` has it, with descriptions."""
+
+    def __len__(self) -> int:
+        """Number of positions, G."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        ...
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Identity of each position."""
+        ...
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """Approved symbol of each position."""
+        ...
+
+    @property
+    def position_of_id(self) -> Mapping[str, int]:
+        """Ensembl id -> position."""
+        ...
+
+    @property
+    def owners_of_symbol(self) -> Mapping[str, tuple[int, ...]]:
+        """Approved symbol -> positions that have it."""
+        ...
+
+    @property
+    def owners_of_alias(self) -> Mapping[str, tuple[int, ...]]:
+        """Alias or previous symbol -> positions that have it."""
+        ...
+
+    @classmethod
+    def human(cls) -> Self:
+        """Human protein-coding genes, which tell a small vocabulary from a wrong species."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -148,7 +188,7 @@ class GeneAlignment:
 
 
 def align(
-    vocabulary: GeneVocabulary, var: Any, column: str | None, duplicates: str, report_name: str
+    vocabulary: Vocabulary, var: Any, column: str | None, duplicates: str, report_name: str
 ) -> GeneAlignment:
     """Find an input's genes in a vocabulary: see `GeneVocabulary.align`."""
     if duplicates not in ("error", "sum"):
@@ -167,7 +207,7 @@ def align(
     return _report(vocabulary, names, positions, kinds, source, duplicates == "sum", prefix)
 
 
-def find(vocabulary: GeneVocabulary, names: Iterable[str]) -> np.ndarray:
+def find(vocabulary: Vocabulary, names: Iterable[str]) -> np.ndarray:
     """Look up genes that a person names: see `GeneVocabulary.find`."""
     listed = [name.strip() for name in gene_names(names, "the list of genes")]
     if not listed:
@@ -196,7 +236,7 @@ def find(vocabulary: GeneVocabulary, names: Iterable[str]) -> np.ndarray:
     return positions
 
 
-def look_up(vocabulary: GeneVocabulary, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def look_up(vocabulary: Vocabulary, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Look each name up by itself: its vocabulary position or -1, int64 (n,), and how it was found, int8 (n,)."""
     positions = np.full(len(names), -1, np.int64)
     kinds = np.full(len(names), _UNKNOWN, np.int8)
@@ -220,7 +260,7 @@ def look_up(vocabulary: GeneVocabulary, names: Sequence[str]) -> tuple[np.ndarra
 
 
 def _report(
-    vocabulary: GeneVocabulary,
+    vocabulary: Vocabulary,
     names: Sequence[str],
     positions: np.ndarray,
     kinds: np.ndarray,
@@ -282,7 +322,7 @@ def _report(
     )
 
 
-def _judge(vocabulary: GeneVocabulary, names: Sequence[str], matched: int, source: str, prefix: str) -> str:
+def _judge(vocabulary: Vocabulary, names: Sequence[str], matched: int, source: str, prefix: str) -> str:
     """Refuse or warn where too few genes matched; return the warning."""
     named = [name for name in names if name]
     # Most genes of a full annotation do not code for proteins, so the input's size alone says little.
@@ -320,7 +360,7 @@ def check_shared(shared: int, possible: int, what: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=3)
 
 
-def _likely_cause(vocabulary: GeneVocabulary, names: Sequence[str]) -> str:
+def _likely_cause(vocabulary: Vocabulary, names: Sequence[str]) -> str:
     """Say why so few names are known, and what to do."""
 
     def most(pattern: re.Pattern[str], among: Sequence[str]) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from sct.generation.cache import Cache, empty, extend, scores_of
-from sct.generation.generate import (
+from sct.generation.decoding import (
     Generated,
     Model,
     Options,

@@ -18,7 +18,8 @@ from sct.data.text.instructions import MARK, fields_of, questions_of
 from sct.data.text.prompts import INSTRUCTIONS, Prompts
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import ConfigError
-from sct.generation.generate import Options, Parts, generate, made_parts
+from sct.generation.decoding import Options, Parts, made_parts
+from sct.generation.generate import generate
 from sct.generation.scoring import score
 from sct.models.decoder_config import DecoderConfig
 from sct.models.zeromics import ZerOmics, ZerOmicsConfig

@@ -16,7 +16,8 @@ from sct.data.text.prompts import TASKS, Prompts
 from sct.data.text.source import gene_words
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import ConfigError, DataError
-from sct.generation.generate import Options, generate
+from sct.generation.decoding import Options
+from sct.generation.generate import generate
 from sct.generation.scoring import score
 from sct.models.decoder_config import DecoderConfig
 
@@ -175,7 +176,7 @@ class CellWriter:
         seed, keys
             Template and draws of a cell follow from the seed and its key; by default keys are 0, 1, ...
         options
-            Of `sct.generation.generate.Options`, in place of the paper's.
+            Of `sct.generation.decoding.Options`, in place of the paper's.
 
         Returns
         -------

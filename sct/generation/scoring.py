@@ -12,7 +12,7 @@ from jax import lax
 
 from sct.errors import ConfigError
 from sct.generation.cache import empty, extend, scores_of
-from sct.generation.generate import (
+from sct.generation.decoding import (
     Model,
     Parts,
     Soft,
@@ -44,7 +44,7 @@ def log_probabilities(
     Parameters
     ----------
     config, parts
-        Of the model; see `sct.generation.generate.prepared`.
+        Of the model; see `sct.generation.decoding.prepared`.
     ids, there
         Prompts (B, T), filled up on the left, and where they hold tokens, bool.
     answers, lengths

@@ -17,7 +17,8 @@ import numpy as np
 
 from sct.errors import ConfigError, MissingExtraError, SctError
 from sct.generation.cache import empty, extend, scores_of
-from sct.generation.generate import Options, generate, ready
+from sct.generation.decoding import Options, ready
+from sct.generation.generate import generate
 from sct.models import registry
 from sct.models.decoder import Decoder
 from sct.models.decoder_config import DecoderConfig
@@ -25,7 +26,8 @@ from sct.speed import memory
 from sct.speed.compare import Check
 from sct.speed.job import Job
 from sct.speed.timing import timed
-from sct.weights.pretrained import Pretrained, load
+from sct.weights.load import load
+from sct.weights.pretrained import Pretrained
 
 # Prompts, tokens of each, and tokens that are generated behind each.
 ROWS, PROMPT, NEW = 8, 64, 256

@@ -30,7 +30,7 @@ from sct.models.zeromics_cells import ZerOmicsCellsConfig
 from sct.nn.losses import next_token_losses
 from sct.nn.paths import flatten
 from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables, check_study_names, held_out_split
-from sct.weights.pretrained import load, load_tokenizer
+from sct.weights.load import load, load_tokenizer
 
 NAME = TASK
 UNIVERSAL = "universal"

@@ -25,7 +25,7 @@ from sct.nn.losses import token_losses
 from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables, held_out_split
 from sct.weights.gene_feature_files import TABLES
 from sct.weights.gene_features import GeneFeatures
-from sct.weights.pretrained import load
+from sct.weights.load import load
 
 NAME = "masked_bins"
 

@@ -16,7 +16,7 @@ from sct.data.text.cell_sentence import cell_keys
 from sct.data.text.instructions import NO, NORMAL, YES
 from sct.errors import ConfigError, DataError
 from sct.generation.cell_asker import CellAsker, Records
-from sct.generation.generate import Options
+from sct.generation.decoding import Options
 from sct.tl import running
 from sct.tl.answers import write_answers
 from sct.version import __version__
@@ -299,7 +299,7 @@ def ask(
     question
         What to ask, behind the cell and what is said of its study.
     max_new_tokens, temperature, batch_size
-        See `sct.generation.generate.Options`.
+        See `sct.generation.decoding.Options`.
     seed
         Of what is drawn where `temperature` is above 0.
     adata, model, abstract, copy, layer, gene_column, duplicates, values

@@ -22,7 +22,8 @@ from sct.models import registry
 from sct.models.checks import check_outputs
 from sct.progress import progress
 from sct.version import __version__
-from sct.weights.pretrained import DATA_OPTIONS, Pretrained, load
+from sct.weights.load import load
+from sct.weights.pretrained import DATA_OPTIONS, Pretrained
 
 # Gene tokens that one device reads at once, unless one bag alone has more.
 TOKENS_PER_DEVICE = 1 << 20

@@ -36,6 +36,7 @@ from sct.train.loop import Result, TrainConfig, train
 from sct.train.optim import OptimizerConfig
 from sct.version import __version__
 from sct.weights import pretrained, run_folder
+from sct.weights.load import load, load_tokenizer
 from sct.weights.vocabulary import resized
 
 # Where a run folder keeps the tokenizer of texts; section of its config.json with the whole architecture.
@@ -146,7 +147,7 @@ def _tokenizer(
     if jax.process_index() == 0 and not resumes:
         named = plain.get("data", {}).get("tokenizer")
         if named:
-            tokenizer = pretrained.load_tokenizer(named)
+            tokenizer = load_tokenizer(named)
         elif parent is not None and parent.tokenizer is not None:
             tokenizer = parent.tokenizer
         elif parent is not None:
@@ -238,7 +239,7 @@ def _run(plain: Mapping[str, Any], workdir: Path) -> Result:
     mesh = registry.build(TrainConfig, {**plain.get("train", {}), "steps": 1}, "train").mesh
     placed = sharding.make_mesh(mesh) if jax.device_count() > 1 else None
     if plain.get("init_from") and not resumes:
-        parent = pretrained.load(plain["init_from"], mesh=placed, genes=store.vocabulary)
+        parent = load(plain["init_from"], mesh=placed, genes=store.vocabulary)
     if resumes and kind_of(plain).resolves:
         architecture = _read_json(settings).get(MODEL)
     else:

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sct.generation.generate import Options, generate, prepared
+from sct.generation.decoding import Options, prepared
+from sct.generation.generate import generate
 from sct.generation.scoring import score
 from sct.generation.trie import make_trie
 from sct.models import lora

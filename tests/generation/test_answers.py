@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sct.errors import ConfigError
-from sct.generation.generate import Options, generate
+from sct.generation.decoding import Options
+from sct.generation.generate import generate
 from sct.generation.scoring import score
 from sct.generation.trie import make_trie
 from tests.generation.conftest import log_softmax, logits

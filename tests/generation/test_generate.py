@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from sct.errors import ConfigError, DataError
 from sct.generation import cache
-from sct.generation.generate import Options, generate
+from sct.generation.decoding import Options
+from sct.generation.generate import generate
 from sct.generation.sampling import Sampling, Uses, adjusted, choose
 from sct.generation.scoring import score
 from sct.models import lora
@@ -258,7 +259,7 @@ def test_adapters_generate_as_the_model_they_are_merged_into(gpt2):
 
 @pytest.mark.parametrize("beams", [1, 2])
 def test_the_bar_is_shown_where_it_is_wanted(gpt2, monkeypatch, beams):
-    from sct.generation import generate as module
+    from sct.generation import decoding as module
 
     shown, original = [], module.progress
 

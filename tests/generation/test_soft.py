@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from sct.errors import DataError
-from sct.generation.generate import Options, generate
+from sct.generation.decoding import Options
+from sct.generation.generate import generate
 from sct.generation.scoring import score
 from tests.generation.conftest import CONFIGS, logits, make
 

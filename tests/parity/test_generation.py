@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import sct
-from sct.generation.generate import Options, generate
+from sct.generation.decoding import Options
+from sct.generation.generate import generate
 from sct.generation.sampling import Sampling, Uses, adjusted
 from sct.generation.scoring import score
 

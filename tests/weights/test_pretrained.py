@@ -33,6 +33,7 @@ from sct.train.experiment import run
 from sct.train.sharding import RULES, MeshConfig, make_mesh
 from sct.version import DISTRIBUTION
 from sct.weights import model_folder, pretrained, run_folder
+from sct.weights.load import load_tokenizer
 from tests.train.conftest import CONFIG as CONFIG_OF_RUNS
 from tests.train.conftest import merged
 from tests.weights.conftest import unsealed
@@ -627,10 +628,10 @@ def test_a_path_that_leads_elsewhere_is_no_hub_id(monkeypatch, tmp_path):
         assert str(Path(name).expanduser()) in str(error.value)
         assert "\n" not in str(error.value)
         with pytest.raises(ConfigError, match=r"tokenizer\.json"):
-            pretrained.load_tokenizer(name)
+            load_tokenizer(name)
     with pytest.raises(ConfigError, match=r"tokenizer\.json"):
-        pretrained.load_tokenizer("someone/tokenizer.json")
-    for load in (sct.load, pretrained.load_tokenizer):
+        load_tokenizer("someone/tokenizer.json")
+    for load in (sct.load, load_tokenizer):
         with pytest.raises(MissingExtraError, match="hub"):
             load("someone/model")
 
@@ -654,7 +655,7 @@ def test_the_tokenizer_of_whatever_names_a_model(tmp_path, monkeypatch):
         tmp_path / "model" / "tokenizer.json",
         "someone/model",
     ):
-        assert pretrained.load_tokenizer(name).fingerprint == tokenizer.fingerprint
+        assert load_tokenizer(name).fingerprint == tokenizer.fingerprint
     fetched = lambda name: any(fnmatch(name, pattern) for pattern in asked)  # noqa: E731
     needed = (
         "tokenizer.json",

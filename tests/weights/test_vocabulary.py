@@ -13,7 +13,8 @@ import pytest
 from sct.models.decoder import Decoder
 from sct.models.decoder_config import GPT2Config, LlamaConfig, NeoXConfig
 from sct.nn.paths import flatten
-from sct.weights.pretrained import Pretrained, expected_shapes, load
+from sct.weights.load import load
+from sct.weights.pretrained import Pretrained, expected_shapes
 from sct.weights.vocabulary import resized
 
 SIZES = {"vocab_size": 17, "embed_dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 24, "max_length": 16}
