@@ -49,6 +49,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.natural_imputation = ConfigDict()
     config.natural_imputation.run = True
     config.natural_imputation.ratio = 0.15
+    config.natural_imputation.whole_genes = True  # and genes hidden in all cells, as sct.tl.impute hides them
 
     config.gene_imputation = ConfigDict()
     config.gene_imputation.run = True

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from sct.errors import ConfigError
 
-KINDS = ("stratified", "uniform", "drawn", "drawn_uniform", "cells", "genes", "ratio")
+KINDS = ("stratified", "uniform", "drawn", "drawn_uniform", "drawn_genes", "cells", "genes", "ratio")
 MIXTURE = "mixture"
 
 
@@ -60,6 +60,18 @@ def drawn(
     draw, place = jax.random.split(key)
     rate = jax.random.uniform(draw, (tokens.shape[0], 1, 1), minval=low, maxval=high)
     return stratified(place, tokens, rate, rate * unexpressed_share, num_bins)
+
+
+def drawn_genes(key: jax.Array, tokens: jax.Array, low: float, high: float, num_bins: int) -> jax.Array:
+    """Mask genes in all cells of a bag, with a rate drawn per bag from U(low, high).
+
+    As where a gene is imputed that no cell shows: a model that always sees masked genes in other cells of the bag
+    learns to copy from them, and little of how often a gene is expressed.
+    """
+    draw, place = jax.random.split(key)
+    rate = jax.random.uniform(draw, (tokens.shape[0], 1, 1), minval=low, maxval=high)
+    chosen = jax.random.uniform(place, (tokens.shape[0], 1, tokens.shape[2])) < rate
+    return chosen & (tokens < num_bins)
 
 
 def whole_cells(key: jax.Array, tokens: jax.Array, num_cells: int, num_bins: int) -> jax.Array:
@@ -125,13 +137,13 @@ class Masking:
     Parameters
     ----------
     kind
-        "stratified" (the paper), "uniform", "drawn", "drawn_uniform", "cells", "genes" or "ratio", see the
-        functions; or "mixture", which draws one of several kinds per bag.
+        "stratified" (the paper), "uniform", "drawn", "drawn_uniform", "drawn_genes", "cells", "genes" or "ratio", see
+        the functions; or "mixture", which draws one of several kinds per bag.
     expressed, unexpressed
         Rates of "stratified"; `expressed` is also the rate of "uniform" and the ratio of "ratio".
     low, high
-        Range of the rate of "drawn" and "drawn_uniform"; with "drawn" unexpressed genes take its
-        `unexpressed / expressed` part, with "drawn_uniform" the same rate.
+        Range of the rate of the three drawn kinds; with "drawn" unexpressed genes take its `unexpressed / expressed`
+        part, with the others the same rate.
     num_cells
         Cells of each bag masked by "cells".
     genes
@@ -163,7 +175,7 @@ class Masking:
                 raise ConfigError(f"masking {name} is {getattr(self, name)}, but it must lie in [0, 1].")
         self._check_mixture()
         kinds = [kind for kind, _ in self.components]
-        if {"drawn", "drawn_uniform"} & set(kinds) and not self.low < self.high:
+        if {"drawn", "drawn_uniform", "drawn_genes"} & set(kinds) and not self.low < self.high:
             raise ConfigError(f"masking kind {self.kind!r} needs low < high.")
         if "drawn" in kinds and not self.expressed > 0:
             raise ConfigError(f"masking kind {self.kind!r} needs expressed > 0.")
@@ -286,6 +298,8 @@ class Masking:
                 return drawn(key, tokens, self.low, self.high, share, num_bins)
             case "drawn_uniform":
                 return drawn(key, tokens, self.low, self.high, 1.0, num_bins)
+            case "drawn_genes":
+                return drawn_genes(key, tokens, self.low, self.high, num_bins)
             case "cells":
                 return whole_cells(key, tokens, self.num_cells, num_bins)
             case "genes":

@@ -153,7 +153,7 @@ def _require_visible(masked: Masked) -> None:
         raise Unavailable("nothing of the hidden cells is visible")
 
 
-def _require_shown(masked: Masked) -> None:
+def require_shown(masked: Masked) -> None:
     """Refuse where the hidden genes are hidden in every cell."""
     hidden = np.asarray(masked.mask.all(axis=0))
     if masked.genes.size and hidden[masked.genes].all():
@@ -336,7 +336,7 @@ class OwnKnnSmoothing:
     def smooth(self, held_out: HeldOut, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
         """Mean counts (n,), and of how many cells (n,)."""
         _require_visible(masked)
-        _require_shown(masked)
+        require_shown(masked)
         if len(held_out) < 2:
             raise Unavailable("there is one cell only, which has no neighbours")
         k = min(self.neighbours, len(held_out) - 1)
@@ -432,7 +432,7 @@ class Magic:
     def smooth(self, held_out: HeldOut, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
         """Diffused counts (n,), and of how many cells that show the gene they count (n,)."""
         _require_visible(masked)
-        _require_shown(masked)
+        require_shown(masked)
         totals = np.asarray(masked.visible.sum(axis=1)).ravel()
         genes = np.flatnonzero(np.bincount(masked.visible.indices, minlength=masked.visible.shape[1]))
         scaled = sparse.diags(1e4 / np.maximum(totals, 1)) @ masked.visible.tocsc()[:, genes]

@@ -315,7 +315,19 @@ def mask_measured(held_out: HeldOut, ratio: float, seed: int, most: int) -> Mask
     visible genes of each cell.
     """
     amounts = np.full(held_out.num_bags, ratio, np.float32)
-    mask = _draw(held_out, masking.exact_ratio, seed, amounts)
+    return _all_scored(held_out, _draw(held_out, masking.exact_ratio, seed, amounts), seed, most)
+
+
+def mask_measured_genes(held_out: HeldOut, ratio: float, seed: int, most: int) -> Masked:
+    """Hide round(`ratio` x n) of the n genes that were measured, in all cells; else as `mask_measured`."""
+    genes = np.flatnonzero(held_out.measured.any(axis=0))
+    hidden = np.zeros(held_out.tokens.shape[1], bool)
+    hidden[np.random.default_rng(seed).choice(genes, round(ratio * len(genes)), replace=False)] = True
+    return _all_scored(held_out, hidden & held_out.eligible, seed, most)
+
+
+def _all_scored(held_out: HeldOut, mask: np.ndarray, seed: int, most: int) -> Masked:
+    """Score hidden positions of any level; what stands for a level are counts of visible genes."""
     places = np.flatnonzero(mask)
     if len(places) > most:
         places = np.sort(np.random.default_rng(seed).choice(places, most, replace=False))

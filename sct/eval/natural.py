@@ -23,7 +23,7 @@ from sct.data.tokenize import expected_counts, level_borders
 from sct.errors import SctError
 from sct.eval import baselines, metrics
 from sct.eval.baselines import OTHER_CELLS, THESE_CELLS, TRAINING, Unavailable
-from sct.eval.held_out import HeldOut, Masked, mask_measured
+from sct.eval.held_out import HeldOut, Masked, mask_measured, mask_measured_genes
 from sct.eval.report import Report
 from sct.eval.scoring import Model, Probabilities
 from sct.progress import progress
@@ -193,6 +193,8 @@ class GeneMean(CountMethod):
             raise Unavailable("no training studies were given")
         known = masked.visible if self.fitted_on == THESE_CELLS else held_out.counts
         shown = masked.shown if self.fitted_on == THESE_CELLS else held_out.eligible
+        if self.fitted_on == THESE_CELLS:
+            baselines.require_shown(masked)
         positions, studies = masked.mask.shape[1], len(held_out.measured)
         totals, numbers = np.zeros((2, studies, positions))
         for study in np.unique(held_out.study):
@@ -439,14 +441,22 @@ class Outcome:
         The model first.
     positions
         Scored positions of each draw.
+    whole_genes
+        Whether genes were hidden in all cells.
     """
 
     title: str
     ratio: float
     rows: list[Row]
     positions: list[int]
+    whole_genes: bool = False
 
-    name, axis = "natural imputation", "ratio"
+    axis = "ratio"
+
+    @property
+    def name(self) -> str:
+        """Name of the protocol."""
+        return f"natural imputation{' of whole genes' * self.whole_genes}"
 
     def report(self, columns: dict[str, tuple[str, str]], what: str, notes: tuple[str, ...]) -> Report:
         """A table of some numbers."""
@@ -522,6 +532,7 @@ def natural_imputation(
     seeds: int = 5,
     magic: bool = True,
     cells_name: str = "held-out cells",
+    whole_genes: bool = False,
 ) -> Outcome:
     """Imputation of measured genes hidden without regard to expression, all of them scored.
 
@@ -529,6 +540,9 @@ def natural_imputation(
     ----------
     ratio
         Share of the measured genes of each cell that is hidden.
+    whole_genes
+        Whether the same genes are hidden in all cells, as `sct.tl.impute(genes=...)` hides them, and not
+        other ones in each cell.
     held_out, model, train, seeds, magic, cells_name
         See `sct.eval.imputation.gene_imputation`.
     """
@@ -536,9 +550,12 @@ def natural_imputation(
     rows = [Row(m.name, m.fitted_on, m.remark, isinstance(m, ModelEstimator)) for m in methods]
     positions = []
     units = seeds * sum(held_out.num_bags if row.is_model else 1 for row in rows)
-    with progress("imputing genes hidden at random", units) as bar:
+    hide = mask_measured_genes if whole_genes else mask_measured
+    with progress(
+        "imputing genes hidden in all cells" if whole_genes else "imputing hidden genes", units
+    ) as bar:
         for seed in range(seeds):
-            masked = mask_measured(held_out, ratio, seed, SCORED)
+            masked = hide(held_out, ratio, seed, SCORED)
             positions.append(len(masked.cells))
             for row, method in zip(rows, methods, strict=True):
                 if isinstance(method, ModelEstimator):
@@ -556,9 +573,8 @@ def natural_imputation(
                     reason = (str(error).splitlines() or [""])[0]
                     row.remark = reason if known else f"{type(error).__name__}: {reason}"
                     row.numbers, row.reliability = {}, []
-    return Outcome(
-        f"Natural imputation, {ratio:.0%} of the measured genes of {cells_name}", ratio, rows, positions
-    )
+    what = f"{ratio:.0%} of the measured genes {'hidden in all ' if whole_genes else 'of '}{cells_name}"
+    return Outcome(f"Natural imputation, {what}", ratio, rows, positions, whole_genes)
 
 
 class NaturalImputation:

@@ -69,10 +69,11 @@ class DataOptions:
 
 @dataclasses.dataclass(frozen=True)
 class NaturalImputationOptions:
-    """Measured genes masked at random, expressed or not, all of them scored."""
+    """Measured genes masked at random, expressed or not, all of them scored; and whole genes."""
 
     run: bool = True
     ratio: float = natural.RATIO
+    whole_genes: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
@@ -354,8 +355,11 @@ def _measure(
     with_fixed = fixed.run == "always" or (fixed.run == "spatial" and any(part.spatial for part in parts))
     protocols: dict[str, Callable[..., Any]] = {}
     if options.natural_imputation.run:
-        protocols["Natural imputation"] = functools.partial(
-            natural.natural_imputation, ratio=options.natural_imputation.ratio, magic=gene.magic
+        settings: dict[str, Any] = {"ratio": options.natural_imputation.ratio, "magic": gene.magic}
+        protocols["Natural imputation"] = functools.partial(natural.natural_imputation, **settings)
+    if options.natural_imputation.run and options.natural_imputation.whole_genes:
+        protocols["Natural imputation of whole genes"] = functools.partial(
+            natural.natural_imputation, **settings, whole_genes=True
         )
     if gene.run:
         protocols["Imputation of masked genes"] = functools.partial(
@@ -444,9 +448,15 @@ def _held_out(
 
 def _reliability_figure(outcome: natural.Outcome) -> Figure:
     """Reliability of the probabilities of expression."""
-    caption = "Hidden measured genes, all draws together. On the diagonal, probabilities are right."
+    caption = (
+        f"Measured genes hidden {'in all cells' if outcome.whole_genes else 'at random'}, all draws together. On the "
+        "diagonal, probabilities are right."
+    )
     drawing = functools.partial(_drawn, "reliability", (8.2, 4.8), outcome.reliability)
-    return Figure("Reliability of the probability of expression", drawing, caption)
+    title = (
+        f"Reliability of the probability of expression{', genes hidden in all cells' * outcome.whole_genes}"
+    )
+    return Figure(title, drawing, caption)
 
 
 def _imputation_figures(outcome: Outcome, cells_per_bag: int) -> list[Figure]:

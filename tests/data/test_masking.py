@@ -25,6 +25,7 @@ ALL = {
     "genes": Masking("genes", genes=(0, 3, 63)),
     "ratio": Masking("ratio", expressed=0.4),
     "drawn_uniform": Masking("drawn_uniform"),
+    "drawn_genes": Masking("drawn_genes"),
     "mixture": Masking("mixture", mixture=(("drawn", 2.0), ("drawn_uniform", 1.0), ("cells", 1.0))),
 }
 RULES = {name: jax.jit(partial(rule, num_bins=NUM_BINS)) for name, rule in ALL.items()}
@@ -46,6 +47,21 @@ def share_within(mask: np.ndarray, among: np.ndarray, rate: float) -> None:
     n = among.sum()
     assert n > 1000
     assert abs(mask[among].mean() - rate) <= 5 * np.sqrt(rate * (1 - rate) / n) + 1e-9
+
+
+def test_drawn_genes_are_hidden_in_all_cells_and_their_share_is_drawn_per_bag():
+    tokens = np.zeros((400, 3, 200), np.uint8)
+    tokens[:, 1] = 2
+    tokens[:, 2] = PAD
+    rule = partial(masking.drawn_genes, low=0.2, high=0.6, num_bins=NUM_BINS)
+    mask = np.asarray(rule(jax.random.key(0), tokens))
+    assert not mask[:, 2].any()
+    np.testing.assert_array_equal(mask[:, 0], mask[:, 1])
+    share = mask[:, 0].mean(axis=1)
+    assert 0.05 < share.min() < 0.25
+    assert 0.55 < share.max() < 0.75
+    assert abs(share.mean() - 0.4) < 0.03
+    assert abs(mask[:, 0].mean(axis=0) - 0.4).max() < 0.15, "every gene alike"
 
 
 def test_the_kinds_under_test_are_all_kinds():

@@ -13,7 +13,7 @@ from scipy import sparse, stats
 from sct.data.tokenize import bin_counts
 from sct.eval import metrics, natural
 from sct.eval.baselines import OTHER_CELLS, THESE_CELLS, TRAINING
-from sct.eval.held_out import mask_measured
+from sct.eval.held_out import mask_measured, mask_measured_genes
 from sct.eval.natural import GeneMean, ModelEstimator, natural_imputation
 from sct.eval.scoring import Model
 from tests.data.fake_study import FakeStudy
@@ -54,6 +54,34 @@ def test_measured_positions_are_hidden_whatever_their_level_and_all_are_scored()
     assert len(few.cells) == 37
     np.testing.assert_array_equal(few.mask, masked.mask)
     assert few.mask[few.cells, few.genes].all()
+
+
+def test_whole_genes_are_hidden_in_all_cells_that_measured_them():
+    made, other = study(20, seed=2), study(20, seed=3, name="other")
+    made.measured[[3, 7]] = False
+    held_out = hold_out(made, other)
+    masked = mask_measured_genes(held_out, 0.5, 1, most=10**6)
+    hidden = masked.mask.any(axis=0)
+    assert hidden.sum() == GENES // 2
+    np.testing.assert_array_equal(masked.mask, hidden & held_out.eligible)
+    np.testing.assert_array_equal(np.nonzero(masked.mask), (masked.cells, masked.genes))
+    assert (mask_measured_genes(held_out, 0.5, 2, most=10**6).mask != masked.mask).any()
+
+
+def test_only_methods_that_know_other_cells_impute_whole_genes():
+    outcome = natural_imputation(
+        hold_out(HELD_OUT),
+        constant(np.full(NUM_BINS, 0.2)),
+        source(TRAIN),
+        seeds=2,
+        magic=False,
+        whole_genes=True,
+    )
+    assert "hidden in all held-out cells" in outcome.title
+    answered = {row.fitted_on: bool(row.numbers) for row in outcome.rows if not row.is_model}
+    assert answered == {TRAINING: True, OTHER_CELLS: True, THESE_CELLS: False}
+    assert all("hidden in every one" in row.remark for row in outcome.rows if row.fitted_on == THESE_CELLS)
+    assert outcome.as_dict()["protocol"] == "natural imputation of whole genes"
 
 
 def test_an_oracle_is_perfect_and_right_probabilities_have_no_calibration_error():

@@ -110,8 +110,12 @@ def test_what_was_measured_before_a_stop_is_kept(adata, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         sct.tl.benchmark(config(tmp_path / "out", model="", seeds=1), adata)
     kept = json.loads((tmp_path / "out" / "unfinished.json").read_text())
-    assert [each["protocol"] for each in kept["imputation"]] == ["natural imputation", "gene imputation"]
-    assert len(kept["reports"]) >= 4
+    assert [each["protocol"] for each in kept["imputation"]] == [
+        "natural imputation",
+        "natural imputation of whole genes",
+        "gene imputation",
+    ]
+    assert len(kept["reports"]) >= 6
     monkeypatch.undo()
     settings = config(
         tmp_path / "out", model="", seeds=1, gene_imputation__run=False, cell_imputation__run=False

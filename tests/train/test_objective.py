@@ -88,6 +88,7 @@ RULES = {
     "uniform": Masking("uniform", expressed=0.2),
     "drawn": Masking("drawn"),
     "drawn_uniform": Masking("drawn_uniform"),
+    "drawn_genes": Masking("drawn_genes"),
     "cells": Masking("cells"),
     "genes": Masking("genes", genes=tuple(range(0, 1000, 3))),
     "ratio": Masking("ratio", expressed=0.3),
