@@ -234,9 +234,10 @@ def write_features(folder: Path) -> str:
 
 
 def write_report(folder: Path) -> str:
-    from sct.eval import report
+    from sct.eval import report_folder
+    from sct.eval.report import Report
 
-    report.write([report.Report("t", ("a",))], folder, {"seed": "1"})
+    report_folder.write([Report("t", ("a",))], folder, {"seed": "1"})
     return "report.json"
 
 

@@ -289,7 +289,8 @@ def test_whatever_is_written_to_a_full_disk_ends_in_one_sentence(small_disk, tmp
     from sct.commands import tables
     from sct.data.genes import GeneVocabulary
     from sct.data.ingest import ingest
-    from sct.eval import report
+    from sct.eval import report_folder
+    from sct.eval.report import Report
     from sct.weights.gene_features import GeneFeatures
 
     atomic.write_text(small_disk / "kept", "x" * 280_000)  # all but some 20 kB
@@ -299,13 +300,13 @@ def test_whatever_is_written_to_a_full_disk_ends_in_one_sentence(small_disk, tmp
     cells.obsm["X_sct"] = rng.random((50, 4000)).astype(np.float32)
     many = ad.AnnData(rng.poisson(3.0, (300, 2000)).astype(np.float32))
     many.var_names = list(human.keys[:2000])
-    table = report.Report("t", ("a",), notes=("x" * 400_000,))
+    table = Report("t", ("a",), notes=("x" * 400_000,))
     writers = {
         "vocabulary": lambda: human.save(small_disk / "genes.tsv"),
         "features": lambda: GeneFeatures(("ENSG1",), rng.random((1, 200_000)).astype(np.float32), {}).save(
             small_disk / "f.npz"
         ),
-        "report": lambda: report.write([table], small_disk / "report", {"seed": "1"}),
+        "report": lambda: report_folder.write([table], small_disk / "report", {"seed": "1"}),
         "cells": lambda: tables.write(
             cells, str(tmp_path / "in.h5ad"), small_disk / "o.h5ad", {"obsm": ["X_sct"]}
         ),

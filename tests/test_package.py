@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib
 import json
 import os
@@ -220,6 +221,29 @@ def test_a_forbidden_import_is_seen():
         ("sct.commands.train", "import launch.train"),
     ]
     assert [case for case in forbidden if not violations(case[1], case[0])] == []
+
+
+def circle(imports: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle, each imported by the one after it; none where there is none."""
+    try:
+        graphlib.TopologicalSorter(imports).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_module_imports_one_that_imports_it():
+    """Imports in functions and for type checkers count: a module is understood after those that it imports."""
+    imports = {
+        module: {
+            name
+            for name, _ in imported(ast.parse(path.read_text()), module, path.name == "__init__.py")
+            if name in MODULES and name != module
+        }
+        for module, path in MODULES.items()
+    }
+    assert circle(imports) == []
+    assert {"sct.errors", "sct.cli"} <= set(circle(imports | {"sct.errors": {"sct.cli"}}))
 
 
 def test_configs_import_ml_collections_and_the_standard_library_only():

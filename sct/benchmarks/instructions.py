@@ -28,7 +28,7 @@ from sct.data.text.instructions import (
     read_study_texts,
 )
 from sct.errors import ConfigError, DataError, MissingExtraError, SctError
-from sct.eval import labels, marker_scores, pathways, report
+from sct.eval import labels, marker_scores, pathways, report_folder
 from sct.eval.report import Report
 from sct.folder_lock import only_one
 from sct.generation.cell_asker import CellAsker
@@ -271,11 +271,11 @@ def _benchmark(
             table.title = f"{title}. {table.title}"
             numbers.setdefault(name, {})[task] = measured
             reports.append(table)
-            report.keep(reports, output, facts(), numbers)
+            report_folder.keep(reports, output, facts(), numbers)
     if not numbers:
         reasons = [f"{each.title}: {each.rows[0][1]}" for each in reports]
         raise ConfigError(f"no task could be measured: {' '.join(reasons)}")
-    report.write(reports, output, facts(), (), "Questions about cells", numbers)
+    report_folder.write(reports, output, facts(), (), "Questions about cells", numbers)
     return reports
 
 

@@ -1,33 +1,15 @@
-"""Tables of results: on the terminal, as Markdown, as JSON and as one HTML page."""
+"""Tables of results: on the terminal, as Markdown and as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
 import math
-import os
-import platform
 import re
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from importlib import metadata
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from sct.atomic import atomic_write, write_text
-from sct.version import __version__
-
-if TYPE_CHECKING:
-    from sct.eval.page import Figure
-
-FILES = ("results.json", "report.json", "report.md", "report.html")  # what `write` writes
-UNFINISHED = "unfinished.json"  # what `keep` writes
-_LIBRARIES = ("jax", "flax", "numpy", "scipy", "scikit-learn", "anndata", "scanpy")
 # Narrowest column of text on a terminal that is read with ease: one of several, and one with all texts.
 _TEXT, _MERGED = 20, 24
 
@@ -267,16 +249,16 @@ class Report:
     def markdown(self) -> str:
         """The table as Markdown."""
         best = self.best()
-        lines = [f"**{_escape(self.title)}**", "", _line(map(_escape, self.columns))]
+        lines = [f"**{escape(self.title)}**", "", _line(map(escape, self.columns))]
         lines.append(_line("---:" if is_number else "---" for is_number in self.numeric()))
         for number, row in enumerate(self.rows):
-            shown = [_escape(cell_text(cell)) for cell in row]
+            shown = [escape(cell_text(cell)) for cell in row]
             lines.append(
                 _line(f"**{text}**" if (number, i) in best else text for i, text in enumerate(shown))
             )
         if self.notes:
             # A line alone would flow into the one before it.
-            lines += ["", "\n\n".join(map(_escape, self.notes))]
+            lines += ["", "\n\n".join(map(escape, self.notes))]
         return "\n".join(lines) + "\n"
 
     def as_dict(self) -> dict[str, Any]:
@@ -284,7 +266,7 @@ class Report:
         return {
             "title": self.title,
             "columns": list(self.columns),
-            "rows": _plain(self.rows),
+            "rows": plain(self.rows),
             "notes": list(self.notes),
             "better": dict(self.better),
         }
@@ -304,20 +286,20 @@ def cell_text(cell: Any) -> str:
     return "-" if cell is None else str(cell)
 
 
-def _plain(content: Any) -> Any:
+def plain(content: Any) -> Any:
     """Content for JSON, which knows neither NaN (None in its place) nor infinity (its name)."""
     if isinstance(content, Mapping):
-        return {str(key): _plain(value) for key, value in content.items()}
+        return {str(key): plain(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_plain(value) for value in content]
+        return [plain(value) for value in content]
     if isinstance(content, np.ndarray | np.generic):
-        return _plain(content.tolist())
+        return plain(content.tolist())
     if isinstance(content, float) and not math.isfinite(content):
         return None if math.isnan(content) else str(content)
     return content
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """Text as Markdown that shows it as it is, on one line."""
     text = re.sub(r"([\\|*`])", r"\\\1", " ".join(text.split()))
     return re.sub(r"<(?=[A-Za-z/!?])", r"\\<", text)
@@ -325,95 +307,3 @@ def _escape(text: str) -> str:
 
 def _line(cells: Any) -> str:
     return "| " + " | ".join(cells) + " |"
-
-
-def environment() -> dict[str, str]:
-    """Facts about this process: command, date, versions, machine, devices.
-
-    Nothing is imported for it. The devices of JAX are named where JAX is loaded; asking for them starts its
-    backend.
-    """
-    command = [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]
-    facts = {
-        "command": shlex.join(command),
-        "date": datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
-        "sct": __version__,
-        "python": platform.python_version(),
-    }
-    for name in _LIBRARIES:
-        try:
-            facts[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    facts["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"
-    if "jax" in sys.modules:
-        kinds = [device.device_kind for device in sys.modules["jax"].devices()]
-        facts["devices"] = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
-    return facts
-
-
-def _json(content: Any) -> str:
-    return json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"
-
-
-def keep(
-    reports: Sequence[Report], folder: Path, facts: Mapping[str, str], numbers: Mapping[str, Any]
-) -> None:
-    """Write what was measured so far, as `unfinished.json`, beside an earlier report: a stop loses one part at most.
-
-    `write` removes it. Parameters are those of `write`; the file has the tables of `report.json` and the numbers of
-    `results.json`.
-    """
-    content = {"facts": dict(facts), "reports": [report.as_dict() for report in reports], **numbers}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / UNFINISHED, _json(content))
-
-
-def write(
-    reports: Sequence[Report],
-    folder: Path,
-    facts: Mapping[str, str] | None = None,
-    figures: Sequence[Figure] = (),
-    title: str = "Results",
-    numbers: Mapping[str, Any] | None = None,
-) -> None:
-    """Write tables into a folder: as `report.md`, `report.json` and, with facts or figures, `report.html`.
-
-    Numbers come first, then the tables as text, then the page with its figures, which may fail: what was measured is
-    on the disk then. Each file is whole or not there at all, and none of an earlier report is left beside new numbers.
-
-    Parameters
-    ----------
-    reports
-        Tables.
-    folder
-        Where the files go; it is made where it does not exist.
-    facts
-        Name -> value of what the numbers depend on (`environment` gives the start of it). With facts the JSON
-        is `{"facts": ..., "reports": [...]}`, without them it is the list of tables.
-    figures
-        Figures of the HTML page.
-    title
-        Heading of the page.
-    numbers
-        Name -> numbers that stand in no table; with them there is `results.json`, `{"facts": ..., **numbers}`.
-        NaN and infinity are written as in `Report.as_dict`.
-    """
-    tables = [report.as_dict() for report in reports]
-    head = "".join(f"- {_escape(name)}: {_escape(str(value))}\n" for name, value in (facts or {}).items())
-    known = {"facts": {name: str(value) for name, value in (facts or {}).items()}}
-    texts = {"report.json": _json({**known, "reports": tables} if facts else tables)}
-    if numbers is not None:
-        texts["results.json"] = _json({**known, **numbers})
-    folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        for name, text in texts.items():
-            stack.enter_context(atomic_write(folder / name)).write_text(text, encoding="utf-8")
-        for name in {*FILES, UNFINISHED} - set(texts):
-            (folder / name).unlink(missing_ok=True)
-    blocks = [*([head] if head else []), *(report.markdown() for report in reports)]
-    write_text(folder / "report.md", "\n".join(blocks))
-    if facts or figures:
-        from sct.eval.page import page
-
-        write_text(folder / "report.html", page(title, reports, figures, facts or {}))

@@ -21,7 +21,7 @@ from sct.data.genes import GeneVocabulary
 from sct.data.store import SPLITS, Store
 from sct.errors import ConfigError, DataError, SctError
 from sct.eval import embedding as embeddings
-from sct.eval import imputation, natural, report
+from sct.eval import imputation, natural, report_folder
 from sct.eval.held_out import HeldOut
 from sct.eval.page import Figure, figure_svg
 from sct.eval.report import Report
@@ -233,8 +233,8 @@ def _benchmark(
     for tables, drawn in _measure(parts, handle, train, options, numbers):
         reports += tables
         figures += drawn
-        report.keep(reports, output, timed(), numbers)
-    report.write(reports, output, timed(), figures, "Zero-shot benchmark", numbers)
+        report_folder.keep(reports, output, timed(), numbers)
+    report_folder.write(reports, output, timed(), figures, "Zero-shot benchmark", numbers)
     return reports
 
 
@@ -245,7 +245,7 @@ def facts_of(handle: Pretrained | None, folder: str) -> dict[str, str]:
     else:
         what = (repr(handle), folder or "(in memory)", handle.fingerprint, handle.license)
     return {
-        **report.environment(),
+        **report_folder.environment(),
         **dict(zip(("model", "model folder", "weights", "licence of the model"), what, strict=True)),
     }
 
@@ -259,7 +259,7 @@ def read_options(
         values.setdefault("data", {})["path"] = "(in memory)"
     options = build(kind, values, "config")
     output = Path(options.output).expanduser()
-    check_folder(output, "--config.output", overwrite, _REPORT_BYTES, report.FILES)
+    check_folder(output, "--config.output", overwrite, _REPORT_BYTES, report_folder.FILES)
     return options, output
 
 

@@ -316,7 +316,7 @@ def _finish(
     console: Any,
 ) -> None:
     """Measure the best model, and write tables and model folder."""
-    from sct.eval import report
+    from sct.eval import report_folder
 
     variables = best_variables(result, workdir, options)
     if jax.process_count() > 1:
@@ -338,7 +338,7 @@ def _finish(
         if jax.process_index() == 0:
             write_json(workdir / f"{evaluator.name}.json", numbers)
     if jax.process_index() == 0:
-        report.write(reports, workdir)
+        report_folder.write(reports, workdir)
         model = pretrained.Pretrained(
             plain["family"],
             task.model_config,

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from sct.errors import CheckpointError, ConfigError, FolderInUseError, SctError
-from sct.eval import report
+from sct.eval import report_folder
 from sct.eval.report import Report
 from sct.train import experiment
 from sct.weights import run_folder
@@ -161,7 +161,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str], only: Sequen
         for name in set(runs) - set(wanted):
             states[name] = _state(workdir / name)
         made = tables(workdir, runs, states)
-        report.write(made, workdir)
+        report_folder.write(made, workdir)
         for each in made:
             console.print(each.table())
         console.print(f"sweep folder: {workdir}", soft_wrap=True)

@@ -14,7 +14,7 @@ from sct.data import masking
 from sct.data.tokenize import bin_counts
 from sct.errors import ConfigError, DataError, StoreError
 from sct.eval import held_out as drawing
-from sct.eval import imputation, report, scoring
+from sct.eval import imputation, report_folder, scoring
 from sct.eval.baselines import OTHER_CELLS, Unavailable
 from sct.eval.held_out import HeldOut
 from sct.eval.imputation import GeneImputation, cells_to_mask, sparsity_groups
@@ -591,7 +591,7 @@ def test_the_table_after_training_has_every_method_and_draw(measured):
 
 
 def test_the_table_is_written_as_markdown_and_json(measured, tmp_path):
-    report.write([measured.report], tmp_path)
+    report_folder.write([measured.report], tmp_path)
     lines = (tmp_path / "report.md").read_text().splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert len(table) == len(measured.report.rows) + 2

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from sct.eval import report
+from sct.eval import report_folder
 from sct.eval.page import Figure
-from sct.eval.report import Report, Summary, environment
+from sct.eval.report import Report, Summary
+from sct.eval.report_folder import environment
 
 REASON = "magic-impute is not installed: pip install magic-impute, then run the command again"
 COLUMNS = ("method", "fitted on", "told expressed", "MCC", "gain over the bar", "MAE (counts)", "remark")
@@ -172,7 +173,7 @@ def test_texts_are_not_read_as_markup():
 def test_the_files_hold_facts_and_every_measurement(tmp_path):
     facts = {"command": "python -m x --a='<b>'", "seeds": "0, 1"}
     figure = Figure("A figure", "<svg xmlns='http://www.w3.org/2000/svg'></svg>")
-    report.write([imputation(), embedding()], tmp_path / "new", facts, [figure], title="Benchmark")
+    report_folder.write([imputation(), embedding()], tmp_path / "new", facts, [figure], title="Benchmark")
     folder = tmp_path / "new"
     assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.json", "report.md"]
     saved = json.loads((folder / "report.json").read_text(), parse_constant=pytest.fail)
@@ -195,7 +196,7 @@ def test_further_numbers_have_a_file_without_nan(tmp_path):
         "count": np.int64(3),
         "of": np.array([1.0, np.nan]),
     }
-    report.write([imputation()], tmp_path, {"seed": "1"}, numbers=numbers)
+    report_folder.write([imputation()], tmp_path, {"seed": "1"}, numbers=numbers)
     saved = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
     assert saved == {
         "facts": {"seed": "1"},
@@ -206,7 +207,7 @@ def test_further_numbers_have_a_file_without_nan(tmp_path):
 
 
 def test_without_facts_and_figures_there_is_no_page(tmp_path):
-    report.write([imputation()], tmp_path)
+    report_folder.write([imputation()], tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
     (saved,) = json.loads((tmp_path / "report.json").read_text())
     assert saved["title"] == "Imputation [40%] of genes"
@@ -216,7 +217,7 @@ def test_without_facts_and_figures_there_is_no_page(tmp_path):
 def test_numbers_are_on_the_disk_before_what_may_fail(tmp_path, monkeypatch, what):
     """Whichever file cannot be written: numbers come first, and nothing of an earlier report stays beside new ones."""
     files = ["report.json", "results.json", "report.md", "report.html"]
-    report.write([imputation()], tmp_path, {"seed": "1"}, numbers={"n": 1})
+    report_folder.write([imputation()], tmp_path, {"seed": "1"}, numbers={"n": 1})
     write_text = type(tmp_path).write_text
 
     def full(path, text, **options):
@@ -226,7 +227,7 @@ def test_numbers_are_on_the_disk_before_what_may_fail(tmp_path, monkeypatch, wha
 
     monkeypatch.setattr(type(tmp_path), "write_text", full)
     with pytest.raises(OSError, match="no space"):
-        report.write([embedding()], tmp_path, {"seed": "2"}, numbers={"n": 2})
+        report_folder.write([embedding()], tmp_path, {"seed": "2"}, numbers={"n": 2})
     there = {path.name: path.read_text() for path in tmp_path.iterdir()}
     if what.endswith(".json"):
         assert set(there) == set(files)
@@ -238,9 +239,9 @@ def test_numbers_are_on_the_disk_before_what_may_fail(tmp_path, monkeypatch, wha
 
 
 def test_numbers_of_an_earlier_report_do_not_stay_beside_a_new_one(tmp_path):
-    report.write([imputation()], tmp_path, {"seed": "1"}, numbers={"n": 1})
+    report_folder.write([imputation()], tmp_path, {"seed": "1"}, numbers={"n": 1})
     (tmp_path / "kept.json").write_text("{}")
-    report.write([embedding()], tmp_path)
+    report_folder.write([embedding()], tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"kept.json", "report.json", "report.md"}
 
 
@@ -251,7 +252,7 @@ def test_a_page_that_cannot_be_made_costs_no_number(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        report.write([imputation()], tmp_path, {"seed": "1"}, [Figure("f", broken)], numbers={"n": 1})
+        report_folder.write([imputation()], tmp_path, {"seed": "1"}, [Figure("f", broken)], numbers={"n": 1})
     assert not (tmp_path / "report.html").exists()
 
 
