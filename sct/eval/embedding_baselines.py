@@ -11,6 +11,8 @@ import pandas as pd
 from scipy import sparse
 from sklearn import decomposition
 
+from sct.data.gene_selection import variable_genes
+from sct.data.normalization import TARGET, log_expression
 from sct.errors import MissingExtraError
 from sct.eval import metrics
 from sct.extras import load_extra
@@ -37,10 +39,8 @@ class Cells:
 
     @functools.cached_property
     def log(self) -> sparse.csr_matrix:
-        """log1p of counts per 10,000 (N, G); a cell without counts stays empty."""
-        totals = np.asarray(self.counts.sum(axis=1)).ravel()
-        factors = np.divide(1e4, totals, out=np.zeros_like(totals), where=totals > 0)
-        return sparse.csr_matrix(sparse.diags(factors) @ self.counts).log1p().astype(np.float32)
+        """log1p of counts per 10,000, float32 (N, G); a cell without counts stays empty."""
+        return log_expression(self.counts).astype(np.float32)
 
     @functools.cached_property
     def principal(self) -> np.ndarray:
@@ -55,22 +55,22 @@ def _fit(values: sparse.csr_matrix, components: int) -> Any:
     return decomposition.PCA(components, svd_solver="arpack", random_state=0).fit(values)
 
 
-def _variable_genes(cells: Cells, genes: int) -> Any:
-    """AnnData of log counts, of highly variable genes alone (scanpy's default way to find them)."""
+def _by_scanpy(cells: Cells) -> Any:
+    """AnnData of log1p counts per 10,000 by scanpy's own functions, whose recipe it is: rounding included."""
     scanpy = load_extra("scanpy", "analysis")
     from anndata import AnnData
 
     adata = AnnData(cells.counts.copy())
-    scanpy.pp.normalize_total(adata, target_sum=1e4)
+    scanpy.pp.normalize_total(adata, target_sum=TARGET)
     scanpy.pp.log1p(adata)
-    scanpy.pp.highly_variable_genes(adata, n_top_genes=min(genes, adata.n_vars))
-    return adata[:, adata.var["highly_variable"].to_numpy()].copy()
+    return adata
 
 
 def hvg_pca(cells: Cells, genes: int, seed: int) -> np.ndarray:
     """Principal components (N, P) by scanpy's standard recipe: variable genes, scaled and clipped at 10."""
     scanpy = load_extra("scanpy", "analysis")
-    adata = _variable_genes(cells, genes)
+    adata = _by_scanpy(cells)
+    adata = adata[:, variable_genes(adata.X, genes)].copy()
     scanpy.pp.scale(adata, max_value=10)
     scanpy.pp.pca(adata, min(cells.components, min(adata.shape) - 1), svd_solver="arpack", random_state=seed)
     return adata.obsm["X_pca"]
@@ -93,7 +93,7 @@ def scvi(cells: Cells, genes: int, seed: int, epochs: int | None = None) -> np.n
         raise MissingExtraError("scvi-tools is not installed: pip install scvi-tools") from None
     from anndata import AnnData
 
-    chosen = _variable_genes(cells, genes).var_names.astype(int)
+    chosen = variable_genes(_by_scanpy(cells).X, genes)
     adata = AnnData(cells.counts[:, chosen].copy())
     key = None if cells.batch is None else "batch"
     if cells.batch is not None:

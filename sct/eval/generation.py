@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from sct.data.normalization import log_expression
 from sct.errors import ConfigError, DataError, MissingExtraError
 from sct.eval import metrics
 from sct.eval.generated import (
@@ -75,9 +76,7 @@ class Options:
 
 def log_normalised(counts: sparse.csr_matrix) -> tuple[sparse.csr_matrix, None]:
     """log10(1 + counts per 10,000) of raw counts (N, G) (Cell2Sentence, equation 1), and no sentences."""
-    totals = np.asarray(counts.sum(axis=1), dtype=float).ravel()
-    scaled = sparse.diags(np.divide(1e4, totals, out=np.zeros_like(totals), where=totals > 0)) @ counts
-    return sparse.csr_matrix(scaled.log1p() / np.log(10)), None
+    return sparse.csr_matrix(log_expression(counts, np.float64) / np.log(10)), None
 
 
 def profile_counts(

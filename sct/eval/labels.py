@@ -15,9 +15,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, cohen_kappa_score, f1_score, roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 
+from sct.data.normalization import log_expression
 from sct.errors import ConfigError, DataError
 from sct.eval import metrics
-from sct.eval.embedding_baselines import Cells
 from sct.eval.report import Report
 from sct.progress import track
 
@@ -297,14 +297,11 @@ def _columns(true: pd.DataFrame, positive: str) -> list[str]:
     return ["exact accuracy", "partial accuracy", *common, "exact AUROC (average)", *keys]
 
 
-def log_expression(counts: Any) -> sparse.csr_matrix:
-    """log1p of counts per 10,000 (N, G)."""
-    return Cells(sparse.csr_matrix(counts).astype(np.float32), np.empty(0), None).log
-
-
 def components(training_counts: Any, counts: Any, number: int) -> tuple[np.ndarray, np.ndarray]:
     """Principal components of log expression (T, n) and (N, n), fitted on training cells; fewer of few cells."""
-    before, after = log_expression(training_counts), log_expression(counts)
+    before, after = (
+        log_expression(sparse.csr_matrix(each, dtype=np.float32)) for each in (training_counts, counts)
+    )
     least = min(before.shape)
     if least < 3:  # too few for components: what they would keep are the genes themselves
         return before.toarray(), after.toarray()

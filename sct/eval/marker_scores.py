@@ -11,10 +11,11 @@ from typing import Any
 import anndata as ad
 import numpy as np
 import pandas as pd
+from scipy import sparse
 
+from sct.data.normalization import log_expression
 from sct.errors import DataError
 from sct.eval import metrics
-from sct.eval.labels import log_expression
 from sct.extras import load_extra
 
 NAME = "marker scores"
@@ -37,7 +38,9 @@ def read_markers(path: str | Path) -> dict[str, tuple[str, ...]]:
 
 
 def _table(counts: Any, symbols: Sequence[str]) -> ad.AnnData:
-    return ad.AnnData(X=log_expression(counts), var=pd.DataFrame(index=list(symbols)))
+    return ad.AnnData(
+        X=log_expression(sparse.csr_matrix(counts, dtype=np.float32)), var=pd.DataFrame(index=list(symbols))
+    )
 
 
 @contextlib.contextmanager

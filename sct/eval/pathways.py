@@ -20,6 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 
+from sct.data.normalization import log_expression
 from sct.errors import ConfigError, DataError
 from sct.eval import labels, metrics
 from sct.eval.report import Report
@@ -216,7 +217,7 @@ class Cells:
     ) -> Cells:
         """Label cells by the scorer."""
         found = active(activities(counts, symbols, gene_sets), deviations)
-        log = labels.log_expression(counts)
+        log = log_expression(sparse.csr_matrix(counts, dtype=np.float32))
         places = {symbol: place for place, symbol in enumerate(symbols)}
         means = [
             np.asarray(

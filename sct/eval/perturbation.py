@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from sct.data.gene_selection import variable_genes
 from sct.errors import DataError
 from sct.eval import metrics
 from sct.eval.generated import CellSet, Numbers, correlations, mean_profiles
@@ -21,23 +22,18 @@ from sct.progress import track
 NO_CHANGE = "training cells of the opposite condition"
 
 
-def variable_genes(expression: Any, number: int = 5000, *, log_base: float = 10.0) -> np.ndarray:
-    """Columns of the most variable genes of cells (N, G) of logarithmic expression, by scanpy's default way.
+def chosen_genes(expression: Any, number: int = 5000, *, log_base: float = 10.0) -> np.ndarray:
+    """Columns of the most variable genes of cells (N, G) of logarithmic expression; of all for a number of 0.
 
     Raises
     ------
     MissingExtraError
         scanpy is not installed.
     """
-    scanpy = load_extra("scanpy", "analysis")
-    from anndata import AnnData
-
     if not number or number >= expression.shape[1]:
         return np.arange(expression.shape[1])
     with metrics.quiet():
-        adata = AnnData(expression.astype(np.float32), uns={"log1p": {"base": log_base}})
-        scanpy.pp.highly_variable_genes(adata, n_top_genes=number)
-    return np.flatnonzero(adata.var["highly_variable"])
+        return variable_genes(expression.astype(np.float32), number, log_base=log_base)
 
 
 def differential_genes(cells: Any, opposite: Any, number: int = 20) -> np.ndarray:
@@ -93,7 +89,7 @@ def perturbation_correlations(
         Condition -> the condition of the training cells that it is compared with (the other exposure, the
         control).
     genes
-        Columns that count (`variable_genes` of the training cells), or None for all.
+        Columns that count (`chosen_genes` of the training cells), or None for all.
     differential
         Condition -> columns of its differential genes.
 
@@ -161,7 +157,7 @@ def compare_perturbations(
         ):
             if (number := int((cells.labels == label).sum())) < least:
                 raise DataError(f"{label!r} has {number} {what} cells; give {least} or more or leave it out.")
-    genes = variable_genes(training.expression, options.variable_genes, log_base=options.log_base)
+    genes = chosen_genes(training.expression, options.variable_genes, log_base=options.log_base)
     names = (GENERATED, SHUFFLED, REAL, NO_CHANGE)
     numbers: Numbers = {name: {column: [] for column in PERTURBATION_COLUMNS} for name in names}
     for seed in track(range(options.seeds), "measuring perturbations"):

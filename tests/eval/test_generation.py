@@ -452,9 +452,9 @@ def test_variable_genes_are_those_of_scanpy_whatever_the_base_of_the_logarithm()
     adata = AnnData((expression * np.log(10)).astype(np.float32), uns={"log1p": {"base": None}})
     scanpy.pp.highly_variable_genes(adata, n_top_genes=15)
     expected = np.flatnonzero(adata.var["highly_variable"])
-    np.testing.assert_array_equal(perturbation.variable_genes(expression, 15), expected)
-    assert not np.array_equal(perturbation.variable_genes(expression, 15, log_base=np.e), expected)
-    np.testing.assert_array_equal(perturbation.variable_genes(expression, 0), np.arange(40))
+    np.testing.assert_array_equal(perturbation.chosen_genes(expression, 15), expected)
+    assert not np.array_equal(perturbation.chosen_genes(expression, 15, log_base=np.e), expected)
+    np.testing.assert_array_equal(perturbation.chosen_genes(expression, 0), np.arange(40))
 
 
 def test_differences_to_the_opposite_condition_are_correlated():

@@ -16,6 +16,7 @@ import pandas as pd
 from scipy import sparse
 
 from sct.data.alignment import some
+from sct.data.normalization import TARGET, per_count
 from sct.data.text.ranking import Ranked, canonical, cell_keys, choose, hash_names, mix, rank, sort_rows
 from sct.data.text.words import Words
 from sct.errors import DataError
@@ -33,7 +34,6 @@ __all__ = [
     "sentences",
 ]
 
-TARGET = 1e4  # counts per cell after normalisation (equation 1)
 _BLOCK = 256  # sentences to split at a time: their words stay in the cache, and in bounded memory
 
 
@@ -76,7 +76,7 @@ def normalise(counts: sparse.csr_matrix, target: float = TARGET) -> sparse.csr_m
     """
     counts = canonical(counts)
     lengths = np.diff(counts.indptr)
-    data = np.log10(1 + counts.data * np.repeat(_per_count(counts, target), lengths))
+    data = np.log10(1 + counts.data * np.repeat(per_count(counts, target, np.float64), lengths))
     return sparse.csr_matrix((data.astype(np.float32), counts.indices, counts.indptr), counts.shape)
 
 
@@ -203,10 +203,10 @@ def fit_rank(
     n = len(ranked.genes)
     position = np.arange(1, n + 1) - np.repeat(ranked.indptr[:-1], lengths)
     # Genes of one count of a cell form a run: values, and their ranks, are computed once for each.
-    per_count = np.repeat(_per_count(counts, TARGET), lengths)
+    factors = np.repeat(per_count(counts, dtype=np.float64), lengths)
     starts = np.flatnonzero((position == 1) | (np.diff(ranked.counts, prepend=0) != 0))
     weight = np.diff(starts, append=n)
-    values = np.log10(1 + ranked.counts[starts] * per_count[starts])
+    values = np.log10(1 + ranked.counts[starts] * factors[starts])
     if lengths.max(initial=0) < 2 or not np.ptp(values):
         raise DataError(
             f"the {n:,} pairs of rank and expression have one rank or one value only, but a line needs two of "
@@ -319,12 +319,6 @@ def counts_like(expression: sparse.csr_matrix, total: float = TARGET) -> sparse.
     result = expression.copy()
     result.data = ((10.0**result.data - 1) * (total / TARGET)).astype(expression.dtype)
     return result
-
-
-def _per_count(counts: sparse.csr_matrix, target: float) -> np.ndarray:
-    """What one count is worth in each cell after normalisation, float64 (N,); 0 in an empty cell."""
-    totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
-    return np.divide(target, totals, out=np.zeros_like(totals), where=totals > 0)
 
 
 def _mean_ranks(times: np.ndarray) -> np.ndarray:
