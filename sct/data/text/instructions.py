@@ -26,6 +26,7 @@ from sct.data.quantile_bins import CellOptions, CellSource
 from sct.data.store import Study
 from sct.data.text.cell_sentence import cell_keys
 from sct.data.text.prompts import INSTRUCTIONS, Example, Prompts, draw_task
+from sct.data.text.studies import read_study_file
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import ConfigError
 
@@ -81,18 +82,7 @@ def read_study_texts(path: str | Path) -> dict[str, dict[str, Any]]:
     ConfigError
         The file cannot be read or has another form; study and field are named.
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"the texts of studies in {path} cannot be read ({error}): check the file."
-        ) from error
-    if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
-        raise ConfigError(
-            f"{path} is not of the form `STUDY: {{abstract: TEXT, cell_types: [...]}}`: write it so."
-        )
+    content = read_study_file(path, "STUDY: {abstract: TEXT, cell_types: [...]}")
     known = ("abstract", *_LISTS)
     for study, entry in content.items():
         for field, value in entry.items():
@@ -113,7 +103,7 @@ def read_study_texts(path: str | Path) -> dict[str, dict[str, Any]]:
                 )
             if len(set(texts)) < len(texts):
                 raise ConfigError(f"{path}: {field} of {study} names one of its entries twice.")
-    return {str(study): dict(entry) for study, entry in content.items()}
+    return content
 
 
 class Labelled(Protocol):

@@ -15,6 +15,7 @@ from sct.data.genes import GeneVocabulary
 from sct.data.store import Study
 from sct.data.text.cell_sentence import cell_keys, sentences
 from sct.data.text.prompts import TASKS, Example, Prompts, draw_task
+from sct.data.text.studies import read_study_file, wrong_form
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import ConfigError
 
@@ -70,25 +71,12 @@ def read_studies(path: str | Path) -> dict[str, dict[str, str]]:
     ConfigError
         It cannot be read, or is not of that form.
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"the texts of studies in {path} cannot be read ({error}): check the file."
-        ) from error
-    good = isinstance(content, dict) and all(
-        isinstance(texts, dict) and all(isinstance(text, str) and text.strip() for text in texts.values())
-        for texts in content.values()
-    )
-    if not good:
-        raise ConfigError(
-            f"{path} is not of the form `STUDY: {{abstract: TEXT, tissue: TEXT}}`: write it like this."
-        )
-    return {
-        str(study): {str(field): text for field, text in texts.items()} for study, texts in content.items()
-    }
+    form = "STUDY: {abstract: TEXT, tissue: TEXT}"
+    content = read_study_file(path, form)
+    texts = [text for entry in content.values() for text in entry.values()]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise wrong_form(path, form)
+    return {study: {str(field): text for field, text in entry.items()} for study, entry in content.items()}
 
 
 class Texts:
