@@ -72,6 +72,8 @@ ALLOWED: dict[str, set[str]] = {
         "models",
         "nn",
         "data.genes",
+        "data.bag_order",
+        "data.tokenize",
         "data.text.tokenizer",
         "data.text.gene_corpus",
         "data.text.cell_sentence",

@@ -11,6 +11,7 @@ import dataclasses
 import numpy as np
 from scipy.spatial import KDTree
 
+CELLS_PER_BAG = 50  # sCT paper, section 3
 # Cells that are shuffled among each other: one contiguous read of a file, some hundred megabytes at most.
 WINDOW = 10_000
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from scipy.spatial import KDTree
 
+from sct.data.bag_order import CELLS_PER_BAG
 from sct.data.store import Study
 from sct.data.tokenize import NOISE_FRACTION, bin_counts
 from sct.errors import ConfigError
@@ -109,7 +110,7 @@ class BagOptions:
         Seed of the choice of cells.
     """
 
-    cells_per_bag: int = 50
+    cells_per_bag: int = CELLS_PER_BAG
     num_positions: int = 19_968
     num_bins: int = 5
     shuffle_cells: int = 0

@@ -85,9 +85,9 @@ class BagData(StoreConfig):
         See `sct.data.bags.BagOptions`.
     """
 
-    cells_per_bag: int = 50
-    shuffle_cells: int = 0
-    spatial_bags: bool = True
+    cells_per_bag: int = BagOptions.cells_per_bag
+    shuffle_cells: int = BagOptions.shuffle_cells
+    spatial_bags: bool = BagOptions.spatial_bags
     noise_fraction: float = BagOptions.noise_fraction
 
     def options(self, seed: int) -> BagOptions:

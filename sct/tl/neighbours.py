@@ -5,7 +5,7 @@ from __future__ import annotations
 import anndata as ad
 import numpy as np
 
-from sct.data.bag_order import neighbours
+from sct.data.bag_order import CELLS_PER_BAG, neighbours
 from sct.errors import ConfigError
 from sct.tl import running
 from sct.version import __version__
@@ -14,7 +14,7 @@ from sct.version import __version__
 def spatial_neighbors(
     adata: ad.AnnData,
     *,
-    cells_per_bag: int = 50,
+    cells_per_bag: int = CELLS_PER_BAG,
     spatial_key: str = "spatial",
     batch_key: str | None = None,
     key_added: str = "sct_neighbors",

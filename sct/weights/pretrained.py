@@ -18,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from sct.data.bag_order import CELLS_PER_BAG
 from sct.data.genes import GeneVocabulary
 from sct.data.text.tokenizer import Tokenizer
+from sct.data.tokenize import NOISE_FRACTION
 from sct.errors import CheckpointError, ConfigError, DataError
 from sct.models import registry
 from sct.nn import axes
@@ -30,7 +32,7 @@ from sct.weights.model_folder import FORMAT_VERSION, SHARD_BYTES
 
 LOADED_DTYPES = ("float32", "bfloat16", "float16")
 # Options of the data that a model's inputs should share with its training, and the paper's values.
-DATA_OPTIONS: Mapping[str, Any] = {"cells_per_bag": 50, "noise_fraction": 0.003}
+DATA_OPTIONS: Mapping[str, Any] = {"cells_per_bag": CELLS_PER_BAG, "noise_fraction": NOISE_FRACTION}
 
 
 @dataclasses.dataclass(frozen=True)
