@@ -126,7 +126,7 @@ def _votes(distances: np.ndarray) -> np.ndarray:
     return np.tile(1 + 0.5 ** (2 + np.arange(distances.shape[1])), (len(distances), 1))
 
 
-def knn_accuracy(
+def nearest_label_accuracy(
     distances: np.ndarray, real_labels: Any, generated_labels: Any, ks: Sequence[int] = KS
 ) -> dict[int, float]:
     """Share of generated cells whose nearest real cells have the label that they were generated for.

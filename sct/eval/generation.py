@@ -20,8 +20,8 @@ from sct.eval.generated import (
     Numbers,
     expression_distances,
     gromov_wasserstein,
-    knn_accuracy,
     mean_correlations,
+    nearest_label_accuracy,
     sentence_quality,
     token_distances,
 )
@@ -184,7 +184,7 @@ def _by_label(
     """Measures that depend on the labels of the cells."""
     values: dict[str, float] = {}
     for space, matrix in distances.items():
-        accuracies = knn_accuracy(matrix, reference.labels, cells.labels, options.ks)
+        accuracies = nearest_label_accuracy(matrix, reference.labels, cells.labels, options.ks)
         values |= {_column(k, space): accuracy for k, accuracy in accuracies.items()}
     means = mean_correlations(cells, reference).mean()
     return values | dict(zip(CORRELATIONS, means.astype(float), strict=True))

@@ -113,17 +113,17 @@ def test_neighbours_vote_as_in_scikit_learn_where_votes_do_not_tie(seed, k):
     labels, asked = rng.choice(["x", "y"], 30), rng.choice(["x", "y"], 20)
     asked = np.where(np.isin(asked, labels), asked, labels[0])
     k = 2 * k - 1  # two labels cannot tie
-    found = generated.knn_accuracy(generated.expression_distances(made, real), labels, asked, [k])
+    found = generated.nearest_label_accuracy(generated.expression_distances(made, real), labels, asked, [k])
     assert found == {k: KNeighborsClassifier(k).fit(real, labels).score(made, asked)}
 
 
 def test_the_nearest_cell_decides_among_labels_that_tie():
     labels = np.array(["b", "a", "a", "b"])
     distances = np.array([[1.0, 2.0, 3.0, 4.0], [4.0, 1.0, 3.0, 2.0]])
-    found = generated.knn_accuracy(distances, labels, ["b", "a"], [2, 4, 99])
+    found = generated.nearest_label_accuracy(distances, labels, ["b", "a"], [2, 4, 99])
     assert (found[2], found[4]) == (1.0, 1.0)
     assert np.isnan(found[99])  # there are not as many cells
-    assert generated.knn_accuracy(distances, labels, ["a", "b"], [4]) == {4: 0.0}
+    assert generated.nearest_label_accuracy(distances, labels, ["a", "b"], [4]) == {4: 0.0}
 
 
 @laws
@@ -132,10 +132,10 @@ def test_neither_the_order_of_cells_nor_the_names_of_labels_matter(seed):
     rng = np.random.default_rng(seed)
     real, made = rng.normal(size=(24, 2)), rng.normal(size=(15, 2))
     labels, asked = rng.permutation(np.repeat(["x", "y", "z"], 8)), rng.choice(["x", "y", "z"], 15)
-    found = generated.knn_accuracy(generated.expression_distances(made, real), labels, asked)
+    found = generated.nearest_label_accuracy(generated.expression_distances(made, real), labels, asked)
     first, second = rng.permutation(24), rng.permutation(15)
     names = {"x": "q", "y": "p", "z": "o"}
-    again = generated.knn_accuracy(
+    again = generated.nearest_label_accuracy(
         generated.expression_distances(made[second], real[first]),
         [names[each] for each in labels[first]],
         [names[each] for each in asked[second]],
@@ -146,16 +146,16 @@ def test_neither_the_order_of_cells_nor_the_names_of_labels_matter(seed):
 def test_cells_of_their_own_type_are_told_and_others_are_not():
     real, made = cells(seed=0), cells(seed=1)
     distances = generated.expression_distances(made.expression, real.expression)
-    assert min(generated.knn_accuracy(distances, real.labels, made.labels).values()) == 1
+    assert min(generated.nearest_label_accuracy(distances, real.labels, made.labels).values()) == 1
     wrong = np.roll(np.array(["a", "b", "c"]), 1)[np.searchsorted(["a", "b", "c"], made.labels.astype(str))]
-    assert max(generated.knn_accuracy(distances, real.labels, wrong).values()) == 0
+    assert max(generated.nearest_label_accuracy(distances, real.labels, wrong).values()) == 0
 
 
 def test_a_label_that_no_real_cell_has_is_an_error():
     with pytest.raises(DataError, match="'z'"):
-        generated.knn_accuracy(np.ones((1, 2)), ["x", "y"], ["z"])
+        generated.nearest_label_accuracy(np.ones((1, 2)), ["x", "y"], ["z"])
     with pytest.raises(DataError, match=r"\(2, 1\)"):
-        generated.knn_accuracy(np.ones((2, 1)), ["x", "y"], ["x"])
+        generated.nearest_label_accuracy(np.ones((2, 1)), ["x", "y"], ["x"])
 
 
 # Gromov-Wasserstein
