@@ -3,7 +3,7 @@
 The base is the paper's recipe, its stratified masking included. A run of `sweep` changes what it names, and nothing
 else; runs with fewer cells in a bag take as many more bags in a step, so that all see the same number of cells.
 
-:quickstart, the blood cells that come with scanpy, 13 runs of 2-3 minutes on 2 CPU cores:
+:quickstart, the blood cells that come with scanpy, 13 runs of 3-4 minutes on 2 CPU cores:
 
     python -m launch.train --config=configs/sct_ablations.py:quickstart --workdir=runs/ablations
 

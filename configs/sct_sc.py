@@ -12,7 +12,7 @@ cells; a mixture of maskings, see MIXTURE; not measured yet):
 
     python -m launch.train --config=configs/sct_sc.py:mini --config.data.store=STORE --workdir=runs/mini
 
-:quickstart, real blood cells that come with scanpy (700 cells x 765 genes), 2 CPU cores, 2-3 minutes; MCC 0.41 on
+:quickstart, real blood cells that come with scanpy (700 cells x 765 genes), 2 CPU cores, 4 minutes; MCC 0.40 on
 masked expressed genes of held-out cells (README.md, "Results"):
 
     python -m launch.train --config=configs/sct_sc.py:quickstart --workdir=runs/quickstart
