@@ -13,6 +13,7 @@ from scipy import sparse
 from scipy.spatial.distance import cdist
 
 from sct.data.bags import BagSource
+from sct.data.normalization import log_expression, per_count
 from sct.data.tokenize import digitize
 from sct.eval.held_out import HeldOut, Masked, pick
 from sct.extras import missing_extra
@@ -139,13 +140,6 @@ class OthersCommonLevel(CommonLevel):
         return frequencies
 
 
-def _profile(counts: sparse.csr_matrix) -> sparse.csr_matrix:
-    """log1p of counts per 10,000."""
-    total = np.asarray(counts.sum(axis=1)).ravel()
-    scaled = sparse.diags(1e4 / np.maximum(total, 1)) @ counts
-    return scaled.log1p().tocsr()
-
-
 def _require_visible(masked: Masked) -> None:
     """Refuse where all scored cells are hidden as a whole."""
     shown = np.diff(masked.visible.indptr)[masked.cells]
@@ -268,7 +262,7 @@ class KnnSmoothing:
         for study in np.unique(held_out.study):
             (cells,) = np.nonzero(held_out.study == study)
             profile = self._reference.profile(held_out.measured[study, :genes])
-            query = _profile(masked.visible[cells][:, :genes])
+            query = log_expression(masked.visible[cells][:, :genes])
             rows[cells] = _nearest(query, masked.shown[cells, :genes], profile, None, self.neighbours)
         return _smoothed(rows, self._reference.counts, self._reference.shown_in, masked)
 
@@ -293,7 +287,7 @@ class _Reference:
         key = genes.tobytes()
         if key not in self._profiles:
             shown = sparse.csr_matrix(self.counts @ sparse.diags(genes.astype(np.float32)))
-            self._profiles = {key: _profile(shown)}
+            self._profiles = {key: log_expression(shown)}
         return self._profiles[key]
 
     def shown_in(self, rows: np.ndarray) -> np.ndarray:
@@ -340,7 +334,7 @@ class OwnKnnSmoothing:
         if len(held_out) < 2:
             raise Unavailable("there is one cell only, which has no neighbours")
         k = min(self.neighbours, len(held_out) - 1)
-        profile = _profile(masked.visible)
+        profile = log_expression(masked.visible)
         rows = _nearest(profile, masked.shown, profile, masked.shown, k)
         return _smoothed(rows, masked.visible, lambda rows: masked.shown[rows].sum(axis=1), masked)
 
@@ -435,7 +429,7 @@ class Magic:
         require_shown(masked)
         totals = np.asarray(masked.visible.sum(axis=1)).ravel()
         genes = np.flatnonzero(np.bincount(masked.visible.indices, minlength=masked.visible.shape[1]))
-        scaled = sparse.diags(1e4 / np.maximum(totals, 1)) @ masked.visible.tocsc()[:, genes]
+        scaled = sparse.diags(per_count(masked.visible)) @ masked.visible.tocsc()[:, genes]
         roots = scaled.sqrt().tocsr()
         operator, steps = self._operator(roots)
         place = np.full(masked.mask.shape[1], -1)
