@@ -50,12 +50,11 @@ _UNS = ("abstract", "cell_types", "rare", "diseases")
 
 
 @dataclasses.dataclass(frozen=True)
-class DataOptions:
+class DataOptions(benchmarking.CellChoice):
     """Cells to ask about; see `configs/benchmark_zeromics.py` for each field."""
 
-    path: str = ""
+    max_cells: int = 3_000
     dataset: str = ""
-    split: str = "test"
     studies: str = ""
     cell_type: str = "cell_type"
     disease: str = ""
@@ -63,12 +62,6 @@ class DataOptions:
     rare_share: float = 0.05
     group_key: str = ""
     share: float = 1 / 3
-    layer: str = ""
-    gene_column: str = ""
-    duplicates: str = "error"
-    study_key: str = ""
-    max_cells: int = 3_000
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
@@ -79,15 +72,7 @@ class DataOptions:
             raise ConfigError(
                 "data.split is train, but cells that no model has learned are needed: test, or validation."
             )
-
-    @property
-    def cells(self) -> benchmarking.DataOptions:
-        """How cells are read, as in the other benchmark."""
-        return benchmarking.DataOptions(
-            path=self.path, split=self.split, layer=self.layer, gene_column=self.gene_column,
-            duplicates=self.duplicates, study_key=self.study_key, max_cells=self.max_cells, seed=self.seed,
-            spatial_key="",
-        )  # fmt: skip
+        super().__post_init__()
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -229,7 +214,7 @@ def _benchmark(
         data = dataclasses.replace(data, path=str(output / "store"))
         options = dataclasses.replace(options, data=data)
         said = {**study_texts(data.dataset), **said}
-    studies, _ = benchmarking.open_cells(data.cells, adata)
+    studies, _ = benchmarking.open_cells(data, adata)
     if said and not set(said) & {name for name, _ in studies}:
         raise ConfigError(
             f"{data.studies} has texts of {sorted(said)[0]!r}, but the studies are "
@@ -299,7 +284,7 @@ class _Study:
         self, name: str, cells: ad.AnnData, said: Mapping[str, Any], model: Pretrained, asker: CellAsker,
         options: InstructionBenchmarkOptions, markers: Mapping[str, Sequence[str]] | None, place: Path,
     ):  # fmt: skip
-        part = benchmarking.part_of(name, cells, model.vocabulary, options.data.cells)
+        part = benchmarking.part_of(name, cells, model.vocabulary, options.data)
         self.said = {**_texts_of(name, cells), **said}
         self.model, self.asker, self.options, self.markers = model, asker, options, markers
         self.name, self.data, self.place = name, options.data, place

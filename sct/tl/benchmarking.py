@@ -41,30 +41,47 @@ _REPORT_BYTES = 10_000_000  # of a page with figures
 
 
 @dataclasses.dataclass(frozen=True)
-class DataOptions:
-    """Cells to measure on; see `configs/benchmark.py` for each field."""
+class CellChoice:
+    """Cells that a benchmark reads, of a file or a store; see `configs/benchmark.py` for each field."""
 
     path: str = ""
     split: str = "test"
-    train: str = ""
     layer: str = ""
     gene_column: str = ""
     duplicates: str = "error"
     study_key: str = ""
+    max_cells: int = 10_000
+    seed: int = 0
+
+    # Options of those benchmarks alone that read positions, and fit on a store of its own.
+    spatial_key = ""
+    train = ""
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise ConfigError(f"data.split is {self.split!r}, but it must be one of {', '.join(SPLITS)}.")
+        self._check_not_negative("max_cells", "seed")
+
+    def _check_not_negative(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 0:
+                raise ConfigError(f"data.{name} is {getattr(self, name)}, but 0 or more is needed.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions(CellChoice):
+    """Cells to measure on; see `configs/benchmark.py` for each field."""
+
+    train: str = ""
     spatial_key: str = "spatial"
     label_key: str = "cell_type"
     batch_key: str = ""
     cells_per_bag: int = 0
     max_bags: int = 100
-    max_cells: int = 10_000
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.split not in SPLITS:
-            raise ConfigError(f"data.split is {self.split!r}, but it must be one of {', '.join(SPLITS)}.")
-        for name in ("cells_per_bag", "max_bags", "max_cells", "seed"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"data.{name} is {getattr(self, name)}, but 0 or more is needed.")
+        super().__post_init__()
+        self._check_not_negative("cells_per_bag", "max_bags")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +285,7 @@ def _vocabulary(path: str) -> GeneVocabulary:
 
 
 def open_cells(
-    data: DataOptions, adata: ad.AnnData | None = None
+    data: CellChoice, adata: ad.AnnData | None = None
 ) -> tuple[list[tuple[str, ad.AnnData]], Store | None]:
     """Studies to score, in memory, and the store whose training studies baselines are fitted on."""
     path = Path(data.path).expanduser()
@@ -299,7 +316,7 @@ def open_cells(
     return _divided(cells, data, path.stem), train
 
 
-def _divided(cells: ad.AnnData, data: DataOptions, name: str) -> list[tuple[str, ad.AnnData]]:
+def _divided(cells: ad.AnnData, data: CellChoice, name: str) -> list[tuple[str, ad.AnnData]]:
     """Studies of a table as tables of their own, each with at most `max_cells` cells."""
     spatial_key = data.spatial_key if data.spatial_key in cells.obsm else None
     parts = []
@@ -321,7 +338,7 @@ def _divided(cells: ad.AnnData, data: DataOptions, name: str) -> list[tuple[str,
     return parts
 
 
-def part_of(name: str, study: ad.AnnData, vocabulary: GeneVocabulary, data: DataOptions) -> Part:
+def part_of(name: str, study: ad.AnnData, vocabulary: GeneVocabulary, data: CellChoice) -> Part:
     """Find the counts and positions of a study's cells; cells without any count are left out."""
 
     def table(cells: ad.AnnData) -> Cells:
