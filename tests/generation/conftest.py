@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sct.models.decoder import Decoder
 from sct.models.decoder_config import DecoderConfig, GPT2Config, LlamaConfig, NeoXConfig
 from sct.weights.pretrained import Pretrained
+from tests.random_models import random_model
 
 SMALL = {"vocab_size": 23, "embed_dim": 16, "num_layers": 2, "num_heads": 4, "ffn_dim": 24}
 CONFIGS = {
@@ -24,10 +21,7 @@ CONFIGS = {
 
 def make(config: DecoderConfig, family: str, seed: int = 0) -> Pretrained:
     """A model whose scores differ a lot, so that no rounding decides."""
-    variables = nn.unbox(Decoder(config).init(jax.random.key(seed), **Decoder.example(config)))
-    rng = np.random.default_rng(seed)
-    noisy = jax.tree.map(lambda x: x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), variables)
-    return Pretrained(family, config, noisy)
+    return random_model(family, config, seed=seed, key=seed)
 
 
 # NeoX generates as the others do, by one more arrangement of the same layers.

@@ -26,8 +26,9 @@ SIZES = {
 def writer(config: DecoderConfig, top_k: int = 4, length: int = 48) -> CellWriter:
     """Decoder with random parameters that says that it learned rows of so many tokens."""
     words = tuple(vocabulary().symbols)
+    family = "llama" if isinstance(config, LlamaConfig) else "gpt2"
     return CellWriter(
-        config, make(config, "").variables, tokenizer(), words, SHORT, top_k, {}, {}, TASKS, length
+        config, make(config, family).variables, tokenizer(), words, SHORT, top_k, {}, {}, TASKS, length
     )
 
 

@@ -22,6 +22,7 @@ from sct.nn.paths import flatten, unflatten
 from sct.nn.plain import plain_forms
 from sct.weights.pretrained import Pretrained
 from tests.cached import cached
+from tests.random_models import random_model
 
 SIZES = {"vocab_size": 19, "embed_dim": 16, "num_layers": 2, "num_heads": 4, "ffn_dim": 24, "max_length": 24}
 CONFIGS: dict[str, DecoderConfig] = {
@@ -35,12 +36,7 @@ FAMILIES = ["gpt2", "llama", pytest.param("neox", marks=pytest.mark.slow)]
 
 @cached
 def model(family: str) -> Pretrained:
-    """Random parameters so large that every part counts."""
-    config = CONFIGS[family]
-    variables = nn.unbox(jax.jit(Decoder(config).init)(jax.random.key(0), **Decoder.example(config)))
-    rng = np.random.default_rng(1)
-    noisy = jax.tree.map(lambda x: x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), variables)
-    return Pretrained(family, config, noisy)
+    return random_model(family, CONFIGS[family])
 
 
 def ids(*shape: int, seed: int = 0) -> np.ndarray:

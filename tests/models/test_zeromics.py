@@ -21,6 +21,7 @@ from sct.models.zeromics_cells import ZerOmicsCells, ZerOmicsCellsConfig
 from sct.nn.paths import flatten, unflatten
 from sct.weights.pretrained import Pretrained
 from tests.cached import cached
+from tests.random_models import random_model
 
 CELLS = ZerOmicsCellsConfig(
     num_genes=12, feature_dim=6, num_bins=4, embed_dim=8, num_layers=1, num_heads=2, ffn_dim=10
@@ -36,10 +37,7 @@ INSTRUCTIONS = np.array([[4, -1, -2, -3, 9, 7], [8, 8, -1, -2, -3, 2]])
 def model(tokenizer: str = "linear", width: int = 16) -> Pretrained:
     llm = dataclasses.replace(LLM, embed_dim=width)
     config = ZerOmicsConfig(CELLS, llm, 1 if tokenizer == "none" else 3, tokenizer)
-    made = nn.unbox(jax.jit(ZerOmics(config).init)(jax.random.key(0), **ZerOmics.example(config)))
-    rng = np.random.default_rng(0)
-    noisy = jax.tree.map(lambda x: x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), made)
-    return Pretrained("zeromics", config, noisy)
+    return random_model("zeromics", config, seed=0)
 
 
 def bins() -> np.ndarray:

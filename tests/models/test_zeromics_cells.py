@@ -17,6 +17,7 @@ from sct.models.zeromics_cells import FEATURES, ZerOmicsCells, ZerOmicsCellsConf
 from sct.nn.paths import flatten
 from sct.weights.pretrained import Pretrained
 from tests.cached import cached
+from tests.random_models import random_model
 
 CONFIG = ZerOmicsCellsConfig(
     num_genes=24, feature_dim=10, num_bins=4, embed_dim=16, num_layers=2, num_heads=4, ffn_dim=20
@@ -24,15 +25,12 @@ CONFIG = ZerOmicsCellsConfig(
 
 
 @cached
-def variables() -> dict[str, Any]:
-    made = nn.unbox(jax.jit(ZerOmicsCells(CONFIG).init)(jax.random.key(0), **ZerOmicsCells.example(CONFIG)))
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), made)
-
-
-@cached
 def model() -> Pretrained:
-    return Pretrained("zeromics_cells", CONFIG, variables())
+    return random_model("zeromics_cells", CONFIG, seed=0)
+
+
+def variables() -> dict[str, Any]:
+    return model().variables
 
 
 def cells(number: int = 3) -> np.ndarray:

@@ -28,6 +28,7 @@ from sct.tasks.instructions import InstructionData, Instructions, InstructionsCo
 from sct.weights.pretrained import Pretrained
 from tests.data.text.test_instructions import ABSTRACT, study, tokenizer
 from tests.data.text.toy_texts import GENES, ToyStore, counts, vocabulary
+from tests.random_models import noisy
 
 TYPES = ["B cell", "T cell", "NK cell"]
 SIZES = {
@@ -47,17 +48,10 @@ def asked(tmp_path_factory) -> Pretrained:
     known[[3, 8]] = False
     data = InstructionData(studies=str(path), length=160, disease="disease", max_genes=GENES - 4)
     task = Instructions(InstructionsConfig(rank=2), data, model, tokenizer(), ToyStore(study()), known, {}, 0)
-    rng = np.random.default_rng(1)
-    flat = flatten(nn.unbox(jax.jit(task.init)(jax.random.key(0))))
-    noisy = {
-        name: value
-        if name.endswith("/scale")
-        else value + jnp.asarray(0.3 * rng.normal(size=value.shape), value.dtype)
-        for name, value in flat.items()
-    }
+    variables = noisy(nn.unbox(jax.jit(task.init)(jax.random.key(0))), but="scale")
     parts = task.exports()
     parts["data"] = json.loads(json.dumps(parts["data"]))
-    return Pretrained("zeromics", model, unflatten(noisy), **parts)
+    return Pretrained("zeromics", model, variables, **parts)
 
 
 @pytest.fixture

@@ -7,9 +7,7 @@ import json
 from typing import Any
 
 import anndata as ad
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,11 +19,11 @@ from sct.data.text.prompts import JOIN, Template, parse_labels
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import ConfigError, DataError
 from sct.generation.cells import CellWriter
-from sct.models.decoder import Decoder
 from sct.models.decoder_config import GPT2Config
 from sct.tasks.cell_sentences import CellSentences, CellSentencesConfig, SentenceData
 from sct.weights.pretrained import Pretrained
 from tests.data.text.toy_texts import GENES, SHORT, ToyStore, counts, study, tokenizer, vocabulary
+from tests.random_models import random_model
 from tests.tl.test_annotate import blobs
 
 TASKS = (
@@ -47,12 +45,9 @@ def text_model(tmp_path_factory) -> Pretrained:
     data = SentenceData(top_k=5, length=128, abstract="own", labels=("tissue", "cell_type"))
     store: Any = ToyStore(study(40), study(30, "two", seed=1))
     task = CellSentences(objective, data, config, tokenizer(), store, seed=0)
-    variables = nn.unbox(jax.jit(Decoder(config).init)(jax.random.key(0), **Decoder.example(config)))
-    rng = np.random.default_rng(1)
-    noisy = jax.tree.map(lambda x: x + jnp.asarray(0.25 * rng.normal(size=x.shape), x.dtype), variables)
     parts = task.exports()
     parts["data"] = json.loads(json.dumps(parts["data"]))
-    return Pretrained("gpt2", config, noisy, **parts)
+    return random_model("gpt2", config, scale=0.25, **parts)
 
 
 def without(model: Pretrained, *tasks: str) -> Pretrained:

@@ -34,6 +34,7 @@ from sct.train import experiment
 from sct.train.experiment import run
 from tests.cached import cached
 from tests.data.text.toy_texts import SHORT, ToyStore, ToyStudy, study, tokenizer
+from tests.random_models import random_model
 
 from .conftest import merged, read_log, same, without_times
 
@@ -74,9 +75,7 @@ def task_of(
 def parameters(family: str) -> Any:
     """Parameters so large that every part counts."""
     config = registry.model_config(family, {"vocab_size": tokenizer().vocab_size, **SIZES, **FOREIGN[family]})
-    variables = nn.unbox(jax.jit(Decoder(config).init)(jax.random.key(0), **Decoder.example(config)))
-    rng = np.random.default_rng(1)
-    return jax.tree.map(lambda x: x + jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), variables)
+    return random_model(family, config, scale=0.2).variables
 
 
 def batch_of(task: CellSentences, split: str, number: int) -> dict[str, np.ndarray]:

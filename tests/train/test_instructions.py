@@ -21,7 +21,7 @@ from sct.generation.cell_asker import CellAsker
 from sct.models import registry
 from sct.models.decoder import Decoder
 from sct.models.zeromics import ZerOmics
-from sct.nn.paths import flatten, resolve, unflatten
+from sct.nn.paths import flatten, resolve
 from sct.tasks.instruction_reports import MODEL, OTHERS, Answers
 from sct.tasks.instructions import InstructionData, Instructions, InstructionsConfig
 from sct.train.experiment import run
@@ -30,6 +30,7 @@ from tests.cached import cached
 from tests.data.test_quantile_bins import Study
 from tests.data.text.test_instructions import ABSTRACT, study, tokenizer
 from tests.data.text.toy_texts import GENES, ToyStore
+from tests.random_models import noisy
 
 CELLS = {"embed_dim": 8, "num_layers": 1, "num_heads": 2, "ffn_dim": 12, "feature_dim": 5, "num_bins": 4}
 LLM = {"vocab_size": 0, "embed_dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24, "max_length": 256}
@@ -54,14 +55,7 @@ def task_of(studies: Path, *held_out: Study, **options: Any) -> Instructions:
 @cached
 def parameters(path: Path) -> Any:
     """Parameters so large that every part counts, adapters included."""
-    task = task_of(path)
-    made = nn.unbox(jax.jit(task.init)(jax.random.key(0)))
-    rng = np.random.default_rng(1)
-    flat = flatten(made)
-    for name, value in flat.items():
-        if not name.endswith("/scale"):
-            flat[name] = value + jnp.asarray(0.2 * rng.normal(size=value.shape), value.dtype)
-    return unflatten(flat)
+    return noisy(nn.unbox(jax.jit(task_of(path).init)(jax.random.key(0))), scale=0.2, but="scale")
 
 
 def batch_of(task: Instructions, number: int = 6) -> dict[str, np.ndarray]:

@@ -22,6 +22,7 @@ from sct.train.state import init_state, load_into, make_train_step
 from tests.cached import cached
 from tests.data.test_quantile_bins import Study
 from tests.data.text.toy_texts import GENES, ToyStore
+from tests.random_models import noisy
 
 SIZES = {"embed_dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 24, "feature_dim": 6, "num_bins": 4}
 
@@ -54,10 +55,7 @@ def batch_of(task: MaskedBins, number: int = 5) -> dict[str, np.ndarray]:
 
 @cached
 def parameters() -> Any:
-    task = task_of()
-    made = nn.unbox(jax.jit(task.init)(jax.random.key(0)))
-    rng = np.random.default_rng(1)
-    return jax.tree.map(lambda x: x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), made)
+    return noisy(nn.unbox(jax.jit(task_of().init)(jax.random.key(0))))
 
 
 def test_what_is_hidden():

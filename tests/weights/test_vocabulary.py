@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sct.models.decoder import Decoder
 from sct.models.decoder_config import GPT2Config, LlamaConfig, NeoXConfig
 from sct.nn.paths import flatten
 from sct.weights.load import load
 from sct.weights.pretrained import Pretrained, expected_shapes
 from sct.weights.vocabulary import resized
+from tests.random_models import random_model
 
 SIZES = {"vocab_size": 17, "embed_dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 24, "max_length": 16}
 CONFIGS = {
@@ -26,11 +25,8 @@ CONFIGS = {
 
 
 def made(name: str) -> Pretrained:
-    config = CONFIGS[name]
-    variables = nn.unbox(Decoder(config).init(jax.random.key(0), **Decoder.example(config)))
-    rng = np.random.default_rng(0)
-    noisy = jax.tree.map(lambda x: x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), variables)
-    return Pretrained("llama" if name == "tied" else name.replace("untied", "gpt2"), config, noisy, step=7)
+    family = "llama" if name == "tied" else name.replace("untied", "gpt2")
+    return random_model(family, CONFIGS[name], seed=0, step=7)
 
 
 @pytest.mark.slow
