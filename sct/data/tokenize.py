@@ -6,9 +6,11 @@ Tokens are computed online, so that changing a model never rewrites a store.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 from scipy import sparse
+from scipy.stats import nbinom
 
 from sct.errors import DataError
 
@@ -17,6 +19,12 @@ NOISE_FRACTION = 0.003  # sCT paper, section 3: counts per cell below which a ge
 _BORDER = 1e-9
 _EXACT = 1 << 24  # float32 holds every integer below
 _TABULATED = 1024  # counts up to here have their levels in a table of each cell (512 to 2048 are as fast)
+
+
+# Tables of `_first_levels`; the dispersions reach from Poisson to bursts.
+_LOGITS = np.linspace(-18.0, 12.0, 121)
+_DISPERSIONS = np.geomspace(0.02, 4.0, 14)
+_LOOKED_UP = 100_000  # values at once
 
 
 def noisy_genes(gene_totals: np.ndarray, n_cells: int, fraction: float = NOISE_FRACTION) -> np.ndarray:
@@ -219,10 +227,85 @@ def level_values(
     return medians, means
 
 
-def expected_counts(probabilities: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Expected raw counts (...,) of predicted distributions over levels (..., num_bins).
-
-    `values` (..., num_bins) are the counts that stand for the levels of the cells concerned: their means, for
-    the expectation of the count itself.
-    """
+def level_average(probabilities: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Average (...,) of what stands for levels, `values` (..., num_bins), by `probabilities` (..., num_bins)."""
     return np.einsum("...b,...b->...", probabilities, values)
+
+
+def expected_counts(
+    probabilities: np.ndarray, means: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> np.ndarray:
+    """Expected raw counts of predicted distributions over levels.
+
+    From level 2 on, the mean of the cell's counts in a level stands for it. That of level 1 would be far too much for a
+    rare gene, which has one count where others of that level have several: there the mean is that of a negative
+    binomial distribution with the predicted probabilities of no count and of the levels above.
+
+    Parameters
+    ----------
+    probabilities
+        (n, num_bins).
+    means
+        (n, num_bins), of the cell of each row, see `level_values`.
+    low, high
+        (n,) its range, see `Bins`.
+
+    Returns
+    -------
+    float32 (n,).
+    """
+    num_bins = probabilities.shape[-1]
+    counts = np.einsum("nb,nb->n", probabilities[:, 2:], means[:, 2:])
+    if num_bins == 2:
+        return probabilities[:, 1] * means[:, 1]
+    ranges, cell = np.unique(np.stack([low, high], axis=1), axis=0, return_inverse=True)
+    # The precision of float32 must not move a border.
+    whole = np.log1p(np.rint(np.expm1(ranges.astype(np.float64))))
+    border = level_borders(whole[:, 0], whole[:, 1], num_bins)[:, 0][cell.ravel()]
+    first = means[:, 1].astype(np.float32)
+    for number in np.unique(border[border > 1]):
+        rows = np.flatnonzero(border == number)
+        for part in np.array_split(rows, 1 + len(rows) // _LOOKED_UP):
+            first[part] = _first_level(
+                probabilities[part, 0], probabilities[part, 1], means[part, 1], int(number)
+            )
+    return (counts + probabilities[:, 1] * first).astype(np.float32)
+
+
+def _first_level(none: np.ndarray, first: np.ndarray, level_mean: np.ndarray, border: int) -> np.ndarray:
+    """Mean of the counts 1 .. border - 1 of negative binomial distributions.
+
+    `none` (n,) are the probabilities of no count, `first` (n,) of these counts, whose mean over all genes of the cell
+    is `level_mean` (n,).
+    """
+    beyond, mean = _first_levels(border)
+    none = np.clip(none, 1e-8, 1 - 1e-6)
+    place = (np.log(none / (1 - none)) - _LOGITS[0]) / (_LOGITS[1] - _LOGITS[0])
+    place = np.clip(place, 0, len(_LOGITS) - 1.001)
+    row, share = place.astype(int), (place % 1)[:, None]
+    tail, means = (table[row] * (1 - share) + table[row + 1] * share for table in (beyond, mean))
+    # The tail grows with the dispersion: which one has the tail that is asked for?
+    asked = np.clip(1 - first / (1 - none), 0, 1)[:, None]
+    column = np.clip((tail < asked).sum(axis=1), 1, tail.shape[1] - 1)[:, None]
+    (a, b), (x, y) = (
+        (np.take_along_axis(table, column - 1, 1), np.take_along_axis(table, column, 1))
+        for table in (tail, means)
+    )
+    weight = np.clip((asked - a) / np.maximum(b - a, 1e-12), 0, 1)
+    found = x + weight * (y - x)
+    # Not even Poisson counts have so few zeros and so small a tail: the mean of all genes at this level is better then.
+    lacking = np.clip(tail[:, :1] - asked, 0, 1)
+    return (found + lacking * (level_mean[:, None] - found))[:, 0]
+
+
+@functools.cache
+def _first_levels(border: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of negative binomials by logit of P(0) and by dispersion: P(count >= border | expressed), and the mean below."""
+    none = 1 / (1 + np.exp(-_LOGITS))[:, None]
+    size = 1 / _DISPERSIONS[None, :]
+    success = none ** (1 / size)  # P(0) = success^size
+    counts = np.arange(border)
+    chance = nbinom.pmf(counts, size[..., None], success[..., None])
+    expressed = chance[..., 1:].sum(axis=-1)
+    mean = (chance * counts).sum(axis=-1) / np.maximum(expressed, 1e-300)
+    return np.clip(1 - expressed / (1 - none), 0, 1), np.maximum(mean, 1.0)

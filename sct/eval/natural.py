@@ -31,8 +31,8 @@ from sct.progress import progress
 RATIO = 0.15
 # Positions scored per draw: enough for three digits of every metric, and a bound on memory and time.
 SCORED = 2_000_000
-# Hidden counts of a gene (all cells of a draw), as its visible ones predict them, from which its ratio of imputed to
-# counted means is taken.
+# Hidden counts of a gene (all cells of a draw), as they are expected from all of its counts, from which its ratio of
+# imputed to counted means is taken.
 _COUNTS_PER_GENE = 20
 _CELLS_AT_ONCE = 256
 # Below it, counts are Poisson to six digits.
@@ -126,7 +126,7 @@ class LevelFrequency:
         # One further cell, of no particular level: no probability is zero.
         chance = self._of.frequencies(held_out, masked) + 1 / held_out.num_bins
         chance = (chance / chance.sum(axis=1, keepdims=True)).astype(np.float32)
-        return Estimate(chance, expected_counts(chance, masked.means[masked.cells]))
+        return from_levels(masked, chance)
 
 
 class CountMethod(abc.ABC):
@@ -289,7 +289,13 @@ class ModelEstimator:
     ) -> Estimate:
         """See `Estimator`; `tick` is told of bags that are done."""
         chance = self._model.chances(held_out, masked, tick)
-        return Estimate(chance, expected_counts(chance, masked.means[masked.cells]))
+        return from_levels(masked, chance)
+
+
+def from_levels(masked: Masked, chance: np.ndarray) -> Estimate:
+    """Estimate of probabilities of levels (n, num_bins)."""
+    low, high, means = (values[masked.cells] for values in (masked.low, masked.high, masked.means))
+    return Estimate(chance, expected_counts(chance, means, low, high))
 
 
 def _blocks(masked: Masked) -> Iterator[tuple[slice, slice]]:
@@ -390,9 +396,9 @@ class Row:
             np.bincount(masked.genes, weights=values, minlength=genes)
             for values in (estimate.counts, masked.counts, np.ones(len(masked.genes)))
         )
-        # Chosen by what is visible: hidden counts would choose genes of which many happened to be hidden.
-        visible, shown = np.asarray(masked.visible.sum(axis=0)).ravel(), masked.shown.sum(axis=0)
-        enough = visible * hidden >= _COUNTS_PER_GENE * np.maximum(shown, 1)
+        # Chosen by all counts: hidden ones would choose genes of which many happened to be hidden.
+        total, measured = np.asarray(held_out.counts.sum(axis=0)).ravel(), held_out.eligible.sum(axis=0)
+        enough = (total > 0) & (total * hidden >= _COUNTS_PER_GENE * np.maximum(measured, 1))
         per_cell = np.bincount(masked.cells, minlength=cells)
         values = {
             "auroc": metrics.roc_auc(expressed, probability),

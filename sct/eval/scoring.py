@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sct.data import masking
-from sct.data.tokenize import expected_counts
+from sct.data.tokenize import level_average
 from sct.errors import SctError
 from sct.eval import metrics
 from sct.eval.baselines import OTHER_CELLS, TRAINING, Method, Prediction, Unavailable
@@ -105,7 +105,7 @@ class Model:
         out = {}
         for told, each in ((False, tilted), (True, known)):
             each /= np.maximum(each.sum(axis=1, keepdims=True), 1e-30)
-            out[told] = Prediction(each.argmax(axis=1), expected_counts(each, medians))
+            out[told] = Prediction(each.argmax(axis=1), level_average(each, medians))
         return out
 
 

@@ -289,10 +289,15 @@ def _predict(
         logits = one.outputs["logits"][: len(hide) * len(wanted), : config.num_bins]
         logits = logits + prior.offset * (np.arange(config.num_bins) == 0)
         chance = softmax(logits, axis=-1).reshape(len(hide), len(wanted), -1)
-        means = one.bag["means"][hide]
+        seen = [one.bag[name][hide] for name in ("means", "low", "high")]
         if whole:
-            means = np.broadcast_to(one.bag["means"][~chosen[one.rows]].mean(axis=0), means.shape)
-        counts = expected_counts(chance, means[:, None, :])
+            shown = ~chosen[one.rows]
+            seen = [
+                np.broadcast_to(one.bag[name][shown].mean(axis=0), values.shape)
+                for name, values in zip(("means", "low", "high"), seen, strict=True)
+            ]
+        each = [np.repeat(values, len(wanted), axis=0) for values in seen]
+        counts = expected_counts(chance.reshape(-1, config.num_bins), *each).reshape(chance.shape[:2])
         at = slot[one.rows[hide[keep]]]
         expected[at], level[at] = counts[keep], chance[keep].argmax(axis=-1)
         probability[at] = chance[keep, :, 1:].sum(axis=-1)

@@ -10,6 +10,7 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy import stats
 
 from sct.data.datasets import simulate_atlas
 from sct.data.tokenize import (
@@ -19,6 +20,8 @@ from sct.data.tokenize import (
     bin_counts,
     digitize,
     expected_counts,
+    level_average,
+    level_borders,
     noisy_genes,
 )
 from sct.errors import DataError
@@ -174,17 +177,43 @@ def test_levels_stand_for_their_median_and_mean_or_their_middle(counts, num_bins
 
 @laws
 @given(cells, st.data())
-def test_expected_counts_lie_between_the_values(counts, data):
+def test_level_average_lie_between_the_values(counts, data):
     values = bin_counts(sp.csr_matrix(counts.astype(np.float32)), with_values=True).means
     weights = data.draw(hnp.arrays(np.float64, (len(counts), 5), elements=st.floats(0.01, 1)))
-    expected = expected_counts(weights / weights.sum(axis=1, keepdims=True), values)
+    expected = level_average(weights / weights.sum(axis=1, keepdims=True), values)
     assert expected.shape == (len(counts),)
     assert (expected >= values.min(axis=1) - 1e-4).all()
     assert (expected <= values.max(axis=1) + 1e-4).all()
     for level in range(5):
         np.testing.assert_array_equal(
-            expected_counts(np.eye(5)[[level] * len(counts)], values), values[:, level]
+            level_average(np.eye(5)[[level] * len(counts)], values), values[:, level]
         )
+
+
+@pytest.mark.parametrize("dispersion", [0.02, 0.3, 1.5])
+def test_expected_counts_of_a_negative_binomial_are_its_mean(dispersion):
+    # Level 1 of a range of 1 to 625 has the counts 1 to 4 or 5, where cells have 2.2 of a gene on average.
+    low, high = np.log1p([1.0, 625.0]).astype(np.float32)
+    border = [1, *level_borders(np.array([low], float), np.array([high], float), 5)[0], 10**5]
+    counts, size = np.arange(10**5), 1 / dispersion
+    for mean in (0.01, 0.1, 0.5, 2.0, 6.0):
+        chance = stats.nbinom.pmf(counts, size, size / (size + mean))
+        level = np.searchsorted(border, counts, side="right")
+        probabilities = np.bincount(level, weights=chance, minlength=5)[None, :5]
+        within = np.bincount(level, weights=chance * counts, minlength=5)[None, :5]
+        means = within / np.maximum(probabilities, 1e-300)
+        means[:, 1] = 2.2
+        found = expected_counts(probabilities, means, np.array([low]), np.array([high]))
+        np.testing.assert_allclose(found, mean, rtol=0.02, err_msg=str(mean))
+
+
+def test_where_level_one_is_certain_it_has_the_mean_of_the_cell():
+    low, high = np.log1p([[1.0, 3.0], [625.0, 3.0]]).astype(np.float32)
+    sure, means = (
+        np.eye(5, dtype=np.float32)[[1, 1]],
+        np.tile([0, 2.2, 10, 50, 300], (2, 1)).astype(np.float32),
+    )
+    np.testing.assert_allclose(expected_counts(sure, means, low, high), 2.2, rtol=0.02)
 
 
 def test_a_gene_is_noise_below_exactly_three_counts_in_a_thousand_cells():

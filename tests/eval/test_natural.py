@@ -100,7 +100,7 @@ def test_an_oracle_is_perfect_and_right_probabilities_have_no_calibration_error(
     for number in range(2):
         error = np.abs(expected[number] - masked[number].counts)
         per_gene = [error[masked[number].genes == gene].mean() for gene in range(GENES)]
-        np.testing.assert_allclose(numbers["mae_per_gene"][number], np.mean(per_gene), rtol=1e-5)
+        np.testing.assert_allclose(numbers["mae_per_gene"][number], np.mean(per_gene), rtol=1e-3)
 
     frequency = np.bincount(np.concatenate([m.levels for m in masked]), minlength=NUM_BINS) / sum(
         outcome.positions

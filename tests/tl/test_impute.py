@@ -15,7 +15,7 @@ import sct
 from sct.data.bag_order import random_order
 from sct.data.ingest import ingest
 from sct.data.store import Store
-from sct.data.tokenize import bin_counts, noisy_genes
+from sct.data.tokenize import bin_counts, expected_counts, noisy_genes
 from sct.errors import ConfigError, DataError
 from tests.tl.conftest import BAG, CELLS, GENES
 
@@ -93,7 +93,7 @@ def test_expected_counts_and_levels_are_those_of_the_distribution(adata, model):
     logits = np.asarray(model.apply(tokens=tokens[None])["logits"])[0, :, position, :5].astype(np.float64)
     chance = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     ours = dense(adata[:, gene].layers["sct_expected"])[rows, 0]
-    np.testing.assert_allclose(ours, (chance * bins.means).sum(axis=1), rtol=1e-4)
+    np.testing.assert_allclose(ours, expected_counts(chance, bins.means, bins.low, bins.high), rtol=1e-4)
     probability = dense(adata[:, gene].layers["sct_probability"])[rows, 0]
     np.testing.assert_allclose(probability, chance[:, 1:].sum(axis=1), rtol=1e-4)
     np.testing.assert_array_equal(dense(adata[:, gene].layers["sct_level"])[rows, 0], chance.argmax(axis=1))
