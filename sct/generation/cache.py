@@ -16,6 +16,7 @@ from jax import lax
 from sct.models.decoder import Block, Decoder
 from sct.models.decoder_config import DecoderConfig
 from sct.nn import axes
+from sct.nn.adapters import COLLECTION, Prefix, for_all_layers
 from sct.nn.attention import attend
 from sct.nn.chunked_attention import UNSEEN, Mask
 from sct.nn.stack import unstack
@@ -51,7 +52,10 @@ def layers_of(
     for name, tree in variables.items():
         rest[name] = {key: value for key, value in tree.items() if key != "layers"}
         if "layers" in tree:
-            for layer, part in zip(layers, unstack(tree["layers"], config.num_layers), strict=True):
+            own = tree["layers"]
+            if name == COLLECTION:
+                own = for_all_layers(own, config.num_layers)
+            for layer, part in zip(layers, unstack(own, config.num_layers), strict=True):
                 layer[name] = part
     return rest, layers
 
@@ -111,6 +115,7 @@ def extend(
             query: jax.Array,
             key: jax.Array,
             value: jax.Array,
+            prefix: Prefix | None = None,
             old: tuple[jax.Array, jax.Array] = (old_keys, old_values),
             kept: dict[str, jax.Array] = kept,
         ) -> jax.Array:
@@ -122,10 +127,10 @@ def extend(
             kept.update(keys=all_keys, values=all_values)
             if first:
                 segments = there.astype(jnp.int32)
-                return attend(query, key, value, Mask(segments, segments, 0))
+                return attend(query, key, value, Mask(segments, segments, 0), prefix)
             slots = jnp.arange(filled.shape[1])
             seen = filled[:, None] & (slots <= start + jnp.arange(length)[:, None])
-            return _attend_slots(query, all_keys, all_values, seen)
+            return _attend_slots(query, all_keys, all_values, seen, prefix)
 
         x = Block(config).apply(layer, x, places, mix, method="mix")
         keys.append(kept["keys"])
@@ -135,9 +140,22 @@ def extend(
     return hidden, Cache(tuple(keys), tuple(values), filled, start + length, cache.positions + counts)
 
 
-def _attend_slots(query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array) -> jax.Array:
-    """Attention of queries (B, T, H, D) to slots (B, H', M, D) where `seen` (B, T, M)."""
+def _attend_slots(
+    query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array, prefix: Prefix | None
+) -> jax.Array:
+    """Attention of queries (B, T, H, D) to slots (B, H', M, D) where `seen` (B, T, M), and to a prefix."""
     rows, length, heads, size = query.shape
+    if prefix is not None:
+        front, more = prefix.keys.shape[1:3], (rows, length, prefix.keys.shape[1])
+        shape = (rows, front[1], front[0], size)
+        keys, values = (
+            jnp.concatenate([jnp.broadcast_to(new.swapaxes(1, 2), shape).astype(x.dtype), x], axis=2)
+            for new, x in zip(prefix[:2], (keys, values), strict=True)
+        )
+        on = jnp.asarray(True if prefix.on is None else prefix.on)
+        seen = jnp.concatenate(
+            [jnp.broadcast_to(on, more), jnp.broadcast_to(seen, (*more[:2], seen.shape[-1]))], axis=2
+        )
     groups = keys.shape[1]
     # Queries that share a head of keys go through one product.
     grouped = query.reshape(rows, length, groups, heads // groups, size).transpose(0, 2, 1, 3, 4)

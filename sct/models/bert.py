@@ -15,7 +15,7 @@ from sct.models.bert_config import BertConfig
 from sct.models.checks import check_range, check_text
 from sct.models.decoder import running_positions
 from sct.nn import axes
-from sct.nn.adapters import drop
+from sct.nn.adapters import drop, prefix_of
 from sct.nn.attention import attend
 from sct.nn.chunked_attention import Mask
 from sct.nn.linear import Embed, Linear
@@ -44,11 +44,12 @@ class BertAttention(nn.Module):
         """Map (B, T, D), whose keys and values come from `source` (B, M, E), to (B, T, D)."""
         config = self.config
 
-        def project(name: str, given: jax.Array) -> jax.Array:
-            y = _linear(config, config.embed_dim, axes.EMBED, axes.HEADS, name)(given)
-            return rearrange(y, "b t (h d) -> b t h d", h=config.num_heads)
+        def projection(name: str) -> Callable[[jax.Array], jax.Array]:
+            layer = _linear(config, config.embed_dim, axes.EMBED, axes.HEADS, name)
+            return lambda given: rearrange(layer(given), "b t (h d) -> b t h d", h=config.num_heads)
 
-        mixed = attend(project("query", x), project("key", source), project("value", source), mask)
+        query, key, value = (projection(name) for name in ("query", "key", "value"))
+        mixed = attend(query(x), key(source), value(source), mask, prefix_of(self, key, value))
         return _linear(config, config.embed_dim, axes.HEADS, axes.EMBED, "out")(
             rearrange(mixed, "b t h d -> b t (h d)")
         )

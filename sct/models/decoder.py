@@ -18,15 +18,15 @@ from einops import rearrange
 from sct.models.checks import check_range, check_text
 from sct.models.decoder_config import DecoderConfig
 from sct.nn import axes
-from sct.nn.adapters import drop
+from sct.nn.adapters import drop, prefix_of
 from sct.nn.attention import attend, rotary
 from sct.nn.chunked_attention import Mask
 from sct.nn.linear import Embed, Linear
 from sct.nn.norm import LayerNorm, RMSNorm
 from sct.nn.stack import stack
 
-# Queries (B, T, H, D), keys and values (B, T, H', D) -> what the queries see, (B, T, H, D).
-Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# Queries (B, T, H, D), keys and values (B, T, H', D), prefix or None -> what the queries see, (B, T, H, D).
+Attention = Callable[..., jax.Array]
 _DEVIATION = 0.02
 
 
@@ -53,16 +53,17 @@ class CausalAttention(nn.Module):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         linear = functools.partial(Linear, dtype=dtype)
 
-        def project(name: str, heads: int) -> jax.Array:
+        def projection(name: str, heads: int) -> Callable[[jax.Array], jax.Array]:
             width, names = heads * config.head_size, (axes.EMBED, axes.HEADS)
             layer = linear(width, names, config.attention_bias, kernel_init=_initializer(config), name=name)
-            return rearrange(layer(x), "b t (h d) -> b t h d", h=heads)
+            return lambda x: rearrange(layer(x), "b t (h d) -> b t h d", h=heads)
 
-        query, key = project("query", config.num_heads), project("key", config.kv_heads)
+        to_key, to_value = projection("key", config.kv_heads), projection("value", config.kv_heads)
+        query, key = projection("query", config.num_heads)(x), to_key(x)
         if config.positions == "rotary":
             frequencies = config.frequencies()
             query, key = rotary(query, positions, frequencies), rotary(key, positions, frequencies)
-        mixed = attention(query, key, project("value", config.kv_heads))
+        mixed = attention(query, key, to_value(x), prefix=prefix_of(self, to_key, to_value))
         mixed = rearrange(mixed, "b t h d -> b t (h d)")
         names, init = (axes.HEADS, axes.EMBED), _initializer(config, adds=True)
         return linear(config.embed_dim, names, config.out_bias, kernel_init=init, name="out")(mixed)

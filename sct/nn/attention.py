@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import chex
 import flax.linen as nn
@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from sct.nn import axes
-from sct.nn.chunked_attention import Mask, chunked_attention, default_chunks
+from sct.nn.adapters import Prefix, prefix_of
+from sct.nn.chunked_attention import EVERYONE, NO_ONE, Mask, chunked_attention, default_chunks
 from sct.nn.linear import Linear
 from sct.nn.norm import EPSILON, LayerNorm
 from sct.nn.plain import wants_plain
@@ -49,13 +50,18 @@ def rotary(x: jax.Array, positions: jax.Array, frequencies: jax.Array | None = N
     return jnp.concatenate([*(part.astype(x.dtype) for part in turned), x[..., 2 * half :]], axis=-1)
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | None = None) -> jax.Array:
+def attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | None = None, prefix: Prefix | None = None
+) -> jax.Array:
     """Softmax attention (B, L, H, D); scores are scaled by 1 / sqrt(D). Without a mask every query sees all keys.
 
     Keys and values (B, M, H', D) may have fewer heads, a divisor of H: H / H' queries share each (Ainslie et al.
-    2023, "GQA"). The form is chosen by backend, type and length; all but the plain one need memory linear in L:
+    2023, "GQA"). Every query also sees the keys of a prefix, whatever the mask says of the others; they have no place
+    in the sequence, so the mask's order does not count them. The form is chosen by backend, type and length; all but
+    the plain one need memory linear in L:
 
-    - on GPU in 16 bits, cuDNN's flash kernel through `jax.nn.dot_product_attention`, unless there are segments;
+    - on GPU in 16 bits, cuDNN's flash kernel through `jax.nn.dot_product_attention`, unless there are segments, or an
+      order and a prefix;
     - up to one chunk of keys, and inside `plain_forms`, `jax.nn.dot_product_attention` as XLA writes it;
     - otherwise `chunked_attention`.
 
@@ -68,18 +74,23 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | None
     chex.assert_is_divisible(query.shape[2], key.shape[2])
     placed = axes.placement(query.shape, axes.BATCH, axes.LENGTH, axes.HEADS, None)
     along = None if placed is None else placed[1][1]
-    attend = _form(query, key, mask, along is not None)
+    if prefix is not None:
+        shape = (query.shape[0], *prefix.keys.shape[1:])
+        prefix = prefix.map(lambda x: jnp.broadcast_to(x, shape).astype(key.dtype))
+    attend = _form(query, key, mask, along is not None, prefix)
     if placed is None or not any(placed[1]):
-        return attend(query, key, value, mask)
+        return attend(query, *_behind(prefix, query, key, value, mask))
     mesh, spec = placed
     if key.shape[2] != query.shape[2]:
         # Devices that share the heads of queries would not all find whole heads of keys.
         key, value = (_for_each(x, query) for x in (key, value))
+        if prefix is not None:
+            prefix = prefix.map(lambda x: _for_each(x, query))
     segments = None if mask is None or mask.query is None else (mask.query, mask.key)
     causal = mask is not None and mask.order is not None
     order = jnp.asarray(mask.order if causal and mask is not None else 0)
 
-    def local(query: Any, key: Any, value: Any, segments: Any, order: jax.Array) -> jax.Array:
+    def local(query: Any, key: Any, value: Any, segments: Any, order: jax.Array, prefix: Any) -> jax.Array:
         if along is not None:
             key, value = _gathered(key, along), _gathered(value, along)
             order = order + lax.axis_index(along) * query.shape[1]
@@ -87,13 +98,39 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | None
                 segments = (segments[0], lax.all_gather(segments[1], along, axis=1, tiled=True))
         own, others = segments or (None, None)
         seen = None if mask is None else Mask(own, others, order if causal else None)
-        return attend(query, key, value, seen)
+        return attend(query, *_behind(prefix, query, key, value, seen))
 
-    rows = PartitionSpec(spec[0], spec[1])
+    rows, whole = PartitionSpec(spec[0], spec[1]), PartitionSpec()
+    front: Any = None
+    if prefix is not None:
+        vectors: Any = PartitionSpec(spec[0], None, spec[2])
+        front = Prefix(vectors, vectors, None if prefix.on is None else cast(Any, whole))
     shard = jax.shard_map(
-        local, mesh=mesh, in_specs=(spec, spec, spec, rows, PartitionSpec()), out_specs=spec, check_vma=False
+        local, mesh=mesh, in_specs=(spec, spec, spec, rows, whole, front), out_specs=spec, check_vma=False
     )
-    return shard(query, key, value, segments, order)
+    return shard(query, key, value, segments, order, prefix)
+
+
+def _behind(
+    prefix: Prefix | None, query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | None
+) -> tuple[jax.Array, jax.Array, Mask | None]:
+    """Keys, values and mask of an attention with those of a prefix (B, n, H', D) in front."""
+    if prefix is None:
+        return key, value, mask
+    batch, length = prefix.keys.shape[:2]
+    if mask is not None or prefix.on is not None:
+        own, others, order = mask or Mask()
+        if own is None and prefix.on is not None:
+            own, others = (jnp.zeros((batch, x.shape[1]), jnp.int32) for x in (query, key))
+        if others is not None:
+            seen = jnp.asarray(
+                EVERYONE if prefix.on is None else jnp.where(prefix.on, EVERYONE, NO_ONE), jnp.int32
+            )
+            others = jnp.concatenate(
+                [jnp.broadcast_to(seen, (batch, length)), others.astype(jnp.int32)], axis=1
+            )
+        mask = Mask(own, others, None if order is None else order + length)
+    return jnp.concatenate([prefix.keys, key], axis=1), jnp.concatenate([prefix.values, value], axis=1), mask
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -110,18 +147,24 @@ def _gathered_backward(along: str, kept: None, gradient: jax.Array) -> tuple[jax
 _gathered.defvjp(lambda x, along: (_gathered(x, along), None), _gathered_backward)
 
 
-def _form(query: jax.Array, key: jax.Array, mask: Mask | None, parted: bool) -> Attend:
+def _form(
+    query: jax.Array, key: jax.Array, mask: Mask | None, parted: bool, prefix: Prefix | None = None
+) -> Attend:
     """Function of queries, keys, values and mask for this backend, type and length of the whole sequence.
 
     `parted` tells that a device has a part of the queries only.
     """
     order = None if mask is None else mask.order
+    more = 0 if prefix is None else prefix.keys.shape[1]
     if not wants_plain():
         # cuDNN's order is that of queries and keys counted from zero, and it knows no segments here.
-        counted = order is None or (isinstance(order, int) and order == 0 and not parted)
-        if counted and (mask is None or mask.query is None) and _fits_cudnn(query):
+        counted = order is None or (isinstance(order, int) and order == 0 and not parted and not more)
+        segments = (mask is not None and mask.query is not None) or (
+            prefix is not None and prefix.on is not None
+        )
+        if counted and not segments and _fits_cudnn(query):
             return _cudnn
-        if key.shape[1] > default_chunks(order is not None)[1]:
+        if key.shape[1] + more > default_chunks(order is not None)[1]:
             return _chunked
     return _plain
 
@@ -168,15 +211,17 @@ class SelfAttention(nn.Module):
         chex.assert_rank(x, 3)
         width = x.shape[-1]
 
-        def project(name: str) -> jax.Array:
-            y = Linear(width, (axes.EMBED, axes.HEADS), dtype=self.dtype, name=name)(x)
-            return rearrange(y, "b l (h d) -> b l h d", h=self.num_heads)
+        def projection(name: str) -> Callable[[jax.Array], jax.Array]:
+            layer = Linear(width, (axes.EMBED, axes.HEADS), dtype=self.dtype, name=name)
+            return lambda x: rearrange(layer(x), "b l (h d) -> b l h d", h=self.num_heads)
 
-        query, key, value = project("query"), project("key"), project("value")
+        to_query, to_key, to_value = (projection(name) for name in ("query", "key", "value"))
+        query, key, value = to_query(x), to_key(x), to_value(x)
         if self.use_rotary:
             positions = jnp.arange(x.shape[1])
             query, key = rotary(query, positions), rotary(key, positions)
-        mixed = rearrange(attend(query, key, value), "b l h d -> b l (h d)")
+        prefix = prefix_of(self, to_key, to_value)
+        mixed = rearrange(attend(query, key, value, prefix=prefix), "b l h d -> b l (h d)")
         return Linear(width, (axes.HEADS, axes.EMBED), dtype=self.dtype, name="out")(mixed)
 
 

@@ -37,6 +37,8 @@ def default_chunks(ordered: bool = False) -> tuple[int, int]:
 
 # Weight of what is not seen: finite, so that a query that sees nothing has an even mean instead of NaN.
 UNSEEN = -1e30
+# Segments of keys that every query sees, and that none does.
+EVERYONE, NO_ONE = -(2**31), -(2**31) + 1
 
 
 class Mask(NamedTuple):
@@ -45,7 +47,8 @@ class Mask(NamedTuple):
     Attributes
     ----------
     query, key
-        Segments int32 (B, L) and (B, M), or None where all are one; by convention 0 is padding.
+        Segments int32 (B, L) and (B, M), or None where all are one; by convention 0 is padding. Of
+        keys also `EVERYONE`.
     order
         Place of the first query among the keys, int32 (): query i sees keys up to `order + i`; None sees all.
     """
@@ -61,7 +64,7 @@ class Mask(NamedTuple):
         """
         seen = None if self.order is None else (keys <= self.order + queries[:, None])[None]
         if self.query is not None and self.key is not None:
-            same = self.query[:, :, None] == self.key[:, None, :]
+            same = (self.query[:, :, None] == self.key[:, None, :]) | (self.key == EVERYONE)[:, None, :]
             seen = same if seen is None else seen & same
         return seen
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sct.nn import axes
-from sct.nn.adapters import with_low_rank
+from sct.nn.adapters import with_adapters, with_bottleneck
 
 
 class Linear(nn.Module):
@@ -40,7 +40,7 @@ class Linear(nn.Module):
         if self.use_bias:
             bias = axes.param(self, "bias", axes.zeros, (self.features,), self.kernel_axes[1:])
             y = y + bias.astype(self.dtype)
-        return with_low_rank(self, x, y)
+        return with_adapters(self, x, y)
 
 
 class Embed(nn.Module):
@@ -58,8 +58,9 @@ class Embed(nn.Module):
         self.table = axes.param(self, "embedding", self.table_init, shape, self.table_axes)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        """Map integer ids (...) to vectors (..., features)."""
-        return jnp.take(self.table, ids.astype(jnp.int32), axis=0).astype(self.dtype)
+        """Map integer ids (...) to vectors (..., features), behind the table's bottleneck, if it has one."""
+        vectors = jnp.take(self.table, ids.astype(jnp.int32), axis=0).astype(self.dtype)
+        return with_bottleneck(self, vectors)
 
     def scores(self, x: jax.Array) -> jax.Array:
         """Product (..., num) of vectors (..., features) with every vector of the table: a head that shares it."""

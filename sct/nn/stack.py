@@ -5,6 +5,7 @@ A stack is compiled once whatever its number of layers, and its parameters are f
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -54,7 +55,15 @@ def stack(layer: type[nn.Module], config: Any, number: int, remat: str, name: st
         length=number,
         metadata_params={nn.PARTITION_NAME: axes.LAYERS},
     )
-    return scanned(layer, config, name=name)
+    # Adapters of some layers alone become those of all, of which the others give nothing.
+    adapted = nn.map_variables(
+        scanned, adapters.COLLECTION, functools.partial(_for_all_layers, number=number)
+    )
+    return adapted(layer, config, name=name)
+
+
+def _for_all_layers(variables: dict[str, Any], number: int) -> dict[str, Any]:
+    return {name: adapters.for_all_layers(tree, number) for name, tree in variables.items()}
 
 
 def unstack(params: Any, number: int) -> list[Any]:

@@ -48,7 +48,10 @@ class OptimizerConfig:
     moment_dtype: str = "float32"
     weight_decay: float = 0.0
     clip_norm: float = 0.0
-    decay_rules: tuple[tuple[str, bool], ...] = ((r"/(bias|scale|embedding)$", False), (".*", True))
+    decay_rules: tuple[tuple[str, bool], ...] = (
+        (r"/(bias|scale|embedding|prefix|bottleneck_(down|up)_bias)$", False),
+        (".*", True),
+    )
     lr_rules: tuple[tuple[str, float], ...] = ((".*", 1.0),)
 
     def __post_init__(self) -> None:

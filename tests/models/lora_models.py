@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sct.models import lora, registry
+from sct.models import adapters, lora, registry
+from sct.models.adapter_kinds import AdapterConfig
 from sct.models.lora import LoraConfig
+from sct.nn.adapters import kind_of
 from sct.nn.paths import flatten, unflatten
 from tests.cached import cached
 
@@ -28,12 +30,20 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_heads": 2, "ffn_dim": 24, "use_spatial": True, "num_scales": 3,
     },
 }  # fmt: skip
+# Further ones, which have no default targets of their own.
+MODELS: dict[str, dict[str, Any]] = {
+    **SIZES,
+    "zeromics_cells": {
+        "num_genes": 12, "feature_dim": 6, "num_bins": 4, "embed_dim": 24, "num_layers": 2, "num_heads": 4,
+        "ffn_dim": 40,
+    },
+}  # fmt: skip
 ALL = LoraConfig(targets=(".",), rank=3, alpha=6.0)
 
 
 def config(family: str, **options: Any) -> Any:
     """Configuration of a small model."""
-    return registry.model_config(family, {**SIZES[family], **options})
+    return registry.model_config(family, {**MODELS[family], **options})
 
 
 @cached
@@ -49,6 +59,8 @@ def inputs(family: str) -> dict[str, jax.Array]:
     if family == "sct":
         tokens = jnp.asarray(rng.integers(0, 5, (2, 3, 16)), jnp.uint8)
         return {"tokens": tokens, "coordinates": jnp.asarray(rng.random((2, 3, 2)), jnp.float32)}
+    if family == "zeromics_cells":
+        return {"bins": jnp.asarray(rng.integers(0, 5, (2, 12)), jnp.uint8)}
     return {"input_ids": jnp.asarray(rng.integers(0, 40, (2, 7)), jnp.int32)}
 
 
@@ -69,6 +81,22 @@ def adapted(family: str, options: LoraConfig = ALL, trained: bool = True) -> dic
                 flat[path] = jnp.asarray(0.3 * rng.normal(size=value.shape), jnp.float32)
         made = unflatten(flat)
     return {**nn.unbox(boxed(family)), "adapters": made}
+
+
+@cached
+def trained_adapters(family: str, options: tuple[AdapterConfig, ...]) -> dict[str, Any]:
+    """Adapters of several kinds, none of whose trained arrays is zero."""
+    made = nn.unbox(adapters.init(jax.random.key(1), boxed(family)["params"], *options))
+    rng, flat = np.random.default_rng(1), flatten(made)
+    for path, value in flat.items():
+        name = path.rpartition("/")[2]
+        kind = kind_of(name)
+        if kind is not None and name in kind.trained:
+            change = 0.3 * rng.normal(size=value.shape)
+            # Whatever the inputs are, some of a bottleneck's ReLUs are open.
+            change = np.abs(change) if name == "bottleneck_down_bias" else change
+            flat[path] = value + jnp.asarray(change, jnp.float32)
+    return unflatten(flat)
 
 
 @cache

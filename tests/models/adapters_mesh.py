@@ -1,0 +1,63 @@
+"""Models with adapters of all kinds on eight simulated devices, said as JSON; run in a process of its own."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from sct.models import adapters, registry
+from sct.nn import axes
+from sct.nn.paths import flatten
+from sct.train.sharding import RULES, MeshConfig, make_mesh
+from tests.models.lora_models import boxed, config, trained_adapters
+from tests.models.test_adapters import LAYER, kinds
+
+
+def measure() -> dict[str, Any]:
+    """Differences of outputs from those without a mesh, and where the arrays lie."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2, sequence=2))
+    rng = np.random.default_rng(0)
+    given = {
+        "llama": (rng.integers(0, 40, (2, 8)),),
+        "sct": (rng.integers(0, 5, (2, 4, 16)).astype(np.uint8),),
+    }
+    differences, specs, devices = {}, {}, 0
+    for family, inputs in given.items():
+        for layers in ((), LAYER):
+            options = kinds(layers)
+            boxes = {
+                **boxed(family),
+                "adapters": adapters.init(jax.random.key(1), boxed(family)["params"], *options),
+            }
+            variables = {**nn.unbox(boxed(family)), "adapters": trained_adapters(family, options)}
+            module = registry.family(family)[1](config(family))
+
+            def run(variables: Any, inputs: Any, module: Any = module) -> jax.Array:
+                return module.apply(variables, *inputs)["logits"]
+
+            @jax.jit
+            def spread(variables: Any, inputs: Any, run: Any = run) -> jax.Array:
+                with axes.on_mesh(mesh, RULES):
+                    return run(variables, inputs)
+
+            placed = jax.device_put(variables, axes.shardings(boxes, mesh, RULES))
+            expected, found = jax.jit(run)(variables, inputs), spread(placed, inputs)
+            size = max(1.0, float(np.abs(expected).max()))
+            differences[f"{family} {layers}"] = (
+                float(np.abs(np.asarray(found) - np.asarray(expected)).max()) / size
+            )
+            if family == "llama" and layers:
+                specs = {
+                    path: list(leaf.sharding.shard_shape(leaf.shape))
+                    for path, leaf in flatten(placed["adapters"]).items()
+                }
+                devices = min(len(leaf.sharding.device_set) for leaf in jax.tree.leaves(placed))
+    return {"devices": devices, "differences": differences, "specs": specs}
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure()))
