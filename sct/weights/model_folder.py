@@ -350,12 +350,15 @@ def verify(folder: Path, config: Mapping[str, Any], shared: bool = False) -> Non
 
 
 class Reader:
-    """Arrays of a model folder, read one by one, each device's part alone where they are placed on a mesh."""
+    """Arrays of a folder, read one by one, each device's part alone where they are placed on a mesh.
 
-    def __init__(self, folder: Path):
+    It is a model folder, unless the file of another one is named.
+    """
+
+    def __init__(self, folder: Path, file: str = WEIGHTS):
         self.folder = folder
-        self._files = [WEIGHTS]
-        if (folder / INDEX).is_file():
+        self._files = [file]
+        if file == WEIGHTS and (folder / INDEX).is_file():
             names = read_json(folder / INDEX).get("weight_map")
             files: list[Any] = list(names.values()) if isinstance(names, dict) else [None]
             if not files or not all(isinstance(name, str) and _PARTS.fullmatch(name) for name in files):

@@ -28,7 +28,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sct.errors import CheckpointError, ConfigError
 from sct.models import lora
-from sct.nn.adapters import COLLECTION
+from sct.models.adapters import adapters_of
+from sct.nn.adapters import COLLECTION, LOW_RANK, for_all_layers
 from sct.nn.paths import flatten, unflatten
 from sct.weights import hf, hf_maps
 from sct.weights.hf_maps import FAMILIES, Entry
@@ -271,11 +272,17 @@ def export(model: Pretrained, folder: str | os.PathLike[str], *, base: str | Non
     Raises
     ------
     ConfigError
-        The model has no adapters, or is none of text.
+        The model has no adapters, or others than low-rank ones, or is none of text.
     CheckpointError
         The folder holds other files, or cannot be written; nothing is left of the attempt then.
     """
     modules = _modules(model)
+    other = next((kind.name for _, kind, _ in adapters_of(model.variables) if kind is not LOW_RANK), None)
+    if other is not None:
+        raise ConfigError(
+            f"{model!r} has {other} adapters, but the format of PEFT is written for low-rank ones alone: save a folder "
+            "of adapters instead (sct.weights.adapter_folder.save)."
+        )
     adapters = {
         layer: {leaf: np.asarray(jax.device_get(value)) for leaf, value in adapter.items()}
         for layer, adapter in lora.adapted(model.variables)
@@ -283,6 +290,19 @@ def export(model: Pretrained, folder: str | os.PathLike[str], *, base: str | Non
     if not adapters:
         raise ConfigError(f"{model!r} has no adapters to write: make some (sct.models.lora.init).")
     placed = {layer for module in modules.values() for layer, _ in module.parts.values()}
+    rates = {
+        float(str(rate))
+        for adapter in adapters.values()
+        for rate in np.ravel(adapter.get("dropout", np.float32(0)))
+    }
+    # A layer of a stack without an adapter has one of scale 0, which is not written.
+    adapters = {
+        layer: {
+            leaf: np.asarray(value)
+            for leaf, value in for_all_layers(adapter, model.config.num_layers).items()
+        }
+        for layer, adapter in adapters.items()
+    }
     if not set(adapters) <= placed:
         strange = sorted(set(adapters) - placed)[0]
         raise CheckpointError(
@@ -303,11 +323,6 @@ def export(model: Pretrained, folder: str | os.PathLike[str], *, base: str | Non
         raise ConfigError(
             f"the adapters of {model!r} have the scale 0 in all layers: nothing is to be written."
         )
-    rates = {
-        float(str(rate))
-        for adapter in adapters.values()
-        for rate in np.ravel(adapter.get("dropout", np.float32(0)))
-    }
     if len(rates) > 1:
         raise CheckpointError(
             f"the adapters leave out shares of {', '.join(f'{rate:g}' for rate in sorted(rates))} in training, but "

@@ -13,10 +13,10 @@ import numpy as np
 
 from sct.atomic import atomic_folder, replaced
 from sct.errors import CheckpointError
+from sct.hashes import hash_files, sealed
 from sct.weights import model_folder
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
-_OURS = {CONFIG, WEIGHTS, CARD}
 # Options that do not change what a trained adapter computes, or that the files themselves answer.
 _FREE = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out",
@@ -97,13 +97,16 @@ def read_arrays(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
         raise CheckpointError(f"{path} is damaged ({error}).") from error
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether a folder holds nothing but files of an adapter."""
-    return {file.name for file in folder.iterdir()} <= _OURS
-
-
-def write(folder: Path, tensors: dict[str, np.ndarray], config: Mapping[str, Any]) -> None:
+def write(
+    folder: Path,
+    tensors: dict[str, np.ndarray],
+    config: Mapping[str, Any],
+    names: tuple[str, str] = (CONFIG, WEIGHTS),
+) -> None:
     """Write an adapter folder; it takes its place at once when it is complete.
+
+    Files have the names of the PEFT library, or other `names` of the options and of the arrays; those options also have
+    the hash of the arrays.
 
     Raises
     ------
@@ -113,21 +116,28 @@ def write(folder: Path, tensors: dict[str, np.ndarray], config: Mapping[str, Any
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
+    options, arrays = names
+
+    def is_ours(place: Path) -> bool:
+        return {file.name for file in place.iterdir()} <= {options, arrays, CARD}
+
     try:
         folder = folder.resolve()
         if folder.exists() and not folder.is_dir():
             raise CheckpointError(f"{folder} is a file, but an adapter is a folder: choose another path.")
         for place in (folder, replaced(folder)):
-            if place.exists() and not (place.is_dir() and _is_ours(place)):
+            if place.exists() and not (place.is_dir() and is_ours(place)):
                 raise CheckpointError(
                     f"{place} holds other files than those of an adapter, which would be lost: choose an empty or "
                     "new folder."
                 )
-        with atomic_folder(folder, _is_ours) as new:
-            (new / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-            save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+        with atomic_folder(folder, is_ours) as new:
+            save_file(tensors, new / arrays, metadata={"format": "pt"})
+            if names != (CONFIG, WEIGHTS):
+                config = sealed({**config, model_folder.FILES: hash_files(new, [arrays])})
+            (new / options).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
             # safetensors writes files that their owner alone can read.
-            shutil.copymode(new / CONFIG, new / WEIGHTS)
+            shutil.copymode(new / options, new / arrays)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise CheckpointError(
