@@ -73,6 +73,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.objective.lora.alpha = 16.0
     config.objective.lora.dropout = 0.0
     config.objective.lora.targets = ()  # regular expressions over paths; empty: those of the family
+    config.objective.lora.layers = ()  # numbers of blocks, counted from 0; empty: all
     config.objective.report_cells = 500
     config.objective.report_seeds = 3
 

@@ -81,9 +81,10 @@ class Adapters:
     alpha: float = 16.0
     dropout: float = 0.0
     targets: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.rank and (self.targets or self.dropout or self.alpha != Adapters.alpha):
+        if not self.rank and (self.targets or self.layers or self.dropout or self.alpha != Adapters.alpha):
             raise ConfigError(
                 "objective.lora has options, but its rank is 0, which trains the whole model: set a rank, or leave "
                 "them out."
@@ -93,8 +94,9 @@ class Adapters:
         """Options for a family, None where the whole model is trained."""
         if not self.rank:
             return None
-        own = {"targets": self.targets} if self.targets else {}
-        return lora.LoraConfig.of(family, rank=self.rank, alpha=self.alpha, dropout=self.dropout, **own)
+        own: dict[str, Any] = {"targets": self.targets} if self.targets else {}
+        options = {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout, "layers": self.layers}
+        return lora.LoraConfig.of(family, **options, **own)
 
 
 @dataclasses.dataclass(frozen=True)
