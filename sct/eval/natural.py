@@ -68,7 +68,7 @@ _EXPRESSION_NOTES = (
 )
 _RANGES = (
     "Levels follow each cell's own range of counts, hidden genes included, for all methods. Expected counts use the "
-    "mean counts of levels among visible genes. Baselines that expect counts give probabilities of levels by a "
+    "mean counts of levels 2 and up among visible genes. Baselines that expect counts give probabilities of levels by a "
     "negative binomial distribution, whose dispersion is that of known counts around what the method expects."
 )
 _COUNTS_NOTES = (
@@ -316,6 +316,8 @@ def dispersions(genes: np.ndarray, mean: np.ndarray, counts: np.ndarray, num_gen
     def total(values: np.ndarray) -> np.ndarray:
         return np.bincount(genes, weights=values, minlength=num_genes)
 
+    # Around what the gene has here: a mean that is wrong for a whole study is no dispersion.
+    mean = mean * ((total(counts) + 1) / (total(mean) + 1))[genes]
     square = total(mean**2)
     told = square > 0
     own = total((counts - mean) ** 2 - mean)[told] / square[told]

@@ -49,7 +49,8 @@ def impute(
     What is asked for is hidden from the model, whether it was measured or not, and predicted as a
     distribution over expression levels. The expected raw count is the sum of the levels' probabilities times the
     counts that stand for them: the means of the cell's own levels among the genes that are shown; for a cell of
-    which nothing is shown, the average of these means over the shown cells of its bag.
+    which nothing is shown, the average of these means over the shown cells of its bag. For level 1 it is what the
+    gene has there, see `sct.data.tokenize.expected_counts`.
 
     Probabilities are those of a gene chosen regardless of its expression. Training masks expressed genes more often
     than others; where the loss did not correct for that, the correction is made here (`sct.data.class_prior`).
