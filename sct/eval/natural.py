@@ -68,7 +68,7 @@ _EXPRESSION_NOTES = (
 )
 _RANGES = (
     "Levels follow each cell's own range of counts, hidden genes included, for all methods. Expected counts use the "
-    "mean counts of levels 2 and up among visible genes. Baselines that expect counts give probabilities of levels by a "
+    "mean counts of levels 2 and up among visible genes. Baselines that expect counts give probabilities by a "
     "negative binomial distribution, whose dispersion is that of known counts around what the method expects."
 )
 _COUNTS_NOTES = (
