@@ -284,6 +284,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
         subprocess.run([unmount, str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_whatever_is_written_to_a_full_disk_ends_in_one_sentence(small_disk, tmp_path):
     """Nothing is left of it, and what was there is kept."""
     from sct.commands import tables

@@ -597,6 +597,7 @@ def test_installed_command_explains_itself(installed, tmp_path):
     assert "trian" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_installed_commands_list_their_flags(installed, tmp_path):
     for command, flag in (("train", "--workdir"), ("ingest", "--output")):
         shown = run(installed / "sct", command, "--help", cwd=tmp_path)

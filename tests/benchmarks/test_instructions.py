@@ -140,6 +140,7 @@ def test_the_zero_shot_row_is_what_the_model_answers(asked, tmp_path):  # noqa: 
     assert numbers[instructions.ZERO]["accuracy"] == [pytest.approx(right)]
 
 
+@pytest.mark.slow
 def test_groups_are_in_one_part_only(asked, tmp_path):  # noqa: F811
     cells = table()
     given = config(tmp_path / "out", tasks=("cta",), shots=())

@@ -204,6 +204,7 @@ def test_classifiers_of_shuffled_labels_are_at_chance():
         assert abs(np.mean(values["5-NN accuracy"]) - 1 / 3) < 0.1
 
 
+@pytest.mark.slow
 @needs_scib
 def test_batches_bring_the_columns_of_scib():
     counts, labels, embedding = cells()

@@ -203,6 +203,7 @@ def test_two_cliques_are_two_clusters():
         assert metrics.leiden_of_graph(graph, seed=seed).tolist() in ([0] * 4 + [1] * 4, [1] * 4 + [0] * 4)
 
 
+@pytest.mark.slow
 @needs_igraph
 def test_leiden_finds_what_lies_apart_and_is_seeded():
     embedding, labels = blobs((40, 50, 60), spread=0.01)

@@ -90,6 +90,7 @@ def test_texts_in_a_row_are_texts_alone(family):
     assert np.abs(logits(family, input_ids=row)[0, 7:22] - found[7:22]).max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_given_positions_are_used(family):
     row = ids(2, 8)

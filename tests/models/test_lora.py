@@ -88,6 +88,7 @@ def test_a_merged_model_is_the_adapted_one(family):
     assert not same(merged, {"params": variables["params"]})
 
 
+@pytest.mark.slow
 def test_a_head_that_takes_a_sequence_in_pieces(monkeypatch):
     variables = adapted("sct", LoraConfig(("head",), rank=3, alpha=6.0))
     module = SCT(config("sct"))
@@ -127,6 +128,7 @@ def test_a_single_layer():
     np.testing.assert_allclose(y, layer.apply(lora.merge({**variables, "adapters": made}), x), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_finite_differences():
     variables = adapted("gpt2")
     flat = flatten(variables["adapters"])
@@ -263,6 +265,7 @@ def test_dropout_differs_between_layers():
     chex.assert_trees_all_equal(call("gpt2", none), call("gpt2", none, jax.random.key(0)), strict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
 def test_float32_adapters_of_a_bfloat16_computation(family):
     variables = adapted(family)

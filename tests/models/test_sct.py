@@ -106,6 +106,7 @@ def test_the_published_model_has_79_204_163_parameters():
     assert SCTConfig().filters == (64, 192, 320, 448, 544, 672, 800, 928, 1024)
 
 
+@pytest.mark.slow
 def test_shapes_of_all_outputs():
     out = run(SMALL, tokens())
     assert {key: value.shape for key, value in out.items()} == {
@@ -360,6 +361,7 @@ def test_each_flag_changes_the_output_of_the_same_parameters(change):
     differs(run(config, tokens(), values=values)["logits"], run(ONE, tokens())["logits"])
 
 
+@pytest.mark.slow
 def test_norms_hold_the_parameters_that_their_name_says():
     def norms(kind):
         flat = jax.tree_util.tree_leaves_with_path(variables(dataclasses.replace(ONE, norm=kind)))

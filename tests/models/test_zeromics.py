@@ -103,6 +103,7 @@ def test_the_decoder_reads_soft_tokens_where_the_instruction_has_them():
         np.testing.assert_allclose(found["logits"][row], logits[0], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(side):
     plain = model().apply(bins=bins(), input_ids=INSTRUCTIONS)["logits"]

@@ -127,6 +127,7 @@ def test_a_wrong_gradient_alone_is_refused(job, monkeypatch):
     reference.check_forward(made, made.open_store())
 
 
+@pytest.mark.slow
 def test_what_is_no_number_is_refused(job, monkeypatch):
     def layer(x: jax.Array, kind: str) -> jax.Array:
         return pool_2x(x, kind) * (1.0 if wants_plain() else jnp.nan)

@@ -274,6 +274,7 @@ def test_a_view_becomes_a_table_of_its_own_without_a_warning(adata, model):
     assert "X_sct" not in adata.obsm
 
 
+@pytest.mark.slow
 def test_the_weights_are_named(adata, model):
     other = made(use_spatial=True)
     sct.tl.embed(adata, model)

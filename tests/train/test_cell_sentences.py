@@ -536,6 +536,7 @@ def begun(monkeypatch):
     return begin
 
 
+@pytest.mark.slow
 def test_a_model_to_start_from_brings_architecture_and_tokenizer(finished, text_config, begun, tmp_path):
     parent = sct.load(finished[0])
     config = text_config(

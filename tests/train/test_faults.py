@@ -382,7 +382,8 @@ def within_a_minute(function, *arguments):
         return pool.submit(function, *arguments).result(timeout=60)
 
 
-@pytest.mark.parametrize("threads", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [0, 2])
 @pytest.mark.parametrize(
     ("error", "kind"),
     [(OSError(5, "Input/output error"), StoreError), (ZeroDivisionError("a defect"), ZeroDivisionError)],

@@ -154,6 +154,7 @@ def test_sizes_that_do_not_fit():
             MaskedBinsConfig(**options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_genes", [0, 9])
 def test_the_table_of_predicted_bins(max_genes):
     task = task_of(max_genes, report_seeds=2, masked=0.5)

@@ -67,6 +67,7 @@ def test_a_budget_that_is_too_small_is_counted(task, batch, variables):
     assert task.summarise(jax.device_get(sums))["overflow"] == sums["overflow"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adjusted", [True, False])
 def test_the_loss_is_cross_entropy_at_masked_positions_only(task, batch, variables, adjusted):
     task.config = dataclasses.replace(task.config, logit_adjustment=adjusted)

@@ -36,6 +36,7 @@ def adapted(family: str, *options: Any) -> Pretrained:
     return dataclasses.replace(own, variables=variables)
 
 
+@pytest.mark.slow
 def test_what_is_written_is_what_is_read(tmp_path):
     for family in MODELS:
         for layers in ((), LAYER):

@@ -125,6 +125,7 @@ def test_a_models_own_item_token_is_used():
     assert np.abs(other - encode(corpus(3), own).table).max(axis=1).min() > 1e-3
 
 
+@pytest.mark.slow
 def test_matrices_are_of_the_type_of_the_computation(monkeypatch):
     seen, usual = [], Pretrained.apply
 

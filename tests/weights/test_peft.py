@@ -207,6 +207,7 @@ def test_written_and_read_back_they_are_the_same(family, options, tmp_path):
     assert all(value.dtype == jnp.float32 for value in jax.tree.leaves(back.variables["adapters"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "neox"])
 def test_parts_of_one_module_with_the_same_first_matrix(family, tmp_path):
     ours = model(family, LoraConfig(("attention/(query|key|value)$",), rank=3, alpha=7.0))

@@ -80,6 +80,7 @@ def test_the_round_trip_is_exact(model, folder):
         assert file.read_bytes() == (folder.parent / "again" / file.name).read_bytes(), file.name
 
 
+@pytest.mark.slow
 def test_the_weights_are_readable_with_safetensors_alone(model, folder):
     code = (
         "import json, sys; from safetensors.numpy import load_file; a = load_file(sys.argv[1]);"
@@ -850,6 +851,7 @@ ALTERED_RUNS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_byte_of_a_run_folder_is_checked(finished_run, config, store, tmp_path):
     """By `sct.load`, by a run that starts from it, and by the run that goes on."""
     wrong, resume = [], {"data__store": str(store), "train__eval_every": 5, "train__patience": 0}
@@ -915,6 +917,7 @@ def test_runs_without_hashes_are_loaded_and_go_on_with_a_note(a_run, store):
         sct.load(a_run)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_whose_weights_are_not_finite(a_run):
     best = sct.load(a_run)
     with ocp.PyTreeCheckpointer() as writer:
@@ -928,6 +931,7 @@ def test_a_checkpoint_whose_weights_are_not_finite(a_run):
         sct.load(a_run)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*no hashes")
 def test_a_damaged_checkpoint(a_run):
     set_best(a_run, 15)
