@@ -146,7 +146,8 @@ def test_a_store_has_its_own_training_studies(adata, model, tmp_path):
     settings = config(tmp_path / "out", data__path=str(tmp_path / "store"))
     reports = sct.tl.benchmark(settings, model=model)
     assert "Natural imputation" in reports[0].title
-    common = [row for row in reports[2].rows if row[1] == "training studies" and "common" in row[0]]
+    masked = next(report for report in reports if "masked genes" in report.title)
+    common = [row for row in masked.rows if row[1] == "training studies" and "common" in row[0]]
     assert len(common) == 2
     assert all(isinstance(row[3], list) for row in common)
     with pytest.raises(DataError, match="split 'validation'"):
