@@ -139,7 +139,8 @@ def test_microbatches_on_a_mesh(config):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     single, split = json.loads(done.stdout.splitlines()[-1])
-    assert single["losses"][2] < single["losses"][0]
+    # Three steps on other masks each need not lower the loss, but they must change it.
+    assert len(set(single["losses"])) == len(single["losses"])
     for what in ("losses", "norms", "size"):
         np.testing.assert_allclose(split[what], single[what], rtol=1e-5, err_msg=what)
     assert split["bytes"] < 0.75 * single["bytes"]
