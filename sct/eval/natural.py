@@ -58,9 +58,7 @@ SUMMARY = {
     name: (EXPRESSION | COUNTS)[name]
     for name in ("AUROC", "cross-entropy", "ECE", "MCC, all levels", "r per gene", "imputed / counted")
 }
-_SCORED = (
-    "Measured genes are hidden at random, whether expressed or not, and all hidden positions are scored."
-)
+_SCORED = "Measured genes are chosen at random, whether expressed or not, and hidden; all hidden positions are scored."
 _EXPRESSION_NOTES = (
     _SCORED,
     "AUROC and average precision: of the probability that a count was measured. Cross-entropy: of the levels, in nats. "

@@ -26,7 +26,7 @@ Box = nn.LogicallyPartitioned
 # Shape and axis names of an array of one layer's adapter.
 Shapes = dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]
 
-# Dense layers that get a low-rank adapter where nothing else is said. For GPT-2 and GPT-NeoX it is what the PEFT
+# Dense layers that get a low-rank adapter by default. For GPT-2 and GPT-NeoX it is what the PEFT
 # library adapts, whose layers hold all three projections in one.
 _TWO, _THREE = (r"attention/(query|value)$",), (r"attention/(query|key|value)$",)
 TARGETS: Mapping[str, tuple[str, ...]] = {

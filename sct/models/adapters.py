@@ -115,7 +115,7 @@ def init(rng: jax.Array, params: Any, *configs: AdapterConfig) -> dict[str, Any]
     params
         The collection "params", or its shapes, boxed with axis names; under `jax.eval_shape` nothing is allocated.
     configs
-        Options of one or several kinds, of which a layer may have one of each.
+        Options of one or several kinds. A layer may have one adapter of each kind.
 
     Returns
     -------

@@ -55,7 +55,7 @@ def stack(layer: type[nn.Module], config: Any, number: int, remat: str, name: st
         length=number,
         metadata_params={nn.PARTITION_NAME: axes.LAYERS},
     )
-    # Adapters of some layers alone become those of all, of which the others give nothing.
+    # Adapters of some layers alone become those of all layers; the other layers add nothing.
     adapted = nn.map_variables(
         scanned, adapters.COLLECTION, functools.partial(_for_all_layers, number=number)
     )

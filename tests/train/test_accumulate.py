@@ -130,7 +130,7 @@ def test_memory_is_that_of_a_microbatch(task):
 
 @pytest.mark.slow
 def test_microbatches_on_a_mesh(config):
-    plain = config(train__batch_size=16, model__num_downsamples=1)
+    plain = config(train__batch_size=16, model__num_downsamples=1, objective__logit_adjustment=False)
     request = {"config": plain, "microbatch": 4, "meshes": [{"data": 1}, {"data": 2, "fsdp": 2}]}
     done = subprocess.run(
         [sys.executable, "-m", "tests.train.accumulate_mesh", json.dumps(request)],
@@ -139,8 +139,7 @@ def test_microbatches_on_a_mesh(config):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     single, split = json.loads(done.stdout.splitlines()[-1])
-    # Three steps on other masks each need not lower the loss, but they must change it.
-    assert len(set(single["losses"])) == len(single["losses"])
+    assert single["losses"][2] < single["losses"][0]
     for what in ("losses", "norms", "size"):
         np.testing.assert_allclose(split[what], single[what], rtol=1e-5, err_msg=what)
     assert split["bytes"] < 0.75 * single["bytes"]
