@@ -71,7 +71,7 @@ def main(command: str | None = None) -> None:
         sys.exit(2)
     asks_for_help = bool({"-h", "--help"} & set(argv[1:]))
     if command in _COMPUTING and not asks_for_help:
-        use_memory_well()
+        keep_freed_memory()
     module = importlib.import_module(f"sct.commands.{command}")
     if asks_for_help:
         # absl's own help names files of this machine and ends with status 1.
@@ -102,24 +102,18 @@ def _on_cpu_of_linux() -> bool:
 
 
 _PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-_ASK = "glibc.malloc.hugetlb=1"
 
 
-def use_memory_well() -> None:
-    """Get the memory of a step in large pages, where a step runs on the CPU, or else keep it for the next one.
+def keep_freed_memory() -> None:
+    """Keep freed memory for the next step, where a step runs on the CPU and the system has no large pages.
 
-    A step at full size goes through gigabytes, which in pages of 4 KiB, cleared one by one, cost a sixth of its time
-    (docs/performance.md). Where the system gives pages of 2 MiB when asked, glibc (2.35 and newer) is told to ask: it
-    reads that at the start of a process only, so the process starts over, once. Where there are no large pages, glibc
-    keeps what is freed, which costs memory at full size. Must precede JAX's threads.
+    A training step at full size allocates and frees gigabytes. In pages of 4 KiB, which the system clears one by one,
+    that costs a sixth of the step (docs/performance.md). With large pages keeping it is not worth the higher peak.
+    Call it before JAX starts its threads.
     """
     if not _on_cpu_of_linux():
         return
     pages = _PAGES.read_text() if _PAGES.exists() else "[never]"
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if "[madvise]" in pages and "glibc.malloc.hugetlb" not in tunables:
-        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, _ASK)))
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     libc = ctypes.CDLL(None)
     if "[never]" in pages and hasattr(libc, "mallopt"):
         # From malloc.h: one arena for all threads, no separate mappings, never shrink.

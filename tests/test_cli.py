@@ -1,8 +1,7 @@
-"""How a command gets its memory: large pages where there are any, asked for once."""
+"""How a command gets its memory, and that it does so without starting its process over."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
@@ -10,33 +9,10 @@ import pytest
 
 from sct import cli
 
-
-class RestartError(Exception):
-    """Raised in place of starting over."""
+PAGES = "transparent_hugepage"
 
 
-@pytest.fixture
-def system(monkeypatch, tmp_path):
-    """Function that sets what the system says of large pages; a restart raises."""
-
-    def restart(program, words):
-        raise RestartError(program, words)
-
-    monkeypatch.setattr(os, "execv", restart)
-    monkeypatch.setattr(cli, "_on_cpu_of_linux", lambda: True)
-    monkeypatch.setattr(cli.ctypes, "CDLL", lambda name: kept)
-    monkeypatch.setattr(cli, "_PAGES", tmp_path / "enabled")
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    kept = Kept()
-
-    def says(text):
-        (tmp_path / "enabled").write_text(text)
-        return kept
-
-    return says
-
-
-class Kept:
+class Library:
     """A C library that counts its options."""
 
     def __init__(self):
@@ -46,30 +22,43 @@ class Kept:
         self.options.append(option)
 
 
-def test_a_command_starts_over_once_where_pages_are_given_when_asked(system, monkeypatch):
-    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
-    monkeypatch.setattr(sys, "orig_argv", ["python3", "-m", "launch.train", "--config=a b"])
-    kept = system("always [madvise] never")
-    with pytest.raises(RestartError) as caught:
-        cli.use_memory_well()
-    assert caught.value.args == (sys.executable, [sys.executable, "-m", "launch.train", "--config=a b"])
-    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.check=1:glibc.malloc.hugetlb=1"
-    cli.use_memory_well()
-    assert kept.options == []
+def test_freed_memory_is_kept_only_where_there_are_no_large_pages(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "_PAGES", tmp_path / PAGES)
+    wrong = []
+    for on_cpu in (True, False):
+        monkeypatch.setattr(cli, "_on_cpu_of_linux", lambda on_cpu=on_cpu: on_cpu)
+        for text in ("[always] madvise never", "always [madvise] never", "always madvise [never]", None):
+            (tmp_path / PAGES).unlink(missing_ok=True)
+            if text is not None:
+                (tmp_path / PAGES).write_text(text)
+            library = Library()
+            monkeypatch.setattr(cli.ctypes, "CDLL", lambda name, library=library: library)
+            cli.keep_freed_memory()
+            keeps = on_cpu and text in ("always madvise [never]", None)
+            if len(library.options) != 3 * keeps:
+                wrong.append((on_cpu, text, library.options))
+    assert not wrong
 
 
-def test_what_is_freed_is_kept_only_where_there_are_no_large_pages(system):
-    kept = system("[always] madvise never")
-    cli.use_memory_well()
-    assert kept.options == []
-    system("always madvise [never]")
-    cli.use_memory_well()
-    assert len(kept.options) == 3
+SCRIPT = """
+import pathlib, sys
+print("begun", flush=True)
+from sct import cli
+cli._on_cpu_of_linux = lambda: True
+cli._PAGES = pathlib.Path(sys.argv.pop(1))
+cli.main(sys.argv.pop(1))
+"""
 
 
 @pytest.mark.slow
-def test_the_words_survive_the_restart():
-    words = ["-c", "from sct.cli import main; main('speed')", "--config=sct_sc", "--mode=no such mode"]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "--mode is 'no such mode'" in done.stderr
+def test_no_command_starts_its_process_over(tmp_path):
+    """Whatever the system says of large pages; each command ends at a flag that there is not."""
+    pages = tmp_path / PAGES
+    pages.write_text("always [madvise] never")
+    wrong = {}
+    for command in cli._COMMANDS:
+        words = [sys.executable, "-c", SCRIPT, str(pages), command, "--no_such_flag=a b"]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.stdout.count("begun") != 1 or done.returncode != 1 or "no_such_flag" not in done.stderr:
+            wrong[command] = (done.stdout, done.stderr)
+    assert not wrong
