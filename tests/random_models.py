@@ -29,6 +29,6 @@ def random_model(
     family: str, config: Any, scale: float = 0.3, seed: int = 1, key: int = 0, **parts: Any
 ) -> Pretrained:
     """Model of a configuration, initialized by `key` and `noisy` by `seed`; `parts` are fields of `Pretrained`."""
-    module = registry.family(family)[1]
+    module = registry.family(family).module
     variables = nn.unbox(jax.jit(module(config).init)(jax.random.key(key), **module.example(config)))
     return Pretrained(family, config, noisy(variables, scale, seed), **parts)

@@ -22,9 +22,9 @@ from sct.data.genes import GeneVocabulary
 from sct.data.ingest import IngestOptions, ingest
 from sct.data.store import Store
 from sct.errors import ConfigError
+from sct.families.tasks import data_of, kind_of, make_task
 from sct.models import registry
 from sct.tasks.masked_expression import MaskedExpression, MaskedExpressionConfig
-from sct.tasks.registry import data_of, kind_of, make_task
 from sct.train import sharding, sweep
 from sct.train.loop import TrainConfig
 from sct.train.optim import OptimizerConfig, make_optimizer
@@ -235,7 +235,7 @@ def abstract_batch(source: BagSource, size: int) -> dict[str, jax.ShapeDtypeStru
 
 def test_the_full_model_has_the_published_number_of_parameters():
     config = values(ROOT / "configs" / "sct_sc.py", "")
-    model_config, model = registry.MODELS["sct"]
+    model_config, model, _ = registry.MODELS["sct"]
     made = model(registry.build(model_config, {**config["model"], "num_genes": 19_968}, "model"))
     shapes = jax.eval_shape(made.init, jax.random.key(0), np.zeros((1, 1, 19_968), np.uint8))
     assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes)) == 79_204_163

@@ -17,7 +17,7 @@ import tomllib
 import venv
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from sct.version import DISTRIBUTION, REPOSITORY, __version__
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sct"
 
-_BELOW_TRAIN = {
+_BELOW_FAMILIES = {
+    "inference",
     "tasks",
     "generation",
     "weights",
@@ -48,6 +49,7 @@ _BELOW_TRAIN = {
     "hashes",
     "progress",
 }
+_BELOW_TRAIN = _BELOW_FAMILIES | {"families"}
 _ALL = _BELOW_TRAIN | {"train", "speed", "pp", "tl", "pl", "benchmarks", "commands", "cli", "sct", "version"}
 # Part of the package -> parts that it may import. "sct" is the root, which others read for its version.
 ALLOWED: dict[str, set[str]] = {
@@ -67,6 +69,18 @@ ALLOWED: dict[str, set[str]] = {
     "eval": {"eval", "eval.metrics", "data", "progress", "errors", "extras", "atomic", "version"},
     "generation": {"generation", "data", "models", "nn", "progress", "errors"},
     "tasks": {"tasks", "data", "models", "weights", "generation", "eval", "eval.metrics", "nn", "errors"},
+    "inference": {
+        "inference",
+        "generation",
+        "weights",
+        "data",
+        "models",
+        "nn",
+        "progress",
+        "errors",
+        "version",
+    },
+    "families": {"families", "sct"} | _BELOW_FAMILIES,
     "weights": {
         "weights",
         "models",
@@ -218,6 +232,9 @@ def test_a_forbidden_import_is_seen():
         ("sct.eval.metrics", "from sct.errors import DataError"),
         ("sct.weights.pretrained", "from sct.data.store import Store"),
         ("sct.tasks.base", "from sct.train.loop import train"),
+        ("sct.tasks.kind", "from sct.families import models"),
+        ("sct.inference.runner", "from sct.families import models"),
+        ("sct.families.sct", "from sct.train.loop import train"),
         ("sct.train.loop", "from sct.cli import main"),
         ("sct.tl", "from sct.train.loop import train"),
         ("sct.commands.train", "import launch.train"),
@@ -246,6 +263,44 @@ def test_no_module_imports_one_that_imports_it():
     }
     assert circle(imports) == []
     assert {"sct.errors", "sct.cli"} <= set(circle(imports | {"sct.errors": {"sct.cli"}}))
+
+
+def compared_names(tree: ast.AST, names: Collection[str]) -> list[int]:
+    """Lines that compare something with one of some names, or look whether it is among names that are written out."""
+    found = []
+    for node in ast.walk(tree):
+        cases = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+        if isinstance(node, ast.MatchValue):
+            cases = [node.value]
+        cases += [
+            each for case in cases if isinstance(case, ast.Tuple | ast.List | ast.Set) for each in case.elts
+        ]
+        if any(isinstance(case, ast.Constant) and case.value in names for case in cases):
+            found.append(node.lineno)
+    return found
+
+
+def test_nothing_but_manifests_and_converters_compares_names_of_families():
+    from sct import families
+
+    names = {*families.all_families(), *families.models()}
+    assert {"sct", "gpt2", "zeromics_cells"} <= names
+    exempt = re.compile(r"sct\.(families\b.*|models\.registry|weights\.(hf|peft|haiku)\w*)")
+    found = {
+        f"{module}:{line}"
+        for module, path in MODULES.items()
+        if not exempt.fullmatch(module)
+        for line in compared_names(ast.parse(path.read_text()), names)
+    }
+    assert found == set()
+    for seen in (
+        'a.family == "sct"',
+        '"gpt2" != x',
+        'x in ("llama", "other")',
+        "match x:\n case 'bert': pass",
+    ):
+        assert compared_names(ast.parse(seen), names), seen
+    assert not compared_names(ast.parse('{"sct": 1}; f("sct")'), names)
 
 
 def test_configs_import_ml_collections_and_the_standard_library_only():

@@ -32,8 +32,9 @@ from sct.eval import labels, marker_scores, pathways, report_folder
 from sct.eval.report import Report
 from sct.folder_lock import only_one
 from sct.generation.cell_asker import CellAsker
-from sct.tl import benchmarking, running
-from sct.tl.asking import asker_of
+from sct.inference import inputs
+from sct.inference.asking import asker_of
+from sct.tl import benchmarking
 from sct.weights.pretrained import Pretrained
 
 TUMOUR = "tumour cell"
@@ -155,7 +156,7 @@ class _Table:
 def benchmark(
     config: Mapping[str, Any],
     adata: ad.AnnData | None = None,
-    model: running.Model | None = None,
+    model: inputs.Model | None = None,
     *,
     overwrite: bool = True,
 ) -> list[Report]:
@@ -191,7 +192,7 @@ def benchmark(
 
 
 def _benchmark(
-    options: InstructionBenchmarkOptions, output: Path, adata: ad.AnnData | None, model: running.Model | None
+    options: InstructionBenchmarkOptions, output: Path, adata: ad.AnnData | None, model: inputs.Model | None
 ) -> list[Report]:
     """Measure as options say, and write the report into a folder that no other process writes to."""
     started = time.monotonic()
@@ -206,7 +207,7 @@ def _benchmark(
     markers = marker_scores.read_markers(options.markers) if options.markers else None
     if options.pathways.file:
         pathways.read_gene_sets(options.pathways.file, options.pathways.names)
-    handle = running.loaded(model or options.model)
+    handle = inputs.loaded(model or options.model)
     asker = asker_of(handle)
     output.mkdir(parents=True, exist_ok=True)
     if data.dataset:

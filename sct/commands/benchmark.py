@@ -14,6 +14,8 @@ program.
 
 from __future__ import annotations
 
+import importlib
+
 from absl import flags
 from ml_collections import config_flags
 
@@ -26,6 +28,8 @@ __all__ = ["main", "prepare"]
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration: FILE_OR_NAME[:VARIANT].")
 flags.mark_flag_as_required("config")
 
+# What a configuration names as its `benchmark`.
+_BENCHMARKS = {"zero_shot": "sct.tl.benchmarking", "instructions": "sct.benchmarks.instructions"}
 FLAG_MODULES = ("sct.commands.output_flags",)
 
 
@@ -34,13 +38,12 @@ def main(argv: list[str]) -> None:
     from rich.console import Console
 
     config = _CONFIG.value.to_dict()
-    if config.pop("benchmark", "") == "instructions":
-        from sct.benchmarks.instructions import benchmark
-    elif "gene_imputation" in config:
-        from sct.tl.benchmarking import benchmark
-    else:
+    name = config.pop("benchmark", "zero_shot" if "gene_imputation" in config else "")
+    if name not in _BENCHMARKS:
         raise ConfigError("this is a configuration of training: give --config=configs/benchmark.py.")
     console = Console()
-    for table in benchmark(config, overwrite=output_flags.OVERWRITE.value):
+    for table in importlib.import_module(_BENCHMARKS[name]).benchmark(
+        config, overwrite=output_flags.OVERWRITE.value
+    ):
         console.print(table.table())
     console.print(f"report: {config['output']}/report.html", soft_wrap=True)

@@ -19,6 +19,7 @@ In a clone, `python -m launch.convert` is the same program.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
@@ -26,10 +27,12 @@ from sct import outputs
 from sct.commands import output_flags
 from sct.errors import ConfigError
 
-_FROM = flags.DEFINE_enum(
-    "from", None, ["haiku-sct", "hf", "sct"], "Format of the weights; sct: a model folder."
-)
-_TO = flags.DEFINE_enum("to", "sct", ["sct", "hf"], "Format to write; hf takes --from=sct.")
+if TYPE_CHECKING:
+    from sct.families import Converter
+
+OWN = "sct"  # the format of a model folder
+_FROM = flags.DEFINE_string("from", None, "Format of the weights: haiku-sct, hf, or sct, a model folder.")
+_TO = flags.DEFINE_string("to", OWN, "Format to write: sct, or hf, which takes --from=sct.")
 _INPUT = flags.DEFINE_string("input", None, "Folder of the weights.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
 _GENES = flags.DEFINE_string(
@@ -46,6 +49,8 @@ _WEIGHTS = (".safetensors", ".bin", ".joblib")
 
 def main(argv: list[str]) -> None:
     """Convert as the flags say."""
+    from sct import families
+    from sct.data.genes import GeneVocabulary
     from sct.weights import model_folder
 
     source, target = (Path(flag.value).expanduser().resolve() for flag in (_INPUT, _OUTPUT))
@@ -53,17 +58,35 @@ def main(argv: list[str]) -> None:
         raise ConfigError(
             f"the output {target} is the input folder or lies inside of it: choose another --output."
         )
-    if (_FROM.value == "sct") != (_TO.value == "hf"):
+    known = families.converters()
+    written = [name for name, each in known.items() if each.write is not None]
+    for flag, names in ((_FROM, [*known, OWN]), (_TO, [OWN, *written])):
+        if flag.value not in names:
+            raise ConfigError(f"--{flag.name} is {flag.value!r}, but it must be one of {', '.join(names)}.")
+    if (_FROM.value == OWN) == (_TO.value == OWN):
         raise ConfigError(
-            f"--from={_FROM.value} --to={_TO.value} is no conversion: from haiku-sct and hf weights become a model "
-            "folder (sct), and a model folder becomes hf."
+            f"--from={_FROM.value} --to={_TO.value} is no conversion: from {' and '.join(known)} weights become a "
+            f"model folder ({OWN}), and a model folder becomes {' or '.join(written)}."
         )
-    if _GENES.value and _FROM.value != "haiku-sct":
-        raise ConfigError(f"--genes is for --from=haiku-sct alone, not {_FROM.value}: leave it out.")
+    numbered = [name for name, each in known.items() if each.takes_genes]
+    if _GENES.value and _FROM.value not in numbered:
+        raise ConfigError(
+            f"--genes is for --from={'|'.join(numbered)} alone, not {_FROM.value}: leave it out."
+        )
     model_folder.check_target(target)
     outputs.check_folder(target, "--output", output_flags.OVERWRITE.value, _least_bytes(source))
-    {"haiku-sct": _from_haiku, "hf": _from_hf, "sct": _to_hf}[str(_FROM.value)](source, target)
-    print(f"{'model folder' if _TO.value == 'sct' else 'Hugging Face folder'}: {_OUTPUT.value}")
+    if _FROM.value == OWN:
+        _write(known[str(_TO.value)], source, target)
+        print(f"{known[str(_TO.value)].title or _TO.value} folder: {_OUTPUT.value}")
+        return
+    converter = known[str(_FROM.value)]
+    numbered_genes = _GENES.value == "none"
+    named = _GENES.value and not numbered_genes
+    genes = GeneVocabulary.load(Path(str(_GENES.value)).expanduser()) if named else None
+    converter.read(source, target, _DTYPE.value, genes, numbered_genes)
+    if converter.notice:
+        print(converter.notice)
+    print(f"model folder: {_OUTPUT.value}")
 
 
 def _least_bytes(source: Path) -> int:
@@ -74,29 +97,13 @@ def _least_bytes(source: Path) -> int:
     return min(filter(None, sets), default=0) // (2 if _DTYPE.value == "float32" else 4)
 
 
-def _from_haiku(source: Path, target: Path) -> None:
-    from sct.data.genes import GeneVocabulary
-    from sct.weights import haiku_sct
-
-    numbered = _GENES.value == "none"
-    genes = GeneVocabulary.load(Path(_GENES.value).expanduser()) if _GENES.value and not numbered else None
-    haiku_sct.convert(source, genes, numbered).save_pretrained(target, dtype=_DTYPE.value)
-    print(haiku_sct.NOTICE)
-
-
-def _from_hf(source: Path, target: Path) -> None:
-    from sct.weights import hf
-
-    hf.convert(source, target, dtype=_DTYPE.value)
-    print(hf.NOTICE)
-
-
-def _to_hf(source: Path, target: Path) -> None:
+def _write(converter: Converter, source: Path, target: Path) -> None:
+    """Write a model folder in a foreign format."""
     import jax
 
-    from sct.weights import hf
     from sct.weights.load import load
 
+    assert converter.write is not None
     # Accelerators may be smaller than a model, and have nothing to compute here.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        hf.save(load(source), target, dtype=_DTYPE.value)
+        converter.write(load(source), target, _DTYPE.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from sct.data import counts
 from sct.data.bag_order import WINDOW, BagOrder
 from sct.data.coordinates import Scale
 from sct.data.genes import GeneVocabulary
+from sct.data.text.ranking import cell_keys
 from sct.data.tokenize import noisy_genes
 from sct.errors import DataError
 from sct.progress import progress
@@ -105,6 +107,7 @@ class Cells:
         self.alignment = vocabulary.align(found.var, column=gene_column, duplicates=duplicates)
         self.vocabulary = vocabulary
         self.n_cells: int = found.matrix.shape[0]
+        self.names = adata.obs_names
         self.on_disk = not sparse.issparse(self.matrix)
         self.sections = tuple(sections) if sections is not None else (Section("", np.arange(self.n_cells)),)
         self.measured = self._measured(found.var)
@@ -112,6 +115,11 @@ class Cells:
         self.gene_totals = np.zeros((len(self.sections), len(vocabulary)))
         self.cell_totals = np.zeros(self.n_cells)
         self._count()
+
+    @functools.cached_property
+    def keys(self) -> np.ndarray:
+        """Keys of the cells, uint64 (N,), from their names; see `sct.data.text.ranking.cell_keys`."""
+        return cell_keys(self.names)
 
     def _measured(self, var: pd.DataFrame) -> np.ndarray:
         columns = self.alignment.columns

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sct.errors import ConfigError
+from sct.models import registry
 from sct.nn import axes
 from sct.nn.adapters import BOTTLENECK, LOW_RANK, PREFIX, Kind
 from sct.nn.paths import flatten
@@ -26,12 +27,6 @@ Box = nn.LogicallyPartitioned
 # Shape and axis names of an array of one layer's adapter.
 Shapes = dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]
 
-# Dense layers that get a low-rank adapter by default. For GPT-2 and GPT-NeoX it is what the PEFT
-# library adapts, whose layers hold all three projections in one.
-_TWO, _THREE = (r"attention/(query|value)$",), (r"attention/(query|key|value)$",)
-TARGETS: Mapping[str, tuple[str, ...]] = {
-    "sct": _TWO, "gpt2": _THREE, "neox": _THREE, "llama": _TWO, "bert": _TWO
-}  # fmt: skip
 _PREFIX_DEVIATION = 0.02
 
 
@@ -171,7 +166,7 @@ class LoraConfig(AdapterConfig):
         Numbers of the blocks, counted from 0, whose dense layers have one, and none elsewhere; empty: all.
     """
 
-    targets: tuple[str, ...] = _TWO
+    targets: tuple[str, ...] = registry.QUERY_VALUE
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
@@ -193,12 +188,13 @@ class LoraConfig(AdapterConfig):
     @classmethod
     def of(cls, family: str, **options: Any) -> LoraConfig:
         """Make a configuration with the targets that a family has by default."""
-        if family not in TARGETS:
+        targets = {name: each.targets for name, each in registry.MODELS.items() if each.targets}
+        if family not in targets:
             raise ConfigError(
                 f"the family {family!r} has no default targets: give LoraConfig some, or choose from "
-                f"{', '.join(sorted(TARGETS))}."
+                f"{', '.join(sorted(targets))}."
             )
-        return cls(**{"targets": TARGETS[family], **options})
+        return cls(**{"targets": targets[family], **options})
 
     @property
     def size(self) -> int:

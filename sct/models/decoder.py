@@ -135,7 +135,7 @@ class Decoder(nn.Module):
 
     config: DecoderConfig
     outputs: ClassVar[tuple[str, ...]] = ("logits",)
-    intermediates: ClassVar[tuple[str, ...]] = ("hidden",)
+    intermediates: ClassVar[tuple[str, ...]] = ("hidden", "text_embedding")
 
     @staticmethod
     def example(config: DecoderConfig) -> dict[str, jax.Array]:
@@ -250,7 +250,12 @@ class Decoder(nn.Module):
 
         Returns
         -------
-        `logits` float32 (B, T, V); `hidden` (B, T, D), behind the last norm.
+        `logits` float32 (B, T, V); `hidden` (B, T, D), behind the last norm; `text_embedding` float32 (B, D), its mean
+        over the tokens that are there.
         """
         hidden = self.hidden(input_ids, attention_mask, segments, positions)
-        return {"logits": self.logits(hidden), "hidden": hidden}
+        there = attention_mask if segments is None else segments
+        weights = jnp.ones(input_ids.shape) if there is None else (there > 0).astype(jnp.float32)
+        total = jnp.einsum("btd,bt->bd", hidden.astype(jnp.float32), weights)
+        mean = total / jnp.maximum(weights.sum(axis=1, keepdims=True), 1.0)
+        return {"logits": self.logits(hidden), "hidden": hidden, "text_embedding": mean}

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sct.errors import ConfigError
-from sct.models.adapter_kinds import TARGETS, LoraConfig, kernels
+from sct.models.adapter_kinds import LoraConfig, kernels
 from sct.models.adapters import (
     NEW,
     TRAINABLE,
@@ -30,7 +30,7 @@ from sct.nn.adapters import COLLECTION, LOW_RANK
 from sct.nn.paths import flatten, unflatten
 
 __all__ = [
-    "NEW", "TARGETS", "TRAINABLE", "LoraConfig", "Mixture", "adapted", "beside", "check_same", "chosen", "count",
+    "NEW", "TRAINABLE", "LoraConfig", "Mixture", "adapted", "beside", "check_same", "chosen", "count",
     "gated", "init", "kernels", "merge",
 ]  # fmt: skip
 

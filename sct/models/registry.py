@@ -1,10 +1,10 @@
-"""Model families by name."""
+"""Architectures by name: configuration, module, and what adapters adapt by default."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
@@ -21,15 +21,36 @@ from sct.models.zeromics_cells import ZerOmicsCells, ZerOmicsCellsConfig
 
 T = TypeVar("T")
 
-# family -> (configuration, module)
-MODELS: dict[str, tuple[type[Any], type[Any]]] = {
-    "sct": (SCTConfig, SCT),
-    "gpt2": (GPT2Config, Decoder),
-    "neox": (NeoXConfig, Decoder),
-    "llama": (LlamaConfig, Decoder),
-    "bert": (BertConfig, Bert),
-    "zeromics": (ZerOmicsConfig, ZerOmics),
-    "zeromics_cells": (ZerOmicsCellsConfig, ZerOmicsCells),
+# Dense layers that get a low-rank adapter by default. For GPT-2 and GPT-NeoX it is what the PEFT library adapts, whose
+# layers hold all three projections in one.
+QUERY_VALUE, QUERY_KEY_VALUE = (r"attention/(query|value)$",), (r"attention/(query|key|value)$",)
+
+
+class Architecture(NamedTuple):
+    """What a name of `MODELS` stands for.
+
+    Attributes
+    ----------
+    config, module
+        Types of the configuration and of the Flax module.
+    targets
+        Dense layers that get a low-rank adapter by default, see `sct.models.adapter_kinds.LoraConfig`; none where
+        adapters must name theirs.
+    """
+
+    config: type[Any]
+    module: type[Any]
+    targets: tuple[str, ...] = ()
+
+
+MODELS: dict[str, Architecture] = {
+    "sct": Architecture(SCTConfig, SCT, QUERY_VALUE),
+    "gpt2": Architecture(GPT2Config, Decoder, QUERY_KEY_VALUE),
+    "neox": Architecture(NeoXConfig, Decoder, QUERY_KEY_VALUE),
+    "llama": Architecture(LlamaConfig, Decoder, QUERY_VALUE),
+    "bert": Architecture(BertConfig, Bert, QUERY_VALUE),
+    "zeromics": Architecture(ZerOmicsConfig, ZerOmics),
+    "zeromics_cells": Architecture(ZerOmicsCellsConfig, ZerOmicsCells, QUERY_VALUE),
 }
 
 
@@ -108,8 +129,8 @@ def check_device(config: Any) -> None:
         ]
 
 
-def family(name: str) -> tuple[type[Any], type[Any]]:
-    """Configuration and module of a family; `ConfigError` where there is none of that name."""
+def family(name: str) -> Architecture:
+    """Architecture of a name; `ConfigError` where there is none."""
     if name not in MODELS:
         raise ConfigError(f"there is no model family {name!r}: choose from {', '.join(sorted(MODELS))}.")
     return MODELS[name]
@@ -120,7 +141,7 @@ def model_config(name: str, values: Mapping[str, Any], num_genes: int | None = N
 
     With `num_genes`, the size of a vocabulary, the architecture is fitted to it where it leaves that open.
     """
-    cls = family(name)[0]
+    cls = family(name).config
     if num_genes is not None:
         values = cls.fit(values, num_genes)
     return build(cls, values, f"model ({name})")

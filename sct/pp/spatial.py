@@ -5,7 +5,7 @@ from __future__ import annotations
 import anndata as ad
 
 from sct.data.coordinates import SPATIAL_KEY
-from sct.tl import running
+from sct.inference import inputs
 
 
 def spatial_scale(
@@ -37,8 +37,8 @@ def spatial_scale(
     DataError
         No such key or column, a position that is missing.
     """
-    running.check_table(adata, True)
-    sections = running.sections(adata, batch_key, spatial_key)
+    inputs.check_table(adata, True)
+    sections = inputs.sections(adata, batch_key, spatial_key)
     result = adata.copy()
-    running.keep_scales(result, sections, batch_key, spatial_key)
+    inputs.keep_scales(result, sections, batch_key, spatial_key)
     return result

@@ -12,12 +12,11 @@ import jax
 from sct.data.loader import Loader
 from sct.data.store import Store
 from sct.errors import SctError
-from sct.models import registry
 from sct.speed import memory, reference
 from sct.speed.ceiling import arithmetic, matmul_ceiling
 from sct.speed.job import Job
 from sct.speed.timing import timed
-from sct.tasks.masked_expression import MaskedExpression
+from sct.tasks.base import Task
 from sct.train import sharding
 from sct.train.optim import make_optimizer
 from sct.train.state import init_state, make_train_step
@@ -82,16 +81,16 @@ def _compiled(function: Any, *arguments: Any) -> tuple[Any, dict[str, Any]]:
     }
 
 
-def _rates(found: dict[str, Any], task: MaskedExpression, bags: int, flops: float) -> dict[str, Any]:
-    cells, seconds = task.bags.cells_per_bag, found["step_seconds"]
+def _rates(found: dict[str, Any], task: Task, cells: int, records: int, flops: float) -> dict[str, Any]:
+    seconds, tokens = found["step_seconds"], records * task.tokens_per_record
     achieved = flops / seconds
     return {
-        "batch_size": bags,
+        "batch_size": records,
         "cells_per_bag": cells,
-        "gene_positions": task.model_config.num_genes,
-        "tokens_per_step": bags * cells * task.model_config.num_genes,
-        "tokens_per_s": bags * cells * task.model_config.num_genes / seconds,
-        "cells_per_s": bags * cells / seconds,
+        "gene_positions": task.tokens_per_record // cells,
+        "tokens_per_step": tokens,
+        "tokens_per_s": tokens / seconds,
+        "cells_per_s": records * cells / seconds,
         "model_flops": flops,
         "achieved_flops": achieved,
         "utilisation": achieved / found["ceiling_flops"],
@@ -134,16 +133,12 @@ def measure_train(job: Job, store: Store) -> dict[str, Any]:
             f"the loss is {loss} after some steps of training, so their time means nothing: lower the learning rate "
             "(--config.optimizer.peak_lr)."
         )
-    cells, budget = task.bags.cells_per_bag, task.config.head_budget
-    length = cells * task.model_config.num_genes
-    positions = max(1, round(budget * length)) if budget else None
-    module = registry.family(job.config["family"])[1]
-    flops = _PASSES * module.flops(task.model_config, options.batch_size, cells, positions)
+    flops = _PASSES * task.operations(options.batch_size)
     return {
         **found,
         **program,
-        **_rates(found, task, options.batch_size, flops),
-        "head_positions": positions if positions is not None else length,
+        **_rates(found, task, job.cells_per_record, options.batch_size, flops),
+        "head_positions": getattr(task, "head_positions", None) or task.tokens_per_record,
         "accumulate": options.accumulate,
         "remat": getattr(task.model_config, "remat", None),
     }
@@ -168,6 +163,6 @@ def measure_forward(job: Job, store: Store) -> dict[str, Any]:
 
     dtype, devices = task.model_config.dtype, list(mesh.devices.flat)
     found = run_steps(job, lambda: None, call, "forward passes", dtype=dtype, devices=devices)
-    module = registry.family(job.config["family"])[1]
-    flops = module.flops(task.model_config, options.batch_size, task.bags.cells_per_bag)
-    return {**found, **program, **_rates(found, task, options.batch_size, flops)}
+    everywhere = job.task(store, objective={"head_budget": 0.0})
+    flops = everywhere.operations(options.batch_size)
+    return {**found, **program, **_rates(found, task, job.cells_per_record, options.batch_size, flops)}

@@ -45,9 +45,9 @@ def model_of(job: Job) -> Pretrained:
         It generates no text.
     """
     given = dict(job.config.get("model", {}))
-    family = registry.family(str(job.config.get("family")))[0]
+    family = registry.family(str(job.config.get("family"))).config
     if not issubclass(family, DecoderConfig):
-        able = [name for name, (kind, _) in registry.MODELS.items() if issubclass(kind, DecoderConfig)]
+        able = [name for name, (kind, *_) in registry.MODELS.items() if issubclass(kind, DecoderConfig)]
         raise ConfigError(
             f"--mode=generate needs a model that generates text, which {job.config.get('family')!r} does not: choose a "
             f"configuration of {', '.join(able)}."

@@ -10,10 +10,9 @@ from typing import Any
 from sct.data.bundled import prepare
 from sct.data.store import Store
 from sct.errors import ConfigError
+from sct.families.tasks import data_of, kind_of, kinds, make_task
 from sct.models import registry
 from sct.speed import synthetic
-from sct.tasks.masked_expression import BagData, MaskedExpression
-from sct.tasks.registry import kind_of, make_task
 from sct.train.loop import TrainConfig
 from sct.train.optim import OptimizerConfig
 
@@ -85,22 +84,33 @@ class Job:
             raise ConfigError(
                 "this configuration is not one run of training: give one that is, such as --config=configs/sct_sc.py."
             )
-        if self.options.mode != "generate" and kind_of(self.config).tokenizer is not None:
+        mode = self.options.mode
+        if mode != "generate" and mode not in kind_of(self.config).speed:
+            able = [name for name, kind in kinds().items() if mode in kind.speed]
             raise ConfigError(
-                f"--mode={self.options.mode} measures models of cells, which {self.config['family']!r} is not: take "
-                "--mode=generate, or a configuration of sct."
+                f"--mode={mode} does not measure the task {self.config['task']!r}: take a configuration of the task "
+                f"{' or '.join(able)}, or --mode={'|'.join([*kind_of(self.config).speed, 'generate'])}."
             )
         if self.options.mode not in ("ingest", "generate") and self.options.cells and self.synthetic:
-            smallest = self.data.cells_per_bag
+            smallest = self.cells_per_record
             if self.options.cells < smallest:
                 raise ConfigError(
                     f"--cells is {self.options.cells}, but a bag has {smallest}: make at least as many."
                 )
 
     @property
-    def data(self) -> BagData:
+    def data(self) -> Any:
         """The configuration's data section."""
-        return registry.build(BagData, self.config.get("data", {}), "data")
+        return data_of(self.config)
+
+    @property
+    def cells_per_record(self) -> int:
+        """Cells of a bag, or 1 where records are single cells."""
+        return int(getattr(self.data, "cells_per_bag", 1))
+
+    def of_cells(self, cells: int) -> dict[str, int]:
+        """Values of the data section with bags of so many cells; none where records are single cells."""
+        return {"cells_per_bag": cells} if hasattr(self.data, "cells_per_bag") else {}
 
     @property
     def train(self) -> TrainConfig:
@@ -126,7 +136,7 @@ class Job:
     @property
     def cells(self) -> int:
         """Number of synthetic cells."""
-        bag = self.data.cells_per_bag
+        bag = self.cells_per_record
         fewest = {"embed": 2 * bag}.get(self.options.mode, max(_LEAST_CELLS, 2 * bag * self.train.batch_size))
         return self.options.cells or _CELLS.get(self.options.mode, fewest)
 
@@ -160,9 +170,17 @@ class Job:
             raise ConfigError("the configuration names data.store and data.dataset: leave one of them empty.")
         return Store.open(Path(self.data.store).expanduser() if self.data.store else self.folder / "store")
 
-    def task(self, store: Store, **sections: Mapping[str, Any]) -> MaskedExpression:
-        """Make the configuration's task, with some fields of some sections changed."""
-        changed = {name: {**self.config.get(name, {}), **fields} for name, fields in sections.items()}
+    def task(self, store: Store, **sections: Mapping[str, Any]) -> Any:
+        """Make the configuration's task, with some fields of some sections changed, of those that there are."""
+        types = {
+            "model": registry.family(str(self.config["family"])).config,
+            "objective": kind_of(self.config).objective,
+        }
+        changed = {}
+        for name, fields in sections.items():
+            there = {each.name for each in dataclasses.fields(types[name])} if name in types else set(fields)
+            known = {field: value for field, value in fields.items() if field in there}
+            changed[name] = {**self.config.get(name, {}), **known}
         task, _ = make_task({**self.config, **changed}, store)
         if not store.split("train"):
             raise ConfigError(

@@ -21,6 +21,7 @@ from sct.nn import axes
 from sct.nn.paths import unflatten
 from sct.speed.compare import Check, Outputs, compare
 from sct.speed.job import Job
+from sct.tasks.base import Task
 from sct.tasks.masked_expression import MaskedExpression
 from sct.train import sharding
 from sct.train.state import State, init_state, load_into, make_train_step
@@ -29,28 +30,28 @@ _MOVED = 0.1
 _MORE_BAGS = 2  # so that what mixes up the bags of a batch shows
 
 
-def small_batch(job: Job, store: Store) -> tuple[MaskedExpression, Any, dict[str, np.ndarray]]:
-    """Task with small bags, mesh, and a batch of one or two of them for each share of a batch."""
+def small_batch(job: Job, store: Store) -> tuple[Any, Any, dict[str, np.ndarray], int]:
+    """Task with small bags, mesh, a batch of one or two of them for each share of a batch, and the cells of a bag."""
     mesh = sharding.make_mesh(job.train.mesh)
     cells = checked_cells(job, mesh.shape["sequence"])
-    task = job.task(store, data={"cells_per_bag": cells})
+    task = job.task(store, data=job.of_cells(cells))
     sharding.check_batch_size(job.train.batch_size, mesh)
     source = task.dataset("train")
     assert source is not None
     bags = [source.bag(i % len(source)) for i in range(min(job.train.batch_size, _MORE_BAGS * _share(mesh)))]
     batch = {name: np.stack([bag[name] for bag in bags]) for name in bags[0]}
-    return task, mesh, {**batch, "weight": np.ones(len(bags), np.float32)}
+    return task, mesh, {**batch, "weight": np.ones(len(bags), np.float32)}, cells
 
 
 def checked_cells(job: Job, devices: int = 1) -> int:
     """Cells of a bag in a comparison, a multiple of the devices that divide them among themselves."""
     wanted = -(-(job.options.check_cells or 2) // devices) * devices
-    return min(wanted, job.data.cells_per_bag)
+    return min(wanted, job.cells_per_record)
 
 
 def share_of(job: Job, cells: int) -> float:
     """Size of a bag in a comparison relative to the one that is timed."""
-    return cells / job.data.cells_per_bag
+    return cells / job.cells_per_record
 
 
 def _share(mesh: Any) -> int:
@@ -68,7 +69,7 @@ def keep_gradient() -> optax.GradientTransformation:
     )
 
 
-def moved_state(task: MaskedExpression, mesh: Any, seed: int) -> tuple[State, State, dict[str, np.ndarray]]:
+def moved_state(task: Task, mesh: Any, seed: int) -> tuple[State, State, dict[str, np.ndarray]]:
     """State on the mesh, its abstract form, and a copy of its variables by path; biases, scales and zeros are moved."""
     abstract, make_state = init_state(task, lambda _: keep_gradient(), mesh, seed)
     state = make_state()
@@ -83,10 +84,10 @@ def moved_state(task: MaskedExpression, mesh: Any, seed: int) -> tuple[State, St
 
 def check_train(job: Job, store: Store) -> Check:
     """Compare loss and gradient of the compiled training step with the reference path; see `compare`."""
-    task, mesh, batch = small_batch(job, store)
+    task, mesh, batch, cells = small_batch(job, store)
     micro = _share(mesh) if job.train.accumulate > 1 else len(batch["weight"])
     parts = len(batch["weight"]) // micro
-    seed, data = job.train.seed, {"cells_per_bag": task.bags.cells_per_bag}
+    seed, data = job.train.seed, job.of_cells(cells)
     known: dict[str, Any] = {}
 
     def fast(model: Mapping[str, Any]) -> Outputs:
@@ -120,14 +121,16 @@ def check_train(job: Job, store: Store) -> Check:
         loss, gradient = jax.jit(jax.value_and_grad(loss_of))(trained, batch)
         return {"loss": float(loss), "gradient": jax.device_get(gradient)}
 
-    share = share_of(job, task.bags.cells_per_bag)
-    found = compare("the training step", task.model_config.dtype, fast, plain, share)
+    found = compare("the training step", task.model_config.dtype, fast, plain, share_of(job, cells))
     return {**found, **shape(batch), "overflow": known["overflow"]}
 
 
 def shape(batch: Mapping[str, Any]) -> dict[str, int]:
     """Size of what was compared, for a report."""
-    return dict(zip(("bags", "cells_per_bag", "gene_positions"), batch["tokens"].shape, strict=True))
+    tokens = batch.get("tokens")
+    if tokens is None:  # not of bags
+        return {"records": len(batch["weight"])}
+    return dict(zip(("bags", "cells_per_bag", "gene_positions"), tokens.shape, strict=True))
 
 
 def masked_inputs(task: MaskedExpression, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,9 +164,9 @@ def plain_output(
 
 def check_forward(job: Job, store: Store) -> Check:
     """Compare the logits of the compiled forward pass with the reference path; see `compare`."""
-    task, mesh, batch = small_batch(job, store)
+    task, mesh, batch, cells = small_batch(job, store)
     given = masked_inputs(task, sharding.put_batch(batch, mesh))
-    there, data = jax.device_get(given), {"cells_per_bag": task.bags.cells_per_bag}
+    there, data = jax.device_get(given), job.of_cells(cells)
     known: dict[str, Any] = {}
 
     def fast(model: Mapping[str, Any]) -> Outputs:
@@ -175,5 +178,5 @@ def check_forward(job: Job, store: Store) -> Check:
         task = job.task(store, data=data, model=model)
         return {"logits": plain_output(task, known["arrays"], there, "logits")}
 
-    share = share_of(job, task.bags.cells_per_bag)
+    share = share_of(job, cells)
     return {**compare("the forward pass", task.model_config.dtype, fast, plain, share), **shape(batch)}

@@ -137,6 +137,10 @@ class Task(Protocol):
         """Number of tokens in a batch, for the rate shown to people."""
         ...
 
+    def operations(self, records: int) -> float:
+        """Operations of the matrix products of a forward pass of the loss; a multiply-add counts as two."""
+        ...
+
     def exports(self) -> dict[str, Any]:
         """What a model folder says beside the model: fields of `sct.weights.pretrained.Pretrained`."""
         ...

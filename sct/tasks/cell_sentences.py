@@ -22,11 +22,12 @@ from sct.data.text.source import SentenceOptions, SentenceSource, Texts, read_st
 from sct.data.text.tokenizer import VOCAB_SIZE, Tokenizer, train_bpe
 from sct.errors import ConfigError
 from sct.generation.cells import TASK, CellWriter
-from sct.models import lora
+from sct.models import lora, registry
 from sct.models.decoder import Decoder
 from sct.models.decoder_config import DecoderConfig
 from sct.nn.losses import next_token_losses
 from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables, check_study_names, held_out_split
+from sct.tasks.kind import Kind, Parts
 
 NAME = TASK
 _FIT_CELLS = 5000  # cells of a study that its line is fitted to
@@ -404,6 +405,10 @@ class CellSentences:
             if 0 < len(counts) <= _MANY
         }
 
+    def operations(self, records: int) -> float:
+        """Operations of the matrix products of a forward pass; a multiply-add counts as two."""
+        return Decoder.flops(self.model_config, records, self.data.length)
+
     def exports(self) -> dict[str, Any]:
         """What a model folder says beside the model: genes, tokenizer, and how texts were made."""
         described = {
@@ -445,3 +450,15 @@ def _per_text(counts: jax.Array, segments: jax.Array) -> jax.Array:
         return jax.ops.segment_sum(counts, segments, texts)[segments]
 
     return jax.vmap(of_row)(counts, segments)
+
+
+def make(parts: Parts) -> CellSentences:
+    """Make the task of the parts of a configuration."""
+    assert parts.tokenizer is not None
+    model = registry.model_config(parts.architecture, parts.model, parts.tokenizer.vocab_size)
+    return CellSentences(
+        parts.objective, parts.data, model, parts.tokenizer, parts.store, parts.seed, parts.architecture
+    )
+
+
+KIND = Kind(NAME, CellSentencesConfig, SentenceData, make, make_tokenizer, resolves=True, speed=())

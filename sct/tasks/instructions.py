@@ -22,7 +22,8 @@ from sct.data.text.prompts import INSTRUCTION_PROMPTS, load_prompts
 from sct.data.text.tokenizer import Tokenizer, train_bpe
 from sct.errors import ConfigError
 from sct.generation.cell_asker import TASK, CellAsker
-from sct.models import lora
+from sct.models import lora, registry
+from sct.models.decoder_config import LlamaConfig
 from sct.models.lora import LoraConfig, Mixture
 from sct.models.registry import computing
 from sct.models.zeromics import ZerOmics, ZerOmicsConfig
@@ -30,6 +31,7 @@ from sct.models.zeromics_cells import ZerOmicsCellsConfig
 from sct.nn.losses import next_token_losses
 from sct.nn.paths import flatten
 from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables, check_study_names, held_out_split
+from sct.tasks.kind import Kind, Parts
 from sct.weights.load import load, load_tokenizer
 
 NAME = TASK
@@ -240,7 +242,7 @@ def parts_of(
     if data.llm:
         kind = dict(made.get("llm", {})).get("dtype", "float32")
         models["llm"] = load(data.llm, mesh=mesh, dtype=kind if frozen else None)
-        if models["llm"].family != "llama":
+        if not isinstance(models["llm"].config, LlamaConfig):
             raise ConfigError(
                 f"{data.llm} is a model of the family {models['llm'].family!r}, but one of llama is needed."
             )
@@ -447,6 +449,11 @@ class Instructions:
         """Tokens in a batch, padding included."""
         return int(np.prod(batch["input_ids"].shape))
 
+    def operations(self, records: int) -> float:
+        """Operations of the matrix products of a forward pass; a multiply-add counts as two."""
+        genes = self.data.max_genes or self.model_config.cells.num_genes
+        return ZerOmics.flops(self.model_config, records, self.data.length, genes)
+
     def exports(self) -> dict[str, Any]:
         """Genes, tokenizer, and how instructions were made in training."""
         described = {
@@ -471,3 +478,35 @@ class Instructions:
         return (
             f"{', '.join(parts)} are trained; {self.model_config.num_soft} soft tokens of {self.data.length}.",
         )
+
+
+def make(parts: Parts) -> Instructions:
+    """Make the task of the parts of a configuration."""
+    assert parts.tokenizer is not None
+    vocabulary, kept, values = parts.store.vocabulary, parts.kept, dict(parts.model)
+    if kept is not None and kept.get("task") == NAME:
+        given: dict[str, Any] = {}
+        licence = "unknown"
+        if kept["members"] != list(parts.objective.mixture.members):
+            raise ConfigError(
+                f"the model has adapters for {', '.join(kept['members'])}, but the configuration asks for "
+                f"{', '.join(parts.objective.mixture.members)}: name the same tasks in the same order."
+            )
+        known = known_genes(len(vocabulary), kept["dropped"])
+    else:
+        if not parts.data.llm and not parts.objective.train_llm:
+            raise ConfigError(
+                "LoRA needs a pretrained decoder: set --config.data.llm=FOLDER, or train one with "
+                "--config.objective.train_llm=True."
+            )
+        size = parts.tokenizer.vocab_size
+        values, known, given, licence = parts_of(
+            parts.data, vocabulary, values, size, parts.mesh, not parts.objective.train_llm
+        )
+    model = registry.model_config(parts.architecture, values, len(vocabulary))
+    return Instructions(
+        parts.objective, parts.data, model, parts.tokenizer, parts.store, known, given, parts.seed, licence
+    )
+
+
+KIND = Kind(NAME, InstructionsConfig, InstructionData, make, make_tokenizer, resolves=True, speed=())

@@ -15,14 +15,16 @@ import optax
 
 from sct.data import masking
 from sct.data.genes import GeneVocabulary
-from sct.data.quantile_bins import CellOptions, CellSource
+from sct.data.quantile_bins import CellOptions, CellSource, known_genes
 from sct.data.store import Store
 from sct.data.text.gene_corpus import GeneCorpus, suffix_of
 from sct.errors import ConfigError
+from sct.models import registry
 from sct.models.lora import LoraConfig
 from sct.models.zeromics_cells import FEATURES, ZerOmicsCells, ZerOmicsCellsConfig
 from sct.nn.losses import token_losses
 from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables, held_out_split
+from sct.tasks.kind import Kind, Parts
 from sct.weights.gene_feature_files import TABLES
 from sct.weights.gene_features import GeneFeatures
 from sct.weights.load import load
@@ -288,6 +290,10 @@ class MaskedBins:
         """Places of genes in a batch."""
         return int(np.prod(batch["bins"].shape))
 
+    def operations(self, records: int) -> float:
+        """Operations of the matrix products of a forward pass without heads; a multiply-add counts as two."""
+        return ZerOmicsCells.flops(self.model_config, records, self.tokens_per_record)
+
     def exports(self) -> dict[str, Any]:
         """Genes, and how inputs were made in training."""
         data = {
@@ -314,3 +320,22 @@ class MaskedBins:
                 else []
             ),
         )
+
+
+def make(parts: Parts) -> MaskedBins:
+    """Make the task of the parts of a configuration."""
+    vocabulary, kept, features = parts.store.vocabulary, parts.kept, None
+    if kept is not None and kept.get("task") == NAME:
+        known = known_genes(len(vocabulary), kept["dropped"])
+        described = kept["features"]
+    else:
+        features, known, described = gene_features(parts.data, vocabulary, parts.seed)
+    values = {
+        **parts.model,
+        "feature_dim": parts.model.get("feature_dim") or (0 if features is None else features.shape[1]),
+    }
+    model = registry.model_config(parts.architecture, values, len(vocabulary))
+    return MaskedBins(parts.objective, parts.data, model, parts.store, known, features, described, parts.seed)
+
+
+KIND = Kind(NAME, MaskedBinsConfig, BinData, make, resolves=True)

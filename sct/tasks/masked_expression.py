@@ -18,11 +18,15 @@ from sct.data.class_prior import ClassPrior
 from sct.data.masking import Masking
 from sct.data.store import SPLITS, Store
 from sct.errors import ConfigError
+from sct.models import registry
 from sct.models.lora import LoraConfig
 from sct.models.sct import SCT, level_probabilities
 from sct.models.sct_config import SCTConfig, pad_to_multiple
 from sct.nn import axes
 from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables, held_out_split
+from sct.tasks.kind import BAG_SPEED, Kind, Parts
+
+NAME = "masked_expression"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,6 +270,17 @@ class MaskedExpression:
         """Gene positions in a batch."""
         return int(np.prod(batch["tokens"].shape))
 
+    @property
+    def head_positions(self) -> int | None:
+        """Positions of a bag at which the head is evaluated in training; None for all."""
+        if not self.config.head_budget:
+            return None
+        return max(1, round(self.config.head_budget * self.tokens_per_record))
+
+    def operations(self, records: int) -> float:
+        """Operations of the matrix products of a forward pass; a multiply-add counts as two."""
+        return SCT.flops(self.model_config, records, self.bags.cells_per_bag, self.head_positions)
+
     def exports(self) -> dict[str, Any]:
         """Genes, and how inputs were made in training."""
         data = {
@@ -284,3 +299,12 @@ class MaskedExpression:
             "starts from random parameters, not from a model of single cells: --config.init_from=RUN_OR_MODEL starts "
             "from one.",
         )
+
+
+def make(parts: Parts) -> MaskedExpression:
+    """Make the task of the parts of a configuration."""
+    model = registry.model_config(parts.architecture, parts.model, len(parts.store.vocabulary))
+    return MaskedExpression(parts.objective, model, parts.data.options(parts.seed), parts.store)
+
+
+KIND = Kind(NAME, MaskedExpressionConfig, BagData, make, speed=BAG_SPEED)

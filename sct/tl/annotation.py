@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 from sklearn.neighbors import NearestNeighbors
 
+from sct import families
 from sct.data.alignment import check_shared
 from sct.errors import ConfigError, DataError
-from sct.models.decoder_config import DecoderConfig
-from sct.models.zeromics import ZerOmicsConfig
-from sct.tl import running
+from sct.inference import inputs
+from sct.inference.answers import Annotator
+from sct.inference.labels import warn_of_labels
 from sct.tl.embedding import Contexts
-from sct.tl.labels import warn_of_labels
 from sct.version import __version__
 from sct.weights.pretrained import Pretrained
 
@@ -29,7 +29,7 @@ _EMBED_OPTIONS = (
 
 def annotate(
     adata: ad.AnnData,
-    model: running.Model | None = None,
+    model: inputs.Model | None = None,
     *,
     reference: ad.AnnData | None = None,
     label_key: str | Sequence[str] | None = None,
@@ -102,7 +102,7 @@ def annotate(
     DataError
         No such column or embedding, no labels, and what `sct.tl.embed` refuses.
     """
-    running.check_table(adata, copy)
+    inputs.check_table(adata, copy)
     if reference is None:
         if use_rep is not None or n_neighbors != 15:
             raise ConfigError("use_rep and n_neighbors are for a reference: give one, or leave them out.")
@@ -126,14 +126,14 @@ def annotate(
             "candidates."
         )
     threshold = 0.5 if threshold is None else threshold
-    running.check_table(reference, False)
+    inputs.check_table(reference, False)
     if not 0 <= threshold <= 1 or n_neighbors < 1:
         raise ConfigError(
             f"threshold is {threshold} and n_neighbors is {n_neighbors}, but a share in [0, 1] and at least 1 are "
             "needed."
         )
     try:
-        labels = running.column(reference, label_key, "label_key")
+        labels = inputs.column(reference, label_key, "label_key")
     except DataError as error:
         raise DataError(f"the reference: {error}") from error
     known = np.flatnonzero(labels.notna().to_numpy())
@@ -143,15 +143,16 @@ def annotate(
         )
     given = options if n_contexts is None else {**options, "n_contexts": n_contexts}
     _check_options(adata, reference, use_rep, given)
-    target = running.to_write(adata, copy)
+    target = inputs.to_write(adata, copy)
     drawn: list[np.ndarray] = []  # best label of each cell in each context
     given_embedding = use_rep is not None
     if use_rep is None:
         if model is None:
             raise ConfigError("give a model to embed with, or use_rep=... to use an embedding that is there.")
-        handle, use_rep = running.opened(model), "X_sct"
+        handle, use_rep = inputs.loaded(model), "X_sct"
         if n_contexts is None:
-            n_contexts = CONTEXTS if options.get("spatial_key") is None else 1
+            several = families.ability(handle, "embed").in_bags and options.get("spatial_key") is None
+            n_contexts = CONTEXTS if several else 1
         pair = _contexts(reference, target, handle, {**options, "n_contexts": n_contexts})
         totals: list[np.ndarray] = []
         for found in zip(*(each.draws() for each in pair), strict=True):
@@ -208,13 +209,9 @@ def annotate(
     return target if copy else None
 
 
-_ANSWER_OPTIONS = ("layer", "gene_column", "duplicates", "seed", "batch_size", "templates")
-_INSTRUCTION_OPTIONS = (*_ANSWER_OPTIONS, "abstract", "values")
-
-
 def _by_answers(
     adata: ad.AnnData,
-    model: running.Model | None,
+    model: inputs.Model | None,
     label_key: Any,
     candidates: Any,
     threshold: float,
@@ -223,41 +220,26 @@ def _by_answers(
     options: Mapping[str, Any],
 ) -> ad.AnnData | None:
     """Annotate without a reference, by a model that answers in words."""
-    from sct.tl.answers import annotate_by_answers
-
-    handle = running.loaded(model) if model is not None else None
-    if handle is not None and handle.family == "zeromics_cells":
-        raise ConfigError(
-            "this is the cell model of ZerOmics' first stage, which answers no questions: give a model of the second "
-            "(configs/zeromics_llm.py)."
+    handle = inputs.loaded(model) if model is not None else None
+    if handle is None or families.model(handle.family).annotate is None:
+        words = dict.fromkeys(
+            each.config for each in families.models().values() if each.annotate and each.config
         )
-    if handle is None or not isinstance(handle.config, DecoderConfig | ZerOmicsConfig):
         raise ConfigError(
             "annotated cells are needed to transfer labels from: give reference=... and label_key=..., or a model that "
-            "answers in words (of configs/c2s_gpt2.py or configs/zeromics_llm.py)."
+            f"answers in words (of {' or '.join(words)})."
         )
     if not 0 <= threshold <= 1:
         raise ConfigError(f"threshold is {threshold}, but a probability in [0, 1] is needed.")
-    instructed = isinstance(handle.config, ZerOmicsConfig)
-    able = _INSTRUCTION_OPTIONS if instructed else _ANSWER_OPTIONS
+    annotator: Annotator = families.ability(handle, "annotate")
     for name in options:
-        if name not in able:
+        if name not in annotator.options:
             raise ConfigError(
-                f"there is no option {name!r} for a model that answers in words: choose from {', '.join(able)}."
+                f"there is no option {name!r} for a model that answers in words: choose from "
+                f"{', '.join(annotator.options)}."
             )
-    if instructed:
-        from sct.tl.asking import annotate_by_instructions
-
-        if label_key not in (None, "cell_type"):
-            raise ConfigError(
-                f"label_key is {label_key!r}, but this model names cell types alone: leave it out."
-            )
-        return annotate_by_instructions(
-            adata, handle, candidates=candidates, threshold=threshold, unknown=UNKNOWN, key_added=key_added,
-            copy=copy, **options,
-        )  # fmt: skip
-    return annotate_by_answers(
-        adata, handle, label_key=label_key, candidates=candidates, threshold=threshold, unknown=UNKNOWN,
+    return annotator.annotate(
+        adata, label_key=label_key, candidates=candidates, threshold=threshold, unknown=UNKNOWN,
         key_added=key_added, copy=copy, **options,
     )  # fmt: skip
 

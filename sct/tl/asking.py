@@ -2,170 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import anndata as ad
 import numpy as np
 
-from sct.data.alignment import check_shared
-from sct.data.cells import Cells
+from sct import families
 from sct.data.counts import COUNTS, Values
-from sct.data.quantile_bins import binned_cells
-from sct.data.text.cell_sentence import cell_keys
 from sct.data.text.instructions import NO, NORMAL, YES
-from sct.errors import ConfigError, DataError
-from sct.generation.cell_asker import CellAsker, Records
+from sct.errors import ConfigError
+from sct.generation.cell_asker import CellAsker
 from sct.generation.decoding import Options
-from sct.tl import running
-from sct.tl.answers import write_answers
+from sct.inference import inputs
+from sct.inference.asking import answer_by_candidates, blocks_of, check_key, said_of
 from sct.version import __version__
 from sct.weights.pretrained import Pretrained
 
-_BLOCK = 4096  # cells turned into records at once
 
-
-def asker_of(model: Pretrained) -> CellAsker:
-    """What a model learned of instructions; `ConfigError` for any other model."""
-    return CellAsker.of(model.config, model.variables, model.tokenizer, model.genes, model.data)
-
-
-def check_key(name: str) -> None:
-    """Raise `ConfigError` for a name under which no file could keep results."""
-    if not name:
-        raise ConfigError("key_added is empty: give the name of a column.")
-
-
-def _said(adata: ad.AnnData, name: str, given: Any, form: str, argument: str = "") -> Any:
-    """What is said of the study, as given or in `uns`; `ConfigError` where it is neither."""
-    argument = argument or name
-    found = adata.uns.get(name) if given is None else given
-    where = f'adata.uns["{name}"]' if given is None else argument
-    if found is None:
-        raise ConfigError(
-            f'{argument}, {form}, is missing: give {argument}=..., or put it into adata.uns["{name}"].'
-        )
-    if form == "a text":
-        if not isinstance(found, str) or not found.strip():
-            raise ConfigError(f"{where} is {found!r}, but {form} is needed.")
-        return found
-    many = isinstance(found, Iterable) and not isinstance(found, str)
-    names = list(found) if many else []
-    if wrong := [each for each in names if not isinstance(each, str) or not each.strip()]:
-        raise ConfigError(f"{where} has {wrong[0]!r}, but {form} is needed: leave it out.")
-    if not names:
-        raise ConfigError(f'{where} is {found!r}, but {form} is needed, such as ["one", "two"].')
-    return [str(each) for each in names]
-
-
-def _blocks(
-    adata: ad.AnnData, model: Pretrained, asker: CellAsker, options: dict[str, Any]
-) -> Iterator[tuple[Records, list[int]]]:
-    """Cells as the model reads them, and their keys, some thousands at a time."""
-    table = Cells(adata, model.vocabulary, **options)
-    running.check_not_empty(table)
-    measured = table.measured & asker.known
-    possible = min(int(table.measured.sum()), int(asker.known.sum()))
-    check_shared(int(measured.sum()), possible, "those of adata, and those with features in the model")
-    keys = [int(key) for key in cell_keys(adata.obs_names)]
-    for first in range(0, adata.n_obs, _BLOCK):
-        rows = np.arange(first, min(first + _BLOCK, adata.n_obs))
-        counts = table.read(rows)
-        empty = np.asarray(counts[:, asker.known].sum(axis=1)).ravel() == 0
-        if empty.any():
-            raise DataError(
-                f"{int(empty.sum()):,} of {len(rows):,} cells have no count of the genes with features in the model "
-                f"(the first is row {first + int(np.argmax(empty))}): leave them out."
-            )
-        yield binned_cells(counts, asker.cells, asker.known), keys[first : first + _BLOCK]
-
-
-def answer_by_candidates(
-    adata: ad.AnnData,
-    model: running.Model,
-    task: str,
-    candidates: Sequence[str],
-    abstract: str | None,
-    key_added: str,
-    copy: bool,
-    *,
-    asked_for: Collection[str] | None = None,
-    threshold: float = 0.0,
-    unknown: str = "",
-    seed: int = 0,
-    templates: int = 1,
-    batch_size: int = 8,
-    layer: str | None = None,
-    gene_column: str | None = None,
-    duplicates: Literal["error", "sum"] = "error",
-    values: Values = COUNTS,
-) -> ad.AnnData | None:
-    """Write the most probable of some answers to a task about each cell.
-
-    Parameters
-    ----------
-    task
-        Of `sct.data.text.prompts.INSTRUCTIONS`.
-    candidates
-        Answers, two or more.
-    abstract
-        What is said of the study, by default `adata.uns["abstract"]`.
-    key_added, copy, threshold, unknown
-        See `sct.tl.annotate`.
-    asked_for
-        Answers whose probability, of all of them together, is told in `obs`; by default that of the answer given.
-    seed, templates, batch_size
-        See `sct.generation.cell_asker.CellAsker.score`.
-    layer, gene_column, duplicates
-        See `sct.tl.embed`.
-    values
-        "activity" for a matrix that is no counts, such as fractional gene activities of chromatin: any values of at
-        least 0, in X or in `layer`. A cell's genes are binned by their quantile, so their order alone matters.
-    """
-    running.check_table(adata, copy)
-    running.check_seed(seed)
-    check_key(key_added)
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}, but it must be at least 1.")
-    handle = running.loaded(model)
-    asker = asker_of(handle)
-    said = _said(adata, "abstract", abstract, "a text")
-    options = {"layer": layer, "gene_column": gene_column, "duplicates": duplicates, "values": values}
-    logs = [
-        asker.score(
-            task, records, [said] * len(keys), candidates, keys=keys, seed=seed, templates=templates,
-            batch_size=batch_size,
-        )
-        for records, keys in _blocks(adata, handle, asker, options)
-    ]  # fmt: skip
-    target = running.to_write(adata, copy)
-    write_answers(target, candidates, np.exp(np.concatenate(logs)), key_added, threshold, unknown, asked_for)
-    target.uns[key_added] = {
-        "sct_version": __version__, "model": repr(handle), "weights": handle.fingerprint, "task": task,
-        "labels": list(candidates), "abstract": said, "templates": templates, "threshold": threshold, "seed": seed,
-        "values": values, "learned": list(handle.data["tasks"]),
-    }  # fmt: skip
-    return target if copy else None
-
-
-def annotate_by_instructions(
-    adata: ad.AnnData,
-    model: Pretrained,
-    *,
-    candidates: Sequence[str] | None,
-    abstract: str | None = None,
-    key_added: str,
-    copy: bool,
-    **options: Any,
-) -> ad.AnnData | None:
-    """Name the type of each cell; see `sct.tl.annotate`."""
-    types = _said(adata, "cell_types", candidates, "a list of names", "candidates")
-    return answer_by_candidates(adata, model, "cta", types, abstract, key_added, copy, **options)
+def _able(adata: ad.AnnData, copy: bool, model: inputs.Model) -> tuple[Pretrained, CellAsker]:
+    """Check the cells, and return the model, loaded, with what answers questions about cells by it."""
+    inputs.check_table(adata, copy)
+    handle = inputs.loaded(model)
+    return handle, families.ability(handle, "ask")
 
 
 def find_rare(
     adata: ad.AnnData,
-    model: running.Model,
+    model: inputs.Model,
     *,
     abstract: str | None = None,
     key_added: str = "sct_rare",
@@ -198,14 +62,15 @@ def find_rare(
     DataError
         No raw counts, unknown genes, cells without a count.
     """
+    handle, _ = _able(adata, copy, model)
     return answer_by_candidates(
-        adata, model, "rci", (YES, NO), abstract, key_added, copy, asked_for=(YES,), **options
+        adata, handle, "rci", (YES, NO), abstract, key_added, copy, asked_for=(YES,), **options
     )
 
 
 def find_tumor(
     adata: ad.AnnData,
-    model: running.Model,
+    model: inputs.Model,
     *,
     diseases: Sequence[str] | None = None,
     abstract: str | None = None,
@@ -230,22 +95,21 @@ def find_tumor(
     ConfigError, DataError
         As `find_rare`, or the diseases are missing.
     """
-    running.check_table(adata, copy)
-    model = running.loaded(model)
-    normal = {NORMAL, *asker_of(model).normal}
-    named = [each for each in _said(adata, "diseases", diseases, "a list of names") if each not in normal]
+    handle, asker = _able(adata, copy, model)
+    normal = {NORMAL, *asker.normal}
+    named = [each for each in said_of(adata, "diseases", diseases, "a list of names") if each not in normal]
     if not named:
         raise ConfigError(
             f"diseases names no disease: give one or more; {NORMAL!r} is among the answers always."
         )
     return answer_by_candidates(
-        adata, model, "tcd", (*named, NORMAL), abstract, key_added, copy, asked_for=named, **options
+        adata, handle, "tcd", (*named, NORMAL), abstract, key_added, copy, asked_for=named, **options
     )
 
 
 def infer_pathways(
     adata: ad.AnnData,
-    model: running.Model,
+    model: inputs.Model,
     *,
     gene_sets: Sequence[str] | None = None,
     abstract: str | None = None,
@@ -270,14 +134,14 @@ def infer_pathways(
     ConfigError, DataError
         As `find_rare`, or the pathways are missing.
     """
-    running.check_table(adata, copy)
-    listed = _said(adata, "gene_sets", gene_sets, "a list of names")
-    return answer_by_candidates(adata, model, "cpi", listed, abstract, key_added, copy, **options)
+    handle, _ = _able(adata, copy, model)
+    listed = said_of(adata, "gene_sets", gene_sets, "a list of names")
+    return answer_by_candidates(adata, handle, "cpi", listed, abstract, key_added, copy, **options)
 
 
 def ask(
     adata: ad.AnnData,
-    model: running.Model,
+    model: inputs.Model,
     question: str,
     *,
     abstract: str | None = None,
@@ -312,20 +176,18 @@ def ask(
     ConfigError, DataError
         As `find_rare`, or the question is empty.
     """
-    running.check_table(adata, copy)
-    running.check_seed(seed)
+    inputs.check_seed(seed)
     check_key(key_added)
     if not isinstance(question, str) or not question.strip():
         raise ConfigError(f"question is {question!r}, but it must be a non-empty string.")
-    handle = running.loaded(model)
-    asker = asker_of(handle)
-    said = _said(adata, "abstract", abstract, "a text")
+    handle, asker = _able(adata, copy, model)
+    said = said_of(adata, "abstract", abstract, "a text")
     options = {"layer": layer, "gene_column": gene_column, "duplicates": duplicates, "values": values}
     how = Options(max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size)
     texts: list[str] = []
-    for records, keys in _blocks(adata, handle, asker, options):
+    for records, keys in blocks_of(adata, handle, asker, options):
         texts += asker.ask(question, records, [said] * len(keys), keys=keys, seed=seed, options=how)
-    target = running.to_write(adata, copy)
+    target = inputs.to_write(adata, copy)
     target.obs[key_added] = np.array(texts, dtype=object)
     target.uns[key_added] = {
         "sct_version": __version__, "model": repr(handle), "weights": handle.fingerprint, "question": question,

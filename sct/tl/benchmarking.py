@@ -8,11 +8,12 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anndata as ad
 import numpy as np
 
+from sct import families
 from sct.data.bags import BagOptions, BagSource
 from sct.data.cells import Cells, CellStudy
 from sct.data.class_prior import ClassPrior
@@ -27,16 +28,14 @@ from sct.eval.page import Figure, figure_svg
 from sct.eval.report import Report
 from sct.eval.scoring import Model, Outcome
 from sct.folder_lock import only_one
+from sct.inference import inputs
+from sct.inference.bags import BagReader, order_of
 from sct.models.registry import build
-from sct.models.sct import level_probabilities
-from sct.models.sct_config import SCTConfig, pad_to_multiple
 from sct.outputs import check_folder
-from sct.tl import running
 from sct.tl.embedding import embed
-from sct.weights.pretrained import DATA_OPTIONS, Pretrained
+from sct.weights.pretrained import Pretrained
 
 ASSUMED_RATES = "its masking rates are not recorded: 15% and 1% are assumed"
-NUM_BINS = SCTConfig.num_bins
 _REPORT_BYTES = 10_000_000  # of a page with figures
 
 
@@ -185,7 +184,7 @@ class Part:
 def benchmark(
     config: Mapping[str, Any],
     adata: ad.AnnData | None = None,
-    model: running.Model | None = None,
+    model: inputs.Model | None = None,
     *,
     overwrite: bool = True,
 ) -> list[Report]:
@@ -218,22 +217,24 @@ def benchmark(
 
 
 def _benchmark(
-    options: BenchmarkOptions, output: Path, adata: ad.AnnData | None, model: running.Model | None
+    options: BenchmarkOptions, output: Path, adata: ad.AnnData | None, model: inputs.Model | None
 ) -> list[Report]:
     """Measure as options say, and write the report into a folder that no other process writes to."""
     started = time.monotonic()
     chosen = model if model is not None else options.model
-    handle = running.opened(chosen) if chosen else None
+    handle = inputs.loaded(chosen) if chosen else None
+    if handle is not None:
+        families.ability(handle, "embed")
     vocabulary = handle.vocabulary if handle is not None else _vocabulary(options.genes)
     studies, train = open_cells(options.data, adata)
     if train is not None:
         train.check_vocabulary(vocabulary)
     parts = [part_of(name, study, vocabulary, options.data) for name, study in studies]
     for part in parts if options.data.batch_key else ():
-        running.column(part.adata, options.data.batch_key, "data.batch_key")
+        inputs.column(part.adata, options.data.batch_key, "data.batch_key")
     facts = {
         **facts_of(handle, options.model),
-        "cells per bag": str(_bag_size(handle, options.data)),
+        "cells per bag": str(_bag_size(_imputer(handle), options.data)),
         "cells": ", ".join(f"{part.name} ({part.adata.n_obs:,})" for part in parts),
         "counts": ", ".join(sorted({part.table.counts_from for part in parts})),
         "genes": ", ".join(f"{int(part.table.measured.sum()):,} of {len(vocabulary):,}" for part in parts),
@@ -320,7 +321,7 @@ def _divided(cells: ad.AnnData, data: CellChoice, name: str) -> list[tuple[str, 
     """Studies of a table as tables of their own, each with at most `max_cells` cells."""
     spatial_key = data.spatial_key if data.spatial_key in cells.obsm else None
     parts = []
-    for section in running.sections(cells, data.study_key or None, spatial_key):
+    for section in inputs.sections(cells, data.study_key or None, spatial_key):
         rows = section.rows
         if data.max_cells and len(rows) > data.max_cells:
             rng = np.random.default_rng(data.seed)
@@ -333,7 +334,7 @@ def _divided(cells: ad.AnnData, data: CellChoice, name: str) -> list[tuple[str, 
         # Always a copy: results are written into it.
         part = cells[rows].to_memory() if cells.isbacked else cells[rows].copy()
         part.uns = {key: value for key, value in part.uns.items() if key != SCALES}
-        running.keep_scales(part, [dataclasses.replace(section, name="")], None, spatial_key)
+        inputs.keep_scales(part, [dataclasses.replace(section, name="")], None, spatial_key)
         parts.append((f"{name}.{section.name}" if section.name else name, part))
     return parts
 
@@ -344,13 +345,13 @@ def part_of(name: str, study: ad.AnnData, vocabulary: GeneVocabulary, data: Cell
     def table(cells: ad.AnnData) -> Cells:
         spatial_key = data.spatial_key if data.spatial_key in cells.obsm else None
         return Cells(
-            cells, vocabulary, running.sections(cells, None, spatial_key), layer=data.layer or None,
+            cells, vocabulary, inputs.sections(cells, None, spatial_key), layer=data.layer or None,
             gene_column=data.gene_column or None, duplicates=data.duplicates,  # type: ignore[arg-type]
         )  # fmt: skip
 
     made = table(study)
     if made.sections[0].scale is not None:
-        running.keep_scales(study, made.sections, None, data.spatial_key)
+        inputs.keep_scales(study, made.sections, None, data.spatial_key)
     filled = made.cell_totals > 0
     if not filled.any():
         raise DataError(f"{name} has no count of the model's genes: give other cells.")
@@ -423,41 +424,42 @@ def reason(title: str, error: SctError) -> Report:
     return table
 
 
-def _bag_size(handle: Pretrained | None, data: DataOptions) -> int:
-    if data.cells_per_bag or handle is None:
-        return data.cells_per_bag or DATA_OPTIONS["cells_per_bag"]
-    return running.bag_size(handle, None)
+def _imputer(handle: Pretrained | None) -> BagReader | None:
+    """What imputes by a model, None where it does not."""
+    if handle is None or families.model(handle.family).impute is None:
+        return None
+    return cast(BagReader, families.ability(handle, "impute"))
+
+
+def _bag_size(reader: BagReader | None, data: DataOptions) -> int:
+    if data.cells_per_bag or reader is None:
+        return data.cells_per_bag or BagOptions.cells_per_bag
+    return reader.cells_per_bag()
 
 
 def _held_out(
     parts: list[Part], handle: Pretrained | None, train: Store | None, data: DataOptions
 ) -> tuple[HeldOut, BagSource | None, Model | None]:
     """Cells to impute, bags of the training studies, and the model as a method."""
-    size = _bag_size(handle, data)
-    config = handle.config if handle is not None else None
-    genes = len(parts[0].table.vocabulary)
-    settings = handle.data if handle is not None else {}
-    bags = BagOptions(
-        cells_per_bag=size,
-        num_positions=config.num_genes if config is not None else pad_to_multiple(genes, 0),
-        num_bins=config.num_bins if config is not None else NUM_BINS,
-        noise_fraction=settings.get("noise_fraction", DATA_OPTIONS["noise_fraction"]),
-        spatial=bool(config is not None and config.use_spatial),
-        with_counts=True,
-    )
+    reader = _imputer(handle)
+    size = _bag_size(reader, data)
+    if reader is not None:
+        bags = reader.options(size, spatial=True, with_counts=True)
+    else:
+        bags = BagOptions(cells_per_bag=size, num_positions=len(parts[0].table.vocabulary), with_counts=True)
     studies = []
     for part in parts:
-        order = running.order_of(part.table.sections[0], size, data.seed).once()
+        order = order_of(part.table.sections[0], size, data.seed).once()
         studies.append(CellStudy(part.table, 0, order, name=part.name))
     source = BagSource(studies, bags, exhaustive=True)  # type: ignore[arg-type]
     training = None
     if train is not None and train.split("train"):
         training = BagSource(train.split("train"), bags, exhaustive=True)
     asked = None
-    if handle is not None:
+    if reader is not None and handle is not None:
         prior = ClassPrior.of(handle.data)
         asked = Model(
-            level_probabilities(handle.config, prior.offset), handle.variables, odds=prior.odds,
+            reader.probabilities(prior), handle.variables, odds=prior.odds,
             fitted_on="its training studies", remark=ASSUMED_RATES if prior.assumed else "",
         )  # fmt: skip
     return HeldOut.read(source, data.max_bags), training, asked
@@ -518,11 +520,12 @@ def _embedding(
     )  # fmt: skip
     methods: dict[str, Any] = {}
     if handle is not None:
+        in_bags = families.ability(handle, "embed").in_bags
         embed(
             part.adata, handle, layer=data.layer or None, gene_column=data.gene_column or None,
             duplicates=data.duplicates,  # type: ignore[arg-type]
-            spatial_key=data.spatial_key if part.spatial else None,
-            cells_per_bag=data.cells_per_bag or None, seed=data.seed,
+            spatial_key=data.spatial_key if part.spatial and in_bags else None,
+            cells_per_bag=data.cells_per_bag or None if in_bags else None, seed=data.seed,
         )  # fmt: skip
         methods["model"] = part.adata.obsm["X_sct"]
     counts = part.table.read(np.arange(part.table.n_cells))

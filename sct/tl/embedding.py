@@ -9,15 +9,17 @@ from typing import Any, Literal
 import anndata as ad
 import numpy as np
 
+from sct import families
 from sct.data.cells import Cells
 from sct.errors import ConfigError
-from sct.tl import running
+from sct.inference import bags, inputs
+from sct.inference.readers import CellReader
 from sct.weights.pretrained import Pretrained
 
 
 def embed(
     adata: ad.AnnData,
-    model: running.Model,
+    model: inputs.Model,
     *,
     layer: str | None = None,
     key_added: str = "X_sct",
@@ -32,7 +34,12 @@ def embed(
     n_contexts: int = 1,
     copy: bool = False,
 ) -> ad.AnnData | None:
-    """Embed cells without training: the mean of a cell's transformer positions (sCT paper, section 4).
+    """Embed cells without training, by any model that reads cells.
+
+    The embedding is, of sCT, the mean of a cell's transformer positions (sCT paper, section 4); of the cell model of
+    ZerOmics, the mean over a cell's genes; of a model of cell sentences, the mean of the last hidden states over the
+    tokens of the cell's sentence. All but sCT read cells one by one, so that `batch_key` changes nothing, and
+    `spatial_key`, `context`, `cells_per_bag` and `n_contexts` are refused.
 
     sCT reads a cell among others, so an embedding is a function of the cell's bag. Bags are made by a rule:
     the cells of a batch (all cells, without `batch_key`), in their order in windows of 10,000, are dealt at
@@ -61,11 +68,12 @@ def embed(
     cells_per_bag
         K; by default that of training.
     batch_size
-        Bags at once; by default about a million gene tokens per device.
+        Bags (or cells) at once; by default about a million gene tokens per device (65,536 where cells are read one by
+        one).
     gene_column, duplicates
         See `sct.GeneVocabulary.align`.
     seed
-        Of the bags.
+        Of the bags, or of the order in which a sentence names genes of equal counts.
     n_contexts
         Draws of the bags, by `seed`, `seed + 1`, ..., whose mean is the embedding. With `spatial_key` bags follow from
         positions, and 1 is needed.
@@ -74,14 +82,16 @@ def embed(
 
     Raises
     ------
+    ConfigError
+        The model reads no cells, or an option is not for it.
     DataError
         No raw counts, unknown genes, cells without a count, a missing column or key.
     CheckpointError
         What the model computes is not finite; nothing is written then.
     """
-    running.check_table(adata, copy)
+    inputs.check_table(adata, copy)
     found = Contexts.of(
-        adata, running.opened(model), layer=layer, batch_key=batch_key, spatial_key=spatial_key, context=context,
+        adata, inputs.loaded(model), layer=layer, batch_key=batch_key, spatial_key=spatial_key, context=context,
         cells_per_bag=cells_per_bag, batch_size=batch_size, gene_column=gene_column, duplicates=duplicates, seed=seed,
         n_contexts=n_contexts,
     )  # fmt: skip
@@ -89,7 +99,7 @@ def embed(
     total = next(draws)
     for one in draws:
         total += one
-    target = running.to_write(adata, copy)
+    target = inputs.to_write(adata, copy)
     found.write(target, total, key_added)
     return target if copy else None
 
@@ -100,8 +110,8 @@ class Contexts:
 
     Attributes
     ----------
-    model, cells
-        What reads, and what is read.
+    model, reader, cells
+        What reads, how, and what is read.
     settings
         The parameters, as `uns` keeps them.
     context, batch_size
@@ -109,6 +119,7 @@ class Contexts:
     """
 
     model: Pretrained
+    reader: CellReader
     cells: Cells
     settings: dict[str, Any]
     context: str
@@ -122,8 +133,17 @@ class Contexts:
         duplicates: Literal["error", "sum"] = "error", seed: int = 0, n_contexts: int = 1,
     ) -> Contexts:  # fmt: skip
         """Check everything that `embed` is given."""
-        size = running.bag_size(model, cells_per_bag)
-        running.check_seed(seed)
+        reader: CellReader = families.ability(model, "embed")
+        _check_single(
+            reader,
+            model,
+            cells_per_bag=cells_per_bag,
+            spatial_key=spatial_key,
+            n_contexts=n_contexts,
+            context=context,
+        )
+        size = reader.cells_per_bag(cells_per_bag)
+        inputs.check_seed(seed)
         if n_contexts < 1:
             raise ConfigError(f"n_contexts is {n_contexts}, but at least 1 is needed.")
         if n_contexts > 1 and spatial_key is not None:
@@ -131,35 +151,52 @@ class Contexts:
                 f"n_contexts is {n_contexts}, but with spatial_key bags follow from positions, so there is nothing to "
                 "average: leave out n_contexts or spatial_key."
             )
-        parts = running.sections(adata, batch_key, spatial_key)
-        running.check_context(context, parts[0])
+        parts = inputs.sections(adata, batch_key, spatial_key)
+        bags.check_context(context, parts[0])
         cells = Cells(
             adata, model.vocabulary, parts, layer=layer, gene_column=gene_column, duplicates=duplicates
         )
-        running.check_not_empty(cells)
+        inputs.check_not_empty(cells)
         settings = {
             "cells_per_bag": size, "batch_key": batch_key, "spatial_key": spatial_key,
             "context": context if spatial_key is not None else "random", "seed": seed, "n_contexts": n_contexts,
         }  # fmt: skip
-        return cls(model, cells, settings, context, batch_size)
+        return cls(model, reader, cells, settings, context, batch_size)
 
     def draws(self) -> Iterator[np.ndarray]:
         """The embedding (N, D) float32 in each draw of the bags."""
-        said = self.settings
-        runner = running.Runner(self.model, self.batch_size)
+        said, name = self.settings, self.reader.readout
         for seed in range(said["seed"], said["seed"] + said["n_contexts"]):
-            orders = [
-                running.order_of(part, said["cells_per_bag"], seed, self.context)
-                for part in self.cells.sections
-            ]
-            embedding = np.zeros((self.cells.n_cells, self.model.config.embed_dim), np.float32)
-            for one in runner(self.cells, orders, ("cell_embedding",), "embedding cells"):
-                embedding[one.rows[one.counted]] = one.outputs["cell_embedding"][one.counted]
+            orders = None
+            if self.reader.in_bags:
+                orders = [
+                    bags.order_of(part, said["cells_per_bag"], seed, self.context)
+                    for part in self.cells.sections
+                ]
+            embedding = np.zeros((0, 0), np.float32)
+            for one in self.reader.results(
+                self.cells, orders, (name,), "embedding cells", self.batch_size, seed
+            ):
+                vectors = one.outputs[name]
+                if not embedding.size:
+                    embedding = np.zeros((self.cells.n_cells, vectors.shape[-1]), np.float32)
+                embedding[one.rows[one.counted]] = vectors[one.counted]
             yield embedding
 
     def write(self, target: ad.AnnData, total: np.ndarray, key: str) -> None:
         """Write the mean of the draws, of their sum (N, D), and how it was made."""
         said = self.settings
         target.obsm[key] = (total / np.float32(said["n_contexts"])).astype(np.float32, copy=False)
-        running.keep_scales(target, self.cells.sections, said["batch_key"], said["spatial_key"])
-        target.uns[key] = running.record(self.model, self.cells, **said)
+        inputs.keep_scales(target, self.cells.sections, said["batch_key"], said["spatial_key"])
+        target.uns[key] = inputs.record(self.model, self.cells, **said)
+
+
+def _check_single(reader: CellReader, model: Pretrained, **given: Any) -> None:
+    """Raise `ConfigError` where options of bags are given for a model that reads cells one by one."""
+    defaults = {"cells_per_bag": None, "spatial_key": None, "n_contexts": 1, "context": bags.CONTEXTS[0]}
+    for name, value in given.items():
+        if not reader.in_bags and value != defaults[name]:
+            raise ConfigError(
+                f"{name} is {value!r}, but a model of the family {model.family!r} reads cells one by one: leave {name} "
+                "out."
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import anndata as ad
@@ -12,12 +12,14 @@ import pandas as pd
 from scipy import sparse
 from scipy.special import softmax
 
+from sct import families
 from sct.data.bag_order import BagOrder, hidden_order
 from sct.data.cells import Cells, Section
 from sct.data.class_prior import ClassPrior
 from sct.data.tokenize import bin_counts, expected_counts
 from sct.errors import ConfigError, DataError
-from sct.tl import running
+from sct.inference import inputs
+from sct.inference.bags import BagReader, order_of
 
 MISSING = "missing"
 # Endings of the names of results.
@@ -29,7 +31,7 @@ _BLOCK = 2_000
 
 def impute(
     adata: ad.AnnData,
-    model: running.Model,
+    model: inputs.Model,
     *,
     genes: str | Iterable[str] | None = None,
     cells: Any = None,
@@ -97,22 +99,23 @@ def impute(
     CheckpointError
         What the model computes is not finite; nothing is written then.
     """
-    running.check_table(adata, copy)
+    inputs.check_table(adata, copy)
     if genes is None and cells is None:
         raise ConfigError(
             'say what to impute: genes=["CD3E", ...], genes="missing" for genes that the panel lacks, or cells=...'
         )
-    handle = running.opened(model)
+    handle = inputs.loaded(model)
+    reader: BagReader = families.ability(handle, "impute")
     prior = ClassPrior.of(handle.data)
     prior.warn()
-    size = running.bag_size(handle, cells_per_bag)
+    size = reader.cells_per_bag(cells_per_bag)
     if adata.isbacked and cells is not None:
         raise DataError(
             "of a backed AnnData only genes are imputed: load it with adata.to_memory() for whole cells."
         )
-    running.check_seed(seed)
+    inputs.check_seed(seed)
     chosen = None if cells is None else _rows(adata, cells)
-    sections = running.sections(adata, batch_key, spatial_key)
+    sections = inputs.sections(adata, batch_key, spatial_key)
     table = Cells(
         adata, handle.vocabulary, sections, layer=layer, gene_column=gene_column, duplicates=duplicates
     )
@@ -124,20 +127,20 @@ def impute(
     column = _columns(adata, table)
     wanted, names = _genes(handle, table, column, genes)
     whole = chosen is not None and genes is None
-    running.check_not_empty(table, ~chosen if whole and chosen is not None else None)
+    inputs.check_not_empty(table, ~chosen if whole and chosen is not None else None)
     if whole and chosen is not None:
         orders = [_hidden_order(section, chosen[section.rows], size, seed) for section in sections]
     else:
-        orders = [running.order_of(section, size, seed) for section in sections]
+        orders = [order_of(section, size, seed) for section in sections]
 
     everywhere = np.ones(adata.n_obs, bool) if chosen is None else chosen
     hidden_genes = None if whole else np.isin(np.arange(len(handle.vocabulary)), wanted)
-    result = _predict(handle, prior, table, orders, wanted, everywhere, hidden_genes, batch_size)
-    target = running.to_write(adata, copy)
+    result = _predict(reader, prior, table, orders, wanted, everywhere, hidden_genes, batch_size)
+    target = inputs.to_write(adata, copy)
     there = _write(target, table, column, wanted, names, everywhere, result, key_added, handle)
-    running.keep_scales(target, sections, batch_key, spatial_key)
+    inputs.keep_scales(target, sections, batch_key, spatial_key)
     target.uns[key_added] = dict(
-        running.record(
+        inputs.record(
             handle, table, cells_per_bag=size, batch_key=batch_key, spatial_key=spatial_key, seed=seed,
             class_offset=prior.offset,
             genes=np.asarray([] if whole else names, dtype=str),
@@ -239,7 +242,7 @@ class _Predictions:
 
 
 def _predict(
-    model: Any,
+    reader: BagReader,
     prior: ClassPrior,
     table: Cells,
     orders: list[BagOrder | None],
@@ -249,7 +252,7 @@ def _predict(
     batch_size: int | None,
 ) -> _Predictions:
     """Predict the wanted genes of the chosen cells."""
-    config = model.config
+    config = reader.model.config
     whole = hidden_genes is None
     places = np.flatnonzero(chosen)
     slot = np.full(table.n_cells, -1)
@@ -258,7 +261,7 @@ def _predict(
     expected, probability = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     level = np.zeros(shape, np.uint8)
 
-    def inputs(bag: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
+    def masked(bag: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
         tokens, hide = bag["tokens"].copy(), np.flatnonzero(chosen[rows])
         if whole:  # as in training: what was not measured is not masked
             tokens[hide] = np.where(
@@ -278,9 +281,8 @@ def _predict(
         if order is not None
     )
     most = full * len(wanted)
-    runner = running.Runner(model, batch_size)
-    for one in runner(
-        table, orders, ("logits",), "imputing", inputs, with_counts=True, hidden_cells=chosen,
+    for one in reader.results(
+        table, orders, ("logits",), "imputing", batch_size, inputs=masked, with_counts=True, hidden_cells=chosen,
         hidden_genes=hidden_genes,
     ):  # fmt: skip
         hide = np.flatnonzero(chosen[one.rows])

@@ -7,7 +7,7 @@ import numpy as np
 
 from sct.data.bag_order import CELLS_PER_BAG, neighbours
 from sct.errors import ConfigError
-from sct.tl import running
+from sct.inference import inputs
 from sct.version import __version__
 
 
@@ -46,12 +46,12 @@ def spatial_neighbors(
     DataError
         No such key or column, a position that is missing.
     """
-    running.check_table(adata, copy)
+    inputs.check_table(adata, copy)
     if not isinstance(cells_per_bag, int) or cells_per_bag < 1:
         raise ConfigError(f"cells_per_bag is {cells_per_bag}, but at least 1 is needed.")
     found = np.full((adata.n_obs, cells_per_bag), -1, np.int64)
     radius = np.zeros(adata.n_obs, np.float32)
-    sections = running.sections(adata, batch_key, spatial_key)
+    sections = inputs.sections(adata, batch_key, spatial_key)
     for section in sections:
         rows = section.rows
         assert section.places is not None
@@ -59,8 +59,8 @@ def spatial_neighbors(
         places = np.asarray(adata.obsm[spatial_key], np.float64)[rows]
         found[rows, : near.shape[1]] = rows[near]
         radius[rows] = np.linalg.norm(places[near[:, -1]] - places, axis=1)
-    target = running.to_write(adata, copy)
-    running.keep_scales(target, sections, batch_key, spatial_key)
+    target = inputs.to_write(adata, copy)
+    inputs.keep_scales(target, sections, batch_key, spatial_key)
     target.obsm[key_added] = found
     target.obs[f"{key_added}_radius"] = radius
     target.uns[key_added] = {

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from sct import families
 from sct.data import counts
 from sct.data.cells import Cells
 from sct.data.genes import GeneVocabulary
@@ -18,14 +19,10 @@ from sct.data.text.prompts import parse_labels, render_labels
 from sct.data.text.source import gene_words
 from sct.errors import ConfigError
 from sct.generation.cells import CellWriter
-from sct.tl import running
+from sct.inference import inputs
+from sct.inference.readers import BLOCK
+from sct.inference.sentences import questions, written
 from sct.version import __version__
-from sct.weights.pretrained import Pretrained
-
-
-def writer_of(model: Pretrained) -> CellWriter:
-    """What a model learned of cell sentences; `ConfigError` for any other model."""
-    return CellWriter.of(model.config, model.variables, model.tokenizer, model.genes, model.data)
 
 
 def to_sentences(
@@ -33,7 +30,7 @@ def to_sentences(
     *,
     top_k: int | None = None,
     seed: int = 0,
-    model: running.Model | None = None,
+    model: inputs.Model | None = None,
     layer: str | None = None,
     gene_column: str | None = None,
     duplicates: Literal["error", "sum"] = "error",
@@ -67,8 +64,8 @@ def to_sentences(
     DataError
         No raw counts, or genes that cannot be words: repeated names, or white space in one.
     """
-    running.check_table(adata, False)
-    running.check_seed(seed)
+    inputs.check_table(adata, False)
+    inputs.check_seed(seed)
     if top_k is not None and top_k < 1:
         raise ConfigError(
             f"top_k is {top_k}, but at least 1 is needed: leave it out to write all expressed genes."
@@ -77,23 +74,19 @@ def to_sentences(
         raise ConfigError(
             "gene_column and duplicates say how genes become those of a model: give one, or leave them out."
         )
-    keys = cell_keys(adata.obs_names)
     if model is not None:
-        handle = running.loaded(model)
-        writer = writer_of(handle)
+        handle = inputs.loaded(model)
+        writer = families.ability(handle, "generate")
         table = Cells(adata, handle.vocabulary, layer=layer, gene_column=gene_column, duplicates=duplicates)
-        made = written(table, writer, keys, np.arange(adata.n_obs), top_k=top_k, seed=seed)
+        made = written(table, writer, np.arange(adata.n_obs), top_k=top_k, seed=seed)
     else:
         found = counts.validate(adata, layer=layer)
-        words = _words(found.var)
+        words, keys = _words(found.var), cell_keys(adata.obs_names)
         made = []
-        for start in range(0, adata.n_obs, _BLOCK):
-            block = sparse.csr_matrix(counts.exact_integers(found.matrix[start : start + _BLOCK]))
-            made += sentences(block, words, top_k=top_k, seed=seed, keys=keys[start : start + _BLOCK])
+        for start in range(0, adata.n_obs, BLOCK):
+            block = sparse.csr_matrix(counts.exact_integers(found.matrix[start : start + BLOCK]))
+            made += sentences(block, words, top_k=top_k, seed=seed, keys=keys[start : start + BLOCK])
     return pd.Series(made, index=adata.obs_names, name="sentence", dtype=object)
-
-
-_BLOCK = 4096  # cells turned into text at once
 
 
 def _words(var: pd.DataFrame) -> list[str]:
@@ -105,55 +98,8 @@ def _words(var: pd.DataFrame) -> list[str]:
     return known if len(set(known)) == len(set(names)) else names
 
 
-def written(
-    table: Cells,
-    writer: CellWriter,
-    keys: np.ndarray,
-    rows: np.ndarray,
-    *,
-    top_k: int | None = None,
-    seed: int = 0,
-) -> list[str]:
-    """Sentences of rows of a table, in the words of a model and as long as it reads."""
-    longest = min(top_k or writer.top_k or len(writer.words), writer.top_k or len(writer.words))
-    made: list[str] = []
-    for start in range(0, len(rows), _BLOCK):
-        part = rows[start : start + _BLOCK]
-        made += sentences(table.read(part), writer.words, top_k=longest, seed=seed, keys=keys[part])
-    return made
-
-
-def questions(
-    adata: ad.AnnData,
-    model: Pretrained,
-    writer: CellWriter,
-    *,
-    seed: int = 0,
-    layer: str | None = None,
-    gene_column: str | None = None,
-    duplicates: Literal["error", "sum"] = "error",
-) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """What a model is told of each cell, and the cells' keys.
-
-    Raises
-    ------
-    DataError
-        No raw counts, unknown genes, cells without a count.
-    """
-    table = Cells(adata, model.vocabulary, layer=layer, gene_column=gene_column, duplicates=duplicates)
-    running.check_not_empty(table)
-    keys = cell_keys(adata.obs_names)
-    made = written(table, writer, keys, np.arange(adata.n_obs), seed=seed)
-    fields = []
-    for sentence in made:
-        number = sentence.count(" ") + 1
-        cut = {"num_genes": number} if number == writer.top_k else {}
-        fields.append({"cell": sentence, **cut})
-    return fields, keys
-
-
 def generate_cells(
-    model: running.Model,
+    model: inputs.Model,
     *,
     cell_type: str | Sequence[str] | None = None,
     tissue: str | Sequence[str] | None = None,
@@ -199,9 +145,9 @@ def generate_cells(
     ConfigError
         Contradicting conditions, or the model did not learn what is asked.
     """
-    handle = running.loaded(model)
-    writer = writer_of(handle)
-    running.check_seed(seed)
+    handle = inputs.loaded(model)
+    writer = families.ability(handle, "generate")
+    inputs.check_seed(seed)
     writer.line(fit)
     if n < 1:
         raise ConfigError(f"n is {n}, but at least one cell is needed.")
@@ -279,7 +225,7 @@ def _in_order(writer: CellWriter, labels: Any) -> dict[str, Any]:
 
 def describe(
     adata: ad.AnnData,
-    model: running.Model,
+    model: inputs.Model,
     *,
     seed: int = 0,
     temperature: float | None = None,
@@ -316,9 +262,9 @@ def describe(
     DataError
         No raw counts, unknown genes, cells without a count.
     """
-    running.check_table(adata, copy)
-    handle = running.loaded(model)
-    writer = writer_of(handle)
+    inputs.check_table(adata, copy)
+    handle = inputs.loaded(model)
+    writer = families.ability(handle, "describe")
     writer.check("cell_to_abstract")
     fields, keys = questions(
         adata, handle, writer, seed=seed, layer=layer, gene_column=gene_column, duplicates=duplicates
@@ -327,7 +273,7 @@ def describe(
         "cell_to_abstract", fields, seed=seed, keys=keys.tolist(), temperature=temperature, top_p=top_p,
         max_new_tokens=max_new_tokens, batch_size=batch_size,
     )  # fmt: skip
-    target = running.to_write(adata, copy)
+    target = inputs.to_write(adata, copy)
     target.obs[key_added] = made["answer"].where(made["answer"].notna(), made["text"]).to_numpy()
     target.uns[key_added] = {
         "sct_version": __version__, "model": repr(handle), "weights": handle.fingerprint, "seed": seed,

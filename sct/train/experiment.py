@@ -24,12 +24,12 @@ from sct.data.store import SPLITS, Store
 from sct.data.text.tokenizer import Tokenizer
 from sct.data.text.tokenizer_libraries import import_tokenizers
 from sct.errors import AGAIN, CheckpointError, ConfigError, SctError, StoreError
+from sct.families.tasks import data_of, kind_of, make_task, trained_by
 from sct.hashes import sealed
 from sct.models import lora, registry
 from sct.models.registry import computing
 from sct.nn.paths import flatten
 from sct.tasks.base import StoreConfig, Task
-from sct.tasks.registry import data_of, kind_of, make_task
 from sct.train import processes, sharding
 from sct.train.checkpoint import Checkpoints
 from sct.train.loop import Result, TrainConfig, train
@@ -172,7 +172,7 @@ def _architecture(plain: Mapping[str, Any], parent: pretrained.Pretrained | None
     given = dict(plain.get("model", {}))
     if parent is None or not kind_of(plain).resolves:
         return given
-    families = kind_of(plain).families
+    families = trained_by(kind_of(plain))
     if parent.family not in families:
         raise ConfigError(
             f"the model to start from is of the family {parent.family!r}, which the task {plain['task']!r} does not "

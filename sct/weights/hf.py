@@ -335,5 +335,5 @@ def save(
     target = Path(folder).expanduser()
     card = model.card or default_card(model)
     model_folder.save(
-        target, arrays, config, model.genes, model.tokenizer, card, dtype, shard_bytes, made_for="pt"
+        target, arrays, config, model.genes, model.tokenizer, card, dtype, shard_bytes, foreign=True
     )

@@ -26,6 +26,7 @@ from sct.weights.pretrained import (
     Pretrained,
     boxed_shapes,
     data_options,
+    data_record,
     fitting_rules,
     match,
     spans_processes,
@@ -99,10 +100,9 @@ def load(
     data = config.get("data")
     if run_folder.is_run(folder.parent):  # written before model folders knew it
         run = model_folder.read_json(folder.parent / "config.json")
-        data = run_folder.with_masking(run.get("data") if data is None else data, run)
+        data = run_folder.with_masking(data_options(run.get("data")) if data is None else data, run)
     card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
     licence = config.get("license") or "unknown"
-    known = data_options(data) if config["family"] == "sct" else data or {}
     return Pretrained(
         config["family"],
         model,
@@ -111,7 +111,7 @@ def load(
         card,
         licence,
         config.get("step"),
-        known,
+        data_record(data),
         tokenizer,
     )
 

@@ -104,7 +104,7 @@ def save(
     card: str,
     dtype: str,
     shard_bytes: int,
-    made_for: str = "sct",
+    foreign: bool = False,
 ) -> None:
     """Write a model folder; see `sct.weights.pretrained.Pretrained.save_pretrained`.
 
@@ -118,7 +118,7 @@ def save(
     folder = check_target(folder)
     try:
         with atomic_folder(folder, is_leftover) as new:
-            _write(new, arrays, config, genes, tokenizer, card, dtype, shard_bytes, made_for)
+            _write(new, arrays, config, genes, tokenizer, card, dtype, shard_bytes, foreign)
             for file in new.iterdir():
                 # safetensors writes files that their owner alone can read.
                 shutil.copymode(new / CONFIG, file)
@@ -135,7 +135,7 @@ def _write(
     card: str,
     dtype: str,
     shard_bytes: int,
-    made_for: str,
+    foreign: bool,
 ) -> None:
     from safetensors.numpy import save_file
 
@@ -153,7 +153,7 @@ def _write(
                     f"the model's {path} holds numbers that are not finite in {value.dtype}: save a model whose "
                     "training went well."
                 )
-        save_file(on_host, folder / name, metadata={"format": made_for})
+        save_file(on_host, folder / name, metadata={"format": "pt" if foreign else "sct"})
         index |= dict.fromkeys(paths, name)
     if len(shards) > 1:
         total = sum(_bytes(value, dtype) for value in arrays.values())
@@ -163,7 +163,7 @@ def _write(
         genes.save(folder / GENES)
     if tokenizer is not None:
         tokenizer.save(folder)
-    if made_for == "sct":  # a foreign program would copy hashes to files that it changed
+    if not foreign:  # a foreign program would copy hashes to files that it changed
         names = sorted(file.name for file in folder.iterdir())
         config = sealed({**config, FILES: hash_files(folder, names)})
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")

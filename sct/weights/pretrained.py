@@ -33,6 +33,9 @@ from sct.weights.model_folder import FORMAT_VERSION, SHARD_BYTES
 LOADED_DTYPES = ("float32", "bfloat16", "float16")
 # Options of the data that a model's inputs should share with its training, and the paper's values.
 DATA_OPTIONS: Mapping[str, Any] = {"cells_per_bag": CELLS_PER_BAG, "noise_fraction": NOISE_FRACTION}
+_DATA_TYPES: Mapping[str, Any] = {
+    **dict.fromkeys(DATA_OPTIONS, (int, float)), "masking": Mapping, "logit_adjustment": bool,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +126,7 @@ class Pretrained:
             The model computes in float16, which CPUs do not.
         """
         registry.check_device(self.config)
-        module = registry.family(self.family)[1]
+        module = registry.family(self.family).module
         unknown = sorted(set(intermediates) - set(module.intermediates))
         if unknown:
             raise CheckpointError(
@@ -201,7 +204,7 @@ def _check_inputs(module: Any, config: Any, inputs: Mapping[str, Any]) -> None:
 
 @functools.lru_cache(maxsize=32)
 def _compiled(family: str, config: Any, wanted: tuple[str, ...]) -> Callable[..., dict[str, jax.Array]]:
-    module = registry.family(family)[1](config)
+    module = registry.family(family).module(config)
 
     def run(variables: dict[str, Any], inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
         outputs = cast(dict[str, jax.Array], module.apply(variables, **inputs))
@@ -230,17 +233,18 @@ def default_card(model: Pretrained, text: str = "") -> str:
 
 
 def data_options(values: Any) -> dict[str, Any]:
-    """Entries of `DATA_OPTIONS`, and the record of masking, in the data section of a configuration or model folder.
+    """Entries of `DATA_OPTIONS`, and the record of masking, in the data section of a configuration.
 
     Entries of another type than theirs are left out.
     """
     given = values if isinstance(values, Mapping) else {}
-    kinds: dict[str, Any] = {
-        **dict.fromkeys(DATA_OPTIONS, (int, float)),
-        "masking": Mapping,
-        "logit_adjustment": bool,
-    }
-    return {name: given[name] for name, kind in kinds.items() if isinstance(given.get(name), kind)}
+    return {name: given[name] for name, kind in _DATA_TYPES.items() if isinstance(given.get(name), kind)}
+
+
+def data_record(values: Any) -> dict[str, Any]:
+    """What a model folder says of its data, without entries of `data_options` that are of another type than theirs."""
+    given = values if isinstance(values, Mapping) else {}
+    return {name: value for name, value in given.items() if isinstance(value, _DATA_TYPES.get(name, object))}
 
 
 def fitting_rules(mesh: Mesh | None, rules: axes.Rules | None) -> axes.Rules:
@@ -264,7 +268,7 @@ def spans_processes(mesh: Mesh | None) -> bool:
 
 def boxed_shapes(family: str, config: Any) -> Any:
     """Variables of a family as shapes with logical axis names; nothing is allocated."""
-    module = registry.family(family)[1]
+    module = registry.family(family).module
     return jax.eval_shape(lambda key: module(config).init(key, **module.example(config)), jax.random.key(0))
 
 

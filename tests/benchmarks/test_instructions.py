@@ -21,8 +21,8 @@ from sct.data.quantile_bins import binned_cells
 from sct.data.text.cell_sentence import cell_keys
 from sct.errors import ConfigError, DataError
 from sct.eval import labels, marker_scores, pathways
+from sct.inference.asking import asker_of
 from sct.nn.paths import flatten
-from sct.tl.asking import asker_of
 from sct.tl.benchmarking import read_options
 from sct.train.loop import train
 from tests.data.text.test_instructions import ABSTRACT

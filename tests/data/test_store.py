@@ -19,7 +19,7 @@ from sct.data.genes import GeneVocabulary
 from sct.data.ingest import IngestOptions, ingest
 from sct.data.store import Store
 from sct.errors import StoreError
-from sct.tl.running import sections
+from sct.inference.inputs import sections
 
 INPUTS = {"plain": make_adata(400), "plane": make_adata(130, seed=1, spatial=True)}
 

@@ -34,7 +34,7 @@ def measure() -> dict[str, Any]:
                 "adapters": adapters.init(jax.random.key(1), boxed(family)["params"], *options),
             }
             variables = {**nn.unbox(boxed(family)), "adapters": trained_adapters(family, options)}
-            module = registry.family(family)[1](config(family))
+            module = registry.family(family).module(config(family))
 
             def run(variables: Any, inputs: Any, module: Any = module) -> jax.Array:
                 return module.apply(variables, *inputs)["logits"]

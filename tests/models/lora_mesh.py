@@ -27,7 +27,7 @@ def measure() -> dict[str, Any]:
     boxes = {**boxed("llama"), "adapters": lora.init(jax.random.key(1), boxed("llama")["params"], ALL)}
     variables = adapted("llama")
     placed = jax.device_put(variables, axes.shardings(boxes, mesh, RULES))
-    module = registry.family("llama")[1](config("llama"))
+    module = registry.family("llama").module(config("llama"))
 
     @jax.jit
     def run(variables: Any, ids: jax.Array) -> jax.Array:

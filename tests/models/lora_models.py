@@ -49,7 +49,7 @@ def config(family: str, **options: Any) -> Any:
 @cached
 def boxed(family: str) -> Any:
     """Its variables, boxed with axis names."""
-    module = registry.family(family)[1]
+    module = registry.family(family).module
     return jax.jit(module(config(family)).init)(jax.random.key(0), **module.example(config(family)))
 
 
@@ -102,7 +102,7 @@ def trained_adapters(family: str, options: tuple[AdapterConfig, ...]) -> dict[st
 @cache
 def forward(family: str, **options: Any) -> Any:
     """Compiled call of a model: (variables, inputs, keys) -> outputs."""
-    module = registry.family(family)[1](config(family, **options))
+    module = registry.family(family).module(config(family, **options))
     return jax.jit(lambda variables, x, rngs: module.apply(variables, **x, rngs=rngs))
 
 

@@ -157,7 +157,7 @@ def test_a_stack_is_its_layers_one_after_the_other():
                 )
             inside = {name: {"layers": tree["layers"]} for name, tree in variables.items()}
             for remat in ("none", "level"):
-                module = registry.family(family)[1](config(family, remat=remat))
+                module = registry.family(family).module(config(family, remat=remat))
                 found = module.apply(
                     inside, x, *seen, Mask(segments, segments), method=lambda m, *given: m.layers(*given)[0]
                 )
@@ -355,7 +355,7 @@ def test_reading_with_a_cache_is_reading_the_whole_text():
     there, wrong = np.arange(10) >= np.array([0, 4, 2])[:, None], []
     for layers, skip in (((), True), (LAYER, False)):
         variables, options = adapted("llama", *kinds(layers, skip)), config("llama")
-        whole = registry.family("llama")[1](options).apply(variables, ids, there.astype(int))["logits"]
+        whole = registry.family("llama").module(options).apply(variables, ids, there.astype(int))["logits"]
         parts, kept, found = cache.layers_of(variables, options), cache.empty(options, 3, 14), []
         for first, last in ((0, 5), (5, 6), (6, 10)):
             hidden, kept = cache.extend(
@@ -373,7 +373,10 @@ def test_a_sample_trains_its_own_part_through_a_prefix_and_in_some_layers():
     low_rank, bottleneck, prefix = kinds(LAYER)
     members = lora.Mixture(("universal", "own"), dataclasses.replace(low_rank, rank=2))
     variables = adapted("gpt2", members.config, bottleneck, prefix)
-    module, ids = registry.family("gpt2")[1](config("gpt2")), np.random.default_rng(0).integers(0, 40, (3, 6))
+    module, ids = (
+        registry.family("gpt2").module(config("gpt2")),
+        np.random.default_rng(0).integers(0, 40, (3, 6)),
+    )
     paths = [path for path in flatten(variables) if path.endswith(("lora_a", "lora_b"))]
 
     @jax.jit

@@ -35,7 +35,7 @@ def nested(path, value):
 def test_sizes_and_numbers_are_bounded_before_anything_is_allocated(family, monkeypatch):
     monkeypatch.setattr(jax, "eval_shape", lambda *_: pytest.fail("traced"))
     begun, wrong = time.monotonic(), []
-    for path, kind in numbers(registry.MODELS[family][0]):
+    for path, kind in numbers(registry.MODELS[family].config):
         values = [10**9, 10**12, -1, True] if kind is int else [math.nan, math.inf, -1.0, True]
         if path[-1] in POSITIVE:
             values.append(0.0)
@@ -53,7 +53,7 @@ def test_sizes_and_numbers_are_bounded_before_anything_is_allocated(family, monk
 
 def test_what_is_no_number_is_refused_where_a_number_is_bounded():
     wrong = []
-    for family, (cls, _) in registry.MODELS.items():
+    for family, (cls, *_) in registry.MODELS.items():
         config = registry.model_config(family, {}, 1000)
         for name in {field.name for field in dataclasses.fields(cls)} & {*MOST, *POSITIVE}:
             for value in (None, "12"):

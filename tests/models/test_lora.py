@@ -168,7 +168,7 @@ class Task:
     def loss(self, variables: Any, batch: Any, rng: jax.Array, train: bool) -> Any:
         from sct.models import registry
 
-        module = registry.family(self.family)[1](config(self.family, **self.architecture))
+        module = registry.family(self.family).module(config(self.family, **self.architecture))
         logits = module.apply(variables, batch["ids"], rngs={"dropout": rng} if train else None)["logits"]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], batch["ids"][:, 1:])
         return loss.mean(), {"tokens": jnp.asarray(float(loss.size))}

@@ -42,7 +42,7 @@ def random_model(family: str, **changes: Any) -> Pretrained:
 def measure(family: str, sizes: dict[str, int]) -> dict[str, Any]:
     """Largest difference from one device, and from itself with other tokens behind; share of a device."""
     model = random_model(family, vocab_size=62)
-    module = registry.family(family)[1](model.config)
+    module = registry.family(family).module(model.config)
     mesh = make_mesh(MeshConfig(data=1, **sizes))
     rules = fitting_rules(mesh, None)
     where = axes.shardings(boxed_shapes(family, model.config), mesh, rules)

@@ -23,7 +23,7 @@ F = torch.nn.functional
 
 def loss_and_logits(model, given):
     """Mean loss of the next tokens that are not padding, its gradients by variable, and logits."""
-    module = registry.family(model.family)[1](model.config)
+    module = registry.family(model.family).module(model.config)
     counted = given["attention_mask"][:, :-1] * given["attention_mask"][:, 1:]
 
     @jax.jit

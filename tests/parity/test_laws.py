@@ -93,7 +93,7 @@ def test_remat_and_chunks_change_nothing(family):
     segments = np.repeat([1, 2, 0], [17, 9, 3])[None]
 
     def gradients(remat):
-        module = registry.family(family)[1](dataclasses.replace(model.config, remat=remat))
+        module = registry.family(family).module(dataclasses.replace(model.config, remat=remat))
 
         def loss(variables):
             logits = module.apply(variables, input_ids=ids, segments=segments)["logits"]
@@ -117,7 +117,7 @@ def test_the_order_of_a_decoder_is_known_when_attention_is_chosen(remat, monkeyp
     choose = attention._form
     monkeypatch.setattr(attention, "_form", lambda *given: orders.append(given[2].order) or choose(*given))
     model = random_model("llama", remat=remat)
-    module = registry.family("llama")[1](model.config)
+    module = registry.family("llama").module(model.config)
     jax.eval_shape(lambda v: module.apply(v, input_ids=np.zeros((1, 4), np.int32)), model.variables)
     assert orders
     assert all(isinstance(order, int) and order == 0 for order in orders)
@@ -128,7 +128,7 @@ def test_outputs_of_bert_are_those_of_its_configuration():
         model = random_model("bert", pooler=pooler, mlm_head=head)
         names = {"hidden", *["pooled"] * pooler, *["logits"] * head}
         assert model.apply(input_ids=np.zeros((1, 2), np.int32)).keys() == names
-        assert names == set(registry.family("bert")[1].outputs_of(model.config))
+        assert names == set(registry.family("bert").module.outputs_of(model.config))
     with pytest.raises(CheckpointError, match=r"'logits'.*hidden"):
         model.apply(input_ids=np.zeros((1, 2), np.int32), outputs=["logits"])
 
@@ -180,7 +180,7 @@ def test_published_sizes(family, config, size):
 def test_dropout_needs_a_key_and_leaves_the_mean():
     model = random_model("bert", dropout=0.2)
     ids = texts([6])[0][None]
-    module = registry.family("bert")[1](model.config)
+    module = registry.family("bert").module(model.config)
     plain = module.apply(model.variables, input_ids=ids)["hidden"]
     near(plain, random_model("bert").apply(input_ids=ids)["hidden"])
     keys = jax.random.split(jax.random.key(0), 2)

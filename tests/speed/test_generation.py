@@ -146,7 +146,7 @@ def test_models_that_write_nothing_are_refused(family):
 @pytest.mark.parametrize("cells", [0, 100])
 def test_other_modes_refuse_models_of_text(mode, cells):
     with pytest.raises(
-        ConfigError, match=f"--mode={mode} measures models of cells, which 'gpt2' is not: .*generate"
+        ConfigError, match=f"--mode={mode} does not measure the task 'cell_sentences'.*generate"
     ):
         measure(CONFIG, Options(mode, steps=3, cells=cells), apart=False)
 

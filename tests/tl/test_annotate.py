@@ -11,7 +11,7 @@ import pytest
 
 import sct
 from sct.errors import ConfigError, DataError
-from sct.tl.labels import warn_of_labels
+from sct.inference.labels import warn_of_labels
 from tests.tl.conftest import CELLS
 
 

@@ -215,7 +215,7 @@ def test_what_cannot_be_asked(asked, cells, call, error, words):
 
 
 def test_models_and_cells_that_cannot_be_asked(asked, model, cells):
-    with pytest.raises(ConfigError, match="instructions"):
+    with pytest.raises(ConfigError, match="answer questions about cells"):
         sct.tl.find_rare(cells, model)
     with pytest.raises(ConfigError, match="instructions"):
         sct.tl.ask(cells, dataclasses.replace(asked, data={}), "Why?")

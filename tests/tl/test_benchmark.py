@@ -15,7 +15,7 @@ from sct.data.coordinates import rescale_coordinates
 from sct.data.genes import GeneVocabulary
 from sct.data.ingest import IngestOptions, ingest
 from sct.errors import ConfigError, DataError, StoreError
-from sct.tl import running
+from sct.inference import inputs
 from sct.tl.benchmarking import BenchmarkOptions, DataOptions, open_cells, part_of
 from tests.tl.conftest import made, slide
 
@@ -253,6 +253,6 @@ def test_a_part_of_a_section_is_measured_as_it_lies_in_the_whole():
         places = part.table.sections[0].places
         np.testing.assert_array_equal(places, expected[at])
         assert len(at) == len(places) <= (most or 36)
-        again = running.sections(part.adata, None, "spatial")  # as sct.tl.embed divides them
+        again = inputs.sections(part.adata, None, "spatial")  # as sct.tl.embed divides them
         np.testing.assert_array_equal(again[0].places, places)
         assert len(more) == bool(key)

@@ -16,7 +16,7 @@ from sct.data.bag_order import random_order, tile_order
 from sct.data.coordinates import rescale_coordinates
 from sct.data.tokenize import bin_counts, noisy_genes
 from sct.errors import CheckpointError, ConfigError, DataError
-from sct.tl.running import sections
+from sct.inference.inputs import sections
 from tests.tl.conftest import BAG, CELLS, made
 
 

@@ -23,13 +23,13 @@ from sct.data.store import Store
 from sct.data.text.prompts import Template
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import CheckpointError, ConfigError, SctError, StoreError
+from sct.families.tasks import kind_of, make_task
 from sct.generation.cells import CellWriter
 from sct.models import lora, registry
 from sct.models.decoder import Decoder
 from sct.nn.paths import flatten
 from sct.tasks import cell_sentences, sentence_reports
 from sct.tasks.cell_sentences import Adapters, CellSentences, CellSentencesConfig, SentenceData
-from sct.tasks.registry import kind_of, make_task
 from sct.train import experiment
 from sct.train.experiment import run
 from tests.cached import cached
@@ -460,10 +460,7 @@ def test_stopping_and_resuming_equals_never_stopping(finished, text_config, tmp_
     def refused(*given):
         raise AssertionError("a tokenizer is trained once")
 
-    kind = kind_of(CONFIG)
-    monkeypatch.setattr(
-        "sct.tasks.registry.TASKS", {"cell_sentences": dataclasses.replace(kind, tokenizer=refused)}
-    )
+    monkeypatch.setattr("sct.tasks.cell_sentences.train_bpe", refused)
     second = run(text_config(), tmp_path / "parts")
     assert second.reason == "finished"
     assert files(tmp_path / "parts" / "tokenizer") == kept == files(folder / "tokenizer")
@@ -828,8 +825,10 @@ def test_adapters_are_trained_alone_and_kept_beside_the_model(finished, text_con
 def test_adapters_that_are_there_have_their_own_options(finished, text_config, tmp_path):
     parent = sct.load(finished[0])
     options = Adapters(**LORA).config("gpt2")
-    boxed = registry.family("gpt2")[1](parent.config).init(
-        jax.random.key(0), **Decoder.example(parent.config)
+    boxed = (
+        registry.family("gpt2")
+        .module(parent.config)
+        .init(jax.random.key(0), **Decoder.example(parent.config))
     )
     adapters = nn.unbox(lora.init(jax.random.key(0), boxed["params"], options))
     adapted = dataclasses.replace(parent, variables={**parent.variables, "adapters": adapters})

@@ -316,7 +316,7 @@ def test_one_bad_microbatch_names_its_batch_and_spoils_no_checkpoint(config, tmp
     Poisoned.rows = int(records[13]["rows"].sum())
     assert [int(record["rows"].sum()) for record in records].count(Poisoned.rows) == 1
     expected = loop.Loader(source, 4, seed=0).describe(12)
-    monkeypatch.setattr("sct.tasks.registry.MaskedExpression", Poisoned)
+    monkeypatch.setattr("sct.tasks.masked_expression.MaskedExpression", Poisoned)
     with pytest.raises(DivergedError, match="the loss of step 7 is nan") as error:
         learn(plain, tmp_path / "run")
     assert f"(batch: {'; '.join(expected)})" in str(error.value)

@@ -146,7 +146,7 @@ def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_the_good_checkpoint
     batches = loop.Loader(task.dataset("train"), 2, seed=0).iterate()
     Poisoned.rows = [int(next(batches)["rows"].sum()) for _ in range(8)][-1]
     batches.close()
-    monkeypatch.setattr("sct.tasks.registry.MaskedExpression", Poisoned)
+    monkeypatch.setattr("sct.tasks.masked_expression.MaskedExpression", Poisoned)
     with pytest.raises(DivergedError, match=r"step 8 .*'study\d', rows \d+ to \d+") as error:
         run(plain, tmp_path)
     assert "\n" not in str(error.value)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol
 
 import anndata as ad
 import numpy as np
@@ -12,14 +12,33 @@ import pandas as pd
 from sct.data.text.prompts import parse_labels, render_labels
 from sct.errors import ConfigError
 from sct.generation.cells import CellWriter
-from sct.tl import running
-from sct.tl.labels import warn_of_labels
-from sct.tl.sentences import questions, writer_of
+from sct.inference import inputs
+from sct.inference.labels import warn_of_labels
+from sct.inference.sentences import questions, writer_of
 from sct.version import __version__
 from sct.weights.pretrained import Pretrained
 
+# Options of `sct.tl.annotate` for any model that answers in words.
+OPTIONS = ("layer", "gene_column", "duplicates", "seed", "batch_size", "templates")
 LABELS = "labels"
 Candidates = Sequence[str] | Sequence[Mapping[str, Any]]
+
+
+class Annotator(Protocol):
+    """Names cells by the answers of a model.
+
+    Attributes
+    ----------
+    options
+        Names of what `annotate` takes beside what is common to all.
+    """
+
+    options: tuple[str, ...]
+
+    @property
+    def annotate(self) -> Callable[..., ad.AnnData | None]:
+        """Write the most probable answer about each cell; takes the cells and the arguments of `sct.tl.annotate`."""
+        ...
 
 
 def candidates_of(
@@ -99,42 +118,50 @@ def write_answers(
     target.obsm[f"{key_added}_probabilities"] = probabilities.astype(np.float32)
 
 
-def annotate_by_answers(
-    adata: ad.AnnData,
-    model: Pretrained,
-    *,
-    label_key: str | Sequence[str] | None,
-    candidates: Candidates | None,
-    threshold: float,
-    unknown: str,
-    key_added: str,
-    copy: bool,
-    templates: int = 1,
-    batch_size: int = 8,
-    **options: Any,
-) -> ad.AnnData | None:
-    """Write the most probable answer about each cell; see `sct.tl.annotate`."""
-    writer = writer_of(model)
-    field, answers = candidates_of(writer, label_key, candidates)
-    parts = pd.DataFrame([parse_labels(answer) for answer in answers] if field == LABELS else None)
-    if "probability" in parts:
-        raise ConfigError(
-            f"a label is named 'probability', but obs[{key_added}_probability] is that of the answer: train with "
-            "another name."
-        )
-    fields, _ = questions(adata, model, writer, **options)
-    logs = writer.score(f"cell_to_{field}", fields, answers, templates=templates, batch_size=batch_size)
-    probabilities = np.exp(logs)
-    target = running.to_write(adata, copy)
-    write_answers(target, answers, probabilities, key_added, threshold, unknown)
-    for key in parts:
-        # The probability of a value is that of all combinations with it.
-        sums = pd.DataFrame(probabilities).T.groupby(parts[key].to_numpy()).sum().T
-        target.obs[f"{key_added}_{key}"] = pd.Categorical(
-            sums.columns.to_numpy()[sums.to_numpy().argmax(axis=1)]
-        )
-    target.uns[key_added] = {
-        "sct_version": __version__, "model": repr(model), "weights": model.fingerprint, "label_key": field,
-        "labels": answers, "templates": templates, "threshold": threshold,
-    }  # fmt: skip
-    return target if copy else None
+class SentenceAnnotator:
+    """Names cells by a model of cell sentences, which is asked about each; see `sct.tl.annotate`."""
+
+    options: tuple[str, ...] = OPTIONS
+
+    def __init__(self, model: Pretrained):
+        self.model = model
+
+    def annotate(
+        self,
+        adata: ad.AnnData,
+        *,
+        label_key: str | Sequence[str] | None,
+        candidates: Candidates | None,
+        threshold: float,
+        unknown: str,
+        key_added: str,
+        copy: bool,
+        templates: int = 1,
+        batch_size: int = 8,
+        **options: Any,
+    ) -> ad.AnnData | None:
+        """Write the most probable answer about each cell; see `sct.tl.annotate`."""
+        model, writer = self.model, writer_of(self.model)
+        field, answers = candidates_of(writer, label_key, candidates)
+        parts = pd.DataFrame([parse_labels(answer) for answer in answers] if field == LABELS else None)
+        if "probability" in parts:
+            raise ConfigError(
+                f"a label is named 'probability', but obs[{key_added}_probability] is that of the answer: train with "
+                "another name."
+            )
+        fields, _ = questions(adata, model, writer, **options)
+        logs = writer.score(f"cell_to_{field}", fields, answers, templates=templates, batch_size=batch_size)
+        probabilities = np.exp(logs)
+        target = inputs.to_write(adata, copy)
+        write_answers(target, answers, probabilities, key_added, threshold, unknown)
+        for key in parts:
+            # The probability of a value is that of all combinations with it.
+            sums = pd.DataFrame(probabilities).T.groupby(parts[key].to_numpy()).sum().T
+            target.obs[f"{key_added}_{key}"] = pd.Categorical(
+                sums.columns.to_numpy()[sums.to_numpy().argmax(axis=1)]
+            )
+        target.uns[key_added] = {
+            "sct_version": __version__, "model": repr(model), "weights": model.fingerprint, "label_key": field,
+            "labels": answers, "templates": templates, "threshold": threshold,
+        }  # fmt: skip
+        return target if copy else None

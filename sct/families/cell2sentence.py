@@ -1,0 +1,54 @@
+"""Cell2Sentence: cells as sentences of their genes, highest first, read and written by a causal language model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sct.data.genes import GeneVocabulary
+from sct.families.manifest import Converter, Family, Model
+from sct.inference.answers import SentenceAnnotator
+from sct.inference.sentences import SentenceReader, writer_of
+from sct.models import registry
+from sct.models.adapter_kinds import CONFIGS
+from sct.tasks import cell_sentences
+from sct.weights import hf
+
+
+def _convert(source: Path, target: Path, dtype: str, genes: GeneVocabulary | None, numbered: bool) -> None:
+    hf.convert(source, target, dtype=dtype)
+
+
+# One converter for all text models of Hugging Face, whichever family they serve.
+HUGGING_FACE = Converter(
+    _convert,
+    lambda model, target, dtype: hf.save(model, target, dtype=dtype),
+    hf.NOTICE,
+    title="Hugging Face",
+)
+
+
+def _decoder(name: str, config: str) -> Model:
+    return Model(
+        registry.MODELS[name],
+        tasks=(cell_sentences.KIND,),
+        config=config,
+        adapters=CONFIGS,
+        embed=SentenceReader,
+        annotate=SentenceAnnotator,
+        generate=writer_of,
+        describe=writer_of,
+    )
+
+
+FAMILY = Family(
+    name="cell2sentence",
+    title="Cells as sentences of gene names: generates cells, names them, and writes about them",
+    paper="Cell2Sentence: teaching large language models the language of biology (ICML 2024)",
+    license=hf.NOTICE,
+    models={
+        "gpt2": _decoder("gpt2", "configs/c2s_gpt2.py"),
+        "neox": _decoder("neox", "configs/c2s_pythia.py"),
+        "llama": _decoder("llama", ""),
+    },
+    converters={"hf": HUGGING_FACE},
+)

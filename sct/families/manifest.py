@@ -1,0 +1,126 @@
+"""What a family is: its architectures, what trains them, what a trained model can do, and foreign formats."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sct.data.genes import GeneVocabulary
+from sct.generation.cell_asker import CellAsker
+from sct.generation.cells import CellWriter
+from sct.inference.answers import Annotator
+from sct.inference.bags import BagReader
+from sct.inference.readers import CellReader
+from sct.models.adapter_kinds import AdapterConfig, LoraConfig
+from sct.models.registry import Architecture
+from sct.tasks.kind import Kind
+from sct.weights.pretrained import Pretrained
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """One architecture of a family; each ability is what makes, of a model, what does it.
+
+    Attributes
+    ----------
+    architecture
+        Configuration and module.
+    tasks
+        Kinds of tasks that train it.
+    config
+        Configuration file that trains it, for messages; "" where none does.
+    adapters
+        Kinds of adapters that make sense for it, see `sct.models.adapter_kinds`; their default layers stand in
+        `architecture.targets` and in the kinds.
+    embed
+        Reads cells, for a vector of each (`sct.tl.embed`).
+    impute
+        Reads bags of cells, for levels of hidden genes (`sct.tl.impute`, the imputation of the benchmark).
+    annotate
+        Names cells in words (`sct.tl.annotate` without a reference).
+    generate, describe
+        Writes cells as sentences (`sct.tl.generate_cells`), and texts about cells (`sct.tl.describe`).
+    ask
+        Answers questions about cells (`sct.tl.ask`, `find_rare`, `find_tumor`, `infer_pathways`).
+    """
+
+    architecture: Architecture
+    tasks: tuple[Kind, ...] = ()
+    config: str = ""
+    adapters: tuple[type[AdapterConfig], ...] = (LoraConfig,)
+    embed: Callable[[Pretrained], CellReader] | None = None
+    impute: Callable[[Pretrained], BagReader] | None = None
+    annotate: Callable[[Pretrained], Annotator] | None = None
+    generate: Callable[[Pretrained], CellWriter] | None = None
+    describe: Callable[[Pretrained], CellWriter] | None = None
+    ask: Callable[[Pretrained], CellAsker] | None = None
+
+    @property
+    def abilities(self) -> tuple[str, ...]:
+        """Names of what a model of this architecture can do."""
+        return tuple(name for name in ABILITIES if getattr(self, name) is not None)
+
+
+# What a model can do, in words.
+ABILITIES: Mapping[str, str] = {
+    "embed": "embed cells",
+    "impute": "impute genes",
+    "annotate": "name cells in words",
+    "generate": "write cell sentences",
+    "describe": "describe cells in words",
+    "ask": "answer questions about cells",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Converter:
+    """A foreign format of weights.
+
+    Attributes
+    ----------
+    read
+        (folder, folder to write, type of the arrays, gene order, whether to number the genes instead) -> writes a model
+        folder.
+    write
+        (model, folder to write, type of the arrays) -> writes the foreign folder; None where that is not possible.
+    notice
+        What a user must know of the licence.
+    takes_genes
+        Whether the gene order may be given.
+    title
+        Name for people.
+    """
+
+    read: Callable[[Path, Path, str, GeneVocabulary | None, bool], None]
+    write: Callable[[Any, Path, str], None] | None = None
+    notice: str = ""
+    takes_genes: bool = False
+    title: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A product family: everything above models, tasks and readers finds them here.
+
+    Attributes
+    ----------
+    name, title
+        Short name, and what it is in one line.
+    paper
+        Where it is described.
+    license
+        Of published weights, for users.
+    models
+        Architectures by the name that configurations and model folders give them (`family`).
+    converters
+        Foreign formats by the name that `launch.convert` gives them.
+    """
+
+    name: str
+    title: str
+    paper: str
+    models: Mapping[str, Model]
+    license: str = ""
+    converters: Mapping[str, Converter] = dataclasses.field(default_factory=dict)

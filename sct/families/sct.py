@@ -1,0 +1,36 @@
+"""sCT: 50 cells x 20,000 genes at once, through a convolution tower, a transformer and a deconvolution tower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sct.data.genes import GeneVocabulary
+from sct.families.manifest import Converter, Family, Model
+from sct.inference.bags import BagReader
+from sct.models import registry
+from sct.models.adapter_kinds import CONFIGS
+from sct.tasks import masked_expression
+from sct.weights import haiku_sct
+
+
+def _convert(source: Path, target: Path, dtype: str, genes: GeneVocabulary | None, numbered: bool) -> None:
+    haiku_sct.convert(source, genes, numbered).save_pretrained(target, dtype=dtype)
+
+
+FAMILY = Family(
+    name="sct",
+    title="Reads bags of 50 cells with all of their genes, and predicts the levels of masked genes",
+    paper="A long range foundation model for zero-shot predictions in single-cell and spatial transcriptomics data",
+    license=haiku_sct.NOTICE,
+    models={
+        "sct": Model(
+            registry.MODELS["sct"],
+            tasks=(masked_expression.KIND,),
+            config="configs/sct_sc.py",
+            adapters=CONFIGS,
+            embed=BagReader,
+            impute=BagReader,
+        )
+    },
+    converters={"haiku-sct": Converter(_convert, notice=haiku_sct.NOTICE, takes_genes=True)},
+)

@@ -1,0 +1,70 @@
+"""From a configuration to a task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+
+from sct import families
+from sct.data.store import Store
+from sct.data.text.tokenizer import Tokenizer
+from sct.errors import ConfigError
+from sct.models import registry
+from sct.tasks.kind import Kind, Parts
+
+
+def kinds() -> dict[str, Kind]:
+    """Kinds of tasks of all families by name."""
+    return {kind.name: kind for model in families.models().values() for kind in model.tasks}
+
+
+def kind_of(config: Mapping[str, Any]) -> Kind:
+    """Kind of a configuration's task; `ConfigError` where there is none, or it does not train the family."""
+    name, family = config.get("task"), config.get("family")
+    models, known = families.models(), kinds()
+    for what, value, names in (("family", family, models), ("task", name, known)):
+        if value not in names:
+            raise ConfigError(f"{what} is {value!r}, but it must be one of {', '.join(names)}.")
+    kind = known[str(name)]
+    if kind not in models[str(family)].tasks:
+        raise ConfigError(
+            f"the task {name!r} does not train the family {family!r}: choose from {', '.join(trained_by(kind))}."
+        )
+    return kind
+
+
+def trained_by(kind: Kind) -> tuple[str, ...]:
+    """Architectures that a kind of task trains."""
+    return tuple(name for name, model in families.models().items() if kind in model.tasks)
+
+
+def data_of(config: Mapping[str, Any]) -> Any:
+    """A configuration's data section, of the type of its task."""
+    return registry.build(kind_of(config).data, config.get("data", {}), "data")
+
+
+def make_task(
+    config: Mapping[str, Any],
+    store: Store,
+    tokenizer: Tokenizer | None = None,
+    kept: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[Any, Any]:
+    """Task of a configuration over a store, and its data section.
+
+    A task of texts without a tokenizer trains one; `kept` and `mesh` are those of `Parts`. `ConfigError` for a model
+    that this machine does not compute.
+    """
+    kind, data = kind_of(config), data_of(config)
+    objective = registry.build(kind.objective, config.get("objective", {}), "objective")
+    seed = int(config.get("train", {}).get("seed", 0))
+    if kind.tokenizer is not None and tokenizer is None:
+        tokenizer = kind.tokenizer(store, objective, data, seed)
+    parts = Parts(
+        config["family"], config.get("model", {}), objective, data, store, seed, tokenizer, kept, mesh
+    )
+    task = kind.make(parts)
+    registry.check_device(task.model_config)
+    return task, data

@@ -1,0 +1,41 @@
+"""ZerOmics: a cell model over texts of genes, and a decoder that answers questions about cells."""
+
+from __future__ import annotations
+
+import functools
+
+from sct.families.cell2sentence import HUGGING_FACE
+from sct.families.manifest import Family, Model
+from sct.inference.asking import InstructionAnnotator, asker_of
+from sct.inference.binned_cells import BinReader
+from sct.models import registry
+from sct.models.adapter_kinds import CONFIGS
+from sct.tasks import instructions, masked_bins
+
+_CELLS = "zeromics_cells"
+
+FAMILY = Family(
+    name="zeromics",
+    title="Genes with their bins and texts; a LLaMA with a mixture of LoRAs answers questions about cells",
+    paper="ZerOmics: toward general models for single-cell analysis with instruction tuning",
+    models={
+        "zeromics": Model(
+            registry.MODELS["zeromics"],
+            tasks=(instructions.KIND,),
+            config="configs/zeromics_llm.py",
+            embed=functools.partial(BinReader.of_part, part="cells", architecture=_CELLS),
+            annotate=InstructionAnnotator,
+            ask=asker_of,
+        ),
+        _CELLS: Model(
+            registry.MODELS[_CELLS],
+            tasks=(masked_bins.KIND,),
+            config="configs/zeromics_sc.py",
+            adapters=CONFIGS,
+            embed=BinReader,
+        ),
+        # Makes features of the texts of genes.
+        "bert": Model(registry.MODELS["bert"], adapters=CONFIGS),
+    },
+    converters={"hf": HUGGING_FACE},
+)

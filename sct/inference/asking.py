@@ -1,0 +1,156 @@
+"""Answers of a model that learned instructions, about the cells of an AnnData (ZerOmics, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import anndata as ad
+import numpy as np
+
+from sct.data.cells import Cells
+from sct.data.counts import COUNTS, Values
+from sct.errors import ConfigError
+from sct.generation.cell_asker import CellAsker, Records
+from sct.inference import binned_cells, inputs
+from sct.inference.answers import OPTIONS, write_answers
+from sct.version import __version__
+from sct.weights.pretrained import Pretrained
+
+
+def asker_of(model: Pretrained) -> CellAsker:
+    """What a model learned of instructions; `ConfigError` for any other model."""
+    return CellAsker.of(model.config, model.variables, model.tokenizer, model.genes, model.data)
+
+
+def check_key(name: str) -> None:
+    """Raise `ConfigError` for a name under which no file could keep results."""
+    if not name:
+        raise ConfigError("key_added is empty: give the name of a column.")
+
+
+def said_of(adata: ad.AnnData, name: str, given: Any, form: str, argument: str = "") -> Any:
+    """What is said of the study, as given or in `uns`; `ConfigError` where it is neither."""
+    argument = argument or name
+    found = adata.uns.get(name) if given is None else given
+    where = f'adata.uns["{name}"]' if given is None else argument
+    if found is None:
+        raise ConfigError(
+            f'{argument}, {form}, is missing: give {argument}=..., or put it into adata.uns["{name}"].'
+        )
+    if form == "a text":
+        if not isinstance(found, str) or not found.strip():
+            raise ConfigError(f"{where} is {found!r}, but {form} is needed.")
+        return found
+    many = isinstance(found, Iterable) and not isinstance(found, str)
+    names = list(found) if many else []
+    if wrong := [each for each in names if not isinstance(each, str) or not each.strip()]:
+        raise ConfigError(f"{where} has {wrong[0]!r}, but {form} is needed: leave it out.")
+    if not names:
+        raise ConfigError(f'{where} is {found!r}, but {form} is needed, such as ["one", "two"].')
+    return [str(each) for each in names]
+
+
+def blocks_of(
+    adata: ad.AnnData, model: Pretrained, asker: CellAsker, options: dict[str, Any]
+) -> Iterator[tuple[Records, list[int]]]:
+    """Cells as the model reads them, and their keys, some thousands at a time."""
+    table = Cells(adata, model.vocabulary, **options)
+    inputs.check_not_empty(table)
+    for records, rows in binned_cells.blocks(table, asker.cells, asker.known):
+        yield records, [int(key) for key in table.keys[rows]]
+
+
+def answer_by_candidates(
+    adata: ad.AnnData,
+    model: Pretrained,
+    task: str,
+    candidates: Sequence[str],
+    abstract: str | None,
+    key_added: str,
+    copy: bool,
+    *,
+    asked_for: Collection[str] | None = None,
+    threshold: float = 0.0,
+    unknown: str = "",
+    seed: int = 0,
+    templates: int = 1,
+    batch_size: int = 8,
+    layer: str | None = None,
+    gene_column: str | None = None,
+    duplicates: Literal["error", "sum"] = "error",
+    values: Values = COUNTS,
+) -> ad.AnnData | None:
+    """Write the most probable of some answers to a task about each cell.
+
+    Parameters
+    ----------
+    task
+        Of `sct.data.text.prompts.INSTRUCTIONS`.
+    candidates
+        Answers, two or more.
+    abstract
+        What is said of the study, by default `adata.uns["abstract"]`.
+    key_added, copy, threshold, unknown
+        See `sct.tl.annotate`.
+    asked_for
+        Answers whose probability, of all of them together, is told in `obs`; by default that of the answer given.
+    seed, templates, batch_size
+        See `sct.generation.cell_asker.CellAsker.score`.
+    layer, gene_column, duplicates
+        See `sct.tl.embed`.
+    values
+        "activity" for a matrix that is no counts, such as fractional gene activities of chromatin: any values of at
+        least 0, in X or in `layer`. A cell's genes are binned by their quantile, so their order alone matters.
+    """
+    inputs.check_table(adata, copy)
+    inputs.check_seed(seed)
+    check_key(key_added)
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}, but it must be at least 1.")
+    asker = asker_of(model)
+    said = said_of(adata, "abstract", abstract, "a text")
+    options = {"layer": layer, "gene_column": gene_column, "duplicates": duplicates, "values": values}
+    logs = [
+        asker.score(
+            task, records, [said] * len(keys), candidates, keys=keys, seed=seed, templates=templates,
+            batch_size=batch_size,
+        )
+        for records, keys in blocks_of(adata, model, asker, options)
+    ]  # fmt: skip
+    target = inputs.to_write(adata, copy)
+    write_answers(target, candidates, np.exp(np.concatenate(logs)), key_added, threshold, unknown, asked_for)
+    target.uns[key_added] = {
+        "sct_version": __version__, "model": repr(model), "weights": model.fingerprint, "task": task,
+        "labels": list(candidates), "abstract": said, "templates": templates, "threshold": threshold, "seed": seed,
+        "values": values, "learned": list(model.data["tasks"]),
+    }  # fmt: skip
+    return target if copy else None
+
+
+class InstructionAnnotator:
+    """Names types of cells by a model that learned instructions; see `sct.tl.annotate`."""
+
+    options: tuple[str, ...] = (*OPTIONS, "abstract", "values")
+
+    def __init__(self, model: Pretrained):
+        self.model = model
+
+    def annotate(
+        self,
+        adata: ad.AnnData,
+        *,
+        label_key: Any,
+        candidates: Sequence[str] | None,
+        key_added: str,
+        copy: bool,
+        abstract: str | None = None,
+        **options: Any,
+    ) -> ad.AnnData | None:
+        """Name the type of each cell; see `sct.tl.annotate`."""
+        if label_key not in (None, "cell_type"):
+            raise ConfigError(
+                f"label_key is {label_key!r}, but this model names cell types alone: leave it out."
+            )
+        types = said_of(adata, "cell_types", candidates, "a list of names", "candidates")
+        return answer_by_candidates(adata, self.model, "cta", types, abstract, key_added, copy, **options)

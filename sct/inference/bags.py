@@ -1,0 +1,142 @@
+"""How a model reads bags of cells: sCT, whose records are some cells with all of their genes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sct.data.bag_order import BagOrder, centred_order, random_order, tile_order
+from sct.data.bags import BagOptions, BagSource
+from sct.data.cells import Cells, CellStudy, Section
+from sct.data.class_prior import ClassPrior
+from sct.errors import ConfigError
+from sct.inference.runner import Record, Result, Runner
+from sct.models.sct import level_probabilities
+from sct.progress import progress
+from sct.weights.pretrained import DATA_OPTIONS, Pretrained
+
+CONTEXTS = ("tiles", "neighbors")
+# (bag, rows) -> further or changed inputs of the model, without the batch axis.
+Inputs = Callable[[Mapping[str, np.ndarray], np.ndarray], dict[str, np.ndarray]]
+
+
+def check_context(context: str, section: Section) -> None:
+    """Raise `ConfigError` for a kind of context that there is not, or that needs positions which a section lacks."""
+    if context not in CONTEXTS:
+        raise ConfigError(f"context is {context!r}, but it must be one of {', '.join(CONTEXTS)}.")
+    if context != CONTEXTS[0] and section.places is None:
+        raise ConfigError(f"context={context!r} needs positions: give spatial_key as well.")
+
+
+def order_of(section: Section, cells_per_bag: int, seed: int, context: str = "tiles") -> BagOrder:
+    """Bags of a section: random ones, or where cells have positions tiles or neighbourhoods.
+
+    Raises
+    ------
+    ConfigError
+        Another kind of context than these.
+    """
+    check_context(context, section)
+    if section.places is None:
+        return random_order(section.rows, cells_per_bag, seed)
+    make = tile_order if context == "tiles" else centred_order
+    return make(section.rows, section.places, cells_per_bag)
+
+
+class BagReader:
+    """Reads cells in bags, as levels of all genes.
+
+    Parameters
+    ----------
+    model
+        Its configuration has `num_genes`, `num_bins` and `use_spatial`; its outputs are `cell_embedding` (B, K, D) and,
+        at `positions` that are asked for, `logits`.
+    """
+
+    in_bags = True
+    readout = "cell_embedding"
+
+    def __init__(self, model: Pretrained):
+        self.model = model
+
+    def cells_per_bag(self, asked: int | None = None) -> int:
+        """Cells of a bag that are asked for, by default those of the model's training."""
+        size = asked if asked is not None else self.model.data.get("cells_per_bag")
+        size = DATA_OPTIONS["cells_per_bag"] if size is None else size
+        if size < 1:
+            raise ConfigError(f"cells_per_bag is {size}, but at least 1 is needed.")
+        return int(size)
+
+    def options(self, cells_per_bag: int, spatial: bool, with_counts: bool = False) -> BagOptions:
+        """How bags are made as in training."""
+        config = self.model.config
+        return BagOptions(
+            cells_per_bag=cells_per_bag,
+            num_positions=config.num_genes,
+            num_bins=config.num_bins,
+            noise_fraction=self.model.data.get("noise_fraction", DATA_OPTIONS["noise_fraction"]),
+            spatial=config.use_spatial and spatial,
+            with_counts=with_counts,
+        )
+
+    def probabilities(self, prior: ClassPrior) -> Any:
+        """Function of probabilities of levels, see `sct.models.sct.level_probabilities`."""
+        return level_probabilities(self.model.config, prior.offset)
+
+    def results(
+        self,
+        cells: Cells,
+        orders: Sequence[BagOrder | None] | None,
+        names: Sequence[str],
+        what: str,
+        batch_size: int | None = None,
+        seed: int = 0,
+        inputs: Inputs | None = None,
+        with_counts: bool = False,
+        hidden_cells: np.ndarray | None = None,
+        hidden_genes: np.ndarray | None = None,
+    ) -> Iterator[Result]:
+        """Run over all bags, with a progress bar; see `sct.inference.readers.CellReader`.
+
+        Parameters
+        ----------
+        orders
+            Bags of each section; None for a section that is left out.
+        inputs
+            (bag, rows) -> further or changed inputs of the model, without the batch axis.
+        with_counts, hidden_cells, hidden_genes
+            See `BagOptions` and `CellStudy`.
+        """
+        assert orders is not None
+        runner = Runner(self.model, batch_size)
+        studies = [
+            CellStudy(cells, number, order, hidden_cells, hidden_genes)
+            for number, order in enumerate(orders)
+            if order is not None
+        ]
+        with progress(what, sum(int(study.order.counted.sum()) for study in studies)) as bar:
+            # Sections with fewer cells than a bag have bags of another shape, and a program of their own.
+            for size in sorted({study.order.cells_per_bag for study in studies}, reverse=True):
+                same = [study for study in studies if study.order.cells_per_bag == size]
+                options = self.options(size, same[0].spatial, with_counts)
+                source = BagSource(same, options, exhaustive=True)  # type: ignore[arg-type]
+                at_once = runner.size(len(source), size * options.num_positions)
+                for result in runner(_records(source, same, options, inputs), at_once, names):
+                    yield result
+                    bar.update(int(result.counted.sum()))
+
+
+def _records(
+    source: BagSource, studies: Sequence[CellStudy], options: BagOptions, inputs: Inputs | None
+) -> Iterator[Record]:
+    """Bags one after the other."""
+    size = options.cells_per_bag
+    for number in range(len(source)):
+        bag, (study, place) = source.bag(number), source.locate(number)
+        order = studies[study].order
+        part = slice(place * size, (place + 1) * size)
+        given = {name: bag[name] for name in ("tokens", *(["coordinates"] if options.spatial else []))}
+        given |= inputs(bag, order.rows[part]) if inputs is not None else {}
+        yield Record(order.rows[part], order.counted[part], given, bag)

@@ -1,0 +1,84 @@
+"""How the cell model of ZerOmics reads cells: as quantile bins of their genes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from sct.data.alignment import check_shared
+from sct.data.cells import Cells
+from sct.data.quantile_bins import CellOptions, binned_cells, known_genes
+from sct.errors import DataError
+from sct.inference.readers import BLOCK, SingleCells
+from sct.weights.pretrained import Pretrained
+
+
+def check_known(cells: Cells, known: np.ndarray) -> None:
+    """Raise `DataError` where hardly any gene was measured that the model knows (G,) bool."""
+    possible = min(int(cells.measured.sum()), int(known.sum()))
+    check_shared(
+        int((cells.measured & known).sum()), possible, "those of adata, and those with features in the model"
+    )
+
+
+def binned(cells: Cells, rows: np.ndarray, options: CellOptions, known: np.ndarray) -> dict[str, np.ndarray]:
+    """Records of rows of a table, see `sct.data.quantile_bins.binned_cells`.
+
+    Raises
+    ------
+    DataError
+        A cell has no count of the genes that the model knows.
+    """
+    counts = cells.read(rows)
+    empty = np.asarray(counts[:, known].sum(axis=1)).ravel() == 0
+    if empty.any():
+        raise DataError(
+            f"{int(empty.sum()):,} of {len(rows):,} cells have no count of the genes with features in the model "
+            f"(the first is row {int(rows[np.argmax(empty)])}): leave them out."
+        )
+    return binned_cells(counts, options, known)
+
+
+def blocks(
+    cells: Cells, options: CellOptions, known: np.ndarray
+) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """Records of all cells and their rows, some thousands at a time."""
+    check_known(cells, known)
+    for start in range(0, cells.n_cells, BLOCK):
+        rows = np.arange(start, min(start + BLOCK, cells.n_cells))
+        yield binned(cells, rows, options, known), rows
+
+
+class BinReader(SingleCells):
+    """Reads each cell as the bins of its genes; the embedding is the mean of the vectors of its genes.
+
+    Parameters
+    ----------
+    model
+        The cell model, whose data record has `max_genes` and `dropped`.
+    """
+
+    def __init__(self, model: Pretrained):
+        super().__init__(model)
+        self.known = known_genes(len(model.vocabulary), model.data["dropped"])
+        self.options = CellOptions(model.config.num_bins, int(model.data["max_genes"]))
+
+    @classmethod
+    def of_part(cls, model: Pretrained, part: str, architecture: str) -> BinReader:
+        """Reader by the cell model that is a part of a larger model."""
+        own = {name: tree[part] for name, tree in model.variables.items() if part in tree}
+        config = getattr(model.config, part)
+        return cls(dataclasses.replace(model, family=architecture, config=config, variables=own))
+
+    @property
+    def tokens(self) -> int:
+        """Genes of a cell that are read."""
+        return self.options.max_genes or len(self.known)
+
+    def records(self, cells: Cells, rows: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+        """Bins (n, S), and with `max_genes` the numbers of the genes (n, S)."""
+        if rows[0] == 0:
+            check_known(cells, self.known)
+        return binned(cells, rows, self.options, self.known)

@@ -1,0 +1,127 @@
+"""How models read the cells of a table one by one; `sct.inference.bags` has that of models that read bags."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from sct.data.bag_order import BagOrder
+from sct.data.cells import Cells
+from sct.inference.runner import Record, Result, Runner
+from sct.progress import progress
+from sct.weights.pretrained import Pretrained
+
+BLOCK = 4096  # cells made into records at once
+# Tokens at once on a device: a transformer over all tokens of a cell keeps some vectors of each.
+_TOKENS = 1 << 16
+
+
+class CellReader(Protocol):
+    """How a model reads cells, for a vector of each.
+
+    Attributes
+    ----------
+    model
+        The model.
+    in_bags
+        Whether a cell is read among others, so that its embedding depends on them.
+    readout
+        Output (or intermediate) of the model that is the embedding of each cell.
+    """
+
+    model: Pretrained
+    in_bags: bool
+    readout: str
+
+    def cells_per_bag(self, asked: int | None = None) -> int:
+        """Cells that are read together: so many as are asked for, or as in training."""
+        ...
+
+    def results(
+        self,
+        cells: Cells,
+        orders: Sequence[BagOrder | None] | None,
+        names: Sequence[str],
+        what: str,
+        batch_size: int | None = None,
+        seed: int = 0,
+    ) -> Iterator[Result]:
+        """Run over all cells, with a progress bar.
+
+        Parameters
+        ----------
+        cells
+            The table.
+        orders
+            Bags of each of its sections, of a reader of bags.
+        names
+            Outputs of the model.
+        what
+            Said beside the progress bar.
+        batch_size
+            Records at once; by default by their tokens.
+        seed
+            Of what a reader draws, such as the order of genes with equal counts.
+        """
+        ...
+
+
+class SingleCells(abc.ABC):
+    """Reads cells one by one; a family says what a cell looks like (`records`).
+
+    Parameters
+    ----------
+    model
+        The model.
+    """
+
+    in_bags = False
+    readout = "cell_embedding"
+
+    def __init__(self, model: Pretrained):
+        self.model = model
+
+    def cells_per_bag(self, asked: int | None = None) -> int:
+        """One."""
+        return 1
+
+    @property
+    @abc.abstractmethod
+    def tokens(self) -> int:
+        """Tokens of a cell, about."""
+
+    @abc.abstractmethod
+    def records(self, cells: Cells, rows: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+        """Inputs of the model (n, ...) of some rows (n,) of the table."""
+
+    def results(
+        self,
+        cells: Cells,
+        orders: Sequence[BagOrder | None] | None,
+        names: Sequence[str],
+        what: str,
+        batch_size: int | None = None,
+        seed: int = 0,
+    ) -> Iterator[Result]:
+        """See `CellReader`."""
+        runner = Runner(self.model, batch_size, _TOKENS, "cells")
+        counted = np.ones(1, bool)
+
+        def read() -> Iterator[Record]:
+            for start in range(0, cells.n_cells, BLOCK):
+                rows = np.arange(start, min(start + BLOCK, cells.n_cells))
+                made: dict[str, Any] = self.records(cells, rows, seed)
+                for place in range(len(rows)):
+                    inputs = {name: values[place] for name, values in made.items()}
+                    yield Record(rows[place : place + 1], counted, inputs)
+
+        size = runner.size(cells.n_cells, self.tokens)
+        with progress(what, cells.n_cells) as bar:
+            for result in runner(read(), size, names):
+                outputs = {name: value[None] for name, value in result.outputs.items()}
+                yield dataclasses.replace(result, outputs=outputs)
+                bar.update(1)
