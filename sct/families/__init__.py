@@ -62,6 +62,13 @@ def register(family: Family) -> None:
         registry.MODELS[name] = each.architecture
 
 
+def unregister(family: Family) -> None:
+    """Take out a family that was added."""
+    del _ADDED[family.name]
+    for name in family.models:
+        del registry.MODELS[name]
+
+
 def models() -> dict[str, Model]:
     """Architectures of all families by name."""
     return {name: each for family in all_families().values() for name, each in family.models.items()}

@@ -12,6 +12,8 @@ from sct.data.store import Store
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import ConfigError
 from sct.models import registry
+from sct.models.adapter_kinds import AdapterConfig
+from sct.tasks.adapted import KINDS, Adapted, AdapterOptions
 from sct.tasks.kind import Kind, Parts
 
 
@@ -45,6 +47,31 @@ def data_of(config: Mapping[str, Any]) -> Any:
     return registry.build(kind_of(config).data, config.get("data", {}), "data")
 
 
+def adapters_of(config: Mapping[str, Any]) -> AdapterConfig | None:
+    """Adapters that a configuration trains in place of the model, None where it trains the model.
+
+    Raises
+    ------
+    ConfigError
+        A kind that does not fit the architecture, or there is no model to start from.
+    """
+    options = registry.build(AdapterOptions, config.get("adapters", {}), "adapters")
+    if not options.kind:
+        return None
+    architecture = str(config["family"])
+    made, fitting = options.config(architecture), families.model(architecture).adapters
+    if type(made) not in fitting:
+        names = [name for name, kind in KINDS.items() if kind in fitting]
+        raise ConfigError(
+            f"adapters.kind is {options.kind!r}, but the family {architecture!r} takes {' or '.join(names)}."
+        )
+    if not config.get("init_from"):
+        raise ConfigError(
+            "adapters need a pretrained model: set --config.init_from=MODEL, or leave adapters.kind empty."
+        )
+    return made
+
+
 def make_task(
     config: Mapping[str, Any],
     store: Store,
@@ -65,6 +92,7 @@ def make_task(
     parts = Parts(
         config["family"], config.get("model", {}), objective, data, store, seed, tokenizer, kept, mesh
     )
-    task = kind.make(parts)
+    task: Any = kind.make(parts)
     registry.check_device(task.model_config)
-    return task, data
+    adapters = adapters_of(config)
+    return (task if adapters is None else Adapted(task, adapters)), data

@@ -15,7 +15,7 @@ from sct.data.loader import Source
 from sct.data.store import SPLITS, Store
 from sct.errors import ConfigError
 from sct.eval.report import Report
-from sct.models.lora import LoraConfig
+from sct.models.adapter_kinds import AdapterConfig
 
 Variables = dict[str, Any]
 Batch = Mapping[str, jax.Array]
@@ -102,7 +102,7 @@ class Task(Protocol):
 
     trainable: Sequence[tuple[str, bool]]
     new: Sequence[str]
-    lora: LoraConfig | None
+    lora: AdapterConfig | None
     license: str
     given: Mapping[str, Any]
     vocabulary: GeneVocabulary

@@ -23,6 +23,7 @@ from sct.data.text.tokenizer import VOCAB_SIZE, Tokenizer, train_bpe
 from sct.errors import ConfigError
 from sct.generation.cells import TASK, CellWriter
 from sct.models import lora, registry
+from sct.models.adapter_kinds import AdapterConfig
 from sct.models.decoder import Decoder
 from sct.models.decoder_config import DecoderConfig
 from sct.nn.losses import next_token_losses
@@ -245,7 +246,7 @@ class CellSentences:
         self.tokenizer, self.vocabulary = tokenizer, store.vocabulary
         self.model, self.prompts = Decoder(model), load_prompts(config.prompts or None)
         self.tokens_per_record = data.length
-        self.lora = config.lora.config(family)
+        self.lora: AdapterConfig | None = config.lora.config(family)
         self.trainable: Sequence[tuple[str, bool]] = lora.TRAINABLE if self.lora else ((".*", True),)
         self.new: Sequence[str] = lora.NEW if self.lora else ()
 
@@ -267,7 +268,7 @@ class CellSentences:
         rows).
         """
         ids, segments = batch["input_ids"], batch["segments"]
-        drops = self.model_config.dropout or (self.lora is not None and self.lora.dropout)
+        drops = self.model_config.dropout or (isinstance(self.lora, lora.LoraConfig) and self.lora.dropout)
         rngs = {"dropout": rng} if train and drops else {}
         # What is behind a single text is seen by nothing in it: without segments attention has its fastest form.
         seen = None if self.alone else segments

@@ -23,6 +23,7 @@ from sct.data.text.tokenizer import Tokenizer, train_bpe
 from sct.errors import ConfigError
 from sct.generation.cell_asker import TASK, CellAsker
 from sct.models import lora, registry
+from sct.models.adapter_kinds import AdapterConfig
 from sct.models.decoder_config import LlamaConfig
 from sct.models.lora import LoraConfig, Mixture
 from sct.models.registry import computing
@@ -320,7 +321,7 @@ class Instructions:
         if data.studies:
             check_study_names(self.options.studies, store, data.studies)
         self.mixture = config.mixture
-        self.lora: LoraConfig | None = self.mixture.config
+        self.lora: AdapterConfig | None = self.mixture.config
         self.tokens_per_record = data.length
         # The map of a model without tokenizer, where one is needed, is random and stays so.
         fixed = model.tokenizer == "none"

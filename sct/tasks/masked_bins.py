@@ -20,7 +20,7 @@ from sct.data.store import Store
 from sct.data.text.gene_corpus import GeneCorpus, suffix_of
 from sct.errors import ConfigError
 from sct.models import registry
-from sct.models.lora import LoraConfig
+from sct.models.adapter_kinds import AdapterConfig
 from sct.models.zeromics_cells import FEATURES, ZerOmicsCells, ZerOmicsCellsConfig
 from sct.nn.losses import token_losses
 from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables, held_out_split
@@ -147,7 +147,7 @@ class MaskedBins:
 
     trainable: Sequence[tuple[str, bool]] = ((f"^{FEATURES}$", False), (".*", True))
     new: Sequence[str] = ()
-    lora: LoraConfig | None = None
+    lora: AdapterConfig | None = None
     license = "unknown"
     weight = "masked"
     monitor, monitor_mode = "loss", "min"

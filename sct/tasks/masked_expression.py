@@ -19,7 +19,7 @@ from sct.data.masking import Masking
 from sct.data.store import SPLITS, Store
 from sct.errors import ConfigError
 from sct.models import registry
-from sct.models.lora import LoraConfig
+from sct.models.adapter_kinds import AdapterConfig
 from sct.models.sct import SCT, level_probabilities
 from sct.models.sct_config import SCTConfig, pad_to_multiple
 from sct.nn import axes
@@ -124,7 +124,7 @@ class MaskedExpression:
     # The map of coordinates starts at zero where training on spatial data continues a model of cells.
     new: Sequence[str] = (r"^params/spatial/",)
     given: Mapping[str, Any] = types.MappingProxyType({})
-    lora: LoraConfig | None = None
+    lora: AdapterConfig | None = None
     license = "unknown"
     weight = "masked"
     monitor, monitor_mode = "loss", "min"

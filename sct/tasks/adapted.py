@@ -1,0 +1,108 @@
+"""Any task, with adapters trained in place of the model (the section `adapters` of a configuration)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from sct.errors import ConfigError
+from sct.models import adapters
+from sct.models.adapter_kinds import AdapterConfig, BottleneckConfig, LoraConfig, PrefixConfig
+from sct.nn.adapters import COLLECTION
+from sct.tasks.base import Batch, Sums, Task, Variables
+
+# Name in a configuration -> type of the options.
+KINDS: Mapping[str, type[AdapterConfig]] = {
+    "low_rank": LoraConfig, "bottleneck": BottleneckConfig, "prefix": PrefixConfig,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterOptions:
+    """Adapters to train in place of the model.
+
+    Parameters
+    ----------
+    kind
+        "low_rank" (LoRA), "bottleneck" or "prefix"; "" trains the model itself.
+    targets, layers
+        Which layers have one; by default those of the architecture, in all blocks.
+    rank, alpha
+        Of low-rank adapters, see `sct.models.adapter_kinds.LoraConfig`.
+    width, scale, skip
+        Of bottlenecks, see `BottleneckConfig`.
+    length
+        Of prefixes, see `PrefixConfig`.
+    """
+
+    kind: str = ""
+    targets: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    rank: int = LoraConfig.rank
+    alpha: float = LoraConfig.alpha
+    width: int = BottleneckConfig.width
+    scale: float = BottleneckConfig.scale
+    skip: bool = BottleneckConfig.skip
+    length: int = PrefixConfig.length
+
+    def __post_init__(self) -> None:
+        if self.kind and self.kind not in KINDS:
+            raise ConfigError(f"adapters.kind is {self.kind!r}, but it must be one of {', '.join(KINDS)}.")
+        known = {field.name for field in dataclasses.fields(KINDS[self.kind])} if self.kind else set()  # type: ignore[arg-type]
+        for field in dataclasses.fields(self):
+            if field.name not in {"kind", *known} and getattr(self, field.name) != field.default:
+                what = f"no option of {self.kind} adapters" if self.kind else "set, but adapters.kind is not"
+                raise ConfigError(f"adapters.{field.name} is {what}: leave it out, or choose another kind.")
+
+    def config(self, architecture: str) -> AdapterConfig:
+        """Options of the chosen kind, with the default targets of an architecture."""
+        kind = KINDS[self.kind]
+        names = {field.name for field in dataclasses.fields(kind)} - {"targets"}  # type: ignore[arg-type]
+        given = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        if self.targets:
+            given["targets"] = self.targets
+        return LoraConfig.of(architecture, **given) if kind is LoraConfig else kind(**given)
+
+
+class Adapted:
+    """A task that trains adapters beside the frozen parameters of its model; all else is the task's own.
+
+    Parameters
+    ----------
+    task
+        Any task that trains no adapters of its own.
+    config
+        Which adapters.
+
+    Raises
+    ------
+    ConfigError
+        The task has adapters of its own.
+    """
+
+    trainable: Sequence[tuple[str, bool]] = adapters.TRAINABLE
+
+    def __init__(self, task: Task, config: AdapterConfig):
+        if task.lora is not None:
+            raise ConfigError(
+                "the task trains adapters of its own (objective.lora), so that adapters.kind must be empty: leave one "
+                "of them out."
+            )
+        self.task, self.lora = task, config
+        self.new = (*task.new, *adapters.NEW)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.task, name)
+
+    def init(self, rng: jax.Array) -> Variables:
+        """Initial variables of the model, boxed, and adapters beside them."""
+        variables = self.task.init(rng)
+        made = adapters.init(jax.random.fold_in(rng, 1), variables["params"], self.lora)
+        return {**variables, COLLECTION: made}
+
+    def loss(self, variables: Variables, batch: Batch, rng: jax.Array, train: bool) -> tuple[jax.Array, Sums]:
+        """Loss of the task; modules find the adapters among the variables."""
+        return self.task.loss(variables, batch, rng, train)

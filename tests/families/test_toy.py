@@ -1,0 +1,131 @@
+"""The law of manifests: a family that lives in this folder alone does all that those of the package do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+import sct
+from configs.benchmark import get_config
+from sct import families
+from sct.data.cells import Cells
+from sct.errors import ConfigError
+from sct.families.tasks import kind_of
+from sct.models import adapters, registry
+from sct.nn.paths import flatten
+from sct.speed.job import Options
+from sct.speed.run import measure
+from sct.tl.benchmarking import benchmark
+from sct.train.experiment import run
+from sct.weights.pretrained import boxed_shapes
+from tests.families import toy
+from tests.train.conftest import merged, read_log
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    families.register(toy.FAMILY)
+    yield
+    families.unregister(toy.FAMILY)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy") / "run"
+    return run(toy.CONFIG, folder), folder
+
+
+@pytest.fixture(scope="module")
+def cells():
+    return sct.datasets.pbmc68k()[:60].copy()
+
+
+def test_it_trains_resumes_bit_by_bit_and_exports(trained, tmp_path):
+    whole, folder = trained
+    losses = [entry["validation/loss"] for entry in read_log(folder) if "validation/loss" in entry]
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
+    assert run(merged(toy.CONFIG, train__stop_at=20), tmp_path / "parts").reason == "stop_at"
+    second = run(toy.CONFIG, tmp_path / "parts")
+    assert second.reason == whole.reason == "finished"
+    chex.assert_trees_all_equal(whole.state, second.state, strict=True)
+    model = sct.load(folder)
+    assert model.family == "toy"
+    assert model.config == toy.ToyConfig(len(model.vocabulary), 24)
+    chex.assert_trees_all_equal(flatten(model.variables), dict(flatten(sct.load(folder / "model").variables)))
+
+
+def test_it_embeds_and_says_what_it_cannot(trained, cells):
+    model = sct.load(trained[1])
+    sct.tl.embed(cells, model, batch_size=7)
+    seen = toy.ToyReader(model).records(Cells(cells, model.vocabulary), np.arange(60), 0)["seen"]
+    expected = model.apply(seen=seen, outputs=["cell_embedding"])["cell_embedding"]
+    np.testing.assert_allclose(cells.obsm["X_sct"], expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match="'toy', which can embed cells, but not impute genes"):
+        sct.tl.impute(cells, model, genes=["CD3E"])
+    with pytest.raises(ConfigError, match="cells_per_bag is 5"):
+        sct.tl.embed(cells, model, cells_per_bag=5)
+    sct.tl.annotate(cells[:20].copy(), model, reference=cells, label_key="bulk_labels")
+
+
+def test_it_takes_adapters(trained, cells, tmp_path):
+    folder = trained[1]
+    before = sct.load(folder)
+    config = merged(
+        toy.CONFIG, init_from=str(folder), adapters={"kind": "low_rank", "rank": 3}, train__steps=20
+    )
+    run(config, tmp_path / "tuned")
+    tuned = sct.load(tmp_path / "tuned")
+    chex.assert_trees_all_equal(tuned.variables["params"], before.variables["params"])
+    assert {path for path, *_ in adapters.adapters_of(tuned.variables)} == {"down"}
+    assert np.asarray(tuned.variables["adapters"]["down"]["lora_b"]).any()
+    inputs = {"seen": np.random.default_rng(0).random((4, len(before.vocabulary)), np.float32)}
+    adapted = tuned.apply(**inputs)
+    assert not np.allclose(adapted["bins"], before.apply(**inputs)["bins"], atol=1e-6)
+    one = dataclasses.replace(before, variables=adapters.merge(tuned.variables))
+    chex.assert_trees_all_close(one.apply(**inputs), adapted, rtol=1e-5, atol=1e-5)
+    for change, words in (
+        ({"adapters": {"kind": "prefix"}}, "low_rank or bottleneck"),
+        ({"adapters": {"kind": "low_rank", "width": 3}}, "adapters.width"),
+        ({"adapters": {"rank": 3}}, "adapters.rank"),
+        ({"adapters": {"kind": "rings"}}, "adapters.kind"),
+        ({"init_from": ""}, "init_from"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            run({**config, **change}, tmp_path / "refused")
+
+
+def test_it_is_timed():
+    found = measure(merged(toy.CONFIG, data={}), Options("train", steps=3, cells=1_000), apart=False)
+    assert found["tokens_per_s"] > 0
+    assert 0 < found["utilisation"] < 1
+    assert max(found["check"]["differences"].values()) < 1e-4
+    with pytest.raises(ConfigError, match="--mode=forward does not measure the task 'toy_bins'"):
+        measure(merged(toy.CONFIG, data={}), Options("forward", steps=3), apart=False)
+
+
+def test_it_is_measured(trained, cells, tmp_path):
+    config = json.loads(json.dumps(get_config("quick").to_dict()))
+    config["data"].update(label_key="bulk_labels")
+    config.update(output=str(tmp_path / "report"), model=str(trained[1]), seeds=1)
+    for name in ("natural_imputation", "gene_imputation", "cell_imputation"):
+        config[name]["run"] = False
+    tables = benchmark(config, cells)
+    rows = tables[0].as_dict()["rows"]
+    assert "model" in [row[0] for row in rows]
+
+
+def test_names_are_taken_once():
+    taken = dataclasses.replace(toy.FAMILY, models={"gpt2": toy.FAMILY.models["toy"]})
+    with pytest.raises(ConfigError, match="gpt2"):
+        families.register(dataclasses.replace(taken, name="other"))
+    with pytest.raises(ConfigError, match="does not train the family 'sct': choose from toy"):
+        kind_of({"family": "sct", "task": "toy_bins"})
+    assert registry.family("toy").config is toy.ToyConfig
+    shapes = boxed_shapes("toy", toy.ToyConfig(30))
+    assert jax.tree.leaves(shapes)
