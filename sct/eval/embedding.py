@@ -14,7 +14,7 @@ from sct.errors import ConfigError, DataError, SctError
 from sct.eval import embedding_baselines as baselines
 from sct.eval import metrics
 from sct.eval.embedding_baselines import Cells
-from sct.eval.report import Report
+from sct.eval.report import FITTED_ON, METHOD, REMARK, Column, Report
 from sct.extras import load_extra
 from sct.progress import track
 
@@ -216,14 +216,14 @@ def _title(cells: Cells) -> str:
     return f"Embedding of {len(cells.labels):,} cells, {cells.labels.max() + 1} labels{batches}"
 
 
-def _columns(cells: Cells, options: Options) -> tuple[str, ...]:
+def _columns(cells: Cells, options: Options) -> tuple[Column | str, ...]:
     accuracy = (f"{options.k}-NN accuracy", "macro F1", "NMI", "ARI", "silhouette")
     return (
-        "method",
-        "fitted on",
+        METHOD,
+        FITTED_ON,
         *accuracy,
         *(_scib_columns(options) if cells.batch is not None else ()),
-        "remark",
+        REMARK,
     )
 
 
@@ -258,7 +258,7 @@ def _add(
     empty: str,
     remarks: list[str],
 ) -> None:
-    cells = [values.get(column, empty) for column in report.columns[2:-1]]
+    cells = [values.get(column, empty) for column in report.keys[2:-1]]
     report.add(name, fitted_on, *cells, "; ".join(filter(None, remarks)))
 
 

@@ -25,7 +25,7 @@ from sct.eval.generated import (
     sentence_quality,
     token_distances,
 )
-from sct.eval.report import Report
+from sct.eval.report import Column, Report
 from sct.extras import load_extra
 from sct.progress import track
 
@@ -285,7 +285,7 @@ def compare(
     columns += QUALITY if generated.quality is not None else ()
     report = Report(
         f"{len(generated):,} generated cells, {len(labels)} labels, beside {len(real):,} real cells",
-        ("cells", "made of", *columns),
+        ("cells", Column("made_of", "made of"), *columns),
         notes=(*notes, *missing, *_notes(made, reference, options)),
     )
     unmeasured = {"Gromov-Wasserstein"} if not measured else set()

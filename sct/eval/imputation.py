@@ -233,8 +233,11 @@ def fixed_gene_imputation(
             notes = (f"The cells have {len(genes)} genes of this sparsity, fewer than {per_group}.",)
         rows = tables[name]
         if not len(genes):
-            methods_once = dict.fromkeys((row.method, row.fitted_on) for row in rows)
-            rows = [Row(*each, None, "no gene of this sparsity") for each in methods_once]
+            methods_once = dict.fromkeys((row.key, row.method, row.fitted_on) for row in rows)
+            rows = [
+                Row(method, fitted_on, None, "no gene of this sparsity", key=key)
+                for key, method, fitted_on in methods_once
+            ]
         title = (
             f"Imputation of {number} fixed genes of {name} sparsity ({low:.0%} to {high:.0%}), {cells_name}"
         )

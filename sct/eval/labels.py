@@ -18,7 +18,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sct.data.normalization import log_expression
 from sct.errors import ConfigError, DataError
 from sct.eval import metrics
-from sct.eval.report import Report
+from sct.eval.report import FITTED_ON, METHOD, REMARK, Report
 from sct.progress import track
 
 SHUFFLED = "{}, shuffled among cells"
@@ -478,7 +478,7 @@ def compare(
     columns = _columns(true, options.positive)
     report = Report(
         f"Labels of {len(true):,} cells: {', '.join(f'{key} ({true[key].nunique()})' for key in true)}",
-        ("method", "fitted on", *columns, "remark"),
+        (METHOD, FITTED_ON, *columns, REMARK),
         notes=(*notes, *_notes(true)),
     )
     numbers: Numbers = {}

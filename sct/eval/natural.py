@@ -24,7 +24,7 @@ from sct.errors import SctError
 from sct.eval import baselines, metrics
 from sct.eval.baselines import OTHER_CELLS, THESE_CELLS, TRAINING, Unavailable
 from sct.eval.held_out import HeldOut, Masked, mask_measured, mask_measured_genes
-from sct.eval.report import Report
+from sct.eval.report import FITTED_ON, METHOD, MODEL, REMARK, Column, Report
 from sct.eval.scoring import Model, Probabilities
 from sct.progress import progress
 
@@ -39,7 +39,7 @@ _CELLS_AT_ONCE = 256
 _LEAST_DISPERSION = 1e-6
 _ITERATIONS = 50
 
-# Column -> (name of the number, which is better); the two tables of a report.
+# Title of a column -> (its key, which is that of the number, and which is better); the two tables of a report.
 EXPRESSION = {
     "AUROC": ("auroc", "max"),
     "average precision": ("average_precision", "max"),
@@ -376,14 +376,22 @@ def estimators(
 
 @dataclasses.dataclass
 class Row:
-    """Numbers of a method, one of each draw, or the reason why there are none (`remark`)."""
+    """Numbers of a method, one of each draw, or the reason why there are none (`remark`).
+
+    `key` is `sct.eval.report.MODEL` for the model, "" for baselines.
+    """
 
     method: str
     fitted_on: str
     remark: str
-    is_model: bool = False
+    key: str = ""
     numbers: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     reliability: list[metrics.Reliability] = dataclasses.field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """Name of the row beside others: the method, and what a baseline is fitted on."""
+        return self.method if self.key == MODEL else f"{self.method}, {self.fitted_on}"
 
     def score(self, held_out: HeldOut, masked: Masked, estimate: Estimate) -> None:
         """Add the numbers of one draw."""
@@ -472,13 +480,13 @@ class Outcome:
         report = Report(
             f"{self.title}: {what} ({sum(self.positions):,} hidden positions in {draws} "
             f"draw{'s' * (draws != 1)}{share})",
-            ("method", "fitted on", *columns, "remark"),
+            (METHOD, FITTED_ON, *(Column(key, title) for title, (key, _) in columns.items()), REMARK),
             notes=notes,
-            better={column: better for column, (_, better) in columns.items() if better},
+            better={key: better for key, better in columns.values() if better},
         )
         for row in self.rows:
             numbers = [row.numbers.get(name, "-") for name, _ in columns.values()]
-            report.add(row.method, row.fitted_on, *numbers, row.remark)
+            report.add(row.method, row.fitted_on, *numbers, row.remark, key=row.key)
         return report
 
     @property
@@ -496,6 +504,10 @@ class Outcome:
             SUMMARY, "expression and counts", (*_EXPRESSION_NOTES, *_COUNTS_NOTES[1:], _RANGES)
         )
 
+    def labels(self, key: str) -> list[str]:
+        """Names in `reliability` of the rows with a key."""
+        return [row.label for row in self.rows if row.key == key]
+
     @property
     def reliability(self) -> dict[str, metrics.Reliability]:
         """Reliability of each method's probability of expression, all draws together."""
@@ -511,14 +523,19 @@ class Outcome:
             predicted, observed = (
                 np.divide(s, count, out=np.full(len(count), np.nan), where=count > 0) for s in sums
             )
-            name = row.method if row.is_model else f"{row.method}, {row.fitted_on}"
-            found[name] = metrics.Reliability(predicted, observed, count)
+            found[row.label] = metrics.Reliability(predicted, observed, count)
         return found
 
     def as_dict(self) -> dict[str, Any]:
         """All numbers, for JSON."""
         rows = [
-            {"method": row.method, "fitted_on": row.fitted_on, "remark": row.remark, **row.numbers}
+            {
+                "method": row.method,
+                "fitted_on": row.fitted_on,
+                "remark": row.remark,
+                "key": row.key,
+                **row.numbers,
+            }
             for row in self.rows
         ]
         curves = {
@@ -553,9 +570,11 @@ def natural_imputation(
         See `sct.eval.imputation.gene_imputation`.
     """
     methods = estimators(held_out, model, train, magic=magic)
-    rows = [Row(m.name, m.fitted_on, m.remark, isinstance(m, ModelEstimator)) for m in methods]
+    rows = [
+        Row(m.name, m.fitted_on, m.remark, MODEL if isinstance(m, ModelEstimator) else "") for m in methods
+    ]
     positions = []
-    units = seeds * sum(held_out.num_bags if row.is_model else 1 for row in rows)
+    units = seeds * sum(held_out.num_bags if row.key == MODEL else 1 for row in rows)
     hide = mask_measured_genes if whole_genes else mask_measured
     with progress(
         "imputing genes hidden in all cells" if whole_genes else "imputing hidden genes", units
@@ -624,6 +643,5 @@ class NaturalImputation:
         )
         self.report = outcome.summary
         for row in outcome.rows:
-            label = row.method if row.is_model else f"{row.method}, {row.fitted_on}"
             for name, values in row.numbers.items():
-                yield f"{label}/{name}", float(np.mean(values))
+                yield f"{row.label}/{name}", float(np.mean(values))

@@ -256,10 +256,10 @@ def _table(name: str, report: Report) -> str:
     numeric, best = report.numeric(), report.best()
     heads = []
     for column, is_number in zip(report.columns, numeric, strict=True):
-        first = "descending" if is_number and report.better.get(column) != "min" else "ascending"
+        first = "descending" if is_number and report.better.get(column.key) != "min" else "ascending"
         kind = ' class="number"' if is_number else ""
         heads.append(
-            f'<th scope="col"{kind} data-first="{first}"><button type="button">{escape(column)}</button></th>'
+            f'<th scope="col"{kind} data-first="{first}"><button type="button">{escape(column.title)}</button></th>'
         )
     rows = []
     for number, row in enumerate(report.rows):

@@ -23,7 +23,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sct.data.normalization import log_expression
 from sct.errors import ConfigError, DataError
 from sct.eval import labels, metrics
-from sct.eval.report import Report
+from sct.eval.report import FITTED_ON, METHOD, Report
 from sct.extras import load_extra
 from sct.progress import track
 
@@ -316,7 +316,7 @@ def compare(
     true = cells.active.to_numpy()
     report = Report(
         f"Active pathways of {len(true):,} cells: {true.shape[1]}, of which a cell has {true.sum(axis=1).mean():.1f}",
-        ("method", "fitted on", *AREAS),
+        (METHOD, FITTED_ON, *AREAS),
         notes=(
             "a-: of the pathways of one cell, averaged over cells; f-: of all pairs of cell and pathway. By chance the "
             f"AUROC is 0.5 and the f-AUPRC {true.mean():.3f}.",

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 # Narrowest column of text on a terminal that is read with ease: one of several, and one with all texts.
 _TEXT, _MERGED = 20, 24
+# Title of a column in version 0.1.0, which wrote no keys -> its key, of those that programs look for.
+_KEYS = {
+    "fitted on": "fitted_on",
+    "told expressed": "given_expressed",
+    "MCC": "mcc",
+    "gain over the bar": "mcc_gain",
+    "MAE (counts)": "mae",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +119,20 @@ def _share(columns: Sequence[_Column], width: int) -> list[int]:
     return widths
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column: programs find it by its `key`, which never changes; people read its `title`, which may."""
+
+    key: str
+    title: str
+
+
+METHOD, FITTED_ON = Column("method", "method"), Column("fitted_on", "fitted on")
+REMARK = Column("remark", "remark")
+# Keys of rows.
+MODEL, REFERENCE = "model", "reference"
+
+
 class Report:
     """A table whose numeric cells are lists of repeated measurements.
 
@@ -119,34 +141,63 @@ class Report:
     title
         What was measured, on what, how often.
     columns
-        Names of the columns.
+        The columns; a string is both key and title of one, as the name of a metric in `results.json`.
     rows
         One list per row; a cell is text, or a list of numbers over seeds, shown as mean, standard deviation
         and number of seeds. An empty list is "-" (not measured), NaN is "n/a" (undefined).
+    row_keys
+        One per row, by which programs find it: `MODEL`, `REFERENCE` (the baseline that others are compared with), or
+        another word; "" for rows that nobody looks for.
     notes
         Sentences under the table.
     better
-        Name of a numeric column -> "max" or "min": its best mean is bold.
+        Key of a numeric column -> "max" or "min": its best mean is bold.
+
+    Raises
+    ------
+    ValueError
+        `better` names no column, or no direction.
     """
 
-    title: str
-    columns: tuple[str, ...]
-    rows: list[list[Any]] = dataclasses.field(default_factory=list)
-    notes: tuple[str, ...] = ()
-    better: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name, direction in self.better.items():
-            if name not in self.columns:
-                raise ValueError(f"better names {name!r}, which is none of the columns {list(self.columns)}")
+    def __init__(
+        self,
+        title: str,
+        columns: Iterable[Column | str],
+        *,
+        notes: Iterable[str] = (),
+        better: Mapping[str, str] | None = None,
+    ):
+        self.title, self.notes, self.better = title, tuple(notes), dict(better or {})
+        self.columns = tuple(Column(each, each) if isinstance(each, str) else each for each in columns)
+        self.rows: list[list[Any]] = []
+        self.row_keys: list[str] = []
+        for key, direction in self.better.items():
+            if key not in self.keys:
+                raise ValueError(f"better names {key!r}, which is none of the columns {', '.join(self.keys)}")
             if direction not in ("max", "min"):
-                raise ValueError(f"better[{name!r}] is {direction!r}: it must be 'max' or 'min'")
+                raise ValueError(f"better[{key!r}] is {direction!r}: it must be 'max' or 'min'")
 
-    def add(self, *cells: Any) -> None:
-        """Append a row of texts and lists of numbers."""
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of the columns."""
+        return tuple(column.key for column in self.columns)
+
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """Titles of the columns."""
+        return tuple(column.title for column in self.columns)
+
+    def add(self, *cells: Any, key: str = "") -> None:
+        """Append a row of texts and lists of numbers; `key` is that of the row."""
         if len(cells) != len(self.columns):
             raise ValueError(f"{len(cells)} cells for {len(self.columns)} columns")
         self.rows.append([_measurements(cell) for cell in cells])
+        self.row_keys.append(key)
+
+    def records(self) -> list[tuple[str, dict[str, Any]]]:
+        """Key of each row, and its cells by the keys of the columns."""
+        cells = [dict(zip(self.keys, row, strict=True)) for row in self.rows]
+        return list(zip(self.row_keys, cells, strict=True))
 
     def numeric(self) -> list[bool]:
         """Whether each column holds measurements."""
@@ -159,7 +210,7 @@ class Report:
         """
         found: set[tuple[int, int]] = set()
         for name, direction in self.better.items():
-            column = self.columns.index(name)
+            column = self.keys.index(name)
             means = {
                 number: summary
                 for number, row in enumerate(self.rows)
@@ -202,20 +253,20 @@ class Report:
 
         def texts_of(row: int) -> Text:
             told = ((i, cell_text(self.rows[row][i])) for i in texts[1:])
-            more = [Text(f"{self.columns[i]}: {text}", "dim") for i, text in told if text not in ("", "-")]
+            more = [Text(f"{self.titles[i]}: {text}", "dim") for i, text in told if text not in ("", "-")]
             return Text("\n").join([cell(row, i) for i in texts[:1]] + more)
 
         def numbers_of(row: int, between: str) -> Text:
-            lines = (Text(f"{self.columns[i]}:{between}").append_text(cell(row, i)) for i in numbers)
+            lines = (Text(f"{self.titles[i]}:{between}").append_text(cell(row, i)) for i in numbers)
             return Text("\n").join(lines)
 
-        first = self.columns[texts[0]] if texts else ""
+        first = self.titles[texts[0]] if texts else ""
         beside = [
             _Column(name, [cell(row, i) for row in rows], numeric[i], None if numeric[i] else _TEXT)
-            for i, name in enumerate(self.columns)
+            for i, name in enumerate(self.titles)
         ]
         merged = [_Column(first, [texts_of(row) for row in rows], False, _MERGED)] + [
-            _Column(self.columns[i], [cell(row, i, split=True) for row in rows], True) for i in numbers
+            _Column(self.titles[i], [cell(row, i, split=True) for row in rows], True) for i in numbers
         ]
         listed, stacked = (
             [
@@ -249,7 +300,7 @@ class Report:
     def markdown(self) -> str:
         """The table as Markdown."""
         best = self.best()
-        lines = [f"**{escape(self.title)}**", "", _line(map(escape, self.columns))]
+        lines = [f"**{escape(self.title)}**", "", _line(map(escape, self.titles))]
         lines.append(_line("---:" if is_number else "---" for is_number in self.numeric()))
         for number, row in enumerate(self.rows):
             shown = [escape(cell_text(cell)) for cell in row]
@@ -265,11 +316,41 @@ class Report:
         """The table with all its measurements, for JSON: NaN becomes None, infinity its name."""
         return {
             "title": self.title,
-            "columns": list(self.columns),
+            "columns": list(self.titles),
+            "keys": list(self.keys),
             "rows": plain(self.rows),
+            "row_keys": list(self.row_keys),
             "notes": list(self.notes),
-            "better": dict(self.better),
+            "better": self.better,
         }
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Report:
+        """The table that `as_dict` gave, also in version 0.1.0, where columns had titles only.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError
+            It is not such a table.
+        """
+        titles, rows = saved["columns"], saved["rows"]
+        names = {} if "keys" in saved else _KEYS
+        keys = saved.get("keys") or [names.get(title, title) for title in titles]
+        better = {names.get(name, name): direction for name, direction in saved.get("better", {}).items()}
+        made = cls(
+            saved["title"],
+            itertools.starmap(Column, zip(keys, titles, strict=True)),
+            notes=saved.get("notes", ()),
+            better=better,
+        )
+        row_keys = saved.get("row_keys") or [MODEL if row[:1] == [MODEL] else "" for row in rows]
+        for key, row in zip(row_keys, rows, strict=True):
+            cells = (
+                [math.nan if x is None else x for x in cell] if isinstance(cell, list) else cell
+                for cell in row
+            )
+            made.add(*cells, key=key)
+        return made
 
 
 def _measurements(cell: Any) -> Any:

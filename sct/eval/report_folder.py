@@ -66,6 +66,18 @@ def keep(
     write_text(folder / UNFINISHED, _json(content))
 
 
+def read(path: Path) -> list[Report]:
+    """Tables of a `report.json`, also of one that version 0.1.0 wrote.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        It is no such file.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return [Report.from_dict(each) for each in (content["reports"] if isinstance(content, dict) else content)]
+
+
 def write(
     reports: Sequence[Report],
     folder: Path,

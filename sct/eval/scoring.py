@@ -18,9 +18,11 @@ from sct.errors import SctError
 from sct.eval import metrics
 from sct.eval.baselines import OTHER_CELLS, TRAINING, Method, Prediction, Unavailable
 from sct.eval.held_out import HeldOut, Masked
-from sct.eval.report import Report
+from sct.eval.report import FITTED_ON, METHOD, MODEL, REFERENCE, REMARK, Column, Report
 
-COLUMNS = ("method", "fitted on", "told expressed", "MCC", "gain over the bar", "MAE (counts)", "remark")
+GIVEN = Column("given_expressed", "told expressed")
+NUMBERS = (Column("mcc", "MCC"), Column("mcc_gain", "gain over the bar"), Column("mae", "MAE (counts)"))
+COLUMNS = (METHOD, FITTED_ON, GIVEN, *NUMBERS, REMARK)
 BAR = f"most common expressed level per gene, {OTHER_CELLS}"
 _NOTES = (
     "Scored: masked genes that are expressed; a method that is told so has an easier task.",
@@ -122,6 +124,8 @@ class Row:
         their log1p, of each draw.
     confusion
         int (num_bins, num_bins), true by predicted level, summed over draws.
+    key
+        `sct.eval.report.MODEL`, `REFERENCE` for the bar, "" for other baselines.
     """
 
     method: str
@@ -134,12 +138,12 @@ class Row:
     msle: list[float] = dataclasses.field(default_factory=list)
     confusion: np.ndarray | None = None
     both: bool = True
-    is_model: bool = False
+    key: str = ""
 
     @property
     def label(self) -> str:
         """Name of the row beside others: the method, what it is fitted on, and the form if it has two."""
-        name = self.method if self.is_model else f"{self.method}, {self.fitted_on}"
+        name = self.method if self.key == MODEL else f"{self.method}, {self.fitted_on}"
         return f"{name}, told" if self.told and self.both else name
 
     def score(self, masked: Masked, prediction: Prediction, chosen: np.ndarray, num_bins: int) -> None:
@@ -160,7 +164,7 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         """The row for JSON."""
         out = {**dataclasses.asdict(self), "label": self.label}
-        return {key: value for key, value in out.items() if key not in ("confusion", "both", "is_model")}
+        return {key: value for key, value in out.items() if key not in ("confusion", "both")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +189,7 @@ class Setting:
         for row in self.rows:
             told = "-" if row.told is None else "yes" if row.told else "no"
             numbers: tuple[Any, ...] = (row.mcc, row.gain, row.mae) if row.mcc else ("-", "-", "-")
-            report.add(row.method, row.fitted_on, told, *numbers, row.remark)
+            report.add(row.method, row.fitted_on, told, *numbers, row.remark, key=row.key)
         return report
 
 
@@ -218,12 +222,19 @@ class Outcome:
                     curves.setdefault(row.label, []).append((setting.value, row.mcc))
         return curves
 
+    def labels(self, key: str) -> list[str]:
+        """Names in `curves` of the rows with a key."""
+        rows = (row for setting in self.settings for row in setting.rows)
+        return list(dict.fromkeys(row.label for row in rows if row.key == key))
+
     @property
     def confusion(self) -> dict[Any, dict[str, np.ndarray]]:
         """Levels, true by predicted, of the model: {value of the setting: {row label: (num_bins, num_bins)}}."""
         return {
             setting.value: {
-                row.label: row.confusion for row in setting.rows if row.is_model and row.confusion is not None
+                row.label: row.confusion
+                for row in setting.rows
+                if row.key == MODEL and row.confusion is not None
             }
             for setting in self.settings
         }
@@ -293,6 +304,8 @@ def measure(
     rows: dict[str, dict[tuple[int, bool], Row]] = {}
     positions: dict[str, list[int]] = {}
     reasons: dict[int, str] = {}
+    keys = [MODEL if isinstance(method, Model) else "" for method in methods]
+    keys[0] = keys[0] or REFERENCE
     for make in draws:
         masked, groups = make()
         for group, chosen in groups.items():
@@ -306,22 +319,26 @@ def measure(
                 for group, chosen in groups.items():
                     row = rows.setdefault(group, {}).setdefault(
                         (number, told),
-                        Row(method.name, method.fitted_on, told, method.remark, both=len(answer) > 1),
+                        Row(
+                            method.name,
+                            method.fitted_on,
+                            told,
+                            method.remark,
+                            both=len(answer) > 1,
+                            key=keys[number],
+                        ),
                     )
-                    row.is_model = isinstance(method, Model)
                     row.score(masked, prediction, chosen, held_out.num_bins)
     tables = {}
     for group in positions:
         table = []
         for number, method in enumerate(methods):
             if number in reasons:
-                row = Row(method.name, method.fitted_on, None, reasons[number])
-                row.is_model = isinstance(method, Model)
-                table.append(row)
+                table.append(Row(method.name, method.fitted_on, None, reasons[number], key=keys[number]))
             else:
                 table += [row for (n, _), row in rows[group].items() if n == number]
         bar = table[0].mcc
         for row in table:
             row.gain = [mcc - base for mcc, base in zip(row.mcc, bar, strict=False)]
-        tables[group] = [table[0], *sorted(table[1:], key=lambda row: not row.is_model)]
+        tables[group] = [table[0], *sorted(table[1:], key=lambda row: row.key != MODEL)]
     return tables, positions

@@ -15,7 +15,7 @@ from sklearn.metrics.pairwise import cosine_similarity, rbf_kernel
 
 from sct.errors import ConfigError, DataError, MissingExtraError
 from sct.eval import metrics
-from sct.eval.report import Report
+from sct.eval.report import Column, Report
 from sct.extras import load_extra
 from sct.progress import track
 
@@ -335,7 +335,7 @@ def compare(
     columns = (*PAIRED, *DISTRIBUTIONS, *WORDS)
     report = Report(
         f"{len(pairs):,} generated texts for {len(np.unique(pairs))} of {len(true)} true texts",
-        ("texts", "made of", *columns),
+        ("texts", Column("made_of", "made of"), *columns),
     )
     numbers: Numbers = {}
     reasons: dict[str, None] = {}

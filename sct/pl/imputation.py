@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 # Appendix D.3 of the sCT paper.
 LEVELS = ("unexpressed", "low", "moderate", "high-moderate", "high")
-# What an imputation model has to beat: it knows nothing of the cell but that the gene is expressed.
-BAR = "most common expressed level per gene, other cells of the study"
 # Curves that are told apart by colour and line together.
 _LINES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
 
@@ -90,20 +88,24 @@ def imputation_confusion(confusion: np.ndarray, *, normalize: bool = True, ax: A
 def mcc_by_ratio(
     curves: Mapping[str, Sequence[tuple[float, Sequence[float]]]],
     *,
+    models: Collection[str] = (),
+    reference: Collection[str] = (),
     masked: str = "masked genes",
     ax: Axes | None = None,
 ) -> Axes:
     """Matthews correlation of imputed levels against the share of masked genes, or of masked cells.
 
     Lines are means over seeds, bands one standard deviation. The legend stands in the order of the last values.
-    The most common expressed level per gene in the other cells of the study, which an imputation model has to
-    beat, is a thick dashed line.
 
     Parameters
     ----------
     curves
         Name of a method -> list of (share that is masked, in (0, 1], MCC of each seed). A method without a
         value at a ratio leaves it out; one without any is named in the legend as not run.
+    models
+        Names of the curves of models, which are drawn thick. `sct.eval.scoring.Outcome.labels` gives them.
+    reference
+        Names of the curves of the baseline that a model has to beat, thick dashed lines.
     masked
         What the ratio is of: the name of the horizontal axis.
     ax
@@ -129,24 +131,24 @@ def mcc_by_ratio(
         return tuple(points[name][-1, :2]) if len(points[name]) else (-1.0, -1.0)
 
     drawn = sorted(points, key=last, reverse=True)
-    others = [name for name in points if not _is_bar(name)]
+    others = [name for name in points if name not in reference]
     labels = [name if len(points[name]) else f"{name} (not run)" for name in drawn]
     ax = style.new_axes(5.2 + style.legend_width(labels), 4.2) if ax is None else ax
     handles = {}
-    for name in [*others, *filter(_is_bar, points)]:
+    for name in [*others, *(name for name in points if name in reference)]:
         curve = points[name]
         number = others.index(name) if name in others else -1
         look: dict[str, Any] = {
             "color": style.COLOURS[number % 8],
             "linestyle": _LINES[number // 8 % len(_LINES)],
             "marker": style.MARKERS[number // 8 % len(style.MARKERS)],
-            "linewidth": 2.4 if name.startswith("model") else 1.6,
+            "linewidth": 2.4 if name in models else 1.6,
             "markersize": 4.5,
         }
-        if _is_bar(name):
+        if name in reference:
             look = {"color": "#000000", "linestyle": (0, (4, 2)), "linewidth": 3.2, "marker": "", "zorder": 3}
         ratio, mean, std = curve.T
-        if _is_bar(name) and len(ratio) == 1:
+        if name in reference and len(ratio) == 1:
             look["marker"], look["markersize"] = "_", 24
         (handles[name],) = ax.plot(ratio, mean, **look)
         if len(ratio) > 1:
@@ -163,7 +165,7 @@ def mcc_by_ratio(
     return ax
 
 
-def reliability(curves: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
+def reliability(curves: Mapping[str, Any], *, models: Collection[str] = (), ax: Axes | None = None) -> Axes:
     """Predicted probability of expression against the share of genes that are expressed.
 
     A method whose probabilities are right lies on the diagonal; below it, it says "expressed" too often. The size
@@ -173,7 +175,9 @@ def reliability(curves: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
     ----------
     curves
         Name of a method -> (predicted (bins,), observed (bins,), number (bins,)), as
-        `sct.eval.metrics.reliability` gives them. Names that begin with "model" are drawn thick.
+        `sct.eval.metrics.reliability` gives them.
+    models
+        Names of the curves of models, which are drawn thick. `sct.eval.natural.Outcome.labels` gives them.
     ax
         Axes to draw in; None for a new figure.
 
@@ -207,7 +211,7 @@ def reliability(curves: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
     for number, (name, (predicted, observed, share)) in enumerate(points.items()):
         colour = style.COLOURS[number % 8]
         line = _LINES[number // 8 % len(_LINES)]
-        thick = name.startswith("model")
+        thick = name in models
         (handle,) = ax.plot(
             predicted,
             observed,
@@ -225,10 +229,6 @@ def reliability(curves: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
     style.open_frame(ax)
     style.legend_outside(ax, handles, list(points), points=False)
     return ax
-
-
-def _is_bar(name: str) -> bool:
-    return name.removesuffix(", told") == BAR
 
 
 def _curve(name: str, curve: Sequence[tuple[float, Sequence[float]]]) -> np.ndarray:

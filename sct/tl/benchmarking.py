@@ -25,7 +25,7 @@ from sct.eval import embedding as embeddings
 from sct.eval import imputation, natural, report_folder
 from sct.eval.held_out import HeldOut
 from sct.eval.page import Figure, figure_svg
-from sct.eval.report import Report
+from sct.eval.report import MODEL, REFERENCE, Report
 from sct.eval.scoring import Model, Outcome
 from sct.folder_lock import only_one
 from sct.inference import inputs
@@ -471,7 +471,9 @@ def _reliability_figure(outcome: natural.Outcome) -> Figure:
         f"Measured genes hidden {'in all cells' if outcome.whole_genes else 'at random'}, all draws together. On the "
         "diagonal, probabilities are right."
     )
-    drawing = functools.partial(_drawn, "reliability", (8.2, 4.8), outcome.reliability)
+    drawing = functools.partial(
+        _drawn, "reliability", (8.2, 4.8), outcome.reliability, models=outcome.labels(MODEL)
+    )
     title = (
         f"Reliability of the probability of expression{', genes hidden in all cells' * outcome.whole_genes}"
     )
@@ -488,7 +490,8 @@ def _imputation_figures(outcome: Outcome, cells_per_bag: int) -> list[Figure]:
         return []
     title, masked, whole = titles[outcome.axis]
     shares = {row: [(value / whole, mcc) for value, mcc in curve] for row, curve in outcome.curves.items()}
-    draw = functools.partial(_drawn, "mcc_by_ratio", (7.2, 5.6), shares, masked=masked)
+    thick = {"models": outcome.labels(MODEL), "reference": outcome.labels(REFERENCE)}
+    draw = functools.partial(_drawn, "mcc_by_ratio", (7.2, 5.6), shares, masked=masked, **thick)
     caption = "Mean over draws, with one standard deviation. The dashed line is the bar."
     figures = [Figure(title, draw, caption)]
     first = next(iter(outcome.confusion.values()), {})

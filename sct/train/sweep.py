@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import difflib
 import json
-import math
 import os
 import re
 import time
@@ -17,14 +16,14 @@ from typing import Any
 import jax
 
 from sct.errors import CheckpointError, ConfigError, FolderInUseError, SctError
-from sct.eval import report_folder
-from sct.eval.report import Report
+from sct.eval import report_folder, scoring
+from sct.eval.report import FITTED_ON, METHOD, MODEL, REMARK, Report
 from sct.train import experiment
 from sct.weights import run_folder
 
 BASE = "base"
+RUN = "run"  # key of the rows of runs
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-_COLUMNS = ("run", "MCC", "gain over the bar", "MAE (counts)", "remark")
 _NOTES = (
     "A run changes what its name says of the base, and nothing else; scored are masked expressed genes.",
     "The bar is the most common expressed level of each gene, at the same masked positions as the run.",
@@ -212,57 +211,53 @@ def tables(workdir: Path, runs: Mapping[str, Mapping[str, Any]], states: Mapping
     states
         Run -> "" where it is finished, otherwise why it is not: its remark.
     """
-    measured: dict[str, tuple[str, list[dict[str, Any]]]] = {}
+    measured: dict[str, Report | None] = {}
     states = dict(states)
     for name, state in states.items():
         try:
-            measured[name] = ("", []) if state else _measured(workdir / name)
+            measured[name] = None if state else _measured(workdir / name)
         except CheckpointError as error:  # does not cost the others their rows
-            measured[name], states[name] = ("", []), str(error)
-    title = next((title for title, _ in measured.values() if title), "Runs")
+            measured[name], states[name] = None, str(error)
+    found = {name: table.records() if table else [] for name, table in measured.items()}
+    title = next((table.title for table in measured.values() if table), "Runs")
     made = []
-    for told in ("no", "yes"):
-        words = "not told" if told == "no" else "told"
-        one = Report(f"{title}; methods are {words} that the gene is expressed", _COLUMNS, notes=_NOTES)
+    for given in ("no", "yes"):
+        words = "not told" if given == "no" else "told"
+        one = Report(
+            f"{title}; methods are {words} that the gene is expressed",
+            ("run", *scoring.NUMBERS, REMARK),
+            notes=_NOTES,
+        )
         for name in runs:
-            rows = [
-                row for row in measured[name][1] if row["method"] == "model" and row["told expressed"] == told
-            ]
+            rows = [row for key, row in found[name] if key == MODEL and row[scoring.GIVEN.key] == given]
             remark = states[name] or _remark(runs[name], runs[BASE])
             if not rows:
-                one.add(name, [], [], [], states[name] or "no study is held out to measure it on")
+                one.add(name, [], [], [], states[name] or "no study is held out to measure it on", key=RUN)
             for row in rows:
-                one.add(name, *_numbers(row), remark)
-        for row in measured[BASE][1]:
-            if row["method"] != "model" and row["told expressed"] == told:
-                fitted = f", fitted on {row['fitted on']}" if row.get("fitted on") else ""
-                one.add(f"({row['method']}{fitted})", *_numbers(row), row.get("remark", ""))
+                one.add(name, *_numbers(row), remark, key=RUN)
+        for key, row in found[BASE]:
+            if key != MODEL and row[scoring.GIVEN.key] == given:
+                fitted = f", fitted on {row[FITTED_ON.key]}" if row.get(FITTED_ON.key) else ""
+                one.add(f"({row[METHOD.key]}{fitted})", *_numbers(row), row.get(REMARK.key, ""), key=key)
         made.append(one)
     return made
 
 
-def _measured(folder: Path) -> tuple[str, list[dict[str, Any]]]:
-    """Title and rows of the table of a finished run, by the names of the columns."""
+def _measured(folder: Path) -> Report | None:
+    """The table of imputation of a finished run."""
     path = folder / "report.json"
+    wanted = {METHOD.key, scoring.GIVEN.key, scoring.NUMBERS[0].key}
     try:
-        content = json.loads(path.read_text())
-        found = content["reports"] if isinstance(content, dict) else content
-        for each in found:
-            if {"method", "told expressed", "MCC"} <= set(each["columns"]):
-                return each["title"], [dict(zip(each["columns"], row, strict=True)) for row in each["rows"]]
+        return next((table for table in report_folder.read(path) if wanted <= set(table.keys)), None)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} is damaged ({error}): delete it and start the sweep again, which measures this run anew."
         ) from error
-    return "", []
 
 
 def _numbers(row: Mapping[str, Any]) -> list[list[float]]:
-    cells = [row.get(name) for name in _COLUMNS[1:-1]]
-    return [
-        [math.nan if x is None else float(x) for x in cell] if isinstance(cell, list) else []
-        for cell in cells
-    ]
+    cells = [row.get(column.key) for column in scoring.NUMBERS]
+    return [cell if isinstance(cell, list) else [] for cell in cells]
 
 
 def _remark(config: Mapping[str, Any], base: Mapping[str, Any]) -> str:

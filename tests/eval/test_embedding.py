@@ -44,7 +44,7 @@ def cells(n: int = 90, genes: int = 40, seed: int = 0) -> tuple[sparse.csr_matri
 
 
 def rows(report) -> dict[str, dict]:
-    return {row[0]: dict(zip(report.columns, row, strict=True)) for row in report.rows}
+    return {row[0]: dict(zip(report.titles, row, strict=True)) for row in report.rows}
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def test_every_method_has_its_row_and_the_same_call_the_same_numbers(recwarn, ca
     noise = Method(lambda seed: np.random.default_rng(seed).normal(size=(90, 4)), "nothing", fits=2)
     options = Options(seeds=2, components=5, genes=20)
     report, numbers = measure({"model": embedding, "noise": noise}, counts, labels, options=options)
-    assert report.columns == (
+    assert report.titles == (
         "method", "fitted on", "5-NN accuracy", "macro F1", "NMI", "ARI", "silhouette", "remark",
     )  # fmt: skip
     table = rows(report)
@@ -212,7 +212,7 @@ def test_batches_bring_the_columns_of_scib():
     chosen = ("isolated labels", "graph connectivity", "PCR comparison")
     options = Options(seeds=1, components=5, baselines=("PCA", "PCA + k-NN"), scib=chosen)
     report, numbers = measure({"model": embedding}, counts, labels, batch, options)
-    assert report.columns[7:] == (*chosen, "bio", "batch", "total", "remark")
+    assert report.titles[7:] == (*chosen, "bio", "batch", "total", "remark")
     table = rows(report)
     assert numbers["model"]["bio"] == numbers["model"]["isolated labels"]
     # The components are what the comparison is with.

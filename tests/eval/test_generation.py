@@ -61,7 +61,7 @@ def cells(n: int = 60, seed: int = 0) -> CellSet:
 
 
 def rows(report) -> dict[str, dict]:
-    return {row[0]: dict(zip(report.columns, row, strict=True)) for row in report.rows}
+    return {row[0]: dict(zip(report.titles, row, strict=True)) for row in report.rows}
 
 
 # Levenshtein distances
@@ -337,7 +337,7 @@ def test_a_good_generator_is_near_the_ceiling_and_controls_are_near_chance():
         generation.CHANCE,
         generation.MAJORITY,
     ]
-    accuracies = [column for column in report.columns if "accuracy" in column]
+    accuracies = [column for column in report.titles if "accuracy" in column]
     assert accuracies == [
         "3-NN accuracy",
         "5-NN accuracy",
@@ -391,7 +391,7 @@ def test_labels_that_cannot_be_compared_are_left_out_and_told():
     report, numbers = generation.compare(made, real, options=Options(seeds=1, ks=(3,), max_cells=0))
     assert report.notes[0].startswith("30 cells generated for 1 labels are left out")
     assert report.notes[1].startswith("1 real cells of labels")
-    assert "Gromov-Wasserstein" not in report.columns
+    assert "Gromov-Wasserstein" not in report.titles
     assert numbers[generation.CHANCE]["3-NN accuracy"] == [0.5]
     assert generation.PROFILE not in numbers
     with pytest.raises(DataError, match="label 'a'"):
@@ -409,7 +409,7 @@ def test_missing_libraries_leave_their_columns_out_and_are_told(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     report, _ = generation.compare(cells(60, 1), cells(60, 2), options=Options(seeds=1, ks=(3,)))
     assert rows(report)[generation.GENERATED]["Gromov-Wasserstein"] == "-"
-    assert "3-NN accuracy (Levenshtein)" not in report.columns
+    assert "3-NN accuracy (Levenshtein)" not in report.titles
     assert any("rapidfuzz is not installed" in note for note in report.notes)
     assert any("POT is not installed" in note for note in report.notes)
 

@@ -18,6 +18,7 @@ from sct.eval import imputation, report_folder, scoring
 from sct.eval.baselines import OTHER_CELLS, Unavailable
 from sct.eval.held_out import HeldOut
 from sct.eval.imputation import GeneImputation, cells_to_mask, sparsity_groups
+from sct.eval.report import MODEL, REFERENCE
 from sct.eval.scoring import BAR, COLUMNS, Model, measure
 from tests.data.fake_study import FakeStudy
 from tests.eval.toy_cells import (
@@ -434,6 +435,11 @@ def test_in_every_table_the_bar_is_first_and_gains_are_over_it(outcomes):
             assert table.columns == COLUMNS
             assert all(len(row) == len(COLUMNS) for row in table.rows)
             assert setting.rows[0].label == BAR
+            assert table.row_keys[0] == REFERENCE
+            assert outcome.labels(REFERENCE) == [BAR]
+            models = [key == MODEL for key in table.row_keys]
+            assert models == [row[0] == "model" for row in table.rows]
+            assert any(models)
             assert table.rows[0][:2] == ["most common expressed level per gene", "other cells of the study"]
             assert len({(row[0], row[1], row[2]) for row in table.rows}) == len(table.rows)
             assert f"{sum(setting.positions):,} masked expressed genes in 3 draws" in table.title

@@ -29,7 +29,7 @@ def tables(rows) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def rows(report) -> dict[str, dict]:
-    return {row[0]: dict(zip(report.columns, row, strict=True)) for row in report.rows}
+    return {row[0]: dict(zip(report.titles, row, strict=True)) for row in report.rows}
 
 
 # Accuracies
@@ -190,7 +190,7 @@ def test_perfect_predictions_have_one_and_what_looks_at_no_cell_is_at_chance():
         "model", "model, shuffled among cells", "half", "half, shuffled among cells", lab.LOGISTIC, "PCA + 5-NN",
         lab.MAJORITY, lab.COMBINATION, lab.CHANCE,
     ]  # fmt: skip
-    numeric = report.columns[2:-1]
+    numeric = report.titles[2:-1]
     assert all(table["model"][column] == [1.0] for column in numeric)
     assert table["half"]["exact accuracy"] == [0.0]
     assert table["half"]["partial accuracy"] == [0.5]
@@ -222,7 +222,7 @@ def test_one_key_has_one_accuracy_and_seeds_of_a_model_are_measurements():
     report, numbers = lab.compare(
         {"model": [Prediction(true), Prediction(wrong)]}, true, training, options=QUICK
     )
-    assert report.columns[2:5] == ("accuracy", "macro F1", "kappa")
+    assert report.titles[2:5] == ("accuracy", "macro F1", "kappa")
     assert numbers["model"]["accuracy"] == [1, pytest.approx(float((true["type"] == "c").mean()))]
     assert list(numbers) == ["model", "model, shuffled among cells", lab.MAJORITY, lab.CHANCE]
 

@@ -15,6 +15,7 @@ from sct.eval import metrics, natural
 from sct.eval.baselines import OTHER_CELLS, THESE_CELLS, TRAINING
 from sct.eval.held_out import mask_measured, mask_measured_genes
 from sct.eval.natural import GeneMean, ModelEstimator, natural_imputation
+from sct.eval.report import MODEL
 from sct.eval.scoring import Model
 from tests.data.fake_study import FakeStudy
 from tests.eval.toy_cells import GENES, NUM_BINS, hold_out, source, study
@@ -78,7 +79,7 @@ def test_only_methods_that_know_other_cells_impute_whole_genes():
         whole_genes=True,
     )
     assert "hidden in all held-out cells" in outcome.title
-    answered = {row.fitted_on: bool(row.numbers) for row in outcome.rows if not row.is_model}
+    answered = {row.fitted_on: bool(row.numbers) for row in outcome.rows if row.key != MODEL}
     assert answered == {TRAINING: True, OTHER_CELLS: True, THESE_CELLS: False}
     assert all("hidden in every one" in row.remark for row in outcome.rows if row.fitted_on == THESE_CELLS)
     assert outcome.as_dict()["protocol"] == "natural imputation of whole genes"
@@ -91,7 +92,7 @@ def test_an_oracle_is_perfect_and_right_probabilities_have_no_calibration_error(
         held_out, Model(oracle, jnp.asarray(bags.bag(0)["tokens"])[None]), ratio=0.4, seeds=2
     )
     numbers = outcome.rows[0].numbers
-    assert outcome.rows[0].is_model
+    assert outcome.rows[0].key == MODEL
     assert numbers["auroc"] == numbers["average_precision"] == numbers["mcc"] == [1, 1]
     assert numbers["ece"] == [0, 0]
     np.testing.assert_allclose(numbers["cross_entropy"], 0, atol=1e-6)
@@ -339,7 +340,11 @@ def test_the_reliability_plot_shows_every_method():
     outcome = natural_imputation(
         hold_out(HELD_OUT), constant(np.full(NUM_BINS, 0.2)), None, seeds=1, magic=False
     )
-    ax = pl.reliability(outcome.reliability)
+    assert outcome.labels(MODEL) == ["model"]
+    ax = pl.reliability(outcome.reliability, models=outcome.labels(MODEL))
+    assert [line.get_linewidth() > 2 for line in ax.lines[1:]] == [
+        name == "model" for name in outcome.reliability
+    ]
     assert [text.get_text().replace("\n", " ") for text in ax.get_legend().get_texts()] == list(
         outcome.reliability
     )

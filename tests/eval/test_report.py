@@ -15,7 +15,7 @@ from rich.console import Console
 
 from sct.eval import report_folder
 from sct.eval.page import Figure
-from sct.eval.report import Report, Summary
+from sct.eval.report import Column, Report, Summary
 from sct.eval.report_folder import environment
 
 REASON = "magic-impute is not installed: pip install magic-impute, then run the command again"
@@ -133,6 +133,46 @@ def test_a_wrong_direction_is_refused(better):
 def test_a_row_of_another_length_is_refused():
     with pytest.raises(ValueError, match="2 cells"):
         Report("t", ("a", "b", "c")).add("x", [1.0])
+
+
+def test_keys_outlive_titles_and_a_report_comes_back_from_its_file(tmp_path):
+    columns = (Column("name", "method"), Column("mcc", "MCC (0 to 1)"), Column("mae", "error"), "remark")
+    made = Report("t", columns, notes=["n"], better={"mcc": "max"})
+    made.add("ours", [0.5, math.nan], [math.inf], "x", key="model")
+    made.add("theirs", [0.25], "-", None)
+    assert made.keys == ("name", "mcc", "mae", "remark")
+    assert "| method | MCC (0 to 1) | error | remark |" in made.markdown()
+    for facts in (None, {"seed": "1"}):
+        report_folder.write([made, imputation()], tmp_path, facts)
+        (again, other) = report_folder.read(tmp_path / "report.json")
+        assert other.titles == COLUMNS
+        (key, cells), (no_key, _) = again.records()
+        assert (key, no_key) == ("model", "")
+        assert {name: cells[name] for name in ("name", "mae", "remark")} == {
+            "name": "ours", "mae": [math.inf], "remark": "x",
+        }  # fmt: skip
+        np.testing.assert_array_equal(cells["mcc"], [0.5, math.nan])
+        assert again.as_dict() == made.as_dict()
+        assert again.best() == made.best() == {(0, 1)}
+
+
+def test_a_report_without_keys_is_read():
+    saved = {name: value for name, value in imputation().as_dict().items() if "keys" not in name}
+    read = Report.from_dict(saved)
+    assert read.keys == ("method", "fitted_on", "given_expressed", "mcc", "mcc_gain", "mae", "remark")
+    assert read.titles == COLUMNS
+    assert read.better == {"mcc": "max", "mcc_gain": "max", "mae": "min"}
+    assert read.row_keys == ["", "model", ""]
+    assert read.best() == imputation().best()
+    assert read.markdown() == imputation().markdown()
+    for broken in (
+        {},
+        {**saved, "rows": [["one"]]},
+        {**saved, "columns": 3},
+        {**saved, "rows": [[["x"]] * 7]},
+    ):
+        with pytest.raises((KeyError, TypeError, ValueError)):
+            Report.from_dict(broken)
 
 
 @pytest.mark.parametrize("width", [50, 60, 80, 100, 120, 160, 200])

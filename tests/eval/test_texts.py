@@ -55,7 +55,7 @@ GENERATED = [ABOUT[i] for i in PAIRS]
 
 
 def rows(report) -> dict[str, dict]:
-    return {row[0]: dict(zip(report.columns, row, strict=True)) for row in report.rows}
+    return {row[0]: dict(zip(report.titles, row, strict=True)) for row in report.rows}
 
 
 def blobs(n: int = 5, each: int = 4, noise: float = 0.2, seed: int = 0):

@@ -362,7 +362,7 @@ def test_what_is_no_matrix_of_counts_is_refused(wrong):
 
 def test_curves_are_means_in_the_order_of_their_last_value():
     ax = axes()
-    assert sct.pl.mcc_by_ratio(CURVES, ax=ax) is ax
+    assert sct.pl.mcc_by_ratio(CURVES, models=["model"], reference=[BAR], ax=ax) is ax
     assert [text.replace("\n", " ") for text in legend(ax)] == [BAR, "model", "_kNN $k$", "MAGIC (not run)"]
     # A value of NaN is left out, ratios are sorted, and a method without values has an empty line.
     means = sorted(np.round(line.get_ydata(), 9).tolist() for line in ax.lines)
@@ -370,6 +370,11 @@ def test_curves_are_means_in_the_order_of_their_last_value():
     bar = max(ax.lines, key=lambda line: line.get_linewidth())
     assert bar.is_dashed()
     np.testing.assert_allclose(bar.get_ydata(), [0.55, 0.55])
+    # Names say nothing: without roles no curve stands out.
+    widths = [
+        {line.get_linewidth() for line in each.lines} for each in (ax, sct.pl.mcc_by_ratio(CURVES, ax=axes()))
+    ]
+    assert [len(each) for each in widths] == [3, 1]
     band = ax.collections[0].get_paths()[0].vertices
     assert band[:, 1].min() == pytest.approx(0.3)
     assert band[:, 1].max() == pytest.approx(0.6)
@@ -379,7 +384,7 @@ def test_curves_are_means_in_the_order_of_their_last_value():
 def test_one_ratio_is_drawn_with_its_spread():
     curves = {name: curve[:1] for name, curve in CURVES.items()}
     curves["_kNN $k$"] = [(0.15, [0.3, 0.5])]
-    sct.pl.mcc_by_ratio(curves, ax=(ax := axes()))
+    sct.pl.mcc_by_ratio(curves, reference=[BAR], ax=(ax := axes()))
     assert len(ax.containers) == 3
 
 
@@ -646,7 +651,7 @@ DRAWINGS = {
     "umap": lambda: sct.pl.umap(cells(), color="cell_type"),
     "umap of a number": lambda: sct.pl.umap(cells(), color="total"),
     "confusion": lambda: sct.pl.imputation_confusion(np.arange(25).reshape(5, 5)),
-    "curves": lambda: sct.pl.mcc_by_ratio(CURVES),
+    "curves": lambda: sct.pl.mcc_by_ratio(CURVES, models=["model"], reference=[BAR]),
     "spatial": lambda: sct.pl.spatial(slide(), "EPCAM")[0],
 }
 

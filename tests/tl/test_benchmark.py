@@ -76,15 +76,16 @@ def test_every_protocol_has_its_tables(whole):
 def test_every_row_has_numbers_of_every_seed_or_a_reason(whole):
     _, reports = whole
     for report in reports:
-        remark = report.columns.index("remark")
+        remark = report.keys.index("remark")
         for row in report.rows:
             measured = [cell for cell in row if isinstance(cell, list)]
-            seeds = {2} if "gain over the bar" in report.columns else {1, 2}
+            seeds = {2} if "mcc_gain" in report.keys else {1, 2}
             assert (measured and all(len(cell) in seeds for cell in measured)) or row[remark], row
-    imputation = [report for report in reports if "gain over the bar" in report.columns]
+    imputation = [report for report in reports if "mcc_gain" in report.keys]
     for report in imputation:
         assert "most common expressed level" in report.rows[0][0]
-        assert any(row[0] == "model" for row in report.rows)
+        assert report.row_keys[0] == "reference"
+        assert "model" in report.row_keys
         assert any("training studies" in row[1] and row[-1] for row in report.rows), (
             "no training studies: a reason"
         )
@@ -163,7 +164,7 @@ def test_baselines_without_a_model_and_studies_of_a_file(adata, tmp_path):
     files = {"data__path": str(tmp_path / "cells.h5ad"), "genes": str(tmp_path / "genes.tsv")}
     settings = config(tmp_path / "out", data__study_key="batch", data__cells_per_bag=5, **files)
     reports = sct.tl.benchmark(settings)
-    assert not any(row[0] == "model" for report in reports for row in report.rows)
+    assert not any("model" in report.row_keys for report in reports)
     assert "cells.a" in numbers(tmp_path / "out")["facts"]["cells"]
 
 
@@ -193,9 +194,7 @@ def test_what_cannot_run_is_a_row_and_the_rest_runs(adata, model, tmp_path):
     settings = config(tmp_path / "out", data__cells_per_bag=1, embedding__run=True, fixed_genes__run="never")
     before = adata.copy()
     reports = sct.tl.benchmark(settings, adata, model)
-    reasons = {
-        report.title: report.rows[0][1] for report in reports if report.columns == ("method", "remark")
-    }
+    reasons = {report.title: report.rows[0][1] for report in reports if report.keys == ("method", "remark")}
     assert "bags have 1 cell" in reasons["Imputation of whole cells"]
     assert "obs has no 'cell_type'" in reasons["Embedding, cells"]
     assert any("15% masked genes" in report.title for report in reports)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from sct.errors import ConfigError, StoreError
+from sct.eval import report_folder, scoring
 from sct.train import experiment, loop, sweep
 from sct.train.checkpoint import Progress
 
@@ -142,12 +144,16 @@ def test_a_sweep_resumes_skips_and_survives_a_failure(swept, tmp_path, monkeypat
     assert before == {path: path.stat().st_mtime_ns for path in before}
     base = json.loads((tmp_path / "base" / "report.json").read_text())
     tables = base["reports"] if isinstance(base, dict) else base
-    base = next(table for table in tables if "told expressed" in table["columns"])
-    own = {row[base["columns"].index("told expressed")]: row for row in base["rows"] if row[0] == "model"}
+    base = next(table for table in tables if "given_expressed" in table["keys"])
+    own = {
+        row[base["keys"].index("given_expressed")]: row
+        for key, row in zip(base["row_keys"], base["rows"], strict=True)
+        if key == "model"
+    }
     for told, table in zip(("no", "yes"), rows_of(tmp_path), strict=True):
         assert list(table)[:5] == ["base", *SWEEP, "wrong"]
         assert len(table) > 5, "the baselines of the base are in the table"
-        assert table["base"][0] == own[told][base["columns"].index("MCC")]
+        assert table["base"][0] == own[told][base["keys"].index("mcc")]
         assert "other masked positions" in table["wrong"][-1]
     assert "not trained yet" in (tmp_path / "report.md").read_text()
     config["optimizer"]["peak_lr"] = 0.5
@@ -215,6 +221,7 @@ def test_no_run_begins_after_a_signal(swept, tmp_path, monkeypatch, reason):
 
 @pytest.mark.parametrize("facts", [False, True])
 def test_the_table_of_finished_runs(tmp_path, swept, facts):
+    """Their reports are as version 0.1.0 wrote them first, without keys."""
     columns = ["method", "fitted on", "told expressed", "MCC", "gain over the bar", "MAE (counts)", "remark"]
 
     def finished(name, mcc):
@@ -241,6 +248,35 @@ def test_the_table_of_finished_runs(tmp_path, swept, facts):
     assert "7 levels instead of 5" in no.rows[3][-1]
     assert "other masked positions" in yes.rows[2][-1]
     assert yes.rows[3][1] == [0.5]
+
+
+def test_the_table_of_runs_survives_other_titles(tmp_path, swept, monkeypatch):
+    """Columns and rows are found by their keys, and what people read may change."""
+    runs = sweep.configurations(swept())
+    numbers = {"mcc": [0.4, 0.5], "gain": [0.1, 0.2], "mae": [1.0, 2.0]}
+    rows = [
+        scoring.Row("usual level", "other cells", True, "", [0.3], [0.0], [3.0], key="reference"),
+        *(
+            scoring.Row("our network", "nothing", given, "", **numbers, key="model")
+            for given in (False, True)
+        ),
+    ]
+    seen = []
+    for prefix in ("", "x "):
+        titled = [dataclasses.replace(each, title=prefix + each.title) for each in scoring.COLUMNS]
+        monkeypatch.setattr(scoring, "COLUMNS", titled)
+        for name in runs:
+            (tmp_path / name).mkdir(exist_ok=True)
+            report_folder.write([scoring.Setting("Imputation", 0.4, rows, [9]).report()], tmp_path / name)
+        saved = json.loads((tmp_path / "base" / "report.json").read_text())[0]
+        assert saved["columns"][3] == f"{prefix}MCC"
+        seen.append([table.rows for table in sweep.tables(tmp_path, runs, dict.fromkeys(runs, ""))])
+    assert seen[0] == seen[1]
+    no, yes = seen[1]
+    assert [row[0] for row in no] == [*runs]
+    assert [row[0] for row in yes] == [*runs, "(usual level, fitted on other cells)"]
+    assert all(row[1:4] == [*numbers.values()] for row in no)
+    assert yes[-1][1:4] == [[0.3], [0.0], [3.0]]
 
 
 @pytest.mark.parametrize("content", ["", '{"facts"', "3", '[{"title": "no columns"}]'])
