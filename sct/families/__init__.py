@@ -94,10 +94,11 @@ def ability(handle: Pretrained, name: str) -> Any:
     if make is None:
         able = [each for each in models().values() if getattr(each, name) is not None and each.config]
         configs = " or ".join(dict.fromkeys(each.config for each in able))
-        can = " and ".join(ABILITIES[each] for each in own.abilities) or "read no cells"
+        words = [ABILITIES[each] for each in own.abilities]
+        can = f"can {' and '.join(words)}, but not {ABILITIES[name]}" if words else "reads no cells"
         raise ConfigError(
-            f"the model is of the family {handle.family!r}, which can {can}, but not {ABILITIES[name]}: give one that "
-            f"can, such as of {configs}."
+            f"the model is of the family {handle.family!r}, which {can}: give one that can {ABILITIES[name]}, such as "
+            f"of {configs}."
         )
     return make(handle)
 

@@ -44,6 +44,7 @@ FAMILY = Family(
     name="cell2sentence",
     title="Cells as sentences of gene names: generates cells, names them, and writes about them",
     paper="Cell2Sentence: teaching large language models the language of biology (ICML 2024)",
+    guide="docs/cell_sentences.md",
     license=hf.NOTICE,
     models={
         "gpt2": _decoder("gpt2", "configs/c2s_gpt2.py"),

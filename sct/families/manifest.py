@@ -110,6 +110,8 @@ class Family:
         Short name, and what it is in one line.
     paper
         Where it is described.
+    guide
+        Page of the documentation for users.
     license
         Of published weights, for users.
     models
@@ -122,5 +124,6 @@ class Family:
     title: str
     paper: str
     models: Mapping[str, Model]
+    guide: str = ""
     license: str = ""
     converters: Mapping[str, Converter] = dataclasses.field(default_factory=dict)

@@ -21,6 +21,7 @@ FAMILY = Family(
     name="sct",
     title="Reads bags of 50 cells with all of their genes, and predicts the levels of masked genes",
     paper="A long range foundation model for zero-shot predictions in single-cell and spatial transcriptomics data",
+    guide="docs/tools.md",
     license=haiku_sct.NOTICE,
     models={
         "sct": Model(

@@ -18,6 +18,7 @@ FAMILY = Family(
     name="zeromics",
     title="Genes with their bins and texts; a LLaMA with a mixture of LoRAs answers questions about cells",
     paper="ZerOmics: toward general models for single-cell analysis with instruction tuning",
+    guide="docs/zeromics.md",
     models={
         "zeromics": Model(
             registry.MODELS["zeromics"],

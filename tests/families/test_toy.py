@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import chex
 import jax
@@ -129,3 +130,16 @@ def test_names_are_taken_once():
     assert registry.family("toy").config is toy.ToyConfig
     shapes = boxed_shapes("toy", toy.ToyConfig(30))
     assert jax.tree.leaves(shapes)
+
+
+def test_pages_of_families_say_what_the_manifests_say():
+    from tools.make_family_pages import ROOT, page
+
+    built_in = {name: each for name, each in families.all_families().items() if each is not toy.FAMILY}
+    assert {path.stem for path in (ROOT / "docs/families").glob("*.md")} == set(built_in)
+    for name, family in built_in.items():
+        said = (ROOT / f"docs/families/{name}.md").read_text()
+        assert said == page(family), "run: python tools/make_family_pages.py docs/families"
+        links = re.findall(r"\]\((../../[^)]+)\)", said)
+        assert links
+        assert not [link for link in links if not (ROOT / "docs/families" / link).exists()]

@@ -1,0 +1,101 @@
+"""Make the pages `docs/families/*.md` of the manifests in `sct/families`: what each family is, and where each part is.
+
+    python tools/make_family_pages.py docs/families
+
+Running it twice writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import inspect
+from pathlib import Path
+from typing import Any
+
+from sct import families
+from sct.families import Family, Model
+from sct.families.manifest import ABILITIES
+
+ROOT = Path(__file__).resolve().parents[1]
+# Function of `sct.tl` for each ability.
+FUNCTIONS = {
+    "embed": "sct.tl.embed",
+    "impute": "sct.tl.impute",
+    "annotate": "sct.tl.annotate",
+    "generate": "sct.tl.generate_cells",
+    "describe": "sct.tl.describe",
+    "ask": "sct.tl.ask",
+}
+
+
+def link(part: Any) -> str:
+    """A class or function as a link to its file, from a page."""
+    if isinstance(part, functools.partial):
+        part = part.func
+    part = inspect.unwrap(getattr(part, "__func__", part))
+    path = Path(inspect.getfile(part)).resolve().relative_to(ROOT)
+    return f"[`{part.__qualname__}`](../../{path.as_posix()})"
+
+
+def rows(name: str, model: Model) -> list[tuple[str, str]]:
+    """Table of an architecture: part -> where it is."""
+    made = [
+        ("configuration", link(model.architecture.config)),
+        ("model", link(model.architecture.module)),
+    ]
+    made += [
+        (f"task `{kind.name}`", f"{link(kind.make)}, options {link(kind.objective)}") for kind in model.tasks
+    ]
+    if model.config:
+        made.append(("trained by", f"[`{model.config}`](../../{model.config})"))
+    made += [
+        (ABILITIES[each], f"`{FUNCTIONS[each]}`, by {link(getattr(model, each))}") for each in model.abilities
+    ]
+    targets = ", ".join(f"`{target}`" for target in model.architecture.targets) or "none by default"
+    # A bar would end a cell of the table.
+    made.append(("adapters", ", ".join(link(kind) for kind in model.adapters)))
+    made.append(("layers with LoRA by default", targets.replace("|", "\\|")))
+    return made
+
+
+def page(family: Family) -> str:
+    """Markdown of a family."""
+    lines = [f"# {family.name}", "", f"{family.title}.", ""]
+    if family.paper:
+        lines += [f"Paper: {family.paper}.", ""]
+    if family.guide:
+        lines += [f"How to use it: [`{family.guide}`](../../{family.guide}).", ""]
+    lines += [f"Manifest: [`sct/families/{family.name}.py`](../../sct/families/{family.name}.py).", ""]
+    for name, model in family.models.items():
+        lines += [f"## `{name}`", "", "| part | where |", "|---|---|"]
+        lines += [f"| {part} | {where} |" for part, where in rows(name, model)] + [""]
+    if family.converters:
+        lines += ["## Foreign weights", ""]
+        lines += [
+            f"- `python -m launch.convert --from={name} --input=DIR --output=MODEL_DIR`"
+            + (f", and back by `--from=sct --to={name}`" if each.write is not None else "")
+            for name, each in family.converters.items()
+        ]
+        lines.append("")
+    notices = dict.fromkeys([family.license, *(each.notice for each in family.converters.values())])
+    said = [notice.strip() for notice in notices if notice]
+    if said:
+        lines += ["## Licenses of published weights", "", *said, ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Write the pages."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, family in families.all_families().items():
+        (folder / f"{name}.md").write_text(page(family), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
