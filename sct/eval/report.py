@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-# Narrowest column of text on a terminal that is read with ease: one of several, and one with all texts.
-_TEXT, _MERGED = 20, 24
-# Title of a column in version 0.1.0, which wrote no keys -> its key, of those that programs look for.
-_KEYS = {
-    "fitted on": "fitted_on",
-    "told expressed": "given_expressed",
-    "MCC": "mcc",
-    "gain over the bar": "mcc_gain",
-    "MAE (counts)": "mae",
-}
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,51 +66,6 @@ class Summary:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Column:
-    """Column of a table on the terminal: its cells (rich texts), and the most that it needs as its least."""
-
-    name: str
-    cells: list[Any]
-    is_number: bool
-    cap: int | None = None
-
-    @property
-    def natural(self) -> int:
-        """Characters that nothing is wrapped in."""
-        return max(
-            len(line) for text in [self.name, *(c.plain for c in self.cells)] for line in text.split("\n")
-        )
-
-    @property
-    def least(self) -> int:
-        """Characters below which it cannot be read: numbers are never wrapped, names of columns are."""
-        if self.cap is not None:
-            return min(self.natural, self.cap)
-        lines = [line for cell in self.cells for line in cell.plain.split("\n")]
-        return max(map(len, [*lines, *self.name.split(), ""]))
-
-
-def _taken(columns: Sequence[_Column]) -> int:
-    """Width of a table whose columns have their least, with its lines and spaces."""
-    return sum(column.least for column in columns) + 3 * len(columns) + 1
-
-
-def _share(columns: Sequence[_Column], width: int) -> list[int]:
-    """Widths of columns: what is left beyond the least goes to those that want little first."""
-    widths = [column.least for column in columns]
-    spare = width - _taken(columns)
-    if spare < 0:
-        widths[-1] = max(widths[-1] + spare, 8)
-        return widths
-    wanted = [column.natural - column.least for column in columns]
-    for served, i in enumerate(sorted(range(len(columns)), key=wanted.__getitem__)):
-        more = min(wanted[i], spare // (len(columns) - served))
-        widths[i] += more
-        spare -= more
-    return widths
-
-
-@dataclasses.dataclass(frozen=True)
 class Column:
     """A column: programs find it by its `key`, which never changes; people read its `title`, which may."""
 
@@ -140,7 +86,7 @@ class Report:
     ----------
     title
         What was measured, on what, how often.
-    columns
+    columns, keys, titles
         The columns; a string is both key and title of one, as the name of a metric in `results.json`.
     rows
         One list per row; a cell is text, or a list of numbers over seeds, shown as mean, standard deviation
@@ -169,6 +115,8 @@ class Report:
     ):
         self.title, self.notes, self.better = title, tuple(notes), dict(better or {})
         self.columns = tuple(Column(each, each) if isinstance(each, str) else each for each in columns)
+        self.keys = tuple(column.key for column in self.columns)
+        self.titles = tuple(column.title for column in self.columns)
         self.rows: list[list[Any]] = []
         self.row_keys: list[str] = []
         for key, direction in self.better.items():
@@ -177,21 +125,12 @@ class Report:
             if direction not in ("max", "min"):
                 raise ValueError(f"better[{key!r}] is {direction!r}: it must be 'max' or 'min'")
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Keys of the columns."""
-        return tuple(column.key for column in self.columns)
-
-    @property
-    def titles(self) -> tuple[str, ...]:
-        """Titles of the columns."""
-        return tuple(column.title for column in self.columns)
-
     def add(self, *cells: Any, key: str = "") -> None:
         """Append a row of texts and lists of numbers; `key` is that of the row."""
         if len(cells) != len(self.columns):
             raise ValueError(f"{len(cells)} cells for {len(self.columns)} columns")
-        self.rows.append([_measurements(cell) for cell in cells])
+        measured = (list, tuple, np.ndarray)
+        self.rows.append([[float(x) for x in each] if isinstance(each, measured) else each for each in cells])
         self.row_keys.append(key)
 
     def records(self) -> list[tuple[str, dict[str, Any]]]:
@@ -223,94 +162,31 @@ class Report:
             found |= {(number, column) for number, summary in means.items() if summary.value == top}
         return found
 
-    def table(self, width: int | None = None) -> Any:
-        """Rich table for the terminal, with one row per row of the report.
+    def table(self, width: int | None = None) -> Table:
+        """Rich table for a terminal of `width` characters, by default this one; see `sct.eval.terminal`."""
+        from sct.eval import terminal
 
-        Where the columns do not fit beside each other, the texts of a row move under its first one; where
-        the numbers alone do not fit, they are listed under each other.
-
-        Parameters
-        ----------
-        width
-            Characters of a line; by default those of the terminal.
-        """
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        width = width or Console().width
-        best, numeric = self.best(), self.numeric()
-        rows = range(len(self.rows))
-        texts = [i for i, is_number in enumerate(numeric) if not is_number]
-        numbers = [i for i, is_number in enumerate(numeric) if is_number]
-
-        def cell(row: int, column: int, split: bool = False) -> Text:
-            shown = cell_text(self.rows[row][column])
-            if split and numeric[column]:
-                shown = shown.replace(" ± ", "\n± ")
-            return Text(shown, style="bold" if (row, column) in best else "")
-
-        def texts_of(row: int) -> Text:
-            told = ((i, cell_text(self.rows[row][i])) for i in texts[1:])
-            more = [Text(f"{self.titles[i]}: {text}", "dim") for i, text in told if text not in ("", "-")]
-            return Text("\n").join([cell(row, i) for i in texts[:1]] + more)
-
-        def numbers_of(row: int, between: str) -> Text:
-            lines = (Text(f"{self.titles[i]}:{between}").append_text(cell(row, i)) for i in numbers)
-            return Text("\n").join(lines)
-
-        first = self.titles[texts[0]] if texts else ""
-        beside = [
-            _Column(name, [cell(row, i) for row in rows], numeric[i], None if numeric[i] else _TEXT)
-            for i, name in enumerate(self.titles)
-        ]
-        merged = [_Column(first, [texts_of(row) for row in rows], False, _MERGED)] + [
-            _Column(self.titles[i], [cell(row, i, split=True) for row in rows], True) for i in numbers
-        ]
-        listed, stacked = (
-            [
-                _Column(first, [texts_of(row) for row in rows], False, _TEXT),
-                _Column("", [numbers_of(row, between) for row in rows], False),
-            ]
-            for between in (" ", "\n  ")
-        )
-        chosen = (
-            next((c for c in (beside, merged, listed) if _taken(c) <= width), stacked) if numbers else beside
-        )
-        table = Table(
-            title=Text(self.title),
-            title_justify="left",
-            caption=Text("\n".join(self.notes)) if self.notes else None,
-            caption_justify="left",
-            box=box.HEAVY_HEAD if chosen is beside else box.HORIZONTALS,
-            show_lines=chosen is not beside,
-        )
-        for column, given in zip(chosen, _share(chosen, width), strict=True):
-            table.add_column(
-                Text(column.name),
-                justify="right" if column.is_number else "left",
-                width=given,
-                overflow="fold",
-            )
-        for row in rows:
-            table.add_row(*(column.cells[row] for column in chosen))
-        return table
+        rows = [[cell_text(cell) for cell in row] for row in self.rows]
+        content = terminal.Content(self.title, self.titles, rows, self.numeric(), self.best(), self.notes)
+        return terminal.table(content, width)
 
     def markdown(self) -> str:
         """The table as Markdown."""
         best = self.best()
-        lines = [f"**{escape(self.title)}**", "", _line(map(escape, self.titles))]
-        lines.append(_line("---:" if is_number else "---" for is_number in self.numeric()))
-        for number, row in enumerate(self.rows):
-            shown = [escape(cell_text(cell)) for cell in row]
-            lines.append(
-                _line(f"**{text}**" if (number, i) in best else text for i, text in enumerate(shown))
-            )
-        if self.notes:
-            # A line alone would flow into the one before it.
-            lines += ["", "\n\n".join(map(escape, self.notes))]
-        return "\n".join(lines) + "\n"
+
+        def line(cells: Iterable[str]) -> str:
+            return f"| {' | '.join(cells)} |\n"
+
+        def cell(row: int, i: int) -> str:
+            told = escape(cell_text(self.rows[row][i]))
+            return f"**{told}**" if (row, i) in best else told
+
+        rule = line("---:" if is_number else "---" for is_number in self.numeric())
+        columns = range(len(self.columns))
+        body = "".join(line(cell(row, i) for i in columns) for row in range(len(self.rows)))
+        # A note on a line alone would flow into the one before it.
+        notes = "".join(f"\n{escape(note)}\n" for note in self.notes)
+        return f"**{escape(self.title)}**\n\n{line(map(escape, self.titles))}{rule}{body}{notes}"
 
     def as_dict(self) -> dict[str, Any]:
         """The table with all its measurements, for JSON: NaN becomes None, infinity its name."""
@@ -323,41 +199,6 @@ class Report:
             "notes": list(self.notes),
             "better": self.better,
         }
-
-    @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> Report:
-        """The table that `as_dict` gave, also in version 0.1.0, where columns had titles only.
-
-        Raises
-        ------
-        KeyError, TypeError, ValueError
-            It is not such a table.
-        """
-        titles, rows = saved["columns"], saved["rows"]
-        names = {} if "keys" in saved else _KEYS
-        keys = saved.get("keys") or [names.get(title, title) for title in titles]
-        better = {names.get(name, name): direction for name, direction in saved.get("better", {}).items()}
-        made = cls(
-            saved["title"],
-            itertools.starmap(Column, zip(keys, titles, strict=True)),
-            notes=saved.get("notes", ()),
-            better=better,
-        )
-        row_keys = saved.get("row_keys") or [MODEL if row[:1] == [MODEL] else "" for row in rows]
-        for key, row in zip(row_keys, rows, strict=True):
-            cells = (
-                [math.nan if x is None else x for x in cell] if isinstance(cell, list) else cell
-                for cell in row
-            )
-            made.add(*cells, key=key)
-        return made
-
-
-def _measurements(cell: Any) -> Any:
-    """A cell as it is kept: a list of floats, or text."""
-    if isinstance(cell, list | tuple | np.ndarray):
-        return [float(value) for value in cell]
-    return cell
 
 
 def cell_text(cell: Any) -> str:
@@ -384,7 +225,3 @@ def escape(text: str) -> str:
     """Text as Markdown that shows it as it is, on one line."""
     text = re.sub(r"([\\|*`])", r"\\\1", " ".join(text.split()))
     return re.sub(r"<(?=[A-Za-z/!?])", r"\\<", text)
-
-
-def _line(cells: Any) -> str:
-    return "| " + " | ".join(cells) + " |"

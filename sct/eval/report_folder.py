@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
+import math
 import os
 import platform
 import shlex
@@ -16,11 +18,19 @@ from typing import Any
 
 from sct.atomic import atomic_write, write_text
 from sct.eval.page import Figure, page
-from sct.eval.report import Report, escape, plain
+from sct.eval.report import MODEL, Column, Report, escape, plain
 from sct.version import __version__
 
 FILES = ("results.json", "report.json", "report.md", "report.html")  # what `write` writes
 UNFINISHED = "unfinished.json"  # what `keep` writes
+# Title of a column in version 0.1.0, which wrote no keys -> its key, of those that programs look for.
+_KEYS = {
+    "fitted on": "fitted_on",
+    "told expressed": "given_expressed",
+    "MCC": "mcc",
+    "gain over the bar": "mcc_gain",
+    "MAE (counts)": "mae",
+}
 _LIBRARIES = ("jax", "flax", "numpy", "scipy", "scikit-learn", "anndata", "scanpy")
 
 
@@ -75,7 +85,21 @@ def read(path: Path) -> list[Report]:
         It is no such file.
     """
     content = json.loads(path.read_text(encoding="utf-8"))
-    return [Report.from_dict(each) for each in (content["reports"] if isinstance(content, dict) else content)]
+    return [_report(saved) for saved in (content["reports"] if isinstance(content, dict) else content)]
+
+
+def _report(saved: Mapping[str, Any]) -> Report:
+    titles, rows = saved["columns"], saved["rows"]
+    names = {} if "keys" in saved else _KEYS
+    keys = saved.get("keys") or [names.get(title, title) for title in titles]
+    better = {names.get(name, name): direction for name, direction in saved.get("better", {}).items()}
+    columns = itertools.starmap(Column, zip(keys, titles, strict=True))
+    report = Report(saved["title"], columns, notes=saved.get("notes", ()), better=better)
+    row_keys = saved.get("row_keys") or [MODEL if row[:1] == ["model"] else "" for row in rows]
+    for key, row in zip(row_keys, rows, strict=True):
+        cells = ([math.nan if x is None else x for x in c] if isinstance(c, list) else c for c in row)
+        report.add(*cells, key=key)
+    return report
 
 
 def write(

@@ -156,9 +156,11 @@ def test_keys_outlive_titles_and_a_report_comes_back_from_its_file(tmp_path):
         assert again.best() == made.best() == {(0, 1)}
 
 
-def test_a_report_without_keys_is_read():
+def test_a_report_without_keys_is_read(tmp_path):
+    path = tmp_path / "report.json"
     saved = {name: value for name, value in imputation().as_dict().items() if "keys" not in name}
-    read = Report.from_dict(saved)
+    path.write_text(json.dumps([saved]))
+    (read,) = report_folder.read(path)
     assert read.keys == ("method", "fitted_on", "given_expressed", "mcc", "mcc_gain", "mae", "remark")
     assert read.titles == COLUMNS
     assert read.better == {"mcc": "max", "mcc_gain": "max", "mae": "min"}
@@ -171,8 +173,9 @@ def test_a_report_without_keys_is_read():
         {**saved, "columns": 3},
         {**saved, "rows": [[["x"]] * 7]},
     ):
+        path.write_text(json.dumps([broken]))
         with pytest.raises((KeyError, TypeError, ValueError)):
-            Report.from_dict(broken)
+            report_folder.read(path)
 
 
 @pytest.mark.parametrize("width", [50, 60, 80, 100, 120, 160, 200])
@@ -195,6 +198,38 @@ def test_the_terminal_shows_everything_and_never_breaks_a_number(made, width):
         assert re.sub(r"[^\w]", "", row[0]) in words or all(word in text for word in row[0].split())
     if made.rows[-1][-1]:
         assert all(word in text for word in REASON.split())
+
+
+def test_the_widest_layout_that_fits_is_taken():
+    found = []
+    for width in (50, 80, 120, 200):
+        head = re.split(r"[━─┏┓┳]{30,}", shown(imputation(), width))[1]
+        found.append([title in head for title in ("method", "MCC", "remark")])
+    assert found == [[True, False, False], [True, True, False], [True, True, False], [True, True, True]]
+    # Long texts are left 20 characters or more, however much the numbers take.
+    narrowest = []
+    for width in range(100, 240, 3):
+        for border in re.findall("┏.*┓", shown(imputation(), width)):
+            columns = [len(part) - 2 for part in border.strip("┏┓").split("┳")]
+            narrowest.append(min(columns[0], columns[1], columns[-1]))
+    assert len(narrowest) > 20
+    assert min(narrowest) >= 20
+
+
+def test_tables_without_rows_texts_or_numbers_are_shown():
+    nothing, numbers, reason = Report("t", ("a", "b")), Report("t", ("a", "b")), Report("t", ("a", "b"))
+    numbers.add([1.0, 2.0], [2000.0, 3.0])
+    reason.add("all", "a library is missing")
+    for width in (25, 40, 80):
+        assert "a" in shown(nothing, width)
+        assert shown(numbers, width).count("1.500") == 1
+        assert "± 998.5 (2)" in shown(numbers, width)
+        assert "missing" in shown(reason, width)
+        assert all(
+            len(line) <= width
+            for made in (nothing, numbers, reason)
+            for line in shown(made, width).splitlines()
+        )
 
 
 def test_texts_are_not_read_as_markup():
