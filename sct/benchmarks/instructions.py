@@ -17,7 +17,7 @@ from sklearn.model_selection import GroupShuffleSplit, train_test_split
 
 from sct.benchmarks.few_shot import Shots, TuningOptions, drawn, tune
 from sct.data.bundled import prepare, study_texts
-from sct.data.quantile_bins import binned_cells
+from sct.data.cell_records import cell_records
 from sct.data.text.cell_sentence import cell_keys
 from sct.data.text.instructions import (
     BETWEEN,
@@ -341,7 +341,7 @@ class _Study:
     @functools.cached_property
     def records(self) -> dict[str, np.ndarray]:
         """The cells that are asked about, as the model reads them."""
-        return binned_cells(self.counts[self.query], self.asker.cells, self.asker.known)
+        return cell_records(self.counts[self.query], self.asker.cells, self.asker.known)
 
     def measure(self, task: str) -> tuple[Report, dict[str, Any]]:
         """Table of a task, and its numbers."""

@@ -126,6 +126,14 @@ def bin_counts(
     return Bins(tokens, low, high, *level_values(rows, level[keep], data[keep], low, high, num_bins))
 
 
+def levels_of(counts: sparse.csr_matrix, num_bins: int) -> sparse.csr_matrix:
+    """Levels 1 .. `num_bins` - 1 of the counts of each cell, uint8 CSR (N, G); see `bin_counts`."""
+    _, level = _levels(np.asarray(counts.data, np.float32), counts, None, num_bins)
+    made = sparse.csr_matrix((level, counts.indices.copy(), counts.indptr.copy()), counts.shape)
+    made.sort_indices()
+    return made
+
+
 def _levels(
     data: np.ndarray, counts: sparse.csr_matrix, drop: np.ndarray | None, num_bins: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sct.data.cell_records import CellSource
 from sct.data.loader import spread
-from sct.data.quantile_bins import CellSource
 from sct.eval.report import Report
 from sct.progress import track
 

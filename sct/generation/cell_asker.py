@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sct.data.cell_records import CellOptions, known_genes
 from sct.data.genes import GeneVocabulary
-from sct.data.quantile_bins import CellOptions, known_genes
 from sct.data.text.instructions import MARK, fields_of, questions_of
 from sct.data.text.prompts import INSTRUCTIONS, Prompts
 from sct.data.text.tokenizer import Tokenizer
@@ -27,7 +27,7 @@ from sct.models.zeromics import ZerOmics, ZerOmicsConfig
 TASK = "instructions"
 Records = Mapping[
     str, np.ndarray
-]  # `bins` and maybe `genes` of cells, see `sct.data.quantile_bins.binned_cells`
+]  # `bins` and maybe `genes` of cells, see `sct.data.cell_records.cell_records`
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from sct.data.alignment import check_shared
+from sct.data.cell_records import CellOptions, cell_records, known_genes
 from sct.data.cells import Cells
-from sct.data.quantile_bins import CellOptions, binned_cells, known_genes
 from sct.errors import DataError
 from sct.inference.readers import BLOCK, SingleCells
 from sct.weights.pretrained import Pretrained
@@ -24,7 +24,7 @@ def check_known(cells: Cells, known: np.ndarray) -> None:
 
 
 def binned(cells: Cells, rows: np.ndarray, options: CellOptions, known: np.ndarray) -> dict[str, np.ndarray]:
-    """Records of rows of a table, see `sct.data.quantile_bins.binned_cells`.
+    """Records of rows of a table, see `sct.data.cell_records.cell_records`.
 
     Raises
     ------
@@ -38,7 +38,7 @@ def binned(cells: Cells, rows: np.ndarray, options: CellOptions, known: np.ndarr
             f"{int(empty.sum()):,} of {len(rows):,} cells have no count of the genes with features in the model "
             f"(the first is row {int(rows[np.argmax(empty)])}): leave them out."
         )
-    return binned_cells(counts, options, known)
+    return cell_records(counts, options, known)
 
 
 def blocks(

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from sct.data.quantile_bins import binned_cells
+from sct.data.cell_records import cell_records
 from sct.data.text.instructions import YES, StudyQuestions
 from sct.eval import labels
 from sct.eval.report import Report
@@ -60,7 +60,7 @@ class Answers:
         names = sorted({name for each, _ in self.held_out for name in each.candidates[self.task]})
         shares: dict[str, list[pd.DataFrame]] = {MODEL: [], OTHERS: []}
         for asked, cells in self.held_out:
-            records = binned_cells(cells.counts, asker.cells, asker.known)
+            records = cell_records(cells.counts, asker.cells, asker.known)
             candidates, abstracts = asked.candidates[self.task], [asked.said["abstract"]] * len(cells.labels)
             mixed = np.random.default_rng(0).permutation(len(cells.labels))
             for name, order in ((MODEL, None), (OTHERS, mixed.tolist())):

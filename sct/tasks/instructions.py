@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sct.data.bundled import study_texts
+from sct.data.cell_records import CellOptions, known_genes
 from sct.data.genes import GeneVocabulary
-from sct.data.quantile_bins import CellOptions, known_genes
 from sct.data.store import Store
 from sct.data.text.gene_corpus import GeneCorpus
 from sct.data.text.instructions import InstructionOptions, InstructionSource, StudyQuestions, read_study_texts

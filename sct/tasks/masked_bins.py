@@ -14,8 +14,8 @@ import numpy as np
 import optax
 
 from sct.data import masking
+from sct.data.cell_records import CellOptions, CellSource, known_genes
 from sct.data.genes import GeneVocabulary
-from sct.data.quantile_bins import CellOptions, CellSource, known_genes
 from sct.data.store import Store
 from sct.data.text.gene_corpus import GeneCorpus, suffix_of
 from sct.errors import ConfigError

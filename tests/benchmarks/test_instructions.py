@@ -17,7 +17,7 @@ import scipy.sparse as sp
 from configs.benchmark_zeromics import get_config
 from sct.benchmarks import few_shot, instructions
 from sct.benchmarks.few_shot import Shots, TuningOptions, drawn, tune
-from sct.data.quantile_bins import binned_cells
+from sct.data.cell_records import cell_records
 from sct.data.text.cell_sentence import cell_keys
 from sct.errors import ConfigError, DataError
 from sct.eval import labels, marker_scores, pathways
@@ -163,7 +163,7 @@ class Oracle:
         names = self.table.obs_names
         rows = {int(key): i for i, key in enumerate(cell_keys(names))}
         own = [rows[key] for key in keys]
-        expected = binned_cells(sp.csr_matrix(self.table.X)[own], self.cells, self.known)
+        expected = cell_records(sp.csr_matrix(self.table.X)[own], self.cells, self.known)
         for name, value in expected.items():
             np.testing.assert_array_equal(records[name], value)  # each question with its own cell
         self.seen.append((task, own, cells, list(templates), seed))

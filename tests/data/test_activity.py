@@ -12,10 +12,10 @@ from store_inputs import VOCABULARY, make_adata, matrix, run, write_as
 from test_ingest_command import command
 
 from sct.data.bags import BagOptions, BagSource
+from sct.data.cell_records import CellOptions, CellSource, cell_records
 from sct.data.cells import Cells
 from sct.data.counts import CountsChecker, validate
 from sct.data.ingest import IngestOptions
-from sct.data.quantile_bins import CellOptions, CellSource, binned_cells
 from sct.data.store import Store
 from sct.data.text.prompts import load_prompts
 from sct.data.text.source import SentenceOptions, Texts
@@ -64,7 +64,7 @@ def test_zeromics_reads_it_as_it_reads_counts(tmp_path):
     run([write_as(counts, "csr", tmp_path, "rna")], tmp_path / "store")
     store = Store.open(tmp_path / "store")
     assert [study.values for study in store.studies] == ["activity", "counts"]
-    expected = binned_cells(sp.csr_matrix(genes_of(counts).astype(np.float32)), CellOptions(4))["bins"]
+    expected = cell_records(sp.csr_matrix(genes_of(counts).astype(np.float32)), CellOptions(4))["bins"]
     for study in store.studies:
         source = CellSource([study], CellOptions(4), exhaustive=True)
         names = study.obs().index

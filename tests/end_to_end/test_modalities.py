@@ -11,10 +11,11 @@ import pytest
 from scipy import sparse
 
 import sct
+from sct.data.cell_records import CellOptions, CellSource
+from sct.data.cell_values import quantile_bins
 from sct.data.datasets import simulate_atlas
 from sct.data.genes import GeneVocabulary
 from sct.data.ingest import IngestOptions, ingest
-from sct.data.quantile_bins import CellOptions, CellSource, quantile_bins
 from sct.data.store import Store
 from sct.errors import DataError
 from sct.train.experiment import run

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sct.data.cell_records import CellOptions, CellSource, cell_records
 from sct.data.cells import Cells
-from sct.data.quantile_bins import CellOptions, CellSource, binned_cells
 from sct.errors import DataError
 from sct.families import Family, Model
 from sct.inference.readers import SingleCells
@@ -124,7 +124,7 @@ class ToyReader(SingleCells):
         return int(self.model.config.num_genes)
 
     def records(self, cells: Cells, rows: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-        return {"seen": binned_cells(cells.read(rows), OPTIONS)["bins"].astype(np.float32) / BINS}
+        return {"seen": cell_records(cells.read(rows), OPTIONS)["bins"].astype(np.float32) / BINS}
 
 
 KIND = Kind("toy_bins", ToyObjective, StoreConfig, ToyTask)

@@ -17,7 +17,7 @@ import pytest
 import scipy.sparse as sp
 
 import sct
-from sct.data.quantile_bins import binned_cells
+from sct.data.cell_records import cell_records
 from sct.data.text.cell_sentence import cell_keys
 from sct.data.text.instructions import fields_of, tokens_of
 from sct.errors import CheckpointError, ConfigError, DataError
@@ -69,7 +69,7 @@ def by_hand(
     """Probabilities of answers from the forward pass of the whole model, one question and answer at a time."""
     asker = CellAsker.of(model.config, model.variables, model.tokenizer, model.genes, model.data)
     table = sp.csr_matrix(cells[:, list(vocabulary().ensembl_ids)].X)
-    records = binned_cells(table, asker.cells, asker.known)
+    records = cell_records(table, asker.cells, asker.known)
     found = np.zeros((len(cells), len(candidates)))
     for row, key in enumerate(cell_keys(cells.obs_names)):
         for column, candidate in enumerate(candidates):

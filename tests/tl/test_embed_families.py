@@ -9,8 +9,8 @@ import pytest
 import scipy.sparse as sp
 
 import sct
+from sct.data.cell_records import CellOptions, cell_records
 from sct.data.cells import Cells
-from sct.data.quantile_bins import CellOptions, binned_cells
 from sct.errors import CheckpointError, ConfigError, DataError
 from sct.models.registry import family
 from sct.nn.paths import flatten, unflatten
@@ -48,7 +48,7 @@ def test_bins_of_each_cell_are_read_alone(asked, cell_model, cells):  # noqa: F8
     known = np.ones(GENES, bool)
     known[cell_model.data["dropped"]] = False
     options = CellOptions(cell_model.config.num_bins, cell_model.data["max_genes"])
-    records = binned_cells(table.read(np.arange(9)), options, known)
+    records = cell_records(table.read(np.arange(9)), options, known)
     hidden = np.asarray(cell_model.apply(**records, outputs=["hidden"])["hidden"])
     means = [
         vectors[genes >= 0].mean(axis=0) for vectors, genes in zip(hidden, records["genes"], strict=True)

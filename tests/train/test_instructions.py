@@ -27,7 +27,7 @@ from sct.tasks.instructions import InstructionData, Instructions, InstructionsCo
 from sct.train.experiment import run
 from sct.weights.pretrained import Pretrained
 from tests.cached import cached
-from tests.data.test_quantile_bins import Study
+from tests.data.test_cell_records import Study
 from tests.data.text.test_instructions import ABSTRACT, study, tokenizer
 from tests.data.text.toy_texts import GENES, ToyStore
 from tests.random_models import noisy

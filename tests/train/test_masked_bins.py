@@ -20,7 +20,7 @@ from sct.train import sharding
 from sct.train.optim import OptimizerConfig, make_optimizer
 from sct.train.state import init_state, load_into, make_train_step
 from tests.cached import cached
-from tests.data.test_quantile_bins import Study
+from tests.data.test_cell_records import Study
 from tests.data.text.toy_texts import GENES, ToyStore
 from tests.random_models import noisy
 

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
-from sct.data.quantile_bins import CellOptions, CellSource
+from sct.data.cell_records import CellOptions, CellSource
 from sct.data.store import Study
 from sct.data.text.cell_sentence import cell_keys
 from sct.data.text.prompts import INSTRUCTIONS, Example, Prompts, draw_task
@@ -314,7 +314,7 @@ def tokens_of(example: Example, tokenizer: Tokenizer, num_soft: int) -> tuple[np
 class InstructionSource:
     """Cells with an instruction each; see `sct.data.loader.Source`.
 
-    A record is that of `sct.data.quantile_bins.CellSource`, and `input_ids` int32 (T,), `there` bool (T,), `predicted`
+    A record is that of `sct.data.cell_records.CellSource`, and `input_ids` int32 (T,), `there` bool (T,), `predicted`
     bool (T,), the tokens of the answer and its end, and `task` int32 (), its number among the options'.
     Task, template and order of the candidates follow from seed, cell and epoch. A cell of which nothing is known has no
     predicted token.

@@ -143,7 +143,7 @@ def rank(
 def choose(counts: sparse.csr_matrix, n: int, *, seed: int, keys: np.ndarray | None) -> np.ndarray:
     """Rows of `n` cells chosen at random by their keys, ascending; `counts` are canonical."""
     if keys is None:
-        keys = _content_keys(counts, mix(np.arange(1, counts.shape[1] + 1, dtype=np.uint64)))
+        keys = content_keys(counts)
     keys = _checked_keys(keys, counts.shape[0], "cell")
     return np.sort(np.argsort(mix(keys ^ _seed_key(seed)), kind="stable")[:n])
 
@@ -159,6 +159,11 @@ def sort_rows(entry: np.ndarray, indptr: np.ndarray, top_k: int | None = None) -
             entry[a : a + top_k].sort()
         else:
             entry[a:b].sort()
+
+
+def content_keys(counts: sparse.csr_matrix) -> np.ndarray:
+    """Keys of cells, uint64 (N,), made of which genes they express and how much; `counts` are canonical."""
+    return _content_keys(counts, mix(np.arange(1, counts.shape[1] + 1, dtype=np.uint64)))
 
 
 def _content_keys(counts: sparse.csr_matrix, gene_keys: np.ndarray) -> np.ndarray:

@@ -11,13 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sct.data.quantile_bins import CellOptions, binned_cells
+from sct.data.cell_records import CellOptions, cell_records
 from sct.data.text import instructions
 from sct.data.text.instructions import InstructionOptions, InstructionSource, StudyQuestions, read_study_texts
 from sct.data.text.prompts import INSTRUCTION_PROMPTS, INSTRUCTIONS, load_prompts
 from sct.data.text.tokenizer import Tokenizer, train_bpe
 from sct.errors import ConfigError
-from tests.data.test_quantile_bins import Study
+from tests.data.test_cell_records import Study
 from tests.data.text.toy_texts import GENES
 
 ABSTRACT = "We looked at cells of the gut."
@@ -234,7 +234,7 @@ def test_tasks_that_a_study_cannot_be_asked():
     # Held-out cells may have none of what is asked.
     record = source(plain, exhaustive=True).bag(0)
     assert not record["there"].any()
-    np.testing.assert_array_equal(record["bins"], binned_cells(plain.counts[:1], CELLS)["bins"][0])
+    np.testing.assert_array_equal(record["bins"], cell_records(plain.counts[:1], CELLS)["bins"][0])
 
 
 def test_a_study_without_an_abstract_and_a_row_that_is_too_short():

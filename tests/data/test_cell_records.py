@@ -1,4 +1,4 @@
-"""Quantile bins: their definition, what they do not depend on, and records of cells."""
+"""Quantile bins: their definition and what they do not depend on; records of any genes with any values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import scipy.sparse as sp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sct.data.quantile_bins import ABSENT, CellOptions, CellSource, binned_cells, quantile_bins
+from sct.data.cell_records import ABSENT, CellOptions, CellSource, cell_records
+from sct.data.cell_values import VALUES, quantile_bins
+from sct.data.tokenize import bin_counts
 from sct.errors import ConfigError, DataError
 from tests.data.text.toy_texts import GENES, ToyStudy
 
@@ -59,8 +61,8 @@ def test_library_size_and_other_cells_do_not_matter():
 def test_expressed_genes_alone():
     rng = np.random.default_rng(2)
     counts = sp.csr_matrix(rng.poisson(0.6, (9, 40)).astype(np.float32))
-    whole = binned_cells(counts, CellOptions())["bins"]
-    record = binned_cells(counts, CellOptions(max_genes=30))
+    whole = cell_records(counts, CellOptions())["bins"]
+    record = cell_records(counts, CellOptions(max_genes=30))
     for cell in range(9):
         expressed = np.flatnonzero(whole[cell])
         filled = len(expressed)
@@ -73,8 +75,8 @@ def test_expressed_genes_alone():
 def test_the_highest_where_there_are_more():
     rng = np.random.default_rng(3)
     counts = sp.csr_matrix(rng.poisson(2.0, (9, 40)).astype(np.float32))
-    whole = binned_cells(counts, CellOptions())["bins"]
-    record = binned_cells(counts, CellOptions(max_genes=8))
+    whole = cell_records(counts, CellOptions())["bins"]
+    record = cell_records(counts, CellOptions(max_genes=8))
     values = counts.toarray()
     for cell in range(9):
         genes = record["genes"][cell]
@@ -84,17 +86,80 @@ def test_the_highest_where_there_are_more():
         # Quantiles are those of the whole cell.
         assert record["bins"][cell].tolist() == whole[cell, genes].tolist()
     np.testing.assert_array_equal(
-        binned_cells(counts[4:5], CellOptions(max_genes=8))["genes"][0], record["genes"][4]
+        cell_records(counts[4:5], CellOptions(max_genes=8))["genes"][0], record["genes"][4]
     )
 
 
 def test_genes_outside_of_the_corpus_are_left_out_before_quantiles_are_taken():
     counts = sp.csr_matrix(np.array([[1, 9, 2, 9, 3, 4]], np.float32))
     known = np.array([True, False, True, False, True, True])
-    bins = binned_cells(counts, CellOptions(num_bins=4), known)["bins"]
+    bins = cell_records(counts, CellOptions(num_bins=4), known)["bins"]
     assert bins.tolist() == [[1, 0, 2, 0, 3, 4]]
-    none = binned_cells(counts, CellOptions(num_bins=4, max_genes=3), np.zeros(6, bool))
+    none = cell_records(counts, CellOptions(num_bins=4, max_genes=3), np.zeros(6, bool))
     assert none["genes"].tolist() == [[ABSENT] * 3]
+
+
+CHOICES = {
+    "all": {}, "listed": {}, "expressed": {"max_genes": 40}, "top": {"max_genes": 8}, "sampled": {"max_genes": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_any_genes_with_any_values(values):
+    """Values are those of the whole cell, whichever genes are read."""
+    counts = sp.csr_matrix(np.random.default_rng(4).poisson(1.5, (9, 40)).astype(np.float32))
+    whole = VALUES[values](counts, 6).toarray()
+    assert ((whole > 0) == (counts.toarray() > 0)).all()
+    if values == "levels":
+        np.testing.assert_array_equal(whole, bin_counts(counts, num_bins=6).tokens)
+    if values == "log1p":
+        np.testing.assert_allclose(np.expm1(whole).sum(axis=1), 1e4, rtol=1e-4)
+    listed = np.array([3, 5, 11])
+    for genes, options in CHOICES.items():
+        made = CellOptions(6, genes=genes, values=values, **options)
+        record = cell_records(counts, made, listed=listed)
+        read = record[made.name]
+        assert made.name == ("values" if values == "log1p" else "bins")
+        if genes == "all":
+            np.testing.assert_array_equal(read, whole)
+            continue
+        for cell, numbers in enumerate(record["genes"]):
+            there = numbers[numbers != ABSENT]
+            np.testing.assert_array_equal(read[cell, : len(there)], whole[cell, there])
+            assert not read[cell, len(there) :].any()
+            if genes == "listed":
+                assert there.tolist() == listed.tolist()
+            else:
+                assert len(there) == min((whole[cell] > 0).sum(), made.max_genes)
+                assert (whole[cell, there] > 0).all()
+
+
+def test_sampled_genes_are_drawn_anew_by_the_seed_and_evenly():
+    counts = sp.csr_matrix(np.random.default_rng(5).integers(1, 50, (400, 12)).astype(np.float32))
+    options = CellOptions(genes="sampled", max_genes=3)
+    first, again, other = (cell_records(counts, options, seed=seed)["genes"] for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any(axis=1).mean() > 0.9
+    # Of 400 draws of 3 among 12 each gene has 100 on average, with a standard deviation of about 9.
+    assert np.abs(np.bincount(first.ravel(), minlength=12) - 100).max() < 45
+    alone = cell_records(counts[7:8], options)["genes"]
+    np.testing.assert_array_equal(alone[0], first[7])
+
+
+def test_genes_that_cannot_be_chosen():
+    counts = sp.csr_matrix(np.ones((1, 6), np.float32))
+    with pytest.raises(DataError, match="max_genes is 5"):
+        cell_records(counts, CellOptions(genes="expressed", max_genes=5))
+    with pytest.raises(ConfigError, match="listed"):
+        cell_records(counts, CellOptions(genes="listed"))
+    for options, words in (
+        ({"genes": "rings"}, "genes"),
+        ({"values": "rings"}, "values"),
+        ({"genes": "top"}, "max_genes"),
+        ({"genes": "all", "max_genes": 3}, "max_genes"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            CellOptions(**options)
 
 
 @pytest.mark.parametrize("options", [{"num_bins": 0}, {"num_bins": 254}, {"max_genes": -1}])
@@ -125,6 +190,6 @@ def test_every_cell_is_a_record_once():
                 record = source.bag(number, epoch)
                 study = studies[number >= 7]
                 assert source.describe(number, epoch) == f"study {study.name!r}, row {record['row']}"
-                expected = binned_cells(study.counts[record["row"]], source.options)
+                expected = cell_records(study.counts[record["row"]], source.options)
                 np.testing.assert_array_equal(record["bins"], expected["bins"][0])
                 np.testing.assert_array_equal(record["genes"], expected["genes"][0])
