@@ -133,6 +133,16 @@ class DecoderConfig:
         """Values of a configuration with `vocab_size` 0 replaced by a tokenizer's size."""
         return {**values, "vocab_size": values.get("vocab_size", cls.vocab_size) or vocab_size}
 
+    @classmethod
+    def with_length(cls, values: Mapping[str, Any], length: int) -> dict[str, Any]:
+        """Values of a model that is trained on further rows of `length` tokens.
+
+        Rotary positions have no limit, and `max_length` grows to that length. A table of learned ones keeps its size.
+        """
+        if values["positions"] != "rotary":
+            return dict(values)
+        return {**values, "max_length": max(values["max_length"], length)}
+
     @property
     def kv_heads(self) -> int:
         """Heads of keys and values."""

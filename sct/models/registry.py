@@ -107,6 +107,23 @@ def computing(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
     return {**values, **changed, **parts}
 
 
+def inherited(config: Any, given: Mapping[str, Any], length: int = 0) -> dict[str, Any]:
+    """Values of a model's architecture for training that starts from it.
+
+    Parameters
+    ----------
+    config
+        Configuration of the model. Its class may define `with_length(values, length)`; others read any length.
+    given
+        Values of the new configuration, of which those count that say how the model is computed.
+    length
+        Tokens of the rows of text that it is trained on; 0 for none.
+    """
+    values = computing(dataclasses.asdict(config), given)
+    fit = getattr(type(config), "with_length", None)
+    return values if fit is None else dict(fit(values, length))
+
+
 def check_device(config: Any) -> None:
     """Raise `ConfigError` where a model computes in float16 and there is only a CPU.
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import numpy as np
@@ -20,6 +21,20 @@ from sct.models.adapter_kinds import AdapterConfig
 Variables = dict[str, Any]
 Batch = Mapping[str, jax.Array]
 Sums = dict[str, jax.Array]
+_DECIDES = (
+    "decides"  # in the metadata of an option: the content of the file that it names decides what is computed
+)
+
+
+def file_option() -> Any:
+    """Option that names a file, or "" for none, whose content decides what a run computes."""
+    return dataclasses.field(default="", metadata={_DECIDES: True})
+
+
+def files_of(options: Any) -> dict[str, str]:
+    """Files that the options of a section name, by the names of those made by `file_option`."""
+    named = [field.name for field in dataclasses.fields(options) if field.metadata.get(_DECIDES)]
+    return {name: path for name in named if (path := getattr(options, name))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +54,28 @@ class StoreConfig:
     store: str = ""
     dataset: str = ""
     tokens: float = 0.0
+
+    @property
+    def text_length(self) -> int:
+        """Tokens in a row of text; 0 for data without texts."""
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """Base of the options of every objective.
+
+    Attributes
+    ----------
+    BEFORE
+        Options that earlier versions did not have, with the value that they stand for in a run that does not record
+        them.
+    """
+
+    BEFORE: ClassVar[Mapping[str, Any]] = types.MappingProxyType({})
+
+    def check_start(self, init_from: str) -> None:
+        """Raise `ConfigError` where training cannot start from the model `init_from` ("": random parameters)."""
 
 
 def check_study_names(said: Mapping[str, Any], store: Store, file: str) -> None:

@@ -27,7 +27,17 @@ from sct.models.adapter_kinds import AdapterConfig
 from sct.models.decoder import Decoder
 from sct.models.decoder_config import DecoderConfig
 from sct.nn.losses import next_token_losses
-from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables, check_study_names, held_out_split
+from sct.tasks.base import (
+    Batch,
+    Evaluator,
+    ObjectiveConfig,
+    StoreConfig,
+    Sums,
+    Variables,
+    check_study_names,
+    file_option,
+    held_out_split,
+)
 from sct.tasks.kind import Kind, Parts
 
 NAME = TASK
@@ -64,7 +74,7 @@ class SentenceData(StoreConfig):
     organism: str = ""
     abstract: str = ""
     labels: tuple[str, ...] = ()
-    studies: str = ""
+    studies: str = file_option()
     tokenizer: str = ""
     vocab_size: int = VOCAB_SIZE
     corpus_cells: int = 20_000
@@ -73,6 +83,11 @@ class SentenceData(StoreConfig):
         for name, least in (("top_k", 0), ("length", 8), ("corpus_cells", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"data.{name} is {getattr(self, name)}, but it must be at least {least}.")
+
+    @property
+    def text_length(self) -> int:
+        """Tokens in a row of text."""
+        return self.length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +117,7 @@ class Adapters:
 
 
 @dataclasses.dataclass(frozen=True)
-class CellSentencesConfig:
+class CellSentencesConfig(ObjectiveConfig):
     """Options of the task.
 
     Parameters
@@ -132,7 +147,7 @@ class CellSentencesConfig:
     )  # fmt: skip
     loss_on: str = "response"
     balance: str = "tokens"
-    prompts: str = ""
+    prompts: str = file_option()
     perturbation: str = ""
     control: str = ""
     lora: Adapters = dataclasses.field(default_factory=lambda: Adapters())
@@ -153,6 +168,13 @@ class CellSentencesConfig:
         if not self.tasks or self.report_cells < 0 or self.report_seeds < 1:
             raise ConfigError(
                 "objective.tasks must name a task, report_cells must not be negative, and report_seeds be positive."
+            )
+
+    def check_start(self, init_from: str) -> None:
+        """Raise `ConfigError` where adapters would be trained of a model with random parameters."""
+        if self.lora.rank and not init_from:
+            raise ConfigError(
+                "LoRA needs a pretrained model: set --config.init_from=MODEL, or objective.lora.rank to 0."
             )
 
 

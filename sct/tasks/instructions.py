@@ -31,7 +31,17 @@ from sct.models.zeromics import ZerOmics, ZerOmicsConfig
 from sct.models.zeromics_cells import ZerOmicsCellsConfig
 from sct.nn.losses import next_token_losses
 from sct.nn.paths import flatten
-from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables, check_study_names, held_out_split
+from sct.tasks.base import (
+    Batch,
+    Evaluator,
+    ObjectiveConfig,
+    StoreConfig,
+    Sums,
+    Variables,
+    check_study_names,
+    file_option,
+    held_out_split,
+)
 from sct.tasks.kind import Kind, Parts
 from sct.weights.load import load, load_tokenizer
 
@@ -69,7 +79,7 @@ class InstructionData(StoreConfig):
     cells: str = ""
     llm: str = ""
     max_genes: int = 0
-    studies: str = ""
+    studies: str = file_option()
     length: int = 1024
     cell_type: str = "cell_type"
     disease: str = ""
@@ -86,9 +96,14 @@ class InstructionData(StoreConfig):
                 "but 0 or more, 8 or more, and a share are needed."
             )
 
+    @property
+    def text_length(self) -> int:
+        """Tokens in a row of text."""
+        return self.length
+
 
 @dataclasses.dataclass(frozen=True)
-class InstructionsConfig:
+class InstructionsConfig(ObjectiveConfig):
     """Options of the task.
 
     Parameters
@@ -113,7 +128,7 @@ class InstructionsConfig:
     """
 
     tasks: tuple[tuple[str, float], ...] = (("cta", 1.0), ("rci", 1.0), ("tcd", 1.0))
-    prompts: str = ""
+    prompts: str = file_option()
     rank: int = 8
     alpha: float = 8.0
     dropout: float = 0.0

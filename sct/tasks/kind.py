@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from sct.data.store import Store
 from sct.data.text.tokenizer import Tokenizer
-from sct.tasks.base import StoreConfig, Task
+from sct.tasks.base import ObjectiveConfig, StoreConfig, Task
 
 # What `launch.speed` can measure of any task of cells, and of one whose records are bags of cells.
 ANY_SPEED = ("train", "save")
@@ -70,7 +70,7 @@ class Kind:
     """
 
     name: str
-    objective: type[Any]
+    objective: type[ObjectiveConfig]
     data: type[StoreConfig]
     make: Callable[[Parts], Task]
     tokenizer: Callable[[Store, Any, Any, int], Tokenizer] | None = None

@@ -23,7 +23,7 @@ from sct.models import registry
 from sct.models.adapter_kinds import AdapterConfig
 from sct.models.zeromics_cells import FEATURES, ZerOmicsCells, ZerOmicsCellsConfig
 from sct.nn.losses import token_losses
-from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables, held_out_split
+from sct.tasks.base import Batch, Evaluator, ObjectiveConfig, StoreConfig, Sums, Variables, held_out_split
 from sct.tasks.kind import Kind, Parts
 from sct.weights.gene_feature_files import TABLES
 from sct.weights.gene_features import GeneFeatures
@@ -91,7 +91,7 @@ def gene_features(
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedBinsConfig:
+class MaskedBinsConfig(ObjectiveConfig):
     """Options of the task.
 
     Parameters

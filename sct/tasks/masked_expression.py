@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +23,14 @@ from sct.models.adapter_kinds import AdapterConfig
 from sct.models.sct import SCT, level_probabilities
 from sct.models.sct_config import SCTConfig, pad_to_multiple
 from sct.nn import axes
-from sct.tasks.base import Batch, Evaluator, StoreConfig, Sums, Variables, held_out_split
+from sct.tasks.base import Batch, Evaluator, ObjectiveConfig, StoreConfig, Sums, Variables, held_out_split
 from sct.tasks.kind import BAG_SPEED, Kind, Parts
 
 NAME = "masked_expression"
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedExpressionConfig:
+class MaskedExpressionConfig(ObjectiveConfig):
     """Options of the task.
 
     Parameters
@@ -52,6 +52,8 @@ class MaskedExpressionConfig:
     report_bags
         Held-out bags scored in that table, spread evenly over all of them; 0 for all.
     """
+
+    BEFORE: ClassVar[Mapping[str, Any]] = types.MappingProxyType({"logit_adjustment": False})
 
     masking: Masking = dataclasses.field(default_factory=Masking)
     logit_adjustment: bool = True

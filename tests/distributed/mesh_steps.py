@@ -17,11 +17,11 @@ import numpy as np
 import optax
 
 from sct.data.store import Store
+from sct.families.tasks import make_task
 from sct.models import sct_tower
 from sct.nn import chunked_attention
 from sct.train import sharding
 from sct.train.checkpoint import Checkpoints, Progress
-from sct.train.experiment import make_task
 from sct.train.optim import OptimizerConfig, make_optimizer
 from sct.train.state import State, init_state, make_train_step
 

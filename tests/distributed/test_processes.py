@@ -21,8 +21,9 @@ import sct
 from sct.data.loader import Loader
 from sct.data.store import Store
 from sct.errors import AGAIN, ConfigError, DataError, ProcessLostError
+from sct.families.tasks import make_task
 from sct.train import processes
-from sct.train.experiment import make_task, run
+from sct.train.experiment import run
 from tests.distributed.processes import ROOT, Run, free_port, write_config
 from tests.train.conftest import CONFIG, merged
 

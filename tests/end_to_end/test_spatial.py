@@ -22,7 +22,8 @@ from sct.data.store import Store
 from sct.eval.held_out import HeldOut
 from sct.eval.imputation import whole_cell_imputation
 from sct.eval.scoring import Model
-from sct.train.experiment import make_task, run
+from sct.families.tasks import make_task
+from sct.train.experiment import run
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from sct.data.store import Store
+from sct.families.tasks import make_task
 from sct.train import sharding
-from sct.train.experiment import make_task
 from sct.train.optim import OptimizerConfig, make_optimizer
 from sct.train.state import init_state, make_train_step
 

@@ -15,8 +15,8 @@ from sct.data.datasets import simulate_atlas
 from sct.data.genes import GeneVocabulary
 from sct.data.ingest import IngestOptions, ingest
 from sct.data.store import Store
+from sct.families.tasks import make_task
 from sct.models import registry
-from sct.train.experiment import make_task
 from sct.train.loop import Result, TrainConfig, train
 from sct.train.optim import OptimizerConfig
 

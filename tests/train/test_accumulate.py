@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from sct.data.store import Store
 from sct.errors import ConfigError
+from sct.families.tasks import make_task
 from sct.nn.paths import unflatten
 from sct.train import loop, sharding
-from sct.train.experiment import make_task, run
+from sct.train.experiment import run
 from sct.train.loop import TrainConfig, steps_for
 from sct.train.sharding import MeshConfig
 from sct.train.state import init_state, make_train_step

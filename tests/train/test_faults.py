@@ -23,10 +23,10 @@ import pytest
 from sct.data.bags import BagSource
 from sct.data.store import Store
 from sct.errors import CheckpointError, DivergedError, StoreError
+from sct.families.tasks import make_task
 from sct.tasks.masked_expression import MaskedExpression
 from sct.train import loop
 from sct.train.checkpoint import Checkpoints, Progress
-from sct.train.experiment import make_task
 from sct.train.logging import MetricLog
 from sct.train.state import State
 

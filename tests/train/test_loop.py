@@ -22,10 +22,12 @@ from sct.data.genes import GeneVocabulary
 from sct.data.ingest import IngestOptions, ingest
 from sct.data.store import Store
 from sct.errors import CheckpointError, ConfigError, DivergedError, FolderInUseError, StoreError
+from sct.families.tasks import make_task
 from sct.tasks.masked_expression import MaskedExpression
-from sct.train import experiment, loop, sweep
-from sct.train.experiment import make_task, run
+from sct.train import loop, resume, sweep
+from sct.train.experiment import run
 from sct.train.optim import OptimizerConfig, make_optimizer
+from sct.train.run_spec import RunSpec
 from sct.train.sharding import MeshConfig
 from sct.train.state import init_state, make_train_step
 
@@ -264,12 +266,12 @@ def test_a_run_from_before_an_option_goes_on_with_what_the_option_stood_for(tmp_
         {**new, "objective": {"masking": {"kind": "stratified", "low": 0.05}}},
         {**new, "objective": None},
     ):
-        experiment._check_same(old, new, tmp_path)
+        resume.check_options(old, RunSpec.of(new), tmp_path)
         with pytest.raises(ConfigError, match="logit_adjustment"):
-            experiment._check_same(old, {**new, "objective": {"logit_adjustment": True}}, tmp_path)
+            resume.check_options(old, RunSpec.of({**new, "objective": {"logit_adjustment": True}}), tmp_path)
         other = {"logit_adjustment": False, "masking": {"kind": "uniform"}}
         with pytest.raises(ConfigError, match="masking"):
-            experiment._check_same(old, {**new, "objective": other}, tmp_path)
+            resume.check_options(old, RunSpec.of({**new, "objective": other}), tmp_path)
 
 
 @pytest.mark.slow

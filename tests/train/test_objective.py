@@ -18,10 +18,11 @@ from sct.data.ingest import IngestOptions, ingest
 from sct.data.masking import Masking
 from sct.data.store import Store
 from sct.errors import CheckpointError, ConfigError
+from sct.families.tasks import make_task
 from sct.models.sct_config import SCTConfig
 from sct.nn.paths import flatten
 from sct.tasks.masked_expression import MaskedExpression, MaskedExpressionConfig
-from sct.train.experiment import make_task, run
+from sct.train.experiment import run
 
 from .conftest import merged
 

@@ -10,8 +10,8 @@ import pytest
 
 from sct.data.store import Store
 from sct.errors import ConfigError
+from sct.families.tasks import make_task
 from sct.train import sharding
-from sct.train.experiment import make_task
 from sct.train.optim import OptimizerConfig, make_optimizer
 from sct.train.sharding import MeshConfig
 from sct.train.state import init_state, make_train_step

@@ -1,0 +1,164 @@
+"""What a run is asked to do: a configuration, checked and resolved once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+
+from sct.data.store import Store
+from sct.data.text.tokenizer import Tokenizer
+from sct.data.text.tokenizer_libraries import import_tokenizers
+from sct.errors import ConfigError
+from sct.families.tasks import kind_of
+from sct.models import registry
+from sct.tasks.base import ObjectiveConfig, StoreConfig, Task, files_of
+from sct.tasks.kind import Kind, Parts
+from sct.train.loop import TrainConfig
+from sct.train.optim import OptimizerConfig
+
+SECTIONS = ("family", "task", "init_from", "model", "data", "objective", "optimizer", "train")
+_NESTED = ("model", "data", "objective", "optimizer", "train")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSpec:
+    """A checked configuration of a run; make it with `RunSpec.of`.
+
+    Attributes
+    ----------
+    values
+        Plain values of the configuration, as `config.json` of the run folder records them.
+    family, task
+        Names of the model family and of the task.
+    kind
+        What trains the family on the task.
+    model
+        Plain values of the architecture. Sizes of 0 follow from the data, or from the model that training starts from.
+    data, objective
+        Options, of the types that `kind` names.
+    optimizer
+        Options of the optimizer.
+    loop
+        Options of the training loop but for the number of steps, which may follow from the data: see `train_options`.
+    steps
+        Steps that the configuration asks for; 0 where they follow from `data.tokens`.
+    init_from
+        Run folder or model that training starts from, "" for none.
+    tokenizer
+        File or folder of the tokenizer that the configuration names, "" for none.
+    """
+
+    values: Mapping[str, Any]
+    family: str
+    task: str
+    kind: Kind
+    model: Mapping[str, Any]
+    data: StoreConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+    loop: TrainConfig
+    steps: int
+    init_from: str
+    tokenizer: str
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> RunSpec:
+        """Resolve a configuration, before any file is read or written.
+
+        Raises
+        ------
+        ConfigError
+            An option is unknown or wrong, options contradict each other, or this machine does not compute the model.
+        MissingExtraError
+            A package that the run needs is not installed.
+        """
+        values = json.loads(json.dumps(config))
+        _check_sections(values)
+        kind = kind_of(values)
+        model, data, objective, optimizer, loop = (dict(values.get(name, {})) for name in _NESTED)
+        steps = loop.get("steps") or 0
+        train = registry.build(TrainConfig, {**loop, "steps": steps or 1}, "train")
+        made_optimizer = registry.build(OptimizerConfig, optimizer, "optimizer")
+        made_objective = registry.build(kind.objective, objective, "objective")
+        for name in kind.objective.BEFORE:  # recorded even where the configuration leaves it to its default
+            values.setdefault("objective", {})[name] = getattr(made_objective, name)
+        init_from = values.get("init_from") or ""
+        tokenizer = data.get("tokenizer") or ""
+        if kind.tokenizer is not None and not tokenizer and not init_from:
+            import_tokenizers()  # before minutes of work that would come to nothing
+        made_objective.check_start(init_from)
+        made_data = registry.build(kind.data, data, "data")
+        registry.check_device(registry.model_config(values["family"], model, 1))
+        return cls(
+            values, values["family"], values["task"], kind, model, made_data, made_objective, made_optimizer, train,
+            steps, init_from, tokenizer,
+        )  # fmt: skip
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Files whose content decides what the run computes, by option, such as "data.studies"."""
+        sections = {"data": self.data, "objective": self.objective}
+        return {
+            f"{section}.{name}": path
+            for section, options in sections.items()
+            for name, path in files_of(options).items()
+        }
+
+    def train_options(self, tokens_per_record: int) -> TrainConfig:
+        """Options of the training loop, with its steps: known when the size of the task's records is.
+
+        Raises
+        ------
+        ConfigError
+            The configuration gives neither steps nor tokens, or too few tokens for a step.
+        """
+        steps = self.steps
+        if not steps:
+            if self.data.tokens <= 0:
+                raise ConfigError(
+                    "the configuration gives neither train.steps nor data.tokens: set one of them."
+                )
+            steps = round(self.data.tokens / (self.loop.batch_size * tokens_per_record))
+        return dataclasses.replace(self.loop, steps=steps)
+
+    def make_tokenizer(self, store: Store) -> Tokenizer:
+        """Train a tokenizer on the texts of a store, for a task of texts."""
+        assert self.kind.tokenizer is not None
+        return self.kind.tokenizer(store, self.objective, self.data, self.loop.seed)
+
+    def make_task(
+        self,
+        store: Store,
+        model: Mapping[str, Any],
+        tokenizer: Tokenizer | None,
+        kept: Mapping[str, Any] | None,
+        mesh: Mesh | None,
+    ) -> Task:
+        """Task over a store; the arguments are those of `Parts`.
+
+        Raises
+        ------
+        ConfigError
+            Model, data and options do not fit each other, or this machine does not compute the model.
+        """
+        seed = self.loop.seed
+        task = self.kind.make(
+            Parts(self.family, model, self.objective, self.data, store, seed, tokenizer, kept, mesh)
+        )
+        registry.check_device(task.model_config)
+        return task
+
+
+def _check_sections(values: Mapping[str, Any]) -> None:
+    unknown = sorted(set(values) - set(SECTIONS))
+    if unknown:
+        raise ConfigError(
+            f"the configuration has no section {unknown[0]!r}: choose from {', '.join(SECTIONS)}."
+        )
+    for section in _NESTED:
+        if not isinstance(values.get(section, {}), dict):
+            raise ConfigError(f"{section} is {values[section]!r}, but it must hold named options.")
