@@ -108,28 +108,13 @@ class Evaluator(Protocol):
         ...
 
 
-class Task(Protocol):
-    """An objective over a model and data; the loop knows nothing else.
+class Objective(Protocol):
+    """What is learned: all that the compiled steps know.
 
     Attributes
     ----------
     trainable
         Table of (regular expression over parameter paths, trained or not), see `sct.nn.paths`.
-    new
-        Patterns of parameters that may be absent from a model that training starts from.
-    lora
-        Options of the adapters that are trained, or None.
-    license
-        Of what `given` holds.
-    given
-        Arrays by path that a new training takes in place of random ones, such as features of genes; what a model that
-        it starts from has goes first.
-    vocabulary
-        Genes of the model.
-    store, model_config
-        Data, and architecture.
-    tokens_per_record
-        Tokens of one record, by which the length of a training is told.
     weight
         The sum whose value the loss is a mean over (masked positions, say): by it the losses of microbatches add up
         to that of their batch.
@@ -138,14 +123,6 @@ class Task(Protocol):
     """
 
     trainable: Sequence[tuple[str, bool]]
-    new: Sequence[str]
-    lora: AdapterConfig | None
-    license: str
-    given: Mapping[str, Any]
-    vocabulary: GeneVocabulary
-    store: Store
-    model_config: Any
-    tokens_per_record: int
     weight: str
     monitor: str
     monitor_mode: str
@@ -162,20 +139,72 @@ class Task(Protocol):
         """Numbers to log from sums over one or many batches."""
         ...
 
-    def dataset(self, split: str) -> Source | None:
-        """Records of "train" or "validation"; None where the store has no such study."""
+    def operations(self, records: int) -> float:
+        """Operations of the matrix products of a forward pass of the loss; a multiply-add counts as two."""
         ...
 
-    def evaluators(self) -> Sequence[Evaluator]:
-        """Measurements after training."""
+
+class TaskData(Protocol):
+    """What is learned from.
+
+    Attributes
+    ----------
+    store
+        Cells.
+    vocabulary
+        Genes of the model.
+    tokens_per_record
+        Tokens per record; converts `data.tokens` to steps.
+    """
+
+    store: Store
+    vocabulary: GeneVocabulary
+    tokens_per_record: int
+
+    def dataset(self, split: str) -> Source | None:
+        """Records of "train" or "validation"; None where the store has no such study."""
         ...
 
     def tokens(self, batch: Mapping[str, Any]) -> int:
         """Number of tokens in a batch, for the rate shown to people."""
         ...
 
-    def operations(self, records: int) -> float:
-        """Operations of the matrix products of a forward pass of the loss; a multiply-add counts as two."""
+
+class Origin(Protocol):
+    """What training starts from, beside random parameters.
+
+    Attributes
+    ----------
+    given
+        Arrays by path that a new training takes in place of random ones, such as features of genes; what a model that
+        it starts from has goes first.
+    license
+        Of what `given` holds.
+    new
+        Patterns of parameters that may be absent from a model that training starts from.
+    lora
+        Options of the adapters that are trained, or None.
+    """
+
+    given: Mapping[str, Any]
+    license: str
+    new: Sequence[str]
+    lora: AdapterConfig | None
+
+
+class Export(Protocol):
+    """What is told and measured of a trained model.
+
+    Attributes
+    ----------
+    model_config
+        Architecture.
+    """
+
+    model_config: Any
+
+    def evaluators(self) -> Sequence[Evaluator]:
+        """Measurements after training."""
         ...
 
     def exports(self) -> dict[str, Any]:
@@ -185,3 +214,7 @@ class Task(Protocol):
     def notes(self, fresh: bool) -> Sequence[str]:
         """Sentences for a person before training; `fresh` tells that it starts from random parameters."""
         ...
+
+
+class Task(Objective, TaskData, Origin, Export, Protocol):
+    """An objective over a model and data; the loop knows nothing else."""

@@ -23,7 +23,7 @@ from sct.errors import AGAIN, ConfigError, SctError
 from sct.eval.report import Report
 from sct.families.tasks import data_of
 from sct.hashes import sealed
-from sct.tasks.base import Task, Variables
+from sct.tasks.base import Export, Variables
 from sct.train import processes, resume
 from sct.train.checkpoint import Checkpoints
 from sct.train.loop import Result, TrainConfig, train
@@ -144,7 +144,7 @@ def _finish(
 
 
 def _measure(
-    task: Task, variables: Variables, workdir: Path, console: Any
+    task: Export, variables: Variables, workdir: Path, console: Any
 ) -> tuple[list[Report], Exception | None]:
     """Tables of a trained model, and the defect that ended the measurement, to be told when the model is safe."""
     reports: list[Report] = []

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from sct.data.loader import Batch, Loader
 from sct.errors import ConfigError, DivergedError
 from sct.progress import Bar, progress
-from sct.tasks.base import Sums, Task
+from sct.tasks.base import Objective, Origin, Sums, Task
 from sct.train import sharding
 from sct.train.checkpoint import Checkpoints, Progress
 from sct.train.logging import MetricLog
@@ -254,11 +254,7 @@ def train(
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep_last)
     resources.callback(checkpoints.close)
     if checkpoints.latest is None:
-        state, now = make_state(), Progress()
-        if start is not None or task.given:
-            # Without a model to start from everything else is random.
-            state = load_into(state, {**task.given, **(start or {})}, (".*",) if start is None else task.new)
-            task.given = {}  # the state has them now
+        state, now = _begin(task, make_state(), start), Progress()
     else:
         state, now = checkpoints.restore(abstract)
     batches = _draw(lambda size: Loader(source, size, seed=config.seed, **shares), config, now)
@@ -334,6 +330,16 @@ def train(
     return Result(state, now, reason)
 
 
+def _begin(task: Origin, state: State, start: Mapping[str, Any] | None) -> State:
+    """State of a new training, with the arrays that it starts from in place of random ones."""
+    if start is None and not task.given:
+        return state
+    # Without a model to start from everything else is random.
+    state = load_into(state, {**task.given, **(start or {})}, (".*",) if start is None else task.new)
+    task.given = {}  # the state has them now
+    return state
+
+
 def _check_batches(config: TrainConfig, mesh: Mesh) -> None:
     """Raise `ConfigError` where a batch or microbatch of the run cannot be split evenly over the mesh."""
     sharding.check_batch_size(config.batch_size, mesh)
@@ -393,7 +399,7 @@ def _fetch(pending: list[Step]) -> list[dict[str, Any]]:
     ]
 
 
-def _summarise(task: Task, steps: list[dict[str, Any]]) -> dict[str, float]:
+def _summarise(task: Objective, steps: list[dict[str, Any]]) -> dict[str, float]:
     """Numbers of one line of the log from what its steps gave."""
     parts = [
         {name: np.asarray(value, kind) for name, (kind, value) in step["sums"].items()} for step in steps
@@ -403,7 +409,7 @@ def _summarise(task: Task, steps: list[dict[str, Any]]) -> dict[str, float]:
     return task.summarise(total) | {"gradient_norm": float(np.mean(norms))}
 
 
-def _validate(task: Task, eval_step: Any, state: State, loader: Loader, mesh: Any) -> dict[str, float]:
+def _validate(task: Objective, eval_step: Any, state: State, loader: Loader, mesh: Any) -> dict[str, float]:
     total: Any = None
     batches = loader.iterate()
     for number, batch in enumerate(batches):
@@ -413,7 +419,7 @@ def _validate(task: Task, eval_step: Any, state: State, loader: Loader, mesh: An
     return task.summarise(jax.device_get(total))
 
 
-def _watch(task: Task, value: float, now: Progress) -> None:
+def _watch(task: Objective, value: float, now: Progress) -> None:
     """Update best value and patience with a validation's result."""
     sign = 1 if task.monitor_mode == "max" else -1
     if math.isfinite(value) and (now.best is None or sign * value > sign * now.best):

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sct.nn import axes
 from sct.nn.paths import flatten, resolve, unflatten
-from sct.tasks.base import Batch, Sums, Task, Variables
+from sct.tasks.base import Batch, Objective, Sums, Variables
 from sct.train import sharding
 from sct.weights.pretrained import match
 
@@ -47,7 +47,7 @@ class State(struct.PyTreeNode):
         return unflatten({**self.frozen, **self.trained})
 
 
-def _split(task: Task, flat: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split(task: Objective, flat: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     trained = resolve(task.trainable, flat, "trainable")
     return (
         {path: value for path, value in flat.items() if trained[path]},
@@ -58,7 +58,7 @@ def _split(task: Task, flat: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
 MakeOptimizer = Callable[[dict[str, Any]], optax.GradientTransformation]
 
 
-def init_state(task: Task, make_optimizer: MakeOptimizer, mesh: Mesh, seed: int) -> tuple[State, Any]:
+def init_state(task: Objective, make_optimizer: MakeOptimizer, mesh: Mesh, seed: int) -> tuple[State, Any]:
     """Abstract state (shapes with shardings) and a function that makes the concrete one on the mesh.
 
     Nothing is allocated until the function is called.
@@ -110,7 +110,7 @@ def load_into(state: State, arrays: Mapping[str, np.ndarray], new: Sequence[str]
 
 
 def make_train_step(
-    task: Task,
+    task: Objective,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     abstract: State,
@@ -181,7 +181,7 @@ def make_train_step(
     )
 
 
-def make_eval_step(task: Task, mesh: Mesh) -> Callable[[State, Batch, jax.Array], Sums]:
+def make_eval_step(task: Objective, mesh: Mesh) -> Callable[[State, Batch, jax.Array], Sums]:
     """Compiled evaluation: (state, batch, batch number) -> sums of the task.
 
     Its randomness depends on the batch number alone, so every evaluation of a run asks the same questions.
