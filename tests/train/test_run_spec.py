@@ -1,0 +1,100 @@
+"""A configuration is checked and resolved once, before any file is read."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from sct.errors import ConfigError
+from sct.models import registry
+from sct.tasks.cell_sentences import CellSentencesConfig, SentenceData
+from sct.train import resume
+from sct.train.run_spec import RunSpec
+
+from .conftest import CONFIG, merged
+
+TEXTS = {
+    "family": "gpt2",
+    "task": "cell_sentences",
+    "init_from": "nowhere",
+    "data": {"store": "nowhere", "studies": "studies.yaml", "length": 64},
+    "objective": {"prompts": "prompts.json"},
+    "train": {"seed": 3, "batch_size": 4},
+}
+
+
+def test_a_spec_holds_what_a_configuration_says():
+    spec = RunSpec.of(TEXTS)
+    assert (spec.family, spec.task, spec.init_from, spec.steps) == ("gpt2", "cell_sentences", "nowhere", 0)
+    assert spec.data == SentenceData(store="nowhere", studies="studies.yaml", length=64)
+    assert spec.objective == CellSentencesConfig(prompts="prompts.json")
+    assert (spec.loop.seed, spec.loop.batch_size, spec.data.text_length) == (3, 4, 64)
+    assert spec.files == {"data.studies": "studies.yaml", "objective.prompts": "prompts.json"}
+    assert spec.values == TEXTS
+    assert RunSpec.of(CONFIG).files == {}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        spec.steps = 1  # type: ignore[misc]
+
+
+def test_a_spec_records_options_that_earlier_runs_did_not_have():
+    without = {name: value for name, value in CONFIG.items() if name != "objective"}
+    assert RunSpec.of(without).values["objective"] == {"logit_adjustment": True}
+    assert "objective" not in without
+
+
+def test_mistakes_are_found_before_a_file_is_read():
+    absent = merged(CONFIG, data__store="nowhere")
+    cases = {
+        "mdoel": {**absent, "mdoel": {}},
+        "named options": {**absent, "data": None},
+        "family": {**absent, "family": "gtp2"},
+        "task": {**absent, "task": "masking"},
+        "train.steps": merged(absent, train__steps=-1),
+        "train.batch_size": merged(absent, train__batch_size=0),
+        "peak_lr": merged(absent, optimizer__peak_lr=-1.0),
+        "head_budget": merged(absent, objective__head_budget=2.0),
+        "data has no option": merged(absent, data__lenght=1),
+        "embed_dimension": merged(absent, model__embed_dimension=1),
+        "LoRA needs a pretrained model": merged(TEXTS, init_from="", objective__lora={"rank": 2}),
+    }
+    missed = []
+    for words, config in cases.items():
+        try:
+            RunSpec.of(config)
+        except ConfigError as error:
+            if words not in str(error):
+                missed.append(f"{words}: {error}")
+        else:
+            missed.append(f"{words}: no error")
+    assert missed == []
+
+
+def test_steps_follow_from_tokens_where_none_are_given():
+    asked = merged(CONFIG, train__steps=0, train__batch_size=4, data__tokens=1_000.0)
+    assert RunSpec.of(asked).train_options(50).steps == 5
+    assert RunSpec.of(merged(asked, train__steps=7)).train_options(50).steps == 7
+    for config in (merged(asked, data__tokens=0.0), merged(asked, data__tokens=1.0)):
+        with pytest.raises(ConfigError, match=r"train\.steps"):
+            RunSpec.of(config).train_options(50)
+
+
+def test_a_model_to_start_from_is_told_the_length_that_it_can_read():
+    for family, kept, grown in (("gpt2", 96, 96), ("neox", 96, 128), ("llama", 200, 200)):
+        config = registry.model_config(family, {"vocab_size": 10, "max_length": kept})
+        values = registry.inherited(config, {"dtype": "bfloat16", "embed_dim": 1}, 128)
+        assert values["max_length"] == grown, family
+        assert values == {**dataclasses.asdict(config), "max_length": grown, "dtype": "bfloat16"}
+    cells = registry.model_config("sct", {"num_genes": 256})
+    assert registry.inherited(cells, {}, 512) == dataclasses.asdict(cells)
+
+
+def test_a_file_of_texts_is_known_by_its_content(tmp_path):
+    path = tmp_path / "prompts.json"
+    path.write_text("{}")
+    first = resume.hashes_of({"objective.prompts": str(path)})
+    path.write_text("{ }")
+    assert first.keys() == {"objective.prompts"}
+    assert resume.hashes_of({"objective.prompts": str(path)}) != first
+    with pytest.raises(ConfigError, match=r"data\.studies"):
+        resume.hashes_of({"data.studies": str(tmp_path / "absent.yaml")})
