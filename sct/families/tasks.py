@@ -92,7 +92,17 @@ def make_task(
     parts = Parts(
         config["family"], config.get("model", {}), objective, data, store, seed, tokenizer, kept, mesh
     )
-    task: Any = kind.make(parts)
+    return task_of(kind, parts, adapters_of(config)), data
+
+
+def task_of(kind: Kind, parts: Parts, adapters: AdapterConfig | None) -> Any:
+    """Task of its parts, with adapters trained in place of its model where there are some.
+
+    Raises
+    ------
+    ConfigError
+        Model, data and options do not fit each other, or this machine does not compute the model.
+    """
+    task = kind.make(parts)
     registry.check_device(task.model_config)
-    adapters = adapters_of(config)
-    return (task if adapters is None else Adapted(task, adapters)), data
+    return task if adapters is None else Adapted(task, adapters)

@@ -13,6 +13,7 @@ from sct.data.genes import GeneVocabulary
 from sct.data.store import Store
 from sct.errors import CheckpointError, ConfigError, SctError, StoreError
 from sct.models import registry
+from sct.tasks.adapted import AdapterOptions
 from sct.tasks.base import ObjectiveConfig
 from sct.train.run_spec import SECTIONS, RunSpec
 from sct.weights import run_folder
@@ -49,14 +50,15 @@ def check_options(recorded: Mapping[str, Any], spec: RunSpec, workdir: Path) -> 
     workdir
         Run folder, for the message.
     """
+    types: dict[str, type[Any]] = {"objective": spec.kind.objective, "adapters": AdapterOptions}
     for section in SECTIONS:
         before, after = recorded.get(section), spec.values.get(section)
-        if section == "objective":  # a run may have been made without the section
+        if section in types:  # a run may have been made without the section
             before, after = before or {}, after or {}
         if not isinstance(before, Mapping) or not isinstance(after, Mapping):
             before, after = {section: before}, {section: after}
-        if section == "objective":
-            before, after = (_all_options(spec.kind.objective, each) for each in (before, after))
+        if section in types:
+            before, after = (_all_options(types[section], each) for each in (before, after))
         free = _FREE.get(section, set())
         for name in sorted(set(before) | set(after)):
             if name not in free and before.get(name) != after.get(name):
@@ -68,15 +70,16 @@ def check_options(recorded: Mapping[str, Any], spec: RunSpec, workdir: Path) -> 
                 )
 
 
-def _all_options(kind: type[ObjectiveConfig], values: Mapping[str, Any]) -> dict[str, Any]:
-    """All options of an objective, so that one which a run does not record has the value that it stood for."""
-    values = {**kind.BEFORE, **values}
+def _all_options(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of a section, so that one which a run does not record has the value that it stood for."""
+    if issubclass(kind, ObjectiveConfig):
+        values = {**kind.BEFORE, **values}
     try:
         return cast(
             dict[str, Any], json.loads(json.dumps(dataclasses.asdict(registry.build(kind, values, ""))))
         )
     except SctError:  # of another version: as it stands
-        return values
+        return dict(values)
 
 
 def check_folder(described: Mapping[str, Any], store: Store, spec: RunSpec, workdir: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from jax.sharding import Mesh
 
@@ -13,15 +13,16 @@ from sct.data.store import Store
 from sct.data.text.tokenizer import Tokenizer
 from sct.data.text.tokenizer_libraries import import_tokenizers
 from sct.errors import ConfigError
-from sct.families.tasks import kind_of
+from sct.families.tasks import adapters_of, kind_of, task_of
 from sct.models import registry
+from sct.models.adapter_kinds import AdapterConfig
 from sct.tasks.base import ObjectiveConfig, StoreConfig, Task, files_of
 from sct.tasks.kind import Kind, Parts
 from sct.train.loop import TrainConfig
 from sct.train.optim import OptimizerConfig
 
-SECTIONS = ("family", "task", "init_from", "model", "data", "objective", "optimizer", "train")
-_NESTED = ("model", "data", "objective", "optimizer", "train")
+SECTIONS = ("family", "task", "init_from", "model", "data", "objective", "adapters", "optimizer", "train")
+_NESTED = ("model", "data", "objective", "adapters", "optimizer", "train")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,8 @@ class RunSpec:
         Plain values of the architecture. Sizes of 0 follow from the data, or from the model that training starts from.
     data, objective
         Options, of the types that `kind` names.
+    adapters
+        Adapters that are trained in place of the model, None for none; those of an objective are its own.
     optimizer
         Options of the optimizer.
     loop
@@ -59,6 +62,7 @@ class RunSpec:
     model: Mapping[str, Any]
     data: StoreConfig
     objective: ObjectiveConfig
+    adapters: AdapterConfig | None
     optimizer: OptimizerConfig
     loop: TrainConfig
     steps: int
@@ -79,7 +83,7 @@ class RunSpec:
         values = json.loads(json.dumps(config))
         _check_sections(values)
         kind = kind_of(values)
-        model, data, objective, optimizer, loop = (dict(values.get(name, {})) for name in _NESTED)
+        model, data, objective, _, optimizer, loop = (dict(values.get(name, {})) for name in _NESTED)
         steps = loop.get("steps") or 0
         train = registry.build(TrainConfig, {**loop, "steps": steps or 1}, "train")
         made_optimizer = registry.build(OptimizerConfig, optimizer, "optimizer")
@@ -91,11 +95,12 @@ class RunSpec:
         if kind.tokenizer is not None and not tokenizer and not init_from:
             import_tokenizers()  # before minutes of work that would come to nothing
         made_objective.check_start(init_from)
+        adapters = adapters_of(values)
         made_data = registry.build(kind.data, data, "data")
         registry.check_device(registry.model_config(values["family"], model, 1))
         return cls(
-            values, values["family"], values["task"], kind, model, made_data, made_objective, made_optimizer, train,
-            steps, init_from, tokenizer,
+            values, values["family"], values["task"], kind, model, made_data, made_objective, adapters,
+            made_optimizer, train, steps, init_from, tokenizer,
         )  # fmt: skip
 
     @property
@@ -146,11 +151,8 @@ class RunSpec:
             Model, data and options do not fit each other, or this machine does not compute the model.
         """
         seed = self.loop.seed
-        task = self.kind.make(
-            Parts(self.family, model, self.objective, self.data, store, seed, tokenizer, kept, mesh)
-        )
-        registry.check_device(task.model_config)
-        return task
+        parts = Parts(self.family, model, self.objective, self.data, store, seed, tokenizer, kept, mesh)
+        return cast(Task, task_of(self.kind, parts, self.adapters))
 
 
 def _check_sections(values: Mapping[str, Any]) -> None:

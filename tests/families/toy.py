@@ -22,7 +22,7 @@ from sct.models.adapter_kinds import BottleneckConfig, LoraConfig
 from sct.models.registry import Architecture
 from sct.nn import axes
 from sct.nn.linear import Linear
-from sct.tasks.base import StoreConfig
+from sct.tasks.base import ObjectiveConfig, StoreConfig
 from sct.tasks.kind import Kind, Parts
 
 BINS, HIDDEN = 10, 0.2
@@ -62,7 +62,7 @@ class Toy(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class ToyObjective:
+class ToyObjective(ObjectiveConfig):
     hidden: float = HIDDEN
 
 
