@@ -77,6 +77,14 @@ def get_config(variant: str = "") -> ConfigDict:
     config.objective.report_cells = 500
     config.objective.report_seeds = 3
 
+    config.adapters = ConfigDict()  # trained in place of the model of init_from
+    config.adapters.kind = ""  # low_rank (LoRA), bottleneck or prefix; empty: the model itself is trained
+    config.adapters.targets = ()  # regular expressions over paths of layers; empty: those of the architecture
+    config.adapters.layers = ()  # numbers of blocks, counted from 0; empty: all
+    config.adapters.update(rank=8, alpha=16.0)  # of low_rank
+    config.adapters.update(width=128, scale=1.0, skip=True)  # of bottleneck
+    config.adapters.length = 64  # of prefix
+
     config.optimizer = ConfigDict()
     config.optimizer.peak_lr = 6e-4
     config.optimizer.init_lr = 0.0
