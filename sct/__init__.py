@@ -13,7 +13,7 @@ from sct.version import __version__
 
 _MODULES = {"datasets": "sct.data.datasets", "pp": "sct.pp", "tl": "sct.tl", "pl": "sct.pl"}
 _NAMES = {
-    "GeneVocabulary": "sct.data.genes",
+    "GeneVocabulary": "sct.data.genes.vocabulary",
     "Store": "sct.data.store",
     "load": "sct.weights.load",
     "SctError": "sct.errors",

@@ -219,7 +219,7 @@ def test_no_other_module_renames_files_into_place():
 
 
 def write_vocabulary(folder: Path) -> str:
-    from sct.data.genes import GeneVocabulary
+    from sct.data.genes.vocabulary import GeneVocabulary
 
     human = GeneVocabulary.human()
     human.subset(list(human.keys[:3])).save(folder / "genes.tsv")
@@ -227,15 +227,15 @@ def write_vocabulary(folder: Path) -> str:
 
 
 def write_features(folder: Path) -> str:
-    from sct.weights.gene_features import GeneFeatures
+    from sct.gene_features.features import GeneFeatures
 
     GeneFeatures(("ENSG00000000001",), np.ones((1, 2), np.float32), {"kind": "x"}).save(folder / "f.npz")
     return "f.npz"
 
 
 def write_report(folder: Path) -> str:
-    from sct.eval import report_folder
-    from sct.eval.report import Report
+    from sct.eval.reports import folder as report_folder
+    from sct.eval.reports.report import Report
 
     report_folder.write([Report("t", ("a",))], folder, {"seed": "1"})
     return "report.json"

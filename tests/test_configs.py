@@ -18,8 +18,8 @@ import pytest
 from sct.data.bags import BagSource
 from sct.data.bundled import prepare
 from sct.data.datasets import simulate_atlas
-from sct.data.genes import GeneVocabulary
-from sct.data.ingest import IngestOptions, ingest
+from sct.data.genes.vocabulary import GeneVocabulary
+from sct.data.ingest.build import IngestOptions, ingest
 from sct.data.store import Store
 from sct.errors import ConfigError
 from sct.families.tasks import data_of, kind_of, make_task

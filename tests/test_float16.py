@@ -13,7 +13,7 @@ import pytest
 
 import sct
 from sct.data.datasets import simulate_atlas
-from sct.data.genes import GeneVocabulary
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.errors import ConfigError
 from sct.generation.generate import generate
 from sct.generation.scoring import score

@@ -122,7 +122,7 @@ def test_every_command_refuses_an_output_before_the_work(files):
 @pytest.mark.slow
 def test_benchmarks_of_the_library_check_their_folder(files):
     from sct.benchmarks.instructions import benchmark as ask
-    from sct.tl.benchmarking import benchmark
+    from sct.benchmarks.zero_shot import benchmark
 
     for measure in (benchmark, ask):
         config = {
@@ -288,11 +288,11 @@ def small_disk(tmp_path) -> Iterator[Path]:
 def test_whatever_is_written_to_a_full_disk_ends_in_one_sentence(small_disk, tmp_path):
     """Nothing is left of it, and what was there is kept."""
     from sct.commands import tables
-    from sct.data.genes import GeneVocabulary
-    from sct.data.ingest import ingest
-    from sct.eval import report_folder
-    from sct.eval.report import Report
-    from sct.weights.gene_features import GeneFeatures
+    from sct.data.genes.vocabulary import GeneVocabulary
+    from sct.data.ingest.build import ingest
+    from sct.eval.reports import folder as report_folder
+    from sct.eval.reports.report import Report
+    from sct.gene_features.features import GeneFeatures
 
     atomic.write_text(small_disk / "kept", "x" * 280_000)  # all but some 20 kB
     rng, human = np.random.default_rng(0), GeneVocabulary.human()

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from sct.data.ingest import ingest
+from sct.data.ingest.build import ingest
 from sct.data.store import Store
 from sct.data.text.instructions import StudyQuestions, fields_of, tokens_of
 from sct.errors import ConfigError

@@ -15,6 +15,7 @@ import pandas as pd
 from scipy import sparse
 from sklearn.model_selection import GroupShuffleSplit, train_test_split
 
+from sct.benchmarks import zero_shot as benchmarking
 from sct.benchmarks.few_shot import Shots, TuningOptions, drawn, tune
 from sct.data.bundled import prepare, study_texts
 from sct.data.cell_records import cell_records
@@ -28,13 +29,14 @@ from sct.data.text.instructions import (
     read_study_texts,
 )
 from sct.errors import ConfigError, DataError, MissingExtraError, SctError
-from sct.eval import labels, marker_scores, pathways, report_folder
-from sct.eval.report import Report
+from sct.eval.labels import marker_scores, pathways
+from sct.eval.labels import measures as labels
+from sct.eval.reports import folder as report_folder
+from sct.eval.reports.report import Report
 from sct.folder_lock import only_one
 from sct.generation.cell_asker import CellAsker
 from sct.inference import inputs
 from sct.inference.asking import asker_of
-from sct.tl import benchmarking
 from sct.weights.pretrained import Pretrained
 
 TUMOUR = "tumour cell"

@@ -29,7 +29,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration: FILE_O
 flags.mark_flag_as_required("config")
 
 # What a configuration names as its `benchmark`.
-_BENCHMARKS = {"zero_shot": "sct.tl.benchmarking", "instructions": "sct.benchmarks.instructions"}
+_BENCHMARKS = {"zero_shot": "sct.benchmarks.zero_shot", "instructions": "sct.benchmarks.instructions"}
 FLAG_MODULES = ("sct.commands.output_flags",)
 
 

@@ -50,7 +50,7 @@ _WEIGHTS = (".safetensors", ".bin", ".joblib")
 def main(argv: list[str]) -> None:
     """Convert as the flags say."""
     from sct import families
-    from sct.data.genes import GeneVocabulary
+    from sct.data.genes.vocabulary import GeneVocabulary
     from sct.weights import model_folder
 
     source, target = (Path(flag.value).expanduser().resolve() for flag in (_INPUT, _OUTPUT))

@@ -64,7 +64,7 @@ TAKES_ARGUMENTS = True  # inputs may also stand without --input
 
 def main(argv: list[str]) -> None:
     """Ingest what the flags say."""
-    from sct.data import ingest
+    from sct.data.ingest import build as ingest
 
     ingest.main(
         [*_INPUT.value, *argv[1:]],

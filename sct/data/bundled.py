@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from sct.data import datasets
-from sct.data.genes import GeneVocabulary
-from sct.data.ingest import IngestOptions, ingest
+from sct.data.genes.vocabulary import GeneVocabulary
+from sct.data.ingest.build import IngestOptions, ingest
 from sct.data.store import Store
 from sct.errors import ConfigError, StoreError
 

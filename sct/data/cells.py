@@ -16,7 +16,7 @@ from scipy import sparse
 from sct.data import counts
 from sct.data.bag_order import WINDOW, BagOrder
 from sct.data.coordinates import Scale
-from sct.data.genes import GeneVocabulary
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text.ranking import cell_keys
 from sct.data.tokenize import noisy_genes
 from sct.errors import DataError

@@ -5,7 +5,7 @@
     STORE/studies/NAME.zarr    an AnnData group (zarr v3), also readable by `anndata.read_zarr`
 
 Rows are read here with TensorStore: contiguous rows are contiguous bytes, every chunk carries a checksum, and
-a missing or damaged chunk is an error, never zeros. `sct.data.ingest` writes this format.
+a missing or damaged chunk is an error, never zeros. `sct.data.ingest.build` writes this format.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from sct.data.coordinates import SCALES, SPATIAL_KEY, Scale, read_scales, write_scales
-from sct.data.genes import GeneVocabulary
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.tokenize import noisy_genes
 from sct.errors import SctError, StoreError, first_line
 from sct.hashes import SEAL, hash_file, hash_files, hash_folder, hash_json, is_changed
@@ -40,7 +40,7 @@ GROUPS = {"obs": "table", "var": "table", "uns": "table", "X": "arrays", "obsm":
 # Elements of one compressed chunk of X: about 16 cells of 2,000 genes, so a bag decodes four or five.
 CHUNK = 32_768
 _CACHE_BYTES = 64 << 20
-# What `sct.data.sources.sanitise` makes of an input and of its part: the name becomes a folder.
+# What `sct.data.ingest.sources.sanitise` makes of an input and of its part: the name becomes a folder.
 _STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9][A-Za-z0-9_-]*)*")
 _STUDY_FIELDS = ("name", "path", "n_cells", "n_genes_matched", "nnz", "total_counts", "spatial", "split")
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sct.data.genes import GeneVocabulary
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.families.manifest import Converter, Family, Model
 from sct.inference.answers import SentenceAnnotator
 from sct.inference.sentences import SentenceReader, writer_of
 from sct.models import registry
 from sct.models.adapter_kinds import CONFIGS
 from sct.tasks import cell_sentences
-from sct.weights import hf
+from sct.weights.hf import folder as hf
 
 
 def _convert(source: Path, target: Path, dtype: str, genes: GeneVocabulary | None, numbered: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sct.data.genes import GeneVocabulary
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.generation.cell_asker import CellAsker
 from sct.generation.cells import CellWriter
 from sct.inference.answers import Annotator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sct.data.genes import GeneVocabulary
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.families.manifest import Converter, Family, Model
 from sct.inference.bags import BagReader
 from sct.models import registry

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sct.data.cell_records import CellOptions, known_genes
-from sct.data.genes import GeneVocabulary
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text.instructions import MARK, fields_of, questions_of
 from sct.data.text.prompts import INSTRUCTIONS, Prompts
 from sct.data.text.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from sct.data.genes import GeneVocabulary
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text.cell_sentence import RankFit, expression
 from sct.data.text.prompts import TASKS, Prompts
 from sct.data.text.source import gene_words

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from sct.data.alignment import check_shared
 from sct.data.cell_records import CellOptions, cell_records, known_genes
 from sct.data.cells import Cells
+from sct.data.genes.alignment import check_shared
 from sct.errors import DataError
 from sct.inference.readers import BLOCK, SingleCells
 from sct.weights.pretrained import Pretrained

@@ -94,7 +94,7 @@ def _coordinates(adata: AnnData, basis: str, seed: int) -> np.ndarray:
         known = np.asarray(made.get("row_hashes", ()), np.uint64)
         if int(made["seed"]) == seed and np.isin(_row_hashes(embedding, picture), known).all():
             return picture
-    from sct.eval.embedding import umap as layout
+    from sct.eval.embedding.measures import umap as layout
 
     points = layout(embedding, seed)
     if not adata.is_view:

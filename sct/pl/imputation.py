@@ -103,7 +103,7 @@ def mcc_by_ratio(
         Name of a method -> list of (share that is masked, in (0, 1], MCC of each seed). A method without a
         value at a ratio leaves it out; one without any is named in the legend as not run.
     models
-        Names of the curves of models, which are drawn thick. `sct.eval.scoring.Outcome.labels` gives them.
+        Names of the curves of models, which are drawn thick. `sct.eval.imputation.scoring.Outcome.labels` gives them.
     reference
         Names of the curves of the baseline that a model has to beat, thick dashed lines.
     masked
@@ -177,7 +177,7 @@ def reliability(curves: Mapping[str, Any], *, models: Collection[str] = (), ax: 
         Name of a method -> (predicted (bins,), observed (bins,), number (bins,)), as
         `sct.eval.metrics.reliability` gives them.
     models
-        Names of the curves of models, which are drawn thick. `sct.eval.natural.Outcome.labels` gives them.
+        Names of the curves of models, which are drawn thick. `sct.eval.imputation.natural.Outcome.labels` gives them.
     ax
         Axes to draw in; None for a new figure.
 

@@ -9,8 +9,8 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from sct.data.alignment import ENSEMBL, look_up
-from sct.data.orthologues import MappedGenes, Orthologues, map_orthologues, read_orthologues
+from sct.data.genes.alignment import ENSEMBL, look_up
+from sct.data.genes.orthologues import MappedGenes, Orthologues, map_orthologues, read_orthologues
 from sct.errors import DataError
 from sct.progress import progress
 from sct.version import __version__
@@ -35,7 +35,7 @@ def to_orthologues(
     adata
         (N, n_var), in memory, or backed and then read whole. It is not changed.
     table
-        File of orthologues, or what `sct.data.orthologues.read_orthologues` made of one.
+        File of orthologues, or what `sct.data.genes.orthologues.read_orthologues` made of one.
     source, target
         Columns of the file, see `read_orthologues`.
     gene_column

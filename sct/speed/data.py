@@ -13,7 +13,7 @@ import anndata as ad
 import numpy as np
 import zarr
 
-from sct.data.ingest import IngestOptions, ingest
+from sct.data.ingest.build import IngestOptions, ingest
 from sct.data.loader import Loader
 from sct.data.store import Store, Study
 from sct.errors import SctError

@@ -188,7 +188,7 @@ def _transformers(model: Pretrained, prompts: list[np.ndarray], steps: int) -> d
         import transformers
     except ImportError as error:
         raise MissingExtraError("torch and transformers are not installed.") from error
-    from sct.weights import hf
+    from sct.weights.hf import folder as hf
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from sct.data.genes import GeneVocabulary
-from sct.data.ingest import IngestOptions, ingest
-from sct.data.writer import quiet_anndata
+from sct.data.genes.vocabulary import GeneVocabulary
+from sct.data.ingest.build import IngestOptions, ingest
+from sct.data.ingest.writer import quiet_anndata
 from sct.errors import ConfigError
 from sct.progress import progress
 

@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Protocol
 import jax
 import numpy as np
 
-from sct.data.alignment import some
-from sct.data.genes import GeneVocabulary
+from sct.data.genes.alignment import some
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.loader import Source
 from sct.data.store import SPLITS, Store
 from sct.errors import ConfigError
-from sct.eval.report import Report
+from sct.eval.reports.report import Report
 from sct.models.adapter_kinds import AdapterConfig
 
 Variables = dict[str, Any]

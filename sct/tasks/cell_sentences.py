@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
-from sct.data.alignment import some
+from sct.data.genes.alignment import some
 from sct.data.store import Store, Study
 from sct.data.text.cell_sentence import RankFit, fit_rank
 from sct.data.text.prompts import TASKS, Prompts, load_prompts, parse_labels, render_labels

@@ -11,8 +11,8 @@ from scipy import sparse
 
 from sct.data.cell_records import cell_records
 from sct.data.text.instructions import YES, StudyQuestions
-from sct.eval import labels
-from sct.eval.report import Report
+from sct.eval.labels import measures as labels
+from sct.eval.reports.report import Report
 from sct.generation.cell_asker import CellAsker
 from sct.tasks.sentence_reports import TRAINING_CELLS, LabelledCells, means
 

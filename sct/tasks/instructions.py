@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 
 from sct.data.bundled import study_texts
 from sct.data.cell_records import CellOptions, known_genes
-from sct.data.genes import GeneVocabulary
+from sct.data.genes.corpus import GeneCorpus
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.store import Store
-from sct.data.text.gene_corpus import GeneCorpus
 from sct.data.text.instructions import InstructionOptions, InstructionSource, StudyQuestions, read_study_texts
 from sct.data.text.prompts import INSTRUCTION_PROMPTS, load_prompts
 from sct.data.text.tokenizer import Tokenizer, train_bpe

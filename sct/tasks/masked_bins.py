@@ -15,18 +15,18 @@ import optax
 
 from sct.data import masking
 from sct.data.cell_records import CellOptions, CellSource, known_genes
-from sct.data.genes import GeneVocabulary
+from sct.data.genes.corpus import GeneCorpus, suffix_of
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.store import Store
-from sct.data.text.gene_corpus import GeneCorpus, suffix_of
 from sct.errors import ConfigError
+from sct.gene_features.features import GeneFeatures
+from sct.gene_features.files import TABLES
 from sct.models import registry
 from sct.models.adapter_kinds import AdapterConfig
 from sct.models.zeromics_cells import FEATURES, ZerOmicsCells, ZerOmicsCellsConfig
 from sct.nn.losses import token_losses
 from sct.tasks.base import Batch, Evaluator, ObjectiveConfig, StoreConfig, Sums, Variables, held_out_split
 from sct.tasks.kind import Kind, Parts
-from sct.weights.gene_feature_files import TABLES
-from sct.weights.gene_features import GeneFeatures
 from sct.weights.load import load
 
 NAME = "masked_bins"
@@ -41,7 +41,7 @@ class BinData(StoreConfig):
     max_genes
         0: all genes of the vocabulary. Otherwise the so many most highly expressed genes of each cell.
     corpus
-        "built_in", or a file with summaries of genes (`sct.data.text.gene_corpus`).
+        "built_in", or a file with summaries of genes (`sct.data.genes.corpus`).
     features
         What makes a feature of a summary: a text model (folder or id), "lsa" (latent semantic analysis, no model
         needed), "random", or a file with a table of features, which needs no corpus.
@@ -263,7 +263,7 @@ class MaskedBins:
         held_out, note = held_out_split(self.store)
         if held_out is None or not self.config.report_cells:
             return ()
-        from sct.eval.masked_bins import PredictedBins
+        from sct.eval.imputation.masked_bins import PredictedBins
 
         source, cells = self.dataset(held_out), self.dataset("train")
         assert source is not None

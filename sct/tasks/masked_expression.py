@@ -243,8 +243,8 @@ class MaskedExpression:
 
         First of genes masked at random, all of which are scored, then as the sCT paper scores it.
         """
-        from sct.eval.imputation import GeneImputation
-        from sct.eval.natural import NaturalImputation
+        from sct.eval.imputation.natural import NaturalImputation
+        from sct.eval.imputation.protocols import GeneImputation
 
         held_out, _ = held_out_split(self.store)
         if held_out is None:

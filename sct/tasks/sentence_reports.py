@@ -14,9 +14,11 @@ from sct.data.store import Study
 from sct.data.text.cell_sentence import sentences
 from sct.data.text.prompts import parse_labels, render_labels
 from sct.errors import ConfigError
-from sct.eval import generation, labels, perturbation, texts
-from sct.eval.generated import CellSet
-from sct.eval.report import Report
+from sct.eval.generation import cells as generation
+from sct.eval.generation import perturbation, texts
+from sct.eval.generation.measures import CellSet
+from sct.eval.labels import measures as labels
+from sct.eval.reports.report import Report
 from sct.generation.cells import CellWriter
 
 TRAINING_CELLS = 5000  # that baselines are fitted on

@@ -9,7 +9,7 @@ _FUNCTIONS = {
     "embed": "sct.tl.embedding",
     "impute": "sct.tl.imputation",
     "annotate": "sct.tl.annotation",
-    "benchmark": "sct.tl.benchmarking",
+    "benchmark": "sct.benchmarks.zero_shot",
     "spatial_neighbors": "sct.tl.neighbours",
     "to_sentences": "sct.tl.sentences",
     "generate_cells": "sct.tl.sentences",

@@ -11,7 +11,7 @@ import pandas as pd
 from sklearn.neighbors import NearestNeighbors
 
 from sct import families
-from sct.data.alignment import check_shared
+from sct.data.genes.alignment import check_shared
 from sct.errors import ConfigError, DataError
 from sct.inference import inputs
 from sct.inference.answers import Annotator

@@ -13,7 +13,7 @@ from scipy import sparse
 from sct import families
 from sct.data import counts
 from sct.data.cells import Cells
-from sct.data.genes import GeneVocabulary
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text.cell_sentence import cell_keys, sentences
 from sct.data.text.prompts import parse_labels, render_labels
 from sct.data.text.source import gene_words

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from sct.atomic import write_json
 from sct.data.store import SPLITS
 from sct.errors import AGAIN, ConfigError, SctError
-from sct.eval.report import Report
+from sct.eval.reports.report import Report
 from sct.families.tasks import data_of
 from sct.hashes import sealed
 from sct.tasks.base import Export, Variables
@@ -120,7 +120,7 @@ def _finish(
     spec: RunSpec, start: Start, options: TrainConfig, result: Result, workdir: Path, console: Any
 ) -> None:
     """Measure the best model, and write tables and model folder."""
-    from sct.eval import report_folder
+    from sct.eval.reports import folder as report_folder
 
     variables = best_variables(result, workdir, options)
     if jax.process_count() > 1:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from sct.data.genes import GeneVocabulary
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.store import Store
 from sct.errors import CheckpointError, ConfigError, SctError, StoreError
 from sct.models import registry

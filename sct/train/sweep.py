@@ -16,8 +16,9 @@ from typing import Any
 import jax
 
 from sct.errors import CheckpointError, ConfigError, FolderInUseError, SctError
-from sct.eval import report_folder, scoring
-from sct.eval.report import FITTED_ON, METHOD, MODEL, REMARK, Report
+from sct.eval.imputation import scoring
+from sct.eval.reports import folder as report_folder
+from sct.eval.reports.report import FITTED_ON, METHOD, MODEL, REMARK, Report
 from sct.train import experiment
 from sct.weights import run_folder
 

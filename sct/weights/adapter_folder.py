@@ -25,7 +25,7 @@ from sct.nn.adapters import COLLECTION
 from sct.nn.paths import flatten, unflatten
 from sct.version import DISTRIBUTION, __version__
 from sct.weights import model_folder
-from sct.weights.peft_files import write
+from sct.weights.peft.files import write
 from sct.weights.pretrained import Pretrained, boxed_shapes, fitting_rules, match
 
 CONFIG, WEIGHTS = "adapters.json", "adapters.safetensors"

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from sct.data.genes import GeneVocabulary
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.errors import CheckpointError, ConfigError
 from sct.models.sct_config import SCTConfig
 from sct.nn.paths import unflatten

@@ -11,7 +11,7 @@ from typing import Any, cast
 import flax.linen as nn
 from jax.sharding import Mesh
 
-from sct.data.genes import GeneVocabulary
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text import tokenizer as tokenizers
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import CheckpointError
@@ -19,7 +19,8 @@ from sct.extras import load_extra
 from sct.models import lora, registry
 from sct.nn import axes
 from sct.nn.paths import flatten, unflatten
-from sct.weights import hf, model_folder, run_folder
+from sct.weights import model_folder, run_folder
+from sct.weights.hf import folder as hf
 from sct.weights.model_folder import CARD, CONFIG, GENES, WEIGHTS
 from sct.weights.pretrained import (
     LOADED_DTYPES,
@@ -50,7 +51,7 @@ def load(
     ----------
     path
         A model folder, a run folder (its best checkpoint), a Hugging Face folder of a text model (see
-        `sct.weights.hf`), or the id of a model on the Hugging Face hub.
+        `sct.weights.hf.folder`), or the id of a model on the Hugging Face hub.
     mesh, rules
         Place the arrays on a mesh by their logical axes, each device reading its own part; without a mesh
         they go whole to the default device. By default the rules are those of training

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sct.data.bag_order import CELLS_PER_BAG
-from sct.data.genes import GeneVocabulary
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text.tokenizer import Tokenizer
 from sct.data.tokenize import NOISE_FRACTION
 from sct.errors import CheckpointError, ConfigError, DataError

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sct.atomic import write_json
-from sct.data.genes import GeneVocabulary
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import CheckpointError
 from sct.hashes import SEAL, files_below, first_changed, hash_files, is_changed, sealed

@@ -17,13 +17,14 @@ import scipy.sparse as sp
 from configs.benchmark_zeromics import get_config
 from sct.benchmarks import few_shot, instructions
 from sct.benchmarks.few_shot import Shots, TuningOptions, drawn, tune
+from sct.benchmarks.zero_shot import read_options
 from sct.data.cell_records import cell_records
 from sct.data.text.cell_sentence import cell_keys
 from sct.errors import ConfigError, DataError
-from sct.eval import labels, marker_scores, pathways
+from sct.eval.labels import marker_scores, pathways
+from sct.eval.labels import measures as labels
 from sct.inference.asking import asker_of
 from sct.nn.paths import flatten
-from sct.tl.benchmarking import read_options
 from sct.train.loop import train
 from tests.data.text.test_instructions import ABSTRACT
 from tests.data.text.toy_texts import GENES, vocabulary

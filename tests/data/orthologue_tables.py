@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from sct.data.genes import GeneVocabulary
+from sct.data.genes.vocabulary import GeneVocabulary
 
 HUMAN = GeneVocabulary.human()
 SYMBOLS = ("CD3D", "MS4A1", "LYZ", "NKG7", "CD79A", "GNLY", "CST3", "FCER1A", "PPBP", "S100A8")

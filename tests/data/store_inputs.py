@@ -12,8 +12,8 @@ import pandas as pd
 import scipy.io
 import scipy.sparse as sp
 
-from sct.data.genes import GeneVocabulary
-from sct.data.ingest import IngestOptions, IngestReport, ingest
+from sct.data.genes.vocabulary import GeneVocabulary
+from sct.data.ingest.build import IngestOptions, IngestReport, ingest
 from sct.data.store import Store
 
 N_GENES = 60

@@ -15,12 +15,12 @@ from sct.data.bags import BagOptions, BagSource
 from sct.data.cell_records import CellOptions, CellSource, cell_records
 from sct.data.cells import Cells
 from sct.data.counts import CountsChecker, validate
-from sct.data.ingest import IngestOptions
+from sct.data.ingest.build import IngestOptions
 from sct.data.store import Store
 from sct.data.text.prompts import load_prompts
 from sct.data.text.source import SentenceOptions, Texts
 from sct.errors import ConfigError, DataError, StoreError
-from sct.eval.baselines import KnnSmoothing
+from sct.eval.imputation.baselines import KnnSmoothing
 from sct.models.sct_config import SCTConfig
 from sct.tasks.masked_expression import MaskedExpression, MaskedExpressionConfig
 

@@ -19,8 +19,8 @@ from sct.data.bags import (
 )
 from sct.data.coordinates import SPATIAL_RANGE, rescale_coordinates
 from sct.data.datasets import simulate_atlas
-from sct.data.genes import GeneVocabulary
-from sct.data.ingest import IngestOptions, ingest
+from sct.data.genes.vocabulary import GeneVocabulary
+from sct.data.ingest.build import IngestOptions, ingest
 from sct.data.store import Store
 from sct.data.tokenize import bin_counts
 from sct.errors import ConfigError, DataError

@@ -12,7 +12,7 @@ from scipy import sparse
 import sct
 from sct.data.counts import validate
 from sct.data.datasets import MAX_RESIDUAL, pbmc68k, recover_counts, simulate_atlas
-from sct.data.genes import GeneVocabulary
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.errors import DataError, MissingExtraError
 
 # Real cells ----------------------------------------------------------------------------------------------

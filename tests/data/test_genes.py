@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from sct.data.genes import HUMAN_VERSION, GeneVocabulary
+from sct.data.genes.vocabulary import HUMAN_VERSION, GeneVocabulary
 from sct.errors import DataError, StoreError
 
 HUMAN = GeneVocabulary.human()

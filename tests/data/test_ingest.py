@@ -21,12 +21,12 @@ from store_inputs import (
     write_as,
 )
 
-from sct.data.ingest import IngestOptions, ingest
-from sct.data.ingest_input import ingest_input
-from sct.data.sorting import Sizes, hilbert_rank
-from sct.data.sources import find_inputs
+from sct.data.ingest.build import IngestOptions, ingest
+from sct.data.ingest.inputs import ingest_input
+from sct.data.ingest.sorting import Sizes, hilbert_rank
+from sct.data.ingest.sources import find_inputs
+from sct.data.ingest.writer import portable_table
 from sct.data.store import Store
-from sct.data.writer import portable_table
 from sct.errors import DataError
 
 
@@ -104,9 +104,9 @@ def test_block_sizes_do_not_matter(
 def test_shards_are_written_piece_by_piece(
     reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sct.data.writer.CHUNK", 64)
-    monkeypatch.setattr("sct.data.writer.CHUNKS_PER_SHARD", 2)
-    monkeypatch.setattr("sct.data.ingest_input.Sizes", lambda: Sizes(500, 100, 700))
+    monkeypatch.setattr("sct.data.ingest.writer.CHUNK", 64)
+    monkeypatch.setattr("sct.data.ingest.writer.CHUNKS_PER_SHARD", 2)
+    monkeypatch.setattr("sct.data.ingest.inputs.Sizes", lambda: Sizes(500, 100, 700))
     run([("sample", make_adata())], tmp_path / "store")
     assert len(list((tmp_path / "store/studies/sample.zarr/X/data/c").iterdir())) > 10
     pd.testing.assert_frame_equal(matrix(tmp_path / "store"), matrix(reference))
@@ -185,7 +185,7 @@ def test_duplicate_genes_are_refused_or_summed(
     path = write_as(twice, kind, tmp_path)
     with pytest.raises(DataError, match="duplicates"):
         run([path], tmp_path / "store")
-    monkeypatch.setattr("sct.data.ingest_input.Sizes", lambda: Sizes(block=20, bucket=50, held=30))
+    monkeypatch.setattr("sct.data.ingest.inputs.Sizes", lambda: Sizes(block=20, bucket=50, held=30))
     run([path], tmp_path / "store", duplicates="sum")
     truth = expected_counts(adata, VOCABULARY)
     truth[known[0]] += truth[known[1]]

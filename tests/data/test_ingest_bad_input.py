@@ -16,7 +16,7 @@ from store_inputs import (
 )
 
 from sct.data.datasets import simulate_atlas
-from sct.data.ingest import IngestOptions, ingest
+from sct.data.ingest.build import IngestOptions, ingest
 from sct.data.store import Store
 from sct.errors import DataError, SctError, StoreError
 
@@ -194,7 +194,7 @@ def test_a_bad_file_does_not_lose_the_others(three: list[Path], tmp_path: Path) 
 def test_a_full_disk_is_one_sentence(
     three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sct.data import writer
+    from sct.data.ingest import writer
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")

@@ -10,8 +10,8 @@ import pytest
 from store_inputs import VOCABULARY, files_of, make_adata, matrix, run, write_as
 from test_ingest_command import command
 
-from sct.data import ingest_jobs
-from sct.data.ingest import IngestOptions
+from sct.data.ingest import workers as ingest_jobs
+from sct.data.ingest.build import IngestOptions
 from sct.data.store import Store
 from sct.errors import ConfigError, DataError, StoreError
 from tests.data.orthologue_tables import mouse_id, pairs_of, write

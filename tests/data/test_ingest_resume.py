@@ -24,10 +24,10 @@ from store_inputs import (
 )
 
 from sct import outputs
-from sct.data import ingest_jobs
-from sct.data.ingest import ingest
-from sct.data.ingest_input import ingest_input
-from sct.data.sorting import BucketSort
+from sct.data.ingest import workers as ingest_jobs
+from sct.data.ingest.build import ingest
+from sct.data.ingest.inputs import ingest_input
+from sct.data.ingest.sorting import BucketSort
 from sct.data.store import Store
 from sct.errors import StoreError
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sct.data.orthologues import (
+from sct.data.genes.orthologues import (
     AMBIGUOUS,
     MAPPED,
     SEVERAL,

@@ -14,7 +14,7 @@ from store_inputs import (
     write_as,
 )
 
-from sct.data.sources import Input, find_inputs
+from sct.data.ingest.sources import Input, find_inputs
 from sct.data.store import Store
 from sct.errors import ConfigError, DataError, MissingExtraError, SctError
 
@@ -94,7 +94,7 @@ def test_census_downloads_and_cleans_up(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_census_without_its_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sct.data.readers import open_source
+    from sct.data.ingest.readers import open_source
 
     monkeypatch.setitem(sys.modules, "cellxgene_census", None)
     item = Input("x", "census", "x")

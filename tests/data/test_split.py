@@ -10,7 +10,7 @@ from store_inputs import (
     three_files,
 )
 
-from sct.data.split import assign_splits
+from sct.data.ingest.splits import assign_splits
 from sct.errors import ConfigError
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from store_inputs import expected_counts, make_adata, small_vocabulary
 
 from sct.data.coordinates import rescale_coordinates
-from sct.data.genes import GeneVocabulary
-from sct.data.ingest import IngestOptions, ingest
+from sct.data.genes.vocabulary import GeneVocabulary
+from sct.data.ingest.build import IngestOptions, ingest
 from sct.data.store import Store
 from sct.errors import StoreError
 from sct.inference.inputs import sections

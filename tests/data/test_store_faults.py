@@ -13,8 +13,8 @@ import pytest
 from store_inputs import VOCABULARY, leftovers, make_adata, run, write_as
 
 from sct.data.bags import BagOptions, BagSource
+from sct.data.ingest.sorting import BucketSort, Sizes
 from sct.data.loader import Loader
-from sct.data.sorting import BucketSort, Sizes
 from sct.data.store import Store
 from sct.errors import StoreError
 
@@ -22,8 +22,8 @@ from sct.errors import StoreError
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """One study in many files."""
-    monkeypatch.setattr("sct.data.writer.CHUNK", 64)
-    monkeypatch.setattr("sct.data.writer.CHUNKS_PER_SHARD", 4)
+    monkeypatch.setattr("sct.data.ingest.writer.CHUNK", 64)
+    monkeypatch.setattr("sct.data.ingest.writer.CHUNKS_PER_SHARD", 4)
     # Nothing of what was read before a file is damaged may hide the damage.
     monkeypatch.setattr("sct.data.store._CACHE_BYTES", 0)
     monkeypatch.setattr("sct.data.store._context", None)
@@ -91,7 +91,7 @@ def test_a_spilled_file_that_lost_its_end_is_noticed(tmp_path: Path, monkeypatch
         return original(sort, bucket)
 
     monkeypatch.setattr(BucketSort, "load", load)
-    monkeypatch.setattr("sct.data.ingest_input.Sizes", lambda: Sizes(500, 300, 0))
+    monkeypatch.setattr("sct.data.ingest.inputs.Sizes", lambda: Sizes(500, 300, 0))
     path = write_as(make_adata(), "csr", tmp_path)
     with pytest.raises(StoreError, match=r"sample\.spill/2"):
         run([path], tmp_path / "store")
@@ -101,9 +101,11 @@ def test_a_spilled_file_that_lost_its_end_is_noticed(tmp_path: Path, monkeypatch
 def test_chunks_of_another_size_and_codec_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stores outlive the choice of chunks: the arrays say themselves how they were written."""
     run([("cells", make_adata(200))], tmp_path / "now")
-    monkeypatch.setattr("sct.data.writer.CHUNK", 100)
-    monkeypatch.setattr("sct.data.writer.CHUNKS_PER_SHARD", 3)
-    monkeypatch.setattr("sct.data.writer.COMPRESSOR", {"cname": "lz4", "clevel": 5, "shuffle": "noshuffle"})
+    monkeypatch.setattr("sct.data.ingest.writer.CHUNK", 100)
+    monkeypatch.setattr("sct.data.ingest.writer.CHUNKS_PER_SHARD", 3)
+    monkeypatch.setattr(
+        "sct.data.ingest.writer.COMPRESSOR", {"cname": "lz4", "clevel": 5, "shuffle": "noshuffle"}
+    )
     run([("cells", make_adata(200))], tmp_path / "before")
     (now,), (before,) = (Store.open(tmp_path / name).studies for name in ("now", "before"))
     metadata = [(study.path / "X/data/zarr.json").read_text() for study in (now, before)]

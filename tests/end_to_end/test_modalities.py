@@ -14,8 +14,8 @@ import sct
 from sct.data.cell_records import CellOptions, CellSource
 from sct.data.cell_values import quantile_bins
 from sct.data.datasets import simulate_atlas
-from sct.data.genes import GeneVocabulary
-from sct.data.ingest import IngestOptions, ingest
+from sct.data.genes.vocabulary import GeneVocabulary
+from sct.data.ingest.build import IngestOptions, ingest
 from sct.data.store import Store
 from sct.errors import DataError
 from sct.train.experiment import run

@@ -16,12 +16,12 @@ from scipy import sparse
 
 import sct
 from sct.data.bags import BagSource
-from sct.data.genes import GeneVocabulary
-from sct.data.ingest import IngestOptions, ingest
+from sct.data.genes.vocabulary import GeneVocabulary
+from sct.data.ingest.build import IngestOptions, ingest
 from sct.data.store import Store
-from sct.eval.held_out import HeldOut
-from sct.eval.imputation import whole_cell_imputation
-from sct.eval.scoring import Model
+from sct.eval.imputation.held_out import HeldOut
+from sct.eval.imputation.protocols import whole_cell_imputation
+from sct.eval.imputation.scoring import Model
 from sct.families.tasks import make_task
 from sct.train.experiment import run
 

@@ -10,8 +10,8 @@ import pytest
 from scipy.spatial.distance import cdist
 
 from sct.data.bags import BagOptions, BagSource
-from sct.eval import held_out as drawing
-from sct.eval.baselines import (
+from sct.eval.imputation import held_out as drawing
+from sct.eval.imputation.baselines import (
     CommonLevel,
     KnnSmoothing,
     Magic,
@@ -23,7 +23,7 @@ from sct.eval.baselines import (
     level_frequencies,
     standard_methods,
 )
-from sct.eval.held_out import Masked
+from sct.eval.imputation.held_out import Masked
 from tests.data.fake_study import FakeStudy, toy_study
 from tests.eval.toy_cells import GENES, NUM_BINS, POSITIONS, changed, hold_out, random_mask, source, study
 

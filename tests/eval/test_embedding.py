@@ -14,8 +14,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from sct.errors import ConfigError, DataError, MissingExtraError
 from sct.eval import metrics
-from sct.eval.embedding import Method, Options, measure, umap
-from sct.eval.embedding_baselines import Cells, classify
+from sct.eval.embedding.baselines import Cells, classify
+from sct.eval.embedding.measures import Method, Options, measure, umap
 
 needs_igraph = pytest.mark.skipif(
     find_spec("igraph") is None, reason='needs igraph: pip install "sct-jax[analysis]"'

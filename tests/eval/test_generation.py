@@ -15,9 +15,11 @@ from scipy import sparse
 from sklearn.neighbors import KNeighborsClassifier
 
 from sct.errors import ConfigError, DataError, MissingExtraError
-from sct.eval import generated, generation, perturbation
-from sct.eval.generated import CellSet
-from sct.eval.generation import Options
+from sct.eval.generation import cells as generation
+from sct.eval.generation import measures as generated
+from sct.eval.generation import perturbation
+from sct.eval.generation.cells import Options
+from sct.eval.generation.measures import CellSet
 
 
 def needs(module: str, extra: str):

@@ -13,13 +13,15 @@ from sklearn.metrics import matthews_corrcoef
 from sct.data import masking
 from sct.data.tokenize import bin_counts
 from sct.errors import ConfigError, DataError, StoreError
-from sct.eval import held_out as drawing
-from sct.eval import imputation, report_folder, scoring
-from sct.eval.baselines import OTHER_CELLS, Unavailable
-from sct.eval.held_out import HeldOut
-from sct.eval.imputation import GeneImputation, cells_to_mask, sparsity_groups
-from sct.eval.report import MODEL, REFERENCE
-from sct.eval.scoring import BAR, COLUMNS, Model, measure
+from sct.eval.imputation import held_out as drawing
+from sct.eval.imputation import protocols as imputation
+from sct.eval.imputation import scoring
+from sct.eval.imputation.baselines import OTHER_CELLS, Unavailable
+from sct.eval.imputation.held_out import HeldOut
+from sct.eval.imputation.protocols import GeneImputation, cells_to_mask, sparsity_groups
+from sct.eval.imputation.scoring import BAR, COLUMNS, Model, measure
+from sct.eval.reports import folder as report_folder
+from sct.eval.reports.report import MODEL, REFERENCE
 from tests.data.fake_study import FakeStudy
 from tests.eval.toy_cells import (
     GENES,

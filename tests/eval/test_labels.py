@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from sct.errors import ConfigError, DataError
-from sct.eval import labels as lab
-from sct.eval.labels import Options, Prediction
+from sct.eval.labels import measures as lab
+from sct.eval.labels.measures import Options, Prediction
 
 laws = settings(max_examples=60, deadline=None)
 QUICK = Options(seeds=3, components=6)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sct.errors import DataError
-from sct.eval.marker_scores import find_markers, marker_scores, read_markers
+from sct.eval.labels.marker_scores import find_markers, marker_scores, read_markers
 from tests.eval.test_pathways import SETS, SYMBOLS, cells
 
 pytest.importorskip("scanpy")

@@ -11,12 +11,13 @@ import pytest
 from scipy import sparse, stats
 
 from sct.data.tokenize import bin_counts
-from sct.eval import metrics, natural
-from sct.eval.baselines import OTHER_CELLS, THESE_CELLS, TRAINING
-from sct.eval.held_out import mask_measured, mask_measured_genes
-from sct.eval.natural import GeneMean, ModelEstimator, natural_imputation
-from sct.eval.report import MODEL
-from sct.eval.scoring import Model
+from sct.eval import metrics
+from sct.eval.imputation import natural
+from sct.eval.imputation.baselines import OTHER_CELLS, THESE_CELLS, TRAINING
+from sct.eval.imputation.held_out import mask_measured, mask_measured_genes
+from sct.eval.imputation.natural import GeneMean, ModelEstimator, natural_imputation
+from sct.eval.imputation.scoring import Model
+from sct.eval.reports.report import MODEL
 from tests.data.fake_study import FakeStudy
 from tests.eval.toy_cells import GENES, NUM_BINS, hold_out, source, study
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sct.eval.page import Figure, figure_svg, page
-from sct.eval.report import Report
+from sct.eval.reports.page import Figure, figure_svg, page
+from sct.eval.reports.report import Report
 
 matplotlib = pytest.importorskip("matplotlib", reason="figures need matplotlib: make install brings it")
 NASTY = "<script>document.title = 'broken'</script> \"A\" & 'B' </table>"

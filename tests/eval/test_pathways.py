@@ -10,7 +10,8 @@ import pytest
 import scipy.sparse as sp
 
 from sct.errors import ConfigError, DataError
-from sct.eval import labels, pathways
+from sct.eval.labels import measures as labels
+from sct.eval.labels import pathways
 
 pytest.importorskip("decoupler")
 

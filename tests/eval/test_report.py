@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from sct.eval import report_folder
-from sct.eval.page import Figure
-from sct.eval.report import Column, Report, Summary
-from sct.eval.report_folder import environment
+from sct.eval.reports import folder as report_folder
+from sct.eval.reports.folder import environment
+from sct.eval.reports.page import Figure
+from sct.eval.reports.report import Column, Report, Summary
 
 REASON = "magic-impute is not installed: pip install magic-impute, then run the command again"
 COLUMNS = ("method", "fitted on", "told expressed", "MCC", "gain over the bar", "MAE (counts)", "remark")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from sct.errors import ConfigError, DataError, MissingExtraError
-from sct.eval import texts as txt
+from sct.eval.generation import texts as txt
 
 
 def needs(module: str, extra: str):

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from sct.data.bags import BagOptions, BagSource
-from sct.eval.held_out import HeldOut, Masked
+from sct.eval.imputation.held_out import HeldOut, Masked
 from tests.data.fake_study import FakeStudy, toy_study
 
 GENES, POSITIONS, NUM_BINS = 12, 16, 5

@@ -14,6 +14,7 @@ import pytest
 import sct
 from configs.benchmark import get_config
 from sct import families
+from sct.benchmarks.zero_shot import benchmark
 from sct.data.cells import Cells
 from sct.errors import ConfigError
 from sct.families.tasks import kind_of
@@ -21,7 +22,6 @@ from sct.models import adapters, registry
 from sct.nn.paths import flatten
 from sct.speed.job import Options
 from sct.speed.run import measure
-from sct.tl.benchmarking import benchmark
 from sct.train.experiment import run
 from sct.weights.pretrained import boxed_shapes
 from tests.families import toy

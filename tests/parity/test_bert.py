@@ -13,7 +13,7 @@ import sct
 from sct.errors import CheckpointError
 from sct.models.bert import Bert
 from sct.nn.paths import flatten
-from sct.weights import hf
+from sct.weights.hf import folder as hf
 
 from . import foreign
 

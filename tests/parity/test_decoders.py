@@ -12,7 +12,7 @@ import pytest
 import sct
 from sct.models import registry
 from sct.nn.paths import flatten
-from sct.weights import hf
+from sct.weights.hf import folder as hf
 
 from . import foreign
 

@@ -11,7 +11,7 @@ import pytest
 import sct
 from sct.errors import CheckpointError, MissingExtraError
 from sct.nn.paths import flatten
-from sct.weights import hf
+from sct.weights.hf import folder as hf
 from sct.weights.model_folder import INDEX, TORCH, WEIGHTS
 
 from . import foreign

@@ -192,7 +192,7 @@ def test_a_legend_is_neither_cut_off_nor_over_the_points(maximum):
 @pytest.fixture
 def layouts(monkeypatch) -> list[int]:
     """Replace UMAP by the first two columns, and count the calls."""
-    from sct.eval import embedding
+    from sct.eval.embedding import measures as embedding
 
     calls: list[int] = []
 

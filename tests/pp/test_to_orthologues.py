@@ -10,8 +10,8 @@ import scipy.sparse as sp
 
 import sct
 from sct.data.counts import validate
-from sct.data.genes import GeneVocabulary
-from sct.data.orthologues import read_orthologues
+from sct.data.genes.orthologues import read_orthologues
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.errors import DataError
 from tests.data.orthologue_tables import HUMAN, biomart, human_id, mouse_id, write
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sct.data.datasets import simulate_atlas
-from sct.data.genes import GeneVocabulary
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.models.sct import SCT
 from sct.models.sct_config import SCTConfig
 from sct.weights.pretrained import Pretrained

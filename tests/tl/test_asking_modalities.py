@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse as sp
 
 import sct
-from sct.data.orthologues import read_orthologues
+from sct.data.genes.orthologues import read_orthologues
 from sct.errors import ConfigError, DataError
 from tests.data.orthologue_tables import mouse_id, pairs_of, write
 from tests.data.text.toy_texts import vocabulary

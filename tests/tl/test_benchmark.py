@@ -11,12 +11,12 @@ import pytest
 from scipy import sparse
 
 import sct
+from sct.benchmarks.zero_shot import BenchmarkOptions, DataOptions, open_cells, part_of
 from sct.data.coordinates import rescale_coordinates
-from sct.data.genes import GeneVocabulary
-from sct.data.ingest import IngestOptions, ingest
+from sct.data.genes.vocabulary import GeneVocabulary
+from sct.data.ingest.build import IngestOptions, ingest
 from sct.errors import ConfigError, DataError, StoreError
 from sct.inference import inputs
-from sct.tl.benchmarking import BenchmarkOptions, DataOptions, open_cells, part_of
 from tests.tl.conftest import made, slide
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,7 +107,7 @@ def test_what_was_measured_before_a_stop_is_kept(adata, tmp_path, monkeypatch):
     def stopped(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sct.eval.imputation.whole_cell_imputation", stopped)
+    monkeypatch.setattr("sct.eval.imputation.protocols.whole_cell_imputation", stopped)
     with pytest.raises(KeyboardInterrupt):
         sct.tl.benchmark(config(tmp_path / "out", model="", seeds=1), adata)
     kept = json.loads((tmp_path / "out" / "unfinished.json").read_text())
@@ -203,7 +203,7 @@ def test_what_cannot_run_is_a_row_and_the_rest_runs(adata, model, tmp_path):
 
 
 def test_at_most_so_many_cells_and_neighbours_stay_neighbours(adata, tmp_path):
-    from sct.tl.benchmarking import DataOptions, _divided
+    from sct.benchmarks.zero_shot import DataOptions, _divided
 
     ((_, part),) = _divided(adata, DataOptions(max_cells=9), "cells")
     places, kept = adata.obsm["spatial"], adata.obs_names.isin(part.obs_names)

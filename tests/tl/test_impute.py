@@ -13,7 +13,7 @@ import scipy.sparse as sp
 
 import sct
 from sct.data.bag_order import random_order
-from sct.data.ingest import ingest
+from sct.data.ingest.build import ingest
 from sct.data.store import Store
 from sct.data.tokenize import bin_counts, expected_counts, noisy_genes
 from sct.errors import ConfigError, DataError

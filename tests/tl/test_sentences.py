@@ -14,7 +14,7 @@ import pytest
 import scipy.sparse as sp
 
 import sct
-from sct.data.genes import GeneVocabulary
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text.prompts import JOIN, Template, parse_labels
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import ConfigError, DataError

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from sct.data.datasets import simulate_atlas
-from sct.data.genes import GeneVocabulary
-from sct.data.ingest import IngestOptions, ingest
+from sct.data.genes.vocabulary import GeneVocabulary
+from sct.data.ingest.build import IngestOptions, ingest
 from sct.data.store import Store
 from sct.errors import CheckpointError, ConfigError, DivergedError, FolderInUseError, StoreError
 from sct.families.tasks import make_task

@@ -14,7 +14,7 @@ import pytest
 import sct
 from sct.data import masking
 from sct.data.datasets import simulate_atlas
-from sct.data.ingest import IngestOptions, ingest
+from sct.data.ingest.build import IngestOptions, ingest
 from sct.data.masking import Masking
 from sct.data.store import Store
 from sct.errors import CheckpointError, ConfigError

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from sct.errors import ConfigError, StoreError
-from sct.eval import report_folder, scoring
+from sct.eval.imputation import scoring
+from sct.eval.reports import folder as report_folder
 from sct.train import experiment, loop, sweep
 from sct.train.checkpoint import Progress
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 import sct
 from sct.train.sharding import MeshConfig, make_mesh
-from sct.weights import hf
+from sct.weights.hf import folder as hf
 
 
 def limit(more: int) -> None:

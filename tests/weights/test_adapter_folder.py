@@ -20,7 +20,8 @@ from sct.models import adapters
 from sct.models.adapter_kinds import BottleneckConfig, LoraConfig, PrefixConfig
 from sct.nn import axes
 from sct.train.sharding import MeshConfig, make_mesh
-from sct.weights import adapter_folder, peft
+from sct.weights import adapter_folder
+from sct.weights.peft import folder as peft
 from sct.weights.pretrained import Pretrained
 from tests.models.lora_models import MODELS, boxed, config, inputs, trained_adapters
 from tests.models.test_adapters import LAYER, kinds

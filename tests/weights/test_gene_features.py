@@ -13,11 +13,11 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from sct.data.genes import GeneVocabulary
-from sct.data.text.gene_corpus import GeneCorpus
+from sct.data.genes.corpus import GeneCorpus
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.errors import ConfigError, DataError
+from sct.gene_features.features import ITEM, GeneFeatures
 from sct.models.decoder import Decoder
-from sct.weights.gene_features import ITEM, GeneFeatures
 from sct.weights.pretrained import Pretrained
 from sct.weights.vocabulary import resized
 from tests.cached import cached

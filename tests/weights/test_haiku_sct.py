@@ -20,7 +20,7 @@ import pytest
 from jax import lax
 
 import sct
-from sct.data.genes import GeneVocabulary
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.errors import CheckpointError
 from sct.models.sct import SCT
 from sct.weights import haiku_sct

@@ -18,12 +18,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import sct
-from sct.data.genes import GeneVocabulary
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.errors import CheckpointError, ConfigError, StoreError
 from sct.models.decoder_config import GPT2Config, LlamaConfig, NeoXConfig
 from sct.nn.paths import flatten, unflatten
 from sct.train.sharding import MeshConfig, make_mesh
-from sct.weights import hf, hf_config
+from sct.weights.hf import config as hf_config
+from sct.weights.hf import folder as hf
 from sct.weights.model_folder import INDEX, WEIGHTS
 from sct.weights.pretrained import Pretrained, expected_shapes
 from tests.parity.mesh_models import SMALL, random_model

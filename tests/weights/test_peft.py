@@ -21,7 +21,8 @@ from sct.models.lora import LoraConfig
 from sct.nn import axes
 from sct.nn.paths import flatten, unflatten
 from sct.train.sharding import MeshConfig, make_mesh
-from sct.weights import hf, peft
+from sct.weights.hf import folder as hf
+from sct.weights.peft import folder as peft
 from sct.weights.pretrained import Pretrained, boxed_shapes
 from tests.models.lora_models import SIZES, adapted, boxed, config
 from tests.weights.conftest import unsealed

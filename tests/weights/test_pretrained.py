@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import sct
-from sct.data.genes import GeneVocabulary
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text.tokenizer import train_bpe
 from sct.errors import CheckpointError, ConfigError, DataError, MissingExtraError, StoreError
 from sct.models.sct import SCT

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from sct.data.alignment import some
+from sct.data.genes.alignment import some
 from sct.data.normalization import TARGET, per_count
 from sct.data.text.ranking import Ranked, canonical, cell_keys, choose, hash_names, mix, rank, sort_rows
 from sct.data.text.words import Words

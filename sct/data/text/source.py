@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sct.data.genes import GeneVocabulary
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.store import Study
 from sct.data.text.cell_sentence import cell_keys, sentences
 from sct.data.text.prompts import TASKS, Example, Prompts, draw_task

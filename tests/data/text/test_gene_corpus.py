@@ -10,8 +10,8 @@ import warnings
 
 import pytest
 
-from sct.data.genes import GeneVocabulary
-from sct.data.text.gene_corpus import GeneCorpus
+from sct.data.genes.corpus import GeneCorpus
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.errors import DataError
 
 TEXTS = {

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sct.data.genes import GeneVocabulary
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.loader import Loader
 from sct.data.text.prompts import JOIN, TASKS, parse_labels
 from sct.data.text.source import SentenceSource, Texts, gene_words, read_studies

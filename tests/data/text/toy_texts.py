@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from sct.data.genes import GeneVocabulary
+from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text.prompts import Prompts, Template, load_prompts
 from sct.data.text.source import SentenceOptions, Texts
 from sct.data.text.tokenizer import Tokenizer, train_bpe

@@ -1,0 +1,566 @@
+"""`sct.tl.benchmark`: a model beside honest baselines on cells it has not seen (sCT paper, section 4)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import anndata as ad
+import numpy as np
+
+from sct import families
+from sct.data.bags import BagOptions, BagSource
+from sct.data.cells import Cells, CellStudy
+from sct.data.class_prior import ClassPrior
+from sct.data.coordinates import SCALES
+from sct.data.genes.vocabulary import GeneVocabulary
+from sct.data.store import SPLITS, Store
+from sct.errors import ConfigError, DataError, SctError
+from sct.eval.embedding import measures as embeddings
+from sct.eval.imputation import natural
+from sct.eval.imputation import protocols as imputation
+from sct.eval.imputation.held_out import HeldOut
+from sct.eval.imputation.scoring import Model, Outcome
+from sct.eval.reports import folder as report_folder
+from sct.eval.reports.page import Figure, figure_svg
+from sct.eval.reports.report import MODEL, REFERENCE, Report
+from sct.folder_lock import only_one
+from sct.inference import inputs
+from sct.inference.bags import BagReader, order_of
+from sct.models.registry import build
+from sct.outputs import check_folder
+from sct.tl.embedding import embed
+from sct.weights.pretrained import Pretrained
+
+ASSUMED_RATES = "its masking rates are not recorded: 15% and 1% are assumed"
+_REPORT_BYTES = 10_000_000  # of a page with figures
+
+
+@dataclasses.dataclass(frozen=True)
+class CellChoice:
+    """Cells that a benchmark reads, of a file or a store; see `configs/benchmark.py` for each field."""
+
+    path: str = ""
+    split: str = "test"
+    layer: str = ""
+    gene_column: str = ""
+    duplicates: str = "error"
+    study_key: str = ""
+    max_cells: int = 10_000
+    seed: int = 0
+
+    # Options of those benchmarks alone that read positions, and fit on a store of its own.
+    spatial_key = ""
+    train = ""
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise ConfigError(f"data.split is {self.split!r}, but it must be one of {', '.join(SPLITS)}.")
+        self._check_not_negative("max_cells", "seed")
+
+    def _check_not_negative(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 0:
+                raise ConfigError(f"data.{name} is {getattr(self, name)}, but 0 or more is needed.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions(CellChoice):
+    """Cells to measure on; see `configs/benchmark.py` for each field."""
+
+    train: str = ""
+    spatial_key: str = "spatial"
+    label_key: str = "cell_type"
+    batch_key: str = ""
+    cells_per_bag: int = 0
+    max_bags: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_not_negative("cells_per_bag", "max_bags")
+
+
+@dataclasses.dataclass(frozen=True)
+class NaturalImputationOptions:
+    """Measured genes masked at random, expressed or not, all of them scored; and whole genes."""
+
+    run: bool = True
+    ratio: float = natural.RATIO
+    whole_genes: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio < 1:
+            raise ConfigError(f"natural_imputation.ratio is {self.ratio}, but it must lie between 0 and 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneImputationOptions:
+    """Genes masked at random."""
+
+    run: bool = True
+    ratios: tuple[float, ...] = imputation.RATIOS
+    magic: bool = True
+
+    def __post_init__(self) -> None:
+        valid = all(0 < ratio < 1 for ratio in self.ratios) and len(set(self.ratios)) == len(self.ratios)
+        if not self.ratios or not valid:
+            raise ConfigError(
+                f"gene_imputation.ratios is {self.ratios}, but different shares between 0 and 1 are needed."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class CellImputationOptions:
+    """Whole cells masked; (0,) for the paper's numbers in proportion to the bag."""
+
+    run: bool = True
+    numbers: tuple[int, ...] = (0,)
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedGenesOptions:
+    """Genes masked in all cells, by sparsity."""
+
+    run: str = "spatial"
+    per_group: int = 25
+
+    def __post_init__(self) -> None:
+        if self.run not in ("always", "never", "spatial"):
+            raise ConfigError(f"fixed_genes.run is {self.run!r}, but it must be always, never or spatial.")
+        if self.per_group < 1:
+            raise ConfigError(f"fixed_genes.per_group is {self.per_group}, but at least 1 is needed.")
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingOptions:
+    """Embeddings of labelled cells."""
+
+    run: bool = True
+    k: int = 5
+    folds: int = 5
+    resolution: float = 1.0
+    scvi: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkOptions:
+    """The whole benchmark; see `configs/benchmark.py`."""
+
+    data: DataOptions = dataclasses.field(default_factory=DataOptions)
+    natural_imputation: NaturalImputationOptions = dataclasses.field(default_factory=NaturalImputationOptions)
+    gene_imputation: GeneImputationOptions = dataclasses.field(default_factory=GeneImputationOptions)
+    cell_imputation: CellImputationOptions = dataclasses.field(default_factory=CellImputationOptions)
+    fixed_genes: FixedGenesOptions = dataclasses.field(default_factory=FixedGenesOptions)
+    embedding: EmbeddingOptions = dataclasses.field(default_factory=EmbeddingOptions)
+    model: str = ""
+    genes: str = ""
+    output: str = "runs/benchmark"
+    seeds: int = 5
+
+    def __post_init__(self) -> None:
+        if not self.data.path:
+            raise ConfigError("say what to measure on: --config.data.path=FILE.h5ad, or a store.")
+        if self.seeds < 1:
+            raise ConfigError(f"seeds is {self.seeds}, but at least 1 is needed.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A study: the cells that are measured, and their table of counts, with one section."""
+
+    name: str
+    adata: ad.AnnData
+    table: Cells
+
+    @property
+    def spatial(self) -> bool:
+        """Whether its cells have positions."""
+        return self.table.sections[0].places is not None
+
+
+def benchmark(
+    config: Mapping[str, Any],
+    adata: ad.AnnData | None = None,
+    model: inputs.Model | None = None,
+    *,
+    overwrite: bool = True,
+) -> list[Report]:
+    """Measure a model and baselines on the same cells and the same masked positions, and write a report.
+
+    Parameters
+    ----------
+    config
+        Values as `configs/benchmark.py` gives them.
+    adata
+        Cells in place of `config["data"]["path"]`.
+    model
+        A model in place of `config["model"]`.
+    overwrite
+        Whether an earlier report in the folder is replaced; otherwise it is refused, before anything is computed.
+
+    Returns
+    -------
+    The tables. `config["output"]` gets `report.html`, `report.md`, `report.json` (the tables) and
+    `results.json` (every number, with those that stand in no table).
+
+    Raises
+    ------
+    SctError
+        Whatever a user can mend, in one sentence.
+    """
+    options, output = read_options(BenchmarkOptions, config, adata, overwrite)
+    with only_one(output, "benchmark", "--config.output"):
+        return _benchmark(options, output, adata, model)
+
+
+def _benchmark(
+    options: BenchmarkOptions, output: Path, adata: ad.AnnData | None, model: inputs.Model | None
+) -> list[Report]:
+    """Measure as options say, and write the report into a folder that no other process writes to."""
+    started = time.monotonic()
+    chosen = model if model is not None else options.model
+    handle = inputs.loaded(chosen) if chosen else None
+    if handle is not None:
+        families.ability(handle, "embed")
+    vocabulary = handle.vocabulary if handle is not None else _vocabulary(options.genes)
+    studies, train = open_cells(options.data, adata)
+    if train is not None:
+        train.check_vocabulary(vocabulary)
+    parts = [part_of(name, study, vocabulary, options.data) for name, study in studies]
+    for part in parts if options.data.batch_key else ():
+        inputs.column(part.adata, options.data.batch_key, "data.batch_key")
+    facts = {
+        **facts_of(handle, options.model),
+        "cells per bag": str(_bag_size(_imputer(handle), options.data)),
+        "cells": ", ".join(f"{part.name} ({part.adata.n_obs:,})" for part in parts),
+        "counts": ", ".join(sorted({part.table.counts_from for part in parts})),
+        "genes": ", ".join(f"{int(part.table.measured.sum()):,} of {len(vocabulary):,}" for part in parts),
+        "training studies": "none given" if train is None else f"{len(train.split('train'))} of {train.path}",
+        "seeds": str(options.seeds),
+    }
+    reports: list[Report] = []
+    figures: list[Figure] = []
+    numbers: dict[str, Any] = {"imputation": [], "embedding": {}}
+
+    def timed() -> dict[str, str]:
+        return facts | {"time": f"{time.monotonic() - started:,.0f} s"}
+
+    for tables, drawn in _measure(parts, handle, train, options, numbers):
+        reports += tables
+        figures += drawn
+        report_folder.keep(reports, output, timed(), numbers)
+    report_folder.write(reports, output, timed(), figures, "Zero-shot benchmark", numbers)
+    return reports
+
+
+def facts_of(handle: Pretrained | None, folder: str) -> dict[str, str]:
+    """What a report says of the process and of the model, from a folder or from memory."""
+    if handle is None:
+        what = ("none (baselines alone)", "-", "-", "-")
+    else:
+        what = (repr(handle), folder or "(in memory)", handle.fingerprint, handle.license)
+    return {
+        **report_folder.environment(),
+        **dict(zip(("model", "model folder", "weights", "licence of the model"), what, strict=True)),
+    }
+
+
+def read_options(
+    kind: type[Any], config: Mapping[str, Any], adata: ad.AnnData | None, overwrite: bool
+) -> tuple[Any, Path]:
+    """Options of a benchmark, of a type with `data.path` and `output`, and the checked folder of its report."""
+    values = json.loads(json.dumps(config))
+    if adata is not None:
+        values.setdefault("data", {})["path"] = "(in memory)"
+    options = build(kind, values, "config")
+    output = Path(options.output).expanduser()
+    check_folder(output, "--config.output", overwrite, _REPORT_BYTES, report_folder.FILES)
+    return options, output
+
+
+def _vocabulary(path: str) -> GeneVocabulary:
+    return GeneVocabulary.load(Path(path).expanduser()) if path else GeneVocabulary.human()
+
+
+def open_cells(
+    data: CellChoice, adata: ad.AnnData | None = None
+) -> tuple[list[tuple[str, ad.AnnData]], Store | None]:
+    """Studies to score, in memory, and the store whose training studies baselines are fitted on."""
+    path = Path(data.path).expanduser()
+    train = Store.open(Path(data.train).expanduser()) if data.train else None
+    if adata is not None:
+        return _divided(adata, data, "cells"), train
+    if not path.exists():
+        raise DataError(f"there is nothing at {path}: give an .h5ad file, a .zarr folder or a store.")
+    if path.is_dir() and (path / "manifest.json").is_file():
+        store = Store.open(path)
+        chosen = store.split(data.split)
+        if not chosen:
+            raise DataError(
+                f"{path} has no study in the split {data.split!r}: name one with `launch.ingest --{data.split}=NAME`, "
+                "or choose another split with --config.data.split."
+            )
+        whole = dataclasses.replace(data, study_key="")
+        return [
+            pair for each in chosen for pair in _divided(each.to_anndata(), whole, each.name)
+        ], train or store
+    try:
+        cells = ad.read_zarr(path) if path.is_dir() else ad.read_h5ad(path, backed="r")
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{path} is neither a store nor a readable AnnData ({reason}): give another."
+        ) from error
+    return _divided(cells, data, path.stem), train
+
+
+def _divided(cells: ad.AnnData, data: CellChoice, name: str) -> list[tuple[str, ad.AnnData]]:
+    """Studies of a table as tables of their own, each with at most `max_cells` cells."""
+    spatial_key = data.spatial_key if data.spatial_key in cells.obsm else None
+    parts = []
+    for section in inputs.sections(cells, data.study_key or None, spatial_key):
+        rows = section.rows
+        if data.max_cells and len(rows) > data.max_cells:
+            rng = np.random.default_rng(data.seed)
+            if section.places is None:
+                rows = np.sort(rng.permutation(rows)[: data.max_cells])
+            else:  # cells that lie together, for neighbours to stay neighbours
+                centre = section.places[rng.integers(len(rows))]
+                distance = ((section.places - centre) ** 2).sum(axis=1)
+                rows = np.sort(rows[np.argsort(distance, kind="stable")[: data.max_cells]])
+        # Always a copy: results are written into it.
+        part = cells[rows].to_memory() if cells.isbacked else cells[rows].copy()
+        part.uns = {key: value for key, value in part.uns.items() if key != SCALES}
+        inputs.keep_scales(part, [dataclasses.replace(section, name="")], None, spatial_key)
+        parts.append((f"{name}.{section.name}" if section.name else name, part))
+    return parts
+
+
+def part_of(name: str, study: ad.AnnData, vocabulary: GeneVocabulary, data: CellChoice) -> Part:
+    """Find the counts and positions of a study's cells; cells without any count are left out."""
+
+    def table(cells: ad.AnnData) -> Cells:
+        spatial_key = data.spatial_key if data.spatial_key in cells.obsm else None
+        return Cells(
+            cells, vocabulary, inputs.sections(cells, None, spatial_key), layer=data.layer or None,
+            gene_column=data.gene_column or None, duplicates=data.duplicates,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    made = table(study)
+    if made.sections[0].scale is not None:
+        inputs.keep_scales(study, made.sections, None, data.spatial_key)
+    filled = made.cell_totals > 0
+    if not filled.any():
+        raise DataError(f"{name} has no count of the model's genes: give other cells.")
+    if not filled.all():
+        study = study[filled].copy()
+        made = table(study)
+    return Part(name, study, made)
+
+
+def _measure(
+    parts: list[Part],
+    handle: Pretrained | None,
+    train: Store | None,
+    options: BenchmarkOptions,
+    numbers: dict[str, Any],
+) -> Iterator[tuple[list[Report], list[Figure]]]:
+    """Run every protocol, adding to `numbers`; one that cannot run is a table with the reason."""
+    gene, cell, fixed = options.gene_imputation, options.cell_imputation, options.fixed_genes
+    with_fixed = fixed.run == "always" or (fixed.run == "spatial" and any(part.spatial for part in parts))
+    protocols: dict[str, Callable[..., Any]] = {}
+    if options.natural_imputation.run:
+        settings: dict[str, Any] = {"ratio": options.natural_imputation.ratio, "magic": gene.magic}
+        protocols["Natural imputation"] = functools.partial(natural.natural_imputation, **settings)
+    if options.natural_imputation.run and options.natural_imputation.whole_genes:
+        protocols["Natural imputation of whole genes"] = functools.partial(
+            natural.natural_imputation, **settings, whole_genes=True
+        )
+    if gene.run:
+        protocols["Imputation of masked genes"] = functools.partial(
+            imputation.gene_imputation, ratios=gene.ratios, magic=gene.magic
+        )
+    if cell.run:
+        chosen = tuple(number for number in cell.numbers if number)
+        protocols["Imputation of whole cells"] = functools.partial(
+            imputation.whole_cell_imputation, numbers=chosen, magic=gene.magic
+        )
+    if with_fixed:
+        protocols["Imputation of fixed genes"] = functools.partial(
+            imputation.fixed_gene_imputation, per_group=fixed.per_group, magic=gene.magic
+        )
+    if protocols:
+        held_out, training, asked = _held_out(parts, handle, train, options.data)
+        name = ", ".join(part.name for part in parts)
+        name = name if len(name) < 60 else f"{len(parts)} studies"
+        for title, protocol in protocols.items():
+            try:
+                outcome = protocol(held_out, asked, training, seeds=options.seeds, cells_name=name)
+            except SctError as error:
+                yield [reason(title, error)], []
+                continue
+            numbers["imputation"].append(outcome.as_dict())
+            if isinstance(outcome, natural.Outcome):
+                yield outcome.reports, [_reliability_figure(outcome)]
+            else:
+                yield outcome.reports, _imputation_figures(outcome, held_out.cells_per_bag)
+    for part in parts if options.embedding.run else ():
+        try:
+            table, drawn, measured = _embedding(part, handle, options)
+        except SctError as error:
+            yield [reason(f"Embedding, {part.name}", error)], []
+            continue
+        numbers["embedding"][part.name] = measured
+        yield [table], drawn
+
+
+def reason(title: str, error: SctError) -> Report:
+    """A table that says why there is none."""
+    table = Report(title, ("method", "remark"))
+    table.add("all", str(error))
+    return table
+
+
+def _imputer(handle: Pretrained | None) -> BagReader | None:
+    """What imputes by a model, None where it does not."""
+    if handle is None or families.model(handle.family).impute is None:
+        return None
+    return cast(BagReader, families.ability(handle, "impute"))
+
+
+def _bag_size(reader: BagReader | None, data: DataOptions) -> int:
+    if data.cells_per_bag or reader is None:
+        return data.cells_per_bag or BagOptions.cells_per_bag
+    return reader.cells_per_bag()
+
+
+def _held_out(
+    parts: list[Part], handle: Pretrained | None, train: Store | None, data: DataOptions
+) -> tuple[HeldOut, BagSource | None, Model | None]:
+    """Cells to impute, bags of the training studies, and the model as a method."""
+    reader = _imputer(handle)
+    size = _bag_size(reader, data)
+    if reader is not None:
+        bags = reader.options(size, spatial=True, with_counts=True)
+    else:
+        bags = BagOptions(cells_per_bag=size, num_positions=len(parts[0].table.vocabulary), with_counts=True)
+    studies = []
+    for part in parts:
+        order = order_of(part.table.sections[0], size, data.seed).once()
+        studies.append(CellStudy(part.table, 0, order, name=part.name))
+    source = BagSource(studies, bags, exhaustive=True)  # type: ignore[arg-type]
+    training = None
+    if train is not None and train.split("train"):
+        training = BagSource(train.split("train"), bags, exhaustive=True)
+    asked = None
+    if reader is not None and handle is not None:
+        prior = ClassPrior.of(handle.data)
+        asked = Model(
+            reader.probabilities(prior), handle.variables, odds=prior.odds,
+            fitted_on="its training studies", remark=ASSUMED_RATES if prior.assumed else "",
+        )  # fmt: skip
+    return HeldOut.read(source, data.max_bags), training, asked
+
+
+def _reliability_figure(outcome: natural.Outcome) -> Figure:
+    """Reliability of the probabilities of expression."""
+    caption = (
+        f"Measured genes hidden {'in all cells' if outcome.whole_genes else 'at random'}, all draws together. On the "
+        "diagonal, probabilities are right."
+    )
+    drawing = functools.partial(
+        _drawn, "reliability", (8.2, 4.8), outcome.reliability, models=outcome.labels(MODEL)
+    )
+    title = (
+        f"Reliability of the probability of expression{', genes hidden in all cells' * outcome.whole_genes}"
+    )
+    return Figure(title, drawing, caption)
+
+
+def _imputation_figures(outcome: Outcome, cells_per_bag: int) -> list[Figure]:
+    """Curves of MCC, and the model's confusion matrix at the first setting."""
+    titles = {
+        "ratio": ("MCC against masking ratio", "masked genes", 1),
+        "cells": ("MCC against masked cells", "masked cells of a bag", cells_per_bag),
+    }
+    if outcome.axis not in titles or not outcome.curves:
+        return []
+    title, masked, whole = titles[outcome.axis]
+    shares = {row: [(value / whole, mcc) for value, mcc in curve] for row, curve in outcome.curves.items()}
+    thick = {"models": outcome.labels(MODEL), "reference": outcome.labels(REFERENCE)}
+    draw = functools.partial(_drawn, "mcc_by_ratio", (7.2, 5.6), shares, masked=masked, **thick)
+    caption = "Mean over draws, with one standard deviation. The dashed line is the bar."
+    figures = [Figure(title, draw, caption)]
+    first = next(iter(outcome.confusion.values()), {})
+    for row, matrix in list(first.items())[:1]:
+        setting = outcome.settings[0].name
+        figures.append(
+            Figure(
+                f"Levels of the {row}, {setting[0].lower()}{setting[1:]}",
+                functools.partial(_drawn, "imputation_confusion", (5.5, 4.8), matrix),
+                "True level by predicted level, share of each row; all draws together.",
+            )
+        )
+    return figures
+
+
+def _embedding(
+    part: Part, handle: Pretrained | None, options: BenchmarkOptions
+) -> tuple[Report, list[Figure], dict[str, Any]]:
+    """Table and pictures of the embeddings of a study."""
+    data, asked = options.data, options.embedding
+    labels = part.adata.obs.get(data.label_key)
+    if labels is None:
+        raise DataError(
+            f"obs has no {data.label_key!r}: name a column of labels with --config.data.label_key."
+        )
+    settings = embeddings.Options(
+        seeds=options.seeds, folds=asked.folds, k=asked.k, resolution=asked.resolution,
+        baselines=tuple(name for name in embeddings.BASELINES if asked.scvi or name != embeddings.SCVI),
+    )  # fmt: skip
+    methods: dict[str, Any] = {}
+    if handle is not None:
+        in_bags = families.ability(handle, "embed").in_bags
+        embed(
+            part.adata, handle, layer=data.layer or None, gene_column=data.gene_column or None,
+            duplicates=data.duplicates,  # type: ignore[arg-type]
+            spatial_key=data.spatial_key if part.spatial and in_bags else None,
+            cells_per_bag=data.cells_per_bag or None if in_bags else None, seed=data.seed,
+        )  # fmt: skip
+        methods["model"] = part.adata.obsm["X_sct"]
+    counts = part.table.read(np.arange(part.table.n_cells))
+    batch = part.adata.obs[data.batch_key] if data.batch_key else None
+    alone = batch is not None and batch.nunique() < 2
+    table, measured = embeddings.measure(methods, counts, labels, None if alone else batch, settings)
+    table.title = f"{part.name}: {table.title}"
+    if alone:
+        table.notes = (
+            *table.notes,
+            f"All cells have the same {data.batch_key}, so integration is not measured.",
+        )
+    figures = [
+        _umap(part, color) for color in (data.label_key, data.batch_key) if color and handle is not None
+    ]
+    return table, figures, measured
+
+
+def _umap(part: Part, color: str) -> Figure:
+    draw = functools.partial(_drawn, "umap", (7, 5), part.adata, basis="X_sct", color=color)
+    title = f"UMAP of the model's embedding, {part.name}, by {color}"
+    return Figure(title, draw, f"Coloured by {color}.")
+
+
+def _drawn(function: str, size: tuple[float, float], *arguments: Any, **options: Any) -> str:
+    """Draw with a function of `sct.pl`, as SVG."""
+    from matplotlib.figure import Figure as Canvas
+
+    from sct import pl
+
+    canvas = Canvas(figsize=size, layout="constrained")
+    getattr(pl, function)(*arguments, **options, ax=canvas.add_subplot())
+    return figure_svg(canvas)

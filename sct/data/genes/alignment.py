@@ -1,0 +1,493 @@
+"""Finding the genes of an input in a vocabulary, and the report about it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from sct.errors import DataError
+
+WARN_BELOW = 0.5  # of the genes that could match
+REFUSE_BELOW = 0.05
+# Ids that find this share fewer genes than symbols do are still taken: an id needs no alias to be resolved.
+ID_PREFERENCE = 0.02
+
+ENSEMBL = re.compile(r"(ENS[A-Z]*G\d{11})(?:\.\d+)?(_PAR_Y)?")
+_HUMAN_ID = re.compile(r"ENSG\d{11}")
+_OTHER_SPECIES = re.compile(r"ENS(?!G\d)[A-Z]+\d{11}(?:\.\d+)?")
+_MOUSE = re.compile(r"ENSMUSG\d{11}(?:\.\d+)?|[A-Z][a-z]+[a-z0-9-]*")
+_REGION = re.compile(r"(?:chr)?[\w.]+[:_-]\d+[_-]\d+")
+_BY_TABLE = (
+    "map them to human orthologues by a table (sct.pp.to_orthologues(adata, TABLE) in Python, --orthologues=TABLE "
+    "of the ingest)"
+)
+
+# How an input name was found.
+_UNKNOWN, _ID, _SYMBOL, _ALIAS, _PAR_Y, _AMBIGUOUS = range(6)
+
+
+class Vocabulary(Protocol):
+    """What finding genes needs of a gene vocabulary; `sct.data.genes.vocabulary.GeneVocabulary` has it."""
+
+    def __len__(self) -> int:
+        """Number of positions, G."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        ...
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Identity of each position."""
+        ...
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """Approved symbol of each position."""
+        ...
+
+    @property
+    def position_of_id(self) -> Mapping[str, int]:
+        """Ensembl id -> position."""
+        ...
+
+    @property
+    def owners_of_symbol(self) -> Mapping[str, tuple[int, ...]]:
+        """Approved symbol -> positions that have it."""
+        ...
+
+    @property
+    def owners_of_alias(self) -> Mapping[str, tuple[int, ...]]:
+        """Alias or previous symbol -> positions that have it."""
+        ...
+
+    @classmethod
+    def human(cls) -> Self:
+        """Human protein-coding genes, which tell a small vocabulary from a wrong species."""
+        ...
+
+
+@dataclass(frozen=True)
+class GeneAlignment:
+    """Which column of an input holds which gene of a vocabulary.
+
+    Attributes
+    ----------
+    columns
+        (n_var,) int64, the vocabulary position of each input column; -1 where the column is not used.
+    vocabulary_size
+        Number of genes of the vocabulary, G.
+    source
+        Where the names were read, e.g. ``column "ensembl_id" (Ensembl ids)`` or ``index (symbols)``.
+    matched
+        Number of vocabulary genes that have a column.
+    by_alias
+        Input name -> gene, where an alias or a previous symbol was resolved.
+    ambiguous
+        Input name -> candidate genes, where the name was not guessed: it belongs to several genes, or it
+        is an alias of a gene that another column names. These columns are not used.
+    missing
+        Vocabulary genes (Ensembl id, or symbol where there is none) without a column.
+    unknown
+        Input names that are not in the vocabulary; '' stands for a column without a name.
+    duplicates
+        Gene -> input names, where several columns hold one gene. The ``_PAR_Y`` copy of a gene that is
+        present itself is listed here; it is used only where duplicates are summed.
+    warning
+        What a person should look at before going on; '' where nothing is suspicious.
+    """
+
+    columns: np.ndarray
+    vocabulary_size: int
+    source: str
+    matched: int
+    by_alias: dict[str, str]
+    ambiguous: dict[str, tuple[str, ...]]
+    missing: tuple[str, ...]
+    unknown: tuple[str, ...]
+    duplicates: dict[str, tuple[str, ...]]
+    warning: str = ""
+
+    def __repr__(self) -> str:
+        return f"GeneAlignment({self.matched:,} genes matched by {self.source})"
+
+    def summary(self) -> str:
+        """Return the report in words, one line for each thing to say."""
+        lines = [
+            f"{self.matched:,} of {self.vocabulary_size:,} vocabulary genes found among "
+            f"{len(self.columns):,} input genes, by {self.source}"
+        ]
+        if self.by_alias:
+            pairs = some(f"{old} = {new}" for old, new in self.by_alias.items())
+            lines.append(f"{len(self.by_alias):,} of them by alias or previous symbol ({pairs})")
+        for names, what in (
+            (self.ambiguous, "ambiguous names left unused"),
+            (self.duplicates, "genes in several columns"),
+            (self.unknown, "input genes outside the vocabulary"),
+            (self.missing, "vocabulary genes not measured"),
+        ):
+            if names:
+                lines.append(f"{len(names):,} {what} ({some(name or 'no name' for name in names)})")
+        if self.warning:
+            lines.append(f"warning: {self.warning}")
+        return "\n".join(lines)
+
+    def project(self, matrix: Any) -> sparse.csr_matrix:
+        """Bring counts into the vocabulary's order.
+
+        Parameters
+        ----------
+        matrix
+            (N, n_var) sparse or dense array in memory; the columns are those that were aligned.
+
+        Returns
+        -------
+        (N, G) CSR with sorted indices and no zeros in `matrix`'s dtype; vocabulary genes without a column are zero.
+        Columns of one gene are summed (an alignment holds several only where that was asked for), integers
+        then as int64.
+
+        Raises
+        ------
+        DataError
+            The number of columns is not the aligned one.
+        """
+        if matrix.ndim != 2 or matrix.shape[1] != len(self.columns):
+            raise DataError(
+                f"the matrix has shape {tuple(matrix.shape)} but {len(self.columns)} genes were aligned; "
+                f"project the matrix whose genes were given to align"
+            )
+        rows = sparse.csr_matrix(matrix)
+        n_cells, size = rows.shape[0], self.vocabulary_size
+        used = self.columns >= 0
+        dtype = rows.dtype
+        if np.count_nonzero(used) > self.matched and np.issubdtype(dtype, np.integer):
+            dtype = np.dtype(np.int64)
+        # Columns without a gene become the last one. Transposing twice sorts the columns of every cell, in a
+        # sixth of the time that sorting takes.
+        column = np.where(used, self.columns, size).astype(rows.indices.dtype)
+        named = (rows.data.astype(dtype, copy=False), np.take(column, rows.indices), rows.indptr)
+        by_gene = sparse.csr_matrix(named, shape=(n_cells, size + 1)).tocsc()
+        end = by_gene.indptr[size]
+        known = (by_gene.data[:end], by_gene.indices[:end], by_gene.indptr[: size + 1])
+        projected = sparse.csc_matrix(known, shape=(n_cells, size)).tocsr()
+        projected.sum_duplicates()
+        if np.count_nonzero(projected.data) < projected.nnz:
+            projected.eliminate_zeros()
+        return projected
+
+
+def align(
+    vocabulary: Vocabulary, var: Any, column: str | None, duplicates: str, report_name: str
+) -> GeneAlignment:
+    """Find an input's genes in a vocabulary: see `GeneVocabulary.align`."""
+    if duplicates not in ("error", "sum"):
+        raise DataError(f"duplicates={duplicates!r} is not known; give 'error' or 'sum'")
+    prefix = f"{report_name}: " if report_name else ""
+    tried = []
+    for label, names in name_places(var, column, prefix):
+        positions, kinds = look_up(vocabulary, names)
+        by_id = int(np.isin(kinds, (_ID, _PAR_Y)).sum())
+        label += " (Ensembl ids)" if 2 * by_id > (positions >= 0).sum() else " (symbols)"
+        tried.append((len(np.unique(positions[positions >= 0])), by_id, label, names, positions, kinds))
+    enough = (1 - ID_PREFERENCE) * max(found for found, *_ in tried)
+    _, _, source, names, positions, kinds = max(
+        (one for one in tried if one[0] >= enough), key=lambda one: (one[1], one[0])
+    )
+    return _report(vocabulary, names, positions, kinds, source, duplicates == "sum", prefix)
+
+
+def find(vocabulary: Vocabulary, names: Iterable[str]) -> np.ndarray:
+    """Look up genes that a person names: see `GeneVocabulary.find`."""
+    listed = [name.strip() for name in gene_names(names, "the list of genes")]
+    if not listed:
+        raise DataError("the list of genes is empty; name at least one")
+    positions, kinds = look_up(vocabulary, listed)
+    unknown = [name for name, kind in zip(listed, kinds, strict=True) if kind == _UNKNOWN]
+    if unknown:
+        near = difflib.get_close_matches(
+            unknown[0].upper(), [symbol for symbol in vocabulary.symbols if symbol], 3
+        )
+        raise DataError(
+            f"{some(unknown)}: not among the {len(vocabulary):,} genes that the model knows, protein-coding ones at "
+            f"most; give Ensembl ids or symbols" + (f" (near in spelling: {', '.join(near)})" if near else "")
+        )
+    for name, kind in zip(listed, kinds, strict=True):
+        if kind == _AMBIGUOUS:
+            owners = vocabulary.owners_of_symbol.get(name) or vocabulary.owners_of_alias[name]
+            raise DataError(
+                f"{name} means several genes ({', '.join(vocabulary.keys[o] for o in owners)}); give the Ensembl id"
+            )
+    named: dict[int, str] = {}
+    for name, position in zip(listed, positions.tolist(), strict=True):
+        if position in named:
+            raise DataError(f"{named[position]} and {name} are the same gene; name it once")
+        named[position] = name
+    return positions
+
+
+def look_up(vocabulary: Vocabulary, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Look each name up by itself: its vocabulary position or -1, int64 (n,), and how it was found, int8 (n,)."""
+    positions = np.full(len(names), -1, np.int64)
+    kinds = np.full(len(names), _UNKNOWN, np.int8)
+    for at, name in enumerate(names):
+        position = vocabulary.position_of_id.get(name)
+        kind = _ID
+        if position is None and (match := ENSEMBL.fullmatch(name)) is not None:
+            position = vocabulary.position_of_id.get(match[1])
+            kind = _PAR_Y if match[2] else _ID
+        if position is not None:
+            positions[at], kinds[at] = position, kind
+            continue
+        owners, kind = vocabulary.owners_of_symbol.get(name, ()), _SYMBOL
+        if not owners:
+            owners, kind = vocabulary.owners_of_alias.get(name, ()), _ALIAS
+        if len(owners) == 1:
+            positions[at], kinds[at] = owners[0], kind
+        elif owners:
+            kinds[at] = _AMBIGUOUS
+    return positions, kinds
+
+
+def _report(
+    vocabulary: Vocabulary,
+    names: Sequence[str],
+    positions: np.ndarray,
+    kinds: np.ndarray,
+    source: str,
+    add: bool,
+    prefix: str,
+) -> GeneAlignment:
+    """Settle the conflicts between names and write the report."""
+    keys = vocabulary.keys
+    columns = positions.copy()
+    ambiguous = {}
+    for at in np.flatnonzero(kinds == _AMBIGUOUS).tolist():
+        name = names[at]
+        owners = vocabulary.owners_of_symbol.get(name) or vocabulary.owners_of_alias[name]
+        ambiguous[name] = tuple(keys[owner] for owner in owners)
+    columns_of: dict[int, list[int]] = defaultdict(list)
+    for at in np.flatnonzero(positions >= 0).tolist():
+        columns_of[int(positions[at])].append(at)
+    duplicates: dict[str, tuple[str, ...]] = {}
+    refused = []
+    for position, group in columns_of.items():
+        if len(group) == 1:
+            continue
+        gene = keys[position]
+        aliases = [at for at in group if kinds[at] == _ALIAS]
+        copies = [at for at in group if kinds[at] == _PAR_Y]
+        direct = [at for at in group if kinds[at] in (_ID, _SYMBOL)]
+        columns[aliases] = -1
+        ambiguous.update((names[at], (gene,)) for at in aliases)
+        if len(direct) + len(copies) < 2:
+            continue
+        duplicates[gene] = tuple(names[at] for at in group if kinds[at] != _ALIAS)
+        # The Y copy of a pseudoautosomal gene is a second name of it in some annotations, not a mistake.
+        if direct and not add:
+            columns[copies] = -1
+        if len(direct or copies) > 1:
+            refused.append(gene)
+    if refused and not add:
+        shown = some(f"{gene} as {' and '.join(duplicates[gene])}" for gene in refused)
+        raise DataError(
+            f"{prefix}{len(refused):,} genes stand in more than one column by {source} ({shown}); give "
+            f'duplicates="sum" to add their counts, or remove the surplus columns'
+        )
+    present = np.zeros(len(vocabulary), bool)
+    present[columns[columns >= 0]] = True
+    matched = int(present.sum())
+    by_alias = np.flatnonzero((kinds == _ALIAS) & (columns >= 0)).tolist()
+    return GeneAlignment(
+        columns=columns,
+        vocabulary_size=len(vocabulary),
+        source=source,
+        matched=matched,
+        by_alias={names[at]: keys[columns[at]] for at in by_alias},
+        ambiguous=ambiguous,
+        missing=tuple(keys[at] for at in np.flatnonzero(~present).tolist()),
+        unknown=tuple(names[at] for at in np.flatnonzero(kinds == _UNKNOWN).tolist()),
+        duplicates=duplicates,
+        warning=_judge(vocabulary, names, matched, source, prefix),
+    )
+
+
+def _judge(vocabulary: Vocabulary, names: Sequence[str], matched: int, source: str, prefix: str) -> str:
+    """Refuse or warn where too few genes matched; return the warning."""
+    named = [name for name in names if name]
+    # Most genes of a full annotation do not code for proteins, so the input's size alone says little.
+    possible = min(len(named), len(vocabulary))
+    if possible and matched >= WARN_BELOW * possible:
+        return ""
+    message = (
+        f"{prefix}only {matched:,} of {len(named):,} gene names were found in the vocabulary "
+        f"{vocabulary.name} ({len(vocabulary):,} genes) by {source}: {_likely_cause(vocabulary, named)}"
+    )
+    if not possible or matched < REFUSE_BELOW * possible:
+        raise DataError(message)
+    warnings.warn(message, UserWarning, stacklevel=5)
+    return message
+
+
+def check_shared(shared: int, possible: int, what: str) -> None:
+    """Refuse or warn where too few of the genes that could be shared are, by the rule of `GeneVocabulary.align`.
+
+    `what` says whose genes these are: "of adata and of the reference".
+
+    Raises
+    ------
+    DataError
+        Hardly any is.
+    """
+    if possible and shared >= WARN_BELOW * possible:
+        return
+    message = (
+        f"only {shared:,} of {possible:,} genes are shared ({what}), and what one of them lacks counts as unexpressed: "
+        "give cells with the same genes"
+    )
+    if shared < max(1, REFUSE_BELOW * possible):
+        raise DataError(message)
+    warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def _likely_cause(vocabulary: Vocabulary, names: Sequence[str]) -> str:
+    """Say why so few names are known, and what to do."""
+
+    def most(pattern: re.Pattern[str], among: Sequence[str]) -> bool:
+        return 2 * sum(pattern.fullmatch(name) is not None for name in among) > len(among)
+
+    if most(_HUMAN_ID, vocabulary.keys):
+        if most(_MOUSE, names):
+            return (
+                f"the names are written like mouse genes ({some(names)}), so {_BY_TABLE}, or give a vocabulary of the "
+                "right species"
+            )
+        if most(_OTHER_SPECIES, names):
+            return (
+                f"these are Ensembl ids of another species or of transcripts ({some(names)}), so give human gene ids, "
+                f"or {_BY_TABLE}, or give a vocabulary of that species"
+            )
+        if most(_REGION, names):
+            return (
+                f"the names are regions of a genome ({some(names)}), so add up each gene's fragments into a matrix of "
+                "gene activity first"
+            )
+    if most(re.compile(r"\d+"), names):
+        return (
+            "the names are numbers, so name the column of var that holds Ensembl ids or symbols (column= or "
+            "gene_column=)"
+        )
+    human = most(_HUMAN_ID, vocabulary.keys) and type(vocabulary).human()
+    if human and 2 * sum(n in human.position_of_id or n in human.owners_of_symbol for n in names) > len(
+        names
+    ):
+        return (
+            f"these are human genes, but few are among the {len(vocabulary):,} of this vocabulary, so give all "
+            "measured genes and not a selection of variable ones"
+        )
+    return (
+        f"the names ({some(names)}) may be of another species, or the genes stand in another column, so name "
+        f"the column of var that holds Ensembl ids or symbols (column= or gene_column=)"
+    )
+
+
+def name_places(var: Any, column: str | None, prefix: str) -> list[tuple[str, list[str]]]:
+    """Return (label, names) of every place where the gene names may stand: the index, and columns of text.
+
+    Raises
+    ------
+    DataError
+        There are no genes, no such column, or a name is not text.
+    """
+    if not isinstance(var, pd.DataFrame):
+        if column is not None:
+            raise DataError(f"{prefix}column={column!r} needs var as a table but a list of names was given")
+        names = gene_names(var, f"{prefix}the list of gene names")
+        if not names:
+            raise DataError(f"{prefix}the input has no genes; give at least one")
+        return [("index" if isinstance(var, pd.Index) else "names", names)]
+    if not len(var):
+        raise DataError(f"{prefix}the input has no genes; give at least one")
+
+    def of_column(name: str) -> tuple[str, list[str]]:
+        label = f'column "{name}"'
+        return label, gene_names(var[name].astype(object), f"{prefix}{label} of var", missing_allowed=True)
+
+    if column is not None and column in var.columns:
+        return [of_column(column)]
+    if column is not None and column not in ("index", var.index.name):
+        have = ", ".join(repr(name) for name in var.columns) or "only its index"
+        raise DataError(
+            f"{prefix}var has no column {column!r} but {have}; give column= or gene_column= one of them or 'index'"
+        )
+    sources: list[tuple[str, list[str]]] = []
+    refused: DataError | None = None
+    try:
+        sources.append(("index", gene_names(var.index, f"{prefix}the index of var")))
+    except DataError as error:
+        refused = error
+    if column is None:
+        kinds = {
+            name: pd.api.types.infer_dtype(var[name].astype(object), skipna=True) for name in var.columns
+        }
+        sources += [of_column(name) for name, kind in kinds.items() if kind == "string"]
+    if not sources:
+        assert refused is not None
+        raise refused
+    return sources
+
+
+def gene_names(values: Any, what: str, *, missing_allowed: bool = False) -> list[str]:
+    """Return names as a list of str, a missing one as '' where that is allowed; `what` is for messages.
+
+    Raises
+    ------
+    DataError
+        Not a list, or an entry that is not text or is missing.
+    """
+    if isinstance(values, str):
+        raise DataError(f"{what} is the single text {values!r}; give a list of names")
+    try:
+        found = list(values)
+    except TypeError:
+        found = None
+    if found is None:
+        raise DataError(f"{what} is a {type(values).__name__}; give var, its index or a list of names")
+    for at, value in enumerate(found):
+        if isinstance(value, str):
+            continue
+        if not pd.api.types.is_scalar(value) or not pd.isna(value):
+            raise DataError(
+                f"{what} holds {value!r} ({type(value).__name__}) at position {at} where a gene name as text "
+                f"is expected; convert the names to text or name the right column"
+            )
+        if not missing_allowed:
+            raise DataError(
+                f"{what} holds a missing name ({value}) at position {at} where a gene name is expected; "
+                f"name that gene or remove it"
+            )
+        found[at] = ""
+    return found
+
+
+def some(names: Iterable[str], n: int = 3) -> str:
+    """Return the first `n` names, and how many follow."""
+    listed = list(names)
+    more = f", and {len(listed) - n:,} more" if len(listed) > n else ""
+    return ", ".join(listed[:n]) + more
+
+
+def without_version(name: str) -> str:
+    """Return an Ensembl id without its version; any other name, and the id of a ``_PAR_Y`` copy, as it is."""
+    match = ENSEMBL.fullmatch(name)
+    return match[1] if match is not None and not match[2] else name

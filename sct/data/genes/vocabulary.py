@@ -1,0 +1,370 @@
+"""The gene vocabulary: which gene stands at which position of every matrix, model and store."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from sct.atomic import write_text
+from sct.data.genes import alignment
+from sct.data.genes.alignment import GeneAlignment, gene_names, some, without_version
+from sct.errors import DataError, StoreError
+
+__all__ = ["HUMAN_VERSION", "GeneAlignment", "GeneVocabulary"]
+
+HUMAN_VERSION = "human-protein-coding-gencode48"
+_HUMAN_ASSET = "genes_human.tsv.gz"
+
+# Columns of a saved vocabulary and the fields they hold; the last two repeat in every row, so that the file
+# stays a plain table and a truncated one is noticed.
+_FIELDS = {
+    "ensembl_id": "ensembl_ids",
+    "symbol": "symbols",
+    "name": "names",
+    "locus_group": "locus_groups",
+    "location": "locations",
+    "alias_symbols": "aliases",
+    "prev_symbols": "previous",
+}
+_LISTS = ("aliases", "previous")
+_HEADER = (*_FIELDS, "vocabulary", "vocabulary_size")
+
+
+@dataclass(frozen=True)
+class GeneVocabulary:
+    """An ordered list of genes; the order is part of its identity, because convolutions see it.
+
+    Attributes
+    ----------
+    ensembl_ids
+        Ensembl ids without version suffix, '' where a position has none.
+    symbols
+        Approved symbols; several positions may share one, which is then ambiguous as a name.
+    aliases, previous
+        Alias and previous symbols of each position.
+    names, locus_groups, locations
+        Approved name, locus group and cytogenetic location of each position, '' where unknown.
+    name
+        Name of the vocabulary, e.g. the version of the shipped table.
+    """
+
+    ensembl_ids: tuple[str, ...]
+    symbols: tuple[str, ...]
+    aliases: tuple[tuple[str, ...], ...]
+    previous: tuple[tuple[str, ...], ...]
+    names: tuple[str, ...]
+    locus_groups: tuple[str, ...]
+    locations: tuple[str, ...]
+    name: str
+
+    def __post_init__(self) -> None:
+        lengths = {len(getattr(self, field)) for field in _FIELDS.values()}
+        if len(lengths) != 1:
+            raise DataError(
+                f"the fields of a gene vocabulary have the lengths {sorted(lengths)}; give one entry per gene"
+            )
+        if not self.keys:
+            raise DataError("a gene vocabulary without genes was given; give at least one gene")
+        if "" in self.keys:
+            raise DataError(
+                f"position {self.keys.index('')} of the vocabulary has neither an Ensembl id nor a symbol; "
+                f"give one of them"
+            )
+        repeated = [key for key, n in Counter(self.keys).items() if n > 1]
+        if repeated:
+            raise DataError(
+                f"{len(repeated)} genes occur more than once in the vocabulary ({some(repeated)}); "
+                f"give each once"
+            )
+
+    def __len__(self) -> int:
+        return len(self.ensembl_ids)
+
+    def __repr__(self) -> str:
+        return f"GeneVocabulary({self.name!r}, {len(self):,} genes, hash {self.hash[:12]})"
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """Identity of each position: its Ensembl id, or its symbol where there is none."""
+        return tuple(gene or symbol for gene, symbol in zip(self.ensembl_ids, self.symbols, strict=True))
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 (hexadecimal) over the ordered keys: the same hash means the same positions."""
+        return hashlib.sha256("\n".join(self.keys).encode()).hexdigest()
+
+    @cached_property
+    def position_of_id(self) -> dict[str, int]:
+        """Ensembl id -> position."""
+        return {gene: position for position, gene in enumerate(self.ensembl_ids) if gene}
+
+    @cached_property
+    def owners_of_symbol(self) -> dict[str, tuple[int, ...]]:
+        """Approved symbol -> positions that have it."""
+        return _owners((symbol,) for symbol in self.symbols)
+
+    @cached_property
+    def owners_of_alias(self) -> dict[str, tuple[int, ...]]:
+        """Alias or previous symbol -> positions that have it."""
+        return _owners(new + old for new, old in zip(self.aliases, self.previous, strict=True))
+
+    @classmethod
+    def human(cls) -> GeneVocabulary:
+        """Return the shipped human protein-coding genes (G = 20,124), read once.
+
+        The order is: chromosome (1 to 22, X, Y, MT), cytogenetic band from the telomere of the short arm to
+        that of the long arm, Ensembl id; genes without a place last, by Ensembl id.
+        """
+        return _human()
+
+    @classmethod
+    def from_ids(
+        cls, ids: Iterable[str], symbols: Iterable[str] | None = None, name: str = "custom"
+    ) -> GeneVocabulary:
+        """Make a vocabulary of genes in the order given.
+
+        Aliases and descriptions come from the shipped human table, where it knows the gene.
+
+        Parameters
+        ----------
+        ids
+            Ensembl ids (a version suffix is dropped) or other identifiers; '' where there is none.
+        symbols
+            Approved symbols; by default those of the shipped table, or the id where it has none.
+        name
+            Name of the vocabulary.
+
+        Raises
+        ------
+        DataError
+            A gene occurs twice, has neither id nor symbol, or a name is not text or holds a tab, a '|' or a
+            line break.
+        """
+        genes = [without_version(gene) for gene in gene_names(ids, "the list of ids")]
+        human = cls.human()
+        at = [human.position_of_id.get(gene, -1) for gene in genes]
+        fields = human._take(at)
+        if symbols is None:
+            given = [symbol or gene for symbol, gene in zip(fields["symbols"], genes, strict=True)]
+        else:
+            given = gene_names(symbols, "the list of symbols")
+        if len(given) != len(genes):
+            raise DataError(f"{len(genes)} ids but {len(given)} symbols were given; give one symbol per id")
+        for text in (name, *genes, *given):
+            if re.search(r"[\t\n\r|]", text):
+                raise DataError(f"the name {text!r} holds a tab, a '|' or a line break; rename it")
+        fields |= {"ensembl_ids": tuple(genes), "symbols": tuple(given)}
+        return cls(**fields, name=name)._without_foreign_aliases(human, set(at))
+
+    def subset(self, ensembl_ids: Iterable[str]) -> GeneVocabulary:
+        """Return the vocabulary of the given genes, in this vocabulary's order.
+
+        Aliases that also mean a gene left out are dropped, so that its name is never taken for another's.
+
+        Raises
+        ------
+        DataError
+            A gene is not in this vocabulary.
+        """
+        wanted = [without_version(gene) for gene in gene_names(ensembl_ids, "the list of genes")]
+        absent = [gene for gene in wanted if gene not in self.position_of_id]
+        if absent:
+            raise DataError(
+                f"{len(absent)} of {len(wanted)} genes are not in the vocabulary {self.name} "
+                f"({some(absent)}); give Ensembl ids of its genes"
+            )
+        at = sorted({self.position_of_id[gene] for gene in wanted})
+        part = GeneVocabulary(**self._take(at), name=f"{self.name}, {len(at)} of its genes")
+        return part._without_foreign_aliases(self, set(at))
+
+    def align(
+        self,
+        var: pd.DataFrame | pd.Index | Iterable[str],
+        *,
+        column: str | None = None,
+        duplicates: Literal["error", "sum"] = "error",
+        report_name: str = "",
+    ) -> GeneAlignment:
+        """Find an input's genes in this vocabulary.
+
+        Names are Ensembl ids, with or without version suffix, or symbols. An approved symbol wins over
+        aliases and previous symbols, and these are resolved only where they mean one gene and no other
+        column names that gene; what is not resolved is reported, not guessed.
+
+        Parameters
+        ----------
+        var
+            `AnnData.var`, or the names themselves.
+        column
+            Column of `var` that holds the names ("index" for its index). By default the index and every text
+            column are tried and the one that finds most genes is taken, ids before symbols where they find
+            nearly as many.
+        duplicates
+            What to do where several columns hold one gene: refuse ("error"), or let `GeneAlignment.project`
+            add them ("sum").
+        report_name
+            Name of the input in messages.
+
+        Raises
+        ------
+        DataError
+            No genes, names that are not text, one gene in several columns, or under 5% of the genes that
+            could match do.
+
+        Warns
+        -----
+        UserWarning
+            Fewer than half of the genes that could match do; their number is the smaller one of the input's
+            and the vocabulary's sizes. The message names the likely cause.
+        """
+        return alignment.align(self, var, column, duplicates, report_name)
+
+    def find(self, names: Iterable[str]) -> np.ndarray:
+        """Positions of genes that a person names, int64 (n,), by Ensembl id, symbol, or alias of one gene.
+
+        Raises
+        ------
+        DataError
+            A name that is unknown, means several genes, or means the same gene as another one.
+        """
+        return alignment.find(self, names)
+
+    def check_same(self, other: GeneVocabulary, *, what: str, other_what: str) -> None:
+        """Raise StoreError unless both vocabularies have the same genes in the same order.
+
+        `what` and `other_what` name the owners in the message, e.g. "the store X" and "the model".
+        """
+        if self.hash == other.hash:
+            return
+        common = len(set(self.keys) & set(other.keys))
+        same_set = common == len(self) == len(other)
+        raise StoreError(
+            f"{what} has the gene vocabulary {self.name} ({len(self):,} genes, hash {self.hash[:16]}) but "
+            f"{other_what} has {other.name} ({len(other):,} genes, hash {other.hash[:16]}), "
+            f"{'the same genes in another order' if same_set else f'with {common:,} genes in common'}; "
+            f"use the vocabulary that both share or make one of them again"
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a tab-separated table with a header; a reader never sees a half-written file."""
+        columns: list[Iterable[str]] = []
+        for field in _FIELDS.values():
+            values = getattr(self, field)
+            columns.append(map("|".join, values) if field in _LISTS else values)
+        tail = f"{self.name}\t{len(self)}"
+        lines = ["\t".join(_HEADER), *("\t".join((*row, tail)) for row in zip(*columns, strict=True))]
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_text(target, "\n".join(lines) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> GeneVocabulary:
+        """Read a table written by `save`.
+
+        Raises
+        ------
+        DataError
+            The file is absent, not such a table, truncated, or names a gene twice; the message gives file
+            and line.
+        """
+        try:
+            text = Path(path).read_bytes().decode("utf-8")
+        except OSError as error:
+            raise DataError(f"cannot read the genes in {path} ({error.strerror}); check the path") from None
+        except UnicodeDecodeError as error:
+            line = error.object.count(b"\n", 0, error.start) + 1
+            raise DataError(f"{path} line {line}: found bytes that are not UTF-8; write it again") from None
+        rows = _rows(text, _HEADER, str(path))
+        name = rows[0][-2]
+        seen: dict[str, int] = {}
+        for line, row in enumerate(rows, start=2):
+            key = row[0] or row[1]
+            if not key:
+                raise DataError(f"{path} line {line}: found neither Ensembl id nor symbol; write it again")
+            if key in seen:
+                raise DataError(f"{path} line {line}: {key} is in line {seen[key]} already; keep one of them")
+            seen[key] = line
+        for line, row in enumerate(rows, start=2):
+            if row[-2:] != [name, str(len(rows))]:
+                raise DataError(
+                    f"{path} line {line}: found a gene of {row[-2]!r} with {row[-1]} genes in a file of "
+                    f"{len(rows)} genes of {name!r}; the file is truncated or mixed, write it again"
+                )
+        return _from_rows(rows, name)
+
+    def _take(self, positions: Sequence[int]) -> dict[str, Any]:
+        """Return the fields at `positions`, empty at -1."""
+        taken = {}
+        for field in _FIELDS.values():
+            values, empty = getattr(self, field), () if field in _LISTS else ""
+            taken[field] = tuple(values[at] if at >= 0 else empty for at in positions)
+        return taken
+
+    def _without_foreign_aliases(self, parent: GeneVocabulary, kept: set[int]) -> GeneVocabulary:
+        """Drop aliases that in `parent` also name a gene whose position is not in `kept`."""
+
+        def own(names: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(
+                name
+                for name in names
+                if kept.issuperset(parent.owners_of_symbol.get(name, ()))
+                and kept.issuperset(parent.owners_of_alias.get(name, ()))
+            )
+
+        return replace(self, aliases=tuple(map(own, self.aliases)), previous=tuple(map(own, self.previous)))
+
+
+@cache
+def _human() -> GeneVocabulary:
+    asset = resources.files("sct.data") / "assets" / _HUMAN_ASSET
+    text = gzip.decompress(asset.read_bytes()).decode("utf-8")
+    return _from_rows(_rows(text, (*_FIELDS, "hgnc_id"), _HUMAN_ASSET), HUMAN_VERSION)
+
+
+def _rows(text: str, header: Sequence[str], path: str) -> list[list[str]]:
+    """Split a tab-separated table and check its shape."""
+    lines = text.split("\n")
+    if lines[0].split("\t") != list(header):
+        raise DataError(
+            f"{path} line 1: found {lines[0][:60]!r} where the header of a gene vocabulary is expected "
+            f"({header[0]}, {header[1]}, ...); write the file with GeneVocabulary.save"
+        )
+    if lines.pop() or len(lines) < 2:
+        raise DataError(f"{path} line {len(lines) + 1}: the file ends in the middle; write it again")
+    rows = [line.split("\t") for line in lines[1:]]
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(header):
+            raise DataError(
+                f"{path} line {number}: found {len(row)} fields where {len(header)} are expected; "
+                f"write it again"
+            )
+    return rows
+
+
+def _from_rows(rows: list[list[str]], name: str) -> GeneVocabulary:
+    fields: dict[str, Any] = dict(zip(_FIELDS.values(), zip(*rows, strict=True), strict=False))
+    for field in _LISTS:
+        fields[field] = tuple(tuple(text.split("|")) if text else () for text in fields[field])
+    return GeneVocabulary(**fields, name=name)
+
+
+def _owners(names: Iterable[Iterable[str]]) -> dict[str, tuple[int, ...]]:
+    """Return name -> positions that have it."""
+    owners: dict[str, list[int]] = defaultdict(list)
+    for position, of_gene in enumerate(names):
+        for name in dict.fromkeys(of_gene):
+            if name:
+                owners[name].append(position)
+    return {name: tuple(positions) for name, positions in owners.items()}

@@ -1,0 +1,1 @@
+"""From foreign files to a store: sources, readers, workers, order, writer and splits."""

@@ -1,0 +1,406 @@
+"""Turning foreign files into a store: checked, aligned, shuffled, atomic, resumable, in parallel."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sct.atomic import remove, write_json
+from sct.data.counts import COUNTS
+from sct.data.genes.orthologues import Orthologues
+from sct.data.genes.vocabulary import GeneVocabulary
+from sct.data.ingest.inputs import IngestOptions, absolute_location
+from sct.data.ingest.sources import Input, find_inputs
+from sct.data.ingest.splits import assign_splits, check_splits
+from sct.data.ingest.workers import Job, run_jobs
+from sct.data.store import (
+    ACTIVITY_VERSION,
+    GENES,
+    GROUPS,
+    MANIFEST,
+    SCHEMA_VERSION,
+    STUDIES,
+    check_study,
+    read_manifest,
+)
+from sct.errors import ConfigError, DataError, StoreError
+from sct.hashes import hash_file, sealed
+from sct.outputs import check_room, size_of
+from sct.version import __version__
+
+if TYPE_CHECKING:
+    import anndata
+    from rich.table import Table
+
+__all__ = ["IngestOptions", "IngestReport", "ingest", "main"]
+
+# The last manifest while one of its studies is being rebuilt: until then nothing opens.
+_PREVIOUS = "manifest.previous.json"
+# Files of an ingest that died, as it and earlier versions name them: the output may hold other files.
+_LEFT_IN_ROOT = re.compile(r"\.(manifest\.json|genes\.tsv)\.([0-9a-f]{16}\.tmp|partial)")
+_LEFT_IN_STUDIES = re.compile(r"\..+\.([0-9a-f]{16}\.tmp|partial|spill|download)")
+
+
+@dataclass(frozen=True)
+class IngestReport:
+    """What a store holds after an ingest.
+
+    Attributes
+    ----------
+    path
+        The store.
+    studies
+        The manifest's entries.
+    kept
+        Names of studies that were there before.
+    refused
+        Location -> reason, for inputs that were left out.
+    notes
+        What a person should look at.
+    """
+
+    path: Path
+    studies: list[dict[str, Any]]
+    kept: tuple[str, ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def table(self) -> Table:
+        """Summary with one row per study, for `rich`."""
+        from rich.table import Table
+
+        table = Table(title=str(self.path), title_justify="left")
+        for name in ("study", "split", "order"):
+            table.add_column(name, overflow="fold")
+        for name in ("cells", "dropped", "genes matched", "genes per cell"):
+            table.add_column(name, justify="right")
+        for name in ("why dropped", "counts from"):
+            table.add_column(name, overflow="fold")
+        for each in self.studies:
+            reasons = each["dropped"]
+            table.add_row(
+                each["name"],
+                each["split"],
+                each["order"],
+                f"{each['n_cells']:,}",
+                f"{sum(reasons.values()):,}",
+                f"{each['n_genes_matched']:,}",
+                f"{each['median_nnz_per_cell']:,.0f}",
+                ", ".join(f"{n:,} {reason}" for reason, n in reasons.items()),
+                each["counts_from"],
+            )
+        total = sum(each["n_cells"] for each in self.studies)
+        dropped = sum(sum(each["dropped"].values()) for each in self.studies)
+        table.add_section()
+        table.add_row(f"{len(self.studies)} studies", "", "", f"{total:,}", f"{dropped:,}", "", "", "", "")
+        return table
+
+    def print(self) -> None:
+        """Print the table, the refused inputs and the notes to standard output."""
+        from rich.console import Console
+
+        console = Console()
+        if not console.is_terminal:
+            console.width = max(console.width, 160)
+        console.print(self.table())
+        for location, reason in self.refused.items():
+            console.print(
+                f"left out: {reason if location in reason else f'{location}: {reason}'}", markup=False
+            )
+        for note in self.notes:
+            console.print(note, markup=False, highlight=False)
+
+
+def ingest(
+    inputs: Sequence[str | Path | tuple[str, anndata.AnnData]],
+    output: str | Path,
+    *,
+    vocabulary: GeneVocabulary | None = None,
+    options: IngestOptions | None = None,
+) -> IngestReport:
+    """Make a store, or add to one.
+
+    Inputs that were ingested before and have not changed are kept, so that running again after an
+    interruption resumes. The store opens only when all is done.
+
+    Parameters
+    ----------
+    inputs
+        Files, folders and ids as `sct.data.ingest.sources.find_inputs` takes them, or `(name, AnnData)` pairs.
+    output
+        Folder of the store.
+    vocabulary
+        Genes and their order (G columns); None takes the human protein-coding genes.
+    options
+        See `IngestOptions`.
+
+    Raises
+    ------
+    DataError
+        Inputs were refused, and the others are finished and kept; or the table of orthologues cannot be used.
+    ConfigError
+        Options contradict each other or name unknown studies.
+    StoreError
+        The output cannot be written or belongs to another vocabulary.
+    """
+    options = options or IngestOptions()
+    vocabulary = vocabulary or GeneVocabulary.human()
+    check_splits(options.validation, options.test)
+    table = options.read_orthologues(vocabulary)  # once, and before anything is written
+    root = Path(output)
+    found, ignored = find_inputs(inputs, exclude=root)
+    _check_room(root)
+    with _only_one(root):
+        before, notes = _before(root, vocabulary)
+        jobs, kept, refused = _plan(root, found, vocabulary, options, table)
+        _check_room(root, [job.item for job in jobs])
+        if options.study_key is None:
+            known = {each["name"] for each in before} | {each.name for each in found}
+            check_splits(options.validation, options.test, known)
+        replaced = {name for job in jobs for name in job.stale}
+        if replaced & {each["name"] for each in before} and (root / MANIFEST).is_file():
+            os.replace(root / MANIFEST, root / _PREVIOUS)
+        fresh, more = run_jobs(root, jobs, vocabulary, options)
+        refused.update(more)
+        if refused and not (options.skip_bad and (fresh or kept)):
+            _restore(root)
+            _refuse(refused, len(found))
+        # The studies of an input that is refused now are as they were.
+        left = [each for each in before if each["name"] in replaced and _unchanged(root, each)]
+        records = {each["name"]: each for each in before if each["name"] not in replaced or each in left}
+        records.update({each["name"]: each for each in (*kept, *fresh)})
+        report = _finish(root, records, before, vocabulary, options)
+    notes += [f"no 10x count matrix, left out: {each}" for each in ignored]
+    notes += [f"{each['name']} stays as it was ingested before" for each in left]
+    notes += [note for each in (*kept, *fresh) for note in each["notes"]]
+    return replace(
+        report,
+        kept=tuple(sorted(each["name"] for each in kept)),
+        refused=refused,
+        notes=(*notes, *report.notes),
+    )
+
+
+@contextlib.contextmanager
+def _only_one(root: Path) -> Iterator[None]:
+    """Make the folder, keep other ingests out of it, and clear away what an interrupted one left."""
+    made = not root.exists()
+    try:
+        (root / STUDIES).mkdir(parents=True, exist_ok=True)
+        if (root / STUDIES).is_symlink():
+            raise StoreError(
+                f"{root / STUDIES} is a link, which may lead out of the store: put a folder in its place, or choose "
+                "another output"
+            )
+        lock = os.open(root, os.O_RDONLY)
+    except OSError as error:
+        raise StoreError(f"{root} cannot be written ({error.strerror}): choose another output") from error
+    try:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(f"another ingest is writing to {root}: wait for it to end") from None
+        except (ImportError, OSError):
+            pass  # file systems without locks: the user is trusted to run one at a time
+        for folder, pattern in ((root, _LEFT_IN_ROOT), (root / STUDIES, _LEFT_IN_STUDIES)):
+            for path in folder.iterdir():
+                if pattern.fullmatch(path.name) and (folder != root or path.is_symlink() or path.is_file()):
+                    remove(path)
+        yield
+    finally:
+        os.close(lock)
+        with contextlib.suppress(OSError):  # folders that nothing came into; others are not empty
+            (root / STUDIES).rmdir()
+            if made:
+                root.rmdir()
+
+
+def _before(root: Path, vocabulary: GeneVocabulary) -> tuple[list[dict[str, Any]], list[str]]:
+    """Studies of the store that is there already, and a note where its manifest is of no use."""
+    try:
+        manifest = read_manifest(root) or read_manifest(root, _PREVIOUS)
+    except StoreError as error:
+        return [], [f"the old manifest was replaced: {error}"]
+    if manifest is None:
+        return [], []
+    if manifest["vocabulary"]["hash"] != vocabulary.hash:
+        raise StoreError(
+            f"{root} is a store of the gene vocabulary {manifest['vocabulary']['name']!r} "
+            f"({manifest['vocabulary']['hash']}), not of {vocabulary.name!r} ({vocabulary.hash}): "
+            "choose another output"
+        )
+    there = [each for each in manifest["studies"] if (root / each["path"] / "zarr.json").is_file()]
+    gone = [each["name"] for each in manifest["studies"] if each not in there]
+    return there, [f"{name} was in the store, but its folder is gone" for name in gone]
+
+
+def _check_room(root: Path, inputs: Sequence[Input] = ()) -> None:
+    """Raise `StoreError` where the output cannot be written, or lacks room for what is to do."""
+    there = (Path(each.location) for each in inputs if each.adata is None and each.kind != "census")
+    least = (
+        sum(map(size_of, there)) // 100
+    )  # an input with every zero written out has a hundred times as many
+    try:
+        check_room(root, "--output", least)
+    except ConfigError as error:
+        raise StoreError(str(error)) from error
+
+
+def _unchanged(root: Path, record: dict[str, Any]) -> bool:
+    """Whether a study of a manifest is still what the manifest says."""
+    try:
+        there = json.loads((root / STUDIES / f"{record['name']}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return {**there, "split": record["split"]} == record
+
+
+def _restore(root: Path) -> None:
+    """Put the last manifest back where its studies have not changed, so that the store opens as before."""
+    with contextlib.suppress(StoreError):
+        manifest = read_manifest(root, _PREVIOUS)
+        if manifest is not None and all(_unchanged(root, each) for each in manifest["studies"]):
+            os.replace(root / _PREVIOUS, root / MANIFEST)
+
+
+def _plan(
+    root: Path,
+    found: list[Input],
+    vocabulary: GeneVocabulary,
+    options: IngestOptions,
+    table: Orthologues | None,
+) -> tuple[list[Job], list[dict[str, Any]], dict[str, str]]:
+    """Tell inputs that are done from inputs to do; the third part is inputs that cannot even be looked at."""
+    records: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted((root / STUDIES).glob("*.json")):
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            source = record["source"]
+            made = records.setdefault(source["input"], [])
+            record["name"], record["path"], set(source["siblings"])
+            source["fingerprint"], source["location"], source["options"], source["vocabulary"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        # Folders of these names are removed where the input has changed.
+        _check_record(record, file)
+        made.append(record)
+    digest = options.digest(table)
+    jobs: list[Job] = []
+    kept: list[dict[str, Any]] = []
+    refused: dict[str, str] = {}
+    for item in found:
+        try:
+            fingerprint = item.fingerprint()
+        except DataError as error:
+            refused[item.location] = str(error)
+            continue
+        done = records.get(item.name, [])
+        if done and done[0]["source"]["fingerprint"] != fingerprint:
+            location = done[0]["source"]["location"]
+            if location != absolute_location(item):
+                refused[item.location] = (
+                    f"{item.location} would replace the study {item.name!r}, which was made from {location}: "
+                    "give it a name of its own as NAME=PATH"
+                )
+                continue
+        wanted = (fingerprint, digest, vocabulary.hash)
+        complete = bool(done) and {each["name"] for each in done} == set(done[0]["source"]["siblings"])
+        for each in done:
+            source = each["source"]
+            there = (root / each["path"] / "zarr.json").is_file()
+            # Earlier versions recorded no hashes, and none can be made of files that may have changed since.
+            complete &= there and set(GROUPS) <= set(each.get("hashes") or ())
+            complete &= (source["fingerprint"], source["options"], source["vocabulary"]) == wanted
+        if complete:
+            kept += done
+        else:
+            jobs.append(Job(item, fingerprint, tuple(each["name"] for each in done), table))
+    return jobs, kept, refused
+
+
+def _check_record(record: dict[str, Any], file: Path) -> None:
+    """Raise `StoreError` where the file beside a study speaks of another one."""
+    check_study(record, file)
+    if record["name"] != file.stem:
+        raise StoreError(
+            f"{file} speaks of the study {record['name']!r}, not of its own: delete the file and ingest again"
+        )
+
+
+def _refuse(refused: dict[str, str], n_inputs: int) -> None:
+    reasons = list(refused.values())
+    if n_inputs == 1:
+        raise DataError(reasons[0])
+    listed = " | ".join(reasons)
+    raise DataError(
+        f"{len(reasons)} of {n_inputs} inputs were refused, so the store is not finished ({listed}): mend "
+        "them, or run again with --skip_bad to go on without them; the others are kept"
+    )
+
+
+def _finish(
+    root: Path,
+    records: dict[str, dict[str, Any]],
+    before: list[dict[str, Any]],
+    vocabulary: GeneVocabulary,
+    options: IngestOptions,
+) -> IngestReport:
+    """Write the vocabulary and, last, the manifest."""
+    names = sorted(records)
+    splits, note = assign_splits(
+        names,
+        {each["name"]: each["split"] for each in before},
+        validation=options.validation,
+        test=options.test,
+        fraction=options.validation_fraction,
+        seed=options.seed,
+    )
+    studies = [{**records[name], "split": splits[name]} for name in names]
+    manifest = {
+        "schema_version": SCHEMA_VERSION
+        if all(each.get("values", COUNTS) == COUNTS for each in studies)
+        else ACTIVITY_VERSION,
+        "sct_version": __version__,
+        "studies": studies,
+    }
+    try:
+        vocabulary.save(root / GENES)
+        facts = {"name": vocabulary.name, "hash": vocabulary.hash, "n_genes": len(vocabulary)}
+        manifest["vocabulary"] = {**facts, "sha256": hash_file(root / GENES)}
+        write_json(root / MANIFEST, sealed(manifest))
+        (root / _PREVIOUS).unlink(missing_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"{root} could not be written ({error.strerror}): free space, then run the ingest again to resume"
+        ) from error
+    return IngestReport(root, studies, notes=(note,))
+
+
+def main(inputs: Sequence[str], output: str | None, *, genes: str | None = None, **options: Any) -> None:
+    """Run `ingest` for the command line and print its report.
+
+    Parameters
+    ----------
+    inputs, output
+        As for `ingest`.
+    genes
+        File of a gene vocabulary; None takes the human protein-coding genes.
+    **options
+        Fields of `IngestOptions`.
+    """
+    if not output:
+        raise ConfigError("no output was given: name the folder of the store with --output")
+    vocabulary = GeneVocabulary.load(genes) if genes else None
+    given = [part for text in inputs for part in ([text] if Path(text).exists() else text.split(","))]
+    report = ingest(
+        list(filter(None, given)), output, vocabulary=vocabulary, options=IngestOptions(**options)
+    )
+    report.print()

@@ -1,0 +1,426 @@
+"""Turning one input into studies: read, check, align, put in order, write, and only then make visible."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from sct.atomic import remove, write_json
+from sct.data.coordinates import SECTION_COLUMNS, Scale, doubts
+from sct.data.counts import COUNTS, CountsChecker, Values, check_values, exact_integers
+from sct.data.genes.orthologues import MappedGenes, Orthologues, map_orthologues, read_orthologues
+from sct.data.genes.vocabulary import GeneAlignment, GeneVocabulary
+from sct.data.ingest.readers import Source, open_source
+from sct.data.ingest.sorting import BucketSort, Sizes, cut_places, hilbert_rank, random_rank
+from sct.data.ingest.sources import Input, sanitise
+from sct.data.ingest.writer import MAX_COUNT, portable_table, write_study, writing
+from sct.data.store import SCHEMA_VERSION, STUDIES, study_path
+from sct.errors import ConfigError, DataError
+
+_MANY_BUCKETS = 256
+
+
+@dataclass(frozen=True)
+class IngestOptions:
+    """How inputs are read and what of them is kept.
+
+    Attributes
+    ----------
+    layer
+        "X", "raw" or a layer's name; None takes the first of X, raw and layers["counts"] that has raw counts.
+    gene_column
+        Column of `var` with Ensembl ids or symbols; None finds it.
+    duplicates
+        Several columns of one gene: "error", or "sum" their counts.
+    study_key
+        Column of `obs` that splits an input into studies (sections, donors, ...).
+    spatial_key
+        Key of the coordinates in `obsm`; an input that has it is spatial.
+    seed
+        Order of the cells of studies that are not spatial, and choice of validation studies.
+    min_genes, min_counts
+        Cells with fewer genes or a smaller total over the vocabulary's genes are dropped and reported. Of activity
+        the default drops cells without any.
+    validation, test
+        Names of the studies of these splits; None leaves the splits as they are.
+    validation_fraction
+        Share of the studies for validation, see `sct.data.ingest.splits.assign_splits`.
+    processes
+        Number of inputs read at the same time, each in a process of its own.
+    skip_bad
+        Finish the store without the inputs that are refused, instead of leaving it unfinished.
+    census_version
+        Release of the CELLxGENE Census for `census:` inputs.
+    orthologues
+        File of orthologues for inputs of another species (`sct.data.genes.orthologues.read_orthologues`); all inputs
+        must then be of that species. None takes the genes of inputs as they are.
+    orthologue_columns
+        Its columns of genes and of their orthologues; None finds them.
+    values
+        "counts", or "activity" for matrices that are none, such as fractional gene activities of chromatin: any
+        non-negative values. Only ZerOmics reads a store of them.
+    """
+
+    layer: str | None = None
+    gene_column: str | None = None
+    duplicates: Literal["error", "sum"] = "error"
+    study_key: str | None = None
+    spatial_key: str = "spatial"
+    seed: int = 0
+    min_genes: int = 0
+    min_counts: int = 1
+    validation: tuple[str, ...] | None = None
+    test: tuple[str, ...] | None = None
+    validation_fraction: float | None = None
+    processes: int = 1
+    skip_bad: bool = False
+    census_version: str = "stable"
+    orthologues: str | None = None
+    orthologue_columns: tuple[str, str] | None = None
+    values: Values = COUNTS
+
+    def __post_init__(self) -> None:
+        check_values(self.values)
+        if self.orthologue_columns is not None and (
+            self.orthologues is None or len(self.orthologue_columns) != 2
+        ):
+            raise ConfigError(
+                f"orthologue_columns is {','.join(self.orthologue_columns)}, but it is two columns of a table: give "
+                "orthologues as well, and SOURCE,TARGET"
+            )
+
+    def read_orthologues(self, vocabulary: GeneVocabulary) -> Orthologues | None:
+        """Read the table of orthologues, where one is named; `DataError` where it cannot be used."""
+        if self.orthologues is None:
+            return None
+        source, target = self.orthologue_columns or (None, None)
+        return read_orthologues(self.orthologues, source=source, target=target, vocabulary=vocabulary)
+
+    def digest(self, table: Orthologues | None = None) -> str:
+        """Digest of the options and of the table of orthologues, which decide about a study's content."""
+        content: tuple[Any, ...] = (
+            SCHEMA_VERSION,
+            self.layer,
+            self.gene_column,
+            self.duplicates,
+            self.study_key,
+            self.spatial_key,
+            self.seed,
+            self.min_genes,
+            self.min_counts,
+            self.census_version,
+        )
+        # Behind the others and only where they are used, so that studies made without them are still known.
+        if table is not None:
+            content += (("orthologues", table.digest, self.orthologue_columns),)
+        if self.values != COUNTS:
+            content += (("values", self.values),)
+        return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def ingest_input(
+    root: Path,
+    item: Input,
+    fingerprint: str,
+    vocabulary: GeneVocabulary,
+    options: IngestOptions,
+    *,
+    table: Orthologues | None = None,
+    stale: Sequence[str] = (),
+    advance: Callable[[float], None] = lambda cells: None,
+    sizes: Sizes | None = None,
+) -> list[dict[str, Any]]:
+    """Write the studies of one input into the folder `root`/studies and return their records.
+
+    `table` maps genes of another species; `stale` names studies that an earlier version of the input left and
+    that are removed; `advance` is told about cells as they are done; `sizes` changes memory use, never the
+    result.
+    """
+    sizes = sizes or Sizes()
+    folder = root / STUDIES
+    spill = folder / f".{item.name}.spill"
+    download = folder / f".{item.name}.download"
+    partial: dict[str, Path] = {}
+    try:
+        with open_source(
+            item,
+            layer=options.layer,
+            spatial_key=options.spatial_key,
+            folder=download,
+            census_version=options.census_version,
+            values=options.values,
+        ) as source:
+            records = _write_studies(
+                source, item, folder, spill, partial, vocabulary, options, table, sizes, advance
+            )
+        for record in records:
+            record["source"] = {
+                "location": absolute_location(item),
+                "kind": item.kind,
+                "input": item.name,
+                "fingerprint": fingerprint,
+                "options": options.digest(table),
+                "vocabulary": vocabulary.hash,
+                "siblings": [each["name"] for each in records],
+            }
+        with writing(spill):
+            for name in {*stale, *partial}:
+                (folder / f"{name}.json").unlink(missing_ok=True)
+                remove(folder / f"{name}.zarr")
+            for record in records:
+                os.replace(partial[record["name"]], folder / f"{record['name']}.zarr")
+                write_json(folder / f"{record['name']}.json", record)
+        return records
+    finally:
+        for path in (spill, download, *partial.values()):
+            remove(path)
+
+
+def _write_studies(
+    source: Source,
+    item: Input,
+    folder: Path,
+    spill: Path,
+    partial: dict[str, Path],
+    vocabulary: GeneVocabulary,
+    options: IngestOptions,
+    table: Orthologues | None,
+    sizes: Sizes,
+    advance: Callable[[float], None],
+) -> list[dict[str, Any]]:
+    alignment, mapped = _align(source, vocabulary, options, table)
+    groups = _groups(source, item.name, options.study_key)
+    n_cells = len(source.obs)
+    place = np.empty(n_cells, np.int64)
+    start = 0
+    for name, rows in groups:
+        if source.spatial is not None:
+            place[rows] = start + hilbert_rank(source.spatial[rows])
+        else:
+            place[rows] = start + random_rank(len(rows), name, options.seed)
+        start += len(rows)
+    cell_at = np.argsort(place)
+    # Every block is cut at every edge: more values than this get larger buckets instead of more of them.
+    bucket = min(max(sizes.bucket, source.n_values // _MANY_BUCKETS), 4 * sizes.bucket)
+    edges, buckets = cut_places([len(rows) for _, rows in groups], source.n_values, bucket)
+    sort = BucketSort(spill, edges, len(vocabulary), sizes.held)
+    with writing(spill):
+        lengths, totals, maxima = _stream(source, alignment, sort, place, sizes, advance, options.values)
+    measured = np.zeros(len(vocabulary), bool)
+    measured[alignment.columns[alignment.columns >= 0]] = True
+    obs, dropped_columns = portable_table(source.obs)
+    notes = [mapped.summary()] if mapped is not None else []
+    notes += [alignment.warning] if alignment.warning else []
+    if options.values != COUNTS:
+        notes.append(
+            f"{source.label}: the values of {source.taken} are taken for {options.values}, not for counts, so only "
+            "ZerOmics reads this study"
+        )
+    if dropped_columns:
+        notes.append(f"{source.label}: obs columns that AnnData cannot store: {', '.join(dropped_columns)}")
+    notes += _doubts(source, groups, options)
+    records: list[dict[str, Any]] = []
+    start = 0
+    for (name, rows), own in zip(groups, buckets, strict=True):
+        places = slice(start, start + len(rows))
+        start += len(rows)
+        kept, dropped = _filter(lengths[places], totals[places], options)
+        if not kept.any():
+            reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items())
+            raise DataError(
+                f"{source.label}: no cell of the study {name!r} is left ({reasons}): leave it out"
+            )
+        maximum = float(maxima[places][kept].max())
+        if options.values == COUNTS and maximum >= MAX_COUNT:
+            raise DataError(
+                f"{source.label} has a count of {maximum:,.0f}, above {MAX_COUNT - 1:,}, the largest that is "
+                "kept exactly: check that these are counts of molecules"
+            )
+        cells = cell_at[places][kept]
+        partial[name] = folder / f".{name}.partial"
+        facts = write_study(
+            partial[name],
+            _sorted_blocks(sort, own, advance),
+            kept,
+            lengths[places],
+            maximum if options.values == COUNTS else np.inf,
+            {
+                "obs": obs.iloc[cells],
+                "vocabulary": vocabulary,
+                "measured": measured,
+                "coordinates": None if source.spatial is None else source.spatial[cells],
+                # Of all the study's cells, and of their positions as the store keeps them.
+                "scale": None
+                if source.spatial is None
+                else Scale.of(source.spatial[rows].astype(np.float32)),
+            },
+        )
+        records.append(
+            {
+                "name": name,
+                "path": study_path(name),
+                **facts,
+                "n_genes_matched": alignment.matched,
+                "spatial": source.spatial is not None,
+                "order": "random" if source.spatial is None else "curve",
+                "seed": options.seed,
+                "dropped": dropped,
+                "counts_from": source.taken,
+                "values": options.values,
+                "genes_from": alignment.source,
+                "notes": notes if not records else [],
+            }
+        )
+    return records
+
+
+def _align(
+    source: Source, vocabulary: GeneVocabulary, options: IngestOptions, table: Orthologues | None
+) -> tuple[GeneAlignment, MappedGenes | None]:
+    """Which column holds which gene, and how genes of another species were mapped."""
+    mapped = None
+    if table is not None:
+        mapped = map_orthologues(source.var, table, column=options.gene_column, report_name=source.label)
+        if options.duplicates == "error":
+            mapped.check_distinct('give duplicates="sum" to add their counts, or remove the surplus columns')
+    with warnings.catch_warnings():
+        # The report carries the alignment's warning.
+        warnings.simplefilter("ignore", UserWarning)
+        alignment = vocabulary.align(
+            source.var if mapped is None else mapped.targets,
+            column=options.gene_column if mapped is None else None,
+            duplicates=options.duplicates,
+            report_name=source.label,
+        )
+    if mapped is not None:
+        alignment = replace(alignment, source=f"{mapped.source}, orthologues of {mapped.table}")
+    return alignment, mapped
+
+
+def _doubts(source: Source, groups: Sequence[tuple[str, np.ndarray]], options: IngestOptions) -> list[str]:
+    """Notes about positions that look wrong, or where those of several sections may share one plane."""
+    if source.spatial is None:
+        return []
+    found = [
+        f"{source.label}{f' ({name})' if len(groups) > 1 else ''}: {doubt}"
+        for name, rows in groups
+        for doubt in doubts(source.spatial[rows], source.obs.iloc[rows], "--study_key={}")
+    ]
+    if options.study_key is not None or any("--study_key" in each for each in found):
+        return found
+    for name in SECTION_COLUMNS:
+        if name in source.obs and source.obs[name].nunique() > 1:
+            return [
+                *found,
+                f"{source.label} is spatial and obs[{name!r}] has {source.obs[name].nunique()} values: if "
+                f"these are sections with coordinates of their own, ingest it with --study_key={name}",
+            ]
+    return found
+
+
+def _groups(source: Source, name: str, study_key: str | None) -> list[tuple[str, np.ndarray]]:
+    """Studies of a source, each with the numbers of its rows."""
+    if study_key is None:
+        return [(name, np.arange(len(source.obs)))]
+    if study_key not in source.obs:
+        known = ", ".join(map(str, source.obs.columns)) or "none"
+        raise DataError(f"{source.label} has no obs column {study_key!r} to make studies of: it has {known}")
+    column = source.obs[study_key]
+    gaps = int(column.isna().sum())
+    if gaps:
+        raise DataError(
+            f"{source.label}: obs[{study_key!r}] is missing for {gaps} cells: fill it in or remove the cells"
+        )
+    codes, values = pd.factorize(column.astype(str).to_numpy(dtype=object), sort=True)
+    groups: dict[str, np.ndarray] = {}
+    for code, value in enumerate(values):
+        study = f"{name}.{sanitise(str(value))}"
+        if study in groups:
+            raise DataError(
+                f"{source.label}: two values of obs[{study_key!r}] would both be the study {study!r}: "
+                "rename one"
+            )
+        groups[study] = np.flatnonzero(codes == code)
+    return list(groups.items())
+
+
+def _stream(
+    source: Source,
+    alignment: GeneAlignment,
+    sort: BucketSort,
+    place: np.ndarray,
+    sizes: Sizes,
+    advance: Callable[[float], None],
+    values: Values,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Read everything into `sort`; return number, sum and maximum of the values of each place, (N,) each."""
+    n = len(place)
+    lengths, totals, maxima = np.zeros(n, np.int64), np.zeros(n), np.zeros(n)
+
+    def note(places: np.ndarray, counts: Any) -> None:
+        filled = np.flatnonzero(np.diff(counts.indptr))
+        lengths[places] = np.diff(counts.indptr)
+        if filled.size:
+            starts = counts.indptr[filled]
+            totals[places[filled]] = np.add.reduceat(counts.data, starts, dtype=np.float64)
+            maxima[places[filled]] = np.maximum.reduceat(counts.data, starts)
+
+    checker = CountsChecker(f"{source.taken} of {source.label}", values)
+    for rows, counts in source.blocks(sizes.block):
+        checker.update(counts)
+        aligned = alignment.project(exact_integers(counts) if checker.inexact else counts)
+        if source.whole_rows:
+            note(place[rows], aligned)
+        sort.add(place[rows], aligned)
+        # Half of the work is reading, half is sorting and writing.
+        share = len(rows) / n if source.whole_rows else counts.nnz / max(source.n_values, 1)
+        advance(0.5 * n * share)
+    checker.finish()
+    if not source.whole_rows:
+        adds = np.count_nonzero(alignment.columns >= 0) > alignment.matched
+        for bucket in range(len(sort.edges) - 1):
+            counts, summed = sort.load(bucket)
+            if summed and not adds:
+                raise DataError(f"{source.label} has two entries for one cell and gene: the file is damaged")
+            note(np.arange(sort.edges[bucket], sort.edges[bucket + 1]), counts)
+    return lengths, totals, maxima
+
+
+def _sorted_blocks(sort: BucketSort, buckets: range, advance: Callable[[float], None]) -> Iterator[Any]:
+    for bucket in buckets:
+        counts, _ = sort.load(bucket)
+        yield counts
+        advance(0.5 * counts.shape[0])
+
+
+def _filter(
+    lengths: np.ndarray, totals: np.ndarray, options: IngestOptions
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Which cells are kept, and how many are not for which reason."""
+    least = 0 if options.values != COUNTS and options.min_counts == 1 else options.min_counts
+    tests = {
+        "without counts": (totals == 0) & (options.min_counts > 0 or options.min_genes > 0),
+        f"under {options.min_genes} genes": lengths < options.min_genes,
+        f"under {options.min_counts} counts": totals < least,
+    }
+    kept = np.ones(len(lengths), bool)
+    dropped: dict[str, int] = {}
+    for reason, failed in tests.items():
+        n = int((kept & failed).sum())
+        if n:
+            dropped[reason] = n
+        kept &= ~failed
+    return kept, dropped
+
+
+def absolute_location(item: Input) -> str:
+    """Where an input lies, whatever the working folder of the next ingest is."""
+    return item.location if item.kind in ("census", "memory") else str(Path(item.location).absolute())

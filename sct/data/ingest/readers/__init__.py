@@ -1,0 +1,157 @@
+"""Streams of counts out of foreign formats, in bounded memory.
+
+Every reader gives the same thing: the tables of cells and genes, coordinates where there are any, and blocks
+of counts as (row numbers, CSR of those rows over all source genes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sct.data.counts import COUNTS, Values
+from sct.data.ingest.readers.h5ad import anndata_source, from_group, from_memory
+from sct.data.ingest.readers.stream import UNREADABLE, Source, reading
+from sct.data.ingest.readers.tenx import mtx_header, tenx_h5, tenx_mtx
+from sct.data.ingest.sources import Input
+from sct.errors import DataError
+from sct.extras import load_extra
+
+__all__ = ["Source", "count_cells", "open_source"]
+
+_CHUNK_CACHE = 16 << 20
+
+
+@contextmanager
+def open_source(
+    item: Input,
+    *,
+    layer: str | None,
+    spatial_key: str,
+    folder: Path,
+    census_version: str = "stable",
+    values: Values = COUNTS,
+) -> Iterator[Source]:
+    """Open an input.
+
+    Parameters
+    ----------
+    item
+        What to open.
+    layer
+        "X", "raw", the name of a layer, or None for the first of X, raw and layers["counts"] with raw counts.
+    spatial_key
+        Key of coordinates in `obsm`; an input without it is not spatial.
+    folder
+        Where a download may be put while the source is open.
+    census_version
+        Release of the CELLxGENE Census for `census:` inputs.
+    values
+        "activity": the matrix is no counts; without a layer it is X.
+
+    Raises
+    ------
+    DataError
+        The input is damaged, has no raw counts, or its cells or coordinates are not usable.
+    """
+    if item.kind == "census":
+        path = _download(item.location, folder, census_version)
+        try:
+            item = Input(item.name, "h5ad", str(path))
+            with open_source(
+                item, layer=layer, spatial_key=spatial_key, folder=folder, values=values
+            ) as source:
+                yield source
+        finally:
+            path.unlink(missing_ok=True)
+        return
+    with reading(item.location):
+        # Where nothing tells counts from other values, nothing is searched for.
+        source, close = _open(item, "X" if layer is None and values != COUNTS else layer, spatial_key)
+    try:
+        _check_cells(source)
+        yield source
+    finally:
+        close()
+
+
+def count_cells(item: Input) -> int | None:
+    """Number of cells of an input where it is cheap to know, for progress; None where not or in doubt."""
+    try:
+        if item.adata is not None:
+            return item.adata.n_obs
+        if item.kind == "mtx":
+            return mtx_header(Path(item.location))[1]
+        if item.kind == "zarr":
+            import zarr
+
+            return _axis_length(zarr.open_group(item.location, mode="r")["obs"])
+        if item.kind in ("h5ad", "10x_h5"):
+            import h5py
+
+            with h5py.File(item.location, "r") as file:
+                if item.kind == "h5ad":
+                    return _axis_length(file["obs"])
+                return sum(len(each["barcodes"]) for each in file.values() if "barcodes" in each)
+    except UNREADABLE:
+        pass
+    return None
+
+
+def _axis_length(table: Any) -> int:
+    index = table[table.attrs["_index"]]
+    return len(index["values"] if hasattr(index, "keys") else index)
+
+
+def _open(item: Input, layer: str | None, spatial_key: str) -> tuple[Source, Callable[[], None]]:
+    if item.kind in ("10x_h5", "mtx") and layer not in (None, "X"):
+        raise DataError(f"{item.location} has no layers, but layer={layer!r} was asked for: leave it out")
+    if item.kind == "mtx":
+        return tenx_mtx(Path(item.location)), lambda: None
+    if item.adata is not None:
+        return anndata_source(item.location, from_memory(item.adata), layer, spatial_key), lambda: None
+    if item.kind == "zarr":
+        import zarr
+
+        group = zarr.open_group(item.location, mode="r")
+        return anndata_source(item.location, from_group(group), layer, spatial_key), lambda: None
+    import h5py
+
+    # With HDF5's own cache of 1 MiB a compressed chunk is decompressed again for every block that it touches.
+    file = h5py.File(item.location, "r", rdcc_nbytes=_CHUNK_CACHE)
+    try:
+        if item.kind == "10x_h5":
+            return tenx_h5(item.location, file), file.close
+        return anndata_source(item.location, from_group(file), layer, spatial_key), file.close
+    except BaseException:
+        file.close()
+        raise
+
+
+def _check_cells(source: Source) -> None:
+    if len(source.obs) == 0:
+        raise DataError(f"{source.label} holds no cells: leave it out")
+    repeated = source.obs.index[source.obs.index.duplicated()]
+    if len(repeated):
+        raise DataError(
+            f"{source.label} has {len(repeated)} duplicate cell names, e.g. {repeated[0]!r}: "
+            "make them unique (adata.obs_names_make_unique()) and write the file again"
+        )
+
+
+def _download(dataset: str, folder: Path, version: str) -> Path:
+    census = load_extra("cellxgene_census", "census", "cellxgene-census", what=f"census:{dataset}")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "source.h5ad"
+    path.unlink(missing_ok=True)
+    try:
+        census.download_source_h5ad(dataset, str(path), census_version=version, progress_bar=False)
+    except Exception as error:
+        path.unlink(missing_ok=True)
+        cause = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise DataError(
+            f"census:{dataset} could not be downloaded ({cause}): check the id and the network"
+        ) from error
+    return path

@@ -1,0 +1,161 @@
+"""Running the ingest of many inputs, here or in several processes, with one progress display."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sct.data.genes.orthologues import Orthologues
+from sct.data.genes.vocabulary import GeneVocabulary
+from sct.data.ingest.inputs import IngestOptions, ingest_input
+from sct.data.ingest.readers import count_cells
+from sct.data.ingest.sources import Input
+from sct.errors import SctError, StoreError
+from sct.progress import Bar, progress
+
+
+@dataclass(frozen=True)
+class Job:
+    """One input to do, its fingerprint, the studies that an earlier version of it left, and the table of its genes.
+
+    All processes have the one table that was read, and its digest, whatever becomes of the file.
+    """
+
+    item: Input
+    fingerprint: str
+    stale: tuple[str, ...]
+    table: Orthologues | None
+
+
+def run_jobs(
+    root: Path, jobs: list[Job], vocabulary: GeneVocabulary, options: IngestOptions
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Do the jobs, here or in other processes; a refused input does not stop the others."""
+    if not jobs:
+        return [], {}
+    counts = [count_cells(job.item) for job in jobs]
+    total = None if any(each is None for each in counts) else sum(each or 0 for each in counts)
+    in_memory = [job for job in jobs if job.item.adata is not None]
+    others = [job for job in jobs if job.item.adata is None]
+    processes = min(options.processes, len(others))
+    fresh: list[dict[str, Any]] = []
+    refused: dict[str, str] = {}
+
+    def take(job: Job, outcome: list[dict[str, Any]] | str) -> None:
+        if isinstance(outcome, str):
+            refused[job.item.location] = outcome
+            bar.write(f"{job.item.location} is refused, the others go on")
+        else:
+            fresh.extend(outcome)
+
+    with progress("ingest", total) as bar:
+        for job in in_memory if processes > 1 else jobs:
+            take(job, _attempt(root, job, vocabulary, options, _Meter(bar, job.item.name)))
+        if processes > 1:
+            for job, outcome in _in_pool(root, others, vocabulary, options, processes, bar):
+                take(job, outcome)
+    return fresh, refused
+
+
+class _Meter:
+    """Turns the progress of one input into whole cells on a bar."""
+
+    def __init__(self, bar: Bar, name: str):
+        self._bar, self._name, self._rest = bar, name, 0.0
+
+    def __call__(self, cells: float) -> None:
+        self._rest += cells
+        whole = round(self._rest)
+        self._rest -= whole
+        self._bar.update(whole, note=self._name)
+
+
+_done: Any = None
+
+
+def _start_worker(done: Any) -> None:
+    global _done
+    _done = done
+
+
+def _count_done(cells: float) -> None:
+    with _done.get_lock():
+        _done.value += cells
+
+
+def _worker(
+    root: Path, job: Job, vocabulary: GeneVocabulary, options: IngestOptions
+) -> list[dict[str, Any]] | str:
+    return _attempt(root, job, vocabulary, options, _count_done)
+
+
+def _in_pool(
+    root: Path, jobs: list[Job], vocabulary: GeneVocabulary, options: IngestOptions, processes: int, bar: Bar
+) -> Iterator[tuple[Job, list[dict[str, Any]] | str]]:
+    context = multiprocessing.get_context("spawn")
+    done = context.Value("d", 0.0)
+    meter = _Meter(bar, "")
+    seen = 0.0
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker, initargs=(done,))
+    try:
+        # The largest first, so that no process is left alone with one at the end.
+        order = sorted(jobs, key=lambda job: -_size(job.item))
+        waiting: dict[Future[Any], Job] = {
+            pool.submit(_worker, root, job, vocabulary, options): job for job in order
+        }
+        while waiting:
+            finished, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+            now = float(done.value)
+            meter(now - seen)
+            seen = now
+            for future in finished:
+                yield waiting.pop(future), future.result()
+    except (SystemExit, GeneratorExit):  # SIGTERM, which the processes did not get
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        raise
+    except BrokenProcessPool as error:
+        raise StoreError(
+            f"a process that wrote to {root} was killed, most likely for want of memory: run the ingest "
+            "again with fewer processes, it resumes"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _size(item: Input) -> int:
+    with contextlib.suppress(OSError):
+        return Path(item.location).stat().st_size
+    return 0
+
+
+def _attempt(
+    root: Path,
+    job: Job,
+    vocabulary: GeneVocabulary,
+    options: IngestOptions,
+    advance: Callable[[float], None],
+) -> list[dict[str, Any]] | str:
+    """Records of the studies of one input, or the sentence that says why it is refused."""
+    try:
+        return ingest_input(
+            root,
+            job.item,
+            job.fingerprint,
+            vocabulary,
+            options,
+            table=job.table,
+            stale=job.stale,
+            advance=advance,
+        )
+    except StoreError as error:
+        raise StoreError(str(error)) from error
+    except SctError as error:
+        return str(error)

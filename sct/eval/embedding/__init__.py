@@ -1,0 +1,1 @@
+"""Embeddings of cells: measures and baselines."""

@@ -1,0 +1,1 @@
+"""Generated cells and texts: measures and reports."""

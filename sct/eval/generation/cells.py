@@ -1,0 +1,345 @@
+"""The report of generated cells: beside real ones, controls, and generators that need no model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from sct.data.normalization import log_expression
+from sct.errors import ConfigError, DataError, MissingExtraError
+from sct.eval import metrics
+from sct.eval.generation.measures import (
+    KS,
+    QUALITY,
+    CellSet,
+    Numbers,
+    expression_distances,
+    gromov_wasserstein,
+    mean_correlations,
+    nearest_label_accuracy,
+    sentence_quality,
+    token_distances,
+)
+from sct.eval.reports.report import Column, Report
+from sct.extras import load_extra
+from sct.progress import track
+
+GENERATED, SHUFFLED = "generated", "generated, labels shuffled"
+REAL, COPIED, PROFILE = "other real cells", "copied training cells", "mean profile of the label"
+CHANCE, MAJORITY = "guess by frequency", "most common label"
+TRAINING, HELD_OUT = "training cells", "held-out cells"
+UNDEFINED = "n/a"
+CORRELATIONS = ("Pearson", "Spearman", "R2")
+Express = Callable[[sparse.csr_matrix], tuple[Any, Sequence[str] | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How generated cells are measured.
+
+    Attributes
+    ----------
+    seeds
+        Draws of the cells that are compared: 0, 1, ...
+    ks
+        Neighbours that vote.
+    per_label
+        Most cells of a label in a set (500 in the paper).
+    max_cells
+        Most cells of a set whose Gromov-Wasserstein discrepancy is taken; 0 leaves it out.
+    variable_genes, differential_genes, log_base
+        Of perturbations: highly variable genes of the training cells (0: all genes), genes that differ most
+        between a condition and its opposite, and the base of the logarithm of expression.
+    """
+
+    seeds: int = 5
+    ks: tuple[int, ...] = KS
+    per_label: int = 500
+    max_cells: int = 1000
+    variable_genes: int = 5000
+    differential_genes: int = 20
+    log_base: float = 10.0
+
+    def __post_init__(self) -> None:
+        least = {"seeds": 1, "per_label": 1, "max_cells": 0, "variable_genes": 0, "differential_genes": 2}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ConfigError(f"{name} = {getattr(self, name)}, which has to be {value} or more.")
+        if not self.ks or min(self.ks) < 1:
+            raise ConfigError(f"ks = {self.ks}, which has to be numbers of neighbours of 1 or more.")
+
+
+def log_normalised(counts: sparse.csr_matrix) -> tuple[sparse.csr_matrix, None]:
+    """log10(1 + counts per 10,000) of raw counts (N, G) (Cell2Sentence, equation 1), and no sentences."""
+    return sparse.csr_matrix(log_expression(counts, np.float64) / np.log(10)), None
+
+
+def profile_counts(
+    counts: Any, labels: Any, asked: Any, rng: np.random.Generator
+) -> tuple[sparse.csr_matrix, np.ndarray]:
+    """Cells drawn from the mean profile of a label: all that is known of it but how cells vary together.
+
+    Parameters
+    ----------
+    counts, labels
+        (T, G) raw counts and (T,) labels of the training cells.
+    asked
+        (M,) label of each cell to draw.
+    rng
+        Source of randomness.
+
+    Returns
+    -------
+    (M, G) raw counts, a multinomial draw from the label's summed counts with the total of one of its cells; and (M,)
+    the row of the training cell whose total it has, each cell once where there are enough.
+
+    Raises
+    ------
+    DataError
+        Counts are not whole numbers from 0 up, lengths differ, or a label has no training cell.
+    """
+    counts, labels = sparse.csr_matrix(counts), np.asarray(labels, dtype=object)
+    asked = np.asarray(asked, dtype=object)
+    if counts.shape[0] != len(labels):
+        raise DataError(
+            f"{len(labels):,} training labels for {counts.shape[0]:,} cells; give one for each cell."
+        )
+    if ((counts.data < 0) | (counts.data % 1 != 0)).any():
+        raise DataError("the training counts are not whole numbers from 0 up; give raw counts.")
+    if missing := sorted(map(str, set(asked) - set(labels))):
+        raise DataError(f"no training cell has the label {missing[0]!r}; leave it out or add training cells.")
+    totals = np.asarray(counts.sum(axis=1)).ravel().astype(np.int64)
+    donors = np.empty(len(asked), np.int64)
+    blocks, order = [], []
+    for label in pd.unique(asked):
+        rows, places = np.flatnonzero(labels == label), np.flatnonzero(asked == label)
+        summed = np.asarray(counts[rows].sum(axis=0), dtype=float).ravel()
+        donors[places] = rng.choice(rows, len(places), replace=len(places) > len(rows))
+        drawn = rng.multinomial(totals[donors[places]], summed / max(summed.sum(), 1))
+        blocks.append(sparse.csr_matrix(drawn.astype(np.float32)))
+        order.append(places)
+    return sparse.vstack(blocks, format="csr")[np.argsort(np.concatenate(order))], donors
+
+
+def _split(
+    generated: CellSet, real: CellSet, labels: Sequence[Any], options: Options, seed: int
+) -> tuple[CellSet, CellSet, CellSet]:
+    """Real cells to compare with; and generated and other real cells, as many of each label."""
+    rng = np.random.default_rng(seed)
+    parts: list[list[np.ndarray]] = [[], [], []]
+    for label in labels:
+        true = rng.permutation(np.flatnonzero(real.labels == label))
+        made = rng.permutation(np.flatnonzero(generated.labels == label))
+        half = (len(true) + 1) // 2
+        number = min(len(true) - half, len(made), options.per_label)
+        rows = (true[:half][: options.per_label], made[:number], true[half:][:number])
+        for part, each in zip(parts, rows, strict=True):
+            part.append(each)
+    # Mixed, since ties of distances go by the order of rows.
+    chosen = [rng.permutation(np.concatenate(parts[0])), *map(np.concatenate, parts[1:])]
+    return real.take(chosen[0]), generated.take(chosen[1]), real.take(chosen[2])
+
+
+def _shared_labels(generated: CellSet, real: CellSet, training: Any = None) -> tuple[list[Any], list[str]]:
+    """Labels that can be compared, and what to say of the others."""
+    if generated.expression.shape[1] != real.expression.shape[1]:
+        raise DataError(
+            f"generated cells have {generated.expression.shape[1]:,} genes and real ones "
+            f"{real.expression.shape[1]:,}; give both by the same genes."
+        )
+    sizes = pd.Series(real.labels).value_counts()
+    has = [sizes.reindex(pd.unique(generated.labels), fill_value=0) > 1]
+    if training is not None:
+        has.append(pd.Series(has[0].index.isin(training), has[0].index))
+    keep = np.logical_and.reduce(has)
+    labels = sorted(has[0].index[keep], key=str)
+    if not labels:
+        raise DataError(
+            "no label of the generated cells has two real cells; generate cells for labels that have."
+        )
+    left, unasked = (~pd.Series(cells.labels).isin(labels) for cells in (generated, real))
+    notes = []
+    if left.any():
+        notes.append(
+            f"{left.sum():,} cells generated for {len(keep) - len(labels)} labels are left out: these labels have "
+            f"fewer than two real cells{'' if training is None else ' or no training cell'}."
+        )
+    if unasked.any():
+        notes.append(f"{unasked.sum():,} real cells of labels that are not compared are left out.")
+    return labels, notes
+
+
+def _column(k: int, space: str) -> str:
+    return f"{k}-NN accuracy" + (" (Levenshtein)" if space == "sentences" else "")
+
+
+def _by_label(
+    cells: CellSet, distances: Mapping[str, np.ndarray], reference: CellSet, options: Options
+) -> dict[str, float]:
+    """Measures that depend on the labels of the cells."""
+    values: dict[str, float] = {}
+    for space, matrix in distances.items():
+        accuracies = nearest_label_accuracy(matrix, reference.labels, cells.labels, options.ks)
+        values |= {_column(k, space): accuracy for k, accuracy in accuracies.items()}
+    means = mean_correlations(cells, reference).mean()
+    return values | dict(zip(CORRELATIONS, means.astype(float), strict=True))
+
+
+def _distances(cells: CellSet, reference: CellSet, spaces: Sequence[str]) -> dict[str, np.ndarray]:
+    found = {"expression": expression_distances(cells.expression, reference.expression)}
+    if "sentences" in spaces and cells.sentences is not None and reference.sentences is not None:
+        found["sentences"] = token_distances(cells.sentences, reference.sentences)
+    return found
+
+
+def compare(
+    generated: CellSet,
+    real: CellSet,
+    training_counts: Any = None,
+    training_labels: Any = None,
+    *,
+    express: Express = log_normalised,
+    options: Options | None = None,
+) -> tuple[Report, Numbers]:
+    """Generated cells beside what a generator can reach, and beside what needs none (Cell2Sentence, Tables 1, 7, 8).
+
+    For each seed the real cells of a label are halved. One half is what all rows are compared with; of the other
+    half and of the generated cells as many are drawn, so that all rows have the same number of each label:
+
+    - generated cells, and the same cells with their labels shuffled;
+    - other real cells: the ceiling of every measure, and the floor of Gromov-Wasserstein;
+    - training cells, copied; and multinomial draws from the mean training profile of the label;
+    - the accuracy of guessing by the frequencies of labels, and of the most common label.
+
+    Parameters
+    ----------
+    generated, real
+        Generated cells, and held-out real cells. With sentences in both, neighbours are also sought by Levenshtein
+        distance.
+    training_counts, training_labels
+        (T, G) raw counts and (T,) labels of the cells that the generator learned from, or None.
+    express
+        Raw counts (n, G) -> expression (n, G) and n sentences or None, as the real cells were made.
+    options
+        See `Options`.
+
+    Returns
+    -------
+    The report, and name of the row -> column -> measurements over seeds. A measure whose library is missing is
+    shown as "-", with the reason in a note.
+
+    Raises
+    ------
+    DataError
+        Fewer than two labels can be compared, or genes differ.
+    """
+    options = options or Options()
+    if (training_counts is None) != (training_labels is None):
+        raise ConfigError("of the training cells either counts or labels were given; give both or none.")
+    labels, notes = _shared_labels(generated, real, training_labels)
+    if len(labels) < 2:
+        raise DataError(
+            f"all cells that can be compared have the label {labels[0]!r}; two labels are needed."
+        )
+    counts = None if training_counts is None else sparse.csr_matrix(training_counts)
+    spaces, measured, missing = _available(generated, real, options)
+    fitted_on = {GENERATED: "", SHUFFLED: "", REAL: HELD_OUT}
+    if counts is not None:
+        fitted_on |= {COPIED: TRAINING, PROFILE: TRAINING}
+    fitted_on |= {CHANCE: HELD_OUT, MAJORITY: HELD_OUT}
+    columns = [_column(k, space) for space in spaces for k in options.ks]
+    numbers: Numbers = {name: {} for name in fitted_on}
+
+    for seed in track(range(options.seeds), "measuring generated cells"):
+        reference, made, others = _split(generated, real, labels, options, seed)
+        rng = np.random.default_rng([seed, 1])
+        sets = {GENERATED: made, REAL: others}
+        if counts is not None:
+            drawn, donors = profile_counts(counts, training_labels, made.labels, rng)
+            sets[COPIED] = CellSet(*_expressed(express, counts[donors], made.labels))
+            sets[PROFILE] = CellSet(*_expressed(express, drawn, made.labels))
+        results: dict[str, dict[str, float]] = {}
+        for name, cells in sets.items():
+            distances = _distances(cells, reference, spaces)
+            results[name] = _by_label(cells, distances, reference, options)
+            if name == GENERATED:
+                shuffled = dataclasses.replace(cells, labels=rng.permutation(cells.labels))
+                results[SHUFFLED] = _by_label(shuffled, distances, reference, options)
+            if measured:
+                results[name]["Gromov-Wasserstein"] = gromov_wasserstein(
+                    reference.expression, cells.expression, max_cells=options.max_cells, seed=seed
+                )
+            if cells.quality is not None:
+                results[name] |= sentence_quality(cells.quality)
+        results |= _guesses(made.labels, reference.labels, columns)
+        for name, values in results.items():
+            for column, value in values.items():
+                numbers[name].setdefault(column, []).append(value)
+
+    columns += [*(["Gromov-Wasserstein"] if options.max_cells else []), *CORRELATIONS]
+    columns += QUALITY if generated.quality is not None else ()
+    report = Report(
+        f"{len(generated):,} generated cells, {len(labels)} labels, beside {len(real):,} real cells",
+        ("cells", Column("made_of", "made of"), *columns),
+        notes=(*notes, *missing, *_notes(made, reference, options)),
+    )
+    unmeasured = {"Gromov-Wasserstein"} if not measured else set()
+    for name, source in fitted_on.items():
+        empty = ["-" if column in unmeasured and name != SHUFFLED else UNDEFINED for column in columns]
+        cells_of_row = [numbers[name].get(c, e) for c, e in zip(columns, empty, strict=True)]
+        report.add(name, source, *cells_of_row)
+    return report, numbers
+
+
+def _expressed(express: Express, counts: sparse.csr_matrix, labels: np.ndarray) -> tuple[Any, ...]:
+    expression, sentences = express(counts)
+    return expression, labels, sentences
+
+
+def _available(generated: CellSet, real: CellSet, options: Options) -> tuple[list[str], bool, list[str]]:
+    """Spaces of neighbours, whether Gromov-Wasserstein is measured, and which libraries are missing."""
+    spaces, measured, missing = ["expression"], options.max_cells > 0, []
+    if generated.sentences is not None and real.sentences is not None:
+        try:
+            load_extra("rapidfuzz", "text")
+            spaces.append("sentences")
+        except MissingExtraError as error:
+            missing.append(f"No Levenshtein distances: {error}.")
+    if measured:
+        try:
+            with metrics.quiet():
+                load_extra("ot", "analysis", "POT")
+        except MissingExtraError as error:
+            measured = False
+            missing.append(f"No Gromov-Wasserstein discrepancy: {error}.")
+    return spaces, measured, missing
+
+
+def _guesses(made: np.ndarray, real: np.ndarray, columns: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Accuracy of guesses that know how often a label is among the real cells, by row and column."""
+    often = pd.Series(real).value_counts(normalize=True)
+    asked = pd.Series(made).value_counts(normalize=True).reindex(often.index, fill_value=0.0)
+    # Of equally common labels any may be guessed.
+    top = asked[often == often.max()].mean()
+    return {
+        CHANCE: dict.fromkeys(columns, float((often * asked).sum())),
+        MAJORITY: dict.fromkeys(columns, float(top)),
+    }
+
+
+def _notes(made: CellSet, reference: CellSet, options: Options) -> list[str]:
+    notes = [
+        f"Each of {options.seeds} draws compares {len(made):,} cells of a row with {len(reference):,} real ones, "
+        "which are half of the held-out cells of each label."
+    ]
+    if options.max_cells:
+        notes.append(
+            "Gromov-Wasserstein: squared loss of Euclidean distances in expression space, equal weights, at most "
+            f"{options.max_cells:,} cells of a set; its floor is the row of other real cells."
+        )
+    return notes

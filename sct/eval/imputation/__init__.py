@@ -1,0 +1,1 @@
+"""Imputation of hidden expression: what is hidden, baselines, protocols and scores."""

@@ -1,0 +1,120 @@
+"""Bins of masked genes that a model predicts, beside what is known of each gene (ZerOmics paper, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sct.data.cell_records import CellSource
+from sct.data.loader import spread
+from sct.eval.reports.report import Report
+from sct.progress import track
+
+_TRAINING_CELLS = 5000  # that frequencies of bins are counted in
+_BATCH = 8
+MODEL, GENE, OVERALL = "cell model", "bins of the gene in training", "bins of all genes in training"
+COLUMNS = ("cross-entropy", "accuracy")
+Predict = Callable[[Any, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array]]
+
+
+class PredictedBins:
+    """Bins of masked genes of held-out cells; see `sct.tasks.base.Evaluator`.
+
+    The baselines know which gene is masked, and how often its non-zero values have each bin in training cells.
+
+    Parameters
+    ----------
+    predict
+        (variables, records, key) -> logarithms of probabilities of bins (B, S, N + 1), which places are masked.
+    train, held_out
+        Cells that bins are counted in, and that are predicted.
+    num_bins, num_genes
+        Bins of non-zero values (N), and genes.
+    cells, seeds
+        Held-out cells at most, and draws of masks.
+    split
+        Where the held-out cells come from.
+    """
+
+    name = "predicted_bins"
+
+    def __init__(
+        self, predict: Predict, train: CellSource, held_out: CellSource, num_bins: int, num_genes: int, cells: int,
+        seeds: int, split: str, note: str = "",
+    ):  # fmt: skip
+        self.predict, self.train, self.held_out = predict, train, held_out
+        self.num_bins, self.num_genes, self.cells, self.seeds, self.split = (
+            num_bins,
+            num_genes,
+            cells,
+            seeds,
+            split,
+        )
+        self.note = note
+        self.report: Report | None = None
+
+    def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
+        """Measure; yields the numbers of the table and keeps it in `report`."""
+        overall, of_gene = self._frequencies()
+        baselines = {GENE: np.log(of_gene), OVERALL: np.broadcast_to(np.log(overall), of_gene.shape)}
+        predict = jax.jit(self.predict)
+        sums = {name: np.zeros((self.seeds, len(COLUMNS))) for name in (MODEL, *baselines)}
+        count = np.zeros(self.seeds)
+        numbers = spread(len(self.held_out), self.cells)
+        for start in track(range(0, len(numbers), _BATCH), "predicting masked bins"):
+            rows = numbers[start : start + _BATCH]
+            records = [self.held_out.bag(number) for number in rows]
+            records += records[-1:] * (_BATCH - len(rows))
+            batch = {name: np.stack([record[name] for record in records]) for name in records[0]}
+            bins = batch["bins"].astype(int)
+            genes = (
+                np.maximum(batch["genes"], 0)
+                if "genes" in batch
+                else np.arange(self.num_genes)[None] + 0 * bins
+            )
+            for seed in range(self.seeds):
+                key = jax.random.fold_in(jax.random.key(seed), start)
+                logs, masked = map(np.array, predict(variables, jax.tree.map(jnp.asarray, batch), key))
+                masked[len(rows) :] = False
+                true, at = bins[masked], genes[masked]
+                # Only bins of expressed genes are masked, which the baselines know: the model is asked alike.
+                shown = logs[masked][:, 1:]
+                shown -= np.logaddexp.reduce(shown, axis=1, keepdims=True)
+                for name, table in ((MODEL, shown), *((n, values[at]) for n, values in baselines.items())):
+                    right = table.argmax(axis=1) == true - 1
+                    sums[name][seed] += -table[np.arange(len(true)), true - 1].sum(), right.sum()
+                count[seed] += len(true)
+        report = Report(
+            f"bins of masked genes in {len(numbers):,} {self.split} cells",
+            ("prediction", *COLUMNS),
+            better={"cross-entropy": "min", "accuracy": "max"},
+            notes=(
+                f"Cross-entropy in nats over {self.num_bins} bins; baselines counted in training cells, with the bins "
+                "of all genes as 10 further values of each.",
+                *filter(None, [self.note]),
+            ),
+        )
+        for name, total in sums.items():
+            values = (total / np.maximum(count, 1)[:, None]).T
+            report.add(name, *(list(column) for column in values))
+            yield from (
+                (f"{name}/{column}", float(v.mean())) for column, v in zip(COLUMNS, values, strict=True)
+            )
+        self.report = report
+
+    def _frequencies(self) -> tuple[np.ndarray, np.ndarray]:
+        """Shares of the bins (N,) over all genes of training cells, and of each gene (G, N)."""
+        counts = np.zeros((self.num_genes, self.num_bins + 1))
+        for number in track(spread(len(self.train), _TRAINING_CELLS), "counting bins"):
+            record = self.train.bag(number)
+            there = np.flatnonzero(record["bins"])
+            genes = record["genes"][there] if "genes" in record else there
+            counts[genes, record["bins"][there]] += 1
+        counts = counts[:, 1:]
+        overall = (counts.sum(axis=0) + 1) / (counts.sum() + self.num_bins)
+        smooth = counts + 10 * overall
+        return overall, smooth / smooth.sum(axis=1, keepdims=True)

@@ -1,0 +1,344 @@
+"""Asking a model and its baselines at the same hidden positions, and the tables of what they answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sct.data import masking
+from sct.data.tokenize import level_average
+from sct.errors import SctError
+from sct.eval import metrics
+from sct.eval.imputation.baselines import OTHER_CELLS, TRAINING, Method, Prediction, Unavailable
+from sct.eval.imputation.held_out import HeldOut, Masked
+from sct.eval.reports.report import FITTED_ON, METHOD, MODEL, REFERENCE, REMARK, Column, Report
+
+GIVEN = Column("given_expressed", "told expressed")
+NUMBERS = (Column("mcc", "MCC"), Column("mcc_gain", "gain over the bar"), Column("mae", "MAE (counts)"))
+COLUMNS = (METHOD, FITTED_ON, GIVEN, *NUMBERS, REMARK)
+BAR = f"most common expressed level per gene, {OTHER_CELLS}"
+_NOTES = (
+    "Scored: masked genes that are expressed; a method that is told so has an easier task.",
+    f"The bar, in the first row, is the {BAR}, which knows every gene of those cells; a gain is the MCC "
+    "minus that of the bar in the same draw.",
+)
+OWN_RANGES = "Levels and their counts follow each cell's own range, masked genes included, for all methods."
+BAG_RANGES = (
+    "True levels follow each cell's own range; what methods answer follows the mean range and the mean level "
+    "counts of the cells of its bag that are shown, for all methods: none is told the size of a masked cell."
+)
+
+Draw = tuple[Masked, Mapping[str, np.ndarray]]
+Probabilities = Callable[[Any, jax.Array, jax.Array | None], jax.Array]
+
+
+class Model:
+    """A model as a method of imputation.
+
+    Parameters
+    ----------
+    probabilities
+        (variables, masked tokens (B, K, P), coordinates (B, K, 2) or None) -> probabilities of the levels
+        (B, K, P, num_bins) of an ordinary gene.
+    variables
+        Parameters of the model.
+    odds
+        By what factor the odds of being expressed are multiplied where `predict` chooses among all levels, as a
+        model that is trained by the paper's loss multiplies them (`sct.data.class_prior`).
+    name, fitted_on, remark
+        See `sct.eval.imputation.baselines.Method`.
+    bags_per_batch
+        B; 0 takes several bags at once where they are small.
+    """
+
+    def __init__(
+        self,
+        probabilities: Probabilities,
+        variables: Any,
+        *,
+        odds: float = 1.0,
+        name: str = "model",
+        fitted_on: str = TRAINING,
+        remark: str = "",
+        bags_per_batch: int = 0,
+    ):
+        self.name, self.fitted_on, self.remark = name, fitted_on, remark
+        self.variables, self.odds, self.bags_per_batch = variables, odds, bags_per_batch
+        self._probabilities = jax.jit(probabilities)
+
+    def chances(
+        self, held_out: HeldOut, masked: Masked, tick: Callable[[int], None] = lambda bags: None
+    ) -> np.ndarray:
+        """Probabilities (n, num_bins) of the levels at the scored positions. `tick` is told of bags that are done."""
+        num_bins = held_out.num_bins
+        chance = np.zeros((len(masked.cells), num_bins), np.float32)
+        for batch in held_out.batches(self.bags_per_batch):
+            mask = held_out.padded(batch, masked.mask, False)
+            tokens = held_out.padded(batch, held_out.tokens, num_bins)
+            coordinates = None
+            if held_out.spatial and held_out.coordinates is not None:
+                coordinates = jnp.asarray(held_out.padded(batch, held_out.coordinates, np.nan))
+            elif held_out.spatial:
+                coordinates = jnp.full((*tokens.shape[:2], 2), jnp.nan, jnp.float32)
+            shown = masking.apply(jnp.asarray(tokens), jnp.asarray(mask), num_bins)
+            predicted = np.asarray(self._probabilities(self.variables, shown, coordinates))
+            part = slice(*np.searchsorted(masked.cells, [batch.cells.start, batch.cells.stop]))
+            cell = masked.cells[part] - batch.cells.start
+            chance[part] = predicted[batch.bag[cell], batch.slot[cell], masked.genes[part]]
+            tick(len(np.unique(batch.bag)))
+        return chance
+
+    def predict(
+        self, held_out: HeldOut, masked: Masked, tick: Callable[[int], None] = lambda bags: None
+    ) -> dict[bool, Prediction]:
+        """See `baselines.Method`; both forms, scored as the sCT paper does: levels stand for medians."""
+        chance = self.chances(held_out, masked, tick)
+        tilted, known = chance.copy(), chance
+        tilted[:, 1:] *= self.odds
+        known[:, 0] = 0
+        medians = masked.medians[masked.cells]
+        out = {}
+        for told, each in ((False, tilted), (True, known)):
+            each /= np.maximum(each.sum(axis=1, keepdims=True), 1e-30)
+            out[told] = Prediction(each.argmax(axis=1), level_average(each, medians))
+        return out
+
+
+@dataclasses.dataclass
+class Row:
+    """A row of a table: a method in one of its forms, one number per draw, or the reason why there are none.
+
+    Attributes
+    ----------
+    told
+        Whether the method is told that the masked genes are expressed; None where it could not run.
+    mcc, gain, mae, msle
+        MCC of levels, MCC minus the bar's, mean absolute error of raw counts, and mean squared difference of
+        their log1p, of each draw.
+    confusion
+        int (num_bins, num_bins), true by predicted level, summed over draws.
+    key
+        `sct.eval.reports.report.MODEL`, `REFERENCE` for the bar, "" for other baselines.
+    """
+
+    method: str
+    fitted_on: str
+    told: bool | None
+    remark: str
+    mcc: list[float] = dataclasses.field(default_factory=list)
+    gain: list[float] = dataclasses.field(default_factory=list)
+    mae: list[float] = dataclasses.field(default_factory=list)
+    msle: list[float] = dataclasses.field(default_factory=list)
+    confusion: np.ndarray | None = None
+    both: bool = True
+    key: str = ""
+
+    @property
+    def label(self) -> str:
+        """Name of the row beside others: the method, what it is fitted on, and the form if it has two."""
+        name = self.method if self.key == MODEL else f"{self.method}, {self.fitted_on}"
+        return f"{name}, told" if self.told and self.both else name
+
+    def score(self, masked: Masked, prediction: Prediction, chosen: np.ndarray, num_bins: int) -> None:
+        """Add the numbers of one draw, of its `chosen` (n,) positions."""
+        true, levels = masked.levels[chosen].astype(np.int64), prediction.levels[chosen].astype(np.int64)
+        truth, counts = masked.counts[chosen], np.asarray(prediction.counts[chosen], np.float64)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="A single label"
+            )  # its coefficient is 0, as it should be
+            self.mcc.append(metrics.matthews(true, levels))
+        self.mae.append(float(metrics.mean_absolute_error(truth, counts)) if len(true) else math.nan)
+        squares = (np.log1p(truth.astype(np.float64)) - np.log1p(counts)) ** 2
+        self.msle.append(float(squares.mean()) if len(true) else math.nan)
+        matrix = np.bincount(true * num_bins + levels, minlength=num_bins**2).reshape(num_bins, num_bins)
+        self.confusion = matrix if self.confusion is None else self.confusion + matrix
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row for JSON."""
+        out = {**dataclasses.asdict(self), "label": self.label}
+        return {key: value for key, value in out.items() if key not in ("confusion", "both")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One table: what was hidden (`name`, `value` on the axis of a plot), its rows and scored positions.
+
+    `ranges` is the note on what methods know of the cells' ranges, `notes` are others.
+    """
+
+    name: str
+    value: float | str
+    rows: list[Row]
+    positions: list[int]
+    notes: tuple[str, ...] = ()
+    ranges: str = OWN_RANGES
+
+    def report(self) -> Report:
+        """The table."""
+        total, draws = sum(self.positions), len(self.positions)
+        title = f"{self.name} ({total:,} masked expressed genes in {draws} draw{'s' * (draws != 1)})"
+        report = Report(title, COLUMNS, notes=(*_NOTES, self.ranges, *self.notes))
+        for row in self.rows:
+            told = "-" if row.told is None else "yes" if row.told else "no"
+            numbers: tuple[Any, ...] = (row.mcc, row.gain, row.mae) if row.mcc else ("-", "-", "-")
+            report.add(row.method, row.fitted_on, told, *numbers, row.remark, key=row.key)
+        return report
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Result of a protocol: one table per setting, and their numbers.
+
+    Attributes
+    ----------
+    name, axis
+        The protocol, and what its settings differ in: "ratio", "cells" (masked, of K) or "sparsity".
+    """
+
+    name: str
+    axis: str
+    settings: list[Setting]
+
+    @property
+    def reports(self) -> list[Report]:
+        """The tables."""
+        return [setting.report() for setting in self.settings]
+
+    @property
+    def curves(self) -> dict[str, list[tuple[Any, list[float]]]]:
+        """MCC of each draw by row: {label: [(value of the setting, [MCC of each draw]), ...]}."""
+        curves: dict[str, list[tuple[Any, list[float]]]] = {}
+        for setting in self.settings:
+            for row in setting.rows:
+                if row.mcc:
+                    curves.setdefault(row.label, []).append((setting.value, row.mcc))
+        return curves
+
+    def labels(self, key: str) -> list[str]:
+        """Names in `curves` of the rows with a key."""
+        rows = (row for setting in self.settings for row in setting.rows)
+        return list(dict.fromkeys(row.label for row in rows if row.key == key))
+
+    @property
+    def confusion(self) -> dict[Any, dict[str, np.ndarray]]:
+        """Levels, true by predicted, of the model: {value of the setting: {row label: (num_bins, num_bins)}}."""
+        return {
+            setting.value: {
+                row.label: row.confusion
+                for row in setting.rows
+                if row.key == MODEL and row.confusion is not None
+            }
+            for setting in self.settings
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """All numbers, for JSON."""
+        settings = [
+            {
+                self.axis: setting.value,
+                "title": setting.name,
+                "positions": setting.positions,
+                "rows": [row.as_dict() for row in setting.rows],
+                "confusion": {k: v.tolist() for k, v in self.confusion[setting.value].items()},
+                "notes": [setting.ranges, *setting.notes],
+            }
+            for setting in self.settings
+        ]
+        return {"protocol": self.name, "axis": self.axis, "settings": settings, "curves": self.curves}
+
+
+def _answer(
+    method: Method, held_out: HeldOut, masked: Masked, tick: Callable[[int], None]
+) -> dict[bool, Prediction] | str:
+    """Predictions of a method, or the reason why there are none."""
+    try:
+        if isinstance(method, Model):
+            return method.predict(held_out, masked, tick)
+        predictions = method.predict(held_out, masked)
+        tick(1)
+    except Unavailable as reason:
+        tick(1)
+        return str(reason)
+    except Exception as error:
+        # A defect of a library must not cost the table; one of the model or of the data has to be seen.
+        if isinstance(method, Model) or isinstance(error, SctError):
+            raise
+        tick(1)
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return predictions
+
+
+def measure(
+    held_out: HeldOut,
+    methods: Sequence[Method],
+    draws: Iterable[Callable[[], Draw]],
+    tick: Callable[[int], None] = lambda units: None,
+) -> tuple[dict[str, list[Row]], dict[str, list[int]]]:
+    """Ask all methods at the same positions of some draws.
+
+    Parameters
+    ----------
+    held_out
+        Cells.
+    methods
+        The first is the bar.
+    draws
+        Functions that each make a draw and the groups of it that are scored apart, {name: bool (n,)}; the
+        names are the same in all.
+    tick
+        Told of work that is done: a bag of the model, or a draw of another method.
+
+    Returns
+    -------
+    Rows of each group, the bar first, then the model, and the number of scored positions of each draw. A
+    method that fails at one draw is a row with the reason.
+    """
+    rows: dict[str, dict[tuple[int, bool], Row]] = {}
+    positions: dict[str, list[int]] = {}
+    reasons: dict[int, str] = {}
+    keys = [MODEL if isinstance(method, Model) else "" for method in methods]
+    keys[0] = keys[0] or REFERENCE
+    for make in draws:
+        masked, groups = make()
+        for group, chosen in groups.items():
+            positions.setdefault(group, []).append(int(np.count_nonzero(chosen)))
+        for number, method in enumerate(methods):
+            answer = reasons.get(number) or _answer(method, held_out, masked, tick)
+            if isinstance(answer, str):
+                reasons[number] = answer
+                continue
+            for told, prediction in sorted(answer.items()):
+                for group, chosen in groups.items():
+                    row = rows.setdefault(group, {}).setdefault(
+                        (number, told),
+                        Row(
+                            method.name,
+                            method.fitted_on,
+                            told,
+                            method.remark,
+                            both=len(answer) > 1,
+                            key=keys[number],
+                        ),
+                    )
+                    row.score(masked, prediction, chosen, held_out.num_bins)
+    tables = {}
+    for group in positions:
+        table = []
+        for number, method in enumerate(methods):
+            if number in reasons:
+                table.append(Row(method.name, method.fitted_on, None, reasons[number], key=keys[number]))
+            else:
+                table += [row for (n, _), row in rows[group].items() if n == number]
+        bar = table[0].mcc
+        for row in table:
+            row.gain = [mcc - base for mcc, base in zip(row.mcc, bar, strict=False)]
+        tables[group] = [table[0], *sorted(table[1:], key=lambda row: row.key != MODEL)]
+    return tables, positions

@@ -1,0 +1,1 @@
+"""Predicted labels and pathways: measures and baselines."""

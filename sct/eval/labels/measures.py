@@ -1,0 +1,509 @@
+"""Predicted labels beside honest baselines: exact and partial accuracy, macro F1, Cohen's kappa, AUROC and AUPRC."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+from sklearn.decomposition import PCA
+from sklearn.dummy import DummyClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score, cohen_kappa_score, f1_score, roc_auc_score
+from sklearn.neighbors import KNeighborsClassifier
+
+from sct.data.normalization import log_expression
+from sct.errors import ConfigError, DataError
+from sct.eval import metrics
+from sct.eval.reports.report import FITTED_ON, METHOD, REMARK, Report
+from sct.progress import track
+
+SHUFFLED = "{}, shuffled among cells"
+LOGISTIC, KNN, MAJORITY = "PCA + logistic regression", "PCA + {}-NN", "most common label"
+COMBINATION, CHANCE = "most common combination", "guess by frequency"
+TRAINING = "training cells"
+UNDEFINED, UNMEASURED = "n/a", "-"
+AREAS = ("AUROC (average)", "AUROC (flatten)", "AUPRC (average)", "AUPRC (flatten)")
+
+Numbers = dict[str, dict[str, list[float]]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prediction:
+    """Predicted labels of N cells.
+
+    Attributes
+    ----------
+    labels
+        (N, keys) table; a missing label (None, NaN: no allowed answer was found) counts as wrong.
+    probabilities
+        Key -> (N, candidates) table of probabilities, or of any scores, or None where there are none.
+    """
+
+    labels: pd.DataFrame
+    probabilities: Mapping[str, pd.DataFrame] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How predicted labels are measured.
+
+    Attributes
+    ----------
+    seeds
+        Draws of the shuffled controls and of the guesses: 0, 1, ...
+    components, k
+        Principal components of the baselines, and neighbours that vote.
+    positive
+        A label whose own F1 is a column, such as "Yes".
+    """
+
+    seeds: int = 5
+    components: int = 50
+    k: int = 5
+    positive: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "components", "k"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} = {getattr(self, name)}, which has to be 1 or more.")
+
+
+def _right(true: pd.DataFrame, predicted: pd.DataFrame) -> np.ndarray:
+    """Whether each label (N, keys) is right."""
+    if missing := [key for key in true if key not in predicted]:
+        raise DataError(f"nothing is predicted for {missing[0]!r}; predict every key of the true labels.")
+    if len(true) != len(predicted) or not len(true):
+        raise DataError(
+            f"{len(predicted):,} predictions for {len(true):,} cells; give one for each cell, in their order."
+        )
+    if missing := [key for key in true if true[key].isna().any()]:
+        raise DataError(f"some cells have no true {missing[0]!r}; leave these cells out.")
+    pairs = [(true[key].to_numpy(object), predicted[key].to_numpy(object)) for key in true]
+    return np.stack([np.asarray(a == b, dtype=bool) for a, b in pairs], axis=1)
+
+
+def exact_accuracy(true: pd.DataFrame, predicted: pd.DataFrame) -> float:
+    """Share of cells whose labels are all right (Cell2Sentence, section 4.3, "full label" of Table 3).
+
+    Parameters
+    ----------
+    true, predicted
+        (N, keys) tables in the same order of cells; a missing prediction is wrong.
+
+    Returns
+    -------
+    A number in [0, 1], higher is better; never above `partial_accuracy`.
+
+    Raises
+    ------
+    DataError
+        A key is not predicted, lengths differ, or a true label is missing.
+    """
+    return float(_right(true, predicted).all(axis=1).mean())
+
+
+def partial_accuracy(true: pd.DataFrame, predicted: pd.DataFrame) -> float:
+    """Share of single labels that are right: the mean accuracy over keys (Cell2Sentence, "partial label" of Table 3).
+
+    Parameters, errors and range are those of `exact_accuracy`.
+    """
+    return float(_right(true, predicted).mean())
+
+
+def _integers(true: pd.Series, predicted: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    """Labels of one key (N,) as integers; a missing prediction is a label of its own."""
+    both = metrics.codes([*true, *(None if pd.isna(each) else each for each in predicted)])
+    return both[: len(true)], both[len(true) :]
+
+
+def macro_f1(true: pd.Series, predicted: pd.Series) -> float:
+    """F1 of one key (N,), averaged with equal weight over the labels that are true or predicted, in [0, 1], 1 the best.
+
+    A label that is true of no cell but predicted has an F1 of 0.
+    """
+    return metrics.accuracy_and_f1(*_integers(true, predicted))[1]
+
+
+def kappa(true: pd.Series, predicted: pd.Series) -> float:
+    """Cohen's kappa of one key (N,): agreement beyond that of chance, in [-1, 1], 1 the best, 0 that of chance.
+
+    NaN where all cells have one label and it is predicted for all.
+    """
+    with metrics.quiet():
+        return float(cohen_kappa_score(*_integers(true, predicted)))
+
+
+class Areas(NamedTuple):
+    """Areas under curves of one key.
+
+    Attributes
+    ----------
+    auroc_average, auprc_average
+        Of one candidate against the rest, averaged over candidates that are true of some cells and not of others.
+    auroc_flatten, auprc_flatten
+        Of all pairs of a cell and a candidate at once.
+    absent
+        Candidates that are true of no cell: not in the average, negative pairs of the flattened areas.
+    unknown
+        True labels that are no candidate: their score is the lowest for every cell.
+    """
+
+    auroc_average: float
+    auroc_flatten: float
+    auprc_average: float
+    auprc_flatten: float
+    absent: tuple[Any, ...] = ()
+    unknown: tuple[Any, ...] = ()
+
+
+def areas(true: pd.Series, probabilities: pd.DataFrame) -> Areas:
+    """AUROC and AUPRC of candidates' probabilities, one against the rest (Cell2Sentence, section 4.3, Table 3).
+
+    Parameters
+    ----------
+    true
+        (N,) true labels.
+    probabilities
+        (N, candidates) in the same order of cells, the columns named by the candidates; any scores, of which
+        higher means more likely and which are comparable between candidates.
+
+    Returns
+    -------
+    See `Areas`: in [0, 1], 1 the best; AUROC is 0.5 by chance, AUPRC the share of positive pairs. NaN where
+    one label is true of all cells.
+
+    Raises
+    ------
+    DataError
+        Lengths differ, a candidate stands twice, or a probability is not finite.
+    """
+    scores, names = probabilities.to_numpy(float), list(probabilities.columns)
+    if len(scores) != len(true) or not len(true):
+        raise DataError(
+            f"{len(scores):,} rows of probabilities for {len(true):,} cells; give one for each cell."
+        )
+    if len(set(names)) < len(names):
+        raise DataError("a candidate stands twice in the table of probabilities; name each once.")
+    if not np.isfinite(scores).all():
+        raise DataError("the probabilities have NaN or infinite values; give finite ones.")
+    given = list(pd.unique(true))
+    unknown = tuple(label for label in given if label not in set(names))
+    lowest = min(0.0, scores.min()) if scores.size else 0.0
+    scores = np.hstack([scores, np.full((len(true), len(unknown)), lowest)])
+    names += unknown
+    places = {name: i for i, name in enumerate(names)}
+    positive = np.zeros(scores.shape, bool)
+    positive[np.arange(len(true)), [places[label] for label in true]] = True
+    share = positive.mean(axis=0)
+    mixed = (share > 0) & (share < 1)
+    absent = tuple(name for name, part in zip(names, share, strict=True) if part == 0)
+    if not mixed.any():
+        return Areas(np.nan, np.nan, np.nan, np.nan, absent, unknown)
+    within, flat = (positive[:, mixed], scores[:, mixed]), (positive.ravel(), scores.ravel())
+    return Areas(
+        float(roc_auc_score(*within, average="macro")),
+        float(roc_auc_score(*flat)),
+        float(average_precision_score(*within, average="macro")),
+        float(average_precision_score(*flat)),
+        absent,
+        unknown,
+    )
+
+
+def joint(true: pd.DataFrame, probabilities: Mapping[str, pd.DataFrame]) -> tuple[pd.Series, pd.DataFrame]:
+    """Combinations of labels as one key, with their probabilities as if keys were independent.
+
+    Parameters
+    ----------
+    true
+        (N, keys) true labels.
+    probabilities
+        Key -> (N, candidates) of every key.
+
+    Returns
+    -------
+    (N,) true combinations as tuples, and (N, combinations) the products of the probabilities, for the combinations
+    that are true of some cell; input of `areas`. A label that is no candidate has probability 0.
+    """
+    combined = pd.Series(list(true.itertuples(index=False, name=None)), index=true.index, dtype=object)
+    names = list(dict.fromkeys(combined))
+    product = np.ones((len(true), len(names)))
+    for i, key in enumerate(true):
+        product *= (
+            probabilities[key].reindex(columns=[name[i] for name in names], fill_value=0.0).to_numpy(float)
+        )
+    columns = pd.Index(names, tupleize_cols=False)
+    return combined, pd.DataFrame(product, index=true.index, columns=columns)
+
+
+def f1_of(label: Any, true: pd.Series, predicted: pd.Series) -> float:
+    """F1 of one label of a key (N,), in [0, 1], 1 the best; 0 where it is never predicted, NaN where no cell has it."""
+    has, says = (np.asarray(each.to_numpy(object) == label, dtype=bool) for each in (true, predicted))
+    return float(f1_score(has, says, zero_division=0.0)) if has.any() else float("nan")
+
+
+def _f1_column(positive: str) -> list[str]:
+    return [f'F1 of "{positive}"'] if positive else []
+
+
+def _values(
+    true: pd.DataFrame, prediction: Prediction, positive: str = ""
+) -> tuple[dict[str, float], list[str]]:
+    """Every measure of one prediction by column, and remarks."""
+    several, remarks = true.shape[1] > 1, []
+    right = _right(true, prediction.labels)
+    f1s = [macro_f1(true[key], prediction.labels[key]) for key in true]
+    kappas = [kappa(true[key], prediction.labels[key]) for key in true]
+    values = {_first(true): exact_accuracy(true, prediction.labels)}
+    if several:
+        values["partial accuracy"] = partial_accuracy(true, prediction.labels)
+    with metrics.quiet():
+        values |= {"macro F1": float(np.mean(f1s)), "kappa": float(np.nanmean(kappas))}
+        for column in _f1_column(positive):
+            own = [f1_of(positive, true[key], prediction.labels[key]) for key in true]
+            values[column] = float(np.nanmean(own))
+    if several:
+        values |= {f"{key} accuracy": float(right[:, i].mean()) for i, key in enumerate(true)}
+    if empty := int(prediction.labels[list(true)].isna().to_numpy().sum()):
+        remarks.append(f"{empty:,} of {right.size:,} labels were not answered")
+    if prediction.probabilities is None:
+        return values, remarks
+    if missing := [key for key in true if key not in prediction.probabilities]:
+        raise DataError(f"there are no probabilities of {missing[0]!r}; give them for every key or for none.")
+    found = [areas(true[key], prediction.probabilities[key]) for key in true]
+    with metrics.quiet():
+        values |= dict(zip(AREAS, map(float, np.nanmean([each[:4] for each in found], axis=0)), strict=True))
+    if several:
+        values["exact AUROC (average)"] = areas(*joint(true, prediction.probabilities)).auroc_average
+    for key, each in zip(true, found, strict=True):
+        told = {"candidates that no cell has": each.absent, "labels that are no candidate": each.unknown}
+        remarks += [f"{key}: {len(names)} {what}" for what, names in told.items() if names]
+    return values, remarks
+
+
+def _first(true: pd.DataFrame) -> str:
+    return "exact accuracy" if true.shape[1] > 1 else "accuracy"
+
+
+def _columns(true: pd.DataFrame, positive: str) -> list[str]:
+    common = ["macro F1", "kappa", *_f1_column(positive), *AREAS]
+    if true.shape[1] == 1:
+        return ["accuracy", *common]
+    keys = [f"{key} accuracy" for key in true]
+    return ["exact accuracy", "partial accuracy", *common, "exact AUROC (average)", *keys]
+
+
+def components(training_counts: Any, counts: Any, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Principal components of log expression (T, n) and (N, n), fitted on training cells; fewer of few cells."""
+    before, after = (
+        log_expression(sparse.csr_matrix(each, dtype=np.float32)) for each in (training_counts, counts)
+    )
+    least = min(before.shape)
+    if least < 3:  # too few for components: what they would keep are the genes themselves
+        return before.toarray(), after.toarray()
+    model = PCA(min(number, least - 1), svd_solver="arpack", random_state=0).fit(before)
+    return model.transform(before), model.transform(after)
+
+
+def classify(
+    training_counts: Any, training: pd.DataFrame, counts: Any, options: Options | None = None
+) -> dict[str, Prediction]:
+    """Labels from principal components, which are fitted on training cells, as the classifiers are.
+
+    Parameters
+    ----------
+    training_counts, training
+        (T, G) raw counts, and (T, keys) labels.
+    counts
+        (N, G) raw counts of the cells to predict.
+    options
+        See `Options`.
+
+    Returns
+    -------
+    Name of the baseline -> its labels and probabilities: logistic regression and k nearest neighbours, each with
+    one classifier for each key, on 50 components of log1p counts per 10,000.
+    """
+    options = options or Options()
+    before, after = components(training_counts, counts, options.components)
+    kinds = {
+        LOGISTIC: lambda: LogisticRegression(max_iter=1000),
+        KNN.format(options.k): lambda: KNeighborsClassifier(min(options.k, len(before))),
+    }
+    return {name: _predicted(kind, before, training, after) for name, kind in kinds.items()}
+
+
+def _predicted(kind: Any, before: np.ndarray, training: pd.DataFrame, after: np.ndarray) -> Prediction:
+    """What a kind of classifier, fitted for each key, predicts."""
+    labels, probabilities = {}, {}
+    for key in training:
+        names = training[key].to_numpy(object)
+        # A key that is the same in all training cells has nothing to be fitted.
+        constant = len(pd.unique(names)) < 2
+        model = (DummyClassifier(strategy="most_frequent") if constant else kind()).fit(before, names)
+        labels[key] = model.predict(after)
+        probabilities[key] = pd.DataFrame(
+            model.predict_proba(after), columns=pd.Index(model.classes_, dtype=object)
+        )
+    return Prediction(pd.DataFrame(labels, dtype=object), probabilities)
+
+
+def _guesses(training: pd.DataFrame, n: int, seed: int) -> dict[str, Prediction]:
+    """Predictions that look at no cell."""
+    nothing = np.zeros((len(training), 1)), training, np.zeros((n, 1))
+    common = training.value_counts(sort=False)
+    best = dict(zip(training.columns, common[common == common.max()].index[0], strict=True))
+    guesses = {MAJORITY: _predicted(lambda: DummyClassifier(strategy="most_frequent"), *nothing)}
+    if training.shape[1] > 1:
+        guesses[COMBINATION] = Prediction(pd.DataFrame(best, index=range(n), dtype=object))
+    guesses[CHANCE] = _predicted(lambda: DummyClassifier(strategy="stratified", random_state=seed), *nothing)
+    return guesses
+
+
+def _rows(prediction: Prediction, rows: np.ndarray) -> Prediction:
+    """The predictions of these row numbers, in this order."""
+    tables = prediction.probabilities
+    picked = None if tables is None else {k: v.iloc[rows].reset_index(drop=True) for k, v in tables.items()}
+    return Prediction(prediction.labels.iloc[rows].reset_index(drop=True), picked)
+
+
+def compare(
+    predictions: Mapping[str, Prediction | Sequence[Prediction]],
+    true: pd.DataFrame,
+    training: pd.DataFrame,
+    counts: Any = None,
+    training_counts: Any = None,
+    options: Options | None = None,
+    beside: Mapping[str, tuple[str, Prediction | Sequence[Prediction]]] | None = None,
+) -> tuple[Report, Numbers]:
+    """Predicted labels beside baselines fitted on training cells (Cell2Sentence, section 4.3, Tables 3 and 9).
+
+    All rows are of the same cells: those whose true labels are all known. Below each prediction stands the same
+    shuffled among cells; then follow PCA + logistic regression, PCA + k-NN, the most common label of each key, with
+    several keys the most common combination, and guesses by frequency.
+
+    Parameters
+    ----------
+    predictions
+        Name -> the `Prediction` of the N cells, or several of them (one for each seed of the model).
+    true
+        (N, keys) true labels.
+    training
+        (T, keys) labels of the training cells.
+    counts, training_counts
+        (N, G) and (T, G) raw counts, or None, which leaves out the baselines that look at them.
+    options
+        See `Options`.
+    beside
+        Rows between the predictions and the baselines, which are not shuffled: name -> what it was fitted on, and what
+        it predicts, as in `predictions`.
+
+    Returns
+    -------
+    The report, and name of the row -> column -> measurements. With one key the columns are accuracy, macro F1, kappa
+    and `AREAS`; with several there are exact and partial accuracy, the means over keys of the others, the AUROC
+    of whole combinations (`joint`), and the accuracy of each key. Rows without probabilities have no areas.
+
+    Raises
+    ------
+    DataError
+        Lengths differ, a key is missing, or no cell has all labels.
+    ConfigError
+        Two rows have one name.
+    """
+    options, beside = options or Options(), beside or {}
+    missing = [key for key in true if key not in training]
+    if missing or not len(true.columns):
+        what = f"{missing[0]!r}" if missing else "any key"
+        raise DataError(
+            f"the training labels and the true ones do not share {what}; give both for the same keys."
+        )
+    if (counts is None) != (training_counts is None):
+        raise ConfigError("counts were given of one of the two sets of cells; give both or none.")
+    for name, table, matrix in (("cells", true, counts), ("training cells", training, training_counts)):
+        if matrix is not None and matrix.shape[0] != len(table):
+            raise DataError(
+                f"{matrix.shape[0]:,} rows of counts for {len(table):,} {name}; give one for each cell."
+            )
+    kept, fits = (~table[list(true)].isna().any(axis=1).to_numpy() for table in (true, training))
+    if not kept.any() or not fits.any():
+        raise DataError("no cell has all its labels, in the true or in the training table; name other keys.")
+    notes = []
+    if left := int((~kept).sum()):
+        notes.append(f"{left:,} cells without all true labels are left out.")
+    if left := int((~fits).sum()):
+        notes.append(f"{left:,} training cells without all labels are left out.")
+    asked = [*predictions.values(), *(given for _, given in beside.values())]
+    for one in (one for given in asked for one in _listed(given)):
+        for each in (one.labels, *(one.probabilities or {}).values()):
+            if len(each) != len(true):
+                raise DataError(
+                    f"{len(each):,} predictions for {len(true):,} cells; give one for each cell, in their order."
+                )
+    rows = np.flatnonzero(kept)
+    true, training = (
+        table.loc[which, list(true)].astype(object).reset_index(drop=True)
+        for table, which in ((true, kept), (training, fits))
+    )
+    guesses = [_guesses(training, len(true), seed) for seed in range(options.seeds)]
+    baselines: dict[str, list[Prediction]] = {}
+    if counts is not None:
+        matrices = sparse.csr_matrix(training_counts)[fits], sparse.csr_matrix(counts)[kept]
+        with metrics.quiet():
+            fitted = classify(matrices[0], training, matrices[1], options)
+        baselines |= {name: [each] for name, each in fitted.items()}
+    for name in guesses[0]:
+        baselines[name] = [each[name] for each in (guesses if name == CHANCE else guesses[:1])]
+    names = [*predictions, *(SHUFFLED.format(name) for name in predictions), *beside, *baselines]
+    if taken := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(
+            f"two rows are called {taken[0]!r}, as where a prediction is called like a baseline; give another name."
+        )
+
+    measured_rows: dict[str, tuple[str, list[Prediction]]] = {}
+    for name, given in predictions.items():
+        chosen = [_rows(one, rows) for one in _listed(given)]
+        measured_rows[name] = "", chosen
+        orders = (np.random.default_rng(seed).permutation(len(rows)) for seed in range(options.seeds))
+        shuffled = [_rows(chosen[i % len(chosen)], order) for i, order in enumerate(orders)]
+        measured_rows[SHUFFLED.format(name)] = "", shuffled
+    for name, (fitted_on, given) in beside.items():
+        measured_rows[name] = fitted_on, [_rows(one, rows) for one in _listed(given)]
+    measured_rows |= {name: (TRAINING, each) for name, each in baselines.items()}
+
+    columns = _columns(true, options.positive)
+    report = Report(
+        f"Labels of {len(true):,} cells: {', '.join(f'{key} ({true[key].nunique()})' for key in true)}",
+        (METHOD, FITTED_ON, *columns, REMARK),
+        notes=(*notes, *_notes(true)),
+    )
+    numbers: Numbers = {}
+    for name in track(list(measured_rows), "measuring labels"):
+        fitted_on, given = measured_rows[name]
+        measured = [_values(true, each, options.positive) for each in given]
+        numbers[name] = {c: [values[c] for values, _ in measured] for c in columns if c in measured[0][0]}
+        cells = [numbers[name].get(column, UNMEASURED) for column in columns]
+        report.add(
+            name, fitted_on, *cells, "; ".join(dict.fromkeys(r for _, remarks in measured for r in remarks))
+        )
+    return report, numbers
+
+
+def _listed(given: Prediction | Sequence[Prediction]) -> list[Prediction]:
+    return [given] if isinstance(given, Prediction) else list(given)
+
+
+def _notes(true: pd.DataFrame) -> list[str]:
+    notes = [
+        "AUROC and AUPRC: of each label against the rest (average), and of all pairs of cell and label (flatten)."
+    ]
+    if true.shape[1] > 1:
+        notes.append(
+            "Macro F1, kappa and areas are means over keys; the exact AUROC is that of combinations, by the product of "
+            "the probabilities of their labels."
+        )
+    return notes

@@ -1,0 +1,1 @@
+"""Tables of results, and the folder and page that hold them."""

@@ -1,0 +1,150 @@
+"""The folder of a report: its tables and numbers as Markdown and JSON, and as one HTML page with figures."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sct.atomic import atomic_write, write_text
+from sct.eval.reports.page import Figure, page
+from sct.eval.reports.report import MODEL, Column, Report, escape, plain
+from sct.version import __version__
+
+FILES = ("results.json", "report.json", "report.md", "report.html")  # what `write` writes
+UNFINISHED = "unfinished.json"  # what `keep` writes
+# Title of a column in version 0.1.0, which wrote no keys -> its key, of those that programs look for.
+_KEYS = {
+    "fitted on": "fitted_on",
+    "told expressed": "given_expressed",
+    "MCC": "mcc",
+    "gain over the bar": "mcc_gain",
+    "MAE (counts)": "mae",
+}
+_LIBRARIES = ("jax", "flax", "numpy", "scipy", "scikit-learn", "anndata", "scanpy")
+
+
+def environment() -> dict[str, str]:
+    """Facts about this process: command, date, versions, machine, devices.
+
+    Nothing is imported for it. The devices of JAX are named where JAX is loaded; asking for them starts its
+    backend.
+    """
+    command = [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]
+    facts = {
+        "command": shlex.join(command),
+        "date": datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
+        "sct": __version__,
+        "python": platform.python_version(),
+    }
+    for name in _LIBRARIES:
+        try:
+            facts[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    facts["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"
+    if "jax" in sys.modules:
+        kinds = [device.device_kind for device in sys.modules["jax"].devices()]
+        facts["devices"] = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
+    return facts
+
+
+def _json(content: Any) -> str:
+    return json.dumps(plain(content), indent=1, allow_nan=False) + "\n"
+
+
+def keep(
+    reports: Sequence[Report], folder: Path, facts: Mapping[str, str], numbers: Mapping[str, Any]
+) -> None:
+    """Write what was measured so far, as `unfinished.json`, beside an earlier report: a stop loses one part at most.
+
+    `write` removes it. Parameters are those of `write`; the file has the tables of `report.json` and the numbers of
+    `results.json`.
+    """
+    content = {"facts": dict(facts), "reports": [report.as_dict() for report in reports], **numbers}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / UNFINISHED, _json(content))
+
+
+def read(path: Path) -> list[Report]:
+    """Tables of a `report.json`, also of one that version 0.1.0 wrote.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        It is no such file.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return [_report(saved) for saved in (content["reports"] if isinstance(content, dict) else content)]
+
+
+def _report(saved: Mapping[str, Any]) -> Report:
+    titles, rows = saved["columns"], saved["rows"]
+    names = {} if "keys" in saved else _KEYS
+    keys = saved.get("keys") or [names.get(title, title) for title in titles]
+    better = {names.get(name, name): direction for name, direction in saved.get("better", {}).items()}
+    columns = itertools.starmap(Column, zip(keys, titles, strict=True))
+    report = Report(saved["title"], columns, notes=saved.get("notes", ()), better=better)
+    row_keys = saved.get("row_keys") or [MODEL if row[:1] == ["model"] else "" for row in rows]
+    for key, row in zip(row_keys, rows, strict=True):
+        cells = ([math.nan if x is None else x for x in c] if isinstance(c, list) else c for c in row)
+        report.add(*cells, key=key)
+    return report
+
+
+def write(
+    reports: Sequence[Report],
+    folder: Path,
+    facts: Mapping[str, str] | None = None,
+    figures: Sequence[Figure] = (),
+    title: str = "Results",
+    numbers: Mapping[str, Any] | None = None,
+) -> None:
+    """Write tables into a folder: as `report.md`, `report.json` and, with facts or figures, `report.html`.
+
+    Numbers come first, then the tables as text, then the page with its figures, which may fail: what was measured is
+    on the disk then. Each file is whole or not there at all, and none of an earlier report is left beside new numbers.
+
+    Parameters
+    ----------
+    reports
+        Tables.
+    folder
+        Where the files go; it is made where it does not exist.
+    facts
+        Name -> value of what the numbers depend on (`environment` gives the start of it). With facts the JSON
+        is `{"facts": ..., "reports": [...]}`, without them it is the list of tables.
+    figures
+        Figures of the HTML page.
+    title
+        Heading of the page.
+    numbers
+        Name -> numbers that stand in no table; with them there is `results.json`, `{"facts": ..., **numbers}`.
+        NaN and infinity are written as in `Report.as_dict`.
+    """
+    tables = [report.as_dict() for report in reports]
+    head = "".join(f"- {escape(name)}: {escape(str(value))}\n" for name, value in (facts or {}).items())
+    known = {"facts": {name: str(value) for name, value in (facts or {}).items()}}
+    texts = {"report.json": _json({**known, "reports": tables} if facts else tables)}
+    if numbers is not None:
+        texts["results.json"] = _json({**known, **numbers})
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        for name, text in texts.items():
+            stack.enter_context(atomic_write(folder / name)).write_text(text, encoding="utf-8")
+        for name in {*FILES, UNFINISHED} - set(texts):
+            (folder / name).unlink(missing_ok=True)
+    blocks = [*([head] if head else []), *(report.markdown() for report in reports)]
+    write_text(folder / "report.md", "\n".join(blocks))
+    if facts or figures:
+        write_text(folder / "report.html", page(title, reports, figures, facts or {}))

@@ -1,0 +1,227 @@
+"""Tables of results: on the terminal, as Markdown and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Mean and standard deviation of repeated measurements; those that are NaN are left out and told.
+
+    Attributes
+    ----------
+    mean, std
+        Of the measurements that are numbers; the standard deviation is that of these values (ddof = 0).
+    count, asked
+        Number of measurements that are numbers, and number of all.
+    """
+
+    mean: float
+    std: float
+    count: int
+    asked: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Summary:
+        """Summarise measurements."""
+        array = np.asarray(values, dtype=float)
+        kept = array[~np.isnan(array)]
+        if kept.size == 0:
+            return cls(math.nan, math.nan, 0, array.size)
+        finite = bool(np.isfinite(kept).all())
+        return cls(float(kept.mean()), float(kept.std()) if finite else math.nan, kept.size, array.size)
+
+    @property
+    def value(self) -> str:
+        """The mean alone: "0.422", "n/a" where nothing is a number, "-" where nothing was measured."""
+        if self.asked == 0:
+            return "-"
+        return "n/a" if self.count == 0 else self._digits(self.mean)
+
+    @property
+    def spread(self) -> str:
+        """What stands beside the mean: "± 0.012 (5)", "(1)", "± 0.012 (4 of 5)" or nothing."""
+        if self.count == 0:
+            return ""
+        seeds = f"({self.count})" if self.count == self.asked else f"({self.count} of {self.asked})"
+        if self.count == 1 or math.isnan(self.std):
+            return seeds
+        return f"± {self._digits(self.std)} {seeds}"
+
+    def _digits(self, value: float) -> str:
+        return f"{value:z,.1f}" if abs(self.mean) >= 1000 else f"{value:z.3f}"
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.value, self.spread)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column: programs find it by its `key`, which never changes; people read its `title`, which may."""
+
+    key: str
+    title: str
+
+
+METHOD, FITTED_ON = Column("method", "method"), Column("fitted_on", "fitted on")
+REMARK = Column("remark", "remark")
+# Keys of rows.
+MODEL, REFERENCE = "model", "reference"
+
+
+class Report:
+    """A table whose numeric cells are lists of repeated measurements.
+
+    Attributes
+    ----------
+    title
+        What was measured, on what, how often.
+    columns, keys, titles
+        The columns; a string is both key and title of one, as the name of a metric in `results.json`.
+    rows
+        One list per row; a cell is text, or a list of numbers over seeds, shown as mean, standard deviation
+        and number of seeds. An empty list is "-" (not measured), NaN is "n/a" (undefined).
+    row_keys
+        One per row, by which programs find it: `MODEL`, `REFERENCE` (the baseline that others are compared with), or
+        another word; "" for rows that nobody looks for.
+    notes
+        Sentences under the table.
+    better
+        Key of a numeric column -> "max" or "min": its best mean is bold.
+
+    Raises
+    ------
+    ValueError
+        `better` names no column, or no direction.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        columns: Iterable[Column | str],
+        *,
+        notes: Iterable[str] = (),
+        better: Mapping[str, str] | None = None,
+    ):
+        self.title, self.notes, self.better = title, tuple(notes), dict(better or {})
+        self.columns = tuple(Column(each, each) if isinstance(each, str) else each for each in columns)
+        self.keys = tuple(column.key for column in self.columns)
+        self.titles = tuple(column.title for column in self.columns)
+        self.rows: list[list[Any]] = []
+        self.row_keys: list[str] = []
+        for key, direction in self.better.items():
+            if key not in self.keys:
+                raise ValueError(f"better names {key!r}, which is none of the columns {', '.join(self.keys)}")
+            if direction not in ("max", "min"):
+                raise ValueError(f"better[{key!r}] is {direction!r}: it must be 'max' or 'min'")
+
+    def add(self, *cells: Any, key: str = "") -> None:
+        """Append a row of texts and lists of numbers; `key` is that of the row."""
+        if len(cells) != len(self.columns):
+            raise ValueError(f"{len(cells)} cells for {len(self.columns)} columns")
+        measured = (list, tuple, np.ndarray)
+        self.rows.append([[float(x) for x in each] if isinstance(each, measured) else each for each in cells])
+        self.row_keys.append(key)
+
+    def records(self) -> list[tuple[str, dict[str, Any]]]:
+        """Key of each row, and its cells by the keys of the columns."""
+        cells = [dict(zip(self.keys, row, strict=True)) for row in self.rows]
+        return list(zip(self.row_keys, cells, strict=True))
+
+    def numeric(self) -> list[bool]:
+        """Whether each column holds measurements."""
+        return [any(isinstance(row[i], list) for row in self.rows) for i in range(len(self.columns))]
+
+    def best(self) -> set[tuple[int, int]]:
+        """(row, column) of the cells that are best in their column, in the digits that are shown.
+
+        Where all are equal, or only one row has a number, none is.
+        """
+        found: set[tuple[int, int]] = set()
+        for name, direction in self.better.items():
+            column = self.keys.index(name)
+            means = {
+                number: summary
+                for number, row in enumerate(self.rows)
+                if isinstance(row[column], list) and (summary := Summary.of(row[column])).count
+            }
+            if len({summary.value for summary in means.values()}) < 2:
+                continue
+            choose = max if direction == "max" else min
+            top = choose(means.values(), key=lambda summary: summary.mean).value
+            found |= {(number, column) for number, summary in means.items() if summary.value == top}
+        return found
+
+    def table(self, width: int | None = None) -> Table:
+        """Rich table for a terminal of `width` characters, by default this one; see `sct.eval.reports.terminal`."""
+        from sct.eval.reports import terminal
+
+        rows = [[cell_text(cell) for cell in row] for row in self.rows]
+        content = terminal.Content(self.title, self.titles, rows, self.numeric(), self.best(), self.notes)
+        return terminal.table(content, width)
+
+    def markdown(self) -> str:
+        """The table as Markdown."""
+        best = self.best()
+
+        def line(cells: Iterable[str]) -> str:
+            return f"| {' | '.join(cells)} |\n"
+
+        def cell(row: int, i: int) -> str:
+            told = escape(cell_text(self.rows[row][i]))
+            return f"**{told}**" if (row, i) in best else told
+
+        rule = line("---:" if is_number else "---" for is_number in self.numeric())
+        columns = range(len(self.columns))
+        body = "".join(line(cell(row, i) for i in columns) for row in range(len(self.rows)))
+        # A note on a line alone would flow into the one before it.
+        notes = "".join(f"\n{escape(note)}\n" for note in self.notes)
+        return f"**{escape(self.title)}**\n\n{line(map(escape, self.titles))}{rule}{body}{notes}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The table with all its measurements, for JSON: NaN becomes None, infinity its name."""
+        return {
+            "title": self.title,
+            "columns": list(self.titles),
+            "keys": list(self.keys),
+            "rows": plain(self.rows),
+            "row_keys": list(self.row_keys),
+            "notes": list(self.notes),
+            "better": self.better,
+        }
+
+
+def cell_text(cell: Any) -> str:
+    """What is shown of a cell of a report."""
+    if isinstance(cell, list):
+        return str(Summary.of(cell))
+    return "-" if cell is None else str(cell)
+
+
+def plain(content: Any) -> Any:
+    """Content for JSON, which knows neither NaN (None in its place) nor infinity (its name)."""
+    if isinstance(content, Mapping):
+        return {str(key): plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [plain(value) for value in content]
+    if isinstance(content, np.ndarray | np.generic):
+        return plain(content.tolist())
+    if isinstance(content, float) and not math.isfinite(content):
+        return None if math.isnan(content) else str(content)
+    return content
+
+
+def escape(text: str) -> str:
+    """Text as Markdown that shows it as it is, on one line."""
+    text = re.sub(r"([\\|*`])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"<(?=[A-Za-z/!?])", r"\\<", text)

@@ -1,0 +1,1 @@
+"""Features of genes, by a text model or from a table."""

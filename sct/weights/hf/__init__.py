@@ -1,0 +1,1 @@
+"""Folders of Hugging Face: architectures, arrays and where each parameter lies."""

@@ -1,0 +1,341 @@
+"""Text models of Hugging Face folders: GPT-2, GPT-NeoX (Pythia), LLaMA and BERT, both ways.
+
+Weights go from the files to the devices one parameter after the other. Host memory holds one stack of layers beside
+what the devices of this host hold, so that a model never is there twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from sct.data.genes.vocabulary import GeneVocabulary
+from sct.data.text.tokenizer import Tokenizer
+from sct.errors import CheckpointError, ConfigError
+from sct.nn import axes
+from sct.nn.paths import flatten, unflatten
+from sct.version import __version__
+from sct.weights import model_folder
+from sct.weights.hf import config as hf_config
+from sct.weights.hf import maps as hf_maps
+from sct.weights.hf.files import TorchReader, open_weights
+from sct.weights.hf.maps import FAMILIES, Entry
+from sct.weights.model_folder import CARD, CONFIG, GENES, SHARD_BYTES, Reader
+from sct.weights.pretrained import (
+    LOADED_DTYPES,
+    Pretrained,
+    boxed_shapes,
+    default_card,
+    expected_shapes,
+    fitting_rules,
+    match,
+)
+
+NOTICE = (
+    "The weights keep the licence under which they were published: it is named where they were downloaded."
+)
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+_COMPARED = 1 << 24  # numbers of a copied array that are compared at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Lazy:
+    """An array that is made when it is asked for."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    make: Callable[[], np.ndarray]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.make(), dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """A folder whose weights were found to be complete; they are not read yet."""
+
+    family: str
+    config: Any
+    reader: Reader | TorchReader
+    entries: dict[str, Entry]
+    keys: dict[str, str]
+    shapes: dict[str, Any]
+
+    def dtype(self, path: str) -> Any:
+        """Type of a parameter in the files."""
+        kinds = [self.reader.shapes[self.keys[name]].dtype for name in self.entries[path].names]
+        return jnp.result_type(*kinds)
+
+    def read(self, path: str, index: tuple[slice, ...] | None, dtype: Any) -> np.ndarray:
+        """Read the part of a parameter that `index` gives, all by default."""
+        entry, shape = self.entries[path], self.shapes[path].shape
+        index = index or (slice(None),) * len(shape)
+        index = tuple(slice(*part.indices(size)) for part, size in zip(index, shape, strict=True))
+
+        def one(name: str, index: tuple[slice, ...]) -> np.ndarray:
+            return entry.take(lambda part: self.reader.part(self.keys[name], part), index)
+
+        made = _aligned([part.stop - part.start for part in index], dtype)
+        with np.errstate(over="ignore"):
+            if entry.stacked:
+                for row, layer in enumerate(range(index[0].start, index[0].stop)):
+                    made[row] = one(entry.names[layer], index[1:])
+            else:
+                made[...] = one(entry.names[0], index)
+        model_folder.check_range(made, path)
+        return made
+
+
+def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
+    """Memory that XLA for the CPU takes as an array without a copy: it begins at a multiple of 64 bytes (jax 0.10)."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    begin = -memory.ctypes.data % 64
+    return memory[begin : begin + size].view(dtype).reshape(shape)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[_Opened]:
+    """Open a folder and hold it against its `config.json`, name by name."""
+    source = str(folder / CONFIG)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{folder} {what}, but a Hugging Face folder is needed.")
+    content = model_folder.read_json(folder / CONFIG)
+    if "model_type" not in content and {"format_version", "family"} & set(content):
+        raise CheckpointError(
+            f"{folder} is a folder of sct already, which sct.load reads as it is; --from=sct --to=hf is the way back."
+        )
+    family, config = hf_config.read(content, source)
+    with open_weights(folder) as reader:
+        files = list(reader.shapes)
+        if family == "bert":
+            pooler = any(re.fullmatch(r"(bert\.)?pooler\.dense\.\w+", key) for key in files)
+            scores = any(key.startswith("cls.predictions.") for key in files)
+            config = dataclasses.replace(config, pooler=pooler, mlm_head=scores)
+        shapes = expected_shapes(family, config)
+        entries = hf_maps.entries(family, config, shapes)
+        expected = {
+            name: jax.ShapeDtypeStruct(entry.shape(shapes[path].shape), jnp.float32)
+            for path, entry in entries.items()
+            for name in entry.names
+        }
+        keys = hf_maps.resolve(family, files, set(expected), str(folder))
+        _settle_copies(family, config, reader, keys, str(folder))
+        head = FAMILIES[family].head
+        if head in expected and head not in keys:
+            raise CheckpointError(
+                f"{folder} has no {head}, and its {CONFIG} does not tie the head to the embeddings: these are the "
+                "weights of a model without its head, give those of one with it."
+            )
+        ignored = re.compile(FAMILIES[family].ignored)
+        found = {
+            name: reader.shapes[key]
+            for name, key in keys.items()
+            if name in expected or not ignored.fullmatch(name)
+        }
+        match(found, expected, str(folder))
+        yield _Opened(family, config, reader, entries, keys, shapes)
+
+
+def _settle_copies(
+    family: str, config: Any, reader: Reader | TorchReader, keys: dict[str, str], source: str
+) -> None:
+    """Leave one of each array that is in the files twice.
+
+    Raises
+    ------
+    CheckpointError
+        They differ.
+    """
+    for copy, original, compared in hf_maps.copies(family, config.tied):
+        if copy not in keys or (family == "bert" and not config.mlm_head):
+            continue
+        other = keys.pop(copy)
+        if original not in keys:
+            keys[original] = other
+        elif compared and not _equal(reader, keys[original], other):
+            raise CheckpointError(
+                f"{source} ties {copy} to {original} by its {CONFIG}, but holds two arrays that differ: set "
+                "tie_word_embeddings to false there, or delete the one that is not meant."
+            )
+
+
+def _equal(reader: Reader | TorchReader, one: str, other: str) -> bool:
+    """Whether two arrays of the files are the same, compared part by part."""
+    shape = reader.shapes[one].shape
+    if reader.shapes[other].shape != shape:
+        return False
+    rows = max(1, _COMPARED // max(1, int(np.prod(shape[1:]))))
+    parts = (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
+    return all(np.array_equal(reader.part(one, (part,)), reader.part(other, (part,))) for part in parts)
+
+
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    mesh: Mesh | None = None,
+    rules: axes.Rules | None = None,
+    dtype: str | None = None,
+    genes: GeneVocabulary | None = None,
+) -> Pretrained:
+    """Load a Hugging Face folder; `sct.load` comes here where a `config.json` is of that format.
+
+    Parameters
+    ----------
+    folder
+        Holds `config.json`, and `model.safetensors` or `pytorch_model.bin` (with the extra `torch`), or several of
+        one kind with their index. A tokenizer (`tokenizer.json`, `tokenizer.model`) is taken along.
+    mesh, rules, dtype, genes
+        As `sct.load` takes them.
+
+    Returns
+    -------
+    Handle whose `apply(input_ids=..., attention_mask=...)` gives `logits` float32 (B, T, V); BERT's gives what the
+    folder has the weights for.
+
+    Raises
+    ------
+    CheckpointError
+        Another architecture, or weights that are not those of the architecture; all differences are listed.
+    MissingExtraError
+        torch, or the library of the tokenizer, is needed and not installed.
+    """
+    folder = Path(folder).expanduser()
+    if dtype is not None and dtype not in LOADED_DTYPES:
+        raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(LOADED_DTYPES)}.")
+    rules = fitting_rules(mesh, rules)
+    with _opened(folder) as opened:
+        where: dict[str, Any] = {}
+        if mesh is not None:
+            where = flatten(axes.shardings(boxed_shapes(opened.family, opened.config), mesh, rules))
+        arrays = {path: _place(opened, path, where.get(path), dtype) for path in opened.shapes}
+        made = _handle(folder, opened, arrays)
+    if genes is not None and made.genes is not None:
+        made.genes.check_same(genes, what=f"the model {folder}", other_what="the data")
+    return made
+
+
+def _place(opened: _Opened, path: str, sharding: Any, dtype: str | None) -> jax.Array:
+    """One parameter on its devices, each with its own part."""
+    kind = jnp.dtype(dtype) if dtype else opened.dtype(path)
+    if sharding is None:
+        placed = jax.device_put(opened.read(path, None, kind))
+    else:
+        shape = opened.shapes[path].shape
+        placed = jax.make_array_from_callback(shape, sharding, lambda index: opened.read(path, index, kind))
+    # What was read stays in memory until it is copied, which goes on behind: several parameters would be there twice.
+    return jax.block_until_ready(placed)
+
+
+def _handle(folder: Path, opened: _Opened, arrays: Mapping[str, Any]) -> Pretrained:
+    tokenizer = Tokenizer.load(folder) if any((folder / name).is_file() for name in _TOKENIZERS) else None
+    genes = GeneVocabulary.load(folder / GENES) if (folder / GENES).is_file() else None
+    card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
+    named = re.search(r"\A---\n(?:.*\n)*?license:[ \t]*(\S+)[ \t]*\n(?:.*\n)*?---\n", card)
+    licence = named[1].strip("\"'") if named else "unknown"
+    made = Pretrained(
+        opened.family, opened.config, unflatten(dict(arrays)), genes, license=licence, tokenizer=tokenizer
+    )
+    return dataclasses.replace(
+        made, card=default_card(made, "Converted from a Hugging Face folder. " + NOTICE)
+    )
+
+
+def convert(
+    folder: str | os.PathLike[str], output: str | os.PathLike[str], *, dtype: str = "float32"
+) -> None:
+    """Write a Hugging Face folder as a model folder; memory holds one file of the new folder at a time.
+
+    Raises
+    ------
+    CheckpointError
+        As `load`, or the output cannot be written.
+    """
+    folder = Path(folder).expanduser()
+    with _opened(folder) as opened:
+
+        def lazy(path: str) -> Lazy:
+            kind = opened.dtype(path)
+            return Lazy(opened.shapes[path].shape, kind, lambda: opened.read(path, None, kind))
+
+        _handle(folder, opened, {path: lazy(path) for path in opened.shapes}).save_pretrained(
+            output, dtype=dtype
+        )
+
+
+def tensors(model: Pretrained) -> dict[str, Lazy]:
+    """Arrays of a model by the names of Hugging Face, each made when it is asked for.
+
+    Raises
+    ------
+    ConfigError
+        The family has no such format, or the model has more than the format: adapters, for example.
+    """
+    if model.family not in FAMILIES:
+        raise ConfigError(
+            f"there is no Hugging Face format of the family {model.family!r}: choose from {', '.join(FAMILIES)}."
+        )
+    params = flatten(model.variables)
+    entries = hf_maps.entries(model.family, model.config, params)
+    pieces: dict[str, dict[int, str]] = {}
+    for path, entry in entries.items():
+        for name in entry.names:
+            pieces.setdefault(name, {})[entry.piece] = path
+
+    def lazy(name: str) -> Lazy:
+        paths = [path for _, path in sorted(pieces[name].items())]
+        entry = entries[paths[0]]
+        layer = entry.names.index(name)
+
+        def make() -> np.ndarray:
+            values = [params[path][layer] if entry.stacked else params[path] for path in paths]
+            return entry.join([np.asarray(jax.device_get(value)) for value in values])
+
+        return Lazy(entry.shape(params[paths[0]].shape), params[paths[0]].dtype, make)
+
+    return {name: lazy(name) for name in pieces}
+
+
+def save(
+    model: Pretrained,
+    folder: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a model as a Hugging Face folder, which `transformers` loads; replaced and sharded as model folders are.
+
+    The tokenizer goes along. Read back, weights and architecture are the same; options of training alone
+    (initialisation, rematerialisation, type of the computation) are not in the format.
+
+    Raises
+    ------
+    ConfigError
+        The format has no such architecture; the option is named.
+    CheckpointError
+        The folder holds other files, or cannot be written.
+    """
+    arrays = tensors(model)
+    match(flatten(model.variables), expected_shapes(model.family, model.config), repr(model))
+    config = {**hf_config.write(model.family, model.config, dtype), "sct_version": __version__}
+    for role in ("bos", "eos", "pad"):
+        number = getattr(model.tokenizer, role, None)
+        if number is not None:
+            config[f"{role}_token_id"] = number
+    target = Path(folder).expanduser()
+    card = model.card or default_card(model)
+    model_folder.save(
+        target, arrays, config, model.genes, model.tokenizer, card, dtype, shard_bytes, foreign=True
+    )

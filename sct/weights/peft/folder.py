@@ -1,0 +1,412 @@
+"""Adapters of text models in the format of the PEFT library, both ways.
+
+A folder holds `adapter_config.json` and `adapter_model.safetensors`. There every module of every layer has matrices of
+its own, `lora_A` (r, in) and `lora_B` (out, r). A projection that Hugging Face keeps in one (query, key and value of
+GPT-2 and GPT-NeoX) has one adapter there and up to three here:
+
+- read, its parts share the first matrix, and each has its own columns of the second;
+- written, parts with the same first matrix become one adapter of the same rank, others one whose rank is the sum, with
+  zeros where a part does not use another's. Read back these are the parts again.
+
+Both are exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sct.errors import CheckpointError, ConfigError
+from sct.models import lora
+from sct.models.adapters import adapters_of
+from sct.nn.adapters import COLLECTION, LOW_RANK, for_all_layers
+from sct.nn.paths import flatten, unflatten
+from sct.weights.hf import folder as hf
+from sct.weights.hf import maps as hf_maps
+from sct.weights.hf.maps import FAMILIES, Entry
+from sct.weights.peft.files import CONFIG, WEIGHTS, read_arrays, read_config, write
+from sct.weights.pretrained import Pretrained, boxed_shapes
+
+_PREFIX = "base_model.model."
+_KEY = re.compile(rf"{re.escape(_PREFIX)}(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
+_BASE = re.compile(rf"{re.escape(_PREFIX)}(?P<module>.+?)(\.base_layer)?(?P<leaf>\.weight|\.bias)")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Module:
+    """A module of Hugging Face in one layer, and what of it is a layer of ours."""
+
+    layer: int | None
+    width: int
+    features: int
+    parts: dict[int, tuple[str, Entry]]  # piece -> path of our dense layer, and its place
+
+
+def _modules(model: Pretrained) -> dict[str, _Module]:
+    """Dense modules of a model by the names that they have in `transformers`."""
+    if model.family not in FAMILIES:
+        raise ConfigError(
+            f"there are no adapters of the family {model.family!r} in the format of PEFT: choose from "
+            f"{', '.join(FAMILIES)}."
+        )
+    table = FAMILIES[model.family]
+    dense = {
+        f"params/{layer}/kernel": box.value
+        for layer, box in lora.kernels(boxed_shapes(model.family, model.config)["params"]).items()
+    }
+    found: dict[str, _Module] = {}
+    for path, entry in hf_maps.entries(model.family, model.config, dense).items():
+        layer = path.removeprefix("params/").removesuffix("/kernel")
+        width, features = dense[path].shape[-2:]
+        for number, name in enumerate(entry.names):
+            # The last spelling of the head is that of `transformers` 5.
+            name = table.head_names[-1] if name == table.head else name
+            if model.family == "bert" and not model.config.mlm_head:
+                name = name.removeprefix(table.prefix)
+            module = found.setdefault(
+                name.removesuffix(".weight"),
+                _Module(number if entry.stacked else None, width, features * entry.pieces, {}),
+            )
+            module.parts[entry.piece] = (layer, dataclasses.replace(entry, transposed=True))
+    return found
+
+
+def load(model: Pretrained, folder: str | os.PathLike[str]) -> Pretrained:
+    """Model with the adapters of a PEFT folder beside its parameters, which stay as they are.
+
+    Layers of a stack that have no adapter in the folder have one of zeros, and ranks that differ between layers are
+    filled up with zeros; neither gives anything or can be trained. Where the model lies on a mesh the adapters are
+    placed as its kernels are.
+
+    Parameters
+    ----------
+    model
+        The model that the adapters were trained on, a text model.
+    folder
+        Holds `adapter_config.json` and `adapter_model.safetensors`.
+
+    Raises
+    ------
+    CheckpointError
+        The folder is damaged, its adapters do not fit the model, or they are of a kind that is not computed here:
+        anything but LoRA on dense layers, DoRA, biases, further trained modules.
+    ConfigError
+        The model has adapters already, or is none of text.
+    """
+    folder = Path(folder).expanduser()
+    if model.variables.get(COLLECTION):
+        raise ConfigError(f"{model!r} has adapters already: merge them first (sct.models.lora.merge).")
+    modules = _modules(model)
+    options = read_config(folder)
+    made: dict[str, dict[int | None, dict[str, np.ndarray]]] = {}
+    for name, (first, second) in _read_matrices(folder, model, modules).items():
+        module, rank = modules[_known(name, model.family, modules)], len(first)
+        expected = _by_pattern(options["rank_pattern"], name, options["r"])
+        shapes = ((expected, module.width), (module.features, expected))
+        if (first.shape, second.shape) != shapes:
+            raise CheckpointError(
+                f"{folder / WEIGHTS} has lora_A {first.shape} and lora_B {second.shape} for {name}, but {shapes[0]} "
+                f"and {shapes[1]} fit the model and {CONFIG}: give the model that the adapter was trained on."
+            )
+        alpha = _by_pattern(options["alpha_pattern"], name, options["lora_alpha"])
+        scale = alpha / (math.sqrt(rank) if options["use_rslora"] else rank)
+        for piece, (a, b) in _apart(module, first, second).items():
+            adapter = {"lora_a": a, "lora_b": b, "scale": np.asarray(scale, np.float32)}
+            made.setdefault(module.parts[piece][0], {})[module.layer] = adapter
+    kernels = flatten(model.variables["params"])
+    arrays: dict[str, Any] = {}
+    for layer, adapters in made.items():
+        for leaf, value in _stack(adapters, model.config.num_layers).items():
+            arrays[f"{layer}/{leaf}"] = _place(leaf, value, kernels[f"{layer}/kernel"])
+        if options["lora_dropout"]:
+            rate = np.full(arrays[f"{layer}/scale"].shape, options["lora_dropout"], np.float32)
+            arrays[f"{layer}/dropout"] = _place("dropout", rate, kernels[f"{layer}/kernel"])
+    return dataclasses.replace(model, variables={**model.variables, COLLECTION: unflatten(arrays)})
+
+
+def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    """Value of the first pattern that a module's name ends with."""
+    for pattern, value in patterns.items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                return value
+        except re.error as error:
+            raise CheckpointError(
+                f"{CONFIG} has the pattern {pattern!r}, which is no regular expression ({error})."
+            ) from None
+    return default
+
+
+def _known(name: str, family: str, modules: Mapping[str, _Module]) -> str:
+    """Name in the table of a module; it may lack the model's prefix, and the head has several spellings."""
+    table = FAMILIES[family]
+    spelled = [name, table.prefix + name, name.removeprefix(table.prefix)]
+    if f"{name}.weight" in table.head_names:
+        spelled.append(table.head_names[-1].removesuffix(".weight"))
+    return next((other for other in spelled if other in modules), "")
+
+
+def _read_matrices(
+    folder: Path, model: Pretrained, modules: Mapping[str, _Module]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Both matrices of each module, float32, by the module's name in the file."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for key, value in read_arrays(folder):
+        match = _KEY.fullmatch(key)
+        if match is None and _is_ours(key, value, model, folder):
+            continue
+        if match is None or not _known(match["module"], model.family, modules):
+            raise CheckpointError(
+                f"{folder / WEIGHTS} holds {key}, which belongs to no dense layer of the {model.family} model: give "
+                "the model that the adapter was trained on."
+            )
+        if value.ndim != 2:
+            raise CheckpointError(f"{folder / WEIGHTS} holds {key} of shape {value.shape}: it is damaged.")
+        found.setdefault(match["module"], {})[match["matrix"]] = value.astype(np.float32)
+    for name, matrices in found.items():
+        if len(matrices) < 2:
+            raise CheckpointError(f"{folder / WEIGHTS} has one matrix of {name} alone: it is damaged.")
+    if not found:
+        raise CheckpointError(f"{folder / WEIGHTS} holds no adapter: it is damaged.")
+    return {name: (matrices["A"], matrices["B"]) for name, matrices in found.items()}
+
+
+def _is_ours(key: str, value: np.ndarray, model: Pretrained, folder: Path) -> bool:
+    """Whether an array of an adapter's file is one of the model itself; the library adds a head that is adapted.
+
+    Raises
+    ------
+    CheckpointError
+        It is, and the model has another one.
+    """
+    match, table = _BASE.fullmatch(key), FAMILIES[model.family]
+    if match is None:
+        return False
+    name, tensors = match["module"] + match["leaf"], hf.tensors(model)
+    spelled = [name, table.prefix + name, *[table.head, table.table] * (name in table.head_names)]
+    there = next((tensors[other] for other in spelled if other in tensors), None)
+    if there is None:
+        return False
+    ours = np.asarray(there)
+    # Either may be stored with fewer digits.
+    if np.array_equal(ours, value.astype(ours.dtype)) or np.array_equal(ours.astype(value.dtype), value):
+        return True
+    raise CheckpointError(
+        f"{folder / WEIGHTS} holds {key}, which is not what the model has there: give the model that the adapter was "
+        "trained on, with its vocabulary."
+    )
+
+
+def _apart(
+    module: _Module, first: np.ndarray, second: np.ndarray
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Matrices (in, r) and (r, out) of each part of a module, from those of the whole, (r, in) and (out, r).
+
+    Where each of the r directions is used by one part alone it is left to that part, as they were before they were
+    written.
+    """
+    columns = {}
+    for piece, (_, entry) in module.parts.items():
+        whole = (slice(0, len(first)), slice(0, module.features // entry.pieces))
+        columns[piece] = entry.take(lambda index: second[index], whole)
+    uses = np.stack([b.any(axis=1) for b in columns.values()])
+    if len(columns) == 1 or not (uses.sum(axis=0) == 1).all():
+        return {piece: (first.T, b) for piece, b in columns.items()}
+    return {
+        piece: (first.T[:, used], b[used])
+        for (piece, b), used in zip(columns.items(), uses, strict=True)
+        if used.any()
+    }
+
+
+def _stack(adapters: Mapping[int | None, Mapping[str, np.ndarray]], layers: int) -> dict[str, np.ndarray]:
+    """One adapter of all layers, of the adapters of some."""
+    if None in adapters:
+        return dict(adapters[None])
+    rank = max(adapter["lora_a"].shape[1] for adapter in adapters.values())
+    some = next(iter(adapters.values()))
+    made = {
+        "lora_a": np.zeros((layers, some["lora_a"].shape[0], rank), np.float32),
+        "lora_b": np.zeros((layers, rank, some["lora_b"].shape[1]), np.float32),
+        "scale": np.zeros(layers, np.float32),
+    }
+    for layer, adapter in adapters.items():
+        made["lora_a"][layer, :, : adapter["lora_a"].shape[1]] = adapter["lora_a"]
+        made["lora_b"][layer, : adapter["lora_b"].shape[0]] = adapter["lora_b"]
+        made["scale"][layer] = adapter["scale"]
+    return made
+
+
+def _place(leaf: str, value: np.ndarray, kernel: Any) -> jax.Array:
+    """Array of an adapter on the devices of its kernel, divided along the axes that they share."""
+    sharding = getattr(kernel, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return jnp.asarray(value)
+    spec = (*sharding.spec, *[None] * (kernel.ndim - len(sharding.spec)))
+    axes = {"lora_a": (*spec[:-1], None), "lora_b": (*spec[:-2], None, spec[-1])}.get(leaf, spec[:-2])
+    return jax.device_put(value, NamedSharding(sharding.mesh, PartitionSpec(*axes)))
+
+
+def export(model: Pretrained, folder: str | os.PathLike[str], *, base: str | None = None) -> None:
+    """Write a model's adapters as a PEFT folder; one that is there is replaced when the new one is complete.
+
+    `PeftModel.from_pretrained(base_model, folder)` then computes what this model does, where `base_model` is the
+    model without adapters (`sct.weights.hf.folder.save` writes it).
+
+    Parameters
+    ----------
+    folder
+        Where to write. A folder that holds anything else than the files of an adapter is refused.
+    base
+        Name or folder of the base model, noted in the folder.
+
+    Raises
+    ------
+    ConfigError
+        The model has no adapters, or others than low-rank ones, or is none of text.
+    CheckpointError
+        The folder holds other files, or cannot be written; nothing is left of the attempt then.
+    """
+    modules = _modules(model)
+    other = next((kind.name for _, kind, _ in adapters_of(model.variables) if kind is not LOW_RANK), None)
+    if other is not None:
+        raise ConfigError(
+            f"{model!r} has {other} adapters, but the format of PEFT is written for low-rank ones alone: save a folder "
+            "of adapters instead (sct.weights.adapter_folder.save)."
+        )
+    adapters = {
+        layer: {leaf: np.asarray(jax.device_get(value)) for leaf, value in adapter.items()}
+        for layer, adapter in lora.adapted(model.variables)
+    }
+    if not adapters:
+        raise ConfigError(f"{model!r} has no adapters to write: make some (sct.models.lora.init).")
+    placed = {layer for module in modules.values() for layer, _ in module.parts.values()}
+    rates = {
+        float(str(rate))
+        for adapter in adapters.values()
+        for rate in np.ravel(adapter.get("dropout", np.float32(0)))
+    }
+    # A layer of a stack without an adapter has one of scale 0, which is not written.
+    adapters = {
+        layer: {
+            leaf: np.asarray(value)
+            for leaf, value in for_all_layers(adapter, model.config.num_layers).items()
+        }
+        for layer, adapter in adapters.items()
+    }
+    if not set(adapters) <= placed:
+        strange = sorted(set(adapters) - placed)[0]
+        raise CheckpointError(
+            f"there is an adapter of {strange!r}, but the {model.family} model has no such layer: it was made for "
+            "another model."
+        )
+    tensors: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for name, module in modules.items():
+        joined = _together(module, adapters)
+        if joined is not None:
+            first, second, scale = joined
+            tensors[f"{_PREFIX}{name}.lora_A.weight"] = first
+            tensors[f"{_PREFIX}{name}.lora_B.weight"] = second
+            ranks[name], alphas[name] = len(first), _alpha(scale, len(first))
+    if not tensors:
+        raise ConfigError(
+            f"the adapters of {model!r} have the scale 0 in all layers: nothing is to be written."
+        )
+    if len(rates) > 1:
+        raise CheckpointError(
+            f"the adapters leave out shares of {', '.join(f'{rate:g}' for rate in sorted(rates))} in training, but "
+            "the format has one for all: write them apart."
+        )
+    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if model.family != "bert" else None,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": rates.pop(),
+        "use_rslora": False,
+        "use_dora": False,
+        "bias": "none",
+        "modules_to_save": None,
+        "init_lora_weights": True,
+        "fan_in_fan_out": model.family == "gpt2",
+        "target_modules": _targets(set(ranks), set(modules)),
+        "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+    }
+    write(Path(folder).expanduser(), tensors, config)
+
+
+def _together(
+    module: _Module, adapters: Mapping[str, Mapping[str, np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray, float] | None:
+    """Matrices (r, in) and (out, r) of a whole module, and their scale; None where no part has an adapter."""
+    parts: dict[int, tuple[np.ndarray, np.ndarray, np.float32]] = {}
+    for piece, (layer, _) in module.parts.items():
+        adapter = adapters.get(layer, {})
+        row = {
+            leaf: value[module.layer] if module.layer is not None else value
+            for leaf, value in adapter.items()
+        }
+        if row and float(row["scale"]):
+            a, b = (row[leaf].astype(np.float32) for leaf in ("lora_a", "lora_b"))
+            parts[piece] = (a, b, np.float32(row["scale"]))
+    if not parts:
+        return None
+    first, _, scale = next(iter(parts.values()))
+    shared = all(np.array_equal(a, first) for a, _, _ in parts.values())
+    total = first.shape[1] if shared else sum(a.shape[1] for a, _, _ in parts.values())
+    rows, columns, start = [], [], 0
+    for piece, (_, entry) in sorted(module.parts.items()):
+        column = np.zeros((total, module.features // entry.pieces), np.float32)
+        if piece in parts:
+            a, b, own = parts[piece]
+            column[start : start + len(b)] = b if own == scale else b * (own / scale)
+            start += 0 if shared else len(b)
+            rows.append(a.T)
+        columns.append(column)
+    whole = rows[0] if shared else np.concatenate(rows)
+    return np.ascontiguousarray(whole), module.parts[0][1].join(columns), float(scale)
+
+
+def _alpha(scale: float, rank: int) -> float:
+    """Alpha of a float32 scale: the short number it was made of, where that gives the same scale."""
+    alpha = float(f"{scale * rank:.7g}")
+    if np.float32(alpha / rank) != np.float32(scale):
+        alpha = scale * rank
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def _commonest(values: Any) -> Any:
+    found = list(values)
+    return max(dict.fromkeys(found), key=found.count)
+
+
+def _targets(adapted: set[str], modules: set[str]) -> list[str]:
+    """Shortest ends of names that all adapted modules have, and no others."""
+    found = set()
+    for name in sorted(adapted):
+        words = name.split(".")
+        ends = (".".join(words[-length:]) for length in range(1, len(words) + 1))
+        found.add(
+            next(
+                end
+                for end in ends
+                if all(other in adapted for other in modules if other == end or other.endswith(f".{end}"))
+            )
+        )
+    return sorted(found)
