@@ -215,7 +215,7 @@ def test_no_other_module_renames_files_into_place():
         if made.search(path.read_text())
     }
     # An ingest moves manifests aside and studies, which it fills for hours, into place.
-    assert found == {"atomic.py", "data/ingest.py", "data/ingest_input.py"}
+    assert found == {"atomic.py", "data/ingest/build.py", "data/ingest/inputs.py"}
 
 
 def write_vocabulary(folder: Path) -> str:

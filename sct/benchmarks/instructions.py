@@ -15,6 +15,7 @@ import pandas as pd
 from scipy import sparse
 from sklearn.model_selection import GroupShuffleSplit, train_test_split
 
+from sct import families
 from sct.benchmarks import zero_shot as benchmarking
 from sct.benchmarks.few_shot import Shots, TuningOptions, drawn, tune
 from sct.data.bundled import prepare, study_texts
@@ -36,7 +37,6 @@ from sct.eval.reports.report import Report
 from sct.folder_lock import only_one
 from sct.generation.cell_asker import CellAsker
 from sct.inference import inputs
-from sct.inference.asking import asker_of
 from sct.weights.pretrained import Pretrained
 
 TUMOUR = "tumour cell"
@@ -210,7 +210,7 @@ def _benchmark(
     if options.pathways.file:
         pathways.read_gene_sets(options.pathways.file, options.pathways.names)
     handle = inputs.loaded(model or options.model)
-    asker = asker_of(handle)
+    asker = families.ability(handle, "ask")
     output.mkdir(parents=True, exist_ok=True)
     if data.dataset:
         prepare(data.dataset, output / "store")

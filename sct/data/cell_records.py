@@ -11,7 +11,8 @@ are those of counts that were normalised to a library size of 10,000.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import sparse
@@ -68,11 +69,24 @@ class CellOptions:
                 raise ConfigError(
                     f"{name} is {getattr(self, name)!r}, but it must be one of {', '.join(filter(None, known))}."
                 )
+        if self.values == "levels" and self.num_bins < 2:
+            raise ConfigError("num_bins is 1, but levels need 2 or more, zero included.")
         if (self.choice in ("all", "listed")) == bool(self.max_genes):
             needed = "0" if self.max_genes else "1 or more"
             raise ConfigError(
                 f"max_genes is {self.max_genes}, but with genes={self.choice!r} {needed} is needed."
             )
+
+    @classmethod
+    def of(cls, num_bins: int, data: Any) -> CellOptions:
+        """Options of a model, by its number of bins and what its data section or record says of genes and values."""
+        given = data if isinstance(data, Mapping) else vars(data)
+        named = {name: given[name] for name in ("genes", "values") if name in given}
+        return cls(num_bins, int(given["max_genes"]), **named)
+
+    def record(self) -> dict[str, Any]:
+        """What a model folder keeps of the options, for `of`."""
+        return {"max_genes": self.max_genes, "genes": self.genes, "values": self.values}
 
     @property
     def choice(self) -> str:
@@ -129,8 +143,13 @@ def cell_records(
         return {options.name: values.toarray()}
     n_cells = len(values.indptr) - 1
     if options.choice == "listed":
-        if listed is None:
-            raise ConfigError('genes is "listed", but no list is given.')
+        if listed is None or (np.diff(listed) <= 0).any():
+            raise ConfigError('genes is "listed", but no ascending list of genes is given.')
+        if known is not None and not known[listed].all():
+            raise ConfigError(
+                f"{int((~known[listed]).sum())} of {len(listed)} listed genes are none that the model knows: leave "
+                "them out."
+            )
         genes = np.broadcast_to(np.asarray(listed, np.int32), (n_cells, len(listed)))
         return {options.name: values[:, listed].toarray(), "genes": genes.copy()}
     most, longest = options.max_genes, int(np.diff(values.indptr).max(initial=0))

@@ -45,28 +45,42 @@ def all_families() -> dict[str, Family]:
 def register(family: Family) -> None:
     """Add a family, whose architectures can then be trained, loaded and used like those of this package.
 
+    A family of the same name that was added before is replaced.
+
     Raises
     ------
     ConfigError
-        There is another family, or an architecture of another, of the same name.
+        Another family has the name of the family, or of one of its architectures, tasks or converters.
     """
-    for name in (family.name, *family.models):
-        taken = all_families().get(name) if name == family.name else None
-        owner = next((each for each in all_families().values() if name in each.models), taken)
-        if owner is not None and owner is not family:
-            raise ConfigError(
-                f"there is already a family or architecture {name!r} ({owner.name}): rename yours."
-            )
+    others = [each for name, each in all_families().items() if name not in _ADDED or name != family.name]
+    for what, name, part in _named(family):
+        for other in others:
+            if any(name == taken and part is not owned for _, taken, owned in _named(other)):
+                raise ConfigError(
+                    f"the family {other.name!r} has something of the name {name!r} already: rename the {what}."
+                )
+    if family.name in _built_in():
+        return
     _ADDED[family.name] = family
     for name, each in family.models.items():
         registry.MODELS[name] = each.architecture
 
 
+def _named(family: Family) -> list[tuple[str, str, Any]]:
+    """What a family brings under a name: (what it is, name, the thing itself)."""
+    models = [("architecture", name, each.architecture) for name, each in family.models.items()]
+    tasks = [("task", kind.name, kind) for each in family.models.values() for kind in each.tasks]
+    converters = [("converter", name, each) for name, each in family.converters.items()]
+    # An architecture may have the name of its own family.
+    own = [] if family.name in family.models else [("family", family.name, family)]
+    return [*own, *models, *tasks, *converters]
+
+
 def unregister(family: Family) -> None:
     """Take out a family that was added."""
-    del _ADDED[family.name]
-    for name in family.models:
-        del registry.MODELS[name]
+    if _ADDED.pop(family.name, None) is not None:
+        for name in family.models:
+            registry.MODELS.pop(name, None)
 
 
 def models() -> dict[str, Model]:
@@ -96,9 +110,9 @@ def ability(handle: Pretrained, name: str) -> Any:
         configs = " or ".join(dict.fromkeys(each.config for each in able))
         words = [ABILITIES[each] for each in own.abilities]
         can = f"can {' and '.join(words)}, but not {ABILITIES[name]}" if words else "reads no cells"
+        such = f", such as of {configs}" if configs else ""
         raise ConfigError(
-            f"the model is of the family {handle.family!r}, which {can}: give one that can {ABILITIES[name]}, such as "
-            f"of {configs}."
+            f"the model is of the family {handle.family!r}, which {can}: give one that can {ABILITIES[name]}{such}."
         )
     return make(handle)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from sct import families
@@ -62,8 +63,14 @@ def adapters_of(config: Mapping[str, Any]) -> AdapterConfig | None:
     made, fitting = options.config(architecture), families.model(architecture).adapters
     if type(made) not in fitting:
         names = [name for name, kind in KINDS.items() if kind in fitting]
+        takes = (
+            f"takes {' or '.join(names)}" if names else "takes none beside those of its task: leave it empty"
+        )
+        raise ConfigError(f"adapters.kind is {options.kind!r}, but the family {architecture!r} {takes}.")
+    objective = registry.build(kind_of(config).objective, config.get("objective", {}), "objective")
+    if objective.has_adapters:
         raise ConfigError(
-            f"adapters.kind is {options.kind!r}, but the family {architecture!r} takes {' or '.join(names)}."
+            f"adapters.kind is {options.kind!r}, but objective.lora has adapters as well: leave one of them out."
         )
     if not config.get("init_from"):
         raise ConfigError(
@@ -105,4 +112,10 @@ def task_of(kind: Kind, parts: Parts, adapters: AdapterConfig | None) -> Any:
     """
     task = kind.make(parts)
     registry.check_device(task.model_config)
-    return task if adapters is None else Adapted(task, adapters)
+    if adapters is None:
+        return task
+    adapted = Adapted(task, adapters)
+    jax.eval_shape(
+        adapted.init, jax.random.key(0)
+    )  # targets and layers that the model lacks are refused here
+    return adapted

@@ -24,6 +24,7 @@ FAMILY = Family(
             registry.MODELS["zeromics"],
             tasks=(instructions.KIND,),
             config="configs/zeromics_llm.py",
+            adapters=(),  # its task trains a mixture of its own
             embed=functools.partial(BinReader.of_part, part="cells", architecture=_CELLS),
             annotate=InstructionAnnotator,
             ask=asker_of,

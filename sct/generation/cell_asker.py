@@ -106,7 +106,7 @@ class CellAsker:
         assert tokenizer is not None
         assert genes is not None
         known = known_genes(len(genes), data["dropped"])
-        cells = CellOptions(config.cells.num_bins, int(data["max_genes"]))
+        cells = CellOptions.of(config.cells.num_bins, data)
         prompts = Prompts.of_plain(data["prompts"], INSTRUCTIONS)
         return cls(config, variables, tokenizer, prompts, cells, known, frozenset(data["normal"]))
 

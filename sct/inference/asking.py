@@ -64,6 +64,7 @@ def blocks_of(
 def answer_by_candidates(
     adata: ad.AnnData,
     model: Pretrained,
+    asker: CellAsker,
     task: str,
     candidates: Sequence[str],
     abstract: str | None,
@@ -85,6 +86,8 @@ def answer_by_candidates(
 
     Parameters
     ----------
+    asker
+        What asks the model.
     task
         Of `sct.data.text.prompts.INSTRUCTIONS`.
     candidates
@@ -108,7 +111,6 @@ def answer_by_candidates(
     check_key(key_added)
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}, but it must be at least 1.")
-    asker = asker_of(model)
     said = said_of(adata, "abstract", abstract, "a text")
     options = {"layer": layer, "gene_column": gene_column, "duplicates": duplicates, "values": values}
     logs = [
@@ -153,4 +155,7 @@ class InstructionAnnotator:
                 f"label_key is {label_key!r}, but this model names cell types alone: leave it out."
             )
         types = said_of(adata, "cell_types", candidates, "a list of names", "candidates")
-        return answer_by_candidates(adata, self.model, "cta", types, abstract, key_added, copy, **options)
+        asker = asker_of(self.model)
+        return answer_by_candidates(
+            adata, self.model, asker, "cta", types, abstract, key_added, copy, **options
+        )

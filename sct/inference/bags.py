@@ -111,6 +111,7 @@ class BagReader:
         """
         assert orders is not None
         runner = Runner(self.model, batch_size)
+        self.model = runner.model  # on the devices already, when it is asked again
         studies = [
             CellStudy(cells, number, order, hidden_cells, hidden_genes)
             for number, order in enumerate(orders)

@@ -63,7 +63,7 @@ class BinReader(SingleCells):
     def __init__(self, model: Pretrained):
         super().__init__(model)
         self.known = known_genes(len(model.vocabulary), model.data["dropped"])
-        self.options = CellOptions(model.config.num_bins, int(model.data["max_genes"]))
+        self.options = CellOptions.of(model.config.num_bins, model.data)
 
     @classmethod
     def of_part(cls, model: Pretrained, part: str, architecture: str) -> BinReader:

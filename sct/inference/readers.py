@@ -109,6 +109,7 @@ class SingleCells(abc.ABC):
     ) -> Iterator[Result]:
         """See `CellReader`."""
         runner = Runner(self.model, batch_size, _TOKENS, "cells")
+        self.model = runner.model  # on the devices already, when it is asked again
         counted = np.ones(1, bool)
 
         def read() -> Iterator[Record]:

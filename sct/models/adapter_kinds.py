@@ -188,13 +188,15 @@ class LoraConfig(AdapterConfig):
     @classmethod
     def of(cls, family: str, **options: Any) -> LoraConfig:
         """Make a configuration with the targets that a family has by default."""
+        if options.get("targets"):
+            return cls(**options)
         targets = {name: each.targets for name, each in registry.MODELS.items() if each.targets}
         if family not in targets:
             raise ConfigError(
-                f"the family {family!r} has no default targets: give LoraConfig some, or choose from "
+                f"the family {family!r} has no default targets: give some (adapters.targets), or choose from "
                 f"{', '.join(sorted(targets))}."
             )
-        return cls(**{"targets": targets[family], **options})
+        return cls(**{**options, "targets": targets[family]})
 
     @property
     def size(self) -> int:

@@ -22,8 +22,9 @@ from sct.train.optim import make_optimizer
 from sct.train.state import init_state, make_train_step
 
 T = TypeVar("T")
-# Forward and backward pass: the gradient of a product is two products. What is computed again is not counted.
-_PASSES = 3
+# Forward and backward pass: the gradient of a product is two products, or one where its matrix is not trained. What is
+# computed again is not counted.
+_PASSES, _FROZEN_PASSES = 3, 2
 
 
 def run_steps(
@@ -133,7 +134,8 @@ def measure_train(job: Job, store: Store) -> dict[str, Any]:
             f"the loss is {loss} after some steps of training, so their time means nothing: lower the learning rate "
             "(--config.optimizer.peak_lr)."
         )
-    flops = _PASSES * task.operations(options.batch_size)
+    passes = _PASSES if task.lora is None else _FROZEN_PASSES
+    flops = passes * task.operations(options.batch_size)
     return {
         **found,
         **program,
@@ -163,6 +165,6 @@ def measure_forward(job: Job, store: Store) -> dict[str, Any]:
 
     dtype, devices = task.model_config.dtype, list(mesh.devices.flat)
     found = run_steps(job, lambda: None, call, "forward passes", dtype=dtype, devices=devices)
-    everywhere = job.task(store, objective={"head_budget": 0.0})
+    everywhere = job.task(store, objective=job.kind.everywhere)
     flops = everywhere.operations(options.batch_size)
     return {**found, **program, **_rates(found, task, job.cells_per_record, options.batch_size, flops)}

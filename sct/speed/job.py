@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sct import families
 from sct.data.bundled import prepare
 from sct.data.store import Store
 from sct.errors import ConfigError
 from sct.families.tasks import data_of, kind_of, kinds, make_task
 from sct.models import registry
 from sct.speed import synthetic
+from sct.tasks.kind import Kind
 from sct.train.loop import TrainConfig
 from sct.train.optim import OptimizerConfig
 
@@ -85,11 +87,14 @@ class Job:
                 "this configuration is not one run of training: give one that is, such as --config=configs/sct_sc.py."
             )
         mode = self.options.mode
-        if mode != "generate" and mode not in kind_of(self.config).speed:
+        if mode != "generate" and mode not in self.kind.speed:
             able = [name for name, kind in kinds().items() if mode in kind.speed]
+            writes = families.model(str(self.config["family"])).generate is not None
+            modes = [*self.kind.speed, *(["generate"] if writes else [])]
+            instead = f", or --mode={'|'.join(modes)}" if modes else ""
             raise ConfigError(
                 f"--mode={mode} does not measure the task {self.config['task']!r}: take a configuration of the task "
-                f"{' or '.join(able)}, or --mode={'|'.join([*kind_of(self.config).speed, 'generate'])}."
+                f"{' or '.join(able)}{instead}."
             )
         if self.options.mode not in ("ingest", "generate") and self.options.cells and self.synthetic:
             smallest = self.cells_per_record
@@ -97,6 +102,11 @@ class Job:
                 raise ConfigError(
                     f"--cells is {self.options.cells}, but a bag has {smallest}: make at least as many."
                 )
+
+    @property
+    def kind(self) -> Kind:
+        """Kind of the configuration's task."""
+        return kind_of(self.config)
 
     @property
     def data(self) -> Any:
@@ -174,7 +184,7 @@ class Job:
         """Make the configuration's task, with some fields of some sections changed, of those that there are."""
         types = {
             "model": registry.family(str(self.config["family"])).config,
-            "objective": kind_of(self.config).objective,
+            "objective": self.kind.objective,
         }
         changed = {}
         for name, fields in sections.items():

@@ -18,6 +18,7 @@ import optax
 from sct.data import masking
 from sct.data.store import Store
 from sct.nn import axes
+from sct.nn.adapters import KINDS
 from sct.nn.paths import unflatten
 from sct.speed.compare import Check, Outputs, compare
 from sct.speed.job import Job
@@ -27,6 +28,8 @@ from sct.train import sharding
 from sct.train.state import State, init_state, load_into, make_train_step
 
 _MOVED = 0.1
+# Of adapters, which are options and no parameters.
+_NUMBERS = {name for kind in KINDS for name in (*kind.numbers, kind.layers)}
 _MORE_BAGS = 2  # so that what mixes up the bags of a batch shows
 
 
@@ -76,7 +79,8 @@ def moved_state(task: Task, mesh: Any, seed: int) -> tuple[State, State, dict[st
     rng, arrays = np.random.default_rng(seed), {}
     for path, value in sorted({**state.frozen, **state.trained}.items()):
         array = np.array(value)  # a copy: the state will be donated
-        if array.ndim < 2 or not array.any():
+        number = path.rpartition("/")[2] in _NUMBERS or not np.issubdtype(array.dtype, np.floating)
+        if not number and (array.ndim < 2 or not array.any()):
             array = array + _MOVED * rng.standard_normal(array.shape, np.float32)
         arrays[path] = array
     return load_into(state, arrays, ()), abstract, arrays
@@ -102,7 +106,7 @@ def check_train(job: Job, store: Store) -> Check:
 
     def plain(model: Mapping[str, Any]) -> Outputs:
         # What is masked beyond the head's budget is left out of the loss: then it is left out here as well.
-        objective = {} if known["overflow"] else {"head_budget": 0.0}
+        objective = {} if known["overflow"] else job.kind.everywhere
         task = job.task(store, data=data, model=model, objective=objective)
         frozen = {path: value for path, value in known["arrays"].items() if path not in known["trained"]}
 

@@ -87,15 +87,23 @@ class Adapted:
 
     def __init__(self, task: Task, config: AdapterConfig):
         if task.lora is not None:
-            raise ConfigError(
-                "the task trains adapters of its own (objective.lora), so that adapters.kind must be empty: leave one "
-                "of them out."
-            )
+            raise ConfigError("the task trains adapters of its own: leave adapters.kind empty.")
         self.task, self.lora = task, config
         self.new = (*task.new, *adapters.NEW)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "task" or name.startswith("__"):  # asked for by copy and pickle, before there is a task
+            raise AttributeError(name)
         return getattr(self.task, name)
+
+    @property
+    def given(self) -> Mapping[str, Any]:
+        """See `sct.tasks.base.Origin`."""
+        return self.task.given
+
+    @given.setter
+    def given(self, arrays: Mapping[str, Any]) -> None:
+        self.task.given = arrays
 
     def init(self, rng: jax.Array) -> Variables:
         """Initial variables of the model, boxed, and adapters beside them."""

@@ -74,6 +74,11 @@ class ObjectiveConfig:
 
     BEFORE: ClassVar[Mapping[str, Any]] = types.MappingProxyType({})
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether the objective trains adapters of its own."""
+        return False
+
     def check_start(self, init_from: str) -> None:
         """Raise `ConfigError` where training cannot start from the model `init_from` ("": random parameters)."""
 

@@ -170,6 +170,11 @@ class CellSentencesConfig(ObjectiveConfig):
                 "objective.tasks must name a task, report_cells must not be negative, and report_seeds be positive."
             )
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether low-rank adapters are trained."""
+        return self.lora.rank > 0
+
     def check_start(self, init_from: str) -> None:
         """Raise `ConfigError` where adapters would be trained of a model with random parameters."""
         if self.lora.rank and not init_from:

@@ -43,6 +43,7 @@ from sct.tasks.base import (
     held_out_split,
 )
 from sct.tasks.kind import Kind, Parts
+from sct.tasks.masked_bins import check_binned
 from sct.weights.load import load, load_tokenizer
 
 NAME = TASK
@@ -65,8 +66,8 @@ class InstructionData(StoreConfig):
         Cell model: a run of `configs/zeromics_sc.py` or its model folder.
     llm
         Decoder: a Hugging Face folder of LLaMA or a model folder; "" trains the one that `model.llm` describes.
-    max_genes
-        See `sct.tasks.masked_bins.BinData`.
+    max_genes, genes, values
+        See `sct.tasks.masked_bins.BinData`; as the cell model was trained.
     studies
         YAML file; the head of `sct.data.text.instructions` says what it holds.
     length, cell_type, disease, pathways, normal, rare_share
@@ -79,6 +80,8 @@ class InstructionData(StoreConfig):
     cells: str = ""
     llm: str = ""
     max_genes: int = 0
+    genes: str = ""
+    values: str = "quantiles"
     studies: str = file_option()
     length: int = 1024
     cell_type: str = "cell_type"
@@ -95,6 +98,7 @@ class InstructionData(StoreConfig):
                 f"data.max_genes is {self.max_genes}, data.length {self.length} and data.rare_share {self.rare_share}, "
                 "but 0 or more, 8 or more, and a share are needed."
             )
+        check_binned(self)
 
     @property
     def text_length(self) -> int:
@@ -248,11 +252,13 @@ def parts_of(
         raise ConfigError(
             f"{data.cells} is a model of the family {cells.family!r}, but one of zeromics_cells is needed."
         )
-    if data.max_genes != cells.data["max_genes"]:
-        raise ConfigError(
-            f"data.max_genes is {data.max_genes}, but the cell model was trained with {cells.data['max_genes']}: set "
-            "it to that, for the model has seen no other cells."
-        )
+    learned = CellOptions.of(cells.config.num_bins, cells.data).record()
+    for option, asked in CellOptions.of(cells.config.num_bins, data).record().items():
+        if asked != learned[option]:
+            raise ConfigError(
+                f"data.{option} is {asked!r}, but the cell model was trained with {learned[option]!r}: set it to that, "
+                "for the model has seen no other cells."
+            )
     known = known_genes(len(vocabulary), cells.data["dropped"])
     models = {"cells": cells}
     if data.llm:
@@ -332,7 +338,7 @@ class Instructions:
         self.known, self.given, self.license = known, given, license
         self.options = options_of(config, data, model.num_soft, seed)
         self.prompts = load_prompts(config.prompts or None, INSTRUCTION_PROMPTS)
-        self.cells = CellOptions(model.cells.num_bins, data.max_genes)
+        self.cells = CellOptions.of(model.cells.num_bins, data)
         if data.studies:
             check_study_names(self.options.studies, store, data.studies)
         self.mixture = config.mixture
@@ -477,7 +483,7 @@ class Instructions:
             "tasks": [task for task, _ in self.config.tasks],
             "members": list(self.mixture.members),
             "normal": list(self.options.normal),
-            "max_genes": self.data.max_genes,
+            **self.cells.record(),
             "length": self.data.length,
             "dropped": np.flatnonzero(~self.known).tolist(),
             "prompts": self.prompts.plain(),

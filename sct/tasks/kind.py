@@ -67,6 +67,9 @@ class Kind:
         sizes that were kept.
     speed
         Modes of `launch.speed` that measure it.
+    everywhere
+        Options of the objective with which the head is evaluated at all positions, for the comparison with the
+        reference path.
     """
 
     name: str
@@ -76,3 +79,4 @@ class Kind:
     tokenizer: Callable[[Store, Any, Any, int], Tokenizer] | None = None
     resolves: bool = False
     speed: tuple[str, ...] = ANY_SPEED
+    everywhere: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -32,14 +32,25 @@ from sct.weights.load import load
 NAME = "masked_bins"
 
 
+def check_binned(data: Any) -> None:
+    """Raise `ConfigError` where a data section asks for values that are no bins, or for genes that no file lists."""
+    if CellOptions.of(2, data).name != "bins" or data.genes == "listed":
+        raise ConfigError(
+            f"data.values is {data.values!r} and data.genes {data.genes!r}, but bins (quantiles or levels) of genes "
+            "that follow from each cell are needed."
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class BinData(StoreConfig):
     """Where cells come from, and what is known of their genes.
 
     Parameters
     ----------
-    max_genes
-        0: all genes of the vocabulary. Otherwise the so many most highly expressed genes of each cell.
+    max_genes, genes, values
+        Which genes of a cell are read, by default all of the vocabulary, or with `max_genes` the so many most highly
+        expressed ones; and which bins of them ("quantiles", or "levels" of equal width). See
+        `sct.data.cell_records.CellOptions`.
     corpus
         "built_in", or a file with summaries of genes (`sct.data.genes.corpus`).
     features
@@ -52,6 +63,8 @@ class BinData(StoreConfig):
     """
 
     max_genes: int = 0
+    genes: str = ""
+    values: str = "quantiles"
     corpus: str = "built_in"
     features: str = "lsa"
     features_cache: str = ""
@@ -63,6 +76,7 @@ class BinData(StoreConfig):
                 f"data.max_genes is {self.max_genes} and data.feature_dim {self.feature_dim}, but 0 or more, and 1 or "
                 "more, are needed."
             )
+        check_binned(self)
 
 
 def gene_features(
@@ -182,7 +196,7 @@ class MaskedBins:
         self.model, self.vocabulary = ZerOmicsCells(model), store.vocabulary
         self.known, self.described = known, described
         self.given: Mapping[str, Any] = {} if features is None else {FEATURES: features}
-        self.options = CellOptions(model.num_bins, data.max_genes)
+        self.options = CellOptions.of(model.num_bins, data)
         self.tokens_per_record = data.max_genes or model.num_genes
 
     def init(self, rng: jax.Array) -> Variables:
@@ -298,7 +312,7 @@ class MaskedBins:
         """Genes, and how inputs were made in training."""
         data = {
             "task": NAME,
-            "max_genes": self.data.max_genes,
+            **self.options.record(),
             "features": dict(self.described),
             "dropped": np.flatnonzero(~self.known).tolist(),
         }
@@ -338,4 +352,4 @@ def make(parts: Parts) -> MaskedBins:
     return MaskedBins(parts.objective, parts.data, model, parts.store, known, features, described, parts.seed)
 
 
-KIND = Kind(NAME, MaskedBinsConfig, BinData, make, resolves=True)
+KIND = Kind(NAME, MaskedBinsConfig, BinData, make, resolves=True, everywhere={"head_budget": 1.0})

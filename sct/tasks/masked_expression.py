@@ -309,4 +309,4 @@ def make(parts: Parts) -> MaskedExpression:
     return MaskedExpression(parts.objective, model, parts.data.options(parts.seed), parts.store)
 
 
-KIND = Kind(NAME, MaskedExpressionConfig, BagData, make, speed=BAG_SPEED)
+KIND = Kind(NAME, MaskedExpressionConfig, BagData, make, speed=BAG_SPEED, everywhere={"head_budget": 0.0})

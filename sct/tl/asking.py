@@ -62,9 +62,9 @@ def find_rare(
     DataError
         No raw counts, unknown genes, cells without a count.
     """
-    handle, _ = _able(adata, copy, model)
+    handle, asker = _able(adata, copy, model)
     return answer_by_candidates(
-        adata, handle, "rci", (YES, NO), abstract, key_added, copy, asked_for=(YES,), **options
+        adata, handle, asker, "rci", (YES, NO), abstract, key_added, copy, asked_for=(YES,), **options
     )
 
 
@@ -103,7 +103,7 @@ def find_tumor(
             f"diseases names no disease: give one or more; {NORMAL!r} is among the answers always."
         )
     return answer_by_candidates(
-        adata, handle, "tcd", (*named, NORMAL), abstract, key_added, copy, asked_for=named, **options
+        adata, handle, asker, "tcd", (*named, NORMAL), abstract, key_added, copy, asked_for=named, **options
     )
 
 
@@ -134,9 +134,9 @@ def infer_pathways(
     ConfigError, DataError
         As `find_rare`, or the pathways are missing.
     """
-    handle, _ = _able(adata, copy, model)
+    handle, asker = _able(adata, copy, model)
     listed = said_of(adata, "gene_sets", gene_sets, "a list of names")
-    return answer_by_candidates(adata, handle, "cpi", listed, abstract, key_added, copy, **options)
+    return answer_by_candidates(adata, handle, asker, "cpi", listed, abstract, key_added, copy, **options)
 
 
 def ask(

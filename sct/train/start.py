@@ -17,6 +17,7 @@ from sct.data.text.tokenizer import Tokenizer
 from sct.errors import CheckpointError, ConfigError
 from sct.families.tasks import trained_by
 from sct.models import lora, registry
+from sct.nn.adapters import COLLECTION
 from sct.nn.paths import flatten
 from sct.tasks.base import StoreConfig, Task
 from sct.train import resume, sharding
@@ -87,6 +88,11 @@ def from_model(spec: RunSpec, workdir: Path) -> Start:
     if spec.kind.resolves:
         model = registry.inherited(parent.config, spec.model, spec.data.text_length)
     task = spec.make_task(store, model, tokenizer, parent.data, mesh)
+    if task.lora is None and COLLECTION in parent.variables:
+        raise ConfigError(
+            f"{spec.init_from} has adapters, but the configuration trains none: set adapters.kind to theirs, or merge "
+            "low-rank ones first (sct.models.lora.merge)."
+        )
     if task.lora is not None:
         lora.check_same(parent.variables, task.lora, spec.init_from)
     # What is trained from licensed weights stays under their licence.

@@ -190,7 +190,7 @@ def watched(asked, monkeypatch):  # noqa: F811
     cells.obs["told"] = cells.obs["disease"].astype(str).replace("normal", "normal cell")
     cells.obs["active"] = ""
     oracle, tunings = Oracle(cells, asker_of(asked)), []
-    monkeypatch.setattr(instructions, "asker_of", lambda model: oracle)
+    monkeypatch.setattr(instructions.families, "ability", lambda model, name: oracle)
 
     def tuned(model, asker, task, shots, columns, options, seed, place):
         assert asker is oracle

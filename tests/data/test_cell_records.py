@@ -150,13 +150,20 @@ def test_genes_that_cannot_be_chosen():
     counts = sp.csr_matrix(np.ones((1, 6), np.float32))
     with pytest.raises(DataError, match="max_genes is 5"):
         cell_records(counts, CellOptions(genes="expressed", max_genes=5))
-    with pytest.raises(ConfigError, match="listed"):
-        cell_records(counts, CellOptions(genes="listed"))
+    known = np.arange(6) != 3
+    for listed, words in (
+        (None, "listed"),
+        (np.array([3, 1]), "ascending"),
+        (np.array([1, 3]), "1 of 2 listed"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            cell_records(counts, CellOptions(genes="listed"), known, listed)
     for options, words in (
         ({"genes": "rings"}, "genes"),
         ({"values": "rings"}, "values"),
         ({"genes": "top"}, "max_genes"),
         ({"genes": "all", "max_genes": 3}, "max_genes"),
+        ({"values": "levels", "num_bins": 1}, "num_bins"),
     ):
         with pytest.raises(ConfigError, match=words):
             CellOptions(**options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
@@ -19,9 +20,11 @@ from sct.data.cells import Cells
 from sct.errors import ConfigError
 from sct.families.tasks import kind_of
 from sct.models import adapters, registry
+from sct.models.adapter_kinds import LoraConfig
 from sct.nn.paths import flatten
 from sct.speed.job import Options
 from sct.speed.run import measure
+from sct.tasks.adapted import Adapted
 from sct.train.experiment import run
 from sct.weights.pretrained import boxed_shapes
 from tests.families import toy
@@ -101,6 +104,25 @@ def test_it_takes_adapters(trained, cells, tmp_path):
             run({**config, **change}, tmp_path / "refused")
 
 
+def test_targets_that_are_named_need_no_defaults():
+    options = {"targets": ("down",), "rank": 3}
+    assert LoraConfig.of("zeromics", **options) == LoraConfig(**options)
+    with pytest.raises(ConfigError, match="'zeromics' has no default targets"):
+        LoraConfig.of("zeromics", rank=3)
+
+
+def test_an_adapted_task_is_copied_and_gives_its_arrays_away():
+    task = toy.ToyTask.__new__(toy.ToyTask)
+    task.given = {"params/x": np.ones(2)}
+    adapted = copy.copy(Adapted(task, LoraConfig()))
+    assert adapted.given is task.given
+    adapted.given = {}
+    assert task.given == {}
+    assert adapted.monitor == "loss"
+    with pytest.raises(AttributeError, match="rings"):
+        _ = adapted.rings
+
+
 def test_it_is_timed():
     found = measure(merged(toy.CONFIG, data={}), Options("train", steps=3, cells=1_000), apart=False)
     assert found["tokens_per_s"] > 0
@@ -125,6 +147,23 @@ def test_names_are_taken_once():
     taken = dataclasses.replace(toy.FAMILY, models={"gpt2": toy.FAMILY.models["toy"]})
     with pytest.raises(ConfigError, match="gpt2"):
         families.register(dataclasses.replace(taken, name="other"))
+    model = toy.FAMILY.models["toy"]
+    kind = dataclasses.replace(toy.KIND, name="masked_bins")
+    converter = families.Converter(lambda *given: None)
+    for changes, words in (
+        (
+            {"models": {"other": dataclasses.replace(model, tasks=(kind,))}},
+            "'masked_bins' already: rename the task",
+        ),
+        ({"models": {"other": model}, "converters": {"hf": converter}}, "'hf' already: rename the converter"),
+        ({"models": {"other": dataclasses.replace(model, tasks=())}, "name": "bert"}, "bert"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            families.register(dataclasses.replace(toy.FAMILY, **{"name": "other", **changes}))
+    families.register(dataclasses.replace(toy.FAMILY))  # as when a cell of a notebook runs again
+    families.register(families.all_families()["sct"])
+    families.unregister(families.all_families()["sct"])
+    assert {"sct", "toy"} <= set(registry.MODELS)
     with pytest.raises(ConfigError, match="does not train the family 'sct': choose from toy"):
         kind_of({"family": "sct", "task": "toy_bins"})
     assert registry.family("toy").config is toy.ToyConfig
@@ -135,7 +174,7 @@ def test_names_are_taken_once():
 def test_pages_of_families_say_what_the_manifests_say():
     from tools.make_family_pages import ROOT, page
 
-    built_in = {name: each for name, each in families.all_families().items() if each is not toy.FAMILY}
+    built_in = {name: each for name, each in families.all_families().items() if name != toy.FAMILY.name}
     assert {path.stem for path in (ROOT / "docs/families").glob("*.md")} == set(built_in)
     for name, family in built_in.items():
         said = (ROOT / f"docs/families/{name}.md").read_text()

@@ -244,3 +244,29 @@ def test_several_devices_are_measured_together(tmp_path, mode):
     found = json.loads(file.read_text())
     assert found["device_count"] == 4
     assert found["check"]["bags"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["train", "save"])
+def test_tasks_of_single_cells_are_measured(mode):
+    """The cell model of ZerOmics: the reference path evaluates its head at all places."""
+    model = {
+        "num_genes": 60,
+        "feature_dim": 8,
+        "embed_dim": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "ffn_dim": 16,
+    }
+    config = {
+        "family": "zeromics_cells", "task": "masked_bins", "model": {**model, "remat": "none"},
+        "data": {"features": "random", "feature_dim": 8, "max_genes": 40}, "objective": {"head_budget": 0.3},
+        "optimizer": {}, "train": {"steps": 3, "batch_size": 4},
+    }  # fmt: skip
+    found = measure(config, Options(mode, steps=3, cells=1_000), apart=False)
+    assert found["step_seconds"] > 0
+    if mode == "train":
+        assert found["tokens_per_step"] == 4 * 40
+        assert max(found["check"]["differences"].values()) < 1e-3
+    with pytest.raises(ConfigError, match="--mode=embed does not measure the task 'masked_bins'"):
+        measure(config, Options("embed", steps=3), apart=False)

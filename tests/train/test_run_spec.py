@@ -55,6 +55,18 @@ def test_mistakes_are_found_before_a_file_is_read():
         "peak_lr": merged(absent, optimizer__peak_lr=-1.0),
         "head_budget": merged(absent, objective__head_budget=2.0),
         "data has no option": merged(absent, data__lenght=1),
+        "objective.lora": merged(TEXTS, objective__lora={"rank": 4}, adapters={"kind": "prefix"}),
+        "takes none": {
+            **absent,
+            "family": "zeromics",
+            "task": "instructions",
+            "init_from": "nowhere",
+            "model": {},
+            "objective": {},
+            "data": {"store": "nowhere"},
+            "adapters": {"kind": "low_rank", "targets": ["query"]},
+        },
+        "init_from": merged(absent, adapters={"kind": "prefix"}),
         "embed_dimension": merged(absent, model__embed_dimension=1),
         "LoRA needs a pretrained model": merged(TEXTS, init_from="", objective__lora={"rank": 2}),
     }

@@ -102,7 +102,7 @@ class Report:
     Raises
     ------
     ValueError
-        `better` names no column, or no direction.
+        `better` names no column, or no direction; or two columns have one key.
     """
 
     def __init__(
@@ -117,6 +117,8 @@ class Report:
         self.columns = tuple(Column(each, each) if isinstance(each, str) else each for each in columns)
         self.keys = tuple(column.key for column in self.columns)
         self.titles = tuple(column.title for column in self.columns)
+        if len(set(self.keys)) < len(self.keys):
+            raise ValueError(f"two columns have one key: {', '.join(self.keys)}")
         self.rows: list[list[Any]] = []
         self.row_keys: list[str] = []
         for key, direction in self.better.items():
