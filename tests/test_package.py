@@ -307,8 +307,9 @@ def compared_names(tree: ast.AST, names: Collection[str]) -> list[int]:
 
 def test_nothing_but_manifests_and_converters_compares_names_of_families():
     from sct import families
+    from sct.families.tasks import kinds
 
-    names = {*families.all_families(), *families.models()}
+    names = {*families.all_families(), *families.models(), *kinds()}
     assert {"sct", "gpt2", "zeromics_cells"} <= names
     exempt = re.compile(r"sct\.(families\b.*|models\.registry|weights\.(hf|peft|haiku)[\w.]*)")
     found = {
@@ -326,6 +327,21 @@ def test_nothing_but_manifests_and_converters_compares_names_of_families():
     ):
         assert compared_names(ast.parse(seen), names), seen
     assert not compared_names(ast.parse('{"sct": 1}; f("sct")'), names)
+
+
+def test_what_serves_every_family_imports_no_task_of_one():
+    from sct.families.tasks import kinds
+
+    own = {kind.make.__module__ for kind in kinds().values()}
+    assert {"sct.tasks.masked_expression", "sct.tasks.instructions"} <= own
+    found = {
+        f"{module}:{line} imports {name}"
+        for module, path in MODULES.items()
+        if part_of(module) in ("train", "tl", "speed", "commands", "weights", "inference")
+        for name, line in imported(ast.parse(path.read_text()), module, path.name == "__init__.py")
+        if any(name == task or name.startswith(f"{task}.") for task in own)
+    }
+    assert found == set()
 
 
 def test_configs_import_ml_collections_and_the_standard_library_only():

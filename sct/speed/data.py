@@ -20,7 +20,6 @@ from sct.errors import SctError
 from sct.speed import memory
 from sct.speed.job import Job
 from sct.speed.timing import timed
-from sct.tasks.masked_expression import MaskedExpression
 
 # A repetition of the loader reads about so many cells, or all there are; raw blocks have so many rows.
 _CELLS_PER_STEP = 10_000
@@ -80,7 +79,7 @@ def _some(files: list[Path]) -> list[Path]:
     return [path for path, total in zip(files, sizes, strict=True) if total <= _DISK_BYTES] or files[:1]
 
 
-def _studies(task: MaskedExpression) -> tuple[Study, ...]:
+def _studies(task: Any) -> tuple[Study, ...]:
     return task.store.split("train")
 
 

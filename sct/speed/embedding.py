@@ -18,13 +18,12 @@ from sct.speed import compute, reference
 from sct.speed.compare import Check, Outputs, compare
 from sct.speed.job import Job
 from sct.speed.timing import timed
-from sct.tasks.masked_expression import MaskedExpression
 from sct.tl.embedding import embed
 from sct.train import sharding
 from sct.weights.pretrained import Pretrained
 
 
-def _pretrained(job: Job, task: MaskedExpression, variables: Any) -> Pretrained:
+def _pretrained(job: Job, task: Any, variables: Any) -> Pretrained:
     """Handle of a model with these variables that takes no gene for noise, however few the cells are."""
     data = {"cells_per_bag": task.bags.cells_per_bag, "noise_fraction": 0.0}
     return Pretrained(job.config["family"], task.model_config, variables, task.vocabulary, data=data)

@@ -23,7 +23,6 @@ from sct.nn.paths import unflatten
 from sct.speed.compare import Check, Outputs, compare
 from sct.speed.job import Job
 from sct.tasks.base import Task
-from sct.tasks.masked_expression import MaskedExpression
 from sct.train import sharding
 from sct.train.state import State, init_state, load_into, make_train_step
 
@@ -137,7 +136,7 @@ def shape(batch: Mapping[str, Any]) -> dict[str, int]:
     return dict(zip(("bags", "cells_per_bag", "gene_positions"), tokens.shape, strict=True))
 
 
-def masked_inputs(task: MaskedExpression, batch: Mapping[str, Any]) -> dict[str, Any]:
+def masked_inputs(task: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Inputs of the model for a batch, masked as in training with a fixed key."""
     bins = task.model_config.num_bins
     mask = task.config.masking(jax.random.key(0), batch["tokens"], bins)
@@ -145,7 +144,7 @@ def masked_inputs(task: MaskedExpression, batch: Mapping[str, Any]) -> dict[str,
     return inputs | ({"coordinates": batch["coordinates"]} if "coordinates" in batch else {})
 
 
-def forward(task: MaskedExpression, mesh: Any) -> Callable[[Any, Mapping[str, Any]], jax.Array]:
+def forward(task: Any, mesh: Any) -> Callable[[Any, Mapping[str, Any]], jax.Array]:
     """Compiled forward pass: (variables, inputs) -> logits (B, K, G, levels + 2) at all positions."""
 
     def logits(variables: Any, inputs: Mapping[str, Any]) -> jax.Array:
@@ -155,9 +154,7 @@ def forward(task: MaskedExpression, mesh: Any) -> Callable[[Any, Mapping[str, An
     return jax.jit(logits)
 
 
-def plain_output(
-    task: MaskedExpression, arrays: dict[str, np.ndarray], inputs: Mapping[str, Any], name: str
-) -> Any:
+def plain_output(task: Any, arrays: dict[str, np.ndarray], inputs: Mapping[str, Any], name: str) -> Any:
     """One output of a model on this device, in the forms that are current."""
 
     def output(variables: Any, inputs: Mapping[str, Any]) -> jax.Array:

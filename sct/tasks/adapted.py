@@ -96,15 +96,6 @@ class Adapted:
             raise AttributeError(name)
         return getattr(self.task, name)
 
-    @property
-    def given(self) -> Mapping[str, Any]:
-        """See `sct.tasks.base.Origin`."""
-        return self.task.given
-
-    @given.setter
-    def given(self, arrays: Mapping[str, Any]) -> None:
-        self.task.given = arrays
-
     def init(self, rng: jax.Array) -> Variables:
         """Initial variables of the model, boxed, and adapters beside them."""
         variables = self.task.init(rng)

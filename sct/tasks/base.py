@@ -180,21 +180,24 @@ class Origin(Protocol):
 
     Attributes
     ----------
-    given
-        Arrays by path that a new training takes in place of random ones, such as features of genes; what a model that
-        it starts from has goes first.
     license
-        Of what `given` holds.
+        Of the arrays that `take_given` hands over.
     new
         Patterns of parameters that may be absent from a model that training starts from.
     lora
         Options of the adapters that are trained, or None.
     """
 
-    given: Mapping[str, Any]
     license: str
     new: Sequence[str]
     lora: AdapterConfig | None
+
+    def take_given(self) -> Mapping[str, Any]:
+        """Hand over the arrays by path that a new training takes in place of random ones, and keep none of them.
+
+        Features of genes are such, or a frozen decoder. What a model that training starts from has goes first.
+        """
+        ...
 
 
 class Export(Protocol):

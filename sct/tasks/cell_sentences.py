@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import types
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -237,7 +236,6 @@ class CellSentences:
         Of the model, by which adapters choose their layers.
     """
 
-    given: Mapping[str, Any] = types.MappingProxyType({})
     license = "unknown"
     weight = "weight"
     monitor, monitor_mode = "loss", "min"
@@ -276,6 +274,10 @@ class CellSentences:
         self.lora: AdapterConfig | None = config.lora.config(family)
         self.trainable: Sequence[tuple[str, bool]] = lora.TRAINABLE if self.lora else ((".*", True),)
         self.new: Sequence[str] = lora.NEW if self.lora else ()
+
+    def take_given(self) -> Mapping[str, Any]:
+        """None: all parameters are random."""
+        return {}
 
     def init(self, rng: jax.Array) -> Variables:
         """Initial variables, boxed."""

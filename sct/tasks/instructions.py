@@ -335,7 +335,8 @@ class Instructions:
             )
         self.config, self.data, self.model_config, self.store, self.seed = config, data, model, store, seed
         self.model, self.tokenizer, self.vocabulary = ZerOmics(model), tokenizer, store.vocabulary
-        self.known, self.given, self.license = known, given, license
+        self.known, self.license = known, license
+        self.given: Mapping[str, Any] = given
         self.options = options_of(config, data, model.num_soft, seed)
         self.prompts = load_prompts(config.prompts or None, INSTRUCTION_PROMPTS)
         self.cells = CellOptions.of(model.cells.num_bins, data)
@@ -354,6 +355,11 @@ class Instructions:
             *([("^params/tokenizer/", not fixed)] if has else []),
             *lora.TRAINABLE,
         )
+
+    def take_given(self) -> Mapping[str, Any]:
+        """Arrays of the two models."""
+        given, self.given = self.given, {}
+        return given
 
     def init(self, rng: jax.Array) -> Variables:
         """Initial variables, boxed."""

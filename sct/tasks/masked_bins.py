@@ -199,6 +199,11 @@ class MaskedBins:
         self.options = CellOptions.of(model.num_bins, data)
         self.tokens_per_record = data.max_genes or model.num_genes
 
+    def take_given(self) -> Mapping[str, Any]:
+        """Features of genes."""
+        given, self.given = self.given, {}
+        return given
+
     def init(self, rng: jax.Array) -> Variables:
         """Initial variables, boxed."""
         return cast(Variables, self.model.init(rng, *ZerOmicsCells.example(self.model_config).values()))

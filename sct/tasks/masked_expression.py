@@ -125,7 +125,6 @@ class MaskedExpression:
     trainable: Sequence[tuple[str, bool]] = ((".*", True),)
     # The map of coordinates starts at zero where training on spatial data continues a model of cells.
     new: Sequence[str] = (r"^params/spatial/",)
-    given: Mapping[str, Any] = types.MappingProxyType({})
     lora: AdapterConfig | None = None
     license = "unknown"
     weight = "masked"
@@ -159,6 +158,10 @@ class MaskedExpression:
             bags, num_positions=model.num_genes, num_bins=model.num_bins, spatial=model.use_spatial
         )
         self.tokens_per_record = bags.cells_per_bag * model.num_genes
+
+    def take_given(self) -> Mapping[str, Any]:
+        """None: all parameters are random."""
+        return {}
 
     def init(self, rng: jax.Array) -> Variables:
         """Initial variables, boxed."""

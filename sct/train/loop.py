@@ -332,12 +332,11 @@ def train(
 
 def _begin(task: Origin, state: State, start: Mapping[str, Any] | None) -> State:
     """State of a new training, with the arrays that it starts from in place of random ones."""
-    if start is None and not task.given:
+    given = task.take_given()
+    if start is None and not given:
         return state
     # Without a model to start from everything else is random.
-    state = load_into(state, {**task.given, **(start or {})}, (".*",) if start is None else task.new)
-    task.given = {}  # the state has them now
-    return state
+    return load_into(state, {**given, **(start or {})}, (".*",) if start is None else task.new)
 
 
 def _check_batches(config: TrainConfig, mesh: Mesh) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
@@ -71,7 +70,6 @@ class ToyTask:
     new: Sequence[str] = ()
     lora = None
     license = "unknown"
-    given: Mapping[str, Any] = types.MappingProxyType({})
     weight, monitor, monitor_mode = "hidden", "loss", "min"
 
     def __init__(self, parts: Parts):
@@ -79,6 +77,9 @@ class ToyTask:
         self.vocabulary = parts.store.vocabulary
         self.model_config = registry.model_config(parts.architecture, parts.model, len(self.vocabulary))
         self.model, self.tokens_per_record = Toy(self.model_config), len(self.vocabulary)
+
+    def take_given(self) -> Mapping[str, Any]:
+        return {}
 
     def init(self, rng: jax.Array) -> dict[str, Any]:
         return cast(dict[str, Any], self.model.init(rng, **Toy.example(self.model_config)))

@@ -123,14 +123,16 @@ def test_features_are_given_and_never_trained():
     options = OptimizerConfig(peak_lr=1e-2, init_lr=1e-2, warmup_steps=0)
     abstract, make = init_state(task, lambda shapes: make_optimizer(options, 5, shapes)[0], mesh, 0)
     assert set(abstract.frozen) == {FEATURES}
-    state = load_into(make(), task.given, (".*",))
+    given = task.take_given()
+    assert task.take_given() == {}  # memory is not held twice
+    state = load_into(make(), given, (".*",))
     before = jax.tree.map(np.asarray, state.trained)
     step = make_train_step(task, make_optimizer(options, 5, abstract.trained)[0], mesh, abstract)
     batch = batch_of(task)
     assert not batch["bins"][:, [2, 5]].any()
     assert batch["bins"].any()
     state, *_ = step(state, batch)
-    np.testing.assert_array_equal(state.frozen[FEATURES], task.given[FEATURES])
+    np.testing.assert_array_equal(state.frozen[FEATURES], given[FEATURES])
     assert not np.asarray(state.frozen[FEATURES])[[2, 5]].any()
     for path in (
         "params/project/kernel",
