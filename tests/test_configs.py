@@ -22,7 +22,7 @@ from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.ingest.build import IngestOptions, ingest
 from sct.data.store import Store
 from sct.errors import ConfigError
-from sct.families.tasks import data_of, kind_of, make_task
+from sct.families.tasks import data_of, make_task, task_spec_of
 from sct.models import registry
 from sct.tasks.masked_expression import MaskedExpression, MaskedExpressionConfig
 from sct.train import sharding, sweep
@@ -92,7 +92,7 @@ SIZES = dict.fromkeys(("sct", "zeromics_cells", "zeromics"), "num_genes")
 @every_config
 def test_every_section_builds(path, variant):
     config = values(path, variant)
-    kind, size = kind_of(config), SIZES.get(config["family"], "vocab_size")
+    kind, size = task_spec_of(config), SIZES.get(config["family"], "vocab_size")
     begun = config["family"].startswith("zeromics")  # further sizes follow from files
     sized = {} if begun else {size: 19_968}
     model = registry.model_config(config["family"], {**config["model"], **sized}, 19_968 if begun else None)

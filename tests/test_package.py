@@ -257,7 +257,7 @@ def test_a_forbidden_import_is_seen():
         ("sct.eval.metrics", "from sct.errors import DataError"),
         ("sct.weights.pretrained", "from sct.data.store import Store"),
         ("sct.tasks.base", "from sct.train.loop import train"),
-        ("sct.tasks.kind", "from sct.families import models"),
+        ("sct.tasks.task_spec", "from sct.families import models"),
         ("sct.inference.runner", "from sct.families import models"),
         ("sct.families.sct", "from sct.train.loop import train"),
         ("sct.train.loop", "from sct.cli import main"),
@@ -307,9 +307,9 @@ def compared_names(tree: ast.AST, names: Collection[str]) -> list[int]:
 
 def test_nothing_but_manifests_and_converters_compares_names_of_families():
     from sct import families
-    from sct.families.tasks import kinds
+    from sct.families.tasks import task_specs
 
-    names = {*families.all_families(), *families.models(), *kinds()}
+    names = {*families.all_families(), *families.models(), *task_specs()}
     assert {"sct", "gpt2", "zeromics_cells"} <= names
     exempt = re.compile(r"sct\.(families\b.*|models\.registry|weights\.(hf|peft|haiku)[\w.]*)")
     found = {
@@ -330,9 +330,9 @@ def test_nothing_but_manifests_and_converters_compares_names_of_families():
 
 
 def test_what_serves_every_family_imports_no_task_of_one():
-    from sct.families.tasks import kinds
+    from sct.families.tasks import task_specs
 
-    own = {kind.make.__module__ for kind in kinds().values()}
+    own = {kind.make.__module__ for kind in task_specs().values()}
     assert {"sct.tasks.masked_expression", "sct.tasks.instructions"} <= own
     found = {
         f"{module}:{line} imports {name}"

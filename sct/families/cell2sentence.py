@@ -30,7 +30,7 @@ HUGGING_FACE = Converter(
 def _decoder(name: str, config: str) -> Model:
     return Model(
         registry.MODELS[name],
-        tasks=(cell_sentences.KIND,),
+        tasks=(cell_sentences.SPEC,),
         config=config,
         adapters=CONFIGS,
         embed=SentenceReader,

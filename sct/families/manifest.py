@@ -15,7 +15,7 @@ from sct.inference.bags import BagReader
 from sct.inference.readers import CellReader
 from sct.models.adapter_kinds import AdapterConfig, LoraConfig
 from sct.models.registry import Architecture
-from sct.tasks.kind import Kind
+from sct.tasks.task_spec import TaskSpec
 from sct.weights.pretrained import Pretrained
 
 
@@ -47,7 +47,7 @@ class Model:
     """
 
     architecture: Architecture
-    tasks: tuple[Kind, ...] = ()
+    tasks: tuple[TaskSpec, ...] = ()
     config: str = ""
     adapters: tuple[type[AdapterConfig], ...] = (LoraConfig,)
     embed: Callable[[Pretrained], CellReader] | None = None

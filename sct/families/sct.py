@@ -26,7 +26,7 @@ FAMILY = Family(
     models={
         "sct": Model(
             registry.MODELS["sct"],
-            tasks=(masked_expression.KIND,),
+            tasks=(masked_expression.SPEC,),
             config="configs/sct_sc.py",
             adapters=CONFIGS,
             embed=BagReader,

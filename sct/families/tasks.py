@@ -15,37 +15,37 @@ from sct.errors import ConfigError
 from sct.models import registry
 from sct.models.adapter_kinds import AdapterConfig
 from sct.tasks.adapted import KINDS, Adapted, AdapterOptions
-from sct.tasks.kind import Kind, Parts
+from sct.tasks.task_spec import TaskInputs, TaskSpec
 
 
-def kinds() -> dict[str, Kind]:
-    """Kinds of tasks of all families by name."""
-    return {kind.name: kind for model in families.models().values() for kind in model.tasks}
+def task_specs() -> dict[str, TaskSpec]:
+    """Specifications of the tasks of all families by name."""
+    return {spec.name: spec for model in families.models().values() for spec in model.tasks}
 
 
-def kind_of(config: Mapping[str, Any]) -> Kind:
-    """Kind of a configuration's task; `ConfigError` where there is none, or it does not train the family."""
+def task_spec_of(config: Mapping[str, Any]) -> TaskSpec:
+    """Specification of a configuration's task; `ConfigError` where there is none, or it does not train the family."""
     name, family = config.get("task"), config.get("family")
-    models, known = families.models(), kinds()
+    models, known = families.models(), task_specs()
     for what, value, names in (("family", family, models), ("task", name, known)):
         if value not in names:
             raise ConfigError(f"{what} is {value!r}, but it must be one of {', '.join(names)}.")
-    kind = known[str(name)]
-    if kind not in models[str(family)].tasks:
+    spec = known[str(name)]
+    if spec not in models[str(family)].tasks:
         raise ConfigError(
-            f"the task {name!r} does not train the family {family!r}: choose from {', '.join(trained_by(kind))}."
+            f"the task {name!r} does not train the family {family!r}: choose from {', '.join(trained_by(spec))}."
         )
-    return kind
+    return spec
 
 
-def trained_by(kind: Kind) -> tuple[str, ...]:
-    """Architectures that a kind of task trains."""
-    return tuple(name for name, model in families.models().items() if kind in model.tasks)
+def trained_by(spec: TaskSpec) -> tuple[str, ...]:
+    """Architectures that a task trains."""
+    return tuple(name for name, model in families.models().items() if spec in model.tasks)
 
 
 def data_of(config: Mapping[str, Any]) -> Any:
     """A configuration's data section, of the type of its task."""
-    return registry.build(kind_of(config).data, config.get("data", {}), "data")
+    return registry.build(task_spec_of(config).data, config.get("data", {}), "data")
 
 
 def adapters_of(config: Mapping[str, Any]) -> AdapterConfig | None:
@@ -67,7 +67,7 @@ def adapters_of(config: Mapping[str, Any]) -> AdapterConfig | None:
             f"takes {' or '.join(names)}" if names else "takes none beside those of its task: leave it empty"
         )
         raise ConfigError(f"adapters.kind is {options.kind!r}, but the family {architecture!r} {takes}.")
-    objective = registry.build(kind_of(config).objective, config.get("objective", {}), "objective")
+    objective = registry.build(task_spec_of(config).objective, config.get("objective", {}), "objective")
     if objective.has_adapters:
         raise ConfigError(
             f"adapters.kind is {options.kind!r}, but objective.lora has adapters as well: leave one of them out."
@@ -83,26 +83,26 @@ def make_task(
     config: Mapping[str, Any],
     store: Store,
     tokenizer: Tokenizer | None = None,
-    kept: Mapping[str, Any] | None = None,
+    parent_data: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Any, Any]:
     """Task of a configuration over a store, and its data section.
 
-    A task of texts without a tokenizer trains one; `kept` and `mesh` are those of `Parts`. `ConfigError` for a model
-    that this machine does not compute.
+    A task on text trains a tokenizer where none is given; see `TaskInputs` for `parent_data` and `mesh`. `ConfigError`
+    for a model that this machine does not compute.
     """
-    kind, data = kind_of(config), data_of(config)
-    objective = registry.build(kind.objective, config.get("objective", {}), "objective")
+    spec, data = task_spec_of(config), data_of(config)
+    objective = registry.build(spec.objective, config.get("objective", {}), "objective")
     seed = int(config.get("train", {}).get("seed", 0))
-    if kind.tokenizer is not None and tokenizer is None:
-        tokenizer = kind.tokenizer(store, objective, data, seed)
-    parts = Parts(
-        config["family"], config.get("model", {}), objective, data, store, seed, tokenizer, kept, mesh
+    if spec.tokenizer is not None and tokenizer is None:
+        tokenizer = spec.tokenizer(store, objective, data, seed)
+    inputs = TaskInputs(
+        config["family"], config.get("model", {}), objective, data, store, seed, tokenizer, parent_data, mesh
     )
-    return task_of(kind, parts, adapters_of(config)), data
+    return task_of(spec, inputs, adapters_of(config)), data
 
 
-def task_of(kind: Kind, parts: Parts, adapters: AdapterConfig | None) -> Any:
+def task_of(task_spec: TaskSpec, inputs: TaskInputs, adapters: AdapterConfig | None) -> Any:
     """Task of its parts, with adapters trained in place of its model where there are some.
 
     Raises
@@ -110,7 +110,7 @@ def task_of(kind: Kind, parts: Parts, adapters: AdapterConfig | None) -> Any:
     ConfigError
         Model, data and options do not fit each other, or this machine does not compute the model.
     """
-    task = kind.make(parts)
+    task = task_spec.make(inputs)
     registry.check_device(task.model_config)
     if adapters is None:
         return task

@@ -22,7 +22,7 @@ FAMILY = Family(
     models={
         "zeromics": Model(
             registry.MODELS["zeromics"],
-            tasks=(instructions.KIND,),
+            tasks=(instructions.SPEC,),
             config="configs/zeromics_llm.py",
             adapters=(),  # its task trains a mixture of its own
             embed=functools.partial(BinReader.of_part, part="cells", architecture=_CELLS),
@@ -31,7 +31,7 @@ FAMILY = Family(
         ),
         _CELLS: Model(
             registry.MODELS[_CELLS],
-            tasks=(masked_bins.KIND,),
+            tasks=(masked_bins.SPEC,),
             config="configs/zeromics_sc.py",
             adapters=CONFIGS,
             embed=BinReader,

@@ -165,6 +165,6 @@ def measure_forward(job: Job, store: Store) -> dict[str, Any]:
 
     dtype, devices = task.model_config.dtype, list(mesh.devices.flat)
     found = run_steps(job, lambda: None, call, "forward passes", dtype=dtype, devices=devices)
-    everywhere = job.task(store, objective=job.kind.everywhere)
+    everywhere = job.task(store, objective=job.task_spec.everywhere)
     flops = everywhere.operations(options.batch_size)
     return {**found, **program, **_rates(found, task, job.cells_per_record, options.batch_size, flops)}

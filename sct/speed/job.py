@@ -11,10 +11,10 @@ from sct import families
 from sct.data.bundled import prepare
 from sct.data.store import Store
 from sct.errors import ConfigError
-from sct.families.tasks import data_of, kind_of, kinds, make_task
+from sct.families.tasks import data_of, make_task, task_spec_of, task_specs
 from sct.models import registry
 from sct.speed import synthetic
-from sct.tasks.kind import Kind
+from sct.tasks.task_spec import TaskSpec
 from sct.train.loop import TrainConfig
 from sct.train.optim import OptimizerConfig
 
@@ -87,10 +87,10 @@ class Job:
                 "this configuration is not one run of training: give one that is, such as --config=configs/sct_sc.py."
             )
         mode = self.options.mode
-        if mode != "generate" and mode not in self.kind.speed:
-            able = [name for name, kind in kinds().items() if mode in kind.speed]
+        if mode != "generate" and mode not in self.task_spec.speed:
+            able = [name for name, kind in task_specs().items() if mode in kind.speed]
             writes = families.model(str(self.config["family"])).generate is not None
-            modes = [*self.kind.speed, *(["generate"] if writes else [])]
+            modes = [*self.task_spec.speed, *(["generate"] if writes else [])]
             instead = f", or --mode={'|'.join(modes)}" if modes else ""
             raise ConfigError(
                 f"--mode={mode} does not measure the task {self.config['task']!r}: take a configuration of the task "
@@ -104,9 +104,9 @@ class Job:
                 )
 
     @property
-    def kind(self) -> Kind:
-        """Kind of the configuration's task."""
-        return kind_of(self.config)
+    def task_spec(self) -> TaskSpec:
+        """Specification of the configuration's task."""
+        return task_spec_of(self.config)
 
     @property
     def data(self) -> Any:
@@ -184,7 +184,7 @@ class Job:
         """Make the configuration's task, with some fields of some sections changed, of those that there are."""
         types = {
             "model": registry.family(str(self.config["family"])).config,
-            "objective": self.kind.objective,
+            "objective": self.task_spec.objective,
         }
         changed = {}
         for name, fields in sections.items():

@@ -105,7 +105,7 @@ def check_train(job: Job, store: Store) -> Check:
 
     def plain(model: Mapping[str, Any]) -> Outputs:
         # What is masked beyond the head's budget is left out of the loss: then it is left out here as well.
-        objective = {} if known["overflow"] else job.kind.everywhere
+        objective = {} if known["overflow"] else job.task_spec.everywhere
         task = job.task(store, data=data, model=model, objective=objective)
         frozen = {path: value for path, value in known["arrays"].items() if path not in known["trained"]}
 

@@ -89,7 +89,7 @@ class Adapted:
         if task.lora is not None:
             raise ConfigError("the task trains adapters of its own: leave adapters.kind empty.")
         self.task, self.lora = task, config
-        self.new = (*task.new, *adapters.NEW)
+        self.may_be_missing = (*task.may_be_missing, *adapters.NEW)
 
     def __getattr__(self, name: str) -> Any:
         if name == "task" or name.startswith("__"):  # asked for by copy and pickle, before there is a task

@@ -181,7 +181,7 @@ class Origin(Protocol):
     Attributes
     ----------
     license
-        Of the arrays that `take_given` hands over.
+        Of the arrays that `take_pretrained_params` hands over.
     new
         Patterns of parameters that may be absent from a model that training starts from.
     lora
@@ -189,10 +189,10 @@ class Origin(Protocol):
     """
 
     license: str
-    new: Sequence[str]
+    may_be_missing: Sequence[str]
     lora: AdapterConfig | None
 
-    def take_given(self) -> Mapping[str, Any]:
+    def take_pretrained_params(self) -> Mapping[str, Any]:
         """Hand over the arrays by path that a new training takes in place of random ones, and keep none of them.
 
         Features of genes are such, or a frozen decoder. What a model that training starts from has goes first.

@@ -37,7 +37,7 @@ from sct.tasks.base import (
     file_option,
     held_out_split,
 )
-from sct.tasks.kind import Kind, Parts
+from sct.tasks.task_spec import TaskInputs, TaskSpec
 
 NAME = TASK
 _FIT_CELLS = 5000  # cells of a study that its line is fitted to
@@ -273,9 +273,9 @@ class CellSentences:
         self.tokens_per_record = data.length
         self.lora: AdapterConfig | None = config.lora.config(family)
         self.trainable: Sequence[tuple[str, bool]] = lora.TRAINABLE if self.lora else ((".*", True),)
-        self.new: Sequence[str] = lora.NEW if self.lora else ()
+        self.may_be_missing: Sequence[str] = lora.NEW if self.lora else ()
 
-    def take_given(self) -> Mapping[str, Any]:
+    def take_pretrained_params(self) -> Mapping[str, Any]:
         """None: all parameters are random."""
         return {}
 
@@ -482,13 +482,15 @@ def _per_text(counts: jax.Array, segments: jax.Array) -> jax.Array:
     return jax.vmap(of_row)(counts, segments)
 
 
-def make(parts: Parts) -> CellSentences:
+def make(inputs: TaskInputs) -> CellSentences:
     """Make the task of the parts of a configuration."""
-    assert parts.tokenizer is not None
-    model = registry.model_config(parts.architecture, parts.model, parts.tokenizer.vocab_size)
+    assert inputs.tokenizer is not None
+    model = registry.model_config(inputs.architecture, inputs.model, inputs.tokenizer.vocab_size)
     return CellSentences(
-        parts.objective, parts.data, model, parts.tokenizer, parts.store, parts.seed, parts.architecture
+        inputs.objective, inputs.data, model, inputs.tokenizer, inputs.store, inputs.seed, inputs.architecture
     )
 
 
-KIND = Kind(NAME, CellSentencesConfig, SentenceData, make, make_tokenizer, resolves=True, speed=())
+SPEC = TaskSpec(
+    NAME, CellSentencesConfig, SentenceData, make, make_tokenizer, inherits_architecture=True, speed=()
+)

@@ -42,8 +42,8 @@ from sct.tasks.base import (
     file_option,
     held_out_split,
 )
-from sct.tasks.kind import Kind, Parts
 from sct.tasks.masked_bins import check_binned
+from sct.tasks.task_spec import TaskInputs, TaskSpec
 from sct.weights.load import load, load_tokenizer
 
 NAME = TASK
@@ -307,7 +307,7 @@ class Instructions:
         Of what is given.
     """
 
-    new: Sequence[str] = lora.NEW
+    may_be_missing: Sequence[str] = lora.NEW
     weight = "predicted"
     monitor, monitor_mode = "loss", "min"
 
@@ -356,7 +356,7 @@ class Instructions:
             *lora.TRAINABLE,
         )
 
-    def take_given(self) -> Mapping[str, Any]:
+    def take_pretrained_params(self) -> Mapping[str, Any]:
         """Arrays of the two models."""
         given, self.given = self.given, {}
         return given
@@ -508,33 +508,43 @@ class Instructions:
         )
 
 
-def make(parts: Parts) -> Instructions:
+def make(inputs: TaskInputs) -> Instructions:
     """Make the task of the parts of a configuration."""
-    assert parts.tokenizer is not None
-    vocabulary, kept, values = parts.store.vocabulary, parts.kept, dict(parts.model)
-    if kept is not None and kept.get("task") == NAME:
+    assert inputs.tokenizer is not None
+    vocabulary, parent, values = inputs.store.vocabulary, inputs.parent_data, dict(inputs.model)
+    if parent is not None and parent.get("task") == NAME:
         given: dict[str, Any] = {}
         licence = "unknown"
-        if kept["members"] != list(parts.objective.mixture.members):
+        if parent["members"] != list(inputs.objective.mixture.members):
             raise ConfigError(
-                f"the model has adapters for {', '.join(kept['members'])}, but the configuration asks for "
-                f"{', '.join(parts.objective.mixture.members)}: name the same tasks in the same order."
+                f"the model has adapters for {', '.join(parent['members'])}, but the configuration asks for "
+                f"{', '.join(inputs.objective.mixture.members)}: name the same tasks in the same order."
             )
-        known = known_genes(len(vocabulary), kept["dropped"])
+        known = known_genes(len(vocabulary), parent["dropped"])
     else:
-        if not parts.data.llm and not parts.objective.train_llm:
+        if not inputs.data.llm and not inputs.objective.train_llm:
             raise ConfigError(
                 "LoRA needs a pretrained decoder: set --config.data.llm=FOLDER, or train one with "
                 "--config.objective.train_llm=True."
             )
-        size = parts.tokenizer.vocab_size
+        size = inputs.tokenizer.vocab_size
         values, known, given, licence = parts_of(
-            parts.data, vocabulary, values, size, parts.mesh, not parts.objective.train_llm
+            inputs.data, vocabulary, values, size, inputs.mesh, not inputs.objective.train_llm
         )
-    model = registry.model_config(parts.architecture, values, len(vocabulary))
+    model = registry.model_config(inputs.architecture, values, len(vocabulary))
     return Instructions(
-        parts.objective, parts.data, model, parts.tokenizer, parts.store, known, given, parts.seed, licence
+        inputs.objective,
+        inputs.data,
+        model,
+        inputs.tokenizer,
+        inputs.store,
+        known,
+        given,
+        inputs.seed,
+        licence,
     )
 
 
-KIND = Kind(NAME, InstructionsConfig, InstructionData, make, make_tokenizer, resolves=True, speed=())
+SPEC = TaskSpec(
+    NAME, InstructionsConfig, InstructionData, make, make_tokenizer, inherits_architecture=True, speed=()
+)

@@ -26,7 +26,7 @@ from sct.models.adapter_kinds import AdapterConfig
 from sct.models.zeromics_cells import FEATURES, ZerOmicsCells, ZerOmicsCellsConfig
 from sct.nn.losses import token_losses
 from sct.tasks.base import Batch, Evaluator, ObjectiveConfig, StoreConfig, Sums, Variables, held_out_split
-from sct.tasks.kind import Kind, Parts
+from sct.tasks.task_spec import TaskInputs, TaskSpec
 from sct.weights.load import load
 
 NAME = "masked_bins"
@@ -160,7 +160,7 @@ class MaskedBins:
     """
 
     trainable: Sequence[tuple[str, bool]] = ((f"^{FEATURES}$", False), (".*", True))
-    new: Sequence[str] = ()
+    may_be_missing: Sequence[str] = ()
     lora: AdapterConfig | None = None
     license = "unknown"
     weight = "masked"
@@ -199,7 +199,7 @@ class MaskedBins:
         self.options = CellOptions.of(model.num_bins, data)
         self.tokens_per_record = data.max_genes or model.num_genes
 
-    def take_given(self) -> Mapping[str, Any]:
+    def take_pretrained_params(self) -> Mapping[str, Any]:
         """Features of genes."""
         given, self.given = self.given, {}
         return given
@@ -341,20 +341,24 @@ class MaskedBins:
         )
 
 
-def make(parts: Parts) -> MaskedBins:
+def make(inputs: TaskInputs) -> MaskedBins:
     """Make the task of the parts of a configuration."""
-    vocabulary, kept, features = parts.store.vocabulary, parts.kept, None
-    if kept is not None and kept.get("task") == NAME:
-        known = known_genes(len(vocabulary), kept["dropped"])
-        described = kept["features"]
+    vocabulary, parent, features = inputs.store.vocabulary, inputs.parent_data, None
+    if parent is not None and parent.get("task") == NAME:
+        known = known_genes(len(vocabulary), parent["dropped"])
+        described = parent["features"]
     else:
-        features, known, described = gene_features(parts.data, vocabulary, parts.seed)
+        features, known, described = gene_features(inputs.data, vocabulary, inputs.seed)
     values = {
-        **parts.model,
-        "feature_dim": parts.model.get("feature_dim") or (0 if features is None else features.shape[1]),
+        **inputs.model,
+        "feature_dim": inputs.model.get("feature_dim") or (0 if features is None else features.shape[1]),
     }
-    model = registry.model_config(parts.architecture, values, len(vocabulary))
-    return MaskedBins(parts.objective, parts.data, model, parts.store, known, features, described, parts.seed)
+    model = registry.model_config(inputs.architecture, values, len(vocabulary))
+    return MaskedBins(
+        inputs.objective, inputs.data, model, inputs.store, known, features, described, inputs.seed
+    )
 
 
-KIND = Kind(NAME, MaskedBinsConfig, BinData, make, resolves=True, everywhere={"head_budget": 1.0})
+SPEC = TaskSpec(
+    NAME, MaskedBinsConfig, BinData, make, inherits_architecture=True, everywhere={"head_budget": 1.0}
+)

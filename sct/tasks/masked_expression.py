@@ -24,7 +24,7 @@ from sct.models.sct import SCT, level_probabilities
 from sct.models.sct_config import SCTConfig, pad_to_multiple
 from sct.nn import axes
 from sct.tasks.base import Batch, Evaluator, ObjectiveConfig, StoreConfig, Sums, Variables, held_out_split
-from sct.tasks.kind import BAG_SPEED, Kind, Parts
+from sct.tasks.task_spec import BAG_SPEED, TaskInputs, TaskSpec
 
 NAME = "masked_expression"
 
@@ -124,7 +124,7 @@ class MaskedExpression:
 
     trainable: Sequence[tuple[str, bool]] = ((".*", True),)
     # The map of coordinates starts at zero where training on spatial data continues a model of cells.
-    new: Sequence[str] = (r"^params/spatial/",)
+    may_be_missing: Sequence[str] = (r"^params/spatial/",)
     lora: AdapterConfig | None = None
     license = "unknown"
     weight = "masked"
@@ -159,7 +159,7 @@ class MaskedExpression:
         )
         self.tokens_per_record = bags.cells_per_bag * model.num_genes
 
-    def take_given(self) -> Mapping[str, Any]:
+    def take_pretrained_params(self) -> Mapping[str, Any]:
         """None: all parameters are random."""
         return {}
 
@@ -306,10 +306,10 @@ class MaskedExpression:
         )
 
 
-def make(parts: Parts) -> MaskedExpression:
+def make(inputs: TaskInputs) -> MaskedExpression:
     """Make the task of the parts of a configuration."""
-    model = registry.model_config(parts.architecture, parts.model, len(parts.store.vocabulary))
-    return MaskedExpression(parts.objective, model, parts.data.options(parts.seed), parts.store)
+    model = registry.model_config(inputs.architecture, inputs.model, len(inputs.store.vocabulary))
+    return MaskedExpression(inputs.objective, model, inputs.data.options(inputs.seed), inputs.store)
 
 
-KIND = Kind(NAME, MaskedExpressionConfig, BagData, make, speed=BAG_SPEED, everywhere={"head_budget": 0.0})
+SPEC = TaskSpec(NAME, MaskedExpressionConfig, BagData, make, speed=BAG_SPEED, everywhere={"head_budget": 0.0})

@@ -332,11 +332,11 @@ def train(
 
 def _begin(task: Origin, state: State, start: Mapping[str, Any] | None) -> State:
     """State of a new training, with the arrays that it starts from in place of random ones."""
-    given = task.take_given()
+    given = task.take_pretrained_params()
     if start is None and not given:
         return state
     # Without a model to start from everything else is random.
-    return load_into(state, {**given, **(start or {})}, (".*",) if start is None else task.new)
+    return load_into(state, {**given, **(start or {})}, (".*",) if start is None else task.may_be_missing)
 
 
 def _check_batches(config: TrainConfig, mesh: Mesh) -> None:

@@ -50,7 +50,7 @@ def check_options(recorded: Mapping[str, Any], spec: RunSpec, workdir: Path) -> 
     workdir
         Run folder, for the message.
     """
-    types: dict[str, type[Any]] = {"objective": spec.kind.objective, "adapters": AdapterOptions}
+    types: dict[str, type[Any]] = {"objective": spec.task_spec.objective, "adapters": AdapterOptions}
     for section in SECTIONS:
         before, after = recorded.get(section), spec.values.get(section)
         if section in types:  # a run may have been made without the section

@@ -13,11 +13,11 @@ from sct.data.store import Store
 from sct.data.text.tokenizer import Tokenizer
 from sct.data.text.tokenizer_libraries import import_tokenizers
 from sct.errors import ConfigError
-from sct.families.tasks import adapters_of, kind_of, task_of
+from sct.families.tasks import adapters_of, task_of, task_spec_of
 from sct.models import registry
 from sct.models.adapter_kinds import AdapterConfig
 from sct.tasks.base import ObjectiveConfig, StoreConfig, Task, files_of
-from sct.tasks.kind import Kind, Parts
+from sct.tasks.task_spec import TaskInputs, TaskSpec
 from sct.train.loop import TrainConfig
 from sct.train.optim import OptimizerConfig
 
@@ -35,12 +35,12 @@ class RunSpec:
         Plain values of the configuration, as `config.json` of the run folder records them.
     family, task
         Names of the model family and of the task.
-    kind
+    task_spec
         What trains the family on the task.
     model
         Plain values of the architecture. Sizes of 0 follow from the data, or from the model that training starts from.
     data, objective
-        Options, of the types that `kind` names.
+        Options, of the types that `task_spec` names.
     adapters
         Adapters that are trained in place of the model, None for none; those of an objective are its own.
     optimizer
@@ -58,7 +58,7 @@ class RunSpec:
     values: Mapping[str, Any]
     family: str
     task: str
-    kind: Kind
+    task_spec: TaskSpec
     model: Mapping[str, Any]
     data: StoreConfig
     objective: ObjectiveConfig
@@ -82,24 +82,26 @@ class RunSpec:
         """
         values = json.loads(json.dumps(config))
         _check_sections(values)
-        kind = kind_of(values)
+        task_spec = task_spec_of(values)
         model, data, objective, _, optimizer, loop = (dict(values.get(name, {})) for name in _NESTED)
         steps = loop.get("steps") or 0
         train = registry.build(TrainConfig, {**loop, "steps": steps or 1}, "train")
         made_optimizer = registry.build(OptimizerConfig, optimizer, "optimizer")
-        made_objective = registry.build(kind.objective, objective, "objective")
-        for name in kind.objective.BEFORE:  # recorded even where the configuration leaves it to its default
+        made_objective = registry.build(task_spec.objective, objective, "objective")
+        for (
+            name
+        ) in task_spec.objective.BEFORE:  # recorded even where the configuration leaves it to its default
             values.setdefault("objective", {})[name] = getattr(made_objective, name)
         init_from = values.get("init_from") or ""
         tokenizer = data.get("tokenizer") or ""
-        if kind.tokenizer is not None and not tokenizer and not init_from:
+        if task_spec.tokenizer is not None and not tokenizer and not init_from:
             import_tokenizers()  # before minutes of work that would come to nothing
         made_objective.check_start(init_from)
         adapters = adapters_of(values)
-        made_data = registry.build(kind.data, data, "data")
+        made_data = registry.build(task_spec.data, data, "data")
         registry.check_device(registry.model_config(values["family"], model, 1))
         return cls(
-            values, values["family"], values["task"], kind, model, made_data, made_objective, adapters,
+            values, values["family"], values["task"], task_spec, model, made_data, made_objective, adapters,
             made_optimizer, train, steps, init_from, tokenizer,
         )  # fmt: skip
 
@@ -132,18 +134,18 @@ class RunSpec:
 
     def make_tokenizer(self, store: Store) -> Tokenizer:
         """Train a tokenizer on the texts of a store, for a task of texts."""
-        assert self.kind.tokenizer is not None
-        return self.kind.tokenizer(store, self.objective, self.data, self.loop.seed)
+        assert self.task_spec.tokenizer is not None
+        return self.task_spec.tokenizer(store, self.objective, self.data, self.loop.seed)
 
     def make_task(
         self,
         store: Store,
         model: Mapping[str, Any],
         tokenizer: Tokenizer | None,
-        kept: Mapping[str, Any] | None,
+        parent_data: Mapping[str, Any] | None,
         mesh: Mesh | None,
     ) -> Task:
-        """Task over a store; the arguments are those of `Parts`.
+        """Task over a store; the arguments are those of `TaskInputs`.
 
         Raises
         ------
@@ -151,8 +153,10 @@ class RunSpec:
             Model, data and options do not fit each other, or this machine does not compute the model.
         """
         seed = self.loop.seed
-        parts = Parts(self.family, model, self.objective, self.data, store, seed, tokenizer, kept, mesh)
-        return cast(Task, task_of(self.kind, parts, self.adapters))
+        inputs = TaskInputs(
+            self.family, model, self.objective, self.data, store, seed, tokenizer, parent_data, mesh
+        )
+        return cast(Task, task_of(self.task_spec, inputs, self.adapters))
 
 
 def _check_sections(values: Mapping[str, Any]) -> None:

@@ -80,12 +80,12 @@ def from_model(spec: RunSpec, workdir: Path) -> Start:
     """
     store, mesh = open_data(spec.data, workdir), _mesh(spec)
     parent = load(spec.init_from, mesh=mesh, genes=store.vocabulary)
-    if spec.kind.resolves:
+    if spec.task_spec.inherits_architecture:
         _check_family(spec, parent)
     tokenizer = _saved(spec, workdir, lambda: _named(spec) or _of_parent(spec, parent))
     parent, remarks = _grown(parent, tokenizer)
     model = spec.model
-    if spec.kind.resolves:
+    if spec.task_spec.inherits_architecture:
         model = registry.inherited(parent.config, spec.model, spec.data.text_length)
     task = spec.make_task(store, model, tokenizer, parent.data, mesh)
     if task.lora is None and COLLECTION in parent.variables:
@@ -114,9 +114,9 @@ def resumed(spec: RunSpec, workdir: Path) -> Start:
     resume.check_folder(described, store, spec, workdir)
     mesh = _mesh(spec)
     tokenizer = None
-    if spec.kind.tokenizer is not None:
+    if spec.task_spec.tokenizer is not None:
         tokenizer = _of_folder(workdir)
-    model = (settings.get(run_folder.MODEL) if spec.kind.resolves else None) or spec.model
+    model = (settings.get(run_folder.MODEL) if spec.task_spec.inherits_architecture else None) or spec.model
     task = spec.make_task(store, model, tokenizer, described.get("model"), mesh)
     licence = described.get("license") or "unknown"
     return Start(store, task, licence, step=run_folder.steps(workdir)[-1])
@@ -152,7 +152,7 @@ def _mesh(spec: RunSpec) -> Mesh | None:
 
 
 def _check_family(spec: RunSpec, parent: Pretrained) -> None:
-    families = trained_by(spec.kind)
+    families = trained_by(spec.task_spec)
     if parent.family not in families:
         raise ConfigError(
             f"the model to start from is of the family {parent.family!r}, which the task {spec.task!r} does not "
@@ -167,7 +167,7 @@ def _check_family(spec: RunSpec, parent: Pretrained) -> None:
 
 def _saved(spec: RunSpec, workdir: Path, make: Callable[[], Tokenizer]) -> Tokenizer | None:
     """Tokenizer of a task of texts, as the run folder keeps it from now on; process 0 makes it for all."""
-    if spec.kind.tokenizer is None:
+    if spec.task_spec.tokenizer is None:
         return None
     folder = workdir / run_folder.TOKENIZER
     if jax.process_index() == 0:

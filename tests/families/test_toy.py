@@ -18,7 +18,7 @@ from sct import families
 from sct.benchmarks.zero_shot import benchmark
 from sct.data.cells import Cells
 from sct.errors import ConfigError
-from sct.families.tasks import kind_of
+from sct.families.tasks import task_spec_of
 from sct.models import adapters, registry
 from sct.models.adapter_kinds import LoraConfig
 from sct.nn.paths import flatten
@@ -113,7 +113,7 @@ def test_targets_that_are_named_need_no_defaults():
 
 def test_an_adapted_task_is_copied():
     adapted = copy.copy(Adapted(toy.ToyTask.__new__(toy.ToyTask), LoraConfig()))
-    assert (adapted.monitor, adapted.take_given()) == ("loss", {})
+    assert (adapted.monitor, adapted.take_pretrained_params()) == ("loss", {})
     with pytest.raises(AttributeError, match="rings"):
         _ = adapted.rings
 
@@ -143,7 +143,7 @@ def test_names_are_taken_once():
     with pytest.raises(ConfigError, match="gpt2"):
         families.register(dataclasses.replace(taken, name="other"))
     model = toy.FAMILY.models["toy"]
-    kind = dataclasses.replace(toy.KIND, name="masked_bins")
+    kind = dataclasses.replace(toy.SPEC, name="masked_bins")
     converter = families.Converter(lambda *given: None)
     for changes, words in (
         (
@@ -160,7 +160,7 @@ def test_names_are_taken_once():
     families.unregister(families.all_families()["sct"])
     assert {"sct", "toy"} <= set(registry.MODELS)
     with pytest.raises(ConfigError, match="does not train the family 'sct': choose from toy"):
-        kind_of({"family": "sct", "task": "toy_bins"})
+        task_spec_of({"family": "sct", "task": "toy_bins"})
     assert registry.family("toy").config is toy.ToyConfig
     shapes = boxed_shapes("toy", toy.ToyConfig(30))
     assert jax.tree.leaves(shapes)

@@ -22,7 +22,7 @@ from sct.models.registry import Architecture
 from sct.nn import axes
 from sct.nn.linear import Linear
 from sct.tasks.base import ObjectiveConfig, StoreConfig
-from sct.tasks.kind import Kind, Parts
+from sct.tasks.task_spec import TaskInputs, TaskSpec
 
 BINS, HIDDEN = 10, 0.2
 OPTIONS = CellOptions(BINS)
@@ -67,18 +67,18 @@ class ToyObjective(ObjectiveConfig):
 
 class ToyTask:
     trainable: Sequence[tuple[str, bool]] = ((".*", True),)
-    new: Sequence[str] = ()
+    may_be_missing: Sequence[str] = ()
     lora = None
     license = "unknown"
     weight, monitor, monitor_mode = "hidden", "loss", "min"
 
-    def __init__(self, parts: Parts):
+    def __init__(self, parts: TaskInputs):
         self.objective, self.store, self.seed = parts.objective, parts.store, parts.seed
         self.vocabulary = parts.store.vocabulary
         self.model_config = registry.model_config(parts.architecture, parts.model, len(self.vocabulary))
         self.model, self.tokens_per_record = Toy(self.model_config), len(self.vocabulary)
 
-    def take_given(self) -> Mapping[str, Any]:
+    def take_pretrained_params(self) -> Mapping[str, Any]:
         return {}
 
     def init(self, rng: jax.Array) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class ToyTask:
         return 4.0 * records * self.model_config.num_genes * self.model_config.width
 
     def exports(self) -> dict[str, Any]:
-        return {"genes": self.vocabulary, "data": {"task": KIND.name}}
+        return {"genes": self.vocabulary, "data": {"task": SPEC.name}}
 
     def notes(self, fresh: bool) -> Sequence[str]:
         return ()
@@ -128,7 +128,7 @@ class ToyReader(SingleCells):
         return {"seen": cell_records(cells.read(rows), OPTIONS)["bins"].astype(np.float32) / BINS}
 
 
-KIND = Kind("toy_bins", ToyObjective, StoreConfig, ToyTask)
+SPEC = TaskSpec("toy_bins", ToyObjective, StoreConfig, ToyTask)
 FAMILY = Family(
     name="toy_family",
     title="A gene MLP",
@@ -136,7 +136,7 @@ FAMILY = Family(
     models={
         "toy": Model(
             Architecture(ToyConfig, Toy, ("^down$",)),
-            tasks=(KIND,),
+            tasks=(SPEC,),
             config="tests/families/toy.py",
             adapters=(LoraConfig, BottleneckConfig),
             embed=ToyReader,
@@ -145,7 +145,7 @@ FAMILY = Family(
 )
 CONFIG: dict[str, Any] = {
     "family": "toy",
-    "task": KIND.name,
+    "task": SPEC.name,
     "init_from": "",
     "model": {"width": 24},
     "data": {"dataset": "pbmc68k"},

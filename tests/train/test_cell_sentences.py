@@ -23,7 +23,7 @@ from sct.data.store import Store
 from sct.data.text.prompts import Template
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import CheckpointError, ConfigError, SctError, StoreError
-from sct.families.tasks import kind_of, make_task
+from sct.families.tasks import make_task, task_spec_of
 from sct.generation.cells import CellWriter
 from sct.models import lora, registry
 from sct.models.decoder import Decoder
@@ -399,9 +399,9 @@ def test_models_that_do_not_fit_the_texts(prompts):
     with pytest.raises(ConfigError, match="300 tokens"):
         task_of(prompts, study(9), model={"vocab_size": 300})
     with pytest.raises(ConfigError, match=r"'sct'.*gpt2, neox, llama"):
-        kind_of({"family": "sct", "task": "cell_sentences"})
+        task_spec_of({"family": "sct", "task": "cell_sentences"})
     with pytest.raises(ConfigError, match="'sentences'"):
-        kind_of({"family": "gpt2", "task": "sentences"})
+        task_spec_of({"family": "gpt2", "task": "sentences"})
 
 
 # Runs.

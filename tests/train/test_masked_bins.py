@@ -123,8 +123,8 @@ def test_features_are_given_and_never_trained():
     options = OptimizerConfig(peak_lr=1e-2, init_lr=1e-2, warmup_steps=0)
     abstract, make = init_state(task, lambda shapes: make_optimizer(options, 5, shapes)[0], mesh, 0)
     assert set(abstract.frozen) == {FEATURES}
-    given = task.take_given()
-    assert task.take_given() == {}  # memory is not held twice
+    given = task.take_pretrained_params()
+    assert task.take_pretrained_params() == {}  # memory is not held twice
     state = load_into(make(), given, (".*",))
     before = jax.tree.map(np.asarray, state.trained)
     step = make_train_step(task, make_optimizer(options, 5, abstract.trained)[0], mesh, abstract)

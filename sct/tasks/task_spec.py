@@ -1,4 +1,4 @@
-"""Kinds of tasks: the types of a configuration's sections, and what makes a task of them."""
+"""Specification of a task: the types of a configuration's sections, and the function that makes the task."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ BAG_SPEED = (*ANY_SPEED, "forward", "loader", "ingest", "embed")
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
-    """What a task is made of.
+class TaskInputs:
+    """Everything that a task is made from.
 
     Attributes
     ----------
     architecture, model
         Name in `sct.models.registry`, and plain values of the architecture.
     objective, data
-        Options, of the types that the task's `Kind` names.
+        Options, of the types that the task's `TaskSpec` names.
     store, seed
         Cells, and the run's seed.
     tokenizer
-        Of a task of texts.
-    kept
-        What the resumed run, or the model that training starts from, says of its data.
+        For tasks on text.
+    parent_data
+        Data record of the resumed run, or of the model that training starts from; None for a new model.
     mesh
-        Devices that share the arrays of models which the task loads, each reading its own part; None for one.
+        Devices that share the arrays of the models that the task loads; None for one device.
     """
 
     architecture: str
@@ -44,13 +44,13 @@ class Parts:
     store: Store
     seed: int
     tokenizer: Tokenizer | None = None
-    kept: Mapping[str, Any] | None = None
+    parent_data: Mapping[str, Any] | None = None
     mesh: Mesh | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
-    """One kind of task; which architectures it trains stands in the manifests of `sct.families`.
+class TaskSpec:
+    """Specification of a task. The manifests in `sct.families` say which architectures it trains.
 
     Attributes
     ----------
@@ -61,22 +61,21 @@ class Kind:
     make
         Makes the task.
     tokenizer
-        Of a task of texts: trains one, from (store, objective, data, seed).
-    resolves
-        Whether sizes of the model follow from files: a resumed run, or one that starts from a model, then has the
-        sizes that were kept.
+        For tasks on text: trains a tokenizer, from (store, objective, data, seed).
+    inherits_architecture
+        Whether the model's sizes depend on files. A resumed run, or one that starts from a model, then keeps the sizes
+        of that model.
     speed
         Modes of `launch.speed` that measure it.
     everywhere
-        Options of the objective with which the head is evaluated at all positions, for the comparison with the
-        reference path.
+        Options of the objective that evaluate the head at all positions; `launch.speed` compares with that.
     """
 
     name: str
     objective: type[ObjectiveConfig]
     data: type[StoreConfig]
-    make: Callable[[Parts], Task]
+    make: Callable[[TaskInputs], Task]
     tokenizer: Callable[[Store, Any, Any, int], Tokenizer] | None = None
-    resolves: bool = False
+    inherits_architecture: bool = False
     speed: tuple[str, ...] = ANY_SPEED
     everywhere: Mapping[str, Any] = dataclasses.field(default_factory=dict)
