@@ -54,7 +54,9 @@ def rows(name: str, model: Model) -> list[tuple[str, str]]:
     ]
     targets = ", ".join(f"`{target}`" for target in model.architecture.targets) or "none by default"
     # A bar would end a cell of the table.
-    made.append(("adapters", ", ".join(link(kind) for kind in model.adapters)))
+    made.append(
+        ("adapters", ", ".join(link(kind) for kind in model.adapters) or "none beside those of its task")
+    )
     made.append(("layers with LoRA by default", targets.replace("|", "\\|")))
     return made
 
@@ -72,11 +74,18 @@ def page(family: Family) -> str:
         lines += [f"| {part} | {where} |" for part, where in rows(name, model)] + [""]
     if family.converters:
         lines += ["## Foreign weights", ""]
-        lines += [
-            f"- `python -m launch.convert --from={name} --input=DIR --output=MODEL_DIR`"
-            + (f", and back by `--from=sct --to={name}`" if each.write is not None else "")
-            for name, each in family.converters.items()
-        ]
+        for name, each in family.converters.items():
+            genes = (
+                ", with `--genes=VOCABULARY` if the weights have no gene order" if each.takes_genes else ""
+            )
+            what = f" ({each.title} folders)" if each.title else ""
+            lines.append(
+                f"- `python -m launch.convert --from={name} --input=DIR --output=MODEL_DIR`{what}{genes}"
+            )
+            if each.write is not None:
+                lines.append(
+                    f"- back: `python -m launch.convert --from=sct --to={name} --input=MODEL_DIR --output=DIR`"
+                )
         lines.append("")
     notices = dict.fromkeys([family.license, *(each.notice for each in family.converters.values())])
     said = [notice.strip() for notice in notices if notice]

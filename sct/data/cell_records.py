@@ -1,7 +1,7 @@
 """Cells as records, one by one: which genes of a cell are read, and which values of them.
 
-The two are chosen apart: any genes of `GENES` with any values of `sct.data.cell_values.VALUES`. Values are those of the
-whole cell, whichever genes are read.
+The two are chosen apart: any genes of `GENES` with any values of `sct.data.cell_values.VALUES`. Values are computed
+from all known genes of the cell, whichever genes are read.
 
 Zero is bin 0; non-zero values have bins 1 to N by their quantile among the non-zero values of their cell (ZerOmics,
 appendix A.3). Quantiles do not change when all values of a cell are multiplied by one number, so the bins of raw counts
@@ -28,7 +28,7 @@ GENES = ("all", "expressed", "top", "sampled", "listed")
 
 
 def known_genes(number: int, dropped: Sequence[int]) -> np.ndarray:
-    """Which of so many genes a model knows, bool (G,), of the numbers of those that it does not."""
+    """Mask (G,) of the genes that a model knows, from the numbers of unknown genes."""
     known = np.ones(number, bool)
     known[list(dropped)] = False
     return known
@@ -41,17 +41,16 @@ class CellOptions:
     Parameters
     ----------
     num_bins
-        Bins of non-zero values (10 in the ZerOmics paper); zero is another one. "levels" have one less than these.
+        Bins of non-zero values (10 in the ZerOmics paper); zero is bin 0. "levels" has `num_bins` - 1.
     max_genes
-        Places of a record; 0 for all genes of the vocabulary.
+        Genes per record; 0 for the whole vocabulary.
     genes
-        Which genes are read: "all" of the vocabulary, in its order; those that are "expressed", of which there may be
-        no more than `max_genes`; the "top", the expressed ones, and the `max_genes` highest where there are more (of
-        equal ones a random choice that depends on the cell and the gene alone); "sampled", the expressed ones, and a
-        random choice where there are more; "listed", genes that are given, such as the variable ones
-        (`sct.data.gene_selection.variable_genes`), expressed or not. "" is "all", and "top" with `max_genes`.
+        Which genes are read. "all": the vocabulary, in its order. "expressed": all expressed genes; more than
+        `max_genes` is an error. "top": the `max_genes` most highly expressed genes; ties are drawn from the cell, the
+        gene and `seed`. "sampled": `max_genes` expressed genes at random. "listed": given genes, expressed or not
+        (`sct.data.gene_selection.variable_genes`). "" is "top" with `max_genes`, otherwise "all".
     values
-        What is read of them, of `sct.data.cell_values.VALUES`.
+        Name in `sct.data.cell_values.VALUES`.
     """
 
     num_bins: int = 10
@@ -70,7 +69,7 @@ class CellOptions:
                     f"{name} is {getattr(self, name)!r}, but it must be one of {', '.join(filter(None, known))}."
                 )
         if self.values == "levels" and self.num_bins < 2:
-            raise ConfigError("num_bins is 1, but levels need 2 or more, zero included.")
+            raise ConfigError("num_bins is 1, but levels need 2 or more: raise it.")
         if (self.choice in ("all", "listed")) == bool(self.max_genes):
             needed = "0" if self.max_genes else "1 or more"
             raise ConfigError(
@@ -128,8 +127,10 @@ def cell_records(
 
     Raises
     ------
+    ConfigError
+        With genes="listed": the list is missing, not ascending, or has genes that the model does not know.
     DataError
-        A cell has more expressed genes than `max_genes`, and all are to be read.
+        With genes="expressed": a cell has more expressed genes than `max_genes`.
     """
     counts = canonical(counts)
     if known is not None and not known.all():
@@ -190,9 +191,9 @@ class CellSource:
     known
         Genes of the corpus, bool (G,).
     exhaustive
-        In file order rather than in random order.
+        File order instead of random order.
     seed
-        Of the order of cells, and of genes that are sampled, in each epoch others.
+        Seed of the cell order and, per epoch, of sampled genes.
     listed
         See `cell_records`.
     """
@@ -220,7 +221,7 @@ class CellSource:
         return f"study {study.name!r}, row {rows[0]}"
 
     def bag(self, number: int, epoch: int = 0) -> dict[str, np.ndarray]:
-        """Read and bin one cell."""
+        """Record of one cell."""
         study, rows = self.cells.rows(number, epoch)
         counts = study.read_rows(rows)
         sampled = self.options.choice == "sampled"  # the ties of the others do not change

@@ -15,9 +15,8 @@ from sct.data.tokenize import levels_of
 def quantile_bins(counts: sparse.csr_matrix, num_bins: int = 10) -> sparse.csr_matrix:
     """Bins 1 .. `num_bins` of the non-zero values of each cell.
 
-    A value is in bin 1 + floor(num_bins x share), where the share is that of the cell's non-zero values that are
-    smaller: equal values have one bin, and what lies in the lowest 5% of a cell is in bin 1, in the lowest 18% in bin 2
-    (the paper's examples, with 10 bins).
+    Bin = 1 + floor(num_bins x share); share is the fraction of the cell's non-zero values that are smaller. Equal
+    values have one bin. A share of 5% is bin 1, of 18% bin 2 (the paper's examples, with 10 bins).
 
     Parameters
     ----------

@@ -45,22 +45,23 @@ def all_families() -> dict[str, Family]:
 def register(family: Family) -> None:
     """Add a family, whose architectures can then be trained, loaded and used like those of this package.
 
-    A family of the same name that was added before is replaced.
+    Registering the same name again replaces the earlier family.
 
     Raises
     ------
     ConfigError
-        Another family has the name of the family, or of one of its architectures, tasks or converters.
+        A name is taken: of the family, an architecture, a task or a converter.
     """
     others = [each for name, each in all_families().items() if name not in _ADDED or name != family.name]
     for what, name, part in _named(family):
         for other in others:
             if any(name == taken and part is not owned for _, taken, owned in _named(other)):
                 raise ConfigError(
-                    f"the family {other.name!r} has something of the name {name!r} already: rename the {what}."
+                    f"the {what} name {name!r} is taken by the family {other.name!r}: choose another name."
                 )
     if family.name in _built_in():
         return
+    unregister(family)
     _ADDED[family.name] = family
     for name, each in family.models.items():
         registry.MODELS[name] = each.architecture
@@ -95,7 +96,7 @@ def model(name: str) -> Model:
 
 
 def ability(handle: Pretrained, name: str) -> Any:
-    """What does something by a model: see the attributes of `sct.families.manifest.Model`.
+    """Object that gives a model an ability; names: `sct.families.manifest.ABILITIES`.
 
     Raises
     ------
@@ -109,10 +110,10 @@ def ability(handle: Pretrained, name: str) -> Any:
         able = [each for each in models().values() if getattr(each, name) is not None and each.config]
         configs = " or ".join(dict.fromkeys(each.config for each in able))
         words = [ABILITIES[each] for each in own.abilities]
-        can = f"can {' and '.join(words)}, but not {ABILITIES[name]}" if words else "reads no cells"
-        such = f", such as of {configs}" if configs else ""
+        can = f"can {', '.join(words)}, but not {ABILITIES[name]}" if words else "reads no cells"
+        such = f" (trained by {configs})" if configs else ""
         raise ConfigError(
-            f"the model is of the family {handle.family!r}, which {can}: give one that can {ABILITIES[name]}{such}."
+            f"the model has the architecture {handle.family!r}, which {can}: give one that can {ABILITIES[name]}{such}."
         )
     return make(handle)
 

@@ -21,23 +21,22 @@ from sct.weights.pretrained import Pretrained
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """One architecture of a family; each ability is what makes, of a model, what does it.
+    """One architecture of a family. Each ability is a function that takes a model and returns the object for it.
 
     Attributes
     ----------
     architecture
         Configuration and module.
     tasks
-        Kinds of tasks that train it.
+        Tasks that train it.
     config
         Configuration file that trains it, for messages; "" where none does.
     adapters
-        Kinds of adapters that make sense for it, see `sct.models.adapter_kinds`; their default layers stand in
-        `architecture.targets` and in the kinds.
+        Adapters that it accepts (`sct.models.adapter_kinds`); default layers: `architecture.targets` and the kinds.
     embed
-        Reads cells, for a vector of each (`sct.tl.embed`).
+        Makes the reader that embeds cells (`sct.tl.embed`).
     impute
-        Reads bags of cells, for levels of hidden genes (`sct.tl.impute`, the imputation of the benchmark).
+        Makes the reader that predicts levels of hidden genes (`sct.tl.impute`, the imputation of the benchmark).
     annotate
         Names cells in words (`sct.tl.annotate` without a reference).
     generate, describe
@@ -81,12 +80,11 @@ class Converter:
     Attributes
     ----------
     read
-        (folder, folder to write, type of the arrays, gene order, whether to number the genes instead) -> writes a model
-        folder.
+        (source, target, dtype, genes, numbered): writes a model folder; `numbered` replaces gene names by numbers.
     write
-        (model, folder to write, type of the arrays) -> writes the foreign folder; None where that is not possible.
+        (model, target, dtype): writes the foreign folder; None if that is not possible.
     notice
-        What a user must know of the licence.
+        License note for the user.
     takes_genes
         Whether the gene order may be given.
     title
@@ -102,7 +100,7 @@ class Converter:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A product family: everything above models, tasks and readers finds them here.
+    """A family: its architectures, converters and documentation.
 
     Attributes
     ----------
@@ -115,9 +113,9 @@ class Family:
     license
         Of published weights, for users.
     models
-        Architectures by the name that configurations and model folders give them (`family`).
+        Architectures by name; configurations and model folders name them in `family`.
     converters
-        Foreign formats by the name that `launch.convert` gives them.
+        Foreign formats by their name in `launch.convert`.
     """
 
     name: str

@@ -33,7 +33,7 @@ def task_spec_of(config: Mapping[str, Any]) -> TaskSpec:
     spec = known[str(name)]
     if spec not in models[str(family)].tasks:
         raise ConfigError(
-            f"the task {name!r} does not train the family {family!r}: choose from {', '.join(trained_by(spec))}."
+            f"the task {name!r} does not train {family!r}: set family to one of {', '.join(trained_by(spec))}."
         )
     return spec
 
@@ -49,7 +49,7 @@ def data_of(config: Mapping[str, Any]) -> Any:
 
 
 def adapters_of(config: Mapping[str, Any]) -> AdapterConfig | None:
-    """Adapters that a configuration trains in place of the model, None where it trains the model.
+    """Adapters that a configuration trains with the model frozen; None if it trains the model.
 
     Raises
     ------
@@ -64,13 +64,15 @@ def adapters_of(config: Mapping[str, Any]) -> AdapterConfig | None:
     if type(made) not in fitting:
         names = [name for name, kind in KINDS.items() if kind in fitting]
         takes = (
-            f"takes {' or '.join(names)}" if names else "takes none beside those of its task: leave it empty"
+            f"takes {' or '.join(names)}"
+            if names
+            else "takes no adapters but those of its task: leave it empty"
         )
-        raise ConfigError(f"adapters.kind is {options.kind!r}, but the family {architecture!r} {takes}.")
+        raise ConfigError(f"adapters.kind is {options.kind!r}, but {architecture!r} {takes}.")
     objective = registry.build(task_spec_of(config).objective, config.get("objective", {}), "objective")
     if objective.has_adapters:
         raise ConfigError(
-            f"adapters.kind is {options.kind!r}, but objective.lora has adapters as well: leave one of them out."
+            f"adapters.kind is {options.kind!r} and objective.lora is also set: use one of them."
         )
     if not config.get("init_from"):
         raise ConfigError(
@@ -103,7 +105,7 @@ def make_task(
 
 
 def task_of(task_spec: TaskSpec, inputs: TaskInputs, adapters: AdapterConfig | None) -> Any:
-    """Task of its parts, with adapters trained in place of its model where there are some.
+    """Make a task; with `adapters`, train them and freeze the model.
 
     Raises
     ------

@@ -63,9 +63,7 @@ def candidates_of(
         )
     writer.check(f"cell_to_{field}")
     if isinstance(given, str):
-        raise ConfigError(
-            f"candidates is the text {given!r}, but a list of answers to choose among is needed."
-        )
+        raise ConfigError(f"candidates is the string {given!r}: give a list of two or more answers.")
     if given is not None:
         texts = [render_labels(each) if isinstance(each, Mapping) else str(each) for each in given]
         if len(set(texts)) < len(texts) or len(texts) < 2:

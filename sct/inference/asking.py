@@ -19,33 +19,31 @@ from sct.weights.pretrained import Pretrained
 
 
 def asker_of(model: Pretrained) -> CellAsker:
-    """What a model learned of instructions; `ConfigError` for any other model."""
+    """Asker of an instruction model; `ConfigError` for any other model."""
     return CellAsker.of(model.config, model.variables, model.tokenizer, model.genes, model.data)
 
 
 def check_key(name: str) -> None:
-    """Raise `ConfigError` for a name under which no file could keep results."""
+    """Raise `ConfigError` for an empty name."""
     if not name:
         raise ConfigError("key_added is empty: give the name of a column.")
 
 
 def said_of(adata: ad.AnnData, name: str, given: Any, form: str, argument: str = "") -> Any:
-    """What is said of the study, as given or in `uns`; `ConfigError` where it is neither."""
+    """Study metadata from the argument or `uns`; `ConfigError` if it is missing."""
     argument = argument or name
     found = adata.uns.get(name) if given is None else given
     where = f'adata.uns["{name}"]' if given is None else argument
     if found is None:
-        raise ConfigError(
-            f'{argument}, {form}, is missing: give {argument}=..., or put it into adata.uns["{name}"].'
-        )
+        raise ConfigError(f'{argument} ({form}) is missing: pass {argument}=... or set adata.uns["{name}"].')
     if form == "a text":
         if not isinstance(found, str) or not found.strip():
-            raise ConfigError(f"{where} is {found!r}, but {form} is needed.")
+            raise ConfigError(f"{where} is {found!r}: give a non-empty string.")
         return found
     many = isinstance(found, Iterable) and not isinstance(found, str)
     names = list(found) if many else []
     if wrong := [each for each in names if not isinstance(each, str) or not each.strip()]:
-        raise ConfigError(f"{where} has {wrong[0]!r}, but {form} is needed: leave it out.")
+        raise ConfigError(f"{where} contains {wrong[0]!r}: use non-empty names only.")
     if not names:
         raise ConfigError(f'{where} is {found!r}, but {form} is needed, such as ["one", "two"].')
     return [str(each) for each in names]
@@ -152,7 +150,7 @@ class InstructionAnnotator:
         """Name the type of each cell; see `sct.tl.annotate`."""
         if label_key not in (None, "cell_type"):
             raise ConfigError(
-                f"label_key is {label_key!r}, but this model names cell types alone: leave it out."
+                f"label_key is {label_key!r}, but this model only names cell types: leave out label_key."
             )
         types = said_of(adata, "cell_types", candidates, "a list of names", "candidates")
         asker = asker_of(self.model)

@@ -23,7 +23,7 @@ Inputs = Callable[[Mapping[str, np.ndarray], np.ndarray], dict[str, np.ndarray]]
 
 
 def check_context(context: str, section: Section) -> None:
-    """Raise `ConfigError` for a kind of context that there is not, or that needs positions which a section lacks."""
+    """Raise `ConfigError` for an unknown context, or for "neighbors" without positions."""
     if context not in CONTEXTS:
         raise ConfigError(f"context is {context!r}, but it must be one of {', '.join(CONTEXTS)}.")
     if context != CONTEXTS[0] and section.places is None:
@@ -118,7 +118,7 @@ class BagReader:
             if order is not None
         ]
         with progress(what, sum(int(study.order.counted.sum()) for study in studies)) as bar:
-            # Sections with fewer cells than a bag have bags of another shape, and a program of their own.
+            # Sections with fewer cells than a bag have another shape, which is compiled separately.
             for size in sorted({study.order.cells_per_bag for study in studies}, reverse=True):
                 same = [study for study in studies if study.order.cells_per_bag == size]
                 options = self.options(size, same[0].spatial, with_counts)

@@ -1,4 +1,4 @@
-"""How the cell model of ZerOmics reads cells: as quantile bins of their genes."""
+"""How the cell model of ZerOmics reads cells: as bins (quantiles or levels) of their genes."""
 
 from __future__ import annotations
 

@@ -25,8 +25,7 @@ def loaded(model: Model) -> Pretrained:
     """Return a model, loaded where a path or an id is given; `ConfigError` for what is neither, or needs a GPU."""
     if not isinstance(model, Pretrained | str | os.PathLike):
         raise ConfigError(
-            f"the model is a {type(model).__name__}, but what sct.load gives, or a path or hub id, is needed (adata "
-            "comes first)."
+            f"the model is a {type(model).__name__}: give a model of sct.load, a path or a Hub id, after adata."
         )
     handle = model if isinstance(model, Pretrained) else load(model)
     registry.check_device(handle.config)
@@ -87,7 +86,7 @@ def sections(adata: ad.AnnData, batch_key: str | None, spatial_key: str | None) 
     if spatial_key not in adata.obsm:
         known = f"only {', '.join(map(repr, adata.obsm))}" if len(adata.obsm) else "it is empty"
         raise DataError(
-            f"obsm has no {spatial_key!r}, {known}: name the key of the positions (spatial_key=...)."
+            f"obsm has no {spatial_key!r}, {known}: name the key of the positions, or leave out spatial_key."
         )
     given = np.asarray(adata.obsm[spatial_key])
     known_scales = read_scales(adata.uns, spatial_key, batch_key)
@@ -130,7 +129,7 @@ def column(adata: ad.AnnData, name: str, what: str) -> Any:
 def check_seed(seed: int) -> None:
     """Raise `ConfigError` for a number that is no seed."""
     if seed < 0:
-        raise ConfigError(f"seed is {seed}, but it must be 0 or more.")
+        raise ConfigError(f"seed is {seed}, but it must be 0 or more: give another.")
 
 
 def check_not_empty(cells: Cells, needed: np.ndarray | None = None) -> None:

@@ -1,4 +1,4 @@
-"""How models read the cells of a table one by one; `sct.inference.bags` has that of models that read bags."""
+"""Readers of single cells; the reader of bags is in `sct.inference.bags`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _TOKENS = 1 << 16
 
 
 class CellReader(Protocol):
-    """How a model reads cells, for a vector of each.
+    """Reads cells and returns one vector per cell.
 
     Attributes
     ----------
     model
         The model.
     in_bags
-        Whether a cell is read among others, so that its embedding depends on them.
+        Whether a cell's embedding depends on other cells of its bag.
     readout
         Output (or intermediate) of the model that is the embedding of each cell.
     """
@@ -57,15 +57,15 @@ class CellReader(Protocol):
         cells
             The table.
         orders
-            Bags of each of its sections, of a reader of bags.
+            Bags of each section; None for readers of single cells.
         names
             Outputs of the model.
         what
-            Said beside the progress bar.
+            Text of the progress bar.
         batch_size
-            Records at once; by default by their tokens.
+            Records per batch; by default from a token budget.
         seed
-            Of what a reader draws, such as the order of genes with equal counts.
+            Seed of what the reader draws, such as the order of genes with equal counts.
         """
         ...
 
@@ -92,7 +92,7 @@ class SingleCells(abc.ABC):
     @property
     @abc.abstractmethod
     def tokens(self) -> int:
-        """Tokens of a cell, about."""
+        """Approximate number of tokens per cell."""
 
     @abc.abstractmethod
     def records(self, cells: Cells, rows: np.ndarray, seed: int) -> dict[str, np.ndarray]:

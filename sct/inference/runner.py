@@ -27,11 +27,11 @@ class Record:
     Attributes
     ----------
     rows, counted
-        (K,) rows of the table, and whether a result is to be taken from here.
+        (K,) rows of the table; True where this record gives the cell's result.
     inputs
         Inputs of the model by name, without the batch axis.
     bag
-        Whatever else the reader knows of these cells.
+        Other values of these cells that the reader keeps.
     """
 
     rows: np.ndarray
@@ -42,7 +42,7 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A record and what the model says of it.
+    """A record and the model's outputs.
 
     Attributes
     ----------
@@ -70,7 +70,7 @@ class Runner:
     tokens
         See above.
     noun
-        What messages call records.
+        Word for records in messages.
 
     Raises
     ------

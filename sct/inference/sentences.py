@@ -1,4 +1,4 @@
-"""How decoders read cells: as sentences, in the words that a model learned."""
+"""How decoders read cells: as sentences of gene names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STEP = 64  # texts are padded to multiples of so many tokens, so that few shape
 
 
 def writer_of(model: Pretrained) -> CellWriter:
-    """What a model learned of cell sentences; `ConfigError` for any other model."""
+    """Writer of cell sentences of a model; `ConfigError` for any other model."""
     return CellWriter.of(model.config, model.variables, model.tokenizer, model.genes, model.data)
 
 
@@ -30,7 +30,7 @@ def written(
     top_k: int | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Sentences of rows of a table, in the words of a model and as long as it reads."""
+    """Cell sentences of rows, with the model's gene names and at most its length."""
     longest = min(top_k or writer.top_k or len(writer.words), writer.top_k or len(writer.words))
     made: list[str] = []
     for start in range(0, len(rows), BLOCK):
@@ -49,7 +49,7 @@ def questions(
     gene_column: str | None = None,
     duplicates: Literal["error", "sum"] = "error",
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """What a model is told of each cell, and the cells' keys.
+    """Prompt fields of each cell, and the cells' keys.
 
     Raises
     ------
@@ -78,7 +78,7 @@ class SentenceReader(SingleCells):
     Raises
     ------
     ConfigError
-        It was not.
+        The model was not trained on cell sentences.
     """
 
     readout = "text_embedding"
@@ -93,7 +93,7 @@ class SentenceReader(SingleCells):
         return self.writer.length
 
     def records(self, cells: Cells, rows: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-        """Tokens (n, T) of the sentences, and which are there; what is longer than a row of training is cut off."""
+        """Tokens (n, T) and attention mask (n, T); longer sentences are truncated."""
         tokenizer, longest = self.writer.tokenizer, self.writer.length
         made = written(cells, self.writer, rows, seed=seed)
         texts = [

@@ -1,4 +1,4 @@
-"""Any task, with adapters trained in place of the model (the section `adapters` of a configuration)."""
+"""Any task with trained adapters and a frozen model (the section `adapters` of a configuration)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class AdapterOptions:
     kind
         "low_rank" (LoRA), "bottleneck" or "prefix"; "" trains the model itself.
     targets, layers
-        Which layers have one; by default those of the architecture, in all blocks.
+        Layers with an adapter; by default the architecture's or the kind's targets, in all blocks.
     rank, alpha
         Of low-rank adapters, see `sct.models.adapter_kinds.LoraConfig`.
     width, scale, skip
@@ -54,8 +54,10 @@ class AdapterOptions:
         known = {field.name for field in dataclasses.fields(KINDS[self.kind])} if self.kind else set()  # type: ignore[arg-type]
         for field in dataclasses.fields(self):
             if field.name not in {"kind", *known} and getattr(self, field.name) != field.default:
-                what = f"no option of {self.kind} adapters" if self.kind else "set, but adapters.kind is not"
-                raise ConfigError(f"adapters.{field.name} is {what}: leave it out, or choose another kind.")
+                what = (
+                    f"is no option of {self.kind} adapters" if self.kind else "is set without adapters.kind"
+                )
+                raise ConfigError(f"adapters.{field.name} {what}: leave it out, or change adapters.kind.")
 
     def config(self, architecture: str) -> AdapterConfig:
         """Options of the chosen kind, with the default targets of an architecture."""

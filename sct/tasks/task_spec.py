@@ -12,7 +12,7 @@ from sct.data.store import Store
 from sct.data.text.tokenizer import Tokenizer
 from sct.tasks.base import ObjectiveConfig, StoreConfig, Task
 
-# What `launch.speed` can measure of any task of cells, and of one whose records are bags of cells.
+# Modes of `launch.speed` for tasks on cells, and for tasks with bags of cells.
 ANY_SPEED = ("train", "save")
 BAG_SPEED = (*ANY_SPEED, "forward", "loader", "ingest", "embed")
 
@@ -68,7 +68,7 @@ class TaskSpec:
     speed
         Modes of `launch.speed` that measure it.
     everywhere
-        Options of the objective that evaluate the head at all positions; `launch.speed` compares with that.
+        Options of the objective that evaluate the head at all positions; `launch.speed` compares with these.
     """
 
     name: str

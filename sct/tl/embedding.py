@@ -36,35 +36,35 @@ def embed(
 ) -> ad.AnnData | None:
     """Embed cells without training, by any model that reads cells.
 
-    The embedding is, of sCT, the mean of a cell's transformer positions (sCT paper, section 4); of the cell model of
-    ZerOmics, the mean over a cell's genes; of a model of cell sentences, the mean of the last hidden states over the
-    tokens of the cell's sentence. All but sCT read cells one by one, so that `batch_key` changes nothing, and
-    `spatial_key`, `context`, `cells_per_bag` and `n_contexts` are refused.
+    Embeddings are means: for sCT over a cell's transformer positions (sCT paper, section 4), for the cell model of
+    ZerOmics over a cell's genes, for cell-sentence models over the last hidden states of the sentence's tokens. All but
+    sCT read single cells: they ignore the groups of `batch_key`, and refuse `spatial_key`, `context`, `cells_per_bag`
+    and `n_contexts`.
 
-    sCT reads a cell among others, so an embedding is a function of the cell's bag. Bags are made by a rule:
-    the cells of a batch (all cells, without `batch_key`), in their order in windows of 10,000, are dealt at
-    random by `seed` to bags of `cells_per_bag`; with `spatial_key` a section is cut into compact tiles of that
-    many cells instead. The last bag is filled up with the first cells. So the result depends on the cells
-    that are given, their order and the seed, and not on `batch_size`, the devices, or whether `adata` is
-    backed (up to rounding); the same call gives the same bytes.
+    sCT reads bags of cells, and the embedding of a cell depends on its bag. Bags are drawn with `seed` from windows of
+    10,000 cells of a batch; with `spatial_key` they are compact tiles. The last bag is filled with the first cells
+    (with `spatial_key`, with the nearest). The result depends on the cells, their order and the seed. It does not
+    depend on `batch_size`, the devices, or whether `adata` is backed (up to rounding). The same call gives the same
+    bytes.
 
     Parameters
     ----------
     adata
         Raw counts (N, n_var), in memory or backed. X is never changed.
     model
-        Of `sct.load`, or its path.
+        Result of `sct.load`, a path or a Hub id.
     layer
         Where the raw counts are; by default the first of X, raw and layers["counts"] that holds them.
     key_added
-        The embedding is written to `obsm[key_added]`, float32 (N, D), and the parameters to `uns[key_added]`.
+        Embedding: `obsm[key_added]`, float32 (N, D). Parameters: `uns[key_added]`. With `spatial_key`, also the scales
+        of sections: `uns["sct_sections"]`.
     batch_key
         Column of `obs`: cells share a bag only within a batch (a donor, a slide).
     spatial_key
-        Key of positions in `obsm`. A model trained on coordinates reads them; any model is given neighbours.
+        Key of positions in `obsm`, for sCT: bags are neighbors. Models trained on coordinates also read them.
     context
-        With `spatial_key`: "tiles", or "neighbors" for a bag of its own for each cell, which is first in it and
-        has its nearest cells beside it, as in training; `cells_per_bag` times the work.
+        With `spatial_key`: "tiles", or "neighbors": one bag per cell with its nearest cells, as in training;
+        `cells_per_bag` times the work.
     cells_per_bag
         K; by default that of training.
     batch_size
@@ -73,7 +73,7 @@ def embed(
     gene_column, duplicates
         See `sct.GeneVocabulary.align`.
     seed
-        Of the bags, or of the order in which a sentence names genes of equal counts.
+        Seed of the bags; for cell sentences, of the order of genes with equal counts.
     n_contexts
         Draws of the bags, by `seed`, `seed + 1`, ..., whose mean is the embedding. With `spatial_key` bags follow from
         positions, and 1 is needed.
@@ -83,7 +83,7 @@ def embed(
     Raises
     ------
     ConfigError
-        The model reads no cells, or an option is not for it.
+        The model has no cell embedding, or does not take an option.
     DataError
         No raw counts, unknown genes, cells without a count, a missing column or key.
     CheckpointError

@@ -18,7 +18,7 @@ from sct.tasks.base import ObjectiveConfig
 from sct.train.run_spec import SECTIONS, RunSpec
 from sct.weights import run_folder
 
-# What may change when a run goes on: it does not change what is computed.
+# Options that may change on resume. They do not change what a training step computes.
 _FREE = {
     "train": {
         "stop_at", "log_every", "eval_every", "checkpoint_every", "keep_last", "patience", "loader_threads",
@@ -34,12 +34,12 @@ def read(path: Path) -> dict[str, Any]:
         return run_folder.read(path)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{str(error).removesuffix('.')} (the folder holds checkpoints; another --workdir begins anew)."
+            f"{str(error).removesuffix('.')} (the folder holds checkpoints; another --workdir starts a new run)."
         ) from error
 
 
 def check_options(recorded: Mapping[str, Any], spec: RunSpec, workdir: Path) -> None:
-    """Raise `ConfigError` where options compute something else than those that a run folder records.
+    """Raise `ConfigError` if options differ from those of the run folder.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ def _all_options(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_folder(described: Mapping[str, Any], store: Store, spec: RunSpec, workdir: Path) -> None:
-    """Raise what keeps a run from going on: other cells, other texts, or a damaged folder.
+    """Raise if a run cannot resume: other cells, other files, or a damaged folder.
 
     Parameters
     ----------

@@ -36,7 +36,7 @@ class RunSpec:
     family, task
         Names of the model family and of the task.
     task_spec
-        What trains the family on the task.
+        Specification of the task.
     model
         Plain values of the architecture. Sizes of 0 follow from the data, or from the model that training starts from.
     data, objective
@@ -46,7 +46,7 @@ class RunSpec:
     optimizer
         Options of the optimizer.
     loop
-        Options of the training loop but for the number of steps, which may follow from the data: see `train_options`.
+        Options of the training loop; `steps` is 1 if unset, see `train_options`.
     steps
         Steps that the configuration asks for; 0 where they follow from `data.tokens`.
     init_from

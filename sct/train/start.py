@@ -41,9 +41,9 @@ class Start:
     variables
         Arrays by path of the model that training starts from; None for a new run and for one that goes on.
     step
-        Step that the run goes on from; None where it has none yet.
+        Step to resume from; None for a new run.
     remarks
-        Sentences for a person.
+        Messages for the user.
     """
 
     store: Store
@@ -70,13 +70,14 @@ def new(spec: RunSpec, workdir: Path) -> Start:
 
 
 def from_model(spec: RunSpec, workdir: Path) -> Start:
-    """Start from the parameters of `spec.init_from`, whose architecture and tokenizer go before those asked for.
+    """Start from the parameters of `spec.init_from`; its tokenizer is the default.
+
+    Tasks with `inherits_architecture` also keep the model's architecture.
 
     Raises
     ------
     ConfigError
-        The task does not train the model, or the model has no tokenizer: with another one its tokens would mean
-        something else.
+        The task does not train the model, or neither the configuration nor the model has a tokenizer.
     """
     store, mesh = open_data(spec.data, workdir), _mesh(spec)
     parent = load(spec.init_from, mesh=mesh, genes=store.vocabulary)
@@ -90,8 +91,8 @@ def from_model(spec: RunSpec, workdir: Path) -> Start:
     task = spec.make_task(store, model, tokenizer, parent.data, mesh)
     if task.lora is None and COLLECTION in parent.variables:
         raise ConfigError(
-            f"{spec.init_from} has adapters, but the configuration trains none: set adapters.kind to theirs, or merge "
-            "low-rank ones first (sct.models.lora.merge)."
+            f"{spec.init_from} has adapters, but the configuration trains none: set adapters.kind to their kind, or "
+            "merge low-rank ones first (sct.models.lora.merge)."
         )
     if task.lora is not None:
         lora.check_same(parent.variables, task.lora, spec.init_from)
@@ -100,7 +101,7 @@ def from_model(spec: RunSpec, workdir: Path) -> Start:
 
 
 def resumed(spec: RunSpec, workdir: Path) -> Start:
-    """Go on with the run of a folder, on the same data and with the architecture and tokenizer that it keeps.
+    """Resume the run of a folder, with the same data and with the architecture and tokenizer of the folder.
 
     Raises
     ------
@@ -126,8 +127,8 @@ def open_data(config: StoreConfig, workdir: Path) -> Store:
     """Open the configured store, or make one of the configured data set in the run folder."""
     if config.store and config.dataset:
         raise ConfigError(
-            f"data.store is {config.store} and data.dataset {config.dataset}: choose one of them, as by "
-            "--config.data.dataset= (nothing behind the sign) for the store."
+            f"both data.store ({config.store}) and data.dataset ({config.dataset}) are set: choose one; for the store "
+            'add --config.data.dataset="".'
         )
     if not (config.store or config.dataset):
         raise ConfigError(
@@ -147,7 +148,7 @@ def open_data(config: StoreConfig, workdir: Path) -> Store:
 
 
 def _mesh(spec: RunSpec) -> Mesh | None:
-    """Devices that read a large model together, each its own part; None for a single one."""
+    """Devices that each load a part of the model; None for one device."""
     return sharding.make_mesh(spec.loop.mesh) if jax.device_count() > 1 else None
 
 
@@ -187,8 +188,8 @@ def _named(spec: RunSpec) -> Tokenizer | None:
 def _of_parent(spec: RunSpec, parent: Pretrained) -> Tokenizer:
     if parent.tokenizer is None:
         raise ConfigError(
-            f"{spec.init_from} has no tokenizer.json or tokenizer.model, without which its tokens mean "
-            "nothing: add the file, or name it by --config.data.tokenizer."
+            f"{spec.init_from} has no tokenizer.json or tokenizer.model: add the file, or set "
+            "--config.data.tokenizer."
         )
     return parent.tokenizer
 
@@ -212,7 +213,7 @@ def _grown(parent: Pretrained, tokenizer: Tokenizer | None) -> tuple[Pretrained,
     if grown is parent:
         return parent, ()
     remark = (
-        f"the tokenizer has {tokenizer.vocab_size:,} tokens, but the model {parent.config.vocab_size:,}: the rows of "
-        "the others begin near the mean of the known ones."
+        f"the tokenizer has {tokenizer.vocab_size:,} tokens, but the model {parent.config.vocab_size:,}: the new "
+        "tokens start near the mean embedding."
     )
     return grown, (remark,)

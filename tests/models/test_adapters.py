@@ -170,7 +170,7 @@ def test_training_changes_the_chosen_adapters_alone():
     class Every(Task):
         """Adapters of all kinds at once."""
 
-        trainable, new = adapters.TRAINABLE, adapters.NEW
+        trainable, may_be_missing = adapters.TRAINABLE, adapters.NEW
 
         def init(self, rng: jax.Array) -> dict[str, Any]:
             made = boxed(self.family)

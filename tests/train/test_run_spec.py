@@ -56,7 +56,7 @@ def test_mistakes_are_found_before_a_file_is_read():
         "head_budget": merged(absent, objective__head_budget=2.0),
         "data has no option": merged(absent, data__lenght=1),
         "objective.lora": merged(TEXTS, objective__lora={"rank": 4}, adapters={"kind": "prefix"}),
-        "takes none": {
+        "takes no adapters": {
             **absent,
             "family": "zeromics",
             "task": "instructions",

@@ -1,4 +1,4 @@
-"""Tables of texts and numbers on the terminal: rich shares its width among the columns and folds texts."""
+"""Tables on the terminal; rich divides the width among the columns and wraps text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console, Group
 from rich.table import Column, Table
 from rich.text import Text
 
-# Characters: the narrowest column of text that is easy to read, and a line of a number's title.
+# Characters: minimum width of a text column; line width of the title of a number column.
 _TEXT, _TITLE = 20, 12
 Layout = Literal["wide", "narrow", "list"]
 
