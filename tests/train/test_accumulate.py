@@ -129,7 +129,7 @@ def test_memory_is_that_of_a_microbatch(task):
     assert temporaries(4) < 0.3 * temporaries(0)
 
 
-@pytest.mark.slow
+@pytest.mark.slowest
 def test_microbatches_on_a_mesh(config):
     plain = config(train__batch_size=16, model__num_downsamples=1, objective__logit_adjustment=False)
     request = {"config": plain, "microbatch": 4, "meshes": [{"data": 1}, {"data": 2, "fsdp": 2}]}
@@ -239,8 +239,11 @@ def test_a_ramp_draws_the_same_records_and_compiles_once_a_stage(config, tmp_pat
 
 
 # Within a stage; within others, and where one ends.
-@pytest.mark.slow
-@pytest.mark.parametrize("stops", [(7,), (3, 5, 8)], ids=["once", "often"])
+@pytest.mark.parametrize(
+    "stops",
+    [pytest.param((7,), marks=pytest.mark.slow), pytest.param((3, 5, 8), marks=pytest.mark.slowest)],
+    ids=["once", "often"],
+)
 def test_stopping_within_a_ramp_changes_nothing(config, tmp_path, stops):
     whole = learn(config(**RAMP), tmp_path / "whole")
     for stop in stops:

@@ -34,7 +34,7 @@ def measured(runs: list[tuple[dict[str, int], int]], folder: Path) -> dict[str, 
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
+@pytest.mark.slowest
 @pytest.mark.parametrize("runs", [RUNS], ids=["all"])
 def test_losses_and_gradients_do_not_depend_on_mesh_or_microbatches(runs, tmp_path):
     answer = measured(runs, tmp_path)
