@@ -91,8 +91,8 @@ def from_model(spec: RunSpec, workdir: Path) -> Start:
     task = spec.make_task(store, model, tokenizer, parent.data, mesh)
     if task.lora is None and COLLECTION in parent.variables:
         raise ConfigError(
-            f"{spec.init_from} has adapters, but the configuration trains none: set adapters.kind (or objective.lora) to "
-            "theirs, or merge low-rank ones first (sct.models.lora.merge)."
+            f"{spec.init_from} has adapters, but the configuration trains none: set adapters.kind (or objective.lora) "
+            "to theirs, or merge low-rank ones first (sct.models.lora.merge)."
         )
     if task.lora is not None:
         lora.check_same(parent.variables, task.lora, spec.init_from)
