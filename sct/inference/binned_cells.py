@@ -23,7 +23,9 @@ def check_known(cells: Cells, known: np.ndarray) -> None:
     )
 
 
-def binned(cells: Cells, rows: np.ndarray, options: CellOptions, known: np.ndarray) -> dict[str, np.ndarray]:
+def binned(
+    cells: Cells, rows: np.ndarray, options: CellOptions, known: np.ndarray, seed: int = 0
+) -> dict[str, np.ndarray]:
     """Records of rows of a table, see `sct.data.cell_records.cell_records`.
 
     Raises
@@ -38,7 +40,7 @@ def binned(cells: Cells, rows: np.ndarray, options: CellOptions, known: np.ndarr
             f"{int(empty.sum()):,} of {len(rows):,} cells have no count of the genes with features in the model "
             f"(the first is row {int(rows[np.argmax(empty)])}): leave them out."
         )
-    return cell_records(counts, options, known)
+    return cell_records(counts, options, known, seed=seed)
 
 
 def blocks(
@@ -81,4 +83,4 @@ class BinReader(SingleCells):
         """Bins (n, S), and with `max_genes` the numbers of the genes (n, S)."""
         if rows[0] == 0:
             check_known(cells, self.known)
-        return binned(cells, rows, self.options, self.known)
+        return binned(cells, rows, self.options, self.known, seed)

@@ -225,4 +225,4 @@ class Export(Protocol):
 
 
 class Task(Objective, TaskData, Origin, Export, Protocol):
-    """An objective over a model and data; the loop knows nothing else."""
+    """Everything that training needs: objective, data, origin and export."""

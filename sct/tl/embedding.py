@@ -157,9 +157,10 @@ class Contexts:
             adata, model.vocabulary, parts, layer=layer, gene_column=gene_column, duplicates=duplicates
         )
         inputs.check_not_empty(cells)
+        read_in = context if spatial_key is not None else "random"
         settings = {
             "cells_per_bag": size, "batch_key": batch_key, "spatial_key": spatial_key,
-            "context": context if spatial_key is not None else "random", "seed": seed, "n_contexts": n_contexts,
+            "context": read_in if reader.in_bags else "single", "seed": seed, "n_contexts": n_contexts,
         }  # fmt: skip
         return cls(model, reader, cells, settings, context, batch_size)
 

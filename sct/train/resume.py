@@ -50,10 +50,12 @@ def check_options(recorded: Mapping[str, Any], spec: RunSpec, workdir: Path) -> 
     workdir
         Run folder, for the message.
     """
-    types: dict[str, type[Any]] = {"objective": spec.task_spec.objective, "adapters": AdapterOptions}
+    types: dict[str, type[Any]] = {
+        "data": spec.task_spec.data, "objective": spec.task_spec.objective, "adapters": AdapterOptions,
+    }  # fmt: skip
     for section in SECTIONS:
         before, after = recorded.get(section), spec.values.get(section)
-        if section in types:  # a run may have been made without the section
+        if section in types:  # a run may have been made before there was the section, or one of its options
             before, after = before or {}, after or {}
         if not isinstance(before, Mapping) or not isinstance(after, Mapping):
             before, after = {section: before}, {section: after}

@@ -40,6 +40,12 @@ def test_bins_of_each_cell_are_read_alone(asked, cell_model, cells):  # noqa: F8
     found = embedded(cells, cell_model)
     assert found.dtype == np.float32
     np.testing.assert_allclose(embedded(cells, cell_model, batch_size=2), found, **CLOSE)
+    assert sct.tl.embed(cells, cell_model, copy=True).uns["X_sct"]["context"] == "single"
+    drawn = dataclasses.replace(
+        cell_model, data={**cell_model.data, "genes": "sampled", "max_genes": 2}
+    )  # other genes by another seed
+    np.testing.assert_array_equal(embedded(cells, drawn, seed=1), embedded(cells, drawn, seed=1))
+    assert np.abs(embedded(cells, drawn, seed=1) - embedded(cells, drawn)).max() > 1e-3
     np.testing.assert_allclose(embedded(cells[::-1].copy(), cell_model), found[::-1], **CLOSE)
     np.testing.assert_allclose(embedded(cells[3:4].copy(), cell_model), found[3:4], **CLOSE)
     # The second stage has the same cell model in it.

@@ -110,3 +110,16 @@ def test_a_file_of_texts_is_known_by_its_content(tmp_path):
     assert resume.hashes_of({"objective.prompts": str(path)}) != first
     with pytest.raises(ConfigError, match=r"data\.studies"):
         resume.hashes_of({"data.studies": str(tmp_path / "absent.yaml")})
+
+
+def test_runs_made_before_an_option_go_on(tmp_path):
+    data = {"store": "nowhere", "features": "random"}
+    config = {
+        "family": "zeromics_cells", "task": "masked_bins", "model": {}, "objective": {}, "optimizer": {}, "train": {},
+        "data": {**data, "genes": "", "values": "quantiles"}, "adapters": {"kind": ""},
+    }  # fmt: skip
+    before = {name: value for name, value in config.items() if name != "adapters"} | {"data": data}
+    resume.check_options(before, RunSpec.of(config), tmp_path)
+    changed = merged(config, data__values="levels")
+    with pytest.raises(ConfigError, match=r"data\.values"):
+        resume.check_options(before, RunSpec.of(changed), tmp_path)
