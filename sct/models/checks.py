@@ -20,7 +20,8 @@ MOST = {
     "vocab_size": 1 << 24, "num_genes": 1 << 20, "feature_dim": 1 << 20, "num_bins": 254, "num_types": 1 << 16,
     "embed_dim": 1 << 16, "token_embed_dim": 1 << 16, "ffn_dim": 1 << 20, "num_layers": 512, "num_heads": 1024,
     "num_kv_heads": 1024, "head_dim": 1 << 14, "max_length": 1 << 24, "rotary_length": 1 << 24, "num_downsamples": 20,
-    "num_hidden_layers_head": 64, "stem_taps": 1023, "conv_taps": 1023, "num_scales": 1024, "num_soft": 1 << 16,
+    "num_hidden_layers_head": 64, "stem_kernel_size": 1023, "conv_kernel_size": 1023, "num_scales": 1024,
+    "num_soft": 1 << 16,
 }  # fmt: skip
 # Numbers that something is divided by: more than 0, and the second at most.
 POSITIVE = {

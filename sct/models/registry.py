@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -54,23 +55,65 @@ MODELS: dict[str, Architecture] = {
 }
 
 
-def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Make a configuration dataclass of plain values, nested ones included.
+def with_current_names(cls: type[Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Plain values of a configuration dataclass, in which options have their current names.
+
+    A renamed option is also accepted by its former name for one release. Its field says so:
+    `dataclasses.field(default=15, metadata={"formerly": "stem_taps"})`. Nested values are included.
 
     Raises
     ------
     ConfigError
-        A name that the class does not have, or a value of the wrong type, named with its place.
+        An option is given by both of its names.
+
+    Warns
+    -----
+    FutureWarning
+        An option is given by its former name.
     """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    former = {field.metadata.get("formerly"): name for name, field in fields.items()}
+    made: dict[str, Any] = {}
+    for given, value in values.items():
+        name = former.get(given, given)
+        if name != given:
+            if name in values:
+                raise ConfigError(f"{where} has {given} and {name}, two names of one option: remove {given}.")
+            warnings.warn(
+                f"{where}.{given} was renamed to {name}; the next release refuses the old name.",
+                FutureWarning,
+                stacklevel=2,
+            )
+        kind = type(_default(fields[name])) if name in fields else object
+        if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+            value = with_current_names(kind, value, f"{where}.{name}")
+        made[name] = value
+    return made
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default_factory() if callable(field.default_factory) else field.default
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Make a configuration dataclass of plain values, nested ones included.
+
+    Former names of options work too, see `with_current_names`.
+
+    Raises
+    ------
+    ConfigError
+        A name that the class does not have, an option given by two names, or a value of the wrong type, named with
+        its place.
+    """
+    values = with_current_names(cls, values, where)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise ConfigError(f"{where} has no option {unknown[0]!r}: choose from {', '.join(sorted(fields))}.")
     made = {}
     for name, value in values.items():
-        default, factory = fields[name].default, fields[name].default_factory
-        if callable(factory):
-            default = factory()
+        default = _default(fields[name])
         if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
             value = build(type(default), value, f"{where}.{name}")
         elif isinstance(value, str) and (parse := getattr(default, "parse", None)) is not None:
@@ -158,7 +201,7 @@ def model_config(name: str, values: Mapping[str, Any], num_genes: int | None = N
 
     With `num_genes`, the size of a vocabulary, the architecture is fitted to it where it leaves that open.
     """
-    cls = family(name).config
+    cls, where = family(name).config, f"model ({name})"
     if num_genes is not None:
-        values = cls.fit(values, num_genes)
-    return build(cls, values, f"model ({name})")
+        values = cls.fit(with_current_names(cls, values, where), num_genes)
+    return build(cls, values, where)

@@ -38,7 +38,7 @@ class Stem(nn.Module):
     def setup(self) -> None:
         """Declare the convolution."""
         config = self.config
-        self.conv = Conv(config.filters[0], config.stem_taps, dtype=jnp.dtype(config.dtype))
+        self.conv = Conv(config.filters[0], config.stem_kernel_size, dtype=jnp.dtype(config.dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (B, K * G, token_embed_dim) to (B, K * G, filters[0])."""
@@ -55,7 +55,7 @@ class Stem(nn.Module):
             cells = self.conv(rearrange(x, "b (k g) c -> (b k) g c", g=config.num_genes))
             return gelu(rearrange(cells, "(b k) g c -> b (k g) c", b=x.shape[0]))
         if axes.has_neighbours():
-            before, behind = axes.neighbours(x, halo_of(config.stem_taps))
+            before, behind = axes.neighbours(x, halo_of(config.stem_kernel_size))
             return gelu(self.conv(jnp.concatenate([before, x, behind], axis=1), with_halo=True))
         return gelu(self.conv(x))
 
@@ -148,12 +148,12 @@ class SCT(nn.Module):
         """
         filters, levels = config.filters, config.num_downsamples
         length = cells * config.num_genes
-        total: float = length * config.stem_taps * config.token_embed_dim * filters[0]
+        total: float = length * config.stem_kernel_size * config.token_embed_dim * filters[0]
         for i in range(levels):
             narrow, wide = filters[i], filters[i + 1]
-            down = (length >> i) * (config.conv_taps * narrow * wide + wide**2)
+            down = (length >> i) * (config.conv_kernel_size * narrow * wide + wide**2)
             # Half of the taps of a transposed convolution of stride 2 meet an inserted zero.
-            up = (length >> i) * (config.conv_taps * narrow * wide / 2 + narrow**2)
+            up = (length >> i) * (config.conv_kernel_size * narrow * wide / 2 + narrow**2)
             total += down + up
         inner, width = length >> levels, config.embed_dim
         block = 4 * width**2 + 2 * inner * width + 3 * width * config.ffn_dim

@@ -30,8 +30,8 @@ _LEAST = {
     "num_heads": 1,
     "ffn_dim": 1,
     "num_hidden_layers_head": 0,
-    "stem_taps": 1,
-    "conv_taps": 1,
+    "stem_kernel_size": 1,
+    "conv_kernel_size": 1,
     "num_scales": 1,
 }
 
@@ -55,7 +55,7 @@ class SCTConfig:
         Transformer blocks, heads, and width of the gated feed-forward.
     num_hidden_layers_head
         Hidden layers of the head, each `embed_dim` wide.
-    stem_taps, conv_taps
+    stem_kernel_size, conv_kernel_size
         Kernel lengths of the stem and of the towers.
     use_skip_connection
         Whether a level's input is added to the matching level of the deconvolution tower.
@@ -90,8 +90,8 @@ class SCTConfig:
     num_heads: int = 16
     ffn_dim: int = 2048
     num_hidden_layers_head: int = 1
-    stem_taps: int = 15
-    conv_taps: int = 5
+    stem_kernel_size: int = dataclasses.field(default=15, metadata={"formerly": "stem_taps"})
+    conv_kernel_size: int = dataclasses.field(default=5, metadata={"formerly": "conv_taps"})
     use_skip_connection: bool = True
     norm: str = "shared"
     pool: str = "avg"

@@ -99,7 +99,9 @@ class TowerLevel(nn.Module):
     def setup(self) -> None:
         """Declare the blocks."""
         config, positions = self.config, self.num_positions * (2 if self.upsample else 1)
-        self.block = ConvBlock(config, self.features, config.conv_taps, self.num_positions, self.upsample)
+        self.block = ConvBlock(
+            config, self.features, config.conv_kernel_size, self.num_positions, self.upsample
+        )
         self.residual = ConvBlock(config, self.features, 1, positions)
 
     def __call__(self, x: jax.Array, skip: jax.Array | None = None) -> jax.Array:
@@ -129,7 +131,7 @@ class TowerLevel(nn.Module):
     def halo(self) -> int:
         """Positions at each end of some cells that their neighbours see."""
         config = self.config
-        return 0 if config.conv_boundary == "cell" else halo_of(config.conv_taps, self.upsample)
+        return 0 if config.conv_boundary == "cell" else halo_of(config.conv_kernel_size, self.upsample)
 
     def whole(self, x: jax.Array, skip: jax.Array | None) -> jax.Array:
         """All cells at once."""

@@ -17,6 +17,7 @@ from sct.speed import synthetic
 from sct.tasks.task_spec import TaskSpec
 from sct.train.loop import TrainConfig
 from sct.train.optim import OptimizerConfig
+from sct.train.run_spec import with_current_names
 
 MODES = ("forward", "train", "loader", "ingest", "embed", "save", "generate")
 # Synthetic cells where none are asked for. A store of the loader must be large beside what TensorStore caches.
@@ -86,6 +87,7 @@ class Job:
             raise ConfigError(
                 "this configuration is not one run of training: give one that is, such as --config=configs/sct_sc.py."
             )
+        object.__setattr__(self, "config", with_current_names(self.config))
         mode = self.options.mode
         if mode != "generate" and mode not in self.task_spec.speed:
             able = [name for name, kind in task_specs().items() if mode in kind.speed]

@@ -13,9 +13,8 @@ from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.store import Store
 from sct.errors import CheckpointError, ConfigError, SctError, StoreError
 from sct.models import registry
-from sct.tasks.adapted import AdapterOptions
 from sct.tasks.base import ObjectiveConfig
-from sct.train.run_spec import SECTIONS, RunSpec
+from sct.train.run_spec import SECTIONS, RunSpec, section_types
 from sct.weights import run_folder
 
 # Options that may change on resume. They do not change what a training step computes.
@@ -26,6 +25,10 @@ _FREE = {
     },
     "data": {"store"},
 }  # fmt: skip
+
+
+# Sections that are compared with their defaults.
+_WITH_DEFAULTS = ("data", "objective", "adapters")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -50,16 +53,17 @@ def check_options(recorded: Mapping[str, Any], spec: RunSpec, workdir: Path) -> 
     workdir
         Run folder, for the message.
     """
-    types: dict[str, type[Any]] = {
-        "data": spec.task_spec.data, "objective": spec.task_spec.objective, "adapters": AdapterOptions,
-    }  # fmt: skip
+    types = section_types(spec.family, spec.task_spec)
     for section in SECTIONS:
         before, after = recorded.get(section), spec.values.get(section)
-        if section in types:  # a run may have been made before there was the section, or one of its options
+        if section in types and isinstance(before, Mapping):
+            before = registry.with_current_names(types[section], before, section)
+        # A run may have been made before there was the section, or one of its options.
+        if section in _WITH_DEFAULTS:
             before, after = before or {}, after or {}
         if not isinstance(before, Mapping) or not isinstance(after, Mapping):
             before, after = {section: before}, {section: after}
-        if section in types:
+        if section in _WITH_DEFAULTS:
             before, after = (_all_options(types[section], each) for each in (before, after))
         free = _FREE.get(section, set())
         for name in sorted(set(before) | set(after)):

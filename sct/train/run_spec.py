@@ -16,6 +16,7 @@ from sct.errors import ConfigError
 from sct.families.tasks import adapters_of, task_of, task_spec_of
 from sct.models import registry
 from sct.models.adapter_kinds import AdapterConfig
+from sct.tasks.adapted import AdapterOptions
 from sct.tasks.base import ObjectiveConfig, StoreConfig, Task, files_of
 from sct.tasks.task_spec import TaskInputs, TaskSpec
 from sct.train.loop import TrainConfig
@@ -25,6 +26,25 @@ SECTIONS = ("family", "task", "init_from", "model", "data", "objective", "adapte
 _NESTED = ("model", "data", "objective", "adapters", "optimizer", "train")
 
 
+def section_types(family: str, task_spec: TaskSpec) -> dict[str, type[Any]]:
+    """Types of the sections of options of a configuration, by name."""
+    return {
+        "model": registry.family(family).config, "data": task_spec.data, "objective": task_spec.objective,
+        "adapters": AdapterOptions, "optimizer": OptimizerConfig, "train": TrainConfig,
+    }  # fmt: skip
+
+
+def with_current_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration in which renamed options have their current names, see `registry.with_current_names`."""
+    types = section_types(config["family"], task_spec_of(config))
+    return {
+        name: registry.with_current_names(types[name], value, name)
+        if name in types and isinstance(value, Mapping)
+        else value
+        for name, value in config.items()
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class RunSpec:
     """A checked configuration of a run; make it with `RunSpec.of`.
@@ -32,7 +52,8 @@ class RunSpec:
     Attributes
     ----------
     values
-        Plain values of the configuration, as `config.json` of the run folder records them.
+        Plain values of the configuration, as `config.json` of the run folder records them. Renamed options have
+        their current names.
     family, task
         Names of the model family and of the task.
     task_spec
@@ -83,6 +104,7 @@ class RunSpec:
         values = json.loads(json.dumps(config))
         _check_sections(values)
         task_spec = task_spec_of(values)
+        values = with_current_names(values)
         model, data, objective, _, optimizer, loop = (dict(values.get(name, {})) for name in _NESTED)
         steps = loop.get("steps") or 0
         train = registry.build(TrainConfig, {**loop, "steps": steps or 1}, "train")

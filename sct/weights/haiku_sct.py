@@ -283,8 +283,8 @@ def convert_config(
         made = SCTConfig(
             num_genes=scale.shape[0],
             num_bins=_option(config, "alphabet_size", int, source) - 2,
-            stem_taps=stem.shape[0],
-            conv_taps=first.shape[0],
+            stem_kernel_size=stem.shape[0],
+            conv_kernel_size=first.shape[0],
             spatial_encoding="reference",
             **values,
         )

@@ -207,7 +207,7 @@ def compiled_anew():
     ("options", "forms"),
     [
         ({}, FORMS),
-        ({"norm": "layer", "conv_taps": 4, "use_skip_connection": False}, PIECES),
+        ({"norm": "layer", "conv_kernel_size": 4, "use_skip_connection": False}, PIECES),
         ({"norm": "none", "pool": "max", "conv_boundary": "cell"}, PIECES),
         ({"norm": "shared_fixed", "pool": "max"}, FORMS),
         ({"conv_boundary": "cell"}, FORMS),
@@ -405,7 +405,7 @@ def test_a_vocabulary_is_padded_to_what_the_tower_divides():
         ({"num_bins": 255}, r"num_bins .*254"),
         ({"num_layers": -1}, "num_layers"),
         ({"ffn_dim": 0}, "ffn_dim"),
-        ({"conv_taps": 0}, "conv_taps"),
+        ({"conv_kernel_size": 0}, "conv_kernel_size"),
         ({"token_embed_dim": 40}, "token_embed_dim"),
         ({"embed_dim": 96, "num_heads": 5}, r"num_heads \(10\)"),
         ({"embed_dim": 80}, "embed_dim"),

@@ -123,3 +123,40 @@ def test_runs_made_before_an_option_go_on(tmp_path):
     changed = merged(config, data__values="levels")
     with pytest.raises(ConfigError, match=r"data\.values"):
         resume.check_options(before, RunSpec.of(changed), tmp_path)
+
+
+def test_a_run_of_former_names_goes_on_with_the_current_ones(tmp_path):
+    new = merged(CONFIG, model__stem_kernel_size=7, objective__logit_adjustment=True)
+    old = merged(CONFIG, model__stem_taps=7, objective__logit_adjustment=True)
+    with pytest.warns(FutureWarning, match="stem_kernel_size") as notes:
+        spec = RunSpec.of(old)
+    assert len(notes) == 1
+    assert spec.values["model"] == spec.model == new["model"]
+    with pytest.warns(FutureWarning, match="stem_kernel_size"):
+        resume.check_options(old, RunSpec.of(new), tmp_path)
+    with pytest.warns(FutureWarning), pytest.raises(ConfigError, match=r"model\.stem_kernel_size = 7"):
+        resume.check_options(old, RunSpec.of(merged(new, model__stem_kernel_size=5)), tmp_path)
+    with pytest.raises(ConfigError, match="stem_taps and stem_kernel_size"):
+        RunSpec.of(merged(new, model__stem_taps=7))
+
+
+def test_former_names_of_options_are_accepted_in_every_section():
+    @dataclasses.dataclass(frozen=True)
+    class Part:
+        width: int = dataclasses.field(default=3, metadata={"formerly": "breadth"})
+
+    @dataclasses.dataclass(frozen=True)
+    class Section:
+        part: Part = Part()
+        parts: Part = dataclasses.field(default_factory=Part, metadata={"formerly": "pieces"})
+        size: int = 1
+
+    with pytest.warns(FutureWarning) as notes:
+        made = registry.build(
+            Section, {"size": 2, "part": {"breadth": 4}, "pieces": {"breadth": 5}}, "section"
+        )
+    assert made == Section(Part(4), Part(5), 2)
+    told = [str(note.message).split(" ")[0] for note in notes]
+    assert told == ["section.part.breadth", "section.pieces", "section.parts.breadth"]
+    with pytest.raises(ConfigError, match="breadth and width"):
+        registry.build(Section, {"part": {"breadth": 4, "width": 4}}, "section")

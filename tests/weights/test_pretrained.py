@@ -25,6 +25,7 @@ import sct
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text.tokenizer import train_bpe
 from sct.errors import CheckpointError, ConfigError, DataError, MissingExtraError, StoreError
+from sct.hashes import SEAL
 from sct.models.sct import SCT
 from sct.models.sct_config import SCTConfig
 from sct.nn.paths import flatten, unflatten
@@ -390,6 +391,25 @@ def test_a_bit_of_one_of_several_files(model, tmp_path):
     flip_bit(sorted((tmp_path / "split").glob("model-*"))[1], -1)
     with pytest.raises(CheckpointError, match=r"model-00002-of-\d+\.safetensors is damaged or was changed"):
         sct.load(tmp_path / "split")
+
+
+def test_a_folder_whose_options_have_former_names_is_loaded(model, folder):
+    new = {"stem_taps": "stem_kernel_size", "conv_taps": "conv_kernel_size"}
+
+    def rename(config):
+        config["model"].update({old: config["model"].pop(name) for old, name in new.items()})
+        del config[SEAL]
+
+    edit_config(folder, rename)
+    with pytest.warns(FutureWarning) as notes:
+        loaded = sct.load(folder)
+    assert loaded.config == model.config
+    told = [str(note.message) for note in notes if note.category is FutureWarning]
+    assert len(told) == 2
+    assert all(old in "".join(told) and name in "".join(told) for old, name in new.items())
+    edit_config(folder, lambda config: config["model"].update(stem_kernel_size=15))
+    with pytest.raises(ConfigError, match="stem_taps and stem_kernel_size"):
+        sct.load(folder)
 
 
 def test_a_change_that_is_meant(model, folder, recwarn):
