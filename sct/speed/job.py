@@ -87,7 +87,6 @@ class Job:
             raise ConfigError(
                 "this configuration is not one run of training: give one that is, such as --config=configs/sct_sc.py."
             )
-        object.__setattr__(self, "config", with_current_names(self.config))
         mode = self.options.mode
         if mode != "generate" and mode not in self.task_spec.speed:
             able = [name for name, kind in task_specs().items() if mode in kind.speed]
@@ -98,6 +97,8 @@ class Job:
                 f"--mode={mode} does not measure the task {self.config['task']!r}: take a configuration of the task "
                 f"{' or '.join(able)}{instead}."
             )
+        if mode != "generate":  # which needs no task that trains the family
+            object.__setattr__(self, "config", with_current_names(self.config))
         if self.options.mode not in ("ingest", "generate") and self.options.cells and self.synthetic:
             smallest = self.cells_per_record
             if self.options.cells < smallest:
