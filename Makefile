@@ -1,13 +1,13 @@
-# Everything a clone needs; `make` alone lists the targets. PYTHON=... chooses the interpreter of .venv.
+# `make` without a target lists the targets. PYTHON=... sets the interpreter of .venv.
 
 PYTHON ?= python3
-# Two tests at once: much of each is imports and compilation on one core.
+# Two test processes: most time is imports and compilation, which use one core.
 PYTEST_ARGS ?= -n 2
 
 VENV := .venv
 BIN := $(VENV)/bin
 INPUTS := pyproject.toml $(wildcard constraints/*.txt)
-# Tests choose their own devices: what the shell says to JAX must not change them.
+# Tests choose their own devices, so JAX settings of the shell must not reach them.
 QUIET_ENV = env $(foreach name,$(filter JAX_% XLA_%,$(.VARIABLES)),-u $(name))
 
 .PHONY: help quickstart install test test-most test-all lint format wheel clean
@@ -15,14 +15,14 @@ QUIET_ENV = env $(foreach name,$(filter JAX_% XLA_%,$(.VARIABLES)),-u $(name))
 
 help:
 	@echo "make quickstart   install into .venv and train sCT on real blood cells (minutes on two cores)"
-	@echo "make install      install into .venv, with what the tests and linters need"
-	@echo "make test         run the quick tests, two at once (minutes); PYTEST_ARGS='-n 4 tests/data' replaces -n 2"
+	@echo "make install      install into .venv, with the tools for tests and linting"
+	@echo "make test         run the quick tests (minutes); PYTEST_ARGS='-n 4 tests/data' replaces the default -n 2"
 	@echo "make test-most    run quick and slow tests (within an hour)"
-	@echo "make test-all     run all tests, compiled as for a user (hours)"
+	@echo "make test-all     run all tests, fully compiled (hours)"
 	@echo "make lint         check style and types"
 	@echo "make format       format the code"
 	@echo "make wheel        build dist/*.whl"
-	@echo "make clean        remove .venv, caches and built files (runs/ and stores/ stay)"
+	@echo "make clean        remove .venv, caches and built files (keeps runs/ and stores/)"
 
 quickstart: $(VENV)/.cells
 	@$(BIN)/python -m launch.train --config=configs/sct_sc.py:quickstart --workdir=runs/quickstart
@@ -57,15 +57,15 @@ clean:
 
 $(VENV)/.python:
 	@command -v "$(PYTHON)" > /dev/null || { \
-		echo "error: there is no $(PYTHON), but Python 3.11 or newer is needed: name one, as in" \
+		echo "error: $(PYTHON) was not found, but Python 3.11 or newer is required: name one, for example" \
 		"\`make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)\`." >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "error: $(PYTHON) is $$("$(PYTHON)" --version 2>&1), but Python 3.11 or newer is needed: name one, as in" \
+		echo "error: $(PYTHON) is $$("$(PYTHON)" --version 2>&1), but Python 3.11 or newer is required: name one, for example" \
 		"\`make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)\`." >&2; exit 1; }
 	@"$(PYTHON)" -m venv --clear $(VENV)
 	@touch $@
 
-# Whether .venv holds this folder under `sct`, the name of the distribution in earlier versions.
+# Fails unless .venv has this folder installed under `sct`, the earlier name of the distribution.
 define EARLIER
 import json, os
 from importlib.metadata import distribution
@@ -75,7 +75,7 @@ assert about["dir_info"]["editable"] and os.path.samefile(unquote(urlsplit(about
 endef
 export EARLIER
 
-# A stamp per set of extras; the constraints are the tested versions of .venv's Python, where there are some.
+# One stamp file per set of extras. Constraints are the tested versions for the Python of .venv, if any.
 $(VENV)/.cells: EXTRAS := cells
 $(VENV)/.test: EXTRAS := cells,test
 $(VENV)/.cells $(VENV)/.test: $(VENV)/.python $(INPUTS)
