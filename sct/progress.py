@@ -21,7 +21,7 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{sec:02d}" if hours else f"{minutes}:{sec:02d}"
 
 
-class Bar:
+class ProgressBar:
     """Handle given by `progress`: call `update` as work is done."""
 
     def __init__(self, description: str, total: int | None, done: int, interval: float, active: bool = True):
@@ -93,7 +93,7 @@ def progress(
     done: int = 0,
     interval: float = 15.0,
     active: bool = True,
-) -> Iterator[Bar]:
+) -> Iterator[ProgressBar]:
     """Show progress of a piece of work on standard error.
 
     Parameters
@@ -109,7 +109,7 @@ def progress(
     active
         False shows nothing (all processes of a run but the first).
     """
-    bar = Bar(description, total, done, interval, active)
+    bar = ProgressBar(description, total, done, interval, active)
     try:
         yield bar
     finally:

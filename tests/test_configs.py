@@ -229,7 +229,7 @@ def shape_of(leaf: Any) -> tuple[tuple[int, ...], str]:
 
 def abstract_batch(source: BagSource, size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a batch of bags; the weight of a record is what a loader adds."""
-    bag = {**source.bag(0), "weight": np.float32(1)}
+    bag = {**source.record(0), "example_mask": np.float32(1)}
     return {key: jax.ShapeDtypeStruct((size, *np.shape(v)), np.asarray(v).dtype) for key, v in bag.items()}
 
 
@@ -329,5 +329,5 @@ def test_instructions_of_the_quickstart_fit_into_its_rows(tmp_path):
     for split in ("train", "validation", "test"):
         source = task.dataset(split)
         assert {name for each in source.questions.values() for name in each.candidates} == {"cta", "rci"}
-        longest = max(int(source.bag(number)["there"].sum()) for number in range(len(source)))
+        longest = max(int(source.record(number)["there"].sum()) for number in range(len(source)))
         assert data.length - 64 < longest <= data.length

@@ -19,7 +19,7 @@ from sct.generation.generate import generate
 from sct.generation.scoring import score
 from sct.models import registry
 from sct.nn.paths import unflatten
-from sct.speed.job import Options
+from sct.speed.job import SpeedOptions
 from sct.speed.run import measure
 from sct.train import sweep
 from sct.train.experiment import run
@@ -54,7 +54,7 @@ def test_every_way_to_run_it_is_refused(store, tmp_path):  # noqa: F811
     benchmark = {"data": {"path": "cells"}, "output": str(tmp_path / "report")}
     speed = merged(SPEED, model__dtype="float16")
     decoder = {**SPEED, "family": "gpt2", "task": "cell_sentences", "model": {**SMALL, "dtype": "float16"}}
-    once = Options("train", 3, cells=60, ceiling_size=128)
+    once = SpeedOptions("train", 3, cells=60, ceiling_size=128)
     ways: dict[str, Callable[[], Any]] = {
         "apply": lambda: cells.apply(tokens=np.zeros((1, 2, 64), np.int32)),
         "embed": lambda: sct.tl.embed(adata.copy(), str(tmp_path / "cells")),

@@ -344,6 +344,31 @@ def test_what_serves_every_family_imports_no_task_of_one():
     assert found == set()
 
 
+def named_classes(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Classes and aliases of types by name -> modules that define them; imports under another name included."""
+    found: dict[str, set[str]] = {}
+    for module, text in sources.items():
+        for node in ast.parse(text).body:
+            names = []
+            if isinstance(node, ast.ClassDef):
+                names = [node.name]
+            elif isinstance(node, ast.Assign):
+                names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            elif isinstance(node, ast.ImportFrom):
+                names = [alias.asname for alias in node.names if alias.asname]
+            for name in names:
+                if re.fullmatch(r"_?[A-Z]\w*[a-z]\w*", name):
+                    found.setdefault(name, set()).add(module)
+    return found
+
+
+def test_a_name_stands_for_one_class():
+    sources = {str(file.relative_to(PACKAGE)): file.read_text() for file in sorted(PACKAGE.rglob("*.py"))}
+    shared = {name: sorted(where) for name, where in named_classes(sources).items() if len(where) > 1}
+    assert not shared
+    assert named_classes({"a": "class Job: ...", "b": "Job = dict[str, int]"})["Job"] == {"a", "b"}
+
+
 def test_configs_import_ml_collections_and_the_standard_library_only():
     for path in (ROOT / "configs").glob("*.py"):
         names = {name.split(".")[0] for name, _ in imported(ast.parse(path.read_text()), path.stem)}

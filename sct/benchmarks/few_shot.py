@@ -20,7 +20,7 @@ from sct.data.ingest.build import ingest
 from sct.data.store import Store
 from sct.data.text.instructions import StudyQuestions, fields_of, tokens_of
 from sct.errors import ConfigError
-from sct.generation.cell_asker import CellAsker
+from sct.generation.instruction_model import InstructionModel
 from sct.models import lora
 from sct.nn.paths import flatten
 from sct.tasks.instructions import InstructionData, Instructions, InstructionsConfig
@@ -64,13 +64,13 @@ class Shots:
         Raw counts (N, G) over the model's genes.
     obs
         Labels of the cells, (N, columns).
-    said
+    study_metadata
         What a file of studies says of theirs, candidates included.
     """
 
     counts: sparse.csr_matrix
     obs: pd.DataFrame
-    said: Mapping[str, Any]
+    study_metadata: Mapping[str, Any]
 
 
 def _mixture(model: Pretrained) -> dict[str, Any]:
@@ -90,31 +90,33 @@ def _mixture(model: Pretrained) -> dict[str, Any]:
     }
 
 
-def _plain(said: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(study_metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Texts and lists of texts as YAML knows them, whatever an AnnData made of them."""
     return {
         name: str(value) if isinstance(value, str) else [str(each) for each in value]
-        for name, value in said.items()
+        for name, value in study_metadata.items()
     }
 
 
-def _longest(asker: CellAsker, questions: StudyQuestions, task: str, number: int) -> int:
+def _longest(instruction_model: InstructionModel, questions: StudyQuestions, task: str, number: int) -> int:
     """Tokens of the longest instruction about some cells."""
     candidates, sizes = questions.candidates[task], []
     for row in range(number):
         fields = fields_of(
-            task, questions.said["abstract"], candidates, (0, row), questions.answer(task, row)
+            task, questions.study_metadata["abstract"], candidates, (0, row), questions.answer(task, row)
         )
-        for template in range(len(asker.prompts.templates[task])):
-            example = asker.prompts.render(task, fields, number=template)
-            sizes.append(len(tokens_of(example, asker.tokenizer, asker.config.num_soft)[0]))
+        for template in range(len(instruction_model.prompts.templates[task])):
+            example = instruction_model.prompts.render(task, fields, number=template)
+            sizes.append(
+                len(tokens_of(example, instruction_model.tokenizer, instruction_model.config.num_soft)[0])
+            )
     return max(sizes)
 
 
 def tune(
-    model: Pretrained, asker: CellAsker, task: str, shots: Shots, columns: Mapping[str, Any],
+    model: Pretrained, instruction_model: InstructionModel, task: str, shots: Shots, columns: Mapping[str, Any],
     options: TuningOptions, seed: int, place: Path | None = None,
-) -> CellAsker:  # fmt: skip
+) -> InstructionModel:  # fmt: skip
     """Tune a model on one task with a few cells, by the loop and the loss of its training.
 
     The cell tokenizer, the universal adapter and that of the task are trained; a task without an adapter, which the
@@ -122,7 +124,7 @@ def tune(
 
     Parameters
     ----------
-    model, asker
+    model, instruction_model
         A model of instructions.
     task
         "cta", "rci", "tcd" or "cpi"; every cell has an answer to it.
@@ -155,17 +157,41 @@ def tune(
         ingest([(_STUDY, table)], folder / "store", vocabulary=vocabulary)
         store = Store.open(folder / "store")
         texts, prompts = folder / "studies.yaml", folder / "prompts.json"
-        texts.write_text(yaml.safe_dump({_STUDY: _plain(shots.said)}, allow_unicode=True), encoding="utf-8")
-        asker.prompts.save(prompts)
+        texts.write_text(
+            yaml.safe_dump({_STUDY: _plain(shots.study_metadata)}, allow_unicode=True), encoding="utf-8"
+        )
+        instruction_model.prompts.save(prompts)
         config = InstructionsConfig(
             tasks=((task, 1.0),), prompts=str(prompts), report_cells=0, **_mixture(model)
         )
-        data = InstructionData(max_genes=asker.cells.max_genes, studies=str(texts), length=1 << 20, **columns)
-        made = Instructions(config, data, asker.config, asker.tokenizer, store, asker.known, {}, seed)
+        data = InstructionData(
+            max_genes=instruction_model.cells.max_genes, studies=str(texts), length=1 << 20, **columns
+        )
+        made = Instructions(
+            config,
+            data,
+            instruction_model.config,
+            instruction_model.tokenizer,
+            store,
+            instruction_model.known,
+            {},
+            seed,
+        )
         number = store.split("train")[0].n_cells
-        longest = _longest(asker, StudyQuestions(store.split("train")[0], made.options), task, number)
+        longest = _longest(
+            instruction_model, StudyQuestions(store.split("train")[0], made.options), task, number
+        )
         data = dataclasses.replace(data, length=-(-(longest + _SPARE) // 64) * 64)
-        made = Instructions(config, data, asker.config, asker.tokenizer, store, asker.known, {}, seed)
+        made = Instructions(
+            config,
+            data,
+            instruction_model.config,
+            instruction_model.tokenizer,
+            store,
+            instruction_model.known,
+            {},
+            seed,
+        )
         steps = options.steps
         loop = TrainConfig(
             steps=steps, batch_size=min(options.batch_size, number), log_every=steps, eval_every=steps,
@@ -179,7 +205,7 @@ def tune(
         result = train(made, loop, optimizer, folder, start, keep=False)
         if result.reason != "finished":
             raise KeyboardInterrupt
-        return dataclasses.replace(asker, variables=result.state.variables)
+        return dataclasses.replace(instruction_model, variables=result.state.variables)
 
 
 def drawn(answers: Sequence[str], shots: int, each: bool, seed: int) -> np.ndarray:

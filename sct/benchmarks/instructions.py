@@ -35,7 +35,7 @@ from sct.eval.labels import measures as labels
 from sct.eval.reports import folder as report_folder
 from sct.eval.reports.report import Report
 from sct.folder_lock import only_one
-from sct.generation.cell_asker import CellAsker
+from sct.generation.instruction_model import InstructionModel
 from sct.inference import inputs
 from sct.weights.pretrained import Pretrained
 
@@ -53,7 +53,7 @@ _UNS = ("abstract", "cell_types", "rare", "diseases")
 
 
 @dataclasses.dataclass(frozen=True)
-class DataOptions(benchmarking.CellChoice):
+class InstructionBenchmarkData(benchmarking.CellChoice):
     """Cells to ask about; see `configs/benchmark_zeromics.py` for each field."""
 
     max_cells: int = 3_000
@@ -99,7 +99,7 @@ class PathwayOptions:
 class InstructionBenchmarkOptions:
     """The whole benchmark; see `configs/benchmark_zeromics.py`."""
 
-    data: DataOptions = dataclasses.field(default_factory=DataOptions)
+    data: InstructionBenchmarkData = dataclasses.field(default_factory=InstructionBenchmarkData)
     pathways: PathwayOptions = dataclasses.field(default_factory=PathwayOptions)
     tuning: TuningOptions = dataclasses.field(default_factory=TuningOptions)
     model: str = ""
@@ -141,7 +141,7 @@ class InstructionBenchmarkOptions:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Table:
-    """Labels of a study in memory; see `sct.data.text.instructions.Labelled`."""
+    """Labels of a study in memory; see `sct.data.text.instructions.LabeledCells`."""
 
     name: str
     labels: pd.DataFrame
@@ -158,7 +158,7 @@ class _Table:
 def benchmark(
     config: Mapping[str, Any],
     adata: ad.AnnData | None = None,
-    model: inputs.Model | None = None,
+    model: inputs.ModelLike | None = None,
     *,
     overwrite: bool = True,
 ) -> list[Report]:
@@ -194,33 +194,36 @@ def benchmark(
 
 
 def _benchmark(
-    options: InstructionBenchmarkOptions, output: Path, adata: ad.AnnData | None, model: inputs.Model | None
+    options: InstructionBenchmarkOptions,
+    output: Path,
+    adata: ad.AnnData | None,
+    model: inputs.ModelLike | None,
 ) -> list[Report]:
     """Measure as options say, and write the report into a folder that no other process writes to."""
     started = time.monotonic()
-    data: DataOptions = options.data
+    data: InstructionBenchmarkData = options.data
     if not (model or options.model):
         raise ConfigError("say which model to ask: --config.model=RUN.")
     if data.path and data.dataset:
         raise ConfigError("there is both data.path and data.dataset: choose one of them.")
     if not (data.path or data.dataset):
         raise ConfigError("say what to ask about: --config.data.path=FILE.h5ad, or a store.")
-    said = read_study_texts(data.studies) if data.studies else {}
+    study_metadata = read_study_texts(data.studies) if data.studies else {}
     markers = marker_scores.read_markers(options.markers) if options.markers else None
     if options.pathways.file:
         pathways.read_gene_sets(options.pathways.file, options.pathways.names)
-    handle = inputs.loaded(model or options.model)
-    asker = families.ability(handle, "ask")
+    handle = inputs.load_model(model or options.model)
+    instruction_model = families.require(handle, "ask")
     output.mkdir(parents=True, exist_ok=True)
     if data.dataset:
         prepare(data.dataset, output / "store")
         data = dataclasses.replace(data, path=str(output / "store"))
         options = dataclasses.replace(options, data=data)
-        said = {**study_texts(data.dataset), **said}
+        study_metadata = {**study_texts(data.dataset), **study_metadata}
     studies, _ = benchmarking.open_cells(data, adata)
-    if said and not set(said) & {name for name, _ in studies}:
+    if study_metadata and not set(study_metadata) & {name for name, _ in studies}:
         raise ConfigError(
-            f"{data.studies} has texts of {sorted(said)[0]!r}, but the studies are "
+            f"{data.studies} has texts of {sorted(study_metadata)[0]!r}, but the studies are "
             f"{', '.join(name for name, _ in studies[:5])}: write these names."
         )
     for name, column in (("cell_type", data.cell_type), ("disease", data.disease)):
@@ -244,7 +247,9 @@ def _benchmark(
 
     for name, cells in studies:
         try:
-            asked = _Study(name, cells, said.get(name, {}), handle, asker, options, markers, output)
+            asked = _Study(
+                name, cells, study_metadata.get(name, {}), handle, instruction_model, options, markers, output
+            )
         except SctError as error:
             reports.append(benchmarking.reason(name, error))
             continue
@@ -269,27 +274,33 @@ def _benchmark(
 
 def _texts_of(name: str, cells: ad.AnnData) -> dict[str, Any]:
     """What the table of a study says of it; `ConfigError` for another form."""
-    said = {}
+    study_metadata = {}
     for key in (key for key in _UNS if key in cells.uns):
         value = cells.uns[key]
         good = isinstance(value, str) if key == "abstract" else not isinstance(value, str | Mapping)
         if not good:
             form = "a text" if key == "abstract" else "a list of texts"
             raise ConfigError(f'{name}: adata.uns["{key}"] is {value!r}, but {form} is needed.')
-        said[key] = value.strip() if key == "abstract" else [str(each) for each in value]
-    return {key: value for key, value in said.items() if len(value)}
+        study_metadata[key] = value.strip() if key == "abstract" else [str(each) for each in value]
+    return {key: value for key, value in study_metadata.items() if len(value)}
 
 
 class _Study:
     """A study whose cells are asked about."""
 
     def __init__(
-        self, name: str, cells: ad.AnnData, said: Mapping[str, Any], model: Pretrained, asker: CellAsker,
+        self, name: str, cells: ad.AnnData, study_metadata: Mapping[str, Any], model: Pretrained,
+        instruction_model: InstructionModel,
         options: InstructionBenchmarkOptions, markers: Mapping[str, Sequence[str]] | None, place: Path,
     ):  # fmt: skip
         part = benchmarking.part_of(name, cells, model.vocabulary, options.data)
-        self.said = {**_texts_of(name, cells), **said}
-        self.model, self.asker, self.options, self.markers = model, asker, options, markers
+        self.study_metadata = {**_texts_of(name, cells), **study_metadata}
+        self.model, self.instruction_model, self.options, self.markers = (
+            model,
+            instruction_model,
+            options,
+            markers,
+        )
         self.name, self.data, self.place = name, options.data, place
         self.counts = sparse.csr_matrix(part.table.read(np.arange(part.table.n_cells)))
         self.obs, self.measured = part.adata.obs, np.asarray(part.table.measured)
@@ -329,21 +340,25 @@ class _Study:
         fit, ask = train_test_split(rows, test_size=data.share, random_state=data.seed, stratify=strata)
         return np.sort(fit), np.sort(ask)
 
-    def _questions(self, obs: pd.DataFrame, said: Mapping[str, Any]) -> StudyQuestions:
-        if "abstract" not in said:
+    def _questions(self, obs: pd.DataFrame, study_metadata: Mapping[str, Any]) -> StudyQuestions:
+        if "abstract" not in study_metadata:
             raise ConfigError(
                 f"{self.name} has no abstract: put it into adata.uns['abstract'], or add `{self.name}: {{abstract: "
                 "...}` to the YAML file of --config.data.studies."
             )
         asked = InstructionOptions(
-            num_soft=self.asker.config.num_soft, studies={self.name: dict(said)}, **self.data.columns
+            num_soft=self.instruction_model.config.num_soft,
+            studies={self.name: dict(study_metadata)},
+            **self.data.columns,
         )
         return StudyQuestions(_Table(self.name, obs), asked)
 
     @functools.cached_property
     def records(self) -> dict[str, np.ndarray]:
         """The cells that are asked about, as the model reads them."""
-        return cell_records(self.counts[self.query], self.asker.cells, self.asker.known)
+        return cell_records(
+            self.counts[self.query], self.instruction_model.cells, self.instruction_model.known
+        )
 
     def measure(self, task: str) -> tuple[Report, dict[str, Any]]:
         """Table of a task, and its numbers."""
@@ -351,7 +366,7 @@ class _Study:
 
     def _score(
         self,
-        asker: CellAsker,
+        instruction_model: InstructionModel,
         task: str,
         rows: np.ndarray,
         candidates: Sequence[str],
@@ -364,17 +379,17 @@ class _Study:
         """
         chosen = {name: value[rows] for name, value in self.records.items()}
         mixed = np.random.default_rng([seed, 1]).permutation(len(rows)).tolist() if others else None
-        wordings, number = len(asker.prompts.templates[task]), self.options.templates
-        logs = asker.score(
-            task, chosen, [self.said["abstract"]] * len(rows), candidates, seed=seed, cells=mixed,
+        templates, number = len(instruction_model.prompts.templates[task]), self.options.templates
+        logs = instruction_model.score(
+            task, chosen, [self.study_metadata["abstract"]] * len(rows), candidates, seed=seed, cells=mixed,
             keys=[self.keys[row] for row in self.query[rows]], batch_size=self.options.batch_size,
-            templates=number if number > 1 else [seed % wordings],
+            templates=number if number > 1 else [seed % templates],
         )  # fmt: skip
         return pd.DataFrame(np.exp(logs), columns=list(candidates))
 
     def _few_shot(
-        self, task: str, fit: np.ndarray, answers: np.ndarray, obs: pd.DataFrame, said: dict[str, Any],
-        ask: Callable[[CellAsker, int], Any], fit_few: Callable[[np.ndarray], Any],
+        self, task: str, fit: np.ndarray, answers: np.ndarray, obs: pd.DataFrame, study_metadata: dict[str, Any],
+        ask: Callable[[InstructionModel, int], Any], fit_few: Callable[[np.ndarray], Any],
     ) -> tuple[dict[str, tuple[str, Any]], list[str]]:  # fmt: skip
         """Rows of the model tuned on a few of the rows `fit`, and of what `fit_few` makes of the same; and notes."""
         made: dict[str, tuple[str, Any]] = {}
@@ -386,12 +401,22 @@ class _Study:
                 for seed in range(self.options.seeds):
                     places = fit[drawn(list(answers[fit]), number, task != "cpi", seed)]
                     few.append(fit_few(places))
-                    shots = Shots(self.counts[places], obs.iloc[places], said)
+                    shots = Shots(self.counts[places], obs.iloc[places], study_metadata)
                     columns, tuning = self.data.columns, self.options.tuning
                     # Not kept: a model is as large as the one that is asked.
                     tuned.append(
                         ask(
-                            tune(self.model, self.asker, task, shots, columns, tuning, seed, self.place), seed
+                            tune(
+                                self.model,
+                                self.instruction_model,
+                                task,
+                                shots,
+                                columns,
+                                tuning,
+                                seed,
+                                self.place,
+                            ),
+                            seed,
                         )
                     )
             except SctError as error:
@@ -408,7 +433,7 @@ class _Study:
         if not column or column not in self.obs:
             there = f"has no column {column!r}" if column else "needs a column of labels"
             raise ConfigError(f"{self.name} {there}: name one by --config.data.{named}.")
-        asked = self._questions(self.obs, self.said)
+        asked = self._questions(self.obs, self.study_metadata)
         if task not in asked.candidates:
             raise ConfigError(
                 f"no type of {self.name} is rare (data.rare_share), or all are: list the rare ones."
@@ -426,19 +451,19 @@ class _Study:
             )
         listed = {"cta": {"cell_types": list(candidates)}, "rci": {"rare": sorted(asked.rare)}}
         listed["tcd"] = {"diseases": [name for name in candidates if name != NORMAL]}
-        said = {"abstract": self.said["abstract"], **listed[task]}
+        study_metadata = {"abstract": self.study_metadata["abstract"], **listed[task]}
         score = functools.partial(self._score, task=task, rows=rows, candidates=candidates)
 
-        def fit_few(places: np.ndarray) -> labels.Prediction:
+        def fit_few(places: np.ndarray) -> labels.LabelPrediction:
             known = pd.DataFrame({task: folded(task, answers[places])}, dtype=object)
             return labels.classify(self.counts[places], known, counts)[labels.LOGISTIC]
 
         seeds = range(options.seeds)
-        main = [prediction(task, score(self.asker, seed=seed)) for seed in seeds]
-        others = [prediction(task, score(self.asker, seed=seed, others=True)) for seed in seeds]
+        main = [prediction(task, score(self.instruction_model, seed=seed)) for seed in seeds]
+        others = [prediction(task, score(self.instruction_model, seed=seed, others=True)) for seed in seeds]
         few, notes = self._few_shot(
-            task, fit, answers, self.obs, said,
-            lambda asker, seed: prediction(task, score(asker, seed=seed)), fit_few,
+            task, fit, answers, self.obs, study_metadata,
+            lambda instruction_model, seed: prediction(task, score(instruction_model, seed=seed)), fit_few,
         )  # fmt: skip
         names = list(dict.fromkeys(folded(task, np.array(candidates, dtype=object)).tolist()))
         by_markers, without = self._by_markers(task, counts, fit, folded(task, answers[fit]).tolist(), names)
@@ -448,7 +473,7 @@ class _Study:
             pd.DataFrame({task: folded(task, answers[fit])}, dtype=object),
             counts,
             self.counts[fit],
-            labels.Options(seeds=options.seeds, positive={"rci": YES, "tcd": TUMOUR}.get(task, "")),
+            labels.LabelOptions(seeds=options.seeds, positive={"rci": YES, "tcd": TUMOUR}.get(task, "")),
             {OTHERS: ("", others), **few, **by_markers},
         )
         if task == "tcd":
@@ -466,7 +491,7 @@ class _Study:
 
     def _by_markers(
         self, task: str, counts: sparse.csr_matrix, fit: np.ndarray, names: list[str], candidates: list[str]
-    ) -> tuple[dict[str, tuple[str, labels.Prediction]], list[str]]:
+    ) -> tuple[dict[str, tuple[str, labels.LabelPrediction]], list[str]]:
         """Labels by marker genes, of a file or of the cells to fit on; or a note why there are none."""
         given = self.markers is not None and task == "cta"
         try:
@@ -479,7 +504,7 @@ class _Study:
         except (DataError, MissingExtraError) as error:
             return {}, [f"There are no {marker_scores.NAME}: {error}"]
         best = table.columns.to_numpy(object)[table.to_numpy().argmax(axis=1)]
-        predicted = labels.Prediction(pd.DataFrame({task: best}, dtype=object), {task: table})
+        predicted = labels.LabelPrediction(pd.DataFrame({task: best}, dtype=object), {task: table})
         return {marker_scores.NAME: ("a file" if given else labels.TRAINING, predicted)}, []
 
     def _notes(self, task: str, fit: int) -> list[str]:
@@ -501,24 +526,33 @@ class _Study:
         asked = self.options.pathways
         gene_sets = pathways.read_gene_sets(asked.file, asked.names)
         measured = np.array(self.symbols, dtype=object)[self.measured].tolist()
-        cells = pathways.Cells.of(self.counts[:, self.measured], measured, gene_sets, asked.deviations)
+        cells = pathways.PathwayCells.of(self.counts[:, self.measured], measured, gene_sets, asked.deviations)
         names = list(cells.active)
         texts = [BETWEEN.join(np.array(names, dtype=object)[own]) for own in cells.active.to_numpy()]
         obs = self.obs.assign(**{_PATHWAYS: texts})
-        said = {"abstract": self._questions(obs, self.said).said["abstract"], "gene_sets": names}
+        study_metadata = {
+            "abstract": self._questions(obs, self.study_metadata).study_metadata["abstract"],
+            "gene_sets": names,
+        }
         seeds, query = range(self.options.seeds), cells.rows(self.query)
         score = functools.partial(self._score, task="cpi", rows=np.arange(len(self.query)), candidates=names)
         predictions: dict[str, tuple[str, Sequence[np.ndarray]]] = {
-            ZERO: ("", [score(self.asker, seed=seed).to_numpy() for seed in seeds]),
-            OTHERS: ("", [score(self.asker, seed=seed, others=True).to_numpy() for seed in seeds]),
+            ZERO: ("", [score(self.instruction_model, seed=seed).to_numpy() for seed in seeds]),
+            OTHERS: (
+                "",
+                [score(self.instruction_model, seed=seed, others=True).to_numpy() for seed in seeds],
+            ),
         }
         few, failed = self._few_shot(
-            "cpi", self.support, np.array(texts, dtype=object), obs, said,
-            lambda asker, seed: score(asker, seed=seed).to_numpy(),
-            lambda places: pathways.logistic(cells.rows(places), query, labels.Options()),
+            "cpi", self.support, np.array(texts, dtype=object), obs, study_metadata,
+            lambda instruction_model, seed: score(instruction_model, seed=seed).to_numpy(),
+            lambda places: pathways.logistic(cells.rows(places), query, labels.LabelOptions()),
         )  # fmt: skip
         table, numbers = pathways.compare(
-            {**predictions, **few}, query, cells.rows(self.support), labels.Options(seeds=self.options.seeds)
+            {**predictions, **few},
+            query,
+            cells.rows(self.support),
+            labels.LabelOptions(seeds=self.options.seeds),
         )
         left = len(gene_sets) - len(names)
         notes = [f"{left} gene sets with too few measured genes are left out."] if left else []
@@ -531,9 +565,9 @@ def folded(task: str, names: np.ndarray) -> np.ndarray:
     return np.where(names == NORMAL, NORMAL, TUMOUR).astype(object) if task == "tcd" else names
 
 
-def prediction(task: str, table: pd.DataFrame) -> labels.Prediction:
+def prediction(task: str, table: pd.DataFrame) -> labels.LabelPrediction:
     """The most probable answer of each cell, and probabilities; both folded where the task asks for it."""
     best = table.columns.to_numpy(object)[table.to_numpy().argmax(axis=1)]
     if task == "tcd":
         table = pd.DataFrame({NORMAL: table[NORMAL], TUMOUR: 1 - table[NORMAL]})
-    return labels.Prediction(pd.DataFrame({task: folded(task, best)}, dtype=object), {task: table})
+    return labels.LabelPrediction(pd.DataFrame({task: folded(task, best)}, dtype=object), {task: table})

@@ -15,7 +15,7 @@ import numpy as np
 
 from sct import families
 from sct.data.bags import BagOptions, BagSource
-from sct.data.cells import Cells, CellStudy
+from sct.data.cells import CellCounts, CellStudy
 from sct.data.class_prior import ClassPrior
 from sct.data.coordinates import SCALES
 from sct.data.genes.vocabulary import GeneVocabulary
@@ -24,14 +24,14 @@ from sct.errors import ConfigError, DataError, SctError
 from sct.eval.embedding import measures as embeddings
 from sct.eval.imputation import natural
 from sct.eval.imputation import protocols as imputation
-from sct.eval.imputation.held_out import HeldOut
-from sct.eval.imputation.scoring import Model, Outcome
+from sct.eval.imputation.eval_cells import EvalCells
+from sct.eval.imputation.scoring import ImputationModel, ProtocolResult
 from sct.eval.reports import folder as report_folder
 from sct.eval.reports.page import Figure, figure_svg
 from sct.eval.reports.report import MODEL, REFERENCE, Report
 from sct.folder_lock import only_one
 from sct.inference import inputs
-from sct.inference.bags import BagReader, order_of
+from sct.inference.bags import BagReader, plan_bags
 from sct.models.registry import build
 from sct.outputs import check_folder
 from sct.tl.embedding import embed
@@ -70,7 +70,7 @@ class CellChoice:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataOptions(CellChoice):
+class ZeroShotData(CellChoice):
     """Cells to measure on; see `configs/benchmark.py` for each field."""
 
     train: str = ""
@@ -151,7 +151,7 @@ class EmbeddingOptions:
 class BenchmarkOptions:
     """The whole benchmark; see `configs/benchmark.py`."""
 
-    data: DataOptions = dataclasses.field(default_factory=DataOptions)
+    data: ZeroShotData = dataclasses.field(default_factory=ZeroShotData)
     natural_imputation: NaturalImputationOptions = dataclasses.field(default_factory=NaturalImputationOptions)
     gene_imputation: GeneImputationOptions = dataclasses.field(default_factory=GeneImputationOptions)
     cell_imputation: CellImputationOptions = dataclasses.field(default_factory=CellImputationOptions)
@@ -175,7 +175,7 @@ class Part:
 
     name: str
     adata: ad.AnnData
-    table: Cells
+    table: CellCounts
 
     @property
     def spatial(self) -> bool:
@@ -186,7 +186,7 @@ class Part:
 def benchmark(
     config: Mapping[str, Any],
     adata: ad.AnnData | None = None,
-    model: inputs.Model | None = None,
+    model: inputs.ModelLike | None = None,
     *,
     overwrite: bool = True,
 ) -> list[Report]:
@@ -219,14 +219,14 @@ def benchmark(
 
 
 def _benchmark(
-    options: BenchmarkOptions, output: Path, adata: ad.AnnData | None, model: inputs.Model | None
+    options: BenchmarkOptions, output: Path, adata: ad.AnnData | None, model: inputs.ModelLike | None
 ) -> list[Report]:
     """Measure as options say, and write the report into a folder that no other process writes to."""
     started = time.monotonic()
     chosen = model if model is not None else options.model
-    handle = inputs.loaded(chosen) if chosen else None
+    handle = inputs.load_model(chosen) if chosen else None
     if handle is not None:
-        families.ability(handle, "embed")
+        families.require(handle, "embed")
     vocabulary = handle.vocabulary if handle is not None else _vocabulary(options.genes)
     studies, train = open_cells(options.data, adata)
     if train is not None:
@@ -330,8 +330,8 @@ def _divided(cells: ad.AnnData, data: CellChoice, name: str) -> list[tuple[str, 
             if section.places is None:
                 rows = np.sort(rng.permutation(rows)[: data.max_cells])
             else:  # cells that lie together, for neighbours to stay neighbours
-                centre = section.places[rng.integers(len(rows))]
-                distance = ((section.places - centre) ** 2).sum(axis=1)
+                center = section.places[rng.integers(len(rows))]
+                distance = ((section.places - center) ** 2).sum(axis=1)
                 rows = np.sort(rows[np.argsort(distance, kind="stable")[: data.max_cells]])
         # Always a copy: results are written into it.
         part = cells[rows].to_memory() if cells.isbacked else cells[rows].copy()
@@ -344,9 +344,9 @@ def _divided(cells: ad.AnnData, data: CellChoice, name: str) -> list[tuple[str, 
 def part_of(name: str, study: ad.AnnData, vocabulary: GeneVocabulary, data: CellChoice) -> Part:
     """Find the counts and positions of a study's cells; cells without any count are left out."""
 
-    def table(cells: ad.AnnData) -> Cells:
+    def table(cells: ad.AnnData) -> CellCounts:
         spatial_key = data.spatial_key if data.spatial_key in cells.obsm else None
-        return Cells(
+        return CellCounts(
             cells, vocabulary, inputs.sections(cells, None, spatial_key), layer=data.layer or None,
             gene_column=data.gene_column or None, duplicates=data.duplicates,  # type: ignore[arg-type]
         )  # fmt: skip
@@ -395,20 +395,20 @@ def _measure(
             imputation.fixed_gene_imputation, per_group=fixed.per_group, magic=gene.magic
         )
     if protocols:
-        held_out, training, asked = _held_out(parts, handle, train, options.data)
+        eval_cells, training, asked = _held_out(parts, handle, train, options.data)
         name = ", ".join(part.name for part in parts)
         name = name if len(name) < 60 else f"{len(parts)} studies"
         for title, protocol in protocols.items():
             try:
-                outcome = protocol(held_out, asked, training, seeds=options.seeds, cells_name=name)
+                outcome = protocol(eval_cells, asked, training, seeds=options.seeds, cells_name=name)
             except SctError as error:
                 yield [reason(title, error)], []
                 continue
             numbers["imputation"].append(outcome.as_dict())
-            if isinstance(outcome, natural.Outcome):
+            if isinstance(outcome, natural.NaturalResult):
                 yield outcome.reports, [_reliability_figure(outcome)]
             else:
-                yield outcome.reports, _imputation_figures(outcome, held_out.cells_per_bag)
+                yield outcome.reports, _imputation_figures(outcome, eval_cells.cells_per_bag)
     for part in parts if options.embedding.run else ():
         try:
             table, drawn, measured = _embedding(part, handle, options)
@@ -430,18 +430,18 @@ def _imputer(handle: Pretrained | None) -> BagReader | None:
     """What imputes by a model, None where it does not."""
     if handle is None or families.model(handle.family).impute is None:
         return None
-    return cast(BagReader, families.ability(handle, "impute"))
+    return cast(BagReader, families.require(handle, "impute"))
 
 
-def _bag_size(reader: BagReader | None, data: DataOptions) -> int:
+def _bag_size(reader: BagReader | None, data: ZeroShotData) -> int:
     if data.cells_per_bag or reader is None:
         return data.cells_per_bag or BagOptions.cells_per_bag
     return reader.cells_per_bag()
 
 
 def _held_out(
-    parts: list[Part], handle: Pretrained | None, train: Store | None, data: DataOptions
-) -> tuple[HeldOut, BagSource | None, Model | None]:
+    parts: list[Part], handle: Pretrained | None, train: Store | None, data: ZeroShotData
+) -> tuple[EvalCells, BagSource | None, ImputationModel | None]:
     """Cells to impute, bags of the training studies, and the model as a method."""
     reader = _imputer(handle)
     size = _bag_size(reader, data)
@@ -451,7 +451,7 @@ def _held_out(
         bags = BagOptions(cells_per_bag=size, num_positions=len(parts[0].table.vocabulary), with_counts=True)
     studies = []
     for part in parts:
-        order = order_of(part.table.sections[0], size, data.seed).once()
+        order = plan_bags(part.table.sections[0], size, data.seed).without_context()
         studies.append(CellStudy(part.table, 0, order, name=part.name))
     source = BagSource(studies, bags, exhaustive=True)  # type: ignore[arg-type]
     training = None
@@ -460,14 +460,14 @@ def _held_out(
     asked = None
     if reader is not None and handle is not None:
         prior = ClassPrior.of(handle.data)
-        asked = Model(
+        asked = ImputationModel(
             reader.probabilities(prior), handle.variables, odds=prior.odds,
             fitted_on="its training studies", remark=ASSUMED_RATES if prior.assumed else "",
         )  # fmt: skip
-    return HeldOut.read(source, data.max_bags), training, asked
+    return EvalCells.read(source, data.max_bags), training, asked
 
 
-def _reliability_figure(outcome: natural.Outcome) -> Figure:
+def _reliability_figure(outcome: natural.NaturalResult) -> Figure:
     """Reliability of the probabilities of expression."""
     caption = (
         f"Measured genes hidden {'in all cells' if outcome.whole_genes else 'at random'}, all draws together. On the "
@@ -482,7 +482,7 @@ def _reliability_figure(outcome: natural.Outcome) -> Figure:
     return Figure(title, drawing, caption)
 
 
-def _imputation_figures(outcome: Outcome, cells_per_bag: int) -> list[Figure]:
+def _imputation_figures(outcome: ProtocolResult, cells_per_bag: int) -> list[Figure]:
     """Curves of MCC, and the model's confusion matrix at the first setting."""
     titles = {
         "ratio": ("MCC against masking ratio", "masked genes", 1),
@@ -519,13 +519,13 @@ def _embedding(
         raise DataError(
             f"obs has no {data.label_key!r}: name a column of labels with --config.data.label_key."
         )
-    settings = embeddings.Options(
+    settings = embeddings.EmbeddingMetricOptions(
         seeds=options.seeds, folds=asked.folds, k=asked.k, resolution=asked.resolution,
         baselines=tuple(name for name in embeddings.BASELINES if asked.scvi or name != embeddings.SCVI),
     )  # fmt: skip
     methods: dict[str, Any] = {}
     if handle is not None:
-        in_bags = families.ability(handle, "embed").in_bags
+        in_bags = families.require(handle, "embed").in_bags
         embed(
             part.adata, handle, layer=data.layer or None, gene_column=data.gene_column or None,
             duplicates=data.duplicates,  # type: ignore[arg-type]

@@ -55,10 +55,10 @@ def main(argv: list[str]) -> None:
 
     from sct import outputs
     from sct.speed import report
-    from sct.speed.job import Options
+    from sct.speed.job import SpeedOptions
     from sct.speed.run import measure
 
-    options = Options(
+    options = SpeedOptions(
         _MODE.value, _STEPS.value, _WARMUP.value, _CHECK.value, _CELLS.value, _NONZEROS.value, _CEILING.value
     )
     path = Path(_JSON.value).expanduser() if _JSON.value else None

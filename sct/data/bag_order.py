@@ -24,28 +24,28 @@ class BagOrder:
     ----------
     rows
         int64 (bags * K,): a cell may occur more than once.
-    counted
+    is_target
         bool (bags * K,): True once for each cell, where its result is taken from; elsewhere it is context.
     cells_per_bag
         K.
     """
 
     rows: np.ndarray
-    counted: np.ndarray
+    is_target: np.ndarray
     cells_per_bag: int
 
-    def once(self) -> BagOrder:
+    def without_context(self) -> BagOrder:
         """The order without context: each cell once, the last bag incomplete."""
-        return BagOrder(self.rows[self.counted], self.counted[self.counted], self.cells_per_bag)
+        return BagOrder(self.rows[self.is_target], self.is_target[self.is_target], self.cells_per_bag)
 
 
 def _closed(rows: np.ndarray, cells_per_bag: int) -> BagOrder:
     """Fill the last bag up with the first rows, which there are context only."""
     cells = min(cells_per_bag, len(rows))
     missing = -len(rows) % cells
-    counted = np.ones(len(rows) + missing, bool)
-    counted[len(rows) :] = False
-    return BagOrder(np.concatenate([rows, rows[:missing]]), counted, cells)
+    is_target = np.ones(len(rows) + missing, bool)
+    is_target[len(rows) :] = False
+    return BagOrder(np.concatenate([rows, rows[:missing]]), is_target, cells)
 
 
 def random_order(rows: np.ndarray, cells_per_bag: int, seed: int = 0, window: int = WINDOW) -> BagOrder:
@@ -91,10 +91,10 @@ def tile_order(rows: np.ndarray, coordinates: np.ndarray, cells_per_bag: int) ->
         half = max(1, len(part) // cells // 2) * cells
         todo += [part[half:], part[:half]]
     tiles.sort(key=lambda tile: len(tile) < cells)  # the incomplete one, if any, stands last
-    order, counted = [], []
+    order, is_target = [], []
     for tile in tiles:
-        centre = places[tile].mean(axis=0)
-        middle = places[tile[np.argmin(((places[tile] - centre) ** 2).sum(axis=1))]]
+        center = places[tile].mean(axis=0)
+        middle = places[tile[np.argmin(((places[tile] - center) ** 2).sum(axis=1))]]
         tile = tile[np.argsort(((places[tile] - middle) ** 2).sum(axis=1), kind="stable")]
         context = np.zeros(0, np.int64)
         if len(tile) < cells:
@@ -102,11 +102,11 @@ def tile_order(rows: np.ndarray, coordinates: np.ndarray, cells_per_bag: int) ->
             distance[tile] = np.inf
             context = np.argsort(distance, kind="stable")[: cells - len(tile)]
         order += [tile, context]
-        counted += [np.ones(len(tile), bool), np.zeros(len(context), bool)]
-    return BagOrder(rows[np.concatenate(order)], np.concatenate(counted), cells)
+        is_target += [np.ones(len(tile), bool), np.zeros(len(context), bool)]
+    return BagOrder(rows[np.concatenate(order)], np.concatenate(is_target), cells)
 
 
-def neighbours(places: np.ndarray, cells_per_bag: int) -> np.ndarray:
+def neighbors(places: np.ndarray, cells_per_bag: int) -> np.ndarray:
     """Rows of the K nearest cells of each cell, (N, K): itself first, then by distance (paper, appendix A).
 
     `places` (N, 2) are in the units of models, as in training: at equal distances rounding decides. Cells at one
@@ -122,29 +122,29 @@ def neighbours(places: np.ndarray, cells_per_bag: int) -> np.ndarray:
     return found
 
 
-def centred_order(rows: np.ndarray, coordinates: np.ndarray, cells_per_bag: int) -> BagOrder:
+def centered_order(rows: np.ndarray, coordinates: np.ndarray, cells_per_bag: int) -> BagOrder:
     """One bag for each cell: itself, first and counted, and its nearest neighbours as context.
 
     The bags that spatial training draws; K times the work of tiles.
     """
     rows = np.asarray(rows, np.int64)
-    found = neighbours(coordinates, cells_per_bag)
-    counted = np.zeros(found.shape, bool)
-    counted[:, 0] = True
-    return BagOrder(rows[found].ravel(), counted.ravel(), found.shape[1])
+    found = neighbors(coordinates, cells_per_bag)
+    is_target = np.zeros(found.shape, bool)
+    is_target[:, 0] = True
+    return BagOrder(rows[found].ravel(), is_target.ravel(), found.shape[1])
 
 
-def hidden_order(
+def masked_cell_order(
     rows: np.ndarray,
     hidden: np.ndarray,
     cells_per_bag: int,
-    hidden_per_bag: int,
+    masked_per_bag: int,
     seed: int = 0,
     coordinates: np.ndarray | None = None,
 ) -> BagOrder:
     """Bags for cells that are to be predicted as a whole, beside cells that are seen.
 
-    Hidden cells are dealt, `hidden_per_bag` to a bag (the last bag may hold fewer), at random or, with
+    Hidden cells are dealt, `masked_per_bag` to a bag (the last bag may hold fewer), at random or, with
     coordinates, in tiles. The rest of a bag are visible cells: random ones, drawn without repetition as long
     as there are any, or those nearest to the tile's middle.
 
@@ -156,11 +156,11 @@ def hidden_order(
     rows, hidden = np.asarray(rows, np.int64), np.asarray(hidden, bool)
     seen, unseen = np.flatnonzero(~hidden), np.flatnonzero(hidden)
     if coordinates is None:
-        parts = random_order(unseen, hidden_per_bag, seed)
+        parts = random_order(unseen, masked_per_bag, seed)
         pool = np.random.default_rng([seed, 1, 1]).permutation(seen)
     else:
         places = np.asarray(coordinates, np.float64)
-        parts = tile_order(unseen, places[unseen], hidden_per_bag)
+        parts = tile_order(unseen, places[unseen], masked_per_bag)
         tree = KDTree(places[seen])
     context = min(cells_per_bag - parts.cells_per_bag, len(seen))
     bags = []
@@ -171,6 +171,6 @@ def hidden_order(
             _, nearest = tree.query(places[tile].mean(axis=0), k=context)
             chosen = seen[np.atleast_1d(nearest)]
         bags.append(np.concatenate([tile, chosen]))
-    counted = np.zeros((len(bags), len(bags[0])), bool)
-    counted[:, : parts.cells_per_bag] = parts.counted.reshape(len(bags), -1)
-    return BagOrder(rows[np.concatenate(bags)], counted.ravel(), len(bags[0]))
+    is_target = np.zeros((len(bags), len(bags[0])), bool)
+    is_target[:, : parts.cells_per_bag] = parts.is_target.reshape(len(bags), -1)
+    return BagOrder(rows[np.concatenate(bags)], is_target.ravel(), len(bags[0]))

@@ -78,8 +78,8 @@ def spatial_bag_rows(
     may keep what it returns for the next bag.
     """
     n_cells = tree.n
-    centre = permutation(n_cells, seed, 3, epoch)[number]
-    _, rows = tree.query(tree.data[centre], k=min(cells_per_bag, n_cells))
+    center = permutation(n_cells, seed, 3, epoch)[number]
+    _, rows = tree.query(tree.data[center], k=min(cells_per_bag, n_cells))
     return np.atleast_1d(rows).astype(np.int64)
 
 
@@ -133,7 +133,7 @@ class BagOptions:
 class BagSource:
     """All bags of one epoch over some studies, addressable by number; picklable, safe for threads.
 
-    `source.bag(number, epoch)` is a dict of arrays: `tokens` uint8 (K, P); `measured` bool (P,), the genes that the
+    `source.record(number, epoch)` is a dict of arrays: `tokens` uint8 (K, P); `measured` bool (P,), the genes that the
     study measured; `rows` int32 (K,), the cells' rows
     in their study, -1 for absent ones; with `options.spatial` also `coordinates` float32 (K, 2), NaN for
     cells without a position; with `options.with_counts` also `counts` float32 (K, P), `low`, `high` (K,),
@@ -231,7 +231,7 @@ class BagSource:
         study, rows = self.rows(number, epoch)
         return f"study {study.name!r}, rows {rows.min()} to {rows.max()} (bag {number} of epoch {epoch})"
 
-    def bag(self, number: int, epoch: int = 0) -> dict[str, np.ndarray]:
+    def record(self, number: int, epoch: int = 0) -> dict[str, np.ndarray]:
         """Read and tokenise one bag."""
         options = self.options
         study, rows = self.rows(number, epoch)

@@ -178,7 +178,7 @@ def cell_records(
 
 
 class CellSource:
-    """Single cells of studies as records; see `sct.data.loader.Source`.
+    """Single cells of studies as records; see `sct.data.loader.RecordSource`.
 
     A record is that of `cell_records`, with the cell's `row` int32 ().
 
@@ -220,7 +220,7 @@ class CellSource:
         study, rows = self.cells.rows(number, epoch)
         return f"study {study.name!r}, row {rows[0]}"
 
-    def bag(self, number: int, epoch: int = 0) -> dict[str, np.ndarray]:
+    def record(self, number: int, epoch: int = 0) -> dict[str, np.ndarray]:
         """Record of one cell."""
         study, rows = self.cells.rows(number, epoch)
         counts = study.read_rows(rows)

@@ -45,7 +45,7 @@ class Section:
     scale: Scale | None = None
 
 
-class Cells:
+class CellCounts:
     """Raw counts of an AnnData (N cells) in the order of a vocabulary's genes (G).
 
     Parameters
@@ -200,7 +200,7 @@ class CellStudy:
         Number of the section in `cells.sections`.
     order
         Rows of the table, bag after bag.
-    hidden_cells, hidden_genes
+    masked_cells, masked_genes
         Cells of the table (N,) bool and genes (G,) bool whose counts are not to be shown: where both hold (one
         that is None holds everywhere) nothing is read. With both None nothing is hidden.
     name
@@ -211,11 +211,11 @@ class CellStudy:
 
     def __init__(
         self,
-        cells: Cells,
+        cells: CellCounts,
         number: int,
         order: BagOrder,
-        hidden_cells: np.ndarray | None = None,
-        hidden_genes: np.ndarray | None = None,
+        masked_cells: np.ndarray | None = None,
+        masked_genes: np.ndarray | None = None,
         name: str = "",
     ):
         self.cells, self.number, self.order = cells, number, order
@@ -223,7 +223,7 @@ class CellStudy:
         self.name = name or self.section.name
         self.n_cells, self.n_genes = len(order.rows), len(cells.vocabulary)
         self.spatial = self.section.places is not None
-        self._hidden = (hidden_cells, hidden_genes)
+        self._hidden = (masked_cells, masked_genes)
         self._size = max(WINDOW // order.cells_per_bag, 1) * order.cells_per_bag
 
     @property
@@ -273,11 +273,11 @@ class CellStudy:
         cells, genes = self._hidden
         if cells is None and genes is None:
             return block
-        hide = np.ones(block.nnz, bool)
+        masked = np.ones(block.nnz, bool)
         if cells is not None:
-            hide &= np.repeat(cells[rows], np.diff(block.indptr))
+            masked &= np.repeat(cells[rows], np.diff(block.indptr))
         if genes is not None:
-            hide &= genes[block.indices]
-        block.data[hide] = 0
+            masked &= genes[block.indices]
+        block.data[masked] = 0
         block.eliminate_zeros()
         return block

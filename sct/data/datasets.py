@@ -154,15 +154,15 @@ def simulate_atlas(
         {"symbol": [vocabulary.symbols[gene] for gene in genes]},
         index=[vocabulary.ensembl_ids[gene] for gene in genes],
     )
-    programmes = _programmes(rng, n_genes)
+    programs = _programs(rng, n_genes)
     mixtures = rng.dirichlet(np.full(_N_TYPES, 0.3), size=_N_DOMAINS)
     return [
-        _study(np.random.default_rng([seed, 1, study]), study, n_cells, programmes, mixtures, var, spatial)
+        _study(np.random.default_rng([seed, 1, study]), study, n_cells, programs, mixtures, var, spatial)
         for study in range(n_studies)
     ]
 
 
-def _programmes(rng: np.random.Generator, n_genes: int) -> np.ndarray:
+def _programs(rng: np.random.Generator, n_genes: int) -> np.ndarray:
     """Return (types, G) log expression: a baseline, and for each type a twentieth of the genes raised."""
     baseline = rng.normal(0.0, 2.0, n_genes)
     raised = rng.random((_N_TYPES, n_genes)) < 0.05
@@ -174,14 +174,14 @@ def _study(
     rng: np.random.Generator,
     number: int,
     n_cells: int,
-    programmes: np.ndarray,
+    programs: np.ndarray,
     mixtures: np.ndarray,
     var: pd.DataFrame,
     spatial: bool,
 ) -> ad.AnnData:
-    n_genes = programmes.shape[1]
+    n_genes = programs.shape[1]
     name = f"simulated_{number:03d}"
-    log_rates = programmes + rng.normal(0.0, 0.3, n_genes)
+    log_rates = programs + rng.normal(0.0, 0.3, n_genes)
     profiles = np.exp(log_rates)
     profiles /= profiles.sum(axis=1, keepdims=True)
     # Fewer genes lose counts more slowly than in proportion, as a panel of informative genes does.
@@ -271,8 +271,8 @@ def _section(
     """Lay out spots on a jittered grid; return coordinates, domains and the mixture of types in each spot."""
     side = int(np.ceil(n_cells**0.5))
     grid = np.stack(np.divmod(np.arange(n_cells), side), axis=1) + rng.uniform(-0.2, 0.2, (n_cells, 2))
-    centres = rng.uniform(0, side, (len(mixtures), 2))
-    distance = np.linalg.norm(grid[:, None] - centres, axis=2)
+    centers = rng.uniform(0, side, (len(mixtures), 2))
+    distance = np.linalg.norm(grid[:, None] - centers, axis=2)
     near = np.exp(-(distance - distance.min(axis=1, keepdims=True)) / max(1.0, 0.03 * side))
     expected = (near / near.sum(axis=1, keepdims=True)) @ mixtures
     drawn = rng.gamma(30.0 * expected + 1e-3)

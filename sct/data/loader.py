@@ -18,14 +18,14 @@ from sct.errors import ConfigError, StoreError
 Batch = dict[str, np.ndarray]
 
 
-class Source(Protocol):
+class RecordSource(Protocol):
     """Records addressable by number within an epoch."""
 
     def __len__(self) -> int:
         """Records in an epoch."""
         ...
 
-    def bag(self, number: int, epoch: int = 0) -> Batch:
+    def record(self, number: int, epoch: int = 0) -> Batch:
         """Record `number` of `epoch`: a dict of arrays of fixed shapes."""
         ...
 
@@ -54,7 +54,7 @@ class Loader:
         Seed of the order.
     shuffle
         True: endless, shuffled anew each epoch. False: one pass in order; the last batch is filled up with
-        copies of its last record, marked by a zero in `weight`.
+        copies of its last record, marked by a zero in `example_mask`.
     limit
         Records of an ordered pass, spread evenly over the source; 0 for all.
     process_index, process_count
@@ -64,12 +64,12 @@ class Loader:
 
     Notes
     -----
-    Every batch has an entry `weight`, float32 (B,): 1 for a record, 0 for a filled-up one.
+    Every batch has an entry `example_mask`, float32 (B,): 1 for a record, 0 for a filled-up one.
     """
 
     def __init__(
         self,
-        source: Source,
+        source: RecordSource,
         batch_size: int,
         *,
         seed: int = 0,
@@ -127,7 +127,7 @@ class Loader:
         def read(entry: tuple[int, int, float]) -> Batch:
             number, epoch, weight = entry
             try:
-                bag = self.source.bag(number, epoch)
+                bag = self.source.record(number, epoch)
             except OSError as error:
                 raise StoreError(
                     f"{self.source.describe(number, epoch)} cannot be read ({error}): check the disk and run the "
@@ -136,7 +136,7 @@ class Loader:
             except Exception as error:
                 error.add_note(f"while reading {self.source.describe(number, epoch)}")
                 raise
-            return {**bag, "weight": np.asarray(weight, np.float32)}
+            return {**bag, "example_mask": np.asarray(weight, np.float32)}
 
         sequence, local = self._sequence(), self.batch_size // self.process_count
         first = records_drawn + self.process_index * local

@@ -40,7 +40,7 @@ GROUPS = {"obs": "table", "var": "table", "uns": "table", "X": "arrays", "obsm":
 # Elements of one compressed chunk of X: about 16 cells of 2,000 genes, so a bag decodes four or five.
 CHUNK = 32_768
 _CACHE_BYTES = 64 << 20
-# What `sct.data.ingest.sources.sanitise` makes of an input and of its part: the name becomes a folder.
+# What `sct.data.ingest.input_files.sanitise` makes of an input and of its part: the name becomes a folder.
 _STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9][A-Za-z0-9_-]*)*")
 _STUDY_FIELDS = ("name", "path", "n_cells", "n_genes_matched", "nnz", "total_counts", "spatial", "split")
 

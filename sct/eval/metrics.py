@@ -33,6 +33,9 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from sct.extras import load_extra
 
+# Method -> metric -> one number of each draw.
+MetricDraws = dict[str, dict[str, list[float]]]
+
 __all__ = [
     "KnnAccuracy",
     "SCIB_BATCH",

@@ -11,15 +11,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from sct.errors import ConfigError
-from sct.families.manifest import ABILITIES, Converter, Family, Model
+from sct.families.manifest import ABILITIES, Converter, Family, FamilyModel
 from sct.models import registry
 from sct.weights.pretrained import Pretrained
 
 __all__ = [
     "Converter",
     "Family",
-    "Model",
-    "ability",
+    "FamilyModel",
+    "require",
     "all_families",
     "converters",
     "model",
@@ -84,18 +84,18 @@ def unregister(family: Family) -> None:
             registry.MODELS.pop(name, None)
 
 
-def models() -> dict[str, Model]:
+def models() -> dict[str, FamilyModel]:
     """Architectures of all families by name."""
     return {name: each for family in all_families().values() for name, each in family.models.items()}
 
 
-def model(name: str) -> Model:
+def model(name: str) -> FamilyModel:
     """Architecture of a name; `ConfigError` where there is none."""
     registry.family(name)
     return models()[name]
 
 
-def ability(handle: Pretrained, name: str) -> Any:
+def require(handle: Pretrained, name: str) -> Any:
     """Object that gives a model an ability; names: `sct.families.manifest.ABILITIES`.
 
     Raises

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from sct.data.genes.vocabulary import GeneVocabulary
-from sct.families.manifest import Converter, Family, Model
+from sct.families.manifest import Converter, Family, FamilyModel
 from sct.inference.answers import SentenceAnnotator
-from sct.inference.sentences import SentenceReader, writer_of
+from sct.inference.sentences import SentenceReader, cell_sentence_model_of
 from sct.models import registry
 from sct.models.adapter_kinds import CONFIGS
 from sct.tasks import cell_sentences
@@ -27,16 +27,16 @@ HUGGING_FACE = Converter(
 )
 
 
-def _decoder(name: str, config: str) -> Model:
-    return Model(
+def _decoder(name: str, config: str) -> FamilyModel:
+    return FamilyModel(
         registry.MODELS[name],
         tasks=(cell_sentences.SPEC,),
         config=config,
         adapters=CONFIGS,
         embed=SentenceReader,
         annotate=SentenceAnnotator,
-        generate=writer_of,
-        describe=writer_of,
+        generate=cell_sentence_model_of,
+        describe=cell_sentence_model_of,
     )
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sct.data.genes.vocabulary import GeneVocabulary
-from sct.generation.cell_asker import CellAsker
-from sct.generation.cells import CellWriter
+from sct.generation.cell_sentence_model import CellSentenceModel
+from sct.generation.instruction_model import InstructionModel
 from sct.inference.answers import Annotator
 from sct.inference.bags import BagReader
 from sct.inference.readers import CellReader
@@ -20,7 +20,7 @@ from sct.weights.pretrained import Pretrained
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class FamilyModel:
     """One architecture of a family. Each ability is a function that takes a model and returns the object for it.
 
     Attributes
@@ -52,9 +52,9 @@ class Model:
     embed: Callable[[Pretrained], CellReader] | None = None
     impute: Callable[[Pretrained], BagReader] | None = None
     annotate: Callable[[Pretrained], Annotator] | None = None
-    generate: Callable[[Pretrained], CellWriter] | None = None
-    describe: Callable[[Pretrained], CellWriter] | None = None
-    ask: Callable[[Pretrained], CellAsker] | None = None
+    generate: Callable[[Pretrained], CellSentenceModel] | None = None
+    describe: Callable[[Pretrained], CellSentenceModel] | None = None
+    ask: Callable[[Pretrained], InstructionModel] | None = None
 
     @property
     def abilities(self) -> tuple[str, ...]:
@@ -121,7 +121,7 @@ class Family:
     name: str
     title: str
     paper: str
-    models: Mapping[str, Model]
+    models: Mapping[str, FamilyModel]
     guide: str = ""
     license: str = ""
     converters: Mapping[str, Converter] = dataclasses.field(default_factory=dict)

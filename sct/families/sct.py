@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sct.data.genes.vocabulary import GeneVocabulary
-from sct.families.manifest import Converter, Family, Model
+from sct.families.manifest import Converter, Family, FamilyModel
 from sct.inference.bags import BagReader
 from sct.models import registry
 from sct.models.adapter_kinds import CONFIGS
@@ -24,7 +24,7 @@ FAMILY = Family(
     guide="docs/tools.md",
     license=haiku_sct.NOTICE,
     models={
-        "sct": Model(
+        "sct": FamilyModel(
             registry.MODELS["sct"],
             tasks=(masked_expression.SPEC,),
             config="configs/sct_sc.py",

@@ -85,13 +85,13 @@ def make_task(
     config: Mapping[str, Any],
     store: Store,
     tokenizer: Tokenizer | None = None,
-    parent_data: Mapping[str, Any] | None = None,
+    parent_data_spec: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Any, Any]:
     """Task of a configuration over a store, and its data section.
 
-    A task on text trains a tokenizer where none is given; see `TaskInputs` for `parent_data` and `mesh`. `ConfigError`
-    for a model that this machine does not compute.
+    A task on text trains a tokenizer if none is given. See `TaskInputs` for `parent_data_spec` and `mesh`.
+    `ConfigError` for a model that this machine does not compute.
     """
     spec, data = task_spec_of(config), data_of(config)
     objective = registry.build(spec.objective, config.get("objective", {}), "objective")
@@ -99,7 +99,15 @@ def make_task(
     if spec.tokenizer is not None and tokenizer is None:
         tokenizer = spec.tokenizer(store, objective, data, seed)
     inputs = TaskInputs(
-        config["family"], config.get("model", {}), objective, data, store, seed, tokenizer, parent_data, mesh
+        config["family"],
+        config.get("model", {}),
+        objective,
+        data,
+        store,
+        seed,
+        tokenizer,
+        parent_data_spec,
+        mesh,
     )
     return task_of(spec, inputs, adapters_of(config)), data
 

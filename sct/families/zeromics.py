@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 
 from sct.families.cell2sentence import HUGGING_FACE
-from sct.families.manifest import Family, Model
-from sct.inference.asking import InstructionAnnotator, asker_of
+from sct.families.manifest import Family, FamilyModel
+from sct.inference.asking import InstructionAnnotator, instruction_model_of
 from sct.inference.binned_cells import BinReader
 from sct.models import registry
 from sct.models.adapter_kinds import CONFIGS
@@ -20,16 +20,16 @@ FAMILY = Family(
     paper="ZerOmics: toward general models for single-cell analysis with instruction tuning",
     guide="docs/zeromics.md",
     models={
-        "zeromics": Model(
+        "zeromics": FamilyModel(
             registry.MODELS["zeromics"],
             tasks=(instructions.SPEC,),
             config="configs/zeromics_llm.py",
             adapters=(),  # its task trains a mixture of its own
             embed=functools.partial(BinReader.of_part, part="cells", architecture=_CELLS),
             annotate=InstructionAnnotator,
-            ask=asker_of,
+            ask=instruction_model_of,
         ),
-        _CELLS: Model(
+        _CELLS: FamilyModel(
             registry.MODELS[_CELLS],
             tasks=(masked_bins.SPEC,),
             config="configs/zeromics_sc.py",
@@ -37,7 +37,7 @@ FAMILY = Family(
             embed=BinReader,
         ),
         # Makes features of the texts of genes.
-        "bert": Model(registry.MODELS["bert"], adapters=CONFIGS),
+        "bert": FamilyModel(registry.MODELS["bert"], adapters=CONFIGS),
     },
     converters={"hf": HUGGING_FACE},
 )

@@ -26,7 +26,7 @@ from scipy import sparse
 from sct.atomic import atomic_write
 from sct.data.genes.corpus import GeneCorpus, find_genes, suffix_of
 from sct.data.genes.vocabulary import GeneVocabulary
-from sct.data.text.cell_sentence import normalise
+from sct.data.text.cell_sentence import normalize
 from sct.errors import ConfigError, DataError
 from sct.gene_features.files import DELIMITERS, TABLES, named_rows, read_arrays, text_rows
 from sct.models.decoder_config import DecoderConfig
@@ -354,7 +354,7 @@ class GeneFeatures:
             )
         rows, _ = self.of(vocabulary)
         # Its logarithms are to the base 10, which the length of 1 makes the same.
-        cells = np.asarray(normalise(counts) @ rows, np.float32)
+        cells = np.asarray(normalize(counts) @ rows, np.float32)
         lengths = np.linalg.norm(cells, axis=1, keepdims=True)
         return np.divide(cells, lengths, out=np.zeros_like(cells), where=lengths > 0)
 

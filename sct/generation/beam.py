@@ -13,11 +13,11 @@ from jax import lax
 
 from sct.generation.cache import Cache, empty, extend, scores_of
 from sct.generation.decoding import (
+    DecoderParts,
+    DecodingOptions,
     Generated,
-    Model,
-    Options,
-    Parts,
-    Soft,
+    LanguageModel,
+    SoftPrompts,
     batches,
     known_tokens,
     only_known,
@@ -30,7 +30,7 @@ from sct.models.decoder_config import DecoderConfig
 from sct.nn.chunked_attention import UNSEEN
 
 
-class _Now(NamedTuple):
+class _BeamState(NamedTuple):
     """State of the search: K beams of B prompts that go on, and the best answer of each that has ended."""
 
     cache: Cache  # rows are beams, those of a prompt together
@@ -55,9 +55,9 @@ def decode(
     new: int,
     beams: int,
     known: int,
-    parts: Parts,
+    parts: DecoderParts,
     ids: jax.Array,
-    there: jax.Array,
+    attention_mask: jax.Array,
     length_penalty: jax.Array,
     stop: jax.Array,
     trie: Trie | None = None,
@@ -75,7 +75,7 @@ def decode(
         return jnp.repeat(x, beams, axis=0)
 
     hidden, cache = extend(
-        config, parts, empty(config, rows, length + new), ids, there, first=True, soft=soft
+        config, parts, empty(config, rows, length + new), ids, attention_mask, first=True, soft=soft
     )
     cache = cache._replace(
         keys=tuple(map(each_beam, cache.keys)), values=tuple(map(each_beam, cache.values)),
@@ -87,7 +87,7 @@ def decode(
     nothing = jnp.full((rows, beams, new), -1, jnp.int32)
     none = jnp.full((rows, 1), UNSEEN)
     node = jnp.zeros((rows, beams), jnp.int32)
-    start = _Now(
+    start = _BeamState(
         cache, first, jnp.zeros((), jnp.int32), nothing, jnp.broadcast_to(alone, (rows, beams)), node, nothing[:, :1],
         none, none,
     )  # fmt: skip
@@ -95,13 +95,13 @@ def decode(
     def power(step: jax.Array) -> jax.Array:
         return step.astype(jnp.float32) ** length_penalty
 
-    def goes_on(now: _Now) -> jax.Array:
+    def goes_on(now: _BeamState) -> jax.Array:
         # A beam only loses probability; its best length is the present one, or the longest where length is rewarded.
         best = now.sums.max(axis=1) / jnp.where(length_penalty > 0, power(jnp.asarray(new)), power(now.step))
         open_ = best > now.ended[:, 0]
         return (now.step < new) & ((now.step == 0) | open_.any())
 
-    def body(now: _Now) -> _Now:
+    def body(now: _BeamState) -> _BeamState:
         scores = only_known(jax.nn.log_softmax(now.scores, axis=-1), known)
         if trie is not None:
             allowed = trie.allowed(now.node.reshape(-1), vocab).reshape(scores.shape)
@@ -136,7 +136,7 @@ def decode(
         every = jnp.ones((rows * beams, 1), bool)
         hidden, cache = extend(config, parts, cache, token.reshape(-1, 1), every)
         scores = scores_of(config, parts, hidden[:, 0]).reshape(rows, beams, vocab)
-        return _Now(
+        return _BeamState(
             cache, scores, now.step + 1, made, jnp.maximum(going, UNSEEN), node, ended_ids, ended, ended_sums
         )
 
@@ -151,12 +151,12 @@ def decode(
 
 
 def search(
-    model: Model,
+    model: LanguageModel,
     prompts: Sequence[np.ndarray],
-    options: Options,
+    options: DecodingOptions,
     stop: Sequence[int],
     trie: Trie | None,
-    soft: Soft | None = None,
+    soft: SoftPrompts | None = None,
     progress_bar: bool = True,
 ) -> list[Generated]:
     """Best answer behind each prompt; called by `sct.generation.generate.generate`."""
@@ -164,9 +164,9 @@ def search(
     rows = min(options.batch_size, len(prompts))
     ends, parts = jnp.asarray(list(stop), jnp.int32), prepared(model)
     for chosen in batches(prompts, rows, "searching", progress_bar):
-        ids, there = padded([prompts[i] for i in chosen], rows)
+        ids, attention_mask = padded([prompts[i] for i in chosen], rows)
         found = decode(
-            model.config, options.max_new_tokens, options.beams, known_tokens(model), parts, ids, there,
+            model.config, options.max_new_tokens, options.beams, known_tokens(model), parts, ids, attention_mask,
             jnp.asarray(options.length_penalty), ends, trie, soft_of(soft, chosen, rows),
         )  # fmt: skip
         for i, *of_row in zip(chosen, *map(np.asarray, found), strict=False):

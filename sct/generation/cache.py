@@ -74,7 +74,7 @@ def extend(
     parts: tuple[dict[str, Any], list[dict[str, Any]]],
     cache: Cache,
     ids: jax.Array,
-    there: jax.Array,
+    attention_mask: jax.Array,
     first: bool = False,
     soft: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
@@ -90,7 +90,7 @@ def extend(
         Of the tokens before.
     ids
         Tokens (B, T), which take the next T slots.
-    there
+    attention_mask
         Which of them are tokens and not padding, bool (B, T).
     first
         Whether the cache is empty, so that the tokens need not look at it.
@@ -104,8 +104,8 @@ def extend(
     rest, layers = parts
     length = ids.shape[1]
     module, start = Decoder(config), cache.used
-    places = cache.positions[:, None] + jnp.maximum(jnp.cumsum(there, axis=1) - 1, 0)
-    filled = lax.dynamic_update_slice(cache.filled, there, (0, start))
+    places = cache.positions[:, None] + jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
+    filled = lax.dynamic_update_slice(cache.filled, attention_mask, (0, start))
     x = module.apply(rest, ids, places, soft, method="embed")
     keys, values = [], []
     for layer, old_keys, old_values in zip(layers, cache.keys, cache.values, strict=True):
@@ -126,7 +126,7 @@ def extend(
             )
             kept.update(keys=all_keys, values=all_values)
             if first:
-                segments = there.astype(jnp.int32)
+                segments = attention_mask.astype(jnp.int32)
                 return attend(query, key, value, Mask(segments, segments, 0), prefix)
             slots = jnp.arange(filled.shape[1])
             seen = filled[:, None] & (slots <= start + jnp.arange(length)[:, None])
@@ -136,7 +136,7 @@ def extend(
         keys.append(kept["keys"])
         values.append(kept["values"])
     hidden = cast(jax.Array, module.apply(rest, x, method="finish"))
-    counts = there.sum(axis=1, dtype=jnp.int32)
+    counts = attention_mask.sum(axis=1, dtype=jnp.int32)
     return hidden, Cache(tuple(keys), tuple(values), filled, start + length, cache.positions + counts)
 
 

@@ -20,7 +20,7 @@ from sct.nn.chunked_attention import UNSEEN
 from sct.progress import progress
 
 
-class Model(Protocol):
+class LanguageModel(Protocol):
     """What generation needs of a model: `sct.weights.pretrained.Pretrained` has it."""
 
     @property
@@ -40,14 +40,14 @@ class Model(Protocol):
 
 
 # Numbers of prompts -> vectors (n, K, D) that their negative tokens stand for.
-Soft = Callable[[Sequence[int]], jax.Array]
+SoftPrompts = Callable[[Sequence[int]], jax.Array]
 
 # Prompts are filled up to a multiple of this, so that few lengths are compiled.
 PROMPT_STEP = 32
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class DecodingOptions:
     """How text is generated.
 
     Parameters
@@ -136,7 +136,7 @@ def ready(config: DecoderConfig, variables: dict[str, Any]) -> tuple[dict[str, A
     )
 
 
-Parts = tuple[dict[str, Any], list[dict[str, Any]]]
+DecoderParts = tuple[dict[str, Any], list[dict[str, Any]]]
 
 
 @functools.lru_cache(maxsize=8)
@@ -144,22 +144,22 @@ def _prepared(config: DecoderConfig) -> Any:
     return jax.jit(functools.partial(ready, config))
 
 
-def made_parts(config: DecoderConfig, variables: dict[str, Any]) -> Parts:
+def made_parts(config: DecoderConfig, variables: dict[str, Any]) -> DecoderParts:
     """Parts of a decoder for `decode`, in the type of the computation."""
-    return cast(Parts, _prepared(config)(variables))
+    return cast(DecoderParts, _prepared(config)(variables))
 
 
-def prepared(model: Model) -> Parts:
+def prepared(model: LanguageModel) -> DecoderParts:
     """Parts of a model, made once for all batches: a copy in the type of the computation.
 
     A model that is asked again and again keeps its own (`parts`).
     """
     if (own := getattr(model, "parts", None)) is not None:
-        return cast(Parts, own)
+        return cast(DecoderParts, own)
     return made_parts(model.config, model.variables)
 
 
-def known_tokens(model: Model) -> int:
+def known_tokens(model: LanguageModel) -> int:
     """Tokens that its tokenizer can write; a table may have more rows, to be of a round size."""
     size = model.tokenizer.vocab_size if model.tokenizer is not None else model.config.vocab_size
     return min(size, model.config.vocab_size)
@@ -174,7 +174,7 @@ def only_known(scores: jax.Array, known: int) -> jax.Array:
     )
 
 
-def check_model(model: Model) -> DecoderConfig:
+def check_model(model: LanguageModel) -> DecoderConfig:
     """Architecture of a model that generates text; `ConfigError` for any other, and for one that needs a GPU."""
     if not isinstance(model.config, DecoderConfig):
         raise ConfigError(
@@ -211,14 +211,14 @@ def padded(prompts: Sequence[np.ndarray], rows: int) -> tuple[np.ndarray, np.nda
     """Tokens (rows, T) of prompts filled up on the left, and where they are; missing rows repeat the last prompt."""
     longest = max(map(len, prompts))
     length = -(-longest // PROMPT_STEP) * PROMPT_STEP
-    ids, there = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
+    ids, attention_mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
     for row in range(rows):
         prompt = prompts[min(row, len(prompts) - 1)]
-        ids[row, length - len(prompt) :], there[row, length - len(prompt) :] = prompt, True
-    return ids, there
+        ids[row, length - len(prompt) :], attention_mask[row, length - len(prompt) :] = prompt, True
+    return ids, attention_mask
 
 
-def soft_of(soft: Soft | None, chosen: Sequence[int], rows: int) -> jax.Array | None:
+def soft_of(soft: SoftPrompts | None, chosen: Sequence[int], rows: int) -> jax.Array | None:
     """Vectors (rows, K, D) of some prompts; missing rows repeat the last one, as `padded` does."""
     if soft is None:
         return None

@@ -15,11 +15,11 @@ from sct.errors import ConfigError
 from sct.generation.beam import search
 from sct.generation.cache import Cache, empty, extend, scores_of
 from sct.generation.decoding import (
+    DecoderParts,
+    DecodingOptions,
     Generated,
-    Model,
-    Options,
-    Parts,
-    Soft,
+    LanguageModel,
+    SoftPrompts,
     batches,
     check_model,
     check_prompts,
@@ -55,9 +55,9 @@ def decode(
     new: int,
     uses: Uses,
     known: int,
-    parts: Parts,
+    parts: DecoderParts,
     ids: jax.Array,
-    there: jax.Array,
+    attention_mask: jax.Array,
     sampling: Sampling,
     stop: jax.Array,
     trie: Trie | None = None,
@@ -71,7 +71,7 @@ def decode(
         Architecture, most tokens to generate (N), what any row needs, and the number of tokens that may be chosen.
     parts
         Of `prepared`.
-    ids, there
+    ids, attention_mask
         Prompts (B, T), filled up on the left, and where they hold tokens, bool.
     sampling, stop
         How rows choose; tokens that end a row, int32 (S,).
@@ -87,11 +87,11 @@ def decode(
     """
     rows, length = ids.shape
     hidden, cache = extend(
-        config, parts, empty(config, rows, length + new), ids, there, first=True, soft=soft
+        config, parts, empty(config, rows, length + new), ids, attention_mask, first=True, soft=soft
     )
     seen = None
     if uses.penalty:
-        where = jnp.where(there & (ids >= 0), ids, config.vocab_size)
+        where = jnp.where(attention_mask & (ids >= 0), ids, config.vocab_size)
         seen = (
             jnp.zeros((rows, config.vocab_size), bool)
             .at[jnp.arange(rows)[:, None], where]
@@ -137,7 +137,7 @@ def decode(
     return last.ids, last.done, last.log_probability
 
 
-def _check_trie(trie: Trie, config: DecoderConfig, options: Options, stop: Sequence[int]) -> None:
+def _check_trie(trie: Trie, config: DecoderConfig, options: DecodingOptions, stop: Sequence[int]) -> None:
     """Refuse a list of answers that generation could leave, or not come to the end of."""
     highest, depth = int(trie.tokens.max()), trie.longest
     if highest >= config.vocab_size:
@@ -155,14 +155,14 @@ def _check_trie(trie: Trie, config: DecoderConfig, options: Options, stop: Seque
 
 
 def generate(
-    model: Model,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int] | np.ndarray],
-    options: Options | None = None,
+    options: DecodingOptions | None = None,
     *,
     stop: Sequence[int] | None = None,
     seeds: Sequence[int] | int = 0,
     trie: Trie | None = None,
-    soft: Soft | None = None,
+    soft: SoftPrompts | None = None,
     progress_bar: bool = True,
 ) -> list[Generated]:
     """Generate text behind prompts of tokens.
@@ -174,7 +174,7 @@ def generate(
     prompts
         Tokens of each prompt, of any length.
     options
-        See `Options`.
+        See `DecodingOptions`.
     stop
         Tokens that end an answer; by default the end of text of the model's tokenizer.
     seeds
@@ -193,7 +193,7 @@ def generate(
     ConfigError, DataError
         The model generates no text, options contradict each other, or a prompt does not fit the model.
     """
-    options, config = options or Options(), check_model(model)
+    options, config = options or DecodingOptions(), check_model(model)
     if not len(prompts):
         return []
     arrays = [np.asarray(prompt, np.int64) for prompt in prompts]
@@ -224,7 +224,7 @@ def generate(
     rows = min(options.batch_size, len(arrays))
     ends = jnp.asarray(list(stop), jnp.int32)
     for chosen in batches(arrays, rows, "generating", progress_bar):
-        ids, there = padded([arrays[i] for i in chosen], rows)
+        ids, attention_mask = padded([arrays[i] for i in chosen], rows)
         own = [numbers[i] for i in chosen]
         sampling = Sampling(
             jnp.full(rows, options.temperature),
@@ -234,7 +234,7 @@ def generate(
             jnp.asarray([*own, *own[-1:] * (rows - len(own))], jnp.uint32),
         )
         found = decode(
-            config, options.max_new_tokens, uses, known_tokens(model), parts, ids, there, sampling, ends, trie,
+            config, options.max_new_tokens, uses, known_tokens(model), parts, ids, attention_mask, sampling, ends, trie,
             soft_of(soft, chosen, rows),
         )  # fmt: skip
         for i, *of_row in zip(chosen, *map(np.asarray, found), strict=False):

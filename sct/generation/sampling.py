@@ -12,7 +12,7 @@ from sct.nn.chunked_attention import UNSEEN
 
 
 class Sampling(NamedTuple):
-    """How each row chooses, arrays (B,); see `sct.generation.decoding.Options`.
+    """How each row chooses, arrays (B,); see `sct.generation.decoding.DecodingOptions`.
 
     `temperature` 0 takes the best token; `top_k` 0 and `top_p` 1 leave all tokens in.
     """

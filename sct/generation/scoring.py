@@ -13,9 +13,9 @@ from jax import lax
 from sct.errors import ConfigError
 from sct.generation.cache import empty, extend, scores_of
 from sct.generation.decoding import (
-    Model,
-    Parts,
-    Soft,
+    DecoderParts,
+    LanguageModel,
+    SoftPrompts,
     batches,
     check_model,
     check_prompts,
@@ -30,9 +30,9 @@ from sct.models.decoder_config import DecoderConfig
 @functools.partial(jax.jit, static_argnames=("config",))
 def log_probabilities(
     config: DecoderConfig,
-    parts: Parts,
+    parts: DecoderParts,
     ids: jax.Array,
-    there: jax.Array,
+    attention_mask: jax.Array,
     answers: jax.Array,
     lengths: jax.Array,
     soft: jax.Array | None = None,
@@ -45,7 +45,7 @@ def log_probabilities(
     ----------
     config, parts
         Of the model; see `sct.generation.decoding.prepared`.
-    ids, there
+    ids, attention_mask
         Prompts (B, T), filled up on the left, and where they hold tokens, bool.
     answers, lengths
         Tokens of the answers (C, A), filled up on the right, and their numbers (C,).
@@ -58,7 +58,7 @@ def log_probabilities(
     """
     rows, (_, size) = len(ids), answers.shape
     cache = empty(config, rows, ids.shape[1] + size)
-    hidden, cache = extend(config, parts, cache, ids, there, first=True, soft=soft)
+    hidden, cache = extend(config, parts, cache, ids, attention_mask, first=True, soft=soft)
     last = scores_of(config, parts, hidden[:, -1:])
 
     def of_answer(answer: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -74,13 +74,13 @@ def log_probabilities(
 
 
 def score(
-    model: Model,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int] | np.ndarray],
     candidates: Sequence[Sequence[int] | np.ndarray],
     *,
     batch_size: int = 8,
     per_token: bool = False,
-    soft: Soft | None = None,
+    soft: SoftPrompts | None = None,
 ) -> np.ndarray:
     """Log-likelihood of each candidate answer behind each prompt.
 
@@ -124,8 +124,10 @@ def score(
         return out
     rows, parts = min(batch_size, len(arrays)), prepared(model)
     for chosen in batches(arrays, rows, "scoring answers"):
-        ids, there = padded([arrays[i] for i in chosen], rows)
-        found = log_probabilities(config, parts, ids, there, filled, lengths, soft_of(soft, chosen, rows))
+        ids, attention_mask = padded([arrays[i] for i in chosen], rows)
+        found = log_probabilities(
+            config, parts, ids, attention_mask, filled, lengths, soft_of(soft, chosen, rows)
+        )
         out[chosen] = np.asarray(found)[: len(chosen)]
     check_outputs(out, "scores of answers", "prompts")
     return out / lengths if per_token else out

@@ -11,10 +11,10 @@ import pandas as pd
 
 from sct.data.text.prompts import parse_labels, render_labels
 from sct.errors import ConfigError
-from sct.generation.cells import CellWriter
+from sct.generation.cell_sentence_model import CellSentenceModel
 from sct.inference import inputs
 from sct.inference.labels import warn_of_labels
-from sct.inference.sentences import questions, writer_of
+from sct.inference.sentences import cell_sentence_model_of, questions
 from sct.version import __version__
 from sct.weights.pretrained import Pretrained
 
@@ -42,7 +42,7 @@ class Annotator(Protocol):
 
 
 def candidates_of(
-    writer: CellWriter, label_key: str | Sequence[str] | None, given: Candidates | None
+    sentence_model: CellSentenceModel, label_key: str | Sequence[str] | None, given: Candidates | None
 ) -> tuple[str, list[str]]:
     """Field that is asked for, and the answers to choose among.
 
@@ -51,7 +51,7 @@ def candidates_of(
     ConfigError
         The model did not learn this label, or has no list of its values and none is given.
     """
-    known = [name for name in ("cell_type", "tissue", LABELS) if f"cell_to_{name}" in writer.tasks]
+    known = [name for name in ("cell_type", "tissue", LABELS) if f"cell_to_{name}" in sentence_model.tasks]
     if label_key is None:
         label_key = known[0] if known else "cell_type"
     alone = isinstance(label_key, str) and label_key != LABELS
@@ -61,7 +61,7 @@ def candidates_of(
             f"label_key is {label_key!r}, but the model is asked for one of {', '.join(known)}, or for names of labels "
             "that it learned together, as a list."
         )
-    writer.check(f"cell_to_{field}")
+    sentence_model.check(f"cell_to_{field}")
     if isinstance(given, str):
         raise ConfigError(f"candidates is the string {given!r}: give a list of two or more answers.")
     if given is not None:
@@ -71,7 +71,7 @@ def candidates_of(
                 f"there are {len(texts)} candidates, {len(set(texts))} of them different: give two or more, each once."
             )
         return field, texts
-    found = list(writer.labels.get(field, ()))
+    found = list(sentence_model.labels.get(field, ()))
     if field == LABELS and found:
         keys = {label_key} if isinstance(label_key, str) else set(label_key)
         learned = set(parse_labels(found[0]))
@@ -139,18 +139,20 @@ class SentenceAnnotator:
         **options: Any,
     ) -> ad.AnnData | None:
         """Write the most probable answer about each cell; see `sct.tl.annotate`."""
-        model, writer = self.model, writer_of(self.model)
-        field, answers = candidates_of(writer, label_key, candidates)
+        model, sentence_model = self.model, cell_sentence_model_of(self.model)
+        field, answers = candidates_of(sentence_model, label_key, candidates)
         parts = pd.DataFrame([parse_labels(answer) for answer in answers] if field == LABELS else None)
         if "probability" in parts:
             raise ConfigError(
                 f"a label is named 'probability', but obs[{key_added}_probability] is that of the answer: train with "
                 "another name."
             )
-        fields, _ = questions(adata, model, writer, **options)
-        logs = writer.score(f"cell_to_{field}", fields, answers, templates=templates, batch_size=batch_size)
+        fields, _ = questions(adata, model, sentence_model, **options)
+        logs = sentence_model.score(
+            f"cell_to_{field}", fields, answers, templates=templates, batch_size=batch_size
+        )
         probabilities = np.exp(logs)
-        target = inputs.to_write(adata, copy)
+        target = inputs.output_adata(adata, copy)
         write_answers(target, answers, probabilities, key_added, threshold, unknown)
         for key in parts:
             # The probability of a value is that of all combinations with it.

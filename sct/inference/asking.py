@@ -8,19 +8,19 @@ from typing import Any, Literal
 import anndata as ad
 import numpy as np
 
-from sct.data.cells import Cells
+from sct.data.cells import CellCounts
 from sct.data.counts import COUNTS, Values
 from sct.errors import ConfigError
-from sct.generation.cell_asker import CellAsker, Records
+from sct.generation.instruction_model import CellBins, InstructionModel
 from sct.inference import binned_cells, inputs
 from sct.inference.answers import OPTIONS, write_answers
 from sct.version import __version__
 from sct.weights.pretrained import Pretrained
 
 
-def asker_of(model: Pretrained) -> CellAsker:
+def instruction_model_of(model: Pretrained) -> InstructionModel:
     """Asker of an instruction model; `ConfigError` for any other model."""
-    return CellAsker.of(model.config, model.variables, model.tokenizer, model.genes, model.data)
+    return InstructionModel.of(model.config, model.variables, model.tokenizer, model.genes, model.data)
 
 
 def check_key(name: str) -> None:
@@ -29,7 +29,7 @@ def check_key(name: str) -> None:
         raise ConfigError("key_added is empty: give the name of a column.")
 
 
-def said_of(adata: ad.AnnData, name: str, given: Any, form: str, argument: str = "") -> Any:
+def study_metadata_of(adata: ad.AnnData, name: str, given: Any, form: str, argument: str = "") -> Any:
     """Study metadata from the argument or `uns`; `ConfigError` if it is missing."""
     argument = argument or name
     found = adata.uns.get(name) if given is None else given
@@ -50,19 +50,19 @@ def said_of(adata: ad.AnnData, name: str, given: Any, form: str, argument: str =
 
 
 def blocks_of(
-    adata: ad.AnnData, model: Pretrained, asker: CellAsker, options: dict[str, Any]
-) -> Iterator[tuple[Records, list[int]]]:
+    adata: ad.AnnData, model: Pretrained, instruction_model: InstructionModel, options: dict[str, Any]
+) -> Iterator[tuple[CellBins, list[int]]]:
     """Cells as the model reads them, and their keys, some thousands at a time."""
-    table = Cells(adata, model.vocabulary, **options)
+    table = CellCounts(adata, model.vocabulary, **options)
     inputs.check_not_empty(table)
-    for records, rows in binned_cells.blocks(table, asker.cells, asker.known):
+    for records, rows in binned_cells.blocks(table, instruction_model.cells, instruction_model.known):
         yield records, [int(key) for key in table.keys[rows]]
 
 
 def answer_by_candidates(
     adata: ad.AnnData,
     model: Pretrained,
-    asker: CellAsker,
+    instruction_model: InstructionModel,
     task: str,
     candidates: Sequence[str],
     abstract: str | None,
@@ -84,7 +84,7 @@ def answer_by_candidates(
 
     Parameters
     ----------
-    asker
+    instruction_model
         What asks the model.
     task
         Of `sct.data.text.prompts.INSTRUCTIONS`.
@@ -97,7 +97,7 @@ def answer_by_candidates(
     asked_for
         Answers whose probability, of all of them together, is told in `obs`; by default that of the answer given.
     seed, templates, batch_size
-        See `sct.generation.cell_asker.CellAsker.score`.
+        See `sct.generation.instruction_model.InstructionModel.score`.
     layer, gene_column, duplicates
         See `sct.tl.embed`.
     values
@@ -109,20 +109,21 @@ def answer_by_candidates(
     check_key(key_added)
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}, but it must be at least 1.")
-    said = said_of(adata, "abstract", abstract, "a text")
+    study_metadata = study_metadata_of(adata, "abstract", abstract, "a text")
     options = {"layer": layer, "gene_column": gene_column, "duplicates": duplicates, "values": values}
     logs = [
-        asker.score(
-            task, records, [said] * len(keys), candidates, keys=keys, seed=seed, templates=templates,
+        instruction_model.score(
+            task, records, [study_metadata] * len(keys), candidates, keys=keys, seed=seed, templates=templates,
             batch_size=batch_size,
         )
-        for records, keys in blocks_of(adata, model, asker, options)
+        for records, keys in blocks_of(adata, model, instruction_model, options)
     ]  # fmt: skip
-    target = inputs.to_write(adata, copy)
+    target = inputs.output_adata(adata, copy)
     write_answers(target, candidates, np.exp(np.concatenate(logs)), key_added, threshold, unknown, asked_for)
     target.uns[key_added] = {
         "sct_version": __version__, "model": repr(model), "weights": model.fingerprint, "task": task,
-        "labels": list(candidates), "abstract": said, "templates": templates, "threshold": threshold, "seed": seed,
+        "labels": list(candidates), "abstract": study_metadata, "templates": templates,
+        "threshold": threshold, "seed": seed,
         "values": values, "learned": list(model.data["tasks"]),
     }  # fmt: skip
     return target if copy else None
@@ -152,8 +153,8 @@ class InstructionAnnotator:
             raise ConfigError(
                 f"label_key is {label_key!r}, but this model only names cell types: leave out label_key."
             )
-        types = said_of(adata, "cell_types", candidates, "a list of names", "candidates")
-        asker = asker_of(self.model)
+        types = study_metadata_of(adata, "cell_types", candidates, "a list of names", "candidates")
+        instruction_model = instruction_model_of(self.model)
         return answer_by_candidates(
-            adata, self.model, asker, "cta", types, abstract, key_added, copy, **options
+            adata, self.model, instruction_model, "cta", types, abstract, key_added, copy, **options
         )

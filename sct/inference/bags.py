@@ -7,19 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from sct.data.bag_order import BagOrder, centred_order, random_order, tile_order
+from sct.data.bag_order import BagOrder, centered_order, random_order, tile_order
 from sct.data.bags import BagOptions, BagSource
-from sct.data.cells import Cells, CellStudy, Section
+from sct.data.cells import CellCounts, CellStudy, Section
 from sct.data.class_prior import ClassPrior
 from sct.errors import ConfigError
-from sct.inference.runner import Record, Result, Runner
+from sct.inference.runner import Record, RecordOutputs, Runner
 from sct.models.sct import level_probabilities
 from sct.progress import progress
 from sct.weights.pretrained import DATA_OPTIONS, Pretrained
 
 CONTEXTS = ("tiles", "neighbors")
 # (bag, rows) -> further or changed inputs of the model, without the batch axis.
-Inputs = Callable[[Mapping[str, np.ndarray], np.ndarray], dict[str, np.ndarray]]
+PrepareInputs = Callable[[Mapping[str, np.ndarray], np.ndarray], dict[str, np.ndarray]]
 
 
 def check_context(context: str, section: Section) -> None:
@@ -30,7 +30,7 @@ def check_context(context: str, section: Section) -> None:
         raise ConfigError(f"context={context!r} needs positions: give spatial_key as well.")
 
 
-def order_of(section: Section, cells_per_bag: int, seed: int, context: str = "tiles") -> BagOrder:
+def plan_bags(section: Section, cells_per_bag: int, seed: int, context: str = "tiles") -> BagOrder:
     """Bags of a section: random ones, or where cells have positions tiles or neighbourhoods.
 
     Raises
@@ -41,7 +41,7 @@ def order_of(section: Section, cells_per_bag: int, seed: int, context: str = "ti
     check_context(context, section)
     if section.places is None:
         return random_order(section.rows, cells_per_bag, seed)
-    make = tile_order if context == "tiles" else centred_order
+    make = tile_order if context == "tiles" else centered_order
     return make(section.rows, section.places, cells_per_bag)
 
 
@@ -87,17 +87,17 @@ class BagReader:
 
     def results(
         self,
-        cells: Cells,
+        cells: CellCounts,
         orders: Sequence[BagOrder | None] | None,
         names: Sequence[str],
         what: str,
         batch_size: int | None = None,
         seed: int = 0,
-        inputs: Inputs | None = None,
+        inputs: PrepareInputs | None = None,
         with_counts: bool = False,
-        hidden_cells: np.ndarray | None = None,
-        hidden_genes: np.ndarray | None = None,
-    ) -> Iterator[Result]:
+        masked_cells: np.ndarray | None = None,
+        masked_genes: np.ndarray | None = None,
+    ) -> Iterator[RecordOutputs]:
         """Run over all bags, with a progress bar; see `sct.inference.readers.CellReader`.
 
         Parameters
@@ -106,18 +106,18 @@ class BagReader:
             Bags of each section; None for a section that is left out.
         inputs
             (bag, rows) -> further or changed inputs of the model, without the batch axis.
-        with_counts, hidden_cells, hidden_genes
+        with_counts, masked_cells, masked_genes
             See `BagOptions` and `CellStudy`.
         """
         assert orders is not None
         runner = Runner(self.model, batch_size)
         self.model = runner.model  # on the devices already, when it is asked again
         studies = [
-            CellStudy(cells, number, order, hidden_cells, hidden_genes)
+            CellStudy(cells, number, order, masked_cells, masked_genes)
             for number, order in enumerate(orders)
             if order is not None
         ]
-        with progress(what, sum(int(study.order.counted.sum()) for study in studies)) as bar:
+        with progress(what, sum(int(study.order.is_target.sum()) for study in studies)) as bar:
             # Sections with fewer cells than a bag have another shape, which is compiled separately.
             for size in sorted({study.order.cells_per_bag for study in studies}, reverse=True):
                 same = [study for study in studies if study.order.cells_per_bag == size]
@@ -126,18 +126,18 @@ class BagReader:
                 at_once = runner.size(len(source), size * options.num_positions)
                 for result in runner(_records(source, same, options, inputs), at_once, names):
                     yield result
-                    bar.update(int(result.counted.sum()))
+                    bar.update(int(result.is_target.sum()))
 
 
 def _records(
-    source: BagSource, studies: Sequence[CellStudy], options: BagOptions, inputs: Inputs | None
+    source: BagSource, studies: Sequence[CellStudy], options: BagOptions, inputs: PrepareInputs | None
 ) -> Iterator[Record]:
     """Bags one after the other."""
     size = options.cells_per_bag
     for number in range(len(source)):
-        bag, (study, place) = source.bag(number), source.locate(number)
+        bag, (study, place) = source.record(number), source.locate(number)
         order = studies[study].order
         part = slice(place * size, (place + 1) * size)
         given = {name: bag[name] for name in ("tokens", *(["coordinates"] if options.spatial else []))}
         given |= inputs(bag, order.rows[part]) if inputs is not None else {}
-        yield Record(order.rows[part], order.counted[part], given, bag)
+        yield Record(order.rows[part], order.is_target[part], given, bag)

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from sct.data.cell_records import CellOptions, cell_records, known_genes
-from sct.data.cells import Cells
+from sct.data.cells import CellCounts
 from sct.data.genes.alignment import check_shared
 from sct.errors import DataError
 from sct.inference.readers import BLOCK, SingleCells
 from sct.weights.pretrained import Pretrained
 
 
-def check_known(cells: Cells, known: np.ndarray) -> None:
+def check_known(cells: CellCounts, known: np.ndarray) -> None:
     """Raise `DataError` where hardly any gene was measured that the model knows (G,) bool."""
     possible = min(int(cells.measured.sum()), int(known.sum()))
     check_shared(
@@ -24,7 +24,7 @@ def check_known(cells: Cells, known: np.ndarray) -> None:
 
 
 def binned(
-    cells: Cells, rows: np.ndarray, options: CellOptions, known: np.ndarray, seed: int = 0
+    cells: CellCounts, rows: np.ndarray, options: CellOptions, known: np.ndarray, seed: int = 0
 ) -> dict[str, np.ndarray]:
     """Records of rows of a table, see `sct.data.cell_records.cell_records`.
 
@@ -44,7 +44,7 @@ def binned(
 
 
 def blocks(
-    cells: Cells, options: CellOptions, known: np.ndarray
+    cells: CellCounts, options: CellOptions, known: np.ndarray
 ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
     """Records of all cells and their rows, some thousands at a time."""
     check_known(cells, known)
@@ -79,7 +79,7 @@ class BinReader(SingleCells):
         """Genes of a cell that are read."""
         return self.options.max_genes or len(self.known)
 
-    def records(self, cells: Cells, rows: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    def records(self, cells: CellCounts, rows: np.ndarray, seed: int) -> dict[str, np.ndarray]:
         """Bins (n, S), and with `max_genes` the numbers of the genes (n, S)."""
         if rows[0] == 0:
             check_known(cells, self.known)

@@ -10,7 +10,7 @@ from typing import Any
 import anndata as ad
 import numpy as np
 
-from sct.data.cells import Cells, Section
+from sct.data.cells import CellCounts, Section
 from sct.data.coordinates import SCALES, Scale, doubts, read_scales, write_scales
 from sct.errors import ConfigError, DataError
 from sct.models import registry
@@ -18,10 +18,10 @@ from sct.version import __version__
 from sct.weights.load import load
 from sct.weights.pretrained import Pretrained
 
-Model = Pretrained | str | os.PathLike[str]
+ModelLike = Pretrained | str | os.PathLike[str]
 
 
-def loaded(model: Model) -> Pretrained:
+def load_model(model: ModelLike) -> Pretrained:
     """Return a model, loaded where a path or an id is given; `ConfigError` for what is neither, or needs a GPU."""
     if not isinstance(model, Pretrained | str | os.PathLike):
         raise ConfigError(
@@ -48,7 +48,7 @@ def check_table(adata: Any, copy: bool) -> None:
         )
 
 
-def to_write(adata: ad.AnnData, copy: bool) -> ad.AnnData:
+def output_adata(adata: ad.AnnData, copy: bool) -> ad.AnnData:
     """Return what results are written into: a copy, or `adata` itself, made independent if it is a view."""
     if copy:
         return adata.copy()
@@ -132,7 +132,7 @@ def check_seed(seed: int) -> None:
         raise ConfigError(f"seed is {seed}, but it must be 0 or more: give another.")
 
 
-def check_not_empty(cells: Cells, needed: np.ndarray | None = None) -> None:
+def check_not_empty(cells: CellCounts, needed: np.ndarray | None = None) -> None:
     """Raise `DataError` where cells (of those needed) have no count of the model's genes."""
     empty = cells.cell_totals == 0
     if needed is not None:
@@ -145,7 +145,7 @@ def check_not_empty(cells: Cells, needed: np.ndarray | None = None) -> None:
         )
 
 
-def record(model: Pretrained, table: Cells, /, **settings: Any) -> Mapping[str, Any]:
+def record(model: Pretrained, table: CellCounts, /, **settings: Any) -> Mapping[str, Any]:
     """What a tool writes into uns, so that a result can be made again; h5ad knows no None."""
     return {
         "sct_version": __version__,

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from sct.data.bag_order import BagOrder
-from sct.data.cells import Cells
-from sct.inference.runner import Record, Result, Runner
+from sct.data.cells import CellCounts
+from sct.inference.runner import Record, RecordOutputs, Runner
 from sct.progress import progress
 from sct.weights.pretrained import Pretrained
 
@@ -43,13 +43,13 @@ class CellReader(Protocol):
 
     def results(
         self,
-        cells: Cells,
+        cells: CellCounts,
         orders: Sequence[BagOrder | None] | None,
         names: Sequence[str],
         what: str,
         batch_size: int | None = None,
         seed: int = 0,
-    ) -> Iterator[Result]:
+    ) -> Iterator[RecordOutputs]:
         """Run over all cells, with a progress bar.
 
         Parameters
@@ -95,22 +95,22 @@ class SingleCells(abc.ABC):
         """Approximate number of tokens per cell."""
 
     @abc.abstractmethod
-    def records(self, cells: Cells, rows: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    def records(self, cells: CellCounts, rows: np.ndarray, seed: int) -> dict[str, np.ndarray]:
         """Inputs of the model (n, ...) of some rows (n,) of the table."""
 
     def results(
         self,
-        cells: Cells,
+        cells: CellCounts,
         orders: Sequence[BagOrder | None] | None,
         names: Sequence[str],
         what: str,
         batch_size: int | None = None,
         seed: int = 0,
-    ) -> Iterator[Result]:
+    ) -> Iterator[RecordOutputs]:
         """See `CellReader`."""
         runner = Runner(self.model, batch_size, _TOKENS, "cells")
         self.model = runner.model  # on the devices already, when it is asked again
-        counted = np.ones(1, bool)
+        is_target = np.ones(1, bool)
 
         def read() -> Iterator[Record]:
             for start in range(0, cells.n_cells, BLOCK):
@@ -118,7 +118,7 @@ class SingleCells(abc.ABC):
                 made: dict[str, Any] = self.records(cells, rows, seed)
                 for place in range(len(rows)):
                     inputs = {name: values[place] for name, values in made.items()}
-                    yield Record(rows[place : place + 1], counted, inputs)
+                    yield Record(rows[place : place + 1], is_target, inputs)
 
         size = runner.size(cells.n_cells, self.tokens)
         with progress(what, cells.n_cells) as bar:

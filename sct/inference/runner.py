@@ -26,34 +26,34 @@ class Record:
 
     Attributes
     ----------
-    rows, counted
+    rows, is_target
         (K,) rows of the table; True where this record gives the cell's result.
     inputs
         Inputs of the model by name, without the batch axis.
-    bag
+    record
         Other values of these cells that the reader keeps.
     """
 
     rows: np.ndarray
-    counted: np.ndarray
+    is_target: np.ndarray
     inputs: Mapping[str, np.ndarray]
     bag: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class RecordOutputs:
     """A record and the model's outputs.
 
     Attributes
     ----------
-    rows, counted, bag
+    rows, is_target, record
         See `Record`.
     outputs
         Results of the model by name: of each cell (K, ...), or of what else was asked for.
     """
 
     rows: np.ndarray
-    counted: np.ndarray
+    is_target: np.ndarray
     bag: Mapping[str, np.ndarray]
     outputs: dict[str, np.ndarray]
 
@@ -101,7 +101,7 @@ class Runner:
             size = devices * max(1, self.tokens // tokens)
         return -(-min(size, number) // devices) * devices
 
-    def __call__(self, records: Iterable[Record], size: int, names: Sequence[str]) -> Iterator[Result]:
+    def __call__(self, records: Iterable[Record], size: int, names: Sequence[str]) -> Iterator[RecordOutputs]:
         """Outputs of the model for each record.
 
         Parameters
@@ -133,14 +133,14 @@ class Runner:
             )
             return batch, made
 
-        def finish(pending: tuple[list[Record], Any]) -> Iterator[Result]:
+        def finish(pending: tuple[list[Record], Any]) -> Iterator[RecordOutputs]:
             batch, made = pending
             arrays = {name: np.asarray(made[name]) for name in names}
             for name, array in arrays.items():
                 check_outputs(array[: len(batch)], name, self.noun)
             for place, one in enumerate(batch):
-                yield Result(
-                    one.rows, one.counted, one.bag, {name: array[place] for name, array in arrays.items()}
+                yield RecordOutputs(
+                    one.rows, one.is_target, one.bag, {name: array[place] for name, array in arrays.items()}
                 )
 
         # While the devices work on one batch the next is read.

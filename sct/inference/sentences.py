@@ -7,9 +7,9 @@ from typing import Any, Literal
 import anndata as ad
 import numpy as np
 
-from sct.data.cells import Cells
+from sct.data.cells import CellCounts
 from sct.data.text.cell_sentence import sentences
-from sct.generation.cells import CellWriter
+from sct.generation.cell_sentence_model import CellSentenceModel
 from sct.inference import inputs
 from sct.inference.readers import BLOCK, SingleCells
 from sct.weights.pretrained import Pretrained
@@ -17,32 +17,37 @@ from sct.weights.pretrained import Pretrained
 _STEP = 64  # texts are padded to multiples of so many tokens, so that few shapes are compiled
 
 
-def writer_of(model: Pretrained) -> CellWriter:
+def cell_sentence_model_of(model: Pretrained) -> CellSentenceModel:
     """Writer of cell sentences of a model; `ConfigError` for any other model."""
-    return CellWriter.of(model.config, model.variables, model.tokenizer, model.genes, model.data)
+    return CellSentenceModel.of(model.config, model.variables, model.tokenizer, model.genes, model.data)
 
 
 def written(
-    table: Cells,
-    writer: CellWriter,
+    table: CellCounts,
+    sentence_model: CellSentenceModel,
     rows: np.ndarray,
     *,
     top_k: int | None = None,
     seed: int = 0,
 ) -> list[str]:
     """Cell sentences of rows, with the model's gene names and at most its length."""
-    longest = min(top_k or writer.top_k or len(writer.words), writer.top_k or len(writer.words))
+    longest = min(
+        top_k or sentence_model.top_k or len(sentence_model.words),
+        sentence_model.top_k or len(sentence_model.words),
+    )
     made: list[str] = []
     for start in range(0, len(rows), BLOCK):
         part = rows[start : start + BLOCK]
-        made += sentences(table.read(part), writer.words, top_k=longest, seed=seed, keys=table.keys[part])
+        made += sentences(
+            table.read(part), sentence_model.words, top_k=longest, seed=seed, keys=table.keys[part]
+        )
     return made
 
 
 def questions(
     adata: ad.AnnData,
     model: Pretrained,
-    writer: CellWriter,
+    sentence_model: CellSentenceModel,
     *,
     seed: int = 0,
     layer: str | None = None,
@@ -56,13 +61,13 @@ def questions(
     DataError
         No raw counts, unknown genes, cells without a count.
     """
-    table = Cells(adata, model.vocabulary, layer=layer, gene_column=gene_column, duplicates=duplicates)
+    table = CellCounts(adata, model.vocabulary, layer=layer, gene_column=gene_column, duplicates=duplicates)
     inputs.check_not_empty(table)
-    made = written(table, writer, np.arange(adata.n_obs), seed=seed)
+    made = written(table, sentence_model, np.arange(adata.n_obs), seed=seed)
     fields = []
     for sentence in made:
         number = sentence.count(" ") + 1
-        cut = {"num_genes": number} if number == writer.top_k else {}
+        cut = {"num_genes": number} if number == sentence_model.top_k else {}
         fields.append({"cell": sentence, **cut})
     return fields, table.keys
 
@@ -85,23 +90,23 @@ class SentenceReader(SingleCells):
 
     def __init__(self, model: Pretrained):
         super().__init__(model)
-        self.writer = writer_of(model)
+        self.sentence_model = cell_sentence_model_of(model)
 
     @property
     def tokens(self) -> int:
         """Tokens of a cell at most."""
-        return self.writer.length
+        return self.sentence_model.length
 
-    def records(self, cells: Cells, rows: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    def records(self, cells: CellCounts, rows: np.ndarray, seed: int) -> dict[str, np.ndarray]:
         """Tokens (n, T) and attention mask (n, T); longer sentences are truncated."""
-        tokenizer, longest = self.writer.tokenizer, self.writer.length
-        made = written(cells, self.writer, rows, seed=seed)
+        tokenizer, longest = self.sentence_model.tokenizer, self.sentence_model.length
+        made = written(cells, self.sentence_model, rows, seed=seed)
         texts = [
             np.concatenate([tokenizer.begin, ids])[:longest].astype(np.int32)
             for ids in tokenizer.encode_batch(made)
         ]
         width = min(longest, -(-max(map(len, texts)) // _STEP) * _STEP)
-        ids, there = np.zeros((2, len(rows), width), np.int32)
+        ids, attention_mask = np.zeros((2, len(rows), width), np.int32)
         for place, text in enumerate(texts):
-            ids[place, : len(text)], there[place, : len(text)] = text, 1
-        return {"input_ids": ids, "attention_mask": there}
+            ids[place, : len(text)], attention_mask[place, : len(text)] = text, 1
+        return {"input_ids": ids, "attention_mask": attention_mask}

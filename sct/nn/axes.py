@@ -68,12 +68,12 @@ def param(
     return cast(jax.Array, value)
 
 
-Rules = Mapping[str, tuple[str, ...]]
-_active: ContextVar[tuple[Mesh, Rules] | None] = ContextVar("sct_mesh", default=None)
+AxisRules = Mapping[str, tuple[str, ...]]
+_active: ContextVar[tuple[Mesh, AxisRules] | None] = ContextVar("sct_mesh", default=None)
 
 
 @contextmanager
-def on_mesh(mesh: Mesh, rules: Rules) -> Iterator[None]:
+def on_mesh(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
     """Trace what is inside with activations placed on `mesh`, by logical axis name."""
     token = _active.set((mesh, rules))
     try:
@@ -82,7 +82,9 @@ def on_mesh(mesh: Mesh, rules: Rules) -> Iterator[None]:
         _active.reset(token)
 
 
-def spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Mesh, rules: Rules) -> PartitionSpec:
+def spec(
+    shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Mesh, rules: AxisRules
+) -> PartitionSpec:
     """Mesh axes of an array with named axes.
 
     An axis goes to the mesh axes that `rules` give its name, unless an earlier axis of the array has taken
@@ -217,7 +219,7 @@ def neighbours(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     return before, behind
 
 
-def shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
+def shardings(boxed: Any, mesh: Mesh, rules: AxisRules) -> Any:
     """Tree of the shardings of boxed variables (from `module.init`), by their logical axis names."""
 
     def place(leaf: Any) -> NamedSharding:

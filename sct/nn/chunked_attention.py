@@ -181,12 +181,12 @@ def _block(arrays: Any, j: Any) -> Any:
     return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, j, keepdims=False), arrays)
 
 
-_Kept = tuple[jax.Array, jax.Array, jax.Array, Mask | None, jax.Array, jax.Array]
+_SavedAttention = tuple[jax.Array, jax.Array, jax.Array, Mask | None, jax.Array, jax.Array]
 
 
 def _forward(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | None, chunks: tuple[int, int] | None
-) -> tuple[jax.Array, _Kept]:
+) -> tuple[jax.Array, _SavedAttention]:
     plans = _plans(query, key, mask, chunks)
     blocks, which = (_cut(key, plans[1]), _cut(value, plans[1])), _Blocks.of(mask, plans, key.shape[1])
 
@@ -214,7 +214,7 @@ def _forward(
 
 
 def _backward(
-    chunks: tuple[int, int] | None, kept: _Kept, gradient: jax.Array
+    chunks: tuple[int, int] | None, kept: _SavedAttention, gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     query, key, value, mask, out, log_total = kept
     plans = _plans(query, key, mask, chunks)

@@ -109,19 +109,19 @@ def _sum_over_genes(x: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.sum(x * weights[:, None], axis=1, keepdims=True)
 
 
-_Kept = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+_SavedNorm = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def _shared_norm_forward(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
-) -> tuple[jax.Array, _Kept]:
+) -> tuple[jax.Array, _SavedNorm]:
     mean, rate = _statistics(x.astype(jnp.float32), 1, epsilon)
     y = (x - mean) * rate * scale[:, None] + bias[:, None]
     return y.astype(x.dtype), (x, mean, rate, scale)
 
 
 def _shared_norm_backward(
-    epsilon: float, kept: _Kept, gradient: jax.Array
+    epsilon: float, kept: _SavedNorm, gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, mean, rate, scale = kept
     gradient = gradient.astype(jnp.float32)

@@ -15,7 +15,7 @@ from flax import traverse_util
 from sct.errors import ConfigError
 
 T = TypeVar("T")
-Rules = Sequence[tuple[str, T]]
+PathRules = Sequence[tuple[str, T]]
 
 
 def flatten(variables: dict[str, Any]) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def resolve(rules: Rules[T], paths: Iterable[str], what: str) -> dict[str, T]:
+def resolve(rules: PathRules[T], paths: Iterable[str], what: str) -> dict[str, T]:
     """Value of the first rule whose pattern matches each path (`re.search`).
 
     Raises

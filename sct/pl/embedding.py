@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Categories that get a colour and marker of their own.
-_NAMED = len(style.COLOURS) * len(style.MARKERS)
+_NAMED = len(style.COLORS) * len(style.MARKERS)
 
 
 def umap(
@@ -69,7 +69,7 @@ def umap(
     order = np.random.default_rng(seed).permutation(len(points))
     if values is None:
         ax = style.new_axes(5, 4.6) if ax is None else ax
-        ax.scatter(points[:, 0], points[:, 1], s=size, color=style.COLOURS[0], linewidths=0)
+        ax.scatter(points[:, 0], points[:, 1], s=size, color=style.COLORS[0], linewidths=0)
     elif _is_categorical(values):
         ax = _categories(ax, points, pd.Series(np.asarray(values, dtype=object)), values, order, size)
     else:
@@ -143,28 +143,27 @@ def _categories(
         named = [name for name in present if name in commonest]
     kinds = pd.Index(named).get_indexer(labels)
     kinds[missing] = -1
-    legend = [(style.COLOURS[i % 8], style.MARKERS[i // 8], name) for i, name in enumerate(named)]
+    legend = [(style.COLORS[i % 8], style.MARKERS[i // 8], name) for i, name in enumerate(named)]
     rest = len(present) - len(named)
     if rest:
         cells = int(((kinds < 0) & ~missing).sum())
-        legend.append((style.GREY, "o", f"{rest} rarer ones ({cells:,} cells)"))
+        legend.append((style.GRAY, "o", f"{rest} rarer ones ({cells:,} cells)"))
     if missing.any():
-        legend.append((style.GREY, "o", f"no value ({int(missing.sum()):,} cells)"))
+        legend.append((style.GRAY, "o", f"no value ({int(missing.sum()):,} cells)"))
 
     texts = [text for *_, text in legend]
     height = max(4.6, 0.19 * min(len(texts), 21) + 0.6)
     ax = style.new_axes(4.6 + style.legend_width(texts), height) if ax is None else ax
     if (kinds < 0).any():
-        ax.scatter(points[kinds < 0, 0], points[kinds < 0, 1], s=size, color=style.GREY, linewidths=0)
-    palette = np.array(style.COLOURS)
+        ax.scatter(points[kinds < 0, 0], points[kinds < 0, 1], s=size, color=style.GRAY, linewidths=0)
+    palette = np.array(style.COLORS)
     for i, marker in enumerate(style.MARKERS):
         drawn = order[(kinds[order] >= 8 * i) & (kinds[order] < 8 * (i + 1))]
         if len(drawn):
-            colours = palette[kinds[drawn] % 8].tolist()
-            ax.scatter(points[drawn, 0], points[drawn, 1], s=size, c=colours, marker=marker, linewidths=0)
+            colors = palette[kinds[drawn] % 8].tolist()
+            ax.scatter(points[drawn, 0], points[drawn, 1], s=size, c=colors, marker=marker, linewidths=0)
     handles = [
-        Line2D([], [], linestyle="", marker=marker, color=colour, markersize=6)
-        for colour, marker, _ in legend
+        Line2D([], [], linestyle="", marker=marker, color=color, markersize=6) for color, marker, _ in legend
     ]
     style.legend_outside(ax, handles, texts, points=True)
     return ax
@@ -175,9 +174,9 @@ def _numbers(ax: Axes, points: np.ndarray, values: np.ndarray, name: str, size: 
     known = np.isfinite(values)
     if not known.any():
         raise DataError(f"{name!r} has no value in any cell: choose another column or gene.")
-    ax.scatter(points[~known, 0], points[~known, 1], s=size, color=style.GREY, linewidths=0)
+    ax.scatter(points[~known, 0], points[~known, 1], s=size, color=style.GRAY, linewidths=0)
     order = np.flatnonzero(known)[np.argsort(values[known], kind="stable")]
     drawn = ax.scatter(
         points[order, 0], points[order, 1], s=size, c=values[order], cmap=style.CONTINUOUS, linewidths=0
     )
-    style.colour_bar([ax], drawn, name)
+    style.color_bar([ax], drawn, name)

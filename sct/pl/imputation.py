@@ -67,9 +67,9 @@ def imputation_confusion(confusion: np.ndarray, *, normalize: bool = True, ax: A
             first = f"{share[i, j]:.0%}\n" if normalize and totals[i, 0] else ""
             light = np.dot(image.to_rgba(shown[i, j])[:3], (0.2126, 0.7152, 0.0722))
             # Not pure white or black: these stand for the reader's page in the HTML report.
-            colour = "#777777" if normalize and not totals[i, 0] else "#fefefe" if light < 0.5 else "#1a1a1a"
+            color = "#777777" if normalize and not totals[i, 0] else "#fefefe" if light < 0.5 else "#1a1a1a"
             text = f"{first}{counts[i, j]:,.0f}"
-            ax.text(j, i, text, ha="center", va="center", fontsize=8, color=colour, linespacing=1.25)
+            ax.text(j, i, text, ha="center", va="center", fontsize=8, color=color, linespacing=1.25)
     ax.set_xticks(
         range(columns),
         names,
@@ -81,7 +81,7 @@ def imputation_confusion(confusion: np.ndarray, *, normalize: bool = True, ax: A
     for spine in ax.spines.values():
         spine.set_visible(False)
     ax.set(xlabel="imputed level", ylabel="true level")
-    style.colour_bar([ax], image, "share of the true level" if normalize else "positions")
+    style.color_bar([ax], image, "share of the true level" if normalize else "positions")
     return ax
 
 
@@ -103,7 +103,8 @@ def mcc_by_ratio(
         Name of a method -> list of (share that is masked, in (0, 1], MCC of each seed). A method without a
         value at a ratio leaves it out; one without any is named in the legend as not run.
     models
-        Names of the curves of models, which are drawn thick. `sct.eval.imputation.scoring.Outcome.labels` gives them.
+        Names of the curves of models, drawn thick; see
+        `sct.eval.imputation.scoring.ProtocolResult.labels`.
     reference
         Names of the curves of the baseline that a model has to beat, thick dashed lines.
     masked
@@ -139,7 +140,7 @@ def mcc_by_ratio(
         curve = points[name]
         number = others.index(name) if name in others else -1
         look: dict[str, Any] = {
-            "color": style.COLOURS[number % 8],
+            "color": style.COLORS[number % 8],
             "linestyle": _LINES[number // 8 % len(_LINES)],
             "marker": style.MARKERS[number // 8 % len(style.MARKERS)],
             "linewidth": 2.4 if name in models else 1.6,
@@ -159,7 +160,7 @@ def mcc_by_ratio(
     pad = 0.05 * (ratios[-1] - ratios[0]) or 0.1
     ax.set_xlim(ratios[0] - pad, ratios[-1] + pad)
     ax.set(xlabel=masked, ylabel="MCC of the level, masked expressed genes")
-    ax.grid(axis="y", color=style.GREY, alpha=0.4, linewidth=0.7)
+    ax.grid(axis="y", color=style.GRAY, alpha=0.4, linewidth=0.7)
     style.open_frame(ax)
     style.legend_outside(ax, [handles[name] for name in drawn], labels, points=False)
     return ax
@@ -177,7 +178,8 @@ def reliability(curves: Mapping[str, Any], *, models: Collection[str] = (), ax: 
         Name of a method -> (predicted (bins,), observed (bins,), number (bins,)), as
         `sct.eval.metrics.reliability` gives them.
     models
-        Names of the curves of models, which are drawn thick. `sct.eval.imputation.natural.Outcome.labels` gives them.
+        Names of the curves of models, drawn thick; see
+        `sct.eval.imputation.natural.NaturalResult.labels`.
     ax
         Axes to draw in; None for a new figure.
 
@@ -206,21 +208,21 @@ def reliability(curves: Mapping[str, Any], *, models: Collection[str] = (), ax: 
     if not points:
         raise DataError("there is no curve with a value: measure one method at least.")
     ax = style.new_axes(4.6 + style.legend_width(list(points)), 4.4) if ax is None else ax
-    ax.plot([0, 1], [0, 1], color=style.GREY, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
+    ax.plot([0, 1], [0, 1], color=style.GRAY, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     handles = []
     for number, (name, (predicted, observed, share)) in enumerate(points.items()):
-        colour = style.COLOURS[number % 8]
+        color = style.COLORS[number % 8]
         line = _LINES[number // 8 % len(_LINES)]
         thick = name in models
         (handle,) = ax.plot(
             predicted,
             observed,
-            color=colour,
+            color=color,
             linestyle=line,
             linewidth=2.6 if thick else 1.4,
             zorder=3 if thick else 2,
         )
-        ax.scatter(predicted, observed, s=6 + 240 * share, color=colour, linewidths=0, alpha=0.85, zorder=3)
+        ax.scatter(predicted, observed, s=6 + 240 * share, color=color, linewidths=0, alpha=0.85, zorder=3)
         handles.append(handle)
     ax.set(
         xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal",

@@ -107,7 +107,7 @@ def spatial(
         title = f"{gene}, {name}" if known else f"{gene}, not in the panel"
         one.set_title(title, parse_math=False, fontsize=11)
     label = "expression" if record is None else "level" if levels else "raw counts"
-    style.colour_bar(list(axes), mappable, label, "max" if pooled.max() > high else "neither")
+    style.color_bar(list(axes), mappable, label, "max" if pooled.max() > high else "neither")
     return axes if compare else axes[0]
 
 
@@ -245,7 +245,7 @@ def _spots(
             offsets=places[chosen],
             offset_transform=ax.transData,
             linewidths=0,
-            facecolors=style.GREY,
+            facecolors=style.GRAY,
             # Each spot of a vector file has its own outline, of about half a kilobyte.
             rasterized=n > 500,
         )

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from matplotlib.legend import Legend
 
 # Okabe & Ito (2008), without black; the light yellow comes last.
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f5fc7", "#d6c516")
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f5fc7", "#d6c516")
 # No palette has 40 colours that all readers tell apart, so the colours come round with another marker.
 MARKERS = ("o", "^", "s", "D", "v")
-GREY = "#b9bec6"
+GRAY = "#b9bec6"
 # Characters of a line of a legend.
 _LABEL = 34
 CONTINUOUS = "viridis"
@@ -75,7 +75,7 @@ def legend_width(labels: Sequence[str]) -> float:
     return legend_columns(len(labels)) * (0.068 * longest + 0.4)
 
 
-def colour_bar(axes: Sequence[Axes], mappable: Any, label: str, extend: str = "neither") -> None:
+def color_bar(axes: Sequence[Axes], mappable: Any, label: str, extend: str = "neither") -> None:
     """Colour bar to the right of axes."""
     bar = axes[0].figure.colorbar(mappable, ax=list(axes), extend=extend, shrink=0.75, aspect=24, pad=0.02)
     bar.outline.set_visible(False)

@@ -33,7 +33,7 @@ Check = dict[str, Any]
 # Arrays by name, or a gradient: arrays by path, by name.
 Outputs = dict[str, Any]
 # Options of the model -> outputs of the step of the model with them.
-Path = Callable[[Mapping[str, Any]], Outputs]
+ComputationPath = Callable[[Mapping[str, Any]], Outputs]
 
 
 def _norm(x: Any) -> float:
@@ -89,7 +89,7 @@ def _require(what: str, made: Outputs, expected: Outputs, limits: Mapping[str, f
     return found
 
 
-def compare(what: str, dtype: str, fast: Path, plain: Path, share: float) -> Check:
+def compare(what: str, dtype: str, fast: ComputationPath, plain: ComputationPath, share: float) -> Check:
     """Compare a step with the reference path: its formulas in exact float32, and then the step in its own arithmetic.
 
     Parameters

@@ -14,7 +14,7 @@ from sct.data.store import Store
 from sct.errors import SctError
 from sct.speed import memory, reference
 from sct.speed.ceiling import arithmetic, matmul_ceiling
-from sct.speed.job import Job
+from sct.speed.job import SpeedJob
 from sct.speed.timing import timed
 from sct.tasks.base import Task
 from sct.train import sharding
@@ -28,7 +28,7 @@ _PASSES, _FROZEN_PASSES = 3, 2
 
 
 def run_steps(
-    job: Job,
+    job: SpeedJob,
     draw: Callable[[], T],
     call: Callable[[T], Any],
     what: str,
@@ -98,7 +98,7 @@ def _rates(found: dict[str, Any], task: Task, cells: int, records: int, flops: f
     }
 
 
-def measure_train(job: Job, store: Store) -> dict[str, Any]:
+def measure_train(job: SpeedJob, store: Store) -> dict[str, Any]:
     """Time the compiled training step with its optimiser, fed by the loader as in training.
 
     A step is the transfer of the batch and the update; waiting for the loader is given apart.
@@ -146,7 +146,7 @@ def measure_train(job: Job, store: Store) -> dict[str, Any]:
     }
 
 
-def measure_forward(job: Job, store: Store) -> dict[str, Any]:
+def measure_forward(job: SpeedJob, store: Store) -> dict[str, Any]:
     """Time the compiled forward pass over a batch, logits at all positions."""
     task, options = job.task(store), job.train
     mesh = sharding.make_mesh(options.mesh)

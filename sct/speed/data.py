@@ -18,7 +18,7 @@ from sct.data.loader import Loader
 from sct.data.store import Store, Study
 from sct.errors import SctError
 from sct.speed import memory
-from sct.speed.job import Job
+from sct.speed.job import SpeedJob
 from sct.speed.timing import timed
 
 # A repetition of the loader reads about so many cells, or all there are; raw blocks have so many rows.
@@ -52,13 +52,13 @@ def _tokens_by_definition(counts: np.ndarray, num_bins: int, num_positions: int)
     return tokens
 
 
-def check_loader(job: Job, store: Store) -> dict[str, Any]:
+def check_loader(job: SpeedJob, store: Store) -> dict[str, Any]:
     """Compare a bag with the definition of its levels, on what anndata reads; `SctError` where they differ."""
     task = job.task(store)
     source = task.dataset("train")
     assert source is not None
     study, rows = source.rows(0)
-    bag = source.bag(0)["tokens"][: min(len(rows), job.options.check_cells or _CHECKED_CELLS)]
+    bag = source.record(0)["tokens"][: min(len(rows), job.options.check_cells or _CHECKED_CELLS)]
     counts = _read_plainly(study, rows[: len(bag)])
     group = zarr.open_group(str(study.path), mode="r")
     totals = ad.io.read_elem(group["var"])["total_counts"].to_numpy()
@@ -83,7 +83,7 @@ def _studies(task: Any) -> tuple[Study, ...]:
     return task.store.split("train")
 
 
-def measure_loader(job: Job, store: Store) -> dict[str, Any]:
+def measure_loader(job: SpeedJob, store: Store) -> dict[str, Any]:
     """Time bags through the loader, raw blocks, and the first batch of a store that is not in the page cache.
 
     Before each repetition the store's files are dropped from the page cache, as far as the system does that.
@@ -165,7 +165,7 @@ def _blocks(studies: tuple[Study, ...], seed: int) -> tuple[list[tuple[Study, in
     return chosen, sum(min(_BLOCK, study.n_cells - begin) for study, begin in chosen)
 
 
-def measure_ingest(job: Job, store: Store | None = None) -> dict[str, Any]:
+def measure_ingest(job: SpeedJob, store: Store | None = None) -> dict[str, Any]:
     """Time the ingest of an .h5ad file into a store, in this process alone."""
     number = itertools.count()
     genes, file = job.genes, job.source

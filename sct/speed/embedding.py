@@ -16,14 +16,14 @@ from sct.data.tokenize import bin_counts
 from sct.nn.paths import unflatten
 from sct.speed import compute, reference
 from sct.speed.compare import Check, Outputs, compare
-from sct.speed.job import Job
+from sct.speed.job import SpeedJob
 from sct.speed.timing import timed
 from sct.tl.embedding import embed
 from sct.train import sharding
 from sct.weights.pretrained import Pretrained
 
 
-def _pretrained(job: Job, task: Any, variables: Any) -> Pretrained:
+def _pretrained(job: SpeedJob, task: Any, variables: Any) -> Pretrained:
     """Handle of a model with these variables that takes no gene for noise, however few the cells are."""
     data = {"cells_per_bag": task.bags.cells_per_bag, "noise_fraction": 0.0}
     return Pretrained(job.config["family"], task.model_config, variables, task.vocabulary, data=data)
@@ -43,7 +43,7 @@ def _embedding(adata: ad.AnnData, model: Pretrained) -> np.ndarray:
     return np.asarray(adata.obsm["X_speed"])
 
 
-def check_embed(job: Job, store: Store) -> Check:
+def check_embed(job: SpeedJob, store: Store) -> Check:
     """Compare `sct.tl.embed` with the reference path over the same bag; see `sct.speed.compare.compare`."""
     cells = reference.checked_cells(job)
     adata = _table(store, cells)
@@ -70,7 +70,7 @@ def check_embed(job: Job, store: Store) -> Check:
     return {**compare("sct.tl.embed", dtype, fast, plain, reference.share_of(job, cells)), **known["shape"]}
 
 
-def measure_embed(job: Job, store: Store) -> dict[str, Any]:
+def measure_embed(job: SpeedJob, store: Store) -> dict[str, Any]:
     """Time `sct.tl.embed`, from counts in memory to the embedding in obsm.
 
     The family counts operations of a whole forward pass only, and an embedding needs half of one: none are given.

@@ -17,14 +17,14 @@ import numpy as np
 
 from sct.errors import ConfigError, MissingExtraError, SctError
 from sct.generation.cache import empty, extend, scores_of
-from sct.generation.decoding import Options, ready
+from sct.generation.decoding import DecodingOptions, ready
 from sct.generation.generate import generate
 from sct.models import registry
 from sct.models.decoder import Decoder
 from sct.models.decoder_config import DecoderConfig
 from sct.speed import memory
 from sct.speed.compare import Check
-from sct.speed.job import Job
+from sct.speed.job import SpeedJob
 from sct.speed.timing import timed
 from sct.weights.load import load
 from sct.weights.pretrained import Pretrained
@@ -36,7 +36,7 @@ _CEILING_BYTES = 1 << 28
 _REPEATS = 5
 
 
-def model_of(job: Job) -> Pretrained:
+def model_of(job: SpeedJob) -> Pretrained:
     """Model of a configuration with random parameters, or the one that it starts from.
 
     Raises
@@ -115,7 +115,7 @@ def memory_ceiling(dtype: str) -> float:
     return matrix.nbytes / min(times)
 
 
-def measure(job: Job) -> dict[str, Any]:
+def measure(job: SpeedJob) -> dict[str, Any]:
     """Time generation: a step is 8 prompts with 256 new tokens each, the prompts' reading included."""
     model = model_of(job)
     config: DecoderConfig = model.config
@@ -125,13 +125,13 @@ def measure(job: Job) -> dict[str, Any]:
             "--config.model.max_length."
         )
     compared = check(model)
-    prompts, options = prompts_of(config), Options(max_new_tokens=NEW, batch_size=ROWS)
+    prompts, options = prompts_of(config), DecodingOptions(max_new_tokens=NEW, batch_size=ROWS)
     variants = {"greedy": options, "sampled": dataclasses.replace(options, temperature=0.7, top_p=0.9)}
     before = memory_ceiling(config.dtype)
     found: dict[str, Any] = {}
     for name, each in variants.items():
 
-        def call(_: None, each: Options = each) -> None:
+        def call(_: None, each: DecodingOptions = each) -> None:
             generate(model, prompts, each, stop=(), progress_bar=False)
 
         started = time.perf_counter()

@@ -26,7 +26,7 @@ _LEAST_CELLS = 1_000
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class SpeedOptions:
     """What of a configuration is measured, and how.
 
     Parameters
@@ -65,7 +65,7 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class SpeedJob:
     """A measurement: picklable, so that another process can prepare it.
 
     Attributes
@@ -73,13 +73,13 @@ class Job:
     config
         Plain nested values of a configuration of training.
     options
-        See `Options`.
+        See `SpeedOptions`.
     folder
         Where synthetic cells and stores are written.
     """
 
     config: Mapping[str, Any]
-    options: Options
+    options: SpeedOptions
     folder: Path
 
     def __post_init__(self) -> None:

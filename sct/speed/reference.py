@@ -21,7 +21,7 @@ from sct.nn import axes
 from sct.nn.adapters import KINDS
 from sct.nn.paths import unflatten
 from sct.speed.compare import Check, Outputs, compare
-from sct.speed.job import Job
+from sct.speed.job import SpeedJob
 from sct.tasks.base import Task
 from sct.train import sharding
 from sct.train.state import State, init_state, load_into, make_train_step
@@ -32,7 +32,7 @@ _NUMBERS = {name for kind in KINDS for name in (*kind.numbers, kind.layers)}
 _MORE_BAGS = 2  # so that what mixes up the bags of a batch shows
 
 
-def small_batch(job: Job, store: Store) -> tuple[Any, Any, dict[str, np.ndarray], int]:
+def small_batch(job: SpeedJob, store: Store) -> tuple[Any, Any, dict[str, np.ndarray], int]:
     """Task with small bags, mesh, a batch of one or two of them for each share of a batch, and the cells of a bag."""
     mesh = sharding.make_mesh(job.train.mesh)
     cells = checked_cells(job, mesh.shape["sequence"])
@@ -40,18 +40,20 @@ def small_batch(job: Job, store: Store) -> tuple[Any, Any, dict[str, np.ndarray]
     sharding.check_batch_size(job.train.batch_size, mesh)
     source = task.dataset("train")
     assert source is not None
-    bags = [source.bag(i % len(source)) for i in range(min(job.train.batch_size, _MORE_BAGS * _share(mesh)))]
+    bags = [
+        source.record(i % len(source)) for i in range(min(job.train.batch_size, _MORE_BAGS * _share(mesh)))
+    ]
     batch = {name: np.stack([bag[name] for bag in bags]) for name in bags[0]}
-    return task, mesh, {**batch, "weight": np.ones(len(bags), np.float32)}, cells
+    return task, mesh, {**batch, "example_mask": np.ones(len(bags), np.float32)}, cells
 
 
-def checked_cells(job: Job, devices: int = 1) -> int:
+def checked_cells(job: SpeedJob, devices: int = 1) -> int:
     """Cells of a bag in a comparison, a multiple of the devices that divide them among themselves."""
     wanted = -(-(job.options.check_cells or 2) // devices) * devices
     return min(wanted, job.cells_per_record)
 
 
-def share_of(job: Job, cells: int) -> float:
+def share_of(job: SpeedJob, cells: int) -> float:
     """Size of a bag in a comparison relative to the one that is timed."""
     return cells / job.cells_per_record
 
@@ -85,11 +87,11 @@ def moved_state(task: Task, mesh: Any, seed: int) -> tuple[State, State, dict[st
     return load_into(state, arrays, ()), abstract, arrays
 
 
-def check_train(job: Job, store: Store) -> Check:
+def check_train(job: SpeedJob, store: Store) -> Check:
     """Compare loss and gradient of the compiled training step with the reference path; see `compare`."""
     task, mesh, batch, cells = small_batch(job, store)
-    micro = _share(mesh) if job.train.accumulate > 1 else len(batch["weight"])
-    parts = len(batch["weight"]) // micro
+    micro = _share(mesh) if job.train.accumulate > 1 else len(batch["example_mask"])
+    parts = len(batch["example_mask"]) // micro
     seed, data = job.train.seed, job.of_cells(cells)
     known: dict[str, Any] = {}
 
@@ -117,7 +119,7 @@ def check_train(job: Job, store: Store) -> Check:
                 own = jax.random.fold_in(rng, part) if parts > 1 else rng
                 chosen = {name: value[part::parts] for name, value in batch.items()}
                 loss, sums = task.loss(variables, chosen, own, True)
-                total, weight = total + loss * sums[task.weight], weight + sums[task.weight]
+                total, weight = total + loss * sums[task.loss_normalizer], weight + sums[task.loss_normalizer]
             return total / weight
 
         trained = {path: known["arrays"][path] for path in known["trained"]}
@@ -132,7 +134,7 @@ def shape(batch: Mapping[str, Any]) -> dict[str, int]:
     """Size of what was compared, for a report."""
     tokens = batch.get("tokens")
     if tokens is None:  # not of bags
-        return {"records": len(batch["weight"])}
+        return {"records": len(batch["example_mask"])}
     return dict(zip(("bags", "cells_per_bag", "gene_positions"), tokens.shape, strict=True))
 
 
@@ -163,7 +165,7 @@ def plain_output(task: Any, arrays: dict[str, np.ndarray], inputs: Mapping[str, 
     return jax.device_get(jax.jit(output)(unflatten(arrays), dict(inputs)))
 
 
-def check_forward(job: Job, store: Store) -> Check:
+def check_forward(job: SpeedJob, store: Store) -> Check:
     """Compare the logits of the compiled forward pass with the reference path; see `compare`."""
     task, mesh, batch, cells = small_batch(job, store)
     given = masked_inputs(task, sharding.put_batch(batch, mesh))

@@ -18,10 +18,10 @@ from typing import Any
 from sct.data.store import Store
 from sct.errors import ConfigError
 from sct.speed import compute, data, embedding, generation, reference, saving
-from sct.speed.job import Job, Options
+from sct.speed.job import SpeedJob, SpeedOptions
 from sct.version import __version__
 
-Measure = Callable[[Job, Store], dict[str, Any]]
+Measure = Callable[[SpeedJob, Store], dict[str, Any]]
 # Mode -> comparison with the reference path, and measurement.
 _MODES: Mapping[str, tuple[Measure, Measure]] = {
     "forward": (reference.check_forward, compute.measure_forward),
@@ -32,7 +32,7 @@ _MODES: Mapping[str, tuple[Measure, Measure]] = {
 }
 
 
-def measure(config: Mapping[str, Any], options: Options, apart: bool = True) -> dict[str, Any]:
+def measure(config: Mapping[str, Any], options: SpeedOptions, apart: bool = True) -> dict[str, Any]:
     """Measure what `options.mode` names of a configuration.
 
     Cells are made and the comparison with the reference path is done in a process of its own, so that neither
@@ -57,10 +57,10 @@ def measure(config: Mapping[str, Any], options: Options, apart: bool = True) -> 
         A step differs from the reference path, or the configuration cannot be measured.
     """
     if options.mode == "generate":
-        load, job = _load(), Job(config, options, Path())
+        load, job = _load(), SpeedJob(config, options, Path())
         return _facts(job, generation.measure(job), load)
     with tempfile.TemporaryDirectory(prefix="sct-speed-") as folder:
-        job = Job(config, options, Path(folder))
+        job = SpeedJob(config, options, Path(folder))
         check = _apart(prepare, job) if apart else prepare(job)
         load = _load()
         if options.mode == "ingest":
@@ -72,7 +72,7 @@ def measure(config: Mapping[str, Any], options: Options, apart: bool = True) -> 
         return _facts(job, {**found, "synthetic": made}, load)
 
 
-def _facts(job: Job, found: Mapping[str, Any], load: list[float] | None) -> dict[str, Any]:
+def _facts(job: SpeedJob, found: Mapping[str, Any], load: list[float] | None) -> dict[str, Any]:
     """A measurement with what it was measured on."""
     return {
         "mode": job.options.mode,
@@ -84,7 +84,7 @@ def _facts(job: Job, found: Mapping[str, Any], load: list[float] | None) -> dict
     }
 
 
-def prepare(job: Job) -> dict[str, Any] | None:
+def prepare(job: SpeedJob) -> dict[str, Any] | None:
     """Make cells, and compare the step that will be timed with the reference path."""
     try:
         if job.options.mode != "ingest":
@@ -105,7 +105,7 @@ def _quiet() -> None:
     logging.set_verbosity(logging.ERROR)
 
 
-def _apart(function: Callable[[Job], Any], job: Job) -> Any:
+def _apart(function: Callable[[SpeedJob], Any], job: SpeedJob) -> Any:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=_quiet) as pool:
         try:

@@ -16,10 +16,10 @@ from sct.data.store import Store
 from sct.errors import SctError
 from sct.speed.compare import Check
 from sct.speed.compute import run_steps
-from sct.speed.job import Job
+from sct.speed.job import SpeedJob
 from sct.speed.memory import files_below
 from sct.train import sharding
-from sct.train.checkpoint import Checkpoints, Progress
+from sct.train.checkpoint import Checkpoints, RunProgress
 from sct.train.optim import make_optimizer
 from sct.train.state import State, init_state
 
@@ -27,7 +27,7 @@ from sct.train.state import State, init_state
 SHARE = 0.02
 
 
-def _state(job: Job, store: Store) -> tuple[State, State]:
+def _state(job: SpeedJob, store: Store) -> tuple[State, State]:
     """State at the beginning of a run, with its optimiser, and its abstract form."""
     task, mesh = job.task(store), sharding.make_mesh(job.train.mesh)
     abstract, make = init_state(
@@ -47,12 +47,12 @@ def _state(job: Job, store: Store) -> tuple[State, State]:
     return jax.block_until_ready(state), abstract
 
 
-def check_save(job: Job, store: Store) -> Check:
+def check_save(job: SpeedJob, store: Store) -> Check:
     """Save the state of a run and read it again: it is the same bit for bit, or an `SctError` is raised."""
     state, abstract = _state(job, store)
     with tempfile.TemporaryDirectory(dir=job.folder) as folder:
         checkpoints = Checkpoints(Path(folder))
-        checkpoints.save(state, Progress(step=1))
+        checkpoints.save(state, RunProgress(step=1))
         checkpoints.wait()
         again, _ = checkpoints.restore(abstract)
         checkpoints.close()
@@ -63,7 +63,7 @@ def check_save(job: Job, store: Store) -> Check:
     return {"differences": {"restored state": 0.0}, "limits": {"restored state": 0.0}}
 
 
-def measure_save(job: Job, store: Store) -> dict[str, Any]:
+def measure_save(job: SpeedJob, store: Store) -> dict[str, Any]:
     """Save the state of a run some times, while nothing else runs.
 
     A step is a save until all is on disk; `save_blocked_seconds` of it is what the loop waits for, and
@@ -76,7 +76,7 @@ def measure_save(job: Job, store: Store) -> dict[str, Any]:
 
         def call(_: None) -> None:
             started = time.perf_counter()
-            checkpoints.save(state, Progress(step=len(blocked) + 1))
+            checkpoints.save(state, RunProgress(step=len(blocked) + 1))
             blocked.append(time.perf_counter() - started)
             checkpoints.wait()
 

@@ -12,7 +12,7 @@ from sct.errors import ConfigError
 from sct.models import adapters
 from sct.models.adapter_kinds import AdapterConfig, BottleneckConfig, LoraConfig, PrefixConfig
 from sct.nn.adapters import COLLECTION
-from sct.tasks.base import Batch, Sums, Task, Variables
+from sct.tasks.base import DeviceBatch, MetricSums, Task, Variables
 
 # Name in a configuration -> type of the options.
 KINDS: Mapping[str, type[AdapterConfig]] = {
@@ -104,6 +104,8 @@ class Adapted:
         made = adapters.init(jax.random.fold_in(rng, 1), variables["params"], self.lora)
         return {**variables, COLLECTION: made}
 
-    def loss(self, variables: Variables, batch: Batch, rng: jax.Array, train: bool) -> tuple[jax.Array, Sums]:
+    def loss(
+        self, variables: Variables, batch: DeviceBatch, rng: jax.Array, train: bool
+    ) -> tuple[jax.Array, MetricSums]:
         """Loss of the task; modules find the adapters among the variables."""
         return self.task.loss(variables, batch, rng, train)

@@ -12,15 +12,15 @@ import numpy as np
 
 from sct.data.genes.alignment import some
 from sct.data.genes.vocabulary import GeneVocabulary
-from sct.data.loader import Source
+from sct.data.loader import RecordSource
 from sct.data.store import SPLITS, Store
 from sct.errors import ConfigError
 from sct.eval.reports.report import Report
 from sct.models.adapter_kinds import AdapterConfig
 
 Variables = dict[str, Any]
-Batch = Mapping[str, jax.Array]
-Sums = dict[str, jax.Array]
+DeviceBatch = Mapping[str, jax.Array]
+MetricSums = dict[str, jax.Array]
 _DECIDES = (
     "decides"  # in the metadata of an option: the content of the file that it names decides what is computed
 )
@@ -83,10 +83,10 @@ class ObjectiveConfig:
         """Raise `ConfigError` where training cannot start from the model `init_from` ("": random parameters)."""
 
 
-def check_study_names(said: Mapping[str, Any], store: Store, file: str) -> None:
+def check_study_names(study_metadata: Mapping[str, Any], store: Store, file: str) -> None:
     """Raise `ConfigError` where a file speaks of studies that a store does not have."""
     known = [study.name for split in SPLITS for study in store.split(split)]
-    if strange := sorted(set(said) - set(known)):
+    if strange := sorted(set(study_metadata) - set(known)):
         raise ConfigError(
             f"{file} has texts of {strange[0]!r}, but the store's studies are {some(known)}: correct it."
         )
@@ -120,7 +120,7 @@ class Objective(Protocol):
     ----------
     trainable
         Table of (regular expression over parameter paths, trained or not), see `sct.nn.paths`.
-    weight
+    loss_normalizer
         The sum whose value the loss is a mean over (masked positions, say): by it the losses of microbatches add up
         to that of their batch.
     monitor, monitor_mode
@@ -128,7 +128,7 @@ class Objective(Protocol):
     """
 
     trainable: Sequence[tuple[str, bool]]
-    weight: str
+    loss_normalizer: str
     monitor: str
     monitor_mode: str
 
@@ -136,11 +136,13 @@ class Objective(Protocol):
         """Initial variables, boxed with their logical axis names; traced, so it may be abstract."""
         ...
 
-    def loss(self, variables: Variables, batch: Batch, rng: jax.Array, train: bool) -> tuple[jax.Array, Sums]:
-        """Scalar loss, and sums that add up over batches and that `summarise` turns into numbers."""
+    def loss(
+        self, variables: Variables, batch: DeviceBatch, rng: jax.Array, train: bool
+    ) -> tuple[jax.Array, MetricSums]:
+        """Scalar loss, and sums that add up over batches and that `compute_metrics` turns into numbers."""
         ...
 
-    def summarise(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+    def compute_metrics(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Numbers to log from sums over one or many batches."""
         ...
 
@@ -166,7 +168,7 @@ class TaskData(Protocol):
     vocabulary: GeneVocabulary
     tokens_per_record: int
 
-    def dataset(self, split: str) -> Source | None:
+    def dataset(self, split: str) -> RecordSource | None:
         """Records of "train" or "validation"; None where the store has no such study."""
         ...
 

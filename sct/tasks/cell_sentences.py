@@ -20,18 +20,18 @@ from sct.data.text.prompts import TASKS, Prompts, load_prompts, parse_labels, re
 from sct.data.text.source import SentenceOptions, SentenceSource, Texts, read_studies
 from sct.data.text.tokenizer import VOCAB_SIZE, Tokenizer, train_bpe
 from sct.errors import ConfigError
-from sct.generation.cells import TASK, CellWriter
+from sct.generation.cell_sentence_model import TASK, CellSentenceModel
 from sct.models import lora, registry
 from sct.models.adapter_kinds import AdapterConfig
 from sct.models.decoder import Decoder
 from sct.models.decoder_config import DecoderConfig
 from sct.nn.losses import next_token_losses
 from sct.tasks.base import (
-    Batch,
+    DeviceBatch,
     Evaluator,
+    MetricSums,
     ObjectiveConfig,
     StoreConfig,
-    Sums,
     Variables,
     check_study_names,
     file_option,
@@ -237,7 +237,7 @@ class CellSentences:
     """
 
     license = "unknown"
-    weight = "weight"
+    loss_normalizer = "weight"
     monitor, monitor_mode = "loss", "min"
 
     def __init__(
@@ -289,7 +289,9 @@ class CellSentences:
             "adapters": lora.init(jax.random.fold_in(rng, 1), variables["params"], self.lora),
         }
 
-    def loss(self, variables: Variables, batch: Batch, rng: jax.Array, train: bool) -> tuple[jax.Array, Sums]:
+    def loss(
+        self, variables: Variables, batch: DeviceBatch, rng: jax.Array, train: bool
+    ) -> tuple[jax.Array, MetricSums]:
         """Mean cross-entropy of the predicted tokens.
 
         Returns the loss and sums: `loss` over `predicted` tokens (count), `weighted` and `weight` (the loss as it is
@@ -311,7 +313,7 @@ class CellSentences:
             cast(jax.Array, hidden),
             ids,
             batch["predicted"],
-            batch["weight"],
+            batch["example_mask"],
             self.model_config.vocab_size,
         )
         weights = counts
@@ -324,7 +326,7 @@ class CellSentences:
             "weighted": total,
             "predicted": counts.sum(),
             "right": (right * counts).sum(),
-            "cut": (batch["cut"] * (batch["weight"] > 0)).sum().astype(jnp.float32),
+            "cut": (batch["cut"] * (batch["example_mask"] > 0)).sum().astype(jnp.float32),
         }
         return total / jnp.maximum(count, 1.0), sums
 
@@ -334,7 +336,7 @@ class CellSentences:
         sources = [self.dataset(split) for split in ("train", "validation")]
         return all(source.cells_per_row == 1 for source in sources if source is not None)
 
-    def summarise(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+    def compute_metrics(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Mean loss in nats, balanced as in training; perplexity and accuracy of a token, share of tokens cut off."""
         count, cut = max(float(sums["predicted"]), 1.0), float(sums["cut"])
         loss = float(sums["weighted"]) / max(float(sums["weight"]), 1e-9)
@@ -380,10 +382,12 @@ class CellSentences:
         options = (tasks, config.report_cells, config.report_seeds, note, contrast)
         return list(reports(self._writer, train, after, *options))
 
-    def _writer(self, variables: Variables) -> CellWriter:
+    def _writer(self, variables: Variables) -> CellSentenceModel:
         """Model with these variables, ready to be asked."""
         parts = self.exports()
-        return CellWriter.of(self.model_config, variables, parts["tokenizer"], parts["genes"], parts["data"])
+        return CellSentenceModel.of(
+            self.model_config, variables, parts["tokenizer"], parts["genes"], parts["data"]
+        )
 
     def tokens(self, batch: Mapping[str, Any]) -> int:
         """Tokens in a batch, padding included."""

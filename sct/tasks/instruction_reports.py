@@ -13,8 +13,8 @@ from sct.data.cell_records import cell_records
 from sct.data.text.instructions import YES, StudyQuestions
 from sct.eval.labels import measures as labels
 from sct.eval.reports.report import Report
-from sct.generation.cell_asker import CellAsker
-from sct.tasks.sentence_reports import TRAINING_CELLS, LabelledCells, means
+from sct.generation.instruction_model import InstructionModel
+from sct.tasks.sentence_reports import TRAINING_CELLS, LabeledReferenceCells, means
 
 MODEL, OTHERS = "ZerOmics", "ZerOmics, soft tokens of other cells"
 
@@ -27,7 +27,7 @@ class Answers:
 
     Parameters
     ----------
-    asker
+    instruction_model
         Makes the model of variables.
     task
         "cta", "rci" or "tcd".
@@ -38,34 +38,39 @@ class Answers:
     """
 
     def __init__(
-        self, asker: Callable[[Any], CellAsker], task: str, train: Sequence[StudyQuestions],
+        self, instruction_model: Callable[[Any], InstructionModel], task: str, train: Sequence[StudyQuestions],
         held_out: Sequence[StudyQuestions], cells: int, seeds: int, note: str = "",
     ):  # fmt: skip
         self.name = f"answers_{task}"
-        self.asker, self.task, self.seeds, self.note = asker, task, seeds, note
-        self.train = LabelledCells.read(
+        self.instruction_model, self.task, self.seeds, self.note = instruction_model, task, seeds, note
+        self.train = LabeledReferenceCells.read(
             [each for each in train if task in each.candidates], task, TRAINING_CELLS
         )
         asked = [each for each in held_out if task in each.candidates]
         total = sum(each.study.n_cells for each in asked)
         self.held_out = [
-            (each, LabelledCells.read([each], task, -(-cells * each.study.n_cells // total)))
+            (each, LabeledReferenceCells.read([each], task, -(-cells * each.study.n_cells // total)))
             for each in asked
         ]
         self.report: Report | None = None
 
     def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
         """Measure; yields the numbers of the table and keeps it in `report`."""
-        asker = self.asker(variables)
+        instruction_model = self.instruction_model(variables)
         names = sorted({name for each, _ in self.held_out for name in each.candidates[self.task]})
         shares: dict[str, list[pd.DataFrame]] = {MODEL: [], OTHERS: []}
         for asked, cells in self.held_out:
-            records = cell_records(cells.counts, asker.cells, asker.known)
-            candidates, abstracts = asked.candidates[self.task], [asked.said["abstract"]] * len(cells.labels)
+            records = cell_records(cells.counts, instruction_model.cells, instruction_model.known)
+            candidates, abstracts = (
+                asked.candidates[self.task],
+                [asked.study_metadata["abstract"]] * len(cells.labels),
+            )
             mixed = np.random.default_rng(0).permutation(len(cells.labels))
             for name, order in ((MODEL, None), (OTHERS, mixed.tolist())):
                 keys = [int(key) for key in cells.keys]
-                logs = asker.score(self.task, records, abstracts, candidates, keys=keys, cells=order)
+                logs = instruction_model.score(
+                    self.task, records, abstracts, candidates, keys=keys, cells=order
+                )
                 # What was no candidate has no probability.
                 table = pd.DataFrame(np.exp(logs), columns=list(candidates))
                 shares[name].append(table.reindex(columns=names, fill_value=0.0))
@@ -73,14 +78,14 @@ class Answers:
         for name, tables in shares.items():
             table = pd.concat(tables, ignore_index=True)
             best = pd.DataFrame({self.task: table.columns.to_numpy()[table.to_numpy().argmax(axis=1)]})
-            predictions[name] = labels.Prediction(best, {self.task: table})
+            predictions[name] = labels.LabelPrediction(best, {self.task: table})
         self.report, numbers = labels.compare(
             {MODEL: predictions[MODEL]},
             pd.DataFrame({self.task: np.concatenate([cells.labels for _, cells in self.held_out])}),
             pd.DataFrame({self.task: self.train.labels}),
             sparse.vstack([cells.counts for _, cells in self.held_out], format="csr"),
             self.train.counts,
-            options=labels.Options(seeds=self.seeds, positive=YES if self.task == "rci" else ""),
+            options=labels.LabelOptions(seeds=self.seeds, positive=YES if self.task == "rci" else ""),
             beside={OTHERS: ("", predictions[OTHERS])},
         )
         self.report.notes = (*self.report.notes, *filter(None, [self.note]))
@@ -88,7 +93,7 @@ class Answers:
 
 
 def reports(
-    asker: Callable[[Any], CellAsker],
+    instruction_model: Callable[[Any], InstructionModel],
     train: Sequence[StudyQuestions],
     held_out: Sequence[StudyQuestions],
     tasks: Sequence[str],
@@ -104,7 +109,7 @@ def reports(
         if task != "cpi" and all(
             any(task in each.candidates for each in studies) for studies in (train, held_out)
         ):
-            made = Answers(asker, task, train, held_out, cells, seeds, note)
+            made = Answers(instruction_model, task, train, held_out, cells, seeds, note)
             answers = np.concatenate([each.labels for _, each in made.held_out])
             if len(set(answers)) > 1 and len(set(made.train.labels)) > 1:
                 yield made

@@ -21,7 +21,7 @@ from sct.data.text.instructions import InstructionOptions, InstructionSource, St
 from sct.data.text.prompts import INSTRUCTION_PROMPTS, load_prompts
 from sct.data.text.tokenizer import Tokenizer, train_bpe
 from sct.errors import ConfigError
-from sct.generation.cell_asker import TASK, CellAsker
+from sct.generation.instruction_model import TASK, InstructionModel
 from sct.models import lora, registry
 from sct.models.adapter_kinds import AdapterConfig
 from sct.models.decoder_config import LlamaConfig
@@ -32,11 +32,11 @@ from sct.models.zeromics_cells import ZerOmicsCellsConfig
 from sct.nn.losses import next_token_losses
 from sct.nn.paths import flatten
 from sct.tasks.base import (
-    Batch,
+    DeviceBatch,
     Evaluator,
+    MetricSums,
     ObjectiveConfig,
     StoreConfig,
-    Sums,
     Variables,
     check_study_names,
     file_option,
@@ -201,10 +201,12 @@ def make_tokenizer(store: Store, config: InstructionsConfig, data: InstructionDa
     """Tokenizer of the decoder, or a byte-level BPE trained on all that instructions and corpus say."""
     if data.llm:
         return load_tokenizer(data.llm)
-    said = options_of(config, data, 1, seed).studies
+    study_metadata = options_of(config, data, 1, seed).studies
     prompts = load_prompts(config.prompts or None, INSTRUCTION_PROMPTS)
     texts = [template.prompt for many in prompts.templates.values() for template in many]
-    texts += [text for entry in said.values() for value in entry.values() for text in np.atleast_1d(value)]
+    texts += [
+        text for entry in study_metadata.values() for value in entry.values() for text in np.atleast_1d(value)
+    ]
     for study in store.split("train"):
         table = study.obs({name for name in (data.cell_type, data.disease) if name})
         texts += [str(value) for column in table for value in table[column].dropna().unique()]
@@ -280,8 +282,8 @@ def parts_of(
     if not data.llm:
         own = dict(made.get("llm", {}))
         made["llm"] = {**own, "vocab_size": own.get("vocab_size") or vocab_size}
-    licences = {model.license for model in models.values()} - {"unknown"}
-    return made, known, given, " and ".join(sorted(licences)) or "unknown"
+    licenses = {model.license for model in models.values()} - {"unknown"}
+    return made, known, given, " and ".join(sorted(licenses)) or "unknown"
 
 
 class Instructions:
@@ -308,7 +310,7 @@ class Instructions:
     """
 
     may_be_missing: Sequence[str] = lora.NEW
-    weight = "predicted"
+    loss_normalizer = "predicted"
     monitor, monitor_mode = "loss", "min"
 
     def __init__(
@@ -382,7 +384,9 @@ class Instructions:
         )
         return self.mixture.gate(own[task])
 
-    def loss(self, variables: Variables, batch: Batch, rng: jax.Array, train: bool) -> tuple[jax.Array, Sums]:
+    def loss(
+        self, variables: Variables, batch: DeviceBatch, rng: jax.Array, train: bool
+    ) -> tuple[jax.Array, MetricSums]:
         """Mean cross-entropy of the tokens of answers and of their ends.
 
         Returns the loss and sums: `loss` over `predicted` tokens (count), `right` tokens, and for each task `answers`
@@ -412,7 +416,7 @@ class Instructions:
             cast(jax.Array, hidden),
             ids,
             batch["predicted"],
-            batch["weight"],
+            batch["example_mask"],
             self.model_config.llm.vocab_size,
         )
         total, count = (losses * counts).sum(), counts.sum()
@@ -428,7 +432,7 @@ class Instructions:
         }
         return total / jnp.maximum(count, 1.0), sums
 
-    def summarise(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+    def compute_metrics(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Mean loss in nats, share of right tokens, and for each task that of answers that are right as a whole."""
         count = max(float(sums["predicted"]), 1.0)
         summary = {"loss": float(sums["loss"]) / count, "accuracy": float(sums["right"]) / count}
@@ -466,12 +470,14 @@ class Instructions:
         )
         tasks = [task for task, _ in self.config.tasks]
         options = (tasks, self.config.report_cells, self.config.report_seeds, note)
-        return list(reports(self._asker, train, after, *options))
+        return list(reports(self._instruction_model, train, after, *options))
 
-    def _asker(self, variables: Variables) -> CellAsker:
+    def _instruction_model(self, variables: Variables) -> InstructionModel:
         """Model with these variables, ready to be asked."""
         parts = self.exports()
-        return CellAsker.of(self.model_config, variables, parts["tokenizer"], parts["genes"], parts["data"])
+        return InstructionModel.of(
+            self.model_config, variables, parts["tokenizer"], parts["genes"], parts["data"]
+        )
 
     def tokens(self, batch: Mapping[str, Any]) -> int:
         """Tokens in a batch, padding included."""
@@ -511,10 +517,10 @@ class Instructions:
 def make(inputs: TaskInputs) -> Instructions:
     """Make the task of the parts of a configuration."""
     assert inputs.tokenizer is not None
-    vocabulary, parent, values = inputs.store.vocabulary, inputs.parent_data, dict(inputs.model)
+    vocabulary, parent, values = inputs.store.vocabulary, inputs.parent_data_spec, dict(inputs.model)
     if parent is not None and parent.get("task") == NAME:
         given: dict[str, Any] = {}
-        licence = "unknown"
+        license = "unknown"
         if parent["members"] != list(inputs.objective.mixture.members):
             raise ConfigError(
                 f"the model has adapters for {', '.join(parent['members'])}, but the configuration asks for "
@@ -528,7 +534,7 @@ def make(inputs: TaskInputs) -> Instructions:
                 "--config.objective.train_llm=True."
             )
         size = inputs.tokenizer.vocab_size
-        values, known, given, licence = parts_of(
+        values, known, given, license = parts_of(
             inputs.data, vocabulary, values, size, inputs.mesh, not inputs.objective.train_llm
         )
     model = registry.model_config(inputs.architecture, values, len(vocabulary))
@@ -541,7 +547,7 @@ def make(inputs: TaskInputs) -> Instructions:
         known,
         given,
         inputs.seed,
-        licence,
+        license,
     )
 
 

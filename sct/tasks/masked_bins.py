@@ -25,7 +25,15 @@ from sct.models import registry
 from sct.models.adapter_kinds import AdapterConfig
 from sct.models.zeromics_cells import FEATURES, ZerOmicsCells, ZerOmicsCellsConfig
 from sct.nn.losses import token_losses
-from sct.tasks.base import Batch, Evaluator, ObjectiveConfig, StoreConfig, Sums, Variables, held_out_split
+from sct.tasks.base import (
+    DeviceBatch,
+    Evaluator,
+    MetricSums,
+    ObjectiveConfig,
+    StoreConfig,
+    Variables,
+    held_out_split,
+)
 from sct.tasks.task_spec import TaskInputs, TaskSpec
 from sct.weights.load import load
 
@@ -163,7 +171,7 @@ class MaskedBins:
     may_be_missing: Sequence[str] = ()
     lora: AdapterConfig | None = None
     license = "unknown"
-    weight = "masked"
+    loss_normalizer = "masked"
     monitor, monitor_mode = "loss", "min"
 
     def __init__(
@@ -208,27 +216,31 @@ class MaskedBins:
         """Initial variables, boxed."""
         return cast(Variables, self.model.init(rng, *ZerOmicsCells.example(self.model_config).values()))
 
-    def hide(self, rng: jax.Array, bins: jax.Array, there: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def mask_bins(
+        self, rng: jax.Array, bins: jax.Array, valid_mask: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """Bins (B, S) as the model sees them, and which are masked, bool (B, S), of the places that are there."""
         config, levels = self.config, self.model_config.num_bins
         first, second, third = jax.random.split(rng, 3)
-        expressed = (bins > 0) & there
+        expressed = (bins > 0) & valid_mask
         masked = expressed & (jax.random.uniform(first, bins.shape) < config.masked)
         swapped = expressed & ~masked & (jax.random.uniform(second, bins.shape) < config.substituted)
         other = (bins + jax.random.randint(third, bins.shape, 1, levels + 1)) % (levels + 1)
         seen = jnp.where(swapped, other, bins)
         return jnp.where(masked, self.model_config.mask, seen), masked
 
-    def loss(self, variables: Variables, batch: Batch, rng: jax.Array, train: bool) -> tuple[jax.Array, Sums]:
+    def loss(
+        self, variables: Variables, batch: DeviceBatch, rng: jax.Array, train: bool
+    ) -> tuple[jax.Array, MetricSums]:
         """Mean of the cross-entropies of bin and gene item at masked places (section 3.1, equations 4 and 5).
 
         Returns the loss and sums over masked places: `loss`, `masked` (count), `bin_loss`, `gene_loss`, `bin_right`,
         `gene_right`, `overflow`.
         """
         bins, genes = batch["bins"].astype(jnp.int32), batch.get("genes")
-        there = jnp.broadcast_to((batch["weight"] > 0)[:, None], bins.shape)
+        valid_mask = jnp.broadcast_to((batch["example_mask"] > 0)[:, None], bins.shape)
         hiding, place, dropping = jax.random.split(rng, 3)
-        seen, masked = self.hide(hiding, bins, there)
+        seen, masked = self.mask_bins(hiding, bins, valid_mask)
         rngs = {"dropout": dropping} if train and self.model_config.dropout else {}
         hidden = cast(jax.Array, self.model.apply(variables, seen, genes, rngs=rngs, method="hidden"))
         budget = min(bins.shape[1], max(1, round(self.config.head_budget * bins.shape[1])))
@@ -256,7 +268,7 @@ class MaskedBins:
         sums["loss"] = (sums["bin_loss"] + sums["gene_loss"]) / 2
         return sums["loss"] / jnp.maximum(count, 1.0), sums
 
-    def summarise(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+    def compute_metrics(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Mean losses in nats, and shares of masked genes whose bin and item are right."""
         count = max(float(sums["masked"]), 1.0)
         names = {
@@ -300,7 +312,7 @@ class MaskedBins:
     ) -> tuple[jax.Array, jax.Array]:
         """Logarithms of the probabilities of bins float32 (B, S, num_bins + 1), and which are masked."""
         bins, genes = batch["bins"].astype(jnp.int32), batch.get("genes")
-        seen, masked = self.hide(rng, bins, jnp.ones(bins.shape, bool))
+        seen, masked = self.mask_bins(rng, bins, jnp.ones(bins.shape, bool))
         hidden = self.model.apply(variables, seen, genes, method="hidden")
         logits = cast(jax.Array, self.model.apply(variables, hidden, method="bin_logits"))
         return jax.nn.log_softmax(logits, axis=-1), masked
@@ -343,7 +355,7 @@ class MaskedBins:
 
 def make(inputs: TaskInputs) -> MaskedBins:
     """Make the task of the parts of a configuration."""
-    vocabulary, parent, features = inputs.store.vocabulary, inputs.parent_data, None
+    vocabulary, parent, features = inputs.store.vocabulary, inputs.parent_data_spec, None
     if parent is not None and parent.get("task") == NAME:
         known = known_genes(len(vocabulary), parent["dropped"])
         described = parent["features"]

@@ -23,7 +23,15 @@ from sct.models.adapter_kinds import AdapterConfig
 from sct.models.sct import SCT, level_probabilities
 from sct.models.sct_config import SCTConfig, pad_to_multiple
 from sct.nn import axes
-from sct.tasks.base import Batch, Evaluator, ObjectiveConfig, StoreConfig, Sums, Variables, held_out_split
+from sct.tasks.base import (
+    DeviceBatch,
+    Evaluator,
+    MetricSums,
+    ObjectiveConfig,
+    StoreConfig,
+    Variables,
+    held_out_split,
+)
 from sct.tasks.task_spec import BAG_SPEED, TaskInputs, TaskSpec
 
 NAME = "masked_expression"
@@ -127,7 +135,7 @@ class MaskedExpression:
     may_be_missing: Sequence[str] = (r"^params/spatial/",)
     lora: AdapterConfig | None = None
     license = "unknown"
-    weight = "masked"
+    loss_normalizer = "masked"
     monitor, monitor_mode = "loss", "min"
 
     def __init__(self, config: MaskedExpressionConfig, model: SCTConfig, bags: BagOptions, store: Store):
@@ -167,7 +175,9 @@ class MaskedExpression:
         """Initial variables, boxed."""
         return cast(Variables, self.model.init(rng, *SCT.example(self.model_config).values()))
 
-    def loss(self, variables: Variables, batch: Batch, rng: jax.Array, train: bool) -> tuple[jax.Array, Sums]:
+    def loss(
+        self, variables: Variables, batch: DeviceBatch, rng: jax.Array, train: bool
+    ) -> tuple[jax.Array, MetricSums]:
         """Mean cross-entropy of the levels at masked positions of measured genes.
 
         With `logit_adjustment` the cross-entropy is that of the logits plus the log of the rate at which each
@@ -185,7 +195,7 @@ class MaskedExpression:
             mask, log_ratio = self.config.masking.draw(rng, eligible, num_bins)
         else:
             mask, log_ratio = self.config.masking(rng, eligible, num_bins), jnp.zeros(tokens.shape[0])
-        mask &= (batch["weight"] > 0)[:, None, None]
+        mask &= (batch["example_mask"] > 0)[:, None, None]
         inputs = masking.apply(tokens, mask, num_bins)
         coordinates = batch.get("coordinates")
         length = tokens.shape[1] * tokens.shape[2]
@@ -222,7 +232,7 @@ class MaskedExpression:
         }
         return total / jnp.maximum(count, 1.0), sums
 
-    def summarise(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+    def compute_metrics(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Mean loss, MCC over the masked expressed genes, accuracy over all masked genes."""
         from sct.eval import metrics  # a second of scikit-learn, which the first step need not wait for
 

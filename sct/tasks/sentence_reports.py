@@ -19,13 +19,13 @@ from sct.eval.generation import perturbation, texts
 from sct.eval.generation.measures import CellSet
 from sct.eval.labels import measures as labels
 from sct.eval.reports.report import Report
-from sct.generation.cells import CellWriter
+from sct.generation.cell_sentence_model import CellSentenceModel
 
 TRAINING_CELLS = 5000  # that baselines are fitted on
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelledCells:
+class LabeledReferenceCells:
     """Cells of a split with their label.
 
     Attributes
@@ -43,7 +43,7 @@ class LabelledCells:
     keys: np.ndarray
 
     @classmethod
-    def read(cls, studies: Sequence[Any], field: str, most: int) -> LabelledCells:
+    def read(cls, studies: Sequence[Any], field: str, most: int) -> LabeledReferenceCells:
         """At most so many cells that have the label, spread over the studies (`sct.data.text.source.Texts`)."""
         total = sum(each.study.n_cells for each in studies)
         counts, names, keys = [], [], []
@@ -70,8 +70,8 @@ def _table(names: Sequence[str], field: str) -> pd.DataFrame:
     return pd.DataFrame([parse_labels(name) for name in names])
 
 
-def _written(writer: CellWriter, cells: LabelledCells) -> list[str]:
-    return sentences(cells.counts, writer.words, top_k=writer.top_k or None, keys=cells.keys)
+def _written(sentence_model: CellSentenceModel, cells: LabeledReferenceCells) -> list[str]:
+    return sentences(cells.counts, sentence_model.words, top_k=sentence_model.top_k or None, keys=cells.keys)
 
 
 class PredictedLabels:
@@ -79,7 +79,7 @@ class PredictedLabels:
 
     Parameters
     ----------
-    writer
+    sentence_model
         Makes the model of variables.
     train, held_out
         Cells that baselines are fitted on, and that are named.
@@ -91,48 +91,56 @@ class PredictedLabels:
 
     def __init__(
         self,
-        writer: Callable[[Any], CellWriter],
-        train: LabelledCells,
-        held_out: LabelledCells,
+        sentence_model: Callable[[Any], CellSentenceModel],
+        train: LabeledReferenceCells,
+        held_out: LabeledReferenceCells,
         field: str,
         seeds: int,
     ):
         self.name = f"predicted_{field}"
-        self.writer, self.train, self.held_out, self.field, self.seeds = writer, train, held_out, field, seeds
+        self.sentence_model, self.train, self.held_out, self.field, self.seeds = (
+            sentence_model,
+            train,
+            held_out,
+            field,
+            seeds,
+        )
         self.report: Report | None = None
         self.note = ""
 
     def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
         """Measure; yields the numbers of the table and keeps it in `report`."""
-        writer = self.writer(variables)
-        answers = _values(writer, self.field)
-        asked = [{"cell": text, **_cut(writer, text)} for text in _written(writer, self.held_out)]
-        probabilities = np.exp(writer.score(f"cell_to_{self.field}", asked, answers, batch_size=16))
+        sentence_model = self.sentence_model(variables)
+        answers = _values(sentence_model, self.field)
+        asked = [
+            {"cell": text, **_cut(sentence_model, text)} for text in _written(sentence_model, self.held_out)
+        ]
+        probabilities = np.exp(sentence_model.score(f"cell_to_{self.field}", asked, answers, batch_size=16))
         best = [answers[i] for i in probabilities.argmax(axis=1)]
         parts = _table(answers, self.field)
         by_key = {key: pd.DataFrame(probabilities).T.groupby(parts[key].to_numpy()).sum().T for key in parts}
         self.report, numbers = labels.compare(
-            {"cell sentences": labels.Prediction(_table(best, self.field), by_key)},
+            {"cell sentences": labels.LabelPrediction(_table(best, self.field), by_key)},
             _table(self.held_out.labels.tolist(), self.field),
             _table(self.train.labels.tolist(), self.field),
             self.held_out.counts,
             self.train.counts,
-            options=labels.Options(seeds=self.seeds),
+            options=labels.LabelOptions(seeds=self.seeds),
         )
         self.report.notes = (*self.report.notes, *filter(None, [self.note]))
         yield from means(numbers)
 
 
-def _values(writer: CellWriter, field: str) -> list[str]:
+def _values(sentence_model: CellSentenceModel, field: str) -> list[str]:
     """Values of a label in training; `ConfigError` where there are too many to list."""
-    if field not in writer.labels:
+    if field not in sentence_model.labels:
         raise ConfigError(f"there are too many values of {field} in training to choose among them.")
-    return list(writer.labels[field])
+    return list(sentence_model.labels[field])
 
 
-def _cut(writer: CellWriter, text: str) -> dict[str, int]:
+def _cut(sentence_model: CellSentenceModel, text: str) -> dict[str, int]:
     number = text.count(" ") + 1
-    return {"num_genes": number} if number == writer.top_k else {}
+    return {"num_genes": number} if number == sentence_model.top_k else {}
 
 
 class GeneratedCells:
@@ -143,7 +151,7 @@ class GeneratedCells:
 
     Parameters
     ----------
-    writer, train, held_out, field, seeds
+    sentence_model, train, held_out, field, seeds
         See `PredictedLabels`.
     cells
         Generated at most; each label as often as it has held-out cells, in proportion.
@@ -151,63 +159,65 @@ class GeneratedCells:
 
     def __init__(
         self,
-        writer: Callable[[Any], CellWriter],
-        train: LabelledCells,
-        held_out: LabelledCells,
+        sentence_model: Callable[[Any], CellSentenceModel],
+        train: LabeledReferenceCells,
+        held_out: LabeledReferenceCells,
         field: str,
         seeds: int,
         cells: int,
     ):
         self.name = f"generated_by_{field}"
-        self.writer, self.train, self.held_out, self.field = writer, train, held_out, field
+        self.sentence_model, self.train, self.held_out, self.field = sentence_model, train, held_out, field
         self.seeds, self.cells = seeds, cells
         self.report: Report | None = None
         self.note = ""
 
     def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
         """Measure; yields the numbers of the table and keeps it in `report`."""
-        writer = self.writer(variables)
+        sentence_model = self.sentence_model(variables)
         sizes = pd.Series(self.held_out.labels).value_counts()
         if self.field != "labels":
-            sizes = sizes[sizes.index.isin(_values(writer, self.field))]
-        express = _expression(writer)
+            sizes = sizes[sizes.index.isin(_values(sentence_model, self.field))]
+        express = _expression(sentence_model)
         self.report, numbers = generation.compare(
-            _generate(writer, self.field, sizes, self.cells),
-            _cell_set(writer, self.held_out),
+            _generate(sentence_model, self.field, sizes, self.cells),
+            _cell_set(sentence_model, self.held_out),
             self.train.counts,
             self.train.labels,
             express=express,
-            options=generation.Options(seeds=self.seeds),
+            options=generation.GenerationOptions(seeds=self.seeds),
         )
         self.report.notes = (*self.report.notes, *filter(None, [self.note]))
         yield from means(numbers)
 
 
-def _generate(writer: CellWriter, field: str, sizes: pd.Series, cells: int) -> CellSet:
+def _generate(sentence_model: CellSentenceModel, field: str, sizes: pd.Series, cells: int) -> CellSet:
     """At most so many cells of some labels, in proportion to how many there are of each; half as many at most."""
     number = np.maximum(1, np.floor(sizes / 2 * min(1.0, 2 * cells / sizes.sum()))).astype(int)
     wanted = np.repeat(sizes.index.to_numpy(), number)
-    cut = {"num_genes": writer.top_k} if writer.top_k else {}
-    made = writer.answer(f"{field}_to_cell", [{field: label, **cut} for label in wanted], batch_size=32)
+    cut = {"num_genes": sentence_model.top_k} if sentence_model.top_k else {}
+    made = sentence_model.answer(
+        f"{field}_to_cell", [{field: label, **cut} for label in wanted], batch_size=32
+    )
     texts = made["answer"].where(made["answer"].notna(), made["text"]).tolist()
-    expression, quality = writer.expression(texts)
+    expression, quality = sentence_model.expression(texts)
     return CellSet(expression, wanted, texts, quality)
 
 
-def _expression(writer: CellWriter) -> generation.Express:
+def _expression(sentence_model: CellSentenceModel) -> generation.Express:
     """How counts become what the model sees of them: the expression that the line gives their sentences."""
 
     def express(counts: sparse.csr_matrix) -> tuple[Any, Sequence[str]]:
-        written = sentences(counts, writer.words, top_k=writer.top_k or None)
-        return writer.expression(written)[0], written
+        written = sentences(counts, sentence_model.words, top_k=sentence_model.top_k or None)
+        return sentence_model.expression(written)[0], written
 
     return express
 
 
-def _cell_set(writer: CellWriter, cells: LabelledCells) -> CellSet:
+def _cell_set(sentence_model: CellSentenceModel, cells: LabeledReferenceCells) -> CellSet:
     """Real cells as the model sees them."""
-    written = _written(writer, cells)
-    return CellSet(writer.expression(written)[0], cells.labels, written)
+    written = _written(sentence_model, cells)
+    return CellSet(sentence_model.expression(written)[0], cells.labels, written)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +263,7 @@ class PerturbedCells:
 
     Parameters
     ----------
-    writer, train, held_out, seeds, cells
+    sentence_model, train, held_out, seeds, cells
         See `GeneratedCells`.
     contrast
         What the combinations are compared with.
@@ -268,14 +278,14 @@ class PerturbedCells:
 
     def __init__(
         self,
-        writer: Callable[[Any], CellWriter],
-        train: LabelledCells,
-        held_out: LabelledCells,
+        sentence_model: Callable[[Any], CellSentenceModel],
+        train: LabeledReferenceCells,
+        held_out: LabeledReferenceCells,
         seeds: int,
         cells: int,
         contrast: Contrast,
     ):
-        self.writer, self.train, self.held_out = writer, train, held_out
+        self.sentence_model, self.train, self.held_out = sentence_model, train, held_out
         self.seeds, self.cells = seeds, cells
         self.opposite = contrast.opposites(train.labels, held_out.labels)
         self.report: Report | None = None
@@ -283,15 +293,15 @@ class PerturbedCells:
 
     def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
         """Measure; yields the numbers of the table and keeps it in `report`."""
-        writer = self.writer(variables)
+        sentence_model = self.sentence_model(variables)
         unseen = pd.Series(self.held_out.labels)
         sizes = unseen[unseen.isin(list(self.opposite))].value_counts()
         self.report, numbers = perturbation.compare_perturbations(
-            _generate(writer, "labels", sizes, self.cells),
-            _cell_set(writer, self.held_out),
-            _cell_set(writer, self.train),
+            _generate(sentence_model, "labels", sizes, self.cells),
+            _cell_set(sentence_model, self.held_out),
+            _cell_set(sentence_model, self.train),
             self.opposite,
-            generation.Options(seeds=self.seeds),
+            generation.GenerationOptions(seeds=self.seeds),
         )
         pairs = "; ".join(f"{name} with {other}" for name, other in self.opposite.items())
         self.report.notes = (*self.report.notes, f"Compared: {pairs}.", *filter(None, [self.note]))
@@ -303,24 +313,32 @@ class DescribedCells:
 
     Parameters
     ----------
-    writer, train, held_out, seeds
+    sentence_model, train, held_out, seeds
         See `PredictedLabels`; the label of a cell is the text of its study.
     """
 
     name = "described"
 
     def __init__(
-        self, writer: Callable[[Any], CellWriter], train: LabelledCells, held_out: LabelledCells, seeds: int
+        self,
+        sentence_model: Callable[[Any], CellSentenceModel],
+        train: LabeledReferenceCells,
+        held_out: LabeledReferenceCells,
+        seeds: int,
     ):
-        self.writer, self.train, self.held_out, self.seeds = writer, train, held_out, seeds
+        self.sentence_model, self.train, self.held_out, self.seeds = sentence_model, train, held_out, seeds
         self.report: Report | None = None
         self.note = ""
 
     def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
         """Measure; yields the numbers of the table and keeps it in `report`."""
-        writer = self.writer(variables)
-        asked = [{"cell": text, **_cut(writer, text)} for text in _written(writer, self.held_out)]
-        made = writer.answer("cell_to_abstract", asked, keys=self.held_out.keys.tolist(), batch_size=16)
+        sentence_model = self.sentence_model(variables)
+        asked = [
+            {"cell": text, **_cut(sentence_model, text)} for text in _written(sentence_model, self.held_out)
+        ]
+        made = sentence_model.answer(
+            "cell_to_abstract", asked, keys=self.held_out.keys.tolist(), batch_size=16
+        )
         true, pairs = np.unique(self.held_out.labels.astype(str), return_inverse=True)
         self.report, numbers = texts.compare(
             {"cell sentences": made["answer"].where(made["answer"].notna(), made["text"]).tolist()},
@@ -345,7 +363,7 @@ Measurement = PredictedLabels | GeneratedCells | PerturbedCells | DescribedCells
 
 
 def reports(
-    writer: Callable[[Any], CellWriter],
+    sentence_model: Callable[[Any], CellSentenceModel],
     train: Sequence[Any],
     held_out: Sequence[Any],
     tasks: Sequence[str],
@@ -365,21 +383,22 @@ def reports(
         if not able:
             continue
         before, after = (
-            LabelledCells.read(many, field, n) for many, n in ((train, TRAINING_CELLS), (held_out, cells))
+            LabeledReferenceCells.read(many, field, n)
+            for many, n in ((train, TRAINING_CELLS), (held_out, cells))
         )
         shared = set(before.labels) & set(after.labels)
         # Of combined labels new combinations of known values are of interest, too.
         if len(set(after.labels) if field == "labels" else shared) > 1 and f"cell_to_{field}" in able:
-            made.append(PredictedLabels(writer, before, after, field, seeds))
+            made.append(PredictedLabels(sentence_model, before, after, field, seeds))
         if len(shared) > 1 and f"{field}_to_cell" in able:
-            made.append(GeneratedCells(writer, before, after, field, seeds, cells))
+            made.append(GeneratedCells(sentence_model, before, after, field, seeds, cells))
         if field == "labels" and contrast and "labels_to_cell" in able:
-            perturbed = PerturbedCells(writer, before, after, seeds, cells, contrast)
+            perturbed = PerturbedCells(sentence_model, before, after, seeds, cells, contrast)
             made += [perturbed] if perturbed.opposite else []
     if "cell_to_abstract" in tasks:
-        before, after = (LabelledCells.read(many, "abstract", cells) for many in (train, held_out))
+        before, after = (LabeledReferenceCells.read(many, "abstract", cells) for many in (train, held_out))
         if len(np.unique(after.labels)) > 1:
-            made.append(DescribedCells(writer, before, after, seeds))
+            made.append(DescribedCells(sentence_model, before, after, seeds))
     for each in made:
         each.note = note
     yield from made

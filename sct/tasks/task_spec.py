@@ -31,7 +31,7 @@ class TaskInputs:
         Cells, and the run's seed.
     tokenizer
         For tasks on text.
-    parent_data
+    parent_data_spec
         Data record of the resumed run, or of the model that training starts from; None for a new model.
     mesh
         Devices that share the arrays of the models that the task loads; None for one device.
@@ -44,7 +44,7 @@ class TaskInputs:
     store: Store
     seed: int
     tokenizer: Tokenizer | None = None
-    parent_data: Mapping[str, Any] | None = None
+    parent_data_spec: Mapping[str, Any] | None = None
     mesh: Mesh | None = None
 
 

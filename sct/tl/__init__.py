@@ -10,7 +10,7 @@ _FUNCTIONS = {
     "impute": "sct.tl.imputation",
     "annotate": "sct.tl.annotation",
     "benchmark": "sct.benchmarks.zero_shot",
-    "spatial_neighbors": "sct.tl.neighbours",
+    "spatial_neighbors": "sct.tl.neighbors",
     "to_sentences": "sct.tl.sentences",
     "generate_cells": "sct.tl.sentences",
     "describe": "sct.tl.sentences",

@@ -29,7 +29,7 @@ _EMBED_OPTIONS = (
 
 def annotate(
     adata: ad.AnnData,
-    model: inputs.Model | None = None,
+    model: inputs.ModelLike | None = None,
     *,
     reference: ad.AnnData | None = None,
     label_key: str | Sequence[str] | None = None,
@@ -143,15 +143,15 @@ def annotate(
         )
     given = options if n_contexts is None else {**options, "n_contexts": n_contexts}
     _check_options(adata, reference, use_rep, given)
-    target = inputs.to_write(adata, copy)
+    target = inputs.output_adata(adata, copy)
     drawn: list[np.ndarray] = []  # best label of each cell in each context
     given_embedding = use_rep is not None
     if use_rep is None:
         if model is None:
             raise ConfigError("give a model to embed with, or use_rep=... to use an embedding that is there.")
-        handle, use_rep = inputs.loaded(model), "X_sct"
+        handle, use_rep = inputs.load_model(model), "X_sct"
         if n_contexts is None:
-            several = families.ability(handle, "embed").in_bags and options.get("spatial_key") is None
+            several = families.require(handle, "embed").in_bags and options.get("spatial_key") is None
             n_contexts = CONTEXTS if several else 1
         pair = _contexts(reference, target, handle, {**options, "n_contexts": n_contexts})
         totals: list[np.ndarray] = []
@@ -211,7 +211,7 @@ def annotate(
 
 def _by_answers(
     adata: ad.AnnData,
-    model: inputs.Model | None,
+    model: inputs.ModelLike | None,
     label_key: Any,
     candidates: Any,
     threshold: float,
@@ -220,7 +220,7 @@ def _by_answers(
     options: Mapping[str, Any],
 ) -> ad.AnnData | None:
     """Annotate without a reference, by a model that answers in words."""
-    handle = inputs.loaded(model) if model is not None else None
+    handle = inputs.load_model(model) if model is not None else None
     if handle is None or families.model(handle.family).annotate is None:
         words = dict.fromkeys(
             each.config for each in families.models().values() if each.annotate and each.config
@@ -231,7 +231,7 @@ def _by_answers(
         )
     if not 0 <= threshold <= 1:
         raise ConfigError(f"threshold is {threshold}, but a probability in [0, 1] is needed.")
-    annotator: Annotator = families.ability(handle, "annotate")
+    annotator: Annotator = families.require(handle, "annotate")
     for name in options:
         if name not in annotator.options:
             raise ConfigError(

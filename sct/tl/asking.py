@@ -12,24 +12,24 @@ from sct import families
 from sct.data.counts import COUNTS, Values
 from sct.data.text.instructions import NO, NORMAL, YES
 from sct.errors import ConfigError
-from sct.generation.cell_asker import CellAsker
-from sct.generation.decoding import Options
+from sct.generation.decoding import DecodingOptions
+from sct.generation.instruction_model import InstructionModel
 from sct.inference import inputs
-from sct.inference.asking import answer_by_candidates, blocks_of, check_key, said_of
+from sct.inference.asking import answer_by_candidates, blocks_of, check_key, study_metadata_of
 from sct.version import __version__
 from sct.weights.pretrained import Pretrained
 
 
-def _able(adata: ad.AnnData, copy: bool, model: inputs.Model) -> tuple[Pretrained, CellAsker]:
+def _able(adata: ad.AnnData, copy: bool, model: inputs.ModelLike) -> tuple[Pretrained, InstructionModel]:
     """Check the cells, and return the model, loaded, with what answers questions about cells by it."""
     inputs.check_table(adata, copy)
-    handle = inputs.loaded(model)
-    return handle, families.ability(handle, "ask")
+    handle = inputs.load_model(model)
+    return handle, families.require(handle, "ask")
 
 
 def find_rare(
     adata: ad.AnnData,
-    model: inputs.Model,
+    model: inputs.ModelLike,
     *,
     abstract: str | None = None,
     key_added: str = "sct_rare",
@@ -62,15 +62,24 @@ def find_rare(
     DataError
         No raw counts, unknown genes, cells without a count.
     """
-    handle, asker = _able(adata, copy, model)
+    handle, instruction_model = _able(adata, copy, model)
     return answer_by_candidates(
-        adata, handle, asker, "rci", (YES, NO), abstract, key_added, copy, asked_for=(YES,), **options
+        adata,
+        handle,
+        instruction_model,
+        "rci",
+        (YES, NO),
+        abstract,
+        key_added,
+        copy,
+        asked_for=(YES,),
+        **options,
     )
 
 
 def find_tumor(
     adata: ad.AnnData,
-    model: inputs.Model,
+    model: inputs.ModelLike,
     *,
     diseases: Sequence[str] | None = None,
     abstract: str | None = None,
@@ -95,21 +104,34 @@ def find_tumor(
     ConfigError, DataError
         As `find_rare`, or the diseases are missing.
     """
-    handle, asker = _able(adata, copy, model)
-    normal = {NORMAL, *asker.normal}
-    named = [each for each in said_of(adata, "diseases", diseases, "a list of names") if each not in normal]
+    handle, instruction_model = _able(adata, copy, model)
+    normal = {NORMAL, *instruction_model.normal}
+    named = [
+        each
+        for each in study_metadata_of(adata, "diseases", diseases, "a list of names")
+        if each not in normal
+    ]
     if not named:
         raise ConfigError(
             f"diseases names no disease: give one or more; {NORMAL!r} is among the answers always."
         )
     return answer_by_candidates(
-        adata, handle, asker, "tcd", (*named, NORMAL), abstract, key_added, copy, asked_for=named, **options
+        adata,
+        handle,
+        instruction_model,
+        "tcd",
+        (*named, NORMAL),
+        abstract,
+        key_added,
+        copy,
+        asked_for=named,
+        **options,
     )
 
 
 def infer_pathways(
     adata: ad.AnnData,
-    model: inputs.Model,
+    model: inputs.ModelLike,
     *,
     gene_sets: Sequence[str] | None = None,
     abstract: str | None = None,
@@ -134,14 +156,16 @@ def infer_pathways(
     ConfigError, DataError
         As `find_rare`, or the pathways are missing.
     """
-    handle, asker = _able(adata, copy, model)
-    listed = said_of(adata, "gene_sets", gene_sets, "a list of names")
-    return answer_by_candidates(adata, handle, asker, "cpi", listed, abstract, key_added, copy, **options)
+    handle, instruction_model = _able(adata, copy, model)
+    listed = study_metadata_of(adata, "gene_sets", gene_sets, "a list of names")
+    return answer_by_candidates(
+        adata, handle, instruction_model, "cpi", listed, abstract, key_added, copy, **options
+    )
 
 
 def ask(
     adata: ad.AnnData,
-    model: inputs.Model,
+    model: inputs.ModelLike,
     question: str,
     *,
     abstract: str | None = None,
@@ -163,7 +187,7 @@ def ask(
     question
         What to ask, behind the cell and what is said of its study.
     max_new_tokens, temperature, batch_size
-        See `sct.generation.decoding.Options`.
+        See `sct.generation.decoding.DecodingOptions`.
     seed
         Of what is drawn where `temperature` is above 0.
     adata, model, abstract, copy, layer, gene_column, duplicates, values
@@ -180,14 +204,16 @@ def ask(
     check_key(key_added)
     if not isinstance(question, str) or not question.strip():
         raise ConfigError(f"question is {question!r}, but it must be a non-empty string.")
-    handle, asker = _able(adata, copy, model)
-    said = said_of(adata, "abstract", abstract, "a text")
+    handle, instruction_model = _able(adata, copy, model)
+    said = study_metadata_of(adata, "abstract", abstract, "a text")
     options = {"layer": layer, "gene_column": gene_column, "duplicates": duplicates, "values": values}
-    how = Options(max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size)
+    how = DecodingOptions(max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size)
     texts: list[str] = []
-    for records, keys in blocks_of(adata, handle, asker, options):
-        texts += asker.ask(question, records, [said] * len(keys), keys=keys, seed=seed, options=how)
-    target = inputs.to_write(adata, copy)
+    for records, keys in blocks_of(adata, handle, instruction_model, options):
+        texts += instruction_model.ask(
+            question, records, [said] * len(keys), keys=keys, seed=seed, options=how
+        )
+    target = inputs.output_adata(adata, copy)
     target.obs[key_added] = np.array(texts, dtype=object)
     target.uns[key_added] = {
         "sct_version": __version__, "model": repr(handle), "weights": handle.fingerprint, "question": question,

@@ -10,7 +10,7 @@ import anndata as ad
 import numpy as np
 
 from sct import families
-from sct.data.cells import Cells
+from sct.data.cells import CellCounts
 from sct.errors import ConfigError
 from sct.inference import bags, inputs
 from sct.inference.readers import CellReader
@@ -19,7 +19,7 @@ from sct.weights.pretrained import Pretrained
 
 def embed(
     adata: ad.AnnData,
-    model: inputs.Model,
+    model: inputs.ModelLike,
     *,
     layer: str | None = None,
     key_added: str = "X_sct",
@@ -91,7 +91,7 @@ def embed(
     """
     inputs.check_table(adata, copy)
     found = Contexts.of(
-        adata, inputs.loaded(model), layer=layer, batch_key=batch_key, spatial_key=spatial_key, context=context,
+        adata, inputs.load_model(model), layer=layer, batch_key=batch_key, spatial_key=spatial_key, context=context,
         cells_per_bag=cells_per_bag, batch_size=batch_size, gene_column=gene_column, duplicates=duplicates, seed=seed,
         n_contexts=n_contexts,
     )  # fmt: skip
@@ -99,7 +99,7 @@ def embed(
     total = next(draws)
     for one in draws:
         total += one
-    target = inputs.to_write(adata, copy)
+    target = inputs.output_adata(adata, copy)
     found.write(target, total, key_added)
     return target if copy else None
 
@@ -120,7 +120,7 @@ class Contexts:
 
     model: Pretrained
     reader: CellReader
-    cells: Cells
+    cells: CellCounts
     settings: dict[str, Any]
     context: str
     batch_size: int | None
@@ -133,7 +133,7 @@ class Contexts:
         duplicates: Literal["error", "sum"] = "error", seed: int = 0, n_contexts: int = 1,
     ) -> Contexts:  # fmt: skip
         """Check everything that `embed` is given."""
-        reader: CellReader = families.ability(model, "embed")
+        reader: CellReader = families.require(model, "embed")
         _check_single(
             reader,
             model,
@@ -153,7 +153,7 @@ class Contexts:
             )
         parts = inputs.sections(adata, batch_key, spatial_key)
         bags.check_context(context, parts[0])
-        cells = Cells(
+        cells = CellCounts(
             adata, model.vocabulary, parts, layer=layer, gene_column=gene_column, duplicates=duplicates
         )
         inputs.check_not_empty(cells)
@@ -171,7 +171,7 @@ class Contexts:
             orders = None
             if self.reader.in_bags:
                 orders = [
-                    bags.order_of(part, said["cells_per_bag"], seed, self.context)
+                    bags.plan_bags(part, said["cells_per_bag"], seed, self.context)
                     for part in self.cells.sections
                 ]
             embedding = np.zeros((0, 0), np.float32)
@@ -181,7 +181,7 @@ class Contexts:
                 vectors = one.outputs[name]
                 if not embedding.size:
                     embedding = np.zeros((self.cells.n_cells, vectors.shape[-1]), np.float32)
-                embedding[one.rows[one.counted]] = vectors[one.counted]
+                embedding[one.rows[one.is_target]] = vectors[one.is_target]
             yield embedding
 
     def write(self, target: ad.AnnData, total: np.ndarray, key: str) -> None:

@@ -13,13 +13,13 @@ from scipy import sparse
 from scipy.special import softmax
 
 from sct import families
-from sct.data.bag_order import BagOrder, hidden_order
-from sct.data.cells import Cells, Section
+from sct.data.bag_order import BagOrder, masked_cell_order
+from sct.data.cells import CellCounts, Section
 from sct.data.class_prior import ClassPrior
 from sct.data.tokenize import bin_counts, expected_counts
 from sct.errors import ConfigError, DataError
 from sct.inference import inputs
-from sct.inference.bags import BagReader, order_of
+from sct.inference.bags import BagReader, plan_bags
 
 MISSING = "missing"
 # Endings of the names of results.
@@ -31,7 +31,7 @@ _BLOCK = 2_000
 
 def impute(
     adata: ad.AnnData,
-    model: inputs.Model,
+    model: inputs.ModelLike,
     *,
     genes: str | Iterable[str] | None = None,
     cells: Any = None,
@@ -104,8 +104,8 @@ def impute(
         raise ConfigError(
             'say what to impute: genes=["CD3E", ...], genes="missing" for genes that the panel lacks, or cells=...'
         )
-    handle = inputs.loaded(model)
-    reader: BagReader = families.ability(handle, "impute")
+    handle = inputs.load_model(model)
+    reader: BagReader = families.require(handle, "impute")
     prior = ClassPrior.of(handle.data)
     prior.warn()
     size = reader.cells_per_bag(cells_per_bag)
@@ -116,7 +116,7 @@ def impute(
     inputs.check_seed(seed)
     chosen = None if cells is None else _rows(adata, cells)
     sections = inputs.sections(adata, batch_key, spatial_key)
-    table = Cells(
+    table = CellCounts(
         adata, handle.vocabulary, sections, layer=layer, gene_column=gene_column, duplicates=duplicates
     )
     if table.counts_from == "raw.X" and not (adata.var_names.is_unique and adata.raw.var_names.is_unique):
@@ -129,14 +129,14 @@ def impute(
     whole = chosen is not None and genes is None
     inputs.check_not_empty(table, ~chosen if whole and chosen is not None else None)
     if whole and chosen is not None:
-        orders = [_hidden_order(section, chosen[section.rows], size, seed) for section in sections]
+        orders = [_masked_cell_order(section, chosen[section.rows], size, seed) for section in sections]
     else:
-        orders = [order_of(section, size, seed) for section in sections]
+        orders = [plan_bags(section, size, seed) for section in sections]
 
     everywhere = np.ones(adata.n_obs, bool) if chosen is None else chosen
-    hidden_genes = None if whole else np.isin(np.arange(len(handle.vocabulary)), wanted)
-    result = _predict(reader, prior, table, orders, wanted, everywhere, hidden_genes, batch_size)
-    target = inputs.to_write(adata, copy)
+    masked_genes = None if whole else np.isin(np.arange(len(handle.vocabulary)), wanted)
+    result = _predict(reader, prior, table, orders, wanted, everywhere, masked_genes, batch_size)
+    target = inputs.output_adata(adata, copy)
     there = _write(target, table, column, wanted, names, everywhere, result, key_added, handle)
     inputs.keep_scales(target, sections, batch_key, spatial_key)
     target.uns[key_added] = dict(
@@ -151,7 +151,9 @@ def impute(
     return target if copy else None
 
 
-def _hidden_order(section: Section, hidden: np.ndarray, cells_per_bag: int, seed: int) -> BagOrder | None:
+def _masked_cell_order(
+    section: Section, hidden: np.ndarray, cells_per_bag: int, seed: int
+) -> BagOrder | None:
     """Bags of a section that holds hidden cells (n,), None for another."""
     where = f" of {section.name}" if section.name else ""
     if not hidden.any():
@@ -166,7 +168,7 @@ def _hidden_order(section: Section, hidden: np.ndarray, cells_per_bag: int, seed
         )
     # Not more than the share of the cells that there are, so that a small section is mostly seen.
     most = max(1, int(HIDDEN_SHARE * min(cells_per_bag, len(hidden))))
-    return hidden_order(section.rows, hidden, cells_per_bag, most, seed, section.places)
+    return masked_cell_order(section.rows, hidden, cells_per_bag, most, seed, section.places)
 
 
 def _rows(adata: ad.AnnData, cells: Any) -> np.ndarray:
@@ -202,7 +204,7 @@ def _rows(adata: ad.AnnData, cells: Any) -> np.ndarray:
 
 
 def _genes(
-    model: Any, table: Cells, column: np.ndarray, genes: str | Iterable[str] | None
+    model: Any, table: CellCounts, column: np.ndarray, genes: str | Iterable[str] | None
 ) -> tuple[np.ndarray, list[str]]:
     """Positions in the vocabulary, and names, of the genes that are to be predicted."""
     vocabulary = model.vocabulary
@@ -244,16 +246,16 @@ class _Predictions:
 def _predict(
     reader: BagReader,
     prior: ClassPrior,
-    table: Cells,
+    table: CellCounts,
     orders: list[BagOrder | None],
     wanted: np.ndarray,
     chosen: np.ndarray,
-    hidden_genes: np.ndarray | None,
+    masked_genes: np.ndarray | None,
     batch_size: int | None,
 ) -> _Predictions:
     """Predict the wanted genes of the chosen cells."""
     config = reader.model.config
-    whole = hidden_genes is None
+    whole = masked_genes is None
     places = np.flatnonzero(chosen)
     slot = np.full(table.n_cells, -1)
     slot[places] = np.arange(len(places))
@@ -262,15 +264,15 @@ def _predict(
     level = np.zeros(shape, np.uint8)
 
     def masked(bag: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
-        tokens, hide = bag["tokens"].copy(), np.flatnonzero(chosen[rows])
+        tokens, masked_slots = bag["tokens"].copy(), np.flatnonzero(chosen[rows])
         if whole:  # as in training: what was not measured is not masked
-            tokens[hide] = np.where(
-                bag["measured"] & (tokens[hide] < config.num_bins), config.mask, tokens[hide]
+            tokens[masked_slots] = np.where(
+                bag["measured"] & (tokens[masked_slots] < config.num_bins), config.mask, tokens[masked_slots]
             )
         else:
-            tokens[np.ix_(hide, wanted)] = config.mask
+            tokens[np.ix_(masked_slots, wanted)] = config.mask
         asked = np.zeros(most, np.int32)
-        flat = (hide[:, None] * config.num_genes + wanted).ravel()
+        flat = (masked_slots[:, None] * config.num_genes + wanted).ravel()
         asked[: len(flat)] = flat
         return {"tokens": tokens, "positions": asked}
 
@@ -282,17 +284,17 @@ def _predict(
     )
     most = full * len(wanted)
     for one in reader.results(
-        table, orders, ("logits",), "imputing", batch_size, inputs=masked, with_counts=True, hidden_cells=chosen,
-        hidden_genes=hidden_genes,
+        table, orders, ("logits",), "imputing", batch_size, inputs=masked, with_counts=True, masked_cells=chosen,
+        masked_genes=masked_genes,
     ):  # fmt: skip
-        hide = np.flatnonzero(chosen[one.rows])
-        keep = one.counted[hide]
+        masked_slots = np.flatnonzero(chosen[one.rows])
+        keep = one.is_target[masked_slots]
         if not keep.any():
             continue
-        logits = one.outputs["logits"][: len(hide) * len(wanted), : config.num_bins]
+        logits = one.outputs["logits"][: len(masked_slots) * len(wanted), : config.num_bins]
         logits = logits + prior.offset * (np.arange(config.num_bins) == 0)
-        chance = softmax(logits, axis=-1).reshape(len(hide), len(wanted), -1)
-        seen = [one.bag[name][hide] for name in ("means", "low", "high")]
+        chance = softmax(logits, axis=-1).reshape(len(masked_slots), len(wanted), -1)
+        seen = [one.bag[name][masked_slots] for name in ("means", "low", "high")]
         if whole:
             shown = ~chosen[one.rows]
             seen = [
@@ -301,7 +303,7 @@ def _predict(
             ]
         each = [np.repeat(values, len(wanted), axis=0) for values in seen]
         counts = expected_counts(chance.reshape(-1, config.num_bins), *each).reshape(chance.shape[:2])
-        at = slot[one.rows[hide[keep]]]
+        at = slot[one.rows[masked_slots[keep]]]
         expected[at], level[at] = counts[keep], chance[keep].argmax(axis=-1)
         probability[at] = chance[keep, :, 1:].sum(axis=-1)
     return _Predictions(places, dict(zip(RESULTS, (expected, level, probability), strict=True)))
@@ -309,7 +311,7 @@ def _predict(
 
 def _write(
     target: ad.AnnData,
-    table: Cells,
+    table: CellCounts,
     column: np.ndarray,
     wanted: np.ndarray,
     names: list[str],
@@ -332,9 +334,9 @@ def _write(
     if there.any():
         shape = (target.n_obs, target.n_vars)
         inside = column[wanted[there]]
-        counted = _counts(target, table)
+        is_target = _counts(target, table)
         levels = _levels(target, table, column, model)
-        bases = dict(zip(RESULTS, (counted, levels, (counted > 0).astype(np.float32)), strict=True))
+        bases = dict(zip(RESULTS, (is_target, levels, (is_target > 0).astype(np.float32)), strict=True))
         for ending, predicted in result.values.items():
             name, base, values = f"{key}_{ending}", bases[ending], predicted[:, there]
             taken = np.zeros(target.n_vars, bool)
@@ -366,7 +368,7 @@ def _write(
     return there
 
 
-def _columns(target: ad.AnnData, table: Cells) -> np.ndarray:
+def _columns(target: ad.AnnData, table: CellCounts) -> np.ndarray:
     """Column of `target.var` that holds each gene of the vocabulary, -1 where there is none or several do."""
     column = np.full(len(table.vocabulary), -1)
     of_input = table.alignment.columns
@@ -381,7 +383,7 @@ def _columns(target: ad.AnnData, table: Cells) -> np.ndarray:
     return column
 
 
-def _counts(target: ad.AnnData, table: Cells) -> sparse.csr_matrix:
+def _counts(target: ad.AnnData, table: CellCounts) -> sparse.csr_matrix:
     """Raw counts (N, n_var) over all genes of `target`, those outside of the vocabulary included."""
     matrix = table.matrix
     if table.counts_from == "raw.X":
@@ -391,7 +393,7 @@ def _counts(target: ad.AnnData, table: Cells) -> sparse.csr_matrix:
     return sparse.csr_matrix(matrix).astype(np.float32)
 
 
-def _levels(target: ad.AnnData, table: Cells, column: np.ndarray, model: Any) -> sparse.csr_matrix:
+def _levels(target: ad.AnnData, table: CellCounts, column: np.ndarray, model: Any) -> sparse.csr_matrix:
     """Levels (N, n_var) of what was counted, by the range of all of a cell's counts of the model's genes.
 
     The model may have read other levels: it is shown neither what is hidden nor genes that are noise.

@@ -12,13 +12,13 @@ from scipy import sparse
 
 from sct import families
 from sct.data import counts
-from sct.data.cells import Cells
+from sct.data.cells import CellCounts
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text.cell_sentence import cell_keys, sentences
 from sct.data.text.prompts import parse_labels, render_labels
 from sct.data.text.source import gene_words
 from sct.errors import ConfigError
-from sct.generation.cells import CellWriter
+from sct.generation.cell_sentence_model import CellSentenceModel
 from sct.inference import inputs
 from sct.inference.readers import BLOCK
 from sct.inference.sentences import questions, written
@@ -30,7 +30,7 @@ def to_sentences(
     *,
     top_k: int | None = None,
     seed: int = 0,
-    model: inputs.Model | None = None,
+    model: inputs.ModelLike | None = None,
     layer: str | None = None,
     gene_column: str | None = None,
     duplicates: Literal["error", "sum"] = "error",
@@ -75,10 +75,12 @@ def to_sentences(
             "gene_column and duplicates say how genes become those of a model: give one, or leave them out."
         )
     if model is not None:
-        handle = inputs.loaded(model)
-        writer = families.ability(handle, "generate")
-        table = Cells(adata, handle.vocabulary, layer=layer, gene_column=gene_column, duplicates=duplicates)
-        made = written(table, writer, np.arange(adata.n_obs), top_k=top_k, seed=seed)
+        handle = inputs.load_model(model)
+        sentence_model = families.require(handle, "generate")
+        table = CellCounts(
+            adata, handle.vocabulary, layer=layer, gene_column=gene_column, duplicates=duplicates
+        )
+        made = written(table, sentence_model, np.arange(adata.n_obs), top_k=top_k, seed=seed)
     else:
         found = counts.validate(adata, layer=layer)
         words, keys = _words(found.var), cell_keys(adata.obs_names)
@@ -99,7 +101,7 @@ def _words(var: pd.DataFrame) -> list[str]:
 
 
 def generate_cells(
-    model: inputs.Model,
+    model: inputs.ModelLike,
     *,
     cell_type: str | Sequence[str] | None = None,
     tissue: str | Sequence[str] | None = None,
@@ -145,10 +147,10 @@ def generate_cells(
     ConfigError
         Contradicting conditions, or the model did not learn what is asked.
     """
-    handle = inputs.loaded(model)
-    writer = families.ability(handle, "generate")
+    handle = inputs.load_model(model)
+    sentence_model = families.require(handle, "generate")
     inputs.check_seed(seed)
-    writer.line(fit)
+    sentence_model.line(fit)
     if n < 1:
         raise ConfigError(f"n is {n}, but at least one cell is needed.")
     given = {"cell_type": cell_type, "tissue": tissue, "labels": labels, "abstract": text}
@@ -164,20 +166,20 @@ def generate_cells(
     if name is not None:
         value = asked[name]
         many = [value] if isinstance(value, str | Mapping) else list(value)
-        writer.check(task)
-        _check_known(writer, name, many)
+        sentence_model.check(task)
+        _check_known(sentence_model, name, many)
         if name == "labels":
-            many = [_in_order(writer, each) for each in many]
+            many = [_in_order(sentence_model, each) for each in many]
     wanted = [value for value in many for _ in range(n)]
-    cut = {"num_genes": writer.top_k} if writer.top_k else {}
+    cut = {"num_genes": sentence_model.top_k} if sentence_model.top_k else {}
     fields = [cut if value is None else {name: value, **cut} for value in wanted]
-    made = writer.answer(
+    made = sentence_model.answer(
         task, fields, seed=seed, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )  # fmt: skip
     # Words that are not of the template's form are words still, and count as invalid.
     texts = made["answer"].where(made["answer"].notna(), made["text"]).tolist()
-    matrix, table = writer.expression(texts, fit)
+    matrix, table = sentence_model.expression(texts, fit)
     obs = table.set_axis(pd.Index([f"generated_{i}" for i in range(len(wanted))]), axis=0)
     obs.insert(0, "sentence", texts)
     obs["finished"] = made["finished"].to_numpy()
@@ -188,7 +190,9 @@ def generate_cells(
         for key in sorted({key for value in many for key in value}):
             obs[key] = pd.Categorical([str(value.get(key, "")) for value in wanted])
     genes = handle.vocabulary
-    var = pd.DataFrame({"ensembl_id": list(genes.ensembl_ids)}, index=pd.Index(writer.words, name="symbol"))
+    var = pd.DataFrame(
+        {"ensembl_id": list(genes.ensembl_ids)}, index=pd.Index(sentence_model.words, name="symbol")
+    )
     adata = ad.AnnData(matrix, obs=obs, var=var)
     adata.uns["sct"] = {
         "sct_version": __version__, "model": repr(handle), "weights": handle.fingerprint, "seed": seed, "fit": fit,
@@ -197,11 +201,11 @@ def generate_cells(
     return adata
 
 
-def _check_known(writer: CellWriter, name: str, many: Sequence[Any]) -> None:
+def _check_known(sentence_model: CellSentenceModel, name: str, many: Sequence[Any]) -> None:
     """Refuse names of cell types and tissues that the model has never seen: it would make up something else."""
     if not many:
         raise ConfigError(f"{name} is an empty list: give at least one.")
-    known = writer.labels.get(name)
+    known = sentence_model.labels.get(name)
     if name not in ("cell_type", "tissue") or known is None:
         return
     for value in many:
@@ -212,9 +216,9 @@ def _check_known(writer: CellWriter, name: str, many: Sequence[Any]) -> None:
             )
 
 
-def _in_order(writer: CellWriter, labels: Any) -> dict[str, Any]:
+def _in_order(sentence_model: CellSentenceModel, labels: Any) -> dict[str, Any]:
     """Labels in the order in which the model learned them; `ConfigError` unless they are all of these."""
-    learned = list(parse_labels(next(iter(writer.labels.get("labels", [""])), "")))
+    learned = list(parse_labels(next(iter(sentence_model.labels.get("labels", [""])), "")))
     if not isinstance(labels, Mapping) or (learned and set(labels) != set(learned)):
         shown = ", ".join(map(str, labels)) if isinstance(labels, Mapping) else repr(labels)
         raise ConfigError(
@@ -225,7 +229,7 @@ def _in_order(writer: CellWriter, labels: Any) -> dict[str, Any]:
 
 def describe(
     adata: ad.AnnData,
-    model: inputs.Model,
+    model: inputs.ModelLike,
     *,
     seed: int = 0,
     temperature: float | None = None,
@@ -263,17 +267,17 @@ def describe(
         No raw counts, unknown genes, cells without a count.
     """
     inputs.check_table(adata, copy)
-    handle = inputs.loaded(model)
-    writer = families.ability(handle, "describe")
-    writer.check("cell_to_abstract")
+    handle = inputs.load_model(model)
+    sentence_model = families.require(handle, "describe")
+    sentence_model.check("cell_to_abstract")
     fields, keys = questions(
-        adata, handle, writer, seed=seed, layer=layer, gene_column=gene_column, duplicates=duplicates
+        adata, handle, sentence_model, seed=seed, layer=layer, gene_column=gene_column, duplicates=duplicates
     )
-    made = writer.answer(
+    made = sentence_model.answer(
         "cell_to_abstract", fields, seed=seed, keys=keys.tolist(), temperature=temperature, top_p=top_p,
         max_new_tokens=max_new_tokens, batch_size=batch_size,
     )  # fmt: skip
-    target = inputs.to_write(adata, copy)
+    target = inputs.output_adata(adata, copy)
     target.obs[key_added] = made["answer"].where(made["answer"].notna(), made["text"]).to_numpy()
     target.uns[key_added] = {
         "sct_version": __version__, "model": repr(handle), "weights": handle.fingerprint, "seed": seed,

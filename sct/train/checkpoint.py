@@ -25,7 +25,7 @@ SAVE_SECONDS = 6 * 3600
 
 
 @dataclasses.dataclass
-class Progress:
+class RunProgress:
     """What a run knows beside its arrays.
 
     Attributes
@@ -117,7 +117,7 @@ class Checkpoints:
         """Steps of all complete checkpoints."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: State, progress: Progress) -> None:
+    def save(self, state: State, progress: RunProgress) -> None:
         """Start to save; returns as soon as the arrays are copied or held, the save before being finished.
 
         The state may be donated afterwards: what is held is not written over.
@@ -146,7 +146,7 @@ class Checkpoints:
         if not self._manager.is_saving_in_progress():
             self.wait()
 
-    def restore(self, abstract: State, step: int | None = None) -> tuple[State, Progress]:
+    def restore(self, abstract: State, step: int | None = None) -> tuple[State, RunProgress]:
         """Load a checkpoint (the latest by default) straight onto the mesh.
 
         Raises
@@ -182,7 +182,7 @@ class Checkpoints:
             ) from error
         for group in (loaded.state.trained, loaded.state.frozen):
             run_folder.check_finite(group, self._folder / str(step))
-        return loaded.state, Progress(**loaded.progress)
+        return loaded.state, RunProgress(**loaded.progress)
 
     def _check_shapes(self, abstract: State, step: int) -> None:
         """Raise with the list of parameters that differ from those of a checkpoint."""

@@ -26,7 +26,7 @@ from sct.hashes import sealed
 from sct.tasks.base import Export, Variables
 from sct.train import processes, resume
 from sct.train.checkpoint import Checkpoints
-from sct.train.loop import Result, TrainConfig, train
+from sct.train.loop import TrainConfig, TrainResult, train
 from sct.train.run_spec import RunSpec
 from sct.train.start import Start, begin, open_data
 from sct.version import __version__
@@ -45,7 +45,7 @@ def check_same_run(config: Mapping[str, Any], workdir: Path) -> None:
     resume.check_options(resume.read(workdir / run_folder.CONFIG), RunSpec.of(config), workdir)
 
 
-def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
+def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> TrainResult:
     """Train as a configuration says, in a run folder; running again on the folder resumes.
 
     The folder ends up with `config.json`, `data.json`, `genes.tsv`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`,
@@ -73,7 +73,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Result:
         return _run(spec, workdir)
 
 
-def _run(spec: RunSpec, workdir: Path) -> Result:
+def _run(spec: RunSpec, workdir: Path) -> TrainResult:
     """Train in a folder that no other process writes to."""
     from rich.console import Console
 
@@ -117,7 +117,7 @@ def _write_settings(spec: RunSpec, start: Start, workdir: Path) -> None:
 
 
 def _finish(
-    spec: RunSpec, start: Start, options: TrainConfig, result: Result, workdir: Path, console: Any
+    spec: RunSpec, start: Start, options: TrainConfig, result: TrainResult, workdir: Path, console: Any
 ) -> None:
     """Measure the best model, and write tables and model folder."""
     from sct.eval.reports import folder as report_folder
@@ -183,7 +183,7 @@ def _stoppable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def best_variables(result: Result, workdir: Path, options: TrainConfig) -> dict[str, Any]:
+def best_variables(result: TrainResult, workdir: Path, options: TrainConfig) -> dict[str, Any]:
     """Variables of the best checkpoint, or of the last step where nothing was validated."""
     best = result.progress.best_step
     if best is None or best == result.progress.step:
@@ -221,7 +221,7 @@ def _announce(console: Any, start: Start, options: TrainConfig, workdir: Path) -
         console.print(line, soft_wrap=True)
 
 
-def _history(spec: RunSpec, start: Start, result: Result, reports: list[Report]) -> str:
+def _history(spec: RunSpec, start: Start, result: TrainResult, reports: list[Report]) -> str:
     """How a model came about, for its card."""
     studies = [f"{study.name} ({study.n_cells:,} cells)" for study in start.store.split("train")]
     listed = ", ".join(studies[:20]) + (f" and {len(studies) - 20:,} more" if len(studies) > 20 else "")

@@ -21,10 +21,10 @@ from jax.sharding import Mesh
 
 from sct.data.loader import Batch, Loader
 from sct.errors import ConfigError, DivergedError
-from sct.progress import Bar, progress
-from sct.tasks.base import Objective, Origin, Sums, Task
+from sct.progress import ProgressBar, progress
+from sct.tasks.base import MetricSums, Objective, Origin, Task
 from sct.train import sharding
-from sct.train.checkpoint import Checkpoints, Progress
+from sct.train.checkpoint import Checkpoints, RunProgress
 from sct.train.logging import MetricLog
 from sct.train.optim import OptimizerConfig, make_optimizer
 from sct.train.state import State, init_state, load_into, make_eval_step, make_train_step
@@ -142,7 +142,7 @@ def steps_for(records: float, batch_size: int, batch_ramp: Sequence[Sequence[int
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class TrainResult:
     """How a run ended.
 
     Attributes
@@ -156,7 +156,7 @@ class Result:
     """
 
     state: State
-    progress: Progress
+    progress: RunProgress
     reason: str
 
 
@@ -176,7 +176,7 @@ class Step(NamedTuple):
     number: int
     describe: Callable[[], list[str]]
     scalars: dict[str, jax.Array]
-    sums: Sums
+    sums: MetricSums
 
 
 @contextmanager
@@ -206,7 +206,7 @@ def train(
     workdir: Path,
     start: Mapping[str, Any] | None = None,
     keep: bool = True,
-) -> Result:
+) -> TrainResult:
     """Train a task in a run folder, or go on where the folder's last checkpoint stopped.
 
     Parameters
@@ -254,7 +254,7 @@ def train(
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep_last)
     resources.callback(checkpoints.close)
     if checkpoints.latest is None:
-        state, now = _begin(task, make_state(), start), Progress()
+        state, now = _begin(task, make_state(), start), RunProgress()
     else:
         state, now = checkpoints.restore(abstract)
     batches = _draw(lambda size: Loader(source, size, seed=config.seed, **shares), config, now)
@@ -298,7 +298,7 @@ def train(
                 # parameters made by a loss that is not finite.
                 now.unlogged = now.unlogged + _fetch(pending)
             if logs:
-                values, now.unlogged = _summarise(task, now.unlogged), []
+                values, now.unlogged = _compute_metrics(task, now.unlogged), []
                 rate = tokens / max(time.monotonic() - started, 1e-9)
                 values |= {"learning_rate": float(schedule(now.step - 1)), "tokens_per_second": rate}
                 log.write(now.step, values, "train")
@@ -327,7 +327,7 @@ def train(
                     else "asked to stop."
                 )
                 break
-    return Result(state, now, reason)
+    return TrainResult(state, now, reason)
 
 
 def _begin(task: Origin, state: State, start: Mapping[str, Any] | None) -> State:
@@ -355,7 +355,7 @@ def _check_batches(config: TrainConfig, mesh: Mesh) -> None:
 
 
 def _draw(
-    load: Callable[[int], Loader], config: TrainConfig, now: Progress
+    load: Callable[[int], Loader], config: TrainConfig, now: RunProgress
 ) -> Generator[tuple[Loader, Batch], None, None]:
     """Batches from where a run stands, each with the loader it comes from: one for each stage of the ramp.
 
@@ -398,14 +398,14 @@ def _fetch(pending: list[Step]) -> list[dict[str, Any]]:
     ]
 
 
-def _summarise(task: Objective, steps: list[dict[str, Any]]) -> dict[str, float]:
+def _compute_metrics(task: Objective, steps: list[dict[str, Any]]) -> dict[str, float]:
     """Numbers of one line of the log from what its steps gave."""
     parts = [
         {name: np.asarray(value, kind) for name, (kind, value) in step["sums"].items()} for step in steps
     ]
     total = jax.tree.map(lambda *values: np.sum(values, axis=0), *parts)
     norms = np.asarray([step["gradient_norm"] for step in steps], np.float32)
-    return task.summarise(total) | {"gradient_norm": float(np.mean(norms))}
+    return task.compute_metrics(total) | {"gradient_norm": float(np.mean(norms))}
 
 
 def _validate(task: Objective, eval_step: Any, state: State, loader: Loader, mesh: Any) -> dict[str, float]:
@@ -415,10 +415,10 @@ def _validate(task: Objective, eval_step: Any, state: State, loader: Loader, mes
         sums = eval_step(state, sharding.put_batch(batch, mesh), np.int32(number))
         total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
     batches.close()
-    return task.summarise(jax.device_get(total))
+    return task.compute_metrics(jax.device_get(total))
 
 
-def _watch(task: Objective, value: float, now: Progress) -> None:
+def _watch(task: Objective, value: float, now: RunProgress) -> None:
     """Update best value and patience with a validation's result."""
     sign = 1 if task.monitor_mode == "max" else -1
     if math.isfinite(value) and (now.best is None or sign * value > sign * now.best):
@@ -435,6 +435,6 @@ def _note(values: dict[str, float], rate: float) -> str:
     return f"loss {values.get('loss', math.nan):.4f}{speed}{left_out}"
 
 
-def _report(bar: Bar, now: Progress, summary: dict[str, float]) -> None:
+def _report(bar: ProgressBar, now: RunProgress, summary: dict[str, float]) -> None:
     numbers = "  ".join(f"{name} {value:.4f}" for name, value in summary.items())
     bar.write(f"step {now.step}: validation {numbers}{'  (best so far)' if now.stale == 0 else ''}")

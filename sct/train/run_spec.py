@@ -164,7 +164,7 @@ class RunSpec:
         store: Store,
         model: Mapping[str, Any],
         tokenizer: Tokenizer | None,
-        parent_data: Mapping[str, Any] | None,
+        parent_data_spec: Mapping[str, Any] | None,
         mesh: Mesh | None,
     ) -> Task:
         """Task over a store; the arguments are those of `TaskInputs`.
@@ -176,7 +176,7 @@ class RunSpec:
         """
         seed = self.loop.seed
         inputs = TaskInputs(
-            self.family, model, self.objective, self.data, store, seed, tokenizer, parent_data, mesh
+            self.family, model, self.objective, self.data, store, seed, tokenizer, parent_data_spec, mesh
         )
         return cast(Task, task_of(self.task_spec, inputs, self.adapters))
 

@@ -119,8 +119,8 @@ def resumed(spec: RunSpec, workdir: Path) -> Start:
         tokenizer = _of_folder(workdir)
     model = (settings.get(run_folder.MODEL) if spec.task_spec.inherits_architecture else None) or spec.model
     task = spec.make_task(store, model, tokenizer, described.get("model"), mesh)
-    licence = described.get("license") or "unknown"
-    return Start(store, task, licence, step=run_folder.steps(workdir)[-1])
+    license = described.get("license") or "unknown"
+    return Start(store, task, license, step=run_folder.steps(workdir)[-1])
 
 
 def open_data(config: StoreConfig, workdir: Path) -> Store:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sct.nn import axes
 from sct.nn.paths import flatten, resolve, unflatten
-from sct.tasks.base import Batch, Objective, Sums, Variables
+from sct.tasks.base import DeviceBatch, MetricSums, Objective, Variables
 from sct.train import sharding
 from sct.weights.pretrained import match
 
@@ -115,7 +115,7 @@ def make_train_step(
     mesh: Mesh,
     abstract: State,
     microbatch: int = 0,
-) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array], Sums]]:
+) -> Callable[[State, DeviceBatch], tuple[State, dict[str, jax.Array], MetricSums]]:
     """Compiled update: (state, batch) -> (state, {loss, gradient_norm}, sums of the task).
 
     The state is donated: the caller must not use it again.
@@ -128,8 +128,10 @@ def make_train_step(
         folded with m are microbatch m. The update is that of the whole batch with those masks.
     """
 
-    def gradient_of(state: State, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, Any], Sums]:
-        def loss_of(trained: dict[str, jax.Array]) -> tuple[jax.Array, Sums]:
+    def gradient_of(
+        state: State, batch: DeviceBatch, rng: jax.Array
+    ) -> tuple[jax.Array, dict[str, Any], MetricSums]:
+        def loss_of(trained: dict[str, jax.Array]) -> tuple[jax.Array, MetricSums]:
             return task.loss(unflatten({**state.frozen, **trained}), batch, rng, True)
 
         with axes.on_mesh(mesh, sharding.RULES):
@@ -137,8 +139,8 @@ def make_train_step(
         return loss, gradient, sums
 
     def accumulated(
-        state: State, batch: Batch, rng: jax.Array, parts: int
-    ) -> tuple[jax.Array, dict[str, Any], Sums]:
+        state: State, batch: DeviceBatch, rng: jax.Array, parts: int
+    ) -> tuple[jax.Array, dict[str, Any], MetricSums]:
         # Strided parts keep each record on the device that holds it.
         turned = {
             name: value.reshape(-1, parts, *value.shape[1:]).swapaxes(0, 1) for name, value in batch.items()
@@ -146,20 +148,20 @@ def make_train_step(
         split = NamedSharding(mesh, PartitionSpec(None, *sharding.batch_sharding(mesh).spec))
         turned = jax.lax.with_sharding_constraint(turned, dict.fromkeys(turned, split))
 
-        def add(total: dict[str, Any], part: tuple[jax.Array, Batch]) -> tuple[dict[str, Any], Any]:
+        def add(total: dict[str, Any], part: tuple[jax.Array, DeviceBatch]) -> tuple[dict[str, Any], Any]:
             loss, gradient, sums = gradient_of(state, part[1], jax.random.fold_in(rng, part[0]))
             # The loss is a mean over `weight` things: microbatches count by how many they have.
-            weight = sums[task.weight]
+            weight = sums[task.loss_normalizer]
             total = jax.tree.map(lambda t, g: t + weight * g, total, gradient)
             return jax.lax.with_sharding_constraint(total, placed.trained), (weight * loss, sums)
 
         zero = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, state.trained), placed.trained)
         total, (losses, sums) = jax.lax.scan(add, zero, (jnp.arange(parts), turned))
         sums = jax.tree.map(lambda value: value.sum(0), sums)
-        weight = jnp.maximum(sums[task.weight], 1.0)
+        weight = jnp.maximum(sums[task.loss_normalizer], 1.0)
         return losses.sum() / weight, jax.tree.map(lambda g: g / weight, total), sums
 
-    def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array], Sums]:
+    def step(state: State, batch: DeviceBatch) -> tuple[State, dict[str, jax.Array], MetricSums]:
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         parts = len(next(iter(batch.values()))) // microbatch if microbatch else 1
         if parts > 1:
@@ -181,13 +183,13 @@ def make_train_step(
     )
 
 
-def make_eval_step(task: Objective, mesh: Mesh) -> Callable[[State, Batch, jax.Array], Sums]:
+def make_eval_step(task: Objective, mesh: Mesh) -> Callable[[State, DeviceBatch, jax.Array], MetricSums]:
     """Compiled evaluation: (state, batch, batch number) -> sums of the task.
 
     Its randomness depends on the batch number alone, so every evaluation of a run asks the same questions.
     """
 
-    def step(state: State, batch: Batch, number: jax.Array) -> Sums:
+    def step(state: State, batch: DeviceBatch, number: jax.Array) -> MetricSums:
         rng = jax.random.fold_in(jax.random.key(0), number)
         with axes.on_mesh(mesh, sharding.RULES):
             return task.loss(state.variables, batch, rng, False)[1]

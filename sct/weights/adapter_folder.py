@@ -117,7 +117,7 @@ def load(model: Pretrained, folder: str | os.PathLike[str]) -> Pretrained:
             f"{config['base']}) than {model!r} (hash {model.fingerprint}): {advice}."
         )
     boxed = boxed_shapes(model.family, model.config)
-    with model_folder.Reader(folder, WEIGHTS) as reader:
+    with model_folder.FolderReader(folder, WEIGHTS) as reader:
         made = adapters.beside(boxed, reader.shapes).get(COLLECTION, {})
         expected = flatten(nn.unbox({COLLECTION: made}))
         match(reader.shapes, expected, str(folder / WEIGHTS))

@@ -41,7 +41,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     mesh: Mesh | None = None,
-    rules: axes.Rules | None = None,
+    rules: axes.AxisRules | None = None,
     dtype: str | None = None,
     genes: GeneVocabulary | None = None,
 ) -> Pretrained:
@@ -92,7 +92,7 @@ def load(
         vocabulary.check_same(genes, what=f"the model {folder}", other_what="the data")
     tokenizer = _tokenizer(folder, config)
     boxed = boxed_shapes(config["family"], model)
-    with model_folder.Reader(folder) as reader:
+    with model_folder.FolderReader(folder) as reader:
         boxed = lora.beside(boxed, reader.shapes)
         expected = flatten(nn.unbox(boxed))
         match(reader.shapes, expected, str(folder))
@@ -103,14 +103,14 @@ def load(
         run = model_folder.read_json(folder.parent / "config.json")
         data = run_folder.with_masking(data_options(run.get("data")) if data is None else data, run)
     card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
-    licence = config.get("license") or "unknown"
+    license = config.get("license") or "unknown"
     return Pretrained(
         config["family"],
         model,
         unflatten(arrays),
         vocabulary,
         card,
-        licence,
+        license,
         config.get("step"),
         data_record(data),
         tokenizer,

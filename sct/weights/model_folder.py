@@ -349,7 +349,7 @@ def verify(folder: Path, config: Mapping[str, Any], shared: bool = False) -> Non
         )
 
 
-class Reader:
+class FolderReader:
     """Arrays of a folder, read one by one, each device's part alone where they are placed on a mesh.
 
     It is a model folder, unless the file of another one is named.
@@ -368,7 +368,7 @@ class Reader:
         self.shapes: dict[str, jax.ShapeDtypeStruct] = {}
         self._owner: dict[str, Any] = {}
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> FolderReader:
         from safetensors import SafetensorError, safe_open
 
         for name in self._files:

@@ -247,7 +247,7 @@ def data_record(values: Any) -> dict[str, Any]:
     return {name: value for name, value in given.items() if isinstance(value, _DATA_TYPES.get(name, object))}
 
 
-def fitting_rules(mesh: Mesh | None, rules: axes.Rules | None) -> axes.Rules:
+def fitting_rules(mesh: Mesh | None, rules: axes.AxisRules | None) -> axes.AxisRules:
     """Rules for a mesh: those given, which must fit it, or the default ones without the axes it lacks."""
     there = set(mesh.axis_names) if mesh is not None else set()
     if rules is None:

@@ -212,7 +212,7 @@ def with_masking(data: Any, config: Mapping[str, Any]) -> Any:
 
 
 def load(
-    folder: Path, *, mesh: Any, rules: axes.Rules, dtype: str | None, genes: GeneVocabulary | None
+    folder: Path, *, mesh: Any, rules: axes.AxisRules, dtype: str | None, genes: GeneVocabulary | None
 ) -> pretrained.Pretrained:
     """Load the best checkpoint of a run folder as `sct.load` does a model folder.
 
@@ -250,7 +250,7 @@ def load(
     return dataclasses.replace(made, card=card)
 
 
-def _restore(path: Path, boxed: Any, mesh: Any, rules: axes.Rules, dtype: str | None) -> dict[str, Any]:
+def _restore(path: Path, boxed: Any, mesh: Any, rules: axes.AxisRules, dtype: str | None) -> dict[str, Any]:
     """Read the variables of a checkpoint, and nothing else of it; `boxed` are those of the model without adapters."""
     import orbax.checkpoint as ocp
 

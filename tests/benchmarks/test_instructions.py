@@ -23,7 +23,7 @@ from sct.data.text.cell_sentence import cell_keys
 from sct.errors import ConfigError, DataError
 from sct.eval.labels import marker_scores, pathways
 from sct.eval.labels import measures as labels
-from sct.inference.asking import asker_of
+from sct.inference.asking import instruction_model_of
 from sct.nn.paths import flatten
 from sct.train.loop import train
 from tests.data.text.test_instructions import ABSTRACT
@@ -76,7 +76,9 @@ def study_of(cells: ad.AnnData, model: Any, place: Path, **data: Any) -> Any:
     given["data"].update(data)
     values = {name: value for name, value in given.items() if name != "benchmark"}
     options, _ = read_options(instructions.InstructionBenchmarkOptions, values, cells, False)
-    return instructions._Study("cells", cells.copy(), {}, model, asker_of(model), options, None, place)
+    return instructions._Study(
+        "cells", cells.copy(), {}, model, instruction_model_of(model), options, None, place
+    )
 
 
 def gene_sets(path: Path) -> Path:
@@ -189,11 +191,11 @@ def watched(asked, monkeypatch):  # noqa: F811
     # Three diseases that together are more probable than any one answer.
     cells.obs["told"] = cells.obs["disease"].astype(str).replace("normal", "normal cell")
     cells.obs["active"] = ""
-    oracle, tunings = Oracle(cells, asker_of(asked)), []
-    monkeypatch.setattr(instructions.families, "ability", lambda model, name: oracle)
+    oracle, tunings = Oracle(cells, instruction_model_of(asked)), []
+    monkeypatch.setattr(instructions.families, "require", lambda model, name: oracle)
 
-    def tuned(model, asker, task, shots, columns, options, seed, place):
-        assert asker is oracle
+    def tuned(model, instruction_model, task, shots, columns, options, seed, place):
+        assert instruction_model is oracle
         names = shots.obs.index
         rows = frozenset(cells.obs_names.get_indexer(names).tolist())
         np.testing.assert_array_equal(shots.counts.toarray(), sp.csr_matrix(cells.X)[sorted(rows)].toarray())
@@ -245,15 +247,15 @@ def test_pathways_are_scored_cell_by_cell(asked, watched, tmp_path, monkeypatch)
     given = config(tmp_path / "out", tasks=("cpi",), shots=(2,), pathways=sets)
     found = pathways.read_gene_sets(sets["file"])
     counts = sp.csr_matrix(cells.X)
-    own = pathways.Cells.of(counts, list(vocabulary().symbols), found).active
+    own = pathways.PathwayCells.of(counts, list(vocabulary().symbols), found).active
     cells.obs["active"] = [", ".join(own.columns[row]) for row in own.to_numpy()]
     instructions.benchmark(given, cells, asked)
     numbers = json.loads((tmp_path / "out" / "results.json").read_text())["cells"]["cpi"]
     assert numbers["2-shot"] == {name: [1.0] for name in pathways.AREAS}
     query = np.array(oracle.seen[0][1])
     known = own.to_numpy()[query] & (query % 2 == 0)[:, None]
-    said = (known + 0.01) / (known + 0.01).sum(axis=1, keepdims=True)
-    expected = pathways.areas(own.to_numpy()[query], said)
+    study_metadata = (known + 0.01) / (known + 0.01).sum(axis=1, keepdims=True)
+    expected = pathways.areas(own.to_numpy()[query], study_metadata)
     assert list(numbers[instructions.ZERO].values()) == [[pytest.approx(value)] for value in expected]
     ((_, shots, _, _),) = tunings
     assert len(shots) == 2
@@ -303,7 +305,9 @@ def test_a_tuning_that_is_stopped_gives_no_model(asked, monkeypatch):  # noqa: F
     cells = table()
     options = TuningOptions(steps=1, batch_size=2)
     with pytest.raises(KeyboardInterrupt):
-        tune(asked, asker_of(asked), "cta", _shots(cells, "cta", np.arange(4)), COLUMNS, options, 0)
+        tune(
+            asked, instruction_model_of(asked), "cta", _shots(cells, "cta", np.arange(4)), COLUMNS, options, 0
+        )
 
 
 def test_rare_labels_are_in_both_parts_whatever_else_there_is(asked, tmp_path):  # noqa: F811
@@ -317,10 +321,10 @@ def test_rare_labels_are_in_both_parts_whatever_else_there_is(asked, tmp_path): 
 
 
 def _shots(cells: ad.AnnData, task: str, rows: np.ndarray) -> Shots:
-    said = {
+    study_metadata = {
         "cta": {"cell_types": ["B cell", "T cell", "NK cell"]}, "cpi": {"gene_sets": ["one", "two"]},
     }[task]  # fmt: skip
-    return Shots(sp.csr_matrix(cells.X)[rows], cells.obs.iloc[rows], {"abstract": ABSTRACT, **said})
+    return Shots(sp.csr_matrix(cells.X)[rows], cells.obs.iloc[rows], {"abstract": ABSTRACT, **study_metadata})
 
 
 @pytest.mark.slow
@@ -339,10 +343,10 @@ def test_a_few_cells_tune_adapters_and_tokenizer_alone(asked, task, monkeypatch)
         return result
 
     monkeypatch.setattr(few_shot, "train", watched)
-    asker = asker_of(asked)
+    instruction_model = instruction_model_of(asked)
     options = TuningOptions(steps=40, learning_rate=2e-2, batch_size=5)
-    tuned = tune(asked, asker, task, _shots(cells, task, rows), COLUMNS, options, 0)
-    before, after = flatten(asker.variables), flatten(tuned.variables)
+    tuned = tune(asked, instruction_model, task, _shots(cells, task, rows), COLUMNS, options, 0)
+    before, after = flatten(instruction_model.variables), flatten(tuned.variables)
     assert set(before) == set(after)
     members = asked.data["members"]
     rank = next(value for path, value in before.items() if path.endswith("lora_a")).shape[-1] // len(members)

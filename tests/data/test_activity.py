@@ -13,7 +13,7 @@ from test_ingest_command import command
 
 from sct.data.bags import BagOptions, BagSource
 from sct.data.cell_records import CellOptions, CellSource, cell_records
-from sct.data.cells import Cells
+from sct.data.cells import CellCounts
 from sct.data.counts import CountsChecker, validate
 from sct.data.ingest.build import IngestOptions
 from sct.data.store import Store
@@ -69,7 +69,7 @@ def test_zeromics_reads_it_as_it_reads_counts(tmp_path):
         source = CellSource([study], CellOptions(4), exhaustive=True)
         names = study.obs().index
         rows = [counts.obs_names.get_loc(name) for name in names]
-        found = np.stack([source.bag(i)["bins"] for i in range(len(source))])
+        found = np.stack([source.record(i)["bins"] for i in range(len(source))])
         np.testing.assert_array_equal(found, expected[rows], err_msg=study.name)
         assert expected.max() == 4
 
@@ -79,7 +79,7 @@ def test_models_of_counts_refuse_it(tmp_path):
     store = Store.open(tmp_path / "store")
     words = "'sample' .* holds activity, not counts, and only ZerOmics reads that: use a store without it"
     with pytest.raises(StoreError, match=words):
-        BagSource(store.studies, BagOptions(cells_per_bag=4)).bag(0)
+        BagSource(store.studies, BagOptions(cells_per_bag=4)).record(0)
     with pytest.raises(StoreError, match=words):
         Texts(store.studies[0], store.vocabulary, SentenceOptions(), load_prompts())
     with pytest.raises(StoreError, match=words):
@@ -111,7 +111,9 @@ def test_versions_that_know_counts_alone_do_not_read_it(tmp_path):
 def test_whole_activities_are_counts_without_being_told():
     """Sums of fragments."""
     adata = make_adata(40)
-    found = [Cells(adata, VOCABULARY, values=values).read(np.arange(40)) for values in ("counts", "activity")]
+    found = [
+        CellCounts(adata, VOCABULARY, values=values).read(np.arange(40)) for values in ("counts", "activity")
+    ]
     np.testing.assert_array_equal(found[0].toarray(), genes_of(adata))
     assert (found[0] != found[1]).nnz == 0
 
@@ -132,14 +134,14 @@ def test_cells_of_a_table(tmp_path):
     adata = activity()
     expected = genes_of(adata).astype(np.float32)
     with pytest.raises(DataError, match="not integers"):
-        Cells(adata, VOCABULARY)
-    cells = Cells(adata, VOCABULARY, values="activity")
+        CellCounts(adata, VOCABULARY)
+    cells = CellCounts(adata, VOCABULARY, values="activity")
     assert cells.counts_from == "X"
     np.testing.assert_array_equal(cells.read(np.arange(60)).toarray(), expected)
     np.testing.assert_allclose(cells.cell_totals, expected.sum(axis=1), rtol=1e-5)
     for kind in ("csr", "dense"):
         backed = ad.read_h5ad(write_as(adata, kind, tmp_path, kind), backed="r")
-        cells = Cells(backed, VOCABULARY, values="activity")
+        cells = CellCounts(backed, VOCABULARY, values="activity")
         rows = np.array([7, 3, 3, 50])
         np.testing.assert_array_equal(cells.read(rows).toarray(), expected[rows])
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sct.data.bag_order import centred_order, hidden_order, neighbours, random_order, tile_order
+from sct.data.bag_order import centered_order, masked_cell_order, neighbors, random_order, tile_order
 
 laws = settings(max_examples=60, deadline=None)
 sizes, bags, seeds = st.integers(1, 150), st.integers(1, 20), st.integers(0, 5)
@@ -21,7 +21,7 @@ def check_partition(order, rows, cells_per_bag):
     assert order.cells_per_bag == min(cells_per_bag, len(rows))
     assert len(order.rows) % order.cells_per_bag == 0
     assert len(order.rows) < len(rows) + order.cells_per_bag, "no bag is all context"
-    np.testing.assert_array_equal(np.sort(order.rows[order.counted]), np.sort(rows))
+    np.testing.assert_array_equal(np.sort(order.rows[order.is_target]), np.sort(rows))
     for bag in order.rows.reshape(-1, order.cells_per_bag):
         assert len(set(bag.tolist())) == len(bag), "a cell stands in a bag once"
 
@@ -73,8 +73,8 @@ def test_tiles_are_compact():
 def test_context_of_the_last_tile_is_near_it():
     where = np.stack([np.arange(11.0), np.zeros(11)], axis=1)
     order = tile_order(np.arange(11), where, 4)
-    context = order.rows[~order.counted]
-    last = order.rows[-4:][order.counted[-4:]]
+    context = order.rows[~order.is_target]
+    last = order.rows[-4:][order.is_target[-4:]]
     assert len(context) == 1
     assert np.abs(where[context[0], 0] - where[last, 0]).min() == 1
 
@@ -83,7 +83,7 @@ def test_context_of_the_last_tile_is_near_it():
 @given(st.integers(1, 60), bags, seeds)
 def test_neighbours_against_brute_force(n, k, seed):
     where = places(n, seed)
-    found = neighbours(where, k)
+    found = neighbors(where, k)
     distance = np.linalg.norm(where[:, None] - where[None], axis=2)
     np.testing.assert_array_equal(found[:, 0], np.arange(n))
     expected = np.sort(distance, axis=1)[:, : min(k, n)]
@@ -92,16 +92,16 @@ def test_neighbours_against_brute_force(n, k, seed):
 
 def test_each_cell_leads_its_own_neighbourhood_where_cells_share_a_place():
     where = np.repeat(places(5), 4, axis=0)
-    found = neighbours(where, 3)
+    found = neighbors(where, 3)
     np.testing.assert_array_equal(found[:, 0], np.arange(20))
     assert all(len(set(row)) == 3 for row in found.tolist())
 
 
 def test_centred_bags_count_their_first_cell():
     rows = np.arange(30) + 100
-    order = centred_order(rows, places(30), 6)
-    assert order.counted.reshape(30, 6)[:, 0].all()
-    assert order.counted.sum() == 30
+    order = centered_order(rows, places(30), 6)
+    assert order.is_target.reshape(30, 6)[:, 0].all()
+    assert order.is_target.sum() == 30
     np.testing.assert_array_equal(order.rows.reshape(30, 6)[:, 0], rows)
 
 
@@ -115,8 +115,8 @@ def test_hidden_cells_are_counted_once_and_always_see_others(n, k, most, seed, s
     if not hidden.any():
         return
     most = min(most, k - 1)
-    order = hidden_order(rows, hidden, k, most, seed, places(n, seed) if spatial else None)
-    np.testing.assert_array_equal(np.sort(order.rows[order.counted]), np.sort(rows[hidden]))
+    order = masked_cell_order(rows, hidden, k, most, seed, places(n, seed) if spatial else None)
+    np.testing.assert_array_equal(np.sort(order.rows[order.is_target]), np.sort(rows[hidden]))
     is_hidden = np.isin(order.rows, rows[hidden]).reshape(-1, order.cells_per_bag)
     assert (is_hidden.sum(axis=1) <= most).all()
     assert (~is_hidden).any(axis=1).all()
@@ -126,7 +126,7 @@ def test_visible_cells_around_hidden_ones_are_the_nearest():
     where = places(200)
     hidden = np.zeros(200, bool)
     hidden[[3, 50, 120]] = True
-    order = hidden_order(np.arange(200), hidden, 9, 1, 0, where)
+    order = masked_cell_order(np.arange(200), hidden, 9, 1, 0, where)
     for bag in order.rows.reshape(-1, 9):
         distance = np.linalg.norm(where - where[bag[0]], axis=1)
         distance[hidden] = np.inf
@@ -137,5 +137,5 @@ def test_visible_cells_around_hidden_ones_are_the_nearest():
 def test_the_same_call_gives_the_same_bags(spatial):
     rows, hidden = np.arange(80), np.arange(80) % 7 == 0
     where = places(80) if spatial else None
-    one, two = (hidden_order(rows, hidden, 10, 2, 5, where) for _ in range(2))
+    one, two = (masked_cell_order(rows, hidden, 10, 2, 5, where) for _ in range(2))
     np.testing.assert_array_equal(one.rows, two.rows)

@@ -114,7 +114,7 @@ def test_a_bag_that_does_not_exist_is_an_error():
         with pytest.raises(IndexError):
             random_bag_rows(40, 10, number, 0, 0)
         with pytest.raises(IndexError):
-            BagSource([toy_study(40)], BagOptions(10, 16)).bag(number)
+            BagSource([toy_study(40)], BagOptions(10, 16)).record(number)
         with pytest.raises(IndexError):
             BagSource([toy_study(40, spatial=True)], BagOptions(10, 16)).rows(number)
 
@@ -128,17 +128,17 @@ def test_a_spatial_bag_is_a_cell_and_its_nearest_neighbours(n_cells, cells_per_b
     study = toy_study(n_cells, seed=seed, spatial=True)
     source = BagSource([study], BagOptions(cells_per_bag, 16, spatial=True))
     assert len(source) == max(1, n_cells // cells_per_bag)
-    centres = []
+    centers = []
     for number in range(len(source)):
         _, rows = source.rows(number, epoch)
         distance = np.linalg.norm(study.coordinates - study.coordinates[rows[0]], axis=1)
-        centres.append(int(rows[0]))
+        centers.append(int(rows[0]))
         assert len(set(rows.tolist())) == len(rows) == min(cells_per_bag, n_cells)
         outside = np.setdiff1d(np.arange(n_cells), rows)
         assert (np.diff(distance[rows]) >= -1e-3).all(), "nearest first"
         if outside.size:
             assert distance[rows].max() <= distance[outside].min() + 1e-3
-    assert len(set(centres)) == len(centres)
+    assert len(set(centers)) == len(centers)
 
 
 def test_centres_differ_between_epochs_and_reach_all_cells():
@@ -156,7 +156,7 @@ def test_bags_never_mix_studies():
         study, rows = source.rows(number, 1)
         names.append(study.name)
         assert source.locate(number) == ((0, number) if number < 3 else (1, number - 3))
-        np.testing.assert_array_equal(source.bag(number, 1)["counts"], study.counts[rows].toarray())
+        np.testing.assert_array_equal(source.record(number, 1)["counts"], study.counts[rows].toarray())
     assert names == ["a"] * 3 + ["b"] * 3
 
 
@@ -211,7 +211,7 @@ def test_coordinates_of_one_place_are_zero_and_wrong_ones_refused():
 
 def test_a_bag_is_the_tokens_of_its_cells():
     study = toy_study(30)
-    bag = BagSource([study], BagOptions(7, 16, num_bins=6, with_counts=True, noise_fraction=0)).bag(2)
+    bag = BagSource([study], BagOptions(7, 16, num_bins=6, with_counts=True, noise_fraction=0)).record(2)
     counts = study.read_rows(bag["rows"])
     bins = bin_counts(counts, num_bins=6, num_positions=16, with_values=True)
     np.testing.assert_array_equal(bag["tokens"], bins.tokens)
@@ -233,7 +233,7 @@ def test_noise_is_judged_by_the_study_not_by_the_bag():
     counts[:2, 3] = 1  # two counts in a thousand cells: noise
     counts[:3, 4] = 1  # three: not
     source = BagSource([FakeStudy(counts)], BagOptions(10, 5), exhaustive=True)
-    tokens = source.bag(0)["tokens"]
+    tokens = source.record(0)["tokens"]
     assert not tokens[:, 3].any()
     np.testing.assert_array_equal(tokens[:, 4] > 0, np.arange(10) < 3)
 
@@ -242,7 +242,7 @@ def test_noise_is_judged_by_the_study_not_by_the_bag():
 def test_a_small_study_is_filled_up_with_absent_cells(exhaustive):
     options = BagOptions(6, 12, spatial=True, with_counts=True)
     for spatial in (False, True):
-        bag = BagSource([toy_study(4, spatial=spatial)], options, exhaustive).bag(0)
+        bag = BagSource([toy_study(4, spatial=spatial)], options, exhaustive).record(0)
         assert {len(value) for key, value in bag.items() if key != "measured"} == {6}
         np.testing.assert_array_equal(bag["measured"], np.arange(12) < 12)
         assert (bag["tokens"][4:] == 5).all()
@@ -257,9 +257,9 @@ def test_a_small_study_is_filled_up_with_absent_cells(exhaustive):
 def test_coordinates_are_those_of_the_cells_on_the_slide():
     study = toy_study(40, spatial=True)
     source = BagSource([study], BagOptions(8, 12, spatial=True))
-    bag = source.bag(3)
+    bag = source.record(3)
     np.testing.assert_array_equal(bag["coordinates"], rescale_coordinates(study.coordinates)[bag["rows"]])
-    assert "coordinates" not in BagSource([study], BagOptions(8, 12)).bag(3)
+    assert "coordinates" not in BagSource([study], BagOptions(8, 12)).record(3)
 
 
 @settings(max_examples=25, deadline=None)
@@ -269,7 +269,7 @@ def test_an_exhaustive_pass_reads_every_cell_once(studies, cells_per_bag):
     source = BagSource(made, BagOptions(cells_per_bag, 4), exhaustive=True)
     read = {study.name: [] for study in made}
     for number in range(len(source)):
-        rows = source.bag(number)["rows"]
+        rows = source.record(number)["rows"]
         read[source.rows(number)[0].name] += rows[rows >= 0].tolist()
     assert read == {study.name: list(range(study.n_cells)) for study in made}
 
@@ -278,11 +278,11 @@ def test_a_pickled_source_gives_the_same_bags():
     studies = [toy_study(20), toy_study(15, spatial=True, name="slide")]
     source = BagSource(studies, BagOptions(6, 12, spatial=True, shuffle_cells=20))
     before = pickle.loads(pickle.dumps(source))
-    bags = [source.bag(number, 3) for number in range(len(source))]
+    bags = [source.record(number, 3) for number in range(len(source))]
     after = pickle.loads(pickle.dumps(source))
     for copy in (before, after):
         for number, bag in enumerate(bags):
-            same_bag(copy.bag(number, 3), bag)
+            same_bag(copy.record(number, 3), bag)
 
 
 def test_describe_names_study_and_rows():
@@ -313,7 +313,7 @@ def test_no_studies_and_too_few_positions_are_refused():
     with pytest.raises(ConfigError, match="no study"):
         BagSource([], BagOptions())
     with pytest.raises(DataError, match="12 genes"):
-        BagSource([toy_study(9)], BagOptions(3, 8)).bag(0)
+        BagSource([toy_study(9)], BagOptions(3, 8)).record(0)
 
 
 # A real store
@@ -335,11 +335,11 @@ def test_bags_of_a_store_hold_its_counts(store, exhaustive):
     whole = {study.name: study.to_anndata() for study in store.studies}
     assert len(source) == (14 if exhaustive else 12)
     for number in range(len(source)):
-        bag, (study, rows) = source.bag(number, 1), source.rows(number, 1)
+        bag, (study, rows) = source.record(number, 1), source.rows(number, 1)
         expected = sp.csr_matrix(whole[study.name].X)[rows].toarray()
         np.testing.assert_array_equal(bag["counts"][: len(rows), :80], expected)
         assert np.isfinite(bag["coordinates"][: len(rows)]).all() == (study.name == "slide")
         assert (bag["tokens"][:, 80:] == 5).all()
     copy = pickle.loads(pickle.dumps(source))
     for number in (0, len(source) - 1):
-        same_bag(copy.bag(number, 2), source.bag(number, 2))
+        same_bag(copy.record(number, 2), source.record(number, 2))

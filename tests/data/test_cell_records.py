@@ -194,7 +194,7 @@ def test_every_cell_is_a_record_once():
             seen = [source.describe(number, epoch) for number in range(12)]
             assert len(set(seen)) == 12
             for number in (0, 6, 9):
-                record = source.bag(number, epoch)
+                record = source.record(number, epoch)
                 study = studies[number >= 7]
                 assert source.describe(number, epoch) == f"study {study.name!r}, row {record['row']}"
                 expected = cell_records(study.counts[record["row"]], source.options)

@@ -28,7 +28,7 @@ def raw() -> np.ndarray:
     return drawn
 
 
-def normalised(raw: np.ndarray, total: float = 1e4) -> np.ndarray:
+def normalized(raw: np.ndarray, total: float = 1e4) -> np.ndarray:
     return (raw / raw.sum(axis=1, keepdims=True) * total).astype(np.float32)
 
 
@@ -148,12 +148,12 @@ def test_ones_alone_are_suspicious(raw):
 # Refused -------------------------------------------------------------------------------------------------
 
 WRONG = {
-    "log1p of counts normalised": lambda x: np.log1p(normalised(x)),
+    "log1p of counts normalised": lambda x: np.log1p(normalized(x)),
     "log1p of counts:": np.log1p,
     r"log2\(x \+ 1\) of counts": lambda x: np.log2(x + 1),
-    "log-transformed": lambda x: np.log1p(normalised(x))[:, :20],
-    "normalised to 10,000 per cell": normalised,
-    "normalised to 1 per cell": lambda x: normalised(x, 1.0),
+    "log-transformed": lambda x: np.log1p(normalized(x))[:, :20],
+    "normalised to 10,000 per cell": normalized,
+    "normalised to 1 per cell": lambda x: normalized(x, 1.0),
     "TPM, normalised or corrected": lambda x: (
         x * 1.37 + (x > 0) * 20 * np.linspace(0.31, 1.7, len(x))[:, None]
     ),
@@ -220,7 +220,7 @@ def test_x_comes_first(raw):
 
 
 def test_raw_is_taken_with_its_own_genes_where_x_is_not_counts(raw):
-    found = validate(with_raw(np.log1p(normalised(raw)), raw, counts=raw))
+    found = validate(with_raw(np.log1p(normalized(raw)), raw, counts=raw))
     assert found.source == "raw.X"
     assert found.matrix.shape == (N_CELLS, N_GENES)
     assert len(found.var) == N_GENES
@@ -228,7 +228,7 @@ def test_raw_is_taken_with_its_own_genes_where_x_is_not_counts(raw):
 
 
 def test_the_counts_layer_is_taken_where_raw_is_not_counts(raw):
-    logged = np.log1p(normalised(raw))
+    logged = np.log1p(normalized(raw))
     found = validate(with_raw(logged, logged, counts=raw))
     assert found.source == 'layers["counts"]'
     np.testing.assert_array_equal(found.matrix.toarray(), raw[:, :20])
@@ -237,15 +237,15 @@ def test_the_counts_layer_is_taken_where_raw_is_not_counts(raw):
 
 
 def test_all_places_are_named_where_none_holds_counts(raw):
-    logged = np.log1p(normalised(raw))
+    logged = np.log1p(normalized(raw))
     with pytest.raises(DataError) as error:
-        validate(with_raw(logged, logged, counts=normalised(raw)))
+        validate(with_raw(logged, logged, counts=normalized(raw)))
     for source in ("X holds", "raw.X holds", 'layers["counts"] holds'):
         assert source in str(error.value)
 
 
 def test_layer_forces_the_place(raw):
-    logged = np.log1p(normalised(raw))
+    logged = np.log1p(normalized(raw))
     adata = with_raw(raw, raw, umi=raw, scaled=logged)
     assert validate(adata, layer="umi").source == 'layers["umi"]'
     assert validate(adata, layer="raw.X").source == "raw.X"
@@ -303,7 +303,7 @@ def test_a_wrong_value_anywhere_in_a_backed_file_is_found(raw, form, tmp_path, b
 
 
 def test_raw_of_a_backed_file_is_read(raw, tmp_path, block_values):
-    with_raw(np.log1p(normalised(raw)), raw).write_h5ad(tmp_path / "cells.h5ad")
+    with_raw(np.log1p(normalized(raw)), raw).write_h5ad(tmp_path / "cells.h5ad")
     found = validate(ad.read_h5ad(tmp_path / "cells.h5ad", backed="r"))
     assert found.source == "raw.X"
     np.testing.assert_array_equal(dense(found.matrix[:]), raw)

@@ -22,9 +22,9 @@ from store_inputs import (
 )
 
 from sct.data.ingest.build import IngestOptions, ingest
+from sct.data.ingest.input_files import find_inputs
 from sct.data.ingest.inputs import ingest_input
 from sct.data.ingest.sorting import Sizes, hilbert_rank
-from sct.data.ingest.sources import find_inputs
 from sct.data.ingest.writer import portable_table
 from sct.data.store import Store
 from sct.errors import DataError

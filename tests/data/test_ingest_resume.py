@@ -42,13 +42,13 @@ def three(tmp_path: Path) -> list[Path]:
 def count_jobs(monkeypatch: pytest.MonkeyPatch, fail_on: str = "") -> list[str]:
     done: list[str] = []
 
-    def counted(root, item, *args, **kwargs):
+    def is_target(root, item, *args, **kwargs):
         if item.name == fail_on:
             raise KeyboardInterrupt
         done.append(item.name)
         return ingest_input(root, item, *args, **kwargs)
 
-    monkeypatch.setattr(ingest_jobs, "ingest_input", counted)
+    monkeypatch.setattr(ingest_jobs, "ingest_input", is_target)
     return done
 
 

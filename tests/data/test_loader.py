@@ -25,7 +25,7 @@ class Numbers:
     def __len__(self) -> int:
         return self.length
 
-    def bag(self, number: int, epoch: int = 0) -> dict[str, np.ndarray]:
+    def record(self, number: int, epoch: int = 0) -> dict[str, np.ndarray]:
         if self.slow:
             time.sleep(0.002 * ((number * 7) % 5))
         return {"number": np.int64(number), "epoch": np.int64(epoch), "row": np.full(3, number, np.uint8)}
@@ -124,7 +124,9 @@ def test_one_pass_is_in_order_and_marks_what_was_filled_up(length, batch_size):
     loader = Loader(Numbers(length), batch_size, shuffle=False)
     batches = list(loader)
     assert len(batches) == len(loader) == -(-length // batch_size)
-    numbers, weights = (np.concatenate([batch[key] for batch in batches]) for key in ("number", "weight"))
+    numbers, weights = (
+        np.concatenate([batch[key] for batch in batches]) for key in ("number", "example_mask")
+    )
     assert weights.dtype == np.float32
     np.testing.assert_array_equal(numbers[weights == 1], np.arange(length))
     np.testing.assert_array_equal(weights, np.arange(len(weights)) < length)
@@ -134,7 +136,7 @@ def test_one_pass_is_in_order_and_marks_what_was_filled_up(length, batch_size):
 
 def test_a_shuffled_batch_has_no_filling():
     for batch in drawn(Loader(Numbers(5), 3), 7):
-        np.testing.assert_array_equal(batch["weight"], np.ones(3, np.float32))
+        np.testing.assert_array_equal(batch["example_mask"], np.ones(3, np.float32))
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -159,7 +161,7 @@ def test_bags_arrive_whole_and_alike_from_many_threads():
     loader = Loader(source, 2, seed=4, num_threads=8, prefetch=16)
     for i, batch in enumerate(drawn(loader, 15)):
         for j, (number, epoch, _) in enumerate(loader._sequence()[i * 2 + k] for k in range(2)):
-            for key, value in single.bag(number, epoch).items():
+            for key, value in single.record(number, epoch).items():
                 np.testing.assert_array_equal(batch[key][j], value)
 
 
@@ -173,10 +175,10 @@ def test_a_batch_that_processes_cannot_share_is_refused(batch_size, processes):
 
 def test_an_error_of_the_source_arrives_as_it_is():
     class Damaged(Numbers):
-        def bag(self, number: int, epoch: int = 0) -> dict[str, np.ndarray]:
+        def record(self, number: int, epoch: int = 0) -> dict[str, np.ndarray]:
             if number == 3:
                 raise StoreError("study 'x': a file cannot be read")
-            return super().bag(number, epoch)
+            return super().record(number, epoch)
 
     with pytest.raises(StoreError, match="study 'x'"):
         list(Loader(Damaged(6), 2, shuffle=False))

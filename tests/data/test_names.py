@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from store_inputs import files_of, make_adata, run, write_as
 
-from sct.data.ingest.sources import sanitise
+from sct.data.ingest.input_files import sanitise
 from sct.data.store import Store, study_path
 from sct.errors import DataError, StoreError
 

@@ -79,7 +79,7 @@ def test_studies_without_positions_are_dealt_as_before():
 def test_coordinates_travel_whatever_the_bags(spatial_bags):
     study = section(10)
     bags = source([study], spatial_bags, spatial=True)
-    bag = bags.bag(3)
+    bag = bags.record(3)
     places = study.coordinates[bag["rows"]]
     distance = np.linalg.norm(places[:, None] - places, axis=2)
     seen = np.linalg.norm(bag["coordinates"][:, None] - bag["coordinates"], axis=2)

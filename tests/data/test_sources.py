@@ -14,7 +14,7 @@ from store_inputs import (
     write_as,
 )
 
-from sct.data.ingest.sources import Input, find_inputs
+from sct.data.ingest.input_files import Input, find_inputs
 from sct.data.store import Store
 from sct.errors import ConfigError, DataError, MissingExtraError, SctError
 

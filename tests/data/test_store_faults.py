@@ -44,7 +44,7 @@ def bags(store: Store) -> BagSource:
 def test_a_truncated_chunk_stops_only_the_bags_that_need_it(store: Store, array: str, opened: bool) -> None:
     (study,) = store.studies
     source = bags(store)
-    expected = [source.bag(i)["tokens"] for i in range(len(source))]
+    expected = [source.record(i)["tokens"] for i in range(len(source))]
     files = sorted((study.path / array / "c").iterdir(), key=lambda file: int(file.name))
     truncate(files[len(files) // 2])
     if not opened:
@@ -52,7 +52,7 @@ def test_a_truncated_chunk_stops_only_the_bags_that_need_it(store: Store, array:
     found, errors = 0, []
     for number, tokens in enumerate(expected):
         try:
-            np.testing.assert_array_equal(source.bag(number)["tokens"], tokens)
+            np.testing.assert_array_equal(source.record(number)["tokens"], tokens)
             found += 1
         except StoreError as error:
             errors.append(str(error))

@@ -28,7 +28,7 @@ def measure(model: SCTConfig, head_budget: float, cells: int, **sizes: int) -> d
     task = MaskedExpression(objective, model, BagOptions(cells_per_bag=cells), cast(Store, store))
     batch = {
         "tokens": jax.ShapeDtypeStruct((1, cells, model.num_genes), np.uint8),
-        "weight": jax.ShapeDtypeStruct((1,), np.float32),
+        "example_mask": jax.ShapeDtypeStruct((1,), np.float32),
         "measured": jax.ShapeDtypeStruct((1, model.num_genes), np.bool_),
     }
     return memory(compiled_step(task, batch, sizes, OptimizerConfig())[1])

@@ -66,7 +66,7 @@ def batch_of(task: Instructions, size: int) -> dict[str, jax.ShapeDtypeStruct]:
         "there": (row, np.bool_),
         "predicted": (row, np.bool_),
         "task": ((), np.int32),
-        "weight": ((), np.float32),
+        "example_mask": ((), np.float32),
     }
     return {name: jax.ShapeDtypeStruct((size, *shape), kind) for name, (shape, kind) in parts.items()}
 

@@ -21,7 +21,7 @@ from sct.families.tasks import make_task
 from sct.models import sct_tower
 from sct.nn import chunked_attention
 from sct.train import sharding
-from sct.train.checkpoint import Checkpoints, Progress
+from sct.train.checkpoint import Checkpoints, RunProgress
 from sct.train.optim import OptimizerConfig, make_optimizer
 from sct.train.state import State, init_state, make_train_step
 
@@ -55,9 +55,9 @@ class Run:
 
     def train(self, state: State, steps: int) -> tuple[State, list[float], list[dict[str, np.ndarray]]]:
         """State, losses and gradients after some steps on the same batch."""
-        bags = [self.task.dataset("train").bag(i) for i in range(8)]
+        bags = [self.task.dataset("train").record(i) for i in range(8)]
         batch = {key: np.stack([bag[key] for bag in bags]) for key in bags[0]}
-        batch["weight"] = np.ones(8, np.float32)
+        batch["example_mask"] = np.ones(8, np.float32)
         losses, gradients = [], []
         for _ in range(steps):
             state, scalars, sums = self.step(state, sharding.put_batch(batch, self.mesh))
@@ -119,7 +119,7 @@ def hand_over(config: dict[str, Any], meshes: list[dict[str, int]], folder: Path
         state, made, _ = run.train(state, 2)
         losses += made
         checkpoints = Checkpoints(folder)
-        checkpoints.save(state, Progress(step=int(state.step)))
+        checkpoints.save(state, RunProgress(step=int(state.step)))
         checkpoints.close()
     return {"losses": losses, "expected": expected}
 

@@ -109,14 +109,14 @@ def main() -> None:
 
     notes, sys.argv[1:] = Path(sys.argv[1]), sys.argv[2:]
     seen: list[tuple[int, int]] = []
-    real = BagSource.bag
+    real = BagSource.record
 
     def noted(self: BagSource, number: int, epoch: int = 0) -> Any:
         if not self.exhaustive:
             seen.append((number, epoch))
         return real(self, number, epoch)
 
-    BagSource.bag = noted
+    BagSource.record = noted
     from sct.cli import main as command
 
     try:

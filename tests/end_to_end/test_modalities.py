@@ -93,7 +93,7 @@ def bins_of(store: Store, name: str, known: np.ndarray | None = None) -> tuple[l
     """Names of the cells of a study, and their bins (N, G) as models read them."""
     study = store.study(name)
     source = CellSource([study], CellOptions(4), known, exhaustive=True)
-    found = {int(one["row"]): one["bins"] for one in map(source.bag, range(len(source)))}
+    found = {int(one["row"]): one["bins"] for one in map(source.record, range(len(source)))}
     return list(study.obs().index), np.stack([found[row] for row in range(study.n_cells)])
 
 

@@ -19,9 +19,9 @@ from sct.data.bags import BagSource
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.ingest.build import IngestOptions, ingest
 from sct.data.store import Store
-from sct.eval.imputation.held_out import HeldOut
+from sct.eval.imputation.eval_cells import EvalCells
 from sct.eval.imputation.protocols import whole_cell_imputation
-from sct.eval.imputation.scoring import Model
+from sct.eval.imputation.scoring import ImputationModel
 from sct.families.tasks import make_task
 from sct.train.experiment import run
 
@@ -38,8 +38,8 @@ def sections(number: int, side: int, n_genes: int, n_domains: int = 4, seed: int
     made = []
     for section in range(number):
         rng = np.random.default_rng([seed, section + 1])
-        centres = rng.uniform(0, side, (n_domains, 2))
-        domain = np.linalg.norm(places[:, None] - centres, axis=2).argmin(axis=1)
+        centers = rng.uniform(0, side, (n_domains, 2))
+        domain = np.linalg.norm(places[:, None] - centers, axis=2).argmin(axis=1)
         rates = np.exp(log_rates[domain]) * rng.lognormal(0.0, 0.3, (side * side, 1))
         counts = rng.poisson(rates * rng.gamma(4.0, 0.25, rates.shape)).astype(np.float32)
         made.append(
@@ -125,9 +125,9 @@ def trained(store: Store, workdir: Path, spatial_bags: bool, steps: int) -> tupl
 def imputed(task: Any, variables: Any, spatial_bags: bool) -> dict[str, tuple[float, float]]:
     """Whole-cell imputation of the test section: row -> mean MCC and MAE, 2 and 5 of 8 spots hidden."""
     bags = dataclasses.replace(task.bags, with_counts=True, spatial_bags=spatial_bags)
-    held_out = HeldOut.read(BagSource(task.store.split("test"), bags, exhaustive=True))
+    held_out = EvalCells.read(BagSource(task.store.split("test"), bags, exhaustive=True))
     train = BagSource(task.store.split("train"), bags, exhaustive=True)
-    model = Model(task._probabilities, variables) if variables is not None else None
+    model = ImputationModel(task._probabilities, variables) if variables is not None else None
     outcome = whole_cell_imputation(held_out, model, train, numbers=(2, 5), seeds=2)
     rows = [row for setting in outcome.settings for row in setting.rows if row.mcc]
     return {

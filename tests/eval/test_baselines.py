@@ -10,12 +10,12 @@ import pytest
 from scipy.spatial.distance import cdist
 
 from sct.data.bags import BagOptions, BagSource
-from sct.eval.imputation import held_out as drawing
+from sct.eval.imputation import eval_cells as drawing
 from sct.eval.imputation.baselines import (
     CommonLevel,
     KnnSmoothing,
     Magic,
-    NeighbourMean,
+    NeighborMean,
     OthersCommonLevel,
     OwnKnnSmoothing,
     Unavailable,
@@ -23,7 +23,7 @@ from sct.eval.imputation.baselines import (
     level_frequencies,
     standard_methods,
 )
-from sct.eval.imputation.held_out import Masked
+from sct.eval.imputation.eval_cells import Masked
 from tests.data.fake_study import FakeStudy, toy_study
 from tests.eval.toy_cells import GENES, NUM_BINS, POSITIONS, changed, hold_out, random_mask, source, study
 
@@ -64,17 +64,19 @@ def test_levels_are_counted_over_all_cells_and_pad_is_not(cells):
     expected[1, 0, 1] = expected[1, 1, 4] = expected[1, 2, 0] = expected[1, 3, 3] = 1
     bags = by_hand(COUNTS, COUNTS[:1], cells=cells)
     np.testing.assert_array_equal(level_frequencies(bags), expected.sum(axis=0))
-    np.testing.assert_array_equal(drawing.HeldOut.read(bags).frequencies, expected)
+    np.testing.assert_array_equal(drawing.EvalCells.read(bags).frequencies, expected)
 
 
 def test_most_common_levels_by_hand():
     frequencies = level_frequencies(by_hand(COUNTS))
-    cells = drawing.HeldOut.read(by_hand(np.full((1, 4), [5, 6, 7, 8])))
+    cells = drawing.EvalCells.read(by_hand(np.full((1, 4), [5, 6, 7, 8])))
     everything = Masked.of(cells, np.ones(cells.tokens.shape, bool))
     np.testing.assert_array_equal(everything.genes, range(4))
     for expressed, levels in ((False, [1, 4, 0, 0]), (True, [1, 4, 2, 3])):
-        ((told, prediction),) = CommonLevel(expressed, frequencies).predict(cells, everything).items()
-        assert told == expressed
+        ((given_expressed, prediction),) = (
+            CommonLevel(expressed, frequencies).predict(cells, everything).items()
+        )
+        assert given_expressed == expressed
         np.testing.assert_array_equal(prediction.levels, levels)
         np.testing.assert_array_equal(prediction.counts, cells.medians[0, levels])
 
@@ -100,9 +102,9 @@ def test_the_bar_does_not_know_the_cell_itself(expressed):
         ((_, before),) = method.predict(CELLS, Masked.of(CELLS, mask)).items()
         ((_, after),) = method.predict(other, Masked.of(other, mask)).items()
         np.testing.assert_array_equal(before.levels, after.levels)
-        neighbour = np.roll(mask, 1, axis=0)
-        ((_, of_other),) = method.predict(other, Masked.of(other, neighbour)).items()
-        ((_, of_same),) = method.predict(CELLS, Masked.of(CELLS, neighbour)).items()
+        neighbor = np.roll(mask, 1, axis=0)
+        ((_, of_other),) = method.predict(other, Masked.of(other, neighbor)).items()
+        ((_, of_same),) = method.predict(CELLS, Masked.of(CELLS, neighbor)).items()
         seen += (of_other.levels != of_same.levels).any()
     assert seen, "the cells beside it do matter"
 
@@ -110,9 +112,9 @@ def test_the_bar_does_not_know_the_cell_itself(expressed):
 # What methods of counts have in common
 
 METHODS = {
-    "kNN": lambda cells: KnnSmoothing(TRAIN, neighbours=3),
-    "own kNN": lambda cells: OwnKnnSmoothing(neighbours=3),
-    "neighbours": lambda cells: NeighbourMean(cells, 2),
+    "kNN": lambda cells: KnnSmoothing(TRAIN, neighbors=3),
+    "own kNN": lambda cells: OwnKnnSmoothing(neighbors=3),
+    "neighbours": lambda cells: NeighborMean(cells, 2),
     "MAGIC": lambda cells: Magic(),
 }
 
@@ -132,9 +134,9 @@ def test_no_method_sees_what_is_hidden(name, seed):
         METHODS[name](given).predict(given, draw) for given, draw in ((cells, masked), (other, again))
     )
     assert before.keys() == after.keys() == {False, True}
-    for told, prediction in before.items():
-        np.testing.assert_array_equal(prediction.counts, after[told].counts)
-        np.testing.assert_array_equal(prediction.levels, after[told].levels)
+    for given_expressed, prediction in before.items():
+        np.testing.assert_array_equal(prediction.counts, after[given_expressed].counts)
+        np.testing.assert_array_equal(prediction.levels, after[given_expressed].levels)
     # It does look at the rest.
     third = changed(cells, ~masked.mask, seed)
     assert (
@@ -142,7 +144,7 @@ def test_no_method_sees_what_is_hidden(name, seed):
     ).any()
 
 
-def masked_as(cells: drawing.HeldOut, masked: Masked) -> Masked:
+def masked_as(cells: drawing.EvalCells, masked: Masked) -> Masked:
     return Masked.of(cells, masked.mask)
 
 
@@ -166,8 +168,8 @@ def test_counts_become_levels_of_the_cells_range():
 
 def test_smoothing_against_a_plain_reference():
     masked = random_mask(CELLS, 0.3)
-    got = KnnSmoothing(TRAIN, neighbours=3).predict(CELLS, masked)[False].counts
-    own = OwnKnnSmoothing(neighbours=3).predict(CELLS, masked)[False].counts
+    got = KnnSmoothing(TRAIN, neighbors=3).predict(CELLS, masked)[False].counts
+    own = OwnKnnSmoothing(neighbors=3).predict(CELLS, masked)[False].counts
     reference = TRAIN.studies[0].counts.toarray().astype(float)
     visible = np.where(masked.mask, 0, CELLS.counts.toarray())[:, :GENES].astype(float)
 
@@ -203,17 +205,17 @@ def test_a_cell_of_the_training_studies_is_its_own_nearest(factor):
     rest = np.random.default_rng(0).integers(0, 4, (6, 6))
     counts = np.concatenate([100 * np.eye(6, dtype=int), rest], axis=1)
     train, deeper = by_hand(counts, positions=16), by_hand(counts * factor, positions=16)
-    cells = drawing.HeldOut.read(deeper)
+    cells = drawing.EvalCells.read(deeper)
     masked = drawing.mask_genes(cells, np.arange(6, 12))
-    got = KnnSmoothing(train, neighbours=1).predict(cells, masked)[True].counts
+    got = KnnSmoothing(train, neighbors=1).predict(cells, masked)[True].counts
     np.testing.assert_allclose(got, masked.counts, rtol=1e-5)
 
 
 def test_smoothing_without_a_common_gene_stays_finite():
     train = np.zeros((4, 6))
     train[:, :3] = [[5, 1, 2], [4, 1, 2], [6, 1, 1], [5, 2, 2]]
-    knn = KnnSmoothing(by_hand(train), neighbours=2)
-    cells = drawing.HeldOut.read(by_hand(np.array([[1, 1, 1, 9, 9, 9], [1, 2, 3, 0, 0, 0]])))
+    knn = KnnSmoothing(by_hand(train), neighbors=2)
+    cells = drawing.EvalCells.read(by_hand(np.array([[1, 1, 1, 9, 9, 9], [1, 2, 3, 0, 0, 0]])))
     mask = np.zeros(cells.tokens.shape, bool)
     mask[:, :3] = True
     counts = knn.predict(cells, Masked.of(cells, mask))[True].counts
@@ -231,7 +233,7 @@ def test_smoothing_searches_a_limited_number_of_cells_from_all_studies_and_all_o
     assert rows[-1] == 39
     assert np.diff(rows[10:]).min() > 2
     few = KnnSmoothing(BagSource([toy_study(3)], BagOptions(2, 12)))
-    assert few._reference.counts.shape[0] == few.neighbours == 3
+    assert few._reference.counts.shape[0] == few.neighbors == 3
 
 
 # Whole cells
@@ -241,7 +243,7 @@ def test_smoothing_searches_a_limited_number_of_cells_from_all_studies_and_all_o
 def test_whole_cells_are_the_mean_of_the_visible_ones_beside_them(spatial):
     cells = hold_out(study(20, seed=5, spatial=spatial))
     masked = drawing.mask_cells(cells, 5, 0)
-    method = NeighbourMean(cells, 2)
+    method = NeighborMean(cells, 2)
     assert ("nearest" in method.name) == spatial
     got = method.predict(cells, masked)[False].counts
     dense, hidden = cells.counts.toarray(), masked.mask.any(axis=1)
@@ -256,8 +258,8 @@ def test_whole_cells_are_the_mean_of_the_visible_ones_beside_them(spatial):
 def test_whole_cells_are_the_mean_of_the_visible_ones_that_express_the_gene():
     cells = hold_out(study(20, seed=5, spatial=True))
     masked = drawing.mask_cells(cells, 5, 0)
-    ((told, got),) = NeighbourMean(cells, None, expressed=True).predict(cells, masked).items()
-    assert told
+    ((given_expressed, got),) = NeighborMean(cells, None, expressed=True).predict(cells, masked).items()
+    assert given_expressed
     dense, hidden, lone = cells.counts.toarray(), masked.mask.any(axis=1), 0
     for place, (cell, gene) in enumerate(zip(masked.cells, masked.genes, strict=True)):
         beside = dense[~hidden & (cells.bag == cells.bag[cell]), gene]
@@ -321,7 +323,7 @@ def test_methods_say_why_they_cannot_answer():
         (Magic(), cells, "hidden cells"),
         (OwnKnnSmoothing(), genes, "hidden"),
         (Magic(), genes, "hidden"),
-        (NeighbourMean(CELLS), everything, "no cell"),
+        (NeighborMean(CELLS), everything, "no cell"),
     ):
         with pytest.raises(Unavailable, match=reason):
             method.predict(CELLS, draw)

@@ -14,8 +14,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from sct.errors import ConfigError, DataError, MissingExtraError
 from sct.eval import metrics
-from sct.eval.embedding.baselines import Cells, classify
-from sct.eval.embedding.measures import Method, Options, measure, umap
+from sct.eval.embedding.baselines import BaselineCells, classify
+from sct.eval.embedding.measures import EmbeddingMethod, EmbeddingMetricOptions, measure, umap
 
 needs_igraph = pytest.mark.skipif(
     find_spec("igraph") is None, reason='needs igraph: pip install "sct-jax[analysis]"'
@@ -23,8 +23,10 @@ needs_igraph = pytest.mark.skipif(
 needs_scib = pytest.mark.skipif(
     find_spec("scib_metrics") is None, reason='needs scib-metrics: pip install "sct-jax[analysis]"'
 )
-QUICK = Options(seeds=2, components=5, genes=20, baselines=("PCA",))
-CLASSIFIERS = Options(seeds=2, components=5, baselines=("PCA + k-NN", "PCA + logistic regression"))
+QUICK = EmbeddingMetricOptions(seeds=2, components=5, genes=20, baselines=("PCA",))
+CLASSIFIERS = EmbeddingMetricOptions(
+    seeds=2, components=5, baselines=("PCA + k-NN", "PCA + logistic regression")
+)
 
 
 def cells(n: int = 90, genes: int = 40, seed: int = 0) -> tuple[sparse.csr_matrix, np.ndarray, np.ndarray]:
@@ -57,8 +59,8 @@ def no_scvi(monkeypatch):
 @needs_igraph
 def test_every_method_has_its_row_and_the_same_call_the_same_numbers(recwarn, capsys):
     counts, labels, embedding = cells()
-    noise = Method(lambda seed: np.random.default_rng(seed).normal(size=(90, 4)), "nothing", fits=2)
-    options = Options(seeds=2, components=5, genes=20)
+    noise = EmbeddingMethod(lambda seed: np.random.default_rng(seed).normal(size=(90, 4)), "nothing", fits=2)
+    options = EmbeddingMetricOptions(seeds=2, components=5, genes=20)
     report, numbers = measure({"model": embedding, "noise": noise}, counts, labels, options=options)
     assert report.titles == (
         "method", "fitted on", "5-NN accuracy", "macro F1", "NMI", "ARI", "silhouette", "remark",
@@ -105,7 +107,7 @@ def test_what_fails_is_a_row_with_its_reason(monkeypatch):
     def fails(seed: int) -> np.ndarray:
         raise RuntimeError("out of luck\nat some line")
 
-    methods = {"good": embedding, "broken": broken, "short": embedding[:50], "fails": Method(fails)}
+    methods = {"good": embedding, "broken": broken, "short": embedding[:50], "fails": EmbeddingMethod(fails)}
     table = rows(measure(methods, counts, labels, options=QUICK)[0])
     assert list(table) == [*methods, "PCA"]
     assert table["good"]["5-NN accuracy"] == [1.0, 1.0]
@@ -121,7 +123,9 @@ def test_what_fails_is_a_row_with_its_reason(monkeypatch):
 def test_without_scanpy_its_baseline_is_a_row_with_the_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "scanpy", None)
     counts, labels, _ = cells()
-    table = rows(measure({}, counts, labels, options=Options(seeds=1, baselines=("HVG + PCA",)))[0])
+    table = rows(
+        measure({}, counts, labels, options=EmbeddingMetricOptions(seeds=1, baselines=("HVG + PCA",)))[0]
+    )
     assert table["HVG + PCA"]["remark"] == 'scanpy is not installed: pip install "sct-jax[analysis]"'
 
 
@@ -141,7 +145,9 @@ def test_cells_without_a_label_are_left_out_and_counted():
     labels = labels.astype(object)
     labels[5] = "unknown"
     batch = np.arange(90) % 2
-    options = Options(seeds=1, components=5, baselines=("PCA", "PCA + k-NN"), scib=("graph connectivity",))
+    options = EmbeddingMetricOptions(
+        seeds=1, components=5, baselines=("PCA", "PCA + k-NN"), scib=("graph connectivity",)
+    )
     _, alone = measure({"model": embedding[4:]}, counts[4:], labels[4:], batch[4:], options)
     for nothing in (np.nan, None, " "):
         labels[:4] = nothing
@@ -165,20 +171,20 @@ def test_wrong_input_is_a_sentence():
     with pytest.raises(ConfigError, match="'PCA'"):
         measure({"PCA": embedding}, counts, labels, options=QUICK)
     with pytest.raises(ConfigError, match="seeds"):
-        Options(seeds=0)
+        EmbeddingMetricOptions(seeds=0)
     with pytest.raises(ConfigError, match=r"'MAGIC'.*PCA"):
-        Options(baselines=("MAGIC",))
+        EmbeddingMetricOptions(baselines=("MAGIC",))
 
 
 def test_log_counts_by_hand():
-    made = Cells(sparse.csr_matrix(np.array([[1, 3], [0, 0]], np.float32)), np.zeros(2), None)
+    made = BaselineCells(sparse.csr_matrix(np.array([[1, 3], [0, 0]], np.float32)), np.zeros(2), None)
     np.testing.assert_allclose(made.log.toarray(), [[np.log1p(2500), np.log1p(7500)], [0, 0]], rtol=1e-6)
 
 
 def test_classifiers_see_the_training_folds_alone():
     counts, labels, _ = cells(60)
     names = metrics.codes(labels)
-    made = Cells(counts, names, None, components=4)
+    made = BaselineCells(counts, names, None, components=4)
     got = classify(made, seed=3, folds=4, k=3)
     predicted = {"knn": np.zeros(60), "logistic": np.zeros(60)}
     dense = made.log.toarray().astype(float)
@@ -210,7 +216,7 @@ def test_batches_bring_the_columns_of_scib():
     counts, labels, embedding = cells()
     batch = np.random.default_rng(0).integers(0, 2, 90).astype(str)
     chosen = ("isolated labels", "graph connectivity", "PCR comparison")
-    options = Options(seeds=1, components=5, baselines=("PCA", "PCA + k-NN"), scib=chosen)
+    options = EmbeddingMetricOptions(seeds=1, components=5, baselines=("PCA", "PCA + k-NN"), scib=chosen)
     report, numbers = measure({"model": embedding}, counts, labels, batch, options)
     assert report.titles[7:] == (*chosen, "bio", "batch", "total", "remark")
     table = rows(report)
@@ -246,6 +252,6 @@ def test_components_of_real_cells_tell_their_types(shared_data):
     import anndata
 
     adata = anndata.read_h5ad(shared_data / "single_cell" / "pbmc3k_10x.h5ad")
-    options = Options(seeds=1, baselines=("PCA",))
+    options = EmbeddingMetricOptions(seeds=1, baselines=("PCA",))
     _, numbers = measure({}, adata.X, adata.obs["cell_type"], options=options)
     assert numbers["PCA"]["5-NN accuracy"][0] > 0.85

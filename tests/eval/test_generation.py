@@ -18,7 +18,7 @@ from sct.errors import ConfigError, DataError, MissingExtraError
 from sct.eval.generation import cells as generation
 from sct.eval.generation import measures as generated
 from sct.eval.generation import perturbation
-from sct.eval.generation.cells import Options
+from sct.eval.generation.cells import GenerationOptions
 from sct.eval.generation.measures import CellSet
 
 
@@ -285,7 +285,7 @@ def test_what_does_not_fit_is_an_error(change, message):
 def test_options_that_make_no_sense_are_errors():
     for change in ({"seeds": 0}, {"ks": ()}, {"ks": (0,)}, {"differential_genes": 1}):
         with pytest.raises(ConfigError, match=next(iter(change))):
-            Options(**change)
+            GenerationOptions(**change)
 
 
 # Draws from mean profiles
@@ -317,7 +317,7 @@ def test_draws_keep_totals_and_means_of_their_label():
 # Reports
 
 
-QUICK = Options(seeds=2, ks=(3, 5), max_cells=30)
+QUICK = GenerationOptions(seeds=2, ks=(3, 5), max_cells=30)
 
 
 @needs_rapidfuzz
@@ -390,7 +390,7 @@ def test_what_ignores_its_label_is_at_chance_and_what_collapses_is_far_from_real
 def test_labels_that_cannot_be_compared_are_left_out_and_told():
     real, made = cells(90, 2), cells(90, 1)
     real = real.take(np.r_[np.flatnonzero(real.labels != "c"), np.flatnonzero(real.labels == "c")[:1]])
-    report, numbers = generation.compare(made, real, options=Options(seeds=1, ks=(3,), max_cells=0))
+    report, numbers = generation.compare(made, real, options=GenerationOptions(seeds=1, ks=(3,), max_cells=0))
     assert report.notes[0].startswith("30 cells generated for 1 labels are left out")
     assert report.notes[1].startswith("1 real cells of labels")
     assert "Gromov-Wasserstein" not in report.titles
@@ -409,7 +409,7 @@ def test_labels_that_cannot_be_compared_are_left_out_and_told():
 def test_missing_libraries_leave_their_columns_out_and_are_told(monkeypatch):
     for name in ("ot", "rapidfuzz"):
         monkeypatch.setitem(sys.modules, name, None)
-    report, _ = generation.compare(cells(60, 1), cells(60, 2), options=Options(seeds=1, ks=(3,)))
+    report, _ = generation.compare(cells(60, 1), cells(60, 2), options=GenerationOptions(seeds=1, ks=(3,)))
     assert rows(report)[generation.GENERATED]["Gromov-Wasserstein"] == "-"
     assert "3-NN accuracy (Levenshtein)" not in report.titles
     assert any("rapidfuzz is not installed" in note for note in report.notes)
@@ -476,7 +476,7 @@ def test_a_model_that_knows_the_effect_is_above_no_change_and_shuffled_condition
     train, real = perturbed(0), perturbed(1)
     train = train.take(np.flatnonzero(train.labels != "x"))
     opposite = {f"{each} treated": f"{each} control" for each in "ab"}
-    options = Options(seeds=2, variable_genes=35, differential_genes=12)
+    options = GenerationOptions(seeds=2, variable_genes=35, differential_genes=12)
     report, numbers = perturbation.compare_perturbations(perturbed(2), real, train, opposite, options)
     assert list(rows(report)) == [
         generation.GENERATED,
@@ -522,7 +522,7 @@ def test_real_cells_of_blood(shared_data):
         for part in (held, model)
         for expression, words in [as_sentences(raw[part])]
     )
-    options = Options(seeds=1, ks=(5,), max_cells=200)
+    options = GenerationOptions(seeds=1, ks=(5,), max_cells=200)
     _, numbers = generation.compare(
         made, real, raw[train], labels[train], express=as_sentences, options=options
     )

@@ -13,13 +13,13 @@ from sklearn.metrics import matthews_corrcoef
 from sct.data import masking
 from sct.data.tokenize import bin_counts
 from sct.errors import ConfigError, DataError, StoreError
-from sct.eval.imputation import held_out as drawing
+from sct.eval.imputation import eval_cells as drawing
 from sct.eval.imputation import protocols as imputation
 from sct.eval.imputation import scoring
 from sct.eval.imputation.baselines import OTHER_CELLS, Unavailable
-from sct.eval.imputation.held_out import HeldOut
+from sct.eval.imputation.eval_cells import EvalCells
 from sct.eval.imputation.protocols import GeneImputation, cells_to_mask, sparsity_groups
-from sct.eval.imputation.scoring import BAR, COLUMNS, Model, measure
+from sct.eval.imputation.scoring import COLUMNS, REFERENCE_NAME, ImputationModel, measure
 from sct.eval.reports import folder as report_folder
 from sct.eval.reports.report import MODEL, REFERENCE
 from tests.data.fake_study import FakeStudy
@@ -40,11 +40,11 @@ EXPRESSED = "most common expressed level per gene, training studies"
 TRAIN, HELD_OUT = study(60, seed=1, name="train"), study(22, seed=2, name="held out")
 
 
-def protocol(probabilities, cells: int = 8, held_out=HELD_OUT, **options) -> GeneImputation:
+def protocol(probabilities, cells: int = 8, eval_cells=HELD_OUT, **options) -> GeneImputation:
     return GeneImputation(
         probabilities,
         source(TRAIN, cells=cells),
-        source(held_out, cells=cells),
+        source(eval_cells, cells=cells),
         **{"seeds": 2, "ratio": 0.4, **options},
     )
 
@@ -81,31 +81,31 @@ def fully_masked(cells) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 @pytest.mark.parametrize("per_batch", [0, 1, 2, 7])
 def test_bags_are_rebuilt_exactly(cells, per_batch):
     bags = source(study(22, spatial=True, name="a"), study(9, 3, name="b"), cells=cells, spatial=True)
-    held_out = HeldOut.read(bags)
-    assert len(held_out) == 31
-    assert held_out.num_bags == len(bags)
+    eval_cells = EvalCells.read(bags)
+    assert len(eval_cells) == 31
+    assert eval_cells.num_bags == len(bags)
     rebuilt = {}
-    for batch in held_out.batches(per_batch):
-        tokens = held_out.padded(batch, held_out.tokens, NUM_BINS)
-        places = held_out.padded(batch, held_out.coordinates, np.nan)
-        counts = held_out.padded(batch, held_out.counts.toarray(), 0)
-        assert len({len(b.numbers) for b in held_out.batches(per_batch)}) == 1, "one shape"
+    for batch in eval_cells.batches(per_batch):
+        tokens = eval_cells.padded(batch, eval_cells.tokens, NUM_BINS)
+        places = eval_cells.padded(batch, eval_cells.coordinates, np.nan)
+        counts = eval_cells.padded(batch, eval_cells.counts.toarray(), 0)
+        assert len({len(b.numbers) for b in eval_cells.batches(per_batch)}) == 1, "one shape"
         for i in np.unique(batch.bag):
             rebuilt[batch.numbers[i]] = {"tokens": tokens[i], "coordinates": places[i], "counts": counts[i]}
     assert sorted(rebuilt) == list(range(len(bags)))
     for number, parts in rebuilt.items():
         for name, value in parts.items():
-            np.testing.assert_array_equal(value, bags.bag(number)[name], err_msg=name)
+            np.testing.assert_array_equal(value, bags.record(number)[name], err_msg=name)
 
 
 def test_bags_are_spread_and_positions_known_even_where_the_model_does_not_read_them():
     bags = source(study(80, spatial=True))
-    held_out = HeldOut.read(bags, 3)
-    np.testing.assert_array_equal(np.unique(held_out.bag), [0, 4, 9])
+    eval_cells = EvalCells.read(bags, 3)
+    np.testing.assert_array_equal(np.unique(eval_cells.bag), [0, 4, 9])
     np.testing.assert_array_equal(
-        held_out.coordinates, bags.studies[0].rescaled_coordinates()[np.r_[0:8, 32:40, 72:80]]
+        eval_cells.coordinates, bags.studies[0].rescaled_coordinates()[np.r_[0:8, 32:40, 72:80]]
     )
-    assert not held_out.spatial
+    assert not eval_cells.spatial
     assert hold_out(study(8)).coordinates is None
 
 
@@ -115,23 +115,23 @@ def test_bags_that_cannot_be_scored_are_refused():
         imputation.BagSource([study(9)], source(study(9)).options),
     ):
         with pytest.raises(ConfigError, match="exhaustive"):
-            HeldOut.read(bags)
+            EvalCells.read(bags)
 
 
 @pytest.mark.parametrize("ratio", [0.15, 0.5, 1.0])
 def test_a_share_of_the_genes_of_each_cell_is_hidden_as_in_the_bag_itself(ratio):
     bags = source(study(22))
-    held_out = HeldOut.read(bags)
-    masked = drawing.mask_ratio(held_out, ratio, seed=3)
+    eval_cells = EvalCells.read(bags)
+    masked = drawing.mask_ratio(eval_cells, ratio, seed=3)
     assert (masked.mask.sum(axis=1) == round(ratio * GENES)).all()
     for number in range(len(bags)):
-        tokens = bags.bag(number)["tokens"][None]
+        tokens = bags.record(number)["tokens"][None]
         key = jax.random.fold_in(jax.random.key(3), number)
         mask = np.asarray(masking.exact_ratio(key, jnp.asarray(tokens), ratio, NUM_BINS))[0]
-        here = held_out.bag == number
-        np.testing.assert_array_equal(masked.mask[here], mask[held_out.slot[here]])
+        here = eval_cells.bag == number
+        np.testing.assert_array_equal(masked.mask[here], mask[eval_cells.slot[here]])
     if ratio < 1:
-        assert (drawing.mask_ratio(held_out, ratio, seed=4).mask != masked.mask).any()
+        assert (drawing.mask_ratio(eval_cells, ratio, seed=4).mask != masked.mask).any()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -149,69 +149,74 @@ def test_what_is_scored_and_what_is_visible(share):
 
 
 def test_whole_cells_are_hidden_in_proportion_to_the_bag():
-    held_out = hold_out(study(8 + 8 + 4), study(1, name="lone"))
+    eval_cells = hold_out(study(8 + 8 + 4), study(1, name="lone"))
     for number, expected in ((1, (1, 1, 1, 0)), (4, (4, 4, 2, 0)), (7, (7, 7, 3, 0))):
-        masked = drawing.mask_cells(held_out, number, 0)
+        masked = drawing.mask_cells(eval_cells, number, 0)
         hidden = masked.mask.any(axis=1)
         assert (masked.mask[hidden, :GENES]).all()
-        assert tuple(np.bincount(held_out.bag, hidden).astype(int)) == expected
-    assert (drawing.mask_cells(held_out, 4, 1).mask != drawing.mask_cells(held_out, 4, 2).mask).any()
+        assert tuple(np.bincount(eval_cells.bag, hidden).astype(int)) == expected
+    assert (drawing.mask_cells(eval_cells, 4, 1).mask != drawing.mask_cells(eval_cells, 4, 2).mask).any()
 
 
 def test_genes_that_were_not_measured_are_never_hidden():
     made = study(20)
     made.measured[[2, 6]] = False
-    held_out = hold_out(made)
-    for masked in (drawing.mask_ratio(held_out, 0.8, 0), drawing.mask_cells(held_out, 3, 0)):
+    eval_cells = hold_out(made)
+    for masked in (drawing.mask_ratio(eval_cells, 0.8, 0), drawing.mask_cells(eval_cells, 3, 0)):
         assert not masked.mask[:, [2, 6]].any()
         assert masked.mask[:, np.delete(np.arange(GENES), [2, 6])].any(axis=0).all()
     hidden = masked.mask.any(axis=1)
-    assert (masked.means != held_out.means).any(axis=1)[hidden].all(), "a hidden cell does not tell its range"
+    assert (masked.means != eval_cells.means).any(axis=1)[hidden].all(), (
+        "a hidden cell does not tell its range"
+    )
 
 
 def test_a_cell_hidden_as_a_whole_has_the_range_of_the_shown_cells_of_its_bag():
-    held_out = hold_out(study(20, seed=3), cells=8)  # bags of 8, 8 and 4
+    eval_cells = hold_out(study(20, seed=3), cells=8)  # bags of 8, 8 and 4
     hidden = np.zeros(20, bool)
     hidden[[0, 3, 9, 16, 17, 18, 19]] = True  # the last bag shows no cell
     mask = np.repeat(hidden[:, None], POSITIONS, axis=1)
     mask[5, :7] = True  # a cell that shows some genes still shows its range
-    masked = drawing.Masked.of(held_out, mask)
+    masked = drawing.Masked.of(eval_cells, mask)
     for name in ("low", "high", "medians", "means"):
-        own, seen = getattr(held_out, name), getattr(masked, name)
+        own, seen = getattr(eval_cells, name), getattr(masked, name)
         np.testing.assert_array_equal(seen[~hidden], own[~hidden])
         np.testing.assert_allclose(seen[0], own[[1, 2, 4, 5, 6, 7]].mean(axis=0), rtol=1e-6)
         np.testing.assert_array_equal(seen[3], seen[0])
         np.testing.assert_allclose(seen[9], own[[8, 10, 11, 12, 13, 14, 15]].mean(axis=0), rtol=1e-6)
         np.testing.assert_allclose(seen[18], own[~hidden].mean(axis=0), rtol=1e-6)
         assert seen.dtype == own.dtype
-    np.testing.assert_array_equal(masked.levels, held_out.tokens[masked.cells, masked.genes])
+    np.testing.assert_array_equal(masked.levels, eval_cells.tokens[masked.cells, masked.genes])
 
 
 def test_genes_hidden_in_all_cells_leave_each_cell_its_own_range():
-    held_out = hold_out(study(20))
+    eval_cells = hold_out(study(20))
     for masked in (
-        drawing.mask_ratio(held_out, 0.8, 0),
-        drawing.mask_ratio(held_out, 1.0, 0),
-        drawing.mask_genes(held_out, np.array([1, 4])),
+        drawing.mask_ratio(eval_cells, 0.8, 0),
+        drawing.mask_ratio(eval_cells, 1.0, 0),
+        drawing.mask_genes(eval_cells, np.array([1, 4])),
     ):
         for name in ("low", "high", "medians", "means"):
-            np.testing.assert_array_equal(getattr(masked, name), getattr(held_out, name))
+            np.testing.assert_array_equal(getattr(masked, name), getattr(eval_cells, name))
 
 
 @pytest.mark.parametrize("spatial", [False, True])
 def test_the_size_of_a_cell_that_is_hidden_as_a_whole_reaches_no_method(spatial):
     made = study(22, seed=6, spatial=spatial)
-    held_out = hold_out(made, spatial=spatial)
-    masked = drawing.mask_cells(held_out, 3, 0)
+    eval_cells = hold_out(made, spatial=spatial)
+    masked = drawing.mask_cells(eval_cells, 3, 0)
     (hidden,) = np.nonzero(masked.mask.any(axis=1))
-    methods = [Model(contextual, {}), *imputation.standard_methods(held_out, source(TRAIN), whole_cells=True)]
+    methods = [
+        ImputationModel(contextual, {}),
+        *imputation.standard_methods(eval_cells, source(TRAIN), whole_cells=True),
+    ]
     before, asked = {}, set()
     for cell in (None, hidden[0], hidden[-1]):
         other = hold_out(made if cell is None else scaled(made, np.array([cell]), 7), spatial=spatial)
         again = drawing.mask_cells(other, 3, 0)
         np.testing.assert_array_equal(again.mask, masked.mask)
         if cell is not None:
-            assert (other.medians[cell] != held_out.medians[cell]).any()
+            assert (other.medians[cell] != eval_cells.medians[cell]).any()
             np.testing.assert_array_equal(
                 again.counts[again.cells == cell], 7 * masked.counts[masked.cells == cell]
             )
@@ -225,8 +230,8 @@ def test_the_size_of_a_cell_that_is_hidden_as_a_whole_reaches_no_method(spatial)
             part = (
                 again.cells == cell if cell is not None and method.fitted_on == OTHER_CELLS else slice(None)
             )
-            for told, got in answer.items():
-                first = before.setdefault((number, told), got)
+            for given_expressed, got in answer.items():
+                first = before.setdefault((number, given_expressed), got)
                 np.testing.assert_array_equal(got.levels[part], first.levels[part], err_msg=method.name)
                 np.testing.assert_array_equal(got.counts[part], first.counts[part], err_msg=method.name)
     assert len(asked) == 5 + spatial
@@ -238,9 +243,9 @@ def test_the_papers_numbers_of_masked_cells():
     assert cells_to_mask(2) == (1,)
     with pytest.raises(DataError, match="bags of 2 or more"):
         cells_to_mask(1)
-    held_out = hold_out(study(8))
+    eval_cells = hold_out(study(8))
     with pytest.raises(DataError, match="mask 1 to 7"):
-        imputation.whole_cell_imputation(held_out, None, numbers=[8])
+        imputation.whole_cell_imputation(eval_cells, None, numbers=[8])
 
 
 # The model and the scores
@@ -248,12 +253,12 @@ def test_the_papers_numbers_of_masked_cells():
 
 def test_an_oracle_of_levels_is_perfect_up_to_the_width_of_levels():
     bags = source(HELD_OUT, cells=22)
-    bag = bags.bag(0)
+    bag = bags.record(0)
     numbers = dict(protocol(oracle, cells=22)({"tokens": jnp.asarray(bag["tokens"])[None]}))
     assert numbers["model/mcc"] == numbers["model, told/mcc"] == 1
     errors = []
     for seed in range(2):
-        masked = drawing.mask_ratio(HeldOut.read(bags), 0.4, seed)
+        masked = drawing.mask_ratio(EvalCells.read(bags), 0.4, seed)
         values = bag["medians"][masked.cells, masked.levels]
         errors.append(np.abs(values - masked.counts).mean())
     assert np.mean(errors) > 0
@@ -269,8 +274,8 @@ def test_a_perfect_prediction_has_no_error_at_all():
     class Perfect:
         name, fitted_on, remark = "perfect", "nothing", ""
 
-        def predict(self, held_out, masked):
-            return {False: scoring.Prediction(masked.levels, masked.counts)}
+        def predict(self, eval_cells, masked):
+            return {False: scoring.LevelPrediction(masked.levels, masked.counts)}
 
     cells = hold_out(HELD_OUT)
     outcome = imputation.gene_imputation(cells, Perfect(), ratios=(0.3,), seeds=2, magic=False)
@@ -300,12 +305,12 @@ def test_the_table_of_common_levels_by_hand():
     numbers = dict(protocol(uniform, ratio=1.0, seeds=1)({}))
     cells, genes, level, counts = fully_masked(HELD_OUT)
     train = bin_counts(TRAIN.counts).tokens
-    held_out = bin_counts(HELD_OUT.counts, with_values=True)
+    eval_cells = bin_counts(HELD_OUT.counts, with_values=True)
     for name, first in ((COMMON, 0), (EXPRESSED, 1)):
         frequency = np.stack([(train == i).sum(axis=0) for i in range(first, NUM_BINS)])
         predicted = first + frequency.argmax(axis=0)[genes]
         np.testing.assert_allclose(numbers[f"{name}/mcc"], matthews_corrcoef(level, predicted), rtol=1e-9)
-        error = np.abs(held_out.medians[cells, predicted] - counts).mean()
+        error = np.abs(eval_cells.medians[cells, predicted] - counts).mean()
         np.testing.assert_allclose(numbers[f"{name}/mae"], error, rtol=1e-5)
 
 
@@ -319,16 +324,17 @@ def test_numbers_do_not_depend_on_how_cells_are_put_into_bags():
 
 @pytest.mark.parametrize("spatial", [False, True])
 def test_a_model_answers_the_same_however_many_bags_it_is_given_at_once(spatial):
-    held_out = hold_out(study(45, spatial=True), study(5, 3, name="b"), spatial=spatial)
-    masked = drawing.mask_ratio(held_out, 0.4, 0)
+    eval_cells = hold_out(study(45, spatial=True), study(5, 3, name="b"), spatial=spatial)
+    masked = drawing.mask_ratio(eval_cells, 0.4, 0)
     one, *more = (
-        Model(contextual, {}, bags_per_batch=bags).predict(held_out, masked) for bags in (1, 2, 5, 0)
+        ImputationModel(contextual, {}, bags_per_batch=bags).predict(eval_cells, masked)
+        for bags in (1, 2, 5, 0)
     )
     assert len(np.unique(one[False].levels)) == NUM_BINS
     for other in more:
-        for told in (False, True):
-            np.testing.assert_array_equal(one[told].levels, other[told].levels)
-            np.testing.assert_allclose(one[told].counts, other[told].counts, rtol=1e-4)
+        for given_expressed in (False, True):
+            np.testing.assert_array_equal(one[given_expressed].levels, other[given_expressed].levels)
+            np.testing.assert_allclose(one[given_expressed].counts, other[given_expressed].counts, rtol=1e-4)
 
 
 def test_the_model_is_given_each_bag_with_the_masked_positions_hidden():
@@ -339,25 +345,25 @@ def test_the_model_is_given_each_bag_with_the_masked_positions_hidden():
         return uniform(variables, tokens, coordinates)
 
     bags = source(HELD_OUT)
-    held_out = HeldOut.read(bags)
-    masked = drawing.mask_ratio(held_out, 0.4, 0)
-    Model(spy, {}, bags_per_batch=1).predict(held_out, masked)
+    eval_cells = EvalCells.read(bags)
+    masked = drawing.mask_ratio(eval_cells, 0.4, 0)
+    ImputationModel(spy, {}, bags_per_batch=1).predict(eval_cells, masked)
     jax.effects_barrier()
     assert len(shown) == len(bags)
     for number, tokens in enumerate(shown):
-        hidden = held_out.padded(list(held_out.batches(1))[number], masked.mask, False)[0]
-        np.testing.assert_array_equal(tokens, np.where(hidden, NUM_BINS + 1, bags.bag(number)["tokens"]))
+        hidden = eval_cells.padded(list(eval_cells.batches(1))[number], masked.mask, False)[0]
+        np.testing.assert_array_equal(tokens, np.where(hidden, NUM_BINS + 1, bags.record(number)["tokens"]))
 
 
 def test_the_model_sees_no_level_of_a_masked_gene_and_the_numbers_repeat():
-    held_out = hold_out(study(40, 4))
-    masked = drawing.mask_ratio(held_out, 0.4, 0)
-    other = changed(held_out, masked.mask)
-    model = Model(contextual, {})
-    before, after = (model.predict(c, drawing.Masked.of(c, masked.mask)) for c in (held_out, other))
-    for told in (False, True):
-        np.testing.assert_array_equal(before[told].levels, after[told].levels)
-        np.testing.assert_array_equal(before[told].counts, after[told].counts)
+    eval_cells = hold_out(study(40, 4))
+    masked = drawing.mask_ratio(eval_cells, 0.4, 0)
+    other = changed(eval_cells, masked.mask)
+    model = ImputationModel(contextual, {})
+    before, after = (model.predict(c, drawing.Masked.of(c, masked.mask)) for c in (eval_cells, other))
+    for given_expressed in (False, True):
+        np.testing.assert_array_equal(before[given_expressed].levels, after[given_expressed].levels)
+        np.testing.assert_array_equal(before[given_expressed].counts, after[given_expressed].counts)
     evaluator = protocol(contextual)
     assert dict(evaluator({})) == dict(evaluator({}))
 
@@ -370,8 +376,8 @@ def test_coordinates_reach_the_model_where_bags_have_them():
         return uniform(variables, shown, coordinates)
 
     for spatial in (True, False):
-        held_out = hold_out(study(10, 3, spatial=True), cells=5, spatial=spatial)
-        Model(spy, {}, bags_per_batch=1).predict(held_out, drawing.mask_ratio(held_out, 0.4, 0))
+        eval_cells = hold_out(study(10, 3, spatial=True), cells=5, spatial=spatial)
+        ImputationModel(spy, {}, bags_per_batch=1).predict(eval_cells, drawing.mask_ratio(eval_cells, 0.4, 0))
     assert seen == [(1, 5, 2), None]
 
 
@@ -386,7 +392,7 @@ class Broken:
     def __init__(self, error):
         self.error = error
 
-    def predict(self, held_out, masked):
+    def predict(self, eval_cells, masked):
         raise self.error
 
 
@@ -408,7 +414,7 @@ def test_a_method_that_fails_is_a_row_with_its_reason(monkeypatch):
     draws = [lambda: (random_mask(cells, 0.3), {})]
     for method, error in (
         (Broken(StoreError("damaged")), StoreError),
-        (Model(failing, {}), ZeroDivisionError),
+        (ImputationModel(failing, {}), ZeroDivisionError),
     ):
         with pytest.raises(error):
             measure(cells, [method], draws)
@@ -420,7 +426,7 @@ def failing(variables, shown, coordinates):
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, imputation.Outcome]:
-    cells, train, model = hold_out(HELD_OUT), source(TRAIN), Model(contextual, {})
+    cells, train, model = hold_out(HELD_OUT), source(TRAIN), ImputationModel(contextual, {})
     return {
         "ratio": imputation.gene_imputation(cells, model, train, ratios=(0.15, 0.8), seeds=3, magic=False),
         "cells": imputation.whole_cell_imputation(cells, model, train, seeds=3, magic=False),
@@ -436,9 +442,9 @@ def test_in_every_table_the_bar_is_first_and_gains_are_over_it(outcomes):
         for setting, table in zip(outcome.settings, outcome.reports, strict=True):
             assert table.columns == COLUMNS
             assert all(len(row) == len(COLUMNS) for row in table.rows)
-            assert setting.rows[0].label == BAR
+            assert setting.rows[0].label == REFERENCE_NAME
             assert table.row_keys[0] == REFERENCE
-            assert outcome.labels(REFERENCE) == [BAR]
+            assert outcome.labels(REFERENCE) == [REFERENCE_NAME]
             models = [key == MODEL for key in table.row_keys]
             assert models == [row[0] == "model" for row in table.rows]
             assert any(models)
@@ -453,7 +459,9 @@ def test_in_every_table_the_bar_is_first_and_gains_are_over_it(outcomes):
                 ["model", "training studies", "yes"],
             ]
             for row in setting.rows:
-                assert len(row.mcc) == len(row.gain) == len(row.mae) == (0 if row.told is None else 3)
+                assert (
+                    len(row.mcc) == len(row.gain) == len(row.mae) == (0 if row.given_expressed is None else 3)
+                )
                 assert row.mcc or row.remark
                 np.testing.assert_allclose(
                     row.gain, np.subtract(row.mcc, setting.rows[0].mcc[: len(row.mcc)])
@@ -467,7 +475,7 @@ def test_numbers_for_plots_and_json(outcomes):
         for setting, written in zip(outcome.settings, saved["settings"], strict=True):
             assert [row["label"] for row in written["rows"]] == [row.label for row in setting.rows]
             assert all(len(row["msle"]) == len(row["mcc"]) for row in written["rows"])
-        assert set(outcome.curves) >= {BAR, "model", "model, told"}
+        assert set(outcome.curves) >= {REFERENCE_NAME, "model", "model, told"}
         for label, points in outcome.curves.items():
             for value, mcc in points:
                 setting = next(s for s in outcome.settings if s.value == value)
@@ -485,7 +493,7 @@ def test_numbers_for_plots_and_json(outcomes):
 def test_whole_cells_have_their_own_baseline(outcomes):
     rows = {row.method: row for row in outcomes["cells"].settings[0].rows}
     assert rows["mean of the visible cells of the bag"].mcc
-    assert rows["mean of the visible cells of the bag that express the gene"].told
+    assert rows["mean of the visible cells of the bag that express the gene"].given_expressed
     assert rows["kNN smoothing, k = 5"].remark == "nothing of the hidden cells is visible"
     assert "MAGIC" not in rows
     other = imputation.whole_cell_imputation(hold_out(HELD_OUT), None, numbers=(2,), seeds=1)
@@ -525,17 +533,17 @@ def test_fixed_genes_are_masked_in_all_cells_and_scored_by_group():
     counts = rng.poisson(3, (40, 20)) * (rng.random((40, 20)) < np.repeat([0.9, 0.2, 0.07, 0.04], 5))
     made = FakeStudy(counts + (np.arange(20) == 0), "a")
     made.measured = np.ones(20, bool)
-    held_out = hold_out(made, num_positions=24)
-    groups, seen = sparsity_groups(held_out), []
+    eval_cells = hold_out(made, num_positions=24)
+    groups, seen = sparsity_groups(eval_cells), []
 
     class Spy:
         name, fitted_on, remark = "spy", "nothing", ""
 
-        def predict(self, held_out, masked):
+        def predict(self, eval_cells, masked):
             seen.append(masked)
-            return {False: scoring.Prediction(masked.levels, masked.counts)}
+            return {False: scoring.LevelPrediction(masked.levels, masked.counts)}
 
-    outcome = imputation.fixed_gene_imputation(held_out, Spy(), per_group=3, seeds=2, magic=False)
+    outcome = imputation.fixed_gene_imputation(eval_cells, Spy(), per_group=3, seeds=2, magic=False)
     assert len(seen) == 2
     for seed, masked in enumerate(seen):
         hidden = masked.mask.any(axis=0)
@@ -548,7 +556,7 @@ def test_fixed_genes_are_masked_in_all_cells_and_scored_by_group():
     assert (seen[0].mask != seen[1].mask).any()
     rows = {row.method: row for row in outcome.settings[0].rows}
     assert "hidden in every one" in rows["kNN smoothing, k = 5"].remark
-    assert rows[BAR.split(",")[0]].remark == "no training studies were given"
+    assert rows[REFERENCE_NAME.split(",")[0]].remark == "no training studies were given"
 
 
 def test_a_group_without_genes_says_so():
@@ -588,9 +596,9 @@ def test_the_table_after_training_has_every_method_and_draw(measured):
         (knn, these, "no"),
         (knn, these, "yes"),
     ]
-    for name, fitted, told, mcc, gain, mae, _ in measured.report.rows:
+    for name, fitted, given_expressed, mcc, gain, mae, _ in measured.report.rows:
         label = name if name == "model" else f"{name}, {fitted}"
-        label += ", told" * (told == "yes" and "common" not in name)
+        label += ", told" * (given_expressed == "yes" and "common" not in name)
         assert len(mcc) == 2
         for key, values in (("mcc", mcc), ("gain", gain), ("mae", mae)):
             assert measured.numbers[f"{label}/{key}"] == np.mean(values)
@@ -610,7 +618,7 @@ def test_the_table_is_written_as_markdown_and_json(measured, tmp_path):
 def test_positions_beyond_the_vocabulary_play_no_part():
     def numbers(positions: int) -> dict:
         cells, train = (source(each, num_positions=positions) for each in (HELD_OUT, TRAIN))
-        outcome = imputation.fixed_gene_imputation(HeldOut.read(cells), None, train, seeds=1, magic=False)
+        outcome = imputation.fixed_gene_imputation(EvalCells.read(cells), None, train, seeds=1, magic=False)
         return outcome.as_dict()
 
     assert json.dumps(numbers(POSITIONS)) == json.dumps(numbers(GENES))

@@ -11,10 +11,10 @@ from scipy import sparse
 
 from sct.errors import ConfigError, DataError
 from sct.eval.labels import measures as lab
-from sct.eval.labels.measures import Options, Prediction
+from sct.eval.labels.measures import LabelOptions, LabelPrediction
 
 laws = settings(max_examples=60, deadline=None)
-QUICK = Options(seeds=3, components=6)
+QUICK = LabelOptions(seeds=3, components=6)
 combinations = st.lists(
     st.tuples(*[st.sampled_from(["x", "y", "z"])] * 2, *[st.sampled_from(["x", "y", None])] * 2),
     min_size=1,
@@ -175,13 +175,13 @@ def data(n: int, seed: int) -> tuple[pd.DataFrame, sparse.csr_matrix]:
     return table, sparse.csr_matrix(rng.poisson(rates).astype(np.float32))
 
 
-def perfect(true: pd.DataFrame) -> Prediction:
-    return Prediction(true, {key: one_hot(true[key], sorted(set(true[key]))) for key in true})
+def perfect(true: pd.DataFrame) -> LabelPrediction:
+    return LabelPrediction(true, {key: one_hot(true[key], sorted(set(true[key]))) for key in true})
 
 
 def test_perfect_predictions_have_one_and_what_looks_at_no_cell_is_at_chance():
     (true, counts), (training, before) = data(150, 0), data(200, 1)
-    silent = Prediction(true.assign(dose=None).astype(object))
+    silent = LabelPrediction(true.assign(dose=None).astype(object))
     report, numbers = lab.compare(
         {"model": perfect(true), "half": silent}, true, training, counts, before, QUICK
     )
@@ -220,7 +220,7 @@ def test_one_key_has_one_accuracy_and_seeds_of_a_model_are_measurements():
     true, training = true[["type"]], training[["type"]]
     wrong = true.assign(type="c")
     report, numbers = lab.compare(
-        {"model": [Prediction(true), Prediction(wrong)]}, true, training, options=QUICK
+        {"model": [LabelPrediction(true), LabelPrediction(wrong)]}, true, training, options=QUICK
     )
     assert report.titles[2:5] == ("accuracy", "macro F1", "kappa")
     assert numbers["model"]["accuracy"] == [1, pytest.approx(float((true["type"] == "c").mean()))]
@@ -231,8 +231,8 @@ def test_one_label_has_an_f1_of_its_own_and_rows_beside_are_not_shuffled():
     true = pd.DataFrame({"rare": ["Yes", "Yes", "No", "No", "No", "No"]})
     said = pd.DataFrame({"rare": ["Yes", "No", "Yes", "No", "No", None]})
     report, numbers = lab.compare(
-        {"model": Prediction(said)}, true, true, options=Options(seeds=2, positive="Yes"),
-        beside={"other": ("a file", [Prediction(true), Prediction(said)])},
+        {"model": LabelPrediction(said)}, true, true, options=LabelOptions(seeds=2, positive="Yes"),
+        beside={"other": ("a file", [LabelPrediction(true), LabelPrediction(said)])},
     )  # fmt: skip
     assert numbers["model"]['F1 of "Yes"'] == [pytest.approx(2 * 1 / (2 * 1 + 1 + 1))]
     assert numbers["other"]['F1 of "Yes"'] == [1.0, pytest.approx(0.5)]
@@ -242,7 +242,9 @@ def test_one_label_has_an_f1_of_its_own_and_rows_beside_are_not_shuffled():
     ]  # fmt: skip
     assert np.isnan(lab.f1_of("Yes", pd.Series(["No"]), pd.Series(["Yes"])))
     with pytest.raises(ConfigError, match="'model'"):
-        lab.compare({"model": Prediction(said)}, true, true, beside={"model": ("", Prediction(true))})
+        lab.compare(
+            {"model": LabelPrediction(said)}, true, true, beside={"model": ("", LabelPrediction(true))}
+        )
 
 
 def test_cells_without_a_label_and_labels_that_training_lacks():
@@ -250,7 +252,7 @@ def test_cells_without_a_label_and_labels_that_training_lacks():
     true.loc[3, "dose"], training.loc[5, "type"] = None, np.nan
     training = training[training["type"] != "c"]
     report, numbers = lab.compare(
-        {"model": Prediction(true)}, true, training, counts, before[training.index], QUICK
+        {"model": LabelPrediction(true)}, true, training, counts, before[training.index], QUICK
     )
     assert report.notes[0] == "1 cells without all true labels are left out."
     assert report.notes[1] == "1 training cells without all labels are left out."
@@ -271,7 +273,7 @@ def test_a_key_that_is_constant_in_training_is_predicted_as_it_is():
 
 def test_tables_that_do_not_fit_are_errors():
     (true, counts), (training, before) = data(20, 0), data(20, 1)
-    good = {"model": Prediction(true)}
+    good = {"model": LabelPrediction(true)}
     with pytest.raises(DataError, match="'type'"):
         lab.compare(good, true, training[["dose"]])
     with pytest.raises(ConfigError, match="counts"):
@@ -279,18 +281,18 @@ def test_tables_that_do_not_fit_are_errors():
     with pytest.raises(DataError, match="19 rows"):
         lab.compare(good, true, training, counts[:19], before)
     with pytest.raises(DataError, match="19 predictions"):
-        lab.compare({"model": Prediction(true[:19])}, true, training)
+        lab.compare({"model": LabelPrediction(true[:19])}, true, training)
     short = {key: table[:19] for key, table in perfect(true).probabilities.items()}
     with pytest.raises(DataError, match="19 predictions"):
-        lab.compare({"model": Prediction(true, short)}, true, training)
+        lab.compare({"model": LabelPrediction(true, short)}, true, training)
     with pytest.raises(ConfigError, match="'most common label'"):
-        lab.compare({lab.MAJORITY: Prediction(true)}, true, training)
+        lab.compare({lab.MAJORITY: LabelPrediction(true)}, true, training)
     with pytest.raises(DataError, match="labels"):
         lab.compare(good, true.assign(type=None), training)
     with pytest.raises(DataError, match="'dose'"):
-        lab.compare({"m": Prediction(true, {"type": one_hot(true["type"], "abc")})}, true, training)
+        lab.compare({"m": LabelPrediction(true, {"type": one_hot(true["type"], "abc")})}, true, training)
     with pytest.raises(ConfigError, match="seeds"):
-        Options(seeds=0)
+        LabelOptions(seeds=0)
 
 
 def test_real_cells_of_two_conditions(shared_data):
@@ -302,7 +304,7 @@ def test_real_cells_of_two_conditions(shared_data):
     raw = sparse.csr_matrix(adata.X)[:, :3000]
     table = adata.obs[["cell_type", "condition"]].astype(str).astype(object).reset_index(drop=True)
     true, training = table[600:].reset_index(drop=True), table[:600]
-    options = Options(seeds=1, components=20)
+    options = LabelOptions(seeds=1, components=20)
     report, numbers = lab.compare({}, true, training, raw[600:], raw[:600], options)
     assert numbers[lab.LOGISTIC]["exact accuracy"][0] > 2 * numbers[lab.COMBINATION]["exact accuracy"][0]
     assert (

@@ -14,9 +14,9 @@ from sct.data.tokenize import bin_counts
 from sct.eval import metrics
 from sct.eval.imputation import natural
 from sct.eval.imputation.baselines import OTHER_CELLS, THESE_CELLS, TRAINING
-from sct.eval.imputation.held_out import mask_measured, mask_measured_genes
+from sct.eval.imputation.eval_cells import mask_measured, mask_measured_genes
 from sct.eval.imputation.natural import GeneMean, ModelEstimator, natural_imputation
-from sct.eval.imputation.scoring import Model
+from sct.eval.imputation.scoring import ImputationModel
 from sct.eval.reports.report import MODEL
 from tests.data.fake_study import FakeStudy
 from tests.eval.toy_cells import GENES, NUM_BINS, hold_out, source, study
@@ -37,22 +37,24 @@ def contextual(variables, shown, coordinates):
 
 
 def constant(chance):
-    return Model(lambda variables, shown, coordinates: jnp.broadcast_to(chance, (*shown.shape, NUM_BINS)), {})
+    return ImputationModel(
+        lambda variables, shown, coordinates: jnp.broadcast_to(chance, (*shown.shape, NUM_BINS)), {}
+    )
 
 
 def test_measured_positions_are_hidden_whatever_their_level_and_all_are_scored():
     made = study(40, seed=2)
     made.measured[[3, 7]] = False
-    held_out = hold_out(made)
-    masked = mask_measured(held_out, 0.5, 0, most=10**6)
+    eval_cells = hold_out(made)
+    masked = mask_measured(eval_cells, 0.5, 0, most=10**6)
     assert masked.mask.sum(axis=1).tolist() == [5] * 40, "half of the ten measured genes"
     assert not masked.mask[:, [3, 7]].any()
     assert not masked.mask[:, GENES:].any()
     np.testing.assert_array_equal(np.nonzero(masked.mask), (masked.cells, masked.genes))
-    truth = held_out.counts.toarray()[masked.cells, masked.genes]
+    truth = eval_cells.counts.toarray()[masked.cells, masked.genes]
     np.testing.assert_array_equal(masked.counts, truth)
     assert 0.2 < (truth == 0).mean() < 0.8
-    few = mask_measured(held_out, 0.5, 0, most=37)
+    few = mask_measured(eval_cells, 0.5, 0, most=37)
     assert len(few.cells) == 37
     np.testing.assert_array_equal(few.mask, masked.mask)
     assert few.mask[few.cells, few.genes].all()
@@ -61,13 +63,13 @@ def test_measured_positions_are_hidden_whatever_their_level_and_all_are_scored()
 def test_whole_genes_are_hidden_in_all_cells_that_measured_them():
     made, other = study(20, seed=2), study(20, seed=3, name="other")
     made.measured[[3, 7]] = False
-    held_out = hold_out(made, other)
-    masked = mask_measured_genes(held_out, 0.5, 1, most=10**6)
+    eval_cells = hold_out(made, other)
+    masked = mask_measured_genes(eval_cells, 0.5, 1, most=10**6)
     hidden = masked.mask.any(axis=0)
     assert hidden.sum() == GENES // 2
-    np.testing.assert_array_equal(masked.mask, hidden & held_out.eligible)
+    np.testing.assert_array_equal(masked.mask, hidden & eval_cells.eligible)
     np.testing.assert_array_equal(np.nonzero(masked.mask), (masked.cells, masked.genes))
-    assert (mask_measured_genes(held_out, 0.5, 2, most=10**6).mask != masked.mask).any()
+    assert (mask_measured_genes(eval_cells, 0.5, 2, most=10**6).mask != masked.mask).any()
 
 
 def test_only_methods_that_know_other_cells_impute_whole_genes():
@@ -88,16 +90,16 @@ def test_only_methods_that_know_other_cells_impute_whole_genes():
 
 def test_an_oracle_is_perfect_and_right_probabilities_have_no_calibration_error():
     bags = source(HELD_OUT, cells=40)
-    held_out = hold_out(HELD_OUT, cells=40)
+    eval_cells = hold_out(HELD_OUT, cells=40)
     outcome = natural_imputation(
-        held_out, Model(oracle, jnp.asarray(bags.bag(0)["tokens"])[None]), ratio=0.4, seeds=2
+        eval_cells, ImputationModel(oracle, jnp.asarray(bags.record(0)["tokens"])[None]), ratio=0.4, seeds=2
     )
     numbers = outcome.rows[0].numbers
     assert outcome.rows[0].key == MODEL
     assert numbers["auroc"] == numbers["average_precision"] == numbers["mcc"] == [1, 1]
     assert numbers["ece"] == [0, 0]
     np.testing.assert_allclose(numbers["cross_entropy"], 0, atol=1e-6)
-    masked = [mask_measured(held_out, 0.4, seed, 10**6) for seed in range(2)]
+    masked = [mask_measured(eval_cells, 0.4, seed, 10**6) for seed in range(2)]
     expected = [m.means[m.cells, m.levels] for m in masked]
     for number in range(2):
         error = np.abs(expected[number] - masked[number].counts)
@@ -107,9 +109,9 @@ def test_an_oracle_is_perfect_and_right_probabilities_have_no_calibration_error(
     frequency = np.bincount(np.concatenate([m.levels for m in masked]), minlength=NUM_BINS) / sum(
         outcome.positions
     )
-    right = natural_imputation(held_out, constant(frequency), ratio=0.4, seeds=2).rows[0].numbers
+    right = natural_imputation(eval_cells, constant(frequency), ratio=0.4, seeds=2).rows[0].numbers
     tilted = frequency * [1, 15, 15, 15, 15] / (frequency @ [1, 15, 15, 15, 15])
-    wrong = natural_imputation(held_out, constant(tilted), ratio=0.4, seeds=2).rows[0].numbers
+    wrong = natural_imputation(eval_cells, constant(tilted), ratio=0.4, seeds=2).rows[0].numbers
     assert max(right["ece"]) < 0.05
     np.testing.assert_allclose(np.mean(wrong["ece"]), (1 - tilted[0]) - (1 - frequency[0]), atol=1e-3)
     assert np.mean(wrong["cross_entropy"]) > np.mean(right["cross_entropy"])
@@ -117,26 +119,26 @@ def test_an_oracle_is_perfect_and_right_probabilities_have_no_calibration_error(
 
 
 def test_every_baseline_answers_with_probabilities_and_sees_nothing_that_is_hidden():
-    held_out = hold_out(HELD_OUT)
-    masked = mask_measured(held_out, 0.4, 0, 10**6)
+    eval_cells = hold_out(HELD_OUT)
+    masked = mask_measured(eval_cells, 0.4, 0, 10**6)
     # Another truth in one cell, where expressed becomes unexpressed and the reverse: what is known of others stays.
-    tokens, counts = held_out.tokens.copy(), held_out.counts.toarray()
+    tokens, counts = eval_cells.tokens.copy(), eval_cells.counts.toarray()
     hidden = np.flatnonzero(masked.mask[7])
     tokens[7, hidden] = np.where(tokens[7, hidden] > 0, 0, 3)
     counts[7, hidden] = np.where(tokens[7, hidden] > 0, 25, 0)
-    other = dataclasses.replace(held_out, tokens=tokens, counts=type(held_out.counts)(counts))
+    other = dataclasses.replace(eval_cells, tokens=tokens, counts=type(eval_cells.counts)(counts))
     again = mask_measured(other, 0.4, 0, 10**6)
     np.testing.assert_array_equal(again.mask, masked.mask)
     own, names = masked.cells == 7, []
     assert ((again.counts[own] > 0) != (masked.counts[own] > 0)).all()
     np.testing.assert_array_equal(again.means, masked.means)
-    model = ModelEstimator(Model(contextual, {}))
-    first, second = model.estimate(held_out, masked), model.estimate(other, again)
+    model = ModelEstimator(ImputationModel(contextual, {}))
+    first, second = model.estimate(eval_cells, masked), model.estimate(other, again)
     np.testing.assert_array_equal(first.chance, second.chance)
     np.testing.assert_array_equal(first.counts, second.counts)
     assert first.chance.std(axis=0).min() > 0
-    for method in natural.estimators(held_out, None, source(TRAIN), magic=True):
-        first, second = method.estimate(held_out, masked), method.estimate(other, again)
+    for method in natural.estimators(eval_cells, None, source(TRAIN), magic=True):
+        first, second = method.estimate(eval_cells, masked), method.estimate(other, again)
         names.append((method.name, method.fitted_on))
         np.testing.assert_allclose(first.chance.sum(axis=1), 1, atol=1e-5)
         assert (first.chance >= 0).all()
@@ -154,8 +156,8 @@ def test_levels_of_a_negative_binomial_are_those_of_its_counts(dispersion):
     counts[:, :4] = [[1, m, 3, 5] for m in (7, 17, 31, 49, 71, 97)]
     made = study(6)
     made.counts = type(made.counts)(counts.astype(np.float32))
-    held_out = hold_out(made)
-    masked = mask_measured(held_out, 0.5, 0, 10**6)
+    eval_cells = hold_out(made)
+    masked = mask_measured(eval_cells, 0.5, 0, 10**6)
     rate = np.random.default_rng(0).gamma(1.0, 6.0, len(masked.cells)).astype(np.float32)
     of_genes = dispersion * (1 + np.arange(masked.mask.shape[1]) / 10)
     chance = natural.negative_binomial(masked, rate, of_genes).chance
@@ -189,11 +191,11 @@ def test_dispersions_are_found_again():
 
 
 def test_the_mean_of_a_gene_by_hand():
-    held_out = hold_out(HELD_OUT)
-    masked = mask_measured(held_out, 0.4, 0, 10**6)
-    counts = held_out.counts.toarray().astype(float)
+    eval_cells = hold_out(HELD_OUT)
+    masked = mask_measured(eval_cells, 0.4, 0, 10**6)
+    counts = eval_cells.counts.toarray().astype(float)
     for fitted_on in (OTHER_CELLS, THESE_CELLS):
-        ours = GeneMean(fitted_on).counts(held_out, masked)
+        ours = GeneMean(fitted_on).counts(eval_cells, masked)
         known = np.ones(counts.shape, bool) if fitted_on == OTHER_CELLS else ~masked.mask
         known[:, GENES:] = False
         seen = np.where(known, counts, 0)
@@ -253,9 +255,9 @@ def test_neighbours_of_a_type_leave_its_markers_no_dispersion():
         return drawn_study(name, rate[np.arange(n) % 2], np.ones(n))
 
     options = {"num_positions": MANY}
-    held_out = hold_out(typed("held-out cells", 200), **options)
+    eval_cells = hold_out(typed("held-out cells", 200), **options)
     rows = natural_imputation(
-        held_out, None, source(typed("training", 600), **options), seeds=2, magic=False
+        eval_cells, None, source(typed("training", 600), **options), seeds=2, magic=False
     ).rows
     ece = {(row.method, row.fitted_on): np.mean(row.numbers["ece"]) for row in rows}
     # What is left is the gene's mean, one cell of 31.
@@ -276,16 +278,18 @@ def test_a_method_that_cannot_run_is_a_row_with_the_reason():
 
 
 def test_the_model_gives_natural_probabilities_here_and_tilted_ones_in_the_paper_s_protocol():
-    held_out = hold_out(HELD_OUT)
+    eval_cells = hold_out(HELD_OUT)
     chance = np.asarray([0.7, 0.1, 0.1, 0.06, 0.04])
-    model = Model(
+    model = ImputationModel(
         lambda variables, shown, coordinates: jnp.broadcast_to(chance, (*shown.shape, NUM_BINS)),
         {},
         odds=15.0,
     )
-    masked = mask_measured(held_out, 0.4, 0, 10**6)
-    np.testing.assert_allclose(ModelEstimator(model).estimate(held_out, masked).chance[0], chance, rtol=1e-5)
-    answers = model.predict(held_out, masked)
+    masked = mask_measured(eval_cells, 0.4, 0, 10**6)
+    np.testing.assert_allclose(
+        ModelEstimator(model).estimate(eval_cells, masked).chance[0], chance, rtol=1e-5
+    )
+    answers = model.predict(eval_cells, masked)
     assert set(answers[False].levels) == {1}, "15 times 0.1 is more than 0.7"
     medians = masked.medians[masked.cells].astype(np.float64)
     tilted = chance * [1, 15, 15, 15, 15]

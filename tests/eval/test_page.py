@@ -306,8 +306,8 @@ def test_the_page_is_drawn_in_light_and_dark(browser, tmp_path):
         )
         picture = imread(shot)[..., :3]
         assert picture.shape == (1600, 1200, 3)
-        colours = (picture * 255).astype(np.int64) @ [65536, 256, 1]
-        assert len(np.unique(colours)) > 50
+        colors = (picture * 255).astype(np.int64) @ [65536, 256, 1]
+        assert len(np.unique(colors)) > 50
         paper[mode] = picture[2, 2].mean()
     assert paper["light"] == 1
     assert paper["dark"] < 0.2

@@ -120,7 +120,7 @@ def test_areas_are_those_of_cells_and_of_all_pairs():
 
 def test_predictions_stand_beside_baselines_on_the_same_cells():
     counts, _ = cells(90)
-    whole = pathways.Cells.of(counts, SYMBOLS, SETS, 0.5)
+    whole = pathways.PathwayCells.of(counts, SYMBOLS, SETS, 0.5)
     fit, asked = whole.rows(np.arange(60)), whole.rows(np.arange(60, 90))
     true = asked.active.to_numpy()
     rng = np.random.default_rng(1)
@@ -130,9 +130,9 @@ def test_predictions_stand_beside_baselines_on_the_same_cells():
     assert numbers["noise"]["f-AUROC"][0] < 0.8 < numbers[labels.LOGISTIC]["f-AUROC"][0]
     assert numbers[pathways.MEANS]["a-AUROC"][0] > 0.9
     # The mean of a pathway's genes above that of training cells, in their spread.
-    centre, spread = fit.means.mean(axis=0), fit.means.std(axis=0)
-    found = pathways.baselines(fit, asked, labels.Options())[pathways.MEANS]
-    np.testing.assert_allclose(found * spread + centre, asked.means, rtol=1e-5)
+    center, spread = fit.means.mean(axis=0), fit.means.std(axis=0)
+    found = pathways.baselines(fit, asked, labels.LabelOptions())[pathways.MEANS]
+    np.testing.assert_allclose(found * spread + center, asked.means, rtol=1e-5)
     # Without the cell only the more frequent pathway can be told, the same for all.
     share = fit.active.mean().to_numpy()
     expected = pathways.areas(true, np.tile(share, (30, 1)))
@@ -144,9 +144,9 @@ def test_predictions_stand_beside_baselines_on_the_same_cells():
 
 def test_few_cells_are_enough_for_baselines():
     counts, _ = cells(30)
-    whole = pathways.Cells.of(counts, SYMBOLS, SETS, 0.5)
+    whole = pathways.PathwayCells.of(counts, SYMBOLS, SETS, 0.5)
     for number in (1, 2, 5):
-        made = pathways.baselines(whole.rows(np.arange(number)), whole, labels.Options())
+        made = pathways.baselines(whole.rows(np.arange(number)), whole, labels.LabelOptions())
         assert all(np.isfinite(each).all() and each.shape == (30, 2) for each in made.values())
 
 
@@ -159,7 +159,7 @@ def test_blocks_of_cells_change_nothing(monkeypatch):
 
 def test_means_are_of_log_expression():
     counts, _ = cells(6)
-    whole = pathways.Cells.of(counts, SYMBOLS, SETS)
+    whole = pathways.PathwayCells.of(counts, SYMBOLS, SETS)
     dense = counts.toarray()
     log = np.log1p(1e4 * dense / dense.sum(axis=1, keepdims=True))
     np.testing.assert_allclose(whole.means[:, 1], log[:, 8:16].mean(axis=1), rtol=1e-4)

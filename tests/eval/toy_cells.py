@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from sct.data.bags import BagOptions, BagSource
-from sct.eval.imputation.held_out import HeldOut, Masked
+from sct.eval.imputation.eval_cells import EvalCells, Masked
 from tests.data.fake_study import FakeStudy, toy_study
 
 GENES, POSITIONS, NUM_BINS = 12, 16, 5
@@ -24,11 +24,11 @@ def source(*studies: FakeStudy, cells: int = 8, **options) -> BagSource:
     return BagSource(studies, BagOptions(cells, **options), exhaustive=True)
 
 
-def hold_out(*studies: FakeStudy, cells: int = 8, max_bags: int = 0, **options) -> HeldOut:
-    return HeldOut.read(source(*studies, cells=cells, **options), max_bags)
+def hold_out(*studies: FakeStudy, cells: int = 8, max_bags: int = 0, **options) -> EvalCells:
+    return EvalCells.read(source(*studies, cells=cells, **options), max_bags)
 
 
-def changed(held_out: HeldOut, mask: np.ndarray, seed: int = 0) -> HeldOut:
+def changed(held_out: EvalCells, mask: np.ndarray, seed: int = 0) -> EvalCells:
     """The same cells with other levels and counts at the masked expressed positions, ranges kept."""
     rng = np.random.default_rng(seed)
     hidden = mask & (held_out.tokens > 0) & (held_out.tokens < NUM_BINS)
@@ -47,5 +47,5 @@ def scaled(made: FakeStudy, rows: np.ndarray, factor: int) -> FakeStudy:
     return again
 
 
-def random_mask(held_out: HeldOut, share: float, seed: int = 0) -> Masked:
+def random_mask(held_out: EvalCells, share: float, seed: int = 0) -> Masked:
     return Masked.of(held_out, np.random.default_rng(seed).random(held_out.tokens.shape) < share)

@@ -16,13 +16,13 @@ import sct
 from configs.benchmark import get_config
 from sct import families
 from sct.benchmarks.zero_shot import benchmark
-from sct.data.cells import Cells
+from sct.data.cells import CellCounts
 from sct.errors import ConfigError
 from sct.families.tasks import task_spec_of
 from sct.models import adapters, registry
 from sct.models.adapter_kinds import LoraConfig
 from sct.nn.paths import flatten
-from sct.speed.job import Options
+from sct.speed.job import SpeedOptions
 from sct.speed.run import measure
 from sct.tasks.adapted import Adapted
 from sct.train.experiment import run
@@ -67,7 +67,7 @@ def test_it_trains_resumes_bit_by_bit_and_exports(trained, tmp_path):
 def test_it_embeds_and_says_what_it_cannot(trained, cells):
     model = sct.load(trained[1])
     sct.tl.embed(cells, model, batch_size=7)
-    seen = toy.ToyReader(model).records(Cells(cells, model.vocabulary), np.arange(60), 0)["seen"]
+    seen = toy.ToyReader(model).records(CellCounts(cells, model.vocabulary), np.arange(60), 0)["seen"]
     expected = model.apply(seen=seen, outputs=["cell_embedding"])["cell_embedding"]
     np.testing.assert_allclose(cells.obsm["X_sct"], expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(ConfigError, match="'toy', which can embed cells, but not impute genes"):
@@ -119,12 +119,12 @@ def test_an_adapted_task_is_copied():
 
 
 def test_it_is_timed():
-    found = measure(merged(toy.CONFIG, data={}), Options("train", steps=3, cells=1_000), apart=False)
+    found = measure(merged(toy.CONFIG, data={}), SpeedOptions("train", steps=3, cells=1_000), apart=False)
     assert found["tokens_per_s"] > 0
     assert 0 < found["utilisation"] < 1
     assert max(found["check"]["differences"].values()) < 1e-4
     with pytest.raises(ConfigError, match="--mode=forward does not measure the task 'toy_bins'"):
-        measure(merged(toy.CONFIG, data={}), Options("forward", steps=3), apart=False)
+        measure(merged(toy.CONFIG, data={}), SpeedOptions("forward", steps=3), apart=False)
 
 
 def test_it_is_measured(trained, cells, tmp_path):

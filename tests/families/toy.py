@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sct.data.cell_records import CellOptions, CellSource, cell_records
-from sct.data.cells import Cells
+from sct.data.cells import CellCounts
 from sct.errors import DataError
-from sct.families import Family, Model
+from sct.families import Family, FamilyModel
 from sct.inference.readers import SingleCells
 from sct.models import registry
 from sct.models.adapter_kinds import BottleneckConfig, LoraConfig
@@ -70,7 +70,7 @@ class ToyTask:
     may_be_missing: Sequence[str] = ()
     lora = None
     license = "unknown"
-    weight, monitor, monitor_mode = "hidden", "loss", "min"
+    loss_normalizer, monitor, monitor_mode = "hidden", "loss", "min"
 
     def __init__(self, parts: TaskInputs):
         self.objective, self.store, self.seed = parts.objective, parts.store, parts.seed
@@ -87,7 +87,7 @@ class ToyTask:
     def loss(self, variables: Any, batch: Any, rng: jax.Array, train: bool) -> tuple[jax.Array, Any]:
         bins = batch["bins"] / BINS
         hidden = jax.random.bernoulli(rng, self.objective.hidden, bins.shape)
-        hidden &= batch["weight"][:, None] > 0
+        hidden &= batch["example_mask"][:, None] > 0
         made: Any = self.model.apply(variables, jnp.where(hidden, 0, bins))
         error = (jnp.square(made["bins"] - bins) * hidden).sum()
         return error / jnp.maximum(hidden.sum(), 1), {
@@ -95,7 +95,7 @@ class ToyTask:
             "hidden": hidden.sum().astype(jnp.float32),
         }
 
-    def summarise(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+    def compute_metrics(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
         return {"loss": float(sums["loss"]) / max(float(sums["hidden"]), 1.0)}
 
     def dataset(self, split: str) -> CellSource | None:
@@ -124,7 +124,7 @@ class ToyReader(SingleCells):
     def tokens(self) -> int:
         return int(self.model.config.num_genes)
 
-    def records(self, cells: Cells, rows: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    def records(self, cells: CellCounts, rows: np.ndarray, seed: int) -> dict[str, np.ndarray]:
         return {"seen": cell_records(cells.read(rows), OPTIONS)["bins"].astype(np.float32) / BINS}
 
 
@@ -134,7 +134,7 @@ FAMILY = Family(
     title="A gene MLP",
     paper="",
     models={
-        "toy": Model(
+        "toy": FamilyModel(
             Architecture(ToyConfig, Toy, ("^down$",)),
             tasks=(SPEC,),
             config="tests/families/toy.py",

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sct.generation.decoding import Options, prepared
+from sct.generation.decoding import DecodingOptions, prepared
 from sct.generation.generate import generate
 from sct.generation.scoring import score
 from sct.generation.trie import make_trie
@@ -58,10 +58,10 @@ def generated(model: Pretrained) -> dict[str, Any]:
     prompts = [rng.integers(0, VOCAB, length) for length in (3, 7, 1, 11, 5)]
     made: dict[str, Any] = {}
     for name, options in HOW.items():
-        given = Options(max_new_tokens=12, batch_size=4, **options)
+        given = DecodingOptions(max_new_tokens=12, batch_size=4, **options)
         made[name] = generate(model, prompts, given, stop=[STOP], seeds=3, progress_bar=False)
     trie = make_trie([[1, 2], [3], [4, 6, 7]], STOP)
-    given = Options(max_new_tokens=4, temperature=1.0)
+    given = DecodingOptions(max_new_tokens=4, temperature=1.0)
     made["of a list"] = generate(model, prompts, given, stop=[STOP], trie=trie, progress_bar=False)
     tokens = {name: [each.ids.tolist() for each in answers] for name, answers in made.items()}
     values = [each.log_probability for answers in made.values() for each in answers]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sct.errors import ConfigError
-from sct.generation.decoding import Options
+from sct.generation.decoding import DecodingOptions
 from sct.generation.generate import generate
 from sct.generation.scoring import score
 from sct.generation.trie import make_trie
@@ -37,7 +37,10 @@ def every_answer(model, prompt, new):
 def test_enough_beams_find_the_best_of_all_answers(gpt2, length_penalty):
     prompt, new = [4, 7, 2], 2
     found = generate(
-        gpt2, [prompt], Options(max_new_tokens=new, beams=60, length_penalty=length_penalty), stop=[STOP]
+        gpt2,
+        [prompt],
+        DecodingOptions(max_new_tokens=new, beams=60, length_penalty=length_penalty),
+        stop=[STOP],
     )[0]
     best, value = max(
         every_answer(gpt2, prompt, new), key=lambda each: each[1] / len(each[0]) ** length_penalty
@@ -49,8 +52,8 @@ def test_enough_beams_find_the_best_of_all_answers(gpt2, length_penalty):
 @pytest.mark.slow
 def test_beams_do_not_find_less_than_the_best_token_each_time(model):
     prompts = [[3, 1, 4], [1], [5, 9, 2, 6, 5]]
-    simple = generate(model, prompts, Options(max_new_tokens=7))
-    beams = generate(model, prompts, Options(max_new_tokens=7, beams=4, batch_size=2))
+    simple = generate(model, prompts, DecodingOptions(max_new_tokens=7))
+    beams = generate(model, prompts, DecodingOptions(max_new_tokens=7, beams=4, batch_size=2))
     for one, other in zip(simple, beams, strict=True):
         assert other.log_probability >= one.log_probability - 1e-4
     assert any(
@@ -61,7 +64,7 @@ def test_beams_do_not_find_less_than_the_best_token_each_time(model):
 @pytest.mark.slow
 def test_beams_are_those_of_each_prompt_alone(model):
     prompts = [[3, 1, 4], [1], [5, 9, 2, 6, 5]]
-    options = Options(max_new_tokens=5, beams=3)
+    options = DecodingOptions(max_new_tokens=5, beams=3)
     together = generate(model, prompts, options, stop=[2])
     for prompt, expected in zip(prompts, together, strict=True):
         assert generate(model, [prompt], options, stop=[2])[0].ids.tolist() == expected.ids.tolist()
@@ -87,7 +90,7 @@ def test_answers_come_from_the_list_whatever_is_drawn(model):
     answers = [[5, 6], [5], [7, 1, 2, 3], [5, 6, 8]]
     trie = make_trie(answers, STOP)
     prompts = [[1, 2], [3], [4, 5, 6]] * 10
-    options = Options(max_new_tokens=8, temperature=2.0)
+    options = DecodingOptions(max_new_tokens=8, temperature=2.0)
     found = generate(model, prompts, options, stop=[STOP], trie=trie)
     assert all(each.finished and each.ids.tolist() in answers for each in found)
     assert len({tuple(each.ids) for each in found}) > 1
@@ -98,7 +101,7 @@ def test_beams_over_a_list_find_its_most_probable_answer(model):
     answers = [[5, 6], [5], [7, 1, 2, 3], [5, 6, 8], [4]]
     trie = make_trie(answers, STOP)
     prompts = [[1, 2], [3], [4, 5, 6]]
-    options = Options(max_new_tokens=6, beams=6, length_penalty=0.0)
+    options = DecodingOptions(max_new_tokens=6, beams=6, length_penalty=0.0)
     found = generate(model, prompts, options, stop=[STOP], trie=trie)
     best = score(model, prompts, [[*answer, STOP] for answer in answers])
     for each, row in zip(found, best, strict=True):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sct.errors import DataError
-from sct.generation.cells import CellWriter
+from sct.generation.cell_sentence_model import CellSentenceModel
 from sct.models.decoder_config import DecoderConfig, GPT2Config, LlamaConfig
 from tests.data.text.toy_texts import SHORT, tokenizer, vocabulary
 from tests.generation.conftest import make
@@ -23,11 +23,11 @@ SIZES = {
 }
 
 
-def writer(config: DecoderConfig, top_k: int = 4, length: int = 48) -> CellWriter:
+def sentence_model(config: DecoderConfig, top_k: int = 4, length: int = 48) -> CellSentenceModel:
     """Decoder with random parameters that says that it learned rows of so many tokens."""
     words = tuple(vocabulary().symbols)
     family = "llama" if isinstance(config, LlamaConfig) else "gpt2"
-    return CellWriter(
+    return CellSentenceModel(
         config, make(config, family).variables, tokenizer(), words, SHORT, top_k, {}, {}, TASKS, length
     )
 
@@ -40,7 +40,7 @@ def questions(*lengths: int) -> list[np.ndarray]:
 @pytest.mark.parametrize("config", [GPT2Config(**SIZES, max_length=48), LlamaConfig(**SIZES, max_length=16)])
 def test_question_and_answer_have_the_length_of_a_row_of_training(config):
     """A rotary model reads on behind any length, but did not learn to."""
-    asked = writer(config)
+    asked = sentence_model(config)
     assert asked.options("cell_type_to_cell", questions(3, 10)).max_new_tokens == 8 * 4
     assert asked.options("cell_type_to_cell", questions(3, 30)).max_new_tokens == 48 - 30
     whole = replace(asked, top_k=0)
@@ -57,7 +57,7 @@ def test_question_and_answer_have_the_length_of_a_row_of_training(config):
 
 
 def test_fewer_positions_than_a_row_has_tokens_are_the_limit():
-    asked = writer(GPT2Config(**SIZES, max_length=40))
+    asked = sentence_model(GPT2Config(**SIZES, max_length=40))
     assert asked.options("cell_to_abstract", questions(10)).max_new_tokens == 30
     with pytest.raises(DataError, match=r"\b40\b.*max_new_tokens"):
         asked.options("cell_to_abstract", questions(40))
@@ -66,7 +66,10 @@ def test_fewer_positions_than_a_row_has_tokens_are_the_limit():
 @pytest.mark.slow
 def test_a_longer_question_is_answered_where_the_model_can_read_it():
     fields = [{"cell": "GA0 GB1"}, {"cell": " ".join(vocabulary().symbols * 4)}]
-    rotary, learned = writer(LlamaConfig(**SIZES, max_length=16)), writer(GPT2Config(**SIZES, max_length=48))
+    rotary, learned = (
+        sentence_model(LlamaConfig(**SIZES, max_length=16)),
+        sentence_model(GPT2Config(**SIZES, max_length=48)),
+    )
     given = {"max_new_tokens": 5, "temperature": 0}
     made = rotary.answer("cell_to_cell_type", fields, **given)
     long = replace(rotary, config=LlamaConfig(**SIZES), length=4096)

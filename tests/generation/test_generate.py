@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from sct.errors import ConfigError, DataError
 from sct.generation import cache
-from sct.generation.decoding import Options
+from sct.generation.decoding import DecodingOptions
 from sct.generation.generate import generate
 from sct.generation.sampling import Sampling, Uses, adjusted, choose
 from sct.generation.scoring import score
@@ -31,13 +31,17 @@ PROMPTS = ([3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9, 3], [2])
 def test_reading_with_a_cache_is_reading_the_whole_text(model):
     rng, config = np.random.default_rng(0), model.config
     ids = rng.integers(0, config.vocab_size, (3, 14))
-    there = np.arange(14) >= np.array([0, 4, 2])[:, None]
-    whole = model.apply(input_ids=ids, attention_mask=there.astype(int))["logits"]
+    attention_mask = np.arange(14) >= np.array([0, 4, 2])[:, None]
+    whole = model.apply(input_ids=ids, attention_mask=attention_mask.astype(int))["logits"]
     parts, kept, found = cache.layers_of(model.variables, config), cache.empty(config, 3, 20), []
     for first, last in ((0, 6), (6, 9), (9, 10), (10, 11), (11, 14)):
-        hidden, kept = cache.extend(config, parts, kept, ids[:, first:last], there[:, first:last], first == 0)
+        hidden, kept = cache.extend(
+            config, parts, kept, ids[:, first:last], attention_mask[:, first:last], first == 0
+        )
         found.append(cache.scores_of(config, parts, hidden))
-    np.testing.assert_allclose(np.concatenate(found, axis=1)[there], np.asarray(whole)[there], atol=2e-5)
+    np.testing.assert_allclose(
+        np.concatenate(found, axis=1)[attention_mask], np.asarray(whole)[attention_mask], atol=2e-5
+    )
 
 
 def greedy(model, prompt, new, stop=()):
@@ -51,7 +55,7 @@ def greedy(model, prompt, new, stop=()):
 
 @pytest.mark.slow
 def test_without_temperature_the_best_token_is_taken_each_time(model):
-    found = generate(model, PROMPTS, Options(max_new_tokens=6, batch_size=3))
+    found = generate(model, PROMPTS, DecodingOptions(max_new_tokens=6, batch_size=3))
     for prompt, answer in zip(PROMPTS, found, strict=True):
         expected = greedy(model, prompt, 6)
         assert answer.ids.tolist() == expected
@@ -61,9 +65,9 @@ def test_without_temperature_the_best_token_is_taken_each_time(model):
 
 
 def test_a_stop_token_ends_its_own_answer_alone(gpt2):
-    free = generate(gpt2, PROMPTS[1:], Options(max_new_tokens=12))
+    free = generate(gpt2, PROMPTS[1:], DecodingOptions(max_new_tokens=12))
     stop = int(free[0].ids[3])
-    found = generate(gpt2, PROMPTS[1:], Options(max_new_tokens=12), stop=[stop])
+    found = generate(gpt2, PROMPTS[1:], DecodingOptions(max_new_tokens=12), stop=[stop])
     for before, after in zip(free, found, strict=True):
         ends = np.flatnonzero(before.ids == stop)
         assert after.finished == bool(len(ends))
@@ -73,7 +77,7 @@ def test_a_stop_token_ends_its_own_answer_alone(gpt2):
 
 @pytest.mark.slow
 def test_an_answer_depends_on_its_seed_and_not_on_the_batch(model):
-    options = Options(max_new_tokens=8, temperature=1.0, top_p=0.95)
+    options = DecodingOptions(max_new_tokens=8, temperature=1.0, top_p=0.95)
     together = generate(model, PROMPTS, options, seeds=[5, 6, 7, 8])
     for number, prompt in enumerate(PROMPTS):
         alone = generate(model, [prompt], options, seeds=[5 + number])[0]
@@ -153,7 +157,7 @@ def test_a_penalty_lowers_what_is_there_already():
 
 @pytest.mark.slow
 def test_repetition_is_penalised_in_prompt_and_answer(gpt2):
-    strict = Options(max_new_tokens=6, repetition_penalty=1e6)
+    strict = DecodingOptions(max_new_tokens=6, repetition_penalty=1e6)
     prompt = [1, 2, 3]
     found = generate(gpt2, [prompt], strict)[0].ids.tolist()
     assert len({*prompt, *found}) == 9  # nothing comes twice while there is something new
@@ -162,14 +166,14 @@ def test_repetition_is_penalised_in_prompt_and_answer(gpt2):
 def test_what_fills_up_a_prompt_is_no_repetition(gpt2):
     """Rows are filled up with zeros; here 0 is the only token that the prompt does not hold."""
     prompt = list(range(1, 11))
-    assert generate(gpt2, [prompt], Options(max_new_tokens=6))[0].ids[0] != 0
-    assert generate(gpt2, [prompt], Options(max_new_tokens=6, repetition_penalty=1e6))[0].ids[0] == 0
+    assert generate(gpt2, [prompt], DecodingOptions(max_new_tokens=6))[0].ids[0] != 0
+    assert generate(gpt2, [prompt], DecodingOptions(max_new_tokens=6, repetition_penalty=1e6))[0].ids[0] == 0
 
 
 def test_generation_compiles_once_for_prompts_of_like_length(gpt2):
     from sct.generation import generate as module
 
-    options = Options(max_new_tokens=3, batch_size=2)
+    options = DecodingOptions(max_new_tokens=3, batch_size=2)
     generate(gpt2, [[1], [2, 3]], options)
     size = module.decode._cache_size()
     generate(gpt2, [[4, 5, 6], [7], [8, 9]], options)
@@ -191,25 +195,25 @@ def test_generation_compiles_once_for_prompts_of_like_length(gpt2):
 )
 def test_what_cannot_be_done_is_refused(gpt2, prompts, changes, error, words):
     with pytest.raises(error, match=words):
-        generate(gpt2, prompts, Options(**changes))
+        generate(gpt2, prompts, DecodingOptions(**changes))
 
 
 def test_seeds_must_be_as_many_as_prompts(gpt2):
     with pytest.raises(ConfigError, match="2 seeds"):
-        generate(gpt2, [[1], [2], [3]], Options(max_new_tokens=2), seeds=[1, 2])
+        generate(gpt2, [[1], [2], [3]], DecodingOptions(max_new_tokens=2), seeds=[1, 2])
 
 
 def test_sixteen_bits_generate_too(gpt2):
     half = dataclasses.replace(gpt2, config=dataclasses.replace(gpt2.config, dtype="bfloat16"))
     kept = jax.eval_shape(lambda: cache.empty(half.config, 1, 4))
     assert kept.keys[0].dtype == jnp.bfloat16
-    assert len(generate(half, [[1, 2]], Options(max_new_tokens=4))[0].ids) == 4
+    assert len(generate(half, [[1, 2]], DecodingOptions(max_new_tokens=4))[0].ids) == 4
 
 
 def test_rotary_models_go_on_behind_the_length_they_were_made_for(model):
     """Positions that are learned end with their table; angles follow from the number of a position."""
     short = dataclasses.replace(model, config=dataclasses.replace(model.config, max_length=8))
-    prompts, options = [PROMPTS[1], PROMPTS[2]], Options(max_new_tokens=6)
+    prompts, options = [PROMPTS[1], PROMPTS[2]], DecodingOptions(max_new_tokens=6)
     if model.family == "gpt2":
         with pytest.raises(DataError, match=r"prompt 1 .*9 tokens .*8 positions"):
             generate(short, prompts, options)
@@ -228,10 +232,10 @@ def test_rotary_models_go_on_behind_the_length_they_were_made_for(model):
 def test_rows_of_the_table_that_no_token_has_are_never_chosen_and_count(gpt2):
     """A table may be larger than the vocabulary; probabilities are those of the model, wherever they are asked for."""
     wide = dataclasses.replace(gpt2, tokenizer=SimpleNamespace(vocab_size=6, eos=None))
-    free = generate(gpt2, PROMPTS, Options(max_new_tokens=6))
+    free = generate(gpt2, PROMPTS, DecodingOptions(max_new_tokens=6))
     assert max(each.ids.max() for each in free) >= 6
     for beams in (1, 2):
-        found = generate(wide, PROMPTS, Options(max_new_tokens=6, beams=beams))
+        found = generate(wide, PROMPTS, DecodingOptions(max_new_tokens=6, beams=beams))
         assert max(each.ids.max() for each in found) < 6
         expected = score(wide, PROMPTS, [each.ids for each in found]).diagonal()
         np.testing.assert_allclose([each.log_probability for each in found], expected, atol=1e-3)
@@ -250,7 +254,7 @@ def test_adapters_generate_as_the_model_they_are_merged_into(gpt2):
     }
     adapted = dataclasses.replace(gpt2, variables={**gpt2.variables, "adapters": unflatten(trained)})
     merged = dataclasses.replace(gpt2, variables=lora.merge(adapted.variables))
-    prompts, options = PROMPTS[:2], Options(max_new_tokens=6)
+    prompts, options = PROMPTS[:2], DecodingOptions(max_new_tokens=6)
     base, one, other = (generate(each, prompts, options) for each in (gpt2, adapted, merged))
     for plain, beside, within in zip(base, one, other, strict=True):
         assert beside.ids.tolist() == within.ids.tolist() != plain.ids.tolist()
@@ -269,5 +273,5 @@ def test_the_bar_is_shown_where_it_is_wanted(gpt2, monkeypatch, beams):
 
     monkeypatch.setattr(module, "progress", recording)
     for active in (True, False):
-        generate(gpt2, [[1], [2]], Options(max_new_tokens=2, beams=beams), progress_bar=active)
+        generate(gpt2, [[1], [2]], DecodingOptions(max_new_tokens=2, beams=beams), progress_bar=active)
     assert shown == [True, False]

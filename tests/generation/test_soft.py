@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from sct.errors import DataError
-from sct.generation.decoding import Options
+from sct.generation.decoding import DecodingOptions
 from sct.generation.generate import generate
 from sct.generation.scoring import score
 from tests.generation.conftest import CONFIGS, logits, make
 
 FAMILIES = ("gpt2", "llama")
 WAYS = {
-    "greedy": Options(max_new_tokens=9, batch_size=2),
-    "drawn": Options(max_new_tokens=9, batch_size=2, temperature=0.8, top_p=0.9),
-    "beams": Options(max_new_tokens=9, batch_size=2, beams=3),
+    "greedy": DecodingOptions(max_new_tokens=9, batch_size=2),
+    "drawn": DecodingOptions(max_new_tokens=9, batch_size=2, temperature=0.8, top_p=0.9),
+    "beams": DecodingOptions(max_new_tokens=9, batch_size=2, beams=3),
 }
 
 
@@ -80,7 +80,7 @@ def test_a_penalty_is_for_tokens_alone():
     """A vector is no token that an answer could repeat."""
     model, penalty = make(CONFIGS["gpt2"], "gpt2"), 1.7
     table = model.variables["params"]["token"]["embedding"]
-    options = Options(max_new_tokens=5, repetition_penalty=penalty)
+    options = DecodingOptions(max_new_tokens=5, repetition_penalty=penalty)
     tokens = range(8)
     found = generate(
         model, [[-1]] * len(tokens), options, stop=[], soft=lambda numbers: table[jnp.asarray(numbers)][:, None],
@@ -102,6 +102,6 @@ def test_a_penalty_is_for_tokens_alone():
 def test_negative_tokens_need_vectors():
     model = make(CONFIGS["gpt2"], "gpt2")
     with pytest.raises(DataError, match="token -1"):
-        generate(model, [[-1, 4]], Options(max_new_tokens=2))
+        generate(model, [[-1, 4]], DecodingOptions(max_new_tokens=2))
     with pytest.raises(DataError, match="token -1"):
         score(model, [[-1, 4]], [[5]])

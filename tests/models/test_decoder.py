@@ -94,16 +94,16 @@ def test_texts_in_a_row_are_texts_alone(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_given_positions_are_used(family):
     row = ids(2, 8)
-    counted = logits(family, input_ids=row)
+    is_target = logits(family, input_ids=row)
     same = logits(family, input_ids=row, positions=np.broadcast_to(np.arange(8), (2, 8)))
-    np.testing.assert_allclose(counted, same, atol=1e-6)
+    np.testing.assert_allclose(is_target, same, atol=1e-6)
     apart = logits(family, input_ids=row, positions=np.broadcast_to(2 * np.arange(8), (2, 8)))
-    assert np.abs(counted - apart).max() > 1e-3
+    assert np.abs(is_target - apart).max() > 1e-3
     shifted = logits(family, input_ids=row, positions=np.broadcast_to(np.arange(8) + 5, (2, 8)))
     if family == "gpt2":
-        assert np.abs(counted - shifted).max() > 1e-3
+        assert np.abs(is_target - shifted).max() > 1e-3
     else:  # only distances count
-        np.testing.assert_allclose(counted, shifted, atol=5e-5)
+        np.testing.assert_allclose(is_target, shifted, atol=5e-5)
 
 
 @functools.cache
@@ -212,12 +212,12 @@ def test_operations_by_formula_are_those_that_the_compiler_counts(family):
         compiled = jax.jit(Decoder(config).apply).lower(
             shapes, jax.ShapeDtypeStruct((batch, length), jnp.int32)
         ).compile()  # fmt: skip
-    counted = compiled.cost_analysis()
-    counted = float((counted[0] if isinstance(counted, list) else counted)["flops"])
+    is_target = compiled.cost_analysis()
+    is_target = float((is_target[0] if isinstance(is_target, list) else is_target)["flops"])
     # The plain form computes the half of the scores that is not seen, too; and there are norms, and so on.
     half = 2.0 * batch * length * length * config.num_heads * config.head_size
     whole = Decoder.flops(config, batch, length) + half
-    assert whole < counted < 1.15 * whole
+    assert whole < is_target < 1.15 * whole
     assert Decoder.flops(config, 2 * batch, length) == 2 * Decoder.flops(config, batch, length)
 
 

@@ -55,9 +55,9 @@ def visible(length, keys, query_segments=None, key_segments=None, order=None):
     return seen
 
 
-def both(attend, arrays, mask, counted):
-    """Value and gradients by all inputs, for a random cotangent of the queries that are `counted`."""
-    gradient = normal(*arrays[0].shape, seed=9) * counted[:, :, None, None]
+def both(attend, arrays, mask, is_target):
+    """Value and gradients by all inputs, for a random cotangent of the queries that are `is_target`."""
+    gradient = normal(*arrays[0].shape, seed=9) * is_target[:, :, None, None]
 
     def run(arrays, mask):
         value, pull = jax.vjp(lambda *x: attend(*x, mask), *arrays)
@@ -76,13 +76,13 @@ def chunked(sizes):
 
 
 def agree(arrays, mask, seen, sizes):
-    counted = seen.any(axis=2)
+    is_target = seen.any(axis=2)
     with plain_forms():
-        expected = both(attention.attend, arrays, mask, counted)
-    found = both(chunked(sizes), arrays, mask, counted)
+        expected = both(attention.attend, arrays, mask, is_target)
+    found = both(chunked(sizes), arrays, mask, is_target)
     value = by_hand(*arrays, seen)
     for part in (expected, found):
-        np.testing.assert_allclose(part[0][counted], value[counted], atol=5e-6)
+        np.testing.assert_allclose(part[0][is_target], value[is_target], atol=5e-6)
         assert all(np.isfinite(each).all() for each in part)
     for name, a, b in zip(("query", "key", "value"), found[1:], expected[1:], strict=True):
         assert np.abs(a - b).max() <= 5e-6 * max(np.abs(b).max(), 1.0), name
@@ -188,10 +188,10 @@ def test_blocks_that_nothing_sees_are_left_out():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sixteen_bits_with_texts_in_a_row(dtype):
     segments = runs(np.random.default_rng(0), 60, 4)
-    mask, counted = Mask(segments, segments, 0), np.ones((2, 60), bool)
+    mask, is_target = Mask(segments, segments, 0), np.ones((2, 60), bool)
     arrays = [jnp.asarray(x, dtype) for x in inputs(60, 60, groups=4)]
     with plain_forms():
-        exact = both(attention.attend, [x.astype(jnp.float32) for x in arrays], mask, counted)
+        exact = both(attention.attend, [x.astype(jnp.float32) for x in arrays], mask, is_target)
 
     def typed(query, key, value, mask):
         out = chunked((16, 8))(query, key, value, mask)
@@ -199,7 +199,7 @@ def test_sixteen_bits_with_texts_in_a_row(dtype):
         return out.astype(jnp.float32)
 
     rounding = float(jnp.finfo(dtype).eps)
-    for a, b in zip(both(typed, arrays, mask, counted), exact, strict=True):
+    for a, b in zip(both(typed, arrays, mask, is_target), exact, strict=True):
         assert np.abs(a - b).max() <= 4 * rounding * max(np.abs(b).max(), 1.0)
 
 

@@ -24,7 +24,7 @@ F = torch.nn.functional
 def loss_and_logits(model, given):
     """Mean loss of the next tokens that are not padding, its gradients by variable, and logits."""
     module = registry.family(model.family).module(model.config)
-    counted = given["attention_mask"][:, :-1] * given["attention_mask"][:, 1:]
+    is_target = given["attention_mask"][:, :-1] * given["attention_mask"][:, 1:]
 
     @jax.jit
     def compute(variables):
@@ -34,7 +34,7 @@ def loss_and_logits(model, given):
             chosen = jnp.take_along_axis(scores, jnp.asarray(given["input_ids"])[:, 1:, None], axis=-1)[
                 ..., 0
             ]
-            return -(chosen * counted).sum() / counted.sum(), logits
+            return -(chosen * is_target).sum() / is_target.sum(), logits
 
         return jax.value_and_grad(loss, has_aux=True)(variables)
 
@@ -46,9 +46,9 @@ def foreign_loss(theirs, given):
     """Loss and logits of `transformers`; gradients are left in its parameters."""
     logits = foreign.outputs(theirs, given).logits
     ids, mask = torch.as_tensor(given["input_ids"]), torch.as_tensor(given["attention_mask"])
-    counted = (mask[:, :-1] * mask[:, 1:]).float()
+    is_target = (mask[:, :-1] * mask[:, 1:]).float()
     each = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-    loss = (each * counted).sum() / counted.sum()
+    loss = (each * is_target).sum() / is_target.sum()
     loss.backward()
     return float(loss.detach()), logits.detach().numpy()
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import sct
-from sct.generation.decoding import Options
+from sct.generation.decoding import DecodingOptions
 from sct.generation.generate import generate
 from sct.generation.sampling import Sampling, Uses, adjusted
 from sct.generation.scoring import score
@@ -70,7 +70,7 @@ def answers(found, prompts, stop) -> list[tuple[list[int], bool]]:
 
 def ours(model, prompts, stop, **options):
     found = generate(
-        model, prompts, Options(**{"max_new_tokens": NEW, "batch_size": 4, **options}), stop=stop,
+        model, prompts, DecodingOptions(**{"max_new_tokens": NEW, "batch_size": 4, **options}), stop=stop,
         progress_bar=False,
     )  # fmt: skip
     return found, [(each.ids.tolist(), each.finished) for each in found]

@@ -152,11 +152,11 @@ def test_colours_follow_the_values():
     for place, value in zip(adata.obsm["X_umap_X_sct"], expected, strict=True):
         assert by_place[tuple(place)] == pytest.approx(value)
     sct.pl.umap(adata, color="cell_type", ax=(ax := axes()))
-    colours = {}
+    colors = {}
     for collection in ax.collections:
-        for place, colour in zip(collection.get_offsets(), collection.get_facecolors(), strict=True):
-            colours[tuple(place)] = tuple(colour)
-    kinds = [colours[tuple(place)] for place in adata.obsm["X_umap_X_sct"]]
+        for place, color in zip(collection.get_offsets(), collection.get_facecolors(), strict=True):
+            colors[tuple(place)] = tuple(color)
+    kinds = [colors[tuple(place)] for place in adata.obsm["X_umap_X_sct"]]
     table = pd.crosstab(adata.obs["cell_type"].to_numpy(), pd.Series(kinds).map(str).to_numpy())
     assert ((table > 0).sum(axis=0) == 1).all()
     assert ((table > 0).sum(axis=1) == 1).all()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sct.speed.job import Job, Options
+from sct.speed.job import SpeedJob, SpeedOptions
 from tests.train.conftest import merged
 
 CONFIG: dict[str, Any] = {
@@ -24,14 +24,14 @@ CONFIG: dict[str, Any] = {
 SMALL = {"steps": 3, "cells": 60, "ceiling_size": 128}
 
 
-def small(mode: str = "train", **changes: Any) -> Job:
+def small(mode: str = "train", **changes: Any) -> SpeedJob:
     """Job in a mode on the small configuration; changes are `section__field=value`, the folder is to be set."""
     folder = changes.pop("folder")
-    return Job(merged(CONFIG, **changes), Options(mode, **SMALL), folder)
+    return SpeedJob(merged(CONFIG, **changes), SpeedOptions(mode, **SMALL), folder)
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory) -> Job:
+def made(tmp_path_factory) -> SpeedJob:
     """A job whose store of synthetic cells is there."""
     job = small(folder=tmp_path_factory.mktemp("speed"))
     job.prepare_cells()

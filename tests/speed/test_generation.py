@@ -14,7 +14,7 @@ from rich.console import Console
 from sct.errors import ConfigError, MissingExtraError, SctError
 from sct.models import registry
 from sct.speed import generation, report
-from sct.speed.job import MODES, Job, Options
+from sct.speed.job import MODES, SpeedJob, SpeedOptions
 from sct.speed.run import measure
 from sct.weights.pretrained import expected_shapes
 from tests.speed.conftest import CONFIG as CELLS
@@ -25,7 +25,7 @@ CONFIG: dict[str, Any] = {
     "model": {"vocab_size": 50, "embed_dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24, "max_length": 32},
     "data": {"length": 32}, "objective": {}, "optimizer": {}, "train": {"batch_size": 2},
 }  # fmt: skip
-OPTIONS = Options("generate", steps=3)
+OPTIONS = SpeedOptions("generate", steps=3)
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +90,7 @@ def test_a_measurement_from_configuration_to_report(asked, monkeypatch):
 )
 def test_reading_with_a_cache_is_compared_for_every_family(family, changes):
     config = {"family": family, "model": {**CONFIG["model"], **changes}}
-    model = generation.model_of(Job({**CONFIG, **config}, OPTIONS, None))
+    model = generation.model_of(SpeedJob({**CONFIG, **config}, OPTIONS, None))
     assert generation.check(model)["differences"]["scores with a cache"] < 1e-5
 
 
@@ -148,14 +148,14 @@ def test_other_modes_refuse_models_of_text(mode, cells):
     with pytest.raises(
         ConfigError, match=f"--mode={mode} does not measure the task 'cell_sentences'.*generate"
     ):
-        measure(CONFIG, Options(mode, steps=3, cells=cells), apart=False)
+        measure(CONFIG, SpeedOptions(mode, steps=3, cells=cells), apart=False)
 
 
 def test_a_model_to_start_from_is_measured_itself(tmp_path):
-    made = generation.model_of(Job(CONFIG, OPTIONS, None))
+    made = generation.model_of(SpeedJob(CONFIG, OPTIONS, None))
     made.save_pretrained(tmp_path / "model")
     config = {**merged(CONFIG, model__embed_dim=64), "init_from": str(tmp_path / "model")}
-    loaded = generation.model_of(Job(config, OPTIONS, None))
+    loaded = generation.model_of(SpeedJob(config, OPTIONS, None))
     assert loaded.config == made.config
     for one, other in zip(jax.tree.leaves(loaded.variables), jax.tree.leaves(made.variables), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -163,5 +163,5 @@ def test_a_model_to_start_from_is_measured_itself(tmp_path):
 
 def test_a_vocabulary_left_to_the_tokenizer_is_that_of_the_family():
     config = merged(CONFIG, model__vocab_size=0, model__embed_dim=2, model__num_layers=1)
-    model = generation.model_of(Job(config, OPTIONS, None))
+    model = generation.model_of(SpeedJob(config, OPTIONS, None))
     assert model.config.vocab_size == 50_257

@@ -20,7 +20,7 @@ from sct.errors import ConfigError, SctError
 from sct.models.sct import SCT
 from sct.models.sct_config import SCTConfig
 from sct.speed import compare, report, run, saving
-from sct.speed.job import Options
+from sct.speed.job import SpeedOptions
 from sct.speed.run import measure
 from sct.train.checkpoint import Checkpoints
 from tests.speed.conftest import CONFIG, SMALL
@@ -58,7 +58,7 @@ def of(mode: str) -> dict[str, Any]:
 
 
 def measured(mode: str, **changes: Any) -> dict[str, Any]:
-    return measure(merged(CONFIG, **changes), Options(mode, **SMALL), apart=False)
+    return measure(merged(CONFIG, **changes), SpeedOptions(mode, **SMALL), apart=False)
 
 
 @pytest.mark.slow
@@ -163,7 +163,7 @@ def test_generation_names_the_families_that_can():
 )
 def test_a_wrong_flag_is_one_sentence(options, words):
     with pytest.raises(ConfigError) as caught:
-        Options(**options)
+        SpeedOptions(**options)
     assert all(word in str(caught.value) for word in words)
     assert "\n" not in str(caught.value)
 
@@ -183,7 +183,7 @@ def test_a_wrong_flag_is_one_sentence(options, words):
 )
 def test_a_wrong_configuration_is_one_sentence(config, words):
     with pytest.raises(SctError) as caught:
-        measure(config, Options("train", **SMALL), apart=False)
+        measure(config, SpeedOptions("train", **SMALL), apart=False)
     assert all(word in str(caught.value) for word in words), str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -263,10 +263,10 @@ def test_tasks_of_single_cells_are_measured(mode):
         "data": {"features": "random", "feature_dim": 8, "max_genes": 40}, "objective": {"head_budget": 0.3},
         "optimizer": {}, "train": {"steps": 3, "batch_size": 4},
     }  # fmt: skip
-    found = measure(config, Options(mode, steps=3, cells=1_000), apart=False)
+    found = measure(config, SpeedOptions(mode, steps=3, cells=1_000), apart=False)
     assert found["step_seconds"] > 0
     if mode == "train":
         assert found["tokens_per_step"] == 4 * 40
         assert max(found["check"]["differences"].values()) < 1e-3
     with pytest.raises(ConfigError, match="--mode=embed does not measure the task 'masked_bins'"):
-        measure(config, Options("embed", steps=3), apart=False)
+        measure(config, SpeedOptions("embed", steps=3), apart=False)

@@ -21,7 +21,7 @@ from sct.data.cell_records import cell_records
 from sct.data.text.cell_sentence import cell_keys
 from sct.data.text.instructions import fields_of, tokens_of
 from sct.errors import CheckpointError, ConfigError, DataError
-from sct.generation.cell_asker import CellAsker
+from sct.generation.instruction_model import InstructionModel
 from sct.models import registry
 from sct.nn.paths import flatten, unflatten
 from sct.tasks.instructions import InstructionData, Instructions, InstructionsConfig
@@ -67,14 +67,16 @@ def by_hand(
     model: Pretrained, cells: ad.AnnData, task: str, candidates: list[str], seed: int = 0
 ) -> np.ndarray:
     """Probabilities of answers from the forward pass of the whole model, one question and answer at a time."""
-    asker = CellAsker.of(model.config, model.variables, model.tokenizer, model.genes, model.data)
+    instruction_model = InstructionModel.of(
+        model.config, model.variables, model.tokenizer, model.genes, model.data
+    )
     table = sp.csr_matrix(cells[:, list(vocabulary().ensembl_ids)].X)
-    records = cell_records(table, asker.cells, asker.known)
+    records = cell_records(table, instruction_model.cells, instruction_model.known)
     found = np.zeros((len(cells), len(candidates)))
     for row, key in enumerate(cell_keys(cells.obs_names)):
         for column, candidate in enumerate(candidates):
             fields = fields_of(task, ABSTRACT, candidates, (seed, int(key), 0, 1), candidate)
-            example = asker.prompts.render(task, fields, number=0)
+            example = instruction_model.prompts.render(task, fields, number=0)
             ids, question = tokens_of(example, tokenizer(), 3)
             inputs = {name: value[row][None] for name, value in records.items()}
             logs = jax.nn.log_softmax(

@@ -11,7 +11,7 @@ import pytest
 from scipy import sparse
 
 import sct
-from sct.benchmarks.zero_shot import BenchmarkOptions, DataOptions, open_cells, part_of
+from sct.benchmarks.zero_shot import BenchmarkOptions, ZeroShotData, open_cells, part_of
 from sct.data.coordinates import rescale_coordinates
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.ingest.build import IngestOptions, ingest
@@ -203,13 +203,13 @@ def test_what_cannot_run_is_a_row_and_the_rest_runs(adata, model, tmp_path):
 
 
 def test_at_most_so_many_cells_and_neighbours_stay_neighbours(adata, tmp_path):
-    from sct.benchmarks.zero_shot import DataOptions, _divided
+    from sct.benchmarks.zero_shot import ZeroShotData, _divided
 
-    ((_, part),) = _divided(adata, DataOptions(max_cells=9), "cells")
+    ((_, part),) = _divided(adata, ZeroShotData(max_cells=9), "cells")
     places, kept = adata.obsm["spatial"], adata.obs_names.isin(part.obs_names)
     assert part.n_obs == 9
     assert places[kept].std(axis=0).sum() < 0.7 * places.std(axis=0).sum()
-    ((_, drawn),) = _divided(adata, DataOptions(max_cells=9, spatial_key="no"), "cells")
+    ((_, drawn),) = _divided(adata, ZeroShotData(max_cells=9, spatial_key="no"), "cells")
     assert drawn.n_obs == 9
     assert list(drawn.obs_names) != list(adata.obs_names[:9])
 
@@ -244,7 +244,7 @@ def test_a_part_of_a_section_is_measured_as_it_lies_in_the_whole():
     model = made(use_spatial=True)
     for key, most in (("", 0), ("", 20), ("half", 10)):
         cells.obs["half"] = np.where(np.arange(cells.n_obs) < 22, "a", "b")
-        options = DataOptions(path="x", max_cells=most, study_key=key)
+        options = ZeroShotData(path="x", max_cells=most, study_key=key)
         (name, study), *more = open_cells(options, cells)[0]
         part = part_of(name, study, model.vocabulary, options)
         at = cells.obs_names.get_indexer(part.adata.obs_names)

@@ -34,8 +34,8 @@ def test_an_embedding_is_what_the_model_gives_for_the_bag(adata, model):
         rows = order.rows[number * BAG : (number + 1) * BAG]
         tokens = bin_counts(counts[rows], num_positions=64, drop=drop).tokens[None]
         expected = np.asarray(model.apply(tokens=tokens)["cell_embedding"])[0]
-        counted = order.counted[number * BAG : (number + 1) * BAG]
-        np.testing.assert_allclose(ours[rows[counted]], expected[counted], rtol=1e-5, atol=1e-5)
+        is_target = order.is_target[number * BAG : (number + 1) * BAG]
+        np.testing.assert_allclose(ours[rows[is_target]], expected[is_target], rtol=1e-5, atol=1e-5)
     assert ours.std(axis=0).min() > 1e-3, "cells differ, so that the comparison says something"
 
 
@@ -84,15 +84,15 @@ def test_columns_may_stand_in_any_order_under_any_name(adata, model):
 
 def test_counts_are_found_where_they_are(adata, model):
     expected = embedded(adata, model)
-    normalised = adata.copy()
-    normalised.layers["counts"] = adata.X.copy()
-    normalised.X = adata.X.log1p()
-    np.testing.assert_array_equal(embedded(normalised, model), expected)
-    np.testing.assert_array_equal(embedded(normalised, model, layer="counts"), expected)
-    del normalised.layers["counts"]
+    normalized = adata.copy()
+    normalized.layers["counts"] = adata.X.copy()
+    normalized.X = adata.X.log1p()
+    np.testing.assert_array_equal(embedded(normalized, model), expected)
+    np.testing.assert_array_equal(embedded(normalized, model, layer="counts"), expected)
+    del normalized.layers["counts"]
     with pytest.raises(DataError, match="log1p"):
-        sct.tl.embed(normalised, model)
-    assert "X_sct" not in normalised.obsm
+        sct.tl.embed(normalized, model)
+    assert "X_sct" not in normalized.obsm
 
 
 def test_a_batch_is_not_seen_by_another(adata, model):

@@ -10,7 +10,7 @@ import scipy.sparse as sp
 
 import sct
 from sct.data.cell_records import CellOptions, cell_records
-from sct.data.cells import Cells
+from sct.data.cells import CellCounts
 from sct.errors import CheckpointError, ConfigError, DataError
 from sct.models.registry import family
 from sct.nn.paths import flatten, unflatten
@@ -50,7 +50,7 @@ def test_bins_of_each_cell_are_read_alone(asked, cell_model, cells):  # noqa: F8
     np.testing.assert_allclose(embedded(cells[3:4].copy(), cell_model), found[3:4], **CLOSE)
     # The second stage has the same cell model in it.
     np.testing.assert_allclose(embedded(cells, asked), found, **CLOSE)
-    table = Cells(cells, cell_model.vocabulary)
+    table = CellCounts(cells, cell_model.vocabulary)
     known = np.ones(GENES, bool)
     known[cell_model.data["dropped"]] = False
     options = CellOptions(cell_model.config.num_bins, cell_model.data["max_genes"])

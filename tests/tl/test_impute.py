@@ -227,14 +227,14 @@ def test_a_backed_file_gives_what_memory_gives(adata, model, tmp_path):
 def test_counts_in_raw(adata, model):
     gene = adata.var_names[10]
     expected = sct.tl.impute(adata, model, genes=[gene], copy=True)
-    normalised = adata.copy()
-    normalised.raw = adata
-    normalised = normalised[:, ::-1][:, 5:].copy()
-    normalised.X = normalised.X.log1p()
-    sct.tl.impute(normalised, model, genes=[gene])
+    normalized = adata.copy()
+    normalized.raw = adata
+    normalized = normalized[:, ::-1][:, 5:].copy()
+    normalized.X = normalized.X.log1p()
+    sct.tl.impute(normalized, model, genes=[gene])
     np.testing.assert_array_equal(
-        dense(normalised.layers["sct_expected"]),
-        dense(expected[:, normalised.var_names].layers["sct_expected"]),
+        dense(normalized.layers["sct_expected"]),
+        dense(expected[:, normalized.var_names].layers["sct_expected"]),
     )
 
 

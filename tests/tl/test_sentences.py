@@ -18,7 +18,7 @@ from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text.prompts import JOIN, Template, parse_labels
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import ConfigError, DataError
-from sct.generation.cells import CellWriter
+from sct.generation.cell_sentence_model import CellSentenceModel
 from sct.models.decoder_config import GPT2Config
 from sct.tasks.cell_sentences import CellSentences, CellSentencesConfig, SentenceData
 from sct.weights.pretrained import Pretrained
@@ -241,12 +241,12 @@ def test_whatever_a_model_writes_can_be_written_to_a_file(text_model, cells, tmp
 def test_expression_is_that_of_the_sentences_by_the_line_of_a_study(text_model):
     """Random parameters write no gene; what stands behind them is put in their place."""
     sentences = ["GA0 GB1 what GD3", "GC2 GA0 GC2", ""]
-    writer = CellWriter.of(
+    sentence_model = CellSentenceModel.of(
         text_model.config, text_model.variables, text_model.tokenizer, text_model.genes, text_model.data
     )
     for study_name in ("all", "one", "two"):
         fit = text_model.data["fits"][study_name]
-        matrix, table = writer.expression(sentences, study_name)
+        matrix, table = sentence_model.expression(sentences, study_name)
         value = lambda rank, fit=fit: max(fit["slope"] * np.log(rank) + fit["intercept"], 0)  # noqa: E731
         expected = np.zeros((3, GENES))
         expected[0, [0, 1, 3]] = value(1), value(2), value(4)
@@ -334,7 +334,7 @@ def test_the_order_in_which_labels_are_given_does_not_matter(text_model):
 )
 def test_cells_that_cannot_be_asked_for(text_model, options, words, monkeypatch):
     if "fit" in options:  # found before the time for generation is spent
-        monkeypatch.setattr(CellWriter, "answer", None)
+        monkeypatch.setattr(CellSentenceModel, "answer", None)
     with pytest.raises(ConfigError, match=words):
         sct.tl.generate_cells(text_model, **{"max_new_tokens": 4, **options})
 
@@ -472,7 +472,7 @@ def test_the_probability_of_a_label_is_that_of_all_answers_with_it(text_model, c
         assert task == "cell_to_labels"
         return np.log(np.array([list(shares.values())] * len(fields)))
 
-    monkeypatch.setattr(CellWriter, "score", score)
+    monkeypatch.setattr(CellSentenceModel, "score", score)
     given = [{"tissue": tissue, "cell_type": cell_type} for tissue, cell_type in shares]
     sct.tl.annotate(cells, text_model, label_key=["tissue", "cell_type"], candidates=given)
     assert set(cells.obs["sct_label"]) == {"tissue: lung; cell_type: B cell"}

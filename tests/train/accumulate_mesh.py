@@ -26,9 +26,9 @@ def measure(config: dict, microbatch: int, sizes: dict[str, int]) -> dict:
     step, state = make_train_step(task, optimizer, mesh, abstract, microbatch), make()
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     size = config["train"]["batch_size"]
-    bags = [task.dataset("train").bag(i) for i in range(size)]
+    bags = [task.dataset("train").record(i) for i in range(size)]
     batch = {key: np.stack([bag[key] for bag in bags]) for key in bags[0]}
-    batch["weight"] = np.ones(size, np.float32)
+    batch["example_mask"] = np.ones(size, np.float32)
     losses, norms = [], []
     for _ in range(3):
         state, scalars, _ = step(state, sharding.put_batch(batch, mesh))

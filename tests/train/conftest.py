@@ -17,7 +17,7 @@ from sct.data.ingest.build import IngestOptions, ingest
 from sct.data.store import Store
 from sct.families.tasks import make_task
 from sct.models import registry
-from sct.train.loop import Result, TrainConfig, train
+from sct.train.loop import TrainConfig, TrainResult, train
 from sct.train.optim import OptimizerConfig
 
 CONFIG: dict[str, Any] = {
@@ -46,7 +46,7 @@ def merged(base: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return config
 
 
-def learn(config: dict[str, Any], folder: Path) -> Result:
+def learn(config: dict[str, Any], folder: Path) -> TrainResult:
     """Train as a run does, without what comes after training."""
     folder.mkdir(exist_ok=True)
     task, _ = make_task(config, Store.open(config["data"]["store"]))

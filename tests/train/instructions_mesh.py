@@ -38,7 +38,7 @@ def batch(task: Any) -> dict[str, np.ndarray]:
     turned = [chosen(answered[np.argsort(sign * length[answered], kind="stable")]) for sign in (-1, 1)]
     rows = np.stack(turned, axis=1).ravel()
     made = {name: value[rows] for name, value in records.items()}
-    made["weight"][-1] = 0
+    made["example_mask"][-1] = 0
     return made
 
 
@@ -105,7 +105,7 @@ def halves(texts: Path) -> dict[str, Any]:
             variables, {name: array[part] for name, array in whole.items()}, jax.random.key(0), True
         )
         found.append((float(value), float(sums["predicted"])))
-    return {"found": found, "tasks": sorted(set(whole["task"][whole["weight"] > 0].tolist()))}
+    return {"found": found, "tasks": sorted(set(whole["task"][whole["example_mask"] > 0].tolist()))}
 
 
 if __name__ == "__main__":

@@ -80,15 +80,15 @@ def task(config):
 
 
 def batch_of(task, size):
-    bags = [task.dataset("train").bag(i % 8) for i in range(size)]
+    bags = [task.dataset("train").record(i % 8) for i in range(size)]
     stacked = {key: np.stack([bag[key] for bag in bags]) for key in bags[0]}
-    return {**stacked, "weight": np.ones(size, np.float32)}
+    return {**stacked, "example_mask": np.ones(size, np.float32)}
 
 
 @pytest.mark.slow
 def test_masks_of_a_microbatch_are_those_of_its_number(task):
     batch = batch_of(task, 8)
-    batch["weight"][1] = 0  # microbatches of unlike numbers of masked genes
+    batch["example_mask"][1] = 0  # microbatches of unlike numbers of masked genes
     state, scalars, sums = stepped(task, batch, microbatch=2)
 
     mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])

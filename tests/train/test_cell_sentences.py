@@ -24,7 +24,7 @@ from sct.data.text.prompts import Template
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import CheckpointError, ConfigError, SctError, StoreError
 from sct.families.tasks import make_task, task_spec_of
-from sct.generation.cells import CellWriter
+from sct.generation.cell_sentence_model import CellSentenceModel
 from sct.models import lora, registry
 from sct.models.decoder import Decoder
 from sct.nn.paths import flatten
@@ -81,9 +81,9 @@ def parameters(family: str) -> Any:
 def batch_of(task: CellSentences, split: str, number: int) -> dict[str, np.ndarray]:
     source = task.dataset(split)
     assert source is not None
-    rows = [source.bag(i % len(source), i // len(source)) for i in range(number)]
+    rows = [source.record(i % len(source), i // len(source)) for i in range(number)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    return {**batch, "weight": np.ones(number, np.float32)}
+    return {**batch, "example_mask": np.ones(number, np.float32)}
 
 
 def texts_of(batch: dict[str, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -91,7 +91,7 @@ def texts_of(batch: dict[str, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]
     return [
         (ids[segments == number], predicted[segments == number])
         for ids, segments, predicted, weight in zip(
-            *(batch[name] for name in ("input_ids", "segments", "predicted", "weight")), strict=True
+            *(batch[name] for name in ("input_ids", "segments", "predicted", "example_mask")), strict=True
         )
         if weight
         for number in range(1, segments.max() + 1)
@@ -161,7 +161,7 @@ def test_texts_in_a_row_have_the_loss_of_the_same_texts_alone(prompts, family, l
     batch = batch_of(task, "train", 3)
     assert batch["segments"].max() >= 2
     assert batch["cut"].sum() + (batch["segments"] == 0).sum() > 0
-    batch["weight"][1] = 0  # a row that fills up a batch
+    batch["example_mask"][1] = 0  # a row that fills up a batch
     agree(task, batch)
 
 
@@ -194,7 +194,7 @@ def test_a_batch_without_a_predicted_token_has_no_loss(prompts):
     (loss, sums), gradients = packed(task, batch)
     assert loss == sums["weight"] == 0
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradients))
-    assert np.isfinite(list(task.summarise(jax.device_get(sums)).values())).all()
+    assert np.isfinite(list(task.compute_metrics(jax.device_get(sums)).values())).all()
 
 
 def test_held_out_studies_of_which_nothing_can_be_told_are_no_validation(prompts):
@@ -219,10 +219,10 @@ def test_held_out_studies_need_not_be_fit_for_every_task(prompts):
 def test_numbers_that_are_logged(prompts):
     task = task_of(prompts, study(9))
     sums = {"loss": 6.0, "predicted": 3.0, "weighted": 5.0, "weight": 2.0, "right": 1.0, "cut": 1.0}
-    assert task.summarise(sums) == pytest.approx(
+    assert task.compute_metrics(sums) == pytest.approx(
         {"loss": 2.5, "perplexity": np.exp(2), "accuracy": 1 / 3, "cut": 0.25}
     )
-    assert "cut" not in task.summarise({**sums, "cut": 0.0})
+    assert "cut" not in task.compute_metrics({**sums, "cut": 0.0})
     assert task.tokens({"input_ids": np.zeros((3, 7))}) == 21
     assert task.tokens_per_record == 96
 
@@ -267,14 +267,16 @@ def test_what_a_model_folder_says_is_read_back_from_json(prompts):
     task = task_of(prompts, study(40), labels=("tissue", "cell_type"))
     exported = task.exports()
     read = json.loads(json.dumps(exported["data"]))
-    writer = CellWriter.of(
+    sentence_model = CellSentenceModel.of(
         task.model_config, parameters("gpt2"), exported["tokenizer"], exported["genes"], read
     )
-    assert writer.prompts == task.prompts
-    assert writer.fits == task.fits
-    assert (writer.top_k, writer.labels) == (8, task.labels())
+    assert sentence_model.prompts == task.prompts
+    assert sentence_model.fits == task.fits
+    assert (sentence_model.top_k, sentence_model.labels) == (8, task.labels())
     with pytest.raises(ConfigError, match="cell sentences"):
-        CellWriter.of(task.model_config, {}, exported["tokenizer"], exported["genes"], {"cells_per_bag": 3})
+        CellSentenceModel.of(
+            task.model_config, {}, exported["tokenizer"], exported["genes"], {"cells_per_bag": 3}
+        )
 
 
 def test_reports_hold_the_cells_with_their_own_labels(prompts):
@@ -286,12 +288,12 @@ def test_reports_hold_the_cells_with_their_own_labels(prompts):
     first.counts = first.counts.tocsr()
     source = task_of(prompts, first, second).dataset("train")
     assert source is not None
-    cells = sentence_reports.LabelledCells.read(source.texts, "cell_type", 50)
+    cells = sentence_reports.LabeledReferenceCells.read(source.texts, "cell_type", 50)
     rows = np.arange(3, 30, 2)
     np.testing.assert_array_equal(cells.counts.toarray(), first.counts[rows].toarray())
     assert cells.labels.tolist() == first.table["cell_type"].iloc[rows].tolist()
     np.testing.assert_array_equal(cells.keys, source.texts[0].keys[rows])
-    few = sentence_reports.LabelledCells.read(source.texts, "cell_type", 10)
+    few = sentence_reports.LabeledReferenceCells.read(source.texts, "cell_type", 10)
     assert 1 <= len(few.labels) == few.counts.shape[0] <= 11
 
 
@@ -707,7 +709,7 @@ def test_texts_about_cells_beside_those_of_their_studies(describing, tmp_path, m
         table.loc[::2, "answer"] = None
         return table
 
-    monkeypatch.setattr(CellWriter, "answer", answer)
+    monkeypatch.setattr(CellSentenceModel, "answer", answer)
     described.note = "Said below."
     numbers = dict(described(parameters("gpt2")))
     sources = made(study(30), *held_out).dataset("test").texts

@@ -26,7 +26,7 @@ from sct.errors import CheckpointError, DivergedError, StoreError
 from sct.families.tasks import make_task
 from sct.tasks.masked_expression import MaskedExpression
 from sct.train import loop
-from sct.train.checkpoint import Checkpoints, Progress
+from sct.train.checkpoint import Checkpoints, RunProgress
 from sct.train.logging import MetricLog
 from sct.train.state import State
 
@@ -235,7 +235,7 @@ def test_an_error_of_the_last_save_is_not_swallowed(tmp_path):
     state = State(jnp.zeros((), jnp.int32), {"a": jnp.ones(100_000)}, {}, (), jnp.zeros(2, jnp.uint32))
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     with files_no_larger_than(500), pytest.raises(CheckpointError, match=r"step 7 .*from the start\.$"):  # noqa: PT012
-        checkpoints.save(state, Progress(step=7))
+        checkpoints.save(state, RunProgress(step=7))
         checkpoints.close()
     assert Checkpoints(tmp_path / "checkpoints").latest is None
 
@@ -245,7 +245,7 @@ def test_an_error_in_the_background_is_told_before_the_next_save(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     checkpoints.check()
     with files_no_larger_than(500), pytest.raises(CheckpointError, match="step 7"):  # noqa: PT012
-        checkpoints.save(state, Progress(step=7))
+        checkpoints.save(state, RunProgress(step=7))
         end = time.monotonic() + 60
         while time.monotonic() < end:
             checkpoints.check()
@@ -282,7 +282,7 @@ def test_what_is_saved_is_the_state_of_its_step_although_it_is_donated(tmp_path)
     before = {}
     for number in (1, 2):
         before[number] = jax.tree.map(lambda leaf: np.array(leaf), state)
-        keep.save(state, Progress(step=number))
+        keep.save(state, RunProgress(step=number))
         for _ in range(5):
             state = step(state)
     keep.wait()
@@ -334,14 +334,14 @@ def test_metrics_are_the_same_however_often_a_run_is_stopped(config, tmp_path, m
     whole, folder, original = learn(plain, tmp_path / "whole"), tmp_path / "stopped", loop.sharding.put_batch
     drawn = 0
 
-    def counted(batch, mesh):
+    def is_target(batch, mesh):
         nonlocal drawn
         drawn -= 1
         if not drawn:
             signal.raise_signal(signal.SIGTERM)
         return original(batch, mesh)
 
-    monkeypatch.setattr(loop.sharding, "put_batch", counted)
+    monkeypatch.setattr(loop.sharding, "put_batch", is_target)
     steps = []
     for number in range(6):
         drawn = 1 + number % 3
@@ -390,18 +390,18 @@ def within_a_minute(function, *arguments):
     ids=["disk", "defect"],
 )
 def test_a_reader_that_fails_names_the_record(config, tmp_path, whole, monkeypatch, threads, error, kind):
-    plain, original = config(**SHORT, train__loader_threads=threads), BagSource.bag
+    plain, original = config(**SHORT, train__loader_threads=threads), BagSource.record
     source = make_task(plain, Store.open(plain["data"]["store"]))[0].dataset("train")
     bad = loop.Loader(source, 1, seed=0).describe(17)[0]  # of step 9
     assert bad.startswith("study 'study")
 
-    def bag(self, number, epoch=0):
+    def record(self, number, epoch=0):
         if self.describe(number, epoch) == bad:
             raise error
         return original(self, number, epoch)
 
     with monkeypatch.context() as patched:
-        patched.setattr(BagSource, "bag", bag)
+        patched.setattr(BagSource, "record", record)
         with pytest.raises(kind) as raised:
             within_a_minute(learn, plain, tmp_path / "run")
     assert bad in " ".join([str(raised.value), *getattr(raised.value, "__notes__", ())])

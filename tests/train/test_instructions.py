@@ -17,7 +17,7 @@ import sct
 from sct.data.store import Store
 from sct.data.text.instructions import StudyQuestions
 from sct.errors import ConfigError
-from sct.generation.cell_asker import CellAsker
+from sct.generation.instruction_model import InstructionModel
 from sct.models import registry
 from sct.models.decoder import Decoder
 from sct.models.zeromics import ZerOmics
@@ -61,9 +61,9 @@ def parameters(path: Path) -> Any:
 def batch_of(task: Instructions, number: int = 6) -> dict[str, np.ndarray]:
     source = task.dataset("train")
     assert source is not None
-    records = [source.bag(i) for i in range(number)]
+    records = [source.record(i) for i in range(number)]
     batch = {name: np.stack([record[name] for record in records]) for name in records[0]}
-    return {**batch, "weight": np.ones(number, np.float32)}
+    return {**batch, "example_mask": np.ones(number, np.float32)}
 
 
 @pytest.mark.slow
@@ -71,7 +71,7 @@ def test_the_loss_is_that_of_the_answers(studies):
     """From the logits of the whole model, one instruction at a time and without padding."""
     task, variables = task_of(studies), parameters(studies)
     batch = batch_of(task)
-    batch["weight"][-1] = 0
+    batch["example_mask"][-1] = 0
     loss, sums = jax.jit(task.loss, static_argnums=3)(variables, batch, jax.random.key(0), True)
     total, count, right, exact = 0.0, 0, 0, np.zeros(3)
     for row in range(5):
@@ -185,7 +185,7 @@ def test_answers_beside_a_control_that_gives_other_cells(studies):
             hits = np.array([[candidate == truth[i] for candidate in candidates] for i in order])
             return np.log(np.where(hits, 0.9, 0.05))
 
-    measured.asker = lambda variables: Perfect()
+    measured.instruction_model = lambda variables: Perfect()
     numbers = dict(measured(None))
     assert numbers[f"{MODEL}/accuracy"] == 1
     chance = float(np.square(np.unique(truth, return_counts=True)[1] / len(truth)).sum())
@@ -247,8 +247,10 @@ def test_both_stages_from_configurations(text_config, tmp_path):
     for place in (tmp_path / "run", tmp_path / "run" / "model"):
         model = sct.load(place)
         assert model.family == "zeromics"
-        asker = CellAsker.of(model.config, model.variables, model.tokenizer, model.genes, model.data)
-        assert asker.cells.max_genes == 40
+        instruction_model = InstructionModel.of(
+            model.config, model.variables, model.tokenizer, model.genes, model.data
+        )
+        assert instruction_model.cells.max_genes == 40
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
     assert settings["resolved_model"]["cells"]["num_genes"] == len(model.genes)
     assert settings["resolved_model"]["llm"]["vocab_size"] == model.tokenizer.vocab_size

@@ -289,7 +289,7 @@ def test_a_step_is_what_it_was(store):
     tokens[..., 100:] = 5
     batch = {
         "tokens": tokens.astype(np.uint8),
-        "weight": np.ones(2, np.float32),
+        "example_mask": np.ones(2, np.float32),
         "measured": np.ones((2, 104), bool),
     }
     for expected in golden:
@@ -369,8 +369,8 @@ def test_a_validation_of_few_records_is_spread_over_the_split(config, tmp_path):
     loader = loop.Loader(source, 2, shuffle=False, limit=3)
     batches = list(loader)
     assert len(batches) == len(loader) == 2
-    rows = [batch["rows"][i, 0] for batch in batches for i in range(2) if batch["weight"][i]]
-    assert rows == [source.bag(number)["rows"][0] for number in (0, 7, 14)]
+    rows = [batch["rows"][i, 0] for batch in batches for i in range(2) if batch["example_mask"][i]]
+    assert rows == [source.record(number)["rows"][0] for number in (0, 7, 14)]
     assert run(plain, tmp_path).reason == "finished"
 
 

@@ -46,10 +46,10 @@ def task_of(max_genes: int = 0, dropped: tuple[int, ...] = (), **options: Any) -
 def batch_of(task: MaskedBins, number: int = 5) -> dict[str, np.ndarray]:
     source = task.dataset("train")
     assert source is not None
-    records = [source.bag(i) for i in range(number)]
+    records = [source.record(i) for i in range(number)]
     return {
         **{name: np.stack([r[name] for r in records]) for name in records[0]},
-        "weight": np.ones(number, np.float32),
+        "example_mask": np.ones(number, np.float32),
     }
 
 
@@ -63,7 +63,9 @@ def test_what_is_hidden():
     task = task_of(masked=0.3, substituted=0.5)
     bins = jnp.asarray(np.random.default_rng(0).integers(0, 5, (400, 50)), jnp.int32)
     there = jnp.arange(400)[:, None] < 390
-    seen, masked = map(np.asarray, task.hide(jax.random.key(3), bins, jnp.broadcast_to(there, bins.shape)))
+    seen, masked = map(
+        np.asarray, task.mask_bins(jax.random.key(3), bins, jnp.broadcast_to(there, bins.shape))
+    )
     bins, expressed = np.asarray(bins), (np.asarray(bins) > 0) & np.asarray(there)
     assert not masked[~expressed].any()
     assert (seen[masked] == task.model_config.mask).all()
@@ -83,11 +85,11 @@ def test_the_loss_is_the_mean_of_two_cross_entropies(max_genes):
     """At masked places of cells that are there, from the logits of all places."""
     task, variables, key = task_of(max_genes, head_budget=1.0), parameters(), jax.random.key(5)
     batch = batch_of(task)
-    batch["weight"][-1] = 0
+    batch["example_mask"][-1] = 0
     loss, sums = task.loss(variables, batch, key, True)
     bins = batch["bins"].astype(int)
-    there = np.broadcast_to(batch["weight"][:, None] > 0, bins.shape)
-    seen, masked = task.hide(jax.random.split(key, 3)[0], jnp.asarray(bins), jnp.asarray(there))
+    there = np.broadcast_to(batch["example_mask"][:, None] > 0, bins.shape)
+    seen, masked = task.mask_bins(jax.random.split(key, 3)[0], jnp.asarray(bins), jnp.asarray(there))
     module = ZerOmicsCells(task.model_config)
     hidden = module.apply(variables, seen, batch.get("genes"), method="hidden")
     items = batch["genes"] if max_genes else np.broadcast_to(np.arange(GENES), bins.shape)
@@ -102,7 +104,7 @@ def test_the_loss_is_the_mean_of_two_cross_entropies(max_genes):
     assert float(sums["masked"]) == len(at[0]) > 3
     assert float(loss) == pytest.approx((total["bin"] + total["gene"]) / 2 / len(at[0]), rel=1e-4)
     assert float(sums["overflow"]) == 0
-    found = task.summarise({name: np.asarray(value) for name, value in sums.items()})
+    found = task.compute_metrics({name: np.asarray(value) for name, value in sums.items()})
     assert found["loss"] == pytest.approx(float(loss), rel=1e-5)
     assert "overflow" not in found
 
@@ -113,7 +115,9 @@ def test_a_budget_leaves_out_and_counts():
     _, sums = task.loss(parameters(), batch_of(task), key, True)
     assert float(sums["masked"]) == 2 * 5
     assert float(sums["overflow"]) > 10
-    assert task.summarise({n: np.asarray(v) for n, v in sums.items()})["overflow"] == float(sums["overflow"])
+    assert task.compute_metrics({n: np.asarray(v) for n, v in sums.items()})["overflow"] == float(
+        sums["overflow"]
+    )
 
 
 @pytest.mark.slow
@@ -169,7 +173,7 @@ def test_the_table_of_predicted_bins(max_genes):
     # A baseline by hand: the shares of bins over all training cells.
     cells = task.dataset("train")
     assert cells is not None
-    counts = np.bincount(np.concatenate([cells.bag(i)["bins"] for i in range(30)]), minlength=5)[1:]
+    counts = np.bincount(np.concatenate([cells.record(i)["bins"] for i in range(30)]), minlength=5)[1:]
     shares = (counts + 1) / (counts.sum() + 4)
     entropy = numbers["bins of all genes in training/cross-entropy"]
     assert entropy == pytest.approx(-(shares * np.log(shares)).sum(), rel=0.15)

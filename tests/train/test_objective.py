@@ -35,9 +35,9 @@ def task(config):
 
 @pytest.fixture
 def batch(task):
-    bags = [task.dataset("train").bag(i) for i in range(2)]
+    bags = [task.dataset("train").record(i) for i in range(2)]
     stacked = {key: jnp.stack([bag[key] for bag in bags]) for key in bags[0]}
-    return {**stacked, "weight": jnp.ones(2)}
+    return {**stacked, "example_mask": jnp.ones(2)}
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_budget_that_is_too_small_is_counted(task, batch, variables):
     _, sums = task.loss(variables, batch, rng, True)
     assert sums["overflow"] > 0
     assert sums["overflow"] + sums["masked"] == dense["masked"]
-    assert task.summarise(jax.device_get(sums))["overflow"] == sums["overflow"]
+    assert task.compute_metrics(jax.device_get(sums))["overflow"] == sums["overflow"]
 
 
 @pytest.mark.slow
@@ -113,7 +113,11 @@ def test_the_best_logits_are_those_of_an_ordinary_gene_for_every_kind_of_masking
     assert set(RULES) == {*masking.KINDS, masking.MIXTURE}
     share = np.asarray([0.62, 0.2, 0.1, 0.05, 0.03])
     tokens = np.random.default_rng(0).choice(5, (32, 4, 1000), p=share).astype(np.uint8)
-    batch = {"tokens": jnp.asarray(tokens), "measured": jnp.ones((32, 1000), bool), "weight": jnp.ones(32)}
+    batch = {
+        "tokens": jnp.asarray(tokens),
+        "measured": jnp.ones((32, 1000), bool),
+        "example_mask": jnp.ones(32),
+    }
     wrong = []
     for name, rule in RULES.items():
         task = Constant(rule)
@@ -149,7 +153,7 @@ def test_genes_that_were_not_measured_are_never_targets(task, batch, variables):
 
 def test_padding_takes_no_part(task, batch, variables):
     rng = jax.random.key(0)
-    filled = {**batch, "weight": jnp.array([1.0, 0.0])}
+    filled = {**batch, "example_mask": jnp.array([1.0, 0.0])}
     _, sums = task.loss(variables, filled, rng, False)
     mask = np.asarray(task.config.masking(rng, batch["tokens"], 5))
     assert sums["masked"] == mask[0].sum()

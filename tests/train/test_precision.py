@@ -28,9 +28,9 @@ def built(config, **options):
     mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     settings = OptimizerConfig(peak_lr=RATE, warmup_steps=0, schedule="constant", **options)
     abstract, make = init_state(task, lambda p: make_optimizer(settings, 10, p)[0], mesh, seed=0)
-    bags = [task.dataset("train").bag(i) for i in range(4)]
+    bags = [task.dataset("train").record(i) for i in range(4)]
     batch = {key: np.stack([bag[key] for bag in bags]) for key in bags[0]} | {
-        "weight": np.ones(4, np.float32)
+        "example_mask": np.ones(4, np.float32)
     }
     optimizer = make_optimizer(settings, 10, abstract.trained)[0]
     return (

@@ -16,7 +16,7 @@ from sct.errors import ConfigError, StoreError
 from sct.eval.imputation import scoring
 from sct.eval.reports import folder as report_folder
 from sct.train import experiment, loop, sweep
-from sct.train.checkpoint import Progress
+from sct.train.checkpoint import RunProgress
 
 SWEEP = {
     "norm_none": {"model": {"norm": "none"}},
@@ -212,7 +212,7 @@ def test_no_run_begins_after_a_signal(swept, tmp_path, monkeypatch, reason):
 
     def stopped(config, workdir):
         begun.append(Path(workdir).name)
-        return loop.Result(None, Progress(step=7), reason if len(begun) == 2 else "stop_at")
+        return loop.TrainResult(None, RunProgress(step=7), reason if len(begun) == 2 else "stop_at")
 
     monkeypatch.setattr(experiment, "run", stopped)
     ended = sweep.run(swept(), tmp_path)
@@ -256,9 +256,9 @@ def test_the_table_of_runs_survives_other_titles(tmp_path, swept, monkeypatch):
     runs = sweep.configurations(swept())
     numbers = {"mcc": [0.4, 0.5], "gain": [0.1, 0.2], "mae": [1.0, 2.0]}
     rows = [
-        scoring.Row("usual level", "other cells", True, "", [0.3], [0.0], [3.0], key="reference"),
+        scoring.ScoreRow("usual level", "other cells", True, "", [0.3], [0.0], [3.0], key="reference"),
         *(
-            scoring.Row("our network", "nothing", given, "", **numbers, key="model")
+            scoring.ScoreRow("our network", "nothing", given, "", **numbers, key="model")
             for given in (False, True)
         ),
     ]

@@ -15,10 +15,10 @@ from sct.atomic import remove, write_json
 from sct.data.counts import COUNTS
 from sct.data.genes.orthologues import Orthologues
 from sct.data.genes.vocabulary import GeneVocabulary
+from sct.data.ingest.input_files import Input, find_inputs
 from sct.data.ingest.inputs import IngestOptions, absolute_location
-from sct.data.ingest.sources import Input, find_inputs
 from sct.data.ingest.splits import assign_splits, check_splits
-from sct.data.ingest.workers import Job, run_jobs
+from sct.data.ingest.workers import IngestJob, run_jobs
 from sct.data.store import (
     ACTIVITY_VERSION,
     GENES,
@@ -132,7 +132,7 @@ def ingest(
     Parameters
     ----------
     inputs
-        Files, folders and ids as `sct.data.ingest.sources.find_inputs` takes them, or `(name, AnnData)` pairs.
+        Files, folders and ids as `sct.data.ingest.input_files.find_inputs` takes them, or `(name, AnnData)` pairs.
     output
         Folder of the store.
     vocabulary
@@ -277,7 +277,7 @@ def _plan(
     vocabulary: GeneVocabulary,
     options: IngestOptions,
     table: Orthologues | None,
-) -> tuple[list[Job], list[dict[str, Any]], dict[str, str]]:
+) -> tuple[list[IngestJob], list[dict[str, Any]], dict[str, str]]:
     """Tell inputs that are done from inputs to do; the third part is inputs that cannot even be looked at."""
     records: dict[str, list[dict[str, Any]]] = {}
     for file in sorted((root / STUDIES).glob("*.json")):
@@ -293,7 +293,7 @@ def _plan(
         _check_record(record, file)
         made.append(record)
     digest = options.digest(table)
-    jobs: list[Job] = []
+    jobs: list[IngestJob] = []
     kept: list[dict[str, Any]] = []
     refused: dict[str, str] = {}
     for item in found:
@@ -322,7 +322,7 @@ def _plan(
         if complete:
             kept += done
         else:
-            jobs.append(Job(item, fingerprint, tuple(each["name"] for each in done), table))
+            jobs.append(IngestJob(item, fingerprint, tuple(each["name"] for each in done), table))
     return jobs, kept, refused
 
 

@@ -18,9 +18,9 @@ from sct.data.coordinates import SECTION_COLUMNS, Scale, doubts
 from sct.data.counts import COUNTS, CountsChecker, Values, check_values, exact_integers
 from sct.data.genes.orthologues import MappedGenes, Orthologues, map_orthologues, read_orthologues
 from sct.data.genes.vocabulary import GeneAlignment, GeneVocabulary
-from sct.data.ingest.readers import Source, open_source
+from sct.data.ingest.input_files import Input, sanitise
+from sct.data.ingest.readers import OpenInput, open_source
 from sct.data.ingest.sorting import BucketSort, Sizes, cut_places, hilbert_rank, random_rank
-from sct.data.ingest.sources import Input, sanitise
 from sct.data.ingest.writer import MAX_COUNT, portable_table, write_study, writing
 from sct.data.store import SCHEMA_VERSION, STUDIES, study_path
 from sct.errors import ConfigError, DataError
@@ -185,7 +185,7 @@ def ingest_input(
 
 
 def _write_studies(
-    source: Source,
+    source: OpenInput,
     item: Input,
     folder: Path,
     spill: Path,
@@ -283,7 +283,7 @@ def _write_studies(
 
 
 def _align(
-    source: Source, vocabulary: GeneVocabulary, options: IngestOptions, table: Orthologues | None
+    source: OpenInput, vocabulary: GeneVocabulary, options: IngestOptions, table: Orthologues | None
 ) -> tuple[GeneAlignment, MappedGenes | None]:
     """Which column holds which gene, and how genes of another species were mapped."""
     mapped = None
@@ -305,7 +305,7 @@ def _align(
     return alignment, mapped
 
 
-def _doubts(source: Source, groups: Sequence[tuple[str, np.ndarray]], options: IngestOptions) -> list[str]:
+def _doubts(source: OpenInput, groups: Sequence[tuple[str, np.ndarray]], options: IngestOptions) -> list[str]:
     """Notes about positions that look wrong, or where those of several sections may share one plane."""
     if source.spatial is None:
         return []
@@ -326,7 +326,7 @@ def _doubts(source: Source, groups: Sequence[tuple[str, np.ndarray]], options: I
     return found
 
 
-def _groups(source: Source, name: str, study_key: str | None) -> list[tuple[str, np.ndarray]]:
+def _groups(source: OpenInput, name: str, study_key: str | None) -> list[tuple[str, np.ndarray]]:
     """Studies of a source, each with the numbers of its rows."""
     if study_key is None:
         return [(name, np.arange(len(source.obs)))]
@@ -353,7 +353,7 @@ def _groups(source: Source, name: str, study_key: str | None) -> list[tuple[str,
 
 
 def _stream(
-    source: Source,
+    source: OpenInput,
     alignment: GeneAlignment,
     sort: BucketSort,
     place: np.ndarray,

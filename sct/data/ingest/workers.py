@@ -13,15 +13,15 @@ from typing import Any
 
 from sct.data.genes.orthologues import Orthologues
 from sct.data.genes.vocabulary import GeneVocabulary
+from sct.data.ingest.input_files import Input
 from sct.data.ingest.inputs import IngestOptions, ingest_input
 from sct.data.ingest.readers import count_cells
-from sct.data.ingest.sources import Input
 from sct.errors import SctError, StoreError
-from sct.progress import Bar, progress
+from sct.progress import ProgressBar, progress
 
 
 @dataclass(frozen=True)
-class Job:
+class IngestJob:
     """One input to do, its fingerprint, the studies that an earlier version of it left, and the table of its genes.
 
     All processes have the one table that was read, and its digest, whatever becomes of the file.
@@ -34,7 +34,7 @@ class Job:
 
 
 def run_jobs(
-    root: Path, jobs: list[Job], vocabulary: GeneVocabulary, options: IngestOptions
+    root: Path, jobs: list[IngestJob], vocabulary: GeneVocabulary, options: IngestOptions
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Do the jobs, here or in other processes; a refused input does not stop the others."""
     if not jobs:
@@ -47,7 +47,7 @@ def run_jobs(
     fresh: list[dict[str, Any]] = []
     refused: dict[str, str] = {}
 
-    def take(job: Job, outcome: list[dict[str, Any]] | str) -> None:
+    def take(job: IngestJob, outcome: list[dict[str, Any]] | str) -> None:
         if isinstance(outcome, str):
             refused[job.item.location] = outcome
             bar.write(f"{job.item.location} is refused, the others go on")
@@ -66,7 +66,7 @@ def run_jobs(
 class _Meter:
     """Turns the progress of one input into whole cells on a bar."""
 
-    def __init__(self, bar: Bar, name: str):
+    def __init__(self, bar: ProgressBar, name: str):
         self._bar, self._name, self._rest = bar, name, 0.0
 
     def __call__(self, cells: float) -> None:
@@ -90,14 +90,19 @@ def _count_done(cells: float) -> None:
 
 
 def _worker(
-    root: Path, job: Job, vocabulary: GeneVocabulary, options: IngestOptions
+    root: Path, job: IngestJob, vocabulary: GeneVocabulary, options: IngestOptions
 ) -> list[dict[str, Any]] | str:
     return _attempt(root, job, vocabulary, options, _count_done)
 
 
 def _in_pool(
-    root: Path, jobs: list[Job], vocabulary: GeneVocabulary, options: IngestOptions, processes: int, bar: Bar
-) -> Iterator[tuple[Job, list[dict[str, Any]] | str]]:
+    root: Path,
+    jobs: list[IngestJob],
+    vocabulary: GeneVocabulary,
+    options: IngestOptions,
+    processes: int,
+    bar: ProgressBar,
+) -> Iterator[tuple[IngestJob, list[dict[str, Any]] | str]]:
     context = multiprocessing.get_context("spawn")
     done = context.Value("d", 0.0)
     meter = _Meter(bar, "")
@@ -107,7 +112,7 @@ def _in_pool(
     try:
         # The largest first, so that no process is left alone with one at the end.
         order = sorted(jobs, key=lambda job: -_size(job.item))
-        waiting: dict[Future[Any], Job] = {
+        waiting: dict[Future[Any], IngestJob] = {
             pool.submit(_worker, root, job, vocabulary, options): job for job in order
         }
         while waiting:
@@ -138,7 +143,7 @@ def _size(item: Input) -> int:
 
 def _attempt(
     root: Path,
-    job: Job,
+    job: IngestJob,
     vocabulary: GeneVocabulary,
     options: IngestOptions,
     advance: Callable[[float], None],

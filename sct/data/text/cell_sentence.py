@@ -17,8 +17,8 @@ from scipy import sparse
 
 from sct.data.genes.alignment import some
 from sct.data.normalization import TARGET, per_count
+from sct.data.text.gene_tokens import GeneTokens
 from sct.data.text.ranking import Ranked, canonical, cell_keys, choose, hash_names, mix, rank, sort_rows
-from sct.data.text.words import Words
 from sct.errors import DataError
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
     "counts_like",
     "expression",
     "fit_rank",
-    "normalise",
+    "normalize",
     "quality",
     "rank",
     "sentences",
@@ -64,7 +64,7 @@ class RankFit:
     top_k: int | None
 
 
-def normalise(counts: sparse.csr_matrix, target: float = TARGET) -> sparse.csr_matrix:
+def normalize(counts: sparse.csr_matrix, target: float = TARGET) -> sparse.csr_matrix:
     """Normalised expression log10(1 + target x count / cell sum), float32 CSR (N, G) (equation 1).
 
     Empty cells stay empty.
@@ -262,7 +262,7 @@ def expression(
     if isinstance(sentences, str) or not all(isinstance(text, str) for text in texts):
         raise DataError("the sentences are not a list of texts; give one text per cell")
     names = _checked_names(names, len(names), separator)
-    words = Words(names)
+    words = GeneTokens(names)
     blocks = [
         _restore(texts[start : start + _BLOCK], words, fit, separator)
         for start in range(0, max(len(texts), 1), _BLOCK)
@@ -276,7 +276,7 @@ def expression(
 
 
 def _restore(
-    texts: list[str], names: Words, fit: RankFit, separator: str
+    texts: list[str], names: GeneTokens, fit: RankFit, separator: str
 ) -> tuple[sparse.csr_matrix, np.ndarray]:
     """Expression of some sentences, and n_words, n_valid and n_unique of each, int64 (3, n)."""
     if separator.isspace() or not separator:

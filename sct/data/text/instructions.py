@@ -106,7 +106,7 @@ def read_study_texts(path: str | Path) -> dict[str, dict[str, Any]]:
     return content
 
 
-class Labelled(Protocol):
+class LabeledCells(Protocol):
     """Cells with labels, such as a `sct.data.store.Study`."""
 
     @property
@@ -140,10 +140,10 @@ class StudyQuestions:
         The study has no abstract.
     """
 
-    def __init__(self, study: Labelled, options: InstructionOptions):
+    def __init__(self, study: LabeledCells, options: InstructionOptions):
         self.study, self.options = study, options
-        self.said = options.studies.get(study.name, {})
-        if "abstract" not in self.said:
+        self.study_metadata = options.studies.get(study.name, {})
+        if "abstract" not in self.study_metadata:
             raise ConfigError(
                 f"the study {study.name!r} has no abstract: add `{study.name}: {{abstract: ...}}` to the file of "
                 "data.studies."
@@ -185,8 +185,8 @@ class StudyQuestions:
         """Types that are rare in the study."""
         if self.cell_types is None:
             return frozenset()
-        if "rare" in self.said:
-            return frozenset(self.said["rare"]) & frozenset(self.cell_types)
+        if "rare" in self.study_metadata:
+            return frozenset(self.study_metadata["rare"]) & frozenset(self.cell_types)
         shares = pd.Series(self.cell_types[self.cell_types != ""]).value_counts(normalize=True)
         return frozenset(shares.index[shares < self.options.rare_share])
 
@@ -219,7 +219,7 @@ class StudyQuestions:
         if values is None:
             return []
         there = set(values) - {""}
-        listed = self.said.get(field)
+        listed = self.study_metadata.get(field)
         if listed is None:
             return sorted(there - set(without))
         if there - {NORMAL} and not there & set(listed):
@@ -312,7 +312,7 @@ def tokens_of(example: Example, tokenizer: Tokenizer, num_soft: int) -> tuple[np
 
 
 class InstructionSource:
-    """Cells with an instruction each; see `sct.data.loader.Source`.
+    """Cells with an instruction each; see `sct.data.loader.RecordSource`.
 
     A record is that of `sct.data.cell_records.CellSource`, and `input_ids` int32 (T,), `there` bool (T,), `predicted`
     bool (T,), the tokens of the answer and its end, and `task` int32 (), its number among the options'.
@@ -366,7 +366,7 @@ class InstructionSource:
     def _check_rare(self) -> None:
         """Raise `ConfigError` where a file lists rare types, but not as the cells have them."""
         for each in self.questions.values():
-            listed = set(each.said.get("rare", ()))
+            listed = set(each.study_metadata.get("rare", ()))
             if each.cell_types is not None and listed and not listed & set(each.cell_types):
                 raise ConfigError(
                     f"the file of data.studies lists rare types of {each.study.name!r}, but no cell has one of them: "
@@ -379,12 +379,14 @@ class InstructionSource:
             for task, _ in self.options.tasks:
                 for number in range(len(self.prompts.templates[task])):
                     if candidates := each.candidates.get(task):
-                        fields = fields_of(task, each.said["abstract"], candidates, (0,), each.longest(task))
+                        fields = fields_of(
+                            task, each.study_metadata["abstract"], candidates, (0,), each.longest(task)
+                        )
                         example = self.prompts.render(task, fields, number=number)
                         tokens, _ = tokens_of(example, self.tokenizer, self.options.num_soft)
                         self._check_length(len(tokens), each.study)
 
-    def _check_length(self, number: int, study: Labelled) -> None:
+    def _check_length(self, number: int, study: LabeledCells) -> None:
         if number > self.options.length:
             raise ConfigError(
                 f"an instruction about the study {study.name!r} has {number} tokens, but rows have "
@@ -407,12 +409,12 @@ class InstructionSource:
         key = (self.options.seed, int(asked.keys[row]), epoch)
         task = draw_task(able, key)
         fields = fields_of(
-            task, asked.said["abstract"], asked.candidates[task], (*key, 1), asked.answer(task, row)
+            task, asked.study_metadata["abstract"], asked.candidates[task], (*key, 1), asked.answer(task, row)
         )
         number = [name for name, _ in self.options.tasks].index(task)
         return number, self.prompts.render(task, fields, seed=key[0], key=key[1], epoch=epoch)
 
-    def bag(self, number: int, epoch: int = 0) -> dict[str, np.ndarray]:
+    def record(self, number: int, epoch: int = 0) -> dict[str, np.ndarray]:
         """Record of a cell."""
         study, rows = self.cells.cells.rows(number, epoch)
         task, example = self.example(study, int(rows[0]), epoch)
@@ -424,7 +426,7 @@ class InstructionSource:
             self._check_length(len(tokens), study)
             ids[: len(tokens)], there[: len(tokens)] = tokens, True
             predicted[question : len(tokens)] = True
-        own = self.cells.bag(number, epoch)
+        own = self.cells.record(number, epoch)
         return {
             **own,
             "input_ids": ids,

@@ -163,7 +163,7 @@ def _draw(tasks: Sequence[tuple[str, float]], fields: Mapping[str, Any], key: tu
 
 
 class SentenceSource:
-    """Records of cell sentences; see `sct.data.loader.Source`.
+    """Records of cell sentences; see `sct.data.loader.RecordSource`.
 
     A record is a row of T tokens with the texts of a few cells that follow each other in the store, which is a random
     order. How many is chosen from the lengths of some of them, so that rows are seldom too short; what does not fit
@@ -273,7 +273,7 @@ class SentenceSource:
             for prompt, response in zip(prompts, responses, strict=True)
         ]
 
-    def bag(self, number: int, epoch: int = 0) -> dict[str, np.ndarray]:
+    def record(self, number: int, epoch: int = 0) -> dict[str, np.ndarray]:
         """Record of a row.
 
         Returns

@@ -19,7 +19,7 @@ from sct.extras import load_extra
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Cells:
+class BaselineCells:
     """Labelled cells.
 
     Attributes
@@ -55,7 +55,7 @@ def _fit(values: sparse.csr_matrix, components: int) -> Any:
     return decomposition.PCA(components, svd_solver="arpack", random_state=0).fit(values)
 
 
-def _by_scanpy(cells: Cells) -> Any:
+def _by_scanpy(cells: BaselineCells) -> Any:
     """AnnData of log1p counts per 10,000 by scanpy's own functions, whose recipe it is: rounding included."""
     scanpy = load_extra("scanpy", "analysis")
     from anndata import AnnData
@@ -66,7 +66,7 @@ def _by_scanpy(cells: Cells) -> Any:
     return adata
 
 
-def hvg_pca(cells: Cells, genes: int, seed: int) -> np.ndarray:
+def hvg_pca(cells: BaselineCells, genes: int, seed: int) -> np.ndarray:
     """Principal components (N, P) by scanpy's standard recipe: variable genes, scaled and clipped at 10."""
     scanpy = load_extra("scanpy", "analysis")
     adata = _by_scanpy(cells)
@@ -76,7 +76,7 @@ def hvg_pca(cells: Cells, genes: int, seed: int) -> np.ndarray:
     return adata.obsm["X_pca"]
 
 
-def scvi(cells: Cells, genes: int, seed: int, epochs: int | None = None) -> np.ndarray:
+def scvi(cells: BaselineCells, genes: int, seed: int, epochs: int | None = None) -> np.ndarray:
     """Latent space (N, 10) of scVI with its defaults, trained on the counts of variable genes and the batches.
 
     Raises
@@ -112,7 +112,7 @@ def scvi(cells: Cells, genes: int, seed: int, epochs: int | None = None) -> np.n
         return model.get_latent_representation()
 
 
-def classify(cells: Cells, seed: int, folds: int = 5, k: int = 5) -> dict[str, tuple[float, float]]:
+def classify(cells: BaselineCells, seed: int, folds: int = 5, k: int = 5) -> dict[str, tuple[float, float]]:
     """Labels predicted from principal components, both fitted on the cells of the training folds.
 
     Returns

@@ -13,7 +13,7 @@ from scipy import sparse
 from sct.errors import ConfigError, DataError, SctError
 from sct.eval import metrics
 from sct.eval.embedding import baselines
-from sct.eval.embedding.baselines import Cells
+from sct.eval.embedding.baselines import BaselineCells
 from sct.eval.reports.report import FITTED_ON, METHOD, REMARK, Column, Report
 from sct.extras import load_extra
 from sct.progress import track
@@ -27,11 +27,9 @@ PCA, HVG_PCA, SCVI = "PCA", "HVG + PCA", "scVI"
 PCA_KNN, PCA_LOGISTIC = "PCA + k-NN", "PCA + logistic regression"
 BASELINES = (PCA, HVG_PCA, SCVI, PCA_KNN, PCA_LOGISTIC)
 
-Numbers = dict[str, dict[str, list[float]]]
-
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class EmbeddingMethod:
     """An embedding to measure.
 
     Attributes
@@ -57,7 +55,7 @@ class Method:
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class EmbeddingMetricOptions:
     """How embeddings are measured; the defaults are the published recipe where there is one.
 
     Attributes
@@ -112,12 +110,12 @@ class Options:
 
 
 def measure(
-    methods: Mapping[str, Method | np.ndarray],
+    methods: Mapping[str, EmbeddingMethod | np.ndarray],
     counts: Any,
     labels: Any,
     batch: Any = None,
-    options: Options | None = None,
-) -> tuple[Report, Numbers]:
+    options: EmbeddingMetricOptions | None = None,
+) -> tuple[Report, metrics.MetricDraws]:
     """Measure embeddings of the same cells beside baselines (sCT paper, section 4, Table 3).
 
     Cells are classified by the k nearest neighbours of the embedding that lie in the training folds, clustered by
@@ -134,13 +132,13 @@ def measure(
     Parameters
     ----------
     methods
-        Name -> an embedding (N, D), which is taken for a zero-shot one, or a `Method`.
+        Name -> an embedding (N, D), which is taken for a zero-shot one, or a `EmbeddingMethod`.
     counts
         (N, G) raw counts of these cells.
     labels, batch
         (N,) cell types, and batches or None.
     options
-        See `Options`.
+        See `EmbeddingMetricOptions`.
 
     Returns
     -------
@@ -154,18 +152,18 @@ def measure(
     ConfigError
         A method is called like a baseline.
     """
-    options = options or Options()
+    options = options or EmbeddingMetricOptions()
     cells, kept, notes = _labelled(counts, labels, batch, options.components)
     if taken := [name for name in map(options.name, options.baselines) if name in methods]:
         raise ConfigError(f"a method is called {taken[0]!r} like a baseline; give it another name.")
-    rows: dict[str, Method] = {}
+    rows: dict[str, EmbeddingMethod] = {}
     for name, method in methods.items():
-        rows[name] = method if isinstance(method, Method) else Method(np.asarray(method))
+        rows[name] = method if isinstance(method, EmbeddingMethod) else EmbeddingMethod(np.asarray(method))
     rows |= {name: method for name, method in _fitted(cells, options).items() if name in options.baselines}
     supervised = [name for name in (PCA_KNN, PCA_LOGISTIC) if name in options.baselines]
 
     report = Report(_title(cells), _columns(cells, options), notes=(*notes, *_notes(cells, options)))
-    numbers: Numbers = {}
+    numbers: metrics.MetricDraws = {}
     # The classifiers share the components of their training folds, so that they are one piece of work.
     for name in track([*rows, *supervised[:1]], "measuring embeddings"):
         if name in rows:
@@ -179,7 +177,9 @@ def measure(
     return report, numbers
 
 
-def _labelled(counts: Any, labels: Any, batch: Any, components: int) -> tuple[Cells, np.ndarray, list[str]]:
+def _labelled(
+    counts: Any, labels: Any, batch: Any, components: int
+) -> tuple[BaselineCells, np.ndarray, list[str]]:
     """Cells that have a label, which of the given ones these are, and what to say of the others."""
     names = pd.Series(np.asarray(labels, dtype=object))
     for what, given in (("labels", names), ("batches", names if batch is None else batch)):
@@ -201,7 +201,7 @@ def _labelled(counts: Any, labels: Any, batch: Any, components: int) -> tuple[Ce
                 f"the labelled cells have {number} batch and at least two are needed; "
                 "leave the batch out or name another column."
             )
-    cells = Cells(
+    cells = BaselineCells(
         sparse.csr_matrix(counts)[kept].astype(np.float32),
         metrics.codes(names.to_numpy()[kept]),
         batches,
@@ -211,12 +211,12 @@ def _labelled(counts: Any, labels: Any, batch: Any, components: int) -> tuple[Ce
     return cells, kept, notes
 
 
-def _title(cells: Cells) -> str:
+def _title(cells: BaselineCells) -> str:
     batches = "" if cells.batch is None else f", {cells.batch.max() + 1} batches"
     return f"Embedding of {len(cells.labels):,} cells, {cells.labels.max() + 1} labels{batches}"
 
 
-def _columns(cells: Cells, options: Options) -> tuple[Column | str, ...]:
+def _columns(cells: BaselineCells, options: EmbeddingMetricOptions) -> tuple[Column | str, ...]:
     accuracy = (f"{options.k}-NN accuracy", "macro F1", "NMI", "ARI", "silhouette")
     return (
         METHOD,
@@ -227,12 +227,12 @@ def _columns(cells: Cells, options: Options) -> tuple[Column | str, ...]:
     )
 
 
-def _scib_columns(options: Options) -> tuple[str, ...]:
+def _scib_columns(options: EmbeddingMetricOptions) -> tuple[str, ...]:
     groups = (options.scib, "bio", "batch", "total")
     return (*[name for name in metrics.SCIB_METRICS if name in options.scib], *groups[1:])
 
 
-def _notes(cells: Cells, options: Options) -> Iterator[str]:
+def _notes(cells: BaselineCells, options: EmbeddingMetricOptions) -> Iterator[str]:
     sizes = np.bincount(cells.labels)
     if (small := sizes[sizes < options.folds]).size:
         yield (
@@ -275,7 +275,7 @@ def _reason(error: Exception) -> str:
 
 
 def _measure(
-    method: Method, cells: Cells, kept: np.ndarray | None, options: Options
+    method: EmbeddingMethod, cells: BaselineCells, kept: np.ndarray | None, options: EmbeddingMetricOptions
 ) -> tuple[dict[str, list[float]], list[str]]:
     """Every metric of one embedding: its values by column, and remarks."""
     remarks = [method.remark]
@@ -302,7 +302,7 @@ def _measure(
     return values, remarks
 
 
-def _checked(embedding: Any, cells: Cells, kept: np.ndarray | None) -> np.ndarray:
+def _checked(embedding: Any, cells: BaselineCells, kept: np.ndarray | None) -> np.ndarray:
     """An embedding (labelled cells, D) of finite float32; `kept` tells which of its rows are labelled."""
     array = np.asarray(embedding, dtype=np.float32)
     expected = len(cells.labels) if kept is None else len(kept)
@@ -314,7 +314,9 @@ def _checked(embedding: Any, cells: Cells, kept: np.ndarray | None) -> np.ndarra
     return array
 
 
-def _accuracy(fits: list[np.ndarray], cells: Cells, options: Options) -> dict[str, list[float]]:
+def _accuracy(
+    fits: list[np.ndarray], cells: BaselineCells, options: EmbeddingMetricOptions
+) -> dict[str, list[float]]:
     scores = [
         metrics.knn_accuracy(fits[seed % len(fits)], cells.labels, options.k, seed=seed, folds=options.folds)
         for seed in range(options.seeds)
@@ -325,7 +327,9 @@ def _accuracy(fits: list[np.ndarray], cells: Cells, options: Options) -> dict[st
     }
 
 
-def _clusters(fits: list[np.ndarray], cells: Cells, options: Options) -> dict[str, list[float]]:
+def _clusters(
+    fits: list[np.ndarray], cells: BaselineCells, options: EmbeddingMetricOptions
+) -> dict[str, list[float]]:
     load_extra("igraph", "analysis")  # told before the neighbours are searched
     graphs = [metrics.neighbor_graph(fit, options.graph_neighbors) for fit in fits]
     clusters = [
@@ -338,14 +342,18 @@ def _clusters(fits: list[np.ndarray], cells: Cells, options: Options) -> dict[st
     }
 
 
-def _silhouette(fits: list[np.ndarray], cells: Cells, options: Options) -> dict[str, list[float]]:
+def _silhouette(
+    fits: list[np.ndarray], cells: BaselineCells, options: EmbeddingMetricOptions
+) -> dict[str, list[float]]:
     # Random only where the cells are a sample.
     times = options.seeds if len(cells.labels) > metrics.SILHOUETTE_CELLS else len(fits)
     widths = [metrics.silhouette(fits[s % len(fits)], cells.labels, seed=s) for s in range(times)]
     return {"silhouette": widths}
 
 
-def _scib(fits: list[np.ndarray], cells: Cells, options: Options) -> dict[str, list[float]]:
+def _scib(
+    fits: list[np.ndarray], cells: BaselineCells, options: EmbeddingMetricOptions
+) -> dict[str, list[float]]:
     results = [
         metrics.scib(fit, cells.labels, cells.batch, before=cells.principal, metrics=options.scib)
         for fit in fits
@@ -353,15 +361,15 @@ def _scib(fits: list[np.ndarray], cells: Cells, options: Options) -> dict[str, l
     return {name: [result[name] for result in results] for name in _scib_columns(options)}
 
 
-def _fitted(cells: Cells, options: Options) -> dict[str, Method]:
+def _fitted(cells: BaselineCells, options: EmbeddingMetricOptions) -> dict[str, EmbeddingMethod]:
     """Baselines that are embeddings, fitted on the counts of these cells."""
     batches = "" if cells.batch is None else " and their batches"
     once = "one training, seed 0" if options.scvi_fits == 1 else f"{options.scvi_fits} trainings"
     once += "" if options.scvi_epochs is None else f", {options.scvi_epochs} epochs"
     return {
-        PCA: Method(lambda seed: cells.principal, THESE_CELLS),
-        HVG_PCA: Method(lambda seed: baselines.hvg_pca(cells, options.genes, seed), THESE_CELLS),
-        SCVI: Method(
+        PCA: EmbeddingMethod(lambda seed: cells.principal, THESE_CELLS),
+        HVG_PCA: EmbeddingMethod(lambda seed: baselines.hvg_pca(cells, options.genes, seed), THESE_CELLS),
+        SCVI: EmbeddingMethod(
             lambda seed: baselines.scvi(cells, options.genes, seed, options.scvi_epochs),
             THESE_CELLS + batches,
             options.scvi_fits,
@@ -371,7 +379,7 @@ def _fitted(cells: Cells, options: Options) -> dict[str, Method]:
 
 
 def _classified(
-    names: list[str], cells: Cells, options: Options
+    names: list[str], cells: BaselineCells, options: EmbeddingMetricOptions
 ) -> dict[str, tuple[dict[str, list[float]], list[str]]]:
     """Values and remarks of the classifiers of components, by the name of their row."""
     columns = (f"{options.k}-NN accuracy", "macro F1")

@@ -17,7 +17,6 @@ from sct.eval.generation.measures import (
     KS,
     QUALITY,
     CellSet,
-    Numbers,
     expression_distances,
     gromov_wasserstein,
     mean_correlations,
@@ -39,7 +38,7 @@ Express = Callable[[sparse.csr_matrix], tuple[Any, Sequence[str] | None]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class GenerationOptions:
     """How generated cells are measured.
 
     Attributes
@@ -127,7 +126,7 @@ def profile_counts(
 
 
 def _split(
-    generated: CellSet, real: CellSet, labels: Sequence[Any], options: Options, seed: int
+    generated: CellSet, real: CellSet, labels: Sequence[Any], options: GenerationOptions, seed: int
 ) -> tuple[CellSet, CellSet, CellSet]:
     """Real cells to compare with; and generated and other real cells, as many of each label."""
     rng = np.random.default_rng(seed)
@@ -179,7 +178,7 @@ def _column(k: int, space: str) -> str:
 
 
 def _by_label(
-    cells: CellSet, distances: Mapping[str, np.ndarray], reference: CellSet, options: Options
+    cells: CellSet, distances: Mapping[str, np.ndarray], reference: CellSet, options: GenerationOptions
 ) -> dict[str, float]:
     """Measures that depend on the labels of the cells."""
     values: dict[str, float] = {}
@@ -204,8 +203,8 @@ def compare(
     training_labels: Any = None,
     *,
     express: Express = log_normalised,
-    options: Options | None = None,
-) -> tuple[Report, Numbers]:
+    options: GenerationOptions | None = None,
+) -> tuple[Report, metrics.MetricDraws]:
     """Generated cells beside what a generator can reach, and beside what needs none (Cell2Sentence, Tables 1, 7, 8).
 
     For each seed the real cells of a label are halved. One half is what all rows are compared with; of the other
@@ -226,7 +225,7 @@ def compare(
     express
         Raw counts (n, G) -> expression (n, G) and n sentences or None, as the real cells were made.
     options
-        See `Options`.
+        See `GenerationOptions`.
 
     Returns
     -------
@@ -238,7 +237,7 @@ def compare(
     DataError
         Fewer than two labels can be compared, or genes differ.
     """
-    options = options or Options()
+    options = options or GenerationOptions()
     if (training_counts is None) != (training_labels is None):
         raise ConfigError("of the training cells either counts or labels were given; give both or none.")
     labels, notes = _shared_labels(generated, real, training_labels)
@@ -253,7 +252,7 @@ def compare(
         fitted_on |= {COPIED: TRAINING, PROFILE: TRAINING}
     fitted_on |= {CHANCE: HELD_OUT, MAJORITY: HELD_OUT}
     columns = [_column(k, space) for space in spaces for k in options.ks]
-    numbers: Numbers = {name: {} for name in fitted_on}
+    numbers: metrics.MetricDraws = {name: {} for name in fitted_on}
 
     for seed in track(range(options.seeds), "measuring generated cells"):
         reference, made, others = _split(generated, real, labels, options, seed)
@@ -301,7 +300,9 @@ def _expressed(express: Express, counts: sparse.csr_matrix, labels: np.ndarray) 
     return expression, labels, sentences
 
 
-def _available(generated: CellSet, real: CellSet, options: Options) -> tuple[list[str], bool, list[str]]:
+def _available(
+    generated: CellSet, real: CellSet, options: GenerationOptions
+) -> tuple[list[str], bool, list[str]]:
     """Spaces of neighbours, whether Gromov-Wasserstein is measured, and which libraries are missing."""
     spaces, measured, missing = ["expression"], options.max_cells > 0, []
     if generated.sentences is not None and real.sentences is not None:
@@ -332,7 +333,7 @@ def _guesses(made: np.ndarray, real: np.ndarray, columns: Sequence[str]) -> dict
     }
 
 
-def _notes(made: CellSet, reference: CellSet, options: Options) -> list[str]:
+def _notes(made: CellSet, reference: CellSet, options: GenerationOptions) -> list[str]:
     notes = [
         f"Each of {options.seeds} draws compares {len(made):,} cells of a row with {len(reference):,} real ones, "
         "which are half of the held-out cells of each label."

@@ -20,7 +20,6 @@ from sct.extras import load_extra
 
 KS = (3, 5, 10, 25)
 QUALITY = ("length", "valid genes", "unique genes")
-Numbers = dict[str, dict[str, list[float]]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -13,8 +13,8 @@ from scipy import sparse
 from sct.data.gene_selection import variable_genes
 from sct.errors import DataError
 from sct.eval import metrics
-from sct.eval.generation.cells import GENERATED, REAL, SHUFFLED, Options, _split
-from sct.eval.generation.measures import CellSet, Numbers, correlations, mean_profiles
+from sct.eval.generation.cells import GENERATED, REAL, SHUFFLED, GenerationOptions, _split
+from sct.eval.generation.measures import CellSet, correlations, mean_profiles
 from sct.eval.reports.report import Report
 from sct.extras import load_extra
 from sct.progress import track
@@ -121,8 +121,8 @@ def compare_perturbations(
     real: CellSet,
     training: CellSet,
     opposite: Mapping[Any, Any],
-    options: Options | None = None,
-) -> tuple[Report, Numbers]:
+    options: GenerationOptions | None = None,
+) -> tuple[Report, metrics.MetricDraws]:
     """Cells generated for unseen conditions beside a ceiling and controls (Cell2Sentence, section 4.2, Table 2).
 
     Cells are drawn as in `compare`. The variable genes are those of the training cells; the differential genes
@@ -135,7 +135,7 @@ def compare_perturbations(
     generated, real, training, opposite
         See `perturbation_correlations`.
     options
-        See `Options`.
+        See `GenerationOptions`.
 
     Returns
     -------
@@ -148,7 +148,7 @@ def compare_perturbations(
     MissingExtraError
         scanpy is not installed.
     """
-    options = options or Options()
+    options = options or GenerationOptions()
     for condition, other in opposite.items():
         for cells, label, least, what in (
             (generated, condition, 1, "generated"),
@@ -159,7 +159,7 @@ def compare_perturbations(
                 raise DataError(f"{label!r} has {number} {what} cells; give {least} or more or leave it out.")
     genes = chosen_genes(training.expression, options.variable_genes, log_base=options.log_base)
     names = (GENERATED, SHUFFLED, REAL, NO_CHANGE)
-    numbers: Numbers = {name: {column: [] for column in PERTURBATION_COLUMNS} for name in names}
+    numbers: metrics.MetricDraws = {name: {column: [] for column in PERTURBATION_COLUMNS} for name in names}
     for seed in track(range(options.seeds), "measuring perturbations"):
         reference, made, others = _split(generated, real, list(opposite), options, seed)
         differential = {

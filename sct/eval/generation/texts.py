@@ -28,11 +28,10 @@ PAIRED = ("cosine (own)", "cosine (others)", "t", "p (t)", "KS", "p (KS)", "Pear
 DISTRIBUTIONS = ("MMD", "Wasserstein")
 WORDS = ("BLEU", *ROUGE)
 
-Embed = Callable[[Sequence[str]], np.ndarray]
-Numbers = dict[str, dict[str, list[float]]]
+EmbedTexts = Callable[[Sequence[str]], np.ndarray]
 
 
-def tfidf_embedding(fitted_on: Sequence[str], components: int = 100, *, seed: int = 0) -> Embed:
+def tfidf_embedding(fitted_on: Sequence[str], components: int = 100, *, seed: int = 0) -> EmbedTexts:
     """Embedding of texts by their words, which needs no download: TF-IDF and a truncated SVD.
 
     It knows which words texts share, not what they mean: a paraphrase in other words is far away, and a word that no
@@ -279,10 +278,10 @@ def compare(
     pairs: Any,
     training: Sequence[str] = (),
     *,
-    embed: Embed | None = None,
+    embed: EmbedTexts | None = None,
     embedding: str = "a given embedding",
     seeds: int = 5,
-) -> tuple[Report, Numbers]:
+) -> tuple[Report, metrics.MetricDraws]:
     """Generated texts beside controls (Cell2Sentence, section 4.4, Table 4).
 
     Below each set of generated texts stands the same with pairs shuffled: what the similarity of texts is that do
@@ -337,7 +336,7 @@ def compare(
         f"{len(pairs):,} generated texts for {len(np.unique(pairs))} of {len(true)} true texts",
         ("texts", Column("made_of", "made of"), *columns),
     )
-    numbers: Numbers = {}
+    numbers: metrics.MetricDraws = {}
     reasons: dict[str, None] = {}
     for name in track(list(rows), "measuring texts"):
         row = rows[name]
@@ -357,7 +356,11 @@ def compare(
 
 
 def _rows(
-    generated: Mapping[str, Sequence[str]], pairs: np.ndarray, training: list[str], embed: Embed, seeds: int
+    generated: Mapping[str, Sequence[str]],
+    pairs: np.ndarray,
+    training: list[str],
+    embed: EmbedTexts,
+    seeds: int,
 ) -> dict[str, _Row]:
     """Rows of the table by name."""
     rows: dict[str, _Row] = {}
@@ -383,7 +386,7 @@ def _measured(
     pairs: np.ndarray,
     true: Sequence[str],
     originals: np.ndarray,
-    embed: Embed,
+    embed: EmbedTexts,
     is_control: bool,
     reasons: dict[str, None],
 ) -> dict[str, float]:

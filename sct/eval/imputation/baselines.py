@@ -15,7 +15,7 @@ from scipy.spatial.distance import cdist
 from sct.data.bags import BagSource
 from sct.data.normalization import log_expression, per_count
 from sct.data.tokenize import digitize
-from sct.eval.imputation.held_out import HeldOut, Masked, pick
+from sct.eval.imputation.eval_cells import EvalCells, Masked, pick
 from sct.extras import missing_extra
 from sct.progress import track
 
@@ -30,14 +30,14 @@ class Unavailable(Exception):  # noqa: N818
 
 
 @dataclasses.dataclass(frozen=True)
-class Prediction:
+class LevelPrediction:
     """Levels (n,) and raw counts (n,) at the scored positions of a `Masked`."""
 
     levels: np.ndarray
     counts: np.ndarray
 
 
-class Method(Protocol):
+class ImputationMethod(Protocol):
     """A row of the table, or two.
 
     Attributes
@@ -50,22 +50,22 @@ class Method(Protocol):
     fitted_on: str
     remark: str
 
-    def predict(self, held_out: HeldOut, masked: Masked) -> dict[bool, Prediction]:
+    def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
         """Predict the hidden positions.
 
         Key True is the form that is told that the positions are expressed, False the form that is not; a
         method has one or both. It may look at `masked.visible`, at the tokens that are not hidden, and at the
-        ranges, medians and means of `masked`, never at those of `held_out`. Raises `Unavailable`.
+        ranges, medians and means of `masked`, never at those of `eval_cells`. Raises `Unavailable`.
         """
         ...
 
 
-def from_levels(masked: Masked, levels: np.ndarray) -> Prediction:
+def from_levels(masked: Masked, levels: np.ndarray) -> LevelPrediction:
     """Prediction of levels (n,): their counts are those that stand for them in each cell."""
-    return Prediction(levels, masked.medians[masked.cells, levels])
+    return LevelPrediction(levels, masked.medians[masked.cells, levels])
 
 
-def from_counts(masked: Masked, counts: np.ndarray) -> dict[bool, Prediction]:
+def from_counts(masked: Masked, counts: np.ndarray) -> dict[bool, LevelPrediction]:
     """Both forms of a prediction of raw counts (n,), whose levels follow from the range of the cell.
 
     The form that is told that the genes are expressed knows that they have at least one count.
@@ -74,7 +74,10 @@ def from_counts(masked: Masked, counts: np.ndarray) -> dict[bool, Prediction]:
     levels = digitize(np.log1p(counts), low, high, masked.medians.shape[1])
     # Half a count is where the nearest integer turns to zero.
     free = np.where(counts < 0.5, 0, levels)
-    return {False: Prediction(free, counts), True: Prediction(levels, np.maximum(counts, np.float32(1)))}
+    return {
+        False: LevelPrediction(free, counts),
+        True: LevelPrediction(levels, np.maximum(counts, np.float32(1))),
+    }
 
 
 @functools.lru_cache(maxsize=1)  # one protocol after the other asks for those of the same studies
@@ -83,7 +86,7 @@ def level_frequencies(train: BagSource) -> np.ndarray:
     num_bins, positions = train.options.num_bins, train.options.num_positions
     frequencies = np.zeros((positions, num_bins), np.int64)
     for number in track(range(len(train)), "counting levels"):
-        bag = train.bag(number)
+        bag = train.record(number)
         for level in range(num_bins):
             frequencies[:, level] += (bag["tokens"] == level).sum(axis=0) * bag["measured"]
     return frequencies
@@ -110,15 +113,15 @@ class CommonLevel:
         self.name = f"most common {'expressed ' * expressed}level per gene"
         self.fitted_on = TRAINING
 
-    def frequencies(self, held_out: HeldOut, masked: Masked) -> np.ndarray:
+    def frequencies(self, eval_cells: EvalCells, masked: Masked) -> np.ndarray:
         """Frequencies (n, num_bins) of the gene of each scored position."""
         if self._train is None:
             raise Unavailable("no training studies were given")
         return self._train[masked.genes]
 
-    def predict(self, held_out: HeldOut, masked: Masked) -> dict[bool, Prediction]:
-        """See `Method`; one form."""
-        frequencies = self.frequencies(held_out, masked)[:, self.first :]
+    def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
+        """See `ImputationMethod`; one form."""
+        frequencies = self.frequencies(eval_cells, masked)[:, self.first :]
         levels = self.first + frequencies.argmax(axis=1)
         return {bool(self.first): from_levels(masked, levels)}
 
@@ -133,9 +136,9 @@ class OthersCommonLevel(CommonLevel):
         super().__init__(expressed, None)
         self.fitted_on = OTHER_CELLS
 
-    def frequencies(self, held_out: HeldOut, masked: Masked) -> np.ndarray:
+    def frequencies(self, eval_cells: EvalCells, masked: Masked) -> np.ndarray:
         """See `CommonLevel`."""
-        frequencies = held_out.frequencies[held_out.study[masked.cells], masked.genes]
+        frequencies = eval_cells.frequencies[eval_cells.study[masked.cells], masked.genes]
         frequencies[np.arange(len(frequencies)), masked.levels] -= 1
         return frequencies
 
@@ -155,21 +158,21 @@ def require_shown(masked: Masked) -> None:
 
 
 def _smoothed(
-    neighbours: np.ndarray,
+    neighbors: np.ndarray,
     reference: sparse.csr_matrix,
     shown_in: Callable[[np.ndarray], np.ndarray],
     masked: Masked,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean counts (n,) of each cell's `neighbours` (N, k), scaled to the cell's library size, and of how many (n,).
+    """Mean counts (n,) of each cell's `neighbors` (N, k), scaled to the cell's library size, and of how many (n,).
 
     Neighbours are rows of `reference` (M, G); `shown_in` says of some of them (m, k) how many show each gene (m, G),
     and the others are left out of the mean. The library size is that of genes that the cell and its neighbours show.
     """
     positions, genes = masked.mask.shape[1], reference.shape[1]
     out, of = np.zeros((2, len(masked.cells)), np.float32)
-    k = neighbours.shape[1]
-    for first in range(0, len(neighbours), _CELLS_AT_ONCE):
-        rows = neighbours[first : first + _CELLS_AT_ONCE]
+    k = neighbors.shape[1]
+    for first in range(0, len(neighbors), _CELLS_AT_ONCE):
+        rows = neighbors[first : first + _CELLS_AT_ONCE]
         starts = np.arange(len(rows) + 1) * k
         ones = np.ones(rows.size, np.float32)
         chosen = sparse.csr_matrix((ones, rows.ravel(), starts), (len(rows), reference.shape[0]))
@@ -233,7 +236,7 @@ class KnnSmoothing:
     ----------
     train
         Training cells, or None where there are none.
-    neighbours
+    neighbors
         k.
     max_cells
         Training cells searched at most, the same number of each study: the first ones (the order is random),
@@ -242,28 +245,28 @@ class KnnSmoothing:
 
     fitted_on, remark = TRAINING, ""
 
-    def __init__(self, train: BagSource | None, neighbours: int = 5, max_cells: int = 5000):
-        self.name = f"kNN smoothing, k = {neighbours}"
+    def __init__(self, train: BagSource | None, neighbors: int = 5, max_cells: int = 5000):
+        self.name = f"kNN smoothing, k = {neighbors}"
         self._reference = None if train is None else _reference(train, max_cells)
         if self._reference is not None:
-            self.neighbours = min(neighbours, self._reference.counts.shape[0])
+            self.neighbors = min(neighbors, self._reference.counts.shape[0])
 
-    def predict(self, held_out: HeldOut, masked: Masked) -> dict[bool, Prediction]:
-        """See `Method`; both forms."""
-        return from_counts(masked, self.smooth(held_out, masked)[0])
+    def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
+        """See `ImputationMethod`; both forms."""
+        return from_counts(masked, self.smooth(eval_cells, masked)[0])
 
-    def smooth(self, held_out: HeldOut, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
+    def smooth(self, eval_cells: EvalCells, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
         """Mean counts (n,), and of how many cells (n,)."""
         if self._reference is None:
             raise Unavailable("no training studies were given")
         _require_visible(masked)
         genes = self._reference.counts.shape[1]
-        rows = np.zeros((len(held_out), self.neighbours), int)
-        for study in np.unique(held_out.study):
-            (cells,) = np.nonzero(held_out.study == study)
-            profile = self._reference.profile(held_out.measured[study, :genes])
+        rows = np.zeros((len(eval_cells), self.neighbors), int)
+        for study in np.unique(eval_cells.study):
+            (cells,) = np.nonzero(eval_cells.study == study)
+            profile = self._reference.profile(eval_cells.measured[study, :genes])
             query = log_expression(masked.visible[cells][:, :genes])
-            rows[cells] = _nearest(query, masked.shown[cells, :genes], profile, None, self.neighbours)
+            rows[cells] = _nearest(query, masked.shown[cells, :genes], profile, None, self.neighbors)
         return _smoothed(rows, self._reference.counts, self._reference.shown_in, masked)
 
 
@@ -319,36 +322,36 @@ class OwnKnnSmoothing:
     fitted_on = THESE_CELLS
     remark = "neighbours that hide the gene are left out"
 
-    def __init__(self, neighbours: int = 5):
-        self.neighbours = neighbours
-        self.name = f"kNN smoothing, k = {neighbours}"
+    def __init__(self, neighbors: int = 5):
+        self.neighbors = neighbors
+        self.name = f"kNN smoothing, k = {neighbors}"
 
-    def predict(self, held_out: HeldOut, masked: Masked) -> dict[bool, Prediction]:
-        """See `Method`; both forms."""
-        return from_counts(masked, self.smooth(held_out, masked)[0])
+    def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
+        """See `ImputationMethod`; both forms."""
+        return from_counts(masked, self.smooth(eval_cells, masked)[0])
 
-    def smooth(self, held_out: HeldOut, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
+    def smooth(self, eval_cells: EvalCells, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
         """Mean counts (n,), and of how many cells (n,)."""
         _require_visible(masked)
         require_shown(masked)
-        if len(held_out) < 2:
+        if len(eval_cells) < 2:
             raise Unavailable("there is one cell only, which has no neighbours")
-        k = min(self.neighbours, len(held_out) - 1)
+        k = min(self.neighbors, len(eval_cells) - 1)
         profile = log_expression(masked.visible)
         rows = _nearest(profile, masked.shown, profile, masked.shown, k)
         return _smoothed(rows, masked.visible, lambda rows: masked.shown[rows].sum(axis=1), masked)
 
 
-class NeighbourMean:
+class NeighborMean:
     """Mean raw counts of the visible cells of the bag, for cells that are hidden as a whole.
 
     A visible cell is one of which nothing is hidden.
 
     Parameters
     ----------
-    held_out
+    eval_cells
         Cells that will be scored.
-    neighbours
+    neighbors
         k: of cells with positions the k nearest ones in the plane; otherwise, and for None, all visible cells.
     expressed
         Whether the mean is over the cells that express the gene, for the form that is told so alone.
@@ -356,17 +359,17 @@ class NeighbourMean:
 
     fitted_on, remark = THESE_CELLS, ""
 
-    def __init__(self, held_out: HeldOut, neighbours: int | None = 5, expressed: bool = False):
-        places, self.expressed = held_out.coordinates, expressed
-        self.neighbours = None if places is None else neighbours
-        nearest = "" if self.neighbours is None else f"{self.neighbours} nearest "
+    def __init__(self, eval_cells: EvalCells, neighbors: int | None = 5, expressed: bool = False):
+        places, self.expressed = eval_cells.coordinates, expressed
+        self.neighbors = None if places is None else neighbors
+        nearest = "" if self.neighbors is None else f"{self.neighbors} nearest "
         self.name = f"mean of the {nearest}visible cells of the bag{' that express the gene' * expressed}"
         if nearest and places is not None and np.isnan(places).any():
             self.remark = "cells without a position: mean of all visible cells of the bag"
 
-    def predict(self, held_out: HeldOut, masked: Masked) -> dict[bool, Prediction]:
-        """See `Method`; both forms, or the one that is told."""
-        weights = self._weights(held_out, masked)
+    def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
+        """See `ImputationMethod`; both forms, or the one that is told."""
+        weights = self._weights(eval_cells, masked)
         counts = pick(weights @ masked.visible, masked.cells, masked.genes)
         if not self.expressed:
             return from_counts(masked, counts)
@@ -374,27 +377,27 @@ class NeighbourMean:
         counts = np.where(share > 0, counts / np.where(share > 0, share, 1), 0)
         return {True: from_counts(masked, counts)[True]}
 
-    def _weights(self, held_out: HeldOut, masked: Masked) -> sparse.csr_matrix:
+    def _weights(self, eval_cells: EvalCells, masked: Masked) -> sparse.csr_matrix:
         """Share (N, N) of each visible cell in the mean of each other cell."""
         touched = np.asarray(masked.mask.any(axis=1))
         rows, columns, shares = [], [], []
-        for bag in np.unique(held_out.bag[masked.cells]):
-            (cells,) = np.nonzero(held_out.bag == bag)
+        for bag in np.unique(eval_cells.bag[masked.cells]):
+            (cells,) = np.nonzero(eval_cells.bag == bag)
             asked, visible = cells[touched[cells]], cells[~touched[cells]]
             if not visible.size:
                 continue
             chosen = np.broadcast_to(visible, (len(asked), len(visible)))
-            places = None if held_out.coordinates is None else held_out.coordinates[cells]
-            if self.neighbours is not None and places is not None and not np.isnan(places).any():
+            places = None if eval_cells.coordinates is None else eval_cells.coordinates[cells]
+            if self.neighbors is not None and places is not None and not np.isnan(places).any():
                 distance = cdist(places[touched[cells]], places[~touched[cells]])
-                chosen = visible[np.argsort(distance, axis=1, kind="stable")[:, : self.neighbours]]
+                chosen = visible[np.argsort(distance, axis=1, kind="stable")[:, : self.neighbors]]
             rows.append(np.repeat(asked, chosen.shape[1]))
             columns.append(chosen.ravel())
             shares.append(np.full(chosen.size, 1 / chosen.shape[1], np.float32))
         if not rows:
             raise Unavailable("no cell of the bags is visible as a whole")
         place = (np.concatenate(rows), np.concatenate(columns))
-        return sparse.csr_matrix((np.concatenate(shares), place), (len(held_out), len(held_out)))
+        return sparse.csr_matrix((np.concatenate(shares), place), (len(eval_cells), len(eval_cells)))
 
 
 _PROBES = 100
@@ -419,11 +422,11 @@ class Magic:
     def __init__(self, seed: int = 0):
         self.seed = seed
 
-    def predict(self, held_out: HeldOut, masked: Masked) -> dict[bool, Prediction]:
-        """See `Method`; both forms."""
-        return from_counts(masked, self.smooth(held_out, masked)[0])
+    def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
+        """See `ImputationMethod`; both forms."""
+        return from_counts(masked, self.smooth(eval_cells, masked)[0])
 
-    def smooth(self, held_out: HeldOut, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
+    def smooth(self, eval_cells: EvalCells, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
         """Diffused counts (n,), and of how many cells that show the gene they count (n,)."""
         _require_visible(masked)
         require_shown(masked)
@@ -468,13 +471,13 @@ class Magic:
 
 
 def standard_methods(
-    held_out: HeldOut, train: BagSource | None, *, whole_cells: bool = False, magic: bool = True
-) -> list[Method]:
+    eval_cells: EvalCells, train: BagSource | None, *, whole_cells: bool = False, magic: bool = True
+) -> list[ImputationMethod]:
     """All baselines, the bar first; what can be fitted before anything is hidden is fitted now.
 
     Parameters
     ----------
-    held_out, train
+    eval_cells, train
         Cells that will be scored; exhaustive bags of the training studies, or None where there are none.
     whole_cells
         Whether cells will be hidden as a whole.
@@ -482,15 +485,15 @@ def standard_methods(
         Whether MAGIC is among them.
     """
     frequencies = None if train is None else level_frequencies(train)
-    methods: list[Method] = [
+    methods: list[ImputationMethod] = [
         OthersCommonLevel(expressed=True),
         CommonLevel(expressed=True, train=frequencies),
         OthersCommonLevel(expressed=False),
         CommonLevel(expressed=False, train=frequencies),
     ]
     if whole_cells:
-        if held_out.coordinates is not None:
-            methods.append(NeighbourMean(held_out))
-        methods += [NeighbourMean(held_out, None), NeighbourMean(held_out, None, expressed=True)]
+        if eval_cells.coordinates is not None:
+            methods.append(NeighborMean(eval_cells))
+        methods += [NeighborMean(eval_cells, None), NeighborMean(eval_cells, None, expressed=True)]
     methods += [KnnSmoothing(train), OwnKnnSmoothing()]
     return [*methods, Magic()] if magic else methods

@@ -30,7 +30,7 @@ class PredictedBins:
     ----------
     predict
         (variables, records, key) -> logarithms of probabilities of bins (B, S, N + 1), which places are masked.
-    train, held_out
+    train, eval_cells
         Cells that bins are counted in, and that are predicted.
     num_bins, num_genes
         Bins of non-zero values (N), and genes.
@@ -43,10 +43,10 @@ class PredictedBins:
     name = "predicted_bins"
 
     def __init__(
-        self, predict: Predict, train: CellSource, held_out: CellSource, num_bins: int, num_genes: int, cells: int,
+        self, predict: Predict, train: CellSource, eval_cells: CellSource, num_bins: int, num_genes: int, cells: int,
         seeds: int, split: str, note: str = "",
     ):  # fmt: skip
-        self.predict, self.train, self.held_out = predict, train, held_out
+        self.predict, self.train, self.eval_cells = predict, train, eval_cells
         self.num_bins, self.num_genes, self.cells, self.seeds, self.split = (
             num_bins,
             num_genes,
@@ -64,10 +64,10 @@ class PredictedBins:
         predict = jax.jit(self.predict)
         sums = {name: np.zeros((self.seeds, len(COLUMNS))) for name in (MODEL, *baselines)}
         count = np.zeros(self.seeds)
-        numbers = spread(len(self.held_out), self.cells)
+        numbers = spread(len(self.eval_cells), self.cells)
         for start in track(range(0, len(numbers), _BATCH), "predicting masked bins"):
             rows = numbers[start : start + _BATCH]
-            records = [self.held_out.bag(number) for number in rows]
+            records = [self.eval_cells.record(number) for number in rows]
             records += records[-1:] * (_BATCH - len(rows))
             batch = {name: np.stack([record[name] for record in records]) for name in records[0]}
             bins = batch["bins"].astype(int)
@@ -110,7 +110,7 @@ class PredictedBins:
         """Shares of the bins (N,) over all genes of training cells, and of each gene (G, N)."""
         counts = np.zeros((self.num_genes, self.num_bins + 1))
         for number in track(spread(len(self.train), _TRAINING_CELLS), "counting bins"):
-            record = self.train.bag(number)
+            record = self.train.record(number)
             there = np.flatnonzero(record["bins"])
             genes = record["genes"][there] if "genes" in record else there
             counts[genes, record["bins"][there]] += 1

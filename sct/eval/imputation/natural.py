@@ -24,8 +24,8 @@ from sct.errors import SctError
 from sct.eval import metrics
 from sct.eval.imputation import baselines
 from sct.eval.imputation.baselines import OTHER_CELLS, THESE_CELLS, TRAINING, Unavailable
-from sct.eval.imputation.held_out import HeldOut, Masked, mask_measured, mask_measured_genes
-from sct.eval.imputation.scoring import Model, Probabilities
+from sct.eval.imputation.eval_cells import EvalCells, Masked, mask_measured, mask_measured_genes
+from sct.eval.imputation.scoring import ImputationModel, Probabilities
 from sct.eval.reports.report import FITTED_ON, METHOD, MODEL, REMARK, Column, Report
 from sct.progress import progress
 
@@ -86,13 +86,13 @@ class Estimate:
 
 
 class Estimator(Protocol):
-    """A row of the tables; the attributes are those of `sct.eval.imputation.baselines.Method`."""
+    """A row of the tables; the attributes are those of `sct.eval.imputation.baselines.ImputationMethod`."""
 
     name: str
     fitted_on: str
     remark: str
 
-    def estimate(self, held_out: HeldOut, masked: Masked) -> Estimate:
+    def estimate(self, eval_cells: EvalCells, masked: Masked) -> Estimate:
         """Estimate the hidden positions, looking at what a method may look at; raises `Unavailable`."""
         ...
 
@@ -120,10 +120,10 @@ class LevelFrequency:
             else baselines.CommonLevel(expressed=False, train=train)
         )
 
-    def estimate(self, held_out: HeldOut, masked: Masked) -> Estimate:
+    def estimate(self, eval_cells: EvalCells, masked: Masked) -> Estimate:
         """See `Estimator`."""
         # One further cell, of no particular level: no probability is zero.
-        chance = self._of.frequencies(held_out, masked) + 1 / held_out.num_bins
+        chance = self._of.frequencies(eval_cells, masked) + 1 / eval_cells.num_bins
         chance = (chance / chance.sum(axis=1, keepdims=True)).astype(np.float32)
         return from_levels(masked, chance)
 
@@ -140,29 +140,29 @@ class CountMethod(abc.ABC):
     remark: str
 
     @abc.abstractmethod
-    def counts(self, held_out: HeldOut, masked: Masked) -> np.ndarray:
+    def counts(self, eval_cells: EvalCells, masked: Masked) -> np.ndarray:
         """Expected counts (n,); raises `Unavailable`."""
 
     def _of_visible(self) -> CountMethod:
         """The method, without a look at hidden counts of other cells: what was hidden tells no dispersion."""
         return self
 
-    def estimate(self, held_out: HeldOut, masked: Masked) -> Estimate:
+    def estimate(self, eval_cells: EvalCells, masked: Masked) -> Estimate:
         """See `Estimator`."""
-        known = _hide_more(held_out, masked)
-        expected = self._of_visible().counts(held_out, known)
+        known = _hide_more(eval_cells, masked)
+        expected = self._of_visible().counts(eval_cells, known)
         dispersion = dispersions(known.genes, expected, known.counts, masked.mask.shape[1])
-        return negative_binomial(masked, self.counts(held_out, masked), dispersion)
+        return negative_binomial(masked, self.counts(eval_cells, masked), dispersion)
 
 
-def _hide_more(held_out: HeldOut, masked: Masked) -> Masked:
+def _hide_more(eval_cells: EvalCells, masked: Masked) -> Masked:
     """A draw in which a share of what is visible is hidden, too; that is what is scored."""
     rng = np.random.default_rng(len(masked.cells))
     more = masked.shown & (rng.random(masked.mask.shape, np.float32) < RATIO)
     places = np.flatnonzero(more)
     if len(places) > SCORED:
         places = np.sort(rng.choice(places, SCORED, replace=False))
-    return Masked.of(held_out, masked.mask | more, np.divmod(places, more.shape[1]))
+    return Masked.of(eval_cells, masked.mask | more, np.divmod(places, more.shape[1]))
 
 
 class GeneMean(CountMethod):
@@ -186,27 +186,27 @@ class GeneMean(CountMethod):
     def _of_visible(self) -> CountMethod:
         return GeneMean(THESE_CELLS) if self.fitted_on == OTHER_CELLS else self
 
-    def counts(self, held_out: HeldOut, masked: Masked) -> np.ndarray:
+    def counts(self, eval_cells: EvalCells, masked: Masked) -> np.ndarray:
         """See `CountMethod`."""
         if self.fitted_on == TRAINING and self._train is None:
             raise Unavailable("no training studies were given")
-        known = masked.visible if self.fitted_on == THESE_CELLS else held_out.counts
-        shown = masked.shown if self.fitted_on == THESE_CELLS else held_out.eligible
+        known = masked.visible if self.fitted_on == THESE_CELLS else eval_cells.counts
+        shown = masked.shown if self.fitted_on == THESE_CELLS else eval_cells.eligible
         if self.fitted_on == THESE_CELLS:
             baselines.require_shown(masked)
-        positions, studies = masked.mask.shape[1], len(held_out.measured)
+        positions, studies = masked.mask.shape[1], len(eval_cells.measured)
         totals, numbers = np.zeros((2, studies, positions))
-        for study in np.unique(held_out.study):
+        for study in np.unique(eval_cells.study):
             if self._train is not None:
                 means, cells = self._train
                 totals[study, : len(means)], numbers[study, : len(means)] = means * cells, cells
             else:
-                own = held_out.study == study
+                own = eval_cells.study == study
                 totals[study] = np.asarray(known[own].sum(axis=0)).ravel()
                 numbers[study] = shown[own].sum(axis=0)
         out = np.zeros(len(masked.cells), np.float32)
         for block, part in _blocks(masked):
-            total, number = totals[held_out.study[block]], numbers[held_out.study[block]]
+            total, number = totals[eval_cells.study[block]], numbers[eval_cells.study[block]]
             if self._train is None:  # a cell does not tell of itself
                 total, number = np.maximum(total - known[block].toarray(), 0), number - shown[block]
             mean = np.divide(total, number, out=np.zeros_like(total), where=number > 0)
@@ -241,13 +241,13 @@ def training_means(train: BagSource) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Smoother(Protocol):
-    """A method that smooths counts over similar cells; its attributes are those of `baselines.Method`."""
+    """A method that smooths counts over similar cells; its attributes are those of `baselines.ImputationMethod`."""
 
     name: str
     fitted_on: str
     remark: str
 
-    def smooth(self, held_out: HeldOut, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
+    def smooth(self, eval_cells: EvalCells, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
         """Mean counts (n,) at the scored positions, and of how many cells (n,); raises `Unavailable`."""
         ...
 
@@ -270,24 +270,24 @@ class Smoothed(CountMethod):
         self.remark = "; ".join(filter(None, (method.remark, "the gene's mean counts as one cell more")))
         self._method, self._mean = method, gene_mean
 
-    def counts(self, held_out: HeldOut, masked: Masked) -> np.ndarray:
+    def counts(self, eval_cells: EvalCells, masked: Masked) -> np.ndarray:
         """See `CountMethod`."""
-        smoothed, cells = self._method.smooth(held_out, masked)
-        return (cells * smoothed + self._mean.counts(held_out, masked)) / (cells + 1)
+        smoothed, cells = self._method.smooth(eval_cells, masked)
+        return (cells * smoothed + self._mean.counts(eval_cells, masked)) / (cells + 1)
 
 
 class ModelEstimator:
     """A model, whose probabilities are those of an ordinary gene."""
 
-    def __init__(self, model: Model):
+    def __init__(self, model: ImputationModel):
         self.name, self.fitted_on, self.remark = model.name, model.fitted_on, model.remark
         self._model = model
 
     def estimate(
-        self, held_out: HeldOut, masked: Masked, tick: Callable[[int], None] = lambda bags: None
+        self, eval_cells: EvalCells, masked: Masked, tick: Callable[[int], None] = lambda bags: None
     ) -> Estimate:
         """See `Estimator`; `tick` is told of bags that are done."""
-        chance = self._model.chances(held_out, masked, tick)
+        chance = self._model.chances(eval_cells, masked, tick)
         return from_levels(masked, chance)
 
 
@@ -355,7 +355,7 @@ def negative_binomial(masked: Masked, mean: np.ndarray, dispersion: np.ndarray) 
 
 
 def estimators(
-    held_out: HeldOut, model: Model | None, train: BagSource | None, *, magic: bool = True
+    eval_cells: EvalCells, model: ImputationModel | None, train: BagSource | None, *, magic: bool = True
 ) -> list[Estimator]:
     """The model, and simple methods at the same positions."""
     frequencies = None if train is None else baselines.level_frequencies(train)
@@ -376,7 +376,7 @@ def estimators(
 
 
 @dataclasses.dataclass
-class Row:
+class NaturalRow:
     """Numbers of a method, one of each draw, or the reason why there are none (`remark`).
 
     `key` is `sct.eval.reports.report.MODEL` for the model, "" for baselines.
@@ -394,19 +394,19 @@ class Row:
         """Name of the row beside others: the method, and what a baseline is fitted on."""
         return self.method if self.key == MODEL else f"{self.method}, {self.fitted_on}"
 
-    def score(self, held_out: HeldOut, masked: Masked, estimate: Estimate) -> None:
+    def score(self, eval_cells: EvalCells, masked: Masked, estimate: Estimate) -> None:
         """Add the numbers of one draw."""
         expressed = masked.levels > 0  # noise genes are read as unexpressed
         probability = 1 - estimate.chance[:, 0]
         table = metrics.reliability(expressed, probability)
         genes, cells = masked.mask.shape[1], len(masked.mask)
         error = np.abs(estimate.counts - masked.counts)
-        imputed, counted, hidden = (
+        imputed, is_target, hidden = (
             np.bincount(masked.genes, weights=values, minlength=genes)
             for values in (estimate.counts, masked.counts, np.ones(len(masked.genes)))
         )
         # Chosen by all counts: hidden ones would choose genes of which many happened to be hidden.
-        total, measured = np.asarray(held_out.counts.sum(axis=0)).ravel(), held_out.eligible.sum(axis=0)
+        total, measured = np.asarray(eval_cells.counts.sum(axis=0)).ravel(), eval_cells.eligible.sum(axis=0)
         enough = (total > 0) & (total * hidden >= _COUNTS_PER_GENE * np.maximum(measured, 1))
         per_cell = np.bincount(masked.cells, minlength=cells)
         values = {
@@ -422,7 +422,7 @@ class Row:
             "r_per_gene": _mean(metrics.grouped_pearson(estimate.counts, masked.counts, masked.genes, genes)),
             "r_per_cell": _mean(metrics.grouped_pearson(estimate.counts, masked.counts, masked.cells, cells)),
             "imputed_to_counted": (
-                float(np.median(imputed[enough] / np.maximum(counted[enough], 0.5)))
+                float(np.median(imputed[enough] / np.maximum(is_target[enough], 0.5)))
                 if enough.any()
                 else float("nan")
             ),
@@ -443,7 +443,7 @@ def _mean_of_means(group: np.ndarray, values: np.ndarray, sizes: np.ndarray) -> 
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class NaturalResult:
     """Result of the protocol.
 
     Attributes
@@ -462,7 +462,7 @@ class Outcome:
 
     title: str
     ratio: float
-    rows: list[Row]
+    rows: list[NaturalRow]
     positions: list[int]
     whole_genes: bool = False
 
@@ -548,8 +548,8 @@ class Outcome:
 
 
 def natural_imputation(
-    held_out: HeldOut,
-    model: Model | None,
+    eval_cells: EvalCells,
+    model: ImputationModel | None,
     train: BagSource | None = None,
     *,
     ratio: float = RATIO,
@@ -557,7 +557,7 @@ def natural_imputation(
     magic: bool = True,
     cells_name: str = "held-out cells",
     whole_genes: bool = False,
-) -> Outcome:
+) -> NaturalResult:
     """Imputation of measured genes hidden without regard to expression, all of them scored.
 
     Parameters
@@ -567,31 +567,32 @@ def natural_imputation(
     whole_genes
         Whether the same genes are hidden in all cells, as `sct.tl.impute(genes=...)` hides them, and not
         other ones in each cell.
-    held_out, model, train, seeds, magic, cells_name
+    eval_cells, model, train, seeds, magic, cells_name
         See `sct.eval.imputation.protocols.gene_imputation`.
     """
-    methods = estimators(held_out, model, train, magic=magic)
+    methods = estimators(eval_cells, model, train, magic=magic)
     rows = [
-        Row(m.name, m.fitted_on, m.remark, MODEL if isinstance(m, ModelEstimator) else "") for m in methods
+        NaturalRow(m.name, m.fitted_on, m.remark, MODEL if isinstance(m, ModelEstimator) else "")
+        for m in methods
     ]
     positions = []
-    units = seeds * sum(held_out.num_bags if row.key == MODEL else 1 for row in rows)
+    units = seeds * sum(eval_cells.num_bags if row.key == MODEL else 1 for row in rows)
     hide = mask_measured_genes if whole_genes else mask_measured
     with progress(
         "imputing genes hidden in all cells" if whole_genes else "imputing hidden genes", units
     ) as bar:
         for seed in range(seeds):
-            masked = hide(held_out, ratio, seed, SCORED)
+            masked = hide(eval_cells, ratio, seed, SCORED)
             positions.append(len(masked.cells))
             for row, method in zip(rows, methods, strict=True):
                 if isinstance(method, ModelEstimator):
-                    row.score(held_out, masked, method.estimate(held_out, masked, bar.update))
+                    row.score(eval_cells, masked, method.estimate(eval_cells, masked, bar.update))
                     continue
                 bar.update(1)
                 if seed and not row.numbers:  # it could not run at the first draw
                     continue
                 try:
-                    row.score(held_out, masked, method.estimate(held_out, masked))
+                    row.score(eval_cells, masked, method.estimate(eval_cells, masked))
                 except SctError:
                     raise
                 except Exception as error:  # a defect of a library must not cost the table
@@ -600,7 +601,7 @@ def natural_imputation(
                     row.remark = reason if known else f"{type(error).__name__}: {reason}"
                     row.numbers, row.reliability = {}, []
     what = f"{ratio:.0%} of the measured genes {'hidden in all ' if whole_genes else 'of '}{cells_name}"
-    return Outcome(f"Natural imputation, {what}", ratio, rows, positions, whole_genes)
+    return NaturalResult(f"Natural imputation, {what}", ratio, rows, positions, whole_genes)
 
 
 class NaturalImputation:
@@ -609,8 +610,8 @@ class NaturalImputation:
     Parameters
     ----------
     probabilities
-        See `sct.eval.imputation.scoring.Model`.
-    train, held_out, split, ratio, seeds, max_bags
+        See `sct.eval.imputation.scoring.ImputationModel`.
+    train, eval_cells, split, ratio, seeds, max_bags
         See `sct.eval.imputation.protocols.GeneImputation`.
     """
 
@@ -620,13 +621,13 @@ class NaturalImputation:
         self,
         probabilities: Probabilities,
         train: BagSource,
-        held_out: BagSource,
+        eval_cells: BagSource,
         split: str = "test",
         ratio: float = RATIO,
         seeds: int = 5,
         max_bags: int = 0,
     ):
-        self.train, self.held_out, self.split = train, held_out, split
+        self.train, self.eval_cells, self.split = train, eval_cells, split
         self.ratio, self.seeds, self.max_bags = ratio, seeds, max_bags
         self._probabilities = jax.jit(probabilities)
         self.report: Report | None = None
@@ -634,8 +635,8 @@ class NaturalImputation:
     def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
         """Measure; yields the numbers and keeps the table in `report`."""
         outcome = natural_imputation(
-            HeldOut.read(self.held_out, self.max_bags),
-            Model(self._probabilities, variables),
+            EvalCells.read(self.eval_cells, self.max_bags),
+            ImputationModel(self._probabilities, variables),
             self.train,
             ratio=self.ratio,
             seeds=self.seeds,

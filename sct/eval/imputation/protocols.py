@@ -16,17 +16,17 @@ import numpy as np
 
 from sct.data.bags import BagSource
 from sct.errors import DataError
-from sct.eval.imputation import held_out as drawing
-from sct.eval.imputation.baselines import Method, standard_methods
-from sct.eval.imputation.held_out import HeldOut, Masked
+from sct.eval.imputation import eval_cells as drawing
+from sct.eval.imputation.baselines import ImputationMethod, standard_methods
+from sct.eval.imputation.eval_cells import EvalCells, Masked
 from sct.eval.imputation.scoring import (
     BAG_RANGES,
     OWN_RANGES,
     Draw,
-    Model,
-    Outcome,
+    ImputationModel,
     Probabilities,
-    Row,
+    ProtocolResult,
+    ScoreRow,
     Setting,
     measure,
 )
@@ -39,29 +39,29 @@ SPARSITY_GROUPS = {"low": (0.0, 0.75), "medium": (0.75, 0.90), "high": (0.90, 0.
 
 
 def _run(
-    held_out: HeldOut,
-    methods: Sequence[Method],
+    eval_cells: EvalCells,
+    methods: Sequence[ImputationMethod],
     settings: Sequence[tuple[str, Sequence[Callable[[], Draw]]]],
     description: str,
-) -> list[tuple[str, dict[str, list[Row]], dict[str, list[int]]]]:
+) -> list[tuple[str, dict[str, list[ScoreRow]], dict[str, list[int]]]]:
     """Measure one setting after the other, under one display of progress."""
-    units = sum(held_out.num_bags if isinstance(method, Model) else 1 for method in methods)
+    units = sum(eval_cells.num_bags if isinstance(method, ImputationModel) else 1 for method in methods)
     total = units * sum(len(draws) for _, draws in settings)
     with progress(description, total) as bar:
-        return [(name, *measure(held_out, methods, draws, bar.update)) for name, draws in settings]
+        return [(name, *measure(eval_cells, methods, draws, bar.update)) for name, draws in settings]
 
 
 def _methods(
-    held_out: HeldOut, model: Method | None, train: BagSource | None, **options: bool
-) -> list[Method]:
-    bar, *others = standard_methods(held_out, train, **options)
+    eval_cells: EvalCells, model: ImputationMethod | None, train: BagSource | None, **options: bool
+) -> list[ImputationMethod]:
+    bar, *others = standard_methods(eval_cells, train, **options)
     return [bar, *([] if model is None else [model]), *others]
 
 
 def _by_amount(
-    held_out: HeldOut,
-    methods: Sequence[Method],
-    mask: Callable[[HeldOut, Any, int], Masked],
+    eval_cells: EvalCells,
+    methods: Sequence[ImputationMethod],
+    mask: Callable[[EvalCells, Any, int], Masked],
     titles: Mapping[Any, str],
     seeds: int,
     description: str,
@@ -70,13 +70,13 @@ def _by_amount(
     """A setting for each amount that is masked (amount -> title), whose positions are scored together."""
 
     def draw(amount: Any, seed: int) -> Draw:
-        masked = mask(held_out, amount, seed)
+        masked = mask(eval_cells, amount, seed)
         return masked, {"": np.ones(len(masked.cells), bool)}
 
     asked = [
         (title, [partial(draw, amount, seed) for seed in range(seeds)]) for amount, title in titles.items()
     ]
-    measured = _run(held_out, methods, asked, description)
+    measured = _run(eval_cells, methods, asked, description)
     return [
         Setting(title, amount, rows[""], positions[""], ranges=ranges)
         for amount, (title, rows, positions) in zip(titles, measured, strict=True)
@@ -84,25 +84,25 @@ def _by_amount(
 
 
 def gene_imputation(
-    held_out: HeldOut,
-    model: Method | None,
+    eval_cells: EvalCells,
+    model: ImputationMethod | None,
     train: BagSource | None = None,
     *,
     ratios: Sequence[float] = RATIOS,
     seeds: int = 5,
     magic: bool = True,
     cells_name: str = "held-out cells",
-) -> Outcome:
+) -> ProtocolResult:
     """Imputation of genes masked at random (sCT paper, section 4, Table 1).
 
     In every cell a share of all genes is masked, whatever their level.
 
     Parameters
     ----------
-    held_out
+    eval_cells
         Cells.
     model
-        Usually a `Model`; None for the baselines alone.
+        Usually a `ImputationModel`; None for the baselines alone.
     train
         Exhaustive bags of the studies that the model was trained on, or None.
     ratios
@@ -114,10 +114,10 @@ def gene_imputation(
     cells_name
         What the titles call the cells.
     """
-    methods = _methods(held_out, model, train, magic=magic)
+    methods = _methods(eval_cells, model, train, magic=magic)
     titles = {ratio: f"Imputation of {ratio:.0%} masked genes, {cells_name}" for ratio in ratios}
-    settings = _by_amount(held_out, methods, drawing.mask_ratio, titles, seeds, "imputing masked genes")
-    return Outcome("gene imputation", "ratio", settings)
+    settings = _by_amount(eval_cells, methods, drawing.mask_ratio, titles, seeds, "imputing masked genes")
+    return ProtocolResult("gene imputation", "ratio", settings)
 
 
 def cells_to_mask(cells_per_bag: int) -> tuple[int, ...]:
@@ -137,25 +137,25 @@ def cells_to_mask(cells_per_bag: int) -> tuple[int, ...]:
 
 
 def whole_cell_imputation(
-    held_out: HeldOut,
-    model: Method | None,
+    eval_cells: EvalCells,
+    model: ImputationMethod | None,
     train: BagSource | None = None,
     *,
     numbers: Sequence[int] = (),
     seeds: int = 5,
     magic: bool = True,
     cells_name: str = "held-out cells",
-) -> Outcome:
+) -> ProtocolResult:
     """Imputation of whole cells from the others of their bag (sCT paper, section 4, Table 2).
 
-    No method is told the size of a masked cell, see `sct.eval.imputation.held_out.shown_ranges`.
+    No method is told the size of a masked cell, see `sct.eval.imputation.eval_cells.shown_ranges`.
 
     Parameters
     ----------
     numbers
         Cells masked in each bag of K; empty for the paper's shares, see `cells_to_mask`. A bag that lacks
         cells has the same share masked.
-    held_out, model, train, seeds, magic, cells_name
+    eval_cells, model, train, seeds, magic, cells_name
         See `gene_imputation`. MAGIC needs visible genes of a cell: its row says so.
 
     Raises
@@ -163,31 +163,31 @@ def whole_cell_imputation(
     DataError
         A number that leaves no cell, or bags of one cell.
     """
-    whole = held_out.cells_per_bag
+    whole = eval_cells.cells_per_bag
     numbers = tuple(numbers) or cells_to_mask(whole)
     for number in numbers:
         if not 0 < number < whole:
             raise DataError(
                 f"{number} cells of a bag are to be masked, but bags have {whole}: mask 1 to {whole - 1}."
             )
-    methods = _methods(held_out, model, train, whole_cells=True, magic=magic)
+    methods = _methods(eval_cells, model, train, whole_cells=True, magic=magic)
     titles = {number: f"Imputation of {number} of {whole} cells, {cells_name}" for number in numbers}
     settings = _by_amount(
-        held_out, methods, drawing.mask_cells, titles, seeds, "imputing whole cells", BAG_RANGES
+        eval_cells, methods, drawing.mask_cells, titles, seeds, "imputing whole cells", BAG_RANGES
     )
-    return Outcome("whole-cell imputation", "cells", settings)
+    return ProtocolResult("whole-cell imputation", "cells", settings)
 
 
-def sparsity_groups(held_out: HeldOut) -> dict[str, np.ndarray]:
+def sparsity_groups(eval_cells: EvalCells) -> dict[str, np.ndarray]:
     """Genes of each group of sparsity (sCT paper, appendix C.1), as gene positions.
 
     Sparsity is the share of cells without a count of the gene, of those whose study measured it. Genes that
     no cell expresses belong to no group.
     """
-    cells = np.bincount(held_out.study, minlength=len(held_out.measured)) @ held_out.measured
-    counted = np.bincount(held_out.counts.indices, minlength=held_out.tokens.shape[1])
-    expressed = held_out.frequencies[:, :, 1 : held_out.num_bins].sum(axis=(0, 2)) > 0
-    sparsity = np.where(expressed, 1 - counted / np.maximum(cells, 1), np.nan)
+    cells = np.bincount(eval_cells.study, minlength=len(eval_cells.measured)) @ eval_cells.measured
+    is_target = np.bincount(eval_cells.counts.indices, minlength=eval_cells.tokens.shape[1])
+    expressed = eval_cells.frequencies[:, :, 1 : eval_cells.num_bins].sum(axis=(0, 2)) > 0
+    sparsity = np.where(expressed, 1 - is_target / np.maximum(cells, 1), np.nan)
     last = list(SPARSITY_GROUPS)[-1]
     return {
         name: np.flatnonzero((sparsity >= low) & ((sparsity < high) | (name == last)))
@@ -196,22 +196,22 @@ def sparsity_groups(held_out: HeldOut) -> dict[str, np.ndarray]:
 
 
 def fixed_gene_imputation(
-    held_out: HeldOut,
-    model: Method | None,
+    eval_cells: EvalCells,
+    model: ImputationMethod | None,
     train: BagSource | None = None,
     *,
     per_group: int = 25,
     seeds: int = 5,
     magic: bool = True,
     cells_name: str = "held-out cells",
-) -> Outcome:
+) -> ProtocolResult:
     """Imputation of genes masked in all cells, by their sparsity (sCT paper, section 4 and appendix C.1).
 
     For each draw `per_group` genes of each group of sparsity are chosen at random; all of them are masked at
     once, in all cells, and each group is scored by itself. Other parameters as for `gene_imputation`.
     """
-    groups = sparsity_groups(held_out)
-    methods = _methods(held_out, model, train, magic=magic)
+    groups = sparsity_groups(eval_cells)
+    methods = _methods(eval_cells, model, train, magic=magic)
 
     def draw(seed: int) -> Draw:
         rng = np.random.default_rng(seed)
@@ -219,11 +219,11 @@ def fixed_gene_imputation(
             name: rng.choice(genes, min(per_group, len(genes)), replace=False)
             for name, genes in groups.items()
         }
-        masked = drawing.mask_genes(held_out, np.concatenate(list(chosen.values())))
+        masked = drawing.mask_genes(eval_cells, np.concatenate(list(chosen.values())))
         return masked, {name: np.isin(masked.genes, genes) for name, genes in chosen.items()}
 
     draws = [lambda seed=seed: draw(seed) for seed in range(seeds)]
-    ((_, tables, positions),) = _run(held_out, methods, [("", draws)], "imputing fixed genes")
+    ((_, tables, positions),) = _run(eval_cells, methods, [("", draws)], "imputing fixed genes")
     settings = []
     for name, genes in groups.items():
         low, high = SPARSITY_GROUPS[name]
@@ -235,14 +235,14 @@ def fixed_gene_imputation(
         if not len(genes):
             methods_once = dict.fromkeys((row.key, row.method, row.fitted_on) for row in rows)
             rows = [
-                Row(method, fitted_on, None, "no gene of this sparsity", key=key)
+                ScoreRow(method, fitted_on, None, "no gene of this sparsity", key=key)
                 for key, method, fitted_on in methods_once
             ]
         title = (
             f"Imputation of {number} fixed genes of {name} sparsity ({low:.0%} to {high:.0%}), {cells_name}"
         )
         settings.append(Setting(title, name, rows, positions[name], notes))
-    return Outcome("fixed-gene imputation", "sparsity", settings)
+    return ProtocolResult("fixed-gene imputation", "sparsity", settings)
 
 
 class GeneImputation:
@@ -251,8 +251,8 @@ class GeneImputation:
     Parameters
     ----------
     probabilities, odds
-        See `Model`.
-    train, held_out
+        See `ImputationModel`.
+    train, eval_cells
         Exhaustive bags with counts: what baselines are fitted on, and what is scored.
     split
         Name of the held-out split, for the title.
@@ -268,14 +268,14 @@ class GeneImputation:
         self,
         probabilities: Probabilities,
         train: BagSource,
-        held_out: BagSource,
+        eval_cells: BagSource,
         split: str = "test",
         ratio: float = 0.15,
         seeds: int = 5,
         max_bags: int = 0,
         odds: float = 1.0,
     ):
-        self.train, self.held_out, self.split = train, held_out, split
+        self.train, self.eval_cells, self.split = train, eval_cells, split
         self.ratio, self.seeds, self.max_bags, self.odds = ratio, seeds, max_bags, odds
         self._probabilities = jax.jit(probabilities)
         self.report: Report | None = None
@@ -283,8 +283,8 @@ class GeneImputation:
     def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
         """Measure; yields the numbers of the table and keeps it in `report`."""
         outcome = gene_imputation(
-            HeldOut.read(self.held_out, self.max_bags),
-            Model(self._probabilities, variables, odds=self.odds),
+            EvalCells.read(self.eval_cells, self.max_bags),
+            ImputationModel(self._probabilities, variables, odds=self.odds),
             self.train,
             ratios=(self.ratio,),
             seeds=self.seeds,

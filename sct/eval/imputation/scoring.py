@@ -16,17 +16,23 @@ from sct.data import masking
 from sct.data.tokenize import level_average
 from sct.errors import SctError
 from sct.eval import metrics
-from sct.eval.imputation.baselines import OTHER_CELLS, TRAINING, Method, Prediction, Unavailable
-from sct.eval.imputation.held_out import HeldOut, Masked
+from sct.eval.imputation.baselines import (
+    OTHER_CELLS,
+    TRAINING,
+    ImputationMethod,
+    LevelPrediction,
+    Unavailable,
+)
+from sct.eval.imputation.eval_cells import EvalCells, Masked
 from sct.eval.reports.report import FITTED_ON, METHOD, MODEL, REFERENCE, REMARK, Column, Report
 
 GIVEN = Column("given_expressed", "told expressed")
 NUMBERS = (Column("mcc", "MCC"), Column("mcc_gain", "gain over the bar"), Column("mae", "MAE (counts)"))
 COLUMNS = (METHOD, FITTED_ON, GIVEN, *NUMBERS, REMARK)
-BAR = f"most common expressed level per gene, {OTHER_CELLS}"
+REFERENCE_NAME = f"most common expressed level per gene, {OTHER_CELLS}"
 _NOTES = (
     "Scored: masked genes that are expressed; a method that is told so has an easier task.",
-    f"The bar, in the first row, is the {BAR}, which knows every gene of those cells; a gain is the MCC "
+    f"The bar, in the first row, is the {REFERENCE_NAME}, which knows every gene of those cells; a gain is the MCC "
     "minus that of the bar in the same draw.",
 )
 OWN_RANGES = "Levels and their counts follow each cell's own range, masked genes included, for all methods."
@@ -39,7 +45,7 @@ Draw = tuple[Masked, Mapping[str, np.ndarray]]
 Probabilities = Callable[[Any, jax.Array, jax.Array | None], jax.Array]
 
 
-class Model:
+class ImputationModel:
     """A model as a method of imputation.
 
     Parameters
@@ -53,7 +59,7 @@ class Model:
         By what factor the odds of being expressed are multiplied where `predict` chooses among all levels, as a
         model that is trained by the paper's loss multiplies them (`sct.data.class_prior`).
     name, fitted_on, remark
-        See `sct.eval.imputation.baselines.Method`.
+        See `sct.eval.imputation.baselines.ImputationMethod`.
     bags_per_batch
         B; 0 takes several bags at once where they are small.
     """
@@ -74,18 +80,18 @@ class Model:
         self._probabilities = jax.jit(probabilities)
 
     def chances(
-        self, held_out: HeldOut, masked: Masked, tick: Callable[[int], None] = lambda bags: None
+        self, eval_cells: EvalCells, masked: Masked, tick: Callable[[int], None] = lambda bags: None
     ) -> np.ndarray:
         """Probabilities (n, num_bins) of the levels at the scored positions. `tick` is told of bags that are done."""
-        num_bins = held_out.num_bins
+        num_bins = eval_cells.num_bins
         chance = np.zeros((len(masked.cells), num_bins), np.float32)
-        for batch in held_out.batches(self.bags_per_batch):
-            mask = held_out.padded(batch, masked.mask, False)
-            tokens = held_out.padded(batch, held_out.tokens, num_bins)
+        for batch in eval_cells.batches(self.bags_per_batch):
+            mask = eval_cells.padded(batch, masked.mask, False)
+            tokens = eval_cells.padded(batch, eval_cells.tokens, num_bins)
             coordinates = None
-            if held_out.spatial and held_out.coordinates is not None:
-                coordinates = jnp.asarray(held_out.padded(batch, held_out.coordinates, np.nan))
-            elif held_out.spatial:
+            if eval_cells.spatial and eval_cells.coordinates is not None:
+                coordinates = jnp.asarray(eval_cells.padded(batch, eval_cells.coordinates, np.nan))
+            elif eval_cells.spatial:
                 coordinates = jnp.full((*tokens.shape[:2], 2), jnp.nan, jnp.float32)
             shown = masking.apply(jnp.asarray(tokens), jnp.asarray(mask), num_bins)
             predicted = np.asarray(self._probabilities(self.variables, shown, coordinates))
@@ -96,28 +102,28 @@ class Model:
         return chance
 
     def predict(
-        self, held_out: HeldOut, masked: Masked, tick: Callable[[int], None] = lambda bags: None
-    ) -> dict[bool, Prediction]:
-        """See `baselines.Method`; both forms, scored as the sCT paper does: levels stand for medians."""
-        chance = self.chances(held_out, masked, tick)
+        self, eval_cells: EvalCells, masked: Masked, tick: Callable[[int], None] = lambda bags: None
+    ) -> dict[bool, LevelPrediction]:
+        """See `baselines.ImputationMethod`; both forms, scored as the sCT paper does: levels stand for medians."""
+        chance = self.chances(eval_cells, masked, tick)
         tilted, known = chance.copy(), chance
         tilted[:, 1:] *= self.odds
         known[:, 0] = 0
         medians = masked.medians[masked.cells]
         out = {}
-        for told, each in ((False, tilted), (True, known)):
+        for given_expressed, each in ((False, tilted), (True, known)):
             each /= np.maximum(each.sum(axis=1, keepdims=True), 1e-30)
-            out[told] = Prediction(each.argmax(axis=1), level_average(each, medians))
+            out[given_expressed] = LevelPrediction(each.argmax(axis=1), level_average(each, medians))
         return out
 
 
 @dataclasses.dataclass
-class Row:
+class ScoreRow:
     """A row of a table: a method in one of its forms, one number per draw, or the reason why there are none.
 
     Attributes
     ----------
-    told
+    given_expressed
         Whether the method is told that the masked genes are expressed; None where it could not run.
     mcc, gain, mae, msle
         MCC of levels, MCC minus the bar's, mean absolute error of raw counts, and mean squared difference of
@@ -130,7 +136,7 @@ class Row:
 
     method: str
     fitted_on: str
-    told: bool | None
+    given_expressed: bool | None
     remark: str
     mcc: list[float] = dataclasses.field(default_factory=list)
     gain: list[float] = dataclasses.field(default_factory=list)
@@ -144,9 +150,9 @@ class Row:
     def label(self) -> str:
         """Name of the row beside others: the method, what it is fitted on, and the form if it has two."""
         name = self.method if self.key == MODEL else f"{self.method}, {self.fitted_on}"
-        return f"{name}, told" if self.told and self.both else name
+        return f"{name}, told" if self.given_expressed and self.both else name
 
-    def score(self, masked: Masked, prediction: Prediction, chosen: np.ndarray, num_bins: int) -> None:
+    def score(self, masked: Masked, prediction: LevelPrediction, chosen: np.ndarray, num_bins: int) -> None:
         """Add the numbers of one draw, of its `chosen` (n,) positions."""
         true, levels = masked.levels[chosen].astype(np.int64), prediction.levels[chosen].astype(np.int64)
         truth, counts = masked.counts[chosen], np.asarray(prediction.counts[chosen], np.float64)
@@ -176,7 +182,7 @@ class Setting:
 
     name: str
     value: float | str
-    rows: list[Row]
+    rows: list[ScoreRow]
     positions: list[int]
     notes: tuple[str, ...] = ()
     ranges: str = OWN_RANGES
@@ -187,14 +193,14 @@ class Setting:
         title = f"{self.name} ({total:,} masked expressed genes in {draws} draw{'s' * (draws != 1)})"
         report = Report(title, COLUMNS, notes=(*_NOTES, self.ranges, *self.notes))
         for row in self.rows:
-            told = "-" if row.told is None else "yes" if row.told else "no"
+            given_expressed = "-" if row.given_expressed is None else "yes" if row.given_expressed else "no"
             numbers: tuple[Any, ...] = (row.mcc, row.gain, row.mae) if row.mcc else ("-", "-", "-")
-            report.add(row.method, row.fitted_on, told, *numbers, row.remark, key=row.key)
+            report.add(row.method, row.fitted_on, given_expressed, *numbers, row.remark, key=row.key)
         return report
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class ProtocolResult:
     """Result of a protocol: one table per setting, and their numbers.
 
     Attributes
@@ -256,20 +262,20 @@ class Outcome:
 
 
 def _answer(
-    method: Method, held_out: HeldOut, masked: Masked, tick: Callable[[int], None]
-) -> dict[bool, Prediction] | str:
+    method: ImputationMethod, eval_cells: EvalCells, masked: Masked, tick: Callable[[int], None]
+) -> dict[bool, LevelPrediction] | str:
     """Predictions of a method, or the reason why there are none."""
     try:
-        if isinstance(method, Model):
-            return method.predict(held_out, masked, tick)
-        predictions = method.predict(held_out, masked)
+        if isinstance(method, ImputationModel):
+            return method.predict(eval_cells, masked, tick)
+        predictions = method.predict(eval_cells, masked)
         tick(1)
     except Unavailable as reason:
         tick(1)
         return str(reason)
     except Exception as error:
         # A defect of a library must not cost the table; one of the model or of the data has to be seen.
-        if isinstance(method, Model) or isinstance(error, SctError):
+        if isinstance(method, ImputationModel) or isinstance(error, SctError):
             raise
         tick(1)
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -277,16 +283,16 @@ def _answer(
 
 
 def measure(
-    held_out: HeldOut,
-    methods: Sequence[Method],
+    eval_cells: EvalCells,
+    methods: Sequence[ImputationMethod],
     draws: Iterable[Callable[[], Draw]],
     tick: Callable[[int], None] = lambda units: None,
-) -> tuple[dict[str, list[Row]], dict[str, list[int]]]:
+) -> tuple[dict[str, list[ScoreRow]], dict[str, list[int]]]:
     """Ask all methods at the same positions of some draws.
 
     Parameters
     ----------
-    held_out
+    eval_cells
         Cells.
     methods
         The first is the bar.
@@ -301,40 +307,40 @@ def measure(
     Rows of each group, the bar first, then the model, and the number of scored positions of each draw. A
     method that fails at one draw is a row with the reason.
     """
-    rows: dict[str, dict[tuple[int, bool], Row]] = {}
+    rows: dict[str, dict[tuple[int, bool], ScoreRow]] = {}
     positions: dict[str, list[int]] = {}
     reasons: dict[int, str] = {}
-    keys = [MODEL if isinstance(method, Model) else "" for method in methods]
+    keys = [MODEL if isinstance(method, ImputationModel) else "" for method in methods]
     keys[0] = keys[0] or REFERENCE
     for make in draws:
         masked, groups = make()
         for group, chosen in groups.items():
             positions.setdefault(group, []).append(int(np.count_nonzero(chosen)))
         for number, method in enumerate(methods):
-            answer = reasons.get(number) or _answer(method, held_out, masked, tick)
+            answer = reasons.get(number) or _answer(method, eval_cells, masked, tick)
             if isinstance(answer, str):
                 reasons[number] = answer
                 continue
-            for told, prediction in sorted(answer.items()):
+            for given_expressed, prediction in sorted(answer.items()):
                 for group, chosen in groups.items():
                     row = rows.setdefault(group, {}).setdefault(
-                        (number, told),
-                        Row(
+                        (number, given_expressed),
+                        ScoreRow(
                             method.name,
                             method.fitted_on,
-                            told,
+                            given_expressed,
                             method.remark,
                             both=len(answer) > 1,
                             key=keys[number],
                         ),
                     )
-                    row.score(masked, prediction, chosen, held_out.num_bins)
+                    row.score(masked, prediction, chosen, eval_cells.num_bins)
     tables = {}
     for group in positions:
         table = []
         for number, method in enumerate(methods):
             if number in reasons:
-                table.append(Row(method.name, method.fitted_on, None, reasons[number], key=keys[number]))
+                table.append(ScoreRow(method.name, method.fitted_on, None, reasons[number], key=keys[number]))
             else:
                 table += [row for (n, _), row in rows[group].items() if n == number]
         bar = table[0].mcc

@@ -28,11 +28,9 @@ TRAINING = "training cells"
 UNDEFINED, UNMEASURED = "n/a", "-"
 AREAS = ("AUROC (average)", "AUROC (flatten)", "AUPRC (average)", "AUPRC (flatten)")
 
-Numbers = dict[str, dict[str, list[float]]]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Prediction:
+class LabelPrediction:
     """Predicted labels of N cells.
 
     Attributes
@@ -48,7 +46,7 @@ class Prediction:
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class LabelOptions:
     """How predicted labels are measured.
 
     Attributes
@@ -137,7 +135,7 @@ def kappa(true: pd.Series, predicted: pd.Series) -> float:
         return float(cohen_kappa_score(*_integers(true, predicted)))
 
 
-class Areas(NamedTuple):
+class LabelAreas(NamedTuple):
     """Areas under curves of one key.
 
     Attributes
@@ -160,7 +158,7 @@ class Areas(NamedTuple):
     unknown: tuple[Any, ...] = ()
 
 
-def areas(true: pd.Series, probabilities: pd.DataFrame) -> Areas:
+def areas(true: pd.Series, probabilities: pd.DataFrame) -> LabelAreas:
     """AUROC and AUPRC of candidates' probabilities, one against the rest (Cell2Sentence, section 4.3, Table 3).
 
     Parameters
@@ -173,7 +171,7 @@ def areas(true: pd.Series, probabilities: pd.DataFrame) -> Areas:
 
     Returns
     -------
-    See `Areas`: in [0, 1], 1 the best; AUROC is 0.5 by chance, AUPRC the share of positive pairs. NaN where
+    See `LabelAreas`: in [0, 1], 1 the best; AUROC is 0.5 by chance, AUPRC the share of positive pairs. NaN where
     one label is true of all cells.
 
     Raises
@@ -202,9 +200,9 @@ def areas(true: pd.Series, probabilities: pd.DataFrame) -> Areas:
     mixed = (share > 0) & (share < 1)
     absent = tuple(name for name, part in zip(names, share, strict=True) if part == 0)
     if not mixed.any():
-        return Areas(np.nan, np.nan, np.nan, np.nan, absent, unknown)
+        return LabelAreas(np.nan, np.nan, np.nan, np.nan, absent, unknown)
     within, flat = (positive[:, mixed], scores[:, mixed]), (positive.ravel(), scores.ravel())
-    return Areas(
+    return LabelAreas(
         float(roc_auc_score(*within, average="macro")),
         float(roc_auc_score(*flat)),
         float(average_precision_score(*within, average="macro")),
@@ -251,7 +249,7 @@ def _f1_column(positive: str) -> list[str]:
 
 
 def _values(
-    true: pd.DataFrame, prediction: Prediction, positive: str = ""
+    true: pd.DataFrame, prediction: LabelPrediction, positive: str = ""
 ) -> tuple[dict[str, float], list[str]]:
     """Every measure of one prediction by column, and remarks."""
     several, remarks = true.shape[1] > 1, []
@@ -310,8 +308,8 @@ def components(training_counts: Any, counts: Any, number: int) -> tuple[np.ndarr
 
 
 def classify(
-    training_counts: Any, training: pd.DataFrame, counts: Any, options: Options | None = None
-) -> dict[str, Prediction]:
+    training_counts: Any, training: pd.DataFrame, counts: Any, options: LabelOptions | None = None
+) -> dict[str, LabelPrediction]:
     """Labels from principal components, which are fitted on training cells, as the classifiers are.
 
     Parameters
@@ -321,14 +319,14 @@ def classify(
     counts
         (N, G) raw counts of the cells to predict.
     options
-        See `Options`.
+        See `LabelOptions`.
 
     Returns
     -------
     Name of the baseline -> its labels and probabilities: logistic regression and k nearest neighbours, each with
     one classifier for each key, on 50 components of log1p counts per 10,000.
     """
-    options = options or Options()
+    options = options or LabelOptions()
     before, after = components(training_counts, counts, options.components)
     kinds = {
         LOGISTIC: lambda: LogisticRegression(max_iter=1000),
@@ -337,7 +335,7 @@ def classify(
     return {name: _predicted(kind, before, training, after) for name, kind in kinds.items()}
 
 
-def _predicted(kind: Any, before: np.ndarray, training: pd.DataFrame, after: np.ndarray) -> Prediction:
+def _predicted(kind: Any, before: np.ndarray, training: pd.DataFrame, after: np.ndarray) -> LabelPrediction:
     """What a kind of classifier, fitted for each key, predicts."""
     labels, probabilities = {}, {}
     for key in training:
@@ -349,37 +347,37 @@ def _predicted(kind: Any, before: np.ndarray, training: pd.DataFrame, after: np.
         probabilities[key] = pd.DataFrame(
             model.predict_proba(after), columns=pd.Index(model.classes_, dtype=object)
         )
-    return Prediction(pd.DataFrame(labels, dtype=object), probabilities)
+    return LabelPrediction(pd.DataFrame(labels, dtype=object), probabilities)
 
 
-def _guesses(training: pd.DataFrame, n: int, seed: int) -> dict[str, Prediction]:
+def _guesses(training: pd.DataFrame, n: int, seed: int) -> dict[str, LabelPrediction]:
     """Predictions that look at no cell."""
     nothing = np.zeros((len(training), 1)), training, np.zeros((n, 1))
     common = training.value_counts(sort=False)
     best = dict(zip(training.columns, common[common == common.max()].index[0], strict=True))
     guesses = {MAJORITY: _predicted(lambda: DummyClassifier(strategy="most_frequent"), *nothing)}
     if training.shape[1] > 1:
-        guesses[COMBINATION] = Prediction(pd.DataFrame(best, index=range(n), dtype=object))
+        guesses[COMBINATION] = LabelPrediction(pd.DataFrame(best, index=range(n), dtype=object))
     guesses[CHANCE] = _predicted(lambda: DummyClassifier(strategy="stratified", random_state=seed), *nothing)
     return guesses
 
 
-def _rows(prediction: Prediction, rows: np.ndarray) -> Prediction:
+def _rows(prediction: LabelPrediction, rows: np.ndarray) -> LabelPrediction:
     """The predictions of these row numbers, in this order."""
     tables = prediction.probabilities
     picked = None if tables is None else {k: v.iloc[rows].reset_index(drop=True) for k, v in tables.items()}
-    return Prediction(prediction.labels.iloc[rows].reset_index(drop=True), picked)
+    return LabelPrediction(prediction.labels.iloc[rows].reset_index(drop=True), picked)
 
 
 def compare(
-    predictions: Mapping[str, Prediction | Sequence[Prediction]],
+    predictions: Mapping[str, LabelPrediction | Sequence[LabelPrediction]],
     true: pd.DataFrame,
     training: pd.DataFrame,
     counts: Any = None,
     training_counts: Any = None,
-    options: Options | None = None,
-    beside: Mapping[str, tuple[str, Prediction | Sequence[Prediction]]] | None = None,
-) -> tuple[Report, Numbers]:
+    options: LabelOptions | None = None,
+    beside: Mapping[str, tuple[str, LabelPrediction | Sequence[LabelPrediction]]] | None = None,
+) -> tuple[Report, metrics.MetricDraws]:
     """Predicted labels beside baselines fitted on training cells (Cell2Sentence, section 4.3, Tables 3 and 9).
 
     All rows are of the same cells: those whose true labels are all known. Below each prediction stands the same
@@ -389,7 +387,7 @@ def compare(
     Parameters
     ----------
     predictions
-        Name -> the `Prediction` of the N cells, or several of them (one for each seed of the model).
+        Name -> the `LabelPrediction` of the N cells, or several of them (one for each seed of the model).
     true
         (N, keys) true labels.
     training
@@ -397,7 +395,7 @@ def compare(
     counts, training_counts
         (N, G) and (T, G) raw counts, or None, which leaves out the baselines that look at them.
     options
-        See `Options`.
+        See `LabelOptions`.
     beside
         Rows between the predictions and the baselines, which are not shuffled: name -> what it was fitted on, and what
         it predicts, as in `predictions`.
@@ -415,7 +413,7 @@ def compare(
     ConfigError
         Two rows have one name.
     """
-    options, beside = options or Options(), beside or {}
+    options, beside = options or LabelOptions(), beside or {}
     missing = [key for key in true if key not in training]
     if missing or not len(true.columns):
         what = f"{missing[0]!r}" if missing else "any key"
@@ -450,7 +448,7 @@ def compare(
         for table, which in ((true, kept), (training, fits))
     )
     guesses = [_guesses(training, len(true), seed) for seed in range(options.seeds)]
-    baselines: dict[str, list[Prediction]] = {}
+    baselines: dict[str, list[LabelPrediction]] = {}
     if counts is not None:
         matrices = sparse.csr_matrix(training_counts)[fits], sparse.csr_matrix(counts)[kept]
         with metrics.quiet():
@@ -464,7 +462,7 @@ def compare(
             f"two rows are called {taken[0]!r}, as where a prediction is called like a baseline; give another name."
         )
 
-    measured_rows: dict[str, tuple[str, list[Prediction]]] = {}
+    measured_rows: dict[str, tuple[str, list[LabelPrediction]]] = {}
     for name, given in predictions.items():
         chosen = [_rows(one, rows) for one in _listed(given)]
         measured_rows[name] = "", chosen
@@ -481,7 +479,7 @@ def compare(
         (METHOD, FITTED_ON, *columns, REMARK),
         notes=(*notes, *_notes(true)),
     )
-    numbers: Numbers = {}
+    numbers: metrics.MetricDraws = {}
     for name in track(list(measured_rows), "measuring labels"):
         fitted_on, given = measured_rows[name]
         measured = [_values(true, each, options.positive) for each in given]
@@ -493,8 +491,8 @@ def compare(
     return report, numbers
 
 
-def _listed(given: Prediction | Sequence[Prediction]) -> list[Prediction]:
-    return [given] if isinstance(given, Prediction) else list(given)
+def _listed(given: LabelPrediction | Sequence[LabelPrediction]) -> list[LabelPrediction]:
+    return [given] if isinstance(given, LabelPrediction) else list(given)
 
 
 def _notes(true: pd.DataFrame) -> list[str]:

@@ -34,7 +34,6 @@ FREQUENCY, MEANS = "how often each pathway is active", "mean expression of the p
 _SYMBOLS = frozenset({"AKT", "DNA", "JAK", "KRAS", "MTOR", "MYC", "TNFA", "UV"})
 _BLOCK = 512  # cells whose ranks are in memory at once
 _LEAST = 5  # genes of a set that the cells must have, as decoupler asks
-Numbers = dict[str, dict[str, list[float]]]
 
 
 def read_gene_sets(path: str | Path, names: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
@@ -151,7 +150,7 @@ def active(scores: pd.DataFrame, deviations: float = 1.0) -> pd.DataFrame:
     return scores > scores.mean() + deviations * scores.std(ddof=0)
 
 
-class Areas(NamedTuple):
+class PathwayAreas(NamedTuple):
     """Areas under curves of N cells times S pathways (appendix B.1), in [0, 1], 1 the best.
 
     Attributes
@@ -168,7 +167,7 @@ class Areas(NamedTuple):
     auprc_flatten: float
 
 
-def areas(true: np.ndarray, scores: np.ndarray) -> Areas:
+def areas(true: np.ndarray, scores: np.ndarray) -> PathwayAreas:
     """AUROC and AUPRC of scores (N, S), higher for active, with which (N, S) bool are `true`."""
     if true.shape != scores.shape or true.ndim != 2 or not true.size:
         raise DataError(
@@ -177,7 +176,7 @@ def areas(true: np.ndarray, scores: np.ndarray) -> Areas:
     if not np.isfinite(scores).all():
         raise DataError("the scores have NaN or infinite values; give finite ones.")
     if true.all() or not true.any():
-        return Areas(*[float("nan")] * 4)
+        return PathwayAreas(*[float("nan")] * 4)
     mixed = true.any(axis=1) & ~true.all(axis=1)
     own = [float("nan")] * 2
     if mixed.any():
@@ -187,11 +186,11 @@ def areas(true: np.ndarray, scores: np.ndarray) -> Areas:
             for measure in (roc_auc_score, average_precision_score)
         ]
     flat = true.ravel(), scores.ravel()
-    return Areas(own[0], float(roc_auc_score(*flat)), own[1], float(average_precision_score(*flat)))
+    return PathwayAreas(own[0], float(roc_auc_score(*flat)), own[1], float(average_precision_score(*flat)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Cells:
+class PathwayCells:
     """Cells with the activity of S pathways.
 
     Attributes
@@ -215,7 +214,7 @@ class Cells:
         symbols: Sequence[str],
         gene_sets: Mapping[str, Sequence[str]],
         deviations: float = 1.0,
-    ) -> Cells:
+    ) -> PathwayCells:
         """Label cells by the scorer."""
         found = active(activities(counts, symbols, gene_sets), deviations)
         log = log_expression(sparse.csr_matrix(counts, dtype=np.float32))
@@ -230,13 +229,13 @@ class Cells:
         ]
         return cls(counts, found, np.hstack([each.reshape(-1, 1) for each in means]))
 
-    def rows(self, rows: np.ndarray) -> Cells:
+    def rows(self, rows: np.ndarray) -> PathwayCells:
         """Some of the cells."""
         picked = self.active.iloc[rows].reset_index(drop=True)
-        return Cells(self.counts[rows], picked, self.means[rows])
+        return PathwayCells(self.counts[rows], picked, self.means[rows])
 
 
-def _with_depth(cells: Cells) -> float:
+def _with_depth(cells: PathwayCells) -> float:
     """Rank correlation of how many pathways are active in a cell with its counts."""
     with metrics.quiet():
         return float(spearmanr(cells.active.sum(axis=1), np.asarray(cells.counts.sum(axis=1)).ravel())[0])
@@ -253,7 +252,7 @@ def _probabilities(kind: Any, before: np.ndarray, true: np.ndarray, after: np.nd
     return made
 
 
-def logistic(train: Cells, cells: Cells, options: labels.Options) -> np.ndarray:
+def logistic(train: PathwayCells, cells: PathwayCells, options: labels.LabelOptions) -> np.ndarray:
     """Scores (N, S) of logistic regression on principal components, a model for each pathway."""
     before, after = labels.components(train.counts, cells.counts, options.components)
     with metrics.quiet():
@@ -262,7 +261,9 @@ def logistic(train: Cells, cells: Cells, options: labels.Options) -> np.ndarray:
         )
 
 
-def baselines(train: Cells, cells: Cells, options: labels.Options) -> dict[str, np.ndarray]:
+def baselines(
+    train: PathwayCells, cells: PathwayCells, options: labels.LabelOptions
+) -> dict[str, np.ndarray]:
     """Scores (N, S) of classifiers fitted on training cells, of the pathways' frequency there, and of the genes' means.
 
     The last looks at the genes from which the labels were made.
@@ -276,16 +277,16 @@ def baselines(train: Cells, cells: Cells, options: labels.Options) -> dict[str, 
     made = {labels.LOGISTIC: logistic(train, cells, options)}
     with metrics.quiet():
         made |= {name: _probabilities(kind, before, known, after) for name, kind in kinds.items()}
-    centre, spread = train.means.mean(axis=0), train.means.std(axis=0)
-    return {**made, MEANS: (cells.means - centre) / np.where(spread > 0, spread, 1.0)}
+    center, spread = train.means.mean(axis=0), train.means.std(axis=0)
+    return {**made, MEANS: (cells.means - center) / np.where(spread > 0, spread, 1.0)}
 
 
 def compare(
     predictions: Mapping[str, tuple[str, Sequence[np.ndarray]]],
-    cells: Cells,
-    train: Cells,
-    options: labels.Options | None = None,
-) -> tuple[Report, Numbers]:
+    cells: PathwayCells,
+    train: PathwayCells,
+    options: labels.LabelOptions | None = None,
+) -> tuple[Report, metrics.MetricDraws]:
     """Predicted activity of pathways beside baselines fitted on training cells (ZerOmics, Table 4).
 
     Parameters
@@ -295,7 +296,7 @@ def compare(
     cells, train
         Cells to predict, and those that baselines are fitted on, with the same pathways.
     options
-        See `sct.eval.labels.measures.Options`.
+        See `sct.eval.labels.measures.LabelOptions`.
 
     Returns
     -------
@@ -308,7 +309,7 @@ def compare(
     DataError
         Shapes differ.
     """
-    options = options or labels.Options()
+    options = options or labels.LabelOptions()
     rows: dict[str, tuple[str, Sequence[np.ndarray]]] = dict(predictions)
     for name, scores in baselines(train, cells, options).items():
         if name in rows:
@@ -328,7 +329,7 @@ def compare(
     )
     if empty := int((~true.any(axis=1)).sum()):
         report.notes = (*report.notes, f"{empty:,} cells have no active pathway and count in f- alone.")
-    numbers: Numbers = {}
+    numbers: metrics.MetricDraws = {}
     for name in track(list(rows), "measuring pathways"):
         fitted_on, given = rows[name]
         measured = [areas(true, np.asarray(each, dtype=float)) for each in given]

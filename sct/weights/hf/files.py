@@ -12,13 +12,13 @@ import numpy as np
 
 from sct.errors import CheckpointError, first_line
 from sct.extras import load_extra
-from sct.weights.model_folder import INDEX, TORCH, WEIGHTS, Reader, check_finite, read_json
+from sct.weights.model_folder import INDEX, TORCH, WEIGHTS, FolderReader, check_finite, read_json
 
 _BIN = re.compile(r"[\w.-]+\.bin")
 _DTYPES = ("float16", "bfloat16", "float32", "float64", "bool", "uint8", "int8", "int16", "int32", "int64")
 
 
-def open_weights(folder: Path) -> Reader | TorchReader:
+def open_weights(folder: Path) -> FolderReader | TorchReader:
     """Reader of the weights of a folder, to be used in a `with` statement.
 
     Raises
@@ -27,7 +27,7 @@ def open_weights(folder: Path) -> Reader | TorchReader:
         There are none.
     """
     if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
-        return Reader(folder)
+        return FolderReader(folder)
     if (folder / TORCH).is_file() or (folder / f"{TORCH}.index.json").is_file():
         return TorchReader(folder)
     raise CheckpointError(

@@ -31,7 +31,7 @@ from sct.weights.hf import config as hf_config
 from sct.weights.hf import maps as hf_maps
 from sct.weights.hf.files import TorchReader, open_weights
 from sct.weights.hf.maps import FAMILIES, Entry
-from sct.weights.model_folder import CARD, CONFIG, GENES, SHARD_BYTES, Reader
+from sct.weights.model_folder import CARD, CONFIG, GENES, SHARD_BYTES, FolderReader
 from sct.weights.pretrained import (
     LOADED_DTYPES,
     Pretrained,
@@ -67,7 +67,7 @@ class _Opened:
 
     family: str
     config: Any
-    reader: Reader | TorchReader
+    reader: FolderReader | TorchReader
     entries: dict[str, Entry]
     keys: dict[str, str]
     shapes: dict[str, Any]
@@ -150,7 +150,7 @@ def _opened(folder: Path) -> Iterator[_Opened]:
 
 
 def _settle_copies(
-    family: str, config: Any, reader: Reader | TorchReader, keys: dict[str, str], source: str
+    family: str, config: Any, reader: FolderReader | TorchReader, keys: dict[str, str], source: str
 ) -> None:
     """Leave one of each array that is in the files twice.
 
@@ -172,7 +172,7 @@ def _settle_copies(
             )
 
 
-def _equal(reader: Reader | TorchReader, one: str, other: str) -> bool:
+def _equal(reader: FolderReader | TorchReader, one: str, other: str) -> bool:
     """Whether two arrays of the files are the same, compared part by part."""
     shape = reader.shapes[one].shape
     if reader.shapes[other].shape != shape:
@@ -186,7 +186,7 @@ def load(
     folder: str | os.PathLike[str],
     *,
     mesh: Mesh | None = None,
-    rules: axes.Rules | None = None,
+    rules: axes.AxisRules | None = None,
     dtype: str | None = None,
     genes: GeneVocabulary | None = None,
 ) -> Pretrained:
@@ -244,9 +244,9 @@ def _handle(folder: Path, opened: _Opened, arrays: Mapping[str, Any]) -> Pretrai
     genes = GeneVocabulary.load(folder / GENES) if (folder / GENES).is_file() else None
     card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
     named = re.search(r"\A---\n(?:.*\n)*?license:[ \t]*(\S+)[ \t]*\n(?:.*\n)*?---\n", card)
-    licence = named[1].strip("\"'") if named else "unknown"
+    license = named[1].strip("\"'") if named else "unknown"
     made = Pretrained(
-        opened.family, opened.config, unflatten(dict(arrays)), genes, license=licence, tokenizer=tokenizer
+        opened.family, opened.config, unflatten(dict(arrays)), genes, license=license, tokenizer=tokenizer
     )
     return dataclasses.replace(
         made, card=default_card(made, "Converted from a Hugging Face folder. " + NOTICE)

@@ -85,7 +85,7 @@ _BERT: tuple[_ROW, ...] = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
+class NameMap:
     """Names in the files of a family.
 
     Attributes
@@ -112,20 +112,20 @@ class Family:
         return f"{self.rows[0][1]}.weight"
 
 
-FAMILIES: dict[str, Family] = {
-    "gpt2": Family(
+FAMILIES: dict[str, NameMap] = {
+    "gpt2": NameMap(
         "transformer.", _GPT2, "lm_head.weight", ("lm_head.weight",),
         r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",
     ),
-    "neox": Family(
+    "neox": NameMap(
         "gpt_neox.", _NEOX, "embed_out.weight", ("embed_out.weight", "lm_head.weight"),
         r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)|gpt_neox\.rotary_emb\.inv_freq",
     ),
-    "llama": Family(
+    "llama": NameMap(
         "model.", _LLAMA, "lm_head.weight", ("lm_head.weight",),
         r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
     ),
-    "bert": Family(
+    "bert": NameMap(
         "bert.", _BERT, "cls.predictions.decoder.weight", ("cls.predictions.decoder.weight",),
         # The second head of pretraining tells whether one text follows another.
         r"bert\.embeddings\.(position_ids|token_type_ids)|cls\.seq_relationship\.(weight|bias)",

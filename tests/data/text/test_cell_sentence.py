@@ -24,7 +24,7 @@ from sct.data.text.cell_sentence import (
     counts_like,
     expression,
     fit_rank,
-    normalise,
+    normalize,
     quality,
     rank,
     sentences,
@@ -144,14 +144,14 @@ def test_keys_are_the_same_in_every_process():
 def test_normalisation_is_equation_1(table):
     totals = table.astype(np.float64).sum(axis=1, keepdims=True)
     expected = np.log10(1 + 1e4 * np.divide(table, totals, out=np.zeros(table.shape), where=totals > 0))
-    result = normalise(csr(table))
+    result = normalize(csr(table))
     assert result.dtype == np.float32
     np.testing.assert_allclose(result.toarray(), expected, rtol=1e-6)
 
 
 def test_counts_like_undoes_the_logarithm():
     counts = simulated()
-    back = counts_like(normalise(counts), total=1e6).toarray()
+    back = counts_like(normalize(counts), total=1e6).toarray()
     expected = counts.toarray() / counts.sum(axis=1) * 1e6
     np.testing.assert_allclose(back, expected, rtol=2e-5)
 
@@ -177,7 +177,7 @@ def test_quality_follows_the_order_that_is_documented():
 def test_the_fit_is_that_of_scipy(top_k):
     counts = simulated()
     log_rank, values = [], []
-    for row in normalise(counts).toarray().astype(np.float64):
+    for row in normalize(counts).toarray().astype(np.float64):
         ordered = np.sort(row[row > 0])[::-1][:top_k]
         log_rank.append(np.log(np.arange(1, len(ordered) + 1)))
         values.append(ordered)
@@ -304,7 +304,7 @@ def test_unusable_input_is_refused():
     with pytest.raises(DataError, match="negative or not finite"):
         sentences(csr([[1, -2]]), names)
     with pytest.raises(DataError, match="negative or not finite"):
-        normalise(csr([[1, np.nan]]))
+        normalize(csr([[1, np.nan]]))
     with pytest.raises(DataError, match="CSR"):
         rank(np.ones((2, 2)))
     with pytest.raises(DataError, match="top_k"):
@@ -334,6 +334,6 @@ def test_real_cells_follow_the_line(shared_data):
     assert 0.78 < fit.spearman < 0.9
     restored, numbers = expression(sentences(cells.X, names, keys=keys), names, fit)
     assert (numbers["unique_share"] == 1).all()
-    actual = normalise(cells.X)
+    actual = normalize(cells.X)
     assert restored.nnz == actual.nnz
     assert np.corrcoef(restored.toarray().ravel(), actual.toarray().ravel())[0, 1] > 0.98

@@ -68,8 +68,8 @@ def test_a_record_is_a_question_with_the_cell_and_its_answer():
     made, bpe = source(), tokenizer()
     seen: Counter[str] = Counter()
     for number in range(len(made)):
-        record = made.bag(number)
-        cell = made.cells.bag(number)
+        record = made.record(number)
+        cell = made.cells.record(number)
         np.testing.assert_array_equal(record["bins"], cell["bins"])
         row, length = int(record["row"]), int(record["there"].sum())
         table = made.questions["one"].study.table.iloc[row]
@@ -121,7 +121,7 @@ def test_task_template_and_order_follow_from_seed_cell_and_epoch():
     def written(made: InstructionSource, epoch: int) -> list[bytes]:
         found = {}
         for number in range(len(made)):
-            record = made.bag(number, epoch)
+            record = made.record(number, epoch)
             found[int(record["row"])] = record["input_ids"].tobytes()
         return [found[row] for row in sorted(found)]
 
@@ -137,9 +137,9 @@ def test_task_template_and_order_follow_from_seed_cell_and_epoch():
 
 
 def test_what_a_study_says_of_itself_goes_first():
-    said = {"abstract": ABSTRACT, "cell_types": ["B cell", "T cell", "plasma cell"], "rare": ["T cell"],
+    study_metadata = {"abstract": ABSTRACT, "cell_types": ["B cell", "T cell", "plasma cell"], "rare": ["T cell"],
             "diseases": ["glioma", "lymphoma"]}  # fmt: skip
-    asked = StudyQuestions(study(), options(studies={"one": said}))
+    asked = StudyQuestions(study(), options(studies={"one": study_metadata}))
     assert asked.candidates["cta"] == ("B cell", "T cell", "plasma cell")
     assert asked.rare == {"T cell"}
     assert asked.candidates["tcd"] == ("glioma", "lymphoma", "normal cell")
@@ -148,7 +148,7 @@ def test_what_a_study_says_of_itself_goes_first():
         # Tables have None or NaN for what is missing, as the version of pandas has it.
         name, disease = ("" if pd.isna(value) else value for value in table.iloc[row])
         # What is none of the candidates has no answer.
-        assert asked.answer("cta", row) == (name if name in said["cell_types"] else "")
+        assert asked.answer("cta", row) == (name if name in study_metadata["cell_types"] else "")
         assert asked.answer("rci", row) == ({"T cell": "Yes", "": ""}.get(name, "No"))
         assert asked.answer("tcd", row) == ({"normal": "normal cell", "glioma": "glioma"}.get(disease, ""))
 
@@ -186,7 +186,7 @@ def test_pathways_are_several_answers_in_any_order():
     with pytest.raises(ConfigError, match=r"'one' .*16[0-9] tokens.*160"):
         source(made, **asks)
     records = source(made, **asks, length=180)
-    known = [bool(records.bag(number)["predicted"].any()) for number in range(120)]
+    known = [bool(records.record(number)["predicted"].any()) for number in range(120)]
     assert sum(known) == 80
 
 
@@ -196,7 +196,7 @@ def test_a_task_without_pathways_names_the_column():
 
 
 @pytest.mark.parametrize(
-    ("said", "words"),
+    ("study_metadata", "words"),
     [
         ({"rare": ["Nk cell"]}, r"rare .*'one'.*'Nk cell'"),
         (
@@ -206,9 +206,9 @@ def test_a_task_without_pathways_names_the_column():
         ({"diseases": ["Glioma"]}, r"diseases .*'one'"),
     ],
 )
-def test_names_that_no_cell_has(said, words):
+def test_names_that_no_cell_has(study_metadata, words):
     with pytest.raises(ConfigError, match=words):
-        source(studies={"one": {"abstract": ABSTRACT, **said}})
+        source(studies={"one": {"abstract": ABSTRACT, **study_metadata}})
 
 
 def test_a_prompt_has_the_cell_once(tmp_path):
@@ -232,7 +232,7 @@ def test_tasks_that_a_study_cannot_be_asked():
     with pytest.raises(ConfigError, match=r"data\.disease"):
         source(tasks=(("tcd", 1.0),), disease="")
     # Held-out cells may have none of what is asked.
-    record = source(plain, exhaustive=True).bag(0)
+    record = source(plain, exhaustive=True).record(0)
     assert not record["there"].any()
     np.testing.assert_array_equal(record["bins"], cell_records(plain.counts[:1], CELLS)["bins"][0])
 

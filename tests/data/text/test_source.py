@@ -31,7 +31,7 @@ def source(*studies: ToyStudy, own_begin: bool = False, **changes) -> SentenceSo
 
 
 def rows(made: SentenceSource, epoch: int = 0):
-    return [made.bag(number, epoch) for number in range(len(made))]
+    return [made.record(number, epoch) for number in range(len(made))]
 
 
 def examples(made: SentenceSource, epoch: int = 0):
@@ -106,7 +106,7 @@ def test_every_cell_is_in_exactly_one_row_of_a_pass(sizes, length):
     again = [
         text
         for batch in batches
-        for i in np.flatnonzero(batch["weight"])
+        for i in np.flatnonzero(batch["example_mask"])
         for text in decoded(made, {key: value[i] for key, value in batch.items()})
     ]
     assert again == expected
@@ -114,10 +114,10 @@ def test_every_cell_is_in_exactly_one_row_of_a_pass(sizes, length):
 
 def test_a_record_follows_from_number_and_epoch_alone():
     made, other = source(tasks=BOTH), pickle.loads(pickle.dumps(source(tasks=BOTH)))
-    first = {(n, e): made.bag(n, e) for n in range(len(made)) for e in (0, 1, 7)}
+    first = {(n, e): made.record(n, e) for n in range(len(made)) for e in (0, 1, 7)}
     for (number, epoch), row in reversed(first.items()):
-        assert same(row, other.bag(number, epoch))
-        assert same(row, made.bag(number, epoch))
+        assert same(row, other.record(number, epoch))
+        assert same(row, made.record(number, epoch))
 
 
 def test_epochs_and_seeds_have_texts_of_their_own():

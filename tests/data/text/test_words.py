@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sct.data.text.words import Words
+from sct.data.text.gene_tokens import GeneTokens
 
 NAMES = ["A", "AB", "CD8A", "HLA-DRA", "EIGHTCHR", "EIGHTCHRX", "ENSG00000123456.12", "RP11-34P13.7", "B"]
 words = st.one_of(
@@ -28,7 +28,7 @@ texts = st.lists(
 @pytest.mark.parametrize("names", [NAMES, [*NAMES, "gène"], []], ids=["ASCII", "other", "none"])
 @given(texts=texts)
 def test_words_are_found_as_by_splitting(names, texts):
-    sizes, found = Words(names).find(texts)
+    sizes, found = GeneTokens(names).find(texts)
     split = [text.split() for text in texts]
     assert sizes.tolist() == [len(each) for each in split]
     known = {name: place for place, name in enumerate(names)}
@@ -39,7 +39,9 @@ def test_plain_texts_are_not_split(monkeypatch):
     def split(*arguments):
         raise AssertionError("the slow way")
 
-    monkeypatch.setattr(Words, "look_up", split)
-    sizes, found = Words(NAMES).find(["CD8A  nothing\tRP11-34P13.7", "", "RP11-34P13.77 ENSG00000123456.12"])
+    monkeypatch.setattr(GeneTokens, "look_up", split)
+    sizes, found = GeneTokens(NAMES).find(
+        ["CD8A  nothing\tRP11-34P13.7", "", "RP11-34P13.77 ENSG00000123456.12"]
+    )
     assert (sizes.tolist(), found.tolist()) == ([3, 0, 2], [2, -1, 7, -1, 6])
     assert found.dtype == np.int64

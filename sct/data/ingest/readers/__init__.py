@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from sct.data.counts import COUNTS, Values
+from sct.data.ingest.input_files import Input
 from sct.data.ingest.readers.h5ad import anndata_source, from_group, from_memory
-from sct.data.ingest.readers.stream import UNREADABLE, Source, reading
+from sct.data.ingest.readers.stream import UNREADABLE, OpenInput, reading
 from sct.data.ingest.readers.tenx import mtx_header, tenx_h5, tenx_mtx
-from sct.data.ingest.sources import Input
 from sct.errors import DataError
 from sct.extras import load_extra
 
-__all__ = ["Source", "count_cells", "open_source"]
+__all__ = ["OpenInput", "count_cells", "open_source"]
 
 _CHUNK_CACHE = 16 << 20
 
@@ -33,7 +33,7 @@ def open_source(
     folder: Path,
     census_version: str = "stable",
     values: Values = COUNTS,
-) -> Iterator[Source]:
+) -> Iterator[OpenInput]:
     """Open an input.
 
     Parameters
@@ -105,7 +105,7 @@ def _axis_length(table: Any) -> int:
     return len(index["values"] if hasattr(index, "keys") else index)
 
 
-def _open(item: Input, layer: str | None, spatial_key: str) -> tuple[Source, Callable[[], None]]:
+def _open(item: Input, layer: str | None, spatial_key: str) -> tuple[OpenInput, Callable[[], None]]:
     if item.kind in ("10x_h5", "mtx") and layer not in (None, "X"):
         raise DataError(f"{item.location} has no layers, but layer={layer!r} was asked for: leave it out")
     if item.kind == "mtx":
@@ -130,7 +130,7 @@ def _open(item: Input, layer: str | None, spatial_key: str) -> tuple[Source, Cal
         raise
 
 
-def _check_cells(source: Source) -> None:
+def _check_cells(source: OpenInput) -> None:
     if len(source.obs) == 0:
         raise DataError(f"{source.label} holds no cells: leave it out")
     repeated = source.obs.index[source.obs.index.duplicated()]

@@ -11,7 +11,7 @@ import scipy.sparse as sp
 
 from sct.data.coordinates import SPATIAL_KEY
 from sct.data.counts import CountsChecker
-from sct.data.ingest.readers.stream import Matrix, Source, guarded
+from sct.data.ingest.readers.stream import Matrix, OpenInput, guarded
 from sct.errors import DataError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Parts:
+class H5adParts:
     """Access to the parts of an AnnData, wherever it lies; absent parts are None."""
 
     obs: Callable[[], Any]
@@ -29,7 +29,7 @@ class Parts:
     layers: tuple[str, ...]
 
 
-def from_memory(adata: anndata.AnnData) -> Parts:
+def from_memory(adata: anndata.AnnData) -> H5adParts:
     """Parts of an AnnData object; a backed one is loaded (give its path for bounded memory)."""
     if adata.isbacked:
         adata = adata.to_memory()
@@ -40,7 +40,7 @@ def from_memory(adata: anndata.AnnData) -> Parts:
             return None if raw is None else _memory_matrix(raw.X)
         return _memory_matrix(adata.X if where == "X" else adata.layers.get(where))
 
-    return Parts(
+    return H5adParts(
         obs=lambda: adata.obs,
         var=lambda of_raw: raw.var if of_raw else adata.var,
         matrix=matrix,
@@ -58,7 +58,7 @@ def _memory_matrix(x: Any) -> Matrix | None:
     return Matrix(x.format, x.shape, x.data, x.indices, x.indptr)
 
 
-def from_group(group: Any) -> Parts:
+def from_group(group: Any) -> H5adParts:
     """Parts of an AnnData in an HDF5 file or zarr group: X is left on disk."""
     from anndata.io import read_elem
 
@@ -72,7 +72,7 @@ def from_group(group: Any) -> Parts:
 
     if not hasattr(group["obs"], "keys"):
         raise ValueError("it was written by an anndata older than 0.7: read it and write it again")
-    return Parts(
+    return H5adParts(
         obs=lambda: read_elem(group["obs"]),
         var=lambda of_raw: read_elem(group["raw/var" if of_raw else "var"]),
         matrix=matrix,
@@ -92,14 +92,14 @@ def _stored_matrix(element: Any) -> Matrix | None:
     return Matrix(kind[:3], (rows, columns), element["data"], element["indices"], element["indptr"])
 
 
-def anndata_source(label: str, parts: Parts, layer: str | None, spatial_key: str) -> Source:
+def anndata_source(label: str, parts: H5adParts, layer: str | None, spatial_key: str) -> OpenInput:
     """Choose the counts among `parts` and check the coordinates."""
     obs = parts.obs()
     taken, matrix = _find_counts(label, parts, layer)
     var = parts.var(taken == "raw.X")
     if matrix.shape != (len(obs), len(var)):
         raise ValueError(f"{taken} is {matrix.shape}, but there are {len(obs)} cells and {len(var)} genes")
-    return Source(
+    return OpenInput(
         label=label,
         obs=obs,
         var=var,
@@ -111,7 +111,7 @@ def anndata_source(label: str, parts: Parts, layer: str | None, spatial_key: str
     )
 
 
-def _find_counts(label: str, parts: Parts, layer: str | None) -> tuple[str, Matrix]:
+def _find_counts(label: str, parts: H5adParts, layer: str | None) -> tuple[str, Matrix]:
     """The first matrix whose sampled values are raw counts; the whole is checked while it is read."""
     if layer is not None:
         matrix = parts.matrix(layer)

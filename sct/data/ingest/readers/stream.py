@@ -14,7 +14,7 @@ import scipy.sparse as sp
 
 from sct.errors import DataError, SctError
 
-Block = tuple[np.ndarray, sp.csr_matrix]
+RowBlock = tuple[np.ndarray, sp.csr_matrix]
 UNREADABLE = (OSError, EOFError, zlib.error, KeyError, IndexError, ValueError, TypeError, RuntimeError)
 _SAMPLE = 100_000
 
@@ -47,7 +47,7 @@ class Matrix:
         starts = sorted({0, n // 2, max(0, n - _SAMPLE)})
         return np.concatenate([np.asarray(self.data[each : each + _SAMPLE]) for each in starts])
 
-    def blocks(self, entries: int) -> Iterator[Block]:
+    def blocks(self, entries: int) -> Iterator[RowBlock]:
         """Blocks of about `entries` stored values; each row once, unless the layout is "csc"."""
         n_rows, n_columns = self.shape
         if self.layout == "dense":
@@ -83,7 +83,7 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Source:
+class OpenInput:
     """An opened input.
 
     Attributes
@@ -111,7 +111,7 @@ class Source:
     taken: str
     n_values: int
     whole_rows: bool
-    blocks: Callable[[int], Iterator[Block]]
+    blocks: Callable[[int], Iterator[RowBlock]]
 
 
 @contextmanager
@@ -131,10 +131,10 @@ def reading(label: str) -> Iterator[None]:
         ) from error
 
 
-def guarded(label: str, blocks: Callable[[int], Iterator[Block]]) -> Callable[[int], Iterator[Block]]:
+def guarded(label: str, blocks: Callable[[int], Iterator[RowBlock]]) -> Callable[[int], Iterator[RowBlock]]:
     """Blocks whose errors name the input."""
 
-    def run(entries: int) -> Iterator[Block]:
+    def run(entries: int) -> Iterator[RowBlock]:
         with reading(label):
             yield from blocks(entries)
 

@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from sct.data.ingest.readers.stream import Block, Matrix, Source, guarded
-from sct.data.ingest.sources import MTX
+from sct.data.ingest.input_files import MTX
+from sct.data.ingest.readers.stream import Matrix, OpenInput, RowBlock, guarded
 from sct.errors import DataError
 
 
-def tenx_h5(label: str, file: Any) -> Source:
+def tenx_h5(label: str, file: Any) -> OpenInput:
     """A 10x .h5 file: genes x cells in CSC, which is cells x genes in CSR."""
     groups = [each for each in file.values() if hasattr(each, "keys") and "barcodes" in each]
     if len(groups) != 1:
@@ -48,9 +48,9 @@ def _of_features(
     kinds: np.ndarray | None,
     shape: tuple[int, int],
     n_values: int,
-    blocks: Callable[[int], Iterator[Block]],
+    blocks: Callable[[int], Iterator[RowBlock]],
     whole_rows: bool,
-) -> Source:
+) -> OpenInput:
     """A source of 10x features, without those that are no genes (antibodies, guides)."""
     if shape != (len(barcodes), len(ids)):
         raise ValueError(f"its matrix is {shape}, but it names {len(barcodes)} cells and {len(ids)} features")
@@ -59,11 +59,11 @@ def _of_features(
     if not genes.any():
         raise DataError(f"{label} has no features of the type 'Gene Expression': leave it out")
 
-    def only_genes(entries: int) -> Iterator[Block]:
+    def only_genes(entries: int) -> Iterator[RowBlock]:
         for rows, counts in blocks(entries):
             yield rows, counts if genes.all() else counts[:, genes]
 
-    return Source(
+    return OpenInput(
         label=label,
         obs=pd.DataFrame(index=pd.Index(barcodes, dtype=object)),
         var=var[genes],
@@ -75,7 +75,7 @@ def _of_features(
     )
 
 
-def tenx_mtx(path: Path) -> Source:
+def tenx_mtx(path: Path) -> OpenInput:
     """A 10x folder: `matrix.mtx` (genes x cells), `features.tsv` or `genes.tsv`, `barcodes.tsv`, or `.gz`."""
     prefix = MTX.sub("", path.name)
     features = _companion(path, prefix, ("features.tsv", "genes.tsv"))
@@ -89,7 +89,7 @@ def tenx_mtx(path: Path) -> Source:
     n_genes, n_cells, n_values = mtx_header(path)
     shape = (n_cells, n_genes)
 
-    def blocks(entries: int) -> Iterator[Block]:
+    def blocks(entries: int) -> Iterator[RowBlock]:
         seen = 0
         types = {0: np.int64, 1: np.int64, 2: np.float64}
         with _text(path) as handle:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import anndata as ad
 import numpy as np
 
-from sct.data.bag_order import CELLS_PER_BAG, neighbours
+from sct.data.bag_order import CELLS_PER_BAG, neighbors
 from sct.errors import ConfigError
 from sct.inference import inputs
 from sct.version import __version__
@@ -55,11 +55,11 @@ def spatial_neighbors(
     for section in sections:
         rows = section.rows
         assert section.places is not None
-        near = neighbours(section.places, cells_per_bag)
+        near = neighbors(section.places, cells_per_bag)
         places = np.asarray(adata.obsm[spatial_key], np.float64)[rows]
         found[rows, : near.shape[1]] = rows[near]
         radius[rows] = np.linalg.norm(places[near[:, -1]] - places, axis=1)
-    target = inputs.to_write(adata, copy)
+    target = inputs.output_adata(adata, copy)
     inputs.keep_scales(target, sections, batch_key, spatial_key)
     target.obsm[key_added] = found
     target.obs[f"{key_added}_radius"] = radius

@@ -16,7 +16,7 @@ from sct.data.text.prompts import TASKS, Prompts
 from sct.data.text.source import gene_words
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import ConfigError, DataError
-from sct.generation.decoding import Options
+from sct.generation.decoding import DecodingOptions
 from sct.generation.generate import generate
 from sct.generation.scoring import score
 from sct.models.decoder_config import DecoderConfig
@@ -28,7 +28,7 @@ _TOKENS_PER_WORD = 8  # of a gene's name, more than any tokenizer in use needs o
 
 
 @dataclasses.dataclass(frozen=True)
-class CellWriter:
+class CellSentenceModel:
     """A decoder with what is needed to ask it about cells.
 
     Attributes
@@ -70,7 +70,7 @@ class CellWriter:
         tokenizer: Tokenizer | None,
         genes: GeneVocabulary | None,
         data: Mapping[str, Any],
-    ) -> CellWriter:
+    ) -> CellSentenceModel:
         """Make it of the parts of a model.
 
         Raises
@@ -125,7 +125,7 @@ class CellWriter:
         ids = self.tokenizer.encode_batch([each.prompt for each in asked])
         return [np.concatenate([self.tokenizer.begin, each]) for each in ids], [each.number for each in asked]
 
-    def options(self, task: str, prompts: Sequence[np.ndarray], **changes: Any) -> Options:
+    def options(self, task: str, prompts: Sequence[np.ndarray], **changes: Any) -> DecodingOptions:
         """How to generate behind these prompts: as the paper does, with as many tokens as an answer may need.
 
         Where `max_new_tokens` is not among the changes, question and answer have the length of the rows of training
@@ -154,7 +154,7 @@ class CellWriter:
             if TASKS[task].answer == "cell":
                 words = self.top_k or len(self.words)
                 given["max_new_tokens"] = min(_TOKENS_PER_WORD * words, row - longest)
-        return Options(**given)
+        return DecodingOptions(**given)
 
     def answer(
         self,
@@ -176,7 +176,7 @@ class CellWriter:
         seed, keys
             Template and draws of a cell follow from the seed and its key; by default keys are 0, 1, ...
         options
-            Of `sct.generation.decoding.Options`, in place of the paper's.
+            Of `sct.generation.decoding.DecodingOptions`, in place of the paper's.
 
         Returns
         -------
@@ -254,8 +254,8 @@ class CellWriter:
             responses = [self.prompts.response_for(task, number, each) for each in candidates]
             answers = [np.append(ids, end) for ids in self.tokenizer.encode_response(responses)]
             found = score(self, prompts, answers, batch_size=batch_size).astype(np.float64)
-            total += np.exp(_normalised(found)) / len(usable)
-        return _normalised(np.log(np.maximum(total, 1e-300)))
+            total += np.exp(_normalized(found)) / len(usable)
+        return _normalized(np.log(np.maximum(total, 1e-300)))
 
     def expression(
         self, sentences: Sequence[str], fit: str = "all"
@@ -279,7 +279,7 @@ class CellWriter:
         return self.fits[fit]
 
 
-def _normalised(logs: np.ndarray) -> np.ndarray:
+def _normalized(logs: np.ndarray) -> np.ndarray:
     """Logarithms (N, C) shifted so that the exponentials of a row add up to one."""
     highest = logs.max(axis=1, keepdims=True)
     return logs - highest - np.log(np.exp(logs - highest).sum(axis=1, keepdims=True))

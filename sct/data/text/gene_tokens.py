@@ -15,7 +15,7 @@ _SPACES = np.isin(np.arange(256), list(b" \t\n\v\f\r\x1c\x1d\x1e\x1f"))  # that 
 _LOW_BYTES = np.array([(1 << 8 * n) - 1 for n in range(_BYTES + 1)], np.uint64)
 
 
-class Words:
+class GeneTokens:
     """Words with numbers, which are looked up for many texts at once.
 
     To split texts and ask a dictionary for each word takes twice as long: here the words are never made, and their

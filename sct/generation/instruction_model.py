@@ -18,20 +18,20 @@ from sct.data.text.instructions import MARK, fields_of, questions_of
 from sct.data.text.prompts import INSTRUCTIONS, Prompts
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import ConfigError
-from sct.generation.decoding import Options, Parts, made_parts
+from sct.generation.decoding import DecoderParts, DecodingOptions, made_parts
 from sct.generation.generate import generate
 from sct.generation.scoring import score
 from sct.models.decoder_config import DecoderConfig
 from sct.models.zeromics import ZerOmics, ZerOmicsConfig
 
 TASK = "instructions"
-Records = Mapping[
+CellBins = Mapping[
     str, np.ndarray
 ]  # `bins` and maybe `genes` of cells, see `sct.data.cell_records.cell_records`
 
 
 @dataclasses.dataclass(frozen=True)
-class Language:
+class TextDecoder:
     """The decoder of a model, for generation."""
 
     config: DecoderConfig
@@ -39,7 +39,7 @@ class Language:
     tokenizer: Tokenizer
 
     @functools.cached_property
-    def parts(self) -> Parts:
+    def parts(self) -> DecoderParts:
         """Parameters as generation takes them, made once for all questions."""
         return made_parts(self.config, self.variables)
 
@@ -56,7 +56,7 @@ def _soft(config: ZerOmicsConfig) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class CellAsker:
+class InstructionModel:
     """A ZerOmics model that is ready to be asked.
 
     Attributes
@@ -89,7 +89,7 @@ class CellAsker:
         tokenizer: Tokenizer | None,
         genes: GeneVocabulary | None,
         data: Mapping[str, Any],
-    ) -> CellAsker:
+    ) -> InstructionModel:
         """Make it of the parts of a model.
 
         Raises
@@ -111,12 +111,12 @@ class CellAsker:
         return cls(config, variables, tokenizer, prompts, cells, known, frozenset(data["normal"]))
 
     @functools.cached_property
-    def language(self) -> Language:
+    def language(self) -> TextDecoder:
         """The decoder with its adapters."""
         parts = {name: tree["llm"] for name, tree in self.variables.items() if "llm" in tree}
-        return Language(self.config.llm, parts, self.tokenizer)
+        return TextDecoder(self.config.llm, parts, self.tokenizer)
 
-    def soft(self, records: Records, rows: Sequence[int]) -> jax.Array:
+    def soft(self, records: CellBins, rows: Sequence[int]) -> jax.Array:
         """Soft tokens (n, K, E) of some of the cells."""
         chosen = {
             name: jnp.asarray(value[list(rows)])
@@ -146,7 +146,7 @@ class CellAsker:
     def score(
         self,
         task: str,
-        records: Records,
+        records: CellBins,
         abstracts: Sequence[str],
         candidates: Sequence[str],
         *,
@@ -202,15 +202,15 @@ class CellAsker:
                 raise ConfigError(
                     f"{name!r} begins {longer!r}, so that answers with one are answers with both: leave one out."
                 )
-        wordings = range(templates) if isinstance(templates, int) else templates
-        if not wordings or not all(0 <= number < len(usable) for number in wordings):
+        templates = range(templates) if isinstance(templates, int) else templates
+        if not templates or not all(0 <= number < len(usable) for number in templates):
             raise ConfigError(
                 f"templates is {templates}, but 1 to {len(usable)} are there for the task {task!r}."
             )
         keys = range(len(abstracts)) if keys is None else keys
         given = range(len(abstracts)) if cells is None else cells
         total: np.ndarray | float = 0.0
-        for number in wordings:
+        for number in templates:
             questions = self._questions(task, number, abstracts, candidates, keys, seed)
             responses = [self.prompts.response_for(task, number, each) for each in candidates]
             end = np.array([] if task == "cpi" else [self.tokenizer.eos], np.int64)
@@ -220,18 +220,18 @@ class CellAsker:
                 soft=lambda numbers: self.soft(records, [given[i] for i in numbers]),
             ).astype(np.float64)  # fmt: skip
             logs -= np.logaddexp.reduce(logs, axis=1, keepdims=True)
-            total = total + np.exp(logs) / len(wordings)
+            total = total + np.exp(logs) / len(templates)
         return np.log(np.maximum(total, 1e-300))
 
     def ask(
         self,
         question: str,
-        records: Records,
+        records: CellBins,
         abstracts: Sequence[str],
         *,
         keys: Sequence[int] | None = None,
         seed: int = 0,
-        options: Options | None = None,
+        options: DecodingOptions | None = None,
     ) -> list[str]:
         """Free text about each cell.
 
@@ -255,7 +255,7 @@ class CellAsker:
         prompts = questions_of(asked, self.tokenizer, self.config.num_soft)
         seeds = [int(np.random.SeedSequence([seed, int(key)]).generate_state(1)[0]) for key in keys]
         made = generate(
-            self.language, prompts, options or Options(max_new_tokens=64), seeds=seeds,
+            self.language, prompts, options or DecodingOptions(max_new_tokens=64), seeds=seeds,
             soft=lambda numbers: self.soft(records, numbers),
         )  # fmt: skip
         # A byte of zero, which an untrained model may write, is no text that a file can hold.

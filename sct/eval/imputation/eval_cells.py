@@ -28,8 +28,8 @@ Rule = Callable[..., jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
-    """Some consecutive bags: their `numbers` (B,), their `cells`, and the place (`bag`, `slot`) of each."""
+class BagBatch:
+    """Some consecutive bags: their `numbers` (B,), their `cells`, and the place (`record`, `slot`) of each."""
 
     numbers: np.ndarray
     cells: slice
@@ -38,7 +38,7 @@ class Batch:
 
 
 @dataclasses.dataclass(frozen=True)
-class HeldOut:
+class EvalCells:
     """Cells that are scored, all in memory, bag after bag; absent cells of a bag are not among them.
 
     Attributes
@@ -54,7 +54,7 @@ class HeldOut:
         the size of a cell: methods take those of `Masked`.
     coordinates
         float32 (N, 2) rescaled positions, NaN for cells of studies without any; None where no study has any.
-    bag, slot
+    record, slot
         int (N,) number of each cell's bag in its source, ascending, and the cell's place in the bag.
     study
         int (N,) number of each cell's study.
@@ -82,7 +82,7 @@ class HeldOut:
     spatial: bool = False
 
     @classmethod
-    def read(cls, source: BagSource, max_bags: int = 0) -> HeldOut:
+    def read(cls, source: BagSource, max_bags: int = 0) -> EvalCells:
         """Read at most `max_bags` bags, spread evenly over the source (0: all of them).
 
         Raises
@@ -101,7 +101,7 @@ class HeldOut:
         }
         parts: dict[str, list[Any]] = {}
         for number in track(spread(len(source), max_bags), "reading cells"):
-            bag, (index, _) = source.bag(number), source.locate(number)
+            bag, (index, _) = source.record(number), source.locate(number)
             (slot,) = np.nonzero(bag["rows"] >= 0)
             part = {name: bag[name][slot] for name in ("tokens", "low", "high", "medians", "means")}
             part |= {"slot": slot, "bag": np.full(len(slot), number), "study": np.full(len(slot), index)}
@@ -155,7 +155,7 @@ class HeldOut:
         """Number of bags."""
         return len(self._starts) - 1
 
-    def batches(self, bags_per_batch: int = 0) -> Iterator[Batch]:
+    def batches(self, bags_per_batch: int = 0) -> Iterator[BagBatch]:
         """All bags in order, `bags_per_batch` at once (0: as many as fit into a modest size)."""
         if not bags_per_batch:
             bags_per_batch = max(1, POSITIONS_AT_ONCE // (self.cells_per_bag * self.tokens.shape[1]))
@@ -167,9 +167,9 @@ class HeldOut:
             numbers = np.resize(self.bag[starts[:-1]], len(starts) - 1)
             numbers = np.pad(numbers, (0, size - len(numbers)), mode="edge")
             bag = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
-            yield Batch(numbers, cells, bag, self.slot[cells])
+            yield BagBatch(numbers, cells, bag, self.slot[cells])
 
-    def padded(self, batch: Batch, values: np.ndarray, fill: Any) -> np.ndarray:
+    def padded(self, batch: BagBatch, values: np.ndarray, fill: Any) -> np.ndarray:
         """Bags (B, K, ...) of the cells' `values` (N, ...), with `fill` where a bag has no cell."""
         shape = (len(batch.numbers), self.cells_per_bag, *values.shape[1:])
         out = np.full(shape, fill, values.dtype)
@@ -191,7 +191,7 @@ def pick(matrix: sparse.csr_matrix, rows: np.ndarray, columns: np.ndarray) -> np
 
 
 def shown_ranges(
-    held_out: HeldOut, mask: np.ndarray
+    eval_cells: EvalCells, mask: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Low and high (N,), and medians and means of levels (N, num_bins), of each cell, as methods may know them.
 
@@ -199,11 +199,11 @@ def shown_ranges(
     cells of its bag (of all bags, where its bag shows none), so that nothing of its size is told. Where no
     cell at all is shown, what is asked for is genes and not cells, and each cell has its own.
     """
-    own = np.column_stack([held_out.low, held_out.high, held_out.medians, held_out.means])
-    shown = (~mask & held_out.eligible).any(axis=1)
+    own = np.column_stack([eval_cells.low, eval_cells.high, eval_cells.medians, eval_cells.means])
+    shown = (~mask & eval_cells.eligible).any(axis=1)
     if shown.any() and not shown.all():
-        _, bag = np.unique(held_out.bag, return_inverse=True)
-        number = np.bincount(bag[shown], minlength=held_out.num_bags)
+        _, bag = np.unique(eval_cells.bag, return_inverse=True)
+        number = np.bincount(bag[shown], minlength=eval_cells.num_bags)
         means = np.zeros((len(number), own.shape[1]))
         np.add.at(means, bag[shown], own[shown])
         means /= np.maximum(number, 1)[:, None]
@@ -248,13 +248,13 @@ class Masked:
 
     @classmethod
     def of(
-        cls, held_out: HeldOut, mask: np.ndarray, scored: tuple[np.ndarray, np.ndarray] | None = None
+        cls, eval_cells: EvalCells, mask: np.ndarray, scored: tuple[np.ndarray, np.ndarray] | None = None
     ) -> Masked:
         """Hide the positions of `mask` (N, P); score those that are expressed, or `scored` (cells, genes), by cell."""
-        tokens, all_counts = held_out.tokens, held_out.counts
-        mask = mask & (tokens < held_out.num_bins)
+        tokens, all_counts = eval_cells.tokens, eval_cells.counts
+        mask = mask & (tokens < eval_cells.num_bins)
         cells, genes = np.nonzero(mask & (tokens > 0)) if scored is None else scored
-        rows = np.repeat(np.arange(len(held_out)), np.diff(all_counts.indptr))
+        rows = np.repeat(np.arange(len(eval_cells)), np.diff(all_counts.indptr))
         shown = ~mask[rows, all_counts.indices]
         ends = np.append(0, np.cumsum(shown))[all_counts.indptr]
         visible = sparse.csr_matrix(
@@ -262,13 +262,13 @@ class Masked:
         )
         return cls(
             mask,
-            held_out.eligible & ~mask,
+            eval_cells.eligible & ~mask,
             visible,
             cells,
             genes,
             tokens[cells, genes],
             pick(all_counts, cells, genes),
-            *shown_ranges(held_out, mask),
+            *shown_ranges(eval_cells, mask),
         )
 
 
@@ -283,81 +283,81 @@ def _masks(
     return jax.vmap(one)(numbers, tokens, amounts)
 
 
-def _draw(held_out: HeldOut, rule: Rule, seed: int, amounts: np.ndarray) -> np.ndarray:
+def _draw(eval_cells: EvalCells, rule: Rule, seed: int, amounts: np.ndarray) -> np.ndarray:
     """Mask (N, P) of measured genes, bag by bag, `amounts` one of each.
 
     The key of a bag comes from the seed and the bag's number alone.
     """
     tokens = np.where(
-        held_out.eligible, held_out.tokens, np.asarray(held_out.num_bins, held_out.tokens.dtype)
+        eval_cells.eligible, eval_cells.tokens, np.asarray(eval_cells.num_bins, eval_cells.tokens.dtype)
     )
     mask = np.zeros(tokens.shape, bool)
-    position = np.searchsorted(np.unique(held_out.bag), held_out.bag)
-    for batch in held_out.batches():
+    position = np.searchsorted(np.unique(eval_cells.bag), eval_cells.bag)
+    for batch in eval_cells.batches():
         amount = np.zeros(len(batch.numbers), amounts.dtype)
         amount[batch.bag] = amounts[position[batch.cells]]
-        given = held_out.padded(batch, tokens, held_out.num_bins)
-        made = _masks(rule, seed, batch.numbers, given, amount, held_out.num_bins)
+        given = eval_cells.padded(batch, tokens, eval_cells.num_bins)
+        made = _masks(rule, seed, batch.numbers, given, amount, eval_cells.num_bins)
         mask[batch.cells] = np.asarray(made)[batch.bag, batch.slot]
     return mask
 
 
-def mask_ratio(held_out: HeldOut, ratio: float, seed: int) -> Masked:
+def mask_ratio(eval_cells: EvalCells, ratio: float, seed: int) -> Masked:
     """Hide exactly round(`ratio` x n) of the n measured genes of each cell, expressed or not."""
-    amounts = np.full(held_out.num_bags, ratio, np.float32)
-    return Masked.of(held_out, _draw(held_out, masking.exact_ratio, seed, amounts))
+    amounts = np.full(eval_cells.num_bags, ratio, np.float32)
+    return Masked.of(eval_cells, _draw(eval_cells, masking.exact_ratio, seed, amounts))
 
 
-def mask_measured(held_out: HeldOut, ratio: float, seed: int, most: int) -> Masked:
+def mask_measured(eval_cells: EvalCells, ratio: float, seed: int, most: int) -> Masked:
     """Hide exactly round(`ratio` x n) of the n measured genes of each cell, and score them all, expressed or not.
 
     If more than `most` positions are hidden, a random draw of `most` of them is scored. `means` are those of the
     visible genes of each cell.
     """
-    amounts = np.full(held_out.num_bags, ratio, np.float32)
-    return _all_scored(held_out, _draw(held_out, masking.exact_ratio, seed, amounts), seed, most)
+    amounts = np.full(eval_cells.num_bags, ratio, np.float32)
+    return _all_scored(eval_cells, _draw(eval_cells, masking.exact_ratio, seed, amounts), seed, most)
 
 
-def mask_measured_genes(held_out: HeldOut, ratio: float, seed: int, most: int) -> Masked:
+def mask_measured_genes(eval_cells: EvalCells, ratio: float, seed: int, most: int) -> Masked:
     """Hide round(`ratio` x n) of the n genes that were measured, in all cells; else as `mask_measured`."""
-    genes = np.flatnonzero(held_out.measured.any(axis=0))
-    hidden = np.zeros(held_out.tokens.shape[1], bool)
+    genes = np.flatnonzero(eval_cells.measured.any(axis=0))
+    hidden = np.zeros(eval_cells.tokens.shape[1], bool)
     hidden[np.random.default_rng(seed).choice(genes, round(ratio * len(genes)), replace=False)] = True
-    return _all_scored(held_out, hidden & held_out.eligible, seed, most)
+    return _all_scored(eval_cells, hidden & eval_cells.eligible, seed, most)
 
 
-def _all_scored(held_out: HeldOut, mask: np.ndarray, seed: int, most: int) -> Masked:
+def _all_scored(eval_cells: EvalCells, mask: np.ndarray, seed: int, most: int) -> Masked:
     """Score hidden positions of any level; what stands for a level are counts of visible genes."""
     places = np.flatnonzero(mask)
     if len(places) > most:
         places = np.sort(np.random.default_rng(seed).choice(places, most, replace=False))
-    masked = Masked.of(held_out, mask, np.divmod(places, mask.shape[1]))
+    masked = Masked.of(eval_cells, mask, np.divmod(places, mask.shape[1]))
     # As `sct.tl.impute`: what stands for a level are the counts of the genes that are shown.
     shown = masked.visible
-    rows = np.repeat(np.arange(len(held_out)), np.diff(shown.indptr))
-    levels = held_out.tokens[rows, shown.indices]
+    rows = np.repeat(np.arange(len(eval_cells)), np.diff(shown.indptr))
+    levels = eval_cells.tokens[rows, shown.indices]
     used = levels > 0  # noise is read as unexpressed
     _, means = level_values(
-        rows[used], levels[used], shown.data[used], masked.low, masked.high, held_out.num_bins
+        rows[used], levels[used], shown.data[used], masked.low, masked.high, eval_cells.num_bins
     )
     return dataclasses.replace(masked, means=means)
 
 
-def mask_cells(held_out: HeldOut, num_cells: int, seed: int) -> Masked:
+def mask_cells(eval_cells: EvalCells, num_cells: int, seed: int) -> Masked:
     """Hide all measured genes of `num_cells` of the K cells of each bag.
 
     A bag that lacks cells hides the same share of those it has, at least one and never all of them; a lone
     cell stays visible.
     """
-    present = np.diff(held_out._starts)
-    hidden = np.round(num_cells * present / held_out.cells_per_bag)
+    present = np.diff(eval_cells._starts)
+    hidden = np.round(num_cells * present / eval_cells.cells_per_bag)
     hidden = np.minimum(np.maximum(hidden, 1), present - 1).astype(np.int32)
-    return Masked.of(held_out, _draw(held_out, masking.whole_cells, seed, hidden))
+    return Masked.of(eval_cells, _draw(eval_cells, masking.whole_cells, seed, hidden))
 
 
-def mask_genes(held_out: HeldOut, genes: np.ndarray) -> Masked:
+def mask_genes(eval_cells: EvalCells, genes: np.ndarray) -> Masked:
     """Hide the gene positions `genes` in all cells that measured them."""
-    chosen = np.zeros(held_out.tokens.shape[1], bool)
+    chosen = np.zeros(eval_cells.tokens.shape[1], bool)
     chosen[genes] = True
-    hidden = masking.fixed_genes(jnp.asarray(held_out.tokens), jnp.asarray(chosen), held_out.num_bins)
-    return Masked.of(held_out, np.asarray(hidden) & held_out.eligible)
+    hidden = masking.fixed_genes(jnp.asarray(eval_cells.tokens), jnp.asarray(chosen), eval_cells.num_bins)
+    return Masked.of(eval_cells, np.asarray(hidden) & eval_cells.eligible)
