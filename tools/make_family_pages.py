@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sct import families
-from sct.families import Family, Model
+from sct.families import Family, FamilyModel
 from sct.families.manifest import ABILITIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +38,7 @@ def link(part: Any) -> str:
     return f"[`{part.__qualname__}`](../../{path.as_posix()})"
 
 
-def rows(name: str, model: Model) -> list[tuple[str, str]]:
+def rows(name: str, model: FamilyModel) -> list[tuple[str, str]]:
     """Table of an architecture: part -> where it is."""
     made = [
         ("configuration", link(model.architecture.config)),
