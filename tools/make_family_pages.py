@@ -1,8 +1,10 @@
-"""Make the pages `docs/families/*.md` of the manifests in `sct/families`: what each family is, and where each part is.
+"""Generate `docs/families/*.md` from the manifests in `sct/families`.
+
+Each page says what the family does and which file defines each component.
 
     python tools/make_family_pages.py docs/families
 
-Running it twice writes the same bytes.
+The output is deterministic.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from sct.families import Family, FamilyModel
 from sct.families.manifest import ABILITIES
 
 ROOT = Path(__file__).resolve().parents[1]
-# Function of `sct.tl` for each ability.
+# Ability -> function of `sct.tl`.
 FUNCTIONS = {
     "embed": "sct.tl.embed",
     "impute": "sct.tl.impute",
@@ -30,7 +32,7 @@ FUNCTIONS = {
 
 
 def link(part: Any) -> str:
-    """A class or function as a link to its file, from a page."""
+    """Markdown link from a page to the file that defines a class or function."""
     if isinstance(part, functools.partial):
         part = part.func
     part = inspect.unwrap(getattr(part, "__func__", part))
@@ -39,7 +41,7 @@ def link(part: Any) -> str:
 
 
 def rows(name: str, model: FamilyModel) -> list[tuple[str, str]]:
-    """Table of an architecture: part -> where it is."""
+    """Rows of the table of an architecture: component, source."""
     made = [
         ("configuration", link(model.architecture.config)),
         ("model", link(model.architecture.module)),
@@ -48,32 +50,31 @@ def rows(name: str, model: FamilyModel) -> list[tuple[str, str]]:
         (f"task `{kind.name}`", f"{link(kind.make)}, options {link(kind.objective)}") for kind in model.tasks
     ]
     if model.config:
-        made.append(("trained by", f"[`{model.config}`](../../{model.config})"))
+        made.append(("training configuration", f"[`{model.config}`](../../{model.config})"))
     made += [
-        (ABILITIES[each], f"`{FUNCTIONS[each]}`, by {link(getattr(model, each))}") for each in model.abilities
+        (ABILITIES[each], f"`{FUNCTIONS[each]}`, implemented by {link(getattr(model, each))}")
+        for each in model.abilities
     ]
-    targets = ", ".join(f"`{target}`" for target in model.architecture.targets) or "none by default"
-    # A bar would end a cell of the table.
-    made.append(
-        ("adapters", ", ".join(link(kind) for kind in model.adapters) or "none beside those of its task")
-    )
-    made.append(("layers with LoRA by default", targets.replace("|", "\\|")))
+    targets = ", ".join(f"`{target}`" for target in model.architecture.targets) or "none"
+    # An unescaped `|` would end the table cell.
+    made.append(("adapters", ", ".join(link(kind) for kind in model.adapters) or "only those of its task"))
+    made.append(("default LoRA layers", targets.replace("|", "\\|")))
     return made
 
 
 def page(family: Family) -> str:
-    """Markdown of a family."""
+    """Markdown page of a family."""
     lines = [f"# {family.name}", "", f"{family.title}.", ""]
     if family.paper:
         lines += [f"Paper: {family.paper}.", ""]
     if family.guide:
-        lines += [f"How to use it: [`{family.guide}`](../../{family.guide}).", ""]
+        lines += [f"User guide: [`{family.guide}`](../../{family.guide}).", ""]
     lines += [f"Manifest: [`sct/families/{family.name}.py`](../../sct/families/{family.name}.py).", ""]
     for name, model in family.models.items():
-        lines += [f"## `{name}`", "", "| part | where |", "|---|---|"]
+        lines += [f"## `{name}`", "", "| component | source |", "|---|---|"]
         lines += [f"| {part} | {where} |" for part, where in rows(name, model)] + [""]
     if family.converters:
-        lines += ["## Foreign weights", ""]
+        lines += ["## Weight conversion", ""]
         for name, each in family.converters.items():
             genes = (
                 ", with `--genes=VOCABULARY` if the weights have no gene order" if each.takes_genes else ""
@@ -84,7 +85,7 @@ def page(family: Family) -> str:
             )
             if each.write is not None:
                 lines.append(
-                    f"- back: `python -m launch.convert --from=sct --to={name} --input=MODEL_DIR --output=DIR`"
+                    f"- convert back: `python -m launch.convert --from=sct --to={name} --input=MODEL_DIR --output=DIR`"
                 )
         lines.append("")
     notices = dict.fromkeys([family.license, *(each.notice for each in family.converters.values())])
@@ -95,7 +96,7 @@ def page(family: Family) -> str:
 
 
 def main() -> None:
-    """Write the pages."""
+    """Write all pages."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -42,7 +42,7 @@ def _decoder(name: str, config: str) -> FamilyModel:
 
 FAMILY = Family(
     name="cell2sentence",
-    title="Cells as sentences of gene names: generates cells, names them, and writes about them",
+    title="Writes cells as sentences of gene names. It generates cells, predicts their labels and describes them",
     paper="Cell2Sentence: teaching large language models the language of biology (ICML 2024)",
     guide="docs/cell_sentences.md",
     license=hf.NOTICE,

@@ -62,13 +62,13 @@ class FamilyModel:
         return tuple(name for name in ABILITIES if getattr(self, name) is not None)
 
 
-# What a model can do, in words.
+# Ability -> description, used in messages and pages.
 ABILITIES: Mapping[str, str] = {
     "embed": "embed cells",
     "impute": "impute genes",
-    "annotate": "name cells in words",
-    "generate": "write cell sentences",
-    "describe": "describe cells in words",
+    "annotate": "predict cell labels",
+    "generate": "generate cells",
+    "describe": "describe cells",
     "ask": "answer questions about cells",
 }
 

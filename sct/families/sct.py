@@ -1,4 +1,4 @@
-"""sCT: 50 cells x 20,000 genes at once, through a convolution tower, a transformer and a deconvolution tower."""
+"""sCT: reads 50 cells x 20,000 genes at once with convolutions, a transformer and deconvolutions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _convert(source: Path, target: Path, dtype: str, genes: GeneVocabulary | Non
 
 FAMILY = Family(
     name="sct",
-    title="Reads bags of 50 cells with all of their genes, and predicts the levels of masked genes",
+    title="Reads bags of 50 cells with all genes, and predicts the expression levels of masked genes",
     paper="A long range foundation model for zero-shot predictions in single-cell and spatial transcriptomics data",
     guide="docs/tools.md",
     license=haiku_sct.NOTICE,

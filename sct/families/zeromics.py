@@ -1,4 +1,4 @@
-"""ZerOmics: a cell model over texts of genes, and a decoder that answers questions about cells."""
+"""ZerOmics: a cell model that uses gene texts, and a decoder that answers questions about cells."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CELLS = "zeromics_cells"
 
 FAMILY = Family(
     name="zeromics",
-    title="Genes with their bins and texts; a LLaMA with a mixture of LoRAs answers questions about cells",
+    title="A cell model reads expression bins and gene texts. A LLaMA with a mixture of LoRA adapters answers questions about cells",
     paper="ZerOmics: toward general models for single-cell analysis with instruction tuning",
     guide="docs/zeromics.md",
     models={
@@ -24,7 +24,7 @@ FAMILY = Family(
             registry.MODELS["zeromics"],
             tasks=(instructions.SPEC,),
             config="configs/zeromics_llm.py",
-            adapters=(),  # its task trains a mixture of its own
+            adapters=(),  # the task trains its own mixture of adapters
             embed=functools.partial(BinReader.of_part, part="cells", architecture=_CELLS),
             annotate=InstructionAnnotator,
             ask=instruction_model_of,
@@ -36,7 +36,7 @@ FAMILY = Family(
             adapters=CONFIGS,
             embed=BinReader,
         ),
-        # Makes features of the texts of genes.
+        # Computes gene features from texts.
         "bert": FamilyModel(registry.MODELS["bert"], adapters=CONFIGS),
     },
     converters={"hf": HUGGING_FACE},

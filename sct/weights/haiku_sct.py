@@ -26,8 +26,8 @@ from sct.weights.pretrained import DATA_OPTIONS, Pretrained, default_card, expec
 
 LICENSE = "cc-by-nc-sa-4.0"
 NOTICE = (
-    "The published sCellTransformer weights are licensed CC BY-NC-SA 4.0: non-commercial use, with "
-    "attribution, under the same licence. The converted model keeps it."
+    "The published sCellTransformer weights have the license CC BY-NC-SA 4.0: non-commercial use, with "
+    "attribution, under the same license. This also applies to the converted model."
 )
 
 # Foreign key without the model's name, with its leaf -> path here. `{}` are the groups of the pattern.

@@ -43,7 +43,7 @@ from sct.weights.pretrained import (
 )
 
 NOTICE = (
-    "The weights keep the licence under which they were published: it is named where they were downloaded."
+    "The weights keep their original license. See the page from which you downloaded them."
 )
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _COMPARED = 1 << 24  # numbers of a copied array that are compared at a time
