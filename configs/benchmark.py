@@ -1,16 +1,22 @@
-"""Zero-shot benchmark of a model beside honest baselines, on any .h5ad file or store (sCT paper, section 4).
+"""Zero-shot benchmark of a model, with baselines, on an .h5ad file or a store (sCT paper, section 4).
 
     python -m launch.benchmark --config=configs/benchmark.py --config.model=runs/mine --config.data.path=cells.h5ad
     python -m launch.benchmark --config=configs/benchmark.py --config.model=runs/mine --config.data.path=STORE
 
-Natural imputation (15% of the measured genes are hidden, expressed or not, and all are scored: calibration, expected
-counts); the paper's imputation of genes masked at random (15, 30, 40, 80%; scored where expressed); of whole cells (1,
-10, 20, 40 of 50); with positions, of fixed genes by sparsity; and embeddings, where cells have labels. Tables, plots
-and all numbers are written to `config.output` as report.html, report.md and report.json. A store is measured on its
-test studies, with baselines fitted on its training studies as well; for a file, `--config.data.train=STORE` names the
-store of the model's training.
+The benchmark has these parts:
 
-:quick, one draw on a few bags, without the slow baselines, to see that everything runs:
+- natural imputation: 15% of the measured genes are hidden, expressed or not, and all are scored (calibration, expected
+  counts)
+- the paper's imputation of randomly masked genes (15, 30, 40, 80%; only expressed genes are scored)
+- imputation of whole cells (1, 10, 20, 40 of 50)
+- imputation of fixed genes, grouped by sparsity, for data with positions
+- embeddings, for labeled cells
+
+Tables, plots and all numbers are written to `config.output` as report.html, report.md and report.json. For a store, the
+test studies are scored, and baselines are also fitted on the training studies. For a file, set
+`--config.data.train=STORE` to the store that the model was trained on.
+
+:quick is a short test run: one draw on a few bags, without the slow baselines.
 
     python -m launch.benchmark --config=configs/benchmark.py:quick --config.model=runs/mine --config.data.path=c.h5ad
 """
@@ -21,35 +27,35 @@ VARIANTS = ("", "quick")
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The whole benchmark, or a quick look."""
+    """Full benchmark, or the variant "quick"."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS[1:])}")
     config = ConfigDict()
-    config.model = ""  # model folder, run folder or hub id; "": baselines alone
+    config.model = ""  # model folder, run folder or Hub id; "": only baselines
     config.genes = ""  # without a model: a vocabulary file, or "" for all human protein-coding genes
     config.output = "runs/benchmark"
     config.seeds = 5
 
     config.data = ConfigDict()
     config.data.path = ""  # .h5ad, .zarr or a store
-    config.data.split = "test"  # of a store
-    config.data.train = ""  # store whose training studies the model has seen; a store at `path` is its own
+    config.data.split = "test"  # split of a store
+    config.data.train = ""  # store of the training studies; not needed if `path` is a store
     config.data.layer = ""
     config.data.gene_column = ""
     config.data.duplicates = "error"
     config.data.study_key = ""  # column of obs that divides a file into studies, donors or slides
-    config.data.spatial_key = "spatial"  # used where it is there
-    config.data.label_key = "cell_type"  # used where it is there
-    config.data.batch_key = ""  # for the metrics of integration
-    config.data.cells_per_bag = 0  # 0: as in training
-    config.data.max_bags = 100  # bags scored in imputation, spread evenly; 0: all
-    config.data.max_cells = 10_000  # cells of a study, drawn at random; 0: all
+    config.data.spatial_key = "spatial"  # used if it exists
+    config.data.label_key = "cell_type"  # used if it exists
+    config.data.batch_key = ""  # for integration metrics
+    config.data.cells_per_bag = 0  # 0: same as in training
+    config.data.max_bags = 100  # bags scored in imputation, evenly spaced; 0: all
+    config.data.max_cells = 10_000  # random sample of cells per study; 0: all
     config.data.seed = 0
 
     config.natural_imputation = ConfigDict()
     config.natural_imputation.run = True
     config.natural_imputation.ratio = 0.15
-    config.natural_imputation.whole_genes = True  # and genes hidden in all cells, as sct.tl.impute hides them
+    config.natural_imputation.whole_genes = True  # also hide genes in all cells, as sct.tl.impute does
 
     config.gene_imputation = ConfigDict()
     config.gene_imputation.run = True
@@ -58,7 +64,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.cell_imputation = ConfigDict()
     config.cell_imputation.run = True
-    config.cell_imputation.numbers = (0,)  # (0,): 1, 10, 20, 40 of 50, in proportion to the bag
+    config.cell_imputation.numbers = (0,)  # (0,): 1, 10, 20, 40 of 50, scaled to the bag size
 
     config.fixed_genes = ConfigDict()
     config.fixed_genes.run = "spatial"  # "always", "never", or "spatial" for data with positions

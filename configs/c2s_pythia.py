@@ -1,15 +1,15 @@
 """Cell2Sentence with Pythia-160m: whole cells, all expressed genes in up to 9,200 tokens (paper, section 4).
 
-Tuning from a Hugging Face folder of Pythia-160m (`config.json`, `model.safetensors`, `tokenizer.json`):
+Fine-tune Pythia-160m from a Hugging Face folder (`config.json`, `model.safetensors`, `tokenizer.json`):
 
     python -m launch.train --config=configs/c2s_pythia.py --config.init_from=PYTHIA_FOLDER \
         --config.data.store=STORE --workdir=runs/c2s_pythia
 
-    Hardware: the paper used eight A100 of 40 GB for 29 hours (21 epochs of 218,732 cells). With several devices use
-    a batch that they divide.
+    Hardware: the paper used eight A100 of 40 GB for 29 hours (21 epochs of 218,732 cells). With several devices, use a
+    batch size that is a multiple of their number.
 
-:quickstart, a small GPT-NeoX from random parameters, whole sentences of the real blood cells that come with scanpy, on
-2 CPU cores:
+:quickstart trains a small GPT-NeoX from random initialization on whole sentences of real blood cells from scanpy, on 2
+CPU cores:
 
     python -m launch.train --config=configs/c2s_pythia.py:quickstart --workdir=runs/c2s_pythia_quickstart
 """
@@ -25,7 +25,7 @@ _GPT2 = runpy.run_path(str(Path(__file__).with_name("c2s_gpt2.py")))
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The paper's recipe, or a small variant of it; what is not said here is that of `c2s_gpt2.py`."""
+    """The paper's recipe, or a variant. All other values come from `c2s_gpt2.py`."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS[1:])}")
     config = _GPT2["get_config"](variant)
@@ -36,7 +36,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if not variant:
         config.model.update(
             max_length=9_200, dropout=0.0, remat="level"
-        )  # rotary models read longer texts, too
+        )  # rotary models can also read longer sequences
         config.data.length = 9_200
         config.train.update(steps=140_000, eval_every=5_000, checkpoint_every=5_000)
     if variant == "quickstart":

@@ -1,25 +1,27 @@
 """The ablations of the sCT paper (Table 4, appendix D) and four of ours, as one sweep of runs.
 
-The base is the paper's recipe, its stratified masking included. A run of `sweep` changes what it names, and nothing
-else; runs with fewer cells in a bag take as many more bags in a step, so that all see the same number of cells.
+The base run is the paper's recipe with its stratified masking. Each run in `sweep` changes only the fields that it
+names. Runs with fewer cells per bag use proportionally more bags per step, so all runs see the same number of cells.
 
-:quickstart, the blood cells that come with scanpy, 13 runs of 3-4 minutes on 2 CPU cores:
+:quickstart uses the blood cells from scanpy: 13 runs of 3-4 minutes on 2 CPU cores.
 
     python -m launch.train --config=configs/sct_ablations.py:quickstart --workdir=runs/ablations
 
-:mini, for a store of your own:
+:mini uses your own store:
 
     python -m launch.train --config=configs/sct_ablations.py:mini --config.data.store=STORE --workdir=runs/ablations
 
-The full model, each run as long as `configs/sct_sc.py`:
+Full model, each run as long as `configs/sct_sc.py`:
 
     python -m launch.train --config=configs/sct_ablations.py --config.data.store=STORE --workdir=runs/ablations
 
-Runs are trained one after the other in WORKDIR/NAME, and the table of all of them is WORKDIR/report.md. The same
-command goes on where it was stopped and leaves finished runs alone; `--only=base,cells_1` chooses. A field of the
-command line is that of all runs (`--config.train.steps=100`, `--config.train.seed=1`), unless the run sets it itself:
-`--config.sweep.bins_15.model.num_bins=20`. The paper's base has an MCC of 0.48; uniform masking 0.34, 5% of
-unexpressed genes 0.45, standard layer norm 0.39, none 0.40, 1 cell 0.07, 10 cells 0.44.
+Runs are trained one after the other in WORKDIR/NAME. WORKDIR/report.md has a table of all runs. The same command
+resumes the sweep and skips finished runs. `--only=base,cells_1` selects runs. A field on the command line applies to
+all runs (`--config.train.steps=100`, `--config.train.seed=1`), unless the run sets it. To change a run, use its name:
+`--config.sweep.bins_15.model.num_bins=20`.
+
+MCC in the paper: base 0.48, uniform masking 0.34, 5% of unexpressed genes 0.45, standard layer norm 0.39, no norm 0.40,
+1 cell 0.07, 10 cells 0.44.
 """
 
 import runpy
@@ -31,20 +33,20 @@ VARIANTS = ("", "mini", "quickstart")
 
 _SINGLE_CELL = runpy.run_path(str(Path(__file__).with_name("sct_sc.py")))
 
-# The paper compares bags of 50 cells with 10 and 1; small bags are cut to a fourth.
+# The paper compares bags of 50 cells with 10 and 1. The small variants use a fourth of their bag size.
 _FEW_CELLS = {"": 10, "mini": 2, "quickstart": 4}
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The base of the ablations, and as `sweep` what each run changes."""
+    """Configuration of the base run. Its section `sweep` has the changes of each run."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS[1:])}")
     config = _SINGLE_CELL["get_config"](variant)
-    # The small variants depart from the paper in their masking, which is here the run `masking_mixture`.
+    # The masking of the small variants is not the paper's. Here it is the run `masking_mixture`.
     config.objective.masking.update(
         kind="stratified", expressed=0.15, unexpressed=0.01, low=0.05, high=0.5, mixture=()
     )
-    config.objective.logit_adjustment = False  # the paper's loss, in every run but one
+    config.objective.logit_adjustment = False  # the paper's loss; only one run changes it
     mixture = {"kind": "mixture", "mixture": _SINGLE_CELL["MIXTURE"]}
 
     few = _FEW_CELLS[variant]
@@ -64,7 +66,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "pool_max": {"model": {"pool": "max"}},
         }
     )
-    if config.objective.head_budget:  # room for the masks of more positions
+    if config.objective.head_budget:  # these runs mask more positions
         for name, budget in (
             ("masking_uniform", 0.2),
             ("masking_unexpressed_5", 0.1),
@@ -73,7 +75,7 @@ def get_config(variant: str = "") -> ConfigDict:
         ):
             config.sweep[name].objective.head_budget = budget
     for name, cells in (("cells_1", 1), (f"cells_{few}", few)):
-        # References, so that they follow what the command line says of the base.
+        # References follow command-line overrides of the base run.
         factor = config.data.get_ref("cells_per_bag") // cells
         for section, field in (
             ("train", "batch_size"),

@@ -1,19 +1,19 @@
-"""sCT on single-cell RNA-seq (stage 1 of the paper; `sct_spatial.py` is stage 2), and small variants.
+"""sCT on single-cell RNA-seq (stage 1 of the paper; stage 2 is `sct_spatial.py`), and small variants.
 
 Full model (79 million parameters, bags of 50 cells x about 20,000 genes, 10^12 tokens):
 
     python -m launch.train --config=configs/sct_sc.py --config.data.store=STORE --workdir=runs/sct
 
-    Hardware: one A100 80 GB or better; with several devices use a batch that they divide
-    (--config.train.batch_size=8). The paper trained five days on one A100.
+    Hardware: one A100 80 GB or better. With several devices, use a batch size that is a multiple of their number
+    (--config.train.batch_size=8). The paper trained for five days on one A100.
 
-:mini, a small model for a laptop and a store of your own files (full vocabulary, 2.4 million parameters, bags of 8
-cells; a mixture of maskings, see MIXTURE; not measured yet):
+:mini is a small model for a laptop and your own store (full vocabulary, 2.4 million parameters, bags of 8 cells, a
+mixture of maskings, see MIXTURE; run time not measured):
 
     python -m launch.train --config=configs/sct_sc.py:mini --config.data.store=STORE --workdir=runs/mini
 
-:quickstart, real blood cells that come with scanpy (700 cells x 765 genes), 2 CPU cores, 4 minutes; MCC 0.40 on
-masked expressed genes of held-out cells (README.md, "Results"):
+:quickstart uses real blood cells from scanpy (700 cells x 765 genes) and takes 4 minutes on 2 CPU cores. Expected
+result: MCC 0.40 on masked expressed genes of held-out cells (README.md, "Results").
 
     python -m launch.train --config=configs/sct_sc.py:quickstart --workdir=runs/quickstart
 """
@@ -21,23 +21,23 @@ masked expressed genes of held-out cells (README.md, "Results"):
 from ml_collections import ConfigDict
 
 VARIANTS = ("", "mini", "quickstart")
-# The small variants depart from the paper (docs/benchmarks.md): a ratio drawn per bag is better at every ratio; a third
-# of the bags hide genes whether expressed or not, so that probabilities are right when many genes are hidden; and a
-# third hide genes in all of their cells, as imputation does.
+# Masking of the small variants, which is not the paper's (docs/benchmarks.md). A random ratio per bag is better at
+# every ratio. A third of the bags hide genes whether expressed or not, so that probabilities are calibrated when many
+# genes are hidden. Another third hide genes in all of their cells, as imputation does.
 MIXTURE = (("drawn", 1.0), ("drawn_uniform", 1.0), ("drawn_genes", 1.0))
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The paper's recipe, or a small variant of it."""
+    """The paper's recipe, or a variant."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS[1:])}")
     config = ConfigDict()
     config.family = "sct"
     config.task = "masked_expression"
-    config.init_from = ""  # model folder to start from
+    config.init_from = ""  # pretrained model folder
 
     config.model = ConfigDict()
-    config.model.num_genes = 0  # 0: the store's vocabulary, padded
+    config.model.num_genes = 0  # 0: size of the store's vocabulary, padded
     config.model.num_bins = 5
     config.model.token_embed_dim = 64
     config.model.embed_dim = 1024
@@ -45,9 +45,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.num_layers = 4
     config.model.num_heads = 16
     config.model.ffn_dim = 2048
-    config.model.norm = "shared"  # shared_fixed, layer, none: ablations
-    config.model.pool = "avg"  # max: the paper's text
-    config.model.conv_boundary = "flat"  # cell: convolutions stay inside a cell
+    config.model.norm = "shared"  # or shared_fixed, layer, none (ablations)
+    config.model.pool = "avg"  # or max, as in the text of the paper
+    config.model.conv_boundary = "flat"  # or cell: convolutions do not cross cell borders
     config.model.rotary = True
     config.model.use_spatial = False
     config.model.remat = "level"
@@ -68,20 +68,20 @@ def get_config(variant: str = "") -> ConfigDict:
     config.objective.masking.low = 0.05
     config.objective.masking.high = 0.95
     config.objective.masking.num_cells = 1
-    config.objective.masking.mixture = ()  # (("drawn", 1.0), ("cells", 1.0)) with kind "mixture": a kind per bag
-    config.objective.logit_adjustment = True  # False: the paper's loss, which says "expressed" too often
+    config.objective.masking.mixture = ()  # with kind "mixture": (("drawn", 1.0), ("cells", 1.0)); one kind per bag
+    config.objective.logit_adjustment = True  # False: the paper's loss, which predicts "expressed" too often
     config.objective.head_budget = 0.05  # share of positions at which the head is evaluated in training
     config.objective.report_ratio = 0.15
     config.objective.report_seeds = 5
-    config.objective.report_bags = 0  # held-out bags in the table at the end, spread evenly; 0: all
+    config.objective.report_bags = 0  # held-out bags in the final table, evenly spaced; 0: all
 
-    config.adapters = ConfigDict()  # trained in place of the model of init_from
-    config.adapters.kind = ""  # low_rank (LoRA), bottleneck or prefix; empty: the model itself is trained
-    config.adapters.targets = ()  # regular expressions over paths of layers; empty: those of the architecture
-    config.adapters.layers = ()  # numbers of blocks, counted from 0; empty: all
-    config.adapters.update(rank=8, alpha=16.0)  # of low_rank
-    config.adapters.update(width=128, scale=1.0, skip=True)  # of bottleneck
-    config.adapters.length = 64  # of prefix
+    config.adapters = ConfigDict()  # adapters to train while the model of init_from is frozen
+    config.adapters.kind = ""  # low_rank (LoRA), bottleneck or prefix; empty: train the model
+    config.adapters.targets = ()  # regular expressions over layer paths; empty: default of the architecture
+    config.adapters.layers = ()  # block numbers, counted from 0; empty: all
+    config.adapters.update(rank=8, alpha=16.0)  # options of low_rank
+    config.adapters.update(width=128, scale=1.0, skip=True)  # options of bottleneck
+    config.adapters.length = 64  # option of prefix
 
     config.optimizer = ConfigDict()
     config.optimizer.peak_lr = 1e-4
@@ -91,16 +91,16 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optimizer.schedule = "cosine"
     config.optimizer.weight_decay = 0.0
     config.optimizer.clip_norm = 0.0
-    config.optimizer.moment_dtype = "float32"  # bfloat16: first moment in half the memory
+    config.optimizer.moment_dtype = "float32"  # bfloat16 halves the memory of the first moment
 
     config.train = ConfigDict()
-    config.train.steps = 0  # 0: as many as data.tokens needs
+    config.train.steps = 0  # 0: computed from data.tokens
     config.train.batch_size = 1
-    config.train.accumulate = 1  # microbatches run one after the other: memory of batch_size / accumulate
-    config.train.batch_ramp = ()  # smaller batches first: ((1_000, 2), (5_000, 4)) up to steps 1,000 and 5,000
+    config.train.accumulate = 1  # sequential microbatches; activations need 1/N of the memory
+    config.train.batch_ramp = ()  # ((1_000, 2), (5_000, 4)): batch size 2 up to step 1,000, then 4 up to step 5,000
     config.train.log_every = 100
     config.train.eval_every = 5_000
-    config.train.eval_records = 1_000  # validation bags, spread evenly; 0: all
+    config.train.eval_records = 1_000  # validation bags, evenly spaced; 0: all
     config.train.checkpoint_every = 5_000
     config.train.keep_last = 2
     config.train.patience = 10

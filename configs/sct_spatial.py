@@ -1,21 +1,21 @@
-"""sCT on spatial data (stage 2 of the paper): goes on from a model of single cells, with coordinates.
+"""sCT on spatial data (stage 2 of the paper): continues from a single-cell model and adds coordinates.
 
-Full model, 1.5 x 10^11 tokens, from stage 1 (`configs/sct_sc.py`); bags are spots and their nearest neighbours, the
-map of coordinates is new and starts at zero:
+Full model, 1.5 x 10^11 tokens, from stage 1 (`configs/sct_sc.py`). A bag is a spot and its nearest neighbors. The
+projection of the coordinates is new and initialized with zeros:
 
     python -m launch.train --config=configs/sct_spatial.py --config.data.store=SPATIAL_STORE \
         --config.init_from=runs/sct --workdir=runs/sct_spatial
 
     Hardware: as for stage 1, one A100 80 GB or better. The store needs positions (`launch.ingest --spatial_key`) and
-    the vocabulary of the model it starts from; a run without init_from starts from random parameters and says so.
+    the vocabulary of the stage 1 model. Without init_from, training starts from random initialization and says so.
 
-:mini, the same from a run of `configs/sct_sc.py:mini`, for a laptop:
+:mini is the same for a laptop, from a run of `configs/sct_sc.py:mini`:
 
     python -m launch.train --config=configs/sct_spatial.py:mini --config.data.store=SPATIAL_STORE \
         --config.init_from=runs/mini --workdir=runs/mini_spatial
 
-`--config.data.spatial_bags=False` makes bags of random spots instead of neighbours. There is no :quickstart: no
-spatial data of real tissue comes with the packages.
+To use bags of random spots instead of neighbors, set `--config.data.spatial_bags=False`. There is no :quickstart,
+because the installed packages contain no spatial data of real tissue.
 """
 
 import runpy
@@ -29,7 +29,7 @@ _SINGLE_CELL = runpy.run_path(str(Path(__file__).with_name("sct_sc.py")))
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The paper's second stage, or a small variant of it."""
+    """The paper's second stage, or a variant."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS[1:])}")
     config = _SINGLE_CELL["get_config"](variant)

@@ -1,16 +1,16 @@
-"""Instruction tuning of ZerOmics: LLaMA-2 answers questions about cells that it reads as 500 soft tokens.
+"""Instruction tuning of ZerOmics: LLaMA-2 answers questions about cells, which it reads as 500 soft tokens.
 
-The paper's sizes: LLaMA-2-13B, frozen, with a mixture of low-rank adapters (one for all tasks and one for each), the
-cell model of configs/zeromics_sc.py, frozen, and a linear tokenizer between them. What is said of each study stands in
-a YAML file (docs/zeromics.md):
+The paper's sizes: a frozen LLaMA-2-13B with a mixture of low-rank adapters (one for all tasks and one per task), the
+frozen cell model of configs/zeromics_sc.py, and a linear tokenizer between them. A YAML file has the metadata of the
+studies (docs/zeromics.md):
 
     python -m launch.train --config=configs/zeromics_llm.py --config.data.store=STORE \
-        --config.data.studies=STUDIES.yaml --config.data.cells=runs/zeromics_sc --config.data.llm=LLAMA_FOLDER \
-        --workdir=runs/zeromics_llm
+        --config.data.studies=STUDIES.yaml --config.data.cells=runs/zeromics_sc \
+        --config.data.llm=LLAMA_FOLDER --workdir=runs/zeromics_llm
 
-:quickstart, a small LLaMA from random parameters on real blood cells that come with scanpy, on 2 CPU cores, after the
-quickstart of zeromics_sc with the run folder runs/zeromics_sc. What it learns it learns from 490 cells: that a question
-about other studies or tasks is answered takes a LLaMA that was trained on text.
+:quickstart trains a small LLaMA from random initialization on real blood cells from scanpy, on 2 CPU cores. First run
+zeromics_sc:quickstart with the run folder runs/zeromics_sc. The model learns from only 490 cells. Answers about other
+studies or tasks need a LLaMA that was pretrained on text.
 
     python -m launch.train --config=configs/zeromics_llm.py:quickstart --workdir=runs/zeromics_llm
 """
@@ -21,7 +21,7 @@ VARIANTS = ("", "quickstart")
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The paper's recipe, or a small variant of it."""
+    """The paper's recipe, or a variant."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS[1:])}")
     config = ConfigDict()
@@ -32,14 +32,14 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model = ConfigDict()
     config.model.num_soft = 500
     config.model.tokenizer = "linear"  # or pooled (small models), none (ablation, with num_soft=1)
-    config.model.cells = ConfigDict()  # the sizes are those of data.cells
+    config.model.cells = ConfigDict()  # sizes come from data.cell_encoder
     config.model.cells.dtype = "bfloat16"
     config.model.cells.remat = "level"
     config.model.cells.dropout = 0.0
     config.model.cells.encoder = (
-        "transformer"  # or weighted, an ablation: texts of genes weighted by expression
+        "transformer"  # or weighted (ablation): text features of genes, weighted by expression
     )
-    config.model.llm = ConfigDict()  # the sizes are those of data.llm
+    config.model.llm = ConfigDict()  # sizes come from data.llm
     config.model.llm.dtype = "bfloat16"
     config.model.llm.remat = "level"
     config.model.llm.dropout = 0.0
@@ -48,16 +48,16 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.store = ""
     config.data.dataset = ""
     config.data.tokens = 0.0
-    config.data.cells = ""  # run or model folder of the cell model
-    config.data.llm = ""  # Hugging Face folder of LLaMA
-    config.data.genes = ""  # as of the cell model, as well as values and max_genes
+    config.data.cells = ""  # run folder or model folder of the cell model
+    config.data.llm = ""  # Hugging Face folder with LLaMA
+    config.data.genes = ""  # same as for the cell model; also values and max_genes
     config.data.values = "quantiles"
     config.data.max_genes = 0
-    config.data.studies = ""  # YAML file with abstracts, cell types, rare ones, diseases
+    config.data.studies = ""  # YAML file with abstracts, cell types, rare types, diseases
     config.data.length = 1536
     config.data.cell_type = "cell_type"  # columns of obs, "" for none
     config.data.disease = "disease"
-    config.data.pathways = ""  # active pathways of each cell, "hypoxia, apoptosis", for the task cpi
+    config.data.pathways = ""  # active pathways of each cell ("hypoxia, apoptosis"), for the task pathway
     config.data.normal = ("normal", "healthy")
     config.data.rare_share = 0.05
     config.data.tokenizer = ""
@@ -65,13 +65,13 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.objective = ConfigDict()
     config.objective.tasks = (("cta", 1.0), ("rci", 1.0), ("tcd", 1.0))
-    config.objective.prompts = ""  # JSON file with further templates
+    config.objective.prompts = ""  # JSON file with more templates
     config.objective.rank = 8
     config.objective.alpha = 8.0
     config.objective.dropout = 0.0
-    config.objective.universal = True  # ablations: leave the universal adapter, or those of tasks, out
+    config.objective.universal = True  # ablations: False removes the universal adapter or the task adapters
     config.objective.of_tasks = True
-    config.objective.members = ()  # adapters of init_from, where it was trained on other tasks
+    config.objective.members = ()  # adapters of init_from, if it was trained on other tasks
     config.objective.train_llm = False
     config.objective.train_cells = False
     config.objective.report_cells = 500

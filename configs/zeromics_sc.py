@@ -1,18 +1,18 @@
-"""Cell model of ZerOmics: a transformer over the genes of a cell, aligned with summaries of these genes.
+"""Cell model of ZerOmics: a transformer over the genes of a cell, aligned with texts about these genes.
 
-The paper's sizes (12 layers, 12 heads, 10 bins). Features of genes are made once by a text model, here LLaMA-2, from a
-Hugging Face folder with its tokenizer, and kept (docs/zeromics.md):
+The paper's sizes (12 layers, 12 heads, 10 bins). A text model computes the gene features once and caches them
+(docs/zeromics.md). Here it is LLaMA-2 from a Hugging Face folder with its tokenizer:
 
     python -m launch.ingest --input=FILES --output=STORE --min_genes=201
     python -m launch.train --config=configs/zeromics_sc.py --config.data.store=STORE \
         --config.data.corpus=SUMMARIES.tsv --config.data.features=LLAMA_FOLDER --workdir=runs/zeromics_sc
 
-    All genes of a cell are read (20,000 tokens). --config.data.max_genes=2048 --config.objective.head_budget=0.2 reads
-    the expressed ones alone: a tenth of the tokens, but the model no longer sees which genes are silent. Hardware:
-    eight A100 of 80 GB in the paper.
+    The model reads all genes of a cell (20,000 tokens). To read only the most highly expressed genes, set
+    --config.data.max_genes=2048 --config.objective.head_budget=0.2. This needs a tenth of the tokens, but the
+    model no longer sees which genes are unexpressed. Hardware: the paper used eight A100 of 80 GB.
 
-:quickstart, a small model on real blood cells that come with scanpy, with features by latent semantic analysis of the
-built-in corpus, a few minutes on 2 CPU cores:
+:quickstart trains a small model on real blood cells from scanpy. The features come from latent semantic analysis of the
+built-in corpus. It takes a few minutes on 2 CPU cores:
 
     python -m launch.train --config=configs/zeromics_sc.py:quickstart --workdir=runs/zeromics_sc
 """
@@ -23,7 +23,7 @@ VARIANTS = ("", "quickstart")
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The paper's recipe, or a small variant of it."""
+    """The paper's recipe, or a variant."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS[1:])}")
     config = ConfigDict()
@@ -32,8 +32,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.init_from = ""
 
     config.model = ConfigDict()
-    config.model.num_genes = 0  # 0: those of the store's vocabulary
-    config.model.feature_dim = 0  # 0: the width of the features
+    config.model.num_genes = 0  # 0: size of the store's vocabulary
+    config.model.feature_dim = 0  # 0: width of the features
     config.model.num_bins = 10
     config.model.embed_dim = 768
     config.model.num_layers = 12
@@ -47,28 +47,30 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.store = ""
     config.data.dataset = ""
     config.data.tokens = 0.0
-    config.data.genes = ""  # all, top, sampled, expressed; empty: all, or with max_genes the top ones
-    config.data.values = "quantiles"  # or levels: bins of equal width
-    config.data.max_genes = 0  # 0: all genes; otherwise the most highly expressed ones of each cell
-    config.data.corpus = "built_in"  # or a file with summaries of genes
-    config.data.features = "lsa"  # or a text model, "random", or a file with a table of features
+    config.data.genes = ""  # all, top, sampled, expressed; empty: all, or top with max_genes
+    config.data.values = "quantiles"  # or levels (bins of equal width)
+    config.data.max_genes = 0  # 0: all genes; N: the N most highly expressed genes of each cell
+    config.data.corpus = "built_in"  # or a file with gene summaries
+    config.data.features = "lsa"  # or a text model, "random", or a file with a feature table
     config.data.features_cache = ""
-    config.data.feature_dim = 256  # of lsa and random
+    config.data.feature_dim = 256  # for lsa and random
 
     config.objective = ConfigDict()
     config.objective.masked = 0.15
     config.objective.substituted = 0.1
-    config.objective.head_budget = 0.05  # 0.15 of the expressed genes, of which a cell has up to a third
+    config.objective.head_budget = (
+        0.05  # 15% of the expressed genes; a cell expresses up to a third of its genes
+    )
     config.objective.report_cells = 500
     config.objective.report_seeds = 3
 
-    config.adapters = ConfigDict()  # trained in place of the model of init_from
-    config.adapters.kind = ""  # low_rank (LoRA), bottleneck or prefix; empty: the model itself is trained
-    config.adapters.targets = ()  # regular expressions over paths of layers; empty: those of the architecture
-    config.adapters.layers = ()  # numbers of blocks, counted from 0; empty: all
-    config.adapters.update(rank=8, alpha=16.0)  # of low_rank
-    config.adapters.update(width=128, scale=1.0, skip=True)  # of bottleneck
-    config.adapters.length = 64  # of prefix
+    config.adapters = ConfigDict()  # adapters to train while the model of init_from is frozen
+    config.adapters.kind = ""  # low_rank (LoRA), bottleneck or prefix; empty: train the model
+    config.adapters.targets = ()  # regular expressions over layer paths; empty: default of the architecture
+    config.adapters.layers = ()  # block numbers, counted from 0; empty: all
+    config.adapters.update(rank=8, alpha=16.0)  # options of low_rank
+    config.adapters.update(width=128, scale=1.0, skip=True)  # options of bottleneck
+    config.adapters.length = 64  # option of prefix
 
     config.optimizer = ConfigDict()
     config.optimizer.peak_lr = 1e-4

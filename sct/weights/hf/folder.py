@@ -42,9 +42,7 @@ from sct.weights.pretrained import (
     match,
 )
 
-NOTICE = (
-    "The weights keep their original license. See the page from which you downloaded them."
-)
+NOTICE = "The weights keep their original license. See the page from which you downloaded them."
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _COMPARED = 1 << 24  # numbers of a copied array that are compared at a time
 
