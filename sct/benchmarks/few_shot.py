@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from sct.checks import check_at_least, check_positive
 from sct.data.ingest.build import ingest
 from sct.data.store import Store
 from sct.data.text.instructions import StudyQuestions, fields_of, tokens_of
@@ -47,11 +48,9 @@ class TuningOptions:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1 or not self.learning_rate > 0:
-            raise ConfigError(
-                f"tuning.steps is {self.steps}, batch_size {self.batch_size} and learning_rate {self.learning_rate}, "
-                "but positive numbers are needed."
-            )
+        check_at_least("tuning.steps", self.steps, 1)
+        check_at_least("tuning.batch_size", self.batch_size, 1)
+        check_positive("tuning.learning_rate", self.learning_rate)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from sklearn.model_selection import GroupShuffleSplit, train_test_split
 from sct import families
 from sct.benchmarks import zero_shot as benchmarking
 from sct.benchmarks.few_shot import Shots, TuningOptions, drawn, tune
+from sct.checks import check_at_least, check_choice, check_distinct, check_share
 from sct.data.bundled import prepare, study_texts
 from sct.data.cell_records import cell_records
 from sct.data.text.cell_sentence import cell_keys
@@ -67,10 +68,8 @@ class InstructionBenchmarkData(benchmarking.CellChoice):
     share: float = 1 / 3
 
     def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            raise ConfigError(f"data.share is {self.share}, but a share between 0 and 1 is needed.")
-        if not 0 <= self.rare_share <= 1:
-            raise ConfigError(f"data.rare_share is {self.rare_share}, but a share is needed.")
+        check_share("data.share", self.share, zero=False, one=False)
+        check_share("data.rare_share", self.rare_share)
         if self.split == "train":
             raise ConfigError(
                 "data.split is train, but cells that no model has learned are needed: test, or validation."
@@ -112,23 +111,20 @@ class InstructionBenchmarkOptions:
     markers: str = ""
 
     def __post_init__(self) -> None:
-        if strange := [task for task in self.tasks if task not in TITLES]:
-            raise ConfigError(f"tasks has {strange[0]!r}, but choose from {', '.join(TITLES)}.")
-        if len(set(self.tasks)) < len(self.tasks):
-            raise ConfigError(f"tasks is {self.tasks}, but different ones of {', '.join(TITLES)} are needed.")
+        for task in self.tasks:
+            check_choice("tasks", task, TITLES)
+        check_distinct("tasks", self.tasks)
         if "tcd" in self.tasks and not self.data.disease:
             raise ConfigError("tasks has tcd: name the column of diseases by --config.data.disease.")
         if "cpi" in self.tasks and not self.pathways.file:
             raise ConfigError(
                 "tasks has cpi: name a GMT file of gene sets by --config.pathways.file, such as MSigDB's hallmarks."
             )
-        if any(number < 1 for number in self.shots) or len(set(self.shots)) < len(self.shots):
-            raise ConfigError(
-                f"shots is {self.shots}, but different positive numbers are needed; zero shots are measured always."
-            )
+        for number in self.shots:
+            check_at_least("shots", number, 1, advice="leave it out, for zero shots are measured always")
+        check_distinct("shots", self.shots)
         for name in ("seeds", "templates", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but at least 1 is needed.")
+            check_at_least(name, getattr(self, name), 1)
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -312,8 +308,7 @@ class _Study:
         """Rows to fit on and to ask about: by group where there is one, else with every label of two cells in both."""
         rows, data = np.arange(len(self.obs)), self.data
         if data.group_key:
-            if data.group_key not in self.obs:
-                raise ConfigError(f"{self.name} has no column {data.group_key!r}: name another group_key.")
+            check_choice("data.group_key", data.group_key, self.obs, advice=f"name a column of {self.name}")
             groups = self.obs[data.group_key].astype(str)
             if groups.nunique() < 2:
                 raise ConfigError(

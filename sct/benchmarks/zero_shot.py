@@ -14,6 +14,7 @@ import anndata as ad
 import numpy as np
 
 from sct import families
+from sct.checks import check_at_least, check_choice, check_distinct, check_not_empty, check_share
 from sct.data.bags import BagOptions, BagSource
 from sct.data.cells import CellCounts, CellStudy
 from sct.data.class_prior import ClassPrior
@@ -59,14 +60,12 @@ class CellChoice:
     train = ""
 
     def __post_init__(self) -> None:
-        if self.split not in SPLITS:
-            raise ConfigError(f"data.split is {self.split!r}, but it must be one of {', '.join(SPLITS)}.")
+        check_choice("data.split", self.split, SPLITS)
         self._check_not_negative("max_cells", "seed")
 
     def _check_not_negative(self, *names: str) -> None:
         for name in names:
-            if getattr(self, name) < 0:
-                raise ConfigError(f"data.{name} is {getattr(self, name)}, but 0 or more is needed.")
+            check_at_least(f"data.{name}", getattr(self, name), 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +93,7 @@ class NaturalImputationOptions:
     whole_genes: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1:
-            raise ConfigError(f"natural_imputation.ratio is {self.ratio}, but it must lie between 0 and 1.")
+        check_share("natural_imputation.ratio", self.ratio, zero=False, one=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +105,10 @@ class GeneImputationOptions:
     magic: bool = True
 
     def __post_init__(self) -> None:
-        valid = all(0 < ratio < 1 for ratio in self.ratios) and len(set(self.ratios)) == len(self.ratios)
-        if not self.ratios or not valid:
-            raise ConfigError(
-                f"gene_imputation.ratios is {self.ratios}, but different shares between 0 and 1 are needed."
-            )
+        check_not_empty("gene_imputation.ratios", self.ratios)
+        for ratio in self.ratios:
+            check_share("gene_imputation.ratios", ratio, zero=False, one=False)
+        check_distinct("gene_imputation.ratios", self.ratios)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,10 +127,8 @@ class FixedGenesOptions:
     per_group: int = 25
 
     def __post_init__(self) -> None:
-        if self.run not in ("always", "never", "spatial"):
-            raise ConfigError(f"fixed_genes.run is {self.run!r}, but it must be always, never or spatial.")
-        if self.per_group < 1:
-            raise ConfigError(f"fixed_genes.per_group is {self.per_group}, but at least 1 is needed.")
+        check_choice("fixed_genes.run", self.run, ("always", "never", "spatial"))
+        check_at_least("fixed_genes.per_group", self.per_group, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,8 +160,7 @@ class BenchmarkOptions:
     def __post_init__(self) -> None:
         if not self.data.path:
             raise ConfigError("say what to measure on: --config.data.path=FILE.h5ad, or a store.")
-        if self.seeds < 1:
-            raise ConfigError(f"seeds is {self.seeds}, but at least 1 is needed.")
+        check_at_least("seeds", self.seeds, 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from sct.checks import check_at_least, check_choice, check_distinct, check_not_empty
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text.cell_sentence import RankFit, expression
 from sct.data.text.prompts import TASKS, Prompts
@@ -101,11 +102,12 @@ class CellSentenceModel:
 
     def check(self, task: str) -> None:
         """Raise `ConfigError` unless the model learned a task."""
-        if task not in self.tasks:
-            raise ConfigError(
-                f"the model learned {', '.join(self.tasks)}, but not {task}: train one with this task "
-                "(--config.objective.tasks)."
-            )
+        check_choice(
+            "the task",
+            task,
+            self.tasks,
+            advice="choose one that the model learned, or train a model with this task (--config.objective.tasks)",
+        )
 
     def _prompts(
         self,
@@ -226,15 +228,10 @@ class CellSentenceModel:
         -------
         float64 (N, C).
         """
-        if templates < 1 or batch_size < 1:
-            raise ConfigError(
-                f"templates is {templates} and batch_size is {batch_size}, but both must be at least 1."
-            )
-        if len(set(candidates)) != len(candidates) or not candidates:
-            raise ConfigError(
-                f"there are {len(candidates)} candidates, {len(set(candidates))} of them different: give each once, "
-                "and at least one."
-            )
+        check_at_least("templates", templates, 1)
+        check_at_least("batch_size", batch_size, 1)
+        check_not_empty("candidates", candidates)
+        check_distinct("candidates", candidates)
         self.check(task)
         usable = [
             number
@@ -274,8 +271,7 @@ class CellSentenceModel:
         ConfigError
             There is no such study.
         """
-        if fit not in self.fits:
-            raise ConfigError(f"there is no line of the study {fit!r}: choose from {', '.join(self.fits)}.")
+        check_choice("fit", fit, self.fits, advice="name a study whose cells the line was fitted to")
         return self.fits[fit]
 
 

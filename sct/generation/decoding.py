@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sct.checks import check_at_least, check_positive, check_shape, check_share
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import ConfigError, DataError
 from sct.generation.cache import layers_of
@@ -85,12 +86,9 @@ class DecodingOptions:
             ("top_k", 0),
             ("temperature", 0),
         ):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but it must be at least {least}.")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p is {self.top_p}, but it must lie in (0, 1].")
-        if self.repetition_penalty <= 0:
-            raise ConfigError(f"repetition_penalty is {self.repetition_penalty}, but it must be positive.")
+            check_at_least(name, getattr(self, name), least, whole=name != "temperature")
+        check_share("top_p", self.top_p, zero=False)
+        check_positive("repetition_penalty", self.repetition_penalty)
         draws = self.temperature or self.top_k or self.top_p < 1 or self.repetition_penalty != 1
         if self.beams > 1 and draws:
             raise ConfigError(
@@ -190,10 +188,12 @@ def check_prompts(
 ) -> None:
     """Raise `DataError` unless prompts are tokens of the model, or `soft` ones, and leave room for `new` more."""
     for number, prompt in enumerate(prompts):
-        if prompt.ndim != 1 or not len(prompt):
-            raise DataError(
-                f"{what} {number} has no tokens: give at least one, such as the token that begins texts."
-            )
+        check_shape(
+            f"{what} {number}",
+            prompt,
+            ("tokens",),
+            advice="give at least one, such as the token that begins texts",
+        )
         low, high = int(prompt.min()), int(prompt.max())
         if (low < 0 and not soft) or high >= config.vocab_size:
             raise DataError(

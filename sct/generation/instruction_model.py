@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sct.checks import check_distinct, check_not_empty
 from sct.data.cell_records import CellOptions, known_genes
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text.instructions import MARK, fields_of, questions_of
@@ -190,11 +191,8 @@ class InstructionModel:
             Candidates stand twice, there are fewer than two, or the name of a pathway begins that of another.
         """
         usable = self.prompts.templates[task]
-        if len(set(candidates)) != len(candidates) or len(candidates) < 2:
-            raise ConfigError(
-                f"there are {len(candidates)} candidates, {len(set(candidates))} of them different: give two or more, "
-                "each once."
-            )
+        check_not_empty("candidates", candidates, least=2)
+        check_distinct("candidates", candidates)
         begun = sorted(candidates) if task == "cpi" else []
         for name, longer in itertools.pairwise(begun):
             # Sorted, a name stands before those that it begins.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sct.errors import ConfigError
+from sct.checks import check_not_empty
 from sct.generation.cache import empty, extend, scores_of
 from sct.generation.decoding import (
     DecoderParts,
@@ -109,8 +109,7 @@ def score(
         The model generates no text, there are no candidates, or a prompt or candidate does not fit the model.
     """
     config = check_model(model)
-    if not len(candidates):
-        raise ConfigError("the list of candidate answers is empty: give at least one.")
+    check_not_empty("candidates", candidates)
     arrays, answers = ([np.asarray(each, np.int64) for each in given] for given in (prompts, candidates))
     longest = max(map(len, answers))
     check_prompts(config, answers, 0, "candidate")

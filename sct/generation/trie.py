@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sct.checks import check_not_empty
 from sct.errors import ConfigError
 
 
@@ -51,8 +52,7 @@ def make_trie(sequences: Sequence[Sequence[int]], stop: int) -> Trie:
     ConfigError
         There is no sequence, or one is empty or holds `stop`.
     """
-    if not sequences:
-        raise ConfigError("the list of allowed answers is empty: give at least one.")
+    check_not_empty("the list of allowed answers", sequences)
     nodes: list[dict[int, int]] = [{}]
     for sequence in sequences:
         if not len(sequence) or stop in sequence:

@@ -9,6 +9,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
+from sct.checks import check_choice, check_distinct, check_not_empty
 from sct.data.text.prompts import parse_labels, render_labels
 from sct.errors import ConfigError
 from sct.generation.cell_sentence_model import CellSentenceModel
@@ -56,20 +57,19 @@ def candidates_of(
         label_key = known[0] if known else "cell_type"
     alone = isinstance(label_key, str) and label_key != LABELS
     field = str(label_key) if alone else LABELS
-    if field not in ("cell_type", "tissue", LABELS):
-        raise ConfigError(
-            f"label_key is {label_key!r}, but the model is asked for one of {', '.join(known)}, or for names of labels "
-            "that it learned together, as a list."
-        )
+    check_choice(
+        "label_key",
+        field,
+        known,
+        advice="choose one of these, or give the names of labels that the model learned together, as a list",
+    )
     sentence_model.check(f"cell_to_{field}")
     if isinstance(given, str):
         raise ConfigError(f"candidates is the string {given!r}: give a list of two or more answers.")
     if given is not None:
         texts = [render_labels(each) if isinstance(each, Mapping) else str(each) for each in given]
-        if len(set(texts)) < len(texts) or len(texts) < 2:
-            raise ConfigError(
-                f"there are {len(texts)} candidates, {len(set(texts))} of them different: give two or more, each once."
-            )
+        check_not_empty("candidates", texts, least=2)
+        check_distinct("candidates", texts)
         return field, texts
     found = list(sentence_model.labels.get(field, ()))
     if field == LABELS and found:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import anndata as ad
 import numpy as np
 
+from sct.checks import check_at_least, check_text
 from sct.data.cells import CellCounts
 from sct.data.counts import COUNTS, Values
 from sct.errors import ConfigError
@@ -25,8 +26,7 @@ def instruction_model_of(model: Pretrained) -> InstructionModel:
 
 def check_key(name: str) -> None:
     """Raise `ConfigError` for an empty name."""
-    if not name:
-        raise ConfigError("key_added is empty: give the name of a column.")
+    check_text("key_added", name, advice="give the name of a column")
 
 
 def study_metadata_of(adata: ad.AnnData, name: str, given: Any, form: str, argument: str = "") -> Any:
@@ -37,8 +37,7 @@ def study_metadata_of(adata: ad.AnnData, name: str, given: Any, form: str, argum
     if found is None:
         raise ConfigError(f'{argument} ({form}) is missing: pass {argument}=... or set adata.uns["{name}"].')
     if form == "a text":
-        if not isinstance(found, str) or not found.strip():
-            raise ConfigError(f"{where} is {found!r}: give a non-empty string.")
+        check_text(where, found)
         return found
     many = isinstance(found, Iterable) and not isinstance(found, str)
     names = list(found) if many else []
@@ -54,7 +53,7 @@ def blocks_of(
 ) -> Iterator[tuple[CellBins, list[int]]]:
     """Cells as the model reads them, and their keys, some thousands at a time."""
     table = CellCounts(adata, model.vocabulary, **options)
-    inputs.check_not_empty(table)
+    inputs.check_counted(table)
     for records, rows in binned_cells.blocks(table, instruction_model.cells, instruction_model.known):
         yield records, [int(key) for key in table.keys[rows]]
 
@@ -105,10 +104,9 @@ def answer_by_candidates(
         least 0, in X or in `layer`. A cell's genes are binned by their quantile, so their order alone matters.
     """
     inputs.check_table(adata, copy)
-    inputs.check_seed(seed)
+    check_at_least("seed", seed, 0)
     check_key(key_added)
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}, but it must be at least 1.")
+    check_at_least("batch_size", batch_size, 1)
     study_metadata = study_metadata_of(adata, "abstract", abstract, "a text")
     options = {"layer": layer, "gene_column": gene_column, "duplicates": duplicates, "values": values}
     logs = [

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sct.checks import check_at_least, check_choice
 from sct.data.bag_order import BagOrder, centered_order, random_order, tile_order
 from sct.data.bags import BagOptions, BagSource
 from sct.data.cells import CellCounts, CellStudy, Section
@@ -24,8 +25,7 @@ PrepareInputs = Callable[[Mapping[str, np.ndarray], np.ndarray], dict[str, np.nd
 
 def check_context(context: str, section: Section) -> None:
     """Raise `ConfigError` for an unknown context, or for "neighbors" without positions."""
-    if context not in CONTEXTS:
-        raise ConfigError(f"context is {context!r}, but it must be one of {', '.join(CONTEXTS)}.")
+    check_choice("context", context, CONTEXTS)
     if context != CONTEXTS[0] and section.places is None:
         raise ConfigError(f"context={context!r} needs positions: give spatial_key as well.")
 
@@ -65,8 +65,7 @@ class BagReader:
         """Cells of a bag that are asked for, by default those of the model's training."""
         size = asked if asked is not None else self.model.data.get("cells_per_bag")
         size = DATA_OPTIONS["cells_per_bag"] if size is None else size
-        if size < 1:
-            raise ConfigError(f"cells_per_bag is {size}, but at least 1 is needed.")
+        check_at_least("cells_per_bag", size, 1)
         return int(size)
 
     def options(self, cells_per_bag: int, spatial: bool, with_counts: bool = False) -> BagOptions:

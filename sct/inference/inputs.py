@@ -10,9 +10,10 @@ from typing import Any
 import anndata as ad
 import numpy as np
 
+from sct.checks import check_choice, check_type
 from sct.data.cells import CellCounts, Section
 from sct.data.coordinates import SCALES, Scale, doubts, read_scales, write_scales
-from sct.errors import ConfigError, DataError
+from sct.errors import DataError
 from sct.models import registry
 from sct.version import __version__
 from sct.weights.load import load
@@ -23,10 +24,13 @@ ModelLike = Pretrained | str | os.PathLike[str]
 
 def load_model(model: ModelLike) -> Pretrained:
     """Return a model, loaded where a path or an id is given; `ConfigError` for what is neither, or needs a GPU."""
-    if not isinstance(model, Pretrained | str | os.PathLike):
-        raise ConfigError(
-            f"the model is a {type(model).__name__}: give a model of sct.load, a path or a Hub id, after adata."
-        )
+    check_type(
+        "model",
+        model,
+        (Pretrained, str, os.PathLike),
+        "a model of sct.load, a path or a Hub id",
+        advice="give one after adata",
+    )
     handle = model if isinstance(model, Pretrained) else load(model)
     registry.check_device(handle.config)
     return handle
@@ -34,10 +38,14 @@ def load_model(model: ModelLike) -> Pretrained:
 
 def check_table(adata: Any, copy: bool) -> None:
     """Raise `DataError` for what is no AnnData, has no cells, or cannot hold results."""
-    if not isinstance(adata, ad.AnnData):
-        raise DataError(
-            f"the data is a {type(adata).__name__}, but an AnnData is needed: read a file with anndata.read_h5ad first."
-        )
+    check_type(
+        "adata",
+        adata,
+        ad.AnnData,
+        "an AnnData",
+        error=DataError,
+        advice="read a file with anndata.read_h5ad first",
+    )
     if not adata.n_obs:
         raise DataError("the data has no cells: give at least one.")
     if adata.isbacked and adata.is_view:
@@ -83,11 +91,13 @@ def sections(adata: ad.AnnData, batch_key: str | None, spatial_key: str | None) 
         parts = [(str(name), np.flatnonzero(values == name)) for name in values.unique()]
     if spatial_key is None:
         return [Section(name, rows) for name, rows in parts]
-    if spatial_key not in adata.obsm:
-        known = f"only {', '.join(map(repr, adata.obsm))}" if len(adata.obsm) else "it is empty"
-        raise DataError(
-            f"obsm has no {spatial_key!r}, {known}: name the key of the positions, or leave out spatial_key."
-        )
+    check_choice(
+        "spatial_key",
+        spatial_key,
+        adata.obsm,
+        error=DataError,
+        advice="name the key of the positions in obsm, or leave spatial_key out",
+    )
     given = np.asarray(adata.obsm[spatial_key])
     known_scales = read_scales(adata.uns, spatial_key, batch_key)
     found = []
@@ -120,19 +130,11 @@ def keep_scales(
 
 def column(adata: ad.AnnData, name: str, what: str) -> Any:
     """Return a column of obs, or say which ones there are."""
-    if name not in adata.obs:
-        known = f"only {', '.join(map(repr, adata.obs.columns))}" if len(adata.obs.columns) else "it is empty"
-        raise DataError(f"obs has no {name!r}, {known}: name another column ({what}=...).")
+    check_choice(what, name, adata.obs.columns, error=DataError, advice="name a column of obs")
     return adata.obs[name]
 
 
-def check_seed(seed: int) -> None:
-    """Raise `ConfigError` for a number that is no seed."""
-    if seed < 0:
-        raise ConfigError(f"seed is {seed}, but it must be 0 or more: give another.")
-
-
-def check_not_empty(cells: CellCounts, needed: np.ndarray | None = None) -> None:
+def check_counted(cells: CellCounts, needed: np.ndarray | None = None) -> None:
     """Raise `DataError` where cells (of those needed) have no count of the model's genes."""
     empty = cells.cell_totals == 0
     if needed is not None:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sct.errors import ConfigError
+from sct.checks import check_at_least
 from sct.models import registry
 from sct.models.checks import check_outputs
 from sct.weights.pretrained import Pretrained
@@ -85,8 +85,8 @@ class Runner:
         tokens: int = TOKENS_PER_DEVICE,
         noun: str = "bags",
     ):
-        if batch_size is not None and batch_size < 1:
-            raise ConfigError(f"batch_size is {batch_size}, but at least 1 is needed.")
+        if batch_size is not None:
+            check_at_least("batch_size", batch_size, 1)
         self._devices = jax.local_devices()
         self._mesh = Mesh(np.asarray(self._devices), ("data",))
         self.batch_size, self.tokens, self.noun = batch_size, tokens, noun

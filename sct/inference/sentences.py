@@ -62,7 +62,7 @@ def questions(
         No raw counts, unknown genes, cells without a count.
     """
     table = CellCounts(adata, model.vocabulary, layer=layer, gene_column=gene_column, duplicates=duplicates)
-    inputs.check_not_empty(table)
+    inputs.check_counted(table)
     made = written(table, sentence_model, np.arange(adata.n_obs), seed=seed)
     fields = []
     for sentence in made:

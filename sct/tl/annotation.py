@@ -11,6 +11,7 @@ import pandas as pd
 from sklearn.neighbors import NearestNeighbors
 
 from sct import families
+from sct.checks import check_at_least, check_choice, check_share
 from sct.data.genes.alignment import check_shared
 from sct.errors import ConfigError, DataError
 from sct.inference import inputs
@@ -127,11 +128,8 @@ def annotate(
         )
     threshold = 0.5 if threshold is None else threshold
     inputs.check_table(reference, False)
-    if not 0 <= threshold <= 1 or n_neighbors < 1:
-        raise ConfigError(
-            f"threshold is {threshold} and n_neighbors is {n_neighbors}, but a share in [0, 1] and at least 1 are "
-            "needed."
-        )
+    check_share("threshold", threshold)
+    check_at_least("n_neighbors", n_neighbors, 1)
     try:
         labels = inputs.column(reference, label_key, "label_key")
     except DataError as error:
@@ -229,15 +227,15 @@ def _by_answers(
             "annotated cells are needed to transfer labels from: give reference=... and label_key=..., or a model that "
             f"answers in words (of {' or '.join(words)})."
         )
-    if not 0 <= threshold <= 1:
-        raise ConfigError(f"threshold is {threshold}, but a probability in [0, 1] is needed.")
+    check_share("threshold", threshold)
     annotator: Annotator = families.require(handle, "annotate")
     for name in options:
-        if name not in annotator.options:
-            raise ConfigError(
-                f"there is no option {name!r} for a model that answers in words: choose from "
-                f"{', '.join(annotator.options)}."
-            )
+        check_choice(
+            "the option",
+            name,
+            annotator.options,
+            advice="leave it out, or give one of a model that answers in words",
+        )
     return annotator.annotate(
         adata, label_key=label_key, candidates=candidates, threshold=threshold, unknown=UNKNOWN,
         key_added=key_added, copy=copy, **options,
@@ -267,8 +265,7 @@ def _check_options(
 ) -> None:
     """Refuse options that would be ignored."""
     for name in options:
-        if name not in (*_EMBED_OPTIONS, "n_contexts"):
-            raise ConfigError(f"there is no option {name!r}: choose from {', '.join(_EMBED_OPTIONS)}.")
+        check_choice("the option", name, (*_EMBED_OPTIONS, "n_contexts"))
         if use_rep is not None:
             raise ConfigError(
                 f"{name} is for a new embedding, but use_rep={use_rep!r} takes one that is there: give one of both."

@@ -9,6 +9,7 @@ import anndata as ad
 import numpy as np
 
 from sct import families
+from sct.checks import check_at_least, check_text
 from sct.data.counts import COUNTS, Values
 from sct.data.text.instructions import NO, NORMAL, YES
 from sct.errors import ConfigError
@@ -200,10 +201,9 @@ def ask(
     ConfigError, DataError
         As `find_rare`, or the question is empty.
     """
-    inputs.check_seed(seed)
+    check_at_least("seed", seed, 0)
     check_key(key_added)
-    if not isinstance(question, str) or not question.strip():
-        raise ConfigError(f"question is {question!r}, but it must be a non-empty string.")
+    check_text("question", question, advice="ask something")
     handle, instruction_model = _able(adata, copy, model)
     said = study_metadata_of(adata, "abstract", abstract, "a text")
     options = {"layer": layer, "gene_column": gene_column, "duplicates": duplicates, "values": values}

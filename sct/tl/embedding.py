@@ -10,6 +10,7 @@ import anndata as ad
 import numpy as np
 
 from sct import families
+from sct.checks import check_at_least
 from sct.data.cells import CellCounts
 from sct.errors import ConfigError
 from sct.inference import bags, inputs
@@ -143,9 +144,8 @@ class Contexts:
             context=context,
         )
         size = reader.cells_per_bag(cells_per_bag)
-        inputs.check_seed(seed)
-        if n_contexts < 1:
-            raise ConfigError(f"n_contexts is {n_contexts}, but at least 1 is needed.")
+        check_at_least("seed", seed, 0)
+        check_at_least("n_contexts", n_contexts, 1)
         if n_contexts > 1 and spatial_key is not None:
             raise ConfigError(
                 f"n_contexts is {n_contexts}, but with spatial_key bags follow from positions, so there is nothing to "
@@ -156,7 +156,7 @@ class Contexts:
         cells = CellCounts(
             adata, model.vocabulary, parts, layer=layer, gene_column=gene_column, duplicates=duplicates
         )
-        inputs.check_not_empty(cells)
+        inputs.check_counted(cells)
         read_in = context if spatial_key is not None else "random"
         settings = {
             "cells_per_bag": size, "batch_key": batch_key, "spatial_key": spatial_key,

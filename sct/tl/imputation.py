@@ -13,6 +13,7 @@ from scipy import sparse
 from scipy.special import softmax
 
 from sct import families
+from sct.checks import check_at_least, check_shape
 from sct.data.bag_order import BagOrder, masked_cell_order
 from sct.data.cells import CellCounts, Section
 from sct.data.class_prior import ClassPrior
@@ -113,7 +114,7 @@ def impute(
         raise DataError(
             "of a backed AnnData only genes are imputed: load it with adata.to_memory() for whole cells."
         )
-    inputs.check_seed(seed)
+    check_at_least("seed", seed, 0)
     chosen = None if cells is None else _rows(adata, cells)
     sections = inputs.sections(adata, batch_key, spatial_key)
     table = CellCounts(
@@ -127,7 +128,7 @@ def impute(
     column = _columns(adata, table)
     wanted, names = _genes(handle, table, column, genes)
     whole = chosen is not None and genes is None
-    inputs.check_not_empty(table, ~chosen if whole and chosen is not None else None)
+    inputs.check_counted(table, ~chosen if whole and chosen is not None else None)
     if whole and chosen is not None:
         orders = [_masked_cell_order(section, chosen[section.rows], size, seed) for section in sections]
     else:
@@ -176,8 +177,7 @@ def _rows(adata: ad.AnnData, cells: Any) -> np.ndarray:
     given = np.asarray(cells)
     mask = np.zeros(adata.n_obs, bool)
     if given.dtype == bool:
-        if given.shape != mask.shape:
-            raise DataError(f"the mask of cells has the shape {given.shape}, but ({adata.n_obs},) is needed.")
+        check_shape("the mask of cells", given, ((adata.n_obs, "cells"),))
         mask = given.copy()
     elif given.dtype.kind in "iu":
         if given.size and not (given.min() >= 0 and given.max() < adata.n_obs):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import anndata as ad
 import numpy as np
 
+from sct.checks import check_at_least
 from sct.data.bag_order import CELLS_PER_BAG, neighbors
-from sct.errors import ConfigError
 from sct.inference import inputs
 from sct.version import __version__
 
@@ -47,8 +47,7 @@ def spatial_neighbors(
         No such key or column, a position that is missing.
     """
     inputs.check_table(adata, copy)
-    if not isinstance(cells_per_bag, int) or cells_per_bag < 1:
-        raise ConfigError(f"cells_per_bag is {cells_per_bag}, but at least 1 is needed.")
+    check_at_least("cells_per_bag", cells_per_bag, 1)
     found = np.full((adata.n_obs, cells_per_bag), -1, np.int64)
     radius = np.zeros(adata.n_obs, np.float32)
     sections = inputs.sections(adata, batch_key, spatial_key)

@@ -11,6 +11,7 @@ import pandas as pd
 from scipy import sparse
 
 from sct import families
+from sct.checks import check_at_least, check_choice, check_not_empty
 from sct.data import counts
 from sct.data.cells import CellCounts
 from sct.data.genes.vocabulary import GeneVocabulary
@@ -65,11 +66,9 @@ def to_sentences(
         No raw counts, or genes that cannot be words: repeated names, or white space in one.
     """
     inputs.check_table(adata, False)
-    inputs.check_seed(seed)
-    if top_k is not None and top_k < 1:
-        raise ConfigError(
-            f"top_k is {top_k}, but at least 1 is needed: leave it out to write all expressed genes."
-        )
+    check_at_least("seed", seed, 0)
+    if top_k is not None:
+        check_at_least("top_k", top_k, 1, advice="leave it out to write all expressed genes")
     if model is None and (gene_column is not None or duplicates != "error"):
         raise ConfigError(
             "gene_column and duplicates say how genes become those of a model: give one, or leave them out."
@@ -149,10 +148,9 @@ def generate_cells(
     """
     handle = inputs.load_model(model)
     sentence_model = families.require(handle, "generate")
-    inputs.check_seed(seed)
+    check_at_least("seed", seed, 0)
     sentence_model.line(fit)
-    if n < 1:
-        raise ConfigError(f"n is {n}, but at least one cell is needed.")
+    check_at_least("n", n, 1)
     given = {"cell_type": cell_type, "tissue": tissue, "labels": labels, "abstract": text}
     asked = {name: value for name, value in given.items() if value is not None}
     if len(asked) > 1:
@@ -203,17 +201,12 @@ def generate_cells(
 
 def _check_known(sentence_model: CellSentenceModel, name: str, many: Sequence[Any]) -> None:
     """Refuse names of cell types and tissues that the model has never seen: it would make up something else."""
-    if not many:
-        raise ConfigError(f"{name} is an empty list: give at least one.")
+    check_not_empty(name, many)
     known = sentence_model.labels.get(name)
     if name not in ("cell_type", "tissue") or known is None:
         return
     for value in many:
-        if value not in known:
-            raise ConfigError(
-                f"the model has seen no {name.replace('_', ' ')} {value!r}: choose from {', '.join(known[:20])}"
-                f"{', ...' if len(known) > 20 else ''}."
-            )
+        check_choice(name, value, known, advice="choose one that the model has seen in training")
 
 
 def _in_order(sentence_model: CellSentenceModel, labels: Any) -> dict[str, Any]:

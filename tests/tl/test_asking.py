@@ -189,7 +189,7 @@ def test_any_question_has_a_text_for_an_answer(asked, cells):
     ("call", "error", "words"),
     [
         (lambda a, m: sct.tl.annotate(a, m), ConfigError, r"candidates.*uns\[.cell_types"),
-        (lambda a, m: sct.tl.annotate(a, m, candidates=["B cell"]), ConfigError, "1 candidates"),
+        (lambda a, m: sct.tl.annotate(a, m, candidates=["B cell"]), ConfigError, "candidates has 1"),
         (lambda a, m: sct.tl.annotate(a, m, candidates="B cell"), ConfigError, r"candidates .*'B cell'"),
         (lambda a, m: sct.tl.annotate(a, m, candidates=["B cell", None]), ConfigError, r"candidates .*None"),
         (lambda a, m: sct.tl.annotate(a, m, candidates=[]), ConfigError, "list"),
