@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Train on the GPUs of several nodes under Slurm, and go on by itself when the time of a job is over.
+# Train on the GPUs of several nodes with Slurm. The job restarts automatically after its time limit.
 #
 #     sbatch --nodes=2 launch/slurm/train.sh --config=configs/sct_sc.py --workdir=RUN ...
 #
-# Submit from the root of the clone, in the environment that holds jax[cuda12]. Options of sbatch given on the command
-# line win over those below. launch/slurm/README.md explains.
+# Submit from the root of the clone, in the environment with jax[cuda12]. Options of sbatch on the command line override
+# those below. See launch/slurm/README.md.
 #SBATCH --job-name=sct
 #SBATCH --nodes=1
 #SBATCH --gres=gpu:4
@@ -30,18 +30,18 @@ if [[ -z "$workdir" ]]; then
   exit 1
 fi
 
-# JAX reserves 75% of a GPU's memory by default; nothing else runs here.
+# By default JAX reserves 75% of the GPU memory. No other program runs here, so it can use more.
 export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
-# Proxies for the outer world keep the processes from finding each other.
+# With proxy settings, the processes cannot connect to each other.
 unset http_proxy https_proxy all_proxy HTTP_PROXY HTTPS_PROXY ALL_PROXY
 
-# The tasks are asked to stop, not this script, which must outlive them to put the job back into the queue.
+# SIGTERM goes to the tasks, not to this script, which must outlive them to queue the job again.
 trap '' TERM
 
-# One task per GPU, every task seeing all GPUs of its node: JAX takes the one with the task's local number. (With
-# --gpus-per-task each task would see one GPU only, and tasks could not reach each other's directly.)
-# srun's own status is the highest of all tasks, so a mistake that one task found (1) hides behind the others, which
-# lost it (75) or were killed: what srun says of each task is kept.
+# There is one task per GPU, and every task sees all GPUs of its node. JAX uses the GPU with the local rank of the task.
+# (With --gpus-per-task, each task would see only one GPU, and GPUs could not access each other directly.)
+# srun returns the highest status of all tasks. An error in one task (1) would be hidden by the other tasks, which lost
+# that task (75) or were killed. Therefore the script reads the status of each task from srun's messages.
 said="$(mktemp)"
 {
   srun --kill-on-bad-exit=1 "${PYTHON:-python}" -m launch.train --multihost "$@" 2>&1 >&3 | tee "$said" >&2
@@ -56,7 +56,7 @@ elif ((mistakes)); then
   status=1
 fi
 
-# Statuses of launch.train: 75 asks for the same command again; more than 128 is a death by signal.
+# Exit statuses of launch.train: 75 means run the same command again; above 128 means killed by a signal.
 case "$status" in
   0) echo "ended: nothing is left to do" && exit 0 ;;
   1) echo "error: a mistake or a diverged loss, which starting again does not mend: read the error above." >&2 && exit 1 ;;

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Train on all workers of a Cloud TPU pod slice: the same command on each, in the background.
+# Train on all workers of a Cloud TPU pod slice. Runs the same command on each worker, in the background.
 #
 #     export TPU=NAME ZONE=ZONE
 #     launch/tpu/train.sh start --config=configs/sct_sc.py --workdir=~/shared/runs/sct ...
 #     launch/tpu/train.sh log          # follow worker 0
-#     launch/tpu/train.sh stop         # save and stop; `start` with the same words goes on
+#     launch/tpu/train.sh stop         # save and stop; `start` with the same arguments resumes
 #
-# launch/tpu/README.md explains, and says how the workers are prepared.
+# See launch/tpu/README.md, which also explains how to set up the workers.
 
 set -euo pipefail
 
@@ -26,8 +26,8 @@ case "$action" in
     for word in "$@"; do
       words+=" $(printf '%q' "$word")"
     done
-    # The slice tells JAX who the coordinator is and which worker this one is. `setsid` keeps the run alive when the
-    # connection ends.
+    # JAX reads the coordinator and the worker index from the slice. `setsid` keeps the run alive after the connection
+    # closes.
     on_workers all "cd $FOLDER || exit 1
       if [ -f train.pid ] && kill -0 \$(cat train.pid) 2> /dev/null; then
       echo 'error: a run is going on: stop it first.' >&2; exit 1; fi
