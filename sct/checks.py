@@ -171,7 +171,9 @@ def check_type(
         return
     expected = what or " or ".join(each.__name__ for each in kinds)
     to_do = advice or f"give {expected}"
-    raise _refusal(f"{name} is of type {type(value).__name__}", f"must be {expected}", to_do, error)
+    plain = value is None or isinstance(value, str | Real)
+    found = f"{name} is {f'{_shown(value)}, ' * plain}of type {type(value).__name__}"
+    raise _refusal(found, f"must be {expected}", to_do, error)
 
 
 def check_text(name: str, value: Any, *, error: type[SctError] = ConfigError, advice: str = "") -> None:

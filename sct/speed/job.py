@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sct import families
+from sct.checks import check_at_least, check_choice
 from sct.data.bundled import prepare
 from sct.data.store import Store
 from sct.errors import ConfigError
@@ -53,15 +54,11 @@ class SpeedOptions:
     ceiling_size: int = 0
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ConfigError(f"--mode is {self.mode!r}, but it must be one of {', '.join(MODES)}.")
+        check_choice("--mode", self.mode, MODES)
         # An ingest is long and varies little; the others need a median.
         least = {"steps": 1 if self.mode == "ingest" else 3, "warmup": 1}
         for name in ("steps", "warmup", "check_cells", "cells", "nonzeros", "ceiling_size"):
-            if getattr(self, name) < least.get(name, 0):
-                raise ConfigError(
-                    f"--{name} is {getattr(self, name)}, but at least {least.get(name, 0)} is needed."
-                )
+            check_at_least(f"--{name}", getattr(self, name), least.get(name, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +98,12 @@ class SpeedJob:
             object.__setattr__(self, "config", with_current_names(self.config))
         if self.options.mode not in ("ingest", "generate") and self.options.cells and self.synthetic:
             smallest = self.cells_per_record
-            if self.options.cells < smallest:
-                raise ConfigError(
-                    f"--cells is {self.options.cells}, but a bag has {smallest}: make at least as many."
-                )
+            check_at_least(
+                "--cells",
+                self.options.cells,
+                smallest,
+                advice=f"make at least the {smallest} cells of one bag",
+            )
 
     @property
     def task_spec(self) -> TaskSpec:

@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from sct.checks import check_at_least
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.ingest.build import IngestOptions, ingest
 from sct.data.ingest.writer import quiet_anndata
-from sct.errors import ConfigError
 from sct.progress import progress
 
 NAME = "synthetic"
@@ -46,11 +46,13 @@ def means(n_genes: int, nonzeros: int, seed: int = 0) -> np.ndarray:
     ConfigError
         There are not so many genes.
     """
-    if not 1 <= nonzeros <= 0.9 * n_genes:
-        raise ConfigError(
-            f"--nonzeros is {nonzeros:,}, but a cell of {n_genes:,} genes can have 1 to {int(0.9 * n_genes):,}: "
-            "choose from these."
-        )
+    check_at_least(
+        "--nonzeros",
+        nonzeros,
+        1,
+        most=int(0.9 * n_genes),
+        advice=f"choose from what cells of {n_genes:,} genes can have",
+    )
     shape = np.exp(np.random.default_rng([seed, 0]).normal(0.0, _SPREAD, n_genes))
     low, high = -40.0, 40.0  # of the logarithm of the factor, halved until it is known
     for _ in range(100):

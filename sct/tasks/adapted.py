@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from sct.checks import check_choice
 from sct.errors import ConfigError
 from sct.models import adapters
 from sct.models.adapter_kinds import AdapterConfig, BottleneckConfig, LoraConfig, PrefixConfig
@@ -49,8 +50,8 @@ class AdapterOptions:
     length: int = PrefixConfig.length
 
     def __post_init__(self) -> None:
-        if self.kind and self.kind not in KINDS:
-            raise ConfigError(f"adapters.kind is {self.kind!r}, but it must be one of {', '.join(KINDS)}.")
+        if self.kind:
+            check_choice("adapters.kind", self.kind, KINDS)
         known = {field.name for field in dataclasses.fields(KINDS[self.kind])} if self.kind else set()  # type: ignore[arg-type]
         for field in dataclasses.fields(self):
             if field.name not in {"kind", *known} and getattr(self, field.name) != field.default:

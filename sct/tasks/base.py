@@ -10,11 +10,10 @@ from typing import Any, ClassVar, Protocol
 import jax
 import numpy as np
 
-from sct.data.genes.alignment import some
+from sct.checks import check_choice
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.loader import RecordSource
 from sct.data.store import SPLITS, Store
-from sct.errors import ConfigError
 from sct.eval.reports.report import Report
 from sct.models.adapter_kinds import AdapterConfig
 
@@ -86,10 +85,8 @@ class ObjectiveConfig:
 def check_study_names(study_metadata: Mapping[str, Any], store: Store, file: str) -> None:
     """Raise `ConfigError` where a file speaks of studies that a store does not have."""
     known = [study.name for split in SPLITS for study in store.split(split)]
-    if strange := sorted(set(study_metadata) - set(known)):
-        raise ConfigError(
-            f"{file} has texts of {strange[0]!r}, but the store's studies are {some(known)}: correct it."
-        )
+    for name in study_metadata:
+        check_choice(f"a study in {file}", name, known, advice="write the name as the store has it")
 
 
 def held_out_split(store: Store) -> tuple[str | None, str]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
-from sct.data.genes.alignment import some
+from sct.checks import check_at_least, check_choice, check_not_empty
 from sct.data.store import Store, Study
 from sct.data.text.cell_sentence import RankFit, fit_rank
 from sct.data.text.prompts import TASKS, Prompts, load_prompts, parse_labels, render_labels
@@ -80,8 +80,7 @@ class SentenceData(StoreConfig):
 
     def __post_init__(self) -> None:
         for name, least in (("top_k", 0), ("length", 8), ("corpus_cells", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"data.{name} is {getattr(self, name)}, but it must be at least {least}.")
+            check_at_least(f"data.{name}", getattr(self, name), least)
 
     @property
     def text_length(self) -> int:
@@ -154,20 +153,17 @@ class CellSentencesConfig(ObjectiveConfig):
     report_seeds: int = 3
 
     def __post_init__(self) -> None:
-        if self.loss_on not in ("response", "all"):
-            raise ConfigError(f"loss_on is {self.loss_on!r}, but it must be response or all.")
-        if self.balance not in ("tokens", "texts"):
-            raise ConfigError(f"balance is {self.balance!r}, but it must be tokens or texts.")
+        check_choice("loss_on", self.loss_on, ("response", "all"))
+        check_choice("balance", self.balance, ("tokens", "texts"))
         for entry in self.tasks:
             if len(entry) != 2 or entry[0] not in TASKS or not float(entry[1]) > 0:
                 raise ConfigError(
                     f"objective.tasks has {entry!r}, but pairs of a task and a positive weight are needed; tasks are "
                     f"{', '.join(TASKS)}."
                 )
-        if not self.tasks or self.report_cells < 0 or self.report_seeds < 1:
-            raise ConfigError(
-                "objective.tasks must name a task, report_cells must not be negative, and report_seeds be positive."
-            )
+        check_not_empty("objective.tasks", self.tasks)
+        check_at_least("report_cells", self.report_cells, 0)
+        check_at_least("report_seeds", self.report_seeds, 1)
 
     @property
     def has_adapters(self) -> bool:
@@ -260,10 +256,9 @@ class CellSentences:
                 f"data.length is {data.length}, but the model has {model.max_length} positions: set it to "
                 f"{model.max_length} or less, or, for a model of random parameters, raise model.max_length."
             )
-        if config.perturbation and config.perturbation not in data.labels:
-            raise ConfigError(
-                f"objective.perturbation is {config.perturbation!r}, but it must be one of data.labels "
-                f"({', '.join(data.labels) or 'none'})."
+        if config.perturbation:
+            check_choice(
+                "objective.perturbation", config.perturbation, data.labels, advice="name one of data.labels"
             )
         self.config, self.data, self.model_config, self.store = config, data, model, store
         self.options = options_of(config, data, seed)
@@ -373,10 +368,12 @@ class CellSentences:
         if config.perturbation:
             seen = frozenset(self._label_counts.get("labels", ()))
             values = {parse_labels(name)[config.perturbation] for name in seen}
-            if config.control and config.control not in values:
-                raise ConfigError(
-                    f"objective.control is {config.control!r}, but training cells have {some(sorted(values))} as "
-                    f"{config.perturbation}."
+            if config.control:
+                check_choice(
+                    "objective.control",
+                    config.control,
+                    sorted(values),
+                    advice=f"name a value of {config.perturbation} of training cells",
                 )
             contrast = Contrast(config.perturbation, config.control, seen)
         options = (tasks, config.report_cells, config.report_seeds, note, contrast)

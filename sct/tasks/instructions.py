@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from sct.checks import check_at_least, check_share
 from sct.data.bundled import study_texts
 from sct.data.cell_records import CellOptions, known_genes
 from sct.data.genes.corpus import GeneCorpus
@@ -93,11 +94,9 @@ class InstructionData(StoreConfig):
     vocab_size: int = 4_096
 
     def __post_init__(self) -> None:
-        if self.max_genes < 0 or self.length < 8 or not 0 <= self.rare_share <= 1:
-            raise ConfigError(
-                f"data.max_genes is {self.max_genes}, data.length {self.length} and data.rare_share {self.rare_share}, "
-                "but 0 or more, 8 or more, and a share are needed."
-            )
+        check_at_least("data.max_genes", self.max_genes, 0)
+        check_at_least("data.length", self.length, 8)
+        check_share("data.rare_share", self.rare_share)
         check_binned(self)
 
     @property
@@ -152,8 +151,8 @@ class InstructionsConfig(ObjectiveConfig):
                     f"objective.tasks has {entry!r}, but pairs of a task and a positive weight are needed; tasks are "
                     f"{', '.join(TRAINED_TASKS)}."
                 )
-        if self.report_cells < 0 or self.report_seeds < 1:
-            raise ConfigError("report_cells must not be negative, and report_seeds be positive.")
+        check_at_least("report_cells", self.report_cells, 0)
+        check_at_least("report_seeds", self.report_seeds, 1)
         if not self.tasks or not (self.universal or self.of_tasks):
             raise ConfigError(
                 "objective needs a task, and an adapter: the universal one, those of tasks, or both."

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sct.checks import check_at_least, check_share
 from sct.data import masking
 from sct.data.cell_records import CellOptions, CellSource, known_genes
 from sct.data.genes.corpus import GeneCorpus, suffix_of
@@ -79,11 +80,8 @@ class BinData(StoreConfig):
     feature_dim: int = 256
 
     def __post_init__(self) -> None:
-        if self.max_genes < 0 or self.feature_dim < 1:
-            raise ConfigError(
-                f"data.max_genes is {self.max_genes} and data.feature_dim {self.feature_dim}, but 0 or more, and 1 or "
-                "more, are needed."
-            )
+        check_at_least("data.max_genes", self.max_genes, 0)
+        check_at_least("data.feature_dim", self.feature_dim, 1)
         check_binned(self)
 
 
@@ -137,13 +135,10 @@ class MaskedBinsConfig(ObjectiveConfig):
 
     def __post_init__(self) -> None:
         for name in ("masked", "head_budget"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but it must lie in (0, 1].")
-        if not 0 <= self.substituted <= 1 or self.report_cells < 0 or self.report_seeds < 1:
-            raise ConfigError(
-                f"substituted is {self.substituted}, report_cells {self.report_cells} and report_seeds "
-                f"{self.report_seeds}, but a share, 0 or more, and 1 or more are needed."
-            )
+            check_share(name, getattr(self, name), zero=False)
+        check_share("substituted", self.substituted)
+        check_at_least("report_cells", self.report_cells, 0)
+        check_at_least("report_seeds", self.report_seeds, 1)
 
 
 class MaskedBins:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sct.checks import check_at_least, check_positive, check_share
 from sct.data import masking
 from sct.data.bags import BagOptions, BagSource
 from sct.data.class_prior import ClassPrior
@@ -72,13 +73,10 @@ class MaskedExpressionConfig(ObjectiveConfig):
 
     def __post_init__(self) -> None:
         for name in ("head_budget", "report_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but it must lie in [0, 1].")
-        if self.report_ratio == 0 or self.report_seeds < 1 or self.report_bags < 0:
-            raise ConfigError(
-                f"report_ratio is {self.report_ratio}, report_seeds {self.report_seeds} and report_bags "
-                f"{self.report_bags}, but the first two must be positive and the last not negative."
-            )
+            check_share(name, getattr(self, name))
+        check_positive("report_ratio", self.report_ratio)
+        check_at_least("report_seeds", self.report_seeds, 1)
+        check_at_least("report_bags", self.report_bags, 0)
         rule = self.masking
         if self.logit_adjustment:
             _ = rule.log_ratio  # refused where it is no number

@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from sct.checks import check_at_least, check_multiple
 from sct.data.loader import Batch, Loader
 from sct.errors import ConfigError, DivergedError
 from sct.progress import ProgressBar, progress
@@ -83,16 +84,16 @@ class TrainConfig:
         for name in (
             "steps", "batch_size", "accumulate", "log_every", "eval_every", "checkpoint_every", "keep_last",
         ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name} is {getattr(self, name)}, but it must be at least 1.")
+            check_at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("patience", "stop_at", "seed", "loader_threads", "eval_records"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"train.{name} is {getattr(self, name)}, but it must not be negative.")
-        if self.batch_size % self.accumulate:
-            raise ConfigError(
-                f"train.batch_size is {self.batch_size}, but it must be a multiple of train.accumulate, "
-                f"{self.accumulate}: change one of them."
-            )
+            check_at_least(f"train.{name}", getattr(self, name), 0)
+        check_multiple(
+            "train.batch_size",
+            self.batch_size,
+            self.accumulate,
+            "train.accumulate",
+            advice="change one of them",
+        )
         _check_ramp(self)
 
     @property

@@ -8,7 +8,7 @@ import re
 import jax
 import optax
 
-from sct.errors import ConfigError
+from sct.checks import check_at_least, check_choice, check_positive, check_share
 from sct.nn.paths import resolve
 
 
@@ -55,18 +55,13 @@ class OptimizerConfig:
     lr_rules: tuple[tuple[str, float], ...] = ((".*", 1.0),)
 
     def __post_init__(self) -> None:
-        if self.schedule not in ("cosine", "linear", "constant"):
-            raise ConfigError(f"schedule {self.schedule!r} is not one of cosine, linear, constant.")
-        if self.moment_dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"moment_dtype {self.moment_dtype!r} is not one of float32, bfloat16.")
-        if not 0 < self.peak_lr < float("inf"):
-            raise ConfigError(f"peak_lr is {self.peak_lr}, but it must be positive.")
+        check_choice("schedule", self.schedule, ("cosine", "linear", "constant"))
+        check_choice("moment_dtype", self.moment_dtype, ("float32", "bfloat16"))
+        check_positive("peak_lr", self.peak_lr)
         for name in ("init_lr", "final_lr", "warmup_steps", "weight_decay", "clip_norm"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but it must not be negative.")
+            check_at_least(name, getattr(self, name), 0, whole=name == "warmup_steps")
         for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but it must lie in [0, 1).")
+            check_share(name, getattr(self, name), one=False)
 
 
 def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from jax.sharding import Mesh
 
+from sct.checks import check_choice, check_type
 from sct.data.store import Store
 from sct.data.text.tokenizer import Tokenizer
 from sct.data.text.tokenizer_libraries import import_tokenizers
@@ -182,11 +183,7 @@ class RunSpec:
 
 
 def _check_sections(values: Mapping[str, Any]) -> None:
-    unknown = sorted(set(values) - set(SECTIONS))
-    if unknown:
-        raise ConfigError(
-            f"the configuration has no section {unknown[0]!r}: choose from {', '.join(SECTIONS)}."
-        )
+    for name in sorted(values):
+        check_choice("a section of the configuration", name, SECTIONS)
     for section in _NESTED:
-        if not isinstance(values.get(section, {}), dict):
-            raise ConfigError(f"{section} is {values[section]!r}, but it must hold named options.")
+        check_type(section, values.get(section, {}), dict, "a section of named options")

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from sct.checks import check_at_least, check_multiple
 from sct.errors import ConfigError
 from sct.nn.axes import RULES
 
@@ -115,10 +116,13 @@ def arrange(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
     ConfigError
         The sizes do not fit the devices.
     """
-    if not 0 <= config.devices <= len(devices):
-        raise ConfigError(
-            f"the mesh is to use {config.devices} devices, but there are {len(devices)}: use at most that number."
-        )
+    check_at_least(
+        "devices of the mesh",
+        config.devices,
+        0,
+        most=len(devices),
+        advice=f"use at most the {len(devices)} devices that there are",
+    )
     used = sorted(devices[: config.devices or None], key=lambda d: (_host(d), d.process_index, d.id))
     sizes = [getattr(config, axis) for axis in MESH_AXES]
     shape = [len({_host(device) for device in used}) if size == HOSTS else size for size in sizes]
@@ -154,11 +158,13 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
             f"the mesh splits a batch over {share} devices, but each of the {jax.process_count()} processes reads "
             "its own part of a batch: choose data x fsdp as a multiple of the number of processes."
         )
-    if batch_size % share:
-        raise ConfigError(
-            f"batch_size is {batch_size}, but the mesh splits a batch over {share} devices: use a multiple "
-            f"of {share}, such as --config.train.batch_size={-(-batch_size // share) * share}."
-        )
+    check_multiple(
+        "batch_size",
+        batch_size,
+        share,
+        "the devices over which the mesh splits a batch",
+        advice=f"use a multiple, such as --config.train.batch_size={-(-batch_size // share) * share}",
+    )
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from typing import Any
 
 import jax
 
+from sct.checks import check_choice
 from sct.errors import CheckpointError, ConfigError, FolderInUseError, SctError
 from sct.eval.imputation import scoring
 from sct.eval.reports import folder as report_folder
@@ -92,11 +92,7 @@ def _merged(base: Mapping[str, Any], change: Mapping[str, Any], where: str) -> d
 def chosen(names: Sequence[str], only: Sequence[str]) -> list[str]:
     """Runs to train: all of them, or those of `only`; `ConfigError` for a name that there is not."""
     for name in only:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0)
-            raise ConfigError(
-                f"the sweep has no run {name!r}: the nearest name is {near[0]!r}, and all are {', '.join(names)}."
-            )
+        check_choice("--only", name, names)
     return [name for name in names if not only or name in only]
 
 

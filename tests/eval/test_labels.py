@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_an_error():
     good = one_hot(true, "xy")
     for scores, message in (
         (good[:1], "probabilities"),
-        (good.set_axis(["x", "x"], axis=1), "stands twice"),
+        (good.set_axis(["x", "x"], axis=1), "'x' twice"),
         (good.replace(1.0, np.nan), "NaN"),
     ):
         with pytest.raises(DataError, match=message):

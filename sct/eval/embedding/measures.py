@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from sct.checks import check_at_least, check_choice, check_finite, check_one_each, check_shape
 from sct.errors import ConfigError, DataError, SctError
 from sct.eval import metrics
 from sct.eval.embedding import baselines
@@ -98,11 +99,10 @@ class EmbeddingMetricOptions:
             ("genes", 2),
             ("scvi_fits", 1),
         ):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} = {getattr(self, name)}, which has to be {least} or more.")
+            check_at_least(name, getattr(self, name), least)
         for name, known in (("baselines", BASELINES), ("scib", (*metrics.SCIB_BIO, *metrics.SCIB_BATCH))):
-            if unknown := [each for each in getattr(self, name) if each not in known]:
-                raise ConfigError(f"{name} has {unknown[0]!r}; choose among {', '.join(known)}.")
+            for each in getattr(self, name):
+                check_choice(name, each, known)
 
     def name(self, baseline: str) -> str:
         """Name of a baseline's row."""
@@ -183,10 +183,7 @@ def _labelled(
     """Cells that have a label, which of the given ones these are, and what to say of the others."""
     names = pd.Series(np.asarray(labels, dtype=object))
     for what, given in (("labels", names), ("batches", names if batch is None else batch)):
-        if len(given) != counts.shape[0]:
-            raise DataError(
-                f"{len(given):,} {what} for {counts.shape[0]:,} cells; one for each cell is needed."
-            )
+        check_one_each(what, len(given), "cells", counts.shape[0])
     kept = ~(names.isna() | (names.astype(str).str.strip() == "")).to_numpy()
     if (number := names[kept].nunique()) < 2:
         raise DataError(
@@ -306,11 +303,9 @@ def _checked(embedding: Any, cells: BaselineCells, kept: np.ndarray | None) -> n
     """An embedding (labelled cells, D) of finite float32; `kept` tells which of its rows are labelled."""
     array = np.asarray(embedding, dtype=np.float32)
     expected = len(cells.labels) if kept is None else len(kept)
-    if array.ndim != 2 or array.shape[0] != expected or not array.shape[1]:
-        raise DataError(f"the embedding has shape {array.shape} where ({expected:,}, features) was expected.")
+    check_shape("the embedding", array, ((expected, "cells"), "features"))
     array = array if kept is None else array[kept]
-    if bad := int((~np.isfinite(array)).any(axis=1).sum()):
-        raise DataError(f"the embedding of {bad:,} cells has NaN or infinite values.")
+    check_finite("the embedding", array, "cells")
     return array
 
 

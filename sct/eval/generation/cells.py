@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from sct.checks import check_at_least, check_not_empty, check_one_each
 from sct.data.normalization import log_expression
 from sct.errors import ConfigError, DataError, MissingExtraError
 from sct.eval import metrics
@@ -67,10 +68,10 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         least = {"seeds": 1, "per_label": 1, "max_cells": 0, "variable_genes": 0, "differential_genes": 2}
         for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ConfigError(f"{name} = {getattr(self, name)}, which has to be {value} or more.")
-        if not self.ks or min(self.ks) < 1:
-            raise ConfigError(f"ks = {self.ks}, which has to be numbers of neighbours of 1 or more.")
+            check_at_least(name, getattr(self, name), value)
+        check_not_empty("ks", self.ks)
+        for k in self.ks:
+            check_at_least("ks", k, 1)
 
 
 def log_normalised(counts: sparse.csr_matrix) -> tuple[sparse.csr_matrix, None]:
@@ -104,10 +105,7 @@ def profile_counts(
     """
     counts, labels = sparse.csr_matrix(counts), np.asarray(labels, dtype=object)
     asked = np.asarray(asked, dtype=object)
-    if counts.shape[0] != len(labels):
-        raise DataError(
-            f"{len(labels):,} training labels for {counts.shape[0]:,} cells; give one for each cell."
-        )
+    check_one_each("training labels", len(labels), "cells", counts.shape[0])
     if ((counts.data < 0) | (counts.data % 1 != 0)).any():
         raise DataError("the training counts are not whole numbers from 0 up; give raw counts.")
     if missing := sorted(map(str, set(asked) - set(labels))):

@@ -14,6 +14,7 @@ from sklearn.metrics import r2_score
 from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.neighbors import KNeighborsClassifier
 
+from sct.checks import check_choice, check_finite, check_one_each
 from sct.errors import DataError
 from sct.eval import metrics
 from sct.extras import load_extra
@@ -58,14 +59,15 @@ class CellSet:
             raise DataError(f"expression has the shape {matrix.shape}; a matrix of cells by genes is needed.")
         for name in ("labels", "sentences", "quality"):
             given = getattr(self, name)
-            if given is not None and len(given) != matrix.shape[0]:
-                raise DataError(
-                    f"{len(given):,} {name} for {matrix.shape[0]:,} cells; give one for each cell."
-                )
+            if given is not None:
+                check_one_each(name, len(given), "cells", matrix.shape[0])
         if missing := int(pd.isna(self.labels).sum()):
             raise DataError(f"{missing:,} cells have no label; leave these cells out.")
-        if not np.isfinite(matrix.data if sparse.issparse(matrix) else matrix).all():
-            raise DataError("expression has NaN or infinite values; give finite ones.")
+        check_finite(
+            "expression",
+            matrix.data if sparse.issparse(matrix) else matrix,
+            "values" if sparse.issparse(matrix) else "cells",
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -306,8 +308,8 @@ def sentence_quality(table: pd.DataFrame) -> dict[str, float]:
         A column is missing, or the numbers contradict each other.
     """
     names = ["n_words", "n_valid", "n_unique"]
-    if missing := [name for name in names if name not in table]:
-        raise DataError(f"the table of sentences has no column {missing[0]!r}; give {', '.join(names)}.")
+    for name in names:
+        check_choice("a column of the table of sentences", name, table.columns, error=DataError)
     words, valid, unique = (table[name].to_numpy(float) for name in names)
     if not ((words >= valid) & (valid >= unique) & (unique >= 0)).all():
         raise DataError(

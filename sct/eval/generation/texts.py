@@ -13,6 +13,7 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics.pairwise import cosine_similarity, rbf_kernel
 
+from sct.checks import check_at_least, check_finite, check_not_empty, check_one_each
 from sct.errors import ConfigError, DataError, MissingExtraError
 from sct.eval import metrics
 from sct.eval.reports.report import Column, Report
@@ -167,8 +168,8 @@ def _check(generated: np.ndarray, true: np.ndarray) -> None:
             f"embeddings have the shapes {generated.shape} and {true.shape}; matrices with the same number of columns "
             "are needed."
         )
-    if not (np.isfinite(generated).all() and np.isfinite(true).all()):
-        raise DataError("embeddings have NaN or infinite values; give finite ones.")
+    check_finite("the embedding of generated texts", generated, "texts")
+    check_finite("the embedding of true texts", true, "texts")
 
 
 def mmd(generated: np.ndarray, true: np.ndarray) -> float:
@@ -258,8 +259,8 @@ def rouge(generated: Sequence[str], true: Sequence[str]) -> dict[str, float]:
 
 
 def _check_texts(generated: Sequence[str], true: Sequence[str]) -> None:
-    if len(generated) != len(true) or not len(true):
-        raise DataError(f"{len(generated):,} generated texts for {len(true):,} true ones; give one for each.")
+    check_not_empty("the list of true texts", true, error=DataError)
+    check_one_each("generated texts", len(generated), "true texts", len(true))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -317,16 +318,14 @@ def compare(
     ConfigError
         `seeds` is below 1, or two rows have one name.
     """
-    if seeds < 1:
-        raise ConfigError(f"seeds = {seeds}, which has to be 1 or more.")
+    check_at_least("seeds", seeds, 1)
     pairs = np.asarray(pairs)
     if len(true) < 2:
         raise DataError(
             f"there are {len(true)} true texts; two or more are needed to tell one's own from others."
         )
     for name, texts in generated.items():
-        if len(texts) != len(pairs):
-            raise DataError(f"{name!r} has {len(texts):,} texts for {len(pairs):,} pairs; give one for each.")
+        check_one_each(f"texts of {name!r}", len(texts), "pairs", len(pairs))
     embedding = embedding if embed else TFIDF
     embed = embed or tfidf_embedding([*true, *training])
     rows = _rows(generated, pairs, list(training), embed, seeds)

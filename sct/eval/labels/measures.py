@@ -15,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, cohen_kappa_score, f1_score, roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 
+from sct.checks import check_at_least, check_distinct, check_finite, check_not_empty, check_one_each
 from sct.data.normalization import log_expression
 from sct.errors import ConfigError, DataError
 from sct.eval import metrics
@@ -66,18 +67,15 @@ class LabelOptions:
 
     def __post_init__(self) -> None:
         for name in ("seeds", "components", "k"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} = {getattr(self, name)}, which has to be 1 or more.")
+            check_at_least(name, getattr(self, name), 1)
 
 
 def _right(true: pd.DataFrame, predicted: pd.DataFrame) -> np.ndarray:
     """Whether each label (N, keys) is right."""
     if missing := [key for key in true if key not in predicted]:
         raise DataError(f"nothing is predicted for {missing[0]!r}; predict every key of the true labels.")
-    if len(true) != len(predicted) or not len(true):
-        raise DataError(
-            f"{len(predicted):,} predictions for {len(true):,} cells; give one for each cell, in their order."
-        )
+    check_not_empty("the table of true labels", true, error=DataError)
+    check_one_each("predictions", len(predicted), "cells", len(true))
     if missing := [key for key in true if true[key].isna().any()]:
         raise DataError(f"some cells have no true {missing[0]!r}; leave these cells out.")
     pairs = [(true[key].to_numpy(object), predicted[key].to_numpy(object)) for key in true]
@@ -180,14 +178,10 @@ def areas(true: pd.Series, probabilities: pd.DataFrame) -> LabelAreas:
         Lengths differ, a candidate stands twice, or a probability is not finite.
     """
     scores, names = probabilities.to_numpy(float), list(probabilities.columns)
-    if len(scores) != len(true) or not len(true):
-        raise DataError(
-            f"{len(scores):,} rows of probabilities for {len(true):,} cells; give one for each cell."
-        )
-    if len(set(names)) < len(names):
-        raise DataError("a candidate stands twice in the table of probabilities; name each once.")
-    if not np.isfinite(scores).all():
-        raise DataError("the probabilities have NaN or infinite values; give finite ones.")
+    check_not_empty("the table of true labels", true, error=DataError)
+    check_one_each("rows of probabilities", len(scores), "cells", len(true))
+    check_distinct("the table of probabilities", names, error=DataError)
+    check_finite("the table of probabilities", scores, "cells")
     given = list(pd.unique(true))
     unknown = tuple(label for label in given if label not in set(names))
     lowest = min(0.0, scores.min()) if scores.size else 0.0
@@ -423,10 +417,8 @@ def compare(
     if (counts is None) != (training_counts is None):
         raise ConfigError("counts were given of one of the two sets of cells; give both or none.")
     for name, table, matrix in (("cells", true, counts), ("training cells", training, training_counts)):
-        if matrix is not None and matrix.shape[0] != len(table):
-            raise DataError(
-                f"{matrix.shape[0]:,} rows of counts for {len(table):,} {name}; give one for each cell."
-            )
+        if matrix is not None:
+            check_one_each("rows of counts", matrix.shape[0], name, len(table))
     kept, fits = (~table[list(true)].isna().any(axis=1).to_numpy() for table in (true, training))
     if not kept.any() or not fits.any():
         raise DataError("no cell has all its labels, in the true or in the training table; name other keys.")
@@ -438,10 +430,7 @@ def compare(
     asked = [*predictions.values(), *(given for _, given in beside.values())]
     for one in (one for given in asked for one in _listed(given)):
         for each in (one.labels, *(one.probabilities or {}).values()):
-            if len(each) != len(true):
-                raise DataError(
-                    f"{len(each):,} predictions for {len(true):,} cells; give one for each cell, in their order."
-                )
+            check_one_each("predictions", len(each), "cells", len(true))
     rows = np.flatnonzero(kept)
     true, training = (
         table.loc[which, list(true)].astype(object).reset_index(drop=True)
@@ -457,10 +446,7 @@ def compare(
     for name in guesses[0]:
         baselines[name] = [each[name] for each in (guesses if name == CHANCE else guesses[:1])]
     names = [*predictions, *(SHUFFLED.format(name) for name in predictions), *beside, *baselines]
-    if taken := [name for name in names if names.count(name) > 1]:
-        raise ConfigError(
-            f"two rows are called {taken[0]!r}, as where a prediction is called like a baseline; give another name."
-        )
+    check_distinct("the table", names, advice="give each prediction a name of its own, which no baseline has")
 
     measured_rows: dict[str, tuple[str, list[LabelPrediction]]] = {}
     for name, given in predictions.items():

@@ -20,6 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 
+from sct.checks import check_choice, check_finite, check_shape
 from sct.data.normalization import log_expression
 from sct.errors import ConfigError, DataError
 from sct.eval import metrics
@@ -70,10 +71,8 @@ def read_gene_sets(path: str | Path, names: Sequence[str] = ()) -> dict[str, tup
     plain = {plain_name(name): own for name, own in found.items()}
     if len(plain) < len(rows) or any("," in name for name in plain):
         raise DataError(f"{path} has two sets of one name, or a name with a comma: give other names.")
-    if strange := [name for name in names if plain_name(name) not in plain]:
-        raise DataError(
-            f"{path} has no gene set {strange[0]!r}: its sets are {', '.join(list(found)[:3])}, ..."
-        )
+    for name in names:
+        check_choice("the gene set", plain_name(name), plain, error=DataError, advice=f"name a set of {path}")
     return {plain_name(name): plain[plain_name(name)] for name in names} if names else plain
 
 
@@ -169,12 +168,9 @@ class PathwayAreas(NamedTuple):
 
 def areas(true: np.ndarray, scores: np.ndarray) -> PathwayAreas:
     """AUROC and AUPRC of scores (N, S), higher for active, with which (N, S) bool are `true`."""
-    if true.shape != scores.shape or true.ndim != 2 or not true.size:
-        raise DataError(
-            f"scores have the shape {scores.shape}, but (cells, pathways) {true.shape} are to be predicted."
-        )
-    if not np.isfinite(scores).all():
-        raise DataError("the scores have NaN or infinite values; give finite ones.")
+    check_shape("the true table", true, ("cells", "pathways"))
+    check_shape("the table of scores", scores, ((len(true), "cells"), (true.shape[1], "pathways")))
+    check_finite("the table of scores", scores, "cells")
     if true.all() or not true.any():
         return PathwayAreas(*[float("nan")] * 4)
     mixed = true.any(axis=1) & ~true.all(axis=1)
