@@ -5,12 +5,17 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import select
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from sct.commands.flag_parsing import Command
 
 _COMMANDS = {
     "embed": "embed the cells of an .h5ad file",
@@ -26,6 +31,9 @@ _COMMANDS = {
 
 # Those that run a model step by step.
 _COMPUTING = ("embed", "impute", "annotate", "generate", "benchmark", "train", "speed")
+
+# absl's own help names files of this machine and ends with status 1.
+_HELP = ("-h", "--help", "-help", "-?", "--helpfull", "--helpshort")
 
 _SMALLER = {
     "train": "take smaller batches or bags (--config.train.batch_size, --config.data.cells_per_bag), or "
@@ -44,7 +52,9 @@ _SMALLER = {
 
 def _usage() -> str:
     lines = [f"  sct {name:<10} {what}" for name, what in _COMMANDS.items()]
-    return "\n".join(["usage: sct COMMAND [--flag=value ...]", "", *lines, "", "sct COMMAND --help"])
+    return "\n".join(
+        ["usage: sct COMMAND [--flag=value ...]", "", *lines, "", "sct COMMAND --help lists its flags."]
+    )
 
 
 def main(command: str | None = None) -> None:
@@ -55,9 +65,14 @@ def main(command: str | None = None) -> None:
     command
         Name of the command; by default the first argument of the command line.
     """
-    argv = sys.argv
+    with _closed_pipes_end_silently():
+        _main(command)
+
+
+def _main(command: str | None) -> None:
+    argv, program = sys.argv, f"python -m launch.{command}"
     if command is None:
-        if len(argv) < 2 or argv[1] in ("-h", "--help", "help"):
+        if len(argv) < 2 or argv[1] in _HELP or argv[1] == "help":
             print(_usage())
             sys.exit(0 if len(argv) > 1 else 2)
         if argv[1] == "--version":
@@ -65,21 +80,27 @@ def main(command: str | None = None) -> None:
 
             print(__version__)
             sys.exit(0)
-        command, argv = argv[1], [f"sct {argv[1]}", *argv[2:]]
+        command, program = argv[1], f"sct {argv[1]}"
+        argv = [program, *argv[2:]]
     if command not in _COMMANDS:
-        print(f"error: there is no command {command!r}\n\n{_usage()}", file=sys.stderr)
+        from sct.commands.flag_errors import nearest
+
+        found = nearest(command, _COMMANDS)
+        meant = f"did you mean sct {found}?" if found else f"choose from {', '.join(_COMMANDS)}."
+        what = "the command comes first" if command.startswith("-") else f"there is no command {command!r}"
+        print(f"error: {what}: {meant}\n{_usage().splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
-    asks_for_help = bool({"-h", "--help"} & set(argv[1:]))
+    asks_for_help = bool(set(_HELP) & set(argv[1:]))
     if command in _COMPUTING and not asks_for_help:
         keep_freed_memory()
     module = importlib.import_module(f"sct.commands.{command}")
-    if asks_for_help:
-        # absl's own help names files of this machine and ends with status 1.
-        from absl import flags
+    from sct.commands.flag_parsing import Command
 
-        names = (module.__name__, *getattr(module, "FLAG_MODULES", ()))
-        listed = "".join(flags.FLAGS.module_help(name).partition(":")[2].rstrip() for name in names)
-        print(f"{(module.__doc__ or '').strip()}\n\nFlags:{listed}")
+    called = Command(program, module)
+    if asks_for_help:
+        from sct.commands import flag_help
+
+        print(flag_help.text(called))
         sys.exit(0)
     if command in _COMPUTING and command != "train":  # which has a flag for it
         from sct.commands.compilation import keep_programs
@@ -88,12 +109,50 @@ def main(command: str | None = None) -> None:
     run_main(
         module.main,
         argv,
-        getattr(module, "prepare", None),
+        called,
         "go on" if command in ("train", "ingest") else "start over",
         _SMALLER.get(command, "take less at once, or a machine with more"),
-        getattr(module, "TAKES_ARGUMENTS", False),
         stoppable=command != "train",  # which saves first
     )
+
+
+@contextmanager
+def _closed_pipes_end_silently() -> Iterator[None]:
+    """End with the status of SIGPIPE, 141, where the reader of the output is gone (`| head -1`), and print nothing."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+    except (BrokenPipeError, SystemExit) as error:
+        # rich leaves by SystemExit. Other pipes than those of the output are no reason to end silently.
+        if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        if not _drop_closed_outputs() and isinstance(error, BrokenPipeError):
+            raise
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _drop_closed_outputs() -> bool:
+    """Send what is still to be written to a closed pipe nowhere, so that Python's own last flush cannot fail."""
+    closed = [stream for stream in (sys.stdout, sys.stderr) if _is_closed(stream)]
+    for stream in closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return bool(closed)
+
+
+def _is_closed(stream: TextIO) -> bool:
+    """Whether nothing reads the pipe that a stream writes to."""
+    try:
+        stream.flush()
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)  # errors and ends are always reported
+    except BrokenPipeError:
+        return True
+    except (OSError, ValueError):  # no file of the system: a notebook, a test
+        return False
+    return bool(poll.poll(0))
 
 
 def _on_cpu_of_linux() -> bool:
@@ -148,38 +207,48 @@ def _ended_by_sigterm() -> Iterator[None]:
 def run_main(
     program: Callable[[list[str]], int | None],
     argv: list[str] | None = None,
-    prepare: Callable[[list[str]], list[str]] | None = None,
+    command: Command | None = None,
     again: str = "go on",
     smaller: str = "take less at once, or a machine with more",
-    takes_arguments: bool = False,
     stoppable: bool = True,
 ) -> None:
     """Run `program(arguments)` under absl flags; a user's mistake is one sentence and exit status 1.
 
-    Where another process was lost, the status is `sct.errors.AGAIN`.
+    A wrong command line has status 2 and is followed by the usage of the `command`, which reads the flags. Where
+    another process was lost, the status is `sct.errors.AGAIN`.
 
     Only errors of `sct.errors`, a disk that is full or broken and used-up memory are shortened: any other exception is
-    a defect of this project and keeps its traceback. `prepare` may change the arguments before flags are read from
-    them; `again` and `smaller` say what to do after Ctrl-C and where memory does not suffice. Words that are no flags
-    are refused unless it `takes_arguments`. Where it is `stoppable`, SIGTERM ends it as Ctrl-C does, with status 143.
+    a defect of this project and keeps its traceback. `again` and `smaller` say what to do after Ctrl-C and where memory
+    does not suffice. Where it is `stoppable`, SIGTERM ends it as Ctrl-C does, with status 143.
     """
     # Start-up chatter of the XLA runtime is of no use to a user.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
     from absl import app, logging
 
-    from sct.errors import AGAIN, ConfigError, ProcessLostError, SctError, disk_trouble
+    from sct.commands.flag_errors import FlagError
+    from sct.errors import AGAIN, ProcessLostError, SctError, disk_trouble
+
+    def refuse(error: FlagError) -> int:
+        print(f"error: {error}", *([command.usage] if command else []), sep="\n", file=sys.stderr)
+        return 2
+
+    def parse(words: list[str]) -> list[str]:
+        if command is None:
+            return app.parse_flags_with_usage(words)
+        try:
+            return command.parse(words)
+        except FlagError as error:
+            sys.exit(refuse(error))
 
     def guarded(rest: list[str]) -> int | None:
         # JAX and Orbax log back-end probing and every stage of a save through absl.
         logging.set_verbosity(logging.ERROR)
         try:
-            if len(rest) > 1 and not takes_arguments:
-                raise ConfigError(
-                    f"{rest[1]!r} is not a flag: options are written --name=value, a list without spaces."
-                )
             with _ended_by_sigterm() if stoppable else nullcontext():
                 return program(rest)
+        except FlagError as error:
+            return refuse(error)
         except SctError as error:
             print(f"error: {error}", file=sys.stderr)
             return AGAIN if isinstance(error, ProcessLostError) else 1
@@ -202,11 +271,4 @@ def run_main(
             print(f"error: the memory is used up: {smaller}.", file=sys.stderr)
             return 1
 
-    argv = sys.argv if argv is None else argv
-    if prepare is not None:
-        try:
-            argv = prepare(argv)
-        except SctError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
-    app.run(guarded, argv=argv)
+    app.run(guarded, argv=sys.argv if argv is None else argv, flags_parser=parse)

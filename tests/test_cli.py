@@ -59,6 +59,6 @@ def test_no_command_starts_its_process_over(tmp_path):
     for command in cli._COMMANDS:
         words = [sys.executable, "-c", SCRIPT, str(pages), command, "--no_such_flag=a b"]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
-        if done.stdout.count("begun") != 1 or done.returncode != 1 or "no_such_flag" not in done.stderr:
+        if done.stdout.count("begun") != 1 or done.returncode != 2 or "no_such_flag" not in done.stderr:
             wrong[command] = (done.stdout, done.stderr)
     assert not wrong

@@ -243,7 +243,7 @@ def test_a_full_disk_ends_a_command_in_one_sentence(error, words, monkeypatch, c
         raise error
 
     status = []
-    monkeypatch.setattr(app, "run", lambda guarded, argv: status.append(guarded(argv)))
+    monkeypatch.setattr(app, "run", lambda guarded, argv, flags_parser: status.append(guarded(argv)))
     cli.run_main(program, ["sct"], again="start over")
     said = capsys.readouterr().err
     assert status == [1]
@@ -257,7 +257,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
     def program(rest):
         raise KeyError("x")
 
-    monkeypatch.setattr(app, "run", lambda guarded, argv: guarded(argv))
+    monkeypatch.setattr(app, "run", lambda guarded, argv, flags_parser: guarded(argv))
     with pytest.raises(KeyError):
         cli.run_main(program, ["sct"])
 

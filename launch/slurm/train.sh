@@ -22,12 +22,12 @@ workdir=""
 for word in "$@"; do
   case "$word" in
     --workdir=*) workdir="${word#--workdir=}" ;;
-    --workdir) echo "error: write --workdir=FOLDER, in one word." >&2; exit 1 ;;
+    --workdir) echo "error: write --workdir=FOLDER, in one word." >&2; exit 2 ;;
   esac
 done
 if [[ -z "$workdir" ]]; then
   echo "error: --workdir=FOLDER is missing: name a run folder on a file system that all nodes share." >&2
-  exit 1
+  exit 2
 fi
 
 # By default JAX reserves 75% of the GPU memory. No other program runs here, so it can use more.
@@ -40,7 +40,7 @@ trap '' TERM
 
 # There is one task per GPU, and every task sees all GPUs of its node. JAX uses the GPU with the local rank of the task.
 # (With --gpus-per-task, each task would see only one GPU, and GPUs could not access each other directly.)
-# srun returns the highest status of all tasks. An error in one task (1) would be hidden by the other tasks, which lost
+# srun returns the highest status of all tasks. An error in one task (1 or 2) would be hidden by the other tasks, which lost
 # that task (75) or were killed. Therefore the script reads the status of each task from srun's messages.
 said="$(mktemp)"
 {
@@ -48,7 +48,7 @@ said="$(mktemp)"
   status=${PIPESTATUS[0]}
 } 3>&1
 node_lost=$(grep -c '^srun: error: Node failure on ' "$said")
-mistakes=$(grep -cE '^srun: error: .*tasks? .*: Exited with exit code 1$' "$said")
+mistakes=$(grep -cE '^srun: error: .*tasks? .*: Exited with exit code [12]$' "$said")
 rm -f "$said"
 if ((node_lost)); then
   status=75
@@ -59,7 +59,10 @@ fi
 # Exit statuses of launch.train: 75 means run the same command again; above 128 means killed by a signal.
 case "$status" in
   0) echo "ended: nothing is left to do" && exit 0 ;;
-  1) echo "error: a mistake or a diverged loss, which starting again does not mend: read the error above." >&2 && exit 1 ;;
+  1 | 2)
+    echo "error: a mistake or a diverged loss, which starting again does not mend: read the error above." >&2
+    exit "$status"
+    ;;
   130) echo "stopped by SIGINT, and saved: submit the job again to go on" && exit 130 ;;
   253) echo "error: a node's memory is used up: ask for more (--mem) or take smaller batches." >&2 && exit 253 ;;
 esac

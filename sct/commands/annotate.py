@@ -1,11 +1,12 @@
-"""Name the cells of an .h5ad file: by the nearest of annotated cells, or by a model that answers in words.
+"""Annotate the cells of an .h5ad file, by label transfer or by a model that answers with text.
 
     sct annotate --input=cells.h5ad --reference=atlas.h5ad --label_key=cell_type --model=runs/mine --output=out.h5ad
     sct annotate --input=cells.h5ad --model=runs/c2s --output=out.h5ad
 
-The output is the input with obs["sct_label"] ("unknown" where fewer than half of the nearest reference cells
-agree) and obs["sct_label_probability"]. A model of cell sentences needs no reference; --candidates gives the answers to
-choose among in place of all that it learned. In a clone, `python -m launch.annotate` is the same program.
+Writes a copy of the input with labels in obs["sct_label"] and their probabilities in obs["sct_label_probability"].
+With --reference, a cell takes the label of most of its nearest reference cells, or "unknown" below --threshold. A model
+of cell sentences needs no reference; --candidates restricts its answers. In a clone, `python -m launch.annotate` is the
+same program.
 """
 
 from __future__ import annotations
@@ -14,24 +15,40 @@ from absl import flags
 
 from sct.commands import cell_flags, output_flags
 
-_REFERENCE = flags.DEFINE_string("reference", None, "Annotated cells, .h5ad or .zarr.")
+_REFERENCE = flags.DEFINE_string(
+    "reference", None, "Annotated cells to transfer labels from: an .h5ad file or a .zarr folder."
+)
 _LABEL = flags.DEFINE_string(
-    "label_key", None, "Column of the reference's obs with the labels; or what a model in words is asked for."
+    "label_key",
+    None,
+    "Column of obs in the reference with the labels; without a reference, the kind of label to ask for.",
 )
 _CANDIDATES = flags.DEFINE_multi_string(
-    "candidates", [], "Answer to choose among; give the flag several times."
+    "candidates", [], "Label to choose from; for models that answer with text."
 )
 _REP = flags.DEFINE_string(
-    "use_rep", None, "Key of an embedding that both have in obsm, in place of a model."
+    "use_rep", None, "Key in obsm of an embedding that both files have; replaces --model."
 )
-_NEIGHBORS = flags.DEFINE_integer("n_neighbors", 15, "Reference cells that vote.")
+_NEIGHBORS = flags.DEFINE_integer(
+    "n_neighbors", 15, "Number of nearest reference cells that vote on a label.", lower_bound=1
+)
 _THRESHOLD = flags.DEFINE_float(
-    "threshold", None, "Least probability; below it a cell is unknown. 0.5 with a reference, otherwise 0."
+    "threshold",
+    None,
+    "Minimum probability of a label (0 to 1); other cells are unknown. Default: 0.5 with a "
+    "reference, otherwise 0.",
+    lower_bound=0.0,
+    upper_bound=1.0,
 )
 _CONTEXTS = flags.DEFINE_integer(
-    "n_contexts", None, "Draws of the bags to average; 3 by default with a reference and a model."
+    "n_contexts",
+    None,
+    "Number of random bags per cell to average. Default: 3 with a reference and a model.",
+    lower_bound=1,
 )
-_KEY = flags.DEFINE_string("key_added", "sct_label", "Name of the result.")
+_KEY = flags.DEFINE_string(
+    "key_added", "sct_label", "Column of obs to write; also the beginning of the other names written."
+)
 
 FLAG_MODULES = ("sct.commands.cell_flags", "sct.commands.output_flags")
 

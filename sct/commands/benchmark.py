@@ -1,15 +1,15 @@
-"""Measure a model beside honest baselines on cells it has not seen.
+"""Benchmark a model against reference baselines, on cells that it was not trained on.
 
     sct benchmark --config=benchmark --config.model=runs/mine --config.data.path=cells.h5ad
     sct benchmark --config=benchmark --config.model=runs/mine --config.data.path=STORE --config.output=runs/results
     sct benchmark --config=benchmark:quick --config.model=runs/mine --config.data.path=cells.h5ad
     sct benchmark --config=benchmark_zeromics --config.model=runs/zeromics_llm --config.data.path=cells.h5ad
 
-Imputation of genes and of whole cells, and embeddings where cells have labels; every method on the same cells and
-the same masked positions. With benchmark_zeromics: questions about cells, zero- and few-shot. The output folder gets
-report.html, report.md, report.json and results.json; a report that is there is replaced only with --overwrite. Any
-field of the configuration is set as --config.section.field=value. In a clone, `python -m launch.benchmark` is the same
-program.
+Measures imputation of genes and of whole cells, and embeddings if the cells have labels; every method gets the same
+cells and the same masked positions. With benchmark_zeromics it measures answers to questions about cells, zero- and
+few-shot. Writes report.html, report.md, report.json and results.json to the folder --config.output; --overwrite
+replaces an existing report. Any field of the configuration is set by --config.section.field=value. In a clone,
+`python -m launch.benchmark` is the same program.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ from ml_collections import config_flags
 
 from sct.commands import output_flags
 from sct.commands.configuration import prepare
-from sct.errors import ConfigError
+from sct.commands.flag_errors import FlagError
 
 __all__ = ["main", "prepare"]
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration: FILE_OR_NAME[:VARIANT].")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Configuration: a file, or the name of one that comes with sct, and a variant after a colon.",
+)
 flags.mark_flag_as_required("config")
 
 # What a configuration names as its `benchmark`.
@@ -40,7 +44,7 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value.to_dict()
     name = config.pop("benchmark", "zero_shot" if "gene_imputation" in config else "")
     if name not in _BENCHMARKS:
-        raise ConfigError("this is a configuration of training: give --config=configs/benchmark.py.")
+        raise FlagError("--config is a configuration of training: write --config=benchmark.")
     console = Console()
     for table in importlib.import_module(_BENCHMARKS[name]).benchmark(
         config, overwrite=output_flags.OVERWRITE.value

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import runpy
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 import sct
-from sct.errors import ConfigError
+from sct.commands.flag_errors import FlagError, nearest, renamed
+from sct.errors import SctError
+
+_FIELD = re.compile(r"--?(no)?config\.([^=]*)(=.*)?", re.DOTALL)
 
 
 def config_folder() -> Path:
@@ -17,19 +26,62 @@ def config_folder() -> Path:
     return next(f for f in (package / "configs", package.parent / "configs") if f.is_dir())
 
 
-def prepare(argv: list[str]) -> list[str]:
-    """Replace the name of a configuration that comes with sct by its file, in a list of arguments."""
-    found = []
-    for index, word in enumerate(argv):
-        prefix, _, value = word.partition("=") if word.startswith("--config=") else ("", "", word)
-        if prefix or (index and argv[index - 1] == "--config"):
-            name, colon, variant = value.partition(":")
-            path = _find(name)
-            _check_fields(path, variant if colon else None, argv)
-            value = f"{path}{colon}{variant}"
-            word = f"{prefix}={value}" if prefix else value
-        found.append(word)
-    return found
+def prepare(argv: Sequence[str]) -> list[str]:
+    """Replace the name of a configuration that comes with sct by its file, and check the fields that are set.
+
+    Parameters
+    ----------
+    argv
+        Words of a command line.
+
+    Returns
+    -------
+    The words, the configuration before its fields.
+
+    Raises
+    ------
+    FlagError
+        There is no such configuration, variant or field.
+    """
+    words, value = _without_config(argv)
+    if value is None:
+        return words
+    path, variant = _named(value)
+    config = _read(path, variant)
+    words = [_with_current_name(config, word) for word in words]
+    _check_fields(config, words)
+    place = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    variant = "" if variant is None else f":{variant}"
+    return [*words[:place], f"--config={path}{variant}", *words[place:]]
+
+
+def keys(argv: Sequence[str]) -> list[str]:
+    """Fields of the configuration that a command line names ("train.steps"); none where there is none."""
+    try:
+        value = _without_config(argv)[1]
+        return [] if value is None else list(_leaves(_read(*_named(value))))
+    except FlagError:
+        return []
+
+
+def _without_config(argv: Sequence[str]) -> tuple[list[str], str | None]:
+    """The other words of a command line, and the value of the last `--config`."""
+    words, value = [], None
+    rest = iter(argv)
+    for word in rest:
+        if word in ("--config", "-config"):
+            value = next(rest, "")
+        elif word.startswith(("--config=", "-config=")):
+            value = word.partition("=")[2]
+        else:
+            words.append(word)
+    return words, value
+
+
+def _named(value: str) -> tuple[Path, str | None]:
+    """File and variant that a value of `--config` names."""
+    name, colon, variant = value.partition(":")
+    return _find(name), variant if colon else None
 
 
 def _find(name: str) -> Path:
@@ -40,24 +92,121 @@ def _find(name: str) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    known = ", ".join(sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__"))
-    raise ConfigError(f"there is no configuration {name!r}: give a file, or one of {known}.")
+    known = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+    meant = nearest(Path(name).stem, known)
+    hint = f"did you mean --config={meant}? Known" if meant else "give a file, or one of the known"
+    raise FlagError(f"--config={name}: there is no such configuration; {hint}: {', '.join(known)}.")
 
 
-def _check_fields(path: Path, variant: str | None, argv: list[str]) -> None:
-    """Refuse a variant, or a field of `--config.section.field=value`, that a configuration does not have."""
-    module = runpy.run_path(str(path))
+def _read(path: Path, variant: str | None) -> Any:
+    """A configuration and variant; `FlagError` where the file does not make one."""
     try:
-        config = module["get_config"](*([] if variant is None else [variant]))
-    except ValueError as error:
-        raise ConfigError(f"{path.name}: {error}.") from error
-    for word in argv:
-        if not word.startswith("--config."):
+        module = runpy.run_path(str(path))
+    except Exception as error:
+        raise FlagError(f"--config={path}: the file cannot be run ({_where(error, path)}).") from error
+    if "get_config" not in module:
+        raise FlagError(f"--config={path}: the file has no function get_config: give a configuration.")
+    try:
+        return module["get_config"](*([] if variant is None else [variant]))
+    except Exception as error:
+        known = [each for each in module.get("VARIANTS", ()) if each]
+        if variant is not None and known and variant not in known:
+            meant = nearest(variant, known)
+            hint = f"did you mean {path.stem}:{meant}?" if meant else f"choose from {', '.join(known)}."
+            raise FlagError(
+                f"--config={path.stem}:{variant}: there is no variant {variant!r}; {hint}"
+            ) from error
+        raise FlagError(f"--config={path}: get_config failed ({_where(error, path)}).") from error
+
+
+def _where(error: BaseException, path: Path) -> str:
+    """A mistake in a configuration file, with its line."""
+    lines = [
+        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
+    ]
+    line = error.lineno if isinstance(error, SyntaxError) else next(reversed(lines), None)
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    place = f", line {line}" if line else ""
+    return f"{type(error).__name__}: {' '.join(str(text).split())}{place}"
+
+
+def _leaves(config: Any, before: str = "") -> Iterator[str]:
+    """Paths of all fields of a configuration."""
+    for name in config:
+        if isinstance(config[name], ConfigDict):
+            yield from _leaves(config[name], f"{before}{name}.")
+        else:
+            yield f"{before}{name}"
+
+
+def _with_current_name(config: Any, word: str) -> str:
+    """A word that sets a field, by the name that the field has now; a former name is answered by a notice."""
+    match = _FIELD.fullmatch(word)
+    if match is None or match[2] in config or "family" not in config:
+        return word
+    names = match[2].split(".")
+    if len(names) == 1 or _has(config, names):
+        return word
+    # Only a field that is not there needs what is imported here.
+    from sct.families.tasks import task_spec_of
+    from sct.train.run_spec import section_types
+
+    try:
+        kind: Any = section_types(config.family, task_spec_of(config.to_dict())).get(names[0])
+    except SctError:
+        return word
+    current = names[:1]
+    for name in names[1:]:
+        fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+        field = next((each for each in fields if name in (each.name, each.metadata.get("formerly"))), None)
+        if field is None:
+            return word
+        current.append(field.name)
+        kind = field.default_factory if callable(field.default_factory) else type(field.default)
+    path = ".".join(current)
+    if path == match[2] or not _has(config, current):
+        return word
+    print(renamed(f"config.{match[2]}", f"config.{path}"), file=sys.stderr)
+    return f"--{match[1] or ''}config.{path}{match[3] or ''}"
+
+
+def _has(config: Any, names: Sequence[str]) -> bool:
+    """Whether a configuration has a field."""
+    node = config
+    for name in names:
+        if not isinstance(node, ConfigDict) or name not in node:
+            return False
+        node = node[name]
+    return True
+
+
+def _check_fields(config: Any, words: Sequence[str]) -> None:
+    """Refuse fields of `--config.section.field=value` that a configuration does not have."""
+    for word in words:
+        match = _FIELD.fullmatch(word)
+        if match is None:
             continue
-        node, names = config, word.removeprefix("--config.").partition("=")[0].split(".")
+        node, names = config, match[2].split(".")
         for depth, name in enumerate(names):
-            if not isinstance(node, ConfigDict) or name not in node:
-                where = ".".join(["config", *names[:depth]])
-                choices = f": choose from {', '.join(node)}" if isinstance(node, ConfigDict) else ""
-                raise ConfigError(f"{where} has no field {name!r}{choices}.")
-            node = node[name]
+            if isinstance(node, ConfigDict) and name in node:
+                node = node[name]
+                continue
+            where = ".".join(["config", *names[:depth]])
+            raise FlagError(f"{where} has no field {name!r}{_meant(config, node, names, depth)}")
+        if match[1] and not isinstance(node, bool):
+            raise FlagError(
+                f"--noconfig.{match[2]} is for fields that are true or false, but it is {node!r}."
+            )
+
+
+def _meant(config: Any, node: Any, names: list[str], depth: int) -> str:
+    """The field that was probably meant, or those that there are."""
+    before = names[:depth]
+    if not isinstance(node, ConfigDict):
+        return f": it is a value, set it by --{'.'.join(['config', *before])}=VALUE."
+    found = nearest(names[depth], list(node))
+    if found:
+        return f": did you mean --{'.'.join(['config', *before, found, *names[depth + 1 :]])}?"
+    by_name = {path.rpartition(".")[2]: path for path in reversed(list(_leaves(config)))}
+    found = by_name.get(nearest(names[-1], by_name), "")
+    return f": did you mean --config.{found}?" if found else f": choose from {', '.join(node)}."

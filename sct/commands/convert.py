@@ -1,17 +1,19 @@
-"""Turn foreign weights into a model folder, and back.
+"""Convert published weights to a model folder, and back.
 
     sct convert --from=haiku-sct --input=DIR --output=MODEL_DIR
     sct convert --from=haiku-sct --input=DIR --genes=genes.tsv --output=MODEL_DIR --dtype=bfloat16
     sct convert --from=hf --input=DIR --output=MODEL_DIR
     sct convert --from=sct --to=hf --input=MODEL_DIR --output=DIR
 
-haiku-sct: the published sCellTransformer weights. DIR holds `config.json` and `params.joblib` (itself or in
-`jax_params/`), and for the gene order `ensembl_id_vocab.json` and `protein_gene_map.json`. Nothing that the
-files ask for is executed.
+Writes a model folder, which `sct.load` reads, or a Hugging Face folder with --to=hf.
 
-hf: a text model in the format of Hugging Face: GPT-2, GPT-NeoX (Pythia), LLaMA or BERT, as its `config.json` says. DIR
-holds `model.safetensors` or, with the extra `torch`, `pytorch_model.bin`, or several files of one kind and their index;
-a tokenizer is taken along. `sct.load` reads such a folder without conversion, too.
+haiku-sct: the published sCellTransformer weights. DIR holds `config.json` and `params.joblib` (itself or in
+`jax_params/`), and for the gene order `ensembl_id_vocab.json` and `protein_gene_map.json`. No code in these files is
+executed.
+
+hf: a text model in Hugging Face format: GPT-2, GPT-NeoX (Pythia), LLaMA or BERT, as its `config.json` says. DIR holds
+`model.safetensors` or, with the extra `torch`, `pytorch_model.bin`, or several files of one kind and their index. A
+tokenizer is copied. `sct.load` also reads such a folder without conversion.
 
 In a clone, `python -m launch.convert` is the same program.
 """
@@ -25,22 +27,23 @@ from absl import flags
 
 from sct import outputs
 from sct.commands import output_flags
+from sct.commands.flag_errors import FlagError, nearest
 from sct.errors import ConfigError
 
 if TYPE_CHECKING:
     from sct.families import Converter
 
 OWN = "sct"  # the format of a model folder
-_FROM = flags.DEFINE_string("from", None, "Format of the weights: haiku-sct, hf, or sct, a model folder.")
-_TO = flags.DEFINE_string("to", OWN, "Format to write: sct, or hf, which takes --from=sct.")
-_INPUT = flags.DEFINE_string("input", None, "Folder of the weights.", required=True)
+_FROM = flags.DEFINE_string("from", None, "Format of the input: haiku-sct, hf, or sct (a model folder).")
+_TO = flags.DEFINE_string("to", OWN, "Format of the output: sct, or hf with --from=sct.")
+_INPUT = flags.DEFINE_string("input", None, "Folder with the weights.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
 _GENES = flags.DEFINE_string(
     "genes",
     None,
-    "Gene order where the weights have none: a vocabulary file, or 'none' to number the positions.",
+    "Gene order, if the weights come without: a vocabulary file, or 'none' to number the genes.",
 )
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the written arrays.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Data type of the written arrays.")
 flags.mark_flag_as_required("from")
 
 FLAG_MODULES = ("sct.commands.output_flags",)
@@ -62,17 +65,17 @@ def main(argv: list[str]) -> None:
     written = [name for name, each in known.items() if each.write is not None]
     for flag, names in ((_FROM, [*known, OWN]), (_TO, [OWN, *written])):
         if flag.value not in names:
-            raise ConfigError(f"--{flag.name} is {flag.value!r}, but it must be one of {', '.join(names)}.")
+            meant = nearest(str(flag.value), names)
+            hint = f" (did you mean {meant}?)" if meant else ""
+            raise FlagError(f"--{flag.name}={flag.value} is wrong: choose from {', '.join(names)}{hint}.")
     if (_FROM.value == OWN) == (_TO.value == OWN):
-        raise ConfigError(
+        raise FlagError(
             f"--from={_FROM.value} --to={_TO.value} is no conversion: from {' and '.join(known)} weights become a "
             f"model folder ({OWN}), and a model folder becomes {' or '.join(written)}."
         )
     numbered = [name for name, each in known.items() if each.takes_genes]
     if _GENES.value and _FROM.value not in numbered:
-        raise ConfigError(
-            f"--genes is for --from={'|'.join(numbered)} alone, not {_FROM.value}: leave it out."
-        )
+        raise FlagError(f"--genes is for --from={'|'.join(numbered)} alone, not {_FROM.value}: leave it out.")
     model_folder.check_target(target)
     outputs.check_folder(target, "--output", output_flags.OVERWRITE.value, _least_bytes(source))
     if _FROM.value == OWN:

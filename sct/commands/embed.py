@@ -1,10 +1,11 @@
-"""Embed the cells of an .h5ad file.
+"""Compute an embedding for each cell of an .h5ad file.
 
     sct embed --input=cells.h5ad --model=runs/mine --output=embedded.h5ad
     sct embed --input=slide.h5ad --model=models/sct --spatial_key=spatial --batch_key=slide --output=out.h5ad
 
-The output is the input with the embedding in obsm["X_sct"]. Raw counts are needed (X, raw or a layer); genes are
-Ensembl ids or symbols. Files above 1 GB are read in pieces. In a clone, `python -m launch.embed` is the same program.
+Writes a copy of the input with the embedding in obsm["X_sct"] and its settings in uns["X_sct"]. The input needs raw
+counts (in X, raw or a layer) and genes as Ensembl ids or symbols. Files above 1 GB are read in blocks. In a clone,
+`python -m launch.embed` is the same program.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from absl import flags
 
 from sct.commands import cell_flags, output_flags
 
-_KEY = flags.DEFINE_string("key_added", "X_sct", "Key of the embedding in obsm.")
+_KEY = flags.DEFINE_string("key_added", "X_sct", "Key in obsm to write the embedding to.")
 _CONTEXT = flags.DEFINE_enum(
     "context",
     "tiles",
     ["tiles", "neighbors"],
-    "With positions: compact tiles, or a bag centred on each cell.",
+    "How bags are formed with --spatial_key: compact tiles, or the nearest neighbors of each cell.",
 )
-
-_CONTEXTS = flags.DEFINE_integer("n_contexts", 1, "Draws of the bags, whose mean is the embedding.")
+_CONTEXTS = flags.DEFINE_integer(
+    "n_contexts", 1, "Number of random bags per cell; the embedding is their mean.", lower_bound=1
+)
 
 FLAG_MODULES = ("sct.commands.cell_flags", "sct.commands.output_flags")
 flags.mark_flag_as_required("model")

@@ -1,10 +1,11 @@
-"""Generate cells with a model of cell sentences, as an .h5ad file.
+"""Generate cells with a model of cell sentences.
 
     sct generate --model=runs/c2s --cell_type="B cell" --n=100 --output=generated.h5ad
     sct generate --model=runs/c2s --label="cell type=B cell" --label=exposure=acute --n=100 --output=generated.h5ad
 
-X of the output is log10(1 + counts per 10,000); obs has the sentences, the share of their words that are genes, and
-whether the model ended them itself. In a clone, `python -m launch.generate` is the same program.
+Writes an .h5ad file with log10(1 + counts per 10,000) in X. obs has the sentence of each cell, the fraction of its
+words that are genes, and whether the model ended the sentence itself. In a clone, `python -m launch.generate` is the
+same program.
 """
 
 from __future__ import annotations
@@ -12,24 +13,37 @@ from __future__ import annotations
 from absl import flags
 
 from sct.commands import output_flags
-from sct.errors import ConfigError
+from sct.commands.flag_errors import FlagError
 
-_MODEL = flags.DEFINE_string("model", None, "Model folder, run folder or hub id.", required=True)
+_MODEL = flags.DEFINE_string("model", None, "Model: a model folder, a run folder or a Hub id.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, ".h5ad file to write.", required=True)
-_CELL_TYPE = flags.DEFINE_multi_string("cell_type", [], "Cell type; may be given several times.")
-_TISSUE = flags.DEFINE_multi_string("tissue", [], "Tissue; may be given several times.")
+_CELL_TYPE = flags.DEFINE_multi_string("cell_type", [], "Cell type to generate.")
+_TISSUE = flags.DEFINE_multi_string("tissue", [], "Tissue to generate cells of.")
 _LABELS = flags.DEFINE_multi_string(
-    "label", [], "NAME=VALUE of labels that the model learned together; give the flag for each of them."
+    "label", [], "Label to generate cells for; give one for each label that the model was trained on."
 )
-_TEXT = flags.DEFINE_string("text", None, "Abstract of a study.")
-_N = flags.DEFINE_integer("n", 100, "Cells of each.")
-_SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same cells.")
-_FIT = flags.DEFINE_string("fit", "all", "Training study whose line turns ranks into expression.")
-_TEMPERATURE = flags.DEFINE_float("temperature", None, "0 for the best word each time; 0.7 by default.")
-_TOP_P = flags.DEFINE_float("top_p", None, "Probability of the words that are drawn from; 0.9 by default.")
-_SIZE = flags.DEFINE_integer("batch_size", 32, "Cells at once.")
+_ABSTRACT = flags.DEFINE_string("abstract", None, "Abstract of a study to generate cells of.")
+_N = flags.DEFINE_integer(
+    "n", 100, "Number of cells for each combination of cell type and tissue.", lower_bound=1
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Random seed: the same seed gives the same cells.")
+_FIT = flags.DEFINE_string(
+    "fit", "all", "Training study whose linear fit converts ranks to expression; all: the fit over all."
+)
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature",
+    None,
+    "Sampling temperature; 0: always the most likely word. Default: 0.7.",
+    lower_bound=0.0,
+)
+_TOP_P = flags.DEFINE_float(
+    "top_p", None, "Nucleus sampling: total probability (0 to 1) of the words to sample from. Default: 0.9.",
+    lower_bound=0.0, upper_bound=1.0,
+)  # fmt: skip
+_SIZE = flags.DEFINE_integer("batch_size", 32, "Number of cells generated at once.", lower_bound=1)
 
 FLAG_MODULES = ("sct.commands.output_flags",)
+RENAMED_FLAGS = {"text": "abstract"}
 _BYTES_PER_CELL = 1000  # of a sentence of a hundred genes and their values: the least
 
 
@@ -44,13 +58,13 @@ def main(argv: list[str]) -> None:
     )
     pairs = [text.partition("=") for text in _LABELS.value]
     if any(not (name.strip() and mark and value.strip()) for name, mark, value in pairs):
-        raise ConfigError(f"--label={' --label='.join(_LABELS.value)} is not of the form NAME=VALUE.")
+        raise FlagError(f"--label={' --label='.join(_LABELS.value)} is wrong: expected NAME=VALUE.")
     adata = generate_cells(
         _MODEL.value,
         cell_type=_CELL_TYPE.value or None,
         tissue=_TISSUE.value or None,
         labels={name.strip(): value.strip() for name, _, value in pairs} or None,
-        text=_TEXT.value,
+        text=_ABSTRACT.value,
         n=_N.value,
         seed=_SEED.value,
         fit=_FIT.value,

@@ -1,12 +1,13 @@
-"""Impute genes, measured or not, or whole cells of an .h5ad file.
+"""Impute genes or whole cells of an .h5ad file.
 
     sct impute --input=cells.h5ad --model=runs/mine --genes=CD3E,MS4A1 --output=imputed.h5ad
     sct impute --input=panel.h5ad --model=models/sct --genes=missing --output=imputed.h5ad
     sct impute --input=slide.h5ad --model=models/sct --spatial_key=spatial --cells=names.txt --output=imputed.h5ad
 
-The output is the input with expected raw counts in layers["sct_expected"], the most likely levels in
-layers["sct_level"] and the probability that a gene is expressed in layers["sct_probability"]. Genes that the file does
-not have are tables of these names in obsm. X stays as it is. In a clone, `python -m launch.impute` is the same program.
+Writes a copy of the input with expected raw counts in layers["sct_expected"], the most likely expression levels in
+layers["sct_level"] and the probability that a gene is expressed in layers["sct_probability"]. Genes that the input
+lacks are written to tables of the same names in obsm. X is not changed. In a clone, `python -m launch.impute` is the
+same program.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from pathlib import Path
 from absl import flags
 
 from sct.commands import cell_flags, output_flags
-from sct.errors import ConfigError
+from sct.commands.flag_errors import FlagError
 
 _GENES = flags.DEFINE_list(
-    "genes", None, "Genes, separated by commas; 'missing' for all that the file lacks."
+    "genes", None, "Genes to impute, separated by commas; 'missing' for all genes that the input lacks."
 )
 _CELLS = flags.DEFINE_string(
-    "cells", None, "Cells: names separated by commas, or a text file with one per line."
+    "cells", None, "Cells to impute as a whole: names separated by commas, or a text file with one per line."
 )
-_KEY = flags.DEFINE_string("key_added", "sct", "Beginning of the names of the results.")
+_KEY = flags.DEFINE_string(
+    "key_added", "sct", "Prefix of the names written: PREFIX_expected, PREFIX_level, PREFIX_probability."
+)
 
 FLAG_MODULES = ("sct.commands.cell_flags", "sct.commands.output_flags")
 flags.mark_flag_as_required("model")
@@ -42,13 +45,15 @@ def main(argv: list[str]) -> None:
     if _CELLS.value is not None:
         file = Path(_CELLS.value).expanduser()
         if not file.is_file() and file.suffix in (".txt", ".tsv", ".csv"):
-            raise ConfigError(
-                f"there is no file {file}: give one with a cell's name on each line, or the names."
+            raise FlagError(
+                f"--cells={file}: there is no such file; give one with a cell name on each line, or the names."
             )
         listed = file.read_text().split("\n") if file.is_file() else _CELLS.value.split(",")
         cells = [name.strip() for name in listed if name.strip()]
     if genes is None and cells is None:
-        raise ConfigError("say what to impute: --genes=CD3E,MS4A1, --genes=missing, or --cells=NAMES.")
+        raise FlagError(
+            "--genes or --cells is missing: write --genes=CD3E,MS4A1, --genes=missing or --cells=NAMES."
+        )
     adata = tables.read(cell_flags.INPUT.value, may_be_backed=cells is None)
     asked = MISSING if genes == [MISSING] else genes
     impute(adata, cell_flags.MODEL.value, genes=asked, cells=cells, key_added=key, **cell_flags.options())

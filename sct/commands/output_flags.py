@@ -1,7 +1,7 @@
-"""The flag that commands share which write something new: whether an output that is there is replaced."""
+"""The flag of all commands that write a new file or folder: whether an existing one is replaced."""
 
 from __future__ import annotations
 
 from absl import flags
 
-OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an output that is there already.")
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an output that already exists.")

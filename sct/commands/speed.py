@@ -1,19 +1,19 @@
-"""Measure how fast a configuration runs here, beside what the machine can do.
+"""Measure the speed of a configuration on this machine, compared with the machine's limit.
 
     sct speed --config=sct_sc --mode=train --json=speed.json
     sct speed --config=sct_sc --mode=forward --config.model.dtype=float32 --config.data.cells_per_bag=10
     sct speed --config=sct_sc --mode=loader --config.data.store=STORE
 
-Modes: forward (the model on a batch, logits at all positions), train (the step of training with its optimiser and
-loader), embed (`sct.tl.embed`), loader (bags and raw blocks of a store), ingest (an .h5ad file into a store), save (a
-checkpoint of a run), and, for text decoders (gpt2, neox, llama) alone and the only mode of these, generate. The
-ceiling, a large matrix product in the same type on the same device, is measured in the same run. Before a step is timed
-it is compared with the reference path, on bags of --check_cells cells in as many pieces as it will take, and refused
-where it differs.
+Prints a table of times, memory and throughput; --json writes all numbers. Modes: forward (the model on a batch, logits
+at all positions), train (a training step with optimizer and loader), embed (`sct.tl.embed`), loader (bags and raw
+blocks of a store), ingest (an .h5ad file into a store), save (a checkpoint of a run), and generate (text decoders only:
+gpt2, neox, llama). The limit is a large matrix product with the same data type and device, measured in the same run.
+Before a step is timed, its results are compared with the reference implementation on bags of --check_cells cells; a
+difference is an error.
 
-Without data.store or data.dataset in the configuration, --cells synthetic ones are made in a temporary folder (TMPDIR),
-with --nonzeros expressed genes on average, of the human vocabulary (with --config.model.num_genes fewer, of its first
-genes). Parameters are random. In a clone, `python -m launch.speed` is the same program.
+Without data.store or data.dataset in the configuration, synthetic cells are made in a temporary folder (TMPDIR), with
+human genes (with --config.model.num_genes, the first genes). Parameters are random. In a clone,
+`python -m launch.speed` is the same program.
 """
 
 from __future__ import annotations
@@ -28,20 +28,35 @@ from sct.commands.configuration import prepare
 
 __all__ = ["main", "prepare"]
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration: FILE_OR_NAME[:VARIANT].")
-_MODE = flags.DEFINE_string("mode", "train", "forward, train, loader, ingest, embed, save or generate.")
-_JSON = flags.DEFINE_string("json", None, "File for all numbers.")
-_STEPS = flags.DEFINE_integer("steps", 5, "Repetitions that are timed, 3 or more (of an ingest 1 or more).")
-_WARMUP = flags.DEFINE_integer("warmup", 1, "Repetitions before them that are not timed.")
-_CHECK = flags.DEFINE_integer(
-    "check_cells", 0, "Cells of a bag that is compared with the reference path; 0: 2 (of a loader 50)."
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Configuration: a file, or the name of one that comes with sct, and a variant after a colon.",
 )
-_CELLS = flags.DEFINE_integer("cells", 0, "Synthetic cells; 0: by the mode, 1,000 to 40,000.")
+_MODE = flags.DEFINE_enum(
+    "mode",
+    "train",
+    ["forward", "train", "loader", "ingest", "embed", "save", "generate"],
+    "What to measure.",
+)
+_JSON = flags.DEFINE_string("json", None, "JSON file to write all numbers to.")
+_STEPS = flags.DEFINE_integer(
+    "steps", 5, "Number of timed repetitions, at least 3 (1 for --mode=ingest).", lower_bound=1
+)
+_WARMUP = flags.DEFINE_integer("warmup", 1, "Number of repetitions before the timed ones.", lower_bound=1)
+_CHECK = flags.DEFINE_integer(
+    "check_cells",
+    0,
+    "Number of cells per bag in the comparison with the reference implementation; 0: 2 (50 for --mode=loader).",
+)
+_CELLS = flags.DEFINE_integer(
+    "cells", 0, "Number of synthetic cells; 0: 1,000 to 40,000, depending on the mode.", lower_bound=0
+)
 _NONZEROS = flags.DEFINE_integer(
-    "nonzeros", 0, "Expressed genes of a synthetic cell; 0: a tenth of the genes."
+    "nonzeros", 0, "Average number of expressed genes of a synthetic cell; 0: a tenth of the genes."
 )
 _CEILING = flags.DEFINE_integer(
-    "ceiling_size", 0, "Side of the matrices of the ceiling; 0: by the kind of device."
+    "ceiling_size", 0, "Rows and columns of the matrices that measure the limit; 0: depending on the device."
 )
 flags.mark_flag_as_required("config")
 

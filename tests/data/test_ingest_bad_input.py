@@ -178,7 +178,7 @@ def test_options_that_do_not_fit_the_input(tmp_path: Path, options: dict, words:
 def test_a_bad_file_does_not_lose_the_others(three: list[Path], tmp_path: Path) -> None:
     bad = log1p_file(tmp_path)
     store = tmp_path / "store"
-    with pytest.raises(DataError, match=r"1 of 4 inputs.*--skip_bad") as caught:
+    with pytest.raises(DataError, match=r"1 of 4 inputs.*--skip_invalid") as caught:
         run([*three[:1], bad, *three[1:]], store)
     assert str(bad) in str(caught.value)
     with pytest.raises(StoreError):

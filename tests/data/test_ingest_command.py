@@ -61,7 +61,7 @@ def test_command_line_refuses_in_one_sentence(three: list[Path], tmp_path: Path)
     assert "Traceback" not in done.stderr
     assert "error: 1 of 2 inputs were refused" in done.stderr
     assert str(bad) in done.stderr
-    done = command(f"--input={three[0]}", f"--input={bad}", *flags, "--processes=1", "--skip_bad")
+    done = command(f"--input={three[0]}", f"--input={bad}", *flags, "--processes=1", "--skip_invalid")
     assert done.returncode == 0, done.stderr
     assert "left out" in done.stdout
 
@@ -70,6 +70,6 @@ def test_command_line_refuses_in_one_sentence(three: list[Path], tmp_path: Path)
 def test_command_line_without_inputs_or_output(tmp_path: Path) -> None:
     for flags in ((f"--input={tmp_path}",), (f"--output={tmp_path / 'store'}",)):
         done = command(*flags)
-        assert done.returncode == 1
+        assert done.returncode == 2
         assert "Traceback" not in done.stderr
-        assert done.stderr.startswith("error: no ")
+        assert "is missing" in done.stderr

@@ -187,7 +187,7 @@ def test_command_line(table, tmp_path):
     refused = command(*flags)
     assert refused.returncode == 1
     assert "Traceback" not in refused.stderr
-    done = command(*flags, f"--orthologues={table}", "--orthologue_columns=mouse,human")
+    done = command(*flags, f"--orthologs={table}", "--ortholog_columns=mouse,human")
     assert done.returncode == 0, done.stderr
     assert "one-to-one orthologue in orthologues.tsv.gz" in done.stdout.replace("\n", " ")
     record = json.loads((tmp_path / "store/studies/mouse.json").read_text())

@@ -304,7 +304,7 @@ def test_species_with_symbols_like_the_human_ones(tmp_path):
     [
         (
             ["CD3D", "MS4A1", "NKG7"],
-            r"in\.h5ad: .*\(CD3D, .*--orthologues",
+            r"in\.h5ad: .*\(CD3D, .*--orthologs",
         ),
         ([human_id("CD3D"), human_id("LYZ")], "already"),
         (["CD3D", "MS4A1", "Nkg7"], "already"),
@@ -329,7 +329,7 @@ def test_mouse_and_regions_of_chromatin_are_told_what_to_do():
     for names in (["Cd3d", "Ms4a1", "Lyz2"], [mouse_id(i) for i in range(9)]):
         with pytest.raises(DataError, match=re.escape("sct.pp.to_orthologues(adata, TABLE)")) as error:
             HUMAN.align(names)
-        assert "--orthologues=TABLE" in str(error.value)
+        assert "--orthologs=TABLE" in str(error.value)
     for region in ("chr{}:100-2000", "chr{}-100-2000", "{}_100_2000", "GL000{}.1:100-2000"):
         with pytest.raises(DataError, match="gene activity"):
             HUMAN.align([region.format(i) for i in range(1, 9)])

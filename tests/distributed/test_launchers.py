@@ -20,20 +20,16 @@ TEXTS = [*SCRIPTS, SLURM / "README.md", TPU / "README.md"]
 # Parses each line of standard input as the flags of a program, in a process of its own, since flags are global.
 PARSE = """
 import importlib, os, shlex, sys
-from absl import flags
-from sct.errors import SctError
+from sct.commands.flag_parsing import Command, FlagError
 for line in sys.stdin:
     program, *words = shlex.split(line)
     if os.fork() == 0:
         status = 1
         try:
             module = importlib.import_module("sct.commands." + program)
-            argv = [program, *words]
-            sys.argv = module.prepare(argv) if hasattr(module, "prepare") else argv
-            rest = flags.FLAGS(sys.argv)
-            assert rest[1:] == [], rest
+            Command(program, module).parse([program, *words])
             status = 0
-        except (SctError, flags.Error, AssertionError, AttributeError) as error:
+        except FlagError as error:
             print(line.strip(), ":", error, file=sys.stderr)
         finally:
             sys.stderr.flush()
@@ -138,7 +134,9 @@ def task(status: int) -> str:
         (f"{SAVED}; {task(1)}; {task(75)}; exit 75", 0, 1, False, "does not mend"),
         (f"{task(75)}; exit 75", 0, 0, True, "back into the queue"),
         (f"{SAVED}; {task(1)}; exit 137", 0, 1, False, "does not mend"),
-        ("exit 2", 0, 2, False, "ended with status 2"),
+        ("exit 2", 0, 2, False, "does not mend"),  # a wrong flag
+        (f"{task(2)}; {task(75)}; exit 75", 0, 1, False, "does not mend"),
+        ("exit 3", 0, 3, False, "ended with status 3"),
         (f"{SAVED}; exit 130", 0, 130, False, "stopped by SIGINT"),
         ("exit 253", 0, 253, False, "memory is used up"),
     ],
@@ -175,7 +173,7 @@ def test_a_slurm_job_needs_a_run_folder(tmp_path):
         [SLURM / "train.sh", "--config=configs/sct_sc.py"],
         env=fakes(tmp_path, srun="touch started"), cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "--workdir=FOLDER is missing" in done.stderr
     assert not (tmp_path / "started").exists()
 

@@ -43,9 +43,7 @@ _HUMAN = ("human", "hsapiens")
 _ONE_TO_ONE = "ortholog_one2one"
 # What tables hold where there is no gene; some of these are aliases of human genes.
 _ABSENT = frozenset(("", "NA", "N/A", "NaN", "nan", "NULL", "None", "-"))
-_COLUMNS = (
-    "name the columns (source= and target= in Python, --orthologue_columns=SOURCE,TARGET of the ingest)"
-)
+_COLUMNS = "name the columns (source= and target= in Python, --ortholog_columns=SOURCE,TARGET of the ingest)"
 
 
 @dataclass(frozen=True)
@@ -315,7 +313,7 @@ def _check_species(
     if most > found:
         raise DataError(
             f"{prefix}the genes are those of {table.vocabulary.name} already ({some(names)}), or named like them; "
-            f"leave the table of orthologues {table.name} (--orthologues) out for this input, or give one that has "
+            f"leave the table of orthologues {table.name} (--orthologs) out for this input, or give one that has "
             "these names"
         )
     if not enough:

@@ -342,7 +342,7 @@ def _refuse(refused: dict[str, str], n_inputs: int) -> None:
     listed = " | ".join(reasons)
     raise DataError(
         f"{len(reasons)} of {n_inputs} inputs were refused, so the store is not finished ({listed}): mend "
-        "them, or run again with --skip_bad to go on without them; the others are kept"
+        "them, or run again with --skip_invalid to go on without them; the others are kept"
     )
 
 

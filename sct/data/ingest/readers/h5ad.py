@@ -135,7 +135,7 @@ def _find_counts(label: str, parts: H5adParts, layer: str | None) -> tuple[str, 
     found = "; ".join(refused) or "it has neither X nor raw nor layers['counts']"
     raise DataError(
         f"{label} has no raw counts ({found}): name the layer that holds them (--layer=), or leave the file "
-        "out (--skip_bad)"
+        "out (--skip_invalid)"
     )
 
 
