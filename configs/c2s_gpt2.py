@@ -7,7 +7,7 @@ Fine-tune GPT-2 small (124 million parameters) from a Hugging Face folder with `
         --workdir=runs/c2s
 
     All sizes (medium, large) work: the folder determines the architecture. Hardware: one GPU (memory was not
-    measured). To use less memory, set --config.train.accumulate=8.
+    measured). To use less memory, set --config.train.grad_accum_steps=8.
 
 :scratch trains from random initialization with a new tokenizer. The loss covers all tokens (appendix C.0.1):
 
@@ -100,7 +100,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train = ConfigDict()
     config.train.steps = 50_000
     config.train.batch_size = 32  # rows of data.length tokens; a row has about four cells: 128 examples
-    config.train.accumulate = 1
+    config.train.grad_accum_steps = 1
     config.train.batch_ramp = ()
     config.train.log_every = 100
     config.train.eval_every = 1_000

@@ -66,14 +66,14 @@ def get_config(variant: str = "") -> ConfigDict:
             "pool_max": {"model": {"pool": "max"}},
         }
     )
-    if config.objective.head_budget:  # these runs mask more positions
+    if config.objective.max_masked_fraction:  # these runs mask more positions
         for name, budget in (
             ("masking_uniform", 0.2),
             ("masking_unexpressed_5", 0.1),
             ("masking_drawn", 0.1),
             ("masking_mixture", 0.5),
         ):
-            config.sweep[name].objective.head_budget = budget
+            config.sweep[name].objective.max_masked_fraction = budget
     for name, cells in (("cells_1", 1), (f"cells_{few}", few)):
         # References follow command-line overrides of the base run.
         factor = config.data.get_ref("cells_per_bag") // cells

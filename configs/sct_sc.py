@@ -70,7 +70,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.objective.masking.num_cells = 1
     config.objective.masking.mixture = ()  # with kind "mixture": (("drawn", 1.0), ("cells", 1.0)); one kind per bag
     config.objective.logit_adjustment = True  # False: the paper's loss, which predicts "expressed" too often
-    config.objective.head_budget = 0.05  # share of positions at which the head is evaluated in training
+    config.objective.max_masked_fraction = (
+        0.05  # share of positions at which the head is evaluated in training
+    )
     config.objective.report_ratio = 0.15
     config.objective.report_seeds = 5
     config.objective.report_bags = 0  # held-out bags in the final table, evenly spaced; 0: all
@@ -96,7 +98,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train = ConfigDict()
     config.train.steps = 0  # 0: computed from data.tokens
     config.train.batch_size = 1
-    config.train.accumulate = 1  # sequential microbatches; activations need 1/N of the memory
+    config.train.grad_accum_steps = 1  # sequential microbatches; activations need 1/N of the memory
     config.train.batch_ramp = ()  # ((1_000, 2), (5_000, 4)): batch size 2 up to step 1,000, then 4 up to step 5,000
     config.train.log_every = 100
     config.train.eval_every = 5_000
@@ -117,13 +119,13 @@ def get_config(variant: str = "") -> ConfigDict:
         config.model.update(token_embed_dim=32, embed_dim=192, num_heads=6, ffn_dim=384, num_downsamples=6)
         config.data.cells_per_bag = 8
         config.objective.masking.update(kind="mixture", mixture=MIXTURE, low=0.05, high=0.95)
-        config.objective.update(report_bags=25, head_budget=0.5)
+        config.objective.update(report_bags=25, max_masked_fraction=0.5)
         config.optimizer.update(peak_lr=1e-3, warmup_steps=50)
         config.train.update(steps=1_000, log_every=10, eval_every=100, checkpoint_every=100, eval_records=25)
     if variant == "quickstart":
         config.model.update(token_embed_dim=32, embed_dim=64, num_heads=2, ffn_dim=128, num_downsamples=5)
         config.data.update(dataset="pbmc68k", cells_per_bag=16, shuffle_cells=4096)
-        config.objective.head_budget = 0.0
+        config.objective.max_masked_fraction = 0.0
         config.objective.masking.update(kind="mixture", mixture=MIXTURE, low=0.05, high=0.5)
         config.optimizer.update(peak_lr=4e-3, warmup_steps=30)
         config.train.update(batch_size=2, steps=600, log_every=20, eval_every=100, checkpoint_every=100)

@@ -5,7 +5,7 @@ frozen cell model of configs/zeromics_sc.py, and a linear tokenizer between them
 studies (docs/zeromics.md):
 
     python -m launch.train --config=configs/zeromics_llm.py --config.data.store=STORE \
-        --config.data.studies=STUDIES.yaml --config.data.cells=runs/zeromics_sc \
+        --config.data.studies=STUDIES.yaml --config.data.cell_encoder=runs/zeromics_sc \
         --config.data.llm=LLAMA_FOLDER --workdir=runs/zeromics_llm
 
 :quickstart trains a small LLaMA from random initialization on real blood cells from scanpy, on 2 CPU cores. First run
@@ -48,7 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.store = ""
     config.data.dataset = ""
     config.data.tokens = 0.0
-    config.data.cells = ""  # run folder or model folder of the cell model
+    config.data.cell_encoder = ""  # run folder or model folder of the cell model
     config.data.llm = ""  # Hugging Face folder with LLaMA
     config.data.genes = ""  # same as for the cell model; also values and max_genes
     config.data.values = "quantiles"
@@ -90,7 +90,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train = ConfigDict()
     config.train.steps = 50_000
     config.train.batch_size = 64
-    config.train.accumulate = 1
+    config.train.grad_accum_steps = 1
     config.train.batch_ramp = ()
     config.train.log_every = 100
     config.train.eval_every = 1_000
@@ -117,7 +117,9 @@ def get_config(variant: str = "") -> ConfigDict:
             remat="none",
             dropout=0.1,
         )
-        config.data.update(dataset="pbmc68k", cells="runs/zeromics_sc", max_genes=512, length=192, disease="")
+        config.data.update(
+            dataset="pbmc68k", cell_encoder="runs/zeromics_sc", max_genes=512, length=192, disease=""
+        )
         config.data.vocab_size = 1_024
         config.objective.tasks = (("cta", 2.0), ("rci", 1.0))
         config.objective.train_llm = True

@@ -8,7 +8,7 @@ The paper's sizes (12 layers, 12 heads, 10 bins). A text model computes the gene
         --config.data.corpus=SUMMARIES.tsv --config.data.features=LLAMA_FOLDER --workdir=runs/zeromics_sc
 
     The model reads all genes of a cell (20,000 tokens). To read only the most highly expressed genes, set
-    --config.data.max_genes=2048 --config.objective.head_budget=0.2. This needs a tenth of the tokens, but the
+    --config.data.max_genes=2048 --config.objective.max_masked_fraction=0.2. This needs a tenth of the tokens, but the
     model no longer sees which genes are unexpressed. Hardware: the paper used eight A100 of 80 GB.
 
 :quickstart trains a small model on real blood cells from scanpy. The features come from latent semantic analysis of the
@@ -58,7 +58,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.objective = ConfigDict()
     config.objective.masked = 0.15
     config.objective.substituted = 0.1
-    config.objective.head_budget = (
+    config.objective.max_masked_fraction = (
         0.05  # 15% of the expressed genes; a cell expresses up to a third of its genes
     )
     config.objective.report_cells = 500
@@ -85,7 +85,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train = ConfigDict()
     config.train.steps = 100_000
     config.train.batch_size = 64
-    config.train.accumulate = 1
+    config.train.grad_accum_steps = 1
     config.train.batch_ramp = ()
     config.train.log_every = 100
     config.train.eval_every = 2_000
@@ -103,7 +103,7 @@ def get_config(variant: str = "") -> ConfigDict:
             embed_dim=96, num_layers=2, num_heads=4, ffn_dim=192, remat="none", dtype="float32"
         )
         config.data.update(dataset="pbmc68k", max_genes=512, feature_dim=64)
-        config.objective.update(head_budget=0.25)
+        config.objective.update(max_masked_fraction=0.25)
         config.optimizer.update(peak_lr=1e-3, warmup_steps=30, final_lr=1e-5)
         config.train.update(batch_size=8, steps=400, log_every=20, eval_every=100, checkpoint_every=100)
         config.train.update(loader_threads=1, eval_records=0)

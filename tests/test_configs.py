@@ -172,7 +172,7 @@ def test_a_run_of_a_sweep_changes_what_is_computed_and_no_more_than_it_says(path
     # The positions at which the head is evaluated are enough for what is masked.
     tokens = jax.numpy.asarray(np.random.default_rng(0).random((8, 8, 512)) < 0.15, np.uint8)
     masks = tasks[1].masking(jax.random.key(0), tokens, built[1].num_bins)
-    assert tasks[1].head_budget == 0 or masks.mean(axis=(1, 2)).max() <= tasks[1].head_budget
+    assert tasks[1].max_masked_fraction == 0 or masks.mean(axis=(1, 2)).max() <= tasks[1].max_masked_fraction
 
 
 def test_runs_of_a_sweep_follow_the_command_line():

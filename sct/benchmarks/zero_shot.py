@@ -488,7 +488,7 @@ def _imputation_figures(outcome: ProtocolResult, cells_per_bag: int) -> list[Fig
     shares = {row: [(value / whole, mcc) for value, mcc in curve] for row, curve in outcome.curves.items()}
     thick = {"models": outcome.labels(MODEL), "reference": outcome.labels(REFERENCE)}
     draw = functools.partial(_drawn, "mcc_by_ratio", (7.2, 5.6), shares, masked=masked, **thick)
-    caption = "Mean over draws, with one standard deviation. The dashed line is the bar."
+    caption = "Mean over draws, with one standard deviation. The dashed line is the reference baseline."
     figures = [Figure(title, draw, caption)]
     first = next(iter(outcome.confusion.values()), {})
     for row, matrix in list(first.items())[:1]:

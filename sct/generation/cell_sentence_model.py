@@ -14,7 +14,7 @@ from sct.checks import check_at_least, check_choice, check_distinct, check_not_e
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text.cell_sentence import RankFit, expression
 from sct.data.text.prompts import TASKS, Prompts
-from sct.data.text.source import gene_words
+from sct.data.text.source import sentence_gene_names
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import ConfigError, DataError
 from sct.generation.decoding import DecodingOptions
@@ -36,7 +36,7 @@ class CellSentenceModel:
     ----------
     config, variables, tokenizer
         Of the decoder.
-    words
+    gene_names
         Word of each gene, in the order of the model's vocabulary (G).
     prompts
         Templates that it was trained with.
@@ -55,7 +55,7 @@ class CellSentenceModel:
     config: DecoderConfig
     variables: dict[str, Any]
     tokenizer: Tokenizer
-    words: tuple[str, ...]
+    gene_names: tuple[str, ...]
     prompts: Prompts
     top_k: int
     fits: Mapping[str, RankFit]
@@ -94,7 +94,7 @@ class CellSentenceModel:
             config,
             variables,
             tokenizer,
-            gene_words(genes),
+            sentence_gene_names(genes),
             Prompts.of_plain(data["prompts"]),
             data["top_k"], fits, data["labels"],
             tuple(data["tasks"]), int(data["length"]),
@@ -154,7 +154,7 @@ class CellSentenceModel:
                 )
             given["max_new_tokens"] = row - longest
             if TASKS[task].answer == "cell":
-                words = self.top_k or len(self.words)
+                words = self.top_k or len(self.gene_names)
                 given["max_new_tokens"] = min(_TOKENS_PER_WORD * words, row - longest)
         return DecodingOptions(**given)
 
@@ -261,7 +261,7 @@ class CellSentenceModel:
 
         See `sct.data.text.cell_sentence.expression`.
         """
-        return expression(sentences, self.words, self.line(fit))
+        return expression(sentences, self.gene_names, self.line(fit))
 
     def line(self, fit: str) -> RankFit:
         """Line that turns ranks into expression, of a training study or of "all".

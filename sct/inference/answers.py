@@ -60,7 +60,7 @@ def candidates_of(
     check_choice(
         "label_key",
         field,
-        known,
+        ("cell_type", "tissue", LABELS),
         advice="choose one of these, or give the names of labels that the model learned together, as a list",
     )
     sentence_model.check(f"cell_to_{field}")

@@ -32,14 +32,14 @@ def written(
 ) -> list[str]:
     """Cell sentences of rows, with the model's gene names and at most its length."""
     longest = min(
-        top_k or sentence_model.top_k or len(sentence_model.words),
-        sentence_model.top_k or len(sentence_model.words),
+        top_k or sentence_model.top_k or len(sentence_model.gene_names),
+        sentence_model.top_k or len(sentence_model.gene_names),
     )
     made: list[str] = []
     for start in range(0, len(rows), BLOCK):
         part = rows[start : start + BLOCK]
         made += sentences(
-            table.read(part), sentence_model.words, top_k=longest, seed=seed, keys=table.keys[part]
+            table.read(part), sentence_model.gene_names, top_k=longest, seed=seed, keys=table.keys[part]
         )
     return made
 

@@ -141,7 +141,7 @@ def measure_train(job: SpeedJob, store: Store) -> dict[str, Any]:
         **program,
         **_rates(found, task, job.cells_per_record, options.batch_size, flops),
         "head_positions": getattr(task, "head_positions", None) or task.tokens_per_record,
-        "accumulate": options.accumulate,
+        "grad_accum_steps": options.grad_accum_steps,
         "remat": getattr(task.model_config, "remat", None),
     }
 

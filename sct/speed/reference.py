@@ -90,7 +90,7 @@ def moved_state(task: Task, mesh: Any, seed: int) -> tuple[State, State, dict[st
 def check_train(job: SpeedJob, store: Store) -> Check:
     """Compare loss and gradient of the compiled training step with the reference path; see `compare`."""
     task, mesh, batch, cells = small_batch(job, store)
-    micro = _share(mesh) if job.train.accumulate > 1 else len(batch["example_mask"])
+    micro = _share(mesh) if job.train.grad_accum_steps > 1 else len(batch["example_mask"])
     parts = len(batch["example_mask"]) // micro
     seed, data = job.train.seed, job.of_cells(cells)
     known: dict[str, Any] = {}
@@ -101,13 +101,13 @@ def check_train(job: SpeedJob, store: Store) -> Check:
         known.update(arrays=arrays, trained=tuple(state.trained), key=np.array(state.key))
         step = make_train_step(task, keep_gradient(), mesh, abstract, micro)
         after, scalars, sums = step(state, sharding.put_batch(batch, mesh))
-        known["overflow"] = float(np.asarray(sums.get("overflow", 0.0)))
+        known["dropped_targets"] = float(np.asarray(sums.get("dropped_targets", 0.0)))
         gradient = {path: np.array(value) for path, value in after.optimizer.items()}
         return {"loss": float(scalars["loss"]), "gradient": gradient}
 
     def plain(model: Mapping[str, Any]) -> Outputs:
         # What is masked beyond the head's budget is left out of the loss: then it is left out here as well.
-        objective = {} if known["overflow"] else job.task_spec.everywhere
+        objective = {} if known["dropped_targets"] else job.task_spec.everywhere
         task = job.task(store, data=data, model=model, objective=objective)
         frozen = {path: value for path, value in known["arrays"].items() if path not in known["trained"]}
 
@@ -127,7 +127,7 @@ def check_train(job: SpeedJob, store: Store) -> Check:
         return {"loss": float(loss), "gradient": jax.device_get(gradient)}
 
     found = compare("the training step", task.model_config.dtype, fast, plain, share_of(job, cells))
-    return {**found, **shape(batch), "overflow": known["overflow"]}
+    return {**found, **shape(batch), "dropped_targets": known["dropped_targets"]}
 
 
 def shape(batch: Mapping[str, Any]) -> dict[str, int]:

@@ -63,7 +63,7 @@ class InstructionData(StoreConfig):
 
     Parameters
     ----------
-    cells
+    cell_encoder
         Cell model: a run of `configs/zeromics_sc.py` or its model folder.
     llm
         Decoder: a Hugging Face folder of LLaMA or a model folder; "" trains the one that `model.llm` describes.
@@ -78,7 +78,7 @@ class InstructionData(StoreConfig):
         templates, texts of studies and texts of genes.
     """
 
-    cells: str = ""
+    cell_encoder: str = dataclasses.field(default="", metadata={"formerly": "cells"})
     llm: str = ""
     max_genes: int = 0
     genes: str = ""
@@ -242,16 +242,17 @@ def parts_of(
     SctError
         A model is missing, damaged, of another kind or of other genes.
     """
-    if not data.cells:
+    if not data.cell_encoder:
         raise ConfigError(
-            "the cell model is missing: train one by configs/zeromics_sc.py, and name its run by --config.data.cells."
+            "data.cell_encoder is empty, but instruction tuning needs a cell encoder: train one with "
+            "configs/zeromics_sc.py and set --config.data.cell_encoder to its run."
         )
     made = dict(values)
     given: dict[str, Any] = {}
-    cells = load(data.cells, genes=vocabulary, mesh=mesh)
+    cells = load(data.cell_encoder, genes=vocabulary, mesh=mesh)
     if not isinstance(cells.config, ZerOmicsCellsConfig):
         raise ConfigError(
-            f"{data.cells} is a model of the family {cells.family!r}, but one of zeromics_cells is needed."
+            f"{data.cell_encoder} is a model of the family {cells.family!r}, but one of zeromics_cells is needed."
         )
     learned = CellOptions.of(cells.config.num_bins, cells.data).record()
     for option, asked in CellOptions.of(cells.config.num_bins, data).record().items():

@@ -120,21 +120,21 @@ class MaskedBinsConfig(ObjectiveConfig):
         Probability that a non-zero bin is masked (p_m, equation 1).
     substituted
         Probability that another non-zero bin is replaced by a random other one, zero included (p_s).
-    head_budget
-        Share of a cell's places at which the heads are evaluated, a bound on the masked ones; those beyond it are left
-        out of the loss and counted in `overflow`.
+    max_masked_fraction
+        The heads are evaluated at no more than this share of a cell's positions. Masked positions beyond it are left
+        out of the loss and counted in `dropped_targets`.
     report_cells, report_seeds
         Held-out cells that the table after training is made of (0: no table), and draws of what is masked.
     """
 
     masked: float = 0.15
     substituted: float = 0.1
-    head_budget: float = 0.2
+    max_masked_fraction: float = dataclasses.field(default=0.2, metadata={"formerly": "head_budget"})
     report_cells: int = 500
     report_seeds: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("masked", "head_budget"):
+        for name in ("masked", "max_masked_fraction"):
             check_share(name, getattr(self, name), zero=False)
         check_share("substituted", self.substituted)
         check_at_least("report_cells", self.report_cells, 0)
@@ -230,7 +230,7 @@ class MaskedBins:
         """Mean of the cross-entropies of bin and gene item at masked places (section 3.1, equations 4 and 5).
 
         Returns the loss and sums over masked places: `loss`, `masked` (count), `bin_loss`, `gene_loss`, `bin_right`,
-        `gene_right`, `overflow`.
+        `gene_right`, `dropped_targets`.
         """
         bins, genes = batch["bins"].astype(jnp.int32), batch.get("genes")
         valid_mask = jnp.broadcast_to((batch["example_mask"] > 0)[:, None], bins.shape)
@@ -238,7 +238,7 @@ class MaskedBins:
         seen, masked = self.mask_bins(hiding, bins, valid_mask)
         rngs = {"dropout": dropping} if train and self.model_config.dropout else {}
         hidden = cast(jax.Array, self.model.apply(variables, seen, genes, rngs=rngs, method="hidden"))
-        budget = min(bins.shape[1], max(1, round(self.config.head_budget * bins.shape[1])))
+        budget = min(bins.shape[1], max(1, round(self.config.max_masked_fraction * bins.shape[1])))
         positions, taken = masking.within_budget(place, masked, budget)
         picked = jnp.take_along_axis(hidden, positions[..., None], axis=1)
         targets = jnp.take_along_axis(bins, positions, axis=1)
@@ -258,7 +258,7 @@ class MaskedBins:
             "gene_loss": (gene_losses * weights).sum(),
             "bin_right": ((logits.argmax(axis=-1) == targets) * weights).sum(),
             "gene_right": (gene_right * weights).sum(),
-            "overflow": masked.sum().astype(jnp.float32) - count,
+            "dropped_targets": masked.sum().astype(jnp.float32) - count,
         }
         sums["loss"] = (sums["bin_loss"] + sums["gene_loss"]) / 2
         return sums["loss"] / jnp.maximum(count, 1.0), sums
@@ -274,7 +274,11 @@ class MaskedBins:
         }
         summary = {shown: float(sums[name]) / count for name, shown in names.items()}
         summary["gene_accuracy"] = float(sums["gene_right"]) / count
-        return {**summary, "overflow": overflow} if (overflow := float(sums["overflow"])) else summary
+        return (
+            {**summary, "dropped_targets": dropped_targets}
+            if (dropped_targets := float(sums["dropped_targets"]))
+            else summary
+        )
 
     @functools.cache  # noqa: B019 (a run has one task)
     def dataset(self, split: str) -> CellSource | None:
@@ -339,10 +343,10 @@ class MaskedBins:
             + f"; {self.tokens_per_record:,} genes of each cell are read.",
             *(
                 [
-                    f"{self.config.masked} of the expressed genes are masked, but head_budget looks at "
-                    f"{self.config.head_budget} of all places that are read: what is beyond it is left out of the loss."
+                    f"masked is {self.config.masked}, above max_masked_fraction, {self.config.max_masked_fraction}: "
+                    "masked genes beyond it are left out of the loss."
                 ]
-                if self.data.max_genes and self.config.head_budget < self.config.masked
+                if self.data.max_genes and self.config.max_masked_fraction < self.config.masked
                 else []
             ),
         )
@@ -367,5 +371,5 @@ def make(inputs: TaskInputs) -> MaskedBins:
 
 
 SPEC = TaskSpec(
-    NAME, MaskedBinsConfig, BinData, make, inherits_architecture=True, everywhere={"head_budget": 1.0}
+    NAME, MaskedBinsConfig, BinData, make, inherits_architecture=True, everywhere={"max_masked_fraction": 1.0}
 )

@@ -51,11 +51,11 @@ class MaskedExpressionConfig(ObjectiveConfig):
         probabilities are those of an ordinary gene and not of a masked one: the log of (masking rate of
         expressed / of unexpressed genes) is subtracted from the logit of "unexpressed" inside the loss. False is
         the paper's loss; inference then adds that number (`sct.data.class_prior`).
-    head_budget
-        Share of a bag's positions at which the head is evaluated in training, a static bound on the masked
-        ones; those beyond it are left out of the loss and counted in `overflow`. 0 evaluates it everywhere. Devices
-        that share the cells of a bag have equal parts of the budget, so where there is overflow (and only there) the
-        loss depends on their number.
+    max_masked_fraction
+        Training evaluates the head at no more than this share of a bag's positions. Masked positions beyond it are
+        left out of the loss and counted in `dropped_targets`. 0 evaluates the head at every position. Devices that
+        share the cells of a bag have equal parts of this number; the loss depends on the number of devices only if
+        positions are dropped.
     report_ratio, report_seeds
         Share of genes masked, and number of draws, in the table after training.
     report_bags
@@ -66,13 +66,13 @@ class MaskedExpressionConfig(ObjectiveConfig):
 
     masking: Masking = dataclasses.field(default_factory=Masking)
     logit_adjustment: bool = True
-    head_budget: float = 0.0
+    max_masked_fraction: float = dataclasses.field(default=0.0, metadata={"formerly": "head_budget"})
     report_ratio: float = 0.15
     report_seeds: int = 5
     report_bags: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("head_budget", "report_ratio"):
+        for name in ("max_masked_fraction", "report_ratio"):
             check_share(name, getattr(self, name))
         check_positive("report_ratio", self.report_ratio)
         check_at_least("report_seeds", self.report_seeds, 1)
@@ -80,10 +80,14 @@ class MaskedExpressionConfig(ObjectiveConfig):
         rule = self.masking
         if self.logit_adjustment:
             _ = rule.log_ratio  # refused where it is no number
-        if self.head_budget and rule.kind in ("uniform", "ratio") and rule.expressed > self.head_budget:
+        if (
+            self.max_masked_fraction
+            and rule.kind in ("uniform", "ratio")
+            and rule.expressed > self.max_masked_fraction
+        ):
             raise ConfigError(
-                f"masking {rule.kind!r} hides a share of {rule.expressed} of all positions, but head_budget is "
-                f"{self.head_budget}: raise it above that, or set it to 0."
+                f"masking {rule.kind!r} hides a share of {rule.expressed} of all positions, but max_masked_fraction is "
+                f"{self.max_masked_fraction}: raise it above that, or set it to 0."
             )
 
 
@@ -183,7 +187,7 @@ class MaskedExpression:
         a study did not measure are read as unexpressed and are never targets.
 
         Returns the loss and sums: `loss`, `masked` (count), `confusion` (num_bins, num_bins) with rows the
-        true and columns the predicted level, `overflow`.
+        true and columns the predicted level, `dropped_targets`.
         """
         tokens = batch["tokens"]
         num_bins = self.model_config.num_bins
@@ -198,15 +202,15 @@ class MaskedExpression:
         coordinates = batch.get("coordinates")
         length = tokens.shape[1] * tokens.shape[2]
         masked, targets = mask.reshape(-1, length), tokens.reshape(-1, length).astype(jnp.int32)
-        overflow = jnp.zeros((), jnp.float32)
-        if self.config.head_budget and train:
+        dropped_targets = jnp.zeros((), jnp.float32)
+        if self.config.max_masked_fraction and train:
             # Devices that share the cells of a bag have a share of the budget each, for their own cells.
             parts = axes.parts_of(axes.CELL, tokens.shape[1])
             masked, targets = (x.reshape(x.shape[0], parts, -1) for x in (masked, targets))
             length //= parts
-            budget = min(length, max(1, round(self.config.head_budget * length)))
+            budget = min(length, max(1, round(self.config.max_masked_fraction * length)))
             positions, taken = masking.within_budget(jax.random.fold_in(rng, 1), masked, budget)
-            overflow = masked.sum() - taken.sum().astype(jnp.float32)
+            dropped_targets = masked.sum() - taken.sum().astype(jnp.float32)
             positions = axes.constrain(positions, axes.BATCH, axes.CELL, None)
             targets = jnp.take_along_axis(targets, positions, axis=2)
             logits = self._logits(variables, inputs, coordinates, positions)
@@ -226,7 +230,7 @@ class MaskedExpression:
             "loss": total,
             "masked": count,
             "confusion": confusion.astype(jnp.float32),
-            "overflow": overflow,
+            "dropped_targets": dropped_targets,
         }
         return total / jnp.maximum(count, 1.0), sums
 
@@ -240,8 +244,8 @@ class MaskedExpression:
             "mcc_expressed": metrics.matthews_from_confusion(confusion[1:]),
             "accuracy": float(np.trace(confusion)) / count,
         }
-        if self.config.head_budget:
-            summary["overflow"] = float(sums["overflow"])
+        if self.config.max_masked_fraction:
+            summary["dropped_targets"] = float(sums["dropped_targets"])
         return summary
 
     def dataset(self, split: str) -> BagSource | None:
@@ -286,9 +290,9 @@ class MaskedExpression:
     @property
     def head_positions(self) -> int | None:
         """Positions of a bag at which the head is evaluated in training; None for all."""
-        if not self.config.head_budget:
+        if not self.config.max_masked_fraction:
             return None
-        return max(1, round(self.config.head_budget * self.tokens_per_record))
+        return max(1, round(self.config.max_masked_fraction * self.tokens_per_record))
 
     def operations(self, records: int) -> float:
         """Operations of the matrix products of a forward pass; a multiply-add counts as two."""
@@ -320,4 +324,6 @@ def make(inputs: TaskInputs) -> MaskedExpression:
     return MaskedExpression(inputs.objective, model, inputs.data.options(inputs.seed), inputs.store)
 
 
-SPEC = TaskSpec(NAME, MaskedExpressionConfig, BagData, make, speed=BAG_SPEED, everywhere={"head_budget": 0.0})
+SPEC = TaskSpec(
+    NAME, MaskedExpressionConfig, BagData, make, speed=BAG_SPEED, everywhere={"max_masked_fraction": 0.0}
+)

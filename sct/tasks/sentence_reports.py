@@ -71,7 +71,9 @@ def _table(names: Sequence[str], field: str) -> pd.DataFrame:
 
 
 def _written(sentence_model: CellSentenceModel, cells: LabeledReferenceCells) -> list[str]:
-    return sentences(cells.counts, sentence_model.words, top_k=sentence_model.top_k or None, keys=cells.keys)
+    return sentences(
+        cells.counts, sentence_model.gene_names, top_k=sentence_model.top_k or None, keys=cells.keys
+    )
 
 
 class PredictedLabels:
@@ -208,7 +210,7 @@ def _expression(sentence_model: CellSentenceModel) -> generation.Express:
     """How counts become what the model sees of them: the expression that the line gives their sentences."""
 
     def express(counts: sparse.csr_matrix) -> tuple[Any, Sequence[str]]:
-        written = sentences(counts, sentence_model.words, top_k=sentence_model.top_k or None)
+        written = sentences(counts, sentence_model.gene_names, top_k=sentence_model.top_k or None)
         return sentence_model.expression(written)[0], written
 
     return express

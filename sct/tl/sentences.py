@@ -17,7 +17,7 @@ from sct.data.cells import CellCounts
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text.cell_sentence import cell_keys, sentences
 from sct.data.text.prompts import parse_labels, render_labels
-from sct.data.text.source import gene_words
+from sct.data.text.source import sentence_gene_names
 from sct.errors import ConfigError
 from sct.generation.cell_sentence_model import CellSentenceModel
 from sct.inference import inputs
@@ -94,7 +94,7 @@ def _words(var: pd.DataFrame) -> list[str]:
     """Name of each column; the symbol of an Ensembl id that the human table knows."""
     names = [str(name) for name in var.index]
     human = GeneVocabulary.human()
-    symbols = dict(zip(human.ensembl_ids, gene_words(human), strict=True))
+    symbols = dict(zip(human.ensembl_ids, sentence_gene_names(human), strict=True))
     known = [symbols.get(name.partition(".")[0], name) if name.startswith("ENSG") else name for name in names]
     return known if len(set(known)) == len(set(names)) else names
 
@@ -189,7 +189,8 @@ def generate_cells(
             obs[key] = pd.Categorical([str(value.get(key, "")) for value in wanted])
     genes = handle.vocabulary
     var = pd.DataFrame(
-        {"ensembl_id": list(genes.ensembl_ids)}, index=pd.Index(sentence_model.words, name="symbol")
+        {"ensembl_id": list(genes.ensembl_ids)},
+        index=pd.Index(sentence_model.gene_names, name="symbol"),
     )
     adata = ad.AnnData(matrix, obs=obs, var=var)
     adata.uns["sct"] = {

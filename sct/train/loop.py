@@ -41,9 +41,9 @@ class TrainConfig:
         Updates of the whole run (the schedule's length).
     batch_size
         Records in a batch over all devices.
-    accumulate
+    grad_accum_steps
         Microbatches that a batch is run as, one after the other: the update is that of the whole batch, the memory
-        that of batch_size / accumulate records. Masks depend on it, so it cannot change within a run.
+        that of batch_size / grad_accum_steps records. Masks depend on it, so it cannot change within a run.
     batch_ramp
         Stages of smaller batches before `batch_size`: pairs of (step up to which, records), both rising. Batches of
         a stage are run as microbatches of the same size as later ones, the first ones as one.
@@ -67,7 +67,7 @@ class TrainConfig:
 
     steps: int = 1000
     batch_size: int = 1
-    accumulate: int = 1
+    grad_accum_steps: int = dataclasses.field(default=1, metadata={"formerly": "accumulate"})
     batch_ramp: tuple[tuple[int, int], ...] = ()
     log_every: int = 50
     eval_every: int = 500
@@ -82,7 +82,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "steps", "batch_size", "accumulate", "log_every", "eval_every", "checkpoint_every", "keep_last",
+            "steps", "batch_size", "grad_accum_steps", "log_every", "eval_every", "checkpoint_every", "keep_last",
         ):  # fmt: skip
             check_at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("patience", "stop_at", "seed", "loader_threads", "eval_records"):
@@ -90,8 +90,8 @@ class TrainConfig:
         check_multiple(
             "train.batch_size",
             self.batch_size,
-            self.accumulate,
-            "train.accumulate",
+            self.grad_accum_steps,
+            "train.grad_accum_steps",
             advice="change one of them",
         )
         _check_ramp(self)
@@ -99,7 +99,7 @@ class TrainConfig:
     @property
     def microbatch(self) -> int:
         """Records that go through the model at once."""
-        return self.batch_size // self.accumulate
+        return self.batch_size // self.grad_accum_steps
 
     @property
     def stages(self) -> tuple[tuple[int, int], ...]:
@@ -126,7 +126,7 @@ def _check_ramp(config: TrainConfig) -> None:
         if stage[1] > config.microbatch and stage[1] % config.microbatch:
             raise ConfigError(
                 f"train.batch_ramp has batches of {stage[1]} records, but microbatches have {config.microbatch} "
-                "(train.batch_size / train.accumulate): choose a multiple of that."
+                "(train.batch_size / train.grad_accum_steps): choose a multiple of that."
             )
         before = (stage[0], stage[1])
 
@@ -346,7 +346,7 @@ def _check_batches(config: TrainConfig, mesh: Mesh) -> None:
     share = mesh.shape["data"] * mesh.shape["fsdp"]
     named = {f"a stage of train.batch_ramp has {size}": size for _, size in config.batch_ramp}
     named |= {
-        f"a microbatch (train.batch_size / train.accumulate) has {config.microbatch}": config.microbatch
+        f"a microbatch (train.batch_size / train.grad_accum_steps) has {config.microbatch}": config.microbatch
     }
     for what, size in named.items():
         if size % share:
@@ -431,7 +431,9 @@ def _watch(task: Objective, value: float, now: RunProgress) -> None:
 def _note(values: dict[str, float], rate: float) -> str:
     speed = f", {rate / 1e6:.2f} M tokens/s" if rate >= 1e5 else f", {rate:,.0f} tokens/s" if rate else ""
     left_out = (
-        f", {values['overflow']:.0f} masked positions beyond head_budget" if values.get("overflow") else ""
+        f", {values['dropped_targets']:.0f} masked positions beyond max_masked_fraction"
+        if values.get("dropped_targets")
+        else ""
     )
     return f"loss {values.get('loss', math.nan):.4f}{speed}{left_out}"
 

@@ -26,8 +26,9 @@ BASE = "base"
 RUN = "run"  # key of the rows of runs
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _NOTES = (
-    "A run changes what its name says of the base, and nothing else; scored are masked expressed genes.",
-    "The bar is the most common expressed level of each gene, at the same masked positions as the run.",
+    "Each run changes one option of the base run, which its name gives. Only masked expressed genes are scored.",
+    "The reference baseline is the most common expressed level of each gene, at the run's masked positions. ΔMCC is "
+    "relative to it.",
 )
 
 
@@ -197,7 +198,7 @@ def _one(config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
 
 
 def tables(workdir: Path, runs: Mapping[str, Mapping[str, Any]], states: Mapping[str, str]) -> list[Report]:
-    """Tables of all runs of a sweep and the baselines of its base: not told, and told that a gene is expressed.
+    """Tables of all runs of a sweep and the baselines of its base, without and with expressed genes given.
 
     Parameters
     ----------
@@ -219,9 +220,9 @@ def tables(workdir: Path, runs: Mapping[str, Mapping[str, Any]], states: Mapping
     title = next((table.title for table in measured.values() if table), "Runs")
     made = []
     for given in ("no", "yes"):
-        words = "not told" if given == "no" else "told"
+        words = "not given" if given == "no" else "given"
         one = Report(
-            f"{title}; methods are {words} that the gene is expressed",
+            f"{title}; expressed genes {words}",
             ("run", *scoring.NUMBERS, REMARK),
             notes=_NOTES,
         )

@@ -156,7 +156,7 @@ def locate(path: str | os.PathLike[str]) -> Path:
     """Folder to load for a path: a model folder, or a run folder; a hub id is fetched.
 
     Of a run folder it is `model`, where that is still the best of the run's checkpoints. Whatever names a model comes
-    here: `sct.load`, the tools, `init_from`, `data.cells`, `data.llm`.
+    here: `sct.load`, the tools, `init_from`, `data.cell_encoder`, `data.llm`.
 
     Raises
     ------

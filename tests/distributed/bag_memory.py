@@ -1,6 +1,6 @@
 """Memory of a train step on simulated devices, from the compiled program; nothing is allocated.
 
-python -m tests.distributed.bag_memory '{"model": {...}, "head_budget": 0.05, "bags": [{"cells": 50}, ...]}'
+python -m tests.distributed.bag_memory '{"model": {...}, "max_masked_fraction": 0.05, "bags": [{"cells": 50}, ...]}'
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from sct.train.optim import OptimizerConfig
 from tests.distributed.programs import compiled_step, memory
 
 
-def measure(model: SCTConfig, head_budget: float, cells: int, **sizes: int) -> dict[str, float]:
+def measure(model: SCTConfig, max_masked_fraction: float, cells: int, **sizes: int) -> dict[str, float]:
     """GiB of temporaries and arguments of a device, and of the largest array of its program."""
     store = SimpleNamespace(vocabulary=range(model.num_genes), split=lambda name: [], path="")
-    objective = MaskedExpressionConfig(head_budget=head_budget)
+    objective = MaskedExpressionConfig(max_masked_fraction=max_masked_fraction)
     task = MaskedExpression(objective, model, BagOptions(cells_per_bag=cells), cast(Store, store))
     batch = {
         "tokens": jax.ShapeDtypeStruct((1, cells, model.num_genes), np.uint8),
@@ -37,4 +37,4 @@ def measure(model: SCTConfig, head_budget: float, cells: int, **sizes: int) -> d
 if __name__ == "__main__":
     request: dict[str, Any] = json.loads(sys.argv[1])
     model = SCTConfig(**{"remat": "level", **request["model"]})
-    print(json.dumps([measure(model, request["head_budget"], **bag) for bag in request["bags"]]))
+    print(json.dumps([measure(model, request["max_masked_fraction"], **bag) for bag in request["bags"]]))

@@ -1,7 +1,7 @@
 """Memory and cost of a train step of ZerOmics' second stage on eight devices that are not there; nothing is allocated.
 
 python -m tests.distributed.instruction_memory '{"target": "a100", "llm": {"embed_dim": 5120, ...}, "runs": [
-    {"batch": 64, "accumulate": 1, "mesh": {"fsdp": 8}, "max_genes": 0}, ...]}'
+    {"batch": 64, "grad_accum_steps": 1, "mesh": {"fsdp": 8}, "max_genes": 0}, ...]}'
 
 Models, rows and optimiser are those of configs/zeromics_llm.py and configs/zeromics_sc.py; the decoder is LLaMA-2-7B
 but for what `llm` says. Each line of the answer is one run, as JSON.
@@ -90,7 +90,7 @@ def measure(llm: dict[str, Any], run: dict[str, Any], target: str) -> dict[str, 
     """
     size, mesh = run["batch"], run["mesh"]
     task, options = make_task(llm, run.get("max_genes", 0))
-    microbatch = size // run.get("accumulate", 1)
+    microbatch = size // run.get("grad_accum_steps", 1)
     state, compiled = compiled_step(task, batch_of(task, size), mesh, options, microbatch, target)
     whole = {name: gib(getattr(state, name)) for name in ("frozen", "trained", "optimizer")}
     exchanged = moved(compiled.as_text())

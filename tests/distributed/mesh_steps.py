@@ -61,7 +61,7 @@ class Run:
         losses, gradients = [], []
         for _ in range(steps):
             state, scalars, sums = self.step(state, sharding.put_batch(batch, self.mesh))
-            self.counts = {name: float(sums[name]) for name in ("masked", "overflow")}
+            self.counts = {name: float(sums[name]) for name in ("masked", "dropped_targets")}
             losses.append(float(scalars["loss"]))
             gradients.append(jax.device_get(state.optimizer[0]))
         return state, losses, gradients

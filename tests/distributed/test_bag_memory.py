@@ -19,7 +19,7 @@ def needs(bag: dict[str, float]) -> float:
 @pytest.mark.slow
 def test_eight_times_the_cells_on_eight_devices_need_no_more_of_each():
     bags = [{"cells": 16}, {"cells": 128, "sequence": 8}]
-    one, eight = answer("bag_memory", {"model": SMALL, "head_budget": 0.25, "bags": bags})
+    one, eight = answer("bag_memory", {"model": SMALL, "max_masked_fraction": 0.25, "bags": bags})
     assert needs(eight) < 1.3 * needs(one)
     # The scores of the whole bag, or the head at all of its positions, would be larger than anything else.
     assert eight["largest"] < 1.3 * one["largest"]
@@ -29,7 +29,7 @@ def test_eight_times_the_cells_on_eight_devices_need_no_more_of_each():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_eight_million_tokens_at_full_size(dtype):
     bags = [{"cells": 50}, {"cells": 400, "sequence": 8}]
-    one, eight = answer("bag_memory", {"model": {"dtype": dtype}, "head_budget": 0.05, "bags": bags})
+    one, eight = answer("bag_memory", {"model": {"dtype": dtype}, "max_masked_fraction": 0.05, "bags": bags})
     assert needs(eight) < 1.3 * needs(one)
     scores = 4 * 16 * (400 * 78) ** 2 / 2**30
     assert needs(one) < scores / 2

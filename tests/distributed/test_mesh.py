@@ -37,7 +37,7 @@ def ask(**request: Any) -> Any:
 @pytest.fixture
 def small(config) -> dict[str, Any]:
     """Eight bags of eight cells, and heads and channels that two devices divide."""
-    changes = {"data__cells_per_bag": 8, "train__batch_size": 8, "objective__head_budget": 0.3}
+    changes = {"data__cells_per_bag": 8, "train__batch_size": 8, "objective__max_masked_fraction": 0.3}
     return config(**changes, model__remat="level")
 
 
@@ -51,7 +51,7 @@ def test_losses_and_gradients_do_not_depend_on_the_mesh(small, meshes, levels):
     assert single["losses"][2] < single["losses"][0]
     for sizes, other in zip(meshes[1:], others, strict=True):
         np.testing.assert_allclose(other["losses"], single["losses"], rtol=1e-5, err_msg=str(sizes))
-        assert single["overflow"] == other["overflow"] == 0
+        assert single["dropped_targets"] == other["dropped_targets"] == 0
         assert other["error"] < 1e-5, f"gradient of {other['worst']} on {sizes} differs by {other['error']}"
         # Parameters and moments are really divided, but for small arrays that do not divide.
         parts = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
@@ -63,11 +63,11 @@ def test_losses_and_gradients_do_not_depend_on_the_mesh(small, meshes, levels):
 @pytest.mark.slow
 def test_every_masked_position_is_seen_or_counted_on_any_mesh(small):
     """Devices that share a bag have their own parts of the budget: where it is too small, losses may differ."""
-    small["objective"]["head_budget"] = 0.05
+    small["objective"]["max_masked_fraction"] = 0.05
     single, parts = ask(config=small, meshes=[{"data": 1}, {"sequence": 4}])
-    assert single["overflow"] > 0
-    assert parts["overflow"] >= single["overflow"]
-    assert parts["masked"] + parts["overflow"] == single["masked"] + single["overflow"]
+    assert single["dropped_targets"] > 0
+    assert parts["dropped_targets"] >= single["dropped_targets"]
+    assert parts["masked"] + parts["dropped_targets"] == single["masked"] + single["dropped_targets"]
 
 
 @pytest.mark.slow

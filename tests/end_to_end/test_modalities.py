@@ -78,7 +78,7 @@ def model(store, files) -> Any:
     second = {
         "family": "zeromics", "task": "instructions", "model": {"llm": LLM, "num_soft": 3, "tokenizer": "pooled"},
         "data": {
-            "store": str(store.path), "cells": str(files / "cells"), "studies": str(files / "studies.yaml"),
+            "store": str(store.path), "cell_encoder": str(files / "cells"), "studies": str(files / "studies.yaml"),
             "max_genes": MAX_GENES, "length": 400, "vocab_size": 600,
         },
         "objective": {"tasks": (("cta", 1.0),), "rank": 2, "alpha": 2.0, "train_llm": True, "report_cells": 0},

@@ -255,7 +255,7 @@ def test_an_oracle_of_levels_is_perfect_up_to_the_width_of_levels():
     bags = source(HELD_OUT, cells=22)
     bag = bags.record(0)
     numbers = dict(protocol(oracle, cells=22)({"tokens": jnp.asarray(bag["tokens"])[None]}))
-    assert numbers["model/mcc"] == numbers["model, told/mcc"] == 1
+    assert numbers["model/mcc"] == numbers["model, given expressed/mcc"] == 1
     errors = []
     for seed in range(2):
         masked = drawing.mask_ratio(EvalCells.read(bags), 0.4, seed)
@@ -263,7 +263,7 @@ def test_an_oracle_of_levels_is_perfect_up_to_the_width_of_levels():
         errors.append(np.abs(values - masked.counts).mean())
     assert np.mean(errors) > 0
     np.testing.assert_allclose(numbers["model/mae"], np.mean(errors), rtol=1e-5)
-    np.testing.assert_allclose(numbers["model, told/mae"], np.mean(errors), rtol=1e-5)
+    np.testing.assert_allclose(numbers["model, given expressed/mae"], np.mean(errors), rtol=1e-5)
     others = {name: value for name, value in numbers.items() if not name.startswith("model")}
     assert others
     assert all(value < 0.9 for name, value in others.items() if name.endswith("mcc"))
@@ -294,7 +294,10 @@ def test_a_model_that_is_told_is_never_asked_whether_a_gene_is_expressed():
     assert numbers["model/mcc"] == 0
     cells, _, _, counts = fully_masked(HELD_OUT)
     values = bin_counts(HELD_OUT.counts, with_values=True).medians[cells]
-    for name, weights in (("model", [0.9, 0.01, 0.01, 0.01, 0.07]), ("model, told", [0, 0.1, 0.1, 0.1, 0.7])):
+    for name, weights in (
+        ("model", [0.9, 0.01, 0.01, 0.01, 0.07]),
+        ("model, given expressed", [0, 0.1, 0.1, 0.1, 0.7]),
+    ):
         expected = values @ weights
         np.testing.assert_allclose(numbers[f"{name}/mae"], np.abs(expected - counts).mean(), rtol=1e-5)
         squares = (np.log1p(expected) - np.log1p(counts)) ** 2
@@ -425,7 +428,7 @@ def failing(variables, shown, coordinates):
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, imputation.Outcome]:
+def outcomes() -> dict[str, scoring.ProtocolResult]:
     cells, train, model = hold_out(HELD_OUT), source(TRAIN), ImputationModel(contextual, {})
     return {
         "ratio": imputation.gene_imputation(cells, model, train, ratios=(0.15, 0.8), seeds=3, magic=False),
@@ -460,11 +463,14 @@ def test_in_every_table_the_bar_is_first_and_gains_are_over_it(outcomes):
             ]
             for row in setting.rows:
                 assert (
-                    len(row.mcc) == len(row.gain) == len(row.mae) == (0 if row.given_expressed is None else 3)
+                    len(row.mcc)
+                    == len(row.delta_mcc)
+                    == len(row.mae)
+                    == (0 if row.given_expressed is None else 3)
                 )
                 assert row.mcc or row.remark
                 np.testing.assert_allclose(
-                    row.gain, np.subtract(row.mcc, setting.rows[0].mcc[: len(row.mcc)])
+                    row.delta_mcc, np.subtract(row.mcc, setting.rows[0].mcc[: len(row.mcc)])
                 )
 
 
@@ -475,7 +481,7 @@ def test_numbers_for_plots_and_json(outcomes):
         for setting, written in zip(outcome.settings, saved["settings"], strict=True):
             assert [row["label"] for row in written["rows"]] == [row.label for row in setting.rows]
             assert all(len(row["msle"]) == len(row["mcc"]) for row in written["rows"])
-        assert set(outcome.curves) >= {REFERENCE_NAME, "model", "model, told"}
+        assert set(outcome.curves) >= {REFERENCE_NAME, "model", "model, given expressed"}
         for label, points in outcome.curves.items():
             for value, mcc in points:
                 setting = next(s for s in outcome.settings if s.value == value)
@@ -487,7 +493,7 @@ def test_numbers_for_plots_and_json(outcomes):
                 assert matrix.sum() == sum(setting.positions)
                 assert not matrix[0].any(), "only expressed genes are scored"
             if matrices:
-                assert not matrices["model, told"][:, 0].any()
+                assert not matrices["model, given expressed"][:, 0].any()
 
 
 def test_whole_cells_have_their_own_baseline(outcomes):
@@ -598,9 +604,9 @@ def test_the_table_after_training_has_every_method_and_draw(measured):
     ]
     for name, fitted, given_expressed, mcc, gain, mae, _ in measured.report.rows:
         label = name if name == "model" else f"{name}, {fitted}"
-        label += ", told" * (given_expressed == "yes" and "common" not in name)
+        label += ", given expressed" * (given_expressed == "yes" and "common" not in name)
         assert len(mcc) == 2
-        for key, values in (("mcc", mcc), ("gain", gain), ("mae", mae)):
+        for key, values in (("mcc", mcc), ("delta_mcc", gain), ("mae", mae)):
             assert measured.numbers[f"{label}/{key}"] == np.mean(values)
     assert "40%" in measured.report.title
     assert "validation" in measured.report.title

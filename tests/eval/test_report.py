@@ -161,9 +161,9 @@ def test_a_report_without_keys_is_read(tmp_path):
     saved = {name: value for name, value in imputation().as_dict().items() if "keys" not in name}
     path.write_text(json.dumps([saved]))
     (read,) = report_folder.read(path)
-    assert read.keys == ("method", "fitted_on", "given_expressed", "mcc", "mcc_gain", "mae", "remark")
+    assert read.keys == ("method", "fitted_on", "given_expressed", "mcc", "delta_mcc", "mae", "remark")
     assert read.titles == COLUMNS
-    assert read.better == {"mcc": "max", "mcc_gain": "max", "mae": "min"}
+    assert read.better == {"mcc": "max", "delta_mcc": "max", "mae": "min"}
     assert read.row_keys == ["", "model", ""]
     assert read.best() == imputation().best()
     assert read.markdown() == imputation().markdown()

@@ -17,7 +17,7 @@ CONFIG: dict[str, Any] = {
         "num_heads": 2, "ffn_dim": 32, "dtype": "float32", "remat": "level",
     },
     "data": {"cells_per_bag": 4},
-    "objective": {"head_budget": 0.1},
+    "objective": {"max_masked_fraction": 0.1},
     "optimizer": {"warmup_steps": 2},
     "train": {"batch_size": 2, "loader_threads": 1},
 }  # fmt: skip

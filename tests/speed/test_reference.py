@@ -140,9 +140,9 @@ def test_what_is_no_number_is_refused(job, monkeypatch):
 
 @pytest.mark.slow
 def test_positions_beyond_the_budget_of_the_head_are_left_out_on_both_sides(job):
-    made = job("train", objective__head_budget=0.005, objective__masking={"kind": "stratified"})
+    made = job("train", objective__max_masked_fraction=0.005, objective__masking={"kind": "stratified"})
     found = reference.check_train(made, made.open_store())
-    assert found["overflow"] > 0
+    assert found["dropped_targets"] > 0
 
 
 def test_one_wrong_leaf_among_many_is_found():

@@ -260,7 +260,7 @@ def test_tasks_of_single_cells_are_measured(mode):
     }
     config = {
         "family": "zeromics_cells", "task": "masked_bins", "model": {**model, "remat": "none"},
-        "data": {"features": "random", "feature_dim": 8, "max_genes": 40}, "objective": {"head_budget": 0.3},
+        "data": {"features": "random", "feature_dim": 8, "max_genes": 40}, "objective": {"max_masked_fraction": 0.3},
         "optimizer": {}, "train": {"steps": 3, "batch_size": 4},
     }  # fmt: skip
     found = measure(config, SpeedOptions(mode, steps=3, cells=1_000), apart=False)

@@ -79,9 +79,9 @@ def test_every_row_has_numbers_of_every_seed_or_a_reason(whole):
         remark = report.keys.index("remark")
         for row in report.rows:
             measured = [cell for cell in row if isinstance(cell, list)]
-            seeds = {2} if "mcc_gain" in report.keys else {1, 2}
+            seeds = {2} if "delta_mcc" in report.keys else {1, 2}
             assert (measured and all(len(cell) in seeds for cell in measured)) or row[remark], row
-    imputation = [report for report in reports if "mcc_gain" in report.keys]
+    imputation = [report for report in reports if "delta_mcc" in report.keys]
     for report in imputation:
         assert "most common expressed level" in report.rows[0][0]
         assert report.row_keys[0] == "reference"

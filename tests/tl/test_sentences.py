@@ -190,7 +190,7 @@ def test_cells_that_cannot_be_written(cells, model):
     ):
         with pytest.raises(ConfigError, match=words):
             sct.tl.to_sentences(cells, **options)
-    with pytest.raises(ConfigError, match="cell sentences"):
+    with pytest.raises(ConfigError, match="generate cells"):
         sct.tl.to_sentences(cells, model=model)
     with pytest.raises(DataError, match="AnnData"):
         sct.tl.to_sentences(cells.to_df())
@@ -340,7 +340,7 @@ def test_cells_that_cannot_be_asked_for(text_model, options, words, monkeypatch)
 
 
 def test_only_a_model_of_cell_sentences_generates(model, text_model):
-    with pytest.raises(ConfigError, match="cell sentences"):
+    with pytest.raises(ConfigError, match="generate cells"):
         sct.tl.generate_cells(model)
     with pytest.raises(ConfigError, match="cell sentences"):
         sct.tl.generate_cells(dataclasses.replace(text_model, tokenizer=None))

@@ -148,18 +148,18 @@ def test_microbatches_on_a_mesh(config):
 
 def test_a_microbatch_must_divide_over_the_mesh():
     mesh = jax.sharding.AbstractMesh((4, 2, 1, 1), sharding.MESH_AXES)
-    loop._check_batches(TrainConfig(batch_size=32, accumulate=4, batch_ramp=((5, 8), (9, 16))), mesh)
+    loop._check_batches(TrainConfig(batch_size=32, grad_accum_steps=4, batch_ramp=((5, 8), (9, 16))), mesh)
     with pytest.raises(ConfigError, match=r"microbatch .*4 .*8 devices"):
-        loop._check_batches(TrainConfig(batch_size=32, accumulate=8), mesh)
+        loop._check_batches(TrainConfig(batch_size=32, grad_accum_steps=8), mesh)
     with pytest.raises(ConfigError, match=r"batch_ramp .*4 .*8 devices"):
-        loop._check_batches(TrainConfig(batch_size=32, accumulate=4, batch_ramp=((5, 4),)), mesh)
+        loop._check_batches(TrainConfig(batch_size=32, grad_accum_steps=4, batch_ramp=((5, 4),)), mesh)
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"accumulate": 3}, r"train\.accumulate"),
-        ({"accumulate": 0}, "accumulate"),
+        ({"grad_accum_steps": 3}, r"train\.grad_accum_steps"),
+        ({"grad_accum_steps": 0}, "grad_accum_steps"),
         ({"batch_ramp": ((10, 2), (10, 4))}, r"\(10, 4\)"),
         ({"batch_ramp": ((10, 4), (20, 2))}, r"\(20, 2\)"),
         ({"batch_ramp": ((10, 8),)}, r"train\.batch_size"),
@@ -167,7 +167,7 @@ def test_a_microbatch_must_divide_over_the_mesh():
         ({"batch_ramp": ((10, 0),)}, r"must rise"),
         ({"batch_ramp": (10, 2)}, r"\(step, records\)"),
         ({"batch_ramp": ((10, 2.0),)}, r"\(step, records\)"),
-        ({"batch_ramp": ((10, 3),), "accumulate": 4}, "microbatch"),
+        ({"batch_ramp": ((10, 3),), "grad_accum_steps": 4}, "microbatch"),
     ],
 )
 def test_options_that_contradict_each_other(options, words):
@@ -188,7 +188,7 @@ def test_steps_for_a_number_of_records(records, lengths, factor):
 
 RAMP = {
     "batch_size": 4,
-    "accumulate": 2,
+    "grad_accum_steps": 2,
     "batch_ramp": [[5, 1], [9, 2]],
     "eval_every": 50,
     "checkpoint_every": 4,
@@ -257,7 +257,7 @@ def test_stopping_within_a_ramp_changes_nothing(config, tmp_path, stops):
 @pytest.mark.slow
 def test_what_is_computed_cannot_change_within_a_run(config, tmp_path):
     run(config(train__accumulate=1, train__stop_at=1, train__batch_ramp=[]), tmp_path)
-    with pytest.raises(ConfigError, match=r"train\.accumulate"):
+    with pytest.raises(ConfigError, match=r"train\.grad_accum_steps"):
         run(config(train__accumulate=2, train__batch_ramp=[]), tmp_path)
     with pytest.raises(ConfigError, match=r"train\.batch_ramp"):
         run(config(train__accumulate=1, train__batch_ramp=[[5, 1]]), tmp_path)

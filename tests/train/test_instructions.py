@@ -220,7 +220,7 @@ def text_config(store, tmp_path_factory) -> Any:
     second = {
         "family": "zeromics", "task": "instructions", "model": {"llm": LLM, "num_soft": 3, "tokenizer": "pooled"},
         "data": {
-            "store": str(store), "cells": str(folder / "cells"), "studies": str(folder / "studies.yaml"),
+            "store": str(store), "cell_encoder": str(folder / "cells"), "studies": str(folder / "studies.yaml"),
             "max_genes": 40, "length": 200, "vocab_size": 600,
         },
         "objective": {
@@ -331,7 +331,7 @@ def test_training_goes_on_from_a_model_that_answers(text_config, tmp_path):
 def test_a_model_of_another_kind_is_refused(text_config, tmp_path):
     _, config, _ = text_config
     for changes, words in (
-        ({"cells": ""}, "cell"),
+        ({"cell_encoder": ""}, "cell"),
         ({"studies": ""}, "studies"),
         ({"max_genes": 30}, r"data\.max_genes"),
     ):

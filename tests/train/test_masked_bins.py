@@ -83,7 +83,7 @@ def test_what_is_hidden():
 @pytest.mark.parametrize("max_genes", [0, GENES + 3])
 def test_the_loss_is_the_mean_of_two_cross_entropies(max_genes):
     """At masked places of cells that are there, from the logits of all places."""
-    task, variables, key = task_of(max_genes, head_budget=1.0), parameters(), jax.random.key(5)
+    task, variables, key = task_of(max_genes, max_masked_fraction=1.0), parameters(), jax.random.key(5)
     batch = batch_of(task)
     batch["example_mask"][-1] = 0
     loss, sums = task.loss(variables, batch, key, True)
@@ -103,20 +103,20 @@ def test_the_loss_is_the_mean_of_two_cross_entropies(max_genes):
         assert float(sums[f"{name}_loss"]) == pytest.approx(total[name], rel=1e-4)
     assert float(sums["masked"]) == len(at[0]) > 3
     assert float(loss) == pytest.approx((total["bin"] + total["gene"]) / 2 / len(at[0]), rel=1e-4)
-    assert float(sums["overflow"]) == 0
+    assert float(sums["dropped_targets"]) == 0
     found = task.compute_metrics({name: np.asarray(value) for name, value in sums.items()})
     assert found["loss"] == pytest.approx(float(loss), rel=1e-5)
-    assert "overflow" not in found
+    assert "dropped_targets" not in found
 
 
 @pytest.mark.slow
 def test_a_budget_leaves_out_and_counts():
-    task, key = task_of(head_budget=2 / GENES, masked=0.9), jax.random.key(1)
+    task, key = task_of(max_masked_fraction=2 / GENES, masked=0.9), jax.random.key(1)
     _, sums = task.loss(parameters(), batch_of(task), key, True)
     assert float(sums["masked"]) == 2 * 5
-    assert float(sums["overflow"]) > 10
-    assert task.compute_metrics({n: np.asarray(v) for n, v in sums.items()})["overflow"] == float(
-        sums["overflow"]
+    assert float(sums["dropped_targets"]) > 10
+    assert task.compute_metrics({n: np.asarray(v) for n, v in sums.items()})["dropped_targets"] == float(
+        sums["dropped_targets"]
     )
 
 
@@ -155,7 +155,12 @@ def test_sizes_that_do_not_fit():
     model = dataclasses.replace(task.model_config, num_genes=GENES + 1)
     with pytest.raises(ConfigError, match="15 genes"):
         MaskedBins(task.config, task.data, model, task.store, task.known, None, {}, 0)
-    for options in ({"masked": 0.0}, {"head_budget": 1.5}, {"substituted": -0.1}, {"report_seeds": 0}):
+    for options in (
+        {"masked": 0.0},
+        {"max_masked_fraction": 1.5},
+        {"substituted": -0.1},
+        {"report_seeds": 0},
+    ):
         with pytest.raises(ConfigError, match=next(iter(options))):
             MaskedBinsConfig(**options)
 

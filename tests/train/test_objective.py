@@ -49,11 +49,11 @@ def variables(task):
 def test_a_budget_for_the_head_that_holds_all_changes_nothing(task, batch, variables):
     rng = jax.random.key(0)
     dense, sums = task.loss(variables, batch, rng, True)
-    task.config = dataclasses.replace(task.config, head_budget=0.5)
+    task.config = dataclasses.replace(task.config, max_masked_fraction=0.5)
     sparse, others = task.loss(variables, batch, rng, True)
     np.testing.assert_allclose(dense, sparse, rtol=1e-5)
     np.testing.assert_array_equal(sums["confusion"], others["confusion"])
-    assert others["overflow"] == 0
+    assert others["dropped_targets"] == 0
     assert 0 < sums["masked"] < 0.5 * batch["tokens"].size
 
 
@@ -61,11 +61,11 @@ def test_a_budget_for_the_head_that_holds_all_changes_nothing(task, batch, varia
 def test_a_budget_that_is_too_small_is_counted(task, batch, variables):
     rng = jax.random.key(0)
     _, dense = task.loss(variables, batch, rng, True)
-    task.config = dataclasses.replace(task.config, head_budget=0.01)
+    task.config = dataclasses.replace(task.config, max_masked_fraction=0.01)
     _, sums = task.loss(variables, batch, rng, True)
-    assert sums["overflow"] > 0
-    assert sums["overflow"] + sums["masked"] == dense["masked"]
-    assert task.compute_metrics(jax.device_get(sums))["overflow"] == sums["overflow"]
+    assert sums["dropped_targets"] > 0
+    assert sums["dropped_targets"] + sums["masked"] == dense["masked"]
+    assert task.compute_metrics(jax.device_get(sums))["dropped_targets"] == sums["dropped_targets"]
 
 
 @pytest.mark.slow
@@ -221,9 +221,12 @@ def test_configuration_errors_say_what_to_do(config, tmp_path):
         (config(family=None), "family is None"),
         (config(optimizer__clip_norm=-1.0), "clip_norm is -1.0"),
         (config(optimizer__b1=2.0), "b1 is 2.0"),
-        (config(objective__head_budget=-1.0), "head_budget is -1.0"),
+        (config(objective__max_masked_fraction=-1.0), "max_masked_fraction is -1.0"),
         (config(objective__report_seeds=0), "report_seeds is 0"),
-        (config(objective__masking={"kind": "uniform"}, objective__head_budget=0.05), "raise it above that"),
+        (
+            config(objective__masking={"kind": "uniform"}, objective__max_masked_fraction=0.05),
+            "raise it above that",
+        ),
         (config(objective__masking={"unexpressed": 0.0}), "logit_adjustment=False"),
         (config(train__patience=-1), "train.patience is -1"),
         (config(train__stop_at=-5), "train.stop_at is -5"),

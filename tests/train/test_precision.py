@@ -94,5 +94,5 @@ def test_a_run_with_small_moments_resumes_bit_for_bit(config, tmp_path):
 
 
 def test_an_unknown_type_is_refused():
-    with pytest.raises(ConfigError, match="moment_dtype 'float8'"):
+    with pytest.raises(ConfigError, match=r"moment_dtype.*float8"):
         OptimizerConfig(moment_dtype="float8")

@@ -254,7 +254,7 @@ def test_the_table_of_finished_runs(tmp_path, swept, facts):
 def test_the_table_of_runs_survives_other_titles(tmp_path, swept, monkeypatch):
     """Columns and rows are found by their keys, and what people read may change."""
     runs = sweep.configurations(swept())
-    numbers = {"mcc": [0.4, 0.5], "gain": [0.1, 0.2], "mae": [1.0, 2.0]}
+    numbers = {"mcc": [0.4, 0.5], "delta_mcc": [0.1, 0.2], "mae": [1.0, 2.0]}
     rows = [
         scoring.ScoreRow("usual level", "other cells", True, "", [0.3], [0.0], [3.0], key="reference"),
         *(

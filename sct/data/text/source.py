@@ -56,7 +56,7 @@ class SentenceOptions:
     seed: int = 0
 
 
-def gene_words(vocabulary: GeneVocabulary) -> tuple[str, ...]:
+def sentence_gene_names(vocabulary: GeneVocabulary) -> tuple[str, ...]:
     """Word of each gene: its symbol, or its Ensembl id where it has none, shares it, or it holds white space."""
     symbols = pd.Series(vocabulary.symbols)
     usable = ~symbols.duplicated(keep=False) & symbols.str.fullmatch(r"\S+").astype(bool)
@@ -95,7 +95,7 @@ class Texts:
     def __init__(self, study: Study, vocabulary: GeneVocabulary, options: SentenceOptions, prompts: Prompts):
         study.check_counts()
         self.study, self.options, self.prompts = study, options, prompts
-        self.words = gene_words(vocabulary)
+        self.gene_names = sentence_gene_names(vocabulary)
 
     @functools.cached_property
     def obs(self) -> pd.DataFrame:
@@ -131,7 +131,7 @@ class Texts:
         """Cell sentences of rows `start` to `stop`; genes of equal counts change places from epoch to epoch."""
         options = self.options
         return sentences(
-            self.study.read(start, stop), self.words, top_k=options.top_k or None, seed=options.seed + epoch,
+            self.study.read(start, stop), self.gene_names, top_k=options.top_k or None, seed=options.seed + epoch,
             keys=self.keys[start:stop],
         )  # fmt: skip
 

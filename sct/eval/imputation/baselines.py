@@ -129,7 +129,7 @@ class CommonLevel:
 class OthersCommonLevel(CommonLevel):
     """The same of the other cells of the study, all of whose genes are known: each cell without itself.
 
-    Of the expressed kind this is the bar: what an imputation has to beat to be of use.
+    The form that is given expressed genes is the reference baseline: a useful imputation must beat it.
     """
 
     def __init__(self, expressed: bool):
@@ -473,7 +473,7 @@ class Magic:
 def standard_methods(
     eval_cells: EvalCells, train: BagSource | None, *, whole_cells: bool = False, magic: bool = True
 ) -> list[ImputationMethod]:
-    """All baselines, the bar first; what can be fitted before anything is hidden is fitted now.
+    """All baselines, the reference first; what can be fitted before anything is hidden is fitted now.
 
     Parameters
     ----------

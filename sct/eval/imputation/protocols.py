@@ -54,8 +54,8 @@ def _run(
 def _methods(
     eval_cells: EvalCells, model: ImputationMethod | None, train: BagSource | None, **options: bool
 ) -> list[ImputationMethod]:
-    bar, *others = standard_methods(eval_cells, train, **options)
-    return [bar, *([] if model is None else [model]), *others]
+    reference, *others = standard_methods(eval_cells, train, **options)
+    return [reference, *([] if model is None else [model]), *others]
 
 
 def _by_amount(
@@ -293,5 +293,5 @@ class GeneImputation:
         )
         (self.report,) = outcome.reports
         for row in outcome.settings[0].rows:
-            for name in ("mcc", "gain", "mae", "msle") if row.mcc else ():
+            for name in ("mcc", "delta_mcc", "mae", "msle") if row.mcc else ():
                 yield f"{row.label}/{name}", float(np.mean(getattr(row, name)))

@@ -26,14 +26,15 @@ from sct.eval.imputation.baselines import (
 from sct.eval.imputation.eval_cells import EvalCells, Masked
 from sct.eval.reports.report import FITTED_ON, METHOD, MODEL, REFERENCE, REMARK, Column, Report
 
-GIVEN = Column("given_expressed", "told expressed")
-NUMBERS = (Column("mcc", "MCC"), Column("mcc_gain", "gain over the bar"), Column("mae", "MAE (counts)"))
+GIVEN = Column("given_expressed", "given expressed")
+NUMBERS = (Column("mcc", "MCC"), Column("delta_mcc", "ΔMCC"), Column("mae", "MAE (counts)"))
 COLUMNS = (METHOD, FITTED_ON, GIVEN, *NUMBERS, REMARK)
 REFERENCE_NAME = f"most common expressed level per gene, {OTHER_CELLS}"
 _NOTES = (
-    "Scored: masked genes that are expressed; a method that is told so has an easier task.",
-    f"The bar, in the first row, is the {REFERENCE_NAME}, which knows every gene of those cells; a gain is the MCC "
-    "minus that of the bar in the same draw.",
+    "Only masked genes that are expressed are scored. Methods marked 'given expressed' know this, so their task is "
+    "easier.",
+    f"Row 1 is the reference baseline: the {REFERENCE_NAME}. It knows every gene of those cells. ΔMCC is the MCC of a "
+    "method minus the MCC of the reference in the same draw.",
 )
 OWN_RANGES = "Levels and their counts follow each cell's own range, masked genes included, for all methods."
 BAG_RANGES = (
@@ -124,14 +125,14 @@ class ScoreRow:
     Attributes
     ----------
     given_expressed
-        Whether the method is told that the masked genes are expressed; None where it could not run.
-    mcc, gain, mae, msle
-        MCC of levels, MCC minus the bar's, mean absolute error of raw counts, and mean squared difference of
-        their log1p, of each draw.
+        Whether the method knows that the masked genes are expressed; None if it could not run.
+    mcc, delta_mcc, mae, msle
+        One number per draw: MCC of levels, MCC minus the reference's, mean absolute error of raw counts, and mean
+        squared error of log1p counts.
     confusion
         int (num_bins, num_bins), true by predicted level, summed over draws.
     key
-        `sct.eval.reports.report.MODEL`, `REFERENCE` for the bar, "" for other baselines.
+        `sct.eval.reports.report.MODEL`, `REFERENCE` for the reference baseline, "" for other baselines.
     """
 
     method: str
@@ -139,7 +140,7 @@ class ScoreRow:
     given_expressed: bool | None
     remark: str
     mcc: list[float] = dataclasses.field(default_factory=list)
-    gain: list[float] = dataclasses.field(default_factory=list)
+    delta_mcc: list[float] = dataclasses.field(default_factory=list)
     mae: list[float] = dataclasses.field(default_factory=list)
     msle: list[float] = dataclasses.field(default_factory=list)
     confusion: np.ndarray | None = None
@@ -150,7 +151,7 @@ class ScoreRow:
     def label(self) -> str:
         """Name of the row beside others: the method, what it is fitted on, and the form if it has two."""
         name = self.method if self.key == MODEL else f"{self.method}, {self.fitted_on}"
-        return f"{name}, told" if self.given_expressed and self.both else name
+        return f"{name}, given expressed" if self.given_expressed and self.both else name
 
     def score(self, masked: Masked, prediction: LevelPrediction, chosen: np.ndarray, num_bins: int) -> None:
         """Add the numbers of one draw, of its `chosen` (n,) positions."""
@@ -194,7 +195,7 @@ class Setting:
         report = Report(title, COLUMNS, notes=(*_NOTES, self.ranges, *self.notes))
         for row in self.rows:
             given_expressed = "-" if row.given_expressed is None else "yes" if row.given_expressed else "no"
-            numbers: tuple[Any, ...] = (row.mcc, row.gain, row.mae) if row.mcc else ("-", "-", "-")
+            numbers: tuple[Any, ...] = (row.mcc, row.delta_mcc, row.mae) if row.mcc else ("-", "-", "-")
             report.add(row.method, row.fitted_on, given_expressed, *numbers, row.remark, key=row.key)
         return report
 
@@ -295,17 +296,17 @@ def measure(
     eval_cells
         Cells.
     methods
-        The first is the bar.
+        The first is the reference baseline.
     draws
         Functions that each make a draw and the groups of it that are scored apart, {name: bool (n,)}; the
         names are the same in all.
     tick
-        Told of work that is done: a bag of the model, or a draw of another method.
+        Called with finished units of work: bags of the model, or draws of another method.
 
     Returns
     -------
-    Rows of each group, the bar first, then the model, and the number of scored positions of each draw. A
-    method that fails at one draw is a row with the reason.
+    Rows of each group (the reference baseline, the model, other methods), and the number of scored positions of each
+    draw. A method that fails in a draw has one row with the reason.
     """
     rows: dict[str, dict[tuple[int, bool], ScoreRow]] = {}
     positions: dict[str, list[int]] = {}
@@ -343,8 +344,8 @@ def measure(
                 table.append(ScoreRow(method.name, method.fitted_on, None, reasons[number], key=keys[number]))
             else:
                 table += [row for (n, _), row in rows[group].items() if n == number]
-        bar = table[0].mcc
+        reference = table[0].mcc
         for row in table:
-            row.gain = [mcc - base for mcc, base in zip(row.mcc, bar, strict=False)]
+            row.delta_mcc = [mcc - base for mcc, base in zip(row.mcc, reference, strict=False)]
         tables[group] = [table[0], *sorted(table[1:], key=lambda row: row.key != MODEL)]
     return tables, positions

@@ -72,7 +72,10 @@ def read_gene_sets(path: str | Path, names: Sequence[str] = ()) -> dict[str, tup
     if len(plain) < len(rows) or any("," in name for name in plain):
         raise DataError(f"{path} has two sets of one name, or a name with a comma: give other names.")
     for name in names:
-        check_choice("the gene set", plain_name(name), plain, error=DataError, advice=f"name a set of {path}")
+        known = plain_name(name) in plain
+        check_choice(
+            "the gene set", name, [name] if known else found, error=DataError, advice=f"name a set of {path}"
+        )
     return {plain_name(name): plain[plain_name(name)] for name in names} if names else plain
 
 

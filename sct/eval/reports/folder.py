@@ -28,7 +28,7 @@ _KEYS = {
     "fitted on": "fitted_on",
     "told expressed": "given_expressed",
     "MCC": "mcc",
-    "gain over the bar": "mcc_gain",
+    "gain over the bar": "delta_mcc",
     "MAE (counts)": "mae",
 }
 _LIBRARIES = ("jax", "flax", "numpy", "scipy", "scikit-learn", "anndata", "scanpy")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.loader import Loader
 from sct.data.text.prompts import JOIN, TASKS, parse_labels
-from sct.data.text.source import SentenceSource, Texts, gene_words, read_studies
+from sct.data.text.source import SentenceSource, Texts, read_studies, sentence_gene_names
 from sct.errors import ConfigError
 from tests.data.text.toy_texts import GENES, SHORT, ToyStudy, counts, options, study, tokenizer, vocabulary
 
@@ -138,7 +138,7 @@ def test_epochs_and_seeds_have_texts_of_their_own():
 def test_only_genes_of_equal_counts_change_places():
     cells = study(40)
     texts = source(cells, top_k=0).texts[0]
-    words, moved = list(texts.words), 0
+    words, moved = list(texts.gene_names), 0
     before = texts.sentences(0, 40, 0)
     for epoch in (1, 2):
         after = texts.sentences(0, 40, epoch)
@@ -330,8 +330,8 @@ def test_records_are_named():
 def test_words_are_symbols_where_these_name_one_gene():
     ids = ["ENSG00000000001", "ENSG00000000002", "ENSG00000000003", "ENSG00000000004"]
     genes = GeneVocabulary.from_ids(ids, ["A1", "B", "A1", "C D"], name="words")
-    assert gene_words(genes) == (ids[0], "B", ids[2], ids[3])
-    human = gene_words(GeneVocabulary.human())
+    assert sentence_gene_names(genes) == (ids[0], "B", ids[2], ids[3])
+    human = sentence_gene_names(GeneVocabulary.human())
     assert len(set(human)) == len(human) == len(GeneVocabulary.human())
     assert all(word.split() == [word] for word in human)
     assert sum(not word.startswith("ENSG") for word in human) > 19_000
