@@ -1,13 +1,17 @@
 """sCT (sCellTransformer): a UNet of convolutions around a transformer, over the genes of many cells.
 
-Source: "A long range foundation model for zero-shot predictions in single-cell and spatial transcriptomics
-data", section 3. Where the text and the published checkpoint differ the flags of `SCTConfig` name both.
+Source: "A long range foundation model for zero-shot predictions in single-cell and spatial transcriptomics data",
+section 3. Where its text and the published checkpoint differ, an option of `SCTConfig` has both.
+
+    tokens (B, K, G) -> embeddings (B, K * G, 64) -> stem -> convolution tower (B, K * G / 256, 1024)
+                     -> transformer -> deconvolution tower with skip connections (B, K * G, 64) -> head (B, K, G, 7)
+
+B bags, K cells in a bag, G gene positions; widths of the published model. How the layers run (devices, chunks, what is
+saved for the gradient) stands in `sct.nn.execution`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
@@ -20,14 +24,19 @@ from einops import rearrange, reduce
 from sct.errors import ConfigError, DataError
 from sct.models.checks import check_range
 from sct.models.sct_config import SCTConfig
-from sct.models.sct_tower import TowerLevel, applied, gelu
 from sct.nn import axes
 from sct.nn.attention import TransformerBlock
-from sct.nn.conv import Conv, halo_of
+from sct.nn.chunked_map import saveable
+from sct.nn.conv import Borders, Conv, halo_of, pool_2x
+from sct.nn.execution import by_cells, by_positions, rematerialized
 from sct.nn.linear import Embed, Linear
-from sct.nn.pieces import Arrays, map_pieces
-from sct.nn.plain import at_once, wants_plain
+from sct.nn.norm import LayerNorm, SharedLayerNorm
 from sct.nn.spatial import spatial_features
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU in its tanh form."""
+    return jax.nn.gelu(x, approximate=True)
 
 
 class Stem(nn.Module):
@@ -38,26 +47,95 @@ class Stem(nn.Module):
     def setup(self) -> None:
         """Declare the convolution."""
         config = self.config
-        self.conv = Conv(config.filters[0], config.stem_kernel_size, dtype=jnp.dtype(config.dtype))
+        cell = config.num_genes if config.conv_boundary == "cell" else None
+        dtype = jnp.dtype(config.dtype)
+        self.conv = Conv(config.filters[0], config.stem_kernel_size, segment=cell, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (B, K * G, token_embed_dim) to (B, K * G, filters[0])."""
-        if self.is_initializing():
-            return self.part(x)
-        run = applied(self.clone(parent=None, name=None), "part")
-        cells = x.shape[1] // self.config.num_genes
-        return axes.on_each_part(run, self.variables["params"], x, cells=cells)
+        halo = 0 if self.config.conv_boundary == "cell" else halo_of(self.config.stem_kernel_size)
+        return by_cells(self, x, num_positions=self.config.num_genes, halo=halo, chunked=False)
 
-    def part(self, x: jax.Array) -> jax.Array:
-        """All cells at once, or those of one device."""
+    def normalize(self, x: jax.Array) -> jax.Array:
+        """Return x: the stem has no norm."""
+        return x
+
+    def convolve(self, x: jax.Array, borders: Borders | None, skip: None) -> jax.Array:
+        """Convolution and GELU."""
+        return gelu(self.conv(x, borders))
+
+
+class ConvBlock(nn.Module):
+    """Norm and convolution, the unit of both towers; a GELU follows. `upsample` doubles the positions."""
+
+    config: SCTConfig
+    features: int
+    kernel_size: int
+    num_positions: int
+    upsample: bool = False
+
+    def setup(self) -> None:
+        """Declare norm and convolution."""
+        config, positions = self.config, self.num_positions
+        if config.norm == "layer":
+            self.norm: nn.Module = LayerNorm(config.layer_norm_eps)
+        elif config.norm != "none":
+            self.norm = SharedLayerNorm(positions, config.norm == "shared", config.layer_norm_eps)
+        cell = positions if config.conv_boundary == "cell" else None
+        dtype = jnp.dtype(config.dtype)
+        self.conv = Conv(self.features, self.kernel_size, self.upsample, cell, dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map (B, K * G, C) to (B, K * G, features), or to (B, 2 K * G, features)."""
+        return self.convolve(self.normalize(x))
+
+    def normalize(self, x: jax.Array) -> jax.Array:
+        """Normalize each cell of (B, K * G, C)."""
+        return x if self.config.norm == "none" else self.norm(x)
+
+    def convolve(self, x: jax.Array, borders: Borders | None = None) -> jax.Array:
+        """Convolve the normalized sequence (B, K * G, C); for its borders see `Conv`."""
+        return saveable(self.conv(x, borders))
+
+
+class TowerLevel(nn.Module):
+    """Level of a tower: a block that changes the width, then a residual block with a kernel of one.
+
+        h = GELU(conv(norm(x)));  y = h + GELU(conv_1(norm(h)))
+
+    In the convolution tower the level ends with pooling, which halves the positions. In the deconvolution tower `conv`
+    is transposed, which doubles them, and the level ends by adding the skip connection.
+    """
+
+    config: SCTConfig
+    features: int
+    num_positions: int
+    upsample: bool = False
+
+    def setup(self) -> None:
+        """Declare the blocks."""
+        config, positions = self.config, self.num_positions
+        self.block = ConvBlock(config, self.features, config.conv_kernel_size, positions, self.upsample)
+        self.residual = ConvBlock(config, self.features, 1, positions * 2 if self.upsample else positions)
+
+    def __call__(self, x: jax.Array, skip: jax.Array | None = None) -> jax.Array:
+        """Map (B, K * G, C) to (B, K * G / 2, features), or with `upsample` to (B, 2 K * G, features)."""
         config = self.config
-        if config.conv_boundary == "cell":
-            cells = self.conv(rearrange(x, "b (k g) c -> (b k) g c", g=config.num_genes))
-            return gelu(rearrange(cells, "(b k) g c -> b (k g) c", b=x.shape[0]))
-        if axes.has_neighbours():
-            before, behind = axes.neighbours(x, halo_of(config.stem_kernel_size))
-            return gelu(self.conv(jnp.concatenate([before, x, behind], axis=1), with_halo=True))
-        return gelu(self.conv(x))
+        halo = 0 if config.conv_boundary == "cell" else halo_of(config.conv_kernel_size, self.upsample)
+        y = by_cells(self, x, skip, num_positions=self.num_positions, halo=halo, remat=config.remat)
+        return axes.constrain(y, axes.BATCH, axes.LENGTH, axes.CHANNEL)
+
+    def normalize(self, x: jax.Array) -> jax.Array:
+        """First norm."""
+        return self.block.normalize(x)
+
+    def convolve(self, x: jax.Array, borders: Borders | None, skip: jax.Array | None) -> jax.Array:
+        """All that follows the first norm."""
+        h = gelu(self.block.convolve(x, borders))
+        y = h + gelu(self.residual(h))
+        if not self.upsample:
+            return pool_2x(y, self.config.pool)
+        return y if skip is None else y + skip
 
 
 class Head(nn.Module):
@@ -73,52 +151,15 @@ class Head(nn.Module):
         self.logits = Linear(config.num_bins + 2, dtype=dtype)
 
     def __call__(self, x: jax.Array, cells: int | None = None) -> jax.Array:
-        """Map (..., filters[0]) to (..., num_bins + 2); `cells` is their number where (B, K * G, C) is all positions.
+        """Map (..., filters[0]) to (..., num_bins + 2); `cells` is K where x is a whole bag (B, K * G, filters[0])."""
+        return by_positions(self, "mlp", x, cells)
 
-        The hidden layers are 16 times as wide as what they read, so a long sequence goes through in pieces; on a mesh
-        only where devices have their own cells.
-        """
-        if self.is_initializing() or wants_plain() or (cells is None and axes.is_split()):
-            return self.whole(x)
-        run = functools.partial(_head_in_pieces, self.clone(parent=None, name=None))
-        if cells is None:
-            return run(self.variables, x)
-        return axes.on_each_part(run, self.variables, x, cells=cells)
-
-    def whole(self, x: jax.Array) -> jax.Array:
-        """All positions at once."""
+    def mlp(self, x: jax.Array) -> jax.Array:
+        """All layers, of each position by itself."""
         x = gelu(x)
         for layer in range(self.config.num_hidden_layers_head):
             x = gelu(getattr(self, f"hidden_{layer}")(x))
         return self.logits(x).astype(jnp.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Piece:
-    """The head as a function of its variables and of one piece of a sequence."""
-
-    head: Head
-
-    def __call__(self, variables: Any, inputs: Arrays, kept: Arrays | None) -> tuple[jax.Array, Arrays]:
-        return cast(jax.Array, self.head.apply(variables, *inputs, method="whole")), ()
-
-
-# Positions that the head handles at once: few stay in a processor's cache, many keep an accelerator busy.
-_HEAD_POSITIONS_CPU, _HEAD_POSITIONS = 4096, 65_536
-
-
-def _head_in_pieces(head: Head, variables: Any, x: jax.Array) -> jax.Array:
-    most = at_once(_HEAD_POSITIONS_CPU if jax.default_backend() == "cpu" else _HEAD_POSITIONS)
-    positions = x.size // x.shape[-1]
-    pieces = -(-positions // most)
-    if pieces == 1:
-        return cast(jax.Array, head.apply(variables, x, method="whole"))
-    # The most even pieces, the last one filled up.
-    size = -(-positions // pieces)
-    filled = jnp.pad(rearrange(x, "... d -> (...) d"), ((0, pieces * size - positions), (0, 0)))
-    parts = rearrange(filled, "(n s) d -> n s d", n=pieces)
-    y = rearrange(map_pieces(_Piece(head), False, variables, (parts,)), "n s c -> (n s) c")
-    return y[:positions].reshape(*x.shape[:-1], -1)
 
 
 class SCT(nn.Module):
@@ -128,40 +169,120 @@ class SCT(nn.Module):
     outputs: ClassVar[tuple[str, ...]] = ("logits", "cell_embedding")
     intermediates: ClassVar[tuple[str, ...]] = ("conv_out", "transformer_out", "deconv_out")
 
+    def setup(self) -> None:
+        """Declare the parts, named as in the paper."""
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        filters, genes, levels = config.filters, config.num_genes, range(config.num_downsamples)
+        self.token_embed = Embed(config.num_bins + 2, config.token_embed_dim, dtype)
+        if config.use_spatial:
+            # Zero, so that training on spatial data continues exactly where training on cells stopped.
+            self.spatial = Linear(config.token_embed_dim, dtype=jnp.float32, kernel_init=axes.zeros)
+        self.stem = Stem(config)
+        self.down = [TowerLevel(config, filters[i + 1], genes >> i) for i in levels]
+        block = rematerialized(TransformerBlock, config.remat)
+        self.transformer = [
+            block(config.num_heads, config.ffn_dim, config.rotary, config.layer_norm_eps, dtype)
+            for _ in range(config.num_layers)
+        ]
+        # up_0 is the innermost level.
+        self.up = [TowerLevel(config, filters[i], genes >> (i + 1), upsample=True) for i in reversed(levels)]
+        self.head = Head(config)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        coordinates: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> dict[str, jax.Array]:
+        """Compute logits, cell embeddings and the activations between the parts.
+
+        Parameters
+        ----------
+        tokens
+            Integers (B, K, G): 0 unexpressed, 1 .. num_bins - 1 levels, PAD, MASK.
+        coordinates
+            Rescaled positions of the cells (B, K, 2), for models with `use_spatial`; NaN for a cell without a
+            position, whose spatial term is zero.
+        positions
+            Flat positions (B, P) in the K * G sequence at which to evaluate the head; None for all. Or (B, S, P)
+            in S equal parts of it, each counted from the part's start, so that each device reads its own part.
+
+        Returns
+        -------
+        `logits` float32 (B, K, G, num_bins + 2), or those at `positions`, with num_bins + 2 as a further axis;
+        `cell_embedding` float32 (B, K, embed_dim): the mean over a cell's transformer positions; `conv_out`,
+        `transformer_out` (B, K G / 2^n, embed_dim); `deconv_out` (B, K G, filters[0]).
+        """
+        cells = tokens.shape[1]
+        conv_out, skips = self.encode(self.embed(tokens, coordinates))
+        transformer_out = self.transform(conv_out)
+        deconv_out = self.decode(transformer_out, skips)
+        if positions is None:
+            logits = rearrange(self.head(deconv_out, cells), "b (k g) c -> b k g c", k=cells)
+        else:
+            logits = self.head(_at_positions(deconv_out, positions)).reshape(*positions.shape, -1)
+        embedding = reduce(transformer_out.astype(jnp.float32), "b (k l) d -> b k d", "mean", k=cells)
+        return {
+            "logits": logits,
+            "cell_embedding": embedding,
+            "conv_out": conv_out,
+            "transformer_out": transformer_out,
+            "deconv_out": deconv_out,
+        }
+
+    def embed(self, tokens: jax.Array, coordinates: jax.Array | None = None) -> jax.Array:
+        """Embed tokens (B, K, G), and coordinates (B, K, 2) if any, as (B, K * G, token_embed_dim)."""
+        config = self.config
+        batch, cells, genes = tokens.shape
+        if genes != config.num_genes:
+            raise ConfigError(f"tokens have {genes} gene positions, but the model has {config.num_genes}.")
+        x = self.token_embed(tokens)
+        if config.use_spatial:
+            if coordinates is None:
+                coordinates = jnp.full((batch, cells, 2), jnp.nan)
+            x = x + self.embed_coordinates(coordinates).astype(x.dtype)[:, :, None, :]
+        elif coordinates is not None:
+            raise ConfigError("coordinates were given, but the model was built with use_spatial=False.")
+        return rearrange(x, "b k g d -> b (k g) d")
+
+    def embed_coordinates(self, coordinates: jax.Array) -> jax.Array:
+        """Map coordinates (B, K, 2) to (B, K, token_embed_dim); zero for a cell without a position."""
+        config = self.config
+        present = jnp.isfinite(coordinates).all(axis=-1, keepdims=True)
+        features = spatial_features(
+            jnp.where(present, coordinates, 0.0),
+            config.num_scales,
+            config.sigma_min,
+            config.sigma_max,
+            config.spatial_encoding,
+        )
+        return jnp.where(present, self.spatial(features), 0.0)
+
+    def encode(self, x: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """Stem and convolution tower: (B, K * G / 2^n, embed_dim), and the inputs of the levels."""
+        x = self.stem(x)
+        skips = []
+        for level in self.down:
+            skips.append(x)
+            x = level(x)
+        return x, skips
+
+    def transform(self, x: jax.Array) -> jax.Array:
+        """Transformer: (B, K * G / 2^n, embed_dim)."""
+        for block in self.transformer:
+            x = axes.constrain(block(x), axes.BATCH, axes.LENGTH, axes.EMBED)
+        return x
+
+    def decode(self, x: jax.Array, skips: list[jax.Array]) -> jax.Array:
+        """Deconvolution tower: (B, K * G, filters[0])."""
+        for level, skip in zip(self.up, reversed(skips), strict=True):
+            x = level(x, skip if self.config.use_skip_connection else None)
+        return x
+
     @staticmethod
     def example(config: SCTConfig) -> dict[str, jax.Array]:
         """Smallest inputs of a call, by name."""
         return {"tokens": jnp.zeros((1, 1, config.num_genes), jnp.uint8)}
-
-    @staticmethod
-    def flops(config: SCTConfig, batch: int, cells: int, head_positions: int | None = None) -> float:
-        """Operations of the matrix products and convolutions of one forward pass; a multiply-add counts as two.
-
-        Parameters
-        ----------
-        config
-            Architecture.
-        batch, cells
-            Bags (B) and cells of each (K).
-        head_positions
-            Positions of a bag at which the head is evaluated; None for all of them.
-        """
-        filters, levels = config.filters, config.num_downsamples
-        length = cells * config.num_genes
-        total: float = length * config.stem_kernel_size * config.token_embed_dim * filters[0]
-        for i in range(levels):
-            narrow, wide = filters[i], filters[i + 1]
-            down = (length >> i) * (config.conv_kernel_size * narrow * wide + wide**2)
-            # Half of the taps of a transposed convolution of stride 2 meet an inserted zero.
-            up = (length >> i) * (config.conv_kernel_size * narrow * wide / 2 + narrow**2)
-            total += down + up
-        inner, width = length >> levels, config.embed_dim
-        block = 4 * width**2 + 2 * inner * width + 3 * width * config.ffn_dim
-        total += config.num_layers * inner * block
-        hidden = [filters[0], *([width] * config.num_hidden_layers_head), config.num_bins + 2]
-        head = sum(into * out for into, out in itertools.pairwise(hidden))
-        total += (length if head_positions is None else head_positions) * head
-        return 2.0 * batch * total
 
     @staticmethod
     def check_inputs(config: SCTConfig, inputs: Mapping[str, Any]) -> None:
@@ -196,119 +317,43 @@ class SCT(nn.Module):
         if inputs.get("positions") is not None:
             check_range("positions", inputs["positions"], cells * genes - 1)
 
-    def setup(self) -> None:
-        """Declare the parts, named as in the paper."""
-        config = self.config
-        dtype = jnp.dtype(config.dtype)
-        block = TransformerBlock
-        if config.remat != "none":
-            keeps = {"products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-            block = nn.remat(TransformerBlock, policy=keeps.get(config.remat))
-        filters, genes = config.filters, config.num_genes
-        self.token_embed = Embed(config.num_bins + 2, config.token_embed_dim, dtype)
-        if config.use_spatial:
-            # Zero, so that training on spatial data continues exactly where training on cells stopped.
-            self.spatial = Linear(config.token_embed_dim, dtype=jnp.float32, kernel_init=axes.zeros)
-        self.stem = Stem(config)
-        self.down = [TowerLevel(config, filters[i + 1], genes >> i) for i in range(config.num_downsamples)]
-        self.transformer = [
-            block(config.num_heads, config.ffn_dim, config.rotary, config.layer_norm_eps, dtype)
-            for _ in range(config.num_layers)
-        ]
-        inwards = reversed(range(config.num_downsamples))  # level 0 of the way up is the innermost
-        self.up = [TowerLevel(config, filters[i], genes >> (i + 1), True) for i in inwards]
-        self.head = Head(config)
-
-    def embed(self, tokens: jax.Array, coordinates: jax.Array | None = None) -> jax.Array:
-        """Embed tokens (B, K, G), and coordinates (B, K, 2) if any, as (B, K * G, token_embed_dim)."""
-        config = self.config
-        batch, cells, genes = tokens.shape
-        if genes != config.num_genes:
-            raise ConfigError(f"tokens have {genes} gene positions, but the model has {config.num_genes}.")
-        x = self.token_embed(tokens)
-        if config.use_spatial:
-            if coordinates is None:
-                # The term is zero for data without coordinates; the call declares the parameters.
-                self.spatial(jnp.zeros((batch, cells, self._spatial_width())))
-            else:
-                present = jnp.isfinite(coordinates).all(axis=-1, keepdims=True)
-                features = spatial_features(
-                    jnp.where(present, coordinates, 0.0),
-                    config.num_scales,
-                    config.sigma_min,
-                    config.sigma_max,
-                    config.spatial_encoding,
-                )
-                x = x + jnp.where(present, self.spatial(features), 0.0).astype(x.dtype)[:, :, None, :]
-        elif coordinates is not None:
-            raise ConfigError("coordinates were given, but the model was built with use_spatial=False.")
-        return rearrange(x, "b k g d -> b (k g) d")
-
-    def _spatial_width(self) -> int:
-        return self.config.num_scales * (4 if self.config.spatial_encoding == "paper" else 2)
-
-    def encode(self, x: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        """Stem and convolution tower: (B, K * G / 2^n, embed_dim) and the inputs of the levels."""
-        x = self.stem(x)
-        skips = []
-        for level in self.down:
-            skips.append(x)
-            x = level(x)
-        return x, skips
-
-    def decode(self, x: jax.Array, skips: list[jax.Array]) -> jax.Array:
-        """Deconvolution tower: (B, K * G, filters[0])."""
-        for level, skip in zip(self.up, reversed(skips), strict=True):
-            x = level(x, skip if self.config.use_skip_connection else None)
-        return x
-
-    def __call__(
-        self,
-        tokens: jax.Array,
-        coordinates: jax.Array | None = None,
-        positions: jax.Array | None = None,
-    ) -> dict[str, jax.Array]:
-        """Compute logits, cell embeddings and the activations between the parts.
+    @staticmethod
+    def flops(config: SCTConfig, batch: int, cells: int, head_positions: int | None = None) -> float:
+        """Operations of the matrix products and convolutions of one forward pass; a multiply-add counts as two.
 
         Parameters
         ----------
-        tokens
-            Integers (B, K, G): 0 unexpressed, 1 .. num_bins - 1 levels, PAD, MASK.
-        coordinates
-            Rescaled positions of the cells (B, K, 2), for models with `use_spatial`; NaN for a cell without a
-            position, whose spatial term is zero.
-        positions
-            Flat positions (B, P) in the K * G sequence at which to evaluate the head; None for all. Or (B, S, P)
-            in S equal parts of it, each counted from the part's start, so that devices look at their own.
-
-        Returns
-        -------
-        `logits` float32 (B, K, G, num_bins + 2), or those at `positions`, with num_bins + 2 as a further axis;
-        `cell_embedding` float32 (B, K, embed_dim): the mean over a cell's transformer positions; `conv_out`,
-        `transformer_out` (B, K G / 2^n, embed_dim); `deconv_out` (B, K G, filters[0]).
+        config
+            Architecture.
+        batch, cells
+            Bags (B) and cells of each (K).
+        head_positions
+            Positions of a bag at which the head is evaluated; None for all of them.
         """
-        batch, cells, _ = tokens.shape
-        conv_out, skips = self.encode(self.embed(tokens, coordinates))
-        x = conv_out
-        for block in self.transformer:
-            x = axes.constrain(block(x), axes.BATCH, axes.LENGTH, axes.EMBED)
-        deconv_out = self.decode(x, skips)
-        if positions is None:
-            logits = rearrange(self.head(deconv_out, cells), "b (k g) c -> b k g c", k=cells)
-        else:
-            parts = positions.reshape(batch, -1, positions.shape[-1])
-            rows = rearrange(deconv_out, "b (s l) d -> b s l d", s=parts.shape[1])
-            chosen = jnp.take_along_axis(rows, parts[..., None], axis=2)
-            chosen = axes.constrain(chosen, axes.BATCH, axes.CELL, None, None)
-            logits = self.head(chosen).reshape(*positions.shape, -1)
-        embedding = reduce(x.astype(jnp.float32), "b (k l) d -> b k d", "mean", k=cells)
-        return {
-            "logits": logits,
-            "cell_embedding": embedding,
-            "conv_out": conv_out,
-            "transformer_out": x,
-            "deconv_out": deconv_out,
-        }
+        filters, levels = config.filters, config.num_downsamples
+        length = cells * config.num_genes
+        total: float = length * config.stem_kernel_size * config.token_embed_dim * filters[0]
+        for i in range(levels):
+            narrow, wide = filters[i], filters[i + 1]
+            down = (length >> i) * (config.conv_kernel_size * narrow * wide + wide**2)
+            # Half of the taps of a transposed convolution of stride 2 meet an inserted zero.
+            up = (length >> i) * (config.conv_kernel_size * narrow * wide / 2 + narrow**2)
+            total += down + up
+        inner, width = length >> levels, config.embed_dim
+        block = 4 * width**2 + 2 * inner * width + 3 * width * config.ffn_dim
+        total += config.num_layers * inner * block
+        hidden = [filters[0], *([width] * config.num_hidden_layers_head), config.num_bins + 2]
+        head = sum(into * out for into, out in itertools.pairwise(hidden))
+        total += (length if head_positions is None else head_positions) * head
+        return 2.0 * batch * total
+
+
+def _at_positions(x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Vectors of a sequence (B, L, C) at positions (B, P) or (B, S, P) in S equal parts of it, (B, S or 1, P, C)."""
+    parts = positions.reshape(positions.shape[0], -1, positions.shape[-1])
+    rows = rearrange(x, "b (s l) c -> b s l c", s=parts.shape[1])
+    chosen = jnp.take_along_axis(rows, parts[..., None], axis=2)
+    return axes.constrain(chosen, axes.BATCH, axes.CELL, None, None)
 
 
 def level_probabilities(

@@ -20,7 +20,7 @@ from sct.nn.adapters import Prefix, prefix_of
 from sct.nn.chunked_attention import EVERYONE, NO_ONE, Mask, chunked_attention, default_chunks
 from sct.nn.linear import Linear
 from sct.nn.norm import EPSILON, LayerNorm
-from sct.nn.plain import wants_plain
+from sct.nn.reference import use_reference
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Mask | None], jax.Array]
 
@@ -62,7 +62,7 @@ def attend(
 
     - on GPU in 16 bits, cuDNN's flash kernel through `jax.nn.dot_product_attention`, unless there are segments, or an
       order and a prefix;
-    - up to one chunk of keys, and inside `plain_forms`, `jax.nn.dot_product_attention` as XLA writes it;
+    - up to one chunk of keys, and inside `reference_kernels`, `jax.nn.dot_product_attention` as XLA writes it;
     - otherwise `chunked_attention`.
 
     On a mesh each device attends from its own queries, heads and bags. Where it holds a part of the sequence it
@@ -156,7 +156,7 @@ def _form(
     """
     order = None if mask is None else mask.order
     more = 0 if prefix is None else prefix.keys.shape[1]
-    if not wants_plain():
+    if not use_reference():
         # cuDNN's order is that of queries and keys counted from zero, and it knows no segments here.
         counted = order is None or (isinstance(order, int) and order == 0 and not parted and not more)
         segments = (mask is not None and mask.query is not None) or (

@@ -1,7 +1,14 @@
-"""Logical axis names of parameters and activations, and how a parameter is declared.
+"""Logical axis names of parameters and activations, and what a mesh makes of them.
 
-A parameter's shape, dtype, initialiser and axis names are declared in one call; sharding, abstract
-initialisation and memory sums derive from it. `sct.train.sharding` maps the names to mesh axes.
+Layers name the axes of their arrays ("batch", "length", "channel"). Rules map the names to mesh axes ("data", "fsdp",
+"tensor", "sequence"); `sct.train.sharding` makes the mesh. So a layer runs on any mesh, and without one.
+
+There are two ways to place the work of a layer, and a layer chooses one:
+
+- `constrain` says where an activation lies, and XLA finds the communication. Right for matrix products.
+- `on_each_device` runs a function on each device's own bags and cells, as if there were nothing else. Right for norms
+  and convolutions along the sequence, for which XLA gathers the whole sequence. `neighbor_positions` fetches the few
+  positions that a convolution needs from the devices next to it.
 """
 
 from __future__ import annotations
@@ -34,10 +41,10 @@ EMBED = "embed"
 HEADS = "heads"
 HEAD_DIM = "head_dim"
 MLP = "mlp"
-TAPS = "taps"  # kernel positions of a convolution
+KERNEL = "kernel"  # positions of a convolution's kernel
 GENE_SCALE = "gene_scale"  # one entry per gene position (shared layer norm)
 
-# Logical axis -> mesh axes (`sct.train.sharding` makes the mesh); names that are not here stay whole.
+# Logical axis -> mesh axes. An axis whose name is not here stays whole on every device.
 RULES: dict[str, tuple[str, ...]] = {
     BATCH: ("data", "fsdp"),
     LENGTH: ("sequence",),
@@ -60,7 +67,10 @@ ones: Initializer = jax.nn.initializers.ones
 def param(
     module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...]
 ) -> jax.Array:
-    """Declare a float32 parameter of `module` with one logical axis name per dimension."""
+    """Declare a float32 parameter of `module`: shape, initializer, and one logical axis name per dimension.
+
+    Sharding, abstract initialization and sums of memory derive from this one declaration.
+    """
     if len(shape) != len(axes):
         raise ValueError(f"parameter {name}: {len(shape)} dimensions but {len(axes)} axis names")
     # Inside a module the box that carries the names is already opened.
@@ -74,7 +84,7 @@ _active: ContextVar[tuple[Mesh, AxisRules] | None] = ContextVar("sct_mesh", defa
 
 @contextmanager
 def on_mesh(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
-    """Trace what is inside with activations placed on `mesh`, by logical axis name."""
+    """Trace with activations placed on `mesh`, by the names of their axes."""
     token = _active.set((mesh, rules))
     try:
         yield
@@ -87,8 +97,8 @@ def spec(
 ) -> PartitionSpec:
     """Mesh axes of an array with named axes.
 
-    An axis goes to the mesh axes that `rules` give its name, unless an earlier axis of the array has taken
-    one of them or its size is no multiple of their devices; then it stays whole.
+    An axis gets the mesh axes that `rules` give to its name. It stays whole where an earlier axis of the array has
+    taken one of them, or where the number of their devices does not divide its size.
     """
     taken: set[str] = set()
     parts: list[tuple[str, ...] | None] = []
@@ -102,28 +112,28 @@ def spec(
 
 
 def placement(shape: tuple[int, ...], *names: str | None) -> tuple[Mesh, PartitionSpec] | None:
-    """Mesh, and mesh axes of an activation with named axes; None where `is_split` is not."""
+    """Mesh, and mesh axes of an activation with named axes; None unless `is_sharded`."""
     active = _active.get()
-    if active is None or not is_split():
+    if active is None or not is_sharded():
         return None
     mesh, rules = active
     return mesh, spec(shape, names, mesh, rules)
 
 
-def is_split() -> bool:
-    """Whether activations are placed on a mesh of several devices; not where a device sees its part alone."""
+def is_sharded() -> bool:
+    """Whether activations are placed on a mesh of several devices; not inside of `on_each_device`."""
     active = _active.get()
-    return active is not None and active[0].size > 1 and not _own_axes()
+    return active is not None and active[0].size > 1 and not _manual_axes()
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Name the axes of an activation; a no-op outside `on_mesh`."""
+    """Name the axes of an activation; nothing happens unless `is_sharded`."""
     placed = placement(x.shape, *names)
     return x if placed is None else jax.lax.with_sharding_constraint(x, NamedSharding(*placed))
 
 
-def parts_of(name: str, size: int) -> int:
-    """Number of equal parts, one after the other, in which `on_mesh` places an axis of that name and size."""
+def shards_of(name: str, size: int) -> int:
+    """Number of equal parts in which an axis of that name and size is placed on the mesh; 1 without a mesh."""
     placed = placement((size,), name)
     return 1 if placed is None else math.prod(placed[0].shape[axis] for axis in _mesh_axes(placed[1][0]))
 
@@ -133,21 +143,21 @@ def _mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
-def on_each_part(
+def on_each_device(
     function: Callable[..., jax.Array], params: Any, *sequences: jax.Array | None, cells: int
 ) -> jax.Array:
-    """Run a layer on each device's own bags and cells, as if there were nothing else.
+    """Run a function on each device's own bags and cells.
 
-    Outside `on_mesh`, or where a mesh divides neither, it is `function(params, *sequences)`. Otherwise `function`
-    sees the device's part of each sequence and no mesh, but for `neighbours`; mesh axes that divide neither bags nor
-    sequences are left to XLA.
+    It sees its part of each sequence, and no mesh except through `neighbor_positions`. Mesh axes that divide neither
+    bags nor cells (those of parameters) are left to XLA. Without a mesh, or where it divides neither, this is
+    `function(params, *sequences)`.
 
     Parameters
     ----------
     function
-        (params, *sequences) -> sequence (B, L', D), where every cell gives equally many positions.
+        (params, *sequences) -> sequence (B, L', D) with equally many positions for every cell.
     params
-        Tree of parameters, which every device sees whole but for the axes left to XLA.
+        Tree of parameters; each device sees them whole, except for the axes left to XLA.
     sequences
         Arrays (B, L, C) of `cells` cells each, or None.
     cells
@@ -156,7 +166,7 @@ def on_each_part(
     Raises
     ------
     ConfigError
-        The cells cannot be divided evenly.
+        The devices do not divide the cells.
     """
     batch = next(x.shape[0] for x in sequences if x is not None)
     placed = placement((batch, cells), BATCH, CELL)
@@ -180,43 +190,43 @@ def on_each_part(
     return shard(params, *sequences)
 
 
-def _own_axes() -> frozenset[str]:
+def _manual_axes() -> frozenset[str]:
     """Mesh axes of which the code being traced sees one part: those of the `shard_map` around it.
 
-    Asked of JAX, because gradients are traced when a function that set a context of ours has returned.
+    Asked of JAX: a gradient is traced after a function that set a context variable of ours would have returned.
     """
     return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
 
 
-def has_neighbours() -> bool:
-    """Whether a function under `on_each_part` sees a part of a sequence that goes on on other devices."""
-    return bool(_own_axes().intersection(RULES[CELL]))
+def is_sequence_cut() -> bool:
+    """Whether a function under `on_each_device` sees a part of a sequence, whose rest lies on other devices."""
+    return bool(_manual_axes().intersection(RULES[CELL]))
 
 
-def neighbours(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """Positions (B, size, C) before and behind this device's part (B, L, C) of a sequence.
+def neighbor_positions(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Positions (B, size, C) before and after this device's part x (B, L, C) of a sequence.
 
-    Zeros at the ends of the whole sequence, and where it is not divided.
+    They are zeros at the ends of the whole sequence, and where it is not cut.
 
     Raises
     ------
     ConfigError
-        The part is shorter than what its neighbours see of it.
+        The part is shorter than what its neighbors need of it.
     """
-    along = tuple(axis for axis in RULES[CELL] if axis in _own_axes())
+    along = tuple(axis for axis in RULES[CELL] if axis in _manual_axes())
     if not along:
         outside = jnp.zeros((x.shape[0], size, x.shape[2]), x.dtype)
         return outside, outside
     if x.shape[1] < size:
         raise ConfigError(
-            f"a device of the mesh axis {along[0]!r} has {x.shape[1]} positions of a sequence, but its neighbours "
-            f"see {size} of them: use fewer devices there, or more cells in a bag."
+            f"a device along the mesh axis {along[0]!r} has {x.shape[1]} positions of a sequence, but its neighbors "
+            f"need {size} of them: use fewer devices there, or more cells in a bag."
         )
     parts = jax.lax.axis_size(along)
-    # Devices to which nothing is sent receive zeros.
+    # `ppermute` gives zeros to a device to which nothing is sent.
     before = jax.lax.ppermute(x[:, x.shape[1] - size :], along, [(i, i + 1) for i in range(parts - 1)])
-    behind = jax.lax.ppermute(x[:, :size], along, [(i + 1, i) for i in range(parts - 1)])
-    return before, behind
+    after = jax.lax.ppermute(x[:, :size], along, [(i + 1, i) for i in range(parts - 1)])
+    return before, after
 
 
 def shardings(boxed: Any, mesh: Mesh, rules: AxisRules) -> Any:

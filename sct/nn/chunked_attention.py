@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
 
-from sct.nn.plain import at_once
+from sct.nn.reference import chunk_limit
 
 # Query and key positions of a block. On CPU a block of 16 heads then stays near the caches, which is 3 to 4 times
 # faster than whole scores at 3,900 positions; accelerators need larger products.
@@ -32,7 +32,7 @@ def default_chunks(ordered: bool = False) -> tuple[int, int]:
     queries, keys = ORDERED_CHUNKS if ordered else CHUNKS
     if jax.default_backend() == "cpu":
         queries, keys = CPU_ORDERED_CHUNKS if ordered else CPU_CHUNKS
-    return at_once(queries), at_once(keys)
+    return chunk_limit(queries), chunk_limit(keys)
 
 
 # Weight of what is not seen: finite, so that a query that sees nothing has an even mean instead of NaN.

@@ -12,7 +12,7 @@ from einops import rearrange
 from jax import lax
 
 from sct.nn import axes
-from sct.nn.plain import at_once, wants_plain
+from sct.nn.reference import chunk_limit, use_reference
 
 # Scores that a device holds at once: 64 MB in float32.
 _SCORES = 1 << 24
@@ -49,9 +49,9 @@ def token_losses(
     chex.assert_type(targets, int)
     chex.assert_equal_shape_prefix([hidden, targets], 2)
     batch, length = targets.shape
-    parts = axes.parts_of(axes.BATCH, batch) * axes.parts_of(axes.TEXT_VOCAB, vocab_size)
-    most = at_once(max(1, _SCORES * parts // (vocab_size * batch)))
-    if wants_plain() or length <= most:
+    parts = axes.shards_of(axes.BATCH, batch) * axes.shards_of(axes.TEXT_VOCAB, vocab_size)
+    most = chunk_limit(max(1, _SCORES * parts // (vocab_size * batch)))
+    if use_reference() or length <= most:
         return piece((hidden, targets))
     pieces = -(-length // most)
     size = -(-length // pieces)

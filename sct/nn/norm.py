@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from sct.nn import axes
-from sct.nn.plain import wants_plain
+from sct.nn.reference import use_reference
 
 EPSILON = 1e-5
 
@@ -78,7 +78,7 @@ class SharedLayerNorm(nn.Module):
             bias = axes.param(self, "bias", axes.zeros, shape, names)
         else:
             scale, bias = jnp.ones(self.num_positions), jnp.zeros(self.num_positions)
-        norm = _plain_shared_norm if wants_plain() else shared_norm
+        norm = _plain_shared_norm if use_reference() else shared_norm
         return rearrange(norm(cells, scale, bias, self.epsilon), "(b k) g d -> b (k g) d", b=x.shape[0])
 
 

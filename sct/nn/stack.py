@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 
 from sct.nn import adapters, axes
+from sct.nn.execution import rematerialized
 
 
 class _Step(nn.Module):
@@ -36,19 +37,14 @@ def stack(layer: type[nn.Module], config: Any, number: int, remat: str, name: st
     layer
         Class of the layer, made of its configuration alone.
     remat
-        What each layer keeps for the backward pass: "none" everything, "products" the outputs of matrix products,
-        "level" its input.
+        What each layer saves for the backward pass, see `rematerialized`.
     name
         Name of the stack's parameters.
     seen
         Number of further arguments of the layer, the same for all layers.
     """
-    step = _Step
-    if remat != "none":
-        keeps = {"products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-        step = nn.remat(_Step, policy=keeps.get(remat), prevent_cse=False)
     scanned = nn.scan(
-        step,
+        rematerialized(_Step, remat, prevent_cse=False),
         variable_axes={"params": 0, adapters.COLLECTION: 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(nn.broadcast,) * seen,

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from sct.errors import SctError
-from sct.nn.plain import plain_forms, smaller_pieces
+from sct.nn.reference import reference_kernels, smaller_chunks
 from sct.speed.ceiling import arithmetic
 
 # Largest difference in relative norm where products are exact float32: about 40 layers, and sums over a million
@@ -110,9 +110,9 @@ def compare(what: str, dtype: str, fast: ComputationPath, plain: ComputationPath
     """
     kind = arithmetic(dtype)
     with jax.default_matmul_precision("highest"):
-        with smaller_pieces(share):
+        with smaller_chunks(share):
             made = fast(EXACT_MODEL if kind != "float32" else {})
-        with plain_forms():
+        with reference_kernels():
             expected = plain({**PLAIN_MODEL, **EXACT_MODEL})
     names = differences(expected, expected)
     limits = {name: TOLERANCE * (LEAF_FACTOR if "leaf" in name else 1.0) for name in names}
@@ -120,11 +120,11 @@ def compare(what: str, dtype: str, fast: ComputationPath, plain: ComputationPath
     if kind == "float32":
         return {"arithmetic": kind, "differences": found, "limits": limits}
     del made
-    with plain_forms():
+    with reference_kernels():
         rounding = differences(plain(PLAIN_MODEL), expected)
     own_limits = {name: ROUNDING_FACTOR * rounding[name] + TOLERANCE for name in names}
     own_limits.update({name: LOSS_TOLERANCE[kind] for name in names if name == "loss"})
-    with smaller_pieces(share):
+    with smaller_chunks(share):
         made = fast({})
     own = _require(f"{what} in {kind}", made, expected, own_limits)
     exact = {"differences_in_float32": found, "limits_in_float32": limits}

@@ -1,7 +1,7 @@
 """Is it right? Steps compared with the reference path, before any time of theirs is believed.
 
 The reference path is the same model with the same parameters on the same bag with the same masks, where every layer
-takes its plainest form (`sct.nn.plain`), everything is float32 with exact products, the head is evaluated at all
+takes its plainest form (`sct.nn.reference`), everything is float32 with exact products, the head is evaluated at all
 positions, and nothing is computed twice to save memory. Parameters are random; those that start at 0 or 1 are moved,
 so that what they do shows.
 """

@@ -205,7 +205,7 @@ class MaskedExpression:
         dropped_targets = jnp.zeros((), jnp.float32)
         if self.config.max_masked_fraction and train:
             # Devices that share the cells of a bag have a share of the budget each, for their own cells.
-            parts = axes.parts_of(axes.CELL, tokens.shape[1])
+            parts = axes.shards_of(axes.CELL, tokens.shape[1])
             masked, targets = (x.reshape(x.shape[0], parts, -1) for x in (masked, targets))
             length //= parts
             budget = min(length, max(1, round(self.config.max_masked_fraction * length)))

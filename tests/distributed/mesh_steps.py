@@ -18,8 +18,7 @@ import optax
 
 from sct.data.store import Store
 from sct.families.tasks import make_task
-from sct.models import sct_tower
-from sct.nn import chunked_attention
+from sct.nn import chunked_attention, execution
 from sct.train import sharding
 from sct.train.checkpoint import Checkpoints, RunProgress
 from sct.train.optim import OptimizerConfig, make_optimizer
@@ -27,7 +26,7 @@ from sct.train.state import State, init_state, make_train_step
 
 # So that the short sequences of a test have several chunks, the last of them not full, and several pieces.
 chunked_attention.CPU_CHUNKS = (5, 16)
-sct_tower._POSITIONS_AT_ONCE = 32
+execution.LEVEL_CHUNK_CPU = 32
 
 
 def recorder() -> optax.GradientTransformation:

@@ -153,7 +153,7 @@ def test_cells_must_divide_over_the_mesh():
         axes.on_mesh(mesh, sharding.RULES),
         pytest.raises(ConfigError, match=r"--config\.data\.cells_per_bag=16"),
     ):
-        axes.on_each_part(lambda params, x: x, {}, jnp.zeros((1, 24, 2)), cells=12)
+        axes.on_each_device(lambda params, x: x, {}, jnp.zeros((1, 24, 2)), cells=12)
 
 
 def test_a_batch_must_divide_over_the_mesh():

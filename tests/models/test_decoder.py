@@ -19,7 +19,7 @@ from sct.models.decoder import Decoder, running_positions
 from sct.models.decoder_config import DecoderConfig, GPT2Config, LlamaConfig, NeoXConfig
 from sct.nn.chunked_attention import Mask
 from sct.nn.paths import flatten, unflatten
-from sct.nn.plain import plain_forms
+from sct.nn.reference import reference_kernels
 from sct.weights.pretrained import Pretrained
 from tests.cached import cached
 from tests.random_models import random_model
@@ -208,7 +208,7 @@ def test_operations_by_formula_are_those_that_the_compiler_counts(family):
         lambda key: nn.unbox(Decoder(config).init(key, **Decoder.example(config))), jax.random.key(0)
     )
     batch, length = 2, 256
-    with plain_forms():
+    with reference_kernels():
         compiled = jax.jit(Decoder(config).apply).lower(
             shapes, jax.ShapeDtypeStruct((batch, length), jnp.int32)
         ).compile()  # fmt: skip

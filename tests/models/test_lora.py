@@ -20,9 +20,9 @@ import pytest
 
 from sct.errors import CheckpointError, ConfigError
 from sct.models import lora
-from sct.models import sct as sct_model
 from sct.models.lora import LoraConfig
 from sct.models.sct import SCT
+from sct.nn import execution
 from sct.nn.linear import Linear
 from sct.nn.paths import flatten, unflatten
 from sct.train import sharding
@@ -89,7 +89,7 @@ def test_a_merged_model_is_the_adapted_one(family):
 
 
 @pytest.mark.slow
-def test_a_head_that_takes_a_sequence_in_pieces(monkeypatch):
+def test_a_head_that_takes_a_sequence_in_chunks(monkeypatch):
     variables = adapted("sct", LoraConfig(("head",), rank=3, alpha=6.0))
     module = SCT(config("sct"))
 
@@ -101,7 +101,7 @@ def test_a_head_that_takes_a_sequence_in_pieces(monkeypatch):
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["adapters"])
 
     whole = computed()
-    monkeypatch.setattr(sct_model, "_HEAD_POSITIONS_CPU", 7)
+    monkeypatch.setattr(execution, "POINTWISE_CHUNK_CPU", 7)
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(computed()), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 

@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 
 from sct.errors import ConfigError
-from sct.models import sct as sct_model
-from sct.models import sct_tower
 from sct.models.sct import SCT
 from sct.models.sct_config import SCTConfig, pad_to_multiple
-from sct.nn.plain import plain_forms, smaller_pieces
+from sct.nn import execution
+from sct.nn.reference import reference_kernels, smaller_chunks
 from sct.nn.spatial import spatial_features
 from tests.cached import cached
 
@@ -190,8 +189,8 @@ def test_the_head_at_chosen_positions_gives_the_dense_logits():
     close(got, np.take_along_axis(dense, positions[..., None], axis=1))
 
 
-PIECES = [("level", 8), ("products", 8)]
-FORMS = [("none", 4096), ("level", 4096), *PIECES]
+CHUNKS = [("level", 8), ("products", 8)]
+FORMS = [("none", 4096), ("level", 4096), *CHUNKS]
 
 
 @pytest.fixture
@@ -207,37 +206,36 @@ def compiled_anew():
     ("options", "forms"),
     [
         ({}, FORMS),
-        ({"norm": "layer", "conv_kernel_size": 4, "use_skip_connection": False}, PIECES),
-        ({"norm": "none", "pool": "max", "conv_boundary": "cell"}, PIECES),
+        ({"norm": "layer", "conv_kernel_size": 4, "use_skip_connection": False}, CHUNKS),
+        ({"norm": "none", "pool": "max", "conv_boundary": "cell"}, CHUNKS),
         ({"norm": "shared_fixed", "pool": "max"}, FORMS),
         ({"conv_boundary": "cell"}, FORMS),
     ],
     ids=["default", "layer, 4 taps, no skip", "none, max, cell", "shared_fixed, max", "cell"],
 )
-def test_what_is_kept_and_in_how_many_pieces_changes_neither_loss_nor_gradient(
+def test_what_is_kept_and_in_how_many_chunks_changes_neither_loss_nor_gradient(
     options, forms, monkeypatch, compiled_anew
 ):
     config = dataclasses.replace(SMALL, **options)
-    with plain_forms():
+    with reference_kernels():
         loss, gradient = _loss(config, variables(config), tokens())
     for remat, positions in forms:
         compiled_anew()
-        monkeypatch.setattr(sct_tower, "_POSITIONS_AT_ONCE", positions)
-        monkeypatch.setattr(sct_model, "_HEAD_POSITIONS_CPU", 3 * positions // 2)
+        monkeypatch.setattr(execution, "LEVEL_CHUNK_CPU", positions)
+        monkeypatch.setattr(execution, "POINTWISE_CHUNK_CPU", 3 * positions // 2)
         other_loss, other = _loss(dataclasses.replace(config, remat=remat), variables(config), tokens())
         close(other_loss, loss, 1e-6)
         chex.assert_trees_all_close(other, gradient, rtol=1e-5, atol=1e-5)
 
 
-def test_pieces_are_whole_cells_and_divide_a_bag(monkeypatch):
-    config = dataclasses.replace(SMALL, remat="level")
-    monkeypatch.setattr(sct_tower, "_POSITIONS_AT_ONCE", 64)
+def test_chunks_are_whole_cells_and_divide_a_bag(monkeypatch):
+    monkeypatch.setattr(execution, "LEVEL_CHUNK_CPU", 64)
     counts = (1, 2, 3, 4, 9, 50)
-    assert [sct_tower._cells_at_once(config, cells, 32) for cells in counts] == [1, 2, 3, 2, 3, 2]
-    with smaller_pieces(0.5):
-        assert [sct_tower._cells_at_once(config, cells, 32) for cells in counts] == [1, 1, 1, 1, 1, 1]
-    with plain_forms():
-        assert sct_tower._cells_at_once(config, 50, 32) == 50
+    assert [execution.cells_per_chunk(cells, 32) for cells in counts] == [1, 2, 3, 2, 3, 2]
+    with smaller_chunks(0.5):
+        assert [execution.cells_per_chunk(cells, 32) for cells in counts] == [1, 1, 1, 1, 1, 1]
+    with reference_kernels():
+        assert execution.cells_per_chunk(50, 32) == 50
 
 
 def test_bfloat16_is_near_float32():

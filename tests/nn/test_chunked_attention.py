@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sct.nn import attention, chunked_attention
-from sct.nn.plain import plain_forms
+from sct.nn.reference import reference_kernels
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ def test_no_matrix_of_all_scores_is_made_in_either_direction():
         step = jax.jit(jax.value_and_grad(lambda *qkv: attend(*qkv).sum(), argnums=(0, 1, 2)))
         return step.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
-    with plain_forms():
+    with reference_kernels():
         assert needs(lambda *qkv: attention.attend(*qkv)) > whole
     assert needs(attention.attend) < whole / 10
 
@@ -96,7 +96,7 @@ def test_short_sequences_and_the_reference_path_are_plain(monkeypatch):
     most = chunked_attention.default_chunks()[1]
     short, long = (normal(1, length, 1, 2, seed=0) for length in (most, most + 1))
     attention.attend(short, short, short)
-    with plain_forms():
+    with reference_kernels():
         attention.attend(long, long, long)
     with pytest.raises(AssertionError, match="chunked"):
         attention.attend(long, long, long)

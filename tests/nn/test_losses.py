@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh
 
 from sct.nn import axes, losses
 from sct.nn.losses import token_losses
-from sct.nn.plain import plain_forms, smaller_pieces
+from sct.nn.reference import reference_kernels, smaller_chunks
 from sct.train import sharding
 
 VOCAB, WIDTH = 13, 5
@@ -65,7 +65,7 @@ def gradients(hidden, targets, table, weights):
 def test_pieces_are_the_whole(batch, length, most):
     hidden, targets, table = data(batch, length, seed=length)
     weights = np.random.default_rng(1).normal(size=(batch, length)).astype(np.float32)
-    with plain_forms():
+    with reference_kernels():
         whole = gradients(hidden, targets, table, weights)
     before, losses._SCORES = losses._SCORES, most * VOCAB
     try:
@@ -102,9 +102,9 @@ def test_scores_of_all_positions_never_exist():
         step = jax.jit(jax.value_and_grad(loss, argnums=(0, 2)))
         return step.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
-    with plain_forms():
+    with reference_kernels():
         assert needs() >= whole
-    with smaller_pieces(1 / 128):  # 32 positions
+    with smaller_chunks(1 / 128):  # 32 positions
         assert needs() < whole / 4
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sct.nn import attention, chunked_attention
 from sct.nn.chunked_attention import Mask
-from sct.nn.plain import plain_forms, smaller_pieces
+from sct.nn.reference import reference_kernels, smaller_chunks
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -77,7 +77,7 @@ def chunked(sizes):
 
 def agree(arrays, mask, seen, sizes):
     is_target = seen.any(axis=2)
-    with plain_forms():
+    with reference_kernels():
         expected = both(attention.attend, arrays, mask, is_target)
     found = both(chunked(sizes), arrays, mask, is_target)
     value = by_hand(*arrays, seen)
@@ -141,7 +141,7 @@ def test_a_query_that_sees_nothing_has_the_mean_of_all_values():
     own, other = np.zeros((2, 7), np.int32), np.ones((2, 10), np.int32)
     own[:, 2:] = 1
     mask, everything = Mask(own, other), np.ones((2, 7), bool)
-    with plain_forms():
+    with reference_kernels():
         expected = both(attention.attend, arrays, mask, everything)
     found = both(chunked((3, 4)), arrays, mask, everything)
     np.testing.assert_allclose(
@@ -169,7 +169,7 @@ def test_what_is_not_seen_does_not_count_however_large_it_is():
 def test_heads_that_share_keys_are_neighbours(heads, groups):
     arrays = inputs(5, 5, heads, groups)
     seen = visible(5, 5, order=0)
-    for place in (lambda: plain_forms(), lambda: smaller_pieces(0.02)):
+    for place in (lambda: reference_kernels(), lambda: smaller_chunks(0.02)):
         with place():
             found = both(attention.attend, arrays, Mask(order=0), np.ones((2, 5), bool))
         np.testing.assert_allclose(found[0], by_hand(*arrays, seen), atol=5e-6)
@@ -190,7 +190,7 @@ def test_sixteen_bits_with_texts_in_a_row(dtype):
     segments = runs(np.random.default_rng(0), 60, 4)
     mask, is_target = Mask(segments, segments, 0), np.ones((2, 60), bool)
     arrays = [jnp.asarray(x, dtype) for x in inputs(60, 60, groups=4)]
-    with plain_forms():
+    with reference_kernels():
         exact = both(attention.attend, [x.astype(jnp.float32) for x in arrays], mask, is_target)
 
     def typed(query, key, value, mask):

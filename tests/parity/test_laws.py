@@ -20,7 +20,7 @@ from sct.models import registry
 from sct.models.bert_config import BertConfig
 from sct.models.decoder_config import GPT2Config, LlamaConfig, NeoXConfig
 from sct.nn import attention
-from sct.nn.plain import plain_forms, smaller_pieces
+from sct.nn.reference import reference_kernels, smaller_chunks
 from sct.weights.pretrained import Pretrained, boxed_shapes
 
 from .mesh_models import SMALL, random_model
@@ -101,11 +101,11 @@ def test_remat_and_chunks_change_nothing(family):
 
         return jax.jit(jax.value_and_grad(loss))(model.variables)
 
-    with plain_forms():
+    with reference_kernels():
         expected = gradients("none")
     most = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected[1]))
     for remat in ("products", "level"):
-        with smaller_pieces(0.02):  # ten keys and five queries at a time
+        with smaller_chunks(0.02):  # ten keys and five queries at a time
             found = gradients(remat)
         chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6 * most)
 

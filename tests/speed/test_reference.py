@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import sct.models.sct_tower as model
+import sct.models.sct as model
 from sct.data import bags
 from sct.errors import SctError
-from sct.nn import attention, chunked_attention, conv
-from sct.nn.plain import wants_plain
+from sct.nn import attention, chunked_attention, conv, execution
+from sct.nn.reference import use_reference
 from sct.speed import compare, data, embedding, reference, synthetic
 from tests.speed.conftest import small
 
@@ -45,7 +45,7 @@ def test_sixteen_bits_pass_within_their_own_limit_and_are_exact_in_float32(job):
 @pytest.mark.slow
 def test_a_layer_that_is_wrong_in_sixteen_bits_alone_is_refused(job, monkeypatch):
     def layer(x: jax.Array, kind: str) -> jax.Array:
-        return pool_2x(x, kind) * (1.0 if wants_plain() or x.dtype == jnp.float32 else 1.3)
+        return pool_2x(x, kind) * (1.0 if use_reference() or x.dtype == jnp.float32 else 1.3)
 
     monkeypatch.setattr(model, "pool_2x", layer)
     made = job("forward", model__dtype="bfloat16")
@@ -61,7 +61,7 @@ def test_microbatches_are_compared_with_their_own_masks(job):
 
 def wrong_layer(x: jax.Array, kind: str) -> jax.Array:
     """Pooling whose fast form is wrong by 1%."""
-    return pool_2x(x, kind) * (1.0 if wants_plain() else 1.01)
+    return pool_2x(x, kind) * (1.0 if use_reference() else 1.01)
 
 
 @jax.custom_vjp
@@ -88,7 +88,7 @@ def wrong_by(function, where):
     """Make the same function with its values wrong by 1% in the fast path."""
 
     def wrong(*args, **kwargs):
-        return function(*args, **kwargs) * (1.0 if wants_plain() else 1.01)
+        return function(*args, **kwargs) * (1.0 if use_reference() else 1.01)
 
     return where, function.__name__, wrong
 
@@ -104,10 +104,10 @@ def wrong_by(function, where):
     ids=["transposed", "in_loop", "attention"],
 )
 def test_forms_that_only_a_larger_bag_takes_are_compared(job, monkeypatch, wrong):
-    """Eight cells are timed, two of them compared: in as many pieces and chunks as the eight."""
+    """Eight cells are timed, two of them compared: in as many chunks as the eight."""
     monkeypatch.setattr(*wrong)
     # Eight cells have 512 positions in the outer level and 256 in the attention, two a quarter of that.
-    monkeypatch.setattr(model, "_POSITIONS_AT_ONCE", 256)
+    monkeypatch.setattr(execution, "LEVEL_CHUNK_CPU", 256)
     monkeypatch.setattr(chunked_attention, "CPU_CHUNKS", (32, 128))
     made = job("forward", data__cells_per_bag=8, model__layer_norm_eps=1.6e-5)
     with pytest.raises(SctError, match="reference"):
@@ -118,7 +118,7 @@ def test_forms_that_only_a_larger_bag_takes_are_compared(job, monkeypatch, wrong
 def test_a_wrong_gradient_alone_is_refused(job, monkeypatch):
     def layer(x: jax.Array, kind: str) -> jax.Array:
         x = pool_2x(x, kind)
-        return x if wants_plain() else wrong_gradient(x)
+        return x if use_reference() else wrong_gradient(x)
 
     monkeypatch.setattr(model, "pool_2x", layer)
     made = job("train")
@@ -130,7 +130,7 @@ def test_a_wrong_gradient_alone_is_refused(job, monkeypatch):
 @pytest.mark.slow
 def test_what_is_no_number_is_refused(job, monkeypatch):
     def layer(x: jax.Array, kind: str) -> jax.Array:
-        return pool_2x(x, kind) * (1.0 if wants_plain() else jnp.nan)
+        return pool_2x(x, kind) * (1.0 if use_reference() else jnp.nan)
 
     monkeypatch.setattr(model, "pool_2x", layer)
     made = job("forward")
