@@ -71,11 +71,8 @@ def read_gene_sets(path: str | Path, names: Sequence[str] = ()) -> dict[str, tup
     plain = {plain_name(name): own for name, own in found.items()}
     if len(plain) < len(rows) or any("," in name for name in plain):
         raise DataError(f"{path} has two sets of one name, or a name with a comma: give other names.")
-    for name in names:
-        known = plain_name(name) in plain
-        check_choice(
-            "the gene set", name, [name] if known else found, error=DataError, advice=f"name a set of {path}"
-        )
+    for name in (name for name in names if plain_name(name) not in plain):
+        check_choice("the gene set", name, found, error=DataError, advice=f"name a set of {path}")
     return {plain_name(name): plain[plain_name(name)] for name in names} if names else plain
 
 
