@@ -205,8 +205,9 @@ def check_not_empty(
             if len(values)
             else f"{name} is empty"
         )
-        to_do = advice or f"give {least} or more"
-        raise _refusal(found, f"must have at least {least}", to_do, error)
+        expected = "at least one entry" if least == 1 else f"at least {least} entries"
+        to_do = advice or f"give {'at least one' if least == 1 else f'{least} or more'}"
+        raise _refusal(found, f"must have {expected}", to_do, error)
 
 
 def check_distinct(
@@ -249,13 +250,14 @@ def check_shape(
     array: Any,
     expected: Sequence[int | str | tuple[int, str]],
     *,
+    empty: bool = False,
     error: type[SctError] = DataError,
     advice: str = "",
 ) -> None:
     """Refuse an array of another shape.
 
-    An axis is expected to have a size, `5`, or with its word, `(5, "cells")`; or any size but 0, with its word alone,
-    `"genes"`.
+    An axis is expected to have a size, `5`, or with its word, `(5, "cells")`; or any size but 0 (`empty`: any size),
+    with its word alone, `"genes"`.
 
     Raises
     ------
@@ -267,7 +269,8 @@ def check_shape(
         axis if isinstance(axis, int) else axis[0] if isinstance(axis, tuple) else None for axis in expected
     ]
     if len(shape) == len(sizes) and all(
-        found > 0 if size is None else found == size for found, size in zip(shape, sizes, strict=True)
+        (empty or found > 0) if size is None else found == size
+        for found, size in zip(shape, sizes, strict=True)
     ):
         return
     words = [
@@ -279,7 +282,7 @@ def check_shape(
         for axis in expected
     ]
     form = f"({', '.join(words)}{',' * (len(words) == 1)})"
-    none_zero = ", none of them 0" * (0 in shape and len(shape) == len(sizes) and None in sizes)
+    none_zero = ", none of them 0" * (0 in shape and not empty and len(shape) == len(sizes) and None in sizes)
     to_do = advice or "give an array of this shape"
     raise _refusal(f"{name} has the shape {shape}", f"must have the shape {form}{none_zero}", to_do, error)
 
@@ -299,14 +302,17 @@ def check_finite(
     wrong = ~np.isfinite(values)
     if wrong.any():
         rows = wrong.reshape(len(wrong), -1).any(axis=1)
-        found = f"{name} has NaN or infinity in {int(rows.sum()):,} of {len(rows):,} {of} (first: {int(rows.argmax())})"
+        share = f"{int(rows.sum()):,} of {len(rows):,} {of}"
+        found = f"{name} has NaN or infinity in {share} (first: row {int(rows.argmax())})"
         raise _refusal(found, "must be finite", advice or "give finite values, or leave these out", error)
 
 
-def nearest(value: Any, choices: Collection[Any], n: int = 1) -> list[Any]:
+def nearest(value: Any, choices: Collection[Any], n: int = 1, cutoff: float = 0.6) -> list[Any]:
     """Return up to `n` choices that are spelled almost like a value, the nearest first; upper case does not matter."""
     by_text = {str(choice).lower(): choice for choice in choices}
-    return [by_text[text] for text in difflib.get_close_matches(str(value).lower(), by_text, n=n, cutoff=0.5)]
+    return [
+        by_text[text] for text in difflib.get_close_matches(str(value).lower(), by_text, n=n, cutoff=cutoff)
+    ]
 
 
 def _shown(value: Any) -> str:

@@ -93,7 +93,7 @@ REFUSED: list[tuple[Callable[..., None], type[SctError], str]] = [
     (lambda **o: checks.check_choice("mode", "gene", ("cell", "genes"), **o), ConfigError, "'genes'"),
     (lambda **o: checks.check_choice("mode", "x", (), **o), ConfigError, "nothing to choose"),
     (lambda **o: checks.check_choice("mode", ["x"], ("y",), **o), ConfigError, "must be 'y'"),
-    (lambda **o: checks.check_type("cells", "text", list, "a list", **o), ConfigError, "cells is 'text', of type str, but"),
+    (lambda **o: checks.check_type("cells", "text", list, "a list", **o), ConfigError, "'text', of type str, but"),
     (lambda **o: checks.check_type("cells", True, int, **o), ConfigError, "is True, of type bool, but must be int"),
     (lambda **o: checks.check_text("question", " ", **o), ConfigError, "question is ' '"),
     (lambda **o: checks.check_text("question", None, **o), ConfigError, "question is None"),
@@ -136,6 +136,7 @@ def test_what_fits_passes() -> None:
     checks.check_one_each("labels", 3, "cells", 3)
     checks.check_shape("x", np.ones((2, 3)), ((2, "cells"), "genes"))
     checks.check_shape("x", np.ones((0, 3)), (0, 3))
+    checks.check_shape("x", np.ones((0, 3)), ("cells", 3), empty=True)
     checks.check_finite("x", np.zeros((0, 3)))
     checks.check_finite("x", np.arange(3))
 

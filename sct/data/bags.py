@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from scipy.spatial import KDTree
 
+from sct.checks import check_at_least, check_not_empty
 from sct.data.bag_order import CELLS_PER_BAG
 from sct.data.store import Study
 from sct.data.tokenize import NOISE_FRACTION, bin_counts
-from sct.errors import ConfigError
 
 
 def _rng(*words: int) -> np.random.Generator:
@@ -121,13 +121,9 @@ class BagOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.cells_per_bag < 1 or not 2 <= self.num_bins <= 254:  # tokens are bytes, PAD and MASK included
-            raise ConfigError(
-                f"cells_per_bag is {self.cells_per_bag} and num_bins is {self.num_bins}, but at least 1, and "
-                "2 to 254, are needed."
-            )
-        if self.seed < 0:
-            raise ConfigError(f"the seed of bags is {self.seed}, but it must be 0 or more.")
+        check_at_least("cells_per_bag", self.cells_per_bag, 1)
+        check_at_least("num_bins", self.num_bins, 2, most=254)  # tokens are bytes, PAD and MASK included
+        check_at_least("the seed of bags", self.seed, 0)
 
 
 class BagSource:
@@ -153,8 +149,7 @@ class BagSource:
     """
 
     def __init__(self, studies: Sequence[Study], options: BagOptions, exhaustive: bool = False):
-        if not studies:
-            raise ConfigError("there is no study to read bags from.")
+        check_not_empty("the list of studies to read bags from", studies)
         self.studies, self.options, self.exhaustive = tuple(studies), options, exhaustive
         cells = options.cells_per_bag
         counts = [-(-s.n_cells // cells) if exhaustive else max(1, s.n_cells // cells) for s in self.studies]

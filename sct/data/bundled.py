@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
+from sct.checks import check_choice
 from sct.data import datasets
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.ingest.build import IngestOptions, ingest
 from sct.data.store import Store
-from sct.errors import ConfigError, StoreError
+from sct.errors import StoreError
 
 # Shares of cells. The data is one sample, so unlike studies it can only be divided by cell.
 _SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
@@ -26,8 +27,7 @@ _ABSTRACTS = {
 
 def study_texts(name: str) -> dict[str, dict[str, str]]:
     """What is said of the studies of a bundled data set, by study; see `sct.data.text.instructions`."""
-    if name not in _ABSTRACTS:
-        raise ConfigError(f"there is no data set {name!r}: choose pbmc68k, or give a store.")
+    check_choice("the data set", name, _ABSTRACTS, advice="choose one of these, or give a store")
     return {f"{name}_{split}": {"abstract": _ABSTRACTS[name]} for split in _SHARES}
 
 
@@ -42,8 +42,7 @@ def prepare(name: str, folder: Path, seed: int = 0) -> Store:
     ConfigError
         There is no such data set.
     """
-    if name != "pbmc68k":
-        raise ConfigError(f"there is no data set {name!r}: choose pbmc68k, or give a store.")
+    check_choice("the data set", name, ("pbmc68k",), advice="choose this, or give a store")
     try:
         return Store.open(folder)
     except StoreError:

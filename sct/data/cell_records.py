@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from sct.checks import check_at_least, check_choice
 from sct.data.bags import BagOptions, BagSource
 from sct.data.cell_values import VALUES
 from sct.data.store import Study
@@ -59,15 +60,10 @@ class CellOptions:
     values: str = "quantiles"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_bins <= 253 or self.max_genes < 0:  # bins are bytes, zero and mask included
-            raise ConfigError(
-                f"num_bins is {self.num_bins} and max_genes {self.max_genes}, but 1 to 253, and 0 or more, are needed."
-            )
+        check_at_least("num_bins", self.num_bins, 1, most=253)  # bins are bytes, zero and mask included
+        check_at_least("max_genes", self.max_genes, 0)
         for name, known in (("genes", ("", *GENES)), ("values", tuple(VALUES))):
-            if getattr(self, name) not in known:
-                raise ConfigError(
-                    f"{name} is {getattr(self, name)!r}, but it must be one of {', '.join(filter(None, known))}."
-                )
+            check_choice(name, getattr(self, name), known)
         if self.values == "levels" and self.num_bins < 2:
             raise ConfigError("num_bins is 1, but levels need 2 or more: raise it.")
         if (self.choice in ("all", "listed")) == bool(self.max_genes):

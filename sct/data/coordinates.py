@@ -10,6 +10,7 @@ import pandas as pd
 from scipy.ndimage import uniform_filter
 from scipy.spatial import KDTree
 
+from sct.checks import check_finite, check_shape
 from sct.errors import DataError
 
 # The longer side of a slide after rescaling. With the default wavelengths (2 pi to 20 pi) a slide then spans
@@ -101,16 +102,14 @@ class Scale:
 def _checked(coordinates: np.ndarray) -> np.ndarray:
     """Coordinates as float64 (N, 2); `DataError` where they are anything else."""
     coordinates = np.asarray(coordinates, np.float64)
-    if coordinates.ndim != 2 or coordinates.shape[1] != 2:
-        raise DataError(
-            f"coordinates have the shape {coordinates.shape}, but (cells, 2) is needed: give x and y only."
-        )
-    lost = ~np.isfinite(coordinates).all(axis=1)
-    if lost.any():
-        raise DataError(
-            f"{int(lost.sum()):,} of {len(coordinates):,} cells have missing coordinates (the first is row "
-            f"{int(np.argmax(lost))}): drop cells without a position."
-        )
+    check_shape(
+        "the table of coordinates",
+        coordinates,
+        ("cells", (2, "coordinates")),
+        empty=True,
+        advice="give x and y only",
+    )
+    check_finite("the table of coordinates", coordinates, "cells", advice="drop cells without a position")
     return coordinates
 
 

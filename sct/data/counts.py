@@ -14,7 +14,8 @@ import zarr
 from anndata.abc import CSCDataset, CSRDataset
 from scipy import sparse
 
-from sct.errors import ConfigError, DataError
+from sct.checks import check_choice
+from sct.errors import DataError
 
 # What a matrix holds: counts of molecules, or any other measure of genes of which only the order within a cell is used.
 Values = Literal["counts", "activity"]
@@ -37,8 +38,7 @@ ACTIVITY_ADVICE = (
 
 def check_values(values: str) -> None:
     """Raise `ConfigError` for what is no kind of values."""
-    if values not in get_args(Values):
-        raise ConfigError(f"values is {values!r}, but it must be one of {', '.join(get_args(Values))}.")
+    check_choice("values", values, get_args(Values))
 
 
 class _NotCountsError(DataError):

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from sct.checks import check_at_least
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.errors import DataError
 from sct.extras import load_extra
@@ -145,9 +146,7 @@ def simulate_atlas(
         ("n_cells", n_cells, None),
         ("n_genes", n_genes, len(vocabulary)),
     ):
-        if value < 1 or (most is not None and value > most):
-            limit = f"between 1 and {most:,}" if most is not None else "at least 1"
-            raise DataError(f"{name} is {value} but must be {limit}; choose another number")
+        check_at_least(name, value, 1, most=most, error=DataError)
     rng = np.random.default_rng([seed, 0])
     genes = np.sort(rng.permutation(len(vocabulary))[:n_genes])
     var = pd.DataFrame(

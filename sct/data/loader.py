@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
-from sct.errors import ConfigError, StoreError
+from sct.checks import check_at_least, check_multiple
+from sct.errors import StoreError
 
 Batch = dict[str, np.ndarray]
 
@@ -80,20 +81,16 @@ class Loader:
         num_threads: int = 2,
         prefetch: int = 8,
     ):
-        if batch_size < 1 or batch_size % process_count:
-            raise ConfigError(
-                f"batch_size is {batch_size}, but it must be a positive multiple of the number of processes, "
-                f"{process_count}."
-            )
-        if not 0 <= process_index < process_count:
-            raise ConfigError(f"process_index is {process_index}, but there are {process_count} processes.")
+        check_at_least("batch_size", batch_size, 1)
+        check_multiple("batch_size", batch_size, process_count, "the number of processes")
+        check_at_least(
+            "process_index", process_index, 0, most=process_count - 1, advice="number the processes from 0"
+        )
         self.source, self.batch_size, self.seed, self.shuffle = source, batch_size, seed, shuffle
         self.process_index, self.process_count = process_index, process_count
-        if num_threads < 0 or prefetch < 1 or limit < 0:
-            raise ConfigError(
-                f"num_threads is {num_threads}, prefetch {prefetch} and limit {limit}, but none may be negative "
-                "and prefetch must be at least 1."
-            )
+        check_at_least("num_threads", num_threads, 0)
+        check_at_least("prefetch", prefetch, 1)
+        check_at_least("limit", limit, 0)
         self.num_threads, self.prefetch = num_threads, prefetch
         self._ordered = None if shuffle else spread(len(source), limit)
 

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sct.checks import check_at_least, check_choice, check_positive, check_share
 from sct.errors import ConfigError
 
 KINDS = ("stratified", "uniform", "drawn", "drawn_uniform", "drawn_genes", "cells", "genes", "ratio")
@@ -168,25 +169,23 @@ class Masking:
     mixture: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind not in (*KINDS, MIXTURE):
-            raise ConfigError(f"masking kind {self.kind!r} is not one of {', '.join((*KINDS, MIXTURE))}.")
+        check_choice("masking.kind", self.kind, (*KINDS, MIXTURE))
         for name in ("expressed", "unexpressed", "low", "high"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"masking {name} is {getattr(self, name)}, but it must lie in [0, 1].")
+            check_share(f"masking.{name}", getattr(self, name))
         self._check_mixture()
         kinds = [kind for kind, _ in self.components]
         if {"drawn", "drawn_uniform", "drawn_genes"} & set(kinds) and not self.low < self.high:
             raise ConfigError(f"masking kind {self.kind!r} needs low < high.")
-        if "drawn" in kinds and not self.expressed > 0:
-            raise ConfigError(f"masking kind {self.kind!r} needs expressed > 0.")
+        if "drawn" in kinds:
+            check_positive("masking.expressed", self.expressed, advice="set it above 0 for the kind 'drawn'")
         if "drawn" in kinds and self.high * self.unexpressed > self.expressed:
             raise ConfigError(
                 "masking kind 'drawn' would mask unexpressed genes at rates up to high x unexpressed / expressed = "
                 f"{self.high * self.unexpressed / self.expressed:.3g}, but a rate is at most 1: lower high or "
                 "unexpressed."
             )
-        if "cells" in kinds and self.num_cells < 1:
-            raise ConfigError(f"masking num_cells is {self.num_cells}, but it must be at least 1.")
+        if "cells" in kinds:
+            check_at_least("masking.num_cells", self.num_cells, 1)
         if "genes" in kinds and (not self.genes or min(self.genes) < 0):
             raise ConfigError("masking kind 'genes' needs gene positions of 0 or more in genes.")
 
@@ -222,8 +221,7 @@ class Masking:
                 "(('drawn', 3.0), ('cells', 1.0))."
             )
         for kind in kinds:
-            if kind not in KINDS:
-                raise ConfigError(f"masking mixture names {kind!r}, which is not one of {', '.join(KINDS)}.")
+            check_choice("masking.mixture", kind, KINDS)
 
     @property
     def components(self) -> tuple[tuple[str, float], ...]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as sp
 
+from sct.checks import check_choice
 from sct.data.coordinates import SCALES, SPATIAL_KEY, Scale, read_scales, write_scales
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.tokenize import noisy_genes
@@ -460,8 +461,7 @@ class Store:
 
     def split(self, name: str) -> tuple[Study, ...]:
         """Studies of the split `name`: "train", "validation" or "test" (possibly none)."""
-        if name not in SPLITS:
-            raise StoreError(f"a store has no split {name!r}: choose one of {', '.join(SPLITS)}")
+        check_choice("the split", name, SPLITS, error=StoreError)
         return tuple(each for each in self.studies if each.split == name)
 
     def study(self, name: str) -> Study:

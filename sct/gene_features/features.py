@@ -13,7 +13,6 @@ import json
 import os
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 from scipy import sparse
 
 from sct.atomic import atomic_write
+from sct.checks import check_at_least, check_distinct
 from sct.data.genes.corpus import GeneCorpus, find_genes, suffix_of
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text.cell_sentence import normalize
@@ -70,11 +70,7 @@ class GeneFeatures:
         with np.errstate(over="ignore"):
             table = np.ascontiguousarray(table, np.float32)
         object.__setattr__(self, "table", table)
-        repeated = [key for key, number in Counter(self.keys).items() if number > 1]
-        if repeated:
-            raise DataError(
-                f"{len(repeated)} genes have more than one row, such as {repeated[0]}; give one for each"
-            )
+        check_distinct("the list of genes", self.keys, error=DataError, advice="give one row for each")
         bad = np.flatnonzero(~np.isfinite(table).all(axis=1))
         if len(bad):
             raise DataError(
@@ -160,8 +156,7 @@ class GeneFeatures:
             raise ConfigError(
                 f"max_tokens is {most}, but the model has {model.config.max_length} positions; give at most as many"
             )
-        if batch_size < 1:
-            raise ConfigError(f"batch_size is {batch_size}, but it must be at least 1")
+        check_at_least("batch_size", batch_size, 1)
         inputs = {"corpus": corpus.hash, "model": _identity(model), "item": item, "max_tokens": most}
         kept = None if cache == "" else _place(Path(CACHE if cache is None else cache).expanduser(), inputs)
         if kept is not None and (found := _cached(kept, inputs, corpus)) is not None:
@@ -230,8 +225,7 @@ class GeneFeatures:
     @classmethod
     def random(cls, vocabulary: GeneVocabulary, size: int, seed: int = 0) -> GeneFeatures:
         """Normal numbers of mean 0 and variance 1, (G, size): what features say nothing about genes is worth."""
-        if size < 1:
-            raise ConfigError(f"size is {size}, but it must be at least 1")
+        check_at_least("size", size, 1)
         table = np.random.default_rng(seed).standard_normal((len(vocabulary), size), np.float32)
         source = {"kind": "random", "vocabulary": vocabulary.hash, "seed": seed, "size": size}
         return cls(vocabulary.keys, table, source)
@@ -261,11 +255,13 @@ class GeneFeatures:
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         words = TfidfVectorizer(min_df=2, sublinear_tf=True).fit_transform(corpus.texts)
-        if not 1 <= size < min(words.shape):
-            raise ConfigError(
-                f"size is {size}, but {words.shape[0]:,} texts with {words.shape[1]:,} words that two of them have "
-                f"give 1 to {min(words.shape) - 1:,} features"
-            )
+        check_at_least(
+            "size",
+            size,
+            1,
+            most=min(words.shape) - 1,
+            advice=f"{words.shape[0]:,} texts with {words.shape[1]:,} words that two of them have give no more",
+        )
         table = TruncatedSVD(size, random_state=seed).fit_transform(words)
         table /= np.maximum(table.std(axis=0), 1e-12)
         source = {

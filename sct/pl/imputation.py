@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sct.checks import check_share
 from sct.errors import DataError
 from sct.pl import style
 
@@ -239,8 +240,7 @@ def _curve(name: str, curve: Sequence[tuple[float, Sequence[float]]]) -> np.ndar
     for ratio, values in curve:
         measured = np.asarray(values, dtype=float)
         measured = measured[~np.isnan(measured)]
-        if not 0 < ratio <= 1:
-            raise DataError(f"the curve {name!r} has the ratio {ratio}, and it must lie in (0, 1].")
+        check_share(f"a ratio of the curve {name!r}", ratio, zero=False, error=DataError)
         if (np.abs(measured) > 1 + 1e-9).any():
             raise DataError(f"the curve {name!r} has an MCC outside [-1, 1] at the ratio {ratio}.")
         if measured.size:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.spatial import cKDTree
 
+from sct.checks import check_one_each
 from sct.data.counts import TOLERANCE
 from sct.errors import DataError
 from sct.pl import style
@@ -89,8 +90,7 @@ def spatial(
         axes = np.atleast_1d(style.new_axes(4.2 * len(maps) + 0.9, height + 0.5, columns=len(maps)))
     else:
         axes = np.atleast_1d(np.asarray(ax, dtype=object)).ravel()
-        if len(axes) != len(maps):
-            raise DataError(f"{len(axes)} axes were given and {len(maps)} are needed: compare={compare}.")
+        check_one_each("axes", len(axes), f"maps (compare={compare})", len(maps))
 
     pooled = np.concatenate([values[np.isfinite(values)] for _, values in maps])
     low, high = min(float(pooled.min()), 0.0), float(np.quantile(pooled, 0.995))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sct.checks import check_choice, check_finite, nearest
 from sct.errors import DataError
 
 if TYPE_CHECKING:
@@ -19,9 +19,7 @@ def near(name: str, known: Iterable[str | None]) -> str:
     """What is there instead of a name: the nearest ones, or how to see them."""
     # Newer versions of anndata list X among the layers, as None.
     names = [str(one) for one in known if one is not None]
-    by_case = {one.lower(): one for one in names}
-    close = [by_case[one] for one in difflib.get_close_matches(str(name).lower(), by_case, n=3, cutoff=0.5)]
-    if close:
+    if close := nearest(name, names, n=3, cutoff=0.5):
         return f"did you mean {' or '.join(map(repr, close))}?"
     if not names:
         return "there is none."
@@ -42,8 +40,9 @@ def gene_values(adata: AnnData, gene: str, layer: str | None = None) -> np.ndarr
     DataError
         The gene or the layer is not there, or the gene is there more than once.
     """
-    if layer is not None and layer not in adata.layers:
-        raise DataError(f"layers has no {layer!r}: {near(layer, adata.layers)}")
+    if layer is not None:
+        # Newer versions of anndata list X among the layers, as None.
+        check_choice("layer", layer, [each for each in adata.layers if each is not None], error=DataError)
     found = np.flatnonzero(adata.var_names == gene)
     if len(found) == 0:
         raise DataError(f"var_names has no gene {gene!r}: {near(gene, adata.var_names)}")
@@ -80,8 +79,7 @@ def positions(adata: AnnData, key: str, width: int | None = None) -> np.ndarray:
     DataError
         The key is not there, or the array has fewer columns or holds NaN or infinity.
     """
-    if key not in adata.obsm:
-        raise DataError(f"obsm has no {key!r}: {near(key, adata.obsm)}")
+    check_choice("the key of obsm", key, adata.obsm, error=DataError)
     array = np.asarray(adata.obsm[key])
     if array.ndim != 2 or array.shape[1] < (width or 1):
         raise DataError(
@@ -91,9 +89,5 @@ def positions(adata: AnnData, key: str, width: int | None = None) -> np.ndarray:
         array = array[:, :width].astype(np.float64 if width else np.float32, copy=False)
     except ValueError as error:
         raise DataError(f"obsm[{key!r}] holds {array.dtype}, and numbers are needed.") from error
-    bad = int((~np.isfinite(array)).any(axis=1).sum())
-    if bad:
-        raise DataError(
-            f"obsm[{key!r}] holds NaN or infinity in {bad:,} of {len(array):,} cells: leave these cells out first."
-        )
+    check_finite(f"obsm[{key!r}]", array, "cells", advice="leave these cells out first")
     return array

@@ -181,7 +181,7 @@ class Checkpoints:
                 f"{instead}."
             ) from error
         for group in (loaded.state.trained, loaded.state.frozen):
-            run_folder.check_finite(group, self._folder / str(step))
+            run_folder.check_finite_arrays(group, self._folder / str(step))
         return loaded.state, RunProgress(**loaded.progress)
 
     def _check_shapes(self, abstract: State, step: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import flax.linen as nn
 from jax.sharding import Mesh
 
+from sct.checks import check_choice
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text import tokenizer as tokenizers
 from sct.data.text.tokenizer import Tokenizer
@@ -76,8 +77,8 @@ def load(
     UserWarning
         The folder has no hashes.
     """
-    if dtype is not None and dtype not in LOADED_DTYPES:
-        raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(LOADED_DTYPES)}.")
+    if dtype is not None:
+        check_choice("dtype", dtype, LOADED_DTYPES, error=CheckpointError)
     rules = fitting_rules(mesh, rules)
     folder = locate(path)
     if run_folder.is_run(folder):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sct.atomic import atomic_folder, replaced
+from sct.checks import check_choice, check_type
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import CheckpointError
@@ -113,8 +114,7 @@ def save(
     """
     from safetensors import SafetensorError
 
-    if dtype not in SAVED_DTYPES:
-        raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(SAVED_DTYPES)}.")
+    check_choice("dtype", dtype, SAVED_DTYPES, error=CheckpointError)
     folder = check_target(folder)
     try:
         with atomic_folder(folder, is_leftover) as new:
@@ -207,7 +207,7 @@ def check_range(value: np.ndarray, name: str) -> None:
         )
 
 
-def check_finite(value: np.ndarray, name: str, path: Path) -> None:
+def check_finite_array(value: np.ndarray, name: str, path: Path) -> None:
     """Raise `CheckpointError` where weights of a file are NaN or infinite."""
     if not all_finite(value):
         raise CheckpointError(
@@ -255,10 +255,14 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}): the folder is damaged.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path} holds a {type(content).__name__} where an object is expected: the folder is damaged."
-        )
+    check_type(
+        f"the content of {path}",
+        content,
+        dict,
+        "an object",
+        error=CheckpointError,
+        advice="fetch or save the folder again, which is damaged",
+    )
     return content
 
 
@@ -402,7 +406,7 @@ class FolderReader:
         """Read a part of one array into memory; nothing else of the file is."""
         part = self._owner[name].get_slice(name)
         value = np.asarray(part[index] if index else part[...])
-        check_finite(value, name, self.folder)
+        check_finite_array(value, name, self.folder)
         return value
 
     def read(self, name: str, sharding: Any, dtype: str | None) -> jax.Array:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from sct.checks import check_choice
 from sct.data.bag_order import CELLS_PER_BAG
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text.tokenizer import Tokenizer
@@ -128,15 +129,13 @@ class Pretrained:
         registry.check_device(self.config)
         module = registry.family(self.family).module
         unknown = sorted(set(intermediates) - set(module.intermediates))
-        if unknown:
-            raise CheckpointError(
-                f"there is no intermediate {unknown[0]!r}: choose from {', '.join(module.intermediates)}."
-            )
+        for name in unknown:
+            check_choice("the intermediate", name, module.intermediates, error=CheckpointError)
         there = module.outputs_of(self.config) if hasattr(module, "outputs_of") else module.outputs
         chosen = there if outputs is None else tuple(outputs)
         unknown = sorted(set(chosen) - set(there))
-        if unknown:
-            raise CheckpointError(f"there is no output {unknown[0]!r}: choose from {', '.join(there)}.")
+        for name in unknown:
+            check_choice("the output", name, there, error=CheckpointError)
         wanted = (*chosen, *sorted(set(intermediates)))
         given = {
             name: value if hasattr(value, "shape") else np.asarray(value)
@@ -193,8 +192,8 @@ def _check_inputs(module: Any, config: Any, inputs: Mapping[str, Any]) -> None:
     takes = inspect.signature(module.__call__).parameters
     names = [name for name in takes if name != "self"]
     unknown = sorted(set(inputs) - set(names))
-    if unknown:
-        raise DataError(f"there is no input {unknown[0]!r}: the model takes {', '.join(names)}.")
+    for name in unknown:
+        check_choice("the input", name, names, error=DataError)
     missing = [n for n in names if takes[n].default is inspect.Parameter.empty and n not in inputs]
     if missing:
         raise DataError(f"the input {missing[0]!r} is missing: the model takes {', '.join(names)}.")

@@ -193,12 +193,12 @@ def _note(path: Path, what: str) -> None:
     )
 
 
-def check_finite(arrays: Mapping[str, jax.Array], path: Path) -> None:
+def check_finite_arrays(arrays: Mapping[str, jax.Array], path: Path) -> None:
     """Raise `CheckpointError` where weights of a checkpoint are NaN or infinite; each process looks at its own."""
     for name, value in arrays.items():
         for part in value.addressable_shards:
             if part.replica_id == 0:
-                model_folder.check_finite(np.asarray(part.data), name, path)
+                model_folder.check_finite_array(np.asarray(part.data), name, path)
 
 
 def with_masking(data: Any, config: Mapping[str, Any]) -> Any:
@@ -297,5 +297,5 @@ def _restore(path: Path, boxed: Any, mesh: Any, rules: axes.AxisRules, dtype: st
     finally:
         handler.close()
     arrays = {name: value for leaves in restored.values() for name, value in leaves.items()}
-    check_finite(arrays, path)
+    check_finite_arrays(arrays, path)
     return {name: arrays[name] for name in expected}

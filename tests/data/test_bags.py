@@ -310,7 +310,7 @@ def test_options_that_cannot_be_are_refused(options, message):
 
 
 def test_no_studies_and_too_few_positions_are_refused():
-    with pytest.raises(ConfigError, match="no study"):
+    with pytest.raises(ConfigError, match="list of studies"):
         BagSource([], BagOptions())
     with pytest.raises(DataError, match="12 genes"):
         BagSource([toy_study(9)], BagOptions(3, 8)).record(0)

@@ -171,7 +171,7 @@ def test_genes_that_cannot_be_chosen():
 
 @pytest.mark.parametrize("options", [{"num_bins": 0}, {"num_bins": 254}, {"max_genes": -1}])
 def test_options_that_cannot_be(options):
-    with pytest.raises(ConfigError, match="are needed"):
+    with pytest.raises(ConfigError, match=next(iter(options))):
         CellOptions(**options)
 
 

@@ -196,7 +196,7 @@ def test_from_ids_takes_any_order_and_any_names():
     ("arguments", "message"),
     [
         ((["ENSG00000141510", "ENSG00000141510.2"],), "more than once"),
-        (([],), "without genes"),
+        (([],), "vocabulary is empty"),
         (([""],), "neither"),
         ((["a", float("nan")],), "missing name"),
         ((["a", 3],), "int"),

@@ -122,7 +122,7 @@ BAD = {
     "a fraction late in the file": (_late_fraction, "not integers"),
     "log1p": (log1p_file, "no raw counts"),
     "coordinates in space": (_spatial(lambda points: np.c_[points, points[:, 0]]), r"\(150, 3\)"),
-    "coordinates with gaps": (_spatial(_nan), "NaN or infinite for 1 of 150"),
+    "coordinates with gaps": (_spatial(_nan), "NaN or infinity in 1 of 150"),
     "duplicate cells": (_twins, "duplicate cell names, e.g. 'twin'"),
     "no cells": (_no_cells, "no cells|no raw counts"),
     "another species": (_other_species, "0 of 65 gene names"),

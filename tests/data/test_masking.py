@@ -197,12 +197,12 @@ def test_the_exact_ratio_treats_all_levels_alike():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "random"}, "kind 'random'"),
+        ({"kind": "random"}, "kind is 'random'"),
         ({"expressed": 1.5}, r"expressed is 1\.5"),
         ({"unexpressed": -0.1}, "unexpressed"),
         ({"low": float("nan")}, "low"),
         ({"kind": "drawn", "low": 0.5, "high": 0.5}, "low < high"),
-        ({"kind": "drawn", "expressed": 0.0}, "expressed > 0"),
+        ({"kind": "drawn", "expressed": 0.0}, "expressed is 0"),
         ({"kind": "drawn", "expressed": 0.1, "unexpressed": 0.3}, "lower high or unexpressed"),
         ({"kind": "mixture"}, "mixture"),
         ({"kind": "mixture", "mixture": (("drawn", 0.0),)}, "mixture"),

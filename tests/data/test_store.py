@@ -131,7 +131,7 @@ def test_store_knows_its_studies(pristine: Path) -> None:
     assert pickle.loads(pickle.dumps(store)).study("plane").read(0, 1).shape == (1, 60)
     with pytest.raises(StoreError, match=r"'other'.*plain, plane"):
         store.study("other")
-    with pytest.raises(StoreError, match=r"'training'.*train, validation, test"):
+    with pytest.raises(StoreError, match=r"'training'.*'train', 'validation', 'test'"):
         store.split("training")
 
 

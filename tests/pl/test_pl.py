@@ -402,7 +402,7 @@ def test_many_curves_all_look_different():
     [
         ({}, "curve"),
         ({"model": []}, "curve"),
-        ({"model": [(15, [0.5])]}, "ratio 15"),
+        ({"model": [(15, [0.5])]}, "ratio of .* 15"),
         ({"model": [(0.5, [1.5])]}, r"\[-1, 1\]"),
         ({"model": [(0.5, [0.5]), (0.5, [0.6])]}, "twice"),
     ],

@@ -207,7 +207,7 @@ def test_starting_from_another_model_lists_the_differences(config, tmp_path):
 def test_configuration_errors_say_what_to_do(config, tmp_path):
     cases = [
         (config(data__store=""), "either data.store or data.dataset"),
-        (config(data__store="", data__dataset="pbmc"), "choose pbmc68k"),
+        (config(data__store="", data__dataset="pbmc"), "pbmc68k.*give a store"),
         (config(model__widht=3), "no option 'widht'"),
         (config(model__num_layers="two"), "a value of type int is needed"),
         (config(model__num_genes=64), "vocabulary has 100 genes"),

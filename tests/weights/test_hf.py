@@ -193,7 +193,7 @@ def test_damaged_folders_are_refused(folder, tmp_path):
     next(iter(sorted((tmp_path / "parts").glob("model-0*.safetensors")))).unlink()
     with pytest.raises(CheckpointError, match="incomplete"):
         sct.load(tmp_path / "parts")
-    for content, message in (("{", "JSON"), ("[]", "an object is expected")):
+    for content, message in (("{", "JSON"), ("[]", "must be an object")):
         (path / "config.json").write_text(content)
         with pytest.raises(CheckpointError, match=message):
             hf.load(path)

@@ -309,7 +309,7 @@ def test_a_changed_gene_list_is_noticed(model, folder):
             b'{"format_version": 1, "family": "sct", "model": {}, "step": "x"}',
             "step",
         ),
-        ("model.safetensors.index.json", b"[]", "holds a list"),
+        ("model.safetensors.index.json", b"[]", "is of type list"),
         ("model.safetensors.index.json", b'{"weight_map": {"a": "../x.safetensors"}}', "does not name"),
         ("model.safetensors", b"short", "is damaged"),
     ],

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from sct.checks import check_choice, check_not_empty
 from sct.errors import DataError
 
 WARN_BELOW = 0.5  # of the genes that could match
@@ -191,8 +192,7 @@ def align(
     vocabulary: Vocabulary, var: Any, column: str | None, duplicates: str, report_name: str
 ) -> GeneAlignment:
     """Find an input's genes in a vocabulary: see `GeneVocabulary.align`."""
-    if duplicates not in ("error", "sum"):
-        raise DataError(f"duplicates={duplicates!r} is not known; give 'error' or 'sum'")
+    check_choice("duplicates", duplicates, ("error", "sum"), error=DataError)
     prefix = f"{report_name}: " if report_name else ""
     tried = []
     for label, names in name_places(var, column, prefix):
@@ -210,8 +210,7 @@ def align(
 def find(vocabulary: Vocabulary, names: Iterable[str]) -> np.ndarray:
     """Look up genes that a person names: see `GeneVocabulary.find`."""
     listed = [name.strip() for name in gene_names(names, "the list of genes")]
-    if not listed:
-        raise DataError("the list of genes is empty; name at least one")
+    check_not_empty("the list of genes", listed, error=DataError, advice="name at least one gene")
     positions, kinds = look_up(vocabulary, listed)
     unknown = [name for name, kind in zip(listed, kinds, strict=True) if kind == _UNKNOWN]
     if unknown:

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from sct.checks import check_not_empty, check_one_each
 from sct.data.genes.alignment import some
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.errors import DataError
@@ -68,11 +69,8 @@ class GeneCorpus:
     empty: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
-        if len(self.keys) != len(self.texts) or not self.keys:
-            raise DataError(
-                f"a gene corpus of {len(self.keys)} genes and {len(self.texts)} texts was given; give at least one "
-                "gene, and one text for each"
-            )
+        check_not_empty("the gene corpus", self.keys, error=DataError)
+        check_one_each("texts", len(self.texts), "genes", len(self.keys))
         repeated = [key for key, number in Counter(self.keys).items() if number > 1]
         if repeated:
             raise DataError(

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from sct.atomic import write_text
+from sct.checks import check_not_empty, check_one_each
 from sct.data.genes import alignment
 from sct.data.genes.alignment import GeneAlignment, gene_names, some, without_version
 from sct.errors import DataError, StoreError
@@ -75,8 +76,7 @@ class GeneVocabulary:
             raise DataError(
                 f"the fields of a gene vocabulary have the lengths {sorted(lengths)}; give one entry per gene"
             )
-        if not self.keys:
-            raise DataError("a gene vocabulary without genes was given; give at least one gene")
+        check_not_empty("the gene vocabulary", self.keys, error=DataError)
         if "" in self.keys:
             raise DataError(
                 f"position {self.keys.index('')} of the vocabulary has neither an Ensembl id nor a symbol; "
@@ -160,8 +160,7 @@ class GeneVocabulary:
             given = [symbol or gene for symbol, gene in zip(fields["symbols"], genes, strict=True)]
         else:
             given = gene_names(symbols, "the list of symbols")
-        if len(given) != len(genes):
-            raise DataError(f"{len(genes)} ids but {len(given)} symbols were given; give one symbol per id")
+        check_one_each("symbols", len(given), "ids", len(genes))
         for text in (name, *genes, *given):
             if re.search(r"[\t\n\r|]", text):
                 raise DataError(f"the name {text!r} holds a tab, a '|' or a line break; rename it")

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from sct.atomic import remove, write_json
+from sct.checks import check_choice
 from sct.data.coordinates import SECTION_COLUMNS, Scale, doubts
 from sct.data.counts import COUNTS, CountsChecker, Values, check_values, exact_integers
 from sct.data.genes.orthologues import MappedGenes, Orthologues, map_orthologues, read_orthologues
@@ -330,9 +331,9 @@ def _groups(source: OpenInput, name: str, study_key: str | None) -> list[tuple[s
     """Studies of a source, each with the numbers of its rows."""
     if study_key is None:
         return [(name, np.arange(len(source.obs)))]
-    if study_key not in source.obs:
-        known = ", ".join(map(str, source.obs.columns)) or "none"
-        raise DataError(f"{source.label} has no obs column {study_key!r} to make studies of: it has {known}")
+    check_choice(
+        f"{source.label}: study_key", study_key, source.obs, error=DataError, advice="name a column of obs"
+    )
     column = source.obs[study_key]
     gaps = int(column.isna().sum())
     if gaps:

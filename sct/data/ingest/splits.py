@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 
+from sct.checks import check_share
 from sct.errors import ConfigError
 
 AUTOMATIC_FROM = 10
@@ -77,8 +78,7 @@ def assign_splits(
     automatic = fraction is None and validation is None and not held_out and len(names) >= AUTOMATIC_FROM
     if fraction is not None or automatic:
         share = AUTOMATIC_FRACTION if fraction is None else fraction
-        if not 0 <= share < 1:
-            raise ConfigError(f"the validation fraction is {share}, but it must be at least 0 and below 1")
+        check_share("the validation fraction", share, one=False)
         wanted = min(round(share * len(names)), len(names) - 1)
         if share > 0:
             wanted = max(wanted, 1)

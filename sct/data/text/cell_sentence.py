@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from sct.checks import check_one_each, check_share
 from sct.data.genes.alignment import some
 from sct.data.normalization import TARGET, per_count
 from sct.data.text.gene_tokens import GeneTokens
@@ -119,10 +120,7 @@ def quality(
     if max_counts is not None:
         cells &= totals <= max_counts
     if max_mitochondrial is not None:
-        if not 0 <= max_mitochondrial <= 1:
-            raise DataError(
-                f"max_mitochondrial is {max_mitochondrial}, expected a share between 0 and 1; give e.g. 0.2"
-            )
+        check_share("max_mitochondrial", max_mitochondrial, error=DataError, advice="give e.g. 0.2")
         mitochondrial = np.array([name[:3].upper() == "MT-" for name in names])
         if not mitochondrial.any():
             raise DataError(
@@ -328,8 +326,7 @@ def _mean_ranks(times: np.ndarray) -> np.ndarray:
 
 def _checked_names(names: Iterable[str], n: int, separator: str = " ") -> list[str]:
     names = list(names)
-    if len(names) != n:
-        raise DataError(f"there are {n} genes but {len(names)} gene names; give one name per gene")
+    check_one_each("gene names", len(names), "genes", n)
 
     def is_word(name: object) -> bool:
         whole = isinstance(name, str) and name.split() == [name]

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
+from sct.checks import check_choice, check_distinct
 from sct.data.cell_records import CellOptions, CellSource
 from sct.data.store import Study
 from sct.data.text.cell_sentence import cell_keys
@@ -86,10 +87,7 @@ def read_study_texts(path: str | Path) -> dict[str, dict[str, Any]]:
     known = ("abstract", *_LISTS)
     for study, entry in content.items():
         for field, value in entry.items():
-            if field not in known:
-                raise ConfigError(
-                    f"{path}: {study} has the field {field!r}, but there are {', '.join(known)}."
-                )
+            check_choice(f"{path}: a field of {study}", field, known)
             good = isinstance(value, str) if field == "abstract" else isinstance(value, list) and value
             texts = [value] if field == "abstract" else value
             if not good or not all(
@@ -101,8 +99,7 @@ def read_study_texts(path: str | Path) -> dict[str, dict[str, Any]]:
                 raise ConfigError(
                     f"{path}: gene_sets of {study} has a name with a comma, which stands between names: leave it out."
                 )
-            if len(set(texts)) < len(texts):
-                raise ConfigError(f"{path}: {field} of {study} names one of its entries twice.")
+            check_distinct(f"{path}: {field} of {study}", texts)
     return content
 
 

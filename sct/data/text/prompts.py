@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sct.atomic import write_text
+from sct.checks import check_at_least, check_choice, check_not_empty, check_text
 from sct.errors import ConfigError, DataError
 
 JOIN = " "
@@ -280,15 +281,13 @@ class Prompts:
         return usable[int.from_bytes(digest, "little") % len(usable)]
 
     def _task(self, task: str) -> TaskFields:
-        if task not in self.templates:
-            raise ConfigError(f"there is no task {task!r}; give one of {', '.join(self.templates)}")
+        check_choice("the task", task, self.templates)
         return self.tasks[task]
 
     def _template(self, task: str, number: int) -> Template:
         self._task(task)
         n = len(self.templates[task])
-        if not 0 <= number < n:
-            raise ConfigError(f"the task {task!r} has no template number {number}; give 0 to {n - 1}")
+        check_at_least(f"the number of a template of the task {task!r}", number, 0, most=n - 1)
         return self.templates[task][number]
 
 
@@ -344,8 +343,7 @@ def render_labels(labels: Mapping[str, Any]) -> str:
                     f"the label {name!r}: {value!r} is empty, padded, or holds a mark that separates labels "
                     f"(';', a line break, ':' in a name); rename it"
                 )
-    if not texts:
-        raise DataError("no label was given; give at least one name with its value")
+    check_not_empty("labels", texts, error=DataError, advice="give at least one name with its value")
     return "; ".join(f"{name}: {value}" for name, value in texts.items())
 
 
@@ -364,8 +362,7 @@ def _built_in(name: str) -> Prompts:
 
 def _text(field: str, value: Any) -> str:
     text = render_labels(value) if field == "labels" and isinstance(value, Mapping) else str(value)
-    if not text.strip():
-        raise DataError(f"the field {field!r} is empty, but a prompt needs its text; leave such cells out")
+    check_text(f"the field {field!r}", text, error=DataError, advice="leave out such cells")
     return text.strip()
 
 
@@ -397,8 +394,7 @@ def _merged(base: Prompts, text: str, file: str) -> Prompts:
     if not isinstance(tasks, dict):
         raise ConfigError(f'{file}: "tasks" is no object; give an object of tasks')
     for task, entry in tasks.items():
-        if task not in base.tasks:
-            raise ConfigError(f"{file}: there is no task {task!r}; name one of {', '.join(base.tasks)}")
+        check_choice(f"{file}: the task", task, base.tasks)
         known = isinstance(entry, dict) and set(entry) <= {"replace", "templates"}
         templates = entry.get("templates") if known else None
         replace = entry.get("replace", False) if known else None

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from sct.checks import check_at_least
 from sct.errors import DataError
 
 # Each entry of a cell is one sortable uint64: its count (the bits of a positive float32 grow with its value),
@@ -104,8 +105,8 @@ def rank(
         raise DataError(
             f"the cells have {n_genes:,} genes but at most {1 << _GENE_BITS:,} can be ranked; select genes first"
         )
-    if top_k is not None and top_k < 1:
-        raise DataError(f"top_k is {top_k}, expected at least 1; give a number of genes or None")
+    if top_k is not None:
+        check_at_least("top_k", top_k, 1, error=DataError, advice="give a number of genes, or None for all")
     if gene_keys is None:
         gene_keys = mix(np.arange(1, n_genes + 1, dtype=np.uint64))
     gene_keys = _checked_keys(gene_keys, n_genes, "gene")
@@ -186,8 +187,7 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 
 def _seed_key(seed: int) -> np.ndarray:
-    if not 0 <= seed < 1 << 64:
-        raise DataError(f"seed is {seed}, expected 0 to 2**64 - 1; give another seed")
+    check_at_least("seed", seed, 0, most=(1 << 64) - 1, error=DataError)
     return mix(np.array([seed], np.uint64))
 
 

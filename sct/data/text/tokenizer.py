@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from sct.checks import check_choice
 from sct.data.text.prompts import JOIN
 from sct.data.text.tokenizer_libraries import (
     JSON,
@@ -95,8 +96,8 @@ class Tokenizer:
             The library is not installed.
         """
         path = Path(path)
-        if unknown := sorted(set(tokens) - set(ROLES)):
-            raise ConfigError(f"there is no special token {unknown[0]!r}; name one of {', '.join(ROLES)}")
+        for role in tokens:
+            check_choice("a special token", role, ROLES)
         if path.is_dir():
             found = [path / name for name in (JSON, MODEL) if (path / name).is_file()]
         else:
@@ -219,8 +220,8 @@ class Tokenizer:
             raise ConfigError(
                 f"the special tokens {tokens!r} are not a list of texts; give one text for each"
             )
-        if unknown := sorted(set(roles) - set(ROLES)):
-            raise ConfigError(f"there is no special token {unknown[0]!r}; name one of {', '.join(ROLES)}")
+        for role in roles:
+            check_choice("a special token", role, ROLES)
         names = {f"{role}_token": token for role, token in roles.items()}
         return dataclasses.replace(self, backend=self.backend.add(list(dict.fromkeys(tokens))), **names)
 

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sct.checks import check_type
 from sct.errors import CheckpointError, first_line
 from sct.extras import load_extra
-from sct.weights.model_folder import INDEX, TORCH, WEIGHTS, FolderReader, check_finite, read_json
+from sct.weights.model_folder import INDEX, TORCH, WEIGHTS, FolderReader, check_finite_array, read_json
 
 _BIN = re.compile(r"[\w.-]+\.bin")
 _DTYPES = ("float16", "bfloat16", "float32", "float64", "bool", "uint8", "int8", "int16", "int32", "int64")
@@ -89,10 +90,7 @@ class TorchReader:
             raise CheckpointError(
                 f"{path} cannot be read as weights of torch ({first_line(error)})."
             ) from error
-        if not isinstance(loaded, dict):
-            raise CheckpointError(
-                f"{path} holds a {type(loaded).__name__}, but names with arrays are needed."
-            )
+        check_type(f"the content of {path}", loaded, dict, "names with arrays", error=CheckpointError)
         return loaded
 
     def __exit__(self, *error: object) -> None:
@@ -107,5 +105,5 @@ class TorchReader:
             value = np.asarray(found.view(torch.int16).numpy().view(jnp.bfloat16))
         else:
             value = np.asarray(found.numpy())
-        check_finite(value, name, self.folder)
+        check_finite_array(value, name, self.folder)
         return value

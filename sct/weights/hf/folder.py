@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from sct.checks import check_choice
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text.tokenizer import Tokenizer
-from sct.errors import CheckpointError, ConfigError
+from sct.errors import CheckpointError
 from sct.nn import axes
 from sct.nn.paths import flatten, unflatten
 from sct.version import __version__
@@ -211,8 +212,8 @@ def load(
         torch, or the library of the tokenizer, is needed and not installed.
     """
     folder = Path(folder).expanduser()
-    if dtype is not None and dtype not in LOADED_DTYPES:
-        raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(LOADED_DTYPES)}.")
+    if dtype is not None:
+        check_choice("dtype", dtype, LOADED_DTYPES, error=CheckpointError)
     rules = fitting_rules(mesh, rules)
     with _opened(folder) as opened:
         where: dict[str, Any] = {}
@@ -281,10 +282,12 @@ def tensors(model: Pretrained) -> dict[str, Lazy]:
     ConfigError
         The family has no such format, or the model has more than the format: adapters, for example.
     """
-    if model.family not in FAMILIES:
-        raise ConfigError(
-            f"there is no Hugging Face format of the family {model.family!r}: choose from {', '.join(FAMILIES)}."
-        )
+    check_choice(
+        "the family",
+        model.family,
+        FAMILIES,
+        advice="save a model folder, for Hugging Face has no such format",
+    )
     params = flatten(model.variables)
     entries = hf_maps.entries(model.family, model.config, params)
     pieces: dict[str, dict[int, str]] = {}

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from sct.atomic import atomic_folder, replaced
+from sct.checks import check_share
 from sct.errors import CheckpointError
 from sct.hashes import hash_files, sealed
 from sct.weights import model_folder
@@ -68,10 +69,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path} has {name} = {value!r}, which describes no adapter: it is damaged."
             )
-    if not options["lora_dropout"] < 1:
-        raise CheckpointError(
-            f"{path} has lora_dropout = {options['lora_dropout']}, but it must lie in [0, 1)."
-        )
+    check_share(f"lora_dropout of {path}", options["lora_dropout"], one=False, error=CheckpointError)
     return options
 
 
@@ -89,7 +87,7 @@ def read_arrays(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
         with safe_open(path, framework="flax") as file:  # numpy alone does not know bfloat16
             for key in file.keys():  # noqa: SIM118 (not a mapping)
                 value = np.asarray(file.get_tensor(key))
-                model_folder.check_finite(value, key, path)
+                model_folder.check_finite_array(value, key, path)
                 yield key, value
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}: the folder is incomplete.") from None

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sct.checks import check_choice
 from sct.errors import CheckpointError, ConfigError
 from sct.models import lora
 from sct.models.adapters import adapters_of
@@ -54,11 +55,12 @@ class _Module:
 
 def _modules(model: Pretrained) -> dict[str, _Module]:
     """Dense modules of a model by the names that they have in `transformers`."""
-    if model.family not in FAMILIES:
-        raise ConfigError(
-            f"there are no adapters of the family {model.family!r} in the format of PEFT: choose from "
-            f"{', '.join(FAMILIES)}."
-        )
+    check_choice(
+        "the family",
+        model.family,
+        FAMILIES,
+        advice="save a folder of adapters (sct.weights.adapter_folder.save), for PEFT has no such format",
+    )
     table = FAMILIES[model.family]
     dense = {
         f"params/{layer}/kernel": box.value

@@ -186,7 +186,7 @@ def test_missing_and_unknown_fields():
         PROMPTS.ask("cell_to_cell_type", {"cell": "A", "celltype": "B cell"})
     with pytest.raises(ConfigError, match="'genes'"):
         PROMPTS.ask("cell_to_cell_type", {"cell": "A", "genes": "genes"})
-    with pytest.raises(DataError, match=r"'cell'.* empty"):
+    with pytest.raises(DataError, match=r"'cell'.* non-empty"):
         PROMPTS.ask("cell_to_cell_type", {"cell": " "})
     with pytest.raises(ConfigError, match="'cell_to_age'"):
         PROMPTS.ask("cell_to_age", {"cell": "A"})

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as sp
 
+from sct.checks import check_finite, check_shape
 from sct.data.coordinates import SPATIAL_KEY
 from sct.data.counts import CountsChecker
 from sct.data.ingest.readers.stream import Matrix, OpenInput, guarded
@@ -145,15 +146,14 @@ def _coordinates(label: str, value: Any, key: str) -> np.ndarray | None:
             raise DataError(f"{label} has no obsm[{key!r}]: give the key of its coordinates, or none")
         return None
     points = np.asarray(value, dtype=np.float64)
-    if points.ndim != 2 or points.shape[1] != 2:
-        raise DataError(
-            f"{label}: obsm[{key!r}] has the shape {points.shape}, but coordinates in the plane, (N, 2), are "
-            "needed: keep the two columns that span the plane, or split the file by section"
-        )
-    bad = int((~np.isfinite(points)).any(axis=1).sum())
-    if bad:
-        raise DataError(
-            f"{label}: obsm[{key!r}] is NaN or infinite for {bad} of {len(points)} cells: remove these "
-            "cells, or name another spatial key"
-        )
+    check_shape(
+        f"{label}: obsm[{key!r}]",
+        points,
+        ("cells", (2, "coordinates")),
+        empty=True,
+        advice="keep the two columns that span the plane, or split the file by section",
+    )
+    check_finite(
+        f"{label}: obsm[{key!r}]", points, "cells", advice="remove these cells, or name another spatial key"
+    )
     return points
