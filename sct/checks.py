@@ -107,7 +107,7 @@ def check_share(
 
 
 def check_multiple(
-    name: str, value: int, of: int, what: str, *, error: type[SctError] = ConfigError, advice: str = ""
+    name: str, value: int, of: int, what: str = "", *, error: type[SctError] = ConfigError, advice: str = ""
 ) -> None:
     """Refuse a whole number that `of`, which the sentence calls `what`, does not divide.
 
@@ -119,7 +119,9 @@ def check_multiple(
     if value % of:
         below, above = value // of * of, -(-value // of) * of
         to_do = advice or f"use {f'{below} or {above}' if below > 0 else above}"
-        raise _refusal(f"{name} is {value}", f"must be a multiple of {what} ({of})", to_do, error)
+        raise _refusal(
+            f"{name} is {value}", f"must be a multiple of {f'{what} ({of})' if what else of}", to_do, error
+        )
 
 
 def check_choice(

@@ -90,6 +90,7 @@ REFUSED: list[tuple[Callable[..., None], type[SctError], str]] = [
     (lambda **o: checks.check_positive("rate", 0.0, **o), ConfigError, "rate is 0.0, but must be positive"),
     (lambda **o: checks.check_number("rate", True, **o), ConfigError, "rate is True, but must be a finite number"),
     (lambda **o: checks.check_multiple("width", 6, 4, "heads", **o), ConfigError, "a multiple of heads (4)"),
+    (lambda **o: checks.check_multiple("width", 6, 4, **o), ConfigError, "a multiple of 4:"),
     (lambda **o: checks.check_choice("mode", "gene", ("cell", "genes"), **o), ConfigError, "'genes'"),
     (lambda **o: checks.check_choice("mode", "x", (), **o), ConfigError, "nothing to choose"),
     (lambda **o: checks.check_choice("mode", ["x"], ("y",), **o), ConfigError, "must be 'y'"),

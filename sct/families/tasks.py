@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from sct import families
+from sct.checks import check_choice
 from sct.data.store import Store
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import ConfigError
@@ -28,8 +29,7 @@ def task_spec_of(config: Mapping[str, Any]) -> TaskSpec:
     name, family = config.get("task"), config.get("family")
     models, known = families.models(), task_specs()
     for what, value, names in (("family", family, models), ("task", name, known)):
-        if value not in names:
-            raise ConfigError(f"{what} is {value!r}, but it must be one of {', '.join(names)}.")
+        check_choice(what, value, names)
     spec = known[str(name)]
     if spec not in models[str(family)].tasks:
         raise ConfigError(

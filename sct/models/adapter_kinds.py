@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import math
 import re
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sct.checks import check_at_least, check_choice, check_positive, check_share
 from sct.errors import ConfigError
 from sct.models import registry
 from sct.nn import axes
@@ -84,7 +84,7 @@ class AdapterConfig(abc.ABC):
     targets: tuple[str, ...]
     layers: tuple[int, ...]
 
-    def check_choice(self) -> None:
+    def check_places(self) -> None:
         """Raise `ConfigError` unless targets and layers can be a choice."""
         if isinstance(self.targets, str) or not self.targets:
             raise ConfigError(
@@ -177,13 +177,10 @@ class LoraConfig(AdapterConfig):
     places = staticmethod(kernels)
 
     def __post_init__(self) -> None:
-        self.check_choice()
-        if self.rank < 1:
-            raise ConfigError(f"rank is {self.rank}, but it must be at least 1.")
-        if not 0 < self.alpha < math.inf:
-            raise ConfigError(f"alpha is {self.alpha}, but it must be positive.")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout is {self.dropout}, but it must lie in [0, 1).")
+        self.check_places()
+        check_at_least("rank", self.rank, 1)
+        check_positive("alpha", self.alpha)
+        check_share("dropout", self.dropout, one=False)
 
     @classmethod
     def of(cls, family: str, **options: Any) -> LoraConfig:
@@ -191,11 +188,12 @@ class LoraConfig(AdapterConfig):
         if options.get("targets"):
             return cls(**options)
         targets = {name: each.targets for name, each in registry.MODELS.items() if each.targets}
-        if family not in targets:
-            raise ConfigError(
-                f"the family {family!r} has no default targets: give some (adapters.targets), or choose from "
-                f"{', '.join(sorted(targets))}."
-            )
+        check_choice(
+            "the family",
+            family,
+            sorted(targets),
+            advice="give targets (adapters.targets), for only these families have some by default",
+        )
         return cls(**{**options, "targets": targets[family]})
 
     @property
@@ -272,11 +270,9 @@ class BottleneckConfig(AdapterConfig):
     place: ClassVar[str] = "dense layer or table"
 
     def __post_init__(self) -> None:
-        self.check_choice()
-        if self.width < 1:
-            raise ConfigError(f"width is {self.width}, but it must be at least 1.")
-        if not 0 < self.scale < math.inf:
-            raise ConfigError(f"scale is {self.scale}, but it must be positive.")
+        self.check_places()
+        check_at_least("width", self.width, 1)
+        check_positive("scale", self.scale)
 
     @property
     def size(self) -> int:
@@ -354,9 +350,8 @@ class PrefixConfig(AdapterConfig):
     place: ClassVar[str] = "attention"
 
     def __post_init__(self) -> None:
-        self.check_choice()
-        if self.length < 1:
-            raise ConfigError(f"length is {self.length}, but it must be at least 1.")
+        self.check_places()
+        check_at_least("length", self.length, 1)
 
     @property
     def size(self) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from sct.errors import ConfigError
+from sct.checks import check_multiple, check_share
 from sct.models.checks import check_fields
 
 _CHOICES = {
@@ -68,12 +68,8 @@ class BertConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, _CHOICES, dict.fromkeys(_LEAST, 1))
-        if self.embed_dim % self.num_heads:
-            raise ConfigError(
-                f"embed_dim is {self.embed_dim}, but it must be a multiple of num_heads ({self.num_heads})."
-            )
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout is {self.dropout}, but it must lie in [0, 1).")
+        check_multiple("embed_dim", self.embed_dim, self.num_heads, "num_heads")
+        check_share("dropout", self.dropout, one=False)
 
     @classmethod
     def fit(cls, values: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:

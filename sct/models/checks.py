@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sct.errors import CheckpointError, ConfigError, DataError
+from sct.checks import check_at_least, check_choice, check_number, check_positive, check_shape
+from sct.errors import CheckpointError, DataError
 
 # Largest sizes of any family, well above those of published models: beyond, a configuration is damaged, and would take
 # all memory, or hours to trace, before anything else is noticed.
@@ -37,21 +36,14 @@ def check_fields(config: Any, choices: Mapping[str, tuple[str, ...]], least: Map
     """
     for field in (each.name for each in dataclasses.fields(config)):
         value = getattr(config, field)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{field} is {value}, but it must be finite.")
-        if (field in MOST or field in POSITIVE or field in least) and not isinstance(value, Real):
-            raise ConfigError(f"{field} is {value!r}, but it must be a number.")
-        if field in MOST and not value <= MOST[field]:
-            raise ConfigError(f"{field} is {value}, but it must be at most {MOST[field]}.")
-        if field in POSITIVE and not 0 < value <= POSITIVE[field]:
-            raise ConfigError(f"{field} is {value}, but it must be above 0 and at most {POSITIVE[field]:g}.")
+        if field in POSITIVE:
+            check_positive(field, value, most=POSITIVE[field])
+        elif field in MOST or field in least:
+            check_at_least(field, value, least.get(field, 0), most=MOST.get(field))
+        elif isinstance(value, float):
+            check_number(field, value)
     for field, known in choices.items():
-        if getattr(config, field) not in known:
-            listed = ", ".join(repr(choice) for choice in known)
-            raise ConfigError(f"{field} is {getattr(config, field)!r}, but it must be one of {listed}.")
-    for field, smallest in least.items():
-        if getattr(config, field) < smallest:
-            raise ConfigError(f"{field} is {getattr(config, field)}, but it must be at least {smallest}.")
+        check_choice(field, getattr(config, field), known)
 
 
 def check_outputs(values: np.ndarray, what: str, of: str = "rows") -> None:
@@ -83,10 +75,7 @@ def check_text(inputs: Any, vocab_size: int, max_length: int | None) -> None:
     With `max_length`, positions beyond it do not exist.
     """
     ids = inputs["input_ids"]
-    if ids.ndim != 2 or not ids.size:
-        raise DataError(
-            f"input_ids have the shape {ids.shape}, but (texts, tokens), none of them zero, is needed."
-        )
+    check_shape("input_ids", ids, ("texts", "tokens"))
     check_range("input_ids", ids, vocab_size - 1)
     if max_length is not None and ids.shape[1] > max_length:
         raise DataError(
@@ -94,9 +83,7 @@ def check_text(inputs: Any, vocab_size: int, max_length: int | None) -> None:
         )
     for name in ("attention_mask", "segments", "positions", "token_type_ids"):
         value = inputs.get(name)
-        if value is not None and value.shape != ids.shape:
-            raise DataError(
-                f"{name} has the shape {value.shape}, but that of input_ids, {ids.shape}, is needed."
-            )
+        if value is not None:
+            check_shape(name, value, ids.shape, advice="give the shape of input_ids")
     if inputs.get("attention_mask") is not None:
         check_range("attention_mask", inputs["attention_mask"].astype(jnp.int32), 1)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sct.checks import check_multiple, check_share
 from sct.errors import ConfigError
 from sct.models.checks import check_fields
 from sct.nn.attention import rotary_frequencies
@@ -107,10 +108,13 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, _CHOICES, _LEAST)
-        if not self.head_dim and self.embed_dim % self.num_heads:
-            raise ConfigError(
-                f"embed_dim is {self.embed_dim}, but it must be a multiple of num_heads ({self.num_heads}), or "
-                "head_dim must be given."
+        if not self.head_dim:
+            check_multiple(
+                "embed_dim",
+                self.embed_dim,
+                self.num_heads,
+                "num_heads",
+                advice="change one of them, or give head_dim",
             )
         if self.num_heads % self.kv_heads:
             raise ConfigError(
@@ -125,8 +129,7 @@ class DecoderConfig:
             raise ConfigError(
                 f"rotary_low is {self.rotary_low}, but it must be smaller than rotary_high ({self.rotary_high})."
             )
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout is {self.dropout}, but it must lie in [0, 1).")
+        check_share("dropout", self.dropout, one=False)
 
     @classmethod
     def fit(cls, values: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:

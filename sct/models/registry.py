@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
+from sct.checks import check_choice
 from sct.errors import ConfigError
 from sct.hashes import SEAL
 from sct.models.bert import Bert
@@ -109,8 +110,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     values = with_current_names(cls, values, where)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise ConfigError(f"{where} has no option {unknown[0]!r}: choose from {', '.join(sorted(fields))}.")
+    for name in unknown:
+        check_choice(f"an option of {where}", name, sorted(fields))
     made = {}
     for name, value in values.items():
         default = _default(fields[name])
@@ -191,8 +192,7 @@ def check_device(config: Any) -> None:
 
 def family(name: str) -> Architecture:
     """Architecture of a name; `ConfigError` where there is none."""
-    if name not in MODELS:
-        raise ConfigError(f"there is no model family {name!r}: choose from {', '.join(sorted(MODELS))}.")
+    check_choice("the model family", name, sorted(MODELS))
     return MODELS[name]
 
 

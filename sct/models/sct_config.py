@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from sct.checks import check_at_least, check_multiple
 from sct.errors import ConfigError
 from sct.models.checks import MOST, check_fields
 from sct.nn.norm import EPSILON
@@ -113,29 +115,25 @@ class SCTConfig:
                 f"sigma_min is {self.sigma_min} and sigma_max is {self.sigma_max}, but 0 < sigma_min <= "
                 "sigma_max is needed."
             )
-        if self.num_genes % 2**self.num_downsamples:
-            raise ConfigError(
-                f"num_genes is {self.num_genes}, but {self.num_downsamples} downsamples need a multiple of "
-                f"{2**self.num_downsamples}: use {pad_to_multiple(self.num_genes, self.num_downsamples)}."
-            )
-        if self.use_skip_connection and self.token_embed_dim % 32:
-            raise ConfigError(
-                f"token_embed_dim is {self.token_embed_dim}, but skip connections need a multiple of 32."
-            )
-        if self.embed_dim % (2 * self.num_heads) or self.embed_dim % 32:
-            raise ConfigError(
-                f"embed_dim is {self.embed_dim}, but it must be a multiple of 32 and of twice num_heads "
-                f"({2 * self.num_heads})."
-            )
+        check_multiple(
+            "num_genes",
+            self.num_genes,
+            2**self.num_downsamples,
+            f"2 to the power of num_downsamples, {self.num_downsamples}",
+            advice=f"use {pad_to_multiple(self.num_genes, self.num_downsamples)}",
+        )
+        if self.use_skip_connection:
+            advice = "use such a number, or set use_skip_connection=False"
+            check_multiple("token_embed_dim", self.token_embed_dim, 32, advice=advice)
+        advice = f"use a multiple of {math.lcm(32, 2 * self.num_heads)}"
+        check_multiple("embed_dim", self.embed_dim, 32, advice=advice)
+        check_multiple("embed_dim", self.embed_dim, 2 * self.num_heads, "twice num_heads", advice=advice)
 
     @classmethod
     def fit(cls, values: Mapping[str, Any], num_genes: int) -> dict[str, Any]:
         """Values of a configuration with `num_genes` 0 or absent replaced by a vocabulary's size, padded."""
         levels = values.get("num_downsamples", cls.num_downsamples)
-        if type(levels) is not int or not 0 < levels <= MOST["num_downsamples"]:
-            raise ConfigError(
-                f"num_downsamples is {levels!r}, but a whole number from 1 to {MOST['num_downsamples']} is needed."
-            )
+        check_at_least("num_downsamples", levels, 1, most=MOST["num_downsamples"])
         return {**values, "num_genes": values.get("num_genes") or pad_to_multiple(num_genes, levels)}
 
     @property

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sct.checks import check_shape
 from sct.errors import DataError
 from sct.models.bert import BertLayer
 from sct.models.bert_config import BertConfig
@@ -103,15 +104,12 @@ class ZerOmicsCells(nn.Module):
     def check_inputs(config: ZerOmicsCellsConfig, inputs: Mapping[str, Any]) -> None:
         """Raise `DataError` unless the inputs fit; values are looked at where they are known (not traced)."""
         bins, genes = inputs["bins"], inputs.get("genes")
-        if bins.ndim != 2 or not bins.size:
-            raise DataError(
-                f"bins have the shape {bins.shape}, but (cells, genes), none of them zero, is needed."
-            )
+        check_shape("bins", bins, ("cells", "genes"))
         check_range("bins", bins, config.mask)
         if genes is None and bins.shape[1] != config.num_genes:
             raise DataError(f"there are {bins.shape[1]} genes, but the model has {config.num_genes}.")
-        if genes is not None and genes.shape != bins.shape:
-            raise DataError(f"genes have the shape {genes.shape}, but that of bins, {bins.shape}, is needed.")
+        if genes is not None:
+            check_shape("genes", genes, bins.shape, advice="give the shape of bins")
         if genes is not None:
             check_range("genes", genes + 1, config.num_genes)
 

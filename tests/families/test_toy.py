@@ -107,7 +107,7 @@ def test_it_takes_adapters(trained, cells, tmp_path):
 def test_targets_that_are_named_need_no_defaults():
     options = {"targets": ("down",), "rank": 3}
     assert LoraConfig.of("zeromics", **options) == LoraConfig(**options)
-    with pytest.raises(ConfigError, match="'zeromics' has no default targets"):
+    with pytest.raises(ConfigError, match=r"'zeromics'.*adapters\.targets"):
         LoraConfig.of("zeromics", rank=3)
 
 

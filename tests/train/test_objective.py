@@ -208,7 +208,7 @@ def test_configuration_errors_say_what_to_do(config, tmp_path):
     cases = [
         (config(data__store=""), "either data.store or data.dataset"),
         (config(data__store="", data__dataset="pbmc"), "pbmc68k.*give a store"),
-        (config(model__widht=3), "no option 'widht'"),
+        (config(model__widht=3), "option of model .* is 'widht'"),
         (config(model__num_layers="two"), "a value of type int is needed"),
         (config(model__num_genes=64), "vocabulary has 100 genes"),
         (config(modle={}), "section .* is 'modle'"),
@@ -217,7 +217,7 @@ def test_configuration_errors_say_what_to_do(config, tmp_path):
         (config(optimizer__peak_lr=float("nan")), "peak_lr is nan"),
         (config(model=3), "model is 3, .*named options"),
         (config(model__num_downsamples="3"), "num_downsamples is '3'"),
-        (config(task="other"), "task is 'other', but it must be one of masked_expression"),
+        (config(task="other"), "task is 'other', but must be one of .masked_expression"),
         (config(family=None), "family is None"),
         (config(optimizer__clip_norm=-1.0), "clip_norm is -1.0"),
         (config(optimizer__b1=2.0), "b1 is 2.0"),
@@ -233,7 +233,7 @@ def test_configuration_errors_say_what_to_do(config, tmp_path):
         (config(train__loader_threads=-1), "train.loader_threads is -1"),
         (config(train__steps=0), "neither train.steps nor data.tokens"),
         (config(train__mesh={"data": 3}), "does not fit"),
-        (config(family="sct2"), "family is 'sct2', but it must be one of sct"),
+        (config(family="sct2"), "family is 'sct2', but must be one of .sct"),
     ]
     for number, (plain, expected) in enumerate(cases):
         with pytest.raises(ConfigError, match=expected):

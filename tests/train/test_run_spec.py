@@ -54,7 +54,7 @@ def test_mistakes_are_found_before_a_file_is_read():
         "train.batch_size": merged(absent, train__batch_size=0),
         "peak_lr": merged(absent, optimizer__peak_lr=-1.0),
         "max_masked_fraction": merged(absent, objective__max_masked_fraction=2.0),
-        "data has no option": merged(absent, data__lenght=1),
+        "an option of data is": merged(absent, data__lenght=1),
         "objective.lora": merged(TEXTS, objective__lora={"rank": 4}, adapters={"kind": "prefix"}),
         "takes no adapters": {
             **absent,
