@@ -29,7 +29,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.benchmark = "instructions"
     config.model = ""  # model folder or run folder of zeromics_llm
     config.output = "runs/benchmark_zeromics"
-    config.tasks = ()  # of cta, rci, tcd, cpi; (): those for which columns and gene sets are named
+    config.tasks = ()  # of cell_type, rare_cell, tumor, pathway; (): those for which columns and gene sets are named
     # Cells per answer for fine-tuning (for pathways: in total). Zero-shot is always measured.
     config.shots = (1, 5, 10)
     config.seeds = 3  # each with its own template, candidate order, few-shot cells and control

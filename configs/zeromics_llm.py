@@ -64,7 +64,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.vocab_size = 4_096
 
     config.objective = ConfigDict()
-    config.objective.tasks = (("cta", 1.0), ("rci", 1.0), ("tcd", 1.0))
+    config.objective.tasks = (("cell_type", 1.0), ("rare_cell", 1.0), ("tumor", 1.0))
     config.objective.prompts = ""  # JSON file with more templates
     config.objective.rank = 8
     config.objective.alpha = 8.0
@@ -121,7 +121,7 @@ def get_config(variant: str = "") -> ConfigDict:
             dataset="pbmc68k", cell_encoder="runs/zeromics_sc", max_genes=512, length=192, disease=""
         )
         config.data.vocab_size = 1_024
-        config.objective.tasks = (("cta", 2.0), ("rci", 1.0))
+        config.objective.tasks = (("cell_type", 2.0), ("rare_cell", 1.0))
         config.objective.train_llm = True
         config.optimizer.update(peak_lr=2e-3, warmup_steps=30, final_lr=1e-5, weight_decay=0.1)
         config.train.update(batch_size=16, steps=250, log_every=10, eval_every=50, checkpoint_every=50)

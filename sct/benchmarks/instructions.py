@@ -30,6 +30,7 @@ from sct.data.text.instructions import (
     StudyQuestions,
     read_study_texts,
 )
+from sct.data.text.prompts import TASK_CODES, task_code, task_name
 from sct.errors import ConfigError, DataError, MissingExtraError, SctError
 from sct.eval.labels import marker_scores, pathways
 from sct.eval.labels import measures as labels
@@ -112,13 +113,15 @@ class InstructionBenchmarkOptions:
 
     def __post_init__(self) -> None:
         for task in self.tasks:
-            check_choice("tasks", task, TITLES)
+            if task not in TITLES:
+                check_choice("tasks", task, TASK_CODES)
+        object.__setattr__(self, "tasks", tuple(map(task_code, self.tasks)))
         check_distinct("tasks", self.tasks)
         if "tcd" in self.tasks and not self.data.disease:
-            raise ConfigError("tasks has tcd: name the column of diseases by --config.data.disease.")
+            raise ConfigError("tasks has tumor: name the column of diseases by --config.data.disease.")
         if "cpi" in self.tasks and not self.pathways.file:
             raise ConfigError(
-                "tasks has cpi: name a GMT file of gene sets by --config.pathways.file, such as MSigDB's hallmarks."
+                "tasks has pathway: name a GMT file of gene sets by --config.pathways.file, such as MSigDB's hallmarks."
             )
         for number in self.shots:
             check_at_least("shots", number, 1, advice="leave it out, for zero shots are measured always")
@@ -258,7 +261,7 @@ def _benchmark(
                 reports.append(benchmarking.reason(title, error))
                 continue
             table.title = f"{title}. {table.title}"
-            numbers.setdefault(name, {})[task] = measured
+            numbers.setdefault(name, {})[task_name(task)] = measured
             reports.append(table)
             report_folder.keep(reports, output, facts(), numbers)
     if not numbers:

@@ -16,7 +16,7 @@ from sct.checks import check_distinct, check_not_empty
 from sct.data.cell_records import CellOptions, known_genes
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text.instructions import MARK, fields_of, questions_of
-from sct.data.text.prompts import INSTRUCTIONS, Prompts
+from sct.data.text.prompts import INSTRUCTIONS, Prompts, task_code, task_name
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import ConfigError
 from sct.generation.decoding import DecoderParts, DecodingOptions, made_parts
@@ -165,7 +165,7 @@ class InstructionModel:
         Parameters
         ----------
         task
-            "cta", "rci", "tcd" or "cpi".
+            "cell_type", "rare_cell", "tumor" or "pathway", or the code of the paper.
         records
             Cells (N, S).
         abstracts
@@ -190,6 +190,7 @@ class InstructionModel:
         ConfigError
             Candidates stand twice, there are fewer than two, or the name of a pathway begins that of another.
         """
+        task = task_code(task)
         usable = self.prompts.templates[task]
         check_not_empty("candidates", candidates, least=2)
         check_distinct("candidates", candidates)
@@ -203,7 +204,7 @@ class InstructionModel:
         templates = range(templates) if isinstance(templates, int) else templates
         if not templates or not all(0 <= number < len(usable) for number in templates):
             raise ConfigError(
-                f"templates is {templates}, but 1 to {len(usable)} are there for the task {task!r}."
+                f"templates is {templates}, but 1 to {len(usable)} are there for the task {task_name(task)!r}."
             )
         keys = range(len(abstracts)) if keys is None else keys
         given = range(len(abstracts)) if cells is None else cells

@@ -11,6 +11,7 @@ import numpy as np
 from sct.checks import check_at_least, check_text
 from sct.data.cells import CellCounts
 from sct.data.counts import COUNTS, Values
+from sct.data.text.prompts import task_name
 from sct.errors import ConfigError
 from sct.generation.instruction_model import CellBins, InstructionModel
 from sct.inference import binned_cells, inputs
@@ -119,10 +120,10 @@ def answer_by_candidates(
     target = inputs.output_adata(adata, copy)
     write_answers(target, candidates, np.exp(np.concatenate(logs)), key_added, threshold, unknown, asked_for)
     target.uns[key_added] = {
-        "sct_version": __version__, "model": repr(model), "weights": model.fingerprint, "task": task,
+        "sct_version": __version__, "model": repr(model), "weights": model.fingerprint, "task": task_name(task),
         "labels": list(candidates), "abstract": study_metadata, "templates": templates,
         "threshold": threshold, "seed": seed,
-        "values": values, "learned": list(model.data["tasks"]),
+        "values": values, "learned": [task_name(each) for each in model.data["tasks"]],
     }  # fmt: skip
     return target if copy else None
 

@@ -11,6 +11,7 @@ from scipy import sparse
 
 from sct.data.cell_records import cell_records
 from sct.data.text.instructions import YES, StudyQuestions
+from sct.data.text.prompts import task_name
 from sct.eval.labels import measures as labels
 from sct.eval.reports.report import Report
 from sct.generation.instruction_model import InstructionModel
@@ -41,7 +42,7 @@ class Answers:
         self, instruction_model: Callable[[Any], InstructionModel], task: str, train: Sequence[StudyQuestions],
         held_out: Sequence[StudyQuestions], cells: int, seeds: int, note: str = "",
     ):  # fmt: skip
-        self.name = f"answers_{task}"
+        self.name = f"answers_{task_name(task)}"
         self.instruction_model, self.task, self.seeds, self.note = instruction_model, task, seeds, note
         self.train = LabeledReferenceCells.read(
             [each for each in train if task in each.candidates], task, TRAINING_CELLS

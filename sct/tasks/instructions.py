@@ -19,7 +19,7 @@ from sct.data.genes.corpus import GeneCorpus
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.store import Store
 from sct.data.text.instructions import InstructionOptions, InstructionSource, StudyQuestions, read_study_texts
-from sct.data.text.prompts import INSTRUCTION_PROMPTS, load_prompts
+from sct.data.text.prompts import INSTRUCTION_PROMPTS, load_prompts, task_code, task_name
 from sct.data.text.tokenizer import Tokenizer, train_bpe
 from sct.errors import ConfigError
 from sct.generation.instruction_model import TASK, InstructionModel
@@ -112,7 +112,8 @@ class InstructionsConfig(ObjectiveConfig):
     Parameters
     ----------
     tasks
-        Pairs of a task ("cta", "rci", "tcd", "cpi") and how often it is drawn.
+        Pairs of a task ("cell_type", "rare_cell", "tumor", "pathway") and how often it is drawn. The paper's codes
+        ("cta", "rci", "tcd", "cpi") also work, and are what is kept here.
     prompts
         JSON file with further templates.
     rank, alpha, dropout
@@ -146,11 +147,14 @@ class InstructionsConfig(ObjectiveConfig):
 
     def __post_init__(self) -> None:
         for entry in self.tasks:
-            if len(entry) != 2 or entry[0] not in TRAINED_TASKS or not float(entry[1]) > 0:
+            if len(entry) != 2 or task_code(entry[0]) not in TRAINED_TASKS or not float(entry[1]) > 0:
                 raise ConfigError(
                     f"objective.tasks has {entry!r}, but pairs of a task and a positive weight are needed; tasks are "
-                    f"{', '.join(TRAINED_TASKS)}."
+                    f"{', '.join(map(task_name, TRAINED_TASKS))}."
                 )
+        # Runs are compared by these values: a run begun with codes goes on with names.
+        object.__setattr__(self, "tasks", tuple((task_code(task), weight) for task, weight in self.tasks))
+        object.__setattr__(self, "members", tuple(map(task_code, self.members)))
         check_at_least("report_cells", self.report_cells, 0)
         check_at_least("report_seeds", self.report_seeds, 1)
         if not self.tasks or not (self.universal or self.of_tasks):
@@ -160,8 +164,8 @@ class InstructionsConfig(ObjectiveConfig):
         alone = [task for task, _ in self.tasks if task not in self.members]
         if self.members and UNIVERSAL not in self.members and alone:
             raise ConfigError(
-                f"objective.members has neither {alone[0]!r} nor {UNIVERSAL!r}, so this task would train no adapter: "
-                "train it anew, or from a model with a universal adapter."
+                f"objective.members has neither {task_name(alone[0])!r} nor {UNIVERSAL!r}, so this task would train no "
+                "adapter: train it anew, or from a model with a universal adapter."
             )
 
     @property
@@ -438,7 +442,7 @@ class Instructions:
         summary = {"loss": float(sums["loss"]) / count, "accuracy": float(sums["right"]) / count}
         for (task, _), answers, exact in zip(self.config.tasks, sums["answers"], sums["exact"], strict=True):
             if answers:
-                summary[f"{task}_exact"] = float(exact / answers)
+                summary[f"{task_name(task)}_exact"] = float(exact / answers)
         return summary
 
     @functools.cache  # noqa: B019 (a run has one task)
@@ -522,9 +526,13 @@ def make(inputs: TaskInputs) -> Instructions:
         given: dict[str, Any] = {}
         license = "unknown"
         if parent["members"] != list(inputs.objective.mixture.members):
+            has, asked = (
+                ", ".join(map(task_name, each))
+                for each in (parent["members"], inputs.objective.mixture.members)
+            )
             raise ConfigError(
-                f"the model has adapters for {', '.join(parent['members'])}, but the configuration asks for "
-                f"{', '.join(inputs.objective.mixture.members)}: name the same tasks in the same order."
+                f"the model has adapters for {has}, but the configuration asks for {asked}: name the same tasks in the "
+                "same order."
             )
         known = known_genes(len(vocabulary), parent["dropped"])
     else:

@@ -106,7 +106,7 @@ def test_types_are_named_by_the_probability_of_each_candidate(asked, cells):
     # As a column of obs gives them.
     again = sct.tl.annotate(part, asked, candidates=pd.Index(TYPES), key_added="again", copy=True)
     np.testing.assert_allclose(again.obsm["again_probabilities"], expected[[4, 1]], atol=1e-3)
-    assert again.uns["again"]["learned"] == ["cta", "rci", "tcd"]
+    assert again.uns["again"]["learned"] == ["cell_type", "rare_cell", "tumor"]
     other = sct.tl.annotate(before, asked, candidates=TYPES, seed=1, templates=3, copy=True)
     assert np.abs(other.obsm["sct_label_probabilities"] - expected).max() > 1e-4
     assert "sct_label" not in before.obs

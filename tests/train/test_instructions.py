@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import sct
+from configs.zeromics_llm import get_config
 from sct.data.store import Store
 from sct.data.text.instructions import StudyQuestions
 from sct.errors import ConfigError
@@ -24,7 +25,9 @@ from sct.models.zeromics import ZerOmics
 from sct.nn.paths import flatten, resolve
 from sct.tasks.instruction_reports import MODEL, OTHERS, Answers
 from sct.tasks.instructions import InstructionData, Instructions, InstructionsConfig
+from sct.train import resume
 from sct.train.experiment import run
+from sct.train.run_spec import RunSpec
 from sct.weights.pretrained import Pretrained
 from tests.cached import cached
 from tests.data.test_cell_records import Study
@@ -151,10 +154,26 @@ def test_ablations_leave_adapters_out(studies, options, members):
     np.testing.assert_array_equal(gates, expected)
 
 
+def test_names_and_codes_of_tasks_are_the_same(tmp_path):
+    """Also a run that was begun with codes goes on with names."""
+    names = InstructionsConfig(tasks=(("rare_cell", 1.0), ("pathway", 2.0)), members=("universal", "tumor"))
+    codes = InstructionsConfig(tasks=(("rci", 1.0), ("cpi", 2.0)), members=("universal", "tcd"))
+    assert names == codes
+    assert names.mixture.members == ("universal", "tcd")
+    before, after = get_config("quickstart").to_dict(), get_config("quickstart").to_dict()
+    before["objective"]["tasks"] = [["cta", 1.0]]
+    before = json.loads(json.dumps(before))  # as it is recorded
+    after["objective"]["tasks"] = [["cell_type", 1.0]]
+    resume.check_options(before, RunSpec.of(after), tmp_path)
+    after["objective"]["tasks"] = [["rare_cell", 1.0]]
+    with pytest.raises(ConfigError, match=r"objective\.tasks"):
+        resume.check_options(before, RunSpec.of(after), tmp_path)
+
+
 def test_options_that_cannot_be(studies):
     for options, words in (
-        ({"tasks": (("csi", 1.0),)}, "cta, rci, tcd, cpi"),
-        ({"tasks": (("cpi", 1.0),), "members": ("cta",)}, "'cpi'"),
+        ({"tasks": (("csi", 1.0),)}, "cell_type, rare_cell, tumor, pathway"),
+        ({"tasks": (("cpi", 1.0),), "members": ("cta",)}, "'pathway'"),
         ({"universal": False, "of_tasks": False}, "universal"),
         ({"report_seeds": 0}, "report_seeds"),
     ):
@@ -242,7 +261,7 @@ def test_both_stages_from_configurations(text_config, tmp_path):
         np.testing.assert_array_equal(final[path.replace("params/", "params/cells/", 1)], value, err_msg=path)
     assert any(path.startswith("params/llm/") for path in result.state.trained)
     assert not any(path.startswith("params/cells/") for path in result.state.trained)
-    numbers = json.loads((tmp_path / "run" / "answers_cta.json").read_text())
+    numbers = json.loads((tmp_path / "run" / "answers_cell_type.json").read_text())
     assert {f"{MODEL}/accuracy", f"{OTHERS}/accuracy", "most common label/accuracy"} <= set(numbers)
     for place in (tmp_path / "run", tmp_path / "run" / "model"):
         model = sct.load(place)
@@ -319,7 +338,7 @@ def test_training_goes_on_from_a_model_that_answers(text_config, tmp_path):
     for changes, words in (
         (
             {"tasks": (("rci", 1.0),)},
-            r"universal, cta.*universal, rci",
+            r"universal, cell_type.*universal, rare_cell",
         ),
         ({"alpha": 4.0}, r"alpha .*4.*8"),
     ):

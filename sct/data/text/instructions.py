@@ -26,7 +26,7 @@ from sct.checks import check_choice, check_distinct
 from sct.data.cell_records import CellOptions, CellSource
 from sct.data.store import Study
 from sct.data.text.cell_sentence import cell_keys
-from sct.data.text.prompts import INSTRUCTIONS, Example, Prompts, draw_task
+from sct.data.text.prompts import INSTRUCTIONS, Example, Prompts, draw_task, task_name
 from sct.data.text.studies import read_study_file
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import ConfigError
@@ -356,8 +356,9 @@ class InstructionSource:
             if not any(task in each.candidates for each in self.questions.values()):
                 column = {"tcd": "disease", "cpi": "pathways"}.get(task, "cell_type")
                 raise ConfigError(
-                    f"the task {task!r} can be asked of no study: name the column of labels (data.{column}), of which "
-                    "two values are needed, and for rare cells a type below data.rare_share, or leave the task out."
+                    f"the task {task_name(task)!r} can be asked of no study: name the column of labels "
+                    f"(data.{column}), of which two values are needed, and for rare cells a type below "
+                    "data.rare_share, or leave the task out."
                 )
 
     def _check_rare(self) -> None:

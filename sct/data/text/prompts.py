@@ -79,8 +79,21 @@ INSTRUCTIONS: dict[str, TaskFields] = {
     "tcd": TaskFields("answer", ("cell", "abstract", "candidates"), True),
     "cpi": TaskFields("answer", ("cell", "abstract", "candidates"), True),
 }
+# Names of these tasks for users -> the paper's codes, which model folders, adapters and files of templates keep.
+TASK_CODES = {"cell_type": "cta", "rare_cell": "rci", "tumor": "tcd", "pathway": "cpi"}
+_TASK_NAMES = {code: name for name, code in TASK_CODES.items()}
 _BUILT_IN = {"prompts_cell2sentence.json": TASKS, "prompts_zeromics.json": INSTRUCTIONS}
 SENTENCE_PROMPTS, INSTRUCTION_PROMPTS = _BUILT_IN
+
+
+def task_code(name: str) -> str:
+    """Code of an instruction task by its name or its code; anything else stays as it is."""
+    return TASK_CODES.get(name, name)
+
+
+def task_name(code: str) -> str:
+    """Name of an instruction task for users by its code; anything else stays as it is."""
+    return _TASK_NAMES.get(code, code)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,8 +406,10 @@ def _merged(base: Prompts, text: str, file: str) -> Prompts:
     tasks = content["tasks"]
     if not isinstance(tasks, dict):
         raise ConfigError(f'{file}: "tasks" is no object; give an object of tasks')
-    for task, entry in tasks.items():
-        check_choice(f"{file}: the task", task, base.tasks)
+    for given, entry in tasks.items():
+        task = given if given in base.tasks else task_code(given)
+        if task not in base.tasks:
+            check_choice(f"{file}: the task", given, list(map(task_name, base.tasks)))
         known = isinstance(entry, dict) and set(entry) <= {"replace", "templates"}
         templates = entry.get("templates") if known else None
         replace = entry.get("replace", False) if known else None

@@ -191,7 +191,7 @@ def test_pathways_are_several_answers_in_any_order():
 
 
 def test_a_task_without_pathways_names_the_column():
-    with pytest.raises(ConfigError, match=r"'cpi' .*data\.pathways"):
+    with pytest.raises(ConfigError, match=r"'pathway' .*data\.pathways"):
         source(tasks=(("cpi", 1.0),))
 
 
@@ -227,7 +227,7 @@ def test_tasks_that_a_study_cannot_be_asked():
     assert StudyQuestions(plain, options()).candidates == {}
     del plain.table["disease"]
     assert StudyQuestions(plain, options(rare_share=1.1)).candidates == {}
-    with pytest.raises(ConfigError, match=r"'cta' .*data\.cell_type"):
+    with pytest.raises(ConfigError, match=r"'cell_type' .*data\.cell_type"):
         source(plain)
     with pytest.raises(ConfigError, match=r"data\.disease"):
         source(tasks=(("tcd", 1.0),), disease="")
@@ -276,3 +276,18 @@ def test_a_file_about_studies(tmp_path):
     }
     with pytest.raises(ConfigError, match=r"nothing\.yaml"):
         read_study_texts(tmp_path / "nothing.yaml")
+
+
+def test_a_file_of_templates_names_tasks_by_name_or_code(tmp_path):
+    template = {"prompt": "{cell} {abstract} {candidates}, which?", "response": "{answer}"}
+    loaded = []
+    for name in ("tumor", "tcd"):
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps({"version": 1, "tasks": {name: {"templates": [template]}}}))
+        loaded.append(load_prompts(file, INSTRUCTION_PROMPTS).plain())
+    assert loaded[0] == loaded[1]
+    assert template in loaded[0]["tcd"]
+    assert "tumor" not in loaded[0]
+    file.write_text(json.dumps({"version": 1, "tasks": {"tumors": {"templates": [template]}}}))
+    with pytest.raises(ConfigError, match="tumor"):
+        load_prompts(file, INSTRUCTION_PROMPTS)
