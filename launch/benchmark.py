@@ -1,4 +1,4 @@
-"""Measure a model beside honest baselines.
+"""Benchmark a model against reference baselines, on cells that it was not trained on.
 
     python -m launch.benchmark --config=configs/benchmark.py --config.model=runs/mine --config.data.path=cells.h5ad
 

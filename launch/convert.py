@@ -1,4 +1,4 @@
-"""Turn foreign weights into a model folder.
+"""Convert published weights to a model folder, and back.
 
     python -m launch.convert --from=haiku-sct --input=DIR --output=MODEL_DIR
     python -m launch.convert --from=hf --input=DIR --output=MODEL_DIR

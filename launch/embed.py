@@ -1,4 +1,4 @@
-"""Embed the cells of an .h5ad file.
+"""Compute an embedding for each cell of an .h5ad file.
 
     python -m launch.embed --input=cells.h5ad --model=runs/mine --output=embedded.h5ad
 

@@ -1,4 +1,4 @@
-"""Turn h5ad files, 10x .h5 files, 10x mtx folders, zarr groups and CELLxGENE Census data sets into a store.
+"""Ingest h5ad files, 10x .h5 files, 10x mtx folders, zarr groups and CELLxGENE Census data sets into a store.
 
     python -m launch.ingest --input=data/ --output=stores/mine
     python -m launch.ingest --input=a.h5ad,b.h5 --input=liver=c/outs --output=stores/mine --validation=liver

@@ -1,4 +1,4 @@
-"""Measure how fast a configuration runs here, beside what the machine can do.
+"""Measure the speed of a configuration on this machine, compared with the machine's limit.
 
     python -m launch.speed --config=configs/sct_sc.py --mode=train --json=speed.json
 

@@ -1,4 +1,4 @@
-"""Train a model, or go on with a run.
+"""Train a model, or resume a run.
 
     python -m launch.train --config=configs/sct_sc.py:quickstart --workdir=runs/quickstart
     python -m launch.train --config=configs/sct_sc.py --config.data.store=STORE

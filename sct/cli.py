@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from sct.commands.flag_parsing import Command
 
 _COMMANDS = {
-    "embed": "embed the cells of an .h5ad file",
+    "embed": "compute an embedding for each cell of an .h5ad file",
     "impute": "impute genes or whole cells of an .h5ad file",
-    "annotate": "name cells, by annotated ones or by a model that answers in words",
+    "annotate": "annotate cells, by label transfer or by a model that answers with text",
     "generate": "generate cells with a model of cell sentences",
-    "benchmark": "measure a model beside honest baselines",
-    "train": "train a model from a configuration, or go on with a run",
-    "ingest": "turn h5ad, 10x and zarr files into a store",
-    "convert": "turn foreign weights into a model folder",
-    "speed": "measure steps, loader and ingest beside what the machine can do",
+    "benchmark": "benchmark a model against reference baselines",
+    "train": "train a model, or resume a run",
+    "ingest": "ingest h5ad, 10x, zarr and CELLxGENE Census data into a store",
+    "convert": "convert published weights to a model folder, and back",
+    "speed": "measure the speed of a configuration on this machine",
 }
 
 # Those that run a model step by step.
