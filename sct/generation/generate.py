@@ -1,4 +1,4 @@
-"""Generation of text by a decoder: batches of prompts of unequal length through one compiled loop."""
+"""Text generation with a decoder: batches of prompts of unequal length through one compiled loop."""
 
 from __future__ import annotations
 
@@ -36,8 +36,28 @@ from sct.models.decoder_config import DecoderConfig
 from sct.nn.chunked_attention import UNSEEN
 
 
-class _Now(NamedTuple):
-    """State of the loop."""
+class _State(NamedTuple):
+    """State of the loop, for B rows and N new tokens.
+
+    Attributes
+    ----------
+    cache
+        Keys and values of the tokens so far.
+    scores
+        Of the next token, float32 (B, V).
+    step
+        Tokens generated so far, int32 ().
+    ids
+        They, int32 (B, N), -1 elsewhere.
+    done
+        Whether a row has ended, bool (B,).
+    log_probability
+        Of the tokens so far, float32 (B,).
+    seen
+        Tokens of the row, for the repetition penalty, bool (B, V); None without one.
+    node
+        Node of the row in the trie, int32 (B,).
+    """
 
     cache: Cache
     scores: jax.Array
@@ -63,26 +83,26 @@ def decode(
     trie: Trie | None = None,
     soft: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Generate behind prompts, in one compiled program.
+    """Continue prompts, in one compiled program.
 
     Parameters
     ----------
     config, new, uses, known
-        Architecture, most tokens to generate (N), what any row needs, and the number of tokens that may be chosen.
+        Architecture, most tokens to generate (N), what any row uses, and the number of tokens that may be chosen.
     parts
-        Of `prepared`.
+        Variables of the model, from `prepared`.
     ids, attention_mask
         Prompts (B, T), filled up on the left, and where they hold tokens, bool.
     sampling, stop
         How rows choose; tokens that end a row, int32 (S,).
     trie
-        What may be answered, if not everything.
+        The allowed answers; None allows all.
     soft
-        Vectors (B, K, D) that negative tokens of the prompts stand for.
+        Vectors (B, K, D) for the negative tokens of the prompts.
 
     Returns
     -------
-    Tokens int32 (B, N), -1 behind the end (the stop token itself is kept); whether a stop token came, bool (B,);
+    Tokens int32 (B, N), -1 after the end (the stop token is kept); whether a stop token came, bool (B,);
     the logarithm of the probability, float32 (B,).
     """
     rows, length = ids.shape
@@ -97,7 +117,7 @@ def decode(
             .at[jnp.arange(rows)[:, None], where]
             .set(True, mode="drop")
         )
-    start = _Now(
+    start = _State(
         cache,
         scores_of(config, parts, hidden[:, -1]),
         jnp.zeros((), jnp.int32),
@@ -108,37 +128,37 @@ def decode(
         jnp.zeros(rows, jnp.int32),
     )
 
-    def goes_on(now: _Now) -> jax.Array:
-        return (now.step < new) & ~now.done.all()
+    def unfinished(state: _State) -> jax.Array:
+        return (state.step < new) & ~state.done.all()
 
-    def body(now: _Now) -> _Now:
-        scores, node = only_known(now.scores, known), now.node
+    def generate_one(state: _State) -> _State:
+        scores, node = only_known(state.scores, known), state.node
         if trie is not None:
             scores = jnp.where(trie.allowed(node, config.vocab_size), scores, UNSEEN)
-        token = choose(adjusted(scores, sampling, now.seen, uses), sampling, now.step, uses)
+        token = choose(adjusted(scores, sampling, state.seen, uses), sampling, state.step, uses)
         if trie is not None:
             node = trie.follow(node, token)
-        own = jax.nn.log_softmax(now.scores, axis=-1)[jnp.arange(rows), token]
-        ids = lax.dynamic_update_slice(now.ids, jnp.where(now.done, -1, token)[:, None], (0, now.step))
-        seen = now.seen.at[jnp.arange(rows), token].set(True) if now.seen is not None else None
-        hidden, cache = extend(config, parts, now.cache, token[:, None], ~now.done[:, None])
-        return _Now(
+        own = jax.nn.log_softmax(state.scores, axis=-1)[jnp.arange(rows), token]
+        ids = lax.dynamic_update_slice(state.ids, jnp.where(state.done, -1, token)[:, None], (0, state.step))
+        seen = state.seen.at[jnp.arange(rows), token].set(True) if state.seen is not None else None
+        hidden, cache = extend(config, parts, state.cache, token[:, None], ~state.done[:, None])
+        return _State(
             cache,
             scores_of(config, parts, hidden[:, 0]),
-            now.step + 1,
+            state.step + 1,
             ids,
-            now.done | (token[:, None] == stop).any(axis=1),
-            now.log_probability + jnp.where(now.done, 0.0, own),
+            state.done | (token[:, None] == stop).any(axis=1),
+            state.log_probability + jnp.where(state.done, 0.0, own),
             seen,
             node,
         )
 
-    last = lax.while_loop(goes_on, body, start)
-    return last.ids, last.done, last.log_probability
+    end = lax.while_loop(unfinished, generate_one, start)
+    return end.ids, end.done, end.log_probability
 
 
 def _check_trie(trie: Trie, config: DecoderConfig, options: DecodingOptions, stop: Sequence[int]) -> None:
-    """Refuse a list of answers that generation could leave, or not come to the end of."""
+    """Refuse a trie with a token that the model lacks, or an answer that would not end."""
     highest, depth = int(trie.tokens.max()), trie.longest
     if highest >= config.vocab_size:
         raise ConfigError(
@@ -165,7 +185,7 @@ def generate(
     soft: SoftPrompts | None = None,
     progress_bar: bool = True,
 ) -> list[Generated]:
-    """Generate text behind prompts of tokens.
+    """Continue prompts of tokens.
 
     Parameters
     ----------
@@ -181,10 +201,10 @@ def generate(
         One for each prompt, or one number: prompt i then has the seed `seeds + i`. An answer depends on the model, its
         prompt and its seed, and not on the other prompts.
     trie
-        Only answers of a list; of `sct.generation.trie.make_trie`.
+        The allowed answers, from `sct.generation.trie.make_trie`; None allows all.
     soft
-        Gives the vectors (n, K, D) of n prompts by their numbers, made when these prompts are read: the token -1 - k of
-        a prompt stands for its vector k.
+        Function from the numbers of n prompts to their vectors (n, K, D), called when these prompts are read. The token
+        -1 - k of a prompt stands for its vector k.
     progress_bar
         Whether to show one.
 
@@ -215,7 +235,7 @@ def generate(
     if trie is not None:
         _check_trie(trie, config, options, stop)
     if options.beams > 1:
-        return _finite(search(model, arrays, options, stop, trie, soft, progress_bar))
+        return _checked(search(model, arrays, options, stop, trie, soft, progress_bar))
     parts = prepared(model)
     uses = Uses(
         options.temperature > 0, options.top_k > 0, options.top_p < 1, options.repetition_penalty != 1
@@ -239,10 +259,10 @@ def generate(
         )  # fmt: skip
         for i, *of_row in zip(chosen, *map(np.asarray, found), strict=False):
             made[i] = Generated.of(*of_row)
-    return _finite([each for each in made if each is not None])
+    return _checked([each for each in made if each is not None])
 
 
-def _finite(made: list[Generated]) -> list[Generated]:
-    """Texts whose probabilities are numbers; others were chosen among scores that are none."""
+def _checked(made: list[Generated]) -> list[Generated]:
+    """Raise `CheckpointError` for a text without a finite probability: the model's scores were not finite."""
     check_outputs(np.array([each.log_probability for each in made]), "probabilities of texts", "prompts")
     return made

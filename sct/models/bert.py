@@ -170,7 +170,7 @@ class Bert(nn.Module):
         input_ids
             Tokens, integers (B, T).
         attention_mask
-            (B, T), 1 for tokens and 0 for padding, on either side. What is there is the same with and without it.
+            (B, T), 1 for tokens and 0 for padding, on either side. Padding changes no output of a token.
         token_type_ids
             Types (B, T), 0 by default.
         segments

@@ -197,7 +197,7 @@ class Decoder(nn.Module):
         x = drop(self, x, self.config.dropout) if self.config.dropout else x
         return axes.constrain(x, axes.BATCH, axes.LENGTH, None)
 
-    def hidden(
+    def hidden_states(
         self,
         input_ids: jax.Array,
         attention_mask: jax.Array | None = None,
@@ -241,7 +241,7 @@ class Decoder(nn.Module):
         input_ids
             Tokens, integers (B, T).
         attention_mask
-            (B, T), 1 for tokens and 0 for padding, on either side. What is there is the same with and without it.
+            (B, T), 1 for tokens and 0 for padding, on either side. Padding changes no output of a token.
         segments
             Instead: numbers (B, T) of the texts that share a row, one after the other; a token sees its own text
             alone, and positions are counted from its beginning. 0 is padding.
@@ -251,11 +251,11 @@ class Decoder(nn.Module):
         Returns
         -------
         `logits` float32 (B, T, V); `hidden` (B, T, D), behind the last norm; `text_embedding` float32 (B, D), its mean
-        over the tokens that are there.
+        over the tokens without padding.
         """
-        hidden = self.hidden(input_ids, attention_mask, segments, positions)
-        there = attention_mask if segments is None else segments
-        weights = jnp.ones(input_ids.shape) if there is None else (there > 0).astype(jnp.float32)
-        total = jnp.einsum("btd,bt->bd", hidden.astype(jnp.float32), weights)
-        mean = total / jnp.maximum(weights.sum(axis=1, keepdims=True), 1.0)
+        hidden = self.hidden_states(input_ids, attention_mask, segments, positions)
+        tokens = attention_mask if segments is None else segments
+        valid_mask = jnp.ones(input_ids.shape) if tokens is None else (tokens > 0).astype(jnp.float32)
+        total = jnp.einsum("btd,bt->bd", hidden.astype(jnp.float32), valid_mask)
+        mean = total / jnp.maximum(valid_mask.sum(axis=1, keepdims=True), 1.0)
         return {"logits": self.logits(hidden), "hidden": hidden, "text_embedding": mean}

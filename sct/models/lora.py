@@ -1,6 +1,6 @@
-"""Low-rank adapters (LoRA; Hu et al. 2022), one or several of each layer.
+"""Low-rank adapters (LoRA; Hu et al. 2022), one or several for each layer.
 
-What all kinds of adapters share is in `sct.models.adapters`, and is known here by the same names.
+`sct.models.adapters` has what all kinds of adapters share; its names can be imported from here too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
 
 
 def adapted(variables: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each layer's path and low-rank adapter, of the collection "adapters" of a model."""
+    """Path and low-rank adapter of each layer that has one, from the collection "adapters"."""
     for layer, kind, adapter in adapters_of(variables):
         if kind is LOW_RANK:
             yield layer, adapter
@@ -44,17 +44,17 @@ def adapted(variables: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Several adapters of every layer that are all summed, of which a sample trains its own (ZerOmics, section 3.2).
+    """Several adapters for every layer. All are summed; each sample trains its own ones (ZerOmics, section 3.2).
 
-    The members lie side by side in one adapter of as many times the rank: whatever reads, merges or exports adapters
-    has their sum, and a forward pass costs no more than that of one.
+    The members lie side by side in one adapter of rank `members * rank`. Its output is their sum, so a forward pass
+    runs one adapter, and merging and exporting need to know nothing of members.
 
     Parameters
     ----------
     members
         Names, such as "universal" and those of tasks.
     each
-        Options of one of them; `alpha / rank` is the factor of each.
+        Options of one member; each has the factor `alpha / rank`.
     """
 
     members: tuple[str, ...]
@@ -62,7 +62,7 @@ class Mixture:
 
     def __post_init__(self) -> None:
         if not self.members or len(set(self.members)) < len(self.members):
-            raise ConfigError(f"members are {self.members!r}, but one or more different names are needed.")
+            raise ConfigError(f"members are {self.members!r}, but they must be one or more different names.")
 
     @property
     def config(self) -> LoraConfig:
@@ -76,22 +76,21 @@ class Mixture:
         return slice(first, first + self.each.rank)
 
     def gate(self, trains: jax.Array) -> jax.Array:
-        """Which columns each sample trains (B, members x rank), of which members it does, (B, members)."""
+        """Columns that each sample trains (B, members * rank), from the members that it trains (B, members)."""
         return jnp.repeat(trains.astype(jnp.float32), self.each.rank, axis=1)
 
 
 def gated(variables: Mapping[str, Any], trained: jax.Array) -> dict[str, Any]:
-    """Variables for a call in which the gradient of each sample reaches a part of the adapters alone.
+    """Variables for a call in which each sample's gradient reaches only a part of the adapters.
 
-    Nothing else changes: the outputs, and the gradient that passes through the adapters to the layers below, are
-    those without it.
+    Outputs do not change, nor does the gradient that passes through the adapters to the layers below.
 
     Parameters
     ----------
     variables
         Nested arrays with the collection "adapters".
     trained
-        (B, r), see `Mixture.gate`.
+        1 for the columns that a sample trains, 0 for others (B, r); see `Mixture.gate`.
     """
     adapters = flatten(variables[COLLECTION])
     gates = {

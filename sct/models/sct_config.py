@@ -75,10 +75,9 @@ class SCTConfig:
     layer_norm_eps
         Epsilon of every norm.
     remat
-        What levels and blocks keep for the backward pass beside their inputs: "level" nothing, the least memory;
-        "products" the outputs of convolutions and matrix products (not the scores of attention), so that only what
-        is cheap is computed again; "none" everything. Levels that go through a bag in pieces (on CPU) keep the
-        normalised input in all three, and no more than "products" in the last.
+        What levels and blocks save for the backward pass, beside their inputs: "level" nothing, for the least memory;
+        "products" the outputs of convolutions and matrix products (not the scores of attention), so that only cheap
+        operations are computed again; "none" everything. For levels in chunks (on CPU) see `sct.nn.execution`.
     dtype
         Type of the computation; parameters, norms and logits stay float32.
     """

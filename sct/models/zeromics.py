@@ -80,7 +80,7 @@ class CellTokenizer(nn.Module):
         config, width = self.config, self.config.llm.embed_dim
         dtype = jnp.dtype(config.llm.dtype)
         x = hidden.astype(dtype)
-        there = jnp.ones(hidden.shape[:2], dtype) if genes is None else (genes >= 0).astype(dtype)
+        valid_mask = jnp.ones(hidden.shape[:2], dtype) if genes is None else (genes >= 0).astype(dtype)
         if config.tokenizer == "linear":
             # Of unit variance over the genes of a cell, of which there are thousands.
             init = jax.nn.initializers.normal(config.num_genes**-0.5)
@@ -89,10 +89,10 @@ class CellTokenizer(nn.Module):
             if genes is None:
                 pooled = jnp.einsum("bgd,gk->bkd", x, table)
             else:
-                own = jnp.take(table, jnp.maximum(genes, 0), axis=0) * there[..., None]
+                own = jnp.take(table, jnp.maximum(genes, 0), axis=0) * valid_mask[..., None]
                 pooled = jnp.einsum("bsd,bsk->bkd", x, own)
             return Linear(width, (axes.CHANNEL_IN, axes.EMBED), dtype=dtype, name="out")(pooled)
-        mean = jnp.einsum("bsd,bs->bd", x, there) / jnp.maximum(there.sum(axis=1, keepdims=True), 1)
+        mean = jnp.einsum("bsd,bs->bd", x, valid_mask) / jnp.maximum(valid_mask.sum(axis=1, keepdims=True), 1)
         if config.tokenizer == "pooled":
             made = Linear(config.num_soft * width, (axes.CHANNEL_IN, axes.EMBED), dtype=dtype, name="out")(
                 mean
@@ -154,15 +154,17 @@ class ZerOmics(nn.Module):
 
     def encode(self, bins: jax.Array, genes: jax.Array | None = None) -> jax.Array:
         """Vectors (B, S, D) of the genes of cells; see `ZerOmicsCells`."""
-        return self.cells.hidden(bins, genes)
+        return self.cells.hidden_states(bins, genes)
 
     def soft(self, hidden: jax.Array, genes: jax.Array | None = None) -> jax.Array:
         """Soft tokens (B, K, E) of what `encode` gives."""
         return self.tokenizer(hidden, genes)
 
-    def hidden(self, input_ids: jax.Array, attention_mask: jax.Array | None, soft: jax.Array) -> jax.Array:
+    def hidden_states(
+        self, input_ids: jax.Array, attention_mask: jax.Array | None, soft: jax.Array
+    ) -> jax.Array:
         """Vectors (B, T, E) of instructions (B, T), in which -1 - k is the soft token k of the row."""
-        return self.llm.hidden(input_ids, attention_mask, soft=soft)
+        return self.llm.hidden_states(input_ids, attention_mask, soft=soft)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Scores of all tokens, float32 (..., V), of vectors (..., E)."""
@@ -197,5 +199,5 @@ class ZerOmics(nn.Module):
         soft = self.soft(encoded, genes)
         found = {"soft": soft, "cell_embedding": soft.astype(jnp.float32).mean(axis=1)}
         if input_ids is not None:
-            found["logits"] = self.logits(self.hidden(input_ids, attention_mask, soft))
+            found["logits"] = self.logits(self.hidden_states(input_ids, attention_mask, soft))
         return found

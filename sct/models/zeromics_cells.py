@@ -107,10 +107,9 @@ class ZerOmicsCells(nn.Module):
         check_shape("bins", bins, ("cells", "genes"))
         check_range("bins", bins, config.mask)
         if genes is None and bins.shape[1] != config.num_genes:
-            raise DataError(f"there are {bins.shape[1]} genes, but the model has {config.num_genes}.")
+            raise DataError(f"bins have {bins.shape[1]} genes, but the model has {config.num_genes}.")
         if genes is not None:
             check_shape("genes", genes, bins.shape, advice="give the shape of bins")
-        if genes is not None:
             check_range("genes", genes + 1, config.num_genes)
 
     @staticmethod
@@ -138,7 +137,7 @@ class ZerOmicsCells(nn.Module):
             config.num_genes, (axes.EMBED, axes.TEXT_VOCAB), dtype=dtype, kernel_init=init
         )
 
-    def hidden(self, bins: jax.Array, genes: jax.Array | None = None) -> jax.Array:
+    def hidden_states(self, bins: jax.Array, genes: jax.Array | None = None) -> jax.Array:
         """Vectors (B, S, D) of genes; arguments as in a call."""
         segments = None
         if genes is None:
@@ -155,10 +154,10 @@ class ZerOmicsCells(nn.Module):
         x, _ = self.layers(x, Mask(segments, segments))
         return x
 
-    def _weighted(self, bins: jax.Array, text: jax.Array, there: jax.Array | None) -> jax.Array:
+    def _weighted(self, bins: jax.Array, text: jax.Array, valid_mask: jax.Array | None) -> jax.Array:
         """Texts (B, S, D) times the bins, whose mean over a cell's genes is made one; a masked bin is 0."""
         weights = jnp.where(bins == self.config.mask, 0, bins).astype(jnp.float32)
-        genes = bins.shape[1] if there is None else there.sum(axis=1, keepdims=True)
+        genes = bins.shape[1] if valid_mask is None else valid_mask.sum(axis=1, keepdims=True)
         weights = weights * genes / jnp.maximum(weights.sum(axis=1, keepdims=True), 1.0)
         return weights[..., None].astype(text.dtype) * text
 
@@ -183,14 +182,14 @@ class ZerOmicsCells(nn.Module):
 
         Returns
         -------
-        `hidden` (B, S, D), and `cell_embedding` float32 (B, D), its mean over the genes that are there.
+        `hidden` (B, S, D), and `cell_embedding` float32 (B, D), its mean over the genes without padding.
         """
-        hidden = self.hidden(bins, genes)
+        hidden = self.hidden_states(bins, genes)
         if self.is_initializing():
             self.bin_logits(hidden), self.gene_logits(hidden)
-        there = jnp.ones(bins.shape) if genes is None else (genes >= 0).astype(jnp.float32)
-        total = jnp.einsum("bsd,bs->bd", hidden.astype(jnp.float32), there)
+        valid_mask = jnp.ones(bins.shape) if genes is None else (genes >= 0).astype(jnp.float32)
+        total = jnp.einsum("bsd,bs->bd", hidden.astype(jnp.float32), valid_mask)
         return {
             "hidden": hidden,
-            "cell_embedding": total / jnp.maximum(there.sum(axis=1, keepdims=True), 1.0),
+            "cell_embedding": total / jnp.maximum(valid_mask.sum(axis=1, keepdims=True), 1.0),
         }

@@ -1,9 +1,10 @@
-"""Attention whose matrix of scores never exists as a whole, forwards or backwards.
+"""Attention that never holds the whole matrix of scores, in the forward or the backward pass.
 
-Queries and keys are cut into chunks; the softmax is kept as a running maximum and a running sum in float32 (Rabe &
-Staats 2021, "Self-attention does not need O(n^2) memory"; Dao et al. 2022, "FlashAttention"). The backward pass
-computes each chunk of the weights again from the logarithm of its sum. Beside inputs, outputs and gradients, memory
-is one block of batch x heads x query chunk x key chunk.
+Queries and keys are cut into chunks; a block is one chunk of queries with one chunk of keys. A softmax over all keys
+needs only a running maximum and a running sum, in float32 (Rabe & Staats 2021, "Self-attention does not need O(n^2)
+memory"; Dao et al. 2022, "FlashAttention"). The backward pass computes the weights of each block again, from the scores
+and the saved logarithm of that sum. Beside inputs, outputs and gradients, memory is one block: batch x heads x query
+chunk x key chunk.
 """
 
 from __future__ import annotations
@@ -18,39 +19,40 @@ from jax import lax
 
 from sct.nn.reference import chunk_limit
 
-# Query and key positions of a block. On CPU a block of 16 heads then stays near the caches, which is 3 to 4 times
-# faster than whole scores at 3,900 positions; accelerators need larger products.
+# Query and key positions of a block. On CPU a block of 16 heads stays near the caches: 3 to 4 times faster than whole
+# scores at 3,900 positions. Accelerators need larger products.
 CPU_CHUNKS = (256, 512)
-# With an order, small blocks leave out more of what is not seen: attention over 512 tokens takes less than half the
-# time that whole scores take.
+# With an order (causal attention), smaller blocks skip more of the keys that no query sees: attention over 512 tokens
+# takes less than half the time of whole scores.
 CPU_ORDERED_CHUNKS = (128, 128)
 CHUNKS, ORDERED_CHUNKS = (1024, 1024), (512, 512)
 
 
 def default_chunks(ordered: bool = False) -> tuple[int, int]:
-    """Query and key positions of a block on the default backend; `ordered` where queries see no keys behind them."""
+    """Query and key positions of a block on the default backend; `ordered` where queries see no later keys."""
     queries, keys = ORDERED_CHUNKS if ordered else CHUNKS
     if jax.default_backend() == "cpu":
         queries, keys = CPU_ORDERED_CHUNKS if ordered else CPU_CHUNKS
     return chunk_limit(queries), chunk_limit(keys)
 
 
-# Weight of what is not seen: finite, so that a query that sees nothing has an even mean instead of NaN.
+# Score of a key that a query does not see. It is finite, so that a query that sees nothing gets the mean of all values
+# instead of NaN.
 UNSEEN = -1e30
-# Segments of keys that every query sees, and that none does.
+# Segment of keys that every query sees, and of keys that none sees.
 EVERYONE, NO_ONE = -(2**31), -(2**31) + 1
 
 
 class Mask(NamedTuple):
-    """Which keys a query sees: those of its own segment that are not behind it.
+    """Which keys a query sees: those of its own segment that do not come after it.
 
     Attributes
     ----------
     query, key
-        Segments int32 (B, L) and (B, M), or None where all are one; by convention 0 is padding. Of
-        keys also `EVERYONE`.
+        Segments int32 (B, L) and (B, M), or None for one segment; by convention 0 is padding. Keys may also have the
+        segment `EVERYONE`.
     order
-        Place of the first query among the keys, int32 (): query i sees keys up to `order + i`; None sees all.
+        Index of the first query among the keys, int32 (): query i sees keys up to `order + i`; None: all keys.
     """
 
     query: jax.Array | None = None
@@ -86,7 +88,7 @@ def chunked_attention(
     key, value
         Shape (B, M, H, D), M positive; lengths need not be multiples of the chunks.
     mask
-        Which keys a query sees; all by default. Blocks that no query of theirs may see by order are left out.
+        Which keys a query sees; all by default. Blocks in which the order hides all keys are skipped.
     chunks
         Most query and key positions of a block; by default those of the backend.
 
@@ -98,7 +100,7 @@ def chunked_attention(
 
 
 def _plan(length: int, most: int) -> tuple[int, int]:
-    """Number and size of equal chunks of at most `most` positions, with as little padding as can be."""
+    """Number and size of equal chunks of at most `most` positions, with the least padding."""
     number = -(-length // most)
     return number, -(-length // number)
 
@@ -117,7 +119,7 @@ def _join(x: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
 
 
 class _Blocks(NamedTuple):
-    """What decides which scores of a block count, in chunks."""
+    """The mask, cut into chunks like the queries and keys that it belongs to."""
 
     mask: Mask
     queries: tuple[int, int]
@@ -134,7 +136,7 @@ class _Blocks(NamedTuple):
         return cls(Mask(segments[0], segments[1], mask.order), plans[0], plans[1], length)
 
     def bias(self, i: Any, j: Any) -> jax.Array | None:
-        """What is added to the scores of block (i, j), (B or 1, 1, c, c'); None where there is nothing to add."""
+        """Bias of the scores of block (i, j), (B or 1, 1, c, c'); None where every query sees every key."""
         take = functools.partial(lax.dynamic_index_in_dim, keepdims=False)
         query, key = (
             None if x is None else take(x, at)
@@ -150,11 +152,11 @@ class _Blocks(NamedTuple):
             bias = jnp.zeros((1, 1, 1, self.keys[1]))
         else:
             return None
-        # The padding behind the last key counts for nothing, even where a query sees nothing.
+        # Padding after the last key has no weight, not even for a query that sees nothing.
         return jnp.where(keys < self.length, bias, -jnp.inf)
 
     def stop(self, i: Any) -> Any:
-        """Number of blocks of keys that queries of chunk i may see."""
+        """Number of chunks of keys that queries of chunk i may see."""
         if self.mask.order is None:
             return self.keys[0]
         last = self.mask.order + (i + 1) * self.queries[1]
@@ -194,10 +196,12 @@ def _forward(
         i, queries = part
 
         def add(j: jax.Array, running: Any) -> Any:
+            """Add the keys of chunk j to the running softmax."""
             highest, total, mixed = running
             keys, values = _block(blocks, j)
             scores = _scores(queries, keys, which.bias(i, j))
             higher = jnp.maximum(highest, scores.max(axis=-1, keepdims=True))
+            # What was summed so far is relative to the old maximum.
             weights, shrink = jnp.exp(scores - higher), jnp.exp(highest - higher)
             total = total * shrink + weights.sum(axis=-1, keepdims=True)
             mixed = mixed * shrink + _dot("bhqk,bhkd->bhqd", weights.astype(values.dtype), values)
@@ -220,7 +224,8 @@ def _backward(
     plans = _plans(query, key, mask, chunks)
     queries, keys = plans
     scale = query.shape[-1] ** -0.5
-    # The part of the softmax's gradient that all keys of a query share.
+    # The softmax's gradient is weights * (d_weights - shared); `shared` is sum(weights * d_weights) over all keys. That
+    # equals sum(gradient * output), so it is known before the loop.
     shared = (gradient.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     blocks, which = (_cut(key, keys), _cut(value, keys)), _Blocks.of(mask, plans, key.shape[1])
 
@@ -235,12 +240,14 @@ def _backward(
             key, value = _block(blocks, j)
             bias = which.bias(i, j)
             weights = jnp.exp(_scores(query, key, bias) - log_total)
-            if bias is not None:  # beside UNSEEN the logarithm of the number of keys is lost
+            if (
+                bias is not None
+            ):  # a query that sees nothing: log(number of keys) is lost in UNSEEN + log(number)
                 weights = jnp.where(log_total > UNSEEN / 2, weights, weights / which.length)
             d_value = d_value.at[j].add(_dot("bhqk,bhqd->bhkd", weights.astype(value.dtype), gradient))
             d_weights = _dot("bhqd,bhkd->bhqk", gradient, value)
             d_scores = weights * (d_weights - shared) * scale
-            if bias is not None:  # the even weights of a query that sees nothing do not come from its scores
+            if bias is not None:  # the scores of unseen keys are constants
                 d_scores = jnp.where(bias > UNSEEN / 2, d_scores, 0.0)
             d_scores = d_scores.astype(query.dtype)
             d_key = d_key.at[j].add(_dot("bhqk,bhqd->bhkd", d_scores, query))
@@ -250,8 +257,8 @@ def _backward(
         d_query, *sums = lax.fori_loop(0, which.stop(i), add, start)
         return tuple(sums), d_query
 
-    # Sums of this form depend on the gradient: XLA for the CPU (jax 0.10) makes arrays of plain zeros at the beginning
-    # of a program, where those of all layers take memory at once.
+    # These zeros depend on the gradient. XLA for the CPU (jax 0.10) makes plain zeros at the beginning of a program, so
+    # that those of all layers take memory at the same time.
     none = jnp.broadcast_to(shared.ravel()[0] * 0.0, blocks[0].shape)
     (d_key, d_value), d_query = lax.scan(one, (none, none), parts)
     return _join(d_query, query), _join(d_key, key), _join(d_value, value), None

@@ -39,7 +39,7 @@ def token_losses(
     Losses float32 (B, T), natural logarithm, and whether the best token is the target, bool (B, T).
     """
 
-    def piece(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def of_chunk(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x, wanted = inputs
         logits = scores(x)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, wanted)
@@ -52,16 +52,16 @@ def token_losses(
     parts = axes.shards_of(axes.BATCH, batch) * axes.shards_of(axes.TEXT_VOCAB, vocab_size)
     most = chunk_limit(max(1, _SCORES * parts // (vocab_size * batch)))
     if use_reference() or length <= most:
-        return piece((hidden, targets))
-    pieces = -(-length // most)
-    size = -(-length // pieces)
-    filled = ((0, 0), (0, pieces * size - length))
+        return of_chunk((hidden, targets))
+    chunks = -(-length // most)
+    size = -(-length // chunks)
+    filled = ((0, 0), (0, chunks * size - length))
 
     def cut(x: jax.Array) -> jax.Array:
-        return rearrange(x, "b (n t) ... -> n b t ...", n=pieces)
+        return rearrange(x, "b (n t) ... -> n b t ...", n=chunks)
 
     inputs = cut(jnp.pad(hidden, (*filled, (0, 0)))), cut(jnp.pad(targets, filled))
-    losses, right = lax.map(jax.checkpoint(piece), inputs)
+    losses, right = lax.map(jax.checkpoint(of_chunk), inputs)
     losses, right = (rearrange(x, "n b t -> b (n t)")[:, :length] for x in (losses, right))
     return losses, right
 

@@ -298,7 +298,7 @@ class CellSentences:
         rngs = {"dropout": rng} if train and drops else {}
         # What is behind a single text is seen by nothing in it: without segments attention has its fastest form.
         seen = None if self.alone else segments
-        hidden = self.model.apply(variables, ids, segments=seen, rngs=rngs, method="hidden")
+        hidden = self.model.apply(variables, ids, segments=seen, rngs=rngs, method="hidden_states")
 
         def scores(x: jax.Array) -> jax.Array:
             return cast(jax.Array, self.model.apply(variables, x, method="logits"))

@@ -410,7 +410,7 @@ class Instructions:
         soft = self.model.apply(variables, encoded, genes, method="soft")
         # Padding stands behind what is read, where no token of a causal decoder sees it: without a mask attention can
         # be the fast kernel of a GPU.
-        hidden = self.model.apply(variables, ids, None, soft, rngs=reading, method="hidden")
+        hidden = self.model.apply(variables, ids, None, soft, rngs=reading, method="hidden_states")
 
         def scores(x: jax.Array) -> jax.Array:
             return cast(jax.Array, self.model.apply(variables, x, method="logits"))

@@ -237,7 +237,7 @@ class MaskedBins:
         hiding, place, dropping = jax.random.split(rng, 3)
         seen, masked = self.mask_bins(hiding, bins, valid_mask)
         rngs = {"dropout": dropping} if train and self.model_config.dropout else {}
-        hidden = cast(jax.Array, self.model.apply(variables, seen, genes, rngs=rngs, method="hidden"))
+        hidden = cast(jax.Array, self.model.apply(variables, seen, genes, rngs=rngs, method="hidden_states"))
         budget = min(bins.shape[1], max(1, round(self.config.max_masked_fraction * bins.shape[1])))
         positions, taken = masking.within_budget(place, masked, budget)
         picked = jnp.take_along_axis(hidden, positions[..., None], axis=1)
@@ -312,7 +312,7 @@ class MaskedBins:
         """Logarithms of the probabilities of bins float32 (B, S, num_bins + 1), and which are masked."""
         bins, genes = batch["bins"].astype(jnp.int32), batch.get("genes")
         seen, masked = self.mask_bins(rng, bins, jnp.ones(bins.shape, bool))
-        hidden = self.model.apply(variables, seen, genes, method="hidden")
+        hidden = self.model.apply(variables, seen, genes, method="hidden_states")
         logits = cast(jax.Array, self.model.apply(variables, hidden, method="bin_logits"))
         return jax.nn.log_softmax(logits, axis=-1), masked
 

@@ -1,4 +1,4 @@
-"""Several processes as one run: joining them, and ending all of them where one ends."""
+"""One run of several processes: join them, and end all of them when one ends."""
 
 from __future__ import annotations
 
@@ -26,41 +26,41 @@ from jax.experimental import multihost_utils
 from sct.errors import AGAIN, ConfigError, FolderInUseError, ProcessLostError, SctError, first_line
 from sct.folder_lock import only_one
 
-# Seconds after which a process that does not answer is given up: the others end within a minute.
+# Seconds without an answer after which a process counts as lost; the others then end within a minute.
 HEARTBEAT_SECONDS = 30
 
 _HOW = "start it through Slurm or on a TPU pod, or give --coordinator=HOST:PORT, --num_processes and --process_id"
-_CODES = "UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED"  # of a status that tells of somebody else
-# What a collective or a barrier says where it fails because another process is gone.
+_CODES = "UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED"  # status codes that mean another process's end
+# Messages of a collective or barrier that fails because another process is gone.
 _LOST = re.compile(
     rf"^(?:{_CODES}): |(?i:\bgloo \w+ failed\b|\bnccl operation\b|\bconnection (?:reset|closed|refused)\b)"
 )
-# The last words of JAX's coordination client, before it calls `abort` in a thread of its own.
+# Last message of JAX's coordination client, before it calls `abort` in its own thread.
 _ENDED = re.compile(rb"JAX distributed service detected fatal errors[^\n]*absl::Status: ([^\n]+)\n")
 _watches: list[_Watch] = []
 
 
 def join(coordinator: str | None, count: int | None, number: int | None, seconds: int = 300) -> None:
-    """Make this process one of several, before anything else is done with JAX.
+    """Join this process to the others. Call it before anything else uses JAX.
 
     Parameters
     ----------
     coordinator
-        "HOST:PORT" of process 0; None where Slurm or a TPU pod tells.
+        "HOST:PORT" of process 0; None where Slurm or a TPU pod gives it.
     count, number
-        Processes, and which of them this is, from 0; None where Slurm or a TPU pod tells.
+        Number of processes, and number of this one, from 0; None where Slurm or a TPU pod gives them.
     seconds
         How long the processes wait for each other.
 
     Raises
     ------
     ConfigError
-        The processes do not find each other. What JAX finds out itself ends the process, after the same sentence.
+        The processes do not find each other. If JAX finds this out, it ends the process after the same message.
     """
     _check(coordinator, count, number, seconds)
     failure = (
-        f"--multihost did not bring the processes together within {seconds} s ({{}}): check that all are "
-        "started with the same --coordinator and --num_processes, each with its own --process_id."
+        f"--multihost: not all processes joined within {seconds} s ({{}}): start all of them with the same "
+        "--coordinator and --num_processes, each with its own --process_id."
     )
     watch = _Watch(lambda status: (1, failure.format(status)))
     try:
@@ -76,7 +76,7 @@ def join(coordinator: str | None, count: int | None, number: int | None, seconds
 
 
 def _check(coordinator: str | None, count: int | None, number: int | None, seconds: int) -> None:
-    """Find what would end in a crash or a long wait."""
+    """Raise `ConfigError` for arguments that would end in a crash or a long wait."""
     if seconds < 1:
         raise ConfigError(f"--join_seconds is {seconds}, but it must be at least 1.")
     if count is not None and number is not None and not 0 <= number < count:
@@ -96,7 +96,7 @@ def _check(coordinator: str | None, count: int | None, number: int | None, secon
             socket.create_server(("", int(port))).close()
         except OSError as error:
             raise ConfigError(
-                f"process 0 cannot listen at port {port} ({error.strerror}): choose another one in --coordinator, "
+                f"process 0 cannot listen at port {port} ({error.strerror}): give another port in --coordinator, "
                 "the same for every process."
             ) from error
     elif number is not None:
@@ -114,29 +114,30 @@ def _find(host: str, port: int, seconds: float) -> None:
             reason = error.strerror or str(error)
         time.sleep(min(0.5, max(left, 0)))
     raise ConfigError(
-        f"process 0 did not answer at {host}:{port} within {seconds:g} s ({reason}): start it too, with the same "
-        "--coordinator, or check that its machine can be reached under that name."
+        f"process 0 did not answer at {host}:{port} within {seconds:g} s ({reason}): start it with the same "
+        "--coordinator, or check that its machine can be reached by that name."
     )
 
 
 def _told(status: str, number: int, count: int) -> tuple[int, str] | None:
-    """Exit status and sentence where a status of JAX's coordination service tells of another process's end."""
+    """Exit status and message if a status of JAX's coordination service means another process's end, else None."""
     if count == 1 or not re.match(rf"({_CODES}): ", status):
         return None
     return AGAIN, _lost(number, count, status[:200])
 
 
 class _Watch:
-    """Ends this process with a sentence where JAX's coordination client is about to end it by `abort`.
+    """Ends this process with a message when JAX's coordination client is about to end it by `abort`.
 
-    That client says why on standard error, which a thread reads here; meanwhile `abort` waits in the C function
-    `sleep`. No Python runs in the handler of the signal: it could wait for ever, for the interpreter or for the
-    heap. After a few seconds the signal acts as ever, so any other `abort` only comes a little later.
+    The client writes the reason to standard error, and offers no other way to learn it. So standard error goes to a
+    file, which a thread reads. Meanwhile the handler of the signal of `abort` is the C function `sleep`: a handler in
+    Python could wait forever for the interpreter or the heap. After 6 seconds the signal acts as usual, so any other
+    `abort` only comes a little later.
 
     Parameters
     ----------
     answer
-        Status of the coordination service -> exit status and sentence, or None to let the signal act.
+        Status of the coordination service -> exit status and message, or None to let the signal act.
     """
 
     def __init__(self, answer: Callable[[str], tuple[int, str] | None]) -> None:
@@ -165,20 +166,20 @@ class _Watch:
                     _leave(answer[0])
 
     def give_back(self) -> None:
-        """Let standard error be what it was, and write what was held back."""
+        """Restore standard error, and write what was held back."""
         self.answer = lambda status: None
         if os.name == "posix":
             os.dup2(self.real, 2)
             os.write(2, os.pread(self.held.fileno(), 1 << 20, 0))
 
     def go_on(self, answer: Callable[[str], tuple[int, str] | None]) -> None:
-        """Hold nothing back any more, but go on reading what C code writes."""
+        """Hold nothing back from now on, but still read what C code writes."""
         self.give_back()
         if os.name != "posix" or shutil.which("tee") is None:
             return
         self.answer = answer
         file = self.held.fileno()
-        # A process of its own, so that words are shown even if they are the last ones; it ends with this process.
+        # `tee` is its own process, so that the last message is also shown; it ends with this process.
         tee = subprocess.Popen(
             ["sh", "-c", "trap '' HUP INT TERM; exec tee -a \"$0\"", f"/dev/fd/{file}"],
             stdin=subprocess.PIPE, stdout=self.real, pass_fds=[file], start_new_session=True,
@@ -186,28 +187,28 @@ class _Watch:
         assert tee.stdin is not None
         os.dup2(tee.stdin.fileno(), 2)
         self.tee = tee
-        # Python's own words need no detour, and a bar of progress must see that there is a terminal.
+        # Python writes directly: a progress bar must see the terminal.
         sys.stderr = os.fdopen(os.dup(self.real), "w", buffering=1, errors="backslashreplace")
 
 
 def _delay_abort() -> None:
-    """Let the next `abort` wait as many seconds as its signal's number, 6."""
+    """Delay the next `abort` by 6 seconds: the handler `sleep` gets the number of the signal, SIGABRT = 6."""
     dumps = faulthandler.is_enabled()
     faulthandler.disable()
     libc = ctypes.CDLL(None)
-    once = getattr(libc, "sysv_signal", libc.signal)  # a second signal from outside acts at once
+    once = getattr(libc, "sysv_signal", libc.signal)  # a second signal acts at once
     once.argtypes, once.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
     once(int(signal.SIGABRT), ctypes.cast(libc.sleep, ctypes.c_void_p))
-    if dumps:  # comes first, with the stack of every thread
+    if dumps:  # its handler runs first, and prints the stack of every thread
         faulthandler.enable()
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """End this process at once where something is raised inside, so that the others do not wait for it.
+    """End this process at once when an error is raised inside, so that the others do not wait for it.
 
-    The error is raised as ever and printed by the caller; the process then ends without taking leave of the others,
-    which JAX would wait for. An error that comes from another process's end becomes a `ProcessLostError`.
+    The error is raised, and the caller prints it. The process then ends without JAX's shutdown barrier, which would
+    wait for the others. An error that comes from another process's end becomes a `ProcessLostError`.
     """
     if jax.process_count() == 1:
         yield
@@ -215,13 +216,13 @@ def together() -> Iterator[None]:
     try:
         yield
     except SystemExit:
-        raise  # asked to stop, as all are
+        raise  # a signal to stop reaches all processes
     except BaseException as error:
         for watch in _watches:
-            watch.answer = lambda status: None  # what happened is told by the error
+            watch.answer = lambda status: None  # the error says what happened
         lost = next((each for each in _chain(error) if _tells_of_loss(each)), None)
         status = 130 if isinstance(error, KeyboardInterrupt) else 1 if lost is None else AGAIN
-        # Runs before JAX's own function, which was registered earlier.
+        # Runs before JAX's shutdown, which was registered earlier.
         atexit.register(_leave, status)
         if lost is not None:
             reason = first_line(lost)
@@ -230,7 +231,7 @@ def together() -> Iterator[None]:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Errors of libraries from which an error arose, itself included."""
+    """An error and its causes, without our own errors."""
     while error is not None:
         if isinstance(error, Exception) and not isinstance(error, SctError):
             yield error
@@ -238,7 +239,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _tells_of_loss(error: BaseException) -> bool:
-    """Whether JAX says that another process is gone; other libraries' errors hold paths and names of users."""
+    """Whether JAX says that another process is gone. Other errors may contain such words in paths and names."""
     return isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(str(error)) is not None
 
 
@@ -251,16 +252,16 @@ def _leave(status: int) -> None:
 
 def _lost(number: int, count: int, reason: str) -> str:
     return (
-        f"process {number} of {count} lost another one, which has ended or does not answer ({reason}): see what the "
-        "others said last, and run the same command again, with any number of processes, to go on from the last "
-        "checkpoint."
+        f"process {number} of {count} lost another one, which has ended or does not answer ({reason}): see the last "
+        "messages of the others, and run the same command again, with any number of processes, to go on from the "
+        "last checkpoint."
     )
 
 
 def check_shared(file: Path, seconds: float = 60.0) -> None:
-    """Raise ConfigError where this process does not see a file that process 0 has written.
+    """Raise `ConfigError` if a process does not see a file that process 0 has written.
 
-    Called by all processes. File systems of clusters may show a new file late, hence the patience.
+    All processes call it. They wait up to `seconds`: file systems of clusters may show a new file late.
     """
     if jax.process_count() == 1:
         return
@@ -271,18 +272,18 @@ def check_shared(file: Path, seconds: float = 60.0) -> None:
         time.sleep(0.5)
     seen = multihost_utils.process_allgather(np.asarray(file.exists()))
     if not seen.all():
-        blind = ", ".join(map(str, np.flatnonzero(~seen)))
+        missing = ", ".join(map(str, np.flatnonzero(~seen)))
         raise ConfigError(
-            f"process {blind} does not see {file}, which process 0 has written: choose a --workdir on a file system "
+            f"process {missing} does not see {file}, which process 0 has written: choose a --workdir on a file system "
             "that all processes share."
         )
 
 
 @contextmanager
 def held_by_first(folder: Path, doing: str, option: str) -> Iterator[None]:
-    """Keep other runs out of a folder, see `sct.folder_lock.only_one`: process 0 holds it for all.
+    """Keep other runs out of a folder, see `sct.folder_lock.only_one`. Process 0 holds the lock for all.
 
-    Called by all processes. Where it cannot, all of them raise what it found.
+    All processes call it. If process 0 cannot get the lock, all of them raise its error.
     """
     with ExitStack() as held:
         refusal: SctError | None = None
@@ -293,10 +294,10 @@ def held_by_first(folder: Path, doing: str, option: str) -> Iterator[None]:
                 refusal = error
         if jax.process_count() > 1:
             room = np.zeros(4096, np.uint8)
-            words = str(refusal or "").encode()[: len(room)]
-            room[: len(words)] = np.frombuffer(words, np.uint8)
-            said = bytes(multihost_utils.broadcast_one_to_all(room)).rstrip(b"\0").decode(errors="replace")
-            refusal = refusal or (FolderInUseError(said) if said else None)
+            text = str(refusal or "").encode()[: len(room)]
+            room[: len(text)] = np.frombuffer(text, np.uint8)
+            message = bytes(multihost_utils.broadcast_one_to_all(room)).rstrip(b"\0").decode(errors="replace")
+            refusal = refusal or (FolderInUseError(message) if message else None)
         if refusal is not None:
             raise refusal
         yield
@@ -304,7 +305,7 @@ def held_by_first(folder: Path, doing: str, option: str) -> Iterator[None]:
 
 @contextmanager
 def only_first_speaks() -> Iterator[None]:
-    """Keep progress bars and warnings of all processes but the first to themselves."""
+    """Discard progress bars and warnings of all processes except the first."""
     if jax.process_index() == 0:
         yield
         return

@@ -125,7 +125,7 @@ def test_what_cannot_be_joined_is_found_before_anything_is_started(where, count,
     [
         (
             ["--coordinator=127.0.0.1:PORT", "--num_processes=2", "--process_id=0"],
-            "together within 2 s (DEADLINE",
+            "joined within 2 s (DEADLINE",
         ),
         ([], "found no cluster to join"),
     ],

@@ -98,7 +98,7 @@ def test_the_decoder_reads_soft_tokens_where_the_instruction_has_them():
         ids = np.where(INSTRUCTIONS[row] < 0, LLM.vocab_size - 1 - INSTRUCTIONS[row], INSTRUCTIONS[row])
         longer = dataclasses.replace(LLM, vocab_size=LLM.vocab_size + 3)
         own = {"params": {**params, "token": {"embedding": table}}}
-        hidden = Decoder(longer).apply(own, ids[None], method="hidden")
+        hidden = Decoder(longer).apply(own, ids[None], method="hidden_states")
         logits = Decoder(LLM).apply({"params": params}, hidden, method="logits")
         np.testing.assert_allclose(found["logits"][row], logits[0], rtol=1e-3, atol=1e-3)
 

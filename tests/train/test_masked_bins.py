@@ -91,7 +91,7 @@ def test_the_loss_is_the_mean_of_two_cross_entropies(max_genes):
     there = np.broadcast_to(batch["example_mask"][:, None] > 0, bins.shape)
     seen, masked = task.mask_bins(jax.random.split(key, 3)[0], jnp.asarray(bins), jnp.asarray(there))
     module = ZerOmicsCells(task.model_config)
-    hidden = module.apply(variables, seen, batch.get("genes"), method="hidden")
+    hidden = module.apply(variables, seen, batch.get("genes"), method="hidden_states")
     items = batch["genes"] if max_genes else np.broadcast_to(np.arange(GENES), bins.shape)
     total, at = {}, np.nonzero(np.asarray(masked))
     for name, targets in (("bin", bins), ("gene", items)):

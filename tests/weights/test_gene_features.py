@@ -49,7 +49,7 @@ def by_hand(model: Pretrained, text: str, most: int = 400) -> np.ndarray:
     begin = [words.bos] if words.bos != words.eos else []
     ids = [*[*begin, *words.encode(text)][: most - 1], words.token_to_id(ITEM)]
     module = Decoder(grown.config)
-    states = jax.jit(lambda *given: module.apply(*given, method="hidden"))(
+    states = jax.jit(lambda *given: module.apply(*given, method="hidden_states"))(
         grown.variables, jnp.asarray([ids])
     )
     return np.asarray(states[0, -1])
