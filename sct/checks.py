@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Sequence, Sized
 from numbers import Integral, Real
 from typing import Any
@@ -222,12 +223,11 @@ def check_distinct(
     ConfigError
         Or `error`.
     """
-    seen: set[Hashable] = set()
-    for value in values:
-        if value in seen:
-            to_do = advice or "leave out the repetition"
-            raise _refusal(f"{name} has {_shown(value)} twice", "must have each once", to_do, error)
-        seen.add(value)
+    repeated = [value for value, number in Counter(values).items() if number > 1]
+    if repeated:
+        others = f" (and {len(repeated) - 1:,} more)" * (len(repeated) > 1)
+        to_do = advice or "leave out the repetition"
+        raise _refusal(f"{name} has {_shown(repeated[0])}{others} twice", "must have each once", to_do, error)
 
 
 def check_one_each(

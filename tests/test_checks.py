@@ -101,6 +101,7 @@ REFUSED: list[tuple[Callable[..., None], type[SctError], str]] = [
     (lambda **o: checks.check_not_empty("tasks", (), **o), ConfigError, "tasks is empty"),
     (lambda **o: checks.check_not_empty("answers", ["a"], least=2, **o), ConfigError, "answers has 1 entry, but"),
     (lambda **o: checks.check_distinct("shots", [1, 2, 1], **o), ConfigError, "shots has 1 twice"),
+    (lambda **o: checks.check_distinct("keys", "abab", **o), ConfigError, "keys has 'a' (and 1 more) twice"),
     (lambda **o: checks.check_one_each("labels", 3, "cells", 1200, **o), DataError, "3 labels for 1,200 cells"),
     (lambda **o: checks.check_shape("x", np.ones((2, 3)), ((4, "cells"), "genes"), **o), DataError, "(4 cells, genes)"),
     (lambda **o: checks.check_shape("x", np.ones((2, 0)), (2, "genes"), **o), DataError, "none of them 0"),

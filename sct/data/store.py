@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as sp
 
-from sct.checks import check_choice
+from sct.checks import check_choice, check_distinct
 from sct.data.coordinates import SCALES, SPATIAL_KEY, Scale, read_scales, write_scales
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.tokenize import noisy_genes
@@ -513,8 +513,7 @@ def read_manifest(path: Path, name: str = MANIFEST) -> dict[str, Any] | None:
     except (KeyError, TypeError) as error:
         raise StoreError(f"{file} lacks the field {error}: ingest the store again") from error
     names = [each["name"].casefold() for each in manifest["studies"]]
-    if len(set(names)) < len(names):
-        raise StoreError(f"{file} names a study twice: ingest the store again")
+    check_distinct(str(file), names, error=StoreError, advice="ingest the store again")
     return manifest
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from scipy import sparse
 
 from sct.atomic import atomic_write
-from sct.checks import check_at_least, check_distinct
+from sct.checks import check_at_least, check_distinct, check_one_each
 from sct.data.genes.corpus import GeneCorpus, find_genes, suffix_of
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text.cell_sentence import normalize
@@ -152,9 +152,13 @@ class GeneFeatures:
                 f"{model!r} is no text decoder with a tokenizer; give a model of the families gpt2, neox or llama"
             )
         most = min(model.config.max_length, MAX_TOKENS) if max_tokens is None else max_tokens
-        if model.config.positions == "learned" and most > model.config.max_length:
-            raise ConfigError(
-                f"max_tokens is {most}, but the model has {model.config.max_length} positions; give at most as many"
+        if model.config.positions == "learned":
+            check_at_least(
+                "max_tokens",
+                most,
+                0,
+                most=model.config.max_length,
+                advice=f"give no more than the model has positions, {model.config.max_length}",
             )
         check_at_least("batch_size", batch_size, 1)
         inputs = {"corpus": corpus.hash, "model": _identity(model), "item": item, "max_tokens": most}
@@ -343,11 +347,13 @@ class GeneFeatures:
         DataError
             Counts are negative or not finite, of another number of genes, or no gene has features.
         """
-        if counts.shape[1] != len(vocabulary):
-            raise DataError(
-                f"the counts have {counts.shape[1]:,} genes but the vocabulary {vocabulary.name} has "
-                f"{len(vocabulary):,}; give the vocabulary of these counts"
-            )
+        check_one_each(
+            "genes in the counts",
+            counts.shape[1],
+            "genes in the vocabulary",
+            len(vocabulary),
+            advice=f"give the vocabulary of these counts, which {vocabulary.name} is not",
+        )
         rows, _ = self.of(vocabulary)
         # Its logarithms are to the base 10, which the length of 1 makes the same.
         cells = np.asarray(normalize(counts) @ rows, np.float32)

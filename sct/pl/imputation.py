@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sct.checks import check_share
+from sct.checks import check_not_empty, check_share
 from sct.errors import DataError
 from sct.pl import style
 
@@ -126,8 +126,9 @@ def mcc_by_ratio(
     """
     points = {str(name): _curve(str(name), curve) for name, curve in curves.items()}
     ratios = sorted({ratio for curve in points.values() for ratio in curve[:, 0].tolist()})
-    if not ratios:
-        raise DataError("there is no curve with a value: measure one ratio at least.")
+    check_not_empty(
+        "the list of curves with a value", ratios, error=DataError, advice="measure one ratio at least"
+    )
 
     def last(name: str) -> tuple[float, float]:
         return tuple(points[name][-1, :2]) if len(points[name]) else (-1.0, -1.0)
@@ -206,8 +207,9 @@ def reliability(curves: Mapping[str, Any], *, models: Collection[str] = (), ax: 
             )
         if filled.any():
             points[str(name)] = (*kept, count[filled] / count.sum())
-    if not points:
-        raise DataError("there is no curve with a value: measure one method at least.")
+    check_not_empty(
+        "the list of curves with a value", points, error=DataError, advice="measure one method at least"
+    )
     ax = style.new_axes(4.6 + style.legend_width(list(points)), 4.4) if ax is None else ax
     ax.plot([0, 1], [0, 1], color=style.GRAY, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     handles = []

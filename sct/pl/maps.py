@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.spatial import cKDTree
 
-from sct.checks import check_one_each
+from sct.checks import check_not_empty, check_one_each
 from sct.data.counts import TOLERANCE
 from sct.errors import DataError
 from sct.pl import style
@@ -71,8 +71,7 @@ def spatial(
         Matplotlib is not installed.
     """
     places = positions(adata, spatial_key, width=2)
-    if len(places) == 0:
-        raise DataError("the data hold no cell: there is nothing to draw.")
+    check_not_empty("the list of cells to draw", places, error=DataError)
     record = _record(adata, layer)
     levels = record is not None and layer.endswith(LEVEL)
     maps = [("imputed", _imputed(adata, gene, layer, record))]

@@ -9,6 +9,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
+from sct.checks import check_type
 from sct.data.genes.alignment import ENSEMBL, look_up
 from sct.data.genes.orthologues import MappedGenes, Orthologues, map_orthologues, read_orthologues
 from sct.errors import DataError
@@ -56,10 +57,14 @@ def to_orthologues(
     DataError
         The table cannot be used, it maps hardly any gene, the genes are human already, or two columns are one gene.
     """
-    if not isinstance(adata, ad.AnnData):
-        raise DataError(
-            f"the data is a {type(adata).__name__}, but an AnnData is needed: read a file with anndata.read_h5ad first."
-        )
+    check_type(
+        "adata",
+        adata,
+        ad.AnnData,
+        "an AnnData",
+        error=DataError,
+        advice="read a file with anndata.read_h5ad first",
+    )
     if not isinstance(table, Orthologues):
         table = read_orthologues(table, source=source, target=target)
     elif source is not None or target is not None:

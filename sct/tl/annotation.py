@@ -11,7 +11,7 @@ import pandas as pd
 from sklearn.neighbors import NearestNeighbors
 
 from sct import families
-from sct.checks import check_at_least, check_choice, check_share
+from sct.checks import check_at_least, check_choice, check_finite, check_share
 from sct.data.genes.alignment import check_shared
 from sct.errors import ConfigError, DataError
 from sct.inference import inputs
@@ -164,15 +164,17 @@ def annotate(
         for each, cells, total in zip(pair, (reference, target), totals, strict=True):
             each.write(cells, total, use_rep)
     for name, cells in (("adata", target), ("the reference", reference)):
-        if use_rep not in cells.obsm:
-            raise DataError(f"{name} has no obsm[{use_rep!r}]: run sct.tl.embed on it, or leave use_rep out.")
+        check_choice(
+            f"use_rep, a key of obsm of {name},",
+            use_rep,
+            cells.obsm,
+            error=DataError,
+            advice=f"run sct.tl.embed on {name}, or leave use_rep out",
+        )
         values = np.asarray(cells.obsm[use_rep])[known if cells is reference else slice(None)]
-        bad = int((~np.isfinite(values.reshape(len(values), -1)).all(axis=1)).sum())
-        if bad:
-            raise DataError(
-                f"obsm[{use_rep!r}] of {name} is not finite for {bad:,} of {len(values):,} cells: embed them again, "
-                "or leave them out."
-            )
+        check_finite(
+            f"obsm[{use_rep!r}] of {name}", values, "cells", advice="embed them again, or leave them out"
+        )
     searched, asked = np.asarray(reference.obsm[use_rep])[known], np.asarray(target.obsm[use_rep])
     if searched.shape[1] != asked.shape[1]:
         raise DataError(

@@ -163,7 +163,7 @@ def test_bad_input_is_refused_in_one_sentence(case: str, tmp_path: Path) -> None
     ("options", "words"),
     [
         ({"layer": "spliced"}, r"'spliced'.*X"),
-        ({"study_key": "donor"}, r"'donor'.*cell_type, batch, quality"),
+        ({"study_key": "donor"}, r"'donor'.*'cell_type', 'batch', 'quality'"),
         ({"gene_column": "symbols"}, "symbols"),
         ({"min_genes": 1000}, r"150 .*1000 genes"),
     ],

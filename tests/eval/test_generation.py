@@ -274,7 +274,7 @@ def test_quality_follows_the_definitions():
         ({"sentences": ["A"]}, r"\b1 sentence"),
         ({"quality": pd.DataFrame({"n_words": [1]})}, r"\b1 quality"),
         ({"expression": np.array([[1.0], [np.nan]])}, "NaN"),
-        ({"expression": np.ones(2)}, "matrix"),
+        ({"expression": np.ones(2)}, "cells, genes"),
     ],
 )
 def test_what_does_not_fit_is_an_error(change, message):

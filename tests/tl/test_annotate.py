@@ -111,7 +111,7 @@ def test_itself_as_the_reference_gives_its_own_labels(adata, model):
     [
         ({"label_key": "type", "use_rep": "X"}, DataError, r"'type'.*'kind'"),
         ({"label_key": "kind"}, ConfigError, "model"),
-        ({"label_key": "kind", "use_rep": "Y"}, DataError, "no obsm\\['Y'\\]"),
+        ({"label_key": "kind", "use_rep": "Y"}, DataError, "obsm of adata, is 'Y'"),
         ({"label_key": "kind", "use_rep": "X", "threshold": 2}, ConfigError, "threshold"),
         ({"label_key": "kind", "use_rep": "X", "n_neighbors": 0}, ConfigError, "n_neighbors"),
         ({"label_key": "kind", "use_rep": "X", "n_neighbours": 3}, ConfigError, "'n_neighbours'"),

@@ -60,7 +60,7 @@ def test_what_is_no_activity_is_refused(asked, cells, model):
     scaled.X.data[:3] = -1.5
     with pytest.raises(DataError, match="negative values"):
         sct.tl.find_rare(scaled, asked, values="activity")
-    with pytest.raises(ConfigError, match="counts, activity"):
+    with pytest.raises(ConfigError, match="'counts', 'activity'"):
         sct.tl.find_rare(cells, asked, values="scores")
     with pytest.raises(TypeError, match="values"):
         sct.tl.embed(cells, model, values="activity")

@@ -369,7 +369,7 @@ def test_outputs_that_are_not_finite_are_refused_before_anything_is_written(adat
         assert "X_sct" not in reference.obsm
     sct.tl.embed(reference, model)
     reference.obsm["X_sct"] = reference.obsm["X_sct"][:, :4]
-    with pytest.raises(DataError, match=r"obsm\['X_sct'\] .* not finite"):
+    with pytest.raises(DataError, match=r"obsm\['X_sct'\] .*NaN or infinity"):
         sct.tl.annotate(known, reference=reference, label_key="type", use_rep="X_sct")
     assert "sct_label" not in known.obs
 

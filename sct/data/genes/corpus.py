@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from sct.checks import check_not_empty, check_one_each
+from sct.checks import check_distinct, check_not_empty, check_one_each
 from sct.data.genes.alignment import some
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.errors import DataError
@@ -71,11 +71,7 @@ class GeneCorpus:
     def __post_init__(self) -> None:
         check_not_empty("the gene corpus", self.keys, error=DataError)
         check_one_each("texts", len(self.texts), "genes", len(self.keys))
-        repeated = [key for key, number in Counter(self.keys).items() if number > 1]
-        if repeated:
-            raise DataError(
-                f"{len(repeated)} genes have more than one text ({some(repeated)}); give one for each"
-            )
+        check_distinct("the gene corpus", self.keys, error=DataError, advice="give one text for each gene")
         bare = [key for key, text in zip(self.keys, self.texts, strict=True) if not text.strip()]
         if bare:
             raise DataError(f"{len(bare)} genes have an empty text ({some(bare)}); leave them out")

@@ -14,7 +14,7 @@ from sklearn.metrics import r2_score
 from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.neighbors import KNeighborsClassifier
 
-from sct.checks import check_choice, check_finite, check_one_each
+from sct.checks import check_choice, check_finite, check_one_each, check_shape
 from sct.errors import DataError
 from sct.eval import metrics
 from sct.extras import load_extra
@@ -55,8 +55,7 @@ class CellSet:
         matrix = sparse.csr_matrix(matrix) if sparse.issparse(matrix) else np.asarray(matrix)
         object.__setattr__(self, "expression", matrix)
         object.__setattr__(self, "labels", np.asarray(self.labels, dtype=object))
-        if matrix.ndim != 2:
-            raise DataError(f"expression has the shape {matrix.shape}; a matrix of cells by genes is needed.")
+        check_shape("expression", matrix, ("cells", "genes"), empty=True)
         for name in ("labels", "sentences", "quality"):
             given = getattr(self, name)
             if given is not None:
