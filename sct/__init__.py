@@ -1,7 +1,7 @@
 """Long-context single-cell foundation models in JAX.
 
-`import sct` is cheap: it starts no JAX backend and imports neither scanpy nor JAX. The parts are loaded when
-they are first named: `sct.datasets`, `sct.GeneVocabulary`, `sct.Store`, ...
+`import sct` is fast: it does not import JAX or scanpy. Submodules and classes (`sct.datasets`, `sct.GeneVocabulary`,
+`sct.Store`, ...) are imported at their first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files and folders that take their place at once, when they are complete, or not at all."""
+"""Atomic writes: a file or folder appears under its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -17,40 +17,41 @@ from typing import Any
 
 from sct.errors import OutputError, SctError, disk_trouble, first_line
 
-_LONGEST = 200  # bytes of a name, which with what is added stays below the 255 of most file systems
-# What is younger may be of a process that does not hold it yet, or that writes HDF5. No clocks differ by so much.
+_LONGEST = 200  # bytes of the name; with the added parts it stays below the limit of most file systems (255)
+# A younger file can belong to a process that has not locked it yet, or that writes HDF5. Clocks differ by less.
 _YOUNG_SECONDS = 600.0
 
 
 def _kept(path: Path) -> str:
-    """The part of a name that a temporary name has too."""
+    """Return the part of the name of `path` that is also part of its temporary name."""
     return os.fsencode(path.name)[:_LONGEST].decode("utf-8", "ignore")
 
 
 def _beside(path: Path) -> Path:
-    """A name beside `path` that nobody can foresee."""
+    """Return an unpredictable temporary name in the folder of `path`."""
     return path.with_name(f".{_kept(path)}.{secrets.token_hex(8)}.tmp")
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], hold: bool = True) -> Iterator[Path]:
-    """Give an empty file to write to, which takes the place of `path` when the block ends.
+    """Yield an empty temporary file, which replaces `path` when the block ends.
 
-    The file is new: nothing that lies in the folder is written to, and no link is followed. It is on the disk before it
-    takes its place, and gone where the block fails. A link at `path` is replaced, not what it names. Files of processes
-    that died while they wrote `path` are removed.
+    The temporary file is always new: existing files are not changed, and links are not followed. It is flushed to disk
+    before it replaces `path`. If the block fails, it is deleted. If `path` is a link, the link is replaced, not its
+    target. Temporary files of processes that died while writing `path` are deleted.
 
     Parameters
     ----------
     path
-        File to write, in a folder that exists.
+        File to write, in an existing folder.
     hold
-        Whether the new file is locked (`flock`) meanwhile. False where the library that writes it does so, as HDF5.
+        Whether to lock the temporary file (`flock`) while it is written. Set it to False if the writing library locks
+        the file itself, as HDF5 does.
 
     Raises
     ------
     OutputError
-        The file cannot be written, in one sentence; also where the block fails for a full disk.
+        The file cannot be written, or the block fails because of a full disk.
     """
     target = Path(path)
     temporary = _beside(target)
@@ -74,7 +75,7 @@ def atomic_write(path: str | os.PathLike[str], hold: bool = True) -> Iterator[Pa
 
 @contextmanager
 def _told(path: Path, disk_alone: bool = False) -> Iterator[None]:
-    """Turn what the system says of an output into one sentence; of other code, a full disk and its like alone."""
+    """Convert system errors about an output to `OutputError`; `disk_alone` limits this to errors of `disk_trouble`."""
     try:
         yield
     except SctError:
@@ -88,18 +89,18 @@ def _told(path: Path, disk_alone: bool = False) -> Iterator[None]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write UTF-8 text by `atomic_write`, line ends as they are."""
+    """Write UTF-8 text with `atomic_write`, without changing line ends."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write a JSON file by `atomic_write`."""
+    """Write a JSON file with `atomic_write`."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def replaced(folder: Path) -> Path:
-    """Where an old folder waits while `atomic_folder` puts a new one in its place."""
+    """Return the temporary name of the old folder while `atomic_folder` replaces it."""
     return folder.with_name(f".{folder.name}.old")
 
 
@@ -107,22 +108,22 @@ def replaced(folder: Path) -> Path:
 def atomic_folder(
     folder: Path, is_leftover: Callable[[Path], bool] = lambda leftover: False
 ) -> Iterator[Path]:
-    """Give a new folder to fill, which takes the place of `folder` when the block ends.
+    """Yield an empty temporary folder, which replaces `folder` when the block ends.
 
-    An old folder is renamed to `replaced(folder)` just before and removed after; where the process dies between these
-    two, it is found there, and the next call puts it back first.
+    An existing folder is first renamed to `replaced(folder)` and deleted after the replacement. If the process dies in
+    between, the next call restores the old folder first.
 
     Parameters
     ----------
     folder
-        Folder to write; the folder above is made.
+        Folder to write. Its parent folder is created if needed.
     is_leftover
-        Whether a folder that a process left behind, which died while it wrote, may be removed.
+        Returns whether a temporary folder of a process that died while writing may be deleted.
 
     Raises
     ------
     OutputError
-        The folder cannot be written, in one sentence; the old one is as it was.
+        The folder cannot be written. An existing folder is unchanged.
     """
     old, new = replaced(folder), _beside(folder)
     with _told(folder):
@@ -160,7 +161,7 @@ def _exchange(new: Path, old: Path, folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link (and not what it names) or a folder, as far as that is possible."""
+    """Delete a file, a link (not its target) or a folder; ignore errors."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
         return
@@ -169,23 +170,23 @@ def remove(path: Path) -> None:
 
 
 def _remove_leftovers(folder: Path, is_leftover: Callable[[Path], bool]) -> None:
-    """Remove what processes left that died while they wrote `folder`: nobody holds it."""
+    """Delete temporary folders of processes that died while writing `folder`; no process locks them."""
     for path in _temporaries(folder, stat.S_ISDIR):
-        with contextlib.suppress(OSError):  # removed meanwhile
-            # A process that has just made its folder does not hold it yet, and nothing is in it.
+        with contextlib.suppress(OSError):  # deleted by another process
+            # An empty young folder can belong to a process that has not locked it yet.
             if is_leftover(path) and (any(path.iterdir()) or not _is_young(path)):
                 _remove_unheld(path)
 
 
 def _remove_leftover_files(target: Path) -> None:
-    """Remove what processes left that died while they wrote `target`: it is old, and nobody holds it."""
+    """Delete old temporary files of processes that died while writing `target`; no process locks them."""
     for path in _temporaries(target, stat.S_ISREG):
         if not _is_young(path):
             _remove_unheld(path)
 
 
 def _temporaries(target: Path, is_kind: Callable[[int], bool]) -> list[Path]:
-    """What lies beside `target` under a name that `_beside` gives."""
+    """Return the temporary files or folders of `target`: those with a name that `_beside` creates."""
     name = re.compile(rf"\.{re.escape(_kept(target))}\.[0-9a-f]{{16}}\.tmp")
     with contextlib.suppress(OSError), os.scandir(target.parent) as entries:
         return [
@@ -197,7 +198,7 @@ def _temporaries(target: Path, is_kind: Callable[[int], bool]) -> list[Path]:
 
 
 def _is_young(path: Path) -> bool:
-    """Whether a file or folder changed a short time ago, or is gone."""
+    """Return whether a file or folder was changed recently or no longer exists."""
     try:
         return time.time() - path.lstat().st_mtime < _YOUNG_SECONDS
     except OSError:
@@ -212,7 +213,7 @@ def _remove_unheld(path: Path) -> None:
 
 @contextmanager
 def _held(path: Path) -> Iterator[bool]:
-    """Hold a file or folder while this process lives; False where another does, or where there are no locks."""
+    """Lock a file or folder; yield False if another process locks it, or if the system has no locks."""
     try:
         import fcntl
 
@@ -232,10 +233,10 @@ def _held(path: Path) -> Iterator[bool]:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
+    """Flush a file, or the entries of a folder, to disk (fsync)."""
     try:
         handle = os.open(path, os.O_RDONLY)
-    except OSError:  # folders cannot be opened on every system
+    except OSError:  # some systems cannot open folders
         return
     try:
         os.fsync(handle)

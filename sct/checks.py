@@ -1,7 +1,8 @@
-"""Checks of options and arrays: each refuses with one sentence of what was found, what is expected and what to do.
+"""Validation of options and arrays. Each error is one sentence: what was found, what is expected, what to do.
 
-`name` is how the user wrote the option or what the sentence is about. `advice` replaces the general "what to do" where
-there is better one. `error` is `ConfigError` for options, `DataError` for arrays and tables.
+Arguments that all checks share: `name` is the option as the user wrote it, or the name of the array. `advice` replaces
+the default "what to do". `error` is the class of the error: `ConfigError` for options, `DataError` for arrays and
+tables.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from typing import Any
 
 from sct.errors import ConfigError, DataError, SctError
 
-_SHOWN = 20  # choices in a sentence
+_SHOWN = 20  # maximum number of choices in a message
 
 
 def check_number(
     name: str, value: Any, *, whole: bool = False, error: type[SctError] = ConfigError, advice: str = ""
 ) -> None:
-    """Refuse all but finite numbers; a bool is none, and with `whole` neither is a fraction.
+    """Require a finite number; a bool is not a number. With `whole`, require an integer.
 
     Raises
     ------
@@ -47,7 +48,7 @@ def check_at_least(
     error: type[SctError] = ConfigError,
     advice: str = "",
 ) -> None:
-    """Refuse numbers below `least` or above `most`; `whole=False` allows fractions.
+    """Require a number from `least` to `most`; `whole=False` allows fractions.
 
     Raises
     ------
@@ -70,7 +71,7 @@ def check_positive(
     error: type[SctError] = ConfigError,
     advice: str = "",
 ) -> None:
-    """Refuse numbers of 0 or below, or above `most`; fractions are allowed.
+    """Require a number above 0 and at most `most`; fractions are allowed.
 
     Raises
     ------
@@ -93,7 +94,7 @@ def check_share(
     error: type[SctError] = ConfigError,
     advice: str = "",
 ) -> None:
-    """Refuse numbers outside of 0 .. 1; `zero` and `one` say whether the ends are allowed.
+    """Require a number between 0 and 1; `zero` and `one` control whether 0 and 1 are allowed.
 
     Raises
     ------
@@ -110,7 +111,7 @@ def check_share(
 def check_multiple(
     name: str, value: int, of: int, what: str = "", *, error: type[SctError] = ConfigError, advice: str = ""
 ) -> None:
-    """Refuse a whole number that `of`, which the sentence calls `what`, does not divide.
+    """Require a multiple of `of`; `what` is the name of `of` in the message.
 
     Raises
     ------
@@ -128,7 +129,7 @@ def check_multiple(
 def check_choice(
     name: str, value: Any, choices: Iterable[Any], *, error: type[SctError] = ConfigError, advice: str = ""
 ) -> None:
-    """Refuse what is none of `choices`, and name the nearest one in spelling.
+    """Require one of `choices`; the message suggests the choice with the most similar spelling.
 
     Raises
     ------
@@ -162,7 +163,7 @@ def check_type(
     error: type[SctError] = ConfigError,
     advice: str = "",
 ) -> None:
-    """Refuse a value that is not of a type, which the sentence calls `what`; a bool is no number.
+    """Require an instance of `kind`; `what` describes this type in the message. A bool is not a number.
 
     Raises
     ------
@@ -180,7 +181,7 @@ def check_type(
 
 
 def check_text(name: str, value: Any, *, error: type[SctError] = ConfigError, advice: str = "") -> None:
-    """Refuse what is not a string, or holds white space alone.
+    """Require a string with at least one character that is not white space.
 
     Raises
     ------
@@ -195,7 +196,7 @@ def check_text(name: str, value: Any, *, error: type[SctError] = ConfigError, ad
 def check_not_empty(
     name: str, values: Sized, *, least: int = 1, error: type[SctError] = ConfigError, advice: str = ""
 ) -> None:
-    """Refuse a collection of fewer than `least` entries.
+    """Require a collection of at least `least` entries.
 
     Raises
     ------
@@ -216,7 +217,7 @@ def check_not_empty(
 def check_distinct(
     name: str, values: Iterable[Hashable], *, error: type[SctError] = ConfigError, advice: str = ""
 ) -> None:
-    """Refuse a collection that has an entry twice.
+    """Require a collection without repeated entries.
 
     Raises
     ------
@@ -233,7 +234,7 @@ def check_distinct(
 def check_one_each(
     what: str, found: int, of: str, expected: int, *, error: type[SctError] = DataError, advice: str = ""
 ) -> None:
-    """Refuse `found` things (`what`, plural) that do not go with `expected` others (`of`, plural) one by one.
+    """Require equal numbers: `found` items called `what` for `expected` items called `of` (both plural).
 
     Raises
     ------
@@ -256,10 +257,10 @@ def check_shape(
     error: type[SctError] = DataError,
     advice: str = "",
 ) -> None:
-    """Refuse an array of another shape.
+    """Require an array with the shape `expected`.
 
-    An axis is expected to have a size, `5`, or with its word, `(5, "cells")`; or any size but 0 (`empty`: any size),
-    with its word alone, `"genes"`.
+    Each axis of `expected` is a size (`5`), a size with a name (`(5, "cells")`), or a name for any size above 0
+    (`"genes"`; with `empty`, 0 is also allowed).
 
     Raises
     ------
@@ -292,7 +293,7 @@ def check_shape(
 def check_finite(
     name: str, values: Any, of: str = "rows", *, error: type[SctError] = DataError, advice: str = ""
 ) -> None:
-    """Refuse an array (N, ...) with NaN or infinity, and count the rows (`of`, plural) that have one.
+    """Require an array (N, ...) without NaN and infinity; the message counts the affected rows, called `of` (plural).
 
     Raises
     ------
@@ -310,7 +311,7 @@ def check_finite(
 
 
 def nearest(value: Any, choices: Collection[Any], n: int = 1, cutoff: float = 0.6) -> list[Any]:
-    """Return up to `n` choices that are spelled almost like a value, the nearest first; upper case does not matter."""
+    """Return up to `n` choices with a spelling similar to `value`, the most similar first; case does not matter."""
     by_text = {str(choice).lower(): choice for choice in choices}
     return [
         by_text[text] for text in difflib.get_close_matches(str(value).lower(), by_text, n=n, cutoff=cutoff)
@@ -318,7 +319,7 @@ def nearest(value: Any, choices: Collection[Any], n: int = 1, cutoff: float = 0.
 
 
 def _shown(value: Any) -> str:
-    """Return a value as the user would write it, shortened; numpy's numbers as numbers."""
+    """Return the value as text, shortened to 200 characters; numpy numbers are shown as plain numbers."""
     text = repr(
         value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0 else value
     )
@@ -326,6 +327,6 @@ def _shown(value: Any) -> str:
 
 
 def _refusal(found: str, expected: str, to_do: str, error: type[SctError]) -> SctError:
-    """Make the error of the sentence, in the order that all have."""
+    """Build the error from the three parts of the message."""
     end = "?" if to_do.startswith("did you mean") else "."
     return error(f"{found}, but {expected}: {to_do.rstrip('.')}{end}")

@@ -1,8 +1,7 @@
-"""Errors that a user can mend.
+"""Errors that a user can fix.
 
-Every message is one sentence: what was found, what was expected, what to do next. The command line
-prints the message alone and exits with status 1 (a `ProcessLostError`: `AGAIN`); a traceback is kept for defects
-of this project.
+Each message is one sentence: what was found, what was expected, what to do next. The command line prints only the
+message and exits with status 1 (`AGAIN` for a `ProcessLostError`). Only defects of this project show a traceback.
 """
 
 from __future__ import annotations
@@ -11,28 +10,28 @@ import errno
 import os
 import traceback
 
-# Exit status of a command that has saved its work and goes on where it is run again: EX_TEMPFAIL of sysexits.h.
+# Exit status of a command that has saved its work and continues when it is run again: EX_TEMPFAIL of sysexits.h.
 AGAIN: int = getattr(os, "EX_TEMPFAIL", 75)
 
 
 class SctError(Exception):
-    """Base of all errors that come from input, configuration or the machine, not from a defect."""
+    """Base class of all errors that come from the input, the configuration or the machine, not from a defect."""
 
 
 class DataError(SctError, ValueError):
-    """Counts, genes, coordinates or labels are not what the function needs."""
+    """Counts, genes, coordinates or labels do not meet the requirements of the function."""
 
 
 class StoreError(SctError, ValueError):
-    """A store is missing, incomplete, corrupted, or made for another vocabulary."""
+    """A store is missing, incomplete or corrupted, or it was made for another vocabulary."""
 
 
 class ConfigError(SctError, ValueError):
-    """A configuration names something that does not exist or contradicts itself."""
+    """An option or configuration has an invalid value, or two of its values contradict each other."""
 
 
 class FolderInUseError(SctError, RuntimeError):
-    """Another process writes to the folder; the message names it."""
+    """Another process is writing to the folder; the message names this process."""
 
 
 class CheckpointError(SctError, ValueError):
@@ -44,16 +43,16 @@ class DivergedError(SctError, ArithmeticError):
 
 
 class ProcessLostError(SctError, ConnectionError):
-    """Another process of the run has ended or does not answer."""
+    """Another process of a multi-process run has ended or does not respond."""
 
 
 class OutputError(SctError, OSError):
-    """A file or folder cannot be written: arguments are those of `OSError`, with the path as its file name."""
+    """A file or folder cannot be written. The arguments are those of `OSError`: number, reason, path."""
 
     def __str__(self) -> str:
         return (
             f"{self.filename} cannot be written ({self.strerror}): check its permissions and the free space, or choose "
-            "another place."
+            "another path."
         )
 
 
@@ -62,28 +61,28 @@ class MissingExtraError(SctError, ImportError):
 
 
 def space_hint(reason: str) -> str:
-    """What to look at first where a file cannot be written for a reason of the system: space, where it is that."""
+    """Return " (free space?)" if the system's reason for a failed write is a lack of space, otherwise ""."""
     short = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
     return " (free space?)" if reason in map(os.strerror, short) else ""
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:
-    """What a library's error says, at most its first line and `limit` characters; its name where it says nothing."""
+    """Return the first line of an error message, at most `limit` characters; the error class if it has no message."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:limit]
 
 
-# A full disk or quota, a file that a limit or a read-only disk forbids, a broken disk.
+# Full disk, full quota, file size limit, read-only disk, broken disk.
 _DISK = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG, errno.EROFS, errno.EIO)
-# Libraries whose errors may hide that of the system that they were handling.
+# Libraries that can raise their own error while they handle a system error.
 _WRITERS = ("h5py", "tensorstore", "zarr", "anndata", "orbax")
 
 
 def disk_trouble(error: BaseException) -> str:
-    """What the system says of a disk that is full, read-only or broken; '' for every other error.
+    """Return the system's reason if the disk is full, read-only or broken; '' for all other errors.
 
-    Libraries (HDF5, TensorStore, Orbax) give it as text inside errors of their own, or as the cause of one. A defect
-    that comes up while such an error is handled is still a defect.
+    Libraries (HDF5, TensorStore, Orbax) put the reason into the text or the cause of their own errors. A defect of this
+    project that occurs while such an error is handled is still reported as a defect.
     """
     seen: BaseException | None = error
     for _ in range(10):
@@ -99,7 +98,7 @@ def disk_trouble(error: BaseException) -> str:
 
 
 def _is_of_writer(error: BaseException) -> bool:
-    """Whether a library that writes files raised this RuntimeError or ValueError."""
+    """Return whether one of the libraries that write files raised this RuntimeError or ValueError."""
     if not isinstance(error, RuntimeError | ValueError):
         return False
     module = ""

@@ -1,4 +1,4 @@
-"""Optional libraries: imported where they are used, and what to install where one is missing."""
+"""Optional libraries: import them when needed, and tell the user how to install a missing one."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from sct.version import DISTRIBUTION
 
 
 def missing_extra(library: str, extra: str, what: str = "") -> MissingExtraError:
-    """Error of a library that is not installed, with the pip command of the extra that brings it.
+    """Return the error for a library that is not installed, with the pip command that installs it.
 
     Parameters
     ----------
     library
         Name of the library on the package index.
     extra
-        Extra of this project that declares it.
+        Extra of this project that includes the library.
     what
-        What needs the library, as the subject of a sentence.
+        What needs the library, as the subject of the message ("a plot").
     """
     found = f"{what} needs {library}" if what else f"{library} is not installed"
     return MissingExtraError(f'{found}: pip install "{DISTRIBUTION}[{extra}]"')
@@ -33,14 +33,14 @@ def load_extra(module: str, extra: str, library: str = "", what: str = "") -> An
     module
         Module to import.
     extra, what
-        As in `missing_extra`.
+        See `missing_extra`.
     library
-        Name of the library on the package index; that of the module by default.
+        Name of the library on the package index. Default: the name of the module.
 
     Raises
     ------
     MissingExtraError
-        The library is not installed. An installed library that cannot load its own parts raises its own error.
+        The library is not installed. If it is installed but fails to import, its own error is raised.
     """
     try:
         return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""One process at a time writes to a folder: a lock that names its holder and that the system drops when it dies."""
+"""Folder lock: only one process at a time writes to a folder. The lock names its holder and ends with its process."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
-# The holder touches the file this often; without a touch for so long, a holder on another host counts as dead.
+# The holder touches the lock file at the first interval. A holder on another host that has not touched it for the
+# second interval counts as dead.
 BEAT_SECONDS, SILENT_SECONDS = 5.0, 30.0
-# A touch older than this is not waited for: no two clocks of a cluster differ by so much.
+# A lock file that was last touched longer ago is dead without waiting; the clocks of a cluster differ by less.
 OLD_SECONDS = 600.0
-# How soon a holder that was asked to stop has said so, and how long it may take to save.
+# Time in which a holder that was asked to stop marks the lock file, and time in which it must have saved.
 NOTICE_SECONDS = 3.0
 SAVING_SECONDS = 900.0
 _POLL_SECONDS = 0.2
@@ -38,20 +39,20 @@ _open: set[_Lock] = set()
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """Who holds a folder, as it wrote itself down in the lock file.
+    """Content of the lock file: the process that holds the folder.
 
     Attributes
     ----------
     host, pid
-        Machine and process.
+        Host name and process id.
     since
-        Local time there, ISO 8601.
+        Start in local time of the host, ISO 8601.
     doing
-        "training", "benchmark".
+        Kind of work: "training", "benchmark".
     stopping
-        Whether it was asked to stop (SIGTERM, Ctrl-C) and only saves.
+        Whether the process was asked to stop (SIGTERM, Ctrl-C) and is saving.
     token
-        Different for every holder.
+        Unique id of the holder.
     """
 
     host: str
@@ -67,26 +68,26 @@ class Holder:
 
 @contextmanager
 def only_one(folder: Path, doing: str, option: str) -> Iterator[None]:
-    """Hold a folder, which is made where it does not exist, and refuse it to every other process meanwhile.
+    """Lock a folder for this process while the block runs; create the folder if needed.
 
-    The lock is `flock` on the file `.lock`, which the system drops when the holder dies however it dies. Some network
-    file systems do not have it, or keep it to one host: the holder therefore also touches the file every few seconds,
-    and one on another host counts as dead after `SILENT_SECONDS` without a touch. A holder that was asked to stop is
-    waited for.
+    The lock is `flock` on the file `.lock`. The system releases it when the process ends for any reason. Some network
+    file systems do not support `flock` across hosts. The holder therefore also touches the file every few seconds; a
+    holder on another host counts as dead after `SILENT_SECONDS` without a touch. If the holder was asked to stop, this
+    function waits until it has ended.
 
     Parameters
     ----------
     folder
-        What to hold. If nothing is in it afterwards, it is removed again where it was made here.
+        Folder to lock. If this function created it and it is empty at the end, it is deleted.
     doing
-        What it is held for, for the messages: "training".
+        Kind of work, for the messages: "training".
     option
-        Names the folder on the command line, for the messages.
+        Command line option of the folder, for the messages.
 
     Raises
     ------
     FolderInUseError
-        Another process, or another thread of this one, holds it.
+        Another process, or another thread of this process, holds the lock.
     ConfigError
         The folder cannot be written.
     """
@@ -104,12 +105,12 @@ def only_one(folder: Path, doing: str, option: str) -> Iterator[None]:
     finally:
         lock.release()
         with suppress(OSError):
-            for each in made:  # not empty where something came into it
+            for each in made:  # rmdir fails if the folder has files, as intended
                 each.rmdir()
 
 
 class _Lock:
-    """The lock file of a folder, held by this process or not."""
+    """Lock file of a folder."""
 
     def __init__(self, path: Path, doing: str):
         now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
@@ -126,14 +127,14 @@ class _Lock:
         _open.add(self)
 
     def close(self) -> None:
-        """Close the file; the lock goes with it, unless another process shares the file."""
+        """Close the file. This releases the lock, unless a forked process still has the file open."""
         _open.discard(self)
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
 
     def forget(self) -> None:
-        """Let go without a word, in a forked process."""
+        """Drop the lock in a forked process, without changing the lock file."""
         beat, self._beat, self._mine = self._beat, None, False
         with suppress(OSError):
             self.close()
@@ -160,30 +161,30 @@ class _Lock:
         self._beat = _Beat(self)
 
     def _take(self) -> bool:
-        """Lock the file and sign it; False where another process holds it."""
+        """Lock the file and write this holder to it; return False if another process holds it."""
         locks = self._flock()
         if locks is False:
             return False
-        if not self._is_current():  # removed by the one that held it
+        if not self._is_current():  # the previous holder deleted the file
             self._reopen()
             return self._take()
         before = self._read()
-        # On this host a holder that is alive would have its lock.
+        # A living holder on this host would still hold the flock, so only other hosts need a check.
         if before is not None and (locks is None or before.host != self.me.host) and self._is_alive(before):
             self._unlock()
             return False
-        if not self._is_current():  # removed while its holder was watched
+        if not self._is_current():  # the file was deleted during the check
             self._reopen()
             return self._take()
         self._sign(self.me)
-        if locks is None:  # of two that come here at once, the last one to sign holds it
+        if locks is None:  # without flock, the last of several concurrent writers holds the lock
             time.sleep(5 * _POLL_SECONDS)
             signed = self._read()
             return signed is not None and signed.token == self.me.token
         return True
 
     def _flock(self) -> bool | None:
-        """Whether the system gives the lock to this process; None where it has no locks."""
+        """Try to lock the file with flock; return whether it worked, or None if the system has no flock."""
         if fcntl is None:
             return None
         try:
@@ -208,14 +209,14 @@ class _Lock:
         return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
 
     def _read(self) -> Holder | None:
-        """Who signed the file last and did not end; opened anew, for what other hosts wrote to be seen."""
+        """Return the holder in the lock file, or None; reopen the file to see writes from other hosts."""
         try:
             return Holder(**json.loads(self.path.read_bytes()))
         except (OSError, ValueError, TypeError):
             return None
 
     def _other(self) -> Holder | None:
-        """Who holds the lock, which it may have taken a moment ago."""
+        """Return the holder of the lock; wait briefly, because it may not have written its name yet."""
         end = time.monotonic() + 5 * _POLL_SECONDS
         while (holder := self._read()) is None and time.monotonic() < end:
             time.sleep(_POLL_SECONDS)
@@ -226,14 +227,14 @@ class _Lock:
             return os.fstat(file.fileno()).st_mtime
 
     def _is_alive(self, holder: Holder) -> bool:
-        """Whether a holder that the system does not vouch for touches the file."""
+        """Return whether a holder without flock still touches the lock file."""
         before = self._touched()
-        with tempfile.TemporaryFile(dir=self.path.parent) as new:  # the clock of the file system
+        with tempfile.TemporaryFile(dir=self.path.parent) as new:  # gives the present time of the file system
             if abs(os.fstat(new.fileno()).st_mtime - before) > OLD_SECONDS:
                 return False
         print(
             f"{self.path.parent} was last used by {holder}: checking for up to {SILENT_SECONDS:.0f} s "
-            "whether it still runs.",
+            "whether this process is still running.",
             file=sys.stderr, flush=True,
         )  # fmt: skip
         end = time.monotonic() + SILENT_SECONDS
@@ -247,7 +248,7 @@ class _Lock:
         return False
 
     def _refusal(self, holder: Holder | None, option: str) -> FolderInUseError:
-        who, stop = "another process, which left no name", ""
+        who, stop = "another, unknown process", ""
         if holder is not None:
             who = str(holder)
             if holder.stopping:
@@ -259,7 +260,7 @@ class _Lock:
         )
 
     def _sign(self, holder: Holder | None) -> None:
-        """Write a holder down; nothing for none. A full disk keeps it from being named, not from holding."""
+        """Write a holder to the lock file, or clear the file for None. A full disk does not invalidate the lock."""
         text = json.dumps(dataclasses.asdict(holder)).encode() if holder is not None else b""
         with suppress(OSError):
             os.lseek(self._file, 0, os.SEEK_SET)
@@ -268,16 +269,16 @@ class _Lock:
             os.fsync(self._file)
 
     def is_stopping(self) -> None:
-        """Tell those who want the folder that it will soon be free."""
+        """Mark in the lock file that this process is saving and will release the folder soon."""
         self._sign(dataclasses.replace(self.me, stopping=True))
 
     def touch(self) -> None:
-        """Show other hosts that the holder is alive."""
+        """Touch the lock file, to show other hosts that the holder is alive."""
         with suppress(OSError):
             os.utime(self.path)
 
     def release(self) -> None:
-        """Let go of the folder."""
+        """Release the lock, and delete the lock file if the folder has no other files."""
         if self._beat is not None:
             self._beat.end()
         if self._mine:
@@ -289,9 +290,10 @@ class _Lock:
 
 
 class _Beat:
-    """A thread that touches the lock file, and marks it at once where this process is asked to stop.
+    """Thread that touches the lock file regularly, and marks it immediately when this process is asked to stop.
 
-    The system tells it of signals by a socket: their handlers only run between two steps, which may take minutes.
+    The thread receives signals through a socket (`signal.set_wakeup_fd`). Python signal handlers would run too late,
+    because one training step can take minutes.
     """
 
     def __init__(self, lock: _Lock):
@@ -300,7 +302,7 @@ class _Beat:
         self._reads.settimeout(BEAT_SECONDS)
         self._writes.setblocking(False)
         self._before: int | None = None
-        with suppress(ValueError):  # another thread than the main one gets no signals
+        with suppress(ValueError):  # only the main thread can receive signals
             self._before = signal.set_wakeup_fd(self._writes.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._run, daemon=True, name="lock")
         self._thread.start()
@@ -321,7 +323,7 @@ class _Beat:
                 self._lock.is_stopping()
 
     def forget(self) -> None:
-        """Listen to no signals in a forked process."""
+        """Stop receiving signals in a forked process."""
         if self._before is not None:
             with suppress(ValueError):
                 signal.set_wakeup_fd(-1)
@@ -332,16 +334,16 @@ class _Beat:
         if self._before is not None:
             signal.set_wakeup_fd(self._before)
         with suppress(OSError):
-            self._writes.shutdown(socket.SHUT_WR)  # also of the copies that forked processes have
+            self._writes.shutdown(socket.SHUT_WR)  # also closes the copies in forked processes
         self._writes.close()
         self._thread.join()
         self._reads.close()
 
 
 def _forked() -> None:
-    """Let a forked process not hold what it does not know of: the lock would outlive the one that took it.
+    """Drop all locks in a forked process.
 
-    Nor may its signals be taken for those of the one that holds the lock.
+    Otherwise the fork would keep the lock after its parent has ended, and signals to the fork would mark the lock.
     """
     for lock in list(_open):
         lock.forget()

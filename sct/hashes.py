@@ -1,4 +1,4 @@
-"""Hashes (sha256) by which a change of a file on the disk is noticed."""
+"""SHA-256 hashes that detect changed files."""
 
 from __future__ import annotations
 
@@ -10,66 +10,67 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-SEAL = "sha256"  # entry of a JSON object with the hash of all its other entries
+SEAL = "sha256"  # key of a JSON object for the hash of all its other entries
 _THREADS = 8
 
 
 def hash_file(path: Path) -> str:
-    """Hash of a file's bytes, hexadecimal; memory does not grow with the file."""
+    """Return the hexadecimal hash of a file; memory use does not depend on the file size."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_files(folder: Path, names: Collection[str]) -> dict[str, str]:
-    """Hash of each file of a folder by its name, several files at a time."""
+    """Return the hash of each named file of a folder; several files are read in parallel."""
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         found = pool.map(lambda name: hash_file(folder / name), names)
         return dict(zip(names, found, strict=True))
 
 
 def files_below(folder: Path) -> list[str]:
-    """Names of all files in a folder and the folders in it, relative to it, sorted."""
+    """Return the sorted relative paths of all files in a folder and its subfolders."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def hash_folder(folder: Path) -> str:
-    """One hash of the names and the bytes of all files in a folder and the folders in it."""
+    """Return one hash of the names and contents of all files in a folder and its subfolders."""
     return hash_json(hash_files(folder, files_below(folder)))
 
 
 def hash_json(content: Any) -> str:
-    """Hash of a value that JSON can hold; the layout of a file and the order of entries do not matter."""
+    """Return the hash of a JSON value; formatting and the order of keys do not matter."""
     plain = json.dumps(json.loads(json.dumps(content)), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(plain.encode()).hexdigest()
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries of a JSON object, and the hash of them as the entry `SEAL`."""
+    """Return a copy of a JSON object with the hash of its entries under the key `SEAL`."""
     rest = {name: value for name, value in content.items() if name != SEAL}
     return {**rest, SEAL: hash_json(rest)}
 
 
 def is_changed(content: Mapping[str, Any]) -> bool:
-    """Whether a JSON object has a hash, and not that of its other entries."""
+    """Return whether the stored hash of a JSON object differs from its entries; False if it has no hash."""
     return SEAL in content and content[SEAL] != sealed(content)[SEAL]
 
 
 def first_changed(folder: Path, recorded: Mapping[str, str], shared: bool = False) -> str | None:
-    """First of some files that is missing or not the one whose hash was recorded; None where none is.
+    """Return the first file that is missing or differs from its recorded hash; None if all files match.
 
     Parameters
     ----------
     folder
-        Where the files are.
+        Folder of the files.
     recorded
-        Hashes by name.
+        Recorded hashes by file name.
     shared
-        All processes of JAX call this: each reads its share of the files, and all get the same answer.
+        If True, all JAX processes must call this function. Each process reads a part of the files, and all get the same
+        result.
 
     Raises
     ------
     OSError
-        A file that is there cannot be read.
+        A file exists but cannot be read.
     """
     import jax
 

@@ -1,4 +1,4 @@
-"""Whether an output can be written: asked before anything is computed."""
+"""Check that an output can be written, before anything is computed."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from sct.errors import ConfigError, first_line
 
 
 def check_file(path: Path, option: str, overwrite: bool = False, needed: int = 0) -> None:
-    """Raise `ConfigError` where a file cannot be written, or is there and may not be replaced.
+    """Raise `ConfigError` if a file cannot be written, or if it exists and `overwrite` is False.
 
     Parameters
     ----------
     path
-        File to write; folders above it that are missing can be made.
+        File to write. Its parent folders may be missing.
     option
-        Names it on the command line, for the messages: "--output".
+        Command line option of the file, for the messages: "--output".
     overwrite
-        Whether it may be replaced.
+        Whether an existing file may be replaced.
     needed
-        Bytes that it will have at least.
+        Minimum size of the file in bytes.
     """
     with _readable(path, option):
         is_folder, is_there = path.is_dir(), path.exists() or path.is_symlink()
     if is_folder:
-        raise ConfigError(f"the output {path} is a folder, but a file is written: choose another {option}.")
+        raise ConfigError(f"the output {path} is a folder, but must be a file: choose another {option}.")
     if is_there and not overwrite:
         raise ConfigError(
-            f"the output {path} already exists: replace it with --overwrite, or choose another {option}."
+            f"the output {path} already exists: set --overwrite to replace it, or choose another {option}."
         )
     check_room(path.parent, option, needed)
 
@@ -39,14 +39,14 @@ def check_file(path: Path, option: str, overwrite: bool = False, needed: int = 0
 def check_folder(
     folder: Path, option: str, overwrite: bool = False, needed: int = 0, files: Collection[str] | None = None
 ) -> None:
-    """Raise `ConfigError` where a folder cannot be written, or has content that may not be replaced.
+    """Raise `ConfigError` if a folder cannot be written, or if it has files to replace and `overwrite` is False.
 
     Parameters
     ----------
     folder, option, overwrite, needed
-        As for `check_file`.
+        See `check_file`.
     files
-        Names of the files in it that are written; None where the folder is replaced as a whole.
+        Names of the files to write in the folder. None means that the whole folder is replaced.
     """
     with _readable(folder, option):
         is_file = folder.exists() and not folder.is_dir()
@@ -56,16 +56,16 @@ def check_folder(
     replaced = [name for name in there if files is None or name in files]
     if replaced and not overwrite:
         raise ConfigError(
-            f"the output {folder} already holds {replaced[0]}: replace it with --overwrite (in Python overwrite=True), "
-            f"or choose another {option}."
+            f"the output {folder} already contains {replaced[0]}: set --overwrite (in Python overwrite=True) to "
+            f"replace it, or choose another {option}."
         )
-    # A folder that is replaced as a whole is made beside it.
+    # If the whole folder is replaced, the new one is first written next to it.
     check_room(folder if files is not None else folder.parent, option, needed)
 
 
 @contextmanager
 def _readable(path: Path, option: str) -> Iterator[None]:
-    """Say what keeps a path from being looked at: a name that is too long, a folder that may not be entered."""
+    """Convert an `OSError` on access to a path (name too long, no permission) to a `ConfigError`."""
     try:
         yield
     except OSError as error:
@@ -75,7 +75,7 @@ def _readable(path: Path, option: str) -> Iterator[None]:
 
 
 def check_room(folder: Path, option: str, needed: int = 0) -> None:
-    """Raise `ConfigError` where a folder cannot be made or written to, or lies on a disk without room."""
+    """Raise `ConfigError` if a folder cannot be created or written, or if its disk has too little free space."""
     place = folder.absolute()
     with _readable(folder, option):
         while not place.exists() and place != place.parent:
@@ -83,7 +83,9 @@ def check_room(folder: Path, option: str, needed: int = 0) -> None:
     if not place.is_dir():
         raise ConfigError(f"{place} is not a folder, so {folder} cannot be written: choose another {option}.")
     try:
-        with tempfile.TemporaryFile(dir=place) as probe:  # permissions do not tell what a file system allows
+        with tempfile.TemporaryFile(
+            dir=place
+        ) as probe:  # permission bits do not show a read-only file system
             probe.write(b"0")
             probe.flush()
         free = shutil.disk_usage(place).free
@@ -93,19 +95,19 @@ def check_room(folder: Path, option: str, needed: int = 0) -> None:
         ) from error
     if free < needed:
         raise ConfigError(
-            f"{place} has {size(free)} of free space, but at least {size(needed)} are needed: free space, or choose "
-            f"another {option}."
+            f"{place} has {size(free)} of free space, but the output needs at least {size(needed)}: delete other "
+            f"files, or choose another {option}."
         )
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files of a folder; 0 where there is nothing."""
+    """Return the size in bytes of a file, or of all files in a folder; 0 if the path does not exist."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def size(n_bytes: int) -> str:
-    """A number of bytes as it is read: "1.5 GB"."""
+    """Format a number of bytes: "1.5 GB"."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n_bytes >= factor:
             return f"{n_bytes / factor:.1f} {unit}"

@@ -1,7 +1,7 @@
-"""One progress display for everything that can take more than five seconds.
+"""Progress display for all work that can take more than five seconds.
 
-On a terminal it is a live bar; where standard error is a file or a pipe it is one line per interval, so
-that logs stay readable.
+On a terminal it is a live progress bar. If standard error is a file or a pipe, it prints one line per interval, so that
+logs stay readable.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _clock(seconds: float) -> str:
 
 
 class ProgressBar:
-    """Handle given by `progress`: call `update` as work is done."""
+    """Progress display of one task, created by `progress`; call `update` when units are done."""
 
     def __init__(self, description: str, total: int | None, done: int, interval: float, active: bool = True):
         self.description, self.total, self.done = description, total, done
@@ -49,7 +49,7 @@ class ProgressBar:
             self._rich.start()
 
     def update(self, advance: int = 1, note: str = "") -> None:
-        """Advance by `advance` units; `note` stays beside the bar until the next one (keep it short)."""
+        """Advance by `advance` units; the short text `note` is shown until the next note."""
         self.done += advance
         self._note = note or self._note
         if not self._active:
@@ -71,7 +71,7 @@ class ProgressBar:
         return f"{self.description} {self.done}{total}{' ' + self._note if self._note else ''}{left}"
 
     def write(self, text: str) -> None:
-        """Print a line above the bar (terminal) or into the log (file)."""
+        """Print a line above the progress bar (terminal) or to standard error (file)."""
         if not self._active:
             return
         if self._rich is not None:
@@ -80,7 +80,7 @@ class ProgressBar:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """End the display; later updates are ignored by the terminal."""
+        """Close the display; later updates have no effect on the terminal."""
         if self._rich is not None:
             self._rich.stop()
 
@@ -94,20 +94,20 @@ def progress(
     interval: float = 15.0,
     active: bool = True,
 ) -> Iterator[ProgressBar]:
-    """Show progress of a piece of work on standard error.
+    """Show the progress of a task on standard error.
 
     Parameters
     ----------
     description
-        What is going on, in two or three words.
+        Name of the task, in two or three words.
     total
-        Number of units, or None where it is not known.
+        Number of units, or None if unknown.
     done
-        Units done before (a resumed run starts its bar there).
+        Number of units already done, for a resumed run.
     interval
-        Seconds between two lines where standard error is not a terminal.
+        Seconds between two lines if standard error is not a terminal.
     active
-        False shows nothing (all processes of a run but the first).
+        If False, show nothing. Only the first process of a multi-process run shows progress.
     """
     bar = ProgressBar(description, total, done, interval, active)
     try:
@@ -117,7 +117,7 @@ def progress(
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterate over `items` with a progress display of one unit per item."""
+    """Iterate over `items` and show the progress, one unit per item."""
     if total is None and hasattr(items, "__len__"):
         total = len(items)  # type: ignore[arg-type]
     with progress(description, total) as bar:

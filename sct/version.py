@@ -1,8 +1,8 @@
-"""The version, written into every file that the project makes, and where the project is found."""
+"""Version, package name and repository of this project; all output files record the version."""
 
 __version__ = "0.1.0"
 
-# Name on the package index, where `sct` is another project. The package and the command are called sct.
+# Name on the package index, where another project is already named `sct`. The module and the command are named sct.
 DISTRIBUTION = "sct-jax"
-# Public address of the repository, https://HOST/NAME/PROJECT; None leaves it out wherever it would be printed.
+# Public URL of the repository, https://HOST/NAME/PROJECT. If None, no output mentions a URL.
 REPOSITORY: str | None = None

@@ -1,1 +1,1 @@
-"""Features of genes, by a text model or from a table."""
+"""Gene features: one vector per gene, from a text model or from a file."""

@@ -1,8 +1,8 @@
-"""Features of genes: what a text decoder makes of a gene corpus, or any other table of a vector per gene.
+"""Gene features: one vector per gene, computed by a text decoder from a gene corpus or read from a file.
 
-ZerOmics paper, section 3.1: an item token follows the summary of a gene, and what an autoregressive model has there
-stands for the gene. Tables of another origin (Gene2vec, random ones) and cells made of a table alone (GenePT) are the
-ablations of its Table 5.
+In the ZerOmics paper (section 3.1), an item token follows the summary of a gene. The hidden state of a decoder at this
+token is the feature of the gene. Other tables (Gene2vec, random features) and cell embeddings that use only such a
+table (GenePT) are the ablations in Table 5 of the paper.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from sct.weights.pretrained import Pretrained
 from sct.weights.vocabulary import resized
 
 ITEM = "<|item|>"
-CACHE = "~/.cache/sct/gene_features"  # beside that of compiled programs
+CACHE = "~/.cache/sct/gene_features"
 MAX_TOKENS = 1024  # the longest summary of RefSeq has 3,415 letters
 _FORMAT = 1
-_STEP = 64  # texts are filled up to a multiple of this, so that few lengths are compiled
+_STEP = 64  # texts are padded to a multiple of this number, so that XLA compiles few lengths
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GeneFeatures:
-    """A vector for each of some genes.
+    """Feature vectors of G genes.
 
     Attributes
     ----------
@@ -53,7 +53,7 @@ class GeneFeatures:
     table
         float32 (G, D), one row per gene.
     source
-        What the table was made of, with hashes: plain values that JSON can hold.
+        Origin of the table, with hashes of its inputs, as JSON-compatible values.
     """
 
     keys: tuple[str, ...]
@@ -64,8 +64,8 @@ class GeneFeatures:
         table = np.asarray(self.table)
         if table.ndim != 2 or len(table) != len(self.keys) or not table.size or table.dtype.kind not in "fiu":
             raise DataError(
-                f"features of {len(self.keys)} genes are {table.dtype} of shape {table.shape}, expected a row of "
-                "numbers for each of at least one gene"
+                f"the features of {len(self.keys)} genes have the type {table.dtype} and the shape {table.shape}, but "
+                "must be numbers of shape (genes, features): give one row per gene, and at least one gene."
             )
         with np.errstate(over="ignore"):
             table = np.ascontiguousarray(table, np.float32)
@@ -74,8 +74,8 @@ class GeneFeatures:
         bad = np.flatnonzero(~np.isfinite(table).all(axis=1))
         if len(bad):
             raise DataError(
-                f"the features of {len(bad)} genes are not finite in float32, such as those of "
-                f"{self.keys[bad[0]]}; leave these genes out or make the table again"
+                f"the features of {len(bad)} genes have NaN or infinity in float32 (first: {self.keys[bad[0]]}): "
+                "remove these genes, or correct the table."
             )
 
     def __len__(self) -> int:
@@ -108,48 +108,50 @@ class GeneFeatures:
         max_tokens: int | None = None,
         progress_bar: bool = True,
     ) -> GeneFeatures:
-        """Let a decoder read the text of each gene (ZerOmics paper, section 3.1, equation 3).
+        """Compute gene features from text with a decoder (ZerOmics paper, section 3.1, equation 3).
 
-        The item token follows the tokens of a text, and the state there behind the last norm is the gene's feature. A
-        token that the tokenizer does not have yet is added, and begins as `sct.weights.vocabulary.resized` has it.
+        The item token is appended to the text of a gene. The feature is the hidden state at this token, after the last
+        norm. If the tokenizer does not have the item token, it is added; `sct.weights.vocabulary.resized` initializes
+        its embedding.
 
         Parameters
         ----------
         corpus
             Texts of G genes.
         model
-            Of the family gpt2, neox or llama, with its tokenizer; computed in the type of its configuration.
+            Model of the family gpt2, neox or llama with its tokenizer. The computation uses `config.dtype`.
         item
-            Text of the item token.
+            String of the item token.
         cache
-            Folder in which tables are kept and found again: by default `~/.cache/sct/gene_features`; "" for none.
+            Folder where computed tables are cached. Default: `~/.cache/sct/gene_features`; "" disables the cache.
         batch_size
-            Texts read at once.
+            Texts at once.
         max_tokens
-            Tokens of a text at most, with the one that begins texts and the item token; longer texts are cut before
-            the item token. By default the model's positions, but no more than 1,024.
+            Maximum number of tokens per text, including the begin token and the item token. Longer texts are truncated
+            before the item token. Default: the number of positions of the model, but at most 1,024.
         progress_bar
-            Whether to show one.
+            Whether to show a progress bar.
 
         Returns
         -------
-        G rows of the model's width, in the corpus's order. `source["cut"]` is the number of texts that were cut.
+        Features of G genes in the order of the corpus; D is the width of the model. `source["cut"]` is the number of
+        truncated texts.
 
         Raises
         ------
         ConfigError
-            The model reads no text, or an option is out of range.
+            The model is not a text decoder, or an option is out of range.
         DataError
-            A text holds the item token, or the folder cannot be written.
+            A text contains the item token, or the cache folder cannot be written.
 
         Warns
         -----
         UserWarning
-            Texts were cut; a table in the folder is damaged, and is made again; or the new one could not be kept.
+            Texts were truncated, a cached table is damaged and is computed again, or the new table could not be cached.
         """
         if not isinstance(model.config, DecoderConfig) or model.tokenizer is None:
             raise ConfigError(
-                f"{model!r} is no text decoder with a tokenizer; give a model of the families gpt2, neox or llama"
+                f"{model!r} is not a text decoder with a tokenizer: use a model of the family gpt2, neox or llama."
             )
         most = min(model.config.max_length, MAX_TOKENS) if max_tokens is None else max_tokens
         if model.config.positions == "learned":
@@ -158,7 +160,7 @@ class GeneFeatures:
                 most,
                 0,
                 most=model.config.max_length,
-                advice=f"give no more than the model has positions, {model.config.max_length}",
+                advice=f"set it to {model.config.max_length} or less, the number of positions of the model",
             )
         check_at_least("batch_size", batch_size, 1)
         inputs = {"corpus": corpus.hash, "model": _identity(model), "item": item, "max_tokens": most}
@@ -171,34 +173,36 @@ class GeneFeatures:
         if kept is not None:
             try:
                 made.save(kept)
-            except DataError as error:  # a full disk is no reason to lose what took hours
-                warnings.warn(f"the features of genes are not kept: {error}", UserWarning, stacklevel=2)
+            except DataError as error:  # a full disk must not lose the result of hours
+                warnings.warn(f"the gene features are not cached: {error}", UserWarning, stacklevel=2)
         return made
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], genes: GeneVocabulary | None = None) -> GeneFeatures:
-        """Read a table of a vector per gene.
+        """Read gene features from a file.
 
-        Names of genes are Ensembl ids or symbols and are resolved as by `GeneCorpus.load`; those that are not
-        known are left out and counted in `source["left_out"]`. What `save` wrote is read as it was.
+        Gene names are Ensembl ids or symbols. They are matched in the same way as in `GeneCorpus.load`. Unknown genes
+        are dropped; `source["left_out"]` is their number. Files that `save` wrote are loaded without matching.
 
         Parameters
         ----------
         path
-            - .npz with an array of names (`keys`, `genes` or `symbols`) and one of rows (`table` or `embeddings`);
-            - .txt, .vec or .w2v: a name and its numbers in each line, between white space, as Gene2vec has them, with
-              or without the first line of word2vec ("genes features");
-            - .tsv or .csv: the same as a table, with or without a header.
+            File in one of these formats:
 
-            Texts may end with .gz.
+            - .npz: an array of names (`keys`, `genes` or `symbols`) and an array of rows (`table` or `embeddings`).
+            - .txt, .vec or .w2v: a name and its numbers in each line, separated by white space, as in Gene2vec. The
+              first line of the word2vec format (number of genes, number of features) is optional.
+            - .tsv or .csv: the same as a table; the header is optional.
+
+            Text files can be compressed (.gz).
         genes
-            Table that names are looked up in, by default the shipped human one.
+            Vocabulary in which names are looked up. Default: the human vocabulary of this package.
 
         Raises
         ------
         DataError
-            The file is absent, damaged or not of such a form, a gene has two rows, a number is not finite, or hardly
-            any gene is known.
+            The file is missing, damaged or has another format, a gene has two rows, a number is not finite, or almost
+            no gene is known.
         """
         path = Path(path).expanduser()
         if suffix_of(path) == ".npz":
@@ -209,11 +213,13 @@ class GeneFeatures:
         elif suffix_of(path) in DELIMITERS:
             names, table = text_rows(path)
         else:
-            raise DataError(f"{path} is none of {', '.join(TABLES)}; give features in one of these forms")
+            raise DataError(
+                f"{path} has an unknown file format: use a file that ends with one of {', '.join(TABLES)}."
+            )
         nameless = [at for at, name in enumerate(names) if not name]
         if nameless or not names:
-            what = f"no name in row {nameless[0] + 1}" if nameless else "no rows"
-            raise DataError(f"{path} has {what}; give the name of a gene with each row of numbers")
+            what = f"no gene name in row {nameless[0] + 1}" if nameless else "no rows"
+            raise DataError(f"{path} has {what}: each row must start with the name of a gene.")
         genes = GeneVocabulary.human() if genes is None else genes
         at, unknown = find_genes(names, genes, str(path), "row")
         rows = np.flatnonzero(at >= 0)
@@ -228,7 +234,7 @@ class GeneFeatures:
 
     @classmethod
     def random(cls, vocabulary: GeneVocabulary, size: int, seed: int = 0) -> GeneFeatures:
-        """Normal numbers of mean 0 and variance 1, (G, size): what features say nothing about genes is worth."""
+        """Return random features (G, size) from a standard normal distribution, as a control without information."""
         check_at_least("size", size, 1)
         table = np.random.default_rng(seed).standard_normal((len(vocabulary), size), np.float32)
         source = {"kind": "random", "vocabulary": vocabulary.hash, "seed": seed, "size": size}
@@ -236,24 +242,24 @@ class GeneFeatures:
 
     @classmethod
     def lsa(cls, corpus: GeneCorpus, size: int, seed: int = 0) -> GeneFeatures:
-        """Latent semantic analysis of the texts (Deerwester et al. 1990): no model is needed.
+        """Compute gene features by latent semantic analysis of the texts (Deerwester et al. 1990), without a model.
 
-        Words that two or more texts have, weighted by their rarity (TF-IDF), and of these the leading singular vectors;
-        columns are scaled to variance 1.
+        The features are the leading singular vectors of the TF-IDF matrix of all words that occur in two or more texts.
+        Each feature is scaled to variance 1.
 
         Parameters
         ----------
         corpus
             Texts of G genes.
         size
-            Number of features (D), smaller than that of texts and of their words.
+            Number of features (D). Must be smaller than the number of texts and the number of words.
         seed
-            Of the randomised decomposition.
+            Random seed of the singular value decomposition.
 
         Raises
         ------
         ConfigError
-            There are not as many texts and words.
+            `size` is too large for the number of texts and words.
         """
         from sklearn.decomposition import TruncatedSVD
         from sklearn.feature_extraction.text import TfidfVectorizer
@@ -264,7 +270,7 @@ class GeneFeatures:
             size,
             1,
             most=min(words.shape) - 1,
-            advice=f"{words.shape[0]:,} texts with {words.shape[1]:,} words that two of them have give no more",
+            advice=f"set it lower, because {words.shape[0]:,} texts share only {words.shape[1]:,} words, or add texts",
         )
         table = TruncatedSVD(size, random_state=seed).fit_transform(words)
         table /= np.maximum(table.std(axis=0), 1e-12)
@@ -278,16 +284,16 @@ class GeneFeatures:
         return cls(corpus.keys, table.astype(np.float32), source)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write an .npz file that `load` reads; a reader never sees a half-written one.
+        """Write an .npz file for `load`; the file appears only when it is complete.
 
         Raises
         ------
         DataError
-            The name has another ending, or the file cannot be written.
+            The name does not end with .npz, or the file cannot be written.
         """
         target = Path(path).expanduser()
         if target.suffix != ".npz":
-            raise DataError(f"the features are to be written to {target}; give a name that ends with .npz")
+            raise DataError(f"the output file is {target}, but its name must end with .npz: rename it.")
         about = json.dumps(
             {"format": _FORMAT, "hash": self.hash, "source": dict(self.source)}, sort_keys=True
         )
@@ -297,15 +303,16 @@ class GeneFeatures:
                 np.savez(file, keys=np.array(self.keys), table=self.table, about=np.array(about))
         except OSError as error:
             raise DataError(
-                f"cannot write {target} ({error.strerror or error}); give another place"
+                f"{target} cannot be written ({error.strerror or error}): choose another path."
             ) from None
 
     def of(self, vocabulary: GeneVocabulary) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of the genes of a vocabulary, found by their keys.
+        """Return the features of the genes of a vocabulary, matched by key.
 
         Returns
         -------
-        float32 (G, D), zeros where a gene has no features; and where it has some, bool (G,).
+        Features, float32 (G, D), with zeros for genes without features; and a mask of the genes with features, bool
+        (G,).
 
         Raises
         ------
@@ -314,55 +321,55 @@ class GeneFeatures:
         """
         place = {key: at for at, key in enumerate(self.keys)}
         at = np.array([place.get(key, -1) for key in vocabulary.keys])
-        there = at >= 0
-        if not there.any():
+        has_features = at >= 0
+        if not has_features.any():
             raise DataError(
-                f"none of the {len(vocabulary):,} genes of {vocabulary.name} has features; give those of genes of the "
-                "same organism"
+                f"none of the {len(vocabulary):,} genes of {vocabulary.name} has features: use gene features of the "
+                "same organism."
             )
         rows = np.zeros((len(at), self.size), np.float32)
-        rows[there] = self.table[at[there]]
-        return rows, there
+        rows[has_features] = self.table[at[has_features]]
+        return rows, has_features
 
     def weighted_cells(self, counts: sparse.csr_matrix, vocabulary: GeneVocabulary) -> np.ndarray:
-        """Cells as sums of the features of their genes, weighted by expression: GenePT-w.
+        """Compute GenePT-w cell embeddings: sums of gene features, weighted by expression.
 
-        Chen & Zou 2024 ("GenePT: a simple but effective foundation model for genes and cells built from ChatGPT"):
-        counts are divided by their sum in the cell, multiplied by 10,000, and log(1 + x) of them weighs the features;
-        the sum is scaled to length 1. An ablation in Table 5 of the ZerOmics paper.
+        The method is from Chen & Zou 2024 ("GenePT: a simple but effective foundation model for genes and cells built
+        from ChatGPT"). Counts are normalized to 10,000 per cell. The weight of a gene is log(1 + normalized count). The
+        sum is scaled to length 1. This is an ablation in Table 5 of the ZerOmics paper.
 
         Parameters
         ----------
         counts
-            Raw counts (N, G). Genes without features count in a cell's sum alone.
+            Raw counts (N, G). Genes without features only contribute to the total count of the cell.
         vocabulary
-            Its genes.
+            Genes of the counts.
 
         Returns
         -------
-        float32 (N, D); zeros for a cell that expresses no gene with features.
+        float32 (N, D). Cells that express no gene with features have zeros.
 
         Raises
         ------
         DataError
-            Counts are negative or not finite, of another number of genes, or no gene has features.
+            Counts are negative or not finite, the number of genes does not match, or no gene has features.
         """
         check_one_each(
-            "genes in the counts",
+            "genes in counts",
             counts.shape[1],
-            "genes in the vocabulary",
+            f"genes in the vocabulary {vocabulary.name}",
             len(vocabulary),
-            advice=f"give the vocabulary of these counts, which {vocabulary.name} is not",
+            advice="pass the vocabulary of these counts",
         )
         rows, _ = self.of(vocabulary)
-        # Its logarithms are to the base 10, which the length of 1 makes the same.
+        # `normalize` uses log10; scaling to length 1 removes this constant factor.
         cells = np.asarray(normalize(counts) @ rows, np.float32)
         lengths = np.linalg.norm(cells, axis=1, keepdims=True)
         return np.divide(cells, lengths, out=np.zeros_like(cells), where=lengths > 0)
 
 
 def _identity(model: Pretrained) -> str:
-    """Hash of all that decides what a model makes of a text; weights alone do not."""
+    """Return a hash of everything that determines the output: family, configuration, weights and tokenizer."""
     assert model.tokenizer is not None
     config = dataclasses.asdict(model.config)
     parts = [model.family, config, model.fingerprint, model.tokenizer.fingerprint]
@@ -372,18 +379,18 @@ def _identity(model: Pretrained) -> str:
 def _read(
     corpus: GeneCorpus, model: Pretrained, item: str, most: int, batch_size: int, progress_bar: bool
 ) -> tuple[np.ndarray, int]:
-    """Item states of all texts, float32 (G, D), and how many texts were cut."""
+    """Return the hidden states at the item tokens, float32 (G, D), and the number of truncated texts."""
     tokens, grown, cut = _tokens(corpus, model, item, most)
     if cut:
         warnings.warn(
-            f"{cut:,} of {len(corpus):,} texts of {corpus.name} were cut to {most} tokens, and their ends not read: "
-            "a larger max_tokens reads more, where the model has positions for it",
+            f"{cut:,} of {len(corpus):,} texts of {corpus.name} were truncated to {most} tokens: set a larger "
+            "max_tokens if the model has enough positions",
             UserWarning,
             stacklevel=3,
         )
     decoder = _in_its_type(grown)
     rows = min(batch_size, len(tokens))
-    # The longest first, so that memory runs out at once or never.
+    # The longest texts come first, so that a lack of memory shows at once.
     order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
     table = np.zeros((len(tokens), model.config.embed_dim), np.float32)
     with progress("encoding genes", len(tokens), active=progress_bar) as bar:
@@ -393,7 +400,7 @@ def _read(
             ids, last = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32)
             for row, i in enumerate(chosen):
                 ids[row, : len(tokens[i])], last[row] = tokens[i], len(tokens[i]) - 1
-            # Filled up on the right, where a causal model sees nothing of it: no mask, for flash kernels take none.
+            # Right padding needs no mask in a causal model, and flash kernels do not accept one.
             states = decoder.apply(outputs=(), intermediates=("hidden",), input_ids=ids)["hidden"]
             found = np.asarray(states[jnp.arange(rows), last].astype(jnp.float32))
             table[chosen] = found[: len(chosen)]
@@ -404,7 +411,7 @@ def _read(
 def _tokens(
     corpus: GeneCorpus, model: Pretrained, item: str, most: int
 ) -> tuple[list[np.ndarray], Pretrained, int]:
-    """Tokens of each text with the item token, the model that knows this token, and how many texts were cut."""
+    """Return the tokens of each text, the model with the item token added, and the number of truncated texts."""
     assert model.tokenizer is not None
     tokenizer = model.tokenizer.add_special([item])
     end = tokenizer.token_to_id(item)
@@ -412,20 +419,24 @@ def _tokens(
     room = most - len(tokenizer.begin) - 1
     if room < 1:
         raise ConfigError(
-            f"max_tokens is {most}, which leaves no room for a text; give at least {most - room + 1}"
+            f"max_tokens is {most}, but the special tokens already need {most - room}: set it to {most - room + 1} or "
+            "more."
         )
     texts = tokenizer.encode_batch(corpus.texts)
     for key, ids in zip(corpus.keys, texts, strict=True):
         if not len(ids) or (ids == end).any():
-            what = f"holds the item token {item!r}" if len(ids) else "has no tokens"
-            raise DataError(f"the text of {key} {what}; change the text or name another item token")
+            what = f"contains the item token {item!r}" if len(ids) else "has no tokens"
+            advice = (
+                "change the text, or set another item token" if len(ids) else "add a text, or remove the gene"
+            )
+            raise DataError(f"the text of {key} {what}: {advice}.")
     cut = sum(len(ids) > room for ids in texts)
     made = [np.array([*tokenizer.begin, *ids[:room], end], np.int32) for ids in texts]
     return made, resized(model, tokenizer.vocab_size), cut
 
 
 def _in_its_type(model: Pretrained) -> Pretrained:
-    """Model whose matrices are converted to the type of its computation once, where that is the smaller one."""
+    """Return the model with its matrices converted to the compute dtype, if this dtype is smaller."""
     kind = jnp.dtype(model.config.dtype)
     arrays = {path: jnp.asarray(leaf) for path, leaf in flatten(model.variables).items()}
     for path, leaf in arrays.items():
@@ -435,45 +446,52 @@ def _in_its_type(model: Pretrained) -> Pretrained:
 
 
 def _place(folder: Path, inputs: Mapping[str, Any]) -> Path:
-    """File of a folder for the table of some inputs; the folder is made, and can be written."""
+    """Return the cache file for some inputs; create the folder and check that it is writable."""
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Now, and not after hours of computing.
+        # Fail now rather than after hours of computing.
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise DataError(
-            f"cannot keep features of genes in {folder} ({error.strerror or error}); give another folder with cache=, "
-            'or cache="" for none'
+            f"the cache folder {folder} cannot be written ({error.strerror or error}): set cache to another folder, or "
+            'cache="" to disable it.'
         ) from None
     return folder / f"{inputs['corpus'][:12]}-{inputs['model'][:12]}-{digest[:12]}.npz"
 
 
 def _cached(file: Path, inputs: Mapping[str, Any], corpus: GeneCorpus) -> GeneFeatures | None:
-    """Table that a file holds if it was made of these inputs."""
+    """Return the cached features, or None if there is no file or it was made from other inputs."""
     if not file.exists():
         return None
     try:
         found = _own(file, read_arrays(file))
         if found.keys != corpus.keys or not inputs.items() <= found.source.items():
-            raise DataError(f"{file} was made of other inputs; make it again")
+            raise DataError(f"{file} was made from other inputs")
     except DataError as error:
-        warnings.warn(f"{error}: the features of genes are computed anew", UserWarning, stacklevel=3)
+        message = f"the gene features are computed again, because the cached file cannot be used: {error}"
+        warnings.warn(message, UserWarning, stacklevel=3)
         return None
     return found
 
 
 def _own(path: Path, arrays: Mapping[str, np.ndarray]) -> GeneFeatures:
-    """Features as `GeneFeatures.save` wrote them."""
+    """Return the features in a file that `GeneFeatures.save` wrote."""
     try:
         about = json.loads(str(arrays["about"]))
         form, written = about["format"], about["hash"]
         made = GeneFeatures(tuple(arrays["keys"].tolist()), arrays["table"], about["source"])
     except (KeyError, ValueError, AttributeError, TypeError) as error:
-        raise DataError(f"{path} is no file of GeneFeatures.save ({error}); make it again") from None
+        raise DataError(
+            f"{path} is not a valid file of GeneFeatures.save ({error}): delete it and create it again."
+        ) from None
     if form != _FORMAT:
-        raise DataError(f"{path} has the format {form}, expected {_FORMAT}; make it again with this version")
+        raise DataError(
+            f"{path} has the format version {form}, but this version of sct reads {_FORMAT}: create the file again."
+        )
     if made.hash != written:
-        raise DataError(f"{path} was changed after it was written (another hash of its table); make it again")
+        raise DataError(
+            f"{path} was changed after it was written (its hash differs): delete it and create it again."
+        )
     return made

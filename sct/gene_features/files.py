@@ -1,4 +1,4 @@
-"""Files with a row of numbers for each of some genes, as others write them."""
+"""Readers of gene feature files in common formats."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ from sct.errors import DataError, first_line
 
 _NAMES, _TABLES = ("keys", "genes", "symbols"), ("table", "embeddings")
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".txt": r"\s+", ".vec": r"\s+", ".w2v": r"\s+"}
-TABLES = (".npz", *DELIMITERS)  # endings of files with features
+TABLES = (".npz", *DELIMITERS)  # file extensions that can be read
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Arrays of an .npz file; each has a checksum in it."""
+    """Return the arrays of an .npz file; zip checksums detect damaged arrays."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
-        raise DataError(f"there is no file {path}; check the path") from None
-    except Exception as error:  # numpy and zipfile raise almost anything about a damaged file
+        raise DataError(f"the file {path} does not exist: check the path.") from None
+    except Exception as error:  # numpy and zipfile raise many types of errors for a damaged file
         raise DataError(
-            f"cannot read {path} ({first_line(error)}); write it again, names as text and not as objects"
+            f"{path} cannot be read ({first_line(error)}): write it again, with names as strings and not as objects."
         ) from None
 
 
 def named_rows(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[list[str], np.ndarray]:
-    """Names and rows of arrays that somebody else wrote."""
+    """Return the gene names and the feature table of an .npz file that another tool wrote."""
     chosen = []
     for wanted in (_NAMES, _TABLES):
         name = next((name for name in wanted if name in arrays), None)
         if name is None:
             have = ", ".join(arrays) or "none"
             raise DataError(
-                f"{path} has no array {' or '.join(wanted)} but {have}; rename the one that is meant"
+                f"{path} has the arrays {have}, but needs one named {' or '.join(wanted)}: rename the right one."
             )
         chosen.append(arrays[name])
     names, table = chosen
     if names.dtype.kind != "U" or names.ndim != 1 or table.ndim != 2 or len(names) != len(table):
         raise DataError(
-            f"{path} has names of shape {names.shape} ({names.dtype}) and a table of shape {table.shape}, expected "
-            "(genes,) as text and (genes, features); write it again"
+            f"{path} has names of shape {names.shape} ({names.dtype}) and a table of shape {table.shape}, but needs "
+            "strings of shape (genes,) and numbers of shape (genes, features): write it again."
         )
     return [name.strip() for name in names.tolist()], table
 
 
 def text_rows(path: Path) -> tuple[list[str], np.ndarray]:
-    """Names and rows of a text."""
+    """Return the gene names and the feature table of a text file."""
     delimiter, text = DELIMITERS[suffix_of(path)], read_text(path)
     first, _, rest = text.partition("\n")
     promised = re.fullmatch(r"(\d+)[ \t]+(\d+)\s*", first) if delimiter == r"\s+" else None
@@ -65,26 +65,26 @@ def text_rows(path: Path) -> tuple[list[str], np.ndarray]:
         )  # fmt: skip
     except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
         raise DataError(
-            f"{path} is no table of a name and numbers in each line ({error}); write it again"
+            f"{path} is not a table with a name and numbers in each line ({error}): write it again."
         ) from None
     names, numbers = frame[0].str.strip().tolist(), frame.iloc[:, 1:]
     for column in numbers.columns[[kind.kind not in "fiu" for kind in numbers.dtypes]]:
         wrong = pd.to_numeric(numbers[column], errors="coerce").isna()
         at = int(np.flatnonzero(wrong)[0]) if wrong.any() else 0
         raise DataError(
-            f"{path} has {numbers[column].iloc[at]!r} as feature {column} of {names[at]!r} where a number is expected; "
-            "write it again"
+            f"{path} has {numbers[column].iloc[at]!r} as feature {column} of {names[at]!r}, but must have a number: "
+            "correct it."
         )
     if promised is not None and numbers.shape != (expected := tuple(map(int, promised.groups()))):
         raise DataError(
-            f"{path} has {numbers.shape[0]} rows of {numbers.shape[1]} numbers, but its first line says {expected[0]} "
-            f"of {expected[1]}; it is incomplete, fetch it again"
+            f"{path} has {numbers.shape[0]} rows of {numbers.shape[1]} numbers, but its first line announces "
+            f"{expected[0]} rows of {expected[1]}: the file is incomplete, so download it again."
         )
     return names, numbers.to_numpy(np.float64)
 
 
 def _is_header(fields: Sequence[str]) -> bool:
-    """Whether the first line of a table names its columns, be it by numbers as pandas does."""
+    """Return whether the first line of a table is a header; pandas can write a header of numbers."""
 
     def is_number(field: str) -> bool:
         try:

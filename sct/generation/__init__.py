@@ -1,1 +1,1 @@
-"""Text from decoders: a compiled loop over a cache of keys and values, sampling, beams, candidates, constraints."""
+"""Text generation with decoders: sampling, beam search, constrained decoding and scoring of candidate answers."""

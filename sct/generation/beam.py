@@ -1,4 +1,4 @@
-"""Beam search: the answer of most probability, as far as following a few beginnings at a time finds it."""
+"""Beam search for the most probable answer."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from sct.nn.chunked_attention import UNSEEN
 
 
 class _BeamState(NamedTuple):
-    """State of the search: K beams of B prompts that go on, and the best answer of each that has ended."""
+    """State of the search: K active beams for each of B prompts, and the best finished answer of each prompt."""
 
-    cache: Cache  # rows are beams, those of a prompt together
-    scores: jax.Array  # (B, K, V)
+    cache: Cache  # one row per beam; the beams of a prompt are adjacent
+    scores: jax.Array  # (B, K, V) logits of the next token
     step: jax.Array
     ids: jax.Array  # (B, K, N)
-    sums: jax.Array  # (B, K) logarithms of probabilities
-    node: jax.Array  # (B, K)
+    sums: jax.Array  # (B, K) log probabilities
+    node: jax.Array  # (B, K) trie nodes
     ended_ids: jax.Array  # (B, 1, N)
-    ended: jax.Array  # (B, 1) divided by the length's power; UNSEEN where there is none
-    ended_sums: jax.Array
+    ended: jax.Array  # (B, 1) log probability / length ** length_penalty; UNSEEN if no answer has finished
+    ended_sums: jax.Array  # (B, 1) log probabilities
 
 
 def _take(tree: Any, chosen: jax.Array) -> Any:
-    """Entries (B, K', ...) of arrays (B, K, ...) by numbers (B, K')."""
+    """Select entries (B, K', ...) of arrays (B, K, ...) by indices (B, K')."""
     return jax.tree.map(lambda x: jax.vmap(lambda row, i: row[i])(x, chosen), tree)
 
 
@@ -63,10 +63,10 @@ def decode(
     trie: Trie | None = None,
     soft: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Best answers behind prompts; arguments and results as of `sct.generation.generate.decode`.
+    """Find the best answer to each prompt; arguments and results as in `sct.generation.generate.decode`.
 
-    A prompt's search ends when none of its beams can become better than the best answer that has ended. It finds what
-    transformers finds with `early_stopping="never"`, where the search goes on for K answers.
+    The search for a prompt ends when none of its beams can become better than its best finished answer. The result is
+    the same as in transformers with `early_stopping="never"`, which searches for K answers.
     """
     rows, length = ids.shape
     vocab = config.vocab_size
@@ -82,7 +82,7 @@ def decode(
         filled=each_beam(cache.filled), positions=each_beam(cache.positions),
     )  # fmt: skip
     first = each_beam(scores_of(config, parts, hidden[:, -1])).reshape(rows, beams, vocab)
-    # Equal beams would stay equal: one of them begins.
+    # All beams of a prompt are equal at first, so only one of them starts with a finite score.
     alone = jnp.where(jnp.arange(beams) == 0, 0.0, UNSEEN)
     nothing = jnp.full((rows, beams, new), -1, jnp.int32)
     none = jnp.full((rows, 1), UNSEEN)
@@ -96,7 +96,8 @@ def decode(
         return step.astype(jnp.float32) ** length_penalty
 
     def goes_on(now: _BeamState) -> jax.Array:
-        # A beam only loses probability; its best length is the present one, or the longest where length is rewarded.
+        # The log probability of a beam only decreases. So its best possible score is at the present length or, if
+        # length_penalty rewards length, at the maximum length.
         best = now.sums.max(axis=1) / jnp.where(length_penalty > 0, power(jnp.asarray(new)), power(now.step))
         open_ = best > now.ended[:, 0]
         return (now.step < new) & ((now.step == 0) | open_.any())
@@ -107,14 +108,14 @@ def decode(
             allowed = trie.allowed(now.node.reshape(-1), vocab).reshape(scores.shape)
             scores = jnp.where(allowed, scores, UNSEEN)
         sums = (now.sums[:, :, None] + scores).reshape(rows, -1)
-        # Each beam can end in as many ways as there are stop tokens; so many more leave K that go on.
+        # Each beam can end with each stop token, so this many candidates always include K beams that continue.
         candidates = min(beams * (1 + len(stop)), sums.shape[1])
         sums, chosen = lax.top_k(sums, candidates)
         beam, token = chosen // vocab, (chosen % vocab).astype(jnp.int32)
         made = lax.dynamic_update_slice(_take(now.ids, beam), token[:, :, None], (0, 0, now.step))
         ends = (token[:, :, None] == stop).any(axis=-1)
 
-        # A candidate that is not among the best K does not end the search early (it may still be in reach later).
+        # As in transformers, an answer only counts as finished if it is among the best K candidates.
         counts = ends & (jnp.arange(candidates) < beams) & (sums > UNSEEN / 2)
         worth = jnp.where(counts, sums / power(now.step + 1), UNSEEN)
         all_worth = jnp.concatenate([now.ended, worth], axis=1)
@@ -141,7 +142,7 @@ def decode(
         )
 
     last = lax.while_loop(goes_on, body, start)
-    # What has not ended competes with what has, at its present length.
+    # Unfinished beams compete with finished answers at their present length.
     worth = jnp.concatenate([last.ended, last.sums / power(last.step)], axis=1)
     ids_of = jnp.concatenate([last.ended_ids, last.ids], axis=1)
     sums_of = jnp.concatenate([last.ended_sums, last.sums], axis=1)
@@ -159,7 +160,7 @@ def search(
     soft: SoftPrompts | None = None,
     progress_bar: bool = True,
 ) -> list[Generated]:
-    """Best answer behind each prompt; called by `sct.generation.generate.generate`."""
+    """Return the best answer to each prompt; called by `sct.generation.generate.generate`."""
     made: list[Generated | None] = [None] * len(prompts)
     rows = min(options.batch_size, len(prompts))
     ends, parts = jnp.asarray(list(stop), jnp.int32), prepared(model)

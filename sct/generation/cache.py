@@ -1,7 +1,7 @@
-"""Decoding with a cache: each token is computed once, and later ones attend to the keys and values it left.
+"""Decoding with a key-value cache: each token is computed once, and later tokens attend to its keys and values.
 
-Where training runs the stacked layers in a loop, decoding unrolls them over separate parameters: a loop would copy
-every layer's parameters and cache once per token, which costs more than the products of a few rows.
+Training runs the stacked layers in a loop (scan). Decoding unrolls them over separate parameters, because a loop would
+copy the parameters and the cache of each layer for each token. This costs more than the matrix products of a few rows.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from sct.nn.stack import unstack
 
 
 class Cache(NamedTuple):
-    """What decoding keeps of the tokens so far; rows are texts, slots are places in them, padding included.
+    """Key-value cache of B texts with M slots each; padding also takes slots.
 
     Attributes
     ----------
     keys, values
-        One array (B, H', M, D) for each layer.
+        One array (B, H', M, D) per layer; H' is the number of key-value heads.
     filled
-        Whether a slot holds a token, bool (B, M).
+        True where a slot has a token, bool (B, M).
     used
-        Slots used so far, int32 (), the same for all rows.
+        Number of used slots, int32 (), the same for all rows.
     positions
-        Tokens of each row so far, int32 (B,).
+        Number of tokens in each row, int32 (B,).
     """
 
     keys: tuple[jax.Array, ...]
@@ -47,7 +47,7 @@ class Cache(NamedTuple):
 def layers_of(
     variables: dict[str, Any], config: DecoderConfig
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Variables of a decoder without its layers, and those of each layer, for `extend`."""
+    """Split the variables of a decoder into those outside the layers and those of each layer, for `extend`."""
     rest, layers = {}, [{} for _ in range(config.num_layers)]  # type: ignore[var-annotated]
     for name, tree in variables.items():
         rest[name] = {key: value for key, value in tree.items() if key != "layers"}
@@ -61,7 +61,7 @@ def layers_of(
 
 
 def empty(config: DecoderConfig, rows: int, slots: int) -> Cache:
-    """Cache of `rows` texts with room for `slots` tokens each."""
+    """Return an empty cache for `rows` texts with `slots` slots each."""
     shape = (rows, config.kv_heads, slots, config.head_size)
     one = jnp.zeros(shape, jnp.dtype(config.dtype))
     many = (axes.constrain(one, axes.BATCH, axes.HEADS, None, None),) * config.num_layers
@@ -78,28 +78,28 @@ def extend(
     first: bool = False,
     soft: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """Read further tokens of each text.
+    """Read more tokens of each text and add them to the cache.
 
     Parameters
     ----------
     config
         Architecture.
     parts
-        Of `layers_of`.
+        Parameters, as returned by `layers_of`.
     cache
-        Of the tokens before.
+        Cache of the previous tokens.
     ids
-        Tokens (B, T), which take the next T slots.
+        Tokens (B, T); they take the next T slots.
     attention_mask
-        Which of them are tokens and not padding, bool (B, T).
+        True for tokens and False for padding, bool (B, T).
     first
-        Whether the cache is empty, so that the tokens need not look at it.
+        True if the cache is empty, so that the tokens only attend to each other.
     soft
-        Vectors (B, K, D) that negative tokens stand for; see `sct.models.decoder.Decoder.embed`.
+        Soft prompts (B, K, D), which replace negative tokens; see `sct.models.decoder.Decoder.embed`.
 
     Returns
     -------
-    Hidden vectors (B, T, D) behind the last norm, and the cache with these tokens.
+    Hidden states (B, T, D) after the last norm, and the new cache.
     """
     rest, layers = parts
     length = ids.shape[1]
@@ -143,7 +143,7 @@ def extend(
 def _attend_slots(
     query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array, prefix: Prefix | None
 ) -> jax.Array:
-    """Attention of queries (B, T, H, D) to slots (B, H', M, D) where `seen` (B, T, M), and to a prefix."""
+    """Attend from queries (B, T, H, D) to a prefix and to the slots (B, H', M, D) where `seen` (B, T, M) is True."""
     rows, length, heads, size = query.shape
     if prefix is not None:
         front, more = prefix.keys.shape[1:3], (rows, length, prefix.keys.shape[1])
@@ -157,7 +157,7 @@ def _attend_slots(
             [jnp.broadcast_to(on, more), jnp.broadcast_to(seen, (*more[:2], seen.shape[-1]))], axis=2
         )
     groups = keys.shape[1]
-    # Queries that share a head of keys go through one product.
+    # Grouped-query attention: all query heads of a key-value head share one matrix product.
     grouped = query.reshape(rows, length, groups, heads // groups, size).transpose(0, 2, 1, 3, 4)
     grouped = grouped.reshape(rows, groups, -1, size)
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -171,5 +171,5 @@ def _attend_slots(
 
 
 def scores_of(config: DecoderConfig, parts: tuple[dict[str, Any], Any], hidden: jax.Array) -> jax.Array:
-    """Scores of the next token, float32 (..., V), of hidden vectors (..., D)."""
+    """Return the logits of the next token, float32 (..., V), from hidden states (..., D)."""
     return cast(jax.Array, Decoder(config).apply(parts[0], hidden, method="logits"))

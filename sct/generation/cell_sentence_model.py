@@ -1,4 +1,4 @@
-"""Questions about cells to a decoder that learned cell sentences, and what its answers say."""
+"""Ask a decoder that was trained on cell sentences about cells, and parse its answers."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ from sct.generation.scoring import score
 from sct.models.decoder_config import DecoderConfig
 
 TASK = "cell_sentences"
-# The choice of the paper (appendix D).
+# Values of the Cell2Sentence paper (appendix D).
 TEMPERATURE, TOP_P = 0.7, 0.9
-_TOKENS_PER_WORD = 8  # of a gene's name, more than any tokenizer in use needs on average
+_TOKENS_PER_WORD = 8  # per gene name; more than any supported tokenizer needs on average
 
 
 @dataclasses.dataclass(frozen=True)
 class CellSentenceModel:
-    """A decoder with what is needed to ask it about cells.
+    """A decoder trained on cell sentences, with its prompt templates and training metadata.
 
     Attributes
     ----------
     config, variables, tokenizer
-        Of the decoder.
+        Configuration, variables and tokenizer of the decoder.
     gene_names
-        Word of each gene, in the order of the model's vocabulary (G).
+        Name of each gene in sentences, in the order of the vocabulary (G).
     prompts
-        Templates that it was trained with.
+        Prompt templates from training.
     top_k
-        Words of a cell sentence at most; 0 for all expressed genes.
+        Maximum number of genes in a cell sentence; 0 for all expressed genes.
     fits
-        Line of expression over log rank, by training study, and "all".
+        Linear fit of expression against log rank for each training study, and for all studies ("all").
     labels
-        Values of each label in training, the most frequent first; those of combined labels as "labels".
+        Values of each label in the training data, most frequent first. The key "labels" has values of combined labels.
     tasks
-        What it learned, of `sct.data.text.prompts.TASKS`.
+        Tasks that the model was trained on, from `sct.data.text.prompts.TASKS`.
     length
-        Tokens of the rows that it was trained on.
+        Training length in tokens; prompt and answer together have at most this length.
     """
 
     config: DecoderConfig
@@ -72,12 +72,12 @@ class CellSentenceModel:
         genes: GeneVocabulary | None,
         data: Mapping[str, Any],
     ) -> CellSentenceModel:
-        """Make it of the parts of a model.
+        """Build the interface from the parts of a pretrained model.
 
         Raises
         ------
         ConfigError
-            The model did not learn cell sentences.
+            The model was not trained on cell sentences.
         """
         if (
             data.get("task") != TASK
@@ -86,8 +86,8 @@ class CellSentenceModel:
             or not isinstance(config, DecoderConfig)
         ):
             raise ConfigError(
-                "the model did not learn cell sentences: give one that was trained with the task cell_sentences, such "
-                "as by configs/c2s_gpt2.py."
+                "the model was not trained on cell sentences: use a model that was trained with the task "
+                "cell_sentences, for example with configs/c2s_gpt2.py."
             )
         fits = {name: RankFit(**fit) for name, fit in data["fits"].items()}
         return cls(
@@ -101,7 +101,7 @@ class CellSentenceModel:
         )  # fmt: skip
 
     def check(self, task: str) -> None:
-        """Raise `ConfigError` unless the model learned a task."""
+        """Raise `ConfigError` if the model was not trained on the task."""
         check_choice(
             "the task",
             task,
@@ -117,7 +117,7 @@ class CellSentenceModel:
         keys: Sequence[int] | None,
         number: int | None,
     ) -> tuple[list[np.ndarray], list[int]]:
-        """Tokens of the question about each cell, and the number of its template."""
+        """Return the prompt tokens and the template number of each cell."""
         self.check(task)
         keys = range(len(fields)) if keys is None else keys
         asked = [
@@ -128,16 +128,15 @@ class CellSentenceModel:
         return [np.concatenate([self.tokenizer.begin, each]) for each in ids], [each.number for each in asked]
 
     def options(self, task: str, prompts: Sequence[np.ndarray], **changes: Any) -> DecodingOptions:
-        """How to generate behind these prompts: as the paper does, with as many tokens as an answer may need.
+        """Return the decoding options for prompts: the paper's defaults, overridden by `changes`.
 
-        Where `max_new_tokens` is not among the changes, question and answer have the length of the rows of training
-        together, and a cell no more tokens than its words may need. That holds for rotary models, too, which could
-        read on.
+        By default, prompt and answer together have at most the training length (also for models with rotary positions,
+        which could read longer texts). A generated cell has at most 8 tokens per gene.
 
         Raises
         ------
         DataError
-            A question leaves no room for an answer.
+            A prompt leaves no room for an answer.
         """
         given = {name: value for name, value in changes.items() if value is not None}
         if given.get("temperature", TEMPERATURE) > 0 and given.get("beams", 1) == 1:
@@ -149,8 +148,8 @@ class CellSentenceModel:
             longest = max(map(len, prompts), default=0)
             if longest >= row:
                 raise DataError(
-                    f"a question has {longest} tokens, but the model learned rows of {row}, questions and answers "
-                    "together: ask about fewer genes, or set max_new_tokens."
+                    f"a prompt has {longest} tokens, but prompt and answer together must have at most {row}, as in "
+                    "training: use fewer genes per cell, or set max_new_tokens."
                 )
             given["max_new_tokens"] = row - longest
             if TASKS[task].answer == "cell":
@@ -167,30 +166,31 @@ class CellSentenceModel:
         keys: Sequence[int] | None = None,
         **options: Any,
     ) -> pd.DataFrame:
-        """Generate an answer to the question of a task about each of N cells.
+        """Generate the answer to a task for each of N cells.
 
         Parameters
         ----------
         task
-            Of `sct.data.text.prompts.TASKS`.
+            Task from `sct.data.text.prompts.TASKS`.
         fields
-            What is known of each cell.
+            Values for the fields of the prompt templates, one mapping per cell.
         seed, keys
-            Template and draws of a cell follow from the seed and its key; by default keys are 0, 1, ...
+            The template and the random samples of a cell depend on the seed and on the key of the cell. Default keys:
+            0, 1, ...
         options
-            Of `sct.generation.decoding.DecodingOptions`, in place of the paper's.
+            Fields of `sct.generation.decoding.DecodingOptions` that override the paper's defaults.
 
         Returns
         -------
-        Table of N rows: `text`, what was generated; `answer`, what it says, None where it is not of the template's
-        form; `finished`, whether it ended by itself; `log_probability`.
+        Table of N rows: `text` (generated text), `answer` (parsed answer; None if the text does not match the
+        template), `finished` (whether the model ended the text itself) and `log_probability`.
         """
         prompts, numbers = self._prompts(task, fields, seed, keys, None)
         keys = range(len(fields)) if keys is None else keys
-        # Seeds of their own: 0 and 1 must not share most draws.
+        # With seed + key, the seeds 0 and 1 would share most random samples.
         seeds = [int(np.random.SeedSequence([seed, int(key)]).generate_state(1)[0]) for key in keys]
         made = generate(self, prompts, self.options(task, prompts, **options), seeds=seeds)
-        # A byte of zero, which an untrained model may write, is no text that a file can hold.
+        # An untrained model can write null bytes, which HDF5 strings cannot hold.
         texts = [self.tokenizer.decode(each.ids).replace("\0", "\ufffd").strip() for each in made]
         found = [self.prompts.parse(task, number, text) for number, text in zip(numbers, texts, strict=True)]
         return pd.DataFrame(
@@ -211,22 +211,27 @@ class CellSentenceModel:
         templates: int = 1,
         batch_size: int = 8,
     ) -> np.ndarray:
-        """Log-probabilities of the candidate answers for each cell, normalised over the candidates.
+        """Compute the log probability of each candidate answer for each cell, normalized over the candidates.
 
         Parameters
         ----------
         task, fields
-            As of `answer`.
+            See `answer`.
         candidates
-            Answers to choose among, C different ones.
+            C different answers.
         templates
-            Wordings of the question, the first ones of the task, over which probabilities are averaged.
+            Number of prompt templates to average probabilities over.
         batch_size
             Cells at once.
 
         Returns
         -------
         float64 (N, C).
+
+        Raises
+        ------
+        ConfigError
+            No template fits the fields, the tokenizer has no end token, or the candidates are empty or repeated.
         """
         check_at_least("templates", templates, 1)
         check_at_least("batch_size", batch_size, 1)
@@ -240,11 +245,11 @@ class CellSentenceModel:
         ][:templates]
         if not usable:
             raise ConfigError(
-                f"no template of the task {task!r} does with what is known of the cells: give more fields."
+                f"all templates of the task {task!r} need fields that some cells lack: add these fields to all cells."
             )
         end = self.tokenizer.eos
         if end is None:
-            raise ConfigError("the tokenizer has no token that ends a text: name one (eos) in its files.")
+            raise ConfigError("the tokenizer has no end token: set eos_token in the tokenizer files.")
         total = np.zeros((len(fields), len(candidates)))
         for number in usable:
             prompts, _ = self._prompts(task, fields, 0, None, number)
@@ -257,25 +262,25 @@ class CellSentenceModel:
     def expression(
         self, sentences: Sequence[str], fit: str = "all"
     ) -> tuple[sparse.csr_matrix, pd.DataFrame]:
-        """Expression log10(1 + counts per 10,000) of sentences (N, G), and what they are made of.
+        """Convert sentences to expression log10(1 + counts per 10,000) (N, G), and count their valid genes.
 
         See `sct.data.text.cell_sentence.expression`.
         """
         return expression(sentences, self.gene_names, self.line(fit))
 
     def line(self, fit: str) -> RankFit:
-        """Line that turns ranks into expression, of a training study or of "all".
+        """Return the linear fit that converts ranks to expression, for one training study or for "all".
 
         Raises
         ------
         ConfigError
-            There is no such study.
+            The study does not exist.
         """
-        check_choice("fit", fit, self.fits, advice="name a study whose cells the line was fitted to")
+        check_choice("fit", fit, self.fits, advice='choose a training study or "all"')
         return self.fits[fit]
 
 
 def _normalized(logs: np.ndarray) -> np.ndarray:
-    """Logarithms (N, C) shifted so that the exponentials of a row add up to one."""
+    """Normalize log probabilities (N, C), so that the probabilities of a row sum to 1."""
     highest = logs.max(axis=1, keepdims=True)
     return logs - highest - np.log(np.exp(logs - highest).sum(axis=1, keepdims=True))

@@ -1,4 +1,4 @@
-"""What every way of decoding starts from: options, a model's parts, batches of prompts, and what is made of them."""
+"""Shared parts of all decoding methods: options, parameters, batches of prompts, and results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sct.progress import progress
 
 
 class LanguageModel(Protocol):
-    """What generation needs of a model: `sct.weights.pretrained.Pretrained` has it."""
+    """Interface of a model for generation; `sct.weights.pretrained.Pretrained` implements it."""
 
     @property
     def config(self) -> Any:
@@ -31,40 +31,43 @@ class LanguageModel(Protocol):
 
     @property
     def variables(self) -> dict[str, Any]:
-        """Nested arrays."""
+        """Variables of the module, nested dicts of arrays."""
         ...
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """Of its texts, if it has one."""
+        """Tokenizer, or None if the model has none."""
         ...
 
 
-# Numbers of prompts -> vectors (n, K, D) that their negative tokens stand for.
+# Maps prompt numbers to soft prompts (n, K, D): the vectors that replace the negative tokens of these prompts.
 SoftPrompts = Callable[[Sequence[int]], jax.Array]
 
-# Prompts are filled up to a multiple of this, so that few lengths are compiled.
+# Prompts are padded to a multiple of this number, so that XLA compiles few lengths.
 PROMPT_STEP = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodingOptions:
-    """How text is generated.
+    """Options of text generation.
 
     Parameters
     ----------
     max_new_tokens
-        Most tokens behind each prompt.
+        Maximum number of generated tokens per prompt.
     temperature
-        0 takes the best token each time; otherwise tokens are drawn from softmax(scores / temperature).
-    top_k, top_p
-        Draw from the so many best tokens alone (0: all), and of these from the fewest that together have this
-        probability (1: all).
+        0 is greedy decoding: the most probable token at each step. Otherwise tokens are sampled from
+        softmax(logits / temperature).
+    top_k
+        Sample only from the `top_k` most probable tokens; 0 for all.
+    top_p
+        Sample only from the fewest most probable tokens whose probabilities sum to `top_p`; 1 for all.
     repetition_penalty
-        Above 1, tokens that prompt or answer hold already become less likely.
-    beams, length_penalty
-        Above 1: the answer of most probability by a search that follows so many at a time, its logarithm divided by
-        length ** length_penalty; without drawing.
+        Values above 1 make tokens less likely that the prompt or the answer already contains.
+    beams
+        Number of beams. Values above 1 use beam search without sampling.
+    length_penalty
+        Beam search ranks answers by log probability / length ** length_penalty.
     batch_size
         Prompts decoded at once.
     """
@@ -92,27 +95,29 @@ class DecodingOptions:
         draws = self.temperature or self.top_k or self.top_p < 1 or self.repetition_penalty != 1
         if self.beams > 1 and draws:
             raise ConfigError(
-                "beams search for the most probable answer: leave temperature, top_k, top_p and repetition_penalty "
-                "out, or take beams=1."
+                f"beams is {self.beams}, but beam search does not sample: leave temperature, top_k, top_p and "
+                "repetition_penalty out, or set beams=1."
             )
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
             raise ConfigError(
-                "temperature 0 takes the best token each time, so top_k and top_p would do nothing: set a temperature."
+                "temperature is 0 (greedy decoding), but top_k and top_p need sampling: set temperature above 0, or "
+                "leave them out."
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """What follows a prompt.
+    """Generated tokens for one prompt.
 
     Attributes
     ----------
     ids
-        Tokens int32, without the one that ended it.
+        Generated tokens, int32, without the stop token.
     log_probability
-        Natural logarithm of the probability that the model itself gives to these tokens and the end.
+        Natural log of the probability of these tokens, including the stop token, under the model (without sampling
+        parameters).
     finished
-        Whether a stop token ended it, and not the number of tokens.
+        True if generation ended with a stop token, False if it reached the maximum number of tokens.
     """
 
     ids: np.ndarray
@@ -121,13 +126,13 @@ class Generated:
 
     @classmethod
     def of(cls, ids: np.ndarray, finished: np.ndarray, log_probability: np.ndarray) -> Generated:
-        """Make it of a row of what a compiled loop gives."""
+        """Build the result from one row of the compiled loop's output; unused positions of `ids` are negative."""
         ids = ids[ids >= 0]
         return cls(ids[:-1] if finished else ids, float(log_probability), bool(finished))
 
 
 def ready(config: DecoderConfig, variables: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Parts of a model for decoding, matrices in the type of the computation."""
+    """Return the parameters for decoding (`layers_of`), with matrices in the compute dtype."""
     kind = jnp.dtype(config.dtype)
     return jax.tree.map(
         lambda leaf: leaf.astype(kind) if leaf.ndim > 1 else leaf, layers_of(variables, config)
@@ -143,14 +148,14 @@ def _prepared(config: DecoderConfig) -> Any:
 
 
 def made_parts(config: DecoderConfig, variables: dict[str, Any]) -> DecoderParts:
-    """Parts of a decoder for `decode`, in the type of the computation."""
+    """Return the parameters for decoding (`ready`), computed in one compiled call."""
     return cast(DecoderParts, _prepared(config)(variables))
 
 
 def prepared(model: LanguageModel) -> DecoderParts:
-    """Parts of a model, made once for all batches: a copy in the type of the computation.
+    """Return the parameters of a model for decoding, prepared once for all batches.
 
-    A model that is asked again and again keeps its own (`parts`).
+    A model with an attribute `parts` has already prepared them for all its calls.
     """
     if (own := getattr(model, "parts", None)) is not None:
         return cast(DecoderParts, own)
@@ -158,13 +163,13 @@ def prepared(model: LanguageModel) -> DecoderParts:
 
 
 def known_tokens(model: LanguageModel) -> int:
-    """Tokens that its tokenizer can write; a table may have more rows, to be of a round size."""
+    """Return the number of tokens that the tokenizer knows; the embedding table can have more rows (padding)."""
     size = model.tokenizer.vocab_size if model.tokenizer is not None else model.config.vocab_size
     return min(size, model.config.vocab_size)
 
 
 def only_known(scores: jax.Array, known: int) -> jax.Array:
-    """Scores (..., V) of the first `known` tokens; the others are never chosen."""
+    """Mask logits (..., V) so that only the first `known` tokens can be chosen."""
     return (
         scores
         if known >= scores.shape[-1]
@@ -173,11 +178,11 @@ def only_known(scores: jax.Array, known: int) -> jax.Array:
 
 
 def check_model(model: LanguageModel) -> DecoderConfig:
-    """Architecture of a model that generates text; `ConfigError` for any other, and for one that needs a GPU."""
+    """Return the configuration of a text decoder; `ConfigError` for another model, or if it needs a missing GPU."""
     if not isinstance(model.config, DecoderConfig):
         raise ConfigError(
-            f"a {type(model.config).__name__} describes no model that generates text: give one of the families gpt2, "
-            "neox or llama."
+            f"a model with {type(model.config).__name__} cannot generate text: use a model of the family gpt2, neox or "
+            "llama."
         )
     registry.check_device(model.config)
     return model.config
@@ -186,29 +191,29 @@ def check_model(model: LanguageModel) -> DecoderConfig:
 def check_prompts(
     config: DecoderConfig, prompts: Sequence[np.ndarray], new: int, what: str = "prompt", soft: bool = False
 ) -> None:
-    """Raise `DataError` unless prompts are tokens of the model, or `soft` ones, and leave room for `new` more."""
+    """Raise `DataError` if prompts have unknown tokens (`soft` allows negative ones) or no room for `new` tokens."""
     for number, prompt in enumerate(prompts):
         check_shape(
             f"{what} {number}",
             prompt,
             ("tokens",),
-            advice="give at least one, such as the token that begins texts",
+            advice="give at least one token, such as the begin token",
         )
         low, high = int(prompt.min()), int(prompt.max())
         if (low < 0 and not soft) or high >= config.vocab_size:
             raise DataError(
-                f"{what} {number} has the token {low if low < 0 else high}, but the model knows 0 to "
-                f"{config.vocab_size - 1}: use its own tokenizer."
+                f"{what} {number} has the token {low if low < 0 else high}, but the model knows the tokens 0 to "
+                f"{config.vocab_size - 1}: use the tokenizer of this model."
             )
         if config.positions == "learned" and len(prompt) + new > config.max_length:
             raise DataError(
-                f"{what} {number} has {len(prompt)} tokens and {new} are to follow, but the model has "
-                f"{config.max_length} positions: shorten it, or ask for fewer."
+                f"{what} {number} has {len(prompt)} tokens and max_new_tokens is {new}, but the model has only "
+                f"{config.max_length} positions: shorten the {what}, or generate fewer tokens."
             )
 
 
 def padded(prompts: Sequence[np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens (rows, T) of prompts filled up on the left, and where they are; missing rows repeat the last prompt."""
+    """Return left-padded prompts and their attention mask, (rows, T); missing rows repeat the last prompt."""
     longest = max(map(len, prompts))
     length = -(-longest // PROMPT_STEP) * PROMPT_STEP
     ids, attention_mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
@@ -219,14 +224,14 @@ def padded(prompts: Sequence[np.ndarray], rows: int) -> tuple[np.ndarray, np.nda
 
 
 def soft_of(soft: SoftPrompts | None, chosen: Sequence[int], rows: int) -> jax.Array | None:
-    """Vectors (rows, K, D) of some prompts; missing rows repeat the last one, as `padded` does."""
+    """Return the soft prompts (rows, K, D) of the chosen prompts; missing rows repeat the last one, as in `padded`."""
     if soft is None:
         return None
     return soft([chosen[min(row, len(chosen) - 1)] for row in range(rows)])
 
 
 def batches(prompts: Sequence[np.ndarray], size: int, what: str, active: bool = True) -> Iterator[list[int]]:
-    """Numbers of the prompts of each batch, those of like length together, with a progress bar."""
+    """Yield the prompt numbers of each batch, sorted by prompt length, and show a progress bar."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     with progress(what, len(prompts), active=active) as bar:
         for first in range(0, len(order), size):

@@ -1,4 +1,4 @@
-"""Asking a ZerOmics model about cells: probabilities of candidate answers, or free text (ZerOmics, section 3.2)."""
+"""Ask a ZerOmics model about cells: score candidate answers or generate text (ZerOmics paper, section 3.2)."""
 
 from __future__ import annotations
 
@@ -26,14 +26,13 @@ from sct.models.decoder_config import DecoderConfig
 from sct.models.zeromics import ZerOmics, ZerOmicsConfig
 
 TASK = "instructions"
-CellBins = Mapping[
-    str, np.ndarray
-]  # `bins` and maybe `genes` of cells, see `sct.data.cell_records.cell_records`
+# Arrays `bins` and, optionally, `genes` of cells; see `sct.data.cell_records.cell_records`.
+CellBins = Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class TextDecoder:
-    """The decoder of a model, for generation."""
+    """The text decoder of a ZerOmics model, as generation needs it."""
 
     config: DecoderConfig
     variables: dict[str, Any]
@@ -41,7 +40,7 @@ class TextDecoder:
 
     @functools.cached_property
     def parts(self) -> DecoderParts:
-        """Parameters as generation takes them, made once for all questions."""
+        """Parameters for decoding, prepared once for all questions."""
         return made_parts(self.config, self.variables)
 
 
@@ -58,18 +57,18 @@ def _soft(config: ZerOmicsConfig) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class InstructionModel:
-    """A ZerOmics model that is ready to be asked.
+    """An instruction-tuned ZerOmics model, with its prompt templates and data options.
 
     Attributes
     ----------
     config, variables, tokenizer
-        Of the model.
+        Configuration, variables and tokenizer of the model.
     prompts
-        Templates of instructions.
+        Instruction templates.
     cells
-        How cells become records.
+        Options of the conversion from counts to model input.
     known
-        Genes that the cell model knows, bool (G,).
+        Mask of the genes that the cell model knows, bool (G,).
     normal
         Names that mean a normal cell.
     """
@@ -91,18 +90,18 @@ class InstructionModel:
         genes: GeneVocabulary | None,
         data: Mapping[str, Any],
     ) -> InstructionModel:
-        """Make it of the parts of a model.
+        """Build the interface from the parts of a pretrained model.
 
         Raises
         ------
         ConfigError
-            The model did not learn to answer instructions.
+            The model is not instruction-tuned.
         """
         fits = isinstance(config, ZerOmicsConfig) and tokenizer is not None and genes is not None
         if not fits or data.get("task") != TASK:
             raise ConfigError(
-                "the model did not learn to answer instructions about cells: give one that was trained with the task "
-                "instructions, such as by configs/zeromics_llm.py."
+                "the model is not tuned on instructions about cells: use a model that was trained with the task "
+                "instructions, for example with configs/zeromics_llm.py."
             )
         assert tokenizer is not None
         assert genes is not None
@@ -113,12 +112,12 @@ class InstructionModel:
 
     @functools.cached_property
     def language(self) -> TextDecoder:
-        """The decoder with its adapters."""
+        """The text decoder with its adapters."""
         parts = {name: tree["llm"] for name, tree in self.variables.items() if "llm" in tree}
         return TextDecoder(self.config.llm, parts, self.tokenizer)
 
     def soft(self, records: CellBins, rows: Sequence[int]) -> jax.Array:
-        """Soft tokens (n, K, E) of some of the cells."""
+        """Return the soft prompts (n, K, E) of the cells `rows`."""
         chosen = {
             name: jnp.asarray(value[list(rows)])
             for name, value in records.items()
@@ -135,7 +134,7 @@ class InstructionModel:
         keys: Sequence[int],
         seed: int,
     ) -> list[np.ndarray]:
-        """Tokens of the question of a template about each cell."""
+        """Return the prompt tokens of each cell for one template."""
         asked = [
             self.prompts.ask(
                 task, fields_of(task, abstract, candidates, (seed, int(key), 0, 1)), number=number
@@ -157,29 +156,30 @@ class InstructionModel:
         batch_size: int = 8,
         cells: Sequence[int] | None = None,
     ) -> np.ndarray:
-        """Log-probabilities of the candidate answers for each cell, normalised over the candidates.
+        """Compute the log probability of each candidate answer for each cell, normalized over the candidates.
 
-        Those of pathways, of which an answer may list several, are of answers that begin with a pathway; those of other
-        tasks are of whole answers.
+        For pathways, an answer can list several pathways, so the score of a pathway is the probability that the
+        answer starts with it. For all other tasks, it is the probability of the whole answer.
 
         Parameters
         ----------
         task
-            "cell_type", "rare_cell", "tumor" or "pathway", or the code of the paper.
+            "cell_type", "rare_cell", "tumor" or "pathway", or the code of the task in the paper.
         records
-            Cells (N, S).
+            Model input of N cells, arrays (N, S).
         abstracts
-            What is said of the study of each cell, N texts.
+            Abstract of the study of each cell, N strings.
         candidates
-            Answers to choose among, C different ones.
+            C different answers.
         keys, seed
-            The order in which a question lists the candidates follows from the seed and the cell's key (0, 1, ...).
+            The order of the candidates in a prompt depends on the seed and on the key of the cell. Default keys: 0, 1,
+            ...
         templates
-            Wordings of the question over which probabilities are averaged: so many, the first ones, or their numbers.
+            Prompt templates to average probabilities over: the number of templates, or a list of template numbers.
         batch_size
             Cells at once.
         cells
-            Instead of its own, the cell that each question is given (a control).
+            Control experiment: number of the cell that each prompt contains, instead of its own cell.
 
         Returns
         -------
@@ -188,7 +188,8 @@ class InstructionModel:
         Raises
         ------
         ConfigError
-            Candidates stand twice, there are fewer than two, or the name of a pathway begins that of another.
+            There are fewer than two candidates, a candidate is repeated, the name of a pathway starts with the name of
+            another one, or a template does not exist.
         """
         task = task_code(task)
         usable = self.prompts.templates[task]
@@ -196,15 +197,17 @@ class InstructionModel:
         check_distinct("candidates", candidates)
         begun = sorted(candidates) if task == "cpi" else []
         for name, longer in itertools.pairwise(begun):
-            # Sorted, a name stands before those that it begins.
+            # In sorted order, a name comes directly before the names that start with it.
             if longer.startswith(name):
                 raise ConfigError(
-                    f"{name!r} begins {longer!r}, so that answers with one are answers with both: leave one out."
+                    f"the pathway {longer!r} starts with the name of the pathway {name!r}, so their scores cannot be "
+                    "separated: leave one of them out."
                 )
         templates = range(templates) if isinstance(templates, int) else templates
         if not templates or not all(0 <= number < len(usable) for number in templates):
             raise ConfigError(
-                f"templates is {templates}, but 1 to {len(usable)} are there for the task {task_name(task)!r}."
+                f"templates is {templates}, but the task {task_name(task)!r} has {len(usable)} templates: use a number "
+                f"from 1 to {len(usable)}, or a list of numbers from 0 to {len(usable) - 1}."
             )
         keys = range(len(abstracts)) if keys is None else keys
         given = range(len(abstracts)) if cells is None else cells
@@ -232,20 +235,22 @@ class InstructionModel:
         seed: int = 0,
         options: DecodingOptions | None = None,
     ) -> list[str]:
-        """Free text about each cell.
+        """Generate the answer to a free-form question about each cell.
 
         Parameters
         ----------
         question
-            What is asked, behind the cell and what is said of its study.
-        records, abstracts, keys
-            As of `score`; draws of a cell follow from the seed and its key.
+            The question. In the prompt it follows the abstract and the cell.
+        records, abstracts
+            See `score`.
+        keys, seed
+            The random samples of a cell depend on the seed and on the key of the cell. Default keys: 0, 1, ...
         options
-            How to generate, by default the best token each time.
+            Decoding options. Default: greedy decoding of up to 64 tokens.
 
         Returns
         -------
-        N texts.
+        N answers.
         """
         keys = range(len(abstracts)) if keys is None else keys
         asked = [
@@ -257,5 +262,5 @@ class InstructionModel:
             self.language, prompts, options or DecodingOptions(max_new_tokens=64), seeds=seeds,
             soft=lambda numbers: self.soft(records, numbers),
         )  # fmt: skip
-        # A byte of zero, which an untrained model may write, is no text that a file can hold.
+        # An untrained model can write null bytes, which HDF5 strings cannot hold.
         return [self.tokenizer.decode(each.ids).replace("\0", "\ufffd").strip() for each in made]

@@ -1,4 +1,4 @@
-"""From scores to a token: penalty, temperature, top-k, top-p, and one draw per row that depends on its own seed."""
+"""Sample tokens from logits: repetition penalty, temperature, top-k and top-p, with one random seed per row."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from sct.nn.chunked_attention import UNSEEN
 
 
 class Sampling(NamedTuple):
-    """How each row chooses, arrays (B,); see `sct.generation.decoding.DecodingOptions`.
+    """Sampling parameters of each row, arrays (B,); see `sct.generation.decoding.DecodingOptions`.
 
-    `temperature` 0 takes the best token; `top_k` 0 and `top_p` 1 leave all tokens in.
+    `temperature` 0 is greedy decoding. `top_k` 0 and `top_p` 1 keep all tokens.
     """
 
     temperature: jax.Array
@@ -25,7 +25,7 @@ class Sampling(NamedTuple):
 
 
 class Uses(NamedTuple):
-    """Which steps any row needs: what none needs is not compiled."""
+    """Flags for the steps that at least one row needs; unused steps are not compiled."""
 
     sample: bool
     top_k: bool
@@ -34,19 +34,20 @@ class Uses(NamedTuple):
 
 
 def _as_ordered(values: jax.Array) -> jax.Array:
-    """Non-negative float32 as integers of the same order."""
+    """Return non-negative float32 values as int32 values with the same order."""
     return lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
 
 
-# Best tokens that are sorted at first: nearly always all that is drawn from.
+# Number of best tokens that are sorted first; this is nearly always enough.
 _SHORT = 256
 
 
 def _largest(enough: jax.Array, values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Mask of the largest values (B, V) of each row whose weights (B, V) together reach `enough` (B,).
+    """Return a mask (B, V) of the fewest largest values of each row whose weights (B, V) sum to `enough` (B,).
 
-    The smallest such set; values equal to its least one belong to it. Where a row needs more than the few hundred best,
-    the threshold is found bit by bit: sorting tens of thousands of tokens takes longer than the model does.
+    Values equal to the smallest selected value are also selected. If a row needs more than the few hundred best values,
+    the threshold is found by a binary search over the bits of the float, because sorting tens of thousands of tokens
+    takes longer than the model itself.
     """
     best, where = lax.top_k(values, min(_SHORT, values.shape[1]))
     sums = jnp.cumsum(jnp.take_along_axis(weights, where, axis=1), axis=1)
@@ -65,17 +66,17 @@ def _largest(enough: jax.Array, values: jax.Array, weights: jax.Array) -> jax.Ar
         return lax.bitcast_convert_type(bound, jnp.float32)
 
     found = sums[:, -1] >= enough
-    # Both ways give the same threshold, so that a row does not depend on the others.
+    # Both methods give the same threshold, so the result of a row does not depend on the other rows.
     bound = lax.cond(found.all(), lambda: quick, lambda: jnp.where(found, quick, bit_by_bit()))
     return values >= bound[:, None]
 
 
 def adjusted(scores: jax.Array, sampling: Sampling, seen: jax.Array | None, uses: Uses) -> jax.Array:
-    """Scores (B, V) of what may be chosen, in the order of Hugging Face's processors.
+    """Apply the sampling parameters to logits (B, V), in the order of the Hugging Face logits processors.
 
-    Tokens that a row holds already (`seen`, bool (B, V)) are made less likely by the penalty (Keskar et al. 2019):
-    positive scores are divided by it, negative ones multiplied. Then temperature, the `top_k` best tokens, and of
-    these the fewest that together have a probability of `top_p` (Holtzman et al. 2020).
+    First, the repetition penalty (Keskar et al. 2019) makes tokens that a row already contains (`seen`, bool (B, V))
+    less likely: positive logits are divided by it, negative logits are multiplied by it. Then follow temperature, top-k
+    and top-p (Holtzman et al. 2020). Excluded tokens get a very low logit.
     """
     if uses.penalty and seen is not None:
         penalty = sampling.penalty[:, None]
@@ -84,7 +85,7 @@ def adjusted(scores: jax.Array, sampling: Sampling, seen: jax.Array | None, uses
         return scores
     scores = scores / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
     if uses.top_k:
-        # Probabilities are ordered as scores are, and not negative.
+        # Probabilities have the order of the logits and are not negative, as `_largest` requires.
         kept = jnp.where(sampling.top_k > 0, sampling.top_k, scores.shape[1]).astype(jnp.float32)
         chosen = _largest(kept, jax.nn.softmax(scores, axis=-1), jnp.ones_like(scores))
         scores = jnp.where(chosen, scores, UNSEEN)
@@ -96,9 +97,9 @@ def adjusted(scores: jax.Array, sampling: Sampling, seen: jax.Array | None, uses
 
 
 def choose(scores: jax.Array, sampling: Sampling, step: jax.Array, uses: Uses) -> jax.Array:
-    """One token for each row of adjusted scores (B, V), int32 (B,): drawn, or the best one.
+    """Choose one token per row of adjusted logits (B, V): sampled, or the best token; int32 (B,).
 
-    The draw of a row depends on its seed, the step and its own scores alone.
+    The sample of a row depends only on its seed, the step and its own logits.
     """
     best = jnp.argmax(scores, axis=-1)
     if not uses.sample:

@@ -1,4 +1,4 @@
-"""How probable a model finds each of a list of answers: a classifier that never answers outside of its list."""
+"""Score candidate answers by their log-likelihood, to use a decoder as a classifier."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ def log_probabilities(
     lengths: jax.Array,
     soft: jax.Array | None = None,
 ) -> jax.Array:
-    """Logarithm of the probability of each answer behind each prompt, in one compiled program.
+    """Compute the log probability of each answer after each prompt, in one compiled program.
 
-    Prompts are read once; answers are read one after the other from the cache that the prompts left.
+    Each prompt is read once. Each answer then starts from the key-value cache of the prompts.
 
     Parameters
     ----------
     config, parts
-        Of the model; see `sct.generation.decoding.prepared`.
+        Configuration and parameters of the model; see `sct.generation.decoding.prepared`.
     ids, attention_mask
-        Prompts (B, T), filled up on the left, and where they hold tokens, bool.
+        Left-padded prompts (B, T), and a mask of their tokens, bool (B, T).
     answers, lengths
-        Tokens of the answers (C, A), filled up on the right, and their numbers (C,).
+        Right-padded answers (C, A), and their numbers of tokens (C,).
     soft
-        Vectors (B, K, D) that negative tokens of the prompts stand for.
+        Soft prompts (B, K, D), which replace the negative tokens of the prompts.
 
     Returns
     -------
@@ -82,20 +82,20 @@ def score(
     per_token: bool = False,
     soft: SoftPrompts | None = None,
 ) -> np.ndarray:
-    """Log-likelihood of each candidate answer behind each prompt.
+    """Compute the log-likelihood of each candidate answer after each prompt.
 
     Parameters
     ----------
     model
-        A decoder.
+        A text decoder.
     prompts, candidates
-        Tokens of each. A candidate should end with the token that ends an answer; otherwise one that begins another
-        is never less probable.
+        Tokens of each prompt and each candidate. Candidates should end with the stop token. Otherwise a candidate that
+        is a prefix of another one always has the higher likelihood.
     batch_size
-        Prompts read at once.
+        Prompts at once.
     per_token
-        Divide by the number of tokens, so that long answers are not at a disadvantage; what comes out is no
-        logarithm of a probability then.
+        If True, divide by the number of tokens, so that long answers are not at a disadvantage. The result is then not
+        a log probability.
     soft
         See `sct.generation.generate.generate`.
 
@@ -106,7 +106,7 @@ def score(
     Raises
     ------
     ConfigError, DataError
-        The model generates no text, there are no candidates, or a prompt or candidate does not fit the model.
+        The model cannot generate text, there are no candidates, or a prompt or candidate does not fit the model.
     """
     config = check_model(model)
     check_not_empty("candidates", candidates)

@@ -1,4 +1,4 @@
-"""Answers from a list: a tree of the allowed sequences of tokens, walked while decoding."""
+"""Trie for constrained decoding: the answer is always one of a list of token sequences."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from sct.errors import ConfigError
 
 
 class Trie(NamedTuple):
-    """Tree of sequences; node 0 is its root.
+    """Prefix tree of the allowed sequences; node 0 is the root.
 
     Attributes
     ----------
     tokens
-        Tokens that may follow each node, int32 (nodes, most children), -1 where there are fewer.
+        Tokens allowed after each node, int32 (nodes, maximum number of children), padded with -1.
     children
-        Node that each of them leads to.
-    stop, longest
-        Token that ends every sequence, and tokens of the longest one with it.
+        Node that each of these tokens leads to, int32 of the same shape.
+    stop
+        Stop token at the end of each sequence.
+    longest
+        Length of the longest sequence, including the stop token.
     """
 
     tokens: jax.Array
@@ -32,33 +34,33 @@ class Trie(NamedTuple):
     longest: int
 
     def allowed(self, nodes: jax.Array, vocab_size: int) -> jax.Array:
-        """Which tokens may follow nodes (B,), bool (B, V)."""
+        """Return a mask of the tokens allowed after nodes (B,), bool (B, V)."""
         tokens = self.tokens[nodes]
         rows = jnp.arange(len(nodes))[:, None]
-        where = jnp.where(tokens >= 0, tokens, vocab_size)  # outside, so that it is dropped
+        where = jnp.where(tokens >= 0, tokens, vocab_size)  # out of bounds: dropped by mode="drop"
         return jnp.zeros((len(nodes), vocab_size), bool).at[rows, where].set(True, mode="drop")
 
     def follow(self, nodes: jax.Array, tokens: jax.Array) -> jax.Array:
-        """Nodes (B,) behind allowed tokens (B,)."""
+        """Return the next nodes (B,) after allowed tokens (B,)."""
         taken = self.tokens[nodes] == tokens[:, None]
         return jnp.where(taken, self.children[nodes], 0).sum(axis=1)
 
 
 def make_trie(sequences: Sequence[Sequence[int]], stop: int) -> Trie:
-    """Tree in which each sequence ends with the token `stop`.
+    """Build the trie of some sequences, each followed by the token `stop`.
 
     Raises
     ------
     ConfigError
-        There is no sequence, or one is empty or holds `stop`.
+        There is no sequence, or a sequence is empty or contains `stop`.
     """
     check_not_empty("the list of allowed answers", sequences)
     nodes: list[dict[int, int]] = [{}]
     for sequence in sequences:
         if not len(sequence) or stop in sequence:
             raise ConfigError(
-                f"an allowed answer has the tokens {list(map(int, sequence))}, but it must have at least one and not "
-                f"the token {stop} that ends it."
+                f"an allowed answer has the tokens {list(map(int, sequence))}, but must have at least one token and no "
+                f"stop token ({stop}): correct the list of answers."
             )
         node = 0
         for token in (*sequence, stop):
@@ -66,7 +68,7 @@ def make_trie(sequences: Sequence[Sequence[int]], stop: int) -> Trie:
                 nodes[node][int(token)] = len(nodes)
                 nodes.append({})
             node = nodes[node][int(token)]
-        nodes[node] = {stop: node}  # what is finished stays so
+        nodes[node] = {stop: node}  # finished sequences repeat the stop token
     width = max(map(len, nodes))
     tokens, children = np.full((2, len(nodes), width), -1, np.int32)
     for number, following in enumerate(nodes):

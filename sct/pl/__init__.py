@@ -1,4 +1,4 @@
-"""Plots of AnnData and of benchmark results, in the idiom of scanpy; each function returns Matplotlib axes."""
+"""Plots of an AnnData and of benchmark results, as in scanpy; each function returns Matplotlib axes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""UMAP of an embedding, coloured by a column of obs or by a gene."""
+"""UMAP of an embedding, colored by a column of obs or by a gene."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-# Categories that get a colour and marker of their own.
+# Number of categories with a distinct combination of color and marker.
 _NAMED = len(style.COLORS) * len(style.MARKERS)
 
 
@@ -29,26 +29,26 @@ def umap(
     seed: int = 0,
     ax: Axes | None = None,
 ) -> Axes:
-    """UMAP of an embedding, computed where it is not there yet.
+    """Plot a UMAP of an embedding, and compute the UMAP if needed.
 
-    The picture is kept in `obsm["X_umap_" + basis]`, with how it was made in `uns["X_umap_" + basis]`, and
-    used again as long as every cell has the embedding that its place was made from, and the seed is the same;
-    so it goes along with a subset of the cells. Nothing else is written (scanpy's `X_umap` neither), and
-    nothing into a view. An array of that name that was not made here is used as it is.
+    The UMAP coordinates are stored in `obsm["X_umap_" + basis]`, and their settings in `uns["X_umap_" + basis]`. Later
+    calls reuse them if the seed and the embeddings of all cells are unchanged; this also works for a subset of the
+    cells. No other field is written (also not scanpy's `X_umap`), and nothing is written to a view. An array of this
+    name that this function did not write is used unchanged.
 
     Parameters
     ----------
     adata
-        Annotated cells (N, G).
+        Cells (N, G).
     basis
-        Name of the embedding (N, D) in `obsm`.
+        Key of the embedding (N, D) in `obsm`.
     color
-        Column of `obs` (categories or numbers) or name of a gene; None for none. Of more than 40 categories the
-        commonest are named and the rest are grey. Cells without a value are grey.
+        Column of `obs` (categories or numbers) or name of a gene; None for one color. If there are more than 40
+        categories, the 40 most frequent ones have colors and the others are gray. Cells without a value are gray.
     layer
-        Layer that a gene's values come from; None for X.
+        Layer with the values of the gene; None for X.
     seed
-        Seed of UMAP and of the order in which cells are drawn.
+        Random seed of the UMAP and of the drawing order of the cells.
     ax
         Axes to draw in; None for a new figure.
 
@@ -59,7 +59,7 @@ def umap(
     Raises
     ------
     DataError
-        The embedding, the column, the gene or the layer is not there, or the embedding holds NaN.
+        The embedding, column, gene or layer does not exist, or the embedding has NaN.
     MissingExtraError
         Matplotlib or umap-learn is not installed.
     """
@@ -83,14 +83,14 @@ def umap(
 
 
 def _coordinates(adata: AnnData, basis: str, seed: int) -> np.ndarray:
-    """UMAP (N, 2), from obsm where it is fresh."""
+    """Return UMAP coordinates (N, 2), from obsm if they are still valid."""
     embedding = positions(adata, basis)
     key = f"X_umap_{basis}"
     made = adata.uns.get(key)
     if key in adata.obsm:
         picture = positions(adata, key, width=2)
         if not isinstance(made, Mapping) or "basis" not in made:
-            return picture  # not ours
+            return picture  # written by another tool
         known = np.asarray(made.get("row_hashes", ()), np.uint64)
         if int(made["seed"]) == seed and np.isin(_row_hashes(embedding, picture), known).all():
             return picture
@@ -104,9 +104,9 @@ def _coordinates(adata: AnnData, basis: str, seed: int) -> np.ndarray:
 
 
 def _row_hashes(embedding: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Hash (N,) uint64 of each cell's embedding (N, D) together with its place in the picture (N, 2).
+    """Return a hash (N,) uint64 of the embedding (N, D) and the UMAP coordinates (N, 2) of each cell.
 
-    uns does not follow the order and the choice of cells as obsm does; a cell's own two rows do.
+    Subsetting and reordering change obsm but not uns, so the hashes identify cells by content.
     """
     rows = np.concatenate([embedding.astype(np.float32), points.astype(np.float32)], axis=1)
     return pd.util.hash_pandas_object(pd.DataFrame(rows), index=False).to_numpy()
@@ -129,7 +129,7 @@ def _categories(
     order: np.ndarray,
     size: float,
 ) -> Axes:
-    """Points in the colour and marker of their category, in random order, and the legend."""
+    """Draw points in random order with the color and marker of their category, and a legend."""
     from matplotlib.lines import Line2D
 
     missing = pd.isna(names).to_numpy()
@@ -147,7 +147,7 @@ def _categories(
     rest = len(present) - len(named)
     if rest:
         cells = int(((kinds < 0) & ~missing).sum())
-        legend.append((style.GRAY, "o", f"{rest} rarer ones ({cells:,} cells)"))
+        legend.append((style.GRAY, "o", f"{rest} rarer categories ({cells:,} cells)"))
     if missing.any():
         legend.append((style.GRAY, "o", f"no value ({int(missing.sum()):,} cells)"))
 
@@ -170,10 +170,10 @@ def _categories(
 
 
 def _numbers(ax: Axes, points: np.ndarray, values: np.ndarray, name: str, size: float) -> None:
-    """Points coloured by a number, the highest on top, and the colour bar."""
+    """Draw points colored by a number, highest values on top, and a color bar."""
     known = np.isfinite(values)
     if not known.any():
-        raise DataError(f"{name!r} has no value in any cell: choose another column or gene.")
+        raise DataError(f"{name!r} has no number in any cell: choose another column or gene.")
     ax.scatter(points[~known, 0], points[~known, 1], s=size, color=style.GRAY, linewidths=0)
     order = np.flatnonzero(known)[np.argsort(values[known], kind="stable")]
     drawn = ax.scatter(

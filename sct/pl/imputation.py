@@ -1,4 +1,4 @@
-"""Plots of the imputation benchmark: confusion of levels, and agreement by share of masked genes."""
+"""Plots of the imputation benchmark: confusion matrix, MCC by masked fraction, and reliability diagram."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ if TYPE_CHECKING:
 
 # Appendix D.3 of the sCT paper.
 LEVELS = ("unexpressed", "low", "moderate", "high-moderate", "high")
-# Curves that are told apart by colour and line together.
+# After all colors are used, the next curves get another line style.
 _LINES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
 
 
 def imputation_confusion(confusion: np.ndarray, *, normalize: bool = True, ax: Axes | None = None) -> Axes:
-    """How often each true expression level was imputed as each level.
+    """Plot the confusion matrix of true and imputed expression levels.
 
     Parameters
     ----------
     confusion
-        (true levels, predicted levels) counts of positions. Five levels are named as in the paper's appendix
-        D.3, others are numbered from 0. With fewer rows than columns the rows are the last levels, as where
-        only expressed genes are scored.
+        Number of positions, (true levels, predicted levels). Five levels get the names of the sCT paper (appendix
+        D.3); otherwise levels are numbered from 0. If there are fewer rows than columns, the rows are the highest
+        levels, for example when only expressed genes are scored.
     normalize
-        Colour and first line of a cell are the share of its row; else the colour is the count.
+        If True, the color and the first line of a matrix cell show the fraction of its row. If False, the color shows
+        the count.
     ax
         Axes to draw in; None for a new figure.
 
@@ -41,19 +42,22 @@ def imputation_confusion(confusion: np.ndarray, *, normalize: bool = True, ax: A
     Raises
     ------
     DataError
-        It is not a matrix of counts.
+        `confusion` is not a matrix of counts.
     MissingExtraError
         Matplotlib is not installed.
     """
     counts = np.asarray(confusion)
     if counts.ndim != 2 or not 0 < counts.shape[0] <= counts.shape[1]:
         raise DataError(
-            f"the confusion matrix has shape {counts.shape}, and (true levels, predicted levels) is needed."
+            f"confusion has the shape {counts.shape}, but must have two axes (true levels, predicted levels) and at "
+            "most as many true as predicted levels: pass such a matrix."
         )
     if counts.dtype.kind not in "iuf" or not (np.isfinite(counts).all() and (counts >= 0).all()):
-        raise DataError("the confusion matrix holds other values than counts: give numbers of positions.")
+        raise DataError(
+            "confusion has values that are not counts: pass the number of positions for each pair of levels."
+        )
     if counts.sum() == 0:
-        raise DataError("the confusion matrix is all zero: there is no scored position to show.")
+        raise DataError("confusion has only zeros: score at least one position before plotting.")
     rows, columns = counts.shape
     totals = counts.sum(axis=1, keepdims=True)
     share = np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
@@ -67,7 +71,7 @@ def imputation_confusion(confusion: np.ndarray, *, normalize: bool = True, ax: A
         for i, j in np.ndindex(rows, columns):
             first = f"{share[i, j]:.0%}\n" if normalize and totals[i, 0] else ""
             light = np.dot(image.to_rgba(shown[i, j])[:3], (0.2126, 0.7152, 0.0722))
-            # Not pure white or black: these stand for the reader's page in the HTML report.
+            # Not pure white or black: the HTML report replaces these two by the colors of its theme.
             color = "#777777" if normalize and not totals[i, 0] else "#fefefe" if light < 0.5 else "#1a1a1a"
             text = f"{first}{counts[i, j]:,.0f}"
             ax.text(j, i, text, ha="center", va="center", fontsize=8, color=color, linespacing=1.25)
@@ -82,7 +86,7 @@ def imputation_confusion(confusion: np.ndarray, *, normalize: bool = True, ax: A
     for spine in ax.spines.values():
         spine.set_visible(False)
     ax.set(xlabel="imputed level", ylabel="true level")
-    style.color_bar([ax], image, "share of the true level" if normalize else "positions")
+    style.color_bar([ax], image, "fraction of the true level" if normalize else "positions")
     return ax
 
 
@@ -94,22 +98,21 @@ def mcc_by_ratio(
     masked: str = "masked genes",
     ax: Axes | None = None,
 ) -> Axes:
-    """Matthews correlation of imputed levels against the share of masked genes, or of masked cells.
+    """Plot the Matthews correlation (MCC) of imputed levels against the fraction of masked genes or cells.
 
-    Lines are means over seeds, bands one standard deviation. The legend stands in the order of the last values.
+    Lines are means over seeds; bands are one standard deviation. The legend is sorted by the last value of each line.
 
     Parameters
     ----------
     curves
-        Name of a method -> list of (share that is masked, in (0, 1], MCC of each seed). A method without a
-        value at a ratio leaves it out; one without any is named in the legend as not run.
+        For each method, a list of (masked fraction in (0, 1], MCC of each seed). Leave out fractions without a value.
+        The legend marks a method without any value as "not run".
     models
-        Names of the curves of models, drawn thick; see
-        `sct.eval.imputation.scoring.ProtocolResult.labels`.
+        Methods that are models; their lines are thicker. See `sct.eval.imputation.scoring.ProtocolResult.labels`.
     reference
-        Names of the curves of the baseline that a model has to beat, thick dashed lines.
+        Methods that are reference baselines; their lines are thick, black and dashed.
     masked
-        What the ratio is of: the name of the horizontal axis.
+        Label of the horizontal axis.
     ax
         Axes to draw in; None for a new figure.
 
@@ -120,15 +123,13 @@ def mcc_by_ratio(
     Raises
     ------
     DataError
-        There is no value at all, a ratio is outside (0, 1] or comes twice, or an MCC outside [-1, 1].
+        No method has a value, a masked fraction is outside (0, 1] or occurs twice, or an MCC is outside [-1, 1].
     MissingExtraError
         Matplotlib is not installed.
     """
     points = {str(name): _curve(str(name), curve) for name, curve in curves.items()}
     ratios = sorted({ratio for curve in points.values() for ratio in curve[:, 0].tolist()})
-    check_not_empty(
-        "the list of curves with a value", ratios, error=DataError, advice="measure one ratio at least"
-    )
+    check_not_empty("the list of values in curves", ratios, error=DataError, advice="pass at least one MCC")
 
     def last(name: str) -> tuple[float, float]:
         return tuple(points[name][-1, :2]) if len(points[name]) else (-1.0, -1.0)
@@ -169,19 +170,18 @@ def mcc_by_ratio(
 
 
 def reliability(curves: Mapping[str, Any], *, models: Collection[str] = (), ax: Axes | None = None) -> Axes:
-    """Predicted probability of expression against the share of genes that are expressed.
+    """Plot a reliability diagram: the observed fraction of expressed genes against the predicted probability.
 
-    A method whose probabilities are right lies on the diagonal; below it, it says "expressed" too often. The size
-    of a point is the share of the method's predictions in its bin.
+    The curve of a well-calibrated method is on the diagonal. A curve below the diagonal means that the method predicts
+    "expressed" too often. The size of a point shows the fraction of the predictions in its bin.
 
     Parameters
     ----------
     curves
-        Name of a method -> (predicted (bins,), observed (bins,), number (bins,)), as
-        `sct.eval.metrics.reliability` gives them.
+        For each method, the result of `sct.eval.metrics.reliability`: predicted probability, observed fraction and
+        number of predictions, each (bins,).
     models
-        Names of the curves of models, drawn thick; see
-        `sct.eval.imputation.natural.NaturalResult.labels`.
+        Methods that are models; their lines are thicker. See `sct.eval.imputation.natural.NaturalResult.labels`.
     ax
         Axes to draw in; None for a new figure.
 
@@ -192,7 +192,7 @@ def reliability(curves: Mapping[str, Any], *, models: Collection[str] = (), ax: 
     Raises
     ------
     DataError
-        There is no curve, or one whose values lie outside [0, 1].
+        No method has a value, or a value is outside [0, 1].
     MissingExtraError
         Matplotlib is not installed.
     """
@@ -203,12 +203,15 @@ def reliability(curves: Mapping[str, Any], *, models: Collection[str] = (), ax: 
         kept = np.stack([predicted[filled], observed[filled]])
         if not ((kept >= 0) & (kept <= 1)).all():
             raise DataError(
-                f"the curve {str(name)!r} has values outside [0, 1]: give probabilities and shares."
+                f"the curve {str(name)!r} has values outside [0, 1]: pass probabilities and fractions."
             )
         if filled.any():
             points[str(name)] = (*kept, count[filled] / count.sum())
     check_not_empty(
-        "the list of curves with a value", points, error=DataError, advice="measure one method at least"
+        "the list of curves with predictions",
+        points,
+        error=DataError,
+        advice="pass at least one curve with a count above 0",
     )
     ax = style.new_axes(4.6 + style.legend_width(list(points)), 4.4) if ax is None else ax
     ax.plot([0, 1], [0, 1], color=style.GRAY, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
@@ -229,7 +232,7 @@ def reliability(curves: Mapping[str, Any], *, models: Collection[str] = (), ax: 
         handles.append(handle)
     ax.set(
         xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal",
-        xlabel="predicted probability of expression", ylabel="share that is expressed",
+        xlabel="predicted probability of expression", ylabel="observed fraction expressed",
     )  # fmt: skip
     style.open_frame(ax)
     style.legend_outside(ax, handles, list(points), points=False)
@@ -237,16 +240,20 @@ def reliability(curves: Mapping[str, Any], *, models: Collection[str] = (), ax: 
 
 
 def _curve(name: str, curve: Sequence[tuple[float, Sequence[float]]]) -> np.ndarray:
-    """Ratio, mean and standard deviation over seeds, (R, 3), by ratio; ratios without a value left out."""
+    """Return (R, 3): masked fraction, mean and standard deviation over seeds, without fractions that have no value."""
     rows = []
     for ratio, values in curve:
         measured = np.asarray(values, dtype=float)
         measured = measured[~np.isnan(measured)]
-        check_share(f"a ratio of the curve {name!r}", ratio, zero=False, error=DataError)
+        check_share(f"a masked fraction of the curve {name!r}", ratio, zero=False, error=DataError)
         if (np.abs(measured) > 1 + 1e-9).any():
-            raise DataError(f"the curve {name!r} has an MCC outside [-1, 1] at the ratio {ratio}.")
+            raise DataError(
+                f"the curve {name!r} has an MCC outside [-1, 1] at the masked fraction {ratio}: pass correlations."
+            )
         if measured.size:
             rows.append((float(ratio), measured.mean(), measured.std()))
     if len({row[0] for row in rows}) < len(rows):
-        raise DataError(f"the curve {name!r} has a ratio twice: give all its seeds in one list.")
+        raise DataError(
+            f"the curve {name!r} has the same masked fraction twice: put all its seeds in one list."
+        )
     return np.array(sorted(rows)).reshape(-1, 3)

@@ -1,4 +1,4 @@
-"""Maps of a gene's expression in the plane of a slide: imputed beside observed."""
+"""Spatial maps of the imputed and the observed expression of a gene."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-# Endings of the layers and tables that sct.tl.impute writes, after the name of its record in uns.
+# sct.tl.impute appends these suffixes to key_added.
 EXPECTED, LEVEL = "_expected", "_level"
 
 
@@ -32,54 +32,54 @@ def spatial(
     compare: bool = True,
     ax: Axes | Sequence[Axes] | None = None,
 ) -> Any:
-    """Map of a gene's imputed expression, beside the observed one, on the same colour scale.
+    """Plot the imputed and the observed expression of a gene side by side, on the same color scale.
 
-    The imputed values are those of `layers[layer]`, or, for a gene that the panel lacks, of the column of that
-    name in the table `obsm[layer]`. What `sct.tl.impute` wrote into `uns` says which genes and cells of the
-    layer were imputed, since it holds raw counts elsewhere, and where the observed counts are. Of a layer of
-    another origin, named in the title, every value is shown, and the observed values are those of X.
+    Imputed values come from `layers[layer]`. For a gene that the panel lacks, they come from the column of this name in
+    the table `obsm[layer]`. The parameters in `uns` that `sct.tl.impute` wrote show which genes and cells were imputed,
+    and where the observed counts are. If another tool wrote the layer, all its values are shown, the title names the
+    layer, and the observed values come from X.
 
-    Cells without an imputed value are grey, and the title then says how many have one. Spots are as wide as
-    the median distance to the nearest neighbour. The scale ends at the 99.5th percentile of all values shown,
-    with an arrow on the colour bar where values lie above. Show one slide at a time.
+    Cells without an imputed value are gray, and the title shows how many cells have one. The width of a spot is the
+    median distance to the nearest neighbor. The color scale ends at the 99.5th percentile of all values; an arrow on
+    the color bar marks higher values. Plot one slide at a time.
 
     Parameters
     ----------
     adata
-        Annotated cells or spots (N, G) of one slide.
+        Cells or spots (N, G) of one slide.
     gene
         Name of the gene.
     layer
-        Where the imputed values are: expected raw counts, or with `compare=False` levels ("sct_level").
+        Key of the imputed values: expected raw counts or, with `compare=False`, levels ("sct_level").
     spatial_key
-        Name of the coordinates (N, 2) in `obsm`; y grows downwards, as in images.
+        Key of the coordinates (N, 2) in `obsm`. The y axis points down, as in images.
     compare
-        Draw the observed values, too. For a gene that the panel lacks the second map shows the empty spots.
+        If True, also plot the observed values. For a gene that the panel lacks, the second map shows gray spots.
     ax
-        Axes to draw in, two of them with `compare`; None for a new figure.
+        Axes to draw in (two with `compare`); None for a new figure.
 
     Returns
     -------
-    The axes; with `compare` an array (2,) of them, imputed and observed.
+    The axes. With `compare`, an array (2,) of axes: imputed and observed.
 
     Raises
     ------
     DataError
-        Coordinates, layer or gene are not there, the gene was not imputed, the observed raw counts are not where
-        they were when it was, levels are compared with counts, or `ax` holds another number of axes.
+        The coordinates, layer or gene do not exist, the gene was not imputed, the observed counts have been moved or
+        changed since the imputation, levels are compared with counts, or the number of axes is wrong.
     MissingExtraError
         Matplotlib is not installed.
     """
     places = positions(adata, spatial_key, width=2)
-    check_not_empty("the list of cells to draw", places, error=DataError)
+    check_not_empty("the list of cells in adata", places, error=DataError)
     record = _record(adata, layer)
     levels = record is not None and layer.endswith(LEVEL)
     maps = [("imputed", _imputed(adata, gene, layer, record))]
     if compare:
         if levels:
             raise DataError(
-                f"{layer!r} holds levels and the observed values are raw counts, which no one scale shows: draw it "
-                "with compare=False."
+                f"{layer!r} has levels, but the observed values are raw counts, so they cannot share a color scale: "
+                "set compare=False."
             )
         maps.append(("observed", _observed(adata, gene, record)))
 
@@ -111,7 +111,7 @@ def spatial(
 
 
 def _record(adata: AnnData, layer: str) -> Mapping[str, Any] | None:
-    """What `sct.tl.impute` wrote about a layer or table, None where it is of another origin."""
+    """Return the parameters that `sct.tl.impute` wrote for a layer or table; None if another tool wrote it."""
     for ending in (EXPECTED, LEVEL):
         record = adata.uns.get(layer.removesuffix(ending)) if layer.endswith(ending) else None
         if isinstance(record, Mapping) and {"genes", "cells", "counts_from"} <= record.keys():
@@ -120,16 +120,16 @@ def _record(adata: AnnData, layer: str) -> Mapping[str, Any] | None:
 
 
 def _names(record: Mapping[str, Any], field: str) -> list[str]:
-    """A list of names of a record, empty where it is not there."""
+    """Return a list of names from the imputation parameters; empty if the field is missing."""
     return [str(name) for name in np.ravel(np.asarray(record.get(field, ()), dtype=object)) if str(name)]
 
 
 def _imputed(adata: AnnData, gene: str, layer: str, record: Mapping[str, Any] | None) -> np.ndarray:
-    """Imputed values (N,) of a gene, of the layer, else of the table in obsm; NaN where not imputed."""
+    """Return imputed values (N,) of a gene from the layer or the table in obsm; NaN for cells without one."""
     table = adata.obsm.get(layer)
     if layer not in adata.layers and table is None:
         raise DataError(
-            f"neither layers nor obsm has {layer!r}: impute first, with sct.tl.impute, or name another layer."
+            f"neither layers nor obsm has {layer!r}: run sct.tl.impute first, or set layer to an existing key."
         )
     columns = list(adata.var_names) if layer in adata.layers else []
     if record is not None:
@@ -141,35 +141,35 @@ def _imputed(adata: AnnData, gene: str, layer: str, record: Mapping[str, Any] | 
         values = dense(table[gene].to_numpy()).astype(float)
     elif layer in adata.layers and gene in adata.var_names:
         raise DataError(
-            f"the gene {gene!r} was not imputed, and {layer!r} holds only its observed values: impute it with "
-            f"sct.tl.impute(genes=...), or draw one that was; {near(gene, [*columns, *aside])}"
+            f"the gene {gene!r} was not imputed, so {layer!r} has only its observed values: impute it with "
+            f"sct.tl.impute(genes=...), or plot an imputed gene; {near(gene, [*columns, *aside])}"
         )
     else:
         raise DataError(
             f"{layer!r} has no imputed values of the gene {gene!r}: {near(gene, [*columns, *aside])}"
         )
-    # A table may stay from an earlier call, which imputed other cells and left NaN in the rest.
+    # The table can come from an earlier call that imputed other cells and left NaN in the rest.
     if record is not None and (gene in columns or gene in _names(record, "genes")):
         cells = _names(record, "cells")
         if cells:
             values[~adata.obs_names.isin(cells)] = np.nan
     if not np.isfinite(values).any():
         raise DataError(
-            f"{layer!r} holds no number for the gene {gene!r} that was imputed in one of these {len(values):,} cells: "
-            "impute it first, with sct.tl.impute(genes=...)."
+            f"{layer!r} has no imputed value of the gene {gene!r} in these {len(values):,} cells: impute it with "
+            "sct.tl.impute(genes=...)."
         )
     return values
 
 
 def _imputed_columns(adata: AnnData, record: Mapping[str, Any], columns: list[str]) -> list[str]:
-    """Those of the columns of a layer that were imputed; the others hold what was observed."""
+    """Return the columns of a layer that were imputed; the other columns have observed values."""
     given = _names(record, "genes")
     inside = set(_names(record, "var_names"))
     if "var_names" in record and (inside or given):
         return [name for name in columns if name in inside]
     if not (given and columns):
-        return columns  # whole cells, or no layer
-    # People name genes by what is in var_names or in any column of var.
+        return columns  # whole cells were imputed, or there is no layer
+    # Users name genes as in var_names or as in any column of var.
     named = adata.var_names.isin(given)
     for column in adata.var.columns:
         named |= adata.var[column].astype(str).isin(given).to_numpy()
@@ -177,7 +177,7 @@ def _imputed_columns(adata: AnnData, record: Mapping[str, Any], columns: list[st
 
 
 def _observed(adata: AnnData, gene: str, record: Mapping[str, Any] | None) -> np.ndarray:
-    """Observed values (N,) of a gene, from where the imputation read its counts; NaN where not measured."""
+    """Return observed values (N,) of a gene from the counts that the imputation read; NaN if it was not measured."""
     place = "X" if record is None else str(record["counts_from"])
     raw, layer = place == "raw.X", None
     if place.startswith('layers["'):
@@ -185,7 +185,7 @@ def _observed(adata: AnnData, gene: str, record: Mapping[str, Any] | None) -> np
     gone = adata.raw is None if raw else adata.X is None if layer is None else layer not in adata.layers
     if gone:
         raise DataError(
-            f"the observed values were in {place}, which is not there: put it back, or draw with compare=False."
+            f"the observed counts were in {place}, but adata no longer has it: restore it, or set compare=False."
         )
     var = adata.raw.var if raw else adata.var
     name = _row_name(var, gene)
@@ -195,14 +195,14 @@ def _observed(adata: AnnData, gene: str, record: Mapping[str, Any] | None) -> np
     values = values.astype(float)
     if record is not None and ((values < 0) | (np.abs(values - np.rint(values)) > TOLERANCE)).any():
         raise DataError(
-            f"{place} held raw counts when genes were imputed and holds other values of {gene!r} now: put the counts "
-            "back, or draw with compare=False."
+            f"{place} had raw counts at the time of the imputation, but its values of {gene!r} are not raw counts now: "
+            "restore the counts, or set compare=False."
         )
     return values
 
 
 def _row_name(var: pd.DataFrame, gene: str) -> str | None:
-    """The row of var that is a gene, by its name or by what another column calls it."""
+    """Return the var_name of a gene, which can be a var_name or a value in any column of var; None if absent."""
     if gene in var.index:
         found = var.index[var.index == gene]
     else:
@@ -212,13 +212,13 @@ def _row_name(var: pd.DataFrame, gene: str) -> str | None:
         found = var.index[named]
     if len(found) > 1:
         raise DataError(
-            f"var has the gene {gene!r} {len(found)} times: leave one of them, or draw with compare=False."
+            f"var has the gene {gene!r} {len(found)} times: keep one of them, or set compare=False."
         )
     return str(found[0]) if len(found) else None
 
 
 def _spot_width(places: np.ndarray) -> float:
-    """Median distance to the nearest other spot; a fiftieth of the slide where there is none."""
+    """Return the median distance to the nearest other spot, or 1/50 of the slide if all spots coincide."""
     unique = np.unique(places, axis=0)
     if len(unique) < 2:
         return float(np.ptp(places, axis=0).max() / 50) or 1.0
@@ -229,7 +229,7 @@ def _spot_width(places: np.ndarray) -> float:
 def _spots(
     ax: Axes, places: np.ndarray, values: np.ndarray, width: float, limits: tuple[float, float]
 ) -> Any:
-    """Draw spots of a given width in the unit of the coordinates, the ones without a value grey and below."""
+    """Draw spots with a width in the unit of the coordinates; spots without a value are gray and at the bottom."""
     from matplotlib.collections import EllipseCollection
 
     known = np.isfinite(values)
@@ -245,7 +245,7 @@ def _spots(
             offset_transform=ax.transData,
             linewidths=0,
             facecolors=style.GRAY,
-            # Each spot of a vector file has its own outline, of about half a kilobyte.
+            # In a vector file, each spot takes about half a kilobyte.
             rasterized=n > 500,
         )
         if chosen is known:

@@ -1,4 +1,4 @@
-"""What all plots share: axes, colours that colour-blind readers tell apart, legends that are never cut off."""
+"""Shared parts of all plots: axes, a color palette for color-blind readers, and legends that are never cut off."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.legend import Legend
 
-# Okabe & Ito (2008), without black; the light yellow comes last.
+# Palette of Okabe & Ito (2008), without black and with the light yellow last.
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f5fc7", "#d6c516")
-# No palette has 40 colours that all readers tell apart, so the colours come round with another marker.
+# No palette has 40 colors that all readers can distinguish, so the colors repeat with another marker.
 MARKERS = ("o", "^", "s", "D", "v")
 GRAY = "#b9bec6"
-# Characters of a line of a legend.
+# Maximum number of characters in a line of a legend.
 _LABEL = 34
 CONTINUOUS = "viridis"
 
 
 def new_axes(width: float, height: float, columns: int = 1) -> Any:
-    """Axes of a new pyplot figure: one, or an array (columns,) of several.
+    """Return the axes of a new pyplot figure: one, or an array (columns,) of several.
 
     Raises
     ------
@@ -36,8 +36,8 @@ def new_axes(width: float, height: float, columns: int = 1) -> Any:
 
 
 def legend_outside(ax: Axes, handles: Sequence[Any], labels: Sequence[str], *, points: bool) -> Legend:
-    """Legend to the right of axes, with labels shown letter by letter, whatever they hold."""
-    # Matplotlib leaves out labels that begin with "_" and reads "$" as mathematics, so they come afterwards.
+    """Add a legend to the right of the axes; labels are shown literally, even with "_" or "$"."""
+    # Matplotlib drops labels that begin with "_" and reads "$" as mathematics, so the text is set afterwards.
     labels = [wrapped(label) for label in labels]
     legend = ax.legend(
         list(handles),
@@ -60,36 +60,36 @@ def legend_outside(ax: Axes, handles: Sequence[Any], labels: Sequence[str], *, p
 
 
 def wrapped(label: str) -> str:
-    """A label in lines of a legend's width."""
+    """Break a label into lines that fit the legend."""
     return textwrap.fill(label, _LABEL, break_long_words=True)
 
 
 def legend_columns(entries: int) -> int:
-    """Columns of a legend, of at most 21 entries each."""
+    """Return the number of columns of a legend, with at most 21 entries per column."""
     return max(1, -(-entries // 21))
 
 
 def legend_width(labels: Sequence[str]) -> float:
-    """Inches that a legend beside axes takes, nearly."""
+    """Return the approximate width of a legend in inches."""
     longest = max((len(line) for label in labels for line in wrapped(label).split("\n")), default=0)
     return legend_columns(len(labels)) * (0.068 * longest + 0.4)
 
 
 def color_bar(axes: Sequence[Axes], mappable: Any, label: str, extend: str = "neither") -> None:
-    """Colour bar to the right of axes."""
+    """Add a color bar to the right of the axes."""
     bar = axes[0].figure.colorbar(mappable, ax=list(axes), extend=extend, shrink=0.75, aspect=24, pad=0.02)
     bar.outline.set_visible(False)
     bar.set_label(label, parse_math=False)
 
 
 def bare(ax: Axes) -> None:
-    """Take away ticks and frame of axes whose numbers say nothing."""
+    """Remove the ticks and the frame of axes without meaningful units."""
     ax.set(xticks=[], yticks=[])
     for spine in ax.spines.values():
         spine.set_visible(False)
 
 
 def open_frame(ax: Axes) -> None:
-    """Take away the upper and right line of axes."""
+    """Remove the top and right lines of the frame."""
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)

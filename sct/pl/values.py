@@ -1,4 +1,4 @@
-"""Values of cells that plots show: columns of obs, genes of X or of a layer, embeddings of obsm."""
+"""Read values for plots: columns of obs, genes of X or of a layer, and arrays of obsm."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ if TYPE_CHECKING:
 
 
 def near(name: str, known: Iterable[str | None]) -> str:
-    """What is there instead of a name: the nearest ones, or how to see them."""
-    # Newer versions of anndata list X among the layers, as None.
+    """Return the last part of an error message about an unknown name: similar names, or existing ones."""
+    # Newer versions of anndata list X among the layers as None.
     names = [str(one) for one in known if one is not None]
     if close := nearest(name, names, n=3, cutoff=0.5):
         return f"did you mean {' or '.join(map(repr, close))}?"
     if not names:
-        return "there is none."
+        return "there are none."
     more = ", ..." if len(names) > 5 else ""
-    return f"there is {', '.join(map(repr, names[:5]))}{more}."
+    return f"choose from {', '.join(map(repr, names[:5]))}{more}."
 
 
 def dense(column: Any) -> np.ndarray:
-    """A column of a matrix, sparse or not, (N,)."""
+    """Return a column of a sparse or dense matrix as a dense array (N,)."""
     return np.asarray(column.toarray() if hasattr(column, "toarray") else column).ravel()
 
 
 def gene_values(adata: AnnData, gene: str, layer: str | None = None) -> np.ndarray:
-    """Values (N,) of one gene of X, or of a layer.
+    """Return the values (N,) of one gene in X or in a layer.
 
     Raises
     ------
     DataError
-        The gene or the layer is not there, or the gene is there more than once.
+        The gene or the layer does not exist, or several columns have the name of the gene.
     """
     if layer is not None:
         # Newer versions of anndata list X among the layers, as None.
@@ -48,20 +48,21 @@ def gene_values(adata: AnnData, gene: str, layer: str | None = None) -> np.ndarr
         raise DataError(f"var_names has no gene {gene!r}: {near(gene, adata.var_names)}")
     if len(found) > 1:
         raise DataError(
-            f"var_names has the gene {gene!r} {len(found)} times: make them unique with adata.var_names_make_unique()."
+            f"var_names has the gene {gene!r} {len(found)} times, but names must be unique: call "
+            "adata.var_names_make_unique()."
         )
-    # One column of a file is read, never the matrix.
+    # Subset first, so that only one column of a backed file is read.
     column = adata[:, [int(found[0])]]
     return dense(column.X if layer is None else column.layers[layer])
 
 
 def cell_values(adata: AnnData, name: str, layer: str | None = None) -> pd.Series | np.ndarray:
-    """A column of obs, else a gene; a name that is both is the column.
+    """Return a column of obs or the values of a gene; if both have the name, the column.
 
     Raises
     ------
     DataError
-        It is neither.
+        The name is neither a column of obs nor a gene.
     """
     if name in adata.obs.columns:
         return adata.obs[name]
@@ -72,22 +73,25 @@ def cell_values(adata: AnnData, name: str, layer: str | None = None) -> pd.Serie
 
 
 def positions(adata: AnnData, key: str, width: int | None = None) -> np.ndarray:
-    """Array (N, D) of obsm; with `width`, its first columns, of which there must be so many.
+    """Return an array (N, D) of obsm; with `width`, only its first `width` columns.
 
     Raises
     ------
     DataError
-        The key is not there, or the array has fewer columns or holds NaN or infinity.
+        The key does not exist, or the array has too few columns, NaN or infinity.
     """
     check_choice("the key of obsm", key, adata.obsm, error=DataError)
     array = np.asarray(adata.obsm[key])
     if array.ndim != 2 or array.shape[1] < (width or 1):
         raise DataError(
-            f"obsm[{key!r}] has shape {array.shape}, and {width or 1} columns or more are needed."
+            f"obsm[{key!r}] has the shape {array.shape}, but must have at least {width or 1} columns: choose another "
+            "key."
         )
     try:
         array = array[:, :width].astype(np.float64 if width else np.float32, copy=False)
     except ValueError as error:
-        raise DataError(f"obsm[{key!r}] holds {array.dtype}, and numbers are needed.") from error
-    check_finite(f"obsm[{key!r}]", array, "cells", advice="leave these cells out first")
+        raise DataError(
+            f"obsm[{key!r}] has values of type {array.dtype}, but must have numbers: choose another key."
+        ) from error
+    check_finite(f"obsm[{key!r}]", array, "cells", advice="remove these cells first")
     return array

@@ -1,4 +1,4 @@
-"""Preparing an AnnData for a model: each function returns a new one and leaves what it is given as it is."""
+"""Preprocessing functions: each function returns a new AnnData and leaves its input unchanged."""
 
 from __future__ import annotations
 

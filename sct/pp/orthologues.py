@@ -26,36 +26,38 @@ def to_orthologues(
     gene_column: str | None = None,
     key_added: str = "sct_orthologues",
 ) -> ad.AnnData:
-    """Name the genes of another species by their human orthologues, and leave out those that have no single one.
+    """Replace the genes of another species by their human one-to-one orthologues, and drop all other genes.
 
-    Values are those of `adata`, in X, in every layer and in raw. A sentence on standard error says how many genes were
-    mapped and why the others were not, and another one of raw.
+    The values in X, in all layers and in raw do not change. A message on standard error reports how many genes were
+    mapped and why the others were dropped. A second message reports the same for raw.
 
     Parameters
     ----------
     adata
-        (N, n_var), in memory, or backed and then read whole. It is not changed.
+        Cells (N, n_var) in memory or backed; a backed AnnData is loaded into memory. The input is not changed.
     table
-        File of orthologues, or what `sct.data.genes.orthologues.read_orthologues` made of one.
+        Path of an orthologue table, or the result of `sct.data.genes.orthologues.read_orthologues`.
     source, target
         Columns of the file, see `read_orthologues`.
     gene_column
-        Column of `var`, and of that of raw, with Ensembl ids or symbols as the table has them ("index" for the index);
-        by default it is found in each.
+        Column of `var` and `raw.var` with the Ensembl ids or symbols that the table uses ("index" for the index). By
+        default, the column is detected.
     key_added
-        `uns[key_added]`: name of the table, number of its pairs, where the genes were named, how many there were, were
-        mapped, and were dropped, by reason.
+        `uns[key_added]`: name and number of pairs of the table, the column with the gene names, the number of genes
+        before, the number of mapped genes, and the number of dropped genes by reason.
 
     Returns
     -------
-    AnnData (N, mapped genes): `var_names` are symbols (the Ensembl id where two genes share a symbol, the table's own
-    name where the human genes lack it), `var["ensembl_id"]` the Ensembl ids, '' where unknown, and `var["source_gene"]`
-    the names before. A column "ensembl_id" that was there is "source_ensembl_id" then.
+    AnnData (N, mapped genes). `var_names` are human symbols; if two genes share a symbol, their Ensembl ids; if the
+    human gene table lacks a gene, its name in the orthologue table. `var["ensembl_id"]` has the human Ensembl ids, ''
+    if unknown. `var["source_gene"]` has the original names. An existing column "ensembl_id" is renamed to
+    "source_ensembl_id".
 
     Raises
     ------
     DataError
-        The table cannot be used, it maps hardly any gene, the genes are human already, or two columns are one gene.
+        The table cannot be used or maps almost no genes, the genes are already human, or two columns map to the same
+        gene.
     """
     check_type(
         "adata",
@@ -69,7 +71,7 @@ def to_orthologues(
         table = read_orthologues(table, source=source, target=target)
     elif source is not None or target is not None:
         raise DataError(
-            "source and target are columns of a file, but the table is read already; leave them out"
+            "source and target select columns of a file, but table is already an Orthologues object: leave them out."
         )
     mapped = map_orthologues(adata.var, table, column=gene_column)
     if adata.isbacked:
@@ -97,9 +99,9 @@ def to_orthologues(
 
 
 def _renamed(adata: ad.AnnData, mapped: MappedGenes, table: Orthologues) -> ad.AnnData:
-    """The genes that have an orthologue, under its name."""
+    """Return the genes that have an orthologue, named by this orthologue."""
     mapped.check_distinct(
-        "add these columns up or remove the surplus ones, or name a column of var in which genes differ (gene_column=)"
+        "sum these columns or remove all but one, or set gene_column to a column of var with distinct genes"
     )
     kept = np.flatnonzero([bool(target) for target in mapped.targets])
     targets = [mapped.targets[at] for at in kept]

@@ -11,31 +11,31 @@ from sct.inference import inputs
 def spatial_scale(
     adata: ad.AnnData, *, spatial_key: str = SPATIAL_KEY, batch_key: str | None = None
 ) -> ad.AnnData:
-    """Keep the scale of each section, so that parts of it lie as they do in the whole.
+    """Store the spatial scale of each section, so that subsets of the section keep it.
 
-    A model reads positions that are rescaled by section. Call this before cells are left out or a section is divided
-    into query and reference: the positions of a part alone would be spread over the range of the whole.
-    `sct.tl.embed`, `impute` and `spatial_neighbors` keep the scale of what they are given as well.
+    Models read positions that are rescaled per section. Call this function before you remove cells or split a section
+    into query and reference. Otherwise a subset is stretched to the range of the whole section. `sct.tl.embed`,
+    `impute` and `spatial_neighbors` also store the scale of their input.
 
     Parameters
     ----------
     adata
         All cells of the sections, with positions `obsm[spatial_key]` (N, 2) in any unit.
     spatial_key
-        Key of the positions.
+        Key of the positions in `obsm`.
     batch_key
-        Column of `obs` that names the section; the same as in later calls.
+        Column of `obs` with the section of each cell. Use the same column in later calls.
 
     Returns
     -------
-    A copy with `uns["sct_sections"][spatial_key]`: `batch_key`, and for each section its name, the number of its
-    cells, the box around them (`low`, `high`), and `origin` and `factor`; a model reads (position - origin) * factor.
-    It is used for cells that lie in the box, and computed anew for others.
+    A copy with `uns["sct_sections"][spatial_key]`: `batch_key`, and for each section its name, number of cells,
+    bounding box (`low`, `high`), `origin` and `factor`. Models read (position - origin) * factor. The stored scale is
+    used for cells inside the bounding box; for other cells a new scale is computed.
 
     Raises
     ------
     DataError
-        No such key or column, a position that is missing.
+        A key or column does not exist, or a position is missing.
     """
     inputs.check_table(adata, True)
     sections = inputs.sections(adata, batch_key, spatial_key)

@@ -1,4 +1,4 @@
-"""Tools for an AnnData, in the idiom of scanpy: each writes its result into the AnnData it is given."""
+"""Analysis functions with the conventions of scanpy: each function writes its results into the input AnnData."""
 
 from __future__ import annotations
 

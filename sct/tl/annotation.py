@@ -22,7 +22,7 @@ from sct.version import __version__
 from sct.weights.pretrained import Pretrained
 
 UNKNOWN = "unknown"
-CONTEXTS = 3  # draws of the bags; see docs/tools.md for what more bring
+CONTEXTS = 3  # default number of bag draws; docs/tools.md has measurements with other numbers
 _EMBED_OPTIONS = (
     "layer", "batch_key", "spatial_key", "context", "cells_per_bag", "batch_size", "gene_column", "duplicates", "seed",
 )  # fmt: skip
@@ -43,74 +43,79 @@ def annotate(
     copy: bool = False,
     **options: Any,
 ) -> ad.AnnData | None:
-    """Name cells: by nearest neighbours among annotated ones, or by a model that answers in words.
+    """Annotate cells by label transfer from a reference, or with a text model.
 
-    With a reference, labels are transferred by nearest neighbours among embeddings, without training. The probability
-    of a label is the share of the `n_neighbors` nearest reference cells (cosine distance) that have it; reference cells
-    without a label take no part. A cell whose most probable label has a share below `threshold` is "unknown". With
-    equal shares the label of the nearer cells (smaller summed distance) wins.
+    **With a reference**, each cell gets the label of its nearest reference cells in the embedding space. No training
+    is needed. The probability of a label is the fraction of the `n_neighbors` nearest reference cells (cosine
+    distance) that have this label. Reference cells without a label are ignored. If two labels have the same
+    probability, the label with the smaller summed distance wins.
 
-    A model of cell sentences needs no reference: it is asked about each cell, and the probability of each candidate
-    answer is computed, so that an answer is always one of the candidates (Cell2Sentence paper, section 4.3). So does a
-    ZerOmics model, which is told an abstract of the study as well (ZerOmics paper, section 3.2).
+    **Without a reference**, the model must answer questions in text. A cell-sentence model (Cell2Sentence paper,
+    section 4.3) and a ZerOmics model (ZerOmics paper, section 3.2) can do this. The function computes the probability
+    of each candidate answer for each cell, so the label is always one of the candidates. A ZerOmics model also reads
+    an abstract of the study.
+
+    In both cases, a cell whose best probability is below `threshold` gets the label "unknown".
 
     Parameters
     ----------
     adata
         Cells to annotate.
     model
-        Embeds both, or answers; of `sct.load`, or its path. Not needed with `use_rep`.
+        Result of `sct.load`, a path or a Hub id. Not needed with `use_rep`.
     reference
-        Cells with labels, raw counts of any genes of the model.
+        Labeled cells with raw counts. The genes can differ from those of `adata`.
     label_key
-        Column of `reference.obs`. For a model of cell sentences "cell_type", "tissue", or the names of labels that it
-        learned together; by default the first of them that it learned.
+        With a reference: column of `reference.obs` with the labels. For a cell-sentence model: "cell_type", "tissue",
+        or the list of labels that the model learned together; by default, the first of these that the model learned.
     candidates
-        For a model of cell sentences: answers to choose among (texts, or for labels learned together mappings); by
-        default all values in its training. For a ZerOmics model: names of cell types, by default
-        `adata.uns["cell_types"]`.
+        Possible answers of a text model. For a cell-sentence model: strings, or mappings for labels that the model
+        learned together; by default, all values of the training data. For a ZerOmics model: names of cell types; by
+        default, `adata.uns["cell_types"]`.
     use_rep
-        Key of an embedding that is in `obsm` of both already, instead of a new one.
+        Key of an existing embedding in `obsm` of `adata` and of the reference. By default, both are embedded with
+        `model`.
     n_neighbors
-        See above.
+        Number of nearest reference cells that vote.
     threshold
-        Least probability of a label; below it a cell is "unknown". By default 0.5 with a reference, 0 for answers.
+        Minimum probability of a label; cells below it are "unknown". Default: 0.5 with a reference, 0 for text models.
     n_contexts
-        Draws of the bags in which a model reads the cells, by `seed`, `seed + 1`, ...: neighbours are those by the mean
-        embedding. By default 3; 1 with `use_rep`, and with `spatial_key`, where bags follow from positions (a
-        reference without positions is then read in one random draw).
+        With a reference: number of bag draws (seeds `seed`, `seed + 1`, ...). Neighbors are computed from the mean
+        embedding of these draws. Default: 3 for models that read bags, otherwise 1. With `spatial_key` it must be 1,
+        because the positions determine the bags; a reference without positions is then read in one random draw.
     key_added
-        Results: `obs[key_added]`, categorical; `obs[key_added + "_probability"]`, the share of the best label
-        (of cells that became "unknown" too); `obsm[key_added + "_probabilities"]`, float32 (N, labels);
-        `uns[key_added]`, the parameters, and "labels", the names of these columns. A new embedding stays in
-        `obsm["X_sct"]` of both. With several contexts `obs[key_added + "_agreement"]`, the share of them in which the
-        embedding alone gives the same best label (of cells that became "unknown" too), whose mean is
-        `uns[key_added]["agreement"]`. For labels learned together
-        there is a column `obs[key_added + "_" + label]` for each, too.
+        Prefix of the results:
+
+        - `obs[key_added]`: labels, categorical.
+        - `obs[key_added + "_probability"]`: probability of the best label, also for "unknown" cells.
+        - `obsm[key_added + "_probabilities"]`: float32 (N, labels).
+        - `uns[key_added]`: the parameters; "labels" names the columns of the probabilities.
+        - `obsm["X_sct"]` of `adata` and of the reference: the embedding, if it was computed here.
+        - `obs[key_added + "_agreement"]`, with several contexts: fraction of the single draws that give the same best
+          label as the mean embedding, also for "unknown" cells. `uns[key_added]["agreement"]` is its mean.
+        - `obs[key_added + "_" + label]`: one column per label, for labels that the model learned together.
     copy
-        Return a changed copy, and leave `adata` as it is.
+        If True, return a modified copy and leave `adata` unchanged.
     options
-        For `sct.tl.embed`: `layer`, `batch_key`, `spatial_key`, `seed`, ...; `batch_key` and `spatial_key` are
-        applied to whichever of the two has them. For a model of cell sentences: `layer`, `gene_column`, `duplicates`,
-        `seed`, `batch_size` (cells at once), and `templates`, the number of wordings of the question to average over.
-        For a ZerOmics model these, `abstract`, by default `adata.uns["abstract"]`, and `values`, "activity" for a
-        matrix that is no counts.
+        With a reference: options of `sct.tl.embed`, such as `layer`, `batch_key`, `spatial_key` and `seed`.
+        `batch_key` and `spatial_key` are used for each AnnData that has them. For a cell-sentence model: `layer`,
+        `gene_column`, `duplicates`, `seed`, `batch_size` (cells at once) and `templates` (number of question templates
+        to average over). A ZerOmics model also takes `abstract` (by default `adata.uns["abstract"]`) and `values`
+        ("activity" for a matrix that does not hold counts).
 
     Raises
     ------
     ConfigError
-        Neither a model nor `use_rep`, or a number out of range.
+        Neither `model` nor `use_rep` is given, an option does not apply, or a number is out of range.
     DataError
-        No such column or embedding, no labels, and what `sct.tl.embed` refuses.
+        A column or an embedding is missing, no reference cell has a label, or `sct.tl.embed` cannot read the data.
     """
     inputs.check_table(adata, copy)
     if reference is None:
         if use_rep is not None or n_neighbors != 15:
-            raise ConfigError("use_rep and n_neighbors are for a reference: give one, or leave them out.")
+            raise ConfigError("use_rep and n_neighbors need reference=...: set it, or leave them out.")
         if n_contexts is not None:
-            raise ConfigError(
-                "n_contexts is for a reference, whose cells a model reads in bags: give one, or leave it out."
-            )
+            raise ConfigError("n_contexts needs reference=...: set it, or leave n_contexts out.")
         return _by_answers(
             adata,
             model,
@@ -123,8 +128,8 @@ def annotate(
         )
     if candidates is not None or not isinstance(label_key, str):
         raise ConfigError(
-            "labels of a reference are those of one of its columns: give label_key, the column's name, and no "
-            "candidates."
+            "with a reference, the labels come from one column of reference.obs: set label_key to the name of this "
+            "column, and leave candidates out."
         )
     threshold = 0.5 if threshold is None else threshold
     inputs.check_table(reference, False)
@@ -137,7 +142,7 @@ def annotate(
     known = np.flatnonzero(labels.notna().to_numpy())
     if not len(known):
         raise DataError(
-            f"no reference cell has a label in obs[{label_key!r}]: name the column that holds them."
+            f"no reference cell has a label in obs[{label_key!r}]: set label_key to a column with labels."
         )
     given = options if n_contexts is None else {**options, "n_contexts": n_contexts}
     _check_options(adata, reference, use_rep, given)
@@ -146,7 +151,10 @@ def annotate(
     given_embedding = use_rep is not None
     if use_rep is None:
         if model is None:
-            raise ConfigError("give a model to embed with, or use_rep=... to use an embedding that is there.")
+            raise ConfigError(
+                "model and use_rep are missing: pass a model to compute embeddings, or set use_rep to use existing "
+                "ones."
+            )
         handle, use_rep = inputs.load_model(model), "X_sct"
         if n_contexts is None:
             several = families.require(handle, "embed").in_bags and options.get("spatial_key") is None
@@ -165,7 +173,7 @@ def annotate(
             each.write(cells, total, use_rep)
     for name, cells in (("adata", target), ("the reference", reference)):
         check_choice(
-            f"use_rep, a key of obsm of {name},",
+            f"use_rep (key in obsm of {name})",
             use_rep,
             cells.obsm,
             error=DataError,
@@ -173,19 +181,19 @@ def annotate(
         )
         values = np.asarray(cells.obsm[use_rep])[known if cells is reference else slice(None)]
         check_finite(
-            f"obsm[{use_rep!r}] of {name}", values, "cells", advice="embed them again, or leave them out"
+            f"obsm[{use_rep!r}] of {name}", values, "cells", advice="embed these cells again, or remove them"
         )
     searched, asked = np.asarray(reference.obsm[use_rep])[known], np.asarray(target.obsm[use_rep])
     if searched.shape[1] != asked.shape[1]:
         raise DataError(
-            f"obsm[{use_rep!r}] has {asked.shape[1]} columns, but that of the reference {searched.shape[1]}: embed "
-            "both with the same model."
+            f"obsm[{use_rep!r}] of adata has {asked.shape[1]} columns, but obsm[{use_rep!r}] of the reference has "
+            f"{searched.shape[1]}: embed both with the same model."
         )
     shares, best = _shares(searched, asked, labels.to_numpy()[known], n_neighbors)
     probability = shares.to_numpy()[np.arange(len(asked)), best].astype(np.float32)
     named = np.where(probability >= threshold, shares.columns.to_numpy()[best], UNKNOWN)
-    why = "their neighbours disagree, so look at the embedding, or change n_neighbors or threshold"
-    # No model computed an embedding that is given, and a query may well be cells of one type.
+    why = "their neighbors have different labels, so check the embedding, or change n_neighbors or threshold"
+    # With use_rep no model is at fault, and a query may contain cells of one type only.
     warn_of_labels(named, shares.columns, probability, UNKNOWN, why, may_be_alike=given_embedding)
     target.obs[key_added] = pd.Categorical(named)
     target.obs[f"{key_added}_probability"] = probability
@@ -219,15 +227,15 @@ def _by_answers(
     copy: bool,
     options: Mapping[str, Any],
 ) -> ad.AnnData | None:
-    """Annotate without a reference, by a model that answers in words."""
+    """Annotate without a reference, with a model that answers in text."""
     handle = inputs.load_model(model) if model is not None else None
     if handle is None or families.model(handle.family).annotate is None:
         words = dict.fromkeys(
             each.config for each in families.models().values() if each.annotate and each.config
         )
         raise ConfigError(
-            "annotated cells are needed to transfer labels from: give reference=... and label_key=..., or a model that "
-            f"answers in words (of {' or '.join(words)})."
+            "annotate() needs a reference or a model that answers in text: set reference=... and label_key=..., or "
+            f"pass such a model ({' or '.join(words)})."
         )
     check_share("threshold", threshold)
     annotator: Annotator = families.require(handle, "annotate")
@@ -236,7 +244,7 @@ def _by_answers(
             "the option",
             name,
             annotator.options,
-            advice="leave it out, or give one of a model that answers in words",
+            advice="leave it out, or choose an option of this model",
         )
     return annotator.annotate(
         adata, label_key=label_key, candidates=candidates, threshold=threshold, unknown=UNKNOWN,
@@ -247,7 +255,7 @@ def _by_answers(
 def _contexts(
     reference: ad.AnnData, query: ad.AnnData, model: Pretrained, options: Mapping[str, Any]
 ) -> list[Contexts]:
-    """How the model reads the reference and the query; `DataError` where they share hardly any gene."""
+    """Return the contexts of the reference and of the query; `DataError` if they share almost no genes."""
     found = []
     for cells in (reference, query):
         here = {name: value for name, value in options.items() if _applies(name, value, cells)}
@@ -255,7 +263,7 @@ def _contexts(
             found.append(Contexts.of(cells, model, **here))
         except DataError as error:
             raise DataError(f"the reference: {error}" if cells is reference else str(error)) from error
-    # Each may have enough of the model's genes, and yet they may be others.
+    # Each can have enough genes of the model and still share few with the other.
     measured = [each.cells.measured for each in found]
     shared = int((measured[0] & measured[1]).sum())
     check_shared(shared, min(int(each.sum()) for each in measured), "those of adata and of the reference")
@@ -265,23 +273,24 @@ def _contexts(
 def _check_options(
     adata: ad.AnnData, reference: ad.AnnData, use_rep: str | None, options: Mapping[str, Any]
 ) -> None:
-    """Refuse options that would be ignored."""
+    """Raise `ConfigError` or `DataError` for options that would have no effect."""
     for name in options:
         check_choice("the option", name, (*_EMBED_OPTIONS, "n_contexts"))
         if use_rep is not None:
             raise ConfigError(
-                f"{name} is for a new embedding, but use_rep={use_rep!r} takes one that is there: give one of both."
+                f"{name} configures a new embedding, but use_rep={use_rep!r} selects an existing one: leave {name} or "
+                "use_rep out."
             )
     for name, where in (("batch_key", "obs"), ("spatial_key", "obsm")):
         key = options.get(name)
         if key is not None and not any(key in getattr(cells, where) for cells in (adata, reference)):
             raise DataError(
-                f"neither adata nor the reference has {where}[{key!r}]: name another ({name}=...)."
+                f"neither adata nor the reference has {where}[{key!r}]: set {name} to an existing key."
             )
 
 
 def _applies(name: str, value: Any, cells: ad.AnnData) -> bool:
-    """Whether an option of `embed` is for these cells: keys are for those that have them."""
+    """Return whether an option of `embed` applies to these cells: a key applies only if the cells have it."""
     if value is None:
         return False
     if name == "batch_key":
@@ -292,7 +301,7 @@ def _applies(name: str, value: Any, cells: ad.AnnData) -> bool:
 def _shares(
     searched: np.ndarray, asked: np.ndarray, labels: np.ndarray, n_neighbors: int
 ) -> tuple[pd.DataFrame, np.ndarray]:
-    """Share of each label among the neighbours of each cell, (N, labels), and the best label's column (N,)."""
+    """Return the fraction of each label among the neighbors of each cell (N, labels), and the best column (N,)."""
     codes, names = pd.factorize(labels.astype(str), sort=True)
     size = min(n_neighbors, len(searched))
     index = NearestNeighbors(n_neighbors=size, metric="cosine").fit(searched)
@@ -301,6 +310,6 @@ def _shares(
     rows = np.repeat(np.arange(len(asked)), size)
     np.add.at(shares, (rows, codes[found].ravel()), 1 / size)
     np.add.at(nearness, (rows, codes[found].ravel()), 2 - distance.ravel())
-    # Shares are multiples of 1/k, so a smaller number than that only breaks ties.
+    # Shares are multiples of 1/k, so a term smaller than 1/k only breaks ties.
     best = np.argmax(np.round(shares * size) + nearness / (2 * size + 1), axis=1)
     return pd.DataFrame(shares.astype(np.float32), columns=names), best

@@ -1,4 +1,4 @@
-"""Questions about cells to a ZerOmics model: types, rare cells, tumour cells, pathways, or anything (ZerOmics, 3.2)."""
+"""Ask a ZerOmics model about rare cells, tumor cells, pathways or anything else (ZerOmics paper, section 3.2)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from sct.version import __version__
 from sct.weights.pretrained import Pretrained
 
 
-def _able(adata: ad.AnnData, copy: bool, model: inputs.ModelLike) -> tuple[Pretrained, InstructionModel]:
-    """Check the cells, and return the model, loaded, with what answers questions about cells by it."""
+def _load(adata: ad.AnnData, copy: bool, model: inputs.ModelLike) -> tuple[Pretrained, InstructionModel]:
+    """Check the input AnnData; return the loaded model and its instruction interface."""
     inputs.check_table(adata, copy)
     handle = inputs.load_model(model)
     return handle, families.require(handle, "ask")
@@ -37,33 +37,35 @@ def find_rare(
     copy: bool = False,
     **options: Any,
 ) -> ad.AnnData | None:
-    """Ask whether each cell is of a rare type (ZerOmics, rare cell identification).
+    """Find rare cells: ask the model whether each cell belongs to a rare type (ZerOmics paper, section 3.2).
 
     Parameters
     ----------
     adata
         Raw counts (N, n_var).
     model
-        Of `sct.load`, or its path.
+        Instruction-tuned ZerOmics model: result of `sct.load`, a path or a Hub id.
     abstract
-        What is said of the study; by default `adata.uns["abstract"]`.
+        Abstract of the study, which the model reads with each cell. Default: `adata.uns["abstract"]`.
     key_added
-        Results: `obs[key_added]`, "Yes" or "No"; `obs[key_added + "_probability"]`, that the cell is rare;
-        `obsm[key_added + "_probabilities"]`, float32 (N, 2), of both; `uns[key_added]`, the parameters.
+        Prefix of the results. `obs[key_added]`: "Yes" or "No". `obs[key_added + "_probability"]`: probability that
+        the cell is rare. `obsm[key_added + "_probabilities"]`: float32 (N, 2), probabilities of "Yes" and "No".
+        `uns[key_added]`: the parameters.
     copy
-        Return a changed copy, and leave `adata` as it is.
+        If True, return a modified copy and leave `adata` unchanged.
     options
-        See `answer_by_candidates`: `seed`, `templates`, `batch_size`, `layer`, `gene_column`, `duplicates`,
-        `values`.
+        `seed`: random seed of the order in which the question lists the possible answers. `templates`: number of
+        question templates to average over. `batch_size`: cells at once. `values`: "activity" for values that are not
+        counts, such as gene activity of chromatin. `layer`, `gene_column`, `duplicates`: see `sct.tl.embed`.
 
     Raises
     ------
     ConfigError
-        The model did not learn instructions, or the abstract is missing.
+        The model is not instruction-tuned, or the abstract is missing.
     DataError
-        No raw counts, unknown genes, cells without a count.
+        The data has no raw counts, too few genes of the model, or cells without counts.
     """
-    handle, instruction_model = _able(adata, copy, model)
+    handle, instruction_model = _load(adata, copy, model)
     return answer_by_candidates(
         adata,
         handle,
@@ -88,24 +90,28 @@ def find_tumor(
     copy: bool = False,
     **options: Any,
 ) -> ad.AnnData | None:
-    """Ask which of some diseases' tumours each cell is of, or whether it is normal (ZerOmics, tumor cell discovery).
+    """Find tumor cells: ask the model which tumor each cell comes from, or whether it is a normal cell.
 
-    `uns[key_added]["learned"]` has the tasks that the model learned; only a pretrained LLaMA can answer others.
+    This is the task "tumor cell discovery" of the ZerOmics paper. `uns[key_added]["learned"]` lists the tasks that the
+    model was trained on. Only a model with a pretrained LLaMA can answer tasks that it was not trained on.
 
     Parameters
     ----------
     diseases
-        Names of tumours; by default `adata.uns["diseases"]`. "normal cell" is among the answers always.
-    adata, model, abstract, key_added, copy, options
-        See `find_rare`: `obs[key_added]` is a disease or "normal cell", `obs[key_added + "_probability"]` that the cell
-        is of any of the tumours; the columns of `obsm[key_added + "_probabilities"]` are `uns[key_added]["labels"]`.
+        Names of tumors. Default: `adata.uns["diseases"]`. The answer "normal cell" is always added.
+    adata, model, abstract, copy, options
+        See `find_rare`.
+    key_added
+        Prefix of the results. `obs[key_added]`: a tumor or "normal cell". `obs[key_added + "_probability"]`:
+        probability that the cell comes from any of the tumors. `obsm[key_added + "_probabilities"]`: float32
+        (N, answers); `uns[key_added]["labels"]` names its columns. `uns[key_added]`: the parameters.
 
     Raises
     ------
     ConfigError, DataError
-        As `find_rare`, or the diseases are missing.
+        See `find_rare`; `ConfigError` also if `diseases` is missing.
     """
-    handle, instruction_model = _able(adata, copy, model)
+    handle, instruction_model = _load(adata, copy, model)
     normal = {NORMAL, *instruction_model.normal}
     named = [
         each
@@ -114,7 +120,7 @@ def find_tumor(
     ]
     if not named:
         raise ConfigError(
-            f"diseases names no disease: give one or more; {NORMAL!r} is among the answers always."
+            f"diseases contains no disease: add at least one; the answer {NORMAL!r} is always included."
         )
     return answer_by_candidates(
         adata,
@@ -140,24 +146,28 @@ def infer_pathways(
     copy: bool = False,
     **options: Any,
 ) -> ad.AnnData | None:
-    """Ask which pathways are active in each cell (ZerOmics, cell pathway inference; no model was tuned on this task).
+    """Rank pathways by their predicted activity in each cell.
+
+    This is the task "cell pathway inference" of the ZerOmics paper. Models are not tuned on this task.
 
     Parameters
     ----------
     gene_sets
-        Names of pathways, two or more; by default `adata.uns["gene_sets"]`. A mapping of names to genes does as well,
-        whose names count.
-    adata, model, abstract, key_added, copy, options
-        See `find_rare`: `obs[key_added]` is the most probable pathway, `obs[key_added + "_probability"]` its own,
-        `obsm[key_added + "_probabilities"]` (N, sets)
-        adds up to one over the pathways and ranks them.
+        Names of two or more pathways. Default: `adata.uns["gene_sets"]`. A mapping from names to genes also works;
+        only its names are used.
+    adata, model, abstract, copy, options
+        See `find_rare`.
+    key_added
+        Prefix of the results. `obs[key_added]`: the most probable pathway. `obs[key_added + "_probability"]`: its
+        probability. `obsm[key_added + "_probabilities"]`: float32 (N, pathways), which sums to 1 over the pathways
+        and ranks them. `uns[key_added]`: the parameters.
 
     Raises
     ------
     ConfigError, DataError
-        As `find_rare`, or the pathways are missing.
+        See `find_rare`; `ConfigError` also if `gene_sets` is missing.
     """
-    handle, instruction_model = _able(adata, copy, model)
+    handle, instruction_model = _load(adata, copy, model)
     listed = study_metadata_of(adata, "gene_sets", gene_sets, "a list of names")
     return answer_by_candidates(
         adata, handle, instruction_model, "cpi", listed, abstract, key_added, copy, **options
@@ -181,42 +191,46 @@ def ask(
     duplicates: Literal["error", "sum"] = "error",
     values: Values = COUNTS,
 ) -> ad.AnnData | None:
-    """Ask any question about each cell, and write the free text of the answer.
+    """Ask any question about each cell and write the answer as free text.
 
     Parameters
     ----------
     question
-        What to ask, behind the cell and what is said of its study.
-    max_new_tokens, temperature, batch_size
-        See `sct.generation.decoding.DecodingOptions`.
+        The question. In the prompt it follows the abstract and the cell.
+    max_new_tokens
+        Maximum number of tokens in an answer.
+    temperature
+        Sampling temperature; 0 always takes the most probable token.
+    batch_size
+        Cells at once.
     seed
-        Of what is drawn where `temperature` is above 0.
+        Random seed of the sampling. No effect if `temperature` is 0.
     adata, model, abstract, copy, layer, gene_column, duplicates, values
         See `find_rare`.
     key_added
-        Results: `obs[key_added]`, texts; `uns[key_added]`, the parameters.
+        `obs[key_added]`: the answers. `uns[key_added]`: the parameters.
 
     Raises
     ------
     ConfigError, DataError
-        As `find_rare`, or the question is empty.
+        See `find_rare`; `ConfigError` also if the question is empty.
     """
     check_at_least("seed", seed, 0)
     check_key(key_added)
-    check_text("question", question, advice="ask something")
-    handle, instruction_model = _able(adata, copy, model)
-    said = study_metadata_of(adata, "abstract", abstract, "a text")
+    check_text("question", question, advice="pass the question as text")
+    handle, instruction_model = _load(adata, copy, model)
+    study_metadata = study_metadata_of(adata, "abstract", abstract, "a text")
     options = {"layer": layer, "gene_column": gene_column, "duplicates": duplicates, "values": values}
     how = DecodingOptions(max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size)
     texts: list[str] = []
     for records, keys in blocks_of(adata, handle, instruction_model, options):
         texts += instruction_model.ask(
-            question, records, [said] * len(keys), keys=keys, seed=seed, options=how
+            question, records, [study_metadata] * len(keys), keys=keys, seed=seed, options=how
         )
     target = inputs.output_adata(adata, copy)
     target.obs[key_added] = np.array(texts, dtype=object)
     target.uns[key_added] = {
         "sct_version": __version__, "model": repr(handle), "weights": handle.fingerprint, "question": question,
-        "abstract": said, "temperature": temperature, "seed": seed, "values": values,
+        "abstract": study_metadata, "temperature": temperature, "seed": seed, "values": values,
     }  # fmt: skip
     return target if copy else None

@@ -35,17 +35,17 @@ def embed(
     n_contexts: int = 1,
     copy: bool = False,
 ) -> ad.AnnData | None:
-    """Embed cells without training, by any model that reads cells.
+    """Compute cell embeddings with a pretrained model, without training.
 
-    Embeddings are means: for sCT over a cell's transformer positions (sCT paper, section 4), for the cell model of
-    ZerOmics over a cell's genes, for cell-sentence models over the last hidden states of the sentence's tokens. All but
-    sCT read single cells: they ignore the groups of `batch_key`, and refuse `spatial_key`, `context`, `cells_per_bag`
-    and `n_contexts`.
+    The embedding of a cell is a mean: for sCT over the transformer positions of the cell (sCT paper, section 4), for
+    the ZerOmics cell model over the genes of the cell, and for cell-sentence models over the last hidden states of the
+    sentence tokens. All models except sCT read single cells. They ignore the groups of `batch_key` and do not accept
+    `spatial_key`, `context`, `cells_per_bag` and `n_contexts`.
 
-    sCT reads bags of cells, and the embedding of a cell depends on its bag. Bags are drawn with `seed` from windows of
-    10,000 cells of a batch; with `spatial_key` they are compact tiles. The last bag is filled with the first cells
-    (with `spatial_key`, with the nearest). The result depends on the cells, their order and the seed. It does not
-    depend on `batch_size`, the devices, or whether `adata` is backed (up to rounding). The same call gives the same
+    sCT reads bags of cells, so the embedding of a cell depends on its bag. Bags are drawn with `seed` from windows of
+    10,000 cells of a batch. With `spatial_key`, bags are compact tiles of the section. The last bag is filled up with
+    the first cells (with `spatial_key`, with the nearest cells). The result depends only on the cells, their order and
+    the seed. `batch_size`, the devices and backed mode change it by rounding at most. The same call gives the same
     bytes.
 
     Parameters
@@ -55,40 +55,41 @@ def embed(
     model
         Result of `sct.load`, a path or a Hub id.
     layer
-        Where the raw counts are; by default the first of X, raw and layers["counts"] that holds them.
+        Layer with the raw counts. By default, the first of X, raw and layers["counts"] that holds raw counts.
     key_added
-        Embedding: `obsm[key_added]`, float32 (N, D). Parameters: `uns[key_added]`. With `spatial_key`, also the scales
-        of sections: `uns["sct_sections"]`.
+        `obsm[key_added]`: the embedding, float32 (N, D). `uns[key_added]`: the parameters. With `spatial_key`,
+        `uns["sct_sections"]`: the scale of each section.
     batch_key
-        Column of `obs`: cells share a bag only within a batch (a donor, a slide).
+        Column of `obs` with the batch of each cell (a donor, a slide). All cells of a bag come from the same batch.
     spatial_key
-        Key of positions in `obsm`, for sCT: bags are neighbors. Models trained on coordinates also read them.
+        Key of the positions in `obsm`, for sCT. Bags then contain neighboring cells. Models that were trained with
+        coordinates also read the positions.
     context
-        With `spatial_key`: "tiles", or "neighbors": one bag per cell with its nearest cells, as in training;
-        `cells_per_bag` times the work.
+        With `spatial_key`: "tiles" divides a section into tiles of `cells_per_bag` cells. "neighbors" makes one bag
+        per cell, with the cell and its nearest cells, as in training; this takes `cells_per_bag` times the computation.
     cells_per_bag
-        K; by default that of training.
+        Number of cells in a bag (K). Default: the value from training.
     batch_size
-        Bags (or cells) at once; by default about a million gene tokens per device (65,536 where cells are read one by
-        one).
+        Bags (or single cells) at once. Default: about a million gene tokens per device, or 65,536 for models that read
+        single cells.
     gene_column, duplicates
         See `sct.GeneVocabulary.align`.
     seed
-        Seed of the bags; for cell sentences, of the order of genes with equal counts.
+        Random seed of the bags. For cell sentences, random seed of the order of genes with equal counts.
     n_contexts
-        Draws of the bags, by `seed`, `seed + 1`, ..., whose mean is the embedding. With `spatial_key` bags follow from
-        positions, and 1 is needed.
+        Number of bag draws (seeds `seed`, `seed + 1`, ...). The result is the mean of their embeddings. With
+        `spatial_key` it must be 1, because the positions determine the bags.
     copy
-        Return a changed copy, and leave `adata` as it is.
+        If True, return a modified copy and leave `adata` unchanged.
 
     Raises
     ------
     ConfigError
-        The model has no cell embedding, or does not take an option.
+        The model has no cell embeddings or does not accept an option.
     DataError
-        No raw counts, unknown genes, cells without a count, a missing column or key.
+        The data has no raw counts, too few genes of the model, or cells without counts; or a column or key is missing.
     CheckpointError
-        What the model computes is not finite; nothing is written then.
+        The model output is not finite. In this case nothing is written.
     """
     inputs.check_table(adata, copy)
     found = Contexts.of(
@@ -107,14 +108,18 @@ def embed(
 
 @dataclasses.dataclass(frozen=True)
 class Contexts:
-    """The cells of an AnnData, and the bags in which a model reads them: several draws of them, each with an embedding.
+    """Plan for embedding the cells of an AnnData in one or several draws of bags.
 
     Attributes
     ----------
-    model, reader, cells
-        What reads, how, and what is read.
+    model
+        The loaded model.
+    reader
+        Applies the model to cells.
+    cells
+        Counts of the cells, aligned to the genes of the model.
     settings
-        The parameters, as `uns` keeps them.
+        The parameters, as they are written to `uns`.
     context, batch_size
         See `embed`.
     """
@@ -133,7 +138,7 @@ class Contexts:
         batch_size: int | None = None, gene_column: str | None = None,
         duplicates: Literal["error", "sum"] = "error", seed: int = 0, n_contexts: int = 1,
     ) -> Contexts:  # fmt: skip
-        """Check everything that `embed` is given."""
+        """Check the arguments of `embed` and build the plan."""
         reader: CellReader = families.require(model, "embed")
         _check_single(
             reader,
@@ -148,8 +153,8 @@ class Contexts:
         check_at_least("n_contexts", n_contexts, 1)
         if n_contexts > 1 and spatial_key is not None:
             raise ConfigError(
-                f"n_contexts is {n_contexts}, but with spatial_key bags follow from positions, so there is nothing to "
-                "average: leave out n_contexts or spatial_key."
+                f"n_contexts is {n_contexts}, but with spatial_key it must be 1, because the positions determine the "
+                "bags: leave out n_contexts or spatial_key."
             )
         parts = inputs.sections(adata, batch_key, spatial_key)
         bags.check_context(context, parts[0])
@@ -165,13 +170,13 @@ class Contexts:
         return cls(model, reader, cells, settings, context, batch_size)
 
     def draws(self) -> Iterator[np.ndarray]:
-        """The embedding (N, D) float32 in each draw of the bags."""
-        said, name = self.settings, self.reader.readout
-        for seed in range(said["seed"], said["seed"] + said["n_contexts"]):
+        """Yield the embedding (N, D) float32 of each bag draw."""
+        settings, name = self.settings, self.reader.readout
+        for seed in range(settings["seed"], settings["seed"] + settings["n_contexts"]):
             orders = None
             if self.reader.in_bags:
                 orders = [
-                    bags.plan_bags(part, said["cells_per_bag"], seed, self.context)
+                    bags.plan_bags(part, settings["cells_per_bag"], seed, self.context)
                     for part in self.cells.sections
                 ]
             embedding = np.zeros((0, 0), np.float32)
@@ -185,19 +190,19 @@ class Contexts:
             yield embedding
 
     def write(self, target: ad.AnnData, total: np.ndarray, key: str) -> None:
-        """Write the mean of the draws, of their sum (N, D), and how it was made."""
-        said = self.settings
-        target.obsm[key] = (total / np.float32(said["n_contexts"])).astype(np.float32, copy=False)
-        inputs.keep_scales(target, self.cells.sections, said["batch_key"], said["spatial_key"])
-        target.uns[key] = inputs.record(self.model, self.cells, **said)
+        """Write the mean embedding and the parameters; `total` (N, D) is the sum over the bag draws."""
+        settings = self.settings
+        target.obsm[key] = (total / np.float32(settings["n_contexts"])).astype(np.float32, copy=False)
+        inputs.keep_scales(target, self.cells.sections, settings["batch_key"], settings["spatial_key"])
+        target.uns[key] = inputs.record(self.model, self.cells, **settings)
 
 
 def _check_single(reader: CellReader, model: Pretrained, **given: Any) -> None:
-    """Raise `ConfigError` where options of bags are given for a model that reads cells one by one."""
+    """Raise `ConfigError` if bag options are set for a model that reads single cells."""
     defaults = {"cells_per_bag": None, "spatial_key": None, "n_contexts": 1, "context": bags.CONTEXTS[0]}
     for name, value in given.items():
         if not reader.in_bags and value != defaults[name]:
             raise ConfigError(
-                f"{name} is {value!r}, but a model of the family {model.family!r} reads cells one by one: leave {name} "
-                "out."
+                f"{name} is {value!r}, but models of the family {model.family!r} read single cells, not bags: leave "
+                f"{name} out."
             )

@@ -23,9 +23,9 @@ from sct.inference import inputs
 from sct.inference.bags import BagReader, plan_bags
 
 MISSING = "missing"
-# Endings of the names of results.
+# Suffixes of the result names.
 RESULTS = ("expected", "level", "probability")
-# Share of a bag's cells that are hidden together where whole cells are imputed: 10 of 50.
+# Maximum fraction of the cells of a bag that are hidden at once when whole cells are imputed: 10 of 50.
 HIDDEN_SHARE = 0.2
 _BLOCK = 2_000
 
@@ -47,63 +47,64 @@ def impute(
     seed: int = 0,
     copy: bool = False,
 ) -> ad.AnnData | None:
-    """Predict the expression of genes or of whole cells from all the rest (sCT paper, section 4).
+    """Impute genes or whole cells from the rest of the data (sCT paper, section 4).
 
-    What is asked for is hidden from the model, whether it was measured or not, and predicted as a
-    distribution over expression levels. The expected raw count is the sum of the levels' probabilities times the
-    counts that stand for them: the means of the cell's own levels among the genes that are shown; for a cell of
-    which nothing is shown, the average of these means over the shown cells of its bag. For level 1 it is what the
-    gene has there, see `sct.data.tokenize.expected_counts`.
+    The requested values are hidden from the model, whether they were measured or not. The model predicts a probability
+    for each expression level. The expected raw count is the sum over levels of probability x mean count of the level.
+    The mean count of a level is computed from the visible genes of the cell. If a cell has no visible genes, it is the
+    average over the visible cells of the bag. Level 1 is computed per gene, see `sct.data.tokenize.expected_counts`.
 
-    Probabilities are those of a gene chosen regardless of its expression. Training masks expressed genes more often
-    than others; where the loss did not correct for that, the correction is made here (`sct.data.class_prior`).
+    Training masks expressed genes more often than unexpressed genes. The predicted probabilities are corrected for
+    this, unless the training loss already was (`sct.data.class_prior`).
 
-    Results, for `key_added="sct"`:
+    Results with `key_added="sct"`:
 
-    - `layers["sct_expected"]` (N, n_var) float32 CSR: raw counts, with the expected count in place of what was
-      imputed; `layers["sct_level"]` uint8 CSR: the same with the most likely levels (0 unexpressed, 1 lowest, ...;
-      what was counted by the range of all counts of its cell; genes the model does not know have none);
-      `layers["sct_probability"]` float32 CSR: the same with the probability that the raw count is at least 1 (what
-      was not imputed has 1 or 0, by its count).
-    - for genes that are not in `adata.var` or stand in several of its columns, and for a backed `adata`:
-      `obsm["sct_expected"]`, `obsm["sct_level"]` and `obsm["sct_probability"]`, tables (N, genes) with the names that
-      were given; NaN for cells that were not asked for.
-    - `uns["sct"]`: what was imputed (`genes`, `cells`; `var_names` of those in layers), and the parameters.
+    - `layers["sct_expected"]` (N, n_var) float32 CSR: expected raw count of imputed values, raw count of all others.
+    - `layers["sct_level"]` (N, n_var) uint8 CSR: most likely level of imputed values (0 unexpressed, 1 lowest, ...),
+      observed level of all others. Levels divide the range of all counts of a cell. Genes that the model does not know
+      have no level.
+    - `layers["sct_probability"]` (N, n_var) float32 CSR: probability that the raw count is at least 1; 1 or 0 for
+      values that were not imputed.
+    - `obsm["sct_expected"]`, `obsm["sct_level"]` and `obsm["sct_probability"]`: tables (N, genes) for genes that are
+      not in `adata.var` or occur in several of its columns, and for a backed `adata`. Columns have the requested
+      names. Cells that were not requested have NaN.
+    - `uns["sct"]`: what was imputed (`genes`, `cells`, and `var_names` of the genes in layers), and the parameters.
 
-    X is never changed; results of an earlier call with this `key_added` are removed. Bags are those of
-    `sct.tl.embed`; where whole cells are imputed one cell or a fifth of a bag is hidden, and the rest are cells
-    that are shown: random ones, or with positions the nearest.
+    X is never changed. Results of an earlier call with the same `key_added` are removed. The bags are the same as in
+    `sct.tl.embed`. If whole cells are imputed, one cell or up to a fifth of a bag is hidden. The other cells of the bag
+    are visible: random cells or, with positions, the nearest cells.
 
     Parameters
     ----------
     adata
         Raw counts (N, n_var), in memory or backed.
     model
-        Of `sct.load`, or its path.
+        Result of `sct.load`, a path or a Hub id.
     genes
-        Ids or symbols of the model's vocabulary, in `adata` or not; "missing" for all genes of the vocabulary
-        that the panel lacks (N x thousands of values).
+        Ids or symbols of genes that the model knows; they do not have to be in `adata`. "missing" imputes all genes of
+        the model that the panel lacks (N x thousands of values).
     cells
-        Cells to impute as a whole, all their genes in `adata` (with `genes`: these genes in these cells only):
-        names, row numbers, or a mask (N,).
+        Cells to impute: names, row numbers, or a mask (N,). Without `genes`, all genes of `adata` are imputed in these
+        cells. With `genes`, only these genes are imputed in these cells.
     layer, batch_key, spatial_key, cells_per_bag, batch_size, gene_column, duplicates, seed, copy
         See `sct.tl.embed`.
     key_added
-        Beginning of the names of the results.
+        Prefix of the names of the results.
 
     Raises
     ------
     ConfigError
-        Neither genes nor cells are given.
+        Neither `genes` nor `cells` is set.
     DataError
-        Unknown genes or cells, no cell left to look at, and what `sct.tl.embed` refuses.
+        A gene or cell is unknown, no visible cell is left, or `sct.tl.embed` cannot read the data.
     CheckpointError
-        What the model computes is not finite; nothing is written then.
+        The model output is not finite. In this case nothing is written.
     """
     inputs.check_table(adata, copy)
     if genes is None and cells is None:
         raise ConfigError(
-            'say what to impute: genes=["CD3E", ...], genes="missing" for genes that the panel lacks, or cells=...'
+            'genes and cells are both missing: set genes=["CD3E", ...], genes="missing" for the genes that the panel '
+            "lacks, or cells=..."
         )
     handle = inputs.load_model(model)
     reader: BagReader = families.require(handle, "impute")
@@ -112,7 +113,7 @@ def impute(
     size = reader.cells_per_bag(cells_per_bag)
     if adata.isbacked and cells is not None:
         raise DataError(
-            "of a backed AnnData only genes are imputed: load it with adata.to_memory() for whole cells."
+            "adata is backed, but cells=... needs it in memory: load it with adata.to_memory(), or impute genes only."
         )
     check_at_least("seed", seed, 0)
     chosen = None if cells is None else _rows(adata, cells)
@@ -122,8 +123,8 @@ def impute(
     )
     if table.counts_from == "raw.X" and not (adata.var_names.is_unique and adata.raw.var_names.is_unique):
         raise DataError(
-            "names in var or raw.var occur more than once, so the genes of raw cannot be told apart in var: call "
-            "adata.var_names_make_unique(), and make those of raw unique."
+            "var_names or raw.var_names are not unique, so the genes of raw cannot be matched to var: call "
+            "adata.var_names_make_unique(), and make the names in raw unique."
         )
     column = _columns(adata, table)
     wanted, names = _genes(handle, table, column, genes)
@@ -155,25 +156,25 @@ def impute(
 def _masked_cell_order(
     section: Section, hidden: np.ndarray, cells_per_bag: int, seed: int
 ) -> BagOrder | None:
-    """Bags of a section that holds hidden cells (n,), None for another."""
+    """Return the bags of a section, given a mask (n,) of its hidden cells; None if no cell is hidden."""
     where = f" of {section.name}" if section.name else ""
     if not hidden.any():
         return None
     if hidden.all():
         raise DataError(
-            f"all {len(hidden):,} cells{where} are to be imputed, but some must be left to look at: choose fewer."
+            f"all {len(hidden):,} cells{where} are selected for imputation, but some must stay visible: select fewer."
         )
     if cells_per_bag < 2:
         raise ConfigError(
-            "a bag has one cell, but whole cells are imputed from others: set cells_per_bag to 2 or more."
+            "cells_per_bag is 1, but imputing whole cells needs other cells in the bag: set it to 2 or more."
         )
-    # Not more than the share of the cells that there are, so that a small section is mostly seen.
+    # A section can be smaller than a bag; most of its cells must stay visible too.
     most = max(1, int(HIDDEN_SHARE * min(cells_per_bag, len(hidden))))
     return masked_cell_order(section.rows, hidden, cells_per_bag, most, seed, section.places)
 
 
 def _rows(adata: ad.AnnData, cells: Any) -> np.ndarray:
-    """Mask (N,) of the cells that a person names."""
+    """Return a mask (N,) of the selected cells."""
     given = np.asarray(cells)
     mask = np.zeros(adata.n_obs, bool)
     if given.dtype == bool:
@@ -182,31 +183,33 @@ def _rows(adata: ad.AnnData, cells: Any) -> np.ndarray:
     elif given.dtype.kind in "iu":
         if given.size and not (given.min() >= 0 and given.max() < adata.n_obs):
             raise DataError(
-                f"cells name rows {given.min()} to {given.max()}, but there are 0 to {adata.n_obs - 1}."
+                f"cells has row numbers {given.min()} to {given.max()}, but adata has rows 0 to {adata.n_obs - 1}: use "
+                "row numbers in this range."
             )
         mask[given] = True
     else:
         if not adata.obs_names.is_unique:
             raise DataError(
-                "names in obs_names occur more than once, but each must name one cell: call "
-                "adata.obs_names_make_unique() if they are different cells."
+                "obs_names are not unique, so a name can mean several cells: call adata.obs_names_make_unique() if the "
+                "repeated names are different cells."
             )
         found = adata.obs_names.get_indexer(np.atleast_1d(given).astype(str))
         if (found < 0).any():
             lost = np.atleast_1d(given)[found < 0]
             raise DataError(
-                f"{len(lost):,} cells are not in obs_names (first: {str(lost[0])!r}): give names that are."
+                f"{len(lost):,} cells are not in obs_names (first: {str(lost[0])!r}): correct their names, or leave "
+                "them out."
             )
         mask[found] = True
     if not mask.any():
-        raise DataError("no cell is chosen: name at least one in cells.")
+        raise DataError("cells selects no cell: select at least one.")
     return mask
 
 
 def _genes(
     model: Any, table: CellCounts, column: np.ndarray, genes: str | Iterable[str] | None
 ) -> tuple[np.ndarray, list[str]]:
-    """Positions in the vocabulary, and names, of the genes that are to be predicted."""
+    """Return the vocabulary positions and the names of the genes to predict."""
     vocabulary = model.vocabulary
     if genes is None:
         wanted = np.flatnonzero(table.measured & (column >= 0))
@@ -214,7 +217,9 @@ def _genes(
     if isinstance(genes, str) and genes == MISSING:
         wanted = np.flatnonzero(~table.measured)
         if not len(wanted):
-            raise DataError("the panel lacks no gene of the vocabulary: name the genes to impute.")
+            raise DataError(
+                'genes is "missing", but adata has all genes of the model: set genes to a list of names.'
+            )
         alone = [
             vocabulary.owners_of_symbol.get(vocabulary.symbols[gene]) == (gene,) for gene in wanted.tolist()
         ]
@@ -228,15 +233,15 @@ def _genes(
 
 @dataclasses.dataclass(frozen=True)
 class _Predictions:
-    """What is predicted of the chosen cells (m,) and wanted genes (n,).
+    """Predictions for m cells and n genes.
 
     Attributes
     ----------
     rows
-        int (m,) rows of the table.
+        Row number of each cell, int (m,).
     values
-        By the ending of its name (`RESULTS`): expected counts and probability of expression float32 (m, n), level
-        uint8.
+        Arrays (m, n) by result suffix (`RESULTS`): expected counts (float32), level (uint8), probability of expression
+        (float32).
     """
 
     rows: np.ndarray
@@ -265,7 +270,7 @@ def _predict(
 
     def masked(bag: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
         tokens, masked_slots = bag["tokens"].copy(), np.flatnonzero(chosen[rows])
-        if whole:  # as in training: what was not measured is not masked
+        if whole:  # as in training: genes that were not measured are not masked
             tokens[masked_slots] = np.where(
                 bag["measured"] & (tokens[masked_slots] < config.num_bins), config.mask, tokens[masked_slots]
             )
@@ -276,7 +281,7 @@ def _predict(
         asked[: len(flat)] = flat
         return {"tokens": tokens, "positions": asked}
 
-    # As many positions as the fullest bag asks for, so that one program serves all.
+    # All bags use the size of the largest one, so that XLA compiles only one program.
     full = max(
         int(chosen[order.rows.reshape(-1, order.cells_per_bag)].sum(axis=1).max())
         for order in orders
@@ -320,14 +325,13 @@ def _write(
     key: str,
     model: Any,
 ) -> np.ndarray:
-    """Put predictions into layers, and those of genes that `var` lacks into obsm; return which are in layers."""
+    """Write predictions to layers, or to obsm for genes without a column; return a mask of the genes in layers."""
     places = result.rows
     there = column[wanted] >= 0
     if target.isbacked:
         there[:] = False
-    for name in (
-        f"{key}_{ending}" for ending in result.values
-    ):  # of an earlier call, about other genes or cells
+    # An earlier call can have imputed other genes or cells.
+    for name in (f"{key}_{ending}" for ending in result.values):
         for slot in (target.layers, target.obsm):
             if name in slot:
                 del slot[name]
@@ -360,7 +364,7 @@ def _write(
         for ending, values in result.values.items():
             name = f"{key}_{ending}"
             whole = values[:, ~there]
-            if len(places) < target.n_obs:  # cells that were not asked for have no value, and no level either
+            if len(places) < target.n_obs:  # NaN for cells that were not requested
                 whole = np.full((target.n_obs, whole.shape[1]), np.nan, np.float32)
                 whole[places] = values[:, ~there]
             lacking = [gene for gene, inside in zip(names, there, strict=True) if not inside]
@@ -369,7 +373,7 @@ def _write(
 
 
 def _columns(target: ad.AnnData, table: CellCounts) -> np.ndarray:
-    """Column of `target.var` that holds each gene of the vocabulary, -1 where there is none or several do."""
+    """Return the column of `target.var` of each vocabulary gene, -1 if no column or several columns have it."""
     column = np.full(len(table.vocabulary), -1)
     of_input = table.alignment.columns
     times = np.bincount(of_input[of_input >= 0], minlength=len(column))
@@ -384,7 +388,7 @@ def _columns(target: ad.AnnData, table: CellCounts) -> np.ndarray:
 
 
 def _counts(target: ad.AnnData, table: CellCounts) -> sparse.csr_matrix:
-    """Raw counts (N, n_var) over all genes of `target`, those outside of the vocabulary included."""
+    """Return raw counts (N, n_var) of all genes of `target`, including genes outside the vocabulary."""
     matrix = table.matrix
     if table.counts_from == "raw.X":
         where = target.raw.var_names.get_indexer(target.var_names)
@@ -394,9 +398,9 @@ def _counts(target: ad.AnnData, table: CellCounts) -> sparse.csr_matrix:
 
 
 def _levels(target: ad.AnnData, table: CellCounts, column: np.ndarray, model: Any) -> sparse.csr_matrix:
-    """Levels (N, n_var) of what was counted, by the range of all of a cell's counts of the model's genes.
+    """Return the level (N, n_var) of each observed count, from the range of the cell's counts of the model's genes.
 
-    The model may have read other levels: it is shown neither what is hidden nor genes that are noise.
+    The model can see other levels, because it sees neither hidden values nor genes below the noise threshold.
     """
     known = np.flatnonzero(column >= 0)
     place = sparse.csr_matrix(

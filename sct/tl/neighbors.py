@@ -20,31 +20,32 @@ def spatial_neighbors(
     key_added: str = "sct_neighbors",
     copy: bool = False,
 ) -> ad.AnnData | None:
-    """Make the bag of each cell from positions: itself and its nearest neighbours (sCT paper, appendix A).
+    """Find the spatial bag of each cell: the cell and its nearest neighbors (sCT paper, appendix A).
 
-    These are the bags that spatial training draws and that `sct.tl.embed(..., context="neighbors")` uses.
+    Spatial training and `sct.tl.embed(..., context="neighbors")` use the same bags.
 
     Parameters
     ----------
     adata
         Cells with positions `obsm[spatial_key]` (N, 2), in any unit.
     cells_per_bag
-        K, the cell included.
+        Number of cells in a bag (K), including the cell itself.
     spatial_key
-        Key of the positions.
+        Key of the positions in `obsm`.
     batch_key
-        Column of `obs` that names the slide: neighbours are of the same slide.
+        Column of `obs` with the slide of each cell. Neighbors always come from the same slide.
     key_added
-        `obsm[key_added]`, int64 (N, K): rows of `adata`, the cell first and then by distance, -1 where a slide
-        has fewer than K cells; `obs[key_added + "_radius"]`, the distance to the farthest of them in the unit
-        of the positions; `uns[key_added]`: the parameters.
+        Prefix of the results. `obsm[key_added]`, int64 (N, K): row numbers of `adata`, first the cell itself and then
+        its neighbors by increasing distance, -1 where a slide has fewer than K cells.
+        `obs[key_added + "_radius"]`: distance to the farthest neighbor, in the unit of the positions.
+        `uns[key_added]`: the parameters.
     copy
-        Return a changed copy, and leave `adata` as it is.
+        If True, return a modified copy and leave `adata` unchanged.
 
     Raises
     ------
     DataError
-        No such key or column, a position that is missing.
+        A key or column does not exist, or a position is missing.
     """
     inputs.check_table(adata, copy)
     check_at_least("cells_per_bag", cells_per_bag, 1)

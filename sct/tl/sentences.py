@@ -1,4 +1,4 @@
-"""`sct.tl.to_sentences`, `sct.tl.generate_cells`, `sct.tl.describe`: cells as text and text as cells."""
+"""`sct.tl.to_sentences`, `sct.tl.generate_cells`, `sct.tl.describe`: convert cells to text and text to cells."""
 
 from __future__ import annotations
 
@@ -36,34 +36,36 @@ def to_sentences(
     gene_column: str | None = None,
     duplicates: Literal["error", "sum"] = "error",
 ) -> pd.Series:
-    """Write each cell as a sentence: its expressed genes in descending order (Cell2Sentence paper, section 3.1).
+    """Convert each cell to a cell sentence: its expressed genes in descending order (Cell2Sentence paper, section 3.1).
 
-    Genes of equal counts stand in a random order that depends on the seed, the cell's name and the gene alone.
+    Genes with equal counts are in random order. This order depends only on the seed, the name of the cell and the gene.
 
     Parameters
     ----------
     adata
         Raw counts (N, n_var), in memory or backed.
     top_k
-        Words at most; by default all expressed genes (with `model`, as many as it reads).
+        Maximum number of genes in a sentence. Default: all expressed genes; with `model`, the number that it reads.
     seed
-        Of the order of ties.
+        Random seed of the order of genes with equal counts.
     model
-        Write the words of this model alone. Otherwise every gene of `adata` is a word: its name, or the symbol of an
-        Ensembl id that the human gene table knows.
+        Write only the gene names that this model knows. Without a model, all genes of `adata` are written, by their
+        name. Ensembl ids in the human gene table are replaced by symbols.
     layer
-        Where the raw counts are; by default the first of X, raw and layers["counts"] that holds them.
+        Layer with the raw counts. By default, the first of X, raw and layers["counts"] that holds raw counts.
     gene_column, duplicates
         With `model`: see `sct.GeneVocabulary.align`.
 
     Returns
     -------
-    Sentences indexed by cell; an empty cell has an empty one.
+    Sentences, indexed by cell. A cell without counts has an empty sentence.
 
     Raises
     ------
+    ConfigError
+        `gene_column` or `duplicates` is set without `model`.
     DataError
-        No raw counts, or genes that cannot be words: repeated names, or white space in one.
+        The data has no raw counts, a gene name occurs more than once, or a gene name contains white space.
     """
     inputs.check_table(adata, False)
     check_at_least("seed", seed, 0)
@@ -71,7 +73,7 @@ def to_sentences(
         check_at_least("top_k", top_k, 1, advice="leave it out to write all expressed genes")
     if model is None and (gene_column is not None or duplicates != "error"):
         raise ConfigError(
-            "gene_column and duplicates say how genes become those of a model: give one, or leave them out."
+            "gene_column and duplicates match genes to a model, but model is missing: set model, or leave them out."
         )
     if model is not None:
         handle = inputs.load_model(model)
@@ -82,16 +84,16 @@ def to_sentences(
         made = written(table, sentence_model, np.arange(adata.n_obs), top_k=top_k, seed=seed)
     else:
         found = counts.validate(adata, layer=layer)
-        words, keys = _words(found.var), cell_keys(adata.obs_names)
+        gene_names, keys = _gene_names(found.var), cell_keys(adata.obs_names)
         made = []
         for start in range(0, adata.n_obs, BLOCK):
             block = sparse.csr_matrix(counts.exact_integers(found.matrix[start : start + BLOCK]))
-            made += sentences(block, words, top_k=top_k, seed=seed, keys=keys[start : start + BLOCK])
+            made += sentences(block, gene_names, top_k=top_k, seed=seed, keys=keys[start : start + BLOCK])
     return pd.Series(made, index=adata.obs_names, name="sentence", dtype=object)
 
 
-def _words(var: pd.DataFrame) -> list[str]:
-    """Name of each column; the symbol of an Ensembl id that the human table knows."""
+def _gene_names(var: pd.DataFrame) -> list[str]:
+    """Return the name of each gene, or its symbol if the name is an Ensembl id in the human gene table."""
     names = [str(name) for name in var.index]
     human = GeneVocabulary.human()
     symbols = dict(zip(human.ensembl_ids, sentence_gene_names(human), strict=True))
@@ -114,37 +116,40 @@ def generate_cells(
     max_new_tokens: int | None = None,
     batch_size: int = 32,
 ) -> ad.AnnData:
-    """Generate cells with a model of cell sentences, and restore their expression (Cell2Sentence paper, 3.1, D).
+    """Generate cells with a cell-sentence model and convert them to expression (Cell2Sentence paper, 3.1 and D).
 
     Parameters
     ----------
     model
-        Of `sct.load`, or its path.
+        Cell-sentence model: result of `sct.load`, a path or a Hub id.
     cell_type, tissue, labels, text
-        What the cells should be, at most one of them: a cell type; a tissue; labels that the model was trained on
-        together, such as {"cell type": "T cell", "exposure": "acute"}; an abstract of a study. A list asks for `n`
-        cells of each of its entries. With none of them cells are generated unconditionally.
+        Condition of the generation; set at most one. `cell_type`: a cell type. `tissue`: a tissue. `labels`: labels
+        that the model learned together, such as {"cell type": "T cell", "exposure": "acute"}. `text`: an abstract of a
+        study. A list generates `n` cells for each of its entries. Without a condition, generation is unconditional.
     n
-        Cells of each.
+        Number of cells per condition.
     seed
-        The same seed gives the same cells.
+        Random seed. The same seed gives the same cells.
     fit
-        Training study whose line turns ranks into expression; "all" is that of all of them.
-    temperature, top_p, max_new_tokens
-        How words are drawn; by default as in the paper, 0.7 and 0.9, as long as a sentence may be.
+        Name of the training study whose linear fit converts gene ranks to expression. "all" is the fit over all
+        studies.
+    temperature, top_p
+        Sampling temperature and nucleus sampling. Default: the values of the paper, 0.7 and 0.9.
+    max_new_tokens
+        Maximum number of tokens per cell. Default: enough for the longest sentence that the model learned.
     batch_size
         Cells generated at once.
 
     Returns
     -------
-    AnnData with X float32, log10(1 + counts per 10,000), of the model's genes (`var`: Ensembl ids and symbols);
-    `obs`: what was asked for, `sentence`, `n_words`, `n_valid`, `n_unique`, `valid_share`, `unique_share` and
-    `finished` (whether the model ended the sentence itself); `uns["sct"]`: model, seed and options.
+    AnnData with the genes of the model (`var`: Ensembl ids and symbols). X is float32, log10(1 + counts per 10,000).
+    `obs` has the condition, `sentence`, `n_words`, `n_valid`, `n_unique`, `valid_share`, `unique_share` and `finished`
+    (whether the model ended the sentence itself). `uns["sct"]` has the model, the seed and the options.
 
     Raises
     ------
     ConfigError
-        Contradicting conditions, or the model did not learn what is asked.
+        Several conditions are set, or the model did not learn the condition.
     """
     handle = inputs.load_model(model)
     sentence_model = families.require(handle, "generate")
@@ -156,7 +161,7 @@ def generate_cells(
     if len(asked) > 1:
         given_as = ["text" if name == "abstract" else name for name in asked]
         raise ConfigError(
-            f"{' and '.join(given_as)} were given together: give one, or combine them as labels."
+            f"{' and '.join(given_as)} are set, but only one condition is allowed: keep one, or combine them in labels."
         )
     name = next(iter(asked), None)
     task = "unconditional" if name is None else f"{name}_to_cell"
@@ -175,7 +180,7 @@ def generate_cells(
         task, fields, seed=seed, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )  # fmt: skip
-    # Words that are not of the template's form are words still, and count as invalid.
+    # If the output does not match the answer template, its words still count, as invalid ones.
     texts = made["answer"].where(made["answer"].notna(), made["text"]).tolist()
     matrix, table = sentence_model.expression(texts, fit)
     obs = table.set_axis(pd.Index([f"generated_{i}" for i in range(len(wanted))]), axis=0)
@@ -201,22 +206,22 @@ def generate_cells(
 
 
 def _check_known(sentence_model: CellSentenceModel, name: str, many: Sequence[Any]) -> None:
-    """Refuse names of cell types and tissues that the model has never seen: it would make up something else."""
+    """Raise `ConfigError` for a cell type or tissue that the model did not see in training."""
     check_not_empty(name, many)
     known = sentence_model.labels.get(name)
     if name not in ("cell_type", "tissue") or known is None:
         return
     for value in many:
-        check_choice(name, value, known, advice="choose one that the model has seen in training")
+        check_choice(name, value, known, advice="choose one from the training data of the model")
 
 
 def _in_order(sentence_model: CellSentenceModel, labels: Any) -> dict[str, Any]:
-    """Labels in the order in which the model learned them; `ConfigError` unless they are all of these."""
+    """Return labels in the order of the training data; `ConfigError` if one is missing or unknown."""
     learned = list(parse_labels(next(iter(sentence_model.labels.get("labels", [""])), "")))
     if not isinstance(labels, Mapping) or (learned and set(labels) != set(learned)):
         shown = ", ".join(map(str, labels)) if isinstance(labels, Mapping) else repr(labels)
         raise ConfigError(
-            f"the labels are {shown}, but the model learned {', '.join(learned)} together: give all of them."
+            f"labels has {shown}, but the model learned {', '.join(learned)} together: set exactly these."
         )
     return {key: labels[key] for key in learned or labels}
 
@@ -236,29 +241,29 @@ def describe(
     key_added: str = "sct_description",
     copy: bool = False,
 ) -> ad.AnnData | None:
-    """Write a text about each cell: the summary of a study that it may be from (Cell2Sentence paper, section 4.4).
+    """Describe each cell in text: generate the abstract of a matching study (Cell2Sentence paper, section 4.4).
 
     Parameters
     ----------
     adata
         Raw counts (N, n_var).
     model
-        A model of cell sentences that was trained on abstracts (task cell_to_abstract).
+        Cell-sentence model that was trained on abstracts (task cell_to_abstract).
     seed, temperature, top_p, max_new_tokens, batch_size
         See `sct.tl.generate_cells`.
     layer, gene_column, duplicates
         See `sct.tl.embed`.
     key_added
-        Texts are written to `obs[key_added]`, the parameters to `uns[key_added]`.
+        `obs[key_added]`: the texts. `uns[key_added]`: the parameters.
     copy
-        Return a changed copy, and leave `adata` as it is.
+        If True, return a modified copy and leave `adata` unchanged.
 
     Raises
     ------
     ConfigError
-        The model did not learn to write about cells.
+        The model was not trained on the task cell_to_abstract.
     DataError
-        No raw counts, unknown genes, cells without a count.
+        The data has no raw counts, too few genes of the model, or cells without counts.
     """
     inputs.check_table(adata, copy)
     handle = inputs.load_model(model)

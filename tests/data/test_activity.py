@@ -176,7 +176,7 @@ def test_the_default_is_counts():
         lambda: CountsChecker("X", "fragments"),
         lambda: IngestOptions(values="fragments"),
     ):
-        with pytest.raises(ConfigError, match=re.escape("must be one of counts, activity")):
+        with pytest.raises(ConfigError, match=re.escape("must be one of 'counts', 'activity'")):
             wrong()
     adata = activity()
     del adata.X

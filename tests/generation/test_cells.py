@@ -49,9 +49,7 @@ def test_question_and_answer_have_the_length_of_a_row_of_training(config):
     assert asked.options("cell_to_abstract", questions(3, 10)).max_new_tokens == 48 - 10
     for task in ("cell_type_to_cell", "cell_to_abstract"):
         for length in (48, 60):
-            with pytest.raises(
-                DataError, match=rf"a question has {length} tokens, but the model learned rows of 48"
-            ):
+            with pytest.raises(DataError, match=rf"has {length} tokens, .* at most 48"):
                 asked.options(task, questions(3, length))
             assert asked.options(task, questions(3, length), max_new_tokens=7).max_new_tokens == 7
 

@@ -168,7 +168,7 @@ def test_of_many_categories_the_commonest_are_named_and_all_look_different():
     adata = AnnData(np.zeros((len(labels), 1), np.float32), obs={"label": labels})
     adata.obsm["X_sct"] = adata.obsm["X_umap_X_sct"] = np.random.default_rng(0).normal(size=(len(labels), 2))
     sct.pl.umap(adata, color="label", ax=(ax := axes()))
-    assert legend(ax) == [f"type {i:02d}" for i in range(40)] + ["4 rarer ones (10 cells)"]
+    assert legend(ax) == [f"type {i:02d}" for i in range(40)] + ["4 rarer categories (10 cells)"]
     looks = [(line.get_color(), line.get_marker()) for line in ax.get_legend().get_lines()]
     assert len(set(looks)) == 41
     assert len(points(ax)) == len(labels)
@@ -356,7 +356,7 @@ def test_levels_are_numbered_where_there_are_not_five_and_rows_are_the_last_ones
     [np.zeros((5, 5)), np.ones(5), np.ones((3, 2)), -np.eye(2), np.full((2, 2), np.nan), np.array([["a"]])],
 )
 def test_what_is_no_matrix_of_counts_is_refused(wrong):
-    with pytest.raises(DataError, match="confusion matrix"):
+    with pytest.raises(DataError, match="confusion"):
         sct.pl.imputation_confusion(wrong, ax=axes())
 
 
@@ -402,7 +402,7 @@ def test_many_curves_all_look_different():
     [
         ({}, "curve"),
         ({"model": []}, "curve"),
-        ({"model": [(15, [0.5])]}, "ratio of .* 15"),
+        ({"model": [(15, [0.5])]}, "masked fraction .* 15"),
         ({"model": [(0.5, [1.5])]}, r"\[-1, 1\]"),
         ({"model": [(0.5, [0.5]), (0.5, [0.6])]}, "twice"),
     ],

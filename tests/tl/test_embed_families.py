@@ -80,7 +80,7 @@ def test_what_is_not_for_models_of_single_cells(cell_model, text_model, cells): 
         ("cells_per_bag", 3), ("spatial_key", "spatial"), ("n_contexts", 2), ("context", "neighbors"),
     ):  # fmt: skip
         for each in (cell_model, text_model):
-            with pytest.raises(ConfigError, match=f"{option} is {value!r}.*one by one"):
+            with pytest.raises(ConfigError, match=f"{option} is {value!r}.*single cells"):
                 sct.tl.embed(cells, each, **{option: value})
     assert "X_sct" not in cells.obsm
     values = cells.X.toarray()
@@ -90,7 +90,7 @@ def test_what_is_not_for_models_of_single_cells(cell_model, text_model, cells): 
     with pytest.raises(DataError, match="1 of 9 cells"):
         sct.tl.embed(empty, cell_model)
     untuned = dataclasses.replace(text_model, data={})
-    with pytest.raises(ConfigError, match="did not learn cell sentences"):
+    with pytest.raises(ConfigError, match="not trained on cell sentences"):
         sct.tl.embed(cells, untuned)
     bert = random_model(
         "bert", family("bert").config(vocab_size=30, embed_dim=8, num_layers=1, num_heads=2, ffn_dim=8)

@@ -250,10 +250,10 @@ def test_results_survive_a_file(adata, model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({}, ConfigError, "impute"),
+        ({}, ConfigError, "genes and cells"),
         ({"genes": ["NOSUCHGENE"]}, DataError, "NOSUCHGENE"),
         ({"genes": []}, DataError, "empty"),
-        ({"cells": [1, 99]}, DataError, "rows 1 to 99"),
+        ({"cells": [1, 99]}, DataError, "numbers 1 to 99"),
         ({"cells": ["nobody"]}, DataError, "'nobody'"),
         ({"cells": np.ones(3, bool)}, DataError, "shape"),
         ({"cells": np.zeros(CELLS, bool)}, DataError, "no cell"),
@@ -269,7 +269,7 @@ def test_wrong_input_is_a_sentence(adata, model, options, error, words):
 def test_cells_of_one_name_are_not_told_apart(adata, model):
     adata.obs_names = ["same", "same", *adata.obs_names[2:]]
     for cells in (["same"], [1]):
-        with pytest.raises(DataError, match="more than once"):
+        with pytest.raises(DataError, match="obs_names_make_unique"):
             sct.tl.impute(adata, model, cells=cells)
 
 
@@ -301,7 +301,7 @@ def test_a_study_of_a_store_knows_what_its_panel_lacks(adata, model, tmp_path):
 
 def test_whole_cells_need_others_in_their_bag(adata, model):
     for keys in ({}, {"spatial_key": "spatial"}):
-        with pytest.raises(ConfigError, match="cells_per_bag to 2"):
+        with pytest.raises(ConfigError, match="cells_per_bag is 1"):
             sct.tl.impute(adata, model, cells=[0, 5], cells_per_bag=1, **keys)
     sct.tl.impute(adata, model, cells=np.arange(30), cells_per_bag=2)
     assert np.isfinite(dense(adata.layers["sct_expected"])).all()
@@ -322,5 +322,5 @@ def test_repeated_names_with_counts_in_raw(adata, model):
     adata.raw = adata.copy()
     adata.X = adata.X.log1p()
     adata.var_names = ["same"] * 2 + list(adata.var_names[2:])
-    with pytest.raises(DataError, match="more than once"):
+    with pytest.raises(DataError, match="not unique"):
         sct.tl.impute(adata, model, genes=[adata.var_names[10]])
