@@ -1,6 +1,6 @@
-"""Families by name: the one place that knows which there are.
+"""Registry of model families, by name.
 
-A family that is not of this package is added by `register`, before its configurations and models are read.
+To add a family from another package, call `register` before you read its configurations or load its models.
 """
 
 from __future__ import annotations
@@ -38,26 +38,27 @@ def _built_in() -> dict[str, Family]:
 
 
 def all_families() -> dict[str, Family]:
-    """Families by name."""
+    """Return all families by name: the built-in ones and the registered ones."""
     return {**_built_in(), **_ADDED}
 
 
 def register(family: Family) -> None:
-    """Add a family, whose architectures can then be trained, loaded and used like those of this package.
+    """Add a family. Its architectures can then be trained, loaded and used like the built-in ones.
 
-    Registering the same name again replaces the earlier family.
+    Registering a second family with the same name replaces the first one. Registering a built-in family again has no
+    effect.
 
     Raises
     ------
     ConfigError
-        A name is taken: of the family, an architecture, a task or a converter.
+        Another family already uses the name of the family, of an architecture, of a task or of a converter.
     """
     others = [each for name, each in all_families().items() if name not in _ADDED or name != family.name]
     for what, name, part in _named(family):
         for other in others:
             if any(name == taken and part is not owned for _, taken, owned in _named(other)):
                 raise ConfigError(
-                    f"the {what} name {name!r} is taken by the family {other.name!r}: choose another name."
+                    f"the {what} name {name!r} is already used by the family {other.name!r}: choose another name."
                 )
     if family.name in _built_in():
         return
@@ -68,7 +69,7 @@ def register(family: Family) -> None:
 
 
 def _named(family: Family) -> list[tuple[str, str, Any]]:
-    """What a family brings under a name: (what it is, name, the thing itself)."""
+    """List every named component of a family, as (type of component, name, component)."""
     models = [("architecture", name, each.architecture) for name, each in family.models.items()]
     tasks = [("task", kind.name, kind) for each in family.models.values() for kind in each.tasks]
     converters = [("converter", name, each) for name, each in family.converters.items()]
@@ -78,30 +79,43 @@ def _named(family: Family) -> list[tuple[str, str, Any]]:
 
 
 def unregister(family: Family) -> None:
-    """Take out a family that was added."""
+    """Remove a registered family. Do nothing if the name is not registered."""
     if _ADDED.pop(family.name, None) is not None:
         for name in family.models:
             registry.MODELS.pop(name, None)
 
 
 def models() -> dict[str, FamilyModel]:
-    """Architectures of all families by name."""
+    """Return the architectures of all families, by name."""
     return {name: each for family in all_families().values() for name, each in family.models.items()}
 
 
 def model(name: str) -> FamilyModel:
-    """Architecture of a name; `ConfigError` where there is none."""
+    """Return the architecture with this name.
+
+    Raises
+    ------
+    ConfigError
+        No architecture has this name.
+    """
     registry.family(name)
     return models()[name]
 
 
 def require(handle: Pretrained, name: str) -> Any:
-    """Object that gives a model an ability; names: `sct.families.manifest.ABILITIES`.
+    """Return the object that implements an ability of a loaded model, such as its cell reader.
+
+    Parameters
+    ----------
+    handle
+        Loaded model.
+    name
+        Ability: a key of `sct.families.manifest.ABILITIES`.
 
     Raises
     ------
     ConfigError
-        A model of this architecture cannot do it, or did not learn it.
+        The architecture does not offer this ability, or this model was not trained for it.
     """
     assert name in ABILITIES
     own = model(handle.family)
@@ -109,15 +123,16 @@ def require(handle: Pretrained, name: str) -> Any:
     if make is None:
         able = [each for each in models().values() if getattr(each, name) is not None and each.config]
         configs = " or ".join(dict.fromkeys(each.config for each in able))
-        words = [ABILITIES[each] for each in own.abilities]
-        can = f"can {', '.join(words)}, but not {ABILITIES[name]}" if words else "reads no cells"
-        such = f" (trained by {configs})" if configs else ""
+        offered = [ABILITIES[each] for each in own.abilities]
+        can = f"can {', '.join(offered)}, but not {ABILITIES[name]}" if offered else "does not read cells"
+        trained_with = f" (train one with {configs})" if configs else ""
         raise ConfigError(
-            f"the model has the architecture {handle.family!r}, which {can}: give one that can {ABILITIES[name]}{such}."
+            f"the model has the architecture {handle.family!r}, which {can}: "
+            f"use a model that can {ABILITIES[name]}{trained_with}."
         )
     return make(handle)
 
 
 def converters() -> Mapping[str, Converter]:
-    """Foreign formats of weights by name."""
+    """Return the converters for other projects' weight formats, by format name."""
     return {name: each for family in all_families().values() for name, each in family.converters.items()}

@@ -1,4 +1,4 @@
-"""Cell2Sentence: cells as sentences of their genes, highest first, read and written by a causal language model."""
+"""Cell2Sentence: a causal language model reads and writes cells as lists of gene names, highest expression first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _convert(source: Path, target: Path, dtype: str, genes: GeneVocabulary | Non
     hf.convert(source, target, dtype=dtype)
 
 
-# One converter for all text models of Hugging Face, whichever family they serve.
+# One converter serves all Hugging Face text models, in every family.
 HUGGING_FACE = Converter(
     _convert,
     lambda model, target, dtype: hf.save(model, target, dtype=dtype),

@@ -1,4 +1,4 @@
-"""What a family is: its architectures, what trains them, what a trained model can do, and foreign formats."""
+"""The manifest of a family: its architectures, their tasks, what a trained model can do, and weight converters."""
 
 from __future__ import annotations
 
@@ -21,28 +21,34 @@ from sct.weights.pretrained import Pretrained
 
 @dataclasses.dataclass(frozen=True)
 class FamilyModel:
-    """One architecture of a family. Each ability is a function that takes a model and returns the object for it.
+    """One architecture of a family.
+
+    Each ability (`embed`, `impute`, ...) is a function from a loaded model to the object that implements the ability,
+    or None if the architecture does not offer it.
 
     Attributes
     ----------
     architecture
-        Configuration and module.
+        Configuration class and Flax module.
     tasks
-        Tasks that train it.
+        Tasks that train this architecture.
     config
-        Configuration file that trains it, for messages; "" where none does.
+        Configuration file that trains this architecture, shown in error messages; "" if there is none.
     adapters
-        Adapters that it accepts (`sct.models.adapter_kinds`); default layers: `architecture.targets` and the kinds.
+        Adapter types that the architecture accepts (`sct.models.adapter_kinds`).
     embed
-        Makes the reader that embeds cells (`sct.tl.embed`).
+        Returns the reader that embeds cells (`sct.tl.embed`).
     impute
-        Makes the reader that predicts levels of hidden genes (`sct.tl.impute`, the imputation of the benchmark).
+        Returns the reader that predicts the expression levels of masked genes (`sct.tl.impute` and the imputation
+        benchmark).
     annotate
-        Names cells in words (`sct.tl.annotate` without a reference).
+        Returns the annotator that predicts cell labels as text (`sct.tl.annotate` without a reference).
     generate, describe
-        Writes cells as sentences (`sct.tl.generate_cells`), and texts about cells (`sct.tl.describe`).
+        Return the model that generates cells as sentences (`sct.tl.generate_cells`) or describes cells
+        (`sct.tl.describe`).
     ask
-        Answers questions about cells (`sct.tl.ask`, `find_rare`, `find_tumor`, `infer_pathways`).
+        Returns the model that answers questions about cells (`sct.tl.ask`, `find_rare`, `find_tumor`,
+        `infer_pathways`).
     """
 
     architecture: Architecture
@@ -58,11 +64,11 @@ class FamilyModel:
 
     @property
     def abilities(self) -> tuple[str, ...]:
-        """Names of what a model of this architecture can do."""
+        """Names of the abilities that this architecture offers, as in `ABILITIES`."""
         return tuple(name for name in ABILITIES if getattr(self, name) is not None)
 
 
-# Ability -> description, used in messages and pages.
+# Ability -> verb phrase. Error messages and the family pages use it after "can".
 ABILITIES: Mapping[str, str] = {
     "embed": "embed cells",
     "impute": "impute genes",
@@ -75,20 +81,21 @@ ABILITIES: Mapping[str, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Converter:
-    """A foreign format of weights.
+    """Reader and writer of another project's weight format.
 
     Attributes
     ----------
     read
-        (source, target, dtype, genes, numbered): writes a model folder; `numbered` replaces gene names by numbers.
+        Function of (source, target, dtype, genes, numbered) that converts the folder `source` to a model folder
+        `target`. `numbered` replaces gene names with numbers.
     write
-        (model, target, dtype): writes the foreign folder; None if that is not possible.
+        Function of (model, target, dtype) that writes `model` in the other format; None if the format is read only.
     notice
-        License note for the user.
+        License notice shown to the user.
     takes_genes
-        Whether the gene order may be given.
+        Whether the user may supply the gene order.
     title
-        Name for people.
+        Display name of the format.
     """
 
     read: Callable[[Path, Path, str, GeneVocabulary | None, bool], None]
@@ -105,17 +112,17 @@ class Family:
     Attributes
     ----------
     name, title
-        Short name, and what it is in one line.
+        Short name, and a one-line description.
     paper
-        Where it is described.
+        Title of the paper that describes the family.
     guide
-        Page of the documentation for users.
+        Path of the user guide in the documentation; "" if there is none.
     license
-        Of published weights, for users.
+        License notice for the published weights.
     models
-        Architectures by name; configurations and model folders name them in `family`.
+        Architectures by name. The field `family` of configurations and model folders holds one of these names.
     converters
-        Foreign formats by their name in `launch.convert`.
+        Weight converters, by the format name that `launch.convert` uses.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""sCT: reads 50 cells x 20,000 genes at once with convolutions, a transformer and deconvolutions."""
+"""sCT: reads bags of 50 cells x 20,000 genes with a convolution tower, a transformer and a deconvolution tower."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a configuration to a task."""
+"""Build a task from a configuration."""
 
 from __future__ import annotations
 
@@ -20,12 +20,18 @@ from sct.tasks.task_spec import TaskInputs, TaskSpec
 
 
 def task_specs() -> dict[str, TaskSpec]:
-    """Specifications of the tasks of all families by name."""
+    """Return the task specifications of all families, by task name."""
     return {spec.name: spec for model in families.models().values() for spec in model.tasks}
 
 
 def task_spec_of(config: Mapping[str, Any]) -> TaskSpec:
-    """Specification of a configuration's task; `ConfigError` where there is none, or it does not train the family."""
+    """Return the specification of a configuration's task.
+
+    Raises
+    ------
+    ConfigError
+        `family` or `task` is unknown, or the task cannot train this architecture.
+    """
     name, family = config.get("task"), config.get("family")
     models, known = families.models(), task_specs()
     for what, value, names in (("family", family, models), ("task", name, known)):
@@ -33,28 +39,29 @@ def task_spec_of(config: Mapping[str, Any]) -> TaskSpec:
     spec = known[str(name)]
     if spec not in models[str(family)].tasks:
         raise ConfigError(
-            f"the task {name!r} does not train {family!r}: set family to one of {', '.join(trained_by(spec))}."
+            f"the task {name!r} cannot train {family!r}: set family to one of {', '.join(trained_by(spec))}."
         )
     return spec
 
 
 def trained_by(spec: TaskSpec) -> tuple[str, ...]:
-    """Architectures that a task trains."""
+    """Return the names of the architectures that a task can train."""
     return tuple(name for name, model in families.models().items() if spec in model.tasks)
 
 
 def data_of(config: Mapping[str, Any]) -> Any:
-    """A configuration's data section, of the type of its task."""
+    """Return the `data` section of a configuration, as an instance of its task's data class."""
     return registry.build(task_spec_of(config).data, config.get("data", {}), "data")
 
 
 def adapters_of(config: Mapping[str, Any]) -> AdapterConfig | None:
-    """Adapters that a configuration trains with the model frozen; None if it trains the model.
+    """Return the adapters that a configuration trains on a frozen model, or None if it trains the model itself.
 
     Raises
     ------
     ConfigError
-        A kind that does not fit the architecture, or there is no model to start from.
+        The architecture does not accept this kind of adapter, the objective already trains LoRA adapters, or
+        `init_from` is not set.
     """
     options = registry.build(AdapterOptions, config.get("adapters", {}), "adapters")
     if not options.kind:
@@ -63,16 +70,16 @@ def adapters_of(config: Mapping[str, Any]) -> AdapterConfig | None:
     made, fitting = options.config(architecture), families.model(architecture).adapters
     if type(made) not in fitting:
         names = [name for name, kind in KINDS.items() if kind in fitting]
-        takes = (
-            f"takes {' or '.join(names)}"
+        accepts = (
+            f"accepts only {' or '.join(names)}: choose one of these"
             if names
-            else "takes no adapters but those of its task: leave it empty"
+            else "accepts only the adapters of its task: leave adapters.kind empty"
         )
-        raise ConfigError(f"adapters.kind is {options.kind!r}, but {architecture!r} {takes}.")
+        raise ConfigError(f"adapters.kind is {options.kind!r}, but {architecture!r} {accepts}.")
     objective = registry.build(task_spec_of(config).objective, config.get("objective", {}), "objective")
     if objective.has_adapters:
         raise ConfigError(
-            f"adapters.kind is {options.kind!r} and objective.lora is also set: use one of them."
+            f"adapters.kind is {options.kind!r} and objective.lora is also set: set only one of them."
         )
     if not config.get("init_from"):
         raise ConfigError(
@@ -88,10 +95,14 @@ def make_task(
     parent_data_spec: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Any, Any]:
-    """Task of a configuration over a store, and its data section.
+    """Build the task of a configuration, and return it with the configuration's data section.
 
-    A task on text trains a tokenizer if none is given. See `TaskInputs` for `parent_data_spec` and `mesh`.
-    `ConfigError` for a model that this machine does not compute.
+    If a task on text is given no tokenizer, it trains one. See `TaskInputs` for `parent_data_spec` and `mesh`.
+
+    Raises
+    ------
+    ConfigError
+        Options contradict each other, or this machine's device cannot run the model.
     """
     spec, data = task_spec_of(config), data_of(config)
     objective = registry.build(spec.objective, config.get("objective", {}), "objective")
@@ -113,19 +124,18 @@ def make_task(
 
 
 def task_of(task_spec: TaskSpec, inputs: TaskInputs, adapters: AdapterConfig | None) -> Any:
-    """Make a task; with `adapters`, train them and freeze the model.
+    """Build a task from its specification and inputs. With `adapters`, the task trains them and freezes the model.
 
     Raises
     ------
     ConfigError
-        Model, data and options do not fit each other, or this machine does not compute the model.
+        Model, data and options contradict each other, or this machine's device cannot run the model.
     """
     task = task_spec.make(inputs)
     registry.check_device(task.model_config)
     if adapters is None:
         return task
     adapted = Adapted(task, adapters)
-    jax.eval_shape(
-        adapted.init, jax.random.key(0)
-    )  # targets and layers that the model lacks are refused here
+    # Tracing raises the error for adapter targets or layers that the model does not have.
+    jax.eval_shape(adapted.init, jax.random.key(0))
     return adapted

@@ -1,4 +1,4 @@
-"""ZerOmics: a cell model that uses gene texts, and a decoder that answers questions about cells."""
+"""ZerOmics: a cell encoder that uses gene summaries, and a language model that answers questions about cells."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Objectives: what is a batch, what is the loss, what is trained, how it is evaluated."""
+"""Training tasks: each defines its batches, its loss, the trained parameters and the evaluation."""

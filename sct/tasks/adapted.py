@@ -1,4 +1,4 @@
-"""Any task with trained adapters and a frozen model (the section `adapters` of a configuration)."""
+"""Train adapters on a frozen model, with any task (the section `adapters` of a configuration)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sct.models.adapter_kinds import AdapterConfig, BottleneckConfig, LoraConfig
 from sct.nn.adapters import COLLECTION
 from sct.tasks.base import DeviceBatch, MetricSums, Task, Variables
 
-# Name in a configuration -> type of the options.
+# Value of adapters.kind -> class of its options.
 KINDS: Mapping[str, type[AdapterConfig]] = {
     "low_rank": LoraConfig, "bottleneck": BottleneckConfig, "prefix": PrefixConfig,
 }  # fmt: skip
@@ -23,20 +23,21 @@ KINDS: Mapping[str, type[AdapterConfig]] = {
 
 @dataclasses.dataclass(frozen=True)
 class AdapterOptions:
-    """Adapters to train in place of the model.
+    """Options of adapters, which are trained while the model stays frozen.
 
     Parameters
     ----------
     kind
         "low_rank" (LoRA), "bottleneck" or "prefix"; "" trains the model itself.
     targets, layers
-        Layers with an adapter; by default the architecture's or the kind's targets, in all blocks.
+        Modules that get an adapter, and indices of the blocks. The default is the standard targets of the
+        architecture or of the kind, in all blocks.
     rank, alpha
-        Of low-rank adapters, see `sct.models.adapter_kinds.LoraConfig`.
+        Options of low-rank adapters, see `sct.models.adapter_kinds.LoraConfig`.
     width, scale, skip
-        Of bottlenecks, see `BottleneckConfig`.
+        Options of bottleneck adapters, see `BottleneckConfig`.
     length
-        Of prefixes, see `PrefixConfig`.
+        Option of prefix adapters, see `PrefixConfig`.
     """
 
     kind: str = ""
@@ -55,13 +56,15 @@ class AdapterOptions:
         known = {field.name for field in dataclasses.fields(KINDS[self.kind])} if self.kind else set()  # type: ignore[arg-type]
         for field in dataclasses.fields(self):
             if field.name not in {"kind", *known} and getattr(self, field.name) != field.default:
-                what = (
-                    f"is no option of {self.kind} adapters" if self.kind else "is set without adapters.kind"
+                problem = (
+                    f"is not an option of {self.kind} adapters"
+                    if self.kind
+                    else "is set, but adapters.kind is empty"
                 )
-                raise ConfigError(f"adapters.{field.name} {what}: leave it out, or change adapters.kind.")
+                raise ConfigError(f"adapters.{field.name} {problem}: remove it, or change adapters.kind.")
 
     def config(self, architecture: str) -> AdapterConfig:
-        """Options of the chosen kind, with the default targets of an architecture."""
+        """Return the options of the chosen kind, with the default targets of an architecture."""
         kind = KINDS[self.kind]
         names = {field.name for field in dataclasses.fields(kind)} - {"targets"}  # type: ignore[arg-type]
         given = {name: getattr(self, name) for name in names if hasattr(self, name)}
@@ -71,36 +74,36 @@ class AdapterOptions:
 
 
 class Adapted:
-    """A task that trains adapters beside the frozen parameters of its model; all else is the task's own.
+    """Wrapper that trains adapters on the frozen model of a task. All other attributes come from the task.
 
     Parameters
     ----------
     task
-        Any task that trains no adapters of its own.
+        Any task that does not train adapters itself.
     config
-        Which adapters.
+        Options of the adapters.
 
     Raises
     ------
     ConfigError
-        The task has adapters of its own.
+        The task already trains adapters.
     """
 
     trainable: Sequence[tuple[str, bool]] = adapters.TRAINABLE
 
     def __init__(self, task: Task, config: AdapterConfig):
         if task.lora is not None:
-            raise ConfigError("the task trains adapters of its own: leave adapters.kind empty.")
+            raise ConfigError("the task already trains adapters: leave adapters.kind empty.")
         self.task, self.lora = task, config
         self.may_be_missing = (*task.may_be_missing, *adapters.NEW)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "task" or name.startswith("__"):  # asked for by copy and pickle, before there is a task
+        if name == "task" or name.startswith("__"):  # copy and pickle look these up before `task` is set
             raise AttributeError(name)
         return getattr(self.task, name)
 
     def init(self, rng: jax.Array) -> Variables:
-        """Initial variables of the model, boxed, and adapters beside them."""
+        """Return the initial variables of the model and its adapters, boxed."""
         variables = self.task.init(rng)
         made = adapters.init(jax.random.fold_in(rng, 1), variables["params"], self.lora)
         return {**variables, COLLECTION: made}
@@ -108,5 +111,5 @@ class Adapted:
     def loss(
         self, variables: Variables, batch: DeviceBatch, rng: jax.Array, train: bool
     ) -> tuple[jax.Array, MetricSums]:
-        """Loss of the task; modules find the adapters among the variables."""
+        """Return the loss of the task. Modules read their adapters from the variables."""
         return self.task.loss(variables, batch, rng, train)

@@ -1,4 +1,4 @@
-"""The contract between a task and the training loop."""
+"""The interface between a task and the training loop."""
 
 from __future__ import annotations
 
@@ -20,34 +20,33 @@ from sct.models.adapter_kinds import AdapterConfig
 Variables = dict[str, Any]
 DeviceBatch = Mapping[str, jax.Array]
 MetricSums = dict[str, jax.Array]
-_DECIDES = (
-    "decides"  # in the metadata of an option: the content of the file that it names decides what is computed
-)
+_IS_FILE = "is_file"  # metadata key of the options that `file_option` makes
 
 
 def file_option() -> Any:
-    """Option that names a file, or "" for none, whose content decides what a run computes."""
-    return dataclasses.field(default="", metadata={_DECIDES: True})
+    """Return a dataclass field for the path of an input file, "" for none. The file's content affects the results."""
+    return dataclasses.field(default="", metadata={_IS_FILE: True})
 
 
 def files_of(options: Any) -> dict[str, str]:
-    """Files that the options of a section name, by the names of those made by `file_option`."""
-    named = [field.name for field in dataclasses.fields(options) if field.metadata.get(_DECIDES)]
+    """Return the files that a section of options names, by option name (options made by `file_option`)."""
+    named = [field.name for field in dataclasses.fields(options) if field.metadata.get(_IS_FILE)]
     return {name: path for name in named if (path := getattr(options, name))}
 
 
 @dataclasses.dataclass(frozen=True)
 class StoreConfig:
-    """Where cells come from; the options of the data of every task.
+    """Data options that all tasks share: where the cells come from.
 
     Parameters
     ----------
     store
-        Folder that `launch.ingest` made.
+        Store folder that `launch.ingest` wrote.
     dataset
-        Instead of a store: "pbmc68k", real cells that come with scanpy; a store is made in the run folder.
+        Data set to use instead of a store: "pbmc68k", the cells that scanpy ships. Training writes them to a store
+        in the run folder.
     tokens
-        Tokens to train on; with `train.steps` 0 the number of steps follows from it.
+        Number of tokens to train on. If `train.steps` is 0, the number of steps is computed from it.
     """
 
     store: str = ""
@@ -56,72 +55,82 @@ class StoreConfig:
 
     @property
     def text_length(self) -> int:
-        """Tokens in a row of text; 0 for data without texts."""
+        """Number of tokens in a row of text; 0 for tasks without text."""
         return 0
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """Base of the options of every objective.
+    """Base class of the options of an objective.
 
     Attributes
     ----------
     BEFORE
-        Options that earlier versions did not have, with the value that they stand for in a run that does not record
-        them.
+        Options that were added later, with the value to assume for older runs that do not record them.
     """
 
     BEFORE: ClassVar[Mapping[str, Any]] = types.MappingProxyType({})
 
     @property
     def has_adapters(self) -> bool:
-        """Whether the objective trains adapters of its own."""
+        """Whether the objective itself trains adapters."""
         return False
 
     def check_start(self, init_from: str) -> None:
-        """Raise `ConfigError` where training cannot start from the model `init_from` ("": random parameters)."""
+        """Raise `ConfigError` if training cannot start from the model `init_from` ("" means random parameters)."""
 
 
 def check_study_names(study_metadata: Mapping[str, Any], store: Store, file: str) -> None:
-    """Raise `ConfigError` where a file speaks of studies that a store does not have."""
+    """Raise `ConfigError` if a file names a study that is not in the store."""
     known = [study.name for split in SPLITS for study in store.split(split)]
     for name in study_metadata:
-        check_choice(f"a study in {file}", name, known, advice="write the name as the store has it")
+        check_choice(f"a study in {file}", name, known, advice=f"correct the name in {file}")
 
 
 def held_out_split(store: Store) -> tuple[str | None, str]:
-    """Split that a finished model is measured on, the test studies if there are some, and what to say of it."""
+    """Return the split to evaluate a finished model on, and a note for the report.
+
+    The split is "test" if the store has test studies, else "validation", else None.
+    """
     if store.split("test"):
         return "test", ""
     if store.split("validation"):
-        note = "The held-out cells are the validation studies, by which the best step was chosen, too."
+        note = "The held-out cells are the validation studies, which also selected the best step."
         return "validation", note
     return None, ""
 
 
 class Evaluator(Protocol):
-    """A measurement at the end of training; `report` is the table of the last one, baselines included."""
+    """An evaluation at the end of training.
+
+    Attributes
+    ----------
+    name
+        Name of the evaluation.
+    report
+        Table of the last evaluation, with its baselines; None before the first one.
+    """
 
     name: str
     report: Report | None
 
     def __call__(self, variables: Variables) -> Iterator[tuple[str, float]]:
-        """Measure: yield (name, value) pairs and set `report`."""
+        """Evaluate the model: yield (name, value) pairs and set `report`."""
         ...
 
 
 class Objective(Protocol):
-    """What is learned: all that the compiled steps know.
+    """The part of a task that the compiled training and evaluation steps use.
 
     Attributes
     ----------
     trainable
-        Table of (regular expression over parameter paths, trained or not), see `sct.nn.paths`.
+        Table of (regular expression over parameter paths, whether to train them), see `sct.nn.paths`.
     loss_normalizer
-        The sum whose value the loss is a mean over (masked positions, say): by it the losses of microbatches add up
-        to that of their batch.
+        Name of the sum that is the denominator of the mean loss, for example the number of masked positions. Gradient
+        accumulation weights the microbatches by it.
     monitor, monitor_mode
-        The summary that early stopping and keep-best watch, and whether "min" or "max" is best.
+        Metric that early stopping and keep-best watch, and whether "min" or "max" is best.
     """
 
     trainable: Sequence[tuple[str, bool]]
@@ -130,31 +139,31 @@ class Objective(Protocol):
     monitor_mode: str
 
     def init(self, rng: jax.Array) -> Variables:
-        """Initial variables, boxed with their logical axis names; traced, so it may be abstract."""
+        """Return the initial variables, boxed with their logical axis names. May be traced by `jax.eval_shape`."""
         ...
 
     def loss(
         self, variables: Variables, batch: DeviceBatch, rng: jax.Array, train: bool
     ) -> tuple[jax.Array, MetricSums]:
-        """Scalar loss, and sums that add up over batches and that `compute_metrics` turns into numbers."""
+        """Return the scalar loss, and sums for `compute_metrics` that may be added over batches."""
         ...
 
     def compute_metrics(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Numbers to log from sums over one or many batches."""
+        """Return the metrics to log, from sums over one or more batches."""
         ...
 
     def operations(self, records: int) -> float:
-        """Operations of the matrix products of a forward pass of the loss; a multiply-add counts as two."""
+        """Return the FLOPs of the matrix products in one forward pass of the loss; a multiply-add counts as 2."""
         ...
 
 
 class TaskData(Protocol):
-    """What is learned from.
+    """The data of a task.
 
     Attributes
     ----------
     store
-        Cells.
+        Store with the cells.
     vocabulary
         Genes of the model.
     tokens_per_record
@@ -166,25 +175,25 @@ class TaskData(Protocol):
     tokens_per_record: int
 
     def dataset(self, split: str) -> RecordSource | None:
-        """Records of "train" or "validation"; None where the store has no such study."""
+        """Return the records of the split "train" or "validation"; None if the store has no study in it."""
         ...
 
     def tokens(self, batch: Mapping[str, Any]) -> int:
-        """Number of tokens in a batch, for the rate shown to people."""
+        """Return the number of tokens in a batch, for the logged tokens per second."""
         ...
 
 
 class Origin(Protocol):
-    """What training starts from, beside random parameters.
+    """Pretrained parameters that training starts from.
 
     Attributes
     ----------
     license
-        Of the arrays that `take_pretrained_params` hands over.
-    new
-        Patterns of parameters that may be absent from a model that training starts from.
+        License of the arrays that `take_pretrained_params` returns.
+    may_be_missing
+        Patterns of parameters that may be missing from the model named in `init_from`.
     lora
-        Options of the adapters that are trained, or None.
+        Options of the adapters that the task trains, or None.
     """
 
     license: str
@@ -192,36 +201,37 @@ class Origin(Protocol):
     lora: AdapterConfig | None
 
     def take_pretrained_params(self) -> Mapping[str, Any]:
-        """Hand over the arrays by path that a new training takes in place of random ones, and keep none of them.
+        """Return pretrained arrays by parameter path, for example gene features or a frozen decoder.
 
-        Features of genes are such, or a frozen decoder. What a model that training starts from has goes first.
+        A new training run uses them instead of random initial values. Parameters from `init_from` take precedence. The
+        task drops its own reference to the arrays, which frees their memory.
         """
         ...
 
 
 class Export(Protocol):
-    """What is told and measured of a trained model.
+    """Evaluation and export of a trained model.
 
     Attributes
     ----------
     model_config
-        Architecture.
+        Configuration of the architecture.
     """
 
     model_config: Any
 
     def evaluators(self) -> Sequence[Evaluator]:
-        """Measurements after training."""
+        """Return the evaluations to run after training."""
         ...
 
     def exports(self) -> dict[str, Any]:
-        """What a model folder says beside the model: fields of `sct.weights.pretrained.Pretrained`."""
+        """Return further fields of `sct.weights.pretrained.Pretrained` to save in the model folder."""
         ...
 
     def notes(self, fresh: bool) -> Sequence[str]:
-        """Sentences for a person before training; `fresh` tells that it starts from random parameters."""
+        """Return notices to print before training. `fresh` means that training starts from random parameters."""
         ...
 
 
 class Task(Objective, TaskData, Origin, Export, Protocol):
-    """Everything that training needs: objective, data, origin and export."""
+    """Everything that training needs from a task: objective, data, pretrained parameters and export."""

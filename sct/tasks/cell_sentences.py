@@ -1,4 +1,4 @@
-"""Cell sentences: a text decoder learns cells as gene names by descending expression (Cell2Sentence paper)."""
+"""Cell sentences: a language model learns cells as gene names in order of expression (Cell2Sentence paper)."""
 
 from __future__ import annotations
 
@@ -40,30 +40,32 @@ from sct.tasks.base import (
 from sct.tasks.task_spec import TaskInputs, TaskSpec
 
 NAME = TASK
-_FIT_CELLS = 5000  # cells of a study that its line is fitted to
-_MANY = 1000  # different values above which a column is a text and not a label
+_FIT_CELLS = 5000  # cells per study in the fit of expression over log rank
+_MAX_LABELS = 1000  # a column with more distinct values is treated as free text, not as a label
 
 
 @dataclasses.dataclass(frozen=True)
 class SentenceData(StoreConfig):
-    """Where cells and their texts come from.
+    """Data options: the cells, and the labels and texts about them.
 
     Parameters
     ----------
     top_k
-        Words of a cell sentence at most; 0 for all expressed genes.
+        Largest number of genes in a cell sentence; 0 for all expressed genes.
     length
-        Tokens of a row; short texts share one.
+        Number of tokens in a row. Short texts are packed into one row.
     cell_type, tissue, organism, abstract
-        Columns of `obs`, "" for none.
+        Columns of `obs` with these labels; "" for none.
     labels
-        Columns of `obs` that are predicted and asked for together (cell type, stimulation, exposure, ...).
+        Columns of `obs` that the model predicts, or generates cells for, in combination (cell type, stimulation,
+        exposure, ...).
     studies
-        YAML file with texts of whole studies, `STUDY: {abstract: ..., tissue: ...}`.
+        YAML file with labels and abstracts of whole studies, `STUDY: {abstract: ..., tissue: ...}`.
     tokenizer
-        File or folder; by default that of the model that training starts from, else one is trained.
+        Tokenizer file or folder. By default, the tokenizer of the model named in `init_from`; without that, a tokenizer
+        is trained.
     vocab_size, corpus_cells
-        Of a trained tokenizer: its size at most, and the number of cells whose texts it sees.
+        For a trained tokenizer: its largest vocabulary, and the number of cells in its training corpus.
     """
 
     top_k: int = 100
@@ -84,13 +86,13 @@ class SentenceData(StoreConfig):
 
     @property
     def text_length(self) -> int:
-        """Tokens in a row of text."""
+        """Number of tokens in a row of text."""
         return self.length
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapters:
-    """Low-rank adapters to train in place of the model; see `sct.models.lora.LoraConfig`."""
+    """Options of LoRA adapters on a frozen model; `rank` 0 trains the whole model. See `sct.models.lora.LoraConfig`."""
 
     rank: int = 0
     alpha: float = 16.0
@@ -101,12 +103,12 @@ class Adapters:
     def __post_init__(self) -> None:
         if not self.rank and (self.targets or self.layers or self.dropout or self.alpha != Adapters.alpha):
             raise ConfigError(
-                "objective.lora has options, but its rank is 0, which trains the whole model: set a rank, or leave "
-                "them out."
+                "objective.lora has options, but objective.lora.rank is 0, which trains the whole model: set "
+                "objective.lora.rank to 1 or more, or remove the other options of objective.lora."
             )
 
     def config(self, family: str) -> lora.LoraConfig | None:
-        """Options for a family, None where the whole model is trained."""
+        """Return the LoRA options for a family, or None if the whole model is trained."""
         if not self.rank:
             return None
         own: dict[str, Any] = {"targets": self.targets} if self.targets else {}
@@ -121,23 +123,24 @@ class CellSentencesConfig(ObjectiveConfig):
     Parameters
     ----------
     tasks
-        Pairs of a task of `sct.data.text.prompts.TASKS` and how often it is drawn.
+        Pairs of (task, sampling weight). The tasks are those of `sct.data.text.prompts.TASKS`.
     loss_on
-        "response", the choice for a tuned model, or "all", for one trained from the beginning (appendix C).
+        Tokens that the loss covers: "response" for fine-tuning a pretrained model, or "all" for training from random
+        parameters (appendix C).
     balance
-        What counts equally: "tokens", as in the paper, or "texts", so that the few tokens of a label weigh as much as
-        the many of a sentence.
+        Unit that has equal weight in the loss: "tokens", as in the paper, or "texts". With "texts", the few tokens of a
+        label weigh as much as the many tokens of a cell sentence.
     prompts
-        JSON file with further templates.
+        JSON file with further prompt templates.
     perturbation, control
-        The one of `data.labels` that says what was done to a cell, and its value that others are compared with (by
-        default the most frequent other one): cells generated for combinations that training had none of are measured
-        beside it.
+        `perturbation` is the one of `data.labels` that names the treatment of a cell. `control` is the value to compare
+        with; by default, the most frequent other value. The report after training then evaluates cells generated for
+        label combinations that are not in the training data.
     lora
-        Train low-rank adapters alone, of these options (`sct.models.lora.LoraConfig`; an empty `targets` takes the
-        family's); `rank` 0 trains the whole model.
+        Options of LoRA adapters (`sct.models.lora.LoraConfig`), which are trained while the model stays frozen. Empty
+        `targets` are the default ones of the family. `rank` 0 trains the whole model.
     report_cells, report_seeds
-        Held-out cells that the tables after training are made of (0: no tables), and seeds of what is drawn.
+        Number of held-out cells in the reports after training (0: no reports), and number of random seeds.
     """
 
     tasks: tuple[tuple[str, float], ...] = (
@@ -158,8 +161,8 @@ class CellSentencesConfig(ObjectiveConfig):
         for entry in self.tasks:
             if len(entry) != 2 or entry[0] not in TASKS or not float(entry[1]) > 0:
                 raise ConfigError(
-                    f"objective.tasks has {entry!r}, but pairs of a task and a positive weight are needed; tasks are "
-                    f"{', '.join(TASKS)}."
+                    f"objective.tasks has the entry {entry!r}, but each entry must be a pair of a task and a positive "
+                    f"weight: choose the task from {', '.join(TASKS)}."
                 )
         check_not_empty("objective.tasks", self.tasks)
         check_at_least("report_cells", self.report_cells, 0)
@@ -167,19 +170,19 @@ class CellSentencesConfig(ObjectiveConfig):
 
     @property
     def has_adapters(self) -> bool:
-        """Whether low-rank adapters are trained."""
+        """Whether LoRA adapters are trained instead of the whole model."""
         return self.lora.rank > 0
 
     def check_start(self, init_from: str) -> None:
-        """Raise `ConfigError` where adapters would be trained of a model with random parameters."""
+        """Raise `ConfigError` if LoRA is on, but training starts from random parameters."""
         if self.lora.rank and not init_from:
             raise ConfigError(
-                "LoRA needs a pretrained model: set --config.init_from=MODEL, or objective.lora.rank to 0."
+                "LoRA needs a pretrained model: set --config.init_from=MODEL, or set objective.lora.rank to 0."
             )
 
 
 def options_of(config: CellSentencesConfig, data: SentenceData, seed: int) -> SentenceOptions:
-    """How cells become texts, as a configuration says."""
+    """Return the options that turn cells into texts, from a configuration's objective and data sections."""
     columns = {name: getattr(data, name) for name in ("cell_type", "tissue", "organism", "abstract")}
     return SentenceOptions(
         top_k=data.top_k,
@@ -196,7 +199,7 @@ def options_of(config: CellSentencesConfig, data: SentenceData, seed: int) -> Se
 def corpus(
     studies: Sequence[Study], store: Store, options: SentenceOptions, prompts: Prompts, cells: int
 ) -> Iterator[str]:
-    """Texts of about so many cells, spread over the studies by their size, to train a tokenizer on."""
+    """Yield the texts of about `cells` cells, in proportion to the size of each study, to train a tokenizer."""
     total = sum(study.n_cells for study in studies)
     for study in studies:
         texts = Texts(study, store.vocabulary, options, prompts)
@@ -207,7 +210,7 @@ def corpus(
 
 
 def make_tokenizer(store: Store, config: CellSentencesConfig, data: SentenceData, seed: int) -> Tokenizer:
-    """Byte-level BPE trained on cell sentences in their prompts (appendix C.0.1)."""
+    """Train a byte-level BPE tokenizer on cell sentences in their prompts (appendix C.0.1)."""
     prompts = load_prompts(config.prompts or None)
     texts = corpus(store.split("train"), store, options_of(config, data, seed), prompts, data.corpus_cells)
     return train_bpe(texts, data.vocab_size)
@@ -219,17 +222,17 @@ class CellSentences:
     Parameters
     ----------
     config, data
-        Options.
+        Options of the objective and of the data.
     model
-        Architecture; its vocabulary may be larger than the tokenizer's, never smaller.
+        Configuration of the architecture. Its vocabulary must be at least as large as the tokenizer's.
     tokenizer
-        Of the texts.
+        Tokenizer of the texts.
     store
-        Cells.
+        Store with the cells.
     seed
-        Of texts.
+        Seed that draws tasks and templates.
     family
-        Of the model, by which adapters choose their layers.
+        Name of the architecture, which sets the default targets of LoRA.
     """
 
     license = "unknown"
@@ -248,13 +251,13 @@ class CellSentences:
     ):
         if model.vocab_size < tokenizer.vocab_size:
             raise ConfigError(
-                f"the model has {model.vocab_size} tokens, but the tokenizer {tokenizer.vocab_size}: set "
+                f"model.vocab_size is {model.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens: set "
                 "model.vocab_size to 0."
             )
         if model.positions == "learned" and data.length > model.max_length:
             raise ConfigError(
-                f"data.length is {data.length}, but the model has {model.max_length} positions: set it to "
-                f"{model.max_length} or less, or, for a model of random parameters, raise model.max_length."
+                f"data.length is {data.length}, but the model has only {model.max_length} positions: set data.length "
+                f"to {model.max_length} or less, or raise model.max_length if you train from random parameters."
             )
         if config.perturbation:
             check_choice(
@@ -271,11 +274,11 @@ class CellSentences:
         self.may_be_missing: Sequence[str] = lora.NEW if self.lora else ()
 
     def take_pretrained_params(self) -> Mapping[str, Any]:
-        """None: all parameters are random."""
+        """Return no parameters: all start from random values."""
         return {}
 
     def init(self, rng: jax.Array) -> Variables:
-        """Initial variables, boxed."""
+        """Return the initial variables, boxed."""
         variables = cast(Variables, self.model.init(rng, *Decoder.example(self.model_config).values()))
         if self.lora is None:
             return variables
@@ -287,16 +290,16 @@ class CellSentences:
     def loss(
         self, variables: Variables, batch: DeviceBatch, rng: jax.Array, train: bool
     ) -> tuple[jax.Array, MetricSums]:
-        """Mean cross-entropy of the predicted tokens.
+        """Return the mean cross-entropy of the predicted tokens, balanced by tokens or by texts.
 
-        Returns the loss and sums: `loss` over `predicted` tokens (count), `weighted` and `weight` (the loss as it is
-        balanced is the first over the second), `right` (best token is the target), `cut` (tokens that did not fit into
-        rows).
+        Also returns sums: `loss` and `predicted`, the unbalanced loss and the number of tokens in it; `weighted` and
+        `weight`, whose ratio is the balanced loss; `right`, the number of correct tokens; and `cut`, the number of
+        tokens that did not fit into the rows.
         """
         ids, segments = batch["input_ids"], batch["segments"]
         drops = self.model_config.dropout or (isinstance(self.lora, lora.LoraConfig) and self.lora.dropout)
         rngs = {"dropout": rng} if train and drops else {}
-        # What is behind a single text is seen by nothing in it: without segments attention has its fastest form.
+        # In a row of one text, causal attention never reads the padding. Without segments, attention is fastest.
         seen = None if self.alone else segments
         hidden = self.model.apply(variables, ids, segments=seen, rngs=rngs, method="hidden_states")
 
@@ -327,12 +330,12 @@ class CellSentences:
 
     @functools.cached_property
     def alone(self) -> bool:
-        """Whether rows hold one text each, in training and in validation."""
+        """Whether each row holds only one text, in training and in validation."""
         sources = [self.dataset(split) for split in ("train", "validation")]
         return all(source.cells_per_row == 1 for source in sources if source is not None)
 
     def compute_metrics(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Mean loss in nats, balanced as in training; perplexity and accuracy of a token, share of tokens cut off."""
+        """Return the balanced mean loss in nats, the token perplexity and accuracy, and the share of cut tokens."""
         count, cut = max(float(sums["predicted"]), 1.0), float(sums["cut"])
         loss = float(sums["weighted"]) / max(float(sums["weight"]), 1e-9)
         summary = {
@@ -344,7 +347,7 @@ class CellSentences:
 
     @functools.cache  # noqa: B019 (a run has one task)
     def dataset(self, split: str) -> SentenceSource | None:
-        """Rows of texts of a split."""
+        """Return the rows of text of a split; None if it has no study, or no cell with the labels of a task."""
         studies = self.store.split(split)
         if not studies:
             return None
@@ -353,7 +356,7 @@ class CellSentences:
         return source if needs or source.possible else None
 
     def evaluators(self) -> Sequence[Evaluator]:
-        """Generated cells, and predicted labels, beside baselines, on the test studies, else the validation ones."""
+        """Return the evaluations of labels, generated cells and texts, on the test or else the validation studies."""
         held_out, note = held_out_split(self.store)
         if held_out is None or not self.config.report_cells:
             return ()
@@ -373,26 +376,26 @@ class CellSentences:
                     "objective.control",
                     config.control,
                     sorted(values),
-                    advice=f"name a value of {config.perturbation} of training cells",
+                    advice=f"set it to a value of {config.perturbation} in the training cells",
                 )
             contrast = Contrast(config.perturbation, config.control, seen)
         options = (tasks, config.report_cells, config.report_seeds, note, contrast)
         return list(reports(self._writer, train, after, *options))
 
     def _writer(self, variables: Variables) -> CellSentenceModel:
-        """Model with these variables, ready to be asked."""
+        """Return a `CellSentenceModel` with these variables."""
         parts = self.exports()
         return CellSentenceModel.of(
             self.model_config, variables, parts["tokenizer"], parts["genes"], parts["data"]
         )
 
     def tokens(self, batch: Mapping[str, Any]) -> int:
-        """Tokens in a batch, padding included."""
+        """Return the number of tokens in a batch, including padding."""
         return int(np.prod(batch["input_ids"].shape))
 
     @functools.cached_property
     def fits(self) -> dict[str, RankFit]:
-        """Line of expression over log rank of each training study, and of all together ("all")."""
+        """Linear fit of expression over log rank for each training study, and for all of them together ("all")."""
         parts, found = [], {}
         for study in self.store.split("train"):
             counts = study.read(0, min(study.n_cells, _FIT_CELLS))
@@ -402,7 +405,7 @@ class CellSentences:
 
     @functools.cached_property
     def _label_counts(self) -> dict[str, Counter[str]]:
-        """Cells of each value of each label in the training studies, and of the combined ones."""
+        """Number of training cells per value, for each label and for the combined labels ("labels")."""
         found: dict[str, Counter[str]] = {}
         for study in self.store.split("train"):
             obs = study.obs({*self.options.fields.values(), *self.options.labels})
@@ -413,7 +416,7 @@ class CellSentences:
                     values = obs[column][obs[column].notna()].astype(str).str.strip()
                     known = values[values != ""].tolist()
                 found.setdefault(field, Counter()).update(known)
-                # A cell without a value of its own has that of its study.
+                # Cells without a value in `obs` get the value of their study.
                 text = self.options.studies.get(study.name, {}).get(field)
                 if text and len(known) < study.n_cells:
                     found[field][text] += study.n_cells - len(known)
@@ -429,19 +432,19 @@ class CellSentences:
         return found
 
     def labels(self) -> dict[str, list[str]]:
-        """Values of each label in the training studies, and of the combined ones, the most frequent first."""
+        """Return the values in the training cells, most frequent first, per label and for the combined labels."""
         return {
             field: sorted(counts, key=lambda value, counts=counts: (-counts[value], value))  # type: ignore[misc]
             for field, counts in self._label_counts.items()
-            if 0 < len(counts) <= _MANY
+            if 0 < len(counts) <= _MAX_LABELS
         }
 
     def operations(self, records: int) -> float:
-        """Operations of the matrix products of a forward pass; a multiply-add counts as two."""
+        """Return the FLOPs of the matrix products in one forward pass; a multiply-add counts as 2."""
         return Decoder.flops(self.model_config, records, self.data.length)
 
     def exports(self) -> dict[str, Any]:
-        """What a model folder says beside the model: genes, tokenizer, and how texts were made."""
+        """Return the genes, the tokenizer, and the options that made the training texts."""
         described = {
             "task": NAME,
             "tasks": [name for name, _ in self.options.tasks],
@@ -454,18 +457,19 @@ class CellSentences:
         return {"genes": self.vocabulary, "tokenizer": self.tokenizer, "data": described}
 
     def notes(self, fresh: bool) -> Sequence[str]:
-        """Tell how well ranks stand for expression, and how texts share rows."""
+        """Return notices on the fit of expression over rank, on packing, and on the loss of a new model."""
         fit, source = self.fits["all"], self.dataset("train")
         rows = 0 if source is None else source.cells_per_row
         many = "1 cell" if rows == 1 else f"{rows} cells"
         return (
             f"expression = {fit.slope:.3f} ln(rank) + {fit.intercept:.3f}: R2 {fit.r2:.2f}, Pearson {fit.pearson:.2f}, "
-            f"Spearman {fit.spearman:.2f}; {self.tokenizer.vocab_size:,} tokens, {many} in a row of "
+            f"Spearman {fit.spearman:.2f}; vocabulary of {self.tokenizer.vocab_size:,} tokens, {many} in each row of "
             f"{self.data.length:,} tokens.",
             *(
                 [
-                    "the model starts from random parameters, and the loss counts responses alone: "
-                    "--config.init_from=MODEL starts from a model; the variant :scratch counts all tokens."
+                    "the model starts from random parameters, but the loss covers only responses: set "
+                    "--config.init_from=MODEL to start from a pretrained model, or use the variant :scratch, whose "
+                    "loss covers all tokens."
                 ]
                 if fresh and self.config.loss_on == "response"
                 else []
@@ -474,7 +478,7 @@ class CellSentences:
 
 
 def _per_text(counts: jax.Array, segments: jax.Array) -> jax.Array:
-    """Sum of counts (B, T) over the text that each token belongs to."""
+    """Sum counts (B, T) over each text; every token gets the sum of its text."""
     texts = segments.shape[1] + 1
 
     def of_row(counts: jax.Array, segments: jax.Array) -> jax.Array:
@@ -484,7 +488,7 @@ def _per_text(counts: jax.Array, segments: jax.Array) -> jax.Array:
 
 
 def make(inputs: TaskInputs) -> CellSentences:
-    """Make the task of the parts of a configuration."""
+    """Build the task from the inputs of a configuration."""
     assert inputs.tokenizer is not None
     model = registry.model_config(inputs.architecture, inputs.model, inputs.tokenizer.vocab_size)
     return CellSentences(

@@ -1,4 +1,4 @@
-"""Tables after instruction tuning: answers about held-out cells beside baselines and a control (ZerOmics, 4.2)."""
+"""Evaluations after instruction tuning: answers about held-out cells, baselines and a control (ZerOmics, 4.2)."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ MODEL, OTHERS = "ZerOmics", "ZerOmics, soft tokens of other cells"
 
 
 class Answers:
-    """Answers to one task about held-out cells, by candidate scoring.
+    """Evaluate the answers to one task about held-out cells, by scoring all candidate answers.
 
-    The control asks the same questions with the soft tokens shuffled among the cells of a study: what it gets right
-    comes from the text and not from the cell.
+    The control asks the same questions with the soft tokens permuted among the cells of a study. The accuracy of the
+    control comes from the text of the question, not from the cell.
 
     Parameters
     ----------
     instruction_model
-        Makes the model of variables.
+        Function from variables to the model that answers.
     task
         "cta", "rci" or "tcd".
     train, held_out
-        Studies that baselines are fitted on, and whose cells are asked about.
+        Studies to fit the baselines on, and studies to evaluate.
     cells, seeds
-        Held-out cells at most, and seeds of what is drawn.
+        Largest number of held-out cells, and number of random seeds.
+    note
+        Note to add below the report; "" for none.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class Answers:
         self.report: Report | None = None
 
     def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
-        """Measure; yields the numbers of the table and keeps it in `report`."""
+        """Evaluate the model: yield the numbers of the table, and store the table in `report`."""
         instruction_model = self.instruction_model(variables)
         names = sorted({name for each, _ in self.held_out for name in each.candidates[self.task]})
         shares: dict[str, list[pd.DataFrame]] = {MODEL: [], OTHERS: []}
@@ -72,7 +74,7 @@ class Answers:
                 logs = instruction_model.score(
                     self.task, records, abstracts, candidates, keys=keys, cells=order
                 )
-                # What was no candidate has no probability.
+                # Names that were not candidates in this study get probability 0.
                 table = pd.DataFrame(np.exp(logs), columns=list(candidates))
                 shares[name].append(table.reindex(columns=names, fill_value=0.0))
         predictions = {}
@@ -102,9 +104,10 @@ def reports(
     seeds: int,
     note: str = "",
 ) -> Iterator[Answers]:
-    """Measurements of each task that held-out and training cells have two answers to; `note` is said below them.
+    """Yield the evaluation of each task, with `note` below its report.
 
-    Pathways, of which a cell has several, are measured by the benchmark alone.
+    A task is skipped if the training cells or the held-out cells have fewer than two different answers. Pathways are
+    also skipped, because a cell may have several: use the benchmark for them.
     """
     for task in tasks:
         if task != "cpi" and all(

@@ -1,4 +1,4 @@
-"""Instruction tuning: a decoder answers questions about cells that it reads as soft tokens (ZerOmics, section 3.2)."""
+"""Instruction tuning: a language model answers questions about a cell, given as soft tokens (ZerOmics, section 3.2)."""
 
 from __future__ import annotations
 
@@ -49,33 +49,36 @@ from sct.weights.load import load, load_tokenizer
 
 NAME = TASK
 UNIVERSAL = "universal"
-# The paper trains on the first three and keeps the fourth, pathways, for evaluation and few shots.
+# The paper trains on the first three. It uses the fourth, pathways, only for zero-shot and few-shot evaluation.
 TRAINED_TASKS = ("cta", "rci", "tcd", "cpi")
-_CORPUS_GENES = 2_000  # texts of genes that a tokenizer is trained on, beside templates and texts of studies
-# How often a tokenizer's training counts the texts of instructions, each of which is read for thousands of cells: the
-# words of genes' texts would take its tokens else (350 tokens an instruction of the quickstart, not 170).
-_READ = 30
+_CORPUS_GENES = 2_000  # gene summaries in the training corpus of a tokenizer
+# Copies of each instruction text in the training corpus of a tokenizer. With one copy, the vocabulary goes to the words
+# of gene summaries: an instruction of the quickstart then takes 350 tokens and not 170.
+_INSTRUCTION_COPIES = 30
 
 
 @dataclasses.dataclass(frozen=True)
 class InstructionData(StoreConfig):
-    """Where cells, what is said of their studies, and the two models come from.
+    """Data options: the cells, the metadata of their studies, and the two pretrained models.
 
     Parameters
     ----------
     cell_encoder
-        Cell model: a run of `configs/zeromics_sc.py` or its model folder.
+        Cell encoder: a run of `configs/zeromics_sc.py` or its model folder.
     llm
-        Decoder: a Hugging Face folder of LLaMA or a model folder; "" trains the one that `model.llm` describes.
+        Pretrained decoder: a Hugging Face LLaMA folder or a model folder. "" starts from a random decoder with the
+        options `model.llm`.
     max_genes, genes, values
-        See `sct.tasks.masked_bins.BinData`; as the cell model was trained.
+        See `sct.tasks.masked_bins.BinData`. They must match the options that the cell encoder was trained with.
     studies
-        YAML file; the head of `sct.data.text.instructions` says what it holds.
+        YAML file with the metadata of the studies. `sct.data.text.instructions` describes its format.
     length, cell_type, disease, pathways, normal, rare_share
         See `sct.data.text.instructions.InstructionOptions`.
-    tokenizer, vocab_size
-        File or folder, by default the decoder's; without a decoder one of at most so many tokens is trained on
-        templates, texts of studies and texts of genes.
+    tokenizer
+        Tokenizer file or folder. By default, the tokenizer of the decoder. Without a pretrained decoder, a tokenizer is
+        trained on the templates, the study metadata and the gene summaries.
+    vocab_size
+        Largest vocabulary of a trained tokenizer.
     """
 
     cell_encoder: str = dataclasses.field(default="", metadata={"formerly": "cells"})
@@ -101,7 +104,7 @@ class InstructionData(StoreConfig):
 
     @property
     def text_length(self) -> int:
-        """Tokens in a row of text."""
+        """Number of tokens in a row of text."""
         return self.length
 
 
@@ -112,23 +115,23 @@ class InstructionsConfig(ObjectiveConfig):
     Parameters
     ----------
     tasks
-        Pairs of a task ("cell_type", "rare_cell", "tumor", "pathway") and how often it is drawn. The paper's codes
-        ("cta", "rci", "tcd", "cpi") also work, and are what is kept here.
+        Pairs of (task, sampling weight). The tasks are "cell_type", "rare_cell", "tumor" and "pathway". The paper's codes
+        ("cta", "rci", "tcd", "cpi") also work, and are stored here.
     prompts
-        JSON file with further templates.
+        JSON file with further prompt templates.
     rank, alpha, dropout
-        Of each adapter of the mixture (8 and 8 in the paper).
+        Options of each LoRA adapter in the mixture (the paper uses rank 8 and alpha 8).
     targets
-        Regular expressions over paths of the decoder's layers; by default queries and values.
+        Regular expressions over module paths of the decoder. The default is the query and value projections.
     universal, of_tasks
-        Whether there is a universal adapter, and one for each task; the ablations of Table 5 leave one out.
+        Whether to train a universal adapter, and one adapter per task. The ablations of Table 5 leave one of them out.
     members
-        Adapters of the model to start from, where it was trained on other tasks: a task that has none of its own trains
-        the universal one. By default they follow from `universal` and `tasks`.
+        Names of the adapters in the model named in `init_from`, if it was trained on other tasks. A task without an
+        adapter then trains the universal one. By default, the names follow from `universal`, `of_tasks` and `tasks`.
     train_llm, train_cells
-        Train the decoder's and the cell model's own parameters, too.
+        Also train the parameters of the decoder, or of the cell encoder.
     report_cells, report_seeds
-        Held-out cells that the tables after training are made of (0: no tables), and seeds of what is drawn.
+        Number of held-out cells in the reports after training (0: no reports), and number of random seeds.
     """
 
     tasks: tuple[tuple[str, float], ...] = (("cta", 1.0), ("rci", 1.0), ("tcd", 1.0))
@@ -149,28 +152,30 @@ class InstructionsConfig(ObjectiveConfig):
         for entry in self.tasks:
             if len(entry) != 2 or task_code(entry[0]) not in TRAINED_TASKS or not float(entry[1]) > 0:
                 raise ConfigError(
-                    f"objective.tasks has {entry!r}, but pairs of a task and a positive weight are needed; tasks are "
-                    f"{', '.join(map(task_name, TRAINED_TASKS))}."
+                    f"objective.tasks has the entry {entry!r}, but each entry must be a pair of a task and a positive "
+                    f"weight: choose the task from {', '.join(map(task_name, TRAINED_TASKS))}."
                 )
-        # Runs are compared by these values: a run begun with codes goes on with names.
+        # Store codes, so that a run started with codes can resume with names.
         object.__setattr__(self, "tasks", tuple((task_code(task), weight) for task, weight in self.tasks))
         object.__setattr__(self, "members", tuple(map(task_code, self.members)))
         check_at_least("report_cells", self.report_cells, 0)
         check_at_least("report_seeds", self.report_seeds, 1)
         if not self.tasks or not (self.universal or self.of_tasks):
             raise ConfigError(
-                "objective needs a task, and an adapter: the universal one, those of tasks, or both."
+                "objective has no task or no adapter to train: list one or more tasks in objective.tasks, and set "
+                "objective.universal or objective.of_tasks to True."
             )
         alone = [task for task, _ in self.tasks if task not in self.members]
         if self.members and UNIVERSAL not in self.members and alone:
             raise ConfigError(
-                f"objective.members has neither {task_name(alone[0])!r} nor {UNIVERSAL!r}, so this task would train no "
-                "adapter: train it anew, or from a model with a universal adapter."
+                f"objective.members contains neither {task_name(alone[0])!r} nor {UNIVERSAL!r}, so the task "
+                f"{task_name(alone[0])!r} would train no adapter: start from a model with a universal adapter, or leave "
+                "objective.members empty and train a new model."
             )
 
     @property
     def mixture(self) -> Mixture:
-        """Adapters that are summed."""
+        """The mixture of LoRA adapters, whose outputs are summed."""
         members = [UNIVERSAL] * self.universal + [task for task, _ in self.tasks] * self.of_tasks
         members = list(self.members) or members
         targets = tuple(f"llm/.*{target}" for target in self.targets)
@@ -180,11 +185,11 @@ class InstructionsConfig(ObjectiveConfig):
 def options_of(
     config: InstructionsConfig, data: InstructionData, num_soft: int, seed: int
 ) -> InstructionOptions:
-    """What is asked of cells, as a configuration says."""
+    """Return the options of the instructions about cells, from a configuration's objective and data sections."""
     if not (data.studies or data.dataset):
         raise ConfigError(
-            "the abstracts of studies are missing: name a YAML file of the form `STUDY: {abstract: TEXT}` by "
-            "--config.data.studies."
+            "data.studies is empty, but instructions need the abstract of each study: set --config.data.studies to a "
+            "YAML file of the form `STUDY: {abstract: TEXT}`."
         )
     return InstructionOptions(
         tasks=tuple((task, float(weight)) for task, weight in config.tasks),
@@ -201,7 +206,7 @@ def options_of(
 
 
 def make_tokenizer(store: Store, config: InstructionsConfig, data: InstructionData, seed: int) -> Tokenizer:
-    """Tokenizer of the decoder, or a byte-level BPE trained on all that instructions and corpus say."""
+    """Load the decoder's tokenizer, or train a byte-level BPE on instructions, study metadata and gene summaries."""
     if data.llm:
         return load_tokenizer(data.llm)
     study_metadata = options_of(config, data, 1, seed).studies
@@ -213,7 +218,9 @@ def make_tokenizer(store: Store, config: InstructionsConfig, data: InstructionDa
     for study in store.split("train"):
         table = study.obs({name for name in (data.cell_type, data.disease) if name})
         texts += [str(value) for column in table for value in table[column].dropna().unique()]
-    return train_bpe([*texts * _READ, *GeneCorpus.built_in().texts[:_CORPUS_GENES]], data.vocab_size)
+    return train_bpe(
+        [*texts * _INSTRUCTION_COPIES, *GeneCorpus.built_in().texts[:_CORPUS_GENES]], data.vocab_size
+    )
 
 
 def parts_of(
@@ -224,27 +231,39 @@ def parts_of(
     mesh: Mesh | None = None,
     frozen: bool = False,
 ) -> tuple[dict[str, Any], np.ndarray, dict[str, Any], str]:
-    """Architecture, genes that the cell model knows, bool (G,), arrays by path, and licence of the two models.
+    """Load the cell encoder and the decoder, and derive the architecture of the whole model from them.
 
     Parameters
     ----------
     data
-        Names the models.
+        Data options, which name the two models.
     vocabulary
         Genes of the store.
     values
-        Of the architecture; what the two models bring goes before them, but for how they compute.
+        Options of the architecture. The sizes of the two loaded models override them; options that only affect how the
+        model is computed (such as `dtype`) do not change.
     vocab_size
-        Of the tokenizer, for a decoder that is trained from random parameters.
+        Vocabulary size of the tokenizer, for a decoder with random parameters.
     mesh
-        Devices that share the arrays.
+        Devices over which to shard the arrays.
     frozen
-        Whether the decoder is not trained: it is then loaded in the type of the computation.
+        Whether the decoder stays frozen. A frozen decoder is loaded in the compute dtype, to save memory.
+
+    Returns
+    -------
+    architecture : dict
+        Options of the whole model.
+    known : numpy.ndarray
+        bool (G,), whether the cell encoder knows the gene.
+    params : dict
+        Pretrained arrays by parameter path.
+    license : str
+        Licenses of the two models.
 
     Raises
     ------
     SctError
-        A model is missing, damaged, of another kind or of other genes.
+        A model is missing, damaged, of another family, or was trained on other genes.
     """
     if not data.cell_encoder:
         raise ConfigError(
@@ -256,14 +275,15 @@ def parts_of(
     cells = load(data.cell_encoder, genes=vocabulary, mesh=mesh)
     if not isinstance(cells.config, ZerOmicsCellsConfig):
         raise ConfigError(
-            f"{data.cell_encoder} is a model of the family {cells.family!r}, but one of zeromics_cells is needed."
+            f"data.cell_encoder is {data.cell_encoder}, a model of the family {cells.family!r}, but it must be of the "
+            "family zeromics_cells: train one with configs/zeromics_sc.py."
         )
     learned = CellOptions.of(cells.config.num_bins, cells.data).record()
     for option, asked in CellOptions.of(cells.config.num_bins, data).record().items():
         if asked != learned[option]:
             raise ConfigError(
-                f"data.{option} is {asked!r}, but the cell model was trained with {learned[option]!r}: set it to that, "
-                "for the model has seen no other cells."
+                f"data.{option} is {asked!r}, but the cell encoder was trained with {learned[option]!r}: set "
+                f"data.{option} to {learned[option]!r}."
             )
     known = known_genes(len(vocabulary), cells.data["dropped"])
     models = {"cells": cells}
@@ -272,14 +292,15 @@ def parts_of(
         models["llm"] = load(data.llm, mesh=mesh, dtype=kind if frozen else None)
         if not isinstance(models["llm"].config, LlamaConfig):
             raise ConfigError(
-                f"{data.llm} is a model of the family {models['llm'].family!r}, but one of llama is needed."
+                f"data.llm is {data.llm}, a model of the family {models['llm'].family!r}, but it must be of the family "
+                "llama: give a LLaMA folder."
             )
     for name, model in models.items():
         own = made.get(name, {})
         made[name] = computing(dataclasses.asdict(model.config), own)
         params = flatten(lora.merge(model.variables)["params"])
         if name == "cells" and own.get("encoder", "transformer") != "transformer":
-            # The ablation has neither layers nor bins of its own.
+            # The ablation without a transformer has no parameters for layers and bins.
             made[name]["encoder"] = own["encoder"]
             params = {path: leaf for path, leaf in params.items() if not path.startswith(("layers/", "bin/"))}
         given |= {f"params/{name}/{path}": leaf for path, leaf in params.items()}
@@ -291,26 +312,27 @@ def parts_of(
 
 
 class Instructions:
-    """Task of ZerOmics' second stage; see `sct.tasks.base.Task`.
+    """Task of the second training stage of ZerOmics, instruction tuning; see `sct.tasks.base.Task`.
 
     Parameters
     ----------
     config, data
-        Options.
+        Options of the objective and of the data.
     model
-        Architecture.
+        Configuration of the architecture.
     tokenizer
-        Of instructions.
+        Tokenizer of the instructions.
     store
-        Cells.
+        Store with the cells.
     known
-        Genes that the cell model knows, bool (G,).
+        bool (G,), whether the cell encoder knows the gene.
     given
-        Arrays by path of the two models to start from; empty where a checkpoint or another model has them.
+        Pretrained arrays of the two models, by parameter path. Empty if they come from a checkpoint or from
+        `init_from`.
     seed
-        Of tasks, templates and the order of candidates.
+        Seed that draws tasks, templates and the order of candidates.
     license
-        Of what is given.
+        License of the pretrained arrays.
     """
 
     may_be_missing: Sequence[str] = lora.NEW
@@ -331,13 +353,13 @@ class Instructions:
     ):
         if model.num_genes != len(store.vocabulary):
             raise ConfigError(
-                f"the cell model has {model.num_genes} genes, but the store's vocabulary {len(store.vocabulary)}: "
-                "ingest the cells with the genes of the model."
+                f"the cell encoder has {model.num_genes} genes, but the store's vocabulary has "
+                f"{len(store.vocabulary)}: ingest the cells with the vocabulary of the cell encoder."
             )
         if model.llm.vocab_size < tokenizer.vocab_size:
             raise ConfigError(
-                f"the decoder has {model.llm.vocab_size} tokens, but the tokenizer {tokenizer.vocab_size}: give the "
-                "decoder's own."
+                f"the decoder has {model.llm.vocab_size} tokens, but the tokenizer has {tokenizer.vocab_size}: use the "
+                "tokenizer of the decoder (leave data.tokenizer empty)."
             )
         self.config, self.data, self.model_config, self.store, self.seed = config, data, model, store, seed
         self.model, self.tokenizer, self.vocabulary = ZerOmics(model), tokenizer, store.vocabulary
@@ -351,29 +373,29 @@ class Instructions:
         self.mixture = config.mixture
         self.lora: AdapterConfig | None = self.mixture.config
         self.tokens_per_record = data.length
-        # The map of a model without tokenizer, where one is needed, is random and stays so.
+        # With tokenizer "none", a random projection bridges different embedding sizes. It is not trained.
         fixed = model.tokenizer == "none"
-        has = not fixed or model.cells.embed_dim != model.llm.embed_dim
+        has_projection = not fixed or model.cells.embed_dim != model.llm.embed_dim
         self.trainable: Sequence[tuple[str, bool]] = (
             ("^params/cells/(features$|bin_head/|gene_head/)", False),
             ("^params/cells/", config.train_cells),
             ("^params/llm/", config.train_llm),
-            *([("^params/tokenizer/", not fixed)] if has else []),
+            *([("^params/tokenizer/", not fixed)] if has_projection else []),
             *lora.TRAINABLE,
         )
 
     def take_pretrained_params(self) -> Mapping[str, Any]:
-        """Arrays of the two models."""
+        """Return the pretrained arrays of the cell encoder and the decoder, by parameter path."""
         given, self.given = self.given, {}
         return given
 
     def init(self, rng: jax.Array) -> Variables:
-        """Initial variables, boxed."""
+        """Return the initial variables, boxed."""
         variables = cast(Variables, self.model.init(rng, *ZerOmics.example(self.model_config).values()))
         adapters = lora.init(jax.random.fold_in(rng, 1), variables["params"], self.mixture.config)
         params = dict(variables["params"])
         if not self.config.train_llm:
-            # What no training changes needs no more digits than are computed with.
+            # Frozen parameters need no more precision than the compute dtype.
             kind = jnp.dtype(self.model_config.llm.dtype)
             params["llm"] = jax.tree.map(
                 lambda leaf: leaf.astype(kind) if leaf.ndim > 1 else leaf, params["llm"]
@@ -381,7 +403,7 @@ class Instructions:
         return {**variables, "params": params, "adapters": adapters}
 
     def gates(self, task: jax.Array) -> jax.Array:
-        """Which columns of the adapters each cell trains (B, members x rank), by the number of its task (B,)."""
+        """Return the gate over adapter columns (B, members x rank) that each cell trains, from its task index (B,)."""
         members = self.mixture.members
         own = jnp.asarray(
             [[member in (UNIVERSAL, name) for member in members] for name, _ in self.config.tasks]
@@ -391,10 +413,10 @@ class Instructions:
     def loss(
         self, variables: Variables, batch: DeviceBatch, rng: jax.Array, train: bool
     ) -> tuple[jax.Array, MetricSums]:
-        """Mean cross-entropy of the tokens of answers and of their ends.
+        """Return the mean cross-entropy of the answer tokens, including the end token.
 
-        Returns the loss and sums: `loss` over `predicted` tokens (count), `right` tokens, and for each task `answers`
-        and those that are `exact`, every token the best one (T,).
+        Also returns sums: `loss`; `predicted` and `right`, the numbers of predicted and of correct tokens; and per
+        task (T,) `answers` and `exact`, the numbers of answers and of answers with every token correct.
         """
         ids, genes = batch["input_ids"], batch.get("genes")
         if train:
@@ -408,8 +430,7 @@ class Instructions:
         if not self.config.train_cells:
             encoded = jax.lax.stop_gradient(encoded)
         soft = self.model.apply(variables, encoded, genes, method="soft")
-        # Padding stands behind what is read, where no token of a causal decoder sees it: without a mask attention can
-        # be the fast kernel of a GPU.
+        # Padding comes last, so causal attention never reads it. Without a mask, GPUs can use a fast attention kernel.
         hidden = self.model.apply(variables, ids, None, soft, rngs=reading, method="hidden_states")
 
         def scores(x: jax.Array) -> jax.Array:
@@ -437,7 +458,7 @@ class Instructions:
         return total / jnp.maximum(count, 1.0), sums
 
     def compute_metrics(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Mean loss in nats, share of right tokens, and for each task that of answers that are right as a whole."""
+        """Return the mean loss in nats, the token accuracy, and the share of exactly correct answers per task."""
         count = max(float(sums["predicted"]), 1.0)
         summary = {"loss": float(sums["loss"]) / count, "accuracy": float(sums["right"]) / count}
         for (task, _), answers, exact in zip(self.config.tasks, sums["answers"], sums["exact"], strict=True):
@@ -447,7 +468,7 @@ class Instructions:
 
     @functools.cache  # noqa: B019 (a run has one task)
     def dataset(self, split: str) -> InstructionSource | None:
-        """Cells of a split with an instruction each."""
+        """Return the cells of a split with one instruction each, or None if the split is empty."""
         studies = self.store.split(split)
         if not studies:
             return None
@@ -462,7 +483,7 @@ class Instructions:
         )
 
     def evaluators(self) -> Sequence[Evaluator]:
-        """Answers about held-out cells beside baselines, on the test studies, else the validation ones."""
+        """Return the evaluations of answers against baselines, on the test or else the validation studies."""
         held_out, note = held_out_split(self.store)
         if held_out is None or not self.config.report_cells:
             return ()
@@ -477,23 +498,23 @@ class Instructions:
         return list(reports(self._instruction_model, train, after, *options))
 
     def _instruction_model(self, variables: Variables) -> InstructionModel:
-        """Model with these variables, ready to be asked."""
+        """Return an `InstructionModel` with these variables."""
         parts = self.exports()
         return InstructionModel.of(
             self.model_config, variables, parts["tokenizer"], parts["genes"], parts["data"]
         )
 
     def tokens(self, batch: Mapping[str, Any]) -> int:
-        """Tokens in a batch, padding included."""
+        """Return the number of tokens in a batch, including padding."""
         return int(np.prod(batch["input_ids"].shape))
 
     def operations(self, records: int) -> float:
-        """Operations of the matrix products of a forward pass; a multiply-add counts as two."""
+        """Return the FLOPs of the matrix products in one forward pass; a multiply-add counts as 2."""
         genes = self.data.max_genes or self.model_config.cells.num_genes
         return ZerOmics.flops(self.model_config, records, self.data.length, genes)
 
     def exports(self) -> dict[str, Any]:
-        """Genes, tokenizer, and how instructions were made in training."""
+        """Return the genes, the tokenizer, and the options that made the training instructions."""
         described = {
             "task": NAME,
             "tasks": [task for task, _ in self.config.tasks],
@@ -507,19 +528,20 @@ class Instructions:
         return {"genes": self.vocabulary, "tokenizer": self.tokenizer, "data": described}
 
     def notes(self, fresh: bool) -> Sequence[str]:
-        """Tell what is trained."""
+        """Return a notice on which parts of the model are trained."""
         parts = [
             f"{len(self.mixture.members)} adapters ({', '.join(self.mixture.members)})",
             "the cell tokenizer",
         ]
-        parts += ["the decoder"] * self.config.train_llm + ["the cell model"] * self.config.train_cells
+        parts += ["the decoder"] * self.config.train_llm + ["the cell encoder"] * self.config.train_cells
         return (
-            f"{', '.join(parts)} are trained; {self.model_config.num_soft} soft tokens of {self.data.length}.",
+            f"trained parts: {', '.join(parts)}; {self.model_config.num_soft} of {self.data.length} tokens in a row "
+            "are soft tokens.",
         )
 
 
 def make(inputs: TaskInputs) -> Instructions:
-    """Make the task of the parts of a configuration."""
+    """Build the task from the inputs of a configuration."""
     assert inputs.tokenizer is not None
     vocabulary, parent, values = inputs.store.vocabulary, inputs.parent_data_spec, dict(inputs.model)
     if parent is not None and parent.get("task") == NAME:
@@ -531,14 +553,14 @@ def make(inputs: TaskInputs) -> Instructions:
                 for each in (parent["members"], inputs.objective.mixture.members)
             )
             raise ConfigError(
-                f"the model has adapters for {has}, but the configuration asks for {asked}: name the same tasks in the "
-                "same order."
+                f"the model has adapters for {has}, but the configuration asks for {asked}: list the same names in the "
+                "same order in objective.members."
             )
         known = known_genes(len(vocabulary), parent["dropped"])
     else:
         if not inputs.data.llm and not inputs.objective.train_llm:
             raise ConfigError(
-                "LoRA needs a pretrained decoder: set --config.data.llm=FOLDER, or train one with "
+                "LoRA needs a pretrained decoder: set --config.data.llm=FOLDER, or train the decoder itself with "
                 "--config.objective.train_llm=True."
             )
         size = inputs.tokenizer.vocab_size

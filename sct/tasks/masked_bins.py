@@ -1,4 +1,4 @@
-"""Masked bins: a cell model predicts the bin and the text item of masked genes (ZerOmics paper, section 3.1)."""
+"""Masked bins: a cell encoder predicts the expression bin and the identity of masked genes (ZerOmics, section 3.1)."""
 
 from __future__ import annotations
 
@@ -42,33 +42,34 @@ NAME = "masked_bins"
 
 
 def check_binned(data: Any) -> None:
-    """Raise `ConfigError` where a data section asks for values that are no bins, or for genes that no file lists."""
+    """Raise `ConfigError` if a data section asks for unbinned values, or for a fixed list of genes."""
     if CellOptions.of(2, data).name != "bins" or data.genes == "listed":
         raise ConfigError(
-            f"data.values is {data.values!r} and data.genes {data.genes!r}, but bins (quantiles or levels) of genes "
-            "that follow from each cell are needed."
+            f"data.values is {data.values!r} and data.genes is {data.genes!r}, but this task needs binned values, and "
+            "genes that are selected per cell: set data.values to quantiles or levels, and data.genes to all, "
+            "expressed, top or sampled."
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class BinData(StoreConfig):
-    """Where cells come from, and what is known of their genes.
+    """Data options: the cells, and the text features of their genes.
 
     Parameters
     ----------
     max_genes, genes, values
-        Which genes of a cell are read, by default all of the vocabulary, or with `max_genes` the so many most highly
-        expressed ones; and which bins of them ("quantiles", or "levels" of equal width). See
-        `sct.data.cell_records.CellOptions`.
+        `genes` selects the genes that are read from each cell. By default, these are all genes of the vocabulary, or
+        the `max_genes` most highly expressed genes if `max_genes` is set. `values` is the type of bins: "quantiles",
+        or "levels" of equal width. See `sct.data.cell_records.CellOptions`.
     corpus
-        "built_in", or a file with summaries of genes (`sct.data.genes.corpus`).
+        "built_in", or a file with gene summaries (`sct.data.genes.corpus`).
     features
-        What makes a feature of a summary: a text model (folder or id), "lsa" (latent semantic analysis, no model
-        needed), "random", or a file with a table of features, which needs no corpus.
+        How to compute a feature vector from a gene summary: a text model (folder or Hub id), "lsa" (latent semantic
+        analysis, needs no model) or "random". The path of a feature table also works and needs no corpus.
     features_cache
-        Folder for features of text models; by default one for all runs.
+        Folder in which to cache the features of text models. By default, all runs share one folder.
     feature_dim
-        Width of features of "lsa" and "random".
+        Feature dimension F of "lsa" and "random".
     """
 
     max_genes: int = 0
@@ -88,12 +89,21 @@ class BinData(StoreConfig):
 def gene_features(
     data: BinData, vocabulary: GeneVocabulary, seed: int
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Features (G, F) of the genes of a vocabulary, which genes have one, bool (G,), and what made them.
+    """Compute or load the text features of the genes in a vocabulary.
+
+    Returns
+    -------
+    features : numpy.ndarray
+        float32 (G, F).
+    known : numpy.ndarray
+        bool (G,), whether the gene has a feature.
+    source : dict
+        How the features were computed.
 
     Raises
     ------
     SctError
-        Corpus, model or table are missing or damaged, or are those of other genes.
+        The corpus, the model or the table is missing or damaged, or has none of these genes.
     """
     path = Path(data.features).expanduser()
     if suffix_of(path) in TABLES:
@@ -119,12 +129,12 @@ class MaskedBinsConfig(ObjectiveConfig):
     masked
         Probability that a non-zero bin is masked (p_m, equation 1).
     substituted
-        Probability that another non-zero bin is replaced by a random other one, zero included (p_s).
+        Probability that an unmasked non-zero bin is replaced by a different random bin, which may be zero (p_s).
     max_masked_fraction
-        The heads are evaluated at no more than this share of a cell's positions. Masked positions beyond it are left
-        out of the loss and counted in `dropped_targets`.
+        Largest share of a cell's positions at which the heads are evaluated. Masked positions beyond it are left out of
+        the loss and counted in `dropped_targets`.
     report_cells, report_seeds
-        Held-out cells that the table after training is made of (0: no table), and draws of what is masked.
+        Number of held-out cells in the report after training (0: no report), and number of random masks per cell.
     """
 
     masked: float = 0.15
@@ -142,24 +152,24 @@ class MaskedBinsConfig(ObjectiveConfig):
 
 
 class MaskedBins:
-    """Task of the cell model of ZerOmics; see `sct.tasks.base.Task`.
+    """Task that trains the cell encoder of ZerOmics; see `sct.tasks.base.Task`.
 
     Parameters
     ----------
     config, data
-        Options.
+        Options of the objective and of the data.
     model
-        Architecture.
+        Configuration of the architecture.
     store
-        Cells.
+        Store with the cells.
     known
-        Genes that have a feature, bool (G,); the others are dropped.
+        bool (G,), whether the gene has a feature. Other genes are dropped.
     features
-        float32 (G, F) to start from; None where a checkpoint or another model has them.
+        Gene features, float32 (G, F). None if they come from a checkpoint or from `init_from`.
     described
-        What is told of the features in the model folder.
+        How the features were computed, for the model folder.
     seed
-        Of the order of cells.
+        Seed of the order of the cells.
     """
 
     trainable: Sequence[tuple[str, bool]] = ((f"^{FEATURES}$", False), (".*", True))
@@ -182,18 +192,18 @@ class MaskedBins:
     ):
         if model.num_genes != len(store.vocabulary):
             raise ConfigError(
-                f"the model has {model.num_genes} genes, but the store's vocabulary {len(store.vocabulary)}: set "
+                f"the model has {model.num_genes} genes, but the store's vocabulary has {len(store.vocabulary)}: set "
                 "model.num_genes to 0."
             )
         if features is not None and features.shape != (model.num_genes, model.feature_dim):
             raise ConfigError(
-                f"the features of genes are {features.shape[1]} wide, but model.feature_dim is {model.feature_dim}: "
-                "set it to 0."
+                f"the gene features have {features.shape[1]} dimensions, but model.feature_dim is {model.feature_dim}: "
+                "set model.feature_dim to 0."
             )
         if model.encoder != "transformer":
             raise ConfigError(
-                "without layers there is nothing to learn of masked genes: train with model.encoder=transformer, and "
-                "give --config.model.cells.encoder=weighted to the second stage."
+                f"model.encoder is {model.encoder!r}, which has no layers to train, but this task needs a transformer: "
+                "set model.encoder=transformer here, and --config.model.cells.encoder=weighted in instruction tuning."
             )
         self.config, self.data, self.model_config, self.store, self.seed = config, data, model, store, seed
         self.model, self.vocabulary = ZerOmicsCells(model), store.vocabulary
@@ -203,18 +213,18 @@ class MaskedBins:
         self.tokens_per_record = data.max_genes or model.num_genes
 
     def take_pretrained_params(self) -> Mapping[str, Any]:
-        """Features of genes."""
+        """Return the gene features by parameter path."""
         given, self.given = self.given, {}
         return given
 
     def init(self, rng: jax.Array) -> Variables:
-        """Initial variables, boxed."""
+        """Return the initial variables, boxed."""
         return cast(Variables, self.model.init(rng, *ZerOmicsCells.example(self.model_config).values()))
 
     def mask_bins(
         self, rng: jax.Array, bins: jax.Array, valid_mask: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Bins (B, S) as the model sees them, and which are masked, bool (B, S), of the places that are there."""
+        """Mask and substitute bins at valid positions; return the corrupted bins (B, S) and the mask, bool (B, S)."""
         config, levels = self.config, self.model_config.num_bins
         first, second, third = jax.random.split(rng, 3)
         expressed = (bins > 0) & valid_mask
@@ -227,9 +237,9 @@ class MaskedBins:
     def loss(
         self, variables: Variables, batch: DeviceBatch, rng: jax.Array, train: bool
     ) -> tuple[jax.Array, MetricSums]:
-        """Mean of the cross-entropies of bin and gene item at masked places (section 3.1, equations 4 and 5).
+        """Return the mean of the bin and gene cross-entropies at masked positions (section 3.1, equations 4 and 5).
 
-        Returns the loss and sums over masked places: `loss`, `masked` (count), `bin_loss`, `gene_loss`, `bin_right`,
+        Also returns sums over masked positions: `loss`, `masked` (count), `bin_loss`, `gene_loss`, `bin_right`,
         `gene_right`, `dropped_targets`.
         """
         bins, genes = batch["bins"].astype(jnp.int32), batch.get("genes")
@@ -264,7 +274,7 @@ class MaskedBins:
         return sums["loss"] / jnp.maximum(count, 1.0), sums
 
     def compute_metrics(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Mean losses in nats, and shares of masked genes whose bin and item are right."""
+        """Return the mean losses in nats, and the accuracies of the predicted bin and gene at masked positions."""
         count = max(float(sums["masked"]), 1.0)
         names = {
             "loss": "loss",
@@ -282,14 +292,14 @@ class MaskedBins:
 
     @functools.cache  # noqa: B019 (a run has one task)
     def dataset(self, split: str) -> CellSource | None:
-        """Cells of a split."""
+        """Return the cells of a split, or None if the split is empty."""
         studies = self.store.split(split)
         if not studies:
             return None
         return CellSource(studies, self.options, self.known, exhaustive=split != "train", seed=self.seed)
 
     def evaluators(self) -> Sequence[Evaluator]:
-        """Bins of masked genes beside what is known of each gene, on the test studies, else the validation ones."""
+        """Return the evaluation of predicted bins against per-gene baselines, on test or else validation studies."""
         held_out, note = held_out_split(self.store)
         if held_out is None or not self.config.report_cells:
             return ()
@@ -309,7 +319,7 @@ class MaskedBins:
     def _predict(
         self, variables: Variables, batch: Mapping[str, jax.Array], rng: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Logarithms of the probabilities of bins float32 (B, S, num_bins + 1), and which are masked."""
+        """Return log-probabilities of the bins, float32 (B, S, num_bins + 1), and the mask, bool (B, S)."""
         bins, genes = batch["bins"].astype(jnp.int32), batch.get("genes")
         seen, masked = self.mask_bins(rng, bins, jnp.ones(bins.shape, bool))
         hidden = self.model.apply(variables, seen, genes, method="hidden_states")
@@ -317,15 +327,15 @@ class MaskedBins:
         return jax.nn.log_softmax(logits, axis=-1), masked
 
     def tokens(self, batch: Mapping[str, Any]) -> int:
-        """Places of genes in a batch."""
+        """Return the number of gene positions in a batch."""
         return int(np.prod(batch["bins"].shape))
 
     def operations(self, records: int) -> float:
-        """Operations of the matrix products of a forward pass without heads; a multiply-add counts as two."""
+        """Return the FLOPs of the matrix products in one forward pass without heads; a multiply-add counts as 2."""
         return ZerOmicsCells.flops(self.model_config, records, self.tokens_per_record)
 
     def exports(self) -> dict[str, Any]:
-        """Genes, and how inputs were made in training."""
+        """Return the genes, and the options that made the training inputs."""
         data = {
             "task": NAME,
             **self.options.record(),
@@ -335,16 +345,16 @@ class MaskedBins:
         return {"genes": self.vocabulary, "data": data}
 
     def notes(self, fresh: bool) -> Sequence[str]:
-        """Tell what genes the model knows."""
+        """Return notices on the number of genes with features, and on masked genes that the loss leaves out."""
         dropped = int((~self.known).sum())
         return (
             f"{len(self.known) - dropped:,} genes have a feature ({self.described['kind']})"
-            + (f", {dropped:,} are dropped" if dropped else "")
-            + f"; {self.tokens_per_record:,} genes of each cell are read.",
+            + (f", {dropped:,} genes without one are dropped" if dropped else "")
+            + f"; the model reads {self.tokens_per_record:,} genes of each cell.",
             *(
                 [
-                    f"masked is {self.config.masked}, above max_masked_fraction, {self.config.max_masked_fraction}: "
-                    "masked genes beyond it are left out of the loss."
+                    f"masked is {self.config.masked}, but max_masked_fraction is {self.config.max_masked_fraction}: "
+                    "the loss leaves out the masked genes beyond this fraction."
                 ]
                 if self.data.max_genes and self.config.max_masked_fraction < self.config.masked
                 else []
@@ -353,7 +363,7 @@ class MaskedBins:
 
 
 def make(inputs: TaskInputs) -> MaskedBins:
-    """Make the task of the parts of a configuration."""
+    """Build the task from the inputs of a configuration."""
     vocabulary, parent, features = inputs.store.vocabulary, inputs.parent_data_spec, None
     if parent is not None and parent.get("task") == NAME:
         known = known_genes(len(vocabulary), parent["dropped"])

@@ -1,4 +1,4 @@
-"""Masked expression modelling: predict the levels of masked genes (sCT paper, section 3)."""
+"""Masked expression modeling: predict the expression levels of masked genes (sCT paper, section 3)."""
 
 from __future__ import annotations
 
@@ -45,21 +45,22 @@ class MaskedExpressionConfig(ObjectiveConfig):
     Parameters
     ----------
     masking
-        Rule of training (and of the validation loss).
+        Masking rule of training and of the validation loss.
     logit_adjustment
-        Remove from the training signal what the masking rates do to the class balance, so that the model's
-        probabilities are those of an ordinary gene and not of a masked one: the log of (masking rate of
-        expressed / of unexpressed genes) is subtracted from the logit of "unexpressed" inside the loss. False is
-        the paper's loss; inference then adds that number (`sct.data.class_prior`).
+        Correct the loss for the masking rates. If expressed genes are masked more often than unexpressed ones, the
+        model would otherwise overestimate expression. Inside the loss, log(masking rate of expressed genes / masking
+        rate of unexpressed genes) is subtracted from the logit of level 0. The model's probabilities then hold for any
+        gene, not only for masked ones. False is the paper's loss; inference then adds that number to the logit of
+        level 0 (`sct.data.class_prior`).
     max_masked_fraction
-        Training evaluates the head at no more than this share of a bag's positions. Masked positions beyond it are
-        left out of the loss and counted in `dropped_targets`. 0 evaluates the head at every position. Devices that
-        share the cells of a bag have equal parts of this number; the loss depends on the number of devices only if
-        positions are dropped.
+        Largest share of a bag's positions at which training evaluates the head. Masked positions beyond it are left out
+        of the loss and counted in `dropped_targets`. 0 evaluates the head at every position. If several devices share
+        the cells of a bag, each gets an equal part of these positions. The loss depends on the number of devices only
+        if positions are dropped.
     report_ratio, report_seeds
-        Share of genes masked, and number of draws, in the table after training.
+        Share of genes to mask, and number of random masks, in the report after training.
     report_bags
-        Held-out bags scored in that table, spread evenly over all of them; 0 for all.
+        Number of held-out bags in that report, spaced evenly over the split; 0 for all.
     """
 
     BEFORE: ClassVar[Mapping[str, Any]] = types.MappingProxyType({"logit_adjustment": False})
@@ -79,21 +80,21 @@ class MaskedExpressionConfig(ObjectiveConfig):
         check_at_least("report_bags", self.report_bags, 0)
         rule = self.masking
         if self.logit_adjustment:
-            _ = rule.log_ratio  # refused where it is no number
+            _ = rule.log_ratio  # raises ConfigError if the ratio is undefined
         if (
             self.max_masked_fraction
             and rule.kind in ("uniform", "ratio")
             and rule.expressed > self.max_masked_fraction
         ):
             raise ConfigError(
-                f"masking {rule.kind!r} hides a share of {rule.expressed} of all positions, but max_masked_fraction is "
-                f"{self.max_masked_fraction}: raise it above that, or set it to 0."
+                f"masking {rule.kind!r} masks a fraction of {rule.expressed} of all positions, but max_masked_fraction "
+                f"is only {self.max_masked_fraction}: set max_masked_fraction above {rule.expressed}, or to 0."
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class BagData(StoreConfig):
-    """Where cells come from and how bags are made.
+    """Data options: the cells, and how they are grouped into bags.
 
     Parameters
     ----------
@@ -107,7 +108,7 @@ class BagData(StoreConfig):
     noise_fraction: float = BagOptions.noise_fraction
 
     def options(self, seed: int) -> BagOptions:
-        """How bags are made, with a seed."""
+        """Return the bag options, with this seed."""
         return BagOptions(
             cells_per_bag=self.cells_per_bag,
             shuffle_cells=self.shuffle_cells,
@@ -118,22 +119,22 @@ class BagData(StoreConfig):
 
 
 class MaskedExpression:
-    """Task of sCT; see `sct.tasks.base.Task`.
+    """Task that trains sCT; see `sct.tasks.base.Task`.
 
     Parameters
     ----------
     config
-        Options.
+        Options of the objective.
     model
-        Architecture; `num_genes` 0 takes the store's vocabulary, padded.
+        Configuration of the architecture. `num_genes` must be at least the size of the store's vocabulary.
     bags
-        How bags are made; positions, levels and coordinates follow the model.
+        How to form bags. The model's configuration overrides `num_positions`, `num_bins` and `spatial`.
     store
-        Data, or None to initialise and to take a step only.
+        Store with the cells.
     """
 
     trainable: Sequence[tuple[str, bool]] = ((".*", True),)
-    # The map of coordinates starts at zero where training on spatial data continues a model of cells.
+    # A model trained without coordinates has no spatial layer: the layer starts at zero when spatial training begins.
     may_be_missing: Sequence[str] = (r"^params/spatial/",)
     lora: AdapterConfig | None = None
     license = "unknown"
@@ -144,7 +145,7 @@ class MaskedExpression:
         genes = len(store.vocabulary)
         if model.num_genes < genes:
             raise ConfigError(
-                f"the model has {model.num_genes} gene positions, but the store's vocabulary has {genes} "
+                f"model.num_genes is {model.num_genes}, but the store's vocabulary has {genes} "
                 f"genes: set model.num_genes to 0 or to {pad_to_multiple(genes, model.num_downsamples)}."
             )
         for split in SPLITS:
@@ -153,13 +154,13 @@ class MaskedExpression:
         studies = store.split("train")
         if model.use_spatial and studies and not any(study.spatial for study in studies):
             raise ConfigError(
-                f"the model has use_spatial, but no training study of {store.path} has coordinates: ingest them with "
-                "--spatial_key, or leave use_spatial out."
+                f"model.use_spatial is True, but no training study of {store.path} has coordinates: ingest the data "
+                "with --spatial_key, or set model.use_spatial to False."
             )
         if studies and bags.cells_per_bag > max(study.n_cells for study in studies):
             raise ConfigError(
-                f"cells_per_bag is {bags.cells_per_bag}, but the largest training study has "
-                f"{max(study.n_cells for study in studies)} cells: use fewer."
+                f"data.cells_per_bag is {bags.cells_per_bag}, but the largest training study has only "
+                f"{max(study.n_cells for study in studies)} cells: lower data.cells_per_bag."
             )
         self.config, self.model_config, self.store = config, model, store
         self.model = SCT(model)
@@ -170,28 +171,27 @@ class MaskedExpression:
         self.tokens_per_record = bags.cells_per_bag * model.num_genes
 
     def take_pretrained_params(self) -> Mapping[str, Any]:
-        """None: all parameters are random."""
+        """Return no parameters: all start from random values."""
         return {}
 
     def init(self, rng: jax.Array) -> Variables:
-        """Initial variables, boxed."""
+        """Return the initial variables, boxed."""
         return cast(Variables, self.model.init(rng, *SCT.example(self.model_config).values()))
 
     def loss(
         self, variables: Variables, batch: DeviceBatch, rng: jax.Array, train: bool
     ) -> tuple[jax.Array, MetricSums]:
-        """Mean cross-entropy of the levels at masked positions of measured genes.
+        """Return the mean cross-entropy of the expression levels at masked positions of measured genes.
 
-        With `logit_adjustment` the cross-entropy is that of the logits plus the log of the rate at which each
-        class is masked (up to a constant), so that the logits themselves are those of an ordinary gene. Genes that
-        a study did not measure are read as unexpressed and are never targets.
+        With `logit_adjustment`, the log of each class's masking rate (up to a constant) is added to the logits before
+        the cross-entropy. Genes that a study did not measure are treated as zero counts and are never targets.
 
-        Returns the loss and sums: `loss`, `masked` (count), `confusion` (num_bins, num_bins) with rows the
-        true and columns the predicted level, `dropped_targets`.
+        Also returns sums: `loss`, `masked` (count), `confusion` (num_bins, num_bins) with the true level in rows and
+        the predicted level in columns, and `dropped_targets`.
         """
         tokens = batch["tokens"]
         num_bins = self.model_config.num_bins
-        # A gene that was not measured can no more be masked than padding.
+        # Genes that were not measured get the padding value here: padding is never masked.
         eligible = jnp.where(batch["measured"][:, None, :], tokens, jnp.asarray(num_bins, tokens.dtype))
         if self.config.logit_adjustment:
             mask, log_ratio = self.config.masking.draw(rng, eligible, num_bins)
@@ -204,7 +204,7 @@ class MaskedExpression:
         masked, targets = mask.reshape(-1, length), tokens.reshape(-1, length).astype(jnp.int32)
         dropped_targets = jnp.zeros((), jnp.float32)
         if self.config.max_masked_fraction and train:
-            # Devices that share the cells of a bag have a share of the budget each, for their own cells.
+            # If devices share the cells of a bag, each device gets a part of the positions, for its own cells.
             parts = axes.shards_of(axes.CELL, tokens.shape[1])
             masked, targets = (x.reshape(x.shape[0], parts, -1) for x in (masked, targets))
             length //= parts
@@ -218,7 +218,7 @@ class MaskedExpression:
         else:
             logits = self._logits(variables, inputs, coordinates).reshape(*targets.shape, -1)
         weights = masked.astype(jnp.float32)
-        # Of the masked genes, as the loss and the training metrics see them.
+        # The shift turns the logits of any gene into those of a masked gene, for the loss and the training metrics.
         shift = log_ratio.reshape(-1, *(1,) * (logits.ndim - 1)) * (jnp.arange(logits.shape[-1]) == 0)
         logits = logits - shift
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
@@ -235,8 +235,10 @@ class MaskedExpression:
         return total / jnp.maximum(count, 1.0), sums
 
     def compute_metrics(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Mean loss, MCC over the masked expressed genes, accuracy over all masked genes."""
-        from sct.eval import metrics  # a second of scikit-learn, which the first step need not wait for
+        """Return the mean loss, the MCC over masked expressed genes and the accuracy over all masked genes."""
+        from sct.eval import (
+            metrics,
+        )  # imports scikit-learn, which takes a second and would delay the first step
 
         confusion, count = np.asarray(sums["confusion"]), max(float(sums["masked"]), 1.0)
         summary = {
@@ -249,14 +251,14 @@ class MaskedExpression:
         return summary
 
     def dataset(self, split: str) -> BagSource | None:
-        """Bags of a split: random for "train", every cell once otherwise."""
+        """Return the bags of a split: random bags for "train", every cell once otherwise; None if it is empty."""
         studies = self.store.split(split)
         return BagSource(studies, self.bags, exhaustive=split != "train") if studies else None
 
     def evaluators(self) -> Sequence[Evaluator]:
-        """Imputation of masked genes beside its baselines, on the test studies, else the validation ones.
+        """Return the evaluations of imputation against baselines, on the test or else the validation studies.
 
-        First of genes masked at random, all of which are scored, then as the sCT paper scores it.
+        The first one masks genes at random and scores all of them. The second one follows the sCT paper.
         """
         from sct.eval.imputation.natural import NaturalImputation
         from sct.eval.imputation.protocols import GeneImputation
@@ -284,22 +286,22 @@ class MaskedExpression:
         return cast(dict[str, jax.Array], self.model.apply(variables, *inputs))["logits"]
 
     def tokens(self, batch: Mapping[str, Any]) -> int:
-        """Gene positions in a batch."""
+        """Return the number of gene positions in a batch."""
         return int(np.prod(batch["tokens"].shape))
 
     @property
     def head_positions(self) -> int | None:
-        """Positions of a bag at which the head is evaluated in training; None for all."""
+        """Number of positions per bag at which training evaluates the head; None for all."""
         if not self.config.max_masked_fraction:
             return None
         return max(1, round(self.config.max_masked_fraction * self.tokens_per_record))
 
     def operations(self, records: int) -> float:
-        """Operations of the matrix products of a forward pass; a multiply-add counts as two."""
+        """Return the FLOPs of the matrix products in one forward pass; a multiply-add counts as 2."""
         return SCT.flops(self.model_config, records, self.bags.cells_per_bag, self.head_positions)
 
     def exports(self) -> dict[str, Any]:
-        """Genes, and how inputs were made in training."""
+        """Return the genes, and the options that made the training inputs."""
         data = {
             "cells_per_bag": self.bags.cells_per_bag,
             "noise_fraction": self.bags.noise_fraction,
@@ -309,17 +311,17 @@ class MaskedExpression:
         return {"genes": self.vocabulary, "data": data}
 
     def notes(self, fresh: bool) -> Sequence[str]:
-        """Tell of a spatial model that starts from nothing."""
+        """Return a notice if a spatial model starts from random parameters."""
         if not (fresh and self.model_config.use_spatial):
             return ()
         return (
-            "starts from random parameters, not from a model of single cells: --config.init_from=RUN_OR_MODEL starts "
-            "from one.",
+            "the spatial model starts from random parameters: set --config.init_from=RUN_OR_MODEL to start from a "
+            "pretrained single-cell model.",
         )
 
 
 def make(inputs: TaskInputs) -> MaskedExpression:
-    """Make the task of the parts of a configuration."""
+    """Build the task from the inputs of a configuration."""
     model = registry.model_config(inputs.architecture, inputs.model, len(inputs.store.vocabulary))
     return MaskedExpression(inputs.objective, model, inputs.data.options(inputs.seed), inputs.store)
 

@@ -1,4 +1,4 @@
-"""Tables after training on cell sentences: labels of held-out cells, and generated cells beside them."""
+"""Evaluations after training on cell sentences: predicted labels, generated cells and generated texts."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from sct.eval.labels import measures as labels
 from sct.eval.reports.report import Report
 from sct.generation.cell_sentence_model import CellSentenceModel
 
-TRAINING_CELLS = 5000  # that baselines are fitted on
+TRAINING_CELLS = 5000  # number of training cells that baselines are fitted on
 
 
 @dataclasses.dataclass(frozen=True)
 class LabeledReferenceCells:
-    """Cells of a split with their label.
+    """Labeled cells of a split.
 
     Attributes
     ----------
     counts
         Raw counts (N, G).
     labels
-        Label of each cell (N,); combined labels as one text.
+        Label of each cell (N,). Combined labels are written as one string.
     keys
         uint64 (N,), see `sct.data.text.cell_sentence.cell_keys`.
     """
@@ -44,7 +44,10 @@ class LabeledReferenceCells:
 
     @classmethod
     def read(cls, studies: Sequence[Any], field: str, most: int) -> LabeledReferenceCells:
-        """At most so many cells that have the label, spread over the studies (`sct.data.text.source.Texts`)."""
+        """Read up to about `most` cells that have the label, in proportion to the size of each study.
+
+        `studies` are `sct.data.text.source.Texts` or `sct.data.text.instructions.StudyQuestions`.
+        """
         total = sum(each.study.n_cells for each in studies)
         counts, names, keys = [], [], []
         for each in studies:
@@ -64,7 +67,7 @@ def _text(value: Any) -> str:
 
 
 def _table(names: Sequence[str], field: str) -> pd.DataFrame:
-    """Labels as a table with one column for each."""
+    """Return labels as a table with one column per label."""
     if field != "labels":
         return pd.DataFrame({field: list(names)})
     return pd.DataFrame([parse_labels(name) for name in names])
@@ -77,18 +80,18 @@ def _written(sentence_model: CellSentenceModel, cells: LabeledReferenceCells) ->
 
 
 class PredictedLabels:
-    """Label of held-out cells by candidate scoring, beside baselines (Cell2Sentence, Table 3).
+    """Evaluate predicted labels of held-out cells against baselines, by candidate scoring (Cell2Sentence, Table 3).
 
     Parameters
     ----------
     sentence_model
-        Makes the model of variables.
+        Function from variables to the model that predicts.
     train, held_out
-        Cells that baselines are fitted on, and that are named.
+        Cells to fit the baselines on, and cells to predict.
     field
         "cell_type", "tissue" or "labels".
     seeds
-        Of the baselines that draw.
+        Number of seeds of the random baselines.
     """
 
     def __init__(
@@ -111,7 +114,7 @@ class PredictedLabels:
         self.note = ""
 
     def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
-        """Measure; yields the numbers of the table and keeps it in `report`."""
+        """Evaluate the model: yield the numbers of the table, and store the table in `report`."""
         sentence_model = self.sentence_model(variables)
         answers = _values(sentence_model, self.field)
         asked = [
@@ -134,9 +137,12 @@ class PredictedLabels:
 
 
 def _values(sentence_model: CellSentenceModel, field: str) -> list[str]:
-    """Values of a label in training; `ConfigError` where there are too many to list."""
+    """Return the values of a label in the training cells; `ConfigError` if the model did not record them."""
     if field not in sentence_model.labels:
-        raise ConfigError(f"there are too many values of {field} in training to choose among them.")
+        raise ConfigError(
+            f"{field} has too many values in the training data to score each as a candidate: use a column with fewer "
+            "values, or set objective.report_cells to 0 to skip the reports."
+        )
     return list(sentence_model.labels[field])
 
 
@@ -146,17 +152,17 @@ def _cut(sentence_model: CellSentenceModel, text: str) -> dict[str, int]:
 
 
 class GeneratedCells:
-    """Cells generated for the labels of held-out ones, beside controls and baselines (Cell2Sentence, Tables 1, 8, 11).
+    """Evaluate cells generated for given labels against held-out cells (Cell2Sentence, Tables 1, 8 and 11).
 
-    All cells, real ones too, are compared as the model sees them: as sentences, and as the expression that the line of
-    the training cells gives these.
+    The report also has controls and baselines. All cells, generated and real, are first written as cell sentences. The
+    expression values to compare are then computed from the ranks, with the linear fit of the training cells.
 
     Parameters
     ----------
     sentence_model, train, held_out, field, seeds
         See `PredictedLabels`.
     cells
-        Generated at most; each label as often as it has held-out cells, in proportion.
+        Largest number of cells to generate, in proportion to the number of held-out cells per label.
     """
 
     def __init__(
@@ -175,7 +181,7 @@ class GeneratedCells:
         self.note = ""
 
     def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
-        """Measure; yields the numbers of the table and keeps it in `report`."""
+        """Evaluate the model: yield the numbers of the table, and store the table in `report`."""
         sentence_model = self.sentence_model(variables)
         sizes = pd.Series(self.held_out.labels).value_counts()
         if self.field != "labels":
@@ -194,7 +200,7 @@ class GeneratedCells:
 
 
 def _generate(sentence_model: CellSentenceModel, field: str, sizes: pd.Series, cells: int) -> CellSet:
-    """At most so many cells of some labels, in proportion to how many there are of each; half as many at most."""
+    """Generate up to about `cells` cells, in proportion to `sizes` (held-out cells per label), at most half of each."""
     number = np.maximum(1, np.floor(sizes / 2 * min(1.0, 2 * cells / sizes.sum()))).astype(int)
     wanted = np.repeat(sizes.index.to_numpy(), number)
     cut = {"num_genes": sentence_model.top_k} if sentence_model.top_k else {}
@@ -207,7 +213,7 @@ def _generate(sentence_model: CellSentenceModel, field: str, sizes: pd.Series, c
 
 
 def _expression(sentence_model: CellSentenceModel) -> generation.Express:
-    """How counts become what the model sees of them: the expression that the line gives their sentences."""
+    """Return a function from counts to (expression recovered from their sentences, sentences)."""
 
     def express(counts: sparse.csr_matrix) -> tuple[Any, Sequence[str]]:
         written = sentences(counts, sentence_model.gene_names, top_k=sentence_model.top_k or None)
@@ -217,22 +223,22 @@ def _expression(sentence_model: CellSentenceModel) -> generation.Express:
 
 
 def _cell_set(sentence_model: CellSentenceModel, cells: LabeledReferenceCells) -> CellSet:
-    """Real cells as the model sees them."""
+    """Return real cells as sentences, with the expression recovered from these."""
     written = _written(sentence_model, cells)
     return CellSet(sentence_model.expression(written)[0], cells.labels, written)
 
 
 @dataclasses.dataclass(frozen=True)
 class Contrast:
-    """What unseen combinations of labels are compared with.
+    """The reference that unseen combinations of labels are compared with.
 
     Attributes
     ----------
     perturbation, control
-        The label that says what was done to a cell, and its value that others are compared with; "" for the most
-        frequent other value in training.
+        Label that names the treatment of a cell, and its value to compare with; "" for the most frequent other value in
+        the training cells.
     seen
-        Combinations that any training cell has.
+        Combinations of labels in the training cells.
     """
 
     perturbation: str
@@ -240,12 +246,13 @@ class Contrast:
     seen: frozenset[str]
 
     def opposites(self, train: np.ndarray, held_out: np.ndarray) -> dict[str, str]:
-        """Unseen combination of two or more held-out cells -> that of two or more training cells to compare it with.
+        """Map each unseen combination of labels to the training combination to compare it with.
 
-        It differs in the perturbation alone. A combination without such training cells is left out.
+        The two combinations differ only in the perturbation, and each has two or more cells. Unseen combinations
+        without a matching training combination are left out.
         """
         known, asked = pd.Series(train).value_counts(), pd.Series(held_out).value_counts()
-        # `value_counts` has the most frequent first.
+        # `value_counts` sorts the most frequent value first.
         known = known[known > 1]
         parts = {name: parse_labels(name) for name in {*known.index, *asked.index}}
         others = [name for name in known.index if self.control in ("", parts[name][self.perturbation])]
@@ -261,19 +268,19 @@ class Contrast:
 
 
 class PerturbedCells:
-    """Cells generated for combinations of labels that training had none of (Cell2Sentence, section 4.2, Table 2).
+    """Evaluate cells generated for label combinations that are not in training (Cell2Sentence, section 4.2, Table 2).
 
     Parameters
     ----------
     sentence_model, train, held_out, seeds, cells
         See `GeneratedCells`.
     contrast
-        What the combinations are compared with.
+        The reference to compare with.
 
     Attributes
     ----------
     opposite
-        Unseen combination -> the combination of training that differs from it in the perturbation alone.
+        Unseen combination -> training combination that differs only in the perturbation.
     """
 
     name = "perturbed"
@@ -294,7 +301,7 @@ class PerturbedCells:
         self.note = ""
 
     def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
-        """Measure; yields the numbers of the table and keeps it in `report`."""
+        """Evaluate the model: yield the numbers of the table, and store the table in `report`."""
         sentence_model = self.sentence_model(variables)
         unseen = pd.Series(self.held_out.labels)
         sizes = unseen[unseen.isin(list(self.opposite))].value_counts()
@@ -311,12 +318,12 @@ class PerturbedCells:
 
 
 class DescribedCells:
-    """Texts about held-out cells beside those of their studies, and controls (Cell2Sentence, section 4.4, Table 4).
+    """Evaluate generated texts against the abstracts of the held-out studies (Cell2Sentence, section 4.4, Table 4).
 
     Parameters
     ----------
     sentence_model, train, held_out, seeds
-        See `PredictedLabels`; the label of a cell is the text of its study.
+        See `PredictedLabels`. The label of a cell is the abstract of its study.
     """
 
     name = "described"
@@ -333,7 +340,7 @@ class DescribedCells:
         self.note = ""
 
     def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
-        """Measure; yields the numbers of the table and keeps it in `report`."""
+        """Evaluate the model: yield the numbers of the table, and store the table in `report`."""
         sentence_model = self.sentence_model(variables)
         asked = [
             {"cell": text, **_cut(sentence_model, text)} for text in _written(sentence_model, self.held_out)
@@ -354,7 +361,7 @@ class DescribedCells:
 
 
 def means(numbers: Mapping[str, Mapping[str, Sequence[float]]]) -> Iterator[tuple[str, float]]:
-    """Mean of each row's measurements in each column, by "row/column"."""
+    """Yield the mean over seeds of each table cell, as ("row/column", mean)."""
     for row, columns in numbers.items():
         for column, values in columns.items():
             if len(values):
@@ -374,10 +381,11 @@ def reports(
     note: str = "",
     contrast: Contrast | None = None,
 ) -> Iterator[Measurement]:
-    """Measurements of what a model learned: labels that it predicts, cells that it generates, texts that it writes.
+    """Yield the evaluations of the tasks that a model was trained on, with `note` below each report.
 
-    `note` is said below each of them; with a `contrast` unseen combinations of labels are measured, too. A label that
-    held-out and training cells do not share two values of is left out.
+    They cover predicted labels, generated cells and generated texts. With a `contrast`, cells generated for unseen
+    combinations of labels are also evaluated. A label is skipped if held-out and training cells share fewer than two of
+    its values.
     """
     made: list[Measurement] = []
     for field in ("cell_type", "tissue", "labels"):
@@ -389,7 +397,7 @@ def reports(
             for many, n in ((train, TRAINING_CELLS), (held_out, cells))
         )
         shared = set(before.labels) & set(after.labels)
-        # Of combined labels new combinations of known values are of interest, too.
+        # For combined labels, new combinations of known values are also worth evaluating.
         if len(set(after.labels) if field == "labels" else shared) > 1 and f"cell_to_{field}" in able:
             made.append(PredictedLabels(sentence_model, before, after, field, seeds))
         if len(shared) > 1 and f"{field}_to_cell" in able:

@@ -1,4 +1,4 @@
-"""Specification of a task: the types of a configuration's sections, and the function that makes the task."""
+"""Specification of a task: the classes of its configuration sections, and the function that builds the task."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from sct.data.store import Store
 from sct.data.text.tokenizer import Tokenizer
 from sct.tasks.base import ObjectiveConfig, StoreConfig, Task
 
-# Modes of `launch.speed` for tasks on cells, and for tasks with bags of cells.
+# Modes of `launch.speed` for all tasks, and for tasks on bags of cells.
 ANY_SPEED = ("train", "save")
 BAG_SPEED = (*ANY_SPEED, "forward", "loader", "ingest", "embed")
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskInputs:
-    """Everything that a task is made from.
+    """Inputs from which a task is built.
 
     Attributes
     ----------
     architecture, model
-        Name in `sct.models.registry`, and plain values of the architecture.
+        Name of the architecture in `sct.models.registry`, and its options (the `model` section).
     objective, data
-        Options, of the types that the task's `TaskSpec` names.
+        Options, as instances of the classes in the task's `TaskSpec`.
     store, seed
-        Cells, and the run's seed.
+        Store with the cells, and the seed of the run.
     tokenizer
-        For tasks on text.
+        Tokenizer of tasks on text; None for other tasks.
     parent_data_spec
-        Data record of the resumed run, or of the model that training starts from; None for a new model.
+        The `data` record of the resumed run or of the model named in `init_from`; None for a new model.
     mesh
-        Devices that share the arrays of the models that the task loads; None for one device.
+        Device mesh for the pretrained models that the task loads; None for one device.
     """
 
     architecture: str
@@ -55,20 +55,20 @@ class TaskSpec:
     Attributes
     ----------
     name
-        As configurations name it.
+        Name of the task in configurations.
     objective, data
-        Types of the configuration's sections.
+        Classes of the configuration sections `objective` and `data`.
     make
-        Makes the task.
+        Builds the task from its inputs.
     tokenizer
-        For tasks on text: trains a tokenizer, from (store, objective, data, seed).
+        Trains a tokenizer from (store, objective, data, seed); None for tasks without text.
     inherits_architecture
-        Whether the model's sizes depend on files. A resumed run, or one that starts from a model, then keeps the sizes
-        of that model.
+        Whether the model's sizes depend on input files. If so, a resumed run, or one with `init_from`, keeps the sizes
+        of the earlier model.
     speed
-        Modes of `launch.speed` that measure it.
+        Modes of `launch.speed` that support this task.
     everywhere
-        Options of the objective that evaluate the head at all positions; `launch.speed` compares with these.
+        Objective options that evaluate the head at every position, as the reference for `launch.speed`.
     """
 
     name: str

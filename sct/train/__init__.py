@@ -1,1 +1,1 @@
-"""The one training loop and what it needs: state, step, optimiser, sharding, checkpoints, logging."""
+"""The training loop of all models, and its parts: state, step, optimizer, sharding, checkpoints, logging."""

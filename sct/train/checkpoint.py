@@ -1,4 +1,4 @@
-"""Checkpoints of a run: Orbax, written in the background, atomic, the last ones and the best one kept."""
+"""Checkpoints of a run: Orbax writes them in the background and atomically; the latest and the best are kept."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from sct.train.state import State
 from sct.weights import run_folder
 from sct.weights.pretrained import match
 
-# For writing a checkpoint and then reading all of it to hash it, of which process 0 does the second alone: a model of
-# 13 billion parameters with its optimizer is 156 GB. Orbax's default is 20 minutes.
+# Time limit to write a checkpoint and to hash it, which only process 0 does. A model of 13 billion parameters with its
+# optimizer state has 156 GB. Orbax's default is 20 minutes.
 SAVE_SECONDS = 6 * 3600
 
 
 @dataclasses.dataclass
 class RunProgress:
-    """What a run knows beside its arrays.
+    """Progress of a run: the state that is not in arrays.
 
     Attributes
     ----------
     step
-        Updates made.
+        Number of updates so far.
     records_drawn
         State of the loader, see `sct.data.loader`.
     best, best_step
-        Best value of the watched number so far and the step of it (None before the first).
+        Best value of the monitored metric so far, and its step; None before the first validation.
     stale
-        Evaluations since the best one.
+        Number of validations since the best one.
     unlogged
-        What the steps since the last line of the log gave, where a run stops between two lines: the line is written
-        when it goes on, as if it had not stopped.
+        Results of the steps since the last log entry. They are saved if a run stops between two entries. The resumed
+        run then writes the same entry as a run that never stopped.
     """
 
     step: int = 0
@@ -52,10 +52,10 @@ class RunProgress:
 
 
 class _LastAndBest(policies.PreservationPolicy):
-    """Keep the last checkpoints and the best one.
+    """Keep the latest checkpoints and the best one.
 
-    Which is best is told by the run's own progress: Orbax's policy by metric forgets the metrics of what an
-    earlier process saved, and deletes the best checkpoint after a resume.
+    The step of the best checkpoint comes from `RunProgress`. Orbax's own policy does not know the metrics of
+    checkpoints that an earlier process saved, so it would delete the best one after a resume.
     """
 
     def __init__(self, last: int):
@@ -65,13 +65,13 @@ class _LastAndBest(policies.PreservationPolicy):
     def should_preserve(
         self, checkpoints: Sequence[policies.PolicyCheckpointInfo], *, context: policies.PreservationContext
     ) -> Sequence[bool]:
-        """For each checkpoint, in the order of steps, whether it stays."""
+        """Return whether to keep each checkpoint, in the order of steps."""
         newest = {info.step for info in checkpoints[-self.last :]}
         return [info.step in newest or info.step == self.best for info in checkpoints]
 
 
-def _told_otherwise(record: logging.LogRecord) -> bool:
-    """Whether to log a record: Orbax logs errors of saving with their traces before it raises them."""
+def _not_orbax_error(record: logging.LogRecord) -> bool:
+    """Return False for errors logged by Orbax. It logs them with a traceback, and then also raises them."""
     return record.levelno < logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
@@ -81,13 +81,13 @@ class Checkpoints:
     Parameters
     ----------
     folder
-        Where they lie.
+        Path of the folder.
     keep_last
-        Number of the latest ones kept, beside the best one.
+        Number of latest checkpoints to keep, in addition to the best one.
     """
 
     def __init__(self, folder: Path, keep_last: int = 2):
-        logging.getLogger("absl").addFilter(_told_otherwise)
+        logging.getLogger("absl").addFilter(_not_orbax_error)
         self._kept, self._begun, self._folder = _LastAndBest(keep_last), 0, folder.absolute()
         self._manager = ocp.CheckpointManager(
             self._folder,
@@ -104,7 +104,7 @@ class Checkpoints:
         )
 
     def _record(self) -> None:
-        """Hash what was written; Orbax calls this in the background, just before it renames the folder."""
+        """Hash the written files. Orbax calls this in the background, just before it renames the temporary folder."""
         unfinished = self._folder.glob(f"{self._begun}.orbax-checkpoint-tmp*")
         run_folder.record_checkpoint(max(unfinished, key=lambda path: path.stat().st_mtime_ns))
 
@@ -118,14 +118,14 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: State, progress: RunProgress) -> None:
-        """Start to save; returns as soon as the arrays are copied or held, the save before being finished.
+        """Wait for the previous save to finish, then start to save in the background.
 
-        The state may be donated afterwards: what is held is not written over.
+        The method returns as soon as Orbax holds the arrays. The caller may then donate the state.
 
         Raises
         ------
         CheckpointError
-            This checkpoint, or the one that was being written, cannot be written; so do `check`, `wait` and `close`.
+            This checkpoint, or the previous one, cannot be written. `check`, `wait` and `close` raise it as well.
         """
         with self._writing():
             self._manager.wait_until_finished()
@@ -142,29 +142,32 @@ class Checkpoints:
             )
 
     def check(self) -> None:
-        """Raise what went wrong in the background, without waiting."""
+        """Raise `CheckpointError` if a background save has failed, without waiting for a running save."""
         if not self._manager.is_saving_in_progress():
             self.wait()
 
     def restore(self, abstract: State, step: int | None = None) -> tuple[State, RunProgress]:
-        """Load a checkpoint (the latest by default) straight onto the mesh.
+        """Load a checkpoint, by default the latest, with the shardings of `abstract`.
 
         Raises
         ------
         CheckpointError
-            There is none, its files were changed, or it is of another model; the message says which parameters
-            differ.
+            There is no checkpoint, its files were changed, or its parameters differ from those of the model. The
+            message lists the parameters that differ.
 
         Warns
         -----
         UserWarning
-            It has no hashes.
+            The checkpoint has no recorded hashes, so its files cannot be verified.
         """
         step = self.latest if step is None else step
         if step is None:
-            raise CheckpointError(f"{self._manager.directory} holds no complete checkpoint.")
+            raise CheckpointError(
+                f"{self._manager.directory} contains no complete checkpoint, but one is needed to resume: start a new "
+                "run in another --workdir."
+            )
         older = [other for other in self.steps() if other < step]
-        instead = f"to go on from step {older[-1]}" if older else "to start again"
+        instead = f"to resume from step {older[-1]}" if older else "to start again"
         run_folder.verify_checkpoint(self._folder / str(step), shared=True, instead=instead)
         self._check_shapes(abstract, step)
         try:
@@ -177,7 +180,7 @@ class Checkpoints:
         except Exception as error:
             folder = self._manager.directory / str(step)
             raise CheckpointError(
-                f"checkpoint {folder} cannot be read ({first_line(error)}): if it is damaged, delete that folder "
+                f"the checkpoint {folder} cannot be read ({first_line(error)}): if it is damaged, delete that folder "
                 f"{instead}."
             ) from error
         for group in (loaded.state.trained, loaded.state.frozen):
@@ -185,22 +188,22 @@ class Checkpoints:
         return loaded.state, RunProgress(**loaded.progress)
 
     def _check_shapes(self, abstract: State, step: int) -> None:
-        """Raise with the list of parameters that differ from those of a checkpoint."""
+        """Raise `CheckpointError` with a list of the parameters that differ between the model and a checkpoint."""
         try:
             saved = ocp.PyTreeCheckpointer().metadata(self._manager.directory / str(step) / "state")
-            there = {**saved.item_metadata.tree["frozen"], **saved.item_metadata.tree["trained"]}
+            stored = {**saved.item_metadata.tree["frozen"], **saved.item_metadata.tree["trained"]}
         except Exception:
-            return  # the files are damaged, which restoring says better
+            return  # the files are damaged; `restore` raises the better error for this
         source = f"the checkpoint {self._manager.directory / str(step)}"
-        match(there, {**abstract.frozen, **abstract.trained}, source)
+        match(stored, {**abstract.frozen, **abstract.trained}, source)
 
     def wait(self) -> None:
-        """Wait until what was saved is on disk."""
+        """Wait until the last save is on disk."""
         with self._writing():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Finish what is being written and release the folder."""
+        """Wait for the running save, and release the folder."""
         with self._writing():
             self._manager.close()
 
@@ -213,13 +216,13 @@ class Checkpoints:
             reason = _reason(error)
             raise CheckpointError(
                 f"the checkpoint of step {self._begun} cannot be written to {self._manager.directory} "
-                f"({reason}): check that the folder can be written to{space_hint(reason)}, and run the same command "
-                "again, which goes on " + (f"from step {max(older)}." if older else "from the start.")
+                f"({reason}): check that the folder is writable{space_hint(reason)}, and run the same command again, which "
+                "resumes " + (f"from step {max(older)}." if older else "from the start.")
             ) from error
 
 
 def _reason(error: Exception) -> str:
-    """What the system says of a failed write, without the many words of the libraries in between."""
+    """Return the operating system's reason for a failed write, or else the first line of the error."""
     known = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOENT)
     words = [os.strerror(number) for number in known]
     return next((text for text in words if text in str(error)), first_line(error))

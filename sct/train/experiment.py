@@ -1,4 +1,4 @@
-"""From a configuration to a finished run folder: data, task, training, export, table of results."""
+"""Run a configuration from start to end: open the data, train, evaluate the best model, export it."""
 
 from __future__ import annotations
 
@@ -34,47 +34,49 @@ from sct.weights import pretrained, run_folder
 
 
 def check_data(config: Mapping[str, Any], workdir: Path) -> None:
-    """Raise what `run` would raise of missing or damaged data, before anything is written."""
+    """Raise the errors that `run` would raise for missing or damaged data, without writing anything."""
     data = data_of(config)
     if data.store or not data.dataset:
         open_data(data, workdir)
 
 
 def check_same_run(config: Mapping[str, Any], workdir: Path) -> None:
-    """Raise ConfigError where a run folder holds a run with options that compute something else."""
+    """Raise `ConfigError` if the run in a folder has different options that affect its results."""
     resume.check_options(resume.read(workdir / run_folder.CONFIG), RunSpec.of(config), workdir)
 
 
 def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> TrainResult:
-    """Train as a configuration says, in a run folder; running again on the folder resumes.
+    """Train a configuration in a run folder. A second call with the same folder resumes the run.
 
-    The folder ends up with `config.json`, `data.json`, `genes.tsv`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`,
-    `model/` (the best checkpoint as a model folder) and `report.md`, `report.json`.
+    The finished folder contains `config.json`, `data.json`, `genes.tsv`, `metrics.jsonl`, `tensorboard/`,
+    `checkpoints/`, `model/` (the best checkpoint as a model folder), `report.md` and `report.json`.
 
     Parameters
     ----------
     config
-        Plain nested values, as `configs/` give them.
+        Configuration as a nested dict, such as the files in `configs/` return.
     workdir
         Run folder.
 
     Raises
     ------
     FolderInUseError
-        Another process trains in the folder; one that was asked to stop is waited for.
+        Another process is training in the folder. If that process was asked to stop, the call waits for it instead.
     SctError
-        Whatever a user can mend, in one sentence.
+        Any error that the user can fix.
     """
     workdir = Path(workdir).expanduser().absolute()
     spec = RunSpec.of(config)
     if workdir.exists() and not workdir.is_dir():
-        raise ConfigError(f"{workdir} is a file, but --workdir must be a folder: choose another.")
+        raise ConfigError(
+            f"--workdir is {workdir}, which is a file, but it must be a folder: choose another path."
+        )
     with processes.held_by_first(workdir, "training", "--workdir"):
         return _run(spec, workdir)
 
 
 def _run(spec: RunSpec, workdir: Path) -> TrainResult:
-    """Train in a folder that no other process writes to."""
+    """Train, evaluate and export in a folder that this process has locked."""
     from rich.console import Console
 
     console = Console(quiet=jax.process_index() != 0)
@@ -97,14 +99,14 @@ def _run(spec: RunSpec, workdir: Path) -> TrainResult:
 
 
 def _write_settings(spec: RunSpec, start: Start, workdir: Path) -> None:
-    """Write what a folder says of its run: the configuration, and of a run that begins its data."""
+    """Write the configuration to the run folder and, for a new run, its genes and the record of its data."""
     architecture = dataclasses.asdict(start.task.model_config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / run_folder.CONFIG, sealed({**spec.values, run_folder.MODEL: architecture}))
     except OSError as error:
         raise ConfigError(
-            f"the run folder {workdir} cannot be written ({error.strerror}): choose another --workdir."
+            f"the run folder {workdir} is not writable ({error.strerror}): choose another --workdir."
         ) from error
     if start.step is not None:
         return
@@ -119,7 +121,7 @@ def _write_settings(spec: RunSpec, start: Start, workdir: Path) -> None:
 def _finish(
     spec: RunSpec, start: Start, options: TrainConfig, result: TrainResult, workdir: Path, console: Any
 ) -> None:
-    """Measure the best model, and write tables and model folder."""
+    """Evaluate the best model, and write the reports and the model folder."""
     from sct.eval.reports import folder as report_folder
 
     variables = best_variables(result, workdir, options)
@@ -146,14 +148,17 @@ def _finish(
 def _measure(
     task: Export, variables: Variables, workdir: Path, console: Any
 ) -> tuple[list[Report], Exception | None]:
-    """Tables of a trained model, and the defect that ended the measurement, to be told when the model is safe."""
+    """Evaluate a trained model; return the reports, and the unexpected error that ended the evaluation, or None.
+
+    The caller raises this error after it has saved the model.
+    """
     reports: list[Report] = []
     for evaluator in task.evaluators():
         try:
             with processes.only_first_speaks():
                 numbers = dict(evaluator(variables))
         except SctError as error:
-            console.print(f"no table of {evaluator.name}: {error}", soft_wrap=True)
+            console.print(f"skipped the evaluation {evaluator.name}: {error}", soft_wrap=True)
             continue
         except Exception as error:
             return reports, error
@@ -167,13 +172,16 @@ def _measure(
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """End with status `AGAIN` on SIGTERM: training is saved, and the same command measures and exports again."""
+    """Exit with status `AGAIN` on SIGTERM. Training is saved, so the same command repeats only the evaluation."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: Any) -> None:
-        print("asked to stop: training is saved; run the same command again to measure it.", file=sys.stderr)
+        print(
+            "stop requested: training is saved; run the same command again to evaluate the model.",
+            file=sys.stderr,
+        )
         raise SystemExit(AGAIN)
 
     before = signal.signal(signal.SIGTERM, stop)
@@ -184,7 +192,7 @@ def _stoppable() -> Iterator[None]:
 
 
 def best_variables(result: TrainResult, workdir: Path, options: TrainConfig) -> dict[str, Any]:
-    """Variables of the best checkpoint, or of the last step where nothing was validated."""
+    """Return the variables of the best checkpoint, or of the last step if there was no validation."""
     best = result.progress.best_step
     if best is None or best == result.progress.step:
         return result.state.variables
@@ -198,7 +206,7 @@ def best_variables(result: TrainResult, workdir: Path, options: TrainConfig) -> 
 
 
 def _announce(console: Any, start: Start, options: TrainConfig, workdir: Path) -> None:
-    """Tell of the run that begins, or goes on."""
+    """Print a summary of the run that starts or resumes."""
     store, task = start.store, start.task
     shapes = jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0)))
     parameters = sum(int(np.prod(leaf.shape)) for leaf in shapes)
@@ -210,19 +218,19 @@ def _announce(console: Any, start: Start, options: TrainConfig, workdir: Path) -
         + f", {options.steps:,} steps on {jax.device_count()} {jax.default_backend()} device(s); {workdir}",
     ]
     if start.step is not None:
-        lines.append(f"going on from step {start.step:,}")
+        lines.append(f"resuming from step {start.step:,}")
     if not store.split("validation"):
         lines.append(
-            "no study is held out for validation, so there is no early stopping"
-            + ("" if store.split("test") else " and no table of results")
-            + ": name one with `launch.ingest --validation=NAME`."
+            "the store has no validation study, so there is no early stopping"
+            + ("" if store.split("test") else " and no report")
+            + ": to hold out a study, use `launch.ingest --validation=NAME`."
         )
     for line in (*lines, *task.notes(fresh=start.variables is None and start.step is None)):
         console.print(line, soft_wrap=True)
 
 
 def _history(spec: RunSpec, start: Start, result: TrainResult, reports: list[Report]) -> str:
-    """How a model came about, for its card."""
+    """Return the training section of the model card, in Markdown."""
     studies = [f"{study.name} ({study.n_cells:,} cells)" for study in start.store.split("train")]
     listed = ", ".join(studies[:20]) + (f" and {len(studies) - 20:,} more" if len(studies) > 20 else "")
     return "\n".join(

@@ -1,4 +1,4 @@
-"""Metrics of a run: one JSON object per line, and TensorBoard."""
+"""Metrics of a run, written as JSON lines and for TensorBoard."""
 
 from __future__ import annotations
 
@@ -18,27 +18,26 @@ _FLUSH_SECONDS = 60.0
 
 
 class MetricLog:
-    """Writes `metrics.jsonl` and `tensorboard/` of a run folder; only process 0 writes.
+    """Writer of `metrics.jsonl` and `tensorboard/` in a run folder. Only process 0 writes.
 
-    The lines are the same however often a run was stopped, killed and resumed, but for `train/tokens_per_second`, the
-    only number that comes from the clock.
-
-    Both are written where `write` is called: a writer of its own thread would hang the run when the disk is full.
+    A resumed run writes the same lines as a run that never stopped, except for `train/tokens_per_second`, which depends
+    on the clock. The files are written by the calling thread: a background writer would hang the run when the disk is
+    full.
 
     Parameters
     ----------
     folder
         Run folder.
     step
-        Step at which the run goes on: lines of later steps, left by a run that was killed after its last
-        checkpoint, are removed, since they will be written again.
+        Step from which the run starts or resumes. Lines of later steps come from a run that was killed after its last
+        checkpoint. They are removed, because the resumed run writes them again.
     active
-        False writes nothing.
+        Whether to write; False makes all methods do nothing.
 
     Raises
     ------
     CheckpointError
-        A file cannot be written; this and every method.
+        A file cannot be written. All methods may also raise it.
     """
 
     def __init__(self, folder: Path, step: int = 0, active: bool = True):
@@ -56,11 +55,11 @@ class MetricLog:
             self._board = _Board(folder / "tensorboard", step)
 
     def write(self, step: int, values: Mapping[str, float], prefix: str) -> None:
-        """Record numbers of a step under names `prefix/name`."""
+        """Write the metrics of a step under the names `prefix/name`."""
         if not self._active:
             return
         named = {f"{prefix}/{name}": value for name, value in values.items()}
-        # JSON has no NaN: a metric that is not defined (the MCC of nothing) is null.
+        # JSON has no NaN: an undefined metric, such as the MCC of no genes, is written as null.
         known = {name: value if math.isfinite(value) else None for name, value in named.items()}
         line = memoryview((json.dumps({"step": step, **known}) + "\n").encode())
         with self._writing():
@@ -69,7 +68,7 @@ class MetricLog:
             self._board.write(step, named)
 
     def flush(self) -> None:
-        """Write everything to the disk: a checkpoint, which says that it is there, must not come first."""
+        """Write everything to disk. Call this before saving a checkpoint: a resumed run expects the earlier lines."""
         if self._active:
             with self._writing():
                 os.fsync(self._file.fileno())
@@ -89,8 +88,8 @@ class MetricLog:
         except OSError as error:
             reason = error.strerror or str(error)
             raise CheckpointError(
-                f"the metrics of the run folder {self._folder} cannot be written ({reason}): check that it can be "
-                f"written to{space_hint(reason)}, and run the same command again, which goes on from the last "
+                f"the metrics cannot be written to the run folder {self._folder} ({reason}): check that the "
+                f"folder is writable{space_hint(reason)}, and run the same command again, which resumes from the last "
                 "checkpoint."
             ) from error
 
@@ -102,13 +101,13 @@ class MetricLog:
     ) -> None:
         if error is None:
             self.close()
-        else:  # which is what to tell, not that closing fails too
+        else:  # keep the original error if closing fails as well
             with suppress(CheckpointError):
                 self.close()
 
 
 class _Board:
-    """TensorBoard's event file of one stretch of a run."""
+    """Writer of one TensorBoard event file, from the start or resumption of a run to its end."""
 
     def __init__(self, folder: Path, step: int):
         from tensorboardX.event_file_writer import EventsWriter
@@ -116,10 +115,10 @@ class _Board:
 
         self._pb = event_pb2
         folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads files in the order of their names: that of steps, whatever the clock says.
+        # TensorBoard reads files in the order of their names, so the name starts with the step.
         self._events = EventsWriter(str(folder / f"step{step:012d}"))
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        # Hides what a run that was killed wrote of later steps.
+        # This event hides later steps that a killed run wrote.
         self._events.write_event(
             event_pb2.Event(step=step + 1, wall_time=time.time(), file_version="brain.Event:2")
         )
@@ -148,4 +147,4 @@ def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # the line on which a killed run stopped writing
+        return float("inf")  # an incomplete line, which a killed run left

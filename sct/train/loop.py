@@ -1,4 +1,4 @@
-"""The training loop, the same for every task: read it from top to bottom."""
+"""The training loop of all tasks. Read it from top to bottom."""
 
 from __future__ import annotations
 
@@ -33,36 +33,39 @@ from sct.train.state import State, init_state, load_into, make_eval_step, make_t
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Options of the loop.
+    """Options of the training loop.
 
     Parameters
     ----------
     steps
-        Updates of the whole run (the schedule's length).
+        Number of training steps (optimizer updates), which is also the length of the learning-rate schedule.
     batch_size
-        Records in a batch over all devices.
+        Records per batch, over all devices.
     grad_accum_steps
-        Microbatches that a batch is run as, one after the other: the update is that of the whole batch, the memory
-        that of batch_size / grad_accum_steps records. Masks depend on it, so it cannot change within a run.
+        Number of microbatches per batch (gradient accumulation). The update is that of the whole batch; the memory is
+        that of batch_size / grad_accum_steps records. The random masks depend on this number, so it cannot change
+        within a run.
     batch_ramp
-        Stages of smaller batches before `batch_size`: pairs of (step up to which, records), both rising. Batches of
-        a stage are run as microbatches of the same size as later ones, the first ones as one.
+        Stages with smaller batches at the start of training: pairs of (last step of the stage, records per batch), both
+        increasing. All stages use microbatches of the same size; a batch smaller than that is one microbatch.
     log_every, eval_every, checkpoint_every
-        Steps between two log entries, validations, checkpoints; validations and checkpoints have an entry, too.
+        Number of steps between log entries, validations and checkpoints. Every validation and every checkpoint also
+        adds a log entry.
     keep_last
-        Latest checkpoints kept, beside the best.
+        Number of latest checkpoints to keep, in addition to the best one.
     patience
-        Validations without improvement after which the run stops early; 0 never.
+        Number of validations without improvement after which training stops early; 0 for never.
     stop_at
-        Step at which to stop and save, for a run to be continued; 0 none.
+        Step at which to save and stop, to resume later; 0 to train to the end.
     seed
-        Seed of initial parameters, masks and the order of data.
+        Seed of the initial parameters, the masks and the order of the data.
     loader_threads
-        Threads that read and tokenise.
+        Number of threads that read and tokenize data.
     eval_records
-        Records of a validation, spread evenly over the split; 0 for all.
+        Number of records per validation, spaced evenly over the split; 0 for all.
     mesh
-        Devices along each axis; in a configuration also as a text, see `sct.train.sharding.MeshConfig.parse`.
+        Number of devices along each mesh axis. Configurations also accept a string, see
+        `sct.train.sharding.MeshConfig.parse`.
     """
 
     steps: int = 1000
@@ -98,41 +101,41 @@ class TrainConfig:
 
     @property
     def microbatch(self) -> int:
-        """Records that go through the model at once."""
+        """Records per microbatch, which the model processes at once."""
         return self.batch_size // self.grad_accum_steps
 
     @property
     def stages(self) -> tuple[tuple[int, int], ...]:
-        """Pairs of (step up to which, records in a batch) that cover the whole run."""
+        """Stages of the whole run: pairs of (last step of the stage, records per batch)."""
         return (*self.batch_ramp, (self.steps, self.batch_size))
 
 
 def _check_ramp(config: TrainConfig) -> None:
-    """Raise ConfigError where the stages of the batch ramp do not rise or do not divide into microbatches."""
+    """Raise `ConfigError` if the stages of the batch ramp do not increase or do not divide into microbatches."""
     before = (0, 0)
     for stage in config.batch_ramp:
         if not (
             isinstance(stage, Sequence) and len(stage) == 2 and all(type(number) is int for number in stage)
         ):
             raise ConfigError(
-                f"train.batch_ramp holds {stage!r}, but it must hold pairs of (step, records), such as "
-                "((1000, 2), (5000, 4))."
+                f"train.batch_ramp contains {stage!r}, but it must contain pairs of whole numbers (step, records): "
+                "write it like ((1000, 2), (5000, 4))."
             )
         if not (stage[0] > before[0] and before[1] < stage[1] < config.batch_size):
             raise ConfigError(
-                f"train.batch_ramp is {config.batch_ramp}, but its steps and its sizes must rise, the sizes below "
-                f"train.batch_size, {config.batch_size}: leave out or change the stage {tuple(stage)}."
+                f"train.batch_ramp is {config.batch_ramp}, but its steps and batch sizes must increase, and the sizes "
+                f"must be below train.batch_size ({config.batch_size}): change or remove the stage {tuple(stage)}."
             )
         if stage[1] > config.microbatch and stage[1] % config.microbatch:
             raise ConfigError(
                 f"train.batch_ramp has batches of {stage[1]} records, but microbatches have {config.microbatch} "
-                "(train.batch_size / train.grad_accum_steps): choose a multiple of that."
+                f"(train.batch_size / train.grad_accum_steps): use a multiple of {config.microbatch}."
             )
         before = (stage[0], stage[1])
 
 
 def steps_for(records: float, batch_size: int, batch_ramp: Sequence[Sequence[int]] = ()) -> int:
-    """Steps that draw about so many records, with the stages of a batch ramp (see `TrainConfig`)."""
+    """Return the number of steps that read about `records` records, with a batch ramp (see `TrainConfig`)."""
     begun = 0
     for until, size in batch_ramp:
         stage = (until - begun) * size
@@ -144,16 +147,16 @@ def steps_for(records: float, batch_size: int, batch_ramp: Sequence[Sequence[int
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """How a run ended.
+    """Result of a call of `train`.
 
     Attributes
     ----------
     state
-        Final state on the mesh; `best_state` restores the best one.
+        Final training state, on the mesh. `sct.train.experiment.best_variables` restores the best checkpoint.
     progress
-        Steps made, best value and step.
+        Number of steps, and the best validation with its step.
     reason
-        "finished", "early stop", "stop_at", "signal" (SIGTERM) or "interrupt" (Ctrl-C).
+        Why training ended: "finished", "early stop", "stop_at", "signal" (SIGTERM) or "interrupt" (Ctrl-C).
     """
 
     state: State
@@ -162,16 +165,16 @@ class TrainResult:
 
 
 class Step(NamedTuple):
-    """A step whose numbers have not been fetched from the device.
+    """A training step whose results are still on the device.
 
     Attributes
     ----------
     number
-        Which.
+        Number of the step.
     describe
-        Names its records.
+        Returns the names of the records in its batch.
     scalars, sums
-        What the compiled step returned.
+        Results of the compiled step.
     """
 
     number: int
@@ -182,7 +185,7 @@ class Step(NamedTuple):
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and the first Ctrl-C, which the loop reads between two steps."""
+    """Collect SIGTERM and the first Ctrl-C in a list, which the loop checks between steps."""
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield asked
@@ -208,35 +211,37 @@ def train(
     start: Mapping[str, Any] | None = None,
     keep: bool = True,
 ) -> TrainResult:
-    """Train a task in a run folder, or go on where the folder's last checkpoint stopped.
+    """Train a task in a run folder, or resume from the latest checkpoint in it.
 
     Parameters
     ----------
     task
-        What to learn, see `sct.tasks.base.Task`.
+        Task to train, see `sct.tasks.base.Task`.
     config, optimizer_config
-        Options.
+        Options of the loop and of the optimizer.
     workdir
-        Run folder: `checkpoints/`, `metrics.jsonl`, `tensorboard/` are written here.
+        Run folder, in which `checkpoints/`, `metrics.jsonl` and `tensorboard/` are written.
     start
-        Arrays by path to start from instead of random ones (a further stage of training); only paths that
-        the task declares as `new` may be absent. Not used where the run goes on from a checkpoint. Arrays on a device
-        are given away: copy what is needed afterwards.
+        Pretrained arrays by parameter path, which replace random initial values. Only paths that match the task's
+        `may_be_missing` may be absent. Ignored if the run resumes from a checkpoint. Arrays on a device may be donated:
+        copy them first if you need them later.
     keep
-        Write checkpoints; without them the result is what is in memory, and nothing can be resumed.
+        Whether to write checkpoints. Without them, the run cannot be resumed, and the result is only in memory.
 
     Raises
     ------
     DivergedError
-        The loss is not finite; the last checkpoint from before stays.
+        The loss is not finite. Earlier checkpoints are kept.
     ConfigError, CheckpointError
-        The configuration contradicts the data, the devices or the folder's checkpoints.
+        The configuration contradicts the data, the devices or the checkpoints in the folder.
     """
     mesh = sharding.make_mesh(config.mesh)
     _check_batches(config, mesh)
     source = task.dataset("train")
     if source is None:
-        raise ConfigError("the store has no study in the split 'train': ingest one, or change the splits.")
+        raise ConfigError(
+            "the store has no study in the split 'train', but training needs one: ingest one, or change the splits."
+        )
     shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     shares |= {"num_threads": config.loader_threads}
     held_out = task.dataset("validation")
@@ -251,7 +256,7 @@ def train(
     train_step = make_train_step(task, optimizer, mesh, abstract, config.microbatch)
     eval_step = make_eval_step(task, mesh)
 
-    resources = ExitStack()  # closed however the run ends: what is being saved is finished first
+    resources = ExitStack()  # on any exit, finishes the checkpoint that is being written
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep_last)
     resources.callback(checkpoints.close)
     if checkpoints.latest is None:
@@ -282,7 +287,7 @@ def train(
             pending.append(Step(now.step, partial(loader.describe, now.records_drawn), scalars, sums))
             now.records_drawn += loader.batch_size
             tokens += task.tokens(batch) * jax.process_count()
-            # Queue no more steps than keep the device busy; and leave compilation out of the rate.
+            # Queue only a few steps ahead. Exclude compilation time from the rate.
             compiled, size = loader.batch_size != size, loader.batch_size
             jax.block_until_ready(scalars if compiled else pending[max(len(pending) - 3, 0)].scalars)
             if compiled:
@@ -290,13 +295,12 @@ def train(
 
             logs = now.step % config.log_every == 0 or now.step == 1
             stop = _agree(bool(asked), logs)
-            # At the schedule's end, but not where a run is interrupted: that must not change what follows.
+            # Do not validate at an interruption: a resumed run must equal one that was never stopped.
             evaluates = now.step % config.eval_every == 0 or now.step == config.steps
             logs = logs or evaluates or now.step % config.checkpoint_every == 0
             saves = evaluates or stop or now.step % config.checkpoint_every == 0 or now.step == last
             if logs or saves:
-                # The only place where numbers are fetched and the loss is checked: a checkpoint never holds
-                # parameters made by a loss that is not finite.
+                # Fetch results and check the losses here, before saving, so no checkpoint follows a non-finite loss.
                 now.unlogged = now.unlogged + _fetch(pending)
             if logs:
                 values, now.unlogged = _compute_metrics(task, now.unlogged), []
@@ -323,25 +327,25 @@ def train(
             if stop:
                 reason = "interrupt" if signal.SIGINT in asked else "signal"
                 bar.write(
-                    f"asked to stop: saving step {now.step}; run the same command again to go on."
+                    f"stop requested: saving step {now.step}; run the same command again to resume."
                     if keep
-                    else "asked to stop."
+                    else "stop requested."
                 )
                 break
     return TrainResult(state, now, reason)
 
 
 def _begin(task: Origin, state: State, start: Mapping[str, Any] | None) -> State:
-    """State of a new training, with the arrays that it starts from in place of random ones."""
+    """Return the initial state, with pretrained arrays in place of random ones."""
     given = task.take_pretrained_params()
     if start is None and not given:
         return state
-    # Without a model to start from everything else is random.
+    # Without a model in `init_from`, any parameter may be missing and stays random.
     return load_into(state, {**given, **(start or {})}, (".*",) if start is None else task.may_be_missing)
 
 
 def _check_batches(config: TrainConfig, mesh: Mesh) -> None:
-    """Raise `ConfigError` where a batch or microbatch of the run cannot be split evenly over the mesh."""
+    """Raise `ConfigError` if a batch or microbatch of the run cannot be split evenly over the mesh."""
     sharding.check_batch_size(config.batch_size, mesh)
     share = mesh.shape["data"] * mesh.shape["fsdp"]
     named = {f"a stage of train.batch_ramp has {size}": size for _, size in config.batch_ramp}
@@ -358,9 +362,9 @@ def _check_batches(config: TrainConfig, mesh: Mesh) -> None:
 def _draw(
     load: Callable[[int], Loader], config: TrainConfig, now: RunProgress
 ) -> Generator[tuple[Loader, Batch], None, None]:
-    """Batches from where a run stands, each with the loader it comes from: one for each stage of the ramp.
+    """Yield the remaining batches of a run, each with its loader. Each stage of the batch ramp has its own loader.
 
-    All stages draw from one sequence of records, which goes on where the stage before left it.
+    All stages read one sequence of records: each stage continues where the previous stage ended.
     """
     step, drawn = now.step, now.records_drawn
     for until, size in config.stages:
@@ -373,22 +377,28 @@ def _draw(
 
 
 def _agree(asked: bool, now: bool) -> bool:
-    """Whether any process was asked to stop; they must all stop at the same step, so they talk at some only."""
+    """Return whether any process was asked to stop.
+
+    All processes must stop at the same step. They communicate only at steps where `now` is True, which limits the cost.
+    """
     if jax.process_count() == 1:
         return asked
     return now and bool(multihost_utils.process_allgather(np.asarray(asked)).any())
 
 
 def _fetch(pending: list[Step]) -> list[dict[str, Any]]:
-    """Wait for steps and check their losses; what each gave, as JSON takes it and gives it back bit for bit."""
+    """Fetch the results of steps, and check that losses and gradients are finite.
+
+    The results are JSON values that restore the arrays bit for bit.
+    """
     fetched = jax.device_get([(step.scalars, step.sums) for step in pending])
     for step, (scalars, _) in zip(pending, fetched, strict=True):
         if not (np.isfinite(scalars["loss"]) and np.isfinite(scalars["gradient_norm"])):
             raise DivergedError(
-                f"the loss of step {step.number} is {scalars['loss']} and its gradient's norm "
-                f"{scalars['gradient_norm']} (batch: {'; '.join(step.describe())}): lower the learning rate or clip "
-                "the gradient in another --workdir, which --config.init_from=THIS_FOLDER starts from the best "
-                "checkpoint of this one."
+                f"the loss of step {step.number} is {scalars['loss']} and its gradient norm is "
+                f"{scalars['gradient_norm']}, but both must be finite (batch: {'; '.join(step.describe())}): lower the "
+                "learning rate or clip the gradient in a new --workdir, where --config.init_from=THIS_FOLDER starts "
+                "from the best checkpoint of this run."
             )
     return [
         {
@@ -400,7 +410,7 @@ def _fetch(pending: list[Step]) -> list[dict[str, Any]]:
 
 
 def _compute_metrics(task: Objective, steps: list[dict[str, Any]]) -> dict[str, float]:
-    """Numbers of one line of the log from what its steps gave."""
+    """Return the metrics of one log entry, from the results of its steps."""
     parts = [
         {name: np.asarray(value, kind) for name, (kind, value) in step["sums"].items()} for step in steps
     ]
@@ -420,7 +430,7 @@ def _validate(task: Objective, eval_step: Any, state: State, loader: Loader, mes
 
 
 def _watch(task: Objective, value: float, now: RunProgress) -> None:
-    """Update best value and patience with a validation's result."""
+    """Update the best value, and the number of validations without improvement."""
     sign = 1 if task.monitor_mode == "max" else -1
     if math.isfinite(value) and (now.best is None or sign * value > sign * now.best):
         now.best, now.best_step, now.stale = value, now.step, 0
@@ -431,7 +441,7 @@ def _watch(task: Objective, value: float, now: RunProgress) -> None:
 def _note(values: dict[str, float], rate: float) -> str:
     speed = f", {rate / 1e6:.2f} M tokens/s" if rate >= 1e5 else f", {rate:,.0f} tokens/s" if rate else ""
     left_out = (
-        f", {values['dropped_targets']:.0f} masked positions beyond max_masked_fraction"
+        f", {values['dropped_targets']:.0f} masked positions dropped (max_masked_fraction)"
         if values.get("dropped_targets")
         else ""
     )

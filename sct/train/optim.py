@@ -1,4 +1,4 @@
-"""Optimisers and schedules, from optax, with per-parameter rules."""
+"""The optimizer and its learning-rate schedule (optax), with per-parameter rules."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from sct.nn.paths import resolve
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Optimiser and learning-rate schedule; the defaults are the paper's (appendix B).
+    """Options of the optimizer and its learning-rate schedule. The defaults are those of the sCT paper (appendix B).
 
     Parameters
     ----------
     peak_lr, init_lr, final_lr
-        Learning rate after, before the warm-up, and at the end.
+        Learning rate after the warm-up, at the first step, and at the end.
     warmup_steps
-        Steps of linear warm-up.
+        Number of steps of linear warm-up.
     schedule
-        "cosine", "linear" or "constant" after the warm-up.
+        Schedule after the warm-up: "cosine", "linear" or "constant".
     b1, b2, eps
-        Adam's moments and epsilon.
+        Decay rates of Adam's moments, and epsilon.
     moment_dtype
-        "float32", or "bfloat16" to keep the first moment in half the memory; the second and the parameters are
-        float32 whatever the model computes in.
+        dtype of Adam's first moment: "float32", or "bfloat16" to halve its memory. The second moment and the parameters
+        are always float32.
     weight_decay
-        Decoupled weight decay (AdamW), for the parameters that `decay_rules` name; 0 is Adam.
+        Decoupled weight decay (AdamW) of the parameters that `decay_rules` select; 0 is Adam.
     clip_norm
-        Bound on the global norm of the gradient; 0 for none.
+        Upper bound on the global norm of the gradient; 0 for none.
     decay_rules, lr_rules
         Tables of (regular expression, bool) and (regular expression, multiplier), see `sct.nn.paths`.
     """
@@ -65,7 +65,7 @@ class OptimizerConfig:
 
 
 def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Linear warm-up, then the schedule down to `final_lr` at `total_steps`."""
+    """Return the learning-rate schedule: linear warm-up, then decay to `final_lr` at `total_steps`."""
     warmup = min(config.warmup_steps, total_steps)
     rest = max(total_steps - warmup, 1)
     after = {
@@ -84,7 +84,7 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimizerConfig, total_steps: int, params: dict[str, jax.Array]
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Optimiser of a flat dict of trained parameters, and its learning-rate schedule."""
+    """Return the optimizer for a flat dict of trained parameters, and its learning-rate schedule."""
     schedule = learning_rate(config, total_steps)
     parts = []
     if config.clip_norm:
@@ -93,7 +93,7 @@ def make_optimizer(
     if config.weight_decay:
         rules = config.decay_rules
         if rules == OptimizerConfig.decay_rules:
-            # The default is for all models: one may have none of these parameters among its trained ones.
+            # A rule that matches no parameter is an error. The default rules serve all models, so drop unused ones.
             rules = tuple(rule for rule in rules if any(re.search(rule[0], path) for path in params))
         decayed = resolve(rules, params, "weight-decay")
         parts.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))

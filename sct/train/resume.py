@@ -1,4 +1,4 @@
-"""Whether a run folder holds the run that a configuration asks for: same options, cells and files of text."""
+"""Check that a run may resume: the options, the cells and the input files must be those of the run folder."""
 
 from __future__ import annotations
 
@@ -27,17 +27,24 @@ _FREE = {
 }  # fmt: skip
 
 
-# Sections that are compared with their defaults.
+# Sections in which a missing option is compared by its default value.
 _WITH_DEFAULTS = ("data", "objective", "adapters")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read `config.json` or `data.json` of a run that goes on; `CheckpointError` says how to do without."""
+    """Read `config.json` or `data.json` of a run that resumes.
+
+    Raises
+    ------
+    CheckpointError
+        The file is missing or damaged.
+    """
     try:
         return run_folder.read(path)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{str(error).removesuffix('.')} (the folder holds checkpoints; another --workdir starts a new run)."
+            f"{str(error).removesuffix('.')} (the run in this folder cannot resume without the file; to start a new "
+            "run, choose another --workdir)."
         ) from error
 
 
@@ -49,7 +56,7 @@ def check_options(recorded: Mapping[str, Any], spec: RunSpec, workdir: Path) -> 
     recorded
         `config.json` of the run folder.
     spec
-        What is asked now.
+        Specification of the run that is to resume.
     workdir
         Run folder, for the message.
     """
@@ -58,7 +65,7 @@ def check_options(recorded: Mapping[str, Any], spec: RunSpec, workdir: Path) -> 
         before, after = recorded.get(section), spec.values.get(section)
         if section in types and isinstance(before, Mapping):
             before = registry.with_current_names(types[section], before, section)
-        # A run may have been made before there was the section, or one of its options.
+        # An older version may have made the run, without this section or one of its options.
         if section in _WITH_DEFAULTS:
             before, after = before or {}, after or {}
         if not isinstance(before, Mapping) or not isinstance(after, Mapping):
@@ -70,57 +77,58 @@ def check_options(recorded: Mapping[str, Any], spec: RunSpec, workdir: Path) -> 
             if name not in free and before.get(name) != after.get(name):
                 option = section if name == section else f"{section}.{name}"
                 raise ConfigError(
-                    f"{workdir} holds a run with {option} = {before.get(name)!r}, but now it is "
-                    f"{after.get(name)!r}: use the same options to resume, or another --workdir, which "
-                    f"--config.init_from={workdir} starts from this run's model."
+                    f"the run in {workdir} has {option} = {before.get(name)!r}, but the configuration has "
+                    f"{after.get(name)!r}: use the same value to resume, or choose another --workdir and set "
+                    f"--config.init_from={workdir} to start from this run's model."
                 )
 
 
 def _all_options(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """All options of a section, so that one which a run does not record has the value that it stood for."""
+    """Return all options of a section. Options that a run does not record get the value that it used."""
     if issubclass(kind, ObjectiveConfig):
         values = {**kind.BEFORE, **values}
     try:
         return cast(
             dict[str, Any], json.loads(json.dumps(dataclasses.asdict(registry.build(kind, values, ""))))
         )
-    except SctError:  # of another version: as it stands
+    except SctError:  # another version recorded these options: compare them unchanged
         return dict(values)
 
 
 def check_folder(described: Mapping[str, Any], store: Store, spec: RunSpec, workdir: Path) -> None:
-    """Raise if a run cannot resume: other cells, other files, or a damaged folder.
+    """Raise an error if a run cannot resume because its cells, its input files or its folder changed.
 
     Parameters
     ----------
     described
         `data.json` of the run folder.
     store, spec
-        Cells, and what is asked now.
+        Store with the cells, and specification of the run that is to resume.
     workdir
         Run folder.
 
     Raises
     ------
     StoreError
-        The store has other genes or studies than the run began with.
+        The genes or the studies of the store changed after the run started.
     ConfigError
         A file that the configuration names has changed.
     CheckpointError
-        Genes or tokenizer of the folder are damaged.
+        The genes or the tokenizer in the folder are damaged.
     """
     _check_data(described, store, workdir)
     for option, digest in hashes_of(spec.files).items():
         if described.get("files", {}).get(option) != digest:
             raise ConfigError(
-                f"the file of {option} has changed since {workdir} began: restore it, or choose another --workdir."
+                f"the file of {option} has changed since the run in {workdir} started: restore the file, or choose "
+                "another --workdir."
             )
     run_folder.verify_files(workdir, described)
     run_folder.check_genes(GeneVocabulary.load(workdir / run_folder.GENES), described, workdir)
 
 
 def describe(store: Store) -> dict[str, Any]:
-    """What of a store decides which bags a run draws."""
+    """Return the properties of a store that determine the training data: its genes and its studies."""
     studies = [[study.name, study.split, study.n_cells, study.nnz] for study in store.studies]
     return {"vocabulary_hash": store.vocabulary.hash, "studies": studies}
 
@@ -129,25 +137,28 @@ def _check_data(before: Mapping[str, Any], store: Store, workdir: Path) -> None:
     after = describe(store)
     if before.get("vocabulary_hash") != after["vocabulary_hash"]:
         raise StoreError(
-            f"{workdir} holds a run on the vocabulary with hash {str(before.get('vocabulary_hash'))[:16]}, but the "
-            f"store {store.path} has {after['vocabulary_hash'][:16]}: choose another --workdir or the same store."
+            f"the run in {workdir} uses the vocabulary with hash {str(before.get('vocabulary_hash'))[:16]}, but the "
+            f"store {store.path} has the hash {after['vocabulary_hash'][:16]}: use the store of the run, or choose "
+            "another --workdir."
         )
     if before.get("studies") != after["studies"]:
         changed = [s[0] for s in before.get("studies", []) if s not in after["studies"]]
         changed += [s[0] for s in after["studies"] if s not in before.get("studies", [])]
         raise StoreError(
-            f"{workdir} holds a run on other data than the store {store.path} has now (different: "
-            f"{', '.join(dict.fromkeys(changed)) or 'the order of studies'}): choose another --workdir, with "
-            "--config.init_from to start from this run's model."
+            f"the data in the store {store.path} differs from the data of the run in {workdir} (changed: "
+            f"{', '.join(dict.fromkeys(changed)) or 'the order of studies'}): choose another --workdir, and set "
+            f"--config.init_from={workdir} to start from this run's model."
         )
 
 
 def hashes_of(files: Mapping[str, str]) -> dict[str, str]:
-    """Hashes (SHA-256) of files by option; `ConfigError` where one cannot be read."""
+    """Return the SHA-256 hashes of files, by option name; `ConfigError` if a file cannot be read."""
     found = {}
     for option, path in files.items():
         try:
             found[option] = hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
         except OSError as error:
-            raise ConfigError(f"the file of {option}, {path}, cannot be read ({error.strerror}).") from error
+            raise ConfigError(
+                f"{option} is {path}, which cannot be read ({error.strerror}): set {option} to a readable file."
+            ) from error
     return found

@@ -1,4 +1,4 @@
-"""What a run is asked to do: a configuration, checked and resolved once."""
+"""The specification of a run: a configuration that is checked and resolved once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NESTED = ("model", "data", "objective", "adapters", "optimizer", "train")
 
 
 def section_types(family: str, task_spec: TaskSpec) -> dict[str, type[Any]]:
-    """Types of the sections of options of a configuration, by name."""
+    """Return the option class of each section of a configuration, by section name."""
     return {
         "model": registry.family(family).config, "data": task_spec.data, "objective": task_spec.objective,
         "adapters": AdapterOptions, "optimizer": OptimizerConfig, "train": TrainConfig,
@@ -36,7 +36,7 @@ def section_types(family: str, task_spec: TaskSpec) -> dict[str, type[Any]]:
 
 
 def with_current_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration in which renamed options have their current names, see `registry.with_current_names`."""
+    """Return a configuration with renamed options under their current names (`registry.with_current_names`)."""
     types = section_types(config["family"], task_spec_of(config))
     return {
         name: registry.with_current_names(types[name], value, name)
@@ -53,28 +53,29 @@ class RunSpec:
     Attributes
     ----------
     values
-        Plain values of the configuration, as `config.json` of the run folder records them. Renamed options have
-        their current names.
+        The configuration as a plain dict, as recorded in `config.json` of the run folder. Renamed options have their
+        current names.
     family, task
         Names of the model family and of the task.
     task_spec
         Specification of the task.
     model
-        Plain values of the architecture. Sizes of 0 follow from the data, or from the model that training starts from.
+        Options of the architecture. Sizes of 0 are taken from the data, or from the model named in `init_from`.
     data, objective
-        Options, of the types that `task_spec` names.
+        Options, as instances of the classes in `task_spec`.
     adapters
-        Adapters that are trained in place of the model, None for none; those of an objective are its own.
+        Adapters that are trained while the model stays frozen; None for none. Adapters that belong to the objective
+        (`objective.lora`) are not included.
     optimizer
         Options of the optimizer.
     loop
-        Options of the training loop; `steps` is 1 if unset, see `train_options`.
+        Options of the training loop. If the number of steps is not set, `loop.steps` is 1, see `train_options`.
     steps
-        Steps that the configuration asks for; 0 where they follow from `data.tokens`.
+        Number of steps in the configuration; 0 if it is computed from `data.tokens`.
     init_from
-        Run folder or model that training starts from, "" for none.
+        Run folder or model to start from; "" for random parameters.
     tokenizer
-        File or folder of the tokenizer that the configuration names, "" for none.
+        Tokenizer file or folder; "" if the configuration names none.
     """
 
     values: Mapping[str, Any]
@@ -93,12 +94,13 @@ class RunSpec:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> RunSpec:
-        """Resolve a configuration, before any file is read or written.
+        """Check and resolve a configuration. This reads and writes no files.
 
         Raises
         ------
         ConfigError
-            An option is unknown or wrong, options contradict each other, or this machine does not compute the model.
+            An option is unknown or invalid, options contradict each other, or this machine's device cannot run the
+            model.
         MissingExtraError
             A package that the run needs is not installed.
         """
@@ -111,14 +113,13 @@ class RunSpec:
         train = registry.build(TrainConfig, {**loop, "steps": steps or 1}, "train")
         made_optimizer = registry.build(OptimizerConfig, optimizer, "optimizer")
         made_objective = registry.build(task_spec.objective, objective, "objective")
-        for (
-            name
-        ) in task_spec.objective.BEFORE:  # recorded even where the configuration leaves it to its default
+        # Record these options even if they have their default: a missing one means the value of older versions.
+        for name in task_spec.objective.BEFORE:
             values.setdefault("objective", {})[name] = getattr(made_objective, name)
         init_from = values.get("init_from") or ""
         tokenizer = data.get("tokenizer") or ""
         if task_spec.tokenizer is not None and not tokenizer and not init_from:
-            import_tokenizers()  # before minutes of work that would come to nothing
+            import_tokenizers()  # fail now if the package is missing, not after minutes of work
         made_objective.check_start(init_from)
         adapters = adapters_of(values)
         made_data = registry.build(task_spec.data, data, "data")
@@ -130,7 +131,7 @@ class RunSpec:
 
     @property
     def files(self) -> dict[str, str]:
-        """Files whose content decides what the run computes, by option, such as "data.studies"."""
+        """Input files whose content affects the results, by option name, such as "data.studies"."""
         sections = {"data": self.data, "objective": self.objective}
         return {
             f"{section}.{name}": path
@@ -139,24 +140,30 @@ class RunSpec:
         }
 
     def train_options(self, tokens_per_record: int) -> TrainConfig:
-        """Options of the training loop, with its steps: known when the size of the task's records is.
+        """Return the options of the training loop, with the number of steps computed from `data.tokens` if needed.
+
+        Parameters
+        ----------
+        tokens_per_record
+            Tokens per record of the task.
 
         Raises
         ------
         ConfigError
-            The configuration gives neither steps nor tokens, or too few tokens for a step.
+            Neither `train.steps` nor `data.tokens` is set, or `data.tokens` is less than one step.
         """
         steps = self.steps
         if not steps:
             if self.data.tokens <= 0:
                 raise ConfigError(
-                    "the configuration gives neither train.steps nor data.tokens: set one of them."
+                    "the configuration has neither train.steps nor data.tokens, but the length of the run must be "
+                    "given: set one of them."
                 )
             steps = round(self.data.tokens / (self.loop.batch_size * tokens_per_record))
         return dataclasses.replace(self.loop, steps=steps)
 
     def make_tokenizer(self, store: Store) -> Tokenizer:
-        """Train a tokenizer on the texts of a store, for a task of texts."""
+        """Train a tokenizer on the texts of a store. Only tasks on text have a tokenizer."""
         assert self.task_spec.tokenizer is not None
         return self.task_spec.tokenizer(store, self.objective, self.data, self.loop.seed)
 
@@ -168,12 +175,12 @@ class RunSpec:
         parent_data_spec: Mapping[str, Any] | None,
         mesh: Mesh | None,
     ) -> Task:
-        """Task over a store; the arguments are those of `TaskInputs`.
+        """Build the task over a store; see `TaskInputs` for the arguments.
 
         Raises
         ------
         ConfigError
-            Model, data and options do not fit each other, or this machine does not compute the model.
+            Model, data and options contradict each other, or this machine's device cannot run the model.
         """
         seed = self.loop.seed
         inputs = TaskInputs(

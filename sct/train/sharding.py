@@ -1,4 +1,4 @@
-"""Meshes, and the one table from logical axis names to mesh axes."""
+"""Device meshes, and the placement of batches on them."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ __all__ = [
 ]  # fmt: skip
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
-REST = -1  # as many devices as are left
-HOSTS = 0  # as many as there are hosts
+REST = -1  # all remaining devices
+HOSTS = 0  # the number of hosts
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Number of devices along each mesh axis.
 
-    -1, at most once, takes what is left; 0 is the number of hosts. In a configuration and on the command line a
-    mesh may also be written as a text, see `parse`.
+    -1 means all remaining devices and may be used for one axis. 0 means the number of hosts. Configurations and the
+    command line also accept a string, see `parse`.
 
     Parameters
     ----------
     data
-        Copies of the model, each with its share of the batch.
+        Number of copies of the model. Each copy processes a part of the batch.
     fsdp
-        Devices that share the batch and the parameters' and optimiser's storage.
+        Number of devices that split the batch, the parameters and the optimizer state.
     sequence
-        Devices that share the cells of a bag.
+        Number of devices that split the cells of a bag.
     tensor
-        Devices that share the channels of a layer.
+        Number of devices that split the channels of a layer.
     devices
-        Use the first so many devices only; 0 uses all, and is the only choice with several processes.
+        Number of devices to use, starting from the first; 0 uses all. With several processes, it must be 0.
     """
 
     data: int = REST
@@ -54,11 +54,16 @@ class MeshConfig:
 
     @classmethod
     def parse(cls, text: str) -> MeshConfig:
-        """Make a mesh of a preset's name or of sizes such as "data=2,fsdp=4".
+        """Parse the name of a preset, or sizes such as "data=2,fsdp=4".
 
-        Presets: "data", all devices on the axis of that name; "single", the first device alone; "fsdp", all
-        devices on the axis of that name; "pod", copies of the model on the hosts, each divided by fsdp over the
-        devices of its host. Of sizes, `data` takes what is left where neither it nor a -1 is written.
+        The presets are "data" (all devices on the axis `data`), "single" (only the first device), "fsdp" (all devices
+        on the axis `fsdp`) and "pod" (one copy of the model per host, split over the devices of the host by `fsdp`). If
+        sizes contain neither `data` nor a -1, `data` is set to -1.
+
+        Raises
+        ------
+        ConfigError
+            The text is neither a preset nor sizes.
         """
         if text in PRESETS:
             return PRESETS[text]
@@ -67,7 +72,7 @@ class MeshConfig:
             name, _, size = (word.strip() for word in part.partition("="))
             if name not in (*MESH_AXES, "devices") or name in sizes or not size.removeprefix("-").isdecimal():
                 raise ConfigError(
-                    f"the mesh {text!r} is neither one of {', '.join(PRESETS)} nor sizes of the axes "
+                    f"the mesh is {text!r}, but it must be one of {', '.join(PRESETS)}, or sizes of the axes "
                     f"{', '.join(MESH_AXES)}: write it like data=2,fsdp=4."
                 )
             sizes[name] = int(size)
@@ -85,43 +90,42 @@ PRESETS = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Mesh with the axes `data`, `fsdp`, `sequence`, `tensor` over the devices, by default all of them.
+    """Make a mesh with the axes `data`, `fsdp`, `sequence`, `tensor` over the given devices, by default all.
 
     Raises
     ------
     ConfigError
-        The sizes do not fit the devices, or leave a process without any.
+        The product of the sizes is not the number of devices, or a process would have no device.
     """
     if config.devices and jax.process_count() > 1:
         raise ConfigError(
-            f"the mesh uses {config.devices} device(s) only, which leaves some of the {jax.process_count()} "
-            "processes without work: start one process, or use all devices."
+            f"the mesh uses only {config.devices} device(s), but all devices of the {jax.process_count()} processes "
+            "are needed: set the devices of the mesh to 0, or start one process."
         )
     arranged = arrange(config, jax.devices() if devices is None else devices)
     types = (AxisType.Auto,) * len(MESH_AXES)
     if len({_host(device) for device in arranged.flat}) > 1:
         return Mesh(arranged, MESH_AXES, axis_types=types)
-    # Follows the wires between the chips of a host.
+    # `jax.make_mesh` orders the chips of a host by their physical links.
     return jax.make_mesh(arranged.shape, MESH_AXES, axis_types=types, devices=list(arranged.flat))
 
 
 def arrange(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
-    """Devices in the shape of a mesh.
+    """Return the devices as an array in the shape of the mesh.
 
-    The devices of a host stay together, so that the last axes, which exchange most, stay inside a host as far as
-    their sizes allow.
+    Devices of one host are adjacent. The last axes communicate most, so they stay within a host if their sizes allow.
 
     Raises
     ------
     ConfigError
-        The sizes do not fit the devices.
+        The product of the sizes is not the number of devices.
     """
     check_at_least(
         "devices of the mesh",
         config.devices,
         0,
         most=len(devices),
-        advice=f"use at most the {len(devices)} devices that there are",
+        advice=f"use at most {len(devices)}, the number of available devices",
     )
     used = sorted(devices[: config.devices or None], key=lambda d: (_host(d), d.process_index, d.id))
     sizes = [getattr(config, axis) for axis in MESH_AXES]
@@ -132,7 +136,7 @@ def arrange(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
     if min(shape) < 1 or math.prod(shape) != len(used):
         raise ConfigError(
             f"a mesh of {dict(zip(MESH_AXES, shape, strict=True))} does not fit {len(used)} devices: "
-            "choose sizes whose product is that number, or one of them -1."
+            f"choose sizes whose product is {len(used)}, or set one of them to -1."
         )
     arranged = np.empty(len(used), object)
     arranged[:] = used
@@ -140,23 +144,27 @@ def arrange(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
 
 
 def _host(device: Any) -> int:
-    """Host of a device: GPUs that are wired together, which several processes may share; else a process."""
-    wired = getattr(device, "slice_index", None) if device.platform == "gpu" else None
-    return int(device.process_index if wired is None else wired)
+    """Return the host index of a device.
+
+    For GPUs, this is the index of the group with direct links, which several processes may share. For other devices,
+    it is the process index.
+    """
+    group = getattr(device, "slice_index", None) if device.platform == "gpu" else None
+    return int(device.process_index if group is None else group)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Batches are split along their first axis."""
+    """Return the sharding of batches, which splits their first axis over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raise `ConfigError` where a batch cannot be split evenly over the mesh."""
+    """Raise `ConfigError` if a batch cannot be split evenly over the mesh."""
     share = mesh.shape["data"] * mesh.shape["fsdp"]
     if share % jax.process_count():
         raise ConfigError(
-            f"the mesh splits a batch over {share} devices, but each of the {jax.process_count()} processes reads "
-            "its own part of a batch: choose data x fsdp as a multiple of the number of processes."
+            f"the mesh splits a batch over {share} devices (data x fsdp), but this must be a multiple of "
+            f"{jax.process_count()}, the number of processes: change data or fsdp of the mesh."
         )
     check_multiple(
         "batch_size",
@@ -168,6 +176,6 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Make global arrays of this process's share of a batch."""
+    """Make global arrays from this process's part of a batch."""
     sharding = batch_sharding(mesh)
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}

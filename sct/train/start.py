@@ -1,4 +1,4 @@
-"""The three ways to start a run: new, from the parameters of a model, or where the run folder stopped."""
+"""The three ways to start a run: from random parameters, from a model (`init_from`), or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from sct.weights.vocabulary import resized
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a run starts with.
+    """Everything that training starts from.
 
     Attributes
     ----------
     store, task
-        Cells, and what is learned of them; the task has architecture and tokenizer.
+        Store with the cells, and the task, which has the architecture and the tokenizer.
     license
-        Licence of the trained model.
+        License of the trained model.
     variables
-        Arrays by path of the model that training starts from; None for a new run and for one that goes on.
+        Parameters of the model named in `init_from`, by path; None if the run starts from random parameters or resumes.
     step
-        Step to resume from; None for a new run.
+        Step to resume from; None if the run does not resume.
     remarks
         Messages for the user.
     """
@@ -55,7 +55,7 @@ class Start:
 
 
 def begin(spec: RunSpec, workdir: Path) -> Start:
-    """Start a run in the way that its folder and its configuration ask for."""
+    """Resume the run if its folder has checkpoints; otherwise start from `init_from`, or from random parameters."""
     if run_folder.steps(workdir):
         return resumed(spec, workdir)
     return from_model(spec, workdir) if spec.init_from else new(spec, workdir)
@@ -70,14 +70,15 @@ def new(spec: RunSpec, workdir: Path) -> Start:
 
 
 def from_model(spec: RunSpec, workdir: Path) -> Start:
-    """Start from the parameters of `spec.init_from`; its tokenizer is the default.
+    """Start from the parameters of `spec.init_from`, with its tokenizer unless the configuration names another.
 
     Tasks with `inherits_architecture` also keep the model's architecture.
 
     Raises
     ------
     ConfigError
-        The task does not train the model, or neither the configuration nor the model has a tokenizer.
+        The task cannot train the model, the adapters differ, or neither the configuration nor the model has a
+        tokenizer.
     """
     store, mesh = open_data(spec.data, workdir), _mesh(spec)
     parent = load(spec.init_from, mesh=mesh, genes=store.vocabulary)
@@ -91,22 +92,22 @@ def from_model(spec: RunSpec, workdir: Path) -> Start:
     task = spec.make_task(store, model, tokenizer, parent.data, mesh)
     if task.lora is None and COLLECTION in parent.variables:
         raise ConfigError(
-            f"{spec.init_from} has adapters, but the configuration trains none: set adapters.kind (or objective.lora) "
-            "to theirs, or merge low-rank ones first (sct.models.lora.merge)."
+            f"{spec.init_from} has adapters, but the configuration trains no adapters: set adapters.kind (or "
+            "objective.lora) to the same kind, or merge LoRA adapters into the model first (sct.models.lora.merge)."
         )
     if task.lora is not None:
         lora.check_same(parent.variables, task.lora, spec.init_from)
-    # What is trained from licensed weights stays under their licence.
+    # A model trained from licensed weights keeps their license.
     return Start(store, task, parent.license, flatten(parent.variables), remarks=remarks)
 
 
 def resumed(spec: RunSpec, workdir: Path) -> Start:
-    """Resume the run of a folder, with the same data and with the architecture and tokenizer of the folder.
+    """Resume the run in a folder, on the same data and with the architecture and the tokenizer that it recorded.
 
     Raises
     ------
     ConfigError, StoreError, CheckpointError
-        Options, cells or texts are not those that the run began with, or the folder is damaged.
+        Options, cells or input files differ from those of the run, or the folder is damaged.
     """
     settings = resume.read(workdir / run_folder.CONFIG)
     resume.check_options(settings, spec, workdir)
@@ -124,17 +125,17 @@ def resumed(spec: RunSpec, workdir: Path) -> Start:
 
 
 def open_data(config: StoreConfig, workdir: Path) -> Store:
-    """Open the configured store, or make one of the configured data set in the run folder."""
+    """Open the configured store, or write the configured data set to a store in the run folder and open that."""
     if config.store and config.dataset:
         raise ConfigError(
-            f"both data.store ({config.store}) and data.dataset ({config.dataset}) are set: choose one; for the store "
-            'add --config.data.dataset="".'
+            f"both data.store ({config.store}) and data.dataset ({config.dataset}) are set, but only one is allowed: "
+            'to use the store, add --config.data.dataset="".'
         )
     if not (config.store or config.dataset):
         raise ConfigError(
-            "the configuration needs either data.store or data.dataset: make a store of your files with "
-            "`python -m launch.ingest --input=FILES --output=STORE` and add --config.data.store=STORE, or "
-            "try the :quickstart variant of the configuration."
+            "data.store and data.dataset are both empty, but training needs one of them: ingest your files with "
+            "`python -m launch.ingest --input=FILES --output=STORE` and add --config.data.store=STORE, or use the "
+            ":quickstart variant of the configuration."
         )
     if config.store:
         return Store.open(Path(config.store).expanduser())
@@ -148,7 +149,7 @@ def open_data(config: StoreConfig, workdir: Path) -> Store:
 
 
 def _mesh(spec: RunSpec) -> Mesh | None:
-    """Devices that each load a part of the model; None for one device."""
+    """Return the device mesh over which to load models; None for one device."""
     return sharding.make_mesh(spec.loop.mesh) if jax.device_count() > 1 else None
 
 
@@ -156,18 +157,21 @@ def _check_family(spec: RunSpec, parent: Pretrained) -> None:
     families = trained_by(spec.task_spec)
     if parent.family not in families:
         raise ConfigError(
-            f"the model to start from is of the family {parent.family!r}, which the task {spec.task!r} does not "
-            f"train: give one of {', '.join(families)}."
+            f"init_from is a model of the family {parent.family!r}, which the task {spec.task!r} cannot train: use a "
+            f"model of the family {' or '.join(families)}."
         )
     if parent.family != spec.family:
         raise ConfigError(
-            f"the model to start from is of the family {parent.family!r}, but the configuration's is "
+            f"init_from is a model of the family {parent.family!r}, but the configuration has the family "
             f"{spec.family!r}: add --config.family={parent.family}."
         )
 
 
 def _saved(spec: RunSpec, workdir: Path, make: Callable[[], Tokenizer]) -> Tokenizer | None:
-    """Tokenizer of a task of texts, as the run folder keeps it from now on; process 0 makes it for all."""
+    """Save the tokenizer to the run folder, and load it from there; None for tasks without text.
+
+    Process 0 calls `make` and saves the tokenizer; all processes load it.
+    """
     if spec.task_spec.tokenizer is None:
         return None
     folder = workdir / run_folder.TOKENIZER
@@ -181,7 +185,7 @@ def _saved(spec: RunSpec, workdir: Path, make: Callable[[], Tokenizer]) -> Token
 
 
 def _named(spec: RunSpec) -> Tokenizer | None:
-    """Tokenizer that the configuration names, if it does."""
+    """Load the tokenizer that the configuration names; None if it names none."""
     return load_tokenizer(spec.tokenizer) if spec.tokenizer else None
 
 
@@ -195,25 +199,25 @@ def _of_parent(spec: RunSpec, parent: Pretrained) -> Tokenizer:
 
 
 def _of_folder(workdir: Path) -> Tokenizer:
-    """Tokenizer that a run folder keeps, the same however often the run is resumed."""
+    """Load the tokenizer that the run saved in its folder."""
     folder = workdir / run_folder.TOKENIZER
     if not folder.exists():
         raise CheckpointError(
-            f"{workdir} has no folder {run_folder.TOKENIZER!r}, without which its tokens mean nothing: restore it, or "
-            "choose another --workdir."
+            f"{workdir} has no folder {run_folder.TOKENIZER!r}, but the run cannot resume without its tokenizer: "
+            "restore the folder, or choose another --workdir."
         )
     return Tokenizer.load(folder)
 
 
 def _grown(parent: Pretrained, tokenizer: Tokenizer | None) -> tuple[Pretrained, tuple[str, ...]]:
-    """Model with a row for each token, and what to say of new ones."""
+    """Resize the embeddings of a model to the tokenizer; return the model, and messages about new tokens."""
     if tokenizer is None:
         return parent, ()
     grown = resized(parent, tokenizer.vocab_size)
     if grown is parent:
         return parent, ()
     remark = (
-        f"the tokenizer has {tokenizer.vocab_size:,} tokens, but the model {parent.config.vocab_size:,}: the new "
-        "tokens start near the mean embedding."
+        f"the tokenizer has {tokenizer.vocab_size:,} tokens, but the model has {parent.config.vocab_size:,}: the "
+        "embeddings of the new tokens start near the mean embedding."
     )
     return grown, (remark,)

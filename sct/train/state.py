@@ -1,4 +1,4 @@
-"""Training state and the two compiled steps."""
+"""Training state, and the compiled training and evaluation steps."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from sct.weights.pretrained import match
 
 
 class State(struct.PyTreeNode):
-    """All that a step changes, and all that a checkpoint of the arrays holds.
+    """Training state: the arrays that a step reads and writes, and that a checkpoint stores.
 
     Attributes
     ----------
     step
-        int32, updates made.
+        int32, number of updates so far.
     trained, frozen
-        Flat dicts of variables, by the task's `trainable` table; only `trained` has gradients.
+        Flat dicts of variables by path, split by the task's `trainable` table. Only `trained` gets gradients.
     optimizer
-        State of the optimiser over `trained`.
+        Optimizer state for `trained`.
     key
-        Raw data of the run's PRNG key; a step's key is this one folded with the step.
+        Raw data of the PRNG key of the run. The key of a step is `fold_in(key, step)`.
     """
 
     step: jax.Array
@@ -43,7 +43,7 @@ class State(struct.PyTreeNode):
 
     @property
     def variables(self) -> Variables:
-        """Nested variables, trained and frozen together."""
+        """Nested dict of all variables, trained and frozen."""
         return unflatten({**self.frozen, **self.trained})
 
 
@@ -59,9 +59,9 @@ MakeOptimizer = Callable[[dict[str, Any]], optax.GradientTransformation]
 
 
 def init_state(task: Objective, make_optimizer: MakeOptimizer, mesh: Mesh, seed: int) -> tuple[State, Any]:
-    """Abstract state (shapes with shardings) and a function that makes the concrete one on the mesh.
+    """Return the abstract state (shapes, dtypes and shardings), and a function that makes the state on the mesh.
 
-    Nothing is allocated until the function is called.
+    No memory is allocated until the function is called.
     """
     key = jax.random.key(seed)
     boxed = jax.eval_shape(task.init, key)
@@ -78,24 +78,35 @@ def init_state(task: Objective, make_optimizer: MakeOptimizer, mesh: Mesh, seed:
         )
 
     def place(path: tuple[Any, ...], leaf: Any) -> Any:
-        # A moment of the optimiser lies under its parameter's path and is stored as the parameter is.
+        # A moment of the optimizer has its parameter's path as key, and gets the sharding of the parameter.
         name = next((str(entry.key) for entry in reversed(path) if hasattr(entry, "key")), "")
         where = placed.get(name, replicated)
         where = where if len(where.spec) <= len(leaf.shape) else replicated
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     abstract = jax.tree_util.tree_map_with_path(place, jax.eval_shape(make))
-    # It runs once: on CPU less optimisation saves a third of its compilation, 4 s of the full model's start.
+    # The function runs once. On CPU, less optimization cuts its compilation by a third (4 s for the full model).
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return abstract, jax.jit(make, out_shardings=shardings, compiler_options=options)
 
 
 def load_into(state: State, arrays: Mapping[str, np.ndarray], new: Sequence[str]) -> State:
-    """Replace the state's variables by loaded ones, placed as they were.
+    """Replace variables of the state by loaded arrays, with the state's dtypes and shardings.
 
-    Paths that match a pattern of `new` may be absent and keep their initial value; any other difference is a
-    `CheckpointError` that lists it.
+    Parameters
+    ----------
+    state
+        Initial state.
+    arrays
+        Loaded arrays by path.
+    new
+        Patterns of paths that may be missing in `arrays`. These variables keep their initial value.
+
+    Raises
+    ------
+    CheckpointError
+        Paths or shapes differ; the message lists the differences.
     """
     present = {**state.frozen, **state.trained}
     match(arrays, present, "the model to start from", new)
@@ -116,16 +127,16 @@ def make_train_step(
     abstract: State,
     microbatch: int = 0,
 ) -> Callable[[State, DeviceBatch], tuple[State, dict[str, jax.Array], MetricSums]]:
-    """Compiled update: (state, batch) -> (state, {loss, gradient_norm}, sums of the task).
+    """Return the compiled training step: (state, batch) -> (state, {loss, gradient_norm}, sums of the task).
 
     The state is donated: the caller must not use it again.
 
     Parameters
     ----------
     microbatch
-        Records that go through the model at once, a divisor of larger batches; 0 for the whole batch. A batch of n
-        of them is run as n microbatches, one after the other: records m, m + n, m + 2 n, ... with the step's key
-        folded with m are microbatch m. The update is that of the whole batch with those masks.
+        Records per microbatch; 0 for the whole batch. It must divide larger batches. A batch of n microbatches is
+        processed one microbatch at a time. Microbatch m has the records m, m + n, m + 2 n, ..., and its key is the
+        step's key folded with m. The update is that of the whole batch with the same masks.
     """
 
     def gradient_of(
@@ -141,7 +152,7 @@ def make_train_step(
     def accumulated(
         state: State, batch: DeviceBatch, rng: jax.Array, parts: int
     ) -> tuple[jax.Array, dict[str, Any], MetricSums]:
-        # Strided parts keep each record on the device that holds it.
+        # Taking every n-th record keeps each record on its device.
         turned = {
             name: value.reshape(-1, parts, *value.shape[1:]).swapaxes(0, 1) for name, value in batch.items()
         }
@@ -150,7 +161,7 @@ def make_train_step(
 
         def add(total: dict[str, Any], part: tuple[jax.Array, DeviceBatch]) -> tuple[dict[str, Any], Any]:
             loss, gradient, sums = gradient_of(state, part[1], jax.random.fold_in(rng, part[0]))
-            # The loss is a mean over `weight` things: microbatches count by how many they have.
+            # The loss is a mean over `weight` items, so microbatches are weighted by their number of items.
             weight = sums[task.loss_normalizer]
             total = jax.tree.map(lambda t, g: t + weight * g, total, gradient)
             return jax.lax.with_sharding_constraint(total, placed.trained), (weight * loss, sums)
@@ -184,9 +195,9 @@ def make_train_step(
 
 
 def make_eval_step(task: Objective, mesh: Mesh) -> Callable[[State, DeviceBatch, jax.Array], MetricSums]:
-    """Compiled evaluation: (state, batch, batch number) -> sums of the task.
+    """Return the compiled evaluation step: (state, batch, batch number) -> sums of the task.
 
-    Its randomness depends on the batch number alone, so every evaluation of a run asks the same questions.
+    The PRNG key depends only on the batch number, so every validation of a run uses the same masks.
     """
 
     def step(state: State, batch: DeviceBatch, number: jax.Array) -> MetricSums:

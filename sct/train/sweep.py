@@ -1,4 +1,4 @@
-"""Several runs of one configuration, each with some fields changed: ablations, trained one after the other."""
+"""Sweeps: train several variants of one configuration (ablations), one after the other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sct.train import experiment
 from sct.weights import run_folder
 
 BASE = "base"
-RUN = "run"  # key of the rows of runs
+RUN = "run"  # key of the table rows that belong to runs
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _NOTES = (
     "Each run changes one option of the base run, which its name gives. Only masked expressed genes are scored.",
@@ -34,14 +34,14 @@ _NOTES = (
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """How a sweep ended.
+    """Result of a sweep.
 
     Attributes
     ----------
     reason
-        "finished", "failed" (some runs did), "signal" or "interrupt".
+        Why the sweep ended: "finished", "failed" (one or more runs failed), "signal" or "interrupt".
     states
-        Run -> "" where it is finished, otherwise why it is not.
+        Run -> "" if it is finished, otherwise the reason why it is not.
     """
 
     reason: str
@@ -49,32 +49,35 @@ class Sweep:
 
 
 def configurations(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Configuration of each run of a sweep, the base first.
+    """Return the configuration of each run of a sweep, by name. The unchanged base comes first.
 
     Parameters
     ----------
     config
-        A configuration with a section `sweep`: name of a run -> the fields that it changes, nested as in the
-        configuration.
+        A configuration with a section `sweep`, which maps the name of a run to the fields that it changes. The fields
+        are nested as in the configuration.
 
     Raises
     ------
     ConfigError
-        The section is not of that form, or names a field that the base does not have.
+        The section does not have this form, or names a field that the base configuration does not have.
     """
     plain = json.loads(json.dumps(config))
     changes = plain.pop("sweep", None)
     if not isinstance(changes, dict) or not all(isinstance(change, dict) for change in changes.values()):
         raise ConfigError(
-            f"sweep is {changes!r}, but it must hold named runs with the fields that each changes."
+            f"sweep is {changes!r}, but it must map run names to the fields that each run changes: write it like "
+            '{"small": {"model": {"num_layers": 2}}}.'
         )
     if BASE in changes:
-        raise ConfigError(f"a run of the sweep is called {BASE!r}, the name of the unchanged one: rename it.")
+        raise ConfigError(
+            f"a run of the sweep is named {BASE!r}, but this name is reserved for the unchanged run: rename it."
+        )
     for name in changes:
         if not _NAME.fullmatch(name):
             raise ConfigError(
-                f"a run of the sweep is called {name!r}, but its folder needs a name of letters, digits, '.', '-' and "
-                "'_' that begins with a letter or digit."
+                f"a run of the sweep is named {name!r}, but the name is also that of a folder: use letters, digits, "
+                "'.', '-' and '_', at most 200 characters, and begin with a letter or digit."
             )
     return {BASE: plain, **{name: _merged(plain, change, name) for name, change in changes.items()}}
 
@@ -84,41 +87,42 @@ def _merged(base: Mapping[str, Any], change: Mapping[str, Any], where: str) -> d
     for name, value in change.items():
         if name not in base or isinstance(value, dict) != isinstance(base[name], dict):
             raise ConfigError(
-                f"sweep.{where}.{name} = {value!r} does not fit the configuration: choose from {', '.join(base)}."
+                f"sweep.{where}.{name} is {value!r}, but the configuration has no such field or section: choose from "
+                f"{', '.join(base)}."
             )
         made[name] = _merged(base[name], value, f"{where}.{name}") if isinstance(value, dict) else value
     return made
 
 
 def chosen(names: Sequence[str], only: Sequence[str]) -> list[str]:
-    """Runs to train: all of them, or those of `only`; `ConfigError` for a name that there is not."""
+    """Return the names of the runs to train: those in `only`, or all. `ConfigError` for an unknown name."""
     for name in only:
         check_choice("--only", name, names)
     return [name for name in names if not only or name in only]
 
 
 def run(config: Mapping[str, Any], workdir: str | os.PathLike[str], only: Sequence[str] = ()) -> Sweep:
-    """Train the runs of a sweep one after the other, each in `WORKDIR/NAME`, and put them into one table.
+    """Train the runs of a sweep one after the other, each in `WORKDIR/NAME`, and compare them in one table.
 
-    Finished runs are left alone, begun ones go on. A run that fails for a reason that a user can mend is a row
-    with the reason, and the sweep goes on. SIGTERM and Ctrl-C end the sweep as they end a run, which is saved.
-    Several processes may train different runs (`only`) at once. The table of all runs is `report.md` and `report.json`.
+    Finished runs are skipped, and unfinished runs resume. If a run fails with an `SctError`, the table shows the reason
+    and the sweep continues. SIGTERM and Ctrl-C save the current run and end the sweep. Several processes may train
+    different runs at the same time (`only`). The table of all runs is written to `report.md` and `report.json`.
 
     Parameters
     ----------
     config
-        Plain nested values with a section `sweep`, see `configurations`.
+        Configuration as a nested dict, with a section `sweep`, see `configurations`.
     workdir
         Folder of the sweep.
     only
-        Names of the runs to train; none for all.
+        Names of the runs to train; empty for all.
 
     Raises
     ------
     ConfigError, StoreError
-        The sweep or its data cannot be read at all.
+        The section `sweep` is invalid, or the data of the base run cannot be opened.
     FolderInUseError
-        Another process trains one of the runs.
+        Another process is training one of the runs.
     """
     from rich.console import Console
 
@@ -128,7 +132,8 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str], only: Sequen
     wanted = chosen(list(runs), only)
     if run_folder.is_run(workdir):
         raise ConfigError(
-            f"{workdir} is a run, but a sweep needs a folder of its own: choose another --workdir."
+            f"--workdir is {workdir}, which is the folder of a single run, but a sweep needs a separate folder: choose "
+            "another --workdir."
         )
     experiment.check_data(runs[BASE], workdir)
     states = {name: _state(workdir / name) for name in runs}
@@ -139,7 +144,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str], only: Sequen
         try:
             states[name], ended = _one(runs[name], workdir / name)
         except FolderInUseError:
-            raise  # another sweep trains this run, and is about to train the next ones
+            raise  # another sweep is training this run, and will train the next ones
         except SctError as error:
             states[name], ended = str(error), "failed"
             console.print(f"{name} failed: {error}", soft_wrap=True, markup=False)
@@ -154,7 +159,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str], only: Sequen
         if ended == "failed":
             reason = "failed"
     if jax.process_index() == 0:
-        # Others may have trained the rest meanwhile, with another --only.
+        # Other processes (with another --only) may have trained the remaining runs in the meantime.
         for name in set(runs) - set(wanted):
             states[name] = _state(workdir / name)
         made = tables(workdir, runs, states)
@@ -166,7 +171,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str], only: Sequen
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run was measured and exported, and has not gone on since."""
+    """Return whether a run was evaluated and exported, and has not been trained further since."""
     exported = folder / "model"
     if not (exported / "config.json").is_file() or not (folder / "report.json").is_file():
         return False
@@ -174,7 +179,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def _state(folder: Path) -> str:
-    """Why a run is not finished, "" where it is; a damaged run says so and does not end the others."""
+    """Return why a run is not finished, or "" if it is. For a damaged run, return the error message."""
     try:
         return "" if is_finished(folder) else _unfinished(folder)
     except SctError as error:
@@ -187,7 +192,7 @@ def _unfinished(folder: Path) -> str:
 
 
 def _one(config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
-    """Train one run unless it is finished; its state and why it ended."""
+    """Train one run unless it is finished; return its state ("" if finished) and the reason why training ended."""
     if is_finished(folder):
         experiment.check_same_run(config, folder)
         return "", "finished"
@@ -198,7 +203,7 @@ def _one(config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
 
 
 def tables(workdir: Path, runs: Mapping[str, Mapping[str, Any]], states: Mapping[str, str]) -> list[Report]:
-    """Tables of all runs of a sweep and the baselines of its base, without and with expressed genes given.
+    """Return two tables of all runs and the baselines of the base run: expressed genes not given, and given.
 
     Parameters
     ----------
@@ -207,14 +212,14 @@ def tables(workdir: Path, runs: Mapping[str, Mapping[str, Any]], states: Mapping
     runs
         Configuration of each run, see `configurations`.
     states
-        Run -> "" where it is finished, otherwise why it is not: its remark.
+        Run -> "" if it is finished, otherwise the reason why it is not, which the table shows as a remark.
     """
     measured: dict[str, Report | None] = {}
     states = dict(states)
     for name, state in states.items():
         try:
             measured[name] = None if state else _measured(workdir / name)
-        except CheckpointError as error:  # does not cost the others their rows
+        except CheckpointError as error:  # the other runs keep their rows
             measured[name], states[name] = None, str(error)
     found = {name: table.records() if table else [] for name, table in measured.items()}
     title = next((table.title for table in measured.values() if table), "Runs")
@@ -230,7 +235,7 @@ def tables(workdir: Path, runs: Mapping[str, Mapping[str, Any]], states: Mapping
             rows = [row for key, row in found[name] if key == MODEL and row[scoring.GIVEN.key] == given]
             remark = states[name] or _remark(runs[name], runs[BASE])
             if not rows:
-                one.add(name, [], [], [], states[name] or "no study is held out to measure it on", key=RUN)
+                one.add(name, [], [], [], states[name] or "the store has no held-out study", key=RUN)
             for row in rows:
                 one.add(name, *_numbers(row), remark, key=RUN)
         for key, row in found[BASE]:
@@ -242,14 +247,14 @@ def tables(workdir: Path, runs: Mapping[str, Mapping[str, Any]], states: Mapping
 
 
 def _measured(folder: Path) -> Report | None:
-    """The table of imputation of a finished run."""
+    """Return the imputation table of a finished run; None if it has none."""
     path = folder / "report.json"
     wanted = {METHOD.key, scoring.GIVEN.key, scoring.NUMBERS[0].key}
     try:
         return next((table for table in report_folder.read(path) if wanted <= set(table.keys)), None)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path} is damaged ({error}): delete it and start the sweep again, which measures this run anew."
+            f"{path} is damaged ({error}): delete it and start the sweep again, which evaluates this run again."
         ) from error
 
 
@@ -259,13 +264,11 @@ def _numbers(row: Mapping[str, Any]) -> list[list[float]]:
 
 
 def _remark(config: Mapping[str, Any], base: Mapping[str, Any]) -> str:
-    """What keeps the numbers of a run from being those of the base's question."""
+    """Return a remark if the numbers of a run are not comparable with those of the base run; else ""."""
     found = []
     levels = [each["model"].get("num_bins") for each in (config, base)]
     if levels[0] != levels[1]:
-        found.append(
-            f"{levels[0]} levels instead of {levels[1]}: the MCC is another measure, compare the MAE"
-        )
+        found.append(f"{levels[0]} levels instead of {levels[1]}: MCC values are not comparable, use the MAE")
     if config["data"].get("cells_per_bag") != base["data"].get("cells_per_bag"):
-        found.append("other bags: other masked positions in the cells")
+        found.append("cells_per_bag differs: other positions are masked")
     return "; ".join(found)

@@ -253,7 +253,7 @@ def test_two_processes_that_are_asked_to_stop_save_and_say_so(small, tmp_path):
         for process in two.processes:
             process.send_signal(signal.SIGTERM)
         assert two.statuses(120) == [AGAIN, AGAIN], two.everything()
-        assert "run the same command again to go on" in two.said(0)
+        assert "run the same command again" in two.said(0)
     assert len([path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]) == 1
 
 
@@ -310,7 +310,7 @@ def test_where_one_is_killed_the_others_end_and_others_go_on(small, straight, tm
     else:
         with Run(write_config(plain, tmp_path / "c.py"), tmp_path / "run", then) as others:
             assert others.statuses() == [0] * then, others.everything()
-            assert "going on from step" in others.said(0)
+            assert "resuming from step" in others.said(0)
     assert_same(tmp_path / "run", straight)
 
 
@@ -337,4 +337,6 @@ def test_a_mistake_found_by_one_process_ends_all(small, tmp_path):
     with Run(file, tmp_path / "run", 2, "--config.optimizer.peak_lr=0.5") as other:
         assert other.statuses(120) == [1, 1]
         for number in range(2):
-            assert "optimizer.peak_lr = 0.001, but now it is 0.5" in assert_one_error(other.said(number))
+            assert "optimizer.peak_lr = 0.001, but the configuration has 0.5" in assert_one_error(
+                other.said(number)
+            )

@@ -148,9 +148,12 @@ def test_names_are_taken_once():
     for changes, words in (
         (
             {"models": {"other": dataclasses.replace(model, tasks=(kind,))}},
-            "the task name 'masked_bins' is taken",
+            "the task name 'masked_bins' is already used",
         ),
-        ({"models": {"other": model}, "converters": {"hf": converter}}, "the converter name 'hf' is taken"),
+        (
+            {"models": {"other": model}, "converters": {"hf": converter}},
+            "the converter name 'hf' is already used",
+        ),
         ({"models": {"other": dataclasses.replace(model, tasks=())}, "name": "bert"}, "bert"),
     ):
         with pytest.raises(ConfigError, match=words):
@@ -159,7 +162,7 @@ def test_names_are_taken_once():
     families.register(families.all_families()["sct"])
     families.unregister(families.all_families()["sct"])
     assert {"sct", "toy"} <= set(registry.MODELS)
-    with pytest.raises(ConfigError, match="does not train 'sct': set family to one of toy"):
+    with pytest.raises(ConfigError, match="cannot train 'sct': set family to one of toy"):
         task_spec_of({"family": "sct", "task": "toy_bins"})
     assert registry.family("toy").config is toy.ToyConfig
     shapes = boxed_shapes("toy", toy.ToyConfig(30))

@@ -95,7 +95,7 @@ def test_what_is_not_for_models_of_single_cells(cell_model, text_model, cells): 
     bert = random_model(
         "bert", family("bert").config(vocab_size=30, embed_dim=8, num_layers=1, num_heads=2, ffn_dim=8)
     )
-    with pytest.raises(ConfigError, match=r"'bert', which reads no cells.*embed cells"):
+    with pytest.raises(ConfigError, match=r"'bert', which does not read cells.*embed cells"):
         sct.tl.embed(cells, bert)
 
 

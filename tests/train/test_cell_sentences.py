@@ -259,7 +259,7 @@ def test_values_of_labels_are_those_that_texts_tell(prompts, tmp_path):
 
 
 def test_a_text_or_a_study_with_more_values_than_labels_have_is_no_label(prompts, monkeypatch):
-    monkeypatch.setattr(cell_sentences, "_MANY", 2)
+    monkeypatch.setattr(cell_sentences, "_MAX_LABELS", 2)
     assert "cell_type" not in task_of(prompts, study(40)).labels()
 
 
@@ -398,7 +398,7 @@ def test_models_that_do_not_fit_the_texts(prompts):
     with pytest.raises(ConfigError, match=r"data\.length .*96"):
         task_of(prompts, study(9), length=97)
     assert task_of(prompts, study(9), length=97, family="llama").data.length == 97
-    with pytest.raises(ConfigError, match="300 tokens"):
+    with pytest.raises(ConfigError, match="vocab_size is 300"):
         task_of(prompts, study(9), model={"vocab_size": 300})
     with pytest.raises(ConfigError, match=r"'sct'.*gpt2, neox, llama"):
         task_spec_of({"family": "sct", "task": "cell_sentences"})
@@ -486,7 +486,7 @@ def test_other_options_are_refused(finished, text_config, tmp_path):
         ("objective__tasks", TASKS[:1]),
         ("model__embed_dim", 32), ("data__cell_type", "study"), ("family", "llama"),
     ):  # fmt: skip
-        with pytest.raises(ConfigError, match=f"holds a run with .*{name.rpartition('__')[2]}"):
+        with pytest.raises(ConfigError, match=f"the run in .*{name.rpartition('__')[2]}"):
             run(text_config(**{name: value}), folder)
     assert (files(folder / "tokenizer"), (folder / "config.json").read_bytes()) == before
 

@@ -222,7 +222,7 @@ def test_two_trainings_on_one_folder(config, tmp_path, capfd):
     saved = int(re.search(r"saving step (\d+)", output)[1])
     assert again.reason == "stop_at"
     said = capfd.readouterr()
-    assert f"going on from step {saved:,}" in said.out
+    assert f"resuming from step {saved:,}" in said.out
     lines = [line["step"] for line in read_log(folder)]
     assert lines == list(range(1, again.progress.step + 1)), "neither process lost or doubled a line"
 

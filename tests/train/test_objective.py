@@ -206,14 +206,14 @@ def test_starting_from_another_model_lists_the_differences(config, tmp_path):
 
 def test_configuration_errors_say_what_to_do(config, tmp_path):
     cases = [
-        (config(data__store=""), "either data.store or data.dataset"),
+        (config(data__store=""), "data.store and data.dataset"),
         (config(data__store="", data__dataset="pbmc"), "pbmc68k.*give a store"),
         (config(model__widht=3), "option of model .* is 'widht'"),
         (config(model__num_layers="two"), "a value of type int is needed"),
         (config(model__num_genes=64), "vocabulary has 100 genes"),
         (config(modle={}), "section .* is 'modle'"),
         (config(model__use_spatial=True), "no training study of .* has coordinates"),
-        (config(data__cells_per_bag=61), "the largest training study has 60 cells"),
+        (config(data__cells_per_bag=61), "largest training study has only 60 cells"),
         (config(optimizer__peak_lr=float("nan")), "peak_lr is nan"),
         (config(model=3), "model is 3, .*named options"),
         (config(model__num_downsamples="3"), "num_downsamples is '3'"),
@@ -225,7 +225,7 @@ def test_configuration_errors_say_what_to_do(config, tmp_path):
         (config(objective__report_seeds=0), "report_seeds is 0"),
         (
             config(objective__masking={"kind": "uniform"}, objective__max_masked_fraction=0.05),
-            "raise it above that",
+            "set max_masked_fraction above",
         ),
         (config(objective__masking={"unexpressed": 0.0}), "logit_adjustment=False"),
         (config(train__patience=-1), "train.patience is -1"),

@@ -56,7 +56,7 @@ def test_mistakes_are_found_before_a_file_is_read():
         "max_masked_fraction": merged(absent, objective__max_masked_fraction=2.0),
         "an option of data is": merged(absent, data__lenght=1),
         "objective.lora": merged(TEXTS, objective__lora={"rank": 4}, adapters={"kind": "prefix"}),
-        "takes no adapters": {
+        "accepts only the adapters of its task": {
             **absent,
             "family": "zeromics",
             "task": "instructions",

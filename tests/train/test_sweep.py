@@ -85,7 +85,7 @@ def test_a_run_is_the_base_with_its_own_fields(swept):
         ({"base": {}}, "'base'"),
         ({"a/b": {}}, "'a/b'"),
         ({"..": {}}, r"'\.\.'"),
-        ({"x": 1}, "named runs"),
+        ({"x": 1}, "run names"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_one_sentence(swept, tmp_path, runs, words):
@@ -155,13 +155,13 @@ def test_a_sweep_resumes_skips_and_survives_a_failure(swept, tmp_path, monkeypat
         assert list(table)[:5] == ["base", *SWEEP, "wrong"]
         assert len(table) > 5, "the baselines of the base are in the table"
         assert table["base"][0] == own[told][base["keys"].index("mcc")]
-        assert "other masked positions" in table["wrong"][-1]
+        assert "other positions are masked" in table["wrong"][-1]
     assert "not trained yet" in (tmp_path / "report.md").read_text()
     config["optimizer"]["peak_lr"] = 0.5
     changed = sweep.run(config, tmp_path, ["base"])
     assert changed.reason == "failed"
-    assert "optimizer.peak_lr = 0.001, but now it is 0.5" in changed.states["base"]
-    with pytest.raises(ConfigError, match="is a run, but a sweep"):
+    assert "optimizer.peak_lr = 0.001, but the configuration has 0.5" in changed.states["base"]
+    with pytest.raises(ConfigError, match="a sweep needs"):
         sweep.run(swept(), tmp_path / "base")
 
 
@@ -247,7 +247,7 @@ def test_the_table_of_finished_runs(tmp_path, swept, facts):
     assert no.rows[1][1:] == [[], [], [], "the disk is full."]
     assert no.rows[-1][1:] == [[], [], [], "not installed"]
     assert "7 levels instead of 5" in no.rows[3][-1]
-    assert "other masked positions" in yes.rows[2][-1]
+    assert "other positions are masked" in yes.rows[2][-1]
     assert yes.rows[3][1] == [0.5]
 
 
