@@ -1,1 +1,1 @@
-"""Running a model over the cells of an AnnData, batch by batch; `sct.families` says which model reads cells how."""
+"""Run a model over the cells of an AnnData, batch by batch. `sct.families` lists the reader of each model."""

@@ -1,4 +1,4 @@
-"""Annotation by a model that answers in words: the probability of each candidate, for `sct.tl.annotate`."""
+"""Annotate cells with a language model, by scoring the candidate labels (for `sct.tl.annotate`)."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ from sct.inference.sentences import cell_sentence_model_of, questions
 from sct.version import __version__
 from sct.weights.pretrained import Pretrained
 
-# Options of `sct.tl.annotate` for any model that answers in words.
+# Options of `sct.tl.annotate` that every language model accepts.
 OPTIONS = ("layer", "gene_column", "duplicates", "seed", "batch_size", "templates")
 LABELS = "labels"
 Candidates = Sequence[str] | Sequence[Mapping[str, Any]]
 
 
 class Annotator(Protocol):
-    """Names cells by the answers of a model.
+    """Object that predicts cell labels with a language model.
 
     Attributes
     ----------
     options
-        Names of what `annotate` takes beside what is common to all.
+        Names of the optional arguments of `annotate` that this model accepts.
     """
 
     options: tuple[str, ...]
 
     @property
     def annotate(self) -> Callable[..., ad.AnnData | None]:
-        """Write the most probable answer about each cell; takes the cells and the arguments of `sct.tl.annotate`."""
+        """Function that writes the most probable label of each cell; it takes the arguments of `sct.tl.annotate`."""
         ...
 
 
 def candidates_of(
     sentence_model: CellSentenceModel, label_key: str | Sequence[str] | None, given: Candidates | None
 ) -> tuple[str, list[str]]:
-    """Field that is asked for, and the answers to choose among.
+    """Return the prompt field to predict ("cell_type", "tissue" or "labels"), and the candidate labels.
 
     Raises
     ------
     ConfigError
-        The model did not learn this label, or has no list of its values and none is given.
+        The model was not trained to predict this label, or it has no list of values and `candidates` is missing.
     """
     known = [name for name in ("cell_type", "tissue", LABELS) if f"cell_to_{name}" in sentence_model.tasks]
     if label_key is None:
@@ -61,11 +61,13 @@ def candidates_of(
         "label_key",
         field,
         ("cell_type", "tissue", LABELS),
-        advice="choose one of these, or give the names of labels that the model learned together, as a list",
+        advice="choose one of these, or pass a list of the labels that the model predicts in combination",
     )
     sentence_model.check(f"cell_to_{field}")
     if isinstance(given, str):
-        raise ConfigError(f"candidates is the string {given!r}: give a list of two or more answers.")
+        raise ConfigError(
+            f"candidates is the string {given!r}, but it must be a list: pass a list of two or more labels."
+        )
     if given is not None:
         texts = [render_labels(each) if isinstance(each, Mapping) else str(each) for each in given]
         check_not_empty("candidates", texts, least=2)
@@ -77,12 +79,13 @@ def candidates_of(
         learned = set(parse_labels(found[0]))
         if keys != learned and keys != {LABELS}:
             raise ConfigError(
-                f"label_key asks for {', '.join(sorted(keys))}, but the model learned {', '.join(sorted(learned))} "
-                "together: ask for these."
+                f"label_key is {', '.join(sorted(keys))}, but the model predicts {', '.join(sorted(learned))} in "
+                "combination: set label_key to a list of these."
             )
     if not found:
+        other = f", or set label_key to {' or '.join(known)}" if known else ""
         raise ConfigError(
-            f"the model has no list of {field}: give candidates=[...], or name one of {', '.join(known) or 'none'}."
+            f"the model has no list of {field} values to choose from: pass candidates=[...]{other}."
         )
     return field, found
 
@@ -96,28 +99,28 @@ def write_answers(
     unknown: str = "",
     asked_for: Collection[str] | None = None,
 ) -> None:
-    """Write the most probable of C answers about each cell, and all probabilities (N, C); see `sct.tl.annotate`.
+    """Write the most probable of C answers for each cell, and all probabilities (N, C); see `sct.tl.annotate`.
 
-    The probability that stands in `obs` is that of the answer or, with `asked_for`, that one of these is true.
+    `obs` gets the probability of the written answer or, with `asked_for`, the total probability of these answers.
     """
     best = probabilities.argmax(axis=1)
     highest = probabilities[np.arange(len(best)), best]
     names = np.array(answers, dtype=object)
     labels = np.where(highest >= threshold, names[best], unknown)
-    why = "no answer is that probable, so lower the threshold or give other candidates"
-    # Cells that are searched for are few, so that one answer for the others is expected.
+    why = "no candidate reaches the threshold, so lower the threshold or pass other candidates"
+    # In a search for rare cells, nearly all cells are expected to have the same answer.
     warn_of_labels(labels, answers, highest, unknown, why, may_be_alike=asked_for is not None)
     target.obs[key_added] = pd.Categorical(labels)
-    told = highest
+    probability = highest
     if asked_for is not None:
-        told = probabilities[:, [answer in asked_for for answer in answers]].sum(axis=1)
-    target.obs[f"{key_added}_probability"] = told.astype(np.float32)
-    # An array, since names of labels hold what names of columns in a file must not, such as slashes.
+        probability = probabilities[:, [answer in asked_for for answer in answers]].sum(axis=1)
+    target.obs[f"{key_added}_probability"] = probability.astype(np.float32)
+    # Write an array, not a table: labels may contain slashes, which h5ad does not allow in column names.
     target.obsm[f"{key_added}_probabilities"] = probabilities.astype(np.float32)
 
 
 class SentenceAnnotator:
-    """Names cells by a model of cell sentences, which is asked about each; see `sct.tl.annotate`."""
+    """Annotator that predicts labels with a cell-sentence model; see `sct.tl.annotate`."""
 
     options: tuple[str, ...] = OPTIONS
 
@@ -138,14 +141,14 @@ class SentenceAnnotator:
         batch_size: int = 8,
         **options: Any,
     ) -> ad.AnnData | None:
-        """Write the most probable answer about each cell; see `sct.tl.annotate`."""
+        """Write the most probable label of each cell; see `sct.tl.annotate`."""
         model, sentence_model = self.model, cell_sentence_model_of(self.model)
         field, answers = candidates_of(sentence_model, label_key, candidates)
         parts = pd.DataFrame([parse_labels(answer) for answer in answers] if field == LABELS else None)
         if "probability" in parts:
             raise ConfigError(
-                f"a label is named 'probability', but obs[{key_added}_probability] is that of the answer: train with "
-                "another name."
+                "the model predicts a label named 'probability', but this name is reserved for "
+                f"obs[{key_added}_probability]: train with another label name."
             )
         fields, _ = questions(adata, model, sentence_model, **options)
         logs = sentence_model.score(
@@ -155,7 +158,7 @@ class SentenceAnnotator:
         target = inputs.output_adata(adata, copy)
         write_answers(target, answers, probabilities, key_added, threshold, unknown)
         for key in parts:
-            # The probability of a value is that of all combinations with it.
+            # The probability of a value is the sum over all combinations that contain it.
             sums = pd.DataFrame(probabilities).T.groupby(parts[key].to_numpy()).sum().T
             target.obs[f"{key_added}_{key}"] = pd.Categorical(
                 sums.columns.to_numpy()[sums.to_numpy().argmax(axis=1)]

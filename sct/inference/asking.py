@@ -1,4 +1,4 @@
-"""Answers of a model that learned instructions, about the cells of an AnnData (ZerOmics, section 3.2)."""
+"""Answer questions about the cells of an AnnData with an instruction-tuned model (ZerOmics, section 3.2)."""
 
 from __future__ import annotations
 
@@ -21,17 +21,36 @@ from sct.weights.pretrained import Pretrained
 
 
 def instruction_model_of(model: Pretrained) -> InstructionModel:
-    """Asker of an instruction model; `ConfigError` for any other model."""
+    """Return the `InstructionModel` of a loaded model; `ConfigError` if it was not trained on instructions."""
     return InstructionModel.of(model.config, model.variables, model.tokenizer, model.genes, model.data)
 
 
 def check_key(name: str) -> None:
-    """Raise `ConfigError` for an empty name."""
-    check_text("key_added", name, advice="give the name of a column")
+    """Raise `ConfigError` if `key_added` is not a non-empty string."""
+    check_text("key_added", name, advice="set it to the name of a column of obs")
 
 
 def study_metadata_of(adata: ad.AnnData, name: str, given: Any, form: str, argument: str = "") -> Any:
-    """Study metadata from the argument or `uns`; `ConfigError` if it is missing."""
+    """Return study metadata from the argument `given`, or else from `adata.uns[name]`.
+
+    Parameters
+    ----------
+    adata
+        Cells.
+    name
+        Key in `uns`.
+    given
+        Value that the user passed; None if the value comes from `uns`.
+    form
+        Expected form, for messages: "a text", or a list such as "a list of names".
+    argument
+        Name of the user's argument, for messages; by default `name`.
+
+    Raises
+    ------
+    ConfigError
+        The value is missing or does not have the expected form.
+    """
     argument = argument or name
     found = adata.uns.get(name) if given is None else given
     where = f'adata.uns["{name}"]' if given is None else argument
@@ -43,16 +62,18 @@ def study_metadata_of(adata: ad.AnnData, name: str, given: Any, form: str, argum
     many = isinstance(found, Iterable) and not isinstance(found, str)
     names = list(found) if many else []
     if wrong := [each for each in names if not isinstance(each, str) or not each.strip()]:
-        raise ConfigError(f"{where} contains {wrong[0]!r}: use non-empty names only.")
+        raise ConfigError(
+            f"{where} contains {wrong[0]!r}, but every entry must be a non-empty string: correct it."
+        )
     if not names:
-        raise ConfigError(f'{where} is {found!r}, but {form} is needed, such as ["one", "two"].')
+        raise ConfigError(f'{where} is {found!r}, but it must be {form}: write it like ["one", "two"].')
     return [str(each) for each in names]
 
 
 def blocks_of(
     adata: ad.AnnData, model: Pretrained, instruction_model: InstructionModel, options: dict[str, Any]
 ) -> Iterator[tuple[CellBins, list[int]]]:
-    """Cells as the model reads them, and their keys, some thousands at a time."""
+    """Yield blocks of some thousands of cells, as (binned records, keys of the cells)."""
     table = CellCounts(adata, model.vocabulary, **options)
     inputs.check_counted(table)
     for records, rows in binned_cells.blocks(table, instruction_model.cells, instruction_model.known):
@@ -80,29 +101,34 @@ def answer_by_candidates(
     duplicates: Literal["error", "sum"] = "error",
     values: Values = COUNTS,
 ) -> ad.AnnData | None:
-    """Write the most probable of some answers to a task about each cell.
+    """Score candidate answers to a task about each cell, and write the most probable one.
 
     Parameters
     ----------
+    adata
+        Cells. Results are written to `obs[key_added]`, `obs[key_added + "_probability"]`,
+        `obsm[key_added + "_probabilities"]` and `uns[key_added]`.
+    model
+        Loaded model.
     instruction_model
-        What asks the model.
+        The same model, ready to answer questions.
     task
-        Of `sct.data.text.prompts.INSTRUCTIONS`.
+        Task of `sct.data.text.prompts.INSTRUCTIONS`.
     candidates
-        Answers, two or more.
+        Two or more possible answers.
     abstract
-        What is said of the study, by default `adata.uns["abstract"]`.
+        Description of the study; by default `adata.uns["abstract"]`.
     key_added, copy, threshold, unknown
         See `sct.tl.annotate`.
     asked_for
-        Answers whose probability, of all of them together, is told in `obs`; by default that of the answer given.
+        Answers whose total probability is written to `obs`. By default, the probability of the best answer is written.
     seed, templates, batch_size
         See `sct.generation.instruction_model.InstructionModel.score`.
     layer, gene_column, duplicates
         See `sct.tl.embed`.
     values
-        "activity" for a matrix that is no counts, such as fractional gene activities of chromatin: any values of at
-        least 0, in X or in `layer`. A cell's genes are binned by their quantile, so their order alone matters.
+        "activity" if the matrix (X or `layer`) holds any non-negative values instead of counts, such as gene activities
+        from chromatin data. Genes are binned by quantile within each cell, so only their order matters.
     """
     inputs.check_table(adata, copy)
     check_at_least("seed", seed, 0)
@@ -129,7 +155,7 @@ def answer_by_candidates(
 
 
 class InstructionAnnotator:
-    """Names types of cells by a model that learned instructions; see `sct.tl.annotate`."""
+    """Annotator that predicts cell types with an instruction-tuned model; see `sct.tl.annotate`."""
 
     options: tuple[str, ...] = (*OPTIONS, "abstract", "values")
 
@@ -147,10 +173,10 @@ class InstructionAnnotator:
         abstract: str | None = None,
         **options: Any,
     ) -> ad.AnnData | None:
-        """Name the type of each cell; see `sct.tl.annotate`."""
+        """Predict the type of each cell; see `sct.tl.annotate`."""
         if label_key not in (None, "cell_type"):
             raise ConfigError(
-                f"label_key is {label_key!r}, but this model only names cell types: leave out label_key."
+                f"label_key is {label_key!r}, but this model only predicts cell types: omit label_key."
             )
         types = study_metadata_of(adata, "cell_types", candidates, "a list of names", "candidates")
         instruction_model = instruction_model_of(self.model)

@@ -1,4 +1,4 @@
-"""How a model reads bags of cells: sCT, whose records are some cells with all of their genes."""
+"""Reader for models that read cells in bags (sCT): each record is a bag of cells with all genes."""
 
 from __future__ import annotations
 
@@ -19,24 +19,30 @@ from sct.progress import progress
 from sct.weights.pretrained import DATA_OPTIONS, Pretrained
 
 CONTEXTS = ("tiles", "neighbors")
-# (bag, rows) -> further or changed inputs of the model, without the batch axis.
+# Function of (bag, rows) that returns inputs to add or replace, without the batch axis.
 PrepareInputs = Callable[[Mapping[str, np.ndarray], np.ndarray], dict[str, np.ndarray]]
 
 
 def check_context(context: str, section: Section) -> None:
-    """Raise `ConfigError` for an unknown context, or for "neighbors" without positions."""
+    """Raise `ConfigError` if the context is unknown, or "neighbors" without positions."""
     check_choice("context", context, CONTEXTS)
     if context != CONTEXTS[0] and section.places is None:
-        raise ConfigError(f"context={context!r} needs positions: give spatial_key as well.")
+        raise ConfigError(
+            f"context is {context!r}, which needs the positions of the cells: also set spatial_key, or set "
+            f"context={CONTEXTS[0]!r}."
+        )
 
 
 def plan_bags(section: Section, cells_per_bag: int, seed: int, context: str = "tiles") -> BagOrder:
-    """Bags of a section: random ones, or where cells have positions tiles or neighbourhoods.
+    """Group the cells of a section into bags.
+
+    Cells without positions are grouped at random. With positions, bags are tiles of the section, or with
+    `context="neighbors"` the neighborhood of each cell.
 
     Raises
     ------
     ConfigError
-        Another kind of context than these.
+        The context is unknown, or "neighbors" without positions.
     """
     check_context(context, section)
     if section.places is None:
@@ -46,13 +52,13 @@ def plan_bags(section: Section, cells_per_bag: int, seed: int, context: str = "t
 
 
 class BagReader:
-    """Reads cells in bags, as levels of all genes.
+    """Reader that runs a model on bags of cells, with the expression levels of all genes.
 
     Parameters
     ----------
     model
-        Its configuration has `num_genes`, `num_bins` and `use_spatial`; its outputs are `cell_embedding` (B, K, D) and,
-        at `positions` that are asked for, `logits`.
+        Model whose configuration has `num_genes`, `num_bins` and `use_spatial`. Its outputs are `cell_embedding`
+        (B, K, D) and, at the requested `positions`, `logits`.
     """
 
     in_bags = True
@@ -62,14 +68,14 @@ class BagReader:
         self.model = model
 
     def cells_per_bag(self, asked: int | None = None) -> int:
-        """Cells of a bag that are asked for, by default those of the model's training."""
+        """Return the number of cells per bag: `asked`, or by default the number used in training."""
         size = asked if asked is not None else self.model.data.get("cells_per_bag")
         size = DATA_OPTIONS["cells_per_bag"] if size is None else size
         check_at_least("cells_per_bag", size, 1)
         return int(size)
 
     def options(self, cells_per_bag: int, spatial: bool, with_counts: bool = False) -> BagOptions:
-        """How bags are made as in training."""
+        """Return the options that make bags as in training."""
         config = self.model.config
         return BagOptions(
             cells_per_bag=cells_per_bag,
@@ -81,7 +87,7 @@ class BagReader:
         )
 
     def probabilities(self, prior: ClassPrior) -> Any:
-        """Function of probabilities of levels, see `sct.models.sct.level_probabilities`."""
+        """Return the function that computes level probabilities, see `sct.models.sct.level_probabilities`."""
         return level_probabilities(self.model.config, prior.offset)
 
     def results(
@@ -97,27 +103,27 @@ class BagReader:
         masked_cells: np.ndarray | None = None,
         masked_genes: np.ndarray | None = None,
     ) -> Iterator[RecordOutputs]:
-        """Run over all bags, with a progress bar; see `sct.inference.readers.CellReader`.
+        """Run the model over all bags, with a progress bar; see `sct.inference.readers.CellReader`.
 
         Parameters
         ----------
         orders
-            Bags of each section; None for a section that is left out.
+            Bags of each section; None skips a section.
         inputs
-            (bag, rows) -> further or changed inputs of the model, without the batch axis.
+            Function of (bag, rows) that returns inputs to add or replace, without the batch axis.
         with_counts, masked_cells, masked_genes
             See `BagOptions` and `CellStudy`.
         """
         assert orders is not None
         runner = Runner(self.model, batch_size)
-        self.model = runner.model  # on the devices already, when it is asked again
+        self.model = runner.model  # a second call then finds the parameters on the devices
         studies = [
             CellStudy(cells, number, order, masked_cells, masked_genes)
             for number, order in enumerate(orders)
             if order is not None
         ]
         with progress(what, sum(int(study.order.is_target.sum()) for study in studies)) as bar:
-            # Sections with fewer cells than a bag have another shape, which is compiled separately.
+            # A section with fewer cells than a bag gives a different shape, which JAX compiles separately.
             for size in sorted({study.order.cells_per_bag for study in studies}, reverse=True):
                 same = [study for study in studies if study.order.cells_per_bag == size]
                 options = self.options(size, same[0].spatial, with_counts)
@@ -131,7 +137,7 @@ class BagReader:
 def _records(
     source: BagSource, studies: Sequence[CellStudy], options: BagOptions, inputs: PrepareInputs | None
 ) -> Iterator[Record]:
-    """Bags one after the other."""
+    """Yield the bags of all studies as records, one after the other."""
     size = options.cells_per_bag
     for number in range(len(source)):
         bag, (study, place) = source.record(number), source.locate(number)

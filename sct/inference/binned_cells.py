@@ -1,4 +1,4 @@
-"""How the cell model of ZerOmics reads cells: as bins (quantiles or levels) of their genes."""
+"""Reader for the cell encoder of ZerOmics, which reads cells as expression bins (quantiles or levels)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sct.weights.pretrained import Pretrained
 
 
 def check_known(cells: CellCounts, known: np.ndarray) -> None:
-    """Raise `DataError` where hardly any gene was measured that the model knows (G,) bool."""
+    """Raise `DataError` if too few of the model's known genes, bool (G,), were measured."""
     possible = min(int(cells.measured.sum()), int(known.sum()))
     check_shared(
         int((cells.measured & known).sum()), possible, "those of adata, and those with features in the model"
@@ -26,19 +26,19 @@ def check_known(cells: CellCounts, known: np.ndarray) -> None:
 def binned(
     cells: CellCounts, rows: np.ndarray, options: CellOptions, known: np.ndarray, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Records of rows of a table, see `sct.data.cell_records.cell_records`.
+    """Return the binned records of some rows of a table, see `sct.data.cell_records.cell_records`.
 
     Raises
     ------
     DataError
-        A cell has no count of the genes that the model knows.
+        A cell has no counts of the genes that the model knows.
     """
     counts = cells.read(rows)
     empty = np.asarray(counts[:, known].sum(axis=1)).ravel() == 0
     if empty.any():
         raise DataError(
-            f"{int(empty.sum()):,} of {len(rows):,} cells have no count of the genes with features in the model "
-            f"(the first is row {int(rows[np.argmax(empty)])}): leave them out."
+            f"{int(empty.sum()):,} of {len(rows):,} cells have no counts of the genes with features in the model "
+            f"(first: row {int(rows[np.argmax(empty)])}), but every cell needs some: remove these cells."
         )
     return cell_records(counts, options, known, seed=seed)
 
@@ -46,7 +46,7 @@ def binned(
 def blocks(
     cells: CellCounts, options: CellOptions, known: np.ndarray
 ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-    """Records of all cells and their rows, some thousands at a time."""
+    """Yield blocks of some thousands of cells, as (binned records, rows of the cells)."""
     check_known(cells, known)
     for start in range(0, cells.n_cells, BLOCK):
         rows = np.arange(start, min(start + BLOCK, cells.n_cells))
@@ -54,12 +54,12 @@ def blocks(
 
 
 class BinReader(SingleCells):
-    """Reads each cell as the bins of its genes; the embedding is the mean of the vectors of its genes.
+    """Reader that turns each cell into expression bins. The embedding is the mean of the output vectors of its genes.
 
     Parameters
     ----------
     model
-        The cell model, whose data record has `max_genes` and `dropped`.
+        Cell encoder, whose data record has `max_genes` and `dropped`.
     """
 
     def __init__(self, model: Pretrained):
@@ -69,18 +69,28 @@ class BinReader(SingleCells):
 
     @classmethod
     def of_part(cls, model: Pretrained, part: str, architecture: str) -> BinReader:
-        """Reader by the cell model that is a part of a larger model."""
+        """Return a reader that uses the cell encoder inside a larger model.
+
+        Parameters
+        ----------
+        model
+            The larger model.
+        part
+            Name of the cell encoder in its variables and configuration.
+        architecture
+            Architecture of the cell encoder.
+        """
         own = {name: tree[part] for name, tree in model.variables.items() if part in tree}
         config = getattr(model.config, part)
         return cls(dataclasses.replace(model, family=architecture, config=config, variables=own))
 
     @property
     def tokens(self) -> int:
-        """Genes of a cell that are read."""
+        """Number of genes that are read per cell."""
         return self.options.max_genes or len(self.known)
 
     def records(self, cells: CellCounts, rows: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-        """Bins (n, S), and with `max_genes` the numbers of the genes (n, S)."""
+        """Return the bins, uint8 (n, S), and with `max_genes` also the gene indices, int32 (n, S)."""
         if rows[0] == 0:
             check_known(cells, self.known)
         return binned(cells, rows, self.options, self.known, seed)

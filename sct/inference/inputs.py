@@ -1,4 +1,4 @@
-"""What a tool is given, a model and an AnnData, checked; and the record of what it did."""
+"""Check the arguments of the tools (a model and an AnnData), and record how a result was made."""
 
 from __future__ import annotations
 
@@ -23,13 +23,19 @@ ModelLike = Pretrained | str | os.PathLike[str]
 
 
 def load_model(model: ModelLike) -> Pretrained:
-    """Return a model, loaded where a path or an id is given; `ConfigError` for what is neither, or needs a GPU."""
+    """Return the model, loading it if `model` is a path or a Hub id.
+
+    Raises
+    ------
+    ConfigError
+        `model` is none of these, or the model cannot run on this machine's device.
+    """
     check_type(
         "model",
         model,
         (Pretrained, str, os.PathLike),
-        "a model of sct.load, a path or a Hub id",
-        advice="give one after adata",
+        "a model from sct.load, a path or a Hub id",
+        advice="pass it as the argument after adata",
     )
     handle = model if isinstance(model, Pretrained) else load(model)
     registry.check_device(handle.config)
@@ -37,7 +43,7 @@ def load_model(model: ModelLike) -> Pretrained:
 
 
 def check_table(adata: Any, copy: bool) -> None:
-    """Raise `DataError` for what is no AnnData, has no cells, or cannot hold results."""
+    """Raise `DataError` if `adata` is not an AnnData, has no cells, or is backed and cannot store results."""
     check_type(
         "adata",
         adata,
@@ -47,17 +53,19 @@ def check_table(adata: Any, copy: bool) -> None:
         advice="read a file with anndata.read_h5ad first",
     )
     if not adata.n_obs:
-        raise DataError("the data has no cells: give at least one.")
+        raise DataError("adata has no cells, but it must have at least one: check how it was filtered.")
     if adata.isbacked and adata.is_view:
-        raise DataError("a part of a backed AnnData cannot hold results: load it with .to_memory() first.")
+        raise DataError(
+            "adata is a view of a backed AnnData, which cannot store results: load it with adata.to_memory() first."
+        )
     if adata.isbacked and copy:
         raise DataError(
-            "a backed AnnData is not copied: leave copy=False, or load it with adata.to_memory()."
+            "adata is backed and cannot be copied, but copy is True: set copy=False, or load it with adata.to_memory()."
         )
 
 
 def output_adata(adata: ad.AnnData, copy: bool) -> ad.AnnData:
-    """Return what results are written into: a copy, or `adata` itself, made independent if it is a view."""
+    """Return the AnnData to write results to: a copy, or `adata` itself. A view becomes an actual AnnData."""
     if copy:
         return adata.copy()
     if adata.is_view:
@@ -68,16 +76,21 @@ def output_adata(adata: ad.AnnData, copy: bool) -> ad.AnnData:
 
 
 def sections(adata: ad.AnnData, batch_key: str | None, spatial_key: str | None) -> list[Section]:
-    """Divide cells by a column of obs, in the order of their first cells.
+    """Split the cells into sections by the column `batch_key` of `obs`, in order of first appearance.
 
-    Positions are rescaled by section, see `sct.data.coordinates.Scale`: by the scale that `uns` has of it, so that
-    a part of a section lies as in the whole, or by that of the cells given. Warns where positions look wrong.
+    Positions are rescaled per section, see `sct.data.coordinates.Scale`. If `uns` contains the scale of a section, that
+    scale is used, so that a subset keeps the coordinates of the whole section. Otherwise the scale is computed from the
+    given cells.
 
     Raises
     ------
     DataError
-        There is no such column, a cell has no batch, or positions are missing or not two
-        numbers.
+        The column or the key does not exist, a cell has no batch, or positions are missing or not two numbers.
+
+    Warns
+    -----
+    UserWarning
+        The positions look wrong.
     """
     if batch_key is None:
         parts = [("", np.arange(adata.n_obs))]
@@ -86,7 +99,7 @@ def sections(adata: ad.AnnData, batch_key: str | None, spatial_key: str | None) 
         if values.isna().any():
             raise DataError(
                 f"obs[{batch_key!r}] is missing for {int(values.isna().sum()):,} cells, but every cell needs a batch: "
-                "fill it in or leave these cells out."
+                "fill in the values, or remove these cells."
             )
         parts = [(str(name), np.flatnonzero(values == name)) for name in values.unique()]
     if spatial_key is None:
@@ -96,7 +109,7 @@ def sections(adata: ad.AnnData, batch_key: str | None, spatial_key: str | None) 
         spatial_key,
         adata.obsm,
         error=DataError,
-        advice="name the key of the positions in obsm, or leave spatial_key out",
+        advice="set it to the key of the positions in obsm, or omit spatial_key",
     )
     given = np.asarray(adata.obsm[spatial_key])
     known_scales = read_scales(adata.uns, spatial_key, batch_key)
@@ -120,7 +133,7 @@ def sections(adata: ad.AnnData, batch_key: str | None, spatial_key: str | None) 
 def keep_scales(
     target: ad.AnnData, sections: Sequence[Section], batch_key: str | None, spatial_key: str | None
 ) -> None:
-    """Write the scales of sections into `uns`, where parts of `target` keep them."""
+    """Write the scales of the sections to `uns`, so that subsets of `target` keep them."""
     scales = {section.name: section.scale for section in sections if section.scale is not None}
     if spatial_key is not None and scales:
         target.uns[SCALES] = {
@@ -129,26 +142,26 @@ def keep_scales(
 
 
 def column(adata: ad.AnnData, name: str, what: str) -> Any:
-    """Return a column of obs, or say which ones there are."""
-    check_choice(what, name, adata.obs.columns, error=DataError, advice="name a column of obs")
+    """Return the column `name` of `obs`; `DataError` if it does not exist. `what` is the argument in the message."""
+    check_choice(what, name, adata.obs.columns, error=DataError, advice="set it to a column of obs")
     return adata.obs[name]
 
 
 def check_counted(cells: CellCounts, needed: np.ndarray | None = None) -> None:
-    """Raise `DataError` where cells (of those needed) have no count of the model's genes."""
+    """Raise `DataError` if cells (those in `needed`, by default all) have no counts of the model's genes."""
     empty = cells.cell_totals == 0
     if needed is not None:
         empty &= needed
     if empty.any():
         raise DataError(
-            f"{int(empty.sum()):,} of {cells.n_cells:,} cells have no count of the model's genes (the first is row "
-            f"{int(np.argmax(empty))}): leave them out, for example by adata = "
+            f"{int(empty.sum()):,} of {cells.n_cells:,} cells have no counts of the model's genes (first: row "
+            f"{int(np.argmax(empty))}), but every cell needs some: remove them, for example with adata = "
             "adata[adata[:, model.genes.align(adata.var).columns >= 0].X.sum(axis=1) > 0].copy()."
         )
 
 
 def record(model: Pretrained, table: CellCounts, /, **settings: Any) -> Mapping[str, Any]:
-    """What a tool writes into uns, so that a result can be made again; h5ad knows no None."""
+    """Return the record that a tool writes to `uns`, to reproduce a result. None becomes "", as h5ad has no None."""
     return {
         "sct_version": __version__,
         "model": repr(model),

@@ -1,4 +1,4 @@
-"""What labels of cells are checked for, whoever gave them."""
+"""Checks of predicted cell labels."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Fewer cells may well be of one kind.
-_FEWEST = 20
-_ALIKE = 0.99
+_MIN_CELLS = 20  # fewer cells may really all have the same label
+_SAME_SHARE = 0.99  # share of cells with the same label that causes a warning
 
 
 def warn_of_labels(
@@ -21,36 +20,41 @@ def warn_of_labels(
     *,
     may_be_alike: bool = False,
 ) -> None:
-    """Warn where labels say little: most cells are unknown, or (nearly) all cells have the same one.
+    """Warn if labels are not informative: most cells are unknown, or nearly all cells have the same label.
 
     Parameters
     ----------
     labels
         Label of each cell, (N,).
     answers
-        Labels that there were to choose from.
+        Labels to choose from.
     probability
-        Of the label, (N,).
+        Probability of each label, (N,).
     unknown
-        What cells without a label are called.
+        Label of cells without a prediction.
     why_unknown
-        Why they have none, and what to do, for the sentence.
+        Why a cell has no prediction and what to do, for the warning.
     may_be_alike
-        The same label for (nearly) all cells is no reason for a warning: few cells are rare or of a tumor.
+        Do not warn if nearly all cells have the same label. This is expected in a search for rare or tumor cells.
+
+    Warns
+    -----
+    UserWarning
+        More than half of the cells are unknown, or at least 99% have the same label.
     """
     lost = float(np.mean(labels == unknown))
     if lost > 0.5:
         warnings.warn(f"{lost:.0%} of the cells are {unknown!r}: {why_unknown}", UserWarning, stacklevel=4)
     names, counts = np.unique(labels[labels != unknown].astype(str), return_counts=True)
-    if may_be_alike or len(labels) < _FEWEST or len(answers) < 2 or not len(names):
+    if may_be_alike or len(labels) < _MIN_CELLS or len(answers) < 2 or not len(names):
         return
     most = int(counts.argmax())
-    if counts[most] >= _ALIKE * len(labels):
+    if counts[most] >= _SAME_SHARE * len(labels):
         mean = float(probability[labels == names[most]].mean())
         warnings.warn(
-            f"{counts[most]:,} of {len(labels):,} cells get the same label {str(names[most])!r} of {len(answers):,} "
-            f"(mean probability {mean:.4f}): the model may not tell them apart, so check it on cells with known labels "
-            "first",
+            f"{counts[most]:,} of {len(labels):,} cells have the same label {str(names[most])!r} out of "
+            f"{len(answers):,} candidates (mean probability {mean:.4f}): the model may not distinguish these cells, so "
+            "check it on cells with known labels first",
             UserWarning,
             stacklevel=4,
         )

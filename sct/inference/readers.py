@@ -1,4 +1,7 @@
-"""Readers of single cells; the reader of bags is in `sct.inference.bags`."""
+"""Interface of cell readers, and the base class of readers of single cells.
+
+`sct.inference.bags` has the reader of bags.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +18,22 @@ from sct.inference.runner import Record, RecordOutputs, Runner
 from sct.progress import progress
 from sct.weights.pretrained import Pretrained
 
-BLOCK = 4096  # cells made into records at once
-# Tokens at once on a device: a transformer over all tokens of a cell keeps some vectors of each.
+BLOCK = 4096  # number of cells that are converted to records at once
+# Tokens per device and batch. A transformer holds several activation vectors per token, so this is less than for bags.
 _TOKENS = 1 << 16
 
 
 class CellReader(Protocol):
-    """Reads cells and returns one vector per cell.
+    """Object that runs a model over cells and returns one vector per cell.
 
     Attributes
     ----------
     model
-        The model.
+        Model to run.
     in_bags
-        Whether a cell's embedding depends on other cells of its bag.
+        Whether the embedding of a cell depends on the other cells of its bag.
     readout
-        Output (or intermediate) of the model that is the embedding of each cell.
+        Name of the output (or intermediate) of the model that holds the cell embeddings.
     """
 
     model: Pretrained
@@ -38,7 +41,7 @@ class CellReader(Protocol):
     readout: str
 
     def cells_per_bag(self, asked: int | None = None) -> int:
-        """Cells that are read together: so many as are asked for, or as in training."""
+        """Return the number of cells per bag: `asked`, or by default the number used in training."""
         ...
 
     def results(
@@ -50,33 +53,33 @@ class CellReader(Protocol):
         batch_size: int | None = None,
         seed: int = 0,
     ) -> Iterator[RecordOutputs]:
-        """Run over all cells, with a progress bar.
+        """Run the model over all cells, with a progress bar; yield the outputs of each record.
 
         Parameters
         ----------
         cells
-            The table.
+            Table of cells.
         orders
             Bags of each section; None for readers of single cells.
         names
-            Outputs of the model.
+            Names of outputs of the model.
         what
-            Text of the progress bar.
+            Label of the progress bar.
         batch_size
-            Records per batch; by default from a token budget.
+            Number of records per batch. The default is computed from the number of tokens per record.
         seed
-            Seed of what the reader draws, such as the order of genes with equal counts.
+            Seed of random choices, such as the order of genes with equal counts.
         """
         ...
 
 
 class SingleCells(abc.ABC):
-    """Reads cells one by one; a family says what a cell looks like (`records`).
+    """Base class of readers of single cells. A subclass defines how a cell becomes model inputs (`records`).
 
     Parameters
     ----------
     model
-        The model.
+        Model to run.
     """
 
     in_bags = False
@@ -86,7 +89,7 @@ class SingleCells(abc.ABC):
         self.model = model
 
     def cells_per_bag(self, asked: int | None = None) -> int:
-        """One."""
+        """Return 1: cells are read one by one."""
         return 1
 
     @property
@@ -96,7 +99,7 @@ class SingleCells(abc.ABC):
 
     @abc.abstractmethod
     def records(self, cells: CellCounts, rows: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-        """Inputs of the model (n, ...) of some rows (n,) of the table."""
+        """Return the model inputs (n, ...) for the rows (n,) of the table."""
 
     def results(
         self,
@@ -107,9 +110,9 @@ class SingleCells(abc.ABC):
         batch_size: int | None = None,
         seed: int = 0,
     ) -> Iterator[RecordOutputs]:
-        """See `CellReader`."""
+        """Run the model over all cells; see `CellReader.results`."""
         runner = Runner(self.model, batch_size, _TOKENS, "cells")
-        self.model = runner.model  # on the devices already, when it is asked again
+        self.model = runner.model  # a second call then finds the parameters on the devices
         is_target = np.ones(1, bool)
 
         def read() -> Iterator[Record]:

@@ -1,4 +1,4 @@
-"""Applies a model to records of cells, several at once, on all devices of this process."""
+"""Apply a model to records of cells, in batches, on all devices of this process."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ from sct.models import registry
 from sct.models.checks import check_outputs
 from sct.weights.pretrained import Pretrained
 
-# Tokens that one device reads at once, unless one record alone has more.
+# Default number of tokens per device and batch. A batch has at least one record per device, however long it is.
 TOKENS_PER_DEVICE = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a model reads as one: a bag of cells, or one cell.
+    """One input example of a model: a bag of cells, or a single cell.
 
     Attributes
     ----------
-    rows, is_target
-        (K,) rows of the table; True where this record gives the cell's result.
+    rows
+        int (K,), rows of the cells in the table.
+    is_target
+        bool (K,), whether this record provides the result of the cell.
     inputs
         Inputs of the model by name, without the batch axis.
-    record
-        Other values of these cells that the reader keeps.
+    bag
+        Other arrays of these cells that the reader passes on to the outputs.
     """
 
     rows: np.ndarray
@@ -42,14 +44,14 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class RecordOutputs:
-    """A record and the model's outputs.
+    """Outputs of the model for one record.
 
     Attributes
     ----------
-    rows, is_target, record
+    rows, is_target, bag
         See `Record`.
     outputs
-        Results of the model by name: of each cell (K, ...), or of what else was asked for.
+        Outputs of the model by name, without the batch axis. Outputs per cell have the shape (K, ...).
     """
 
     rows: np.ndarray
@@ -59,18 +61,18 @@ class RecordOutputs:
 
 
 class Runner:
-    """Applies a model to records.
+    """Apply a model to records.
 
     Parameters
     ----------
     model
-        The model; its variables are copied to every device.
+        Model to apply. Its variables are copied to every device.
     batch_size
-        Records at once; by default as many as hold about `tokens` tokens on each device.
+        Number of records per batch. By default, a batch has about `tokens` tokens per device.
     tokens
-        See above.
+        Number of tokens per device, for the default batch size.
     noun
-        Word for records in messages.
+        Plural noun for records in error messages.
 
     Raises
     ------
@@ -94,7 +96,7 @@ class Runner:
         self.model = dataclasses.replace(model, variables=jax.device_put(model.variables, everywhere))
 
     def size(self, number: int, tokens: int) -> int:
-        """Records at once, of so many in all with so many tokens each: a multiple of the devices."""
+        """Return the batch size for `number` records of `tokens` tokens each, as a multiple of the device count."""
         devices = len(self._devices)
         size = self.batch_size
         if size is None:
@@ -102,21 +104,21 @@ class Runner:
         return -(-min(size, number) // devices) * devices
 
     def __call__(self, records: Iterable[Record], size: int, names: Sequence[str]) -> Iterator[RecordOutputs]:
-        """Outputs of the model for each record.
+        """Yield the outputs of the model for each record.
 
         Parameters
         ----------
         records
-            In any order; those of one shape that follow one another share a batch.
+            Records in any order. Consecutive records with equal shapes share a batch.
         size
-            Records at once, see `size`.
+            Number of records per batch, see the method `size`.
         names
-            Outputs or intermediates of the model.
+            Names of outputs or intermediates of the model.
 
         Raises
         ------
         CheckpointError
-            What the model computes is not finite.
+            An output of the model is not finite.
         """
         inner = set(registry.family(self.model.family).module.intermediates)
         outputs = [name for name in names if name not in inner]
@@ -124,7 +126,9 @@ class Runner:
 
         def start(batch: list[Record]) -> tuple[list[Record], Any]:
             given = [one.inputs for one in batch]
-            given += given[-1:] * (size - len(given))  # one shape, compiled once
+            given += given[-1:] * (
+                size - len(given)
+            )  # pad the last batch: a new shape would be compiled again
             stacked = {name: np.stack([one[name] for one in given]) for name in given[0]}
             made = self.model.apply(
                 outputs=outputs,
@@ -143,7 +147,7 @@ class Runner:
                     one.rows, one.is_target, one.bag, {name: array[place] for name, array in arrays.items()}
                 )
 
-        # While the devices work on one batch the next is read.
+        # Read the next batch while the devices compute the current one.
         pending = None
         for batch in _batches(records, size):
             begun = start(batch)
@@ -155,7 +159,7 @@ class Runner:
 
 
 def _batches(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
-    """Lists of at most `size` records of one shape."""
+    """Yield lists of at most `size` consecutive records with equal shapes."""
     for _, same in itertools.groupby(records, lambda one: {n: v.shape for n, v in one.inputs.items()}):
         while batch := list(itertools.islice(same, size)):
             yield batch

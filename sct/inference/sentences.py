@@ -1,4 +1,4 @@
-"""How decoders read cells: as sentences of gene names."""
+"""Reader for language models that read cells as sentences of gene names."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from sct.inference import inputs
 from sct.inference.readers import BLOCK, SingleCells
 from sct.weights.pretrained import Pretrained
 
-_STEP = 64  # texts are padded to multiples of so many tokens, so that few shapes are compiled
+_STEP = 64  # pad texts to multiples of this number of tokens, so that JAX compiles few shapes
 
 
 def cell_sentence_model_of(model: Pretrained) -> CellSentenceModel:
-    """Writer of cell sentences of a model; `ConfigError` for any other model."""
+    """Return the `CellSentenceModel` of a loaded model; `ConfigError` if it was not trained on cell sentences."""
     return CellSentenceModel.of(model.config, model.variables, model.tokenizer, model.genes, model.data)
 
 
@@ -30,7 +30,10 @@ def written(
     top_k: int | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Cell sentences of rows, with the model's gene names and at most its length."""
+    """Return the cell sentences of the given rows, in the gene names of the model.
+
+    A sentence has at most `top_k` genes, and never more than in the training of the model.
+    """
     longest = min(
         top_k or sentence_model.top_k or len(sentence_model.gene_names),
         sentence_model.top_k or len(sentence_model.gene_names),
@@ -54,12 +57,12 @@ def questions(
     gene_column: str | None = None,
     duplicates: Literal["error", "sum"] = "error",
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Prompt fields of each cell, and the cells' keys.
+    """Return the prompt fields of each cell, and the keys of the cells, uint64 (N,).
 
     Raises
     ------
     DataError
-        No raw counts, unknown genes, cells without a count.
+        The values are not raw counts, the genes are unknown, or a cell has no counts.
     """
     table = CellCounts(adata, model.vocabulary, layer=layer, gene_column=gene_column, duplicates=duplicates)
     inputs.check_counted(table)
@@ -73,12 +76,12 @@ def questions(
 
 
 class SentenceReader(SingleCells):
-    """Reads each cell as its sentence; the embedding is the mean of the last hidden states over its tokens.
+    """Reader that turns each cell into a sentence. The embedding is the mean of the last hidden states over its tokens.
 
     Parameters
     ----------
     model
-        A decoder that was trained on cell sentences.
+        Decoder that was trained on cell sentences.
 
     Raises
     ------
@@ -94,11 +97,11 @@ class SentenceReader(SingleCells):
 
     @property
     def tokens(self) -> int:
-        """Tokens of a cell at most."""
+        """Largest number of tokens per cell."""
         return self.sentence_model.length
 
     def records(self, cells: CellCounts, rows: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-        """Tokens (n, T) and attention mask (n, T); longer sentences are truncated."""
+        """Return the token ids and the attention mask, int32 (n, T) each; long sentences are truncated."""
         tokenizer, longest = self.sentence_model.tokenizer, self.sentence_model.length
         made = written(cells, self.sentence_model, rows, seed=seed)
         texts = [

@@ -115,8 +115,8 @@ class InstructionsConfig(ObjectiveConfig):
     Parameters
     ----------
     tasks
-        Pairs of (task, sampling weight). The tasks are "cell_type", "rare_cell", "tumor" and "pathway". The paper's codes
-        ("cta", "rci", "tcd", "cpi") also work, and are stored here.
+        Pairs of (task, sampling weight). The tasks are "cell_type", "rare_cell", "tumor" and "pathway". The paper's
+        codes ("cta", "rci", "tcd", "cpi") also work. Only the codes are stored here.
     prompts
         JSON file with further prompt templates.
     rank, alpha, dropout
@@ -169,8 +169,8 @@ class InstructionsConfig(ObjectiveConfig):
         if self.members and UNIVERSAL not in self.members and alone:
             raise ConfigError(
                 f"objective.members contains neither {task_name(alone[0])!r} nor {UNIVERSAL!r}, so the task "
-                f"{task_name(alone[0])!r} would train no adapter: start from a model with a universal adapter, or leave "
-                "objective.members empty and train a new model."
+                f"{task_name(alone[0])!r} would train no adapter: start from a model with a universal adapter, or "
+                "leave objective.members empty and train a new model."
             )
 
     @property

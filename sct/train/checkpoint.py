@@ -216,8 +216,8 @@ class Checkpoints:
             reason = _reason(error)
             raise CheckpointError(
                 f"the checkpoint of step {self._begun} cannot be written to {self._manager.directory} "
-                f"({reason}): check that the folder is writable{space_hint(reason)}, and run the same command again, which "
-                "resumes " + (f"from step {max(older)}." if older else "from the start.")
+                f"({reason}): check that the folder is writable{space_hint(reason)}, and run the same command again, "
+                "which resumes " + (f"from step {max(older)}." if older else "from the start.")
             ) from error
 
 

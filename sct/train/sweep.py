@@ -85,10 +85,19 @@ def configurations(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _merged(base: Mapping[str, Any], change: Mapping[str, Any], where: str) -> dict[str, Any]:
     made = copy.deepcopy(dict(base))
     for name, value in change.items():
-        if name not in base or isinstance(value, dict) != isinstance(base[name], dict):
+        field = f"sweep.{where}.{name}"
+        if name not in base:
             raise ConfigError(
-                f"sweep.{where}.{name} is {value!r}, but the configuration has no such field or section: choose from "
-                f"{', '.join(base)}."
+                f"{field} is {value!r}, but the configuration has no field {name!r}: choose from {', '.join(base)}."
+            )
+        if isinstance(base[name], dict) and not isinstance(value, dict):
+            raise ConfigError(
+                f"{field} is {value!r}, but {name!r} is a section of the configuration: change its fields instead, "
+                f"such as {', '.join(base[name])}."
+            )
+        if isinstance(value, dict) and not isinstance(base[name], dict):
+            raise ConfigError(
+                f"{field} is {value!r}, but {name!r} is a single field: give one value, such as {base[name]!r}."
             )
         made[name] = _merged(base[name], value, f"{where}.{name}") if isinstance(value, dict) else value
     return made

@@ -130,7 +130,7 @@ def test_one_answer_for_all_cells_is_doubted_but_not_of_a_search(asked, cells):
         sct.tl.find_rare(many, flat)
         sct.tl.find_tumor(many, flat, diseases=["glioma"])
     assert many.obs["sct_rare"].nunique() == many.obs["sct_tumor"].nunique() == 1
-    with pytest.warns(UserWarning, match=rf"{len(many)} of {len(many)} cells get the same label"):
+    with pytest.warns(UserWarning, match=rf"{len(many)} of {len(many)} cells have the same label"):
         sct.tl.annotate(many, flat, candidates=TYPES)
 
 

@@ -601,5 +601,5 @@ def test_a_model_that_did_not_learn_to_describe(text_model, cells):
 def test_a_model_that_names_all_cells_alike_is_doubted(text_model, cells):
     many = ad.concat([cells] * 4, index_unique="-")
     flat = dataclasses.replace(text_model, variables=jax.tree.map(np.zeros_like, text_model.variables))
-    with pytest.warns(UserWarning, match=rf"{len(many)} of {len(many)} cells get the same label"):
+    with pytest.warns(UserWarning, match=rf"{len(many)} of {len(many)} cells have the same label"):
         sct.tl.annotate(many, flat, candidates=["B cell", "astrocyte of the cortex"])
