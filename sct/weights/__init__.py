@@ -1,1 +1,1 @@
-"""Model folders, and converters of foreign formats."""
+"""Model folders, and converters from and to foreign formats."""

@@ -1,7 +1,7 @@
-"""Folders of adapters alone, of any kind and family, for the one model that they were trained on.
+"""Save and load adapters without the model that they belong to. Every kind of adapter and every family is supported.
 
-A folder holds `adapters.json` and `adapters.safetensors`. The first names the model by its family and the hash of its
-weights, so that adapters are never put beside another one.
+An adapter folder holds `adapters.json` and `adapters.safetensors`. `adapters.json` records the family and the weight
+hash of the base model, so adapters cannot be loaded into a different model.
 """
 
 from __future__ import annotations
@@ -33,35 +33,40 @@ FORMAT_VERSION = 1
 
 
 def _base(model: Pretrained) -> Pretrained:
-    """The model without its adapters."""
+    """Return the model without its adapters."""
     rest = {name: tree for name, tree in model.variables.items() if name != COLLECTION}
     return dataclasses.replace(model, variables=rest)
 
 
 def _types(base: Pretrained) -> list[str]:
+    """Return the names of the dtypes of a model's arrays, sorted."""
     return sorted({str(value.dtype) for value in flatten(base.variables).values()})
 
 
 def save(model: Pretrained, folder: str | os.PathLike[str]) -> None:
-    """Write a model's adapters; a folder of adapters that is there is replaced when the new one is complete.
+    """Write the adapters of a model to a folder.
+
+    The write is atomic: an existing adapter folder is replaced only after the new one is complete.
 
     Parameters
     ----------
     model
-        A model with adapters; its own weights are not written.
+        A model with adapters. The weights of the model itself are not written.
     folder
-        Where to write. A folder that holds anything else than the files of adapters is refused.
+        Output folder. It must be new, empty, or an adapter folder.
 
     Raises
     ------
     ConfigError
         The model has no adapters.
     CheckpointError
-        The folder holds other files, or cannot be written, or numbers are not finite; nothing is left of the attempt.
+        The folder holds other files or cannot be written, or an adapter has NaN or infinity. No partial output remains.
     """
     kinds = {kind.name for _, kind, _ in adapters.adapters_of(model.variables)}
     if not kinds:
-        raise ConfigError(f"{model!r} has no adapters to write: make some (sct.models.adapters.init).")
+        raise ConfigError(
+            f"{model!r} has no adapters to write: add adapters first with sct.models.adapters.init."
+        )
     arrays = {
         f"{COLLECTION}/{path}": np.ascontiguousarray(jax.device_get(value)).reshape(value.shape)
         for path, value in flatten(model.variables[COLLECTION]).items()
@@ -69,7 +74,8 @@ def save(model: Pretrained, folder: str | os.PathLike[str]) -> None:
     for path, value in arrays.items():
         if not model_folder.all_finite(value):
             raise CheckpointError(
-                f"the model's {path} holds numbers that are not finite: save adapters whose training went well."
+                f"{path} has NaN or infinite values: the training has probably diverged, so save adapters from an "
+                "earlier checkpoint."
             )
     base = _base(model)
     config = {
@@ -84,37 +90,41 @@ def save(model: Pretrained, folder: str | os.PathLike[str]) -> None:
 
 
 def load(model: Pretrained, folder: str | os.PathLike[str]) -> Pretrained:
-    """Model with the adapters of a folder beside its parameters, which stay as they are.
+    """Load adapters from a folder into a model.
 
-    Where the model lies on a mesh the adapters are placed as its layers are.
+    The parameters of the model do not change. On a mesh, adapters get the sharding of the layers that they adapt.
 
     Parameters
     ----------
     model
-        The model that the adapters were trained on, with weights of the type they had then.
+        The model that the adapters were trained on, loaded with the same dtype as in training.
     folder
-        Holds `adapters.json` and `adapters.safetensors`.
+        Adapter folder with `adapters.json` and `adapters.safetensors`.
+
+    Returns
+    -------
+    The model with the adapters added to its variables.
 
     Raises
     ------
     ConfigError
-        The model has adapters already.
+        The model already has adapters.
     CheckpointError
         The folder is damaged or was changed, or its adapters were trained on another model.
     """
     folder = Path(folder).expanduser()
     if model.variables.get(COLLECTION):
-        raise ConfigError(f"{model!r} has adapters already: give the model without them.")
+        raise ConfigError(f"{model!r} already has adapters: pass the model without adapters.")
     config = _read_config(folder)
     if config["family"] != model.family or config["base"] != model.fingerprint:
         types = _types(model)
-        advice = "give the model that they were trained on"
+        advice = "pass the model that they were trained on"
         if config["family"] == model.family and config["base_dtypes"] != types:
             theirs = " and ".join(config["base_dtypes"])
-            advice += f", with weights of the type {theirs} (these are {' and '.join(types)})"
+            advice += f", loaded with dtype {theirs} instead of {' and '.join(types)}"
         raise CheckpointError(
-            f"the adapters in {folder} were trained on another model (family {config['family']}, hash "
-            f"{config['base']}) than {model!r} (hash {model.fingerprint}): {advice}."
+            f"the adapters in {folder} were trained on a model of family {config['family']!r} with hash "
+            f"{config['base']}, but {model!r} has hash {model.fingerprint}: {advice}."
         )
     boxed = boxed_shapes(model.family, model.config)
     with model_folder.FolderReader(folder, WEIGHTS) as reader:
@@ -130,7 +140,7 @@ def load(model: Pretrained, folder: str | os.PathLike[str]) -> Pretrained:
 
 
 def _mesh(model: Pretrained) -> Mesh | None:
-    """Mesh that a model's weights lie on."""
+    """Return the mesh of a model's weights, or None without one."""
     for value in flatten(model.variables).values():
         sharding = getattr(value, "sharding", None)
         if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
@@ -142,8 +152,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     config, path = model_folder.read_json(folder / CONFIG), folder / CONFIG
     if config.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} describes adapters of format {config.get('format_version')!r}, but this version reads format "
-            f"{FORMAT_VERSION}: pip install --upgrade {DISTRIBUTION}."
+            f"{path} has format_version {config.get('format_version')!r}, but this release reads version "
+            f"{FORMAT_VERSION}: upgrade with pip install --upgrade {DISTRIBUTION}."
         )
     recorded = config.get(model_folder.FILES)
     texts = all(isinstance(config.get(name), str) for name in ("family", "base"))
@@ -156,12 +166,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
         or not types_are_texts
         or not isinstance(recorded, dict)
     ):
-        raise CheckpointError(f"{path} is damaged or was changed after it was written: restore it.")
+        raise CheckpointError(
+            f"{path} is damaged or was changed after it was written: restore it from a copy."
+        )
     if not (folder / WEIGHTS).is_file():
-        raise CheckpointError(f"{folder} has no {WEIGHTS}: the folder is incomplete.")
+        raise CheckpointError(f"{folder} has no {WEIGHTS}: copy or save the adapter folder again.")
     if set(recorded) != {WEIGHTS} or first_changed(folder, recorded) is not None:
         raise CheckpointError(
-            f"{folder / WEIGHTS} is damaged or was changed after it was written (its sha256 is not the one in "
-            f"{CONFIG}): restore it."
+            f"{folder / WEIGHTS} is damaged or was changed after it was written (its sha256 differs from the one in "
+            f"{CONFIG}): restore it from a copy."
         )
     return config

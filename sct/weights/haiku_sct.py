@@ -1,7 +1,7 @@
-"""The published sCellTransformer weights (Haiku parameters) as a model folder of this project.
+"""Convert the published sCellTransformer weights (Haiku parameters) to a model folder of this project.
 
-The architecture's keys and shapes are described, no code of the published implementation is used. The
-published weights are under CC BY-NC-SA 4.0; what is converted keeps that licence.
+The tables below describe the keys and shapes of the published parameters; no code of the published implementation is
+used. The published weights have the license CC BY-NC-SA 4.0, which also applies to the converted model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ NOTICE = (
     "attribution, under the same license. This also applies to the converted model."
 )
 
-# Foreign key without the model's name, with its leaf -> path here. `{}` are the groups of the pattern.
+# Rows: pattern of the Haiku module name (without the model name), parameter path in this project, and Haiku parameter
+# name -> parameter name in this project. Each `{}` is filled with a group of the pattern.
 _NORM = {"scale": "scale", "offset": "bias"}
 _LAYER = {"w": "kernel", "b": "bias"}
 _RULES: tuple[tuple[str, str, dict[str, str]], ...] = (
@@ -59,48 +60,58 @@ _RULES: tuple[tuple[str, str, dict[str, str]], ...] = (
 
 
 def read_params(path: Path) -> dict[str, dict[str, np.ndarray]]:
-    """Read `params.joblib` without executing anything that the file asks for.
+    """Read `params.joblib` safely.
 
-    Only plain containers and numeric numpy arrays are admitted.
+    joblib files are pickles, and a pickle can run arbitrary code. This reader allows only plain containers and numeric
+    NumPy arrays.
+
+    Returns
+    -------
+    Arrays by Haiku module name and parameter name.
 
     Raises
     ------
     CheckpointError
-        The file asks for anything else (named), holds arrays of objects, or is no joblib file.
+        The file is not a joblib file, needs any other Python object (named in the message), or holds arrays of objects.
     """
     import pickle
 
     from joblib import numpy_pickle
 
     class PlainArray(numpy_pickle.NumpyArrayWrapper):
-        """Array in a joblib file; one of objects would be read through another pickle."""
+        """Array in a joblib file. Arrays of objects are refused, because joblib would unpickle their elements."""
 
         def read_array(self, unpickler: Any, *args: Any) -> np.ndarray:
             if self.dtype.hasobject:
-                raise CheckpointError(f"{path} holds an array of Python objects: it is refused.")
+                raise CheckpointError(
+                    f"{path} holds an array of Python objects, which can run code when read: download the published "
+                    "file again."
+                )
             return super().read_array(unpickler, *args)
 
-    admitted = {
+    allowed = {
         ("joblib.numpy_pickle", "NumpyArrayWrapper"): PlainArray,
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
     }
 
     class Unpickler(numpy_pickle.NumpyUnpickler):
-        """Unpickler that admits nothing but arrays."""
+        """Unpickler that allows only arrays."""
 
         def find_class(self, module: str, name: str) -> Any:
-            if (module, name) not in admitted:
+            if (module, name) not in allowed:
                 raise CheckpointError(
-                    f"{path} asks for {module}.{name}, which weights do not need: it may be malicious and is "
-                    "refused."
+                    f"{path} needs {module}.{name}, but weights need only arrays: the file may be malicious, so "
+                    "download the published file again."
                 )
-            return admitted[module, name]
+            return allowed[module, name]
 
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}): check the path and its permissions."
+        ) from error
     try:
         if data[:2] == b"\x1f\x8b":
             data = gzip.decompress(data)
@@ -117,35 +128,52 @@ def read_params(path: Path) -> dict[str, dict[str, np.ndarray]]:
         raise
     except (pickle.UnpicklingError, zlib.error, EOFError, ValueError, TypeError, KeyError, AttributeError,
             IndexError, OSError) as error:  # fmt: skip
-        raise CheckpointError(f"{path} is not a joblib file of arrays ({error}).") from error
+        raise CheckpointError(
+            f"{path} is not a joblib file of arrays ({error}): download the published file again."
+        ) from error
     if not isinstance(loaded, dict) or not all(
         isinstance(key, str)
         and isinstance(leaves, dict)
         and all(isinstance(name, str) and isinstance(leaf, np.ndarray) for name, leaf in leaves.items())
         for key, leaves in loaded.items()
     ):
-        raise CheckpointError(f"{path} is not a dict of dicts of arrays, as Haiku parameters are.")
+        raise CheckpointError(
+            f"{path} does not hold Haiku parameters (a dict of dicts of arrays): pass the published params.joblib."
+        )
     return loaded
 
 
 def convert_params(
     params: Mapping[str, Mapping[str, np.ndarray]], hidden_layers: int, source: str
 ) -> dict[str, np.ndarray]:
-    """Rename and reshape Haiku parameters to the paths of this project.
+    """Rename and reshape Haiku parameters to the parameter paths of this project.
 
-    Convolution biases (out, 1) lose their last axis, kernels of transposed convolutions (k, out, in) become
-    (k, in, out), and `fc1` is split into the two halves of the gated unit.
+    Convolution biases (out, 1) lose their last axis. Kernels of transposed convolutions (k, out, in) become
+    (k, in, out). `fc1` is split into the gate and the up projection.
+
+    Parameters
+    ----------
+    params
+        Arrays by Haiku module name and parameter name.
+    hidden_layers
+        Number of hidden layers in the prediction head.
+    source
+        File name for error messages.
+
+    Returns
+    -------
+    float32 arrays by parameter path.
 
     Raises
     ------
     CheckpointError
-        Several models in one file, keys that the architecture does not have, two keys for one parameter,
-        arrays of another rank or type, or values that are not finite; all are named.
+        The file holds several models, a key is not in the architecture, two keys map to one parameter, or an array has
+        a wrong rank, a wrong dtype, NaN or infinity. The message lists all of them.
     """
     models = sorted({key.partition("/")[0] for key in params})
     if len(models) > 1:
         raise CheckpointError(
-            f"{source} holds parameters of {len(models)} models ({', '.join(models[:5])}): keep those of one."
+            f"{source} holds the parameters of {len(models)} models ({', '.join(models[:5])}): keep only one model."
         )
     converted: dict[str, np.ndarray] = {}
     made_of: dict[str, list[str]] = {}
@@ -164,18 +192,18 @@ def convert_params(
             else:
                 converted |= _converted(name, leaf, value, target)
     problems += [
-        f"two for one: {', '.join(keys)} ({target})" for target, keys in made_of.items() if len(keys) > 1
+        f"duplicate: {', '.join(keys)} ({target})" for target, keys in made_of.items() if len(keys) > 1
     ]
     if problems:
         raise CheckpointError(
-            f"{source} has {len(problems)} parameters that do not fit sCT (+ not in the model, ~ not as "
-            "described):\n  " + "\n  ".join(problems[:40])
+            f"{source} has {len(problems)} parameters that do not fit sCT (+ not in the model, ~ wrong array): use "
+            "the published file of this architecture.\n  " + "\n  ".join(problems[:40])
         )
     return {path: np.ascontiguousarray(value) for path, value in converted.items()}
 
 
 def _problem(name: str, leaf: str, value: np.ndarray) -> str:
-    """Say what is wrong with a foreign array by itself, '' where nothing is."""
+    """Return what is wrong with the dtype, rank or values of a Haiku array, or ''."""
     if value.dtype.kind != "f" or value.dtype.itemsize > 4:
         return f"is {value.dtype} instead of float32"
     convolution = "conv" in name.rpartition("/")[2]
@@ -185,12 +213,12 @@ def _problem(name: str, leaf: str, value: np.ndarray) -> str:
     if convolution and leaf == "b" and value.shape[1] != 1:
         return f"{value.shape} is not (out, 1)"
     if not np.isfinite(value).all():
-        return "has values that are not finite"
+        return "has NaN or infinite values"
     return ""
 
 
 def _converted(name: str, leaf: str, value: np.ndarray, target: str) -> dict[str, np.ndarray]:
-    """Parameters here, of one foreign array."""
+    """Convert one Haiku array to parameters of this project, by path."""
     value = value.astype(np.float32)
     if "conv" in name.rpartition("/")[2]:
         if leaf == "b":
@@ -207,7 +235,7 @@ def _converted(name: str, leaf: str, value: np.ndarray, target: str) -> dict[str
 
 
 def _target(name: str, leaf: str, hidden_layers: int) -> str | None:
-    """Path of a foreign parameter here, None where there is none."""
+    """Return the path of a Haiku parameter in this project, or None if it is not in the architecture."""
     head = re.fullmatch(r"linear(?:_(\d+))?", name)
     if head and leaf in _LAYER:
         layer = int(head[1] or 0)
@@ -220,7 +248,7 @@ def _target(name: str, leaf: str, hidden_layers: int) -> str | None:
     return None
 
 
-# Option here -> its name in the published configuration.
+# Field of SCTConfig -> its name in the published config.json.
 _OPTIONS = {
     "token_embed_dim": "token_embed_dim",
     "embed_dim": "embed_dim",
@@ -236,8 +264,8 @@ _OPTIONS = {
     "sigma_max": "sigma_max",
     "layer_norm_eps": "layer_norm_eps",
 }
-# Parameters whose shapes tell what the published configuration does not.
-_TELLING = {
+# The published config.json lacks the number of genes and the kernel sizes; the shapes of these parameters give them.
+_SIZE_PARAMETERS = {
     "params/down_0/block/norm/scale": "conv_block_0/conv_block/layer_norm scale",
     "params/down_0/block/conv/kernel": "conv_block_0/conv_block/conv1_d w",
     "params/stem/conv/kernel": "stem/conv1_d w",
@@ -245,15 +273,15 @@ _TELLING = {
 
 
 def _option(config: Mapping[str, Any], name: str, kind: type, source: str) -> Any:
-    """Value of a published option, of the type needed."""
+    """Return an option of the published configuration and check its type."""
     if name not in config:
-        raise CheckpointError(f"{source} lacks {name!r}, which the published format has.")
+        raise CheckpointError(f"{source} has no option {name!r}: use the published config.json.")
     value = config[name]
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
         raise CheckpointError(
-            f"{source} has {name} = {value!r}, but a value of type {kind.__name__} is needed."
+            f"{source} has {name} = {value!r}, but it must be of type {kind.__name__}: use the published config.json."
         )
     return value
 
@@ -261,20 +289,30 @@ def _option(config: Mapping[str, Any], name: str, kind: type, source: str) -> An
 def convert_config(
     config: Mapping[str, Any], converted: Mapping[str, np.ndarray], source: str, params_source: str
 ) -> SCTConfig:
-    """Architecture from the published `config.json` and the shapes of the parameters.
+    """Read the architecture from the published `config.json` and the shapes of the parameters.
+
+    Parameters
+    ----------
+    config
+        Content of the published `config.json`.
+    converted
+        Arrays by path, from `convert_params`. Their shapes give the number of genes and the kernel sizes.
+    source, params_source
+        Names of the two files for error messages.
 
     Raises
     ------
     CheckpointError
-        Options are missing, of the wrong type or contradict each other, or parameters that tell the number
-        of genes and the lengths of kernels are missing.
+        An option is missing, has a wrong type or contradicts another one, or a parameter that gives the number of genes
+        or a kernel size is missing.
     """
-    for path, foreign in _TELLING.items():
+    for path, foreign in _SIZE_PARAMETERS.items():
         if path not in converted:
             raise CheckpointError(
-                f"{params_source} lacks {foreign}, whose shape the architecture is known by."
+                f"{params_source} has no {foreign}, whose shape gives the size of the model: use the published "
+                "params.joblib."
             )
-    scale, first, stem = (converted[path] for path in _TELLING)
+    scale, first, stem = (converted[path] for path in _SIZE_PARAMETERS)
     values = {
         ours: _option(config, theirs, type(getattr(SCTConfig, ours)), source)
         for ours, theirs in _OPTIONS.items()
@@ -289,7 +327,7 @@ def convert_config(
             **values,
         )
     except ConfigError as error:
-        raise CheckpointError(f"{source} does not describe a model: {error}") from None
+        raise CheckpointError(f"{source} has options that do not fit together: {error}") from None
     expected = {
         "key_size": made.embed_dim // made.num_heads,
         "pad_token_id": made.pad,
@@ -297,22 +335,44 @@ def convert_config(
     }
     for name, value in expected.items():
         if config.get(name, value) not in (value, None):
-            raise CheckpointError(f"{source} has {name} = {config[name]}, but sCT needs {value}.")
+            raise CheckpointError(
+                f"{source} has {name} = {config[name]}, but its other options require {value}: use the published "
+                "config.json."
+            )
     return made
 
 
 def read_vocabulary(folder: Path, num_genes: int) -> GeneVocabulary | None:
-    """Gene order of a published model from its two JSON files, None where the folder has neither.
+    """Read the gene order of a published model from its two JSON files.
 
-    `ensembl_id_vocab.json` maps Ensembl ids to global indices, `protein_gene_map.json` maps those to
-    positions among the coding genes. Positions without an Ensembl id stay, with a number for a name.
+    `ensembl_id_vocab.json` maps Ensembl ids to global indices. `protein_gene_map.json` maps global indices to positions
+    among the protein-coding genes. A position without an Ensembl id is named by its number.
+
+    Parameters
+    ----------
+    folder
+        Folder of the published model.
+    num_genes
+        Number of gene positions of the model.
+
+    Returns
+    -------
+    The vocabulary, or None if the folder has neither file.
+
+    Raises
+    ------
+    CheckpointError
+        One of the two files is missing, or they are damaged or do not fit the model.
     """
     files = [folder / "ensembl_id_vocab.json", folder / "protein_gene_map.json"]
-    there = [file.is_file() for file in files]
-    if not any(there):
+    exists = [file.is_file() for file in files]
+    if not any(exists):
         return None
-    if not all(there):
-        raise CheckpointError(f"{files[there.index(False)]} is missing: both vocabulary files are needed.")
+    if not all(exists):
+        raise CheckpointError(
+            f"{files[exists.index(False)]} is missing, but both vocabulary files are needed: add it, or delete the "
+            "other one and give --genes."
+        )
     try:
         indices, positions = (json.loads(file.read_text()) for file in files)
         coding = {int(index): int(position) for index, position in positions.items()}
@@ -322,23 +382,26 @@ def read_vocabulary(folder: Path, num_genes: int) -> GeneVocabulary | None:
             if int(index) in coding
         }
     except (ValueError, AttributeError, TypeError, OSError) as error:
-        raise CheckpointError(f"{files[0].parent} has damaged vocabulary files ({error}).") from error
+        raise CheckpointError(
+            f"the vocabulary files in {files[0].parent} cannot be read ({error}): download them again, or delete them "
+            "and give --genes."
+        ) from error
     if not coding or not ids:
         raise CheckpointError(
-            f"{files[0].parent} has vocabulary files that name no gene: put the complete files there, or "
-            "delete them and give --genes."
+            f"the vocabulary files in {files[0].parent} name no gene: download them again, or delete them and give "
+            "--genes."
         )
     size = max(coding.values()) + 1
     if len(set(coding.values())) != len(coding) or size > num_genes or min(coding.values()) < 0:
         raise CheckpointError(
-            f"{files[1]} names {len(coding)} genes at positions {min(coding.values())} to {size - 1}, but the "
-            f"model has {num_genes} positions, one for each."
+            f"{files[1]} maps {len(coding)} genes to positions {min(coding.values())} to {size - 1}, but each gene "
+            f"needs its own position among the {num_genes} of the model: use the vocabulary files of this model."
         )
     return numbered([ids.get(position, "") for position in range(size)], "sct-published")
 
 
 def numbered(ids: list[str], name: str) -> GeneVocabulary:
-    """Vocabulary of ids, of which an empty one becomes a position named by its number."""
+    """Make a vocabulary from Ensembl ids. An empty id becomes a position that is named by its number."""
     human = GeneVocabulary.human()
     symbols = []
     for position, gene in enumerate(ids):
@@ -348,21 +411,25 @@ def numbered(ids: list[str], name: str) -> GeneVocabulary:
 
 
 def convert(folder: Path, genes: GeneVocabulary | None = None, numbered_genes: bool = False) -> Pretrained:
-    """Read a published model: architecture, parameters and gene order.
+    """Convert a published model: its architecture, parameters and gene order.
 
     Parameters
     ----------
     folder
-        Holds `config.json`, and `params.joblib` itself or in `jax_params/`.
+        Folder with `config.json` and `params.joblib`, directly or in its sub-folder `jax_params`.
     genes
-        Gene order where the folder has no vocabulary files.
+        Gene order, if the folder has no vocabulary files.
     numbered_genes
-        Accept that there is no gene order: positions are numbered.
+        If the gene order is unknown, name the positions by their numbers.
+
+    Returns
+    -------
+    The converted model.
 
     Raises
     ------
     CheckpointError
-        Files are missing, refused, or do not fit each other; all differences are listed.
+        A file is missing, unsafe or damaged, or the files do not fit each other. The message lists all differences.
     """
     params_file = next(
         (f for f in (folder / "params.joblib", folder / "jax_params" / "params.joblib") if f.is_file()), None
@@ -373,14 +440,19 @@ def convert(folder: Path, genes: GeneVocabulary | None = None, numbered_genes: b
     if params_file is None or config_file is None:
         missing = "params.joblib" if params_file is None else "config.json"
         raise CheckpointError(
-            f"{folder} has no {missing}, itself or in jax_params: give the folder of the weights."
+            f"there is no {missing} in {folder} or in its sub-folder jax_params: give the folder with the weights."
         )
     try:
         foreign = json.loads(config_file.read_text())
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{config_file} cannot be read as JSON ({error}).") from None
+        raise CheckpointError(
+            f"{config_file} cannot be read as JSON ({error}): download the published config.json again."
+        ) from None
     if not isinstance(foreign, dict):
-        raise CheckpointError(f"{config_file} is not a configuration of the published model.")
+        raise CheckpointError(
+            f"{config_file} holds a {type(foreign).__name__} instead of a JSON object: download the published "
+            "config.json again."
+        )
     hidden = _option(foreign, "num_hidden_layers_head", int, str(config_file))
     arrays = convert_params(read_params(params_file), hidden, str(params_file))
     config = convert_config(foreign, arrays, str(config_file), str(params_file))
@@ -388,22 +460,23 @@ def convert(folder: Path, genes: GeneVocabulary | None = None, numbered_genes: b
     vocabulary = read_vocabulary(folder, config.num_genes)
     if vocabulary is not None and (genes is not None or numbered_genes):
         raise CheckpointError(
-            f"{folder} has vocabulary files, which give the order of the genes: leave --genes out."
+            f"{folder} has vocabulary files, which define the gene order: leave out --genes."
         )
     vocabulary = vocabulary or genes
     if vocabulary is None:
         if not numbered_genes:
             raise CheckpointError(
-                f"{folder} has no ensembl_id_vocab.json and protein_gene_map.json: give the gene order as "
-                "--genes=FILE, or --genes=none to number the positions."
+                f"{folder} has no ensembl_id_vocab.json and protein_gene_map.json, so the gene order is unknown: give "
+                "it as --genes=FILE, or name the positions by their numbers with --genes=none."
             )
         vocabulary = numbered([""] * config.num_genes, "numbered")
     if len(vocabulary) > config.num_genes:
         raise CheckpointError(
-            f"the vocabulary has {len(vocabulary)} genes, but the model has {config.num_genes} positions."
+            f"the vocabulary has {len(vocabulary)} genes, but the model has only {config.num_genes} gene positions: "
+            "give the vocabulary that the model was trained with."
         )
     model = Pretrained("sct", config, unflatten(arrays), vocabulary, license=LICENSE, data=DATA_OPTIONS)
     origin = "Converted from the published sCellTransformer weights (Haiku parameters). " + NOTICE
     if vocabulary.name == "numbered":
-        origin += " The order of the genes was not given: positions are numbered."
+        origin += " The gene order is unknown: gene positions are named by their numbers."
     return dataclasses.replace(model, card=default_card(model, origin))

@@ -1,4 +1,4 @@
-"""Loading a model: whatever names one, a model folder, a run folder, a Hugging Face folder or an id of the hub."""
+"""Load a model from a model folder, a run folder, a Hugging Face folder or a Hub id."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from sct.weights.pretrained import (
     spans_processes,
 )
 
-# Folders that runs and models are kept in by this project's own examples: what is not there yet is no model of the hub.
+# The documentation uses these folders for runs and models. A missing `runs/x` is a missing folder, never a Hub id.
 _LOCAL = ("runs", "models")
 
 
@@ -51,22 +51,26 @@ def load(
     Parameters
     ----------
     path
-        A model folder, a run folder (its best checkpoint), a Hugging Face folder of a text model (see
-        `sct.weights.hf.folder`), or the id of a model on the Hugging Face hub.
+        One of: a model folder; a run folder, whose best checkpoint is loaded; a Hugging Face folder of a text model
+        (see `sct.weights.hf.folder`); the id of a model on the Hugging Face Hub.
     mesh, rules
-        Place the arrays on a mesh by their logical axes, each device reading its own part; without a mesh
-        they go whole to the default device. By default the rules are those of training
-        (`sct.nn.axes.RULES`), as far as the mesh has their axes.
+        Shard the arrays over a mesh by the rules of their logical axes; each device reads only its own shard.
+        The default rules are those of training (`sct.nn.axes.RULES`), without axes that the mesh lacks. Without a mesh,
+        all arrays are placed on the default device.
     dtype
-        Type of the floating-point arrays, "float32", "bfloat16" or "float16"; by default that of the file.
+        dtype of the floating-point arrays: "float32", "bfloat16" or "float16". Default: the dtype in the file.
     genes
-        Vocabulary that the caller's data has; refused where its hash is another.
+        Gene vocabulary of your data. Loading fails if the model has a different vocabulary.
+
+    Returns
+    -------
+    The model with its weights, gene vocabulary, tokenizer and model card.
 
     Raises
     ------
     CheckpointError
-        The folder is missing, damaged or was changed (by the hashes of its files), weights are not finite, or its
-        arrays are not those of its architecture; all are listed.
+        The folder is missing, damaged or was changed (checked by file hashes), a weight is NaN or infinite, or the
+        arrays do not fit the architecture. The message lists all differences.
     ConfigError
         The rules name an axis that the mesh does not have.
     StoreError
@@ -75,7 +79,7 @@ def load(
     Warns
     -----
     UserWarning
-        The folder has no hashes.
+        The folder has no file hashes, so changes cannot be detected.
     """
     if dtype is not None:
         check_choice("dtype", dtype, LOADED_DTYPES, error=CheckpointError)
@@ -100,7 +104,7 @@ def load(
         where = flatten(axes.shardings(boxed, mesh, rules)) if mesh is not None else {}
         arrays = {name: reader.read(name, where.get(name), dtype) for name in expected}
     data = config.get("data")
-    if run_folder.is_run(folder.parent):  # written before model folders knew it
+    if run_folder.is_run(folder.parent):  # model folders of earlier releases do not record the masking
         run = model_folder.read_json(folder.parent / "config.json")
         data = run_folder.with_masking(data_options(run.get("data")) if data is None else data, run)
     card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
@@ -119,57 +123,57 @@ def load(
 
 
 def _vocabulary(folder: Path, config: Mapping[str, Any], model: Any) -> GeneVocabulary | None:
-    """Genes of a model folder, as its configuration names them."""
+    """Load the gene vocabulary of a model folder and check its hash; None if the model has no genes."""
     if config.get("vocabulary_hash") is None and not (folder / GENES).is_file():
         return None
     vocabulary = GeneVocabulary.load(folder / GENES)
     if vocabulary.hash != config.get("vocabulary_hash"):
         raise CheckpointError(
-            f"{folder / GENES} is not the vocabulary that {CONFIG} names (hash {vocabulary.hash[:16]}, not "
-            f"{str(config.get('vocabulary_hash'))[:16]}): restore the file; a model with other genes must be saved "
-            "anew (save_pretrained)."
+            f"{folder / GENES} has hash {vocabulary.hash[:16]}, but {CONFIG} expects "
+            f"{str(config.get('vocabulary_hash'))[:16]}: restore the file, or save a model with other genes by "
+            "save_pretrained."
         )
     positions = getattr(model, "num_genes", len(vocabulary))
     if len(vocabulary) > positions:
         raise CheckpointError(
-            f"{folder / GENES} has {len(vocabulary)} genes, but the model has {positions} positions: the folder "
-            "was changed."
+            f"{folder / GENES} has {len(vocabulary)} genes, but the model has only {positions} gene positions: restore "
+            "the folder from a copy."
         )
     return vocabulary
 
 
 def _tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:
-    """Tokenizer of a model folder, as its configuration names it."""
+    """Load the tokenizer of a model folder and check its hash; None if the model has no tokenizer."""
     named = config.get("tokenizer_hash")
     if named is None:
         return None
     tokenizer = Tokenizer.load(folder)
     if tokenizer.fingerprint != named:
         raise CheckpointError(
-            f"the tokenizer in {folder} is not the one that {CONFIG} names (hash {tokenizer.fingerprint[:16]}, not "
-            f"{str(named)[:16]}): restore its files; a model with another tokenizer must be saved anew "
-            "(save_pretrained)."
+            f"the tokenizer in {folder} has hash {tokenizer.fingerprint[:16]}, but {CONFIG} expects "
+            f"{str(named)[:16]}: restore its files, or save a model with another tokenizer by save_pretrained."
         )
     return tokenizer
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
-    """Folder to load for a path: a model folder, or a run folder; a hub id is fetched.
+    """Return the model folder or run folder to load for a path or a Hub id. A model on the Hub is downloaded.
 
-    Of a run folder it is `model`, where that is still the best of the run's checkpoints. Whatever names a model comes
-    here: `sct.load`, the tools, `init_from`, `data.cell_encoder`, `data.llm`.
+    A run folder may contain an exported model in `model`. That sub-folder is returned if it is still the best
+    checkpoint of the run. Every option that names a model uses this function: `sct.load`, `sct.tl`, `init_from`,
+    `data.cell_encoder` and `data.llm`.
 
     Raises
     ------
     CheckpointError
-        Neither is there.
+        The path is neither a model folder nor a run folder, or the download failed.
     MissingExtraError
-        It looks like a hub id and huggingface_hub is not installed.
+        The path looks like a Hub id, but huggingface_hub is not installed.
     """
     folder = Path(path).expanduser()
-    here = model_folder.find(folder)
-    if here is not None:
-        return here
+    found = model_folder.find(folder)
+    if found is not None:
+        return found
     exported = model_folder.find(folder / "model")
     if run_folder.is_run(folder):
         current = exported is not None and run_folder.is_current(folder, exported)
@@ -180,24 +184,26 @@ def locate(path: str | os.PathLike[str]) -> Path:
         if _is_hub_id(path):
             return _download(str(path))
         raise CheckpointError(
-            f"the folder {folder} does not exist: give a model folder, a run folder, or a hub id whose first part is "
-            "no folder here."
+            f"the folder {folder} does not exist: give a model folder, a run folder, or a Hub id (OWNER/NAME, where "
+            "OWNER is not a local folder)."
         )
     raise CheckpointError(
-        f"{folder} is neither a model folder ({CONFIG}, {WEIGHTS}) nor a run folder with a checkpoint: train "
-        "first, or give another folder."
+        f"{folder} is neither a model folder ({CONFIG} and {WEIGHTS}) nor a run folder with a checkpoint: give another "
+        "folder, or train a model first."
     )
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Tokenizer of a file, of a folder that holds one, of a run folder, or of a model on the hub.
+    """Load a tokenizer from a file, a folder, a run folder or a model on the Hub.
 
     Raises
     ------
     ConfigError
         There is no tokenizer.
-    CheckpointError, MissingExtraError
-        It looks like a hub id and cannot be fetched.
+    CheckpointError
+        The path looks like a Hub id, but the download failed.
+    MissingExtraError
+        The path looks like a Hub id, but huggingface_hub is not installed.
     """
     given = Path(path).expanduser()
     folder = given
@@ -210,7 +216,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _is_hub_id(path: str | os.PathLike[str]) -> bool:
-    """Whether a text can only mean a model of the hub: two names, not of a file, and the first is no folder here."""
+    """Return whether a path can only be a Hub id: OWNER/NAME, where NAME is not a file and OWNER not a local folder."""
     found = (
         re.fullmatch(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)", path) if isinstance(path, str) else None
     )
@@ -220,8 +226,8 @@ def _is_hub_id(path: str | os.PathLike[str]) -> bool:
 
 
 def _download(name: str, only: Sequence[str] | None = None) -> Path:
-    """Fetch a model of the Hugging Face hub, or some of its files."""
-    what = f"there is no folder {name!r}, and fetching it from the Hugging Face hub"
+    """Download a model from the Hugging Face Hub, or only the files `only`."""
+    what = f"there is no folder {name!r}, and downloading it from the Hugging Face Hub"
     hub = load_extra("huggingface_hub", "hub", what=what)
     try:
         return Path(
@@ -234,6 +240,6 @@ def _download(name: str, only: Sequence[str] | None = None) -> Path:
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise CheckpointError(
-            f"there is no folder {name!r}, and it could not be fetched from the Hugging Face hub ({reason}): "
-            "check the id and the connection, or give a local folder."
+            f"there is no folder {name!r}, and the download from the Hugging Face Hub failed ({reason}): check the id "
+            "and the network connection, or give a local folder."
         ) from error

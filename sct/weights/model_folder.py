@@ -1,6 +1,7 @@
-"""Files of a model folder: `config.json`, `model.safetensors`, `README.md`, and `genes.tsv` or a tokenizer, or both.
+"""Read and write the files of a model folder.
 
-A folder is all that others need: any program that reads safetensors can read it without this project.
+A model folder holds `config.json`, `model.safetensors` and `README.md`, plus `genes.tsv`, a tokenizer, or both. It does
+not depend on this project: any program that reads safetensors can read the weights.
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ from sct.version import DISTRIBUTION
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, GENES, CARD = "config.json", "model.safetensors", "genes.tsv", "README.md"
 INDEX = f"{WEIGHTS}.index.json"
-TORCH = "pytorch_model.bin"  # weights of older foreign folders
+TORCH = "pytorch_model.bin"  # weights of older Hugging Face folders
 SHARD_BYTES = 5_000_000_000
 SAVED_DTYPES = ("float32", "bfloat16")
-FILES = "files"  # entry of config.json with the hashes of the other files
+FILES = "files"  # key in config.json for the hashes of the other files
 
-_CHECKED = 1 << 20  # numbers looked at together
+_CHECKED = 1 << 20  # numbers per step of the finiteness check; bounds its temporary memory
 _OURS = re.compile(
     r"config\.json|genes\.tsv|README\.md|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
     r"|tokenizer\.json|tokenizer\.model|tokenizer_config\.json"
 )
 _PARTS = re.compile(r"[\w.-]+\.safetensors")
 _UNFINISHED = re.compile(rf"{_OURS.pattern}|\.genes\.tsv\..*")
-# Names that safetensors gives to types.
+# dtype names of safetensors -> NumPy names.
 _FILE_DTYPES = {
     "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "BOOL": "bool",
     **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
@@ -54,7 +55,7 @@ def _holds_only(folder: Path, names: re.Pattern[str]) -> bool:
 
 
 def _is_model(folder: Path) -> bool:
-    """Whether a folder is a model folder and holds nothing else, so that it may be replaced."""
+    """Return whether a folder is a model folder without other files, so that replacing it loses nothing else."""
     try:
         config = json.loads((folder / CONFIG).read_text())
     except (OSError, ValueError):
@@ -63,25 +64,34 @@ def _is_model(folder: Path) -> bool:
 
 
 def is_leftover(folder: Path) -> bool:
-    """Whether a folder holds nothing but files of a model, as a save that was killed leaves them."""
+    """Return whether a folder holds only files of an interrupted save."""
     return _holds_only(folder, _UNFINISHED)
 
 
 def check_target(folder: Path) -> Path:
-    """Folder to write a model to, resolved; `CheckpointError` unless it is new, empty, or a model folder."""
+    """Resolve an output folder and check that it is new, empty, or a model folder.
+
+    Raises
+    ------
+    CheckpointError
+        The folder holds other files, is a file, or cannot be accessed.
+    """
     try:
         folder = folder.resolve()
         if folder.exists() and not folder.is_dir():
-            raise CheckpointError(f"{folder} is a file, but a model is a folder: choose another path.")
+            raise CheckpointError(
+                f"{folder} is a file, but the output must be a folder: choose another path."
+            )
         if folder.exists() and any(folder.iterdir()) and not _is_model(folder):
             raise CheckpointError(
-                f"{folder} holds other files than those of a model folder, which would be lost: choose an "
-                "empty or new folder."
+                f"{folder} holds files that do not belong to a model folder, and saving would delete them: choose a "
+                "new or an empty folder."
             )
-        beside = replaced(folder)
-        if beside.exists() and not (beside.is_dir() and _holds_only(beside, _UNFINISHED)):
+        backup = replaced(folder)
+        if backup.exists() and not (backup.is_dir() and _holds_only(backup, _UNFINISHED)):
             raise CheckpointError(
-                f"{beside} is needed while the model is written, but it holds other files: move it away."
+                f"{backup} must be free because saving moves the old model there, but it holds other files: move it "
+                "away."
             )
     except OSError as error:
         raise _unwritable(folder, error) from error
@@ -91,8 +101,7 @@ def check_target(folder: Path) -> Path:
 def _unwritable(folder: Path, error: Exception) -> CheckpointError:
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
     return CheckpointError(
-        f"the model could not be written to {folder} ({reason}): choose a place that is writable and has "
-        "room for it."
+        f"the model could not be written to {folder} ({reason}): choose a writable folder with enough disk space."
     )
 
 
@@ -109,8 +118,33 @@ def save(
 ) -> None:
     """Write a model folder; see `sct.weights.pretrained.Pretrained.save_pretrained`.
 
-    The new model is written beside the folder and takes its place by renaming. An old model is renamed away
-    just before; where the process dies between these two, loading and saving find it there.
+    The write is atomic. The new model is first written to a temporary folder next to the target. Then an old model is
+    renamed to a backup, and the temporary folder gets the name of the target. If the process dies between the two
+    renames, loading and saving find the backup.
+
+    Parameters
+    ----------
+    folder
+        Output folder.
+    arrays
+        Arrays by path.
+    config
+        Content of `config.json`.
+    genes, tokenizer
+        Saved next to the weights unless None.
+    card
+        Text of the model card (`README.md`).
+    dtype
+        Widest floating-point dtype in the file: "float32" or "bfloat16".
+    shard_bytes
+        Maximal size of a weights file in bytes.
+    foreign
+        Write for other programs, such as `transformers`: without hashes in `config.json`.
+
+    Raises
+    ------
+    CheckpointError
+        The folder holds other files or cannot be written, or an array has NaN or infinity. No partial output remains.
     """
     from safetensors import SafetensorError
 
@@ -120,7 +154,7 @@ def save(
         with atomic_folder(folder, is_leftover) as new:
             _write(new, arrays, config, genes, tokenizer, card, dtype, shard_bytes, foreign)
             for file in new.iterdir():
-                # safetensors writes files that their owner alone can read.
+                # safetensors creates files that only their owner can read.
                 shutil.copymode(new / CONFIG, file)
     except (OSError, SafetensorError) as error:
         raise _unwritable(folder, error) from error
@@ -145,14 +179,15 @@ def _write(
         name = WEIGHTS
         if len(shards) > 1:
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        # One shard at a time is on the host. A single entry of metadata: several have no fixed order.
+        # Only one shard at a time is in host memory.
         on_host = {path: _host(arrays[path], dtype) for path in paths}
         for path, value in on_host.items():
             if not all_finite(value):
                 raise CheckpointError(
-                    f"the model's {path} holds numbers that are not finite in {value.dtype}: save a model whose "
-                    "training went well."
+                    f"{path} has NaN or infinite values in {value.dtype}: the training has probably diverged, so save "
+                    "an earlier checkpoint."
                 )
+        # Metadata has a single entry, because safetensors writes several in random order.
         save_file(on_host, folder / name, metadata={"format": "pt" if foreign else "sct"})
         index |= dict.fromkeys(paths, name)
     if len(shards) > 1:
@@ -163,7 +198,7 @@ def _write(
         genes.save(folder / GENES)
     if tokenizer is not None:
         tokenizer.save(folder)
-    if not foreign:  # a foreign program would copy hashes to files that it changed
+    if not foreign:  # other programs would keep the hashes after they change the files
         names = sorted(file.name for file in folder.iterdir())
         config = sealed({**config, FILES: hash_files(folder, names)})
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
@@ -171,12 +206,15 @@ def _write(
 
 
 def is_float(value: Any) -> bool:
-    """Whether an array's type is a floating-point one, bfloat16 included."""
+    """Return whether an array has a floating-point dtype, including bfloat16."""
     return bool(jnp.issubdtype(value.dtype, jnp.floating))
 
 
 def _kind(value: Any, dtype: str) -> np.dtype:
-    """Type that an array is written in: a narrower one has no digits that a wider could keep."""
+    """Return the dtype that an array is saved in.
+
+    A float dtype narrower than `dtype` stays, as widening adds nothing.
+    """
     wanted = jnp.dtype(dtype)
     own: np.dtype = value.dtype
     return wanted if is_float(value) and own.itemsize >= wanted.itemsize else own
@@ -184,34 +222,35 @@ def _kind(value: Any, dtype: str) -> np.dtype:
 
 def _host(value: Any, dtype: str) -> np.ndarray:
     array = np.asarray(jax.device_get(value))
-    # `ascontiguousarray` would make a number an array of one.
+    # `ascontiguousarray` would turn a scalar into an array of shape (1,).
     return np.asarray(array.astype(_kind(array, dtype)), order="C")
 
 
 def all_finite(value: np.ndarray) -> bool:
-    """Whether no number of an array is NaN or infinite; true of integers."""
+    """Return whether an array has neither NaN nor infinity; always true for integers."""
     if not is_float(value):
         return True
     bits = np.ascontiguousarray(value).reshape(-1).view(f"uint{8 * value.dtype.itemsize}")
-    # Exponents of ones are the largest; the sign in front is left out. NumPy knows no bfloat16.
+    # Compare bit patterns, because NumPy does not support bfloat16. Without the sign bit, NaN and infinity have the
+    # largest patterns, as all their exponent bits are one.
     limit = np.asarray(np.inf, value.dtype).view(bits.dtype)[()]
     most = bits.dtype.type(np.iinfo(bits.dtype).max >> 1)
     return all((bits[at : at + _CHECKED] & most).max() < limit for at in range(0, len(bits), _CHECKED))
 
 
 def check_range(value: np.ndarray, name: str) -> None:
-    """Raise `CheckpointError` where finite weights were converted to float16 and are too large for it."""
+    """Raise `CheckpointError` if a float16 array overflowed during conversion."""
     if value.dtype == np.float16 and not all_finite(value):
         raise CheckpointError(
-            f"{name} holds numbers that are too large for float16: load the model as bfloat16 or float32."
+            f"{name} has values that are too large for float16: load the model with dtype bfloat16 or float32."
         )
 
 
 def check_finite_array(value: np.ndarray, name: str, path: Path) -> None:
-    """Raise `CheckpointError` where weights of a file are NaN or infinite."""
+    """Raise `CheckpointError` if a weight in a file is NaN or infinite."""
     if not all_finite(value):
         raise CheckpointError(
-            f"{path} holds numbers in {name} that are not finite: it is damaged, or its training went wrong; give "
+            f"{path} has NaN or infinite values in {name}: the file is damaged or the training diverged, so use "
             "another model."
         )
 
@@ -221,7 +260,7 @@ def _bytes(value: Any, dtype: str) -> int:
 
 
 def _shards(flat: Mapping[str, Any], dtype: str, limit: int) -> Iterator[list[str]]:
-    """Paths of each file, in order, none above `limit` bytes unless a single array is."""
+    """Yield the paths of the arrays of each file. A file exceeds `limit` bytes only if a single array does."""
     paths: list[str] = []
     size = 0
     for path, value in flat.items():
@@ -234,7 +273,10 @@ def _shards(flat: Mapping[str, Any], dtype: str, limit: int) -> Iterator[list[st
 
 
 def find(folder: Path) -> Path | None:
-    """Where the model of a path lies: there, or beside it where replacing it was cut off; None without one."""
+    """Return the folder of the model at a path, or None.
+
+    If saving was interrupted while it replaced the model, this is the backup next to the path.
+    """
     candidates = [folder]
     if not folder.exists() and folder.name:
         candidates.append(replaced(folder))
@@ -246,41 +288,45 @@ def find(folder: Path) -> Path | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Object in a JSON file; `CheckpointError` where it is missing, unreadable, or anything else."""
+    """Read a JSON object; raise `CheckpointError` if the file is missing, unreadable or not an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} has no {path.name}: the folder is incomplete.") from None
+        raise CheckpointError(
+            f"{path.parent} has no {path.name}: the folder is incomplete, so copy or save it again."
+        ) from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): check its permissions.") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): the folder is damaged.") from error
+        raise CheckpointError(
+            f"{path} is not valid JSON ({error}): the file is damaged, so restore it from a copy."
+        ) from error
     check_type(
         f"the content of {path}",
         content,
         dict,
-        "an object",
+        "a JSON object",
         error=CheckpointError,
-        advice="fetch or save the folder again, which is damaged",
+        advice="the file is damaged, so restore it from a copy",
     )
     return content
 
 
 def is_foreign(folder: Path) -> bool:
-    """Whether the `config.json` of a folder is one of Hugging Face."""
+    """Return whether the `config.json` of a folder has the Hugging Face format."""
     config = read_json(folder / CONFIG)
     return "model_type" in config and "format_version" not in config
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read `config.json` of a model folder; `CheckpointError` where it is no description of a model."""
+    """Read `config.json` of a model folder; raise `CheckpointError` if it is damaged or does not describe a model."""
     path = folder / CONFIG
     config = read_json(path)
     version, family = config.get("format_version"), config.get("family")
     if version != FORMAT_VERSION or not isinstance(family, str) or family not in registry.MODELS:
         raise CheckpointError(
-            f"{path} describes format {version} of family {family!r}, but this version reads format "
-            f"{FORMAT_VERSION} of {', '.join(registry.MODELS)}: pip install --upgrade {DISTRIBUTION}."
+            f"{path} has format_version {version} and family {family!r}, but this release reads version "
+            f"{FORMAT_VERSION} of {', '.join(registry.MODELS)}: upgrade with pip install --upgrade {DISTRIBUTION}."
         )
     wanted: dict[str, type | tuple[type, ...]] = {
         "model": dict, "license": (str, type(None)), "step": (int, type(None)),
@@ -288,42 +334,42 @@ def read_config(folder: Path) -> dict[str, Any]:
     for name, kind in wanted.items():
         if not isinstance(config.get(name), kind):
             raise CheckpointError(
-                f"{path} has {name} = {config.get(name)!r}, which does not describe a model: the folder is "
-                "damaged."
+                f"{path} has an invalid value {name} = {config.get(name)!r}: the file is damaged, so restore it from a "
+                "copy."
             )
     if is_changed(config):
         raise CheckpointError(
-            f"{path} is damaged or was changed after the model was saved (its {SEAL} does not match): restore it, "
-            f"or delete its entry {SEAL!r} if you changed it on purpose."
+            f"{path} is damaged or was changed after the model was saved (its {SEAL} does not match): restore it from "
+            f"a copy, or delete the entry {SEAL!r} if you changed it on purpose."
         )
     return config
 
 
 def verify(folder: Path, config: Mapping[str, Any], shared: bool = False) -> None:
-    """Check that the files of a model folder are those that were saved, by the hashes in its configuration.
+    """Compare the files of a model folder with the hashes in its `config.json`.
 
     Parameters
     ----------
     folder, config
-        Model folder, and what `read_config` gave of it.
+        The model folder, and its configuration from `read_config`.
     shared
-        All processes load the model: each reads its share of the files.
+        Set this if all processes load the model: each process then checks only its share of the files.
 
     Raises
     ------
     CheckpointError
-        A file is missing, of other bytes, or was added.
+        A file is missing, was changed, or was added.
 
     Warns
     -----
     UserWarning
-        There are no hashes.
+        `config.json` has no hashes.
     """
     recorded = config.get(FILES)
     if recorded is None or SEAL not in config:
         warnings.warn(
-            f"{folder / CONFIG} has no hashes of {'itself' if recorded else 'the files'}, so that changes of "
-            f"{'it' if recorded else 'them'} are not noticed: save the model again (save_pretrained) to record them.",
+            f"{folder / CONFIG} has no hash of {'itself' if recorded else 'the other files'}, so changes cannot be "
+            "detected: save the model again with save_pretrained to record the hashes.",
             UserWarning,
             stacklevel=4,
         )
@@ -332,31 +378,40 @@ def verify(folder: Path, config: Mapping[str, Any], shared: bool = False) -> Non
     if not isinstance(recorded, dict) or not all(
         isinstance(name, str) and _OURS.fullmatch(name) for name in recorded
     ):
-        raise CheckpointError(f"{folder / CONFIG} has no hashes by file as {FILES!r}: the folder is damaged.")
-    there = {file.name for file in folder.iterdir() if _OURS.fullmatch(file.name)} - {CONFIG, CARD}
-    for name in sorted(set(recorded) - there):
-        raise CheckpointError(f"{folder} has no {name}: the folder is incomplete.")
-    for name in sorted(there - set(recorded)):
         raise CheckpointError(
-            f"{folder / name} is not among the files that {CONFIG} names: move it away, or delete the entries "
-            f"{FILES!r} and {SEAL!r} from {CONFIG} if you added it on purpose."
+            f"{folder / CONFIG} has an invalid entry {FILES!r}: the file is damaged, so restore it from a copy."
+        )
+    present = {file.name for file in folder.iterdir() if _OURS.fullmatch(file.name)} - {CONFIG, CARD}
+    for name in sorted(set(recorded) - present):
+        raise CheckpointError(f"{folder} has no {name}: the folder is incomplete, so copy or save it again.")
+    for name in sorted(present - set(recorded)):
+        raise CheckpointError(
+            f"{folder / name} is not listed in {CONFIG}: move it away, or delete the entries {FILES!r} and {SEAL!r} "
+            f"from {CONFIG} if you added it on purpose."
         )
     try:
         changed = first_changed(folder, recorded, shared)
     except OSError as error:
-        raise CheckpointError(f"{error.filename or folder} cannot be read ({error.strerror}).") from error
+        raise CheckpointError(
+            f"{error.filename or folder} cannot be read ({error.strerror}): check its permissions."
+        ) from error
     if changed is not None:
         raise CheckpointError(
-            f"{folder / changed} is damaged or was changed after the model was saved (its sha256 is not the one in "
-            f"{CONFIG}): fetch or save the model again, or delete the entries {FILES!r} and {SEAL!r} from {CONFIG} if "
-            "you changed it on purpose."
+            f"{folder / changed} is damaged or was changed after the model was saved (its sha256 differs from the one "
+            f"in {CONFIG}): copy or save the model again, or delete the entries {FILES!r} and {SEAL!r} from {CONFIG} "
+            "if you changed the file on purpose."
         )
 
 
 class FolderReader:
-    """Arrays of a folder, read one by one, each device's part alone where they are placed on a mesh.
+    """Read the arrays of a safetensors folder one at a time. On a mesh, each device reads only its own shard.
 
-    It is a model folder, unless the file of another one is named.
+    Parameters
+    ----------
+    folder
+        Folder with the weights.
+    file
+        Name of the weights file; the default is that of a model folder, which may be split into several files.
     """
 
     def __init__(self, folder: Path, file: str = WEIGHTS):
@@ -366,7 +421,9 @@ class FolderReader:
             names = read_json(folder / INDEX).get("weight_map")
             files: list[Any] = list(names.values()) if isinstance(names, dict) else [None]
             if not files or not all(isinstance(name, str) and _PARTS.fullmatch(name) for name in files):
-                raise CheckpointError(f"{folder / INDEX} does not name the files: the folder is damaged.")
+                raise CheckpointError(
+                    f"{folder / INDEX} has no valid weight_map: the file is damaged, so restore it from a copy."
+                )
             self._files = sorted(set(files))
         self._open: list[Any] = []
         self.shapes: dict[str, jax.ShapeDtypeStruct] = {}
@@ -382,20 +439,27 @@ class FolderReader:
                 self._open.append(file)
                 for key in file.keys():  # noqa: SIM118 (not a mapping)
                     if key in self._owner:
-                        raise CheckpointError(f"{self.folder} has {key} in two files: it is damaged.")
+                        raise CheckpointError(
+                            f"{self.folder} has {key} in two files: delete the file that does not belong to the model."
+                        )
                     part = file.get_slice(key)
                     kind = part.get_dtype()
                     if kind not in _FILE_DTYPES:
                         raise CheckpointError(
-                            f"{self.folder / name} holds {key} as {kind}: no model has that."
+                            f"{self.folder / name} has {key} with dtype {kind}, but the supported dtypes are "
+                            f"{', '.join(_FILE_DTYPES)}: convert the file first."
                         )
                     dtype = jnp.dtype(_FILE_DTYPES[kind])
                     self.shapes[key] = jax.ShapeDtypeStruct(tuple(part.get_shape()), dtype)
                     self._owner[key] = file
             except FileNotFoundError:
-                raise CheckpointError(f"{self.folder} has no {name}: the folder is incomplete.") from None
+                raise CheckpointError(
+                    f"{self.folder} has no {name}: the folder is incomplete, so copy or save it again."
+                ) from None
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{self.folder / name} is damaged ({error}).") from error
+                raise CheckpointError(
+                    f"{self.folder / name} is damaged ({error}): restore it from a copy."
+                ) from error
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -403,14 +467,24 @@ class FolderReader:
             file.__exit__(*error)
 
     def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Read a part of one array into memory; nothing else of the file is."""
+        """Read a slice of one array; the rest of the file is not read."""
         part = self._owner[name].get_slice(name)
         value = np.asarray(part[index] if index else part[...])
         check_finite_array(value, name, self.folder)
         return value
 
     def read(self, name: str, sharding: Any, dtype: str | None) -> jax.Array:
-        """Read one array onto its devices."""
+        """Read one array and place it on its devices.
+
+        Parameters
+        ----------
+        name
+            Path of the array.
+        sharding
+            Sharding over a mesh, or None for the default device.
+        dtype
+            dtype of the result if the array is floating-point, or None for the dtype in the file.
+        """
 
         def of(index: tuple[slice, ...] | None) -> np.ndarray:
             value = self.part(name, index or ())

@@ -1,4 +1,4 @@
-"""A model with its weights and genes: applied and saved."""
+"""The handle of a loaded model: its weights, genes and tokenizer, and how to apply and save it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from sct.weights import model_folder
 from sct.weights.model_folder import FORMAT_VERSION, SHARD_BYTES
 
 LOADED_DTYPES = ("float32", "bfloat16", "float16")
-# Options of the data that a model's inputs should share with its training, and the paper's values.
+# Data options that must be the same in training and inference, with the paper's values.
 DATA_OPTIONS: Mapping[str, Any] = {"cells_per_bag": CELLS_PER_BAG, "noise_fraction": NOISE_FRACTION}
 _DATA_TYPES: Mapping[str, Any] = {
     **dict.fromkeys(DATA_OPTIONS, (int, float)), "masking": Mapping, "logit_adjustment": bool,
@@ -41,27 +41,30 @@ _DATA_TYPES: Mapping[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A model with its weights and genes, ready to be applied; every family's handle has this shape.
+    """A model with its weights and genes, ready to use. All model families use this class.
 
     Attributes
     ----------
-    family, config
-        Name in `sct.models.registry`, and the architecture.
+    family
+        Name of the model family in `sct.models.registry`.
+    config
+        Architecture: the configuration dataclass of the family.
     variables
         Nested dict of arrays.
     genes
-        Vocabulary of the gene positions, or the genes whose names the model writes; None of a model of text alone.
+        Gene vocabulary: the genes at the model's input positions, or the genes whose names it can write. None for a
+        model that uses only text.
     card
         Text of the model card.
     license
-        Licence of the weights, as the card states it.
+        License of the weights, as stated in the model card.
     step
-        Training step of the weights, where a run made them.
+        Training step of the weights, or None if they do not come from a run.
     data
-        How inputs were made in training, as far as it is known: the entries of `DATA_OPTIONS` and how genes were
-        masked (`sct.data.class_prior`), or what a task of texts describes.
+        How the training inputs were made, as far as known. For cells: the entries of `DATA_OPTIONS`, and how genes were
+        masked (`sct.data.class_prior`). For text: the description of the training task.
     tokenizer
-        Of a model of text.
+        Tokenizer of a text model, otherwise None.
     """
 
     family: str
@@ -86,14 +89,14 @@ class Pretrained:
 
     @property
     def vocabulary(self) -> GeneVocabulary:
-        """Genes of the model; `ConfigError` where it has none."""
+        """Return the gene vocabulary; raise `ConfigError` if the model has none."""
         if self.genes is None:
-            raise ConfigError(f"{self!r} knows no genes: give a model that was made for cells.")
+            raise ConfigError(f"{self!r} has no gene vocabulary: use a model that was trained on cells.")
         return self.genes
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of the weights, 16 hexadecimal digits: which model it was."""
+        """Hash of the weights, which identifies the model: 16 hexadecimal digits."""
         digest = hashlib.sha256()
         for path, value in sorted(flatten(self.variables).items()):
             digest.update(path.encode())
@@ -103,39 +106,42 @@ class Pretrained:
     def apply(
         self, *, intermediates: Sequence[str] = (), outputs: Sequence[str] | None = None, **inputs: Any
     ) -> dict[str, jax.Array]:
-        """Run the model; compiled once per shape of the inputs.
+        """Run the model. It is compiled once for each combination of input shapes.
 
         Parameters
         ----------
-        outputs
-            Names of the results to compute, all by default; what only the others need is left out.
         intermediates
-            Names of activations to return beside the outputs.
+            Names of activations to return in addition to the outputs.
+        outputs
+            Names of the outputs to compute. Default: all. Computations that only other outputs need are skipped.
         inputs
-            Arrays by name, as the family's module takes them. For sCT: `tokens` integers (B, K, G) and
-            `coordinates` (B, K, 2) or None; the result has `logits` float32 (B, K, G, levels + 2) and
-            `cell_embedding` float32 (B, K, D), and, where asked for, `conv_out`, `transformer_out` and
-            `deconv_out`.
+            Input arrays by name; the names depend on the family. For sCT: `tokens`, integers (B, K, G), and
+            `coordinates`, (B, K, 2) or None.
+
+        Returns
+        -------
+        Arrays by name. For sCT: `logits` float32 (B, K, G, levels + 2) and `cell_embedding` float32 (B, K, D). Its
+        intermediates are `conv_out`, `transformer_out` and `deconv_out`.
 
         Raises
         ------
         CheckpointError
-            An output or intermediate that the family does not have.
+            The family does not have this output or intermediate.
         DataError
-            An input that the family does not take, or whose shape or values are not those of this model.
+            The family does not have this input, an input is missing, or its shape or values do not fit the model.
         ConfigError
-            The model computes in float16, which CPUs do not.
+            The model computes in float16 and the device is a CPU, which does not support it.
         """
         registry.check_device(self.config)
         module = registry.family(self.family).module
         unknown = sorted(set(intermediates) - set(module.intermediates))
         for name in unknown:
             check_choice("the intermediate", name, module.intermediates, error=CheckpointError)
-        there = module.outputs_of(self.config) if hasattr(module, "outputs_of") else module.outputs
-        chosen = there if outputs is None else tuple(outputs)
-        unknown = sorted(set(chosen) - set(there))
+        available = module.outputs_of(self.config) if hasattr(module, "outputs_of") else module.outputs
+        chosen = available if outputs is None else tuple(outputs)
+        unknown = sorted(set(chosen) - set(available))
         for name in unknown:
-            check_choice("the output", name, there, error=CheckpointError)
+            check_choice("the output", name, available, error=CheckpointError)
         wanted = (*chosen, *sorted(set(intermediates)))
         given = {
             name: value if hasattr(value, "shape") else np.asarray(value)
@@ -149,25 +155,27 @@ class Pretrained:
     def save_pretrained(
         self, folder: str | os.PathLike[str], *, dtype: str = "float32", shard_bytes: int = SHARD_BYTES
     ) -> None:
-        """Write a model folder; an existing model folder is replaced.
+        """Save the model to a model folder, replacing an existing one.
 
-        What is written takes its place at once when it is complete. An existing model is renamed to
-        `.NAME.old` just before that and then deleted; where the process dies in between, `load` reads it
-        there and the next save puts it back first.
+        The write is atomic. The new folder is completed under a temporary name. Then an existing model is renamed to
+        `.NAME.old`, the new folder gets its final name, and the old model is deleted. If the process dies in between,
+        `load` reads the old model, and the next save restores it first.
 
         Parameters
         ----------
         folder
-            Where to write. A folder that holds anything else than the files of a model is refused.
+            Output folder. It must be new, empty, or a model folder without other files.
         dtype
-            "float32" or "bfloat16": widest type of the floating-point arrays in the file; narrower ones stay.
+            Widest floating-point dtype in the file: "float32" or "bfloat16". Arrays with a narrower dtype keep it.
         shard_bytes
-            Size above which the weights are split over several files, as Hugging Face does.
+            Maximal size of a weights file in bytes. Larger weights are split into several files, as in Hugging Face
+            folders.
 
         Raises
         ------
         CheckpointError
-            The folder holds other files, or cannot be written; nothing is left of the attempt then.
+            The folder holds other files or cannot be written, or a weight is NaN or infinite. No partial output
+            remains.
         """
         config = {
             "format_version": FORMAT_VERSION,
@@ -188,7 +196,7 @@ class Pretrained:
 
 
 def _check_inputs(module: Any, config: Any, inputs: Mapping[str, Any]) -> None:
-    """Raise `DataError` unless a family's module takes these inputs."""
+    """Raise `DataError` if an input is unknown, missing, or does not fit the model."""
     takes = inspect.signature(module.__call__).parameters
     names = [name for name in takes if name != "self"]
     unknown = sorted(set(inputs) - set(names))
@@ -196,7 +204,9 @@ def _check_inputs(module: Any, config: Any, inputs: Mapping[str, Any]) -> None:
         check_choice("the input", name, names, error=DataError)
     missing = [n for n in names if takes[n].default is inspect.Parameter.empty and n not in inputs]
     if missing:
-        raise DataError(f"the input {missing[0]!r} is missing: the model takes {', '.join(names)}.")
+        raise DataError(
+            f"the input {missing[0]!r} is missing: pass it by name (the inputs are {', '.join(names)})."
+        )
     if hasattr(module, "check_inputs"):
         module.check_inputs(config, inputs)
 
@@ -213,7 +223,7 @@ def _compiled(family: str, config: Any, wanted: tuple[str, ...]) -> Callable[...
 
 
 def default_card(model: Pretrained, text: str = "") -> str:
-    """Model card: what it is, how to load it, its licence, and `text` about how it was made."""
+    """Return a model card: size, how to load the model, license, and `text` about the origin of the weights."""
     knows = []
     if model.genes is not None:
         knows.append(f"{len(model.genes):,} genes ({model.genes.name}, hash `{model.genes.hash[:16]}`)")
@@ -226,74 +236,87 @@ def default_card(model: Pretrained, text: str = "") -> str:
             f"{', '.join([*knows, f'{model.size:,} parameters'])}, written by sct {__version__}.", "",
             f"To load it, `pip install {DISTRIBUTION}`{f' ({REPOSITORY})' if REPOSITORY else ''}, then", "",
             "```python", "import sct", 'model = sct.load("THIS_FOLDER")', "```", "",
-            text, "", "## Licence", "", model.license, "",
+            text, "", "## License", "", model.license, "",
         ]
     )  # fmt: skip
 
 
 def data_options(values: Any) -> dict[str, Any]:
-    """Entries of `DATA_OPTIONS`, and the record of masking, in the data section of a configuration.
+    """Select the entries of `DATA_OPTIONS` and the masking options from the data section of a configuration.
 
-    Entries of another type than theirs are left out.
+    Entries with a wrong type are left out.
     """
     given = values if isinstance(values, Mapping) else {}
     return {name: given[name] for name, kind in _DATA_TYPES.items() if isinstance(given.get(name), kind)}
 
 
 def data_record(values: Any) -> dict[str, Any]:
-    """What a model folder says of its data, without entries of `data_options` that are of another type than theirs."""
+    """Return the data section of a model folder without the entries of `data_options` that have a wrong type."""
     given = values if isinstance(values, Mapping) else {}
     return {name: value for name, value in given.items() if isinstance(value, _DATA_TYPES.get(name, object))}
 
 
 def fitting_rules(mesh: Mesh | None, rules: axes.AxisRules | None) -> axes.AxisRules:
-    """Rules for a mesh: those given, which must fit it, or the default ones without the axes it lacks."""
-    there = set(mesh.axis_names) if mesh is not None else set()
+    """Return the sharding rules for a mesh.
+
+    Given rules are checked against the axes of the mesh. Without rules, the default rules are used, without the axes
+    that the mesh lacks.
+
+    Raises
+    ------
+    ConfigError
+        A given rule names an axis that the mesh does not have.
+    """
+    available = set(mesh.axis_names) if mesh is not None else set()
     if rules is None:
-        return {name: tuple(a for a in wanted if a in there) for name, wanted in axes.RULES.items()}
-    strange = sorted({axis for wanted in rules.values() for axis in wanted} - there)
-    if mesh is not None and strange:
+        return {name: tuple(a for a in wanted if a in available) for name, wanted in axes.RULES.items()}
+    unknown = sorted({axis for wanted in rules.values() for axis in wanted} - available)
+    if mesh is not None and unknown:
         raise ConfigError(
-            f"the rules name the mesh axis {strange[0]!r}, but the mesh has {', '.join(mesh.axis_names)}."
+            f"the rules use the mesh axis {unknown[0]!r}, but the mesh has {', '.join(mesh.axis_names)}: rename the "
+            "axis in the rules or in the mesh."
         )
     return rules
 
 
 def spans_processes(mesh: Mesh | None) -> bool:
-    """Whether a mesh has devices of all processes, of which there are several."""
+    """Return whether there are several processes and the mesh has devices of all of them."""
     owners = {device.process_index for device in mesh.devices.flat} if mesh is not None else set()
     return jax.process_count() > 1 and len(owners) == jax.process_count()
 
 
 def boxed_shapes(family: str, config: Any) -> Any:
-    """Variables of a family as shapes with logical axis names; nothing is allocated."""
+    """Return the variables of a model as shapes with logical axis names, without allocating them."""
     module = registry.family(family).module
     return jax.eval_shape(lambda key: module(config).init(key, **module.example(config)), jax.random.key(0))
 
 
 def expected_shapes(family: str, config: Any) -> dict[str, Any]:
-    """Shapes of a family's variables by path."""
+    """Return the shapes of a model's variables by path."""
     return flatten(nn.unbox(boxed_shapes(family, config)))
 
 
 def match(
     loaded: Mapping[str, Any], expected: Mapping[str, Any], source: str, new: Sequence[str] = ()
 ) -> None:
-    """Check that loaded arrays are those that a model has, by path, shape and kind of number.
+    """Check that loaded arrays fit a model by path, shape and dtype.
+
+    All floating-point dtypes that a model may be stored in count as equal.
 
     Parameters
     ----------
     loaded, expected
         Arrays or shapes by path.
     source
-        Where they come from, for the message.
+        Name of the file or folder for the error message.
     new
-        Regular expressions of paths that may be absent and keep their initial value.
+        Regular expressions of paths that may be missing; those parameters keep their initial value.
 
     Raises
     ------
     CheckpointError
-        With a list of the differences: "-" missing, "+" not in the model, "~" another shape or type.
+        The arrays differ. The message lists the differences: "-" missing, "+" not in the model, "~" another shape or
+        dtype.
     """
     differences = [
         f"- {path} {tuple(expected[path].shape)}"
@@ -311,11 +334,11 @@ def match(
         shown = "\n  ".join(differences[:40]) + ("\n  ..." if len(differences) > 40 else "")
         raise CheckpointError(
             f"{source} does not fit the model, {len(differences)} parameters differ (- missing, + not in the "
-            f"model, ~ another shape or type):\n  {shown}"
+            f"model, ~ another shape or dtype): use the weights of this architecture.\n  {shown}"
         )
 
 
 def _kind(value: Any) -> str:
-    """Type of an array, the same for all floating-point types that a model may be stored in."""
+    """Return the dtype of an array, or "floating" for the floating-point dtypes that a model may be stored in."""
     name = str(jnp.dtype(value.dtype))
     return "floating" if name in LOADED_DTYPES else name

@@ -1,4 +1,4 @@
-"""Models straight from a run folder whose training has not ended: the best checkpoint, or the last one."""
+"""Load a model from the checkpoints of a run folder, and verify the files of the run."""
 
 from __future__ import annotations
 
@@ -24,26 +24,28 @@ from sct.nn import axes
 from sct.nn.paths import flatten, unflatten
 from sct.weights import model_folder, pretrained
 
-# Tokenizer of a run on texts; section of the run's config.json with the whole architecture.
+# TOKENIZER: sub-folder of a run on text. MODEL: section of the run's config.json with the complete architecture.
 TOKENIZER, MODEL = "tokenizer", "resolved_model"
-# Files of a run that hold its options and what describes its data; hashes of other files, in the latter.
+# Files of a run: its options, the description of its data, and its genes. HASHES: key in data.json for file hashes.
 CONFIG, DATA, GENES, HASHES = "config.json", "data.json", "genes.tsv", "hashes"
-# File of a checkpoint with the hashes of its items' files, and what is said where there are none.
+# RECORD: file in a checkpoint with the hashes of its other files. FILES: key in that file.
 RECORD, FILES = "sha256.json", "files"
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints of a run folder, ascending."""
+    """Return the steps of the complete checkpoints in a run folder, ascending."""
     return sorted(int(p.name) for p in (folder / "checkpoints").glob("[0-9]*") if p.name.isdigit())
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run with a checkpoint."""
+    """Return whether a folder is a run folder with at least one checkpoint."""
     return (folder / "config.json").is_file() and bool(steps(folder))
 
 
 def best_step(folder: Path) -> int:
-    """Step of the best checkpoint as the newest one tells it, that of the newest where nothing was validated.
+    """Return the step of the best checkpoint of a run. The newest checkpoint records it.
+
+    If the run has not been validated yet, the step of the newest checkpoint is returned.
 
     Raises
     ------
@@ -57,13 +59,14 @@ def best_step(folder: Path) -> int:
     best = progress.get("best_step")
     if not isinstance(best, (int, type(None))):
         raise CheckpointError(
-            f"{path} has best_step = {best!r}: the checkpoint is damaged, delete its folder."
+            f"{path} has best_step = {best!r}, but a step must be a whole number: the checkpoint is damaged, so delete "
+            f"its folder {path.parent.parent}."
         )
     return last if best is None else best
 
 
 def is_current(folder: Path, exported: Path) -> bool:
-    """Whether the exported model of a run is that of its best step, and not one from before it went on."""
+    """Return whether the exported model of a run is from its best step. It is outdated if the run was continued."""
     return model_folder.read_config(exported).get("step") == best_step(folder)
 
 
@@ -73,61 +76,63 @@ def read(path: Path) -> dict[str, Any]:
     Raises
     ------
     CheckpointError
-        It is missing, damaged, or was changed after it was written.
+        The file is missing, damaged, or was changed after it was written.
     """
     content = model_folder.read_json(path)
     if is_changed(content):
         raise CheckpointError(
-            f"{path} is damaged or was changed after the run wrote it (its {SEAL} does not match): restore it, or "
-            f"delete its entry {SEAL!r} if you changed it on purpose."
+            f"{path} is damaged or was changed after the run wrote it (its {SEAL} does not match): restore it from a "
+            f"copy, or delete the entry {SEAL!r} if you changed it on purpose."
         )
     return content
 
 
 def hashed_files(folder: Path) -> dict[str, str]:
-    """Hashes of the files of a run folder that decide what its inputs mean: the genes and the tokenizer."""
+    """Return the hashes of the genes and the tokenizer of a run folder, which define the meaning of its inputs."""
     tokenizer = folder / TOKENIZER
     names = [f"{TOKENIZER}/{name}" for name in files_below(tokenizer)] if tokenizer.is_dir() else []
     return hash_files(folder, [GENES, *names])
 
 
 def verify_files(folder: Path, described: Mapping[str, Any]) -> None:
-    """Check that genes and tokenizer of a run folder are those that it began with.
+    """Check that the genes and the tokenizer of a run folder have not changed since the run started.
 
     Parameters
     ----------
-    folder, described
-        Run folder, and its `data.json`.
+    folder
+        Run folder.
+    described
+        Content of its `data.json`.
 
     Raises
     ------
     CheckpointError
-        A file is missing or of other bytes.
+        A file is missing or was changed.
 
     Warns
     -----
     UserWarning
-        There are no hashes.
+        `data.json` has no hashes.
     """
     recorded = described.get(HASHES)
     if recorded is None:
         _note(folder / DATA, "genes")
         return
-    _check(folder, recorded, folder / DATA, "restore it, or choose another run folder")
+    _check(folder, recorded, folder / DATA, "restore it from a copy, or choose another run folder")
 
 
 def check_genes(vocabulary: GeneVocabulary, described: Mapping[str, Any], folder: Path) -> None:
-    """Raise `CheckpointError` where the genes of a run folder are not those that its `data.json` names."""
+    """Raise `CheckpointError` if the genes of a run folder differ from the hash in its `data.json`."""
     named = described.get("vocabulary_hash")
     if named != vocabulary.hash:
         raise CheckpointError(
-            f"{folder / GENES} has the hash {vocabulary.hash[:16]}, but {DATA} names {str(named)[:16]}: restore the "
-            "file, which the store that the run was trained on has too."
+            f"{folder / GENES} has hash {vocabulary.hash[:16]}, but {DATA} expects {str(named)[:16]}: copy {GENES} "
+            "from the store that the run was trained on."
         )
 
 
 def record_checkpoint(folder: Path) -> None:
-    """Write the hashes of a checkpoint's items into its folder, before that gets the name of a complete one."""
+    """Write the hashes of the files of a checkpoint. Call it before the folder is renamed to mark it as complete."""
     names = [name for name in files_below(folder) if "/" in name]
     write_json(folder / RECORD, sealed({FILES: hash_files(folder, names)}))
 
@@ -135,28 +140,28 @@ def record_checkpoint(folder: Path) -> None:
 def verify_checkpoint(
     folder: Path, only: Collection[str] = (), shared: bool = False, instead: str = "to do without it"
 ) -> None:
-    """Check that the files of a checkpoint are those that were written.
+    """Check that the files of a checkpoint have not changed since they were written.
 
     Parameters
     ----------
     folder
-        Folder of one step.
+        Checkpoint folder of one step.
     only
-        Items to check, all by default.
+        Items (sub-folders) to check. Default: all.
     shared
-        All processes load it: each reads its share of the files.
+        Set this if all processes load the checkpoint: each process then checks only its share of the files.
     instead
-        What deleting the checkpoint is good for, for the message.
+        What happens after the user deletes the checkpoint, for the error message.
 
     Raises
     ------
     CheckpointError
-        A file is missing or of other bytes.
+        A file is missing or was changed.
 
     Warns
     -----
     UserWarning
-        There are no hashes, and all items were to be checked.
+        The checkpoint has no hashes and `only` is empty.
     """
     if not (folder / RECORD).is_file():
         if not only:
@@ -177,24 +182,27 @@ def _check(
     try:
         changed = first_changed(folder, recorded, shared)
     except OSError as error:
-        raise CheckpointError(f"{error.filename or folder} cannot be read ({error.strerror}).") from error
+        raise CheckpointError(
+            f"{error.filename or folder} cannot be read ({error.strerror}): check its permissions."
+        ) from error
     if changed is not None:
         what = "is damaged or was changed" if (folder / changed).exists() else "is missing"
         raise CheckpointError(
-            f"{folder / changed} {what} after it was written (by its sha256 in {named_in.name}): {advice}."
+            f"{folder / changed} {what} after it was written (see its sha256 in {named_in.name}): {advice}."
         )
 
 
 def _note(path: Path, what: str) -> None:
     warnings.warn(
-        f"{path} has no hashes of the {what}, so that changes of them are not noticed: it is of an earlier version.",
+        f"{path} was written by an earlier release and has no hashes of the {what}, so changes cannot be detected: "
+        "check yourself that nothing was changed.",
         UserWarning,
         stacklevel=4,
     )
 
 
 def check_finite_arrays(arrays: Mapping[str, jax.Array], path: Path) -> None:
-    """Raise `CheckpointError` where weights of a checkpoint are NaN or infinite; each process looks at its own."""
+    """Raise `CheckpointError` if a weight of a checkpoint is NaN or infinite. Each process checks its own shards."""
     for name, value in arrays.items():
         for part in value.addressable_shards:
             if part.replica_id == 0:
@@ -202,36 +210,48 @@ def check_finite_arrays(arrays: Mapping[str, jax.Array], path: Path) -> None:
 
 
 def with_masking(data: Any, config: Mapping[str, Any]) -> Any:
-    """Data section of a model, with the masking of its run's configuration where it has no record of its own."""
+    """Return the data section of a model.
+
+    If it lacks the masking options, they are copied from the run's configuration.
+    """
     objective = config.get("objective")
     recorded = objective.get("masking") if isinstance(objective, Mapping) else None
     if not isinstance(data, Mapping) or "masking" in data or not isinstance(recorded, Mapping):
         return data
-    # A run that knew of logit adjustment has a record.
+    # Releases with logit adjustment always record the masking, so this run did not use it.
     return {**data, "masking": dict(recorded), "logit_adjustment": False}
 
 
 def load(
     folder: Path, *, mesh: Any, rules: axes.AxisRules, dtype: str | None, genes: GeneVocabulary | None
 ) -> pretrained.Pretrained:
-    """Load the best checkpoint of a run folder as `sct.load` does a model folder.
+    """Load the best checkpoint of a run folder; see `sct.load` for the parameters.
 
-    Only the variables are read, not the optimiser's state, each device's part alone.
+    Only the variables are read, not the optimizer state. Each device reads only its own shard.
+
+    Raises
+    ------
+    CheckpointError
+        A file of the run is damaged or was changed, or the best checkpoint was deleted.
+    StoreError
+        `genes` differs from the vocabulary of the run.
     """
     config, described = read(folder / CONFIG), read(folder / DATA)
     family, options = config.get("family"), config.get(MODEL, config.get("model", {}))
     if not isinstance(family, str) or not isinstance(options, dict):
-        raise CheckpointError(f"{folder / 'config.json'} names no family and model: the run is damaged.")
+        raise CheckpointError(
+            f"{folder / 'config.json'} has no family and model: the file is damaged, so restore it from a copy."
+        )
     verify_files(folder, described)
     vocabulary = GeneVocabulary.load(folder / GENES)
     check_genes(vocabulary, described, folder)
     if genes is not None:
         vocabulary.check_same(genes, what=f"the run {folder}", other_what="the data")
-    step, there = best_step(folder), steps(folder)
-    if step not in there:
+    step, available = best_step(folder), steps(folder)
+    if step not in available:
         raise CheckpointError(
-            f"the best step of {folder} is {step}, but of its checkpoints only {', '.join(map(str, there))} "
-            "are left: train on with the same configuration until a better one comes, or give another folder."
+            f"the best step of {folder} is {step}, but only the checkpoints {', '.join(map(str, available))} are left: "
+            "continue the training until it finds a better checkpoint, or give another folder."
         )
     model = registry.model_config(family, options, len(vocabulary))
     verify_checkpoint(folder / "checkpoints" / str(step), shared=pretrained.spans_processes(mesh))
@@ -251,7 +271,10 @@ def load(
 
 
 def _restore(path: Path, boxed: Any, mesh: Any, rules: axes.AxisRules, dtype: str | None) -> dict[str, Any]:
-    """Read the variables of a checkpoint, and nothing else of it; `boxed` are those of the model without adapters."""
+    """Read only the variables of a checkpoint.
+
+    `boxed` has the shapes and logical axes of the model without adapters.
+    """
     import orbax.checkpoint as ocp
 
     handler = ocp.PyTreeCheckpointHandler()
@@ -265,10 +288,10 @@ def _restore(path: Path, boxed: Any, mesh: Any, rules: axes.AxisRules, dtype: st
         saved = handler.metadata(path)
         saved = getattr(saved, "tree", saved)
         groups = {group: saved.get(group) or {} for group in ("trained", "frozen")}
-        there = {**groups["trained"], **groups["frozen"]}
-        boxed = lora.beside(boxed, there)
+        stored = {**groups["trained"], **groups["frozen"]}
+        boxed = lora.beside(boxed, stored)
         expected = flatten(nn.unbox(boxed))
-        pretrained.match(there, expected, str(path))
+        pretrained.match(stored, expected, str(path))
         where = flatten(axes.shardings(boxed, mesh, rules)) if mesh is not None else {}
         wanted = {group: leaves for group, leaves in groups.items() if leaves}
         restored = handler.restore(
@@ -289,10 +312,10 @@ def _restore(path: Path, boxed: Any, mesh: Any, rules: axes.AxisRules, dtype: st
         )
     except CheckpointError:
         raise
-    except Exception as error:  # whatever the storage raises for a damaged file
+    except Exception as error:  # for damaged files, orbax raises errors of many types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(
-            f"the checkpoint {path.parent} cannot be read ({reason}): it is damaged, give another folder."
+            f"the checkpoint {path.parent} cannot be read ({reason}): it is damaged, so give another folder."
         ) from error
     finally:
         handler.close()

@@ -1,4 +1,4 @@
-"""More tokens for a text decoder."""
+"""Add tokens to the embedding table and the head of a text decoder."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from sct.models.decoder_config import DecoderConfig
 from sct.nn.paths import flatten, unflatten
 from sct.weights.pretrained import Pretrained
 
-# Tables with a row, and heads with a column, for each token.
+# The embedding table has one row per token, the head one column per token.
 _ROWS, _COLUMNS = "params/token/embedding", "params/head/kernel"
 
 
 def resized(model: Pretrained, vocab_size: int) -> Pretrained:
-    """Model with at least so many tokens; what it computes of the old ones stays.
+    """Return a text decoder with at least `vocab_size` tokens.
 
-    New tokens begin as the mean of the old ones, so that they are neither likely nor unlikely (Hewitt 2021,
-    "Initializing new word embeddings for pretrained language models").
+    The logits of the existing tokens do not change. A new token starts with the mean embedding of the existing tokens,
+    so its initial probability is about average (Hewitt 2021, "Initializing new word embeddings for pretrained language
+    models"). Other models, and decoders that already have enough tokens, are returned unchanged.
     """
     config = model.config
     if not isinstance(config, DecoderConfig) or config.vocab_size >= vocab_size:

@@ -324,7 +324,7 @@ def renamed(params):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (put("linear_0", "w", np.zeros((32, 64), np.float32)), r"two for one: .*/linear w, .*/linear_0 w"),
+        (put("linear_0", "w", np.zeros((32, 64), np.float32)), r"duplicate: .*/linear w, .*/linear_0 w"),
         (renamed, "another, long_range_nt"),
         (put("linear", "w", lambda w: w + np.float32("nan")), r"linear w .*finite"),
         (put("stem/conv1_d", "b", lambda b: b[:, 0]), r"stem/conv1_d b \(32,\)"),
@@ -452,7 +452,7 @@ def test_the_command(folder, tmp_path):
     assert "CC BY-NC-SA 4.0" in done.stdout
     card = (output / "README.md").read_text()
     assert "license: cc-by-nc-sa-4.0" in card
-    assert "positions are numbered" in card
+    assert "gene order is unknown" in card
     loaded = sct.load(output)
     assert loaded.license == "cc-by-nc-sa-4.0"
     arrays = np.load(folder / "io.npz")

@@ -462,11 +462,11 @@ def test_weights_that_are_not_finite(model, tmp_path):
         flat = {path: leaf.astype(dtype) for path, leaf in flat.items()}
         flat[name] = flat[name].at[3].set(value)
         bad = dataclasses.replace(model, variables=unflatten(flat))
-        with pytest.raises(CheckpointError, match=f"{name} holds numbers that are not finite"):
+        with pytest.raises(CheckpointError, match=f"{name} has NaN or infinite values"):
             bad.save_pretrained(tmp_path / "bad", dtype=dtype)
         assert not (tmp_path / "bad").exists()
         save_file(flat, unsealed(folder) / "model.safetensors")
-        with pytest.raises(CheckpointError, match=f"in {name} that are not finite") as error:
+        with pytest.raises(CheckpointError, match=f"NaN or infinite values in {name}") as error:
             sct.load(folder, mesh=where)
         assert "\n" not in str(error.value)
 
@@ -785,7 +785,7 @@ def test_an_export_from_before_the_run_went_on_is_not_taken(model, a_run):
         early = sct.load(a_run)
         assert early.step == step
         assert f"step {step}" in early.card
-        assert "## Licence" in early.card
+        assert "## License" in early.card
         # An export of that step is preferred; here it is recognised by its values.
         marked = jax.tree.map(lambda x: x + 1, early.variables)
         dataclasses.replace(early, variables=marked).save_pretrained(a_run / "model")

@@ -1,1 +1,1 @@
-"""Folders of Hugging Face: architectures, arrays and where each parameter lies."""
+"""Hugging Face folders: configurations, weights and parameter names."""

@@ -1,8 +1,8 @@
-"""Architectures between `config.json` of Hugging Face and the configurations of this project.
+"""Convert architectures between `config.json` of Hugging Face and the configurations of this project.
 
-Every option that changes what a model computes is either taken over or refused. Both spellings of rotary options
-are read (`rope_theta` and `rope_scaling`; `rope_parameters` since `transformers` 5), the older one is written, which
-all releases read.
+An option that changes the output of the model is either converted or refused. Rotary options are read in both
+spellings: `rope_theta` with `rope_scaling`, and `rope_parameters` (since `transformers` 5). They are written in the
+older spelling, which all releases of `transformers` read.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from sct.models.decoder_config import GPT2Config, LlamaConfig, NeoXConfig
 
 # model_type -> family
 FAMILIES = {"gpt2": "gpt2", "gpt_neox": "neox", "llama": "llama", "bert": "bert"}
-# Options that have nothing to do with what is computed.
+# Options that do not change the output at inference.
 _FREE = ("dropout", "init", "remat", "dtype")
-# Name of an activation there -> here; several spell the same function.
+# Hugging Face's name of an activation -> ours. Several names mean the same function.
 _GELU = {
     "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
     "gelu_accurate": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_python_tanh": "gelu_tanh",
@@ -34,7 +34,7 @@ _MISSING: Any = object()
 
 
 class _Options:
-    """Values of a `config.json`, asked for by name and type."""
+    """The options of a `config.json`, looked up by name and type."""
 
     def __init__(self, values: Mapping[str, Any], source: str):
         self.values, self.source = values, source
@@ -49,26 +49,30 @@ class _Options:
         if value is None:
             if default is _MISSING:
                 raise CheckpointError(
-                    f"{self.source} lacks {name!r}, which decides about the model: complete it."
+                    f"{self.source} has no option {name!r}, which the architecture requires: add it."
                 )
             return default
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            self.refuse(name, value, f"a value of type {kind.__name__} is needed")
+            self.refuse(name, value, f"it must be of type {kind.__name__}: correct it")
         return value
 
     def only(self, name: str, default: Any, expected: Any = _MISSING) -> None:
-        """Refuse an option unless it has the one value that is computed here."""
+        """Refuse an option unless it has the only supported value."""
         expected = default if expected is _MISSING else expected
         value = self.values.get(name, default)
         if (default if value is None else value) != expected:
-            self.refuse(name, value, f"only {expected!r} is computed here: convert the model elsewhere first")
+            self.refuse(name, value, f"only {expected!r} is supported: use a model with this setting")
 
     def choice(self, name: str, default: str, known: Mapping[str, str]) -> str:
+        """Look up an activation function in a table; refuse unknown ones."""
         value = self.values.get(name) or default
         if value not in known:
-            self.refuse(name, value, f"of activations {', '.join(sorted(known))} are computed here")
+            supported = ", ".join(sorted(known))
+            self.refuse(
+                name, value, f"the supported activations are {supported}: use a model with one of them"
+            )
         return known[value]
 
 
@@ -118,7 +122,11 @@ def _llama(get: _Options) -> LlamaConfig:
     get.choice("hidden_act", "silu", _SILU)
     rope = _rope(get, "rope_theta", "partial_rotary_factor", 1.0)
     if rope["rotary_fraction"] != 1.0:
-        get.refuse("partial_rotary_factor", rope["rotary_fraction"], "LLaMA turns all features of a head")
+        get.refuse(
+            "partial_rotary_factor",
+            rope["rotary_fraction"],
+            "only 1.0 is supported for LLaMA, which rotates all features of a head: use a model with this setting",
+        )
     return LlamaConfig(
         vocab_size=get("vocab_size", int),
         embed_dim=width,
@@ -138,17 +146,29 @@ def _llama(get: _Options) -> LlamaConfig:
 
 
 def _rope(get: _Options, theta: str, fraction: str, part: float) -> dict[str, Any]:
-    """Rotary options, where the older spelling of base and fraction is given by name."""
+    """Read the rotary options.
+
+    Parameters
+    ----------
+    theta, fraction
+        Names of the base and of the rotated fraction of a head in the older spelling.
+    part
+        Default of the rotated fraction.
+    """
     values = get.values.get("rope_scaling") or get.values.get("rope_parameters") or {}
     if not isinstance(values, Mapping):
-        get.refuse("rope_parameters", values, "an object is needed")
+        get.refuse("rope_parameters", values, "it must be a JSON object: correct it")
     rope = _Options(values, f"{get.source}, rope_parameters,")
     kind = rope("rope_type", str, "default", also="type")
     if kind not in ("default", "linear", "llama3"):
-        rope.refuse("rope_type", kind, "only default, linear and llama3 are computed here")
-    strange = sorted(set(values) - _ROPE)
-    if strange:
-        rope.refuse(strange[0], values[strange[0]], "that option of rotary embedding is not computed here")
+        rope.refuse(
+            "rope_type", kind, "only default, linear and llama3 are supported: use a model with one of them"
+        )
+    unknown = sorted(set(values) - _ROPE)
+    if unknown:
+        rope.refuse(
+            unknown[0], values[unknown[0]], "this rotary option is not supported: use a model without it"
+        )
     made = {
         "rotary_base": rope("rope_theta", float, get(theta, float, get("rope_theta", float, 10_000.0))),
         "rotary_fraction": rope("partial_rotary_factor", float, get(fraction, float, part)),
@@ -189,48 +209,56 @@ _READ: dict[str, Callable[[_Options], Any]] = {
 
 
 def read(foreign: Mapping[str, Any], source: str) -> tuple[str, Any]:
-    """Family and configuration that a `config.json` describes.
+    """Return the family and the configuration that a `config.json` describes.
 
-    For BERT, which heads there are is not in it but seen from the weights: the configuration has both.
+    BERT's `config.json` does not state which heads the model has. The returned configuration has both heads; adjust it
+    after looking at the weights.
 
     Raises
     ------
     CheckpointError
-        Another type of model, or an option that is missing, of the wrong type, or not computed here.
+        The model type is not supported, or an option is missing, of the wrong type, or not supported.
     """
     kind = foreign.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise CheckpointError(
-            f"{source} has model_type = {kind!r}, but of Hugging Face's models {', '.join(FAMILIES)} are read: "
-            "give one of those."
+            f"{source} has model_type = {kind!r}, but the supported Hugging Face models are {', '.join(FAMILIES)}: use "
+            "one of these."
         )
     get = _Options(foreign, source)
     for name in ("quantization_config", "auto_map", "pruned_heads"):
         if foreign.get(name):
-            get.refuse(name, foreign[name], "only plain weights of the published architecture are read")
+            get.refuse(
+                name,
+                foreign[name],
+                "only unmodified architectures are supported: use a model without this option",
+            )
     try:
         return FAMILIES[kind], _READ[FAMILIES[kind]](get)
     except ConfigError as error:
-        raise CheckpointError(f"{source} does not describe a model: {error}") from None
+        raise CheckpointError(f"{source} has options that do not fit together: {error}") from None
 
 
 def write(family: str, config: Any, dtype: str) -> dict[str, Any]:
-    """Content of a `config.json` for a model.
+    """Return the content of a Hugging Face `config.json` for a model.
 
     Raises
     ------
     ConfigError
-        The family has no such format, or the format no such architecture; the option is named.
+        The family has no Hugging Face format, or the format does not support an option, which the message names.
     """
     if family not in _WRITE:
         raise ConfigError(
-            f"there is no Hugging Face format of the family {family!r}: choose from {', '.join(_WRITE)}."
+            f"the family {family!r} has no Hugging Face format: use a model of the families {', '.join(_WRITE)}, or "
+            "save a model folder with save_pretrained."
         )
     made = {**_WRITE[family](config), "tie_word_embeddings": config.tied, "torch_dtype": dtype}
     try:
         back = read(made, "the configuration")[1]
     except CheckpointError as error:
-        raise ConfigError(f"Hugging Face's format of {family} has no such model: {error}") from None
+        raise ConfigError(
+            f"the Hugging Face format of {family} does not support this model: {error}"
+        ) from None
     if family == "bert":
         back = dataclasses.replace(back, pooler=config.pooler, mlm_head=config.mlm_head)
     back = dataclasses.replace(
@@ -240,14 +268,14 @@ def write(family: str, config: Any, dtype: str) -> dict[str, Any]:
         ours, theirs = getattr(config, field.name), getattr(back, field.name)
         if ours != theirs and not _same(config, back, field.name):
             raise ConfigError(
-                f"{field.name} is {ours!r}, but Hugging Face's {made['model_type']} computes with {theirs!r}: save "
-                "the model as a model folder instead."
+                f"{field.name} is {ours!r}, but the Hugging Face format of {made['model_type']} supports only "
+                f"{theirs!r}: save a model folder with save_pretrained instead."
             )
     return made
 
 
 def _same(config: Any, back: Any, name: str) -> bool:
-    """Whether two configurations that spell an option differently compute the same."""
+    """Return whether two different values of an option describe the same computation."""
     if name in ("num_kv_heads", "head_dim"):
         return bool(config.kv_heads == back.kv_heads and config.head_size == back.head_size)
     if name.startswith("rotary_"):
@@ -258,10 +286,10 @@ def _same(config: Any, back: Any, name: str) -> bool:
 
 
 def _decoder(config: Any) -> dict[str, Any]:
-    """Options that GPT-NeoX and LLaMA spell in the same way."""
+    """Return the options that GPT-NeoX and LLaMA have in common."""
     scaling: dict[str, Any] | None = None
     if config.rotary_scaling:
-        # Releases before 4.45 read "type", later ones "rope_type".
+        # `transformers` before 4.45 reads "type", later releases read "rope_type".
         names = {"type": config.rotary_scaling, "rope_type": config.rotary_scaling}
         scaling = {**names, "factor": config.rotary_factor}
     if scaling is not None and config.rotary_scaling == "llama3":

@@ -1,4 +1,4 @@
-"""Arrays of a Hugging Face folder, part by part: safetensors, or torch's own format."""
+"""Read slices of the weights of a Hugging Face folder, from safetensors or PyTorch files."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ _DTYPES = ("float16", "bfloat16", "float32", "float64", "bool", "uint8", "int8",
 
 
 def open_weights(folder: Path) -> FolderReader | TorchReader:
-    """Reader of the weights of a folder, to be used in a `with` statement.
+    """Return a reader of the weights of a folder. Use it in a `with` statement.
 
     Raises
     ------
     CheckpointError
-        There are none.
+        The folder has no weights.
     """
     if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
         return FolderReader(folder)
     if (folder / TORCH).is_file() or (folder / f"{TORCH}.index.json").is_file():
         return TorchReader(folder)
     raise CheckpointError(
-        f"{folder} has neither {WEIGHTS} nor {TORCH}, nor an index of several: give a folder with weights."
+        f"{folder} has neither {WEIGHTS} nor {TORCH} (whole or split into several files with an index): give a folder "
+        "with weights."
     )
 
 
 class TorchReader:
-    """Arrays of torch's own format; nothing that the files ask for is executed."""
+    """Read the arrays of PyTorch files without running code from them (`weights_only=True`)."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -47,28 +48,37 @@ class TorchReader:
             names = read_json(index).get("weight_map")
             files: list[Any] = list(names.values()) if isinstance(names, dict) else [None]
             if not files or not all(isinstance(name, str) and _BIN.fullmatch(name) for name in files):
-                raise CheckpointError(f"{index} does not name the files: the folder is damaged.")
+                raise CheckpointError(
+                    f"{index} has no valid weight_map: the file is damaged, so download it again."
+                )
             self._files = sorted(set(files))
         self.shapes: dict[str, jax.ShapeDtypeStruct] = {}
         self._tensors: dict[str, Any] = {}
 
     def __enter__(self) -> TorchReader:
-        what = f"{self.folder} has no safetensors but files in torch's own format; reading them"
+        what = f"{self.folder} has PyTorch files instead of safetensors files; reading them"
         torch = load_extra("torch", "torch", what=what)
         for name in self._files:
             path = self.folder / name
             if not path.is_file():
-                raise CheckpointError(f"{self.folder} has no {name}: the folder is incomplete.")
+                raise CheckpointError(
+                    f"{self.folder} has no {name}: the folder is incomplete, so download it again."
+                )
             for key, value in self._load(torch, path).items():
                 if not isinstance(key, str) or not isinstance(value, torch.Tensor):
                     raise CheckpointError(
-                        f"{path} holds {key!r}, which is no array: it is not a file of weights."
+                        f"{path} has an entry {key!r} that is not an array: give a file that holds only weights."
                     )
                 kind = str(value.dtype).removeprefix("torch.")
                 if kind not in _DTYPES:
-                    raise CheckpointError(f"{path} holds {key} as {kind}: no model has that.")
+                    raise CheckpointError(
+                        f"{path} has {key} with dtype {kind}, but the supported dtypes are {', '.join(_DTYPES)}: "
+                        "convert the file first."
+                    )
                 if key in self._tensors:
-                    raise CheckpointError(f"{self.folder} has {key} in two files: it is damaged.")
+                    raise CheckpointError(
+                        f"{self.folder} has {key} in two files: delete the file that does not belong to the model."
+                    )
                 self.shapes[key] = jax.ShapeDtypeStruct(tuple(value.shape), jnp.dtype(kind))
                 self._tensors[key] = value
         return self
@@ -84,20 +94,23 @@ class TorchReader:
             except RuntimeError as error:
                 if "mmap" not in str(error):
                     raise
-                # Before torch 1.6, files could not be mapped.
+                # Files written before torch 1.6 cannot be memory-mapped.
                 loaded = torch.load(path, map_location="cpu", weights_only=True)
         except refused as error:
             raise CheckpointError(
-                f"{path} cannot be read as weights of torch ({first_line(error)})."
+                f"{path} cannot be read as PyTorch weights ({first_line(error)}): download it again."
             ) from error
-        check_type(f"the content of {path}", loaded, dict, "names with arrays", error=CheckpointError)
+        advice = "give a file that holds only weights"
+        check_type(
+            f"the content of {path}", loaded, dict, "a dict of arrays", error=CheckpointError, advice=advice
+        )
         return loaded
 
     def __exit__(self, *error: object) -> None:
         self._tensors.clear()
 
     def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Read a part of one array."""
+        """Read a slice of one array."""
         import torch
 
         found = self._tensors[name].detach()[index].contiguous()

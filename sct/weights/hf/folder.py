@@ -1,7 +1,7 @@
-"""Text models of Hugging Face folders: GPT-2, GPT-NeoX (Pythia), LLaMA and BERT, both ways.
+"""Read and write Hugging Face folders of text models: GPT-2, GPT-NeoX (Pythia), LLaMA and BERT.
 
-Weights go from the files to the devices one parameter after the other. Host memory holds one stack of layers beside
-what the devices of this host hold, so that a model never is there twice.
+Weights are copied from the files to the devices one parameter at a time. Host memory therefore holds at most one
+parameter (stacked over layers) in addition to the arrays on the devices, never a second copy of the model.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from sct.weights.pretrained import (
 
 NOTICE = "The weights keep their original license. See the page from which you downloaded them."
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-_COMPARED = 1 << 24  # numbers of a copied array that are compared at a time
+_COMPARED = 1 << 24  # numbers per step when two copies of an array are compared; bounds the memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Lazy:
-    """An array that is made when it is asked for."""
+    """An array that is computed only when it is converted to NumPy."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -62,7 +62,7 @@ class Lazy:
 
 @dataclasses.dataclass(frozen=True)
 class _Opened:
-    """A folder whose weights were found to be complete; they are not read yet."""
+    """An open folder. Its arrays were checked against the architecture, but not read yet."""
 
     family: str
     config: Any
@@ -72,12 +72,12 @@ class _Opened:
     shapes: dict[str, Any]
 
     def dtype(self, path: str) -> Any:
-        """Type of a parameter in the files."""
+        """Return the dtype of a parameter in the files."""
         kinds = [self.reader.shapes[self.keys[name]].dtype for name in self.entries[path].names]
         return jnp.result_type(*kinds)
 
     def read(self, path: str, index: tuple[slice, ...] | None, dtype: Any) -> np.ndarray:
-        """Read the part of a parameter that `index` gives, all by default."""
+        """Read the slice `index` of a parameter; the whole parameter if `index` is None."""
         entry, shape = self.entries[path], self.shapes[path].shape
         index = index or (slice(None),) * len(shape)
         index = tuple(slice(*part.indices(size)) for part, size in zip(index, shape, strict=True))
@@ -97,7 +97,7 @@ class _Opened:
 
 
 def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
-    """Memory that XLA for the CPU takes as an array without a copy: it begins at a multiple of 64 bytes (jax 0.10)."""
+    """Allocate an array that starts at a multiple of 64 bytes, so that XLA on CPU uses it without a copy (jax 0.10)."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + 64, np.uint8)
     begin = -memory.ctypes.data % 64
@@ -106,15 +106,16 @@ def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
 
 @contextmanager
 def _opened(folder: Path) -> Iterator[_Opened]:
-    """Open a folder and hold it against its `config.json`, name by name."""
+    """Open a folder and check the names and shapes of its arrays against its `config.json`."""
     source = str(folder / CONFIG)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise CheckpointError(f"{folder} {what}, but a Hugging Face folder is needed.")
+        raise CheckpointError(f"{folder} {what}: give a Hugging Face folder.")
     content = model_folder.read_json(folder / CONFIG)
     if "model_type" not in content and {"format_version", "family"} & set(content):
         raise CheckpointError(
-            f"{folder} is a folder of sct already, which sct.load reads as it is; --from=sct --to=hf is the way back."
+            f"{folder} is already a model folder of sct: load it with sct.load, or convert it to Hugging Face with "
+            "--from=sct --to=hf."
         )
     family, config = hf_config.read(content, source)
     with open_weights(folder) as reader:
@@ -135,8 +136,8 @@ def _opened(folder: Path) -> Iterator[_Opened]:
         head = FAMILIES[family].head
         if head in expected and head not in keys:
             raise CheckpointError(
-                f"{folder} has no {head}, and its {CONFIG} does not tie the head to the embeddings: these are the "
-                "weights of a model without its head, give those of one with it."
+                f"{folder} has no {head}, but its {CONFIG} says that the head is not tied to the embeddings: give the "
+                "weights of a model with its language-model head."
             )
         ignored = re.compile(FAMILIES[family].ignored)
         found = {
@@ -151,12 +152,12 @@ def _opened(folder: Path) -> Iterator[_Opened]:
 def _settle_copies(
     family: str, config: Any, reader: FolderReader | TorchReader, keys: dict[str, str], source: str
 ) -> None:
-    """Leave one of each array that is in the files twice.
+    """Remove duplicate arrays, such as a tied head, from `keys`.
 
     Raises
     ------
     CheckpointError
-        They differ.
+        The two copies of an array differ.
     """
     for copy, original, compared in hf_maps.copies(family, config.tied):
         if copy not in keys or (family == "bert" and not config.mlm_head):
@@ -166,13 +167,13 @@ def _settle_copies(
             keys[original] = other
         elif compared and not _equal(reader, keys[original], other):
             raise CheckpointError(
-                f"{source} ties {copy} to {original} by its {CONFIG}, but holds two arrays that differ: set "
-                "tie_word_embeddings to false there, or delete the one that is not meant."
+                f"{source} ties {copy} to {original} in its {CONFIG}, but the two arrays differ: set "
+                "tie_word_embeddings to false, or delete the wrong array."
             )
 
 
 def _equal(reader: FolderReader | TorchReader, one: str, other: str) -> bool:
-    """Whether two arrays of the files are the same, compared part by part."""
+    """Return whether two arrays of the files are equal. They are compared slice by slice to bound the memory."""
     shape = reader.shapes[one].shape
     if reader.shapes[other].shape != shape:
         return False
@@ -189,27 +190,28 @@ def load(
     dtype: str | None = None,
     genes: GeneVocabulary | None = None,
 ) -> Pretrained:
-    """Load a Hugging Face folder; `sct.load` comes here where a `config.json` is of that format.
+    """Load a Hugging Face folder. `sct.load` calls this for a `config.json` in the Hugging Face format.
 
     Parameters
     ----------
     folder
-        Holds `config.json`, and `model.safetensors` or `pytorch_model.bin` (with the extra `torch`), or several of
-        one kind with their index. A tokenizer (`tokenizer.json`, `tokenizer.model`) is taken along.
+        Folder with `config.json` and the weights: `model.safetensors`, or `pytorch_model.bin` (needs the extra
+        `torch`). The weights may be split into several files with an index. A tokenizer (`tokenizer.json` or
+        `tokenizer.model`) is loaded too.
     mesh, rules, dtype, genes
-        As `sct.load` takes them.
+        As in `sct.load`.
 
     Returns
     -------
-    Handle whose `apply(input_ids=..., attention_mask=...)` gives `logits` float32 (B, T, V); BERT's gives what the
-    folder has the weights for.
+    The model. `apply(input_ids=..., attention_mask=...)` returns `logits` float32 (B, T, V). For BERT, the outputs
+    depend on the heads whose weights the folder has.
 
     Raises
     ------
     CheckpointError
-        Another architecture, or weights that are not those of the architecture; all differences are listed.
+        The architecture is not supported, or the weights do not fit it. The message lists all differences.
     MissingExtraError
-        torch, or the library of the tokenizer, is needed and not installed.
+        torch or the library of the tokenizer is needed but not installed.
     """
     folder = Path(folder).expanduser()
     if dtype is not None:
@@ -227,18 +229,19 @@ def load(
 
 
 def _place(opened: _Opened, path: str, sharding: Any, dtype: str | None) -> jax.Array:
-    """One parameter on its devices, each with its own part."""
+    """Read one parameter and place it on its devices. Each device gets its own shard."""
     kind = jnp.dtype(dtype) if dtype else opened.dtype(path)
     if sharding is None:
         placed = jax.device_put(opened.read(path, None, kind))
     else:
         shape = opened.shapes[path].shape
         placed = jax.make_array_from_callback(shape, sharding, lambda index: opened.read(path, index, kind))
-    # What was read stays in memory until it is copied, which goes on behind: several parameters would be there twice.
+    # The copy to the device is asynchronous. Without waiting, several parameters would be in memory twice.
     return jax.block_until_ready(placed)
 
 
 def _handle(folder: Path, opened: _Opened, arrays: Mapping[str, Any]) -> Pretrained:
+    """Make the model of a folder from its arrays, with the folder's tokenizer, genes and license."""
     tokenizer = Tokenizer.load(folder) if any((folder / name).is_file() for name in _TOKENIZERS) else None
     genes = GeneVocabulary.load(folder / GENES) if (folder / GENES).is_file() else None
     card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
@@ -255,12 +258,12 @@ def _handle(folder: Path, opened: _Opened, arrays: Mapping[str, Any]) -> Pretrai
 def convert(
     folder: str | os.PathLike[str], output: str | os.PathLike[str], *, dtype: str = "float32"
 ) -> None:
-    """Write a Hugging Face folder as a model folder; memory holds one file of the new folder at a time.
+    """Convert a Hugging Face folder to a model folder. Memory holds only one file of the new folder at a time.
 
     Raises
     ------
     CheckpointError
-        As `load`, or the output cannot be written.
+        The input cannot be loaded (see `load`), or the output cannot be written.
     """
     folder = Path(folder).expanduser()
     with _opened(folder) as opened:
@@ -275,18 +278,20 @@ def convert(
 
 
 def tensors(model: Pretrained) -> dict[str, Lazy]:
-    """Arrays of a model by the names of Hugging Face, each made when it is asked for.
+    """Return the arrays of a model by their Hugging Face names. Each array is computed only when it is used.
 
     Raises
     ------
     ConfigError
-        The family has no such format, or the model has more than the format: adapters, for example.
+        The family has no Hugging Face format.
+    CheckpointError
+        The model has parameters that the format does not support, such as adapters.
     """
     check_choice(
         "the family",
         model.family,
         FAMILIES,
-        advice="save a model folder, for Hugging Face has no such format",
+        advice="Hugging Face has no format for this family, so save a model folder with save_pretrained",
     )
     params = flatten(model.variables)
     entries = hf_maps.entries(model.family, model.config, params)
@@ -316,17 +321,18 @@ def save(
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a model as a Hugging Face folder, which `transformers` loads; replaced and sharded as model folders are.
+    """Save a model and its tokenizer as a Hugging Face folder, which `transformers` can load.
 
-    The tokenizer goes along. Read back, weights and architecture are the same; options of training alone
-    (initialisation, rematerialisation, type of the computation) are not in the format.
+    The folder is written atomically and split into files like a model folder; see `Pretrained.save_pretrained` for the
+    parameters. Weights and architecture are preserved exactly. Options that only affect training (initialization,
+    rematerialization, compute dtype) are not saved, as the format does not have them.
 
     Raises
     ------
     ConfigError
-        The format has no such architecture; the option is named.
+        The family has no Hugging Face format, or the format does not support an option, which the message names.
     CheckpointError
-        The folder holds other files, or cannot be written.
+        The model has parameters that the format does not support, or the folder holds other files or cannot be written.
     """
     arrays = tensors(model)
     match(flatten(model.variables), expected_shapes(model.family, model.config), repr(model))

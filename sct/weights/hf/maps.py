@@ -1,7 +1,10 @@
-"""Where each parameter of a text model lies in the files of Hugging Face: one ordered table per family.
+"""Map the parameters of text models to the arrays in Hugging Face files, by one ordered table per family.
 
-Parameters of equal layers are stacked here, (layers, ...), and apart there; a projection that is fused there (query,
-key and value) is three here; dense layers of torch hold (out, in) instead of (in, out).
+There are three differences between this project and Hugging Face:
+
+- The parameters of all layers are stacked here, (layers, ...). In Hugging Face files each layer has its own arrays.
+- Query, key and value are three projections here. In GPT-2 and GPT-NeoX files they are one fused projection.
+- Kernels have the shape (in, out) here. The dense layers of PyTorch have (out, in).
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import numpy as np
 
 from sct.errors import CheckpointError
 
-# Leaf here -> leaf there, and whether its two axes are exchanged.
+# Our parameter name -> Hugging Face's name, and whether the two axes are swapped.
 _Leaves = Mapping[str, tuple[str, bool]]
 _TABLE: _Leaves = {"embedding": ("weight", False)}
 _NORM: _Leaves = {"scale": ("weight", False), "bias": ("bias", False)}
@@ -25,7 +28,7 @@ _BIAS: _Leaves = {"head_bias": ("bias", False)}
 _FUSED = re.compile(r"[^/]*\+[^/]*")
 _ROW = tuple[str, str, _Leaves]
 
-# Module here -> module there, `{}` the number of the layer.
+# Our module, Hugging Face's module (`{}` is the layer number), and its parameters.
 _GPT2: tuple[_ROW, ...] = (
     ("token", "transformer.wte", _TABLE),
     ("position", "transformer.wpe", _TABLE),
@@ -86,18 +89,21 @@ _BERT: tuple[_ROW, ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class NameMap:
-    """Names in the files of a family.
+    """Array names in the Hugging Face files of a family.
 
     Attributes
     ----------
     prefix
-        Before the names of everything but the head; files of a model without its head lack it.
+        Prefix of all names except that of the head. Files of a model without a head do not have it.
     rows
-        The table.
+        The table: our module, Hugging Face's module, and its parameters.
     head
-        Name of the head's matrix, and `head_names` all spellings of it.
+        Name of the head's matrix.
+    head_names
+        All names that releases of `transformers` use for the head's matrix.
     ignored
-        Names of arrays that hold nothing learned (masks, frequencies, positions) or belong to another task.
+        Regular expression of arrays to ignore: they are not learned (masks, frequencies, positions) or belong to
+        another task.
     """
 
     prefix: str
@@ -108,7 +114,7 @@ class NameMap:
 
     @property
     def table(self) -> str:
-        """Name of the embeddings of the tokens, which a tied head shares."""
+        """Name of the token embedding matrix, which a tied head shares."""
         return f"{self.rows[0][1]}.weight"
 
 
@@ -127,7 +133,7 @@ FAMILIES: dict[str, NameMap] = {
     ),
     "bert": NameMap(
         "bert.", _BERT, "cls.predictions.decoder.weight", ("cls.predictions.decoder.weight",),
-        # The second head of pretraining tells whether one text follows another.
+        # `seq_relationship` is the head for next-sentence prediction, which is not used here.
         r"bert\.embeddings\.(position_ids|token_type_ids)|cls\.seq_relationship\.(weight|bias)",
     ),
 }  # fmt: skip
@@ -135,17 +141,19 @@ FAMILIES: dict[str, NameMap] = {
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where a parameter lies: one of equal pieces of one array, or of one array of each layer.
+    """Location of a parameter in Hugging Face files. A parameter may be one of several equal parts of a fused array.
 
     Attributes
     ----------
     names
-        Arrays, one per layer where `stacked`.
+        Names of the arrays: one per layer if `stacked`, otherwise one.
+    stacked
+        Whether the parameter is stacked over layers.
     transposed
-        Whether the axes of the arrays are (out, in).
+        Whether the arrays have the shape (out, in).
     piece, pieces, run
-        The output axis of an array holds `run` features of the first piece, as many of the second, and so on, and
-        then again the first.
+        Number of this part, number of parts, and block size. The parts alternate along the output axis in blocks of
+        `run` features: a block of part 0, a block of part 1, and so on, then the next block of part 0.
     """
 
     names: tuple[str, ...]
@@ -156,13 +164,21 @@ class Entry:
     run: int
 
     def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the arrays, of the parameter's shape."""
+        """Return the shape of each array, given the shape of the parameter."""
         one = ours[1:] if self.stacked else ours
         one = (*one[:-1], one[-1] * self.pieces)
         return one[::-1] if self.transposed else one
 
     def take(self, part: Callable[[tuple[slice, ...]], np.ndarray], index: tuple[slice, ...]) -> np.ndarray:
-        """Read the part `index` of the parameter of one layer; `part` reads one of the array."""
+        """Read a slice of the parameter of one layer.
+
+        Parameters
+        ----------
+        part
+            Function that reads a slice of the array.
+        index
+            Slice of the parameter, without the layer axis.
+        """
         if self.pieces == 1:
             found = part(index[::-1] if self.transposed else index)
             return found.T if self.transposed else found
@@ -179,7 +195,7 @@ class Entry:
         return np.concatenate(blocks, axis=-1)
 
     def join(self, pieces: list[np.ndarray]) -> np.ndarray:
-        """Array of a layer from the parameters that are its pieces; the way back of `take`."""
+        """Fuse the parts of one layer into one array; the inverse of `take`."""
         made = pieces[0]
         if self.pieces > 1:
             runs = [x.reshape(*x.shape[:-1], -1, self.run) for x in pieces]
@@ -188,7 +204,13 @@ class Entry:
 
 
 def entries(family: str, config: Any, shapes: Mapping[str, Any]) -> dict[str, Entry]:
-    """Place of each parameter of a model, by path, in the order of the family's table."""
+    """Return the location of each parameter of a model, by path, in the order of the family's table.
+
+    Raises
+    ------
+    CheckpointError
+        A parameter is not in the table.
+    """
     found: dict[str, Entry] = {}
     for ours, theirs, leaves in FAMILIES[family].rows:
         fused = _FUSED.search(ours)
@@ -202,7 +224,7 @@ def entries(family: str, config: Any, shapes: Mapping[str, Any]) -> dict[str, En
                 stacked = "{}" in theirs
                 names = [theirs.format(layer) for layer in range(config.num_layers if stacked else 1)]
                 width = shapes[path].shape[-1]
-                # GPT-NeoX keeps the three of a head together, GPT-2 all heads of each.
+                # GPT-NeoX interleaves query, key and value per head. GPT-2 stores all heads of query, then key, value.
                 run = config.head_size if fused and family == "neox" else width
                 found[path] = Entry(
                     tuple(f"{name}.{foreign}" for name in names), stacked, transposed, piece, len(parts), run
@@ -210,43 +232,59 @@ def entries(family: str, config: Any, shapes: Mapping[str, Any]) -> dict[str, En
     unknown = sorted(set(shapes) - set(found))
     if unknown:
         raise CheckpointError(
-            f"Hugging Face's format of {family} has no place for {unknown[0]}: merge adapters before, and save what "
-            "else the model has as a model folder."
+            f"the Hugging Face format of {family} does not support the parameter {unknown[0]}: merge adapters first, "
+            "or save a model folder with save_pretrained."
         )
     return found
 
 
 def resolve(family: str, keys: list[str], expected: set[str], source: str) -> dict[str, str]:
-    """Name of the table for each key of the files; a key that has none keeps its own.
+    """Map the table's array names to the keys in the files.
+
+    Keys may lack the family's prefix or use an older spelling. A key that is not in the table is mapped to itself.
+
+    Parameters
+    ----------
+    keys
+        Keys in the files.
+    expected
+        Array names of the table.
+    source
+        Name of the folder for the error message.
 
     Raises
     ------
     CheckpointError
-        Two keys are one array.
+        Two keys mean the same array.
     """
     prefix = FAMILIES[family].prefix
     names: dict[str, str] = {}
     known = re.compile(FAMILIES[family].ignored)
     extra = {*FAMILIES[family].head_names, "cls.predictions.bias", "cls.predictions.decoder.bias"}
     for key in keys:
-        # The first releases of BERT name the parameters of norms as TensorFlow does.
+        # Early BERT files use TensorFlow's names for the parameters of layer norms.
         plain = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", key) if family == "bert" else key
         plain = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", plain) if family == "bert" else plain
         fits = [n for n in (plain, prefix + plain) if n in expected or n in extra or known.fullmatch(n)]
         name = fits[0] if fits else key
         if name in names:
-            raise CheckpointError(f"{source} holds {name} twice, as {names[name]} and as {key}: keep one.")
+            raise CheckpointError(
+                f"{source} has {name} twice, as {names[name]} and as {key}: delete one of them."
+            )
         names[name] = key
     return names
 
 
 def copies(family: str, tied: bool) -> list[tuple[str, str, bool]]:
-    """Arrays that may be in the files a second time: (name of the copy, of the original, must they be equal)."""
+    """Return the arrays that files may hold twice.
+
+    Each entry is (name of the copy, name of the original, whether both must be equal).
+    """
     table = FAMILIES[family]
     original = table.table if tied else table.head
     found = [(name, original, True) for name in table.head_names if name != original]
     if family == "bert":
         bias, other = "cls.predictions.bias", "cls.predictions.decoder.bias"
-        # `transformers` 5 computes with the second of the two where the head is not tied.
+        # With an untied head, `transformers` 5 uses `cls.predictions.decoder.bias`.
         found.append((other, bias, True) if tied else (bias, other, False))
     return found

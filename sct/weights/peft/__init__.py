@@ -1,1 +1,1 @@
-"""Adapters in the format of the PEFT library."""
+"""Read and write adapters in the format of the Hugging Face PEFT library."""

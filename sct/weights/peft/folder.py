@@ -1,14 +1,14 @@
-"""Adapters of text models in the format of the PEFT library, both ways.
+"""Read and write LoRA adapters of text models in the format of the PEFT library.
 
-A folder holds `adapter_config.json` and `adapter_model.safetensors`. There every module of every layer has matrices of
-its own, `lora_A` (r, in) and `lora_B` (out, r). A projection that Hugging Face keeps in one (query, key and value of
-GPT-2 and GPT-NeoX) has one adapter there and up to three here:
+A PEFT folder holds `adapter_config.json` and `adapter_model.safetensors`, with the matrices `lora_A` (r, in) and
+`lora_B` (out, r) for each adapted module of each layer. GPT-2 and GPT-NeoX have a fused projection of query, key and
+value. It has one adapter in PEFT, but up to three here:
 
-- read, its parts share the first matrix, and each has its own columns of the second;
-- written, parts with the same first matrix become one adapter of the same rank, others one whose rank is the sum, with
-  zeros where a part does not use another's. Read back these are the parts again.
+- Reading splits it: the three adapters share `lora_A`, and each gets its own columns of `lora_B`.
+- Writing joins them. Adapters with the same `lora_A` become one adapter of the same rank. Otherwise the ranks are added
+  up, and each projection has zeros for the ranks of the others. Reading such a file returns the original adapters.
 
-Both are exact.
+Both conversions are exact.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ _BASE = re.compile(rf"{re.escape(_PREFIX)}(?P<module>.+?)(\.base_layer)?(?P<leaf
 
 @dataclasses.dataclass(frozen=True)
 class _Module:
-    """A module of Hugging Face in one layer, and what of it is a layer of ours."""
+    """A dense module of one layer in Hugging Face's naming, and our dense layers that it consists of."""
 
     layer: int | None
     width: int
     features: int
-    parts: dict[int, tuple[str, Entry]]  # piece -> path of our dense layer, and its place
+    parts: dict[int, tuple[str, Entry]]  # number of the part -> path of our dense layer, and its location
 
 
 def _modules(model: Pretrained) -> dict[str, _Module]:
-    """Dense modules of a model by the names that they have in `transformers`."""
+    """Return the dense modules of a model by their names in `transformers`."""
     check_choice(
         "the family",
         model.family,
         FAMILIES,
-        advice="save a folder of adapters (sct.weights.adapter_folder.save), for PEFT has no such format",
+        advice="PEFT has no format for this family, so use an adapter folder (sct.weights.adapter_folder)",
     )
     table = FAMILIES[model.family]
     dense = {
@@ -71,7 +71,7 @@ def _modules(model: Pretrained) -> dict[str, _Module]:
         layer = path.removeprefix("params/").removesuffix("/kernel")
         width, features = dense[path].shape[-2:]
         for number, name in enumerate(entry.names):
-            # The last spelling of the head is that of `transformers` 5.
+            # The last name of the head is the one in `transformers` 5.
             name = table.head_names[-1] if name == table.head else name
             if model.family == "bert" and not model.config.mlm_head:
                 name = name.removeprefix(table.prefix)
@@ -84,30 +84,34 @@ def _modules(model: Pretrained) -> dict[str, _Module]:
 
 
 def load(model: Pretrained, folder: str | os.PathLike[str]) -> Pretrained:
-    """Model with the adapters of a PEFT folder beside its parameters, which stay as they are.
+    """Load the adapters of a PEFT folder into a text model.
 
-    Layers of a stack that have no adapter in the folder have one of zeros, and ranks that differ between layers are
-    filled up with zeros; neither gives anything or can be trained. Where the model lies on a mesh the adapters are
-    placed as its kernels are.
+    The parameters of the model do not change. Adapters of all layers are stacked: a layer without an adapter gets
+    zeros, and a lower rank is padded with zeros. These zeros do not change the output and cannot be trained. On a mesh,
+    adapters get the sharding of the kernels that they adapt.
 
     Parameters
     ----------
     model
-        The model that the adapters were trained on, a text model.
+        The text model that the adapters were trained on.
     folder
-        Holds `adapter_config.json` and `adapter_model.safetensors`.
+        Folder with `adapter_config.json` and `adapter_model.safetensors`.
+
+    Returns
+    -------
+    The model with the adapters added to its variables.
 
     Raises
     ------
     CheckpointError
-        The folder is damaged, its adapters do not fit the model, or they are of a kind that is not computed here:
-        anything but LoRA on dense layers, DoRA, biases, further trained modules.
+        The folder is damaged, its adapters do not fit the model, or they are not supported. Only LoRA on dense layers
+        is supported: no DoRA, no trained biases, no other trained modules.
     ConfigError
-        The model has adapters already, or is none of text.
+        The model already has adapters, or is not a text model.
     """
     folder = Path(folder).expanduser()
     if model.variables.get(COLLECTION):
-        raise ConfigError(f"{model!r} has adapters already: merge them first (sct.models.lora.merge).")
+        raise ConfigError(f"{model!r} already has adapters: merge them first with sct.models.lora.merge.")
     modules = _modules(model)
     options = read_config(folder)
     made: dict[str, dict[int | None, dict[str, np.ndarray]]] = {}
@@ -117,8 +121,8 @@ def load(model: Pretrained, folder: str | os.PathLike[str]) -> Pretrained:
         shapes = ((expected, module.width), (module.features, expected))
         if (first.shape, second.shape) != shapes:
             raise CheckpointError(
-                f"{folder / WEIGHTS} has lora_A {first.shape} and lora_B {second.shape} for {name}, but {shapes[0]} "
-                f"and {shapes[1]} fit the model and {CONFIG}: give the model that the adapter was trained on."
+                f"{folder / WEIGHTS} has lora_A {first.shape} and lora_B {second.shape} for {name}, but the model and "
+                f"{CONFIG} require {shapes[0]} and {shapes[1]}: use the model that the adapter was trained on."
             )
         alpha = _by_pattern(options["alpha_pattern"], name, options["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if options["use_rslora"] else rank)
@@ -137,20 +141,20 @@ def load(model: Pretrained, folder: str | os.PathLike[str]) -> Pretrained:
 
 
 def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """Value of the first pattern that a module's name ends with."""
+    """Return the value of the first pattern that matches the end of a module's name, or the default."""
     for pattern, value in patterns.items():
         try:
             if re.match(rf"(.*\.)?({pattern})$", name):
                 return value
         except re.error as error:
             raise CheckpointError(
-                f"{CONFIG} has the pattern {pattern!r}, which is no regular expression ({error})."
+                f"{CONFIG} has the pattern {pattern!r}, which is not a valid regular expression ({error}): correct it."
             ) from None
     return default
 
 
 def _known(name: str, family: str, modules: Mapping[str, _Module]) -> str:
-    """Name in the table of a module; it may lack the model's prefix, and the head has several spellings."""
+    """Return the name of a module in the table, or ''. Files may lack the prefix or use another name of the head."""
     table = FAMILIES[family]
     spelled = [name, table.prefix + name, name.removeprefix(table.prefix)]
     if f"{name}.weight" in table.head_names:
@@ -161,7 +165,7 @@ def _known(name: str, family: str, modules: Mapping[str, _Module]) -> str:
 def _read_matrices(
     folder: Path, model: Pretrained, modules: Mapping[str, _Module]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Both matrices of each module, float32, by the module's name in the file."""
+    """Return both float32 matrices of each adapted module, by the name of the module in the file."""
     found: dict[str, dict[str, np.ndarray]] = {}
     for key, value in read_arrays(folder):
         match = _KEY.fullmatch(key)
@@ -169,53 +173,70 @@ def _read_matrices(
             continue
         if match is None or not _known(match["module"], model.family, modules):
             raise CheckpointError(
-                f"{folder / WEIGHTS} holds {key}, which belongs to no dense layer of the {model.family} model: give "
-                "the model that the adapter was trained on."
+                f"{folder / WEIGHTS} has {key}, but the {model.family} model has no such dense layer: use the model "
+                "that the adapter was trained on."
             )
         if value.ndim != 2:
-            raise CheckpointError(f"{folder / WEIGHTS} holds {key} of shape {value.shape}: it is damaged.")
+            raise CheckpointError(
+                f"{folder / WEIGHTS} has {key} with shape {value.shape} instead of 2 axes: the file is damaged, so "
+                "restore it from a copy."
+            )
         found.setdefault(match["module"], {})[match["matrix"]] = value.astype(np.float32)
     for name, matrices in found.items():
         if len(matrices) < 2:
-            raise CheckpointError(f"{folder / WEIGHTS} has one matrix of {name} alone: it is damaged.")
+            raise CheckpointError(
+                f"{folder / WEIGHTS} has only one of the two matrices of {name}: the file is damaged, so restore it "
+                "from a copy."
+            )
     if not found:
-        raise CheckpointError(f"{folder / WEIGHTS} holds no adapter: it is damaged.")
+        raise CheckpointError(
+            f"{folder / WEIGHTS} holds no adapter: the file is damaged, so restore it from a copy."
+        )
     return {name: (matrices["A"], matrices["B"]) for name, matrices in found.items()}
 
 
 def _is_ours(key: str, value: np.ndarray, model: Pretrained, folder: Path) -> bool:
-    """Whether an array of an adapter's file is one of the model itself; the library adds a head that is adapted.
+    """Return whether an array in an adapter file is a base weight of the model. PEFT also saves an adapted head.
 
     Raises
     ------
     CheckpointError
-        It is, and the model has another one.
+        It is a base weight, but its values differ from those of the model.
     """
     match, table = _BASE.fullmatch(key), FAMILIES[model.family]
     if match is None:
         return False
     name, tensors = match["module"] + match["leaf"], hf.tensors(model)
     spelled = [name, table.prefix + name, *[table.head, table.table] * (name in table.head_names)]
-    there = next((tensors[other] for other in spelled if other in tensors), None)
-    if there is None:
+    base = next((tensors[other] for other in spelled if other in tensors), None)
+    if base is None:
         return False
-    ours = np.asarray(there)
-    # Either may be stored with fewer digits.
+    ours = np.asarray(base)
+    # One of the two may be stored in a narrower dtype.
     if np.array_equal(ours, value.astype(ours.dtype)) or np.array_equal(ours.astype(value.dtype), value):
         return True
     raise CheckpointError(
-        f"{folder / WEIGHTS} holds {key}, which is not what the model has there: give the model that the adapter was "
-        "trained on, with its vocabulary."
+        f"{folder / WEIGHTS} has {key}, but its values differ from the weights of the model: use the model that the "
+        "adapter was trained on, with the same token vocabulary."
     )
 
 
 def _apart(
     module: _Module, first: np.ndarray, second: np.ndarray
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """Matrices (in, r) and (r, out) of each part of a module, from those of the whole, (r, in) and (out, r).
+    """Split the adapter of a fused module into adapters of its parts.
 
-    Where each of the r directions is used by one part alone it is left to that part, as they were before they were
-    written.
+    If every rank is used by exactly one part, the ranks are divided among the parts. This undoes `_together`. Otherwise
+    all parts share `lora_A`.
+
+    Parameters
+    ----------
+    first, second
+        `lora_A` (r, in) and `lora_B` (out, r).
+
+    Returns
+    -------
+    Matrices (in, r) and (r, out) of each part, by its number.
     """
     columns = {}
     for piece, (_, entry) in module.parts.items():
@@ -232,7 +253,7 @@ def _apart(
 
 
 def _stack(adapters: Mapping[int | None, Mapping[str, np.ndarray]], layers: int) -> dict[str, np.ndarray]:
-    """One adapter of all layers, of the adapters of some."""
+    """Stack the adapters of single layers into one for all layers. Missing layers and ranks are zeros."""
     if None in adapters:
         return dict(adapters[None])
     rank = max(adapter["lora_a"].shape[1] for adapter in adapters.values())
@@ -250,7 +271,7 @@ def _stack(adapters: Mapping[int | None, Mapping[str, np.ndarray]], layers: int)
 
 
 def _place(leaf: str, value: np.ndarray, kernel: Any) -> jax.Array:
-    """Array of an adapter on the devices of its kernel, divided along the axes that they share."""
+    """Place an array of an adapter on the devices of its kernel, sharded along the axes that both have."""
     sharding = getattr(kernel, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return jnp.asarray(value)
@@ -260,45 +281,51 @@ def _place(leaf: str, value: np.ndarray, kernel: Any) -> jax.Array:
 
 
 def export(model: Pretrained, folder: str | os.PathLike[str], *, base: str | None = None) -> None:
-    """Write a model's adapters as a PEFT folder; one that is there is replaced when the new one is complete.
+    """Write the adapters of a text model as a PEFT folder.
 
-    `PeftModel.from_pretrained(base_model, folder)` then computes what this model does, where `base_model` is the
-    model without adapters (`sct.weights.hf.folder.save` writes it).
+    `PeftModel.from_pretrained(base_model, folder)` then gives the same outputs as this model. `base_model` is the model
+    without adapters; save it with `sct.weights.hf.folder.save`. The write is atomic: an existing adapter folder is
+    replaced only after the new one is complete.
 
     Parameters
     ----------
+    model
+        A text model with LoRA adapters.
     folder
-        Where to write. A folder that holds anything else than the files of an adapter is refused.
+        Output folder. It must be new, empty, or an adapter folder.
     base
-        Name or folder of the base model, noted in the folder.
+        Name or folder of the base model, recorded in `adapter_config.json`.
 
     Raises
     ------
     ConfigError
-        The model has no adapters, or others than low-rank ones, or is none of text.
+        The model has no adapters, has adapters other than LoRA, or is not a text model.
     CheckpointError
-        The folder holds other files, or cannot be written; nothing is left of the attempt then.
+        The adapters do not fit the model or the format, or the folder holds other files or cannot be written. No
+        partial output remains.
     """
     modules = _modules(model)
     other = next((kind.name for _, kind, _ in adapters_of(model.variables) if kind is not LOW_RANK), None)
     if other is not None:
         raise ConfigError(
-            f"{model!r} has {other} adapters, but the format of PEFT is written for low-rank ones alone: save a folder "
-            "of adapters instead (sct.weights.adapter_folder.save)."
+            f"{model!r} has adapters of kind {other!r}, but only LoRA can be written in the PEFT format: save them "
+            "with sct.weights.adapter_folder.save instead."
         )
     adapters = {
         layer: {leaf: np.asarray(jax.device_get(value)) for leaf, value in adapter.items()}
         for layer, adapter in lora.adapted(model.variables)
     }
     if not adapters:
-        raise ConfigError(f"{model!r} has no adapters to write: make some (sct.models.lora.init).")
+        raise ConfigError(
+            f"{model!r} has no adapters to write: add adapters first with sct.models.lora.init."
+        )
     placed = {layer for module in modules.values() for layer, _ in module.parts.values()}
     rates = {
         float(str(rate))
         for adapter in adapters.values()
         for rate in np.ravel(adapter.get("dropout", np.float32(0)))
     }
-    # A layer of a stack without an adapter has one of scale 0, which is not written.
+    # In a stack, a layer without an adapter has scale 0; it is not written.
     adapters = {
         layer: {
             leaf: np.asarray(value)
@@ -307,10 +334,10 @@ def export(model: Pretrained, folder: str | os.PathLike[str], *, base: str | Non
         for layer, adapter in adapters.items()
     }
     if not set(adapters) <= placed:
-        strange = sorted(set(adapters) - placed)[0]
+        unknown = sorted(set(adapters) - placed)[0]
         raise CheckpointError(
-            f"there is an adapter of {strange!r}, but the {model.family} model has no such layer: it was made for "
-            "another model."
+            f"there is an adapter for the layer {unknown!r}, but the {model.family} model has no such layer: use the "
+            "model that the adapter was made for."
         )
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
@@ -324,12 +351,13 @@ def export(model: Pretrained, folder: str | os.PathLike[str], *, base: str | Non
             ranks[name], alphas[name] = len(first), _alpha(scale, len(first))
     if not tensors:
         raise ConfigError(
-            f"the adapters of {model!r} have the scale 0 in all layers: nothing is to be written."
+            f"the adapters of {model!r} have scale 0 in all layers, so they have no effect: write adapters with a "
+            "positive scale."
         )
     if len(rates) > 1:
         raise CheckpointError(
-            f"the adapters leave out shares of {', '.join(f'{rate:g}' for rate in sorted(rates))} in training, but "
-            "the format has one for all: write them apart."
+            f"the adapters have the dropout rates {', '.join(f'{rate:g}' for rate in sorted(rates))}, but the PEFT "
+            "format has one rate for all: write the adapters to separate folders."
         )
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     config = {
@@ -356,7 +384,12 @@ def export(model: Pretrained, folder: str | os.PathLike[str], *, base: str | Non
 def _together(
     module: _Module, adapters: Mapping[str, Mapping[str, np.ndarray]]
 ) -> tuple[np.ndarray, np.ndarray, float] | None:
-    """Matrices (r, in) and (out, r) of a whole module, and their scale; None where no part has an adapter."""
+    """Join the adapters of the parts of a fused module.
+
+    Returns
+    -------
+    `lora_A` (r, in), `lora_B` (out, r) and the scale, or None if no part has an adapter.
+    """
     parts: dict[int, tuple[np.ndarray, np.ndarray, np.float32]] = {}
     for piece, (layer, _) in module.parts.items():
         adapter = adapters.get(layer, {})
@@ -386,7 +419,7 @@ def _together(
 
 
 def _alpha(scale: float, rank: int) -> float:
-    """Alpha of a float32 scale: the short number it was made of, where that gives the same scale."""
+    """Return the alpha of a float32 scale, rounded to 7 digits if that gives exactly the same scale."""
     alpha = float(f"{scale * rank:.7g}")
     if np.float32(alpha / rank) != np.float32(scale):
         alpha = scale * rank
@@ -394,12 +427,13 @@ def _alpha(scale: float, rank: int) -> float:
 
 
 def _commonest(values: Any) -> Any:
+    """Return the most frequent value; the first one on ties."""
     found = list(values)
     return max(dict.fromkeys(found), key=found.count)
 
 
 def _targets(adapted: set[str], modules: set[str]) -> list[str]:
-    """Shortest ends of names that all adapted modules have, and no others."""
+    """Return the shortest name endings that match all adapted modules and no other module."""
     found = set()
     for name in sorted(adapted):
         words = name.split(".")
