@@ -1,1 +1,1 @@
-"""Genes, counts, stores, tokens, bags and loaders: everything between a file of cells and a batch."""
+"""Data pipeline: gene vocabularies, ingest, stores, tokens, bags of cells, and batch loading."""

@@ -84,8 +84,8 @@ def check_target(folder: Path) -> Path:
             )
         if folder.exists() and any(folder.iterdir()) and not _is_model(folder):
             raise CheckpointError(
-                f"{folder} holds files that do not belong to a model folder, and saving would delete them: choose a "
-                "new or an empty folder."
+                f"{folder} is not a model folder or holds other files, which saving would delete: choose a new or an "
+                "empty folder."
             )
         backup = replaced(folder)
         if backup.exists() and not (backup.is_dir() and _holds_only(backup, _UNFINISHED)):
@@ -368,7 +368,7 @@ def verify(folder: Path, config: Mapping[str, Any], shared: bool = False) -> Non
     recorded = config.get(FILES)
     if recorded is None or SEAL not in config:
         warnings.warn(
-            f"{folder / CONFIG} has no hash of {'itself' if recorded else 'the other files'}, so changes cannot be "
+            f"{folder / CONFIG} has no hashes of {'itself' if recorded else 'the files'}, so changes cannot be "
             "detected: save the model again with save_pretrained to record the hashes.",
             UserWarning,
             stacklevel=4,

@@ -86,7 +86,7 @@ def test_files_of_torch_that_are_damaged_or_ask_for_code(folder):
             sct.load(path)
     for odd, message in (
         ({"x": print}, "cannot be read"),
-        ({"x": 3}, "no array"),
+        ({"x": 3}, "not an array"),
         ([torch.ones(1)], "a list"),
     ):
         torch.save(odd, path / TORCH)

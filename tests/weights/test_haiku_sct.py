@@ -216,12 +216,12 @@ def test_malicious_pickle_does_nothing(tmp_path):
     ):
         path = tmp_path / f"{name}.joblib"
         write(path, {"model/~/embed": {"embeddings": Attack()}})
-        with pytest.raises(CheckpointError, match=r"asks for (posix|nt)\.system"):
+        with pytest.raises(CheckpointError, match=r"needs (posix|nt)\.system"):
             haiku_sct.read_params(path)
     # An array of objects would be read through a second pickle inside of the file.
     path = tmp_path / "objects.joblib"
     joblib.dump({"a": {"w": np.array([Attack()], dtype=object)}}, path)
-    with pytest.raises(CheckpointError, match=r"asks for|Python objects"):
+    with pytest.raises(CheckpointError, match=r"needs (posix|nt)|Python objects"):
         haiku_sct.read_params(path)
     assert not marker.exists()
     pickle.loads((tmp_path / "plain.joblib").read_bytes())

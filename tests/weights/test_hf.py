@@ -120,7 +120,7 @@ def test_fused_projections_are_split_where_they_should_be(folder):
         ("llama", {"hidden_act": "relu"}, r"hidden_act.*'relu'"),
         ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, r"rope_type.*'yarn'"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
-        ("llama", {"rope_scaling": {"type": "linear"}}, "lacks 'factor'"),
+        ("llama", {"rope_scaling": {"type": "linear"}}, "no option 'factor'"),
         ("llama", {"rope_parameters": {"mrope_section": [1]}, "rope_scaling": None}, "mrope_section"),
         ("llama", {"rope_scaling": 3}, "rope_parameters"),
         ("llama", {"partial_rotary_factor": 0.5}, "LLaMA"),
@@ -142,7 +142,7 @@ def test_fused_projections_are_split_where_they_should_be(folder):
         ("gpt2", {"activation_function": "quick_gelu"}, "quick_gelu"),
         ("neox", {"rotary_pct": 0.13}, "even"),
         ("neox", {"attention_bias": False}, r"\+ gpt_neox\.layers\.0\.attention\.dense\.bias"),
-        ("bert", {"position_embedding_type": "relative_key"}, "only 'absolute' is computed"),
+        ("bert", {"position_embedding_type": "relative_key"}, "only 'absolute' is supported"),
         ("bert", {"is_decoder": True}, "is_decoder"),
         ("bert", {"hidden_act": "mish"}, "mish"),
     ],
@@ -193,7 +193,7 @@ def test_damaged_folders_are_refused(folder, tmp_path):
     next(iter(sorted((tmp_path / "parts").glob("model-0*.safetensors")))).unlink()
     with pytest.raises(CheckpointError, match="incomplete"):
         sct.load(tmp_path / "parts")
-    for content, message in (("{", "JSON"), ("[]", "must be an object")):
+    for content, message in (("{", "JSON"), ("[]", "must be a JSON object")):
         (path / "config.json").write_text(content)
         with pytest.raises(CheckpointError, match=message):
             hf.load(path)

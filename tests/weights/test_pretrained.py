@@ -228,7 +228,7 @@ def test_types_of_weights(model, folder):
     assert "~ params/stem/conv/bias int32 instead of float32" in str(error.value)
     assert "~ params/head/logits/bias float64 instead of float32" in str(error.value)
     for dtype in ("int8", "float64", "nonsense"):
-        with pytest.raises(CheckpointError, match="float32, bfloat16, float16"):
+        with pytest.raises(CheckpointError, match="'float32', 'bfloat16', 'float16'"):
             sct.load(folder, dtype=dtype)
 
 
@@ -310,7 +310,7 @@ def test_a_changed_gene_list_is_noticed(model, folder):
             "step",
         ),
         ("model.safetensors.index.json", b"[]", "is of type list"),
-        ("model.safetensors.index.json", b'{"weight_map": {"a": "../x.safetensors"}}', "does not name"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "../x.safetensors"}}', "no valid weight_map"),
         ("model.safetensors", b"short", "is damaged"),
     ],
 )
@@ -419,7 +419,7 @@ def test_a_change_that_is_meant(model, folder, recwarn):
     equal(sct.load(folder).variables, model.variables)
     assert not recwarn
     edit_config(folder, lambda config: config["model"].update(layer_norm_eps=1e-4))
-    with pytest.raises(CheckpointError, match="delete its entry 'sha256' if"):
+    with pytest.raises(CheckpointError, match="delete the entry 'sha256' if"):
         sct.load(folder)
     edit_config(folder, lambda config: config.pop("sha256"))
     with pytest.warns(UserWarning, match="has no hashes of itself") as notes:
@@ -477,7 +477,7 @@ def test_weights_that_float16_cannot_hold(model, tmp_path):
     dataclasses.replace(model, variables=unflatten(flat)).save_pretrained(tmp_path / "large")
     sct.load(tmp_path / "large", dtype="bfloat16")
     with pytest.raises(
-        CheckpointError, match="params/head/logits/bias holds numbers that are too large for float16"
+        CheckpointError, match="params/head/logits/bias has values that are too large for float16"
     ):
         sct.load(tmp_path / "large", dtype="float16")
 
@@ -709,7 +709,7 @@ def test_shards_of_an_index_lie_in_its_folder(model, tmp_path):
         None,
     ):
         path.write_text(json.dumps({"weight_map": {**index["weight_map"], "a": name}}))
-        with pytest.raises(CheckpointError, match="does not name"):
+        with pytest.raises(CheckpointError, match="no valid weight_map"):
             sct.load(tmp_path / "model")
 
 

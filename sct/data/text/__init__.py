@@ -1,1 +1,1 @@
-"""Cells as text: cell sentences, prompt templates and tokenizers."""
+"""Cells as text: cell sentences, prompt templates, instructions and tokenizers."""

@@ -1,8 +1,9 @@
-"""Cell sentences: gene names by descending expression, and back (Cell2Sentence paper, section 3.1).
+"""Convert cells to cell sentences and back (Cell2Sentence paper, section 3.1).
 
-A sentence is a pure function of one cell: genes with equal counts stand in a random order that follows from
-the seed, the cell's key and the gene alone, whatever other cells and genes are in the table and in whatever
-order. Ranks start at 1 and logarithms of ranks are natural; expression is log10(1 + counts per 10,000).
+A cell sentence lists the names of the expressed genes in descending order of expression. It depends only on its own
+cell: genes with equal counts are in a random order that is determined by the seed, the key of the cell and the genes.
+Other cells, other genes and the order of the table have no influence. Ranks start at 1, and logarithms of ranks are
+natural logarithms. Expression is log10(1 + counts per 10,000).
 """
 
 from __future__ import annotations
@@ -35,25 +36,27 @@ __all__ = [
     "sentences",
 ]
 
-_BLOCK = 256  # sentences to split at a time: their words stay in the cache, and in bounded memory
+_BLOCK = 256  # sentences to split at a time, so that their words fit into the CPU cache
 
 
 @dataclasses.dataclass(frozen=True)
 class RankFit:
-    """The line expression = slope x log(rank) + intercept of one data set (section 3.1).
+    """The fitted line expression = slope x log(rank) + intercept of a data set (section 3.1).
 
     Attributes
     ----------
-    slope, intercept
-        In log10(1 + counts per 10,000), per unit of the natural logarithm of the rank.
+    slope
+        Change of expression, log10(1 + counts per 10,000), per unit of the natural logarithm of the rank.
+    intercept
+        Expression at rank 1, log10(1 + counts per 10,000).
     r2
-        Share of the variance of expression that the line explains.
+        Fraction of the variance of expression that the line explains.
     pearson, spearman
-        Correlations of the line's expression with the actual one.
+        Correlations between the fitted and the measured expression.
     n
-        Pairs of rank and expression, over all cells.
+        Number of pairs of rank and expression, over all cells.
     top_k
-        Length at which sentences were cut, or None.
+        Maximal rank that was used for the fit, or None for all ranks.
     """
 
     slope: float
@@ -66,9 +69,20 @@ class RankFit:
 
 
 def normalize(counts: sparse.csr_matrix, target: float = TARGET) -> sparse.csr_matrix:
-    """Normalised expression log10(1 + target x count / cell sum), float32 CSR (N, G) (equation 1).
+    """Return the normalized expression log10(1 + target x count / total count of the cell) (equation 1).
 
-    Empty cells stay empty.
+    Cells without counts stay empty.
+
+    Parameters
+    ----------
+    counts
+        Raw counts (N, G).
+    target
+        Total count to normalize each cell to.
+
+    Returns
+    -------
+    float32 CSR (N, G).
 
     Raises
     ------
@@ -90,27 +104,38 @@ def quality(
     max_counts: float | None = None,
     max_mitochondrial: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cells and genes to keep, as two masks, bool (N,) and bool (G,) (section 3.1).
+    """Return the cells and genes that pass quality control (section 3.1).
 
-    In this order: cells with fewer than `min_genes` expressed genes go; then genes expressed in fewer than
-    `min_cells` of the cells left; then, on the genes left, cells with more than `max_counts` counts or a
-    larger share of mitochondrial counts. Each step is taken once.
+    There are three filters, applied once in this order:
+
+    1. Remove cells with fewer than `min_genes` expressed genes.
+    2. Remove genes that are expressed in fewer than `min_cells` of the remaining cells.
+    3. Remove cells with more than `max_counts` counts, or a fraction of mitochondrial counts above
+       `max_mitochondrial`, both computed on the remaining genes.
 
     Parameters
     ----------
     counts
         Raw counts (N, G).
     names
-        G gene symbols; mitochondrial genes are those that start with "MT-" or "mt-".
+        G gene symbols. Symbols of mitochondrial genes start with "MT-" or "mt-".
+    min_genes
+        Minimal number of expressed genes per cell.
+    min_cells
+        Minimal number of cells per gene.
     max_counts
-        The paper has 2,500; None keeps all.
+        Maximal total count of a cell. The paper uses 2,500; None disables the filter.
     max_mitochondrial
-        Share between 0 and 1, the paper has 0.2; None keeps all.
+        Maximal fraction of mitochondrial counts, between 0 and 1. The paper uses 0.2; None disables the filter.
+
+    Returns
+    -------
+    Masks of the cells, bool (N,), and of the genes, bool (G,), to keep.
 
     Raises
     ------
     DataError
-        Bad counts or names, or a mitochondrial bound where no gene is mitochondrial by its name.
+        The counts or names are invalid, or `max_mitochondrial` is given but no gene name starts with "MT-".
     """
     counts = canonical(counts)
     names = _checked_names(names, counts.shape[1])
@@ -124,8 +149,8 @@ def quality(
         mitochondrial = np.array([name[:3].upper() == "MT-" for name in names])
         if not mitochondrial.any():
             raise DataError(
-                f"no gene name starts with 'MT-' ({some(names)}) but max_mitochondrial needs mitochondrial "
-                f"genes; give gene symbols or max_mitochondrial=None"
+                f"no gene name starts with 'MT-' ({some(names)}), but max_mitochondrial needs mitochondrial genes: "
+                "give gene symbols, or set max_mitochondrial=None."
             )
         cells &= counts @ (mitochondrial & genes).astype(np.float64) <= max_mitochondrial * totals
     return cells, genes
@@ -140,24 +165,28 @@ def sentences(
     keys: np.ndarray | None = None,
     separator: str = " ",
 ) -> list[str]:
-    """Cell sentences: the names of each cell's expressed genes in descending order of expression.
+    """Return the cell sentences: the names of each cell's expressed genes in descending order of expression.
 
-    An empty cell has an empty sentence. A sentence does not depend on the other cells, and the order of two
-    genes in it does not depend on the other genes or on the order of the columns.
+    The sentence of an empty cell is empty. A sentence does not depend on the other cells. The order of two genes in a
+    sentence does not depend on the other genes or on the order of the columns.
 
     Parameters
     ----------
     counts, top_k, seed, keys
         See `rank`.
     names
-        G gene names, each once and without white space.
+        G unique gene names without white space.
     separator
-        What stands between words.
+        Text between two gene names.
+
+    Returns
+    -------
+    N sentences.
 
     Raises
     ------
     DataError
-        Bad counts, or a gene name that occurs twice, is empty, or holds white space or the separator.
+        The counts are invalid, or a gene name is repeated, empty, or contains white space or the separator.
     """
     words = np.empty(counts.shape[1], object)
     words[:] = _checked_names(names, counts.shape[1], separator)
@@ -174,23 +203,27 @@ def fit_rank(
     max_cells: int | None = 5000,
     top_k: int | None = None,
 ) -> RankFit:
-    """Fit normalised expression to the natural logarithm of the rank, over all cells (section 3.1).
+    """Fit normalized expression as a linear function of log(rank), over all cells (section 3.1).
 
     Parameters
     ----------
     counts
         Raw counts (N, G).
     seed, keys
-        Choose the cells of a larger table, and the order of ties (which changes no pair); see `rank`.
+        Determine which cells are sampled if there are more than `max_cells`; see `rank`.
     max_cells
-        Cells to use at most, chosen by their keys; None for all.
+        Maximal number of cells to use; None for all.
     top_k
-        Use these ranks alone, for sentences that are cut at this length.
+        Use only the first `top_k` ranks, for sentences of at most `top_k` genes.
+
+    Returns
+    -------
+    The fitted line and its quality.
 
     Raises
     ------
     DataError
-        Bad counts, or fewer than two different ranks or values of expression.
+        The counts are invalid, or there are fewer than two different ranks or expression values.
     """
     counts = canonical(counts)
     if max_cells is not None and counts.shape[0] > max_cells:
@@ -200,15 +233,15 @@ def fit_rank(
     lengths = np.diff(ranked.indptr)
     n = len(ranked.genes)
     position = np.arange(1, n + 1) - np.repeat(ranked.indptr[:-1], lengths)
-    # Genes of one count of a cell form a run: values, and their ranks, are computed once for each.
+    # Genes of a cell with equal counts form a run. Values and their ranks are computed once per run.
     factors = np.repeat(per_count(counts, dtype=np.float64), lengths)
     starts = np.flatnonzero((position == 1) | (np.diff(ranked.counts, prepend=0) != 0))
     weight = np.diff(starts, append=n)
     values = np.log10(1 + ranked.counts[starts] * factors[starts])
     if lengths.max(initial=0) < 2 or not np.ptp(values):
         raise DataError(
-            f"the {n:,} pairs of rank and expression have one rank or one value only, but a line needs two of "
-            f"each; give cells with more genes"
+            f"the {n:,} pairs of rank and expression have only one rank or one value, but fitting a line needs two of "
+            "each: give cells with more expressed genes."
         )
     _, which = np.unique(values, return_inverse=True)
     value_rank = _mean_ranks(np.bincount(which, weight))[which]
@@ -226,39 +259,40 @@ def fit_rank(
 def expression(
     sentences: Iterable[str], names: Sequence[str], fit: RankFit, *, separator: str = " "
 ) -> tuple[sparse.csr_matrix, pd.DataFrame]:
-    """Turn sentences back into expression (equations 2 and 3, appendix D).
+    """Convert cell sentences to expression (equations 2 and 3, appendix D).
 
-    Words that are no gene are ignored, but the genes after them keep their position as their rank. A gene
-    that occurs several times has the mean of its ranks; one that does not occur has expression zero. The line
-    of the fit falls below zero at high ranks: such values are zero too, because expression is not negative.
+    The rank of a gene is its position in the sentence. Unknown words are ignored, but still count as positions. A gene
+    that occurs several times gets the mean of its ranks. A gene that does not occur gets expression 0. Where the fitted
+    line is negative, which happens at high ranks, the expression is set to 0.
 
     Parameters
     ----------
     sentences
-        N texts; the index of a pandas Series goes to the table.
+        N sentences. The index of a pandas Series becomes the index of the table.
     names
-        G gene names, the columns of the result; upper and lower case differ.
+        G gene names: the columns of the result. Names are case-sensitive.
     fit
-        Line of the data set that is imitated.
+        Fitted line of the data set, from `fit_rank`.
     separator
-        What stands between words; white space stands for any white space.
+        Text between two gene names. A white space separator matches any white space.
 
     Returns
     -------
     tuple
-        float32 CSR (N, G) in log10(1 + counts per 10,000), and a table of the cells with `n_words`,
-        `n_valid` (words that are genes, with repetition), `n_unique` (different genes), and as shares of
-        n_words `valid_share` and `unique_share` (0 for an empty sentence), as in the paper's table 11.
+        Expression, float32 CSR (N, G), as log10(1 + counts per 10,000), and a table with one row per cell:
+        `n_words`, `n_valid` (words that are gene names, including repetitions), `n_unique` (different genes),
+        `valid_share` (n_valid / n_words) and `unique_share` (n_unique / n_words), as in the paper's table 11. The
+        shares of an empty sentence are 0.
 
     Raises
     ------
     DataError
-        A sentence is not text, or a gene name is unusable (see `sentences`).
+        A sentence is not a string, or a gene name is invalid (see `sentences`).
     """
     index = sentences.index if isinstance(sentences, pd.Series) else None
     texts = list(sentences)
     if isinstance(sentences, str) or not all(isinstance(text, str) for text in texts):
-        raise DataError("the sentences are not a list of texts; give one text per cell")
+        raise DataError("sentences must be a list of strings: give one string per cell.")
     names = _checked_names(names, len(names), separator)
     words = GeneTokens(names)
     blocks = [
@@ -276,7 +310,7 @@ def expression(
 def _restore(
     texts: list[str], names: GeneTokens, fit: RankFit, separator: str
 ) -> tuple[sparse.csr_matrix, np.ndarray]:
-    """Expression of some sentences, and n_words, n_valid and n_unique of each, int64 (3, n)."""
+    """Return expression, float32 CSR (n, G), and n_words, n_valid, n_unique, int64 (3, n), of n sentences."""
     if separator.isspace() or not separator:
         n_words, gene = names.find(texts)
     else:
@@ -285,7 +319,7 @@ def _restore(
         )
     ends = np.cumsum(n_words)
     position = np.arange(1, len(gene) + 1) - np.repeat(ends - n_words, n_words)
-    # Gene and position in one number, which sorts several times faster than by two keys.
+    # Pack gene and position into one number: sorting it is several times faster than sorting by two keys.
     bits = int(n_words.max(initial=0)).bit_length()
     kind = np.uint32 if bits + len(names.places).bit_length() <= 32 else np.uint64
     known = gene >= 0
@@ -309,10 +343,17 @@ def _restore(
 
 
 def counts_like(expression: sparse.csr_matrix, total: float = TARGET) -> sparse.csr_matrix:
-    """Undo the logarithm: (10 ** expression - 1) x total / 10,000, CSR (N, G).
+    """Convert log expression to counts: (10 ** expression - 1) x total / 10,000, CSR (N, G).
 
-    The result is in counts per `total`, not integer; a cell made of a sentence sums to `total` only as well
-    as the line of the fit holds.
+    The result is in counts per `total` and not rounded to integers. If the expression comes from a sentence, the counts
+    of a cell sum to `total` only approximately, because the fitted line is approximate.
+
+    Parameters
+    ----------
+    expression
+        CSR (N, G), as log10(1 + counts per 10,000).
+    total
+        Total count of a cell.
     """
     result = expression.copy()
     result.data = ((10.0**result.data - 1) * (total / TARGET)).astype(expression.dtype)
@@ -320,11 +361,12 @@ def counts_like(expression: sparse.csr_matrix, total: float = TARGET) -> sparse.
 
 
 def _mean_ranks(times: np.ndarray) -> np.ndarray:
-    """Mean rank, from 1, of each of some ascending values that occur `times` times."""
+    """Return the mean rank, starting at 1, of ascending values that occur `times` times each."""
     return np.cumsum(times) - (times - 1) / 2
 
 
 def _checked_names(names: Iterable[str], n: int, separator: str = " ") -> list[str]:
+    """Return n gene names as a list; raise `DataError` unless each is a unique single word."""
     names = list(names)
     check_one_each("gene names", len(names), "genes", n)
 
@@ -335,14 +377,14 @@ def _checked_names(names: Iterable[str], n: int, separator: str = " ") -> list[s
     wrong = [name for name in names if not is_word(name)]
     if wrong:
         raise DataError(
-            f"the gene name {wrong[0]!r} is not one word, but words of a sentence are split at "
-            f"{separator!r} and white space; rename it"
+            f"the gene name {wrong[0]!r} must be a string without white space and without the separator {separator!r}: "
+            "rename the gene."
         )
     repeated = pd.Index(names, dtype=object)
     repeated = repeated[repeated.duplicated()].unique()
     if len(repeated):
         raise DataError(
-            f"{len(repeated)} gene names occur more than once ({some(list(repeated))}) but a word must mean "
-            f"one gene; make them unique or add these genes up"
+            f"{len(repeated)} gene names occur more than once ({some(list(repeated))}), but they must be unique: "
+            "rename these genes, or sum their counts."
         )
     return names

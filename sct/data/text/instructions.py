@@ -1,14 +1,14 @@
-"""Instructions about cells: what a decoder is asked, with the cell as soft tokens, and what it should answer.
+"""Instructions about cells: a question with the cell as soft tokens, and the expected answer.
 
-ZerOmics paper, section 3.2 ("Instruction design", "Tuning strategy"), appendix A.3 and Table 7. What is said of a study
-comes from a YAML file::
+ZerOmics paper, section 3.2 ("Instruction design", "Tuning strategy"), appendix A.3 and Table 7. The metadata of the
+studies is read from a YAML file::
 
     STUDY:
-      abstract: What the authors say about the study.
-      cell_types: [B cell, T cell, ...]   # candidates of annotation; by default those of its cells
-      rare: [plasma cell, ...]            # by default the types that fewer than rare_share of its cells have
-      diseases: [glioma, ...]             # candidates for tumour cells; by default those of its cells
-      gene_sets: [hypoxia, ...]           # pathways to choose among; by default those of its cells
+      abstract: The abstract of the study.
+      cell_types: [B cell, T cell, ...]   # candidate cell types; default: the cell types of its cells
+      rare: [plasma cell, ...]            # rare cell types; default: those of fewer than rare_share of its cells
+      diseases: [glioma, ...]             # candidate diseases for tumor cells; default: the diseases of its cells
+      gene_sets: [hypoxia, ...]           # candidate pathways; default: the pathways of its cells
 """
 
 from __future__ import annotations
@@ -31,36 +31,38 @@ from sct.data.text.studies import read_study_file
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import ConfigError
 
-# Stands for the cell in a text until it is tokenised; no text of a person has it.
+# Placeholder of the cell in a text before tokenization. User text must not contain it.
 MARK = "\0"
 NORMAL, YES, NO = "normal cell", "Yes", "No"
-# Between the pathways of a cell; no name of one has it.
+# Separator of the pathways of a cell. Names of pathways must not contain it.
 BETWEEN = ", "
 _LISTS = ("cell_types", "rare", "diseases", "gene_sets")
 
 
 @dataclasses.dataclass(frozen=True)
 class InstructionOptions:
-    """What is asked of cells.
+    """Options of the instructions about cells.
 
     Parameters
     ----------
     tasks
-        Pairs of a task of `sct.data.text.prompts.INSTRUCTIONS` and how often it is drawn, relative to the others.
+        Pairs of a task of `sct.data.text.prompts.INSTRUCTIONS` and its relative sampling weight.
     num_soft
-        Soft tokens of a cell (K).
+        Number of soft tokens per cell (K).
     length
-        Tokens of a row (T), soft ones included.
+        Number of tokens per row (T), including the soft tokens.
     cell_type, disease, pathways
-        Columns of `obs`, "" for none; the last has the active pathways of a cell, "hypoxia, apoptosis".
+        Columns of `obs`; "" for none. The pathways column holds the active pathways of a cell, such as "hypoxia,
+        apoptosis".
     normal
         Values of the disease column that mean a normal cell.
     rare_share
-        Share of a study's cells below which a type is rare, where the study does not list its rare types.
+        A cell type is rare if fewer than this fraction of the study's cells have it. Ignored for studies that list
+        their rare types.
     studies
-        Study -> what its YAML file says.
+        Study name -> metadata from the YAML file.
     seed
-        Of tasks, templates and the order of candidates.
+        Seed of the choice of tasks and templates and of the order of candidates.
     """
 
     tasks: tuple[tuple[str, float], ...] = (("cta", 1.0), ("rci", 1.0), ("tcd", 1.0))
@@ -76,12 +78,12 @@ class InstructionOptions:
 
 
 def read_study_texts(path: str | Path) -> dict[str, dict[str, Any]]:
-    """Read what is said of studies; the head of this module has the form.
+    """Read the YAML file with the metadata of studies. The module docstring shows its format.
 
     Raises
     ------
     ConfigError
-        The file cannot be read or has another form; study and field are named.
+        The file cannot be read, or a field is invalid. The message names the study and the field.
     """
     content = read_study_file(path, "STUDY: {abstract: TEXT, cell_types: [...]}")
     known = ("abstract", *_LISTS)
@@ -93,22 +95,23 @@ def read_study_texts(path: str | Path) -> dict[str, dict[str, Any]]:
             if not good or not all(
                 isinstance(text, str) and text.strip() and MARK not in text for text in texts
             ):
-                form = "a text" if field == "abstract" else "a list of texts"
-                raise ConfigError(f"{path}: {field} of {study} is {value!r}, but {form} is needed.")
+                form = "a non-empty text without NUL" if field == "abstract" else "a list of non-empty texts"
+                raise ConfigError(f"{path}: {field} of {study} is {value!r}, but must be {form}: correct it.")
             if field == "gene_sets" and any(BETWEEN.strip() in text for text in texts):
                 raise ConfigError(
-                    f"{path}: gene_sets of {study} has a name with a comma, which stands between names: leave it out."
+                    f"{path}: gene_sets of {study} has a name with a comma, but commas separate the pathways of a "
+                    "cell: rename this pathway."
                 )
             check_distinct(f"{path}: {field} of {study}", texts)
     return content
 
 
 class LabeledCells(Protocol):
-    """Cells with labels, such as a `sct.data.store.Study`."""
+    """Interface of labeled cells, such as a `sct.data.store.Study`."""
 
     @property
     def name(self) -> str:
-        """Of the study."""
+        """Name of the study."""
         ...
 
     @property
@@ -117,17 +120,17 @@ class LabeledCells(Protocol):
         ...
 
     def obs(self, columns: Collection[str] | None = None) -> pd.DataFrame:
-        """Labels of its cells: those of these columns that there are."""
+        """Return the labels of the cells. Requested columns that do not exist are left out."""
         ...
 
 
 class StudyQuestions:
-    """What can be asked of the cells of one study, and the answers.
+    """The questions that can be asked about the cells of one study, and their answers.
 
     Parameters
     ----------
     study
-        Of a store, or any labelled cells.
+        A study of a store, or other labeled cells.
     options
         See `InstructionOptions`.
 
@@ -142,13 +145,13 @@ class StudyQuestions:
         self.study_metadata = options.studies.get(study.name, {})
         if "abstract" not in self.study_metadata:
             raise ConfigError(
-                f"the study {study.name!r} has no abstract: add `{study.name}: {{abstract: ...}}` to the file of "
+                f"the study {study.name!r} has no abstract: add `{study.name}: {{abstract: ...}}` to the file given as "
                 "data.studies."
             )
 
     @functools.cached_property
     def _labels(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Key of each cell, and the labels by column: of millions of cells, which share one text for each label."""
+        """Key of each cell, and the labels by column. Cells with the same label share one string, to save memory."""
         named = (self.options.cell_type, self.options.disease, self.options.pathways)
         table = self.study.obs({name for name in named if name})
         return cell_keys(table.index), {str(name): _shared_texts(table[name]) for name in table}
@@ -163,23 +166,23 @@ class StudyQuestions:
 
     @functools.cached_property
     def cell_types(self) -> np.ndarray | None:
-        """Type of each cell, "" for none; None where the study has no such column."""
+        """Cell type of each cell, "" if unknown; None if the study has no such column."""
         return self._column(self.options.cell_type)
 
     @functools.cached_property
     def diseases(self) -> np.ndarray | None:
-        """Disease of each cell or `NORMAL`, "" where it is not known; None where the study has no such column."""
+        """Disease of each cell or `NORMAL`, "" if unknown; None if the study has no such column."""
         found = self._column(self.options.disease)
         return None if found is None else np.where(np.isin(found, self.options.normal), NORMAL, found)
 
     @functools.cached_property
     def pathways(self) -> np.ndarray | None:
-        """Active pathways of each cell as one text, "" for none; None where the study has no such column."""
+        """Active pathways of each cell as one string, "" for none; None if the study has no such column."""
         return self._column(self.options.pathways)
 
     @functools.cached_property
     def rare(self) -> frozenset[str]:
-        """Types that are rare in the study."""
+        """Rare cell types of the study."""
         if self.cell_types is None:
             return frozenset()
         if "rare" in self.study_metadata:
@@ -189,12 +192,12 @@ class StudyQuestions:
 
     @functools.cached_property
     def candidates(self) -> dict[str, tuple[str, ...]]:
-        """Answers to choose among, by task; a task to which no cell has an answer is absent.
+        """Candidate answers by task. Tasks that no cell has an answer to are left out.
 
         Raises
         ------
         ConfigError
-            No cell has any of the types or diseases that the file lists.
+            The metadata file lists cell types, diseases or pathways, but no cell has any of them.
         """
         found: dict[str, Sequence[str]] = {}
         types = self._named("cell_types", self.cell_types, ())
@@ -212,33 +215,33 @@ class StudyQuestions:
         return {task: tuple(many) for task, many in found.items()}
 
     def _named(self, field: str, values: np.ndarray | None, without: Collection[str]) -> list[str]:
-        """Names that the file lists, or else those of the cells."""
+        """Return the names in a field of the metadata file, or by default the names that occur in the cells."""
         if values is None:
             return []
-        there = set(values) - {""}
+        present = set(values) - {""}
         listed = self.study_metadata.get(field)
         if listed is None:
-            return sorted(there - set(without))
-        if there - {NORMAL} and not there & set(listed):
+            return sorted(present - set(without))
+        if present - {NORMAL} and not present & set(listed):
             raise ConfigError(
-                f"{field} are listed for {self.study.name!r}, but its cells have none of them: they "
-                f"are {', '.join(sorted(there)[:5])}, written like this."
+                f"{field} in the metadata of the study {self.study.name!r} match none of its cells: use the spelling "
+                f"of the cells ({', '.join(sorted(present)[:5])})."
             )
         return [name for name in listed if name not in without]
 
     def values(self, row: int) -> dict[str, str]:
-        """Answers about a cell that are known, by task."""
+        """Return the known answers about a cell, by task."""
         return {task: answer for task in self.candidates if (answer := self.answer(task, row))}
 
     def longest(self, task: str) -> str:
-        """Longest answer to a task that there are candidates for."""
+        """Return the longest answer to a task that has candidates."""
         if task != "cpi" or self.pathways is None:
             return max(self.candidates[task], key=len)
         _, rows = np.unique(self.pathways, return_index=True)
         return max((self.answer(task, int(row)) for row in rows), key=len) or self.candidates[task][0]
 
     def answer(self, task: str, row: int) -> str:
-        """Answer about a cell, "" where it is not known, or where no pathway is active."""
+        """Return the answer about a cell; "" if it is unknown or if no pathway is active."""
         if task not in self.candidates:
             return ""
         if task == "tcd":
@@ -256,14 +259,14 @@ class StudyQuestions:
 
 
 def _shared_texts(column: pd.Series) -> np.ndarray:
-    """Labels as texts (N,), "" where there is none, each text once in memory."""
+    """Return labels as strings (N,), "" for missing ones. Equal labels share one string in memory."""
     codes, values = pd.factorize(column)
-    names = [*(str(value).strip() for value in values), ""]  # the last for what is missing, -1
+    names = [*(str(value).strip() for value in values), ""]  # the code of missing labels is -1: the last name
     return np.array(names, dtype=object)[codes]
 
 
 def _names(texts: Iterable[str]) -> np.ndarray:
-    """Pathways that texts name, each once, in order."""
+    """Return the unique pathways in comma-separated strings, sorted."""
     named = (name.strip() for text in texts for name in str(text).split(BETWEEN.strip()))
     return np.array(sorted({name for name in named if name}), dtype=object)
 
@@ -271,16 +274,30 @@ def _names(texts: Iterable[str]) -> np.ndarray:
 def fields_of(
     task: str, abstract: str, candidates: Sequence[str], key: tuple[int, ...], answer: str | None = None
 ) -> dict[str, Any]:
-    """Fields of a template; candidates are shuffled by the key, so that their place tells nothing.
+    """Return the fields to fill into a template.
 
-    Several pathways of an answer are shuffled as well, for the first one to be any of them.
+    The candidates are shuffled by the key, so that their order does not reveal the answer. If the answer has several
+    pathways, they are shuffled too.
+
+    Parameters
+    ----------
+    task
+        Code of a task of `sct.data.text.prompts.INSTRUCTIONS`.
+    abstract
+        Abstract of the study.
+    candidates
+        Candidate answers.
+    key
+        Seed of the shuffling.
+    answer
+        The answer, if known.
     """
     if task == "cpi" and answer:
         own = answer.split(BETWEEN)
         answer = BETWEEN.join(own[i] for i in np.random.default_rng([*key, 2]).permutation(len(own)))
     fields: dict[str, Any] = {"cell": MARK, "abstract": abstract, "answer": answer}
     if "candidates" in INSTRUCTIONS[task].prompt:
-        # The normal cell is named by the template.
+        # The template itself mentions the normal cell.
         listed = [each for each in candidates if task != "tcd" or each != NORMAL]
         order = np.random.default_rng(list(key)).permutation(len(listed))
         fields["candidates"] = ", ".join(listed[i] for i in order)
@@ -288,7 +305,10 @@ def fields_of(
 
 
 def questions_of(prompts: Sequence[str], tokenizer: Tokenizer, num_soft: int) -> list[np.ndarray]:
-    """Tokens int32 of questions, the cell as -1 .. -K; what several have in common, as an abstract, is read once."""
+    """Return the tokens, int32, of questions.
+
+    The cell is -1 .. -K. Text that questions share is tokenized only once.
+    """
     parts = [prompt.split(MARK) for prompt in prompts]
     texts = list(dict.fromkeys(text for pair in parts for text in pair))
     tokens = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
@@ -300,7 +320,7 @@ def questions_of(prompts: Sequence[str], tokenizer: Tokenizer, num_soft: int) ->
 
 
 def tokens_of(example: Example, tokenizer: Tokenizer, num_soft: int) -> tuple[np.ndarray, int]:
-    """Tokens int32 of a question with the answer and its end, where there is one; and how many are the question."""
+    """Return the int32 tokens of a question, its answer and EOS (if any), and the number of tokens of the question."""
     (question,) = questions_of([example.prompt], tokenizer, num_soft)
     if not example.response:
         return question, len(question)
@@ -309,26 +329,34 @@ def tokens_of(example: Example, tokenizer: Tokenizer, num_soft: int) -> tuple[np
 
 
 class InstructionSource:
-    """Cells with an instruction each; see `sct.data.loader.RecordSource`.
+    """Records of cells with one instruction each; see `sct.data.loader.RecordSource`.
 
-    A record is that of `sct.data.cell_records.CellSource`, and `input_ids` int32 (T,), `there` bool (T,), `predicted`
-    bool (T,), the tokens of the answer and its end, and `task` int32 (), its number among the options'.
-    Task, template and order of the candidates follow from seed, cell and epoch. A cell of which nothing is known has no
-    predicted token.
+    A record has the arrays of `sct.data.cell_records.CellSource` and, in addition:
+
+    - `input_ids` int32 (T,): the tokens of question and answer.
+    - `there` bool (T,): attention mask, False for padding.
+    - `predicted` bool (T,): the tokens of the answer and EOS, which the loss predicts.
+    - `task` int32 (): the position of the task in the options.
+
+    The seed, the cell and the epoch determine the task, the template and the order of the candidates. A cell without
+    any known answer has no predicted token.
 
     Parameters
     ----------
     studies
-        Of one store.
+        Studies of one store.
     cells, known, exhaustive
-        As of `CellSource`.
-    options, prompts, tokenizer
-        What is asked, in which words.
+        See `CellSource`.
+    options
+        See `InstructionOptions`.
+    prompts, tokenizer
+        Templates of the instructions, and the tokenizer.
 
     Raises
     ------
     ConfigError
-        No study can be asked one of the tasks, a study has no abstract, or a question is longer than a row.
+        A task cannot be asked about any study, a study has no abstract, an instruction is longer than a row, or the
+        tokenizer has no EOS token.
     """
 
     def __init__(
@@ -342,7 +370,9 @@ class InstructionSource:
         exhaustive: bool = False,
     ):
         if tokenizer.eos is None:
-            raise ConfigError("the tokenizer has no token that ends a text: name one (eos) in its files.")
+            raise ConfigError(
+                "the tokenizer has no end-of-text token: set eos_token in its tokenizer_config.json."
+            )
         self.options, self.prompts, self.tokenizer = options, prompts, tokenizer
         self.cells = CellSource(studies, cells, known, exhaustive, options.seed)
         self.questions = {study.name: StudyQuestions(study, options) for study in studies}
@@ -356,23 +386,22 @@ class InstructionSource:
             if not any(task in each.candidates for each in self.questions.values()):
                 column = {"tcd": "disease", "cpi": "pathways"}.get(task, "cell_type")
                 raise ConfigError(
-                    f"the task {task_name(task)!r} can be asked of no study: name the column of labels "
-                    f"(data.{column}), of which two values are needed, and for rare cells a type below "
-                    "data.rare_share, or leave the task out."
+                    f"no study has labels for the task {task_name(task)!r}: set data.{column} to a column of obs with "
+                    "at least two values (for rare cells, one type must be below data.rare_share), or remove the task."
                 )
 
     def _check_rare(self) -> None:
-        """Raise `ConfigError` where a file lists rare types, but not as the cells have them."""
+        """Raise `ConfigError` if the metadata file lists rare types of a study, but no cell has any of them."""
         for each in self.questions.values():
             listed = set(each.study_metadata.get("rare", ()))
             if each.cell_types is not None and listed and not listed & set(each.cell_types):
                 raise ConfigError(
-                    f"the file of data.studies lists rare types of {each.study.name!r}, but no cell has one of them: "
-                    f"write {sorted(listed)[0]!r} as in the column data.cell_type."
+                    f"the file given as data.studies lists rare types of {each.study.name!r}, but no cell has any of "
+                    f"them: spell {sorted(listed)[0]!r} as in the column data.cell_type."
                 )
 
     def _check_lengths(self) -> None:
-        """Raise `ConfigError` where the longest instruction about a study does not fit into a row."""
+        """Raise `ConfigError` if the longest instruction about a study does not fit into a row."""
         for each in self.questions.values():
             for task, _ in self.options.tasks:
                 for number in range(len(self.prompts.templates[task])):
@@ -387,19 +416,19 @@ class InstructionSource:
     def _check_length(self, number: int, study: LabeledCells) -> None:
         if number > self.options.length:
             raise ConfigError(
-                f"an instruction about the study {study.name!r} has {number} tokens, but rows have "
-                f"{self.options.length}: raise data.length, or shorten its abstract."
+                f"an instruction about the study {study.name!r} has {number} tokens, but a row has only "
+                f"{self.options.length}: increase data.length, or shorten its abstract."
             )
 
     def __len__(self) -> int:
         return len(self.cells)
 
     def describe(self, number: int, epoch: int = 0) -> str:
-        """Name a cell for a person: study and row."""
+        """Describe a cell in messages by its study and row."""
         return self.cells.describe(number, epoch)
 
     def example(self, study: Study, row: int, epoch: int) -> tuple[int, Example | None]:
-        """Number of a cell's task and its instruction, None where nothing can be asked."""
+        """Return the number of a cell's task and its instruction; (0, None) if no answer is known."""
         asked = self.questions[study.name]
         able = [(task, weight) for task, weight in self.options.tasks if asked.answer(task, row)]
         if not able:
@@ -413,7 +442,7 @@ class InstructionSource:
         return number, self.prompts.render(task, fields, seed=key[0], key=key[1], epoch=epoch)
 
     def record(self, number: int, epoch: int = 0) -> dict[str, np.ndarray]:
-        """Record of a cell."""
+        """Return the record of a cell."""
         study, rows = self.cells.cells.rows(number, epoch)
         task, example = self.example(study, int(rows[0]), epoch)
         length = self.options.length

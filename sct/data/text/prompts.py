@@ -1,6 +1,6 @@
-"""Prompt templates: what a language model is asked about a cell, and how its answer reads.
+"""Prompt templates: the wording of questions about a cell and of their answers.
 
-A file of templates is JSON::
+A template file is JSON::
 
     {
       "version": 1,
@@ -14,17 +14,21 @@ A file of templates is JSON::
       }
     }
 
-The tasks are those of `TASKS` (cell sentences) or of `INSTRUCTIONS` (ZerOmics, where `{cell}` stands for vectors and
-not for text): each has the field that is the answer and the fields that its prompt must hold. A response holds the
-answer once and no other field. A prompt may hold any field but the answer; a template is used only where all its fields
-are known. `{genes}` is made by the renderer: "expressed genes", or "100 most highly expressed genes" where `num_genes`
-is given. A literal brace is doubled. In cell sentences `{cell}` stands between white space, so that every gene remains
-one word. With `"replace": true` the built-in templates of the task are left out, otherwise the file's follow them. In
-messages templates count from 1.
+The tasks are those of `TASKS` (cell sentences) or `INSTRUCTIONS` (ZerOmics, where `{cell}` becomes soft tokens instead
+of text). Each task defines its answer field and the fields that a prompt must contain. These rules apply:
 
-A prompt ends, and a response begins, without white space; `JOIN` stands between them. One space before the
-response is part of its first word for byte-level tokenizers, so that prompt and response have the same tokens
-apart and together, and the first gene of a sentence has the tokens that it has elsewhere.
+- A response contains the answer field once and no other field.
+- A prompt may contain any field except the answer. A template is used only for cells whose values are known for all
+  fields of the template.
+- The renderer fills in `{genes}`: "expressed genes", or "100 most highly expressed genes" if `num_genes` is 100.
+- Literal braces are doubled.
+- For cell sentences, white space must surround `{cell}`, so that each gene name remains a separate word.
+- With `"replace": true`, the templates of the file replace the built-in ones. Otherwise they are added after them.
+- Error messages number templates from 1.
+
+A prompt must not end with white space, and a response must not begin with it. `JOIN`, a single space, is put between
+them. Byte-level tokenizers make this space part of the first word of the response. Therefore prompt and response have
+the same tokens whether they are tokenized separately or together.
 """
 
 from __future__ import annotations
@@ -50,15 +54,15 @@ FIELDS = (
     "cell", "genes", "num_genes", "cell_type", "tissue", "abstract", "labels", "organism", "candidates", "answer"
 )  # fmt: skip
 _VERSION = 1
-_LONG = ("cell", "abstract")  # answers that may have several lines
+_LONG = ("cell", "abstract")  # answers that may span several lines
 
 
 class TaskFields(NamedTuple):
-    """The field that answers a task, and those that its prompt must hold."""
+    """The answer field of a task, and the fields that its prompt must contain."""
 
     answer: str
     prompt: tuple[str, ...]
-    soft: bool = False  # whether the cell is no text, and may stand beside any mark
+    soft: bool = False  # whether the cell becomes soft tokens, so that {cell} needs no white space around it
 
 
 TASKS: dict[str, TaskFields] = {
@@ -72,14 +76,14 @@ TASKS: dict[str, TaskFields] = {
     "labels_to_cell": TaskFields("cell", ("labels",)),
     "cell_to_labels": TaskFields("labels", ("cell",)),
 }
-# ZerOmics, Table 7: annotation of the cell type, rare cells, tumour cells, pathways.
+# ZerOmics, Table 7: cell type annotation, rare cell identification, tumor cell detection, pathway identification.
 INSTRUCTIONS: dict[str, TaskFields] = {
     "cta": TaskFields("answer", ("cell", "abstract", "candidates"), True),
     "rci": TaskFields("answer", ("cell", "abstract"), True),
     "tcd": TaskFields("answer", ("cell", "abstract", "candidates"), True),
     "cpi": TaskFields("answer", ("cell", "abstract", "candidates"), True),
 }
-# Names of these tasks for users -> the paper's codes, which model folders, adapters and files of templates keep.
+# User-facing names of these tasks -> the paper's codes, which are stored in model folders, adapters and template files.
 TASK_CODES = {"cell_type": "cta", "rare_cell": "rci", "tumor": "tcd", "pathway": "cpi"}
 _TASK_NAMES = {code: name for name, code in TASK_CODES.items()}
 _BUILT_IN = {"prompts_cell2sentence.json": TASKS, "prompts_zeromics.json": INSTRUCTIONS}
@@ -87,23 +91,23 @@ SENTENCE_PROMPTS, INSTRUCTION_PROMPTS = _BUILT_IN
 
 
 def task_code(name: str) -> str:
-    """Code of an instruction task by its name or its code; anything else stays as it is."""
+    """Return the code of an instruction task from its name. Any other string is returned unchanged."""
     return TASK_CODES.get(name, name)
 
 
 def task_name(code: str) -> str:
-    """Name of an instruction task for users by its code; anything else stays as it is."""
+    """Return the user-facing name of an instruction task from its code. Any other string is returned unchanged."""
     return _TASK_NAMES.get(code, code)
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """One wording of a question and of its answer.
+    """One wording of a question and its answer.
 
     Attributes
     ----------
     prompt, response
-        Texts with {fields}.
+        Strings with {fields}.
     """
 
     prompt: str
@@ -111,7 +115,7 @@ class Template:
 
     @cached_property
     def prompt_parts(self) -> tuple[tuple[str, str | None], ...]:
-        """Stretches of the prompt: literal text, and the field that follows it or None."""
+        """Segments of the prompt: literal text, and the field that follows it or None."""
         return _parts(self.prompt)
 
     @cached_property
@@ -121,14 +125,14 @@ class Template:
 
     @cached_property
     def _answer(self) -> tuple[str, str, str]:
-        """Text before the answer, its field, and text after it."""
+        """Text before the answer, the answer field, and text after the answer."""
         parts = _parts(self.response)
         at, field = next((i, name) for i, (_, name) in enumerate(parts) if name)
         before, after = ("".join(text for text, _ in side) for side in (parts[: at + 1], parts[at + 1 :]))
         return before, field, after
 
     def response_for(self, value: str) -> str:
-        """Return the response that holds this answer."""
+        """Return the response with this answer."""
         before, field, after = self._answer
         return before + _text(field, value) + after
 
@@ -138,16 +142,17 @@ class Template:
         value = r"(?s:(\S.*?))" if field in _LONG else r"([^\s][^\n]*?)"
         end = r"\s*\Z" if field in _LONG else r"\s*(?:\n|\Z)"
         if after.strip():
-            # A word after the answer must be there; a full stop may be missing where the text was cut.
+            # Words after the answer are required. Punctuation is optional, because the generation may have stopped
+            # early.
             literal = _flexible(after.rstrip()) + r"(?=\s|\Z)"
             end = f"(?:{literal}|{end})" if not re.search(r"\w", after) else literal
         return re.compile(r"\s*" + _flexible(before) + value + end)
 
     def parse(self, text: str) -> str | None:
-        """Take the answer out of a generated response; None where the response is not of this form.
+        """Extract the answer from a generated response; return None if the response does not match the template.
 
-        White space may differ. A label ends where the template's own text goes on, or at the end of its line,
-        and what follows is ignored; a cell or an abstract goes on to the end of the text.
+        White space may differ. A label ends where the text of the template continues or at the end of the line; the
+        rest is ignored. A cell sentence or an abstract extends to the end of the response.
         """
         found = self._pattern.match(text)
         return found.group(1).strip() if found else None
@@ -155,14 +160,14 @@ class Template:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A question about one cell and its answer.
+    """A question about one cell, and its answer.
 
     Attributes
     ----------
     task, number
-        Where the template stands: `Prompts.templates[task][number]`.
+        The template is `Prompts.templates[task][number]`.
     prompt, response
-        Texts; the response is empty where the answer was not given (see `Prompts.ask`).
+        Filled template. The response is empty if it was made by `Prompts.ask`.
     """
 
     task: str
@@ -178,7 +183,15 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """The templates of every task, made by `load_prompts`."""
+    """The templates of all tasks, from `load_prompts`.
+
+    Attributes
+    ----------
+    templates
+        Templates by task.
+    tasks
+        Fields of each task: `TASKS` or `INSTRUCTIONS`.
+    """
 
     templates: Mapping[str, tuple[Template, ...]]
     tasks: Mapping[str, TaskFields] = dataclasses.field(default_factory=lambda: TASKS)
@@ -193,32 +206,40 @@ class Prompts:
         epoch: int = 0,
         number: int | None = None,
     ) -> Example:
-        """Fill a template of a task with the fields of a cell.
+        """Fill a template of a task with the values of a cell.
 
-        The choice among the templates whose fields are all known follows from task, seed, key and epoch.
+        The template is drawn from those whose fields are all known. Task, seed, key and epoch determine the choice.
 
         Parameters
         ----------
         task
-            One of `TASKS`.
+            A task in `self.tasks`.
         fields
-            Values by name; None counts as absent. `num_genes` is the number of words of a cell sentence that
-            was cut, absent for a whole one; `labels` may be a mapping (see `render_labels`).
+            Values by field name; None means unknown. `num_genes` is the number of genes of a truncated cell sentence,
+            and unknown for a complete one. `labels` may be a mapping (see `render_labels`).
         seed, key, epoch
-            Of the choice; the key is that of the cell, see `cell_sentence.cell_keys`.
+            Determine the template. The key identifies the cell; see `cell_sentence.cell_keys`.
         number
-            Take this template, counted from 0, instead.
+            Use this template, numbered from 0, instead of drawing one.
+
+        Returns
+        -------
+        The prompt and the response.
 
         Raises
         ------
         ConfigError
-            Unknown task, field or number, or no template whose fields are all known.
+            The task, a field or the number is unknown, the answer is missing, or there is no template whose fields are
+            all known.
         DataError
             A value is empty.
         """
         answer = self._task(task).answer
         if fields.get(answer) is None:
-            raise ConfigError(f"the answer {answer!r} of the task {task!r} is missing; give it or call ask()")
+            raise ConfigError(
+                f"the answer {answer!r} of the task {task!r} is missing: add it to fields, or call ask() for a prompt "
+                "without an answer."
+            )
         asked = self.ask(task, fields, seed=seed, key=key, epoch=epoch, number=number)
         response = self.templates[task][asked.number].response_for(fields[answer])
         return dataclasses.replace(asked, response=response)
@@ -233,23 +254,22 @@ class Prompts:
         epoch: int = 0,
         number: int | None = None,
     ) -> Example:
-        """Fill the prompt alone, for a model that is to answer; see `render`. The answer is not looked at."""
+        """Fill only the prompt, for a model to answer. The answer field is ignored; see `render` for the parameters."""
         needed = self._task(task)
         known = {name: value for name, value in fields.items() if value is not None}
         if unknown := sorted(set(known) - set(FIELDS) | (set(known) & {"genes"})):
             raise ConfigError(
-                f"the field {unknown[0]!r} is not one that is given; give fields of "
-                f"{', '.join(name for name in FIELDS if name != 'genes')}"
+                f"there is no field {unknown[0]!r}: use {', '.join(name for name in FIELDS if name != 'genes')}."
             )
         if missing := [name for name in needed.prompt if name not in known]:
-            raise ConfigError(f"the field {missing[0]!r} of the task {task!r} is missing; give it")
+            raise ConfigError(f"the task {task!r} needs the field {missing[0]!r}: add it to fields.")
         have = known.keys() | {"genes"}
         number = self._choose(task, have, (seed, key, epoch)) if number is None else number
         template = self._template(task, number)
         if missing := sorted(template.prompt_fields - have):
             raise ConfigError(
-                f"template {number + 1} of the task {task!r} needs the field {missing[0]!r}; give it or take "
-                f"another template"
+                f"template {number + 1} of the task {task!r} needs the field {missing[0]!r}: add it to fields, or use "
+                "another template."
             )
         n = known.get("num_genes")
         known["genes"] = "expressed genes" if n is None else f"{n} most highly expressed genes"
@@ -257,28 +277,28 @@ class Prompts:
         return Example(task, number, "".join(filled), "")
 
     def response_for(self, task: str, number: int, value: Any) -> str:
-        """Response of a template with this answer, e.g. to score the candidates for a label."""
+        """Return the response of a template with this answer, for example to score candidate labels."""
         return self._template(task, number).response_for(value)
 
     def parse(self, task: str, number: int, text: str) -> str | None:
-        """Take the answer out of a response to this template; see `Template.parse`."""
+        """Extract the answer from a response to this template; see `Template.parse`."""
         return self._template(task, number).parse(text)
 
     def plain(self) -> dict[str, list[dict[str, str]]]:
-        """Templates as plain values, which `of_plain` takes."""
+        """Return the templates as plain dicts and lists; the inverse of `of_plain`."""
         return {task: [dataclasses.asdict(each) for each in many] for task, many in self.templates.items()}
 
     @classmethod
     def of_plain(
         cls, templates: Mapping[str, Sequence[Mapping[str, str]]], tasks: Mapping[str, TaskFields] = TASKS
     ) -> Prompts:
-        """Make them of plain values."""
+        """Make `Prompts` from plain dicts and lists; the inverse of `plain`."""
         return cls(
             {task: tuple(Template(**each) for each in many) for task, many in templates.items()}, tasks
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a file that `load_prompts` reads back as these templates, whatever is built in then."""
+        """Write a template file. `load_prompts` reads back exactly these templates, in later releases too."""
         tasks = {task: {"replace": True, "templates": many} for task, many in self.plain().items()}
         text = json.dumps({"version": _VERSION, "tasks": tasks}, indent=1, ensure_ascii=False)
         write_text(path, text + "\n")
@@ -287,8 +307,8 @@ class Prompts:
         usable = [i for i, template in enumerate(self.templates[task]) if template.prompt_fields <= have]
         if not usable:
             raise ConfigError(
-                f"no template of the task {task!r} does with the fields {', '.join(sorted(have))}; give more "
-                f"fields or add such a template"
+                f"every template of the task {task!r} needs more than the fields {', '.join(sorted(have))}: give more "
+                "fields, or add a template for these fields."
             )
         digest = hashlib.blake2b(repr((task, *map(int, key))).encode(), digest_size=8).digest()
         return usable[int.from_bytes(digest, "little") % len(usable)]
@@ -305,7 +325,7 @@ class Prompts:
 
 
 def draw_task(weights: Sequence[tuple[str, float]], key: tuple[int, ...]) -> str:
-    """One of some tasks, by weight; which one follows from the key alone."""
+    """Draw a task from (task, weight) pairs. The key determines the result."""
     digest = hashlib.blake2b(repr(("task", *key)).encode(), digest_size=8).digest()
     place = int.from_bytes(digest, "little") / 2**64 * sum(weight for _, weight in weights)
     for name, weight in weights:
@@ -316,19 +336,19 @@ def draw_task(weights: Sequence[tuple[str, float]], key: tuple[int, ...]) -> str
 
 
 def load_prompts(path: str | os.PathLike[str] | None = None, built_in: str = SENTENCE_PROMPTS) -> Prompts:
-    """Return built-in templates, with those of a user's file added or put in their place.
+    """Load the built-in templates, and add or replace those in a template file.
 
     Parameters
     ----------
     path
-        File of the user.
+        Template file; the module docstring describes its format. None loads only the built-in templates.
     built_in
         `SENTENCE_PROMPTS` or `INSTRUCTION_PROMPTS`.
 
     Raises
     ------
     ConfigError
-        The file is absent or not as the head of this module says; the message names file, task and template.
+        The file cannot be read or is invalid. The message names the file, the task and the template.
     """
     known = _built_in(built_in)
     if path is None:
@@ -336,32 +356,37 @@ def load_prompts(path: str | os.PathLike[str] | None = None, built_in: str = SEN
     try:
         text = Path(path).read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the prompts in {path} ({error}); check the path") from None
+        raise ConfigError(f"the template file {path} cannot be read ({error}): check the path.") from None
     return _merged(known, text, str(path))
 
 
 def render_labels(labels: Mapping[str, Any]) -> str:
-    """Write any number of labels as one text, "cell type: T cell; exposure: acute".
+    """Join labels into one string such as "cell type: T cell; exposure: acute".
+
+    Parameters
+    ----------
+    labels
+        Values by label name.
 
     Raises
     ------
     DataError
-        No label, an empty name or value, or one that holds a ';' or a line break, or a name with a ':'.
+        There are no labels, a name or value is empty or contains ';' or a line break, or a name contains ':'.
     """
     texts = {str(name): str(value) for name, value in labels.items()}
     for name, value in texts.items():
         for part, marks in ((name, ";:\n"), (value, ";\n")):
             if not part.strip() or part != part.strip() or any(mark in part for mark in marks):
                 raise DataError(
-                    f"the label {name!r}: {value!r} is empty, padded, or holds a mark that separates labels "
-                    f"(';', a line break, ':' in a name); rename it"
+                    f"the label {name!r}: {value!r} is empty, begins or ends with white space, or contains a reserved "
+                    "character (';', a line break, ':' in a name): rename it."
                 )
     check_not_empty("labels", texts, error=DataError, advice="give at least one name with its value")
     return "; ".join(f"{name}: {value}" for name, value in texts.items())
 
 
 def parse_labels(text: str) -> dict[str, str]:
-    """Read labels written by `render_labels`; what is not of the form "name: value" is left out."""
+    """Split a string written by `render_labels` into labels. Parts that are not "name: value" are left out."""
     pairs = (part.split(":", 1) for part in text.split(";") if ":" in part)
     stripped = ((name.strip(), value.strip()) for name, value in pairs)
     return {name: value for name, value in stripped if name and value}
@@ -384,28 +409,30 @@ def _parts(text: str) -> tuple[tuple[str, str | None], ...]:
 
 
 def _flexible(literal: str) -> str:
-    """Return a pattern of a literal text that takes any white space for white space."""
+    """Return a regular expression that matches a literal text with any amount of white space between its words."""
     words = r"\s+".join(re.escape(word) for word in literal.split())
     before, after = (r"\s*" if space.isspace() else "" for space in (literal[:1], literal[-1:]))
     return before + words + after
 
 
 def _merged(base: Prompts, text: str, file: str) -> Prompts:
-    """Check a file of templates and add it to those that are there."""
+    """Check the content of a template file, and add its templates to existing ones."""
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{file} is not JSON ({error}); correct it") from None
+        raise ConfigError(f"{file} is not valid JSON ({error}): correct it.") from None
     if (
         not isinstance(content, dict)
         or set(content) != {"version", "tasks"}
         or content["version"] != _VERSION
     ):
-        raise ConfigError(f'{file} is not {{"version": {_VERSION}, "tasks": {{...}}}}; write it like this')
+        raise ConfigError(
+            f'{file} must have the form {{"version": {_VERSION}, "tasks": {{...}}}}: correct it.'
+        )
     merged = {task: base.templates.get(task, ()) for task in base.tasks}
     tasks = content["tasks"]
     if not isinstance(tasks, dict):
-        raise ConfigError(f'{file}: "tasks" is no object; give an object of tasks')
+        raise ConfigError(f'{file}: "tasks" must be a JSON object with one entry per task: correct it.')
     for given, entry in tasks.items():
         task = given if given in base.tasks else task_code(given)
         if task not in base.tasks:
@@ -415,8 +442,8 @@ def _merged(base: Prompts, text: str, file: str) -> Prompts:
         replace = entry.get("replace", False) if known else None
         if not isinstance(templates, list) or not templates or not isinstance(replace, bool):
             raise ConfigError(
-                f'{file}: the task {task!r} is not {{"replace": false, "templates": [...]}} with at least one '
-                f"template; write it like this"
+                f'{file}: the task {task!r} must have the form {{"replace": false, "templates": [...]}} with at least '
+                "one template: correct it."
             )
         start = () if replace else merged[task]
         seen = {_squeezed(template): f"built-in template {i}" for i, template in enumerate(start, 1)}
@@ -425,35 +452,37 @@ def _merged(base: Prompts, text: str, file: str) -> Prompts:
             where = f"{file}: task {task!r}, template {i}"
             template = _checked(raw, base.tasks[task], where)
             if (same := seen.setdefault(_squeezed(template), f"template {i}")) != f"template {i}":
-                raise ConfigError(f"{where} repeats {same}; remove one of them")
+                raise ConfigError(f"{where} repeats {same}: remove one of them.")
             added.append(template)
         merged[task] = (*start, *added)
     return Prompts(merged, base.tasks)
 
 
 def _squeezed(template: Template) -> tuple[str, str]:
-    """Return what must differ between templates: the words."""
+    """Return prompt and response in lower case with single spaces, to find repeated templates."""
     prompt, response = (" ".join(text.split()).casefold() for text in (template.prompt, template.response))
     return prompt, response
 
 
 def _checked(raw: Any, needed: TaskFields, where: str) -> Template:
-    """Make a template of what the file holds."""
+    """Check one template of a file, and return it."""
     if (
         not isinstance(raw, dict)
         or set(raw) != {"prompt", "response"}
         or not all(isinstance(text, str) for text in raw.values())
     ):
-        raise ConfigError(f'{where} is not {{"prompt": text, "response": text}}; write it like this')
+        raise ConfigError(f'{where} must have the form {{"prompt": TEXT, "response": TEXT}}: correct it.')
     for side, text in raw.items():
         if not text.strip() or text != text.strip():
             state = "begins or ends with white space" if text.strip() else "is empty"
-            raise ConfigError(f"{where}: the {side} {state}; begin and end it with text")
+            raise ConfigError(
+                f"{where}: the {side} {state}, but it must begin and end with text: correct it."
+            )
         try:
             parsed = list(string.Formatter().parse(text))
         except ValueError as error:
             raise ConfigError(
-                f"{where}: the {side} has a stray brace ({error}); double literal braces"
+                f"{where}: the {side} has an unmatched brace ({error}): write literal braces twice."
             ) from None
         names = [
             name + (f":{spec}" if spec else "") + (f"!{conversion}" if conversion else "")
@@ -462,20 +491,23 @@ def _checked(raw: Any, needed: TaskFields, where: str) -> Template:
         ]
         if unknown := [name for name in names if name not in FIELDS]:
             raise ConfigError(
-                f"{where}: the {side} has the unknown field {{{unknown[0]}}}; use {', '.join(FIELDS)}"
+                f"{where}: the {side} has the unknown field {{{unknown[0]}}}: use {', '.join(FIELDS)}."
             )
         if side == "response" and names != [needed.answer]:
             raise ConfigError(
-                f"{where}: the response has the fields {names}, expected {{{needed.answer}}} once; correct it"
+                f"{where}: the response has the fields {names}, but must have only {{{needed.answer}}}, once: correct "
+                "it."
             )
         if side == "prompt" and needed.answer in names:
-            raise ConfigError(f"{where}: the prompt tells the answer {{{needed.answer}}}; remove it")
+            raise ConfigError(f"{where}: the prompt contains the answer {{{needed.answer}}}: remove it.")
         if side == "prompt" and (missing := [name for name in needed.prompt if name not in names]):
-            raise ConfigError(f"{where}: the prompt lacks the field {{{missing[0]}}}; add it")
+            raise ConfigError(f"{where}: the prompt must contain the field {{{missing[0]}}}: add it.")
         if needed.soft and side == "prompt" and names.count("cell") != 1:
-            raise ConfigError(f"{where}: the prompt has {{cell}} {names.count('cell')} times; have it once")
+            raise ConfigError(
+                f"{where}: the prompt has {{cell}} {names.count('cell')} times, but must have it once: correct it."
+            )
         if not needed.soft and re.search(r"\S\{cell\}|\{cell\}\S", text):
             raise ConfigError(
-                f"{where}: the {side} has {{cell}} beside other marks; put white space around it"
+                f"{where}: the {side} has {{cell}} directly next to other characters: put white space around it."
             )
     return Template(raw["prompt"], raw["response"])

@@ -1,7 +1,7 @@
-"""Genes of a cell in descending order of expression, with ties in a seeded random order.
+"""Rank the genes of each cell by expression, with ties in a seeded random order.
 
-The order follows from the seed, the cell's key, its counts and the genes alone: not from the other cells, nor
-from where cells and genes stand in the table.
+The order depends only on the seed, the key of the cell, its counts and its genes. It does not depend on other cells or
+on the order of cells and genes in the table.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from scipy import sparse
 from sct.checks import check_at_least
 from sct.errors import DataError
 
-# Each entry of a cell is one sortable uint64: its count (the bits of a positive float32 grow with its value),
-# then random bits, then its gene, which settles the few ties that the random bits leave.
+# Each entry of a cell is packed into one sortable uint64: the count (larger positive float32 values have larger bit
+# patterns), then random bits, then the gene, which decides the few ties that remain.
 _GENE_BITS = 17
 _TIE_BITS = 32 - _GENE_BITS
-_BLOCK = 1 << 20  # entries at a time: their keys stay in the cache
+_BLOCK = 1 << 20  # entries at a time, so that their keys fit into the CPU cache
 
 
 class Ranked(NamedTuple):
@@ -43,14 +43,25 @@ class Ranked(NamedTuple):
 
 
 def canonical(counts: sparse.csr_matrix) -> sparse.csr_matrix:
-    """Counts as float32 CSR with one positive entry per expressed gene; the argument is not changed."""
+    """Return counts as float32 CSR with one positive entry per expressed gene. The argument is not changed.
+
+    Raises
+    ------
+    DataError
+        The counts are not CSR, negative or not finite.
+    """
     if not sparse.issparse(counts) or counts.format != "csr":
-        raise DataError(f"the counts are a {type(counts).__name__}, expected scipy CSR; convert them first")
+        raise DataError(
+            f"the counts are a {type(counts).__name__}, but must be a SciPy CSR matrix: convert them with "
+            "scipy.sparse.csr_matrix."
+        )
     if not counts.has_canonical_format:
         counts = counts.copy()
         counts.sum_duplicates()
     if counts.nnz and not (counts.data.min() >= 0 and np.isfinite(counts.data.max())):
-        raise DataError("the counts are negative or not finite, but ranks need raw counts; give raw counts")
+        raise DataError(
+            "the counts are negative or not finite, but ranking needs raw counts: give raw counts."
+        )
     counts = counts.astype(np.float32, copy=False)
     if counts.nnz and counts.data.min() == 0:
         counts = counts.copy()
@@ -59,12 +70,12 @@ def canonical(counts: sparse.csr_matrix) -> sparse.csr_matrix:
 
 
 def cell_keys(index: Iterable[str]) -> np.ndarray:
-    """Keys of cells, uint64 (N,), from their names; the same in every process and on every machine.
+    """Return a key for each cell, uint64 (N,), from its name. Keys are the same in all processes and on all machines.
 
     Raises
     ------
     DataError
-        A name is not text.
+        A name is not a string.
     """
     return hash_names(list(index), "the name of cell")
 
@@ -77,33 +88,37 @@ def rank(
     keys: np.ndarray | None = None,
     gene_keys: np.ndarray | None = None,
 ) -> Ranked:
-    """Genes of each cell in descending order of expression, ties in a seeded random order.
+    """Sort the expressed genes of each cell by descending expression, with ties in a seeded random order.
 
-    Normalisation keeps the order of a cell's genes, so raw counts serve, and their ties are exact.
+    Raw counts are ranked instead of normalized ones. The order is the same, and ties are exact.
 
     Parameters
     ----------
     counts
-        Raw counts (N, G); genes without a count are in no sentence.
+        Raw counts (N, G).
     top_k
-        Genes to keep of each cell; by default all expressed ones.
+        Number of genes to keep per cell. Default: all expressed genes.
     seed
-        Of the order of ties, at least 0.
+        Seed of the order of ties, at least 0.
     keys
-        uint64 (N,), see `cell_keys`; by default made of each cell's own counts.
+        Keys of the cells, uint64 (N,); see `cell_keys`. Default: computed from the counts of each cell.
     gene_keys
-        uint64 (G,), distinct; by default made of the column numbers.
+        Unique keys of the genes, uint64 (G,). Default: computed from the column numbers.
+
+    Returns
+    -------
+    The ranked genes and their counts.
 
     Raises
     ------
     DataError
-        Counts are negative or not finite, more than 131,072 genes, or a key per cell and gene is missing.
+        Counts are negative or not finite, there are more than 131,072 genes, or the keys have a wrong dtype or shape.
     """
     counts = canonical(counts)
     n_cells, n_genes = counts.shape
     if n_genes > 1 << _GENE_BITS:
         raise DataError(
-            f"the cells have {n_genes:,} genes but at most {1 << _GENE_BITS:,} can be ranked; select genes first"
+            f"the cells have {n_genes:,} genes, but at most {1 << _GENE_BITS:,} can be ranked: select genes first."
         )
     if top_k is not None:
         check_at_least("top_k", top_k, 1, error=DataError, advice="give a number of genes, or None for all")
@@ -142,7 +157,7 @@ def rank(
 
 
 def choose(counts: sparse.csr_matrix, n: int, *, seed: int, keys: np.ndarray | None) -> np.ndarray:
-    """Rows of `n` cells chosen at random by their keys, ascending; `counts` are canonical."""
+    """Draw `n` cells by their keys and return their rows, ascending. `counts` come from `canonical`."""
     if keys is None:
         keys = content_keys(counts)
     keys = _checked_keys(keys, counts.shape[0], "cell")
@@ -150,9 +165,9 @@ def choose(counts: sparse.csr_matrix, n: int, *, seed: int, keys: np.ndarray | N
 
 
 def sort_rows(entry: np.ndarray, indptr: np.ndarray, top_k: int | None = None) -> None:
-    """Sort each row in place; with `top_k` only its first places are sorted.
+    """Sort each row in place. With `top_k`, only the first `top_k` places of a row are sorted.
 
-    Rows in one padded matrix take twice as long: to copy them there and back costs more than these calls.
+    This loop takes half the time of sorting one padded matrix, because it does not copy the rows.
     """
     for a, b in itertools.pairwise(indptr.tolist()):
         if top_k is not None and top_k < b - a:
@@ -163,12 +178,12 @@ def sort_rows(entry: np.ndarray, indptr: np.ndarray, top_k: int | None = None) -
 
 
 def content_keys(counts: sparse.csr_matrix) -> np.ndarray:
-    """Keys of cells, uint64 (N,), made of which genes they express and how much; `counts` are canonical."""
+    """Return a key for each cell, uint64 (N,), computed from its counts. `counts` come from `canonical`."""
     return _content_keys(counts, mix(np.arange(1, counts.shape[1] + 1, dtype=np.uint64)))
 
 
 def _content_keys(counts: sparse.csr_matrix, gene_keys: np.ndarray) -> np.ndarray:
-    """Keys of cells, uint64 (N,), made of which genes they express and how much."""
+    """Return a key for each cell, uint64 (N,), computed from its counts and the keys of its genes."""
     filled = np.flatnonzero(np.diff(counts.indptr))
     keys = np.zeros(counts.shape[0], np.uint64)
     if filled.size:
@@ -178,7 +193,7 @@ def _content_keys(counts: sparse.csr_matrix, gene_keys: np.ndarray) -> np.ndarra
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """Spread uint64 values over all 64 bits, one to one."""
+    """Scramble uint64 values over all 64 bits with an invertible hash."""
     values = values * np.uint64(0x9E3779B97F4A7C15)
     values ^= values >> np.uint64(32)
     values *= np.uint64(0xD6E8FEB86659FD93)
@@ -192,10 +207,10 @@ def _seed_key(seed: int) -> np.ndarray:
 
 
 def hash_names(names: list[str], what: str) -> np.ndarray:
-    """Hash texts to uint64, the same in every process; `what` names one of them in an error."""
+    """Hash strings to uint64, the same in all processes. `what` describes a string in the error message."""
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong:
-        raise DataError(f"{what} {wrong[0]!r} is not text; give names as text")
+        raise DataError(f"{what} {wrong[0]!r} is not a string: give all names as strings.")
     values = np.empty(len(names), object)
     values[:] = names
     return pd.util.hash_array(values, categorize=False)
@@ -205,6 +220,6 @@ def _checked_keys(keys: np.ndarray, n: int, what: str) -> np.ndarray:
     keys = np.asarray(keys)
     if keys.dtype != np.uint64 or keys.shape != (n,):
         raise DataError(
-            f"the {what} keys are {keys.dtype} {keys.shape}, expected uint64 ({n},); give one key per {what}"
+            f"the {what} keys are {keys.dtype} {keys.shape}, but must be uint64 ({n},): give one key per {what}."
         )
     return keys

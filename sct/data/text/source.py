@@ -1,4 +1,4 @@
-"""Rows of text tokens from the cells of a store: sentences in prompts, several to a row, for `sct.data.loader`."""
+"""Training records of cell sentences for `sct.data.loader`: rows of tokens with the prompts of several cells each."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from sct.data.text.studies import read_study_file, wrong_form
 from sct.data.text.tokenizer import Tokenizer
 from sct.errors import ConfigError
 
-_SAMPLE = 64  # cells whose length tells how many fit into a row
+_SAMPLE = 64  # cells whose text lengths determine how many cells fit into a row
 
 
 @dataclasses.dataclass(frozen=True)
 class SentenceOptions:
-    """How cells become texts.
+    """How cells are converted to text.
 
     Parameters
     ----------
     top_k
-        Words of a cell sentence at most; 0 for all expressed genes.
+        Maximal number of genes in a cell sentence; 0 for all expressed genes.
     length
-        Tokens of a row (T).
+        Number of tokens per row (T).
     tasks
-        Pairs of a task of `sct.data.text.prompts.TASKS` and how often it is drawn, relative to the others.
+        Pairs of a task of `sct.data.text.prompts.TASKS` and its relative sampling weight.
     fields
-        Field of the prompts -> column of `obs` that holds it.
+        Prompt field -> column of `obs`.
     labels
-        Columns of `obs` that together are the field "labels".
+        Columns of `obs` that form the field "labels".
     studies
-        Study -> field -> text that is the same for all its cells, such as an abstract.
+        Study name -> prompt field -> text for all its cells, such as the abstract.
     all_tokens
-        Whether all tokens are to be predicted, or those of responses alone.
+        Compute the loss on all tokens instead of only the response tokens.
     seed
-        Of ties, of tasks and of templates.
+        Seed of the order of ties and of the choice of tasks and templates.
     """
 
     top_k: int = 100
@@ -57,19 +57,22 @@ class SentenceOptions:
 
 
 def sentence_gene_names(vocabulary: GeneVocabulary) -> tuple[str, ...]:
-    """Word of each gene: its symbol, or its Ensembl id where it has none, shares it, or it holds white space."""
+    """Return the name of each gene in cell sentences.
+
+    This is its symbol. If the symbol is missing, not unique or contains white space, it is the Ensembl id.
+    """
     symbols = pd.Series(vocabulary.symbols)
     usable = ~symbols.duplicated(keep=False) & symbols.str.fullmatch(r"\S+").astype(bool)
     return tuple(np.where(usable, symbols, vocabulary.keys).tolist())
 
 
 def read_studies(path: str | Path) -> dict[str, dict[str, str]]:
-    """Read a YAML file with texts of studies, `STUDY: {abstract: ..., tissue: ...}`.
+    """Read a YAML file with the metadata of studies, `STUDY: {abstract: ..., tissue: ...}`.
 
     Raises
     ------
     ConfigError
-        It cannot be read, or is not of that form.
+        The file cannot be read or has another form.
     """
     form = "STUDY: {abstract: TEXT, tissue: TEXT}"
     content = read_study_file(path, form)
@@ -80,16 +83,16 @@ def read_studies(path: str | Path) -> dict[str, dict[str, str]]:
 
 
 class Texts:
-    """What is written about the cells of one study.
+    """The prompts and cell sentences of one study.
 
     Parameters
     ----------
     study
-        Of a store.
+        A study of a store.
     vocabulary
-        Its genes.
+        Gene vocabulary of the store.
     options, prompts
-        How texts are made.
+        How cells are converted to text, and the prompt templates.
     """
 
     def __init__(self, study: Study, vocabulary: GeneVocabulary, options: SentenceOptions, prompts: Prompts):
@@ -99,7 +102,7 @@ class Texts:
 
     @functools.cached_property
     def obs(self) -> pd.DataFrame:
-        """Metadata of the cells, as far as prompts speak of them."""
+        """Metadata of the cells: only the columns that prompts use."""
         return self.study.obs({*self.options.fields.values(), *self.options.labels})
 
     @functools.cached_property
@@ -108,7 +111,7 @@ class Texts:
         return cell_keys(self.obs.index)
 
     def values(self, row: int) -> dict[str, Any]:
-        """Fields of a cell but for its sentence, as far as they are known."""
+        """Return the known prompt fields of a cell, without its sentence."""
         found: dict[str, Any] = dict(self.options.studies.get(self.study.name, {}))
         columns = self._columns
         for field, column in self.options.fields.items():
@@ -121,14 +124,14 @@ class Texts:
 
     @functools.cached_property
     def _columns(self) -> dict[str, np.ndarray]:
-        """Texts of each column; "" where a cell has none."""
+        """Values of each column as strings; "" for missing values."""
         return {
             name: np.where(self.obs[name].isna(), "", self.obs[name].astype(str).str.strip()).astype(object)
             for name in self.obs
         }
 
     def sentences(self, start: int, stop: int, epoch: int = 0) -> list[str]:
-        """Cell sentences of rows `start` to `stop`; genes of equal counts change places from epoch to epoch."""
+        """Return the cell sentences of rows `start` to `stop`. The order of ties differs between epochs."""
         options = self.options
         return sentences(
             self.study.read(start, stop), self.gene_names, top_k=options.top_k or None, seed=options.seed + epoch,
@@ -136,13 +139,16 @@ class Texts:
         )  # fmt: skip
 
     def fields(self, row: int, sentence: str) -> dict[str, Any]:
-        """Fields of a cell with its sentence."""
+        """Return the known prompt fields of a cell, including its sentence."""
         number = sentence.count(" ") + 1
         cut = {"num_genes": number} if number == self.options.top_k else {}
         return {**self.values(row), "cell": sentence, **cut}
 
     def examples(self, start: int, stop: int, epoch: int) -> list[Example]:
-        """One example for each cell of rows `start` to `stop` that has what a task needs; others are left out."""
+        """Return one example for each cell in rows `start` to `stop`.
+
+        Cells without the fields of any task are left out.
+        """
         made = []
         for row, sentence in zip(range(start, stop), self.sentences(start, stop, epoch), strict=True):
             if not sentence:
@@ -155,7 +161,7 @@ class Texts:
 
 
 def _draw(tasks: Sequence[tuple[str, float]], fields: Mapping[str, Any], key: tuple[int, ...]) -> str | None:
-    """Task for a cell, by weight, among those whose fields are known."""
+    """Draw a task for a cell by weight, among the tasks whose fields are known; None if there is none."""
     able = [
         (name, weight) for name, weight in tasks if {TASKS[name].answer, *TASKS[name].prompt} <= set(fields)
     ]
@@ -165,23 +171,23 @@ def _draw(tasks: Sequence[tuple[str, float]], fields: Mapping[str, Any], key: tu
 class SentenceSource:
     """Records of cell sentences; see `sct.data.loader.RecordSource`.
 
-    A record is a row of T tokens with the texts of a few cells that follow each other in the store, which is a random
-    order. How many is chosen from the lengths of some of them, so that rows are seldom too short; what does not fit
-    into a row is cut off and counted.
+    A record is a row of T tokens with the texts of several consecutive cells of a study. The store keeps cells in
+    random order. The number of cells per row is estimated from the text lengths of a sample, so that nearly all texts
+    fit. Tokens that do not fit into a row are cut off and counted.
 
     Parameters
     ----------
     studies, vocabulary
-        Of a store.
+        Studies of a store, and its gene vocabulary.
     options, prompts, tokenizer
-        How texts and tokens are made.
+        How cells are converted to text and tokens.
     needs_all
-        Whether each task must be possible for some cells; otherwise it is left out where it is not.
+        If True, each task must be possible for at least one study. If False, tasks that are not possible are skipped.
 
     Raises
     ------
     ConfigError
-        No cell has what one of the tasks needs.
+        No study has the fields that a task needs, or the tokenizer has no EOS token.
     """
 
     def __init__(
@@ -195,7 +201,9 @@ class SentenceSource:
     ):
         self.options, self.tokenizer = options, tokenizer
         if tokenizer.eos is None:
-            raise ConfigError("the tokenizer has no token that ends a text: name one (eos) in its files.")
+            raise ConfigError(
+                "the tokenizer has no end-of-text token: set eos_token in its tokenizer_config.json."
+            )
         self.texts = [Texts(study, vocabulary, options, prompts) for study in studies]
         if needs_all:
             self._check_fields()
@@ -209,32 +217,32 @@ class SentenceSource:
         named = named.union(*(TASKS[name].prompt for name, _ in self.options.tasks))
         if self.options.labels and "labels" not in named:
             raise ConfigError(
-                f"data.labels names {', '.join(self.options.labels)}, but no task asks for labels: add labels_to_cell "
-                "or cell_to_labels to objective.tasks, or leave data.labels out."
+                f"data.labels is {', '.join(self.options.labels)}, but no task uses labels: add labels_to_cell or "
+                "cell_to_labels to objective.tasks, or leave out data.labels."
             )
         for name, _ in self.options.tasks:
             needed = {TASKS[name].answer, *TASKS[name].prompt} - {"cell"}
             for texts in self.texts:
-                there = set(texts.study.obs_columns)
-                columns |= there
-                known = {field for field, column in self.options.fields.items() if column in there}
+                own = set(texts.study.obs_columns)
+                columns |= own
+                known = {field for field, column in self.options.fields.items() if column in own}
                 known |= set(self.options.studies.get(texts.study.name, {}))
-                known |= {"labels"} if self.options.labels and set(self.options.labels) <= there else set()
+                known |= {"labels"} if self.options.labels and set(self.options.labels) <= own else set()
                 if needed <= known:
                     break
             else:
                 raise ConfigError(
-                    f"the task {name!r} needs {' and '.join(sorted(needed))}, which no study has: name columns of obs "
-                    f"(there are {', '.join(sorted(columns)) or 'none'}), or leave the task out."
+                    f"the task {name!r} needs {' and '.join(sorted(needed))}, but no study has these fields: set their "
+                    f"columns of obs (available: {', '.join(sorted(columns)) or 'none'}), or remove the task."
                 )
 
     @property
     def possible(self) -> bool:
-        """Whether any of the first cells of any study has what a task needs."""
+        """Whether any of the first cells of a study has the fields of a task."""
         return any(texts.examples(0, min(texts.study.n_cells, _SAMPLE), 0) for texts in self.texts)
 
     def _cells_per_row(self) -> int:
-        """Cells whose texts fit into a row nearly always."""
+        """Return the number of cells whose texts almost always fit into a row."""
         texts = max(self.texts, key=lambda each: each.study.n_cells)
         examples = texts.examples(0, min(texts.study.n_cells, _SAMPLE), 0)
         lengths = np.array([len(ids) for ids, _ in self._tokens(examples)] or [self.options.length], float)
@@ -253,12 +261,12 @@ class SentenceSource:
         return texts, start, min(start + self.cells_per_row, texts.study.n_cells)
 
     def describe(self, number: int, epoch: int = 0) -> str:
-        """Name the cells of a record."""
+        """Describe the cells of a record in messages."""
         texts, start, stop = self._place(number)
         return f"cells {start} to {stop - 1} of study {texts.study.name!r}"
 
     def _tokens(self, examples: Sequence[Example]) -> list[tuple[np.ndarray, int]]:
-        """Tokens of each example with its end, and how many of them are its prompt."""
+        """Return the tokens of each example with EOS, and the number of its prompt tokens."""
         if not examples:
             return []
         tokenizer = self.tokenizer
@@ -274,13 +282,16 @@ class SentenceSource:
         ]
 
     def record(self, number: int, epoch: int = 0) -> dict[str, np.ndarray]:
-        """Record of a row.
+        """Return the record of a row.
 
         Returns
         -------
-        `input_ids` int32 (T,); `segments` int32 (T,), numbers of the texts from 1 and 0 for padding; `predicted` bool
-        (T,), the tokens that the loss counts, each of which follows from those before it in its text; `cut` int32 (),
-        the number of such tokens that did not fit.
+        Arrays by name:
+
+        - `input_ids` int32 (T,): tokens.
+        - `segments` int32 (T,): number of the text that a token belongs to, from 1; 0 for padding.
+        - `predicted` bool (T,): the tokens that the loss predicts, each from the previous tokens of its text.
+        - `cut` int32 (): number of such tokens that did not fit into the row.
         """
         texts, start, stop = self._place(number)
         length = self.options.length

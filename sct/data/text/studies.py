@@ -1,4 +1,4 @@
-"""The file in which people say what studies are about: YAML, an entry with fields for each study."""
+"""Read YAML files with metadata of studies: one entry per study, with fields such as its abstract."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from sct.errors import ConfigError
 
 
 def read_study_file(path: str | Path, form: str) -> dict[str, dict[Any, Any]]:
-    """Entries by the name of their study; what a field may hold is checked by whoever knows the fields.
+    """Read the entries of a metadata file by study name. The caller checks the fields of the entries.
 
     Parameters
     ----------
     path
         YAML file.
     form
-        What an entry looks like, for messages.
+        Example of an entry for error messages.
 
     Raises
     ------
     ConfigError
-        It cannot be read, or is no mapping of studies to mappings.
+        The file cannot be read, or is not a mapping of study names to mappings.
     """
     import yaml
 
@@ -29,7 +29,7 @@ def read_study_file(path: str | Path, form: str) -> dict[str, dict[Any, Any]]:
         content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(
-            f"the texts of studies in {path} cannot be read ({error}): check the file."
+            f"the study metadata in {path} cannot be read ({error}): check the file."
         ) from error
     if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
         raise wrong_form(path, form)
@@ -37,5 +37,5 @@ def read_study_file(path: str | Path, form: str) -> dict[str, dict[Any, Any]]:
 
 
 def wrong_form(path: str | Path, form: str) -> ConfigError:
-    """The error of a file of another form."""
-    return ConfigError(f"{path} is not of the form `{form}`: write it like this.")
+    """Return the error for a file of another form."""
+    return ConfigError(f"{path} must have the form `{form}`: correct it.")

@@ -1,7 +1,7 @@
-"""One tokenizer type over the libraries `tokenizers` (tokenizer.json) and `sentencepiece` (tokenizer.model).
+"""One tokenizer class for the libraries `tokenizers` (tokenizer.json) and `sentencepiece` (tokenizer.model).
 
-It never splits or joins text by itself: ids are those of the library that reads the file, and so of
-`transformers` for the same folder.
+The libraries do all splitting and joining of text. Token ids are therefore the same as in `transformers` for the same
+folder.
 """
 
 from __future__ import annotations
@@ -34,26 +34,27 @@ END = "<|endoftext|>"
 PAD = "<|pad|>"
 VOCAB_SIZE = 9609  # Cell2Sentence paper, appendix C.0.1
 _CONFIG = "tokenizer_config.json"
-# Files beside a tokenizer's own that name its special tokens.
+# Other files of a tokenizer folder that define its special tokens.
 _ADDED, _SPECIAL = "added_tokens.json", "special_tokens_map.json"
 _NAMED_BY_ID = ("generation_config.json", "config.json")
-# All that `Tokenizer.load` reads of a folder.
+# All files that `Tokenizer.load` reads.
 FILES = (JSON, MODEL, _CONFIG, _ADDED, _SPECIAL, *_NAMED_BY_ID)
 _ANCHOR = ":"
-# Pieces that are never joined: words with a space before them, which may hold hyphens and dots, and other marks.
+# BPE never merges across these units: words with their leading space (which may contain '-', '.' or '/'), other
+# characters, and white space.
 _WORDS = r" ?\w+(?:[-./]\w+)*| ?[^\s\w]+|\s+"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """Text to token ids and back.
+    """Converts text to token ids and back.
 
     Attributes
     ----------
     backend
-        The library's tokenizer; use the methods here.
+        The library's tokenizer. Use the methods of this class instead.
     bos_token, eos_token, pad_token, unk_token
-        Names of the special tokens, None where there is none.
+        The special tokens, or None.
     """
 
     backend: Backend
@@ -67,8 +68,8 @@ class Tokenizer:
             token = getattr(self, f"{role}_token")
             if token is not None and self.backend.id_of(token) is None:
                 raise ConfigError(
-                    f"the {role} token {token!r} is not in the vocabulary of {self.backend.size:,} tokens; name "
-                    f"one that is, or None"
+                    f"the {role} token {token!r} is not in the vocabulary of {self.backend.size:,} tokens: use a token "
+                    "of the vocabulary, or None."
                 )
 
     def __repr__(self) -> str:
@@ -76,17 +77,17 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], **tokens: str | None) -> Tokenizer:
-        """Read a tokenizer.json, a tokenizer.model, or a folder with one (the first where it has both).
+        """Load a tokenizer.json, a tokenizer.model, or a folder with one of them (tokenizer.json is preferred).
 
-        Special tokens are named by the files beside it: tokenizer_config.json, special_tokens_map.json, then
-        the ids in generation_config.json and config.json, then the model itself.
+        The special tokens are taken from the first of these files that defines them: tokenizer_config.json,
+        special_tokens_map.json, generation_config.json, config.json, and the tokenizer file itself.
 
         Parameters
         ----------
         path
             File or folder.
         **tokens
-            `bos`, `eos`, `pad`, `unk`: names that replace those of the files.
+            `bos`, `eos`, `pad`, `unk`: special tokens to use instead of those in the files.
 
         Raises
         ------
@@ -104,7 +105,8 @@ class Tokenizer:
             found = [path] if path.is_file() and path.suffix in (".json", ".model") else []
         if not found:
             raise ConfigError(
-                f"there is neither {JSON} nor {MODEL} at {path}; give such a file or the folder that holds one"
+                f"there is neither {JSON} nor {MODEL} at {path}: give one of these files, or a folder that contains "
+                "one."
             )
         file = found[0]
         config = _read(file.parent / _CONFIG)
@@ -121,32 +123,34 @@ class Tokenizer:
         return cls(backend, **{f"{role}_token": name for role, name in names.items()})
 
     def encode(self, text: str, add_special: bool = False) -> np.ndarray:
-        """Token ids of a text, int32 (T,); `add_special` puts what the model's own format has around it."""
+        """Return the token ids of a text, int32 (T,). `add_special` adds the model's own special tokens around it."""
         return self.encode_batch([text], add_special)[0]
 
     def encode_batch(self, texts: Sequence[str], add_special: bool = False) -> list[np.ndarray]:
-        """Token ids of each text, a list of int32 (T,)."""
+        """Return the token ids of each text, a list of int32 (T,)."""
         return [np.array(ids, np.int32) for ids in self.backend.encode(list(texts), add_special)]
 
     def encode_response(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of responses as they follow a prompt: those of `JOIN` + text, a list of int32 (T,).
+        """Return the token ids of responses after a prompt, a list of int32 (T,).
 
-        Ids of a prompt, then these, are the ids of prompt + `JOIN` + text. To encode `JOIN` + text alone is
-        not the same where a tokenizer puts a space before every text, as LLaMA's does.
+        The ids of a prompt followed by these ids equal the ids of prompt + `JOIN` + response. Encoding `JOIN` +
+        response with `encode` is not the same for tokenizers that add a space before every text, such as LLaMA's.
 
         Raises
         ------
         ConfigError
-            The tokenizer joins words across a space, so that no such ids exist.
+            The tokenizer merges words across a space, so prompt and response cannot be tokenized separately.
         """
         head = self.backend.encode([_ANCHOR], False)[0]
         whole = self.backend.encode([_ANCHOR + JOIN + text for text in texts], False)
         if any(ids[: len(head)] != head for ids in whole):
-            raise ConfigError("the tokenizer joins words across a space; give one that splits text at spaces")
+            raise ConfigError(
+                "the tokenizer merges words across a space: use a tokenizer that splits text at spaces."
+            )
         return [np.array(ids[len(head) :], np.int32) for ids in whole]
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = True) -> str:
-        """Text of token ids (T,).
+        """Return the text of token ids (T,). `skip_special` leaves out special tokens.
 
         Raises
         ------
@@ -157,68 +161,70 @@ class Tokenizer:
         wrong = next((number for number in numbers if not 0 <= number < self.vocab_size), None)
         if wrong is not None:
             raise ConfigError(
-                f"the token id {wrong} is not in the vocabulary of {self.vocab_size:,} tokens; give ids of "
-                f"this tokenizer"
+                f"the token id {wrong} is not in the vocabulary of {self.vocab_size:,} tokens: use ids of this "
+                "tokenizer."
             )
         return self.backend.decode(numbers, skip_special)
 
     def token_to_id(self, token: str) -> int | None:
-        """Id of a token, or None."""
+        """Return the id of a token, or None if it is not in the vocabulary."""
         return self.backend.id_of(token)
 
     @property
     def vocab_size(self) -> int:
-        """Tokens, added ones included: the smallest number of rows of an embedding."""
+        """Number of tokens, including added ones. An embedding table needs at least this many rows."""
         return self.backend.size
 
     @property
     def bos(self) -> int | None:
-        """Id of the token that begins a text, or None."""
+        """Id of the beginning-of-text token, or None."""
         return self._id(self.bos_token)
 
     @property
     def eos(self) -> int | None:
-        """Id of the token that ends a text, or None."""
+        """Id of the end-of-text token, or None."""
         return self._id(self.eos_token)
 
     @property
     def begin(self) -> np.ndarray:
-        """Tokens before every text, int32: the one that begins texts, unless it is the one that ends them."""
+        """Ids to put before every text, int32: BOS, or nothing if there is no BOS or BOS and EOS are the same token."""
         return np.array([self.bos] if self.bos not in (None, self.eos) else [], np.int32)
 
     @property
     def pad(self) -> int | None:
-        """Id of the token that fills a batch, or None."""
+        """Id of the padding token, or None."""
         return self._id(self.pad_token)
 
     @property
     def unk(self) -> int | None:
-        """Id of the token of unknown text, or None."""
+        """Id of the token for unknown text, or None."""
         return self._id(self.unk_token)
 
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self.backend.id_of(token)
 
     def add_special(self, tokens: Sequence[str], **roles: str) -> Tokenizer:
-        """Return a tokenizer with more special tokens, whose ids follow the last one.
+        """Return a tokenizer with additional special tokens. Their ids follow the last existing id.
 
-        A token that is in the vocabulary keeps its id. Text that spells a special token becomes that token.
+        A token that is already in the vocabulary keeps its id. Text that equals a special token is encoded as this
+        token.
 
         Parameters
         ----------
         tokens
-            Their texts.
+            The new special tokens.
         **roles
-            `bos`, `eos`, `pad`, `unk`: what some of them are from now on.
+            `bos`, `eos`, `pad`, `unk`: special tokens to use from now on.
 
         Raises
         ------
         ConfigError
-            An empty token, an unknown role, or a role's token that does not exist.
+            A token is empty, a role is unknown, or the token of a role is not in the vocabulary.
         """
         if isinstance(tokens, str) or not all(isinstance(token, str) and token.strip() for token in tokens):
             raise ConfigError(
-                f"the special tokens {tokens!r} are not a list of texts; give one text for each"
+                f"the special tokens are {tokens!r}, but must be a list of non-empty strings: give one string per "
+                "token."
             )
         for role in roles:
             check_choice("a special token", role, ROLES)
@@ -227,16 +233,16 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hexadecimal) of all that decides about ids and text."""
+        """Hash (sha256, hexadecimal) of everything that determines token ids and text."""
         names = json.dumps([getattr(self, f"{role}_token") for role in ROLES])
         config = json.dumps(self.backend.config(), sort_keys=True)
         parts = (self.backend.file.encode(), self.backend.content(), config.encode(), names.encode())
         return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write tokenizer.json or tokenizer.model, and a tokenizer_config.json that transformers reads too.
+        """Write tokenizer.json or tokenizer.model, and a tokenizer_config.json that `transformers` also reads.
 
-        A file of the other kind is removed, because it would be another tokenizer.
+        A tokenizer file of the other kind in this folder is deleted, because it would define another tokenizer.
         """
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
@@ -255,37 +261,41 @@ def train_bpe(
     special: Sequence[str] = (END, PAD),
     min_frequency: int = 2,
 ) -> Tokenizer:
-    """Train a byte-level BPE on a corpus (Cell2Sentence paper, appendix C.0.1).
+    """Train a byte-level BPE tokenizer on a corpus (Cell2Sentence paper, appendix C.0.1).
 
-    It is of the form of GPT-2's, but for one thing: GPT-2 never has letters and digits, or what stands on both sides of
-    a hyphen, in one token, which cuts most names of genes. Here "HLA-DRA" and "RPS9" may become tokens, and a sentence
-    is half as long.
+    It differs from GPT-2's tokenizer in one point. GPT-2 never merges letters with digits or across a hyphen, which
+    splits most gene names. Here "HLA-DRA" and "RPS9" can become single tokens, and a cell sentence has half as many
+    tokens.
 
-    The same texts in any order give the same tokenizer. The special tokens come first, then the 256 bytes.
+    The order of the texts does not change the result. The special tokens have the first ids, followed by the 256 bytes.
 
     Parameters
     ----------
     texts
-        Prompts and responses; read once.
+        Prompts and responses. The iterable is read once.
     vocab_size
-        Tokens at most; a small corpus gives fewer.
+        Maximal number of tokens. A small corpus gives fewer.
     special
-        The first one begins and ends texts, the second one, if any, fills batches.
+        Special tokens. The first one is BOS and EOS; the second one, if given, is the padding token.
     min_frequency
-        Least number of times that a pair must occur to become a token.
+        Minimal number of occurrences of a pair to be merged into a token.
+
+    Returns
+    -------
+    The trained tokenizer.
 
     Raises
     ------
     ConfigError
-        No special token, or a vocabulary that cannot hold them and all bytes.
+        There is no special token, or `vocab_size` is too small for the special tokens and the 256 bytes.
     MissingExtraError
         The library `tokenizers` is not installed.
     """
     least = 256 + len(set(special))
     if not special or vocab_size < least:
         raise ConfigError(
-            f"the vocabulary is to have {vocab_size} tokens with {len(special)} special ones, expected at least "
-            f"{least} with one; give more"
+            f"vocab_size is {vocab_size} with {len(special)} special tokens, but the tokenizer needs at least one "
+            f"special token and {max(least, 257)} tokens: increase them."
         )
     library = import_tokenizers()
     model = library.Tokenizer(library.models.BPE())
@@ -306,39 +316,39 @@ def train_bpe(
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Content of a JSON file, empty where there is none."""
+    """Return the content of a JSON file, or an empty dict if it does not exist."""
     if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path} ({error}); write it again or remove it") from None
+        raise ConfigError(f"{path} cannot be read ({error}): restore it from a copy, or delete it.") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds no JSON object; write it again or remove it")
+        raise ConfigError(f"{path} is not a JSON object: restore it from a copy, or delete it.")
     return content
 
 
 def _added(config: dict[str, Any], folder: Path, pieces: int) -> tuple[str, ...]:
-    """Tokens that a folder adds behind the pieces of its tokenizer.model, in the order of their ids."""
+    """Return the tokens that a folder adds after the tokens of its tokenizer.model, in the order of their ids."""
     decoder = config.get("added_tokens_decoder", {})
     ids = {int(number): token for token, number in _read(folder / _ADDED).items()}
     ids |= {int(number): str(_content(token)) for number, token in decoder.items()}
     beyond = sorted(number for number in ids if number >= pieces)
     if beyond != list(range(pieces, pieces + len(beyond))):
         raise ConfigError(
-            f"{folder} adds tokens with the ids {beyond[:3]}... to {pieces:,} pieces, expected ids from {pieces} "
-            f"on without a gap; write {_CONFIG} again"
+            f"{folder} adds tokens with the ids {beyond[:3]}..., but {MODEL} has {pieces:,} tokens, so ids must be "
+            f"consecutive from {pieces}: correct {_CONFIG}."
         )
     return tuple(ids[number] for number in beyond)
 
 
 def _content(token: Any) -> Any:
-    """Text of a token that is given as text or as an object with its options."""
+    """Return the text of a token, which may be given as a string or as an object with options."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 def _special_names(folder: Path, config: dict[str, Any], backend: Backend) -> dict[str, str | None]:
-    """Names of the special tokens by role, from the first file that speaks of each; null means none."""
+    """Return the special tokens by role, each from the first file that defines it. A null entry means no token."""
     names: dict[str, str | None] = {}
     for source in (config, _read(folder / _SPECIAL)):
         for role in ROLES:

@@ -1,4 +1,4 @@
-"""What `Tokenizer` asks of the libraries `tokenizers` and `sentencepiece`, imported where they are needed."""
+"""Adapters for the libraries `tokenizers` and `sentencepiece`, which are imported only when needed."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ ROLES = ("bos", "eos", "pad", "unk")
 
 
 class Backend(Protocol):
-    """What a library does; ids are lists of int."""
+    """Interface of a tokenizer library. Token ids are lists of int."""
 
-    file: str
-    size: int
+    file: str  # name of the tokenizer file
+    size: int  # number of tokens
 
     def encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
-        """Ids of texts; `special` puts around them what the model's own format has."""
+        """Return the ids of texts. `special` adds the model's own special tokens around them."""
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
-        """Text of ids."""
+        """Return the text of ids."""
 
     def id_of(self, token: str) -> int | None:
-        """Id of a token, or None."""
+        """Return the id of a token, or None."""
 
     def token_of(self, number: int) -> str | None:
-        """Token of an id of the vocabulary, or None."""
+        """Return the token of an id, or None."""
 
     def add(self, tokens: Sequence[str]) -> Backend:
-        """Return a copy with special tokens behind the others."""
+        """Return a copy with additional special tokens after the others."""
 
     def content(self) -> bytes:
-        """Bytes of the file."""
+        """Return the bytes of the tokenizer file."""
 
     def config(self) -> dict[str, Any]:
-        """Content of tokenizer_config.json, without the names of the special tokens."""
+        """Return the content of tokenizer_config.json without the special tokens."""
 
     def roles(self) -> dict[str, str]:
-        """Special tokens that the file itself names, by role."""
+        """Return the special tokens that the tokenizer file itself defines, by role."""
 
 
 class JsonTokenizer:
-    """A tokenizer.json."""
+    """A tokenizer.json, read by the library `tokenizers`."""
 
     file = JSON
 
@@ -56,54 +56,54 @@ class JsonTokenizer:
             self._model = library.Tokenizer.from_str(content.decode("utf-8"))
         except Exception as error:  # the library raises Exception itself
             raise ConfigError(
-                f"{where} is no tokenizer.json ({error}); give the tokenizer's own file"
+                f"{where} is not a valid tokenizer.json ({error}): give the original file of the tokenizer."
             ) from None
-        # Lengths are the caller's; a file may carry those of somebody's last call.
+        # The file may store truncation and padding of an earlier use. The caller decides about lengths.
         self._model.no_truncation()
         self._model.no_padding()
         self.size = 1 + max(self._model.get_vocab(with_added_tokens=True).values())
 
     def encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
-        """Ids of texts; `special` puts around them what the model's own format has."""
+        """Return the ids of texts. `special` adds the model's own special tokens around them."""
         return [encoding.ids for encoding in self._model.encode_batch(texts, add_special_tokens=special)]
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
-        """Text of ids."""
+        """Return the text of ids."""
         return self._model.decode(ids, skip_special_tokens=skip_special)
 
     def id_of(self, token: str) -> int | None:
-        """Id of a token, or None."""
+        """Return the id of a token, or None."""
         return self._model.token_to_id(token)
 
     def token_of(self, number: int) -> str | None:
-        """Token of an id of the vocabulary, or None."""
+        """Return the token of an id, or None."""
         return self._model.id_to_token(number)
 
     def add(self, tokens: Sequence[str]) -> Backend:
-        """Return a copy with special tokens behind the others."""
+        """Return a copy with additional special tokens after the others."""
         copy = JsonTokenizer(self.content(), "a copy")
         added = [import_tokenizers().AddedToken(token, special=True, normalized=False) for token in tokens]
         copy._model.add_special_tokens(added)
         return JsonTokenizer(copy.content(), "a copy")
 
     def content(self) -> bytes:
-        """Bytes of the file."""
+        """Return the bytes of the tokenizer file."""
         return self._model.to_str().encode()
 
     def config(self) -> dict[str, Any]:
-        """Content of tokenizer_config.json, without the names of the special tokens."""
+        """Return the content of tokenizer_config.json without the special tokens."""
         return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 
     def roles(self) -> dict[str, str]:
-        """Special tokens that the file itself names, by role."""
+        """Return the special tokens that the tokenizer file itself defines, by role."""
         return {}
 
 
 class PieceTokenizer:
-    """A tokenizer.model with tokens added behind its pieces.
+    """A tokenizer.model, read by the library `sentencepiece`, with optional added tokens after its own tokens.
 
-    Each stretch of text between added tokens is encoded by itself, so the model's space before a text stands
-    after an added token too. Text that spells a control piece, such as "<s>", is plain text.
+    The text between added tokens is encoded separately, so the space that the model adds before a text also follows an
+    added token. Text that equals a control token, such as "<s>", is encoded as ordinary text.
     """
 
     file = MODEL
@@ -115,7 +115,7 @@ class PieceTokenizer:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         except Exception as error:  # RuntimeError or TypeError, by version
             raise ConfigError(
-                f"{where} is no sentencepiece model ({error}); give the tokenizer's own file"
+                f"{where} is not a valid sentencepiece model ({error}): give the original file of the tokenizer."
             ) from None
         self._pieces = self._model.get_piece_size()
         self._added, self._bos, self._eos = added, bos, eos
@@ -132,7 +132,7 @@ class PieceTokenizer:
         self.__init__(*state)  # type: ignore[misc]
 
     def encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
-        """Ids of texts; `special` puts around them what the model's own format has."""
+        """Return the ids of texts. `special` adds the model's own special tokens around them."""
         if self._split is None:
             ids = self._model.encode(list(texts), out_type=int)
         else:
@@ -142,17 +142,18 @@ class PieceTokenizer:
         return [before + one + after for one in ids] if before or after else ids
 
     def _encode_around(self, text: str) -> list[int]:
+        """Return the ids of a text with added tokens."""
         assert self._split is not None
         ids: list[int] = []
-        for i, stretch in enumerate(self._split.split(text)):
+        for i, segment in enumerate(self._split.split(text)):
             if i % 2:
-                ids.append(self._ids[stretch])
-            elif stretch:
-                ids += self._model.encode(stretch, out_type=int)
+                ids.append(self._ids[segment])
+            elif segment:
+                ids += self._model.encode(segment, out_type=int)
         return ids
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
-        """Text of ids."""
+        """Return the text of ids."""
         text, run = [], []
         for number in ids:
             special = number >= self._pieces or self._model.is_control(number)
@@ -165,25 +166,25 @@ class PieceTokenizer:
         return "".join([*text, self._model.decode(run)])
 
     def id_of(self, token: str) -> int | None:
-        """Id of a token, or None."""
+        """Return the id of a token, or None."""
         return self._known.get(token)
 
     def token_of(self, number: int) -> str | None:
-        """Token of an id of the vocabulary, or None."""
+        """Return the token of an id, or None."""
         inside = number < self._pieces
         return self._model.id_to_piece(number) if inside else self._added[number - self._pieces]
 
     def add(self, tokens: Sequence[str]) -> Backend:
-        """Return a copy with special tokens behind the others."""
+        """Return a copy with additional special tokens after the others."""
         new = tuple(token for token in tokens if token not in self._known)
         return PieceTokenizer(self._bytes, self._added + new, self._bos, self._eos, self._where)
 
     def content(self) -> bytes:
-        """Bytes of the file."""
+        """Return the bytes of the tokenizer file."""
         return self._bytes
 
     def config(self) -> dict[str, Any]:
-        """Content of tokenizer_config.json, without the names of the special tokens."""
+        """Return the content of tokenizer_config.json without the special tokens."""
         decoder = {
             str(number): {
                 "content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
@@ -200,13 +201,13 @@ class PieceTokenizer:
         }
 
     def roles(self) -> dict[str, str]:
-        """Special tokens that the file itself names, by role."""
+        """Return the special tokens that the tokenizer file itself defines, by role."""
         ids = {role: getattr(self._model, f"{role}_id")() for role in ROLES}
         return {role: self._model.id_to_piece(number) for role, number in ids.items() if number >= 0}
 
 
 def import_tokenizers() -> Any:
-    """Return the library `tokenizers` with the modules used here, or raise MissingExtraError."""
+    """Import the library `tokenizers` and the modules used here; raise `MissingExtraError` if it is not installed."""
     library = load_extra("tokenizers", "text", what="reading text")
     for part in ("decoders", "models", "pre_tokenizers", "trainers"):
         importlib.import_module(f"tokenizers.{part}")
