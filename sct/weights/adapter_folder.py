@@ -170,7 +170,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{path} is damaged or was changed after it was written: restore it from a copy."
         )
     if not (folder / WEIGHTS).is_file():
-        raise CheckpointError(f"{folder} has no {WEIGHTS}: the folder is incomplete, so copy or save it again.")
+        raise CheckpointError(
+            f"{folder} has no {WEIGHTS}: the folder is incomplete, so copy or save it again."
+        )
     if set(recorded) != {WEIGHTS} or first_changed(folder, recorded) is not None:
         raise CheckpointError(
             f"{folder / WEIGHTS} is damaged or was changed after it was written (its sha256 differs from the one in "

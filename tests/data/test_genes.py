@@ -202,7 +202,7 @@ def test_from_ids_takes_any_order_and_any_names():
         ((["a", 3],), "int"),
         ((["a", "b"], ["a"]), "2 ids"),
         ((["a\tb"],), "tab"),
-        (("ENSG00000141510",), "single text"),
+        (("ENSG00000141510",), "single string"),
         ((3,), "int"),
     ],
 )
@@ -492,7 +492,7 @@ def test_a_column_with_gaps_is_used_for_the_genes_it_names():
         (pd.DataFrame({"n": ["TP53", 2]}, index=["a", "b"]), "0 of 2"),
         ([], "no genes"),
         (pd.DataFrame(index=pd.Index([], dtype=str)), "no genes"),
-        ("TP53", "single text"),
+        ("TP53", "single string"),
         (5, "int"),
     ],
 )

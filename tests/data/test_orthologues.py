@@ -230,7 +230,7 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(DataError, match=r"no\.tsv"):
         read_orthologues(tmp_path / "no.tsv")
     (tmp_path / "bad.tsv.gz").write_bytes(b"mouse\thuman\n")
-    with pytest.raises(DataError, match="cannot read"):
+    with pytest.raises(DataError, match="cannot be read"):
         read_orthologues(tmp_path / "bad.tsv.gz")
 
 

@@ -177,7 +177,7 @@ def test_cells_that_cannot_be_written(cells, model):
         sct.tl.to_sentences(twice)
     spaced = cells.copy()
     spaced.var_names = ["A B", *spaced.var_names[1:]]
-    with pytest.raises(DataError, match="word"):
+    with pytest.raises(DataError, match="'A B'"):
         sct.tl.to_sentences(spaced)
     logged = cells.copy()
     logged.X = logged.X.log1p()

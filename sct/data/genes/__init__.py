@@ -1,1 +1,1 @@
-"""The gene vocabulary, how the genes of an input are found in it, orthologues, and texts about genes."""
+"""Gene vocabularies, gene name resolution, orthologues, and text descriptions of genes."""

@@ -1,4 +1,4 @@
-"""Finding the genes of an input in a vocabulary, and the report about it."""
+"""Match the genes of an input to a gene vocabulary, and report the result."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from scipy import sparse
 from sct.checks import check_choice, check_not_empty
 from sct.errors import DataError
 
-WARN_BELOW = 0.5  # of the genes that could match
+WARN_BELOW = 0.5  # fraction of the genes that could match
 REFUSE_BELOW = 0.05
-# Ids that find this share fewer genes than symbols do are still taken: an id needs no alias to be resolved.
+# Ensembl ids are preferred over symbols even if they match up to this fraction fewer genes, because ids are
+# unambiguous.
 ID_PREFERENCE = 0.02
 
 ENSEMBL = re.compile(r"(ENS[A-Z]*G\d{11})(?:\.\d+)?(_PAR_Y)?")
@@ -28,16 +29,16 @@ _OTHER_SPECIES = re.compile(r"ENS(?!G\d)[A-Z]+\d{11}(?:\.\d+)?")
 _MOUSE = re.compile(r"ENSMUSG\d{11}(?:\.\d+)?|[A-Z][a-z]+[a-z0-9-]*")
 _REGION = re.compile(r"(?:chr)?[\w.]+[:_-]\d+[_-]\d+")
 _BY_TABLE = (
-    "map them to human orthologues by a table (sct.pp.to_orthologues(adata, TABLE) in Python, --orthologs=TABLE "
-    "of the ingest)"
+    "map them to human orthologues with a table (sct.pp.to_orthologues(adata, TABLE) in Python, --orthologs=TABLE for "
+    "sct ingest)"
 )
 
-# How an input name was found.
+# How the name of an input gene was matched.
 _UNKNOWN, _ID, _SYMBOL, _ALIAS, _PAR_Y, _AMBIGUOUS = range(6)
 
 
 class Vocabulary(Protocol):
-    """What finding genes needs of a gene vocabulary; `sct.data.genes.vocabulary.GeneVocabulary` has it."""
+    """The interface of a gene vocabulary that this module needs; see `sct.data.genes.vocabulary.GeneVocabulary`."""
 
     def __len__(self) -> int:
         """Number of positions, G."""
@@ -45,17 +46,17 @@ class Vocabulary(Protocol):
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Name of the vocabulary, for messages."""
         ...
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Identity of each position."""
+        """Unique key of each gene: its Ensembl id, or its symbol if it has no id."""
         ...
 
     @property
     def symbols(self) -> tuple[str, ...]:
-        """Approved symbol of each position."""
+        """Approved symbol of each gene."""
         ...
 
     @property
@@ -65,48 +66,48 @@ class Vocabulary(Protocol):
 
     @property
     def owners_of_symbol(self) -> Mapping[str, tuple[int, ...]]:
-        """Approved symbol -> positions that have it."""
+        """Approved symbol -> positions of the genes that have it."""
         ...
 
     @property
     def owners_of_alias(self) -> Mapping[str, tuple[int, ...]]:
-        """Alias or previous symbol -> positions that have it."""
+        """Alias or previous symbol -> positions of the genes that have it."""
         ...
 
     @classmethod
     def human(cls) -> Self:
-        """Human protein-coding genes, which tell a small vocabulary from a wrong species."""
+        """Return the vocabulary of human protein-coding genes, used to find out why few genes match."""
         ...
 
 
 @dataclass(frozen=True)
 class GeneAlignment:
-    """Which column of an input holds which gene of a vocabulary.
+    """The mapping from the columns of an input to the genes of a vocabulary.
 
     Attributes
     ----------
     columns
-        (n_var,) int64, the vocabulary position of each input column; -1 where the column is not used.
+        Vocabulary position of each input column, int64 (n_var,); -1 for columns that are not used.
     vocabulary_size
-        Number of genes of the vocabulary, G.
+        Number of genes in the vocabulary, G.
     source
-        Where the names were read, e.g. ``column "ensembl_id" (Ensembl ids)`` or ``index (symbols)``.
+        Where the gene names were found, e.g. ``column "ensembl_id" (Ensembl ids)`` or ``index (symbols)``.
     matched
-        Number of vocabulary genes that have a column.
+        Number of vocabulary genes that the input has.
     by_alias
-        Input name -> gene, where an alias or a previous symbol was resolved.
+        Input name -> gene, for names matched by an alias or previous symbol.
     ambiguous
-        Input name -> candidate genes, where the name was not guessed: it belongs to several genes, or it
-        is an alias of a gene that another column names. These columns are not used.
+        Input name -> candidate genes, for ambiguous names: the name belongs to several genes, or it is an alias of a
+        gene that another column names directly. These columns are not used.
     missing
-        Vocabulary genes (Ensembl id, or symbol where there is none) without a column.
+        Vocabulary genes that the input lacks (Ensembl id, or symbol if there is no id).
     unknown
-        Input names that are not in the vocabulary; '' stands for a column without a name.
+        Input names that are not in the vocabulary; '' for a column without a name.
     duplicates
-        Gene -> input names, where several columns hold one gene. The ``_PAR_Y`` copy of a gene that is
-        present itself is listed here; it is used only where duplicates are summed.
+        Gene -> input names, for genes with several columns. This includes the ``_PAR_Y`` copy of a gene whose X copy is
+        present. That copy is used only if duplicates are summed.
     warning
-        What a person should look at before going on; '' where nothing is suspicious.
+        Warning about a suspicious result, or ''.
     """
 
     columns: np.ndarray
@@ -124,7 +125,7 @@ class GeneAlignment:
         return f"GeneAlignment({self.matched:,} genes matched by {self.source})"
 
     def summary(self) -> str:
-        """Return the report in words, one line for each thing to say."""
+        """Return the report as text, one finding per line."""
         lines = [
             f"{self.matched:,} of {self.vocabulary_size:,} vocabulary genes found among "
             f"{len(self.columns):,} input genes, by {self.source}"
@@ -133,7 +134,7 @@ class GeneAlignment:
             pairs = some(f"{old} = {new}" for old, new in self.by_alias.items())
             lines.append(f"{len(self.by_alias):,} of them by alias or previous symbol ({pairs})")
         for names, what in (
-            (self.ambiguous, "ambiguous names left unused"),
+            (self.ambiguous, "ambiguous names, not used"),
             (self.duplicates, "genes in several columns"),
             (self.unknown, "input genes outside the vocabulary"),
             (self.missing, "vocabulary genes not measured"),
@@ -145,28 +146,28 @@ class GeneAlignment:
         return "\n".join(lines)
 
     def project(self, matrix: Any) -> sparse.csr_matrix:
-        """Bring counts into the vocabulary's order.
+        """Reorder the columns of a count matrix to the genes of the vocabulary.
 
         Parameters
         ----------
         matrix
-            (N, n_var) sparse or dense array in memory; the columns are those that were aligned.
+            Sparse or dense array (N, n_var) in memory, with the columns that were aligned.
 
         Returns
         -------
-        (N, G) CSR with sorted indices and no zeros in `matrix`'s dtype; vocabulary genes without a column are zero.
-        Columns of one gene are summed (an alignment holds several only where that was asked for), integers
-        then as int64.
+        CSR (N, G) with sorted indices, without stored zeros, in the dtype of `matrix`. Vocabulary genes that the input
+        lacks are zero. If several columns hold one gene (only with `duplicates="sum"`), they are summed, and integers
+        become int64.
 
         Raises
         ------
         DataError
-            The number of columns is not the aligned one.
+            The matrix has another number of columns than were aligned.
         """
         if matrix.ndim != 2 or matrix.shape[1] != len(self.columns):
             raise DataError(
-                f"the matrix has shape {tuple(matrix.shape)} but {len(self.columns)} genes were aligned; "
-                f"project the matrix whose genes were given to align"
+                f"the matrix has shape {tuple(matrix.shape)}, but {len(self.columns)} genes were aligned: pass the "
+                "matrix whose genes were aligned."
             )
         rows = sparse.csr_matrix(matrix)
         n_cells, size = rows.shape[0], self.vocabulary_size
@@ -174,8 +175,8 @@ class GeneAlignment:
         dtype = rows.dtype
         if np.count_nonzero(used) > self.matched and np.issubdtype(dtype, np.integer):
             dtype = np.dtype(np.int64)
-        # Columns without a gene become the last one. Transposing twice sorts the columns of every cell, in a
-        # sixth of the time that sorting takes.
+        # Unused columns become one extra last column. Converting to CSC and back sorts the columns of every cell, six
+        # times faster than `sort_indices`.
         column = np.where(used, self.columns, size).astype(rows.indices.dtype)
         named = (rows.data.astype(dtype, copy=False), np.take(column, rows.indices), rows.indptr)
         by_gene = sparse.csr_matrix(named, shape=(n_cells, size + 1)).tocsc()
@@ -191,7 +192,7 @@ class GeneAlignment:
 def align(
     vocabulary: Vocabulary, var: Any, column: str | None, duplicates: str, report_name: str
 ) -> GeneAlignment:
-    """Find an input's genes in a vocabulary: see `GeneVocabulary.align`."""
+    """Match the genes of an input to a vocabulary; see `GeneVocabulary.align`."""
     check_choice("duplicates", duplicates, ("error", "sum"), error=DataError)
     prefix = f"{report_name}: " if report_name else ""
     tried = []
@@ -208,7 +209,7 @@ def align(
 
 
 def find(vocabulary: Vocabulary, names: Iterable[str]) -> np.ndarray:
-    """Look up genes that a person names: see `GeneVocabulary.find`."""
+    """Return the positions of named genes; see `GeneVocabulary.find`."""
     listed = [name.strip() for name in gene_names(names, "the list of genes")]
     check_not_empty("the list of genes", listed, error=DataError, advice="name at least one gene")
     positions, kinds = look_up(vocabulary, listed)
@@ -218,25 +219,30 @@ def find(vocabulary: Vocabulary, names: Iterable[str]) -> np.ndarray:
             unknown[0].upper(), [symbol for symbol in vocabulary.symbols if symbol], 3
         )
         raise DataError(
-            f"{some(unknown)}: not among the {len(vocabulary):,} genes that the model knows, protein-coding ones at "
-            f"most; give Ensembl ids or symbols" + (f" (near in spelling: {', '.join(near)})" if near else "")
+            f"{some(unknown)} not found among the {len(vocabulary):,} genes of the vocabulary {vocabulary.name}: give "
+            "Ensembl ids or symbols of its genes" + (f" (did you mean {', '.join(near)}?)." if near else ".")
         )
     for name, kind in zip(listed, kinds, strict=True):
         if kind == _AMBIGUOUS:
             owners = vocabulary.owners_of_symbol.get(name) or vocabulary.owners_of_alias[name]
             raise DataError(
-                f"{name} means several genes ({', '.join(vocabulary.keys[o] for o in owners)}); give the Ensembl id"
+                f"{name} is ambiguous ({', '.join(vocabulary.keys[o] for o in owners)}): give the Ensembl id."
             )
     named: dict[int, str] = {}
     for name, position in zip(listed, positions.tolist(), strict=True):
         if position in named:
-            raise DataError(f"{named[position]} and {name} are the same gene; name it once")
+            raise DataError(f"{named[position]} and {name} are the same gene: leave out one of them.")
         named[position] = name
     return positions
 
 
 def look_up(vocabulary: Vocabulary, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Look each name up by itself: its vocabulary position or -1, int64 (n,), and how it was found, int8 (n,)."""
+    """Look up each of n names separately.
+
+    Returns
+    -------
+    Vocabulary positions, int64 (n,), -1 if not found or ambiguous; and how each name was matched, int8 (n,).
+    """
     positions = np.full(len(names), -1, np.int64)
     kinds = np.full(len(names), _UNKNOWN, np.int8)
     for at, name in enumerate(names):
@@ -267,7 +273,7 @@ def _report(
     add: bool,
     prefix: str,
 ) -> GeneAlignment:
-    """Settle the conflicts between names and write the report."""
+    """Resolve conflicts between the names of an input, and return the alignment."""
     keys = vocabulary.keys
     columns = positions.copy()
     ambiguous = {}
@@ -292,7 +298,7 @@ def _report(
         if len(direct) + len(copies) < 2:
             continue
         duplicates[gene] = tuple(names[at] for at in group if kinds[at] != _ALIAS)
-        # The Y copy of a pseudoautosomal gene is a second name of it in some annotations, not a mistake.
+        # Some annotations list the Y copy of a pseudoautosomal gene separately. This is not an error in the input.
         if direct and not add:
             columns[copies] = -1
         if len(direct or copies) > 1:
@@ -300,8 +306,9 @@ def _report(
     if refused and not add:
         shown = some(f"{gene} as {' and '.join(duplicates[gene])}" for gene in refused)
         raise DataError(
-            f"{prefix}{len(refused):,} genes stand in more than one column by {source} ({shown}); give "
-            f'duplicates="sum" to add their counts, or remove the surplus columns'
+            f"{prefix}{len(refused):,} genes occur in more than one column by {source} ({shown}): sum their counts "
+            "with "
+            'duplicates="sum", or remove the extra columns.'
         )
     present = np.zeros(len(vocabulary), bool)
     present[columns[columns >= 0]] = True
@@ -322,9 +329,9 @@ def _report(
 
 
 def _judge(vocabulary: Vocabulary, names: Sequence[str], matched: int, source: str, prefix: str) -> str:
-    """Refuse or warn where too few genes matched; return the warning."""
+    """Warn or raise `DataError` if too few genes matched; return the warning or ''."""
     named = [name for name in names if name]
-    # Most genes of a full annotation do not code for proteins, so the input's size alone says little.
+    # Most genes of a complete annotation are not protein-coding, so the input may have far more genes than can match.
     possible = min(len(named), len(vocabulary))
     if possible and matched >= WARN_BELOW * possible:
         return ""
@@ -339,20 +346,32 @@ def _judge(vocabulary: Vocabulary, names: Sequence[str], matched: int, source: s
 
 
 def check_shared(shared: int, possible: int, what: str) -> None:
-    """Refuse or warn where too few of the genes that could be shared are, by the rule of `GeneVocabulary.align`.
+    """Check that two data sets share enough genes, with the thresholds of `GeneVocabulary.align`.
 
-    `what` says whose genes these are: "of adata and of the reference".
+    Parameters
+    ----------
+    shared
+        Number of shared genes.
+    possible
+        Number of genes that could be shared.
+    what
+        The two data sets for messages, e.g. "of adata and of the reference".
 
     Raises
     ------
     DataError
-        Hardly any is.
+        Less than 5% of the possible genes are shared.
+
+    Warns
+    -----
+    UserWarning
+        Less than half of the possible genes are shared.
     """
     if possible and shared >= WARN_BELOW * possible:
         return
     message = (
-        f"only {shared:,} of {possible:,} genes are shared ({what}), and what one of them lacks counts as unexpressed: "
-        "give cells with the same genes"
+        f"only {shared:,} of {possible:,} genes are shared ({what}), and missing genes are treated as zero counts: use "
+        "data with the same genes."
     )
     if shared < max(1, REFUSE_BELOW * possible):
         raise DataError(message)
@@ -360,7 +379,7 @@ def check_shared(shared: int, possible: int, what: str) -> None:
 
 
 def _likely_cause(vocabulary: Vocabulary, names: Sequence[str]) -> str:
-    """Say why so few names are known, and what to do."""
+    """Return a sentence on why few names matched and what to do."""
 
     def most(pattern: re.Pattern[str], among: Sequence[str]) -> bool:
         return 2 * sum(pattern.fullmatch(name) is not None for name in among) > len(among)
@@ -368,55 +387,63 @@ def _likely_cause(vocabulary: Vocabulary, names: Sequence[str]) -> str:
     if most(_HUMAN_ID, vocabulary.keys):
         if most(_MOUSE, names):
             return (
-                f"the names are written like mouse genes ({some(names)}), so {_BY_TABLE}, or give a vocabulary of the "
-                "right species"
+                f"the names look like mouse genes ({some(names)}), so {_BY_TABLE}, or use a vocabulary of that "
+                "species."
             )
         if most(_OTHER_SPECIES, names):
             return (
-                f"these are Ensembl ids of another species or of transcripts ({some(names)}), so give human gene ids, "
-                f"or {_BY_TABLE}, or give a vocabulary of that species"
+                f"the names are Ensembl ids of another species or of transcripts ({some(names)}), so give human gene "
+                f"ids, or {_BY_TABLE}, or use a vocabulary of that species."
             )
         if most(_REGION, names):
             return (
-                f"the names are regions of a genome ({some(names)}), so add up each gene's fragments into a matrix of "
-                "gene activity first"
+                f"the names are genomic regions ({some(names)}), so compute a gene activity matrix first (the "
+                "fragments of each gene, summed)."
             )
     if most(re.compile(r"\d+"), names):
-        return (
-            "the names are numbers, so name the column of var that holds Ensembl ids or symbols (column= or "
-            "gene_column=)"
-        )
+        return "the names are numbers, so give the column of var with Ensembl ids or symbols (column= or gene_column=)."
     human = most(_HUMAN_ID, vocabulary.keys) and type(vocabulary).human()
     if human and 2 * sum(n in human.position_of_id or n in human.owners_of_symbol for n in names) > len(
         names
     ):
         return (
             f"these are human genes, but few are among the {len(vocabulary):,} of this vocabulary, so give all "
-            "measured genes and not a selection of variable ones"
+            "measured genes instead of a selection such as highly variable genes."
         )
     return (
-        f"the names ({some(names)}) may be of another species, or the genes stand in another column, so name "
-        f"the column of var that holds Ensembl ids or symbols (column= or gene_column=)"
+        f"the names ({some(names)}) may be of another species, or the gene names are in another column, so give the "
+        "column of var with Ensembl ids or symbols (column= or gene_column=)."
     )
 
 
 def name_places(var: Any, column: str | None, prefix: str) -> list[tuple[str, list[str]]]:
-    """Return (label, names) of every place where the gene names may stand: the index, and columns of text.
+    """Return (label, names) for the index and each string column, any of which may hold the gene names.
+
+    Parameters
+    ----------
+    var
+        `AnnData.var`, or the names themselves.
+    column
+        Use only this column ("index" for the index).
+    prefix
+        Text before error messages.
 
     Raises
     ------
     DataError
-        There are no genes, no such column, or a name is not text.
+        There are no genes, there is no such column, or a name is not a string.
     """
     if not isinstance(var, pd.DataFrame):
         if column is not None:
-            raise DataError(f"{prefix}column={column!r} needs var as a table but a list of names was given")
+            raise DataError(
+                f"{prefix}column={column!r} was given with a list of names: pass var as a table, or leave out column."
+            )
         names = gene_names(var, f"{prefix}the list of gene names")
         if not names:
-            raise DataError(f"{prefix}the input has no genes; give at least one")
+            raise DataError(f"{prefix}the input has no genes: give at least one.")
         return [("index" if isinstance(var, pd.Index) else "names", names)]
     if not len(var):
-        raise DataError(f"{prefix}the input has no genes; give at least one")
+        raise DataError(f"{prefix}the input has no genes: give at least one.")
 
     def of_column(name: str) -> tuple[str, list[str]]:
         label = f'column "{name}"'
@@ -427,7 +454,8 @@ def name_places(var: Any, column: str | None, prefix: str) -> list[tuple[str, li
     if column is not None and column not in ("index", var.index.name):
         have = ", ".join(repr(name) for name in var.columns) or "only its index"
         raise DataError(
-            f"{prefix}var has no column {column!r} but {have}; give column= or gene_column= one of them or 'index'"
+            f"{prefix}var has no column {column!r}, but it has {have}: set column= or gene_column= to one of these or "
+            "to 'index'."
         )
     sources: list[tuple[str, list[str]]] = []
     refused: DataError | None = None
@@ -447,46 +475,54 @@ def name_places(var: Any, column: str | None, prefix: str) -> list[tuple[str, li
 
 
 def gene_names(values: Any, what: str, *, missing_allowed: bool = False) -> list[str]:
-    """Return names as a list of str, a missing one as '' where that is allowed; `what` is for messages.
+    """Return gene names as a list of strings.
+
+    Parameters
+    ----------
+    values
+        The names.
+    what
+        What they are, for messages.
+    missing_allowed
+        Return a missing name as '' instead of raising an error.
 
     Raises
     ------
     DataError
-        Not a list, or an entry that is not text or is missing.
+        The names are not a list, or a name is missing or not a string.
     """
     if isinstance(values, str):
-        raise DataError(f"{what} is the single text {values!r}; give a list of names")
+        raise DataError(f"{what} is the single string {values!r}: give a list of names.")
     try:
         found = list(values)
     except TypeError:
         found = None
     if found is None:
-        raise DataError(f"{what} is a {type(values).__name__}; give var, its index or a list of names")
+        raise DataError(f"{what} is a {type(values).__name__}: give var, its index or a list of names.")
     for at, value in enumerate(found):
         if isinstance(value, str):
             continue
         if not pd.api.types.is_scalar(value) or not pd.isna(value):
             raise DataError(
-                f"{what} holds {value!r} ({type(value).__name__}) at position {at} where a gene name as text "
-                f"is expected; convert the names to text or name the right column"
+                f"{what} has {value!r} ({type(value).__name__}) at position {at}, but gene names must be strings: "
+                "convert them to strings, or give another column."
             )
         if not missing_allowed:
             raise DataError(
-                f"{what} holds a missing name ({value}) at position {at} where a gene name is expected; "
-                f"name that gene or remove it"
+                f"{what} has a missing name ({value}) at position {at}: name this gene, or remove it."
             )
         found[at] = ""
     return found
 
 
 def some(names: Iterable[str], n: int = 3) -> str:
-    """Return the first `n` names, and how many follow."""
+    """Return the first `n` names as text, and how many more there are."""
     listed = list(names)
     more = f", and {len(listed) - n:,} more" if len(listed) > n else ""
     return ", ".join(listed[:n]) + more
 
 
 def without_version(name: str) -> str:
-    """Return an Ensembl id without its version; any other name, and the id of a ``_PAR_Y`` copy, as it is."""
+    """Return an Ensembl id without its version. Other names and ids of ``_PAR_Y`` copies are returned unchanged."""
     match = ENSEMBL.fullmatch(name)
     return match[1] if match is not None and not match[2] else name

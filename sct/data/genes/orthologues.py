@@ -1,4 +1,4 @@
-"""Genes of another species by their human orthologues: a table of pairs, and which of an input's genes it maps."""
+"""Map genes of another species to their human orthologues by a table of gene pairs."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from sct.data.genes.corpus import read_text
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.errors import DataError
 
-# What becomes of a gene of an input.
+# Result for a gene of an input.
 MAPPED, SEVERAL, WITHOUT, AMBIGUOUS, UNKNOWN = (
     "mapped", "with several orthologues", "without an orthologue", "of ambiguous name", "not in the table",
 )  # fmt: skip
-# Columns as BioMart's site and its R package call them, e.g. "Human gene stable ID", hsapiens_homolog_ensembl_gene.
+# Column names of the BioMart website and R package, such as "Human gene stable ID" and hsapiens_homolog_ensembl_gene.
 _BIOMART = re.compile(
     r"(?:(?P<species>.+?) )??(?:homolog )?"
     r"(?:(?P<id>gene stable id|ensembl gene(?: id)?)|(?P<name>(?:associated |external )?gene name)|"
@@ -41,32 +41,36 @@ _BIOMART = re.compile(
 )
 _HUMAN = ("human", "hsapiens")
 _ONE_TO_ONE = "ortholog_one2one"
-# What tables hold where there is no gene; some of these are aliases of human genes.
+# Entries that mean "no gene" in tables. They must be filtered, because some are also aliases of human genes.
 _ABSENT = frozenset(("", "NA", "N/A", "NaN", "nan", "NULL", "None", "-"))
-_COLUMNS = "name the columns (source= and target= in Python, --ortholog_columns=SOURCE,TARGET of the ingest)"
+_COLUMNS = (
+    "give the two columns (source= and target= in Python, --ortholog_columns=SOURCE,TARGET for sct ingest)"
+)
 
 
 @dataclass(frozen=True)
 class Orthologues:
-    """One-to-one pairs of genes of another species and genes of a vocabulary.
+    """One-to-one pairs of the genes of another species and the genes of a vocabulary.
+
+    A gene of the other species is identified by its Ensembl id, or by its symbol if it has no id.
 
     Attributes
     ----------
     name
-        Name of the table, e.g. that of its file.
+        Name of the table, such as its file name.
     target_of
-        Gene of the other species -> its orthologue: the vocabulary's key of it, or the table's name for a gene that
-        the vocabulary lacks. A gene of the other species is known by its Ensembl id, or its symbol where there is none.
+        Gene of the other species -> its orthologue: the key of the gene in the vocabulary, or the name in the table for
+        a gene that the vocabulary lacks.
     owners
         Ensembl id or symbol -> genes of the other species that have it.
     several
-        Genes with several orthologues, and those whose orthologue is that of several genes.
+        Genes that are not one-to-one: they have several orthologues, or share an orthologue with other genes.
     without
         Genes without an orthologue.
     vocabulary
-        Where orthologues were looked up.
+        Gene vocabulary in which the orthologues were looked up.
     digest
-        SHA-256 of the table's text.
+        SHA-256 hash of the table.
     """
 
     name: str
@@ -84,14 +88,14 @@ class Orthologues:
         return f"Orthologues({self.name!r}, {len(self):,} one-to-one pairs)"
 
     def summary(self) -> str:
-        """Say in one sentence what is there and what was left out."""
+        """Return a sentence on how many pairs the table has and what was left out."""
         return (
-            f"{len(self):,} one-to-one pairs in {self.name}; left out are {len(self.several):,} genes with several "
-            f"orthologues or one that others share, and {len(self.without):,} without any"
+            f"{len(self):,} one-to-one pairs in {self.name}; left out: {len(self.several):,} genes with several "
+            f"orthologues or a shared orthologue, and {len(self.without):,} genes without an orthologue"
         )
 
     def fate(self, name: str) -> tuple[str, str]:
-        """What becomes of a gene that is called so (`MAPPED`, ...), and its orthologue or ''."""
+        """Return the result for a gene name (`MAPPED`, `SEVERAL`, ...), and its orthologue or ''."""
         owners = self.owners.get(name) or self.owners.get(without_version(name), ())
         if len(owners) != 1:
             return (AMBIGUOUS if owners else UNKNOWN), ""
@@ -102,22 +106,22 @@ class Orthologues:
 
 @dataclass(frozen=True)
 class MappedGenes:
-    """The genes of an input by their orthologues.
+    """The genes of an input, mapped to their orthologues.
 
     Attributes
     ----------
     targets
-        Orthologue of each gene of the input, '' where it has no single one.
+        Orthologue of each gene of the input; '' for genes without a one-to-one orthologue.
     names
-        The input's own names, as they were looked up.
+        Names of the genes in the input.
     source
-        Where they stand, e.g. `index (Ensembl ids)`.
+        Where the names were found, e.g. `index (Ensembl ids)`.
     table
-        Name of the table.
+        Name of the orthologue table.
     dropped
-        Reason -> number of genes of the input.
+        Reason -> number of genes that were not mapped.
     report_name
-        Name of the input, '' where it has none.
+        Name of the input for messages, or ''.
     """
 
     targets: tuple[str, ...]
@@ -129,11 +133,11 @@ class MappedGenes:
 
     @property
     def matched(self) -> int:
-        """Number of genes of the input that have an orthologue."""
+        """Number of genes of the input that were mapped."""
         return len(self.targets) - sum(self.dropped.values())
 
     def summary(self) -> str:
-        """Say in one sentence how many genes were mapped, and why the others were not."""
+        """Return a sentence on how many genes were mapped and why the others were not."""
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in self.dropped.items())
         return (
             f"{f'{self.report_name}: ' if self.report_name else ''}{self.matched:,} of {len(self.targets):,} genes "
@@ -142,7 +146,7 @@ class MappedGenes:
         )
 
     def check_distinct(self, remedy: str) -> None:
-        """Raise `DataError` where several columns are one gene; `remedy` says what to do about them."""
+        """Raise `DataError` if several columns map to the same gene. `remedy` tells the user what to do."""
         named: dict[str, list[str]] = defaultdict(list)
         for name, target in zip(self.names, self.targets, strict=True):
             if target:
@@ -151,8 +155,8 @@ class MappedGenes:
         if twice:
             shown = some(f"{' and '.join(names)} for {target}" for target, names in twice.items())
             raise DataError(
-                f"{f'{self.report_name}: ' if self.report_name else ''}{len(twice):,} genes stand in more than one "
-                f"column by {self.source} ({shown}); {remedy}"
+                f"{f'{self.report_name}: ' if self.report_name else ''}{len(twice):,} genes occur in more than one "
+                f"column by {self.source} ({shown}): {remedy}."
             )
 
 
@@ -163,30 +167,35 @@ def read_orthologues(
     target: str | Sequence[str] | None = None,
     vocabulary: GeneVocabulary | None = None,
 ) -> Orthologues:
-    """Read a table of orthologues, and keep its one-to-one pairs.
+    """Read a table of orthologues and keep its one-to-one pairs.
 
-    A pair is one-to-one where neither of the two genes stands in another pair, of whatever kind. Where the table says
-    of what kind a pair is (Ensembl's "Human homology type"), only those of the kind "ortholog_one2one" are taken. What
-    is left out is counted.
+    A pair is one-to-one if neither gene occurs in another pair. If the table has a column with the homology type (such
+    as Ensembl's "Human homology type"), only pairs of the type "ortholog_one2one" are kept. Genes that are left out are
+    counted.
 
     Parameters
     ----------
     path
-        Table with a header, separated by tabs or, where the header has none, by commas; it may end with .gz. NA, N/A,
-        NaN, nan, NULL, None, - and an empty cell stand for no gene.
+        Table with a header, separated by tabs (or by commas if the header has no tab), optionally compressed (.gz). NA,
+        N/A, NaN, nan, NULL, None, - and empty cells mean "no gene".
     source, target
-        Columns of the other species' genes and of their orthologues: Ensembl ids, symbols, or a column of each. By
-        default the columns that Ensembl's BioMart gives ("Gene stable ID", "Gene name", "Human gene stable ID",
-        "Human gene name", or hsapiens_homolog_ensembl_gene and its like, whichever there are and from whichever of the
-        two species' tables), else the first two.
+        Column(s) with the genes of the other species, and column(s) with their orthologues. Each may be a column of
+        Ensembl ids, a column of symbols, or both. Default: the columns of Ensembl's BioMart ("Gene stable ID", "Gene
+        name", "Human gene stable ID", "Human gene name", hsapiens_homolog_ensembl_gene and similar names, exported for
+        either species); otherwise the first two columns.
     vocabulary
-        Where orthologues are looked up; by default the shipped human genes. Other genes stay as the table names them.
+        Gene vocabulary in which orthologues are looked up. Default: the shipped human genes. Orthologues outside the
+        vocabulary keep their name in the table.
+
+    Returns
+    -------
+    The one-to-one pairs.
 
     Raises
     ------
     DataError
-        The file is absent, damaged, empty or without such columns, it has several columns of kinds, hardly any
-        orthologue is a gene of the vocabulary, or no pair is one-to-one.
+        The file is missing, damaged, empty or lacks the columns, it has several columns with homology types, less than
+        5% of the orthologues are genes of the vocabulary, or no pair is one-to-one.
     """
     path, vocabulary = Path(path).expanduser(), vocabulary or GeneVocabulary.human()
     text = read_text(path)
@@ -196,7 +205,7 @@ def read_orthologues(
     rows = table.shape[0]
     of_sources, of_targets = (_names(table, columns) for columns in (sources, targets))
     if not any(map(any, of_sources)):
-        raise DataError(f"{path} has no gene in the column {sources[0]!r}; {_COLUMNS}")
+        raise DataError(f"{path} has no gene in the column {sources[0]!r}: {_COLUMNS}.")
     keys = [_first(names) for names in of_sources]
     found, n_known = _keys_of(of_targets, vocabulary)
     _check_direction(path, of_sources, sources, targets, found, n_known, vocabulary)
@@ -206,8 +215,8 @@ def read_orthologues(
         if not fits.any():
             have = some(sorted(set(table[kind])))
             raise DataError(
-                f'{path} has no pair of the kind "{_ONE_TO_ONE}" in the column {kind!r} but {have}; give Ensembl\'s '
-                "kinds, or a table without this column"
+                f"{path} has no pair of type {_ONE_TO_ONE!r} in the column {kind!r}, but {have}: use the homology "
+                "types of Ensembl, or remove this column."
             )
     owners: dict[str, set[str]] = defaultdict(set)
     targets_of: dict[str, set[str]] = defaultdict(set)
@@ -229,7 +238,7 @@ def read_orthologues(
         if not others and len(sources_of[gene]) == 1 and key not in unfit
     }
     if not pairs:
-        raise DataError(f"{path} has no pair of genes that is one-to-one; give a table with such pairs")
+        raise DataError(f"{path} has no one-to-one pair of genes: give a table with such pairs.")
     several = set(targets_of) - set(pairs)
     everything = {key for key in keys if key}
     return Orthologues(
@@ -250,25 +259,29 @@ def map_orthologues(
     column: str | None = None,
     report_name: str = "",
 ) -> MappedGenes:
-    """Map the genes of an input.
+    """Map the genes of an input to their orthologues.
 
     Parameters
     ----------
     var
-        `AnnData.var`, or the names themselves: Ensembl ids with or without version, or symbols, as the table has them.
+        `AnnData.var`, or the names themselves: Ensembl ids with or without version, or symbols, as in the table.
     table
-        See `read_orthologues`.
+        Orthologues from `read_orthologues`.
     column
-        Column of `var` that holds the names ("index" for its index). By default the index and every text column are
-        tried and the one that finds most genes is taken, ids before symbols where they find nearly as many.
+        Column of `var` with the gene names ("index" for its index). Default: try the index and every string column, and
+        use the one that matches most genes. Ensembl ids are preferred if they match almost as many genes as symbols.
     report_name
-        Name of the input in messages.
+        Name of the input for messages.
+
+    Returns
+    -------
+    The orthologue of each gene.
 
     Raises
     ------
     DataError
-        No genes, names that are not text, genes of the vocabulary itself, or under 5% of the genes that could be mapped
-        are.
+        There are no genes, a name is not a string, the genes already are those of the vocabulary, or less than 5% of
+        the genes that could be mapped are in the table.
     """
     prefix = f"{report_name}: " if report_name else ""
     places = []
@@ -296,36 +309,35 @@ def map_orthologues(
 def _check_species(
     table: Orthologues, places: Sequence[tuple[Any, ...]], found: int, chosen: Sequence[str], prefix: str
 ) -> None:
-    """Refuse an input of the vocabulary's own genes, or of genes that the table does not know."""
+    """Raise `DataError` if the input has genes of the vocabulary itself, or genes that the table does not have."""
 
     def own(names: Sequence[str], fates: Sequence[tuple[str, str]]) -> int:
-        # Names that the table has as well tell nothing: many species' symbols are spelled like the human ones.
+        # Ignore names that are also in the table, because symbols of many species are spelled like the human ones.
         foreign = [name for name, (fate, _) in zip(names, fates, strict=True) if fate == UNKNOWN]
         positions, _ = look_up(table.vocabulary, foreign)
         return len(np.unique(positions[positions >= 0]))
 
     possible = min(len([name for name in chosen if name]), len(table))
     enough = found >= max(REFUSE_BELOW * possible, 1)
-    # Where hardly anything is mapped, any of the places may tell which genes these are.
+    # If almost nothing was mapped, look for genes of the vocabulary in all columns.
     most, names = max(
         (own(names, fates), names) for *_, names, fates in places if names is chosen or not enough
     )
     if most > found:
         raise DataError(
-            f"{prefix}the genes are those of {table.vocabulary.name} already ({some(names)}), or named like them; "
-            f"leave the table of orthologues {table.name} (--orthologs) out for this input, or give one that has "
-            "these names"
+            f"{prefix}the gene names are already those of {table.vocabulary.name} ({some(names)}): leave out the "
+            f"orthologue table {table.name} (--orthologs) for this input, or give a table with these names."
         )
     if not enough:
         raise DataError(
-            f"{prefix}only {found:,} of {len(chosen):,} gene names ({some(chosen)}) have an orthologue in "
-            f"{table.name}, whose genes are named like {some(table.owners)}; give a table of this species with this "
-            "kind of names, or name the column of var that holds the table's kind (gene_column=)"
+            f"{prefix}only {found:,} of {len(chosen):,} gene names ({some(chosen)}) are in the orthologue table "
+            f"{table.name}, which has names such as {some(table.owners)}: give a table for this species with this type "
+            "of names, or give the column of var with the table's type of names (gene_column=)."
         )
 
 
 def _table(text: str, path: Path) -> pd.DataFrame:
-    """The table, all of it as text."""
+    """Read a table with all values as strings."""
     lines = io.StringIO(text, newline="")
     reader = csv.reader(lines, delimiter="\t" if "\t" in text.partition("\n")[0] else ",", strict=True)
     rows: list[list[str]] = []
@@ -334,19 +346,21 @@ def _table(text: str, path: Path) -> pd.DataFrame:
             rows.append(row)
             if len(row) != len(rows[0]):
                 raise DataError(
-                    f"{path} line {reader.line_num}: found {len(row)} fields where {len(rows[0])} are expected; write "
-                    "it again"
+                    f"{path} line {reader.line_num}: the line has {len(row)} fields, but the header has "
+                    f"{len(rows[0])}: correct it."
                 )
     except csv.Error as error:
-        raise DataError(f"{path} line {reader.line_num}: {error}; write it again") from None
+        raise DataError(
+            f"{path} line {reader.line_num}: the line is not valid ({error}): correct it."
+        ) from None
     if len(rows) < 2:
         raise DataError(
-            f"{path} is empty{' but for its header' * len(rows)}; give a table of orthologues with a header"
+            f"{path} {'has only a header' if rows else 'is empty'}: give an orthologue table with a header and rows."
         )
     if len(rows[0]) < 2:
         raise DataError(
-            f"{path} has the one column {rows[0][0]!r}, but a table of orthologues has a column of genes and one of "
-            "their orthologues; give both, with tabs or commas between"
+            f"{path} has only the column {rows[0][0]!r}, but an orthologue table has a column of genes and a column of "
+            "orthologues: give both, separated by tabs or commas."
         )
     return pd.DataFrame(rows[1:], columns=pd.Index(rows[0], dtype=object))
 
@@ -358,9 +372,9 @@ def _chosen(
     target: str | Sequence[str] | None,
     vocabulary: GeneVocabulary,
 ) -> tuple[list[str], list[str]]:
-    """Columns of the genes and of their orthologues."""
+    """Return the columns of the genes and the columns of their orthologues."""
     if (source is None) != (target is None):
-        raise DataError("one of source and target was given alone; give both columns, or neither")
+        raise DataError("only one of source and target was given: give both columns, or neither.")
     named = list(table.columns)
     if source is None or target is None:
         sources, targets = _found(named, path, vocabulary)
@@ -369,15 +383,17 @@ def _chosen(
     for name in (*sources, *targets):
         if named.count(name) != 1:
             number = "no" if name not in named else "more than one"
-            raise DataError(f"{path} has {number} column {name!r} among {', '.join(named)}; {_COLUMNS}")
+            raise DataError(f"{path} has {number} column {name!r} among {', '.join(named)}: {_COLUMNS}.")
     return sources, targets
 
 
 def _found(named: list[str], path: Path, vocabulary: GeneVocabulary) -> tuple[list[str], list[str]]:
-    """Columns of genes and of orthologues, as BioMart calls them, or the first two."""
+    """Find the gene and orthologue columns by their BioMart names; otherwise return the first two columns."""
     second = named[1].strip()
     if any(ENSEMBL.fullmatch(name.strip()) for name in named) or second in vocabulary.owners_of_symbol:
-        raise DataError(f"{path} begins with genes ({some(named)}), not with a header; add one")
+        raise DataError(
+            f"{path} has genes in its first line ({some(named)}) instead of a header: add a header."
+        )
     by_species: dict[str, list[tuple[bool, str]]] = defaultdict(list)
     for name in named:
         match = _biomart(name)
@@ -385,18 +401,18 @@ def _found(named: list[str], path: Path, vocabulary: GeneVocabulary) -> tuple[li
             by_species[match["species"] or ""].append((match["id"] is None, name))
     if len(by_species) < 2:
         return named[:1], named[1:2]
-    # In a table of one species' genes, those of the other are told by its name.
+    # BioMart puts the name of the other species into the names of its columns.
     human = next((species for species in _HUMAN if species in by_species), "")
     others = [species for species in by_species if species != human]
     if human not in by_species or len(others) != 1:
-        raise DataError(f"{path} has genes of several species ({', '.join(named)}); {_COLUMNS}")
-    # Ids before symbols, for an id means one gene.
+        raise DataError(f"{path} has genes of several species ({', '.join(named)}): {_COLUMNS}.")
+    # Put ids before symbols, because ids are unambiguous.
     of = {species: [name for _, name in sorted(columns)] for species, columns in by_species.items()}
     return of[others[0]], of[human]
 
 
 def _kind_column(named: Sequence[str], path: Path, chosen: Sequence[str]) -> str | None:
-    """Column that says of what kind the chosen pairs are."""
+    """Return the column with the homology type of the chosen pairs, or None."""
     matches = [(name, match) for name in named if (match := _biomart(name)) is not None]
     species = {match["species"] for name, match in matches if name in chosen} - {None}
     kinds = [
@@ -406,14 +422,13 @@ def _kind_column(named: Sequence[str], path: Path, chosen: Sequence[str]) -> str
     ]
     if len(kinds) > 1:
         raise DataError(
-            f"{path} has several columns that say of what kind a pair is ({', '.join(kinds)}); leave that of these "
-            "pairs alone"
+            f"{path} has several columns with homology types ({', '.join(kinds)}): keep only the one for these species."
         )
     return kinds[0] if kinds else None
 
 
 def _names(table: pd.DataFrame, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """Names of a gene in each row, ids without version, '' where there is none."""
+    """Return the names of the gene in each row: ids without version, '' for missing names."""
     listed = [
         ["" if (name := text.strip()) in _ABSENT else without_version(name) for text in table[column]]
         for column in columns
@@ -422,7 +437,7 @@ def _names(table: pd.DataFrame, columns: Sequence[str]) -> list[tuple[str, ...]]
 
 
 def _keys_of(rows: Sequence[tuple[str, ...]], vocabulary: GeneVocabulary) -> tuple[list[str], int]:
-    """Gene of each row, by the first of its names that the vocabulary knows, and how many it knows."""
+    """Return the gene of each row, by its first name in the vocabulary, and how many different genes were found."""
     flat = [name for names in rows for name in names]
     positions = look_up(vocabulary, flat)[0].reshape(len(rows), -1)
     at = np.take_along_axis(positions, (positions >= 0).argmax(axis=1)[:, None], axis=1)[:, 0]
@@ -440,28 +455,29 @@ def _check_direction(
     n_known: int,
     vocabulary: GeneVocabulary,
 ) -> None:
-    """Refuse columns that are the wrong way round, and orthologues that are no genes of the vocabulary."""
+    """Raise `DataError` if the two columns are swapped, or if the orthologues are not genes of the vocabulary."""
     ids = {name for names in of_sources for name in names if ENSEMBL.fullmatch(name)}
     own = sum(name in vocabulary.position_of_id for name in ids)
-    there = {gene for gene in found if gene}
-    hardly = n_known < max(REFUSE_BELOW * len(there), 1)
-    # Symbols tell only where the orthologues are none: those of many species are spelled like the human ones.
+    orthologues = {gene for gene in found if gene}
+    hardly = n_known < max(REFUSE_BELOW * len(orthologues), 1)
+    # Symbols of many species are spelled like the human ones. They are evidence only if the orthologues do not match.
     if own >= max(REFUSE_BELOW * len(ids), 1) or (hardly and _keys_of(of_sources, vocabulary)[1] > n_known):
         raise DataError(
-            f"{path} has genes of {vocabulary.name} in the column {sources[0]!r} rather than in {targets[0]!r}, where "
-            f"the orthologues should be; {_COLUMNS}"
+            f"{path} has genes of {vocabulary.name} in the column {sources[0]!r} instead of the orthologue column "
+            f"{targets[0]!r}: {_COLUMNS}."
         )
     if hardly:
         raise DataError(
-            f"hardly any of the {len(there):,} orthologues in the column {targets[0]!r} of {path} "
-            f"({some(sorted(there))}) is a gene of {vocabulary.name}; {_COLUMNS}"
+            f"almost none of the {len(orthologues):,} orthologues in the column {targets[0]!r} of {path} "
+            f"({some(sorted(orthologues))}) is a gene of {vocabulary.name}: {_COLUMNS}."
         )
 
 
 def _biomart(name: str) -> re.Match[str] | None:
-    """What a column holds, where BioMart calls it so."""
+    """Match a column name against the BioMart names; the groups of the match tell what the column contains."""
     return _BIOMART.fullmatch(re.sub(r"[\s_.]+", " ", name.strip().casefold()))
 
 
 def _first(names: Sequence[str]) -> str:
+    """Return the first non-empty name, or ''."""
     return next((name for name in names if name), "")

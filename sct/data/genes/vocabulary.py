@@ -1,4 +1,4 @@
-"""The gene vocabulary: which gene stands at which position of every matrix, model and store."""
+"""The gene vocabulary: the ordered list of genes that matrices, models and stores use."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ __all__ = ["HUMAN_VERSION", "GeneAlignment", "GeneVocabulary"]
 HUMAN_VERSION = "human-protein-coding-gencode48"
 _HUMAN_ASSET = "genes_human.tsv.gz"
 
-# Columns of a saved vocabulary and the fields they hold; the last two repeat in every row, so that the file
-# stays a plain table and a truncated one is noticed.
+# Columns of a saved vocabulary -> fields. Two more columns (see _HEADER) repeat name and size in every row. The file
+# remains a plain table, and truncation can be detected.
 _FIELDS = {
     "ensembl_id": "ensembl_ids",
     "symbol": "symbols",
@@ -45,20 +45,20 @@ _HEADER = (*_FIELDS, "vocabulary", "vocabulary_size")
 
 @dataclass(frozen=True)
 class GeneVocabulary:
-    """An ordered list of genes; the order is part of its identity, because convolutions see it.
+    """An ordered list of genes. The order matters, because models with convolutions depend on it.
 
     Attributes
     ----------
     ensembl_ids
-        Ensembl ids without version suffix, '' where a position has none.
+        Ensembl id of each gene without version suffix, or ''.
     symbols
-        Approved symbols; several positions may share one, which is then ambiguous as a name.
+        Approved symbol of each gene. A symbol that several genes share is ambiguous as a name.
     aliases, previous
-        Alias and previous symbols of each position.
+        Alias symbols and previous symbols of each gene.
     names, locus_groups, locations
-        Approved name, locus group and cytogenetic location of each position, '' where unknown.
+        Approved name, locus group and cytogenetic location of each gene; '' if unknown.
     name
-        Name of the vocabulary, e.g. the version of the shipped table.
+        Name of the vocabulary, such as the version of the shipped table.
     """
 
     ensembl_ids: tuple[str, ...]
@@ -74,19 +74,18 @@ class GeneVocabulary:
         lengths = {len(getattr(self, field)) for field in _FIELDS.values()}
         if len(lengths) != 1:
             raise DataError(
-                f"the fields of a gene vocabulary have the lengths {sorted(lengths)}; give one entry per gene"
+                f"the fields of a gene vocabulary have the lengths {sorted(lengths)}: give one entry per gene."
             )
         check_not_empty("the gene vocabulary", self.keys, error=DataError)
         if "" in self.keys:
             raise DataError(
-                f"position {self.keys.index('')} of the vocabulary has neither an Ensembl id nor a symbol; "
-                f"give one of them"
+                f"position {self.keys.index('')} of the vocabulary has neither an Ensembl id nor a symbol: give one of "
+                "them."
             )
         repeated = [key for key, n in Counter(self.keys).items() if n > 1]
         if repeated:
             raise DataError(
-                f"{len(repeated)} genes occur more than once in the vocabulary ({some(repeated)}); "
-                f"give each once"
+                f"{len(repeated)} genes occur more than once in the vocabulary ({some(repeated)}): give each gene once."
             )
 
     def __len__(self) -> int:
@@ -97,12 +96,12 @@ class GeneVocabulary:
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
-        """Identity of each position: its Ensembl id, or its symbol where there is none."""
+        """Unique key of each gene: its Ensembl id, or its symbol if it has no id."""
         return tuple(gene or symbol for gene, symbol in zip(self.ensembl_ids, self.symbols, strict=True))
 
     @cached_property
     def hash(self) -> str:
-        """sha256 (hexadecimal) over the ordered keys: the same hash means the same positions."""
+        """Hash (sha256, hexadecimal) of the ordered keys. Equal hashes mean the same genes in the same order."""
         return hashlib.sha256("\n".join(self.keys).encode()).hexdigest()
 
     @cached_property
@@ -112,20 +111,20 @@ class GeneVocabulary:
 
     @cached_property
     def owners_of_symbol(self) -> dict[str, tuple[int, ...]]:
-        """Approved symbol -> positions that have it."""
+        """Approved symbol -> positions of the genes that have it."""
         return _owners((symbol,) for symbol in self.symbols)
 
     @cached_property
     def owners_of_alias(self) -> dict[str, tuple[int, ...]]:
-        """Alias or previous symbol -> positions that have it."""
+        """Alias or previous symbol -> positions of the genes that have it."""
         return _owners(new + old for new, old in zip(self.aliases, self.previous, strict=True))
 
     @classmethod
     def human(cls) -> GeneVocabulary:
-        """Return the shipped human protein-coding genes (G = 20,124), read once.
+        """Return the shipped human protein-coding genes (G = 20,124). The table is read only once.
 
-        The order is: chromosome (1 to 22, X, Y, MT), cytogenetic band from the telomere of the short arm to
-        that of the long arm, Ensembl id; genes without a place last, by Ensembl id.
+        Genes are ordered by chromosome (1 to 22, X, Y, MT), then by cytogenetic band (from the telomere of the short
+        arm to the telomere of the long arm), then by Ensembl id. Genes without a location come last, by Ensembl id.
         """
         return _human()
 
@@ -133,23 +132,23 @@ class GeneVocabulary:
     def from_ids(
         cls, ids: Iterable[str], symbols: Iterable[str] | None = None, name: str = "custom"
     ) -> GeneVocabulary:
-        """Make a vocabulary of genes in the order given.
+        """Make a vocabulary of genes in the given order.
 
-        Aliases and descriptions come from the shipped human table, where it knows the gene.
+        Aliases and descriptions are taken from the shipped human table if it has the gene.
 
         Parameters
         ----------
         ids
-            Ensembl ids (a version suffix is dropped) or other identifiers; '' where there is none.
+            Ensembl ids (a version suffix is dropped) or other identifiers; '' for a gene without id.
         symbols
-            Approved symbols; by default those of the shipped table, or the id where it has none.
+            Approved symbols. Default: those of the shipped table, or the id for genes that it lacks.
         name
             Name of the vocabulary.
 
         Raises
         ------
         DataError
-            A gene occurs twice, has neither id nor symbol, or a name is not text or holds a tab, a '|' or a
+            A gene occurs twice or has neither id nor symbol, or a name is not a string or contains a tab, a '|' or a
             line break.
         """
         genes = [without_version(gene) for gene in gene_names(ids, "the list of ids")]
@@ -163,14 +162,15 @@ class GeneVocabulary:
         check_one_each("symbols", len(given), "ids", len(genes))
         for text in (name, *genes, *given):
             if re.search(r"[\t\n\r|]", text):
-                raise DataError(f"the name {text!r} holds a tab, a '|' or a line break; rename it")
+                raise DataError(f"the name {text!r} contains a tab, a '|' or a line break: rename it.")
         fields |= {"ensembl_ids": tuple(genes), "symbols": tuple(given)}
         return cls(**fields, name=name)._without_foreign_aliases(human, set(at))
 
     def subset(self, ensembl_ids: Iterable[str]) -> GeneVocabulary:
-        """Return the vocabulary of the given genes, in this vocabulary's order.
+        """Return a vocabulary of only the given genes, in the order of this vocabulary.
 
-        Aliases that also mean a gene left out are dropped, so that its name is never taken for another's.
+        Aliases that also belong to a removed gene are dropped. Otherwise the name of the removed gene would be matched
+        to another gene.
 
         Raises
         ------
@@ -181,8 +181,8 @@ class GeneVocabulary:
         absent = [gene for gene in wanted if gene not in self.position_of_id]
         if absent:
             raise DataError(
-                f"{len(absent)} of {len(wanted)} genes are not in the vocabulary {self.name} "
-                f"({some(absent)}); give Ensembl ids of its genes"
+                f"{len(absent)} of {len(wanted)} genes are not in the vocabulary {self.name} ({some(absent)}): give "
+                "Ensembl ids of its genes."
             )
         at = sorted({self.position_of_id[gene] for gene in wanted})
         part = GeneVocabulary(**self._take(at), name=f"{self.name}, {len(at)} of its genes")
@@ -196,68 +196,72 @@ class GeneVocabulary:
         duplicates: Literal["error", "sum"] = "error",
         report_name: str = "",
     ) -> GeneAlignment:
-        """Find an input's genes in this vocabulary.
+        """Match the genes of an input to this vocabulary.
 
-        Names are Ensembl ids, with or without version suffix, or symbols. An approved symbol wins over
-        aliases and previous symbols, and these are resolved only where they mean one gene and no other
-        column names that gene; what is not resolved is reported, not guessed.
+        Gene names are Ensembl ids, with or without version suffix, or symbols. Approved symbols take precedence over
+        aliases and previous symbols. An alias is used only if it belongs to a single gene and no other column names
+        that gene. Ambiguous names are reported, never guessed.
 
         Parameters
         ----------
         var
             `AnnData.var`, or the names themselves.
         column
-            Column of `var` that holds the names ("index" for its index). By default the index and every text
-            column are tried and the one that finds most genes is taken, ids before symbols where they find
-            nearly as many.
+            Column of `var` with the gene names ("index" for its index). Default: try the index and every string column,
+            and use the one that matches most genes. Ensembl ids are preferred if they match almost as many genes as
+            symbols.
         duplicates
-            What to do where several columns hold one gene: refuse ("error"), or let `GeneAlignment.project`
-            add them ("sum").
+            What to do if several columns hold the same gene: raise an error ("error"), or sum them in
+            `GeneAlignment.project` ("sum").
         report_name
-            Name of the input in messages.
+            Name of the input for messages.
+
+        Returns
+        -------
+        The mapping from columns to genes, with a report.
 
         Raises
         ------
         DataError
-            No genes, names that are not text, one gene in several columns, or under 5% of the genes that
-            could match do.
+            There are no genes, a name is not a string, a gene has several columns, or less than 5% of the genes that
+            could match do match.
 
         Warns
         -----
         UserWarning
-            Fewer than half of the genes that could match do; their number is the smaller one of the input's
-            and the vocabulary's sizes. The message names the likely cause.
+            Less than half of the genes that could match do match. The number of genes that could match is the size of
+            the input or of the vocabulary, whichever is smaller. The message states the likely cause.
         """
         return alignment.align(self, var, column, duplicates, report_name)
 
     def find(self, names: Iterable[str]) -> np.ndarray:
-        """Positions of genes that a person names, int64 (n,), by Ensembl id, symbol, or alias of one gene.
+        """Return the positions, int64 (n,), of genes given by Ensembl id, symbol or unambiguous alias.
 
         Raises
         ------
         DataError
-            A name that is unknown, means several genes, or means the same gene as another one.
+            A name is unknown or ambiguous, or two names mean the same gene.
         """
         return alignment.find(self, names)
 
     def check_same(self, other: GeneVocabulary, *, what: str, other_what: str) -> None:
-        """Raise StoreError unless both vocabularies have the same genes in the same order.
+        """Raise `StoreError` unless both vocabularies have the same genes in the same order.
 
-        `what` and `other_what` name the owners in the message, e.g. "the store X" and "the model".
+        `what` and `other_what` describe the owners of the vocabularies in the message, e.g. "the store X", "the model".
         """
         if self.hash == other.hash:
             return
         common = len(set(self.keys) & set(other.keys))
         same_set = common == len(self) == len(other)
         raise StoreError(
-            f"{what} has the gene vocabulary {self.name} ({len(self):,} genes, hash {self.hash[:16]}) but "
+            f"{what} has the gene vocabulary {self.name} ({len(self):,} genes, hash {self.hash[:16]}), but "
             f"{other_what} has {other.name} ({len(other):,} genes, hash {other.hash[:16]}), "
-            f"{'the same genes in another order' if same_set else f'with {common:,} genes in common'}; "
-            f"use the vocabulary that both share or make one of them again"
+            f"{'the same genes in another order' if same_set else f'with {common:,} genes in common'}: use the same "
+            "vocabulary for both, for example by running the ingest again with the other vocabulary."
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a tab-separated table with a header; a reader never sees a half-written file."""
+        """Write a tab-separated table with a header. The write is atomic."""
         columns: list[Iterable[str]] = []
         for field in _FIELDS.values():
             values = getattr(self, field)
@@ -275,36 +279,45 @@ class GeneVocabulary:
         Raises
         ------
         DataError
-            The file is absent, not such a table, truncated, or names a gene twice; the message gives file
-            and line.
+            The file is missing, not such a table, truncated, or lists a gene twice. The message gives file and line.
         """
         try:
             text = Path(path).read_bytes().decode("utf-8")
         except OSError as error:
-            raise DataError(f"cannot read the genes in {path} ({error.strerror}); check the path") from None
+            raise DataError(
+                f"the gene vocabulary {path} cannot be read ({error.strerror}): check the path."
+            ) from None
         except UnicodeDecodeError as error:
             line = error.object.count(b"\n", 0, error.start) + 1
-            raise DataError(f"{path} line {line}: found bytes that are not UTF-8; write it again") from None
+            raise DataError(
+                f"{path} line {line}: the text is not UTF-8: restore the file from a copy."
+            ) from None
         rows = _rows(text, _HEADER, str(path))
         name = rows[0][-2]
         seen: dict[str, int] = {}
         for line, row in enumerate(rows, start=2):
             key = row[0] or row[1]
             if not key:
-                raise DataError(f"{path} line {line}: found neither Ensembl id nor symbol; write it again")
+                raise DataError(
+                    f"{path} line {line}: the gene has neither an Ensembl id nor a symbol: restore the file from a "
+                    "copy."
+                )
             if key in seen:
-                raise DataError(f"{path} line {line}: {key} is in line {seen[key]} already; keep one of them")
+                raise DataError(
+                    f"{path} line {line}: {key} is already in line {seen[key]}: remove one of the two lines."
+                )
             seen[key] = line
         for line, row in enumerate(rows, start=2):
             if row[-2:] != [name, str(len(rows))]:
                 raise DataError(
-                    f"{path} line {line}: found a gene of {row[-2]!r} with {row[-1]} genes in a file of "
-                    f"{len(rows)} genes of {name!r}; the file is truncated or mixed, write it again"
+                    f"{path} line {line}: the line belongs to the vocabulary {row[-2]!r} with {row[-1]} genes, but the "
+                    f"file has {len(rows)} genes of {name!r}: the file is truncated or mixed, so restore it from a "
+                    "copy."
                 )
         return _from_rows(rows, name)
 
     def _take(self, positions: Sequence[int]) -> dict[str, Any]:
-        """Return the fields at `positions`, empty at -1."""
+        """Return the fields of the genes at `positions`; empty ones for -1."""
         taken = {}
         for field in _FIELDS.values():
             values, empty = getattr(self, field), () if field in _LISTS else ""
@@ -312,7 +325,7 @@ class GeneVocabulary:
         return taken
 
     def _without_foreign_aliases(self, parent: GeneVocabulary, kept: set[int]) -> GeneVocabulary:
-        """Drop aliases that in `parent` also name a gene whose position is not in `kept`."""
+        """Drop aliases that also belong to a gene of `parent` whose position is not in `kept`."""
 
         def own(names: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(
@@ -333,26 +346,27 @@ def _human() -> GeneVocabulary:
 
 
 def _rows(text: str, header: Sequence[str], path: str) -> list[list[str]]:
-    """Split a tab-separated table and check its shape."""
+    """Split a tab-separated table into rows, and check its header and its number of fields."""
     lines = text.split("\n")
     if lines[0].split("\t") != list(header):
         raise DataError(
-            f"{path} line 1: found {lines[0][:60]!r} where the header of a gene vocabulary is expected "
-            f"({header[0]}, {header[1]}, ...); write the file with GeneVocabulary.save"
+            f"{path} line 1: the line is {lines[0][:60]!r}, but must be the header of a gene vocabulary ({header[0]}, "
+            f"{header[1]}, ...): write the file with GeneVocabulary.save."
         )
     if lines.pop() or len(lines) < 2:
-        raise DataError(f"{path} line {len(lines) + 1}: the file ends in the middle; write it again")
+        raise DataError(f"{path} line {len(lines) + 1}: the file is truncated: restore it from a copy.")
     rows = [line.split("\t") for line in lines[1:]]
     for number, row in enumerate(rows, start=2):
         if len(row) != len(header):
             raise DataError(
-                f"{path} line {number}: found {len(row)} fields where {len(header)} are expected; "
-                f"write it again"
+                f"{path} line {number}: the line has {len(row)} fields, but must have {len(header)}: restore the file "
+                "from a copy."
             )
     return rows
 
 
 def _from_rows(rows: list[list[str]], name: str) -> GeneVocabulary:
+    """Make a vocabulary from the rows of its table."""
     fields: dict[str, Any] = dict(zip(_FIELDS.values(), zip(*rows, strict=True), strict=False))
     for field in _LISTS:
         fields[field] = tuple(tuple(text.split("|")) if text else () for text in fields[field])
@@ -360,7 +374,7 @@ def _from_rows(rows: list[list[str]], name: str) -> GeneVocabulary:
 
 
 def _owners(names: Iterable[Iterable[str]]) -> dict[str, tuple[int, ...]]:
-    """Return name -> positions that have it."""
+    """Return name -> positions of the genes that have it."""
     owners: dict[str, list[int]] = defaultdict(list)
     for position, of_gene in enumerate(names):
         for name in dict.fromkeys(of_gene):

@@ -291,7 +291,7 @@ def _align(
     if table is not None:
         mapped = map_orthologues(source.var, table, column=options.gene_column, report_name=source.label)
         if options.duplicates == "error":
-            mapped.check_distinct('give duplicates="sum" to add their counts, or remove the surplus columns')
+            mapped.check_distinct('sum their counts with duplicates="sum", or remove the extra columns')
     with warnings.catch_warnings():
         # The report carries the alignment's warning.
         warnings.simplefilter("ignore", UserWarning)

@@ -135,26 +135,26 @@ def write(path, content):
 
 
 BAD = {
-    "absent": (None, r"cannot read .*No such file"),
-    "no name": ("a\ttext\nTNF\tx\n", "no column ensembl_id or symbol or gene but a, text"),
-    "no text": ("symbol\tx\nTNF\tx\n", "no column text or summary but symbol, x"),
+    "absent": (None, r"cannot be read .*No such file"),
+    "no name": ("a\ttext\nTNF\tx\n", "columns a, text, but needs a column ensembl_id or symbol or gene"),
+    "no text": ("symbol\tx\nTNF\tx\n", "columns symbol, x, but needs a column text or summary"),
     "twice a column": ("symbol\ttext\tText\nTNF\tx\ty\n", "column text more than once"),
     "two texts": ("symbol\ttext\nTNF\tx\nCD4\ty\nTNF\tz\n", "1 genes have more than one text.*TNF and TNF"),
     "two names": (f"gene\ttext\nTNF\tx\n{KEYS['TNF']}\tz\n", f"TNF and {KEYS['TNF']}"),
-    "mouse": ("symbol\ttext\nTnf\tx\nCd3e\tz\n", r"hardly any of the 2 names .*another organism"),
-    "ragged": ("symbol\ttext\nTNF\tx\nCD4\tx\ty\n", "line 3: found 3 fields where 2"),
-    "open quote": ('symbol\ttext\nTNF\t"x\nCD4\ty\n', "line 3.*write it again"),
-    "only a header": ("symbol\ttext\n", "holds no genes"),
+    "mouse": ("symbol\ttext\nTnf\tx\nCd3e\tz\n", r"almost none of the 2 names .*another organism"),
+    "ragged": ("symbol\ttext\nTNF\tx\nCD4\tx\ty\n", "line 3: the line has 3 fields, but the header has 2"),
+    "open quote": ('symbol\ttext\nTNF\t"x\nCD4\ty\n', "line 3.*not valid"),
+    "only a header": ("symbol\ttext\n", "has no genes"),
     "empty": ("", "is empty"),
-    "no texts": ("symbol\ttext\nTNF\t \n", "has a name and a text"),
-    "not UTF-8": (b"symbol\ttext\nTNF\t\xff\n", "line 2: found bytes that are not UTF-8"),
+    "no texts": ("symbol\ttext\nTNF\t \n", "has both a name and a text"),
+    "not UTF-8": (b"symbol\ttext\nTNF\t\xff\n", "line 2: the text is not UTF-8"),
 }  # fmt: skip
 BAD_JSON = {
     "two texts": ('{"TNF": "x", "TNF": "y"}', "TNF and TNF"),
-    "broken": ('{"TNF": "x"', "is no JSON"),
+    "broken": ('{"TNF": "x"', "is not valid JSON"),
     "a number": ('{"TNF": 3}', "3 for the gene 'TNF'"),
-    "no objects": ('["TNF"]', "neither"),
-    "no column": ('[{"symbol": "TNF", "text": "x"}, {"symbol": "CD4"}]', "entry 2 has no column text"),
+    "no objects": ('["TNF"]', "must be an object"),
+    "no column": ('[{"symbol": "TNF", "text": "x"}, {"symbol": "CD4"}]', "entry 2 has the columns symbol, but needs a column text"),
 }
 
 
@@ -181,7 +181,7 @@ def test_a_json_null_is_no_text(tmp_path):
 @pytest.mark.parametrize("name", ["a.tsv.gz", "a.json.gz"])
 def test_a_cut_archive_is_refused(name, tmp_path):
     path = (ids_tsv_gz if "tsv" in name else list_json_gz)(tmp_path)
-    with pytest.raises(DataError, match="cannot read"):
+    with pytest.raises(DataError, match="cannot be read"):
         GeneCorpus.load(write(tmp_path / name, path.read_bytes()[:-20]))
 
 

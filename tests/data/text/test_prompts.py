@@ -180,7 +180,7 @@ def test_odd_labels():
 def test_missing_and_unknown_fields():
     with pytest.raises(ConfigError, match="answer 'cell_type'"):
         PROMPTS.render("cell_to_cell_type", {"cell": "A"})
-    with pytest.raises(ConfigError, match=r"'cell' .*'cell_to_cell_type'"):
+    with pytest.raises(ConfigError, match="'cell_to_cell_type' needs the field 'cell'"):
         PROMPTS.render("cell_to_cell_type", {"cell": None, "cell_type": "B cell"})
     with pytest.raises(ConfigError, match="'celltype'"):
         PROMPTS.ask("cell_to_cell_type", {"cell": "A", "celltype": "B cell"})
