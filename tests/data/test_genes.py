@@ -429,7 +429,7 @@ def test_project_is_a_product_with_the_map_of_columns(seed, dtype, doubled):
 
 
 def test_project_refuses_another_matrix():
-    with pytest.raises(DataError, match=r"\(2, 3\) .*4 genes"):
+    with pytest.raises(DataError, match=r"\(2, 3\).*4 genes"):
         toy().align(["AAA", "BBB", "CCC", "DUP"]).project(np.ones((2, 3)))
 
 
@@ -464,7 +464,7 @@ def test_column_forces_the_source():
     assert HUMAN.align(var, column="feature_name").source == 'column "feature_name" (symbols)'
     with pytest.raises(DataError, match="0 of 50"):
         HUMAN.align(var, column="index")
-    with pytest.raises(DataError, match=r"'genes' .*'n_cells', 'chromosome'"):
+    with pytest.raises(DataError, match=r"'genes'.*'n_cells', 'chromosome'"):
         HUMAN.align(var, column="genes")
     with pytest.raises(DataError, match="column='feature_name'"):
         HUMAN.align(list(var.index), column="feature_name")

@@ -107,7 +107,7 @@ def test_what_is_not_known_and_what_is_empty_is_left_out_and_counted(tmp_path):
     assert (corpus.left_out, corpus.empty) == (("NOSUCHGENE", "ENSG99999999999", ""), 1)
     told = corpus.summary()
     assert "3 genes of corpus.tsv" in told
-    assert "3 names" in told
+    assert "3 unknown or ambiguous gene names" in told
     assert "NOSUCHGENE" in told
     assert "1 genes without text" in told
 
@@ -154,7 +154,10 @@ BAD_JSON = {
     "broken": ('{"TNF": "x"', "is not valid JSON"),
     "a number": ('{"TNF": 3}', "3 for the gene 'TNF'"),
     "no objects": ('["TNF"]', "must be an object"),
-    "no column": ('[{"symbol": "TNF", "text": "x"}, {"symbol": "CD4"}]', "entry 2 has the columns symbol, but needs a column text"),
+    "no column": (
+        '[{"symbol": "TNF", "text": "x"}, {"symbol": "CD4"}]',
+        "entry 2 has the columns symbol, but needs a column text",
+    ),
 }
 
 
