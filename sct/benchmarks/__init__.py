@@ -1,1 +1,1 @@
-"""Benchmarks that train as well as measure."""
+"""Benchmarks of pretrained models, including those that fine-tune the model first."""

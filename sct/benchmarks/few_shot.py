@@ -1,4 +1,4 @@
-"""Tuning a model that answers questions about cells on a few more cells (ZerOmics, section 4.3)."""
+"""Few-shot fine-tuning of a model that answers questions about cells (ZerOmics, section 4.3)."""
 
 from __future__ import annotations
 
@@ -30,17 +30,18 @@ from sct.train.optim import OptimizerConfig
 from sct.train.sharding import MeshConfig
 from sct.weights.pretrained import Pretrained
 
-_STUDY, _SPARE = "shots", 32  # tokens, for an order of candidates in which they have a few more
+# Name of the temporary study; extra tokens, because the length of a prompt depends on the order of its candidates.
+_STUDY, _SPARE = "shots", 32
 
 
 @dataclasses.dataclass(frozen=True)
 class TuningOptions:
-    """How a model is tuned on a few cells.
+    """Options of few-shot fine-tuning.
 
     Parameters
     ----------
     steps, learning_rate, batch_size
-        Of AdamW, with a tenth of the steps to warm up, then a cosine.
+        Options of AdamW. The learning rate warms up over a tenth of the steps and then follows a cosine decay.
     """
 
     steps: int = 50
@@ -55,7 +56,7 @@ class TuningOptions:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Shots:
-    """A few cells with what is known of them.
+    """The cells for few-shot fine-tuning, with their labels.
 
     Attributes
     ----------
@@ -64,7 +65,7 @@ class Shots:
     obs
         Labels of the cells, (N, columns).
     study_metadata
-        What a file of studies says of theirs, candidates included.
+        Metadata of the study as in a studies file: abstract and candidate answers.
     """
 
     counts: sparse.csr_matrix
@@ -73,7 +74,7 @@ class Shots:
 
 
 def _mixture(model: Pretrained) -> dict[str, Any]:
-    """Options of the adapters that a model has; of fresh ones where they were merged into the decoder."""
+    """Return the adapter options of a model; default options if its adapters were merged into the decoder."""
     members = tuple(model.data["members"])
     layers = dict(lora.adapted(model.variables))
     if not layers:
@@ -90,7 +91,7 @@ def _mixture(model: Pretrained) -> dict[str, Any]:
 
 
 def _plain(study_metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Texts and lists of texts as YAML knows them, whatever an AnnData made of them."""
+    """Return metadata as plain strings and lists, because YAML cannot write the numpy types of an AnnData."""
     return {
         name: str(value) if isinstance(value, str) else [str(each) for each in value]
         for name, value in study_metadata.items()
@@ -98,7 +99,7 @@ def _plain(study_metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _longest(instruction_model: InstructionModel, questions: StudyQuestions, task: str, number: int) -> int:
-    """Tokens of the longest instruction about some cells."""
+    """Return the number of tokens of the longest instruction about the first `number` cells."""
     candidates, sizes = questions.candidates[task], []
     for row in range(number):
         fields = fields_of(
@@ -116,32 +117,37 @@ def tune(
     model: Pretrained, instruction_model: InstructionModel, task: str, shots: Shots, columns: Mapping[str, Any],
     options: TuningOptions, seed: int, place: Path | None = None,
 ) -> InstructionModel:  # fmt: skip
-    """Tune a model on one task with a few cells, by the loop and the loss of its training.
+    """Fine-tune a model on one task with a few cells, with the training loop and loss of the model family.
 
-    The cell tokenizer, the universal adapter and that of the task are trained; a task without an adapter, which the
-    model has not been trained on, trains the universal one. The model itself is not changed.
+    The trained parameters are the cell tokenizer, the universal adapter and the adapter of the task. If the model was
+    not trained on the task, it has no adapter for it, and only the universal adapter is trained. The input model is not
+    changed.
 
     Parameters
     ----------
     model, instruction_model
-        A model of instructions.
+        The model to fine-tune, and the same model as an `InstructionModel`.
     task
-        "cta", "rci", "tcd" or "cpi"; every cell has an answer to it.
+        "cta", "rci", "tcd" or "cpi". Every cell needs an answer.
     shots
-        The cells.
+        Cells to train on.
     columns
-        `cell_type`, `disease`, `pathways`, `normal` and `rare_share` of `InstructionData`.
+        The fields `cell_type`, `disease`, `pathways`, `normal` and `rare_share` of `InstructionData`.
     options, seed
-        How, and the order of cells, wordings and candidates.
+        Training options, and the random seed for the order of cells, templates and candidates.
     place
-        Folder for temporary files.
+        Folder for temporary files; None for the default of the system.
+
+    Returns
+    -------
+    The fine-tuned model.
 
     Raises
     ------
     SctError
-        The cells cannot be asked about, or the loss is not finite.
+        The cells do not fit the task, or the loss is not finite.
     KeyboardInterrupt
-        The process was asked to stop.
+        The process received a signal to stop.
     """
     import yaml
 
@@ -199,7 +205,7 @@ def tune(
         optimizer = OptimizerConfig(
             peak_lr=options.learning_rate, init_lr=0.0, warmup_steps=max(steps // 10, 1), clip_norm=1.0
         )
-        # The loop gives its start away, and the model is needed again.
+        # The training loop donates its initial variables, so pass a copy and keep the model usable.
         start = jax.tree.map(jnp.copy, flatten(model.variables))
         result = train(made, loop, optimizer, folder, start, keep=False)
         if result.reason != "finished":
@@ -208,17 +214,32 @@ def tune(
 
 
 def drawn(answers: Sequence[str], shots: int, each: bool, seed: int) -> np.ndarray:
-    """Places of the cells to tune on: so many of each answer (`each`), or in all, of those that have one.
+    """Draw the cells to fine-tune on, among the cells that have an answer.
+
+    Parameters
+    ----------
+    answers
+        Answer of each cell; "" for none.
+    shots
+        Number of cells: per answer if `each` is set, otherwise in total.
+    each
+        Whether `shots` counts the cells of each answer.
+    seed
+        Random seed.
+
+    Returns
+    -------
+    Sorted row numbers of the drawn cells.
 
     Raises
     ------
     ConfigError
-        There are no answers.
+        No cell has an answer.
     """
     rng = np.random.default_rng([seed, shots])
     known = np.flatnonzero(np.asarray(answers, dtype=object) != "")
     if not len(known):
-        raise ConfigError("no cell of the part to tune on has an answer: give more cells.")
+        raise ConfigError("no cell of the few-shot part of the study has an answer: add labeled cells.")
     order = rng.permutation(known)
     if not each:
         return np.sort(order[:shots])

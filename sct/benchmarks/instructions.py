@@ -1,4 +1,4 @@
-"""Questions about cells of unseen studies, zero- and few-shot, beside baselines (ZerOmics, sections 4.2 and 4.3)."""
+"""Benchmark of questions about cells: zero-shot, few-shot and baselines (ZerOmics, sections 4.2 and 4.3)."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ from sct.generation.instruction_model import InstructionModel
 from sct.inference import inputs
 from sct.weights.pretrained import Pretrained
 
-TUMOUR = "tumour cell"
+TUMOR = "tumor cell"
 TITLES = {
     "cta": "Cell type annotation",
     "rci": "Rare cell identification",
-    "tcd": "Tumour cell discovery",
+    "tcd": "Tumor cell discovery",
     "cpi": "Cell pathway inference",
 }
 ZERO = "zero-shot"
 OTHERS = "zero-shot, soft tokens of other cells"
-_PATHWAYS = "sct_pathways"  # column of labels that the scorer makes
+_PATHWAYS = "sct_pathways"  # obs column with the active pathways of each cell
 _UNS = ("abstract", "cell_types", "rare", "diseases")
 
 
 @dataclasses.dataclass(frozen=True)
 class InstructionBenchmarkData(benchmarking.CellChoice):
-    """Cells to ask about; see `configs/benchmark_zeromics.py` for each field."""
+    """Cells to ask about; `configs/benchmark_zeromics.py` describes the fields."""
 
     max_cells: int = 3_000
     dataset: str = ""
@@ -73,13 +73,14 @@ class InstructionBenchmarkData(benchmarking.CellChoice):
         check_share("data.rare_share", self.rare_share)
         if self.split == "train":
             raise ConfigError(
-                "data.split is train, but cells that no model has learned are needed: test, or validation."
+                "data.split is 'train', but the benchmark needs cells that the model was not trained on: set it to "
+                "'test' or 'validation'."
             )
         super().__post_init__()
 
     @property
     def columns(self) -> dict[str, Any]:
-        """What a model that is tuned is told of the columns of labels."""
+        """Label options of `InstructionData` for few-shot fine-tuning."""
         return {
             "cell_type": self.cell_type, "disease": self.disease, "pathways": _PATHWAYS, "normal": self.normal,
             "rare_share": self.rare_share,
@@ -88,7 +89,17 @@ class InstructionBenchmarkData(benchmarking.CellChoice):
 
 @dataclasses.dataclass(frozen=True)
 class PathwayOptions:
-    """Gene sets, and when one is active."""
+    """Gene sets of the pathway task, and the threshold above which a pathway is active.
+
+    Attributes
+    ----------
+    file
+        GMT file of gene sets.
+    names
+        Names of the gene sets to use; empty for all.
+    deviations
+        A pathway is active in cells that score more than this many standard deviations above the mean.
+    """
 
     file: str = ""
     names: tuple[str, ...] = ()
@@ -97,7 +108,7 @@ class PathwayOptions:
 
 @dataclasses.dataclass(frozen=True)
 class InstructionBenchmarkOptions:
-    """The whole benchmark; see `configs/benchmark_zeromics.py`."""
+    """All options of the benchmark; `configs/benchmark_zeromics.py` describes the fields."""
 
     data: InstructionBenchmarkData = dataclasses.field(default_factory=InstructionBenchmarkData)
     pathways: PathwayOptions = dataclasses.field(default_factory=PathwayOptions)
@@ -118,20 +129,23 @@ class InstructionBenchmarkOptions:
         object.__setattr__(self, "tasks", tuple(map(task_code, self.tasks)))
         check_distinct("tasks", self.tasks)
         if "tcd" in self.tasks and not self.data.disease:
-            raise ConfigError("tasks has tumor: name the column of diseases by --config.data.disease.")
+            raise ConfigError(
+                "tasks has tumor, which needs disease labels: set --config.data.disease to the column of diseases."
+            )
         if "cpi" in self.tasks and not self.pathways.file:
             raise ConfigError(
-                "tasks has pathway: name a GMT file of gene sets by --config.pathways.file, such as MSigDB's hallmarks."
+                "tasks has pathway, which needs gene sets: set --config.pathways.file to a GMT file, such as MSigDB's "
+                "hallmark sets."
             )
         for number in self.shots:
-            check_at_least("shots", number, 1, advice="leave it out, for zero shots are measured always")
+            check_at_least("shots", number, 1, advice="remove it, because zero-shot is always evaluated")
         check_distinct("shots", self.shots)
         for name in ("seeds", "templates", "batch_size"):
             check_at_least(name, getattr(self, name), 1)
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        """Tasks to measure: those that are named, or else those that the options have what is needed for."""
+        """Tasks to evaluate: `tasks`, or by default all tasks whose required options are set."""
         known = {
             "cta": self.data.cell_type, "rci": self.data.cell_type, "tcd": self.data.disease, "cpi": self.pathways.file,
         }  # fmt: skip
@@ -140,7 +154,7 @@ class InstructionBenchmarkOptions:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Table:
-    """Labels of a study in memory; see `sct.data.text.instructions.LabeledCells`."""
+    """Labels of a study in memory; implements `sct.data.text.instructions.LabeledCells`."""
 
     name: str
     labels: pd.DataFrame
@@ -161,30 +175,31 @@ def benchmark(
     *,
     overwrite: bool = True,
 ) -> list[Report]:
-    """Ask a model about cells of studies, zero- and few-shot, and write tables with baselines beside.
+    """Ask a model about the cells of studies, zero-shot and few-shot, compare it with baselines, and write a report.
 
-    Each study is divided: on the larger part baselines are fitted and few-shot cells drawn, and all methods are
-    measured on the same cells of the smaller one.
+    Each study is split in two parts. The larger part is used to fit the baselines and to draw few-shot cells. All
+    methods are scored on the same cells of the smaller part.
 
     Parameters
     ----------
     config
-        Values as `configs/benchmark_zeromics.py` gives them.
+        Options as in `configs/benchmark_zeromics.py`.
     adata
-        Cells in place of `config["data"]["path"]`.
+        Cells to use instead of `config["data"]["path"]`.
     model
-        A model in place of `config["model"]`.
+        Model to use instead of `config["model"]`.
     overwrite
-        Whether an earlier report in the folder is replaced; otherwise it is refused, before anything is computed.
+        Whether to replace an earlier report in the folder. If False, an earlier report is an error before the
+        computation starts.
 
     Returns
     -------
-    The tables. `config["output"]` gets `report.html`, `report.md`, `report.json` and `results.json`.
+    The tables. The folder `config["output"]` gets `report.html`, `report.md`, `report.json` and `results.json`.
 
     Raises
     ------
     SctError
-        Whatever a user can mend, in one sentence.
+        An option, the cells or the model are not usable; the message says what to change.
     """
     values = {name: value for name, value in config.items() if name != "benchmark"}
     options, output = benchmarking.read_options(InstructionBenchmarkOptions, values, adata, overwrite)
@@ -198,15 +213,19 @@ def _benchmark(
     adata: ad.AnnData | None,
     model: inputs.ModelLike | None,
 ) -> list[Report]:
-    """Measure as options say, and write the report into a folder that no other process writes to."""
+    """Run the benchmark and write the report; the caller holds the lock of the folder."""
     started = time.monotonic()
     data: InstructionBenchmarkData = options.data
     if not (model or options.model):
-        raise ConfigError("say which model to ask: --config.model=RUN.")
+        raise ConfigError(
+            "model is not set, but the benchmark needs a model: set --config.model to a run folder."
+        )
     if data.path and data.dataset:
-        raise ConfigError("there is both data.path and data.dataset: choose one of them.")
+        raise ConfigError("data.path and data.dataset are both set: set only one of them.")
     if not (data.path or data.dataset):
-        raise ConfigError("say what to ask about: --config.data.path=FILE.h5ad, or a store.")
+        raise ConfigError(
+            "data.path is not set, but the benchmark needs cells: set --config.data.path to an .h5ad file or a store."
+        )
     study_metadata = read_study_texts(data.studies) if data.studies else {}
     markers = marker_scores.read_markers(options.markers) if options.markers else None
     if options.pathways.file:
@@ -222,16 +241,16 @@ def _benchmark(
     studies, _ = benchmarking.open_cells(data, adata)
     if study_metadata and not set(study_metadata) & {name for name, _ in studies}:
         raise ConfigError(
-            f"{data.studies} has texts of {sorted(study_metadata)[0]!r}, but the studies are "
-            f"{', '.join(name for name, _ in studies[:5])}: write these names."
+            f"data.studies is {data.studies}, which describes the study {sorted(study_metadata)[0]!r}, but the cells "
+            f"have the studies {', '.join(name for name, _ in studies[:5])}: use these names in the file."
         )
     for name, column in (("cell_type", data.cell_type), ("disease", data.disease)):
         asked_for = set(options.wanted) & ({"tcd"} if name == "disease" else {"cta", "rci"})
         if asked_for and not any(column in cells.obs for _, cells in studies):
             known = ", ".join(map(repr, studies[0][1].obs.columns[:10])) or "none"
             raise ConfigError(
-                f"the cells have no column {column!r}, only {known}: name one by --config.data.{name}, or name "
-                "the tasks to measure by --config.tasks."
+                f"obs has no column {column!r}, only {known}: set --config.data.{name} to one of them, or choose other "
+                "tasks with --config.tasks."
             )
     reports: list[Report] = []
     numbers: dict[str, Any] = {}
@@ -266,26 +285,26 @@ def _benchmark(
             report_folder.keep(reports, output, facts(), numbers)
     if not numbers:
         reasons = [f"{each.title}: {each.rows[0][1]}" for each in reports]
-        raise ConfigError(f"no task could be measured: {' '.join(reasons)}")
+        raise ConfigError(f"no task could be evaluated: {' '.join(reasons)}")
     report_folder.write(reports, output, facts(), (), "Questions about cells", numbers)
     return reports
 
 
 def _texts_of(name: str, cells: ad.AnnData) -> dict[str, Any]:
-    """What the table of a study says of it; `ConfigError` for another form."""
+    """Return the metadata of a study from `adata.uns`; raise ConfigError if a value has the wrong type."""
     study_metadata = {}
     for key in (key for key in _UNS if key in cells.uns):
         value = cells.uns[key]
         good = isinstance(value, str) if key == "abstract" else not isinstance(value, str | Mapping)
         if not good:
-            form = "a text" if key == "abstract" else "a list of texts"
-            raise ConfigError(f'{name}: adata.uns["{key}"] is {value!r}, but {form} is needed.')
+            form = "a string" if key == "abstract" else "a list of strings"
+            raise ConfigError(f'study {name!r}: adata.uns["{key}"] is {value!r}: set it to {form}.')
         study_metadata[key] = value.strip() if key == "abstract" else [str(each) for each in value]
     return {key: value for key, value in study_metadata.items() if len(value)}
 
 
 class _Study:
-    """A study whose cells are asked about."""
+    """One study of the benchmark, split into cells to fit on (`support`) and cells to ask about (`query`)."""
 
     def __init__(
         self, name: str, cells: ad.AnnData, study_metadata: Mapping[str, Any], model: Pretrained,
@@ -308,29 +327,39 @@ class _Study:
         self.support, self.query = self._divided()
 
     def _divided(self) -> tuple[np.ndarray, np.ndarray]:
-        """Rows to fit on and to ask about: by group where there is one, else with every label of two cells in both."""
+        """Return the rows to fit on and the rows to ask about.
+
+        With `data.group_key` whole groups are assigned to a part. Otherwise the split is stratified by label, so that a
+        label with at least two cells is in both parts.
+        """
         rows, data = np.arange(len(self.obs)), self.data
         if data.group_key:
             check_choice("data.group_key", data.group_key, self.obs, advice=f"name a column of {self.name}")
             groups = self.obs[data.group_key].astype(str)
             if groups.nunique() < 2:
                 raise ConfigError(
-                    f"all cells of {self.name} have the same {data.group_key}: leave data.group_key out."
+                    f"all cells of study {self.name!r} have the same {data.group_key!r}, so it cannot split them: "
+                    "leave data.group_key empty."
                 )
             split = GroupShuffleSplit(1, test_size=data.share, random_state=data.seed)
             fit, ask = next(split.split(rows, groups=groups))
             return fit, ask
         if len(rows) < 3:
-            raise DataError(f"{self.name} has {len(rows)} cells, too few to divide: give more.")
-        there = [name for name in (data.cell_type, data.disease) if name and name in self.obs]
+            raise DataError(
+                f"study {self.name!r} has {len(rows)} cells, but at least 3 are needed: add cells."
+            )
+        present = [name for name in (data.cell_type, data.disease) if name and name in self.obs]
         least = int(min(data.share, 1 - data.share) * len(rows))
         strata = None
-        for columns in (there, there[:1]):  # types alone where there are too many of both
+        for columns in (
+            present,
+            present[:1],
+        ):  # if there are too many combinations, stratify by cell type only
             names = pd.Series("", index=rows)
             for column in columns:
                 names += self.obs[column].astype(str).to_numpy() + "\0"
             sizes = names.value_counts()
-            # A cell alone cannot be in both parts; it goes with the most common ones.
+            # A label with a single cell cannot be in both parts, so the cell joins the most common label.
             found = names.where(names.map(sizes) > 1, sizes.index[0])
             if found.nunique() <= least:
                 strata = found
@@ -341,7 +370,7 @@ class _Study:
     def _questions(self, obs: pd.DataFrame, study_metadata: Mapping[str, Any]) -> StudyQuestions:
         if "abstract" not in study_metadata:
             raise ConfigError(
-                f"{self.name} has no abstract: put it into adata.uns['abstract'], or add `{self.name}: {{abstract: "
+                f"study {self.name!r} has no abstract: set adata.uns['abstract'], or add `{self.name}: {{abstract: "
                 "...}` to the YAML file of --config.data.studies."
             )
         asked = InstructionOptions(
@@ -353,13 +382,13 @@ class _Study:
 
     @functools.cached_property
     def records(self) -> dict[str, np.ndarray]:
-        """The cells that are asked about, as the model reads them."""
+        """Model inputs of the cells to ask about."""
         return cell_records(
             self.counts[self.query], self.instruction_model.cells, self.instruction_model.known
         )
 
     def measure(self, task: str) -> tuple[Report, dict[str, Any]]:
-        """Table of a task, and its numbers."""
+        """Return the table of a task, and its numbers."""
         return self._pathways() if task == "cpi" else self._single(task)
 
     def _score(
@@ -371,9 +400,10 @@ class _Study:
         seed: int,
         others: bool = False,
     ) -> pd.DataFrame:
-        """Probabilities of the candidates for these of the cells asked about; `others` gives each another's tokens.
+        """Return the probabilities (rows, candidates) of the candidates for the query cells `rows`.
 
-        A seed has its own wording and order of candidates.
+        Each seed uses its own prompt template and order of candidates. `others` is a control: each cell gets the soft
+        tokens of another cell.
         """
         chosen = {name: value[rows] for name, value in self.records.items()}
         mixed = np.random.default_rng([seed, 1]).permutation(len(rows)).tolist() if others else None
@@ -389,7 +419,11 @@ class _Study:
         self, task: str, fit: np.ndarray, answers: np.ndarray, obs: pd.DataFrame, study_metadata: dict[str, Any],
         ask: Callable[[InstructionModel, int], Any], fit_few: Callable[[np.ndarray], Any],
     ) -> tuple[dict[str, tuple[str, Any]], list[str]]:  # fmt: skip
-        """Rows of the model tuned on a few of the rows `fit`, and of what `fit_few` makes of the same; and notes."""
+        """Return the few-shot rows of the table by name, and notes about those that could not run.
+
+        For each number of shots there are two rows: the model fine-tuned on a few of the rows `fit`, evaluated by
+        `ask`, and the baseline that `fit_few` fits on the same cells.
+        """
         made: dict[str, tuple[str, Any]] = {}
         notes = []
         for number in self.options.shots:
@@ -401,7 +435,7 @@ class _Study:
                     few.append(fit_few(places))
                     shots = Shots(self.counts[places], obs.iloc[places], study_metadata)
                     columns, tuning = self.data.columns, self.options.tuning
-                    # Not kept: a model is as large as the one that is asked.
+                    # Do not keep the fine-tuned model: it needs as much memory as the original one.
                     tuned.append(
                         ask(
                             tune(
@@ -418,25 +452,30 @@ class _Study:
                         )
                     )
             except SctError as error:
-                notes.append(f"There is no {number}-shot: {error}")
+                notes.append(f"{number}-shot could not run: {error}")
                 continue
             made[f"{number}-shot"] = what, tuned
             made[f"{labels.LOGISTIC}, {number}-shot"] = what, few
         return made, notes
 
     def _single(self, task: str) -> tuple[Report, dict[str, Any]]:
-        """One answer of several."""
+        """Return table and numbers of a task with one right answer per cell: "cta", "rci" or "tcd"."""
         column = self.data.disease if task == "tcd" else self.data.cell_type
         named = "disease" if task == "tcd" else "cell_type"
         if not column or column not in self.obs:
-            there = f"has no column {column!r}" if column else "needs a column of labels"
-            raise ConfigError(f"{self.name} {there}: name one by --config.data.{named}.")
+            found = f"obs has no column {column!r}" if column else f"data.{named} is not set"
+            raise ConfigError(
+                f"study {self.name!r}: {found}: set --config.data.{named} to a column with {named.replace('_', ' ')} "
+                "labels."
+            )
         asked = self._questions(self.obs, self.study_metadata)
         if task not in asked.candidates:
             raise ConfigError(
-                f"no type of {self.name} is rare (data.rare_share), or all are: list the rare ones."
+                f"study {self.name!r} needs both rare and common cell types (data.rare_share): list the rare types in "
+                "adata.uns['rare'] or in the file of --config.data.studies."
                 if task == "rci"
-                else f"{self.name} has no two answers in the column {column!r}: name another."
+                else f"study {self.name!r} has fewer than two different answers in the column {column!r}: set "
+                f"--config.data.{named} to another column."
             )
         candidates, options = asked.candidates[task], self.options
         answers = np.array([asked.answer(task, row) for row in range(len(self.obs))], dtype=object)
@@ -445,7 +484,8 @@ class _Study:
         true, counts = answers[self.query[rows]], self.counts[self.query[rows]]
         if len(set(true)) < 2 or len(set(answers[fit])) < 2:
             raise ConfigError(
-                f"{self.name} has cells with one answer only, or with none, in one of its parts."
+                f"study {self.name!r} has fewer than two different answers in one of its two parts: add cells with "
+                "other labels, or change data.seed or data.share."
             )
         listed = {"cta": {"cell_types": list(candidates)}, "rci": {"rare": sorted(asked.rare)}}
         listed["tcd"] = {"diseases": [name for name in candidates if name != NORMAL]}
@@ -471,18 +511,18 @@ class _Study:
             pd.DataFrame({task: folded(task, answers[fit])}, dtype=object),
             counts,
             self.counts[fit],
-            labels.LabelOptions(seeds=options.seeds, positive={"rci": YES, "tcd": TUMOUR}.get(task, "")),
+            labels.LabelOptions(seeds=options.seeds, positive={"rci": YES, "tcd": TUMOR}.get(task, "")),
             {OTHERS: ("", others), **few, **by_markers},
         )
         if task == "tcd":
-            notes.append(f"Answers are folded after they are given: a cell is a {NORMAL} or a {TUMOUR}.")
+            notes.append(f"The model answers with a disease; for scoring, every disease counts as {TUMOR!r}.")
         if left := len(self.query) - len(rows):
             strange = sorted(
                 set(self.obs[column].dropna().astype(str)) - set(candidates) - set(self.data.normal)
             )
             which = f" ({', '.join(strange[:5])})" if strange and task != "rci" else ""
             notes.append(
-                f"{left:,} cells without a label, or with one that is no candidate{which}, are left out."
+                f"{left:,} cells without a label, or with a label that is not a candidate{which}, are excluded."
             )
         table.notes = (*table.notes, *notes, *without, *self._notes(task, len(fit)))
         return table, numbers
@@ -490,7 +530,10 @@ class _Study:
     def _by_markers(
         self, task: str, counts: sparse.csr_matrix, fit: np.ndarray, names: list[str], candidates: list[str]
     ) -> tuple[dict[str, tuple[str, labels.LabelPrediction]], list[str]]:
-        """Labels by marker genes, of a file or of the cells to fit on; or a note why there are none."""
+        """Return the row of the marker-gene baseline, or no row and a note with the reason.
+
+        Marker genes come from the file of `markers` for the task "cta", otherwise from the cells to fit on.
+        """
         given = self.markers is not None and task == "cta"
         try:
             markers = (
@@ -500,7 +543,7 @@ class _Study:
             )
             table = marker_scores.marker_scores(counts, self.symbols, markers, candidates)
         except (DataError, MissingExtraError) as error:
-            return {}, [f"There are no {marker_scores.NAME}: {error}"]
+            return {}, [f"The baseline '{marker_scores.NAME}' could not run: {error}"]
         best = table.columns.to_numpy(object)[table.to_numpy().argmax(axis=1)]
         predicted = labels.LabelPrediction(pd.DataFrame({task: best}, dtype=object), {task: table})
         return {marker_scores.NAME: ("a file" if given else labels.TRAINING, predicted)}, []
@@ -508,19 +551,17 @@ class _Study:
     def _notes(self, task: str, fit: int) -> list[str]:
         divided = f"by {self.data.group_key}" if self.data.group_key else "at random"
         notes = [
-            f"Baselines are fitted on {fit:,} other cells of the study, which is divided {divided}, those of few shots "
-            "on the few cells alone; the zero-shot model is fitted on none of it."
+            f"The study is split {divided}. Baselines are fitted on {fit:,} other cells of the study, few-shot "
+            "baselines only on the few-shot cells. The zero-shot model is fitted on no cell of the study."
         ]
         if self.data.dataset:
-            notes.append(
-                "These cells are of the one sample from which the quick starts take their training cells."
-            )
+            notes.append("These cells come from the same sample as the training cells of the quick starts.")
         if task not in self.model.data["tasks"]:
             notes.append("The model was not trained on this task.")
         return notes
 
     def _pathways(self) -> tuple[Report, dict[str, Any]]:
-        """Several answers: which pathways are active."""
+        """Return table and numbers of the task "cpi", in which several pathways can be active in a cell."""
         asked = self.options.pathways
         gene_sets = pathways.read_gene_sets(asked.file, asked.names)
         measured = np.array(self.symbols, dtype=object)[self.measured].tolist()
@@ -553,19 +594,19 @@ class _Study:
             labels.LabelOptions(seeds=self.options.seeds),
         )
         left = len(gene_sets) - len(names)
-        notes = [f"{left} gene sets with too few measured genes are left out."] if left else []
+        notes = [f"{left} gene sets with too few measured genes are excluded."] if left else []
         table.notes = (*table.notes, *failed, *notes, *self._notes("cpi", len(self.support)))
         return table, numbers
 
 
 def folded(task: str, names: np.ndarray) -> np.ndarray:
-    """Answers as they are measured: of diseases only whether there is one (appendix B.1)."""
-    return np.where(names == NORMAL, NORMAL, TUMOUR).astype(object) if task == "tcd" else names
+    """Return the answers as they are scored: for "tcd", every disease becomes "tumor cell" (ZerOmics, appendix B.1)."""
+    return np.where(names == NORMAL, NORMAL, TUMOR).astype(object) if task == "tcd" else names
 
 
 def prediction(task: str, table: pd.DataFrame) -> labels.LabelPrediction:
-    """The most probable answer of each cell, and probabilities; both folded where the task asks for it."""
+    """Return the most probable answer and the probabilities of each cell, as they are scored (see `folded`)."""
     best = table.columns.to_numpy(object)[table.to_numpy().argmax(axis=1)]
     if task == "tcd":
-        table = pd.DataFrame({NORMAL: table[NORMAL], TUMOUR: 1 - table[NORMAL]})
+        table = pd.DataFrame({NORMAL: table[NORMAL], TUMOR: 1 - table[NORMAL]})
     return labels.LabelPrediction(pd.DataFrame({task: folded(task, best)}, dtype=object), {task: table})

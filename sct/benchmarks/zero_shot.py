@@ -1,4 +1,4 @@
-"""`sct.tl.benchmark`: a model beside honest baselines on cells it has not seen (sCT paper, section 4)."""
+"""Implementation of `sct.tl.benchmark`: compare a model with baselines on unseen cells (sCT paper, section 4)."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from sct.tl.embedding import embed
 from sct.weights.pretrained import Pretrained
 
 ASSUMED_RATES = "its masking rates are not recorded: 15% and 1% are assumed"
-_REPORT_BYTES = 10_000_000  # of a page with figures
+_REPORT_BYTES = 10_000_000  # approximate disk space of a report with figures
 
 
 @dataclasses.dataclass(frozen=True)
 class CellChoice:
-    """Cells that a benchmark reads, of a file or a store; see `configs/benchmark.py` for each field."""
+    """Cells that a benchmark reads from a file or a store; `configs/benchmark.py` describes the fields."""
 
     path: str = ""
     split: str = "test"
@@ -55,7 +55,7 @@ class CellChoice:
     max_cells: int = 10_000
     seed: int = 0
 
-    # Options of those benchmarks alone that read positions, and fit on a store of its own.
+    # Defaults for benchmarks that do not read spatial coordinates or a training store.
     spatial_key = ""
     train = ""
 
@@ -70,7 +70,7 @@ class CellChoice:
 
 @dataclasses.dataclass(frozen=True)
 class ZeroShotData(CellChoice):
-    """Cells to measure on; see `configs/benchmark.py` for each field."""
+    """Cells to evaluate; `configs/benchmark.py` describes the fields."""
 
     train: str = ""
     spatial_key: str = "spatial"
@@ -86,7 +86,7 @@ class ZeroShotData(CellChoice):
 
 @dataclasses.dataclass(frozen=True)
 class NaturalImputationOptions:
-    """Measured genes masked at random, expressed or not, all of them scored; and whole genes."""
+    """Options of natural imputation; `configs/benchmark.py` describes the fields."""
 
     run: bool = True
     ratio: float = natural.RATIO
@@ -98,7 +98,7 @@ class NaturalImputationOptions:
 
 @dataclasses.dataclass(frozen=True)
 class GeneImputationOptions:
-    """Genes masked at random."""
+    """Options of the imputation of randomly masked genes; `configs/benchmark.py` describes the fields."""
 
     run: bool = True
     ratios: tuple[float, ...] = imputation.RATIOS
@@ -113,7 +113,15 @@ class GeneImputationOptions:
 
 @dataclasses.dataclass(frozen=True)
 class CellImputationOptions:
-    """Whole cells masked; (0,) for the paper's numbers in proportion to the bag."""
+    """Options of whole-cell imputation.
+
+    Attributes
+    ----------
+    run
+        Whether to run it.
+    numbers
+        Numbers of cells to mask in a bag; (0,) for the numbers of the paper, scaled to the bag size.
+    """
 
     run: bool = True
     numbers: tuple[int, ...] = (0,)
@@ -121,7 +129,7 @@ class CellImputationOptions:
 
 @dataclasses.dataclass(frozen=True)
 class FixedGenesOptions:
-    """Genes masked in all cells, by sparsity."""
+    """Options of the imputation of genes masked in all cells; `configs/benchmark.py` describes the fields."""
 
     run: str = "spatial"
     per_group: int = 25
@@ -133,7 +141,7 @@ class FixedGenesOptions:
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingOptions:
-    """Embeddings of labelled cells."""
+    """Options of the evaluation of embeddings; `configs/benchmark.py` describes the fields."""
 
     run: bool = True
     k: int = 5
@@ -144,7 +152,7 @@ class EmbeddingOptions:
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkOptions:
-    """The whole benchmark; see `configs/benchmark.py`."""
+    """All options of the benchmark; `configs/benchmark.py` describes the fields."""
 
     data: ZeroShotData = dataclasses.field(default_factory=ZeroShotData)
     natural_imputation: NaturalImputationOptions = dataclasses.field(default_factory=NaturalImputationOptions)
@@ -159,13 +167,16 @@ class BenchmarkOptions:
 
     def __post_init__(self) -> None:
         if not self.data.path:
-            raise ConfigError("say what to measure on: --config.data.path=FILE.h5ad, or a store.")
+            raise ConfigError(
+                "data.path is not set, but the benchmark needs cells: set --config.data.path to an .h5ad file or a "
+                "store."
+            )
         check_at_least("seeds", self.seeds, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A study: the cells that are measured, and their table of counts, with one section."""
+    """One study to evaluate: its cells, and their table of counts, which has a single section."""
 
     name: str
     adata: ad.AnnData
@@ -173,7 +184,7 @@ class Part:
 
     @property
     def spatial(self) -> bool:
-        """Whether its cells have positions."""
+        """Whether the cells have spatial coordinates."""
         return self.table.sections[0].places is not None
 
 
@@ -184,28 +195,29 @@ def benchmark(
     *,
     overwrite: bool = True,
 ) -> list[Report]:
-    """Measure a model and baselines on the same cells and the same masked positions, and write a report.
+    """Evaluate a model and baselines on the same cells and the same masked positions, and write a report.
 
     Parameters
     ----------
     config
-        Values as `configs/benchmark.py` gives them.
+        Options as in `configs/benchmark.py`.
     adata
-        Cells in place of `config["data"]["path"]`.
+        Cells to use instead of `config["data"]["path"]`.
     model
-        A model in place of `config["model"]`.
+        Model to use instead of `config["model"]`.
     overwrite
-        Whether an earlier report in the folder is replaced; otherwise it is refused, before anything is computed.
+        Whether to replace an earlier report in the folder. If False, an earlier report is an error before the
+        computation starts.
 
     Returns
     -------
-    The tables. `config["output"]` gets `report.html`, `report.md`, `report.json` (the tables) and
-    `results.json` (every number, with those that stand in no table).
+    The tables. The folder `config["output"]` gets `report.html`, `report.md`, `report.json` (the tables) and
+    `results.json` (all numbers, including those that are in no table).
 
     Raises
     ------
     SctError
-        Whatever a user can mend, in one sentence.
+        An option, the cells or the model are not usable; the message says what to change.
     """
     options, output = read_options(BenchmarkOptions, config, adata, overwrite)
     with only_one(output, "benchmark", "--config.output"):
@@ -215,7 +227,7 @@ def benchmark(
 def _benchmark(
     options: BenchmarkOptions, output: Path, adata: ad.AnnData | None, model: inputs.ModelLike | None
 ) -> list[Report]:
-    """Measure as options say, and write the report into a folder that no other process writes to."""
+    """Run the benchmark and write the report; the caller holds the lock of the folder."""
     started = time.monotonic()
     chosen = model if model is not None else options.model
     handle = inputs.load_model(chosen) if chosen else None
@@ -234,7 +246,7 @@ def _benchmark(
         "cells": ", ".join(f"{part.name} ({part.adata.n_obs:,})" for part in parts),
         "counts": ", ".join(sorted({part.table.counts_from for part in parts})),
         "genes": ", ".join(f"{int(part.table.measured.sum()):,} of {len(vocabulary):,}" for part in parts),
-        "training studies": "none given" if train is None else f"{len(train.split('train'))} of {train.path}",
+        "training studies": "none" if train is None else f"{len(train.split('train'))} of {train.path}",
         "seeds": str(options.seeds),
     }
     reports: list[Report] = []
@@ -253,21 +265,29 @@ def _benchmark(
 
 
 def facts_of(handle: Pretrained | None, folder: str) -> dict[str, str]:
-    """What a report says of the process and of the model, from a folder or from memory."""
+    """Return the facts of a report about the process and the model; `folder` is "" for a model in memory."""
     if handle is None:
-        what = ("none (baselines alone)", "-", "-", "-")
+        what = ("none (baselines only)", "-", "-", "-")
     else:
         what = (repr(handle), folder or "(in memory)", handle.fingerprint, handle.license)
     return {
         **report_folder.environment(),
-        **dict(zip(("model", "model folder", "weights", "licence of the model"), what, strict=True)),
+        **dict(zip(("model", "model folder", "weights", "license of the model"), what, strict=True)),
     }
 
 
 def read_options(
     kind: type[Any], config: Mapping[str, Any], adata: ad.AnnData | None, overwrite: bool
 ) -> tuple[Any, Path]:
-    """Options of a benchmark, of a type with `data.path` and `output`, and the checked folder of its report."""
+    """Return the options of a benchmark, and its output folder after a check.
+
+    Parameters
+    ----------
+    kind
+        Dataclass of the options, with the fields `data.path` and `output`.
+    config, adata, overwrite
+        See `benchmark`.
+    """
     values = json.loads(json.dumps(config))
     if adata is not None:
         values.setdefault("data", {})["path"] = "(in memory)"
@@ -284,20 +304,22 @@ def _vocabulary(path: str) -> GeneVocabulary:
 def open_cells(
     data: CellChoice, adata: ad.AnnData | None = None
 ) -> tuple[list[tuple[str, ad.AnnData]], Store | None]:
-    """Studies to score, in memory, and the store whose training studies baselines are fitted on."""
+    """Return the studies to evaluate, in memory, and the store with the training studies for the baselines, or None."""
     path = Path(data.path).expanduser()
     train = Store.open(Path(data.train).expanduser()) if data.train else None
     if adata is not None:
         return _divided(adata, data, "cells"), train
     if not path.exists():
-        raise DataError(f"there is nothing at {path}: give an .h5ad file, a .zarr folder or a store.")
+        raise DataError(
+            f"data.path is {path}, which does not exist: set it to an .h5ad file, a .zarr folder or a store."
+        )
     if path.is_dir() and (path / "manifest.json").is_file():
         store = Store.open(path)
         chosen = store.split(data.split)
         if not chosen:
             raise DataError(
-                f"{path} has no study in the split {data.split!r}: name one with `launch.ingest --{data.split}=NAME`, "
-                "or choose another split with --config.data.split."
+                f"the store {path} has no study in the split {data.split!r}: assign one with "
+                f"`launch.ingest --{data.split}=NAME`, or choose another split with --config.data.split."
             )
         whole = dataclasses.replace(data, study_key="")
         return [
@@ -308,13 +330,13 @@ def open_cells(
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{path} is neither a store nor a readable AnnData ({reason}): give another."
+            f"data.path is {path}, which is neither a store nor a readable AnnData ({reason}): set it to another file."
         ) from error
     return _divided(cells, data, path.stem), train
 
 
 def _divided(cells: ad.AnnData, data: CellChoice, name: str) -> list[tuple[str, ad.AnnData]]:
-    """Studies of a table as tables of their own, each with at most `max_cells` cells."""
+    """Split a table into its studies (name, cells), each with at most `max_cells` cells."""
     spatial_key = data.spatial_key if data.spatial_key in cells.obsm else None
     parts = []
     for section in inputs.sections(cells, data.study_key or None, spatial_key):
@@ -323,11 +345,11 @@ def _divided(cells: ad.AnnData, data: CellChoice, name: str) -> list[tuple[str, 
             rng = np.random.default_rng(data.seed)
             if section.places is None:
                 rows = np.sort(rng.permutation(rows)[: data.max_cells])
-            else:  # cells that lie together, for neighbours to stay neighbours
+            else:  # keep adjacent cells, so that spatial neighbors stay neighbors
                 center = section.places[rng.integers(len(rows))]
                 distance = ((section.places - center) ** 2).sum(axis=1)
                 rows = np.sort(rows[np.argsort(distance, kind="stable")[: data.max_cells]])
-        # Always a copy: results are written into it.
+        # Copy, because results are written into the AnnData.
         part = cells[rows].to_memory() if cells.isbacked else cells[rows].copy()
         part.uns = {key: value for key, value in part.uns.items() if key != SCALES}
         inputs.keep_scales(part, [dataclasses.replace(section, name="")], None, spatial_key)
@@ -336,7 +358,7 @@ def _divided(cells: ad.AnnData, data: CellChoice, name: str) -> list[tuple[str, 
 
 
 def part_of(name: str, study: ad.AnnData, vocabulary: GeneVocabulary, data: CellChoice) -> Part:
-    """Find the counts and positions of a study's cells; cells without any count are left out."""
+    """Read the counts and spatial coordinates of a study; cells without counts are excluded."""
 
     def table(cells: ad.AnnData) -> CellCounts:
         spatial_key = data.spatial_key if data.spatial_key in cells.obsm else None
@@ -350,7 +372,7 @@ def part_of(name: str, study: ad.AnnData, vocabulary: GeneVocabulary, data: Cell
         inputs.keep_scales(study, made.sections, None, data.spatial_key)
     filled = made.cell_totals > 0
     if not filled.any():
-        raise DataError(f"{name} has no count of the model's genes: give other cells.")
+        raise DataError(f"study {name!r} has no counts in the genes of the model: use other cells.")
     if not filled.all():
         study = study[filled].copy()
         made = table(study)
@@ -364,7 +386,10 @@ def _measure(
     options: BenchmarkOptions,
     numbers: dict[str, Any],
 ) -> Iterator[tuple[list[Report], list[Figure]]]:
-    """Run every protocol, adding to `numbers`; one that cannot run is a table with the reason."""
+    """Run all protocols, yield their tables and figures, and add their numbers to `numbers`.
+
+    A protocol that cannot run gives a table with the reason.
+    """
     gene, cell, fixed = options.gene_imputation, options.cell_imputation, options.fixed_genes
     with_fixed = fixed.run == "always" or (fixed.run == "spatial" and any(part.spatial for part in parts))
     protocols: dict[str, Callable[..., Any]] = {}
@@ -414,14 +439,14 @@ def _measure(
 
 
 def reason(title: str, error: SctError) -> Report:
-    """A table that says why there is none."""
+    """Return a table that contains only the reason why the evaluation could not run."""
     table = Report(title, ("method", "remark"))
     table.add("all", str(error))
     return table
 
 
 def _imputer(handle: Pretrained | None) -> BagReader | None:
-    """What imputes by a model, None where it does not."""
+    """Return the imputation interface of a model, or None if its family cannot impute."""
     if handle is None or families.model(handle.family).impute is None:
         return None
     return cast(BagReader, families.require(handle, "impute"))
@@ -436,7 +461,7 @@ def _bag_size(reader: BagReader | None, data: ZeroShotData) -> int:
 def _held_out(
     parts: list[Part], handle: Pretrained | None, train: Store | None, data: ZeroShotData
 ) -> tuple[EvalCells, BagSource | None, ImputationModel | None]:
-    """Cells to impute, bags of the training studies, and the model as a method."""
+    """Return the cells to impute, the bags of the training studies, and the model as an imputation method."""
     reader = _imputer(handle)
     size = _bag_size(reader, data)
     if reader is not None:
@@ -462,22 +487,22 @@ def _held_out(
 
 
 def _reliability_figure(outcome: natural.NaturalResult) -> Figure:
-    """Reliability of the probabilities of expression."""
+    """Return the reliability diagram of the probabilities of expression."""
     caption = (
-        f"Measured genes hidden {'in all cells' if outcome.whole_genes else 'at random'}, all draws together. On the "
-        "diagonal, probabilities are right."
+        f"Measured genes masked {'in all cells' if outcome.whole_genes else 'at random'}, all draws together. "
+        "Probabilities on the diagonal are calibrated."
     )
     drawing = functools.partial(
         _drawn, "reliability", (8.2, 4.8), outcome.reliability, models=outcome.labels(MODEL)
     )
     title = (
-        f"Reliability of the probability of expression{', genes hidden in all cells' * outcome.whole_genes}"
+        f"Reliability of the probability of expression{', genes masked in all cells' * outcome.whole_genes}"
     )
     return Figure(title, drawing, caption)
 
 
 def _imputation_figures(outcome: ProtocolResult, cells_per_bag: int) -> list[Figure]:
-    """Curves of MCC, and the model's confusion matrix at the first setting."""
+    """Return the figures of MCC curves, and of the model's confusion matrix in the first setting."""
     titles = {
         "ratio": ("MCC against masking ratio", "masked genes", 1),
         "cells": ("MCC against masked cells", "masked cells of a bag", cells_per_bag),
@@ -497,7 +522,7 @@ def _imputation_figures(outcome: ProtocolResult, cells_per_bag: int) -> list[Fig
             Figure(
                 f"Levels of the {row}, {setting[0].lower()}{setting[1:]}",
                 functools.partial(_drawn, "imputation_confusion", (5.5, 4.8), matrix),
-                "True level by predicted level, share of each row; all draws together.",
+                "True level by predicted level, as a fraction of each row; all draws together.",
             )
         )
     return figures
@@ -506,12 +531,12 @@ def _imputation_figures(outcome: ProtocolResult, cells_per_bag: int) -> list[Fig
 def _embedding(
     part: Part, handle: Pretrained | None, options: BenchmarkOptions
 ) -> tuple[Report, list[Figure], dict[str, Any]]:
-    """Table and pictures of the embeddings of a study."""
+    """Return table, figures and numbers of the embedding of a study."""
     data, asked = options.data, options.embedding
     labels = part.adata.obs.get(data.label_key)
     if labels is None:
         raise DataError(
-            f"obs has no {data.label_key!r}: name a column of labels with --config.data.label_key."
+            f"obs has no column {data.label_key!r}: set --config.data.label_key to a column with cell labels."
         )
     settings = embeddings.EmbeddingMetricOptions(
         seeds=options.seeds, folds=asked.folds, k=asked.k, resolution=asked.resolution,
@@ -535,7 +560,7 @@ def _embedding(
     if alone:
         table.notes = (
             *table.notes,
-            f"All cells have the same {data.batch_key}, so integration is not measured.",
+            f"All cells have the same {data.batch_key}, so batch integration is not evaluated.",
         )
     figures = [
         _umap(part, color) for color in (data.label_key, data.batch_key) if color and handle is not None
@@ -546,11 +571,11 @@ def _embedding(
 def _umap(part: Part, color: str) -> Figure:
     draw = functools.partial(_drawn, "umap", (7, 5), part.adata, basis="X_sct", color=color)
     title = f"UMAP of the model's embedding, {part.name}, by {color}"
-    return Figure(title, draw, f"Coloured by {color}.")
+    return Figure(title, draw, f"Colored by {color}.")
 
 
 def _drawn(function: str, size: tuple[float, float], *arguments: Any, **options: Any) -> str:
-    """Draw with a function of `sct.pl`, as SVG."""
+    """Draw a figure with a function of `sct.pl` and return it as SVG."""
     from matplotlib.figure import Figure as Canvas
 
     from sct import pl

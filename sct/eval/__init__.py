@@ -1,1 +1,1 @@
-"""Metrics, baselines, protocols and reports."""
+"""Metrics, baselines, evaluation protocols and reports."""

@@ -1,7 +1,7 @@
-"""Metrics of arrays, from scikit-learn, scanpy and scib-metrics; of the project it imports `extras` only.
+"""Metrics of numpy arrays, computed by scikit-learn, scanpy and scib-metrics.
 
-A library of the `analysis` extra is loaded where it is needed; where it is missing, a MissingExtraError says what
-to install.
+Libraries of the `analysis` extra are imported on first use. If one is missing, MissingExtraError names the package to
+install. Of `sct`, this module imports only `sct.extras`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from sct.extras import load_extra
 
-# Method -> metric -> one number of each draw.
+# Method -> metric -> one number per draw.
 MetricDraws = dict[str, dict[str, list[float]]]
 
 __all__ = [
@@ -66,34 +66,38 @@ __all__ = [
     "stratified_folds",
 ]
 
-# scib-metrics' own grouping. The aggregates are the means of a group, the total is 0.6 bio + 0.4 batch.
+# The two groups of scib-metrics. An aggregate is the mean of its group; the total is 0.6 bio + 0.4 batch.
 SCIB_BIO = ("isolated labels", "k-means NMI", "k-means ARI", "label silhouette", "cLISI")
 SCIB_BATCH = ("BRAS", "iLISI", "kBET", "graph connectivity", "PCR comparison")
 SCIB_METRICS = (*SCIB_BIO, *SCIB_BATCH, "bio", "batch", "total")
 
-SILHOUETTE_CELLS = 10_000  # above, a seeded sample: all pairs of distances are taken
-EXACT_NEIGHBORS = 50_000  # above, scanpy's neighbours of the Leiden graph are approximate
+# Above this number of cells the silhouette uses a random sample, because its cost grows with the square of the cells.
+SILHOUETTE_CELLS = 10_000
+EXACT_NEIGHBORS = 50_000  # above this number of cells, the neighbors in the Leiden graph are approximate
 
 
 def matthews(true: np.ndarray, predicted: np.ndarray) -> float:
-    """Matthews correlation coefficient of several classes, in [-1, 1]; 0 where either side is constant."""
+    """Return the multi-class Matthews correlation coefficient, in [-1, 1].
+
+    It is 0 if the true or the predicted classes are constant, and NaN for empty arrays.
+    """
     if len(true) == 0:
         return float("nan")
     return float(matthews_corrcoef(true, predicted))
 
 
 def matthews_from_confusion(confusion: np.ndarray) -> float:
-    """Matthews correlation coefficient of a matrix of counts whose last columns are the classes.
+    """Return the Matthews correlation coefficient of a confusion matrix.
 
     Parameters
     ----------
     confusion
-        (rows, classes): true class by predicted class. With fewer rows than classes the rows are the last
-        classes (a matrix without the row of class 0 restricts the metric to the others).
+        (rows, classes) counts, true class by predicted class. A matrix with fewer rows than columns has rows for the
+        last classes only. For example, a matrix without the row of class 0 ignores the samples of class 0.
 
     Returns
     -------
-    The coefficient, NaN for an empty matrix.
+    The coefficient; NaN for an empty matrix.
     """
     confusion = np.asarray(confusion)
     if confusion.sum() == 0:
@@ -108,26 +112,28 @@ def matthews_from_confusion(confusion: np.ndarray) -> float:
 
 
 def roc_auc(true: np.ndarray, score: np.ndarray) -> float:
-    """Area under the ROC curve of a score for a bool array; NaN where one class is absent."""
+    """Return the area under the ROC curve of scores (n,) for true labels, bool (n,); NaN if one class is absent."""
     true = np.asarray(true, bool)
     return float(roc_auc_score(true, score)) if true.any() and not true.all() else float("nan")
 
 
 def average_precision(true: np.ndarray, score: np.ndarray) -> float:
-    """Average precision of a score for a bool array; NaN where one class is absent."""
+    """Return the average precision of scores (n,) for true labels, bool (n,); NaN if one class is absent."""
     true = np.asarray(true, bool)
     return float(average_precision_score(true, score)) if true.any() and not true.all() else float("nan")
 
 
 def cross_entropy(true: np.ndarray, chance: np.ndarray, least: float = 1e-6) -> float:
-    """Mean of -log probability of the true class, in nats; a probability below `least` counts as `least`.
+    """Return the mean of -log(probability of the true class), in nats; NaN for empty arrays.
 
     Parameters
     ----------
     true
-        (n,) classes.
+        (n,) true classes.
     chance
-        (n, classes) probabilities.
+        (n, classes) predicted probabilities.
+    least
+        Lower bound of the probabilities; smaller ones are replaced by it.
     """
     if len(true) == 0:
         return float("nan")
@@ -136,14 +142,14 @@ def cross_entropy(true: np.ndarray, chance: np.ndarray, least: float = 1e-6) -> 
 
 
 class Reliability(NamedTuple):
-    """Predicted probabilities beside observed frequencies, by bin of the predicted probability.
+    """Data of a reliability diagram: predicted probability and observed frequency per bin.
 
     Attributes
     ----------
     predicted, observed
-        (bins,) mean probability and share of positives; NaN where a bin is empty.
+        (bins,) mean predicted probability and fraction of positives in each bin; NaN for empty bins.
     number
-        (bins,) number of predictions.
+        (bins,) number of predictions in each bin.
     """
 
     predicted: np.ndarray
@@ -152,7 +158,7 @@ class Reliability(NamedTuple):
 
     @property
     def calibration_error(self) -> float:
-        """Expected calibration error (Guo et al., ICML 2017): mean distance between the two, weighted by number."""
+        """Expected calibration error (Guo et al., ICML 2017): mean of |predicted - observed|, weighted by `number`."""
         filled = self.number > 0
         if not filled.any():
             return float("nan")
@@ -161,7 +167,7 @@ class Reliability(NamedTuple):
 
 
 def reliability(true: np.ndarray, probability: np.ndarray, bins: int = 15) -> Reliability:
-    """Reliability of the predicted probability (n,) of a bool array (n,), in bins of equal width."""
+    """Return the reliability of predicted probabilities (n,) for true labels, bool (n,), in bins of equal width."""
     index = np.minimum((np.asarray(probability, np.float64) * bins).astype(int), bins - 1)
     count = np.bincount(index, minlength=bins)
     sums = [
@@ -174,12 +180,23 @@ def reliability(true: np.ndarray, probability: np.ndarray, bins: int = 15) -> Re
 def grouped_pearson(
     first: np.ndarray, second: np.ndarray, group: np.ndarray, num_groups: int, least: int = 10
 ) -> np.ndarray:
-    """Pearson correlation of predicted (`first`) and true (`second`) values (n,) within each group.
+    """Return the Pearson correlation of predicted and true values within each group.
+
+    Parameters
+    ----------
+    first, second
+        (n,) predicted and true values.
+    group
+        int (n,) group of each value, in [0, num_groups).
+    num_groups
+        Number of groups.
+    least
+        Minimum number of values in a group.
 
     Returns
     -------
-    float64 (num_groups,); NaN for a group with fewer than `least` values or where `second` is constant, 0 where
-        only `first` is: a constant prediction says nothing.
+    float64 (num_groups,). NaN for a group with fewer than `least` values or with constant true values; 0 if only the
+        predicted values are constant.
     """
     x, y = np.asarray(first, np.float64), np.asarray(second, np.float64)
 
@@ -199,10 +216,10 @@ def grouped_pearson(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what other libraries do to the process inside: warnings, logs, environment and global seeds.
+    """Silence warnings and logs in this context, and restore loggers, environment variables and global seeds after it.
 
-    Importing scib-metrics switches off the preallocation of accelerator memory by an environment variable, and
-    both it and scvi-tools add handlers to loggers; seeding scvi-tools seeds numpy and the XLA flags.
+    Importing scib-metrics sets an environment variable that turns off preallocation of accelerator memory. Importing
+    scib-metrics or scvi-tools adds handlers to loggers. Seeding scvi-tools seeds numpy and changes the XLA flags.
     """
     root, disabled = logging.getLogger(), logging.root.manager.disable
     handlers, level = root.handlers[:], root.level
@@ -227,40 +244,44 @@ def quiet() -> Iterator[None]:
 
 
 def codes(labels: Any) -> np.ndarray:
-    """Labels (N,) as integers by first appearance: what a label is called changes no metric, not even a tie."""
+    """Return labels (N,) as integers, numbered by first appearance.
+
+    With these integers a metric cannot depend on the names of the labels, which would otherwise decide ties.
+    """
     return pd.factorize(np.asarray(labels, dtype=object), use_na_sentinel=False)[0]
 
 
 def stratified_folds(
     labels: Any, folds: int = 5, seed: int = 0
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
-    """Seeded folds in which every label has its share.
+    """Return stratified folds for cross-validation.
 
-    A label with fewer cells than folds is missing from some test fold and, with one cell, cannot be right;
-    its cells are left out of training and scoring alike.
+    Labels with fewer cells than folds are excluded from training and scoring, because they would be missing from some
+    test folds.
 
     Parameters
     ----------
     labels
         (N,) labels.
     folds, seed
-        Number of folds, and the seed by which cells are drawn into them.
+        Number of folds, and the random seed that assigns cells to folds.
 
     Returns
     -------
-    Pairs of row numbers (train, test), and (N,) whether a cell takes part.
+    A list of (train rows, test rows), and a bool array (N,): whether each cell is in the folds.
 
     Raises
     ------
     ValueError
-        Fewer than two labels have enough cells.
+        Fewer than two labels have at least `folds` cells.
     """
     names = codes(labels)
     sizes = np.bincount(names)
     kept = sizes[names] >= folds
     if (sizes >= folds).sum() < 2:
         raise ValueError(
-            f"{(sizes >= folds).sum()} labels have {folds} cells or more, at least 2 are needed: use fewer folds"
+            f"{(sizes >= folds).sum()} labels have at least {folds} cells, but cross-validation needs 2: use fewer "
+            "folds"
         )
     rows = np.flatnonzero(kept)
     splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
@@ -268,14 +289,14 @@ def stratified_folds(
 
 
 class KnnAccuracy(NamedTuple):
-    """Cross-validated classification of cells.
+    """Result of cross-validated classification.
 
     Attributes
     ----------
     accuracy, macro_f1
-        Over all cells that took part, each predicted once.
+        Metrics over all cells in the folds; each cell is predicted once.
     left_out_cells, left_out_labels
-        Cells of labels with fewer cells than folds, and the number of these labels.
+        Number of labels with fewer cells than folds (`left_out_labels`), and the number of their cells.
     """
 
     accuracy: float
@@ -285,19 +306,19 @@ class KnnAccuracy(NamedTuple):
 
 
 def accuracy_and_f1(true: np.ndarray, predicted: np.ndarray) -> tuple[float, float]:
-    """Accuracy, and F1 averaged over labels with equal weight."""
+    """Return the accuracy and the macro-F1 score (mean F1 over labels)."""
     return float(accuracy_score(true, predicted)), float(
         f1_score(true, predicted, average="macro", zero_division=0)
     )
 
 
 def cross_validated(predict: Any, labels: Any, *, seed: int = 0, folds: int = 5) -> KnnAccuracy:
-    """Accuracy and macro-F1 of predictions made fold by fold.
+    """Return the cross-validated accuracy and macro-F1 score of a classifier.
 
     Parameters
     ----------
     predict
-        (train rows, their labels as integers, test rows) -> labels of the test rows.
+        Function (train rows, labels of the train rows as integers, test rows) -> predicted labels of the test rows.
     labels
         (N,) labels.
     seed, folds
@@ -315,16 +336,16 @@ def cross_validated(predict: Any, labels: Any, *, seed: int = 0, folds: int = 5)
 def knn_accuracy(
     embedding: np.ndarray, labels: Any, k: int = 5, *, seed: int = 0, folds: int = 5
 ) -> KnnAccuracy:
-    """k-nearest-neighbour classification of cells by an embedding (sCT paper, section 4, Table 3).
+    """Return the accuracy of k-nearest-neighbor classification in an embedding (sCT paper, section 4, Table 3).
 
     Parameters
     ----------
     embedding
-        (N, D) embedding; distances are Euclidean, neighbours come from the training folds and vote equally.
+        (N, D) embedding. Distances are Euclidean. Neighbors come from the training folds and have equal votes.
     labels
         (N,) labels.
     k
-        Number of neighbours.
+        Number of neighbors.
     seed, folds
         See `stratified_folds`.
     """
@@ -337,9 +358,9 @@ def knn_accuracy(
 
 
 def neighbor_graph(embedding: np.ndarray, n_neighbors: int = 15, *, seed: int = 0) -> sparse.csr_matrix:
-    """Weighted graph (N, N) of nearest neighbours, as scanpy makes it.
+    """Return the weighted nearest-neighbor graph (N, N) of `scanpy.pp.neighbors` for an embedding (N, D).
 
-    Neighbours are exact up to 50,000 cells, so that `seed` has no part in it, and approximate above.
+    Up to 50,000 cells the neighbors are exact and do not depend on `seed`. Above, they are approximate.
     """
     scanpy = load_extra("scanpy", "analysis")
     from anndata import AnnData
@@ -358,7 +379,7 @@ def neighbor_graph(embedding: np.ndarray, n_neighbors: int = 15, *, seed: int = 
 
 
 def leiden_of_graph(graph: sparse.csr_matrix, resolution: float = 1.0, *, seed: int = 0) -> np.ndarray:
-    """Leiden clusters (N,) of a weighted graph (N, N), as integers; modularity, igraph's implementation."""
+    """Return Leiden clusters, int (N,), of a weighted graph (N, N); modularity, computed by igraph."""
     scanpy = load_extra("scanpy", "analysis")
     load_extra("igraph", "analysis")
     from anndata import AnnData
@@ -380,7 +401,7 @@ def leiden_of_graph(graph: sparse.csr_matrix, resolution: float = 1.0, *, seed: 
 def leiden_clusters(
     embedding: np.ndarray, resolution: float = 1.0, n_neighbors: int = 15, *, seed: int = 0
 ) -> np.ndarray:
-    """Leiden clusters (N,) of an embedding (N, D), as integers.
+    """Return Leiden clusters, int (N,), of an embedding.
 
     Parameters
     ----------
@@ -389,9 +410,9 @@ def leiden_clusters(
     resolution
         Higher values give more clusters.
     n_neighbors
-        Neighbours of a cell in the graph.
+        Number of neighbors of each cell in the graph.
     seed
-        Seed of the clustering.
+        Random seed of the clustering.
 
     Raises
     ------
@@ -402,30 +423,30 @@ def leiden_clusters(
 
 
 def nmi(labels: Any, clusters: Any) -> float:
-    """Normalised mutual information of two partitions of cells (arithmetic mean), in [0, 1]."""
+    """Return the normalized mutual information (arithmetic mean) of labels and clusters (N,), in [0, 1]."""
     return float(normalized_mutual_info_score(codes(labels), codes(clusters)))
 
 
 def ari(labels: Any, clusters: Any) -> float:
-    """Adjusted Rand index of two partitions of cells: 1 where equal, 0 expected by chance."""
+    """Return the adjusted Rand index of labels and clusters (N,): 1 if identical, 0 on average by chance."""
     return float(adjusted_rand_score(codes(labels), codes(clusters)))
 
 
 def silhouette(
     embedding: np.ndarray, labels: Any, *, max_cells: int = SILHOUETTE_CELLS, seed: int = 0
 ) -> float:
-    """Mean silhouette width of labels in an embedding, in [-1, 1].
+    """Return the mean silhouette width of labels in an embedding, in [-1, 1].
 
     Parameters
     ----------
     embedding, labels
-        (N, D) and (N,).
+        (N, D) embedding and (N,) labels.
     max_cells, seed
-        Above this number of cells, that many drawn by the seed stand for all.
+        If there are more than `max_cells` cells, the width of a random sample of `max_cells` cells, drawn with `seed`.
 
     Returns
     -------
-    The width, NaN where the cells have one label or each its own.
+    The width; NaN if all cells have the same label, or no two cells have the same label.
     """
     names = codes(labels)
     if len(names) > max_cells:
@@ -437,11 +458,11 @@ def silhouette(
 
 
 def exact_neighbors(embedding: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices and Euclidean distances (N, k) of each cell's nearest cells, itself first.
+    """Return indices and Euclidean distances, both (N, k), of the nearest cells of each cell in an embedding (N, D).
 
-    A cell is its own first neighbour even where others lie on the same point.
+    The first neighbor is always the cell itself, even if another cell has the same coordinates.
     """
-    # The search is asked for the others, and the cell itself is put before them.
+    # `kneighbors()` without arguments excludes the cell itself, so it is added in front.
     distances, indices = NearestNeighbors(n_neighbors=k - 1).fit(embedding).kneighbors()
     own = np.arange(len(embedding), dtype=indices.dtype)[:, None]
     return np.hstack([own, indices]), np.hstack([np.zeros_like(distances[:, :1]), distances])
@@ -455,28 +476,28 @@ def scib(
     before: np.ndarray | None = None,
     metrics: tuple[str, ...] = (*SCIB_BIO, *SCIB_BATCH),
 ) -> dict[str, float]:
-    """Metrics of conserved biology and removed batch effects, from scib-metrics, with its defaults.
+    """Return the metrics of bio conservation and batch correction from scib-metrics, with its default parameters.
 
-    Neighbours are exact (15, 50 and 90 of them, fewer where there are fewer cells), so that no metric depends on
-    a seed but k-means, whose seed is 0, as it is in scib-metrics.
+    Neighbors are exact: 15, 50 or 90 of them depending on the metric, fewer if there are fewer cells. Therefore only
+    k-means depends on a random seed, which is 0 as in scib-metrics.
 
     Parameters
     ----------
     embedding
-        (N, D) embedding; computed in float32.
+        (N, D) embedding; converted to float32.
     labels, batch
         (N,) labels and batches.
     before
-        (N, P) the cells before integration, such as principal components: what "PCR comparison" compares
-        with. Without it that metric is NaN.
+        (N, P) cells before integration, such as principal components. "PCR comparison" compares the embedding with
+        them; if None, this metric is NaN.
     metrics
-        Which of `SCIB_BIO` and `SCIB_BATCH` to take.
+        Names of the metrics to compute, from `SCIB_BIO` and `SCIB_BATCH`.
 
     Returns
     -------
-    Each metric to five decimals, in [0, 1] with 1 the best, then the aggregates "bio" and "batch" (means of
-    their metrics that are numbers) and "total" (0.6 bio + 0.4 batch). A metric that is not defined on these
-    cells is NaN, such as kBET where every label has fewer than ten cells or one batch.
+    Metric -> value, rounded to five decimals, in [0, 1] with 1 the best. Then the aggregates "bio" and "batch" (means
+    of their metrics that are not NaN) and "total" (0.6 bio + 0.4 batch). A metric that is undefined for these cells is
+    NaN; for example kBET, if every label has fewer than ten cells or a single batch.
 
     Raises
     ------
@@ -487,7 +508,7 @@ def scib(
         library = load_extra("scib_metrics", "analysis", "scib-metrics")
         X = np.ascontiguousarray(embedding, dtype=np.float32)
         names, batches = codes(labels), codes(batch)
-        # Sums in float32 are not the same twice in their last digits.
+        # Rounding hides the last digits of float32 sums, which differ from run to run.
         values = _scib(library, X, names, batches, before, metrics)
         results = {name: round(float(value), 5) for name, value in values}
         for aggregate, group in (("bio", SCIB_BIO), ("batch", SCIB_BATCH)):
@@ -504,12 +525,12 @@ def _scib(
     before: np.ndarray | None,
     metrics: tuple[str, ...],
 ) -> Iterator[tuple[str, float]]:
-    """Names and values of the metrics asked for, in the order of `SCIB_METRICS`."""
+    """Yield the name and value of each requested metric, in the order of `SCIB_METRICS`."""
     from scib_metrics.nearest_neighbors import NeighborsResults
 
     near = NeighborsResults(*exact_neighbors(X, min(90, len(X))))
     few, some = (near.subset_neighbors(min(n, near.n_neighbors)) for n in (15, 50))
-    # Mixing within a label needs one that lies in several batches, with more cells than batches.
+    # BRAS and kBET need a label that occurs in several batches and has more cells than batches.
     pairs = (
         pd.DataFrame({"label": names, "batch": batches}).groupby("label")["batch"].agg(["nunique", "size"])
     )

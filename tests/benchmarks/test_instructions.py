@@ -112,7 +112,7 @@ def test_all_methods_answer_about_the_same_cells(asked, tmp_path, tasks):  # noq
     for measured in numbers.values():
         assert shared <= set(measured)
     assert marker_scores.NAME in numbers["cell_type"]
-    for task, answer in (("rci", "Yes"), ("tcd", "tumour cell")):
+    for task, answer in (("rci", "Yes"), ("tcd", "tumor cell")):
         assert (
             task not in map(task_code, tasks)
             or f'F1 of "{answer}"' in numbers[task_name(task)][instructions.ZERO]
@@ -277,7 +277,7 @@ def test_genes_that_were_not_measured_are_not_ranked(asked, tmp_path):  # noqa: 
     )
     given = config(tmp_path / "out", tasks=("cpi",), shots=(), pathways={"file": str(path)})
     (made,) = instructions.benchmark(given, part, asked)
-    assert "1 gene sets with too few measured genes are left out." in made.notes
+    assert "1 gene sets with too few measured genes are excluded." in made.notes
 
 
 def test_diseases_are_folded_after_the_answer():
@@ -285,8 +285,8 @@ def test_diseases_are_folded_after_the_answer():
         {"glioma": [0.2, 0.5], "melanoma": [0.3, 0.1], "other": [0.1, 0.0], "normal cell": [0.4, 0.4]}
     )
     made = instructions.prediction("tcd", shares)
-    assert made.labels["tcd"].tolist() == ["normal cell", "tumour cell"]
-    np.testing.assert_allclose(made.probabilities["tcd"]["tumour cell"], [0.6, 0.6])
+    assert made.labels["tcd"].tolist() == ["normal cell", "tumor cell"]
+    np.testing.assert_allclose(made.probabilities["tcd"]["tumor cell"], [0.6, 0.6])
     same = instructions.prediction("cta", shares)
     assert same.labels["cta"].tolist() == ["normal cell", "glioma"]
 
@@ -297,7 +297,7 @@ def test_a_tuning_that_fails_leaves_the_other_rows(asked, tmp_path, monkeypatch)
 
     monkeypatch.setattr(instructions, "tune", fails)
     (made,) = instructions.benchmark(config(tmp_path / "out", tasks=("cta",)), table(), asked)
-    assert "There is no 2-shot: no." in made.notes
+    assert "2-shot could not run: no." in made.notes
     assert {instructions.ZERO, instructions.OTHERS, labels.LOGISTIC} <= {row[0] for row in made.rows}
 
 
@@ -379,7 +379,7 @@ def test_cells_are_drawn_of_each_answer_or_in_all():
     assert drawn(answers, 3, False, 0).tolist() == drawn(answers, 3, False, 0).tolist()
     assert all(answers[i] for seed in range(5) for i in drawn(answers, 3, False, seed))
     assert {tuple(drawn(answers, 1, True, seed)) for seed in range(20)} != {tuple(drawn(answers, 1, True, 0))}
-    with pytest.raises(ConfigError, match="tune"):
+    with pytest.raises(ConfigError, match="few-shot"):
         drawn(["", ""], 1, True, 0)
 
 

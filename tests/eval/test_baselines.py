@@ -318,11 +318,11 @@ def test_methods_say_why_they_cannot_answer():
     for method, draw, reason in (
         (KnnSmoothing(None), genes, "training"),
         (CommonLevel(True, None), genes, "training"),
-        (KnnSmoothing(TRAIN), cells, "hidden cells"),
-        (OwnKnnSmoothing(), cells, "hidden cells"),
-        (Magic(), cells, "hidden cells"),
-        (OwnKnnSmoothing(), genes, "hidden"),
-        (Magic(), genes, "hidden"),
+        (KnnSmoothing(TRAIN), cells, "masked cells"),
+        (OwnKnnSmoothing(), cells, "masked cells"),
+        (Magic(), cells, "masked cells"),
+        (OwnKnnSmoothing(), genes, "masked in all cells"),
+        (Magic(), genes, "masked in all cells"),
         (NeighborMean(CELLS), everything, "no cell"),
     ):
         with pytest.raises(Unavailable, match=reason):

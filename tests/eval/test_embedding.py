@@ -80,7 +80,7 @@ def test_every_method_has_its_row_and_the_same_call_the_same_numbers(recwarn, ca
     for name in ("PCA + 5-NN", "PCA + logistic regression"):
         assert min(table[name]["5-NN accuracy"]) > 0.8
         assert table[name]["NMI"] == table[name]["silhouette"] == "n/a"
-    assert table["scVI"]["remark"] == "scvi-tools is not installed: pip install scvi-tools"
+    assert table["scVI"]["remark"].endswith("pip install scvi-tools")
     assert table["scVI"]["NMI"] == "-"
     for name, values in numbers.items():
         assert {column: table[name][column] for column in values} == values
@@ -135,7 +135,7 @@ def test_classifiers_that_cannot_run_are_rows_with_the_reason():
     table = rows(measure({}, counts, labels, options=CLASSIFIERS)[0])
     assert list(table) == ["PCA + 5-NN", "PCA + logistic regression"]
     assert all(
-        "1 labels have 5 cells or more" in row["remark"] and row["macro F1"] == "-" for row in table.values()
+        "1 labels have at least 5 cells" in row["remark"] and row["macro F1"] == "-" for row in table.values()
     )
 
 
@@ -152,8 +152,10 @@ def test_cells_without_a_label_are_left_out_and_counted():
     for nothing in (np.nan, None, " "):
         labels[:4] = nothing
         report, numbers = measure({"model": embedding}, counts, labels, batch, options)
-        assert "4 cells without a label are left out." in report.notes
-        assert "1 cells of 1 labels with fewer than 5 cells are left out of accuracy and F1." in report.notes
+        assert "4 cells without a label are excluded." in report.notes
+        assert (
+            "1 cells of 1 labels with fewer than 5 cells are excluded from accuracy and F1." in report.notes
+        )
         assert "86 cells, 4 labels, 2 batches" in report.title
         np.testing.assert_equal(numbers, alone, err_msg=repr(nothing))  # NaN included
 

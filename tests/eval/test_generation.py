@@ -52,7 +52,7 @@ def sentences(expression: np.ndarray, top: int = 12) -> list[str]:
 
 
 def express(matrix: sparse.csr_matrix):
-    expression, _ = generation.log_normalised(matrix)
+    expression, _ = generation.log_normalized(matrix)
     return expression, sentences(expression)
 
 
@@ -270,7 +270,7 @@ def test_quality_follows_the_definitions():
     ("change", "message"),
     [
         ({"labels": ["a"]}, r"\b1 label"),
-        ({"labels": ["a", None]}, r"\b1 cell"),
+        ({"labels": ["a", None]}, r"labels has 1 "),
         ({"sentences": ["A"]}, r"\b1 sentence"),
         ({"quality": pd.DataFrame({"n_words": [1]})}, r"\b1 quality"),
         ({"expression": np.array([[1.0], [np.nan]])}, "NaN"),
@@ -305,8 +305,8 @@ def test_draws_keep_totals_and_means_of_their_label():
     _, donors = generation.profile_counts(raw, train.labels, train.labels, np.random.default_rng(0))
     assert len(set(donors)) == len(train)
     for arguments, message in (
-        ((raw * 0.3, train.labels, asked), "whole numbers"),
-        ((-raw, train.labels, asked), "whole numbers"),
+        ((raw * 0.3, train.labels, asked), "whole counts"),
+        ((-raw, train.labels, asked), "whole counts"),
         ((raw, train.labels[1:], asked), "299"),
         ((raw, train.labels, ["z"]), "'z'"),
     ):
@@ -391,7 +391,7 @@ def test_labels_that_cannot_be_compared_are_left_out_and_told():
     real, made = cells(90, 2), cells(90, 1)
     real = real.take(np.r_[np.flatnonzero(real.labels != "c"), np.flatnonzero(real.labels == "c")[:1]])
     report, numbers = generation.compare(made, real, options=GenerationOptions(seeds=1, ks=(3,), max_cells=0))
-    assert report.notes[0].startswith("30 cells generated for 1 labels are left out")
+    assert report.notes[0].startswith("30 cells generated for 1 labels are excluded")
     assert report.notes[1].startswith("1 real cells of labels")
     assert "Gromov-Wasserstein" not in report.titles
     assert numbers[generation.CHANCE]["3-NN accuracy"] == [0.5]
@@ -402,7 +402,7 @@ def test_labels_that_cannot_be_compared_are_left_out_and_told():
         generation.compare(made, real.take(np.arange(1)))
     with pytest.raises(ConfigError, match=r"counts.*labels"):
         generation.compare(made, real, counts(made.labels, 0))
-    with pytest.raises(DataError, match=r"5 genes .*40"):
+    with pytest.raises(DataError, match=r"5 genes, .*40"):
         generation.compare(CellSet(made.expression[:, :5], made.labels), real)
 
 
@@ -428,7 +428,7 @@ def perturbed(seed: int, effect: float = 6.0, n: int = 25) -> CellSet:
     labels = np.array(
         [f"{a} {'treated' if b else 'control'}" for a, b in zip(types, treated, strict=True)], object
     )
-    return CellSet(generation.log_normalised(sparse.csr_matrix(raw))[0], labels)
+    return CellSet(generation.log_normalized(sparse.csr_matrix(raw))[0], labels)
 
 
 @needs_scanpy
@@ -484,7 +484,7 @@ def test_a_model_that_knows_the_effect_is_above_no_change_and_shuffled_condition
         generation.REAL,
         perturbation.NO_CHANGE,
     ]
-    assert "of 35 genes" in report.notes[0]
+    assert "35 genes" in report.notes[0]
     assert min(numbers[generation.GENERATED]["Δ Pearson"]) > 0.9
     assert np.isnan(numbers[perturbation.NO_CHANGE]["Δ Pearson"]).all()
     for name in (generation.SHUFFLED, perturbation.NO_CHANGE):
@@ -511,7 +511,7 @@ def test_real_cells_of_blood(shared_data):
     names = adata.var_names.to_numpy()
 
     def as_sentences(matrix):
-        expression, _ = generation.log_normalised(matrix)
+        expression, _ = generation.log_normalized(matrix)
         order = np.argsort(-expression.toarray(), axis=1, kind="stable")[:, :50]
         return expression, [" ".join(names[row]) for row in order]
 

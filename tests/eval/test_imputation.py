@@ -241,10 +241,10 @@ def test_the_papers_numbers_of_masked_cells():
     assert cells_to_mask(50) == (1, 10, 20, 40)
     assert cells_to_mask(8) == (1, 2, 3, 6)
     assert cells_to_mask(2) == (1,)
-    with pytest.raises(DataError, match="bags of 2 or more"):
+    with pytest.raises(DataError, match="cells_per_bag"):
         cells_to_mask(1)
     eval_cells = hold_out(study(8))
-    with pytest.raises(DataError, match="mask 1 to 7"):
+    with pytest.raises(DataError, match="1 to 7"):
         imputation.whole_cell_imputation(eval_cells, None, numbers=[8])
 
 
@@ -500,7 +500,10 @@ def test_whole_cells_have_their_own_baseline(outcomes):
     rows = {row.method: row for row in outcomes["cells"].settings[0].rows}
     assert rows["mean of the visible cells of the bag"].mcc
     assert rows["mean of the visible cells of the bag that express the gene"].given_expressed
-    assert rows["kNN smoothing, k = 5"].remark == "nothing of the hidden cells is visible"
+    assert (
+        rows["kNN smoothing, k = 5"].remark
+        == "the masked cells have no visible genes, which this method needs"
+    )
     assert "MAGIC" not in rows
     other = imputation.whole_cell_imputation(hold_out(HELD_OUT), None, numbers=(2,), seeds=1)
     assert "MAGIC" in {row.method for row in other.settings[0].rows}
@@ -561,7 +564,7 @@ def test_fixed_genes_are_masked_in_all_cells_and_scored_by_group():
             assert bool(setting.notes) == (len(genes) < 3)
     assert (seen[0].mask != seen[1].mask).any()
     rows = {row.method: row for row in outcome.settings[0].rows}
-    assert "hidden in every one" in rows["kNN smoothing, k = 5"].remark
+    assert "masked in all cells" in rows["kNN smoothing, k = 5"].remark
     assert rows[REFERENCE_NAME.split(",")[0]].remark == "no training studies were given"
 
 

@@ -194,7 +194,7 @@ def test_perfect_predictions_have_one_and_what_looks_at_no_cell_is_at_chance():
     assert all(table["model"][column] == [1.0] for column in numeric)
     assert table["half"]["exact accuracy"] == [0.0]
     assert table["half"]["partial accuracy"] == [0.5]
-    assert table["half"]["remark"] == "150 of 300 labels were not answered"
+    assert table["half"]["remark"] == "150 of 300 labels are missing and count as wrong"
     assert table["half"]["AUROC (average)"] == "-"
     for name in (lab.LOGISTIC, "PCA + 5-NN"):
         assert table[name]["exact accuracy"][0] > 0.9
@@ -254,11 +254,11 @@ def test_cells_without_a_label_and_labels_that_training_lacks():
     report, numbers = lab.compare(
         {"model": LabelPrediction(true)}, true, training, counts, before[training.index], QUICK
     )
-    assert report.notes[0] == "1 cells without all true labels are left out."
-    assert report.notes[1] == "1 training cells without all labels are left out."
+    assert report.notes[0] == "1 cells that lack a true label are excluded."
+    assert report.notes[1] == "1 training cells that lack a label are excluded."
     assert numbers["model"]["exact accuracy"] == [1.0]
     table = rows(report)
-    assert "type: 1 labels that are no candidate" in table[lab.LOGISTIC]["remark"]
+    assert "type: 1 true labels are not candidates" in table[lab.LOGISTIC]["remark"]
     share = float((true.drop(index=3)["type"] != "c").mean())
     assert numbers[lab.LOGISTIC]["type accuracy"][0] <= share
 

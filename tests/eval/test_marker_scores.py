@@ -50,8 +50,8 @@ def test_a_file_of_markers(tmp_path: Path):
     path.write_text(json.dumps({"B cell": ["MS4A1", "CD79A"]}))
     assert read_markers(path) == {"B cell": ("MS4A1", "CD79A")}
     for content, words in (
-        ("{", "cannot be read"),
-        ("[]", "form"),
+        ("{", "cannot read"),
+        ("[]", "JSON object"),
         ('{"B": "MS4A1"}', "'B'"),
     ):
         path.write_text(content)

@@ -84,7 +84,7 @@ def test_only_methods_that_know_other_cells_impute_whole_genes():
     assert "hidden in all held-out cells" in outcome.title
     answered = {row.fitted_on: bool(row.numbers) for row in outcome.rows if row.key != MODEL}
     assert answered == {TRAINING: True, OTHER_CELLS: True, THESE_CELLS: False}
-    assert all("hidden in every one" in row.remark for row in outcome.rows if row.fitted_on == THESE_CELLS)
+    assert all("masked in all cells" in row.remark for row in outcome.rows if row.fitted_on == THESE_CELLS)
     assert outcome.as_dict()["protocol"] == "natural imputation of whole genes"
 
 

@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_an_error():
     for arguments, message in (
         ((made, true, pairs[:3]), "row number"),
         ((made, true, pairs.astype(float)), "row number"),
-        ((made, true, pairs + 1), "count from 0"),
+        ((made, true, pairs + 1), "row numbers from 0"),
         ((made[:, :3], true, pairs), "columns"),
         ((made * np.nan, true, pairs), "NaN"),
     ):
@@ -210,7 +210,7 @@ def test_texts_that_share_words_are_near_and_unknown_words_do_not_count():
     np.testing.assert_allclose(points, txt.tfidf_embedding(TRUE)([*TRUE, TRUE[0], ABOUT[0], "zebra"]))
     assert txt.tfidf_embedding(TRUE, 2)(TRUE).shape == (6, 2)
     for bad in (TRUE[:1], ["", ""], []):
-        with pytest.raises(DataError, match=r"embedding .*texts"):
+        with pytest.raises(DataError, match=r"fitted_on"):
             txt.tfidf_embedding(bad)
 
 
@@ -289,5 +289,5 @@ def test_reports_that_cannot_be_made_are_errors():
         txt.compare({"m": GENERATED[:3]}, TRUE, PAIRS)
     with pytest.raises(ConfigError, match="seeds"):
         txt.compare({"m": GENERATED}, TRUE, PAIRS, seeds=0)
-    with pytest.raises(ConfigError, match="one name"):
+    with pytest.raises(ConfigError, match="generated has a name"):
         txt.compare({txt.DRAWN: GENERATED}, TRUE, PAIRS, TRAINING)

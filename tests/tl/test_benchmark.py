@@ -96,7 +96,7 @@ def test_the_page_and_the_facts(whole):
     output, _ = whole
     page = (output / "report.html").read_text()
     assert page.count("<svg") >= 5
-    for fact in ("command", "seeds", "time", "jax", "licence of the model"):
+    for fact in ("command", "seeds", "time", "jax", "license of the model"):
         assert fact in numbers(output)["facts"]
         assert fact in page
     assert numbers(output)["embedding"]["cells"]["model"]

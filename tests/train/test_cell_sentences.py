@@ -720,7 +720,7 @@ def test_texts_about_cells_beside_those_of_their_studies(describing, tmp_path, m
     assert numbers["cell sentences/cosine (own)"] == pytest.approx(1)
     assert numbers["cell sentences/BLEU"] == pytest.approx(100)
     assert numbers["cell sentences/MMD"] == pytest.approx(0, abs=1e-6)
-    for name in ("cell sentences, pairs shuffled", "training texts drawn by chance"):
+    for name in ("cell sentences, pairs shuffled", "random training texts"):
         assert numbers[f"{name}/cosine (own)"] < 0.7, name
     assert described.report.notes[-1] == "Said below."
 
@@ -735,7 +735,7 @@ def test_a_run_that_learns_to_tell_of_cells_is_measured(text_config, describing,
     run(config, tmp_path / "run")
     numbers = json.loads((tmp_path / "run" / "described.json").read_text())
     assert {name.partition("/")[0] for name in numbers} == {
-        "cell sentences", "cell sentences, pairs shuffled", "training texts drawn by chance",
+        "cell sentences", "cell sentences, pairs shuffled", "random training texts",
         "most typical training text for all",
     }  # fmt: skip
     assert 0 <= numbers["cell sentences/cosine (own)"] <= 1

@@ -1,1 +1,1 @@
-"""Embeddings of cells: measures and baselines."""
+"""Evaluation of cell embeddings: metrics and baselines."""

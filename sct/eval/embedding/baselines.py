@@ -1,4 +1,4 @@
-"""Baselines of embeddings, fitted on the cells that are measured: components, scVI, classifiers."""
+"""Baseline embeddings and classifiers, fitted on the evaluated cells: PCA, scVI, k-NN, logistic regression."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from sct.extras import load_extra
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BaselineCells:
-    """Labelled cells.
+    """Labeled cells.
 
     Attributes
     ----------
     counts
         (N, G) raw counts.
     labels, batch
-        (N,) integers; batches or None.
+        (N,) labels and batches as integers; `batch` may be None.
     components
-        Principal components that baselines have.
+        Number of principal components of the baselines.
     """
 
     counts: sparse.csr_matrix
@@ -39,24 +39,24 @@ class BaselineCells:
 
     @functools.cached_property
     def log(self) -> sparse.csr_matrix:
-        """log1p of counts per 10,000, float32 (N, G); a cell without counts stays empty."""
+        """log1p of counts per 10,000, float32 (N, G); a cell without counts has zeros."""
         return log_expression(self.counts).astype(np.float32)
 
     @functools.cached_property
     def principal(self) -> np.ndarray:
-        """Principal components of all cells (N, P)."""
+        """Principal components (N, P) of all cells."""
         return _fit(self.log, self.components).transform(self.log)
 
 
 def _fit(values: sparse.csr_matrix, components: int) -> Any:
-    """Principal components of sparse values, which are centred but never made dense."""
+    """Fit a PCA to a sparse matrix; arpack centers it without making it dense."""
     components = min(components, min(values.shape) - 1)
-    # The start vector is the only random part.
+    # Only the start vector of arpack is random, so a fixed seed is enough.
     return decomposition.PCA(components, svd_solver="arpack", random_state=0).fit(values)
 
 
 def _by_scanpy(cells: BaselineCells) -> Any:
-    """AnnData of log1p counts per 10,000 by scanpy's own functions, whose recipe it is: rounding included."""
+    """Return an AnnData of log1p counts per 10,000, computed by scanpy so that rounding matches its recipe exactly."""
     scanpy = load_extra("scanpy", "analysis")
     from anndata import AnnData
 
@@ -67,7 +67,7 @@ def _by_scanpy(cells: BaselineCells) -> Any:
 
 
 def hvg_pca(cells: BaselineCells, genes: int, seed: int) -> np.ndarray:
-    """Principal components (N, P) by scanpy's standard recipe: variable genes, scaled and clipped at 10."""
+    """Return principal components (N, P) by scanpy's standard recipe: `genes` variable genes, scaled, clipped at 10."""
     scanpy = load_extra("scanpy", "analysis")
     adata = _by_scanpy(cells)
     adata = adata[:, variable_genes(adata.X, genes)].copy()
@@ -77,7 +77,18 @@ def hvg_pca(cells: BaselineCells, genes: int, seed: int) -> np.ndarray:
 
 
 def scvi(cells: BaselineCells, genes: int, seed: int, epochs: int | None = None) -> np.ndarray:
-    """Latent space (N, 10) of scVI with its defaults, trained on the counts of variable genes and the batches.
+    """Return the latent space (N, 10) of scVI, trained with its defaults on raw counts of variable genes and batches.
+
+    Parameters
+    ----------
+    cells
+        Cells to train on.
+    genes
+        Number of highly variable genes.
+    seed
+        Random seed of the training.
+    epochs
+        Number of epochs; None for scVI's default.
 
     Raises
     ------
@@ -90,7 +101,9 @@ def scvi(cells: BaselineCells, genes: int, seed: int, epochs: int | None = None)
     except ImportError as error:
         if (error.name or "").split(".")[0] not in ("scvi", "torch"):
             raise
-        raise MissingExtraError("scvi-tools is not installed: pip install scvi-tools") from None
+        raise MissingExtraError(
+            "the scVI baseline needs scvi-tools, which is not installed: pip install scvi-tools"
+        ) from None
     from anndata import AnnData
 
     chosen = variable_genes(_by_scanpy(cells).X, genes)
@@ -113,11 +126,13 @@ def scvi(cells: BaselineCells, genes: int, seed: int, epochs: int | None = None)
 
 
 def classify(cells: BaselineCells, seed: int, folds: int = 5, k: int = 5) -> dict[str, tuple[float, float]]:
-    """Labels predicted from principal components, both fitted on the cells of the training folds.
+    """Return the cross-validated accuracy of k-NN and logistic regression on principal components.
+
+    PCA and classifier are fitted on the cells of the training folds only.
 
     Returns
     -------
-    "knn" and "logistic" -> accuracy and macro-F1, on the same folds as `metrics.knn_accuracy`.
+    {"knn": (accuracy, macro-F1), "logistic": (accuracy, macro-F1)}, on the same folds as `metrics.knn_accuracy`.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier

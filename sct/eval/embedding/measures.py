@@ -1,4 +1,4 @@
-"""Embeddings of cells beside honest baselines: k-NN accuracy, Leiden clusters, silhouette and scib-metrics."""
+"""Compare cell embeddings with baselines by k-NN accuracy, Leiden clusters, silhouette width and scib-metrics."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ BASELINES = (PCA, HVG_PCA, SCVI, PCA_KNN, PCA_LOGISTIC)
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingMethod:
-    """An embedding to measure.
+    """An embedding to evaluate.
 
     Attributes
     ----------
     embedding
-        (N, D) for the N cells in their order, or a function of a seed that computes it.
+        (N, D) embedding of the N cells, in their order, or a function seed -> (N, D) that computes it.
     fitted_on
-        What the method has seen of these cells.
+        Data that the method was fitted on, as shown in the table.
     fits
-        Number of seeds with which a function is called; seed s of the measurement takes embedding s % fits.
+        How many seeds to call the function with. Seed s of the evaluation uses embedding s % fits.
     remark
-        What a reader should know.
+        Remark for the reader of the table.
     """
 
     embedding: np.ndarray | Callable[[int], np.ndarray]
@@ -51,31 +51,33 @@ class EmbeddingMethod:
     remark: str = ""
 
     def fit(self, number: int) -> np.ndarray:
-        """The embedding of one fit."""
+        """Return the embedding (N, D) for one seed."""
         return self.embedding(number) if callable(self.embedding) else self.embedding
 
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingMetricOptions:
-    """How embeddings are measured; the defaults are the published recipe where there is one.
+    """Options of the evaluation of embeddings. Defaults follow the published protocol where there is one.
 
     Attributes
     ----------
     seeds
-        Draws of the folds, of Leiden and of whatever else is random: 0, 1, ...
+        Number of random seeds (0, 1, ...) for the folds, the Leiden clustering and the subsampling.
     folds, k
-        Folds of the cross-validated classification, and neighbours that vote.
+        Number of cross-validation folds, and number of neighbors that vote.
     resolution, graph_neighbors
-        Of the Leiden clustering.
+        Resolution of the Leiden clustering, and neighbors of each cell in its graph.
     components, genes
-        Principal components of the baselines; highly variable genes of those that choose genes.
+        Number of principal components, and of highly variable genes, for the baselines that use them.
     baselines
-        Which of `BASELINES` stand beside the methods.
-    scvi_fits, scvi_epochs
-        Trainings of scVI, each with its own seed, and their length (None: its own rule, 400 epochs up to 20,000
-        cells: minutes on a GPU, up to an hour for 2,600 cells on two cores).
+        Names of the baselines to include, from `BASELINES`.
+    scvi_fits
+        Number of scVI trainings, each with its own seed.
+    scvi_epochs
+        Epochs of each scVI training. None uses scVI's rule: 400 epochs up to 20,000 cells. This takes minutes on a GPU
+        and up to an hour for 2,600 cells on two CPU cores.
     scib
-        Which of scib-metrics are taken where batches are given (`metrics.SCIB_BIO`, `metrics.SCIB_BATCH`).
+        Names of the scib-metrics to compute if batches are given, from `metrics.SCIB_BIO` and `metrics.SCIB_BATCH`.
     """
 
     seeds: int = 5
@@ -105,7 +107,7 @@ class EmbeddingMetricOptions:
                 check_choice(name, each, known)
 
     def name(self, baseline: str) -> str:
-        """Name of a baseline's row."""
+        """Return the name of a baseline in the table."""
         return baseline.replace("k-NN", f"{self.k}-NN")
 
 
@@ -116,46 +118,49 @@ def measure(
     batch: Any = None,
     options: EmbeddingMetricOptions | None = None,
 ) -> tuple[Report, metrics.MetricDraws]:
-    """Measure embeddings of the same cells beside baselines (sCT paper, section 4, Table 3).
+    """Compare embeddings of the same cells with baselines (sCT paper, section 4, Table 3).
 
-    Cells are classified by the k nearest neighbours of the embedding that lie in the training folds, clustered by
-    Leiden, and the silhouette width of the labels is taken; with batches the metrics of scib-metrics follow.
-    Cells without a label (NaN, None or an empty text; "unknown" is a label) are left out throughout.
-    Baselines:
+    The metrics are cross-validated k-NN accuracy and macro-F1, NMI and ARI of Leiden clusters, and the silhouette width
+    of the labels. With batches, the metrics of scib-metrics are added. Cells without a label (NaN, None or an empty
+    string) are excluded. The label "unknown" counts as a label.
 
-    - PCA: 50 principal components of log1p counts per 10,000;
-    - HVG + PCA: scanpy's standard recipe: 2,000 highly variable genes, scaled and clipped at 10, PCA;
-    - scVI, where scvi-tools is installed: trained on these cells and their batches, on the same genes;
-    - PCA + k-NN, PCA + logistic regression: the components are fitted on the cells of the training folds, as
-      the classifier is, so that these rows have no clustering.
+    The baselines are:
+
+    - PCA: 50 principal components of log1p counts per 10,000.
+    - HVG + PCA: scanpy's standard recipe, which selects 2,000 highly variable genes, scales, clips at 10 and runs PCA.
+    - scVI, if scvi-tools is installed: trained on the same variable genes of these cells, with their batches.
+    - PCA + k-NN and PCA + logistic regression: PCA and classifier are fitted on the training folds only. There is no
+      single embedding, so these rows have no clustering metrics.
 
     Parameters
     ----------
     methods
-        Name -> an embedding (N, D), which is taken for a zero-shot one, or a `EmbeddingMethod`.
+        Name -> `EmbeddingMethod`, or an embedding (N, D), which is labeled as zero-shot.
     counts
         (N, G) raw counts of these cells.
     labels, batch
-        (N,) cell types, and batches or None.
+        (N,) cell types, and (N,) batches or None.
     options
         See `EmbeddingMetricOptions`.
 
     Returns
     -------
-    The report, and name of the method -> column -> measurements over seeds (one where nothing is random).
-    A method, or a metric, that fails or whose library is missing is shown as "-", with the reason as remark.
+    The report, and the numbers: method -> column -> one value per seed (a single value if nothing is random). If a
+    method or metric fails, or its library is missing, the table shows "-" and the reason in the remark.
 
     Raises
     ------
     DataError
         Lengths differ, or there are fewer than two labels or batches.
     ConfigError
-        A method is called like a baseline.
+        A method has the name of a baseline.
     """
     options = options or EmbeddingMetricOptions()
     cells, kept, notes = _labelled(counts, labels, batch, options.components)
     if taken := [name for name in map(options.name, options.baselines) if name in methods]:
-        raise ConfigError(f"a method is called {taken[0]!r} like a baseline; give it another name.")
+        raise ConfigError(
+            f"methods has the name {taken[0]!r}, which is the name of a baseline: use another name."
+        )
     rows: dict[str, EmbeddingMethod] = {}
     for name, method in methods.items():
         rows[name] = method if isinstance(method, EmbeddingMethod) else EmbeddingMethod(np.asarray(method))
@@ -164,7 +169,7 @@ def measure(
 
     report = Report(_title(cells), _columns(cells, options), notes=(*notes, *_notes(cells, options)))
     numbers: metrics.MetricDraws = {}
-    # The classifiers share the components of their training folds, so that they are one piece of work.
+    # Both classifiers use the same principal components, so they are computed together.
     for name in track([*rows, *supervised[:1]], "measuring embeddings"):
         if name in rows:
             values, remarks = _measure(rows[name], cells, kept if name in methods else None, options)
@@ -180,23 +185,23 @@ def measure(
 def _labelled(
     counts: Any, labels: Any, batch: Any, components: int
 ) -> tuple[BaselineCells, np.ndarray, list[str]]:
-    """Cells that have a label, which of the given ones these are, and what to say of the others."""
+    """Return the cells that have a label, bool (N,) which cells these are, and a note about the other cells."""
     names = pd.Series(np.asarray(labels, dtype=object))
     for what, given in (("labels", names), ("batches", names if batch is None else batch)):
         check_one_each(what, len(given), "cells", counts.shape[0])
     kept = ~(names.isna() | (names.astype(str).str.strip() == "")).to_numpy()
     if (number := names[kept].nunique()) < 2:
         raise DataError(
-            f"the {kept.sum():,} cells with a label have {number} different labels and at least two are needed; "
-            "name another column of labels."
+            f"the {kept.sum():,} cells with a label have {number} different labels, but at least two are needed: "
+            "choose another label column."
         )
     batches = None
     if batch is not None:
         batches = metrics.codes(np.asarray(batch, dtype=object)[kept])
         if (number := len(np.unique(batches))) < 2:
             raise DataError(
-                f"the labelled cells have {number} batch and at least two are needed; "
-                "leave the batch out or name another column."
+                f"the cells have {number} batch, but at least two are needed: leave the batch out or choose another "
+                "batch column."
             )
     cells = BaselineCells(
         sparse.csr_matrix(counts)[kept].astype(np.float32),
@@ -204,7 +209,7 @@ def _labelled(
         batches,
         components,
     )
-    notes = [] if kept.all() else [f"{(~kept).sum():,} cells without a label are left out."]
+    notes = [] if kept.all() else [f"{(~kept).sum():,} cells without a label are excluded."]
     return cells, kept, notes
 
 
@@ -233,16 +238,16 @@ def _notes(cells: BaselineCells, options: EmbeddingMetricOptions) -> Iterator[st
     sizes = np.bincount(cells.labels)
     if (small := sizes[sizes < options.folds]).size:
         yield (
-            f"{small.sum():,} cells of {small.size} labels with fewer than {options.folds} cells are left out of "
+            f"{small.sum():,} cells of {small.size} labels with fewer than {options.folds} cells are excluded from "
             "accuracy and F1."
         )
     yield (
-        f"Accuracy is that of {options.k} nearest neighbours (logistic regression in its row), in {options.folds} "
-        "folds stratified by label."
+        f"Accuracy and F1 are those of {options.k}-nearest-neighbor classification (of logistic regression in its row) "
+        f"in {options.folds} cross-validation folds stratified by label."
     )
     if cells.batch is not None:
         yield (
-            '"bio" and "batch" are the means of scib-metrics\' metrics of biology kept and of batches mixed, '
+            '"bio" and "batch" are the means of the bio conservation and the batch correction metrics of scib-metrics. '
             '"total" is 0.6 bio + 0.4 batch.'
         )
 
@@ -260,7 +265,7 @@ def _add(
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in one line: messages that are meant for people as they are."""
+    """Return the reason of an error in one line; errors of `sct` need no type name in front."""
     text = str(error).strip().split("\n")[0]
     return (
         text
@@ -274,12 +279,12 @@ def _reason(error: Exception) -> str:
 def _measure(
     method: EmbeddingMethod, cells: BaselineCells, kept: np.ndarray | None, options: EmbeddingMetricOptions
 ) -> tuple[dict[str, list[float]], list[str]]:
-    """Every metric of one embedding: its values by column, and remarks."""
+    """Return all metrics of one embedding as column -> values, and the remarks."""
     remarks = [method.remark]
     try:
         with metrics.quiet():
             fits = [_checked(method.fit(i), cells, kept) for i in range(min(method.fits, options.seeds))]
-    except Exception as error:  # any failure of a method is a row of the table
+    except Exception as error:  # a method that fails, for whatever reason, keeps its row with the reason
         return {}, [_reason(error)]
 
     parts: list[tuple[str, Callable[[], dict[str, list[float]]]]] = [
@@ -300,7 +305,10 @@ def _measure(
 
 
 def _checked(embedding: Any, cells: BaselineCells, kept: np.ndarray | None) -> np.ndarray:
-    """An embedding (labelled cells, D) of finite float32; `kept` tells which of its rows are labelled."""
+    """Check an embedding and return its labeled cells, float32 (labeled cells, D).
+
+    `kept`, bool (N,), says which rows have a label; None if the embedding contains only labeled cells.
+    """
     array = np.asarray(embedding, dtype=np.float32)
     expected = len(cells.labels) if kept is None else len(kept)
     check_shape("the embedding", array, ((expected, "cells"), "features"))
@@ -325,7 +333,7 @@ def _accuracy(
 def _clusters(
     fits: list[np.ndarray], cells: BaselineCells, options: EmbeddingMetricOptions
 ) -> dict[str, list[float]]:
-    load_extra("igraph", "analysis")  # told before the neighbours are searched
+    load_extra("igraph", "analysis")  # fail before the slow neighbor search
     graphs = [metrics.neighbor_graph(fit, options.graph_neighbors) for fit in fits]
     clusters = [
         metrics.leiden_of_graph(graphs[seed % len(graphs)], options.resolution, seed=seed)
@@ -340,7 +348,7 @@ def _clusters(
 def _silhouette(
     fits: list[np.ndarray], cells: BaselineCells, options: EmbeddingMetricOptions
 ) -> dict[str, list[float]]:
-    # Random only where the cells are a sample.
+    # The width is random only if it is computed on a sample of the cells.
     times = options.seeds if len(cells.labels) > metrics.SILHOUETTE_CELLS else len(fits)
     widths = [metrics.silhouette(fits[s % len(fits)], cells.labels, seed=s) for s in range(times)]
     return {"silhouette": widths}
@@ -357,7 +365,7 @@ def _scib(
 
 
 def _fitted(cells: BaselineCells, options: EmbeddingMetricOptions) -> dict[str, EmbeddingMethod]:
-    """Baselines that are embeddings, fitted on the counts of these cells."""
+    """Return the baselines that give an embedding; they are fitted on the counts of these cells."""
     batches = "" if cells.batch is None else " and their batches"
     once = "one training, seed 0" if options.scvi_fits == 1 else f"{options.scvi_fits} trainings"
     once += "" if options.scvi_epochs is None else f", {options.scvi_epochs} epochs"
@@ -376,7 +384,7 @@ def _fitted(cells: BaselineCells, options: EmbeddingMetricOptions) -> dict[str, 
 def _classified(
     names: list[str], cells: BaselineCells, options: EmbeddingMetricOptions
 ) -> dict[str, tuple[dict[str, list[float]], list[str]]]:
-    """Values and remarks of the classifiers of components, by the name of their row."""
+    """Return values and remarks of the PCA classifiers `names`, by the name of their row."""
     columns = (f"{options.k}-NN accuracy", "macro F1")
     kinds = {PCA_KNN: "knn", PCA_LOGISTIC: "logistic"}
     try:
@@ -396,16 +404,16 @@ def _classified(
 
 
 def umap(embedding: np.ndarray, seed: int = 0, *, n_neighbors: int = 15, min_dist: float = 0.5) -> np.ndarray:
-    """Two-dimensional picture of an embedding.
+    """Return a two-dimensional UMAP of an embedding.
 
     Parameters
     ----------
     embedding
         (N, D) embedding.
     seed
-        The same seed gives the same picture on one machine.
+        Random seed. The same seed gives the same result on the same machine.
     n_neighbors, min_dist
-        UMAP's; the defaults are scanpy's.
+        UMAP parameters; the defaults are those of scanpy.
 
     Returns
     -------
@@ -419,7 +427,9 @@ def umap(embedding: np.ndarray, seed: int = 0, *, n_neighbors: int = 15, min_dis
         There are fewer than five cells.
     """
     if len(embedding) < 5:
-        raise DataError(f"a UMAP of {len(embedding)} cells was asked for, and at least 5 are needed.")
+        raise DataError(
+            f"embedding has {len(embedding)} cells, but a UMAP needs at least 5: pass more cells."
+        )
     with metrics.quiet():
         umap = load_extra("umap", "analysis", "umap-learn", what="a UMAP")
         model = umap.UMAP(

@@ -1,1 +1,1 @@
-"""Generated cells and texts: measures and reports."""
+"""Evaluation of generated cells and texts: metrics and reports."""

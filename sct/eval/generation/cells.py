@@ -1,4 +1,4 @@
-"""The report of generated cells: beside real ones, controls, and generators that need no model."""
+"""Compare generated cells with real cells, with controls, and with baseline generators that need no model."""
 
 from __future__ import annotations
 
@@ -40,21 +40,24 @@ Express = Callable[[sparse.csr_matrix], tuple[Any, Sequence[str] | None]]
 
 @dataclasses.dataclass(frozen=True)
 class GenerationOptions:
-    """How generated cells are measured.
+    """Options of the evaluation of generated cells.
 
     Attributes
     ----------
     seeds
-        Draws of the cells that are compared: 0, 1, ...
+        Number of random draws of the compared cells, with the seeds 0, 1, ...
     ks
-        Neighbours that vote.
+        Numbers of neighbors (k) of the k-NN accuracy.
     per_label
-        Most cells of a label in a set (500 in the paper).
+        Maximum number of cells per label (500 in the paper).
     max_cells
-        Most cells of a set whose Gromov-Wasserstein discrepancy is taken; 0 leaves it out.
-    variable_genes, differential_genes, log_base
-        Of perturbations: highly variable genes of the training cells (0: all genes), genes that differ most
-        between a condition and its opposite, and the base of the logarithm of expression.
+        Maximum number of cells per set for the Gromov-Wasserstein discrepancy; 0 skips this metric.
+    variable_genes
+        Perturbations only: number of highly variable genes, selected in the training cells; 0 for all genes.
+    differential_genes
+        Perturbations only: number of genes that differ most between a condition and its opposite.
+    log_base
+        Perturbations only: base of the logarithm of expression.
     """
 
     seeds: int = 5
@@ -74,15 +77,17 @@ class GenerationOptions:
             check_at_least("ks", k, 1)
 
 
-def log_normalised(counts: sparse.csr_matrix) -> tuple[sparse.csr_matrix, None]:
-    """log10(1 + counts per 10,000) of raw counts (N, G) (Cell2Sentence, equation 1), and no sentences."""
+def log_normalized(counts: sparse.csr_matrix) -> tuple[sparse.csr_matrix, None]:
+    """Return log10(1 + counts per 10,000) of raw counts (N, G) (Cell2Sentence, equation 1), and None for sentences."""
     return sparse.csr_matrix(log_expression(counts, np.float64) / np.log(10)), None
 
 
 def profile_counts(
     counts: Any, labels: Any, asked: Any, rng: np.random.Generator
 ) -> tuple[sparse.csr_matrix, np.ndarray]:
-    """Cells drawn from the mean profile of a label: all that is known of it but how cells vary together.
+    """Draw cells from the mean expression profile of their label.
+
+    This baseline knows the mean of each label, but not how genes vary together within a label.
 
     Parameters
     ----------
@@ -91,25 +96,28 @@ def profile_counts(
     asked
         (M,) label of each cell to draw.
     rng
-        Source of randomness.
+        Random number generator.
 
     Returns
     -------
-    (M, G) raw counts, a multinomial draw from the label's summed counts with the total of one of its cells; and (M,)
-    the row of the training cell whose total it has, each cell once where there are enough.
+    Raw counts (M, G) and rows (M,) of training cells. Each cell is a multinomial draw from the summed counts of its
+    label. Its total count is that of a training cell of the label, whose row is returned. A training cell is used twice
+    only if the label has too few cells.
 
     Raises
     ------
     DataError
-        Counts are not whole numbers from 0 up, lengths differ, or a label has no training cell.
+        Counts are not non-negative whole numbers, lengths differ, or a label has no training cell.
     """
     counts, labels = sparse.csr_matrix(counts), np.asarray(labels, dtype=object)
     asked = np.asarray(asked, dtype=object)
     check_one_each("training labels", len(labels), "cells", counts.shape[0])
     if ((counts.data < 0) | (counts.data % 1 != 0)).any():
-        raise DataError("the training counts are not whole numbers from 0 up; give raw counts.")
+        raise DataError(
+            "the training counts have negative or fractional values, but whole counts are needed: pass raw counts."
+        )
     if missing := sorted(map(str, set(asked) - set(labels))):
-        raise DataError(f"no training cell has the label {missing[0]!r}; leave it out or add training cells.")
+        raise DataError(f"no training cell has the label {missing[0]!r}: leave it out or add training cells.")
     totals = np.asarray(counts.sum(axis=1)).ravel().astype(np.int64)
     donors = np.empty(len(asked), np.int64)
     blocks, order = [], []
@@ -126,7 +134,10 @@ def profile_counts(
 def _split(
     generated: CellSet, real: CellSet, labels: Sequence[Any], options: GenerationOptions, seed: int
 ) -> tuple[CellSet, CellSet, CellSet]:
-    """Real cells to compare with; and generated and other real cells, as many of each label."""
+    """Return reference cells (real), generated cells, and other real cells.
+
+    Per label, the last two sets have the same number of cells.
+    """
     rng = np.random.default_rng(seed)
     parts: list[list[np.ndarray]] = [[], [], []]
     for label in labels:
@@ -137,17 +148,17 @@ def _split(
         rows = (true[:half][: options.per_label], made[:number], true[half:][:number])
         for part, each in zip(parts, rows, strict=True):
             part.append(each)
-    # Mixed, since ties of distances go by the order of rows.
+    # Shuffle the reference cells, because the order of rows decides ties of distances.
     chosen = [rng.permutation(np.concatenate(parts[0])), *map(np.concatenate, parts[1:])]
     return real.take(chosen[0]), generated.take(chosen[1]), real.take(chosen[2])
 
 
 def _shared_labels(generated: CellSet, real: CellSet, training: Any = None) -> tuple[list[Any], list[str]]:
-    """Labels that can be compared, and what to say of the others."""
+    """Return the labels that can be compared, and notes about cells of other labels."""
     if generated.expression.shape[1] != real.expression.shape[1]:
         raise DataError(
-            f"generated cells have {generated.expression.shape[1]:,} genes and real ones "
-            f"{real.expression.shape[1]:,}; give both by the same genes."
+            f"generated cells have {generated.expression.shape[1]:,} genes, but real cells have "
+            f"{real.expression.shape[1]:,}: use the same genes for both."
         )
     sizes = pd.Series(real.labels).value_counts()
     has = [sizes.reindex(pd.unique(generated.labels), fill_value=0) > 1]
@@ -157,17 +168,17 @@ def _shared_labels(generated: CellSet, real: CellSet, training: Any = None) -> t
     labels = sorted(has[0].index[keep], key=str)
     if not labels:
         raise DataError(
-            "no label of the generated cells has two real cells; generate cells for labels that have."
+            "no label of the generated cells has two or more real cells: generate cells for labels of the real cells."
         )
     left, unasked = (~pd.Series(cells.labels).isin(labels) for cells in (generated, real))
     notes = []
     if left.any():
         notes.append(
-            f"{left.sum():,} cells generated for {len(keep) - len(labels)} labels are left out: these labels have "
+            f"{left.sum():,} cells generated for {len(keep) - len(labels)} labels are excluded: these labels have "
             f"fewer than two real cells{'' if training is None else ' or no training cell'}."
         )
     if unasked.any():
-        notes.append(f"{unasked.sum():,} real cells of labels that are not compared are left out.")
+        notes.append(f"{unasked.sum():,} real cells of labels that are not compared are excluded.")
     return labels, notes
 
 
@@ -178,7 +189,7 @@ def _column(k: int, space: str) -> str:
 def _by_label(
     cells: CellSet, distances: Mapping[str, np.ndarray], reference: CellSet, options: GenerationOptions
 ) -> dict[str, float]:
-    """Measures that depend on the labels of the cells."""
+    """Return the metrics that depend on the labels of the cells, by column."""
     values: dict[str, float] = {}
     for space, matrix in distances.items():
         accuracies = nearest_label_accuracy(matrix, reference.labels, cells.labels, options.ks)
@@ -200,48 +211,51 @@ def compare(
     training_counts: Any = None,
     training_labels: Any = None,
     *,
-    express: Express = log_normalised,
+    express: Express = log_normalized,
     options: GenerationOptions | None = None,
 ) -> tuple[Report, metrics.MetricDraws]:
-    """Generated cells beside what a generator can reach, and beside what needs none (Cell2Sentence, Tables 1, 7, 8).
+    """Compare generated cells with real cells, controls and baseline generators (Cell2Sentence, Tables 1, 7 and 8).
 
-    For each seed the real cells of a label are halved. One half is what all rows are compared with; of the other
-    half and of the generated cells as many are drawn, so that all rows have the same number of each label:
+    For each seed, the real cells of each label are split in two halves. One half is the reference for all rows. The
+    other rows have equal numbers of cells per label:
 
-    - generated cells, and the same cells with their labels shuffled;
-    - other real cells: the ceiling of every measure, and the floor of Gromov-Wasserstein;
-    - training cells, copied; and multinomial draws from the mean training profile of the label;
-    - the accuracy of guessing by the frequencies of labels, and of the most common label.
+    - the generated cells, and the same cells with shuffled labels (control);
+    - the other half of the real cells, which shows the best values a generator can reach;
+    - copied training cells, and multinomial draws from the mean training profile of the label (baselines);
+    - guesses of the label by its frequency, and of the most common label (baselines of the accuracy).
 
     Parameters
     ----------
     generated, real
-        Generated cells, and held-out real cells. With sentences in both, neighbours are also sought by Levenshtein
-        distance.
+        Generated cells, and held-out real cells. If both have sentences, the k-NN accuracy is also computed with the
+        Levenshtein distance.
     training_counts, training_labels
-        (T, G) raw counts and (T,) labels of the cells that the generator learned from, or None.
+        (T, G) raw counts and (T,) labels of the generator's training cells, or both None.
     express
-        Raw counts (n, G) -> expression (n, G) and n sentences or None, as the real cells were made.
+        Function: raw counts (n, G) -> expression (n, G), and n sentences or None, processed like the real cells.
     options
         See `GenerationOptions`.
 
     Returns
     -------
-    The report, and name of the row -> column -> measurements over seeds. A measure whose library is missing is
-    shown as "-", with the reason in a note.
+    The report, and the numbers: row -> column -> one value per seed. If the library of a metric is missing, the table
+    shows "-" and the reason in a note.
 
     Raises
     ------
     DataError
-        Fewer than two labels can be compared, or genes differ.
+        Fewer than two labels can be compared, or the numbers of genes differ.
+    ConfigError
+        Only one of `training_counts` and `training_labels` is given.
     """
     options = options or GenerationOptions()
     if (training_counts is None) != (training_labels is None):
-        raise ConfigError("of the training cells either counts or labels were given; give both or none.")
+        raise ConfigError("only one of training_counts and training_labels is given: pass both or neither.")
     labels, notes = _shared_labels(generated, real, training_labels)
     if len(labels) < 2:
         raise DataError(
-            f"all cells that can be compared have the label {labels[0]!r}; two labels are needed."
+            f"all cells that can be compared have the label {labels[0]!r}, but at least two labels are needed: add "
+            "cells of other labels."
         )
     counts = None if training_counts is None else sparse.csr_matrix(training_counts)
     spaces, measured, missing = _available(generated, real, options)
@@ -281,7 +295,7 @@ def compare(
     columns += [*(["Gromov-Wasserstein"] if options.max_cells else []), *CORRELATIONS]
     columns += QUALITY if generated.quality is not None else ()
     report = Report(
-        f"{len(generated):,} generated cells, {len(labels)} labels, beside {len(real):,} real cells",
+        f"{len(generated):,} generated cells, {len(labels)} labels, compared with {len(real):,} real cells",
         ("cells", Column("made_of", "made of"), *columns),
         notes=(*notes, *missing, *_notes(made, reference, options)),
     )
@@ -301,44 +315,44 @@ def _expressed(express: Express, counts: sparse.csr_matrix, labels: np.ndarray) 
 def _available(
     generated: CellSet, real: CellSet, options: GenerationOptions
 ) -> tuple[list[str], bool, list[str]]:
-    """Spaces of neighbours, whether Gromov-Wasserstein is measured, and which libraries are missing."""
+    """Return the spaces for k-NN accuracy, whether to compute Gromov-Wasserstein, and notes on missing libraries."""
     spaces, measured, missing = ["expression"], options.max_cells > 0, []
     if generated.sentences is not None and real.sentences is not None:
         try:
             load_extra("rapidfuzz", "text")
             spaces.append("sentences")
         except MissingExtraError as error:
-            missing.append(f"No Levenshtein distances: {error}.")
+            missing.append(f"Levenshtein distances are not computed: {error}.")
     if measured:
         try:
             with metrics.quiet():
                 load_extra("ot", "analysis", "POT")
         except MissingExtraError as error:
             measured = False
-            missing.append(f"No Gromov-Wasserstein discrepancy: {error}.")
+            missing.append(f"The Gromov-Wasserstein discrepancy is not computed: {error}.")
     return spaces, measured, missing
 
 
 def _guesses(made: np.ndarray, real: np.ndarray, columns: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Accuracy of guesses that know how often a label is among the real cells, by row and column."""
-    often = pd.Series(real).value_counts(normalize=True)
-    asked = pd.Series(made).value_counts(normalize=True).reindex(often.index, fill_value=0.0)
-    # Of equally common labels any may be guessed.
-    top = asked[often == often.max()].mean()
+    """Return the accuracy of guesses from the label frequencies of the real cells, by row and column."""
+    frequency = pd.Series(real).value_counts(normalize=True)
+    asked = pd.Series(made).value_counts(normalize=True).reindex(frequency.index, fill_value=0.0)
+    # If several labels are most common, average over them.
+    top = asked[frequency == frequency.max()].mean()
     return {
-        CHANCE: dict.fromkeys(columns, float((often * asked).sum())),
+        CHANCE: dict.fromkeys(columns, float((frequency * asked).sum())),
         MAJORITY: dict.fromkeys(columns, float(top)),
     }
 
 
 def _notes(made: CellSet, reference: CellSet, options: GenerationOptions) -> list[str]:
     notes = [
-        f"Each of {options.seeds} draws compares {len(made):,} cells of a row with {len(reference):,} real ones, "
-        "which are half of the held-out cells of each label."
+        f"Each of {options.seeds} draws compares {len(made):,} cells per row with {len(reference):,} real cells, which "
+        "are half of the held-out cells of each label."
     ]
     if options.max_cells:
         notes.append(
             "Gromov-Wasserstein: squared loss of Euclidean distances in expression space, equal weights, at most "
-            f"{options.max_cells:,} cells of a set; its floor is the row of other real cells."
+            f"{options.max_cells:,} cells per set. The row '{REAL}' shows the lowest value that a generator can reach."
         )
     return notes

@@ -1,4 +1,4 @@
-"""Measures of generated cells: nearest neighbours, Gromov-Wasserstein, mean profiles, sentences."""
+"""Metrics of generated cells: k-NN accuracy, Gromov-Wasserstein discrepancy, mean profiles, sentence quality."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ class CellSet:
     Attributes
     ----------
     expression
-        (N, G) normalised expression, dense or sparse; the same genes and the same units in all sets that are
-        compared (Cell2Sentence: log10(1 + counts per 10,000)).
+        (N, G) normalized expression, dense or sparse. Compared sets need the same genes and units; Cell2Sentence uses
+        log10(1 + counts per 10,000).
     labels
-        (N,) the cell type or condition: observed, or the one that the cell was generated for.
+        (N,) cell type or condition: the observed one for real cells, the requested one for generated cells.
     sentences
-        N cell sentences, gene names with spaces between them, or None.
+        N cell sentences (gene names separated by spaces), or None.
     quality
-        (N, ...) table with the columns n_words, n_valid and n_unique (see `sentence_quality`), or None.
+        Table of N rows with the columns n_words, n_valid and n_unique (see `sentence_quality`), or None.
 
     Raises
     ------
     DataError
-        Lengths differ, a label is missing, or an expression is not finite.
+        Lengths differ, a label is missing, or an expression value is not finite.
     """
 
     expression: Any
@@ -61,7 +61,7 @@ class CellSet:
             if given is not None:
                 check_one_each(name, len(given), "cells", matrix.shape[0])
         if missing := int(pd.isna(self.labels).sum()):
-            raise DataError(f"{missing:,} cells have no label; leave these cells out.")
+            raise DataError(f"labels has {missing:,} missing values: remove the cells without a label.")
         check_finite(
             "expression",
             matrix.data if sparse.issparse(matrix) else matrix,
@@ -72,25 +72,25 @@ class CellSet:
         return len(self.labels)
 
     def take(self, rows: np.ndarray) -> CellSet:
-        """The cells of these row numbers, in this order."""
+        """Return the cells at the given row numbers, in this order."""
         sentences = None if self.sentences is None else [self.sentences[i] for i in rows]
         quality = None if self.quality is None else self.quality.iloc[rows]
         return CellSet(self.expression[rows], self.labels[rows], sentences, quality)
 
 
 def token_distances(queries: Sequence[str], references: Sequence[str], *, workers: int = -1) -> np.ndarray:
-    """Levenshtein distances of sentences over genes, not over characters (Cell2Sentence, Table 8).
+    """Return Levenshtein distances between cell sentences, with genes instead of characters (Cell2Sentence, Table 8).
 
     Parameters
     ----------
     queries, references
         M and N cell sentences.
     workers
-        Threads; -1 takes all cores.
+        Number of threads; -1 uses all cores.
 
     Returns
     -------
-    (M, N) int32: the least number of genes inserted, left out or replaced.
+    int32 (M, N): minimum number of genes to insert, delete or replace.
 
     Raises
     ------
@@ -103,9 +103,9 @@ def token_distances(queries: Sequence[str], references: Sequence[str], *, worker
 
     words = [sentence.split() for sentence in (*queries, *references)]
     flat = pd.factorize(np.array([word for each in words for word in each], dtype=object))[0].astype("<u4")
-    flat[flat >= 0xD800] += 0x800  # no character has a number in this gap
+    flat[flat >= 0xD800] += 0x800  # skip the Unicode surrogates, which are not characters
     ends = np.cumsum([len(each) for each in words])
-    # One character stands for one gene, since the library is fastest on texts.
+    # Encode each gene as one character, because rapidfuzz is fastest on strings.
     texts = [part.tobytes().decode("utf-32-le") for part in np.split(flat, ends[:-1])]
     return cdist(
         texts[: len(queries)],
@@ -117,46 +117,46 @@ def token_distances(queries: Sequence[str], references: Sequence[str], *, worker
 
 
 def expression_distances(cells: Any, references: Any) -> np.ndarray:
-    """Euclidean distances (M, N) of cells (M, G) and (N, G), dense or sparse."""
+    """Return Euclidean distances (M, N) between cells (M, G) and references (N, G), dense or sparse."""
     return euclidean_distances(cells, references)
 
 
 def _votes(distances: np.ndarray) -> np.ndarray:
-    """Equal votes of sorted neighbours; where labels tie, the one with the nearest cell wins."""
+    """Return almost equal weights for sorted neighbors; if labels tie, the label of the nearest cell wins."""
     return np.tile(1 + 0.5 ** (2 + np.arange(distances.shape[1])), (len(distances), 1))
 
 
 def nearest_label_accuracy(
     distances: np.ndarray, real_labels: Any, generated_labels: Any, ks: Sequence[int] = KS
 ) -> dict[int, float]:
-    """Share of generated cells whose nearest real cells have the label that they were generated for.
+    """Return the k-NN accuracy: the fraction of generated cells whose nearest real cells vote for the requested label.
 
-    Cell2Sentence, section 4.2, Table 1 (expression), Table 8 (Levenshtein distance) and Table 10. Where several
-    real cells are equally far as the k-th neighbour, the order of rows decides among them.
+    See Cell2Sentence, section 4.2, Table 1 (expression), Table 8 (Levenshtein distance) and Table 10. If several real
+    cells tie for the k-th neighbor, the order of rows decides.
 
     Parameters
     ----------
     distances
-        (M, N) from generated to real cells (`expression_distances`, `token_distances`).
+        (M, N) distances from generated to real cells, from `expression_distances` or `token_distances`.
     real_labels, generated_labels
-        (N,) and (M,).
+        (N,) labels of the real cells, and (M,) requested labels of the generated cells.
     ks
-        Numbers of neighbours.
+        Numbers of neighbors.
 
     Returns
     -------
-    k -> accuracy in [0, 1], higher is better; NaN where there are fewer than k real cells.
+    k -> accuracy in [0, 1], higher is better; NaN if there are fewer than k real cells.
 
     Raises
     ------
     DataError
-        A generated label is none of the real ones, or lengths differ.
+        No real cell has one of the generated labels, or shapes differ.
     """
     real, asked = np.asarray(real_labels, dtype=object), np.asarray(generated_labels, dtype=object)
     if distances.shape != (len(asked), len(real)) or not distances.size:
         raise DataError(
-            f"distances have the shape {distances.shape} for {len(asked):,} generated and {len(real):,} real "
-            "labels; one row for each generated and one column for each real cell is needed."
+            f"distances has the shape {distances.shape}, but there are {len(asked):,} generated and {len(real):,} real "
+            "labels: pass one row per generated cell and one column per real cell."
         )
     _check_known(asked, real)
     names = metrics.codes(np.concatenate([real, asked]))
@@ -165,7 +165,7 @@ def nearest_label_accuracy(
         if k > len(real):
             accuracies[k] = math.nan
             continue
-        # Of the training matrix of "precomputed" only the shape is looked at.
+        # With metric="precomputed", scikit-learn uses only the shape of the training matrix.
         model = KNeighborsClassifier(k, weights=_votes, metric="precomputed")
         model.fit(sparse.eye(len(real), format="csr"), names[: len(real)])
         predicted = model.predict(distances)
@@ -176,30 +176,34 @@ def nearest_label_accuracy(
 def _check_known(generated: np.ndarray, real: np.ndarray) -> None:
     if unknown := sorted(map(str, set(generated) - set(real))):
         raise DataError(
-            f"cells were generated for {unknown[0]!r}, which no real cell has; leave them out or add real cells."
+            f"generated cells have the label {unknown[0]!r}, but no real cell has it: remove these cells or add real "
+            "cells."
         )
 
 
 def gromov_wasserstein(real: Any, generated: Any, *, max_cells: int = 1000, seed: int = 0) -> float:
-    """Gromov-Wasserstein discrepancy between two sets of cells (Cell2Sentence, section 4.2, Table 1).
+    """Return the Gromov-Wasserstein discrepancy between two sets of cells (Cell2Sentence, section 4.2, Table 1).
 
-    The least mean of (d(i, j) - d'(i', j'))^2 over couplings of the two sets, with d and d' the Euclidean
-    distances in expression space and equal weights of the cells; POT's `gromov_wasserstein2` with the squared
-    loss, and no root is taken. The problem is not convex: the lower of two local minima is returned, one found
-    from the product of the weights, one from the optimal transport plan in expression space.
+    It is the minimum, over couplings of the two sets, of the mean of (d(i, j) - d'(i', j'))^2. Here d and d' are the
+    Euclidean distances in expression space within each set, and all cells have equal weight. It is computed by POT's
+    `gromov_wasserstein2` with the squared loss, without a square root. The problem is not convex. The function returns
+    the lower of two local minima: one starts from the product of the weights, the other from the optimal transport
+    plan in expression space.
 
     Parameters
     ----------
     real, generated
         (N, G) and (M, G) expression.
     max_cells, seed
-        Of a larger set this many cells, drawn without replacement, stand for all: memory grows with the square
-        and time with the cube of their number. The discrepancy of two samples of one distribution is above 0
-        and shrinks with their size, so that numbers are compared at one size and beside that of real cells.
+        A set with more than `max_cells` cells is subsampled without replacement, because memory grows with the square
+        and time with the cube of the number of cells. Two samples of the same distribution have a discrepancy above 0,
+        which shrinks with the sample size. Therefore compare only values of equal sample size, and compare them with
+        the value between two sets of real cells.
 
     Returns
     -------
-    A number from 0 (equal up to a motion) up, in squared units of expression; lower is better.
+    Discrepancy >= 0, in squared units of expression; lower is better. It is 0 if the sets are equal up to rotation,
+    reflection and translation.
 
     Raises
     ------
@@ -222,7 +226,15 @@ def gromov_wasserstein(real: Any, generated: Any, *, max_cells: int = 1000, seed
 
 
 class Correlations(NamedTuple):
-    """Agreement of two profiles: Pearson's and Spearman's correlation and the coefficient of determination."""
+    """Agreement of two expression profiles.
+
+    Attributes
+    ----------
+    pearson, spearman
+        Pearson and Spearman correlation.
+    r2
+        Coefficient of determination.
+    """
 
     pearson: float
     spearman: float
@@ -230,18 +242,18 @@ class Correlations(NamedTuple):
 
 
 def correlations(real: np.ndarray, generated: np.ndarray) -> Correlations:
-    """Agreement of a generated with a real profile (G,).
+    """Return the agreement between a real and a generated expression profile.
 
     Parameters
     ----------
     real, generated
-        (G,) mean expression, or differences of it.
+        (G,) mean expression, or difference of mean expression.
 
     Returns
     -------
-    Correlations in [-1, 1] and R2 in (-inf, 1], 1 the best; NaN where a profile is constant. R2 is the share
-    of the real profile's variance that the generated one explains as it is (1 - residual / total), not the
-    square of Pearson's correlation: in the paper's Table 7 it is lower than that.
+    Pearson and Spearman correlation in [-1, 1] and R2 in (-inf, 1], with 1 the best; NaN if a profile is constant. R2
+    is 1 - residual variance / total variance of the real profile, not the square of the Pearson correlation. In Table
+    7 of the paper, R2 is lower than that square.
     """
     if len(real) < 2 or np.ptp(real) == 0 or np.ptp(generated) == 0:
         return Correlations(np.nan, np.nan, np.nan)
@@ -253,7 +265,7 @@ def correlations(real: np.ndarray, generated: np.ndarray) -> Correlations:
 
 
 def mean_profiles(expression: Any, labels: Any) -> pd.DataFrame:
-    """Mean expression (L, G) of the cells (N, G) of each label (N,), in the order of first appearance."""
+    """Return the mean expression (L, G) of the cells (N, G) of each label; labels are in order of first appearance."""
     names, labels = pd.factorize(np.asarray(labels, dtype=object))
     member = sparse.csr_matrix((np.ones(len(names)), (names, np.arange(len(names)))))
     sums = member @ expression
@@ -262,22 +274,22 @@ def mean_profiles(expression: Any, labels: Any) -> pd.DataFrame:
 
 
 def mean_correlations(generated: CellSet, real: CellSet) -> pd.DataFrame:
-    """Agreement of the mean generated cell of each label with the mean real one (Cell2Sentence, Table 7).
+    """Return how well the mean generated cell of each label agrees with the mean real cell (Cell2Sentence, Table 7).
 
     Parameters
     ----------
     generated, real
-        Cells; all genes count.
+        Cells to compare, over all genes.
 
     Returns
     -------
-    (L, 3) table by label of the generated cells, with the columns pearson, spearman and r2 (see `correlations`);
-    the paper's number is the mean over labels.
+    Table with one row per label of the generated cells and the columns pearson, spearman and r2 (see `correlations`).
+    The paper reports the mean over labels.
 
     Raises
     ------
     DataError
-        A generated label is none of the real ones.
+        No real cell has one of the generated labels.
     """
     _check_known(generated.labels, real.labels)
     made, true = (mean_profiles(cells.expression, cells.labels) for cells in (generated, real))
@@ -288,23 +300,23 @@ def mean_correlations(generated: CellSet, real: CellSet) -> pd.DataFrame:
 
 
 def sentence_quality(table: pd.DataFrame) -> dict[str, float]:
-    """Length, validity and uniqueness of generated sentences, averaged over cells (Cell2Sentence, Table 11).
+    """Return the length, validity and uniqueness of generated sentences, averaged over cells (Cell2Sentence, Table 11).
 
     Parameters
     ----------
     table
-        (N, ...) of each sentence: n_words, all its words; n_valid, those that are genes, repeated ones counted
-        each time; n_unique, the different genes among them.
+        One row per sentence, with the columns n_words (number of words), n_valid (number of words that are genes,
+        including repeats) and n_unique (number of distinct genes).
 
     Returns
     -------
-    "length", the mean number of words; "valid genes" and "unique genes", the mean shares of n_valid and of n_unique
-    in n_words, in [0, 1], 1 the best. A sentence without words has shares of 0.
+    Dict of "length", the mean of n_words, and of "valid genes" and "unique genes", the means of n_valid / n_words and
+    n_unique / n_words, in [0, 1], with 1 the best. These fractions are 0 for a sentence without words.
 
     Raises
     ------
     DataError
-        A column is missing, or the numbers contradict each other.
+        A column is missing, or a row violates n_words >= n_valid >= n_unique >= 0.
     """
     names = ["n_words", "n_valid", "n_unique"]
     for name in names:
@@ -312,7 +324,7 @@ def sentence_quality(table: pd.DataFrame) -> dict[str, float]:
     words, valid, unique = (table[name].to_numpy(float) for name in names)
     if not ((words >= valid) & (valid >= unique) & (unique >= 0)).all():
         raise DataError(
-            "the table of sentences has rows without n_words >= n_valid >= n_unique >= 0; count again."
+            "the table of sentences has rows that violate n_words >= n_valid >= n_unique >= 0: correct these columns."
         )
     shares = [np.divide(n, words, out=np.zeros_like(words), where=words > 0).mean() for n in (valid, unique)]
     return dict(zip(QUALITY, map(float, (words.mean(), *shares)), strict=True))

@@ -1,4 +1,4 @@
-"""Generated perturbations: mean expression, and its change, on variable and differential genes."""
+"""Evaluate generated perturbed cells by the mean expression of variable and of differential genes, and its change."""
 
 from __future__ import annotations
 
@@ -23,7 +23,16 @@ NO_CHANGE = "training cells of the opposite condition"
 
 
 def chosen_genes(expression: Any, number: int = 5000, *, log_base: float = 10.0) -> np.ndarray:
-    """Columns of the most variable genes of cells (N, G) of logarithmic expression; of all for a number of 0.
+    """Return the columns of the most variable genes of log-transformed expression (N, G).
+
+    Parameters
+    ----------
+    expression
+        (N, G) log-transformed expression.
+    number
+        Number of genes; 0 returns all genes.
+    log_base
+        Base of the logarithm.
 
     Raises
     ------
@@ -37,9 +46,20 @@ def chosen_genes(expression: Any, number: int = 5000, *, log_base: float = 10.0)
 
 
 def differential_genes(cells: Any, opposite: Any, number: int = 20) -> np.ndarray:
-    """Columns (number,) in which two sets of cells (N, G) and (M, G) differ most, up or down.
+    """Return the columns of the genes that differ most between two sets of cells, up or down.
 
-    By the score of scanpy's Wilcoxon rank-sum test, corrected for ties.
+    Genes are ranked by the absolute score of scanpy's Wilcoxon rank-sum test with tie correction.
+
+    Parameters
+    ----------
+    cells, opposite
+        (N, G) and (M, G) expression.
+    number
+        Number of genes.
+
+    Returns
+    -------
+    int (number,); fewer if there are fewer genes.
 
     Raises
     ------
@@ -79,25 +99,26 @@ def perturbation_correlations(
     genes: np.ndarray | None = None,
     differential: Mapping[Any, np.ndarray],
 ) -> pd.DataFrame:
-    """Agreement of mean profiles under unseen conditions (Cell2Sentence, section 4.2, Table 2).
+    """Return how well mean generated profiles agree with real ones under unseen conditions.
+
+    See Cell2Sentence, section 4.2, Table 2.
 
     Parameters
     ----------
     generated, real, training
-        Cells by condition; those of the conditions asked for are not among the training cells.
+        Cells with their conditions as labels. The training cells contain no cell of the evaluated conditions.
     opposite
-        Condition -> the condition of the training cells that it is compared with (the other exposure, the
-        control).
+        Evaluated condition -> condition of the training cells that it is compared with, such as the control.
     genes
-        Columns that count (`chosen_genes` of the training cells), or None for all.
+        Columns of the genes to use, such as `chosen_genes` of the training cells; None for all genes.
     differential
         Condition -> columns of its differential genes.
 
     Returns
     -------
-    (conditions, 8) table with `PERTURBATION_COLUMNS`, in [-1, 1], 1 the best: correlations over the genes and
-    over the differential ones, then (Δ) the same after the mean training profile of the opposite condition is
-    taken from both; NaN where a profile is constant.
+    Table with one row per condition and the columns `PERTURBATION_COLUMNS`: correlations in [-1, 1], with 1 the best,
+    over `genes` and over the differential genes. In the Δ columns, the mean training profile of the opposite condition
+    is first subtracted from both profiles. NaN if a profile is constant.
     """
     profiles = [mean_profiles(each.expression, each.labels) for each in (generated, real, training)]
     chosen = slice(None) if genes is None else genes
@@ -123,12 +144,15 @@ def compare_perturbations(
     opposite: Mapping[Any, Any],
     options: GenerationOptions | None = None,
 ) -> tuple[Report, metrics.MetricDraws]:
-    """Cells generated for unseen conditions beside a ceiling and controls (Cell2Sentence, section 4.2, Table 2).
+    """Compare cells generated for unseen conditions with real cells and controls.
 
-    Cells are drawn as in `compare`. The variable genes are those of the training cells; the differential genes
-    of a condition are those of the real cells that all rows are compared with, against the training cells of the
-    opposite condition. The rows are generated cells, the same with their conditions shuffled, other real
-    cells, and the training cells of the opposite condition (no effect is predicted, so that Δ is undefined).
+    See Cell2Sentence, section 4.2, Table 2. Cells are drawn as in `sct.eval.generation.cells.compare`. Variable genes
+    are selected in the training cells. The differential genes of a condition are those between the reference real cells
+    and the training cells of the opposite condition. The rows of the table are:
+
+    - the generated cells, and the same cells with shuffled conditions (control);
+    - other real cells, which show the best values a generator can reach;
+    - the training cells of the opposite condition, which predict no effect, so their Δ columns are undefined.
 
     Parameters
     ----------
@@ -139,7 +163,7 @@ def compare_perturbations(
 
     Returns
     -------
-    The report of means over conditions, and name of the row -> column -> measurements over seeds.
+    The report, with means over conditions, and the numbers: row -> column -> one value per seed.
 
     Raises
     ------
@@ -156,7 +180,10 @@ def compare_perturbations(
             (training, other, 2, "training"),
         ):
             if (number := int((cells.labels == label).sum())) < least:
-                raise DataError(f"{label!r} has {number} {what} cells; give {least} or more or leave it out.")
+                raise DataError(
+                    f"condition {label!r} has {number} {what} cells, but at least {least} are needed: add cells or "
+                    "leave the condition out."
+                )
     genes = chosen_genes(training.expression, options.variable_genes, log_base=options.log_base)
     names = (GENERATED, SHUFFLED, REAL, NO_CHANGE)
     numbers: metrics.MetricDraws = {name: {column: [] for column in PERTURBATION_COLUMNS} for name in names}
@@ -189,9 +216,9 @@ def compare_perturbations(
         f"{len(opposite)} unseen conditions, {len(generated):,} generated cells",
         ("cells", *PERTURBATION_COLUMNS),
         notes=(
-            f"Means over conditions, of {len(genes):,} genes; top DE: the {options.differential_genes} that differ "
-            "most between the real cells and the training cells of the opposite condition.",
-            "Δ: after the mean training profile of the opposite condition is taken away.",
+            f"Means over conditions, for {len(genes):,} genes. Top DE: the {options.differential_genes} genes that "
+            "differ most between the real cells and the training cells of the opposite condition.",
+            "Δ: the mean training profile of the opposite condition is subtracted from both profiles first.",
         ),
     )
     for name in names:

@@ -1,4 +1,4 @@
-"""Generated texts beside the true ones: similarity of embeddings, their distributions, BLEU and ROUGE."""
+"""Compare generated texts with true texts by embedding similarity, embedding distributions, BLEU and ROUGE."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sct.extras import load_extra
 from sct.progress import track
 
 SHUFFLED = "{}, pairs shuffled"
-DRAWN, TYPICAL = "training texts drawn by chance", "most typical training text for all"
+DRAWN, TYPICAL = "random training texts", "most typical training text for all"
 TFIDF = "TF-IDF + truncated SVD (words in common, not meaning)"
 UNDEFINED, UNMEASURED = "n/a", "-"
 ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -33,29 +33,28 @@ EmbedTexts = Callable[[Sequence[str]], np.ndarray]
 
 
 def tfidf_embedding(fitted_on: Sequence[str], components: int = 100, *, seed: int = 0) -> EmbedTexts:
-    """Embedding of texts by their words, which needs no download: TF-IDF and a truncated SVD.
+    """Return a text embedding by TF-IDF and truncated SVD, which needs no downloaded model.
 
-    It knows which words texts share, not what they mean: a paraphrase in other words is far away, and a word that no
-    text of `fitted_on` has does not count. For numbers beside those of a paper give the embedding of a
-    language model.
+    The embedding compares the words of texts, not their meaning: a paraphrase in other words is far away. Words that
+    do not occur in `fitted_on` are ignored. To compare numbers with a paper, use the embedding of a language model.
 
     Parameters
     ----------
     fitted_on
-        Texts that give the words, their weights and the components; the same for all that is compared.
+        Texts to fit the vocabulary, the word weights and the SVD on; use the same texts for all compared methods.
     components
-        Dimensions, fewer where there are fewer texts or words.
+        Number of dimensions D; lower if there are fewer texts or words.
     seed
-        Start vector of the decomposition.
+        Random seed for the start vector of the SVD.
 
     Returns
     -------
-    A function of n texts that gives (n, D) float64.
+    Function: n texts -> float64 (n, D).
 
     Raises
     ------
     DataError
-        There are fewer than two texts, or no words in them.
+        There are fewer than two texts, or fewer than two words in them.
     """
     words = TfidfVectorizer(sublinear_tf=True, stop_words="english")
     try:
@@ -64,8 +63,8 @@ def tfidf_embedding(fitted_on: Sequence[str], components: int = 100, *, seed: in
         weights = np.zeros((len(fitted_on), 0))
     if min(weights.shape) < 2:
         raise DataError(
-            f"an embedding was asked for of {len(fitted_on)} texts with {weights.shape[1]} words; "
-            "give two texts or more with words in them."
+            f"fitted_on has {len(fitted_on)} texts with {weights.shape[1]} distinct words, but TF-IDF needs at least "
+            "two of each: pass more texts."
         )
     svd = TruncatedSVD(min(components, min(weights.shape) - 1), algorithm="arpack", random_state=seed)
     svd.fit(weights)
@@ -73,18 +72,18 @@ def tfidf_embedding(fitted_on: Sequence[str], components: int = 100, *, seed: in
 
 
 class Similarity(NamedTuple):
-    """Similarity of generated texts to their own true text, beside that to the others.
+    """Similarity of generated texts to their own true text, compared with the similarity to the other true texts.
 
     Attributes
     ----------
     own, others
         Mean cosine similarity, in [-1, 1].
     t, t_p
-        Statistic and two-sided p of Student's t test, positive where a text is nearer to its own.
+        Statistic and two-sided p-value of Student's t-test; t is positive if texts are closer to their own true text.
     ks, ks_p
-        Statistic, in [0, 1], and two-sided p of the Kolmogorov-Smirnov test.
+        Statistic, in [0, 1], and two-sided p-value of the Kolmogorov-Smirnov test.
     pearson, spearman
-        Mean correlation between the components of a generated text's embedding and those of its own.
+        Mean correlation between the embedding components of a generated text and those of its own true text.
     """
 
     own: float
@@ -98,40 +97,43 @@ class Similarity(NamedTuple):
 
 
 def similarity(generated: np.ndarray, true: np.ndarray, pairs: Any) -> Similarity:
-    """Whether generated texts are nearer to their own true text than to others (Cell2Sentence, section 4.4, Table 4).
+    """Test if generated texts are closer to their own true text than to others (Cell2Sentence, section 4.4, Table 4).
 
-    The cosine similarities of the texts generated for study i with the text of study j are averaged to one number for
-    each (i, j). The tests compare those of i = j with those of i != j, as samples that are independent, which
-    they are not quite: shuffled pairs say what a value means.
+    The cosine similarities between the texts generated for study i and the true text of study j are averaged to one
+    number per pair (i, j). The tests compare the numbers with i = j to those with i != j. They assume independent
+    samples, which holds only approximately. Therefore compare the result with that of shuffled pairs.
 
     Parameters
     ----------
     generated
         (N, D) embeddings of generated texts.
     true
-        (S, D) embeddings of the true texts, one for each study.
+        (S, D) embeddings of the true texts, one per study.
     pairs
-        (N,) row of `true` that each text was generated for; those of which nothing was generated are only "others".
+        int (N,) row of `true` that each text was generated for. A true text without generated texts enters only
+        `others`.
 
     Returns
     -------
-    See `Similarity`. Higher is better, but for `others` and p. The tests and `others` are NaN with one true text, the
-    tests with texts generated for one.
+    See `Similarity`. Higher is better, except for `others` and the p-values. With a single true text, `others` and the
+    tests are NaN. If texts were generated for only one true text, the tests are NaN.
 
     Raises
     ------
     DataError
-        Shapes do not fit, a pair is none of the true texts, or values are not finite.
+        Shapes do not fit, `pairs` contains an invalid row, or values are not finite.
     """
     generated, true, pairs = np.asarray(generated, float), np.asarray(true, float), np.asarray(pairs)
     _check(generated, true)
     if pairs.shape != (len(generated),) or not np.issubdtype(pairs.dtype, np.integer):
         raise DataError(
-            f"pairs have the shape {pairs.shape} and type {pairs.dtype}; one row number is needed for each text."
+            f"pairs has the shape {pairs.shape} and type {pairs.dtype}, but {len(generated)} integers are needed: pass "
+            "one row number per generated text."
         )
     if pairs.min() < 0 or pairs.max() >= len(true):
         raise DataError(
-            f"pairs run from {pairs.min()} to {pairs.max()} for {len(true)} true texts; count from 0."
+            f"pairs has values from {pairs.min()} to {pairs.max()}, but there are {len(true)} true texts: use row "
+            f"numbers from 0 to {len(true) - 1}."
         )
     asked, numbers = np.unique(pairs, return_inverse=True)
     sums = np.zeros((len(asked), len(true)))
@@ -140,9 +142,9 @@ def similarity(generated: np.ndarray, true: np.ndarray, pairs: Any) -> Similarit
     is_own = asked[:, None] == np.arange(len(true))
     own, others = means[is_own], means[~is_own]
     t = t_p = ks = ks_p = np.nan
-    with metrics.quiet():  # a constant embedding has no correlation
+    with metrics.quiet():  # scipy warns about constant embeddings, whose correlation is NaN
         if len(own) > 1:
-            # With equal variances: the paper's p of 0.003 follows from its t of 2.96 in that way only.
+            # Assume equal variances, because only then the paper's t of 2.96 gives its p of 0.003.
             t, t_p = stats.ttest_ind(own, others)
             ks, ks_p = stats.ks_2samp(own, others)
         both = [
@@ -155,7 +157,7 @@ def similarity(generated: np.ndarray, true: np.ndarray, pairs: Any) -> Similarit
 
 
 def _components(generated: np.ndarray, true: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of embeddings that can be correlated: two components or more, which differ."""
+    """Return the pairs of embeddings with a defined correlation: at least two components, not all equal."""
     if generated.shape[1] < 2:
         return []
     varied = (np.ptp(generated, axis=1) > 0) & (np.ptp(true, axis=1) > 0)
@@ -165,28 +167,29 @@ def _components(generated: np.ndarray, true: np.ndarray) -> list[tuple[np.ndarra
 def _check(generated: np.ndarray, true: np.ndarray) -> None:
     if generated.ndim != 2 or true.ndim != 2 or generated.shape[1] != true.shape[1] or not generated.size:
         raise DataError(
-            f"embeddings have the shapes {generated.shape} and {true.shape}; matrices with the same number of columns "
-            "are needed."
+            f"embeddings have the shapes {generated.shape} and {true.shape}: pass matrices with the same number of "
+            "columns."
         )
     check_finite("the embedding of generated texts", generated, "texts")
     check_finite("the embedding of true texts", true, "texts")
 
 
 def mmd(generated: np.ndarray, true: np.ndarray) -> float:
-    """Maximum mean discrepancy of two sets of embeddings (Cell2Sentence, section 4.4, Table 4).
+    """Return the maximum mean discrepancy between two sets of embeddings (Cell2Sentence, section 4.4, Table 4).
 
-    The root of the biased estimate (the mean kernel within the sets minus twice that across), with the Gaussian
-    kernel exp(-d^2 / 2 s^2) and s the median distance between different points of both sets.
+    It is the square root of the biased estimate: the mean kernel within each set, minus twice the mean kernel across
+    the sets. The kernel is Gaussian, exp(-d^2 / (2 s^2)), and s is the median of the non-zero distances between all
+    points.
 
     Parameters
     ----------
     generated, true
-        (N, D) and (M, D).
+        (N, D) and (M, D) embeddings.
 
     Returns
     -------
-    A number in [0, sqrt(2)], lower is better; 0 for equal sets. That of two samples of one distribution is
-    above 0 and shrinks with their size.
+    Value in [0, sqrt(2)], lower is better; 0 for equal sets. For two samples of the same distribution it is above 0 and
+    shrinks with the sample size.
     """
     generated, true = np.asarray(generated, float), np.asarray(true, float)
     _check(generated, true)
@@ -202,17 +205,18 @@ def mmd(generated: np.ndarray, true: np.ndarray) -> float:
 
 
 def wasserstein(generated: np.ndarray, true: np.ndarray) -> float:
-    """Wasserstein (earth mover's) distance of two sets of embeddings (Cell2Sentence, section 4.4, Table 4).
+    """Return the Wasserstein (earth mover's) distance between two sets of embeddings, computed by POT's `emd2`.
+
+    See Cell2Sentence, section 4.4, Table 4. All points of a set have equal weight. The cost is the Euclidean distance.
 
     Parameters
     ----------
     generated, true
-        (N, D) and (M, D); all points of a set have equal weight, the cost is the Euclidean distance (POT's
-        `emd2`).
+        (N, D) and (M, D) embeddings.
 
     Returns
     -------
-    A number from 0 up, in units of the embedding, lower is better; 0 for equal sets.
+    Distance >= 0, in units of the embedding, lower is better; 0 for equal sets.
 
     Raises
     ------
@@ -223,12 +227,14 @@ def wasserstein(generated: np.ndarray, true: np.ndarray) -> float:
     _check(generated, true)
     with metrics.quiet():
         ot = load_extra("ot", "analysis", "POT")
-        # POT's own distances come from a matrix product, whose rounding keeps equal points apart.
+        # POT computes distances by a matrix product; its rounding errors give equal points a non-zero distance.
         return float(ot.emd2([], [], cdist(generated, true)))
 
 
 def bleu(generated: Sequence[str], true: Sequence[str]) -> float:
-    """BLEU of generated texts (N) against their own true texts (N), by sacrebleu, in [0, 100], higher is better.
+    """Return the corpus BLEU score of N generated texts against their N true texts, in [0, 100], higher is better.
+
+    It is computed by sacrebleu.
 
     Raises
     ------
@@ -240,11 +246,13 @@ def bleu(generated: Sequence[str], true: Sequence[str]) -> float:
 
 
 def rouge(generated: Sequence[str], true: Sequence[str]) -> dict[str, float]:
-    """F of ROUGE-1, -2 and -L of generated texts (N) against their own true texts (N), by rouge-score with stems.
+    """Return the ROUGE-1, ROUGE-2 and ROUGE-L F-scores of N generated texts against their N true texts.
+
+    They are computed by rouge-score with stemming.
 
     Returns
     -------
-    "rouge1", "rouge2" and "rougeL" -> mean over texts, in [0, 1], higher is better.
+    Dict with the keys "rouge1", "rouge2" and "rougeL": means over texts, in [0, 1], higher is better.
 
     Raises
     ------
@@ -265,7 +273,7 @@ def _check_texts(generated: Sequence[str], true: Sequence[str]) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Row:
-    """Texts of a row, one set for each seed, and the true text of each."""
+    """A row of the table: per seed, its texts and the row number of the true text of each."""
 
     texts: list[Sequence[str]]
     pairs: list[np.ndarray]
@@ -283,46 +291,46 @@ def compare(
     embedding: str = "a given embedding",
     seeds: int = 5,
 ) -> tuple[Report, metrics.MetricDraws]:
-    """Generated texts beside controls (Cell2Sentence, section 4.4, Table 4).
+    """Compare generated texts with controls and baselines (Cell2Sentence, section 4.4, Table 4).
 
-    Below each set of generated texts stands the same with pairs shuffled: what the similarity of texts is that do
-    not know their cell. With training texts follow such texts drawn by chance, and the one that is most like all
-    others, given for every cell.
+    The control of each set of generated texts is the same set with shuffled pairs. It shows the similarity of texts
+    that do not depend on their cell. With training texts, two baselines are added: random training texts, and the
+    training text that is most similar to all others, used for every cell.
 
     Parameters
     ----------
     generated
         Name -> N generated texts.
     true
-        The S true texts, one for each study.
+        The S true texts, one per study.
     pairs
-        (N,) row of `true` that each text was generated for.
+        int (N,) row of `true` that each text was generated for.
     training
-        Texts of training studies, or none.
+        Texts of the training studies; may be empty.
     embed
-        n texts -> (n, D); by default `tfidf_embedding` of the true and the training texts.
+        Function: n texts -> (n, D). By default `tfidf_embedding` of the true and the training texts.
     embedding
-        What `embed` is, for the note.
+        Description of `embed`, for the note.
     seeds
-        Shuffles and draws: 0, 1, ...
+        Number of random shuffles and draws, with the seeds 0, 1, ...
 
     Returns
     -------
-    The report, and name of the row -> column -> measurements: one of a set of texts, one for each seed of what is
-    drawn. A measure whose library is missing is shown as "-", with the reason in a note.
+    The report, and the numbers: row -> column -> one value, or one value per seed for random rows. If the library of a
+    metric is missing, the table shows "-" and the reason in a note.
 
     Raises
     ------
     DataError
         Lengths differ, or there are fewer than two true texts.
     ConfigError
-        `seeds` is below 1, or two rows have one name.
+        `seeds` is below 1, or two rows have the same name.
     """
     check_at_least("seeds", seeds, 1)
     pairs = np.asarray(pairs)
     if len(true) < 2:
         raise DataError(
-            f"there are {len(true)} true texts; two or more are needed to tell one's own from others."
+            f"there are {len(true)} true texts, but comparing own with other texts needs at least two: add texts."
         )
     for name, texts in generated.items():
         check_one_each(f"texts of {name!r}", len(texts), "pairs", len(pairs))
@@ -361,7 +369,7 @@ def _rows(
     embed: EmbedTexts,
     seeds: int,
 ) -> dict[str, _Row]:
-    """Rows of the table by name."""
+    """Return the rows of the table by name."""
     rows: dict[str, _Row] = {}
     rngs = [np.random.default_rng(seed) for seed in range(seeds)]
     shuffled = [rng.permutation(pairs) for rng in rngs]
@@ -376,7 +384,7 @@ def _rows(
         typical = int(cosine_similarity(embed(training)).mean(axis=1).argmax())
         rows[TYPICAL] = _Row([[training[typical]] * len(pairs)], [pairs], "training texts")
     if len(rows) < 2 * len(generated) + 2 * bool(training):
-        raise ConfigError("two rows of the table have one name; give the generated texts other names.")
+        raise ConfigError("generated has a name that another row of the table uses: choose another name.")
     return rows
 
 
@@ -389,7 +397,7 @@ def _measured(
     is_control: bool,
     reasons: dict[str, None],
 ) -> dict[str, float]:
-    """Every measure by column; what no library is there for goes into `reasons`."""
+    """Return all metrics by column; notes about missing libraries are added to `reasons`."""
     points = np.asarray(embed(list(texts)), float)
     own = [true[i] for i in pairs]
     values = dict(zip(PAIRED, similarity(points, originals, pairs), strict=True))
@@ -398,7 +406,7 @@ def _measured(
         lambda: rouge(texts, own),
     ]
     if not is_control:
-        # Each true text has the weight of what was generated for it.
+        # Repeat each true text as often as texts were generated for it.
         parts += [
             lambda: {"MMD": mmd(points, originals[pairs])},
             lambda: {"Wasserstein": wasserstein(points, originals[pairs])},
@@ -414,6 +422,6 @@ def _measured(
 def _notes(embedding: str) -> list[str]:
     return [
         f"Embedding: {embedding}.",
-        "t and KS compare the mean cosine similarity to the own text with that to each other one; MMD and Wasserstein "
-        "do not look at pairs.",
+        "t and KS compare the mean cosine similarity to the own true text with that to each other true text. MMD and "
+        "Wasserstein compare the two sets of texts and ignore pairs.",
     ]

@@ -1,1 +1,1 @@
-"""Imputation of hidden expression: what is hidden, baselines, protocols and scores."""
+"""Evaluation of imputation: masks, baselines, protocols and metrics."""

@@ -1,4 +1,4 @@
-"""Methods of imputation that a model has to beat, asked at the same hidden positions as the model."""
+"""Baseline imputation methods, which are scored at the same masked positions as the model."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from sct.progress import track
 
 TRAINING, OTHER_CELLS, THESE_CELLS = "training studies", "other cells of the study", "these cells"
 
-# Bound the dense blocks of smoothed counts and of profiles.
+# Sizes of the dense blocks of smoothed counts and of cell profiles; they limit the memory.
 _CELLS_AT_ONCE, _GENES_AT_ONCE, _REFERENCE_AT_ONCE = 256, 2000, 1024
 
 
 class Unavailable(Exception):  # noqa: N818
-    """A method cannot answer; the message is the reason, as the table gives it."""
+    """The method cannot run on these cells. The message is the reason, which the table shows as the remark."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LevelPrediction:
-    """Levels (n,) and raw counts (n,) at the scored positions of a `Masked`."""
+    """Predicted levels (n,) and raw counts (n,) at the scored positions of a `Masked`."""
 
     levels: np.ndarray
     counts: np.ndarray
 
 
 class ImputationMethod(Protocol):
-    """A row of the table, or two.
+    """Interface of an imputation method, which fills one or two rows of the table.
 
     Attributes
     ----------
     name, fitted_on, remark
-        What it is, which cells it learned from, and what a reader should know.
+        Name of the method, the cells it is fitted on, and a remark for the reader of the table.
     """
 
     name: str
@@ -51,38 +51,50 @@ class ImputationMethod(Protocol):
     remark: str
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
-        """Predict the hidden positions.
+        """Predict the scored positions of `masked`.
 
-        Key True is the form that is told that the positions are expressed, False the form that is not; a
-        method has one or both. It may look at `masked.visible`, at the tokens that are not hidden, and at the
-        ranges, medians and means of `masked`, never at those of `eval_cells`. Raises `Unavailable`.
+        A method may use `masked.visible`, the tokens that are not masked, and the ranges, medians and means of
+        `masked`, but not those of `eval_cells`.
+
+        Returns
+        -------
+        Predictions by form. Key True: the method is given that the positions are expressed. Key False: it is not.
+        A method has one form or both.
+
+        Raises
+        ------
+        Unavailable
+            The method cannot run on these cells.
         """
         ...
 
 
 def from_levels(masked: Masked, levels: np.ndarray) -> LevelPrediction:
-    """Prediction of levels (n,): their counts are those that stand for them in each cell."""
+    """Return a prediction of levels (n,); its counts are the median counts of these levels in each cell."""
     return LevelPrediction(levels, masked.medians[masked.cells, levels])
 
 
 def from_counts(masked: Masked, counts: np.ndarray) -> dict[bool, LevelPrediction]:
-    """Both forms of a prediction of raw counts (n,), whose levels follow from the range of the cell.
+    """Return both forms of a prediction of raw counts (n,); its levels follow from the range of the cell.
 
-    The form that is told that the genes are expressed knows that they have at least one count.
+    The form that is given expressed genes raises each count to at least 1.
     """
     low, high = masked.low[masked.cells], masked.high[masked.cells]
     levels = digitize(np.log1p(counts), low, high, masked.medians.shape[1])
-    # Half a count is where the nearest integer turns to zero.
-    free = np.where(counts < 0.5, 0, levels)
+    # Counts below 0.5 round to zero.
+    with_zero = np.where(counts < 0.5, 0, levels)
     return {
-        False: LevelPrediction(free, counts),
+        False: LevelPrediction(with_zero, counts),
         True: LevelPrediction(levels, np.maximum(counts, np.float32(1))),
     }
 
 
-@functools.lru_cache(maxsize=1)  # one protocol after the other asks for those of the same studies
+@functools.lru_cache(maxsize=1)  # all protocols of a run use the same training studies
 def level_frequencies(train: BagSource) -> np.ndarray:
-    """Number of cells (P, num_bins) in which each gene that was measured takes each level; not to be written to."""
+    """Return how many training cells have each measured gene at each level, int64 (P, num_bins).
+
+    The result is cached: do not modify it.
+    """
     num_bins, positions = train.options.num_bins, train.options.num_positions
     frequencies = np.zeros((positions, num_bins), np.int64)
     for number in track(range(len(train)), "counting levels"):
@@ -93,17 +105,17 @@ def level_frequencies(train: BagSource) -> np.ndarray:
 
 
 class CommonLevel:
-    """Most common level of each gene, over all levels or over the expressed ones.
+    """Most common level of each gene, among all levels or among the levels above zero.
 
-    The second kind is told that the gene is expressed. It is the strong baseline, since the levels of most
-    genes hardly vary. A gene that no cell expresses has the lowest level that it may have.
+    The second variant is given that the gene is expressed. It is a strong baseline, because the levels of most genes
+    vary little. For a gene that no cell expresses, the prediction is the lowest possible level.
 
     Parameters
     ----------
     expressed
-        Whether levels above zero alone are counted.
+        Whether to count only levels above zero.
     train
-        Frequencies of levels in the training studies (see `level_frequencies`), or None where there are none.
+        Level frequencies in the training studies from `level_frequencies`, or None without training studies.
     """
 
     remark = ""
@@ -114,22 +126,27 @@ class CommonLevel:
         self.fitted_on = TRAINING
 
     def frequencies(self, eval_cells: EvalCells, masked: Masked) -> np.ndarray:
-        """Frequencies (n, num_bins) of the gene of each scored position."""
+        """Return the level frequencies (n, num_bins) of the gene at each scored position."""
         if self._train is None:
             raise Unavailable("no training studies were given")
         return self._train[masked.genes]
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
-        """See `ImputationMethod`; one form."""
+        """See `ImputationMethod`; returns one form."""
         frequencies = self.frequencies(eval_cells, masked)[:, self.first :]
         levels = self.first + frequencies.argmax(axis=1)
         return {bool(self.first): from_levels(masked, levels)}
 
 
 class OthersCommonLevel(CommonLevel):
-    """The same of the other cells of the study, all of whose genes are known: each cell without itself.
+    """Most common level of each gene in the other cells of the same study, including their masked genes.
 
-    The form that is given expressed genes is the reference baseline: a useful imputation must beat it.
+    The variant with `expressed=True` is the reference baseline: a useful imputation method must beat it.
+
+    Parameters
+    ----------
+    expressed
+        Whether to count only levels above zero.
     """
 
     def __init__(self, expressed: bool):
@@ -144,17 +161,17 @@ class OthersCommonLevel(CommonLevel):
 
 
 def _require_visible(masked: Masked) -> None:
-    """Refuse where all scored cells are hidden as a whole."""
+    """Raise `Unavailable` if no scored cell has a visible count."""
     shown = np.diff(masked.visible.indptr)[masked.cells]
     if shown.size and not shown.any():
-        raise Unavailable("nothing of the hidden cells is visible")
+        raise Unavailable("the masked cells have no visible genes, which this method needs")
 
 
 def require_shown(masked: Masked) -> None:
-    """Refuse where the hidden genes are hidden in every cell."""
+    """Raise `Unavailable` if all scored genes are masked in every cell."""
     hidden = np.asarray(masked.mask.all(axis=0))
     if masked.genes.size and hidden[masked.genes].all():
-        raise Unavailable("the hidden genes are hidden in every one of the cells that it learns from")
+        raise Unavailable("the genes are masked in all cells that this method is fitted on")
 
 
 def _smoothed(
@@ -163,10 +180,25 @@ def _smoothed(
     shown_in: Callable[[np.ndarray], np.ndarray],
     masked: Masked,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean counts (n,) of each cell's `neighbors` (N, k), scaled to the cell's library size, and of how many (n,).
+    """Average the counts of the neighbors of each cell and scale them to the library size of the cell.
 
-    Neighbours are rows of `reference` (M, G); `shown_in` says of some of them (m, k) how many show each gene (m, G),
-    and the others are left out of the mean. The library size is that of genes that the cell and its neighbours show.
+    A neighbor that does not show a gene is left out of the mean of this gene. The library size is the sum over the
+    genes that are visible in both the cell and its neighbors.
+
+    Parameters
+    ----------
+    neighbors
+        int (N, k) neighbors of each cell, as rows of `reference`.
+    reference
+        Counts (M, G).
+    shown_in
+        Function of neighbors (m, k) -> (m, G) how many of the k neighbors show each gene.
+    masked
+        The scored positions.
+
+    Returns
+    -------
+    Mean counts (n,) at the scored positions, and the number of neighbors (n,) in each mean.
     """
     positions, genes = masked.mask.shape[1], reference.shape[1]
     out, of = np.zeros((2, len(masked.cells)), np.float32)
@@ -184,7 +216,7 @@ def _smoothed(
         both = masked.shown[cells] & (number > 0)
         total = (masked.visible[cells].toarray() * both).sum(axis=1)
         seen = (means * both).sum(axis=1)
-        # Neighbours that show none of the visible genes tell nothing about the library size.
+        # If the neighbors have no counts in the visible genes, the means are not scaled.
         factor = np.where(seen > 0, total / np.where(seen > 0, seen, 1), 1)
         part = slice(*np.searchsorted(masked.cells, [first, first + len(rows)]))
         cell = masked.cells[part] - first
@@ -197,14 +229,22 @@ def _nearest(
     query: sparse.csr_matrix,
     shown: np.ndarray,
     reference: sparse.csr_matrix,
-    shown_there: np.ndarray | None,
+    reference_shown: np.ndarray | None,
     k: int,
 ) -> np.ndarray:
-    """Rows (N, k) of `reference` (M, G) with the greatest cosine to each `query` (N, G), over what both show.
+    """Return the rows (N, k) of `reference` with the highest cosine similarity to each row of `query`.
 
-    Were all of a reference cell in its norm, cells without counts of the hidden genes would be the nearest. `shown`
-    (N, G) and `shown_there` (M, G) say what is shown; None: everything. Where the same cells are given twice a cell is
-    not its own neighbour.
+    Only genes visible in both cells enter the similarity. If the norm of a reference cell also counted the other genes,
+    cells without counts in the masked genes would always be nearest.
+
+    Parameters
+    ----------
+    query, reference
+        Profiles (N, G) and (M, G). If both are the same object, a cell is not its own neighbor.
+    shown, reference_shown
+        bool (N, G) and (M, G): visible genes of the query and of the reference; None for all genes.
+    k
+        Number of neighbors.
     """
     own = query is reference
     rows = np.zeros((query.shape[0], k), int)
@@ -217,8 +257,8 @@ def _nearest(
         for start in range(0, cosine.shape[1], _REFERENCE_AT_ONCE):
             part = slice(start, start + _REFERENCE_AT_ONCE)
             norm = seen @ squares[part].toarray().T
-            if shown_there is not None:
-                norm *= mine @ shown_there[part].T.astype(np.float32)
+            if reference_shown is not None:
+                norm *= mine @ reference_shown[part].T.astype(np.float32)
             cosine[:, part] /= np.sqrt(np.maximum(norm, 1e-12))
         if own:
             cosine[np.arange(some.stop - first), np.arange(first, some.stop)] = -np.inf
@@ -227,20 +267,21 @@ def _nearest(
 
 
 class KnnSmoothing:
-    """Mean raw counts of the nearest cells of the training studies, scaled to the cell's library size.
+    """Mean raw counts of the nearest training cells, scaled to the library size of the cell.
 
-    Neighbours are found by the cosine of log1p counts per 10,000 over the genes that are visible in the cell.
-    Neighbours whose study did not measure a gene are left out of its mean.
+    The similarity is the cosine of log1p counts per 10,000 over the genes visible in the cell. Neighbors whose study
+    did not measure a gene are left out of the mean of this gene.
 
     Parameters
     ----------
     train
-        Training cells, or None where there are none.
+        Training cells, or None without training studies.
     neighbors
-        k.
+        Number of neighbors (k).
     max_cells
-        Training cells searched at most, the same number of each study: the first ones (the order is random),
-        or evenly spaced ones of a spatial study (whose order follows the plane).
+        Maximum number of training cells to search, divided equally among the studies. The first cells of a study are
+        used, because the stored order is random. Spatial studies are stored in spatial order, so evenly spaced cells
+        are used.
     """
 
     fitted_on, remark = TRAINING, ""
@@ -252,11 +293,11 @@ class KnnSmoothing:
             self.neighbors = min(neighbors, self._reference.counts.shape[0])
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
-        """See `ImputationMethod`; both forms."""
+        """See `ImputationMethod`; returns both forms."""
         return from_counts(masked, self.smooth(eval_cells, masked)[0])
 
     def smooth(self, eval_cells: EvalCells, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
-        """Mean counts (n,), and of how many cells (n,)."""
+        """Return mean counts (n,) at the scored positions, and the number of cells (n,) in each mean."""
         if self._reference is None:
             raise Unavailable("no training studies were given")
         _require_visible(masked)
@@ -271,14 +312,16 @@ class KnnSmoothing:
 
 
 class _Reference:
-    """Training cells in which neighbours are searched.
+    """Training cells in which neighbors are searched.
 
     Attributes
     ----------
     counts
-        CSR (M, G).
-    study, measured
-        int (M,) study of each cell, and bool (studies, G).
+        Raw counts, CSR (M, G).
+    study
+        int (M,) study of each cell.
+    measured
+        bool (studies, G): whether the study measured the gene.
     """
 
     def __init__(self, counts: sparse.csr_matrix, study: np.ndarray, measured: np.ndarray):
@@ -286,7 +329,7 @@ class _Reference:
         self._profiles: dict[bytes, sparse.csr_matrix] = {}
 
     def profile(self, genes: np.ndarray) -> sparse.csr_matrix:
-        """Profiles (M, G) of some genes (G,) alone; the last ones are kept."""
+        """Return the profiles (M, G) of all cells, restricted to `genes`, bool (G,); the last result is cached."""
         key = genes.tobytes()
         if key not in self._profiles:
             shown = sparse.csr_matrix(self.counts @ sparse.diags(genes.astype(np.float32)))
@@ -294,12 +337,12 @@ class _Reference:
         return self._profiles[key]
 
     def shown_in(self, rows: np.ndarray) -> np.ndarray:
-        """How many of the cells `rows` (n, k) were measured for each gene, (n, G)."""
+        """Return (n, G): in how many of the cells `rows` (n, k) each gene was measured."""
         of_study = (self.study[rows][..., None] == np.arange(len(self.measured))).sum(axis=1)
         return of_study @ self.measured.astype(np.float32)
 
 
-@functools.lru_cache(maxsize=1)  # of all numbers of neighbours and protocols
+@functools.lru_cache(maxsize=1)  # shared by all numbers of neighbors and all protocols
 def _reference(train: BagSource, max_cells: int) -> _Reference:
     """Read the same number of cells of each training study."""
     for study in train.studies:
@@ -317,25 +360,34 @@ def _reference(train: BagSource, max_cells: int) -> _Reference:
 
 
 class OwnKnnSmoothing:
-    """The same with the other cells of the draw as neighbours, of which only the visible part is known."""
+    """Mean raw counts of the nearest other scored cells, from their visible counts only.
+
+    Similarity and scaling are those of `KnnSmoothing`. Neighbors in which a gene is masked are left out of the mean of
+    this gene.
+
+    Parameters
+    ----------
+    neighbors
+        Number of neighbors (k).
+    """
 
     fitted_on = THESE_CELLS
-    remark = "neighbours that hide the gene are left out"
+    remark = "neighbors in which the gene is masked are left out"
 
     def __init__(self, neighbors: int = 5):
         self.neighbors = neighbors
         self.name = f"kNN smoothing, k = {neighbors}"
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
-        """See `ImputationMethod`; both forms."""
+        """See `ImputationMethod`; returns both forms."""
         return from_counts(masked, self.smooth(eval_cells, masked)[0])
 
     def smooth(self, eval_cells: EvalCells, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
-        """Mean counts (n,), and of how many cells (n,)."""
+        """Return mean counts (n,) at the scored positions, and the number of cells (n,) in each mean."""
         _require_visible(masked)
         require_shown(masked)
         if len(eval_cells) < 2:
-            raise Unavailable("there is one cell only, which has no neighbours")
+            raise Unavailable("there is only one cell, so it has no neighbors")
         k = min(self.neighbors, len(eval_cells) - 1)
         profile = log_expression(masked.visible)
         rows = _nearest(profile, masked.shown, profile, masked.shown, k)
@@ -343,18 +395,20 @@ class OwnKnnSmoothing:
 
 
 class NeighborMean:
-    """Mean raw counts of the visible cells of the bag, for cells that are hidden as a whole.
+    """Mean raw counts of the visible cells of the bag, for whole-cell imputation.
 
-    A visible cell is one of which nothing is hidden.
+    A cell is visible if none of its genes is masked.
 
     Parameters
     ----------
     eval_cells
-        Cells that will be scored.
+        Cells to score.
     neighbors
-        k: of cells with positions the k nearest ones in the plane; otherwise, and for None, all visible cells.
+        Number k of visible cells in the mean: those nearest in space. If None, or if the cells have no spatial
+        coordinates, the mean is over all visible cells.
     expressed
-        Whether the mean is over the cells that express the gene, for the form that is told so alone.
+        Whether the mean is over the cells that express the gene. The method then has only the form that is given
+        expressed genes.
     """
 
     fitted_on, remark = THESE_CELLS, ""
@@ -365,10 +419,10 @@ class NeighborMean:
         nearest = "" if self.neighbors is None else f"{self.neighbors} nearest "
         self.name = f"mean of the {nearest}visible cells of the bag{' that express the gene' * expressed}"
         if nearest and places is not None and np.isnan(places).any():
-            self.remark = "cells without a position: mean of all visible cells of the bag"
+            self.remark = "for cells without spatial coordinates: mean of all visible cells of the bag"
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
-        """See `ImputationMethod`; both forms, or the one that is told."""
+        """See `ImputationMethod`; returns both forms, or only the given-expressed form if `expressed` is set."""
         weights = self._weights(eval_cells, masked)
         counts = pick(weights @ masked.visible, masked.cells, masked.genes)
         if not self.expressed:
@@ -378,7 +432,7 @@ class NeighborMean:
         return {True: from_counts(masked, counts)[True]}
 
     def _weights(self, eval_cells: EvalCells, masked: Masked) -> sparse.csr_matrix:
-        """Share (N, N) of each visible cell in the mean of each other cell."""
+        """Return the weights (N, N), CSR: row i holds the weight of each visible cell in the mean of cell i."""
         touched = np.asarray(masked.mask.any(axis=1))
         rows, columns, shares = [], [], []
         for bag in np.unique(eval_cells.bag[masked.cells]):
@@ -395,25 +449,25 @@ class NeighborMean:
             columns.append(chosen.ravel())
             shares.append(np.full(chosen.size, 1 / chosen.shape[1], np.float32))
         if not rows:
-            raise Unavailable("no cell of the bags is visible as a whole")
+            raise Unavailable("no cell of the bags has all its genes visible")
         place = (np.concatenate(rows), np.concatenate(columns))
         return sparse.csr_matrix((np.concatenate(shares), place), (len(eval_cells), len(eval_cells)))
 
 
-_PROBES = 100
+_PROBES = 100  # random sign vectors used to estimate the sums of squared weights in MAGIC
 
 
 class Magic:
-    """MAGIC (van Dijk et al., Cell 2018): diffusion of expression over a graph of the cells.
+    """MAGIC (van Dijk et al., Cell 2018): diffusion of expression over a neighbor graph of the cells.
 
-    The operator is the one of the package magic-impute with its default parameters (k = 5, decay 1, t = 3,
-    100 components), fitted on the visible counts per 10,000, square-rooted, as its documentation has it.
-    Diffused values are squared and scaled to the library size of the genes that are visible in the cell.
+    The diffusion operator comes from the package magic-impute with its default parameters (k = 5, decay 1, t = 3,
+    100 components). It is fitted on the square root of the visible counts per 10,000, as the documentation of the
+    package recommends. The diffused values are squared and scaled to the library size of the cell's visible genes.
 
     Parameters
     ----------
     seed
-        Seed of the principal components.
+        Random seed of the principal components.
     """
 
     name, fitted_on = "MAGIC", THESE_CELLS
@@ -423,11 +477,14 @@ class Magic:
         self.seed = seed
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
-        """See `ImputationMethod`; both forms."""
+        """See `ImputationMethod`; returns both forms."""
         return from_counts(masked, self.smooth(eval_cells, masked)[0])
 
     def smooth(self, eval_cells: EvalCells, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
-        """Diffused counts (n,), and of how many cells that show the gene they count (n,)."""
+        """Return diffused counts (n,) at the scored positions, and the effective number of cells (n,) behind each.
+
+        The effective number counts only cells in which the gene is visible.
+        """
         _require_visible(masked)
         require_shown(masked)
         totals = np.asarray(masked.visible.sum(axis=1)).ravel()
@@ -439,7 +496,7 @@ class Magic:
         place[genes] = np.arange(len(genes))
         place = place[masked.genes]
         out, seen = np.zeros(len(masked.cells)), np.zeros(len(totals))
-        # Diffusion acts on each gene by itself, so that a few at a time give the same as all.
+        # Diffusion acts on each gene separately, so it can run on blocks of genes to limit the memory.
         for first in range(0, len(genes), _GENES_AT_ONCE):
             part = slice(first, first + _GENES_AT_ONCE)
             diffused = roots[:, part].toarray()
@@ -450,7 +507,7 @@ class Magic:
             here = (place >= first) & (place < first + _GENES_AT_ONCE)
             out[here] = relative[masked.cells[here], place[here] - first]
         factor = np.where(seen > 0, totals / np.where(seen > 0, seen, 1), 0)
-        # Mean of so many cells of equal weight: the sum of squared weights of a row, by random signs.
+        # Effective number of cells in a row of the operator: 1 / (sum of squared weights), estimated with random signs.
         signs = np.random.default_rng(self.seed).choice([-1.0, 1.0], (len(totals), _PROBES))
         for _ in range(steps):
             signs = operator @ signs
@@ -459,12 +516,12 @@ class Magic:
         return (out * factor[masked.cells]).astype(np.float32), number.astype(np.float32)
 
     def _operator(self, values: sparse.csr_matrix) -> tuple[Any, int]:
-        """Diffusion operator (N, N) of cells (N, G), and how often it is applied."""
+        """Return the diffusion operator (N, N) of cells (N, G), and the number of diffusion steps."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 from magic import MAGIC
-            except ImportError as error:  # a package of file types has the same name
+            except ImportError as error:  # also if `magic` is python-magic, which has the same import name
                 raise Unavailable(str(missing_extra("magic-impute", "analysis"))) from error
             fitted = MAGIC(random_state=self.seed, verbose=0).fit(values)
             return fitted.diff_op, fitted.t
@@ -473,16 +530,18 @@ class Magic:
 def standard_methods(
     eval_cells: EvalCells, train: BagSource | None, *, whole_cells: bool = False, magic: bool = True
 ) -> list[ImputationMethod]:
-    """All baselines, the reference first; what can be fitted before anything is hidden is fitted now.
+    """Return all baselines, the reference baseline first. Those that need no masked cells are fitted here.
 
     Parameters
     ----------
-    eval_cells, train
-        Cells that will be scored; exhaustive bags of the training studies, or None where there are none.
+    eval_cells
+        Cells to score.
+    train
+        Exhaustive bags of the training studies, or None without training studies.
     whole_cells
-        Whether cells will be hidden as a whole.
+        Whether whole cells will be masked; adds the means of the visible cells of the bag.
     magic
-        Whether MAGIC is among them.
+        Whether to include MAGIC.
     """
     frequencies = None if train is None else level_frequencies(train)
     methods: list[ImputationMethod] = [

@@ -1,4 +1,4 @@
-"""Cells to impute, and one draw of what is hidden of them: the same positions for every method."""
+"""Cells used to evaluate imputation, and the random masks that all methods share."""
 
 from __future__ import annotations
 
@@ -19,17 +19,26 @@ from sct.data.tokenize import level_values
 from sct.errors import ConfigError
 from sct.progress import track
 
-# Gene positions that are drawn, or given to a model, at once where nothing else is asked: a full bag alone,
-# many small ones together.
+# Default number of gene positions in a batch: one bag of full size, or many small bags.
 POSITIONS_AT_ONCE = 2**18
 
-# (key, tokens (B, K, P), amount, num_bins) -> mask (B, K, P), see `sct.data.masking`.
+# Function (key, tokens (B, K, P), amount, num_bins) -> mask (B, K, P); see `sct.data.masking`.
 Rule = Callable[..., jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class BagBatch:
-    """Some consecutive bags: their `numbers` (B,), their `cells`, and the place (`record`, `slot`) of each."""
+    """A batch of consecutive bags.
+
+    Attributes
+    ----------
+    numbers
+        int (B,) numbers of the bags.
+    cells
+        Slice of the rows of `EvalCells` that holds their cells.
+    bag, slot
+        int (cells,) index of each cell's bag in the batch, and the cell's position in the bag.
+    """
 
     numbers: np.ndarray
     cells: slice
@@ -39,31 +48,32 @@ class BagBatch:
 
 @dataclasses.dataclass(frozen=True)
 class EvalCells:
-    """Cells that are scored, all in memory, bag after bag; absent cells of a bag are not among them.
+    """All N cells to score, in memory, ordered by bag. Empty slots of a bag are not stored.
 
     Attributes
     ----------
     tokens
-        uint8 (N, P) levels; PAD = `num_bins` beyond the vocabulary.
+        uint8 (N, P) levels; PAD (= `num_bins`) at positions beyond the gene vocabulary.
     counts
         Raw counts, CSR float32 (N, P).
     low, high
-        float32 (N,) range of each cell, see `sct.data.tokenize.Bins`.
+        float32 (N,) range of each cell; see `sct.data.tokenize.Bins`.
     medians, means
-        float32 (N, num_bins) raw counts that stand for the levels of each cell. These and the ranges tell
-        the size of a cell: methods take those of `Masked`.
+        float32 (N, num_bins) median and mean raw count of each level in each cell. Ranges, medians and means reveal the
+        library size of a cell, so methods must use those of `Masked` instead.
     coordinates
-        float32 (N, 2) rescaled positions, NaN for cells of studies without any; None where no study has any.
-    record, slot
-        int (N,) number of each cell's bag in its source, ascending, and the cell's place in the bag.
+        float32 (N, 2) rescaled spatial coordinates; NaN for cells of studies without coordinates; None if no study has
+        coordinates.
+    bag, slot
+        int (N,) number of each cell's bag in its source, ascending, and the cell's position in the bag.
     study
-        int (N,) number of each cell's study.
+        int (N,) index of each cell's study.
     measured
-        bool (studies, P): genes that a study measured.
+        bool (studies, P): whether the study measured the gene.
     cells_per_bag, num_bins
-        K, and levels, zero included.
+        K, and the number of levels including zero.
     spatial
-        Whether the model is given the coordinates.
+        Whether the model receives the coordinates.
     """
 
     tokens: np.ndarray
@@ -83,18 +93,18 @@ class EvalCells:
 
     @classmethod
     def read(cls, source: BagSource, max_bags: int = 0) -> EvalCells:
-        """Read at most `max_bags` bags, spread evenly over the source (0: all of them).
+        """Read at most `max_bags` bags, spread evenly over the source; 0 reads all bags.
 
         Raises
         ------
         ConfigError
-            The source gives no raw counts, or may give a cell twice (its copy would tell the answer).
+            The source has no raw counts, or it may contain a cell twice: the visible copy would reveal the masked one.
         """
         options = source.options
         if not (options.with_counts and source.exhaustive):
             raise ConfigError(
-                "bags without raw counts, or with a cell in several of them, cannot be scored: make them with "
-                "with_counts=True and exhaustive=True."
+                f"the bags have with_counts={options.with_counts} and exhaustive={source.exhaustive}, but scoring "
+                "needs raw counts, and each cell only once: set with_counts=True and exhaustive=True."
             )
         coordinates = {
             index: study.rescaled_coordinates() for index, study in enumerate(source.studies) if study.spatial
@@ -132,7 +142,7 @@ class EvalCells:
 
     @cached_property
     def eligible(self) -> np.ndarray:
-        """Positions (N, P) that may be hidden: as in training, neither padding nor a gene that was not measured."""
+        """Positions that may be masked, bool (N, P): as in training, measured genes only, never PAD."""
         return self.measured[self.study] & (self.tokens < self.num_bins)
 
     @cached_property
@@ -147,7 +157,7 @@ class EvalCells:
 
     @cached_property
     def _starts(self) -> np.ndarray:
-        """First cell of each bag, and the number of cells."""
+        """Row of the first cell of each bag, followed by the number of cells."""
         return np.append(np.flatnonzero(np.diff(self.bag, prepend=-1)), len(self))
 
     @property
@@ -156,21 +166,21 @@ class EvalCells:
         return len(self._starts) - 1
 
     def batches(self, bags_per_batch: int = 0) -> Iterator[BagBatch]:
-        """All bags in order, `bags_per_batch` at once (0: as many as fit into a modest size)."""
+        """Yield all bags in order, `bags_per_batch` at a time; 0 chooses it so that a batch is moderately large."""
         if not bags_per_batch:
             bags_per_batch = max(1, POSITIONS_AT_ONCE // (self.cells_per_bag * self.tokens.shape[1]))
         size = min(bags_per_batch, self.num_bags)
         for first in range(0, self.num_bags, size):
             starts = self._starts[first : first + size + 1]
             cells = slice(int(starts[0]), int(starts[-1]))
-            # The last batch repeats its last number for the bags that it lacks, which hold no cell.
+            # All batches have the same shape: the last one is filled up with empty copies of its last bag.
             numbers = np.resize(self.bag[starts[:-1]], len(starts) - 1)
             numbers = np.pad(numbers, (0, size - len(numbers)), mode="edge")
             bag = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
             yield BagBatch(numbers, cells, bag, self.slot[cells])
 
     def padded(self, batch: BagBatch, values: np.ndarray, fill: Any) -> np.ndarray:
-        """Bags (B, K, ...) of the cells' `values` (N, ...), with `fill` where a bag has no cell."""
+        """Arrange per-cell `values` (N, ...) as bags (B, K, ...), with `fill` in the empty slots."""
         shape = (len(batch.numbers), self.cells_per_bag, *values.shape[1:])
         out = np.full(shape, fill, values.dtype)
         out[batch.bag, batch.slot] = values[batch.cells]
@@ -178,10 +188,10 @@ class EvalCells:
 
 
 def pick(matrix: sparse.csr_matrix, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Entries (n,) of a matrix at `rows`, ascending, and `columns`, float32."""
+    """Return the entries of a matrix at `rows` (n,), ascending, and `columns` (n,), as float32 (n,)."""
     out = np.zeros(len(rows), np.float32)
     step = max(1, POSITIONS_AT_ONCE // max(matrix.shape[1], 1))
-    # Dense blocks: looking up millions of single entries of a sparse matrix takes far longer.
+    # Convert blocks to dense: indexing millions of single entries of a sparse matrix is much slower.
     for first in range(0, matrix.shape[0], step):
         part = slice(*np.searchsorted(rows, [first, first + step]))
         if part.start < part.stop:
@@ -193,11 +203,15 @@ def pick(matrix: sparse.csr_matrix, rows: np.ndarray, columns: np.ndarray) -> np
 def shown_ranges(
     eval_cells: EvalCells, mask: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Low and high (N,), and medians and means of levels (N, num_bins), of each cell, as methods may know them.
+    """Return the ranges and level counts of each cell that imputation methods may use.
 
-    A cell of which some gene is shown has its own. One that is hidden as a whole has the mean of the shown
-    cells of its bag (of all bags, where its bag shows none), so that nothing of its size is told. Where no
-    cell at all is shown, what is asked for is genes and not cells, and each cell has its own.
+    A cell with visible genes keeps its own values. A cell whose genes are all masked gets the mean of the cells of its
+    bag that have visible genes, or of all bags if its bag has none; its own values would reveal its library size. If
+    no cell has a visible gene, the task is to impute genes rather than cells, and each cell keeps its own values.
+
+    Returns
+    -------
+    low, high (N,); medians, means of the levels (N, num_bins).
     """
     own = np.column_stack([eval_cells.low, eval_cells.high, eval_cells.medians, eval_cells.means])
     shown = (~mask & eval_cells.eligible).any(axis=1)
@@ -215,22 +229,24 @@ def shown_ranges(
 
 @dataclasses.dataclass(frozen=True)
 class Masked:
-    """One draw of what is hidden, and the truth of what is scored: by default, hidden genes that are expressed.
+    """One random mask of the cells, and the true values at the scored positions.
+
+    By default, the scored positions are the masked genes that are expressed.
 
     Attributes
     ----------
     mask
-        bool (N, P): hidden positions, whatever their level; PAD is never hidden.
+        bool (N, P): masked positions, expressed or not; never PAD.
     shown
-        bool (N, P): positions of measured genes that are not hidden.
+        bool (N, P): measured genes that are not masked.
     visible
-        Raw counts that are not hidden, CSR float32 (N, P): all that a method may look at.
+        CSR float32 (N, P) raw counts without the masked positions. Methods may use no other counts.
     cells, genes
-        (n,) scored positions, by cell.
+        int (n,) cell and gene of each scored position, ordered by cell.
     levels, counts
-        (n,) their true levels, uint8, and raw counts, float32.
+        (n,) true levels, uint8, and true raw counts, float32, of the scored positions.
     low, high, medians, means
-        Ranges (N,), and medians and means of levels (N, num_bins), as methods may know them, float32, see
+        float32 ranges (N,), and medians and means of the levels (N, num_bins), that methods may use; see
         `shown_ranges`.
     """
 
@@ -250,7 +266,11 @@ class Masked:
     def of(
         cls, eval_cells: EvalCells, mask: np.ndarray, scored: tuple[np.ndarray, np.ndarray] | None = None
     ) -> Masked:
-        """Hide the positions of `mask` (N, P); score those that are expressed, or `scored` (cells, genes), by cell."""
+        """Mask the positions `mask`, bool (N, P).
+
+        `scored` is the pair (cells, genes) of the scored positions, ordered by cell; by default, all masked positions
+        that are expressed.
+        """
         tokens, all_counts = eval_cells.tokens, eval_cells.counts
         mask = mask & (tokens < eval_cells.num_bins)
         cells, genes = np.nonzero(mask & (tokens > 0)) if scored is None else scored
@@ -284,9 +304,9 @@ def _masks(
 
 
 def _draw(eval_cells: EvalCells, rule: Rule, seed: int, amounts: np.ndarray) -> np.ndarray:
-    """Mask (N, P) of measured genes, bag by bag, `amounts` one of each.
+    """Return a random mask (N, P) of measured genes; `amounts` has one entry per bag.
 
-    The key of a bag comes from the seed and the bag's number alone.
+    The PRNG key of a bag depends only on the seed and the number of the bag.
     """
     tokens = np.where(
         eval_cells.eligible, eval_cells.tokens, np.asarray(eval_cells.num_bins, eval_cells.tokens.dtype)
@@ -303,23 +323,23 @@ def _draw(eval_cells: EvalCells, rule: Rule, seed: int, amounts: np.ndarray) -> 
 
 
 def mask_ratio(eval_cells: EvalCells, ratio: float, seed: int) -> Masked:
-    """Hide exactly round(`ratio` x n) of the n measured genes of each cell, expressed or not."""
+    """Mask exactly round(`ratio` x n) of the n measured genes of each cell; score those that are expressed."""
     amounts = np.full(eval_cells.num_bags, ratio, np.float32)
     return Masked.of(eval_cells, _draw(eval_cells, masking.exact_ratio, seed, amounts))
 
 
 def mask_measured(eval_cells: EvalCells, ratio: float, seed: int, most: int) -> Masked:
-    """Hide exactly round(`ratio` x n) of the n measured genes of each cell, and score them all, expressed or not.
+    """Mask exactly round(`ratio` x n) of the n measured genes of each cell; score all of them, expressed or not.
 
-    If more than `most` positions are hidden, a random draw of `most` of them is scored. `means` are those of the
-    visible genes of each cell.
+    If more than `most` positions are masked, a random sample of `most` positions is scored. The `means` of the result
+    are computed from the visible genes of each cell.
     """
     amounts = np.full(eval_cells.num_bags, ratio, np.float32)
     return _all_scored(eval_cells, _draw(eval_cells, masking.exact_ratio, seed, amounts), seed, most)
 
 
 def mask_measured_genes(eval_cells: EvalCells, ratio: float, seed: int, most: int) -> Masked:
-    """Hide round(`ratio` x n) of the n genes that were measured, in all cells; else as `mask_measured`."""
+    """Mask the same genes in all cells, round(`ratio` x n) of the n measured genes; score as `mask_measured` does."""
     genes = np.flatnonzero(eval_cells.measured.any(axis=0))
     hidden = np.zeros(eval_cells.tokens.shape[1], bool)
     hidden[np.random.default_rng(seed).choice(genes, round(ratio * len(genes)), replace=False)] = True
@@ -327,16 +347,16 @@ def mask_measured_genes(eval_cells: EvalCells, ratio: float, seed: int, most: in
 
 
 def _all_scored(eval_cells: EvalCells, mask: np.ndarray, seed: int, most: int) -> Masked:
-    """Score hidden positions of any level; what stands for a level are counts of visible genes."""
+    """Score masked positions of any level, at most `most`; compute the mean count of a level from visible genes."""
     places = np.flatnonzero(mask)
     if len(places) > most:
         places = np.sort(np.random.default_rng(seed).choice(places, most, replace=False))
     masked = Masked.of(eval_cells, mask, np.divmod(places, mask.shape[1]))
-    # As `sct.tl.impute`: what stands for a level are the counts of the genes that are shown.
+    # As in `sct.tl.impute`, the mean count of a level comes from the visible genes.
     shown = masked.visible
     rows = np.repeat(np.arange(len(eval_cells)), np.diff(shown.indptr))
     levels = eval_cells.tokens[rows, shown.indices]
-    used = levels > 0  # noise is read as unexpressed
+    used = levels > 0  # level 0 also holds noise genes, whose counts are not zero
     _, means = level_values(
         rows[used], levels[used], shown.data[used], masked.low, masked.high, eval_cells.num_bins
     )
@@ -344,10 +364,10 @@ def _all_scored(eval_cells: EvalCells, mask: np.ndarray, seed: int, most: int) -
 
 
 def mask_cells(eval_cells: EvalCells, num_cells: int, seed: int) -> Masked:
-    """Hide all measured genes of `num_cells` of the K cells of each bag.
+    """Mask all measured genes of `num_cells` of the K cells of each bag.
 
-    A bag that lacks cells hides the same share of those it has, at least one and never all of them; a lone
-    cell stays visible.
+    In a bag with fewer than K cells the same fraction is masked: at least one cell, but never all cells. A bag with a
+    single cell is not masked.
     """
     present = np.diff(eval_cells._starts)
     hidden = np.round(num_cells * present / eval_cells.cells_per_bag)
@@ -356,7 +376,7 @@ def mask_cells(eval_cells: EvalCells, num_cells: int, seed: int) -> Masked:
 
 
 def mask_genes(eval_cells: EvalCells, genes: np.ndarray) -> Masked:
-    """Hide the gene positions `genes` in all cells that measured them."""
+    """Mask the gene positions `genes` in all cells whose study measured them."""
     chosen = np.zeros(eval_cells.tokens.shape[1], bool)
     chosen[genes] = True
     hidden = masking.fixed_genes(jnp.asarray(eval_cells.tokens), jnp.asarray(chosen), eval_cells.num_bins)

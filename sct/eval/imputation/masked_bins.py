@@ -1,4 +1,4 @@
-"""Bins of masked genes that a model predicts, beside what is known of each gene (ZerOmics paper, section 3.1)."""
+"""Evaluate a model's prediction of the expression bins of masked genes (ZerOmics paper, section 3.1)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sct.data.loader import spread
 from sct.eval.reports.report import Report
 from sct.progress import track
 
-_TRAINING_CELLS = 5000  # that frequencies of bins are counted in
+_TRAINING_CELLS = 5000  # training cells used to count bin frequencies
 _BATCH = 8
 MODEL, GENE, OVERALL = "cell model", "bins of the gene in training", "bins of all genes in training"
 COLUMNS = ("cross-entropy", "accuracy")
@@ -22,22 +22,26 @@ Predict = Callable[[Any, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, j
 
 
 class PredictedBins:
-    """Bins of masked genes of held-out cells; see `sct.tasks.base.Evaluator`.
+    """Evaluator of predicted bins of masked genes in held-out cells; see `sct.tasks.base.Evaluator`.
 
-    The baselines know which gene is masked, and how often its non-zero values have each bin in training cells.
+    The model is compared with two baselines that use bin frequencies of the training cells: those of the masked gene,
+    and those of all genes.
 
     Parameters
     ----------
     predict
-        (variables, records, key) -> logarithms of probabilities of bins (B, S, N + 1), which places are masked.
+        Function (variables, records, key) -> log probabilities of the bins (B, S, N + 1), and bool (B, S): which
+        positions are masked.
     train, eval_cells
-        Cells that bins are counted in, and that are predicted.
+        Training cells, in which bins are counted, and held-out cells, which are predicted.
     num_bins, num_genes
-        Bins of non-zero values (N), and genes.
+        Number of bins of non-zero values (N), and number of genes.
     cells, seeds
-        Held-out cells at most, and draws of masks.
+        Maximum number of held-out cells, and number of random masks per cell.
     split
-        Where the held-out cells come from.
+        Name of the held-out split, for the title.
+    note
+        Sentence added below the table.
     """
 
     name = "predicted_bins"
@@ -58,7 +62,7 @@ class PredictedBins:
         self.report: Report | None = None
 
     def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
-        """Measure; yields the numbers of the table and keeps it in `report`."""
+        """Evaluate the model: yield the (name, value) pairs of the table, and set `report`."""
         overall, of_gene = self._frequencies()
         baselines = {GENE: np.log(of_gene), OVERALL: np.broadcast_to(np.log(overall), of_gene.shape)}
         predict = jax.jit(self.predict)
@@ -81,7 +85,8 @@ class PredictedBins:
                 logs, masked = map(np.array, predict(variables, jax.tree.map(jnp.asarray, batch), key))
                 masked[len(rows) :] = False
                 true, at = bins[masked], genes[masked]
-                # Only bins of expressed genes are masked, which the baselines know: the model is asked alike.
+                # Only expressed genes are masked. The baselines give no probability to bin 0, so the model's
+                # probabilities are renormalized without bin 0.
                 shown = logs[masked][:, 1:]
                 shown -= np.logaddexp.reduce(shown, axis=1, keepdims=True)
                 for name, table in ((MODEL, shown), *((n, values[at]) for n, values in baselines.items())):
@@ -93,8 +98,9 @@ class PredictedBins:
             ("prediction", *COLUMNS),
             better={"cross-entropy": "min", "accuracy": "max"},
             notes=(
-                f"Cross-entropy in nats over {self.num_bins} bins; baselines counted in training cells, with the bins "
-                "of all genes as 10 further values of each.",
+                f"Cross-entropy in nats over {self.num_bins} bins. The baselines are bin frequencies in training "
+                "cells. The frequencies of a gene are smoothed with 10 pseudocounts, distributed as the bins of all "
+                "genes.",
                 *filter(None, [self.note]),
             ),
         )
@@ -107,13 +113,13 @@ class PredictedBins:
         self.report = report
 
     def _frequencies(self) -> tuple[np.ndarray, np.ndarray]:
-        """Shares of the bins (N,) over all genes of training cells, and of each gene (G, N)."""
+        """Return the bin frequencies in training cells: of all genes together (N,), and of each gene (G, N)."""
         counts = np.zeros((self.num_genes, self.num_bins + 1))
         for number in track(spread(len(self.train), _TRAINING_CELLS), "counting bins"):
             record = self.train.record(number)
-            there = np.flatnonzero(record["bins"])
-            genes = record["genes"][there] if "genes" in record else there
-            counts[genes, record["bins"][there]] += 1
+            expressed = np.flatnonzero(record["bins"])
+            genes = record["genes"][expressed] if "genes" in record else expressed
+            counts[genes, record["bins"][expressed]] += 1
         counts = counts[:, 1:]
         overall = (counts.sum(axis=0) + 1) / (counts.sum() + self.num_bins)
         smooth = counts + 10 * overall

@@ -1,10 +1,10 @@
-"""Imputation of genes hidden without regard to expression: tests whether probabilities and counts are right.
+"""Evaluate imputation of genes that may or may not be expressed, as in practice.
 
-The sCT paper scores hidden genes that are expressed. A person who imputes a gene does not know whether it is
-expressed, so here a share of the *measured* genes of each cell is hidden and every hidden position is scored:
-how well expression is told from no expression, whether a probability of 0.3 is right in 30% of cases, and whether
-expected counts are those that were counted. Every method answers with probabilities of the levels and an expected
-count at the same positions.
+The sCT paper scores only masked genes that are expressed. A user who imputes a gene does not know whether it is
+expressed. Here a fraction of the *measured* genes of each cell is masked at random and every masked position is scored.
+The metrics test three things: how well a method separates expressed from unexpressed genes, whether its probabilities
+are calibrated (a probability of 0.3 should be right in 30% of cases), and how close its expected counts are to the true
+counts. Every method returns level probabilities and an expected count at the same positions.
 """
 
 from __future__ import annotations
@@ -30,17 +30,16 @@ from sct.eval.reports.report import FITTED_ON, METHOD, MODEL, REMARK, Column, Re
 from sct.progress import progress
 
 RATIO = 0.15
-# Positions scored per draw: enough for three digits of every metric, and a bound on memory and time.
+# Maximum number of positions scored per draw: enough for three digits of every metric; limits memory and time.
 SCORED = 2_000_000
-# Hidden counts of a gene (all cells of a draw), as they are expected from all of its counts, from which its ratio of
-# imputed to counted means is taken.
+# A gene enters "imputed / counted" if the expected sum of its masked counts in a draw is at least this number.
 _COUNTS_PER_GENE = 20
 _CELLS_AT_ONCE = 256
-# Below it, counts are Poisson to six digits.
+# Below this dispersion, a negative binomial equals a Poisson distribution to six digits.
 _LEAST_DISPERSION = 1e-6
 _ITERATIONS = 50
 
-# Title of a column -> (its key, which is that of the number, and which is better); the two tables of a report.
+# The two tables of a report: column title -> (key of the metric, whether "max" or "min" is better).
 EXPRESSION = {
     "AUROC": ("auroc", "max"),
     "average precision": ("average_precision", "max"),
@@ -59,54 +58,64 @@ SUMMARY = {
     name: (EXPRESSION | COUNTS)[name]
     for name in ("AUROC", "cross-entropy", "ECE", "MCC, all levels", "r per gene", "imputed / counted")
 }
-_SCORED = "Measured genes are chosen at random, whether expressed or not, and hidden; all hidden positions are scored."
+_SCORED = (
+    "Random measured genes are masked, whether they are expressed or not. All masked positions are scored."
+)
 _EXPRESSION_NOTES = (
     _SCORED,
-    "AUROC and average precision: of the probability that a count was measured. Cross-entropy: of the levels, in nats. "
-    "ECE: expected calibration error of that probability, 15 bins.",
+    "AUROC and average precision score the probability that the gene is expressed. Cross-entropy scores the levels, in "
+    "nats. ECE is the expected calibration error of the probability of expression, in 15 bins.",
 )
 _RANGES = (
-    "Levels follow each cell's own range of counts, hidden genes included, for all methods. Expected counts use the "
-    "mean counts of levels 2 and up among visible genes. Baselines that expect counts give probabilities by a "
-    "negative binomial distribution, whose dispersion is that of known counts around what the method expects."
+    "For all methods, levels use the cell's own range of counts, including its masked genes. For levels 2 and up, "
+    "expected counts use the mean count of the level among the visible genes. Baselines that predict counts get "
+    "probabilities from a negative binomial distribution; its dispersion is fitted to visible counts that the baseline "
+    "predicts."
 )
 _COUNTS_NOTES = (
     _SCORED,
-    "Expected raw counts against counted ones: mean absolute error and Pearson correlation, averaged over genes and "
-    "over cells; and the imputed mean of a gene divided by its counted mean, median over genes (1 is unbiased).",
+    "MAE and r are the mean absolute error and the Pearson correlation of expected and true raw counts, averaged over "
+    "genes or over cells. 'imputed / counted' is the imputed mean of a gene divided by its true mean, as the median "
+    "over genes (1 is unbiased).",
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Probabilities of the levels (n, num_bins) and expected raw counts (n,) at the scored positions."""
+    """Predicted level probabilities (n, num_bins) and expected raw counts (n,) at the scored positions."""
 
     chance: np.ndarray
     counts: np.ndarray
 
 
 class Estimator(Protocol):
-    """A row of the tables; the attributes are those of `sct.eval.imputation.baselines.ImputationMethod`."""
+    """Interface of a method; see `sct.eval.imputation.baselines.ImputationMethod` for the attributes."""
 
     name: str
     fitted_on: str
     remark: str
 
     def estimate(self, eval_cells: EvalCells, masked: Masked) -> Estimate:
-        """Estimate the hidden positions, looking at what a method may look at; raises `Unavailable`."""
+        """Estimate the scored positions from the data that `ImputationMethod.predict` may use.
+
+        Raises
+        ------
+        Unavailable
+            The method cannot run on these cells.
+        """
         ...
 
 
 class LevelFrequency:
-    """How often each gene takes each level in other cells, whatever the cell.
+    """Baseline that predicts the level frequencies of each gene in other cells, the same for every cell.
 
     Parameters
     ----------
     train
-        Frequencies of levels in the training studies (`sct.eval.imputation.baselines.level_frequencies`) or, for
-        `others`, None.
+        Level frequencies in the training studies from `sct.eval.imputation.baselines.level_frequencies`; None without
+        training studies or with `others`.
     others
-        Whether they are those of the other cells of the study, all of whose genes are known.
+        Whether to use the other cells of the same study, including their masked genes, instead of training studies.
     """
 
     remark = ""
@@ -122,17 +131,17 @@ class LevelFrequency:
 
     def estimate(self, eval_cells: EvalCells, masked: Masked) -> Estimate:
         """See `Estimator`."""
-        # One further cell, of no particular level: no probability is zero.
+        # One pseudocount, spread over all levels, so that no probability is zero.
         chance = self._of.frequencies(eval_cells, masked) + 1 / eval_cells.num_bins
         chance = (chance / chance.sum(axis=1, keepdims=True)).astype(np.float32)
         return from_levels(masked, chance)
 
 
 class CountMethod(abc.ABC):
-    """A method that expects a count at each position, with negative binomial counts around it.
+    """Base class of methods that predict a count, whose level probabilities come from a negative binomial.
 
-    The dispersion of a gene is that of counts around what the method expects where the count is known: some of the
-    visible genes are hidden as well, and the method is asked for them.
+    To fit the dispersion of a gene, some of the visible genes are masked as well. The method predicts them, and their
+    true counts are known.
     """
 
     name: str
@@ -141,10 +150,16 @@ class CountMethod(abc.ABC):
 
     @abc.abstractmethod
     def counts(self, eval_cells: EvalCells, masked: Masked) -> np.ndarray:
-        """Expected counts (n,); raises `Unavailable`."""
+        """Return the expected counts (n,) at the scored positions.
+
+        Raises
+        ------
+        Unavailable
+            The method cannot run on these cells.
+        """
 
     def _of_visible(self) -> CountMethod:
-        """The method, without a look at hidden counts of other cells: what was hidden tells no dispersion."""
+        """Return the variant of the method that uses visible counts only, for fitting the dispersion."""
         return self
 
     def estimate(self, eval_cells: EvalCells, masked: Masked) -> Estimate:
@@ -156,7 +171,7 @@ class CountMethod(abc.ABC):
 
 
 def _hide_more(eval_cells: EvalCells, masked: Masked) -> Masked:
-    """A draw in which a share of what is visible is hidden, too; that is what is scored."""
+    """Mask a random fraction of the visible genes too; the additional positions are the scored ones."""
     rng = np.random.default_rng(len(masked.cells))
     more = masked.shown & (rng.random(masked.mask.shape, np.float32) < RATIO)
     places = np.flatnonzero(more)
@@ -166,16 +181,17 @@ def _hide_more(eval_cells: EvalCells, masked: Masked) -> Masked:
 
 
 class GeneMean(CountMethod):
-    """Mean count of each gene, scaled to the cell's library size.
+    """Mean count of each gene, scaled to the library size of the cell.
 
-    The library size is that of the measured genes that are visible in the cell.
+    The library size is the sum over the visible genes of the cell.
 
     Parameters
     ----------
     fitted_on
-        `TRAINING`; `OTHER_CELLS`, of which all genes are known; or `THESE_CELLS`, of which what is hidden is not.
+        `TRAINING`: training studies; `OTHER_CELLS`: the other cells of the study, including their masked genes; or
+        `THESE_CELLS`: the other cells of the study, visible counts only.
     train
-        See `training_means`.
+        Result of `training_means`; only for `TRAINING`.
     """
 
     remark = ""
@@ -207,11 +223,11 @@ class GeneMean(CountMethod):
         out = np.zeros(len(masked.cells), np.float32)
         for block, part in _blocks(masked):
             total, number = totals[eval_cells.study[block]], numbers[eval_cells.study[block]]
-            if self._train is None:  # a cell does not tell of itself
+            if self._train is None:  # leave the cell itself out of its mean
                 total, number = np.maximum(total - known[block].toarray(), 0), number - shown[block]
             mean = np.divide(total, number, out=np.zeros_like(total), where=number > 0)
             average = mean.sum(axis=1, keepdims=True) / np.maximum((number > 0).sum(axis=1, keepdims=True), 1)
-            # One further cell with the average of all genes, so that no gene has the mean zero.
+            # One pseudo-cell with the average count of all genes, so that no gene has a mean of zero.
             mean = (total + average) / (number + 1)
             seen, visible = masked.shown[block], masked.visible[block].toarray()
             expected = (mean * seen).sum(axis=1)
@@ -224,10 +240,11 @@ class GeneMean(CountMethod):
 
 
 def training_means(train: BagSource) -> tuple[np.ndarray, np.ndarray]:
-    """Mean count (G,) of each gene in an average training cell, and the number of cells (G,) that measured it.
+    """Return the mean count (G,) of each gene in an average training cell, and the number of cells (G,) measuring it.
 
-    Maximum likelihood of total = depth of the study x mean of the gene, over the genes that each study measured, so
-    that a panel of few genes and a whole transcriptome agree about the genes that they share.
+    The means are the maximum likelihood estimate of the model: gene total in a study = depth of the study x mean of the
+    gene, over the genes that each study measured. Thus studies of a small gene panel and of the whole transcriptome
+    are combined correctly.
     """
     totals = np.array([study.gene_totals for study in train.studies], np.float64)
     measured = np.array([study.measured for study in train.studies])
@@ -241,33 +258,40 @@ def training_means(train: BagSource) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Smoother(Protocol):
-    """A method that smooths counts over similar cells; its attributes are those of `baselines.ImputationMethod`."""
+    """Interface of methods that average counts over similar cells; see `baselines.ImputationMethod` for attributes."""
 
     name: str
     fitted_on: str
     remark: str
 
     def smooth(self, eval_cells: EvalCells, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
-        """Mean counts (n,) at the scored positions, and of how many cells (n,); raises `Unavailable`."""
+        """Return mean counts (n,) at the scored positions, and the number of cells (n,) in each mean.
+
+        Raises
+        ------
+        Unavailable
+            The method cannot run on these cells.
+        """
         ...
 
 
 class Smoothed(CountMethod):
-    """A method that smooths counts over similar cells.
+    """Smoothed counts in which the mean of the gene counts as one more neighbor.
 
-    Few neighbours say zero where the gene is only rare, so the mean of the gene counts as one more neighbour.
+    The mean of a few neighbors is often zero for a gene that is rare but not absent; adding the gene's mean avoids
+    this.
 
     Parameters
     ----------
     method
-        Whose counts are taken.
+        Smoothing method.
     gene_mean
-        Of the same cells.
+        Gene means of the same cells.
     """
 
     def __init__(self, method: Smoother, gene_mean: GeneMean):
         self.name, self.fitted_on = method.name, method.fitted_on
-        self.remark = "; ".join(filter(None, (method.remark, "the gene's mean counts as one cell more")))
+        self.remark = "; ".join(filter(None, (method.remark, "the mean of the gene counts as one more cell")))
         self._method, self._mean = method, gene_mean
 
     def counts(self, eval_cells: EvalCells, masked: Masked) -> np.ndarray:
@@ -277,7 +301,7 @@ class Smoothed(CountMethod):
 
 
 class ModelEstimator:
-    """A model, whose probabilities are those of an ordinary gene."""
+    """The model as an `Estimator`. Its probabilities are those of `ImputationModel.chances`."""
 
     def __init__(self, model: ImputationModel):
         self.name, self.fitted_on, self.remark = model.name, model.fitted_on, model.remark
@@ -286,36 +310,47 @@ class ModelEstimator:
     def estimate(
         self, eval_cells: EvalCells, masked: Masked, tick: Callable[[int], None] = lambda bags: None
     ) -> Estimate:
-        """See `Estimator`; `tick` is told of bags that are done."""
+        """See `Estimator`; `tick` is called with the number of bags finished since the last call."""
         chance = self._model.chances(eval_cells, masked, tick)
         return from_levels(masked, chance)
 
 
 def from_levels(masked: Masked, chance: np.ndarray) -> Estimate:
-    """Estimate of probabilities of levels (n, num_bins)."""
+    """Return the estimate for level probabilities (n, num_bins), with the expected counts they imply."""
     low, high, means = (values[masked.cells] for values in (masked.low, masked.high, masked.means))
     return Estimate(chance, expected_counts(chance, means, low, high))
 
 
 def _blocks(masked: Masked) -> Iterator[tuple[slice, slice]]:
-    """Cells, some at a time, and their part of the scored positions."""
+    """Yield slices of consecutive cells, each with the slice of their scored positions."""
     for first in range(0, len(masked.mask), _CELLS_AT_ONCE):
         stop = min(first + _CELLS_AT_ONCE, len(masked.mask))
         yield slice(first, stop), slice(*np.searchsorted(masked.cells, [first, stop]))
 
 
 def dispersions(genes: np.ndarray, mean: np.ndarray, counts: np.ndarray, num_genes: int) -> np.ndarray:
-    """Dispersion (`num_genes`,) of each gene, where the variance of a count is mean + dispersion * mean^2.
+    """Estimate the dispersion of each gene; the variance of a count is mean + dispersion * mean^2.
 
-    By moments, from counts (n,) of genes (n,) around their means (n,). Few counts say little of a gene's dispersion, so
-    it is drawn towards the mean of all genes, whose standard deviation is taken to be as large as it is itself.
+    The method of moments gives a dispersion per gene. With few counts this is uncertain, so it is shrunk towards the
+    mean dispersion of all genes. The prior standard deviation of a gene's dispersion equals that mean.
+
+    Parameters
+    ----------
+    genes, mean, counts
+        (n,) gene, expected count and true count of each position.
+    num_genes
+        Number of genes.
+
+    Returns
+    -------
+    Dispersions (num_genes,).
     """
     mean, counts = mean.astype(np.float64), counts.astype(np.float64)
 
     def total(values: np.ndarray) -> np.ndarray:
         return np.bincount(genes, weights=values, minlength=num_genes)
 
-    # Around what the gene has here: a mean that is wrong for a whole study is no dispersion.
+    # Rescale the expected counts to each gene's true total, so that a biased mean does not look like dispersion.
     mean = mean * ((total(counts) + 1) / (total(mean) + 1))[genes]
     square = total(mean**2)
     told = square > 0
@@ -332,15 +367,15 @@ def dispersions(genes: np.ndarray, mean: np.ndarray, counts: np.ndarray, num_gen
 
 
 def negative_binomial(masked: Masked, mean: np.ndarray, dispersion: np.ndarray) -> Estimate:
-    """Negative binomial counts of given means (n,) and dispersions of genes (P,).
+    """Return the estimate for negative binomial counts with means (n,) and per-gene dispersions (P,).
 
-    Probabilities of the levels follow from the range of each cell. A dispersion of zero is a Poisson distribution.
+    The level probabilities follow from the range of each cell. A dispersion of zero is a Poisson distribution.
     """
     num_bins = masked.medians.shape[1]
-    # Levels follow the exact logarithms of counts, which `low` and `high` are up to the precision of float32.
+    # `low` and `high` are log1p of whole counts, rounded to float32. Recompute them exactly for the level borders.
     low, high = (np.log1p(np.rint(np.expm1(x.astype(np.float64)))) for x in (masked.low, masked.high))
     borders = level_borders(low, high, num_bins)
-    # A cell whose range has width zero has level 1 alone.
+    # If all counts of a cell are equal, its range is empty and level 1 is the only level above zero.
     borders = np.where(borders > 0, borders, np.inf)
     borders = np.column_stack([np.ones(len(borders)), borders])
     size = 1 / np.maximum(dispersion, _LEAST_DISPERSION)
@@ -357,7 +392,7 @@ def negative_binomial(masked: Masked, mean: np.ndarray, dispersion: np.ndarray) 
 def estimators(
     eval_cells: EvalCells, model: ImputationModel | None, train: BagSource | None, *, magic: bool = True
 ) -> list[Estimator]:
-    """The model, and simple methods at the same positions."""
+    """Return the model (if given) and the baselines; parameters as in `natural_imputation`."""
     frequencies = None if train is None else baselines.level_frequencies(train)
     means = None if train is None else training_means(train)
     of_training, of_these = GeneMean(TRAINING, means), GeneMean(THESE_CELLS)
@@ -377,9 +412,18 @@ def estimators(
 
 @dataclasses.dataclass
 class NaturalRow:
-    """Numbers of a method, one of each draw, or the reason why there are none (`remark`).
+    """Metrics of one method.
 
-    `key` is `sct.eval.reports.report.MODEL` for the model, "" for baselines.
+    Attributes
+    ----------
+    method, fitted_on, remark
+        See `sct.eval.imputation.baselines.ImputationMethod`. If the method could not run, `remark` is the reason.
+    key
+        `sct.eval.reports.report.MODEL` for the model, "" for baselines.
+    numbers
+        Metric -> one number per draw.
+    reliability
+        Reliability of the probability of expression, one per draw.
     """
 
     method: str
@@ -391,12 +435,12 @@ class NaturalRow:
 
     @property
     def label(self) -> str:
-        """Name of the row beside others: the method, and what a baseline is fitted on."""
+        """Unique name of the row: the method and, for baselines, the cells it is fitted on."""
         return self.method if self.key == MODEL else f"{self.method}, {self.fitted_on}"
 
     def score(self, eval_cells: EvalCells, masked: Masked, estimate: Estimate) -> None:
-        """Add the numbers of one draw."""
-        expressed = masked.levels > 0  # noise genes are read as unexpressed
+        """Add the metrics of one draw."""
+        expressed = masked.levels > 0  # noise genes count as unexpressed
         probability = 1 - estimate.chance[:, 0]
         table = metrics.reliability(expressed, probability)
         genes, cells = masked.mask.shape[1], len(masked.mask)
@@ -405,7 +449,8 @@ class NaturalRow:
             np.bincount(masked.genes, weights=values, minlength=genes)
             for values in (estimate.counts, masked.counts, np.ones(len(masked.genes)))
         )
-        # Chosen by all counts: hidden ones would choose genes of which many happened to be hidden.
+        # Select genes by all their counts. Selecting by masked counts would favor genes with many counts in the mask
+        # and bias the ratio.
         total, measured = np.asarray(eval_cells.counts.sum(axis=0)).ravel(), eval_cells.eligible.sum(axis=0)
         enough = (total > 0) & (total * hidden >= _COUNTS_PER_GENE * np.maximum(measured, 1))
         per_cell = np.bincount(masked.cells, minlength=cells)
@@ -437,27 +482,27 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _mean_of_means(group: np.ndarray, values: np.ndarray, sizes: np.ndarray) -> float:
-    """Mean over the groups that have a value of the mean within the group."""
+    """Return the mean, over all non-empty groups, of the mean value in the group."""
     sums = np.bincount(group, weights=values, minlength=len(sizes))
     return _mean(np.divide(sums, sizes, out=np.full(len(sizes), np.nan), where=sizes > 0))
 
 
 @dataclasses.dataclass(frozen=True)
 class NaturalResult:
-    """Result of the protocol.
+    """Result of `natural_imputation`.
 
     Attributes
     ----------
     title
-        What was hidden, of which cells.
+        Title of the tables: what was masked, in which cells.
     ratio
-        Share of the measured genes that was hidden.
+        Fraction of the measured genes that was masked.
     rows
-        The model first.
+        Metrics of each method, the model first.
     positions
-        Scored positions of each draw.
+        Number of scored positions in each draw.
     whole_genes
-        Whether genes were hidden in all cells.
+        Whether the same genes were masked in all cells.
     """
 
     title: str
@@ -474,7 +519,7 @@ class NaturalResult:
         return f"natural imputation{' of whole genes' * self.whole_genes}"
 
     def report(self, columns: dict[str, tuple[str, str]], what: str, notes: tuple[str, ...]) -> Report:
-        """A table of some numbers."""
+        """Return a table of the metrics `columns`, with `what` in its title."""
         draws = len(self.positions)
         expressed = [x for row in self.rows for x in row.numbers.get("expressed", ())][:draws]
         share = f", {np.mean(expressed):.1%} expressed" if expressed else ""
@@ -492,7 +537,7 @@ class NaturalResult:
 
     @property
     def reports(self) -> list[Report]:
-        """The tables."""
+        """Two tables: metrics of expression, and metrics of counts."""
         return [
             self.report(EXPRESSION, "expression", (*_EXPRESSION_NOTES, _RANGES)),
             self.report(COUNTS, "counts", (*_COUNTS_NOTES, _RANGES)),
@@ -500,18 +545,18 @@ class NaturalResult:
 
     @property
     def summary(self) -> Report:
-        """One table of the most important numbers."""
+        """One table of the most important metrics."""
         return self.report(
             SUMMARY, "expression and counts", (*_EXPRESSION_NOTES, *_COUNTS_NOTES[1:], _RANGES)
         )
 
     def labels(self, key: str) -> list[str]:
-        """Names in `reliability` of the rows with a key."""
+        """Return the labels of the rows whose key is `key`."""
         return [row.label for row in self.rows if row.key == key]
 
     @property
     def reliability(self) -> dict[str, metrics.Reliability]:
-        """Reliability of each method's probability of expression, all draws together."""
+        """Reliability of the probability of expression, over all draws: {row label: reliability}."""
         found = {}
         for row in self.rows:
             if not row.reliability:
@@ -528,7 +573,7 @@ class NaturalResult:
         return found
 
     def as_dict(self) -> dict[str, Any]:
-        """All numbers, for JSON."""
+        """Return all numbers as JSON content."""
         rows = [
             {
                 "method": row.method,
@@ -558,15 +603,15 @@ def natural_imputation(
     cells_name: str = "held-out cells",
     whole_genes: bool = False,
 ) -> NaturalResult:
-    """Imputation of measured genes hidden without regard to expression, all of them scored.
+    """Evaluate imputation of randomly masked measured genes; all masked positions are scored, expressed or not.
 
     Parameters
     ----------
     ratio
-        Share of the measured genes of each cell that is hidden.
+        Fraction of the measured genes of each cell to mask.
     whole_genes
-        Whether the same genes are hidden in all cells, as `sct.tl.impute(genes=...)` hides them, and not
-        other ones in each cell.
+        Whether to mask the same genes in all cells, as `sct.tl.impute(genes=...)` does. By default, each cell has its
+        own random genes.
     eval_cells, model, train, seeds, magic, cells_name
         See `sct.eval.imputation.protocols.gene_imputation`.
     """
@@ -589,13 +634,13 @@ def natural_imputation(
                     row.score(eval_cells, masked, method.estimate(eval_cells, masked, bar.update))
                     continue
                 bar.update(1)
-                if seed and not row.numbers:  # it could not run at the first draw
+                if seed and not row.numbers:  # the method failed in an earlier draw
                     continue
                 try:
                     row.score(eval_cells, masked, method.estimate(eval_cells, masked))
                 except SctError:
                     raise
-                except Exception as error:  # a defect of a library must not cost the table
+                except Exception as error:  # a library error in one baseline must not lose the whole table
                     known = isinstance(error, Unavailable)
                     reason = (str(error).splitlines() or [""])[0]
                     row.remark = reason if known else f"{type(error).__name__}: {reason}"
@@ -605,7 +650,7 @@ def natural_imputation(
 
 
 class NaturalImputation:
-    """`natural_imputation` as the measurement after training; without MAGIC.
+    """Evaluator that runs `natural_imputation` after training, without MAGIC.
 
     Parameters
     ----------
@@ -633,7 +678,7 @@ class NaturalImputation:
         self.report: Report | None = None
 
     def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
-        """Measure; yields the numbers and keeps the table in `report`."""
+        """Evaluate the model: yield the (name, value) pairs of all metrics, and set `report`."""
         outcome = natural_imputation(
             EvalCells.read(self.eval_cells, self.max_bags),
             ImputationModel(self._probabilities, variables),

@@ -1,8 +1,8 @@
-"""Imputation of hidden expression, the model beside its baselines (sCT paper, section 4 and appendix C).
+"""Compare a model with baselines on imputation of masked genes and cells (sCT paper, section 4 and appendix C).
 
-Scored are the hidden genes that are expressed: MCC of the level, mean absolute error of the raw count. Since
-only those are scored, a method that knows so has an easier task; every method is shown in the form that
-chooses among all levels and, where it has one, in the form that is told that the gene is expressed.
+The metrics are the MCC of the level and the mean absolute error of the raw count. Only masked genes that are expressed
+are scored. A method that knows this (*given expressed*) has an easier task. Therefore a method can have two rows: one
+that chooses among all levels, and one that is given that the gene is expressed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _run(
     settings: Sequence[tuple[str, Sequence[Callable[[], Draw]]]],
     description: str,
 ) -> list[tuple[str, dict[str, list[ScoreRow]], dict[str, list[int]]]]:
-    """Measure one setting after the other, under one display of progress."""
+    """Score each setting (title, draws) and return its title, rows and positions, with one progress bar for all."""
     units = sum(eval_cells.num_bags if isinstance(method, ImputationModel) else 1 for method in methods)
     total = units * sum(len(draws) for _, draws in settings)
     with progress(description, total) as bar:
@@ -67,7 +67,7 @@ def _by_amount(
     description: str,
     ranges: str = OWN_RANGES,
 ) -> list[Setting]:
-    """A setting for each amount that is masked (amount -> title), whose positions are scored together."""
+    """Return one setting for each masked amount; `titles` maps the amounts to titles."""
 
     def draw(amount: Any, seed: int) -> Draw:
         masked = mask(eval_cells, amount, seed)
@@ -93,26 +93,30 @@ def gene_imputation(
     magic: bool = True,
     cells_name: str = "held-out cells",
 ) -> ProtocolResult:
-    """Imputation of genes masked at random (sCT paper, section 4, Table 1).
+    """Evaluate imputation of randomly masked genes (sCT paper, section 4, Table 1).
 
-    In every cell a share of all genes is masked, whatever their level.
+    In every cell a fraction of the measured genes is masked at random, independently of their level.
 
     Parameters
     ----------
     eval_cells
-        Cells.
+        Cells to score.
     model
-        Usually a `ImputationModel`; None for the baselines alone.
+        Usually an `ImputationModel`; None to score only the baselines.
     train
-        Exhaustive bags of the studies that the model was trained on, or None.
+        Exhaustive bags of the studies that the model was trained on, for the baselines fitted on them; or None.
     ratios
-        Shares of genes masked.
+        Fractions of genes to mask; one table each.
     seeds
-        Draws, with seeds 0 .. seeds - 1.
+        Number of random masks per ratio; they use the seeds 0 .. seeds - 1.
     magic
-        Whether MAGIC is among the baselines.
+        Whether MAGIC is one of the baselines.
     cells_name
-        What the titles call the cells.
+        Name of the cells in the table titles.
+
+    Returns
+    -------
+    ProtocolResult with one setting per ratio.
     """
     methods = _methods(eval_cells, model, train, magic=magic)
     titles = {ratio: f"Imputation of {ratio:.0%} masked genes, {cells_name}" for ratio in ratios}
@@ -121,16 +125,17 @@ def gene_imputation(
 
 
 def cells_to_mask(cells_per_bag: int) -> tuple[int, ...]:
-    """Numbers of cells of a bag that are masked: the paper's 1, 10, 20, 40 of 50, in proportion.
+    """Return how many cells of a bag to mask in each setting: 1, 10, 20 and 40 of 50 cells, scaled to the bag size.
 
     Raises
     ------
     DataError
-        Bags of one cell, of which no other is left to learn from.
+        `cells_per_bag` is 1, so no visible cell would remain.
     """
     if cells_per_bag < 2:
         raise DataError(
-            f"bags have {cells_per_bag} cell, but masking whole cells needs others beside them: use bags of 2 or more."
+            f"cells_per_bag is {cells_per_bag}, but whole-cell imputation needs other, visible cells in the bag: set "
+            "it to 2 or more."
         )
     numbers = [min(max(1, round(share * cells_per_bag)), cells_per_bag - 1) for share in CELL_SHARES]
     return tuple(dict.fromkeys(numbers))
@@ -146,29 +151,33 @@ def whole_cell_imputation(
     magic: bool = True,
     cells_name: str = "held-out cells",
 ) -> ProtocolResult:
-    """Imputation of whole cells from the others of their bag (sCT paper, section 4, Table 2).
+    """Evaluate imputation of whole cells from the other cells of their bag (sCT paper, section 4, Table 2).
 
-    No method is told the size of a masked cell, see `sct.eval.imputation.eval_cells.shown_ranges`.
+    No method knows the library size of a masked cell; see `sct.eval.imputation.eval_cells.shown_ranges`.
 
     Parameters
     ----------
     numbers
-        Cells masked in each bag of K; empty for the paper's shares, see `cells_to_mask`. A bag that lacks
-        cells has the same share masked.
+        Numbers of cells to mask in each bag of K cells; one table each. By default those of `cells_to_mask`. In a bag
+        with fewer than K cells the same fraction is masked.
     eval_cells, model, train, seeds, magic, cells_name
-        See `gene_imputation`. MAGIC needs visible genes of a cell: its row says so.
+        See `gene_imputation`. MAGIC needs visible genes in each cell, so its row holds only this reason.
+
+    Returns
+    -------
+    ProtocolResult with one setting per number of masked cells.
 
     Raises
     ------
     DataError
-        A number that leaves no cell, or bags of one cell.
+        A number is not in 1 .. K - 1, or bags have one cell.
     """
     whole = eval_cells.cells_per_bag
     numbers = tuple(numbers) or cells_to_mask(whole)
     for number in numbers:
         if not 0 < number < whole:
             raise DataError(
-                f"{number} cells of a bag are to be masked, but bags have {whole}: mask 1 to {whole - 1}."
+                f"numbers has {number} masked cells, but a bag has {whole} cells: choose 1 to {whole - 1}."
             )
     methods = _methods(eval_cells, model, train, whole_cells=True, magic=magic)
     titles = {number: f"Imputation of {number} of {whole} cells, {cells_name}" for number in numbers}
@@ -179,10 +188,10 @@ def whole_cell_imputation(
 
 
 def sparsity_groups(eval_cells: EvalCells) -> dict[str, np.ndarray]:
-    """Genes of each group of sparsity (sCT paper, appendix C.1), as gene positions.
+    """Return the gene positions of each sparsity group (sCT paper, appendix C.1).
 
-    Sparsity is the share of cells without a count of the gene, of those whose study measured it. Genes that
-    no cell expresses belong to no group.
+    The sparsity of a gene is the fraction of cells with zero counts, among the cells whose study measured the gene.
+    Genes that no cell expresses are in no group.
     """
     cells = np.bincount(eval_cells.study, minlength=len(eval_cells.measured)) @ eval_cells.measured
     is_target = np.bincount(eval_cells.counts.indices, minlength=eval_cells.tokens.shape[1])
@@ -205,10 +214,21 @@ def fixed_gene_imputation(
     magic: bool = True,
     cells_name: str = "held-out cells",
 ) -> ProtocolResult:
-    """Imputation of genes masked in all cells, by their sparsity (sCT paper, section 4 and appendix C.1).
+    """Evaluate imputation of genes masked in all cells, per sparsity group (sCT paper, section 4 and appendix C.1).
 
-    For each draw `per_group` genes of each group of sparsity are chosen at random; all of them are masked at
-    once, in all cells, and each group is scored by itself. Other parameters as for `gene_imputation`.
+    Each draw chooses `per_group` random genes from each sparsity group. All chosen genes are masked together, in all
+    cells, and each group is scored separately.
+
+    Parameters
+    ----------
+    per_group
+        Number of genes masked in each sparsity group.
+    eval_cells, model, train, seeds, magic, cells_name
+        See `gene_imputation`.
+
+    Returns
+    -------
+    ProtocolResult with one setting per sparsity group.
     """
     groups = sparsity_groups(eval_cells)
     methods = _methods(eval_cells, model, train, magic=magic)
@@ -246,20 +266,20 @@ def fixed_gene_imputation(
 
 
 class GeneImputation:
-    """`gene_imputation` at one ratio, as the measurement after training; without MAGIC.
+    """Evaluator that runs `gene_imputation` at one ratio after training, without MAGIC.
 
     Parameters
     ----------
     probabilities, odds
         See `ImputationModel`.
     train, eval_cells
-        Exhaustive bags with counts: what baselines are fitted on, and what is scored.
+        Exhaustive bags with counts: those that the baselines are fitted on, and those that are scored.
     split
         Name of the held-out split, for the title.
     ratio, seeds
-        Share of genes masked; number of draws of the masked positions, over which the spread is given.
+        Fraction of genes masked, and number of random masks.
     max_bags
-        Bags scored, spread evenly over the held-out ones; 0 for all.
+        Maximum number of bags to score, spread evenly over `eval_cells`; 0 for all.
     """
 
     name = "imputation"
@@ -281,7 +301,7 @@ class GeneImputation:
         self.report: Report | None = None
 
     def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
-        """Measure; yields the numbers of the table and keeps it in `report`."""
+        """Evaluate the model: yield the (name, value) pairs of the table, and set `report`."""
         outcome = gene_imputation(
             EvalCells.read(self.eval_cells, self.max_bags),
             ImputationModel(self._probabilities, variables, odds=self.odds),

@@ -1,4 +1,4 @@
-"""Asking a model and its baselines at the same hidden positions, and the tables of what they answer."""
+"""Score a model and the baselines at the same masked positions, and make the result tables."""
 
 from __future__ import annotations
 
@@ -36,10 +36,12 @@ _NOTES = (
     f"Row 1 is the reference baseline: the {REFERENCE_NAME}. It knows every gene of those cells. ΔMCC is the MCC of a "
     "method minus the MCC of the reference in the same draw.",
 )
-OWN_RANGES = "Levels and their counts follow each cell's own range, masked genes included, for all methods."
+OWN_RANGES = (
+    "For all methods, levels and level counts use the cell's own range of counts, including its masked genes."
+)
 BAG_RANGES = (
-    "True levels follow each cell's own range; what methods answer follows the mean range and the mean level "
-    "counts of the cells of its bag that are shown, for all methods: none is told the size of a masked cell."
+    "True levels follow each cell's own range. Predictions of all methods use the mean range and the mean level counts "
+    "of the visible cells of the bag, so that no method knows the library size of a masked cell."
 )
 
 Draw = tuple[Masked, Mapping[str, np.ndarray]]
@@ -47,22 +49,22 @@ Probabilities = Callable[[Any, jax.Array, jax.Array | None], jax.Array]
 
 
 class ImputationModel:
-    """A model as a method of imputation.
+    """A trained model as an imputation method.
 
     Parameters
     ----------
     probabilities
-        (variables, masked tokens (B, K, P), coordinates (B, K, 2) or None) -> probabilities of the levels
-        (B, K, P, num_bins) of an ordinary gene.
+        Function (variables, masked tokens (B, K, P), coordinates (B, K, 2) or None) -> probabilities of the levels
+        (B, K, P, num_bins), corrected for the masking rates in training.
     variables
         Parameters of the model.
     odds
-        By what factor the odds of being expressed are multiplied where `predict` chooses among all levels, as a
-        model that is trained by the paper's loss multiplies them (`sct.data.class_prior`).
+        Factor by which `predict` multiplies the odds of being expressed when it chooses among all levels. A model
+        trained with the paper's loss multiplies them in the same way (`sct.data.class_prior`).
     name, fitted_on, remark
         See `sct.eval.imputation.baselines.ImputationMethod`.
     bags_per_batch
-        B; 0 takes several bags at once where they are small.
+        B; 0 chooses it from the size of a bag.
     """
 
     def __init__(
@@ -83,7 +85,10 @@ class ImputationModel:
     def chances(
         self, eval_cells: EvalCells, masked: Masked, tick: Callable[[int], None] = lambda bags: None
     ) -> np.ndarray:
-        """Probabilities (n, num_bins) of the levels at the scored positions. `tick` is told of bags that are done."""
+        """Return the level probabilities (n, num_bins) at the scored positions.
+
+        `tick` is called with the number of bags finished since the last call.
+        """
         num_bins = eval_cells.num_bins
         chance = np.zeros((len(masked.cells), num_bins), np.float32)
         for batch in eval_cells.batches(self.bags_per_batch):
@@ -105,7 +110,10 @@ class ImputationModel:
     def predict(
         self, eval_cells: EvalCells, masked: Masked, tick: Callable[[int], None] = lambda bags: None
     ) -> dict[bool, LevelPrediction]:
-        """See `baselines.ImputationMethod`; both forms, scored as the sCT paper does: levels stand for medians."""
+        """See `baselines.ImputationMethod`; returns both forms.
+
+        The predicted count is the expected median count of the levels, as in the sCT paper.
+        """
         chance = self.chances(eval_cells, masked, tick)
         tilted, known = chance.copy(), chance
         tilted[:, 1:] *= self.odds
@@ -120,17 +128,21 @@ class ImputationModel:
 
 @dataclasses.dataclass
 class ScoreRow:
-    """A row of a table: a method in one of its forms, one number per draw, or the reason why there are none.
+    """One row of a table: a method in one of its forms.
 
     Attributes
     ----------
+    method, fitted_on, remark
+        See `sct.eval.imputation.baselines.ImputationMethod`. If the method could not run, `remark` is the reason.
     given_expressed
         Whether the method knows that the masked genes are expressed; None if it could not run.
     mcc, delta_mcc, mae, msle
-        One number per draw: MCC of levels, MCC minus the reference's, mean absolute error of raw counts, and mean
-        squared error of log1p counts.
+        One number per draw: MCC of the levels, MCC minus the MCC of the reference baseline, mean absolute error of the
+        raw counts, and mean squared error of the log1p counts.
     confusion
         int (num_bins, num_bins), true by predicted level, summed over draws.
+    both
+        Whether the method has both forms, so that `label` must name the form.
     key
         `sct.eval.reports.report.MODEL`, `REFERENCE` for the reference baseline, "" for other baselines.
     """
@@ -149,18 +161,17 @@ class ScoreRow:
 
     @property
     def label(self) -> str:
-        """Name of the row beside others: the method, what it is fitted on, and the form if it has two."""
+        """Unique name of the row: the method, the cells it is fitted on, and its form if the method has both."""
         name = self.method if self.key == MODEL else f"{self.method}, {self.fitted_on}"
         return f"{name}, given expressed" if self.given_expressed and self.both else name
 
     def score(self, masked: Masked, prediction: LevelPrediction, chosen: np.ndarray, num_bins: int) -> None:
-        """Add the numbers of one draw, of its `chosen` (n,) positions."""
+        """Add the metrics of one draw, computed at the positions `chosen`, bool (n,)."""
         true, levels = masked.levels[chosen].astype(np.int64), prediction.levels[chosen].astype(np.int64)
         truth, counts = masked.counts[chosen], np.asarray(prediction.counts[chosen], np.float64)
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="A single label"
-            )  # its coefficient is 0, as it should be
+            # scikit-learn warns if all levels are equal; the MCC is then 0, which is correct.
+            warnings.filterwarnings("ignore", message="A single label")
             self.mcc.append(metrics.matthews(true, levels))
         self.mae.append(float(metrics.mean_absolute_error(truth, counts)) if len(true) else math.nan)
         squares = (np.log1p(truth.astype(np.float64)) - np.log1p(counts)) ** 2
@@ -169,16 +180,27 @@ class ScoreRow:
         self.confusion = matrix if self.confusion is None else self.confusion + matrix
 
     def as_dict(self) -> dict[str, Any]:
-        """The row for JSON."""
+        """Return the row as JSON content."""
         out = {**dataclasses.asdict(self), "label": self.label}
         return {key: value for key, value in out.items() if key not in ("confusion", "both")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One table: what was hidden (`name`, `value` on the axis of a plot), its rows and scored positions.
+    """Result of one setting of a protocol, which becomes one table.
 
-    `ranges` is the note on what methods know of the cells' ranges, `notes` are others.
+    Attributes
+    ----------
+    name, value
+        Title of the setting, and its value on the axis of a plot, such as the mask ratio.
+    rows
+        Rows of the table.
+    positions
+        Number of scored positions in each draw.
+    notes
+        Further notes below the table.
+    ranges
+        Note on how levels and counts are derived from the range of a cell.
     """
 
     name: str
@@ -189,7 +211,7 @@ class Setting:
     ranges: str = OWN_RANGES
 
     def report(self) -> Report:
-        """The table."""
+        """Return the table."""
         total, draws = sum(self.positions), len(self.positions)
         title = f"{self.name} ({total:,} masked expressed genes in {draws} draw{'s' * (draws != 1)})"
         report = Report(title, COLUMNS, notes=(*_NOTES, self.ranges, *self.notes))
@@ -202,12 +224,16 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class ProtocolResult:
-    """Result of a protocol: one table per setting, and their numbers.
+    """Result of an imputation protocol.
 
     Attributes
     ----------
-    name, axis
-        The protocol, and what its settings differ in: "ratio", "cells" (masked, of K) or "sparsity".
+    name
+        Name of the protocol.
+    axis
+        Quantity that differs between the settings: "ratio", "cells" (number of masked cells) or "sparsity".
+    settings
+        Results of the settings.
     """
 
     name: str
@@ -216,12 +242,12 @@ class ProtocolResult:
 
     @property
     def reports(self) -> list[Report]:
-        """The tables."""
+        """One table per setting."""
         return [setting.report() for setting in self.settings]
 
     @property
     def curves(self) -> dict[str, list[tuple[Any, list[float]]]]:
-        """MCC of each draw by row: {label: [(value of the setting, [MCC of each draw]), ...]}."""
+        """MCC curves of all rows: {row label: [(value of the setting, [MCC of each draw]), ...]}."""
         curves: dict[str, list[tuple[Any, list[float]]]] = {}
         for setting in self.settings:
             for row in setting.rows:
@@ -230,13 +256,16 @@ class ProtocolResult:
         return curves
 
     def labels(self, key: str) -> list[str]:
-        """Names in `curves` of the rows with a key."""
+        """Return the labels of the rows whose key is `key`."""
         rows = (row for setting in self.settings for row in setting.rows)
         return list(dict.fromkeys(row.label for row in rows if row.key == key))
 
     @property
     def confusion(self) -> dict[Any, dict[str, np.ndarray]]:
-        """Levels, true by predicted, of the model: {value of the setting: {row label: (num_bins, num_bins)}}."""
+        """Confusion matrices of the model, true by predicted level.
+
+        They have the form {value of the setting: {row label: (num_bins, num_bins)}}.
+        """
         return {
             setting.value: {
                 row.label: row.confusion
@@ -247,7 +276,7 @@ class ProtocolResult:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """All numbers, for JSON."""
+        """Return all numbers as JSON content."""
         settings = [
             {
                 self.axis: setting.value,
@@ -265,7 +294,7 @@ class ProtocolResult:
 def _answer(
     method: ImputationMethod, eval_cells: EvalCells, masked: Masked, tick: Callable[[int], None]
 ) -> dict[bool, LevelPrediction] | str:
-    """Predictions of a method, or the reason why there are none."""
+    """Return the predictions of a method, or the reason why it has none."""
     try:
         if isinstance(method, ImputationModel):
             return method.predict(eval_cells, masked, tick)
@@ -275,7 +304,7 @@ def _answer(
         tick(1)
         return str(reason)
     except Exception as error:
-        # A defect of a library must not cost the table; one of the model or of the data has to be seen.
+        # A library error in one baseline must not lose the whole table. Errors of the model or the data are raised.
         if isinstance(method, ImputationModel) or isinstance(error, SctError):
             raise
         tick(1)
@@ -289,24 +318,24 @@ def measure(
     draws: Iterable[Callable[[], Draw]],
     tick: Callable[[int], None] = lambda units: None,
 ) -> tuple[dict[str, list[ScoreRow]], dict[str, list[int]]]:
-    """Ask all methods at the same positions of some draws.
+    """Score all methods at the same positions.
 
     Parameters
     ----------
     eval_cells
-        Cells.
+        Cells to score.
     methods
-        The first is the reference baseline.
+        Imputation methods. The first one is the reference baseline.
     draws
-        Functions that each make a draw and the groups of it that are scored apart, {name: bool (n,)}; the
-        names are the same in all.
+        Functions that each return a draw (`Masked`) and its groups of positions, {group: bool (n,)}. Groups are scored
+        separately, and every draw has the same group names.
     tick
-        Called with finished units of work: bags of the model, or draws of another method.
+        Called with the number of finished work units: bags for the model, draws for the baselines.
 
     Returns
     -------
-    Rows of each group (the reference baseline, the model, other methods), and the number of scored positions of each
-    draw. A method that fails in a draw has one row with the reason.
+    The rows of each group, in the order reference baseline, model, other methods; and the number of scored positions of
+    each group in each draw. A method that fails in one draw has a single row with the reason.
     """
     rows: dict[str, dict[tuple[int, bool], ScoreRow]] = {}
     positions: dict[str, list[int]] = {}

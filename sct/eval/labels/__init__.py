@@ -1,1 +1,1 @@
-"""Predicted labels and pathways: measures and baselines."""
+"""Evaluation of predicted labels and pathways: metrics and baselines."""

@@ -1,4 +1,4 @@
-"""Labels by marker genes: each cell is what the genes of a label are highest for, without any model."""
+"""Label cells by marker genes, without a model: each cell gets the label whose markers score highest."""
 
 from __future__ import annotations
 
@@ -22,18 +22,30 @@ NAME = "marker scores"
 
 
 def read_markers(path: str | Path) -> dict[str, tuple[str, ...]]:
-    """Read marker genes of labels, a JSON file `{"B cell": ["MS4A1", "CD79A"], ...}`; `DataError` for another form."""
+    """Read marker genes from a JSON file such as `{"B cell": ["MS4A1", "CD79A"], ...}`.
+
+    Returns
+    -------
+    Label -> gene symbols.
+
+    Raises
+    ------
+    DataError
+        The file cannot be read or has another format.
+    """
     try:
         content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise DataError(f"the markers in {path} cannot be read ({said}): give a JSON file.") from error
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot read the marker file {path} ({reason}): pass a JSON file.") from error
     form = '{"B cell": ["MS4A1", "CD79A"], ...}'
     if not isinstance(content, dict) or not content:
-        raise DataError(f"{path} is not of the form {form}: write it so.")
+        raise DataError(f"the marker file {path} must hold a JSON object: write it as {form}.")
     for label, genes in content.items():
         if not isinstance(genes, list) or not genes or not all(isinstance(gene, str) for gene in genes):
-            raise DataError(f"the markers of {label!r} in {path} are no list of genes: write {form}.")
+            raise DataError(
+                f"the markers of {label!r} in {path} must be a non-empty list of gene symbols: write {form}."
+            )
     return {str(label): tuple(genes) for label, genes in content.items()}
 
 
@@ -44,29 +56,33 @@ def _table(counts: Any, symbols: Sequence[str]) -> ad.AnnData:
 
 
 @contextlib.contextmanager
-def _told(label: str) -> Iterator[None]:
-    """Say of which label scanpy cannot score the markers, as where they are all genes of their level."""
+def _name_label(label: str) -> Iterator[None]:
+    """Turn scanpy's error into one that names the label; scanpy fails if no other gene has a similar expression."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
         raise DataError(
-            f"the markers of {label!r} cannot be scored ({error}): give fewer, or more genes."
+            f"scanpy cannot score the markers of {label!r} ({error}): use fewer markers, or cells with more genes."
         ) from error
 
 
 def find_markers(
     counts: Any, names: Sequence[str], symbols: Sequence[str], number: int = 25
 ) -> dict[str, tuple[str, ...]]:
-    """Genes that tell the cells of each label from the others (Welch's t-test, scanpy), the first ones with a plus.
+    """Return marker genes of each label: the genes most upregulated against all other cells (Welch's t-test, scanpy).
 
     Parameters
     ----------
     counts, names
-        (N, G) raw counts, and labels (N,); a label of a single cell has no markers.
+        Raw counts (N, G) and labels (N,). A label with a single cell gets no markers.
     symbols
-        Of the G genes.
+        Symbols of the G genes.
     number
-        Genes of a label at most.
+        Maximum number of genes per label.
+
+    Returns
+    -------
+    Label -> gene symbols, best first. Empty if there are fewer than two labels.
     """
     scanpy = load_extra("scanpy", "cells")
     table = _table(counts, symbols)
@@ -91,22 +107,24 @@ def find_markers(
 def marker_scores(
     counts: Any, symbols: Sequence[str], markers: Mapping[str, Sequence[str]], candidates: Sequence[str]
 ) -> pd.DataFrame:
-    """How much higher the markers of each candidate are than other genes of the same level (scanpy's `score_genes`).
+    """Score the markers of each candidate label in each cell with scanpy's `score_genes`.
+
+    The score is the mean expression of the markers minus that of control genes with a similar expression level.
 
     Parameters
     ----------
     counts
         (N, G) raw counts.
     symbols
-        Of the G genes.
+        Symbols of the G genes.
     markers
-        Label -> genes.
+        Label -> gene symbols.
     candidates
-        Labels; one without markers that were measured has the lowest score of all for every cell.
+        Candidate labels. A candidate without measured markers gets a score below all others in every cell.
 
     Returns
     -------
-    float64 (N, candidates).
+    Table float64 (N, candidates).
 
     Raises
     ------
@@ -118,14 +136,15 @@ def marker_scores(
     for label in candidates:
         own = [gene for gene in dict.fromkeys(markers.get(label, ())) if gene in known]
         if own:
-            with metrics.quiet(), _told(label):
-                # Of a panel of few genes, whose bins of equal expression would hold none to compare with.
+            with metrics.quiet(), _name_label(label):
+                # Panels of few genes need fewer expression bins, or a bin would have no control genes.
                 bins = min(25, max(table.n_vars // 20, 2))
                 scanpy.tl.score_genes(table, own, score_name="score", n_bins=bins, random_state=0)
             scores[label] = table.obs["score"].to_numpy(float)
     if not scores:
         raise DataError(
-            "no candidate has a marker among the genes of the cells: name them as the candidates are written."
+            "no candidate label has a marker among the measured genes: use the candidate labels as keys of the "
+            "markers, and gene symbols of these cells."
         )
     lowest = min(own.min() for own in scores.values())
     return pd.DataFrame(

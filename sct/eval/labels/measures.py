@@ -1,4 +1,4 @@
-"""Predicted labels beside honest baselines: exact and partial accuracy, macro F1, Cohen's kappa, AUROC and AUPRC."""
+"""Compare predicted labels with baselines by accuracy, macro-F1, Cohen's kappa, AUROC and AUPRC."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ class LabelPrediction:
     Attributes
     ----------
     labels
-        (N, keys) table; a missing label (None, NaN: no allowed answer was found) counts as wrong.
+        (N, keys) table of labels, one column per key (a key is a kind of label, such as "cell_type"). A missing label
+        (None or NaN: the method gave no valid answer) counts as wrong.
     probabilities
-        Key -> (N, candidates) table of probabilities, or of any scores, or None where there are none.
+        Key -> (N, candidates) table of probabilities or other scores; None if there are no scores.
     """
 
     labels: pd.DataFrame
@@ -48,16 +49,16 @@ class LabelPrediction:
 
 @dataclasses.dataclass(frozen=True)
 class LabelOptions:
-    """How predicted labels are measured.
+    """Options of the evaluation of predicted labels.
 
     Attributes
     ----------
     seeds
-        Draws of the shuffled controls and of the guesses: 0, 1, ...
+        Number of random draws of the shuffled controls and of the guesses, with the seeds 0, 1, ...
     components, k
-        Principal components of the baselines, and neighbours that vote.
+        Number of principal components of the baselines, and number of neighbors that vote.
     positive
-        A label whose own F1 is a column, such as "Yes".
+        Label whose F1 score gets its own column, such as "Yes"; "" for none.
     """
 
     seeds: int = 5
@@ -71,28 +72,28 @@ class LabelOptions:
 
 
 def _right(true: pd.DataFrame, predicted: pd.DataFrame) -> np.ndarray:
-    """Whether each label (N, keys) is right."""
+    """Return whether each predicted label is right, bool (N, keys)."""
     if missing := [key for key in true if key not in predicted]:
-        raise DataError(f"nothing is predicted for {missing[0]!r}; predict every key of the true labels.")
+        raise DataError(f"the predictions lack the key {missing[0]!r}: predict every key of the true labels.")
     check_not_empty("the table of true labels", true, error=DataError)
     check_one_each("predictions", len(predicted), "cells", len(true))
     if missing := [key for key in true if true[key].isna().any()]:
-        raise DataError(f"some cells have no true {missing[0]!r}; leave these cells out.")
+        raise DataError(f"the true labels have missing values in {missing[0]!r}: remove these cells.")
     pairs = [(true[key].to_numpy(object), predicted[key].to_numpy(object)) for key in true]
     return np.stack([np.asarray(a == b, dtype=bool) for a, b in pairs], axis=1)
 
 
 def exact_accuracy(true: pd.DataFrame, predicted: pd.DataFrame) -> float:
-    """Share of cells whose labels are all right (Cell2Sentence, section 4.3, "full label" of Table 3).
+    """Return the fraction of cells whose labels are all right (Cell2Sentence, section 4.3, Table 3, "full label").
 
     Parameters
     ----------
     true, predicted
-        (N, keys) tables in the same order of cells; a missing prediction is wrong.
+        (N, keys) tables with the same order of cells; a missing prediction counts as wrong.
 
     Returns
     -------
-    A number in [0, 1], higher is better; never above `partial_accuracy`.
+    Value in [0, 1], higher is better; never above `partial_accuracy`.
 
     Raises
     ------
@@ -103,49 +104,50 @@ def exact_accuracy(true: pd.DataFrame, predicted: pd.DataFrame) -> float:
 
 
 def partial_accuracy(true: pd.DataFrame, predicted: pd.DataFrame) -> float:
-    """Share of single labels that are right: the mean accuracy over keys (Cell2Sentence, "partial label" of Table 3).
+    """Return the mean accuracy over keys (Cell2Sentence, section 4.3, Table 3, "partial label"), in [0, 1].
 
-    Parameters, errors and range are those of `exact_accuracy`.
+    For parameters and errors see `exact_accuracy`.
     """
     return float(_right(true, predicted).mean())
 
 
 def _integers(true: pd.Series, predicted: pd.Series) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of one key (N,) as integers; a missing prediction is a label of its own."""
+    """Return true and predicted labels (N,) of one key as integers; a missing prediction counts as a separate label."""
     both = metrics.codes([*true, *(None if pd.isna(each) else each for each in predicted)])
     return both[: len(true)], both[len(true) :]
 
 
 def macro_f1(true: pd.Series, predicted: pd.Series) -> float:
-    """F1 of one key (N,), averaged with equal weight over the labels that are true or predicted, in [0, 1], 1 the best.
+    """Return the macro-F1 of one key (N,), in [0, 1], with 1 the best: the mean F1 over true and predicted labels.
 
-    A label that is true of no cell but predicted has an F1 of 0.
+    A label that is predicted, but is true for no cell, has an F1 of 0.
     """
     return metrics.accuracy_and_f1(*_integers(true, predicted))[1]
 
 
 def kappa(true: pd.Series, predicted: pd.Series) -> float:
-    """Cohen's kappa of one key (N,): agreement beyond that of chance, in [-1, 1], 1 the best, 0 that of chance.
+    """Return Cohen's kappa of one key (N,), in [-1, 1]: 1 is perfect agreement, 0 is agreement by chance.
 
-    NaN where all cells have one label and it is predicted for all.
+    It is NaN if all cells have the same label and it is predicted for all of them.
     """
     with metrics.quiet():
         return float(cohen_kappa_score(*_integers(true, predicted)))
 
 
 class LabelAreas(NamedTuple):
-    """Areas under curves of one key.
+    """AUROC and AUPRC of one key.
 
     Attributes
     ----------
     auroc_average, auprc_average
-        Of one candidate against the rest, averaged over candidates that are true of some cells and not of others.
+        Area of one candidate against the rest, averaged over the candidates that are true for some but not all cells.
     auroc_flatten, auprc_flatten
-        Of all pairs of a cell and a candidate at once.
+        Area over all pairs of a cell and a candidate.
     absent
-        Candidates that are true of no cell: not in the average, negative pairs of the flattened areas.
+        Candidates that are true for no cell. They are not in the average; in the flattened areas they are negative
+        pairs.
     unknown
-        True labels that are no candidate: their score is the lowest for every cell.
+        True labels that are not candidates. They get the lowest score in every cell.
     """
 
     auroc_average: float
@@ -157,25 +159,25 @@ class LabelAreas(NamedTuple):
 
 
 def areas(true: pd.Series, probabilities: pd.DataFrame) -> LabelAreas:
-    """AUROC and AUPRC of candidates' probabilities, one against the rest (Cell2Sentence, section 4.3, Table 3).
+    """Return one-vs-rest AUROC and AUPRC of the probabilities of candidates (Cell2Sentence, section 4.3, Table 3).
 
     Parameters
     ----------
     true
         (N,) true labels.
     probabilities
-        (N, candidates) in the same order of cells, the columns named by the candidates; any scores, of which
-        higher means more likely and which are comparable between candidates.
+        (N, candidates) table with the same order of cells; the columns are the candidates. Other scores also work, if
+        higher means more likely and scores are comparable between candidates.
 
     Returns
     -------
-    See `LabelAreas`: in [0, 1], 1 the best; AUROC is 0.5 by chance, AUPRC the share of positive pairs. NaN where
-    one label is true of all cells.
+    See `LabelAreas`. Values are in [0, 1], with 1 the best. By chance, AUROC is 0.5 and AUPRC is the fraction of
+    positive pairs. NaN if all cells have the same true label.
 
     Raises
     ------
     DataError
-        Lengths differ, a candidate stands twice, or a probability is not finite.
+        Lengths differ, a candidate occurs twice, or a probability is not finite.
     """
     scores, names = probabilities.to_numpy(float), list(probabilities.columns)
     check_not_empty("the table of true labels", true, error=DataError)
@@ -207,19 +209,19 @@ def areas(true: pd.Series, probabilities: pd.DataFrame) -> LabelAreas:
 
 
 def joint(true: pd.DataFrame, probabilities: Mapping[str, pd.DataFrame]) -> tuple[pd.Series, pd.DataFrame]:
-    """Combinations of labels as one key, with their probabilities as if keys were independent.
+    """Combine the labels of all keys into one key, and multiply their probabilities as if keys were independent.
 
     Parameters
     ----------
     true
         (N, keys) true labels.
     probabilities
-        Key -> (N, candidates) of every key.
+        Key -> (N, candidates) probabilities, for every key.
 
     Returns
     -------
-    (N,) true combinations as tuples, and (N, combinations) the products of the probabilities, for the combinations
-    that are true of some cell; input of `areas`. A label that is no candidate has probability 0.
+    True combinations (N,) as tuples, and the products of probabilities (N, combinations), for the combinations that
+    are true for some cell. Both are the input of `areas`. A label that is not a candidate has probability 0.
     """
     combined = pd.Series(list(true.itertuples(index=False, name=None)), index=true.index, dtype=object)
     names = list(dict.fromkeys(combined))
@@ -233,7 +235,7 @@ def joint(true: pd.DataFrame, probabilities: Mapping[str, pd.DataFrame]) -> tupl
 
 
 def f1_of(label: Any, true: pd.Series, predicted: pd.Series) -> float:
-    """F1 of one label of a key (N,), in [0, 1], 1 the best; 0 where it is never predicted, NaN where no cell has it."""
+    """Return the F1 of one label, in [0, 1], with 1 the best; 0 if it is never predicted, NaN if no cell has it."""
     has, says = (np.asarray(each.to_numpy(object) == label, dtype=bool) for each in (true, predicted))
     return float(f1_score(has, says, zero_division=0.0)) if has.any() else float("nan")
 
@@ -245,7 +247,7 @@ def _f1_column(positive: str) -> list[str]:
 def _values(
     true: pd.DataFrame, prediction: LabelPrediction, positive: str = ""
 ) -> tuple[dict[str, float], list[str]]:
-    """Every measure of one prediction by column, and remarks."""
+    """Return all metrics of one prediction by column, and remarks."""
     several, remarks = true.shape[1] > 1, []
     right = _right(true, prediction.labels)
     f1s = [macro_f1(true[key], prediction.labels[key]) for key in true]
@@ -261,19 +263,24 @@ def _values(
     if several:
         values |= {f"{key} accuracy": float(right[:, i].mean()) for i, key in enumerate(true)}
     if empty := int(prediction.labels[list(true)].isna().to_numpy().sum()):
-        remarks.append(f"{empty:,} of {right.size:,} labels were not answered")
+        remarks.append(f"{empty:,} of {right.size:,} labels are missing and count as wrong")
     if prediction.probabilities is None:
         return values, remarks
     if missing := [key for key in true if key not in prediction.probabilities]:
-        raise DataError(f"there are no probabilities of {missing[0]!r}; give them for every key or for none.")
+        raise DataError(
+            f"probabilities lacks the key {missing[0]!r}: give probabilities for all keys or for none."
+        )
     found = [areas(true[key], prediction.probabilities[key]) for key in true]
     with metrics.quiet():
         values |= dict(zip(AREAS, map(float, np.nanmean([each[:4] for each in found], axis=0)), strict=True))
     if several:
         values["exact AUROC (average)"] = areas(*joint(true, prediction.probabilities)).auroc_average
     for key, each in zip(true, found, strict=True):
-        told = {"candidates that no cell has": each.absent, "labels that are no candidate": each.unknown}
-        remarks += [f"{key}: {len(names)} {what}" for what, names in told.items() if names]
+        found_names = {
+            "candidates occur in no cell": each.absent,
+            "true labels are not candidates": each.unknown,
+        }
+        remarks += [f"{key}: {len(names)} {what}" for what, names in found_names.items() if names]
     return values, remarks
 
 
@@ -290,12 +297,25 @@ def _columns(true: pd.DataFrame, positive: str) -> list[str]:
 
 
 def components(training_counts: Any, counts: Any, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Principal components of log expression (T, n) and (N, n), fitted on training cells; fewer of few cells."""
+    """Return principal components of log expression, fitted on training cells.
+
+    Parameters
+    ----------
+    training_counts, counts
+        (T, G) and (N, G) raw counts.
+    number
+        Number of components n; lower if there are few training cells. With fewer than three training cells or genes,
+        the log expression itself is returned.
+
+    Returns
+    -------
+    Components (T, n) and (N, n).
+    """
     before, after = (
         log_expression(sparse.csr_matrix(each, dtype=np.float32)) for each in (training_counts, counts)
     )
     least = min(before.shape)
-    if least < 3:  # too few for components: what they would keep are the genes themselves
+    if least < 3:  # arpack cannot compute a useful PCA of such a small matrix
         return before.toarray(), after.toarray()
     model = PCA(min(number, least - 1), svd_solver="arpack", random_state=0).fit(before)
     return model.transform(before), model.transform(after)
@@ -304,12 +324,14 @@ def components(training_counts: Any, counts: Any, number: int) -> tuple[np.ndarr
 def classify(
     training_counts: Any, training: pd.DataFrame, counts: Any, options: LabelOptions | None = None
 ) -> dict[str, LabelPrediction]:
-    """Labels from principal components, which are fitted on training cells, as the classifiers are.
+    """Predict labels by logistic regression and k-NN on principal components of log1p counts per 10,000.
+
+    PCA and classifiers are fitted on the training cells, with one classifier per key.
 
     Parameters
     ----------
     training_counts, training
-        (T, G) raw counts, and (T, keys) labels.
+        (T, G) raw counts and (T, keys) labels of the training cells.
     counts
         (N, G) raw counts of the cells to predict.
     options
@@ -317,8 +339,7 @@ def classify(
 
     Returns
     -------
-    Name of the baseline -> its labels and probabilities: logistic regression and k nearest neighbours, each with
-    one classifier for each key, on 50 components of log1p counts per 10,000.
+    Name of the baseline -> its predicted labels and probabilities.
     """
     options = options or LabelOptions()
     before, after = components(training_counts, counts, options.components)
@@ -330,11 +351,11 @@ def classify(
 
 
 def _predicted(kind: Any, before: np.ndarray, training: pd.DataFrame, after: np.ndarray) -> LabelPrediction:
-    """What a kind of classifier, fitted for each key, predicts."""
+    """Fit one classifier per key on features (T, D) and predict features (N, D); `kind()` returns a classifier."""
     labels, probabilities = {}, {}
     for key in training:
         names = training[key].to_numpy(object)
-        # A key that is the same in all training cells has nothing to be fitted.
+        # Classifiers need at least two labels; if a key has one label, predict it for all cells.
         constant = len(pd.unique(names)) < 2
         model = (DummyClassifier(strategy="most_frequent") if constant else kind()).fit(before, names)
         labels[key] = model.predict(after)
@@ -345,7 +366,7 @@ def _predicted(kind: Any, before: np.ndarray, training: pd.DataFrame, after: np.
 
 
 def _guesses(training: pd.DataFrame, n: int, seed: int) -> dict[str, LabelPrediction]:
-    """Predictions that look at no cell."""
+    """Return `n` predictions of the baselines that use only the label frequencies of the training cells."""
     nothing = np.zeros((len(training), 1)), training, np.zeros((n, 1))
     common = training.value_counts(sort=False)
     best = dict(zip(training.columns, common[common == common.max()].index[0], strict=True))
@@ -357,7 +378,7 @@ def _guesses(training: pd.DataFrame, n: int, seed: int) -> dict[str, LabelPredic
 
 
 def _rows(prediction: LabelPrediction, rows: np.ndarray) -> LabelPrediction:
-    """The predictions of these row numbers, in this order."""
+    """Return the predictions at the given row numbers, in this order."""
     tables = prediction.probabilities
     picked = None if tables is None else {k: v.iloc[rows].reset_index(drop=True) for k, v in tables.items()}
     return LabelPrediction(prediction.labels.iloc[rows].reset_index(drop=True), picked)
@@ -372,61 +393,63 @@ def compare(
     options: LabelOptions | None = None,
     beside: Mapping[str, tuple[str, LabelPrediction | Sequence[LabelPrediction]]] | None = None,
 ) -> tuple[Report, metrics.MetricDraws]:
-    """Predicted labels beside baselines fitted on training cells (Cell2Sentence, section 4.3, Tables 3 and 9).
+    """Compare predicted labels with baselines fitted on training cells (Cell2Sentence, section 4.3, Tables 3 and 9).
 
-    All rows are of the same cells: those whose true labels are all known. Below each prediction stands the same
-    shuffled among cells; then follow PCA + logistic regression, PCA + k-NN, the most common label of each key, with
-    several keys the most common combination, and guesses by frequency.
+    All rows are scored on the same cells: those with all true labels. The rows are:
+
+    - each prediction, and the same prediction shuffled among the cells (control);
+    - PCA + logistic regression and PCA + k-NN;
+    - the most common label of each key, and, with several keys, the most common combination of labels;
+    - guesses by the label frequencies.
 
     Parameters
     ----------
     predictions
-        Name -> the `LabelPrediction` of the N cells, or several of them (one for each seed of the model).
+        Name -> `LabelPrediction` of the N cells, or a list of them with one per seed of the model.
     true
         (N, keys) true labels.
     training
         (T, keys) labels of the training cells.
     counts, training_counts
-        (N, G) and (T, G) raw counts, or None, which leaves out the baselines that look at them.
+        (N, G) and (T, G) raw counts. If both are None, the PCA baselines are left out.
     options
         See `LabelOptions`.
     beside
-        Rows between the predictions and the baselines, which are not shuffled: name -> what it was fitted on, and what
-        it predicts, as in `predictions`.
+        Further rows without a shuffled control, placed before the baselines: name -> (data it was fitted on,
+        prediction as in `predictions`).
 
     Returns
     -------
-    The report, and name of the row -> column -> measurements. With one key the columns are accuracy, macro F1, kappa
-    and `AREAS`; with several there are exact and partial accuracy, the means over keys of the others, the AUROC
-    of whole combinations (`joint`), and the accuracy of each key. Rows without probabilities have no areas.
+    The report, and the numbers: row -> column -> one value per seed. With one key, the columns are accuracy, macro F1,
+    kappa and `AREAS`. With several keys, they are exact and partial accuracy, the means over keys of the other metrics,
+    the AUROC of the combinations (`joint`), and the accuracy of each key. Rows without probabilities have no `AREAS`.
 
     Raises
     ------
     DataError
         Lengths differ, a key is missing, or no cell has all labels.
     ConfigError
-        Two rows have one name.
+        Two rows have the same name, or counts are given for only one of the two sets of cells.
     """
     options, beside = options or LabelOptions(), beside or {}
     missing = [key for key in true if key not in training]
     if missing or not len(true.columns):
         what = f"{missing[0]!r}" if missing else "any key"
-        raise DataError(
-            f"the training labels and the true ones do not share {what}; give both for the same keys."
-        )
+        raise DataError(f"true and training labels do not share {what}: pass both tables with the same keys.")
     if (counts is None) != (training_counts is None):
-        raise ConfigError("counts were given of one of the two sets of cells; give both or none.")
+        raise ConfigError("only one of counts and training_counts is given: pass both or neither.")
     for name, table, matrix in (("cells", true, counts), ("training cells", training, training_counts)):
         if matrix is not None:
             check_one_each("rows of counts", matrix.shape[0], name, len(table))
     kept, fits = (~table[list(true)].isna().any(axis=1).to_numpy() for table in (true, training))
     if not kept.any() or not fits.any():
-        raise DataError("no cell has all its labels, in the true or in the training table; name other keys.")
+        table_name = "training" if kept.any() else "true"
+        raise DataError(f"no cell of the {table_name} labels has a label for every key: choose other keys.")
     notes = []
     if left := int((~kept).sum()):
-        notes.append(f"{left:,} cells without all true labels are left out.")
+        notes.append(f"{left:,} cells that lack a true label are excluded.")
     if left := int((~fits).sum()):
-        notes.append(f"{left:,} training cells without all labels are left out.")
+        notes.append(f"{left:,} training cells that lack a label are excluded.")
     asked = [*predictions.values(), *(given for _, given in beside.values())]
     for one in (one for given in asked for one in _listed(given)):
         for each in (one.labels, *(one.probabilities or {}).values()):
@@ -446,7 +469,7 @@ def compare(
     for name in guesses[0]:
         baselines[name] = [each[name] for each in (guesses if name == CHANCE else guesses[:1])]
     names = [*predictions, *(SHUFFLED.format(name) for name in predictions), *beside, *baselines]
-    check_distinct("the table", names, advice="give each prediction a name of its own, which no baseline has")
+    check_distinct("the table", names, advice="give each prediction a unique name that no baseline has")
 
     measured_rows: dict[str, tuple[str, list[LabelPrediction]]] = {}
     for name, given in predictions.items():
@@ -483,11 +506,12 @@ def _listed(given: LabelPrediction | Sequence[LabelPrediction]) -> list[LabelPre
 
 def _notes(true: pd.DataFrame) -> list[str]:
     notes = [
-        "AUROC and AUPRC: of each label against the rest (average), and of all pairs of cell and label (flatten)."
+        "AUROC and AUPRC: mean over labels of one label against the rest (average), or over all pairs of cell and "
+        "label (flatten)."
     ]
     if true.shape[1] > 1:
         notes.append(
-            "Macro F1, kappa and areas are means over keys; the exact AUROC is that of combinations, by the product of "
-            "the probabilities of their labels."
+            "Macro F1, kappa, AUROC and AUPRC are means over keys. The exact AUROC scores combinations of labels by "
+            "the product of the probabilities of their labels."
         )
     return notes

@@ -1,4 +1,4 @@
-"""Which pathways are active in cells: labels by a rank-based scorer, and predictions beside baselines.
+"""Define which pathways are active in cells by a rank-based score, and compare predictions with baselines.
 
 Source: ZerOmics paper, section 4.3 and appendix B.1 (cell pathway inference).
 """
@@ -30,82 +30,82 @@ from sct.extras import load_extra
 from sct.progress import track
 
 AREAS = ("a-AUROC", "f-AUROC", "a-AUPRC", "f-AUPRC")
-FREQUENCY, MEANS = "how often each pathway is active", "mean expression of the pathway's genes"
-# Symbols with a vowel in names of MSigDB's hallmark sets.
+FREQUENCY, MEANS = "frequency of active pathways", "mean expression of the pathway's genes"
+# Gene symbols with a vowel in the names of MSigDB's hallmark sets.
 _SYMBOLS = frozenset({"AKT", "DNA", "JAK", "KRAS", "MTOR", "MYC", "TNFA", "UV"})
 _BLOCK = 512  # cells whose ranks are in memory at once
-_LEAST = 5  # genes of a set that the cells must have, as decoupler asks
+_LEAST = 5  # minimum number of measured genes of a set, decoupler's default
 
 
 def read_gene_sets(path: str | Path, names: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
-    """Read gene sets of a GMT file, all or those of some names.
+    """Read gene sets from a GMT file.
 
     Parameters
     ----------
     path
-        Lines of name, description, symbols, between tabulators, such as MSigDB's hallmark sets.
+        GMT file: lines of name, description and gene symbols, separated by tabs, such as MSigDB's hallmark sets.
     names
-        As in the file, or as `plain_name` writes them.
+        Names of the sets to read, as in the file or as returned by `plain_name`; empty for all sets.
 
     Returns
     -------
-    Plain name -> symbols.
+    Plain name -> gene symbols.
 
     Raises
     ------
     DataError
-        The file cannot be read, or has no set of a name.
+        The file cannot be read, is not a GMT file, or lacks one of the names.
     """
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise DataError(f"the gene sets in {path} cannot be read ({said}): give a GMT file.") from error
-    # decoupler's reader divides at any white space, so a description of two words would become a gene.
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot read the gene sets in {path} ({reason}): pass a GMT file.") from error
+    # decoupler's reader splits at any white space, so a word of the description would become a gene.
     rows = [[field.strip() for field in line.split("\t")] for line in lines if line.strip()]
     if any(len(row) < 3 or not row[0] for row in rows) or not rows:
         raise DataError(
-            f"{path} is no GMT file: lines of name, description and genes between tabulators are needed."
+            f"{path} is not a GMT file: write one line per set, with name, description and genes separated by tabs."
         )
     found = {row[0]: tuple(gene for gene in row[2:] if gene) for row in rows}
     plain = {plain_name(name): own for name, own in found.items()}
     if len(plain) < len(rows) or any("," in name for name in plain):
-        raise DataError(f"{path} has two sets of one name, or a name with a comma: give other names.")
+        raise DataError(f"{path} has two sets with the same name, or a name with a comma: rename these sets.")
     for name in (name for name in names if plain_name(name) not in plain):
-        check_choice("the gene set", name, found, error=DataError, advice=f"name a set of {path}")
+        check_choice("the gene set", name, found, error=DataError, advice=f"choose a set of {path}")
     return {plain_name(name): plain[plain_name(name)] for name in names} if names else plain
 
 
 def plain_name(name: str) -> str:
-    """Name of a gene set as a text says it: "HALLMARK_TNFA_SIGNALING_VIA_NFKB" is "TNFA signaling via NFKB"."""
+    """Return a readable name of a gene set: "HALLMARK_TNFA_SIGNALING_VIA_NFKB" becomes "TNFA signaling via NFKB"."""
     words = name.strip().removeprefix("HALLMARK_").replace("_", " ").split()
     return " ".join(word if _is_symbol(word) else word.lower() for word in words)
 
 
 def _is_symbol(word: str) -> bool:
-    """Whether a word in capitals is one of genes or complexes: it has a digit, or no vowel, or is known to be one."""
+    """Return whether a word is a gene or complex symbol: it has a digit, has no vowel, or is in `_SYMBOLS`."""
     return any(c.isdigit() for c in word) or not set(word.upper()) & set("AEIOUY") or word in _SYMBOLS
 
 
 def activities(counts: Any, symbols: Sequence[str], gene_sets: Mapping[str, Sequence[str]]) -> pd.DataFrame:
-    """Activity of gene sets in cells: how much higher a set's genes rank in a cell than its other genes.
+    """Return the activity of gene sets in cells: how much higher the genes of a set rank than the other genes.
 
-    The univariate linear model of decoupler on the ranks of a cell's genes: the statistic of a rank-sum test. Equal
-    counts share their mean rank, so that the order of genes plays no part (decoupler's AUCell ranks them by column,
-    and most counts are equal).
+    The score is decoupler's univariate linear model on the ranks of a cell's genes, which is equivalent to a rank-sum
+    test. Equal counts share their mean rank, so the score does not depend on the order of the genes. (decoupler's
+    AUCell ranks equal counts by column, and most counts are equal.)
 
     Parameters
     ----------
     counts
-        (N, G) raw counts of genes that were measured; only the order of a cell's genes matters.
+        (N, G) raw counts of measured genes. Only the ranks of the genes within a cell are used.
     symbols
-        Of the G genes.
+        Symbols of the G genes.
     gene_sets
-        Name -> symbols.
+        Name -> gene symbols.
 
     Returns
     -------
-    float64 (N, sets): t values, of the sets of which five genes or more are among the G.
+    Table float64 (N, sets) of t-values, for the sets with at least five of the G genes.
 
     Raises
     ------
@@ -126,8 +126,9 @@ def activities(counts: Any, symbols: Sequence[str], gene_sets: Mapping[str, Sequ
     if net["source"].nunique() < 2:
         of_sets = {gene for own in gene_sets.values() for gene in own}
         raise DataError(
-            f"of the {len(of_sets):,} genes of the gene sets {len(known & of_sets):,} are measured in these cells and "
-            f"known to the model, so that fewer than two sets have {_LEAST}: give sets of human symbols or other cells."
+            f"{len(known & of_sets):,} of the {len(of_sets):,} genes in the gene sets are measured in these cells "
+            f"and known to the model, and fewer than two sets have {_LEAST} of them: use gene sets with human symbols, "
+            "or other cells."
         )
     matrix, found = sparse.csr_matrix(counts, dtype=np.float32), []
     for first in track(range(0, matrix.shape[0], _BLOCK), "scoring pathways"):
@@ -145,19 +146,23 @@ def activities(counts: Any, symbols: Sequence[str], gene_sets: Mapping[str, Sequ
 
 
 def active(scores: pd.DataFrame, deviations: float = 1.0) -> pd.DataFrame:
-    """Which sets are active, bool (N, sets): those that score so many standard deviations above the cells' mean."""
+    """Return which sets are active in each cell, bool (N, sets).
+
+    A set is active if its score is more than `deviations` standard deviations above its mean over the cells.
+    """
     return scores > scores.mean() + deviations * scores.std(ddof=0)
 
 
 class PathwayAreas(NamedTuple):
-    """Areas under curves of N cells times S pathways (appendix B.1), in [0, 1], 1 the best.
+    """AUROC and AUPRC of N cells and S pathways (ZerOmics, appendix B.1), in [0, 1], with 1 the best.
 
     Attributes
     ----------
     auroc_average, auprc_average
-        Of the pathways of one cell, averaged over cells that have active and inactive ones; NaN where none has.
+        Area over the pathways of a cell, averaged over the cells with both active and inactive pathways; NaN if there
+        is no such cell.
     auroc_flatten, auprc_flatten
-        Of all pairs of a cell and a pathway at once.
+        Area over all pairs of a cell and a pathway.
     """
 
     auroc_average: float
@@ -167,7 +172,7 @@ class PathwayAreas(NamedTuple):
 
 
 def areas(true: np.ndarray, scores: np.ndarray) -> PathwayAreas:
-    """AUROC and AUPRC of scores (N, S), higher for active, with which (N, S) bool are `true`."""
+    """Return AUROC and AUPRC of scores (N, S) for the true active pathways, bool (N, S); higher scores mean active."""
     check_shape("the true table", true, ("cells", "pathways"))
     check_shape("the table of scores", scores, ((len(true), "cells"), (true.shape[1], "pathways")))
     check_finite("the table of scores", scores, "cells")
@@ -176,7 +181,7 @@ def areas(true: np.ndarray, scores: np.ndarray) -> PathwayAreas:
     mixed = true.any(axis=1) & ~true.all(axis=1)
     own = [float("nan")] * 2
     if mixed.any():
-        # Of one cell against the rest of its pathways, as sklearn's "samples".
+        # average="samples" computes the area per cell and averages over cells.
         own = [
             float(measure(true[mixed], scores[mixed], average="samples"))
             for measure in (roc_auc_score, average_precision_score)
@@ -187,14 +192,14 @@ def areas(true: np.ndarray, scores: np.ndarray) -> PathwayAreas:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PathwayCells:
-    """Cells with the activity of S pathways.
+    """Cells and the activity of S pathways in them.
 
     Attributes
     ----------
     counts
         (N, G) raw counts.
     active
-        bool (N, S), columns the pathways.
+        bool table (N, S): whether each pathway is active; the columns are the pathways.
     means
         (N, S) mean log1p expression of the genes of each pathway.
     """
@@ -211,7 +216,7 @@ class PathwayCells:
         gene_sets: Mapping[str, Sequence[str]],
         deviations: float = 1.0,
     ) -> PathwayCells:
-        """Label cells by the scorer."""
+        """Compute the activity of the pathways in cells; see `activities` and `active` for the parameters."""
         found = active(activities(counts, symbols, gene_sets), deviations)
         log = log_expression(sparse.csr_matrix(counts, dtype=np.float32))
         places = {symbol: place for place, symbol in enumerate(symbols)}
@@ -226,19 +231,29 @@ class PathwayCells:
         return cls(counts, found, np.hstack([each.reshape(-1, 1) for each in means]))
 
     def rows(self, rows: np.ndarray) -> PathwayCells:
-        """Some of the cells."""
+        """Return the cells at the given row numbers."""
         picked = self.active.iloc[rows].reset_index(drop=True)
         return PathwayCells(self.counts[rows], picked, self.means[rows])
 
 
 def _with_depth(cells: PathwayCells) -> float:
-    """Rank correlation of how many pathways are active in a cell with its counts."""
+    """Return the Spearman correlation between the number of active pathways of a cell and its total count."""
     with metrics.quiet():
         return float(spearmanr(cells.active.sum(axis=1), np.asarray(cells.counts.sum(axis=1)).ravel())[0])
 
 
 def _probabilities(kind: Any, before: np.ndarray, true: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Probability (N, S) that each pathway is active, by a classifier for each."""
+    """Return probabilities (N, S) that each pathway is active, from one classifier per pathway.
+
+    Parameters
+    ----------
+    kind
+        Function that returns an unfitted classifier.
+    before, true
+        (T, D) features and bool (T, S) active pathways of the training cells.
+    after
+        (N, D) features of the cells to predict.
+    """
     made = np.zeros((len(after), true.shape[1]))
     for number, own in enumerate(true.T):
         if own.all() or not own.any():
@@ -249,7 +264,7 @@ def _probabilities(kind: Any, before: np.ndarray, true: np.ndarray, after: np.nd
 
 
 def logistic(train: PathwayCells, cells: PathwayCells, options: labels.LabelOptions) -> np.ndarray:
-    """Scores (N, S) of logistic regression on principal components, a model for each pathway."""
+    """Return scores (N, S) of logistic regression on principal components, one model per pathway."""
     before, after = labels.components(train.counts, cells.counts, options.components)
     with metrics.quiet():
         return _probabilities(
@@ -260,9 +275,10 @@ def logistic(train: PathwayCells, cells: PathwayCells, options: labels.LabelOpti
 def baselines(
     train: PathwayCells, cells: PathwayCells, options: labels.LabelOptions
 ) -> dict[str, np.ndarray]:
-    """Scores (N, S) of classifiers fitted on training cells, of the pathways' frequency there, and of the genes' means.
+    """Return the scores (N, S) of all baselines by name.
 
-    The last looks at the genes from which the labels were made.
+    The baselines are logistic regression, k-NN and the frequency of each pathway, fitted on training cells, and the
+    mean expression of the pathway's genes. The last one uses the genes that define the true labels.
     """
     before, after = labels.components(train.counts, cells.counts, options.components)
     known = train.active.to_numpy()
@@ -283,25 +299,25 @@ def compare(
     train: PathwayCells,
     options: labels.LabelOptions | None = None,
 ) -> tuple[Report, metrics.MetricDraws]:
-    """Predicted activity of pathways beside baselines fitted on training cells (ZerOmics, Table 4).
+    """Compare predicted pathway activities with baselines fitted on training cells (ZerOmics, Table 4).
 
     Parameters
     ----------
     predictions
-        Name -> what it was fitted on, and scores (N, S), one array for each seed.
+        Name -> (data it was fitted on, scores (N, S) with one array per seed).
     cells, train
-        Cells to predict, and those that baselines are fitted on, with the same pathways.
+        Cells to predict, and training cells for the baselines, with the same pathways.
     options
         See `sct.eval.labels.measures.LabelOptions`.
 
     Returns
     -------
-    The report, and name of the row -> column of `AREAS` -> measurements.
+    The report, and the numbers: row -> column of `AREAS` -> one value per seed.
 
     Raises
     ------
     ConfigError
-        A prediction is called like a baseline.
+        A prediction has the name of a baseline.
     DataError
         Shapes differ.
     """
@@ -309,22 +325,29 @@ def compare(
     rows: dict[str, tuple[str, Sequence[np.ndarray]]] = dict(predictions)
     for name, scores in baselines(train, cells, options).items():
         if name in rows:
-            raise ConfigError(f"a prediction is called {name!r} like a baseline; give another name.")
+            raise ConfigError(
+                f"predictions has the name {name!r}, which is the name of a baseline: use another name."
+            )
         rows[name] = labels.TRAINING, [scores]
     true = cells.active.to_numpy()
     report = Report(
-        f"Active pathways of {len(true):,} cells: {true.shape[1]}, of which a cell has {true.sum(axis=1).mean():.1f}",
+        f"Active pathways of {len(true):,} cells: {true.shape[1]} pathways, {true.sum(axis=1).mean():.1f} active each",
         (METHOD, FITTED_ON, *AREAS),
         notes=(
-            "a-: of the pathways of one cell, averaged over cells; f-: of all pairs of cell and pathway. By chance the "
-            f"AUROC is 0.5 and the f-AUPRC {true.mean():.3f}.",
-            "Active is what ranks high in a cell, which the mean expression of the same genes comes near to.",
-            f"Spearman correlation of a cell's active pathways with its counts: {_with_depth(cells):.2f}.",
+            "a-: area over the pathways of a cell, averaged over cells. f-: area over all pairs of cell and pathway. "
+            f"By chance, AUROC is 0.5 and f-AUPRC is {true.mean():.3f}.",
+            f"Active pathways are defined by the ranks of their genes in a cell. The row '{MEANS}' uses the same "
+            "genes, so it is close to the definition.",
+            "Spearman correlation between the number of active pathways of a cell and its total count: "
+            f"{_with_depth(cells):.2f}.",
         ),
         better=dict.fromkeys(AREAS, "max"),
     )
     if empty := int((~true.any(axis=1)).sum()):
-        report.notes = (*report.notes, f"{empty:,} cells have no active pathway and count in f- alone.")
+        report.notes = (
+            *report.notes,
+            f"{empty:,} cells have no active pathway and enter only the f- columns.",
+        )
     numbers: metrics.MetricDraws = {}
     for name in track(list(rows), "measuring pathways"):
         fitted_on, given = rows[name]

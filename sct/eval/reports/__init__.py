@@ -1,1 +1,1 @@
-"""Tables of results, and the folder and page that hold them."""
+"""Result tables, and how they are printed and saved."""

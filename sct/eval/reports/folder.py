@@ -1,4 +1,4 @@
-"""The folder of a report: its tables and numbers as Markdown and JSON, and as one HTML page with figures."""
+"""Read and write the folder of a report: its tables as Markdown, JSON and one HTML page with figures."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from sct.eval.reports.page import Figure, page
 from sct.eval.reports.report import MODEL, Column, Report, escape, plain
 from sct.version import __version__
 
-FILES = ("results.json", "report.json", "report.md", "report.html")  # what `write` writes
-UNFINISHED = "unfinished.json"  # what `keep` writes
-# Title of a column in version 0.1.0, which wrote no keys -> its key, of those that programs look for.
+FILES = ("results.json", "report.json", "report.md", "report.html")  # files that `write` writes
+UNFINISHED = "unfinished.json"  # file that `keep` writes
+# Column title -> column key. Version 0.1.0 saved titles without keys; programs look these keys up.
 _KEYS = {
     "fitted on": "fitted_on",
     "told expressed": "given_expressed",
@@ -35,10 +35,10 @@ _LIBRARIES = ("jax", "flax", "numpy", "scipy", "scikit-learn", "anndata", "scanp
 
 
 def environment() -> dict[str, str]:
-    """Facts about this process: command, date, versions, machine, devices.
+    """Return facts about this process: command, date, versions, machine, devices.
 
-    Nothing is imported for it. The devices of JAX are named where JAX is loaded; asking for them starts its
-    backend.
+    The function imports no library. It lists the JAX devices only if JAX is already imported, because listing them
+    starts the JAX backend.
     """
     command = [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]
     facts = {
@@ -66,10 +66,15 @@ def _json(content: Any) -> str:
 def keep(
     reports: Sequence[Report], folder: Path, facts: Mapping[str, str], numbers: Mapping[str, Any]
 ) -> None:
-    """Write what was measured so far, as `unfinished.json`, beside an earlier report: a stop loses one part at most.
+    """Save the results so far as `unfinished.json`, so that an interrupted run loses at most one part.
 
-    `write` removes it. Parameters are those of `write`; the file has the tables of `report.json` and the numbers of
-    `results.json`.
+    The file holds the tables of `report.json` and the numbers of `results.json`. An earlier report in the folder stays
+    unchanged. `write` deletes the file.
+
+    Parameters
+    ----------
+    reports, folder, facts, numbers
+        See `write`.
     """
     content = {"facts": dict(facts), "reports": [report.as_dict() for report in reports], **numbers}
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,12 +82,12 @@ def keep(
 
 
 def read(path: Path) -> list[Report]:
-    """Tables of a `report.json`, also of one that version 0.1.0 wrote.
+    """Return the tables of a `report.json`. Files written by version 0.1.0 also work.
 
     Raises
     ------
     KeyError, TypeError, ValueError
-        It is no such file.
+        The file is not a `report.json`.
     """
     content = json.loads(path.read_text(encoding="utf-8"))
     return [_report(saved) for saved in (content["reports"] if isinstance(content, dict) else content)]
@@ -110,27 +115,27 @@ def write(
     title: str = "Results",
     numbers: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write tables into a folder: as `report.md`, `report.json` and, with facts or figures, `report.html`.
+    """Write `report.md`, `report.json` and, with `facts` or `figures`, `report.html` into a folder.
 
-    Numbers come first, then the tables as text, then the page with its figures, which may fail: what was measured is
-    on the disk then. Each file is whole or not there at all, and none of an earlier report is left beside new numbers.
+    The JSON files are written first, then the Markdown, then the HTML page. Drawing the page may fail; the numbers are
+    then already saved. Each file is written atomically. Files of an earlier report are deleted.
 
     Parameters
     ----------
     reports
         Tables.
     folder
-        Where the files go; it is made where it does not exist.
+        Output folder; created if it does not exist.
     facts
-        Name -> value of what the numbers depend on (`environment` gives the start of it). With facts the JSON
-        is `{"facts": ..., "reports": [...]}`, without them it is the list of tables.
+        Name -> value of everything that the numbers depend on; start from `environment()`. With facts, `report.json`
+        is `{"facts": ..., "reports": [...]}`; without facts it is the list of tables.
     figures
         Figures of the HTML page.
     title
         Heading of the page.
     numbers
-        Name -> numbers that stand in no table; with them there is `results.json`, `{"facts": ..., **numbers}`.
-        NaN and infinity are written as in `Report.as_dict`.
+        Name -> numbers that are in no table. If given, they are written to `results.json` as
+        `{"facts": ..., **numbers}`. NaN and infinity are written as in `Report.as_dict`.
     """
     tables = [report.as_dict() for report in reports]
     head = "".join(f"- {escape(name)}: {escape(str(value))}\n" for name, value in (facts or {}).items())

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of tables and figures: no network, no file beside it."""
+"""Write tables and figures as one self-contained HTML page, which loads no other file and needs no network."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ import numpy as np
 from sct.errors import DataError, first_line
 from sct.eval.reports.report import Report, Summary, cell_text
 
-# Above this many points a scatter is drawn as an image inside the SVG, which else grows by 100 bytes a point.
+# A scatter plot with more points is rasterized inside the SVG, because each vector point costs about 100 bytes.
 _MAX_VECTOR_POINTS = 2000
 _LONG = ' class="long"'
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _XML = "http://www.w3.org/XML/1998/namespace"
-# Elements that draw, and neither run, load, link nor change anything.
+# SVG elements that only draw. Elements that run scripts, load files, link or animate are not allowed.
 _DRAWING = frozenset(
     ("svg", "g", "defs", "symbol", "use", "title", "desc", "path", "rect", "circle", "ellipse", "line", "polyline",
      "polygon", "text", "tspan", "image", "clipPath", "mask", "pattern", "marker", "linearGradient", "radialGradient",
@@ -117,8 +117,8 @@ footer { margin-top: 3rem; color: var(--soft); font-size: .82rem; }
 }
 """
 
-# A click sorts, the next turns the order round, the third brings the written order back. What is not a number
-# stays below.
+# Each click on a column head goes to the next state: sorted, sorted in reverse, original order. Cells of a numeric
+# column that hold no number stay at the bottom.
 _SCRIPT = """
 "use strict";
 for (const table of document.querySelectorAll("table")) {
@@ -149,11 +149,11 @@ class Figure:
     Attributes
     ----------
     title
-        Its heading.
+        Heading of the figure.
     svg
-        An SVG document, as `figure_svg` makes it, or a function that draws one when the page is made.
+        SVG document from `figure_svg`, or a function that returns one and is called when the page is written.
     caption
-        Sentences below it: what is drawn, of what, with how many seeds.
+        Text below the figure: what it shows, for which cells, with how many seeds.
     """
 
     title: str
@@ -162,14 +162,15 @@ class Figure:
 
 
 def figure_svg(figure: Any) -> str:
-    """A Matplotlib figure as an SVG document, the same text for the same figure.
+    """Return a Matplotlib figure as an SVG document. The same figure always gives the same text.
 
-    Points and meshes above 2,000 elements become an image inside it. The figure is not changed.
+    Point collections, lines and meshes with more than 2,000 elements are rasterized inside the SVG. The figure is not
+    changed.
 
     Parameters
     ----------
     figure
-        `matplotlib.figure.Figure` (of an axes: `ax.figure`).
+        `matplotlib.figure.Figure`. For a Matplotlib axes `ax`, pass `ax.figure`.
     """
     import matplotlib
     from matplotlib.collections import Collection, QuadMesh
@@ -189,7 +190,7 @@ def figure_svg(figure: Any) -> str:
         for artist in many:
             artist.set_rasterized(True)
         with matplotlib.rc_context({"svg.hashsalt": "sct", "svg.fonttype": "path"}):
-            # Tight, so that a legend beside the axes is never cut off.
+            # A tight box keeps legends outside the axes from being cut off.
             figure.savefig(
                 out, format="svg", dpi=120, bbox_inches="tight", metadata={"Date": None, "Creator": None}
             )
@@ -202,22 +203,22 @@ def figure_svg(figure: Any) -> str:
 def page(
     title: str, reports: Sequence[Report], figures: Sequence[Figure], facts: Mapping[str, str] | None = None
 ) -> str:
-    """One HTML page with everything in it.
+    """Return tables and figures as one HTML page.
 
-    Tables are sorted by a click on a column; colours follow the reader's light or dark setting; all text is
-    escaped, and the page may load nothing. A figure that cannot be drawn, or is no plain SVG, is a paragraph with the
-    reason, and a warning.
+    A click on a column head sorts the table. Colors follow the reader's light or dark setting. All text is escaped,
+    and the page's content security policy blocks loading of other files. A figure that cannot be drawn, or that is
+    not a plain SVG document, is replaced by a paragraph with the reason, and a warning is issued.
 
     Parameters
     ----------
     title
         Heading of the page.
     reports
-        Tables, in order.
+        Tables, in the order shown.
     figures
-        Figures, after the tables.
+        Figures, shown after the tables.
     facts
-        Name -> value: command, versions, date, machine, time taken.
+        Name -> value, such as command, versions, date, machine and run time.
     """
     entries = [(f"table-{i}", report.title) for i, report in enumerate(reports, 1)]
     entries += [(f"figure-{i}", figure.title) for i, figure in enumerate(figures, 1)]
@@ -225,7 +226,7 @@ def page(
     tables = "".join(_table(f"table-{i}", report) for i, report in enumerate(reports, 1))
     drawings = "".join(_figure(f"figure-{i}", figure) for i, figure in enumerate(figures, 1))
     digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-    # Nothing is fetched, and no script runs but the one below, whatever a text of the page holds.
+    # Even if a title or note contains HTML, the browser loads nothing and runs no script except `_SCRIPT`.
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -252,7 +253,7 @@ def _facts(facts: Mapping[str, str]) -> str:
 
 
 def _table(name: str, report: Report) -> str:
-    """A table as a section of the page."""
+    """Return a table as a section of the page."""
     numeric, best = report.numeric(), report.best()
     heads = []
     for column, is_number in zip(report.columns, numeric, strict=True):
@@ -286,7 +287,7 @@ def _table(name: str, report: Report) -> str:
 
 
 def _number(cell: Any, best: bool) -> str:
-    """A cell of measurements; pointing at it shows each of them."""
+    """Return a numeric cell as HTML; its tooltip lists the single measurements."""
     kind = "number best" if best else "number"
     if not isinstance(cell, list):
         return f'<td class="{kind}">{escape(cell_text(cell))}</td>'
@@ -298,13 +299,15 @@ def _number(cell: Any, best: bool) -> str:
 
 
 def _figure(name: str, figure: Figure) -> str:
-    """A figure as a section of the page, or the reason why there is none: it costs nothing but itself."""
+    """Return a figure as a section of the page; if drawing fails, return a section that gives the reason."""
     try:
         text = figure.svg if isinstance(figure.svg, str) else figure.svg()
         drawn = f"<figure>{_inline(name, figure.title, text)}{_caption(figure.caption)}</figure>"
-    except Exception as error:  # whatever a drawing library raises about a label
+    except (
+        Exception
+    ) as error:  # drawing libraries raise many types, for example for a label they cannot parse
         reason = first_line(error)
-        warnings.warn(f"the figure {figure.title!r} is left out: {reason}", UserWarning, stacklevel=4)
+        warnings.warn(f"figure {figure.title!r} is not in report.html: {reason}", UserWarning, stacklevel=4)
         drawn = f'<p class="notes">This figure could not be drawn: {escape(reason)}</p>'
     return f'<section id="{name}"><h2>{escape(figure.title)}</h2>{drawn}</section>\n'
 
@@ -314,11 +317,11 @@ def _caption(text: str) -> str:
 
 
 def _inline(name: str, title: str, document: str) -> str:
-    """An SVG document as an element of a page: its names made unique, black and white turned into the page's.
+    """Return an SVG document as an element of the page, with unique ids and the page's colors for black and white.
 
-    It is written anew from what was read, so that a browser sees what is checked here and nothing else.
+    The element is written from the parsed tree, so the browser sees only what was checked here.
     """
-    # Without its head, where entities could be defined, and without comments, in which Matplotlib repeats labels.
+    # Drop the XML head, because it could define entities, and the comments, because Matplotlib repeats labels in them.
     found = re.search(r"<svg\b.*</svg>", re.sub(r"<!--.*?-->", "", document, flags=re.DOTALL), re.DOTALL)
     try:
         root = ET.fromstring(found[0]) if found else None
@@ -332,7 +335,11 @@ def _inline(name: str, title: str, document: str) -> str:
 
 
 def _clean(element: ET.Element, name: str) -> None:
-    """Make an element and those below it plain, or raise: no namespaces but SVG's, references into itself alone."""
+    """Clean an SVG element and its children in place.
+
+    Namespaces are removed from the names, and ids get the prefix `name`. Raises DataError for an element that is not in
+    `_DRAWING`, an event handler, or a reference to something outside the document.
+    """
     space, _, kind = element.tag.rpartition("}")
     if space not in ("", f"{{{_SVG}") or kind not in _DRAWING:
         raise _not_plain(f"it has the element <{kind}>")
@@ -348,7 +355,7 @@ def _clean(element: ET.Element, name: str) -> None:
         if (attribute == "href" and not (data or value.startswith("#"))) or re.search(
             r"url\((?!\s*['\"]?#)|@import|javascript:", value
         ):
-            raise _not_plain(f"<{kind}> refers to something outside of it")
+            raise _not_plain(f"<{kind}> refers to something outside the document")
         if data:
             value = "".join(value.split())
         elif attribute == "href":
@@ -363,7 +370,7 @@ def _clean(element: ET.Element, name: str) -> None:
         prefix = {f"{{{_XLINK}": "xlink:", f"{{{_XML}": "xml:"}.get(space, "")
         element.attrib[prefix + attribute] = value
     for child in list(element):
-        # What describes the drawing, or styles it for the whole page, which does so itself.
+        # Metadata is not drawn, and a <style> inside an SVG would apply to the whole page.
         if child.tag.rpartition("}")[2] in ("metadata", "style"):
             element.remove(child)
         else:
@@ -372,5 +379,5 @@ def _clean(element: ET.Element, name: str) -> None:
 
 def _not_plain(reason: str) -> DataError:
     return DataError(
-        f"it is not a plain SVG document ({reason}): make it with sct.eval.reports.page.figure_svg."
+        f"the figure is not a plain SVG document ({reason}): make it with sct.eval.reports.page.figure_svg."
     )

@@ -1,4 +1,4 @@
-"""Tables of results: on the terminal, as Markdown and as JSON."""
+"""Result tables, which can be printed or written as Markdown or JSON."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Mean and standard deviation of repeated measurements; those that are NaN are left out and told.
+    """Mean and standard deviation of repeated measurements, ignoring NaN.
 
     Attributes
     ----------
     mean, std
-        Of the measurements that are numbers; the standard deviation is that of these values (ddof = 0).
+        Mean and standard deviation (ddof = 0) of the measurements that are not NaN.
     count, asked
-        Number of measurements that are numbers, and number of all.
+        Number of measurements that are not NaN, and number of all measurements.
     """
 
     mean: float
@@ -33,7 +33,7 @@ class Summary:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Summary:
-        """Summarise measurements."""
+        """Compute the summary of measurements."""
         array = np.asarray(values, dtype=float)
         kept = array[~np.isnan(array)]
         if kept.size == 0:
@@ -43,14 +43,14 @@ class Summary:
 
     @property
     def value(self) -> str:
-        """The mean alone: "0.422", "n/a" where nothing is a number, "-" where nothing was measured."""
+        """Mean as text, such as "0.422"; "n/a" if all measurements are NaN, "-" if there are none."""
         if self.asked == 0:
             return "-"
         return "n/a" if self.count == 0 else self._digits(self.mean)
 
     @property
     def spread(self) -> str:
-        """What stands beside the mean: "± 0.012 (5)", "(1)", "± 0.012 (4 of 5)" or nothing."""
+        """Standard deviation and count as text: "± 0.012 (5)", "± 0.012 (4 of 5)", "(1)" or ""."""
         if self.count == 0:
             return ""
         seeds = f"({self.count})" if self.count == self.asked else f"({self.count} of {self.asked})"
@@ -67,7 +67,7 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column: programs find it by its `key`, which never changes; people read its `title`, which may."""
+    """A column of a report. `key` identifies it in programs and never changes; `title` is shown and may change."""
 
     key: str
     title: str
@@ -85,24 +85,24 @@ class Report:
     Attributes
     ----------
     title
-        What was measured, on what, how often.
+        Heading: what was measured, on which data, with how many repeats.
     columns, keys, titles
-        The columns; a string is both key and title of one, as the name of a metric in `results.json`.
+        The columns, and their keys and titles. A column given as a string has this string as key and title.
     rows
-        One list per row; a cell is text, or a list of numbers over seeds, shown as mean, standard deviation
-        and number of seeds. An empty list is "-" (not measured), NaN is "n/a" (undefined).
+        One list per row. A cell is text or a list of numbers, one per seed. Numbers are shown as mean, standard
+        deviation and number of seeds: "-" for an empty list (not measured), "n/a" if all are NaN (undefined).
     row_keys
-        One per row, by which programs find it: `MODEL`, `REFERENCE` (the baseline that others are compared with), or
-        another word; "" for rows that nobody looks for.
+        One key per row, by which programs find the row: `MODEL`, `REFERENCE` (the reference baseline) or another
+        word; "" for rows without a key.
     notes
         Sentences under the table.
     better
-        Key of a numeric column -> "max" or "min": its best mean is bold.
+        Key of a numeric column -> "max" or "min". The best mean of the column is shown in bold.
 
     Raises
     ------
     ValueError
-        `better` names no column, or no direction; or two columns have one key.
+        `better` names an unknown column or an unknown direction, or two columns have the same key.
     """
 
     def __init__(
@@ -118,36 +118,36 @@ class Report:
         self.keys = tuple(column.key for column in self.columns)
         self.titles = tuple(column.title for column in self.columns)
         if len(set(self.keys)) < len(self.keys):
-            raise ValueError(f"two columns have one key: {', '.join(self.keys)}")
+            raise ValueError(f"column keys must be unique, but they are {', '.join(self.keys)}")
         self.rows: list[list[Any]] = []
         self.row_keys: list[str] = []
         for key, direction in self.better.items():
             if key not in self.keys:
-                raise ValueError(f"better names {key!r}, which is none of the columns {', '.join(self.keys)}")
+                raise ValueError(f"better has the key {key!r}: it must be one of {', '.join(self.keys)}")
             if direction not in ("max", "min"):
                 raise ValueError(f"better[{key!r}] is {direction!r}: it must be 'max' or 'min'")
 
     def add(self, *cells: Any, key: str = "") -> None:
-        """Append a row of texts and lists of numbers; `key` is that of the row."""
+        """Append a row of texts and lists of numbers; `key` is the key of the row."""
         if len(cells) != len(self.columns):
-            raise ValueError(f"{len(cells)} cells for {len(self.columns)} columns")
+            raise ValueError(f"the row has {len(cells)} cells, but the table has {len(self.columns)} columns")
         measured = (list, tuple, np.ndarray)
         self.rows.append([[float(x) for x in each] if isinstance(each, measured) else each for each in cells])
         self.row_keys.append(key)
 
     def records(self) -> list[tuple[str, dict[str, Any]]]:
-        """Key of each row, and its cells by the keys of the columns."""
+        """Return each row as a pair of its key and a dict of its cells by column key."""
         cells = [dict(zip(self.keys, row, strict=True)) for row in self.rows]
         return list(zip(self.row_keys, cells, strict=True))
 
     def numeric(self) -> list[bool]:
-        """Whether each column holds measurements."""
+        """Return, for each column, whether it holds measurements."""
         return [any(isinstance(row[i], list) for row in self.rows) for i in range(len(self.columns))]
 
     def best(self) -> set[tuple[int, int]]:
-        """(row, column) of the cells that are best in their column, in the digits that are shown.
+        """Return the (row, column) of the cells with the best mean of their column, as rounded for display.
 
-        Where all are equal, or only one row has a number, none is.
+        A column in which all shown means are equal, or only one row has a number, has no best cell.
         """
         found: set[tuple[int, int]] = set()
         for name, direction in self.better.items():
@@ -165,7 +165,7 @@ class Report:
         return found
 
     def table(self, width: int | None = None) -> Table:
-        """Rich table for a terminal of `width` characters, by default this one; see `sct.eval.reports.terminal`."""
+        """Return a rich table that fits `width` characters, by default the width of the terminal."""
         from sct.eval.reports import terminal
 
         rows = [[cell_text(cell) for cell in row] for row in self.rows]
@@ -173,25 +173,25 @@ class Report:
         return terminal.table(content, width)
 
     def markdown(self) -> str:
-        """The table as Markdown."""
+        """Return the table as Markdown."""
         best = self.best()
 
         def line(cells: Iterable[str]) -> str:
             return f"| {' | '.join(cells)} |\n"
 
         def cell(row: int, i: int) -> str:
-            told = escape(cell_text(self.rows[row][i]))
-            return f"**{told}**" if (row, i) in best else told
+            text = escape(cell_text(self.rows[row][i]))
+            return f"**{text}**" if (row, i) in best else text
 
         rule = line("---:" if is_number else "---" for is_number in self.numeric())
         columns = range(len(self.columns))
         body = "".join(line(cell(row, i) for i in columns) for row in range(len(self.rows)))
-        # A note on a line alone would flow into the one before it.
+        # The empty line before each note makes it a paragraph of its own.
         notes = "".join(f"\n{escape(note)}\n" for note in self.notes)
         return f"**{escape(self.title)}**\n\n{line(map(escape, self.titles))}{rule}{body}{notes}"
 
     def as_dict(self) -> dict[str, Any]:
-        """The table with all its measurements, for JSON: NaN becomes None, infinity its name."""
+        """Return the table with all measurements as JSON content; NaN becomes None, infinity becomes "inf"."""
         return {
             "title": self.title,
             "columns": list(self.titles),
@@ -204,14 +204,14 @@ class Report:
 
 
 def cell_text(cell: Any) -> str:
-    """What is shown of a cell of a report."""
+    """Return the text that is shown for a cell of a report."""
     if isinstance(cell, list):
         return str(Summary.of(cell))
     return "-" if cell is None else str(cell)
 
 
 def plain(content: Any) -> Any:
-    """Content for JSON, which knows neither NaN (None in its place) nor infinity (its name)."""
+    """Return content that JSON can store: NaN becomes None, and infinity becomes "inf" or "-inf"."""
     if isinstance(content, Mapping):
         return {str(key): plain(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
@@ -224,6 +224,6 @@ def plain(content: Any) -> Any:
 
 
 def escape(text: str) -> str:
-    """Text as Markdown that shows it as it is, on one line."""
+    """Escape a text for Markdown and put it on one line."""
     text = re.sub(r"([\\|*`])", r"\\\1", " ".join(text.split()))
     return re.sub(r"<(?=[A-Za-z/!?])", r"\\<", text)

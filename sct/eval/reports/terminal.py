@@ -1,4 +1,4 @@
-"""Tables on the terminal; rich divides the width among the columns and wraps text."""
+"""Lay out tables for the terminal with rich, which distributes the width over the columns and wraps text."""
 
 from __future__ import annotations
 
@@ -12,16 +12,25 @@ from rich.console import Console, Group
 from rich.table import Column, Table
 from rich.text import Text
 
-# Characters: minimum width of a text column; line width of the title of a number column.
+# In characters: minimum width of a text column, and line width in the title of a numeric column.
 _TEXT, _TITLE = 20, 12
 Layout = Literal["wide", "narrow", "list"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """What a table shows: `numeric` says which columns hold numbers, `best` are bold (row, column).
+    """Content of a table. The first column names the row.
 
-    The first column names the row.
+    Attributes
+    ----------
+    title, notes
+        Text above and below the table.
+    columns, rows
+        Titles of the columns, and the cells of each row as text.
+    numeric
+        Whether each column holds numbers.
+    best
+        (row, column) of the cells that are shown in bold.
     """
 
     title: str
@@ -33,23 +42,24 @@ class Content:
 
 
 def table(content: Content, width: int | None = None) -> Table:
-    """Table in the widest layout that fits into `width` characters, by default those of the terminal.
+    """Return a rich table in the widest layout that fits `width` characters, by default the terminal's width.
 
-    "wide": each column in its own. "narrow": all texts of a row in its first column, spreads below their means.
-    "list": one column, numbers below the texts.
+    The layouts are "wide" (all columns), "narrow" (the texts of a row are merged into its first column, and standard
+    deviations are on a line below the means) and "list" (one column, with the numbers below the texts).
     """
     console = Console(width=width)
     endless = console.options.update(max_width=10_000)
     layouts: tuple[Layout, ...] = ("wide", "narrow")
     for layout in layouts:
-        # Rich narrows the widest columns of text first: if this fits, no text becomes narrower than it is here.
+        # Measure with the minimum text width. Rich shrinks the widest text columns first, so if this fits, no text
+        # column gets narrower than `_TEXT`.
         if console.measure(_table(content, layout, _TEXT), options=endless).maximum <= console.width:
             return _table(content, layout)
     return _table(content, "list")
 
 
 def _table(content: Content, layout: Layout, text_width: int | None = None) -> Table:
-    """The table in a layout; columns of text have at most `text_width` characters."""
+    """Return the table in a layout; text columns have at most `text_width` characters."""
     titles, numeric = content.columns, content.numeric
     texts = [i for i in range(1, len(titles)) if not numeric[i]]
     numbers = [i for i in range(1, len(titles)) if numeric[i]]
