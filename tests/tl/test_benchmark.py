@@ -171,7 +171,7 @@ def test_baselines_without_a_model_and_studies_of_a_file(adata, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({}, ConfigError, "measure"),
+        ({}, ConfigError, "data.path is not set"),
         ({"data__path": "nowhere.h5ad"}, DataError, "nowhere.h5ad"),
         ({"data__path": "x", "seeds": 0}, ConfigError, "seeds"),
         ({"data__path": "x", "data__split": "eval"}, ConfigError, "data.split"),
