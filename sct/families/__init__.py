@@ -54,9 +54,9 @@ def register(family: Family) -> None:
         Another family already uses the name of the family, of an architecture, of a task or of a converter.
     """
     others = [each for name, each in all_families().items() if name not in _ADDED or name != family.name]
-    for what, name, part in _named(family):
+    for what, name, part in _components(family):
         for other in others:
-            if any(name == taken and part is not owned for _, taken, owned in _named(other)):
+            if any(name == taken and part is not owned for _, taken, owned in _components(other)):
                 raise ConfigError(
                     f"the {what} name {name!r} is already used by the family {other.name!r}: choose another name."
                 )
@@ -68,7 +68,7 @@ def register(family: Family) -> None:
         registry.MODELS[name] = each.architecture
 
 
-def _named(family: Family) -> list[tuple[str, str, Any]]:
+def _components(family: Family) -> list[tuple[str, str, Any]]:
     """List every named component of a family, as (type of component, name, component)."""
     models = [("architecture", name, each.architecture) for name, each in family.models.items()]
     tasks = [("task", kind.name, kind) for each in family.models.values() for kind in each.tasks]

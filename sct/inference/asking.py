@@ -55,7 +55,9 @@ def study_metadata_of(adata: ad.AnnData, name: str, given: Any, form: str, argum
     found = adata.uns.get(name) if given is None else given
     where = f'adata.uns["{name}"]' if given is None else argument
     if found is None:
-        raise ConfigError(f'{argument} ({form}) is missing: pass {argument}=... or set adata.uns["{name}"].')
+        raise ConfigError(
+            f'{argument} is missing, but it must be {form}: pass {argument}=... or set adata.uns["{name}"].'
+        )
     if form == "a text":
         check_text(where, found)
         return found

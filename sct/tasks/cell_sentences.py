@@ -118,7 +118,7 @@ class Adapters:
 
 @dataclasses.dataclass(frozen=True)
 class CellSentencesConfig(ObjectiveConfig):
-    """Options of the task.
+    """Options of the objective: tasks, loss, LoRA adapters, and the reports after training.
 
     Parameters
     ----------

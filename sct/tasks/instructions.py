@@ -110,7 +110,7 @@ class InstructionData(StoreConfig):
 
 @dataclasses.dataclass(frozen=True)
 class InstructionsConfig(ObjectiveConfig):
-    """Options of the task.
+    """Options of the objective: tasks, adapters, and the reports after training.
 
     Parameters
     ----------

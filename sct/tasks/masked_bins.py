@@ -122,7 +122,7 @@ def gene_features(
 
 @dataclasses.dataclass(frozen=True)
 class MaskedBinsConfig(ObjectiveConfig):
-    """Options of the task.
+    """Options of the objective: masking, and the report after training.
 
     Parameters
     ----------

@@ -40,7 +40,7 @@ NAME = "masked_expression"
 
 @dataclasses.dataclass(frozen=True)
 class MaskedExpressionConfig(ObjectiveConfig):
-    """Options of the task.
+    """Options of the objective: masking, loss, and the report after training.
 
     Parameters
     ----------

@@ -93,7 +93,7 @@ def _run(spec: RunSpec, workdir: Path) -> TrainResult:
             soft_wrap=True,
         )
         return result
-    with _stoppable():
+    with _exit_on_sigterm():
         _finish(spec, start, options, result, workdir, console)
     return result
 
@@ -127,7 +127,7 @@ def _finish(
     variables = best_variables(result, workdir, options)
     if jax.process_count() > 1:
         variables = multihost_utils.process_allgather(variables, tiled=True)
-    reports, failed = _measure(start.task, variables, workdir, console)
+    reports, failed = _evaluate(start.task, variables, workdir, console)
     if jax.process_index() == 0:
         report_folder.write(reports, workdir)
         model = pretrained.Pretrained(
@@ -138,14 +138,14 @@ def _finish(
             step=result.progress.best_step or result.progress.step,
             **start.task.exports(),
         )
-        card = pretrained.default_card(model, _history(spec, start, result, reports))
+        card = pretrained.default_card(model, _training_section(spec, start, result, reports))
         dataclasses.replace(model, card=card).save_pretrained(workdir / "model")
     if failed is not None:
         raise failed
     console.print(f"run folder: {workdir}", soft_wrap=True)
 
 
-def _measure(
+def _evaluate(
     task: Export, variables: Variables, workdir: Path, console: Any
 ) -> tuple[list[Report], Exception | None]:
     """Evaluate a trained model; return the reports, and the unexpected error that ended the evaluation, or None.
@@ -171,8 +171,8 @@ def _measure(
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
-    """Exit with status `AGAIN` on SIGTERM. Training is saved, so the same command repeats only the evaluation."""
+def _exit_on_sigterm() -> Iterator[None]:
+    """Exit with status `AGAIN` on SIGTERM. Training is saved: the same command then repeats the evaluation."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -229,7 +229,7 @@ def _announce(console: Any, start: Start, options: TrainConfig, workdir: Path) -
         console.print(line, soft_wrap=True)
 
 
-def _history(spec: RunSpec, start: Start, result: TrainResult, reports: list[Report]) -> str:
+def _training_section(spec: RunSpec, start: Start, result: TrainResult, reports: list[Report]) -> str:
     """Return the training section of the model card, in Markdown."""
     studies = [f"{study.name} ({study.n_cells:,} cells)" for study in start.store.split("train")]
     listed = ", ".join(studies[:20]) + (f" and {len(studies) - 20:,} more" if len(studies) > 20 else "")

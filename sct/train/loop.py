@@ -260,10 +260,10 @@ def train(
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep_last)
     resources.callback(checkpoints.close)
     if checkpoints.latest is None:
-        state, now = _begin(task, make_state(), start), RunProgress()
+        state, now = _initial_state(task, make_state(), start), RunProgress()
     else:
         state, now = checkpoints.restore(abstract)
-    batches = _draw(lambda size: Loader(source, size, seed=config.seed, **shares), config, now)
+    batches = _draw_batches(lambda size: Loader(source, size, seed=config.seed, **shares), config, now)
     resources.callback(batches.close)
     last = min(config.steps, config.stop_at or config.steps)
     reason = "finished" if last == config.steps else "stop_at"
@@ -294,7 +294,7 @@ def train(
                 started, tokens = time.monotonic(), 0
 
             logs = now.step % config.log_every == 0 or now.step == 1
-            stop = _agree(bool(asked), logs)
+            stop = _any_stop_requested(bool(asked), logs)
             # Do not validate at an interruption: a resumed run must equal one that was never stopped.
             evaluates = now.step % config.eval_every == 0 or now.step == config.steps
             logs = logs or evaluates or now.step % config.checkpoint_every == 0
@@ -307,15 +307,15 @@ def train(
                 rate = tokens / max(time.monotonic() - started, 1e-9)
                 values |= {"learning_rate": float(schedule(now.step - 1)), "tokens_per_second": rate}
                 log.write(now.step, values, "train")
-                bar.update(0, _note(values, rate))
+                bar.update(0, _progress_text(values, rate))
             if logs or saves:
                 checkpoints.check()
             bar.update(1)
             if evaluates and validation is not None:
                 summary = _validate(task, eval_step, state, validation, mesh)
                 log.write(now.step, summary, "validation")
-                _watch(task, summary[task.monitor], now)
-                _report(bar, now, summary)
+                _update_best(task, summary[task.monitor], now)
+                _print_validation(bar, now, summary)
             if saves and keep:
                 log.flush()
                 checkpoints.save(state, dataclasses.replace(now))
@@ -335,7 +335,7 @@ def train(
     return TrainResult(state, now, reason)
 
 
-def _begin(task: Origin, state: State, start: Mapping[str, Any] | None) -> State:
+def _initial_state(task: Origin, state: State, start: Mapping[str, Any] | None) -> State:
     """Return the initial state, with pretrained arrays in place of random ones."""
     given = task.take_pretrained_params()
     if start is None and not given:
@@ -359,7 +359,7 @@ def _check_batches(config: TrainConfig, mesh: Mesh) -> None:
             )
 
 
-def _draw(
+def _draw_batches(
     load: Callable[[int], Loader], config: TrainConfig, now: RunProgress
 ) -> Generator[tuple[Loader, Batch], None, None]:
     """Yield the remaining batches of a run, each with its loader. Each stage of the batch ramp has its own loader.
@@ -376,7 +376,7 @@ def _draw(
             step, drawn = until, drawn + (until - step) * size
 
 
-def _agree(asked: bool, now: bool) -> bool:
+def _any_stop_requested(asked: bool, now: bool) -> bool:
     """Return whether any process was asked to stop.
 
     All processes must stop at the same step. They communicate only at steps where `now` is True, which limits the cost.
@@ -429,7 +429,7 @@ def _validate(task: Objective, eval_step: Any, state: State, loader: Loader, mes
     return task.compute_metrics(jax.device_get(total))
 
 
-def _watch(task: Objective, value: float, now: RunProgress) -> None:
+def _update_best(task: Objective, value: float, now: RunProgress) -> None:
     """Update the best value, and the number of validations without improvement."""
     sign = 1 if task.monitor_mode == "max" else -1
     if math.isfinite(value) and (now.best is None or sign * value > sign * now.best):
@@ -438,7 +438,7 @@ def _watch(task: Objective, value: float, now: RunProgress) -> None:
         now.stale += 1
 
 
-def _note(values: dict[str, float], rate: float) -> str:
+def _progress_text(values: dict[str, float], rate: float) -> str:
     speed = f", {rate / 1e6:.2f} M tokens/s" if rate >= 1e5 else f", {rate:,.0f} tokens/s" if rate else ""
     left_out = (
         f", {values['dropped_targets']:.0f} masked positions dropped (max_masked_fraction)"
@@ -448,6 +448,6 @@ def _note(values: dict[str, float], rate: float) -> str:
     return f"loss {values.get('loss', math.nan):.4f}{speed}{left_out}"
 
 
-def _report(bar: ProgressBar, now: RunProgress, summary: dict[str, float]) -> None:
+def _print_validation(bar: ProgressBar, now: RunProgress, summary: dict[str, float]) -> None:
     numbers = "  ".join(f"{name} {value:.4f}" for name, value in summary.items())
     bar.write(f"step {now.step}: validation {numbers}{'  (best so far)' if now.stale == 0 else ''}")

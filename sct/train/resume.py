@@ -18,7 +18,7 @@ from sct.train.run_spec import SECTIONS, RunSpec, section_types
 from sct.weights import run_folder
 
 # Options that may change on resume. They do not change what a training step computes.
-_FREE = {
+_MAY_CHANGE = {
     "train": {
         "stop_at", "log_every", "eval_every", "checkpoint_every", "keep_last", "patience", "loader_threads",
         "eval_records", "mesh",
@@ -72,7 +72,7 @@ def check_options(recorded: Mapping[str, Any], spec: RunSpec, workdir: Path) -> 
             before, after = {section: before}, {section: after}
         if section in _WITH_DEFAULTS:
             before, after = (_all_options(types[section], each) for each in (before, after))
-        free = _FREE.get(section, set())
+        free = _MAY_CHANGE.get(section, set())
         for name in sorted(set(before) | set(after)):
             if name not in free and before.get(name) != after.get(name):
                 option = section if name == section else f"{section}.{name}"

@@ -100,7 +100,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if config.devices and jax.process_count() > 1:
         raise ConfigError(
             f"the mesh uses only {config.devices} device(s), but all devices of the {jax.process_count()} processes "
-            "are needed: set the devices of the mesh to 0, or start one process."
+            "are needed: set devices=0 in the mesh, or start only one process."
         )
     arranged = arrange(config, jax.devices() if devices is None else devices)
     types = (AxisType.Auto,) * len(MESH_AXES)

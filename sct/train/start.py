@@ -64,7 +64,9 @@ def begin(spec: RunSpec, workdir: Path) -> Start:
 def new(spec: RunSpec, workdir: Path) -> Start:
     """Start from random parameters."""
     store, mesh = open_data(spec.data, workdir), _mesh(spec)
-    tokenizer = _saved(spec, workdir, lambda: _named(spec) or spec.make_tokenizer(store))
+    tokenizer = _save_tokenizer(
+        spec, workdir, lambda: _configured_tokenizer(spec) or spec.make_tokenizer(store)
+    )
     task = spec.make_task(store, spec.model, tokenizer, None, mesh)
     return Start(store, task, task.license)
 
@@ -84,8 +86,10 @@ def from_model(spec: RunSpec, workdir: Path) -> Start:
     parent = load(spec.init_from, mesh=mesh, genes=store.vocabulary)
     if spec.task_spec.inherits_architecture:
         _check_family(spec, parent)
-    tokenizer = _saved(spec, workdir, lambda: _named(spec) or _of_parent(spec, parent))
-    parent, remarks = _grown(parent, tokenizer)
+    tokenizer = _save_tokenizer(
+        spec, workdir, lambda: _configured_tokenizer(spec) or _parent_tokenizer(spec, parent)
+    )
+    parent, remarks = _resize_embeddings(parent, tokenizer)
     model = spec.model
     if spec.task_spec.inherits_architecture:
         model = registry.inherited(parent.config, spec.model, spec.data.text_length)
@@ -117,7 +121,7 @@ def resumed(spec: RunSpec, workdir: Path) -> Start:
     mesh = _mesh(spec)
     tokenizer = None
     if spec.task_spec.tokenizer is not None:
-        tokenizer = _of_folder(workdir)
+        tokenizer = _run_tokenizer(workdir)
     model = (settings.get(run_folder.MODEL) if spec.task_spec.inherits_architecture else None) or spec.model
     task = spec.make_task(store, model, tokenizer, described.get("model"), mesh)
     license = described.get("license") or "unknown"
@@ -167,7 +171,7 @@ def _check_family(spec: RunSpec, parent: Pretrained) -> None:
         )
 
 
-def _saved(spec: RunSpec, workdir: Path, make: Callable[[], Tokenizer]) -> Tokenizer | None:
+def _save_tokenizer(spec: RunSpec, workdir: Path, make: Callable[[], Tokenizer]) -> Tokenizer | None:
     """Save the tokenizer to the run folder, and load it from there; None for tasks without text.
 
     Process 0 calls `make` and saves the tokenizer; all processes load it.
@@ -184,21 +188,21 @@ def _saved(spec: RunSpec, workdir: Path, make: Callable[[], Tokenizer]) -> Token
     return Tokenizer.load(folder)
 
 
-def _named(spec: RunSpec) -> Tokenizer | None:
+def _configured_tokenizer(spec: RunSpec) -> Tokenizer | None:
     """Load the tokenizer that the configuration names; None if it names none."""
     return load_tokenizer(spec.tokenizer) if spec.tokenizer else None
 
 
-def _of_parent(spec: RunSpec, parent: Pretrained) -> Tokenizer:
+def _parent_tokenizer(spec: RunSpec, parent: Pretrained) -> Tokenizer:
     if parent.tokenizer is None:
         raise ConfigError(
-            f"{spec.init_from} has no tokenizer.json or tokenizer.model: add the file, or set "
-            "--config.data.tokenizer."
+            f"{spec.init_from} has neither tokenizer.json nor tokenizer.model, but training on text needs a tokenizer: "
+            "add one of these files, or set --config.data.tokenizer."
         )
     return parent.tokenizer
 
 
-def _of_folder(workdir: Path) -> Tokenizer:
+def _run_tokenizer(workdir: Path) -> Tokenizer:
     """Load the tokenizer that the run saved in its folder."""
     folder = workdir / run_folder.TOKENIZER
     if not folder.exists():
@@ -209,7 +213,7 @@ def _of_folder(workdir: Path) -> Tokenizer:
     return Tokenizer.load(folder)
 
 
-def _grown(parent: Pretrained, tokenizer: Tokenizer | None) -> tuple[Pretrained, tuple[str, ...]]:
+def _resize_embeddings(parent: Pretrained, tokenizer: Tokenizer | None) -> tuple[Pretrained, tuple[str, ...]]:
     """Resize the embeddings of a model to the tokenizer; return the model, and messages about new tokens."""
     if tokenizer is None:
         return parent, ()

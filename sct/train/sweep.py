@@ -145,13 +145,13 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str], only: Sequen
             "another --workdir."
         )
     experiment.check_data(runs[BASE], workdir)
-    states = {name: _state(workdir / name) for name in runs}
+    states = {name: _status(workdir / name) for name in runs}
     reason = "finished"
     for number, name in enumerate(wanted, 1):
         console.rule(f"{name} ({number} of {len(wanted)})", align="left")
         started = time.monotonic()
         try:
-            states[name], ended = _one(runs[name], workdir / name)
+            states[name], ended = _train_one(runs[name], workdir / name)
         except FolderInUseError:
             raise  # another sweep is training this run, and will train the next ones
         except SctError as error:
@@ -170,7 +170,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str], only: Sequen
     if jax.process_index() == 0:
         # Other processes (with another --only) may have trained the remaining runs in the meantime.
         for name in set(runs) - set(wanted):
-            states[name] = _state(workdir / name)
+            states[name] = _status(workdir / name)
         made = tables(workdir, runs, states)
         report_folder.write(made, workdir)
         for each in made:
@@ -187,7 +187,7 @@ def is_finished(folder: Path) -> bool:
     return run_folder.is_run(folder) and run_folder.is_current(folder, exported)
 
 
-def _state(folder: Path) -> str:
+def _status(folder: Path) -> str:
     """Return why a run is not finished, or "" if it is. For a damaged run, return the error message."""
     try:
         return "" if is_finished(folder) else _unfinished(folder)
@@ -200,7 +200,7 @@ def _unfinished(folder: Path) -> str:
     return f"stopped at step {steps[-1]:,}" if steps else "not trained yet"
 
 
-def _one(config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
+def _train_one(config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
     """Train one run unless it is finished; return its state ("" if finished) and the reason why training ended."""
     if is_finished(folder):
         experiment.check_same_run(config, folder)
@@ -227,7 +227,7 @@ def tables(workdir: Path, runs: Mapping[str, Mapping[str, Any]], states: Mapping
     states = dict(states)
     for name, state in states.items():
         try:
-            measured[name] = None if state else _measured(workdir / name)
+            measured[name] = None if state else _imputation_table(workdir / name)
         except CheckpointError as error:  # the other runs keep their rows
             measured[name], states[name] = None, str(error)
     found = {name: table.records() if table else [] for name, table in measured.items()}
@@ -255,7 +255,7 @@ def tables(workdir: Path, runs: Mapping[str, Mapping[str, Any]], states: Mapping
     return made
 
 
-def _measured(folder: Path) -> Report | None:
+def _imputation_table(folder: Path) -> Report | None:
     """Return the imputation table of a finished run; None if it has none."""
     path = folder / "report.json"
     wanted = {METHOD.key, scoring.GIVEN.key, scoring.NUMBERS[0].key}
