@@ -30,8 +30,9 @@ from sct.train.optim import OptimizerConfig
 from sct.train.sharding import MeshConfig
 from sct.weights.pretrained import Pretrained
 
-# Name of the temporary study; extra tokens, because the length of a prompt depends on the order of its candidates.
-_STUDY, _SPARE = "shots", 32
+_STUDY = "shots"  # name of the temporary study
+# Spare tokens, because the number of tokens of a prompt depends slightly on the order of its candidates.
+_SPARE = 32
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,7 @@ from sct.tl.embedding import embed
 from sct.weights.pretrained import Pretrained
 
 ASSUMED_RATES = "its masking rates are not recorded: 15% and 1% are assumed"
-_REPORT_BYTES = 10_000_000  # approximate disk space of a report with figures
+_REPORT_BYTES = 10_000_000  # disk space that a report with figures may need
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +176,7 @@ class BenchmarkOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One study to evaluate: its cells, and their table of counts, which has a single section."""
+    """One study to evaluate: its cells, and their counts as a table with a single section."""
 
     name: str
     adata: ad.AnnData

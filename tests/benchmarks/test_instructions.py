@@ -154,7 +154,7 @@ def test_groups_are_in_one_part_only(asked, tmp_path):  # noqa: F811
     given = config(tmp_path / "out", tasks=("cta",), shots=())
     given["data"]["group_key"] = "donor"
     (made,) = instructions.benchmark(given, cells, asked)
-    assert any("divided by donor" in note for note in made.notes)
+    assert any("split by donor" in note for note in made.notes)
     study = study_of(cells, asked, tmp_path, group_key="donor")
     donors = cells.obs["donor"].to_numpy()
     assert not set(donors[study.query]) & set(donors[study.support])
@@ -405,7 +405,7 @@ def test_what_cannot_be_measured_is_said(asked, tmp_path):  # noqa: F811
         ({"tasks": ("tcd",), "data": {"disease": ""}}, "tasks"),
         ({"data": {"disease": "diseas"}}, r"'diseas'.*'cell_type', 'disease'"),
         ({"data": {"cell_type": "celltype"}}, "'celltype'"),
-        ({"pathways": {"file": "nowhere.gmt"}}, "cannot be read"),
+        ({"pathways": {"file": "nowhere.gmt"}}, "nowhere.gmt"),
         ({"seeds": 0}, "seeds"),
         ({"tuning": {"steps": 0}}, "tuning.steps"),
         ({"data": {"share": 1.5}}, "share"),

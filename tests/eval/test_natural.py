@@ -81,7 +81,7 @@ def test_only_methods_that_know_other_cells_impute_whole_genes():
         magic=False,
         whole_genes=True,
     )
-    assert "hidden in all held-out cells" in outcome.title
+    assert "masked in all held-out cells" in outcome.title
     answered = {row.fitted_on: bool(row.numbers) for row in outcome.rows if row.key != MODEL}
     assert answered == {TRAINING: True, OTHER_CELLS: True, THESE_CELLS: False}
     assert all("masked in all cells" in row.remark for row in outcome.rows if row.fitted_on == THESE_CELLS)

@@ -57,7 +57,7 @@ class EmbeddingMethod:
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingMetricOptions:
-    """Options of the evaluation of embeddings. Defaults follow the published protocol where there is one.
+    """Options of the evaluation of embeddings. The defaults follow the published protocols.
 
     Attributes
     ----------
@@ -156,7 +156,7 @@ def measure(
         A method has the name of a baseline.
     """
     options = options or EmbeddingMetricOptions()
-    cells, kept, notes = _labelled(counts, labels, batch, options.components)
+    cells, kept, notes = _labeled(counts, labels, batch, options.components)
     if taken := [name for name in map(options.name, options.baselines) if name in methods]:
         raise ConfigError(
             f"methods has the name {taken[0]!r}, which is the name of a baseline: use another name."
@@ -182,7 +182,7 @@ def measure(
     return report, numbers
 
 
-def _labelled(
+def _labeled(
     counts: Any, labels: Any, batch: Any, components: int
 ) -> tuple[BaselineCells, np.ndarray, list[str]]:
     """Return the cells that have a label, bool (N,) which cells these are, and a note about the other cells."""
@@ -265,7 +265,7 @@ def _add(
 
 
 def _reason(error: Exception) -> str:
-    """Return the reason of an error in one line; errors of `sct` need no type name in front."""
+    """Return an error as one line of text; errors of other libraries start with the name of their type."""
     text = str(error).strip().split("\n")[0]
     return (
         text
@@ -384,7 +384,7 @@ def _fitted(cells: BaselineCells, options: EmbeddingMetricOptions) -> dict[str, 
 def _classified(
     names: list[str], cells: BaselineCells, options: EmbeddingMetricOptions
 ) -> dict[str, tuple[dict[str, list[float]], list[str]]]:
-    """Return values and remarks of the PCA classifiers `names`, by the name of their row."""
+    """Return (values, remarks) of each PCA classifier in `names`, by row name."""
     columns = (f"{options.k}-NN accuracy", "macro F1")
     kinds = {PCA_KNN: "knn", PCA_LOGISTIC: "logistic"}
     try:

@@ -14,7 +14,7 @@ from sklearn.metrics import r2_score
 from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.neighbors import KNeighborsClassifier
 
-from sct.checks import check_choice, check_finite, check_one_each, check_shape
+from sct.checks import check_finite, check_one_each, check_shape
 from sct.errors import DataError
 from sct.eval import metrics
 from sct.extras import load_extra
@@ -319,8 +319,10 @@ def sentence_quality(table: pd.DataFrame) -> dict[str, float]:
         A column is missing, or a row violates n_words >= n_valid >= n_unique >= 0.
     """
     names = ["n_words", "n_valid", "n_unique"]
-    for name in names:
-        check_choice("a column of the table of sentences", name, table.columns, error=DataError)
+    if missing := [name for name in names if name not in table]:
+        raise DataError(
+            f"the table of sentences lacks the column {missing[0]!r}: add the columns {', '.join(names)}."
+        )
     words, valid, unique = (table[name].to_numpy(float) for name in names)
     if not ((words >= valid) & (valid >= unique) & (unique >= 0)).all():
         raise DataError(

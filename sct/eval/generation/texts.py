@@ -157,7 +157,7 @@ def similarity(generated: np.ndarray, true: np.ndarray, pairs: Any) -> Similarit
 
 
 def _components(generated: np.ndarray, true: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the pairs of embeddings with a defined correlation: at least two components, not all equal."""
+    """Return the pairs of embeddings whose correlation is defined: two or more components, which are not all equal."""
     if generated.shape[1] < 2:
         return []
     varied = (np.ptp(generated, axis=1) > 0) & (np.ptp(true, axis=1) > 0)
@@ -273,7 +273,17 @@ def _check_texts(generated: Sequence[str], true: Sequence[str]) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Row:
-    """A row of the table: per seed, its texts and the row number of the true text of each."""
+    """A row of the table.
+
+    Attributes
+    ----------
+    texts, pairs
+        For each seed, the N texts, and int (N,) the row of each one's true text.
+    fitted_on
+        Where the texts come from; "" for generated texts.
+    is_control
+        Whether the pairs are shuffled, so that metrics that ignore pairs are left out.
+    """
 
     texts: list[Sequence[str]]
     pairs: list[np.ndarray]

@@ -75,9 +75,9 @@ def from_levels(masked: Masked, levels: np.ndarray) -> LevelPrediction:
 
 
 def from_counts(masked: Masked, counts: np.ndarray) -> dict[bool, LevelPrediction]:
-    """Return both forms of a prediction of raw counts (n,); its levels follow from the range of the cell.
+    """Return a prediction of raw counts (n,) in both forms; its levels follow from the range of the cell.
 
-    The form that is given expressed genes raises each count to at least 1.
+    The form that is given expressed genes (key True) raises each count to at least 1.
     """
     low, high = masked.low[masked.cells], masked.high[masked.cells]
     levels = digitize(np.log1p(counts), low, high, masked.medians.shape[1])
@@ -344,7 +344,7 @@ class _Reference:
 
 @functools.lru_cache(maxsize=1)  # shared by all numbers of neighbors and all protocols
 def _reference(train: BagSource, max_cells: int) -> _Reference:
-    """Read the same number of cells of each training study."""
+    """Read about `max_cells` training cells, the same number from each study."""
     for study in train.studies:
         study.check_counts()
     each = -(-max_cells // len(train.studies))
@@ -407,8 +407,8 @@ class NeighborMean:
         Number k of visible cells in the mean: those nearest in space. If None, or if the cells have no spatial
         coordinates, the mean is over all visible cells.
     expressed
-        Whether the mean is over the cells that express the gene. The method then has only the form that is given
-        expressed genes.
+        Whether the mean is over the cells that express the gene only. The method then knows that the gene is expressed,
+        so it has only the form with key True.
     """
 
     fitted_on, remark = THESE_CELLS, ""

@@ -353,16 +353,16 @@ def dispersions(genes: np.ndarray, mean: np.ndarray, counts: np.ndarray, num_gen
     # Rescale the expected counts to each gene's true total, so that a biased mean does not look like dispersion.
     mean = mean * ((total(counts) + 1) / (total(mean) + 1))[genes]
     square = total(mean**2)
-    told = square > 0
-    own = total((counts - mean) ** 2 - mean)[told] / square[told]
+    informative = square > 0
+    own = total((counts - mean) ** 2 - mean)[informative] / square[informative]
     overall = 0.0
     for _ in range(2):  # the weights of the mean depend on the mean
         variance = mean + overall * mean**2
-        error = total(variance + 2 * variance**2)[told] / square[told] ** 2
-        overall = max(float((own / error).sum() / (1 / error).sum()), 0.0) if told.any() else 0.0
-    weight = overall**2 / (overall**2 + error) if overall > 0 else np.zeros(int(told.sum()))
+        error = total(variance + 2 * variance**2)[informative] / square[informative] ** 2
+        overall = max(float((own / error).sum() / (1 / error).sum()), 0.0) if informative.any() else 0.0
+    weight = overall**2 / (overall**2 + error) if overall > 0 else np.zeros(int(informative.sum()))
     found = np.full(num_genes, overall)
-    found[told] = np.maximum(weight * own + (1 - weight) * overall, 0)
+    found[informative] = np.maximum(weight * own + (1 - weight) * overall, 0)
     return found
 
 
@@ -524,7 +524,7 @@ class NaturalResult:
         expressed = [x for row in self.rows for x in row.numbers.get("expressed", ())][:draws]
         share = f", {np.mean(expressed):.1%} expressed" if expressed else ""
         report = Report(
-            f"{self.title}: {what} ({sum(self.positions):,} hidden positions in {draws} "
+            f"{self.title}: {what} ({sum(self.positions):,} masked positions in {draws} "
             f"draw{'s' * (draws != 1)}{share})",
             (METHOD, FITTED_ON, *(Column(key, title) for title, (key, _) in columns.items()), REMARK),
             notes=notes,
@@ -624,7 +624,7 @@ def natural_imputation(
     units = seeds * sum(eval_cells.num_bags if row.key == MODEL else 1 for row in rows)
     hide = mask_measured_genes if whole_genes else mask_measured
     with progress(
-        "imputing genes hidden in all cells" if whole_genes else "imputing hidden genes", units
+        "imputing genes masked in all cells" if whole_genes else "imputing masked genes", units
     ) as bar:
         for seed in range(seeds):
             masked = hide(eval_cells, ratio, seed, SCORED)
@@ -645,7 +645,7 @@ def natural_imputation(
                     reason = (str(error).splitlines() or [""])[0]
                     row.remark = reason if known else f"{type(error).__name__}: {reason}"
                     row.numbers, row.reliability = {}, []
-    what = f"{ratio:.0%} of the measured genes {'hidden in all ' if whole_genes else 'of '}{cells_name}"
+    what = f"{ratio:.0%} of the measured genes masked in {'all ' * whole_genes}{cells_name}"
     return NaturalResult(f"Natural imputation, {what}", ratio, rows, positions, whole_genes)
 
 

@@ -34,7 +34,7 @@ _NOTES = (
     "Only masked genes that are expressed are scored. Methods marked 'given expressed' know this, so their task is "
     "easier.",
     f"Row 1 is the reference baseline: the {REFERENCE_NAME}. It knows every gene of those cells. ΔMCC is the MCC of a "
-    "method minus the MCC of the reference in the same draw.",
+    "method minus the MCC of the reference at the same masked positions.",
 )
 OWN_RANGES = (
     "For all methods, levels and level counts use the cell's own range of counts, including its masked genes."
@@ -128,7 +128,7 @@ class ImputationModel:
 
 @dataclasses.dataclass
 class ScoreRow:
-    """One row of a table: a method in one of its forms.
+    """One row of a table: a method that is, or is not, given that the masked genes are expressed.
 
     Attributes
     ----------

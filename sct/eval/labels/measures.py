@@ -469,7 +469,9 @@ def compare(
     for name in guesses[0]:
         baselines[name] = [each[name] for each in (guesses if name == CHANCE else guesses[:1])]
     names = [*predictions, *(SHUFFLED.format(name) for name in predictions), *beside, *baselines]
-    check_distinct("the table", names, advice="give each prediction a unique name that no baseline has")
+    check_distinct(
+        "the list of rows", names, advice="give each prediction a unique name that no baseline has"
+    )
 
     measured_rows: dict[str, tuple[str, list[LabelPrediction]]] = {}
     for name, given in predictions.items():

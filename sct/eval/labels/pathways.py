@@ -173,7 +173,7 @@ class PathwayAreas(NamedTuple):
 
 def areas(true: np.ndarray, scores: np.ndarray) -> PathwayAreas:
     """Return AUROC and AUPRC of scores (N, S) for the true active pathways, bool (N, S); higher scores mean active."""
-    check_shape("the true table", true, ("cells", "pathways"))
+    check_shape("the table of true pathways", true, ("cells", "pathways"))
     check_shape("the table of scores", scores, ((len(true), "cells"), (true.shape[1], "pathways")))
     check_finite("the table of scores", scores, "cells")
     if true.all() or not true.any():
