@@ -1,1 +1,1 @@
-"""How fast the parts run, beside what the machine can do: the measurements of `launch.speed`."""
+"""Speed measurements of `launch.speed`: how fast each part runs, compared with the limits of the machine."""

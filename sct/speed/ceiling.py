@@ -1,4 +1,4 @@
-"""The ceiling: operations per second of a large matrix product, on the devices and in the type of the model."""
+"""The compute ceiling: operations per second of a large matrix product in the dtype of the model."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Sides of the square matrices: large enough to fill a device, small enough to leave room for a model.
+# Sides of the square matrices: large enough to use a device fully, small enough to leave memory for a model.
 _SIZES = {"cpu": (2048, 4096), "gpu": (8192, 16384), "tpu": (4096, 8192)}
 _REPEATS = 5
-# A product that takes longer is not made larger: 16-bit arithmetic without hardware for it.
+# If a product takes more seconds, larger sizes are skipped: 16-bit arithmetic without hardware support is this slow.
 _TOO_LONG = 2.0
 
 
 def arithmetic(dtype: str) -> str:
-    """Name the arithmetic of a matrix product of this type on the default devices, as it is configured.
+    """Return the arithmetic that matrix products of this dtype use on the default devices.
 
-    "float32" products are not always computed as such: graphics cards round their inputs to 10 bits ("tf32"),
-    TPUs to 7 ("bfloat16"), unless `jax_default_matmul_precision` says otherwise.
+    "float32" products do not always use float32: by default, GPUs round their inputs to 10 mantissa bits ("tf32") and
+    TPUs to 7 ("bfloat16"). `jax_default_matmul_precision` changes this.
     """
     if dtype != "float32":
         return dtype
@@ -32,20 +32,20 @@ def arithmetic(dtype: str) -> str:
 
 
 def matmul_ceiling(dtype: str, size: int = 0, devices: Sequence[Any] | None = None) -> tuple[float, int]:
-    """Operations per second of the fastest of several matrix products, over some devices together.
+    """Measure the highest rate of operations of a matrix product, summed over the devices.
 
     Parameters
     ----------
     dtype
-        Type of the matrices, as the model computes; the precision is the configured one.
+        Data type of the matrices. The precision is the configured one.
     size
-        Side of the matrices; 0 tries those that fit the kind of device.
+        Side of the square matrices; 0 tries the default sizes for the type of device.
     devices
-        Devices that work at the same time; by default all.
+        Devices that compute at the same time. Default: all devices.
 
     Returns
     -------
-    Operations per second (a multiply-add counts as two), and the side of the matrices that gave them.
+    Operations per second (a multiply-add counts as two), and the side of the matrices with the highest rate.
     """
     used = np.asarray(jax.devices() if devices is None else devices)
     best, at = 0.0, 0
@@ -55,7 +55,7 @@ def matmul_ceiling(dtype: str, size: int = 0, devices: Sequence[Any] | None = No
         except RuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or not best:
                 raise
-            break  # a model leaves no room for the larger ones
+            break  # the memory that the model leaves is too small for larger matrices
         rate = 2.0 * side**3 * len(used) / seconds
         if rate > best:
             best, at = rate, side
@@ -65,13 +65,13 @@ def matmul_ceiling(dtype: str, size: int = 0, devices: Sequence[Any] | None = No
 
 
 def _product_seconds(side: int, dtype: str, devices: np.ndarray) -> float:
-    """Least time of a product of two square matrices, all devices working at once, each on its own."""
+    """Return the shortest time of a product of two square matrices; each device computes its own at the same time."""
     mesh = Mesh(devices, ("device",))
     split = PartitionSpec("device")
 
     def make() -> tuple[jax.Array, jax.Array]:
         shape = (len(devices) * side, side)
-        # Values matter: a card at full load draws less power, and clocks higher, on zeros.
+        # Random values, because a GPU at full load needs less power for zeros and then runs at a higher clock rate.
         left, right = (jax.random.normal(jax.random.key(seed), shape, jnp.float32) for seed in (0, 1))
         return left.astype(dtype), right.astype(dtype)
 

@@ -1,4 +1,4 @@
-"""How far two paths are apart, and how far they may be."""
+"""Compare the outputs of a fast step with the reference path, and define the tolerances."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from sct.errors import SctError
 from sct.nn.reference import reference_kernels, smaller_chunks
 from sct.speed.ceiling import arithmetic
 
-# Largest difference in relative norm where products are exact float32: about 40 layers, and sums over a million
-# positions in another order. The full model on 2 cells: gradient 2e-6, worst leaf 9e-6 (CPU, jax 0.10).
+# Maximum relative difference (L2 norm) with exact float32 products. It allows for about 40 layers and for sums over a
+# million positions in another order. Measured for the full model on 2 cells: gradient 2e-6, worst leaf 9e-6 (CPU, jax
+# 0.10).
 TOLERANCE = 1e-4
-# The gradient of one parameter may be a small difference of large numbers: its error is measured against its norm
-# plus this share of the whole gradient's, and may be this many times larger than that of all together.
+# The gradient of one parameter (leaf) can be a small difference of large numbers. Its error is therefore divided by its
+# norm plus LEAF_FLOOR times the norm of the whole gradient, and its tolerance is LEAF_FACTOR times larger.
 LEAF_FLOOR, LEAF_FACTOR = 1e-3, 5.0
-# What products of fewer bits lose depends on the model and its parameters (in bfloat16 3% of the full logits, 8% of a
-# small gradient): it is measured on the plain forms in the same arithmetic. Rounding is as good as random: a step may
-# by chance lose so many times as much.
+# The rounding error of low-precision products depends on the model and its parameters (bfloat16: 3% of the full logits,
+# 8% of a small gradient). It is measured with the reference kernels in the same arithmetic. Rounding errors are nearly
+# random, so the fast step may have up to this factor of this error.
 ROUNDING_FACTOR = 3.0
-# The loss is one number, whose error may be small by chance: 8 roundings of the arithmetic, about the square root of
-# their number on a path through the model.
+# The error of the loss, a single number, can be small by chance, so its tolerance is fixed: 8 rounding errors of the
+# arithmetic, about the square root of the number of roundings on a path through the model.
 LOSS_TOLERANCE = {"float32": TOLERANCE, "tf32": 4e-3, "float16": 4e-3, "bfloat16": 3e-2}
-# Options of the model on the reference path: what only saves time or memory is off.
+# Model options of the reference path; options that only save time or memory are off.
 PLAIN_MODEL: Mapping[str, Any] = {"remat": "none"}
 EXACT_MODEL: Mapping[str, Any] = {"dtype": "float32"}
 
 Check = dict[str, Any]
-# Arrays by name, or a gradient: arrays by path, by name.
+# Name -> array, or name -> gradient (path -> array).
 Outputs = dict[str, Any]
-# Options of the model -> outputs of the step of the model with them.
+# Runs a step with some model options and returns its outputs.
 ComputationPath = Callable[[Mapping[str, Any]], Outputs]
 
 
@@ -42,7 +43,7 @@ def _norm(x: Any) -> float:
 
 
 def difference(made: Any, reference: Any) -> float:
-    """Norm of the difference of two arrays relative to that of the second."""
+    """Return the norm of the difference of two arrays, divided by the norm of the reference."""
     made, reference = np.asarray(made, np.float64), np.asarray(reference, np.float64)
     if made.shape != reference.shape:
         return float("inf")
@@ -50,7 +51,7 @@ def difference(made: Any, reference: Any) -> float:
 
 
 def gradient_difference(made: Mapping[str, Any], reference: Mapping[str, Any]) -> tuple[float, float, str]:
-    """Relative difference of two gradients over all leaves, the worst one of a leaf, and the name of that leaf."""
+    """Return the relative difference of two gradients, that of the worst leaf, and the path of this leaf."""
     if set(made) != set(reference):
         return float("inf"), float("inf"), str(sorted(set(made) ^ set(reference))[0])
     errors, norms = {}, {}
@@ -59,13 +60,13 @@ def gradient_difference(made: Mapping[str, Any], reference: Mapping[str, Any]) -
         norms[path] = _norm(right)
     whole = float(np.hypot.reduce(list(norms.values())))
     leaves = {path: error / (norms[path] + LEAF_FLOOR * whole + 1e-30) for path, error in errors.items()}
-    # A NaN is worse than any number.
+    # NaN counts as the worst value.
     worst = max(leaves, key=lambda path: np.nan_to_num(leaves[path], nan=np.inf))
     return float(np.hypot.reduce(list(errors.values()))) / max(whole, 1e-30), leaves[worst], worst
 
 
 def differences(made: Outputs, reference: Outputs) -> dict[str, float]:
-    """Relative difference of each output by name; a gradient has one of all its leaves and one of the worst leaf."""
+    """Return the relative difference of each output by name; for a gradient, of all leaves and of the worst leaf."""
     found = {}
     for name, expected in reference.items():
         if isinstance(expected, dict):
@@ -76,37 +77,38 @@ def differences(made: Outputs, reference: Outputs) -> dict[str, float]:
 
 
 def _require(what: str, made: Outputs, expected: Outputs, limits: Mapping[str, float]) -> dict[str, float]:
-    """Differences, or `SctError` where one exceeds its limit or is no number."""
+    """Return the differences; `SctError` if one exceeds its limit or is NaN."""
     found = differences(made, expected)
     for name, value in found.items():
         if not value <= limits[name]:
             leaves = [gradient_difference(made[n], e)[2] for n, e in expected.items() if isinstance(e, dict)]
             raise SctError(
-                f"the {name} of {what} differs from the reference path by {value:.2g} in relative norm, where at most "
-                f"{limits[name]:.2g} is expected{f' (the worst leaf is {leaves[0]})' if leaves else ''}: no time is "
-                "given for a step that is wrong."
+                f"the {name} of {what} differs from the reference path by {value:.2g} in relative norm, but at most "
+                f"{limits[name]:.2g} is allowed{f' (worst leaf: {leaves[0]})' if leaves else ''}: the step is wrong, "
+                "so it was not timed."
             )
     return found
 
 
 def compare(what: str, dtype: str, fast: ComputationPath, plain: ComputationPath, share: float) -> Check:
-    """Compare a step with the reference path: its formulas in exact float32, and then the step in its own arithmetic.
+    """Compare a step with the reference path, first in exact float32 and then in its own arithmetic.
 
     Parameters
     ----------
     what
         Name of the step, for messages.
     dtype
-        Type in which the model computes.
+        Compute dtype of the model.
     fast, plain
-        Outputs of the step that will be timed, and of the reference path; `fast` is called first.
+        Functions that run the step to be timed and the reference path; `fast` is called first.
     share
-        Size of what is compared relative to what will be timed: the fast path takes as many pieces as that will.
+        Size of the compared batch relative to the timed batch. The fast step splits the compared batch into as many
+        chunks as it will use for the timed batch.
 
     Raises
     ------
     SctError
-        They differ by more than rounding explains.
+        The outputs differ by more than rounding errors explain.
     """
     kind = arithmetic(dtype)
     with jax.default_matmul_precision("highest"):

@@ -1,4 +1,4 @@
-"""Modes forward and train: compiled steps on the devices, beside the ceiling."""
+"""Modes forward and train: time compiled steps and compare them with the compute ceiling."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from sct.train.optim import make_optimizer
 from sct.train.state import init_state, make_train_step
 
 T = TypeVar("T")
-# Forward and backward pass: the gradient of a product is two products, or one where its matrix is not trained. What is
-# computed again is not counted.
+# A training step counts as this many forward passes: one forward pass, and for each matrix product two products in the
+# backward pass, or one if its matrix is frozen. Recomputation (remat) does not count.
 _PASSES, _FROZEN_PASSES = 3, 2
 
 
@@ -37,15 +37,15 @@ def run_steps(
     devices: Sequence[Any],
     active: bool = True,
 ) -> dict[str, Any]:
-    """Time steps between two measurements of the ceiling; the ceiling's memory is not counted.
+    """Time steps, and measure the compute ceiling before and after; the memory of the ceiling does not count.
 
     Returns
     -------
-    Entries of a report: times, memory, ceilings.
+    Report entries: times, memory and ceilings.
     """
     with memory.HostPeak() as warm:
         timed(draw, call, job.options.warmup, f"warm-up of {what}", active)
-    # A device's mark cannot be set back, but the steps to come are the same program.
+    # The peak of a device cannot be reset, so read it before the ceiling; the timed steps run the same program.
     device_peak = memory.device_peak()
     before, size = matmul_ceiling(dtype, job.options.ceiling_size, devices)
     with memory.HostPeak() as peak:
@@ -68,7 +68,7 @@ def run_steps(
 
 
 def _compiled(function: Any, *arguments: Any) -> tuple[Any, dict[str, Any]]:
-    """Compile a jitted function, and what the compiler says of the program."""
+    """Compile a jitted function; return the program and its compile times, operations and memory."""
     start = time.perf_counter()
     lowered = function.lower(*arguments)
     traced = time.perf_counter()
@@ -99,9 +99,10 @@ def _rates(found: dict[str, Any], task: Task, cells: int, records: int, flops: f
 
 
 def measure_train(job: SpeedJob, store: Store) -> dict[str, Any]:
-    """Time the compiled training step with its optimiser, fed by the loader as in training.
+    """Time the compiled training step with its optimizer; the loader feeds it as in training.
 
-    A step is the transfer of the batch and the update; waiting for the loader is given apart.
+    A step consists of the transfer of the batch and the update. The time spent waiting for the loader is reported
+    separately.
     """
     task, options = job.task(store), job.train
     mesh = sharding.make_mesh(options.mesh)
@@ -131,7 +132,7 @@ def measure_train(job: SpeedJob, store: Store) -> dict[str, Any]:
     loss = float(now["scalars"]["loss"])
     if not math.isfinite(loss):
         raise SctError(
-            f"the loss is {loss} after some steps of training, so their time means nothing: lower the learning rate "
+            f"the loss is {loss} after a few training steps, but must be finite: lower the learning rate "
             "(--config.optimizer.peak_lr)."
         )
     passes = _PASSES if task.lora is None else _FROZEN_PASSES
@@ -147,7 +148,7 @@ def measure_train(job: SpeedJob, store: Store) -> dict[str, Any]:
 
 
 def measure_forward(job: SpeedJob, store: Store) -> dict[str, Any]:
-    """Time the compiled forward pass over a batch, logits at all positions."""
+    """Time the compiled forward pass of a batch, with logits at all positions."""
     task, options = job.task(store), job.train
     mesh = sharding.make_mesh(options.mesh)
     sharding.check_batch_size(options.batch_size, mesh)

@@ -1,4 +1,4 @@
-"""Modes loader and ingest: cells per second beside the disk's sequential read."""
+"""Modes loader and ingest: cells per second, compared with a sequential read of the disk."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from sct.speed import memory
 from sct.speed.job import SpeedJob
 from sct.speed.timing import timed
 
-# A repetition of the loader reads about so many cells, or all there are; raw blocks have so many rows.
+# Approximate number of cells per repetition, for the loader and for raw blocks, and rows per raw block.
 _CELLS_PER_STEP = 10_000
 _RAW_PER_STEP = 40_000
 _BLOCK = 1_000
-# The disk is measured on so many bytes of a store at most.
+# Maximum number of bytes for the measurement of the disk.
 _DISK_BYTES = 4 << 30
 _CHECKED_CELLS = 50
 
 
 def _read_plainly(study: Study, rows: np.ndarray) -> np.ndarray:
-    """Rows of a study as anndata reads them, dense float64."""
+    """Read rows of a study with anndata, dense float64."""
     counts = ad.io.sparse_dataset(zarr.open_group(str(study.path), mode="r")["X"])
     return np.stack([counts[int(row) : int(row) + 1].toarray()[0] for row in rows]).astype(np.float64)
 
 
 def _tokens_by_definition(counts: np.ndarray, num_bins: int, num_positions: int) -> np.ndarray:
-    """Levels of cells (K, G), one after the other: log1p, then equal bins between lowest and highest."""
+    """Return the levels (K, G) by their definition: log1p, then equal bins between the lowest and highest value."""
     tokens = np.full((len(counts), num_positions), num_bins, np.uint8)
     for cell, row in enumerate(counts):
         levels, expressed = np.zeros(len(row), np.uint8), row > 0
         logs = np.log1p(row[expressed])
         if len(logs) and logs.max() > logs.min():
             edges = np.linspace(logs.min(), logs.max(), num_bins)[1:-1]
-            # A count on an edge belongs to the level above, whichever way it is rounded.
+            # A count on a bin edge belongs to the higher level, independent of rounding.
             levels[expressed] = 1 + np.digitize(logs, edges - 1e-9 * (logs.max() - logs.min()))
         else:
             levels[expressed] = 1
@@ -53,7 +53,7 @@ def _tokens_by_definition(counts: np.ndarray, num_bins: int, num_positions: int)
 
 
 def check_loader(job: SpeedJob, store: Store) -> dict[str, Any]:
-    """Compare a bag with the definition of its levels, on what anndata reads; `SctError` where they differ."""
+    """Compare a bag of the loader with levels computed from counts read by anndata; `SctError` if they differ."""
     task = job.task(store)
     source = task.dataset("train")
     assert source is not None
@@ -68,13 +68,13 @@ def check_loader(job: SpeedJob, store: Store) -> dict[str, Any]:
     if wrong:
         raise SctError(
             f"{wrong:,} of {expected.size:,} tokens of the first bag of study {study.name!r} differ from the reference "
-            "path: no time is given for a loader that is wrong."
+            "path, but must be equal: the loader is wrong, so it was not timed."
         )
     return {"differences": {"tokens": 0.0}, "limits": {"tokens": 0.0}, "cells_per_bag": len(bag)}
 
 
 def _some(files: list[Path]) -> list[Path]:
-    """First files, up to the bytes on which the disk is measured."""
+    """Return the first files whose total size is at most `_DISK_BYTES`, or the first file."""
     sizes = itertools.accumulate(path.stat().st_size for path in files)
     return [path for path, total in zip(files, sizes, strict=True) if total <= _DISK_BYTES] or files[:1]
 
@@ -84,14 +84,14 @@ def _studies(task: Any) -> tuple[Study, ...]:
 
 
 def measure_loader(job: SpeedJob, store: Store) -> dict[str, Any]:
-    """Time bags through the loader, raw blocks, and the first batch of a store that is not in the page cache.
+    """Time the loader, reads of raw blocks, and the first batch after opening a store.
 
-    Before each repetition the store's files are dropped from the page cache, as far as the system does that.
+    Before each repetition, the files of the store are dropped from the page cache, if the system supports it.
     """
     options = job.train
     files = memory.files_below(study.path / "X" for study in store.split("train"))
     disk, source = memory.sequential_read(_some(files))
-    importlib.import_module("tensorstore")  # the program's start-up, not the store's
+    importlib.import_module("tensorstore")  # the import must not count as part of opening the store
     path = store.path
     memory.forget(files)
 
@@ -158,7 +158,7 @@ def measure_loader(job: SpeedJob, store: Store) -> dict[str, Any]:
 
 
 def _blocks(studies: tuple[Study, ...], seed: int) -> tuple[list[tuple[Study, int]], int]:
-    """Some blocks of rows in random order, and the number of their cells."""
+    """Return random blocks of rows as (study, first row), and their total number of cells."""
     whole = [(study, begin) for study in studies for begin in range(0, study.n_cells, _BLOCK)]
     order = np.random.default_rng(seed).permutation(len(whole))
     chosen = [whole[i] for i in order[: max(1, _RAW_PER_STEP // _BLOCK)]]
@@ -166,7 +166,7 @@ def _blocks(studies: tuple[Study, ...], seed: int) -> tuple[list[tuple[Study, in
 
 
 def measure_ingest(job: SpeedJob, store: Store | None = None) -> dict[str, Any]:
-    """Time the ingest of an .h5ad file into a store, in this process alone."""
+    """Time the ingest of an .h5ad file into a store, in a single process."""
     number = itertools.count()
     genes, file = job.genes, job.source
     disk, source = memory.sequential_read(_some([file]))
@@ -206,7 +206,7 @@ def measure_ingest(job: SpeedJob, store: Store | None = None) -> dict[str, Any]:
 
 
 def check_ingest(file: Path, store: Store) -> dict[str, Any]:
-    """Compare cells of a store with those of its source, as anndata reads both; `SctError` where they differ."""
+    """Compare random cells of a store with its source file, both read by anndata; `SctError` if they differ."""
     study = store.studies[0]
     rows = np.unique(np.random.default_rng(0).integers(study.n_cells, size=_CHECKED_CELLS))
     names = study.obs().index.to_numpy()[rows]
@@ -221,7 +221,7 @@ def check_ingest(file: Path, store: Store) -> dict[str, Any]:
     wrong = int((made != given).any(axis=1).sum())
     if wrong or not same_cells:
         raise SctError(
-            f"{wrong} of {len(rows)} cells of the store differ from the file they come from, which has "
-            f"{len(backed.obs_names):,} cells beside {study.n_cells:,}: no time is given for an ingest that is wrong."
+            f"{wrong} of {len(rows)} checked cells of the store differ from the source file (cells in the file: "
+            f"{len(backed.obs_names):,}, in the store: {study.n_cells:,}): the ingest is wrong, so it was not timed."
         )
     return {"differences": {"counts": 0.0}, "limits": {"counts": 0.0}, "cells": len(rows)}

@@ -1,4 +1,4 @@
-"""Mode embed: `sct.tl.embed` over cells in memory."""
+"""Mode embed: time `sct.tl.embed` on cells in memory."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from sct.weights.pretrained import Pretrained
 
 
 def _pretrained(job: SpeedJob, task: Any, variables: Any) -> Pretrained:
-    """Handle of a model with these variables that takes no gene for noise, however few the cells are."""
+    """Return a model with these variables; noise_fraction 0 keeps all genes, also for few cells."""
     data = {"cells_per_bag": task.bags.cells_per_bag, "noise_fraction": 0.0}
     return Pretrained(job.config["family"], task.model_config, variables, task.vocabulary, data=data)
 
 
 def _table(store: Store, cells: int) -> ad.AnnData:
-    """First cells of the first training study, in memory."""
+    """Return the first cells of the first training study, in memory."""
     study = store.split("train")[0]
     var = pd.DataFrame(index=pd.Index(np.array(store.vocabulary.keys, dtype=object), dtype=object))
     counts = study.read(0, min(cells, study.n_cells))
@@ -44,7 +44,7 @@ def _embedding(adata: ad.AnnData, model: Pretrained) -> np.ndarray:
 
 
 def check_embed(job: SpeedJob, store: Store) -> Check:
-    """Compare `sct.tl.embed` with the reference path over the same bag; see `sct.speed.compare.compare`."""
+    """Compare `sct.tl.embed` with the reference path on the same bag; see `sct.speed.compare.compare`."""
     cells = reference.checked_cells(job)
     adata = _table(store, cells)
     order = random_order(np.arange(adata.n_obs), cells)
@@ -73,7 +73,7 @@ def check_embed(job: SpeedJob, store: Store) -> Check:
 def measure_embed(job: SpeedJob, store: Store) -> dict[str, Any]:
     """Time `sct.tl.embed`, from counts in memory to the embedding in obsm.
 
-    The family counts operations of a whole forward pass only, and an embedding needs half of one: none are given.
+    The report has no operation count: families only count a whole forward pass, and an embedding needs half of one.
     """
     task = job.task(store)
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])

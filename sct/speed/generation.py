@@ -1,4 +1,4 @@
-"""Mode generate: tokens per second of a text decoder, beside the memory's speed and, where installed, transformers."""
+"""Mode generate: tokens per second of a text decoder, compared with the memory bandwidth and with transformers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sct.speed.timing import timed
 from sct.weights.load import load
 from sct.weights.pretrained import Pretrained
 
-# Prompts, tokens of each, and tokens that are generated behind each.
+# Number of prompts, maximum tokens per prompt, and generated tokens per prompt.
 ROWS, PROMPT, NEW = 8, 64, 256
 LIMIT = 1e-4
 _CEILING_BYTES = 1 << 28
@@ -37,20 +37,20 @@ _REPEATS = 5
 
 
 def model_of(job: SpeedJob) -> Pretrained:
-    """Model of a configuration with random parameters, or the one that it starts from.
+    """Return the model of a configuration: the one in `init_from`, otherwise with random parameters.
 
     Raises
     ------
     ConfigError
-        It generates no text.
+        The model cannot generate text.
     """
     given = dict(job.config.get("model", {}))
     family = registry.family(str(job.config.get("family"))).config
     if not issubclass(family, DecoderConfig):
         able = [name for name, (kind, *_) in registry.MODELS.items() if issubclass(kind, DecoderConfig)]
         raise ConfigError(
-            f"--mode=generate needs a model that generates text, which {job.config.get('family')!r} does not: choose a "
-            f"configuration of {', '.join(able)}."
+            f"--mode=generate needs a model that generates text, but the family is {job.config.get('family')!r}: use a "
+            f"configuration of one of these families: {', '.join(able)}."
         )
     if job.config.get("init_from"):
         return load(job.config["init_from"])
@@ -63,44 +63,45 @@ def model_of(job: SpeedJob) -> Pretrained:
 
 
 def prompts_of(config: DecoderConfig) -> list[np.ndarray]:
-    """Random prompts, of half to the whole length."""
+    """Return random prompts with lengths from half of `PROMPT` to `PROMPT`."""
     rng = np.random.default_rng(0)
     lengths = np.linspace(PROMPT // 2, PROMPT, ROWS).astype(int)
     return [rng.integers(0, config.vocab_size, length) for length in lengths]
 
 
 def check(model: Pretrained) -> Check:
-    """Compare reading with a cache, token by token, with the forward pass over the whole text."""
+    """Compare decoding with a key-value cache, token by token, with one forward pass over the whole text."""
     config, length = model.config, 24
     ids = jnp.asarray(np.random.default_rng(1).integers(0, config.vocab_size, (2, length)))
-    there = jnp.arange(length) >= jnp.asarray([[0], [5]])
-    whole = model.apply(input_ids=ids, attention_mask=there)["logits"]
+    attention_mask = jnp.arange(length) >= jnp.asarray([[0], [5]])
+    whole = model.apply(input_ids=ids, attention_mask=attention_mask)["logits"]
 
     @jax.jit
     def with_cache(variables: dict[str, Any]) -> jax.Array:
         parts, found = ready(config, variables), []
         hidden, cache = extend(
-            config, parts, empty(config, 2, length), ids[:, :12], there[:, :12], first=True
+            config, parts, empty(config, 2, length), ids[:, :12], attention_mask[:, :12], first=True
         )
         found.append(scores_of(config, parts, hidden))
         for at in range(12, length):
-            hidden, cache = extend(config, parts, cache, ids[:, at : at + 1], there[:, at : at + 1])
+            hidden, cache = extend(config, parts, cache, ids[:, at : at + 1], attention_mask[:, at : at + 1])
             found.append(scores_of(config, parts, hidden))
         return jnp.concatenate(found, axis=1)
 
-    a, b = (np.asarray(x, np.float64)[np.asarray(there)] for x in (with_cache(model.variables), whole))
+    mask = np.asarray(attention_mask)
+    a, b = (np.asarray(x, np.float64)[mask] for x in (with_cache(model.variables), whole))
     limit = LIMIT if config.dtype == "float32" else 0.05
     difference = float(np.linalg.norm(a - b) / np.linalg.norm(b))
     if not difference <= limit:
         raise SctError(
-            f"scores with a cache differ from those without by {difference:.1e} in relative norm (limit {limit:.1e}), "
-            "so no time is given."
+            f"logits with and without a key-value cache differ by {difference:.1e} in relative norm, but at most "
+            f"{limit:.1e} is allowed: generation is wrong, so it was not timed."
         )
     return {"differences": {"scores with a cache": difference}, "limits": {"scores with a cache": limit}}
 
 
 def memory_ceiling(dtype: str) -> float:
-    """Bytes per second of a product of a few rows with a large matrix, which reads the matrix once."""
+    """Measure the memory bandwidth: bytes per second of a product of a few rows and a large matrix, read once."""
     side = 4096
     width = _CEILING_BYTES // side // jnp.dtype(dtype).itemsize
     matrix = jax.random.normal(jax.random.key(0), (side, width), jnp.float32).astype(dtype)
@@ -116,12 +117,12 @@ def memory_ceiling(dtype: str) -> float:
 
 
 def measure(job: SpeedJob) -> dict[str, Any]:
-    """Time generation: a step is 8 prompts with 256 new tokens each, the prompts' reading included."""
+    """Time generation. A step generates 256 tokens for each of 8 prompts, including the reading of the prompts."""
     model = model_of(job)
     config: DecoderConfig = model.config
     if config.positions == "learned" and config.max_length < PROMPT + NEW:
         raise ConfigError(
-            f"the model has {config.max_length} positions, but {PROMPT + NEW} are generated: raise "
+            f"the model has {config.max_length} positions, but prompt and generated tokens need {PROMPT + NEW}: raise "
             "--config.model.max_length."
         )
     compared = check(model)
@@ -146,16 +147,13 @@ def measure(job: SpeedJob) -> dict[str, Any]:
         else:
             found["sampled_tokens_per_s"] = rate
     rates = f"{found['generated_tokens_per_s']:,.0f} tokens/s greedy, {found['sampled_tokens_per_s']:,.0f} sampled"
-    print(
-        f"{rates}; now transformers, where it is installed, which takes longer", file=sys.stderr, flush=True
-    )
+    print(f"{rates}; now timing transformers (if installed), which takes longer", file=sys.stderr, flush=True)
     ceiling = max(before, memory_ceiling(config.dtype))
     itemsize = jnp.dtype(config.dtype).itemsize
     read = sum(leaf.size for leaf in jax.tree.leaves(model.variables)) * itemsize
     if not config.tied:
-        read -= (
-            config.vocab_size * config.embed_dim * itemsize
-        )  # of an untied table of tokens few rows are read
+        # Only a few rows of an untied token embedding are read.
+        read -= config.vocab_size * config.embed_dim * itemsize
     achieved = read * NEW / found["step_seconds"]
     return {
         "check": compared,
@@ -174,7 +172,7 @@ def measure(job: SpeedJob) -> dict[str, Any]:
 
 
 def beside_transformers(model: Pretrained, prompts: list[np.ndarray], steps: int) -> dict[str, Any]:
-    """Rate of `generate` of transformers with torch for the same weights; says so where it is not installed."""
+    """Return the rates of transformers with torch for the same weights, or a note that it is not installed."""
     try:
         rate = _transformers(model, prompts, steps)
     except MissingExtraError:
@@ -187,7 +185,7 @@ def _transformers(model: Pretrained, prompts: list[np.ndarray], steps: int) -> d
         import torch
         import transformers
     except ImportError as error:
-        raise MissingExtraError("torch and transformers are not installed.") from error
+        raise MissingExtraError("torch or transformers is not installed.") from error
     from sct.weights.hf import folder as hf
 
     transformers.logging.set_verbosity_error()
@@ -199,10 +197,10 @@ def _transformers(model: Pretrained, prompts: list[np.ndarray], steps: int) -> d
             Path(folder, "model"), torch_dtype=getattr(torch, model.config.dtype)
         ).eval()
     length = max(map(len, prompts))
-    ids, there = torch.zeros((2, len(prompts), length), dtype=torch.long)
+    ids, attention_mask = torch.zeros((2, len(prompts), length), dtype=torch.long)
     for row, prompt in enumerate(prompts):
         ids[row, length - len(prompt) :] = torch.as_tensor(prompt)
-        there[row, length - len(prompt) :] = 1
+        attention_mask[row, length - len(prompt) :] = 1
     ways: dict[str, dict[str, Any]] = {
         "greedy": {"do_sample": False},
         "sampled": {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0},
@@ -214,7 +212,7 @@ def _transformers(model: Pretrained, prompts: list[np.ndarray], steps: int) -> d
             with torch.inference_mode():
                 made = theirs.generate(
                     ids,
-                    attention_mask=there,
+                    attention_mask=attention_mask,
                     max_new_tokens=NEW,
                     min_new_tokens=NEW,
                     pad_token_id=0,
@@ -229,5 +227,5 @@ def _transformers(model: Pretrained, prompts: list[np.ndarray], steps: int) -> d
 
 
 def _cores() -> int:
-    """Processor cores of this process."""
+    """Return the number of processor cores that this process can use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

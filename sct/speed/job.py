@@ -1,4 +1,4 @@
-"""What is to be measured, on which cells."""
+"""Options of a speed measurement, and the cells that it uses."""
 
 from __future__ import annotations
 
@@ -21,28 +21,30 @@ from sct.train.optim import OptimizerConfig
 from sct.train.run_spec import with_current_names
 
 MODES = ("forward", "train", "loader", "ingest", "embed", "save", "generate")
-# Synthetic cells where none are asked for. A store of the loader must be large beside what TensorStore caches.
+# Default number of synthetic cells. For the loader, the store must be much larger than the TensorStore cache.
 _CELLS = {"loader": 40_000, "ingest": 20_000}
 _LEAST_CELLS = 1_000
 
 
 @dataclasses.dataclass(frozen=True)
 class SpeedOptions:
-    """What of a configuration is measured, and how.
+    """Options of a speed measurement.
 
     Parameters
     ----------
     mode
-        One of `MODES`.
+        Part to measure, one of `MODES`.
     steps, warmup
-        Repetitions that are timed, and those before them that are not.
+        Number of timed repetitions, and number of untimed repetitions before them.
     check_cells
-        Cells of a bag in the comparison with the reference path; 0 takes 2, or what a bag has.
-    cells, nonzeros
-        Number of synthetic cells, and the expressed genes of one on average; 0 chooses by the mode, and a tenth of
-        the genes. Not used where the configuration names a store or a data set.
+        Cells per bag in the comparison with the reference path; 0 uses 2 cells, but no more than a bag has.
+    cells
+        Number of synthetic cells; 0 uses the default of the mode. No effect if the configuration sets a store or data
+        set.
+    nonzeros
+        Mean number of expressed genes per synthetic cell; 0 uses a tenth of the genes.
     ceiling_size
-        Side of the matrices of the ceiling; 0 chooses by the device.
+        Side of the matrices for the compute ceiling; 0 uses the default sizes of the device.
     """
 
     mode: str = "train"
@@ -55,7 +57,7 @@ class SpeedOptions:
 
     def __post_init__(self) -> None:
         check_choice("--mode", self.mode, MODES)
-        # An ingest is long and varies little; the others need a median.
+        # An ingest takes long and varies little, so one step is enough. Other modes need a median.
         least = {"steps": 1 if self.mode == "ingest" else 3, "warmup": 1}
         for name in ("steps", "warmup", "check_cells", "cells", "nonzeros", "ceiling_size"):
             check_at_least(f"--{name}", getattr(self, name), least.get(name, 0))
@@ -63,16 +65,16 @@ class SpeedOptions:
 
 @dataclasses.dataclass(frozen=True)
 class SpeedJob:
-    """A measurement: picklable, so that another process can prepare it.
+    """A speed measurement; it can be pickled, so that another process can prepare it.
 
     Attributes
     ----------
     config
-        Plain nested values of a configuration of training.
+        Training configuration as nested dicts.
     options
         See `SpeedOptions`.
     folder
-        Where synthetic cells and stores are written.
+        Folder for synthetic cells and stores.
     """
 
     config: Mapping[str, Any]
@@ -82,7 +84,7 @@ class SpeedJob:
     def __post_init__(self) -> None:
         if "sweep" in self.config or "train" not in self.config:
             raise ConfigError(
-                "this configuration is not one run of training: give one that is, such as --config=configs/sct_sc.py."
+                "--config is not the configuration of a single training run: use one, such as configs/sct_sc.py."
             )
         mode = self.options.mode
         if mode != "generate" and mode not in self.task_spec.speed:
@@ -91,10 +93,10 @@ class SpeedJob:
             modes = [*self.task_spec.speed, *(["generate"] if writes else [])]
             instead = f", or --mode={'|'.join(modes)}" if modes else ""
             raise ConfigError(
-                f"--mode={mode} does not measure the task {self.config['task']!r}: take a configuration of the task "
+                f"--mode={mode} cannot measure the task {self.config['task']!r}: use a configuration with the task "
                 f"{' or '.join(able)}{instead}."
             )
-        if mode != "generate":  # which needs no task that trains the family
+        if mode != "generate":  # generate needs no training task
             object.__setattr__(self, "config", with_current_names(self.config))
         if self.options.mode not in ("ingest", "generate") and self.options.cells and self.synthetic:
             smallest = self.cells_per_record
@@ -102,47 +104,47 @@ class SpeedJob:
                 "--cells",
                 self.options.cells,
                 smallest,
-                advice=f"make at least the {smallest} cells of one bag",
+                advice=f"use at least {smallest} cells, the size of one bag",
             )
 
     @property
     def task_spec(self) -> TaskSpec:
-        """Specification of the configuration's task."""
+        """Specification of the task."""
         return task_spec_of(self.config)
 
     @property
     def data(self) -> Any:
-        """The configuration's data section."""
+        """Data section of the configuration."""
         return data_of(self.config)
 
     @property
     def cells_per_record(self) -> int:
-        """Cells of a bag, or 1 where records are single cells."""
+        """Number of cells in a bag; 1 if records are single cells."""
         return int(getattr(self.data, "cells_per_bag", 1))
 
     def of_cells(self, cells: int) -> dict[str, int]:
-        """Values of the data section with bags of so many cells; none where records are single cells."""
+        """Return the data option for bags of `cells` cells; an empty dict if records are single cells."""
         return {"cells_per_bag": cells} if hasattr(self.data, "cells_per_bag") else {}
 
     @property
     def train(self) -> TrainConfig:
-        """The configuration's train section; the schedule has at least one step."""
+        """Train section of the configuration, with at least one step."""
         given = self.config["train"]
         return registry.build(TrainConfig, {**given, "steps": max(int(given.get("steps") or 0), 1)}, "train")
 
     @property
     def optimizer(self) -> OptimizerConfig:
-        """The configuration's optimizer section."""
+        """Optimizer section of the configuration."""
         return registry.build(OptimizerConfig, self.config.get("optimizer", {}), "optimizer")
 
     @property
     def synthetic(self) -> bool:
-        """Whether cells are made: the configuration names neither a store nor a data set, or an ingest is measured."""
+        """Whether synthetic cells are used: for an ingest, or if the configuration sets no store and no data set."""
         return self.options.mode == "ingest" or not (self.data.store or self.data.dataset)
 
     @property
     def genes(self) -> Any:
-        """Vocabulary of synthetic cells: the human genes, as many as the model has positions for."""
+        """Vocabulary of synthetic cells: human genes, at most as many as the model has positions."""
         return synthetic.vocabulary(int(self.config.get("model", {}).get("num_genes") or 0))
 
     @property
@@ -154,21 +156,21 @@ class SpeedJob:
 
     @property
     def nonzeros(self) -> int:
-        """Expressed genes of a synthetic cell, on average."""
+        """Mean number of expressed genes per synthetic cell."""
         return self.options.nonzeros or max(1, round(len(self.genes) / 10))
 
     @property
     def source(self) -> Path:
-        """File of synthetic cells that an ingest reads."""
+        """The .h5ad file with synthetic cells that an ingest reads."""
         return self.folder / f"{synthetic.NAME}.h5ad"
 
     def check_device(self) -> None:
-        """Raise `ConfigError` for a model that this machine does not compute."""
+        """Raise `ConfigError` if this machine cannot run the model."""
         family, values = str(self.config.get("family")), self.config.get("model", {})
         registry.check_device(registry.model_config(family, values, len(self.genes)))
 
     def prepare_cells(self) -> None:
-        """Make what is not there: synthetic cells, as a file or as a store, or the store of a data set."""
+        """Create the missing inputs: synthetic cells as a file or store, or the store of a data set."""
         if self.options.mode == "ingest":
             synthetic.write_h5ad(self.source, self.genes, self.cells, self.nonzeros)
         elif self.synthetic:
@@ -177,25 +179,28 @@ class SpeedJob:
             prepare(self.data.dataset, self.folder / "store")
 
     def open_store(self) -> Store:
-        """Open the configuration's store, or the one that was made."""
+        """Open the store of the configuration, or the one from `prepare_cells`."""
         if self.data.store and self.data.dataset:
-            raise ConfigError("the configuration names data.store and data.dataset: leave one of them empty.")
+            raise ConfigError("data.store and data.dataset are both set: leave one of them empty.")
         return Store.open(Path(self.data.store).expanduser() if self.data.store else self.folder / "store")
 
     def task(self, store: Store, **sections: Mapping[str, Any]) -> Any:
-        """Make the configuration's task, with some fields of some sections changed, of those that there are."""
+        """Build the task of the configuration with changes in some sections; fields that do not exist are ignored."""
         types = {
             "model": registry.family(str(self.config["family"])).config,
             "objective": self.task_spec.objective,
         }
         changed = {}
         for name, fields in sections.items():
-            there = {each.name for each in dataclasses.fields(types[name])} if name in types else set(fields)
-            known = {field: value for field, value in fields.items() if field in there}
+            existing = (
+                {each.name for each in dataclasses.fields(types[name])} if name in types else set(fields)
+            )
+            known = {field: value for field, value in fields.items() if field in existing}
             changed[name] = {**self.config.get(name, {}), **known}
         task, _ = make_task({**self.config, **changed}, store)
         if not store.split("train"):
             raise ConfigError(
-                f"the store {store.path} has no study in the split 'train': ingest one, or change the splits."
+                f"the store {store.path} has no study in the split 'train': ingest a training study, or change the "
+                "splits."
             )
         return task

@@ -1,4 +1,4 @@
-"""Memory and disk: what a piece of work needs at most, and how fast files are read."""
+"""Measure peak memory and the read speed of the disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _READ_BYTES = 8 << 20
 
 
 def _status(field: str) -> int:
-    """Bytes of an entry of this process's status; 0 where the system has none."""
+    """Return an entry of /proc/self/status in bytes; 0 if the system does not have it."""
     try:
         lines = _STATUS.read_text().splitlines()
     except OSError:
@@ -30,16 +30,17 @@ def _status(field: str) -> int:
 
 
 def host_bytes() -> int:
-    """Memory that this process holds now; 0 where the system does not say."""
+    """Return the present memory of this process in bytes; 0 if the system does not report it."""
     return _status("VmRSS")
 
 
 class HostPeak:
-    """Largest memory of this process while the context is open, in `bytes`; `how` says from what it is known.
+    """Context manager that measures the peak memory of this process.
 
-    "VmHWM" is the kernel's own mark, set back on entry; "sampled" the largest of the samples of a thread, where
-    the mark cannot be set back; "whole process" the largest of all its life, where the system knows no other.
-    What was freed before is given back to the system on entry, so that the peak is that of what follows.
+    `bytes` is the peak, `before` is the memory on entry in bytes, and `how` is the method. "VmHWM" is the kernel's
+    counter, which is reset on entry. "sampled" is the maximum of regular samples, used if the counter cannot be reset.
+    "whole process" is the peak since the start of the process, used if the system reports nothing else. On entry, freed
+    memory is returned to the system, so that the peak only includes later work.
     """
 
     def __init__(self) -> None:
@@ -84,14 +85,14 @@ class HostPeak:
 
 
 def device_peak() -> int | None:
-    """Largest memory in use so far on any device of this process; None where a backend does not count it (CPU)."""
+    """Return the peak memory so far of any local device in bytes; None if the backend does not report it (CPU)."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
     known = [int(peak) for peak in peaks if peak]
     return max(known) if known else None
 
 
 def memory_of(compiled: Any) -> dict[str, int | None]:
-    """Bytes per device that a compiled program plans for, where the backend says."""
+    """Return the memory per device that XLA plans for a compiled program, in bytes; None if unknown."""
     analysis = compiled.memory_analysis()
     names = {"temporaries": "temp", "arguments": "argument", "outputs": "output", "aliased": "alias"}
     return {
@@ -101,7 +102,7 @@ def memory_of(compiled: Any) -> dict[str, int | None]:
 
 
 def flops_of(compiled: Any) -> float | None:
-    """Operations that XLA counts in a compiled program: loops once, products inside library calls not at all."""
+    """Return XLA's operation count of a program: loop bodies count once, products in library calls do not count."""
     analysis = compiled.cost_analysis()
     if isinstance(analysis, list):
         analysis = analysis[0] if analysis else None
@@ -109,24 +110,24 @@ def flops_of(compiled: Any) -> float | None:
 
 
 def files_below(folders: Iterable[Path]) -> list[Path]:
-    """All files below some folders, in a fixed order."""
+    """Return the sorted paths of all files in some folders and their subfolders."""
     return sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
 
 
 def forget(files: Iterable[Path]) -> None:
-    """Ask the system to drop files from its page cache, as far as it can be asked."""
+    """Ask the system to drop files from its page cache; some systems cannot do this."""
     for path in files:
         descriptor = os.open(path, os.O_RDONLY)
-        # Some file systems cannot; whether the files were read from the disk is counted when they are read.
+        # A failure is harmless: `sequential_read` checks whether files really came from the disk.
         with suppress(OSError):
             if hasattr(os, "posix_fadvise"):
-                os.fsync(descriptor)  # pages that are not written yet are not dropped
+                os.fsync(descriptor)  # pages are only dropped after they are written to disk
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 
 
 def _read_from_disk() -> int | None:
-    """Bytes that the storage layer has fetched for this process."""
+    """Return the bytes that this process has read from storage; None if the system does not report it."""
     try:
         lines = _IO.read_text().splitlines()
     except OSError:
@@ -135,10 +136,10 @@ def _read_from_disk() -> int | None:
 
 
 def sequential_read(files: Iterable[Path]) -> tuple[float, str]:
-    """Bytes per second of reading files one after the other, once, and from where they came.
+    """Read files once, one after the other; return the bytes per second and the source of the data.
 
-    The second part is "disk", "page cache" or "unknown"; a file system whose reads the kernel does not account to
-    the process looks like a page cache.
+    The source is "disk", "page cache" or "unknown". File systems whose reads the kernel does not count for the process
+    are reported as "page cache".
     """
     files = list(files)
     forget(files)

@@ -1,9 +1,9 @@
-"""Is it right? Steps compared with the reference path, before any time of theirs is believed.
+"""Compare a step with the reference path before it is timed.
 
-The reference path is the same model with the same parameters on the same bag with the same masks, where every layer
-takes its plainest form (`sct.nn.reference`), everything is float32 with exact products, the head is evaluated at all
-positions, and nothing is computed twice to save memory. Parameters are random; those that start at 0 or 1 are moved,
-so that what they do shows.
+The reference path uses the same model, parameters, bag and masks. All layers use reference kernels
+(`sct.nn.reference`), all computations are in exact float32, the head is evaluated at all positions, and there is no
+rematerialization. Parameters are random. Parameters that are initialized to 0 or 1 get random offsets, so that their
+effect is tested too.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from sct.train import sharding
 from sct.train.state import State, init_state, load_into, make_train_step
 
 _MOVED = 0.1
-# Of adapters, which are options and no parameters.
+# Scalars of adapters, which are options and not parameters.
 _NUMBERS = {name for kind in KINDS for name in (*kind.numbers, kind.layers)}
-_MORE_BAGS = 2  # so that what mixes up the bags of a batch shows
+_MORE_BAGS = 2  # two bags, to detect errors that mix the bags of a batch
 
 
 def small_batch(job: SpeedJob, store: Store) -> tuple[Any, Any, dict[str, np.ndarray], int]:
-    """Task with small bags, mesh, a batch of one or two of them for each share of a batch, and the cells of a bag."""
+    """Return a task with small bags, the mesh, a batch of up to two bags per data shard, and the cells per bag."""
     mesh = sharding.make_mesh(job.train.mesh)
     cells = checked_cells(job, mesh.shape["sequence"])
     task = job.task(store, data=job.of_cells(cells))
@@ -48,13 +48,13 @@ def small_batch(job: SpeedJob, store: Store) -> tuple[Any, Any, dict[str, np.nda
 
 
 def checked_cells(job: SpeedJob, devices: int = 1) -> int:
-    """Cells of a bag in a comparison, a multiple of the devices that divide them among themselves."""
+    """Return the cells per bag in a comparison: a multiple of the devices that share a bag."""
     wanted = -(-(job.options.check_cells or 2) // devices) * devices
     return min(wanted, job.cells_per_record)
 
 
 def share_of(job: SpeedJob, cells: int) -> float:
-    """Size of a bag in a comparison relative to the one that is timed."""
+    """Return the size of a bag in the comparison relative to the timed bag."""
     return cells / job.cells_per_record
 
 
@@ -63,7 +63,7 @@ def _share(mesh: Any) -> int:
 
 
 def keep_gradient() -> optax.GradientTransformation:
-    """Optimiser that leaves the parameters alone and has the last gradient as its state."""
+    """Return an optimizer that does not change the parameters and stores the last gradient as its state."""
 
     def zeros(tree: Any) -> Any:
         return jax.tree.map(jax.numpy.zeros_like, tree)
@@ -74,12 +74,12 @@ def keep_gradient() -> optax.GradientTransformation:
 
 
 def moved_state(task: Task, mesh: Any, seed: int) -> tuple[State, State, dict[str, np.ndarray]]:
-    """State on the mesh, its abstract form, and a copy of its variables by path; biases, scales and zeros are moved."""
+    """Return a training state, its abstract form, and a copy of its variables by path; see the module for offsets."""
     abstract, make_state = init_state(task, lambda _: keep_gradient(), mesh, seed)
     state = make_state()
     rng, arrays = np.random.default_rng(seed), {}
     for path, value in sorted({**state.frozen, **state.trained}.items()):
-        array = np.array(value)  # a copy: the state will be donated
+        array = np.array(value)  # a copy, because the step donates the state
         number = path.rpartition("/")[2] in _NUMBERS or not np.issubdtype(array.dtype, np.floating)
         if not number and (array.ndim < 2 or not array.any()):
             array = array + _MOVED * rng.standard_normal(array.shape, np.float32)
@@ -106,7 +106,7 @@ def check_train(job: SpeedJob, store: Store) -> Check:
         return {"loss": float(scalars["loss"]), "gradient": gradient}
 
     def plain(model: Mapping[str, Any]) -> Outputs:
-        # What is masked beyond the head's budget is left out of the loss: then it is left out here as well.
+        # If the fast step drops targets that exceed the head's budget, the reference must drop them too.
         objective = {} if known["dropped_targets"] else job.task_spec.everywhere
         task = job.task(store, data=data, model=model, objective=objective)
         frozen = {path: value for path, value in known["arrays"].items() if path not in known["trained"]}
@@ -115,7 +115,7 @@ def check_train(job: SpeedJob, store: Store) -> Check:
             rng = jax.random.fold_in(jax.random.wrap_key_data(jax.numpy.asarray(known["key"])), 0)
             variables = unflatten({**frozen, **trained})
             total = weight = jax.numpy.zeros(())
-            for part in range(parts):  # the masks of a microbatch are its own
+            for part in range(parts):  # each microbatch has its own masks
                 own = jax.random.fold_in(rng, part) if parts > 1 else rng
                 chosen = {name: value[part::parts] for name, value in batch.items()}
                 loss, sums = task.loss(variables, chosen, own, True)
@@ -131,15 +131,15 @@ def check_train(job: SpeedJob, store: Store) -> Check:
 
 
 def shape(batch: Mapping[str, Any]) -> dict[str, int]:
-    """Size of what was compared, for a report."""
+    """Return the size of the compared batch, for the report."""
     tokens = batch.get("tokens")
-    if tokens is None:  # not of bags
+    if tokens is None:  # records are not bags
         return {"records": len(batch["example_mask"])}
     return dict(zip(("bags", "cells_per_bag", "gene_positions"), tokens.shape, strict=True))
 
 
 def masked_inputs(task: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs of the model for a batch, masked as in training with a fixed key."""
+    """Return the model inputs of a batch, masked as in training with a fixed random key."""
     bins = task.model_config.num_bins
     mask = task.config.masking(jax.random.key(0), batch["tokens"], bins)
     inputs = {"tokens": masking.apply(batch["tokens"], mask, bins)}
@@ -147,7 +147,7 @@ def masked_inputs(task: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def forward(task: Any, mesh: Any) -> Callable[[Any, Mapping[str, Any]], jax.Array]:
-    """Compiled forward pass: (variables, inputs) -> logits (B, K, G, levels + 2) at all positions."""
+    """Return the compiled forward pass: (variables, inputs) -> logits (B, K, G, levels + 2) at all positions."""
 
     def logits(variables: Any, inputs: Mapping[str, Any]) -> jax.Array:
         with axes.on_mesh(mesh, sharding.RULES):
@@ -157,7 +157,7 @@ def forward(task: Any, mesh: Any) -> Callable[[Any, Mapping[str, Any]], jax.Arra
 
 
 def plain_output(task: Any, arrays: dict[str, np.ndarray], inputs: Mapping[str, Any], name: str) -> Any:
-    """One output of a model on this device, in the forms that are current."""
+    """Compute one output of the model on the default device, with the kernels that are currently selected."""
 
     def output(variables: Any, inputs: Mapping[str, Any]) -> jax.Array:
         return cast(dict[str, jax.Array], task.model.apply(variables, **inputs))[name]
@@ -169,7 +169,7 @@ def check_forward(job: SpeedJob, store: Store) -> Check:
     """Compare the logits of the compiled forward pass with the reference path; see `compare`."""
     task, mesh, batch, cells = small_batch(job, store)
     given = masked_inputs(task, sharding.put_batch(batch, mesh))
-    there, data = jax.device_get(given), job.of_cells(cells)
+    host_inputs, data = jax.device_get(given), job.of_cells(cells)
     known: dict[str, Any] = {}
 
     def fast(model: Mapping[str, Any]) -> Outputs:
@@ -179,7 +179,7 @@ def check_forward(job: SpeedJob, store: Store) -> Check:
 
     def plain(model: Mapping[str, Any]) -> Outputs:
         task = job.task(store, data=data, model=model)
-        return {"logits": plain_output(task, known["arrays"], there, "logits")}
+        return {"logits": plain_output(task, known["arrays"], host_inputs, "logits")}
 
     share = share_of(job, cells)
     return {**compare("the forward pass", task.model_config.dtype, fast, plain, share), **shape(batch)}

@@ -1,4 +1,4 @@
-"""What a person reads of a measurement, and the file that a program reads."""
+"""Show a speed measurement as a table, and write it as JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sct.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
-# Two measurements of the ceiling that differ by more than this share tell of a disturbed machine.
+# If the two measurements of the ceiling differ by more than this fraction, other programs disturbed the machine.
 _DISTURBED = 0.1
 _UNITS = {
     "step_seconds": "s", "step_cpu_seconds": "s", "input_wait_seconds": "s", "compile_seconds": "s",
@@ -29,43 +29,43 @@ _UNITS = {
 }  # fmt: skip
 _NAMES = {
     "step_seconds": "time of a step (median)",
-    "step_cpu_seconds": "processor time of a step",
+    "step_cpu_seconds": "CPU time of a step",
     "input_wait_seconds": "waiting for the input of a step",
     "compile_seconds": "compilation",
     "trace_seconds": "tracing",
     "first_call_seconds": "first call, with compilation",
     "first_batch_seconds": "first batch after opening the store",
-    "generated_tokens_per_s": "new tokens, the best each time",
-    "transformers_greedy_tokens_per_s": "the same by transformers with torch",
-    "sampled_tokens_per_s": "new tokens, drawn",
-    "transformers_sampled_tokens_per_s": "the same by transformers with torch",
+    "generated_tokens_per_s": "generated tokens, greedy",
+    "transformers_greedy_tokens_per_s": "generated tokens, greedy, transformers with torch",
+    "sampled_tokens_per_s": "generated tokens, sampled",
+    "transformers_sampled_tokens_per_s": "generated tokens, sampled, transformers with torch",
     "weights_bytes_per_s": "weights read",
-    "memory_ceiling_bytes_per_s": "ceiling: a few rows by a large matrix",
+    "memory_ceiling_bytes_per_s": "ceiling: product of a few rows and a large matrix",
     "utilisation_of_memory": "weights read / ceiling",
     "tokens_per_s": "gene tokens",
     "cells_per_s": "cells",
-    "cells_per_cpu_s": "cells per second of processor time",
+    "cells_per_cpu_s": "cells per second of CPU time",
     "raw_cells_per_s": "cells in raw blocks",
-    "raw_cells_per_cpu_s": "the same per second of processor time",
+    "raw_cells_per_cpu_s": "cells in raw blocks per second of CPU time",
     "model_flops": "operations of a step, by formula",
     "compiled_flops": "operations of a step, counted by XLA",
-    "achieved_flops": "achieved",
+    "achieved_flops": "achieved operations per second",
     "ceiling_flops": "ceiling: a large matrix product",
     "utilisation": "achieved / ceiling",
     "peak_host_bytes": "peak memory of the process",
     "peak_device_bytes": "peak memory of a device",
-    "temporaries_bytes": "temporaries of the compiled step",
-    "save_blocked_seconds": "of which the training waits",
+    "temporaries_bytes": "temporary memory of the compiled step",
+    "save_blocked_seconds": "time that training waits for a save",
     "saved_bytes": "size of a checkpoint",
-    "checkpoint_interval_seconds": "least time between saves at a cost of 2%",
+    "checkpoint_interval_seconds": "shortest interval between saves at a cost of 2%",
     "disk_read_bytes_per_s": "sequential read of the same files",
-    "store_bytes_per_s": "read in raw blocks, as stored",
-    "input_bytes_per_s": "read of the input file",
+    "store_bytes_per_s": "stored bytes read in raw blocks",
+    "input_bytes_per_s": "bytes of the input file read",
 }
 
 
 def quantity(value: float | None, unit: str) -> str:
-    """Write a number for a person: "3.21 s", "4.14 TFLOP", "12.3 GiB"; "-" for none."""
+    """Format a number with its unit: "3.21 s", "4.14 TFLOP", "12.3 GiB"; "-" for None."""
     if value is None:
         return "-"
     if unit == "":
@@ -88,7 +88,7 @@ def quantity(value: float | None, unit: str) -> str:
 
 
 def table(found: Mapping[str, Any]) -> Table:
-    """Make a table of a measurement, for `rich`."""
+    """Return a `rich` table of a measurement."""
     from rich.table import Table
 
     where = f"{found['cpu_count']} cores, {found['cpu']}" if found["platform"] == "cpu" else found["device"]
@@ -118,11 +118,11 @@ def _remark(name: str, found: Mapping[str, Any]) -> str:
         )
     if name == "generated_tokens_per_s":
         prompts = f"{found['batch_size']} prompts of up to {found['prompt_tokens']} tokens"
-        return f"{prompts}, {found['new_tokens']} new ones each"
+        return f"{prompts}, {found['new_tokens']} generated tokens each"
     if name == "sampled_tokens_per_s":
         return "temperature 0.7, top-p 0.9"
     if name == "compiled_flops":
-        return "loops once, library calls not at all"
+        return "counts loop bodies once and no library calls"
     if name == "peak_host_bytes":
         return str(found["peak_host_from"])
     if name == "disk_read_bytes_per_s":
@@ -131,34 +131,35 @@ def _remark(name: str, found: Mapping[str, Any]) -> str:
 
 
 def notes(found: Mapping[str, Any]) -> list[str]:
-    """Sentences that belong to the numbers: what was compared, and what may be wrong with them."""
+    """Return notes on a measurement: the comparison with the reference path, synthetic cells, and warnings."""
     check = found["check"]
     differences = ", ".join(
         f"{name} {value:.1e} (limit {check['limits'][name]:.1e})"
         for name, value in check["differences"].items()
     )
     bags = f" on bags of {check['cells_per_bag']:,} cells" if "cells_per_bag" in check else ""
-    said = [f"Compared with the reference path{bags}, difference in relative norm: {differences}."]
+    lines = [f"Compared with the reference path{bags}, difference in relative norm: {differences}."]
     if found.get("synthetic"):
         made = found["synthetic"]
-        said.append(
-            f"On {made['cells']:,} synthetic cells with {made['expressed_genes_of_a_cell']:,} expressed genes on "
-            "average."
+        lines.append(
+            f"Measured on {made['cells']:,} synthetic cells with {made['expressed_genes_of_a_cell']:,} expressed genes "
+            "on average."
         )
     before, after = found.get("ceiling_before_flops"), found.get("ceiling_after_flops")
     if before and after and abs(before - after) > _DISTURBED * max(before, after):
-        said.append(
-            "The ceiling changed by more than 10% during the measurement: the machine was disturbed, measure again."
+        lines.append(
+            "The ceiling changed by more than 10% during the measurement: other programs may have used the machine, so "
+            "measure again."
         )
-    return said
+    return lines
 
 
 def write(found: Mapping[str, Any], path: Path) -> None:
-    """Write all numbers as JSON; the file is complete or not there."""
+    """Write the measurement as JSON; the file appears only when it is complete."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, found)
     except OSError as error:
         raise ConfigError(
-            f"--json={path} cannot be written ({error.strerror or error}): choose another."
+            f"--json={path} cannot be written ({error.strerror or error}): choose another path."
         ) from error

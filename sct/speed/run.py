@@ -1,4 +1,4 @@
-"""A measurement from beginning to end: cells, comparison with the reference path, times, facts about the machine."""
+"""Run a speed measurement: prepare cells, compare with the reference path, time steps, and describe the machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sct.speed.job import SpeedJob, SpeedOptions
 from sct.version import __version__
 
 Measure = Callable[[SpeedJob, Store], dict[str, Any]]
-# Mode -> comparison with the reference path, and measurement.
+# Mode -> (comparison with the reference path, measurement).
 _MODES: Mapping[str, tuple[Measure, Measure]] = {
     "forward": (reference.check_forward, compute.measure_forward),
     "train": (reference.check_train, compute.measure_train),
@@ -33,23 +33,23 @@ _MODES: Mapping[str, tuple[Measure, Measure]] = {
 
 
 def measure(config: Mapping[str, Any], options: SpeedOptions, apart: bool = True) -> dict[str, Any]:
-    """Measure what `options.mode` names of a configuration.
+    """Run the measurement `options.mode` for a configuration.
 
-    Cells are made and the comparison with the reference path is done in a process of its own, so that neither
-    counts in this one's memory.
+    A separate process prepares the cells and does the comparison with the reference path, so that their memory does not
+    count in the measurement.
 
     Parameters
     ----------
     config
-        Plain nested values of a configuration of training.
+        Training configuration as nested dicts.
     options
-        What is measured.
+        Options of the measurement.
     apart
-        False does all in this process.
+        If False, do everything in this process.
 
     Returns
     -------
-    Everything measured, by name, ready for JSON; bytes, seconds, operations (a multiply-add is two).
+    JSON-compatible results by name, in bytes, seconds and operations (a multiply-add counts as two).
 
     Raises
     ------
@@ -64,7 +64,7 @@ def measure(config: Mapping[str, Any], options: SpeedOptions, apart: bool = True
         check = _apart(prepare, job) if apart else prepare(job)
         load = _load()
         if options.mode == "ingest":
-            # A process of its own, as that of an ingest is: this one has JAX and may keep what it freed.
+            # A separate process, as in a real ingest: this process has loaded JAX and may not return freed memory.
             found = _apart(data.measure_ingest, job) if apart else data.measure_ingest(job)
         else:
             found = {"check": check, **_MODES[options.mode][1](job, job.open_store())}
@@ -73,7 +73,7 @@ def measure(config: Mapping[str, Any], options: SpeedOptions, apart: bool = True
 
 
 def _facts(job: SpeedJob, found: Mapping[str, Any], load: list[float] | None) -> dict[str, Any]:
-    """A measurement with what it was measured on."""
+    """Add the machine, the configuration and the command to the results."""
     return {
         "mode": job.options.mode,
         **found,
@@ -85,16 +85,16 @@ def _facts(job: SpeedJob, found: Mapping[str, Any], load: list[float] | None) ->
 
 
 def prepare(job: SpeedJob) -> dict[str, Any] | None:
-    """Make cells, and compare the step that will be timed with the reference path."""
+    """Prepare the cells, and compare the step to be timed with the reference path."""
     try:
         if job.options.mode != "ingest":
-            job.check_device()  # before minutes of work that would come to nothing
+            job.check_device()  # fail before minutes of work
         job.prepare_cells()
         if job.options.mode == "ingest":
-            return None  # what was written is compared with what was read
+            return None  # `measure_ingest` compares the store with its source file
         return _MODES[job.options.mode][0](job, job.open_store())
     except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):  # an exception that another process can be told
+        if "RESOURCE_EXHAUSTED" in str(error):  # JAX errors cannot be pickled to the parent process
             raise MemoryError(str(error)) from None
         raise
 
@@ -112,8 +112,8 @@ def _apart(function: Callable[[SpeedJob], Any], job: SpeedJob) -> Any:
             return pool.submit(function, job).result()
         except BrokenProcessPool as error:
             raise ConfigError(
-                "a process that makes cells or compares with the reference path was killed, most likely for want of "
-                "memory: take fewer (--cells, --check_cells=1)."
+                "the process that prepares cells and compares with the reference path was killed, probably because of "
+                "a lack of memory: use fewer cells (--cells, --check_cells=1)."
             ) from error
 
 
@@ -122,14 +122,14 @@ def _load() -> list[float] | None:
 
 
 def _words() -> list[str]:
-    """Words of the command line as they were typed."""
+    """Return the command line of this process as a list of arguments."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     program = ["python", "-m", spec.name.removesuffix(".__main__")] if spec else [Path(sys.argv[0]).name]
     return [*program, *sys.argv[1:]]
 
 
 def machine() -> dict[str, Any]:
-    """Facts about this machine and the versions that run on it."""
+    """Return the devices, processor, system and package versions of this machine."""
     import jax
 
     devices = jax.devices()

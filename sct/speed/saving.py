@@ -1,4 +1,4 @@
-"""What a checkpoint costs the training loop."""
+"""Mode save: time checkpoints and their cost for the training loop."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from sct.train.checkpoint import Checkpoints, RunProgress
 from sct.train.optim import make_optimizer
 from sct.train.state import State, init_state
 
-# Share of a loop's time that its checkpoints may take.
+# Maximum fraction of the training time for checkpoints.
 SHARE = 0.02
 
 
 def _state(job: SpeedJob, store: Store) -> tuple[State, State]:
-    """State at the beginning of a run, with its optimiser, and its abstract form."""
+    """Return the initial training state with its optimizer, and its abstract form."""
     task, mesh = job.task(store), sharding.make_mesh(job.train.mesh)
     abstract, make = init_state(
         task, lambda shapes: make_optimizer(job.optimizer, job.train.steps, shapes)[0], mesh, job.train.seed
     )
     state = make()
-    # Moments are zero at first, which is compressed to nothing: later ones are as random as the parameters.
+    # Optimizer moments start at zero, which would compress too well. Later moments are as random as the parameters.
     leaves, tree = jax.tree.flatten(state.optimizer)
     keys = jax.random.split(jax.random.key(job.train.seed), max(len(leaves), 1))
     noise = [
@@ -48,7 +48,7 @@ def _state(job: SpeedJob, store: Store) -> tuple[State, State]:
 
 
 def check_save(job: SpeedJob, store: Store) -> Check:
-    """Save the state of a run and read it again: it is the same bit for bit, or an `SctError` is raised."""
+    """Save a training state and restore it; `SctError` unless both are identical bit by bit."""
     state, abstract = _state(job, store)
     with tempfile.TemporaryDirectory(dir=job.folder) as folder:
         checkpoints = Checkpoints(Path(folder))
@@ -59,15 +59,19 @@ def check_save(job: SpeedJob, store: Store) -> Check:
     pairs = zip(jax.tree.leaves(state), jax.tree.leaves(again), strict=True)
     wrong = sum(not np.array_equal(a, b) for a, b in pairs)
     if wrong:
-        raise SctError(f"{wrong} arrays of a checkpoint are not what was saved: no time is given for it.")
+        raise SctError(
+            f"{wrong} arrays of the restored checkpoint differ from the saved ones, but must be identical: saving is "
+            "wrong, so it was not timed."
+        )
     return {"differences": {"restored state": 0.0}, "limits": {"restored state": 0.0}}
 
 
 def measure_save(job: SpeedJob, store: Store) -> dict[str, Any]:
-    """Save the state of a run some times, while nothing else runs.
+    """Time several saves of a training state, without training in between.
 
-    A step is a save until all is on disk; `save_blocked_seconds` of it is what the loop waits for, and
-    `checkpoint_interval_seconds` the least time between two saves that cost the loop no more than 2%.
+    A step is one save, until all data are on disk. `save_blocked_seconds` is the time that the training loop waits for
+    a save. `checkpoint_interval_seconds` is the shortest interval between saves at which saving takes at most 2% of the
+    training time.
     """
     state, _ = _state(job, store)
     blocked: list[float] = []
@@ -94,7 +98,7 @@ def measure_save(job: SpeedJob, store: Store) -> dict[str, Any]:
 
 
 def interval(blocked: float, written: float, processor: float) -> float:
-    """Least seconds between two saves that cost a loop no more than `SHARE` of its time on this machine."""
+    """Return the shortest interval in seconds at which saves take at most `SHARE` of the training time."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     taken = processor / cores if jax.default_backend() == "cpu" else 0.0
     return max(written, (blocked + taken) / SHARE)

@@ -1,8 +1,8 @@
-"""Synthetic cells of any number and sparsity, for measurements without data of one's own.
+"""Synthetic cells for speed measurements without real data.
 
-The genes are those of the human vocabulary. A gene has a mean count per cell, log-normal over the genes; the counts
-of a cell are Poisson with these means. They are no biology: what counts here is how many values there are, how they
-are distributed over genes, and that they are real files in the store's own format.
+Genes are from the human vocabulary. The mean count of a gene per cell is log-normally distributed over genes, and
+counts are Poisson-distributed. The cells have no biological meaning. For speed, only the number of values, their
+distribution over genes and the file format matter.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ from sct.data.ingest.writer import quiet_anndata
 from sct.progress import progress
 
 NAME = "synthetic"
-_SPREAD = (
-    1.8  # of the log means: the strongest of 20,000 genes has some hundred times the count of a middle one
-)
-_MOST = 50.0  # counts per cell of the strongest genes
+# Standard deviation of the log means: the strongest of 20,000 genes has some hundred times the count of a median gene.
+_SPREAD = 1.8
+_MOST = 50.0  # maximum mean count of a gene per cell
 _BLOCK_VALUES = 4_000_000
 
 
 def vocabulary(num_genes: int = 0) -> GeneVocabulary:
-    """Human protein-coding genes: all, or with a model of fewer positions the first of them."""
+    """Return the human protein-coding genes, or the first `num_genes` of them."""
     human = GeneVocabulary.human()
     if not num_genes or num_genes >= len(human):
         return human
@@ -39,22 +38,22 @@ def vocabulary(num_genes: int = 0) -> GeneVocabulary:
 
 
 def means(n_genes: int, nonzeros: int, seed: int = 0) -> np.ndarray:
-    """Mean counts of the genes (G,), such that a cell expresses `nonzeros` of them on average.
+    """Return mean counts (G,) with which a cell expresses `nonzeros` genes on average.
 
     Raises
     ------
     ConfigError
-        There are not so many genes.
+        `nonzeros` is above 90% of the genes.
     """
     check_at_least(
         "--nonzeros",
         nonzeros,
         1,
         most=int(0.9 * n_genes),
-        advice=f"choose from what cells of {n_genes:,} genes can have",
+        advice=f"set it to at most 90% of the {n_genes:,} genes",
     )
     shape = np.exp(np.random.default_rng([seed, 0]).normal(0.0, _SPREAD, n_genes))
-    low, high = -40.0, 40.0  # of the logarithm of the factor, halved until it is known
+    low, high = -40.0, 40.0  # bisection of the log scale factor
     for _ in range(100):
         middle = (low + high) / 2
         expressed = -np.expm1(-np.minimum(shape * np.exp(middle), _MOST)).sum()
@@ -63,16 +62,16 @@ def means(n_genes: int, nonzeros: int, seed: int = 0) -> np.ndarray:
 
 
 def blocks(n_cells: int, n_genes: int, nonzeros: int, seed: int = 0) -> Iterator[sparse.csr_matrix]:
-    """Raw counts of `n_cells` cells, (n, n_genes) float32 CSR blocks; the same for the same arguments."""
+    """Yield the raw counts of `n_cells` cells in (n, n_genes) float32 CSR blocks; deterministic for a seed."""
     rates = means(n_genes, nonzeros, seed)
     step = max(1, int(_BLOCK_VALUES / rates.sum()))
     for number, start in enumerate(range(0, n_cells, step)):
         cells = min(step, n_cells - start)
         rng = np.random.default_rng([seed, 1, number])
-        # The molecules of a gene are dealt to the cells: each cell's count is Poisson.
+        # Molecules of a gene are assigned to random cells, so the count of each cell is Poisson-distributed.
         genes = np.repeat(np.arange(n_genes), rng.poisson(rates * cells))
         rows = rng.integers(cells, size=len(genes))
-        # No cell may be empty: one molecule of the strongest gene each.
+        # Each cell also gets one molecule of the strongest gene, because cells must not be empty.
         rows = np.concatenate([rows, np.arange(cells)])
         genes = np.concatenate([genes, np.full(cells, int(np.argmax(rates)))])
         counts = sparse.csr_matrix(
@@ -83,7 +82,7 @@ def blocks(n_cells: int, n_genes: int, nonzeros: int, seed: int = 0) -> Iterator
 
 
 def write_h5ad(path: Path, genes: GeneVocabulary, n_cells: int, nonzeros: int, seed: int = 0) -> None:
-    """Write synthetic cells as an .h5ad file, block by block, so that their number is not bounded by memory."""
+    """Write synthetic cells to an .h5ad file, block by block, so that memory does not limit their number."""
     var = pd.DataFrame(index=pd.Index(np.array(genes.keys, dtype=object), dtype=object))
     obs = pd.DataFrame(index=pd.Index([f"cell{i}" for i in range(n_cells)], dtype=object))
     with quiet_anndata(), h5py.File(path, "w") as file, progress("synthetic cells", n_cells) as bar:
@@ -92,7 +91,7 @@ def write_h5ad(path: Path, genes: GeneVocabulary, n_cells: int, nonzeros: int, s
             if "X" not in file or not isinstance(file["X"], h5py.Group):
                 if "X" in file:
                     del file["X"]
-                # Their number may pass what 32 bits count.
+                # The total number of values can exceed 32 bits.
                 first = counts.copy()
                 first.indptr = first.indptr.astype(np.int64)
                 ad.io.write_elem(file, "X", first)
@@ -102,7 +101,7 @@ def write_h5ad(path: Path, genes: GeneVocabulary, n_cells: int, nonzeros: int, s
 
 
 def make_store(folder: Path, genes: GeneVocabulary, n_cells: int, nonzeros: int, seed: int = 0) -> None:
-    """Make a store of one study of synthetic cells for training, by way of an .h5ad file and an ingest."""
+    """Create a store with one training study of synthetic cells, by ingest of an .h5ad file."""
     source = folder.parent / f"{NAME}.h5ad"
     write_h5ad(source, genes, n_cells, nonzeros, seed)
     ingest([source], folder, vocabulary=genes, options=IngestOptions(seed=seed))

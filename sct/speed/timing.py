@@ -1,4 +1,4 @@
-"""Timing of repeated steps."""
+"""Time repeated steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of each repetition: on the clock, of the processor (all threads), and of waiting for the input."""
+    """Seconds of each repetition: wall time, CPU time (all threads), and time spent waiting for the input."""
 
     wall: tuple[float, ...]
     cpu: tuple[float, ...]
@@ -24,11 +24,11 @@ class Times:
 
     @property
     def median(self) -> float:
-        """Median seconds of a step."""
+        """Median wall time of a step in seconds."""
         return float(np.median(self.wall))
 
     def report(self) -> dict[str, Any]:
-        """Entries of a report."""
+        """Return the entries of a report."""
         return {
             "step_seconds": self.median,
             "step_seconds_spread": {"min": min(self.wall), "max": max(self.wall)},
@@ -41,20 +41,20 @@ class Times:
 def timed(
     draw: Callable[[], T], call: Callable[[T], Any], repeats: int, what: str, active: bool = True
 ) -> Times:
-    """Time `call(draw())`, the two apart; `call` must return when its work is done.
+    """Time `draw()` and `call(input)` separately; `call` must block until its work is done.
 
     Parameters
     ----------
     draw
-        Makes the input of a step.
+        Returns the input of a step.
     call
-        The step.
+        Runs a step.
     repeats
-        How often.
+        Number of steps.
     what
-        Said beside the progress bar.
+        Description in the progress bar.
     active
-        Whether there is one: False where the step shows its own.
+        Whether to show a progress bar. Set it to False if the step shows its own.
     """
     wall, cpu, wait = [], [], []
     with progress(what, repeats, active=active) as bar:

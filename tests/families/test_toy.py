@@ -123,7 +123,7 @@ def test_it_is_timed():
     assert found["tokens_per_s"] > 0
     assert 0 < found["utilisation"] < 1
     assert max(found["check"]["differences"].values()) < 1e-4
-    with pytest.raises(ConfigError, match="--mode=forward does not measure the task 'toy_bins'"):
+    with pytest.raises(ConfigError, match="--mode=forward cannot measure the task 'toy_bins'"):
         measure(merged(toy.CONFIG, data={}), SpeedOptions("forward", steps=3), apart=False)
 
 

@@ -79,7 +79,7 @@ def test_a_measurement_from_configuration_to_report(asked, monkeypatch):
         assert {len(prompt) for prompt in prompts} >= {4, 8}
     said = io.StringIO()
     Console(file=said, width=200).print(report.table(found))
-    assert "new tokens, the best each time" in said.getvalue()
+    assert "generated tokens, greedy" in said.getvalue()
     assert "8 prompts of up to 8 tokens, 5 new ones each" in said.getvalue()
     assert "scores with a cache" in " ".join(report.notes(found))
 
@@ -138,7 +138,9 @@ def test_a_model_with_too_few_positions_is_refused(monkeypatch):
 @pytest.mark.parametrize("family", ["sct", "bert"])
 def test_models_that_write_nothing_are_refused(family):
     config = CELLS if family == "sct" else {**CONFIG, "family": "bert"}
-    with pytest.raises(ConfigError, match=f"generates text, which '{family}' does not: .* gpt2, neox, llama"):
+    with pytest.raises(
+        ConfigError, match=f"generates text, but the family is '{family}': .* gpt2, neox, llama"
+    ):
         measure(config, OPTIONS, apart=False)
 
 
@@ -146,7 +148,7 @@ def test_models_that_write_nothing_are_refused(family):
 @pytest.mark.parametrize("cells", [0, 100])
 def test_other_modes_refuse_models_of_text(mode, cells):
     with pytest.raises(
-        ConfigError, match=f"--mode={mode} does not measure the task 'cell_sentences'.*generate"
+        ConfigError, match=f"--mode={mode} cannot measure the task 'cell_sentences'.*generate"
     ):
         measure(CONFIG, SpeedOptions(mode, steps=3, cells=cells), apart=False)
 

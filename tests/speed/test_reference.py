@@ -81,7 +81,7 @@ def test_a_wrong_layer_is_refused(job, monkeypatch, mode):
     with pytest.raises(SctError, match="reference") as caught:
         CHECKS[mode](made, made.open_store())
     assert "\n" not in str(caught.value)
-    assert "no time is given" in str(caught.value)
+    assert "not timed" in str(caught.value)
 
 
 def wrong_by(function, where):
@@ -186,5 +186,5 @@ def test_an_ingest_of_other_cells_is_refused(made, tmp_path):
     synthetic.write_h5ad(tmp_path / "same.h5ad", other.genes, 60, other.nonzeros)
     assert data.check_ingest(tmp_path / "same.h5ad", store)["cells"] > 10
     synthetic.write_h5ad(tmp_path / "other.h5ad", other.genes, 60, other.nonzeros, seed=1)
-    with pytest.raises(SctError, match=re.compile(r"of \d+ cells of the store differ")):
+    with pytest.raises(SctError, match=re.compile(r"of \d+ checked cells of the store differ")):
         data.check_ingest(tmp_path / "other.h5ad", store)

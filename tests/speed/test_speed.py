@@ -138,9 +138,9 @@ def test_a_disturbed_ceiling_is_said():
         "ceiling_before_flops": 1e11,
         "ceiling_after_flops": 5e10,
     }
-    assert any("disturbed" in note for note in report.notes(found))
+    assert any("ceiling changed" in note for note in report.notes(found))
     found["ceiling_after_flops"] = 0.95e11
-    assert not any("disturbed" in note for note in report.notes(found))
+    assert not any("ceiling changed" in note for note in report.notes(found))
 
 
 def test_generation_names_the_families_that_can():
@@ -171,8 +171,8 @@ def test_a_wrong_flag_is_one_sentence(options, words):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model": {}}, ["not one run of training"]),
-        ({**CONFIG, "sweep": {"a": {}}}, ["not one run of training"]),
+        ({"model": {}}, ["single training run"]),
+        ({**CONFIG, "sweep": {"a": {}}}, ["single training run"]),
         (merged(CONFIG, data__cells_per_bag=100), ["--cells is 60", "100"]),
         (merged(CONFIG, data__store="no/such/store"), ["no/such/store"]),
         (merged(CONFIG, data__store="s", data__dataset="pbmc68k"), ["data.store and data.dataset"]),
@@ -268,5 +268,5 @@ def test_tasks_of_single_cells_are_measured(mode):
     if mode == "train":
         assert found["tokens_per_step"] == 4 * 40
         assert max(found["check"]["differences"].values()) < 1e-3
-    with pytest.raises(ConfigError, match="--mode=embed does not measure the task 'masked_bins'"):
+    with pytest.raises(ConfigError, match="--mode=embed cannot measure the task 'masked_bins'"):
         measure(config, SpeedOptions("embed", steps=3), apart=False)
