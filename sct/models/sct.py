@@ -101,7 +101,7 @@ class ConvBlock(nn.Module):
 class TowerLevel(nn.Module):
     """Level of a tower: a block that changes the width, then a residual block with a kernel of one.
 
-        h = GELU(conv(norm(x)));  y = h + GELU(conv_1(norm(h)))
+        h = conv(norm(x));  y = GELU(h) + GELU(conv_1(norm(GELU(h))))
 
     In the convolution tower the level ends with pooling, which halves the positions. In the deconvolution tower `conv`
     is transposed, which doubles them, and the level ends by adding the skip connection.
@@ -131,8 +131,8 @@ class TowerLevel(nn.Module):
 
     def convolve(self, x: jax.Array, borders: Borders | None, skip: jax.Array | None) -> jax.Array:
         """All that follows the first norm."""
-        h = gelu(self.block.convolve(x, borders))
-        y = h + gelu(self.residual(h))
+        h = self.block.convolve(x, borders)
+        y = gelu(h) + gelu(self.residual(gelu(h)))
         if not self.upsample:
             return pool_2x(y, self.config.pool)
         return y if skip is None else y + skip
