@@ -23,5 +23,8 @@ def test_the_picture_of_the_architecture_shows_the_default_model(tmp_path, monke
     assert words[0] == words[1]
     config = SCTConfig()
     positions = 50 * config.num_genes
-    for number, width in ((positions, config.filters[0]), (positions >> config.num_downsamples, config.embed_dim)):
+    for number, width in (
+        (positions, config.filters[0]),
+        (positions >> config.num_downsamples, config.embed_dim),
+    ):
         assert f"{number:,} x {width}" in " ".join(words[1])
