@@ -224,7 +224,8 @@ def _benchmark(
         raise ConfigError("data.path and data.dataset are both set: set only one of them.")
     if not (data.path or data.dataset):
         raise ConfigError(
-            "data.path is not set, but the benchmark needs cells: set --config.data.path to an .h5ad file or a store."
+            "data.path is not set, but the benchmark needs cells: set --config.data.path to an .h5ad file or a store, "
+            "or --config.data.dataset to a bundled data set."
         )
     study_metadata = read_study_texts(data.studies) if data.studies else {}
     markers = marker_scores.read_markers(options.markers) if options.markers else None
@@ -463,11 +464,13 @@ class _Study:
         column = self.data.disease if task == "tcd" else self.data.cell_type
         named = "disease" if task == "tcd" else "cell_type"
         if not column or column not in self.obs:
-            found = f"obs has no column {column!r}" if column else f"data.{named} is not set"
-            raise ConfigError(
-                f"study {self.name!r}: {found}: set --config.data.{named} to a column with {named.replace('_', ' ')} "
-                "labels."
+            found = (
+                f"obs of study {self.name!r} has no column {column!r}"
+                if column
+                else f"data.{named} is not set"
             )
+            what = named.replace("_", " ")
+            raise ConfigError(f"{found}: set --config.data.{named} to a column with {what} labels.")
         asked = self._questions(self.obs, self.study_metadata)
         if task not in asked.candidates:
             raise ConfigError(

@@ -329,7 +329,7 @@ def test_methods_say_why_they_cannot_answer():
             method.predict(CELLS, draw)
 
 
-def test_the_bar_stands_first_among_all_methods():
+def test_the_reference_baseline_is_the_first_method():
     for train in (None, TRAIN):
         for whole in (False, True):
             names = [(m.name, m.fitted_on) for m in standard_methods(CELLS, train, whole_cells=whole)]

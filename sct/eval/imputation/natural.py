@@ -69,8 +69,8 @@ _EXPRESSION_NOTES = (
 _RANGES = (
     "For all methods, levels use the cell's own range of counts, including its masked genes. For levels 2 and up, "
     "expected counts use the mean count of the level among the visible genes. Baselines that predict counts get "
-    "probabilities from a negative binomial distribution; its dispersion is fitted to visible counts that the baseline "
-    "predicts."
+    "probabilities from a negative binomial distribution. To fit its dispersion, some visible counts are masked as well "
+    "and the baseline predicts them."
 )
 _COUNTS_NOTES = (
     _SCORED,
@@ -112,8 +112,8 @@ class LevelFrequency:
     Parameters
     ----------
     train
-        Level frequencies in the training studies from `sct.eval.imputation.baselines.level_frequencies`; None without
-        training studies or with `others`.
+        Level frequencies in the training studies from `sct.eval.imputation.baselines.level_frequencies`. None if there
+        are no training studies, or if `others` is set.
     others
         Whether to use the other cells of the same study, including their masked genes, instead of training studies.
     """
@@ -164,13 +164,13 @@ class CountMethod(abc.ABC):
 
     def estimate(self, eval_cells: EvalCells, masked: Masked) -> Estimate:
         """See `Estimator`."""
-        known = _hide_more(eval_cells, masked)
+        known = _mask_more(eval_cells, masked)
         expected = self._of_visible().counts(eval_cells, known)
         dispersion = dispersions(known.genes, expected, known.counts, masked.mask.shape[1])
         return negative_binomial(masked, self.counts(eval_cells, masked), dispersion)
 
 
-def _hide_more(eval_cells: EvalCells, masked: Masked) -> Masked:
+def _mask_more(eval_cells: EvalCells, masked: Masked) -> Masked:
     """Mask a random fraction of the visible genes too; the additional positions are the scored ones."""
     rng = np.random.default_rng(len(masked.cells))
     more = masked.shown & (rng.random(masked.mask.shape, np.float32) < RATIO)

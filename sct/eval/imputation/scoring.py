@@ -59,8 +59,8 @@ class ImputationModel:
     variables
         Parameters of the model.
     odds
-        Factor by which `predict` multiplies the odds of being expressed when it chooses among all levels. A model
-        trained with the paper's loss multiplies them in the same way (`sct.data.class_prior`).
+        Factor by which `predict` multiplies the odds of being expressed when it chooses among all levels. It reproduces
+        the evaluation of the sCT paper, whose training loss has the same effect (`sct.data.class_prior`).
     name, fitted_on, remark
         See `sct.eval.imputation.baselines.ImputationMethod`.
     bags_per_batch

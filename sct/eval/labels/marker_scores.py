@@ -40,7 +40,7 @@ def read_markers(path: str | Path) -> dict[str, tuple[str, ...]]:
         raise DataError(f"cannot read the marker file {path} ({reason}): pass a JSON file.") from error
     form = '{"B cell": ["MS4A1", "CD79A"], ...}'
     if not isinstance(content, dict) or not content:
-        raise DataError(f"the marker file {path} must hold a JSON object: write it as {form}.")
+        raise DataError(f"the marker file {path} holds no JSON object, or an empty one: write it as {form}.")
     for label, genes in content.items():
         if not isinstance(genes, list) or not genes or not all(isinstance(gene, str) for gene in genes):
             raise DataError(
