@@ -144,18 +144,18 @@ class _Lock:
     def acquire(self, option: str) -> None:
         """Take the lock, or raise `FolderInUseError`."""
         self._reopen()
-        began, told = time.monotonic(), False
+        began, announced = time.monotonic(), False
         while not self._take():
             holder = self._other()
             stopping = holder is not None and holder.stopping
             if time.monotonic() - began > (SAVING_SECONDS if stopping else NOTICE_SECONDS):
                 raise self._refusal(holder, option)
-            if stopping and not told:
+            if stopping and not announced:
                 print(
                     f"{holder} was asked to stop and is still saving to {self.path.parent}: waiting for it to end.",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
-                told = True
+                announced = True
             time.sleep(_POLL_SECONDS)
         self._mine = True
         self._beat = _Beat(self)

@@ -95,8 +95,8 @@ class DecodingOptions:
         draws = self.temperature or self.top_k or self.top_p < 1 or self.repetition_penalty != 1
         if self.beams > 1 and draws:
             raise ConfigError(
-                f"beams is {self.beams}, but beam search does not sample: leave temperature, top_k, top_p and "
-                "repetition_penalty out, or set beams=1."
+                f"beams is {self.beams}, but beam search uses no temperature, top_k, top_p or repetition_penalty: "
+                "leave these out, or set beams=1."
             )
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
             raise ConfigError(

@@ -258,7 +258,7 @@ def _predict(
     masked_genes: np.ndarray | None,
     batch_size: int | None,
 ) -> _Predictions:
-    """Predict the wanted genes of the chosen cells."""
+    """Predict the genes `wanted` (vocabulary positions) in the cells `chosen` (a mask)."""
     config = reader.model.config
     whole = masked_genes is None
     places = np.flatnonzero(chosen)
