@@ -46,7 +46,7 @@ def test_a_store_of_activity_holds_the_values(kind, tmp_path):
     with pytest.raises(DataError, match=r"sample\.h5ad.*integer"):
         run([path], tmp_path / "store")
     report = run([path], tmp_path / "store", values="activity")
-    assert any("are taken for activity, not for counts, so only ZerOmics" in note for note in report.notes)
+    assert any("are read as activity instead of counts, so only ZerOmics" in note for note in report.notes)
     found = matrix(tmp_path / "store").loc[adata.obs_names].to_numpy()
     np.testing.assert_array_equal(found, genes_of(adata).astype(np.float32))
     assert (adata.X.sum(axis=1) < 1).any()  # such cells are not taken for empty ones
@@ -190,5 +190,5 @@ def test_command_line(tmp_path):
     flags = (f"--input={path}", f"--output={tmp_path / 'store'}", f"--genes={tmp_path / 'toy.tsv'}")
     done = command(*flags, "--values=activity")
     assert done.returncode == 0, done.stderr
-    assert "not for counts, so only ZerOmics" in " ".join(done.stdout.split())
+    assert "instead of counts, so only ZerOmics" in " ".join(done.stdout.split())
     assert Store.open(tmp_path / "store").studies[0].values == "activity"

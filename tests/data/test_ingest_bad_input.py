@@ -136,9 +136,9 @@ BAD = {
     "text as 10x": (_text("sample.h5"), "cannot be read"),
     "text as mtx": (_text("matrix.mtx"), "features.tsv or genes.tsv"),
     "no barcodes": (_no_barcodes, "barcodes.tsv"),
-    "other barcodes": (_wrong_barcodes, "names 2 cells"),
+    "other barcodes": (_wrong_barcodes, "lists 2 cells"),
     "an entry twice": (_twice_in_mtx, "two entries"),
-    "an empty folder": (lambda folder: folder, "holds none"),
+    "an empty folder": (lambda folder: folder, "contains no h5ad"),
     "nothing": (lambda folder: folder / "missing.h5ad", "does not exist"),
 }
 

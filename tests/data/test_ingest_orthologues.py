@@ -122,7 +122,7 @@ def test_a_refused_ingest_leaves_the_store_as_it_was(table, tmp_path):
     assert Store.open(store).manifest == before
     report = run([human, mouse], store, skip_bad=True)
     assert list(report.refused) == [str(mouse)]
-    assert "mouse stays as it was ingested before" in report.notes
+    assert "mouse was not updated and keeps its earlier content" in report.notes
     assert [(each.name, each.split) for each in Store.open(store).studies] == [
         ("human", "train"),
         ("mouse", "test"),

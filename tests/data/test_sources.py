@@ -56,7 +56,7 @@ def test_two_inputs_of_one_name_are_refused(tmp_path: Path) -> None:
     assert str(two) in str(caught.value)
     found, _ = find_inputs([one, f"other={two}"])
     assert [each.name for each in found] == ["sample", "other"]
-    with pytest.raises(DataError, match="one name"):
+    with pytest.raises(DataError, match="'both'"):
         find_inputs([f"both={tmp_path}"])
     with pytest.raises(ConfigError, match="no input"):
         find_inputs([])

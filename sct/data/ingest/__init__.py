@@ -1,1 +1,1 @@
-"""From foreign files to a store: sources, readers, workers, order, writer and splits."""
+"""Convert input files to a store: input discovery, readers, worker processes, sorting, writing and splits."""

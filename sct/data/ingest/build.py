@@ -1,4 +1,4 @@
-"""Turning foreign files into a store: checked, aligned, shuffled, atomic, resumable, in parallel."""
+"""Build a store from input files: validate, align genes, shuffle and write. Atomic, resumable and parallel."""
 
 from __future__ import annotations
 
@@ -40,29 +40,29 @@ if TYPE_CHECKING:
 
 __all__ = ["IngestOptions", "IngestReport", "ingest", "main"]
 
-# The last manifest while one of its studies is being rebuilt: until then nothing opens.
+# Name of the last manifest while a study is rebuilt. Without manifest.json the store cannot be opened in that time.
 _PREVIOUS = "manifest.previous.json"
-# Files of an ingest that died, as it and earlier versions name them: the output may hold other files.
+# Temporary files of an interrupted ingest, in this and earlier releases. Only these are removed from the output.
 _LEFT_IN_ROOT = re.compile(r"\.(manifest\.json|genes\.tsv)\.([0-9a-f]{16}\.tmp|partial)")
 _LEFT_IN_STUDIES = re.compile(r"\..+\.([0-9a-f]{16}\.tmp|partial|spill|download)")
 
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What a store holds after an ingest.
+    """The result of an ingest.
 
     Attributes
     ----------
     path
-        The store.
+        Folder of the store.
     studies
-        The manifest's entries.
+        Entries of the manifest, one per study.
     kept
-        Names of studies that were there before.
+        Names of unchanged studies that were ingested before.
     refused
         Location -> reason, for inputs that were left out.
     notes
-        What a person should look at.
+        Warnings and remarks for the user.
     """
 
     path: Path
@@ -72,7 +72,7 @@ class IngestReport:
     notes: tuple[str, ...] = ()
 
     def table(self) -> Table:
-        """Summary with one row per study, for `rich`."""
+        """Return a `rich` table with one row per study."""
         from rich.table import Table
 
         table = Table(title=str(self.path), title_justify="left")
@@ -124,30 +124,34 @@ def ingest(
     vocabulary: GeneVocabulary | None = None,
     options: IngestOptions | None = None,
 ) -> IngestReport:
-    """Make a store, or add to one.
+    """Create a store, or add studies to an existing one.
 
-    Inputs that were ingested before and have not changed are kept, so that running again after an
-    interruption resumes. The store opens only when all is done.
+    Inputs that were already ingested and have not changed are skipped, so running the same command again resumes an
+    interrupted ingest. The store can be opened only after the ingest is complete.
 
     Parameters
     ----------
     inputs
-        Files, folders and ids as `sct.data.ingest.input_files.find_inputs` takes them, or `(name, AnnData)` pairs.
+        Files, folders and ids (see `sct.data.ingest.input_files.find_inputs`), or `(name, AnnData)` pairs.
     output
         Folder of the store.
     vocabulary
-        Genes and their order (G columns); None takes the human protein-coding genes.
+        Gene vocabulary (G genes). Default: the human protein-coding genes.
     options
         See `IngestOptions`.
+
+    Returns
+    -------
+    The studies of the store, with notes and refused inputs.
 
     Raises
     ------
     DataError
-        Inputs were refused, and the others are finished and kept; or the table of orthologues cannot be used.
+        Some inputs were refused (the others are finished and kept), or the orthologue table is invalid.
     ConfigError
         Options contradict each other or name unknown studies.
     StoreError
-        The output cannot be written or belongs to another vocabulary.
+        The output cannot be written, or it is a store with another gene vocabulary.
     """
     options = options or IngestOptions()
     vocabulary = vocabulary or GeneVocabulary.human()
@@ -171,13 +175,13 @@ def ingest(
         if refused and not (options.skip_bad and (fresh or kept)):
             _restore(root)
             _refuse(refused, len(found))
-        # The studies of an input that is refused now are as they were.
+        # Keep the old studies of an input that was refused this time.
         left = [each for each in before if each["name"] in replaced and _unchanged(root, each)]
         records = {each["name"]: each for each in before if each["name"] not in replaced or each in left}
         records.update({each["name"]: each for each in (*kept, *fresh)})
         report = _finish(root, records, before, vocabulary, options)
-    notes += [f"no 10x count matrix, left out: {each}" for each in ignored]
-    notes += [f"{each['name']} stays as it was ingested before" for each in left]
+    notes += [f"{each} is not a 10x count matrix and was left out" for each in ignored]
+    notes += [f"{each['name']} was not updated and keeps its earlier content" for each in left]
     notes += [note for each in (*kept, *fresh) for note in each["notes"]]
     return replace(
         report,
@@ -189,27 +193,27 @@ def ingest(
 
 @contextlib.contextmanager
 def _only_one(root: Path) -> Iterator[None]:
-    """Make the folder, keep other ingests out of it, and clear away what an interrupted one left."""
+    """Create the folder, lock it against other ingests, and remove temporary files of an interrupted one."""
     made = not root.exists()
     try:
         (root / STUDIES).mkdir(parents=True, exist_ok=True)
         if (root / STUDIES).is_symlink():
             raise StoreError(
-                f"{root / STUDIES} is a link, which may lead out of the store: put a folder in its place, or choose "
-                "another output"
+                f"{root / STUDIES} is a symbolic link, but it must be a folder of the store: replace it by a folder, "
+                "or choose another output."
             )
         lock = os.open(root, os.O_RDONLY)
     except OSError as error:
-        raise StoreError(f"{root} cannot be written ({error.strerror}): choose another output") from error
+        raise StoreError(f"{root} cannot be written ({error.strerror}): choose another output.") from error
     try:
         try:
             import fcntl
 
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StoreError(f"another ingest is writing to {root}: wait for it to end") from None
+            raise StoreError(f"another ingest is writing to {root}: wait until it has finished.") from None
         except (ImportError, OSError):
-            pass  # file systems without locks: the user is trusted to run one at a time
+            pass  # this file system has no locks, so the user must run only one ingest at a time
         for folder, pattern in ((root, _LEFT_IN_ROOT), (root / STUDIES, _LEFT_IN_STUDIES)):
             for path in folder.iterdir():
                 if pattern.fullmatch(path.name) and (folder != root or path.is_symlink() or path.is_file()):
@@ -217,14 +221,14 @@ def _only_one(root: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-        with contextlib.suppress(OSError):  # folders that nothing came into; others are not empty
+        with contextlib.suppress(OSError):  # removes only empty folders
             (root / STUDIES).rmdir()
             if made:
                 root.rmdir()
 
 
 def _before(root: Path, vocabulary: GeneVocabulary) -> tuple[list[dict[str, Any]], list[str]]:
-    """Studies of the store that is there already, and a note where its manifest is of no use."""
+    """Return the studies of an existing store, and notes about an unusable manifest or missing studies."""
     try:
         manifest = read_manifest(root) or read_manifest(root, _PREVIOUS)
     except StoreError as error:
@@ -233,21 +237,20 @@ def _before(root: Path, vocabulary: GeneVocabulary) -> tuple[list[dict[str, Any]
         return [], []
     if manifest["vocabulary"]["hash"] != vocabulary.hash:
         raise StoreError(
-            f"{root} is a store of the gene vocabulary {manifest['vocabulary']['name']!r} "
-            f"({manifest['vocabulary']['hash']}), not of {vocabulary.name!r} ({vocabulary.hash}): "
-            "choose another output"
+            f"{root} is a store with the gene vocabulary {manifest['vocabulary']['name']!r} "
+            f"({manifest['vocabulary']['hash']}) instead of {vocabulary.name!r} ({vocabulary.hash}): choose another "
+            "output."
         )
-    there = [each for each in manifest["studies"] if (root / each["path"] / "zarr.json").is_file()]
-    gone = [each["name"] for each in manifest["studies"] if each not in there]
-    return there, [f"{name} was in the store, but its folder is gone" for name in gone]
+    present = [each for each in manifest["studies"] if (root / each["path"] / "zarr.json").is_file()]
+    missing = [each["name"] for each in manifest["studies"] if each not in present]
+    return present, [f"{name} was in the store, but its folder is missing" for name in missing]
 
 
 def _check_room(root: Path, inputs: Sequence[Input] = ()) -> None:
-    """Raise `StoreError` where the output cannot be written, or lacks room for what is to do."""
-    there = (Path(each.location) for each in inputs if each.adata is None and each.kind != "census")
-    least = (
-        sum(map(size_of, there)) // 100
-    )  # an input with every zero written out has a hundred times as many
+    """Raise `StoreError` if the output cannot be written or the disk lacks space for the inputs."""
+    files = (Path(each.location) for each in inputs if each.adata is None and each.kind != "census")
+    # An input that stores every zero may be a hundred times larger than its store.
+    least = sum(map(size_of, files)) // 100
     try:
         check_room(root, "--output", least)
     except ConfigError as error:
@@ -255,16 +258,16 @@ def _check_room(root: Path, inputs: Sequence[Input] = ()) -> None:
 
 
 def _unchanged(root: Path, record: dict[str, Any]) -> bool:
-    """Whether a study of a manifest is still what the manifest says."""
+    """Return whether the record of a study on disk still equals its entry in the manifest."""
     try:
-        there = json.loads((root / STUDIES / f"{record['name']}.json").read_text(encoding="utf-8"))
+        current = json.loads((root / STUDIES / f"{record['name']}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return {**there, "split": record["split"]} == record
+    return {**current, "split": record["split"]} == record
 
 
 def _restore(root: Path) -> None:
-    """Put the last manifest back where its studies have not changed, so that the store opens as before."""
+    """Restore the last manifest if none of its studies has changed, so that the store can be opened as before."""
     with contextlib.suppress(StoreError):
         manifest = read_manifest(root, _PREVIOUS)
         if manifest is not None and all(_unchanged(root, each) for each in manifest["studies"]):
@@ -278,7 +281,7 @@ def _plan(
     options: IngestOptions,
     table: Orthologues | None,
 ) -> tuple[list[IngestJob], list[dict[str, Any]], dict[str, str]]:
-    """Tell inputs that are done from inputs to do; the third part is inputs that cannot even be looked at."""
+    """Return the inputs to ingest, the records of finished ones, and location -> reason of unreadable ones."""
     records: dict[str, list[dict[str, Any]]] = {}
     for file in sorted((root / STUDIES).glob("*.json")):
         try:
@@ -289,7 +292,7 @@ def _plan(
             source["fingerprint"], source["location"], source["options"], source["vocabulary"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        # Folders of these names are removed where the input has changed.
+        # Check the names, because the folders with these names are deleted if the input has changed.
         _check_record(record, file)
         made.append(record)
     digest = options.digest(table)
@@ -307,17 +310,17 @@ def _plan(
             location = done[0]["source"]["location"]
             if location != absolute_location(item):
                 refused[item.location] = (
-                    f"{item.location} would replace the study {item.name!r}, which was made from {location}: "
-                    "give it a name of its own as NAME=PATH"
+                    f"{item.location} would replace the study {item.name!r}, which was made from {location}: give it "
+                    "another name as NAME=PATH."
                 )
                 continue
         wanted = (fingerprint, digest, vocabulary.hash)
         complete = bool(done) and {each["name"] for each in done} == set(done[0]["source"]["siblings"])
         for each in done:
             source = each["source"]
-            there = (root / each["path"] / "zarr.json").is_file()
-            # Earlier versions recorded no hashes, and none can be made of files that may have changed since.
-            complete &= there and set(GROUPS) <= set(each.get("hashes") or ())
+            present = (root / each["path"] / "zarr.json").is_file()
+            # Studies of early releases have no hashes. Ingest them again, as their files may have changed since.
+            complete &= present and set(GROUPS) <= set(each.get("hashes") or ())
             complete &= (source["fingerprint"], source["options"], source["vocabulary"]) == wanted
         if complete:
             kept += done
@@ -327,22 +330,24 @@ def _plan(
 
 
 def _check_record(record: dict[str, Any], file: Path) -> None:
-    """Raise `StoreError` where the file beside a study speaks of another one."""
+    """Raise `StoreError` if the record file of a study describes another study."""
     check_study(record, file)
     if record["name"] != file.stem:
         raise StoreError(
-            f"{file} speaks of the study {record['name']!r}, not of its own: delete the file and ingest again"
+            f"{file} describes the study {record['name']!r} instead of {file.stem!r}: delete the file, and run the "
+            "ingest again."
         )
 
 
 def _refuse(refused: dict[str, str], n_inputs: int) -> None:
+    """Raise `DataError` with the reasons of all refused inputs."""
     reasons = list(refused.values())
     if n_inputs == 1:
         raise DataError(reasons[0])
     listed = " | ".join(reasons)
     raise DataError(
-        f"{len(reasons)} of {n_inputs} inputs were refused, so the store is not finished ({listed}): mend "
-        "them, or run again with --skip_invalid to go on without them; the others are kept"
+        f"{len(reasons)} of {n_inputs} inputs were refused, so the store is not complete ({listed}): correct them, or "
+        "run again with --skip_invalid to leave them out (finished inputs are kept)."
     )
 
 
@@ -353,7 +358,7 @@ def _finish(
     vocabulary: GeneVocabulary,
     options: IngestOptions,
 ) -> IngestReport:
-    """Write the vocabulary and, last, the manifest."""
+    """Assign the splits, write the gene vocabulary and finally the manifest, and return the report."""
     names = sorted(records)
     splits, note = assign_splits(
         names,
@@ -379,7 +384,7 @@ def _finish(
         (root / _PREVIOUS).unlink(missing_ok=True)
     except OSError as error:
         raise StoreError(
-            f"{root} could not be written ({error.strerror}): free space, then run the ingest again to resume"
+            f"{root} could not be written ({error.strerror}): free disk space, then run the ingest again to resume."
         ) from error
     return IngestReport(root, studies, notes=(note,))
 
@@ -390,14 +395,19 @@ def main(inputs: Sequence[str], output: str | None, *, genes: str | None = None,
     Parameters
     ----------
     inputs, output
-        As for `ingest`.
+        See `ingest`.
     genes
-        File of a gene vocabulary; None takes the human protein-coding genes.
+        File of a gene vocabulary. Default: the human protein-coding genes.
     **options
         Fields of `IngestOptions`.
+
+    Raises
+    ------
+    ConfigError
+        There is no output, or see `ingest`.
     """
     if not output:
-        raise ConfigError("no output was given: name the folder of the store with --output")
+        raise ConfigError("--output is missing: set it to the folder of the store.")
     vocabulary = GeneVocabulary.load(genes) if genes else None
     given = [part for text in inputs for part in ([text] if Path(text).exists() else text.split(","))]
     report = ingest(

@@ -1,4 +1,4 @@
-"""Which inputs there are: finding files in folders, naming studies, telling whether inputs changed."""
+"""Find input files in folders, name their studies, and detect changed inputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 CENSUS = "census:"
 MTX = re.compile(r"matrix\.mtx(\.gz)?$")
 _NAMED = re.compile(r"(?P<name>[\w.-]+)=(?P<location>.+)", re.DOTALL)
-# What 10x pipelines call their outputs: the sample's name is in a folder above.
+# Standard names of 10x outputs. The name of the sample is then the name of a parent folder.
 _GENERIC = re.compile(
     r"(sample_)?(raw|filtered)_(feature|gene)_bc_matri(x|ces)(_h5|_mex)?|matrix|outs|count|counts|gene|filtered|raw"
     r"|grch38|hg19|genefull|solo_?out",
@@ -30,7 +30,7 @@ _GENERIC = re.compile(
 
 @dataclass(frozen=True)
 class Input:
-    """One file, folder, Census data set or object in memory that becomes one study (or several).
+    """An input: a file, folder, Census data set or AnnData object, from which one or more studies are made.
 
     Attributes
     ----------
@@ -39,9 +39,9 @@ class Input:
     kind
         "h5ad", "10x_h5", "mtx", "zarr", "census" or "memory".
     location
-        Path, Census data set id, or a description; used in messages.
+        Path, Census data set id or description.
     adata
-        The object itself, where it is in memory.
+        The AnnData object of an input in memory, otherwise None.
     """
 
     name: str
@@ -50,12 +50,14 @@ class Input:
     adata: anndata.AnnData | None = None
 
     def fingerprint(self) -> str:
-        """Digest that changes when the input changes: sizes and times of files, content of objects.
+        """Return a hash that changes when the input changes.
+
+        For files it is a hash of their sizes and modification times, for AnnData objects of their content.
 
         Raises
         ------
         DataError
-            The input has vanished or cannot be read.
+            The input does not exist anymore or cannot be read.
         """
         digest = hashlib.sha256(f"{self.kind}\n".encode())
         if self.kind == "census":
@@ -68,31 +70,33 @@ class Input:
                     stat = file.stat()
                     digest.update(f"{file.name}\n{stat.st_size}\n{stat.st_mtime_ns}\n".encode())
             except OSError as error:
-                raise DataError(f"{self.location} cannot be read: {error.strerror or error}") from error
+                raise DataError(
+                    f"{self.location} cannot be read ({error.strerror or error}): check the path and its permissions."
+                ) from error
         return digest.hexdigest()[:32]
 
 
 def find_inputs(
     inputs: Sequence[str | Path | tuple[str, anndata.AnnData]], exclude: Path | None = None
 ) -> tuple[list[Input], list[str]]:
-    """Resolve what a user gave into inputs, searching folders recursively, in a fixed order.
+    """Find all inputs. Folders are searched recursively, in a fixed order.
 
     Parameters
     ----------
     inputs
-        h5ad files, 10x .h5 files, folders with `matrix.mtx[.gz]`, AnnData zarr groups, folders that hold any
-        of these, `census:DATASET_ID`, each optionally as `NAME=...`; or `(name, AnnData)` pairs.
+        Any of: h5ad files, 10x .h5 files, folders with `matrix.mtx[.gz]`, AnnData zarr groups, folders that contain any
+        of these, `census:DATASET_ID`, and `(name, AnnData)` pairs. `NAME=PATH` sets the name of the study.
     exclude
-        A folder that is not searched (the output may lie inside an input).
+        A folder to skip in the search, because the output may be inside an input folder.
 
     Returns
     -------
-    The inputs, and the .h5 files found in folders that are no 10x count matrix (they are left out).
+    The inputs, and the .h5 files in folders that were left out because they are not 10x count matrices.
 
     Raises
     ------
     DataError
-        Something does not exist, is of no known kind, or two inputs would have the same name.
+        A path does not exist or has an unknown format, or two inputs would have the same name.
     ConfigError
         No inputs were given.
     """
@@ -114,39 +118,40 @@ def find_inputs(
         each, left = _at(path, exclude.resolve() if exclude else None)
         if not each:
             raise DataError(
-                f"{path} is no h5ad, 10x .h5, 10x mtx or AnnData zarr data and holds none: check the path"
+                f"{path} contains no h5ad, 10x .h5, 10x mtx or AnnData zarr data: check the path."
                 if path.exists()
-                else f"{path} does not exist: check the path"
+                else f"{path} does not exist: check the path."
             )
         if name is not None and len(each) > 1:
             raise DataError(
-                f"{path} holds {len(each)} inputs, one name {name!r} cannot be given to all of them"
+                f"{path} contains {len(each)} inputs, but {name!r} can be the name of only one: give each input as "
+                "NAME=PATH."
             )
         found += [Input(name or _study_name(where), kind, str(where)) for kind, where in each]
         ignored += left
     if not found:
-        raise ConfigError("no input was given: name files, folders or census:DATASET_ID")
+        raise ConfigError("no input was given: give files, folders or census:DATASET_ID.")
     return _without_repeats(found), ignored
 
 
 def sanitise(name: str) -> str:
-    """Turn any text into a name of letters, digits, `-` and `_`, as folders and flags can carry it.
+    """Convert a string to a valid study name: letters, digits, `-` and `_`.
 
     Raises
     ------
     DataError
-        Nothing is left of the text.
+        The string has no letter or digit.
     """
     clean = re.sub(r"[^A-Za-z0-9-]+", "_", name).strip("_-")
     if not clean:
         raise DataError(
-            f"no study name can be made of {name!r}: give one as NAME=PATH, in letters and digits"
+            f"{name!r} cannot be converted to a study name: give a name with letters and digits as NAME=PATH."
         )
     return clean
 
 
 def _at(path: Path, exclude: Path | None) -> tuple[list[tuple[str, Path]], list[str]]:
-    """Inputs at or below a path as (kind, location), and the .h5 files that are none."""
+    """Return the inputs at or below a path as (kind, location), and the .h5 files that are not inputs."""
     if not path.exists():
         return [], []
     if path.is_file():
@@ -178,7 +183,7 @@ def _file_kind(path: Path) -> str | None:
 
 
 def is_tenx(path: Path) -> bool:
-    """Whether an HDF5 file has the groups of a 10x count matrix (either version)."""
+    """Return whether an HDF5 file has the groups of a 10x count matrix (either format version)."""
     import h5py
 
     try:
@@ -198,7 +203,7 @@ def _is_anndata_zarr(path: Path) -> bool:
 
 
 def _study_name(path: Path) -> str:
-    """Name after the file, or after the first folder above it that 10x pipelines do not name themselves."""
+    """Return the study name: the file name or, for standard 10x names, the name of the nearest other parent folder."""
     stem = MTX.sub("", path.name).strip("._-") if MTX.search(path.name) else path.stem
     if path.suffix in (".h5ad", ".zarr"):
         return sanitise(stem)
@@ -210,18 +215,18 @@ def _study_name(path: Path) -> str:
 
 
 def _without_repeats(found: Iterable[Input]) -> list[Input]:
-    """Drop inputs given twice; refuse two inputs of one name."""
+    """Drop inputs that were given twice; raise `DataError` if two inputs have the same name."""
     kept: dict[str, Input] = {}
     for each in found:
-        # Some file systems ignore case, and the name becomes a folder.
+        # Ignore case, because the name becomes a folder name and some file systems ignore case.
         other = kept.setdefault(each.name.casefold(), each)
         if other is each:
             continue
         same = each.adata is None and Path(other.location).absolute() == Path(each.location).absolute()
         if not same or other.kind != each.kind:
             raise DataError(
-                f"{other.location} and {each.location} would both be the study {each.name!r}: "
-                "name one of them as NAME=PATH"
+                f"{other.location} and {each.location} would both have the study name {each.name!r}: rename one of "
+                "them as NAME=PATH."
             )
     return list(kept.values())
 

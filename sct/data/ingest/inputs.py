@@ -1,4 +1,4 @@
-"""Turning one input into studies: read, check, align, put in order, write, and only then make visible."""
+"""Convert one input to studies: read, validate, align genes, sort, write, and finally move into the store."""
 
 from __future__ import annotations
 
@@ -31,43 +31,44 @@ _MANY_BUCKETS = 256
 
 @dataclass(frozen=True)
 class IngestOptions:
-    """How inputs are read and what of them is kept.
+    """Options of an ingest.
 
     Attributes
     ----------
     layer
-        "X", "raw" or a layer's name; None takes the first of X, raw and layers["counts"] that has raw counts.
+        Matrix to read: "X", "raw" or the name of a layer. Default: the first of X, raw and layers["counts"] that has
+        raw counts.
     gene_column
-        Column of `var` with Ensembl ids or symbols; None finds it.
+        Column of `var` with Ensembl ids or symbols. Default: the column that matches most genes.
     duplicates
-        Several columns of one gene: "error", or "sum" their counts.
+        What to do if several columns hold the same gene: "error", or "sum" their counts.
     study_key
-        Column of `obs` that splits an input into studies (sections, donors, ...).
+        Column of `obs` that splits an input into studies, such as sections or donors.
     spatial_key
-        Key of the coordinates in `obsm`; an input that has it is spatial.
+        Key of the coordinates in `obsm`. Inputs with this key become spatial studies.
     seed
-        Order of the cells of studies that are not spatial, and choice of validation studies.
+        Seed of the order of the cells in non-spatial studies and of the choice of validation studies.
     min_genes, min_counts
-        Cells with fewer genes or a smaller total over the vocabulary's genes are dropped and reported. Of activity
-        the default drops cells without any.
+        Cells with fewer expressed genes or a smaller total count, over the genes of the vocabulary, are dropped and
+        reported. With `values="activity"`, the default of `min_counts` drops only cells whose values are all zero.
     validation, test
-        Names of the studies of these splits; None leaves the splits as they are.
+        Names of the studies in these splits. None keeps the current splits.
     validation_fraction
-        Share of the studies for validation, see `sct.data.ingest.splits.assign_splits`.
+        Fraction of the studies for validation; see `sct.data.ingest.splits.assign_splits`.
     processes
-        Number of inputs read at the same time, each in a process of its own.
+        Number of processes. Each reads one input at a time.
     skip_bad
-        Finish the store without the inputs that are refused, instead of leaving it unfinished.
+        Leave out refused inputs and complete the store. Otherwise one refused input leaves the store incomplete.
     census_version
         Release of the CELLxGENE Census for `census:` inputs.
     orthologues
-        File of orthologues for inputs of another species (`sct.data.genes.orthologues.read_orthologues`); all inputs
-        must then be of that species. None takes the genes of inputs as they are.
+        Orthologue table for inputs of another species (`sct.data.genes.orthologues.read_orthologues`). All inputs must
+        be of this species. None: do not map the genes.
     orthologue_columns
-        Its columns of genes and of their orthologues; None finds them.
+        Gene column and orthologue column of this table. Default: found by name.
     values
-        "counts", or "activity" for matrices that are none, such as fractional gene activities of chromatin: any
-        non-negative values. Only ZerOmics reads a store of them.
+        "counts" for raw counts, or "activity" for other non-negative values, such as gene activities of chromatin data.
+        Only ZerOmics can read a store of activities.
     """
 
     layer: str | None = None
@@ -94,19 +95,19 @@ class IngestOptions:
             self.orthologues is None or len(self.orthologue_columns) != 2
         ):
             raise ConfigError(
-                f"orthologue_columns is {','.join(self.orthologue_columns)}, but it is two columns of a table: give "
-                "orthologues as well, and SOURCE,TARGET"
+                f"orthologue_columns is {','.join(self.orthologue_columns)}, but must be two columns of the table in "
+                "orthologues: set orthologues, and give the columns as SOURCE,TARGET."
             )
 
     def read_orthologues(self, vocabulary: GeneVocabulary) -> Orthologues | None:
-        """Read the table of orthologues, where one is named; `DataError` where it cannot be used."""
+        """Read the orthologue table, or return None without one; raise `DataError` if it is invalid."""
         if self.orthologues is None:
             return None
         source, target = self.orthologue_columns or (None, None)
         return read_orthologues(self.orthologues, source=source, target=target, vocabulary=vocabulary)
 
     def digest(self, table: Orthologues | None = None) -> str:
-        """Digest of the options and of the table of orthologues, which decide about a study's content."""
+        """Return a hash of the options and the orthologue table that determine the content of a study."""
         content: tuple[Any, ...] = (
             SCHEMA_VERSION,
             self.layer,
@@ -119,7 +120,7 @@ class IngestOptions:
             self.min_counts,
             self.census_version,
         )
-        # Behind the others and only where they are used, so that studies made without them are still known.
+        # Add these only if they are used, so that the digest of studies made without them stays the same.
         if table is not None:
             content += (("orthologues", table.digest, self.orthologue_columns),)
         if self.values != COUNTS:
@@ -139,11 +140,31 @@ def ingest_input(
     advance: Callable[[float], None] = lambda cells: None,
     sizes: Sizes | None = None,
 ) -> list[dict[str, Any]]:
-    """Write the studies of one input into the folder `root`/studies and return their records.
+    """Write the studies of one input to the folder `root`/studies and return their records.
 
-    `table` maps genes of another species; `stale` names studies that an earlier version of the input left and
-    that are removed; `advance` is told about cells as they are done; `sizes` changes memory use, never the
-    result.
+    Parameters
+    ----------
+    root
+        Folder of the store.
+    item, fingerprint
+        The input and its fingerprint.
+    vocabulary, options
+        Gene vocabulary and options of the ingest.
+    table
+        Orthologue table for inputs of another species.
+    stale
+        Names of studies from an earlier version of the input; they are deleted.
+    advance
+        Progress callback; it is called with the number of cells done since the last call.
+    sizes
+        Memory limits. They do not change the result.
+
+    Raises
+    ------
+    DataError
+        The input is refused.
+    StoreError
+        The studies cannot be written.
     """
     sizes = sizes or Sizes()
     folder = root / STUDIES
@@ -197,6 +218,7 @@ def _write_studies(
     sizes: Sizes,
     advance: Callable[[float], None],
 ) -> list[dict[str, Any]]:
+    """Write the studies of an open input under temporary names, recorded in `partial`, and return their records."""
     alignment, mapped = _align(source, vocabulary, options, table)
     groups = _groups(source, item.name, options.study_key)
     n_cells = len(source.obs)
@@ -209,7 +231,7 @@ def _write_studies(
             place[rows] = start + random_rank(len(rows), name, options.seed)
         start += len(rows)
     cell_at = np.argsort(place)
-    # Every block is cut at every edge: more values than this get larger buckets instead of more of them.
+    # Every block is split among all buckets, so large inputs get larger buckets instead of more buckets.
     bucket = min(max(sizes.bucket, source.n_values // _MANY_BUCKETS), 4 * sizes.bucket)
     edges, buckets = cut_places([len(rows) for _, rows in groups], source.n_values, bucket)
     sort = BucketSort(spill, edges, len(vocabulary), sizes.held)
@@ -222,11 +244,13 @@ def _write_studies(
     notes += [alignment.warning] if alignment.warning else []
     if options.values != COUNTS:
         notes.append(
-            f"{source.label}: the values of {source.taken} are taken for {options.values}, not for counts, so only "
-            "ZerOmics reads this study"
+            f"{source.label}: the values of {source.taken} are read as {options.values} instead of counts, so only "
+            "ZerOmics can read this study"
         )
     if dropped_columns:
-        notes.append(f"{source.label}: obs columns that AnnData cannot store: {', '.join(dropped_columns)}")
+        notes.append(
+            f"{source.label}: left out the obs columns {', '.join(dropped_columns)}, which AnnData cannot store"
+        )
     notes += _doubts(source, groups, options)
     records: list[dict[str, Any]] = []
     start = 0
@@ -237,13 +261,14 @@ def _write_studies(
         if not kept.any():
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items())
             raise DataError(
-                f"{source.label}: no cell of the study {name!r} is left ({reasons}): leave it out"
+                f"{source.label}: no cell of the study {name!r} remains after filtering ({reasons}): leave it out, or "
+                "lower min_genes and min_counts."
             )
         maximum = float(maxima[places][kept].max())
         if options.values == COUNTS and maximum >= MAX_COUNT:
             raise DataError(
-                f"{source.label} has a count of {maximum:,.0f}, above {MAX_COUNT - 1:,}, the largest that is "
-                "kept exactly: check that these are counts of molecules"
+                f"{source.label} has a count of {maximum:,.0f}, but the largest count that can be stored exactly is "
+                f"{MAX_COUNT - 1:,}: check that these are counts of molecules."
             )
         cells = cell_at[places][kept]
         partial[name] = folder / f".{name}.partial"
@@ -258,7 +283,7 @@ def _write_studies(
                 "vocabulary": vocabulary,
                 "measured": measured,
                 "coordinates": None if source.spatial is None else source.spatial[cells],
-                # Of all the study's cells, and of their positions as the store keeps them.
+                # The scale is computed from all cells of the study, with positions as float32 like in the store.
                 "scale": None
                 if source.spatial is None
                 else Scale.of(source.spatial[rows].astype(np.float32)),
@@ -286,14 +311,14 @@ def _write_studies(
 def _align(
     source: OpenInput, vocabulary: GeneVocabulary, options: IngestOptions, table: Orthologues | None
 ) -> tuple[GeneAlignment, MappedGenes | None]:
-    """Which column holds which gene, and how genes of another species were mapped."""
+    """Align the genes of an input to the vocabulary, after mapping orthologues if there is a table."""
     mapped = None
     if table is not None:
         mapped = map_orthologues(source.var, table, column=options.gene_column, report_name=source.label)
         if options.duplicates == "error":
             mapped.check_distinct('sum their counts with duplicates="sum", or remove the extra columns')
     with warnings.catch_warnings():
-        # The report carries the alignment's warning.
+        # The warning of the alignment goes into the notes instead.
         warnings.simplefilter("ignore", UserWarning)
         alignment = vocabulary.align(
             source.var if mapped is None else mapped.targets,
@@ -307,7 +332,7 @@ def _align(
 
 
 def _doubts(source: OpenInput, groups: Sequence[tuple[str, np.ndarray]], options: IngestOptions) -> list[str]:
-    """Notes about positions that look wrong, or where those of several sections may share one plane."""
+    """Return notes about suspicious coordinates, such as several sections that may share one plane."""
     if source.spatial is None:
         return []
     found = [
@@ -321,14 +346,14 @@ def _doubts(source: OpenInput, groups: Sequence[tuple[str, np.ndarray]], options
         if name in source.obs and source.obs[name].nunique() > 1:
             return [
                 *found,
-                f"{source.label} is spatial and obs[{name!r}] has {source.obs[name].nunique()} values: if "
-                f"these are sections with coordinates of their own, ingest it with --study_key={name}",
+                f"{source.label} is spatial and obs[{name!r}] has {source.obs[name].nunique()} values: if these are "
+                f"sections with separate coordinates, ingest the file with --study_key={name}",
             ]
     return found
 
 
 def _groups(source: OpenInput, name: str, study_key: str | None) -> list[tuple[str, np.ndarray]]:
-    """Studies of a source, each with the numbers of its rows."""
+    """Return the name and the row numbers of each study of an input."""
     if study_key is None:
         return [(name, np.arange(len(source.obs)))]
     check_choice(
@@ -338,7 +363,7 @@ def _groups(source: OpenInput, name: str, study_key: str | None) -> list[tuple[s
     gaps = int(column.isna().sum())
     if gaps:
         raise DataError(
-            f"{source.label}: obs[{study_key!r}] is missing for {gaps} cells: fill it in or remove the cells"
+            f"{source.label}: obs[{study_key!r}] is missing for {gaps} cells: fill it in, or remove these cells."
         )
     codes, values = pd.factorize(column.astype(str).to_numpy(dtype=object), sort=True)
     groups: dict[str, np.ndarray] = {}
@@ -346,8 +371,8 @@ def _groups(source: OpenInput, name: str, study_key: str | None) -> list[tuple[s
         study = f"{name}.{sanitise(str(value))}"
         if study in groups:
             raise DataError(
-                f"{source.label}: two values of obs[{study_key!r}] would both be the study {study!r}: "
-                "rename one"
+                f"{source.label}: two values of obs[{study_key!r}] would both give the study name {study!r}: rename "
+                "one of them."
             )
         groups[study] = np.flatnonzero(codes == code)
     return list(groups.items())
@@ -362,7 +387,7 @@ def _stream(
     advance: Callable[[float], None],
     values: Values,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Read everything into `sort`; return number, sum and maximum of the values of each place, (N,) each."""
+    """Read all counts into `sort`. Return number, sum and maximum of the values of each cell, (N,) each, by place."""
     n = len(place)
     lengths, totals, maxima = np.zeros(n, np.int64), np.zeros(n), np.zeros(n)
 
@@ -381,7 +406,7 @@ def _stream(
         if source.whole_rows:
             note(place[rows], aligned)
         sort.add(place[rows], aligned)
-        # Half of the work is reading, half is sorting and writing.
+        # Reading counts as half of the progress, sorting and writing as the other half.
         share = len(rows) / n if source.whole_rows else counts.nnz / max(source.n_values, 1)
         advance(0.5 * n * share)
     checker.finish()
@@ -390,12 +415,16 @@ def _stream(
         for bucket in range(len(sort.edges) - 1):
             counts, summed = sort.load(bucket)
             if summed and not adds:
-                raise DataError(f"{source.label} has two entries for one cell and gene: the file is damaged")
+                raise DataError(
+                    f"{source.label} has two entries for the same cell and gene: the file is damaged, so write it "
+                    "again."
+                )
             note(np.arange(sort.edges[bucket], sort.edges[bucket + 1]), counts)
     return lengths, totals, maxima
 
 
 def _sorted_blocks(sort: BucketSort, buckets: range, advance: Callable[[float], None]) -> Iterator[Any]:
+    """Yield the sorted counts of each bucket."""
     for bucket in buckets:
         counts, _ = sort.load(bucket)
         yield counts
@@ -405,7 +434,7 @@ def _sorted_blocks(sort: BucketSort, buckets: range, advance: Callable[[float], 
 def _filter(
     lengths: np.ndarray, totals: np.ndarray, options: IngestOptions
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Which cells are kept, and how many are not for which reason."""
+    """Return the mask of cells to keep, and reason -> number of dropped cells."""
     least = 0 if options.values != COUNTS and options.min_counts == 1 else options.min_counts
     tests = {
         "without counts": (totals == 0) & (options.min_counts > 0 or options.min_genes > 0),
@@ -423,5 +452,5 @@ def _filter(
 
 
 def absolute_location(item: Input) -> str:
-    """Where an input lies, whatever the working folder of the next ingest is."""
+    """Return the location of an input, as an absolute path if it is a file."""
     return item.location if item.kind in ("census", "memory") else str(Path(item.location).absolute())

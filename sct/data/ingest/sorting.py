@@ -1,8 +1,9 @@
-"""The order of a study's cells, and an external sort into it.
+"""The order of the cells in a study, and an external sort into this order.
 
-The place of every cell is known before its counts are read (a seeded permutation, or its rank along a
-space-filling curve). Blocks are therefore cut by range of places, held in memory while they fit and spilled
-to files where they do not; then each bucket is sorted by itself.
+The position ("place") of every cell in the store is known before its counts are read: it comes from a seeded
+permutation, or from the rank along a space-filling curve. Blocks of input rows are split by ranges of places (buckets).
+Buckets are kept in memory as long as they fit, and are otherwise spilled to files. Then each bucket is sorted
+separately.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ _SMALL, _LARGE = np.dtype("<u2"), np.dtype("<f4")
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is held in memory; the result does not depend on it.
+    """Memory limits of an ingest. They do not change the result.
 
     Attributes
     ----------
     block
-        Values read at once.
+        Number of values to read at a time.
     bucket
-        Values sorted at once.
+        Number of values to sort at a time.
     held
-        Values kept in memory before they are spilled to disk.
+        Number of values to keep in memory before they are spilled to disk.
     """
 
     block: int = 1_000_000
@@ -41,18 +42,18 @@ class Sizes:
 
 
 def hilbert_rank(points: np.ndarray, bits: int = 16) -> np.ndarray:
-    """Rank of points along a Hilbert curve through their bounding square.
+    """Rank points along a Hilbert curve through their bounding square.
 
     Parameters
     ----------
     points
-        Finite coordinates, (N, 2).
+        Finite coordinates (N, 2).
     bits
-        The curve visits a grid of 2^bits x 2^bits squares; points of one square keep their order.
+        The curve visits the squares of a 2^bits x 2^bits grid. Points in the same square keep their order.
 
     Returns
     -------
-    (N,) int64, a permutation of 0..N-1.
+    Ranks, int64 (N,): a permutation of 0..N-1.
     """
     points = np.asarray(points, dtype=np.float64)
     low = points.min(axis=0)
@@ -63,7 +64,7 @@ def hilbert_rank(points: np.ndarray, bits: int = 16) -> np.ndarray:
     for bit in reversed(range(bits)):
         right, up = (x >> bit) & 1, (y >> bit) & 1
         distance += ((3 * right) ^ up) << (2 * bit)
-        # Turn the quadrant so that the curve inside it starts where the last one ended.
+        # Rotate the quadrant, so that its part of the curve starts where the previous quadrant's part ends.
         mirror = (up == 0) & (right == 1)
         mask = (1 << bit) - 1
         x, y = np.where(mirror, mask - (x & mask), x & mask), np.where(mirror, mask - (y & mask), y & mask)
@@ -74,7 +75,7 @@ def hilbert_rank(points: np.ndarray, bits: int = 16) -> np.ndarray:
 
 
 def random_rank(n: int, name: str, seed: int) -> np.ndarray:
-    """Seeded permutation of the `n` cells of the study `name`, (n,) int64."""
+    """Return a seeded permutation of the `n` cells of the study `name`, int64 (n,)."""
     salt = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
     return np.random.default_rng([seed, salt]).permutation(n)
 
@@ -85,13 +86,13 @@ class BucketSort:
     Parameters
     ----------
     folder
-        Where values are spilled; made when needed, removed by `close`.
+        Folder for spilled values. It is created when needed and removed by `close`.
     edges
-        First place of each bucket, and the end, (buckets + 1,).
+        First place of each bucket, and the end of the last bucket, (buckets + 1,).
     n_genes
         Number of columns (G).
     held
-        Values kept in memory before they are spilled.
+        Number of values to keep in memory before they are spilled.
     """
 
     def __init__(self, folder: Path, edges: np.ndarray, n_genes: int, held: int):
@@ -101,14 +102,22 @@ class BucketSort:
         self._n_held, self._spilled = 0, False
 
     def add(self, places: np.ndarray, counts: sp.csr_matrix) -> None:
-        """Take in rows: `places` (n,) and their `counts` (n, G), positive and below 2^24 or not whole."""
+        """Add n rows.
+
+        Parameters
+        ----------
+        places
+            Places of the rows, (n,).
+        counts
+            Positive values (n, G): whole numbers below 2^24, or fractions.
+        """
         order = np.argsort(places, kind="stable")
         places = places[order]
         counts = counts[order]
         indices = counts.indices.astype(self._index_type)
         small = not counts.nnz or counts.data.max() <= np.iinfo(_SMALL).max
         data = counts.data.astype(_SMALL if small else _LARGE)
-        if small and not np.array_equal(data, counts.data):  # activities, which are not whole
+        if small and not np.array_equal(data, counts.data):  # activities may be fractions
             data = counts.data.astype(_LARGE)
         lengths = np.diff(counts.indptr).astype("<i4")
         cuts = np.searchsorted(places, self.edges)
@@ -122,7 +131,7 @@ class BucketSort:
             self._spill()
 
     def _spill(self) -> None:
-        if not self._spilled:  # new, so that nothing that lies there is written to
+        if not self._spilled:  # fails if the folder exists, so that existing files are never overwritten
             self.folder.mkdir(parents=True)
             self._spilled = True
         for bucket, pieces in enumerate(self._pieces):
@@ -148,16 +157,16 @@ class BucketSort:
                     piece = tuple(np.fromfile(handle, each, n) for each, n in types)
                     if any(len(array) != n for array, (_, n) in zip(piece, types, strict=True)):
                         raise StoreError(
-                            f"{file} ends too early, although all of it was written: check the disk, then run "
-                            "the ingest again to resume"
+                            f"the temporary file {file} is truncated: check the disk, then run the ingest again to "
+                            "resume."
                         )
                     pieces.append(piece)
         return pieces + self._pieces[bucket]
 
     def load(self, bucket: int) -> tuple[sp.csr_matrix, bool]:
-        """Rows of one bucket in order, (places, G) CSR, and whether entries had to be summed.
+        """Return the sorted rows of a bucket, CSR (places, G), and whether repeated entries were summed.
 
-        Values are uint16 where all of them fit, otherwise float32.
+        Values are uint16 if all of them fit, otherwise float32.
         """
         low, high = int(self.edges[bucket]), int(self.edges[bucket + 1])
         pieces = self._load_pieces(bucket)
@@ -172,7 +181,7 @@ class BucketSort:
         )
         order = np.argsort(rows, kind="stable")
         rows, counts = rows[order], counts[order]
-        # Parts of one row (a source read by columns) are now side by side: joining them is a new row pointer.
+        # The parts of a row (from an input that is read by columns) are now adjacent. A new indptr joins them.
         lengths = np.bincount(rows, weights=np.diff(counts.indptr), minlength=high - low).astype(np.int64)
         indptr = np.concatenate([[0], np.cumsum(lengths)])
         counts = sp.csr_matrix((counts.data, counts.indices, indptr), shape=(high - low, self.n_genes))
@@ -184,16 +193,27 @@ class BucketSort:
         return counts, counts.nnz < before
 
     def close(self) -> None:
-        """Forget everything and remove the files."""
+        """Free the memory and delete the files."""
         self._pieces = []
         if self._spilled:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def cut_places(sizes_of_studies: list[int], n_values: int, bucket: int) -> tuple[np.ndarray, list[range]]:
-    """Cut the places of consecutive studies into buckets of about `bucket` values, none in two studies.
+    """Split the places of consecutive studies into buckets. A bucket never spans two studies.
 
-    Returns the edges, (buckets + 1,), and the buckets of each study.
+    Parameters
+    ----------
+    sizes_of_studies
+        Number of cells of each study.
+    n_values
+        Number of values of all studies.
+    bucket
+        Approximate number of values per bucket.
+
+    Returns
+    -------
+    The edges, (buckets + 1,), and the buckets of each study.
     """
     n_cells = sum(sizes_of_studies)
     per_bucket = max(1, int(n_cells * bucket / max(n_values, 1)))

@@ -1,4 +1,4 @@
-"""Which studies are for training, validation and test: by study, never by cell."""
+"""Assign studies to the training, validation and test splits. All cells of a study are in the same split."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ AUTOMATIC_FRACTION = 0.1
 def check_splits(
     validation: Collection[str] | None, test: Collection[str] | None, known: Collection[str] | None = None
 ) -> None:
-    """Raise ConfigError where a study is named for two splits, or is not among `known`."""
+    """Raise `ConfigError` if a study is listed in two splits, or is not among `known`."""
     both = sorted(set(validation or ()) & set(test or ()))
     if both:
-        raise ConfigError(f"{', '.join(both)} is named for validation and for test: keep one of the two")
+        raise ConfigError(f"{', '.join(both)} is in both validation and test: remove it from one of them.")
     if known is None:
         return
-    strange = sorted((set(validation or ()) | set(test or ())) - set(known))
-    if strange:
+    unknown = sorted((set(validation or ()) | set(test or ())) - set(known))
+    if unknown:
         raise ConfigError(
-            f"no study is called {', '.join(strange)}: name validation and test studies among "
-            f"{', '.join(sorted(known))}"
+            f"validation or test lists {', '.join(unknown)}, but there is no such study: choose from "
+            f"{', '.join(sorted(known))}."
         )
 
 
@@ -38,30 +38,31 @@ def assign_splits(
     fraction: float | None = None,
     seed: int = 0,
 ) -> tuple[dict[str, str], str]:
-    """Give each study its split.
+    """Assign each study to a split.
 
     Parameters
     ----------
     names
         All studies of the store.
     previous
-        Splits that studies had before; they keep them unless a list or a fraction is given.
+        Current split of each study. It is kept unless a list or a fraction is given.
     validation, test
-        Names of the studies of a split; the whole list, so `()` empties it. None leaves it as it was.
+        Complete list of the studies in a split; `()` empties the split. None keeps the current split.
     fraction
-        Share of the studies for validation, chosen by a hash of their names. None: 0.1 where there are at
-        least ten studies and no validation studies yet, otherwise no choice.
+        Fraction of the studies for validation, chosen by a hash of their names. Default: 0.1 if there are at least ten
+        studies and no validation study yet, otherwise no automatic choice.
     seed
-        Changes the choice.
+        Seed of the choice.
 
     Returns
     -------
-    Study -> "train", "validation" or "test", and one sentence that says how validation was chosen.
+    Study -> "train", "validation" or "test", and a sentence on how validation was chosen.
 
     Raises
     ------
     ConfigError
-        Unknown names, a name in two splits, or nothing left to train on.
+        A name is unknown or in two splits, validation is given both by name and by fraction, or no study is left for
+        training.
     """
     check_splits(validation, test, names)
     splits = {name: previous.get(name, "train") for name in names}
@@ -74,7 +75,7 @@ def assign_splits(
                     splits[name] = "train"
     held_out = [name for name in names if splits[name] == "validation"]
     if fraction is not None and validation is not None:
-        raise ConfigError("validation studies are given by name and by fraction: keep one of the two")
+        raise ConfigError("validation and validation_fraction are both set: set only one of them.")
     automatic = fraction is None and validation is None and not held_out and len(names) >= AUTOMATIC_FROM
     if fraction is not None or automatic:
         share = AUTOMATIC_FRACTION if fraction is None else fraction
@@ -89,19 +90,20 @@ def assign_splits(
             splits[name] = "validation"
         held_out = [name for name in names if splits[name] == "validation"]
         note = (
-            f"validation: {', '.join(held_out)}, chosen by name; where studies share donors, choose yourself "
-            "with --validation=NAME,..."
+            f"validation: {', '.join(held_out)} (chosen by a hash of the name; if studies share donors, choose "
+            "yourself with --validation=NAME,...)"
         )
     elif held_out:
         note = f"validation: {', '.join(held_out)}"
     else:
-        note = "no study is held out for validation: name one or more with --validation=NAME,..."
+        note = "no study is held out for validation: set --validation=NAME,... to hold out studies"
     if "train" not in splits.values():
         raise ConfigError(
-            f"no study is left to train on among {', '.join(names)}: hold out fewer, or ingest at least two studies"
+            f"no study is left for training among {', '.join(names)}: hold out fewer studies, or ingest at least two."
         )
     return splits, note
 
 
 def _order(name: str, seed: int) -> bytes:
+    """Return the sort key of a study for the automatic choice."""
     return hashlib.sha256(f"{seed}:{name}".encode()).digest()

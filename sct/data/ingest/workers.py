@@ -1,4 +1,4 @@
-"""Running the ingest of many inputs, here or in several processes, with one progress display."""
+"""Ingest many inputs, in this process or in several worker processes, with one progress bar."""
 
 from __future__ import annotations
 
@@ -22,9 +22,16 @@ from sct.progress import ProgressBar, progress
 
 @dataclass(frozen=True)
 class IngestJob:
-    """One input to do, its fingerprint, the studies that an earlier version of it left, and the table of its genes.
+    """An input to ingest.
 
-    All processes have the one table that was read, and its digest, whatever becomes of the file.
+    Attributes
+    ----------
+    item, fingerprint
+        The input and its fingerprint.
+    stale
+        Studies from an earlier version of the input.
+    table
+        Orthologue table. It is read once and passed to all processes, so later changes of the file have no effect.
     """
 
     item: Input
@@ -36,7 +43,12 @@ class IngestJob:
 def run_jobs(
     root: Path, jobs: list[IngestJob], vocabulary: GeneVocabulary, options: IngestOptions
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Do the jobs, here or in other processes; a refused input does not stop the others."""
+    """Run the jobs. A refused input does not stop the others.
+
+    Returns
+    -------
+    The records of the new studies, and location -> reason of refused inputs.
+    """
     if not jobs:
         return [], {}
     counts = [count_cells(job.item) for job in jobs]
@@ -50,7 +62,7 @@ def run_jobs(
     def take(job: IngestJob, outcome: list[dict[str, Any]] | str) -> None:
         if isinstance(outcome, str):
             refused[job.item.location] = outcome
-            bar.write(f"{job.item.location} is refused, the others go on")
+            bar.write(f"{job.item.location} was refused; the ingest continues with the other inputs")
         else:
             fresh.extend(outcome)
 
@@ -64,7 +76,7 @@ def run_jobs(
 
 
 class _Meter:
-    """Turns the progress of one input into whole cells on a bar."""
+    """Adds up fractional progress and reports whole cells to a progress bar."""
 
     def __init__(self, bar: ProgressBar, name: str):
         self._bar, self._name, self._rest = bar, name, 0.0
@@ -103,6 +115,7 @@ def _in_pool(
     processes: int,
     bar: ProgressBar,
 ) -> Iterator[tuple[IngestJob, list[dict[str, Any]] | str]]:
+    """Run the jobs in worker processes; yield each job with its records or the reason of its refusal."""
     context = multiprocessing.get_context("spawn")
     done = context.Value("d", 0.0)
     meter = _Meter(bar, "")
@@ -110,7 +123,7 @@ def _in_pool(
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker, initargs=(done,))
     try:
-        # The largest first, so that no process is left alone with one at the end.
+        # Start with the largest inputs, so that all processes finish at about the same time.
         order = sorted(jobs, key=lambda job: -_size(job.item))
         waiting: dict[Future[Any], IngestJob] = {
             pool.submit(_worker, root, job, vocabulary, options): job for job in order
@@ -122,14 +135,14 @@ def _in_pool(
             seen = now
             for future in finished:
                 yield waiting.pop(future), future.result()
-    except (SystemExit, GeneratorExit):  # SIGTERM, which the processes did not get
+    except (SystemExit, GeneratorExit):  # after SIGTERM, which the worker processes did not receive
         for process in set(multiprocessing.active_children()) - others:
             process.terminate()
         raise
     except BrokenProcessPool as error:
         raise StoreError(
-            f"a process that wrote to {root} was killed, most likely for want of memory: run the ingest "
-            "again with fewer processes, it resumes"
+            f"a worker process of the ingest to {root} was killed, probably because memory ran out: run the ingest "
+            "again with fewer processes to resume."
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -148,7 +161,7 @@ def _attempt(
     options: IngestOptions,
     advance: Callable[[float], None],
 ) -> list[dict[str, Any]] | str:
-    """Records of the studies of one input, or the sentence that says why it is refused."""
+    """Ingest one input; return the records of its studies, or the reason why it is refused."""
     try:
         return ingest_input(
             root,

@@ -1,7 +1,7 @@
-"""Writing one study as an AnnData group of zarr v3 arrays that TensorStore reads fast.
+"""Write a study as an AnnData group of zarr v3 arrays that TensorStore can read fast.
 
-X is written with TensorStore, in whole shards of compressed chunks that each carry a checksum; tables are
-written by anndata.
+TensorStore writes X, one shard at a time. A shard consists of compressed chunks with a checksum each. anndata writes
+the tables.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.store import CHUNK, GROUPS, hash_group
 from sct.errors import SctError, StoreError
 
-CHUNKS_PER_SHARD = 128  # shards of 4M values: about 5 MB on disk each, hundreds of files for a million cells
+CHUNKS_PER_SHARD = 128  # shards of 4M values: about 5 MB each on disk, hundreds of files for a million cells
 _ROW_CHUNK = 8_192
-# Level 3 takes twice the time to write for 2% less on disk.
+# Compression level 3 takes twice the time and saves only 2% of disk space.
 COMPRESSOR = {"cname": "zstd", "clevel": 1, "shuffle": "shuffle"}
-MAX_COUNT = 1 << 24  # float32 holds every integer below
+MAX_COUNT = 1 << 24  # float32 represents all integers below this exactly
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a full disk and its like into one sentence, and leave nothing half-written at `path`."""
+    """Convert disk errors to a `StoreError`, and delete `path` after any error."""
     try:
         yield
     except BaseException as error:
         shutil.rmtree(path, ignore_errors=True)
-        # TensorStore reports the operating system's errors as ValueError with a status code in front.
+        # TensorStore reports errors of the operating system as ValueError that starts with a status code.
         status = str(error).partition(":")[0]
-        from_machine = isinstance(error, OSError) or (isinstance(error, ValueError) and status.isupper())
-        if from_machine and not isinstance(error, SctError):
+        from_system = isinstance(error, OSError) or (isinstance(error, ValueError) and status.isupper())
+        if from_system and not isinstance(error, SctError):
             cause = getattr(error, "strerror", None) or str(error).split(" [")[0]
             raise StoreError(
-                f"{path} could not be written ({cause}): free space or mend the disk, then run the ingest "
-                "again to resume"
+                f"{path} could not be written ({cause}): free disk space or check the disk, then run the ingest again "
+                "to resume."
             ) from error
         raise
 
 
 class _Appender:
-    """Writes a one-dimensional array piece by piece, in whole shards."""
+    """Writes a one-dimensional array incrementally, one shard at a time."""
 
     def __init__(self, path: Path, dtype: str, length: int, fill: int):
         self._array = create_array(path, dtype, (length,), CHUNK, CHUNK * CHUNKS_PER_SHARD, fill)
@@ -87,10 +87,24 @@ class _Appender:
 def create_array(
     path: Path, dtype: str, shape: tuple[int, ...], chunk: int, shard: int, fill: Any, encoded: bool = False
 ) -> Any:
-    """Create a sharded, compressed zarr v3 array with a checksum per chunk; return its TensorStore handle.
+    """Create a sharded, compressed zarr v3 array with a checksum per chunk.
 
-    Chunks and shards are along the first axis. `fill` must be a value that never occurs: what is missing is
-    then never mistaken for data. `encoded` adds the attributes by which AnnData knows an array.
+    Parameters
+    ----------
+    path
+        Folder of the array.
+    dtype, shape
+        dtype and shape of the array.
+    chunk, shard
+        Lengths of chunks and shards along the first axis.
+    fill
+        Fill value of missing chunks. It should not occur in the data, so that missing chunks are not taken for data.
+    encoded
+        Add the attributes that AnnData requires for an array.
+
+    Returns
+    -------
+    The TensorStore handle.
     """
     import tensorstore as ts
 
@@ -125,26 +139,30 @@ def create_array(
 
 @contextmanager
 def quiet_anndata() -> Iterator[None]:
-    """Fix the format that anndata writes, and keep its and zarr's announcements from users."""
+    """Set the format that anndata writes, and hide warnings of anndata and zarr from users."""
     import anndata
     import zarr
 
     with warnings.catch_warnings():
         for module in ("anndata", "zarr", "numcodecs"):
             warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
-        # Without shards a small column is one file, in every version of anndata.
+        # Without sharding, a small column is a single file in all anndata releases.
         warnings.filterwarnings("ignore", message="zarr v3 autosharding")
-        # A chunk that is not there is never one whose values all are the fill value.
+        # Also write chunks that contain only the fill value, so that a missing chunk is always an error.
         complete = zarr.config.set({"array.write_empty_chunks": True})
         with anndata.settings.override(auto_shard_zarr_v3=False), complete:
             yield
 
 
 def portable_table(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """Prepare `obs` for writing, so that every version of anndata reads it.
+    """Prepare `obs` for writing, so that all anndata releases can read it.
 
-    Text becomes plain text, or categories where it has gaps. Returns the table and the names of the columns
-    that AnnData cannot store (mixed or nested objects, dates); these are left out.
+    String columns stay strings, or become categories if they have missing values.
+
+    Returns
+    -------
+    The table, and the names of the columns that were left out because AnnData cannot store them (mixed or nested
+    objects, dates).
     """
     index = pd.Index(table.index.astype(str).to_numpy(dtype=object), dtype=object)
     written = pd.DataFrame(index=index)
@@ -162,7 +180,7 @@ def portable_table(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 
 
 def _is_folder_name(name: str) -> bool:
-    """Whether a column's name can be that of its folder, and of nothing above or of zarr's own."""
+    """Return whether a column name is a valid and safe folder name."""
     return (
         name.strip() not in ("", ".", "..", "zarr.json")
         and not any(character in "/\\" or not character.isprintable() for character in name)
@@ -171,6 +189,7 @@ def _is_folder_name(name: str) -> bool:
 
 
 def _portable(column: pd.Series) -> Any:
+    """Convert a column to a type that all anndata releases can read; return None if there is none."""
     dtype = column.dtype
     if isinstance(dtype, pd.CategoricalDtype):
         kinds = dtype.categories
@@ -204,7 +223,7 @@ def write_frame(
     scale: Scale | None,
     shape: tuple[int, int],
 ) -> None:
-    """Write everything of an AnnData group but the arrays of X."""
+    """Write all elements of an AnnData group except the arrays of X."""
     import zarr
     from anndata.io import write_elem
 
@@ -241,26 +260,26 @@ def write_study(
     maximum: float,
     frame: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write one study's group.
+    """Write the AnnData group of a study.
 
     Parameters
     ----------
     path
-        Folder to be made.
+        Folder to create.
     buckets
-        Counts of all cells in order, (n, G) each.
+        Counts of all N cells in order, in blocks (n, G).
     kept
-        Which cells are written, (N,) bool in that order.
+        Mask of the cells to write, bool (N,).
     lengths
-        Values of each cell, (N,) int64.
+        Number of values of each cell, int64 (N,).
     maximum
-        Largest value of the kept cells, below 2^24; infinity where values need not be whole.
+        Largest value of the kept cells, below 2^24; infinity if values may be fractions.
     frame
-        `obs`, `vocabulary`, `measured`, `coordinates` and `scale` for `write_frame`, the rows being the kept cells.
+        `obs`, `vocabulary`, `measured`, `coordinates` and `scale` for `write_frame`. Its rows are the kept cells.
 
     Returns
     -------
-    Facts for the manifest: nnz, value_dtype, total_counts, ...
+    Entries for the manifest: n_cells, nnz, value_dtype, total_counts and others.
     """
     vocabulary: GeneVocabulary = frame["vocabulary"]
     dtype = "uint16" if maximum < 1 << 16 else "float32"

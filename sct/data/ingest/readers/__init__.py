@@ -1,7 +1,7 @@
-"""Streams of counts out of foreign formats, in bounded memory.
+"""Read counts from input files in bounded memory.
 
-Every reader gives the same thing: the tables of cells and genes, coordinates where there are any, and blocks
-of counts as (row numbers, CSR of those rows over all source genes).
+Every reader returns the tables of cells and genes, optional coordinates, and blocks of counts. A block is a pair of row
+numbers and a CSR matrix of these rows over all genes of the input.
 """
 
 from __future__ import annotations
@@ -34,27 +34,28 @@ def open_source(
     census_version: str = "stable",
     values: Values = COUNTS,
 ) -> Iterator[OpenInput]:
-    """Open an input.
+    """Open an input. Use it in a `with` statement.
 
     Parameters
     ----------
     item
-        What to open.
+        The input.
     layer
-        "X", "raw", the name of a layer, or None for the first of X, raw and layers["counts"] with raw counts.
+        Matrix to read: "X", "raw" or the name of a layer. Default: the first of X, raw and layers["counts"] that has
+        raw counts.
     spatial_key
-        Key of coordinates in `obsm`; an input without it is not spatial.
+        Key of the coordinates in `obsm`. Inputs without it are not spatial.
     folder
-        Where a download may be put while the source is open.
+        Folder for a temporary download.
     census_version
         Release of the CELLxGENE Census for `census:` inputs.
     values
-        "activity": the matrix is no counts; without a layer it is X.
+        "counts" or "activity". With "activity", the default layer is X.
 
     Raises
     ------
     DataError
-        The input is damaged, has no raw counts, or its cells or coordinates are not usable.
+        The input is damaged, has no raw counts, or its cells or coordinates are invalid.
     """
     if item.kind == "census":
         path = _download(item.location, folder, census_version)
@@ -68,7 +69,7 @@ def open_source(
             path.unlink(missing_ok=True)
         return
     with reading(item.location):
-        # Where nothing tells counts from other values, nothing is searched for.
+        # Activities cannot be recognized by their values, so there is no search: the default is X.
         source, close = _open(item, "X" if layer is None and values != COUNTS else layer, spatial_key)
     try:
         _check_cells(source)
@@ -78,7 +79,7 @@ def open_source(
 
 
 def count_cells(item: Input) -> int | None:
-    """Number of cells of an input where it is cheap to know, for progress; None where not or in doubt."""
+    """Return the number of cells of an input for the progress bar, or None if it cannot be read cheaply."""
     try:
         if item.adata is not None:
             return item.adata.n_obs
@@ -107,7 +108,7 @@ def _axis_length(table: Any) -> int:
 
 def _open(item: Input, layer: str | None, spatial_key: str) -> tuple[OpenInput, Callable[[], None]]:
     if item.kind in ("10x_h5", "mtx") and layer not in (None, "X"):
-        raise DataError(f"{item.location} has no layers, but layer={layer!r} was asked for: leave it out")
+        raise DataError(f"{item.location} has no layers, but layer is {layer!r}: leave out layer.")
     if item.kind == "mtx":
         return tenx_mtx(Path(item.location)), lambda: None
     if item.adata is not None:
@@ -119,7 +120,7 @@ def _open(item: Input, layer: str | None, spatial_key: str) -> tuple[OpenInput, 
         return anndata_source(item.location, from_group(group), layer, spatial_key), lambda: None
     import h5py
 
-    # With HDF5's own cache of 1 MiB a compressed chunk is decompressed again for every block that it touches.
+    # With HDF5's default cache of 1 MiB, a compressed chunk is decompressed again for every block that overlaps it.
     file = h5py.File(item.location, "r", rdcc_nbytes=_CHUNK_CACHE)
     try:
         if item.kind == "10x_h5":
@@ -132,12 +133,12 @@ def _open(item: Input, layer: str | None, spatial_key: str) -> tuple[OpenInput, 
 
 def _check_cells(source: OpenInput) -> None:
     if len(source.obs) == 0:
-        raise DataError(f"{source.label} holds no cells: leave it out")
+        raise DataError(f"{source.label} has no cells: leave out this input.")
     repeated = source.obs.index[source.obs.index.duplicated()]
     if len(repeated):
         raise DataError(
-            f"{source.label} has {len(repeated)} duplicate cell names, e.g. {repeated[0]!r}: "
-            "make them unique (adata.obs_names_make_unique()) and write the file again"
+            f"{source.label} has {len(repeated)} duplicate cell names, e.g. {repeated[0]!r}: make them unique with "
+            "adata.obs_names_make_unique(), and write the file again."
         )
 
 
@@ -152,6 +153,6 @@ def _download(dataset: str, folder: Path, version: str) -> Path:
         path.unlink(missing_ok=True)
         cause = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise DataError(
-            f"census:{dataset} could not be downloaded ({cause}): check the id and the network"
+            f"census:{dataset} could not be downloaded ({cause}): check the id and the network connection."
         ) from error
     return path

@@ -1,4 +1,4 @@
-"""AnnData in memory, in HDF5 files and in zarr groups: X is left where it is."""
+"""Read AnnData objects in memory, in HDF5 files and in zarr groups. Matrices on disk are not loaded completely."""
 
 from __future__ import annotations
 
@@ -21,7 +21,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class H5adParts:
-    """Access to the parts of an AnnData, wherever it lies; absent parts are None."""
+    """Functions that return the parts of an AnnData in memory or on disk; None for missing parts.
+
+    Attributes
+    ----------
+    obs
+        Returns the table of cells.
+    var
+        Returns the table of genes; with True, that of `raw`.
+    matrix
+        Returns X, raw or a layer by name.
+    obsm
+        Returns an entry of `obsm` by key.
+    layers
+        Names of the layers.
+    """
 
     obs: Callable[[], Any]
     var: Callable[[bool], Any]
@@ -31,7 +45,7 @@ class H5adParts:
 
 
 def from_memory(adata: anndata.AnnData) -> H5adParts:
-    """Parts of an AnnData object; a backed one is loaded (give its path for bounded memory)."""
+    """Return the parts of an AnnData object. A backed object is loaded; pass its path instead to bound the memory."""
     if adata.isbacked:
         adata = adata.to_memory()
     raw = adata.raw
@@ -60,7 +74,7 @@ def _memory_matrix(x: Any) -> Matrix | None:
 
 
 def from_group(group: Any) -> H5adParts:
-    """Parts of an AnnData in an HDF5 file or zarr group: X is left on disk."""
+    """Return the parts of an AnnData in an HDF5 file or zarr group. Matrices stay on disk."""
     from anndata.io import read_elem
 
     def matrix(where: str) -> Matrix | None:
@@ -72,7 +86,7 @@ def from_group(group: Any) -> H5adParts:
         return read_elem(group[path]) if path in group else None
 
     if not hasattr(group["obs"], "keys"):
-        raise ValueError("it was written by an anndata older than 0.7: read it and write it again")
+        raise ValueError("it was written by anndata before 0.7: read it and write it again")
     return H5adParts(
         obs=lambda: read_elem(group["obs"]),
         var=lambda of_raw: read_elem(group["raw/var" if of_raw else "var"]),
@@ -94,12 +108,14 @@ def _stored_matrix(element: Any) -> Matrix | None:
 
 
 def anndata_source(label: str, parts: H5adParts, layer: str | None, spatial_key: str) -> OpenInput:
-    """Choose the counts among `parts` and check the coordinates."""
+    """Find the matrix with the counts, check the coordinates, and return the open input."""
     obs = parts.obs()
     taken, matrix = _find_counts(label, parts, layer)
     var = parts.var(taken == "raw.X")
     if matrix.shape != (len(obs), len(var)):
-        raise ValueError(f"{taken} is {matrix.shape}, but there are {len(obs)} cells and {len(var)} genes")
+        raise ValueError(
+            f"{taken} has shape {matrix.shape}, but there are {len(obs)} cells and {len(var)} genes"
+        )
     return OpenInput(
         label=label,
         obs=obs,
@@ -113,12 +129,12 @@ def anndata_source(label: str, parts: H5adParts, layer: str | None, spatial_key:
 
 
 def _find_counts(label: str, parts: H5adParts, layer: str | None) -> tuple[str, Matrix]:
-    """The first matrix whose sampled values are raw counts; the whole is checked while it is read."""
+    """Return the first matrix whose sampled values are raw counts. All values are checked later, during reading."""
     if layer is not None:
         matrix = parts.matrix(layer)
         if matrix is None:
             known = ["X", *(["raw"] if parts.matrix("raw") is not None else []), *parts.layers]
-            raise DataError(f"{label} has no layer {layer!r}: choose one of {', '.join(known)}")
+            raise DataError(f"{label} has no layer {layer!r}: choose one of {', '.join(known)}.")
         return {"X": "X", "raw": "raw.X", "raw.X": "raw.X"}.get(layer, f'layers["{layer}"]'), matrix
     refused: list[str] = []
     for where, name in (("X", "X"), ("raw", "raw.X"), ("counts", 'layers["counts"]')):
@@ -135,15 +151,18 @@ def _find_counts(label: str, parts: H5adParts, layer: str | None) -> tuple[str, 
             return name, matrix
     found = "; ".join(refused) or "it has neither X nor raw nor layers['counts']"
     raise DataError(
-        f"{label} has no raw counts ({found}): name the layer that holds them (--layer=), or leave the file "
-        "out (--skip_invalid)"
+        f"{label} has no raw counts ({found}): set --layer= to the layer with raw counts, or leave out such inputs "
+        "with --skip_invalid."
     )
 
 
 def _coordinates(label: str, value: Any, key: str) -> np.ndarray | None:
+    """Check coordinates and return them as float64 (N, 2); None if there are none."""
     if value is None:
         if key != SPATIAL_KEY:
-            raise DataError(f"{label} has no obsm[{key!r}]: give the key of its coordinates, or none")
+            raise DataError(
+                f"{label} has no obsm[{key!r}]: set spatial_key to the key of its coordinates, or leave it out."
+            )
         return None
     points = np.asarray(value, dtype=np.float64)
     check_shape(
@@ -151,9 +170,9 @@ def _coordinates(label: str, value: Any, key: str) -> np.ndarray | None:
         points,
         ("cells", (2, "coordinates")),
         empty=True,
-        advice="keep the two columns that span the plane, or split the file by section",
+        advice="keep the two columns of the section plane, or split the file by section",
     )
     check_finite(
-        f"{label}: obsm[{key!r}]", points, "cells", advice="remove these cells, or name another spatial key"
+        f"{label}: obsm[{key!r}]", points, "cells", advice="remove these cells, or set another spatial_key"
     )
     return points

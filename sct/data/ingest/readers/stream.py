@@ -1,4 +1,4 @@
-"""What every reader gives: tables of cells and genes, and blocks of counts in bounded memory."""
+"""The common result of all readers: tables of cells and genes, and blocks of counts in bounded memory."""
 
 from __future__ import annotations
 
@@ -21,9 +21,18 @@ _SAMPLE = 100_000
 
 @dataclass(frozen=True)
 class Matrix:
-    """Counts on disk or in memory: arrays that can be sliced, in one of three layouts.
+    """A count matrix on disk or in memory, as sliceable arrays.
 
-    `layout` is "csr", "csc" or "dense"; `shape` is (N, n_var); a dense matrix is in `data`.
+    Attributes
+    ----------
+    layout
+        "csr", "csc" or "dense".
+    shape
+        (N, n_var).
+    data
+        Stored values, or the whole matrix if dense.
+    indices, indptr
+        Index arrays of a sparse matrix.
     """
 
     layout: str
@@ -34,11 +43,11 @@ class Matrix:
 
     @property
     def n_values(self) -> int:
-        """Number of values that are stored (an upper bound of the non-zero ones)."""
+        """Number of stored values: an upper bound on the number of non-zero values."""
         return int(np.prod(self.data.shape))
 
     def sample(self) -> np.ndarray:
-        """Values from the beginning, the middle and the end."""
+        """Return values from the beginning, the middle and the end."""
         if self.layout == "dense":
             n, step = self.shape[0], max(1, _SAMPLE // max(1, self.shape[1]))
             starts = sorted({0, max(0, n // 2), max(0, n - step)})
@@ -48,7 +57,7 @@ class Matrix:
         return np.concatenate([np.asarray(self.data[each : each + _SAMPLE]) for each in starts])
 
     def blocks(self, entries: int) -> Iterator[RowBlock]:
-        """Blocks of about `entries` stored values; each row once, unless the layout is "csc"."""
+        """Yield blocks of about `entries` stored values. Each row is in one block, except for the layout "csc"."""
         n_rows, n_columns = self.shape
         if self.layout == "dense":
             step = max(1, entries // max(1, n_columns))
@@ -61,7 +70,7 @@ class Matrix:
         n_minor = n_columns if self.layout == "csr" else n_rows
         ends_well = len(indptr) == n_major + 1 and indptr[0] == 0 and indptr[-1] == self.n_values
         if not ends_well or (np.diff(indptr) < 0).any() or self.indices.shape != self.data.shape:
-            raise ValueError(f"its {self.layout} arrays contradict each other")
+            raise ValueError(f"its {self.layout} arrays are inconsistent")
         start = 0
         while start < n_major:
             stop = int(np.searchsorted(indptr, indptr[start] + entries, side="right")) - 1
@@ -84,7 +93,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class OpenInput:
-    """An opened input.
+    """An open input.
 
     Attributes
     ----------
@@ -93,15 +102,15 @@ class OpenInput:
     obs, var
         Tables of cells (N rows) and genes (n_var rows).
     spatial
-        Coordinates in source units, (N, 2) float64, or None.
+        Coordinates in the units of the input, float64 (N, 2), or None.
     taken
-        Where the counts were found: "X", "raw.X", 'layers["counts"]', ...
+        Location of the counts: "X", "raw.X", 'layers["counts"]', ...
     n_values
-        Number of values to come, an upper bound.
+        Upper bound on the number of values.
     whole_rows
-        Whether each row comes in exactly one block.
+        Whether each row is in exactly one block.
     blocks
-        Function of the number of values per block that gives the blocks.
+        Function that takes the number of values per block and yields the blocks.
     """
 
     label: str
@@ -116,7 +125,7 @@ class OpenInput:
 
 @contextmanager
 def reading(label: str) -> Iterator[None]:
-    """Turn whatever a damaged file raises into one sentence that names it."""
+    """Convert any error of a damaged file to a `DataError` that names the file."""
     try:
         yield
     except SctError:
@@ -127,12 +136,12 @@ def reading(label: str) -> Iterator[None]:
         else:
             cause = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise DataError(
-            f"{label} cannot be read ({cause}): the file is damaged or not what its name says"
+            f"{label} cannot be read ({cause}): check that the file is complete and has the format of its name."
         ) from error
 
 
 def guarded(label: str, blocks: Callable[[int], Iterator[RowBlock]]) -> Callable[[int], Iterator[RowBlock]]:
-    """Blocks whose errors name the input."""
+    """Wrap a block function so that its errors name the input."""
 
     def run(entries: int) -> Iterator[RowBlock]:
         with reading(label):

@@ -1,4 +1,4 @@
-"""Outputs of 10x pipelines: .h5 files of both versions, and folders of Matrix Market files."""
+"""Read outputs of 10x pipelines: .h5 files of both format versions, and folders with Matrix Market files."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from sct.errors import DataError
 
 
 def tenx_h5(label: str, file: Any) -> OpenInput:
-    """A 10x .h5 file: genes x cells in CSC, which is cells x genes in CSR."""
+    """Open a 10x .h5 file. It stores genes x cells in CSC, which equals cells x genes in CSR."""
     groups = [each for each in file.values() if hasattr(each, "keys") and "barcodes" in each]
     if len(groups) != 1:
         names = ", ".join(file.keys())
         raise DataError(
-            f"{label} has {len(groups)} 10x count matrices (groups: {names}), but exactly one is needed: "
-            "make one file per genome"
+            f"{label} has {len(groups)} 10x count matrices (groups: {names}), but must have exactly one: write one "
+            "file per genome."
         )
     group = groups[0]
     features = group.get("features")
@@ -51,13 +51,15 @@ def _of_features(
     blocks: Callable[[int], Iterator[RowBlock]],
     whole_rows: bool,
 ) -> OpenInput:
-    """A source of 10x features, without those that are no genes (antibodies, guides)."""
+    """Make an input of 10x features. Features that are not genes (antibodies, guides) are left out."""
     if shape != (len(barcodes), len(ids)):
-        raise ValueError(f"its matrix is {shape}, but it names {len(barcodes)} cells and {len(ids)} features")
+        raise ValueError(
+            f"its matrix has shape {shape}, but it lists {len(barcodes)} cells and {len(ids)} features"
+        )
     var = pd.DataFrame({"gene_ids": ids, "symbol": symbols}, index=pd.Index(ids, dtype=object))
     genes = np.ones(len(ids), bool) if kinds is None else np.asarray(kinds) == "Gene Expression"
     if not genes.any():
-        raise DataError(f"{label} has no features of the type 'Gene Expression': leave it out")
+        raise DataError(f"{label} has no features of type 'Gene Expression': leave out this input.")
 
     def only_genes(entries: int) -> Iterator[RowBlock]:
         for rows, counts in blocks(entries):
@@ -76,7 +78,7 @@ def _of_features(
 
 
 def tenx_mtx(path: Path) -> OpenInput:
-    """A 10x folder: `matrix.mtx` (genes x cells), `features.tsv` or `genes.tsv`, `barcodes.tsv`, or `.gz`."""
+    """Open a 10x folder: `matrix.mtx` (genes x cells), `features.tsv` or `genes.tsv`, and `barcodes.tsv`, or `.gz`."""
     prefix = MTX.sub("", path.name)
     features = _companion(path, prefix, ("features.tsv", "genes.tsv"))
     table = pd.read_csv(features, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=3)
@@ -101,10 +103,10 @@ def tenx_mtx(path: Path) -> OpenInput:
                 genes, cells, values = (chunk[each].to_numpy() for each in range(3))
                 seen += len(chunk)
                 if min(genes.min(), cells.min()) < 1 or genes.max() > n_genes or cells.max() > n_cells:
-                    raise ValueError(f"it has entries outside of its {n_genes} features and {n_cells} cells")
+                    raise ValueError(f"an entry is outside of its {n_genes} features and {n_cells} cells")
                 block = sp.coo_matrix((values, (cells - 1, genes - 1)), shape=shape).tocsr()
                 if block.nnz != len(chunk):
-                    raise ValueError("it has two entries for one cell and feature")
+                    raise ValueError("it has two entries for the same cell and feature")
                 rows = np.flatnonzero(np.diff(block.indptr))
                 yield rows, block[rows]
         if seen != n_values:
@@ -114,11 +116,13 @@ def tenx_mtx(path: Path) -> OpenInput:
 
 
 def mtx_header(path: Path) -> tuple[int, int, int]:
-    """Features, cells and values of a Matrix Market file."""
+    """Return the numbers of features, cells and values in the header of a Matrix Market file."""
     with _text(path) as handle:
         banner = handle.readline().lower().split()
         if banner[:3] != ["%%matrixmarket", "matrix", "coordinate"] or banner[3] not in ("integer", "real"):
-            raise ValueError("it is no coordinate Matrix Market file of numbers")
+            raise ValueError(
+                "it is not a Matrix Market file in coordinate format with integer or real values"
+            )
         line = handle.readline()
         while line.startswith("%"):
             line = handle.readline()
@@ -131,11 +135,12 @@ def _text(path: Path) -> Any:
 
 
 def _companion(path: Path, prefix: str, names: tuple[str, ...]) -> Path:
+    """Return the other file of a 10x folder, compressed or not."""
     for name in names:
         for suffix in ("", ".gz"):
             file = path.with_name(f"{prefix}{name}{suffix}")
             if file.is_file():
                 return file
     raise DataError(
-        f"{path} has no {prefix}{' or '.join(names)} beside it: put the 10x files into one folder"
+        f"there is no {prefix}{' or '.join(names)} next to {path}: put the 10x files into one folder."
     )
