@@ -184,7 +184,7 @@ def locate(path: str | os.PathLike[str]) -> Path:
         if _is_hub_id(path):
             return _download(str(path))
         raise CheckpointError(
-            f"the folder {folder} does not exist: give a model folder, a run folder, or a Hub id (OWNER/NAME, where "
+            f"the folder {folder} does not exist: give a model folder, a run folder, or a Hub id (USER/MODEL, where "
             "OWNER is not a local folder)."
         )
     raise CheckpointError(
@@ -216,7 +216,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _is_hub_id(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path can only be a Hub id: OWNER/NAME, where NAME is not a file and OWNER not a local folder."""
+    """Return whether a path can only be a Hub id: USER/MODEL, where MODEL is not a file and USER not a local folder."""
     found = (
         re.fullmatch(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)", path) if isinstance(path, str) else None
     )
