@@ -185,7 +185,7 @@ def locate(path: str | os.PathLike[str]) -> Path:
             return _download(str(path))
         raise CheckpointError(
             f"the folder {folder} does not exist: give a model folder, a run folder, or a Hub id (USER/MODEL, where "
-            "OWNER is not a local folder)."
+            "USER is not a local folder)."
         )
     raise CheckpointError(
         f"{folder} is neither a model folder ({CONFIG} and {WEIGHTS}) nor a run folder with a checkpoint: give another "
