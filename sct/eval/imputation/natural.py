@@ -69,8 +69,8 @@ _EXPRESSION_NOTES = (
 _RANGES = (
     "For all methods, levels use the cell's own range of counts, including its masked genes. For levels 2 and up, "
     "expected counts use the mean count of the level among the visible genes. Baselines that predict counts get "
-    "probabilities from a negative binomial distribution. To fit its dispersion, some visible counts are masked as well "
-    "and the baseline predicts them."
+    "probabilities from a negative binomial distribution. To fit its dispersion, some visible counts are masked as "
+    "well and the baseline predicts them."
 )
 _COUNTS_NOTES = (
     _SCORED,
