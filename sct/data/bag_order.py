@@ -1,7 +1,7 @@
-"""The order in which the cells of an AnnData are put, so that every K of them make a bag.
+"""Order the cells of an AnnData into bags: every K consecutive cells of the order are one bag.
 
-Training draws bags at random; a cell that is to be embedded needs one that can be named. The rules here are
-functions of the number of cells, their positions and a seed, never of how much is read at a time.
+Training draws bags at random. Inference needs reproducible bags that contain every cell. The orders here depend only on
+the number of cells, their positions and a seed, and not on how many cells are read at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from scipy.spatial import KDTree
 
 CELLS_PER_BAG = 50  # sCT paper, section 3
-# Cells that are shuffled among each other: one contiguous read of a file, some hundred megabytes at most.
+# Number of cells to shuffle together. They are one contiguous read from a file, of at most some hundred megabytes.
 WINDOW = 10_000
 
 
@@ -23,11 +23,12 @@ class BagOrder:
     Attributes
     ----------
     rows
-        int64 (bags * K,): a cell may occur more than once.
+        Row numbers, int64 (bags * K,). A cell may occur more than once.
     is_target
-        bool (bags * K,): True once for each cell, where its result is taken from; elsewhere it is context.
+        bool (bags * K,). It is True once for each cell: the result of the cell is taken from there. Other occurrences
+        are only context for the bag.
     cells_per_bag
-        K.
+        Number of cells per bag (K).
     """
 
     rows: np.ndarray
@@ -35,12 +36,12 @@ class BagOrder:
     cells_per_bag: int
 
     def without_context(self) -> BagOrder:
-        """The order without context: each cell once, the last bag incomplete."""
+        """Return the order without context cells. Each cell occurs once, and the last bag may be incomplete."""
         return BagOrder(self.rows[self.is_target], self.is_target[self.is_target], self.cells_per_bag)
 
 
 def _closed(rows: np.ndarray, cells_per_bag: int) -> BagOrder:
-    """Fill the last bag up with the first rows, which there are context only."""
+    """Fill up the last bag with the first rows, as context only."""
     cells = min(cells_per_bag, len(rows))
     missing = -len(rows) % cells
     is_target = np.ones(len(rows) + missing, bool)
@@ -49,12 +50,22 @@ def _closed(rows: np.ndarray, cells_per_bag: int) -> BagOrder:
 
 
 def random_order(rows: np.ndarray, cells_per_bag: int, seed: int = 0, window: int = WINDOW) -> BagOrder:
-    """Deal cells to bags at random, each once.
+    """Assign each cell to a random bag, once.
 
-    `rows` (N,) are taken in their order in windows of `window` cells; in each window they are permuted by
-    (seed, number of the window) and every K of them are a bag. With at most `window` cells that is a random
-    partition of all. The last bag is filled up with the first cells of the order; fewer than K cells are one
-    smaller bag.
+    Rows are split into consecutive windows. Each window is shuffled separately and cut into bags. With at most `window`
+    cells, this is a random partition of all cells. The last bag is filled up with the first cells of the order. Fewer
+    than K cells form one smaller bag.
+
+    Parameters
+    ----------
+    rows
+        Row numbers (N,).
+    cells_per_bag
+        Number of cells per bag (K).
+    seed
+        Seed of the shuffling; each window also uses its number.
+    window
+        Number of cells to shuffle together.
     """
     rows = np.asarray(rows, np.int64)
     window = max(cells_per_bag, window - window % cells_per_bag)
@@ -66,17 +77,19 @@ def random_order(rows: np.ndarray, cells_per_bag: int, seed: int = 0, window: in
 
 
 def tile_order(rows: np.ndarray, coordinates: np.ndarray, cells_per_bag: int) -> BagOrder:
-    """Divide a section into compact tiles of K cells, each cell once.
+    """Divide a section into compact tiles of K cells. Each cell is in one tile.
 
-    The section is cut across its longer side into two parts whose sizes are multiples of K (as nearly equal
-    as that allows), and the parts are cut in turn; ties are broken by the order of the rows. Within a tile
-    cells are sorted by distance from the cell nearest to its middle, as training sorts neighbours. The last
+    The section is cut in two across its longer side, and the parts are cut again until they have K cells. The size of a
+    part is a multiple of K, and both parts are as equal as possible. Ties are broken by the order of the rows. Within a
+    tile, cells are sorted by their distance from the cell nearest to its center, as training sorts neighbors. The last
     tile is filled up with the cells nearest to it.
 
     Parameters
     ----------
     rows, coordinates
-        (N,) and (N, 2).
+        Row numbers (N,) and coordinates (N, 2).
+    cells_per_bag
+        Number of cells per tile (K).
     """
     rows, places = np.asarray(rows, np.int64), np.asarray(coordinates, np.float64)
     cells = min(cells_per_bag, len(rows))
@@ -90,7 +103,7 @@ def tile_order(rows: np.ndarray, coordinates: np.ndarray, cells_per_bag: int) ->
         part = part[np.argsort(places[part, axis], kind="stable")]
         half = max(1, len(part) // cells // 2) * cells
         todo += [part[half:], part[:half]]
-    tiles.sort(key=lambda tile: len(tile) < cells)  # the incomplete one, if any, stands last
+    tiles.sort(key=lambda tile: len(tile) < cells)  # move the incomplete tile, if any, to the end
     order, is_target = [], []
     for tile in tiles:
         center = places[tile].mean(axis=0)
@@ -107,10 +120,17 @@ def tile_order(rows: np.ndarray, coordinates: np.ndarray, cells_per_bag: int) ->
 
 
 def neighbors(places: np.ndarray, cells_per_bag: int) -> np.ndarray:
-    """Rows of the K nearest cells of each cell, (N, K): itself first, then by distance (paper, appendix A).
+    """Return the K nearest cells of each cell, int64 (N, K): the cell itself, then the others by distance (appendix A).
 
-    `places` (N, 2) are in the units of models, as in training: at equal distances rounding decides. Cells at one
-    place stand in the order of the tree, but each cell is first in its own bag.
+    Each cell is first in its own bag, even if several cells are at the same place.
+
+    Parameters
+    ----------
+    places
+        Rescaled coordinates (N, 2), as in training. Rounding decides between equal distances, so other units could give
+        another order.
+    cells_per_bag
+        Number of cells per bag (K).
     """
     cells = min(cells_per_bag, len(places))
     _, found = KDTree(places).query(places, k=cells)
@@ -123,9 +143,9 @@ def neighbors(places: np.ndarray, cells_per_bag: int) -> np.ndarray:
 
 
 def centered_order(rows: np.ndarray, coordinates: np.ndarray, cells_per_bag: int) -> BagOrder:
-    """One bag for each cell: itself, first and counted, and its nearest neighbours as context.
+    """Make one bag for each cell: the cell itself as the target, and its nearest neighbors as context.
 
-    The bags that spatial training draws; K times the work of tiles.
+    These are the bags of spatial training. They take K times the compute of tiles.
     """
     rows = np.asarray(rows, np.int64)
     found = neighbors(coordinates, cells_per_bag)
@@ -142,16 +162,26 @@ def masked_cell_order(
     seed: int = 0,
     coordinates: np.ndarray | None = None,
 ) -> BagOrder:
-    """Bags for cells that are to be predicted as a whole, beside cells that are seen.
+    """Make bags for predicting completely masked cells from visible cells.
 
-    Hidden cells are dealt, `masked_per_bag` to a bag (the last bag may hold fewer), at random or, with
-    coordinates, in tiles. The rest of a bag are visible cells: random ones, drawn without repetition as long
-    as there are any, or those nearest to the tile's middle.
+    Each bag has `masked_per_bag` masked cells (the last bag may have fewer). They are chosen at random or, with
+    coordinates, as tiles. Visible cells fill the rest of the bag: random ones, each used once before any is repeated,
+    or those nearest to the center of the tile.
 
     Parameters
     ----------
-    rows, hidden
-        int (N,) and bool (N,).
+    rows
+        Row numbers, int (N,).
+    hidden
+        Mask of the masked cells, bool (N,).
+    cells_per_bag
+        Number of cells per bag (K).
+    masked_per_bag
+        Number of masked cells per bag.
+    seed
+        Seed of the random choices.
+    coordinates
+        Coordinates (N, 2), or None for random bags.
     """
     rows, hidden = np.asarray(rows, np.int64), np.asarray(hidden, bool)
     seen, unseen = np.flatnonzero(~hidden), np.flatnonzero(hidden)

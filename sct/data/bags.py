@@ -1,8 +1,8 @@
-"""Bags: K cells of one study, the unit that sCT reads at once.
+"""Bags of K cells of one study: the input unit of sCT.
 
-A bag of dissociated cells is random; a bag of a spatial study is a cell and its nearest neighbours in the
-plane (or random as well, as an ablation). Which cells make a bag is a pure function of (seed, study, epoch,
-number), so that any bag can be made again without replaying the run.
+A bag of a single-cell study has random cells. A bag of a spatial study has a cell and its nearest neighbors in the
+plane, or random cells as an ablation. Seed, study, epoch and bag number determine the cells of a bag, so any bag can be
+made again without repeating the run.
 """
 
 from __future__ import annotations
@@ -40,13 +40,25 @@ def random_bag_rows(
     shuffle_cells: int = 0,
     permutation: Callable[..., np.ndarray] = _permutation,
 ) -> np.ndarray:
-    """Rows of bag `number` of a study whose cells stand in random order, ascending.
+    """Return the rows of a bag, ascending, for a study that is stored in random order.
 
-    The study is a ring that each epoch cuts into blocks from a seeded offset; within a block of
-    `shuffle_cells` cells they are dealt to bags at random. With the default of 0 a block is one bag, a
-    contiguous read (two for the bag that closes the ring); a block as large as the study gives every
-    partition of it. Up to `cells_per_bag - 1` cells are left out of an epoch, others in each. `permutation` may
-    keep what it returns for the next bag.
+    The rows of the study form a ring. Each epoch starts at another seeded offset and cuts the ring into blocks. Within
+    a block, cells are assigned to bags at random. An epoch leaves out up to `cells_per_bag - 1` cells, different ones
+    in each epoch.
+
+    Parameters
+    ----------
+    n_cells
+        Number of cells of the study.
+    cells_per_bag
+        Number of cells per bag (K).
+    number, epoch, seed
+        Bag number, epoch and seed.
+    shuffle_cells
+        Number of cells per block. With 0, a block is one bag, which is a contiguous read (two reads for the bag across
+        the end of the ring). With the size of the study, any partition of the study is possible.
+    permutation
+        Function that returns seeded permutations. It may cache its last result.
     """
     number_of_bags = max(1, n_cells // cells_per_bag)
     if not 0 <= number < number_of_bags:
@@ -72,10 +84,20 @@ def spatial_bag_rows(
     seed: int,
     permutation: Callable[..., np.ndarray] = _permutation,
 ) -> np.ndarray:
-    """Rows of a centre cell and its nearest neighbours, nearest first (paper, appendix A).
+    """Return the rows of a center cell and its nearest neighbors, nearest first (paper, appendix A).
 
-    Centres of an epoch are a seeded draw without repetition, `n_cells // cells_per_bag` of them. `permutation`
-    may keep what it returns for the next bag.
+    An epoch has `n_cells // cells_per_bag` different center cells, drawn at random.
+
+    Parameters
+    ----------
+    tree
+        KD-tree of the coordinates of the study.
+    cells_per_bag
+        Number of cells per bag (K).
+    number, epoch, seed
+        Bag number, epoch and seed.
+    permutation
+        Function that returns seeded permutations. It may cache its last result.
     """
     n_cells = tree.n
     center = permutation(n_cells, seed, 3, epoch)[number]
@@ -85,27 +107,26 @@ def spatial_bag_rows(
 
 @dataclasses.dataclass(frozen=True)
 class BagOptions:
-    """How bags are made from studies.
+    """Options for making bags from studies.
 
     Parameters
     ----------
     cells_per_bag
-        K; the paper uses 50.
+        Number of cells per bag (K). The paper uses 50.
     num_positions
-        Gene positions of the model (the vocabulary's length, padded).
+        Number of gene positions of the model (P): the size of the vocabulary plus padding.
     num_bins
-        Expression levels, zero included.
+        Number of expression levels, including zero.
     shuffle_cells
         See `random_bag_rows`.
     noise_fraction
-        Genes with fewer counts per cell in a study are zeroed, see `sct.data.tokenize.noisy_genes`.
+        Genes of a study with fewer counts per cell are set to zero; see `sct.data.tokenize.noisy_genes`.
     spatial
-        Whether bags carry coordinates; those of studies without any are NaN.
+        Add coordinates to the bags. Cells of studies without coordinates have NaN.
     spatial_bags
-        Whether cells of a bag of a spatial study are neighbours; False draws them at random from the whole
-        study, an ablation.
+        Make bags of spatial studies from neighboring cells. False draws random cells of the study, as an ablation.
     with_counts
-        Whether bags carry raw counts and the counts that stand for levels, for evaluation.
+        Add raw counts, and the counts that represent each level, for evaluation.
     seed
         Seed of the choice of cells.
     """
@@ -122,19 +143,24 @@ class BagOptions:
 
     def __post_init__(self) -> None:
         check_at_least("cells_per_bag", self.cells_per_bag, 1)
-        check_at_least("num_bins", self.num_bins, 2, most=254)  # tokens are bytes, PAD and MASK included
+        check_at_least(
+            "num_bins", self.num_bins, 2, most=254
+        )  # tokens, including PAD and MASK, must fit into uint8
         check_at_least("the seed of bags", self.seed, 0)
 
 
 class BagSource:
-    """All bags of one epoch over some studies, addressable by number; picklable, safe for threads.
+    """All bags of several studies, addressed by number and epoch. It is picklable and thread-safe.
 
-    `source.record(number, epoch)` is a dict of arrays: `tokens` uint8 (K, P); `measured` bool (P,), the genes that the
-    study measured; `rows` int32 (K,), the cells' rows
-    in their study, -1 for absent ones; with `options.spatial` also `coordinates` float32 (K, 2), NaN for
-    cells without a position; with `options.with_counts` also `counts` float32 (K, P), `low`, `high` (K,),
-    `medians` and `means` (K, num_bins), see `sct.data.tokenize.Bins`. A study smaller than K fills its bag up
-    with cells of PAD.
+    `source.record(number, epoch)` returns these arrays:
+
+    - `tokens` uint8 (K, P). In a study with fewer than K cells, the missing cells consist of PAD.
+    - `measured` bool (P,): the genes that the study measured.
+    - `rows` int32 (K,): row of each cell in its study, -1 for missing cells.
+    - With `options.spatial`: `coordinates` float32 (K, 2), NaN for cells without coordinates.
+    - With `options.with_counts`: `counts` float32 (K, P), `low` and `high` (K,), `medians` and `means` (K, num_bins);
+    see
+      `sct.data.tokenize.Bins`.
 
     Parameters
     ----------
@@ -143,9 +169,9 @@ class BagSource:
     options
         See `BagOptions`.
     exhaustive
-        Every cell exactly once, in file order, as evaluation needs it: the last bag of a study is filled up
-        with PAD and the epoch plays no part. The file order of a spatial study follows the plane, so its bags
-        are compact; without `spatial_bags` its cells are dealt at random instead, the same in every epoch.
+        Return every cell exactly once, in file order, for evaluation. The last bag of a study is filled up with PAD,
+        and the epoch has no effect. Spatial studies are stored along a space-filling curve, so their bags are compact.
+        Without `spatial_bags`, their cells are assigned at random, in the same way in every epoch.
     """
 
     def __init__(self, studies: Sequence[Study], options: BagOptions, exhaustive: bool = False):
@@ -167,14 +193,14 @@ class BagSource:
         self.__dict__.update(state, _made={}, _lock=threading.RLock())
 
     def _once(self, what: str, index: int, make: Callable[[], Any]) -> Any:
-        """Whatever is made once per study; other threads wait for it."""
+        """Return a cached object of a study, and make it at first use. Other threads wait meanwhile."""
         with self._lock:
             if (what, index) not in self._made:
                 self._made[what, index] = make()
             return self._made[what, index]
 
     def _permutation(self, index: int, size: int, *words: int) -> np.ndarray:
-        """The seeded order of a study that is in use: one that is as long as the study is not made for each bag."""
+        """Return a seeded permutation. The last one of each study is cached, because it may be as long as the study."""
         with self._lock:
             kept, order = self._made.get(("permutation", index), (None, None))
             if kept != (size, *words):
@@ -183,29 +209,29 @@ class BagSource:
             return order
 
     def _coordinates(self, index: int) -> np.ndarray:
-        """Rescaled coordinates (N, 2) of a spatial study."""
+        """Return the rescaled coordinates (N, 2) of a spatial study."""
         study = self.studies[index]
         return self._once("coordinates", index, lambda: study.rescaled_coordinates())
 
     def _measured(self, study: Study) -> np.ndarray:
-        """Gene positions (P,) that a study measured; padding is none of them."""
+        """Return the mask (P,) of gene positions that a study measured. Padding counts as not measured."""
         measured = np.zeros(self.options.num_positions, bool)
         measured[: study.n_genes] = study.measured
         return measured
 
     def locate(self, number: int) -> tuple[int, int]:
-        """Study index and bag number within the study."""
+        """Return the index of the study of a bag, and the number of the bag within the study."""
         if not 0 <= number < len(self):
             raise IndexError(f"bag {number} of {len(self)}")
         study = int(np.searchsorted(self._ends, number, side="right"))
         return study, number - (int(self._ends[study - 1]) if study else 0)
 
     def rows(self, number: int, epoch: int = 0) -> tuple[Study, np.ndarray]:
-        """Study of a bag and the rows of its cells."""
+        """Return the study of a bag and the rows of its cells."""
         index, bag = self.locate(number)
         study, options = self.studies[index], self.options
         cells = options.cells_per_bag
-        # By name, so that a further study does not change the bags of the others.
+        # Seed by the name of the study, so that adding a study does not change the bags of the others.
         seed = options.seed * 1_000_003 + zlib.crc32(study.name.encode())
         scattered = study.spatial and not options.spatial_bags
         order = partial(self._permutation, index)
@@ -215,19 +241,19 @@ class BagSource:
                 return study, np.arange(block.start, block.stop)
             return study, np.sort(order(study.n_cells, seed, 4)[block])
         if not study.spatial or scattered:
-            # Neighbours stand next to each other in the file of a spatial study: shuffle all of it.
+            # A spatial study stores neighbors next to each other, so it must be shuffled as a whole.
             shuffle_cells = study.n_cells if scattered else options.shuffle_cells
             return study, random_bag_rows(study.n_cells, cells, bag, epoch, seed, shuffle_cells, order)
         tree = self._once("tree", index, lambda: KDTree(self._coordinates(index)))
         return study, spatial_bag_rows(tree, cells, bag, epoch, seed, order)
 
     def describe(self, number: int, epoch: int = 0) -> str:
-        """Name a bag for a person: study and rows."""
+        """Describe a bag in messages by its study and rows."""
         study, rows = self.rows(number, epoch)
         return f"study {study.name!r}, rows {rows.min()} to {rows.max()} (bag {number} of epoch {epoch})"
 
     def record(self, number: int, epoch: int = 0) -> dict[str, np.ndarray]:
-        """Read and tokenise one bag."""
+        """Read and tokenize one bag."""
         options = self.options
         study, rows = self.rows(number, epoch)
         index, _ = self.locate(number)

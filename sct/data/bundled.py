@@ -1,4 +1,4 @@
-"""Stores of real cells that come with installed packages, for first runs and tests."""
+"""Stores of real cells that are included in installed packages, for first runs and tests."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from sct.data.ingest.build import IngestOptions, ingest
 from sct.data.store import Store
 from sct.errors import StoreError
 
-# Shares of cells. The data is one sample, so unlike studies it can only be divided by cell.
+# Fractions of cells. The data is a single sample, so it must be split by cell instead of by study.
 _SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
 
-
-# What is said of the studies of a data set, in the project's own words; source: Zheng et al. 2017.
+# Abstracts of the data sets, written for this project. Source: Zheng et al. 2017.
 _ABSTRACTS = {
     "pbmc68k": "Peripheral blood mononuclear cells of a healthy donor were profiled by droplet-based single-cell RNA "
     "sequencing (10x Genomics, 3' counting). T cells, natural killer cells, B cells, monocytes and dendritic cells "
@@ -26,27 +25,36 @@ _ABSTRACTS = {
 
 
 def study_texts(name: str) -> dict[str, dict[str, str]]:
-    """What is said of the studies of a bundled data set, by study; see `sct.data.text.instructions`."""
+    """Return the metadata of the studies of a bundled data set, by study name; see `sct.data.text.instructions`."""
     check_choice("the data set", name, _ABSTRACTS, advice="choose one of these, or give a store")
     return {f"{name}_{split}": {"abstract": _ABSTRACTS[name]} for split in _SHARES}
 
 
 def prepare(name: str, folder: Path, seed: int = 0) -> Store:
-    """Make a store of a bundled data set, or open the one that is there.
+    """Make a store of a bundled data set, or open it if it exists.
 
-    "pbmc68k": 700 blood cells (`sct.datasets.pbmc68k`), divided at random in 70% / 10% / 20% for training,
-    validation and test, as three studies; the vocabulary is the human protein-coding genes measured in them.
+    "pbmc68k" has 700 blood cells (`sct.datasets.pbmc68k`), split at random into 70% training, 10% validation and 20%
+    test cells, as three studies. Its vocabulary is the human protein-coding genes that were measured.
+
+    Parameters
+    ----------
+    name
+        Name of the data set.
+    folder
+        Folder of the store.
+    seed
+        Seed of the split and of the order of the cells.
 
     Raises
     ------
     ConfigError
         There is no such data set.
     """
-    check_choice("the data set", name, ("pbmc68k",), advice="choose this, or give a store")
+    check_choice("the data set", name, ("pbmc68k",), advice="use this one, or give a store")
     try:
         return Store.open(folder)
     except StoreError:
-        pass  # never made, or its making was interrupted: make it (again)
+        pass  # the store does not exist or is incomplete
     cells = datasets.pbmc68k()
     human = GeneVocabulary.human()
     columns = human.align(cells.var).columns

@@ -1,11 +1,11 @@
-"""Cells as records, one by one: which genes of a cell are read, and which values of them.
+"""Training records of single cells: a choice of genes, and the expression values of these genes.
 
-The two are chosen apart: any genes of `GENES` with any values of `sct.data.cell_values.VALUES`. Values are computed
-from all known genes of the cell, whichever genes are read.
+The two choices are independent: any gene selection of `GENES` works with any values of `sct.data.cell_values.VALUES`.
+Values are computed from all known genes of the cell, and then the genes are selected.
 
-Zero is bin 0; non-zero values have bins 1 to N by their quantile among the non-zero values of their cell (ZerOmics,
-appendix A.3). Quantiles do not change when all values of a cell are multiplied by one number, so the bins of raw counts
-are those of counts that were normalised to a library size of 10,000.
+With quantile bins, zero is bin 0, and non-zero values get bins 1 to N by their quantile among the non-zero values of
+the cell (ZerOmics, appendix A.3). Scaling all values of a cell does not change quantiles. Therefore raw counts give the
+same bins as counts normalized to 10,000 per cell.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from sct.data.store import Study
 from sct.data.text.ranking import canonical, content_keys, rank
 from sct.errors import ConfigError, DataError
 
-ABSENT = -1  # gene number at a place that a cell does not fill
+ABSENT = -1  # gene number of padding
 GENES = ("all", "expressed", "top", "sampled", "listed")
 
 
 def known_genes(number: int, dropped: Sequence[int]) -> np.ndarray:
-    """Mask (G,) of the genes that a model knows, from the numbers of unknown genes."""
+    """Return the mask (G,) of the genes that a model knows, given the numbers of the unknown genes."""
     known = np.ones(number, bool)
     known[list(dropped)] = False
     return known
@@ -37,19 +37,20 @@ def known_genes(number: int, dropped: Sequence[int]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class CellOptions:
-    """How cells become records.
+    """How cells are converted to records.
 
     Parameters
     ----------
     num_bins
-        Bins of non-zero values (10 in the ZerOmics paper); zero is bin 0. "levels" has `num_bins` - 1.
+        Number of bins for non-zero values (10 in the ZerOmics paper); zero is bin 0. With "levels", there are
+        `num_bins` - 1.
     max_genes
-        Genes per record; 0 for the whole vocabulary.
+        Number of genes per record; 0 for the whole vocabulary.
     genes
-        Which genes are read. "all": the vocabulary, in its order. "expressed": all expressed genes; more than
-        `max_genes` is an error. "top": the `max_genes` most highly expressed genes; ties are drawn from the cell, the
-        gene and `seed`. "sampled": `max_genes` expressed genes at random. "listed": given genes, expressed or not
-        (`sct.data.gene_selection.variable_genes`). "" is "top" with `max_genes`, otherwise "all".
+        Genes to read. "all": the vocabulary, in its order. "expressed": all expressed genes; it is an error if there
+        are more than `max_genes`. "top": the `max_genes` most highly expressed genes; cell, gene and `seed` determine
+        the order of ties. "sampled": `max_genes` random expressed genes. "listed": given genes, expressed or not
+        (`sct.data.gene_selection.variable_genes`). "": "top" if `max_genes` is set, otherwise "all".
     values
         Name in `sct.data.cell_values.VALUES`.
     """
@@ -60,37 +61,39 @@ class CellOptions:
     values: str = "quantiles"
 
     def __post_init__(self) -> None:
-        check_at_least("num_bins", self.num_bins, 1, most=253)  # bins are bytes, zero and mask included
+        check_at_least(
+            "num_bins", self.num_bins, 1, most=253
+        )  # bins, including zero and MASK, must fit into uint8
         check_at_least("max_genes", self.max_genes, 0)
         for name, known in (("genes", ("", *GENES)), ("values", tuple(VALUES))):
             check_choice(name, getattr(self, name), known)
         if self.values == "levels" and self.num_bins < 2:
-            raise ConfigError("num_bins is 1, but levels need 2 or more: raise it.")
+            raise ConfigError("num_bins is 1, but must be at least 2 with values='levels': increase it.")
         if (self.choice in ("all", "listed")) == bool(self.max_genes):
-            needed = "0" if self.max_genes else "1 or more"
+            needed = "0" if self.max_genes else "at least 1"
             raise ConfigError(
-                f"max_genes is {self.max_genes}, but with genes={self.choice!r} {needed} is needed."
+                f"max_genes is {self.max_genes}, but must be {needed} with genes={self.choice!r}: change one of them."
             )
 
     @classmethod
     def of(cls, num_bins: int, data: Any) -> CellOptions:
-        """Options of a model, by its number of bins and what its data section or record says of genes and values."""
+        """Make the options of a model from its number of bins and its data section or record."""
         given = data if isinstance(data, Mapping) else vars(data)
         named = {name: given[name] for name in ("genes", "values") if name in given}
         return cls(num_bins, int(given["max_genes"]), **named)
 
     def record(self) -> dict[str, Any]:
-        """What a model folder keeps of the options, for `of`."""
+        """Return the options that a model folder records; `of` reads them."""
         return {"max_genes": self.max_genes, "genes": self.genes, "values": self.values}
 
     @property
     def choice(self) -> str:
-        """One of `GENES`."""
+        """The gene selection, one of `GENES`."""
         return self.genes or ("top" if self.max_genes else "all")
 
     @property
     def name(self) -> str:
-        """Name of the values in a record."""
+        """Name of the array of values in a record: "values" or "bins"."""
         return "values" if self.values == "log1p" else "bins"
 
 
@@ -101,7 +104,7 @@ def cell_records(
     listed: np.ndarray | None = None,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Records of cells.
+    """Convert the counts of cells to records.
 
     Parameters
     ----------
@@ -110,16 +113,16 @@ def cell_records(
     options
         See `CellOptions`.
     known
-        bool (G,): genes that the model knows; the others are left out before values are taken.
+        Mask of the genes that the model knows, bool (G,). Other genes are left out before values are computed.
     listed
         With `genes="listed"`: numbers of the genes (S,), ascending.
     seed
-        Of the choice among genes where a cell has too many.
+        Seed of the choice of genes in cells with more than `max_genes` expressed genes.
 
     Returns
     -------
-    `bins` uint8 (N, S), or `values` float32 of "log1p". With "all" S = G. Otherwise `genes` int32 (N, S) are the
-    numbers of the genes, ascending, `ABSENT` behind the last.
+    Arrays by name: `bins` uint8 (N, S), or `values` float32 (N, S) with "log1p". S is G for "all". Otherwise there is
+    also `genes` int32 (N, S), the gene numbers, ascending and padded with `ABSENT`.
 
     Raises
     ------
@@ -141,23 +144,25 @@ def cell_records(
     n_cells = len(values.indptr) - 1
     if options.choice == "listed":
         if listed is None or (np.diff(listed) <= 0).any():
-            raise ConfigError('genes is "listed", but no ascending list of genes is given.')
+            raise ConfigError(
+                "genes is 'listed', but listed is missing or not ascending: give the gene numbers in ascending order."
+            )
         if known is not None and not known[listed].all():
             raise ConfigError(
-                f"{int((~known[listed]).sum())} of {len(listed)} listed genes are none that the model knows: leave "
-                "them out."
+                f"the model does not know {int((~known[listed]).sum())} of the {len(listed)} listed genes: leave them "
+                "out."
             )
         genes = np.broadcast_to(np.asarray(listed, np.int32), (n_cells, len(listed)))
         return {options.name: values[:, listed].toarray(), "genes": genes.copy()}
     most, longest = options.max_genes, int(np.diff(values.indptr).max(initial=0))
     if longest > most and options.choice == "expressed":
         raise DataError(
-            f"a cell has {longest:,} expressed genes, but max_genes is {most:,}: raise it, or choose the top or "
-            "sampled ones."
+            f"a cell has {longest:,} expressed genes, but max_genes is {most:,}: increase max_genes, or set genes to "
+            "'top' or 'sampled'."
         )
     if longest > most:
         keys = content_keys(counts)
-        if options.choice == "sampled":  # all equal, so that the order of equal counts chooses
+        if options.choice == "sampled":  # with equal counts, ranking selects random genes
             counts = sparse.csr_matrix(
                 (np.ones_like(counts.data), counts.indices, counts.indptr), counts.shape
             )
@@ -174,9 +179,9 @@ def cell_records(
 
 
 class CellSource:
-    """Single cells of studies as records; see `sct.data.loader.RecordSource`.
+    """Records of single cells; see `sct.data.loader.RecordSource`.
 
-    A record is that of `cell_records`, with the cell's `row` int32 ().
+    A record has the arrays of `cell_records` and the row of the cell in its study, `row` int32 ().
 
     Parameters
     ----------
@@ -185,11 +190,11 @@ class CellSource:
     options
         See `CellOptions`.
     known
-        Genes of the corpus, bool (G,).
+        Mask of the genes that the model knows, bool (G,).
     exhaustive
-        File order instead of random order.
+        Return the cells in file order instead of random order.
     seed
-        Seed of the cell order and, per epoch, of sampled genes.
+        Seed of the order of the cells, and of sampled genes in each epoch.
     listed
         See `cell_records`.
     """
@@ -212,15 +217,15 @@ class CellSource:
         return len(self.cells)
 
     def describe(self, number: int, epoch: int = 0) -> str:
-        """Name a cell for a person: study and row."""
+        """Describe a cell in messages by its study and row."""
         study, rows = self.cells.rows(number, epoch)
         return f"study {study.name!r}, row {rows[0]}"
 
     def record(self, number: int, epoch: int = 0) -> dict[str, np.ndarray]:
-        """Record of one cell."""
+        """Return the record of one cell."""
         study, rows = self.cells.rows(number, epoch)
         counts = study.read_rows(rows)
-        sampled = self.options.choice == "sampled"  # the ties of the others do not change
+        sampled = self.options.choice == "sampled"  # only sampled genes differ between epochs
         drawn = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0]) if sampled else 0
         record = cell_records(counts, self.options, self.known, self.listed, drawn)
         return {**{name: value[0] for name, value in record.items()}, "row": np.asarray(rows[0], np.int32)}

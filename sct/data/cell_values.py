@@ -1,4 +1,4 @@
-"""What is read of a gene in a cell: quantile bins, levels, or log-normalized expression, by one name each."""
+"""Expression values of genes as model input: quantile bins, levels, or log-normalized expression."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from sct.data.tokenize import levels_of
 
 
 def quantile_bins(counts: sparse.csr_matrix, num_bins: int = 10) -> sparse.csr_matrix:
-    """Bins 1 .. `num_bins` of the non-zero values of each cell.
+    """Assign the non-zero values of each cell to quantile bins 1 .. `num_bins`.
 
-    Bin = 1 + floor(num_bins x share); share is the fraction of the cell's non-zero values that are smaller. Equal
-    values have one bin. A share of 5% is bin 1, of 18% bin 2 (the paper's examples, with 10 bins).
+    Bin = 1 + floor(num_bins x share), where share is the fraction of the cell's non-zero values that are smaller. Equal
+    values have the same bin. With 10 bins, a share of 5% is bin 1 and a share of 18% is bin 2 (examples of the ZerOmics
+    paper).
 
     Parameters
     ----------
     counts
         Raw or linearly scaled counts (N, G), CSR.
+    num_bins
+        Number of bins.
 
     Returns
     -------
@@ -38,7 +41,7 @@ def quantile_bins(counts: sparse.csr_matrix, num_bins: int = 10) -> sparse.csr_m
     rows = np.repeat(np.arange(counts.shape[0]), lengths)
     order = np.lexsort((counts.data, rows))
     values = counts.data[order]
-    # Smaller values of a cell: the place at which the run of values equal to this one begins.
+    # The number of smaller values of a cell is the position at which the run of equal values begins.
     begins = (np.diff(values, prepend=-1) != 0) | (np.diff(rows, prepend=-1) != 0)
     place = np.arange(len(values))
     smaller = np.maximum.accumulate(np.where(begins, place, 0)) - starts
@@ -50,11 +53,11 @@ def quantile_bins(counts: sparse.csr_matrix, num_bins: int = 10) -> sparse.csr_m
 
 
 def log_values(counts: sparse.csr_matrix, num_bins: int = 0) -> sparse.csr_matrix:
-    """log1p of counts per 10,000, float32 CSR (N, G), see `sct.data.normalization.log_expression`; no bins."""
+    """Return log1p of counts per 10,000, float32 CSR (N, G). `num_bins` is ignored."""
     return log_expression(canonical(counts)).astype(np.float32)
 
 
-# Name -> (counts, number of bins of expressed values) -> values, zero where there is no count.
+# Name -> function of (counts, number of bins for non-zero values) that returns the values, with zero for zero counts.
 VALUES: Mapping[str, Callable[[sparse.csr_matrix, int], sparse.csr_matrix]] = {
     "quantiles": quantile_bins,
     "levels": levels_of,

@@ -1,4 +1,4 @@
-"""The cells of an AnnData over a model's genes, read in blocks, so that a file need not fit into memory."""
+"""Read the cells of an AnnData in the gene order of a model, block by block to bound the memory."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from sct.progress import progress
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """Cells that may share a bag: a batch, a slide, or all of them.
+    """Cells that may be in the same bag: a batch, a slide, or all cells.
 
     Attributes
     ----------
     name
-        For messages; "" where there is one section.
+        Name for messages; "" if there is only one section.
     rows
-        int64 (n,) rows of the table, ascending.
+        Rows of the cells, int64 (n,), ascending.
     places
-        float32 (n, 2) rescaled positions of these cells, or None.
+        Rescaled coordinates of the cells, float32 (n, 2), or None.
     scale
-        How they were rescaled.
+        Scale of the coordinates, or None.
     """
 
     name: str
@@ -46,42 +46,43 @@ class Section:
 
 
 class CellCounts:
-    """Raw counts of an AnnData (N cells) in the order of a vocabulary's genes (G).
+    """Raw counts of the N cells of an AnnData, in the order of the G genes of a vocabulary.
 
     Parameters
     ----------
     adata
-        In memory or backed. Nothing in it is changed.
+        In memory or backed. It is not changed.
     vocabulary
-        Genes of the model.
+        Gene vocabulary of the model.
     sections
-        What bags are made of; by default all cells are one section.
+        Sections from which bags are made. Default: all cells are one section.
     layer
-        Where the raw counts are; by default the first of X, raw and layers["counts"] that holds them.
+        Location of the raw counts. Default: the first of X, raw and layers["counts"] that has raw counts.
     gene_column
-        Column of `var` with Ensembl ids or symbols; by default it is found.
+        Column of `var` with Ensembl ids or symbols. Default: the column that matches most genes.
     duplicates
-        "error", or "sum" several columns of one gene.
+        What to do if several columns hold the same gene: "error", or "sum" them.
     values
-        "activity" for a matrix that is no counts, see `sct.data.counts.validate`: what is read is then not counts.
+        "counts", or "activity" for other non-negative values; see `sct.data.counts.validate`.
 
     Attributes
     ----------
     counts_from, notes
-        Place of the counts, and sentences for a person.
+        Location of the counts, and messages for the user.
     alignment
-        Report about the genes.
+        Mapping from columns to genes, with a report.
     measured
-        Whether a gene was measured, (G,) bool: it has a column, or, of a study of a store, had one.
+        Whether each gene was measured, bool (G,): the input has a column for it. A study of a store has a column for
+        every gene and records which of them its source had.
     cell_totals
-        Sum of each cell's counts over the vocabulary's genes, (N,).
+        Sum of each cell's counts over the genes of the vocabulary, (N,).
     gene_totals
         Sum of each gene's counts over the cells of each section, (sections, G).
 
     Raises
     ------
     DataError
-        No raw counts, unknown genes, a matrix on disk that is stored by column.
+        There are no raw counts, too few genes match, or the matrix is on disk and stored by column.
     """
 
     def __init__(
@@ -101,8 +102,8 @@ class CellCounts:
         self.matrix = found.matrix
         if isinstance(self.matrix, CSCDataset):
             raise DataError(
-                f"{found.source} is stored by column, so single cells of the file on disk cannot be read: write it as "
-                "CSR (adata.X = adata.X.tocsr()), or load it into memory"
+                f"{found.source} is stored on disk by column (CSC), so single cells cannot be read: save it as CSR "
+                "(adata.X = adata.X.tocsr()), or load it into memory."
             )
         self.alignment = vocabulary.align(found.var, column=gene_column, duplicates=duplicates)
         self.vocabulary = vocabulary
@@ -118,7 +119,7 @@ class CellCounts:
 
     @functools.cached_property
     def keys(self) -> np.ndarray:
-        """Keys of the cells, uint64 (N,), from their names; see `sct.data.text.ranking.cell_keys`."""
+        """Key of each cell, uint64 (N,), from its name; see `sct.data.text.ranking.cell_keys`."""
         return cell_keys(self.names)
 
     def _measured(self, var: pd.DataFrame) -> np.ndarray:
@@ -131,7 +132,7 @@ class CellCounts:
         return present
 
     def _count(self) -> None:
-        """Sum over cells and over genes, block by block."""
+        """Compute the totals of cells and genes, block by block."""
         section = np.zeros(self.n_cells, np.int64)
         for number, each in enumerate(self.sections):
             section[each.rows] = number
@@ -148,7 +149,7 @@ class CellCounts:
                 bar.update(len(rows))
 
     def read(self, rows: np.ndarray) -> sparse.csr_matrix:
-        """Raw counts of rows (any order, repeats allowed), float32 CSR (len(rows), G)."""
+        """Return the raw counts of rows, float32 CSR (len(rows), G). Any order and repeated rows are allowed."""
         rows = np.asarray(rows, np.int64)
         if not len(rows):
             return sparse.csr_matrix((0, len(self.vocabulary)), dtype=np.float32)
@@ -164,8 +165,8 @@ class CellCounts:
         return projected
 
     def _from_disk(self, rows: np.ndarray) -> sparse.csr_matrix:
-        """Ascending rows of a matrix on disk, as CSR."""
-        # A file is read faster in one piece than cell by cell, unless most of it would be thrown away.
+        """Read ascending rows of a matrix on disk as CSR."""
+        # One contiguous read is faster than reading single cells, unless most of it would be discarded.
         if isinstance(self.matrix, CSRDataset):
             first, last = int(rows[0]), int(rows[-1]) + 1
             if last - first <= 2 * len(rows):
@@ -182,29 +183,29 @@ class CellCounts:
         return sparse.vstack(parts, format="csr")
 
     def window(self, reader: Any, number: int, rows: np.ndarray) -> sparse.csr_matrix:
-        """Raw counts of window `number` of a reader, kept until another one is asked for."""
+        """Return the raw counts of window `number` of a reader. The last window is cached."""
         if self._window is None or self._window[0] is not reader or self._window[1] != number:
-            self._window = None  # two windows are never held at once
+            self._window = None  # free the memory of the old window first
             self._window = (reader, number, self.read(rows))
         return self._window[2]
 
 
 class CellStudy:
-    """The cells of a section in the order of their bags, with what `sct.data.bags.BagSource` asks of a study.
+    """The cells of a section in bag order, with the interface of a study for `sct.data.bags.BagSource`.
 
     Parameters
     ----------
     cells
-        The table they are from.
+        Counts of all cells.
     number
         Number of the section in `cells.sections`.
     order
-        Rows of the table, bag after bag.
+        Order of the cells, bag after bag.
     masked_cells, masked_genes
-        Cells of the table (N,) bool and genes (G,) bool whose counts are not to be shown: where both hold (one
-        that is None holds everywhere) nothing is read. With both None nothing is hidden.
+        Masks of cells, bool (N,), and genes, bool (G,). Counts of masked genes in masked cells are read as zero. If
+        only one of the masks is given, it applies to all genes or to all cells. With both None, nothing is masked.
     name
-        Instead of the section's.
+        Name to use instead of that of the section.
     """
 
     split = "test"
@@ -228,11 +229,11 @@ class CellStudy:
 
     @property
     def measured(self) -> np.ndarray:
-        """Whether a gene was measured, (G,) bool."""
+        """Whether each gene was measured, bool (G,)."""
         return self.cells.measured
 
     def noisy_genes(self, fraction: float) -> np.ndarray:
-        """Genes (G,) whose counts in the section, as far as they are shown, are noise.
+        """Return the mask of genes to treat as unexpressed, bool (G,), without the masked counts.
 
         See `sct.data.tokenize.noisy_genes`.
         """
@@ -248,13 +249,15 @@ class CellStudy:
         return noisy_genes(totals, n_cells, fraction)
 
     def rescaled_coordinates(self) -> np.ndarray:
-        """Positions (len(order), 2) in the units of models."""
+        """Return the rescaled coordinates (len(order), 2)."""
         if self.section.places is None:
-            raise DataError(f"the cells {self.name} have no positions")
+            raise DataError(
+                f"the cells of {self.name!r} have no coordinates: use a model or setting without coordinates."
+            )
         return self.section.places[np.searchsorted(self.section.rows, self.order.rows)]
 
     def read_rows(self, rows: np.ndarray) -> sparse.csr_matrix:
-        """Raw counts (len(rows), G) of places in the order; the window around them is kept for the next."""
+        """Return the raw counts (len(rows), G) at positions in the bag order. The window around them is cached."""
         rows = np.asarray(rows, np.int64)
         number = int(rows[0]) // self._size
         if int(rows[-1]) // self._size != number:
@@ -266,7 +269,7 @@ class CellStudy:
         return self._without_hidden(block, self.order.rows[rows])
 
     def read(self, start: int, stop: int) -> sparse.csr_matrix:
-        """Raw counts of a range of places in the order."""
+        """Return the raw counts of a range of positions in the bag order."""
         return self.read_rows(np.arange(start, stop))
 
     def _without_hidden(self, block: sparse.csr_matrix, rows: np.ndarray) -> sparse.csr_matrix:

@@ -1,10 +1,10 @@
-"""What masking in training did to a model's probabilities of expression, and how inference takes it back.
+"""Correct the bias that masking in training adds to a model's probabilities of expression.
 
-Training masks expressed genes more often than unexpressed ones (15% and 1% in the sCT paper), so a model that is
-trained without logit adjustment says "expressed" far too often. Adding log(rate of expressed / rate of unexpressed)
-to its logit of "unexpressed" gives the probabilities of an ordinary gene (Saerens et al., Neural Computation 2002).
-That is exact where one gene is hidden; where many are, the model also reads the other hidden ones as likely
-expressed, and a part of the bias stays.
+Training masks expressed genes more often than unexpressed ones (15% and 1% in the sCT paper). A model that is trained
+without logit adjustment therefore predicts "expressed" far too often. Adding log(masking rate of expressed genes / rate
+of unexpressed genes) to the logit of "unexpressed" removes this bias (Saerens et al., Neural Computation 2002). The
+correction is exact if one gene is masked. If many genes are masked, the model also assumes that the other masked genes
+are likely expressed, and part of the bias remains.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from sct.errors import CheckpointError, ConfigError
 
 PAPER = Masking()  # 15% of expressed and 1% of unexpressed genes
 ASSUMED = (
-    "this model does not say how its training masked genes: 15% of expressed and 1% of unexpressed genes are assumed, "
-    "as in the sCT paper, to turn its logits into probabilities of expression."
+    "this model has no record of the masking rates in training: the probabilities of expression are computed with the "
+    "rates of the sCT paper (15% of expressed and 1% of unexpressed genes)."
 )
 
 ONE_SIDED = (
-    "this model's training masked only expressed or only unexpressed genes, so it cannot tell whether a gene is "
-    "expressed: ignore its probabilities and expected counts, and use its levels only for genes that you know to be "
-    "expressed."
+    "the training of this model masked only expressed or only unexpressed genes, so it cannot predict whether a gene "
+    "is expressed: ignore its probabilities and expected counts, and use its levels only for genes that are known to "
+    "be expressed."
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassPrior:
-    """The class balance among masked genes in training, relative to that of all genes.
+    """The bias of the class balance among masked genes in training, relative to all genes.
 
     Attributes
     ----------
     log_ratio
-        log(masking rate of expressed genes / of unexpressed ones).
+        log(masking rate of expressed genes / masking rate of unexpressed genes).
     adjusted
-        Whether the training loss removed it (logit adjustment), so that the logits are those of an ordinary gene.
+        Whether the training loss already removed the bias (logit adjustment).
     assumed
-        Whether there is no record of the rates, and the paper's are assumed.
+        Whether the model has no record of the rates, and those of the paper are assumed.
     one_sided
-        Whether only expressed, or only unexpressed, genes were masked: nothing can correct that.
+        Whether training masked only expressed or only unexpressed genes. This cannot be corrected.
     """
 
     log_ratio: float
@@ -54,36 +54,34 @@ class ClassPrior:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> ClassPrior:
-        """Read it from the `data` section of a model; `CheckpointError` for a record that is none."""
+        """Read the masking rates from the `data` section of a model; raise `CheckpointError` if they are invalid."""
         recorded, adjusted = data.get("masking"), data.get("logit_adjustment") is True
         if not isinstance(recorded, Mapping):
             return cls(PAPER.log_ratio, adjusted, assumed=not adjusted)
         try:
             masking = Masking.from_record(recorded)
         except ConfigError as error:
-            raise CheckpointError(
-                f"how this model's training masked genes cannot be read: {error}"
-            ) from error
+            raise CheckpointError(f"the masking record of this model is invalid: {error}") from error
         try:
             return cls(masking.log_ratio, adjusted)
-        except ConfigError:  # trained with a rate of zero, which has no logarithm
+        except ConfigError:  # a masking rate of zero has no logarithm
             return cls(0.0, adjusted, one_sided=True)
 
     @property
     def offset(self) -> float:
-        """What to add to the logit of "unexpressed" for probabilities of an ordinary gene."""
+        """Value to add to the logit of "unexpressed" to remove the bias."""
         return 0.0 if self.adjusted else self.log_ratio
 
     @property
     def odds(self) -> float:
-        """By what factor the paper's protocol multiplies the odds of expression of an ordinary gene.
+        """Factor on the odds of expression in the paper's evaluation protocol, which keeps the bias.
 
-        A model without adjustment then answers with its own logits, and one with it as if it had been trained by the
-        paper's loss.
+        The probabilities are then those of the raw logits for a model without logit adjustment, and those of training
+        with the paper's loss for a model with it.
         """
         return math.exp(PAPER.log_ratio if self.adjusted else self.log_ratio)
 
     def warn(self) -> None:
-        """Warn a user where the rates are assumed, or leave nothing to correct."""
+        """Issue a warning if the rates are assumed or the bias cannot be corrected."""
         if self.assumed or self.one_sided:
             warnings.warn(ASSUMED if self.assumed else ONE_SIDED, UserWarning, stacklevel=3)

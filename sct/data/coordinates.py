@@ -1,4 +1,4 @@
-"""Positions of cells in the plane, in units that a model can read."""
+"""Spatial coordinates of cells: rescaling to the units of models, and checks for suspicious coordinates."""
 
 from __future__ import annotations
 
@@ -13,46 +13,49 @@ from scipy.spatial import KDTree
 from sct.checks import check_finite, check_shape
 from sct.errors import DataError
 
-# The longer side of a slide after rescaling. With the default wavelengths (2 pi to 20 pi) a slide then spans
-# about half of the longest one, so that no two places on it look alike, and neighbouring spots of a
-# 60 x 60 array stand half a unit apart, far above the shortest wavelength's resolution.
+# Length of the longer side of a slide after rescaling. With the default wavelengths (2 pi to 20 pi), a slide spans
+# about half of the longest wavelength, so all places on it are distinguishable. Neighboring spots of a 60 x 60 array
+# are half a unit apart, far above the resolution of the shortest wavelength.
 SPATIAL_RANGE = 30.0
-# Where scverse tools keep positions in `obsm`, and the store does.
+# Key of the coordinates in `obsm`, as in other scverse tools.
 SPATIAL_KEY = "spatial"
-# `uns` of an AnnData: the scales of its sections, which parts of it keep.
+# Key in `uns` for the scales of the sections. Subsets of the AnnData keep it.
 SCALES = "sct_sections"
-# Columns of obs that often name sections.
+# Columns of obs that often contain the section.
 SECTION_COLUMNS = ("library_id", "section", "slide", "sample", "batch", "donor")
 
-_FEWEST = 20  # cells below which nothing is said about how they lie
-_BULK = 0.01  # share of the cells that may lie far off at each end of an axis
-_DRAWN = 2000  # cells whose surroundings are looked at
-# Measured shares of cells beside a cell of another section: 0.5 and more of overlaid sections, below 0.1 of sections
-# that stand side by side.
+_FEWEST = 20  # minimal number of cells for these checks
+_BULK = 0.01  # fraction of the cells to ignore at each end of an axis
+_DRAWN = 2000  # number of cells whose neighbors are checked
+# Fraction of cells whose nearest neighbor is in another section. Measured: at least 0.5 for overlaid sections, below
+# 0.1 for sections side by side.
 _MIXED = 0.2
-_SHARED_PLACE = 0.1
-_APART = 0.9  # of the cells at a place that is taken, those whose section has no other there
-_NEAR = 24  # cells around each in which a grid is looked for
-_GRID_CELLS = 100  # fewer cells show no grid
-_BINS = 50  # bins from such a cell to the farthest of them
-# Share of cells that have a neighbour at the same step: measured 0.8 and more on grids, below 0.2 where there is none.
+_SHARED_PLACE = 0.1  # fraction of cells at a place that another cell also has
+_APART = 0.9  # among these cells, the fraction whose section has no other cell at that place
+_NEAR = 24  # number of neighbors for finding a grid
+_GRID_CELLS = 100  # minimal number of cells for finding a grid
+_BINS = 50  # histogram bins from a cell to its farthest neighbor
+# Fraction of cells with a neighbor at the same offset. Measured: at least 0.8 on grids, below 0.2 otherwise.
 _GRID = 0.4
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How positions of one section become those of a model: (position - origin) * factor.
+    """The rescaling of the coordinates of a section: (position - origin) * factor.
 
-    It is the section's own, computed once from all of its cells, so that a part of them lies as it did in the whole.
+    The scale is computed once from all cells of the section. A subset of the cells therefore keeps its position in the
+    section.
 
     Attributes
     ----------
     cells
-        Number of the section's cells.
+        Number of cells of the section.
     low, high
-        float64 (2,) corners of the box around all of them.
-    origin, factor
-        float64 (2,), and the factor; 0 where all cells lie at one place.
+        Corners of the bounding box of all cells, float64 (2,).
+    origin
+        float64 (2,).
+    factor
+        Scaling factor; 0 if all cells are at the same place.
     """
 
     cells: int
@@ -63,12 +66,21 @@ class Scale:
 
     @classmethod
     def of(cls, coordinates: np.ndarray, stray: np.ndarray | None = None) -> Scale:
-        """The scale of a section from the positions of all its cells, (N, 2).
+        """Compute the scale of a section from the coordinates of all its cells.
 
-        The corner of the box around the cells is the origin, its longer side becomes `SPATIAL_RANGE`. Cells that
-        `stray` (N,) marks, by default those of `stray_cells`, do not stretch the box; they lie outside of the range.
+        The lower corner of the bounding box becomes the origin, and its longer side gets the length `SPATIAL_RANGE`.
 
-        Raises `DataError` where coordinates are not finite numbers in two columns.
+        Parameters
+        ----------
+        coordinates
+            Coordinates (N, 2) in any unit.
+        stray
+            Mask (N,) of outlying cells, which are ignored for the bounding box. Default: see `stray_cells`.
+
+        Raises
+        ------
+        DataError
+            The coordinates are not finite or do not have two columns.
         """
         coordinates = _checked(coordinates)
         if not len(coordinates):
@@ -81,13 +93,16 @@ class Scale:
         return cls(len(coordinates), coordinates.min(axis=0), coordinates.max(axis=0), origin, factor)
 
     def apply(self, coordinates: np.ndarray) -> np.ndarray:
-        """Positions (n, 2) of cells of the section in the units of models, float32; the aspect is kept."""
+        """Rescale the coordinates (n, 2) of cells of the section to float32. The aspect ratio is preserved."""
         return ((_checked(coordinates) - self.origin) * self.factor).astype(np.float32)
 
     def holds(self, coordinates: np.ndarray) -> bool:
-        """Whether positions (n, 2) can be those of the section's cells, or of a part of them.
+        """Return whether coordinates (n, 2) can belong to the cells of this section or to a subset of them.
 
-        Raises `DataError` where they are not finite numbers in two columns.
+        Raises
+        ------
+        DataError
+            The coordinates are not finite or do not have two columns.
         """
         coordinates = _checked(coordinates)
         if not len(coordinates) or len(coordinates) > self.cells:
@@ -100,29 +115,29 @@ class Scale:
 
 
 def _checked(coordinates: np.ndarray) -> np.ndarray:
-    """Coordinates as float64 (N, 2); `DataError` where they are anything else."""
+    """Return coordinates as float64 (N, 2); raise `DataError` if they are not finite or have another shape."""
     coordinates = np.asarray(coordinates, np.float64)
     check_shape(
         "the table of coordinates",
         coordinates,
         ("cells", (2, "coordinates")),
         empty=True,
-        advice="give x and y only",
+        advice="give only x and y",
     )
-    check_finite("the table of coordinates", coordinates, "cells", advice="drop cells without a position")
+    check_finite("the table of coordinates", coordinates, "cells", advice="remove cells without coordinates")
     return coordinates
 
 
 def rescale_coordinates(coordinates: np.ndarray) -> np.ndarray:
-    """Positions (N, 2) of a whole section in the units of models, float32; see `Scale.of`.
+    """Rescale the coordinates (N, 2) of a complete section to the units of models, float32; see `Scale.of`.
 
-    Pixels, micrometres and array units give the same result.
+    The result does not depend on the unit: pixels, micrometers and array coordinates give the same result.
     """
     return Scale.of(coordinates).apply(coordinates)
 
 
 def write_scales(scales: dict[str, Scale], batch_key: str | None) -> dict[str, Any]:
-    """What `uns[SCALES]` keeps of one key of positions; h5ad and zarr can store it."""
+    """Return the entry of `uns[SCALES]` for one key of coordinates, in a form that h5ad and zarr can store."""
     return {
         "batch_key": batch_key or "",
         "section": np.array(list(scales), dtype=str),
@@ -135,9 +150,25 @@ def write_scales(scales: dict[str, Scale], batch_key: str | None) -> dict[str, A
 
 
 def read_scales(uns: Any, spatial_key: str, batch_key: str | None) -> dict[str, Scale]:
-    """The scales that `uns` holds of sections by a column of obs; none where it knows none of them.
+    """Read the scales of the sections from `uns`.
 
-    Raises `DataError` where the entry does not have the form that `write_scales` gives it.
+    Parameters
+    ----------
+    uns
+        `adata.uns`.
+    spatial_key
+        Key of the coordinates in `obsm`.
+    batch_key
+        Column of `obs` with the sections, or None for a single section.
+
+    Returns
+    -------
+    Section -> scale; empty if `uns` has no scales for this key and column.
+
+    Raises
+    ------
+    DataError
+        The entry does not have the form of `write_scales`.
     """
     found = uns.get(SCALES, {})
     found = found.get(spatial_key) if hasattr(found, "get") else None
@@ -146,7 +177,7 @@ def read_scales(uns: Any, spatial_key: str, batch_key: str | None) -> dict[str, 
     try:
         if str(found["batch_key"]) != (batch_key or ""):
             return {}
-        # zarr gives texts of a type that numpy does not cast to its own.
+        # zarr returns a string type that NumPy cannot cast.
         names, cells = np.asarray(found["section"]).ravel().tolist(), np.asarray(found["cells"], np.int64)
         low, high, origin = (_checked(found[name]) for name in ("low", "high", "origin"))
         factor = np.asarray(found["factor"], np.float64)
@@ -158,39 +189,45 @@ def read_scales(uns: Any, spatial_key: str, batch_key: str | None) -> dict[str, 
         }
     except (KeyError, IndexError, TypeError, ValueError, DataError) as error:
         raise DataError(
-            f"uns[{SCALES!r}][{spatial_key!r}] does not describe scales of sections "
-            f"({type(error).__name__}: {error}): delete it (del adata.uns[{SCALES!r}]), and compute it again from "
-            "whole sections with sct.pp.spatial_scale."
+            f"uns[{SCALES!r}][{spatial_key!r}] is not a valid record of section scales ({type(error).__name__}: "
+            f"{error}): delete it (del adata.uns[{SCALES!r}]), and compute it again from complete sections with "
+            "sct.pp.spatial_scale."
         ) from error
 
 
 def stray_cells(coordinates: np.ndarray) -> np.ndarray:
-    """Mark cells (N,) far away from all others: farther than the section is long from where 98% of each axis lie."""
+    """Return the mask (N,) of outlying cells.
+
+    The central range holds 98% of the cells on each axis. A cell is outlying if its distance from this range exceeds
+    the length of the range.
+    """
     if len(coordinates) < _FEWEST:
         return np.zeros(len(coordinates), bool)
     skip = max(1, int(_BULK * len(coordinates)))
     ordered = np.sort(coordinates, axis=0)
     low, high = ordered[skip], ordered[-1 - skip]
     reach = float((high - low).max())
-    if reach <= 0:  # nearly all at one place: there is no length to compare with
+    if reach <= 0:  # nearly all cells are at the same place, so there is no length to compare with
         return np.zeros(len(coordinates), bool)
     return ((coordinates < low - reach) | (coordinates > high + reach)).any(axis=1)
 
 
 def doubts(coordinates: np.ndarray, obs: pd.DataFrame, divide_by: str) -> list[str]:
-    """Say what is strange about the positions of one section: stray cells, or several sections in one plane.
+    """Return sentences on what is suspicious about the coordinates of a section.
+
+    Two problems are detected: outlying cells, and several sections in the same plane.
 
     Parameters
     ----------
     coordinates
-        (N, 2), finite, in the source's unit.
+        Finite coordinates (N, 2) in the unit of the input.
     obs
-        The cells' table, for columns that name sections.
+        Table of the cells, searched for columns with sections.
     divide_by
-        How the option that divides cells into sections is given, such as "batch_key={!r}".
+        How the user sets the column with sections, such as "batch_key={!r}".
     """
     coordinates = np.asarray(coordinates, np.float64)
-    said = []
+    found = []
     stray = stray_cells(coordinates)
     if stray.any():
         rows = np.flatnonzero(stray)
@@ -198,21 +235,28 @@ def doubts(coordinates: np.ndarray, obs: pd.DataFrame, divide_by: str) -> list[s
         low, high = box.min(axis=0), box.max(axis=0)
         far = np.linalg.norm(outside - np.clip(outside, low, high), axis=1).max()
         shown = ", ".join(map(str, obs.index[rows[:3]])) + (", ..." if len(rows) > 3 else "")
-        said.append(
-            f"{len(rows):,} of {len(stray):,} cells lie far outside the section, up to {far:,.6g} away where it is "
-            f"{(high - low).max():,.6g} long ({shown}): the scale ignores them; drop them if their positions are wrong"
+        found.append(
+            f"{len(rows):,} of {len(stray):,} cells are far outside the section, up to {far:,.6g} away, while it is "
+            f"{(high - low).max():,.6g} long ({shown}): the scale ignores them; remove them if their coordinates are "
+            "wrong"
         )
     name, finding = _overlaid(coordinates[~stray], obs.loc[~stray])
     if finding:
-        said.append(
-            f"{finding}, so several sections seem to lie over each other: divide them by a column of obs "
+        found.append(
+            f"{finding}, so several sections seem to overlap in one plane: separate them by a column of obs "
             f"({divide_by.format(name) if name else divide_by.partition('{')[0] + '...'})"
         )
-    return said
+    return found
 
 
 def _overlaid(coordinates: np.ndarray, obs: pd.DataFrame) -> tuple[str, str]:
-    """A column that seems to name sections, and what shows that cells of several share a plane ("" for nothing)."""
+    """Detect overlaid sections.
+
+    Returns
+    -------
+    The column of `obs` that seems to hold the sections, and the evidence that several sections share a plane; "" for
+    none.
+    """
     n = len(coordinates)
     if n < _FEWEST:
         return "", ""
@@ -221,12 +265,13 @@ def _overlaid(coordinates: np.ndarray, obs: pd.DataFrame) -> tuple[str, str]:
     columns = [name for name in SECTION_COLUMNS if name in obs and obs[name].nunique() > 1]
     for name in columns:
         codes = pd.factorize(obs[name])[0]
-        # Of cells at one place any may come first, and not only the cell itself.
+        # If several cells are at the same place, the tree may return another one of them first.
         beside = np.where(near[:, 0] == drawn, near[:, 1], near[:, 0])
         share = float((codes[beside] != codes[drawn]).mean())
         if share > _MIXED:
-            return name, f"{share:.0%} of the cells are next to one of another {name}"
-    # Cells at one place may also be single cells assigned to a spot: sections have one cell each at a place.
+            return name, f"{share:.0%} of the cells are next to a cell of another {name}"
+    # Several cells at the same place may also be single cells assigned to a spot. Overlaid sections are different: each
+    # section has one cell per place.
     places, at = np.unique(coordinates, axis=0, return_inverse=True)
     taken = n - len(places)
     if taken > _SHARED_PLACE * n:
@@ -234,7 +279,7 @@ def _overlaid(coordinates: np.ndarray, obs: pd.DataFrame) -> tuple[str, str]:
             pairs = np.stack([at.ravel(), pd.factorize(obs[name])[0]])
             apart = np.unique(pairs, axis=1).shape[1] - len(places)
             if apart > _APART * taken:
-                return name, f"{taken:,} of {n:,} cells are at the place of one of another {name}"
+                return name, f"{taken:,} of {n:,} cells are at the same place as a cell of another {name}"
     if taken:
         coordinates = places
         drawn = np.random.default_rng(0).permutation(len(places))[:_DRAWN]
@@ -248,10 +293,15 @@ def _overlaid(coordinates: np.ndarray, obs: pd.DataFrame) -> tuple[str, str]:
 
 
 def _crowded(steps: np.ndarray) -> float:
-    """Share of the cells that have others closer than the grid allows on which they lie; 0 without a grid.
+    """Return the fraction of cells with a neighbor closer than the pitch of their grid; 0 if there is no grid.
 
-    `steps` (n, K, 2) leads from each cell to its nearest. On a grid nearly all cells have a neighbour at the same
-    step, the pitch; nothing else lies closer, unless several grids lie over each other.
+    On a grid, nearly all cells have a neighbor at the same offset (the pitch) and none closer, unless several grids are
+    overlaid.
+
+    Parameters
+    ----------
+    steps
+        Offsets from each cell to its nearest neighbors, (n, K, 2).
     """
     length = np.linalg.norm(steps, axis=2)
     reach = float(np.median(length[:, -1]))

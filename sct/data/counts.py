@@ -1,4 +1,4 @@
-"""Telling raw counts from everything else that is kept in count matrices."""
+"""Find raw counts in an AnnData, and distinguish them from normalized or transformed data."""
 
 from __future__ import annotations
 
@@ -17,32 +17,29 @@ from scipy import sparse
 from sct.checks import check_choice
 from sct.errors import DataError
 
-# What a matrix holds: counts of molecules, or any other measure of genes of which only the order within a cell is used.
+# "counts": counts of molecules. "activity": other values, of which only the order within a cell is used.
 Values = Literal["counts", "activity"]
 COUNTS: Values = "counts"
-# Counts that went through float32 arithmetic and back; a non-zero value that rounds to 0 is never a count, so
-# proportions cannot pass as empty cells.
+# Tolerance for counts after float32 arithmetic. A non-zero value that rounds to 0 is never accepted as a count;
+# otherwise proportions would be read as empty cells.
 TOLERANCE = 1e-3
-_PART = 65_536  # what several passes find in the processor's cache
+_PART = 65_536  # values per step, which stay in the CPU cache for several passes
 _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-BLOCK_VALUES = 4_000_000  # stored values looked at together: about 100 MB with temporaries
+BLOCK_VALUES = 4_000_000  # stored values to check at a time: about 100 MB with temporaries
 
-ADVICE = (
-    'raw counts are needed: put them in X, adata.raw or layers["counts"], or name the layer that holds them '
-    "(layer=...)"
-)
+ADVICE = 'raw counts are needed: put them in X, adata.raw or layers["counts"], or set layer= to their layer.'
 ACTIVITY_ADVICE = (
-    "activities are non-negative numbers: put them in X, or name the layer that holds them (layer=...)"
+    "activities must be non-negative numbers: put them in X, or set layer= to the layer that has them."
 )
 
 
 def check_values(values: str) -> None:
-    """Raise `ConfigError` for what is no kind of values."""
+    """Raise `ConfigError` if `values` is not "counts" or "activity"."""
     check_choice("values", values, get_args(Values))
 
 
 class _NotCountsError(DataError):
-    """Violation with its two halves apart, so that `validate` can list several."""
+    """A matrix is not raw counts. `finding` is the message without advice, so that `validate` can list several."""
 
     def __init__(self, what: str, reason: str, advice: str = ADVICE):
         super().__init__(f"{what} {reason}; {advice}")
@@ -51,22 +48,21 @@ class _NotCountsError(DataError):
 
 @dataclass(frozen=True)
 class ValidatedCounts:
-    """Counts that passed, and where they were found.
+    """Valid raw counts, and where they were found.
 
     Attributes
     ----------
     matrix
-        (N, n_var) raw counts. In memory: CSR of exact integers in the input's dtype (the input's own arrays
-        where nothing had to change: do not write to them). Backed: the matrix left on disk; pass the blocks
-        you read through `exact_integers`.
+        Raw counts (N, n_var). In memory: CSR of exact integers in the dtype of the input. It may share the arrays of
+        the input, so do not modify it. Backed: the matrix on disk; pass blocks that you read to `exact_integers`.
     source
         'X', 'raw.X' or 'layers["..."]'.
     var
-        (n_var, ...) the genes of `matrix`.
+        Table of the genes of `matrix` (n_var rows).
     n_empty_cells
-        Cells without any count.
+        Number of cells without counts.
     messages
-        What a person should know, one sentence each.
+        Remarks for the user, one sentence each.
     """
 
     matrix: Any
@@ -77,21 +73,21 @@ class ValidatedCounts:
 
 
 class CountsChecker:
-    """Streaming check that values are raw counts, in memory bounded by the blocks it is fed.
+    """Check block by block that values are raw counts.
 
     Parameters
     ----------
     what
         Name of the matrix in messages, e.g. 'X of pbmc.h5ad'.
     values
-        "activity" takes any finite values of at least 0.
+        "counts", or "activity" to accept any finite values of at least 0.
 
     Attributes
     ----------
     n_values, n_nonzero, maximum
-        Values seen, non-zero values seen, largest value seen.
+        Number of values, number of non-zero values, and largest value so far.
     inexact
-        Whether a value differed from its integer (within the tolerance of 0.001); never for activity.
+        Whether any value differed from an integer (by at most 0.001); always False for "activity".
     """
 
     def __init__(self, what: str, values: Values = COUNTS):
@@ -105,20 +101,24 @@ class CountsChecker:
         self.inexact = False
 
     def update(self, block: Any) -> None:
-        """Check one block: the stored values (1-D), or a sparse or dense part of the matrix (2-D).
+        """Check one block.
 
-        Rows of a 2-D block must be whole cells for the message to tell normalised from corrected values; what
-        is accepted does not depend on it.
+        Parameters
+        ----------
+        block
+            Stored values (1-D), or a sparse or dense part of the matrix (2-D). If the rows of a 2-D block are complete
+            cells, the error message can distinguish normalized from corrected values. This does not change which values
+            are accepted.
 
         Raises
         ------
         DataError
-            NaN or infinity, a negative value, or a value that is not an integer within 0.001; the message
-            says which kind of data this looks like.
+            A value is NaN, infinite, negative, or not within 0.001 of an integer. The message states which kind of data
+            this looks like.
         """
         values = np.asarray(block.data if sparse.issparse(block) else block)
         if values.dtype.kind not in "biuf":
-            raise self._refused(f"holds {values.dtype} values instead of numbers")
+            raise self._refused(f"has {values.dtype} values instead of numbers")
         values = values.reshape(-1)
         self.n_values += values.size
         if not values.size:
@@ -126,7 +126,7 @@ class CountsChecker:
         if values.dtype.kind == "f":
             self._check_floats(block, values)
         elif values.dtype.kind == "i" and values.min() < 0:
-            raise self._refused(f"holds negative values (e.g. {values.min()}), which no count is")
+            raise self._refused(f"has negative values (e.g. {values.min()}), but counts are at least 0")
         self.n_nonzero += int(np.count_nonzero(values))
         self.maximum = max(self.maximum, float(values.max()))
 
@@ -140,16 +140,16 @@ class CountsChecker:
             bad = values[~finite]
             name = "NaN" if np.isnan(bad).any() else "infinite"
             raise self._refused(
-                f"holds {bad.size} {name} values in one block of {values.size}, a damaged or imputed matrix"
+                f"has {bad.size} {name} values in one block of {values.size}, so the matrix is damaged or imputed"
             )
         if (low := values.min()) < 0:
             raise self._refused(
-                f"holds negative values (e.g. {low:.4g}): it looks like scaled (z-scored) or corrected data"
+                f"has negative values (e.g. {low:.4g}), which looks like scaled (z-scored) or corrected data"
             )
         if self.values != COUNTS:
             positive = values[values > 0]
             if positive.size and not (positive.min() >= _SMALLEST and positive.max() <= _LARGEST):
-                raise self._refused("holds values that are too small or too large for float32; scale them")
+                raise self._refused("has values that are too small or too large for float32 (scale them)")
             return
         nearest = np.rint(values)
         distance = np.abs(values - nearest)
@@ -157,60 +157,64 @@ class CountsChecker:
         off |= (nearest == 0) & (values != 0)
         if off.any():
             raise self._refused(
-                f"holds values that are not integers (e.g. {values[np.argmax(off)]:.5g}): "
-                f"it looks like {_kind(block, values)}"
+                f"has values that are not integers (e.g. {values[np.argmax(off)]:.5g}), which looks like "
+                f"{_kind(block, values)}"
             )
         self.inexact |= bool(distance.any())
 
     def finish(self) -> None:
-        """Make the checks that need the whole matrix.
+        """Check the matrix as a whole, after the last block.
 
         Raises
         ------
         DataError
-            There is no count at all.
+            All values are zero.
         """
         if not self.n_nonzero:
-            raise self._refused("holds no count at all: every cell is empty")
+            raise self._refused("has only zeros, so every cell is empty")
 
     def _refused(self, reason: str) -> _NotCountsError:
         return _NotCountsError(self.what, reason, self._advice)
 
 
 def _are_counts(values: np.ndarray) -> bool:
-    """Whether all values are finite integers of at least 0, as they are in most inputs."""
+    """Return whether all values are finite integers of at least 0: a fast check that most inputs pass."""
     return bool(values.min() >= 0 and values.max() < np.inf and np.array_equal(np.rint(values), values))
 
 
 def validate(adata: ad.AnnData, *, layer: str | None = None, values: Values = COUNTS) -> ValidatedCounts:
-    """Find the raw counts of `adata` and check them; nothing is changed in `adata`.
+    """Find and check the raw counts of an AnnData. The AnnData is not changed.
 
-    Accepted are non-negative integers in any dtype, stored floats within 0.001 of an integer included (the
-    returned matrix holds the integers). Repeated gene names are left to `GeneVocabulary.align`.
+    Raw counts are non-negative integers in any dtype. Floats within 0.001 of an integer are accepted and rounded in the
+    result. Repeated gene names are not checked here; see `GeneVocabulary.align`.
 
     Parameters
     ----------
     adata
-        (N, n_var) in memory or backed; dense, CSR or CSC. A backed matrix is read in blocks.
+        AnnData (N, n_var) in memory or backed; dense, CSR or CSC. A backed matrix is read in blocks.
     layer
-        Name of the layer to take ("X" and "raw.X" are understood too). By default `X`, `raw.X` and
-        `layers["counts"]` are looked at in this order and the first that holds raw counts is taken.
+        Name of the layer, or "X" or "raw.X". Default: the first of `X`, `raw.X` and `layers["counts"]` that has raw
+        counts.
     values
-        "activity" takes a matrix that is no counts, X by default and as it is: any finite values of at least 0. It is
-        for what uses the order of a cell's genes alone.
+        "counts", or "activity" to accept any finite values of at least 0, by default from X. Use "activity" only for
+        models that use the order of the genes in a cell, not the values.
+
+    Returns
+    -------
+    The counts and their location.
 
     Raises
     ------
     DataError
-        No cells or genes, repeated cell names, an unknown layer, or no raw counts; the message says what was
-        found in each place.
+        There are no cells or genes, cell names are repeated, the layer does not exist, or there are no raw counts. The
+        message states what each matrix contains instead.
     ConfigError
-        Another kind of values than these.
+        `values` is not "counts" or "activity".
     """
     check_values(values)
     _check_axes(adata)
     if values != COUNTS and layer is None:
-        layer = "X"  # where nothing tells counts from other values, nothing is searched for
+        layer = "X"  # activities cannot be recognized by their values, so there is no search
     findings = []
     for source, matrix, var in _candidates(adata, layer):
         try:
@@ -219,13 +223,13 @@ def validate(adata: ad.AnnData, *, layer: str | None = None, values: Values = CO
             findings.append(error.finding)
             continue
         if findings:
-            messages = [f"took {source}, because {' and '.join(findings)}", *messages]
+            messages = [f"counts are taken from {source}, because {' and '.join(findings)}", *messages]
         elif source != "X" and layer is None:
-            messages = [f"took {source}, because there is no X", *messages]
+            messages = [f"counts are taken from {source}, because there is no X", *messages]
         n_repeated = int(var.index.duplicated().sum())
         if n_repeated:
             messages.append(
-                f"{n_repeated:,} gene names occur more than once; aligning the genes decides about them"
+                f"{n_repeated:,} gene names occur more than once; see the duplicates option for how they are handled"
             )
         return ValidatedCounts(checked, source, var, n_empty, tuple(messages))
     if not findings:
@@ -236,9 +240,9 @@ def validate(adata: ad.AnnData, *, layer: str | None = None, values: Values = CO
 
 
 def exact_integers(matrix: Any) -> Any:
-    """Return the integers that checked values stand for, in the same type and dtype.
+    """Round values to integers, in the same type and dtype.
 
-    Only for values that `validate` or `CountsChecker` accepted.
+    Use it only for values that `validate` or `CountsChecker` accepted.
     """
     values = matrix.data if sparse.issparse(matrix) else matrix
     if values.dtype.kind != "f":
@@ -256,27 +260,27 @@ def exact_integers(matrix: Any) -> Any:
 def _check_axes(adata: ad.AnnData) -> None:
     if adata.n_obs == 0 or adata.n_vars == 0:
         empty = "cells" if adata.n_obs == 0 else "genes"
-        raise DataError(
-            f"the data has {adata.n_obs} cells x {adata.n_vars} genes; give data with at least one of {empty}"
-        )
+        raise DataError(f"the data has {adata.n_obs} cells x {adata.n_vars} genes: give data with {empty}.")
     repeated = adata.obs_names[adata.obs_names.duplicated()].unique()
     if len(repeated):
         shown = ", ".join(map(str, repeated[:3])) + (", ..." if len(repeated) > 3 else "")
         raise DataError(
-            f"{len(repeated)} cell names occur more than once ({shown}) but each must name one cell; "
-            f"call adata.obs_names_make_unique() if they are different cells"
+            f"{len(repeated)} cell names occur more than once ({shown}), but they must be unique: call "
+            "adata.obs_names_make_unique() if they are different cells."
         )
 
 
 def _candidates(adata: ad.AnnData, layer: str | None) -> Iterator[tuple[str, Any, pd.DataFrame]]:
-    """Yield (source, matrix, var) of the places to look at."""
+    """Yield (source, matrix, var) of the matrices to check."""
     if layer is not None and layer in adata.layers:
         yield f'layers["{layer}"]', adata.layers[layer], adata.var
         return
     if layer not in (None, "X", "raw.X") or (layer == "raw.X" and adata.raw is None):
-        # anndata 0.13 lists X among the layers, under None.
+        # anndata 0.13 lists X as the layer None.
         have = ", ".join(repr(name) for name in adata.layers if name is not None) or "no layers"
-        raise DataError(f"there is no layer {layer!r} but {have}; give layer= one of them, 'X' or 'raw.X'")
+        raise DataError(
+            f"there is no layer {layer!r}, but {have}: set layer= to one of these, to 'X' or to 'raw.X'."
+        )
     if layer != "raw.X" and adata.X is not None:
         yield "X", adata.X, adata.var
     if layer != "X" and adata.raw is not None:
@@ -286,7 +290,7 @@ def _candidates(adata: ad.AnnData, layer: str | None) -> Iterator[tuple[str, Any
 
 
 def _check(matrix: Any, source: str, values: Values = COUNTS) -> tuple[Any, int, list[str]]:
-    """Check one matrix; return it (as CSR where it is in memory), its number of empty cells, and messages."""
+    """Check one matrix. Return the matrix (CSR if in memory), its number of empty cells, and messages."""
     on_disk = isinstance(matrix, CSRDataset | CSCDataset | h5py.Dataset | zarr.Array)
     if not on_disk:
         matrix = _in_memory(matrix, source)
@@ -312,16 +316,16 @@ def _check(matrix: Any, source: str, values: Values = COUNTS) -> tuple[Any, int,
     messages = []
     n_empty = int(matrix.shape[0] - filled.sum())
     if n_empty:
-        messages.append(f"{n_empty:,} of {matrix.shape[0]:,} cells are empty (no count)")
+        messages.append(f"{n_empty:,} of {matrix.shape[0]:,} cells are empty (no counts)")
     if values == COUNTS and checker.maximum <= 1:
-        messages.append(f"{source} holds only 0 and 1: it may be binarised")
+        messages.append(f"{source} has only the values 0 and 1, so it may be binarized")
     if checker.inexact:
-        messages.append(f"{source} holds floats within {TOLERANCE} of integers, taken as these integers")
+        messages.append(f"{source} has floats within {TOLERANCE} of integers, which were rounded")
     return matrix, n_empty, messages
 
 
 def _in_memory(matrix: Any, source: str) -> Any:
-    """Return `matrix` as canonical CSR or as a numpy array."""
+    """Return a matrix as canonical CSR or as a NumPy array."""
     if sparse.issparse(matrix):
         rows = sparse.csr_matrix(matrix)
         if rows.dtype == bool:
@@ -333,13 +337,13 @@ def _in_memory(matrix: Any, source: str) -> Any:
     if isinstance(matrix, np.ndarray):
         return np.asarray(matrix, np.uint8) if matrix.dtype == bool else np.asarray(matrix)
     raise DataError(
-        f"{source} is a {type(matrix).__module__}.{type(matrix).__name__} where a numpy array or a scipy "
-        f"sparse or backed matrix is expected; call adata.to_memory() first"
+        f"{source} is a {type(matrix).__module__}.{type(matrix).__name__}, but must be a NumPy array, a SciPy sparse "
+        "matrix or a backed matrix: call adata.to_memory() first."
     )
 
 
 def _blocks(matrix: Any) -> Iterator[tuple[int, Any]]:
-    """Yield (first row, block) of bounded size: rows, or whole columns of a CSC matrix on disk."""
+    """Yield (first row, block) of bounded size. Blocks are rows, or columns of a CSC matrix on disk."""
     if isinstance(matrix, CSRDataset | CSCDataset):
         indptr = matrix.group["indptr"][:]
     elif sparse.issparse(matrix):
@@ -356,25 +360,25 @@ def _blocks(matrix: Any) -> Iterator[tuple[int, Any]]:
 
 
 def _kind(block: Any, values: np.ndarray) -> str:
-    """Name the kind of data that non-negative, partly non-integer values look like."""
+    """Return a description of the kind of data that non-negative, non-integer values look like."""
     positive = values[values > 0]
-    if positive.max() < 25:  # the logarithm of any count, to base 2 as well
+    if positive.max() < 25:  # an upper bound for natural and base-2 logarithms of counts
         for name, counts in (("log1p", np.expm1(positive)), ("log2(x + 1)", np.exp2(positive) - 1)):
             if np.mean(np.abs(counts - np.rint(counts)) < 1e-2) > 0.99:
                 return f"{name} of counts"
         total = _constant_total(block, log=True)
         if total is not None:
-            return f"log1p of counts normalised to {total:,.0f} per cell"
+            return f"log1p of counts normalized to {total:,.0f} per cell"
     total = _constant_total(block, log=False)
     if total is not None:
-        return f"counts normalised to {total:,.5g} per cell"
+        return f"counts normalized to {total:,.5g} per cell"
     if positive.max() < 15:
         return "log-transformed data"
-    return "TPM, normalised or corrected counts"
+    return "TPM, normalized or corrected counts"
 
 
 def _constant_total(block: Any, *, log: bool) -> float | None:
-    """Return the total per cell where all cells of a block have nearly the same (2%)."""
+    """Return the total per cell if it is nearly the same (within 2%) in all cells of a block, otherwise None."""
     if block.ndim != 2:
         return None
     rows = sparse.csr_matrix(block).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Cells to try things on: real ones that need no download, and simulated atlases for tests of scale."""
+"""Example data: real cells that need no download, and simulated atlases for tests of scale."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ from sct.extras import load_extra
 
 __all__ = ["pbmc68k", "simulate_atlas"]
 
-# A count c was stored as a rounded float of log1p(1e4 c / total); a residual below this leaves one integer.
+# Counts are stored as rounded log1p(1e4 * count / total). With a residual below this, the integer is unambiguous.
 MAX_RESIDUAL = 0.13
 
 _N_TYPES = 12
 _N_DOMAINS = 7
-_SPOT_DISTANCE = 100.0  # micrometres
+_SPOT_DISTANCE = 100.0  # micrometers
 _DISPERSION = 4.0  # negative binomial size: variance = mean + mean^2 / 4
-_FULL_SIZE = 20_124  # genes at which a cell has the mean library size below
+_FULL_SIZE = 20_124  # number of genes at which the mean library size is _LIBRARY
 _LIBRARY = 5_000.0
 _BLOCK_VALUES = 8_000_000
 
 
 def pbmc68k() -> ad.AnnData:
-    """Return 700 real peripheral blood cells x 765 genes as raw counts (Zheng et al. 2017, 10x Genomics).
+    """Return raw counts of 700 real peripheral blood cells x 765 genes (Zheng et al. 2017, 10x Genomics).
 
-    The cells are those of `scanpy.datasets.pbmc68k_reduced`, which ship with scanpy as normalised values;
-    the integers are recovered from them and the totals of the cells: C = rint(expm1(raw.X) * n_counts / 1e4).
+    The cells are those of `scanpy.datasets.pbmc68k_reduced`. scanpy contains them as normalized values. The integer
+    counts are recovered from these values and the total counts: C = rint(expm1(raw.X) * n_counts / 1e4).
 
     Returns
     -------
-    AnnData with `X` (700, 765) raw counts as CSR float32; `obs["bulk_labels"]`, the same labels as
-    `obs["cell_type"]`, and `obs["n_counts"]`, the total of the cell over all genes it was measured on; `var`
-    indexed by symbol; `uns["source"]`.
+    AnnData with `X` (700, 765), raw counts as CSR float32; `obs["cell_type"]` and `obs["bulk_labels"]`, the same
+    labels; `obs["n_counts"]`, the total count of each cell over all measured genes; `var`, indexed by symbol;
+    `uns["study"]` and `uns["source"]`.
 
     Raises
     ------
     MissingExtraError
         scanpy is not installed.
     DataError
-        A value is not within 0.13 of an integer: scanpy ships other cells than expected.
+        A value is not within 0.13 of an integer, so this scanpy release contains other data than expected.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of scanpy and its dependencies, about their own future
+        warnings.simplefilter("ignore")  # deprecation warnings of scanpy and its dependencies
         return _pbmc68k()
 
 
@@ -58,8 +58,8 @@ def _pbmc68k() -> ad.AnnData:
     counts, residual = recover_counts(shipped.raw.X, shipped.obs["n_counts"].to_numpy())
     if residual >= MAX_RESIDUAL:
         raise DataError(
-            f"the counts of scanpy's pbmc68k_reduced are {residual:.3f} off an integer where less than "
-            f"{MAX_RESIDUAL} is expected; install scanpy >= 1.11"
+            f"a count of scanpy's pbmc68k_reduced differs by {residual:.3f} from an integer, but must differ by less "
+            f"than {MAX_RESIDUAL}: install scanpy >= 1.11."
         )
     labels = shipped.obs["bulk_labels"].astype(str).astype("category")
     return ad.AnnData(
@@ -76,24 +76,24 @@ def _pbmc68k() -> ad.AnnData:
         uns={
             "study": "pbmc68k",
             "source": "10x Genomics fresh 68k PBMCs (Zheng et al. 2017): 700 cells x 765 genes shipped with "
-            "scanpy, counts recovered from normalised values",
+            "scanpy, counts recovered from normalized values",
         },
     )
 
 
 def recover_counts(logged: sparse.spmatrix, totals: np.ndarray) -> tuple[sparse.csr_matrix, float]:
-    """Undo log1p of counts normalised to 10,000 per cell.
+    """Recover raw counts from log1p of counts normalized to 10,000 per cell.
 
     Parameters
     ----------
     logged
-        (N, G) log1p(1e4 * counts / totals).
+        log1p(1e4 * counts / totals), (N, G).
     totals
-        (N,) the total count of each cell.
+        Total count of each cell, (N,).
 
     Returns
     -------
-    (N, G) CSR float32 integers, and the largest distance of a value from its integer before rounding.
+    Integer counts, float32 CSR (N, G), and the largest distance of a value from an integer before rounding.
     """
     rows = sparse.csr_matrix(logged).astype(np.float64)
     per_value = np.repeat(totals.astype(np.float64), np.diff(rows.indptr))
@@ -107,13 +107,12 @@ def recover_counts(logged: sparse.spmatrix, totals: np.ndarray) -> tuple[sparse.
 def simulate_atlas(
     n_studies: int, n_cells: int, n_genes: int, spatial: bool = False, seed: int = 0
 ) -> list[ad.AnnData]:
-    """Simulate studies of one tissue, for tests and benchmarks of scale; never a substitute for real cells.
+    """Simulate studies of one tissue, for tests and benchmarks of scale. They do not replace real cells.
 
-    All studies share 12 cell types, each a programme of raised genes over a common heavy-tailed baseline. A
-    study adds its own gene effects, depth and cell-type proportions; a cell its log-normal library size and
-    position on three continuous programmes. Counts are negative binomial, then dropped out more often the
-    lower their expectation. Everything is drawn from `seed` and the study's number alone, so a study is the
-    same whatever `n_studies` is.
+    All studies share 12 cell types. Each type has a set of upregulated genes over a common heavy-tailed baseline. Each
+    study has its own gene effects, depth and cell-type proportions. Each cell has a log-normal library size and a
+    position on three continuous gene programs. Counts are negative binomial with dropout, which is more frequent for
+    low expectations. A study depends only on `seed` and its number, not on `n_studies`.
 
     Parameters
     ----------
@@ -122,18 +121,17 @@ def simulate_atlas(
     n_cells
         Number of cells of each study.
     n_genes
-        Number of genes, at most 20,124: a random choice of the human vocabulary, in its order.
+        Number of genes, at most 20,124. They are a random subset of the human vocabulary, in its order.
     spatial
-        Lay the cells out as spots of a tissue section whose domains differ in their mixture of cell types.
+        Arrange the cells as spots of a tissue section, with domains that differ in their mixture of cell types.
     seed
-        Seed of everything.
+        Random seed.
 
     Returns
     -------
-    One AnnData per study: `X` (n_cells, n_genes) raw counts as CSR float32; `obs["cell_type"]` (of a spot:
-    its most frequent one) and `obs["study"]`; `var` indexed by Ensembl id with `var["symbol"]`;
-    `uns["study"]` its name; with `spatial`, `obsm["spatial"]` (n_cells, 2) in micrometres and
-    `obs["domain"]`.
+    One AnnData per study with `X` (n_cells, n_genes), raw counts as CSR float32; `obs["cell_type"]` (for a spot, its
+    most frequent type) and `obs["study"]`; `var` indexed by Ensembl id, with `var["symbol"]`; `uns["study"]`, its name.
+    With `spatial`, also `obsm["spatial"]` (n_cells, 2) in micrometers and `obs["domain"]`.
 
     Raises
     ------
@@ -162,10 +160,10 @@ def simulate_atlas(
 
 
 def _programs(rng: np.random.Generator, n_genes: int) -> np.ndarray:
-    """Return (types, G) log expression: a baseline, and for each type a twentieth of the genes raised."""
+    """Return log expression (types, G): a common baseline, with 5% of the genes upregulated in each type."""
     baseline = rng.normal(0.0, 2.0, n_genes)
     raised = rng.random((_N_TYPES, n_genes)) < 0.05
-    # The limit keeps the strongest gene of 20,000 near 1% of a cell's counts.
+    # With this limit, the strongest of 20,000 genes has about 1% of a cell's counts.
     return np.minimum(baseline + raised * rng.gamma(4.0, 0.5, (_N_TYPES, n_genes)), 7.0)
 
 
@@ -183,7 +181,7 @@ def _study(
     log_rates = programs + rng.normal(0.0, 0.3, n_genes)
     profiles = np.exp(log_rates)
     profiles /= profiles.sum(axis=1, keepdims=True)
-    # Fewer genes lose counts more slowly than in proportion, as a panel of informative genes does.
+    # The library size falls with the square root of the number of genes, because panels consist of informative genes.
     library = _LIBRARY * (n_genes / _FULL_SIZE) ** 0.5 * rng.lognormal(0.0, 0.2)
     libraries = library * rng.lognormal(0.0, 0.4, n_cells)
     if spatial:
@@ -220,7 +218,7 @@ def _counts(
     positions: np.ndarray,
     states: np.ndarray,
 ) -> sparse.csr_matrix:
-    """Draw (N, G) counts block by block: first which are positive, then only these."""
+    """Draw counts (N, G) block by block: first which entries are positive, then only their values."""
     n_cells, n_genes = len(composition), profiles.shape[1]
     profiles, states = profiles.astype(np.float32), states.astype(np.float32)
     dropout_at = np.float32(libraries.mean() / n_genes * 0.2)
@@ -231,7 +229,9 @@ def _counts(
         means = composition[rows].astype(np.float32) @ profiles
         means *= np.exp(positions[rows].astype(np.float32) @ states)
         means *= (libraries[rows] / means.sum(axis=1)).astype(np.float32)[:, None]
-        positive = means * np.float32(1 / _DISPERSION) + 1  # becomes the probability of a positive count
+        positive = (
+            means * np.float32(1 / _DISPERSION) + 1
+        )  # after the next lines: the probability of a positive count
         np.log(positive, out=positive)
         positive *= -_DISPERSION
         np.exp(positive, out=positive)
@@ -246,9 +246,9 @@ def _counts(
 
 
 def _positive_counts(rng: np.random.Generator, means: np.ndarray) -> np.ndarray:
-    """Draw negative binomial counts given that they are positive, by inversion of their distribution."""
+    """Draw negative binomial counts conditional on being positive, by inverse transform sampling."""
     odds = means / (means + _DISPERSION)
-    term = (1 - odds) ** _DISPERSION  # probability of 0, then of 1, 2, ...
+    term = (1 - odds) ** _DISPERSION  # probability of the count 0, then of 1, 2, ...
     below = term.copy()
     target = below + rng.random(len(means)) * (1 - below)
     counts = np.zeros(len(means))
@@ -267,7 +267,7 @@ def _positive_counts(rng: np.random.Generator, means: np.ndarray) -> np.ndarray:
 def _section(
     rng: np.random.Generator, n_cells: int, mixtures: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lay out spots on a jittered grid; return coordinates, domains and the mixture of types in each spot."""
+    """Place spots on a jittered grid. Return coordinates, domains and the mixture of cell types in each spot."""
     side = int(np.ceil(n_cells**0.5))
     grid = np.stack(np.divmod(np.arange(n_cells), side), axis=1) + rng.uniform(-0.2, 0.2, (n_cells, 2))
     centers = rng.uniform(0, side, (len(mixtures), 2))

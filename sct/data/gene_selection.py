@@ -1,4 +1,4 @@
-"""Which genes vary most between cells."""
+"""Select highly variable genes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from sct.extras import load_extra
 
 
 def variable_genes(expression: Any, number: int, *, log_base: float | None = None) -> np.ndarray:
-    """Columns of the most variable genes of cells, ascending, by scanpy's default way (`seurat`).
+    """Return the columns of highly variable genes, ascending, by scanpy's default method (`seurat`).
 
     Parameters
     ----------
     expression
-        (N, G) logarithmic expression, floating-point, dense or sparse.
+        Log expression (N, G), floating-point, dense or sparse.
     number
-        Genes to choose. Of all G, those without variation are left out.
+        Number of genes to select. Genes without variation are never selected.
     log_base
-        Base of the logarithm; None for the natural one.
+        Base of the logarithm; None for the natural logarithm.
 
     Raises
     ------

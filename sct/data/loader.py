@@ -1,8 +1,7 @@
-"""The loader: a Grain pipeline over a source of numbered records, the same for every model family.
+"""The data loader of all model families: a Grain pipeline over numbered records.
 
-The order of records is a function of the seed alone: batch b is made of records b * B to b * B + B - 1 of a
-globally shuffled sequence, whatever the number of processes, and the loader's whole state is the number of
-records drawn so far.
+The seed alone determines the order of the records. Batch b consists of the records b * B to b * B + B - 1 of a globally
+shuffled sequence, for any number of processes. The state of the loader is the number of records drawn so far.
 """
 
 from __future__ import annotations
@@ -20,52 +19,52 @@ Batch = dict[str, np.ndarray]
 
 
 class RecordSource(Protocol):
-    """Records addressable by number within an epoch."""
+    """Interface of a source of records, addressed by number and epoch."""
 
     def __len__(self) -> int:
-        """Records in an epoch."""
+        """Return the number of records in an epoch."""
         ...
 
     def record(self, number: int, epoch: int = 0) -> Batch:
-        """Record `number` of `epoch`: a dict of arrays of fixed shapes."""
+        """Return record `number` of `epoch`: a dict of arrays with fixed shapes."""
         ...
 
     def describe(self, number: int, epoch: int = 0) -> str:
-        """Name the record for a person."""
+        """Describe a record in messages."""
         ...
 
 
 def spread(number: int, limit: int) -> list[int]:
-    """At most `limit` numbers below `number`, spread evenly over them; all with a limit of 0."""
+    """Return at most `limit` evenly spaced numbers from 0 to `number` - 1; all numbers if `limit` is 0."""
     if not limit or limit >= number:
         return list(range(number))
     return [round(i) for i in np.linspace(0, number - 1, limit)]
 
 
 class Loader:
-    """Endless batches of shuffled records, or one ordered pass.
+    """Iterate over batches of records, either shuffled and endless or in order and once.
 
     Parameters
     ----------
     source
-        Records.
+        Source of the records.
     batch_size
-        Records in a batch over all processes, B.
+        Number of records in a batch over all processes (B).
     seed
         Seed of the order.
     shuffle
-        True: endless, shuffled anew each epoch. False: one pass in order; the last batch is filled up with
-        copies of its last record, marked by a zero in `example_mask`.
+        True: endless batches, shuffled differently in each epoch. False: one pass in order. Its last batch is filled up
+        with copies of the last record, which have `example_mask` 0.
     limit
-        Records of an ordered pass, spread evenly over the source; 0 for all.
+        Number of records of an ordered pass, evenly spaced over the source; 0 for all.
     process_index, process_count
-        Which share of each batch this process reads.
+        Index of this process and number of processes. Each process reads its part of every batch.
     num_threads, prefetch
-        Threads that read and tokenise, and records that they keep ready.
+        Number of threads that read and tokenize, and number of records to read ahead.
 
     Notes
     -----
-    Every batch has an entry `example_mask`, float32 (B,): 1 for a record, 0 for a filled-up one.
+    Every batch has the array `example_mask`, float32 (B,): 1 for records, 0 for copies that fill up the last batch.
     """
 
     def __init__(
@@ -95,7 +94,7 @@ class Loader:
         self._ordered = None if shuffle else spread(len(source), limit)
 
     def _sequence(self) -> grain.MapDataset:
-        """Numbers of records within their epochs, with the epoch and the weight."""
+        """Return the sequence of (record number, epoch, example mask)."""
         length = len(self.source)
         if (ordered := self._ordered) is not None:
             return grain.MapDataset.range(len(self) * self.batch_size).map(
@@ -105,12 +104,12 @@ class Loader:
         return numbers.map_with_index(lambda index, number: (int(number), index // length, 1.0))
 
     def __len__(self) -> int:
-        """Batches in one pass."""
+        """Return the number of batches in one pass."""
         records = len(self.source if self._ordered is None else self._ordered)
         return -(-records // self.batch_size)
 
     def describe(self, first: int) -> list[str]:
-        """Name the records of the batch that starts at record `first` of the sequence."""
+        """Describe the records of the batch that starts at record `first` of the sequence."""
         sequence = self._sequence()
         records = [sequence[i] for i in range(first, first + self.batch_size)]
         return [self.source.describe(number, epoch) for number, epoch, _ in records]
@@ -119,7 +118,7 @@ class Loader:
         return self.iterate()
 
     def iterate(self, records_drawn: int = 0) -> BatchIterator:
-        """Batches from record `records_drawn` of the sequence on."""
+        """Iterate over batches, starting at record `records_drawn` of the sequence."""
 
         def read(entry: tuple[int, int, float]) -> Batch:
             number, epoch, weight = entry
@@ -137,7 +136,7 @@ class Loader:
 
         sequence, local = self._sequence(), self.batch_size // self.process_count
         first = records_drawn + self.process_index * local
-        # Each process has a run of the batch's records, so that the processes' parts in order are the batch.
+        # Each process reads consecutive records of the batch, so concatenating the parts in order gives the batch.
         own = grain.MapDataset.range((len(sequence) - records_drawn) // self.process_count).map(
             lambda i: sequence[first + i // local * self.batch_size + i % local]
         )
@@ -148,7 +147,7 @@ class Loader:
 
 
 class BatchIterator(Iterator[Batch]):
-    """Iterator over batches whose state is one number, saved with every checkpoint."""
+    """Iterator over batches. Its state is the number `records_drawn`, which checkpoints save."""
 
     def __init__(self, batches: Any, records_drawn: int, batch_size: int):
         self._batches, self.records_drawn, self._batch_size = batches, records_drawn, batch_size
@@ -159,6 +158,6 @@ class BatchIterator(Iterator[Batch]):
         return batch
 
     def close(self) -> None:
-        """Stop the threads that read ahead."""
+        """Stop the reader threads."""
         if hasattr(self._batches, "close"):
             self._batches.close()

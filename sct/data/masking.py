@@ -1,11 +1,11 @@
-"""Which tokens a model has to predict: pure functions of a key and tokens, run on the device.
+"""Choose the tokens that a model has to predict, by pure functions of a key and tokens that run on the device.
 
-Each takes tokens (B, K, G) and returns a bool mask of the same shape; PAD is never masked. `apply` puts the
-MASK token there. Token numbers: levels 0 .. num_bins - 1, PAD = num_bins, MASK = num_bins + 1.
+Each function takes tokens (B, K, G) and returns a bool mask of the same shape. PAD is never masked. `apply` replaces
+masked tokens by MASK. Token numbers: levels 0 .. num_bins - 1, PAD = num_bins, MASK = num_bins + 1.
 
-A rule that masks expressed genes more often than unexpressed ones changes the class balance among masked genes:
-they are expressed more often than all genes are. `Masking.draw` therefore also returns by how much, so that the
-loss can remove it (logit adjustment, Menon et al., ICLR 2021).
+A rule that masks expressed genes more often than unexpressed ones changes the class balance: masked genes are expressed
+more often than genes in general. `Masking.draw` therefore also returns the log ratio of the two rates, so that the loss
+can correct for it (logit adjustment, Menon et al., ICLR 2021).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MIXTURE = "mixture"
 
 
 def apply(tokens: jax.Array, mask: jax.Array, num_bins: int) -> jax.Array:
-    """Put the MASK token at the masked positions."""
+    """Replace masked tokens by MASK."""
     return jnp.where(mask, jnp.asarray(num_bins + 1, tokens.dtype), tokens)
 
 
@@ -37,26 +37,26 @@ def stratified(
     unexpressed: jax.Array | float,
     num_bins: int,
 ) -> jax.Array:
-    """Mask expressed genes with one probability and unexpressed ones with another (paper: 0.15 and 0.01).
+    """Mask expressed genes with one probability and unexpressed genes with another (paper: 0.15 and 0.01).
 
-    The rates are numbers, or arrays that broadcast against (B, K, G).
+    The rates are numbers, or arrays that broadcast to (B, K, G).
     """
     rate = jnp.where(tokens == 0, unexpressed, expressed)
     return (jax.random.uniform(key, tokens.shape) < rate) & (tokens < num_bins)
 
 
 def uniform(key: jax.Array, tokens: jax.Array, rate: float, num_bins: int) -> jax.Array:
-    """Mask every gene with the same probability (ablation of the paper)."""
+    """Mask all genes with the same probability (an ablation in the paper)."""
     return stratified(key, tokens, rate, rate, num_bins)
 
 
 def drawn(
     key: jax.Array, tokens: jax.Array, low: float, high: float, unexpressed_share: float, num_bins: int
 ) -> jax.Array:
-    """Mask expressed genes with a rate drawn per bag from U(low, high).
+    """Mask expressed genes with a rate that is drawn per bag from U(low, high).
 
-    Unexpressed genes are masked with `unexpressed_share` x that rate. Training so makes one model fit for all
-    masking ratios.
+    Unexpressed genes are masked with `unexpressed_share` times this rate. A model that is trained in this way can be
+    used with any masking ratio.
     """
     draw, place = jax.random.split(key)
     rate = jax.random.uniform(draw, (tokens.shape[0], 1, 1), minval=low, maxval=high)
@@ -64,10 +64,10 @@ def drawn(
 
 
 def drawn_genes(key: jax.Array, tokens: jax.Array, low: float, high: float, num_bins: int) -> jax.Array:
-    """Mask genes in all cells of a bag, with a rate drawn per bag from U(low, high).
+    """Mask genes in all cells of a bag, with a rate that is drawn per bag from U(low, high).
 
-    As where a gene is imputed that no cell shows: a model that always sees masked genes in other cells of the bag
-    learns to copy from them, and little of how often a gene is expressed.
+    This trains the imputation of genes that were measured in no cell. If masked genes are always visible in other cells
+    of the bag, the model learns to copy them, and learns little about how often a gene is expressed.
     """
     draw, place = jax.random.split(key)
     rate = jax.random.uniform(draw, (tokens.shape[0], 1, 1), minval=low, maxval=high)
@@ -76,7 +76,7 @@ def drawn_genes(key: jax.Array, tokens: jax.Array, low: float, high: float, num_
 
 
 def whole_cells(key: jax.Array, tokens: jax.Array, num_cells: int, num_bins: int) -> jax.Array:
-    """Mask all genes of `num_cells` cells of each bag, chosen among the cells that are there."""
+    """Mask all genes of `num_cells` random cells of each bag. Cells of PAD are not chosen."""
     present = jnp.any(tokens < num_bins, axis=-1)
     score = jnp.where(present, jax.random.uniform(key, present.shape), jnp.inf)
     rank = jnp.argsort(jnp.argsort(score, axis=-1), axis=-1)
@@ -84,7 +84,7 @@ def whole_cells(key: jax.Array, tokens: jax.Array, num_cells: int, num_bins: int
 
 
 def fixed_genes(tokens: jax.Array, genes: jax.Array, num_bins: int) -> jax.Array:
-    """Mask the same genes in all cells; `genes` is a bool array (G,)."""
+    """Mask the same genes, bool (G,), in all cells."""
     return jnp.broadcast_to(genes, tokens.shape) & (tokens < num_bins)
 
 
@@ -93,7 +93,7 @@ def exact_ratio(
 ) -> jax.Array:
     """Mask exactly round(ratio x n) of the n genes of each cell, for evaluation.
 
-    With `expressed_only`, of its n expressed genes.
+    With `expressed_only`, n is the number of expressed genes, and only these are masked.
     """
     eligible = (tokens < num_bins) & ((tokens > 0) | (not expressed_only))
     score = jnp.where(eligible, jax.random.uniform(key, tokens.shape), jnp.inf)
@@ -103,20 +103,23 @@ def exact_ratio(
 
 
 def within_budget(key: jax.Array, mask: jax.Array, budget: int) -> tuple[jax.Array, jax.Array]:
-    """Positions of masked places, of which a static number is looked at.
+    """Return the positions of masked tokens as an array of static size.
 
-    The count starts at a random place, so that no position is more often beyond the budget than others.
+    If there are more than `budget` masked tokens in a row, some are left out. The search starts at a random position,
+    so all positions are equally likely to be left out.
 
     Parameters
     ----------
+    key
+        PRNG key.
     mask
         bool (..., L).
     budget
-        Places per row (P); masked ones beyond it are left out.
+        Maximal number of positions per row (P).
 
     Returns
     -------
-    Positions int32 (..., P), and whether there is a masked one, bool (..., P); where there is none the position is 0.
+    Positions, int32 (..., P), and which of them are valid, bool (..., P). Invalid positions are 0.
     """
     length = mask.shape[-1]
     turn = jax.random.randint(key, (), 0, length)
@@ -133,30 +136,30 @@ def within_budget(key: jax.Array, mask: jax.Array, budget: int) -> tuple[jax.Arr
 
 @dataclasses.dataclass(frozen=True)
 class Masking:
-    """A masking rule with its parameters, hashable, as configurations give it.
+    """A masking rule with its parameters. It is hashable.
 
     Parameters
     ----------
     kind
-        "stratified" (the paper), "uniform", "drawn", "drawn_uniform", "drawn_genes", "cells", "genes" or "ratio", see
-        the functions; or "mixture", which draws one of several kinds per bag.
+        One of "stratified" (the paper), "uniform", "drawn", "drawn_uniform", "drawn_genes", "cells", "genes" and
+        "ratio" (see the functions of this module), or "mixture", which draws one of several kinds for each bag.
     expressed, unexpressed
-        Rates of "stratified"; `expressed` is also the rate of "uniform" and the ratio of "ratio".
+        Masking rates of "stratified". `expressed` is also the rate of "uniform" and the ratio of "ratio".
     low, high
-        Range of the rate of the three drawn kinds; with "drawn" unexpressed genes take its `unexpressed / expressed`
-        part, with the others the same rate.
+        Range of the rate of "drawn", "drawn_uniform" and "drawn_genes". With "drawn", unexpressed genes have
+        `unexpressed / expressed` times the rate of expressed genes. With the other two, both have the same rate.
     num_cells
-        Cells of each bag masked by "cells".
+        Number of cells per bag that "cells" masks.
     genes
-        Gene positions masked by "genes".
+        Gene positions that "genes" masks.
     mixture
-        Kinds and their weights for "mixture", as in (("drawn", 3.0), ("cells", 1.0)); each kind takes its parameters
-        from the fields above. Other kinds ignore it.
+        Kinds and weights of "mixture", such as (("drawn", 3.0), ("cells", 1.0)). The parameters of each kind are the
+        fields above.
 
     Raises
     ------
     ConfigError
-        A number out of its range, or a rule that could never mask anything.
+        A parameter is out of range, or the rule can never mask anything.
     """
 
     kind: str = "stratified"
@@ -175,28 +178,31 @@ class Masking:
         self._check_mixture()
         kinds = [kind for kind, _ in self.components]
         if {"drawn", "drawn_uniform", "drawn_genes"} & set(kinds) and not self.low < self.high:
-            raise ConfigError(f"masking kind {self.kind!r} needs low < high.")
+            raise ConfigError(
+                f"masking.low is {self.low} and masking.high is {self.high}, but low must be less than high for the "
+                f"kind {self.kind!r}: change one of them."
+            )
         if "drawn" in kinds:
             check_positive("masking.expressed", self.expressed, advice="set it above 0 for the kind 'drawn'")
         if "drawn" in kinds and self.high * self.unexpressed > self.expressed:
             raise ConfigError(
-                "masking kind 'drawn' would mask unexpressed genes at rates up to high x unexpressed / expressed = "
-                f"{self.high * self.unexpressed / self.expressed:.3g}, but a rate is at most 1: lower high or "
-                "unexpressed."
+                "masking kind 'drawn' masks unexpressed genes with rates up to high x unexpressed / expressed = "
+                f"{self.high * self.unexpressed / self.expressed:.3g}, but a rate must be at most 1: lower "
+                "masking.high or masking.unexpressed."
             )
         if "cells" in kinds:
             check_at_least("masking.num_cells", self.num_cells, 1)
         if "genes" in kinds and (not self.genes or min(self.genes) < 0):
-            raise ConfigError("masking kind 'genes' needs gene positions of 0 or more in genes.")
+            raise ConfigError("masking kind 'genes' needs gene positions of at least 0: set masking.genes.")
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Masking:
-        """Make the rule of which a model folder or run folder holds the fields, as JSON gives them.
+        """Make a rule from its JSON record in a model folder or run folder.
 
         Raises
         ------
         ConfigError
-            An unknown field, or one of another type.
+            A field is unknown or has a wrong type.
         """
         fields: dict[str, Any] = {
             name: tuple(tuple(each) if isinstance(each, list) else each for each in value)
@@ -207,7 +213,9 @@ class Masking:
         try:
             return cls(**fields)
         except TypeError as error:
-            raise ConfigError(f"the record of masking cannot be read ({error}): it was changed.") from error
+            raise ConfigError(
+                f"the masking record is invalid ({error}): restore the original configuration."
+            ) from error
 
     def _check_mixture(self) -> None:
         if self.kind != MIXTURE:
@@ -217,27 +225,27 @@ class Masking:
         sound = all(isinstance(w, int | float) and math.isfinite(w) and w > 0 for _, w in pairs)
         if not pairs or len(pairs) < len(self.mixture) or not sound or len(set(kinds)) < len(kinds):
             raise ConfigError(
-                f"masking mixture is {self.mixture!r}, but it must list different kinds with positive weights, as in "
-                "(('drawn', 3.0), ('cells', 1.0))."
+                f"masking.mixture is {self.mixture!r}, but must list different kinds with positive weights: write it "
+                "like (('drawn', 3.0), ('cells', 1.0))."
             )
         for kind in kinds:
             check_choice("masking.mixture", kind, KINDS)
 
     @property
     def components(self) -> tuple[tuple[str, float], ...]:
-        """Kinds with their probabilities; one kind with probability 1 unless this is a mixture."""
+        """Kinds and their probabilities. Without a mixture, it is one kind with probability 1."""
         if self.kind != MIXTURE:
             return ((self.kind, 1.0),)
         total = sum(weight for _, weight in self.mixture)
         return tuple((kind, weight / total) for kind, weight in self.mixture)
 
     def log_ratio_of(self, kind: str) -> float:
-        """Log of how much more often one kind masks an expressed gene than an unexpressed one.
+        """Return log(masking rate of expressed genes / masking rate of unexpressed genes) of one kind.
 
         Raises
         ------
         ConfigError
-            The kind never masks one of the two, so that the ratio is no number.
+            One of the two rates is 0, so the log ratio is undefined.
         """
         if kind not in ("stratified", "drawn"):
             if kind in ("uniform", "ratio") and not self.expressed:
@@ -246,18 +254,18 @@ class Masking:
         for name in ("expressed", "unexpressed"):
             if not getattr(self, name):
                 raise ConfigError(
-                    f"masking.{name} is 0, so {name} genes are never masked and the probability of expression "
-                    f"cannot be learned: set masking.{name} above 0, or objective.logit_adjustment=False."
+                    f"masking.{name} is 0, so {name} genes are never masked and the model cannot learn the probability "
+                    f"of expression: set masking.{name} above 0, or set objective.logit_adjustment=False."
                 )
         return math.log(self.expressed / self.unexpressed)
 
     @property
     def log_ratio(self) -> float:
-        """Log of how much more often an expressed gene is masked than an unexpressed one; of a mixture, the mean."""
+        """log(masking rate of expressed genes / masking rate of unexpressed genes); the mean over a mixture."""
         return sum(weight * self.log_ratio_of(kind) for kind, weight in self.components)
 
     def __call__(self, key: jax.Array, tokens: jax.Array, num_bins: int) -> jax.Array:
-        """Mask of tokens (B, K, G)."""
+        """Return the mask, bool (B, K, G), for tokens (B, K, G)."""
         if self.kind != MIXTURE:
             return self._mask(self.kind, key, tokens, num_bins)
         mask = jnp.zeros(tokens.shape, bool)
@@ -268,18 +276,18 @@ class Masking:
         return mask
 
     def draw(self, key: jax.Array, tokens: jax.Array, num_bins: int) -> tuple[jax.Array, jax.Array]:
-        """Mask of tokens (B, K, G), and what it does to the class balance among masked genes.
+        """Return the mask for tokens (B, K, G), and the log ratio of the masking rates.
 
         Returns
         -------
-        bool (B, K, G), and float32 (B,): the log of (masking rate of expressed genes / masking rate of
-        unexpressed ones) of each bag, which is the same at all its positions.
+        The mask, bool (B, K, G), and log(masking rate of expressed genes / masking rate of unexpressed genes) of each
+        bag, float32 (B,).
         """
         ratios = jnp.asarray([self.log_ratio_of(kind) for kind, _ in self.components], jnp.float32)
         return self(key, tokens, num_bins), ratios[self._chosen(key, tokens.shape[0])]
 
     def _chosen(self, key: jax.Array, num_bags: int) -> jax.Array:
-        """Number of the component of each bag, (B,)."""
+        """Return the number of the mixture component of each bag, (B,)."""
         if self.kind != MIXTURE:
             return jnp.zeros(num_bags, jnp.int32)
         weights = jnp.log(jnp.asarray([weight for _, weight in self.components], jnp.float32))
@@ -301,9 +309,10 @@ class Masking:
             case "cells":
                 return whole_cells(key, tokens, self.num_cells, num_bins)
             case "genes":
-                if max(self.genes) >= tokens.shape[-1]:  # a scatter would leave it out without a word
+                if max(self.genes) >= tokens.shape[-1]:  # JAX would silently ignore it
                     raise ConfigError(
-                        f"masking genes name position {max(self.genes)}, but cells have {tokens.shape[-1]}."
+                        f"masking.genes has position {max(self.genes)}, but cells have only {tokens.shape[-1]} gene "
+                        "positions: use positions below this number."
                     )
                 chosen = jnp.zeros(tokens.shape[-1], bool).at[jnp.asarray(self.genes, jnp.int32)].set(True)
                 return fixed_genes(tokens, chosen, num_bins)

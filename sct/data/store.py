@@ -1,11 +1,11 @@
-"""The store: a folder of AnnData zarr groups, one per study, columns in the order of one gene vocabulary.
+"""The store: a folder with one AnnData zarr group per study. All studies have the same genes in the same order.
 
-    STORE/manifest.json        what the store holds; written last, so a store that opens is complete
-    STORE/genes.tsv            the vocabulary
+    STORE/manifest.json        list of the studies; written last, so a store that can be opened is complete
+    STORE/genes.tsv            the gene vocabulary
     STORE/studies/NAME.zarr    an AnnData group (zarr v3), also readable by `anndata.read_zarr`
 
-Rows are read here with TensorStore: contiguous rows are contiguous bytes, every chunk carries a checksum, and
-a missing or damaged chunk is an error, never zeros. `sct.data.ingest.build` writes this format.
+TensorStore reads the rows. Contiguous rows are contiguous bytes on disk, and every chunk has a checksum. A missing or
+damaged chunk is an error and is never read as zeros. `sct.data.ingest.build` writes this format.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA_VERSION = 1
-# Of a store with studies that hold no counts: what reads version 1 alone would take them for counts.
+# Schema version of stores with activities. Releases that only know version 1 would read activities as counts.
 ACTIVITY_VERSION = 2
 SPLITS = ("train", "validation", "test")
 MANIFEST, GENES, STUDIES = "manifest.json", "genes.tsv", "studies"
-# Groups of a study. Tables are written by anndata, and their chunks carry no checksums.
+# Groups of a study. anndata writes the tables, whose chunks have no checksums.
 GROUPS = {"obs": "table", "var": "table", "uns": "table", "X": "arrays", "obsm": "arrays"}
-# Elements of one compressed chunk of X: about 16 cells of 2,000 genes, so a bag decodes four or five.
+# Values per compressed chunk of X. This is about 16 cells with 2,000 genes, so a bag decodes four or five chunks.
 CHUNK = 32_768
 _CACHE_BYTES = 64 << 20
-# What `sct.data.ingest.input_files.sanitise` makes of an input and of its part: the name becomes a folder.
+# Valid study names, as `sct.data.ingest.input_files.sanitize` makes them. The name is also the folder name.
 _STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9][A-Za-z0-9_-]*)*")
 _STUDY_FIELDS = ("name", "path", "n_cells", "n_genes_matched", "nnz", "total_counts", "spatial", "split")
 
@@ -49,7 +49,7 @@ _context: Any = None
 
 
 def _shared_context() -> Any:
-    """One bounded cache per process, shared by all studies."""
+    """Return the TensorStore context with one bounded cache per process, which all studies share."""
     global _context
     if _context is None:
         import tensorstore as ts
@@ -59,12 +59,15 @@ def _shared_context() -> Any:
 
 
 def _cause(error: BaseException) -> str:
-    """The cause in TensorStore's and zarr's words, without the specification they append."""
+    """Return the message of an error of TensorStore or zarr, without the array specification at its end."""
     return first_line(error, limit=1000).split(" [")[0]
 
 
 def hash_group(study: Path, name: str) -> str:
-    """Hash of the files of a group of a study that carry no checksum: of arrays the descriptions, of tables all."""
+    """Return the hash of the files without checksums in a group of a study.
+
+    These are all files of a table, and the zarr.json files of arrays.
+    """
     if GROUPS[name] == "table":
         return hash_folder(study / name)
     files = sorted(path.relative_to(study).as_posix() for path in (study / name).rglob("zarr.json"))
@@ -76,34 +79,37 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def _rising(indices: np.ndarray, indptr: np.ndarray, n_genes: int) -> bool:
-    """Whether the columns of each row rise and are below `n_genes`."""
+    """Return whether the column indices of each row are strictly increasing and below `n_genes`."""
     filled = np.flatnonzero(np.diff(indptr))
     if not filled.size:
         return True
     first, last = indptr[filled], indptr[filled + 1] - 1
     rising = indices[1:] > indices[:-1]
     rising[first[1:] - 1] = True
-    # In rising rows no column is below the first or above the last.
+    # In increasing rows, it is enough to check the first and the last column.
     return bool(rising.all() and indices[first].min() >= 0 and indices[last].max() < n_genes)
 
 
 class Study:
-    """One study of a store: cells that were made together, in the order in which bags are cut.
+    """One study of a store: the cells of one input, in the stored order.
 
-    Objects are cheap, picklable and safe to read from several threads: files are opened at the first read.
+    Objects are cheap to create, picklable and thread-safe. Files are opened at the first read.
 
     Attributes
     ----------
-    name, path, split
-        Name, folder of the AnnData group, and "train", "validation" or "test".
+    name, path
+        Name, and folder of the AnnData group.
+    split
+        "train", "validation" or "test".
     n_cells, n_genes, nnz
-        Rows (N), columns (G, the vocabulary's length) and stored values of X.
+        Number of cells (N), number of genes in the vocabulary (G), and number of stored values of X.
     spatial
-        Whether cells have coordinates; their order is then a space-filling curve, otherwise random.
+        Whether the cells have coordinates. Spatial studies are stored along a space-filling curve, others in random
+        order.
     record
-        The study's entry in the manifest.
+        Entry of the study in the manifest.
     values
-        "counts", or "activity" where they are any other non-negative values.
+        "counts", or "activity" for other non-negative values.
     """
 
     def __init__(self, root: Path, record: Mapping[str, Any], n_genes: int):
@@ -118,7 +124,7 @@ class Study:
         self.n_genes = n_genes
         self._open: dict[str, Any] = {}
         self._cached: dict[str, np.ndarray] = {}
-        self._verified: set[str] = set()  # groups whose hashes were found right
+        self._verified: set[str] = set()  # groups whose hashes were checked
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}, "_cached": {}, "_verified": set()}
@@ -132,43 +138,46 @@ class Study:
 
     @property
     def gene_totals(self) -> np.ndarray:
-        """Sum of the raw counts of each gene over the study's cells, (G,) float64."""
+        """Total raw count of each gene over the cells of the study, float64 (G,)."""
         totals = self._whole("var/total_counts", self.n_genes)
         if not np.isclose(totals.sum(), float(self.record["total_counts"]), rtol=1e-9, atol=0.5):
-            raise self._damaged("var/total_counts", "its sum is not the manifest's total")
+            raise self._damaged("var/total_counts", "its sum differs from the total in the manifest")
         return totals
 
     def noisy_genes(self, fraction: float) -> np.ndarray:
-        """Genes to treat as unexpressed, (G,) bool; see `sct.data.tokenize.noisy_genes`."""
+        """Return the mask of genes to treat as unexpressed, bool (G,); see `sct.data.tokenize.noisy_genes`."""
         self.check_counts()
         return noisy_genes(self.gene_totals, self.n_cells, fraction)
 
     def check_counts(self) -> None:
-        """Raise `StoreError` where the values are not counts."""
+        """Raise `StoreError` if the values of the study are not counts."""
         if self.values != "counts":
             raise StoreError(
-                f"the study {self.name!r} of {self.path.parent.parent} holds {self.values}, not counts, and only "
-                "ZerOmics reads that: use a store without it"
+                f"the study {self.name!r} of {self.path.parent.parent} has {self.values} values instead of counts, "
+                "which only ZerOmics can read: use a store without this study."
             )
 
     @property
     def measured(self) -> np.ndarray:
-        """Whether each gene was among the source's columns, (G,) bool; other genes are unknown, not zero."""
+        """Whether each gene was measured, bool (G,): the input had a column for it.
+
+        Other genes are unknown, not zero.
+        """
         return self._whole("var/measured", self.n_genes).astype(bool, copy=False)
 
     @property
     def coordinates(self) -> np.ndarray | None:
-        """Positions of the cells in the source's units, (N, 2) float32; None where the study has none."""
+        """Coordinates of the cells in the unit of the input, float32 (N, 2); None for a study without coordinates."""
         if not self.spatial:
             return None
         return self._whole("obsm/spatial", self.n_cells).astype(np.float32, copy=False)
 
     def rescaled_coordinates(self) -> np.ndarray:
-        """Positions (N, 2) in the units of models; see `sct.data.coordinates.Scale`."""
+        """Return the coordinates (N, 2) in the units of models; see `sct.data.coordinates.Scale`."""
         return self._scale().apply(np.asarray(self.coordinates))
 
     def _scale(self) -> Scale:
-        """The section's scale as the ingest wrote it; older stores have none, and it is that of their cells."""
+        """Return the scale of the section. Older stores do not record it, so it is computed from their cells."""
         import zarr
         from anndata.io import read_elem
 
@@ -184,28 +193,38 @@ class Study:
         return Scale.of(np.asarray(self.coordinates), stray=np.zeros(self.n_cells, bool))
 
     def read(self, start: int, stop: int) -> sp.csr_matrix:
-        """Read rows `start` to `stop` (exclusive).
+        """Read the rows `start` to `stop` - 1.
 
         Returns
         -------
-        Raw counts as float32 CSR, (stop - start, G), column indices sorted, no explicit zeros.
+        Raw counts, float32 CSR (stop - start, G), with sorted column indices and without explicit zeros.
 
         Raises
         ------
         IndexError
-            Rows outside of the study.
+            The rows are outside the study.
         StoreError
             Files of the study are missing, truncated or corrupted.
         """
         if not 0 <= start <= stop <= self.n_cells:
-            raise IndexError(f"rows {start} to {stop} of study {self.name!r}, which has {self.n_cells} cells")
+            raise IndexError(
+                f"rows {start} to {stop} are outside the study {self.name!r}, which has {self.n_cells} cells"
+            )
         return self._read_runs([(int(start), int(stop))])
 
     def read_rows(self, rows: Sequence[int] | np.ndarray) -> sp.csr_matrix:
-        """Read any rows, in the order given (a row may occur more than once).
+        """Read rows in any order. Rows may be repeated. Rows that are close together are read at once.
 
-        Rows that lie close together are fetched in one piece. Returns raw counts as float32 CSR,
-        (len(rows), G); errors as for `read`.
+        Returns
+        -------
+        Raw counts, float32 CSR (len(rows), G).
+
+        Raises
+        ------
+        IndexError
+            A row is outside the study.
+        StoreError
+            Files of the study are missing, truncated or corrupted.
         """
         rows = np.asarray(rows, dtype=np.int64).ravel()
         if rows.size == 0:
@@ -214,8 +233,10 @@ class Study:
             return self._read_runs([(int(rows[0]), int(rows[-1]) + 1)])
         unique, inverse = np.unique(rows, return_inverse=True)
         if unique[0] < 0 or unique[-1] >= self.n_cells:
-            raise IndexError(f"a row of study {self.name!r} is outside of its {self.n_cells} cells: {rows}")
-        # Within one chunk's worth of rows a second read would decode the same chunk again.
+            raise IndexError(
+                f"a row is outside the study {self.name!r}, which has {self.n_cells} cells: {rows}"
+            )
+        # Join rows that are less than about one chunk apart, because a second read would decode the same chunk again.
         gap = max(1, CHUNK * self.n_cells // max(self.nnz, 1))
         breaks = np.flatnonzero(np.diff(unique) > gap)
         first = unique[np.concatenate([[0], breaks + 1])]
@@ -229,7 +250,10 @@ class Study:
         return block[position]
 
     def obs(self, columns: Collection[str] | None = None) -> pd.DataFrame:
-        """Metadata of the cells, (N, columns), index = cell names; `columns` reads those of them that there are."""
+        """Return the metadata of the cells, indexed by cell name.
+
+        `columns` selects columns; missing ones are ignored.
+        """
         import pandas as pd
         import zarr
         from anndata.io import read_elem
@@ -258,7 +282,7 @@ class Study:
             raise self._damaged("obs", _cause(error)) from error
 
     def to_anndata(self) -> anndata.AnnData:
-        """Load the whole study into memory, (N, G) CSR raw counts."""
+        """Load the complete study into memory, with raw counts as CSR (N, G)."""
         import anndata
 
         for name in self.record.get("hashes", ()):
@@ -274,10 +298,20 @@ class Study:
         return adata
 
     def _verify(self, group: str, once: bool = False, key: str = "") -> None:
-        """Raise `StoreError` where files of a group that carry no checksum are not those that were written.
+        """Raise `StoreError` if a file without checksum in a group was changed since it was written.
 
-        `key` is what of the group is asked for, for the message. Stores of earlier versions do not have the hashes, see
-        `Store.open`.
+        Parameters
+        ----------
+        group
+            Name of the group.
+        once
+            Skip the check if the group was already checked.
+        key
+            Element to name in the message instead of the group.
+
+        Notes
+        -----
+        Stores of earlier releases have no hashes; see `Store.open`.
         """
         recorded = self.record.get("hashes", {}).get(group)
         if recorded is None or (once and group in self._verified):
@@ -293,7 +327,7 @@ class Study:
         self._verified.add(group)
 
     def _check_chunks(self, key: str) -> None:
-        """Raise `StoreError` where a chunk of a one- or two-dimensional array is missing: zarr would make one up."""
+        """Raise `StoreError` if a chunk of an array (1-D or 2-D) is missing; zarr would return fill values instead."""
         array = self._array(key)
         length, rows = array.shape[0], array.chunk_layout.write_chunk.shape[0]
         for number in range(-(-length // rows)):
@@ -325,7 +359,7 @@ class Study:
         if key not in self._cached:
             handle = self._array(key)
             if handle.shape[0] != length:
-                raise self._damaged(key, f"it has {handle.shape[0]} rows, not {length}")
+                raise self._damaged(key, f"it has {handle.shape[0]} rows instead of {length}")
             try:
                 self._cached[key] = np.asarray(handle.read().result())
             except Exception as error:
@@ -333,10 +367,10 @@ class Study:
         return self._cached[key]
 
     def _request(self, key: str, length: int, runs: Sequence[tuple[int, int]], rows: str) -> list[Any]:
-        """Start to read parts of an array."""
+        """Start reading parts of an array."""
         handle = self._array(key)
         if handle.shape[0] != length:
-            raise self._damaged(key, f"it has {handle.shape[0]} values, not {length}", rows)
+            raise self._damaged(key, f"it has {handle.shape[0]} values instead of {length}", rows)
         return [handle[start:stop].read() for start, stop in runs]
 
     def _receive(self, key: str, pending: Sequence[Any], rows: str) -> list[np.ndarray]:
@@ -353,13 +387,13 @@ class Study:
         spans = [(int(each[0]), int(each[-1])) for each in pointers]
         if (lengths < 0).any() or min(spans)[0] < 0 or max(end for _, end in spans) > self.nnz:
             raise self._damaged("X/indptr", "its values do not increase from 0 to the number of values", rows)
-        # Both arrays are decoded at the same time.
+        # Request both arrays first, so that they are decoded in parallel.
         pending = {key: self._request(key, self.nnz, spans, rows) for key in ("X/indices", "X/data")}
         indices, data = (_joined(self._receive(key, each, rows)) for key, each in pending.items())
         indptr = np.concatenate([[0], np.cumsum(lengths)])
         if not _rising(indices, indptr, self.n_genes):
-            raise self._damaged("X/indices", "its columns are not rising gene positions", rows)
-        # NaN is the smallest value of what holds it, and not above zero.
+            raise self._damaged("X/indices", "its column indices are not increasing or out of range", rows)
+        # If there is a NaN, the minimum is NaN, which is not above zero.
         if data.size and not (data.min() > 0 and (data.dtype.kind != "f" or data.max() < np.inf)):
             raise self._damaged("X/data", "its values are not positive counts", rows)
         matrix = sp.csr_matrix(
@@ -371,18 +405,24 @@ class Study:
 
     def _damaged(self, key: str, cause: str, rows: str = "") -> StoreError:
         return StoreError(
-            f"study {self.name!r}: {self.path / key} cannot be read{rows} ({cause}); "
-            f"delete {self.path} and run the ingest again to rebuild it"
+            f"study {self.name!r}: {self.path / key} cannot be read{rows} ({cause}): delete {self.path}, and run the "
+            "ingest again to rebuild it."
         )
 
 
 class Store:
-    """A collection of studies over one gene vocabulary; open one with `Store.open`.
+    """A collection of studies with a common gene vocabulary. Open it with `Store.open`.
 
     Attributes
     ----------
-    path, manifest, vocabulary, studies
-        Folder, content of `manifest.json`, the gene vocabulary and the studies in the manifest's order.
+    path
+        Folder of the store.
+    manifest
+        Content of `manifest.json`.
+    vocabulary
+        Gene vocabulary.
+    studies
+        The studies, in the order of the manifest.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], vocabulary: GeneVocabulary):
@@ -396,58 +436,58 @@ class Store:
         Raises
         ------
         StoreError
-            The folder, the manifest, the vocabulary or a study's group is missing, damaged, or of another
-            schema version.
+            The folder, the manifest, the vocabulary or the group of a study is missing or damaged, or the store has
+            another schema version.
 
         Warns
         -----
         UserWarning
-            Studies have no hashes.
+            Studies have no hashes, so changes cannot be detected.
         """
         path = Path(path)
         manifest = read_manifest(path)
         if manifest is None:
             if path.is_file():
                 raise StoreError(
-                    f"{path} is a file, not a store: make one of it with launch.ingest --input={path} "
-                    "--output=STORE"
+                    f"{path} is a file, but must be a store: convert it with launch.ingest --input={path} "
+                    "--output=STORE."
                 )
             if not path.is_dir():
-                raise StoreError(f"there is no store at {path}: make one with launch.ingest --output={path}")
+                raise StoreError(f"there is no store at {path}: make one with launch.ingest --output={path}.")
             if (path / "store" / MANIFEST).is_file():
-                raise StoreError(f"{path} is a run folder, not a store: its store is {path / 'store'}")
+                raise StoreError(f"{path} is a run folder, but must be a store: use {path / 'store'}.")
             raise StoreError(
-                f"{path} has no {MANIFEST}: the ingest was interrupted, refused or never run; run it again"
+                f"{path} has no {MANIFEST}, because the ingest was interrupted, refused or never run: run the ingest "
+                "again."
             )
         genes = path / GENES
         try:
             vocabulary = GeneVocabulary.load(genes)
         except (OSError, SctError) as error:
-            raise StoreError(f"{genes} cannot be read ({_cause(error)}); ingest the store again") from error
+            raise StoreError(f"{genes} cannot be read ({_cause(error)}): run the ingest again.") from error
         expected = manifest["vocabulary"]["hash"]
         if vocabulary.hash != expected:
             raise StoreError(
-                f"{genes} has the hash {vocabulary.hash}, but {path / MANIFEST} was written with {expected}: "
-                "restore the original file or ingest the store again"
+                f"{genes} has hash {vocabulary.hash}, but {path / MANIFEST} expects {expected}: restore the original "
+                "file, or run the ingest again."
             )
         if manifest["vocabulary"].get("sha256", hash_file(genes)) != hash_file(genes):
             raise StoreError(
-                f"{genes} was changed after it was written (its sha256 is not the one in {path / MANIFEST}): restore "
-                "the original file or ingest the store again"
+                f"{genes} was changed after it was written (its sha256 differs from the one in {path / MANIFEST}): "
+                "restore the original file, or run the ingest again."
             )
         store = cls(path, manifest, vocabulary)
         if not all("hashes" in study.record for study in store.studies):
             warnings.warn(
-                f"{path / MANIFEST} has no hashes of some studies, so that changes of their cells' metadata are not "
-                "noticed: it is of an earlier version, run the ingest again to make these studies anew",
+                f"{path / MANIFEST} was written by an earlier release and has no hashes of some studies, so changes of "
+                "their cell metadata cannot be detected: run the ingest again to rebuild these studies.",
                 UserWarning,
                 stacklevel=2,
             )
         for study in store.studies:
             if not (study.path / "zarr.json").is_file():
                 raise StoreError(
-                    f"{study.path} is missing, but {path / MANIFEST} lists it: run the ingest again to "
-                    "rebuild it"
+                    f"{study.path} is missing, but {path / MANIFEST} lists it: run the ingest again to rebuild it."
                 )
         return store
 
@@ -456,34 +496,39 @@ class Store:
 
     @property
     def n_cells(self) -> int:
-        """Number of cells of all studies."""
+        """Total number of cells of all studies."""
         return sum(each.n_cells for each in self.studies)
 
     def split(self, name: str) -> tuple[Study, ...]:
-        """Studies of the split `name`: "train", "validation" or "test" (possibly none)."""
+        """Return the studies of a split: "train", "validation" or "test". There may be none."""
         check_choice("the split", name, SPLITS, error=StoreError)
         return tuple(each for each in self.studies if each.split == name)
 
     def study(self, name: str) -> Study:
-        """Return the study called `name`."""
+        """Return a study by its name; raise `StoreError` if there is no such study."""
         for each in self.studies:
             if each.name == name:
                 return each
         known = ", ".join(each.name for each in self.studies)
-        raise StoreError(f"the store {self.path} has no study {name!r}: it holds {known}")
+        raise StoreError(f"the store {self.path} has no study {name!r}: choose from {known}.")
 
     def check_vocabulary(self, vocabulary: GeneVocabulary) -> None:
-        """Raise StoreError unless the store's columns are those of `vocabulary`, in the same order."""
+        """Raise `StoreError` unless the store has the genes of `vocabulary`, in the same order."""
         if vocabulary.hash != self.vocabulary.hash:
             raise StoreError(
-                f"the store {self.path} was made for the gene vocabulary {self.vocabulary.name!r} "
-                f"({self.vocabulary.hash}), not for {vocabulary.name!r} ({vocabulary.hash}): "
-                "ingest the data again with that vocabulary"
+                f"the store {self.path} has the gene vocabulary {self.vocabulary.name!r} ({self.vocabulary.hash}), but "
+                f"must have {vocabulary.name!r} ({vocabulary.hash}): ingest the data again with that vocabulary."
             )
 
 
 def read_manifest(path: Path, name: str = MANIFEST) -> dict[str, Any] | None:
-    """Read and check the manifest of the store at `path`; None where the folder has none."""
+    """Read and check the manifest of a store; return None if the folder has none.
+
+    Raises
+    ------
+    StoreError
+        The manifest is damaged, was changed, or has another schema version.
+    """
     file = path / name
     if not file.is_file():
         return None
@@ -492,17 +537,17 @@ def read_manifest(path: Path, name: str = MANIFEST) -> dict[str, Any] | None:
         version = manifest["schema_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(
-            f"{file} is not a store's manifest ({_cause(error)}): ingest the store again"
+            f"{file} is not a valid manifest of a store ({_cause(error)}): run the ingest again."
         ) from error
     if version not in (SCHEMA_VERSION, ACTIVITY_VERSION):
         raise StoreError(
-            f"{file} has schema version {version}, this version of sct reads {SCHEMA_VERSION} and {ACTIVITY_VERSION}: "
-            "ingest the store again, or use the version of sct that wrote it"
+            f"{file} has schema version {version}, but this release of sct reads {SCHEMA_VERSION} and "
+            f"{ACTIVITY_VERSION}: run the ingest again, or use the release of sct that wrote it."
         )
     if is_changed(manifest):
         raise StoreError(
-            f"{file} is damaged or was changed after it was written (its {SEAL} does not match): restore it or ingest "
-            f"the store again, or delete its entry {SEAL!r} if you changed it on purpose"
+            f"{file} is damaged or was changed after it was written (its {SEAL} does not match): restore it or run the "
+            f"ingest again, or delete the entry {SEAL!r} if you changed it on purpose."
         )
     try:
         manifest["vocabulary"]["hash"], manifest["vocabulary"]["name"]
@@ -511,36 +556,38 @@ def read_manifest(path: Path, name: str = MANIFEST) -> dict[str, Any] | None:
                 each[field]
             check_study(each, file)
     except (KeyError, TypeError) as error:
-        raise StoreError(f"{file} lacks the field {error}: ingest the store again") from error
+        raise StoreError(f"{file} has no field {error}: run the ingest again.") from error
     names = [each["name"].casefold() for each in manifest["studies"]]
-    check_distinct(str(file), names, error=StoreError, advice="ingest the store again")
+    check_distinct(f"the list of studies in {file}", names, error=StoreError, advice="run the ingest again")
     return manifest
 
 
 def study_path(name: str) -> str:
-    """Folder of a study below that of the store.
+    """Return the folder of a study, relative to the store.
 
     Raises
     ------
     StoreError
-        The name is none of letters, digits, `-`, `_` and single dots between them, so that it could lead elsewhere.
+        The name has characters other than letters, digits, `-`, `_` and single dots in between. Other names could lead
+        outside the store.
     """
     if not isinstance(name, str) or not _STUDY_NAME.fullmatch(name):
         raise StoreError(
-            f"a study is called {name!r}, but a name has letters, digits, '-', '_' and single dots between them: "
-            "rename it"
+            f"a study is called {name!r}, but names may only have letters, digits, '-', '_' and single dots in "
+            "between: rename it."
         )
     return f"{STUDIES}/{name}.zarr"
 
 
 def check_study(record: Mapping[str, Any], file: Path) -> None:
-    """Raise `StoreError` where a record in `file` names no study, another folder than its own, or no split."""
+    """Raise `StoreError` if a record in `file` has an invalid study name, folder or split."""
     try:
         expected = study_path(record["name"])
     except StoreError as error:
-        raise StoreError(f"{file}: {error}, and ingest the store again") from None
+        raise StoreError(f"{file}: {str(error).rstrip('.')}, and run the ingest again.") from None
     if record["path"] != expected or record.get("split", SPLITS[0]) not in SPLITS:
         raise StoreError(
-            f"{file} gives the study {record['name']!r} the path {record['path']!r} and the split "
-            f"{record.get('split')!r}, but the path is {expected!r} and splits are {', '.join(SPLITS)}: ingest it again"
+            f"{file} has the path {record['path']!r} and the split {record.get('split')!r} for the study "
+            f"{record['name']!r}, but the path must be {expected!r} and the split one of {', '.join(SPLITS)}: run the "
+            "ingest again."
         )

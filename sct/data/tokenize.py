@@ -1,6 +1,6 @@
-"""From raw counts to tokens, vectorised over the rows of a CSR matrix.
+"""Convert raw counts to tokens, vectorized over the rows of a CSR matrix.
 
-Tokens are computed online, so that changing a model never rewrites a store.
+Tokens are computed during loading, so a store does not need to be rewritten for another model.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ from scipy.stats import nbinom
 
 from sct.errors import DataError
 
-NOISE_FRACTION = 0.003  # sCT paper, section 3: counts per cell below which a gene is noise in a study
-# A count can lie exactly on a border of levels (7 in a cell of 1 to 31). Rounding must not decide its level.
+NOISE_FRACTION = 0.003  # sCT paper, section 3: a gene with fewer counts per cell in a study is noise
+# A count can be exactly on the border between two levels (such as 7 in a cell with counts from 1 to 31). This margin
+# keeps rounding errors from deciding its level.
 _BORDER = 1e-9
-_EXACT = 1 << 24  # float32 holds every integer below
-_TABULATED = 1024  # counts up to here have their levels in a table of each cell (512 to 2048 are as fast)
+_EXACT = 1 << 24  # float32 represents all integers below this exactly
+_TABULATED = 1024  # levels of smaller counts are looked up in a table per cell (512 to 2048 are equally fast)
 
 
-# Tables of `_first_levels`; the dispersions reach from Poisson to bursts.
+# Grid of `_first_levels`. The dispersions range from nearly Poisson to strongly bursty expression.
 _LOGITS = np.linspace(-18.0, 12.0, 121)
 _DISPERSIONS = np.geomspace(0.02, 4.0, 14)
-_LOOKED_UP = 100_000  # values at once
+_LOOKED_UP = 100_000  # values to look up at a time
 
 
 def noisy_genes(gene_totals: np.ndarray, n_cells: int, fraction: float = NOISE_FRACTION) -> np.ndarray:
-    """Genes (G,) whose total raw count in a study is below `fraction` x its number of cells.
+    """Return the mask (G,) of genes whose total raw count in a study is below `fraction` x its number of cells.
 
-    They are zeroed before binning, as noise (sCT paper, section 3, "Data processing").
+    These genes are treated as noise and set to zero before binning (sCT paper, section 3, "Data processing").
     """
     return np.asarray(gene_totals) < fraction * n_cells
 
@@ -42,13 +43,13 @@ class Bins:
     Attributes
     ----------
     tokens
-        uint8 (K, num_positions): 0 unexpressed, 1 .. num_bins - 1 from low to high, `num_bins` (PAD) at
-        positions beyond the vocabulary.
+        uint8 (K, num_positions): 0 for unexpressed, 1 .. num_bins - 1 from low to high expression, and `num_bins` (PAD)
+        at positions beyond the vocabulary.
     low, high
-        float32 (K,): range of log1p of the non-zero counts of each cell; 0 for an empty cell.
+        Range of log1p of the non-zero counts of each cell, float32 (K,); 0 for an empty cell.
     medians, means
-        float32 (K, num_bins): median and mean of the raw counts of each level (see `level_values`), or None. A
-        predicted level stands for the median, an expected count is a sum over the means.
+        Median and mean raw count of each level, float32 (K, num_bins), or None; see `level_values`. The medians convert
+        a predicted level to a count. The means convert a predicted distribution to an expected count.
     """
 
     tokens: np.ndarray
@@ -59,10 +60,10 @@ class Bins:
 
 
 def digitize(log_counts: np.ndarray, low: np.ndarray, high: np.ndarray, num_bins: int) -> np.ndarray:
-    """Level 1 .. num_bins - 1 of log1p counts within [low, high]; arguments broadcast.
+    """Return the level, 1 .. num_bins - 1, of log1p counts in the range [low, high]. The arguments broadcast.
 
-    A value on a border belongs to the level above. Values outside the range take the level of the nearer end;
-    a range of width zero has level 1 only.
+    A value on a border belongs to the higher level. A value outside the range gets the level of the nearer end. If the
+    range has width zero, the level is 1.
     """
     levels = num_bins - 1
     low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
@@ -79,40 +80,42 @@ def bin_counts(
     drop: np.ndarray | None = None,
     with_values: bool = False,
 ) -> Bins:
-    """Turn raw counts into expression levels, cell by cell (sCT paper, section 3).
+    """Convert raw counts to expression levels, separately for each cell (sCT paper, section 3).
 
-    log1p of the raw counts, then uniform bins between the lowest and the highest non-zero value of the cell;
-    zero stays level 0. A cell whose non-zero counts are all equal has level 1 for them.
+    Levels are uniform bins of log1p(count) between the lowest and the highest non-zero value of the cell. Zero is level
+    0. If all non-zero counts of a cell are equal, they have level 1.
 
     Parameters
     ----------
     counts
-        Raw counts (K, G), CSR; several entries of one position count as their sum.
+        Raw counts (K, G), CSR. Repeated entries are summed.
     num_bins
-        Levels, zero included.
+        Number of levels, including zero.
     num_positions
-        Gene positions of the result (>= G); the added ones hold PAD.
+        Number of gene positions of the result (>= G). Additional positions are PAD.
     drop
-        bool (G,): genes to treat as unexpressed (see `noisy_genes`).
+        Mask of genes to treat as unexpressed, bool (G,); see `noisy_genes`.
     with_values
-        Compute `Bins.medians` and `Bins.means` as well.
+        Also compute `Bins.medians` and `Bins.means`.
 
     Raises
     ------
     DataError
-        If `num_positions` is smaller than G, or counts are negative or not finite.
+        `num_positions` is smaller than G, or counts are negative or not finite.
     """
     n_cells, n_genes = counts.shape
     num_positions = n_genes if num_positions is None else num_positions
     if num_positions < n_genes:
-        raise DataError(f"the cells have {n_genes} genes, but the model has only {num_positions} positions.")
+        raise DataError(
+            f"the cells have {n_genes} genes, but num_positions is {num_positions}: use at least one position per gene."
+        )
     if not counts.has_canonical_format:
         counts = counts.copy()
         counts.sum_duplicates()
     data = np.asarray(counts.data, dtype=np.float32)
     if data.size and not (data.min() >= 0 and np.isfinite(data.max())):
         raise DataError(
-            "counts are negative or not finite, but levels are defined for raw counts: give the raw counts."
+            "the counts are negative or not finite, but levels are computed from raw counts: give raw counts."
         )
     log_range, level = _levels(data, counts, drop, num_bins)
     low, high = log_range.astype(np.float32)
@@ -127,7 +130,7 @@ def bin_counts(
 
 
 def levels_of(counts: sparse.csr_matrix, num_bins: int) -> sparse.csr_matrix:
-    """Levels 1 .. `num_bins` - 1 of the counts of each cell, uint8 CSR (N, G); see `bin_counts`."""
+    """Return the levels 1 .. `num_bins` - 1 of the counts of each cell, uint8 CSR (N, G); see `bin_counts`."""
     _, level = _levels(np.asarray(counts.data, np.float32), counts, None, num_bins)
     made = sparse.csr_matrix((level, counts.indices.copy(), counts.indptr.copy()), counts.shape)
     made.sort_indices()
@@ -137,7 +140,10 @@ def levels_of(counts: sparse.csr_matrix, num_bins: int) -> sparse.csr_matrix:
 def _levels(
     data: np.ndarray, counts: sparse.csr_matrix, drop: np.ndarray | None, num_bins: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Range of log1p counts of each cell, (2, K) float64, and level of each stored count, 0 where dropped."""
+    """Return the range of log1p counts of each cell, float64 (2, K), and the level of each stored count.
+
+    Counts of dropped genes have level 0.
+    """
     filled = np.flatnonzero(np.diff(counts.indptr))
     log_range = np.zeros((2, counts.shape[0]))
     if not filled.size:
@@ -148,12 +154,12 @@ def _levels(
     whole = data.astype(np.int32) if data.max() < _EXACT else None
     if whole is None or not np.array_equal(whole, data):
         return _levels_of_logs(data, filled, starts, log_range, num_bins)
-    # A zero, less one, is the largest number without a sign: it is no minimum unless there is nothing else.
+    # As uint32, 0 - 1 is the largest number. A zero is therefore the minimum only if all counts of a cell are zero.
     least = np.minimum.reduceat((whole - 1).view(np.uint32), starts).view(np.int32) + 1
     most = np.maximum.reduceat(whole, starts)
     low, high = log_range[:, filled] = np.log1p(np.stack([least, most]).astype(np.float64))
     border = level_borders(low, high, num_bins)
-    # All counts from the last border on have the level of that border.
+    # All counts from the last border upward have the same level, so the table can end there.
     width = 1 + min(max(int(border.max(initial=0)), 1), _TABULATED)
     table = np.zeros((len(filled), width), np.uint8)
     table[:, 1] = 1
@@ -172,9 +178,11 @@ def _levels(
 
 
 def level_borders(low: np.ndarray, high: np.ndarray, num_bins: int) -> np.ndarray:
-    """Smallest count of the levels 2 .. num_bins - 1 of cells with log1p counts in [low, high].
+    """Return the smallest count in each of the levels 2 .. num_bins - 1, for cells with log1p counts in [low, high].
 
-    Returns int64 (K, num_bins - 2), 0 where the range has width zero.
+    Returns
+    -------
+    int64 (K, num_bins - 2); 0 for cells whose range has width zero.
     """
     levels = np.arange(2, num_bins)
     border = low[:, None] + (high - low)[:, None] * (levels - 1) / (num_bins - 1)
@@ -187,7 +195,7 @@ def level_borders(low: np.ndarray, high: np.ndarray, num_bins: int) -> np.ndarra
 def _levels_of_logs(
     data: np.ndarray, filled: np.ndarray, starts: np.ndarray, log_range: np.ndarray, num_bins: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`_levels` of values that are no integers, or where float32 no longer holds every integer."""
+    """Compute `_levels` for fractions, or for values above the exact integers of float32."""
     keep = data != 0
     logs = np.log1p(data, dtype=np.float64)
     low = np.minimum.reduceat(np.where(keep, logs, np.inf), starts)
@@ -201,22 +209,24 @@ def _levels_of_logs(
 def level_values(
     rows: np.ndarray, level: np.ndarray, counts: np.ndarray, low: np.ndarray, high: np.ndarray, num_bins: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Raw counts that stand for each level of each cell: the median and the mean of the counts in that level.
+    """Return the raw counts that represent each level in each cell: median and mean of the counts in that level.
 
-    A level that no gene of the cell takes is represented by its middle on the log scale. The sCT paper (section 4,
-    "Metrics") takes the median for everything; a distribution over levels becomes an *expected* raw count with
-    the means, since counts within a level are skewed.
+    A level without any gene is represented by the middle of its bin on the log scale. The sCT paper (section 4,
+    "Metrics") always uses the median. Means are needed to convert a distribution over levels to an *expected* raw
+    count, because counts within a level are skewed.
 
     Parameters
     ----------
     rows, level, counts
-        (nnz,) cell, level and raw count of the expressed genes.
+        Cell, level and raw count of the expressed genes, (nnz,) each.
     low, high
-        (K,) ranges of the cells, see `Bins`.
+        Ranges of the cells (K,); see `Bins`.
+    num_bins
+        Number of levels, including zero.
 
     Returns
     -------
-    Medians and means, each float32 (K, num_bins); column 0 is zero.
+    Medians and means, each float32 (K, num_bins). Column 0 is zero.
     """
     n_cells, levels = low.shape[0], num_bins - 1
     middle = low[:, None] + (high - low)[:, None] * (np.arange(levels) + 0.5) / levels
@@ -236,27 +246,28 @@ def level_values(
 
 
 def level_average(probabilities: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Average (...,) of what stands for levels, `values` (..., num_bins), by `probabilities` (..., num_bins)."""
+    """Return the average (...,) of `values` (..., num_bins), weighted by `probabilities` (..., num_bins)."""
     return np.einsum("...b,...b->...", probabilities, values)
 
 
 def expected_counts(
     probabilities: np.ndarray, means: np.ndarray, low: np.ndarray, high: np.ndarray
 ) -> np.ndarray:
-    """Expected raw counts of predicted distributions over levels.
+    """Return the expected raw counts for predicted distributions over levels.
 
-    From level 2 on, the mean of the cell's counts in a level stands for it. That of level 1 would be far too much for a
-    rare gene, which has one count where others of that level have several: there the mean is that of a negative
-    binomial distribution with the predicted probabilities of no count and of the levels above.
+    Level 2 and higher levels are represented by the mean count of the level in the cell. For level 1 this mean would be
+    far too large for rare genes, which mostly have a count of 1, while other genes of the level have several counts.
+    Level 1 is therefore represented by the mean of a negative binomial distribution with the predicted probabilities of
+    level 0 and of the levels above 1.
 
     Parameters
     ----------
     probabilities
-        (n, num_bins).
+        Predicted probabilities of the levels, (n, num_bins).
     means
-        (n, num_bins), of the cell of each row, see `level_values`.
+        Mean counts of the levels in the cell of each row, (n, num_bins); see `level_values`.
     low, high
-        (n,) its range, see `Bins`.
+        Range of the cell of each row, (n,); see `Bins`.
 
     Returns
     -------
@@ -267,7 +278,7 @@ def expected_counts(
     if num_bins == 2:
         return probabilities[:, 1] * means[:, 1]
     ranges, cell = np.unique(np.stack([low, high], axis=1), axis=0, return_inverse=True)
-    # The precision of float32 must not move a border.
+    # Remove the rounding errors of float32, so that they do not move a border.
     whole = np.log1p(np.rint(np.expm1(ranges.astype(np.float64))))
     border = level_borders(whole[:, 0], whole[:, 1], num_bins)[:, 0][cell.ravel()]
     first = means[:, 1].astype(np.float32)
@@ -281,10 +292,18 @@ def expected_counts(
 
 
 def _first_level(none: np.ndarray, first: np.ndarray, level_mean: np.ndarray, border: int) -> np.ndarray:
-    """Mean of the counts 1 .. border - 1 of negative binomial distributions.
+    """Return the mean of the counts 1 .. border - 1 of negative binomial distributions, (n,).
 
-    `none` (n,) are the probabilities of no count, `first` (n,) of these counts, whose mean over all genes of the cell
-    is `level_mean` (n,).
+    Parameters
+    ----------
+    none
+        Probabilities of a zero count, (n,).
+    first
+        Probabilities of the counts 1 .. border - 1, (n,).
+    level_mean
+        Mean of these counts over all genes of the cell, (n,). It is used if no negative binomial fits.
+    border
+        Smallest count of level 2.
     """
     beyond, mean = _first_levels(border)
     none = np.clip(none, 1e-8, 1 - 1e-6)
@@ -292,7 +311,7 @@ def _first_level(none: np.ndarray, first: np.ndarray, level_mean: np.ndarray, bo
     place = np.clip(place, 0, len(_LOGITS) - 1.001)
     row, share = place.astype(int), (place % 1)[:, None]
     tail, means = (table[row] * (1 - share) + table[row + 1] * share for table in (beyond, mean))
-    # The tail grows with the dispersion: which one has the tail that is asked for?
+    # The tail probability increases with the dispersion. Find the dispersion with the required tail probability.
     asked = np.clip(1 - first / (1 - none), 0, 1)[:, None]
     column = np.clip((tail < asked).sum(axis=1), 1, tail.shape[1] - 1)[:, None]
     (a, b), (x, y) = (
@@ -301,14 +320,19 @@ def _first_level(none: np.ndarray, first: np.ndarray, level_mean: np.ndarray, bo
     )
     weight = np.clip((asked - a) / np.maximum(b - a, 1e-12), 0, 1)
     found = x + weight * (y - x)
-    # Not even Poisson counts have so few zeros and so small a tail: the mean of all genes at this level is better then.
+    # If even the smallest dispersion has a larger tail, no negative binomial fits: move toward the mean of the level.
     lacking = np.clip(tail[:, :1] - asked, 0, 1)
     return (found + lacking * (level_mean[:, None] - found))[:, 0]
 
 
 @functools.cache
 def _first_levels(border: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of negative binomials by logit of P(0) and by dispersion: P(count >= border | expressed), and the mean below."""
+    """Tabulate negative binomial distributions over the logit of P(0) and the dispersion.
+
+    Returns
+    -------
+    P(count >= border | count > 0), and the mean of the counts 1 .. border - 1, each (logits, dispersions).
+    """
     none = 1 / (1 + np.exp(-_LOGITS))[:, None]
     size = 1 / _DISPERSIONS[None, :]
     success = none ** (1 / size)  # P(0) = success^size

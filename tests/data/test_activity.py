@@ -77,7 +77,7 @@ def test_zeromics_reads_it_as_it_reads_counts(tmp_path):
 def test_models_of_counts_refuse_it(tmp_path):
     run([write_as(activity(), "csr", tmp_path)], tmp_path / "store", values="activity")
     store = Store.open(tmp_path / "store")
-    words = "'sample' .* holds activity, not counts, and only ZerOmics reads that: use a store without it"
+    words = "'sample' .* has activity values instead of counts, which only ZerOmics can read"
     with pytest.raises(StoreError, match=words):
         BagSource(store.studies, BagOptions(cells_per_bag=4)).record(0)
     with pytest.raises(StoreError, match=words):
@@ -154,7 +154,7 @@ def test_cells_of_a_table(tmp_path):
         (lambda x: x * np.inf, "block"),
         (lambda x: x * 1e-42, "float32"),
         (lambda x: x * 1e39, "float32"),
-        (lambda x: x * 0, "no count"),
+        (lambda x: x * 0, "only zeros"),
     ],
 )
 def test_what_is_no_activity(change, words, tmp_path):
@@ -163,7 +163,7 @@ def test_what_is_no_activity(change, words, tmp_path):
         adata.X = sp.csr_matrix(change(adata.X.toarray()))
     with pytest.raises(DataError, match=words) as error:
         validate(adata, values="activity")
-    assert "activities are non-negative numbers" in str(error.value)
+    assert "activities must be non-negative numbers" in str(error.value)
     with pytest.raises(DataError, match=words):
         run([write_as(adata, "csr", tmp_path)], tmp_path / "store", values="activity")
 

@@ -132,7 +132,7 @@ def test_sections_over_each_other_are_found():
     wrong = {}
     for name, (places, columns, words) in overlaid.items():
         found = said(places, **columns)
-        if len(found) != 1 or "over each other" not in found[0] or words not in found[0]:
+        if len(found) != 1 or "overlap in one plane" not in found[0] or words not in found[0]:
             wrong[name] = found
     assert not wrong
 

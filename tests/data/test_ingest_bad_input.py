@@ -126,7 +126,7 @@ BAD = {
     "duplicate cells": (_twins, "duplicate cell names, e.g. 'twin'"),
     "no cells": (_no_cells, "no cells|no raw counts"),
     "another species": (_other_species, "0 of 65 gene names"),
-    "no counts": (_empty, "no count at all"),
+    "no counts": (_empty, "only zeros"),
     "no counts of known genes": (_only_foreign, "150 without counts"),
     "cut h5ad": (_cut("csr"), "cannot be read"),
     "cut gzip": (_cut("mtx_gz"), "cannot be read"),

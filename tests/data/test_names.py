@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from store_inputs import files_of, make_adata, run, write_as
 
-from sct.data.ingest.input_files import sanitise
+from sct.data.ingest.input_files import sanitize
 from sct.data.store import Store, study_path
 from sct.errors import DataError, StoreError
 
@@ -55,14 +55,14 @@ def edit(file: Path, name: object, path: object) -> None:
 
 def test_names_are_read_as_they_are_written():
     for text in ("a", "A-b_c", "10x v3 (pbmc)", "..x..", "-a-", "a.b", "naïve"):
-        assert study_path(sanitise(text)) == f"studies/{sanitise(text)}.zarr"
-    assert study_path(f"{sanitise('a b')}.{sanitise('slide 1')}") == "studies/a_b.slide_1.zarr"
+        assert study_path(sanitize(text)) == f"studies/{sanitize(text)}.zarr"
+    assert study_path(f"{sanitize('a b')}.{sanitize('slide 1')}") == "studies/a_b.slide_1.zarr"
     for name in BAD:
         with pytest.raises(StoreError, match="a study is called"):
             study_path(name)
     for name in ("", "..", "/", "___", "ä"):
         with pytest.raises(DataError, match="a study name"):
-            sanitise(name)
+            sanitize(name)
 
 
 def test_a_manifest_that_leads_elsewhere_is_refused(store: Path, tmp_path: Path) -> None:

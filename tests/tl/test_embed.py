@@ -333,7 +333,7 @@ def test_a_scale_survives_a_file_and_is_one_of_its_batch(adata, spatial_model, t
 def test_positions_that_look_wrong_warn(adata, model):
     stray = adata.copy()
     stray.obsm["spatial"][7] = 1e9
-    with pytest.warns(UserWarning, match="1 of 45 cells lie far outside"):
+    with pytest.warns(UserWarning, match="1 of 45 cells are far outside"):
         sct.tl.embed(stray, model, spatial_key="spatial")
     del adata.obs["batch"]  # of every third cell
     twice = ad.concat([adata, adata], index_unique="-")

@@ -41,7 +41,7 @@ class Vocabulary(Protocol):
     """The interface of a gene vocabulary that this module needs; see `sct.data.genes.vocabulary.GeneVocabulary`."""
 
     def __len__(self) -> int:
-        """Number of positions, G."""
+        """Return the number of genes (G)."""
         ...
 
     @property

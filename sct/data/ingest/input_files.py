@@ -104,15 +104,15 @@ def find_inputs(
     ignored: list[str] = []
     for item in inputs:
         if isinstance(item, tuple):
-            found.append(Input(sanitise(item[0]), "memory", f"{item[0]} (in memory)", item[1]))
+            found.append(Input(sanitize(item[0]), "memory", f"{item[0]} (in memory)", item[1]))
             continue
         name, text = None, str(item)
         match = _NAMED.fullmatch(text)
         if match and not Path(text).exists():
-            name, text = sanitise(match["name"]), match["location"]
+            name, text = sanitize(match["name"]), match["location"]
         if text.startswith(CENSUS):
             dataset = text.removeprefix(CENSUS)
-            found.append(Input(name or sanitise(dataset), "census", dataset))
+            found.append(Input(name or sanitize(dataset), "census", dataset))
             continue
         path = Path(text).expanduser()
         each, left = _at(path, exclude.resolve() if exclude else None)
@@ -134,7 +134,7 @@ def find_inputs(
     return _without_repeats(found), ignored
 
 
-def sanitise(name: str) -> str:
+def sanitize(name: str) -> str:
     """Convert a string to a valid study name: letters, digits, `-` and `_`.
 
     Raises
@@ -206,12 +206,12 @@ def _study_name(path: Path) -> str:
     """Return the study name: the file name or, for standard 10x names, the name of the nearest other parent folder."""
     stem = MTX.sub("", path.name).strip("._-") if MTX.search(path.name) else path.stem
     if path.suffix in (".h5ad", ".zarr"):
-        return sanitise(stem)
+        return sanitize(stem)
     parts = [stem, *reversed(path.absolute().parts[1:-1])]
     for part in parts:
         if part and not _GENERIC.fullmatch(part):
-            return sanitise(part)
-    return sanitise(stem or path.name)
+            return sanitize(part)
+    return sanitize(stem or path.name)
 
 
 def _without_repeats(found: Iterable[Input]) -> list[Input]:

@@ -19,7 +19,7 @@ from sct.data.coordinates import SECTION_COLUMNS, Scale, doubts
 from sct.data.counts import COUNTS, CountsChecker, Values, check_values, exact_integers
 from sct.data.genes.orthologues import MappedGenes, Orthologues, map_orthologues, read_orthologues
 from sct.data.genes.vocabulary import GeneAlignment, GeneVocabulary
-from sct.data.ingest.input_files import Input, sanitise
+from sct.data.ingest.input_files import Input, sanitize
 from sct.data.ingest.readers import OpenInput, open_source
 from sct.data.ingest.sorting import BucketSort, Sizes, cut_places, hilbert_rank, random_rank
 from sct.data.ingest.writer import MAX_COUNT, portable_table, write_study, writing
@@ -368,7 +368,7 @@ def _groups(source: OpenInput, name: str, study_key: str | None) -> list[tuple[s
     codes, values = pd.factorize(column.astype(str).to_numpy(dtype=object), sort=True)
     groups: dict[str, np.ndarray] = {}
     for code, value in enumerate(values):
-        study = f"{name}.{sanitise(str(value))}"
+        study = f"{name}.{sanitize(str(value))}"
         if study in groups:
             raise DataError(
                 f"{source.label}: two values of obs[{study_key!r}] would both give the study name {study!r}: rename "
