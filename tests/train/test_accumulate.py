@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 class Line:
     """A task without randomness: a weighted mean of squares, records of any number of measurements."""
 
-    trainable, may_be_missing, weight = ((".*", True),), (), "count"
+    trainable, may_be_missing, loss_normalizer = ((".*", True),), (), "count"
 
     def init(self, rng):
         return {"params": {"slope": jnp.asarray([0.5, -1.0, 2.0]), "offset": jnp.zeros(())}}
