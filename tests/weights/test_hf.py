@@ -421,7 +421,7 @@ def test_the_command(folder, tmp_path):
     done = command("--from=hf", f"--input={path}", f"--output={there}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"model folder: {there}"
-    assert "licence" in done.stdout
+    assert "license" in done.stdout
     same(sct.load(there), model)
     done = command("--from=sct", "--to=hf", f"--input={there}", f"--output={back}", "--dtype=bfloat16")
     assert done.returncode == 0, done.stderr

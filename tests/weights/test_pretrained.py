@@ -177,7 +177,7 @@ def test_apply(model):
     more = model.apply(tokens=tokens, intermediates=("deconv_out", "conv_out"))
     assert set(more) == {"logits", "cell_embedding", "conv_out", "deconv_out"}
     np.testing.assert_allclose(more["conv_out"], full["conv_out"], atol=1e-5)
-    with pytest.raises(CheckpointError, match="conv_out, transformer_out, deconv_out"):
+    with pytest.raises(CheckpointError, match="'conv_out', 'transformer_out', 'deconv_out'"):
         model.apply(tokens=tokens, intermediates=("attention",))
 
 
@@ -800,9 +800,7 @@ def test_an_export_from_before_the_run_went_on_is_not_taken(model, a_run):
 @pytest.mark.slow
 def test_a_best_checkpoint_that_is_gone_is_said(a_run):
     set_best(a_run, 3)
-    with pytest.raises(
-        CheckpointError, match=r"best step .* is 3, but of its checkpoints only .*15 are left"
-    ):
+    with pytest.raises(CheckpointError, match=r"best step .* is 3, but only the checkpoints .*15 are left"):
         sct.load(a_run)
 
 
@@ -931,7 +929,7 @@ def test_runs_without_hashes_are_loaded_and_go_on_with_a_note(a_run, store):
     assert (a_run / "checkpoints/16/sha256.json").is_file()
     swap_genes(a_run / "genes.tsv")
     with (
-        pytest.raises(CheckpointError, match=r"genes\.tsv has the hash"),
+        pytest.raises(CheckpointError, match=r"genes\.tsv has hash"),
         pytest.warns(UserWarning, match="no hashes"),
     ):
         sct.load(a_run)
@@ -947,7 +945,7 @@ def test_a_checkpoint_whose_weights_are_not_finite(a_run):
         state["trained"]["params/head/logits/bias"] = bias.at[3].set(np.nan)
         writer.save(path, state, force=True)
     run_folder.record_checkpoint(path.parent)
-    with pytest.raises(CheckpointError, match="in params/head/logits/bias that are not finite"):
+    with pytest.raises(CheckpointError, match="NaN or infinite values in params/head/logits/bias"):
         sct.load(a_run)
 
 
