@@ -3,20 +3,21 @@
     python -m launch.benchmark --config=configs/benchmark.py --config.model=runs/mine --config.data.path=cells.h5ad
     python -m launch.benchmark --config=configs/benchmark.py --config.model=runs/mine --config.data.path=STORE
 
-The benchmark has these parts:
+The benchmark has these parts. A bag is a group of cells that sCT reads together.
 
-- natural imputation: 15% of the measured genes are hidden, expressed or not, and all are scored (calibration, expected
-  counts)
-- the paper's imputation of randomly masked genes (15, 30, 40, 80%; only expressed genes are scored)
-- imputation of whole cells (1, 10, 20, 40 of 50)
-- imputation of fixed genes, grouped by sparsity, for data with positions
-- embeddings, for labeled cells
+- Natural imputation: 15% of the measured genes are masked, expressed or not. All masked positions are scored. This part
+  measures the calibration of the probabilities and the expected counts.
+- Gene imputation of the paper: 15, 30, 40 or 80% of the genes are masked at random. Only expressed genes are scored.
+- Cell imputation: 1, 10, 20 or 40 cells of a bag of 50 cells are masked.
+- Fixed genes: a set of genes is masked in all cells, grouped by the share of cells with zero counts. By default, this
+  part runs only for data with positions.
+- Embedding: the embedding is compared with the labels of the cells. This part needs labeled cells.
 
-Tables, plots and all numbers are written to `config.output` as report.html, report.md and report.json. For a store, the
-test studies are scored, and baselines are also fitted on the training studies. For a file, set
-`--config.data.train=STORE` to the store that the model was trained on.
+The folder `config.output` gets tables, plots and all numbers as report.html, report.md and report.json. If `data.path`
+is a store, the studies of the test split are scored, and baselines are also fitted on the training studies. If
+`data.path` is a file, set `--config.data.train=STORE` to the store that the model was trained on.
 
-:quick is a short test run: one draw on a few bags, without the slow baselines.
+:quick is a short test run. It uses one random draw and a few bags, and it leaves out the slow baselines.
 
     python -m launch.benchmark --config=configs/benchmark.py:quick --config.model=runs/mine --config.data.path=c.h5ad
 """
@@ -27,7 +28,7 @@ VARIANTS = ("", "quick")
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """Full benchmark, or the variant "quick"."""
+    """Return the configuration of the full benchmark, or of the variant "quick"."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS[1:])}")
     config = ConfigDict()
@@ -38,18 +39,18 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.path = ""  # .h5ad, .zarr or a store
-    config.data.split = "test"  # split of a store
+    config.data.split = "test"  # split of a store to score
     config.data.train = ""  # store of the training studies; not needed if `path` is a store
     config.data.layer = ""
     config.data.gene_column = ""
     config.data.duplicates = "error"
     config.data.study_key = ""  # column of obs that divides a file into studies, donors or slides
-    config.data.spatial_key = "spatial"  # used if it exists
-    config.data.label_key = "cell_type"  # used if it exists
-    config.data.batch_key = ""  # for integration metrics
-    config.data.cells_per_bag = 0  # 0: same as in training
-    config.data.max_bags = 100  # bags scored in imputation, evenly spaced; 0: all
-    config.data.max_cells = 10_000  # random sample of cells per study; 0: all
+    config.data.spatial_key = "spatial"  # key of obsm with positions; used if it exists
+    config.data.label_key = "cell_type"  # column of obs with labels; used if it exists
+    config.data.batch_key = ""  # column of obs with batches, for integration metrics
+    config.data.cells_per_bag = 0  # 0: the number of cells per bag in training
+    config.data.max_bags = 100  # number of bags scored in imputation, evenly spaced; 0: all bags
+    config.data.max_cells = 10_000  # number of cells drawn at random from each study; 0: all cells
     config.data.seed = 0
 
     config.natural_imputation = ConfigDict()
@@ -64,7 +65,8 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.cell_imputation = ConfigDict()
     config.cell_imputation.run = True
-    config.cell_imputation.numbers = (0,)  # (0,): 1, 10, 20, 40 of 50, scaled to the bag size
+    # Masked cells per bag; (0,): 1, 10, 20 and 40 of 50 cells, scaled to the bag size.
+    config.cell_imputation.numbers = (0,)
 
     config.fixed_genes = ConfigDict()
     config.fixed_genes.run = "spatial"  # "always", "never", or "spatial" for data with positions

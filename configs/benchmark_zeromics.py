@@ -3,15 +3,20 @@
     python -m launch.benchmark --config=configs/benchmark_zeromics.py --config.model=runs/zeromics_llm \
         --config.data.path=cells.h5ad --config.data.disease=disease --config.pathways.file=h.all.symbols.gmt
 
-Tasks and metrics: cell types (accuracy, macro F1), rare cells (kappa, F1 of "Yes"), tumor cells (accuracy, F1; all
-diseases count as one class), and pathways (AUROC and AUPRC; the labels come from the ranks of the genes).
+The benchmark has four tasks:
 
-The abstract of a study is in `adata.uns["abstract"]` or in the file `data.studies`. Each study is divided. Baselines
-are fitted on two thirds, and few-shot cells come from the same part. All methods answer about the remaining third.
-Tables and all numbers are written to `config.output` as report.html, report.md, report.json and results.json.
+- cell types: accuracy, macro F1
+- rare cells: kappa, F1 of "Yes"
+- tumor cells: accuracy, F1; all diseases count as one class
+- pathways: AUROC and AUPRC; the true labels are computed from the ranks of the genes in each cell
 
-:quick uses one seed, one and five shots, and the test cells of the quick start. The model is the run of
-zeromics_llm:quickstart.
+The abstract of a study is read from `adata.uns["abstract"]` or from the YAML file `data.studies`. The cells of each
+study are split into two thirds and one third. Baselines are fitted on the two thirds, and the cells for few-shot
+fine-tuning come from the two thirds too. All methods answer the same questions about the cells of the other third. The
+folder `config.output` gets the tables and all numbers as report.html, report.md, report.json and results.json.
+
+:quick uses one seed, fine-tuning on one and on five cells of each answer, and the test cells of the quick start. The
+model must be a run of zeromics_llm:quickstart.
 
     python -m launch.benchmark --config=configs/benchmark_zeromics.py:quick --config.model=runs/zeromics_llm
 """
@@ -22,38 +27,39 @@ VARIANTS = ("", "quick")
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """Full benchmark, or the variant "quick"."""
+    """Return the configuration of the full benchmark, or of the variant "quick"."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS[1:])}")
     config = ConfigDict()
     config.benchmark = "instructions"
     config.model = ""  # model folder or run folder of zeromics_llm
     config.output = "runs/benchmark_zeromics"
-    config.tasks = ()  # of cell_type, rare_cell, tumor, pathway; (): those for which columns and gene sets are named
-    # Cells per answer for fine-tuning (for pathways: in total). Zero-shot is always measured.
+    config.tasks = ()  # cell_type, rare_cell, tumor, pathway; (): all tasks whose columns or gene sets are set
+    # Numbers of cells of each answer for few-shot fine-tuning (for pathways: of cells in total).
+    # The model without fine-tuning is always measured.
     config.shots = (1, 5, 10)
-    config.seeds = 3  # each with its own template, candidate order, few-shot cells and control
-    config.templates = 1  # average over the first N templates; 1: the template of the seed
+    config.seeds = 3  # each seed has its own template, order of candidates, few-shot cells and control
+    config.templates = 1  # N: average over the first N templates; 1: one template, chosen by the seed
     config.batch_size = 8
-    # JSON file of marker genes {"B cell": ["MS4A1", ...]}; "": find markers in the cells for baselines.
+    # JSON file of marker genes {"B cell": ["MS4A1", ...]}; "": find markers in the two thirds for baselines.
     config.markers = ""
 
     config.data = ConfigDict()
     config.data.path = ""  # .h5ad, .zarr or a store
     config.data.dataset = ""  # instead of a path: pbmc68k
-    config.data.split = "test"  # split of a store
+    config.data.split = "test"  # split of a store to ask about
     config.data.studies = ""  # YAML file with abstracts and candidates; overrides adata.uns
-    config.data.cell_type = "cell_type"  # columns of obs, "" for none
-    config.data.disease = ""
-    config.data.normal = ("normal", "healthy")
-    config.data.rare_share = 0.05
-    config.data.group_key = ""  # column of obs, such as the donor; a group is never in both parts
-    config.data.share = 1 / 3  # share of the cells (or groups) in the test part
+    config.data.cell_type = "cell_type"  # column of obs; "": no cell types
+    config.data.disease = ""  # column of obs; "": no diseases
+    config.data.normal = ("normal", "healthy")  # values of data.disease that mean no disease
+    config.data.rare_share = 0.05  # a type is rare if its share of the cells of the study is below this
+    config.data.group_key = ""  # column of obs, such as the donor; all cells of a group are in the same part
+    config.data.share = 1 / 3  # share of the cells (or groups) that the questions are about
     config.data.layer = ""
     config.data.gene_column = ""
     config.data.duplicates = "error"
     config.data.study_key = ""  # column of obs that divides a file into studies
-    config.data.max_cells = 3_000  # random sample of cells per study; 0: all
+    config.data.max_cells = 3_000  # number of cells drawn at random from each study; 0: all cells
     config.data.seed = 0
 
     config.pathways = ConfigDict()

@@ -1,13 +1,16 @@
-"""Cell2Sentence with GPT-2: sentences of the 100 most highly expressed genes, for generation and label prediction.
+"""Cell2Sentence with GPT-2: generates cells and predicts labels.
 
-Fine-tune GPT-2 small (124 million parameters) from a Hugging Face folder with `config.json`, `model.safetensors` and
-`tokenizer.json`. The loss covers only the responses (paper, appendix C.0.2):
+A cell is written as a cell sentence: the names of the 100 most highly expressed genes, from the highest to the lowest
+count.
+
+This command fine-tunes GPT-2 small (124 million parameters) from a Hugging Face folder. The folder must contain
+`config.json`, `model.safetensors` and `tokenizer.json`. The loss covers only the responses (paper, appendix C.0.2):
 
     python -m launch.train --config=configs/c2s_gpt2.py --config.init_from=GPT2_FOLDER --config.data.store=STORE \
         --workdir=runs/c2s
 
-    All sizes (medium, large) work: the folder determines the architecture. Hardware: one GPU (memory was not
-    measured). To use less memory, set --config.train.grad_accum_steps=8.
+    The Hugging Face folder determines the architecture, so other sizes of GPT-2 (medium, large) also work. Hardware:
+    one GPU (memory was not measured). To use less memory, set --config.train.grad_accum_steps=8.
 
 :scratch trains from random initialization with a new tokenizer. The loss covers all tokens (appendix C.0.1):
 
@@ -25,13 +28,13 @@ VARIANTS = ("", "scratch", "quickstart")
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The paper's recipe, or a variant."""
+    """Return the configuration of the paper's recipe, or of a variant."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS[1:])}")
     config = ConfigDict()
     config.family = "gpt2"
     config.task = "cell_sentences"
-    config.init_from = ""  # Hugging Face folder, model folder or run; replaces the architecture below
+    config.init_from = ""  # Hugging Face folder, model folder or run folder; replaces config.model
 
     config.model = ConfigDict()
     config.model.vocab_size = 0  # 0: size of the tokenizer
@@ -49,27 +52,27 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.store = ""
     config.data.dataset = ""
     config.data.tokens = 0.0
-    config.data.top_k = 100
-    config.data.length = 1024
-    config.data.cell_type = "cell_type"  # columns of obs, "" for none
+    config.data.top_k = 100  # number of genes in a cell sentence; 0: all expressed genes
+    config.data.length = 1024  # tokens per row
+    config.data.cell_type = "cell_type"  # this and the next three: columns of obs; "": none
     config.data.tissue = ""
     config.data.organism = ""
     config.data.abstract = ""
-    config.data.labels = ()
+    config.data.labels = ()  # columns of obs that are predicted together
     config.data.studies = ""  # YAML file with study metadata
-    config.data.tokenizer = ""  # folder; empty: the tokenizer of init_from, or a new one
+    config.data.tokenizer = ""  # folder; empty: the tokenizer of init_from, or a newly trained tokenizer
     config.data.vocab_size = 9_609
-    config.data.corpus_cells = 20_000
+    config.data.corpus_cells = 20_000  # cells on which a new tokenizer is trained
 
     config.objective = ConfigDict()
     config.objective.tasks = (("unconditional", 1.0), ("cell_type_to_cell", 1.0), ("cell_to_cell_type", 1.0))
-    config.objective.loss_on = "response"
-    config.objective.balance = "tokens"  # or texts: a label has the same weight as a whole sentence
+    config.objective.loss_on = "response"  # or all: loss over all tokens
+    config.objective.balance = "tokens"  # or texts: a label has the same weight as a cell sentence
     config.objective.prompts = ""  # JSON file with more templates
     config.objective.perturbation = (
-        ""  # one of data.labels: evaluate unseen combinations, relative to control
+        ""  # one of data.labels: the report evaluates label combinations that no training cell has
     )
-    config.objective.control = ""  # the control value of it; empty: the most frequent other value
+    config.objective.control = ""  # unperturbed value of that label; empty: the most frequent other value
     config.objective.lora = ConfigDict()
     config.objective.lora.rank = 0  # above 0: train only low-rank adapters
     config.objective.lora.alpha = 16.0
@@ -99,7 +102,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.train = ConfigDict()
     config.train.steps = 50_000
-    config.train.batch_size = 32  # rows of data.length tokens; a row has about four cells: 128 examples
+    config.train.batch_size = 32  # rows of data.length tokens, with about four cells each: 128 cells
     config.train.grad_accum_steps = 1
     config.train.batch_ramp = ()
     config.train.log_every = 100

@@ -1,6 +1,7 @@
-"""Cell2Sentence with Pythia-160m: whole cells, all expressed genes in up to 9,200 tokens (paper, section 4).
+"""Cell2Sentence with Pythia-160m: cell sentences of all expressed genes, in up to 9,200 tokens (paper, section 4).
 
-Fine-tune Pythia-160m from a Hugging Face folder (`config.json`, `model.safetensors`, `tokenizer.json`):
+This command fine-tunes Pythia-160m from a Hugging Face folder. The folder must contain `config.json`,
+`model.safetensors` and `tokenizer.json`:
 
     python -m launch.train --config=configs/c2s_pythia.py --config.init_from=PYTHIA_FOLDER \
         --config.data.store=STORE --workdir=runs/c2s_pythia
@@ -8,8 +9,8 @@ Fine-tune Pythia-160m from a Hugging Face folder (`config.json`, `model.safetens
     Hardware: the paper used eight A100 of 40 GB for 29 hours (21 epochs of 218,732 cells). With several devices, use a
     batch size that is a multiple of their number.
 
-:quickstart trains a small GPT-NeoX from random initialization on whole sentences of real blood cells from scanpy, on 2
-CPU cores:
+:quickstart trains a small GPT-NeoX from random initialization on real blood cells from scanpy, on 2 CPU cores. The
+sentences contain all expressed genes:
 
     python -m launch.train --config=configs/c2s_pythia.py:quickstart --workdir=runs/c2s_pythia_quickstart
 """
@@ -25,13 +26,16 @@ _GPT2 = runpy.run_path(str(Path(__file__).with_name("c2s_gpt2.py")))
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The paper's recipe, or a variant. All other values come from `c2s_gpt2.py`."""
+    """Return the configuration of the paper's recipe, or of a variant.
+
+    Values that are not set here come from `c2s_gpt2.py`.
+    """
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS[1:])}")
     config = _GPT2["get_config"](variant)
     config.family = "neox"
     config.model.init = "normal"
-    config.data.top_k = 0  # whole cells
+    config.data.top_k = 0  # sentences of all expressed genes
     config.objective.loss_on = "all"  # the paper trains on all tokens (appendix C)
     if not variant:
         config.model.update(

@@ -1,9 +1,10 @@
-"""The ablations of the sCT paper (Table 4, appendix D) and four of ours, as one sweep of runs.
+"""The ablations of the sCT paper (Table 4, appendix D) and four more, as one sweep of runs.
 
-The base run is the paper's recipe with its stratified masking. Each run in `sweep` changes only the fields that it
-names. Runs with fewer cells per bag use proportionally more bags per step, so all runs see the same number of cells.
+The base run is the paper's recipe with the stratified masking of the paper. Each run in `sweep` changes only the fields
+that it names. A bag is a group of cells that sCT reads together. Runs with fewer cells per bag use proportionally more
+bags per step, so all runs see the same number of cells.
 
-:quickstart uses the blood cells from scanpy: 13 runs of 3-4 minutes on 2 CPU cores.
+:quickstart uses the blood cells from scanpy. Each of the 13 runs takes 3 to 4 minutes on 2 CPU cores:
 
     python -m launch.train --config=configs/sct_ablations.py:quickstart --workdir=runs/ablations
 
@@ -11,17 +12,24 @@ names. Runs with fewer cells per bag use proportionally more bags per step, so a
 
     python -m launch.train --config=configs/sct_ablations.py:mini --config.data.store=STORE --workdir=runs/ablations
 
-Full model, each run as long as `configs/sct_sc.py`:
+Without a variant, the sweep trains the full model. Each run is as long as a run of `configs/sct_sc.py`:
 
     python -m launch.train --config=configs/sct_ablations.py --config.data.store=STORE --workdir=runs/ablations
 
-Runs are trained one after the other in WORKDIR/NAME. WORKDIR/report.md has a table of all runs. The same command
-resumes the sweep and skips finished runs. `--only=base,cells_1` selects runs. A field on the command line applies to
-all runs (`--config.train.steps=100`, `--config.train.seed=1`), unless the run sets it. To change a run, use its name:
-`--config.sweep.bins_15.model.num_bins=20`.
+Runs are trained one after the other in WORKDIR/NAME, where NAME is the name of the run. WORKDIR/report.md has a table
+of all runs. The same command resumes the sweep and skips finished runs. `--only=base,cells_1` selects runs. A field on
+the command line (`--config.train.steps=100`, `--config.train.seed=1`) applies to all runs, except runs that set this
+field in `sweep`. To change the field of one run, use the name of the run: `--config.sweep.bins_15.model.num_bins=20`.
 
-MCC in the paper: base 0.48, uniform masking 0.34, 5% of unexpressed genes 0.45, standard layer norm 0.39, no norm 0.40,
-1 cell 0.07, 10 cells 0.44.
+The paper reports these MCC values:
+
+- base: 0.48
+- uniform masking: 0.34
+- 5% of unexpressed genes masked: 0.45
+- standard layer norm: 0.39
+- no norm: 0.40
+- bags of 1 cell: 0.07
+- bags of 10 cells: 0.44
 """
 
 import runpy
@@ -33,20 +41,21 @@ VARIANTS = ("", "mini", "quickstart")
 
 _SINGLE_CELL = runpy.run_path(str(Path(__file__).with_name("sct_sc.py")))
 
-# The paper compares bags of 50 cells with 10 and 1. The small variants use a fourth of their bag size.
+# The paper compares bags of 50 cells with bags of 10 cells and 1 cell. Instead of 10 cells, the small variants use a
+# fourth of the cells of their base run.
 _FEW_CELLS = {"": 10, "mini": 2, "quickstart": 4}
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """Configuration of the base run. Its section `sweep` has the changes of each run."""
+    """Return the configuration of the base run. The section `sweep` contains the changes of each run."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS[1:])}")
     config = _SINGLE_CELL["get_config"](variant)
-    # The masking of the small variants is not the paper's. Here it is the run `masking_mixture`.
+    # The small variants of sct_sc.py train with a mixture of maskings. Here only the run `masking_mixture` does.
     config.objective.masking.update(
         kind="stratified", expressed=0.15, unexpressed=0.01, low=0.05, high=0.5, mixture=()
     )
-    config.objective.logit_adjustment = False  # the paper's loss; only one run changes it
+    config.objective.logit_adjustment = False  # the paper's loss; only the run `logit_adjustment` changes it
     mixture = {"kind": "mixture", "mixture": _SINGLE_CELL["MIXTURE"]}
 
     few = _FEW_CELLS[variant]
@@ -75,7 +84,7 @@ def get_config(variant: str = "") -> ConfigDict:
         ):
             config.sweep[name].objective.max_masked_fraction = budget
     for name, cells in (("cells_1", 1), (f"cells_{few}", few)):
-        # References follow command-line overrides of the base run.
+        # The values are references, so they follow values of the base run that are set on the command line.
         factor = config.data.get_ref("cells_per_bag") // cells
         for section, field in (
             ("train", "batch_size"),

@@ -1,19 +1,22 @@
 """sCT on single-cell RNA-seq (stage 1 of the paper; stage 2 is `sct_spatial.py`), and small variants.
 
-Full model (79 million parameters, bags of 50 cells x about 20,000 genes, 10^12 tokens):
+A bag is a group of cells that sCT reads together. A gene token is one gene in one cell.
+
+Without a variant, the full model is trained (79 million parameters, bags of 50 cells x about 20,000 genes, 10^12 gene
+tokens):
 
     python -m launch.train --config=configs/sct_sc.py --config.data.store=STORE --workdir=runs/sct
 
     Hardware: one A100 80 GB or better. With several devices, use a batch size that is a multiple of their number
     (--config.train.batch_size=8). The paper trained for five days on one A100.
 
-:mini is a small model for a laptop and your own store (full vocabulary, 2.4 million parameters, bags of 8 cells, a
-mixture of maskings, see MIXTURE; run time not measured):
+:mini is a small model for a laptop and your own store. It has 2.4 million parameters, all genes of the vocabulary, bags
+of 8 cells, and a mixture of maskings (see MIXTURE). The run time was not measured:
 
     python -m launch.train --config=configs/sct_sc.py:mini --config.data.store=STORE --workdir=runs/mini
 
-:quickstart uses real blood cells from scanpy (700 cells x 765 genes) and takes 4 minutes on 2 CPU cores. Expected
-result: MCC 0.40 on masked expressed genes of held-out cells (README.md, "Results").
+:quickstart uses real blood cells from scanpy (700 cells x 765 genes) and takes 4 minutes on 2 CPU cores. The expected
+result is an MCC of 0.40 for masked expressed genes of held-out cells (README.md, "Results"):
 
     python -m launch.train --config=configs/sct_sc.py:quickstart --workdir=runs/quickstart
 """
@@ -21,24 +24,25 @@ result: MCC 0.40 on masked expressed genes of held-out cells (README.md, "Result
 from ml_collections import ConfigDict
 
 VARIANTS = ("", "mini", "quickstart")
-# Masking of the small variants, which is not the paper's (docs/benchmarks.md). A random ratio per bag is better at
-# every ratio. A third of the bags hide genes whether expressed or not, so that probabilities are calibrated when many
-# genes are hidden. Another third hide genes in all of their cells, as imputation does.
+# Masking of the small variants, which differs from the paper (docs/benchmarks.md). Each bag gets one of the three kinds
+# at random. All kinds draw the share of masked genes at random for each bag, which is better at every masking ratio.
+# "drawn_uniform" masks expressed and unexpressed genes at the same rate, so that probabilities are calibrated when many
+# genes are masked. "drawn_genes" masks genes in all cells of the bag, as sct.tl.impute does.
 MIXTURE = (("drawn", 1.0), ("drawn_uniform", 1.0), ("drawn_genes", 1.0))
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The paper's recipe, or a variant."""
+    """Return the configuration of the paper's recipe, or of a variant."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS[1:])}")
     config = ConfigDict()
     config.family = "sct"
     config.task = "masked_expression"
-    config.init_from = ""  # pretrained model folder
+    config.init_from = ""  # model folder of a pretrained model
 
     config.model = ConfigDict()
     config.model.num_genes = 0  # 0: size of the store's vocabulary, padded
-    config.model.num_bins = 5
+    config.model.num_bins = 5  # expression levels, including "unexpressed"
     config.model.token_embed_dim = 64
     config.model.embed_dim = 1024
     config.model.num_downsamples = 8
@@ -56,26 +60,26 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data = ConfigDict()
     config.data.store = ""
     config.data.dataset = ""
-    config.data.cells_per_bag = 50
+    config.data.cells_per_bag = 50  # cells that the model reads together
     config.data.shuffle_cells = 0
-    config.data.tokens = 1e12
+    config.data.tokens = 1e12  # gene tokens in training, if train.steps is 0
 
     config.objective = ConfigDict()
     config.objective.masking = ConfigDict()
     config.objective.masking.kind = "stratified"
-    config.objective.masking.expressed = 0.15
-    config.objective.masking.unexpressed = 0.01
-    config.objective.masking.low = 0.05
+    config.objective.masking.expressed = 0.15  # share of expressed genes that are masked
+    config.objective.masking.unexpressed = 0.01  # share of unexpressed genes that are masked
+    config.objective.masking.low = 0.05  # low and high: range of the random rate of the kinds "drawn..."
     config.objective.masking.high = 0.95
     config.objective.masking.num_cells = 1
-    config.objective.masking.mixture = ()  # with kind "mixture": (("drawn", 1.0), ("cells", 1.0)); one kind per bag
+    config.objective.masking.mixture = ()  # for kind "mixture": kinds and weights, (("drawn", 1.0), ("cells", 1.0))
     config.objective.logit_adjustment = True  # False: the paper's loss, which predicts "expressed" too often
     config.objective.max_masked_fraction = (
-        0.05  # share of positions at which the head is evaluated in training
+        0.05  # largest share of positions at which the loss is computed in training
     )
     config.objective.report_ratio = 0.15
     config.objective.report_seeds = 5
-    config.objective.report_bags = 0  # held-out bags in the final table, evenly spaced; 0: all
+    config.objective.report_bags = 0  # number of held-out bags in the final table, evenly spaced; 0: all bags
 
     config.adapters = ConfigDict()  # adapters to train while the model of init_from is frozen
     config.adapters.kind = ""  # low_rank (LoRA), bottleneck or prefix; empty: train the model
@@ -102,7 +106,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.batch_ramp = ()  # ((1_000, 2), (5_000, 4)): batch size 2 up to step 1,000, then 4 up to step 5,000
     config.train.log_every = 100
     config.train.eval_every = 5_000
-    config.train.eval_records = 1_000  # validation bags, evenly spaced; 0: all
+    config.train.eval_records = 1_000  # number of validation bags, evenly spaced; 0: all bags
     config.train.checkpoint_every = 5_000
     config.train.keep_last = 2
     config.train.patience = 10

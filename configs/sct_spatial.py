@@ -1,15 +1,19 @@
 """sCT on spatial data (stage 2 of the paper): continues from a single-cell model and adds coordinates.
 
-Full model, 1.5 x 10^11 tokens, from stage 1 (`configs/sct_sc.py`). A bag is a spot and its nearest neighbors. The
-projection of the coordinates is new and initialized with zeros:
+A bag is a group of cells or spots that sCT reads together: here a spot and the spots nearest to it. A gene token is one
+gene in one spot.
+
+Without a variant, the full model is trained on 1.5 x 10^11 gene tokens, from the model of stage 1
+(`configs/sct_sc.py`). The projection of the coordinates is new and initialized with zeros:
 
     python -m launch.train --config=configs/sct_spatial.py --config.data.store=SPATIAL_STORE \
         --config.init_from=runs/sct --workdir=runs/sct_spatial
 
     Hardware: as for stage 1, one A100 80 GB or better. The store needs positions (`launch.ingest --spatial_key`) and
-    the vocabulary of the stage 1 model. Without init_from, training starts from random initialization and says so.
+    the gene vocabulary of the stage 1 model. Without init_from, training starts from random initialization and prints
+    a notice.
 
-:mini is the same for a laptop, from a run of `configs/sct_sc.py:mini`:
+:mini trains the small model on a laptop, from a run of `configs/sct_sc.py:mini`:
 
     python -m launch.train --config=configs/sct_spatial.py:mini --config.data.store=SPATIAL_STORE \
         --config.init_from=runs/mini --workdir=runs/mini_spatial
@@ -29,7 +33,7 @@ _SINGLE_CELL = runpy.run_path(str(Path(__file__).with_name("sct_sc.py")))
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The paper's second stage, or a variant."""
+    """Return the configuration of the paper's second stage, or of a variant."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS[1:])}")
     config = _SINGLE_CELL["get_config"](variant)

@@ -1,16 +1,20 @@
-"""Instruction tuning of ZerOmics: LLaMA-2 answers questions about cells, which it reads as 500 soft tokens.
+"""Instruction tuning of ZerOmics: LLaMA-2 answers questions about cells.
 
-The paper's sizes: a frozen LLaMA-2-13B with a mixture of low-rank adapters (one for all tasks and one per task), the
-frozen cell model of configs/zeromics_sc.py, and a linear tokenizer between them. A YAML file has the metadata of the
-studies (docs/zeromics.md):
+A soft token is a vector computed from a cell. LLaMA reads soft tokens like the embeddings of words. Here each cell has
+500 soft tokens.
+
+Without a variant, the model has the sizes of the paper. LLaMA-2-13B is frozen, with a mixture of low-rank adapters: one
+for all tasks and one per task. The cell model of configs/zeromics_sc.py is frozen too. A linear cell tokenizer computes
+the soft tokens from the output of the cell model. The file STUDIES.yaml has the metadata of the studies
+(docs/zeromics.md):
 
     python -m launch.train --config=configs/zeromics_llm.py --config.data.store=STORE \
         --config.data.studies=STUDIES.yaml --config.data.cell_encoder=runs/zeromics_sc \
         --config.data.llm=LLAMA_FOLDER --workdir=runs/zeromics_llm
 
 :quickstart trains a small LLaMA from random initialization on real blood cells from scanpy, on 2 CPU cores. First run
-zeromics_sc:quickstart with the run folder runs/zeromics_sc. The model learns from only 490 cells. Answers about other
-studies or tasks need a LLaMA that was pretrained on text.
+zeromics_sc:quickstart with the run folder runs/zeromics_sc. The small LLaMA learns from only 490 cells. Answers about
+other studies or tasks need a LLaMA that was pretrained on text.
 
     python -m launch.train --config=configs/zeromics_llm.py:quickstart --workdir=runs/zeromics_llm
 """
@@ -21,16 +25,16 @@ VARIANTS = ("", "quickstart")
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The paper's recipe, or a variant."""
+    """Return the configuration of the paper's recipe, or of a variant."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS[1:])}")
     config = ConfigDict()
     config.family = "zeromics"
     config.task = "instructions"
-    config.init_from = ""  # a run of this configuration
+    config.init_from = ""  # run folder of this configuration
 
     config.model = ConfigDict()
-    config.model.num_soft = 500
+    config.model.num_soft = 500  # soft tokens per cell
     config.model.tokenizer = "linear"  # or pooled (small models), none (ablation, with num_soft=1)
     config.model.cells = ConfigDict()  # sizes come from data.cell_encoder
     config.model.cells.dtype = "bfloat16"
@@ -50,16 +54,16 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.tokens = 0.0
     config.data.cell_encoder = ""  # run folder or model folder of the cell model
     config.data.llm = ""  # Hugging Face folder with LLaMA
-    config.data.genes = ""  # same as for the cell model; also values and max_genes
+    config.data.genes = ""  # genes, values and max_genes: the same as for the cell model
     config.data.values = "quantiles"
     config.data.max_genes = 0
     config.data.studies = ""  # YAML file with abstracts, cell types, rare types, diseases
-    config.data.length = 1536
-    config.data.cell_type = "cell_type"  # columns of obs, "" for none
-    config.data.disease = "disease"
-    config.data.pathways = ""  # active pathways of each cell ("hypoxia, apoptosis"), for the task pathway
-    config.data.normal = ("normal", "healthy")
-    config.data.rare_share = 0.05
+    config.data.length = 1536  # tokens per instruction, with answer and soft tokens
+    config.data.cell_type = "cell_type"  # column of obs; "": no cell types
+    config.data.disease = "disease"  # column of obs; "": no diseases
+    config.data.pathways = ""  # column of obs for the task pathway, as in "hypoxia, apoptosis"
+    config.data.normal = ("normal", "healthy")  # values of data.disease that mean no disease
+    config.data.rare_share = 0.05  # a type is rare if its share of the cells of the study is below this
     config.data.tokenizer = ""
     config.data.vocab_size = 4_096
 
@@ -69,9 +73,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.objective.rank = 8
     config.objective.alpha = 8.0
     config.objective.dropout = 0.0
-    config.objective.universal = True  # ablations: False removes the universal adapter or the task adapters
-    config.objective.of_tasks = True
-    config.objective.members = ()  # adapters of init_from, if it was trained on other tasks
+    config.objective.universal = True  # False: no adapter for all tasks (ablation)
+    config.objective.of_tasks = True  # False: no adapters per task (ablation)
+    config.objective.members = ()  # adapters of the model in init_from, if that model was trained on other tasks
     config.objective.train_llm = False
     config.objective.train_cells = False
     config.objective.report_cells = 500

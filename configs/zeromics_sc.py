@@ -1,18 +1,21 @@
 """Cell model of ZerOmics: a transformer over the genes of a cell, aligned with texts about these genes.
 
-The paper's sizes (12 layers, 12 heads, 10 bins). A text model computes the gene features once and caches them
-(docs/zeromics.md). Here it is LLaMA-2 from a Hugging Face folder with its tokenizer:
+A gene feature is a vector computed from a text about a gene. A bin is the class of an expression value in its cell.
+
+Without a variant, the model has the sizes of the paper (12 layers, 12 heads, 10 bins). A text model computes the gene
+features. The features are computed once and cached (docs/zeromics.md). In this command, the text model is LLaMA-2 from
+a Hugging Face folder that contains the tokenizer:
 
     python -m launch.ingest --input=FILES --output=STORE --min_genes=201
     python -m launch.train --config=configs/zeromics_sc.py --config.data.store=STORE \
         --config.data.corpus=SUMMARIES.tsv --config.data.features=LLAMA_FOLDER --workdir=runs/zeromics_sc
 
     The model reads all genes of a cell (20,000 tokens). To read only the most highly expressed genes, set
-    --config.data.max_genes=2048 --config.objective.max_masked_fraction=0.2. This needs a tenth of the tokens, but the
-    model no longer sees which genes are unexpressed. Hardware: the paper used eight A100 of 80 GB.
+    --config.data.max_genes=2048 --config.objective.max_masked_fraction=0.2. This setting needs a tenth of the tokens,
+    but the model no longer sees which genes are unexpressed. Hardware: the paper used eight A100 of 80 GB.
 
-:quickstart trains a small model on real blood cells from scanpy. The features come from latent semantic analysis of the
-built-in corpus. It takes a few minutes on 2 CPU cores:
+:quickstart trains a small model on real blood cells from scanpy. The gene features come from latent semantic analysis
+of the built-in gene texts. The training takes a few minutes on 2 CPU cores:
 
     python -m launch.train --config=configs/zeromics_sc.py:quickstart --workdir=runs/zeromics_sc
 """
@@ -23,7 +26,7 @@ VARIANTS = ("", "quickstart")
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The paper's recipe, or a variant."""
+    """Return the configuration of the paper's recipe, or of a variant."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS[1:])}")
     config = ConfigDict()
@@ -33,7 +36,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.num_genes = 0  # 0: size of the store's vocabulary
-    config.model.feature_dim = 0  # 0: width of the features
+    config.model.feature_dim = 0  # 0: dimension of the gene features
     config.model.num_bins = 10
     config.model.embed_dim = 768
     config.model.num_layers = 12
@@ -50,16 +53,16 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.genes = ""  # all, top, sampled, expressed; empty: all, or top with max_genes
     config.data.values = "quantiles"  # or levels (bins of equal width)
     config.data.max_genes = 0  # 0: all genes; N: the N most highly expressed genes of each cell
-    config.data.corpus = "built_in"  # or a file with gene summaries
-    config.data.features = "lsa"  # or a text model, "random", or a file with a feature table
+    config.data.corpus = "built_in"  # or a file with one text per gene
+    config.data.features = "lsa"  # or a text model (folder), "random", or a file with one vector per gene
     config.data.features_cache = ""
-    config.data.feature_dim = 256  # for lsa and random
+    config.data.feature_dim = 256  # dimension of the gene features of lsa and random
 
     config.objective = ConfigDict()
-    config.objective.masked = 0.15
-    config.objective.substituted = 0.1
+    config.objective.masked = 0.15  # share of non-zero bins that are masked
+    config.objective.substituted = 0.1  # share of the other non-zero bins that are replaced by another bin
     config.objective.max_masked_fraction = (
-        0.05  # 15% of the expressed genes; a cell expresses up to a third of its genes
+        0.05  # largest share of genes in the loss: 15% of the expressed genes, at most a third of all genes
     )
     config.objective.report_cells = 500
     config.objective.report_seeds = 3
