@@ -69,10 +69,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.objective.loss_on = "response"  # or all: loss over all tokens
     config.objective.balance = "tokens"  # or texts: a label has the same weight as a cell sentence
     config.objective.prompts = ""  # JSON file with more templates
-    config.objective.perturbation = (
-        ""  # one of data.labels: the report evaluates label combinations that no training cell has
-    )
-    config.objective.control = ""  # unperturbed value of that label; empty: the most frequent other value
+    # One of data.labels: the report evaluates label combinations that no training cell has.
+    config.objective.perturbation = ""
+    config.objective.control = ""  # unperturbed value of this label; empty: the most frequent other value
     config.objective.lora = ConfigDict()
     config.objective.lora.rank = 0  # above 0: train only low-rank adapters
     config.objective.lora.alpha = 16.0
