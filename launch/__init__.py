@@ -1,4 +1,4 @@
-"""Programs of this project: `python -m launch.train`, `python -m launch.ingest`, ...
+"""Programs of this project, such as `python -m launch.train` and `python -m launch.ingest`.
 
-Each file holds flags and one call into `sct`; the `sct` command makes the same calls.
+Each file makes one call into `sct.cli`. The `sct` command makes the same calls.
 """

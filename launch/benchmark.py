@@ -2,7 +2,7 @@
 
     python -m launch.benchmark --config=configs/benchmark.py --config.model=runs/mine --config.data.path=cells.h5ad
 
-`--help` explains the flags; see `sct.commands.benchmark`.
+`--help` lists all flags; see also `sct.commands.benchmark`.
 """
 
 from sct.cli import main

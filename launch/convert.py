@@ -4,7 +4,7 @@
     python -m launch.convert --from=hf --input=DIR --output=MODEL_DIR
     python -m launch.convert --from=sct --to=hf --input=MODEL_DIR --output=DIR
 
-`--help` explains the flags; see `sct.commands.convert`.
+`--help` lists all flags; see also `sct.commands.convert`.
 """
 
 from sct.cli import main

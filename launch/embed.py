@@ -2,7 +2,7 @@
 
     python -m launch.embed --input=cells.h5ad --model=runs/mine --output=embedded.h5ad
 
-`--help` explains the flags; see `sct.commands.embed`.
+`--help` lists all flags; see also `sct.commands.embed`.
 """
 
 from sct.cli import main

@@ -2,7 +2,7 @@
 
     python -m launch.generate --model=runs/c2s --cell_type="CD14+ Monocyte" --n=100 --output=generated.h5ad
 
-`--help` explains the flags; see `sct.commands.generate`.
+`--help` lists all flags; see also `sct.commands.generate`.
 """
 
 from sct.cli import main

@@ -2,7 +2,7 @@
 
     python -m launch.impute --input=cells.h5ad --model=runs/mine --genes=CD3E --output=imputed.h5ad
 
-`--help` explains the flags; see `sct.commands.impute`.
+`--help` lists all flags; see also `sct.commands.impute`.
 """
 
 from sct.cli import main

@@ -3,7 +3,7 @@
     python -m launch.ingest --input=data/ --output=stores/mine
     python -m launch.ingest --input=a.h5ad,b.h5 --input=liver=c/outs --output=stores/mine --validation=liver
 
-`--help` explains the flags; see `sct.commands.ingest`.
+`--help` lists all flags; see also `sct.commands.ingest`.
 """
 
 from sct.cli import main

@@ -2,7 +2,7 @@
 
     python -m launch.speed --config=configs/sct_sc.py --mode=train --json=speed.json
 
-`--help` explains the flags; see `sct.commands.speed`.
+`--help` lists all flags; see also `sct.commands.speed`.
 """
 
 from sct.cli import main

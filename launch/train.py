@@ -3,7 +3,7 @@
     python -m launch.train --config=configs/sct_sc.py:quickstart --workdir=runs/quickstart
     python -m launch.train --config=configs/sct_sc.py --config.data.store=STORE
 
-`--help` explains the flags; see `sct.commands.train`.
+`--help` lists all flags; see also `sct.commands.train`.
 """
 
 from sct.cli import main

@@ -1,4 +1,4 @@
-"""The `sct` command: `sct train`, `sct ingest`, for people who do not clone the repository."""
+"""The `sct` command, such as `sct train` and `sct ingest`. It works without a clone of the repository."""
 
 from __future__ import annotations
 
@@ -29,23 +29,24 @@ _COMMANDS = {
     "speed": "measure the speed of a configuration on this machine",
 }
 
-# Those that run a model step by step.
+# Commands that run a model.
 _COMPUTING = ("embed", "impute", "annotate", "generate", "benchmark", "train", "speed")
 
-# absl's own help names files of this machine and ends with status 1.
+# Flags that ask for help. They are handled here, because absl's own help prints local file names and exits with 1.
 _HELP = ("-h", "--help", "-help", "-?", "--helpfull", "--helpshort")
 
+# Advice for each command when the memory does not suffice.
 _SMALLER = {
-    "train": "take smaller batches or bags (--config.train.batch_size, --config.data.cells_per_bag), or "
+    "train": "use smaller batches or bags (--config.train.batch_size, --config.data.cells_per_bag), or set "
     "--config.model.remat=level",
-    "benchmark": "score fewer cells (--config.data.max_cells, --config.data.max_bags) or take smaller bags "
+    "benchmark": "use fewer cells (--config.data.max_cells, --config.data.max_bags) or smaller bags "
     "(--config.data.cells_per_bag)",
-    "generate": "take fewer cells at once (--batch_size=1)",
-    "speed": "take smaller batches or bags (--config.train.batch_size, --config.data.cells_per_bag), or compare fewer "
-    "cells with the reference path (--check_cells=1)",
+    "generate": "generate fewer cells at once (--batch_size=1)",
+    "speed": "use smaller batches or bags (--config.train.batch_size, --config.data.cells_per_bag), or compare fewer "
+    "cells with the reference implementation (--check_cells=1)",
     **dict.fromkeys(
         ("embed", "impute", "annotate"),
-        "take fewer or smaller bags at once (--batch_size=1, --cells_per_bag)",
+        "compute fewer or smaller bags at once (--batch_size=1, --cells_per_bag)",
     ),
 }
 
@@ -58,12 +59,12 @@ def _usage() -> str:
 
 
 def main(command: str | None = None) -> None:
-    """Run a command of the command line.
+    """Run the command that the command line asks for.
 
     Parameters
     ----------
     command
-        Name of the command; by default the first argument of the command line.
+        Name of the command. The default is the first argument of the command line.
     """
     with _closed_pipes_end_silently():
         _main(command)
@@ -87,7 +88,9 @@ def _main(command: str | None) -> None:
 
         found = nearest(command, _COMMANDS)
         meant = f"did you mean sct {found}?" if found else f"choose from {', '.join(_COMMANDS)}."
-        what = "the command comes first" if command.startswith("-") else f"there is no command {command!r}"
+        what = (
+            "the command must come first" if command.startswith("-") else f"there is no command {command!r}"
+        )
         print(f"error: {what}: {meant}\n{_usage().splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     asks_for_help = bool(set(_HELP) & set(argv[1:]))
@@ -102,7 +105,7 @@ def _main(command: str | None) -> None:
 
         print(flag_help.text(called))
         sys.exit(0)
-    if command in _COMPUTING and command != "train":  # which has a flag for it
+    if command in _COMPUTING and command != "train":  # `train` has a flag for the folder
         from sct.commands.compilation import keep_programs
 
         keep_programs()
@@ -110,15 +113,15 @@ def _main(command: str | None) -> None:
         module.main,
         argv,
         called,
-        "go on" if command in ("train", "ingest") else "start over",
-        _SMALLER.get(command, "take less at once, or a machine with more"),
-        stoppable=command != "train",  # which saves first
+        "resume" if command in ("train", "ingest") else "start over",
+        _SMALLER.get(command, "use smaller inputs, or a machine with more memory"),
+        stoppable=command != "train",  # `train` saves a checkpoint first
     )
 
 
 @contextmanager
 def _closed_pipes_end_silently() -> Iterator[None]:
-    """End with the status of SIGPIPE, 141, where the reader of the output is gone (`| head -1`), and print nothing."""
+    """End silently, with exit status 141 (SIGPIPE), when the program that reads the output has ended (`| head -1`)."""
     try:
         try:
             yield
@@ -126,7 +129,7 @@ def _closed_pipes_end_silently() -> Iterator[None]:
             sys.stdout.flush()
             sys.stderr.flush()
     except (BrokenPipeError, SystemExit) as error:
-        # rich leaves by SystemExit. Other pipes than those of the output are no reason to end silently.
+        # rich raises SystemExit on a broken pipe. Errors of other pipes than standard output and error are raised.
         if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
             raise
         if not _drop_closed_outputs() and isinstance(error, BrokenPipeError):
@@ -135,7 +138,10 @@ def _closed_pipes_end_silently() -> Iterator[None]:
 
 
 def _drop_closed_outputs() -> bool:
-    """Send what is still to be written to a closed pipe nowhere, so that Python's own last flush cannot fail."""
+    """Redirect outputs whose pipe is closed to the null device, so that Python's final flush cannot fail.
+
+    Returns whether there were any.
+    """
     closed = [stream for stream in (sys.stdout, sys.stderr) if _is_closed(stream)]
     for stream in closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -143,14 +149,14 @@ def _drop_closed_outputs() -> bool:
 
 
 def _is_closed(stream: TextIO) -> bool:
-    """Whether nothing reads the pipe that a stream writes to."""
+    """Return whether a stream writes to a pipe whose reader has ended."""
     try:
         stream.flush()
         poll = select.poll()
-        poll.register(stream.fileno(), 0)  # errors and ends are always reported
+        poll.register(stream.fileno(), 0)  # `poll` always reports errors and closed pipes
     except BrokenPipeError:
         return True
-    except (OSError, ValueError):  # no file of the system: a notebook, a test
+    except (OSError, ValueError):  # the stream has no file descriptor, as in a notebook or a test
         return False
     return bool(poll.poll(0))
 
@@ -164,30 +170,30 @@ _PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def keep_freed_memory() -> None:
-    """Keep freed memory for the next step, where a step runs on the CPU and the system has no large pages.
+    """Keep freed memory in the process for the next step, on a Linux machine without accelerators and huge pages.
 
-    A training step at full size allocates and frees gigabytes. In pages of 4 KiB, which the system clears one by one,
-    that costs a sixth of the step (docs/performance.md). With large pages keeping it is not worth the higher peak.
-    Call it before JAX starts its threads.
+    A training step at full size allocates and frees gigabytes. With pages of 4 KiB, which the system clears one by one,
+    this takes a sixth of the step (docs/performance.md). With huge pages the gain is not worth the higher peak memory.
+    Call this before JAX starts its threads.
     """
     if not _on_cpu_of_linux():
         return
     pages = _PAGES.read_text() if _PAGES.exists() else "[never]"
     libc = ctypes.CDLL(None)
     if "[never]" in pages and hasattr(libc, "mallopt"):
-        # From malloc.h: one arena for all threads, no separate mappings, never shrink.
+        # Constants from malloc.h: use one arena for all threads, never use separate mappings, never shrink the heap.
         m_arena_max, m_mmap_max, m_trim_threshold = -8, -4, -1
         for option, value in ((m_arena_max, 1), (m_mmap_max, 0), (m_trim_threshold, 2**31 - 1)):
             libc.mallopt(option, value)
 
 
 class _Terminated(SystemExit):
-    """SIGTERM came."""
+    """Raised when the process receives SIGTERM."""
 
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Let the first SIGTERM end the block as an error would, so that nothing unfinished is left; a second one kills."""
+    """Raise `_Terminated` on the first SIGTERM, so that temporary files are cleaned up. A second SIGTERM kills."""
     on_main = threading.current_thread() is threading.main_thread()
     if not on_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
@@ -208,20 +214,32 @@ def run_main(
     program: Callable[[list[str]], int | None],
     argv: list[str] | None = None,
     command: Command | None = None,
-    again: str = "go on",
-    smaller: str = "take less at once, or a machine with more",
+    again: str = "resume",
+    smaller: str = "use smaller inputs, or a machine with more memory",
     stoppable: bool = True,
 ) -> None:
-    """Run `program(arguments)` under absl flags; a user's mistake is one sentence and exit status 1.
+    """Run `program(arguments)` with absl flags. A user's mistake is printed as one sentence, with exit status 1.
 
-    A wrong command line has status 2 and is followed by the usage of the `command`, which reads the flags. Where
-    another process was lost, the status is `sct.errors.AGAIN`.
+    Errors of `sct.errors`, a full or broken disk, and exhausted memory are printed as one sentence. Any other exception
+    is a bug of this project and keeps its traceback. A wrong command line has the exit status 2, and a run that lost
+    another process has `sct.errors.AGAIN`.
 
-    Only errors of `sct.errors`, a disk that is full or broken and used-up memory are shortened: any other exception is
-    a defect of this project and keeps its traceback. `again` and `smaller` say what to do after Ctrl-C and where memory
-    does not suffice. Where it is `stoppable`, SIGTERM ends it as Ctrl-C does, with status 143.
+    Parameters
+    ----------
+    program
+        Function that takes the remaining arguments and returns the exit status, or None for 0.
+    argv
+        Words of the command line. The default is `sys.argv`.
+    command
+        Command that reads the flags. Its usage is printed after the message on a wrong command line.
+    again
+        What running the same command again does after Ctrl-C or a disk error, such as "resume".
+    smaller
+        What the user can do if the memory does not suffice.
+    stoppable
+        Whether SIGTERM stops the program like Ctrl-C, with exit status 143.
     """
-    # Start-up chatter of the XLA runtime is of no use to a user.
+    # Hide the start-up messages of the XLA runtime, which do not concern users.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
     from absl import app, logging
@@ -242,7 +260,7 @@ def run_main(
             sys.exit(refuse(error))
 
     def guarded(rest: list[str]) -> int | None:
-        # JAX and Orbax log back-end probing and every stage of a save through absl.
+        # Hide the log messages of JAX and Orbax: the search for backends, and every stage of saving.
         logging.set_verbosity(logging.ERROR)
         try:
             with _ended_by_sigterm() if stoppable else nullcontext():
@@ -259,7 +277,7 @@ def run_main(
             if trouble := disk_trouble(error):
                 what = getattr(error, "filename", None) or "a file"
                 print(
-                    f"error: writing or reading {what} failed ({trouble}): free space or mend the disk, then run the "
+                    f"error: writing or reading {what} failed ({trouble}): free space or repair the disk, then run the "
                     f"same command again to {again}.",
                     file=sys.stderr,
                 )
@@ -268,7 +286,7 @@ def run_main(
                 isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
             ):
                 raise
-            print(f"error: the memory is used up: {smaller}.", file=sys.stderr)
+            print(f"error: out of memory: {smaller}.", file=sys.stderr)
             return 1
 
     app.run(guarded, argv=sys.argv if argv is None else argv, flags_parser=parse)

@@ -135,7 +135,7 @@ WRONG = {
     (*TRAIN, "train.steps=3"): ["--config.train.steps=3"],
     # No command.
     ("embd",): ["'embd'", "did you mean sct embed?"],
-    ("--input=x",): ["the command comes first"],
+    ("--input=x",): ["command must come first"],
 }
 
 

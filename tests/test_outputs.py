@@ -232,8 +232,8 @@ cli.run_main(program, ["sct"], again="start over", stoppable=sys.argv[2] == "sto
         (OSError(errno.ENOSPC, FULL, "/x/y"), ("/x/y", FULL, "start over")),
         (RuntimeError(f"RESOURCE_EXHAUSTED: {FULL}"), (FULL,)),
         (OutputError(errno.ENOSPC, FULL, "/x/y"), ("/x/y cannot be written", FULL)),
-        (RuntimeError("RESOURCE_EXHAUSTED: out of memory"), ("memory is used up",)),
-        (MemoryError(), ("memory is used up",)),
+        (RuntimeError("RESOURCE_EXHAUSTED: out of memory"), ("out of memory:",)),
+        (MemoryError(), ("out of memory:",)),
     ],
 )
 def test_a_full_disk_ends_a_command_in_one_sentence(error, words, monkeypatch, capsys):

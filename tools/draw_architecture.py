@@ -1,4 +1,4 @@
-"""Draw the architecture of sCT as an SVG for the README: shapes and widths come from `SCTConfig`.
+"""Draw the architecture of sCT as an SVG file for the README. Shapes and widths come from `SCTConfig`.
 
 python tools/draw_architecture.py docs/images/sct.svg
 """
@@ -26,7 +26,7 @@ BLUE, ORANGE, GREEN = COLORS[0], COLORS[1], COLORS[2]
 
 
 def box(ax: Any, x: float, y: float, width: float, height: float, color: str, text: str = "") -> None:
-    """Draw a rounded box centered at (x, y)."""
+    """Draw a rounded box with a text, centered at (x, y), on the Matplotlib axes `ax`."""
     style = "round,pad=0,rounding_size=0.06"
     corner = (x - width / 2, y - height / 2)
     ax.add_patch(FancyBboxPatch(corner, width, height, boxstyle=style, facecolor=color, edgecolor="none"))
@@ -34,20 +34,23 @@ def box(ax: Any, x: float, y: float, width: float, height: float, color: str, te
 
 
 def arrow(ax: Any, start: tuple[float, float], end: tuple[float, float], **style: Any) -> None:
-    """Draw an arrow between two points."""
+    """Draw an arrow from one point (x, y) to another on the Matplotlib axes `ax`."""
     ax.add_patch(
         FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9, shrinkA=0, shrinkB=0, **style)
     )
 
 
 def draw(config: SCTConfig, shown: Sequence[int]) -> Any:
-    """Draw the UNet with the levels `shown` (numbers from the outside, 0 first), as a figure."""
+    """Draw the U-Net and return the Matplotlib figure.
+
+    `shown` lists the levels to draw, counted from the outermost level, which is 0.
+    """
     figure, ax = plt.subplots(figsize=(10, 4.55), layout="constrained")
     ax.set_axis_off()
     ax.set_xlim(0, 10)
     ax.set_ylim(0.35, 4.9)
     ax.set_aspect("equal")
-    # The input: a table of cells by genes, whose shades stand for expression levels.
+    # The input: a table of cells by genes. The shade of a position stands for its expression level.
     rows, columns = 6, 9
     for row in range(rows):
         for column in range(columns):
@@ -70,7 +73,7 @@ def draw(config: SCTConfig, shown: Sequence[int]) -> Any:
     ax.text(0.77, 4.50, "orange: masked", ha="center", va="center", fontsize=8, color="#555555")
     ax.text(0.77, 3.32, f"{CELLS} cells x {genes} genes", ha="center", va="center", fontsize=8.5)
     ax.text(0.77, 3.12, f"{million:.2f} million tokens", ha="center", va="center", fontsize=8.5)
-    # The two towers: one box per level, narrower and deeper on the way down.
+    # The two towers, with one box per level. Boxes become narrower towards the bottom.
     top, step = 4.0, 0.62
     widths = {level: 1.62 - 0.17 * place for place, level in enumerate(shown)}
     left, right = 3.0, 7.0
@@ -83,7 +86,7 @@ def draw(config: SCTConfig, shown: Sequence[int]) -> Any:
         box(ax, left, y, widths[level], 0.46, BLUE, f"{name}\n{label}")
         box(ax, right, y, widths[level], 0.46, GREEN, label)
         if level != shown[-1]:
-            # Skip connections cross from the input of a level to the mirrored level.
+            # A skip connection leads from the input of a level to the matching level of the other tower.
             arrow(
                 ax,
                 (left + widths[level] / 2 + 0.05, y),
@@ -164,7 +167,7 @@ def draw(config: SCTConfig, shown: Sequence[int]) -> Any:
 
 
 def main() -> None:
-    """Write the picture of the published architecture."""
+    """Draw the published architecture and write the SVG file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path", type=Path, help="SVG file to write")
     path = parser.parse_args().path

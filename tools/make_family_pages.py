@@ -1,6 +1,6 @@
 """Generate `docs/families/*.md` from the manifests in `sct/families`.
 
-Each page says what the family does and which file defines each component.
+Each page lists what the models of the family can do, and which file defines each component.
 
     python tools/make_family_pages.py docs/families
 
@@ -32,7 +32,7 @@ FUNCTIONS = {
 
 
 def link(part: Any) -> str:
-    """Markdown link from a page to the file that defines a class or function."""
+    """Return a Markdown link from a page to the file that defines a class or function."""
     if isinstance(part, functools.partial):
         part = part.func
     part = inspect.unwrap(getattr(part, "__func__", part))
@@ -41,7 +41,7 @@ def link(part: Any) -> str:
 
 
 def rows(name: str, model: FamilyModel) -> list[tuple[str, str]]:
-    """Rows of the table of an architecture: component, source."""
+    """Return the rows (component, source) of the table for one architecture, called `name`."""
     made = [
         ("configuration", link(model.architecture.config)),
         ("model", link(model.architecture.module)),
@@ -63,7 +63,7 @@ def rows(name: str, model: FamilyModel) -> list[tuple[str, str]]:
 
 
 def page(family: Family) -> str:
-    """Markdown page of a family."""
+    """Return the Markdown page of a family."""
     lines = [f"# {family.name}", "", f"{family.title}.", ""]
     if family.paper:
         lines += [f"Paper: {family.paper}.", ""]
@@ -89,14 +89,14 @@ def page(family: Family) -> str:
                 )
         lines.append("")
     notices = dict.fromkeys([family.license, *(each.notice for each in family.converters.values())])
-    said = [notice.strip() for notice in notices if notice]
-    if said:
-        lines += ["## Licenses of published weights", "", *said, ""]
+    texts = [notice.strip() for notice in notices if notice]
+    if texts:
+        lines += ["## Licenses of published weights", "", *texts, ""]
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Write all pages."""
+    """Write the pages of all families to the folder."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

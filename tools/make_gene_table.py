@@ -2,9 +2,9 @@
 
     python tools/make_gene_table.py SOURCE.tsv.gz sct/data/assets/genes_human.tsv.gz
 
-SOURCE is a tab-separated table of GENCODE 48 genes joined with the HGNC complete set (columns ensembl_id,
-symbol, biotype, hgnc_id, hgnc_symbol_2020, name, locus_group, alias_symbols, prev_symbols, location); the
-protein-coding rows are kept. Running it twice writes the same bytes.
+SOURCE is a tab-separated table of GENCODE 48 genes joined with the HGNC complete set. Its columns are ensembl_id,
+symbol, biotype, hgnc_id, hgnc_symbol_2020, name, locus_group, alias_symbols, prev_symbols and location. Only
+protein-coding genes are written. Running the tool twice writes the same bytes.
 """
 
 from __future__ import annotations
@@ -30,15 +30,17 @@ COLUMNS = [
 ]
 CHROMOSOMES = {name: rank for rank, name in enumerate([*map(str, range(1, 23)), "X", "Y", "MT"])}
 NOWHERE = (len(CHROMOSOMES), 0, 0)
-BAND_DIGITS = 5  # no human band has more digits (region, band, up to three of sub-band)
+BAND_DIGITS = (
+    5  # most digits of a human band: one for the region, one for the band, up to three for the sub-band
+)
 
 
 def band_position(arm: str, digits: str) -> tuple[int, int]:
-    """Return the (arm, position) of a band's start, growing from the short arm's telomere to the long arm's.
+    """Return the sort key (arm, position) of a band's start. It grows from the telomere of p to the telomere of q.
 
-    The digits of a band are a decimal fraction of the arm counted from the centromere: band 36.3 holds 36.31
-    to 36.33, and an arm without digits holds all. On the short arm a band starts at its far end, so its
-    position is the negated end of the interval that the digits span.
+    The digits of a band are a decimal fraction of the arm, counted from the centromere: band 36.3 contains 36.31 to
+    36.33. No digits mean the whole arm. On the short arm (p), the end of a band that is far from the centromere comes
+    first. The position there is the negated end of the interval that the digits span.
     """
     digits = digits.replace(".", "")
     low = int(digits.ljust(BAND_DIGITS, "0") or 0)
@@ -47,13 +49,13 @@ def band_position(arm: str, digits: str) -> tuple[int, int]:
 
 
 def position(location: str) -> tuple[int, int, int]:
-    """Return the sort key of a cytogenetic location; a range or a pair of places counts from its first."""
+    """Return the sort key of a cytogenetic location. For a range or a pair of locations, the first one counts."""
     if location == "mitochondria":
         return CHROMOSOMES["MT"], 0, 0
     match = re.fullmatch(r"(\d+|X|Y)([pq])(\d*(?:\.\d+)?)(?:-([pq])(\d+(?:\.\d+)?))?(?: and .+)?", location)
     if match is None:
         if location and not location.endswith("unplaced"):
-            raise SystemExit(f"cannot read the location {location!r}")
+            raise SystemExit(f"the location {location!r} is not a cytogenetic location: correct it in SOURCE")
         return NOWHERE
     chromosome, arm, digits, arm_2, digits_2 = match.groups()
     starts = [band_position(arm, digits)] + ([band_position(arm_2, digits_2)] if arm_2 else [])
@@ -61,12 +63,12 @@ def position(location: str) -> tuple[int, int, int]:
 
 
 def split(names: str) -> list[str]:
-    """Split a '|' separated list."""
+    """Split a list that is separated by '|', and return its non-empty names."""
     return [name for name in names.split("|") if name]
 
 
 def gene_table(source: pd.DataFrame) -> pd.DataFrame:
-    """Return the protein-coding genes of `source` in the documented order."""
+    """Return the table of the protein-coding genes in `source`, sorted by location and then by Ensembl id."""
     symbol_owners, alias_owners = defaultdict(set), defaultdict(set)
     for row in source.itertuples():
         symbol_owners[row.symbol].add(row.ensembl_id)
@@ -76,24 +78,27 @@ def gene_table(source: pd.DataFrame) -> pd.DataFrame:
     coding = set(genes["ensembl_id"])
 
     def kept(name: str, row: pd.Series) -> bool:
-        # A name that also means a gene outside this table would be resolved though it is ambiguous.
+        # Drop names that also belong to a gene outside this table: they are ambiguous, but could not be recognized as
+        # such from this table.
         others = (symbol_owners[name] | alias_owners[name]) - coding
         return name != row["symbol"] and not others
 
-    # A symbol shared by two ids means the one that HGNC approved it for (the other is, mostly, the copy of a
-    # pseudoautosomal gene on Y); the other goes by its id, as genes without a symbol do.
+    # If two ids share a symbol, it belongs to the id for which HGNC approved it. The other id is in most cases the copy
+    # of a pseudoautosomal gene on Y. It gets its id as symbol, like genes without a symbol.
     shared = genes["symbol"].duplicated(keep=False)
     if (genes[shared & (genes["hgnc_id"] != "")]["symbol"].value_counts() != 1).any():
-        raise SystemExit("a shared symbol has no single owner in HGNC")
+        raise SystemExit(
+            "a symbol of several ids is not approved by HGNC for exactly one of them: correct SOURCE"
+        )
     copies = shared & (genes["hgnc_id"] == "")
     genes.loc[copies, "symbol"] = genes.loc[copies, "ensembl_id"]
     if genes["symbol"].duplicated().any():
-        raise SystemExit("two genes still share a symbol")
+        raise SystemExit("two genes still share a symbol: correct SOURCE")
 
     alias, previous = [], []
     for _, row in genes.iterrows():
         old = split(row["prev_symbols"])
-        # The HGNC part is older than GENCODE's: what it has as approved symbol may be a previous one now.
+        # The HGNC columns are older than the GENCODE ones, so their approved symbol may be a previous symbol now.
         if row["hgnc_symbol_2020"] not in ("", row["symbol"], *old):
             old.append(row["hgnc_symbol_2020"])
         old = [name for name in dict.fromkeys(old) if kept(name, row)]
@@ -107,7 +112,7 @@ def gene_table(source: pd.DataFrame) -> pd.DataFrame:
 
 
 def main() -> None:
-    """Read the source, write the asset."""
+    """Read the source table and write the gene table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -117,7 +122,7 @@ def main() -> None:
     table = gene_table(pd.read_csv(args.source, sep="\t", dtype=str, keep_default_na=False))
     for column in COLUMNS:
         if table[column].str.contains("[\t\n\r]").any():
-            raise SystemExit(f"column {column} holds a tab or a line break")
+            raise SystemExit(f"column {column} has a tab or a line break: remove it in SOURCE")
     text = "\n".join(["\t".join(COLUMNS), *("\t".join(row) for row in table.itertuples(index=False)), ""])
     packed = io.BytesIO()
     with gzip.GzipFile(filename="", fileobj=packed, mode="wb", compresslevel=9, mtime=0) as file:

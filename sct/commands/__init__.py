@@ -1,1 +1,1 @@
-"""Command-line programs: `python -m launch.NAME` and `sct NAME` are the same one."""
+"""Command-line programs. `sct NAME` and `python -m launch.NAME` run the same program."""

@@ -21,13 +21,13 @@ _REFERENCE = flags.DEFINE_string(
 _LABEL = flags.DEFINE_string(
     "label_key",
     None,
-    "Column of obs in the reference with the labels; without a reference, the kind of label to ask for.",
+    "Column of obs in the reference with the labels; without a reference, the kind of label to ask the model for.",
 )
 _CANDIDATES = flags.DEFINE_multi_string(
-    "candidates", [], "Label to choose from; for models that answer with text."
+    "candidates", [], "Label that the model may answer; for models that answer with text."
 )
 _REP = flags.DEFINE_string(
-    "use_rep", None, "Key in obsm of an embedding that both files have; replaces --model."
+    "use_rep", None, "Key in obsm of an embedding that both files have; used instead of --model."
 )
 _NEIGHBORS = flags.DEFINE_integer(
     "n_neighbors", 15, "Number of nearest reference cells that vote on a label.", lower_bound=1
@@ -35,7 +35,7 @@ _NEIGHBORS = flags.DEFINE_integer(
 _THRESHOLD = flags.DEFINE_float(
     "threshold",
     None,
-    "Minimum probability of a label (0 to 1); other cells are unknown. Default: 0.5 with a "
+    "Minimum probability of a label (0 to 1); cells below it become unknown. Default: 0.5 with a "
     "reference, otherwise 0.",
     lower_bound=0.0,
     upper_bound=1.0,
@@ -43,18 +43,18 @@ _THRESHOLD = flags.DEFINE_float(
 _CONTEXTS = flags.DEFINE_integer(
     "n_contexts",
     None,
-    "Number of random bags per cell to average. Default: 3 with a reference and a model.",
+    "Number of random bags per cell; their results are averaged. Default: 3 with a reference and a model.",
     lower_bound=1,
 )
 _KEY = flags.DEFINE_string(
-    "key_added", "sct_label", "Column of obs to write; also the beginning of the other names written."
+    "key_added", "sct_label", "Column of obs to write; also the prefix of all other names that are written."
 )
 
 FLAG_MODULES = ("sct.commands.cell_flags", "sct.commands.output_flags")
 
 
 def main(argv: list[str]) -> None:
-    """Annotate as the flags say."""
+    """Annotate the cells of the input file, as the flags set, and write the output file."""
     from sct.commands import tables
     from sct.tl.annotation import annotate
 

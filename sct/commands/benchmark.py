@@ -28,23 +28,23 @@ __all__ = ["main", "prepare"]
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "Configuration: a file, or the name of one that comes with sct, and a variant after a colon.",
+    "Configuration: a file, or the name of one that sct provides; optionally with :VARIANT.",
 )
 flags.mark_flag_as_required("config")
 
-# What a configuration names as its `benchmark`.
+# Modules by the value of `benchmark` in a configuration.
 _BENCHMARKS = {"zero_shot": "sct.benchmarks.zero_shot", "instructions": "sct.benchmarks.instructions"}
 FLAG_MODULES = ("sct.commands.output_flags",)
 
 
 def main(argv: list[str]) -> None:
-    """Measure as the configuration says."""
+    """Run the benchmark of the configuration, print its tables, and write the report."""
     from rich.console import Console
 
     config = _CONFIG.value.to_dict()
     name = config.pop("benchmark", "zero_shot" if "gene_imputation" in config else "")
     if name not in _BENCHMARKS:
-        raise FlagError("--config is a configuration of training: write --config=benchmark.")
+        raise FlagError("--config is not a benchmark configuration: write --config=benchmark.")
     console = Console()
     for table in importlib.import_module(_BENCHMARKS[name]).benchmark(
         config, overwrite=output_flags.OVERWRITE.value

@@ -1,4 +1,4 @@
-"""Flags that the commands for an .h5ad file share: which cells, which model, how bags are made."""
+"""Flags that all commands for .h5ad files share: the cells, the model, and how bags are formed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ _LAYER = flags.DEFINE_string(
     "layer", None, "Where the raw counts are: X, raw or a layer. Default: the first that holds raw counts."
 )
 _BATCH = flags.DEFINE_string(
-    "batch_key", None, "Column of obs, such as the sample; only cells of the same batch share a bag."
+    "batch_key", None, "Column of obs, such as the sample; a bag holds only cells with the same value."
 )
 _SPATIAL = flags.DEFINE_string(
-    "spatial_key", None, "Key of spatial coordinates in obsm; cells that are near each other share a bag."
+    "spatial_key",
+    None,
+    "Key of spatial coordinates in obsm; a bag then holds cells that are close to each other.",
 )
 _CELLS = flags.DEFINE_integer(
     "cells_per_bag", None, "Number of cells that the model reads together. Default: as in training.",
@@ -37,13 +39,13 @@ _DUPLICATES = flags.DEFINE_enum(
     "duplicates",
     "error",
     ["error", "sum"],
-    "What to do with several columns of one gene: stop, or add them up.",
+    "If several columns belong to one gene: stop with an error, or sum them.",
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Random seed: the same seed gives the same bags.")
 
 
 def options() -> dict[str, Any]:
-    """Values of the flags for counts, genes and bags, as keyword arguments of the functions in `sct.tl`."""
+    """Return the values of the flags for counts, genes and bags, as keyword arguments for functions of `sct.tl`."""
     return {
         "layer": _LAYER.value,
         "batch_key": _BATCH.value,
@@ -57,13 +59,13 @@ def options() -> dict[str, Any]:
 
 
 def scales(adata: Any) -> list[str]:
-    """Keys of `uns` under which sections keep the scale of their positions."""
+    """Return the keys of `uns` that hold the scale of the spatial coordinates of each section; [] if there are none."""
     from sct.data.coordinates import SCALES
 
     return [SCALES] if SCALES in adata.uns else []
 
 
 def given() -> dict[str, Any]:
-    """Those of `options` that were set on the command line."""
+    """Return the entries of `options` whose flags were set on the command line."""
     flag = flags.FLAGS
     return {name: value for name, value in options().items() if flag[name].present}

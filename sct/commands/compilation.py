@@ -1,4 +1,4 @@
-"""The folder of compiled programs: used by every command that computes, never a reason to stop."""
+"""Folder for compiled programs (JAX's persistent compilation cache). An unusable folder never stops a command."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ _usual: Any = None
 
 
 def keep_programs(folder: str | None = None) -> str:
-    """Keep compiled programs in a folder, from which later runs of the same program take them.
+    """Keep compiled programs in a folder, so that later runs do not compile them again.
 
-    A folder that cannot be used is told in one sentence on standard error, and what cannot be read is compiled
-    anew and replaced.
+    If the folder cannot be used, print one sentence on standard error. An entry that cannot be read is compiled again
+    and replaced.
 
     Parameters
     ----------
     folder
-        Where; '' for nowhere; None for the environment's JAX_COMPILATION_CACHE_DIR, or else `~/.cache/sct/xla`.
+        Folder to use. '' means none. None means the environment variable JAX_COMPILATION_CACHE_DIR, or
+        `~/.cache/sct/xla` if it is not set.
 
     Returns
     -------
-    The folder in use, or ''.
+    The folder in use, or '' if there is none.
     """
     chosen = os.environ.get(_VARIABLE, DEFAULT) if folder is None else folder
-    # Buckets (gs://...) are JAX's business.
+    # JAX itself handles buckets (gs://...).
     if chosen and "://" not in chosen:
         chosen = os.path.abspath(os.path.expanduser(chosen))
         try:
@@ -55,7 +56,7 @@ def keep_programs(folder: str | None = None) -> str:
 
 
 def _listen(folder: Path) -> None:
-    """Take JAX's warnings about the folder, and mend what they are about."""
+    """Handle JAX's warnings about entries of the folder: report write errors once, and delete damaged entries."""
     global _usual
     told: set[str] = set()
     _usual = _usual or warnings.showwarning
@@ -70,8 +71,8 @@ def _listen(folder: Path) -> None:
         if what == "writing" and not told:
             told.add(what)
             _say(str(folder), reason.strip().splitlines()[0])
-        # A run that was stopped, or a disk that was full, while an entry was written leaves a part of it, which JAX
-        # would read in vain for ever: it never writes over an entry.
+        # A run that was stopped, or a disk that was full, may leave an incomplete entry. JAX would fail to read it in
+        # every later run, because it never overwrites an entry.
         for entry in folder.glob(f"{program}-*"):
             try:
                 entry.unlink()
@@ -84,7 +85,7 @@ def _listen(folder: Path) -> None:
 
 def _say(folder: str, reason: str) -> None:
     print(
-        f"the folder of compiled programs {folder} cannot be written ({reason}), so each run compiles anew: give "
-        "another one with --compilation_cache=FOLDER or JAX_COMPILATION_CACHE_DIR.",
+        f"the folder for compiled programs {folder} cannot be written ({reason}), so every run compiles again: set "
+        "another folder with --compilation_cache=FOLDER or JAX_COMPILATION_CACHE_DIR.",
         file=sys.stderr,
     )

@@ -1,4 +1,4 @@
-"""Finding configurations by name, and checking their fields before flags are read."""
+"""Find configurations by name, and check their fields before the flags are parsed."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _FIELD = re.compile(r"--?(no)?config\.([^=]*)(=.*)?", re.DOTALL)
 
 
 def config_folder() -> Path:
-    """Where the configurations lie: in the installed package, or beside it in a clone."""
+    """Return the folder of the configurations: inside the installed package, or next to the package in a clone."""
     package = Path(sct.__file__).parent
     return next(f for f in (package / "configs", package.parent / "configs") if f.is_dir())
 
 
 def prepare(argv: Sequence[str]) -> list[str]:
-    """Replace the name of a configuration that comes with sct by its file, and check the fields that are set.
+    """Replace the name of a configuration by the path of its file, and check the fields that the command line sets.
 
     Parameters
     ----------
@@ -36,12 +36,12 @@ def prepare(argv: Sequence[str]) -> list[str]:
 
     Returns
     -------
-    The words, the configuration before its fields.
+    The words, with --config=FILE before the flags that set its fields.
 
     Raises
     ------
     FlagError
-        There is no such configuration, variant or field.
+        The configuration, the variant or a field does not exist.
     """
     words, value = _without_config(argv)
     if value is None:
@@ -56,7 +56,7 @@ def prepare(argv: Sequence[str]) -> list[str]:
 
 
 def keys(argv: Sequence[str]) -> list[str]:
-    """Fields of the configuration that a command line names ("train.steps"); none where there is none."""
+    """Return the fields of the configuration on a command line, such as "train.steps"; [] without a configuration."""
     try:
         value = _without_config(argv)[1]
         return [] if value is None else list(_leaves(_read(*_named(value))))
@@ -65,7 +65,7 @@ def keys(argv: Sequence[str]) -> list[str]:
 
 
 def _without_config(argv: Sequence[str]) -> tuple[list[str], str | None]:
-    """The other words of a command line, and the value of the last `--config`."""
+    """Remove `--config` from the words of a command line. Returns the other words and its last value, or None."""
     words, value = [], None
     rest = iter(argv)
     for word in rest:
@@ -79,7 +79,7 @@ def _without_config(argv: Sequence[str]) -> tuple[list[str], str | None]:
 
 
 def _named(value: str) -> tuple[Path, str | None]:
-    """File and variant that a value of `--config` names."""
+    """Return the file and the variant (or None) for a value of `--config`."""
     name, colon, variant = value.partition(":")
     return _find(name), variant if colon else None
 
@@ -94,18 +94,22 @@ def _find(name: str) -> Path:
             return candidate
     known = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
     meant = nearest(Path(name).stem, known)
-    hint = f"did you mean --config={meant}? Known" if meant else "give a file, or one of the known"
+    hint = f"did you mean --config={meant}? Known names" if meant else "give a file or one of these names"
     raise FlagError(f"--config={name}: there is no such configuration; {hint}: {', '.join(known)}.")
 
 
 def _read(path: Path, variant: str | None) -> Any:
-    """A configuration and variant; `FlagError` where the file does not make one."""
+    """Return the configuration that a file makes for a variant. Raises `FlagError` if the file cannot make it."""
     try:
         module = runpy.run_path(str(path))
     except Exception as error:
-        raise FlagError(f"--config={path}: the file cannot be run ({_where(error, path)}).") from error
+        raise FlagError(
+            f"--config={path}: running the file failed ({_where(error, path)}): correct the file."
+        ) from error
     if "get_config" not in module:
-        raise FlagError(f"--config={path}: the file has no function get_config: give a configuration.")
+        raise FlagError(
+            f"--config={path}: the file has no function get_config: give a configuration file that has one."
+        )
     try:
         return module["get_config"](*([] if variant is None else [variant]))
     except Exception as error:
@@ -116,11 +120,13 @@ def _read(path: Path, variant: str | None) -> Any:
             raise FlagError(
                 f"--config={path.stem}:{variant}: there is no variant {variant!r}; {hint}"
             ) from error
-        raise FlagError(f"--config={path}: get_config failed ({_where(error, path)}).") from error
+        raise FlagError(
+            f"--config={path}: get_config failed ({_where(error, path)}): correct the file."
+        ) from error
 
 
 def _where(error: BaseException, path: Path) -> str:
-    """A mistake in a configuration file, with its line."""
+    """Describe an error in a configuration file, with the number of its line."""
     lines = [
         frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
     ]
@@ -131,7 +137,7 @@ def _where(error: BaseException, path: Path) -> str:
 
 
 def _leaves(config: Any, before: str = "") -> Iterator[str]:
-    """Paths of all fields of a configuration."""
+    """Yield the paths of all fields of a configuration, such as "train.steps"."""
     for name in config:
         if isinstance(config[name], ConfigDict):
             yield from _leaves(config[name], f"{before}{name}.")
@@ -140,14 +146,17 @@ def _leaves(config: Any, before: str = "") -> Iterator[str]:
 
 
 def _with_current_name(config: Any, word: str) -> str:
-    """A word that sets a field, by the name that the field has now; a former name is answered by a notice."""
+    """Replace the former name of a field by its current name in a word that sets the field, and print a notice.
+
+    Other words are returned unchanged.
+    """
     match = _FIELD.fullmatch(word)
     if match is None or match[2] in config or "family" not in config:
         return word
     names = match[2].split(".")
     if len(names) == 1 or _has(config, names):
         return word
-    # Only a field that is not there needs what is imported here.
+    # These imports are slow, and only an unknown field needs them.
     from sct.families.tasks import task_spec_of
     from sct.train.run_spec import section_types
 
@@ -171,7 +180,7 @@ def _with_current_name(config: Any, word: str) -> str:
 
 
 def _has(config: Any, names: Sequence[str]) -> bool:
-    """Whether a configuration has a field."""
+    """Return whether a configuration has the field with these names, from the outermost section inwards."""
     node = config
     for name in names:
         if not isinstance(node, ConfigDict) or name not in node:
@@ -181,7 +190,7 @@ def _has(config: Any, names: Sequence[str]) -> bool:
 
 
 def _check_fields(config: Any, words: Sequence[str]) -> None:
-    """Refuse fields of `--config.section.field=value` that a configuration does not have."""
+    """Raise `FlagError` if a `--config.section.field=value` sets a field that the configuration does not have."""
     for word in words:
         match = _FIELD.fullmatch(word)
         if match is None:
@@ -195,15 +204,16 @@ def _check_fields(config: Any, words: Sequence[str]) -> None:
             raise FlagError(f"{where} has no field {name!r}{_meant(config, node, names, depth)}")
         if match[1] and not isinstance(node, bool):
             raise FlagError(
-                f"--noconfig.{match[2]} is for fields that are true or false, but it is {node!r}."
+                f"--noconfig.{match[2]} only works for true or false, but the field is {node!r}: write "
+                f"--config.{match[2]}=VALUE."
             )
 
 
 def _meant(config: Any, node: Any, names: list[str], depth: int) -> str:
-    """The field that was probably meant, or those that there are."""
+    """Return the end of the message on an unknown field: the field that was probably meant, or the existing fields."""
     before = names[:depth]
     if not isinstance(node, ConfigDict):
-        return f": it is a value, set it by --{'.'.join(['config', *before])}=VALUE."
+        return f": it is a value and not a section, so write --{'.'.join(['config', *before])}=VALUE."
     found = nearest(names[depth], list(node))
     if found:
         return f": did you mean --{'.'.join(['config', *before, found, *names[depth + 1 :]])}?"

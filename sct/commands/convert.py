@@ -7,13 +7,13 @@
 
 Writes a model folder, which `sct.load` reads, or a Hugging Face folder with --to=hf.
 
-haiku-sct: the published sCellTransformer weights. DIR holds `config.json` and `params.joblib` (itself or in
-`jax_params/`), and for the gene order `ensembl_id_vocab.json` and `protein_gene_map.json`. No code in these files is
-executed.
+haiku-sct: the published sCellTransformer weights. DIR, or the folder `jax_params` inside it, holds `config.json` and
+`params.joblib`. The files `ensembl_id_vocab.json` and `protein_gene_map.json` give the gene order. No code in these
+files is executed.
 
-hf: a text model in Hugging Face format: GPT-2, GPT-NeoX (Pythia), LLaMA or BERT, as its `config.json` says. DIR holds
-`model.safetensors` or, with the extra `torch`, `pytorch_model.bin`, or several files of one kind and their index. A
-tokenizer is copied. `sct.load` also reads such a folder without conversion.
+hf: a text model in Hugging Face format: GPT-2, GPT-NeoX (Pythia), LLaMA or BERT, whichever `config.json` names. DIR
+holds `model.safetensors`, or several such files and their index. If sct was installed with the extra `torch`,
+`pytorch_model.bin` also works. A tokenizer is copied. `sct.load` can also read such a folder without conversion.
 
 In a clone, `python -m launch.convert` is the same program.
 """
@@ -41,7 +41,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
 _GENES = flags.DEFINE_string(
     "genes",
     None,
-    "Gene order, if the weights come without: a vocabulary file, or 'none' to number the genes.",
+    "Gene order, for weights without one: a vocabulary file, or 'none' to number the genes.",
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Data type of the written arrays.")
 flags.mark_flag_as_required("from")
@@ -51,7 +51,7 @@ _WEIGHTS = (".safetensors", ".bin", ".joblib")
 
 
 def main(argv: list[str]) -> None:
-    """Convert as the flags say."""
+    """Convert the input folder to the output folder, as the flags set."""
     from sct import families
     from sct.data.genes.vocabulary import GeneVocabulary
     from sct.weights import model_folder
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     source, target = (Path(flag.value).expanduser().resolve() for flag in (_INPUT, _OUTPUT))
     if target.is_relative_to(source):
         raise ConfigError(
-            f"the output {target} is the input folder or lies inside of it: choose another --output."
+            f"--output is {target}, which is the input folder or lies inside it: choose another --output."
         )
     known = families.converters()
     written = [name for name, each in known.items() if each.write is not None]
@@ -70,12 +70,14 @@ def main(argv: list[str]) -> None:
             raise FlagError(f"--{flag.name}={flag.value} is wrong: choose from {', '.join(names)}{hint}.")
     if (_FROM.value == OWN) == (_TO.value == OWN):
         raise FlagError(
-            f"--from={_FROM.value} --to={_TO.value} is no conversion: from {' and '.join(known)} weights become a "
-            f"model folder ({OWN}), and a model folder becomes {' or '.join(written)}."
+            f"--from={_FROM.value} --to={_TO.value} is not a conversion: use --to={OWN} with --from="
+            f"{' or --from='.join(known)}, and --to={' or --to='.join(written)} with --from={OWN}."
         )
     numbered = [name for name, each in known.items() if each.takes_genes]
     if _GENES.value and _FROM.value not in numbered:
-        raise FlagError(f"--genes is for --from={'|'.join(numbered)} alone, not {_FROM.value}: leave it out.")
+        raise FlagError(
+            f"--genes only works with --from={'|'.join(numbered)}, but --from is {_FROM.value}: remove --genes."
+        )
     model_folder.check_target(target)
     outputs.check_folder(target, "--output", output_flags.OVERWRITE.value, _least_bytes(source))
     if _FROM.value == OWN:
@@ -93,7 +95,10 @@ def main(argv: list[str]) -> None:
 
 
 def _least_bytes(source: Path) -> int:
-    """Bytes that the output has at least: half of the smallest set of weights, a quarter of it in half the type."""
+    """Estimate the least number of bytes that the output needs.
+
+    It is half of the smallest set of weights files in the input folder, and a quarter with --dtype=bfloat16.
+    """
     folders = [folder for folder in (source, source / "jax_params") if folder.is_dir()]
     files = [file for folder in folders for file in folder.iterdir()]
     sets = [sum(outputs.size_of(file) for file in files if file.suffix == suffix) for suffix in _WEIGHTS]
@@ -101,12 +106,12 @@ def _least_bytes(source: Path) -> int:
 
 
 def _write(converter: Converter, source: Path, target: Path) -> None:
-    """Write a model folder in a foreign format."""
+    """Convert a model folder to another format."""
     import jax
 
     from sct.weights.load import load
 
     assert converter.write is not None
-    # Accelerators may be smaller than a model, and have nothing to compute here.
+    # A model may be larger than an accelerator's memory, and nothing is computed here.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         converter.write(load(source), target, _DTYPE.value)

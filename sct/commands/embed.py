@@ -19,7 +19,7 @@ _CONTEXT = flags.DEFINE_enum(
     "context",
     "tiles",
     ["tiles", "neighbors"],
-    "How bags are formed with --spatial_key: compact tiles, or the nearest neighbors of each cell.",
+    "With --spatial_key, how bags are formed: from compact tiles, or from each cell's nearest neighbors.",
 )
 _CONTEXTS = flags.DEFINE_integer(
     "n_contexts", 1, "Number of random bags per cell; the embedding is their mean.", lower_bound=1
@@ -30,7 +30,7 @@ flags.mark_flag_as_required("model")
 
 
 def main(argv: list[str]) -> None:
-    """Embed as the flags say."""
+    """Embed the cells of the input file, as the flags set, and write the output file."""
     from sct.commands import tables
     from sct.tl.embedding import embed
 
@@ -46,9 +46,9 @@ def main(argv: list[str]) -> None:
     tables.write(
         adata, cell_flags.INPUT.value, target, {"obsm": [key], "uns": [key, *cell_flags.scales(adata)]}
     )
-    said = adata.uns[key]
+    settings = adata.uns[key]
     print(
-        f"{adata.n_obs:,} cells embedded by {said['model']}; counts from {said['counts_from']}, "
-        f"{said['genes_matched']:,} genes found"
+        f"{adata.n_obs:,} cells embedded by {settings['model']}; counts from {settings['counts_from']}, "
+        f"{settings['genes_matched']:,} genes matched"
     )
     print(f'obsm["{key}"] in {target}')

@@ -1,4 +1,4 @@
-"""What is wrong with a command line, and the name that was probably meant."""
+"""Errors of the command line, and suggestions for misspelled names."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ _UNTIL = "0.2.0"  # the release in which former names stop working
 
 
 class FlagError(ConfigError):
-    """The command line is wrong: the command ends with this sentence, its usage and status 2."""
+    """The command line is wrong. The command prints this sentence and its usage, and exits with status 2."""
 
 
 def nearest(word: str, names: Iterable[str]) -> str:
-    """The name that a misspelled or shortened one probably means, or ''."""
+    """Return the name that a misspelled or shortened word probably means, or ''."""
     names = list(names)
     longer = sorted((name for name in names if len(word) > 1 and name.startswith(word)), key=len)
     return next(iter([*longer, *checks.nearest(word, names)]), "")
 
 
 def renamed(old: str, new: str) -> str:
-    """The notice on a flag that is given by its former name."""
+    """Return the notice to print when a flag is given under its former name."""
     return f"note: --{old} is now --{new}; the former name works until release {_UNTIL}."

@@ -1,4 +1,4 @@
-"""Text of `sct COMMAND --help`."""
+"""Make the text of `sct COMMAND --help`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _INDENT = 30
 
 
 def text(command: Command) -> str:
-    """How a command is called, what it does, and its flags."""
+    """Return the help text of a command: its usage, its description and its flags."""
     described = (command.module.__doc__ or "").strip()
     listed = [_entry(flag) for flag in command.flags.values()]
     return "\n".join([command.usage.partition(";")[0], "", described, "", "Flags:", *listed])
 
 
 def _entry(flag: flags.Flag[Any]) -> str:
-    """A flag as it is written, and what it does, beside it or below."""
+    """Return the help of one flag: how to write it, with its description to the right or below."""
     written = f"  --[no]{flag.name}" if flag.boolean else f"  --{flag.name}={value_of(flag)}"
     gap = " " * _INDENT
     lines = textwrap.wrap(_sentences(flag), _WIDTH - _INDENT)
@@ -32,7 +32,7 @@ def _entry(flag: flags.Flag[Any]) -> str:
 
 
 def _sentences(flag: flags.Flag[Any]) -> str:
-    # absl puts the choices of an enumeration before its text.
+    # absl puts the choices of an enumeration before its help text.
     found = re.sub(r"^<[^>]*>:\s*", "", str(flag.help).strip())
     if isinstance(flag, flags.MultiFlag):
         found += " May be given several times."

@@ -1,4 +1,4 @@
-"""Flags of a command: reading the command line, and one sentence plus the usage where it is wrong."""
+"""Parse the flags of a command. A mistake on the command line becomes a `FlagError` of one sentence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from absl import flags
 from sct.commands import configuration
 from sct.commands.flag_errors import FlagError, nearest, renamed
 
-# What stands for a value in usage and help, where the type of the flag does not say it.
+# Placeholders for values in usage and help, for flags whose type is not enough to choose one.
 _VALUES = {
     "config": "NAME[:VARIANT]", "input": "PATH", "output": "PATH", "model": "MODEL", "reference": "PATH",
     "workdir": "FOLDER", "compilation_cache": "FOLDER", "json": "PATH", "orthologs": "PATH", "label": "NAME=VALUE",
@@ -29,9 +29,9 @@ class Command:
     Attributes
     ----------
     program
-        How it was called: "sct embed", "python -m launch.embed".
+        Name under which it was called, such as "sct embed" or "python -m launch.embed".
     module
-        Module of `sct.commands` with `main`.
+        Module of `sct.commands` that has the function `main`.
     """
 
     program: str
@@ -39,7 +39,7 @@ class Command:
 
     @property
     def flags(self) -> dict[str, flags.Flag[Any]]:
-        """Flags by name, required ones first, then in the order in which they are defined."""
+        """Return the flags by name: first the required flags, then the others, both in the order of definition."""
         modules = (self.module.__name__, *getattr(self.module, "FLAG_MODULES", ()))
         defined = flags.FLAGS.flags_by_module_dict()
         found = [flag for name in modules for flag in defined.get(name, [])]
@@ -48,12 +48,12 @@ class Command:
 
     @property
     def renamed(self) -> dict[str, str]:
-        """Former names of flags, and their names now."""
+        """Return the current names of renamed flags, by former name."""
         return getattr(self.module, "RENAMED_FLAGS", {})
 
     @property
     def usage(self) -> str:
-        """One line: how the command is called."""
+        """Return one line that shows how to call the command."""
         required = [f"--{name}={value_of(flag)}" for name, flag in self.flags.items() if is_required(flag)]
         return f"usage: {' '.join([self.program, *required])} [--flag=value ...]; {self.program} --help lists all flags"
 
@@ -63,21 +63,21 @@ class Command:
         Parameters
         ----------
         argv
-            Name of the program, and the words after it.
+            Name of the program, followed by the words after it.
 
         Returns
         -------
-        Name of the program, and words that are no flags (only where the command takes some).
+        Name of the program, followed by the positional arguments (only for commands that take some).
 
         Raises
         ------
         FlagError
-            A flag is unknown, missing, incomplete or wrong, or a word is no flag.
+            A flag is unknown, missing, incomplete or has a wrong value, or there is an unexpected positional argument.
         """
         try:
             words = flags.FLAGS.read_flags_from_files(list(argv[1:]), force_gnu=False)
         except flags.Error as error:
-            raise FlagError(f"--flagfile: {_sentence(error)}.") from error
+            raise FlagError(f"--flagfile cannot be read ({_sentence(error)}): give another file.") from error
         words = self._with_new_names(words)
         given, others = self._split(words)
         has_config = "config" in self.flags
@@ -88,7 +88,7 @@ class Command:
         self._check_required(dict(given))
         if has_config:
             words = configuration.prepare(words)
-        # ml_collections reads the fields of a configuration that are set from here.
+        # ml_collections reads `sys.argv` to find the fields of the configuration that are set.
         sys.argv = [argv[0], *words]
         try:
             return flags.FLAGS(sys.argv)
@@ -96,7 +96,7 @@ class Command:
             raise FlagError(_explained(error)) from error
 
     def _with_new_names(self, words: Sequence[str]) -> list[str]:
-        """The words, with the names that flags have now; a former name is answered by a notice."""
+        """Return the words with former flag names replaced by current ones. Print a notice for each former name."""
         found, noted = [], set()
         for word in words:
             match = re.fullmatch(r"--?(no)?(\w+)(=.*)?", word, re.DOTALL)
@@ -110,7 +110,7 @@ class Command:
         return found
 
     def _split(self, words: Sequence[str]) -> tuple[list[tuple[str, str | None]], list[str]]:
-        """Flags with their values (None for a switch), and words that are no flags, as absl tells them apart."""
+        """Split words into flags with their values (None for a switch) and positional arguments, as absl does."""
         given: list[tuple[str, str | None]] = []
         others: list[str] = []
         rest = iter(words)
@@ -136,30 +136,32 @@ class Command:
         return given, others
 
     def _takes_value(self, name: str) -> bool:
-        """Whether the word after `--name` is its value."""
+        """Return whether the word after `--name` is the value of this flag."""
         if name in flags.FLAGS:
             return not flags.FLAGS[name].boolean
-        return name.startswith("config.") and "config" in self.flags  # booleans are seen to by `prepare`
+        return name.startswith("config.") and "config" in self.flags
 
     def _value_of(self, name: str) -> str:
         return value_of(flags.FLAGS[name]) if name in flags.FLAGS else "VALUE"
 
     def _check(self, name: str, text: str | None, words: Sequence[str]) -> None:
-        """Raise `FlagError` where a flag is unknown or its value is wrong; fields of configurations come later."""
+        """Raise `FlagError` if a flag is unknown or its value is wrong. `prepare` checks fields of configurations."""
         if name.startswith("config.") or (name.startswith("noconfig.") and text is None):
             if "config" in self.flags:
                 return
-            raise FlagError(f"{self.program} has no flag --{name}: it takes no configuration.")
+            raise FlagError(
+                f"{self.program} has no flag --{name}, because it takes no configuration: remove it."
+            )
         known = flags.FLAGS
         if name not in known and name.startswith("no") and name[2:] in known and known[name[2:]].boolean:
             if text is not None:
                 raise FlagError(f"--{name} takes no value: write --{name}, or --{name[2:]}={text}.")
             return
-        # Flags of absl itself are no flags of a command, but they work.
+        # absl's own flags also work, though a command does not list them.
         if name not in known:
             raise FlagError(f"{self.program} has no flag --{name}{self._meant(name, words)}")
         flag = known[name]
-        if text is None or name == "config":  # which `prepare` reads
+        if text is None or name == "config":  # `prepare` checks the value of --config
             return
         try:
             flag.parser.parse(text)
@@ -167,7 +169,7 @@ class Command:
             raise FlagError(f"--{name}={text} is wrong: {_expected(flag, text)}.") from error
 
     def _meant(self, name: str, words: Sequence[str]) -> str:
-        """The end of the sentence on a flag that there is not: what was probably meant."""
+        """Return the end of the message on an unknown flag: the flag that was probably meant."""
         plain = name.replace("-", "_").lower()
         if plain.startswith("no") and plain[2:] in self.flags:
             return f": --{plain[2:]} is not a switch, write --{plain[2:]}={value_of(self.flags[plain[2:]])}."
@@ -180,7 +182,7 @@ class Command:
         return f": did you mean --{meant}?" if meant else "."
 
     def _refusal(self, word: str, given: Sequence[str], words: Sequence[str]) -> str:
-        """Why a word that is no flag is refused, with the flag that was probably meant."""
+        """Return the message on an unexpected positional argument, with the flag that was probably meant."""
         start = f"{self.program} takes no positional argument {word!r}"
         before = list(words)[list(words).index(word) - 1] if word != words[0] else ""
         name, mark, value = word.partition("=")
@@ -201,7 +203,7 @@ class Command:
         first = "input" if "input" in missing else next(iter(missing), "")
         if first and not mark:
             return f"{start}: use --{first}={word}."
-        return f"{start}: flags are written --name=value, a list without spaces."
+        return f"{start}: write flags as --name=value, and lists without spaces."
 
     def _check_required(self, given: dict[str, str | None]) -> None:
         required = [name for name, flag in self.flags.items() if is_required(flag)]
@@ -215,12 +217,12 @@ class Command:
 
 
 def is_required(flag: flags.Flag[Any]) -> bool:
-    """Whether a command does not run without a flag."""
+    """Return whether the command requires the flag."""
     return flag.default is None and any(not each.checker(None) for each in flag.validators)
 
 
 def value_of(flag: flags.Flag[Any]) -> str:
-    """What stands for the value of a flag in usage and help."""
+    """Return the placeholder for the value of a flag in usage and help, such as "PATH" or "N"."""
     if flag.name in _VALUES:
         return _VALUES[flag.name]
     match flag.parser:
@@ -238,7 +240,7 @@ def value_of(flag: flags.Flag[Any]) -> str:
 
 
 def _expected(flag: flags.Flag[Any], text: str) -> str:
-    """What the value of a flag must be."""
+    """Return the part of a message that says which values a flag accepts."""
     if isinstance(flag.parser, flags.EnumParser):
         choices = list(flag.parser.enum_values)
         found = nearest(text.lower(), choices)
@@ -250,7 +252,7 @@ def _expected(flag: flags.Flag[Any], text: str) -> str:
 
 
 def _explained(error: BaseException) -> str:
-    """The sentence for a mistake that absl or ml_collections found, such as the type of a configuration's field."""
+    """Return the message for an error of absl or ml_collections, such as a field of the wrong type."""
     text = str(error)
     if match := re.match(r"flag --([\w.]+)=(.*?): ", text, re.DOTALL):
         name, value = match[1], match[2]
@@ -262,10 +264,10 @@ def _explained(error: BaseException) -> str:
 
 
 def _expected_of_field(flag: flags.Flag[Any]) -> str:
-    """What the value of a configuration's field must be, with the value it has now."""
+    """Return the part of a message that says which values a configuration field accepts, and its default."""
     kind = type(flag.parser).__name__
     if "ConfigDict" in kind:
-        return f"it is a section, set its fields one by one (--{flag.name}.FIELD=VALUE)"
+        return f"it is a section, so set its fields one by one (--{flag.name}.FIELD=VALUE)"
     if "Tuple" in kind:
         return f"expected a tuple such as '(1, 2)', by default {flag.default!r}"
     named = {"IntegerParser": "an integer", "FloatParser": "a number", "BooleanParser": "true or false"}

@@ -4,8 +4,8 @@
     sct generate --model=runs/c2s --label="cell type=B cell" --label=exposure=acute --n=100 --output=generated.h5ad
 
 Writes an .h5ad file with log10(1 + counts per 10,000) in X. obs has the sentence of each cell, the fraction of its
-words that are genes, and whether the model ended the sentence itself. In a clone, `python -m launch.generate` is the
-same program.
+words that are genes, and whether the model ended the sentence (or reached the length limit). In a clone,
+`python -m launch.generate` is the same program.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _OUTPUT = flags.DEFINE_string("output", None, ".h5ad file to write.", required=T
 _CELL_TYPE = flags.DEFINE_multi_string("cell_type", [], "Cell type to generate.")
 _TISSUE = flags.DEFINE_multi_string("tissue", [], "Tissue to generate cells of.")
 _LABELS = flags.DEFINE_multi_string(
-    "label", [], "Label to generate cells for; give one for each label that the model was trained on."
+    "label", [], "Label of the cells to generate; give a value for each label that the model was trained on."
 )
 _ABSTRACT = flags.DEFINE_string("abstract", None, "Abstract of a study to generate cells of.")
 _N = flags.DEFINE_integer(
@@ -28,7 +28,9 @@ _N = flags.DEFINE_integer(
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Random seed: the same seed gives the same cells.")
 _FIT = flags.DEFINE_string(
-    "fit", "all", "Training study whose linear fit converts ranks to expression; all: the fit over all."
+    "fit",
+    "all",
+    "Training study whose linear fit converts ranks to expression; all: the fit over all studies.",
 )
 _TEMPERATURE = flags.DEFINE_float(
     "temperature",
@@ -44,11 +46,11 @@ _SIZE = flags.DEFINE_integer("batch_size", 32, "Number of cells generated at onc
 
 FLAG_MODULES = ("sct.commands.output_flags",)
 RENAMED_FLAGS = {"text": "abstract"}
-_BYTES_PER_CELL = 1000  # of a sentence of a hundred genes and their values: the least
+_BYTES_PER_CELL = 1000  # lower limit: a sentence of a hundred genes, and their values
 
 
 def main(argv: list[str]) -> None:
-    """Generate as the flags say."""
+    """Generate cells, as the flags set, and write the output file."""
     from sct.commands import tables
     from sct.tl.sentences import generate_cells
 
@@ -58,7 +60,9 @@ def main(argv: list[str]) -> None:
     )
     pairs = [text.partition("=") for text in _LABELS.value]
     if any(not (name.strip() and mark and value.strip()) for name, mark, value in pairs):
-        raise FlagError(f"--label={' --label='.join(_LABELS.value)} is wrong: expected NAME=VALUE.")
+        raise FlagError(
+            f"--label={' --label='.join(_LABELS.value)} is wrong: write each as --label=NAME=VALUE."
+        )
     adata = generate_cells(
         _MODEL.value,
         cell_type=_CELL_TYPE.value or None,
@@ -77,6 +81,6 @@ def main(argv: list[str]) -> None:
     shares = adata.obs[["valid_share", "unique_share"]].mean()
     print(
         f"{adata.n_obs:,} cells of {adata.obs['n_words'].mean():.0f} words on average; {shares.iloc[0]:.1%} of the "
-        f"words are genes of the model, {shares.iloc[1]:.1%} different ones"
+        f"words are genes of the model, and {shares.iloc[1]:.1%} are distinct genes"
     )
     print(f"cells in {target}")

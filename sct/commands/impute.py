@@ -20,7 +20,7 @@ from sct.commands import cell_flags, output_flags
 from sct.commands.flag_errors import FlagError
 
 _GENES = flags.DEFINE_list(
-    "genes", None, "Genes to impute, separated by commas; 'missing' for all genes that the input lacks."
+    "genes", None, "Genes to impute, separated by commas; 'missing' means all genes that the input lacks."
 )
 _CELLS = flags.DEFINE_string(
     "cells", None, "Cells to impute as a whole: names separated by commas, or a text file with one per line."
@@ -34,7 +34,7 @@ flags.mark_flag_as_required("model")
 
 
 def main(argv: list[str]) -> None:
-    """Impute as the flags say."""
+    """Impute genes or cells of the input file, as the flags set, and write the output file."""
     from sct.commands import tables
     from sct.tl.imputation import MISSING, RESULTS, impute
 
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
         file = Path(_CELLS.value).expanduser()
         if not file.is_file() and file.suffix in (".txt", ".tsv", ".csv"):
             raise FlagError(
-                f"--cells={file}: there is no such file; give one with a cell name on each line, or the names."
+                f"--cells={file}: there is no such file: give a file with one cell name per line, or the names."
             )
         listed = file.read_text().split("\n") if file.is_file() else _CELLS.value.split(",")
         cells = [name.strip() for name in listed if name.strip()]
@@ -60,11 +60,11 @@ def main(argv: list[str]) -> None:
     names = [f"{key}_{ending}" for ending in RESULTS]
     added = {slot: [n for n in names if n in getattr(adata, slot)] for slot in ("layers", "obsm")}
     tables.write(adata, cell_flags.INPUT.value, target, {**added, "uns": [key, *cell_flags.scales(adata)]})
-    said = adata.uns[key]
-    what = f"{len(said['genes']):,} genes" if len(said["genes"]) else "all genes"
+    settings = adata.uns[key]
+    what = f"{len(settings['genes']):,} genes" if len(settings["genes"]) else "all genes"
     print(
-        f"imputed {what} of {len(said['cells']) or adata.n_obs:,} cells by {said['model']}; counts from "
-        f"{said['counts_from']}"
+        f"imputed {what} of {len(settings['cells']) or adata.n_obs:,} cells with {settings['model']}; counts from "
+        f"{settings['counts_from']}"
     )
     for slot, keys in added.items():
         for name in keys:

@@ -7,13 +7,16 @@
     sct ingest --input=mouse.h5ad --orthologs=mart_export.txt.gz --output=stores/mine
     sct ingest --input=gene_scores.h5ad --values=activity --output=stores/chromatin
 
-Writes a store, which `sct train --config.data.store=stores/mine` reads, and prints a table of the cells taken and
-dropped. Folders are searched. Each input becomes a study named after its file (or NAME in NAME=PATH). Counts must be
-raw; genes are aligned to the human protein-coding genes, or to --genes. Genes of mouse or another species are mapped
-by the one-to-one pairs of --orthologs, in an ingest of their own that adds them to the store. Matrices that are not
-counts, such as gene activities of chromatin, need --values=activity; only ZerOmics reads them. Running the same command
-again resumes after an interruption. With more inputs it adds to the store; unchanged studies are kept. In a clone,
-`python -m launch.ingest` is the same program.
+Writes a store, which `sct train --config.data.store=stores/mine` reads, and prints a table of the cells kept and
+dropped. Folders are searched for inputs. Each input becomes a study with the name of its file, or NAME for NAME=PATH.
+Counts must be raw. Genes are aligned to the human protein-coding genes, or to the genes in --genes.
+
+For mouse or another species, --orthologs maps the genes by one-to-one pairs. Ingest each species in a separate command;
+each command adds its studies to the store. Matrices that are not counts, such as gene activities of chromatin, need
+--values=activity; only ZerOmics reads such a store.
+
+After an interruption, run the same command again to resume. With more inputs, the command adds them to the store and
+keeps unchanged studies. In a clone, `python -m launch.ingest` is the same program.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from sct.commands.flag_errors import FlagError
 _INPUT = flags.DEFINE_multi_string(
     "input", [], "Cells to read: a file, a folder, census:ID or NAME=PATH, or several separated by commas."
 )
-_OUTPUT = flags.DEFINE_string("output", None, "Store to write or to add to, a folder.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder of the store to write or to add to.", required=True)
 _GENES = flags.DEFINE_string("genes", None, "Gene vocabulary file. Default: human protein-coding genes.")
 _LAYER = flags.DEFINE_string(
     "layer", None, "Where the raw counts are: X, raw or a layer. Default: the first that holds raw counts."
@@ -39,7 +42,7 @@ _DUPLICATES = flags.DEFINE_enum(
     "duplicates",
     "error",
     ["error", "sum"],
-    "What to do with several columns of one gene: stop, or add them up.",
+    "If several columns belong to one gene: stop with an error, or sum them.",
 )
 _STUDY_KEY = flags.DEFINE_string(
     "study_key", None, "Column of obs that splits an input into several studies."
@@ -49,23 +52,23 @@ _MIN_GENES = flags.DEFINE_integer(
     "min_genes", 0, "Drop cells with fewer expressed genes than this.", lower_bound=0
 )
 _MIN_COUNTS = flags.DEFINE_integer(
-    "min_counts", 1, "Drop cells with fewer counts in total than this.", lower_bound=0
+    "min_counts", 1, "Drop cells with a smaller total count than this.", lower_bound=0
 )
-_VALIDATION = flags.DEFINE_list("validation", None, "Names of the studies of the validation split.")
-_TEST = flags.DEFINE_list("test", None, "Names of the studies of the test split.")
+_VALIDATION = flags.DEFINE_list("validation", None, "Names of the studies in the validation split.")
+_TEST = flags.DEFINE_list("test", None, "Names of the studies in the test split.")
 _FRACTION = flags.DEFINE_float(
     "validation_fraction",
     None,
-    "Fraction of the studies (0 to 1) for validation, chosen by a hash of their names.",
+    "Fraction of the studies (0 to 1) in the validation split, chosen by a hash of their names.",
     lower_bound=0.0,
     upper_bound=1.0,
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Random seed of the order of the cells.")
+_SEED = flags.DEFINE_integer("seed", 0, "Random seed for the order of the cells.")
 _PROCESSES = flags.DEFINE_integer(
     "processes", None, "Number of inputs read in parallel. Default: one per core.", lower_bound=1
 )
 _SKIP_INVALID = flags.DEFINE_bool(
-    "skip_invalid", False, "Leave out inputs that cannot be used, instead of stopping."
+    "skip_invalid", False, "Skip inputs that cannot be used, instead of stopping."
 )
 _ORTHOLOGS = flags.DEFINE_string(
     "orthologs", None, "Table of orthologs (.tsv, .csv, .gz), for inputs of another species."
@@ -73,7 +76,7 @@ _ORTHOLOGS = flags.DEFINE_string(
 _ORTHOLOG_COLUMNS = flags.DEFINE_list(
     "ortholog_columns",
     None,
-    "Columns SOURCE,TARGET of that table. Default: those of BioMart, or the first two.",
+    "Columns SOURCE,TARGET of the table in --orthologs. Default: BioMart's columns, or the first two.",
 )
 _VALUES = flags.DEFINE_enum(
     "values",
@@ -93,11 +96,11 @@ RENAMED_FLAGS = {
 
 
 def main(argv: list[str]) -> None:
-    """Ingest what the flags say."""
+    """Ingest the inputs into the store, as the flags set."""
     from sct.data.ingest import build as ingest
 
     if not [*_INPUT.value, *argv[1:]]:
-        raise FlagError("--input is missing.")
+        raise FlagError("--input is missing: write --input=PATH.")
     ingest.main(
         [*_INPUT.value, *argv[1:]],
         _OUTPUT.value,

@@ -1,4 +1,4 @@
-"""The flag of all commands that write a new file or folder: whether an existing one is replaced."""
+"""The flag --overwrite, for all commands that write a file or folder."""
 
 from __future__ import annotations
 

@@ -4,15 +4,22 @@
     sct speed --config=sct_sc --mode=forward --config.model.dtype=float32 --config.data.cells_per_bag=10
     sct speed --config=sct_sc --mode=loader --config.data.store=STORE
 
-Prints a table of times, memory and throughput; --json writes all numbers. Modes: forward (the model on a batch, logits
-at all positions), train (a training step with optimizer and loader), embed (`sct.tl.embed`), loader (bags and raw
-blocks of a store), ingest (an .h5ad file into a store), save (a checkpoint of a run), and generate (text decoders only:
-gpt2, neox, llama). The limit is a large matrix product with the same data type and device, measured in the same run.
-Before a step is timed, its results are compared with the reference implementation on bags of --check_cells cells; a
+Prints a table of times, memory and throughput. --json writes all numbers to a file. The modes are:
+
+    forward   run the model on a batch, with logits at all positions
+    train     run a training step, with optimizer and loader
+    embed     run `sct.tl.embed`
+    loader    read bags and raw blocks of a store
+    ingest    ingest an .h5ad file into a store
+    save      save a checkpoint of a run
+    generate  generate text (only gpt2, neox and llama)
+
+The machine's limit is the speed of a large matrix product with the same data type and device, measured in the same run.
+Before a step is timed, its results are compared with the reference implementation on bags of --check_cells cells. A
 difference is an error.
 
-Without data.store or data.dataset in the configuration, synthetic cells are made in a temporary folder (TMPDIR), with
-human genes (with --config.model.num_genes, the first genes). Parameters are random. In a clone,
+If the configuration sets neither data.store nor data.dataset, synthetic cells are made in a temporary folder (TMPDIR).
+They have human genes; --config.model.num_genes=N uses the first N genes. Parameters are random. In a clone,
 `python -m launch.speed` is the same program.
 """
 
@@ -31,7 +38,7 @@ __all__ = ["main", "prepare"]
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "Configuration: a file, or the name of one that comes with sct, and a variant after a colon.",
+    "Configuration: a file, or the name of one that sct provides; optionally with :VARIANT.",
 )
 _MODE = flags.DEFINE_enum(
     "mode",
@@ -47,16 +54,18 @@ _WARMUP = flags.DEFINE_integer("warmup", 1, "Number of repetitions before the ti
 _CHECK = flags.DEFINE_integer(
     "check_cells",
     0,
-    "Number of cells per bag in the comparison with the reference implementation; 0: 2 (50 for --mode=loader).",
+    "Number of cells per bag in the comparison with the reference implementation; 0 means 2 (50 for --mode=loader).",
 )
 _CELLS = flags.DEFINE_integer(
-    "cells", 0, "Number of synthetic cells; 0: 1,000 to 40,000, depending on the mode.", lower_bound=0
+    "cells", 0, "Number of synthetic cells; 0 means 1,000 to 40,000, depending on the mode.", lower_bound=0
 )
 _NONZEROS = flags.DEFINE_integer(
-    "nonzeros", 0, "Average number of expressed genes of a synthetic cell; 0: a tenth of the genes."
+    "nonzeros", 0, "Average number of expressed genes per synthetic cell; 0 means a tenth of the genes."
 )
 _CEILING = flags.DEFINE_integer(
-    "ceiling_size", 0, "Rows and columns of the matrices that measure the limit; 0: depending on the device."
+    "ceiling_size",
+    0,
+    "Rows and columns of the matrices that measure the limit; 0 means a default for the device.",
 )
 flags.mark_flag_as_required("config")
 
@@ -64,7 +73,7 @@ FLAG_MODULES = ("sct.commands.output_flags",)
 
 
 def main(argv: list[str]) -> None:
-    """Measure as the flags say."""
+    """Measure the speed of a configuration, as the flags set, and print the result."""
     import jax
     from rich.console import Console
 
@@ -79,7 +88,7 @@ def main(argv: list[str]) -> None:
     path = Path(_JSON.value).expanduser() if _JSON.value else None
     if path is not None:
         outputs.check_file(path, "--json", output_flags.OVERWRITE.value)
-    # The time of compilation is that of compiling, not of finding what an earlier run has left.
+    # Without the cache, the compilation time cannot be that of loading a program that an earlier run compiled.
     jax.config.update("jax_enable_compilation_cache", False)
     found = measure(_CONFIG.value.to_dict(), options)
     console = Console()

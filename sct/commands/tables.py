@@ -1,4 +1,4 @@
-"""Reading and writing the AnnData files that commands work on."""
+"""Read and write the AnnData files of the commands."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from sct import outputs
 from sct.atomic import atomic_write
 from sct.errors import ConfigError, DataError, disk_trouble, first_line
 
-# Files above are read in place of being loaded.
+# Larger .h5ad files are opened in backed mode instead of being loaded into memory.
 BACKED_BYTES = 1 << 30
 _BLOCK = 16 << 20
 
 
 def read(path: str, may_be_backed: bool = True) -> ad.AnnData:
-    """Open an .h5ad file or a .zarr folder; a large .h5ad file stays on disk.
+    """Read an .h5ad file or a .zarr folder. Open a large .h5ad file in backed mode if `may_be_backed`.
 
     Raises
     ------
     DataError
-        It is not there, or cannot be read.
+        The file does not exist, or cannot be read as AnnData.
     """
     file = Path(path).expanduser()
     if not file.exists():
-        raise DataError(f"there is no file {file}.")
+        raise DataError(f"there is no file {file}: check the path.")
     if file.suffix not in (".h5ad", ".zarr"):
         raise DataError(
-            f"{file} is neither .h5ad nor .zarr: read it in Python (scanpy.read_10x_h5, ...) and write it with "
-            "adata.write_h5ad."
+            f"{file} is neither an .h5ad file nor a .zarr folder: read it in Python (for example with "
+            "scanpy.read_10x_h5) and write it with adata.write_h5ad."
         )
     try:
         if file.suffix == ".zarr":
@@ -44,15 +44,27 @@ def read(path: str, may_be_backed: bool = True) -> ad.AnnData:
 
 
 def check_output(path: str, source: str | None = None, overwrite: bool = False, needed: int = 0) -> Path:
-    """Refuse an output that is not .h5ad, is the input, exists (unless `overwrite`) or cannot be written.
+    """Check the path of an .h5ad file to write, and return it.
 
-    It will hold all of `source`, and at least `needed` bytes.
+    Raises `ConfigError` if the path does not end with .h5ad, is the input file, exists (unless `overwrite`), or cannot
+    be written.
+
+    Parameters
+    ----------
+    path
+        Path of the output.
+    source
+        Path of the input, whose content the output will also hold; None if there is no input.
+    overwrite
+        Whether the output may replace an existing file.
+    needed
+        Least number of bytes of the output, if there is no input.
     """
     target = Path(path).expanduser()
     if target.suffix != ".h5ad":
-        raise ConfigError(f"the output {target} must end with .h5ad.")
+        raise ConfigError(f"--output is {target}, but must end with .h5ad: rename it.")
     if source is not None and target.resolve() == Path(source).expanduser().resolve():
-        raise ConfigError(f"the output {target} is the input: choose another --output.")
+        raise ConfigError(f"--output is {target}, which is also the input: choose another --output.")
     copied = 0
     if source is not None and Path(source).suffix == ".h5ad":
         copied = outputs.size_of(Path(source).expanduser())
@@ -61,18 +73,19 @@ def check_output(path: str, source: str | None = None, overwrite: bool = False, 
 
 
 def write(adata: ad.AnnData, source: str, target: Path, added: Mapping[str, Sequence[str]]) -> None:
-    """Write the input with what was added to it; the file appears when it is complete.
+    """Write a copy of the input file with the results added. The file appears under its name when it is complete.
 
     Parameters
     ----------
     adata
-        What `read` gave, with results.
+        Object from `read`, with results.
     source
-        Where it was read.
+        Path from which it was read.
     target
         File to write.
     added
-        "obs", "obsm", "layers", "uns" -> keys that are new; of an .h5ad input everything else is copied as it is.
+        New keys in each of "obs", "obsm", "layers" and "uns". If the input is an .h5ad file, everything else is copied
+        unchanged from the file.
     """
     with replacing(target) as temporary:
         if Path(source).suffix != ".h5ad":
@@ -95,7 +108,7 @@ def write(adata: ad.AnnData, source: str, target: Path, added: Mapping[str, Sequ
 
 
 def _blocks(file: Path) -> Iterator[bytes]:
-    """The bytes of an input, piece by piece; `DataError` where they cannot be read."""
+    """Yield the bytes of a file, block by block. Raises `DataError` if they cannot be read."""
     try:
         with file.open("rb") as source:
             while block := source.read(_BLOCK):
@@ -107,18 +120,18 @@ def _blocks(file: Path) -> Iterator[bytes]:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Give a place to write a file to, which takes the place of `target` when it is complete.
+    """Yield a temporary path to write to. When the file is complete, it replaces `target`.
 
     Raises
     ------
     DataError
-        It cannot be written.
+        The file cannot be written.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(target, hold=False) as temporary:  # HDF5 locks what it writes
+        with atomic_write(target, hold=False) as temporary:  # HDF5 locks the file itself
             yield temporary
-    except (OSError, RuntimeError) as error:  # HDF5 raises either of a full disk
+    except (OSError, RuntimeError) as error:  # HDF5 raises either one when the disk is full
         if isinstance(error, RuntimeError) and not disk_trouble(error):
             raise
         reason = disk_trouble(error) or getattr(error, "strerror", None) or first_line(error)

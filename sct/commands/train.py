@@ -3,19 +3,26 @@
     sct train --config=sct_sc:quickstart
     sct train --config=sct_sc --config.data.store=STORE --config.optimizer.peak_lr=2e-4 --workdir=runs/mine
 
-Writes a run folder: checkpoints, metrics, the best model as a model folder, and a report. A configuration is a file, or
-the name of one that comes with sct; a variant follows a colon, and any of its fields is set by
-`--config.section.field=value`. Running the same command again resumes the run in `--workdir`. A configuration with a
-section `sweep` (sct_ablations) is several runs, trained one after the other in `WORKDIR/NAME`; `--only=NAME,NAME`
-selects some. In a clone, `python -m launch.train` is the same program.
+Writes a run folder with checkpoints, metrics, the best model as a model folder, and a report. A configuration is a
+file, or the name of one that sct provides; a variant may follow after a colon. `--config.section.field=value` sets a
+field of the configuration. Run the same command again to resume the run in `--workdir`.
+
+A configuration with a section `sweep`, such as sct_ablations, defines several runs. They are trained one after the
+other, each in the folder `WORKDIR/NAME`; `--only=NAME,NAME` selects some of them. In a clone, `python -m launch.train`
+is the same program.
 
 On several machines, start the same command on each with `--multihost` (launch/slurm, launch/tpu). If one process ends,
-the others end within a minute, and the command resumes from the last checkpoint with any number of processes.
+the others end within a minute. Run the command again, with any number of processes, to resume from the last checkpoint.
 
-Exit status: 0 if nothing is left to do (also after train.stop_at), 75 if the same command should be run again (after
-SIGTERM, or if another process was lost), 130 after Ctrl-C, which also saves, 2 for a wrong command line, and 1 for any
-other mistake, a run folder in which another process trains, or a loss that is not finite. A command waits for a
-process that is still saving to the same run folder, so it can be started again at once.
+Exit status:
+
+    0    nothing is left to do (also after train.stop_at)
+    75   run the same command again: the run received SIGTERM, or lost another process
+    130  the run was stopped by Ctrl-C, and has saved a checkpoint
+    2    the command line is wrong
+    1    any other mistake, another process trains in the run folder, or the loss is not finite
+
+The command can be started again at once: it waits for a process that is still saving to the same run folder.
 """
 
 from __future__ import annotations
@@ -35,7 +42,7 @@ __all__ = ["main", "prepare"]
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "Configuration: a file, or the name of one that comes with sct, and a variant after a colon.",
+    "Configuration: a file, or the name of one that sct provides; optionally with :VARIANT.",
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Run folder to write or to resume. Default: runs/CONFIGURATION[-VARIANT]."
@@ -46,7 +53,7 @@ _CACHE = flags.DEFINE_string(
     f"Folder to keep compiled programs in; empty for none. Default: $JAX_COMPILATION_CACHE_DIR or {DEFAULT}.",
 )
 _MULTIHOST = flags.DEFINE_bool(
-    "multihost", False, "This process is one of several. Slurm and TPU pods need no other flag."
+    "multihost", False, "This process is one of several. Under Slurm and on TPU pods no other flag is needed."
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Address of process 0, for --multihost without Slurm or a TPU pod."
@@ -60,32 +67,32 @@ _PROCESS = flags.DEFINE_integer(
 _JOIN = flags.DEFINE_integer(
     "join_seconds",
     300,
-    "Seconds that processes wait for each other at the start, with --multihost.",
+    "With --multihost, how many seconds the processes wait for each other at the start.",
     lower_bound=1,
 )
 _ONLY = flags.DEFINE_list("only", [], "Names of the runs of a sweep to train. Default: all runs.")
 flags.mark_flag_as_required("config")
 
-# Why a run or a sweep ended -> exit status, where it is not 0.
+# Exit status by the reason why a run or a sweep ended; other reasons have status 0.
 _STATUS = {"signal": AGAIN, "interrupt": 130, "failed": 1}
 
 
 def main(argv: list[str]) -> int:
-    """Train as the flags say; the status to exit with."""
-    keep_programs(_CACHE.value)  # before JAX is imported, which reads the environment then
+    """Train a model or a sweep, as the flags set, and return the exit status."""
+    keep_programs(_CACHE.value)  # before the import of JAX, which reads the environment
 
     from sct.train import processes
 
     if _MULTIHOST.value:
         processes.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _JOIN.value)
     elif (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value) != (None, None, None):
-        raise FlagError("--coordinator, --num_processes and --process_id need --multihost: add it.")
+        raise FlagError("--coordinator, --num_processes and --process_id need --multihost: add --multihost.")
     with processes.together():
         return _STATUS.get(_run(), 0)
 
 
 def _run() -> str:
-    """Train one run or a sweep; why it ended."""
+    """Train one run or a sweep, and return the reason why it ended."""
     from sct.train import experiment, sweep
 
     file, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
@@ -95,6 +102,6 @@ def _run() -> str:
         return sweep.run(config, workdir, _ONLY.value).reason
     if _ONLY.value:
         raise FlagError(
-            "--only selects runs of a sweep, but this configuration is a single run: leave it out."
+            "--only selects runs of a sweep, but this configuration is a single run: remove --only."
         )
     return experiment.run(config, workdir).reason

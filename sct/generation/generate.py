@@ -1,4 +1,4 @@
-"""Text generation with a decoder: batches of prompts of unequal length through one compiled loop."""
+"""Text generation with a decoder. One compiled loop continues a batch of prompts of different lengths."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ from sct.nn.chunked_attention import UNSEEN
 
 
 class _State(NamedTuple):
-    """State of the loop, for B rows and N new tokens.
+    """State of the generation loop, for B rows and at most N new tokens per row.
 
     Attributes
     ----------
     cache
-        Keys and values of the tokens so far.
+        Cached keys and values of the tokens so far.
     scores
-        Of the next token, float32 (B, V).
+        Scores (logits) of the next token, float32 (B, V).
     step
-        Tokens generated so far, int32 ().
+        Number of tokens generated so far, int32 ().
     ids
-        They, int32 (B, N), -1 elsewhere.
+        Generated tokens, int32 (B, N); -1 where there is no token yet.
     done
         Whether a row has ended, bool (B,).
     log_probability
-        Of the tokens so far, float32 (B,).
+        Log probability of the generated tokens of each row, float32 (B,).
     seen
-        Tokens of the row, for the repetition penalty, bool (B, V); None without one.
+        Which tokens occur in each row, for the repetition penalty, bool (B, V). None without a penalty.
     node
-        Node of the row in the trie, int32 (B,).
+        Current node of each row in the trie, int32 (B,).
     """
 
     cache: Cache
@@ -83,27 +83,37 @@ def decode(
     trie: Trie | None = None,
     soft: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Continue prompts, in one compiled program.
+    """Continue a batch of prompts, in one compiled program.
 
     Parameters
     ----------
-    config, new, uses, known
-        Architecture, most tokens to generate (N), what any row uses, and the number of tokens that may be chosen.
+    config
+        Configuration of the decoder.
+    new
+        Largest number of tokens to generate per row (N).
+    uses
+        Which sampling options any of the rows uses.
+    known
+        Number of tokens that may be generated: those that the tokenizer knows.
     parts
         Variables of the model, from `prepared`.
-    ids, attention_mask
-        Prompts (B, T), filled up on the left, and where they hold tokens, bool.
-    sampling, stop
-        How rows choose; tokens that end a row, int32 (S,).
+    ids
+        Prompts, integers (B, T), padded on the left.
+    attention_mask
+        Whether a position holds a token and not padding, bool (B, T).
+    sampling
+        Sampling options of each row.
+    stop
+        Tokens that end a row, int32 (S,).
     trie
-        The allowed answers; None allows all.
+        Trie of the allowed answers. None allows every answer.
     soft
-        Vectors (B, K, D) for the negative tokens of the prompts.
+        Soft tokens (B, K, D), for which the negative tokens of the prompts stand.
 
     Returns
     -------
-    Tokens int32 (B, N), -1 after the end (the stop token is kept); whether a stop token came, bool (B,);
-    the logarithm of the probability, float32 (B,).
+    Three arrays: the generated tokens, int32 (B, N), with -1 after the stop token; whether a stop token was generated,
+    bool (B,); and the log probability of the generated tokens, float32 (B,).
     """
     rows, length = ids.shape
     hidden, cache = extend(
@@ -158,19 +168,21 @@ def decode(
 
 
 def _check_trie(trie: Trie, config: DecoderConfig, options: DecodingOptions, stop: Sequence[int]) -> None:
-    """Refuse a trie with a token that the model lacks, or an answer that would not end."""
+    """Raise `ConfigError` if an answer of a trie has a token that the model lacks, or could not end."""
     highest, depth = int(trie.tokens.max()), trie.longest
     if highest >= config.vocab_size:
         raise ConfigError(
-            f"an allowed answer has the token {highest}, but the model knows 0 to {config.vocab_size - 1}."
+            f"an allowed answer has the token {highest}, but the model has the tokens 0 to {config.vocab_size - 1}: "
+            "make the trie with the model's tokenizer."
         )
     if trie.stop not in stop:
         raise ConfigError(
-            f"the token {trie.stop} ends the allowed answers, so it must be among the stop tokens."
+            f"the allowed answers end with the token {trie.stop}, but it is not in `stop`: add it to `stop`."
         )
     if options.max_new_tokens < depth:
         raise ConfigError(
-            f"an allowed answer has {depth} tokens with its end, but max_new_tokens is {options.max_new_tokens}."
+            f"max_new_tokens is {options.max_new_tokens}, but the longest allowed answer has {depth} tokens, including "
+            f"its stop token: set max_new_tokens to {depth} or more."
         )
 
 
@@ -185,33 +197,39 @@ def generate(
     soft: SoftPrompts | None = None,
     progress_bar: bool = True,
 ) -> list[Generated]:
-    """Continue prompts of tokens.
+    """Continue prompts with a decoder.
 
     Parameters
     ----------
     model
-        A decoder.
+        Text decoder.
     prompts
-        Tokens of each prompt, of any length.
+        Tokens of each prompt. Prompts may have different lengths.
     options
-        See `DecodingOptions`.
+        Options of decoding; see `DecodingOptions`.
     stop
-        Tokens that end an answer; by default the end of text of the model's tokenizer.
+        Tokens that end an answer. The default is the end-of-text token of the model's tokenizer.
     seeds
-        One for each prompt, or one number: prompt i then has the seed `seeds + i`. An answer depends on the model, its
-        prompt and its seed, and not on the other prompts.
+        One seed per prompt, or a single number: prompt i then has the seed `seeds + i`. An answer depends only on the
+        model, its prompt and its seed, not on the other prompts.
     trie
-        The allowed answers, from `sct.generation.trie.make_trie`; None allows all.
+        Trie of the allowed answers, from `sct.generation.trie.make_trie`. None allows every answer.
     soft
-        Function from the numbers of n prompts to their vectors (n, K, D), called when these prompts are read. The token
-        -1 - k of a prompt stands for its vector k.
+        Function that takes the indices of n prompts and returns their soft tokens (n, K, D). It is called for each
+        batch of prompts. The token -1 - k of a prompt stands for its soft token k.
     progress_bar
-        Whether to show one.
+        Whether to show a progress bar.
+
+    Returns
+    -------
+    One answer per prompt, in the order of the prompts.
 
     Raises
     ------
     ConfigError, DataError
-        The model generates no text, options contradict each other, or a prompt does not fit the model.
+        The model does not generate text, the options contradict each other, or a prompt does not fit the model.
+    CheckpointError
+        The model computes NaN or infinity.
     """
     options, config = options or DecodingOptions(), check_model(model)
     if not len(prompts):
@@ -226,11 +244,12 @@ def generate(
         stop = [] if end is None else [end]
     if strange := [token for token in stop if not 0 <= token < config.vocab_size]:
         raise ConfigError(
-            f"the stop token {strange[0]} is none of the model's {config.vocab_size}: use its tokenizer."
+            f"stop has the token {strange[0]}, but the model has the tokens 0 to {config.vocab_size - 1}: use the "
+            "model's tokenizer."
         )
     if min(numbers) < 0 or max(numbers) >= 1 << 32:
         raise ConfigError(
-            f"seeds reach from {min(numbers)} to {max(numbers)}, but they must lie in 0 to 2 ** 32 - 1."
+            f"seeds range from {min(numbers)} to {max(numbers)}, but must be between 0 and 2 ** 32 - 1: choose others."
         )
     if trie is not None:
         _check_trie(trie, config, options, stop)
@@ -263,6 +282,6 @@ def generate(
 
 
 def _checked(made: list[Generated]) -> list[Generated]:
-    """Raise `CheckpointError` for a text without a finite probability: the model's scores were not finite."""
+    """Return the answers, or raise `CheckpointError` if the log probability of one is NaN or infinite."""
     check_outputs(np.array([each.log_probability for each in made]), "probabilities of texts", "prompts")
     return made

@@ -1,1 +1,1 @@
-"""Architectures: pure functions of nested dicts of arrays; `sct.models.registry` finds them by name."""
+"""Architectures as Flax modules. `sct.models.registry` lists them by name."""

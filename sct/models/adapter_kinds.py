@@ -1,6 +1,6 @@
-"""Kinds of adapters: which layers have one, of what size and shape, and what it starts from.
+"""Configurations of the three kinds of adapters: their layers, their sizes and shapes, and their initial values.
 
-`sct.nn.adapters` says what each kind computes, `sct.models.adapters` makes collections of them.
+`sct.nn.adapters` defines what each kind computes. `sct.models.adapters` makes the collection for a model.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from sct.nn.adapters import BOTTLENECK, LOW_RANK, PREFIX, Kind
 from sct.nn.paths import flatten
 
 Box = nn.LogicallyPartitioned
-# Shape and axis names of an array of one layer's adapter.
+# Shape and axis names of each array in the adapter of one layer.
 Shapes = dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]
 
 _PREFIX_DEVIATION = 0.02
 
 
 def is_stacked(box: Box) -> bool:
-    """Whether the first axis of a boxed array is that of the layers of a stack."""
+    """Return whether the first axis of a boxed array counts the layers of a stack."""
     return bool(box.names) and box.names[0] == axes.LAYERS
 
 
 def _matrices(params: Any, name: str) -> dict[str, Box]:
-    """Boxed matrices of a name, by the path of their layer."""
+    """Return the boxed matrices called `name` ("kernel" or "embedding"), as a dict by the path of their layer."""
     found = {}
     for path, box in flatten(params).items():
         layer, _, leaf = path.rpartition("/")
@@ -44,17 +44,17 @@ def _matrices(params: Any, name: str) -> dict[str, Box]:
             continue
         if not isinstance(box, Box):
             raise ConfigError(
-                f"the {name} of {layer!r} has no axis names: give parameters as `module.init` makes them, or their "
-                "shapes from sct.weights.pretrained.boxed_shapes."
+                f"the {name} of {layer!r} has no axis names: pass the boxed parameters from `module.init`, or the "
+                "boxed shapes from `sct.weights.pretrained.boxed_shapes`."
             )
-        # A convolution has a third axis, that of its taps.
+        # The kernel of a convolution has a third axis, its positions, and gets no adapter.
         if len(box.names) - is_stacked(box) == 2:
             found[layer] = box
     return found
 
 
 def kernels(params: Any) -> dict[str, Box]:
-    """Boxed kernels of the dense layers among boxed parameters, by the path of the layer.
+    """Return the boxed kernels of all dense layers in boxed parameters, as a dict by the path of the layer.
 
     Raises
     ------
@@ -65,18 +65,18 @@ def kernels(params: Any) -> dict[str, Box]:
 
 
 class AdapterConfig(abc.ABC):
-    """Which layers have an adapter of a kind, and of what size; a frozen dataclass for each kind.
+    """Options of one kind of adapter: which layers get one, and how large it is. Each kind is a frozen dataclass.
 
     Attributes
     ----------
     arrays
-        Names of the arrays.
+        Kind of the adapter, with the names of its arrays.
     place
-        What messages call a layer that can have one.
+        Name in messages for the layers that can have this kind of adapter.
     targets
-        Regular expressions, searched for in the paths of these layers.
+        Regular expressions. A layer gets an adapter if one of them matches its path (`re.search`).
     layers
-        Numbers of the blocks whose layers have one; none: all.
+        Numbers of the blocks whose layers get an adapter, counted from 0; empty for all blocks.
     """
 
     arrays: ClassVar[Kind]
@@ -85,60 +85,73 @@ class AdapterConfig(abc.ABC):
     layers: tuple[int, ...]
 
     def check_places(self) -> None:
-        """Raise `ConfigError` unless targets and layers can be a choice."""
+        """Raise `ConfigError` unless `targets` are regular expressions and `layers` are distinct block numbers."""
         if isinstance(self.targets, str) or not self.targets:
             raise ConfigError(
-                f"targets are {self.targets!r}, but a tuple of one or more regular expressions is needed."
+                f"targets is {self.targets!r}, but must be a tuple of one or more regular expressions: write "
+                "('PATTERN',) for a single one."
             )
         for target in self.targets:
             try:
                 re.compile(target)
             except (re.error, TypeError) as error:
-                raise ConfigError(f"the target {target!r} is no regular expression ({error}).") from None
+                raise ConfigError(
+                    f"targets has {target!r}, but each entry must be a valid regular expression ({error}): correct it."
+                ) from None
         numbers = self.layers if isinstance(self.layers, tuple) else (None,)
         if len(set(numbers)) < len(numbers) or not all(type(n) is int and n >= 0 for n in numbers):
             raise ConfigError(
-                f"layers are {self.layers!r}, but a tuple of different numbers, counted from 0, is needed, or an empty "
-                "one for all."
+                f"layers is {self.layers!r}, but must be a tuple of distinct block numbers, counted from 0: use () for "
+                "all blocks."
             )
 
     @property
     @abc.abstractmethod
     def size(self) -> int:
-        """Rank, width or length."""
+        """Return the size of an adapter: its rank, width or length."""
 
     @staticmethod
     @abc.abstractmethod
     def places(params: Any) -> dict[str, Box]:
-        """Boxed matrices of all layers that can have an adapter, by the path of the layer."""
+        """Return the boxed matrices of all layers that can have this kind of adapter, as a dict by layer path."""
 
     @staticmethod
     @abc.abstractmethod
     def size_of(shape: tuple[int, ...]) -> int:
-        """Size of an adapter, by the shape of its first array."""
+        """Return the size of an adapter, given the shape of its first array."""
 
     @property
     @abc.abstractmethod
     def numbers(self) -> dict[str, float]:
-        """Numbers of an adapter, which are not trained, by name of the array."""
+        """Return the constants of an adapter, which are not trained, as a dict by array name."""
 
     @staticmethod
     @abc.abstractmethod
     def shapes(box: Box, size: int, numbers: Collection[str]) -> Shapes:
-        """Arrays of an adapter of one layer, of which `numbers` are there, beside a boxed matrix."""
+        """Return the shapes and axis names of the arrays in the adapter of one layer.
+
+        Parameters
+        ----------
+        box
+            Boxed matrix of the layer.
+        size
+            Rank, width or length of the adapter.
+        numbers
+            Names of the constants that the adapter has.
+        """
 
     @abc.abstractmethod
     def draw(self, key: jax.Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.Array]:
-        """Initial values, float32, of what is trained."""
+        """Return the initial values of the trained arrays, float32, given a PRNG key and the shapes by array name."""
 
     @staticmethod
     @abc.abstractmethod
     def options(adapter: Mapping[str, Any]) -> dict[str, float]:
-        """Options that are kept with an adapter, by name."""
+        """Return the options that the arrays of an adapter determine, as a dict by option name."""
 
 
 def _uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Matrices (..., in, out) drawn from +- 1 / sqrt(in)."""
+    """Draw matrices (..., in, out) uniformly from -1 / sqrt(in) to 1 / sqrt(in)."""
     bound = shape[-2] ** -0.5
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
@@ -149,21 +162,22 @@ def _first(value: Any) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig(AdapterConfig):
-    """Which dense layers have a low-rank adapter (LoRA; Hu et al. 2022), and of what size.
+    """Options of low-rank adapters (LoRA; Hu et al. 2022): which dense layers get one, and its rank.
 
     Parameters
     ----------
     targets
-        Regular expressions, searched for in the paths of the dense layers: "layers/attention/query", "head", ...
-        Every layer in which one is found has an adapter, in all layers of a stack.
+        Regular expressions. A dense layer gets an adapter if one of them matches its path (`re.search`), for example
+        "layers/attention/query" or "head". In a stack, every layer of the stack gets one.
     rank
-        Width between the two matrices of an adapter (r).
+        Number of columns of the first matrix and rows of the second (r).
     alpha
-        What the adapter gives is multiplied by alpha / rank.
+        The output of the adapter is multiplied by alpha / rank.
     dropout
-        Share of an adapter's inputs that is left out in training.
+        Fraction of the adapter's inputs that is set to zero during training.
     layers
-        Numbers of the blocks, counted from 0, whose dense layers have one, and none elsewhere; empty: all.
+        Numbers of the blocks, counted from 0, whose dense layers get an adapter; empty for all blocks. With `layers`,
+        dense layers outside the blocks get no adapter.
     """
 
     targets: tuple[str, ...] = registry.QUERY_VALUE
@@ -184,15 +198,15 @@ class LoraConfig(AdapterConfig):
 
     @classmethod
     def of(cls, family: str, **options: Any) -> LoraConfig:
-        """Make a configuration with the targets that a family has by default."""
+        """Make a configuration. Without `targets` among the options, use the default targets of the model family."""
         if options.get("targets"):
             return cls(**options)
         targets = {name: each.targets for name, each in registry.MODELS.items() if each.targets}
         check_choice(
-            "the family",
+            "the model family",
             family,
             sorted(targets),
-            advice="give targets (adapters.targets), for only these families have some by default",
+            advice="set adapters.targets, because only these families have default targets",
         )
         return cls(**{**options, "targets": targets[family]})
 
@@ -209,7 +223,7 @@ class LoraConfig(AdapterConfig):
     @property
     def numbers(self) -> dict[str, float]:
         """See `AdapterConfig`."""
-        # Where nothing is dropped there is no share, so that no random numbers are drawn.
+        # Without dropout there is no "dropout" array, so that the layer draws no random numbers.
         dropout = {"dropout": self.dropout} if self.dropout else {}
         return {"scale": self.alpha / self.rank, **dropout}
 
@@ -238,24 +252,27 @@ class LoraConfig(AdapterConfig):
 
 @dataclasses.dataclass(frozen=True)
 class BottleneckConfig(AdapterConfig):
-    """Which layers have a bottleneck behind them (scPEFT), and of what width.
+    """Options of bottleneck adapters (scPEFT): which layers get one, and its width.
 
-    Outputs y of the layer become `y + scale * up(relu(down(y)))`, where `down` and `up` are dense layers with biases:
-    2 D s + s + D trained parameters each. The default targets are those of the paper's "gene encoder prompt", attention
-    and feed-forward of each block before they are added to the block's input; behind the embedding of genes or bins it
-    is the "gene token prompt".
+    The output y (..., D) of the layer becomes `y + scale * up(relu(down(y)))`, where `down` and `up` are dense layers
+    with biases. A bottleneck of width s has 2 D s + s + D trained parameters.
+
+    The default targets make the paper's "gene encoder prompt": a bottleneck after the attention and after the
+    feed-forward layer of each block, before the residual connection. A bottleneck after the embedding of genes or bins
+    is the paper's "gene token prompt".
 
     Parameters
     ----------
     targets
-        Regular expressions, searched for in the paths of dense layers and of tables: "layers/mlp/down", "token", ...
+        Regular expressions, matched against the paths of dense layers and embedding tables (`re.search`), for example
+        "layers/mlp/down" or "token".
     width
-        Width s between the two maps.
+        Width of the bottleneck (s).
     scale
-        Factor of what the bottleneck gives.
+        Factor by which the output of `up` is multiplied.
     skip
-        Whether y is added. The up-projection begins with zeros then, so that a fresh bottleneck changes nothing. The
-        paper's form is without: `scale * up(relu(down(y)))`, both maps random in the beginning.
+        Whether y is added. With a skip, `up` starts at zero, so that a new bottleneck changes nothing. The paper has
+        no skip: there the output is `scale * up(relu(down(y)))`, and both dense layers start at random values.
     layers
         See `LoraConfig`.
     """
@@ -324,20 +341,20 @@ class BottleneckConfig(AdapterConfig):
 
 @dataclasses.dataclass(frozen=True)
 class PrefixConfig(AdapterConfig):
-    """Which attentions have a prefix (Li & Liang 2021), and of what length.
+    """Options of prefix adapters (Li & Liang 2021): which attention layers get one, and its length.
 
-    A prefix is `length` trained vectors of the width of what keys and values are made of. They go through the
-    attention's own maps of keys and values, which stay as they are, and come before the other keys and values. Every
-    query may attend to them, whatever a mask says of other keys. They have no place in the sequence: with rotary
-    positions their keys are not rotated, and the positions of all else stay as they are. A fresh prefix changes the
-    model's outputs.
+    A prefix consists of `length` trained vectors, as wide as the inputs of the attention layer. The layer's projections
+    for keys and values, which are not trained, turn them into keys and values that precede the others. Every query may
+    attend to the prefix, whatever its mask. The prefix has no position in the sequence: rotary position embedding does
+    not rotate its keys, and the positions of the other keys do not change. A new prefix changes the model's outputs.
 
     Parameters
     ----------
     targets
-        Regular expressions, searched for in the paths of the attentions: "layers/attention", ...
+        Regular expressions, matched against the paths of attention layers (`re.search`), for example
+        "layers/attention".
     length
-        Vectors of each (n).
+        Number of vectors in the prefix of one attention layer (n).
     layers
         See `LoraConfig`.
     """

@@ -1,7 +1,7 @@
-"""Adapters: made beside a model's parameters, found in it, counted, and, where that can be, merged into them.
+"""Make, find, count and check the adapters of a model, and merge low-rank adapters into its parameters.
 
-An adapter lies in the collection "adapters" under the path of its layer; `sct.nn.adapters` says what it holds and what
-it computes, `sct.models.adapter_kinds` which kinds there are. Parameters are never touched before `merge`.
+An adapter lies in the collection "adapters", under the path of its layer. `sct.nn.adapters` defines its arrays and what
+it computes, and `sct.models.adapter_kinds` the options of each kind. Only `merge` changes the model's parameters.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ from sct.nn import axes
 from sct.nn.adapters import COLLECTION, KINDS, LOW_RANK, Kind, for_all_layers, kind_of
 from sct.nn.paths import flatten, unflatten
 
-# For a task that trains the adapters alone (`trainable`), on a model that has none yet (`new`).
+# Path rules for tasks that train only the adapters, and patterns for parameters that a saved model may lack.
 _TRAINED = frozenset(name for kind in KINDS for name in kind.trained)
 TRAINABLE: tuple[tuple[str, bool], ...] = (
     (rf"^{COLLECTION}/(.*/)?({'|'.join(sorted(_TRAINED))})$", True), (".*", False)
 )  # fmt: skip
 NEW: tuple[str, ...] = (rf"^{COLLECTION}/",)
 _SHOWN = 8
-# A block that is not stacked has its number in its path.
+# A block outside a stack has its number in its path.
 _NUMBER = re.compile(r"(?:^|/)[a-z][a-z_]*_(\d+)/")
 
 
 def under(layer: str, array: str) -> str:
-    """Path of an array of a layer."""
+    """Return the path of an array of a layer."""
     return f"{layer}/{array}" if layer else array
 
 
 def chosen(params: Any, config: AdapterConfig) -> dict[str, Box]:
-    """Boxed matrices of the layers that a configuration's targets and layers find, by the path of the layer.
+    """Return the boxed matrices of the layers that a configuration chooses, as a dict by the path of the layer.
 
     Raises
     ------
     ConfigError
-        A target or a number of a layer that finds none.
+        A target matches no layer, or the model has no block of a number in `layers`.
     """
     places = config.places(params)
     for target in config.targets:
         if not any(re.search(target, place) for place in places):
             more = ", ..." if len(places) > _SHOWN else ""
             raise ConfigError(
-                f"the target {target!r} matches no {config.place} of the model: choose from "
-                f"{', '.join(sorted(places)[:_SHOWN])}{more}."
+                f"targets has {target!r}, which matches no {config.place} of the model: write a pattern that matches "
+                f"one of {', '.join(sorted(places)[:_SHOWN])}{more}."
             )
     found = {
         place: box
@@ -63,23 +63,23 @@ def chosen(params: Any, config: AdapterConfig) -> dict[str, Box]:
     if not config.layers:
         return found
     numbers = {place: _numbers(place, box) for place, box in found.items()}
-    # A number must be one of every stack, and of the blocks that are not stacked together.
+    # Every stack must have all the numbers, and so must the blocks outside stacks, taken together.
     sets = [own for place, own in numbers.items() if is_stacked(found[place])]
     single = {number for place, own in numbers.items() if not is_stacked(found[place]) for number in own}
     sets += [single] if single or not sets else []
     for own in sets:
         for number in config.layers:
             if number not in own:
-                most = f"0 to {max(own)}" if own else "none in a block"
+                most = f"in the blocks 0 to {max(own)}" if own else "in no block"
                 raise ConfigError(
-                    f"layers have {number}, but the {config.place}s that the targets match are in the blocks {most}: "
-                    "choose from these, or leave layers empty for all."
+                    f"layers has {number}, but the {config.place}s that match `targets` are {most}: choose from these "
+                    "blocks, or set layers to () for all."
                 )
     return {place: box for place, box in found.items() if numbers[place].intersection(config.layers)}
 
 
 def _numbers(place: str, box: Box) -> set[int]:
-    """Numbers of the blocks that a layer belongs to."""
+    """Return the numbers of the blocks that a layer belongs to: all blocks of a stack, otherwise one or none."""
     if is_stacked(box):
         return set(range(box.value.shape[0]))
     match = _NUMBER.search(place)
@@ -89,7 +89,10 @@ def _numbers(place: str, box: Box) -> set[int]:
 def _boxes(
     config: type[AdapterConfig], box: Box, size: int, numbers: Any, layers: int | None
 ) -> dict[str, Box]:
-    """Shapes and axis names of the adapter beside a matrix; `layers` tells how many of a stack have one, if not all."""
+    """Return the boxed shapes of the adapter that belongs to a matrix, as a dict by array name.
+
+    `layers` is the number of layers with an adapter, for a stack in which not all layers have one; otherwise None.
+    """
     lead: tuple[int, ...] = ()
     names: tuple[str | None, ...] = ()
     if is_stacked(box):
@@ -106,33 +109,35 @@ def _boxes(
 def init(rng: jax.Array, params: Any, *configs: AdapterConfig) -> dict[str, Any]:
     """Make the adapters of a model.
 
-    Low-rank adapters and bottlenecks with a skip change nothing before they are trained.
+    New low-rank adapters, and new bottlenecks with a skip, do not change the outputs of the model.
 
     Parameters
     ----------
     rng
-        PRNG key; an adapter's own key depends on the path of its layer and on its kind alone.
+        PRNG key. The key of an adapter also depends on the path of its layer and on its kind, and on nothing else.
     params
-        The collection "params", or its shapes, boxed with axis names; under `jax.eval_shape` nothing is allocated.
+        The collection "params", or its shapes, boxed with axis names. Under `jax.eval_shape` nothing is allocated.
     configs
         Options of one or several kinds. A layer may have one adapter of each kind.
 
     Returns
     -------
-    The collection "adapters", float32, boxed with the axis names of the layers:
-    `{**variables, "adapters": adapters.init(rng, variables["params"], config)}` are the variables of an adapted model.
+    The collection "adapters", float32, boxed with the axis names of the layers. The variables of the adapted model are
+    `{**variables, "adapters": adapters.init(rng, variables["params"], config)}`.
 
     Raises
     ------
     ConfigError
-        A target that matches no layer, a number of a layer that is not there, or two of a kind in one place.
+        A target matches no layer, the model has no block of a number in `layers`, or one layer would get two adapters
+        of the same kind.
     """
     made: dict[str, Any] = {}
     for config in configs:
         for place, box in chosen(params, config).items():
             some = len(config.layers) if config.layers and is_stacked(box) else None
             boxes = _boxes(type(config), box, config.size, config.numbers, some)
-            # The keys of low-rank adapters are those of the path alone, as before there were other kinds.
+            # The key of a low-rank adapter depends only on the path, so that adapters made before the other kinds
+            # existed can be reproduced.
             name = place if config.arrays is LOW_RANK else f"{config.arrays.name} {place}"
             values: dict[str, Any] = dict(
                 config.draw(
@@ -146,23 +151,28 @@ def init(rng: jax.Array, params: Any, *configs: AdapterConfig) -> dict[str, Any]
                 values[config.arrays.layers] = jnp.asarray(sorted(config.layers), jnp.int32)
             if under(place, config.arrays.trained[0]) in made:
                 raise ConfigError(
-                    f"there are two {config.arrays.name} adapters of {place!r}: let the targets of one leave it out."
+                    f"two configurations give {place!r} a {config.arrays.name} adapter, but a layer has at most one of "
+                    "each kind: change the targets of one of them."
                 )
             made |= {under(place, array): b.replace_boxed(values[array]) for array, b in boxes.items()}
     return unflatten(made)
 
 
 def beside(variables: Any, found: Mapping[str, Any]) -> Any:
-    """Boxed shapes of a model, with those of the adapters that a file has for it.
+    """Add the boxed shapes of the adapters in a weights file to the boxed shapes of a model.
 
     Parameters
     ----------
     variables
         Boxed shapes of the model without adapters.
     found
-        What the file holds: shapes by path. Of adapters the size is taken, which of their numbers are there, and in how
-        many layers of a stack they are; the other sizes are those of the layers, so that a comparison with `found`
-        tells what does not fit.
+        Shapes of the arrays in the file, as a dict by path. They determine which adapters there are, their sizes, which
+        constants they have, and how many layers of a stack have one. All other dimensions come from the model's layers,
+        so that a comparison of the result with `found` shows what does not fit.
+
+    Returns
+    -------
+    Boxed shapes of the model, with a collection "adapters" if the file has adapters for it.
     """
     made: dict[str, Any] = {}
     kept = {path.removeprefix(f"{COLLECTION}/"): value for path, value in found.items()
@@ -184,12 +194,12 @@ def beside(variables: Any, found: Mapping[str, Any]) -> Any:
 
 
 def adapters_of(variables: Mapping[str, Any]) -> Iterator[tuple[str, Kind, dict[str, Any]]]:
-    """Each layer's path, and kind and arrays of its adapter, of the collection "adapters" of a model.
+    """Yield the path of the layer, the kind, and the arrays of each adapter in a model's collection "adapters".
 
     Raises
     ------
     CheckpointError
-        An array of no kind.
+        An array in the collection belongs to no kind of adapter.
     """
     adapters: dict[tuple[str, Kind], dict[str, Any]] = {}
     for path, value in flatten(variables.get(COLLECTION, {})).items():
@@ -197,8 +207,8 @@ def adapters_of(variables: Mapping[str, Any]) -> Iterator[tuple[str, Kind, dict[
         kind = kind_of(array)
         if kind is None:
             raise CheckpointError(
-                f"the collection {COLLECTION!r} has {path}, which belongs to no kind of adapter: make adapters by "
-                "sct.models.adapters.init."
+                f"the collection {COLLECTION!r} has {path}, which belongs to no kind of adapter: make adapters with "
+                "`sct.models.adapters.init`."
             )
         adapters.setdefault((layer, kind), {})[array] = value
     for (layer, kind), arrays in adapters.items():
@@ -210,55 +220,58 @@ def _config_of(kind: Kind) -> type[AdapterConfig]:
 
 
 def check_same(variables: Mapping[str, Any], config: AdapterConfig, what: str) -> None:
-    """Raise `ConfigError` where the adapters of a model are of another kind, or have other options, than asked for.
+    """Raise `ConfigError` if the adapters of a model differ from a configuration in kind or options.
 
-    These are kept with the adapters, so what the configuration says would have no effect. `what` names the model.
+    Kind and options of existing adapters are fixed, so the configuration would have no effect. `what` names the model
+    in the message.
     """
-    advice = "ask for its own, or merge the adapters first (sct.models.lora.merge)."
+    advice = "set the same value, or merge the adapters first (`sct.models.lora.merge`)."
     for layer, kind, adapter in adapters_of(variables):
         if kind is not config.arrays:
             raise ConfigError(
-                f"the adapter of {layer!r} in {what} is a {kind.name} one, but a {config.arrays.name} one is asked "
-                "for: ask for its own kind, or start from a model without adapters."
+                f"{what} has a {kind.name} adapter in {layer!r}, but the configuration asks for a "
+                f"{config.arrays.name} adapter: use the same kind, or start from a model without adapters."
             )
         for name, value in _config_of(kind).options(adapter).items():
             if not math.isclose(value, wanted := getattr(config, name), rel_tol=1e-5, abs_tol=1e-7):
                 raise ConfigError(
-                    f"the adapter of {layer!r} in {what} has {name} {value:g}, but {wanted:g} is asked for: {advice}"
+                    f"the adapter of {layer!r} in {what} has {name} = {value:g}, but the configuration has {wanted:g}: "
+                    f"{advice}"
                 )
         if kind.layers in adapter:
             own = tuple(int(number) for number in np.ravel(adapter[kind.layers]))
             if own != tuple(sorted(config.layers)):
                 raise ConfigError(
-                    f"the adapter of {layer!r} in {what} is in the layers {own}, but {config.layers} are asked for: "
-                    f"{advice}"
+                    f"the adapter of {layer!r} in {what} has layers = {own}, but the configuration has "
+                    f"{config.layers}: {advice}"
                 )
 
 
 def merge(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables without adapters that compute the same: what a low-rank adapter gives is added to its kernel.
+    """Merge low-rank adapters into the kernels of their layers and return variables without adapters.
 
-    Kernels keep their types; the sums are made in float32. A key for dropout changes nothing any more.
+    The merged model computes the same outputs. The sums are computed in float32, and each kernel keeps its type. The
+    merged model has no dropout of adapters, so a "dropout" key no longer changes the outputs.
 
     Raises
     ------
     CheckpointError
-        An adapter of a layer that the model does not have.
+        An adapter belongs to a layer that the model does not have.
     ConfigError
-        An adapter that no kernel can hold.
+        An adapter is not low-rank, so that no kernel can hold it.
     """
     params = flatten(variables["params"])
     for layer, kind, adapter in adapters_of(variables):
         if kind is not LOW_RANK:
             raise ConfigError(
-                f"the adapter of {layer!r} is a {kind.name} one, which cannot be merged into the layer: keep it beside "
-                "the model, or train low-rank adapters."
+                f"{layer!r} has a {kind.name} adapter, but only low-rank adapters can be merged into a layer: keep the "
+                "adapters separate, or train low-rank adapters."
             )
         path = under(layer, "kernel")
         if path not in params:
             raise CheckpointError(
-                f"there is an adapter of {layer!r}, but the model has no such layer: give the model that the "
-                "adapter was trained on."
+                f"the adapters contain {layer!r}, but the model has no such layer: use the model that the adapters "
+                "were trained on."
             )
         kernel = jnp.asarray(params[path])
         adapter = for_all_layers(adapter, kernel.shape[0])
@@ -270,7 +283,7 @@ def merge(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def count(adapters: Mapping[str, Any]) -> int:
-    """Number of trained parameters of the collection "adapters"."""
+    """Return the number of trained parameters in the collection "adapters"."""
     sizes = (
         np.prod(value.shape, dtype=np.int64)
         for path, value in flatten(nn.unbox(adapters)).items()

@@ -1,4 +1,4 @@
-"""BERT: a transformer that sees a text from both sides (Devlin et al. 2019); see `BertConfig`."""
+"""BERT, a bidirectional transformer encoder for text (Devlin et al. 2019); see `BertConfig`."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def _linear(config: BertConfig, features: int, into: str, out: str, name: str) -
 
 
 class BertAttention(nn.Module):
-    """Projections around attention."""
+    """Multi-head attention with its projections."""
 
     config: BertConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, source: jax.Array, mask: Mask) -> jax.Array:
-        """Map (B, T, D), whose keys and values come from `source` (B, M, E), to (B, T, D)."""
+        """Attend from x (B, T, D) to `source` (B, M, E), from which keys and values are computed; return (B, T, D)."""
         config = self.config
 
         def projection(name: str) -> Callable[[jax.Array], jax.Array]:
@@ -56,13 +56,13 @@ class BertAttention(nn.Module):
 
 
 class BertFeedForward(nn.Module):
-    """Two dense layers with an activation between."""
+    """Feed-forward layer: two dense layers with an activation between them."""
 
     config: BertConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map (B, T, D) to (B, T, D)."""
+        """Apply the feed-forward layer to each vector of x (B, T, D) and return (B, T, D)."""
         config = self.config
         up = _linear(config, config.ffn_dim, axes.EMBED, axes.MLP, "up")(x)
         up = _ACTIVATIONS[config.activation](up)
@@ -70,25 +70,25 @@ class BertFeedForward(nn.Module):
 
 
 class BertLayer(nn.Module):
-    """Attention and feed-forward, each added to its input and then normed."""
+    """Post-norm transformer layer: attention, then feed-forward, each with a residual connection and a layer norm."""
 
     config: BertConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
-        """Map (B, T, D) to (B, T, D)."""
+        """Apply the layer to x (B, T, D) and return (B, T, D). `mask` sets which tokens attend to each other."""
         x = self.add(x, BertAttention(self.config, name="attention")(x, x, mask), "attention_norm")
         x = self.add(x, BertFeedForward(self.config, name="mlp")(x), "mlp_norm")
         return axes.constrain(x, axes.BATCH, axes.LENGTH, None)
 
     def add(self, x: jax.Array, y: jax.Array, name: str) -> jax.Array:
-        """Norm, of that name, of x plus what a branch gives."""
+        """Add y, the output of attention or feed-forward, to x, and apply the layer norm called `name`; (B, T, D)."""
         y = drop(self, y, self.config.dropout) if self.config.dropout else y
         return LayerNorm(self.config.norm_eps, name=name)(x + y)
 
 
 class Bert(nn.Module):
-    """The whole model; see `BertConfig`."""
+    """BERT: embeddings, transformer layers, and optionally an MLM head and a pooler; see `BertConfig`."""
 
     config: BertConfig
     outputs: ClassVar[tuple[str, ...]] = ("hidden", "logits", "pooled")
@@ -96,17 +96,17 @@ class Bert(nn.Module):
 
     @staticmethod
     def outputs_of(config: BertConfig) -> tuple[str, ...]:
-        """Outputs of a model with this configuration."""
+        """Return the names of the outputs of a model with this configuration."""
         return ("hidden", *["logits"] * config.mlm_head, *["pooled"] * config.pooler)
 
     @staticmethod
     def example(config: BertConfig) -> dict[str, jax.Array]:
-        """Smallest inputs of a call, by name."""
+        """Return the smallest valid inputs of one call, as a dict by argument name."""
         return {"input_ids": jnp.zeros((1, 1), jnp.int32)}
 
     @staticmethod
     def check_inputs(config: BertConfig, inputs: Mapping[str, Any]) -> None:
-        """Raise `DataError` unless the inputs fit; values are looked at where they are known (not traced)."""
+        """Raise `DataError` unless the inputs fit the model. Values of traced arrays are not checked."""
         check_text(inputs, config.vocab_size, config.max_length)
         for name, most in (("positions", config.max_length - 1), ("token_type_ids", config.num_types - 1)):
             if inputs.get(name) is not None:
@@ -114,14 +114,14 @@ class Bert(nn.Module):
 
     @staticmethod
     def flops(config: BertConfig, batch: int, length: int) -> float:
-        """Operations of the matrix products of one forward pass; a multiply-add counts as two."""
+        """Count the operations of all matrix products in one forward pass. A multiply-add counts as two."""
         width = config.embed_dim
         layer = 4 * width**2 + 2 * length * width + 2 * width * config.ffn_dim
         head = width**2 + width * config.vocab_size if config.mlm_head else 0
         return 2.0 * batch * (length * (config.num_layers * layer + head) + config.pooler * width**2)
 
     def setup(self) -> None:
-        """Declare the parts."""
+        """Declare the layers of the model."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         embed = functools.partial(Embed, features=config.embed_dim, dtype=dtype, table_init=_init)
         self.token = embed(config.vocab_size, table_axes=(axes.TEXT_VOCAB, axes.EMBED))
@@ -143,14 +143,14 @@ class Bert(nn.Module):
                 self.head = Linear(config.vocab_size, names, dtype=dtype, kernel_init=_init)
 
     def embed(self, input_ids: jax.Array, types: jax.Array | None, positions: jax.Array) -> jax.Array:
-        """Normed vectors (B, T, D) of tokens with types at positions, all (B, T)."""
+        """Sum the embeddings of tokens, token types and positions, all (B, T), and normalize; return (B, T, D)."""
         types = jnp.zeros_like(input_ids) if types is None else types
         x = self.norm(self.token(input_ids) + self.position(positions) + self.type(types))
         x = drop(self, x, self.config.dropout) if self.config.dropout else x
         return axes.constrain(x, axes.BATCH, axes.LENGTH, None)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Scores of all tokens, float32 (..., V), of hidden vectors (..., D)."""
+        """Compute the scores (logits) of all tokens, float32 (..., V), from hidden vectors (..., D)."""
         x = self.transform_norm(_ACTIVATIONS[self.config.activation](self.transform(hidden)))
         scores = self.token.scores(x) + self.head_bias if self.config.tied else self.head(x)
         return scores.astype(jnp.float32)
@@ -163,26 +163,27 @@ class Bert(nn.Module):
         segments: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
-        """Compute a vector for each token, which depends on the whole text.
+        """Compute a hidden vector for each token, from the whole text.
 
         Parameters
         ----------
         input_ids
             Tokens, integers (B, T).
         attention_mask
-            (B, T), 1 for tokens and 0 for padding, on either side. Padding changes no output of a token.
+            Shape (B, T): 1 for tokens and 0 for padding, on either side. Padding does not change the outputs of tokens.
         token_type_ids
-            Types (B, T), 0 by default.
+            Token types, integers (B, T). The default is 0.
         segments
-            Instead of a mask: numbers (B, T) of the texts that share a row, one after the other; a token sees its
-            own text alone, and positions are counted from its beginning. 0 is padding.
+            For rows that hold several texts one after the other, the number of each token's text, integers (B, T); 0 is
+            padding. A token attends only to its own text, and positions are counted from the beginning of the text. If
+            given, `attention_mask` is ignored.
         positions
-            Positions (B, T) instead of counted ones.
+            Positions of the tokens, integers (B, T). By default they are counted.
 
         Returns
         -------
-        `hidden` (B, T, D); with a head, `logits` float32 (B, T, V); with a pooler, `pooled` (B, D), of the first
-        token of a row that is not padding.
+        A dict with `hidden` (B, T, D). With an MLM head it also has `logits`, float32 (B, T, V). With a pooler it also
+        has `pooled` (B, D), which is computed from the first token of each row that is not padding.
         """
         if segments is not None:
             places = running_positions(segments)

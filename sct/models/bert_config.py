@@ -24,30 +24,31 @@ class BertConfig:
     Parameters
     ----------
     vocab_size
-        Tokens of the vocabulary (V).
+        Number of tokens in the vocabulary (V).
     embed_dim, num_layers, num_heads, ffn_dim
-        Width (D), layers, heads, a divisor of the width, and width of the feed-forward.
+        Width (D), number of layers, number of attention heads (which must divide D), and width of the feed-forward
+        layers.
     max_length
-        Positions of the learned table.
+        Largest number of positions: the size of the position table.
     num_types
-        Token types: first text, second text, and so on.
+        Number of token types: first text, second text, and so on.
     norm_eps
         Epsilon of the layer norms.
     activation
-        Between the two dense layers, and in the head: "gelu" (exact), "gelu_tanh" or "relu".
+        Activation in the feed-forward layers and in the MLM head: "gelu" (exact), "gelu_tanh" or "relu".
     pooler
-        Whether there is a dense layer over the first token.
+        Whether the model has a pooler: a dense layer with tanh on the first token.
     mlm_head
-        Whether there is a head that scores the tokens of the vocabulary.
+        Whether the model has a masked-language-model (MLM) head, which scores the tokens of the vocabulary.
     tied
-        Whether that head shares the table of token embeddings.
+        Whether the MLM head uses the token embeddings as its weights.
     dropout
-        Share left out of the embeddings and of what each branch adds, in training only.
+        Dropout rate of the embeddings and of the outputs of attention and feed-forward, in training only.
     remat
-        What layers keep for the backward pass: "level" their inputs, "products" the outputs of matrix products too,
-        "none" everything.
+        What each layer saves for the backward pass: "level" saves only the layer's inputs, "products" also the outputs
+        of matrix products, "none" everything.
     dtype
-        Type of the computation; parameters, norms and logits stay float32.
+        Type of the computation. Parameters, norms and logits are always float32.
     """
 
     vocab_size: int = 30_522
@@ -73,5 +74,5 @@ class BertConfig:
 
     @classmethod
     def fit(cls, values: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-        """Values of a configuration with `vocab_size` 0 replaced by a tokenizer's size."""
+        """Return configuration values in which a `vocab_size` of 0 is replaced by the size of a tokenizer."""
         return {**values, "vocab_size": values.get("vocab_size", cls.vocab_size) or vocab_size}

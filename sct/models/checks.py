@@ -1,4 +1,4 @@
-"""Checks of configurations, inputs and outputs of models that families share."""
+"""Checks of model configurations, inputs and outputs, shared by all model families."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 from sct.checks import check_at_least, check_choice, check_number, check_positive, check_shape
 from sct.errors import CheckpointError, DataError
 
-# Largest sizes of any family, well above those of published models: beyond, a configuration is damaged, and would take
-# all memory, or hours to trace, before anything else is noticed.
+# Largest sizes for any family, well above those of published models. A larger size means that the configuration is
+# damaged. Without this check, such a model would fill the memory, or take hours to trace, before another error appears.
 MOST = {
     "vocab_size": 1 << 24, "num_genes": 1 << 20, "feature_dim": 1 << 20, "num_bins": 254, "num_types": 1 << 16,
     "embed_dim": 1 << 16, "token_embed_dim": 1 << 16, "ffn_dim": 1 << 20, "num_layers": 512, "num_heads": 1024,
@@ -22,7 +22,7 @@ MOST = {
     "num_hidden_layers_head": 64, "stem_kernel_size": 1023, "conv_kernel_size": 1023, "num_scales": 1024,
     "num_soft": 1 << 16,
 }  # fmt: skip
-# Numbers that something is divided by: more than 0, and the second at most.
+# Options that must be positive, because they are divisors, with their largest values.
 POSITIVE = {
     "layer_norm_eps": 0.1, "norm_eps": 0.1, "rotary_base": 1e12, "rotary_factor": 1e6, "sigma_min": 1e9,
     "sigma_max": 1e9, "rotary_fraction": 1.0, "rotary_low": 1e6, "rotary_high": 1e6,
@@ -30,9 +30,16 @@ POSITIVE = {
 
 
 def check_fields(config: Any, choices: Mapping[str, tuple[str, ...]], least: Mapping[str, int]) -> None:
-    """Raise `ConfigError` where a field of a configuration is not one of its choices, or out of range.
+    """Raise `ConfigError` if a field of a configuration dataclass is not one of its choices, or out of range.
 
-    `least` has the smallest sizes of a family; the largest ones, and what must be positive, are those of all families.
+    Parameters
+    ----------
+    config
+        Configuration dataclass of a model.
+    choices
+        Allowed values of a field, by field name.
+    least
+        Smallest value of a size, by field name. `MOST` and `POSITIVE` hold the limits that all families share.
     """
     for field in (each.name for each in dataclasses.fields(config)):
         value = getattr(config, field)
@@ -47,39 +54,55 @@ def check_fields(config: Any, choices: Mapping[str, tuple[str, ...]], least: Map
 
 
 def check_outputs(values: np.ndarray, what: str, of: str = "rows") -> None:
-    """Raise `CheckpointError` where numbers (N, ...) that a model computed are NaN or infinite."""
+    """Raise `CheckpointError` if outputs (N, ...) of a model contain NaN or infinity.
+
+    In the message, `what` names the outputs and `of` names the rows, such as "cells".
+    """
     wrong = ~np.isfinite(values)
     if wrong.any():
         rows = wrong.reshape(len(wrong), -1).any(axis=1)
         raise CheckpointError(
-            f"the {what} that the model computes are not finite for {int(rows.sum()):,} of {len(rows):,} {of}: its "
-            "weights are damaged or too large for the type of its computation; give another model, or one whose "
-            "configuration has dtype float32."
+            f"the {what} of the model have NaN or infinity in {int(rows.sum()):,} of {len(rows):,} {of}, because its "
+            "weights are damaged or too large for its compute type: set dtype to float32 in the model's configuration, "
+            "or use another model."
         )
 
 
-def check_range(name: str, values: Any, most: int) -> None:
-    """Raise `DataError` for integers outside of 0 .. `most`, which an index would silently clip."""
+def check_range(name: str, values: Any, most: int, least: int = 0) -> None:
+    """Raise `DataError` unless an array holds integers from `least` to `most`. JAX would silently clip other indices.
+
+    Values of traced arrays are not checked. `name` names the array in the message.
+    """
     if not jnp.issubdtype(values.dtype, jnp.integer):
-        raise DataError(f"{name} are {values.dtype}, but integers are needed.")
+        raise DataError(f"{name} has the type {values.dtype}, but must have an integer type: convert it.")
     if isinstance(values, jax.core.Tracer) or not getattr(values, "is_fully_addressable", True):
         return
     low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
-    if low < 0 or high > most:
-        raise DataError(f"{name} reach from {low} to {high}, but 0 to {most} is what the model knows.")
+    if low < least or high > most:
+        raise DataError(
+            f"{name} has values from {low} to {high}, but the model accepts {least} to {most}: correct the values."
+        )
 
 
 def check_text(inputs: Any, vocab_size: int, max_length: int | None) -> None:
-    """Raise `DataError` unless `input_ids` (B, T) are tokens of the vocabulary and what goes with them fits.
+    """Raise `DataError` unless `input_ids` (B, T) are tokens of the vocabulary and the arrays that go with them fit.
 
-    With `max_length`, positions beyond it do not exist.
+    Parameters
+    ----------
+    inputs
+        Inputs of a text model, as a dict by argument name.
+    vocab_size
+        Number of tokens in the vocabulary.
+    max_length
+        Largest number of tokens in a row; None for no limit.
     """
     ids = inputs["input_ids"]
     check_shape("input_ids", ids, ("texts", "tokens"))
     check_range("input_ids", ids, vocab_size - 1)
     if max_length is not None and ids.shape[1] > max_length:
         raise DataError(
-            f"the texts have {ids.shape[1]} tokens, but the model has {max_length} positions: shorten them."
+            f"input_ids has {ids.shape[1]} tokens in a row, but the model has {max_length} positions: shorten the "
+            "texts."
         )
     for name in ("attention_mask", "segments", "positions", "token_type_ids"):
         value = inputs.get(name)

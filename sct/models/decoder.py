@@ -1,4 +1,6 @@
-"""Causal transformer over text tokens: GPT-2, GPT-NeoX and LLaMA (DESIGN 4.3 to 4.5); see `DecoderConfig`.
+"""Causal transformer over text tokens: GPT-2, GPT-NeoX and LLaMA; see `DecoderConfig`.
+
+ZerOmics, Cell2Sentence and scMMGPT use these decoders.
 
 Sources: Radford et al. 2019 (GPT-2), Black et al. 2022 (GPT-NeoX), Touvron et al. 2023 (LLaMA), Ainslie et al. 2023
 (grouped-query attention).
@@ -25,13 +27,13 @@ from sct.nn.linear import Embed, Linear
 from sct.nn.norm import LayerNorm, RMSNorm
 from sct.nn.stack import stack
 
-# Queries (B, T, H, D), keys and values (B, T, H', D), prefix or None -> what the queries see, (B, T, H, D).
+# Queries (B, T, H, D), keys and values (B, T, H', D), prefix or None -> output of attention (B, T, H, D).
 Attention = Callable[..., jax.Array]
 _DEVIATION = 0.02
 
 
 def _initializer(config: DecoderConfig, adds: bool = False) -> axes.Initializer:
-    """Random matrices; `adds` for those whose outputs are added up over the blocks."""
+    """Return the initializer of matrices. `adds` is True for matrices whose outputs enter a residual connection."""
     if config.init == "xavier":
         return jax.nn.initializers.glorot_normal()
     return jax.nn.initializers.normal(_DEVIATION / (2 * config.num_layers) ** 0.5 if adds else _DEVIATION)
@@ -43,13 +45,16 @@ def _norm(config: DecoderConfig, name: str | None = None) -> nn.Module:
 
 
 class CausalAttention(nn.Module):
-    """Projections around attention."""
+    """Causal multi-head attention with its projections."""
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, positions: jax.Array, attention: Attention) -> jax.Array:
-        """Map (B, T, D) at positions (B, T) to (B, T, D)."""
+        """Apply attention to x (B, T, D) at positions (B, T) and return (B, T, D).
+
+        `attention` is the attention function; see `Attention`.
+        """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         linear = functools.partial(Linear, dtype=dtype)
 
@@ -70,13 +75,13 @@ class CausalAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two dense layers with GELU between, or SwiGLU."""
+    """Feed-forward layer: two dense layers with GELU between them, or SwiGLU."""
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map (B, T, D) to (B, T, D)."""
+        """Apply the feed-forward layer to each vector of x (B, T, D) and return (B, T, D)."""
         config = self.config
         linear = functools.partial(Linear, use_bias=config.mlp_bias, dtype=jnp.dtype(config.dtype))
         into, out, init = (axes.EMBED, axes.MLP), (axes.MLP, axes.EMBED), _initializer(config)
@@ -89,20 +94,23 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind a norm and added to its input."""
+    """Pre-norm transformer block: attention and feed-forward, each after a norm and with a residual connection."""
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, positions: jax.Array, mask: Mask) -> jax.Array:
-        """Map (B, T, D) at positions (B, T) to (B, T, D); the mask's order is the causal one, whatever it says."""
-        # The order is a number here, because rematerialisation traces what is handed over, and the kernels that take
-        # no other order than this one could not be chosen.
+        """Apply the block to x (B, T, D) at positions (B, T) and return (B, T, D).
+
+        Attention is causal, whatever the order of the mask.
+        """
+        # Set the order to the number 0 here. Rematerialization traces the arguments, so an order from outside would be
+        # a traced array, and the kernels that support only this order could not be chosen.
         return self.mix(x, positions, functools.partial(attend, mask=mask._replace(order=0)))
 
     @nn.compact
     def mix(self, x: jax.Array, positions: jax.Array, attention: Attention) -> jax.Array:
-        """Like a call, with any function in the place of attention."""
+        """Apply the block like a call, but with the given attention function; (B, T, D) -> (B, T, D)."""
         config = self.config
 
         def attended(x: jax.Array) -> jax.Array:
@@ -124,14 +132,14 @@ class Block(nn.Module):
 
 
 def running_positions(segments: jax.Array) -> jax.Array:
-    """Place of each token within its run of equal segments (B, T)."""
+    """Return the position of each token within its run of equal segment numbers: integers (B, T) -> (B, T)."""
     index = jnp.arange(segments.shape[1])
     starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
 class Decoder(nn.Module):
-    """The whole model; see `DecoderConfig`."""
+    """Text decoder: token embeddings, causal transformer blocks and output head; see `DecoderConfig`."""
 
     config: DecoderConfig
     outputs: ClassVar[tuple[str, ...]] = ("logits",)
@@ -139,12 +147,12 @@ class Decoder(nn.Module):
 
     @staticmethod
     def example(config: DecoderConfig) -> dict[str, jax.Array]:
-        """Smallest inputs of a call, by name."""
+        """Return the smallest valid inputs of one call, as a dict by argument name."""
         return {"input_ids": jnp.zeros((1, 1), jnp.int32)}
 
     @staticmethod
     def check_inputs(config: DecoderConfig, inputs: Mapping[str, Any]) -> None:
-        """Raise `DataError` unless the inputs fit; values are looked at where they are known (not traced)."""
+        """Raise `DataError` unless the inputs fit the model. Values of traced arrays are not checked."""
         most = config.max_length if config.positions == "learned" else None
         check_text(inputs, config.vocab_size, most)
         if inputs.get("positions") is not None and most is not None:
@@ -152,9 +160,9 @@ class Decoder(nn.Module):
 
     @staticmethod
     def flops(config: DecoderConfig, batch: int, length: int) -> float:
-        """Operations of the matrix products of one forward pass; a multiply-add counts as two.
+        """Count the operations of all matrix products in one forward pass. A multiply-add counts as two.
 
-        Attention counts the half of the scores that causality leaves.
+        Only half of the attention scores count, because attention is causal.
         """
         width, size = config.embed_dim, config.head_size
         attention = width * size * (2 * config.num_heads + 2 * config.kv_heads)
@@ -163,7 +171,7 @@ class Decoder(nn.Module):
         return 2.0 * batch * length * (config.num_layers * block + width * config.vocab_size)
 
     def setup(self) -> None:
-        """Declare the parts."""
+        """Declare the layers of the model."""
         config = self.config
         normal, names = jax.nn.initializers.normal(_DEVIATION), (axes.TEXT_VOCAB, axes.EMBED)
         embed = functools.partial(
@@ -181,9 +189,9 @@ class Decoder(nn.Module):
             )  # fmt: skip
 
     def embed(self, input_ids: jax.Array, positions: jax.Array, soft: jax.Array | None = None) -> jax.Array:
-        """Vectors (B, T, D) of tokens at positions, both (B, T).
+        """Embed tokens at positions, both integers (B, T), as vectors (B, T, D).
 
-        The token -1 - k is the vector k of the row of `soft` (B, K, D), which stands for a token of no vocabulary.
+        The token -1 - k stands for the soft token k of its row, `soft[row, k]`. `soft` has the shape (B, K, D).
         """
         if soft is None:
             x = self.token(input_ids)
@@ -205,7 +213,10 @@ class Decoder(nn.Module):
         positions: jax.Array | None = None,
         soft: jax.Array | None = None,
     ) -> jax.Array:
-        """Vectors (B, T, D) behind the last norm; arguments as in a call, `soft` as in `embed`."""
+        """Compute the hidden vectors (B, T, D) after the last norm.
+
+        The arguments are those of a call; see `embed` for `soft`.
+        """
         if segments is not None:
             places = running_positions(segments)
         elif attention_mask is not None:
@@ -219,11 +230,11 @@ class Decoder(nn.Module):
         return self.finish(x)
 
     def finish(self, x: jax.Array) -> jax.Array:
-        """Norm behind the last block."""
+        """Apply the norm after the last block to x (B, T, D)."""
         return self.norm(x)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Scores of all tokens, float32 (..., V), of hidden vectors (..., D)."""
+        """Compute the scores (logits) of all tokens, float32 (..., V), from hidden vectors (..., D)."""
         scores = self.token.scores(hidden) if self.config.tied else self.head(hidden)
         return scores.astype(jnp.float32)
 
@@ -234,24 +245,25 @@ class Decoder(nn.Module):
         segments: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
-        """Compute the scores of each next token.
+        """Compute the scores of the next token at each position.
 
         Parameters
         ----------
         input_ids
             Tokens, integers (B, T).
         attention_mask
-            (B, T), 1 for tokens and 0 for padding, on either side. Padding changes no output of a token.
+            Shape (B, T): 1 for tokens and 0 for padding, on either side. Padding does not change the outputs of tokens.
         segments
-            Instead: numbers (B, T) of the texts that share a row, one after the other; a token sees its own text
-            alone, and positions are counted from its beginning. 0 is padding.
+            For rows that hold several texts one after the other, the number of each token's text, integers (B, T); 0 is
+            padding. A token attends only to its own text, and positions are counted from the beginning of the text. If
+            given, `attention_mask` is ignored.
         positions
-            Positions (B, T) instead of counted ones.
+            Positions of the tokens, integers (B, T). By default they are counted.
 
         Returns
         -------
-        `logits` float32 (B, T, V); `hidden` (B, T, D), behind the last norm; `text_embedding` float32 (B, D), its mean
-        over the tokens without padding.
+        A dict with `logits`, float32 (B, T, V); `hidden` (B, T, D), the vectors after the last norm; and
+        `text_embedding`, float32 (B, D), the mean of `hidden` over the tokens that are not padding.
         """
         hidden = self.hidden_states(input_ids, attention_mask, segments, positions)
         tokens = attention_mask if segments is None else segments

@@ -1,4 +1,4 @@
-"""Configurations of text decoders: GPT-2, GPT-NeoX (Pythia) and LLaMA are one architecture with other options."""
+"""Configurations of text decoders. GPT-2, GPT-NeoX (Pythia) and LLaMA share one architecture with different options."""
 
 from __future__ import annotations
 
@@ -37,44 +37,48 @@ class DecoderConfig:
     Parameters
     ----------
     vocab_size
-        Tokens of the vocabulary (V).
+        Number of tokens in the vocabulary (V).
     embed_dim, num_layers, num_heads, ffn_dim
-        Width (D), blocks, heads of queries (H), and width of the feed-forward.
+        Width (D), number of blocks, number of query heads (H), and width of the feed-forward layers.
     num_kv_heads
-        Heads of keys and values, a divisor of `num_heads` (grouped-query attention); 0: as many.
+        Number of key and value heads, which must divide `num_heads` (grouped-query attention). 0 means `num_heads`.
     head_dim
-        Features of a head; 0: embed_dim / num_heads.
+        Features of a head. 0 means embed_dim / num_heads.
     max_length
-        Positions: the size of the table of learned ones, and the longest text a rotary model was made for.
+        With learned positions, the size of the position table. With rotary positions, the longest text that the model
+        was trained for.
     positions
-        "learned" table added to the tokens, or "rotary" embedding of queries and keys.
+        "learned" adds a learned vector per position to the tokens. "rotary" applies rotary position embedding to
+        queries and keys.
     rotary_fraction, rotary_base
-        Share of a head's features that turn, and base of their frequencies.
+        Fraction of a head's features that is rotated, and base of the frequencies.
     rotary_scaling, rotary_factor, rotary_low, rotary_high, rotary_length
-        "linear" divides all frequencies by the factor; "llama3" (Llama 3.1) divides those whose wave is longer than
-        rotary_length / rotary_low, keeps those whose wave is shorter than rotary_length / rotary_high, and goes from
-        one to the other between; "" does neither.
+        Change of the rotary frequencies for longer texts. "" keeps all frequencies. "linear" divides them by
+        `rotary_factor`. "llama3" (Llama 3.1) divides the frequencies with a wavelength above rotary_length /
+        rotary_low, keeps those with a wavelength below rotary_length / rotary_high, and interpolates between the two.
     norm, norm_eps
-        "layer" or "rms" norm before attention and feed-forward and behind the last block, and its epsilon.
+        Norm before attention, before feed-forward and after the last block ("layer" or "rms"), and its epsilon.
     mlp
-        "gelu_tanh", "gelu" (exact), or "swiglu": silu(x gate) * (x up).
+        Feed-forward layer: "gelu_tanh", "gelu" (exact), or "swiglu", which is silu(x gate) * (x up).
     attention_bias, out_bias, mlp_bias
-        Whether the projections have biases.
+        Whether there are biases in the projections to queries, keys and values, in the output projection of attention,
+        and in the feed-forward layer.
     parallel
-        Whether attention and feed-forward see the same input and are added together (GPT-NeoX).
+        Whether attention and feed-forward get the same input, and both outputs are added to it (GPT-NeoX).
     tied
-        Whether the head shares the table of token embeddings.
+        Whether the output head uses the token embeddings as its weights.
     dropout
-        Share left out of the embeddings and of what each branch adds, in training only. Weights of attention are
-        not left out, which flash attention could not do.
+        Dropout rate of the embeddings and of the outputs of attention and feed-forward, in training only. Attention
+        weights have no dropout, because flash attention does not support it.
     init
-        Random parameters: "normal" with standard deviation 0.02, smaller for what branches add (Radford et al.
-        2019), or "xavier" (Glorot & Bengio 2010), the choice of Cell2Sentence (appendix C).
+        Initialization of the parameters: "normal" with standard deviation 0.02, smaller for matrices whose outputs
+        enter a residual connection (Radford et al. 2019); or "xavier" (Glorot & Bengio 2010), which Cell2Sentence uses
+        (appendix C).
     remat
-        What blocks keep for the backward pass: "level" their inputs, "products" the outputs of matrix products too,
-        "none" everything.
+        What each block saves for the backward pass: "level" saves only the block's inputs, "products" also the outputs
+        of matrix products, "none" everything.
     dtype
-        Type of the computation; parameters, norms and logits stay float32.
+        Type of the computation. Parameters, norms and logits are always float32.
     """
 
     vocab_size: int = 50_257
@@ -118,29 +122,32 @@ class DecoderConfig:
             )
         if self.num_heads % self.kv_heads:
             raise ConfigError(
-                f"num_kv_heads is {self.num_kv_heads}, but it must divide num_heads ({self.num_heads})."
+                f"num_kv_heads is {self.num_kv_heads}, but must divide num_heads ({self.num_heads}): change one of "
+                "them."
             )
         if self.positions == "rotary" and (self.rotary_dim < 2 or self.rotary_dim % 2):
             raise ConfigError(
-                f"{self.rotary_dim} of {self.head_size} features of a head would turn (rotary_fraction "
-                f"{self.rotary_fraction}), but an even number of at least 2 must."
+                f"rotary_fraction is {self.rotary_fraction}, which rotates {self.rotary_dim} of the {self.head_size} "
+                "features of a head, but their number must be even and at least 2: change rotary_fraction."
             )
         if self.rotary_scaling == "llama3" and self.rotary_low >= self.rotary_high:
             raise ConfigError(
-                f"rotary_low is {self.rotary_low}, but it must be smaller than rotary_high ({self.rotary_high})."
+                f"rotary_low is {self.rotary_low}, but must be smaller than rotary_high ({self.rotary_high}): change "
+                "one of them."
             )
         check_share("dropout", self.dropout, one=False)
 
     @classmethod
     def fit(cls, values: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-        """Values of a configuration with `vocab_size` 0 replaced by a tokenizer's size."""
+        """Return configuration values in which a `vocab_size` of 0 is replaced by the size of a tokenizer."""
         return {**values, "vocab_size": values.get("vocab_size", cls.vocab_size) or vocab_size}
 
     @classmethod
     def with_length(cls, values: Mapping[str, Any], length: int) -> dict[str, Any]:
-        """Values of a model that is trained on further rows of `length` tokens.
+        """Return the configuration values of a model whose training continues on rows of `length` tokens.
 
-        Rotary positions have no limit, and `max_length` grows to that length. A table of learned ones keeps its size.
+        With rotary positions, `max_length` grows to `length` if it is smaller. With learned positions it stays the
+        same, because it is the size of the position table.
         """
         if values["positions"] != "rotary":
             return dict(values)
@@ -148,26 +155,28 @@ class DecoderConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values."""
+        """Return the number of key and value heads."""
         return self.num_kv_heads or self.num_heads
 
     @property
     def head_size(self) -> int:
-        """Features of a head."""
+        """Return the number of features of a head."""
         return self.head_dim or self.embed_dim // self.num_heads
 
     @property
     def rotary_dim(self) -> int:
-        """Features of a head that turn."""
+        """Return the number of features of a head that are rotated."""
         return int(self.head_size * self.rotary_fraction)
 
     def frequencies(self) -> jax.Array:
-        """Radians per position of each pair of features that turns, (rotary_dim / 2,)."""
+        """Return the rotation of each pair of features, in radians per position, float32 (rotary_dim / 2,)."""
         plain = rotary_frequencies(self.rotary_dim, self.rotary_base)
         if self.rotary_scaling == "linear":
             return plain / self.rotary_factor
         if self.rotary_scaling == "llama3":
-            turns = self.rotary_length * plain / (2 * math.pi)  # within the length of the first training
+            turns = (
+                self.rotary_length * plain / (2 * math.pi)
+            )  # full rotations within the original training length
             kept = jnp.clip((turns - self.rotary_low) / (self.rotary_high - self.rotary_low), 0.0, 1.0)
             return plain * (kept + (1.0 - kept) / self.rotary_factor)
         return plain
@@ -175,12 +184,15 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config(DecoderConfig):
-    """GPT-2 small; medium has 24 layers of width 1,024 and 16 heads, large 36 of 1,280 and 20."""
+    """GPT-2. The defaults are GPT-2 small.
+
+    GPT-2 medium has 24 layers, width 1,024 and 16 heads. GPT-2 large has 36 layers, width 1,280 and 20 heads.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class NeoXConfig(DecoderConfig):
-    """GPT-NeoX; the defaults are Pythia-160m."""
+    """GPT-NeoX. The defaults are Pythia-160m."""
 
     vocab_size: int = 50_304
     max_length: int = 2048
@@ -193,7 +205,7 @@ class NeoXConfig(DecoderConfig):
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig(DecoderConfig):
-    """LLaMA 1, 2 and 3; the defaults are LLaMA-2-7B."""
+    """LLaMA 1, 2 and 3. The defaults are LLaMA-2-7B."""
 
     vocab_size: int = 32_000
     embed_dim: int = 4096

@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA; Hu et al. 2022), one or several for each layer.
 
-`sct.models.adapters` has what all kinds of adapters share; its names can be imported from here too.
+`sct.models.adapters` holds the functions for all kinds of adapters. They can also be imported from here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
 
 
 def adapted(variables: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Path and low-rank adapter of each layer that has one, from the collection "adapters"."""
+    """Yield the path and the low-rank adapter of each layer that has one in the collection "adapters"."""
     for layer, kind, adapter in adapters_of(variables):
         if kind is LOW_RANK:
             yield layer, adapter
@@ -44,17 +44,18 @@ def adapted(variables: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Several adapters for every layer. All are summed; each sample trains its own ones (ZerOmics, section 3.2).
+    """Several low-rank adapters (members) for every layer (ZerOmics paper, section 3.2).
 
-    The members lie side by side in one adapter of rank `members * rank`. Its output is their sum, so a forward pass
-    runs one adapter, and merging and exporting need to know nothing of members.
+    The outputs of all members are summed. Each sample trains only some of the members. The matrices of all members are
+    concatenated to one adapter of rank `len(members) * rank`, whose output is the sum. A forward pass therefore runs
+    one adapter, and merging and exporting treat it like any other.
 
     Parameters
     ----------
     members
-        Names, such as "universal" and those of tasks.
+        Names of the members, such as "universal" and the names of tasks.
     each
-        Options of one member; each has the factor `alpha / rank`.
+        Options of one member. The output of each member is multiplied by `alpha / rank`.
     """
 
     members: tuple[str, ...]
@@ -62,35 +63,38 @@ class Mixture:
 
     def __post_init__(self) -> None:
         if not self.members or len(set(self.members)) < len(self.members):
-            raise ConfigError(f"members are {self.members!r}, but they must be one or more different names.")
+            raise ConfigError(
+                f"members is {self.members!r}, but must be a tuple of one or more distinct names: give each name once."
+            )
 
     @property
     def config(self) -> LoraConfig:
-        """Options of the one adapter that holds all members."""
+        """Return the options of the single adapter that holds all members."""
         number = len(self.members)
         return dataclasses.replace(self.each, rank=self.each.rank * number, alpha=self.each.alpha * number)
 
     def place(self, member: str) -> slice:
-        """Columns of `lora_a`, and rows of `lora_b`, of a member."""
+        """Return the columns of `lora_a`, which are also the rows of `lora_b`, that belong to a member."""
         first = self.members.index(member) * self.each.rank
         return slice(first, first + self.each.rank)
 
     def gate(self, trains: jax.Array) -> jax.Array:
-        """Columns that each sample trains (B, members * rank), from the members that it trains (B, members)."""
+        """Expand the members that each sample trains, 0 or 1 (B, members), to columns, float32 (B, members * rank)."""
         return jnp.repeat(trains.astype(jnp.float32), self.each.rank, axis=1)
 
 
 def gated(variables: Mapping[str, Any], trained: jax.Array) -> dict[str, Any]:
-    """Variables for a call in which each sample's gradient reaches only a part of the adapters.
+    """Return variables with which each sample trains only some columns of the low-rank adapters.
 
-    Outputs do not change, nor does the gradient that passes through the adapters to the layers below.
+    The outputs of the model do not change. Neither does the gradient that passes through the adapters to the layers
+    below.
 
     Parameters
     ----------
     variables
-        Nested arrays with the collection "adapters".
+        Variables of a model with the collection "adapters".
     trained
-        1 for the columns that a sample trains, 0 for others (B, r); see `Mixture.gate`.
+        Shape (B, r): 1 for the columns that a sample trains and 0 for the others; see `Mixture.gate`.
     """
     adapters = flatten(variables[COLLECTION])
     gates = {

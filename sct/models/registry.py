@@ -1,4 +1,4 @@
-"""Architectures by name: configuration, module, and what adapters adapt by default."""
+"""Registry of architectures: the configuration, the Flax module and the default adapter targets of each name."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from sct.models.zeromics_cells import ZerOmicsCells, ZerOmicsCellsConfig
 
 T = TypeVar("T")
 
-# Dense layers that get a low-rank adapter by default. For GPT-2 and GPT-NeoX it is what the PEFT library adapts, whose
-# layers hold all three projections in one.
+# Dense layers that get a low-rank adapter by default. In the Hugging Face versions of GPT-2 and GPT-NeoX, one layer
+# computes queries, keys and values, and the PEFT library adapts it. So their default here is all three projections.
 QUERY_VALUE, QUERY_KEY_VALUE = (r"attention/(query|value)$",), (r"attention/(query|key|value)$",)
 
 
 class Architecture(NamedTuple):
-    """What a name of `MODELS` stands for.
+    """An architecture of `MODELS`.
 
     Attributes
     ----------
     config, module
-        Types of the configuration and of the Flax module.
+        Classes of the configuration and of the Flax module.
     targets
-        Dense layers that get a low-rank adapter by default, see `sct.models.adapter_kinds.LoraConfig`; none where
-        adapters must name theirs.
+        Dense layers that get a low-rank adapter by default; see `sct.models.adapter_kinds.LoraConfig`. Empty if the
+        architecture has no default.
     """
 
     config: type[Any]
@@ -57,20 +57,29 @@ MODELS: dict[str, Architecture] = {
 
 
 def with_current_names(cls: type[Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Plain values of a configuration dataclass, in which options have their current names.
+    """Replace former option names in the values of a configuration by the current names.
 
-    A renamed option is also accepted by its former name for one release. Its field says so:
-    `dataclasses.field(default=15, metadata={"formerly": "stem_taps"})`. Nested values are included.
+    For one release, a renamed option is also accepted under its former name. The field declares it:
+    `dataclasses.field(default=15, metadata={"formerly": "stem_taps"})`.
+
+    Parameters
+    ----------
+    cls
+        Configuration dataclass.
+    values
+        Values by option name; may be nested.
+    where
+        Name of the configuration in messages.
 
     Raises
     ------
     ConfigError
-        An option is given by both of its names.
+        An option is given under both names.
 
     Warns
     -----
     FutureWarning
-        An option is given by its former name.
+        An option is given under its former name.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     former = {field.metadata.get("formerly"): name for name, field in fields.items()}
@@ -79,9 +88,12 @@ def with_current_names(cls: type[Any], values: Mapping[str, Any], where: str) ->
         name = former.get(given, given)
         if name != given:
             if name in values:
-                raise ConfigError(f"{where} has {given} and {name}, two names of one option: remove {given}.")
+                raise ConfigError(
+                    f"{where} has both {given} and {name}, but they are the same option: remove {given}, its former "
+                    "name."
+                )
             warnings.warn(
-                f"{where}.{given} was renamed to {name}; the next release refuses the old name.",
+                f"{where}.{given} was renamed to {name}: use the new name, for the next release refuses the old one.",
                 FutureWarning,
                 stacklevel=2,
             )
@@ -97,15 +109,24 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Make a configuration dataclass of plain values, nested ones included.
+    """Make a configuration dataclass from plain values, which may be nested.
 
-    Former names of options work too, see `with_current_names`.
+    Former option names also work; see `with_current_names`.
+
+    Parameters
+    ----------
+    cls
+        Configuration dataclass.
+    values
+        Values by option name.
+    where
+        Name of the configuration in messages.
 
     Raises
     ------
     ConfigError
-        A name that the class does not have, an option given by two names, or a value of the wrong type, named with
-        its place.
+        The class has no option of a name, an option is given under two names, or a value has the wrong type. The
+        message names the option.
     """
     values = with_current_names(cls, values, where)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -118,10 +139,10 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
             value = build(type(default), value, f"{where}.{name}")
         elif isinstance(value, str) and (parse := getattr(default, "parse", None)) is not None:
-            value = parse(value)  # a structure that may also be written as a text
+            value = parse(value)  # a structured option that may also be written as a string
         elif isinstance(default, tuple):
             if not isinstance(value, list | tuple):
-                raise ConfigError(f"{where}.{name} is {value!r}, but a list such as ({value!r},) is needed.")
+                raise ConfigError(f"{where}.{name} is {value!r}, but must be a list: write ({value!r},).")
             value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
         elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
@@ -130,18 +151,21 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
             or (isinstance(value, bool) and not isinstance(default, bool))
         ):
             raise ConfigError(
-                f"{where}.{name} is {value!r}, but a value of type {type(default).__name__} is needed."
+                f"{where}.{name} is {value!r}, but must be of type {type(default).__name__}: correct the value."
             )
         made[name] = value
     return cls(**made)
 
 
-# What of a configuration says how it is computed and not what.
+# Options that change how a model is computed, but not its architecture.
 _COMPUTING = ("dtype", "remat", "dropout")
 
 
 def computing(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of an architecture, in which what is given of the computation is replaced; parts of a model included."""
+    """Return configuration values in which the options in `_COMPUTING` are replaced by those in `given`.
+
+    Options of a model's nested parts are also replaced.
+    """
     changed = {name: given[name] for name in _COMPUTING if name in given and name in values}
     parts = {
         name: computing(part, given[name])
@@ -152,16 +176,17 @@ def computing(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
 
 
 def inherited(config: Any, given: Mapping[str, Any], length: int = 0) -> dict[str, Any]:
-    """Values of a model's architecture for training that starts from it.
+    """Return the configuration values for training that starts from an existing model.
 
     Parameters
     ----------
     config
-        Configuration of the model. Its class may define `with_length(values, length)`; others read any length.
+        Configuration of the existing model. If its class defines `with_length(values, length)`, that method adapts the
+        values to `length`; other models accept any length.
     given
-        Values of the new configuration, of which those count that say how the model is computed.
+        Values of the new configuration. Only dtype, remat and dropout are taken from it.
     length
-        Tokens of the rows of text that it is trained on; 0 for none.
+        Tokens per row of text in the new training; 0 if it has no text.
     """
     values = computing(dataclasses.asdict(config), given)
     fit = getattr(type(config), "with_length", None)
@@ -169,9 +194,10 @@ def inherited(config: Any, given: Mapping[str, Any], length: int = 0) -> dict[st
 
 
 def check_device(config: Any) -> None:
-    """Raise `ConfigError` where a model computes in float16 and there is only a CPU.
+    """Raise `ConfigError` if a model computes in float16 and the default backend is the CPU.
 
-    There XLA has no float16 products with sums in float32, and compiles the rest for minutes; it does have bfloat16.
+    XLA for CPU has no float16 matrix products with float32 sums, and takes minutes to compile other float16 operations.
+    It does support bfloat16.
     """
     if jax.default_backend() != "cpu":
         return
@@ -180,9 +206,9 @@ def check_device(config: Any) -> None:
         path, part = parts.pop()
         if getattr(part, "dtype", None) == "float16":
             raise ConfigError(
-                f"the model computes in float16 ({path}dtype), which CPUs do not: take a GPU, or float32 or bfloat16 "
-                f"(--config.model.{path}dtype=float32; of a saved model change model.{path}dtype in its config.json "
-                f"and delete the entry {SEAL!r} there)."
+                f"model.{path}dtype is float16, but CPUs support float32 and bfloat16 only: use a GPU, or set "
+                f"--config.model.{path}dtype=float32; for a saved model, set model.{path}dtype in its config.json and "
+                f"delete the entry {SEAL!r} there."
             )
         nested = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
         parts += [
@@ -191,15 +217,15 @@ def check_device(config: Any) -> None:
 
 
 def family(name: str) -> Architecture:
-    """Architecture of a name; `ConfigError` where there is none."""
+    """Return the architecture of this name. Raises `ConfigError` if there is none."""
     check_choice("the model family", name, sorted(MODELS))
     return MODELS[name]
 
 
 def model_config(name: str, values: Mapping[str, Any], num_genes: int | None = None) -> Any:
-    """Configuration of a family from plain values.
+    """Make the configuration of a model family from plain values.
 
-    With `num_genes`, the size of a vocabulary, the architecture is fitted to it where it leaves that open.
+    If `num_genes`, the size of the vocabulary, is given, it fills in sizes that the values leave open (0 or missing).
     """
     cls, where = family(name).config, f"model ({name})"
     if num_genes is not None:

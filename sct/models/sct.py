@@ -1,13 +1,14 @@
-"""sCT (sCellTransformer): a UNet of convolutions around a transformer, over the genes of many cells.
+"""sCT (sCellTransformer): a convolutional U-Net with a transformer at its center, over the genes of many cells.
 
 Source: "A long range foundation model for zero-shot predictions in single-cell and spatial transcriptomics data",
-section 3. Where its text and the published checkpoint differ, an option of `SCTConfig` has both.
+section 3. Where the paper's text and the published checkpoint differ, an option of `SCTConfig` chooses between them.
 
     tokens (B, K, G) -> embeddings (B, K * G, 64) -> stem -> convolution tower (B, K * G / 256, 1024)
                      -> transformer -> deconvolution tower with skip connections (B, K * G, 64) -> head (B, K, G, 7)
 
-B bags, K cells in a bag, G gene positions; widths of the published model. How the layers run (devices, chunks, what is
-saved for the gradient) stands in `sct.nn.execution`.
+B is the number of bags, K the number of cells in a bag, and G the number of gene positions. The widths are those of the
+published model. `sct.nn.execution` runs the layers: on several devices, in chunks, and with a choice of the values
+saved for the backward pass.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from sct.nn.spatial import spatial_features
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """GELU in its tanh form."""
+    """Apply GELU with its tanh approximation."""
     return jax.nn.gelu(x, approximate=True)
 
 
@@ -52,21 +53,24 @@ class Stem(nn.Module):
         self.conv = Conv(config.filters[0], config.stem_kernel_size, segment=cell, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map (B, K * G, token_embed_dim) to (B, K * G, filters[0])."""
+        """Apply the stem to token embeddings x (B, K * G, token_embed_dim) and return (B, K * G, filters[0])."""
         halo = 0 if self.config.conv_boundary == "cell" else halo_of(self.config.stem_kernel_size)
         return by_cells(self, x, num_positions=self.config.num_genes, halo=halo, chunked=False)
 
     def normalize(self, x: jax.Array) -> jax.Array:
-        """Return x: the stem has no norm."""
+        """Return x unchanged, because the stem has no norm."""
         return x
 
     def convolve(self, x: jax.Array, borders: Borders | None, skip: None) -> jax.Array:
-        """Convolution and GELU."""
+        """Apply convolution and GELU to x (B, K * G, token_embed_dim); see `Conv` for `borders`."""
         return gelu(self.conv(x, borders))
 
 
 class ConvBlock(nn.Module):
-    """Norm and convolution, the unit of both towers; a GELU follows. `upsample` doubles the positions."""
+    """Norm, then convolution: the unit of both towers. With `upsample`, it doubles the number of positions.
+
+    The GELU that follows is not part of this module.
+    """
 
     config: SCTConfig
     features: int
@@ -75,7 +79,7 @@ class ConvBlock(nn.Module):
     upsample: bool = False
 
     def setup(self) -> None:
-        """Declare norm and convolution."""
+        """Declare the norm and the convolution."""
         config, positions = self.config, self.num_positions
         if config.norm == "layer":
             self.norm: nn.Module = LayerNorm(config.layer_norm_eps)
@@ -86,25 +90,26 @@ class ConvBlock(nn.Module):
         self.conv = Conv(self.features, self.kernel_size, self.upsample, cell, dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map (B, K * G, C) to (B, K * G, features), or to (B, 2 K * G, features)."""
+        """Apply the block to x (B, K * G, C) and return (B, K * G, features). `upsample` doubles the positions."""
         return self.convolve(self.normalize(x))
 
     def normalize(self, x: jax.Array) -> jax.Array:
-        """Normalize each cell of (B, K * G, C)."""
+        """Normalize each cell of x (B, K * G, C) and return the same shape. With norm="none", return x unchanged."""
         return x if self.config.norm == "none" else self.norm(x)
 
     def convolve(self, x: jax.Array, borders: Borders | None = None) -> jax.Array:
-        """Convolve the normalized sequence (B, K * G, C); for its borders see `Conv`."""
+        """Convolve the normalized sequence x (B, K * G, C); see `Conv` for `borders`."""
         return saveable(self.conv(x, borders))
 
 
 class TowerLevel(nn.Module):
-    """Level of a tower: a block that changes the width, then a residual block with a kernel of one.
+    """Level of a tower: a block that changes the width, then a residual block with a kernel of size 1.
 
         h = conv(norm(x));  y = GELU(h) + GELU(conv_1(norm(GELU(h))))
 
-    In the convolution tower the level ends with pooling, which halves the positions. In the deconvolution tower `conv`
-    is transposed, which doubles them, and the level ends by adding the skip connection.
+    A level of the convolution tower ends with pooling, which halves the number of positions. In the deconvolution tower
+    (`upsample`), `conv` is a transposed convolution, which doubles the number of positions, and the level ends by
+    adding the skip connection.
     """
 
     config: SCTConfig
@@ -119,18 +124,22 @@ class TowerLevel(nn.Module):
         self.residual = ConvBlock(config, self.features, 1, positions * 2 if self.upsample else positions)
 
     def __call__(self, x: jax.Array, skip: jax.Array | None = None) -> jax.Array:
-        """Map (B, K * G, C) to (B, K * G / 2, features), or with `upsample` to (B, 2 K * G, features)."""
+        """Apply the level to x (B, K * G, C).
+
+        Returns (B, K * G / 2, features). With `upsample` it returns (B, 2 K * G, features), which is also the shape of
+        `skip`.
+        """
         config = self.config
         halo = 0 if config.conv_boundary == "cell" else halo_of(config.conv_kernel_size, self.upsample)
         y = by_cells(self, x, skip, num_positions=self.num_positions, halo=halo, remat=config.remat)
         return axes.constrain(y, axes.BATCH, axes.LENGTH, axes.CHANNEL)
 
     def normalize(self, x: jax.Array) -> jax.Array:
-        """First norm."""
+        """Apply the first norm to x (B, K * G, C)."""
         return self.block.normalize(x)
 
     def convolve(self, x: jax.Array, borders: Borders | None, skip: jax.Array | None) -> jax.Array:
-        """All that follows the first norm."""
+        """Apply everything after the first norm to x (B, K * G, C); see `Conv` for `borders`."""
         h = self.block.convolve(x, borders)
         y = gelu(h) + gelu(self.residual(gelu(h)))
         if not self.upsample:
@@ -139,23 +148,26 @@ class TowerLevel(nn.Module):
 
 
 class Head(nn.Module):
-    """GELU, then hidden layers with GELU, then logits of the alphabet in float32."""
+    """Output head: GELU, hidden layers with GELU, and a dense layer that returns float32 logits of all tokens."""
 
     config: SCTConfig
 
     def setup(self) -> None:
-        """Declare the layers."""
+        """Declare the dense layers."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         for layer in range(config.num_hidden_layers_head):
             setattr(self, f"hidden_{layer}", Linear(config.embed_dim, dtype=dtype))
         self.logits = Linear(config.num_bins + 2, dtype=dtype)
 
     def __call__(self, x: jax.Array, cells: int | None = None) -> jax.Array:
-        """Map (..., filters[0]) to (..., num_bins + 2); `cells` is K where x is a whole bag (B, K * G, filters[0])."""
+        """Compute logits (..., num_bins + 2) from vectors x (..., filters[0]).
+
+        If x is a whole bag (B, K * G, filters[0]), `cells` is K; otherwise it is None.
+        """
         return by_positions(self, "mlp", x, cells)
 
     def mlp(self, x: jax.Array) -> jax.Array:
-        """All layers, of each position by itself."""
+        """Apply all layers to each position of x (..., filters[0]) separately and return (..., num_bins + 2)."""
         x = gelu(x)
         for layer in range(self.config.num_hidden_layers_head):
             x = gelu(getattr(self, f"hidden_{layer}")(x))
@@ -163,7 +175,7 @@ class Head(nn.Module):
 
 
 class SCT(nn.Module):
-    """The whole model; see `SCTConfig`."""
+    """sCT: token embedding, stem, convolution tower, transformer, deconvolution tower and head; see `SCTConfig`."""
 
     config: SCTConfig
     outputs: ClassVar[tuple[str, ...]] = ("logits", "cell_embedding")
@@ -175,7 +187,7 @@ class SCT(nn.Module):
         filters, genes, levels = config.filters, config.num_genes, range(config.num_downsamples)
         self.token_embed = Embed(config.num_bins + 2, config.token_embed_dim, dtype)
         if config.use_spatial:
-            # Zero, so that training on spatial data continues exactly where training on cells stopped.
+            # Zero, so that a model trained without coordinates first gives the same outputs on spatial data.
             self.spatial = Linear(config.token_embed_dim, dtype=jnp.float32, kernel_init=axes.zeros)
         self.stem = Stem(config)
         self.down = [TowerLevel(config, filters[i + 1], genes >> i) for i in levels]
@@ -194,24 +206,29 @@ class SCT(nn.Module):
         coordinates: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
-        """Compute logits, cell embeddings and the activations between the parts.
+        """Compute logits, cell embeddings and intermediate activations.
 
         Parameters
         ----------
         tokens
-            Integers (B, K, G): 0 unexpressed, 1 .. num_bins - 1 levels, PAD, MASK.
+            Integers (B, K, G): 0 is unexpressed, 1 to num_bins - 1 are expression levels, then PAD and MASK.
         coordinates
-            Rescaled positions of the cells (B, K, 2), for models with `use_spatial`; NaN for a cell without a
-            position, whose spatial term is zero.
+            Rescaled coordinates of the cells (B, K, 2), for models with `use_spatial`. NaN marks a cell without
+            coordinates; its spatial term is zero.
         positions
-            Flat positions (B, P) in the K * G sequence at which to evaluate the head; None for all. Or (B, S, P)
-            in S equal parts of it, each counted from the part's start, so that each device reads its own part.
+            Positions in the flat sequence of length K * G at which to evaluate the head, integers (B, P). None means
+            all positions. With shape (B, S, P), the sequence is cut into S equal parts, and positions are counted from
+            the start of each part, so that each device reads only its own part.
 
         Returns
         -------
-        `logits` float32 (B, K, G, num_bins + 2), or those at `positions`, with num_bins + 2 as a further axis;
-        `cell_embedding` float32 (B, K, embed_dim): the mean over a cell's transformer positions; `conv_out`,
-        `transformer_out` (B, K G / 2^n, embed_dim); `deconv_out` (B, K G, filters[0]).
+        A dict with these arrays, where n is the number of levels:
+
+        - `logits`, float32 (B, K, G, num_bins + 2); with `positions`, the shape of `positions` plus a last axis of
+          num_bins + 2.
+        - `cell_embedding`, float32 (B, K, embed_dim), the mean over the transformer positions of a cell.
+        - `conv_out` and `transformer_out`, (B, K * G / 2^n, embed_dim).
+        - `deconv_out`, (B, K * G, filters[0]).
         """
         cells = tokens.shape[1]
         conv_out, skips = self.encode(self.embed(tokens, coordinates))
@@ -231,22 +248,34 @@ class SCT(nn.Module):
         }
 
     def embed(self, tokens: jax.Array, coordinates: jax.Array | None = None) -> jax.Array:
-        """Embed tokens (B, K, G), and coordinates (B, K, 2) if any, as (B, K * G, token_embed_dim)."""
+        """Embed tokens (B, K, G) and coordinates (B, K, 2) or None; return (B, K * G, token_embed_dim).
+
+        Raises
+        ------
+        ConfigError
+            The number of gene positions is not that of the model, or a model without `use_spatial` gets coordinates.
+        """
         config = self.config
         batch, cells, genes = tokens.shape
         if genes != config.num_genes:
-            raise ConfigError(f"tokens have {genes} gene positions, but the model has {config.num_genes}.")
+            raise ConfigError(
+                f"tokens has {genes} gene positions, but the model has {config.num_genes}: tokenize with the model's "
+                "vocabulary."
+            )
         x = self.token_embed(tokens)
         if config.use_spatial:
             if coordinates is None:
                 coordinates = jnp.full((batch, cells, 2), jnp.nan)
             x = x + self.embed_coordinates(coordinates).astype(x.dtype)[:, :, None, :]
         elif coordinates is not None:
-            raise ConfigError("coordinates were given, but the model was built with use_spatial=False.")
+            raise ConfigError(
+                "coordinates were given, but the model has use_spatial=False: pass coordinates=None, or set "
+                "use_spatial=True."
+            )
         return rearrange(x, "b k g d -> b (k g) d")
 
     def embed_coordinates(self, coordinates: jax.Array) -> jax.Array:
-        """Map coordinates (B, K, 2) to (B, K, token_embed_dim); zero for a cell without a position."""
+        """Embed coordinates (B, K, 2) as (B, K, token_embed_dim). Cells with NaN coordinates get zeros."""
         config = self.config
         present = jnp.isfinite(coordinates).all(axis=-1, keepdims=True)
         features = spatial_features(
@@ -259,7 +288,10 @@ class SCT(nn.Module):
         return jnp.where(present, self.spatial(features), 0.0)
 
     def encode(self, x: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        """Stem and convolution tower: (B, K * G / 2^n, embed_dim), and the inputs of the levels."""
+        """Apply the stem and the convolution tower of n levels to x (B, K * G, token_embed_dim).
+
+        Returns the output (B, K * G / 2^n, embed_dim), and the input of each level for the skip connections.
+        """
         x = self.stem(x)
         skips = []
         for level in self.down:
@@ -268,36 +300,39 @@ class SCT(nn.Module):
         return x, skips
 
     def transform(self, x: jax.Array) -> jax.Array:
-        """Transformer: (B, K * G / 2^n, embed_dim)."""
+        """Apply the transformer to x (B, K * G / 2^n, embed_dim) and return the same shape."""
         for block in self.transformer:
             x = axes.constrain(block(x), axes.BATCH, axes.LENGTH, axes.EMBED)
         return x
 
     def decode(self, x: jax.Array, skips: list[jax.Array]) -> jax.Array:
-        """Deconvolution tower: (B, K * G, filters[0])."""
+        """Apply the deconvolution tower to x (B, K * G / 2^n, embed_dim) and return (B, K * G, filters[0]).
+
+        `skips` are the level inputs that `encode` returns.
+        """
         for level, skip in zip(self.up, reversed(skips), strict=True):
             x = level(x, skip if self.config.use_skip_connection else None)
         return x
 
     @staticmethod
     def example(config: SCTConfig) -> dict[str, jax.Array]:
-        """Smallest inputs of a call, by name."""
+        """Return the smallest valid inputs of one call, as a dict by argument name."""
         return {"tokens": jnp.zeros((1, 1, config.num_genes), jnp.uint8)}
 
     @staticmethod
     def check_inputs(config: SCTConfig, inputs: Mapping[str, Any]) -> None:
-        """Raise `DataError` unless the inputs fit; values are looked at where they are known (not traced)."""
+        """Raise `DataError` unless the inputs fit the model. Values of traced arrays are not checked."""
         tokens = inputs["tokens"]
         if tokens.ndim != 3 or not jnp.issubdtype(tokens.dtype, jnp.integer) or not tokens.size:
             raise DataError(
-                f"tokens are {tokens.dtype} of shape {tokens.shape}, but integers (bags, cells, "
-                f"{config.num_genes} gene positions), none of them zero, are needed."
+                f"tokens has the type {tokens.dtype} and the shape {tokens.shape}, but must be non-empty integers of "
+                f"shape (bags, cells, {config.num_genes} gene positions): give one row of tokens per cell."
             )
         batch, cells, genes = tokens.shape
         if genes != config.num_genes:
             raise DataError(
-                f"tokens have {genes} gene positions, but the model has {config.num_genes}: pad with token "
-                f"{config.pad} in the model's order of genes."
+                f"tokens has {genes} gene positions, but the model has {config.num_genes}: put the genes into the "
+                f"model's order, and use token {config.pad} (PAD) for genes that are missing."
             )
         check_range("tokens", tokens, config.mask)
         for name, last in (("coordinates", 2), ("positions", None)):
@@ -310,25 +345,30 @@ class SCT(nn.Module):
             if not fits:
                 wanted = f"({batch}, {cells}, {last})" if last else f"({batch}, any number)"
                 raise DataError(
-                    f"{name} have the shape {value.shape}, but {wanted} is needed for the tokens."
+                    f"{name} has the shape {value.shape}, but must have the shape {wanted} to match tokens: correct "
+                    f"the shape of {name}."
                 )
         if inputs.get("coordinates") is not None and not config.use_spatial:
-            raise DataError("coordinates were given, but the model has no spatial encoding: leave them out.")
+            raise DataError(
+                "coordinates were given, but the model has no spatial encoding (use_spatial=False): omit coordinates."
+            )
         if inputs.get("positions") is not None:
             check_range("positions", inputs["positions"], cells * genes - 1)
 
     @staticmethod
     def flops(config: SCTConfig, batch: int, cells: int, head_positions: int | None = None) -> float:
-        """Operations of the matrix products and convolutions of one forward pass; a multiply-add counts as two.
+        """Count the operations of all matrix products and convolutions in one forward pass.
+
+        A multiply-add counts as two operations.
 
         Parameters
         ----------
         config
-            Architecture.
+            Configuration of the model.
         batch, cells
-            Bags (B) and cells of each (K).
+            Number of bags (B) and number of cells in each (K).
         head_positions
-            Positions of a bag at which the head is evaluated; None for all of them.
+            Number of positions of a bag at which the head is evaluated; None for all positions.
         """
         filters, levels = config.filters, config.num_downsamples
         length = cells * config.num_genes
@@ -336,7 +376,7 @@ class SCT(nn.Module):
         for i in range(levels):
             narrow, wide = filters[i], filters[i + 1]
             down = (length >> i) * (config.conv_kernel_size * narrow * wide + wide**2)
-            # Half of the taps of a transposed convolution of stride 2 meet an inserted zero.
+            # In a transposed convolution of stride 2, half of the kernel positions multiply an inserted zero.
             up = (length >> i) * (config.conv_kernel_size * narrow * wide / 2 + narrow**2)
             total += down + up
         inner, width = length >> levels, config.embed_dim
@@ -349,7 +389,10 @@ class SCT(nn.Module):
 
 
 def _at_positions(x: jax.Array, positions: jax.Array) -> jax.Array:
-    """Vectors of a sequence (B, L, C) at positions (B, P) or (B, S, P) in S equal parts of it, (B, S or 1, P, C)."""
+    """Take the vectors of a sequence x (B, L, C) at positions (B, P), or at positions (B, S, P) in S equal parts of x.
+
+    Returns (B, 1, P, C) or (B, S, P, C).
+    """
     parts = positions.reshape(positions.shape[0], -1, positions.shape[-1])
     rows = rearrange(x, "b (s l) c -> b s l c", s=parts.shape[1])
     chosen = jnp.take_along_axis(rows, parts[..., None], axis=2)
@@ -359,9 +402,10 @@ def _at_positions(x: jax.Array, positions: jax.Array) -> jax.Array:
 def level_probabilities(
     config: SCTConfig, offset: float = 0.0
 ) -> Callable[[Any, jax.Array, jax.Array | None], jax.Array]:
-    """Make the function (variables, tokens (B, K, G), coordinates) -> probabilities of levels (B, K, G, num_bins).
+    """Make a function that computes the probability of each expression level.
 
-    `offset` is added to the logit of "unexpressed", see `sct.data.class_prior`.
+    The function takes (variables, tokens (B, K, G), coordinates (B, K, 2) or None) and returns (B, K, G, num_bins).
+    `offset` is added to the logit of "unexpressed"; see `sct.data.class_prior`.
     """
     module = SCT(config)
 

@@ -1,4 +1,4 @@
-"""Configuration of sCT."""
+"""Configuration of the sCT model."""
 
 from __future__ import annotations
 
@@ -40,46 +40,50 @@ _LEAST = {
 
 @dataclasses.dataclass(frozen=True)
 class SCTConfig:
-    """Architecture of sCT; the defaults are the published model at 19,968 gene positions.
+    """Architecture of sCT. The defaults are the published model with 19,968 gene positions.
 
     Parameters
     ----------
     num_genes
-        Gene positions of a cell, a multiple of 2 ** num_downsamples (pad the vocabulary up to it).
+        Number of gene positions per cell, a multiple of 2 ** num_downsamples. Smaller vocabularies are padded to it.
     num_bins
-        Expression levels, zero included (5: unexpressed and four levels). PAD is `num_bins`, MASK is
-        `num_bins + 1`, the alphabet has `num_bins + 2` tokens.
+        Number of expression levels, including zero; 5 means unexpressed and four expressed levels. The PAD token is
+        `num_bins` and the MASK token is `num_bins + 1`, so there are `num_bins + 2` tokens.
     token_embed_dim, embed_dim
-        Width before the tower and in the transformer; widths between them grow linearly.
+        Width of the token embeddings, and width of the transformer. The widths of the tower levels grow linearly from
+        the first to the second.
     num_downsamples
-        Levels of the tower; each halves the number of positions.
+        Number of levels in each tower. Each level of the convolution tower halves the number of positions.
     num_layers, num_heads, ffn_dim
-        Transformer blocks, heads, and width of the gated feed-forward.
+        Number of transformer blocks, number of attention heads, and width of the gated feed-forward layers.
     num_hidden_layers_head
-        Hidden layers of the head, each `embed_dim` wide.
+        Number of hidden layers in the head, each of width `embed_dim`.
     stem_kernel_size, conv_kernel_size
-        Kernel lengths of the stem and of the towers.
+        Kernel sizes of the convolutions in the stem and in the towers.
     use_skip_connection
-        Whether a level's input is added to the matching level of the deconvolution tower.
+        Whether the input of each level is added to the output of the matching level of the deconvolution tower.
     norm
-        "shared" (the paper), "shared_fixed" (no learnable scale and bias), "layer" or "none".
+        Norm in the towers: "shared" (as in the paper), "shared_fixed" (without learnable scale and bias), "layer" or
+        "none".
     pool
-        "avg" as in the published checkpoint, "max" as in the paper's text.
+        Pooling in the convolution tower: "avg" (as in the published checkpoint) or "max" (as in the paper's text).
     conv_boundary
-        "flat": convolutions run over the flat cells-by-genes sequence and see across cell borders, as in the
-        paper; "cell": they stay inside a cell.
+        With "flat", convolutions run over the flat cells-by-genes sequence and cross the borders between cells, as in
+        the paper. With "cell", they do not cross these borders.
     rotary
-        Rotary position embedding over the whole flat sequence; False makes the transformer blind to order.
+        Whether the transformer uses rotary position embedding, over the whole flat sequence. Without it, the
+        transformer does not depend on the order of positions.
     use_spatial, spatial_encoding, num_scales, sigma_min, sigma_max
-        Encoding of coordinates, see `sct.nn.spatial.spatial_features`.
+        Whether the model reads cell coordinates, and their encoding; see `sct.nn.spatial.spatial_features`.
     layer_norm_eps
         Epsilon of every norm.
     remat
-        What levels and blocks save for the backward pass, beside their inputs: "level" nothing, for the least memory;
-        "products" the outputs of convolutions and matrix products (not the scores of attention), so that only cheap
-        operations are computed again; "none" everything. For levels in chunks (on CPU) see `sct.nn.execution`.
+        What levels and blocks save for the backward pass in addition to their inputs. "level" saves nothing and needs
+        the least memory. "products" saves the outputs of convolutions and matrix products (but not attention scores),
+        so that only cheap operations are recomputed. "none" saves everything. For levels in chunks (on CPU) see
+        `sct.nn.execution`.
     dtype
-        Type of the computation; parameters, norms and logits stay float32.
+        Type of the computation. Parameters, norms and logits are always float32.
     """
 
     num_genes: int = 19_968
@@ -111,8 +115,8 @@ class SCTConfig:
         check_fields(self, _CHOICES, _LEAST)
         if self.sigma_min > self.sigma_max:
             raise ConfigError(
-                f"sigma_min is {self.sigma_min} and sigma_max is {self.sigma_max}, but 0 < sigma_min <= "
-                "sigma_max is needed."
+                f"sigma_min is {self.sigma_min} and sigma_max is {self.sigma_max}, but sigma_min must not exceed "
+                "sigma_max: change one of them."
             )
         check_multiple(
             "num_genes",
@@ -122,7 +126,7 @@ class SCTConfig:
             advice=f"use {pad_to_multiple(self.num_genes, self.num_downsamples)}",
         )
         if self.use_skip_connection:
-            advice = "use such a number, or set use_skip_connection=False"
+            advice = "use a multiple of 32, or set use_skip_connection=False"
             check_multiple("token_embed_dim", self.token_embed_dim, 32, advice=advice)
         advice = f"use a multiple of {math.lcm(32, 2 * self.num_heads)}"
         check_multiple("embed_dim", self.embed_dim, 32, advice=advice)
@@ -130,29 +134,32 @@ class SCTConfig:
 
     @classmethod
     def fit(cls, values: Mapping[str, Any], num_genes: int) -> dict[str, Any]:
-        """Values of a configuration with `num_genes` 0 or absent replaced by a vocabulary's size, padded."""
+        """Return configuration values in which a missing `num_genes`, or 0, is replaced by a vocabulary's size.
+
+        The size is padded to a multiple of 2 ** num_downsamples.
+        """
         levels = values.get("num_downsamples", cls.num_downsamples)
         check_at_least("num_downsamples", levels, 1, most=MOST["num_downsamples"])
         return {**values, "num_genes": values.get("num_genes") or pad_to_multiple(num_genes, levels)}
 
     @property
     def pad(self) -> int:
-        """Token of a gene position or cell that is not there."""
+        """Return the PAD token, which marks gene positions and cells that are padding."""
         return self.num_bins
 
     @property
     def mask(self) -> int:
-        """Token of a masked position."""
+        """Return the MASK token, which marks masked positions."""
         return self.num_bins + 1
 
     @property
     def filters(self) -> tuple[int, ...]:
-        """Widths at the borders of the levels: `num_downsamples + 1` numbers, multiples of 32."""
+        """Return the width before the first level and after each level: `num_downsamples + 1` multiples of 32."""
         widths = np.linspace(self.token_embed_dim, self.embed_dim, self.num_downsamples + 1)
         return tuple(int(32 * np.ceil(width / 32)) for width in widths)
 
 
 def pad_to_multiple(num_genes: int, num_downsamples: int) -> int:
-    """Smallest number of gene positions >= `num_genes` that `num_downsamples` halvings divide."""
+    """Return the smallest multiple of 2 ** num_downsamples that is at least `num_genes`."""
     step = 2**num_downsamples
     return -(-num_genes // step) * step

@@ -1,4 +1,4 @@
-"""ZerOmics: a decoder that reads cells as soft tokens inside instructions (DESIGN 4.3).
+"""ZerOmics: a text decoder that reads cells as soft tokens inside instructions.
 
 Source: ZerOmics paper, section 3.2, equation 6, and appendix C.3.
 """
@@ -27,18 +27,19 @@ TOKENIZERS = ("linear", "pooled", "none")
 
 @dataclasses.dataclass(frozen=True)
 class ZerOmicsConfig:
-    """Architecture of ZerOmics; the defaults are the paper's, but for the decoder, which is LLaMA-2-7B.
+    """Architecture of ZerOmics. The defaults are those of the paper, except that the decoder is LLaMA-2-7B.
 
     Parameters
     ----------
     cells, llm
-        Cell model, and decoder, whose width (E) soft tokens have.
+        Configurations of the cell model (width D) and of the text decoder (width E).
     num_soft
-        Soft tokens of a cell (K, 500 in the paper).
+        Number of soft tokens per cell (K; 500 in the paper). A soft token is a vector of width E.
     tokenizer
-        How a cell becomes soft tokens: "linear", a map over the gene axis (G -> K) and one of the width (D -> E);
-        "pooled", one map of the mean over genes (D -> K x E), for small models; "none", an ablation ("w/o SCT"): the
-        mean alone is one token, of the decoder's width or brought to it by a random map that is not trained.
+        How a cell becomes soft tokens. "linear" applies one dense layer over the gene axis (G -> K) and one over the
+        width (D -> E). "pooled", for small models, applies one dense layer (D -> K * E) to the mean over genes. "none"
+        is an ablation (the paper's "w/o SCT"): the mean over genes is the only soft token. If D differs from E, a
+        random matrix that is not trained maps the mean to the decoder's width.
     """
 
     cells: ZerOmicsCellsConfig = dataclasses.field(default_factory=ZerOmicsCellsConfig)
@@ -50,12 +51,15 @@ class ZerOmicsConfig:
         check_fields(self, {"tokenizer": TOKENIZERS}, {"num_soft": 1})
         if self.tokenizer == "none" and self.num_soft != 1:
             raise ConfigError(
-                f"num_soft is {self.num_soft}, but without a tokenizer a cell is one token: set it to 1."
+                f"num_soft is {self.num_soft}, but with tokenizer='none' a cell is a single soft token: set num_soft=1."
             )
 
     @classmethod
     def fit(cls, values: Mapping[str, Any], num_genes: int) -> dict[str, Any]:
-        """Values of a configuration whose sizes of 0 are replaced: genes by a vocabulary's, others by the default."""
+        """Return configuration values in which sizes of 0 are replaced.
+
+        The number of genes becomes the size of the vocabulary; other sizes become their defaults.
+        """
         cells = ZerOmicsCellsConfig.fit(values.get("cells", {}), num_genes)
         return {
             **values,
@@ -65,24 +69,28 @@ class ZerOmicsConfig:
 
     @property
     def num_genes(self) -> int:
-        """Genes of the vocabulary."""
+        """Return the number of genes in the vocabulary."""
         return self.cells.num_genes
 
 
 class CellTokenizer(nn.Module):
-    """Soft tokens of cells (equation 6); see `ZerOmicsConfig.tokenizer`."""
+    """Layers that turn cells into soft tokens (ZerOmics paper, equation 6); see `ZerOmicsConfig.tokenizer`."""
 
     config: ZerOmicsConfig
 
     @nn.compact
     def __call__(self, hidden: jax.Array, genes: jax.Array | None = None) -> jax.Array:
-        """Map vectors (B, S, D) of genes, numbered (B, S) or all in order, to soft tokens (B, K, E)."""
+        """Compute the soft tokens (B, K, E) of cells from the hidden vectors (B, S, D) of their genes.
+
+        `genes` (B, S) holds the number of each gene in the vocabulary, or -1 for padding. None means that the S = G
+        genes are those of the vocabulary, in order.
+        """
         config, width = self.config, self.config.llm.embed_dim
         dtype = jnp.dtype(config.llm.dtype)
         x = hidden.astype(dtype)
         valid_mask = jnp.ones(hidden.shape[:2], dtype) if genes is None else (genes >= 0).astype(dtype)
         if config.tokenizer == "linear":
-            # Of unit variance over the genes of a cell, of which there are thousands.
+            # The sum over the genes, of which there are thousands, then has unit variance.
             init = jax.nn.initializers.normal(config.num_genes**-0.5)
             shape = (config.num_genes, config.num_soft)
             table = axes.param(self, "genes", init, shape, (None, axes.CHANNEL_IN)).astype(dtype)
@@ -111,7 +119,7 @@ class CellTokenizer(nn.Module):
 
 
 class ZerOmics(nn.Module):
-    """The whole model; see `ZerOmicsConfig`."""
+    """ZerOmics: cell model, cell tokenizer and text decoder; see `ZerOmicsConfig`."""
 
     config: ZerOmicsConfig
     outputs: ClassVar[tuple[str, ...]] = ("logits", "soft", "cell_embedding")
@@ -119,26 +127,39 @@ class ZerOmics(nn.Module):
 
     @staticmethod
     def example(config: ZerOmicsConfig) -> dict[str, jax.Array]:
-        """Smallest inputs of a call, by name."""
+        """Return the smallest valid inputs of one call, as a dict by argument name."""
         return {**ZerOmicsCells.example(config.cells), **Decoder.example(config.llm)}
 
     @staticmethod
     def check_inputs(config: ZerOmicsConfig, inputs: Mapping[str, Any]) -> None:
-        """Raise `DataError` unless the inputs fit; values are looked at where they are known (not traced)."""
+        """Raise `DataError` unless the inputs fit the model. Values of traced arrays are not checked."""
         ZerOmicsCells.check_inputs(config.cells, inputs)
         if (ids := inputs.get("input_ids")) is None:
             return
         if len(ids) != len(inputs["bins"]):
             raise DataError(
-                f"there are {len(inputs['bins'])} cells, but {len(ids)} instructions: give one for each."
+                f"bins has {len(inputs['bins'])} cells, but input_ids has {len(ids)} instructions: give one "
+                "instruction per cell."
             )
-        check_range("input_ids", ids + config.num_soft, config.num_soft + config.llm.vocab_size - 1)
+        check_range("input_ids", ids, config.llm.vocab_size - 1, least=-config.num_soft)
         most = config.llm.max_length if config.llm.positions == "learned" else None
         check_text({**inputs, "input_ids": jnp.maximum(ids, 0)}, config.llm.vocab_size, most)
 
     @staticmethod
     def flops(config: ZerOmicsConfig, batch: int, length: int, genes: int) -> float:
-        """Operations of the matrix products of one forward pass over `genes` genes and `length` tokens."""
+        """Count the operations of all matrix products in one forward pass. A multiply-add counts as two.
+
+        Parameters
+        ----------
+        config
+            Configuration of the model.
+        batch
+            Number of cells (B).
+        length
+            Number of tokens in an instruction.
+        genes
+            Number of genes in a cell.
+        """
         tokenizer = genes * config.cells.embed_dim + config.cells.embed_dim * config.llm.embed_dim
         return (
             ZerOmicsCells.flops(config.cells, batch, genes)
@@ -147,27 +168,30 @@ class ZerOmics(nn.Module):
         )
 
     def setup(self) -> None:
-        """Declare the parts."""
+        """Declare the layers of the model."""
         config = self.config
         self.cells, self.llm = ZerOmicsCells(config.cells), Decoder(config.llm)
         self.tokenizer = CellTokenizer(config)
 
     def encode(self, bins: jax.Array, genes: jax.Array | None = None) -> jax.Array:
-        """Vectors (B, S, D) of the genes of cells; see `ZerOmicsCells`."""
+        """Compute the hidden vectors (B, S, D) of the genes of cells; see `ZerOmicsCells` for the arguments."""
         return self.cells.hidden_states(bins, genes)
 
     def soft(self, hidden: jax.Array, genes: jax.Array | None = None) -> jax.Array:
-        """Soft tokens (B, K, E) of what `encode` gives."""
+        """Compute the soft tokens (B, K, E) of cells from the output of `encode`, `hidden` (B, S, D)."""
         return self.tokenizer(hidden, genes)
 
     def hidden_states(
         self, input_ids: jax.Array, attention_mask: jax.Array | None, soft: jax.Array
     ) -> jax.Array:
-        """Vectors (B, T, E) of instructions (B, T), in which -1 - k is the soft token k of the row."""
+        """Compute the hidden vectors (B, T, E) of instructions (B, T).
+
+        The token -1 - k stands for the soft token k of the row. `soft` has the shape (B, K, E).
+        """
         return self.llm.hidden_states(input_ids, attention_mask, soft=soft)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Scores of all tokens, float32 (..., V), of vectors (..., E)."""
+        """Compute the scores (logits) of all tokens, float32 (..., V), from hidden vectors (..., E)."""
         return self.llm.logits(hidden)
 
     def __call__(
@@ -177,21 +201,21 @@ class ZerOmics(nn.Module):
         input_ids: jax.Array | None = None,
         attention_mask: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
-        """Read cells, and instructions about them.
+        """Compute the soft tokens of cells and, given instructions, the scores of the next tokens.
 
         Parameters
         ----------
         bins, genes
-            Cells; see `ZerOmicsCells`.
+            Genes of the cells; see `ZerOmicsCells`.
         input_ids
-            Instructions, integers (B, T), one for each cell; -1 - k stands for the soft token k of the cell.
+            Instructions, integers (B, T), one per cell. The token -1 - k stands for the soft token k of the cell.
         attention_mask
-            (B, T), 1 for tokens and 0 for padding, on either side.
+            Shape (B, T): 1 for tokens and 0 for padding, on either side.
 
         Returns
         -------
-        `soft` (B, K, E), and `cell_embedding` float32 (B, E), its mean over the tokens; with instructions `logits`
-        float32 (B, T, V).
+        A dict with `soft` (B, K, E), and `cell_embedding`, float32 (B, E), the mean over the soft tokens. With
+        instructions it also has `logits`, float32 (B, T, V).
         """
         encoded = self.encode(bins, genes)
         if self.is_initializing():

@@ -1,4 +1,6 @@
-"""Cell model of ZerOmics: a transformer over the genes of a cell, each with its bin and its text (DESIGN 4.3).
+"""Cell model of ZerOmics: a transformer over the genes of a cell.
+
+The input for each gene is the sum of an embedding of its expression bin and a projection of its text feature.
 
 Source: ZerOmics paper, section 3.1, equations 2 to 5, and appendix C.3.
 """
@@ -24,29 +26,30 @@ from sct.nn.linear import Embed, Linear
 from sct.nn.stack import stack
 
 ENCODERS = ("transformer", "weighted")
-# Where the features of genes lie, which no training changes.
+# Path of the text features of genes, which are never trained.
 FEATURES = "params/features"
 
 
 @dataclasses.dataclass(frozen=True)
 class ZerOmicsCellsConfig:
-    """Architecture of the cell model; the defaults are the paper's, with features of LLaMA-2-13B.
+    """Architecture of the cell model. The defaults are those of the paper, with text features from LLaMA-2-13B.
 
     Parameters
     ----------
     num_genes
-        Genes of the vocabulary (G).
+        Number of genes in the vocabulary (G).
     feature_dim
-        Width of a gene's feature (F), the hidden size of the text model that made it.
+        Width of a gene's text feature (F): the hidden size of the text model that computed it.
     num_bins
-        Bins of non-zero values; zero and the mask are two tokens more.
+        Number of expression bins for non-zero values. Zero and the mask are two more tokens.
     embed_dim, num_layers, num_heads, ffn_dim
-        Width (D), to which features are projected; layers, heads, and width of the feed-forward.
+        Width (D), number of layers, number of attention heads, and width of the feed-forward layers.
     norm_eps, activation, dropout, remat, dtype
         See `sct.models.bert_config.BertConfig`.
     encoder
-        "transformer", or "weighted", an ablation of the second stage without layers (Table 5, "GenePT"): the feature of
-        each gene, projected, weighted by its bin, so that the mean over genes is the weighted mean of their texts.
+        "transformer", or "weighted", an ablation of the second training stage (paper, Table 5, "GenePT"). "weighted"
+        has no transformer layers: it projects the text feature of each gene and multiplies it by the gene's bin. The
+        mean over genes is then a weighted mean of their text features.
     """
 
     num_genes: int = 20_124
@@ -69,18 +72,21 @@ class ZerOmicsCellsConfig:
 
     @classmethod
     def fit(cls, values: Mapping[str, Any], num_genes: int) -> dict[str, Any]:
-        """Values of a configuration with 0 replaced by the genes of a vocabulary, and the default width of features."""
+        """Return configuration values in which sizes of 0 are replaced.
+
+        `num_genes` becomes the size of the vocabulary, and `feature_dim` becomes its default.
+        """
         width = values.get("feature_dim") or cls.feature_dim
         return {**values, "num_genes": values.get("num_genes") or num_genes, "feature_dim": width}
 
     @property
     def mask(self) -> int:
-        """Token of a masked bin."""
+        """Return the mask token, which replaces the bin of a masked gene."""
         return self.num_bins + 1
 
     @property
     def layer(self) -> BertConfig:
-        """Options of a layer."""
+        """Return the configuration of the transformer layers."""
         return BertConfig(
             vocab_size=self.num_bins + 2, embed_dim=self.embed_dim, num_layers=self.num_layers,
             num_heads=self.num_heads, ffn_dim=self.ffn_dim, norm_eps=self.norm_eps, activation=self.activation,
@@ -89,7 +95,7 @@ class ZerOmicsCellsConfig:
 
 
 class ZerOmicsCells(nn.Module):
-    """The whole model; see `ZerOmicsCellsConfig`."""
+    """Cell model of ZerOmics, with heads for bins and for genes; see `ZerOmicsCellsConfig`."""
 
     config: ZerOmicsCellsConfig
     outputs: ClassVar[tuple[str, ...]] = ("hidden", "cell_embedding")
@@ -97,24 +103,30 @@ class ZerOmicsCells(nn.Module):
 
     @staticmethod
     def example(config: ZerOmicsCellsConfig) -> dict[str, jax.Array]:
-        """Smallest inputs of a call, by name."""
+        """Return the smallest valid inputs of one call, as a dict by argument name."""
         return {"bins": jnp.zeros((1, 1), jnp.uint8), "genes": jnp.zeros((1, 1), jnp.int32)}
 
     @staticmethod
     def check_inputs(config: ZerOmicsCellsConfig, inputs: Mapping[str, Any]) -> None:
-        """Raise `DataError` unless the inputs fit; values are looked at where they are known (not traced)."""
+        """Raise `DataError` unless the inputs fit the model. Values of traced arrays are not checked."""
         bins, genes = inputs["bins"], inputs.get("genes")
         check_shape("bins", bins, ("cells", "genes"))
         check_range("bins", bins, config.mask)
         if genes is None and bins.shape[1] != config.num_genes:
-            raise DataError(f"bins have {bins.shape[1]} genes, but the model has {config.num_genes}.")
+            raise DataError(
+                f"bins has {bins.shape[1]} genes, but the model has {config.num_genes}: pass `genes` to say which they "
+                "are."
+            )
         if genes is not None:
             check_shape("genes", genes, bins.shape, advice="give the shape of bins")
-            check_range("genes", genes + 1, config.num_genes)
+            check_range("genes", genes, config.num_genes - 1, least=-1)
 
     @staticmethod
     def flops(config: ZerOmicsCellsConfig, batch: int, length: int) -> float:
-        """Operations of the matrix products of one forward pass without heads; a multiply-add counts as two."""
+        """Count the operations of all matrix products in one forward pass without the heads.
+
+        A multiply-add counts as two. `batch` is the number of cells, and `length` the number of genes in each.
+        """
         width = config.embed_dim
         layer = 4 * width**2 + 2 * length * width + 2 * width * config.ffn_dim
         if config.encoder == "weighted":
@@ -123,7 +135,7 @@ class ZerOmicsCells(nn.Module):
         return 2.0 * (batch * length * config.num_layers * layer + features)
 
     def setup(self) -> None:
-        """Declare the parts."""
+        """Declare the layers of the model."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         init = jax.nn.initializers.normal(0.02)
         if config.encoder == "transformer":
@@ -138,7 +150,7 @@ class ZerOmicsCells(nn.Module):
         )
 
     def hidden_states(self, bins: jax.Array, genes: jax.Array | None = None) -> jax.Array:
-        """Vectors (B, S, D) of genes; arguments as in a call."""
+        """Compute the hidden vectors (B, S, D) of genes. The arguments are those of a call."""
         segments = None
         if genes is None:
             text = self.project(self.features)
@@ -155,34 +167,38 @@ class ZerOmicsCells(nn.Module):
         return x
 
     def _weighted(self, bins: jax.Array, text: jax.Array, valid_mask: jax.Array | None) -> jax.Array:
-        """Texts (B, S, D) times the bins, whose mean over a cell's genes is made one; a masked bin is 0."""
+        """Multiply the projected text features (B, S, D) by the bins (B, S) and return (B, S, D).
+
+        The bins are first scaled so that their mean over the genes of a cell is 1. A masked bin counts as 0.
+        """
         weights = jnp.where(bins == self.config.mask, 0, bins).astype(jnp.float32)
         genes = bins.shape[1] if valid_mask is None else valid_mask.sum(axis=1, keepdims=True)
         weights = weights * genes / jnp.maximum(weights.sum(axis=1, keepdims=True), 1.0)
         return weights[..., None].astype(text.dtype) * text
 
     def bin_logits(self, hidden: jax.Array) -> jax.Array:
-        """Scores float32 (..., num_bins + 1) of bins, zero included, of vectors (..., D)."""
+        """Compute the logits of the bins, zero included, float32 (..., num_bins + 1), from hidden vectors (..., D)."""
         return self.bin_head(hidden).astype(jnp.float32)
 
     def gene_logits(self, hidden: jax.Array) -> jax.Array:
-        """Scores float32 (..., G) of the items of the gene corpus, of vectors (..., D)."""
+        """Compute the logits of the items of the gene corpus, float32 (..., G), from hidden vectors (..., D)."""
         return self.gene_head(hidden).astype(jnp.float32)
 
     def __call__(self, bins: jax.Array, genes: jax.Array | None = None) -> dict[str, jax.Array]:
-        """Compute a vector for each gene of each cell, which depends on the whole cell.
+        """Compute a hidden vector for each gene of each cell, from all genes of the cell.
 
         Parameters
         ----------
         bins
-            Tokens, integers (B, S): 0 unexpressed, 1 .. num_bins, num_bins + 1 masked.
+            Expression bins, integers (B, S): 0 is unexpressed, 1 to num_bins are bins, and num_bins + 1 is the mask.
         genes
-            Numbers (B, S) of the genes in the vocabulary, -1 where there is none; without them the S = G genes of the
-            vocabulary, in its order.
+            Number of each gene in the vocabulary, integers (B, S); -1 marks padding. None means that the S = G genes
+            are those of the vocabulary, in order.
 
         Returns
         -------
-        `hidden` (B, S, D), and `cell_embedding` float32 (B, D), its mean over the genes without padding.
+        A dict with `hidden` (B, S, D), and `cell_embedding`, float32 (B, D), the mean of `hidden` over the genes that
+        are not padding.
         """
         hidden = self.hidden_states(bins, genes)
         if self.is_initializing():

@@ -1,1 +1,1 @@
-"""Building blocks of all model families, each with its logical axis names (see `sct.nn.axes`)."""
+"""Layers that the model families share. Each layer names the axes of its parameters (see `sct.nn.axes`)."""

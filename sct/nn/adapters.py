@@ -1,22 +1,25 @@
-"""What the collection "adapters" adds to a layer; the layer's own parameters are never touched.
+"""Compute a layer with its adapter. Adapters are a separate Flax collection, "adapters".
 
-There are three kinds. The arrays of an adapter lie under the path of its layer:
+An adapter never changes the parameters of its layer. Its arrays lie under the path of the layer. There are three kinds:
 
-- low-rank (LoRA; Hu et al. 2022), of a dense layer of shape (in, out): `lora_a` (in, r) and `lora_b` (r, out), which
-  are trained; `scale`, a number: alpha / r; `dropout`, a number: the share of inputs left out, where the call has a key
-  named "dropout"; `trained` (B, r), only in a call that is differentiated: 1 where a sample's gradient reaches a column
-  of `lora_a` and the row of `lora_b` that belongs to it, 0 where it does not (`sct.models.lora.gated`);
-- bottleneck (scPEFT, "gene encoder prompt" and "gene token prompt"), of a dense layer or a table with outputs y
-  (..., D): `bottleneck_down` (D, s), `bottleneck_down_bias` (s), `bottleneck_up` (s, D), `bottleneck_up_bias` (D),
-  which are trained; the numbers `bottleneck_scale` and `bottleneck_skip`. The layer gives
-  `skip * y + scale * up(relu(down(y)))`;
-- prefix (Li & Liang 2021), of an attention whose keys and values come from vectors of width D: `prefix` (n, D), which
-  is trained. The vectors go through the attention's own maps of keys and values, and every query may attend to them.
+- **Low-rank** (LoRA; Hu et al. 2022), for a dense layer of shape (in, out). Trained arrays: `lora_a` (in, r) and
+  `lora_b` (r, out). The constant `scale` is alpha / r. The constant `dropout` is the fraction of inputs that is set to
+  zero when the call has a PRNG key named "dropout". A call that is differentiated may also have `trained` (B, r): where
+  it is 1, the gradient of this sample reaches that column of `lora_a` and the matching row of `lora_b`; where it is 0,
+  the gradient does not (see `sct.models.lora.gated`).
+- **Bottleneck** (scPEFT, "gene encoder prompt" and "gene token prompt"), for a dense layer or an embedding table with
+  outputs y (..., D). Trained arrays: `bottleneck_down` (D, s), `bottleneck_down_bias` (s), `bottleneck_up` (s, D) and
+  `bottleneck_up_bias` (D). Constants: `bottleneck_scale` and `bottleneck_skip`. The layer then returns
+  `skip * y + scale * up(relu(down(y)))`.
+- **Prefix** (Li & Liang 2021), for an attention layer whose keys and values are computed from vectors of width D.
+  Trained array: `prefix` (n, D). The attention layer projects these vectors to n more keys and values, and every query
+  may attend to them.
 
-In a stack of equal layers all arrays have a first axis of layers. Where only some layers have an adapter, that axis has
-those alone, and one more array of the kind (`lora_layers`, `bottleneck_layers`, `prefix_layers`) has their numbers.
+In a stack of equal layers, the first axis of every array counts the layers. If only some layers have an adapter, this
+axis has one entry for each of them, and one more array (`lora_layers`, `bottleneck_layers` or `prefix_layers`) holds
+their layer numbers.
 
-`sct.models.adapters` makes such collections, and says which layers have one.
+`sct.models.adapters` chooses the layers and makes the collection.
 """
 
 from __future__ import annotations
@@ -39,13 +42,13 @@ class Kind(NamedTuple):
     Attributes
     ----------
     name
-        What messages call it.
+        Name of the kind in messages.
     trained
-        Arrays that are trained; every adapter of the kind has the first one.
+        Names of the trained arrays. Every adapter of the kind has the first one.
     numbers
-        The others.
+        Names of the arrays that are not trained.
     layers
-        Numbers of the layers of a stack that have one, where not all do.
+        Name of the array that lists the layers with an adapter, for a stack in which only some layers have one.
     """
 
     name: str
@@ -55,12 +58,12 @@ class Kind(NamedTuple):
 
     @property
     def on(self) -> str:
-        """Whether a layer of a stack has an adapter; made by `for_all_layers`."""
+        """Return the name of the array that says which layers of a stack have an adapter; see `for_all_layers`."""
         return f"{self.layers}_on"
 
     @property
     def arrays(self) -> tuple[str, ...]:
-        """All of them."""
+        """Return the names of all arrays of this kind."""
         return (*self.trained, *self.numbers, self.layers)
 
 
@@ -76,15 +79,22 @@ KINDS = (LOW_RANK, BOTTLENECK, PREFIX)
 
 
 def kind_of(array: str) -> Kind | None:
-    """Kind of adapter that an array belongs to, by its name; None of an unknown name."""
+    """Return the kind of adapter that has an array of this name, or None if no kind has one."""
     return next((kind for kind in KINDS if array in kind.arrays), None)
 
 
 def for_all_layers(adapters: dict[str, Any], number: int) -> dict[str, Any]:
-    """Adapters of a stack of `number` layers with arrays of all of them, where some are of chosen layers alone.
+    """Extend the adapters of a stack to all its layers, for stacks in which only some layers have one.
 
-    The arrays of a layer that has none are zero, which changes nothing in a low-rank adapter; the other kinds have one
-    more array, `Kind.on`, bool (number,).
+    A layer without an adapter gets arrays of zeros. A low-rank adapter of zeros adds nothing to its layer. For the
+    other kinds, the array `Kind.on`, bool (number,), says which layers have an adapter.
+
+    Parameters
+    ----------
+    adapters
+        Collection "adapters" of the stack, or of a part of it.
+    number
+        Number of layers in the stack.
     """
     flat = flatten(adapters)
     chosen = {path: value for path, value in flat.items() if path.rpartition("/")[2] in _INDICES}
@@ -106,21 +116,30 @@ _INDICES = {kind.layers: kind for kind in KINDS}
 
 
 def drop(module: nn.Module, x: jax.Array, rate: jax.Array | float) -> jax.Array:
-    """Set a share `rate` of x to zero and scale up the rest, where the call has a key named "dropout"."""
+    """Apply dropout to x: set the fraction `rate` to zero and scale up the rest.
+
+    Without a PRNG key named "dropout" in the call, return x unchanged.
+    """
     if not module.has_rng("dropout"):
         return x
     keep = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - rate, x.shape)
-    # A rate of one leaves nothing to scale up.
+    # The minimum avoids a division by zero at a rate of 1.
     return jnp.where(keep, x / jnp.maximum(1.0 - rate, 1e-6), 0.0).astype(x.dtype)
 
 
 def with_adapters(module: nn.Module, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Output y (..., out) of a dense layer for x (..., in), changed by the adapters that it has."""
+    """Apply the low-rank adapter and the bottleneck of a dense layer, if it has them.
+
+    The layer maps x (..., in) to y (..., out). Returns (..., out).
+    """
     return with_bottleneck(module, with_low_rank(module, x, y))
 
 
 def with_low_rank(module: nn.Module, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Output y (..., out) of a dense layer for x (..., in), plus what its low-rank adapter gives, if it has one."""
+    """Add the output of a dense layer's low-rank adapter, if it has one, to the layer's output.
+
+    The layer maps x (..., in) to y (..., out). Returns (..., out).
+    """
     if not module.has_variable(COLLECTION, "lora_a"):
         return y
     first: jax.Array = module.get_variable(COLLECTION, "lora_a")
@@ -128,18 +147,18 @@ def with_low_rank(module: nn.Module, x: jax.Array, y: jax.Array) -> jax.Array:
     scale: jax.Array = module.get_variable(COLLECTION, "scale")
     if module.has_variable(COLLECTION, "dropout"):
         x = drop(module, x, module.get_variable(COLLECTION, "dropout"))
-    # The scale is applied while the numbers are still float32.
+    # Multiply by the scale in float32, before the cast to the compute dtype.
     matrices = first.astype(y.dtype), (second * scale).astype(y.dtype)
     if module.has_variable(COLLECTION, "trained"):
         trained: jax.Array = module.get_variable(COLLECTION, "trained")
-        # What all samples share, such as a prefix, has one row, of which each sample has its own gradient.
+        # An input that all samples share, such as a prefix, has one row. Repeat it, so that each sample has a gradient.
         x = jnp.broadcast_to(x, (trained.shape[0], *x.shape[1:]))
         return y + _gated(x.astype(y.dtype), *matrices, trained)
     return y + _product(x.astype(y.dtype), *matrices)[0]
 
 
 def with_bottleneck(module: nn.Module, y: jax.Array) -> jax.Array:
-    """Output y (..., D) of a layer behind its bottleneck, if it has one."""
+    """Pass the output y (..., D) of a layer through the layer's bottleneck, if it has one. Returns (..., D)."""
     if not module.has_variable(COLLECTION, "bottleneck_down"):
         return y
     arrays: list[jax.Array] = [
@@ -157,14 +176,14 @@ def with_bottleneck(module: nn.Module, y: jax.Array) -> jax.Array:
 
 
 class Prefix(NamedTuple):
-    """Keys and values in front of those of an attention.
+    """Keys and values that an attention layer puts before its other keys and values.
 
     Attributes
     ----------
     keys, values
-        (1 or B, n, H', D), without a rotation.
+        Shape (1 or B, n, H', D). Rotary position embedding is not applied to them.
     on
-        Whether queries see them, bool (); None where they always do.
+        Whether queries attend to the prefix, bool (). None means always.
     """
 
     keys: jax.Array
@@ -172,14 +191,17 @@ class Prefix(NamedTuple):
     on: jax.Array | None = None
 
     def map(self, change: Callable[[jax.Array], jax.Array]) -> Prefix:
-        """Prefix with changed keys and values."""
+        """Return a prefix in which the function `change` was applied to keys and values."""
         return Prefix(change(self.keys), change(self.values), self.on)
 
 
 def prefix_of(
     module: nn.Module, keys: Callable[..., jax.Array], values: Callable[..., jax.Array]
 ) -> Prefix | None:
-    """Prefix of an attention, made by its maps of vectors to keys and to values, (1, n, E) -> (1, n, H', D)."""
+    """Return the prefix of an attention layer, or None if the layer has none.
+
+    `keys` and `values` are the projections of the layer; each maps vectors (1, n, E) to (1, n, H', D).
+    """
     if not module.has_variable(COLLECTION, "prefix"):
         return None
     vectors: jax.Array = module.get_variable(COLLECTION, "prefix")[None]
@@ -194,9 +216,10 @@ def _product(x: jax.Array, first: jax.Array, second: jax.Array) -> tuple[jax.Arr
 
 @jax.custom_vjp
 def _gated(x: jax.Array, first: jax.Array, second: jax.Array, trained: jax.Array) -> jax.Array:
-    """`x @ first @ second` of x (B, ..., in), all of which x's own gradient passes.
+    """Compute `x @ first @ second` for x (B, ..., in), with a custom gradient for the two matrices.
 
-    The gradient of the two matrices has of each sample the columns and rows that `trained` (B, r) lets through.
+    A sample adds to the gradient of column j of `first` (in, r) and of row j of `second` (r, out) only if its entry j
+    of `trained` (B, r) is 1. The gradient with respect to x is the usual one.
     """
     return _product(x, first, second)[0]
 

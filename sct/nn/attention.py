@@ -1,4 +1,4 @@
-"""Multi-head attention, rotary position embedding, gated feed-forward."""
+"""Multi-head attention, rotary position embedding and the gated feed-forward layer."""
 
 from __future__ import annotations
 
@@ -26,18 +26,33 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, Mask | None], jax.Array]
 
 
 def rotary_frequencies(features: int, base: float = 10_000.0) -> jax.Array:
-    """Radians per position of each pair of rotated features, `base ** (-2 i / features)`, (features / 2,)."""
+    """Return the rotation of each pair of features, in radians per position: `base ** (-2 i / features)`.
+
+    Shape (features / 2,), float32.
+    """
     half = features // 2
     return base ** (-jnp.arange(half, dtype=jnp.float32) / half)
 
 
 def rotary(x: jax.Array, positions: jax.Array, frequencies: jax.Array | None = None) -> jax.Array:
-    """Rotate x (B, L, H, D) by its positions, (L,) or (B, L), in the half-split form.
+    """Apply rotary position embedding to x (B, L, H, D), in the half-split form.
 
-    Feature i of the first half is paired with feature i of the second; pair i turns by
-    `position * frequencies[i]`, by default those of `rotary_frequencies(D)`. With fewer frequencies than D / 2 the
-    features behind the first `2 * len(frequencies)` stay as they are. Angles are float32, the result has the type
-    of `x`.
+    Feature i of the first half and feature i of the second half form a pair. Pair i is rotated by
+    `position * frequencies[i]` radians. If there are fewer than D / 2 frequencies, only the first
+    `2 * len(frequencies)` features are rotated.
+
+    Parameters
+    ----------
+    x
+        Queries or keys, shape (B, L, H, D).
+    positions
+        Position of each token, shape (L,) or (B, L).
+    frequencies
+        Radians per position of each pair. The default is `rotary_frequencies(D)`.
+
+    Returns
+    -------
+    Shape (B, L, H, D), in the type of `x`. The angles are computed in float32.
     """
     chex.assert_rank([x, positions], [4, {1, 2}])
     frequencies = rotary_frequencies(x.shape[-1]) if frequencies is None else frequencies
@@ -53,20 +68,37 @@ def rotary(x: jax.Array, positions: jax.Array, frequencies: jax.Array | None = N
 def attend(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | None = None, prefix: Prefix | None = None
 ) -> jax.Array:
-    """Softmax attention (B, L, H, D); scores are scaled by 1 / sqrt(D). Without a mask every query sees all keys.
+    """Compute softmax attention. Scores are scaled by 1 / sqrt(D).
 
-    Keys and values (B, M, H', D) may have fewer heads, a divisor of H: H / H' queries share each (Ainslie et al.
-    2023, "GQA"). Every query also sees the keys of a prefix, whatever the mask says of the others; they have no place
-    in the sequence, so the mask's order does not count them. The form is chosen by backend, type and length; all but
-    the plain one need memory linear in L:
+    The implementation depends on backend, type and length:
 
-    - on GPU in 16 bits, cuDNN's flash kernel through `jax.nn.dot_product_attention`, unless there are segments, or an
-      order and a prefix;
-    - up to one chunk of keys, and inside `reference_kernels`, `jax.nn.dot_product_attention` as XLA writes it;
-    - otherwise `chunked_attention`.
+    - cuDNN's flash kernel, through `jax.nn.dot_product_attention`, on GPU in 16 bits. It does not support segments,
+      nor a causal order together with a prefix.
+    - XLA's `jax.nn.dot_product_attention`, if all keys fit into one chunk, and always inside `reference_kernels`.
+    - `chunked_attention` otherwise.
 
-    On a mesh each device attends from its own queries, heads and bags. Where it holds a part of the sequence it
-    gathers keys and values first: two arrays of B x L x H x D, small beside the scores of its queries.
+    Memory grows linearly with L in the first and the third.
+
+    On a mesh, each device computes attention for its own queries, heads and bags. If the sequence is split among
+    devices, each device first gathers all keys and values. These two arrays of B x L x H x D are small compared with
+    the scores of the device's queries.
+
+    Parameters
+    ----------
+    query
+        Shape (B, L, H, D).
+    key, value
+        Shape (B, M, H', D). H' divides H, and H / H' query heads share each key head (grouped-query attention;
+        Ainslie et al. 2023).
+    mask
+        Which keys a query attends to. The default is all keys.
+    prefix
+        Further keys and values, to which every query attends, whatever the mask. They have no position in the
+        sequence, so the causal order of the mask does not count them.
+
+    Returns
+    -------
+    (B, L, H, D).
     """
     chex.assert_rank([query, key, value], 4)
     chex.assert_equal_shape([key, value])
@@ -77,12 +109,12 @@ def attend(
     if prefix is not None:
         shape = (query.shape[0], *prefix.keys.shape[1:])
         prefix = prefix.map(lambda x: jnp.broadcast_to(x, shape).astype(key.dtype))
-    attend = _form(query, key, mask, along is not None, prefix)
+    attend = _implementation(query, key, mask, along is not None, prefix)
     if placed is None or not any(placed[1]):
         return attend(query, *_behind(prefix, query, key, value, mask))
     mesh, spec = placed
     if key.shape[2] != query.shape[2]:
-        # Devices that share the heads of queries would not all find whole heads of keys.
+        # Each device needs the key head of every query head that it holds, so repeat the key heads before the split.
         key, value = (_for_each(x, query) for x in (key, value))
         if prefix is not None:
             prefix = prefix.map(lambda x: _for_each(x, query))
@@ -114,7 +146,7 @@ def attend(
 def _behind(
     prefix: Prefix | None, query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | None
 ) -> tuple[jax.Array, jax.Array, Mask | None]:
-    """Keys, values and mask of an attention with those of a prefix (B, n, H', D) in front."""
+    """Put the keys and values (B, n, H', D) of a prefix before the others; return keys, values and the new mask."""
     if prefix is None:
         return key, value, mask
     batch, length = prefix.keys.shape[:2]
@@ -135,7 +167,7 @@ def _behind(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gathered(x: jax.Array, along: str) -> jax.Array:
-    """The whole sequence (B, L, H, D) of the parts of the devices; gradients are summed over them in float32."""
+    """Gather the whole sequence (B, L, H, D) from the devices. Gradients are summed over the devices in float32."""
     return lax.all_gather(x, along, axis=1, tiled=True)
 
 
@@ -147,17 +179,17 @@ def _gathered_backward(along: str, kept: None, gradient: jax.Array) -> tuple[jax
 _gathered.defvjp(lambda x, along: (_gathered(x, along), None), _gathered_backward)
 
 
-def _form(
+def _implementation(
     query: jax.Array, key: jax.Array, mask: Mask | None, parted: bool, prefix: Prefix | None = None
 ) -> Attend:
-    """Function of queries, keys, values and mask for this backend, type and length of the whole sequence.
+    """Return the attention function that suits the backend, the type and the length of the whole sequence.
 
-    `parted` tells that a device has a part of the queries only.
+    `parted` says whether the queries of a sequence are split among devices.
     """
     order = None if mask is None else mask.order
     more = 0 if prefix is None else prefix.keys.shape[1]
     if not use_reference():
-        # cuDNN's order is that of queries and keys counted from zero, and it knows no segments here.
+        # cuDNN's causal mask counts queries and keys from zero, and `_cudnn` cannot pass segments.
         counted = order is None or (isinstance(order, int) and order == 0 and not parted and not more)
         segments = (mask is not None and mask.query is not None) or (
             prefix is not None and prefix.on is not None
@@ -166,10 +198,10 @@ def _form(
             return _cudnn
         if key.shape[1] + more > default_chunks(order is not None)[1]:
             return _chunked
-    return _plain
+    return _xla
 
 
-def _plain(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | None) -> jax.Array:
+def _xla(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | None) -> jax.Array:
     seen = None if mask is None else mask.visible(jnp.arange(query.shape[1]), jnp.arange(key.shape[1]))
     return jax.nn.dot_product_attention(query, key, value, mask=None if seen is None else seen[:, None])
 
@@ -186,12 +218,15 @@ def _chunked(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | No
 
 
 def _for_each(shared: jax.Array, query: jax.Array) -> jax.Array:
-    """Keys or values (B, M, H', D) for each head of the queries (B, L, H, D) that share them, (B, M, H, D)."""
+    """Repeat the heads of keys or values (B, M, H', D), so that each query head has its own: (B, M, H, D)."""
     return repeat(shared, "b m h d -> b m (h shares) d", shares=query.shape[2] // shared.shape[2])
 
 
 def _fits_cudnn(query: jax.Array) -> bool:
-    """Whether cuDNN's flash attention takes (B, L, H, D): 16 bits, D up to 128 by eights, Ampere or newer."""
+    """Return whether cuDNN's flash attention supports queries (B, L, H, D).
+
+    It needs 16-bit numbers, a D of at most 128 that is a multiple of 8, and an Ampere or newer GPU.
+    """
     if jax.default_backend() != "gpu" or query.dtype.itemsize != 2:
         return False
     capability = str(getattr(jax.devices()[0], "compute_capability", "0"))
@@ -199,7 +234,7 @@ def _fits_cudnn(query: jax.Array) -> bool:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over the whole sequence, with biases, no mask; see `attend`."""
+    """Multi-head self-attention over the whole sequence, with biases and without a mask; see `attend`."""
 
     num_heads: int
     use_rotary: bool = True
@@ -207,7 +242,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map (B, L, D) to (B, L, D); D must be a multiple of `num_heads`."""
+        """Apply self-attention to x (B, L, D) and return (B, L, D). D must be a multiple of `num_heads`."""
         chex.assert_rank(x, 3)
         width = x.shape[-1]
 
@@ -226,14 +261,14 @@ class SelfAttention(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """SwiGLU feed-forward without biases: `(swish(x @ gate) * (x @ up)) @ down`."""
+    """SwiGLU feed-forward layer without biases: `(swish(x @ gate) * (x @ up)) @ down`."""
 
     hidden: int
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map (..., D) to (..., D)."""
+        """Apply the feed-forward layer to each vector of x (..., D) and return (..., D)."""
 
         def linear(name: str, width: int, into: str, out: str) -> Linear:
             return Linear(width, (into, out), use_bias=False, dtype=self.dtype, name=name)
@@ -244,7 +279,7 @@ class GatedMlp(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm block: attention, then gated feed-forward, each added to its input."""
+    """Pre-norm transformer block: self-attention, then a gated feed-forward layer, each with a residual connection."""
 
     num_heads: int
     hidden: int
@@ -254,7 +289,7 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map (B, L, D) to (B, L, D)."""
+        """Apply the block to x (B, L, D) and return (B, L, D)."""
         attention = SelfAttention(self.num_heads, self.use_rotary, self.dtype, name="attention")
         x = x + attention(LayerNorm(self.epsilon, name="attention_norm")(x))
         mlp = GatedMlp(self.hidden, self.dtype, name="mlp")

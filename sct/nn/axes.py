@@ -1,14 +1,15 @@
-"""Logical axis names of parameters and activations, and what a mesh makes of them.
+"""Logical axis names of parameters and activations, and their placement on a device mesh.
 
-Layers name the axes of their arrays ("batch", "length", "channel"). Rules map the names to mesh axes ("data", "fsdp",
-"tensor", "sequence"); `sct.train.sharding` makes the mesh. So a layer runs on any mesh, and without one.
+Layers name the axes of their arrays ("batch", "length", "channel"). Rules map these names to mesh axes ("data", "fsdp",
+"tensor", "sequence"), and `sct.train.sharding` makes the mesh. The same layer code therefore runs on any mesh, and
+without one.
 
-There are two ways to place the work of a layer, and a layer chooses one:
+A layer is distributed over devices in one of two ways:
 
-- `constrain` says where an activation lies, and XLA finds the communication. Right for matrix products.
-- `on_each_device` runs a function on each device's own bags and cells, as if there were nothing else. Right for norms
-  and convolutions along the sequence, for which XLA gathers the whole sequence. `neighbor_positions` fetches the few
-  positions that a convolution needs from the devices next to it.
+- `constrain` states how an activation is sharded, and XLA adds the communication. This suits matrix products.
+- `on_each_device` runs a function on the bags and cells that each device holds. This suits norms and convolutions along
+  the sequence, for which XLA would gather the whole sequence. `neighbor_positions` fetches the few positions that a
+  convolution needs from the neighboring devices.
 """
 
 from __future__ import annotations
@@ -28,23 +29,23 @@ from sct.errors import ConfigError
 
 # Activations.
 BATCH = "batch"
-LENGTH = "length"  # positions of the flat cells-by-genes sequence
+LENGTH = "length"  # positions of the flat cells-by-genes sequence, or tokens of a text
 CELL = "cell"
 GENE = "gene"
 # Parameters and channels.
 VOCAB = "vocab"
-TEXT_VOCAB = "text_vocab"  # tokens of a text model, tens of thousands
-LAYERS = "layers"  # layers of one kind, stacked
+TEXT_VOCAB = "text_vocab"  # vocabulary of a text model: tens of thousands of tokens
+LAYERS = "layers"  # layers of a stack (see `sct.nn.stack`)
 CHANNEL_IN = "channel_in"
 CHANNEL = "channel"
 EMBED = "embed"
 HEADS = "heads"
 HEAD_DIM = "head_dim"
 MLP = "mlp"
-KERNEL = "kernel"  # positions of a convolution's kernel
+KERNEL = "kernel"  # positions of a convolution kernel
 GENE_SCALE = "gene_scale"  # one entry per gene position (shared layer norm)
 
-# Logical axis -> mesh axes. An axis whose name is not here stays whole on every device.
+# Logical axis -> mesh axes. An axis that is not listed is not sharded.
 RULES: dict[str, tuple[str, ...]] = {
     BATCH: ("data", "fsdp"),
     LENGTH: ("sequence",),
@@ -58,7 +59,7 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 Initializer = jax.nn.initializers.Initializer
-# Fan-in scaled truncated normal, the usual choice for convolutions and matrices followed by GELU.
+# Truncated normal scaled by the fan-in: the usual choice for convolutions and dense layers followed by GELU.
 kernel_init: Initializer = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 zeros: Initializer = jax.nn.initializers.zeros
 ones: Initializer = jax.nn.initializers.ones
@@ -67,13 +68,13 @@ ones: Initializer = jax.nn.initializers.ones
 def param(
     module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...]
 ) -> jax.Array:
-    """Declare a float32 parameter of `module`: shape, initializer, and one logical axis name per dimension.
+    """Declare a float32 parameter of `module` with its shape, its initializer and one axis name per dimension.
 
-    Sharding, abstract initialization and sums of memory derive from this one declaration.
+    Sharding, abstract initialization and memory estimates all use this declaration.
     """
     if len(shape) != len(axes):
         raise ValueError(f"parameter {name}: {len(shape)} dimensions but {len(axes)} axis names")
-    # Inside a module the box that carries the names is already opened.
+    # Inside a module, Flax returns the array itself and not the box with the axis names.
     value = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
     return cast(jax.Array, value)
 
@@ -84,7 +85,7 @@ _active: ContextVar[tuple[Mesh, AxisRules] | None] = ContextVar("sct_mesh", defa
 
 @contextmanager
 def on_mesh(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
-    """Trace with activations placed on `mesh`, by the names of their axes."""
+    """Shard activations over `mesh` by their axis names in all code that is traced inside this context."""
     token = _active.set((mesh, rules))
     try:
         yield
@@ -95,10 +96,10 @@ def on_mesh(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
 def spec(
     shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Mesh, rules: AxisRules
 ) -> PartitionSpec:
-    """Mesh axes of an array with named axes.
+    """Return the PartitionSpec of an array of the given shape and axis names.
 
-    An axis gets the mesh axes that `rules` give to its name. It stays whole where an earlier axis of the array has
-    taken one of them, or where the number of their devices does not divide its size.
+    Each axis is sharded over the mesh axes that `rules` give for its name. It is not sharded if an earlier axis of the
+    array already uses one of these mesh axes, or if its size is not a multiple of their number of devices.
     """
     taken: set[str] = set()
     parts: list[tuple[str, ...] | None] = []
@@ -112,7 +113,7 @@ def spec(
 
 
 def placement(shape: tuple[int, ...], *names: str | None) -> tuple[Mesh, PartitionSpec] | None:
-    """Mesh, and mesh axes of an activation with named axes; None unless `is_sharded`."""
+    """Return the mesh and the PartitionSpec of an activation with these axis names, or None unless `is_sharded`."""
     active = _active.get()
     if active is None or not is_sharded():
         return None
@@ -121,52 +122,55 @@ def placement(shape: tuple[int, ...], *names: str | None) -> tuple[Mesh, Partiti
 
 
 def is_sharded() -> bool:
-    """Whether activations are placed on a mesh of several devices; not inside of `on_each_device`."""
+    """Return whether activations are sharded over a mesh of several devices.
+
+    Inside a function under `on_each_device` this is False.
+    """
     active = _active.get()
     return active is not None and active[0].size > 1 and not _manual_axes()
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Name the axes of an activation; nothing happens unless `is_sharded`."""
+    """Shard the activation x over the mesh by the names of its axes. Unless `is_sharded`, return x unchanged."""
     placed = placement(x.shape, *names)
     return x if placed is None else jax.lax.with_sharding_constraint(x, NamedSharding(*placed))
 
 
 def shards_of(name: str, size: int) -> int:
-    """Number of equal parts in which an axis of that name and size is placed on the mesh; 1 without a mesh."""
+    """Return the number of equal parts into which the mesh cuts an axis of this name and size; 1 without a mesh."""
     placed = placement((size,), name)
     return 1 if placed is None else math.prod(placed[0].shape[axis] for axis in _mesh_axes(placed[1][0]))
 
 
 def _mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """Mesh axes of one entry of a PartitionSpec, which may be a name instead of a tuple."""
+    """Return one entry of a PartitionSpec as a tuple of mesh axes. The entry may be a single name, or None."""
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def on_each_device(
     function: Callable[..., jax.Array], params: Any, *sequences: jax.Array | None, cells: int
 ) -> jax.Array:
-    """Run a function on each device's own bags and cells.
+    """Run a function on the bags and cells that each device holds.
 
-    It sees its part of each sequence, and no mesh except through `neighbor_positions`. Mesh axes that divide neither
-    bags nor cells (those of parameters) are left to XLA. Without a mesh, or where it divides neither, this is
-    `function(params, *sequences)`.
+    The function gets the device's part of each sequence. Inside it, only `neighbor_positions` communicates with other
+    devices. XLA manages the mesh axes that shard neither bags nor cells, such as those of parameters. If no mesh shards
+    bags or cells, this is `function(params, *sequences)`.
 
     Parameters
     ----------
     function
-        (params, *sequences) -> sequence (B, L', D) with equally many positions for every cell.
+        (params, *sequences) -> sequence (B, L', D), with the same number of positions for every cell.
     params
-        Tree of parameters; each device sees them whole, except for the axes left to XLA.
+        Tree of parameters. Each device gets them whole, except along the mesh axes that XLA manages.
     sequences
         Arrays (B, L, C) of `cells` cells each, or None.
     cells
-        Cells of a bag (K); a device holds whole ones.
+        Cells in a bag (K). A cell is never split between devices.
 
     Raises
     ------
     ConfigError
-        The devices do not divide the cells.
+        The number of cells is not a multiple of the number of devices along the "sequence" axis.
     """
     batch = next(x.shape[0] for x in sequences if x is not None)
     placed = placement((batch, cells), BATCH, CELL)
@@ -176,9 +180,9 @@ def on_each_device(
     devices = math.prod(mesh.shape[axis] for axis in RULES[CELL])
     if cells % devices:
         raise ConfigError(
-            f"a bag has {cells} cells, but the mesh divides them among {devices} devices: use a multiple, such as "
-            f"--config.data.cells_per_bag={-(-cells // devices) * devices}, or fewer devices along the mesh axis "
-            f"{RULES[CELL][0]!r}."
+            f"a bag has {cells} cells, but the mesh splits each bag among {devices} devices and needs a multiple of "
+            f"{devices}: set --config.data.cells_per_bag={-(-cells // devices) * devices}, or use fewer devices along "
+            f"the mesh axis {RULES[CELL][0]!r}."
         )
     if not any(where):
         return function(params, *sequences)
@@ -191,27 +195,29 @@ def on_each_device(
 
 
 def _manual_axes() -> frozenset[str]:
-    """Mesh axes of which the code being traced sees one part: those of the `shard_map` around it.
+    """Return the mesh axes of the `shard_map` around the code that is being traced.
 
-    Asked of JAX: a gradient is traced after a function that set a context variable of ours would have returned.
+    This asks JAX, because a context variable would fail for gradients: JAX traces them after the `with` block has
+    ended.
     """
     return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def is_sequence_cut() -> bool:
-    """Whether a function under `on_each_device` sees a part of a sequence, whose rest lies on other devices."""
+    """Return whether sequences are split among devices, so that a function under `on_each_device` sees only a part."""
     return bool(_manual_axes().intersection(RULES[CELL]))
 
 
 def neighbor_positions(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """Positions (B, size, C) before and after this device's part x (B, L, C) of a sequence.
+    """Return the `size` positions before and after this device's part of a sequence, each (B, size, C).
 
-    They are zeros at the ends of the whole sequence, and where it is not cut.
+    x (B, L, C) is the device's part. At the ends of the whole sequence the positions are zeros, and also if the
+    sequence is not split among devices.
 
     Raises
     ------
     ConfigError
-        The part is shorter than what its neighbors need of it.
+        The part has fewer than `size` positions.
     """
     along = tuple(axis for axis in RULES[CELL] if axis in _manual_axes())
     if not along:
@@ -219,18 +225,22 @@ def neighbor_positions(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
         return outside, outside
     if x.shape[1] < size:
         raise ConfigError(
-            f"a device along the mesh axis {along[0]!r} has {x.shape[1]} positions of a sequence, but its neighbors "
-            f"need {size} of them: use fewer devices there, or more cells in a bag."
+            f"a device along the mesh axis {along[0]!r} holds {x.shape[1]} positions of a sequence, but the "
+            f"convolution on the neighboring devices reads {size} of them: use fewer devices along {along[0]!r}, or "
+            "set a larger --config.data.cells_per_bag."
         )
     parts = jax.lax.axis_size(along)
-    # `ppermute` gives zeros to a device to which nothing is sent.
+    # A device that receives nothing gets zeros from `ppermute`.
     before = jax.lax.ppermute(x[:, x.shape[1] - size :], along, [(i, i + 1) for i in range(parts - 1)])
     after = jax.lax.ppermute(x[:, :size], along, [(i + 1, i) for i in range(parts - 1)])
     return before, after
 
 
 def shardings(boxed: Any, mesh: Mesh, rules: AxisRules) -> Any:
-    """Tree of the shardings of boxed variables (from `module.init`), by their logical axis names."""
+    """Return the tree of shardings for boxed variables (from `module.init`), by their logical axis names.
+
+    Variables without axis names are replicated on all devices.
+    """
 
     def place(leaf: Any) -> NamedSharding:
         if isinstance(leaf, nn.LogicallyPartitioned):

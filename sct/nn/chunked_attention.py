@@ -1,10 +1,10 @@
-"""Attention that never holds the whole matrix of scores, in the forward or the backward pass.
+"""Attention that never stores the whole score matrix, neither in the forward nor in the backward pass.
 
-Queries and keys are cut into chunks; a block is one chunk of queries with one chunk of keys. A softmax over all keys
+Queries and keys are cut into chunks. A block is one chunk of queries with one chunk of keys. A softmax over all keys
 needs only a running maximum and a running sum, in float32 (Rabe & Staats 2021, "Self-attention does not need O(n^2)
-memory"; Dao et al. 2022, "FlashAttention"). The backward pass computes the weights of each block again, from the scores
-and the saved logarithm of that sum. Beside inputs, outputs and gradients, memory is one block: batch x heads x query
-chunk x key chunk.
+memory"; Dao et al. 2022, "FlashAttention"). The backward pass recomputes the attention weights of each block from its
+scores and the saved logarithm of the sum. In addition to inputs, outputs and gradients, memory holds one block: batch x
+heads x query chunk x key chunk.
 """
 
 from __future__ import annotations
@@ -19,40 +19,44 @@ from jax import lax
 
 from sct.nn.reference import chunk_limit
 
-# Query and key positions of a block. On CPU a block of 16 heads stays near the caches: 3 to 4 times faster than whole
-# scores at 3,900 positions. Accelerators need larger products.
+# Query and key positions of a block. On CPU, a block of 16 heads of this size stays close to the caches. At 3,900
+# positions this is 3 to 4 times faster than the whole score matrix. Accelerators need larger matrix products.
 CPU_CHUNKS = (256, 512)
-# With an order (causal attention), smaller blocks skip more of the keys that no query sees: attention over 512 tokens
-# takes less than half the time of whole scores.
+# In causal attention, smaller blocks skip more of the keys that no query attends to. Attention over 512 tokens takes
+# less than half the time of the whole score matrix.
 CPU_ORDERED_CHUNKS = (128, 128)
 CHUNKS, ORDERED_CHUNKS = (1024, 1024), (512, 512)
 
 
 def default_chunks(ordered: bool = False) -> tuple[int, int]:
-    """Query and key positions of a block on the default backend; `ordered` where queries see no later keys."""
+    """Return the numbers of query and key positions in a block, for the default backend.
+
+    `ordered` is True for causal attention, in which queries do not attend to later keys.
+    """
     queries, keys = ORDERED_CHUNKS if ordered else CHUNKS
     if jax.default_backend() == "cpu":
         queries, keys = CPU_ORDERED_CHUNKS if ordered else CPU_CHUNKS
     return chunk_limit(queries), chunk_limit(keys)
 
 
-# Score of a key that a query does not see. It is finite, so that a query that sees nothing gets the mean of all values
-# instead of NaN.
+# Score of a key that a query may not attend to. It is finite, so that a query without any key gets the mean of all
+# values instead of NaN.
 UNSEEN = -1e30
-# Segment of keys that every query sees, and of keys that none sees.
+# Segment of keys that every query attends to, and segment of keys that no query attends to.
 EVERYONE, NO_ONE = -(2**31), -(2**31) + 1
 
 
 class Mask(NamedTuple):
-    """Which keys a query sees: those of its own segment that do not come after it.
+    """Attention mask: a query attends to the keys of its own segment, and in causal attention not to later keys.
 
     Attributes
     ----------
     query, key
-        Segments int32 (B, L) and (B, M), or None for one segment; by convention 0 is padding. Keys may also have the
-        segment `EVERYONE`.
+        Segment numbers, int32 (B, L) and (B, M). None means one segment. By convention 0 is padding. Keys may also have
+        the segment `EVERYONE` or `NO_ONE`.
     order
-        Index of the first query among the keys, int32 (): query i sees keys up to `order + i`; None: all keys.
+        For causal attention, the index of the first query among the keys, int32 (): query i attends to keys 0 to
+        `order + i`. None means all keys.
     """
 
     query: jax.Array | None = None
@@ -60,9 +64,12 @@ class Mask(NamedTuple):
     order: jax.Array | int | None = None
 
     def visible(self, queries: jax.Array, keys: jax.Array) -> jax.Array | None:
-        """Whether queries at (L',) see keys at (M',), bool (B or 1, L', M'); None where all see all.
+        """Return which queries attend to which keys, bool (B or 1, L', M'); None if every query attends to every key.
 
-        The segments are those of these queries and keys.
+        Parameters
+        ----------
+        queries, keys
+            Positions of the queries (L',) and the keys (M',). The segments of this mask must belong to exactly these.
         """
         seen = None if self.order is None else (keys <= self.order + queries[:, None])[None]
         if self.query is not None and self.key is not None:
@@ -79,52 +86,53 @@ def chunked_attention(
     mask: Mask | None = None,
     chunks: tuple[int, int] | None = None,
 ) -> jax.Array:
-    """Softmax attention, equal to `jax.nn.dot_product_attention` within rounding.
+    """Compute softmax attention chunk by chunk. The result equals `jax.nn.dot_product_attention` up to rounding.
 
     Parameters
     ----------
     query
-        Shape (B, L, H, D), of any floating type; products are accumulated and the softmax is taken in float32.
+        Shape (B, L, H, D), of any floating type. Sums and the softmax are computed in float32.
     key, value
-        Shape (B, M, H, D), M positive; lengths need not be multiples of the chunks.
+        Shape (B, M, H, D), with at least one key. L and M need not be multiples of the chunk sizes.
     mask
-        Which keys a query sees; all by default. Blocks in which the order hides all keys are skipped.
+        Which keys a query attends to. The default is all keys. Blocks in which the causal order masks every key are
+        skipped.
     chunks
-        Most query and key positions of a block; by default those of the backend.
+        Largest numbers of query and key positions in a block. The default depends on the backend; see `default_chunks`.
 
     Returns
     -------
-    (B, L, H, D) in the type of `value`.
+    (B, L, H, D), in the type of `value`.
     """
     return _forward(query, key, value, mask, chunks)[0]
 
 
 def _plan(length: int, most: int) -> tuple[int, int]:
-    """Number and size of equal chunks of at most `most` positions, with the least padding."""
+    """Return the number and the size of the equal chunks of at most `most` positions that need the least padding."""
     number = -(-length // most)
     return number, -(-length // number)
 
 
 def _cut(x: jax.Array, plan: tuple[int, int]) -> jax.Array:
-    """Chunks (n, B, H, c, D) of (B, L, H, D), the last one padded with zeros."""
+    """Cut an array (B, L, H, D) into chunks (n, B, H, c, D). The last chunk is padded with zeros."""
     number, chunk = plan
     x = jnp.pad(x, ((0, 0), (0, number * chunk - x.shape[1]), (0, 0), (0, 0)))
     return rearrange(x, "b (n c) h d -> n b h c d", n=number)
 
 
 def _join(x: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-    """Undo `_cut`, in the shape and type of `like`."""
+    """Join chunks (n, B, H, c, D) into one array (B, L, H, D), without the padding and in the type of `like`."""
     whole = rearrange(x, "n b h c d -> b (n c) h d")
     return whole[:, : like.shape[1]].astype(like.dtype)
 
 
 class _Blocks(NamedTuple):
-    """The mask, cut into chunks like the queries and keys that it belongs to."""
+    """A mask whose segments are cut into the same chunks as the queries and the keys."""
 
     mask: Mask
     queries: tuple[int, int]
     keys: tuple[int, int]
-    length: int  # keys without padding
+    length: int  # number of keys without padding
 
     @classmethod
     def of(cls, mask: Mask | None, plans: list[tuple[int, int]], length: int) -> _Blocks:
@@ -136,7 +144,10 @@ class _Blocks(NamedTuple):
         return cls(Mask(segments[0], segments[1], mask.order), plans[0], plans[1], length)
 
     def bias(self, i: Any, j: Any) -> jax.Array | None:
-        """Bias of the scores of block (i, j), (B or 1, 1, c, c'); None where every query sees every key."""
+        """Return the bias to add to the scores of block (i, j), (B or 1, 1, c, c').
+
+        It is 0 for keys that a query attends to, `UNSEEN` for others and -inf for padding. None means all zeros.
+        """
         take = functools.partial(lax.dynamic_index_in_dim, keepdims=False)
         query, key = (
             None if x is None else take(x, at)
@@ -152,11 +163,11 @@ class _Blocks(NamedTuple):
             bias = jnp.zeros((1, 1, 1, self.keys[1]))
         else:
             return None
-        # Padding after the last key has no weight, not even for a query that sees nothing.
+        # Padding after the last key gets -inf, so that it has no weight even for a query without any key.
         return jnp.where(keys < self.length, bias, -jnp.inf)
 
     def stop(self, i: Any) -> Any:
-        """Number of chunks of keys that queries of chunk i may see."""
+        """Return the number of key chunks that the queries of chunk i may attend to, counted from the first."""
         if self.mask.order is None:
             return self.keys[0]
         last = self.mask.order + (i + 1) * self.queries[1]
@@ -201,7 +212,7 @@ def _forward(
             keys, values = _block(blocks, j)
             scores = _scores(queries, keys, which.bias(i, j))
             higher = jnp.maximum(highest, scores.max(axis=-1, keepdims=True))
-            # What was summed so far is relative to the old maximum.
+            # The sums so far are relative to the old maximum: rescale them to the new one.
             weights, shrink = jnp.exp(scores - higher), jnp.exp(highest - higher)
             total = total * shrink + weights.sum(axis=-1, keepdims=True)
             mixed = mixed * shrink + _dot("bhqk,bhkd->bhqd", weights.astype(values.dtype), values)
@@ -224,8 +235,8 @@ def _backward(
     plans = _plans(query, key, mask, chunks)
     queries, keys = plans
     scale = query.shape[-1] ** -0.5
-    # The softmax's gradient is weights * (d_weights - shared); `shared` is sum(weights * d_weights) over all keys. That
-    # equals sum(gradient * output), so it is known before the loop.
+    # The gradient of the softmax is weights * (d_weights - shared), where `shared` is the sum of weights * d_weights
+    # over all keys. That sum equals sum(gradient * output), so it can be computed before the loop.
     shared = (gradient.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     blocks, which = (_cut(key, keys), _cut(value, keys)), _Blocks.of(mask, plans, key.shape[1])
 
@@ -240,14 +251,14 @@ def _backward(
             key, value = _block(blocks, j)
             bias = which.bias(i, j)
             weights = jnp.exp(_scores(query, key, bias) - log_total)
-            if (
-                bias is not None
-            ):  # a query that sees nothing: log(number of keys) is lost in UNSEEN + log(number)
+            if bias is not None:
+                # For a query without any key, `log_total` is UNSEEN + log(number of keys), which float32 rounds to
+                # UNSEEN. Divide by the number of keys here instead.
                 weights = jnp.where(log_total > UNSEEN / 2, weights, weights / which.length)
             d_value = d_value.at[j].add(_dot("bhqk,bhqd->bhkd", weights.astype(value.dtype), gradient))
             d_weights = _dot("bhqd,bhkd->bhqk", gradient, value)
             d_scores = weights * (d_weights - shared) * scale
-            if bias is not None:  # the scores of unseen keys are constants
+            if bias is not None:  # masked scores are constants, without a gradient
                 d_scores = jnp.where(bias > UNSEEN / 2, d_scores, 0.0)
             d_scores = d_scores.astype(query.dtype)
             d_key = d_key.at[j].add(_dot("bhqk,bhqd->bhkd", d_scores, query))
@@ -257,8 +268,8 @@ def _backward(
         d_query, *sums = lax.fori_loop(0, which.stop(i), add, start)
         return tuple(sums), d_query
 
-    # These zeros depend on the gradient. XLA for the CPU (jax 0.10) makes plain zeros at the beginning of a program, so
-    # that those of all layers take memory at the same time.
+    # These zeros are computed from the gradient on purpose. XLA for CPU (jax 0.10) allocates constant zeros when a
+    # program starts, so that the zeros of all layers would take memory at the same time.
     none = jnp.broadcast_to(shared.ravel()[0] * 0.0, blocks[0].shape)
     (d_key, d_value), d_query = lax.scan(one, (none, none), parts)
     return _join(d_query, query), _join(d_key, key), _join(d_value, value), None

@@ -1,4 +1,4 @@
-"""A function over the chunks of its inputs, one after the other."""
+"""Apply a function to the chunks of its inputs, one after the other, to save memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-# Name of all that `saveable` marks, for the policies of `jax.checkpoint`.
+# Name that `saveable` gives to values, for the policies of `jax.checkpoint`.
 SAVEABLE = "saveable"
 # (params, inputs of one chunk) -> output of the chunk.
 ChunkFunction = Callable[[Any, Any], jax.Array]
@@ -21,48 +21,49 @@ ChunkFunction = Callable[[Any, Any], jax.Array]
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def chunked_map(function: ChunkFunction, save: bool, params: Any, inputs: Any) -> jax.Array:
-    """Apply a function to the chunks of its inputs, one after the other; stack the outputs.
+    """Apply a function to the chunks of its inputs, one after the other, and stack the outputs.
 
-    The output is that of `jax.lax.map`. The gradient computes each chunk again, from `params` and `inputs`. With `save`
-    it finds what the function marks as `saveable` and computes only the rest.
+    The output equals that of `jax.lax.map`. The backward pass recomputes each chunk from `params` and `inputs`. With
+    `save`, it uses the saved values that the function marks as `saveable`, and recomputes only the rest.
 
-    Why not `lax.map`: it fills its outputs with zeros first. XLA for the CPU (jax 0.10) does so for all loops of a
-    program at its beginning, each with a buffer of its own: 1.5 of 4.1 GiB (docs/performance.md).
+    `lax.map` itself would need more memory, because it first fills its outputs with zeros. XLA for CPU (jax 0.10) does
+    this for all loops when a program starts, with one buffer for each loop: 1.5 of 4.1 GiB (docs/performance.md).
 
     Parameters
     ----------
     function
-        Pure function; hashable, since it is a static argument.
+        Pure function. It must be hashable, because it is a static argument.
     save
-        Whether the forward pass saves what is `saveable`, for the gradient.
+        Whether the forward pass saves the `saveable` values for the backward pass.
     params
-        Tree of arrays, the same for all chunks; its gradient is summed over them.
+        Tree of arrays, the same for all chunks. Its gradient is the sum over the chunks.
     inputs
-        Tree of arrays (n, ...) for n chunks.
+        Tree of arrays (n, ...), for n chunks.
 
     Returns
     -------
-    (n, ...), the outputs.
+    The outputs of the n chunks, (n, ...).
     """
     return _map(function, False, params, inputs)[0]
 
 
 _Mark = Callable[[jax.Array], jax.Array]
-# What `saveable` does inside of a chunk; None outside.
+# What `saveable` does inside a chunk; None outside.
 _mark: ContextVar[_Mark | None] = ContextVar("sct_saveable", default=None)
 
 
 def saveable(x: jax.Array) -> jax.Array:
-    """Mark a value that the backward pass may find saved; returns `x`.
+    """Mark the array `x` as one that may be saved for the backward pass, and return `x`.
 
-    Mark outputs of convolutions and products. Norms and GELUs cost one pass over memory and are computed again.
+    Mark the outputs of convolutions and matrix products. Norms and GELUs cost only one pass over memory, so the
+    backward pass recomputes them.
     """
     mark = _mark.get()
     return cast(jax.Array, checkpoint_name(x, SAVEABLE)) if mark is None else mark(x)
 
 
 def inside_chunk() -> bool:
-    """Whether the code being traced is the function of a `chunked_map`."""
+    """Return whether the code that is being traced runs inside a `chunked_map`."""
     return _mark.get() is not None
 
 
@@ -77,9 +78,9 @@ def _marking(mark: _Mark) -> Iterator[None]:
 
 @jax.custom_vjp
 def with_saved_value(computed: jax.Array, saved: jax.Array) -> jax.Array:
-    """`saved`, the value that `computed` had in the forward pass; the gradient goes to `computed`.
+    """Return `saved`, the value of `computed` from the forward pass, but pass the gradient to `computed`.
 
-    Nothing reads the value of `computed` then, so XLA does not compute it.
+    The value of `computed` is then unused, so XLA does not compute it.
     """
     return saved
 
@@ -92,7 +93,7 @@ with_saved_value.defvjp(
 def _map(
     function: ChunkFunction, save: bool, params: Any, inputs: Any
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Outputs (n, ...), and with `save` the values (n, ...) that the function marks."""
+    """Return the outputs (n, ...) and, with `save`, the values (n, ...) that the function marks as `saveable`."""
 
     def one(chunk: Any) -> tuple[jax.Array, ...]:
         saved: list[jax.Array] = []
@@ -123,7 +124,7 @@ def _backward(function: ChunkFunction, save: bool, residuals: Any, gradient: jax
 
     def step(i: jax.Array, sums: tuple[Any, Any]) -> tuple[Any, Any]:
         by_params, by_inputs = sums
-        values = iter(_take(saved, i))  # in the order in which the function marked them
+        values = iter(_take(saved, i))  # in the order in which the function marks them
         with _marking(lambda x: with_saved_value(x, next(values)) if save else x):
             _, pull = jax.vjp(function, params, _take(inputs, i))
         of_params, of_chunk = pull(_take(gradient, i))
@@ -146,6 +147,9 @@ def _put(arrays: Any, chunks: Any, i: jax.Array) -> Any:
 
 
 def _room(shape: tuple[int, ...], dtype: Any, after: jax.Array) -> jax.Array:
-    """Array to be overwritten. Its value depends on `after`, so XLA takes its memory no earlier than that."""
+    """Return an array of this shape that will be overwritten.
+
+    Its value depends on the array `after`, so XLA does not allocate it before `after` exists.
+    """
     first = lax.slice(after, [0] * after.ndim, [1] * after.ndim).reshape(())
     return jnp.broadcast_to((first * 0).astype(dtype), shape)

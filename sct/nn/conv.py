@@ -19,10 +19,10 @@ _DIMENSIONS = ("NWC", "WIO", "NWC")
 
 
 def conv(x: jax.Array, kernel: jax.Array, padding: tuple[int, int] | None = None) -> jax.Array:
-    """Stride-1 convolution of x (B, L, C) with kernel (k, C, F), giving (B, L, F).
+    """Convolve x (B, L, C) with a kernel (k, C, F) at stride 1 and return (B, L, F).
 
-    `padding` is the number of zeros before and after the sequence, by default "SAME"; a negative number removes
-    positions.
+    `padding` gives the numbers of zeros before and after the sequence. A negative number removes positions. The default
+    is "SAME" padding. With another padding, the length of the output changes accordingly.
     """
     size = kernel.shape[0]
     pads = ((size - 1) // 2, size // 2) if padding is None else padding
@@ -41,10 +41,10 @@ def _library_conv(x: jax.Array, kernel: jax.Array, pads: tuple[int, int]) -> jax
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv_in_loop(x: jax.Array, kernel: jax.Array, pads: tuple[int, int]) -> jax.Array:
-    """Convolution whose gradient for the kernel is one matrix product per kernel position.
+    """Convolve as `_library_conv` does, but compute the kernel's gradient as one matrix product per kernel position.
 
-    XLA for the CPU (jax 0.10) has no fast form of that gradient inside a loop: as a convolution with a kernel as long
-    as the sequence it runs at 5 GFLOP/s, the products run at more than 100.
+    Inside a loop, XLA for CPU (jax 0.10) computes this gradient as a convolution with a kernel as long as the sequence.
+    That runs at 5 GFLOP/s, while the matrix products run at more than 100 GFLOP/s.
     """
     return _library_conv(x, kernel, pads)
 
@@ -71,16 +71,23 @@ _conv_in_loop.defvjp(_conv_in_loop_forward, _conv_in_loop_backward)
 
 
 def conv_transpose_2x(x: jax.Array, kernel: jax.Array, halo: int = 0) -> jax.Array:
-    """Transposed convolution of stride 2 and "SAME" padding: (B, L, C) -> (B, 2L, F).
+    """Apply a transposed convolution with stride 2 and "SAME" padding: (B, L, C) -> (B, 2L, F).
 
-    With a `halo`, x has that many further positions at each end, of its neighbors, in place of the padding.
+    The output equals `lax.conv_transpose(x, kernel, (2,), "SAME")`. It is computed as two stride-1 convolutions, one
+    for the even and one for the odd output positions. On CPU, the gradient of the strided convolution runs at
+    3 GFLOP/s. The two stride-1 convolutions have the ordinary gradient of a convolution.
 
-    The output is that of `lax.conv_transpose(x, kernel, (2,), "SAME")`. It is computed as two stride-1 convolutions,
-    one for the even and one for the odd output positions. On CPU the gradient of the strided form runs at 3 GFLOP/s;
-    this form has an ordinary convolution's gradient.
+    Output position 2m + p is the sum of kernel[j] * x[m + (p + j - a) / 2] over the kernel positions j for which
+    p + j - a is even. Here a is the left padding of the dilated input.
 
-    Output position 2m + p sums kernel[j] * x[m + (p + j - a) / 2] over the kernel positions j of matching parity, where
-    a is the left padding of the dilated input.
+    Parameters
+    ----------
+    x
+        Sequence (B, L, C); with a halo, (B, halo + L + halo, C).
+    kernel
+        Shape (k, C, F).
+    halo
+        Number of positions from the neighboring parts of the sequence at each end of x. They replace the padding.
     """
     size = kernel.shape[0]
     left = -(-size // 2) if size > 1 else 0  # left padding of the dilated input under "SAME", stride 2
@@ -90,7 +97,7 @@ def conv_transpose_2x(x: jax.Array, kernel: jax.Array, halo: int = 0) -> jax.Arr
     phases: list[jax.Array] = []
     for p in (0, 1):
         used = [j for j in range(size) if (p + j - left) % 2 == 0]
-        if not used:  # a kernel of one position leaves the odd outputs empty
+        if not used:  # a kernel of size 1 reaches no odd output position
             phases.append(jnp.zeros_like(phases[0]))
             continue
         low, high = ((p + j - left) // 2 for j in (used[0], used[-1]))
@@ -99,7 +106,10 @@ def conv_transpose_2x(x: jax.Array, kernel: jax.Array, halo: int = 0) -> jax.Arr
 
 
 def halo_of(kernel_size: int, upsample: bool = False) -> int:
-    """Positions beyond each end of a sequence that its convolution reads."""
+    """Return how many positions a convolution reads beyond each end of its part of a sequence.
+
+    `upsample` is True for the transposed convolution of stride 2.
+    """
     return (kernel_size + 1) // 4 if upsample else kernel_size // 2
 
 
@@ -107,10 +117,10 @@ Borders = tuple[jax.Array, jax.Array]
 
 
 class Conv(nn.Module):
-    """Convolution with "SAME" padding; `upsample=True` is the transposed one of stride 2.
+    """Convolution with "SAME" padding, or transposed convolution of stride 2 with `upsample=True`.
 
-    The kernel has shape (kernel_size, in, out) in both cases. With a `segment` the convolution does not cross the
-    borders of segments of that many positions.
+    The kernel has the shape (kernel_size, in, out) in both cases. If `segment` is set, the sequence is cut into
+    segments of that many positions, and the convolution does not read across their borders.
     """
 
     features: int
@@ -121,10 +131,10 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, borders: Borders | None = None) -> jax.Array:
-        """Map (B, L, C) to (B, L, features), or to (B, 2L, features) when upsampling.
+        """Convolve x (B, L, C) and return (B, L, features), or (B, 2L, features) with `upsample`.
 
-        `borders` are the `halo_of(kernel_size, upsample)` positions (B, halo, C) before and after x, where x is a part
-        of a sequence; they replace the padding.
+        If x is a part of a longer sequence, `borders` are the positions before and after x, each (B, halo, C) with
+        halo = `halo_of(kernel_size, upsample)`. They replace the padding.
         """
         shape = (self.kernel_size, x.shape[-1], self.features)
         kernel = axes.param(
@@ -146,12 +156,12 @@ class Conv(nn.Module):
 
 
 def pool_2x(x: jax.Array, kind: str) -> jax.Array:
-    """Join neighbouring pairs of positions: (B, L, C) -> (B, L / 2, C), by "avg" or "max"."""
+    """Pool pairs of neighboring positions: (B, L, C) -> (B, L / 2, C). `kind` is "avg" or "max"."""
     pairs = rearrange(x, "b (l pair) c -> b l pair c", pair=2)
     if kind == "avg":
-        # Not `mean`, whose sum over two numbers the CPU computes ten times slower.
+        # On CPU, `mean` over two numbers is ten times slower than this sum.
         return (pairs[:, :, 0] + pairs[:, :, 1]) * 0.5
-    # The gradient of `max` divides by the number of equal values, which is zero where a compiler computes the
-    # input again with other rounding (seen on CPU with low optimisation): a choice has no such quotient.
+    # The gradient of `max` divides by the number of values that equal the maximum. That number is zero if the compiler
+    # recomputes the input with other rounding (seen on CPU at a low optimization level). `where` has no such division.
     first, second = pairs[:, :, 0], pairs[:, :, 1]
     return jnp.where(first < second, second, first)

@@ -1,24 +1,26 @@
-"""How layers are executed: on devices, in chunks, and what their backward pass finds saved.
+"""Run layers on several devices and in chunks, and choose which values are saved for the backward pass.
 
-What a layer computes stands in its model file, with nothing of this. Measurements: docs/performance.md.
+The model files define what a layer computes; this file defines how it runs. Measurements are in docs/performance.md.
 
-`by_cells` executes a layer over a bag, one sequence (B, K * G, C) of K cells with G positions each. The layer has two
-methods, because a norm needs all positions of a cell and a convolution needs the ends of the neighboring cells:
+`by_cells` runs a layer over a bag, which is one sequence (B, K * G, C) of K cells with G positions each. The layer has
+two methods, because a norm needs all positions of a cell, and a convolution needs the ends of the neighboring cells:
 
-- `normalize(x)`: each cell by itself;
-- `convolve(x, borders, skip)`: all that follows; `borders` are the `halo` positions (B, halo, C) before and after x.
+- `normalize(x)` normalizes each cell separately.
+- `convolve(x, borders, skip)` computes the rest of the layer. `borders` are the `halo` positions (B, halo, C) before
+  and after x.
 
 **Devices.** Each device runs the layer on its own cells, and receives the borders of the normalized sequence from its
-neighbors. XLA alone would gather the whole sequence for every norm and convolution.
+neighbors. Without this, XLA would gather the whole sequence for every norm and convolution.
 
-**Chunks.** On CPU a level goes through the bag in chunks of some cells. XLA for the CPU fuses a sum with all the
-elementwise work around it, in one loop at a tenth of the memory's speed, but never across a loop of the program; and a
-chunk stays in the cache. A training step of 10 full-size cells went from 38 s and 11.6 GiB to 21 s and 4.6 GiB with
-it. Accelerators run the bag at once.
+**Chunks.** On CPU, a tower level processes the bag in chunks of a few cells, for two reasons. A chunk stays in the
+cache. And XLA for CPU fuses a sum with all elementwise operations around it into one loop, which runs at a tenth of the
+memory bandwidth; it does not fuse across the loop over chunks. With chunks, the time of a training step on 10 full-size
+cells fell from 38 s to 21 s, and its memory from 11.6 GiB to 4.6 GiB. Accelerators process the whole bag at once.
 
-**Saved values.** The backward pass finds saved: with `remat="products"` the outputs of convolutions and products, with
-"level" nothing, with "none" everything. A level in chunks saves its normalized input too, unless for "level", and never
-more than with "products".
+**Saved values.** `remat` sets which values the forward pass saves for the backward pass, which recomputes the rest:
+"none" saves everything, "products" saves the outputs of convolutions and matrix products, and "level" saves nothing. A
+tower level in chunks also saves its normalized input, except with "level". With "none", a level in chunks saves the
+same values as with "products".
 """
 
 from __future__ import annotations
@@ -39,9 +41,9 @@ from sct.nn.conv import Borders
 from sct.nn.paths import flatten, unflatten
 from sct.nn.reference import chunk_limit, use_reference
 
-# Positions of a chunk of a level on CPU: enough for the products to run at full speed.
+# Positions in a chunk of a tower level on CPU: enough for matrix products to run at full speed.
 LEVEL_CHUNK_CPU = 4096
-# Positions of a chunk of a pointwise layer: few stay in the cache of a CPU, many keep an accelerator busy.
+# Positions in a chunk of a pointwise layer. Small chunks stay in a CPU's cache; large ones keep an accelerator busy.
 POINTWISE_CHUNK_CPU, POINTWISE_CHUNK = 4096, 65_536
 
 _Layer = TypeVar("_Layer", bound=type[nn.Module])
@@ -51,26 +53,28 @@ def by_cells(
     layer: Any, x: jax.Array, skip: jax.Array | None = None, *, num_positions: int, halo: int, chunked: bool = True,
     remat: str = "none",
 ) -> jax.Array:  # fmt: skip
-    """Compute `layer.convolve(layer.normalize(x), borders, skip)`; see the top of this file.
+    """Compute `layer.convolve(layer.normalize(x), borders, skip)`, on several devices and in chunks.
+
+    The beginning of this file explains devices, chunks and saved values.
 
     Parameters
     ----------
     layer
-        Bound module. The parameters of its `normalize` lie under "block/norm".
+        Bound Flax module. The parameters of its method `normalize` lie under "block/norm".
     x, skip
-        Sequences (B, K * G, C) and (B, K * G', C'), or no skip.
+        Sequence (B, K * G, C), and the skip connection (B, K * G', C') or None.
     num_positions
         Positions of a cell in x (G).
     halo
-        Positions that `convolve` reads beyond each end; 0 where cells are apart.
+        Positions that `convolve` reads beyond each end; 0 if convolutions do not read across cell borders.
     chunked
-        Whether a large bag goes through the layer in chunks on CPU.
+        Whether the layer processes a large bag in chunks on CPU.
     remat
-        What the backward pass finds saved: "none", "products" or "level".
+        Which values are saved for the backward pass: "none", "products" or "level".
 
     Returns
     -------
-    (B, K * G', C').
+    Sequence (B, K * G', C').
     """
     if layer.is_initializing():
         return cast(jax.Array, layer.convolve(layer.normalize(x), None, skip))
@@ -93,11 +97,20 @@ def by_cells(
 
 
 def by_positions(layer: nn.Module, method: str, x: jax.Array, cells: int | None = None) -> jax.Array:
-    """Apply a method that maps each position by itself, (..., C) to (..., C'), in chunks of positions.
+    """Apply a method of a layer that treats each position separately, (..., C) -> (..., C'), in chunks of positions.
 
-    For layers with hidden vectors much wider than their inputs: a million positions at once take 4 GiB in sCT's head,
-    and again for the gradient. `cells` is the number of cells where x is a whole bag (B, K * G, C), of which each
-    device takes its part; None for other positions, which a mesh takes at once.
+    This saves memory in layers with hidden vectors much wider than their inputs. In the head of sCT, a million
+    positions at once take 4 GiB, and another 4 GiB for the gradient.
+
+    Parameters
+    ----------
+    layer, method
+        Bound Flax module, and the name of its method.
+    x
+        Input vectors (..., C).
+    cells
+        Number of cells (K) if x is a whole bag (B, K * G, C); each device then processes its own cells. None if x holds
+        other positions; on a mesh these are processed all at once.
     """
     if layer.is_initializing() or use_reference() or (cells is None and axes.is_sharded()):
         return cast(jax.Array, getattr(layer, method)(x))
@@ -108,10 +121,10 @@ def by_positions(layer: nn.Module, method: str, x: jax.Array, cells: int | None 
 
 
 def rematerialized(layer: _Layer, remat: str, prevent_cse: bool = True) -> _Layer:
-    """Class of a layer whose backward pass computes again what `remat` does not save.
+    """Return the layer's class, changed so that the backward pass recomputes the values that `remat` does not save.
 
-    "none" saves everything, "products" the outputs of matrix products (not the scores of attention), "level" nothing.
-    `prevent_cse` is not needed inside of a loop.
+    `remat="none"` saves everything, "products" saves the outputs of matrix products (but not attention scores), and
+    "level" saves nothing. `prevent_cse=False` is enough inside a loop; see `jax.checkpoint`.
     """
     if remat == "none":
         return layer
@@ -120,9 +133,10 @@ def rematerialized(layer: _Layer, remat: str, prevent_cse: bool = True) -> _Laye
 
 
 def cells_per_chunk(cells: int, num_positions: int) -> int:
-    """Cells in a chunk of a bag of `cells`, a divisor of them: the fewest that fill a chunk on CPU, elsewhere all.
+    """Return the number of cells in a chunk of a bag; it divides `cells`.
 
-    On a mesh a bag is the device's part of it.
+    On CPU this is the smallest number whose positions fill a chunk. On accelerators it is `cells`, a single chunk. On a
+    mesh, `cells` counts the cells of the bag on one device.
     """
     if use_reference() or jax.default_backend() != "cpu" or axes.is_sharded():
         return cells
@@ -132,7 +146,7 @@ def cells_per_chunk(cells: int, num_positions: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Method:
-    """A method of an unbound module as a function of variables and inputs; hashable, as `chunked_map` needs it."""
+    """A method of an unbound module, as a function of variables and inputs. `chunked_map` needs it to be hashable."""
 
     module: nn.Module
     name: str
@@ -157,7 +171,7 @@ def _in_chunks(
     def join(x: jax.Array) -> jax.Array:
         return rearrange(x, "(b n) 1 l c -> b (n l) c", n=chunks)
 
-    # All norms come first, so that a chunk can see the normalized borders of the next one.
+    # Normalize all chunks first, because the convolution of a chunk reads the normalized borders of its neighbors.
     norm, rest = _split(params)
     y = chunked_map(_Method(layer, "normalize"), False, norm, (cut(x),))
     borders = _borders_of_chunks(join(y), halo, chunks) if halo else None
@@ -166,7 +180,10 @@ def _in_chunks(
 
 
 def _split(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Variables of `normalize` and of `convolve`; the loop of a gradient carries a sum for each parameter it gets."""
+    """Split parameters into the variables of `normalize` and those of `convolve`.
+
+    The loop of the backward pass carries one sum per parameter, so each loop gets only the parameters that it needs.
+    """
     flat = flatten(params)
     norm = {path: value for path, value in flat.items() if path.startswith("block/norm/")}
     rest = {path: value for path, value in flat.items() if path not in norm}
@@ -174,7 +191,7 @@ def _split(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _borders_of_chunks(x: jax.Array, halo: int, chunks: int) -> Borders:
-    """Positions (B * n, 1, halo, C) before and after each of n chunks of a sequence (B, L, C)."""
+    """Return the positions before and after each of the n chunks of x (B, L, C), both of shape (B * n, 1, halo, C)."""
     first, last = axes.neighbor_positions(x, halo)
     parts = rearrange(x, "b (n l) c -> b n l c", n=chunks)
     before = jnp.concatenate([first[:, None], parts[:, :-1, -halo:]], axis=1)
@@ -188,7 +205,7 @@ def _positions_in_chunks(function: _Method, variables: Any, x: jax.Array) -> jax
     chunks = -(-positions // limit)
     if chunks == 1:
         return function(variables, (x,))
-    size = -(-positions // chunks)  # the most even chunks, the last one filled up
+    size = -(-positions // chunks)  # equal chunks; the last one is padded
     filled = jnp.pad(rearrange(x, "... c -> (...) c"), ((0, chunks * size - positions), (0, 0)))
     y = chunked_map(function, False, variables, (rearrange(filled, "(n s) c -> n s c", n=chunks),))
     return rearrange(y, "n s c -> (n s) c")[:positions].reshape(*x.shape[:-1], -1)

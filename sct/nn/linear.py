@@ -12,18 +12,20 @@ from sct.nn.adapters import with_adapters, with_bottleneck
 
 
 class Linear(nn.Module):
-    """`y = x @ kernel + bias` over the last axis, in `dtype`.
+    """Dense layer over the last axis: `y = x @ kernel + bias`, with the layer's adapters if it has any.
 
     Parameters
     ----------
     features
-        Output width.
+        Width of the output.
     kernel_axes
-        Logical names of the kernel's two axes.
+        Logical names of the two axes of the kernel.
     use_bias
-        Whether there is a bias.
+        Whether the layer has a bias.
     dtype
-        Type of the computation; parameters are float32.
+        Type of the computation. Parameters are float32.
+    kernel_init
+        Initializer of the kernel.
     """
 
     features: int
@@ -34,7 +36,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map (..., in) to (..., features); what the collection "adapters" holds for this layer is added."""
+        """Apply the layer to x (..., in), with its adapters from the collection "adapters"; return (..., features)."""
         kernel = axes.param(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.kernel_axes)
         y = jnp.einsum("...i,io->...o", x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
@@ -44,7 +46,7 @@ class Linear(nn.Module):
 
 
 class Embed(nn.Module):
-    """Table of `num` vectors of width `features`."""
+    """Embedding table of `num` vectors of width `features`."""
 
     num: int
     features: int
@@ -53,15 +55,18 @@ class Embed(nn.Module):
     table_axes: tuple[str | None, str] = (axes.VOCAB, axes.CHANNEL)
 
     def setup(self) -> None:
-        """Declare the table."""
+        """Declare the embedding table."""
         shape = (self.num, self.features)
         self.table = axes.param(self, "embedding", self.table_init, shape, self.table_axes)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        """Map integer ids (...) to vectors (..., features), behind the table's bottleneck, if it has one."""
+        """Look up the vectors (..., features) of integer ids (...), and apply the table's bottleneck if it has one."""
         vectors = jnp.take(self.table, ids.astype(jnp.int32), axis=0).astype(self.dtype)
         return with_bottleneck(self, vectors)
 
     def scores(self, x: jax.Array) -> jax.Array:
-        """Product (..., num) of vectors (..., features) with every vector of the table: a head that shares it."""
+        """Multiply vectors (..., features) with every vector of the table and return (..., num).
+
+        This is an output head with weights tied to the embeddings.
+        """
         return jnp.einsum("...i,vi->...v", x.astype(self.dtype), self.table.astype(self.dtype))

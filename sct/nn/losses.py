@@ -1,4 +1,4 @@
-"""Losses over large vocabularies."""
+"""Cross-entropy losses over large vocabularies."""
 
 from __future__ import annotations
 
@@ -14,29 +14,31 @@ from jax import lax
 from sct.nn import axes
 from sct.nn.reference import chunk_limit, use_reference
 
-# Scores that a device holds at once: 64 MB in float32.
+# Number of scores that a device computes at once: 64 MB in float32.
 _SCORES = 1 << 24
 
 
 def token_losses(
     scores: Callable[[jax.Array], jax.Array], hidden: jax.Array, targets: jax.Array, vocab_size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of tokens, without ever holding the scores of all positions, in either direction.
+    """Compute the cross-entropy of each token in chunks, without storing the scores of all positions.
+
+    Neither the forward nor the backward pass stores them.
 
     Parameters
     ----------
     scores
-        Function of hidden vectors (B, t, D) -> scores float32 (B, t, V).
+        Function that maps hidden vectors (B, t, D) to scores (logits) float32 (B, t, V).
     hidden
-        Vectors (B, T, D).
+        Hidden vectors (B, T, D).
     targets
-        Tokens that each should predict, integers (B, T).
+        Token that each vector should predict, integers (B, T).
     vocab_size
-        V.
+        Number of tokens in the vocabulary (V).
 
     Returns
     -------
-    Losses float32 (B, T), natural logarithm, and whether the best token is the target, bool (B, T).
+    Losses float32 (B, T), in nats, and whether the token with the highest score is the target, bool (B, T).
     """
 
     def of_chunk(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -74,22 +76,23 @@ def next_token_losses(
     weight: jax.Array,
     vocab_size: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Cross-entropy of the token behind each place of a row.
+    """Compute the cross-entropy of the next token at each position of a row.
 
     Parameters
     ----------
     scores, hidden, vocab_size
         See `token_losses`.
     ids
-        Tokens (B, T); negative ones stand for vectors, and are never predicted.
+        Tokens, integers (B, T). Negative ids stand for soft tokens, which are never predicted.
     predicted
-        Which tokens count, bool (B, T).
+        Which tokens count as targets, bool (B, T).
     weight
         0 for rows that do not count, (B,).
 
     Returns
     -------
-    Losses float32 (B, T), whether the best token is the right one, bool (B, T), and 1 where a place counts, float32.
+    Three arrays of shape (B, T): the losses, float32, in nats; whether the token with the highest score is the right
+    one, bool; and 1.0 at positions that count and 0.0 elsewhere, float32.
     """
     losses, right = token_losses(scores, hidden, jnp.maximum(jnp.roll(ids, -1, axis=1), 0), vocab_size)
     counts = jnp.roll(predicted, -1, axis=1).at[:, -1].set(False)

@@ -1,4 +1,4 @@
-"""Layer norms. Statistics are always float32, whatever the computation's type."""
+"""Layer norms. Means and variances are always computed in float32, whatever the compute dtype."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ EPSILON = 1e-5
 
 
 def _statistics(x: jax.Array, axis: int, epsilon: float) -> tuple[jax.Array, jax.Array]:
-    """Mean, and one over the standard deviation, of float32 x; the axis stays with size one."""
+    """Return the mean and the inverse standard deviation of float32 x along an axis, which keeps the size 1."""
     mean = jnp.mean(x, axis=axis, keepdims=True)
     variance = jnp.mean(jnp.square(x - mean), axis=axis, keepdims=True)
     return mean, jax.lax.rsqrt(variance + epsilon)
 
 
-def _normalise(x: jax.Array, axis: int, epsilon: float) -> jax.Array:
+def _normalize(x: jax.Array, axis: int, epsilon: float) -> jax.Array:
     x = x.astype(jnp.float32)
     mean, rate = _statistics(x, axis, epsilon)
     return (x - mean) * rate
@@ -36,20 +36,20 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalise (..., D) over D; the result has the type of `x`."""
+        """Normalize x (..., D) over D and return (..., D) in the type of `x`."""
         scale = axes.param(self, "scale", axes.ones, (x.shape[-1],), (axes.CHANNEL,))
         bias = axes.param(self, "bias", axes.zeros, (x.shape[-1],), (axes.CHANNEL,))
-        return (_normalise(x, -1, self.epsilon) * scale + bias).astype(x.dtype)
+        return (_normalize(x, -1, self.epsilon) * scale + bias).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
-    """Division by the root mean square over the last axis, times a scale (Zhang & Sennrich 2019)."""
+    """RMS norm: division by the root mean square over the last axis, times a scale (Zhang & Sennrich 2019)."""
 
     epsilon: float = EPSILON
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalise (..., D) over D; the result has the type of `x`."""
+        """Normalize x (..., D) over D and return (..., D) in the type of `x`."""
         scale = axes.param(self, "scale", axes.ones, (x.shape[-1],), (axes.CHANNEL,))
         exact = x.astype(jnp.float32)
         rate = jax.lax.rsqrt(jnp.mean(jnp.square(exact), axis=-1, keepdims=True) + self.epsilon)
@@ -59,8 +59,8 @@ class RMSNorm(nn.Module):
 class SharedLayerNorm(nn.Module):
     """Layer norm over the gene axis of each cell and channel (sCT paper, section 3).
 
-    Scale and bias have one entry per gene position and are shared by all cells and channels, so the layer
-    learns statistics of each gene. With `learnable=False` there are none (ablation of the paper's Fig. 8).
+    Scale and bias have one entry per gene position, and all cells and channels share them. The layer therefore learns
+    statistics of each gene. With `learnable=False` it has no scale and no bias (ablation in the paper's Fig. 8).
     """
 
     num_positions: int
@@ -69,7 +69,7 @@ class SharedLayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalise (B, K * G, D) over each cell's G = `num_positions` positions."""
+        """Normalize x (B, K * G, D) over the G = `num_positions` positions of each cell; return the same shape."""
         chex.assert_rank(x, 3)
         cells = rearrange(x, "b (k g) d -> (b k) g d", g=self.num_positions)
         if self.learnable:
@@ -78,33 +78,33 @@ class SharedLayerNorm(nn.Module):
             bias = axes.param(self, "bias", axes.zeros, shape, names)
         else:
             scale, bias = jnp.ones(self.num_positions), jnp.zeros(self.num_positions)
-        norm = _plain_shared_norm if use_reference() else shared_norm
+        norm = _reference_shared_norm if use_reference() else shared_norm
         return rearrange(norm(cells, scale, bias, self.epsilon), "(b k) g d -> b (k g) d", b=x.shape[0])
 
 
-def _plain_shared_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
-    return (_normalise(x, 1, epsilon) * scale[:, None] + bias[:, None]).astype(x.dtype)
+def _reference_shared_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    return (_normalize(x, 1, epsilon) * scale[:, None] + bias[:, None]).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def shared_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float = EPSILON) -> jax.Array:
-    """Normalise cells x (N, G, D) over G, times `scale` (G,), plus `bias` (G,), in the type of `x`.
+    """Normalize cells x (N, G, D) over G, multiply by `scale` (G,) and add `bias` (G,).
 
-    Its gradient is written out, because it needs `x` and two numbers per cell and channel, where automatic
-    differentiation keeps three arrays of the size of `x`.
+    Returns (N, G, D) in the type of `x`. The custom gradient saves only `x` and two numbers per cell and channel.
+    Automatic differentiation would save three arrays of the size of `x`.
     """
-    return _plain_shared_norm(x, scale, bias, epsilon)
+    return _reference_shared_norm(x, scale, bias, epsilon)
 
 
-# Cells up to which sums over genes are products on CPU; the chunks of a level there are as small.
+# Most cells for which `_sum_over_genes` uses matrix products on CPU. Chunks of the outer tower levels are this small.
 _FEW_CELLS = 8
 
 
 def _sum_over_genes(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """Weighted sums of x (N, G, D) over G, (N, 1, D)."""
+    """Return the sums of x (N, G, D) over G, weighted by `weights` (G,), as (N, 1, D)."""
     if jax.default_backend() == "cpu" and x.shape[0] <= _FEW_CELLS:
-        # A sum is fused with all that leads to it and back into all that follows, in a loop that runs at a third of
-        # the memory's speed (jax 0.10); a product is not.
+        # XLA for CPU (jax 0.10) fuses a sum with the operations before and after it into one loop, which runs at a
+        # third of the memory bandwidth. It does not fuse a matrix product.
         return jnp.stack([weights @ cell for cell in x])[:, None]
     return jnp.sum(x * weights[:, None], axis=1, keepdims=True)
 

@@ -1,7 +1,7 @@
 """Ordered tables of regular expressions over parameter paths.
 
-Which parameters are trained, decayed or slowed down is always such a table: the first pattern that matches a
-path decides, and a path that matches none is an error, so that a renamed layer cannot silently change group.
+Such tables choose which parameters are trained, and set their weight decay and learning rate. The first pattern that
+matches a path applies. A path without a match is an error, so that a renamed layer cannot silently change its group.
 """
 
 from __future__ import annotations
@@ -19,22 +19,31 @@ PathRules = Sequence[tuple[str, T]]
 
 
 def flatten(variables: dict[str, Any]) -> dict[str, Any]:
-    """Nested dict of arrays as one dict with paths like "params/stem/conv/kernel"."""
+    """Flatten a nested dict of arrays to one dict with paths such as "params/stem/conv/kernel" as keys."""
     return traverse_util.flatten_dict(variables, sep="/")
 
 
 def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
-    """Inverse of `flatten`."""
+    """Turn a dict with paths as keys into a nested dict: the inverse of `flatten`."""
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def resolve(rules: PathRules[T], paths: Iterable[str], what: str) -> dict[str, T]:
-    """Value of the first rule whose pattern matches each path (`re.search`).
+    """Return, for each path, the value of the first rule whose pattern matches it (`re.search`).
+
+    Parameters
+    ----------
+    rules
+        Pairs of a regular expression and a value, in order.
+    paths
+        Paths of parameters.
+    what
+        Name of the rules in messages, such as "learning rate".
 
     Raises
     ------
     ConfigError
-        A path that no rule matches, or a rule that matches no path (a typing error, most likely), named.
+        No rule matches a path, or a rule other than ".*" matches no path (most likely a typing error).
     """
     compiled = [(re.compile(pattern), value) for pattern, value in rules]
     found: dict[str, T] = {}

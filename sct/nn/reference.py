@@ -1,7 +1,7 @@
-"""Reference kernels: every layer as its definition says, to compare the fast forms with.
+"""Reference kernels: the plain implementation of every layer, to test the fast implementations against.
 
-Layers choose among several forms of the same map (phases of a transposed convolution, chunks, their own gradients) by
-backend and size. Inside `reference_kernels` each takes the form that follows its definition.
+Layers have several equivalent implementations (two phases for a transposed convolution, chunks, custom gradients), and
+choose one by backend and size. Inside `reference_kernels`, each layer uses the one that follows its definition.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _reference: ContextVar[bool] = ContextVar("sct_reference_kernels", default=False
 
 @contextmanager
 def reference_kernels() -> Iterator[None]:
-    """Trace every layer in its reference form."""
+    """Use the reference implementation of every layer that is traced inside this context."""
     token = _reference.set(True)
     try:
         yield
@@ -24,7 +24,7 @@ def reference_kernels() -> Iterator[None]:
 
 
 def use_reference() -> bool:
-    """Whether layers take their reference form."""
+    """Return whether layers use their reference implementation."""
     return _reference.get()
 
 
@@ -33,10 +33,10 @@ _share: ContextVar[float] = ContextVar("sct_share_of_chunks", default=1.0)
 
 @contextmanager
 def smaller_chunks(share: float) -> Iterator[None]:
-    """Trace with the limits on all chunks multiplied by `share`.
+    """Multiply the size limits of all chunks by `share`, in code that is traced inside this context.
 
-    A few cells are then cut into as many chunks as a bag that is larger by 1 / share. So a comparison of a few cells
-    with the reference kernels covers the code that the whole bag runs.
+    A few cells are then cut into as many chunks as a bag that is 1 / share times larger. A comparison of a few cells
+    with the reference kernels therefore tests the same code as a whole bag.
     """
     token = _share.set(share)
     try:
@@ -46,5 +46,5 @@ def smaller_chunks(share: float) -> Iterator[None]:
 
 
 def chunk_limit(limit: int) -> int:
-    """Largest size of a chunk, where `limit` is the best one for inputs of full size."""
+    """Return the largest size of a chunk: `limit`, the best one for inputs of full size, scaled by `smaller_chunks`."""
     return max(1, round(limit * _share.get()))

@@ -1,4 +1,4 @@
-"""Sinusoidal encoding of the coordinates of cells (sCT paper, equation 1)."""
+"""Sinusoidal encoding of cell coordinates (sCT paper, equation 1)."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ def spatial_features(
 ) -> jax.Array:
     """Encode coordinates (B, K, 2) as sines and cosines at several scales.
 
+    With S scales, scale s has the angle coordinate / sigma_s, where
+    sigma_s = sigma_min * (sigma_max / sigma_min) ** (s / (S - 1)). Its wavelength is 2 pi sigma_s.
+
     Parameters
     ----------
     coordinates
         Positions of cells, rescaled per slide (see `sct.data.coordinates.rescale_coordinates`).
     num_scales, sigma_min, sigma_max
-        S scales sigma_s between the two bounds; the wavelength of a scale is 2 pi sigma_s.
+        Number of scales (S), and the two constants of the formula, in the unit of the coordinates.
     mode
-        "paper": cos and sin of both coordinates, sigma_s geometric between the bounds, 4 S features
-        (per scale cos x, cos y, sin x, sin y).
-        "reference": cos of x and sin of y only, with the exponent's s running over
-        linspace(sigma_min, sigma_max, S) as in the published checkpoint, 2 S features.
+        "paper" computes cos x, cos y, sin x and sin y for each scale: 4 S features. s runs over 0, 1, ..., S - 1.
+        "reference" computes only cos x and sin y for each scale: 2 S features. s runs over
+        linspace(sigma_min, sigma_max, S), as in the published checkpoint.
 
     Returns
     -------
-    float32 (B, K, 4 S) or (B, K, 2 S), features interleaved scale by scale.
+    float32 (B, K, 4 S) or (B, K, 2 S), with all features of the first scale first, then those of the second, and so on.
     """
     chex.assert_shape(coordinates, (None, None, 2))
     ratio = np.float32(sigma_max / sigma_min)
@@ -36,7 +38,7 @@ def spatial_features(
         steps = np.arange(num_scales, dtype=np.float32)
     else:
         steps = np.linspace(sigma_min, sigma_max, num_scales, dtype=np.float32)
-    # On the host, once: a compiled power is a few units off in the last place, which the towers amplify.
+    # Computed by NumPy on the host. A compiled power is off by a few units in the last place, which the towers amplify.
     sigma = np.float32(sigma_min) * ratio ** (steps / np.float32(max(num_scales - 1, 1)))
     angle = coordinates.astype(jnp.float32)[..., None, :] / sigma[:, None]  # (B, K, S, 2)
     x, y = angle[..., 0], angle[..., 1]

@@ -1,6 +1,6 @@
-"""Equal layers, stacked along one axis of their parameters and run by one loop (`jax.lax.scan`).
+"""Stacks of equal layers: the parameters of all layers share one array, and one loop (`jax.lax.scan`) runs the layers.
 
-A stack is compiled once whatever its number of layers, and its parameters are few large arrays.
+A stack compiles only one layer, however many it has, and its parameters are a few large arrays.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sct.nn.execution import rematerialized
 
 
 class _Step(nn.Module):
-    """A layer in the form that the loop takes: (carried, what all layers see) -> (carried, nothing)."""
+    """A layer in the form that `scan` needs: (x, arguments that all layers share) -> (output, None)."""
 
     layer: type[nn.Module]
     config: Any
@@ -30,18 +30,22 @@ class _Step(nn.Module):
 
 
 def stack(layer: type[nn.Module], config: Any, number: int, remat: str, name: str, seen: int) -> nn.Module:
-    """Module that runs `number` layers, `layer(config)(x, *seen)`, one after the other.
+    """Make a module that applies `number` layers, `layer(config)(x, *arguments)`, one after the other.
 
     Parameters
     ----------
     layer
-        Class of the layer, made of its configuration alone.
+        Class of the layer. Its constructor takes only the configuration.
+    config
+        Configuration of every layer.
+    number
+        Number of layers.
     remat
-        What each layer saves for the backward pass, see `rematerialized`.
+        Which values each layer saves for the backward pass; see `rematerialized`.
     name
-        Name of the stack's parameters.
+        Name of the stack in the parameter paths.
     seen
-        Number of further arguments of the layer, the same for all layers.
+        Number of arguments after x. All layers get the same arguments.
     """
     scanned = nn.scan(
         rematerialized(_Step, remat, prevent_cse=False),
@@ -51,7 +55,7 @@ def stack(layer: type[nn.Module], config: Any, number: int, remat: str, name: st
         length=number,
         metadata_params={nn.PARTITION_NAME: axes.LAYERS},
     )
-    # Adapters of some layers alone become those of all layers; the other layers add nothing.
+    # `scan` needs adapters of all layers. Where only some have one, give the others an adapter that changes nothing.
     adapted = nn.map_variables(
         scanned, adapters.COLLECTION, functools.partial(_for_all_layers, number=number)
     )
@@ -63,5 +67,5 @@ def _for_all_layers(variables: dict[str, Any], number: int) -> dict[str, Any]:
 
 
 def unstack(params: Any, number: int) -> list[Any]:
-    """Trees of the single layers of a stack."""
+    """Split the parameters of a stack of `number` layers into a list with one tree per layer."""
     return [jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(number)]

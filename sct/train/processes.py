@@ -1,4 +1,4 @@
-"""One run of several processes: join them, and end all of them when one ends."""
+"""Training runs with several processes: connect the processes, and end all of them when one ends."""
 
 from __future__ import annotations
 
@@ -26,36 +26,39 @@ from jax.experimental import multihost_utils
 from sct.errors import AGAIN, ConfigError, FolderInUseError, ProcessLostError, SctError, first_line
 from sct.folder_lock import only_one
 
-# Seconds without an answer after which a process counts as lost; the others then end within a minute.
+# A process that does not answer for this many seconds counts as lost. The others then end within a minute.
 HEARTBEAT_SECONDS = 30
 
 _HOW = "start it through Slurm or on a TPU pod, or give --coordinator=HOST:PORT, --num_processes and --process_id"
-_CODES = "UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED"  # status codes that mean another process's end
-# Messages of a collective or barrier that fails because another process is gone.
+_CODES = (
+    "UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED"  # status codes that mean that another process has ended
+)
+# Messages of a collective or barrier that fails because another process has ended.
 _LOST = re.compile(
     rf"^(?:{_CODES}): |(?i:\bgloo \w+ failed\b|\bnccl operation\b|\bconnection (?:reset|closed|refused)\b)"
 )
-# Last message of JAX's coordination client, before it calls `abort` in its own thread.
+# Last message of JAX's coordination client before it calls `abort` in its own thread.
 _ENDED = re.compile(rb"JAX distributed service detected fatal errors[^\n]*absl::Status: ([^\n]+)\n")
 _watches: list[_Watch] = []
 
 
 def join(coordinator: str | None, count: int | None, number: int | None, seconds: int = 300) -> None:
-    """Join this process to the others. Call it before anything else uses JAX.
+    """Connect this process to the others. Call this before anything else uses JAX.
 
     Parameters
     ----------
     coordinator
-        "HOST:PORT" of process 0; None where Slurm or a TPU pod gives it.
+        "HOST:PORT" of process 0. None under Slurm or on a TPU pod, which provide it.
     count, number
-        Number of processes, and number of this one, from 0; None where Slurm or a TPU pod gives them.
+        Number of processes, and number of this process, counted from 0. None under Slurm or on a TPU pod, which
+        provide them.
     seconds
-        How long the processes wait for each other.
+        How long the processes wait for each other, in seconds.
 
     Raises
     ------
     ConfigError
-        The processes do not find each other. If JAX finds this out, it ends the process after the same message.
+        The processes cannot connect. If JAX itself notices the failure, it ends the process, after the same message.
     """
     _check(coordinator, count, number, seconds)
     failure = (
@@ -70,41 +73,44 @@ def join(coordinator: str | None, count: int | None, number: int | None, seconds
         )  # fmt: skip
     except (ValueError, RuntimeError) as error:
         watch.give_back()
-        raise ConfigError(f"--multihost found no cluster to join ({first_line(error)}): {_HOW}.") from error
+        raise ConfigError(
+            f"--multihost was given, but no cluster was found ({first_line(error)}): {_HOW}."
+        ) from error
     number, count = jax.process_index(), jax.process_count()
     watch.go_on(lambda status: _told(status, number, count))
 
 
 def _check(coordinator: str | None, count: int | None, number: int | None, seconds: int) -> None:
-    """Raise `ConfigError` for arguments that would end in a crash or a long wait."""
+    """Raise `ConfigError` for arguments of `join` that would lead to a crash or a long wait."""
     if seconds < 1:
-        raise ConfigError(f"--join_seconds is {seconds}, but it must be at least 1.")
+        raise ConfigError(f"--join_seconds is {seconds}, but must be at least 1: set it to 1 or more.")
     if count is not None and number is not None and not 0 <= number < count:
         raise ConfigError(
-            f"--process_id is {number}, but with --num_processes={count} it must be one of 0 to {count - 1}."
+            f"--process_id is {number}, but with --num_processes={count} it must be between 0 and {count - 1}: number "
+            "the processes from 0."
         )
     if coordinator is None:
         return
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ConfigError(
-            f"--coordinator is {coordinator!r}, but it must be HOST:PORT, such as node1:8476, the same for every "
-            "process."
+            f"--coordinator is {coordinator!r}, but must be HOST:PORT: give the address of process 0, such as "
+            "node1:8476, in every process."
         )
     if number == 0:
         try:
             socket.create_server(("", int(port))).close()
         except OSError as error:
             raise ConfigError(
-                f"process 0 cannot listen at port {port} ({error.strerror}): give another port in --coordinator, "
-                "the same for every process."
+                f"process 0 cannot listen on port {port} ({error.strerror}): give another port in --coordinator, the "
+                "same in every process."
             ) from error
     elif number is not None:
         _find(host.strip("[]"), int(port), seconds)
 
 
 def _find(host: str, port: int, seconds: float) -> None:
-    """Wait until process 0 listens."""
+    """Wait until process 0 accepts connections. Raises `ConfigError` after the given number of seconds."""
     end, reason = time.monotonic() + seconds, ""
     while (left := end - time.monotonic()) > 0:
         try:
@@ -114,30 +120,34 @@ def _find(host: str, port: int, seconds: float) -> None:
             reason = error.strerror or str(error)
         time.sleep(min(0.5, max(left, 0)))
     raise ConfigError(
-        f"process 0 did not answer at {host}:{port} within {seconds:g} s ({reason}): start it with the same "
-        "--coordinator, or check that its machine can be reached by that name."
+        f"process 0 did not answer at {host}:{port} within {seconds:g} s ({reason}): start process 0 with the same "
+        f"--coordinator, or check that this machine can reach {host}."
     )
 
 
 def _told(status: str, number: int, count: int) -> tuple[int, str] | None:
-    """Exit status and message if a status of JAX's coordination service means another process's end, else None."""
+    """Return the exit status and the message for a status of JAX's coordination service.
+
+    None means that the status does not say that another process has ended.
+    """
     if count == 1 or not re.match(rf"({_CODES}): ", status):
         return None
     return AGAIN, _lost(number, count, status[:200])
 
 
 class _Watch:
-    """Ends this process with a message when JAX's coordination client is about to end it by `abort`.
+    """End this process with a clear message when JAX's coordination client is about to call `abort`.
 
-    The client writes the reason to standard error, and offers no other way to learn it. So standard error goes to a
-    file, which a thread reads. Meanwhile the handler of the signal of `abort` is the C function `sleep`: a handler in
-    Python could wait forever for the interpreter or the heap. After 6 seconds the signal acts as usual, so any other
-    `abort` only comes a little later.
+    The client only writes the reason to standard error; there is no other way to read it. Standard error therefore goes
+    to a file, and a thread reads that file. To give the thread time, the handler of SIGABRT is the C function `sleep`.
+    A Python handler could wait forever for the interpreter or the heap. After 6 seconds the signal has its usual
+    effect, so an `abort` for any other reason is only delayed.
 
     Parameters
     ----------
     answer
-        Status of the coordination service -> exit status and message, or None to let the signal act.
+        Function that maps a status of the coordination service to an exit status and a message, or to None if the
+        signal should have its usual effect.
     """
 
     def __init__(self, answer: Callable[[str], tuple[int, str] | None]) -> None:
@@ -145,7 +155,7 @@ class _Watch:
         if os.name != "posix":
             return
         sys.stderr.flush()
-        self.held = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process lives
+        self.held = tempfile.TemporaryFile()  # noqa: SIM115 - open until the process ends
         self.real = os.dup(2)
         os.dup2(self.held.fileno(), 2)
         _delay_abort()
@@ -166,20 +176,20 @@ class _Watch:
                     _leave(answer[0])
 
     def give_back(self) -> None:
-        """Restore standard error, and write what was held back."""
+        """Restore standard error, and write the output that was held back to it."""
         self.answer = lambda status: None
         if os.name == "posix":
             os.dup2(self.real, 2)
             os.write(2, os.pread(self.held.fileno(), 1 << 20, 0))
 
     def go_on(self, answer: Callable[[str], tuple[int, str] | None]) -> None:
-        """Hold nothing back from now on, but still read what C code writes."""
+        """Show standard error again, but keep reading the messages that C code writes to it."""
         self.give_back()
         if os.name != "posix" or shutil.which("tee") is None:
             return
         self.answer = answer
         file = self.held.fileno()
-        # `tee` is its own process, so that the last message is also shown; it ends with this process.
+        # `tee` is a separate process, so that it can show the last message too. It ends when this process ends.
         tee = subprocess.Popen(
             ["sh", "-c", "trap '' HUP INT TERM; exec tee -a \"$0\"", f"/dev/fd/{file}"],
             stdin=subprocess.PIPE, stdout=self.real, pass_fds=[file], start_new_session=True,
@@ -187,28 +197,29 @@ class _Watch:
         assert tee.stdin is not None
         os.dup2(tee.stdin.fileno(), 2)
         self.tee = tee
-        # Python writes directly: a progress bar must see the terminal.
+        # Python code writes to the original standard error, because a progress bar needs the terminal.
         sys.stderr = os.fdopen(os.dup(self.real), "w", buffering=1, errors="backslashreplace")
 
 
 def _delay_abort() -> None:
-    """Delay the next `abort` by 6 seconds: the handler `sleep` gets the number of the signal, SIGABRT = 6."""
+    """Delay the next `abort` by 6 seconds: `sleep` as handler gets the number of the signal, SIGABRT = 6."""
     dumps = faulthandler.is_enabled()
     faulthandler.disable()
     libc = ctypes.CDLL(None)
-    once = getattr(libc, "sysv_signal", libc.signal)  # a second signal acts at once
+    once = getattr(libc, "sysv_signal", libc.signal)  # the handler runs once; a second signal is not delayed
     once.argtypes, once.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
     once(int(signal.SIGABRT), ctypes.cast(libc.sleep, ctypes.c_void_p))
-    if dumps:  # its handler runs first, and prints the stack of every thread
+    if dumps:  # the handler of `faulthandler` then runs first, and prints the stack of every thread
         faulthandler.enable()
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """End this process at once when an error is raised inside, so that the others do not wait for it.
+    """Make this process end soon after an error inside this context, so that the other processes do not wait for it.
 
-    The error is raised, and the caller prints it. The process then ends without JAX's shutdown barrier, which would
-    wait for the others. An error that comes from another process's end becomes a `ProcessLostError`.
+    The error is raised again, so that the caller can print it. The process then ends without JAX's shutdown barrier,
+    which would wait for the other processes. An error that was caused by the end of another process becomes a
+    `ProcessLostError`.
     """
     if jax.process_count() == 1:
         yield
@@ -216,13 +227,13 @@ def together() -> Iterator[None]:
     try:
         yield
     except SystemExit:
-        raise  # a signal to stop reaches all processes
+        raise  # a signal that stops the run reaches all processes
     except BaseException as error:
         for watch in _watches:
-            watch.answer = lambda status: None  # the error says what happened
+            watch.answer = lambda status: None  # the error already has a message
         lost = next((each for each in _chain(error) if _tells_of_loss(each)), None)
         status = 130 if isinstance(error, KeyboardInterrupt) else 1 if lost is None else AGAIN
-        # Runs before JAX's shutdown, which was registered earlier.
+        # This runs before JAX's shutdown, because JAX registered its shutdown earlier.
         atexit.register(_leave, status)
         if lost is not None:
             reason = first_line(lost)
@@ -231,7 +242,7 @@ def together() -> Iterator[None]:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and its causes, without our own errors."""
+    """Yield an error and its causes, except errors of `sct.errors`."""
     while error is not None:
         if isinstance(error, Exception) and not isinstance(error, SctError):
             yield error
@@ -239,7 +250,10 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _tells_of_loss(error: BaseException) -> bool:
-    """Whether JAX says that another process is gone. Other errors may contain such words in paths and names."""
+    """Return whether an error of JAX says that another process has ended.
+
+    Only JAX's own errors count, because other errors may contain the same words in paths and names.
+    """
     return isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(str(error)) is not None
 
 
@@ -252,16 +266,16 @@ def _leave(status: int) -> None:
 
 def _lost(number: int, count: int, reason: str) -> str:
     return (
-        f"process {number} of {count} lost another one, which has ended or does not answer ({reason}): see the last "
-        "messages of the others, and run the same command again, with any number of processes, to go on from the "
-        "last checkpoint."
+        f"process {number} of {count} lost another process, which has ended or does not answer ({reason}): read the "
+        "last messages of the other processes, and run the same command again, with any number of processes, to resume "
+        "from the last checkpoint."
     )
 
 
 def check_shared(file: Path, seconds: float = 60.0) -> None:
     """Raise `ConfigError` if a process does not see a file that process 0 has written.
 
-    All processes call it. They wait up to `seconds`: file systems of clusters may show a new file late.
+    All processes must call this. They wait up to `seconds`, because cluster file systems may show a new file late.
     """
     if jax.process_count() == 1:
         return
@@ -281,9 +295,9 @@ def check_shared(file: Path, seconds: float = 60.0) -> None:
 
 @contextmanager
 def held_by_first(folder: Path, doing: str, option: str) -> Iterator[None]:
-    """Keep other runs out of a folder, see `sct.folder_lock.only_one`. Process 0 holds the lock for all.
+    """Lock a folder against other runs; see `sct.folder_lock.only_one`. Process 0 holds the lock for all processes.
 
-    All processes call it. If process 0 cannot get the lock, all of them raise its error.
+    All processes must call this. If process 0 cannot get the lock, all processes raise its error.
     """
     with ExitStack() as held:
         refusal: SctError | None = None

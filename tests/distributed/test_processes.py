@@ -127,7 +127,7 @@ def test_what_cannot_be_joined_is_found_before_anything_is_started(where, count,
             ["--coordinator=127.0.0.1:PORT", "--num_processes=2", "--process_id=0"],
             "joined within 2 s (DEADLINE",
         ),
-        ([], "found no cluster to join"),
+        ([], "no cluster was found"),
     ],
     ids=["alone", "nothing"],
 )
@@ -303,7 +303,7 @@ def test_where_one_is_killed_the_others_end_and_others_go_on(small, straight, tm
             assert status == (-9 if number == victim else AGAIN), several.everything()
             if number != victim:
                 error = assert_one_error(several.said(number))
-                assert f"process {number} of {count} lost another one" in error
+                assert f"process {number} of {count} lost another process" in error
                 assert "run the same command again" in error
     if then == 1:
         run(plain, tmp_path / "run")

@@ -82,7 +82,5 @@ def test_outputs_that_are_not_finite_are_refused():
     check_outputs(values, "logits")
     for value in (np.nan, np.inf, -np.inf):
         values[2, 1] = value
-        with pytest.raises(
-            CheckpointError, match="logits that the model computes are not finite for 1 of 4 rows"
-        ):
+        with pytest.raises(CheckpointError, match=r"logits .*NaN.* 1 of 4 rows"):
             check_outputs(values, "logits")

@@ -236,7 +236,7 @@ def test_a_text_longer_than_the_table_of_positions_is_refused():
     [
         ({"input_ids": np.full((1, 3), 19)}, r"input_ids .*19"),
         ({"input_ids": np.full((1, 3), -1)}, r"input_ids .*-1"),
-        ({"input_ids": np.zeros((1, 3))}, "integers"),
+        ({"input_ids": np.zeros((1, 3))}, "integer"),
         ({"input_ids": np.zeros(3, int)}, "shape \\(3,\\)"),
         ({"input_ids": np.zeros((1, 0), int)}, "none of them 0"),
         ({"input_ids": np.zeros((1, 3), int), "segments": np.zeros((1, 2), int)}, r"segments .*shape"),

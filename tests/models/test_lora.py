@@ -336,7 +336,7 @@ def test_configurations_that_are_refused(options, message):
 
 def test_targets_that_are_refused():
     params = boxed("llama")["params"]
-    with pytest.raises(ConfigError, match=r"'q_proj' .*layers/attention/query"):
+    with pytest.raises(ConfigError, match=r"'q_proj'.*layers/attention/query"):
         lora.init(jax.random.key(0), params, LoraConfig(("value", "q_proj")))
     with pytest.raises(ConfigError, match="'head'"):
         lora.init(jax.random.key(0), nn.unbox(params), LoraConfig())

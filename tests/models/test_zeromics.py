@@ -149,8 +149,8 @@ def test_the_answer_depends_on_the_cell_through_every_part():
     ("inputs", "words"),
     [
         ({"input_ids": INSTRUCTIONS[:1]}, "2 cells"),
-        ({"input_ids": np.full((2, 3), -4)}, r"-1 to -1|reach"),
-        ({"input_ids": np.full((2, 3), 30)}, "reach from"),
+        ({"input_ids": np.full((2, 3), -4)}, "-4 to -4"),
+        ({"input_ids": np.full((2, 3), 30)}, "30 to 30"),
         ({"input_ids": INSTRUCTIONS, "attention_mask": np.ones((2, 3), int)}, "input_ids"),
     ],
 )

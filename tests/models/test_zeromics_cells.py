@@ -140,7 +140,7 @@ def test_expression_and_text_are_added_before_the_first_layer():
         ({"bins": np.full((1, 24), 6, np.uint8)}, "0 to 5"),
         ({"bins": np.zeros((1, 23), np.uint8)}, "23 genes"),
         ({"bins": np.zeros((1, 3), np.uint8), "genes": np.zeros((1, 2), np.int32)}, "bins"),
-        ({"bins": np.zeros((1, 1), np.uint8), "genes": np.full((1, 1), 24)}, "0 to 24"),
+        ({"bins": np.zeros((1, 1), np.uint8), "genes": np.full((1, 1), 24)}, "-1 to 23"),
     ],
 )
 def test_inputs_that_do_not_fit(inputs, words):

@@ -114,8 +114,10 @@ def test_remat_and_chunks_change_nothing(family):
 def test_the_order_of_a_decoder_is_known_when_attention_is_chosen(remat, monkeypatch):
     """Flash kernels take causal order as an option, not as an array."""
     orders = []
-    choose = attention._form
-    monkeypatch.setattr(attention, "_form", lambda *given: orders.append(given[2].order) or choose(*given))
+    choose = attention._implementation
+    monkeypatch.setattr(
+        attention, "_implementation", lambda *given: orders.append(given[2].order) or choose(*given)
+    )
     model = random_model("llama", remat=remat)
     module = registry.family("llama").module(model.config)
     jax.eval_shape(lambda v: module.apply(v, input_ids=np.zeros((1, 4), np.int32)), model.variables)
