@@ -89,7 +89,7 @@ def test_annotate_counts_labels(files):
         (["--input=no.h5ad", "--model=m", "--output=o.h5ad"], "there is no file no.h5ad"),
         (["--input=cells.h5ad", "--model=m", "--output=o.h5ad"], "m does not exist"),
         (["--input=cells.h5ad", "--model=model", "--output=o.csv"], "must end with .h5ad"),
-        (["--input=cells.h5ad", "--model=model", "--output=cells.h5ad"], "is the input"),
+        (["--input=cells.h5ad", "--model=model", "--output=cells.h5ad"], "also the input"),
         (["--input=cells.h5ad", "--model=model", "--output=cells.h5ad/o.h5ad"], "is not a folder"),
     ],
 )

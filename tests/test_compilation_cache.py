@@ -76,7 +76,7 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
     used, hits, said = work(str(tmp_path / "file" / "xla"))
     assert (used, hits) == ("", 0)
     assert len(said.splitlines()) == 1
-    assert "cannot be written (Not a directory), so each run compiles anew: give another one" in said
+    assert "cannot be written (Not a directory), so every run compiles again: set another folder" in said
 
 
 def test_a_disk_that_fills_up_is_one_sentence(tmp_path):

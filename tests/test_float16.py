@@ -84,7 +84,7 @@ def test_every_way_to_run_it_is_refused(store, tmp_path):  # noqa: F811
         except Exception as error:
             if (
                 not isinstance(error, ConfigError)
-                or "float16 (dtype)" not in str(error)
+                or "model.dtype is float16" not in str(error)
                 or "\n" in str(error)
             ):
                 wrong.append(f"{name}: {type(error).__name__}: {error}")
@@ -94,7 +94,7 @@ def test_every_way_to_run_it_is_refused(store, tmp_path):  # noqa: F811
     assert not (tmp_path / "run").exists()
     swept = sweep.run({**plain, "model": {**plain["model"], "dtype": "float32"},
                        "sweep": {"half": {"model": {"dtype": "float16"}}}}, tmp_path / "sweep", ["half"])  # fmt: skip
-    assert "float16 (dtype)" in swept.states["half"]
+    assert "model.dtype is float16" in swept.states["half"]
 
 
 def test_a_part_of_a_model_is_named_and_an_accelerator_computes_it(monkeypatch):

@@ -182,7 +182,7 @@ match sys.argv[2]:
         (
             "UNAVAILABLE: heartbeats",
             AGAIN,
-            "process 1 of 2 lost another one, which has ended or does not answer",
+            "process 1 of 2 lost another process, which has ended or does not answer",
         ),
         ("INTERNAL: a defect", -signal.SIGABRT, ""),
     ],

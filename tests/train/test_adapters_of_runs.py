@@ -74,8 +74,8 @@ def test_adapters_train_and_resume_as_one_run(parent, kind, tmp_path):
 def test_layers_that_the_model_lacks_are_refused_before_anything_is_kept(parent, tmp_path):
     folder, config = parent
     for adapters, words in (
-        ({"kind": "low_rank", "targets": ["rings"]}, "'rings' matches no dense layer"),
-        ({"kind": "prefix", "layers": [99]}, "layers have 99"),
+        ({"kind": "low_rank", "targets": ["rings"]}, "'rings', which matches no dense layer"),
+        ({"kind": "prefix", "layers": [99]}, "layers has 99"),
     ):
         with pytest.raises(ConfigError, match=words):
             run(merged(config, init_from=str(folder), adapters=adapters), tmp_path / "run")

@@ -209,7 +209,7 @@ def test_configuration_errors_say_what_to_do(config, tmp_path):
         (config(data__store=""), "data.store and data.dataset"),
         (config(data__store="", data__dataset="pbmc"), "pbmc68k.*give a store"),
         (config(model__widht=3), "option of model .* is 'widht'"),
-        (config(model__num_layers="two"), "a value of type int is needed"),
+        (config(model__num_layers="two"), "must be of type int"),
         (config(model__num_genes=64), "vocabulary has 100 genes"),
         (config(modle={}), "section .* is 'modle'"),
         (config(model__use_spatial=True), "no training study of .* has coordinates"),

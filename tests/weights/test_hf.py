@@ -434,9 +434,9 @@ def test_the_command(folder, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--from=hf", "--to=hf"], "--from=hf --to=hf is no conversion"),
-        (["--from=sct"], "--from=sct --to=sct is no conversion"),
-        (["--from=hf", "--genes=none"], "--genes is for --from=haiku-sct alone"),
+        (["--from=hf", "--to=hf"], "--from=hf --to=hf is not a conversion"),
+        (["--from=sct"], "--from=sct --to=sct is not a conversion"),
+        (["--from=hf", "--genes=none"], "--genes only works with --from=haiku-sct"),
         (["--from=hf"], "has no config.json"),
     ],
 )
