@@ -329,5 +329,5 @@ def test_instructions_of_the_quickstart_fit_into_its_rows(tmp_path):
     for split in ("train", "validation", "test"):
         source = task.dataset(split)
         assert {name for each in source.questions.values() for name in each.candidates} == {"cta", "rci"}
-        longest = max(int(source.record(number)["there"].sum()) for number in range(len(source)))
+        longest = max(int(source.record(number)["attention_mask"].sum()) for number in range(len(source)))
         assert data.length - 64 < longest <= data.length

@@ -63,7 +63,7 @@ def batch_of(task: Instructions, size: int) -> dict[str, jax.ShapeDtypeStruct]:
         "bins": ((genes or task.model_config.num_genes,), np.uint8),
         **({"genes": ((genes,), np.int32)} if genes else {}),
         "input_ids": (row, np.int32),
-        "there": (row, np.bool_),
+        "attention_mask": (row, np.bool_),
         "predicted": (row, np.bool_),
         "task": ((), np.int32),
         "example_mask": ((), np.float32),

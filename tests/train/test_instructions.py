@@ -78,7 +78,7 @@ def test_the_loss_is_that_of_the_answers(studies):
     loss, sums = jax.jit(task.loss, static_argnums=3)(variables, batch, jax.random.key(0), True)
     total, count, right, exact = 0.0, 0, 0, np.zeros(3)
     for row in range(5):
-        there = batch["there"][row]
+        there = batch["attention_mask"][row]
         ids, predicted = batch["input_ids"][row][there], batch["predicted"][row][there]
         inputs = {name: batch[name][row][None] for name in ("bins", "genes")}
         logits = ZerOmics(task.model_config).apply(variables, **inputs, input_ids=ids[None])["logits"][0]

@@ -334,7 +334,7 @@ class InstructionSource:
     A record has the arrays of `sct.data.cell_records.CellSource` and, in addition:
 
     - `input_ids` int32 (T,): the tokens of question and answer.
-    - `there` bool (T,): attention mask, False for padding.
+    - `attention_mask` bool (T,): attention mask, False for padding.
     - `predicted` bool (T,): the tokens of the answer and EOS, which the loss predicts.
     - `task` int32 (): the position of the task in the options.
 
@@ -447,17 +447,17 @@ class InstructionSource:
         task, example = self.example(study, int(rows[0]), epoch)
         length = self.options.length
         ids, predicted = np.zeros(length, np.int32), np.zeros(length, bool)
-        there = np.zeros(length, bool)
+        attention_mask = np.zeros(length, bool)
         if example is not None:
             tokens, question = tokens_of(example, self.tokenizer, self.options.num_soft)
             self._check_length(len(tokens), study)
-            ids[: len(tokens)], there[: len(tokens)] = tokens, True
+            ids[: len(tokens)], attention_mask[: len(tokens)] = tokens, True
             predicted[question : len(tokens)] = True
         own = self.cells.record(number, epoch)
         return {
             **own,
             "input_ids": ids,
-            "there": there,
+            "attention_mask": attention_mask,
             "predicted": predicted,
             "task": np.asarray(task, np.int32),
         }

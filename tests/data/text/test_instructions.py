@@ -71,7 +71,7 @@ def test_a_record_is_a_question_with_the_cell_and_its_answer():
         record = made.record(number)
         cell = made.cells.record(number)
         np.testing.assert_array_equal(record["bins"], cell["bins"])
-        row, length = int(record["row"]), int(record["there"].sum())
+        row, length = int(record["row"]), int(record["attention_mask"].sum())
         table = made.questions["one"].study.table.iloc[row]
         ids = record["input_ids"][:length]
         assert not record["input_ids"][length:].any()
@@ -233,7 +233,7 @@ def test_tasks_that_a_study_cannot_be_asked():
         source(tasks=(("tcd", 1.0),), disease="")
     # Held-out cells may have none of what is asked.
     record = source(plain, exhaustive=True).record(0)
-    assert not record["there"].any()
+    assert not record["attention_mask"].any()
     np.testing.assert_array_equal(record["bins"], cell_records(plain.counts[:1], CELLS)["bins"][0])
 
 
