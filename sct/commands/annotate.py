@@ -54,7 +54,7 @@ FLAG_MODULES = ("sct.commands.cell_flags", "sct.commands.output_flags")
 
 
 def main(argv: list[str]) -> None:
-    """Annotate the cells of the input file, as the flags set, and write the output file."""
+    """Annotate the cells of the input file and write the output file."""
     from sct.commands import tables
     from sct.tl.annotation import annotate
 

@@ -58,7 +58,7 @@ def keep_programs(folder: str | None = None) -> str:
 def _listen(folder: Path) -> None:
     """Handle JAX's warnings about entries of the folder: report write errors once, and delete damaged entries."""
     global _usual
-    told: set[str] = set()
+    reported: set[str] = set()
     _usual = _usual or warnings.showwarning
     usual = _usual
 
@@ -68,8 +68,8 @@ def _listen(folder: Path) -> None:
             usual(message, *rest, **options)
             return
         what, program, reason = found.groups()
-        if what == "writing" and not told:
-            told.add(what)
+        if what == "writing" and not reported:
+            reported.add(what)
             _say(str(folder), reason.strip().splitlines()[0])
         # A run that was stopped, or a disk that was full, may leave an incomplete entry. JAX would fail to read it in
         # every later run, because it never overwrites an entry.

@@ -11,9 +11,9 @@ haiku-sct: the published sCellTransformer weights. DIR, or the folder `jax_param
 `params.joblib`. The files `ensembl_id_vocab.json` and `protein_gene_map.json` give the gene order. No code in these
 files is executed.
 
-hf: a text model in Hugging Face format: GPT-2, GPT-NeoX (Pythia), LLaMA or BERT, whichever `config.json` names. DIR
-holds `model.safetensors`, or several such files and their index. If sct was installed with the extra `torch`,
-`pytorch_model.bin` also works. A tokenizer is copied. `sct.load` can also read such a folder without conversion.
+hf: a text model in Hugging Face format. `config.json` names its architecture: GPT-2, GPT-NeoX (Pythia), LLaMA or BERT.
+DIR holds `model.safetensors`, or several such files and their index. With the extra `torch` of sct, `pytorch_model.bin`
+also works. A tokenizer is copied. `sct.load` can also read such a folder without conversion.
 
 In a clone, `python -m launch.convert` is the same program.
 """
@@ -51,7 +51,7 @@ _WEIGHTS = (".safetensors", ".bin", ".joblib")
 
 
 def main(argv: list[str]) -> None:
-    """Convert the input folder to the output folder, as the flags set."""
+    """Convert the input folder to the output folder, according to the flags."""
     from sct import families
     from sct.data.genes.vocabulary import GeneVocabulary
     from sct.weights import model_folder

@@ -30,7 +30,7 @@ flags.mark_flag_as_required("model")
 
 
 def main(argv: list[str]) -> None:
-    """Embed the cells of the input file, as the flags set, and write the output file."""
+    """Embed the cells of the input file and write the output file."""
     from sct.commands import tables
     from sct.tl.embedding import embed
 

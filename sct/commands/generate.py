@@ -50,7 +50,7 @@ _BYTES_PER_CELL = 1000  # lower limit: a sentence of a hundred genes, and their 
 
 
 def main(argv: list[str]) -> None:
-    """Generate cells, as the flags set, and write the output file."""
+    """Generate cells and write the output file."""
     from sct.commands import tables
     from sct.tl.sentences import generate_cells
 

@@ -34,7 +34,7 @@ flags.mark_flag_as_required("model")
 
 
 def main(argv: list[str]) -> None:
-    """Impute genes or cells of the input file, as the flags set, and write the output file."""
+    """Impute genes or cells of the input file and write the output file."""
     from sct.commands import tables
     from sct.tl.imputation import MISSING, RESULTS, impute
 

@@ -73,7 +73,7 @@ FLAG_MODULES = ("sct.commands.output_flags",)
 
 
 def main(argv: list[str]) -> None:
-    """Measure the speed of a configuration, as the flags set, and print the result."""
+    """Measure the speed of a configuration and print the result."""
     import jax
     from rich.console import Console
 

@@ -78,7 +78,7 @@ _STATUS = {"signal": AGAIN, "interrupt": 130, "failed": 1}
 
 
 def main(argv: list[str]) -> int:
-    """Train a model or a sweep, as the flags set, and return the exit status."""
+    """Train a model or a sweep and return the exit status."""
     keep_programs(_CACHE.value)  # before the import of JAX, which reads the environment
 
     from sct.train import processes

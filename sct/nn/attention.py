@@ -111,13 +111,13 @@ def attend(
         prefix = prefix.map(lambda x: jnp.broadcast_to(x, shape).astype(key.dtype))
     attend = _implementation(query, key, mask, along is not None, prefix)
     if placed is None or not any(placed[1]):
-        return attend(query, *_behind(prefix, query, key, value, mask))
+        return attend(query, *_with_prefix(prefix, query, key, value, mask))
     mesh, spec = placed
     if key.shape[2] != query.shape[2]:
         # Each device needs the key head of every query head that it holds, so repeat the key heads before the split.
-        key, value = (_for_each(x, query) for x in (key, value))
+        key, value = (_repeat_heads(x, query) for x in (key, value))
         if prefix is not None:
-            prefix = prefix.map(lambda x: _for_each(x, query))
+            prefix = prefix.map(lambda x: _repeat_heads(x, query))
     segments = None if mask is None or mask.query is None else (mask.query, mask.key)
     causal = mask is not None and mask.order is not None
     order = jnp.asarray(mask.order if causal and mask is not None else 0)
@@ -130,7 +130,7 @@ def attend(
                 segments = (segments[0], lax.all_gather(segments[1], along, axis=1, tiled=True))
         own, others = segments or (None, None)
         seen = None if mask is None else Mask(own, others, order if causal else None)
-        return attend(query, *_behind(prefix, query, key, value, seen))
+        return attend(query, *_with_prefix(prefix, query, key, value, seen))
 
     rows, whole = PartitionSpec(spec[0], spec[1]), PartitionSpec()
     front: Any = None
@@ -143,7 +143,7 @@ def attend(
     return shard(query, key, value, segments, order, prefix)
 
 
-def _behind(
+def _with_prefix(
     prefix: Prefix | None, query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | None
 ) -> tuple[jax.Array, jax.Array, Mask | None]:
     """Put the keys and values (B, n, H', D) of a prefix before the others; return keys, values and the new mask."""
@@ -213,11 +213,11 @@ def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | None
 
 def _chunked(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | None) -> jax.Array:
     if key.shape[2] != query.shape[2]:
-        key, value = (_for_each(x, query) for x in (key, value))
+        key, value = (_repeat_heads(x, query) for x in (key, value))
     return chunked_attention(query, key, value, mask)
 
 
-def _for_each(shared: jax.Array, query: jax.Array) -> jax.Array:
+def _repeat_heads(shared: jax.Array, query: jax.Array) -> jax.Array:
     """Repeat the heads of keys or values (B, M, H', D), so that each query head has its own: (B, M, H, D)."""
     return repeat(shared, "b m h d -> b m (h shares) d", shares=query.shape[2] // shared.shape[2])
 

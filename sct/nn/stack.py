@@ -1,6 +1,6 @@
-"""Stacks of equal layers: the parameters of all layers share one array, and one loop (`jax.lax.scan`) runs the layers.
+"""Stacks of equal layers: each parameter is one array for all layers, and one loop (`jax.lax.scan`) runs the layers.
 
-A stack compiles only one layer, however many it has, and its parameters are a few large arrays.
+However many layers a stack has, only one of them is compiled.
 """
 
 from __future__ import annotations

@@ -72,12 +72,12 @@ def join(coordinator: str | None, count: int | None, number: int | None, seconds
             initialization_timeout=seconds, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )  # fmt: skip
     except (ValueError, RuntimeError) as error:
-        watch.give_back()
+        watch.restore()
         raise ConfigError(
             f"--multihost was given, but no cluster was found ({first_line(error)}): {_HOW}."
         ) from error
     number, count = jax.process_index(), jax.process_count()
-    watch.go_on(lambda status: _told(status, number, count))
+    watch.keep_reading(lambda status: _answer_to_loss(status, number, count))
 
 
 def _check(coordinator: str | None, count: int | None, number: int | None, seconds: int) -> None:
@@ -125,7 +125,7 @@ def _find(host: str, port: int, seconds: float) -> None:
     )
 
 
-def _told(status: str, number: int, count: int) -> tuple[int, str] | None:
+def _answer_to_loss(status: str, number: int, count: int) -> tuple[int, str] | None:
     """Return the exit status and the message for a status of JAX's coordination service.
 
     None means that the status does not say that another process has ended.
@@ -175,16 +175,16 @@ class _Watch:
                     os.write(self.real, f"error: {answer[1]}\n".encode())
                     _leave(answer[0])
 
-    def give_back(self) -> None:
+    def restore(self) -> None:
         """Restore standard error, and write the output that was held back to it."""
         self.answer = lambda status: None
         if os.name == "posix":
             os.dup2(self.real, 2)
             os.write(2, os.pread(self.held.fileno(), 1 << 20, 0))
 
-    def go_on(self, answer: Callable[[str], tuple[int, str] | None]) -> None:
+    def keep_reading(self, answer: Callable[[str], tuple[int, str] | None]) -> None:
         """Show standard error again, but keep reading the messages that C code writes to it."""
-        self.give_back()
+        self.restore()
         if os.name != "posix" or shutil.which("tee") is None:
             return
         self.answer = answer
@@ -231,7 +231,7 @@ def together() -> Iterator[None]:
     except BaseException as error:
         for watch in _watches:
             watch.answer = lambda status: None  # the error already has a message
-        lost = next((each for each in _chain(error) if _tells_of_loss(each)), None)
+        lost = next((each for each in _chain(error) if _is_loss(each)), None)
         status = 130 if isinstance(error, KeyboardInterrupt) else 1 if lost is None else AGAIN
         # This runs before JAX's shutdown, because JAX registered its shutdown earlier.
         atexit.register(_leave, status)
@@ -249,7 +249,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _tells_of_loss(error: BaseException) -> bool:
+def _is_loss(error: BaseException) -> bool:
     """Return whether an error of JAX says that another process has ended.
 
     Only JAX's own errors count, because other errors may contain the same words in paths and names.
