@@ -204,7 +204,7 @@ def _check_fields(config: Any, words: Sequence[str]) -> None:
             raise FlagError(f"{where} has no field {name!r}{_meant(config, node, names, depth)}")
         if match[1] and not isinstance(node, bool):
             raise FlagError(
-                f"--noconfig.{match[2]} only works for true or false, but the field is {node!r}: write "
+                f"--noconfig.{match[2]} only works for a boolean field, but {match[2]} is {node!r}: write "
                 f"--config.{match[2]}=VALUE."
             )
 

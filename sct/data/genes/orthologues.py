@@ -330,9 +330,10 @@ def _check_species(
         )
     if not enough:
         raise DataError(
-            f"{prefix}only {found:,} of {len(chosen):,} gene names ({some(chosen)}) are in the orthologue table "
-            f"{table.name}, which has names such as {some(table.owners)}: give a table for this species with this type "
-            "of names, or give the column of var with the table's type of names (gene_column=)."
+            f"{prefix}only {found:,} of {len(chosen):,} gene names are in the orthologue table {table.name}; the input "
+            f"has names such as {some(chosen)}, and the table has names such as {some(table.owners)}: give a table of "
+            "this species with names like those of the input, or set gene_column= to a column of var with names like "
+            "those of the table."
         )
 
 

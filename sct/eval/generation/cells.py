@@ -168,7 +168,8 @@ def _shared_labels(generated: CellSet, real: CellSet, training: Any = None) -> t
     labels = sorted(has[0].index[keep], key=str)
     if not labels:
         raise DataError(
-            "no label of the generated cells has two or more real cells: generate cells for labels of the real cells."
+            "no label of the generated cells occurs in two or more real cells: generate cells for labels that at least "
+            "two real cells have."
         )
     left, unasked = (~pd.Series(cells.labels).isin(labels) for cells in (generated, real))
     notes = []

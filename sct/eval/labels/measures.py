@@ -444,9 +444,7 @@ def compare(
     kept, fits = (~table[list(true)].isna().any(axis=1).to_numpy() for table in (true, training))
     if not kept.any() or not fits.any():
         table_name = "training" if kept.any() else "true"
-        raise DataError(
-            f"the {table_name} labels have no cell with a label for every key: choose other keys."
-        )
+        raise DataError(f"in the {table_name} labels, no cell has a label for every key: choose other keys.")
     notes = []
     if left := int((~kept).sum()):
         notes.append(f"{left:,} cells that lack a true label are excluded.")

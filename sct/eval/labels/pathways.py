@@ -127,8 +127,8 @@ def activities(counts: Any, symbols: Sequence[str], gene_sets: Mapping[str, Sequ
         of_sets = {gene for own in gene_sets.values() for gene in own}
         raise DataError(
             f"{len(known & of_sets):,} of the {len(of_sets):,} genes in the gene sets are measured in these cells "
-            f"and known to the model, and fewer than two sets have {_LEAST} of them: use gene sets with human symbols, "
-            "or other cells."
+            f"and known to the model, but at least two gene sets must have {_LEAST} or more such genes: use gene sets "
+            "with human symbols, or other cells."
         )
     matrix, found = sparse.csr_matrix(counts, dtype=np.float32), []
     for first in track(range(0, matrix.shape[0], _BLOCK), "scoring pathways"):
