@@ -202,9 +202,9 @@ class MaskedBins:
             )
         if model.encoder != "transformer":
             raise ConfigError(
-                f"model.encoder is {model.encoder!r}, which has no layers to train, but this task trains a transformer: "
-                "set model.encoder=transformer. To answer questions with the weighted encoder, which needs no training, "
-                "set --config.model.cells.encoder=weighted in instruction tuning."
+                f"model.encoder is {model.encoder!r}, which has nothing to train, but this task trains a transformer: "
+                "set model.encoder=transformer. To answer questions with the weighted encoder, set "
+                "--config.model.cells.encoder=weighted in instruction tuning; it needs no training here."
             )
         self.config, self.data, self.model_config, self.store, self.seed = config, data, model, store, seed
         self.model, self.vocabulary = ZerOmicsCells(model), store.vocabulary
