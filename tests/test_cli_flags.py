@@ -122,7 +122,7 @@ WRONG = {
     (*TRAIN, "--config.train.steps=1.5"): ["--config.train.steps=1.5", "integer"],
     (*TRAIN, "--config.optimizer.peak_lr=x"): ["--config.optimizer.peak_lr=x", "number"],
     (*TRAIN, "--config.train=3"): ["--config.train=3", "section"],
-    (*TRAIN, "--noconfig.train.steps"): ["config.train.steps", "true or false"],
+    (*TRAIN, "--noconfig.train.steps"): ["config.train.steps", "boolean"],
     (*TRAIN, "--only=base"): ["--only"],
     # Words that are no flags.
     ("embed", "x.h5ad", "--model=m", "--output=o.h5ad"): ["'x.h5ad'", "--input=x.h5ad"],
