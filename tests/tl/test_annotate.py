@@ -53,7 +53,9 @@ def test_one_label_for_all_cells_is_doubted(adata, model):
     query, reference = adata[:20].copy(), adata[20:].copy()
     reference.obs["cell_type"] = ["T"] * (reference.n_obs - 1) + ["B"]
     options = {"reference": reference, "label_key": "cell_type"}
-    with pytest.warns(UserWarning, match=r"20 of 20 cells have the same label 'T' of 2 \(mean probability"):
+    with pytest.warns(
+        UserWarning, match=r"20 of 20 cells have the same label 'T' out of 2 candidates \(mean probability"
+    ):
         sct.tl.annotate(query, model, n_contexts=1, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
