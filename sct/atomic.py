@@ -75,7 +75,7 @@ def atomic_write(path: str | os.PathLike[str], hold: bool = True) -> Iterator[Pa
 
 @contextmanager
 def _told(path: Path, disk_alone: bool = False) -> Iterator[None]:
-    """Convert system errors about an output to `OutputError`; `disk_alone` limits this to errors of `disk_trouble`."""
+    """Convert system errors about an output to `OutputError`; `disk_alone`: only errors of `disk_trouble`."""
     try:
         yield
     except SctError:

@@ -27,7 +27,7 @@ def check_number(
     Raises
     ------
     ConfigError
-        Or `error`.
+        The check fails. `error` replaces this class.
     """
     kind = "a whole number" if whole else "a finite number"
     if (
@@ -53,7 +53,7 @@ def check_at_least(
     Raises
     ------
     ConfigError
-        Or `error`.
+        The check fails. `error` replaces this class.
     """
     check_number(name, value, whole=whole, error=error, advice=advice)
     if value < least or (most is not None and value > most):
@@ -76,7 +76,7 @@ def check_positive(
     Raises
     ------
     ConfigError
-        Or `error`.
+        The check fails. `error` replaces this class.
     """
     check_number(name, value, error=error, advice=advice)
     if value <= 0 or (most is not None and value > most):
@@ -99,7 +99,7 @@ def check_share(
     Raises
     ------
     ConfigError
-        Or `error`.
+        The check fails. `error` replaces this class.
     """
     check_number(name, value, error=error, advice=advice)
     if not ((value >= 0 if zero else value > 0) and (value <= 1 if one else value < 1)):
@@ -116,7 +116,7 @@ def check_multiple(
     Raises
     ------
     ConfigError
-        Or `error`.
+        The check fails. `error` replaces this class.
     """
     if value % of:
         below, above = value // of * of, -(-value // of) * of
@@ -134,7 +134,7 @@ def check_choice(
     Raises
     ------
     ConfigError
-        Or `error`.
+        The check fails. `error` replaces this class.
     """
     known = list(choices)
     if isinstance(value, Hashable) and value in known:
@@ -168,7 +168,7 @@ def check_type(
     Raises
     ------
     ConfigError
-        Or `error`.
+        The check fails. `error` replaces this class.
     """
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds):
@@ -186,7 +186,7 @@ def check_text(name: str, value: Any, *, error: type[SctError] = ConfigError, ad
     Raises
     ------
     ConfigError
-        Or `error`.
+        The check fails. `error` replaces this class.
     """
     if not isinstance(value, str) or not value.strip():
         to_do = advice or "give a text"
@@ -201,7 +201,7 @@ def check_not_empty(
     Raises
     ------
     ConfigError
-        Or `error`.
+        The check fails. `error` replaces this class.
     """
     if len(values) < least:
         found = (
@@ -222,7 +222,7 @@ def check_distinct(
     Raises
     ------
     ConfigError
-        Or `error`.
+        The check fails. `error` replaces this class.
     """
     repeated = [value for value, number in Counter(values).items() if number > 1]
     if repeated:
@@ -239,7 +239,7 @@ def check_one_each(
     Raises
     ------
     DataError
-        Or `error`.
+        The check fails. `error` replaces this class.
     """
     if found != expected:
         to_do = advice or f"give {expected:,} {what}, in the order of the {of}"
@@ -265,7 +265,7 @@ def check_shape(
     Raises
     ------
     DataError
-        Or `error`.
+        The check fails. `error` replaces this class.
     """
     shape = tuple(map(int, array.shape))
     sizes = [
@@ -298,7 +298,7 @@ def check_finite(
     Raises
     ------
     DataError
-        Or `error`.
+        The check fails. `error` replaces this class.
     """
     import numpy as np
 

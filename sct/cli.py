@@ -173,8 +173,8 @@ def keep_freed_memory() -> None:
     """Keep freed memory in the process for the next step, on a Linux machine without accelerators and huge pages.
 
     A training step at full size allocates and frees gigabytes. With pages of 4 KiB, which the system clears one by one,
-    this takes a sixth of the step (docs/performance.md). With huge pages the gain is not worth the higher peak memory.
-    Call this before JAX starts its threads.
+    allocating and freeing takes a sixth of the time of the step (docs/performance.md). With huge pages the gain is not
+    worth the higher peak memory. Call this before JAX starts its threads.
     """
     if not _on_cpu_of_linux():
         return
@@ -193,7 +193,7 @@ class _Terminated(SystemExit):
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Raise `_Terminated` on the first SIGTERM, so that temporary files are cleaned up. A second SIGTERM kills."""
+    """Raise `_Terminated` on the first SIGTERM, to clean up temporary files. A second SIGTERM kills the process."""
     on_main = threading.current_thread() is threading.main_thread()
     if not on_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
@@ -221,8 +221,8 @@ def run_main(
     """Run `program(arguments)` with absl flags. A user's mistake is printed as one sentence, with exit status 1.
 
     Errors of `sct.errors`, a full or broken disk, and exhausted memory are printed as one sentence. Any other exception
-    is a bug of this project and keeps its traceback. A wrong command line has the exit status 2, and a run that lost
-    another process has `sct.errors.AGAIN`.
+    is a bug of this project and keeps its traceback. The exit status is 2 after a wrong command line, and
+    `sct.errors.AGAIN` after a run lost another process.
 
     Parameters
     ----------

@@ -222,7 +222,7 @@ class CellSentenceModel:
         templates
             Number of prompt templates to average probabilities over.
         batch_size
-            Cells at once.
+            Number of cells processed at once.
 
         Returns
         -------

@@ -69,7 +69,7 @@ class DecodingOptions:
     length_penalty
         Beam search ranks answers by log probability / length ** length_penalty.
     batch_size
-        Prompts decoded at once.
+        Number of prompts decoded at once.
     """
 
     max_new_tokens: int = 256
@@ -178,7 +178,7 @@ def only_known(scores: jax.Array, known: int) -> jax.Array:
 
 
 def check_model(model: LanguageModel) -> DecoderConfig:
-    """Return the configuration of a text decoder; `ConfigError` for another model, or if it needs a missing GPU."""
+    """Return the configuration of a text decoder; `ConfigError` for other models, or if a required GPU is missing."""
     if not isinstance(model.config, DecoderConfig):
         raise ConfigError(
             f"a model with {type(model.config).__name__} cannot generate text: use a model of the family gpt2, neox or "

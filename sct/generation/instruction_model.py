@@ -177,9 +177,9 @@ class InstructionModel:
         templates
             Prompt templates to average probabilities over: the number of templates, or a list of template numbers.
         batch_size
-            Cells at once.
+            Number of cells processed at once.
         cells
-            Control experiment: number of the cell that each prompt contains, instead of its own cell.
+            For control experiments: for each prompt, the index of the cell that replaces its own cell.
 
         Returns
         -------

@@ -92,7 +92,7 @@ def score(
         Tokens of each prompt and each candidate. Candidates should end with the stop token. Otherwise a candidate that
         is a prefix of another one always has the higher likelihood.
     batch_size
-        Prompts at once.
+        Number of prompts processed at once.
     per_token
         If True, divide by the number of tokens, so that long answers are not at a disadvantage. The result is then not
         a log probability.

@@ -28,7 +28,7 @@ def load_model(model: ModelLike) -> Pretrained:
     Raises
     ------
     ConfigError
-        `model` is none of these, or the model cannot run on this machine's device.
+        `model` is not a model, a path or a Hub id, or the model cannot run on this machine's device.
     """
     check_type(
         "model",

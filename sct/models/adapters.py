@@ -45,7 +45,7 @@ def chosen(params: Any, config: AdapterConfig) -> dict[str, Box]:
     Raises
     ------
     ConfigError
-        A target matches no layer, or the model has no block of a number in `layers`.
+        A target matches no layer, or `layers` contains the number of a block that the model does not have.
     """
     places = config.places(params)
     for target in config.targets:
@@ -114,7 +114,8 @@ def init(rng: jax.Array, params: Any, *configs: AdapterConfig) -> dict[str, Any]
     Parameters
     ----------
     rng
-        PRNG key. The key of an adapter also depends on the path of its layer and on its kind, and on nothing else.
+        PRNG key. The key of an adapter is derived only from this key, the path of the layer and the kind of the
+        adapter.
     params
         The collection "params", or its shapes, boxed with axis names. Under `jax.eval_shape` nothing is allocated.
     configs
@@ -128,8 +129,8 @@ def init(rng: jax.Array, params: Any, *configs: AdapterConfig) -> dict[str, Any]
     Raises
     ------
     ConfigError
-        A target matches no layer, the model has no block of a number in `layers`, or one layer would get two adapters
-        of the same kind.
+        A target matches no layer, `layers` contains the number of a block that the model does not have, or one layer
+        would get two adapters of the same kind.
     """
     made: dict[str, Any] = {}
     for config in configs:
@@ -166,9 +167,9 @@ def beside(variables: Any, found: Mapping[str, Any]) -> Any:
     variables
         Boxed shapes of the model without adapters.
     found
-        Shapes of the arrays in the file, as a dict by path. They determine which adapters there are, their sizes, which
-        constants they have, and how many layers of a stack have one. All other dimensions come from the model's layers,
-        so that a comparison of the result with `found` shows what does not fit.
+        Shapes of the arrays in the file, as a dict by path. These arrays determine which adapters the model has, the
+        sizes and the constants of the adapters, and how many layers of a stack have an adapter. All other dimensions
+        come from the model's layers, so that a comparison of the result with `found` shows what does not fit.
 
     Returns
     -------

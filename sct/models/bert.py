@@ -178,7 +178,7 @@ class Bert(nn.Module):
             padding. A token attends only to its own text, and positions are counted from the beginning of the text. If
             given, `attention_mask` is ignored.
         positions
-            Positions of the tokens, integers (B, T). By default they are counted.
+            Positions of the tokens, integers (B, T). By default, they are counted from the beginning of each text.
 
         Returns
         -------

@@ -102,7 +102,7 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, positions: jax.Array, mask: Mask) -> jax.Array:
         """Apply the block to x (B, T, D) at positions (B, T) and return (B, T, D).
 
-        Attention is causal, whatever the order of the mask.
+        Attention is always causal, even if `mask.order` is None.
         """
         # Set the order to the number 0 here. Rematerialization traces the arguments, so an order from outside would be
         # a traced array, and the kernels that support only this order could not be chosen.
@@ -110,7 +110,7 @@ class Block(nn.Module):
 
     @nn.compact
     def mix(self, x: jax.Array, positions: jax.Array, attention: Attention) -> jax.Array:
-        """Apply the block like a call, but with the given attention function; (B, T, D) -> (B, T, D)."""
+        """Apply the block as in `__call__`, but with the given attention function; (B, T, D) -> (B, T, D)."""
         config = self.config
 
         def attended(x: jax.Array) -> jax.Array:
@@ -215,7 +215,7 @@ class Decoder(nn.Module):
     ) -> jax.Array:
         """Compute the hidden vectors (B, T, D) after the last norm.
 
-        The arguments are those of a call; see `embed` for `soft`.
+        See `__call__` for the arguments, and `embed` for `soft`.
         """
         if segments is not None:
             places = running_positions(segments)
@@ -258,7 +258,7 @@ class Decoder(nn.Module):
             padding. A token attends only to its own text, and positions are counted from the beginning of the text. If
             given, `attention_mask` is ignored.
         positions
-            Positions of the tokens, integers (B, T). By default they are counted.
+            Positions of the tokens, integers (B, T). By default, they are counted from the beginning of each text.
 
         Returns
         -------

@@ -48,7 +48,7 @@ class Mixture:
 
     The outputs of all members are summed. Each sample trains only some of the members. The matrices of all members are
     concatenated to one adapter of rank `len(members) * rank`, whose output is the sum. A forward pass therefore runs
-    one adapter, and merging and exporting treat it like any other.
+    one adapter, and merging and exporting treat this adapter like any other.
 
     Parameters
     ----------
@@ -86,8 +86,8 @@ class Mixture:
 def gated(variables: Mapping[str, Any], trained: jax.Array) -> dict[str, Any]:
     """Return variables with which each sample trains only some columns of the low-rank adapters.
 
-    The outputs of the model do not change. Neither does the gradient that passes through the adapters to the layers
-    below.
+    The outputs of the model do not change. The gradient that passes through the adapters to the layers below does not
+    change either.
 
     Parameters
     ----------

@@ -125,7 +125,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     Raises
     ------
     ConfigError
-        The class has no option of a name, an option is given under two names, or a value has the wrong type. The
+        An option does not exist in the class, an option is given under two names, or a value has the wrong type. The
         message names the option.
     """
     values = with_current_names(cls, values, where)
@@ -196,8 +196,8 @@ def inherited(config: Any, given: Mapping[str, Any], length: int = 0) -> dict[st
 def check_device(config: Any) -> None:
     """Raise `ConfigError` if a model computes in float16 and the default backend is the CPU.
 
-    XLA for CPU has no float16 matrix products with float32 sums, and takes minutes to compile other float16 operations.
-    It does support bfloat16.
+    XLA for CPU has no float16 matrix products with float32 sums, and takes several minutes to compile other float16
+    operations. XLA for CPU does support bfloat16.
     """
     if jax.default_backend() != "cpu":
         return

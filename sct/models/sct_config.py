@@ -45,7 +45,8 @@ class SCTConfig:
     Parameters
     ----------
     num_genes
-        Number of gene positions per cell, a multiple of 2 ** num_downsamples. Smaller vocabularies are padded to it.
+        Number of gene positions per cell, a multiple of 2 ** num_downsamples. Smaller vocabularies are padded to this
+        number.
     num_bins
         Number of expression levels, including zero; 5 means unexpressed and four expressed levels. The PAD token is
         `num_bins` and the MASK token is `num_bins + 1`, so there are `num_bins + 2` tokens.

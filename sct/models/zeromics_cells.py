@@ -150,7 +150,7 @@ class ZerOmicsCells(nn.Module):
         )
 
     def hidden_states(self, bins: jax.Array, genes: jax.Array | None = None) -> jax.Array:
-        """Compute the hidden vectors (B, S, D) of genes. The arguments are those of a call."""
+        """Compute the hidden vectors (B, S, D) of genes. See `__call__` for the arguments."""
         segments = None
         if genes is None:
             text = self.project(self.features)
@@ -181,7 +181,7 @@ class ZerOmicsCells(nn.Module):
         return self.bin_head(hidden).astype(jnp.float32)
 
     def gene_logits(self, hidden: jax.Array) -> jax.Array:
-        """Compute the logits of the items of the gene corpus, float32 (..., G), from hidden vectors (..., D)."""
+        """Compute the logits of the genes of the vocabulary, float32 (..., G), from hidden vectors (..., D)."""
         return self.gene_head(hidden).astype(jnp.float32)
 
     def __call__(self, bins: jax.Array, genes: jax.Array | None = None) -> dict[str, jax.Array]:

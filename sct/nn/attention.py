@@ -77,7 +77,7 @@ def attend(
     - XLA's `jax.nn.dot_product_attention`, if all keys fit into one chunk, and always inside `reference_kernels`.
     - `chunked_attention` otherwise.
 
-    Memory grows linearly with L in the first and the third.
+    The memory of the first and the third implementation grows linearly with L.
 
     On a mesh, each device computes attention for its own queries, heads and bags. If the sequence is split among
     devices, each device first gathers all keys and values. These two arrays of B x L x H x D are small compared with

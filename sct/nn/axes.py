@@ -98,8 +98,9 @@ def spec(
 ) -> PartitionSpec:
     """Return the PartitionSpec of an array of the given shape and axis names.
 
-    Each axis is sharded over the mesh axes that `rules` give for its name. It is not sharded if an earlier axis of the
-    array already uses one of these mesh axes, or if its size is not a multiple of their number of devices.
+    Each axis is sharded over the mesh axes that `rules` give for its name. An axis is not sharded if an earlier axis of
+    the array already uses one of these mesh axes, or if the size of the axis is not a multiple of the number of devices
+    along these mesh axes.
     """
     taken: set[str] = set()
     parts: list[tuple[str, ...] | None] = []
@@ -197,8 +198,8 @@ def on_each_device(
 def _manual_axes() -> frozenset[str]:
     """Return the mesh axes of the `shard_map` around the code that is being traced.
 
-    This asks JAX, because a context variable would fail for gradients: JAX traces them after the `with` block has
-    ended.
+    The function asks JAX for them, because a context variable would fail for gradients: JAX traces them after the
+    `with` block has ended.
     """
     return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
 
@@ -211,8 +212,8 @@ def is_sequence_cut() -> bool:
 def neighbor_positions(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     """Return the `size` positions before and after this device's part of a sequence, each (B, size, C).
 
-    x (B, L, C) is the device's part. At the ends of the whole sequence the positions are zeros, and also if the
-    sequence is not split among devices.
+    x (B, L, C) is the device's part. At the ends of the whole sequence, the missing positions are zeros. If the
+    sequence is not split among devices, both results are zeros.
 
     Raises
     ------

@@ -69,7 +69,8 @@ class Mask(NamedTuple):
         Parameters
         ----------
         queries, keys
-            Positions of the queries (L',) and the keys (M',). The segments of this mask must belong to exactly these.
+            Positions of the queries (L',) and the keys (M',). The segments of this mask must belong to exactly these
+            positions.
         """
         seen = None if self.order is None else (keys <= self.order + queries[:, None])[None]
         if self.query is not None and self.key is not None:

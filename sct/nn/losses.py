@@ -87,7 +87,7 @@ def next_token_losses(
     predicted
         Which tokens count as targets, bool (B, T).
     weight
-        0 for rows that do not count, (B,).
+        Shape (B,): 0 for rows that the loss ignores, and above 0 for all other rows.
 
     Returns
     -------

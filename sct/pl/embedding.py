@@ -33,8 +33,8 @@ def umap(
 
     The UMAP coordinates are stored in `obsm["X_umap_" + basis]`, and their settings in `uns["X_umap_" + basis]`. Later
     calls reuse them if the seed and the embeddings of all cells are unchanged; this also works for a subset of the
-    cells. No other field is written (also not scanpy's `X_umap`), and nothing is written to a view. An array of this
-    name that this function did not write is used unchanged.
+    cells. No other field is written, not even scanpy's `X_umap`. Nothing is written to a view. An array of this name
+    that this function did not write is used unchanged.
 
     Parameters
     ----------

@@ -26,9 +26,9 @@ def imputation_confusion(confusion: np.ndarray, *, normalize: bool = True, ax: A
     Parameters
     ----------
     confusion
-        Number of positions, (true levels, predicted levels). Five levels get the names of the sCT paper (appendix
-        D.3); otherwise levels are numbered from 0. If there are fewer rows than columns, the rows are the highest
-        levels, for example when only expressed genes are scored.
+        Number of positions for each true level (rows) and each predicted level (columns). Five levels get the names of
+        the sCT paper (appendix D.3); otherwise levels are numbered from 0. If there are fewer rows than columns, the
+        rows are the highest levels, for example when only expressed genes are scored.
     normalize
         If True, the color and the first line of a matrix cell show the fraction of its row. If False, the color shows
         the count.

@@ -57,7 +57,7 @@ def gene_values(adata: AnnData, gene: str, layer: str | None = None) -> np.ndarr
 
 
 def cell_values(adata: AnnData, name: str, layer: str | None = None) -> pd.Series | np.ndarray:
-    """Return a column of obs or the values of a gene; if both have the name, the column.
+    """Return the column of obs with this name or, if there is none, the values of the gene.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Compare the outputs of a fast step with the reference path, and define the tolerances."""
+"""Compare the outputs of a fast step with the reference implementation, and define the tolerances."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _require(what: str, made: Outputs, expected: Outputs, limits: Mapping[str, f
 
 
 def compare(what: str, dtype: str, fast: ComputationPath, plain: ComputationPath, share: float) -> Check:
-    """Compare a step with the reference path, first in exact float32 and then in its own arithmetic.
+    """Compare a step with the reference implementation, first in exact float32 and then in its own arithmetic.
 
     Parameters
     ----------
@@ -100,7 +100,7 @@ def compare(what: str, dtype: str, fast: ComputationPath, plain: ComputationPath
     dtype
         Compute dtype of the model.
     fast, plain
-        Functions that run the step to be timed and the reference path; `fast` is called first.
+        Functions that run the step to be timed and the reference implementation; `fast` is called first.
     share
         Size of the compared batch relative to the timed batch. The fast step splits the compared batch into as many
         chunks as it will use for the timed batch.

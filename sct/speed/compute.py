@@ -1,4 +1,4 @@
-"""Modes forward and train: time compiled steps and compare them with the compute ceiling."""
+"""The modes `forward` and `train`: time compiled steps, and compare them with the compute ceiling."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run_steps(
     devices: Sequence[Any],
     active: bool = True,
 ) -> dict[str, Any]:
-    """Time steps, and measure the compute ceiling before and after; the memory of the ceiling does not count.
+    """Time steps, and measure the compute ceiling before and after them. Memory results exclude the ceiling.
 
     Returns
     -------

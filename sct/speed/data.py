@@ -1,4 +1,4 @@
-"""Modes loader and ingest: cells per second, compared with a sequential read of the disk."""
+"""The modes `loader` and `ingest`: measure cells per second, and compare them with a sequential read of the disk."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _CHECKED_CELLS = 50
 
 
 def _read_plainly(study: Study, rows: np.ndarray) -> np.ndarray:
-    """Read rows of a study with anndata, dense float64."""
+    """Read rows of a study with anndata, as a dense float64 array."""
     counts = ad.io.sparse_dataset(zarr.open_group(str(study.path), mode="r")["X"])
     return np.stack([counts[int(row) : int(row) + 1].toarray()[0] for row in rows]).astype(np.float64)
 
@@ -74,7 +74,7 @@ def check_loader(job: SpeedJob, store: Store) -> dict[str, Any]:
 
 
 def _some(files: list[Path]) -> list[Path]:
-    """Return the first files whose total size is at most `_DISK_BYTES`, or the first file."""
+    """Return the first files whose total size is at most `_DISK_BYTES`, but at least one file."""
     sizes = itertools.accumulate(path.stat().st_size for path in files)
     return [path for path, total in zip(files, sizes, strict=True) if total <= _DISK_BYTES] or files[:1]
 

@@ -1,4 +1,4 @@
-"""Mode embed: time `sct.tl.embed` on cells in memory."""
+"""The mode `embed`: time `sct.tl.embed` on cells in memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sct.weights.pretrained import Pretrained
 
 
 def _pretrained(job: SpeedJob, task: Any, variables: Any) -> Pretrained:
-    """Return a model with these variables; noise_fraction 0 keeps all genes, also for few cells."""
+    """Return a model with these variables; noise_fraction 0 keeps all genes, even for few cells."""
     data = {"cells_per_bag": task.bags.cells_per_bag, "noise_fraction": 0.0}
     return Pretrained(job.config["family"], task.model_config, variables, task.vocabulary, data=data)
 
@@ -44,7 +44,7 @@ def _embedding(adata: ad.AnnData, model: Pretrained) -> np.ndarray:
 
 
 def check_embed(job: SpeedJob, store: Store) -> Check:
-    """Compare `sct.tl.embed` with the reference path on the same bag; see `sct.speed.compare.compare`."""
+    """Compare `sct.tl.embed` with the reference implementation on the same bag; see `sct.speed.compare.compare`."""
     cells = reference.checked_cells(job)
     adata = _table(store, cells)
     order = random_order(np.arange(adata.n_obs), cells)

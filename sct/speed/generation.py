@@ -1,4 +1,4 @@
-"""Mode generate: tokens per second of a text decoder, compared with the memory bandwidth and with transformers."""
+"""The mode `generate`: compare tokens per second with the memory bandwidth and with Hugging Face transformers."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def measure(job: SpeedJob) -> dict[str, Any]:
 
 
 def beside_transformers(model: Pretrained, prompts: list[np.ndarray], steps: int) -> dict[str, Any]:
-    """Return the rates of transformers with torch for the same weights, or a note that it is not installed."""
+    """Return the rates of Hugging Face transformers for the same weights, or a note if it is not installed."""
     try:
         rate = _transformers(model, prompts, steps)
     except MissingExtraError:

@@ -37,7 +37,7 @@ class SpeedOptions:
     steps, warmup
         Number of timed repetitions, and number of untimed repetitions before them.
     check_cells
-        Cells per bag in the comparison with the reference path; 0 uses 2 cells, but no more than a bag has.
+        Cells per bag in the comparison with the reference implementation; 0 uses 2 cells, but no more than a bag has.
     cells
         Number of synthetic cells; 0 uses the default of the mode. No effect if the configuration sets a store or data
         set.

@@ -30,7 +30,7 @@ def _status(field: str) -> int:
 
 
 def host_bytes() -> int:
-    """Return the present memory of this process in bytes; 0 if the system does not report it."""
+    """Return the current memory of this process in bytes; 0 if the system does not report it."""
     return _status("VmRSS")
 
 

@@ -1,6 +1,6 @@
-"""Compare a step with the reference path before it is timed.
+"""Compare a step with the reference implementation before it is timed.
 
-The reference path uses the same model, parameters, bag and masks. All layers use reference kernels
+The reference implementation uses the same model, parameters, bag and masks. All layers use reference kernels
 (`sct.nn.reference`), all computations are in exact float32, the head is evaluated at all positions, and there is no
 rematerialization. Parameters are random. Parameters that are initialized to 0 or 1 get random offsets, so that their
 effect is tested too.
@@ -74,7 +74,7 @@ def keep_gradient() -> optax.GradientTransformation:
 
 
 def moved_state(task: Task, mesh: Any, seed: int) -> tuple[State, State, dict[str, np.ndarray]]:
-    """Return a training state, its abstract form, and a copy of its variables by path; see the module for offsets."""
+    """Return a training state, its abstract form, and a copy of its variables by path; see the module docstring."""
     abstract, make_state = init_state(task, lambda _: keep_gradient(), mesh, seed)
     state = make_state()
     rng, arrays = np.random.default_rng(seed), {}
@@ -88,7 +88,7 @@ def moved_state(task: Task, mesh: Any, seed: int) -> tuple[State, State, dict[st
 
 
 def check_train(job: SpeedJob, store: Store) -> Check:
-    """Compare loss and gradient of the compiled training step with the reference path; see `compare`."""
+    """Compare loss and gradient of the compiled training step with the reference implementation; see `compare`."""
     task, mesh, batch, cells = small_batch(job, store)
     micro = _share(mesh) if job.train.grad_accum_steps > 1 else len(batch["example_mask"])
     parts = len(batch["example_mask"]) // micro
@@ -166,7 +166,7 @@ def plain_output(task: Any, arrays: dict[str, np.ndarray], inputs: Mapping[str, 
 
 
 def check_forward(job: SpeedJob, store: Store) -> Check:
-    """Compare the logits of the compiled forward pass with the reference path; see `compare`."""
+    """Compare the logits of the compiled forward pass with the reference implementation; see `compare`."""
     task, mesh, batch, cells = small_batch(job, store)
     given = masked_inputs(task, sharding.put_batch(batch, mesh))
     host_inputs, data = jax.device_get(given), job.of_cells(cells)

@@ -131,7 +131,7 @@ def _remark(name: str, found: Mapping[str, Any]) -> str:
 
 
 def notes(found: Mapping[str, Any]) -> list[str]:
-    """Return notes on a measurement: the comparison with the reference path, synthetic cells, and warnings."""
+    """Return notes on a measurement: comparison with the reference implementation, synthetic cells, and warnings."""
     check = found["check"]
     differences = ", ".join(
         f"{name} {value:.1e} (limit {check['limits'][name]:.1e})"

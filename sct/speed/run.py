@@ -1,4 +1,4 @@
-"""Run a speed measurement: prepare cells, compare with the reference path, time steps, and describe the machine."""
+"""Run a speed measurement: prepare cells, check against the reference, time steps, and describe the machine."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ _MODES: Mapping[str, tuple[Measure, Measure]] = {
 def measure(config: Mapping[str, Any], options: SpeedOptions, apart: bool = True) -> dict[str, Any]:
     """Run the measurement `options.mode` for a configuration.
 
-    A separate process prepares the cells and does the comparison with the reference path, so that their memory does not
-    count in the measurement.
+    A separate process prepares the cells and does the comparison with the reference implementation, so that their
+    memory does not count in the measurement.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ def measure(config: Mapping[str, Any], options: SpeedOptions, apart: bool = True
     Raises
     ------
     SctError
-        A step differs from the reference path, or the configuration cannot be measured.
+        A step differs from the reference implementation, or the configuration cannot be measured.
     """
     if options.mode == "generate":
         load, job = _load(), SpeedJob(config, options, Path())
@@ -85,7 +85,7 @@ def _facts(job: SpeedJob, found: Mapping[str, Any], load: list[float] | None) ->
 
 
 def prepare(job: SpeedJob) -> dict[str, Any] | None:
-    """Prepare the cells, and compare the step to be timed with the reference path."""
+    """Prepare the cells, and compare the step to be timed with the reference implementation."""
     try:
         if job.options.mode != "ingest":
             job.check_device()  # fail before minutes of work

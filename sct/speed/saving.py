@@ -1,4 +1,4 @@
-"""Mode save: time checkpoints and their cost for the training loop."""
+"""The mode `save`: time checkpoints, and how long the training loop waits for them."""
 
 from __future__ import annotations
 

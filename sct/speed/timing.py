@@ -46,9 +46,9 @@ def timed(
     Parameters
     ----------
     draw
-        Returns the input of a step.
+        Function that returns the input of a step.
     call
-        Runs a step.
+        Function that runs a step.
     repeats
         Number of steps.
     what

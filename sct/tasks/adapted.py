@@ -30,8 +30,8 @@ class AdapterOptions:
     kind
         "low_rank" (LoRA), "bottleneck" or "prefix"; "" trains the model itself.
     targets, layers
-        Modules that get an adapter, and indices of the blocks. The default is the standard targets of the
-        architecture or of the kind, in all blocks.
+        `targets` selects the modules that get an adapter, and `layers` selects the blocks by index. By default, the
+        standard targets of the architecture or of the adapter kind are used, in all blocks.
     rank, alpha
         Options of low-rank adapters, see `sct.models.adapter_kinds.LoraConfig`.
     width, scale, skip
@@ -64,7 +64,7 @@ class AdapterOptions:
                 raise ConfigError(f"adapters.{field.name} {problem}: remove it, or change adapters.kind.")
 
     def config(self, architecture: str) -> AdapterConfig:
-        """Return the options of the chosen kind, with the default targets of an architecture."""
+        """Return the options of the chosen kind. The default targets depend on the architecture or on the kind."""
         kind = KINDS[self.kind]
         names = {field.name for field in dataclasses.fields(kind)} - {"targets"}  # type: ignore[arg-type]
         given = {name: getattr(self, name) for name in names if hasattr(self, name)}

@@ -24,7 +24,7 @@ _IS_FILE = "is_file"  # metadata key of the options that `file_option` makes
 
 
 def file_option() -> Any:
-    """Return a dataclass field for the path of an input file, "" for none. The file's content affects the results."""
+    """Return a dataclass field for the path of an input file whose content affects the results. "" means no file."""
     return dataclasses.field(default="", metadata={_IS_FILE: True})
 
 
@@ -46,7 +46,7 @@ class StoreConfig:
         Data set to use instead of a store: "pbmc68k", the cells that scanpy ships. Training writes them to a store
         in the run folder.
     tokens
-        Number of tokens to train on. If `train.steps` is 0, the number of steps is computed from it.
+        Number of tokens to train on. If `train.steps` is 0, the number of steps is computed from this number of tokens.
     """
 
     store: str = ""
@@ -108,7 +108,7 @@ class Evaluator(Protocol):
     name
         Name of the evaluation.
     report
-        Table of the last evaluation, with its baselines; None before the first one.
+        Table of the last evaluation, with its baselines; None before the first evaluation.
     """
 
     name: str
@@ -128,7 +128,7 @@ class Objective(Protocol):
         Table of (regular expression over parameter paths, whether to train them), see `sct.nn.paths`.
     loss_normalizer
         Name of the sum that is the denominator of the mean loss, for example the number of masked positions. Gradient
-        accumulation weights the microbatches by it.
+        accumulation weights the microbatches by this sum.
     monitor, monitor_mode
         Metric that early stopping and keep-best watch, and whether "min" or "max" is best.
     """
@@ -175,7 +175,7 @@ class TaskData(Protocol):
     tokens_per_record: int
 
     def dataset(self, split: str) -> RecordSource | None:
-        """Return the records of the split "train" or "validation"; None if the store has no study in it."""
+        """Return the records of the split "train" or "validation"; None if the split has no study."""
         ...
 
     def tokens(self, batch: Mapping[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""Cell sentences: a language model learns cells as gene names in order of expression (Cell2Sentence paper)."""
+"""Train a language model on cell sentences: the genes of a cell in descending order of expression (Cell2Sentence)."""
 
 from __future__ import annotations
 
@@ -57,15 +57,16 @@ class SentenceData(StoreConfig):
     cell_type, tissue, organism, abstract
         Columns of `obs` with these labels; "" for none.
     labels
-        Columns of `obs` that the model predicts, or generates cells for, in combination (cell type, stimulation,
-        exposure, ...).
+        Columns of `obs` that describe a cell in combination (cell type, stimulation, exposure, ...). The model predicts
+        the combined labels of a cell, or generates cells for them.
     studies
         YAML file with labels and abstracts of whole studies, `STUDY: {abstract: ..., tissue: ...}`.
     tokenizer
         Tokenizer file or folder. By default, the tokenizer of the model named in `init_from`; without that, a tokenizer
         is trained.
     vocab_size, corpus_cells
-        For a trained tokenizer: its largest vocabulary, and the number of cells in its training corpus.
+        Used if a tokenizer is trained: the largest size of its vocabulary, and the number of cells in its training
+        corpus.
     """
 
     top_k: int = 100
@@ -133,12 +134,12 @@ class CellSentencesConfig(ObjectiveConfig):
     prompts
         JSON file with further prompt templates.
     perturbation, control
-        `perturbation` is the one of `data.labels` that names the treatment of a cell. `control` is the value to compare
-        with; by default, the most frequent other value. The report after training then evaluates cells generated for
-        label combinations that are not in the training data.
+        `perturbation` is the entry of `data.labels` that names the treatment of a cell. `control` is the treatment to
+        compare the others with; by default, the most frequent other treatment. The report after training then evaluates
+        cells generated for label combinations that are not in the training data.
     lora
-        Options of LoRA adapters (`sct.models.lora.LoraConfig`), which are trained while the model stays frozen. Empty
-        `targets` are the default ones of the family. `rank` 0 trains the whole model.
+        Options of LoRA adapters (`sct.models.lora.LoraConfig`), which are trained while the model stays frozen. If
+        `targets` is empty, the default targets of the family are used. `rank` 0 trains the whole model.
     report_cells, report_seeds
         Number of held-out cells in the reports after training (0: no reports), and number of random seeds.
     """
@@ -347,7 +348,7 @@ class CellSentences:
 
     @functools.cache  # noqa: B019 (a run has one task)
     def dataset(self, split: str) -> SentenceSource | None:
-        """Return the rows of text of a split; None if it has no study, or no cell with the labels of a task."""
+        """Return the rows of text of a split; None if the split lacks studies, or cells with the labels of a task."""
         studies = self.store.split(split)
         if not studies:
             return None

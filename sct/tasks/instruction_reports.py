@@ -31,7 +31,7 @@ class Answers:
     instruction_model
         Function from variables to the model that answers.
     task
-        "cta", "rci" or "tcd".
+        Code of the task: "cta" (cell type), "rci" (rare cell) or "tcd" (tumor).
     train, held_out
         Studies to fit the baselines on, and studies to evaluate.
     cells, seeds
@@ -106,8 +106,8 @@ def reports(
 ) -> Iterator[Answers]:
     """Yield the evaluation of each task, with `note` below its report.
 
-    A task is skipped if the training cells or the held-out cells have fewer than two different answers. Pathways are
-    also skipped, because a cell may have several: use the benchmark for them.
+    A task is skipped if the training cells or the held-out cells have fewer than two different answers. The task on
+    pathways is always skipped, because a cell may have several pathways: use the benchmark for this task.
     """
     for task in tasks:
         if task != "cpi" and all(

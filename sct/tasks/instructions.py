@@ -403,7 +403,7 @@ class Instructions:
         return {**variables, "params": params, "adapters": adapters}
 
     def gates(self, task: jax.Array) -> jax.Array:
-        """Return the gate over adapter columns (B, members x rank) that each cell trains, from its task index (B,)."""
+        """Return which adapter columns each cell trains (B, members x rank), given the task index of each cell (B,)."""
         members = self.mixture.members
         own = jnp.asarray(
             [[member in (UNIVERSAL, name) for member in members] for name, _ in self.config.tasks]

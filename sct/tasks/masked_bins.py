@@ -131,8 +131,8 @@ class MaskedBinsConfig(ObjectiveConfig):
     substituted
         Probability that an unmasked non-zero bin is replaced by a different random bin, which may be zero (p_s).
     max_masked_fraction
-        Largest share of a cell's positions at which the heads are evaluated. Masked positions beyond it are left out of
-        the loss and counted in `dropped_targets`.
+        Largest share of a cell's positions at which the heads are evaluated. Masked positions beyond this share are
+        left out of the loss and counted in `dropped_targets`.
     report_cells, report_seeds
         Number of held-out cells in the report after training (0: no report), and number of random masks per cell.
     """
@@ -167,7 +167,7 @@ class MaskedBins:
     features
         Gene features, float32 (G, F). None if they come from a checkpoint or from `init_from`.
     described
-        How the features were computed, for the model folder.
+        Record of how the features were computed, to save in the model folder.
     seed
         Seed of the order of the cells.
     """

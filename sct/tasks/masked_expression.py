@@ -50,13 +50,13 @@ class MaskedExpressionConfig(ObjectiveConfig):
         Correct the loss for the masking rates. If expressed genes are masked more often than unexpressed ones, the
         model would otherwise overestimate expression. Inside the loss, log(masking rate of expressed genes / masking
         rate of unexpressed genes) is subtracted from the logit of level 0. The model's probabilities then hold for any
-        gene, not only for masked ones. False is the paper's loss; inference then adds that number to the logit of
-        level 0 (`sct.data.class_prior`).
+        gene, not only for masked ones. With False, training uses the paper's loss, and inference adds the same
+        logarithm to the logit of level 0 (`sct.data.class_prior`).
     max_masked_fraction
-        Largest share of a bag's positions at which training evaluates the head. Masked positions beyond it are left out
-        of the loss and counted in `dropped_targets`. 0 evaluates the head at every position. If several devices share
-        the cells of a bag, each gets an equal part of these positions. The loss depends on the number of devices only
-        if positions are dropped.
+        Largest share of a bag's positions at which training evaluates the head. Masked positions beyond this share are
+        left out of the loss and counted in `dropped_targets`. 0 evaluates the head at every position. If several
+        devices share the cells of a bag, each gets an equal part of these positions. The loss depends on the number of
+        devices only if positions are dropped.
     report_ratio, report_seeds
         Share of genes to mask, and number of random masks, in the report after training.
     report_bags
@@ -251,14 +251,15 @@ class MaskedExpression:
         return summary
 
     def dataset(self, split: str) -> BagSource | None:
-        """Return the bags of a split: random bags for "train", every cell once otherwise; None if it is empty."""
+        """Return the bags of a split: random bags for "train", else every cell once; None for an empty split."""
         studies = self.store.split(split)
         return BagSource(studies, self.bags, exhaustive=split != "train") if studies else None
 
     def evaluators(self) -> Sequence[Evaluator]:
         """Return the evaluations of imputation against baselines, on the test or else the validation studies.
 
-        The first one masks genes at random and scores all of them. The second one follows the sCT paper.
+        The first evaluation masks genes at random and scores all masked genes. The second evaluation follows the sCT
+        paper.
         """
         from sct.eval.imputation.natural import NaturalImputation
         from sct.eval.imputation.protocols import GeneImputation

@@ -200,7 +200,7 @@ class GeneratedCells:
 
 
 def _generate(sentence_model: CellSentenceModel, field: str, sizes: pd.Series, cells: int) -> CellSet:
-    """Generate up to about `cells` cells, in proportion to `sizes` (held-out cells per label), at most half of each."""
+    """Generate about `cells` cells, in proportion to the held-out cells per label (`sizes`); at most half of these."""
     number = np.maximum(1, np.floor(sizes / 2 * min(1.0, 2 * cells / sizes.sum()))).astype(int)
     wanted = np.repeat(sizes.index.to_numpy(), number)
     cut = {"num_genes": sentence_model.top_k} if sentence_model.top_k else {}
@@ -223,7 +223,7 @@ def _expression(sentence_model: CellSentenceModel) -> generation.Express:
 
 
 def _cell_set(sentence_model: CellSentenceModel, cells: LabeledReferenceCells) -> CellSet:
-    """Return real cells as sentences, with the expression recovered from these."""
+    """Return real cells as sentences, with the expression recovered from these sentences."""
     written = _written(sentence_model, cells)
     return CellSet(sentence_model.expression(written)[0], cells.labels, written)
 

@@ -59,9 +59,9 @@ class TaskSpec:
     objective, data
         Classes of the configuration sections `objective` and `data`.
     make
-        Builds the task from its inputs.
+        Function that builds the task from `TaskInputs`.
     tokenizer
-        Trains a tokenizer from (store, objective, data, seed); None for tasks without text.
+        Function (store, objective, data, seed) that trains a tokenizer; None for tasks without text.
     inherits_architecture
         Whether the model's sizes depend on input files. If so, a resumed run, or one with `init_from`, keeps the sizes
         of the earlier model.

@@ -1,4 +1,4 @@
-"""`sct.tl.annotate`."""
+"""`sct.tl.annotate`: predict cell types or other labels of cells."""
 
 from __future__ import annotations
 
@@ -97,11 +97,11 @@ def annotate(
     copy
         If True, return a modified copy and leave `adata` unchanged.
     options
-        With a reference: options of `sct.tl.embed`, such as `layer`, `batch_key`, `spatial_key` and `seed`.
-        `batch_key` and `spatial_key` are used for each AnnData that has them. For a cell-sentence model: `layer`,
-        `gene_column`, `duplicates`, `seed`, `batch_size` (cells at once) and `templates` (number of question templates
-        to average over). A ZerOmics model also takes `abstract` (by default `adata.uns["abstract"]`) and `values`
-        ("activity" for a matrix that does not hold counts).
+        With a reference: options of `sct.tl.embed`, such as `layer`, `batch_key`, `spatial_key` and `seed`. `batch_key`
+        and `spatial_key` are used for each AnnData that has them. For a cell-sentence model: `layer`, `gene_column`,
+        `duplicates`, `seed`, `batch_size` (number of cells processed at once) and `templates` (number of question
+        templates to average over). A ZerOmics model also takes `abstract` (by default `adata.uns["abstract"]`) and
+        `values` ("activity" for a matrix that does not hold counts).
 
     Raises
     ------
@@ -301,7 +301,7 @@ def _applies(name: str, value: Any, cells: ad.AnnData) -> bool:
 def _shares(
     searched: np.ndarray, asked: np.ndarray, labels: np.ndarray, n_neighbors: int
 ) -> tuple[pd.DataFrame, np.ndarray]:
-    """Return the fraction of each label among the neighbors of each cell (N, labels), and the best column (N,)."""
+    """Return the fraction of each label among the neighbors of each cell (N, labels), and the best label's column."""
     codes, names = pd.factorize(labels.astype(str), sort=True)
     size = min(n_neighbors, len(searched))
     index = NearestNeighbors(n_neighbors=size, metric="cosine").fit(searched)

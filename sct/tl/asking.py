@@ -55,8 +55,9 @@ def find_rare(
         If True, return a modified copy and leave `adata` unchanged.
     options
         `seed`: random seed of the order in which the question lists the possible answers. `templates`: number of
-        question templates to average over. `batch_size`: cells at once. `values`: "activity" for values that are not
-        counts, such as gene activity of chromatin. `layer`, `gene_column`, `duplicates`: see `sct.tl.embed`.
+        question templates to average over. `batch_size`: number of cells processed at once. `values`: "activity" for
+        values that are not counts, such as gene activity of chromatin. `layer`, `gene_column`, `duplicates`: see
+        `sct.tl.embed`.
 
     Raises
     ------
@@ -202,7 +203,7 @@ def ask(
     temperature
         Sampling temperature; 0 always takes the most probable token.
     batch_size
-        Cells at once.
+        Number of cells processed at once.
     seed
         Random seed of the sampling. No effect if `temperature` is 0.
     adata, model, abstract, copy, layer, gene_column, duplicates, values

@@ -1,4 +1,4 @@
-"""`sct.tl.embed`."""
+"""`sct.tl.embed`: compute cell embeddings."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def embed(
     sCT reads bags of cells, so the embedding of a cell depends on its bag. Bags are drawn with `seed` from windows of
     10,000 cells of a batch. With `spatial_key`, bags are compact tiles of the section. The last bag is filled up with
     the first cells (with `spatial_key`, with the nearest cells). The result depends only on the cells, their order and
-    the seed. `batch_size`, the devices and backed mode change it by rounding at most. The same call gives the same
-    bytes.
+    the seed. `batch_size`, the devices and backed mode change the result at most by rounding errors. Repeating a call
+    gives bit-identical results.
 
     Parameters
     ----------
@@ -70,8 +70,8 @@ def embed(
     cells_per_bag
         Number of cells in a bag (K). Default: the value from training.
     batch_size
-        Bags (or single cells) at once. Default: about a million gene tokens per device, or 65,536 for models that read
-        single cells.
+        Number of bags (or single cells) processed at once. Default: about a million gene tokens per device, or 65,536
+        for models that read single cells.
     gene_column, duplicates
         See `sct.GeneVocabulary.align`.
     seed

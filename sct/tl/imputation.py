@@ -1,4 +1,4 @@
-"""`sct.tl.impute`."""
+"""`sct.tl.impute`: predict genes or whole cells."""
 
 from __future__ import annotations
 
@@ -71,8 +71,9 @@ def impute(
     - `uns["sct"]`: what was imputed (`genes`, `cells`, and `var_names` of the genes in layers), and the parameters.
 
     X is never changed. Results of an earlier call with the same `key_added` are removed. The bags are the same as in
-    `sct.tl.embed`. If whole cells are imputed, one cell or up to a fifth of a bag is hidden. The other cells of the bag
-    are visible: random cells or, with positions, the nearest cells.
+    `sct.tl.embed`. If whole cells are imputed, at least one and at most a fifth of the cells of a bag are hidden (one
+    cell if a bag has fewer than five). The other cells of the bag are visible: random cells or, with positions, the
+    nearest cells.
 
     Parameters
     ----------
@@ -400,7 +401,8 @@ def _counts(target: ad.AnnData, table: CellCounts) -> sparse.csr_matrix:
 def _levels(target: ad.AnnData, table: CellCounts, column: np.ndarray, model: Any) -> sparse.csr_matrix:
     """Return the level (N, n_var) of each observed count, from the range of the cell's counts of the model's genes.
 
-    The model can see other levels, because it sees neither hidden values nor genes below the noise threshold.
+    The levels that the model reads may differ, because it reads neither hidden values nor genes below the noise
+    threshold.
     """
     known = np.flatnonzero(column >= 0)
     place = sparse.csr_matrix(

@@ -1,4 +1,4 @@
-"""`sct.tl.spatial_neighbors`."""
+"""`sct.tl.spatial_neighbors`: find the nearest cells of each cell."""
 
 from __future__ import annotations
 

@@ -138,13 +138,14 @@ def generate_cells(
     max_new_tokens
         Maximum number of tokens per cell. Default: enough for the longest sentence that the model learned.
     batch_size
-        Cells generated at once.
+        Number of cells generated at once.
 
     Returns
     -------
     AnnData with the genes of the model (`var`: Ensembl ids and symbols). X is float32, log10(1 + counts per 10,000).
-    `obs` has the condition, `sentence`, `n_words`, `n_valid`, `n_unique`, `valid_share`, `unique_share` and `finished`
-    (whether the model ended the sentence itself). `uns["sct"]` has the model, the seed and the options.
+    `obs` has the condition, `sentence`, `n_words`, `n_valid` (words that are gene names), `n_unique` (different genes),
+    `valid_share` (`n_valid` / `n_words`), `unique_share` (`n_unique` / `n_words`) and `finished` (whether the model
+    ended the sentence itself). `uns["sct"]` has the model, the seed and the options.
 
     Raises
     ------

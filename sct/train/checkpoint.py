@@ -71,7 +71,7 @@ class _LastAndBest(policies.PreservationPolicy):
 
 
 def _not_orbax_error(record: logging.LogRecord) -> bool:
-    """Return False for errors logged by Orbax. It logs them with a traceback, and then also raises them."""
+    """Return False for errors that Orbax logs: it logs them with a traceback, although it also raises them."""
     return record.levelno < logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
@@ -104,7 +104,7 @@ class Checkpoints:
         )
 
     def _record(self) -> None:
-        """Hash the written files. Orbax calls this in the background, just before it renames the temporary folder."""
+        """Hash the written files. Orbax calls this method in the background, before it renames the temporary folder."""
         unfinished = self._folder.glob(f"{self._begun}.orbax-checkpoint-tmp*")
         run_folder.record_checkpoint(max(unfinished, key=lambda path: path.stat().st_mtime_ns))
 

@@ -172,7 +172,7 @@ def _evaluate(
 
 @contextmanager
 def _exit_on_sigterm() -> Iterator[None]:
-    """Exit with status `AGAIN` on SIGTERM. Training is saved: the same command then repeats the evaluation."""
+    """Exit with status `AGAIN` on SIGTERM. The trained model is saved, so the same command repeats the evaluation."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

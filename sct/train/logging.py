@@ -1,4 +1,4 @@
-"""Metrics of a run, written as JSON lines and for TensorBoard."""
+"""Write the metrics of a run as JSON lines and as TensorBoard events."""
 
 from __future__ import annotations
 

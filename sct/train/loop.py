@@ -42,12 +42,13 @@ class TrainConfig:
     batch_size
         Records per batch, over all devices.
     grad_accum_steps
-        Number of microbatches per batch (gradient accumulation). The update is that of the whole batch; the memory is
-        that of batch_size / grad_accum_steps records. The random masks depend on this number, so it cannot change
-        within a run.
+        Number of microbatches per batch (gradient accumulation). The update equals that of the whole batch. The memory
+        use is that of batch_size / grad_accum_steps records. The random masks depend on this number, so it cannot
+        change within a run.
     batch_ramp
         Stages with smaller batches at the start of training: pairs of (last step of the stage, records per batch), both
-        increasing. All stages use microbatches of the same size; a batch smaller than that is one microbatch.
+        increasing. All stages use microbatches of the same size; a batch that is smaller than a microbatch is processed
+        at once.
     log_every, eval_every, checkpoint_every
         Number of steps between log entries, validations and checkpoints. Every validation and every checkpoint also
         adds a log entry.
@@ -172,7 +173,7 @@ class Step(NamedTuple):
     number
         Number of the step.
     describe
-        Returns the names of the records in its batch.
+        Function that returns the names of the records in the batch of this step.
     scalars, sums
         Results of the compiled step.
     """

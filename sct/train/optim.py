@@ -34,7 +34,8 @@ class OptimizerConfig:
     clip_norm
         Upper bound on the global norm of the gradient; 0 for none.
     decay_rules, lr_rules
-        Tables of (regular expression, bool) and (regular expression, multiplier), see `sct.nn.paths`.
+        Tables over parameter paths: (regular expression, whether to decay the parameter) and (regular expression,
+        multiplier of its learning rate), see `sct.nn.paths`.
     """
 
     peak_lr: float = 1e-4

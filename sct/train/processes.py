@@ -128,7 +128,7 @@ def _find(host: str, port: int, seconds: float) -> None:
 def _answer_to_loss(status: str, number: int, count: int) -> tuple[int, str] | None:
     """Return the exit status and the message for a status of JAX's coordination service.
 
-    None means that the status does not say that another process has ended.
+    Returns None if the status does not report the end of another process.
     """
     if count == 1 or not re.match(rf"({_CODES}): ", status):
         return None

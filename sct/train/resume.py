@@ -84,7 +84,7 @@ def check_options(recorded: Mapping[str, Any], spec: RunSpec, workdir: Path) -> 
 
 
 def _all_options(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all options of a section. Options that a run does not record get the value that it used."""
+    """Return all options of a section. Options that a run does not record get the value that the run used."""
     if issubclass(kind, ObjectiveConfig):
         values = {**kind.BEFORE, **values}
     try:

@@ -43,7 +43,7 @@ class MeshConfig:
     tensor
         Number of devices that split the channels of a layer.
     devices
-        Number of devices to use, starting from the first; 0 uses all. With several processes, it must be 0.
+        Number of devices to use, starting from the first; 0 uses all. With several processes, `devices` must be 0.
     """
 
     data: int = REST

@@ -72,7 +72,7 @@ def new(spec: RunSpec, workdir: Path) -> Start:
 
 
 def from_model(spec: RunSpec, workdir: Path) -> Start:
-    """Start from the parameters of `spec.init_from`, with its tokenizer unless the configuration names another.
+    """Start from the model in `spec.init_from`, with its tokenizer unless the configuration names another one.
 
     Tasks with `inherits_architecture` also keep the model's architecture.
 
@@ -106,7 +106,7 @@ def from_model(spec: RunSpec, workdir: Path) -> Start:
 
 
 def resumed(spec: RunSpec, workdir: Path) -> Start:
-    """Resume the run in a folder, on the same data and with the architecture and the tokenizer that it recorded.
+    """Resume the run in a folder, on the same data and with the recorded architecture and tokenizer.
 
     Raises
     ------

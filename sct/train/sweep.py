@@ -41,7 +41,7 @@ class Sweep:
     reason
         Why the sweep ended: "finished", "failed" (one or more runs failed), "signal" or "interrupt".
     states
-        Run -> "" if it is finished, otherwise the reason why it is not.
+        For each run, "" if it is finished, otherwise the reason why it is not.
     """
 
     reason: str
@@ -212,7 +212,7 @@ def _train_one(config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
 
 
 def tables(workdir: Path, runs: Mapping[str, Mapping[str, Any]], states: Mapping[str, str]) -> list[Report]:
-    """Return two tables of all runs and the baselines of the base run: expressed genes not given, and given.
+    """Return two tables of all runs and of the base run's baselines, without and with the expressed genes given.
 
     Parameters
     ----------
@@ -221,7 +221,7 @@ def tables(workdir: Path, runs: Mapping[str, Mapping[str, Any]], states: Mapping
     runs
         Configuration of each run, see `configurations`.
     states
-        Run -> "" if it is finished, otherwise the reason why it is not, which the table shows as a remark.
+        For each run, "" if it is finished, otherwise the reason why it is not. The tables show the reason as a remark.
     """
     measured: dict[str, Report | None] = {}
     states = dict(states)
@@ -256,7 +256,7 @@ def tables(workdir: Path, runs: Mapping[str, Mapping[str, Any]], states: Mapping
 
 
 def _imputation_table(folder: Path) -> Report | None:
-    """Return the imputation table of a finished run; None if it has none."""
+    """Return the imputation table of a finished run; None if the run has no such table."""
     path = folder / "report.json"
     wanted = {METHOD.key, scoring.GIVEN.key, scoring.NUMBERS[0].key}
     try:
