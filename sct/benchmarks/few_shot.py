@@ -121,8 +121,8 @@ def tune(
     """Fine-tune a model on one task with a few cells, with the training loop and loss of the model family.
 
     The trained parameters are the cell tokenizer, the universal adapter and the adapter of the task. If the model was
-    not trained on the task, it has no adapter for it, and only the universal adapter is trained. The input model is not
-    changed.
+    not trained on the task, there is no adapter for this task, and the universal adapter is the only adapter that is
+    trained. The input model is not changed.
 
     Parameters
     ----------
@@ -137,7 +137,7 @@ def tune(
     options, seed
         Training options, and the random seed for the order of cells, templates and candidates.
     place
-        Folder for temporary files; None for the default of the system.
+        Folder for temporary files; None for the system's default folder.
 
     Returns
     -------
@@ -220,11 +220,11 @@ def drawn(answers: Sequence[str], shots: int, each: bool, seed: int) -> np.ndarr
     Parameters
     ----------
     answers
-        Answer of each cell; "" for none.
+        Answer of each cell; "" for a cell without an answer.
     shots
-        Number of cells: per answer if `each` is set, otherwise in total.
+        Number of cells to draw: for each answer if `each` is set, otherwise in total.
     each
-        Whether `shots` counts the cells of each answer.
+        True: draw `shots` cells for each answer. False: draw `shots` cells in total.
     seed
         Random seed.
 

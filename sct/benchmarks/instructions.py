@@ -177,7 +177,7 @@ def benchmark(
 ) -> list[Report]:
     """Ask a model about the cells of studies, zero-shot and few-shot, compare it with baselines, and write a report.
 
-    Each study is split in two parts. The larger part is used to fit the baselines and to draw few-shot cells. All
+    Each study is split into two parts. The larger part is used to fit the baselines and to draw few-shot cells. All
     methods are scored on the same cells of the smaller part.
 
     Parameters
@@ -330,8 +330,8 @@ class _Study:
     def _divided(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows to fit on and the rows to ask about.
 
-        With `data.group_key` whole groups are assigned to a part. Otherwise the split is stratified by label, so that a
-        label with at least two cells is in both parts.
+        With `data.group_key`, whole groups are assigned to one of the two parts. Otherwise the split is stratified by
+        label, so that a label with at least two cells is in both parts.
         """
         rows, data = np.arange(len(self.obs)), self.data
         if data.group_key:
@@ -389,7 +389,7 @@ class _Study:
         )
 
     def measure(self, task: str) -> tuple[Report, dict[str, Any]]:
-        """Return the table of a task, and its numbers."""
+        """Evaluate one task. Return its table and its numbers."""
         return self._pathways() if task == "cpi" else self._single(task)
 
     def _score(
@@ -420,10 +420,10 @@ class _Study:
         self, task: str, fit: np.ndarray, answers: np.ndarray, obs: pd.DataFrame, study_metadata: dict[str, Any],
         ask: Callable[[InstructionModel, int], Any], fit_few: Callable[[np.ndarray], Any],
     ) -> tuple[dict[str, tuple[str, Any]], list[str]]:  # fmt: skip
-        """Return the few-shot rows of the table by name, and notes about those that could not run.
+        """Return the few-shot rows of the table by name, and notes about rows that could not be computed.
 
-        For each number of shots there are two rows: the model fine-tuned on a few of the rows `fit`, evaluated by
-        `ask`, and the baseline that `fit_few` fits on the same cells.
+        Each number of shots gives two rows of the table. The first is the model after fine-tuning on a few of the cells
+        `fit`; `ask` evaluates this model. The second is the baseline that `fit_few` fits on the same cells.
         """
         made: dict[str, tuple[str, Any]] = {}
         notes = []

@@ -118,7 +118,7 @@ class CellImputationOptions:
     Attributes
     ----------
     run
-        Whether to run it.
+        Whether to run this protocol.
     numbers
         Numbers of cells to mask in a bag; (0,) for the numbers of the paper, scaled to the bag size.
     """
@@ -265,7 +265,7 @@ def _benchmark(
 
 
 def facts_of(handle: Pretrained | None, folder: str) -> dict[str, str]:
-    """Return the facts of a report about the process and the model; `folder` is "" for a model in memory."""
+    """Return facts about the process and the model, for the report; `folder` is "" for a model in memory."""
     if handle is None:
         what = ("none (baselines only)", "-", "-", "-")
     else:
@@ -279,7 +279,7 @@ def facts_of(handle: Pretrained | None, folder: str) -> dict[str, str]:
 def read_options(
     kind: type[Any], config: Mapping[str, Any], adata: ad.AnnData | None, overwrite: bool
 ) -> tuple[Any, Path]:
-    """Return the options of a benchmark, and its output folder after a check.
+    """Read and check the options of a benchmark. Return the options and the checked output folder.
 
     Parameters
     ----------

@@ -18,15 +18,15 @@ WINDOW = 10_000
 
 @dataclasses.dataclass(frozen=True)
 class BagOrder:
-    """Rows of a table of cells, bag after bag.
+    """Row numbers of cells in the order of the bags: the first K rows are the first bag, and so on.
 
     Attributes
     ----------
     rows
         Row numbers, int64 (bags * K,). A cell may occur more than once.
     is_target
-        bool (bags * K,). It is True once for each cell: the result of the cell is taken from there. Other occurrences
-        are only context for the bag.
+        bool (bags * K,). True at exactly one occurrence of each cell: the result of the cell is taken from this
+        occurrence. Other occurrences are only context for the bag.
     cells_per_bag
         Number of cells per bag (K).
     """
@@ -50,7 +50,7 @@ def _closed(rows: np.ndarray, cells_per_bag: int) -> BagOrder:
 
 
 def random_order(rows: np.ndarray, cells_per_bag: int, seed: int = 0, window: int = WINDOW) -> BagOrder:
-    """Assign each cell to a random bag, once.
+    """Assign each cell to exactly one random bag.
 
     Rows are split into consecutive windows. Each window is shuffled separately and cut into bags. With at most `window`
     cells, this is a random partition of all cells. The last bag is filled up with the first cells of the order. Fewer
@@ -63,7 +63,7 @@ def random_order(rows: np.ndarray, cells_per_bag: int, seed: int = 0, window: in
     cells_per_bag
         Number of cells per bag (K).
     seed
-        Seed of the shuffling; each window also uses its number.
+        Seed of the shuffling. Each window is shuffled with this seed and the number of the window.
     window
         Number of cells to shuffle together.
     """
@@ -145,7 +145,7 @@ def neighbors(places: np.ndarray, cells_per_bag: int) -> np.ndarray:
 def centered_order(rows: np.ndarray, coordinates: np.ndarray, cells_per_bag: int) -> BagOrder:
     """Make one bag for each cell: the cell itself as the target, and its nearest neighbors as context.
 
-    These are the bags of spatial training. They take K times the compute of tiles.
+    These are the bags of spatial training. Inference with these bags takes K times the compute of inference with tiles.
     """
     rows = np.asarray(rows, np.int64)
     found = neighbors(coordinates, cells_per_bag)
@@ -164,9 +164,10 @@ def masked_cell_order(
 ) -> BagOrder:
     """Make bags for predicting completely masked cells from visible cells.
 
-    Each bag has `masked_per_bag` masked cells (the last bag may have fewer). They are chosen at random or, with
-    coordinates, as tiles. Visible cells fill the rest of the bag: random ones, each used once before any is repeated,
-    or those nearest to the center of the tile.
+    Each bag has `masked_per_bag` masked cells (the last bag may have fewer). Visible cells fill the rest of the bag.
+    Without coordinates, the masked and the visible cells of a bag are random, and each visible cell is used once before
+    any is used again. With coordinates, the masked cells of a bag are a tile, and the visible cells nearest to the
+    center of the tile fill the bag.
 
     Parameters
     ----------

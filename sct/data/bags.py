@@ -42,9 +42,9 @@ def random_bag_rows(
 ) -> np.ndarray:
     """Return the rows of a bag, ascending, for a study that is stored in random order.
 
-    The rows of the study form a ring. Each epoch starts at another seeded offset and cuts the ring into blocks. Within
-    a block, cells are assigned to bags at random. An epoch leaves out up to `cells_per_bag - 1` cells, different ones
-    in each epoch.
+    The rows of the study form a ring. Each epoch starts at a different offset, which depends on the seed, and cuts the
+    ring into blocks. Within a block, cells are assigned to bags at random. An epoch leaves out up to
+    `cells_per_bag - 1` cells, different ones in each epoch.
 
     Parameters
     ----------
@@ -55,8 +55,9 @@ def random_bag_rows(
     number, epoch, seed
         Bag number, epoch and seed.
     shuffle_cells
-        Number of cells per block. With 0, a block is one bag, which is a contiguous read (two reads for the bag across
-        the end of the ring). With the size of the study, any partition of the study is possible.
+        Number of cells per block. With 0, each block is one bag. Its rows are contiguous and take one read, or two
+        reads for the bag across the end of the ring. If a block is as large as the study, any partition of the study
+        into bags is possible.
     permutation
         Function that returns seeded permutations. It may cache its last result.
     """
@@ -120,7 +121,8 @@ class BagOptions:
     shuffle_cells
         See `random_bag_rows`.
     noise_fraction
-        Genes of a study with fewer counts per cell are set to zero; see `sct.data.tokenize.noisy_genes`.
+        Genes of a study that have fewer counts per cell than this value are set to zero; see
+        `sct.data.tokenize.noisy_genes`.
     spatial
         Add coordinates to the bags. Cells of studies without coordinates have NaN.
     spatial_bags
@@ -159,8 +161,7 @@ class BagSource:
     - `rows` int32 (K,): row of each cell in its study, -1 for missing cells.
     - With `options.spatial`: `coordinates` float32 (K, 2), NaN for cells without coordinates.
     - With `options.with_counts`: `counts` float32 (K, P), `low` and `high` (K,), `medians` and `means` (K, num_bins);
-    see
-      `sct.data.tokenize.Bins`.
+      see `sct.data.tokenize.Bins`.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """Training records of single cells: a choice of genes, and the expression values of these genes.
 
-The two choices are independent: any gene selection of `GENES` works with any values of `sct.data.cell_values.VALUES`.
-Values are computed from all known genes of the cell, and then the genes are selected.
+The genes and the kind of values are chosen independently: any gene selection of `GENES` works with any values of
+`sct.data.cell_values.VALUES`. Values are computed from all known genes of the cell, and then the genes are selected.
 
 With quantile bins, zero is bin 0, and non-zero values get bins 1 to N by their quantile among the non-zero values of
 the cell (ZerOmics, appendix A.3). Scaling all values of a cell does not change quantiles. Therefore raw counts give the
@@ -37,13 +37,13 @@ def known_genes(number: int, dropped: Sequence[int]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class CellOptions:
-    """How cells are converted to records.
+    """Options for converting cells to records.
 
     Parameters
     ----------
     num_bins
-        Number of bins for non-zero values (10 in the ZerOmics paper); zero is bin 0. With "levels", there are
-        `num_bins` - 1.
+        Number of bins for non-zero values (10 in the ZerOmics paper); zero is bin 0. With `values="levels"`, there are
+        `num_bins` - 1 bins for non-zero values.
     max_genes
         Number of genes per record; 0 for the whole vocabulary.
     genes
@@ -52,7 +52,7 @@ class CellOptions:
         the order of ties. "sampled": `max_genes` random expressed genes. "listed": given genes, expressed or not
         (`sct.data.gene_selection.variable_genes`). "": "top" if `max_genes` is set, otherwise "all".
     values
-        Name in `sct.data.cell_values.VALUES`.
+        Kind of expression values: a name in `sct.data.cell_values.VALUES`.
     """
 
     num_bins: int = 10

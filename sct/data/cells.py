@@ -73,7 +73,7 @@ class CellCounts:
         Mapping from columns to genes, with a report.
     measured
         Whether each gene was measured, bool (G,): the input has a column for it. A study of a store has a column for
-        every gene and records which of them its source had.
+        every gene, and records which genes its source had.
     cell_totals
         Sum of each cell's counts over the genes of the vocabulary, (N,).
     gene_totals
@@ -203,9 +203,10 @@ class CellStudy:
         Order of the cells, bag after bag.
     masked_cells, masked_genes
         Masks of cells, bool (N,), and genes, bool (G,). Counts of masked genes in masked cells are read as zero. If
-        only one of the masks is given, it applies to all genes or to all cells. With both None, nothing is masked.
+        only `masked_cells` is given, all genes of these cells are masked. If only `masked_genes` is given, these genes
+        are masked in all cells. If both are None, nothing is masked.
     name
-        Name to use instead of that of the section.
+        Name to use instead of the name of the section.
     """
 
     split = "test"
@@ -233,7 +234,7 @@ class CellStudy:
         return self.cells.measured
 
     def noisy_genes(self, fraction: float) -> np.ndarray:
-        """Return the mask of genes to treat as unexpressed, bool (G,), without the masked counts.
+        """Return the mask of genes to treat as unexpressed, bool (G,). Masked counts are not used.
 
         See `sct.data.tokenize.noisy_genes`.
         """

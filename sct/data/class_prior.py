@@ -42,7 +42,7 @@ class ClassPrior:
     adjusted
         Whether the training loss already removed the bias (logit adjustment).
     assumed
-        Whether the model has no record of the rates, and those of the paper are assumed.
+        Whether the rates of the paper are assumed, because the model has no record of its own rates.
     one_sided
         Whether training masked only expressed or only unexpressed genes. This cannot be corrected.
     """
@@ -76,8 +76,8 @@ class ClassPrior:
     def odds(self) -> float:
         """Factor on the odds of expression in the paper's evaluation protocol, which keeps the bias.
 
-        The probabilities are then those of the raw logits for a model without logit adjustment, and those of training
-        with the paper's loss for a model with it.
+        Without logit adjustment, the resulting probabilities are those of the model's raw logits. With logit
+        adjustment, they are those that a model trained with the paper's loss would give.
         """
         return math.exp(PAPER.log_ratio if self.adjusted else self.log_ratio)
 

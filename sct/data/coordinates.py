@@ -224,7 +224,7 @@ def doubts(coordinates: np.ndarray, obs: pd.DataFrame, divide_by: str) -> list[s
     obs
         Table of the cells, searched for columns with sections.
     divide_by
-        How the user sets the column with sections, such as "batch_key={!r}".
+        Option by which the user names the column with sections, such as "batch_key={!r}".
     """
     coordinates = np.asarray(coordinates, np.float64)
     found = []
@@ -254,8 +254,8 @@ def _overlaid(coordinates: np.ndarray, obs: pd.DataFrame) -> tuple[str, str]:
 
     Returns
     -------
-    The column of `obs` that seems to hold the sections, and the evidence that several sections share a plane; "" for
-    none.
+    The column of `obs` that seems to hold the sections, or "" if there is no such column. The evidence that several
+    sections share a plane, or "" if there is no evidence.
     """
     n = len(coordinates)
     if n < _FEWEST:

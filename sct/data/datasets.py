@@ -111,8 +111,9 @@ def simulate_atlas(
 
     All studies share 12 cell types. Each type has a set of upregulated genes over a common heavy-tailed baseline. Each
     study has its own gene effects, depth and cell-type proportions. Each cell has a log-normal library size and a
-    position on three continuous gene programs. Counts are negative binomial with dropout, which is more frequent for
-    low expectations. A study depends only on `seed` and its number, not on `n_studies`.
+    position on three continuous gene programs. Counts are negative binomial with dropout. Dropout is more frequent for
+    counts with a low expected value. The cells of a study depend only on `seed` and the number of the study, not on
+    `n_studies`.
 
     Parameters
     ----------

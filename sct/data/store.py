@@ -252,7 +252,7 @@ class Study:
     def obs(self, columns: Collection[str] | None = None) -> pd.DataFrame:
         """Return the metadata of the cells, indexed by cell name.
 
-        `columns` selects columns; missing ones are ignored.
+        `columns` selects columns; columns that do not exist are ignored.
         """
         import pandas as pd
         import zarr

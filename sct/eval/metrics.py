@@ -79,7 +79,7 @@ EXACT_NEIGHBORS = 50_000  # above this number of cells, the neighbors in the Lei
 def matthews(true: np.ndarray, predicted: np.ndarray) -> float:
     """Return the multi-class Matthews correlation coefficient, in [-1, 1].
 
-    It is 0 if the true or the predicted classes are constant, and NaN for empty arrays.
+    The coefficient is 0 if the true or the predicted classes are constant, and NaN for empty arrays.
     """
     if len(true) == 0:
         return float("nan")
@@ -360,7 +360,7 @@ def knn_accuracy(
 def neighbor_graph(embedding: np.ndarray, n_neighbors: int = 15, *, seed: int = 0) -> sparse.csr_matrix:
     """Return the weighted nearest-neighbor graph (N, N) of `scanpy.pp.neighbors` for an embedding (N, D).
 
-    Up to 50,000 cells the neighbors are exact and do not depend on `seed`. Above, they are approximate.
+    Up to 50,000 cells, the neighbors are exact and do not depend on `seed`. With more cells, they are approximate.
     """
     scanpy = load_extra("scanpy", "analysis")
     from anndata import AnnData
@@ -442,7 +442,8 @@ def silhouette(
     embedding, labels
         (N, D) embedding and (N,) labels.
     max_cells, seed
-        If there are more than `max_cells` cells, the width of a random sample of `max_cells` cells, drawn with `seed`.
+        With more than `max_cells` cells, the width is computed for a random sample of `max_cells` cells, drawn with
+        `seed`.
 
     Returns
     -------
@@ -476,10 +477,10 @@ def scib(
     before: np.ndarray | None = None,
     metrics: tuple[str, ...] = (*SCIB_BIO, *SCIB_BATCH),
 ) -> dict[str, float]:
-    """Return the metrics of bio conservation and batch correction from scib-metrics, with its default parameters.
+    """Return the metrics of bio conservation and batch correction from scib-metrics, with the library's defaults.
 
-    Neighbors are exact: 15, 50 or 90 of them depending on the metric, fewer if there are fewer cells. Therefore only
-    k-means depends on a random seed, which is 0 as in scib-metrics.
+    Neighbors are exact. Their number is 15, 50 or 90, depending on the metric, and lower if there are fewer cells.
+    Therefore only k-means depends on a random seed, which is 0 as in scib-metrics.
 
     Parameters
     ----------

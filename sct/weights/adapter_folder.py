@@ -140,7 +140,7 @@ def load(model: Pretrained, folder: str | os.PathLike[str]) -> Pretrained:
 
 
 def _mesh(model: Pretrained) -> Mesh | None:
-    """Return the mesh of a model's weights, or None without one."""
+    """Return the mesh of a model's weights, or None if the weights are not on a mesh."""
     for value in flatten(model.variables).values():
         sharding = getattr(value, "sharding", None)
         if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):

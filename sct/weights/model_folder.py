@@ -213,7 +213,7 @@ def is_float(value: Any) -> bool:
 def _kind(value: Any, dtype: str) -> np.dtype:
     """Return the dtype that an array is saved in.
 
-    A float dtype narrower than `dtype` stays, as widening adds nothing.
+    A float array with a dtype narrower than `dtype` keeps its dtype, because a wider dtype adds no precision.
     """
     wanted = jnp.dtype(dtype)
     own: np.dtype = value.dtype
@@ -275,7 +275,7 @@ def _shards(flat: Mapping[str, Any], dtype: str, limit: int) -> Iterator[list[st
 def find(folder: Path) -> Path | None:
     """Return the folder of the model at a path, or None.
 
-    If saving was interrupted while it replaced the model, this is the backup next to the path.
+    If saving was interrupted while it replaced the model, the result is the backup next to the path.
     """
     candidates = [folder]
     if not folder.exists() and folder.name:

@@ -105,7 +105,7 @@ class GeneAlignment:
         Input names that are not in the vocabulary; '' for a column without a name.
     duplicates
         Gene -> input names, for genes with several columns. This includes the ``_PAR_Y`` copy of a gene whose X copy is
-        present. That copy is used only if duplicates are summed.
+        present. The ``_PAR_Y`` copy is used only if duplicates are summed.
     warning
         Warning about a suspicious result, or ''.
     """
@@ -162,7 +162,7 @@ class GeneAlignment:
         Raises
         ------
         DataError
-            The matrix has another number of columns than were aligned.
+            The number of columns of the matrix differs from the number of columns that were aligned.
         """
         if matrix.ndim != 2 or matrix.shape[1] != len(self.columns):
             raise DataError(

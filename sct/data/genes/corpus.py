@@ -1,9 +1,9 @@
 """The gene corpus: a text description of each gene, from a file or from the shipped gene table.
 
 The ZerOmics paper (appendices A.2 and A.3) uses the GeneCards summaries of the genes in the HUGO Gene Nomenclature, and
-leaves out genes without a summary. The license of GeneCards does not allow to ship the summaries, so users supply their
-own file. `GeneCorpus.built_in` describes each gene by the shipped table, like the first sentence in the paper's Table
-6.
+leaves out genes without a summary. The license of GeneCards does not allow this package to ship the summaries, so users
+supply their own file. `GeneCorpus.built_in` describes each gene with text from the shipped table, in the style of the
+first sentence in the paper's Table 6.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ def ingest(
 
 @contextlib.contextmanager
 def _only_one(root: Path) -> Iterator[None]:
-    """Create the folder, lock it against other ingests, and remove temporary files of an interrupted one."""
+    """Create the folder, lock it against other ingests, and remove temporary files of an interrupted ingest."""
     made = not root.exists()
     try:
         (root / STUDIES).mkdir(parents=True, exist_ok=True)
@@ -404,7 +404,7 @@ def main(inputs: Sequence[str], output: str | None, *, genes: str | None = None,
     Raises
     ------
     ConfigError
-        There is no output, or see `ingest`.
+        No output was given, or `ingest` raised this error.
     """
     if not output:
         raise ConfigError("--output is missing: set it to the folder of the store.")

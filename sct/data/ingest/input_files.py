@@ -87,7 +87,7 @@ def find_inputs(
         Any of: h5ad files, 10x .h5 files, folders with `matrix.mtx[.gz]`, AnnData zarr groups, folders that contain any
         of these, `census:DATASET_ID`, and `(name, AnnData)` pairs. `NAME=PATH` sets the name of the study.
     exclude
-        A folder to skip in the search, because the output may be inside an input folder.
+        A folder that the search skips, such as the output folder, which may be inside an input folder.
 
     Returns
     -------

@@ -98,7 +98,8 @@ def create_array(
     chunk, shard
         Lengths of chunks and shards along the first axis.
     fill
-        Fill value of missing chunks. It should not occur in the data, so that missing chunks are not taken for data.
+        Fill value of missing chunks. Choose a value that does not occur in the data, so that missing chunks are not
+        taken for data.
     encoded
         Add the attributes that AnnData requires for an array.
 

@@ -345,8 +345,8 @@ def _restore(
 def counts_like(expression: sparse.csr_matrix, total: float = TARGET) -> sparse.csr_matrix:
     """Convert log expression to counts: (10 ** expression - 1) x total / 10,000, CSR (N, G).
 
-    The result is in counts per `total` and not rounded to integers. If the expression comes from a sentence, the counts
-    of a cell sum to `total` only approximately, because the fitted line is approximate.
+    The result is in counts per `total` and is not rounded to integers. If the expression comes from a sentence, the
+    counts of a cell sum to `total` only approximately, because the fitted line is approximate.
 
     Parameters
     ----------

@@ -307,7 +307,7 @@ def fields_of(
 def questions_of(prompts: Sequence[str], tokenizer: Tokenizer, num_soft: int) -> list[np.ndarray]:
     """Return the tokens, int32, of questions.
 
-    The cell is -1 .. -K. Text that questions share is tokenized only once.
+    The numbers -1 .. -K stand for the soft tokens of the cell. Text that questions share is tokenized only once.
     """
     parts = [prompt.split(MARK) for prompt in prompts]
     texts = list(dict.fromkeys(text for pair in parts for text in pair))

@@ -23,7 +23,8 @@ of text). Each task defines its answer field and the fields that a prompt must c
 - The renderer fills in `{genes}`: "expressed genes", or "100 most highly expressed genes" if `num_genes` is 100.
 - Literal braces are doubled.
 - For cell sentences, white space must surround `{cell}`, so that each gene name remains a separate word.
-- With `"replace": true`, the templates of the file replace the built-in ones. Otherwise they are added after them.
+- With `"replace": true`, the templates of the file replace the built-in templates. Otherwise they are added after the
+  built-in templates.
 - Error messages number templates from 1.
 
 A prompt must not end with white space, and a response must not begin with it. `JOIN`, a single space, is put between

@@ -90,7 +90,7 @@ def rank(
 ) -> Ranked:
     """Sort the expressed genes of each cell by descending expression, with ties in a seeded random order.
 
-    Raw counts are ranked instead of normalized ones. The order is the same, and ties are exact.
+    Raw counts are ranked instead of normalized counts. Both have the same order, but only raw counts have exact ties.
 
     Parameters
     ----------

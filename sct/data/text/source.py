@@ -24,7 +24,7 @@ _SAMPLE = 64  # cells whose text lengths determine how many cells fit into a row
 
 @dataclasses.dataclass(frozen=True)
 class SentenceOptions:
-    """How cells are converted to text.
+    """Options for converting cells to text.
 
     Parameters
     ----------
@@ -59,7 +59,8 @@ class SentenceOptions:
 def sentence_gene_names(vocabulary: GeneVocabulary) -> tuple[str, ...]:
     """Return the name of each gene in cell sentences.
 
-    This is its symbol. If the symbol is missing, not unique or contains white space, it is the Ensembl id.
+    The name is the gene's symbol. If the symbol is missing, not unique or contains white space, the name is the Ensembl
+    id.
     """
     symbols = pd.Series(vocabulary.symbols)
     usable = ~symbols.duplicated(keep=False) & symbols.str.fullmatch(r"\S+").astype(bool)

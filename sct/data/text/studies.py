@@ -37,5 +37,5 @@ def read_study_file(path: str | Path, form: str) -> dict[str, dict[Any, Any]]:
 
 
 def wrong_form(path: str | Path, form: str) -> ConfigError:
-    """Return the error for a file of another form."""
+    """Return the error for a file with an unexpected format."""
     return ConfigError(f"{path} must have the form `{form}`: correct it.")

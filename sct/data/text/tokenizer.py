@@ -263,9 +263,9 @@ def train_bpe(
 ) -> Tokenizer:
     """Train a byte-level BPE tokenizer on a corpus (Cell2Sentence paper, appendix C.0.1).
 
-    It differs from GPT-2's tokenizer in one point. GPT-2 never merges letters with digits or across a hyphen, which
-    splits most gene names. Here "HLA-DRA" and "RPS9" can become single tokens, and a cell sentence has half as many
-    tokens.
+    The tokenizer differs from GPT-2's tokenizer in one point. GPT-2 never merges letters with digits or across a
+    hyphen, which splits most gene names. In this tokenizer, "HLA-DRA" and "RPS9" can become single tokens, and a cell
+    sentence has half as many tokens.
 
     The order of the texts does not change the result. The special tokens have the first ids, followed by the 256 bytes.
 

@@ -56,7 +56,7 @@ def _fit(values: sparse.csr_matrix, components: int) -> Any:
 
 
 def _by_scanpy(cells: BaselineCells) -> Any:
-    """Return an AnnData of log1p counts per 10,000, computed by scanpy so that rounding matches its recipe exactly."""
+    """Return an AnnData of log1p counts per 10,000, computed by scanpy, so that rounding matches scanpy's recipe."""
     scanpy = load_extra("scanpy", "analysis")
     from anndata import AnnData
 

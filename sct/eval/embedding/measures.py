@@ -40,7 +40,7 @@ class EmbeddingMethod:
     fitted_on
         Data that the method was fitted on, as shown in the table.
     fits
-        How many seeds to call the function with. Seed s of the evaluation uses embedding s % fits.
+        Number of seeds for which the function is called. Seed s of the evaluation uses embedding s % fits.
     remark
         Remark for the reader of the table.
     """
@@ -74,8 +74,8 @@ class EmbeddingMetricOptions:
     scvi_fits
         Number of scVI trainings, each with its own seed.
     scvi_epochs
-        Epochs of each scVI training. None uses scVI's rule: 400 epochs up to 20,000 cells. This takes minutes on a GPU
-        and up to an hour for 2,600 cells on two CPU cores.
+        Epochs of each scVI training. None uses scVI's rule: 400 epochs up to 20,000 cells. This takes a few minutes on
+        a GPU, and up to an hour for 2,600 cells on two CPU cores.
     scib
         Names of the scib-metrics to compute if batches are given, from `metrics.SCIB_BIO` and `metrics.SCIB_BATCH`.
     """

@@ -78,7 +78,7 @@ class GenerationOptions:
 
 
 def log_normalized(counts: sparse.csr_matrix) -> tuple[sparse.csr_matrix, None]:
-    """Return log10(1 + counts per 10,000) of raw counts (N, G) (Cell2Sentence, equation 1), and None for sentences."""
+    """Return log10(1 + counts per 10,000) of raw counts (N, G) (Cell2Sentence, equation 1), and None as sentences."""
     return sparse.csr_matrix(log_expression(counts, np.float64) / np.log(10)), None
 
 
@@ -217,7 +217,7 @@ def compare(
 ) -> tuple[Report, metrics.MetricDraws]:
     """Compare generated cells with real cells, controls and baseline generators (Cell2Sentence, Tables 1, 7 and 8).
 
-    For each seed, the real cells of each label are split in two halves. One half is the reference for all rows. The
+    For each seed, the real cells of each label are split into two halves. One half is the reference for all rows. The
     other rows have equal numbers of cells per label:
 
     - the generated cells, and the same cells with shuffled labels (control);

@@ -197,8 +197,8 @@ def gromov_wasserstein(real: Any, generated: Any, *, max_cells: int = 1000, seed
     max_cells, seed
         A set with more than `max_cells` cells is subsampled without replacement, because memory grows with the square
         and time with the cube of the number of cells. Two samples of the same distribution have a discrepancy above 0,
-        which shrinks with the sample size. Therefore compare only values of equal sample size, and compare them with
-        the value between two sets of real cells.
+        which shrinks with the sample size. Therefore compare only values from samples of equal size, and compare them
+        with the discrepancy between two sets of real cells.
 
     Returns
     -------
@@ -252,8 +252,8 @@ def correlations(real: np.ndarray, generated: np.ndarray) -> Correlations:
     Returns
     -------
     Pearson and Spearman correlation in [-1, 1] and R2 in (-inf, 1], with 1 the best; NaN if a profile is constant. R2
-    is 1 - residual variance / total variance of the real profile, not the square of the Pearson correlation. In Table
-    7 of the paper, R2 is lower than that square.
+    is 1 - residual variance / total variance of the real profile, not the square of the Pearson correlation. In Table 7
+    of the paper, R2 is lower than the square of the Pearson correlation.
     """
     if len(real) < 2 or np.ptp(real) == 0 or np.ptp(generated) == 0:
         return Correlations(np.nan, np.nan, np.nan)

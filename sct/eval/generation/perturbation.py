@@ -1,4 +1,4 @@
-"""Evaluate generated perturbed cells by the mean expression of variable and of differential genes, and its change."""
+"""Evaluate generated perturbed cells: mean expression and its change, over variable and over differential genes."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def compare_perturbations(
     Raises
     ------
     DataError
-        A condition has fewer than two real cells, no generated cell, or no training cells of its opposite.
+        A condition has fewer than two real cells, no generated cell, or no training cells of its opposite condition.
     MissingExtraError
         scanpy is not installed.
     """

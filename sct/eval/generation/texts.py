@@ -188,8 +188,8 @@ def mmd(generated: np.ndarray, true: np.ndarray) -> float:
 
     Returns
     -------
-    Value in [0, sqrt(2)], lower is better; 0 for equal sets. For two samples of the same distribution it is above 0 and
-    shrinks with the sample size.
+    Value in [0, sqrt(2)], lower is better; 0 for equal sets. For two samples of the same distribution, the value is
+    above 0 and decreases with the sample size.
     """
     generated, true = np.asarray(generated, float), np.asarray(true, float)
     _check(generated, true)
@@ -278,7 +278,7 @@ class _Row:
     Attributes
     ----------
     texts, pairs
-        For each seed, the N texts, and int (N,) the row of each one's true text.
+        For each seed: the N texts, and the row of the true text of each text, int (N,).
     fitted_on
         Where the texts come from; "" for generated texts.
     is_control

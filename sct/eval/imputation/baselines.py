@@ -58,8 +58,8 @@ class ImputationMethod(Protocol):
 
         Returns
         -------
-        Predictions by form. Key True: the method is given that the positions are expressed. Key False: it is not.
-        A method has one form or both.
+        Predictions by form. In the form with key True, the method knows that the positions are expressed. In the form
+        with key False, the method does not know this. A method returns one form or both.
 
         Raises
         ------
@@ -75,9 +75,9 @@ def from_levels(masked: Masked, levels: np.ndarray) -> LevelPrediction:
 
 
 def from_counts(masked: Masked, counts: np.ndarray) -> dict[bool, LevelPrediction]:
-    """Return a prediction of raw counts (n,) in both forms; its levels follow from the range of the cell.
+    """Return a prediction of raw counts (n,) in both forms; levels are computed from the counts and the cell's range.
 
-    The form that is given expressed genes (key True) raises each count to at least 1.
+    In the form with key True, which knows that the genes are expressed, each count is raised to at least 1.
     """
     low, high = masked.low[masked.cells], masked.high[masked.cells]
     levels = digitize(np.log1p(counts), low, high, masked.medians.shape[1])
@@ -107,8 +107,9 @@ def level_frequencies(train: BagSource) -> np.ndarray:
 class CommonLevel:
     """Most common level of each gene, among all levels or among the levels above zero.
 
-    The second variant is given that the gene is expressed. It is a strong baseline, because the levels of most genes
-    vary little. For a gene that no cell expresses, the prediction is the lowest possible level.
+    The variant with only the levels above zero knows that the gene is expressed. This variant is a strong baseline,
+    because the levels of most genes vary little. For a gene that no cell expresses, the prediction is the lowest
+    possible level.
 
     Parameters
     ----------
@@ -192,7 +193,7 @@ def _smoothed(
     reference
         Counts (M, G).
     shown_in
-        Function of neighbors (m, k) -> (m, G) how many of the k neighbors show each gene.
+        Function that maps neighbors (m, k) to the number of the k neighbors that show each gene, (m, G).
     masked
         The scored positions.
 
@@ -280,8 +281,8 @@ class KnnSmoothing:
         Number of neighbors (k).
     max_cells
         Maximum number of training cells to search, divided equally among the studies. The first cells of a study are
-        used, because the stored order is random. Spatial studies are stored in spatial order, so evenly spaced cells
-        are used.
+        used if the study is stored in random order. Spatial studies are stored in spatial order; of these, evenly
+        spaced cells are used.
     """
 
     fitted_on, remark = TRAINING, ""
@@ -404,11 +405,11 @@ class NeighborMean:
     eval_cells
         Cells to score.
     neighbors
-        Number k of visible cells in the mean: those nearest in space. If None, or if the cells have no spatial
+        Number of visible cells in the mean (k): the nearest ones in space. If None, or if the cells have no spatial
         coordinates, the mean is over all visible cells.
     expressed
-        Whether the mean is over the cells that express the gene only. The method then knows that the gene is expressed,
-        so it has only the form with key True.
+        Whether to average only the visible cells that express the gene. The method then knows that the gene is
+        expressed, so it returns only the form with key True.
     """
 
     fitted_on, remark = THESE_CELLS, ""
@@ -539,7 +540,7 @@ def standard_methods(
     train
         Exhaustive bags of the training studies, or None without training studies.
     whole_cells
-        Whether whole cells will be masked; adds the means of the visible cells of the bag.
+        Whether whole cells will be masked. If so, the means of the visible cells of the bag are added as baselines.
     magic
         Whether to include MAGIC.
     """

@@ -205,9 +205,10 @@ def shown_ranges(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return the ranges and level counts of each cell that imputation methods may use.
 
-    A cell with visible genes keeps its own values. A cell whose genes are all masked gets the mean of the cells of its
-    bag that have visible genes, or of all bags if its bag has none; its own values would reveal its library size. If
-    no cell has a visible gene, the task is to impute genes rather than cells, and each cell keeps its own values.
+    A cell with visible genes keeps its own values. If all genes of a cell are masked, its own values would reveal its
+    library size. Such a cell gets the mean over the cells of its bag that have visible genes, or over such cells of all
+    bags if its bag has none. If no cell has a visible gene, the task is to impute genes rather than cells, and each
+    cell keeps its own values.
 
     Returns
     -------
@@ -339,7 +340,7 @@ def mask_measured(eval_cells: EvalCells, ratio: float, seed: int, most: int) -> 
 
 
 def mask_measured_genes(eval_cells: EvalCells, ratio: float, seed: int, most: int) -> Masked:
-    """Mask the same genes in all cells, round(`ratio` x n) of the n measured genes; score as `mask_measured` does."""
+    """Mask the same round(`ratio` x n) of the n measured genes in all cells; score them as in `mask_measured`."""
     genes = np.flatnonzero(eval_cells.measured.any(axis=0))
     hidden = np.zeros(eval_cells.tokens.shape[1], bool)
     hidden[np.random.default_rng(seed).choice(genes, round(ratio * len(genes)), replace=False)] = True

@@ -138,7 +138,7 @@ class LevelFrequency:
 
 
 class CountMethod(abc.ABC):
-    """Base class of methods that predict a count, whose level probabilities come from a negative binomial.
+    """Base class of methods that predict a count; a negative binomial converts it to level probabilities.
 
     To fit the dispersion of a gene, some of the visible genes are masked as well. The method predicts them, and their
     true counts are known.
@@ -240,7 +240,7 @@ class GeneMean(CountMethod):
 
 
 def training_means(train: BagSource) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean count (G,) of each gene in an average training cell, and the number of cells (G,) measuring it.
+    """Return each gene's mean count in an average training cell, and the number of cells that measured it, (G,) each.
 
     The means are the maximum likelihood estimate of the model: gene total in a study = depth of the study x mean of the
     gene, over the genes that each study measured. Thus studies of a small gene panel and of the whole transcriptome
@@ -276,7 +276,7 @@ class Smoother(Protocol):
 
 
 class Smoothed(CountMethod):
-    """Smoothed counts in which the mean of the gene counts as one more neighbor.
+    """Smoothed counts, with the mean of the gene as one additional neighbor.
 
     The mean of a few neighbors is often zero for a gene that is rare but not absent; adding the gene's mean avoids
     this.

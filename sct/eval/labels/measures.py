@@ -128,7 +128,7 @@ def macro_f1(true: pd.Series, predicted: pd.Series) -> float:
 def kappa(true: pd.Series, predicted: pd.Series) -> float:
     """Return Cohen's kappa of one key (N,), in [-1, 1]: 1 is perfect agreement, 0 is agreement by chance.
 
-    It is NaN if all cells have the same label and it is predicted for all of them.
+    Kappa is NaN if all cells have the same label and this label is predicted for all of them.
     """
     with metrics.quiet():
         return float(cohen_kappa_score(*_integers(true, predicted)))
@@ -235,7 +235,7 @@ def joint(true: pd.DataFrame, probabilities: Mapping[str, pd.DataFrame]) -> tupl
 
 
 def f1_of(label: Any, true: pd.Series, predicted: pd.Series) -> float:
-    """Return the F1 of one label, in [0, 1], with 1 the best; 0 if it is never predicted, NaN if no cell has it."""
+    """Return the F1 of one label, in [0, 1], with 1 the best; 0 if never predicted, NaN if no cell has the label."""
     has, says = (np.asarray(each.to_numpy(object) == label, dtype=bool) for each in (true, predicted))
     return float(f1_score(has, says, zero_division=0.0)) if has.any() else float("nan")
 

@@ -278,7 +278,7 @@ def baselines(
     """Return the scores (N, S) of all baselines by name.
 
     The baselines are logistic regression, k-NN and the frequency of each pathway, fitted on training cells, and the
-    mean expression of the pathway's genes. The last one uses the genes that define the true labels.
+    mean expression of the pathway's genes. The mean expression uses the genes that define the true labels.
     """
     before, after = labels.components(train.counts, cells.counts, options.components)
     known = train.active.to_numpy()

@@ -2,9 +2,9 @@
 
 A PEFT folder holds `adapter_config.json` and `adapter_model.safetensors`, with the matrices `lora_A` (r, in) and
 `lora_B` (out, r) for each adapted module of each layer. GPT-2 and GPT-NeoX have a fused projection of query, key and
-value. It has one adapter in PEFT, but up to three here:
+value. This fused projection has one adapter in PEFT, but up to three adapters in this project:
 
-- Reading splits it: the three adapters share `lora_A`, and each gets its own columns of `lora_B`.
+- Reading splits the adapter: the three adapters share `lora_A`, and each gets its own columns of `lora_B`.
 - Writing joins them. Adapters with the same `lora_A` become one adapter of the same rank. Otherwise the ranks are added
   up, and each projection has zeros for the ranks of the others. Reading such a file returns the original adapters.
 

@@ -17,7 +17,7 @@ from sct.errors import DataError
 
 
 def tenx_h5(label: str, file: Any) -> OpenInput:
-    """Open a 10x .h5 file. It stores genes x cells in CSC, which equals cells x genes in CSR."""
+    """Open a 10x .h5 file. The file stores genes x cells in CSC, which equals cells x genes in CSR."""
     groups = [each for each in file.values() if hasattr(each, "keys") and "barcodes" in each]
     if len(groups) != 1:
         names = ", ".join(file.keys())
