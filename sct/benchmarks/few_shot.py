@@ -222,9 +222,9 @@ def drawn(answers: Sequence[str], shots: int, each: bool, seed: int) -> np.ndarr
     answers
         Answer of each cell; "" for a cell without an answer.
     shots
-        Number of cells to draw: for each answer if `each` is set, otherwise in total.
+        Maximum number of cells to draw, for each answer or in total; see `each`.
     each
-        True: draw `shots` cells for each answer. False: draw `shots` cells in total.
+        True: draw up to `shots` cells for each answer. False: draw up to `shots` cells in total.
     seed
         Random seed.
 

@@ -362,7 +362,7 @@ def read_vocabulary(folder: Path, num_genes: int) -> GeneVocabulary | None:
     Raises
     ------
     CheckpointError
-        One of the two files is missing, or they are damaged or do not fit the model.
+        One of the two files is missing, or a file is damaged or does not fit the model.
     """
     files = [folder / "ensembl_id_vocab.json", folder / "protein_gene_map.json"]
     exists = [file.is_file() for file in files]

@@ -158,8 +158,8 @@ class Pretrained:
         """Save the model to a model folder, replacing an existing one.
 
         The write is atomic. The new folder is completed under a temporary name. Then an existing model is renamed to
-        `.NAME.old`, the new folder gets its final name, and the old model is deleted. If the process dies in between,
-        `load` reads the old model, and the next save restores it first.
+        `.NAME.old`, the new folder gets its final name, and the old model is deleted. If the process dies between these
+        steps, `load` reads the old model, and the next save restores it first.
 
         Parameters
         ----------

@@ -203,7 +203,10 @@ def _is_anndata_zarr(path: Path) -> bool:
 
 
 def _study_name(path: Path) -> str:
-    """Return the study name: the file name or, for standard 10x names, the name of the nearest other parent folder."""
+    """Return the study name, made from the file name.
+
+    A standard 10x file name does not name the study. The nearest parent folder without a standard name is used instead.
+    """
     stem = MTX.sub("", path.name).strip("._-") if MTX.search(path.name) else path.stem
     if path.suffix in (".h5ad", ".zarr"):
         return sanitize(stem)

@@ -134,7 +134,8 @@ class Tokenizer:
         """Return the token ids of responses after a prompt, a list of int32 (T,).
 
         The ids of a prompt followed by these ids equal the ids of prompt + `JOIN` + response. Encoding `JOIN` +
-        response with `encode` is not the same for tokenizers that add a space before every text, such as LLaMA's.
+        response with `encode` gives other ids for tokenizers that add a space before every text, such as LLaMA's
+        tokenizer.
 
         Raises
         ------
@@ -172,7 +173,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, including added ones. An embedding table needs at least this many rows."""
+        """Number of tokens, including added tokens. An embedding table needs at least this many rows."""
         return self.backend.size
 
     @property

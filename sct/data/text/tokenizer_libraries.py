@@ -33,7 +33,7 @@ class Backend(Protocol):
         """Return the token of an id, or None."""
 
     def add(self, tokens: Sequence[str]) -> Backend:
-        """Return a copy with additional special tokens after the others."""
+        """Return a copy with additional special tokens after the existing tokens."""
 
     def content(self) -> bytes:
         """Return the bytes of the tokenizer file."""
@@ -80,7 +80,7 @@ class JsonTokenizer:
         return self._model.id_to_token(number)
 
     def add(self, tokens: Sequence[str]) -> Backend:
-        """Return a copy with additional special tokens after the others."""
+        """Return a copy with additional special tokens after the existing tokens."""
         copy = JsonTokenizer(self.content(), "a copy")
         added = [import_tokenizers().AddedToken(token, special=True, normalized=False) for token in tokens]
         copy._model.add_special_tokens(added)
@@ -175,7 +175,7 @@ class PieceTokenizer:
         return self._model.id_to_piece(number) if inside else self._added[number - self._pieces]
 
     def add(self, tokens: Sequence[str]) -> Backend:
-        """Return a copy with additional special tokens after the others."""
+        """Return a copy with additional special tokens after the existing tokens."""
         new = tuple(token for token in tokens if token not in self._known)
         return PieceTokenizer(self._bytes, self._added + new, self._bos, self._eos, self._where)
 

@@ -20,7 +20,7 @@ from sct.extras import load_extra
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BaselineCells:
-    """Labeled cells.
+    """Raw counts and labels of the cells that the baselines are fitted on.
 
     Attributes
     ----------
