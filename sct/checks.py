@@ -30,11 +30,10 @@ def check_number(
         The check fails. `error` replaces this class.
     """
     kind = "a whole number" if whole else "a finite number"
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, Integral if whole else Real)
-        or not math.isfinite(value)
-    ):
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()  # a scalar of NumPy or JAX
+    known = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if not known or not (isinstance(value, Integral) or math.isfinite(value)):
         raise _refusal(f"{name} is {_shown(value)}", f"must be {kind}", advice or f"set it to {kind}", error)
 
 
@@ -269,7 +268,8 @@ def check_shape(
     """
     shape = tuple(map(int, array.shape))
     sizes = [
-        axis if isinstance(axis, int) else axis[0] if isinstance(axis, tuple) else None for axis in expected
+        axis if isinstance(axis, Integral) else axis[0] if isinstance(axis, tuple) else None
+        for axis in expected
     ]
     if len(shape) == len(sizes) and all(
         (empty or found > 0) if size is None else found == size
@@ -278,10 +278,10 @@ def check_shape(
         return
     words = [
         f"{axis:,}"
-        if isinstance(axis, int)
+        if isinstance(axis, Integral)
         else f"{axis[0]:,} {axis[1]}"
         if isinstance(axis, tuple)
-        else axis
+        else str(axis)
         for axis in expected
     ]
     form = f"({', '.join(words)}{',' * (len(words) == 1)})"

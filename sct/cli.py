@@ -126,8 +126,10 @@ def _closed_pipes_end_silently() -> Iterator[None]:
         try:
             yield
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            # Python sets a stream to None if the process was started with it closed (`>&-`).
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
     except (BrokenPipeError, SystemExit) as error:
         # rich raises SystemExit on a broken pipe. Errors of other pipes than standard output and error are raised.
         if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
@@ -142,7 +144,7 @@ def _drop_closed_outputs() -> bool:
 
     Returns whether there were any.
     """
-    closed = [stream for stream in (sys.stdout, sys.stderr) if _is_closed(stream)]
+    closed = [stream for stream in (sys.stdout, sys.stderr) if stream is not None and _is_closed(stream)]
     for stream in closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return bool(closed)

@@ -33,7 +33,7 @@ NO_NUMBERS = (
     np.nan,
     np.ones(1),
 )
-KINDS = (int, float, Fraction, np.float32, np.float64, np.int64)
+KINDS = (int, float, Fraction, np.float32, np.float64, np.int64, np.array)
 NUMBERS = (
     *(kind(value) for value in (-2, -1, 0, 1, 2, 7, 255) for kind in KINDS),
     *(0.5, 1e-9, -1e-9, 1 - 1e-9, 1 + 1e-9, np.float32(0.25), np.uint8(3), 1e300),
@@ -50,6 +50,7 @@ def _says(call: Callable[[], Any]) -> str | None:
 
 
 def _whole(value: Any) -> bool:
+    value = value.item() if isinstance(value, np.ndarray) and not value.ndim else value
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 

@@ -123,6 +123,12 @@ WRONG = {
     (*TRAIN, "--config.optimizer.peak_lr=x"): ["--config.optimizer.peak_lr=x", "number"],
     (*TRAIN, "--config.train=3"): ["--config.train=3", "section"],
     (*TRAIN, "--noconfig.train.steps"): ["config.train.steps", "boolean"],
+    (*TRAIN, "--config.train.steps", "--multihost"): ["--config.train.steps=VALUE"],
+    (*TRAIN, "--config.train.accumulate=2", "--config.train.grad_accum_steps=4"): [
+        "accumulate",
+        "grad_accum_steps",
+    ],
+    ("generate", "--model=m", "--output=o.h5ad", "--text=a", "--abstract=b"): ["--text", "--abstract"],
     (*TRAIN, "--only=base"): ["--only"],
     # Words that are no flags.
     ("embed", "x.h5ad", "--model=m", "--output=o.h5ad"): ["'x.h5ad'", "--input=x.h5ad"],
@@ -184,6 +190,8 @@ def test_right_command_lines_get_as_far_as_their_input(tmp_path):
         [
             "train",
             f"--config.data.store={ends}",
+            "--config.data.shuffle_cells",
+            "4096",
             "--config.train.steps",
             "3",
             "--config=sct_sc",
@@ -217,6 +225,19 @@ def test_former_names_of_configuration_fields_are_taken_with_a_notice(tmp_path, 
     assert "--config.model.stem_kernel_size" in capsys.readouterr().err
     with pytest.raises(configuration.FlagError, match="stem_taps"):
         configuration.prepare(["--config=sct_spatial", "--config.train.stem_taps=7"])
+    # A file of an earlier version has the former name.
+    before = (
+        "    config.train.accumulate = config.train.grad_accum_steps\n    del config.train.grad_accum_steps\n"
+    )
+    file.write_text(file.read_text().replace("    return config\n", before + "    return config\n"))
+    for name in ("accumulate", "grad_accum_steps"):
+        words = configuration.prepare([f"--config={file}", f"--config.train.{name}=2"])
+        assert words[1:] == ["--config.train.accumulate=2"]
+
+
+def test_an_output_that_is_closed_from_the_start_changes_no_status(tmp_path):
+    command = f"{sys.executable} -m sct --version >&- 2>&-"
+    assert subprocess.run(command, shell=True, cwd=tmp_path).returncode == 0
 
 
 def test_help_describes_every_flag(tmp_path):

@@ -127,7 +127,7 @@ class InstructionBenchmarkOptions:
             if task not in TITLES:
                 check_choice("tasks", task, TASK_CODES)
         object.__setattr__(self, "tasks", tuple(map(task_code, self.tasks)))
-        check_distinct("tasks", self.tasks)
+        check_distinct("tasks", tuple(map(task_name, self.tasks)))
         if "tcd" in self.tasks and not self.data.disease:
             raise ConfigError(
                 "tasks has tumor, which needs disease labels: set --config.data.disease to the column of diseases."

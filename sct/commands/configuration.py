@@ -48,7 +48,7 @@ def prepare(argv: Sequence[str]) -> list[str]:
         return words
     path, variant = _named(value)
     config = _read(path, variant)
-    words = [_with_current_name(config, word) for word in words]
+    words = _with_current_names(config, words)
     _check_fields(config, words)
     place = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     variant = "" if variant is None else f":{variant}"
@@ -145,17 +145,42 @@ def _leaves(config: Any, before: str = "") -> Iterator[str]:
             yield f"{before}{name}"
 
 
-def _with_current_name(config: Any, word: str) -> str:
-    """Replace the former name of a field by its current name in a word that sets the field, and print a notice.
+def _with_current_names(config: Any, words: Sequence[str]) -> list[str]:
+    """Replace the names of renamed fields in words that set them; `FlagError` if a field is set by both names."""
+    found, notices = [], []
+    given = {match[2] for word in words if (match := _FIELD.fullmatch(word))}
+    for word in words:
+        new, is_former = _with_own_name(config, word)
+        before, after = _FIELD.fullmatch(word), _FIELD.fullmatch(new)
+        if before and after and before[2] != after[2]:
+            if after[2] in given:
+                raise FlagError(
+                    f"--config.{before[2]} and --config.{after[2]} are two names of one field: remove one of them."
+                )
+            if is_former:
+                notices.append(renamed(f"config.{before[2]}", f"config.{after[2]}"))
+        found.append(new)
+    for notice in notices:
+        print(notice, file=sys.stderr)
+    return found
 
-    Other words are returned unchanged.
+
+def _with_own_name(config: Any, word: str) -> tuple[str, bool]:
+    """Use the name of a renamed field that the configuration has, in a word that sets the field.
+
+    A configuration file of an earlier version has former names, and current names also work with it. Other words are
+    returned unchanged.
+
+    Returns
+    -------
+    The word, and whether it had a former name that was replaced.
     """
     match = _FIELD.fullmatch(word)
     if match is None or match[2] in config or "family" not in config:
-        return word
+        return word, False
     names = match[2].split(".")
     if len(names) == 1 or _has(config, names):
-        return word
+        return word, False
     # These imports are slow, and only an unknown field needs them.
     from sct.families.tasks import task_spec_of
     from sct.train.run_spec import section_types
@@ -163,20 +188,22 @@ def _with_current_name(config: Any, word: str) -> str:
     try:
         kind: Any = section_types(config.family, task_spec_of(config.to_dict())).get(names[0])
     except SctError:
-        return word
-    current = names[:1]
+        return word, False
+    current, former = names[:1], names[:1]
     for name in names[1:]:
         fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
         field = next((each for each in fields if name in (each.name, each.metadata.get("formerly"))), None)
         if field is None:
-            return word
+            return word, False
         current.append(field.name)
+        former.append(field.metadata.get("formerly", field.name))
         kind = field.default_factory if callable(field.default_factory) else type(field.default)
     path = ".".join(current)
+    if path == match[2] and _has(config, former):
+        return f"--{match[1] or ''}config.{'.'.join(former)}{match[3] or ''}", False
     if path == match[2] or not _has(config, current):
-        return word
-    print(renamed(f"config.{match[2]}", f"config.{path}"), file=sys.stderr)
-    return f"--{match[1] or ''}config.{path}{match[3] or ''}"
+        return word, False
+    return f"--{match[1] or ''}config.{path}{match[3] or ''}", True
 
 
 def _has(config: Any, names: Sequence[str]) -> bool:
@@ -191,7 +218,7 @@ def _has(config: Any, names: Sequence[str]) -> bool:
 
 def _check_fields(config: Any, words: Sequence[str]) -> None:
     """Raise `FlagError` if a `--config.section.field=value` sets a field that the configuration does not have."""
-    for word in words:
+    for place, word in enumerate(words):
         match = _FIELD.fullmatch(word)
         if match is None:
             continue
@@ -202,6 +229,10 @@ def _check_fields(config: Any, words: Sequence[str]) -> None:
                 continue
             where = ".".join(["config", *names[:depth]])
             raise FlagError(f"{where} has no field {name!r}{_meant(config, node, names, depth)}")
+        if not match[1] and match[3] is None and not isinstance(node, bool):
+            following = words[place + 1] if place + 1 < len(words) else "--"
+            if following.startswith("--"):
+                raise FlagError(f"--config.{match[2]} needs a value: write --config.{match[2]}=VALUE.")
         if match[1] and not isinstance(node, bool):
             raise FlagError(
                 f"--noconfig.{match[2]} only works for a boolean field, but {match[2]} is {node!r}: write "

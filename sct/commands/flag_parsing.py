@@ -98,10 +98,15 @@ class Command:
     def _with_new_names(self, words: Sequence[str]) -> list[str]:
         """Return the words with former flag names replaced by current ones. Print a notice for each former name."""
         found, noted = [], set()
-        for word in words:
-            match = re.fullmatch(r"--?(no)?(\w+)(=.*)?", word, re.DOTALL)
+        matches = [re.fullmatch(r"--?(no)?(\w+)(=.*)?", word, re.DOTALL) for word in words]
+        names = {match[2] for match in matches if match}
+        for word, match in zip(words, matches, strict=True):
             new = self.renamed.get(match[2]) if match else None
             if match and new:
+                if new in names:
+                    raise FlagError(
+                        f"--{match[2]} and --{new} are two names of one flag: remove --{match[2]}."
+                    )
                 word = f"--{match[1] or ''}{new}{match[3] or ''}"
                 if new not in noted:
                     print(renamed(match[2], new), file=sys.stderr)
@@ -125,7 +130,12 @@ class Command:
             elif self._takes_value(name):
                 value = next(rest, None)
                 if value is None or value.startswith("--"):
-                    raise FlagError(f"--{name} needs a value: write --{name}={self._value_of(name)}.")
+                    if not name.startswith("config."):
+                        raise FlagError(f"--{name} needs a value: write --{name}={self._value_of(name)}.")
+                    # A boolean field is a switch, and `prepare` refuses others without a value.
+                    given.append((name, None))
+                    rest = iter([*([] if value is None else [value]), *rest])
+                    continue
                 if value == "=":
                     raise FlagError(
                         f"--{name} needs a value: write --{name}={self._value_of(name)}, without spaces."

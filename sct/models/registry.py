@@ -56,7 +56,9 @@ MODELS: dict[str, Architecture] = {
 }
 
 
-def with_current_names(cls: type[Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def with_current_names(
+    cls: type[Any], values: Mapping[str, Any], where: str, recorded: bool = False
+) -> dict[str, Any]:
     """Replace former option names in the values of a configuration by the current names.
 
     For one release, a renamed option is also accepted under its former name. The field declares it:
@@ -70,6 +72,8 @@ def with_current_names(cls: type[Any], values: Mapping[str, Any], where: str) ->
         Values by option name; may be nested.
     where
         Name of the configuration in messages.
+    recorded
+        Whether a model or run folder recorded the values. Nobody edits those, so former names give no warning.
 
     Raises
     ------
@@ -92,14 +96,16 @@ def with_current_names(cls: type[Any], values: Mapping[str, Any], where: str) ->
                     f"{where} has both {given} and {name}, but they are the same option: remove {given}, its former "
                     "name."
                 )
-            warnings.warn(
-                f"{where}.{given} was renamed to {name}: use the new name, for the next release refuses the old one.",
-                FutureWarning,
-                stacklevel=2,
-            )
+            if not recorded:
+                warnings.warn(
+                    f"{where}.{given} was renamed to {name}: use the new name, because the next release refuses the "
+                    "old one.",
+                    FutureWarning,
+                    stacklevel=2,
+                )
         kind = type(_default(fields[name])) if name in fields else object
         if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-            value = with_current_names(kind, value, f"{where}.{name}")
+            value = with_current_names(kind, value, f"{where}.{name}", recorded)
         made[name] = value
     return made
 

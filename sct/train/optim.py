@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 
 import jax
@@ -59,8 +60,10 @@ class OptimizerConfig:
         check_choice("schedule", self.schedule, ("cosine", "linear", "constant"))
         check_choice("moment_dtype", self.moment_dtype, ("float32", "bfloat16"))
         check_positive("peak_lr", self.peak_lr)
-        for name in ("init_lr", "final_lr", "warmup_steps", "weight_decay", "clip_norm"):
+        for name in ("init_lr", "final_lr", "warmup_steps", "weight_decay"):
             check_at_least(name, getattr(self, name), 0, whole=name == "warmup_steps")
+        if self.clip_norm != math.inf:
+            check_at_least("clip_norm", self.clip_norm, 0, whole=False)
         for name in ("b1", "b2"):
             check_share(name, getattr(self, name), one=False)
 

@@ -64,7 +64,7 @@ def check_options(recorded: Mapping[str, Any], spec: RunSpec, workdir: Path) -> 
     for section in SECTIONS:
         before, after = recorded.get(section), spec.values.get(section)
         if section in types and isinstance(before, Mapping):
-            before = registry.with_current_names(types[section], before, section)
+            before = registry.with_current_names(types[section], before, section, recorded=True)
         # An older version may have made the run, without this section or one of its options.
         if section in _WITH_DEFAULTS:
             before, after = before or {}, after or {}

@@ -19,7 +19,10 @@ from sct.errors import CheckpointError, ConfigError, FolderInUseError, SctError
 from sct.eval.imputation import scoring
 from sct.eval.reports import folder as report_folder
 from sct.eval.reports.report import FITTED_ON, METHOD, MODEL, REMARK, Report
+from sct.families.tasks import task_spec_of
+from sct.models import registry
 from sct.train import experiment
+from sct.train.run_spec import section_types, with_current_names
 from sct.weights import run_folder
 
 BASE = "base"
@@ -64,6 +67,8 @@ def configurations(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """
     plain = json.loads(json.dumps(config))
     changes = plain.pop("sweep", None)
+    types = section_types(plain["family"], task_spec_of(plain))
+    plain = with_current_names(plain)
     if not isinstance(changes, dict) or not all(isinstance(change, dict) for change in changes.values()):
         raise ConfigError(
             f"sweep is {changes!r}, but it must map run names to the fields that each run changes: write it like "
@@ -79,7 +84,16 @@ def configurations(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                 f"a run of the sweep is named {name!r}, but the name is also that of a folder: use letters, digits, "
                 "'.', '-' and '_', at most 200 characters, and begin with a letter or digit."
             )
-    return {BASE: plain, **{name: _merged(plain, change, name) for name, change in changes.items()}}
+    renamed = {
+        name: {
+            section: registry.with_current_names(types[section], value, f"sweep.{name}.{section}")
+            if section in types and isinstance(value, dict)
+            else value
+            for section, value in change.items()
+        }
+        for name, change in changes.items()
+    }
+    return {BASE: plain, **{name: _merged(plain, change, name) for name, change in renamed.items()}}
 
 
 def _merged(base: Mapping[str, Any], change: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -90,7 +90,9 @@ def load(
     if model_folder.is_foreign(folder):
         return hf.load(folder, mesh=mesh, rules=rules, dtype=dtype, genes=genes)
     config = model_folder.read_config(folder)
-    model = registry.model_config(config["family"], config["model"])
+    kind = registry.family(config["family"]).config
+    values = registry.with_current_names(kind, config["model"], "model", recorded=True)
+    model = registry.model_config(config["family"], values)
     model_folder.verify(folder, config, shared=spans_processes(mesh))
     vocabulary = _vocabulary(folder, config, model)
     if genes is not None and vocabulary is not None:

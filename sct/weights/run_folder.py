@@ -253,6 +253,8 @@ def load(
             f"the best step of {folder} is {step}, but only the checkpoints {', '.join(map(str, available))} are left: "
             "continue the training until it finds a better checkpoint, or give another folder."
         )
+    kind = registry.family(family).config
+    options = registry.with_current_names(kind, options, "model", recorded=True)
     model = registry.model_config(family, options, len(vocabulary))
     verify_checkpoint(folder / "checkpoints" / str(step), shared=pretrained.spans_processes(mesh))
     path = (folder / "checkpoints" / str(step) / "state").absolute()

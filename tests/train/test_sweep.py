@@ -251,6 +251,16 @@ def test_the_table_of_finished_runs(tmp_path, swept, facts):
     assert yes.rows[3][1] == [0.5]
 
 
+def test_changes_may_have_former_names_of_options(swept):
+    plain = swept(two={"train": {"accumulate": 2}, "model": {"stem_taps": 7}})
+    plain["train"]["grad_accum_steps"], plain["model"]["stem_kernel_size"] = 1, 15
+    with pytest.warns(FutureWarning, match="grad_accum_steps"):
+        runs = sweep.configurations(plain)
+    assert runs["two"]["train"]["grad_accum_steps"] == 2
+    assert runs["two"]["model"]["stem_kernel_size"] == 7
+    assert "accumulate" not in runs["two"]["train"]
+
+
 def test_the_table_of_runs_survives_other_titles(tmp_path, swept, monkeypatch):
     """Columns and rows are found by their keys, and what people read may change."""
     runs = sweep.configurations(swept())

@@ -93,7 +93,7 @@ SENTENCE_PROMPTS, INSTRUCTION_PROMPTS = _BUILT_IN
 
 def task_code(name: str) -> str:
     """Return the code of an instruction task from its name. Any other string is returned unchanged."""
-    return TASK_CODES.get(name, name)
+    return TASK_CODES.get(name, name) if isinstance(name, str) else name
 
 
 def task_name(code: str) -> str:
@@ -434,8 +434,12 @@ def _merged(base: Prompts, text: str, file: str) -> Prompts:
     tasks = content["tasks"]
     if not isinstance(tasks, dict):
         raise ConfigError(f'{file}: "tasks" must be a JSON object with one entry per task: correct it.')
-    for given, entry in tasks.items():
-        task = given if given in base.tasks else task_code(given)
+    codes = [given if given in base.tasks else task_code(given) for given in tasks]
+    for task, given, entry in zip(codes, tasks, tasks.values(), strict=True):
+        if codes.count(task) > 1:
+            raise ConfigError(
+                f"{file}: the task {task_name(task)!r} is given by its name and by its code: use one entry."
+            )
         if task not in base.tasks:
             check_choice(f"{file}: the task", given, list(map(task_name, base.tasks)))
         known = isinstance(entry, dict) and set(entry) <= {"replace", "templates"}

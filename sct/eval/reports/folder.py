@@ -31,6 +31,8 @@ _KEYS = {
     "gain over the bar": "delta_mcc",
     "MAE (counts)": "mae",
 }
+# Former key of a column -> its key now.
+_FORMER_KEYS = {"mcc_gain": "delta_mcc"}
 _LIBRARIES = ("jax", "flax", "numpy", "scipy", "scikit-learn", "anndata", "scanpy")
 
 
@@ -95,8 +97,8 @@ def read(path: Path) -> list[Report]:
 
 def _report(saved: Mapping[str, Any]) -> Report:
     titles, rows = saved["columns"], saved["rows"]
-    names = {} if "keys" in saved else _KEYS
-    keys = saved.get("keys") or [names.get(title, title) for title in titles]
+    names = _FORMER_KEYS if "keys" in saved else _KEYS
+    keys = [names.get(key, key) for key in saved.get("keys") or titles]
     better = {names.get(name, name): direction for name, direction in saved.get("better", {}).items()}
     columns = itertools.starmap(Column, zip(keys, titles, strict=True))
     report = Report(saved["title"], columns, notes=saved.get("notes", ()), better=better)

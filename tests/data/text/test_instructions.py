@@ -288,6 +288,10 @@ def test_a_file_of_templates_names_tasks_by_name_or_code(tmp_path):
     assert loaded[0] == loaded[1]
     assert template in loaded[0]["tcd"]
     assert "tumor" not in loaded[0]
+    both = {name: {"templates": [template], "replace": True} for name in ("tcd", "tumor")}
+    file.write_text(json.dumps({"version": 1, "tasks": both}))
+    with pytest.raises(ConfigError, match="by its name and by its code"):
+        load_prompts(file, INSTRUCTION_PROMPTS)
     file.write_text(json.dumps({"version": 1, "tasks": {"tumors": {"templates": [template]}}}))
-    with pytest.raises(ConfigError, match="tumor"):
+    with pytest.raises(ConfigError, match="did you mean 'tumor'"):
         load_prompts(file, INSTRUCTION_PROMPTS)
