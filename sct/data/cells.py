@@ -132,7 +132,7 @@ class CellCounts:
         return present
 
     def _count(self) -> None:
-        """Compute the totals of cells and genes, block by block."""
+        """Compute the total count of each cell and of each gene, block by block."""
         section = np.zeros(self.n_cells, np.int64)
         for number, each in enumerate(self.sections):
             section[each.rows] = number

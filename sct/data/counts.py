@@ -240,7 +240,7 @@ def validate(adata: ad.AnnData, *, layer: str | None = None, values: Values = CO
 
 
 def exact_integers(matrix: Any) -> Any:
-    """Round values to integers, in the same type and dtype.
+    """Round values to whole numbers. The array type (dense or sparse) and the dtype do not change.
 
     Use it only for values that `validate` or `CountsChecker` accepted.
     """

@@ -193,7 +193,10 @@ class Masking:
         if "cells" in kinds:
             check_at_least("masking.num_cells", self.num_cells, 1)
         if "genes" in kinds and (not self.genes or min(self.genes) < 0):
-            raise ConfigError("masking kind 'genes' needs gene positions of at least 0: set masking.genes.")
+            raise ConfigError(
+                "masking.genes is empty or has a negative number, but the masking kind 'genes' needs the gene positions "
+                "to mask: list them in masking.genes, counted from 0."
+            )
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Masking:

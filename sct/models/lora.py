@@ -94,7 +94,8 @@ def gated(variables: Mapping[str, Any], trained: jax.Array) -> dict[str, Any]:
     variables
         Variables of a model with the collection "adapters".
     trained
-        Shape (B, r): 1 for the columns that a sample trains and 0 for the others; see `Mixture.gate`.
+        Shape (B, r): 1 for the adapter columns that are trained on a sample of the batch, 0 for the others; see
+        `Mixture.gate`.
     """
     adapters = flatten(variables[COLLECTION])
     gates = {

@@ -128,7 +128,7 @@ def _join(x: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
 
 
 class _Blocks(NamedTuple):
-    """A mask whose segments are cut into the same chunks as the queries and the keys."""
+    """A mask whose segment ids are split into the same chunks as the queries and the keys."""
 
     mask: Mask
     queries: tuple[int, int]

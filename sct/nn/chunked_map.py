@@ -148,9 +148,9 @@ def _put(arrays: Any, chunks: Any, i: jax.Array) -> Any:
 
 
 def _room(shape: tuple[int, ...], dtype: Any, after: jax.Array) -> jax.Array:
-    """Return an array of this shape that will be overwritten.
+    """Return a buffer of this shape. Its values do not matter, because all of them are overwritten later.
 
-    Its value depends on the array `after`, so XLA does not allocate it before `after` exists.
+    The buffer depends on the array `after`, so XLA does not allocate it before `after` exists.
     """
     first = lax.slice(after, [0] * after.ndim, [1] * after.ndim).reshape(())
     return jnp.broadcast_to((first * 0).astype(dtype), shape)

@@ -26,7 +26,7 @@ ROUNDING_FACTOR = 3.0
 # The error of the loss, a single number, can be small by chance, so its tolerance is fixed: 8 rounding errors of the
 # arithmetic, about the square root of the number of roundings on a path through the model.
 LOSS_TOLERANCE = {"float32": TOLERANCE, "tf32": 4e-3, "float16": 4e-3, "bfloat16": 3e-2}
-# Model options of the reference path; options that only save time or memory are off.
+# Model options of the reference implementation; options that only save time or memory are off.
 PLAIN_MODEL: Mapping[str, Any] = {"remat": "none"}
 EXACT_MODEL: Mapping[str, Any] = {"dtype": "float32"}
 
@@ -83,9 +83,9 @@ def _require(what: str, made: Outputs, expected: Outputs, limits: Mapping[str, f
         if not value <= limits[name]:
             leaves = [gradient_difference(made[n], e)[2] for n, e in expected.items() if isinstance(e, dict)]
             raise SctError(
-                f"the {name} of {what} differs from the reference path by {value:.2g} in relative norm, but at most "
-                f"{limits[name]:.2g} is allowed{f' (worst leaf: {leaves[0]})' if leaves else ''}: the step is wrong, "
-                "so it was not timed."
+                f"the {name} of {what} differs from the reference implementation by {value:.2g} in relative norm, but "
+                f"at most {limits[name]:.2g} is allowed{f' (worst leaf: {leaves[0]})' if leaves else ''}: the step is "
+                "wrong, so it was not timed."
             )
     return found
 

@@ -67,8 +67,8 @@ def check_loader(job: SpeedJob, store: Store) -> dict[str, Any]:
     wrong = int((bag != expected).sum())
     if wrong:
         raise SctError(
-            f"{wrong:,} of {expected.size:,} tokens of the first bag of study {study.name!r} differ from the reference "
-            "path, but must be equal: the loader is wrong, so it was not timed."
+            f"{wrong:,} of {expected.size:,} tokens of the first bag of study {study.name!r} differ from the tokens "
+            "of the reference implementation, but must be equal: the loader is wrong, so it was not timed."
         )
     return {"differences": {"tokens": 0.0}, "limits": {"tokens": 0.0}, "cells_per_bag": len(bag)}
 

@@ -138,7 +138,7 @@ def notes(found: Mapping[str, Any]) -> list[str]:
         for name, value in check["differences"].items()
     )
     bags = f" on bags of {check['cells_per_bag']:,} cells" if "cells_per_bag" in check else ""
-    lines = [f"Compared with the reference path{bags}, difference in relative norm: {differences}."]
+    lines = [f"Compared with the reference implementation{bags}, difference in relative norm: {differences}."]
     if found.get("synthetic"):
         made = found["synthetic"]
         lines.append(

@@ -22,7 +22,7 @@ from sct.speed.job import SpeedJob, SpeedOptions
 from sct.version import __version__
 
 Measure = Callable[[SpeedJob, Store], dict[str, Any]]
-# Mode -> (comparison with the reference path, measurement).
+# Mode -> (comparison with the reference implementation, measurement).
 _MODES: Mapping[str, tuple[Measure, Measure]] = {
     "forward": (reference.check_forward, compute.measure_forward),
     "train": (reference.check_train, compute.measure_train),
@@ -112,8 +112,8 @@ def _apart(function: Callable[[SpeedJob], Any], job: SpeedJob) -> Any:
             return pool.submit(function, job).result()
         except BrokenProcessPool as error:
             raise ConfigError(
-                "the process that prepares cells and compares with the reference path was killed, probably because of "
-                "a lack of memory: use fewer cells (--cells, --check_cells=1)."
+                "the process that prepares the cells and compares results with the reference implementation was "
+                "killed, probably because of a lack of memory: use fewer cells (--cells, --check_cells=1)."
             ) from error
 
 

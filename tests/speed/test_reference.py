@@ -1,4 +1,4 @@
-"""The comparison with the reference path: it lets the right through and stops the wrong."""
+"""The comparison with the reference implementation: it lets the right through and stops the wrong."""
 
 from __future__ import annotations
 

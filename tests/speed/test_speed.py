@@ -97,7 +97,7 @@ def test_a_mode_measures_what_it_promises(mode, tmp_path):
     console = Console(width=200, file=io.StringIO())
     console.print(report.table(found))
     assert "time of a step" in console.file.getvalue()
-    assert any("reference path" in note for note in report.notes(found))
+    assert any("reference implementation" in note for note in report.notes(found))
 
 
 @pytest.mark.slow
@@ -249,7 +249,7 @@ def test_several_devices_are_measured_together(tmp_path, mode):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["train", "save"])
 def test_tasks_of_single_cells_are_measured(mode):
-    """The cell model of ZerOmics: the reference path evaluates its head at all places."""
+    """The cell model of ZerOmics: the reference implementation evaluates its head at all places."""
     model = {
         "num_genes": 60,
         "feature_dim": 8,

@@ -346,8 +346,8 @@ def _refuse(refused: dict[str, str], n_inputs: int) -> None:
         raise DataError(reasons[0])
     listed = " | ".join(reasons)
     raise DataError(
-        f"{len(reasons)} of {n_inputs} inputs were refused, so the store is not complete ({listed}): correct them, or "
-        "run again with --skip_invalid to leave them out (finished inputs are kept)."
+        f"{len(reasons)} of {n_inputs} inputs were refused ({listed}), so the store is not complete: correct these "
+        "inputs, or run again with --skip_invalid to skip them (finished inputs are kept)."
     )
 
 

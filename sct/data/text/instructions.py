@@ -224,8 +224,8 @@ class StudyQuestions:
             return sorted(present - set(without))
         if present - {NORMAL} and not present & set(listed):
             raise ConfigError(
-                f"{field} in the metadata of the study {self.study.name!r} match none of its cells: use the spelling "
-                f"of the cells ({', '.join(sorted(present)[:5])})."
+                f"{field} in the metadata of the study {self.study.name!r} has only values that none of its cells has: "
+                f"write the values as in the cells ({', '.join(sorted(present)[:5])})."
             )
         return [name for name in listed if name not in without]
 

@@ -1,4 +1,4 @@
-"""Training records of cell sentences for `sct.data.loader`: rows of tokens with the prompts of several cells each."""
+"""Training records of cell sentences for `sct.data.loader`: each is a row of tokens with prompts of several cells."""
 
 from __future__ import annotations
 
