@@ -194,8 +194,8 @@ class Masking:
             check_at_least("masking.num_cells", self.num_cells, 1)
         if "genes" in kinds and (not self.genes or min(self.genes) < 0):
             raise ConfigError(
-                "masking.genes is empty or has a negative number, but the masking kind 'genes' needs the gene positions "
-                "to mask: list them in masking.genes, counted from 0."
+                "masking.genes is empty or has a negative number, but the masking kind 'genes' needs the gene "
+                "positions to mask: list them in masking.genes, counted from 0."
             )
 
     @classmethod
