@@ -339,8 +339,8 @@ class _Study:
             groups = self.obs[data.group_key].astype(str)
             if groups.nunique() < 2:
                 raise ConfigError(
-                    f"all cells of study {self.name!r} have the same {data.group_key!r}, so it cannot split them: "
-                    "leave data.group_key empty."
+                    f"all cells of study {self.name!r} have the same value in the column {data.group_key!r}, so this "
+                    "column cannot split them: leave data.group_key empty."
                 )
             split = GroupShuffleSplit(1, test_size=data.share, random_state=data.seed)
             fit, ask = next(split.split(rows, groups=groups))

@@ -217,7 +217,7 @@ class CellSource:
         return len(self.cells)
 
     def describe(self, number: int, epoch: int = 0) -> str:
-        """Describe a cell in messages by its study and row."""
+        """Return the text that identifies a cell in messages: its study and row."""
         study, rows = self.cells.rows(number, epoch)
         return f"study {study.name!r}, row {rows[0]}"
 

@@ -290,7 +290,7 @@ def _candidates(adata: ad.AnnData, layer: str | None) -> Iterator[tuple[str, Any
 
 
 def _check(matrix: Any, source: str, values: Values = COUNTS) -> tuple[Any, int, list[str]]:
-    """Check one matrix. Return the matrix (CSR if in memory), its number of empty cells, and messages."""
+    """Check one matrix. Return it (CSR if in memory), the number of cells without counts, and the warnings to show."""
     on_disk = isinstance(matrix, CSRDataset | CSCDataset | h5py.Dataset | zarr.Array)
     if not on_disk:
         matrix = _in_memory(matrix, source)

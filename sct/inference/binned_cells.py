@@ -37,7 +37,7 @@ def binned(
     empty = np.asarray(counts[:, known].sum(axis=1)).ravel() == 0
     if empty.any():
         raise DataError(
-            f"{int(empty.sum()):,} of {len(rows):,} cells have no counts of the genes with features in the model "
+            f"{int(empty.sum()):,} of {len(rows):,} cells have no counts for any gene that the model knows "
             f"(first: row {int(rows[np.argmax(empty)])}), but every cell needs some: remove these cells."
         )
     return cell_records(counts, options, known, seed=seed)

@@ -45,9 +45,9 @@ def check_binned(data: Any) -> None:
     """Raise `ConfigError` if a data section asks for unbinned values, or for a fixed list of genes."""
     if CellOptions.of(2, data).name != "bins" or data.genes == "listed":
         raise ConfigError(
-            f"data.values is {data.values!r} and data.genes is {data.genes!r}, but this task needs binned values, and "
-            "genes that are selected per cell: set data.values to quantiles or levels, and data.genes to all, "
-            "expressed, top or sampled."
+            f"data.values is {data.values!r} and data.genes is {data.genes!r}, but this task supports only "
+            "quantiles or levels in data.values, and all, expressed, top or sampled in data.genes: change the option that "
+            "has another value."
         )
 
 

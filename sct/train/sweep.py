@@ -111,7 +111,8 @@ def _merged(base: Mapping[str, Any], change: Mapping[str, Any], where: str) -> d
             )
         if isinstance(value, dict) and not isinstance(base[name], dict):
             raise ConfigError(
-                f"{field} is {value!r}, but {name!r} is a single field: give one value, such as {base[name]!r}."
+                f"{field} is {value!r}, but {name!r} is a field with one value, not a section: give a value, such as "
+                f"{base[name]!r}."
             )
         made[name] = _merged(base[name], value, f"{where}.{name}") if isinstance(value, dict) else value
     return made

@@ -424,7 +424,7 @@ class InstructionSource:
         return len(self.cells)
 
     def describe(self, number: int, epoch: int = 0) -> str:
-        """Describe a cell in messages by its study and row."""
+        """Return the text that identifies a cell in messages: its study and row."""
         return self.cells.describe(number, epoch)
 
     def example(self, study: Study, row: int, epoch: int) -> tuple[int, Example | None]:

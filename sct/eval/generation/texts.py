@@ -110,8 +110,8 @@ def similarity(generated: np.ndarray, true: np.ndarray, pairs: Any) -> Similarit
     true
         (S, D) embeddings of the true texts, one per study.
     pairs
-        int (N,) row of `true` that each text was generated for. A true text without generated texts enters only
-        `others`.
+        int (N,): for each generated text, the index of the true text of its study. A true text without generated texts
+        enters only `others`.
 
     Returns
     -------
@@ -314,7 +314,7 @@ def compare(
     true
         The S true texts, one per study.
     pairs
-        int (N,) row of `true` that each text was generated for.
+        int (N,): for each generated text, the index of the true text of its study.
     training
         Texts of the training studies; may be empty.
     embed

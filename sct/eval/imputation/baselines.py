@@ -338,7 +338,7 @@ class _Reference:
         return self._profiles[key]
 
     def shown_in(self, rows: np.ndarray) -> np.ndarray:
-        """Return (n, G): in how many of the cells `rows` (n, k) each gene was measured."""
+        """Count the cells that measured each gene, int (n, G), for each of the n sets of k cells in `rows` (n, k)."""
         of_study = (self.study[rows][..., None] == np.arange(len(self.measured))).sum(axis=1)
         return of_study @ self.measured.astype(np.float32)
 

@@ -316,7 +316,7 @@ class ModelEstimator:
 
 
 def from_levels(masked: Masked, chance: np.ndarray) -> Estimate:
-    """Return the estimate for level probabilities (n, num_bins), with the expected counts they imply."""
+    """Convert level probabilities (n, num_bins) to an estimate that also has the expected counts."""
     low, high, means = (values[masked.cells] for values in (masked.low, masked.high, masked.means))
     return Estimate(chance, expected_counts(chance, means, low, high))
 

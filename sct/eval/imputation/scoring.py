@@ -128,7 +128,7 @@ class ImputationModel:
 
 @dataclasses.dataclass
 class ScoreRow:
-    """One row of a table: a method that is, or is not, given that the masked genes are expressed.
+    """One row of a table: a method, and whether the method knows that the masked genes are expressed.
 
     Attributes
     ----------
