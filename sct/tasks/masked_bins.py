@@ -46,8 +46,8 @@ def check_binned(data: Any) -> None:
     if CellOptions.of(2, data).name != "bins" or data.genes == "listed":
         raise ConfigError(
             f"data.values is {data.values!r} and data.genes is {data.genes!r}, but this task supports only "
-            "quantiles or levels in data.values, and all, expressed, top or sampled in data.genes: change the option that "
-            "has another value."
+            "quantiles or levels in data.values, and all, expressed, top or sampled in data.genes: change the option "
+            "that has another value."
         )
 
 

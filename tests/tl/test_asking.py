@@ -243,7 +243,7 @@ def test_answers_that_are_not_finite_are_refused_before_anything_is_written(aske
         "ask": lambda: sct.tl.ask(cells, broken, "What is it?", max_new_tokens=2),
     }
     for call in calls.values():
-        with pytest.raises(CheckpointError, match="not finite") as error:
+        with pytest.raises(CheckpointError, match="NaN or infinity") as error:
             call()
         assert "\n" not in str(error.value)
         assert list(cells.obs) == list(before.obs)
