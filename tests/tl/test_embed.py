@@ -362,7 +362,7 @@ def test_outputs_that_are_not_finite_are_refused_before_anything_is_written(adat
     }
     for name, call in calls.items():
         before = [set(part) for part in (adata.obs, adata.obsm, adata.layers, adata.uns)]
-        with pytest.raises(CheckpointError, match="not finite") as error:
+        with pytest.raises(CheckpointError, match="NaN or infinity") as error:
             call(adata)
         assert "\n" not in str(error.value)
         assert [set(part) for part in (adata.obs, adata.obsm, adata.layers, adata.uns)] == before, name
