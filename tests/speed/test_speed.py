@@ -220,7 +220,7 @@ def test_the_command_prints_a_table_and_writes_all_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--mode=generate"], "choose a configuration of gpt2"),
+        (["--mode=generate"], "gpt2, neox, llama"),
         (["--mode=train", "--json=pyproject.toml/speed.json"], "another --json"),
     ],
 )
