@@ -72,7 +72,7 @@ def test_a_longer_question_is_answered_where_the_model_can_read_it():
     made = rotary.answer("cell_to_cell_type", fields, **given)
     long = replace(rotary, config=LlamaConfig(**SIZES), length=4096)
     assert made.equals(long.answer("cell_to_cell_type", fields, **given))
-    with pytest.raises(DataError, match=r"\d\d+ tokens.* rows of 48"):
+    with pytest.raises(DataError, match=r"\d\d+ tokens.* at most 48"):
         rotary.answer("cell_to_cell_type", fields)
     with pytest.raises(DataError, match="48 positions"):
         learned.answer("cell_to_cell_type", fields, **given)

@@ -80,7 +80,7 @@ def test_a_measurement_from_configuration_to_report(asked, monkeypatch):
     said = io.StringIO()
     Console(file=said, width=200).print(report.table(found))
     assert "generated tokens, greedy" in said.getvalue()
-    assert "8 prompts of up to 8 tokens, 5 new ones each" in said.getvalue()
+    assert "8 prompts of up to 8 tokens, 5 generated tokens each" in said.getvalue()
     assert "scores with a cache" in " ".join(report.notes(found))
 
 

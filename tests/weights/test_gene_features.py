@@ -103,7 +103,7 @@ def test_long_texts_are_cut_before_the_item_token_and_counted_once():
     model, texts = decoder("llama", own_begin=True), corpus()
     longer = sum(len(model.tokenizer.encode(text)) > 18 for text in texts.texts)
     assert 0 < longer < len(texts)
-    with pytest.warns(UserWarning, match=f"{longer} of 7 texts of toy were cut to 20 tokens") as told:
+    with pytest.warns(UserWarning, match=f"{longer} of 7 texts of toy were truncated to 20 tokens") as told:
         found = encode(texts, model, max_tokens=20, batch_size=2)
     assert len(told) == 1
     assert told[0].filename == __file__
