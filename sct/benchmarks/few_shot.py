@@ -173,31 +173,18 @@ def tune(
         data = InstructionData(
             max_genes=instruction_model.cells.max_genes, studies=str(texts), length=1 << 20, **columns
         )
-        made = Instructions(
-            config,
-            data,
-            instruction_model.config,
-            instruction_model.tokenizer,
-            store,
-            instruction_model.known,
-            {},
-            seed,
-        )
+
+        def task_with(data: InstructionData) -> Instructions:
+            own = instruction_model
+            return Instructions(config, data, own.config, own.tokenizer, store, own.known, {}, seed)
+
+        made = task_with(data)
         number = store.split("train")[0].n_cells
         longest = _longest(
             instruction_model, StudyQuestions(store.split("train")[0], made.options), task, number
         )
         data = dataclasses.replace(data, length=-(-(longest + _SPARE) // 64) * 64)
-        made = Instructions(
-            config,
-            data,
-            instruction_model.config,
-            instruction_model.tokenizer,
-            store,
-            instruction_model.known,
-            {},
-            seed,
-        )
+        made = task_with(data)
         steps = options.steps
         loop = TrainConfig(
             steps=steps, batch_size=min(options.batch_size, number), log_every=steps, eval_every=steps,

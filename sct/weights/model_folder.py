@@ -55,7 +55,7 @@ def _holds_only(folder: Path, names: re.Pattern[str]) -> bool:
 
 
 def _is_model(folder: Path) -> bool:
-    """Return whether a folder is a model folder without other files, so that replacing it loses nothing else."""
+    """Return whether a folder is a model folder without other files, so replacing the folder deletes only the model."""
     try:
         config = json.loads((folder / CONFIG).read_text())
     except (OSError, ValueError):

@@ -155,7 +155,7 @@ def test_ablations_leave_adapters_out(studies, options, members):
 
 
 def test_names_and_codes_of_tasks_are_the_same(tmp_path):
-    """Also a run that was begun with codes goes on with names."""
+    """A run that started with task codes resumes with task names."""
     names = InstructionsConfig(tasks=(("rare_cell", 1.0), ("pathway", 2.0)), members=("universal", "tumor"))
     codes = InstructionsConfig(tasks=(("rci", 1.0), ("cpi", 2.0)), members=("universal", "tcd"))
     assert names == codes
