@@ -10,7 +10,7 @@ INPUTS := pyproject.toml $(wildcard constraints/*.txt)
 # Tests choose their own devices, so JAX settings of the shell must not reach them.
 QUIET_ENV = env $(foreach name,$(filter JAX_% XLA_%,$(.VARIABLES)),-u $(name))
 
-.PHONY: help quickstart install test test-most test-all lint format wheel clean
+.PHONY: help quickstart install test test-most test-all lint format docs wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test-all     run all tests, fully compiled (hours)"
 	@echo "make lint         check style and types"
 	@echo "make format       format the code"
+	@echo "make docs         build the documentation site, docs/_build/html/index.html"
 	@echo "make wheel        build dist/*.whl"
 	@echo "make clean        remove .venv, caches and built files (keeps runs/ and stores/)"
 
@@ -47,12 +48,17 @@ lint: $(VENV)/.test
 format: $(VENV)/.test
 	@$(BIN)/ruff check -q --fix . ; $(BIN)/ruff format -q .
 
+# -E reads every page anew: pages also show docstrings and options, whose changes Sphinx does not follow.
+docs: $(VENV)/.docs
+	@$(QUIET_ENV) JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -E -q -W --keep-going -j auto -d docs/_build/doctrees docs docs/_build/html
+	@echo docs/_build/html/index.html
+
 wheel: $(VENV)/.test
 	@log=$$($(BIN)/python -m build --wheel --no-isolation --outdir dist . 2>&1) || { echo "$$log" >&2; exit 1; }
 	@ls dist/*.whl
 
 clean:
-	@rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@rm -rf $(VENV) build dist docs/_build docs/api docs/tutorials .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.python:
@@ -78,7 +84,8 @@ export EARLIER
 # One stamp file per set of extras. Constraints are the tested versions for the Python of .venv, if any.
 $(VENV)/.cells: EXTRAS := cells
 $(VENV)/.test: EXTRAS := cells,test
-$(VENV)/.cells $(VENV)/.test: $(VENV)/.python $(INPUTS)
+$(VENV)/.docs: EXTRAS := cells,docs
+$(VENV)/.cells $(VENV)/.test $(VENV)/.docs: $(VENV)/.python $(INPUTS)
 	@echo "installing sct-jax[$(EXTRAS)] into $(VENV) (minutes the first time)"
 	@! $(BIN)/python -P -c "$$EARLIER" 2> /dev/null || \
 		$(BIN)/python -m pip uninstall -qq --disable-pip-version-check -y sct

@@ -56,7 +56,25 @@ _UNS = ("abstract", "cell_types", "rare", "diseases")
 
 @dataclasses.dataclass(frozen=True)
 class InstructionBenchmarkData(benchmarking.CellChoice):
-    """Cells to ask about; `configs/benchmark_zeromics.py` describes the fields."""
+    """Cells to ask about.
+
+    Parameters
+    ----------
+    dataset
+        Data set to use instead of `path`: "pbmc68k", the cells that scanpy ships.
+    studies
+        YAML file with abstracts and candidate answers of the studies. It takes precedence over `adata.uns`.
+    cell_type, disease
+        Columns of `obs` with cell types and diseases; "" for none.
+    normal
+        Values of the disease column that mean a normal cell.
+    rare_share
+        A cell type is rare if fewer than this fraction of the study's cells have it.
+    group_key
+        Column of `obs`, such as the donor. All cells of a group are in the same part of the study.
+    share
+        Share of the cells, or groups, of each study that the questions are about. The other cells fit the baselines.
+    """
 
     max_cells: int = 3_000
     dataset: str = ""
@@ -108,7 +126,30 @@ class PathwayOptions:
 
 @dataclasses.dataclass(frozen=True)
 class InstructionBenchmarkOptions:
-    """All options of the benchmark; `configs/benchmark_zeromics.py` describes the fields."""
+    """Options of the benchmark of questions about cells.
+
+    Parameters
+    ----------
+    model
+        Model folder or run folder of `configs/zeromics_llm.py`.
+    output
+        Folder of the report.
+    tasks
+        Names of the tasks: "cell_type", "rare_cell", "tumor", "pathway"; () for all tasks whose columns or gene sets
+        are set.
+    shots
+        Numbers of cells with each answer for few-shot fine-tuning. For pathways, the numbers are cells in total. The
+        model without fine-tuning is always measured.
+    seeds
+        Number of random seeds. Each seed has its own template, order of candidates, few-shot cells and control.
+    templates
+        Number of prompt templates. 1 uses one template, which the seed selects. A larger number averages over the first
+        templates.
+    batch_size
+        Number of questions that are computed at once.
+    markers
+        JSON file with marker genes, `{"B cell": ["MS4A1", ...]}`; "" finds markers in the fitting part of each study.
+    """
 
     data: InstructionBenchmarkData = dataclasses.field(default_factory=InstructionBenchmarkData)
     pathways: PathwayOptions = dataclasses.field(default_factory=PathwayOptions)

@@ -44,7 +44,27 @@ _REPORT_BYTES = 10_000_000  # disk space that a report with figures may need
 
 @dataclasses.dataclass(frozen=True)
 class CellChoice:
-    """Cells that a benchmark reads from a file or a store; `configs/benchmark.py` describes the fields."""
+    """Cells that a benchmark reads from a file or a store.
+
+    Parameters
+    ----------
+    path
+        File (.h5ad or .zarr) or store with the cells.
+    split
+        Split of a store to score: "test", "validation" or "train".
+    layer
+        Where the raw counts are: "X", "raw" or a layer. By default, the first of these that holds raw counts.
+    gene_column
+        Column of `var` with Ensembl ids or gene symbols. By default, the column is found automatically.
+    duplicates
+        What to do if several columns belong to one gene: "error", or "sum" to add their counts.
+    study_key
+        Column of `obs` that divides a file into studies, donors or slides; "" for a single study.
+    max_cells
+        Number of cells drawn at random from each study; 0 for all cells.
+    seed
+        Seed of the choice of cells.
+    """
 
     path: str = ""
     split: str = "test"
@@ -70,7 +90,23 @@ class CellChoice:
 
 @dataclasses.dataclass(frozen=True)
 class ZeroShotData(CellChoice):
-    """Cells to evaluate; `configs/benchmark.py` describes the fields."""
+    """Cells to evaluate.
+
+    Parameters
+    ----------
+    train
+        Store with the studies that the model was trained on, for the baselines. Not needed if `path` is a store.
+    spatial_key
+        Key of `obsm` with spatial coordinates. It is used if it exists.
+    label_key
+        Column of `obs` with labels. It is used if it exists.
+    batch_key
+        Column of `obs` with batches, for integration metrics; "" for none.
+    cells_per_bag
+        Number of cells per bag; 0 for the number in training.
+    max_bags
+        Number of bags that are scored in imputation, spaced evenly; 0 for all bags.
+    """
 
     train: str = ""
     spatial_key: str = "spatial"
@@ -86,7 +122,17 @@ class ZeroShotData(CellChoice):
 
 @dataclasses.dataclass(frozen=True)
 class NaturalImputationOptions:
-    """Options of natural imputation; `configs/benchmark.py` describes the fields."""
+    """Options of natural imputation, which masks expressed and unexpressed genes alike.
+
+    Parameters
+    ----------
+    run
+        Whether to run this part.
+    ratio
+        Share of the measured genes of each cell that is masked.
+    whole_genes
+        Whether to mask genes also in all cells at once, as `sct.tl.impute` does.
+    """
 
     run: bool = True
     ratio: float = natural.RATIO
@@ -98,7 +144,17 @@ class NaturalImputationOptions:
 
 @dataclasses.dataclass(frozen=True)
 class GeneImputationOptions:
-    """Options of the imputation of randomly masked genes; `configs/benchmark.py` describes the fields."""
+    """Options of the imputation of randomly masked genes, in the protocol of the paper.
+
+    Parameters
+    ----------
+    run
+        Whether to run this part.
+    ratios
+        Shares of the measured genes of each cell that are masked, one evaluation per share.
+    magic
+        Whether to include the baseline MAGIC.
+    """
 
     run: bool = True
     ratios: tuple[float, ...] = imputation.RATIOS
@@ -129,7 +185,15 @@ class CellImputationOptions:
 
 @dataclasses.dataclass(frozen=True)
 class FixedGenesOptions:
-    """Options of the imputation of genes masked in all cells; `configs/benchmark.py` describes the fields."""
+    """Options of the imputation of genes that are masked in all cells.
+
+    Parameters
+    ----------
+    run
+        When to run this part: "always", "never", or "spatial" for data with spatial coordinates.
+    per_group
+        Number of genes in each group. Genes are grouped by the share of cells with zero counts.
+    """
 
     run: str = "spatial"
     per_group: int = 25
@@ -141,7 +205,19 @@ class FixedGenesOptions:
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingOptions:
-    """Options of the evaluation of embeddings; `configs/benchmark.py` describes the fields."""
+    """Options of the evaluation of embeddings.
+
+    Parameters
+    ----------
+    run
+        Whether to run this part.
+    k, folds
+        Number of neighbors that vote for the label of a cell, and number of cross-validation folds.
+    resolution
+        Resolution of the Leiden clustering.
+    scvi
+        Whether to include the baseline scVI, if it is installed.
+    """
 
     run: bool = True
     k: int = 5
@@ -152,7 +228,19 @@ class EmbeddingOptions:
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkOptions:
-    """All options of the benchmark; `configs/benchmark.py` describes the fields."""
+    """Options of the zero-shot benchmark: the model, the cells, and one section per part.
+
+    Parameters
+    ----------
+    model
+        Model folder, run folder or Hub id; "" measures only the baselines.
+    genes
+        Without a model: a vocabulary file; "" for all human protein-coding genes.
+    output
+        Folder of the report.
+    seeds
+        Number of random draws, over which each part is repeated.
+    """
 
     data: ZeroShotData = dataclasses.field(default_factory=ZeroShotData)
     natural_imputation: NaturalImputationOptions = dataclasses.field(default_factory=NaturalImputationOptions)
