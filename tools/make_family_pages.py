@@ -57,7 +57,9 @@ def rows(name: str, model: FamilyModel) -> list[tuple[str, str]]:
     ]
     targets = ", ".join(f"`{target}`" for target in model.architecture.targets) or "none"
     # An unescaped `|` would end the table cell.
-    made.append(("adapters", ", ".join(link(kind) for kind in model.adapters) or "only those of its task"))
+    made.append(
+        ("adapters", ", ".join(link(kind) for kind in model.adapters) or "only the adapters of its task")
+    )
     made.append(("default LoRA layers", targets.replace("|", "\\|")))
     return made
 
@@ -77,7 +79,9 @@ def page(family: Family) -> str:
         lines += ["## Weight conversion", ""]
         for name, each in family.converters.items():
             genes = (
-                ", with `--genes=VOCABULARY` if the weights have no gene order" if each.takes_genes else ""
+                "; add `--genes=VOCABULARY` if the weights do not name their genes"
+                if each.takes_genes
+                else ""
             )
             what = f" ({each.title} folders)" if each.title else ""
             lines.append(
