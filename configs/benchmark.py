@@ -9,9 +9,9 @@ The benchmark has these parts. A bag is a group of cells that sCT reads together
   measures the calibration of the probabilities and the expected counts.
 - Gene imputation of the paper: 15, 30, 40 or 80% of the genes are masked at random. Only expressed genes are scored.
 - Cell imputation: 1, 10, 20 or 40 cells of a bag of 50 cells are masked.
-- Fixed genes: a set of genes is masked in all cells, grouped by the share of cells with zero counts. By default, this
-  part runs only for data with positions.
-- Embedding: the embedding is compared with the labels of the cells. This part needs labeled cells.
+- Fixed genes: a fixed set of genes is masked in all cells. Results are grouped by the fraction of cells in which a gene
+  has zero counts. By default, this part runs only for data with positions.
+- Embedding: the embedding of the cells is compared with the labels of the cells. This part needs labeled cells.
 
 The folder `config.output` gets tables, plots and all numbers as report.html, report.md and report.json. If `data.path`
 is a store, the studies of the test split are scored, and baselines are also fitted on the training studies. If
@@ -30,7 +30,7 @@ VARIANTS = ("", "quick")
 def get_config(variant: str = "") -> ConfigDict:
     """Return the configuration of the full benchmark, or of the variant "quick"."""
     if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS[1:])}")
+        raise ValueError(f"there is no variant {variant!r}: choose from {', '.join(VARIANTS[1:])}.")
     config = ConfigDict()
     config.model = ""  # model folder, run folder or Hub id; "": only baselines
     config.genes = ""  # without a model: a vocabulary file, or "" for all human protein-coding genes

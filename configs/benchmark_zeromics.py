@@ -1,4 +1,4 @@
-"""Zero- and few-shot benchmark of questions about cells of unseen studies, with baselines (ZerOmics, Tables 1 to 4).
+"""Zero-shot and few-shot benchmark of answers to questions about cells of unseen studies (ZerOmics, Tables 1 to 4).
 
     python -m launch.benchmark --config=configs/benchmark_zeromics.py --config.model=runs/zeromics_llm \
         --config.data.path=cells.h5ad --config.data.disease=disease --config.pathways.file=h.all.symbols.gmt
@@ -10,13 +10,13 @@ The benchmark has four tasks:
 - tumor cells: accuracy, F1; all diseases count as one class
 - pathways: AUROC and AUPRC; the true labels are computed from the ranks of the genes in each cell
 
-The abstract of a study is read from `adata.uns["abstract"]` or from the YAML file `data.studies`. The cells of each
-study are split into two thirds and one third. Baselines are fitted on the two thirds, and the cells for few-shot
-fine-tuning come from the two thirds too. All methods answer the same questions about the cells of the other third. The
+The abstract of a study is read from `adata.uns["abstract"]` or from the YAML file `data.studies`. Two thirds of the
+cells of each study are training cells, and one third are test cells. Baselines are fitted on the training cells. The
+cells for few-shot fine-tuning are training cells too. All methods answer the same questions about the test cells. The
 folder `config.output` gets the tables and all numbers as report.html, report.md, report.json and results.json.
 
-:quick uses one seed, fine-tuning on one and on five cells of each answer, and the test cells of the quick start. The
-model must be a run of zeromics_llm:quickstart.
+:quick uses one seed, and the test cells of the quick start. The model is fine-tuned once on one cell and once on five
+cells for each possible answer. The model must be a run of zeromics_llm:quickstart.
 
     python -m launch.benchmark --config=configs/benchmark_zeromics.py:quick --config.model=runs/zeromics_llm
 """
@@ -29,7 +29,7 @@ VARIANTS = ("", "quick")
 def get_config(variant: str = "") -> ConfigDict:
     """Return the configuration of the full benchmark, or of the variant "quick"."""
     if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS[1:])}")
+        raise ValueError(f"there is no variant {variant!r}: choose from {', '.join(VARIANTS[1:])}.")
     config = ConfigDict()
     config.benchmark = "instructions"
     config.model = ""  # model folder or run folder of zeromics_llm

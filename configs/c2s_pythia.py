@@ -31,7 +31,7 @@ def get_config(variant: str = "") -> ConfigDict:
     Values that are not set here come from `c2s_gpt2.py`.
     """
     if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS[1:])}")
+        raise ValueError(f"there is no variant {variant!r}: choose from {', '.join(VARIANTS[1:])}.")
     config = _GPT2["get_config"](variant)
     config.family = "neox"
     config.model.init = "normal"

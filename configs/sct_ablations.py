@@ -1,4 +1,4 @@
-"""The ablations of the sCT paper (Table 4, appendix D) and four more, as one sweep of runs.
+"""Train the ablations of the sCT paper (Table 4, appendix D) and four further ablations, as one sweep of runs.
 
 The base run is the paper's recipe with the stratified masking of the paper. Each run in `sweep` changes only the fields
 that it names. A bag is a group of cells that sCT reads together. Runs with fewer cells per bag use proportionally more
@@ -49,7 +49,7 @@ _FEW_CELLS = {"": 10, "mini": 2, "quickstart": 4}
 def get_config(variant: str = "") -> ConfigDict:
     """Return the configuration of the base run. The section `sweep` contains the changes of each run."""
     if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS[1:])}")
+        raise ValueError(f"there is no variant {variant!r}: choose from {', '.join(VARIANTS[1:])}.")
     config = _SINGLE_CELL["get_config"](variant)
     # The small variants of sct_sc.py train with a mixture of maskings. Here only the run `masking_mixture` does.
     config.objective.masking.update(

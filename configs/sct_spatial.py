@@ -35,7 +35,7 @@ _SINGLE_CELL = runpy.run_path(str(Path(__file__).with_name("sct_sc.py")))
 def get_config(variant: str = "") -> ConfigDict:
     """Return the configuration of the paper's second stage, or of a variant."""
     if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS[1:])}")
+        raise ValueError(f"there is no variant {variant!r}: choose from {', '.join(VARIANTS[1:])}.")
     config = _SINGLE_CELL["get_config"](variant)
     config.model.use_spatial = True
     config.data.spatial_bags = True

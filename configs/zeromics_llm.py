@@ -27,7 +27,7 @@ VARIANTS = ("", "quickstart")
 def get_config(variant: str = "") -> ConfigDict:
     """Return the configuration of the paper's recipe, or of a variant."""
     if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS[1:])}")
+        raise ValueError(f"there is no variant {variant!r}: choose from {', '.join(VARIANTS[1:])}.")
     config = ConfigDict()
     config.family = "zeromics"
     config.task = "instructions"

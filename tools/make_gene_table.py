@@ -88,7 +88,8 @@ def gene_table(source: pd.DataFrame) -> pd.DataFrame:
     shared = genes["symbol"].duplicated(keep=False)
     if (genes[shared & (genes["hgnc_id"] != "")]["symbol"].value_counts() != 1).any():
         raise SystemExit(
-            "a symbol of several ids is not approved by HGNC for exactly one of them: correct SOURCE"
+            "a symbol belongs to several Ensembl ids, but HGNC does not approve it for exactly one of them: correct "
+            "SOURCE"
         )
     copies = shared & (genes["hgnc_id"] == "")
     genes.loc[copies, "symbol"] = genes.loc[copies, "ensembl_id"]

@@ -1,1 +1,1 @@
-"""Architectures as Flax modules. `sct.models.registry` lists them by name."""
+"""Define the model architectures as Flax modules. `sct.models.registry` lists them by name."""

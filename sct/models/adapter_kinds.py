@@ -1,6 +1,6 @@
-"""Configurations of the three kinds of adapters: their layers, their sizes and shapes, and their initial values.
+"""Define the options, the array shapes and the initial values of the three kinds of adapters.
 
-`sct.nn.adapters` defines what each kind computes. `sct.models.adapters` makes the collection for a model.
+`sct.nn.adapters` defines what each kind computes. `sct.models.adapters` makes the adapters of a model.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _PREFIX_DEVIATION = 0.02
 
 
 def is_stacked(box: Box) -> bool:
-    """Return whether the first axis of a boxed array counts the layers of a stack."""
+    """Return whether the first axis of a boxed array is the layer axis of a stack."""
     return bool(box.names) and box.names[0] == axes.LAYERS
 
 
 def _matrices(params: Any, name: str) -> dict[str, Box]:
-    """Return the boxed matrices called `name` ("kernel" or "embedding"), as a dict by the path of their layer."""
+    """Find the boxed matrices called `name` ("kernel" or "embedding") and return them as a dict by layer path."""
     found = {}
     for path, box in flatten(params).items():
         layer, _, leaf = path.rpartition("/")
@@ -54,7 +54,7 @@ def _matrices(params: Any, name: str) -> dict[str, Box]:
 
 
 def kernels(params: Any) -> dict[str, Box]:
-    """Return the boxed kernels of all dense layers in boxed parameters, as a dict by the path of the layer.
+    """Find the boxed kernels of all dense layers in boxed parameters and return them as a dict by layer path.
 
     Raises
     ------
@@ -65,18 +65,21 @@ def kernels(params: Any) -> dict[str, Box]:
 
 
 class AdapterConfig(abc.ABC):
-    """Options of one kind of adapter: which layers get one, and how large it is. Each kind is a frozen dataclass.
+    """Options of one kind of adapter: which layers get an adapter, and how large it is.
+
+    Each kind is a frozen dataclass.
 
     Attributes
     ----------
     arrays
-        Kind of the adapter, with the names of its arrays.
+        Kind of adapter, which lists the names of its arrays.
     place
-        Name in messages for the layers that can have this kind of adapter.
+        Term that error messages use for a layer that can have this kind of adapter, such as "dense layer".
     targets
-        Regular expressions. A layer gets an adapter if one of them matches its path (`re.search`).
+        Regular expressions. A layer gets an adapter if one of the expressions matches the path of the layer
+        (`re.search`).
     layers
-        Numbers of the blocks whose layers get an adapter, counted from 0; empty for all blocks.
+        Numbers of the blocks, counted from 0, whose layers get an adapter. Empty means all blocks.
     """
 
     arrays: ClassVar[Kind]
@@ -88,7 +91,7 @@ class AdapterConfig(abc.ABC):
         """Raise `ConfigError` unless `targets` are regular expressions and `layers` are distinct block numbers."""
         if isinstance(self.targets, str) or not self.targets:
             raise ConfigError(
-                f"targets is {self.targets!r}, but must be a tuple of one or more regular expressions: write "
+                f"`targets` is {self.targets!r}, but must be a tuple of one or more regular expressions: write "
                 "('PATTERN',) for a single one."
             )
         for target in self.targets:
@@ -96,13 +99,14 @@ class AdapterConfig(abc.ABC):
                 re.compile(target)
             except (re.error, TypeError) as error:
                 raise ConfigError(
-                    f"targets has {target!r}, but each entry must be a valid regular expression ({error}): correct it."
+                    f"`targets` has {target!r}, but each entry must be a valid regular expression ({error}): "
+                    "correct this entry."
                 ) from None
         numbers = self.layers if isinstance(self.layers, tuple) else (None,)
         if len(set(numbers)) < len(numbers) or not all(type(n) is int and n >= 0 for n in numbers):
             raise ConfigError(
-                f"layers is {self.layers!r}, but must be a tuple of distinct block numbers, counted from 0: use () for "
-                "all blocks."
+                f"`layers` is {self.layers!r}, but must be a tuple of distinct block numbers, counted from 0: correct "
+                "it, or use () for all blocks."
             )
 
     @property
@@ -113,7 +117,7 @@ class AdapterConfig(abc.ABC):
     @staticmethod
     @abc.abstractmethod
     def places(params: Any) -> dict[str, Box]:
-        """Return the boxed matrices of all layers that can have this kind of adapter, as a dict by layer path."""
+        """Return the boxed matrices of all layers that can have such an adapter, as a dict by layer path."""
 
     @staticmethod
     @abc.abstractmethod
@@ -123,7 +127,7 @@ class AdapterConfig(abc.ABC):
     @property
     @abc.abstractmethod
     def numbers(self) -> dict[str, float]:
-        """Return the constants of an adapter, which are not trained, as a dict by array name."""
+        """Return the values of the adapter arrays that are not trained, as a dict by array name."""
 
     @staticmethod
     @abc.abstractmethod
@@ -137,17 +141,17 @@ class AdapterConfig(abc.ABC):
         size
             Rank, width or length of the adapter.
         numbers
-            Names of the constants that the adapter has.
+            Names of the arrays of the adapter that are not trained.
         """
 
     @abc.abstractmethod
     def draw(self, key: jax.Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.Array]:
-        """Return the initial values of the trained arrays, float32, given a PRNG key and the shapes by array name."""
+        """Draw the initial values (float32) of the trained arrays of an adapter."""
 
     @staticmethod
     @abc.abstractmethod
     def options(adapter: Mapping[str, Any]) -> dict[str, float]:
-        """Return the options that the arrays of an adapter determine, as a dict by option name."""
+        """Compute the options of an adapter from its arrays, and return them as a dict by option name."""
 
 
 def _uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -162,22 +166,22 @@ def _first(value: Any) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig(AdapterConfig):
-    """Options of low-rank adapters (LoRA; Hu et al. 2022): which dense layers get one, and its rank.
+    """Options of low-rank adapters (LoRA; Hu et al. 2022): which dense layers get an adapter, and its rank.
 
     Parameters
     ----------
     targets
-        Regular expressions. A dense layer gets an adapter if one of them matches its path (`re.search`), for example
-        "layers/attention/query" or "head". In a stack, every layer of the stack gets one.
+        Regular expressions, such as "layers/attention/query" or "head". A dense layer gets an adapter if one of the
+        expressions matches the path of the layer (`re.search`). In a stack, every layer of the stack gets an adapter.
     rank
-        Number of columns of the first matrix and rows of the second (r).
+        Number of columns of the first matrix, and of rows of the second matrix (r).
     alpha
         The output of the adapter is multiplied by alpha / rank.
     dropout
         Fraction of the adapter's inputs that is set to zero during training.
     layers
-        Numbers of the blocks, counted from 0, whose dense layers get an adapter; empty for all blocks. With `layers`,
-        dense layers outside the blocks get no adapter.
+        Numbers of the blocks, counted from 0, whose dense layers get an adapter. Empty means all blocks. If `layers` is
+        set, dense layers outside blocks get no adapter.
     """
 
     targets: tuple[str, ...] = registry.QUERY_VALUE
@@ -198,7 +202,10 @@ class LoraConfig(AdapterConfig):
 
     @classmethod
     def of(cls, family: str, **options: Any) -> LoraConfig:
-        """Make a configuration. Without `targets` among the options, use the default targets of the model family."""
+        """Make a configuration from options.
+
+        If `targets` is not among the options, use the default targets of the model family.
+        """
         if options.get("targets"):
             return cls(**options)
         targets = {name: each.targets for name, each in registry.MODELS.items() if each.targets}
@@ -252,7 +259,7 @@ class LoraConfig(AdapterConfig):
 
 @dataclasses.dataclass(frozen=True)
 class BottleneckConfig(AdapterConfig):
-    """Options of bottleneck adapters (scPEFT): which layers get one, and its width.
+    """Options of bottleneck adapters (scPEFT): which layers get an adapter, and the width of the adapter.
 
     The output y (..., D) of the layer becomes `y + scale * up(relu(down(y)))`, where `down` and `up` are dense layers
     with biases. A bottleneck of width s has 2 D s + s + D trained parameters.
@@ -271,8 +278,8 @@ class BottleneckConfig(AdapterConfig):
     scale
         Factor by which the output of `up` is multiplied.
     skip
-        Whether y is added. With a skip, `up` starts at zero, so that a new bottleneck changes nothing. The paper has
-        no skip: there the output is `scale * up(relu(down(y)))`, and both dense layers start at random values.
+        Whether the output contains y. With a skip, `up` starts at zero, so that a new bottleneck changes nothing. The
+        paper has no skip: its output is `scale * up(relu(down(y)))`, and both dense layers start at random values.
     layers
         See `LoraConfig`.
     """
@@ -341,12 +348,13 @@ class BottleneckConfig(AdapterConfig):
 
 @dataclasses.dataclass(frozen=True)
 class PrefixConfig(AdapterConfig):
-    """Options of prefix adapters (Li & Liang 2021): which attention layers get one, and its length.
+    """Options of prefix adapters (Li & Liang 2021): which attention layers get a prefix, and the length of the prefix.
 
-    A prefix consists of `length` trained vectors, as wide as the inputs of the attention layer. The layer's projections
-    for keys and values, which are not trained, turn them into keys and values that precede the others. Every query may
-    attend to the prefix, whatever its mask. The prefix has no position in the sequence: rotary position embedding does
-    not rotate its keys, and the positions of the other keys do not change. A new prefix changes the model's outputs.
+    A prefix consists of `length` trained vectors, as wide as the inputs of the attention layer. The layer's key and
+    value projections, which are not trained, turn these vectors into keys and values. The layer puts them before the
+    keys and values of the tokens. Every query may attend to the prefix, whatever the mask. The prefix has no position
+    in the sequence: rotary position embedding does not rotate its keys, and the positions of the other keys do not
+    change. A new prefix changes the model's outputs.
 
     Parameters
     ----------

@@ -1,7 +1,8 @@
 """Make, find, count and check the adapters of a model, and merge low-rank adapters into its parameters.
 
-An adapter lies in the collection "adapters", under the path of its layer. `sct.nn.adapters` defines its arrays and what
-it computes, and `sct.models.adapter_kinds` the options of each kind. Only `merge` changes the model's parameters.
+The collection "adapters" holds the adapter of each layer under the path of the layer. `sct.nn.adapters` defines the
+arrays of an adapter and what it computes. `sct.models.adapter_kinds` defines the options of each kind. Only `merge`
+changes the model's parameters.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ _NUMBER = re.compile(r"(?:^|/)[a-z][a-z_]*_(\d+)/")
 
 
 def under(layer: str, array: str) -> str:
-    """Return the path of an array of a layer."""
+    """Return the path of an array: the path of its layer, a slash and the name of the array."""
     return f"{layer}/{array}" if layer else array
 
 
 def chosen(params: Any, config: AdapterConfig) -> dict[str, Box]:
-    """Return the boxed matrices of the layers that a configuration chooses, as a dict by the path of the layer.
+    """Find the layers that get an adapter, and return their boxed matrices as a dict by layer path.
 
     Raises
     ------
@@ -52,8 +53,8 @@ def chosen(params: Any, config: AdapterConfig) -> dict[str, Box]:
         if not any(re.search(target, place) for place in places):
             more = ", ..." if len(places) > _SHOWN else ""
             raise ConfigError(
-                f"targets has {target!r}, which matches no {config.place} of the model: write a pattern that matches "
-                f"one of {', '.join(sorted(places)[:_SHOWN])}{more}."
+                f"`targets` has {target!r}, which matches no {config.place} of the model: write a pattern that matches "
+                f"one of these layers: {', '.join(sorted(places)[:_SHOWN])}{more}."
             )
     found = {
         place: box
@@ -72,14 +73,14 @@ def chosen(params: Any, config: AdapterConfig) -> dict[str, Box]:
             if number not in own:
                 most = f"in the blocks 0 to {max(own)}" if own else "in no block"
                 raise ConfigError(
-                    f"layers has {number}, but the {config.place}s that match `targets` are {most}: choose from these "
-                    "blocks, or set layers to () for all."
+                    f"`layers` has {number}, but the {config.place}s that match `targets` are {most}: choose from "
+                    "these blocks, or set `layers` to () for all blocks."
                 )
     return {place: box for place, box in found.items() if numbers[place].intersection(config.layers)}
 
 
 def _numbers(place: str, box: Box) -> set[int]:
-    """Return the numbers of the blocks that a layer belongs to: all blocks of a stack, otherwise one or none."""
+    """Return the numbers of the blocks to which a matrix belongs: all for a stack, otherwise one or none."""
     if is_stacked(box):
         return set(range(box.value.shape[0]))
     match = _NUMBER.search(place)
@@ -89,9 +90,9 @@ def _numbers(place: str, box: Box) -> set[int]:
 def _boxes(
     config: type[AdapterConfig], box: Box, size: int, numbers: Any, layers: int | None
 ) -> dict[str, Box]:
-    """Return the boxed shapes of the adapter that belongs to a matrix, as a dict by array name.
+    """Return the boxed array shapes of the adapter for a matrix, as a dict by array name.
 
-    `layers` is the number of layers with an adapter, for a stack in which not all layers have one; otherwise None.
+    If only some layers of a stack have an adapter, `layers` is the number of these layers; otherwise `layers` is None.
     """
     lead: tuple[int, ...] = ()
     names: tuple[str | None, ...] = ()
@@ -114,17 +115,16 @@ def init(rng: jax.Array, params: Any, *configs: AdapterConfig) -> dict[str, Any]
     Parameters
     ----------
     rng
-        PRNG key. The key of an adapter is derived only from this key, the path of the layer and the kind of the
-        adapter.
+        PRNG key. The key of each adapter is derived only from this key, the path of the layer and the kind of adapter.
     params
-        The collection "params", or its shapes, boxed with axis names. Under `jax.eval_shape` nothing is allocated.
+        The collection "params", or its shapes, boxed with axis names. Under `jax.eval_shape`, no arrays are allocated.
     configs
-        Options of one or several kinds. A layer may have one adapter of each kind.
+        Options of the adapters, one configuration per kind. A layer may have one adapter of each kind.
 
     Returns
     -------
-    The collection "adapters", float32, boxed with the axis names of the layers. The variables of the adapted model are
-    `{**variables, "adapters": adapters.init(rng, variables["params"], config)}`.
+    The collection "adapters" in float32, boxed with the axis names of the layers. The variables of the adapted model
+    are `{**variables, "adapters": adapters.init(rng, variables["params"], config)}`.
 
     Raises
     ------
@@ -173,7 +173,7 @@ def beside(variables: Any, found: Mapping[str, Any]) -> Any:
 
     Returns
     -------
-    Boxed shapes of the model, with a collection "adapters" if the file has adapters for it.
+    Boxed shapes of the model. If the file has adapters for the model, the shapes contain the collection "adapters".
     """
     made: dict[str, Any] = {}
     kept = {path.removeprefix(f"{COLLECTION}/"): value for path, value in found.items()
@@ -221,10 +221,10 @@ def _config_of(kind: Kind) -> type[AdapterConfig]:
 
 
 def check_same(variables: Mapping[str, Any], config: AdapterConfig, what: str) -> None:
-    """Raise `ConfigError` if the adapters of a model differ from a configuration in kind or options.
+    """Raise `ConfigError` if the adapters of a model have another kind or other options than a configuration.
 
-    Kind and options of existing adapters are fixed, so the configuration would have no effect. `what` names the model
-    in the message.
+    The kind and the options of existing adapters cannot change, so a different configuration would have no effect.
+    `what` names the model in the message.
     """
     advice = "set the same value, or merge the adapters first (`sct.models.lora.merge`)."
     for layer, kind, adapter in adapters_of(variables):
@@ -251,15 +251,15 @@ def check_same(variables: Mapping[str, Any], config: AdapterConfig, what: str) -
 def merge(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Merge low-rank adapters into the kernels of their layers and return variables without adapters.
 
-    The merged model computes the same outputs. The sums are computed in float32, and each kernel keeps its type. The
-    merged model has no dropout of adapters, so a "dropout" key no longer changes the outputs.
+    The merged model computes the same outputs. The sums are computed in float32, and each kernel keeps its dtype. The
+    merged model has no adapter dropout, so a PRNG key named "dropout" no longer changes the outputs.
 
     Raises
     ------
     CheckpointError
         An adapter belongs to a layer that the model does not have.
     ConfigError
-        An adapter is not low-rank, so that no kernel can hold it.
+        An adapter is not low-rank, so it cannot be merged into a kernel.
     """
     params = flatten(variables["params"])
     for layer, kind, adapter in adapters_of(variables):

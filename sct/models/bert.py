@@ -41,7 +41,10 @@ class BertAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, source: jax.Array, mask: Mask) -> jax.Array:
-        """Attend from x (B, T, D) to `source` (B, M, E), from which keys and values are computed; return (B, T, D)."""
+        """Compute attention and return (B, T, D).
+
+        Queries come from x (B, T, D), keys and values from `source` (B, M, E).
+        """
         config = self.config
 
         def projection(name: str) -> Callable[[jax.Array], jax.Array]:
@@ -82,7 +85,10 @@ class BertLayer(nn.Module):
         return axes.constrain(x, axes.BATCH, axes.LENGTH, None)
 
     def add(self, x: jax.Array, y: jax.Array, name: str) -> jax.Array:
-        """Add y, the output of attention or feed-forward, to x, and apply the layer norm called `name`; (B, T, D)."""
+        """Add y (B, T, D) to x (B, T, D), and apply the layer norm called `name`.
+
+        Here y is the output of attention or of the feed-forward layer.
+        """
         y = drop(self, y, self.config.dropout) if self.config.dropout else y
         return LayerNorm(self.config.norm_eps, name=name)(x + y)
 
@@ -96,7 +102,7 @@ class Bert(nn.Module):
 
     @staticmethod
     def outputs_of(config: BertConfig) -> tuple[str, ...]:
-        """Return the names of the outputs of a model with this configuration."""
+        """Return the names of the outputs that a model with this configuration computes."""
         return ("hidden", *["logits"] * config.mlm_head, *["pooled"] * config.pooler)
 
     @staticmethod
@@ -143,7 +149,10 @@ class Bert(nn.Module):
                 self.head = Linear(config.vocab_size, names, dtype=dtype, kernel_init=_init)
 
     def embed(self, input_ids: jax.Array, types: jax.Array | None, positions: jax.Array) -> jax.Array:
-        """Sum the embeddings of tokens, token types and positions, all (B, T), and normalize; return (B, T, D)."""
+        """Sum the embeddings of tokens, token types and positions, all (B, T).
+
+        Apply the layer norm and return (B, T, D).
+        """
         types = jnp.zeros_like(input_ids) if types is None else types
         x = self.norm(self.token(input_ids) + self.position(positions) + self.type(types))
         x = drop(self, x, self.config.dropout) if self.config.dropout else x
@@ -163,7 +172,7 @@ class Bert(nn.Module):
         segments: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
-        """Compute a hidden vector for each token, from the whole text.
+        """Compute a hidden vector for each token of a text, from all tokens of the text.
 
         Parameters
         ----------
@@ -174,9 +183,9 @@ class Bert(nn.Module):
         token_type_ids
             Token types, integers (B, T). The default is 0.
         segments
-            For rows that hold several texts one after the other, the number of each token's text, integers (B, T); 0 is
-            padding. A token attends only to its own text, and positions are counted from the beginning of the text. If
-            given, `attention_mask` is ignored.
+            For rows that hold several texts one after the other: the number of the text to which each token belongs,
+            integers (B, T); 0 is padding. A token attends only to its own text, and positions are counted from the
+            beginning of the text. If `segments` is given, `attention_mask` is ignored.
         positions
             Positions of the tokens, integers (B, T). By default, they are counted from the beginning of each text.
 

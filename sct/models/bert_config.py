@@ -1,4 +1,4 @@
-"""Configuration of the BERT encoder."""
+"""Define the configuration of the BERT encoder."""
 
 from __future__ import annotations
 
@@ -74,5 +74,5 @@ class BertConfig:
 
     @classmethod
     def fit(cls, values: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-        """Return configuration values in which a `vocab_size` of 0 is replaced by the size of a tokenizer."""
+        """Return configuration values in which a `vocab_size` of 0 is replaced by the tokenizer's number of tokens."""
         return {**values, "vocab_size": values.get("vocab_size", cls.vocab_size) or vocab_size}

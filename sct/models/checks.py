@@ -1,4 +1,4 @@
-"""Checks of model configurations, inputs and outputs, shared by all model families."""
+"""Check model configurations, inputs and outputs; all model families use these functions."""
 
 from __future__ import annotations
 
@@ -30,16 +30,17 @@ POSITIVE = {
 
 
 def check_fields(config: Any, choices: Mapping[str, tuple[str, ...]], least: Mapping[str, int]) -> None:
-    """Raise `ConfigError` if a field of a configuration dataclass is not one of its choices, or out of range.
+    """Raise `ConfigError` if the value of a configuration field is not one of the allowed choices, or is out of range.
 
     Parameters
     ----------
     config
         Configuration dataclass of a model.
     choices
-        Allowed values of a field, by field name.
+        Allowed values of fields, as a dict by field name.
     least
-        Smallest value of a size, by field name. `MOST` and `POSITIVE` hold the limits that all families share.
+        Smallest allowed values of fields, as a dict by field name. `MOST` and `POSITIVE` hold the limits that all
+        families share.
     """
     for field in (each.name for each in dataclasses.fields(config)):
         value = getattr(config, field)
@@ -69,12 +70,16 @@ def check_outputs(values: np.ndarray, what: str, of: str = "rows") -> None:
 
 
 def check_range(name: str, values: Any, most: int, least: int = 0) -> None:
-    """Raise `DataError` unless an array holds integers from `least` to `most`. JAX would silently clip other indices.
+    """Raise `DataError` unless an array holds integers from `least` to `most`.
+
+    JAX would silently clip an index out of range.
 
     Values of traced arrays are not checked. `name` names the array in the message.
     """
     if not jnp.issubdtype(values.dtype, jnp.integer):
-        raise DataError(f"{name} has the type {values.dtype}, but must have an integer type: convert it.")
+        raise DataError(
+            f"{name} has the type {values.dtype}, but must have an integer type: convert the values."
+        )
     if isinstance(values, jax.core.Tracer) or not getattr(values, "is_fully_addressable", True):
         return
     low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
@@ -85,7 +90,7 @@ def check_range(name: str, values: Any, most: int, least: int = 0) -> None:
 
 
 def check_text(inputs: Any, vocab_size: int, max_length: int | None) -> None:
-    """Raise `DataError` unless `input_ids` (B, T) are tokens of the vocabulary and the arrays that go with them fit.
+    """Raise `DataError` unless `input_ids` (B, T) holds tokens of the vocabulary and the other text inputs fit.
 
     Parameters
     ----------
@@ -101,7 +106,7 @@ def check_text(inputs: Any, vocab_size: int, max_length: int | None) -> None:
     check_range("input_ids", ids, vocab_size - 1)
     if max_length is not None and ids.shape[1] > max_length:
         raise DataError(
-            f"input_ids has {ids.shape[1]} tokens in a row, but the model has {max_length} positions: shorten the "
+            f"input_ids has {ids.shape[1]} tokens in a row, but the model has only {max_length} positions: shorten the "
             "texts."
         )
     for name in ("attention_mask", "segments", "positions", "token_type_ids"):

@@ -33,7 +33,10 @@ _DEVIATION = 0.02
 
 
 def _initializer(config: DecoderConfig, adds: bool = False) -> axes.Initializer:
-    """Return the initializer of matrices. `adds` is True for matrices whose outputs enter a residual connection."""
+    """Return the initializer of weight matrices.
+
+    `adds` is True for a matrix whose output enters a residual connection.
+    """
     if config.init == "xavier":
         return jax.nn.initializers.glorot_normal()
     return jax.nn.initializers.normal(_DEVIATION / (2 * config.num_layers) ** 0.5 if adds else _DEVIATION)
@@ -51,7 +54,7 @@ class CausalAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, positions: jax.Array, attention: Attention) -> jax.Array:
-        """Apply attention to x (B, T, D) at positions (B, T) and return (B, T, D).
+        """Apply attention to the vectors x (B, T, D) of tokens at positions (B, T), and return (B, T, D).
 
         `attention` is the attention function; see `Attention`.
         """
@@ -94,13 +97,13 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention and feed-forward, each after a norm and with a residual connection."""
+    """Pre-norm transformer block: attention, then feed-forward, each after a norm and with a residual connection."""
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, positions: jax.Array, mask: Mask) -> jax.Array:
-        """Apply the block to x (B, T, D) at positions (B, T) and return (B, T, D).
+        """Apply the block to the vectors x (B, T, D) of tokens at positions (B, T), and return (B, T, D).
 
         Attention is always causal, even if `mask.order` is None.
         """
@@ -110,7 +113,7 @@ class Block(nn.Module):
 
     @nn.compact
     def mix(self, x: jax.Array, positions: jax.Array, attention: Attention) -> jax.Array:
-        """Apply the block as in `__call__`, but with the given attention function; (B, T, D) -> (B, T, D)."""
+        """Apply the block as `__call__` does, but with the given attention function; (B, T, D) -> (B, T, D)."""
         config = self.config
 
         def attended(x: jax.Array) -> jax.Array:
@@ -132,7 +135,7 @@ class Block(nn.Module):
 
 
 def running_positions(segments: jax.Array) -> jax.Array:
-    """Return the position of each token within its run of equal segment numbers: integers (B, T) -> (B, T)."""
+    """Number the tokens of each run of equal segment numbers from 0: integers (B, T) -> positions (B, T)."""
     index = jnp.arange(segments.shape[1])
     starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
@@ -162,7 +165,7 @@ class Decoder(nn.Module):
     def flops(config: DecoderConfig, batch: int, length: int) -> float:
         """Count the operations of all matrix products in one forward pass. A multiply-add counts as two.
 
-        Only half of the attention scores count, because attention is causal.
+        Attention is causal, so only half of the attention scores are counted.
         """
         width, size = config.embed_dim, config.head_size
         attention = width * size * (2 * config.num_heads + 2 * config.kv_heads)
@@ -191,7 +194,7 @@ class Decoder(nn.Module):
     def embed(self, input_ids: jax.Array, positions: jax.Array, soft: jax.Array | None = None) -> jax.Array:
         """Embed tokens at positions, both integers (B, T), as vectors (B, T, D).
 
-        The token -1 - k stands for the soft token k of its row, `soft[row, k]`. `soft` has the shape (B, K, D).
+        The token id -1 - k stands for the soft token `soft[row, k]`, where `soft` has the shape (B, K, D).
         """
         if soft is None:
             x = self.token(input_ids)
@@ -245,7 +248,7 @@ class Decoder(nn.Module):
         segments: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
-        """Compute the scores of the next token at each position.
+        """Compute the scores (logits) of the next token at each position.
 
         Parameters
         ----------
@@ -254,9 +257,9 @@ class Decoder(nn.Module):
         attention_mask
             Shape (B, T): 1 for tokens and 0 for padding, on either side. Padding does not change the outputs of tokens.
         segments
-            For rows that hold several texts one after the other, the number of each token's text, integers (B, T); 0 is
-            padding. A token attends only to its own text, and positions are counted from the beginning of the text. If
-            given, `attention_mask` is ignored.
+            For rows that hold several texts one after the other: the number of the text to which each token belongs,
+            integers (B, T); 0 is padding. A token attends only to its own text, and positions are counted from the
+            beginning of the text. If `segments` is given, `attention_mask` is ignored.
         positions
             Positions of the tokens, integers (B, T). By default, they are counted from the beginning of each text.
 

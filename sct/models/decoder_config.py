@@ -1,4 +1,7 @@
-"""Configurations of text decoders. GPT-2, GPT-NeoX (Pythia) and LLaMA share one architecture with different options."""
+"""Define the configurations of text decoders: GPT-2, GPT-NeoX (Pythia) and LLaMA.
+
+All three share one architecture with different options.
+"""
 
 from __future__ import annotations
 
@@ -139,12 +142,12 @@ class DecoderConfig:
 
     @classmethod
     def fit(cls, values: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-        """Return configuration values in which a `vocab_size` of 0 is replaced by the size of a tokenizer."""
+        """Return configuration values in which a `vocab_size` of 0 is replaced by the tokenizer's number of tokens."""
         return {**values, "vocab_size": values.get("vocab_size", cls.vocab_size) or vocab_size}
 
     @classmethod
     def with_length(cls, values: Mapping[str, Any], length: int) -> dict[str, Any]:
-        """Return the configuration values of a model whose training continues on rows of `length` tokens.
+        """Return the configuration values for training an existing model further on rows of `length` tokens.
 
         With rotary positions, `max_length` grows to `length` if it is smaller. With learned positions it stays the
         same, because it is the size of the position table.
@@ -165,11 +168,11 @@ class DecoderConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """Return the number of features of a head that are rotated."""
+        """Return how many features of a head rotary position embedding rotates."""
         return int(self.head_size * self.rotary_fraction)
 
     def frequencies(self) -> jax.Array:
-        """Return the rotation of each pair of features, in radians per position, float32 (rotary_dim / 2,)."""
+        """Return the rotation angle per position of each pair of features, in radians, float32 (rotary_dim / 2,)."""
         plain = rotary_frequencies(self.rotary_dim, self.rotary_base)
         if self.rotary_scaling == "linear":
             return plain / self.rotary_factor

@@ -1,6 +1,7 @@
-"""Low-rank adapters (LoRA; Hu et al. 2022), one or several for each layer.
+"""Define low-rank adapters (LoRA; Hu et al. 2022), one or several for each layer.
 
-`sct.models.adapters` holds the functions for all kinds of adapters. They can also be imported from here.
+`sct.models.adapters` holds the functions for all kinds of adapters. Code may also import these functions from this
+module.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ __all__ = [
 
 
 def adapted(variables: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the path and the low-rank adapter of each layer that has one in the collection "adapters"."""
+    """Yield the layer path and the arrays of each low-rank adapter in the collection "adapters"."""
     for layer, kind, adapter in adapters_of(variables):
         if kind is LOW_RANK:
             yield layer, adapter
@@ -46,9 +47,9 @@ def adapted(variables: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]
 class Mixture:
     """Several low-rank adapters (members) for every layer (ZerOmics paper, section 3.2).
 
-    The outputs of all members are summed. Each sample trains only some of the members. The matrices of all members are
-    concatenated to one adapter of rank `len(members) * rank`, whose output is the sum. A forward pass therefore runs
-    one adapter, and merging and exporting treat this adapter like any other.
+    The outputs of all members are summed. Each sample of a batch trains only some of the members. The matrices of all
+    members are concatenated to one adapter of rank `len(members) * rank`, whose output is this sum. A forward pass
+    therefore runs one adapter, and merging and exporting treat this adapter like any other.
 
     Parameters
     ----------
@@ -64,7 +65,8 @@ class Mixture:
     def __post_init__(self) -> None:
         if not self.members or len(set(self.members)) < len(self.members):
             raise ConfigError(
-                f"members is {self.members!r}, but must be a tuple of one or more distinct names: give each name once."
+                f"`members` is {self.members!r}, but must be a tuple of one or more distinct names: give each "
+                "name once."
             )
 
     @property
@@ -74,17 +76,17 @@ class Mixture:
         return dataclasses.replace(self.each, rank=self.each.rank * number, alpha=self.each.alpha * number)
 
     def place(self, member: str) -> slice:
-        """Return the columns of `lora_a`, which are also the rows of `lora_b`, that belong to a member."""
+        """Return the slice of the rank that belongs to a member: its columns of `lora_a` and its rows of `lora_b`."""
         first = self.members.index(member) * self.each.rank
         return slice(first, first + self.each.rank)
 
     def gate(self, trains: jax.Array) -> jax.Array:
-        """Expand the members that each sample trains, 0 or 1 (B, members), to columns, float32 (B, members * rank)."""
+        """Expand a 0-1 mask of members (B, members) to a mask of adapter columns, float32 (B, members * rank)."""
         return jnp.repeat(trains.astype(jnp.float32), self.each.rank, axis=1)
 
 
 def gated(variables: Mapping[str, Any], trained: jax.Array) -> dict[str, Any]:
-    """Return variables with which each sample trains only some columns of the low-rank adapters.
+    """Return variables in which each sample of a batch trains only some columns of the low-rank adapters.
 
     The outputs of the model do not change. The gradient that passes through the adapters to the layers below does not
     change either.

@@ -1,4 +1,4 @@
-"""Registry of architectures: the configuration, the Flax module and the default adapter targets of each name."""
+"""List all architectures: the configuration, the Flax module and the default adapter targets of each family name."""
 
 from __future__ import annotations
 
@@ -71,9 +71,10 @@ def with_current_names(
     values
         Values by option name; may be nested.
     where
-        Name of the configuration in messages.
+        Name that messages use for the configuration.
     recorded
-        Whether a model or run folder recorded the values. Nobody edits those, so former names give no warning.
+        Whether the values come from a model folder or run folder. Users do not edit these values, so former names give
+        no warning.
 
     Raises
     ------
@@ -115,7 +116,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Make a configuration dataclass from plain values, which may be nested.
+    """Make a configuration dataclass from a dict of plain values, which may be nested.
 
     Former option names also work; see `with_current_names`.
 
@@ -126,7 +127,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     values
         Values by option name.
     where
-        Name of the configuration in messages.
+        Name that messages use for the configuration.
 
     Raises
     ------
@@ -168,9 +169,9 @@ _COMPUTING = ("dtype", "remat", "dropout")
 
 
 def computing(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return configuration values in which the options in `_COMPUTING` are replaced by those in `given`.
+    """Return configuration values in which `given` replaces the options dtype, remat and dropout.
 
-    Options of a model's nested parts are also replaced.
+    `given` also replaces these options in the nested parts of a model.
     """
     changed = {name: given[name] for name in _COMPUTING if name in given and name in values}
     parts = {
@@ -223,7 +224,7 @@ def check_device(config: Any) -> None:
 
 
 def family(name: str) -> Architecture:
-    """Return the architecture of this name. Raises `ConfigError` if there is none."""
+    """Return the architecture of a family name. Raises `ConfigError` if no family has this name."""
     check_choice("the model family", name, sorted(MODELS))
     return MODELS[name]
 
@@ -231,7 +232,7 @@ def family(name: str) -> Architecture:
 def model_config(name: str, values: Mapping[str, Any], num_genes: int | None = None) -> Any:
     """Make the configuration of a model family from plain values.
 
-    If `num_genes`, the size of the vocabulary, is given, it fills in sizes that the values leave open (0 or missing).
+    `num_genes` is the number of genes in the vocabulary. It replaces sizes that are 0 or missing in the values.
     """
     cls, where = family(name).config, f"model ({name})"
     if num_genes is not None:

@@ -58,7 +58,7 @@ class Stem(nn.Module):
         return by_cells(self, x, num_positions=self.config.num_genes, halo=halo, chunked=False)
 
     def normalize(self, x: jax.Array) -> jax.Array:
-        """Return x unchanged, because the stem has no norm."""
+        """Return x unchanged. The stem has no norm."""
         return x
 
     def convolve(self, x: jax.Array, borders: Borders | None, skip: None) -> jax.Array:
@@ -67,7 +67,7 @@ class Stem(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """Norm, then convolution: the unit of both towers. With `upsample`, it doubles the number of positions.
+    """Norm followed by a convolution: the building block of both towers. `upsample` doubles the number of positions.
 
     The GELU that follows is not part of this module.
     """
@@ -139,7 +139,7 @@ class TowerLevel(nn.Module):
         return self.block.normalize(x)
 
     def convolve(self, x: jax.Array, borders: Borders | None, skip: jax.Array | None) -> jax.Array:
-        """Apply everything after the first norm to x (B, K * G, C); see `Conv` for `borders`."""
+        """Apply all operations after the first norm to x (B, K * G, C); see `Conv` for `borders`."""
         h = self.block.convolve(x, borders)
         y = gelu(h) + gelu(self.residual(gelu(h)))
         if not self.upsample:
@@ -148,7 +148,7 @@ class TowerLevel(nn.Module):
 
 
 class Head(nn.Module):
-    """Output head: GELU, hidden layers with GELU, and a dense layer that returns float32 logits of all tokens."""
+    """Output head: GELU, hidden layers with GELU, and a dense layer that computes float32 logits of all tokens."""
 
     config: SCTConfig
 
@@ -162,7 +162,7 @@ class Head(nn.Module):
     def __call__(self, x: jax.Array, cells: int | None = None) -> jax.Array:
         """Compute logits (..., num_bins + 2) from vectors x (..., filters[0]).
 
-        If x is a whole bag (B, K * G, filters[0]), `cells` is K; otherwise it is None.
+        If x holds all positions of a bag (B, K * G, filters[0]), `cells` is K; otherwise `cells` is None.
         """
         return by_positions(self, "mlp", x, cells)
 
@@ -182,7 +182,7 @@ class SCT(nn.Module):
     intermediates: ClassVar[tuple[str, ...]] = ("conv_out", "transformer_out", "deconv_out")
 
     def setup(self) -> None:
-        """Declare the parts, named as in the paper."""
+        """Declare the parts of the model, with the names that the paper uses."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         filters, genes, levels = config.filters, config.num_genes, range(config.num_downsamples)
         self.token_embed = Embed(config.num_bins + 2, config.token_embed_dim, dtype)
@@ -259,8 +259,8 @@ class SCT(nn.Module):
         batch, cells, genes = tokens.shape
         if genes != config.num_genes:
             raise ConfigError(
-                f"tokens has {genes} gene positions, but the model has {config.num_genes}: tokenize with the model's "
-                "vocabulary."
+                f"`tokens` has {genes} gene positions, but the model has {config.num_genes}: make the tokens with the "
+                "gene vocabulary of the model."
             )
         x = self.token_embed(tokens)
         if config.use_spatial:
@@ -269,7 +269,7 @@ class SCT(nn.Module):
             x = x + self.embed_coordinates(coordinates).astype(x.dtype)[:, :, None, :]
         elif coordinates is not None:
             raise ConfigError(
-                "coordinates were given, but the model has use_spatial=False: pass coordinates=None, or set "
+                "`coordinates` were given, but the model has use_spatial=False: pass coordinates=None, or set "
                 "use_spatial=True."
             )
         return rearrange(x, "b k g d -> b (k g) d")
@@ -308,7 +308,7 @@ class SCT(nn.Module):
     def decode(self, x: jax.Array, skips: list[jax.Array]) -> jax.Array:
         """Apply the deconvolution tower to x (B, K * G / 2^n, embed_dim) and return (B, K * G, filters[0]).
 
-        `skips` are the level inputs that `encode` returns.
+        `skips` are the inputs of the levels, which `encode` returns.
         """
         for level, skip in zip(self.up, reversed(skips), strict=True):
             x = level(x, skip if self.config.use_skip_connection else None)
@@ -325,14 +325,15 @@ class SCT(nn.Module):
         tokens = inputs["tokens"]
         if tokens.ndim != 3 or not jnp.issubdtype(tokens.dtype, jnp.integer) or not tokens.size:
             raise DataError(
-                f"tokens has the type {tokens.dtype} and the shape {tokens.shape}, but must be non-empty integers of "
-                f"shape (bags, cells, {config.num_genes} gene positions): give one row of tokens per cell."
+                f"`tokens` has the type {tokens.dtype} and the shape {tokens.shape}, but must be a non-empty integer "
+                "array "
+                f"of shape (bags, cells, {config.num_genes} gene positions): give one row of tokens per cell."
             )
         batch, cells, genes = tokens.shape
         if genes != config.num_genes:
             raise DataError(
-                f"tokens has {genes} gene positions, but the model has {config.num_genes}: put the genes into the "
-                f"model's order, and use token {config.pad} (PAD) for genes that are missing."
+                f"`tokens` has {genes} gene positions, but the model has {config.num_genes}: put the genes into the "
+                f"order of the model, and use token {config.pad} (PAD) for genes that are missing."
             )
         check_range("tokens", tokens, config.mask)
         for name, last in (("coordinates", 2), ("positions", None)):
@@ -345,12 +346,13 @@ class SCT(nn.Module):
             if not fits:
                 wanted = f"({batch}, {cells}, {last})" if last else f"({batch}, any number)"
                 raise DataError(
-                    f"{name} has the shape {value.shape}, but must have the shape {wanted} to match tokens: correct "
+                    f"{name} has the shape {value.shape}, but must have the shape {wanted} to match `tokens`: correct "
                     f"the shape of {name}."
                 )
         if inputs.get("coordinates") is not None and not config.use_spatial:
             raise DataError(
-                "coordinates were given, but the model has no spatial encoding (use_spatial=False): omit coordinates."
+                "`coordinates` were given, but the model has no spatial encoding (use_spatial=False): omit "
+                "`coordinates`."
             )
         if inputs.get("positions") is not None:
             check_range("positions", inputs["positions"], cells * genes - 1)

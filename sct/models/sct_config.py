@@ -1,4 +1,4 @@
-"""Configuration of the sCT model."""
+"""Define the configuration of the sCT model."""
 
 from __future__ import annotations
 
@@ -135,9 +135,9 @@ class SCTConfig:
 
     @classmethod
     def fit(cls, values: Mapping[str, Any], num_genes: int) -> dict[str, Any]:
-        """Return configuration values in which a missing `num_genes`, or 0, is replaced by a vocabulary's size.
+        """Return configuration values in which `num_genes`, if missing or 0, is set to the size of the vocabulary.
 
-        The size is padded to a multiple of 2 ** num_downsamples.
+        This size is rounded up to a multiple of 2 ** num_downsamples.
         """
         levels = values.get("num_downsamples", cls.num_downsamples)
         check_at_least("num_downsamples", levels, 1, most=MOST["num_downsamples"])
@@ -145,17 +145,20 @@ class SCTConfig:
 
     @property
     def pad(self) -> int:
-        """Return the PAD token, which marks gene positions and cells that are padding."""
+        """Return the number of the PAD token, which marks gene positions and cells that are padding."""
         return self.num_bins
 
     @property
     def mask(self) -> int:
-        """Return the MASK token, which marks masked positions."""
+        """Return the number of the MASK token, which marks masked positions."""
         return self.num_bins + 1
 
     @property
     def filters(self) -> tuple[int, ...]:
-        """Return the width before the first level and after each level: `num_downsamples + 1` multiples of 32."""
+        """Return the width before the first tower level and the width after each level.
+
+        There are `num_downsamples + 1` widths, all multiples of 32.
+        """
         widths = np.linspace(self.token_embed_dim, self.embed_dim, self.num_downsamples + 1)
         return tuple(int(32 * np.ceil(width / 32)) for width in widths)
 

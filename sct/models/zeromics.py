@@ -56,7 +56,7 @@ class ZerOmicsConfig:
 
     @classmethod
     def fit(cls, values: Mapping[str, Any], num_genes: int) -> dict[str, Any]:
-        """Return configuration values in which sizes of 0 are replaced.
+        """Return configuration values in which sizes that are 0 get their actual value.
 
         The number of genes becomes the size of the vocabulary; other sizes become their defaults.
         """
@@ -74,7 +74,7 @@ class ZerOmicsConfig:
 
 
 class CellTokenizer(nn.Module):
-    """Layers that turn cells into soft tokens (ZerOmics paper, equation 6); see `ZerOmicsConfig.tokenizer`."""
+    """Layers that turn a cell into soft tokens (ZerOmics paper, equation 6); see `ZerOmicsConfig.tokenizer`."""
 
     config: ZerOmicsConfig
 
@@ -82,8 +82,8 @@ class CellTokenizer(nn.Module):
     def __call__(self, hidden: jax.Array, genes: jax.Array | None = None) -> jax.Array:
         """Compute the soft tokens (B, K, E) of cells from the hidden vectors (B, S, D) of their genes.
 
-        `genes` (B, S) holds the number of each gene in the vocabulary, or -1 for padding. None means that the S = G
-        genes are those of the vocabulary, in order.
+        `genes` (B, S) holds the index of each gene in the vocabulary, or -1 for padding. None means that the S = G
+        genes are all genes of the vocabulary, in order.
         """
         config, width = self.config, self.config.llm.embed_dim
         dtype = jnp.dtype(config.llm.dtype)
@@ -138,7 +138,7 @@ class ZerOmics(nn.Module):
             return
         if len(ids) != len(inputs["bins"]):
             raise DataError(
-                f"bins has {len(inputs['bins'])} cells, but input_ids has {len(ids)} instructions: give one "
+                f"`bins` has {len(inputs['bins'])} cells, but `input_ids` has {len(ids)} instructions: give one "
                 "instruction per cell."
             )
         check_range("input_ids", ids, config.llm.vocab_size - 1, least=-config.num_soft)
@@ -178,7 +178,7 @@ class ZerOmics(nn.Module):
         return self.cells.hidden_states(bins, genes)
 
     def soft(self, hidden: jax.Array, genes: jax.Array | None = None) -> jax.Array:
-        """Compute the soft tokens (B, K, E) of cells from the output of `encode`, `hidden` (B, S, D)."""
+        """Compute the soft tokens (B, K, E) of cells from `hidden` (B, S, D), the output of `encode`."""
         return self.tokenizer(hidden, genes)
 
     def hidden_states(
@@ -186,7 +186,7 @@ class ZerOmics(nn.Module):
     ) -> jax.Array:
         """Compute the hidden vectors (B, T, E) of instructions (B, T).
 
-        The token -1 - k stands for the soft token k of the row. `soft` has the shape (B, K, E).
+        The token id -1 - k stands for the soft token `soft[row, k]`, where `soft` has the shape (B, K, E).
         """
         return self.llm.hidden_states(input_ids, attention_mask, soft=soft)
 
@@ -201,14 +201,14 @@ class ZerOmics(nn.Module):
         input_ids: jax.Array | None = None,
         attention_mask: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
-        """Compute the soft tokens of cells and, given instructions, the scores of the next tokens.
+        """Compute the soft tokens of cells. If instructions are given, also compute the scores of the next tokens.
 
         Parameters
         ----------
         bins, genes
             Genes of the cells; see `ZerOmicsCells`.
         input_ids
-            Instructions, integers (B, T), one per cell. The token -1 - k stands for the soft token k of the cell.
+            Instructions, integers (B, T), one per cell. The token id -1 - k stands for the soft token k of the cell.
         attention_mask
             Shape (B, T): 1 for tokens and 0 for padding, on either side.
 

@@ -72,7 +72,7 @@ class ZerOmicsCellsConfig:
 
     @classmethod
     def fit(cls, values: Mapping[str, Any], num_genes: int) -> dict[str, Any]:
-        """Return configuration values in which sizes of 0 are replaced.
+        """Return configuration values in which sizes that are 0 get their actual value.
 
         `num_genes` becomes the size of the vocabulary, and `feature_dim` becomes its default.
         """
@@ -114,8 +114,8 @@ class ZerOmicsCells(nn.Module):
         check_range("bins", bins, config.mask)
         if genes is None and bins.shape[1] != config.num_genes:
             raise DataError(
-                f"bins has {bins.shape[1]} genes, but the model has {config.num_genes}: pass `genes` to say which they "
-                "are."
+                f"`bins` has {bins.shape[1]} genes per cell, but the model has {config.num_genes}: pass `genes`, which "
+                "gives the index of each gene in the vocabulary."
             )
         if genes is not None:
             check_shape("genes", genes, bins.shape, advice="give the shape of bins")
@@ -167,7 +167,7 @@ class ZerOmicsCells(nn.Module):
         return x
 
     def _weighted(self, bins: jax.Array, text: jax.Array, valid_mask: jax.Array | None) -> jax.Array:
-        """Multiply the projected text features (B, S, D) by the bins (B, S) and return (B, S, D).
+        """Multiply each gene's projected text feature (B, S, D) by the gene's bin (B, S) and return (B, S, D).
 
         The bins are first scaled so that their mean over the genes of a cell is 1. A masked bin counts as 0.
         """
@@ -177,7 +177,7 @@ class ZerOmicsCells(nn.Module):
         return weights[..., None].astype(text.dtype) * text
 
     def bin_logits(self, hidden: jax.Array) -> jax.Array:
-        """Compute the logits of the bins, zero included, float32 (..., num_bins + 1), from hidden vectors (..., D)."""
+        """Compute logits of the bins (zero included), float32 (..., num_bins + 1), from hidden vectors (..., D)."""
         return self.bin_head(hidden).astype(jnp.float32)
 
     def gene_logits(self, hidden: jax.Array) -> jax.Array:
@@ -185,15 +185,15 @@ class ZerOmicsCells(nn.Module):
         return self.gene_head(hidden).astype(jnp.float32)
 
     def __call__(self, bins: jax.Array, genes: jax.Array | None = None) -> dict[str, jax.Array]:
-        """Compute a hidden vector for each gene of each cell, from all genes of the cell.
+        """Compute a hidden vector for each gene of a cell, from all genes of the cell.
 
         Parameters
         ----------
         bins
             Expression bins, integers (B, S): 0 is unexpressed, 1 to num_bins are bins, and num_bins + 1 is the mask.
         genes
-            Number of each gene in the vocabulary, integers (B, S); -1 marks padding. None means that the S = G genes
-            are those of the vocabulary, in order.
+            Index of each gene in the vocabulary, integers (B, S); -1 marks padding. None means that the S = G genes are
+            all genes of the vocabulary, in order.
 
         Returns
         -------

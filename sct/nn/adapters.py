@@ -1,12 +1,13 @@
-"""Compute a layer with its adapter. Adapters are a separate Flax collection, "adapters".
+"""Apply the adapter of a layer. Adapters are stored in a separate Flax collection, "adapters".
 
-An adapter never changes the parameters of its layer. Its arrays lie under the path of the layer. There are three kinds:
+An adapter never changes the parameters of its layer. The arrays of an adapter have the path of the layer. There are
+three kinds of adapters:
 
 - **Low-rank** (LoRA; Hu et al. 2022), for a dense layer of shape (in, out). Trained arrays: `lora_a` (in, r) and
   `lora_b` (r, out). The constant `scale` is alpha / r. The constant `dropout` is the fraction of inputs that is set to
-  zero when the call has a PRNG key named "dropout". A call that is differentiated may also have `trained` (B, r): where
-  it is 1, the gradient of this sample reaches that column of `lora_a` and the matching row of `lora_b`; where it is 0,
-  the gradient does not (see `sct.models.lora.gated`).
+  zero when the call has a PRNG key named "dropout". In training, the adapter may also have an array `trained` (B, r).
+  Where `trained` is 1, the gradient of this sample reaches that column of `lora_a` and the matching row of `lora_b`.
+  Where `trained` is 0, the gradient does not reach them (see `sct.models.lora.gated`).
 - **Bottleneck** (scPEFT, "gene encoder prompt" and "gene token prompt"), for a dense layer or an embedding table with
   outputs y (..., D). Trained arrays: `bottleneck_down` (D, s), `bottleneck_down_bias` (s), `bottleneck_up` (s, D) and
   `bottleneck_up_bias` (D). Constants: `bottleneck_scale` and `bottleneck_skip`. The layer then returns
@@ -15,11 +16,11 @@ An adapter never changes the parameters of its layer. Its arrays lie under the p
   Trained array: `prefix` (n, D). The attention layer projects these vectors to n more keys and values, and every query
   may attend to them.
 
-In a stack of equal layers, the first axis of every array counts the layers. If only some layers have an adapter, this
-axis has one entry for each of them, and one more array (`lora_layers`, `bottleneck_layers` or `prefix_layers`) holds
-their layer numbers.
+In a stack of equal layers, the first axis of every array is the layer axis. If only some layers have an adapter, this
+axis has one entry for each of these layers, and one more array (`lora_layers`, `bottleneck_layers` or `prefix_layers`)
+holds the numbers of these layers.
 
-`sct.models.adapters` chooses the layers and makes the collection.
+`sct.models.adapters` chooses the layers and makes the arrays.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ class Kind(NamedTuple):
     Attributes
     ----------
     name
-        Name of the kind in messages.
+        Name that messages use for this kind of adapter.
     trained
-        Names of the trained arrays. Every adapter of the kind has the first one.
+        Names of the trained arrays. Every adapter of this kind has the first array of this list.
     numbers
         Names of the arrays that are not trained.
     layers
@@ -58,12 +59,12 @@ class Kind(NamedTuple):
 
     @property
     def on(self) -> str:
-        """Return the name of the array that says which layers of a stack have an adapter; see `for_all_layers`."""
+        """Return the name of the bool array that marks the layers of a stack with an adapter; see `for_all_layers`."""
         return f"{self.layers}_on"
 
     @property
     def arrays(self) -> tuple[str, ...]:
-        """Return the names of all arrays of this kind."""
+        """Return the names of all arrays of this kind of adapter."""
         return (*self.trained, *self.numbers, self.layers)
 
 
@@ -79,12 +80,12 @@ KINDS = (LOW_RANK, BOTTLENECK, PREFIX)
 
 
 def kind_of(array: str) -> Kind | None:
-    """Return the kind of adapter that has an array of this name, or None if no kind has one."""
+    """Return the kind of adapter that has an array of this name, or None if no kind has such an array."""
     return next((kind for kind in KINDS if array in kind.arrays), None)
 
 
 def for_all_layers(adapters: dict[str, Any], number: int) -> dict[str, Any]:
-    """Extend the adapters of a stack to all its layers, for stacks in which only some layers have one.
+    """Extend the adapters of a stack in which only some layers have an adapter to all layers of the stack.
 
     A layer without an adapter gets arrays of zeros. A low-rank adapter of zeros adds nothing to its layer. For the
     other kinds, the array `Kind.on`, bool (number,), says which layers have an adapter.
@@ -116,9 +117,9 @@ _INDICES = {kind.layers: kind for kind in KINDS}
 
 
 def drop(module: nn.Module, x: jax.Array, rate: jax.Array | float) -> jax.Array:
-    """Apply dropout to x: set the fraction `rate` to zero and scale up the rest.
+    """Apply dropout to x: set a random fraction `rate` of its values to zero, and divide the others by 1 - rate.
 
-    Without a PRNG key named "dropout" in the call, return x unchanged.
+    If the call has no PRNG key named "dropout", return x unchanged.
     """
     if not module.has_rng("dropout"):
         return x
@@ -128,17 +129,17 @@ def drop(module: nn.Module, x: jax.Array, rate: jax.Array | float) -> jax.Array:
 
 
 def with_adapters(module: nn.Module, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Apply the low-rank adapter and the bottleneck of a dense layer, if it has them.
+    """Apply the low-rank adapter and the bottleneck of a dense layer, if the layer has them.
 
-    The layer maps x (..., in) to y (..., out). Returns (..., out).
+    x (..., in) is the input of the layer, and y (..., out) its output without adapters. Returns (..., out).
     """
     return with_bottleneck(module, with_low_rank(module, x, y))
 
 
 def with_low_rank(module: nn.Module, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Add the output of a dense layer's low-rank adapter, if it has one, to the layer's output.
+    """Add the output of the low-rank adapter of a dense layer, if the layer has one, to the output of the layer.
 
-    The layer maps x (..., in) to y (..., out). Returns (..., out).
+    x (..., in) is the input of the layer, and y (..., out) its output without adapters. Returns (..., out).
     """
     if not module.has_variable(COLLECTION, "lora_a"):
         return y
@@ -158,7 +159,7 @@ def with_low_rank(module: nn.Module, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def with_bottleneck(module: nn.Module, y: jax.Array) -> jax.Array:
-    """Pass the output y (..., D) of a layer through the layer's bottleneck, if it has one. Returns (..., D)."""
+    """Pass the output y (..., D) of a layer through the layer's bottleneck, if the layer has one. Returns (..., D)."""
     if not module.has_variable(COLLECTION, "bottleneck_down"):
         return y
     arrays: list[jax.Array] = [
@@ -183,7 +184,7 @@ class Prefix(NamedTuple):
     keys, values
         Shape (1 or B, n, H', D). Rotary position embedding is not applied to them.
     on
-        Whether queries attend to the prefix, bool (). None means always.
+        Whether queries attend to the prefix, bool (). None means that they always do.
     """
 
     keys: jax.Array
@@ -191,14 +192,14 @@ class Prefix(NamedTuple):
     on: jax.Array | None = None
 
     def map(self, change: Callable[[jax.Array], jax.Array]) -> Prefix:
-        """Return a prefix in which the function `change` was applied to keys and values."""
+        """Apply the function `change` to the keys and to the values, and return the new prefix."""
         return Prefix(change(self.keys), change(self.values), self.on)
 
 
 def prefix_of(
     module: nn.Module, keys: Callable[..., jax.Array], values: Callable[..., jax.Array]
 ) -> Prefix | None:
-    """Return the prefix of an attention layer, or None if the layer has none.
+    """Return the prefix of an attention layer, or None if the layer has no prefix.
 
     `keys` and `values` are the projections of the layer; each maps vectors (1, n, E) to (1, n, H', D).
     """
@@ -218,8 +219,9 @@ def _product(x: jax.Array, first: jax.Array, second: jax.Array) -> tuple[jax.Arr
 def _gated(x: jax.Array, first: jax.Array, second: jax.Array, trained: jax.Array) -> jax.Array:
     """Compute `x @ first @ second` for x (B, ..., in), with a custom gradient for the two matrices.
 
-    A sample adds to the gradient of column j of `first` (in, r) and of row j of `second` (r, out) only if its entry j
-    of `trained` (B, r) is 1. The gradient with respect to x is the usual one.
+    Sample b contributes to the gradient of column j of `first` (in, r) and of row j of `second` (r, out) only if
+    `trained[b, j]` is 1, where `trained` has the shape (B, r). The gradient with respect to x does not depend on
+    `trained`.
     """
     return _product(x, first, second)[0]
 

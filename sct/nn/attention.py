@@ -1,4 +1,4 @@
-"""Multi-head attention, rotary position embedding and the gated feed-forward layer."""
+"""Define multi-head attention, rotary position embedding and the gated feed-forward layer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, Mask | None], jax.Array]
 
 
 def rotary_frequencies(features: int, base: float = 10_000.0) -> jax.Array:
-    """Return the rotation of each pair of features, in radians per position: `base ** (-2 i / features)`.
+    """Return the rotation angle per position of feature pair i, in radians: `base ** (-2 i / features)`.
 
     Shape (features / 2,), float32.
     """
@@ -72,12 +72,12 @@ def attend(
 
     The implementation depends on backend, type and length:
 
-    - cuDNN's flash kernel, through `jax.nn.dot_product_attention`, on GPU in 16 bits. It does not support segments,
-      nor a causal order together with a prefix.
+    - cuDNN's flash kernel, through `jax.nn.dot_product_attention`, on GPU with 16-bit types. This kernel does not
+      support segments, nor a causal order together with a prefix.
     - XLA's `jax.nn.dot_product_attention`, if all keys fit into one chunk, and always inside `reference_kernels`.
     - `chunked_attention` otherwise.
 
-    The memory of the first and the third implementation grows linearly with L.
+    The memory use of the first and the third implementation grows linearly with L.
 
     On a mesh, each device computes attention for its own queries, heads and bags. If the sequence is split among
     devices, each device first gathers all keys and values. These two arrays of B x L x H x D are small compared with
@@ -91,10 +91,10 @@ def attend(
         Shape (B, M, H', D). H' divides H, and H / H' query heads share each key head (grouped-query attention;
         Ainslie et al. 2023).
     mask
-        Which keys a query attends to. The default is all keys.
+        Mask of the keys to which each query attends. By default, a query attends to all keys.
     prefix
-        Further keys and values, to which every query attends, whatever the mask. They have no position in the
-        sequence, so the causal order of the mask does not count them.
+        Further keys and values, to which every query attends, whatever the mask. The prefix has no position in the
+        sequence, so the causal order of the mask does not count it.
 
     Returns
     -------
@@ -146,7 +146,10 @@ def attend(
 def _with_prefix(
     prefix: Prefix | None, query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | None
 ) -> tuple[jax.Array, jax.Array, Mask | None]:
-    """Put the keys and values (B, n, H', D) of a prefix before the others; return keys, values and the new mask."""
+    """Put the keys and values (B, n, H', D) of a prefix before those of the sequence.
+
+    Return all keys, all values and the new mask.
+    """
     if prefix is None:
         return key, value, mask
     batch, length = prefix.keys.shape[:2]
@@ -167,7 +170,7 @@ def _with_prefix(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gathered(x: jax.Array, along: str) -> jax.Array:
-    """Gather the whole sequence (B, L, H, D) from the devices. Gradients are summed over the devices in float32."""
+    """Gather the whole sequence (B, L, H, D) from all devices. Gradients are summed over the devices in float32."""
     return lax.all_gather(x, along, axis=1, tiled=True)
 
 
@@ -182,9 +185,9 @@ _gathered.defvjp(lambda x, along: (_gathered(x, along), None), _gathered_backwar
 def _implementation(
     query: jax.Array, key: jax.Array, mask: Mask | None, parted: bool, prefix: Prefix | None = None
 ) -> Attend:
-    """Return the attention function that suits the backend, the type and the length of the whole sequence.
+    """Choose the attention function for the backend, the dtype and the length of the whole sequence.
 
-    `parted` says whether the queries of a sequence are split among devices.
+    `parted` is True if the queries of a sequence are split among devices.
     """
     order = None if mask is None else mask.order
     more = 0 if prefix is None else prefix.keys.shape[1]
@@ -218,14 +221,14 @@ def _chunked(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | No
 
 
 def _repeat_heads(shared: jax.Array, query: jax.Array) -> jax.Array:
-    """Repeat the heads of keys or values (B, M, H', D), so that each query head has its own: (B, M, H, D)."""
+    """Repeat the heads of keys or values (B, M, H', D), so that each query head has its own copy: (B, M, H, D)."""
     return repeat(shared, "b m h d -> b m (h shares) d", shares=query.shape[2] // shared.shape[2])
 
 
 def _fits_cudnn(query: jax.Array) -> bool:
     """Return whether cuDNN's flash attention supports queries (B, L, H, D).
 
-    It needs 16-bit numbers, a D of at most 128 that is a multiple of 8, and an Ampere or newer GPU.
+    cuDNN needs 16-bit numbers, a D of at most 128 that is a multiple of 8, and an Ampere or newer GPU.
     """
     if jax.default_backend() != "gpu" or query.dtype.itemsize != 2:
         return False

@@ -1,4 +1,4 @@
-"""Logical axis names of parameters and activations, and their placement on a device mesh.
+"""Name the axes of parameters and activations, and place the arrays on a device mesh.
 
 Layers name the axes of their arrays ("batch", "length", "channel"). Rules map these names to mesh axes ("data", "fsdp",
 "tensor", "sequence"), and `sct.train.sharding` makes the mesh. The same layer code therefore runs on any mesh, and
@@ -73,7 +73,10 @@ def param(
     Sharding, abstract initialization and memory estimates all use this declaration.
     """
     if len(shape) != len(axes):
-        raise ValueError(f"parameter {name}: {len(shape)} dimensions but {len(axes)} axis names")
+        raise ValueError(
+            f"the parameter {name} has {len(shape)} dimensions, but {len(axes)} axis names: give one name per "
+            "dimension."
+        )
     # Inside a module, Flax returns the array itself and not the box with the axis names.
     value = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
     return cast(jax.Array, value)
@@ -85,7 +88,7 @@ _active: ContextVar[tuple[Mesh, AxisRules] | None] = ContextVar("sct_mesh", defa
 
 @contextmanager
 def on_mesh(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
-    """Shard activations over `mesh` by their axis names in all code that is traced inside this context."""
+    """Shard activations over `mesh` by the names of their axes, in all code that is traced inside this context."""
     token = _active.set((mesh, rules))
     try:
         yield
@@ -114,7 +117,10 @@ def spec(
 
 
 def placement(shape: tuple[int, ...], *names: str | None) -> tuple[Mesh, PartitionSpec] | None:
-    """Return the mesh and the PartitionSpec of an activation with these axis names, or None unless `is_sharded`."""
+    """Return the mesh and the PartitionSpec of an activation with these axis names.
+
+    Return None if activations are not sharded.
+    """
     active = _active.get()
     if active is None or not is_sharded():
         return None
@@ -125,14 +131,17 @@ def placement(shape: tuple[int, ...], *names: str | None) -> tuple[Mesh, Partiti
 def is_sharded() -> bool:
     """Return whether activations are sharded over a mesh of several devices.
 
-    Inside a function under `on_each_device` this is False.
+    Inside a function that `on_each_device` runs, the result is False.
     """
     active = _active.get()
     return active is not None and active[0].size > 1 and not _manual_axes()
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Shard the activation x over the mesh by the names of its axes. Unless `is_sharded`, return x unchanged."""
+    """Shard the activation x over the mesh by the names of its axes.
+
+    Without a mesh of several devices, return x unchanged.
+    """
     placed = placement(x.shape, *names)
     return x if placed is None else jax.lax.with_sharding_constraint(x, NamedSharding(*placed))
 
@@ -144,7 +153,7 @@ def shards_of(name: str, size: int) -> int:
 
 
 def _mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """Return one entry of a PartitionSpec as a tuple of mesh axes. The entry may be a single name, or None."""
+    """Convert one entry of a PartitionSpec (a name, a tuple of names, or None) to a tuple of mesh axes."""
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
@@ -162,9 +171,9 @@ def on_each_device(
     function
         (params, *sequences) -> sequence (B, L', D), with the same number of positions for every cell.
     params
-        Tree of parameters. Each device gets them whole, except along the mesh axes that XLA manages.
+        Tree of parameters. Each device gets complete parameters, except along the mesh axes that XLA manages.
     sequences
-        Arrays (B, L, C) of `cells` cells each, or None.
+        Arrays (B, L, C), each with the positions of `cells` cells, or None.
     cells
         Cells in a bag (K). A cell is never split between devices.
 
@@ -196,16 +205,16 @@ def on_each_device(
 
 
 def _manual_axes() -> frozenset[str]:
-    """Return the mesh axes of the `shard_map` around the code that is being traced.
+    """Return the mesh axes of the `shard_map` inside which code is being traced.
 
-    The function asks JAX for them, because a context variable would fail for gradients: JAX traces them after the
-    `with` block has ended.
+    The function asks JAX for these axes. A context variable would fail for gradients, because JAX traces gradients
+    after the `with` block has ended.
     """
     return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def is_sequence_cut() -> bool:
-    """Return whether sequences are split among devices, so that a function under `on_each_device` sees only a part."""
+    """Return whether sequences are split among devices; `on_each_device` then gives a function only a part of them."""
     return bool(_manual_axes().intersection(RULES[CELL]))
 
 
@@ -238,7 +247,7 @@ def neighbor_positions(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 
 
 def shardings(boxed: Any, mesh: Mesh, rules: AxisRules) -> Any:
-    """Return the tree of shardings for boxed variables (from `module.init`), by their logical axis names.
+    """Return the shardings of boxed variables (from `module.init`), as a tree. They follow from the logical axis names.
 
     Variables without axis names are replicated on all devices.
     """

@@ -1,4 +1,4 @@
-"""Attention that never stores the whole score matrix, neither in the forward nor in the backward pass.
+"""Compute attention without storing the whole score matrix, neither in the forward nor in the backward pass.
 
 Queries and keys are cut into chunks. A block is one chunk of queries with one chunk of keys. A softmax over all keys
 needs only a running maximum and a running sum, in float32 (Rabe & Staats 2021, "Self-attention does not need O(n^2)
@@ -29,7 +29,7 @@ CHUNKS, ORDERED_CHUNKS = (1024, 1024), (512, 512)
 
 
 def default_chunks(ordered: bool = False) -> tuple[int, int]:
-    """Return the numbers of query and key positions in a block, for the default backend.
+    """Return the number of query positions and the number of key positions in a block, for the default backend.
 
     `ordered` is True for causal attention, in which queries do not attend to later keys.
     """
@@ -52,8 +52,8 @@ class Mask(NamedTuple):
     Attributes
     ----------
     query, key
-        Segment numbers, int32 (B, L) and (B, M). None means one segment. By convention 0 is padding. Keys may also have
-        the segment `EVERYONE` or `NO_ONE`.
+        Segment numbers of queries, int32 (B, L), and of keys, int32 (B, M). None means that there is one segment. By
+        convention 0 is padding. Keys may also have the segment `EVERYONE` or `NO_ONE`.
     order
         For causal attention, the index of the first query among the keys, int32 (): query i attends to keys 0 to
         `order + i`. None means all keys.
@@ -64,7 +64,7 @@ class Mask(NamedTuple):
     order: jax.Array | int | None = None
 
     def visible(self, queries: jax.Array, keys: jax.Array) -> jax.Array | None:
-        """Return which queries attend to which keys, bool (B or 1, L', M'); None if every query attends to every key.
+        """Return a mask, bool (B or 1, L', M'), of the keys to which each query attends; None if all attend to all.
 
         Parameters
         ----------
@@ -96,10 +96,11 @@ def chunked_attention(
     key, value
         Shape (B, M, H, D), with at least one key. L and M need not be multiples of the chunk sizes.
     mask
-        Which keys a query attends to. The default is all keys. Blocks in which the causal order masks every key are
-        skipped.
+        Mask of the keys to which each query attends. By default, a query attends to all keys. Blocks in which the
+        causal order masks every key are skipped.
     chunks
-        Largest numbers of query and key positions in a block. The default depends on the backend; see `default_chunks`.
+        Largest number of query positions and of key positions in a block. The default depends on the backend; see
+        `default_chunks`.
 
     Returns
     -------
@@ -109,7 +110,7 @@ def chunked_attention(
 
 
 def _plan(length: int, most: int) -> tuple[int, int]:
-    """Return the number and the size of the equal chunks of at most `most` positions that need the least padding."""
+    """Choose equal chunks of at most `most` positions that need the least padding. Return their number and size."""
     number = -(-length // most)
     return number, -(-length // number)
 
@@ -145,9 +146,10 @@ class _Blocks(NamedTuple):
         return cls(Mask(segments[0], segments[1], mask.order), plans[0], plans[1], length)
 
     def bias(self, i: Any, j: Any) -> jax.Array | None:
-        """Return the bias to add to the scores of block (i, j), (B or 1, 1, c, c').
+        """Return the bias that is added to the scores of block (i, j), with shape (B or 1, 1, c, c').
 
-        It is 0 for keys that a query attends to, `UNSEEN` for others and -inf for padding. None means all zeros.
+        The bias is 0 for keys to which a query attends, `UNSEEN` for other keys, and -inf for padding. None means all
+        zeros.
         """
         take = functools.partial(lax.dynamic_index_in_dim, keepdims=False)
         query, key = (
@@ -168,7 +170,7 @@ class _Blocks(NamedTuple):
         return jnp.where(keys < self.length, bias, -jnp.inf)
 
     def stop(self, i: Any) -> Any:
-        """Return the number of key chunks that the queries of chunk i may attend to, counted from the first."""
+        """Return how many key chunks, counted from the first, the queries of chunk i may attend to."""
         if self.mask.order is None:
             return self.keys[0]
         last = self.mask.order + (i + 1) * self.queries[1]
@@ -208,7 +210,7 @@ def _forward(
         i, queries = part
 
         def add(j: jax.Array, running: Any) -> Any:
-            """Add the keys of chunk j to the running softmax."""
+            """Update the running softmax with the keys of chunk j."""
             highest, total, mixed = running
             keys, values = _block(blocks, j)
             scores = _scores(queries, keys, which.bias(i, j))

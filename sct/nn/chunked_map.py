@@ -54,7 +54,7 @@ _mark: ContextVar[_Mark | None] = ContextVar("sct_saveable", default=None)
 
 
 def saveable(x: jax.Array) -> jax.Array:
-    """Mark the array `x` as one that may be saved for the backward pass, and return `x`.
+    """Mark the array `x` as a value that may be saved for the backward pass, and return `x`.
 
     Mark the outputs of convolutions and matrix products. Norms and GELUs cost only one pass over memory, so the
     backward pass recomputes them.
@@ -64,7 +64,7 @@ def saveable(x: jax.Array) -> jax.Array:
 
 
 def inside_chunk() -> bool:
-    """Return whether the code that is being traced runs inside a `chunked_map`."""
+    """Return whether code is being traced inside a `chunked_map`."""
     return _mark.get() is not None
 
 
@@ -79,9 +79,9 @@ def _marking(mark: _Mark) -> Iterator[None]:
 
 @jax.custom_vjp
 def with_saved_value(computed: jax.Array, saved: jax.Array) -> jax.Array:
-    """Return `saved`, the value of `computed` from the forward pass, but pass the gradient to `computed`.
+    """Return `saved`, the value of `computed` that the forward pass saved, but pass the gradient to `computed`.
 
-    The value of `computed` is then unused, so XLA does not compute it.
+    The value of `computed` is not used, so XLA does not compute it.
     """
     return saved
 
@@ -94,7 +94,7 @@ with_saved_value.defvjp(
 def _map(
     function: ChunkFunction, save: bool, params: Any, inputs: Any
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Return the outputs (n, ...) and, with `save`, the values (n, ...) that the function marks as `saveable`."""
+    """Compute the outputs (n, ...) of all chunks. With `save`, also return the values (n, ...) marked as `saveable`."""
 
     def one(chunk: Any) -> tuple[jax.Array, ...]:
         saved: list[jax.Array] = []
@@ -148,7 +148,7 @@ def _put(arrays: Any, chunks: Any, i: jax.Array) -> Any:
 
 
 def _room(shape: tuple[int, ...], dtype: Any, after: jax.Array) -> jax.Array:
-    """Return a buffer of this shape. Its values do not matter, because all of them are overwritten later.
+    """Return a buffer of a given shape. Its initial values do not matter, because all of them are overwritten later.
 
     The buffer depends on the array `after`, so XLA does not allocate it before `after` exists.
     """

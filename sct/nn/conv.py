@@ -1,4 +1,4 @@
-"""One-dimensional convolutions over a channels-last sequence."""
+"""Define one-dimensional convolutions over sequences whose last axis is the channel axis."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _DIMENSIONS = ("NWC", "WIO", "NWC")
 def conv(x: jax.Array, kernel: jax.Array, padding: tuple[int, int] | None = None) -> jax.Array:
     """Convolve x (B, L, C) with a kernel (k, C, F) at stride 1 and return (B, L, F).
 
-    `padding` gives the numbers of zeros before and after the sequence. A negative number removes positions. The default
-    is "SAME" padding. With another padding, the length of the output changes accordingly.
+    `padding` gives the number of zeros before the sequence and the number after it. A negative number removes
+    positions. The default is "SAME" padding. With another padding, the length of the output changes accordingly.
     """
     size = kernel.shape[0]
     pads = ((size - 1) // 2, size // 2) if padding is None else padding
@@ -83,11 +83,12 @@ def conv_transpose_2x(x: jax.Array, kernel: jax.Array, halo: int = 0) -> jax.Arr
     Parameters
     ----------
     x
-        Sequence (B, L, C); with a halo, (B, halo + L + halo, C).
+        Sequence (B, L, C). With a halo, its shape is (B, halo + L + halo, C).
     kernel
         Shape (k, C, F).
     halo
-        Number of positions from the neighboring parts of the sequence at each end of x. They replace the padding.
+        Number of positions at each end of x that come from the neighboring parts of the sequence. These positions
+        replace the padding.
     """
     size = kernel.shape[0]
     left = -(-size // 2) if size > 1 else 0  # left padding of the dilated input under "SAME", stride 2
@@ -117,7 +118,7 @@ Borders = tuple[jax.Array, jax.Array]
 
 
 class Conv(nn.Module):
-    """Convolution with "SAME" padding, or transposed convolution of stride 2 with `upsample=True`.
+    """Convolution with "SAME" padding. With `upsample=True`, it is a transposed convolution of stride 2.
 
     The kernel has the shape (kernel_size, in, out) in both cases. If `segment` is set, the sequence is cut into
     segments of that many positions, and the convolution does not read across their borders.

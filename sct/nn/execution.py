@@ -53,9 +53,9 @@ def by_cells(
     layer: Any, x: jax.Array, skip: jax.Array | None = None, *, num_positions: int, halo: int, chunked: bool = True,
     remat: str = "none",
 ) -> jax.Array:  # fmt: skip
-    """Compute `layer.convolve(layer.normalize(x), borders, skip)`, on several devices and in chunks.
+    """Compute `layer.convolve(layer.normalize(x), borders, skip)` on several devices and in chunks of cells.
 
-    The beginning of this file explains devices, chunks and saved values.
+    The docstring of this module explains devices, chunks and saved values.
 
     Parameters
     ----------
@@ -64,9 +64,10 @@ def by_cells(
     x, skip
         Sequence (B, K * G, C), and the skip connection (B, K * G', C') or None.
     num_positions
-        Positions of a cell in x (G).
+        Number of positions of a cell in x (G).
     halo
-        Positions that `convolve` reads beyond each end; 0 if convolutions do not read across cell borders.
+        Number of positions that `convolve` reads beyond each end of its input; 0 if convolutions do not read across
+        cell borders.
     chunked
         Whether the layer processes a large bag in chunks on CPU.
     remat
@@ -97,7 +98,7 @@ def by_cells(
 
 
 def by_positions(layer: nn.Module, method: str, x: jax.Array, cells: int | None = None) -> jax.Array:
-    """Apply a method of a layer that treats each position separately, (..., C) -> (..., C'), in chunks of positions.
+    """Apply a layer's method that treats each position separately, (..., C) -> (..., C'), to chunks of positions.
 
     This saves memory in layers with hidden vectors much wider than their inputs. In the head of sCT, a million
     positions at once take 4 GiB, and another 4 GiB for the gradient.
@@ -135,8 +136,8 @@ def rematerialized(layer: _Layer, remat: str, prevent_cse: bool = True) -> _Laye
 def cells_per_chunk(cells: int, num_positions: int) -> int:
     """Return the number of cells in a chunk of a bag; it divides `cells`.
 
-    On CPU this is the smallest number whose positions fill a chunk. On accelerators it is `cells`, a single chunk. On a
-    mesh, `cells` counts the cells of the bag on one device.
+    On CPU, the number is the smallest one whose positions fill a chunk. On accelerators, the number is `cells`, so the
+    bag is a single chunk. On a mesh, `cells` is the number of cells of a bag on one device.
     """
     if use_reference() or jax.default_backend() != "cpu" or axes.is_sharded():
         return cells
@@ -146,7 +147,7 @@ def cells_per_chunk(cells: int, num_positions: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Method:
-    """A method of an unbound module, as a function of variables and inputs. `chunked_map` needs it to be hashable."""
+    """Wrap a method of an unbound module as a hashable function of variables and inputs, which `chunked_map` needs."""
 
     module: nn.Module
     name: str
@@ -180,7 +181,7 @@ def _in_chunks(
 
 
 def _split(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split parameters into the variables of `normalize` and those of `convolve`.
+    """Split the parameters of a layer into the variables that `normalize` uses and those that `convolve` uses.
 
     The loop of the backward pass carries one sum per parameter, so each loop gets only the parameters that it needs.
     """
@@ -191,7 +192,7 @@ def _split(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _borders_of_chunks(x: jax.Array, halo: int, chunks: int) -> Borders:
-    """Return the positions before and after each of the n chunks of x (B, L, C), both of shape (B * n, 1, halo, C)."""
+    """Return the `halo` positions before and after each of the n chunks of x (B, L, C), both (B * n, 1, halo, C)."""
     first, last = axes.neighbor_positions(x, halo)
     parts = rearrange(x, "b (n l) c -> b n l c", n=chunks)
     before = jnp.concatenate([first[:, None], parts[:, :-1, -halo:]], axis=1)

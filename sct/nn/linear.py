@@ -1,4 +1,4 @@
-"""Dense layers and token embeddings."""
+"""Define dense layers and token embeddings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sct.nn.adapters import with_adapters, with_bottleneck
 
 
 class Linear(nn.Module):
-    """Dense layer over the last axis: `y = x @ kernel + bias`, with the layer's adapters if it has any.
+    """Dense layer over the last axis: `y = x @ kernel + bias`. If the layer has adapters, they are applied too.
 
     Parameters
     ----------

@@ -21,9 +21,9 @@ _SCORES = 1 << 24
 def token_losses(
     scores: Callable[[jax.Array], jax.Array], hidden: jax.Array, targets: jax.Array, vocab_size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute the cross-entropy of each token in chunks, without storing the scores of all positions.
+    """Compute the cross-entropy of each token in chunks of positions.
 
-    Neither the forward nor the backward pass stores them.
+    Neither the forward nor the backward pass stores the scores (logits) of all positions.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ def token_losses(
 
     Returns
     -------
-    Losses float32 (B, T), in nats, and whether the token with the highest score is the target, bool (B, T).
+    The losses, float32 (B, T), in nats; and whether the token with the highest score is the target, bool (B, T).
     """
 
     def of_chunk(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -91,8 +91,8 @@ def next_token_losses(
 
     Returns
     -------
-    Three arrays of shape (B, T): the losses, float32, in nats; whether the token with the highest score is the right
-    one, bool; and 1.0 at positions that count and 0.0 elsewhere, float32.
+    Three arrays of shape (B, T): the losses in nats, float32; whether the token with the highest score is the right
+    one, bool; and 1.0 at positions that count for the loss and 0.0 at other positions, float32.
     """
     losses, right = token_losses(scores, hidden, jnp.maximum(jnp.roll(ids, -1, axis=1), 0), vocab_size)
     counts = jnp.roll(predicted, -1, axis=1).at[:, -1].set(False)

@@ -1,4 +1,4 @@
-"""Ordered tables of regular expressions over parameter paths.
+"""Match ordered tables of regular expressions to parameter paths.
 
 Such tables choose which parameters are trained, and set their weight decay and learning rate. The first pattern that
 matches a path applies. A path without a match is an error, so that a renamed layer cannot silently change its group.
@@ -38,7 +38,7 @@ def resolve(rules: PathRules[T], paths: Iterable[str], what: str) -> dict[str, T
     paths
         Paths of parameters.
     what
-        Name of the rules in messages, such as "learning rate".
+        Name that messages use for the rules, such as "learning rate".
 
     Raises
     ------
@@ -55,8 +55,11 @@ def resolve(rules: PathRules[T], paths: Iterable[str], what: str) -> dict[str, T
                 used.add(index)
                 break
         else:
-            raise ConfigError(f"no {what} rule matches the parameter {path!r}: add one, ('.*', ...) last.")
+            raise ConfigError(
+                f"no {what} rule matches the parameter {path!r}: add a rule for it, or a last rule with the pattern "
+                "'.*'."
+            )
     unused = [rules[i][0] for i in range(len(rules)) if i not in used and rules[i][0] != ".*"]
     if unused:
-        raise ConfigError(f"the {what} rule {unused[0]!r} matches no parameter: correct or remove it.")
+        raise ConfigError(f"the {what} rule {unused[0]!r} matches no parameter: correct or remove the rule.")
     return found

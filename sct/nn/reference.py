@@ -1,4 +1,4 @@
-"""Reference kernels: the plain implementation of every layer, to test the fast implementations against.
+"""Select reference kernels: the plain implementation of every layer, to which tests compare the fast implementations.
 
 Layers have several equivalent implementations (two phases for a transposed convolution, chunks, custom gradients), and
 choose one by backend and size. Inside `reference_kernels`, each layer uses the one that follows its definition.
@@ -24,7 +24,7 @@ def reference_kernels() -> Iterator[None]:
 
 
 def use_reference() -> bool:
-    """Return whether layers use their reference implementation."""
+    """Return whether the current code is inside a `reference_kernels` context."""
     return _reference.get()
 
 
@@ -46,5 +46,8 @@ def smaller_chunks(share: float) -> Iterator[None]:
 
 
 def chunk_limit(limit: int) -> int:
-    """Return the largest size of a chunk: `limit`, the best one for inputs of full size, scaled by `smaller_chunks`."""
+    """Return the largest allowed chunk size: `limit` multiplied by the share that `smaller_chunks` sets.
+
+    `limit` is the best chunk size for inputs of full size.
+    """
     return max(1, round(limit * _share.get()))

@@ -1,4 +1,4 @@
-"""Sinusoidal encoding of cell coordinates (sCT paper, equation 1)."""
+"""Encode cell coordinates as sines and cosines (sCT paper, equation 1)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def spatial_features(
     Parameters
     ----------
     coordinates
-        Positions of cells, rescaled per slide (see `sct.data.coordinates.rescale_coordinates`).
+        Coordinates of cells, rescaled per slide (see `sct.data.coordinates.rescale_coordinates`).
     num_scales, sigma_min, sigma_max
         Number of scales (S), and the two constants of the formula, in the unit of the coordinates.
     mode

@@ -1,6 +1,6 @@
-"""Stacks of equal layers: each parameter is one array for all layers, and one loop (`jax.lax.scan`) runs the layers.
+"""Stack equal layers: each parameter is one array for all layers, and one loop (`jax.lax.scan`) runs the layers.
 
-However many layers a stack has, only one of them is compiled.
+XLA compiles only one layer, however many layers the stack has.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Speed measurements of `launch.speed`: how fast each part runs, compared with the limits of the machine."""
+"""Measure for `launch.speed` how fast each part runs, and compare the speed with the limits of the machine."""

@@ -1,4 +1,4 @@
-"""The compute ceiling: operations per second of a large matrix product in the dtype of the model."""
+"""Measure the compute ceiling: the operations per second of a large matrix product in the dtype of the model."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _TOO_LONG = 2.0
 
 
 def arithmetic(dtype: str) -> str:
-    """Return the arithmetic that matrix products of this dtype use on the default devices.
+    """Return the number format in which the default devices compute matrix products of a dtype.
 
-    "float32" products do not always use float32: by default, GPUs round their inputs to 10 mantissa bits ("tf32") and
-    TPUs to 7 ("bfloat16"). `jax_default_matmul_precision` changes this.
+    "float32" products do not always use float32. By default, GPUs round the inputs of products to 10 mantissa bits
+    ("tf32"), and TPUs round them to 7 bits ("bfloat16"). `jax_default_matmul_precision` changes this default.
     """
     if dtype != "float32":
         return dtype
@@ -37,15 +37,15 @@ def matmul_ceiling(dtype: str, size: int = 0, devices: Sequence[Any] | None = No
     Parameters
     ----------
     dtype
-        Data type of the matrices. The precision is the configured one.
+        Data type of the matrices. The precision is the configured one (`jax_default_matmul_precision`).
     size
-        Side of the square matrices; 0 tries the default sizes for the type of device.
+        Number of rows and columns of the square matrices; 0 tries the default sizes for the type of device.
     devices
         Devices that compute at the same time. Default: all devices.
 
     Returns
     -------
-    Operations per second (a multiply-add counts as two), and the side of the matrices with the highest rate.
+    Operations per second (a multiply-add counts as two), and the size of the matrices with the highest rate.
     """
     used = np.asarray(jax.devices() if devices is None else devices)
     best, at = 0.0, 0
@@ -65,7 +65,10 @@ def matmul_ceiling(dtype: str, size: int = 0, devices: Sequence[Any] | None = No
 
 
 def _product_seconds(side: int, dtype: str, devices: np.ndarray) -> float:
-    """Return the shortest time of a product of two square matrices; each device computes its own at the same time."""
+    """Return the shortest time in seconds of a product of two square matrices.
+
+    All devices compute such a product at once.
+    """
     mesh = Mesh(devices, ("device",))
     split = PartitionSpec("device")
 

@@ -1,4 +1,4 @@
-"""Compare the outputs of a fast step with the reference implementation, and define the tolerances."""
+"""Compare the outputs of a fast step with those of the reference implementation, and define the tolerances."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _norm(x: Any) -> float:
 
 
 def difference(made: Any, reference: Any) -> float:
-    """Return the norm of the difference of two arrays, divided by the norm of the reference."""
+    """Return the norm of the difference between an array and the reference, divided by the norm of the reference."""
     made, reference = np.asarray(made, np.float64), np.asarray(reference, np.float64)
     if made.shape != reference.shape:
         return float("inf")
@@ -51,7 +51,11 @@ def difference(made: Any, reference: Any) -> float:
 
 
 def gradient_difference(made: Mapping[str, Any], reference: Mapping[str, Any]) -> tuple[float, float, str]:
-    """Return the relative difference of two gradients, that of the worst leaf, and the path of this leaf."""
+    """Compare two gradients.
+
+    Return the relative difference of the whole gradient, the relative difference of the worst leaf, and the path of
+    this leaf.
+    """
     if set(made) != set(reference):
         return float("inf"), float("inf"), str(sorted(set(made) ^ set(reference))[0])
     errors, norms = {}, {}
@@ -66,7 +70,10 @@ def gradient_difference(made: Mapping[str, Any], reference: Mapping[str, Any]) -
 
 
 def differences(made: Outputs, reference: Outputs) -> dict[str, float]:
-    """Return the relative difference of each output by name; for a gradient, of all leaves and of the worst leaf."""
+    """Return the relative difference of each output, as a dict by name.
+
+    A gradient has two entries: one for the whole gradient and one for its worst leaf.
+    """
     found = {}
     for name, expected in reference.items():
         if isinstance(expected, dict):
@@ -77,21 +84,21 @@ def differences(made: Outputs, reference: Outputs) -> dict[str, float]:
 
 
 def _require(what: str, made: Outputs, expected: Outputs, limits: Mapping[str, float]) -> dict[str, float]:
-    """Return the differences; `SctError` if one exceeds its limit or is NaN."""
+    """Return the relative difference of each output. Raise `SctError` if a difference exceeds its limit or is NaN."""
     found = differences(made, expected)
     for name, value in found.items():
         if not value <= limits[name]:
             leaves = [gradient_difference(made[n], e)[2] for n, e in expected.items() if isinstance(e, dict)]
             raise SctError(
                 f"the {name} of {what} differs from the reference implementation by {value:.2g} in relative norm, but "
-                f"at most {limits[name]:.2g} is allowed{f' (worst leaf: {leaves[0]})' if leaves else ''}: the step is "
-                "wrong, so it was not timed."
+                f"at most {limits[name]:.2g} is allowed{f' (worst leaf: {leaves[0]})' if leaves else ''}: report this "
+                "as a bug in the step, which was not timed."
             )
     return found
 
 
 def compare(what: str, dtype: str, fast: ComputationPath, plain: ComputationPath, share: float) -> Check:
-    """Compare a step with the reference implementation, first in exact float32 and then in its own arithmetic.
+    """Compare a step with the reference implementation, first in exact float32, then in the number format of the step.
 
     Parameters
     ----------
@@ -100,7 +107,7 @@ def compare(what: str, dtype: str, fast: ComputationPath, plain: ComputationPath
     dtype
         Compute dtype of the model.
     fast, plain
-        Functions that run the step to be timed and the reference implementation; `fast` is called first.
+        `fast` runs the step to be timed, and `plain` runs the reference implementation. `fast` is called first.
     share
         Size of the compared batch relative to the timed batch. The fast step splits the compared batch into as many
         chunks as it will use for the timed batch.

@@ -1,4 +1,4 @@
-"""The modes `forward` and `train`: time compiled steps, and compare them with the compute ceiling."""
+"""Measure the modes `forward` and `train`: time compiled steps, and compare their speed with the compute ceiling."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run_steps(
     devices: Sequence[Any],
     active: bool = True,
 ) -> dict[str, Any]:
-    """Time steps, and measure the compute ceiling before and after them. Memory results exclude the ceiling.
+    """Time steps, and measure the compute ceiling before and after the steps. The reported memory is that of the steps.
 
     Returns
     -------
@@ -68,7 +68,10 @@ def run_steps(
 
 
 def _compiled(function: Any, *arguments: Any) -> tuple[Any, dict[str, Any]]:
-    """Compile a jitted function; return the program and its compile times, operations and memory."""
+    """Compile a jitted function.
+
+    Return the program, and a dict with its compile times, its operations and its memory.
+    """
     start = time.perf_counter()
     lowered = function.lower(*arguments)
     traced = time.perf_counter()
@@ -99,7 +102,7 @@ def _rates(found: dict[str, Any], task: Task, cells: int, records: int, flops: f
 
 
 def measure_train(job: SpeedJob, store: Store) -> dict[str, Any]:
-    """Time the compiled training step with its optimizer; the loader feeds it as in training.
+    """Time the compiled training step with its optimizer. The loader provides the batches, as in training.
 
     A step consists of the transfer of the batch and the update. The time spent waiting for the loader is reported
     separately.

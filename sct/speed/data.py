@@ -1,4 +1,4 @@
-"""The modes `loader` and `ingest`: measure cells per second, and compare them with a sequential read of the disk."""
+"""Measure the modes `loader` and `ingest` in cells per second, and compare them with a sequential read of the disk."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _read_plainly(study: Study, rows: np.ndarray) -> np.ndarray:
 
 
 def _tokens_by_definition(counts: np.ndarray, num_bins: int, num_positions: int) -> np.ndarray:
-    """Return the levels (K, G) by their definition: log1p, then equal bins between the lowest and highest value."""
+    """Compute the levels (K, G) by definition: log1p, then equal bins between the lowest and highest non-zero value."""
     tokens = np.full((len(counts), num_positions), num_bins, np.uint8)
     for cell, row in enumerate(counts):
         levels, expressed = np.zeros(len(row), np.uint8), row > 0
@@ -53,7 +53,10 @@ def _tokens_by_definition(counts: np.ndarray, num_bins: int, num_positions: int)
 
 
 def check_loader(job: SpeedJob, store: Store) -> dict[str, Any]:
-    """Compare a bag of the loader with levels computed from counts read by anndata; `SctError` if they differ."""
+    """Compare a bag from the loader with levels that are computed from counts read by anndata.
+
+    Raise `SctError` if they differ.
+    """
     task = job.task(store)
     source = task.dataset("train")
     assert source is not None
@@ -68,13 +71,14 @@ def check_loader(job: SpeedJob, store: Store) -> dict[str, Any]:
     if wrong:
         raise SctError(
             f"{wrong:,} of {expected.size:,} tokens of the first bag of study {study.name!r} differ from the tokens "
-            "of the reference implementation, but must be equal: the loader is wrong, so it was not timed."
+            "of the reference implementation, but must be equal: report this as a bug in the loader, which was not "
+            "timed."
         )
     return {"differences": {"tokens": 0.0}, "limits": {"tokens": 0.0}, "cells_per_bag": len(bag)}
 
 
 def _some(files: list[Path]) -> list[Path]:
-    """Return the first files whose total size is at most `_DISK_BYTES`, but at least one file."""
+    """Return the first files up to a total size of `_DISK_BYTES`, and at least one file."""
     sizes = itertools.accumulate(path.stat().st_size for path in files)
     return [path for path, total in zip(files, sizes, strict=True) if total <= _DISK_BYTES] or files[:1]
 
@@ -206,7 +210,7 @@ def measure_ingest(job: SpeedJob, store: Store | None = None) -> dict[str, Any]:
 
 
 def check_ingest(file: Path, store: Store) -> dict[str, Any]:
-    """Compare random cells of a store with its source file, both read by anndata; `SctError` if they differ."""
+    """Compare random cells of a store with the source file; anndata reads both. Raise `SctError` if they differ."""
     study = store.studies[0]
     rows = np.unique(np.random.default_rng(0).integers(study.n_cells, size=_CHECKED_CELLS))
     names = study.obs().index.to_numpy()[rows]
@@ -222,6 +226,8 @@ def check_ingest(file: Path, store: Store) -> dict[str, Any]:
     if wrong or not same_cells:
         raise SctError(
             f"{wrong} of {len(rows)} checked cells of the store differ from the source file (cells in the file: "
-            f"{len(backed.obs_names):,}, in the store: {study.n_cells:,}): the ingest is wrong, so it was not timed."
+            f"{len(backed.obs_names):,}, in the store: {study.n_cells:,}): report this as a bug in ingest, which was "
+            "not "
+            "timed."
         )
     return {"differences": {"counts": 0.0}, "limits": {"counts": 0.0}, "cells": len(rows)}

@@ -1,4 +1,4 @@
-"""The mode `embed`: time `sct.tl.embed` on cells in memory."""
+"""Measure the mode `embed`: time `sct.tl.embed` on cells in memory."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ from sct.weights.pretrained import Pretrained
 
 
 def _pretrained(job: SpeedJob, task: Any, variables: Any) -> Pretrained:
-    """Return a model with these variables; noise_fraction 0 keeps all genes, even for few cells."""
+    """Return a model with the given variables.
+
+    Its option noise_fraction=0 keeps all genes, even if there are few cells.
+    """
     data = {"cells_per_bag": task.bags.cells_per_bag, "noise_fraction": 0.0}
     return Pretrained(job.config["family"], task.model_config, variables, task.vocabulary, data=data)
 
 
 def _table(store: Store, cells: int) -> ad.AnnData:
-    """Return the first cells of the first training study, in memory."""
+    """Return the first cells of the first training study, as an AnnData in memory."""
     study = store.split("train")[0]
     var = pd.DataFrame(index=pd.Index(np.array(store.vocabulary.keys, dtype=object), dtype=object))
     counts = study.read(0, min(cells, study.n_cells))
@@ -73,7 +76,8 @@ def check_embed(job: SpeedJob, store: Store) -> Check:
 def measure_embed(job: SpeedJob, store: Store) -> dict[str, Any]:
     """Time `sct.tl.embed`, from counts in memory to the embedding in obsm.
 
-    The report has no operation count: families only count a whole forward pass, and an embedding needs half of one.
+    The report has no operation count. The families count the operations of a whole forward pass, but an embedding needs
+    only half of a forward pass.
     """
     task = job.task(store)
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])

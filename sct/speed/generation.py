@@ -1,4 +1,7 @@
-"""The mode `generate`: compare tokens per second with the memory bandwidth and with Hugging Face transformers."""
+"""Measure the mode `generate` in tokens per second.
+
+Compare it with the memory bandwidth and with Hugging Face transformers.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ _REPEATS = 5
 
 
 def model_of(job: SpeedJob) -> Pretrained:
-    """Return the model of a configuration: the one in `init_from`, otherwise with random parameters.
+    """Return the model in `init_from` of a configuration. Without `init_from`, return a model with random parameters.
 
     Raises
     ------
@@ -70,7 +73,7 @@ def prompts_of(config: DecoderConfig) -> list[np.ndarray]:
 
 
 def check(model: Pretrained) -> Check:
-    """Compare decoding with a key-value cache, token by token, with one forward pass over the whole text."""
+    """Check that decoding token by token with a key-value cache gives the logits of one forward pass over the text."""
     config, length = model.config, 24
     ids = jnp.asarray(np.random.default_rng(1).integers(0, config.vocab_size, (2, length)))
     attention_mask = jnp.arange(length) >= jnp.asarray([[0], [5]])
@@ -95,13 +98,16 @@ def check(model: Pretrained) -> Check:
     if not difference <= limit:
         raise SctError(
             f"logits with and without a key-value cache differ by {difference:.1e} in relative norm, but at most "
-            f"{limit:.1e} is allowed: generation is wrong, so it was not timed."
+            f"{limit:.1e} is allowed: report this as a bug in generation, which was not timed."
         )
     return {"differences": {"scores with a cache": difference}, "limits": {"scores with a cache": limit}}
 
 
 def memory_ceiling(dtype: str) -> float:
-    """Measure the memory bandwidth: bytes per second of a product of a few rows and a large matrix, read once."""
+    """Measure the memory bandwidth in bytes per second.
+
+    The measured operation is the product of a few rows and a large matrix, which is read once.
+    """
     side = 4096
     width = _CEILING_BYTES // side // jnp.dtype(dtype).itemsize
     matrix = jax.random.normal(jax.random.key(0), (side, width), jnp.float32).astype(dtype)
@@ -117,7 +123,7 @@ def memory_ceiling(dtype: str) -> float:
 
 
 def measure(job: SpeedJob) -> dict[str, Any]:
-    """Time generation. A step generates 256 tokens for each of 8 prompts, including the reading of the prompts."""
+    """Time generation. A step reads 8 prompts and generates 256 tokens for each of them."""
     model = model_of(job)
     config: DecoderConfig = model.config
     if config.positions == "learned" and config.max_length < PROMPT + NEW:
@@ -172,7 +178,7 @@ def measure(job: SpeedJob) -> dict[str, Any]:
 
 
 def beside_transformers(model: Pretrained, prompts: list[np.ndarray], steps: int) -> dict[str, Any]:
-    """Return the rates of Hugging Face transformers for the same weights, or a note if it is not installed."""
+    """Measure Hugging Face transformers with the same weights. Return its rates, or a note if it is not installed."""
     try:
         rate = _transformers(model, prompts, steps)
     except MissingExtraError:
@@ -185,7 +191,9 @@ def _transformers(model: Pretrained, prompts: list[np.ndarray], steps: int) -> d
         import torch
         import transformers
     except ImportError as error:
-        raise MissingExtraError("torch or transformers is not installed.") from error
+        raise MissingExtraError(
+            "torch or transformers is not installed: run pip install torch transformers."
+        ) from error
     from sct.weights.hf import folder as hf
 
     transformers.logging.set_verbosity_error()

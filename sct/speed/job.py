@@ -1,4 +1,4 @@
-"""Options of a speed measurement, and the cells that it uses."""
+"""Define the options of a speed measurement, and prepare the cells that it uses."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class SpeedOptions:
     check_cells
         Cells per bag in the comparison with the reference implementation; 0 uses 2 cells, but no more than a bag has.
     cells
-        Number of synthetic cells; 0 uses the default of the mode. No effect if the configuration sets a store or data
-        set.
+        Number of synthetic cells; 0 uses the default of the mode. The option has no effect if the configuration sets a
+        store or a data set.
     nonzeros
         Mean number of expressed genes per synthetic cell; 0 uses a tenth of the genes.
     ceiling_size
-        Side of the matrices for the compute ceiling; 0 uses the default sizes of the device.
+        Number of rows and columns of the matrices for the compute ceiling; 0 uses the default sizes for the device.
     """
 
     mode: str = "train"
@@ -65,7 +65,7 @@ class SpeedOptions:
 
 @dataclasses.dataclass(frozen=True)
 class SpeedJob:
-    """A speed measurement; it can be pickled, so that another process can prepare it.
+    """A speed measurement. It can be pickled, so that another process can prepare the cells.
 
     Attributes
     ----------
@@ -109,12 +109,12 @@ class SpeedJob:
 
     @property
     def task_spec(self) -> TaskSpec:
-        """Specification of the task."""
+        """Specification of the task in the configuration."""
         return task_spec_of(self.config)
 
     @property
     def data(self) -> Any:
-        """Data section of the configuration."""
+        """Section `data` of the configuration."""
         return data_of(self.config)
 
     @property
@@ -123,33 +123,36 @@ class SpeedJob:
         return int(getattr(self.data, "cells_per_bag", 1))
 
     def of_cells(self, cells: int) -> dict[str, int]:
-        """Return the data option for bags of `cells` cells; an empty dict if records are single cells."""
+        """Return the data option that sets `cells` cells per bag, as a dict.
+
+        The dict is empty if records are single cells.
+        """
         return {"cells_per_bag": cells} if hasattr(self.data, "cells_per_bag") else {}
 
     @property
     def train(self) -> TrainConfig:
-        """Train section of the configuration, with at least one step."""
+        """Section `train` of the configuration, with at least one step."""
         given = self.config["train"]
         return registry.build(TrainConfig, {**given, "steps": max(int(given.get("steps") or 0), 1)}, "train")
 
     @property
     def optimizer(self) -> OptimizerConfig:
-        """Optimizer section of the configuration."""
+        """Section `optimizer` of the configuration."""
         return registry.build(OptimizerConfig, self.config.get("optimizer", {}), "optimizer")
 
     @property
     def synthetic(self) -> bool:
-        """Whether synthetic cells are used: for an ingest, or if the configuration sets no store and no data set."""
+        """Whether to use synthetic cells: always for an ingest, otherwise if neither a store nor a data set is set."""
         return self.options.mode == "ingest" or not (self.data.store or self.data.dataset)
 
     @property
     def genes(self) -> Any:
-        """Vocabulary of synthetic cells: human genes, at most as many as the model has positions."""
+        """Vocabulary of the synthetic cells: human genes, but no more genes than the model has positions."""
         return synthetic.vocabulary(int(self.config.get("model", {}).get("num_genes") or 0))
 
     @property
     def cells(self) -> int:
-        """Number of synthetic cells."""
+        """Number of synthetic cells in the measurement."""
         bag = self.cells_per_record
         fewest = {"embed": 2 * bag}.get(self.options.mode, max(_LEAST_CELLS, 2 * bag * self.train.batch_size))
         return self.options.cells or _CELLS.get(self.options.mode, fewest)
@@ -170,7 +173,7 @@ class SpeedJob:
         registry.check_device(registry.model_config(family, values, len(self.genes)))
 
     def prepare_cells(self) -> None:
-        """Create the missing inputs: synthetic cells as a file or store, or the store of a data set."""
+        """Create inputs that do not exist yet: a file or store of synthetic cells, or the store of a data set."""
         if self.options.mode == "ingest":
             synthetic.write_h5ad(self.source, self.genes, self.cells, self.nonzeros)
         elif self.synthetic:
@@ -179,13 +182,18 @@ class SpeedJob:
             prepare(self.data.dataset, self.folder / "store")
 
     def open_store(self) -> Store:
-        """Open the store of the configuration, or the one from `prepare_cells`."""
+        """Open the store that the configuration names, or the store that `prepare_cells` has created."""
         if self.data.store and self.data.dataset:
-            raise ConfigError("data.store and data.dataset are both set: leave one of them empty.")
+            raise ConfigError(
+                "data.store and data.dataset are both set, but only one is allowed: leave one of them empty."
+            )
         return Store.open(Path(self.data.store).expanduser() if self.data.store else self.folder / "store")
 
     def task(self, store: Store, **sections: Mapping[str, Any]) -> Any:
-        """Build the task of the configuration with changes in some sections; fields that do not exist are ignored."""
+        """Build the task of the configuration with changes in some sections.
+
+        Changes of fields that do not exist are ignored.
+        """
         types = {
             "model": registry.family(str(self.config["family"])).config,
             "objective": self.task_spec.objective,

@@ -21,7 +21,7 @@ _READ_BYTES = 8 << 20
 
 
 def _status(field: str) -> int:
-    """Return an entry of /proc/self/status in bytes; 0 if the system does not have it."""
+    """Return an entry of /proc/self/status in bytes, or 0 if the system has no such entry."""
     try:
         lines = _STATUS.read_text().splitlines()
     except OSError:
@@ -30,7 +30,7 @@ def _status(field: str) -> int:
 
 
 def host_bytes() -> int:
-    """Return the current memory of this process in bytes; 0 if the system does not report it."""
+    """Return the current memory use of this process in bytes, or 0 if the system does not report it."""
     return _status("VmRSS")
 
 
@@ -85,14 +85,17 @@ class HostPeak:
 
 
 def device_peak() -> int | None:
-    """Return the peak memory so far of any local device in bytes; None if the backend does not report it (CPU)."""
+    """Return the peak memory use in bytes over all local devices, or None if the backend does not report it (CPU)."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
     known = [int(peak) for peak in peaks if peak]
     return max(known) if known else None
 
 
 def memory_of(compiled: Any) -> dict[str, int | None]:
-    """Return the memory per device that XLA plans for a compiled program, in bytes; None if unknown."""
+    """Return the bytes per device that XLA plans for a compiled program, as a dict by kind of memory.
+
+    Values are None if unknown.
+    """
     analysis = compiled.memory_analysis()
     names = {"temporaries": "temp", "arguments": "argument", "outputs": "output", "aliased": "alias"}
     return {
@@ -102,7 +105,10 @@ def memory_of(compiled: Any) -> dict[str, int | None]:
 
 
 def flops_of(compiled: Any) -> float | None:
-    """Return XLA's operation count of a program: loop bodies count once, products in library calls do not count."""
+    """Return XLA's operation count of a program.
+
+    XLA counts the body of a loop once, and does not count library calls.
+    """
     analysis = compiled.cost_analysis()
     if isinstance(analysis, list):
         analysis = analysis[0] if analysis else None
@@ -115,7 +121,7 @@ def files_below(folders: Iterable[Path]) -> list[Path]:
 
 
 def forget(files: Iterable[Path]) -> None:
-    """Ask the system to drop files from its page cache; some systems cannot do this."""
+    """Ask the system to drop files from its page cache, which not every system supports."""
     for path in files:
         descriptor = os.open(path, os.O_RDONLY)
         # A failure is harmless: `sequential_read` checks whether files really came from the disk.
@@ -127,7 +133,7 @@ def forget(files: Iterable[Path]) -> None:
 
 
 def _read_from_disk() -> int | None:
-    """Return the bytes that this process has read from storage; None if the system does not report it."""
+    """Return the number of bytes that this process has read from storage, or None if the system does not report it."""
     try:
         lines = _IO.read_text().splitlines()
     except OSError:
@@ -136,7 +142,7 @@ def _read_from_disk() -> int | None:
 
 
 def sequential_read(files: Iterable[Path]) -> tuple[float, str]:
-    """Read files once, one after the other; return the bytes per second and the source of the data.
+    """Read files once, one after the other. Return the bytes per second and the source of the data.
 
     The source is "disk", "page cache" or "unknown". File systems whose reads the kernel does not count for the process
     are reported as "page cache".

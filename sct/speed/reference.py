@@ -33,7 +33,11 @@ _MORE_BAGS = 2  # two bags, to detect errors that mix the bags of a batch
 
 
 def small_batch(job: SpeedJob, store: Store) -> tuple[Any, Any, dict[str, np.ndarray], int]:
-    """Return a task with small bags, the mesh, a batch of up to two bags per data shard, and the cells per bag."""
+    """Make small inputs for the comparison.
+
+    Return the task with small bags, the mesh, a batch of up to two bags per data shard, and the number of cells per
+    bag.
+    """
     mesh = sharding.make_mesh(job.train.mesh)
     cells = checked_cells(job, mesh.shape["sequence"])
     task = job.task(store, data=job.of_cells(cells))
@@ -48,13 +52,13 @@ def small_batch(job: SpeedJob, store: Store) -> tuple[Any, Any, dict[str, np.nda
 
 
 def checked_cells(job: SpeedJob, devices: int = 1) -> int:
-    """Return the cells per bag in a comparison: a multiple of the devices that share a bag."""
+    """Return the number of cells per bag in the comparison. Devices that share a bag get equal numbers of cells."""
     wanted = -(-(job.options.check_cells or 2) // devices) * devices
     return min(wanted, job.cells_per_record)
 
 
 def share_of(job: SpeedJob, cells: int) -> float:
-    """Return the size of a bag in the comparison relative to the timed bag."""
+    """Return the number of cells of a bag in the comparison, divided by the number of cells of a timed bag."""
     return cells / job.cells_per_record
 
 
@@ -63,7 +67,7 @@ def _share(mesh: Any) -> int:
 
 
 def keep_gradient() -> optax.GradientTransformation:
-    """Return an optimizer that does not change the parameters and stores the last gradient as its state."""
+    """Return an optimizer that leaves the parameters unchanged and stores the last gradient as its state."""
 
     def zeros(tree: Any) -> Any:
         return jax.tree.map(jax.numpy.zeros_like, tree)
@@ -74,7 +78,10 @@ def keep_gradient() -> optax.GradientTransformation:
 
 
 def moved_state(task: Task, mesh: Any, seed: int) -> tuple[State, State, dict[str, np.ndarray]]:
-    """Return a training state, its abstract form, and a copy of its variables by path; see the module docstring."""
+    """Make a training state with random parameters and random offsets; see the docstring of this module.
+
+    Return the state, its abstract form, and a copy of its variables by path.
+    """
     abstract, make_state = init_state(task, lambda _: keep_gradient(), mesh, seed)
     state = make_state()
     rng, arrays = np.random.default_rng(seed), {}
@@ -88,7 +95,7 @@ def moved_state(task: Task, mesh: Any, seed: int) -> tuple[State, State, dict[st
 
 
 def check_train(job: SpeedJob, store: Store) -> Check:
-    """Compare loss and gradient of the compiled training step with the reference implementation; see `compare`."""
+    """Compare the loss and gradient of the compiled training step with the reference implementation; see `compare`."""
     task, mesh, batch, cells = small_batch(job, store)
     micro = _share(mesh) if job.train.grad_accum_steps > 1 else len(batch["example_mask"])
     parts = len(batch["example_mask"]) // micro
@@ -157,7 +164,7 @@ def forward(task: Any, mesh: Any) -> Callable[[Any, Mapping[str, Any]], jax.Arra
 
 
 def plain_output(task: Any, arrays: dict[str, np.ndarray], inputs: Mapping[str, Any], name: str) -> Any:
-    """Compute one output of the model on the default device, with the kernels that are currently selected."""
+    """Compute one output of the model on the default device. The context selects reference kernels or fast kernels."""
 
     def output(variables: Any, inputs: Mapping[str, Any]) -> jax.Array:
         return cast(dict[str, jax.Array], task.model.apply(variables, **inputs))[name]

@@ -131,7 +131,7 @@ def _remark(name: str, found: Mapping[str, Any]) -> str:
 
 
 def notes(found: Mapping[str, Any]) -> list[str]:
-    """Return notes on a measurement: comparison with the reference implementation, synthetic cells, and warnings."""
+    """Return notes on a measurement: the comparison with the reference implementation, synthetic cells and warnings."""
     check = found["check"]
     differences = ", ".join(
         f"{name} {value:.1e} (limit {check['limits'][name]:.1e})"
@@ -155,7 +155,7 @@ def notes(found: Mapping[str, Any]) -> list[str]:
 
 
 def write(found: Mapping[str, Any], path: Path) -> None:
-    """Write the measurement as JSON; the file appears only when it is complete."""
+    """Write the measurement to a JSON file, which appears only when it is complete."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, found)

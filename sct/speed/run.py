@@ -45,7 +45,7 @@ def measure(config: Mapping[str, Any], options: SpeedOptions, apart: bool = True
     options
         Options of the measurement.
     apart
-        If False, do everything in this process.
+        Whether to use a separate process for this work. If False, this process does everything.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""The mode `save`: time checkpoints, and how long the training loop waits for them."""
+"""Measure the mode `save`: the time to save a checkpoint, and the time that the training loop waits for a save."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _state(job: SpeedJob, store: Store) -> tuple[State, State]:
 
 
 def check_save(job: SpeedJob, store: Store) -> Check:
-    """Save a training state and restore it; `SctError` unless both are identical bit by bit."""
+    """Save a training state and restore it. Raise `SctError` unless the restored state is identical bit by bit."""
     state, abstract = _state(job, store)
     with tempfile.TemporaryDirectory(dir=job.folder) as folder:
         checkpoints = Checkpoints(Path(folder))
@@ -60,8 +60,8 @@ def check_save(job: SpeedJob, store: Store) -> Check:
     wrong = sum(not np.array_equal(a, b) for a, b in pairs)
     if wrong:
         raise SctError(
-            f"{wrong} arrays of the restored checkpoint differ from the saved ones, but must be identical: saving is "
-            "wrong, so it was not timed."
+            f"{wrong} arrays of the restored checkpoint differ from the saved ones, but must be identical: report "
+            "this as a bug in saving, which was not timed."
         )
     return {"differences": {"restored state": 0.0}, "limits": {"restored state": 0.0}}
 

@@ -1,4 +1,4 @@
-"""Synthetic cells for speed measurements without real data.
+"""Make synthetic cells for speed measurements without real data.
 
 Genes are from the human vocabulary. The mean count of a gene per cell is log-normally distributed over genes, and
 counts are Poisson-distributed. The cells have no biological meaning. For speed, only the number of values, their
@@ -38,7 +38,7 @@ def vocabulary(num_genes: int = 0) -> GeneVocabulary:
 
 
 def means(n_genes: int, nonzeros: int, seed: int = 0) -> np.ndarray:
-    """Return mean counts (G,) with which a cell expresses `nonzeros` genes on average.
+    """Return mean counts of genes (G,), chosen so that a cell expresses `nonzeros` genes on average.
 
     Raises
     ------
@@ -62,7 +62,7 @@ def means(n_genes: int, nonzeros: int, seed: int = 0) -> np.ndarray:
 
 
 def blocks(n_cells: int, n_genes: int, nonzeros: int, seed: int = 0) -> Iterator[sparse.csr_matrix]:
-    """Yield the raw counts of `n_cells` cells in (n, n_genes) float32 CSR blocks; deterministic for a seed."""
+    """Yield the raw counts of `n_cells` cells in float32 CSR blocks (n, n_genes). Equal seeds give equal counts."""
     rates = means(n_genes, nonzeros, seed)
     step = max(1, int(_BLOCK_VALUES / rates.sum()))
     for number, start in enumerate(range(0, n_cells, step)):
@@ -101,7 +101,7 @@ def write_h5ad(path: Path, genes: GeneVocabulary, n_cells: int, nonzeros: int, s
 
 
 def make_store(folder: Path, genes: GeneVocabulary, n_cells: int, nonzeros: int, seed: int = 0) -> None:
-    """Create a store with one training study of synthetic cells, by ingest of an .h5ad file."""
+    """Write synthetic cells to an .h5ad file and ingest it into a store with one training study."""
     source = folder.parent / f"{NAME}.h5ad"
     write_h5ad(source, genes, n_cells, nonzeros, seed)
     ingest([source], folder, vocabulary=genes, options=IngestOptions(seed=seed))

@@ -24,11 +24,11 @@ class Times:
 
     @property
     def median(self) -> float:
-        """Median wall time of a step in seconds."""
+        """Median wall time of a step, in seconds."""
         return float(np.median(self.wall))
 
     def report(self) -> dict[str, Any]:
-        """Return the entries of a report."""
+        """Return the times as entries of the speed report."""
         return {
             "step_seconds": self.median,
             "step_seconds_spread": {"min": min(self.wall), "max": max(self.wall)},
@@ -41,7 +41,7 @@ class Times:
 def timed(
     draw: Callable[[], T], call: Callable[[T], Any], repeats: int, what: str, active: bool = True
 ) -> Times:
-    """Time `draw()` and `call(input)` separately; `call` must block until its work is done.
+    """Time `draw()` and `call(input)` separately. `call` must return only when its work is done.
 
     Parameters
     ----------

@@ -1,1 +1,1 @@
-"""The training loop of all models, and its parts: state, step, optimizer, sharding, checkpoints, logging."""
+"""Train models: the training loop and its state, step, optimizer, sharding, checkpoints and logging."""

@@ -1,4 +1,7 @@
-"""Checkpoints of a run: Orbax writes them in the background and atomically; the latest and the best are kept."""
+"""Save and restore the checkpoints of a run.
+
+Orbax writes them atomically and in the background. The latest checkpoints and the best one are kept.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +29,18 @@ SAVE_SECONDS = 6 * 3600
 
 @dataclasses.dataclass
 class RunProgress:
-    """Progress of a run: the state that is not in arrays.
+    """Progress of a run: the part of its state that is not in arrays.
 
     Attributes
     ----------
     step
         Number of updates so far.
     records_drawn
-        State of the loader, see `sct.data.loader`.
+        State of the loader: the records drawn so far (see `sct.data.loader`).
     best, best_step
         Best value of the monitored metric so far, and its step; None before the first validation.
     stale
-        Number of validations since the best one.
+        Number of validations since the validation with the best value.
     unlogged
         Results of the steps since the last log entry. They are saved if a run stops between two entries. The resumed
         run then writes the same entry as a run that never stopped.
@@ -65,13 +68,13 @@ class _LastAndBest(policies.PreservationPolicy):
     def should_preserve(
         self, checkpoints: Sequence[policies.PolicyCheckpointInfo], *, context: policies.PreservationContext
     ) -> Sequence[bool]:
-        """Return whether to keep each checkpoint, in the order of steps."""
+        """Return a list of bools that says for each checkpoint, in the order of steps, whether to keep it."""
         newest = {info.step for info in checkpoints[-self.last :]}
         return [info.step in newest or info.step == self.best for info in checkpoints]
 
 
 def _not_orbax_error(record: logging.LogRecord) -> bool:
-    """Return False for errors that Orbax logs: it logs them with a traceback, although it also raises them."""
+    """Return False for an error that Orbax logs. Orbax logs it with a traceback, although it also raises the error."""
     return record.levelno < logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
@@ -104,7 +107,10 @@ class Checkpoints:
         )
 
     def _record(self) -> None:
-        """Hash the written files. Orbax calls this method in the background, before it renames the temporary folder."""
+        """Record the hashes of the written files.
+
+        Orbax calls this method in the background, before it renames the temporary folder.
+        """
         unfinished = self._folder.glob(f"{self._begun}.orbax-checkpoint-tmp*")
         run_folder.record_checkpoint(max(unfinished, key=lambda path: path.stat().st_mtime_ns))
 
@@ -118,14 +124,15 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: State, progress: RunProgress) -> None:
-        """Wait for the previous save to finish, then start to save in the background.
+        """Wait until the previous checkpoint is saved, then start to save a new one in the background.
 
         The method returns as soon as Orbax holds the arrays. The caller may then donate the state.
 
         Raises
         ------
         CheckpointError
-            This checkpoint, or the previous one, cannot be written. `check`, `wait` and `close` raise it as well.
+            This checkpoint, or the previous one, cannot be written. `check`, `wait` and `close` raise this error as
+            well.
         """
         with self._writing():
             self._manager.wait_until_finished()
@@ -147,7 +154,7 @@ class Checkpoints:
             self.wait()
 
     def restore(self, abstract: State, step: int | None = None) -> tuple[State, RunProgress]:
-        """Load a checkpoint, by default the latest, with the shardings of `abstract`.
+        """Load a checkpoint, by default the latest one, and shard its arrays as in `abstract`.
 
         Raises
         ------
@@ -198,12 +205,12 @@ class Checkpoints:
         match(stored, {**abstract.frozen, **abstract.trained}, source)
 
     def wait(self) -> None:
-        """Wait until the last save is on disk."""
+        """Wait until the last checkpoint is on disk."""
         with self._writing():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait for the running save, and release the folder."""
+        """Wait until the last checkpoint is on disk, and release the folder."""
         with self._writing():
             self._manager.close()
 
@@ -222,7 +229,10 @@ class Checkpoints:
 
 
 def _reason(error: Exception) -> str:
-    """Return the operating system's reason for a failed write, or else the first line of the error."""
+    """Return the operating system's reason for a failed write.
+
+    Without such a reason, return the first line of the error.
+    """
     known = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOENT)
     words = [os.strerror(number) for number in known]
     return next((text for text in words if text in str(error)), first_line(error))

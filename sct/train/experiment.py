@@ -1,4 +1,4 @@
-"""Run a configuration from start to end: open the data, train, evaluate the best model, export it."""
+"""Run a configuration from start to end: open the data, train a model, evaluate the best checkpoint and export it."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from sct.weights import pretrained, run_folder
 
 
 def check_data(config: Mapping[str, Any], workdir: Path) -> None:
-    """Raise the errors that `run` would raise for missing or damaged data, without writing anything."""
+    """Raise the errors that `run` raises for missing or damaged data, but write no files."""
     data = data_of(config)
     if data.store or not data.dataset:
         open_data(data, workdir)
 
 
 def check_same_run(config: Mapping[str, Any], workdir: Path) -> None:
-    """Raise `ConfigError` if the run in a folder has different options that affect its results."""
+    """Raise `ConfigError` if the run in a folder differs from the configuration in options that affect the results."""
     resume.check_options(resume.read(workdir / run_folder.CONFIG), RunSpec.of(config), workdir)
 
 
@@ -148,9 +148,9 @@ def _finish(
 def _evaluate(
     task: Export, variables: Variables, workdir: Path, console: Any
 ) -> tuple[list[Report], Exception | None]:
-    """Evaluate a trained model; return the reports, and the unexpected error that ended the evaluation, or None.
+    """Evaluate a trained model. Return the reports, and the unexpected error that ended the evaluation or None.
 
-    The caller raises this error after it has saved the model.
+    The caller first saves the model, and then raises the unexpected error.
     """
     reports: list[Report] = []
     for evaluator in task.evaluators():
@@ -192,7 +192,7 @@ def _exit_on_sigterm() -> Iterator[None]:
 
 
 def best_variables(result: TrainResult, workdir: Path, options: TrainConfig) -> dict[str, Any]:
-    """Return the variables of the best checkpoint, or of the last step if there was no validation."""
+    """Return the variables of the best checkpoint. If there was no validation, return those of the last step."""
     best = result.progress.best_step
     if best is None or best == result.progress.step:
         return result.state.variables

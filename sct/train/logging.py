@@ -32,7 +32,7 @@ class MetricLog:
         Step from which the run starts or resumes. Lines of later steps come from a run that was killed after its last
         checkpoint. They are removed, because the resumed run writes them again.
     active
-        Whether to write; False makes all methods do nothing.
+        Whether to write. If False, all methods do nothing.
 
     Raises
     ------
@@ -68,7 +68,10 @@ class MetricLog:
             self._board.write(step, named)
 
     def flush(self) -> None:
-        """Write everything to disk. Call this before saving a checkpoint: a resumed run expects the earlier lines."""
+        """Write all lines to disk.
+
+        Call this method before saving a checkpoint, because a resumed run expects the earlier lines.
+        """
         if self._active:
             with self._writing():
                 os.fsync(self._file.fileno())
@@ -107,7 +110,7 @@ class MetricLog:
 
 
 class _Board:
-    """Writer of one TensorBoard event file, from the start or resumption of a run to its end."""
+    """Writer of one TensorBoard event file, which begins when a run starts or resumes and ends when the run stops."""
 
     def __init__(self, folder: Path, step: int):
         from tensorboardX.event_file_writer import EventsWriter

@@ -55,9 +55,9 @@ class TrainConfig:
     keep_last
         Number of latest checkpoints to keep, in addition to the best one.
     patience
-        Number of validations without improvement after which training stops early; 0 for never.
+        Number of validations without improvement after which training stops early; 0 never stops early.
     stop_at
-        Step at which to save and stop, to resume later; 0 to train to the end.
+        Step at which training saves a checkpoint and stops, so that it can resume later; 0 to train to the end.
     seed
         Seed of the initial parameters, the masks and the order of the data.
     loader_threads
@@ -102,7 +102,7 @@ class TrainConfig:
 
     @property
     def microbatch(self) -> int:
-        """Records per microbatch, which the model processes at once."""
+        """Number of records in a microbatch, which the model processes at once."""
         return self.batch_size // self.grad_accum_steps
 
     @property
@@ -112,7 +112,7 @@ class TrainConfig:
 
 
 def _check_ramp(config: TrainConfig) -> None:
-    """Raise `ConfigError` if the stages of the batch ramp do not increase or do not divide into microbatches."""
+    """Raise `ConfigError` if the stages of the batch ramp do not increase or cannot be divided into microbatches."""
     before = (0, 0)
     for stage in config.batch_ramp:
         if not (
@@ -136,7 +136,10 @@ def _check_ramp(config: TrainConfig) -> None:
 
 
 def steps_for(records: float, batch_size: int, batch_ramp: Sequence[Sequence[int]] = ()) -> int:
-    """Return the number of steps that read about `records` records, with a batch ramp (see `TrainConfig`)."""
+    """Return the number of steps in which training reads about `records` records.
+
+    The batch ramp of `TrainConfig` is taken into account.
+    """
     begun = 0
     for until, size in batch_ramp:
         stage = (until - begun) * size
@@ -155,7 +158,7 @@ class TrainResult:
     state
         Final training state, on the mesh. `sct.train.experiment.best_variables` restores the best checkpoint.
     progress
-        Number of steps, and the best validation with its step.
+        Number of steps so far, and the value and the step of the best validation.
     reason
         Why training ended: "finished", "early stop", "stop_at", "signal" (SIGTERM) or "interrupt" (Ctrl-C).
     """
@@ -186,7 +189,7 @@ class Step(NamedTuple):
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and the first Ctrl-C in a list, which the loop checks between steps."""
+    """Append SIGTERM and the first Ctrl-C to a list, which the loop checks between steps."""
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield asked
@@ -227,7 +230,7 @@ def train(
         `may_be_missing` may be absent. Ignored if the run resumes from a checkpoint. Arrays on a device may be donated:
         copy them first if you need them later.
     keep
-        Whether to write checkpoints. Without them, the run cannot be resumed, and the result is only in memory.
+        Whether to write checkpoints. Without checkpoints, the run cannot be resumed, and the result is only in memory.
 
     Raises
     ------
@@ -337,7 +340,7 @@ def train(
 
 
 def _initial_state(task: Origin, state: State, start: Mapping[str, Any] | None) -> State:
-    """Return the initial state, with pretrained arrays in place of random ones."""
+    """Return the initial state, in which pretrained arrays replace random arrays."""
     given = task.take_pretrained_params()
     if start is None and not given:
         return state
@@ -356,14 +359,17 @@ def _check_batches(config: TrainConfig, mesh: Mesh) -> None:
     for what, size in named.items():
         if size % share:
             raise ConfigError(
-                f"{what} records, but the mesh splits them over {share} devices: choose a multiple of {share}."
+                f"{what} records, but the mesh splits them over {share} devices: set this number to a multiple of "
+                f"{share}."
             )
 
 
 def _draw_batches(
     load: Callable[[int], Loader], config: TrainConfig, now: RunProgress
 ) -> Generator[tuple[Loader, Batch], None, None]:
-    """Yield the remaining batches of a run, each with its loader. Each stage of the batch ramp has its own loader.
+    """Yield the remaining batches of a run, each together with its loader.
+
+    Each stage of the batch ramp has its own loader.
 
     All stages read one sequence of records: each stage continues where the previous stage ended.
     """
@@ -380,7 +386,7 @@ def _draw_batches(
 def _any_stop_requested(asked: bool, now: bool) -> bool:
     """Return whether any process was asked to stop.
 
-    All processes must stop at the same step. They communicate only at steps where `now` is True, which limits the cost.
+    All processes must stop at the same step. To limit the cost, they communicate only at steps where `now` is True.
     """
     if jax.process_count() == 1:
         return asked
@@ -388,18 +394,19 @@ def _any_stop_requested(asked: bool, now: bool) -> bool:
 
 
 def _fetch(pending: list[Step]) -> list[dict[str, Any]]:
-    """Fetch the results of steps, and check that losses and gradients are finite.
+    """Copy the results of steps from the device, and check that losses and gradients are finite.
 
-    The results are JSON values that restore the arrays bit for bit.
+    The results are JSON values from which the arrays can be restored bit for bit.
     """
     fetched = jax.device_get([(step.scalars, step.sums) for step in pending])
     for step, (scalars, _) in zip(pending, fetched, strict=True):
         if not (np.isfinite(scalars["loss"]) and np.isfinite(scalars["gradient_norm"])):
             raise DivergedError(
                 f"the loss of step {step.number} is {scalars['loss']} and its gradient norm is "
-                f"{scalars['gradient_norm']}, but both must be finite (batch: {'; '.join(step.describe())}): lower the "
-                "learning rate or clip the gradient in a new --workdir, where --config.init_from=THIS_FOLDER starts "
-                "from the best checkpoint of this run."
+                f"{scalars['gradient_norm']}, but both must be finite (batch: {'; '.join(step.describe())}): start a "
+                "new "
+                "run in another --workdir, lower the learning rate or clip the gradient, and set "
+                "--config.init_from=THIS_FOLDER to start from the best checkpoint of this run."
             )
     return [
         {
@@ -411,7 +418,7 @@ def _fetch(pending: list[Step]) -> list[dict[str, Any]]:
 
 
 def _compute_metrics(task: Objective, steps: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the metrics of one log entry, from the results of its steps."""
+    """Compute the metrics of one log entry from the results of the steps that the entry covers."""
     parts = [
         {name: np.asarray(value, kind) for name, (kind, value) in step["sums"].items()} for step in steps
     ]
@@ -431,7 +438,7 @@ def _validate(task: Objective, eval_step: Any, state: State, loader: Loader, mes
 
 
 def _update_best(task: Objective, value: float, now: RunProgress) -> None:
-    """Update the best value, and the number of validations without improvement."""
+    """Update the best value of the monitored metric, and the number of validations without improvement."""
     sign = 1 if task.monitor_mode == "max" else -1
     if math.isfinite(value) and (now.best is None or sign * value > sign * now.best):
         now.best, now.best_step, now.stale = value, now.step, 0

@@ -1,4 +1,4 @@
-"""The optimizer and its learning-rate schedule (optax), with per-parameter rules."""
+"""Make the optimizer and its learning-rate schedule (optax), with rules for single parameters."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class OptimizerConfig:
     clip_norm
         Upper bound on the global norm of the gradient; 0 for none.
     decay_rules, lr_rules
-        Tables over parameter paths: (regular expression, whether to decay the parameter) and (regular expression,
-        multiplier of its learning rate), see `sct.nn.paths`.
+        Tables over parameter paths. A row of `decay_rules` is (regular expression, whether to decay the parameter). A
+        row of `lr_rules` is (regular expression, multiplier of the learning rate). See `sct.nn.paths`.
     """
 
     peak_lr: float = 1e-4

@@ -43,7 +43,7 @@ _watches: list[_Watch] = []
 
 
 def join(coordinator: str | None, count: int | None, number: int | None, seconds: int = 300) -> None:
-    """Connect this process to the others. Call this before anything else uses JAX.
+    """Connect this process to the other processes of the run. Call this function before any other use of JAX.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ def join(coordinator: str | None, count: int | None, number: int | None, seconds
         Number of processes, and number of this process, counted from 0. None under Slurm or on a TPU pod, which
         provide them.
     seconds
-        How long the processes wait for each other, in seconds.
+        Time in seconds that the processes wait for each other.
 
     Raises
     ------
@@ -81,7 +81,7 @@ def join(coordinator: str | None, count: int | None, number: int | None, seconds
 
 
 def _check(coordinator: str | None, count: int | None, number: int | None, seconds: int) -> None:
-    """Raise `ConfigError` for arguments of `join` that would lead to a crash or a long wait."""
+    """Raise `ConfigError` for arguments with which `join` would crash or wait for a long time."""
     if seconds < 1:
         raise ConfigError(f"--join_seconds is {seconds}, but must be at least 1: set it to 1 or more.")
     if count is not None and number is not None and not 0 <= number < count:
@@ -126,9 +126,9 @@ def _find(host: str, port: int, seconds: float) -> None:
 
 
 def _answer_to_loss(status: str, number: int, count: int) -> tuple[int, str] | None:
-    """Return the exit status and the message for a status of JAX's coordination service.
+    """Return the exit status and the message with which this process ends when another process is lost.
 
-    Returns None if the status does not report the end of another process.
+    `status` is a text from JAX's coordination service. If it does not report the end of another process, return None.
     """
     if count == 1 or not re.match(rf"({_CODES}): ", status):
         return None
@@ -138,10 +138,10 @@ def _answer_to_loss(status: str, number: int, count: int) -> tuple[int, str] | N
 class _Watch:
     """End this process with a clear message when JAX's coordination client is about to call `abort`.
 
-    The client only writes the reason to standard error; there is no other way to read it. Standard error therefore goes
-    to a file, and a thread reads that file. To give the thread time, the handler of SIGABRT is the C function `sleep`.
-    A Python handler could wait forever for the interpreter or the heap. After 6 seconds the signal has its usual
-    effect, so an `abort` for any other reason is only delayed.
+    The client writes the reason only to standard error. Standard error is therefore redirected to a file, and a thread
+    reads this file. To give the thread time, the handler of SIGABRT is the C function `sleep`. A Python handler could
+    wait forever for the interpreter or the heap. After 6 seconds the signal has its usual effect, so an `abort` for any
+    other reason is only delayed.
 
     Parameters
     ----------
@@ -176,14 +176,14 @@ class _Watch:
                     _leave(answer[0])
 
     def restore(self) -> None:
-        """Restore standard error, and write the output that was held back to it."""
+        """Restore standard error, and write to it the output that was held back."""
         self.answer = lambda status: None
         if os.name == "posix":
             os.dup2(self.real, 2)
             os.write(2, os.pread(self.held.fileno(), 1 << 20, 0))
 
     def keep_reading(self, answer: Callable[[str], tuple[int, str] | None]) -> None:
-        """Show standard error again, but keep reading the messages that C code writes to it."""
+        """Show output to standard error again, but keep reading the messages that C code writes to it."""
         self.restore()
         if os.name != "posix" or shutil.which("tee") is None:
             return
@@ -202,7 +202,10 @@ class _Watch:
 
 
 def _delay_abort() -> None:
-    """Delay the next `abort` by 6 seconds: `sleep` as handler gets the number of the signal, SIGABRT = 6."""
+    """Delay the next `abort` by 6 seconds.
+
+    The signal handler is the C function `sleep`, whose argument is the number of the signal: SIGABRT = 6.
+    """
     dumps = faulthandler.is_enabled()
     faulthandler.disable()
     libc = ctypes.CDLL(None)
@@ -242,7 +245,7 @@ def together() -> Iterator[None]:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and its causes, except errors of `sct.errors`."""
+    """Yield an error and the errors that caused it, except errors of `sct.errors`."""
     while error is not None:
         if isinstance(error, Exception) and not isinstance(error, SctError):
             yield error
@@ -250,7 +253,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_loss(error: BaseException) -> bool:
-    """Return whether an error of JAX says that another process has ended.
+    """Return whether an error comes from JAX and says that another process has ended.
 
     Only JAX's own errors count, because other errors may contain the same words in paths and names.
     """
@@ -295,7 +298,9 @@ def check_shared(file: Path, seconds: float = 60.0) -> None:
 
 @contextmanager
 def held_by_first(folder: Path, doing: str, option: str) -> Iterator[None]:
-    """Lock a folder against other runs; see `sct.folder_lock.only_one`. Process 0 holds the lock for all processes.
+    """Lock a folder, so that no other run uses it; see `sct.folder_lock.only_one`.
+
+    Process 0 holds the lock for all processes.
 
     All processes must call this. If process 0 cannot get the lock, all processes raise its error.
     """

@@ -1,4 +1,4 @@
-"""Check that a run may resume: the options, the cells and the input files must be those of the run folder."""
+"""Check that a run may resume: its options, cells and input files must be the same as when the run started."""
 
 from __future__ import annotations
 
@@ -84,7 +84,10 @@ def check_options(recorded: Mapping[str, Any], spec: RunSpec, workdir: Path) -> 
 
 
 def _all_options(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all options of a section. Options that a run does not record get the value that the run used."""
+    """Return all options of a section.
+
+    An option that the run folder does not record gets the value that the run used.
+    """
     if issubclass(kind, ObjectiveConfig):
         values = {**kind.BEFORE, **values}
     try:

@@ -1,4 +1,4 @@
-"""The specification of a run: a configuration that is checked and resolved once."""
+"""Define `RunSpec`: the configuration of a run after all its options were checked and resolved."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def section_types(family: str, task_spec: TaskSpec) -> dict[str, type[Any]]:
 
 
 def with_current_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration with renamed options under their current names (`registry.with_current_names`)."""
+    """Return a configuration in which renamed options have their current names (see `registry.with_current_names`)."""
     types = section_types(config["family"], task_spec_of(config))
     return {
         name: registry.with_current_names(types[name], value, name)
@@ -64,7 +64,7 @@ class RunSpec:
     data, objective
         Options, as instances of the classes in `task_spec`.
     adapters
-        Adapters that are trained while the model stays frozen; None for none. Adapters that belong to the objective
+        Adapters that are trained while the model stays frozen, or None. Adapters that belong to the objective
         (`objective.lora`) are not included.
     optimizer
         Options of the optimizer.
@@ -150,7 +150,8 @@ class RunSpec:
         Raises
         ------
         ConfigError
-            Neither `train.steps` nor `data.tokens` is set, or `data.tokens` is less than one step.
+            Neither `train.steps` nor `data.tokens` is set, or `data.tokens` is smaller than the number of tokens of one
+            step.
         """
         steps = self.steps
         if not steps:
@@ -163,7 +164,7 @@ class RunSpec:
         return dataclasses.replace(self.loop, steps=steps)
 
     def make_tokenizer(self, store: Store) -> Tokenizer:
-        """Train a tokenizer on the texts of a store. Only tasks on text have a tokenizer."""
+        """Train a tokenizer on the texts of a store. Only tasks that use text have a tokenizer."""
         assert self.task_spec.tokenizer is not None
         return self.task_spec.tokenizer(store, self.objective, self.data, self.loop.seed)
 

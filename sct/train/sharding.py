@@ -1,4 +1,4 @@
-"""Device meshes, and the placement of batches on them."""
+"""Make device meshes, and place batches on them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class MeshConfig:
     """Number of devices along each mesh axis.
 
     -1 means all remaining devices and may be used for one axis. 0 means the number of hosts. Configurations and the
-    command line also accept a string, see `parse`.
+    command line also accept a string; see `parse`.
 
     Parameters
     ----------
@@ -113,7 +113,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 def arrange(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
     """Return the devices as an array in the shape of the mesh.
 
-    Devices of one host are adjacent. The last axes communicate most, so they stay within a host if their sizes allow.
+    Devices of one host are adjacent. Devices communicate most along the last axes, so these axes stay within a host if
+    their sizes allow it.
 
     Raises
     ------
@@ -146,8 +147,8 @@ def arrange(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
 def _host(device: Any) -> int:
     """Return the host index of a device.
 
-    For GPUs, this is the index of the group with direct links, which several processes may share. For other devices,
-    it is the process index.
+    A host of GPUs is a group of GPUs with direct links, which several processes may share. For other devices, the host
+    index is the process index.
     """
     group = getattr(device, "slice_index", None) if device.platform == "gpu" else None
     return int(device.process_index if group is None else group)
@@ -163,8 +164,8 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     share = mesh.shape["data"] * mesh.shape["fsdp"]
     if share % jax.process_count():
         raise ConfigError(
-            f"the mesh splits a batch over {share} devices (data x fsdp), but this must be a multiple of "
-            f"{jax.process_count()}, the number of processes: change data or fsdp of the mesh."
+            f"the mesh splits a batch over {share} devices (data x fsdp), but this number must be a multiple "
+            f"of {jax.process_count()}, the number of processes: change data or fsdp of the mesh."
         )
     check_multiple(
         "batch_size",
@@ -176,6 +177,6 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Make global arrays from this process's part of a batch."""
+    """Make global arrays from the part of a batch that this process has loaded."""
     sharding = batch_sharding(mesh)
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}

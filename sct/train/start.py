@@ -1,4 +1,4 @@
-"""The three ways to start a run: from random parameters, from a model (`init_from`), or from a checkpoint."""
+"""Start a run in one of three ways: from random parameters, from a model (`init_from`), or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from sct.weights.vocabulary import resized
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Everything that training starts from.
+    """The inputs with which training starts.
 
     Attributes
     ----------
     store, task
-        Store with the cells, and the task, which has the architecture and the tokenizer.
+        Store with the cells, and the task. The task holds the architecture and the tokenizer.
     license
         License of the trained model.
     variables
@@ -55,14 +55,17 @@ class Start:
 
 
 def begin(spec: RunSpec, workdir: Path) -> Start:
-    """Resume the run if its folder has checkpoints; otherwise start from `init_from`, or from random parameters."""
+    """Resume the run if its folder has checkpoints.
+
+    Otherwise start from the model in `init_from`, or from random parameters.
+    """
     if run_folder.steps(workdir):
         return resumed(spec, workdir)
     return from_model(spec, workdir) if spec.init_from else new(spec, workdir)
 
 
 def new(spec: RunSpec, workdir: Path) -> Start:
-    """Start from random parameters."""
+    """Start a run from random parameters."""
     store, mesh = open_data(spec.data, workdir), _mesh(spec)
     tokenizer = _save_tokenizer(
         spec, workdir, lambda: _configured_tokenizer(spec) or spec.make_tokenizer(store)
@@ -72,7 +75,9 @@ def new(spec: RunSpec, workdir: Path) -> Start:
 
 
 def from_model(spec: RunSpec, workdir: Path) -> Start:
-    """Start from the model in `spec.init_from`, with its tokenizer unless the configuration names another one.
+    """Start a run from the model in `spec.init_from`.
+
+    The run uses the tokenizer of this model unless the configuration names another one.
 
     Tasks with `inherits_architecture` also keep the model's architecture.
 
@@ -106,7 +111,7 @@ def from_model(spec: RunSpec, workdir: Path) -> Start:
 
 
 def resumed(spec: RunSpec, workdir: Path) -> Start:
-    """Resume the run in a folder, on the same data and with the recorded architecture and tokenizer.
+    """Resume the run in a folder on the same data, with the architecture and the tokenizer that the folder records.
 
     Raises
     ------
@@ -153,7 +158,7 @@ def open_data(config: StoreConfig, workdir: Path) -> Store:
 
 
 def _mesh(spec: RunSpec) -> Mesh | None:
-    """Return the device mesh over which to load models; None for one device."""
+    """Return the device mesh over which to load models, or None for a single device."""
     return sharding.make_mesh(spec.loop.mesh) if jax.device_count() > 1 else None
 
 
@@ -172,7 +177,7 @@ def _check_family(spec: RunSpec, parent: Pretrained) -> None:
 
 
 def _save_tokenizer(spec: RunSpec, workdir: Path, make: Callable[[], Tokenizer]) -> Tokenizer | None:
-    """Save the tokenizer to the run folder, and load it from there; None for tasks without text.
+    """Save the tokenizer to the run folder and load it from this folder. Return None for tasks without text.
 
     Process 0 calls `make` and saves the tokenizer; all processes load it.
     """
@@ -189,7 +194,7 @@ def _save_tokenizer(spec: RunSpec, workdir: Path, make: Callable[[], Tokenizer])
 
 
 def _configured_tokenizer(spec: RunSpec) -> Tokenizer | None:
-    """Load the tokenizer that the configuration names; None if it names none."""
+    """Load the tokenizer that the configuration names. Return None if the configuration names no tokenizer."""
     return load_tokenizer(spec.tokenizer) if spec.tokenizer else None
 
 
@@ -214,7 +219,10 @@ def _run_tokenizer(workdir: Path) -> Tokenizer:
 
 
 def _resize_embeddings(parent: Pretrained, tokenizer: Tokenizer | None) -> tuple[Pretrained, tuple[str, ...]]:
-    """Resize the embeddings of a model to the tokenizer; return the model, and messages about new tokens."""
+    """Resize the embeddings of a model to the number of tokens of a tokenizer.
+
+    Return the model, and messages about new tokens.
+    """
     if tokenizer is None:
         return parent, ()
     grown = resized(parent, tokenizer.vocab_size)

@@ -1,4 +1,4 @@
-"""Training state, and the compiled training and evaluation steps."""
+"""Define the training state, and compile the training step and the evaluation step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class State(struct.PyTreeNode):
     step
         int32, number of updates so far.
     trained, frozen
-        Flat dicts of variables by path, split by the task's `trainable` table. Only `trained` gets gradients.
+        Flat dicts of variables by path. The task's `trainable` table assigns each variable to one of the two. Only the
+        variables in `trained` get gradients.
     optimizer
         Optimizer state for `trained`.
     key
@@ -43,7 +44,7 @@ class State(struct.PyTreeNode):
 
     @property
     def variables(self) -> Variables:
-        """Nested dict of all variables, trained and frozen."""
+        """Nested dict of all variables, both trained and frozen."""
         return unflatten({**self.frozen, **self.trained})
 
 
@@ -61,7 +62,7 @@ MakeOptimizer = Callable[[dict[str, Any]], optax.GradientTransformation]
 def init_state(task: Objective, make_optimizer: MakeOptimizer, mesh: Mesh, seed: int) -> tuple[State, Any]:
     """Return the abstract state (shapes, dtypes and shardings), and a function that makes the state on the mesh.
 
-    No memory is allocated until the function is called.
+    Only calling this function allocates memory.
     """
     key = jax.random.key(seed)
     boxed = jax.eval_shape(task.init, key)
@@ -92,7 +93,7 @@ def init_state(task: Objective, make_optimizer: MakeOptimizer, mesh: Mesh, seed:
 
 
 def load_into(state: State, arrays: Mapping[str, np.ndarray], new: Sequence[str]) -> State:
-    """Replace variables of the state by loaded arrays, with the state's dtypes and shardings.
+    """Replace variables of the state by loaded arrays, which get the dtypes and shardings of the state.
 
     Parameters
     ----------
@@ -101,7 +102,8 @@ def load_into(state: State, arrays: Mapping[str, np.ndarray], new: Sequence[str]
     arrays
         Loaded arrays by path.
     new
-        Patterns of paths that may be missing in `arrays`. These variables keep their initial value.
+        Regular expressions. Variables whose path matches one of them may be missing in `arrays`, and keep their initial
+        value.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Sweeps: train several variants of one configuration (ablations), one after the other."""
+"""Train several variants of one configuration (a sweep, such as ablations), one after the other."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Sweep:
     reason
         Why the sweep ended: "finished", "failed" (one or more runs failed), "signal" or "interrupt".
     states
-        For each run, "" if it is finished, otherwise the reason why it is not.
+        For each run, the reason why it is not finished, or "" if it is finished.
     """
 
     reason: str
@@ -63,7 +63,7 @@ def configurations(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     Raises
     ------
     ConfigError
-        The section does not have this form, or names a field that the base configuration does not have.
+        The section `sweep` does not have this form, or names a field that the base configuration does not have.
     """
     plain = json.loads(json.dumps(config))
     changes = plain.pop("sweep", None)
@@ -81,8 +81,8 @@ def configurations(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for name in changes:
         if not _NAME.fullmatch(name):
             raise ConfigError(
-                f"a run of the sweep is named {name!r}, but the name is also that of a folder: use letters, digits, "
-                "'.', '-' and '_', at most 200 characters, and begin with a letter or digit."
+                f"a run of the sweep is named {name!r}, but the name must also be valid for a folder: use at most "
+                "200 letters, digits, '.', '-' and '_', and begin with a letter or digit."
             )
     renamed = {
         name: {
@@ -119,7 +119,10 @@ def _merged(base: Mapping[str, Any], change: Mapping[str, Any], where: str) -> d
 
 
 def chosen(names: Sequence[str], only: Sequence[str]) -> list[str]:
-    """Return the names of the runs to train: those in `only`, or all. `ConfigError` for an unknown name."""
+    """Return the names of the runs to train: those in `only`, or all if `only` is empty.
+
+    Raise `ConfigError` for an unknown name.
+    """
     for name in only:
         check_choice("--only", name, names)
     return [name for name in names if not only or name in only]
@@ -195,7 +198,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str], only: Sequen
 
 
 def is_finished(folder: Path) -> bool:
-    """Return whether a run was evaluated and exported, and has not been trained further since."""
+    """Return whether a run was evaluated and exported, and was not trained further afterwards."""
     exported = folder / "model"
     if not (exported / "config.json").is_file() or not (folder / "report.json").is_file():
         return False
@@ -203,7 +206,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def _status(folder: Path) -> str:
-    """Return why a run is not finished, or "" if it is. For a damaged run, return the error message."""
+    """Return why a run is not finished, or "" if the run is finished. For a damaged run, return the error message."""
     try:
         return "" if is_finished(folder) else _unfinished(folder)
     except SctError as error:
@@ -216,7 +219,7 @@ def _unfinished(folder: Path) -> str:
 
 
 def _train_one(config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
-    """Train one run unless it is finished; return its state ("" if finished) and the reason why training ended."""
+    """Train one run unless it is finished. Return why the run is not finished ("" if it is) and why training ended."""
     if is_finished(folder):
         experiment.check_same_run(config, folder)
         return "", "finished"
@@ -227,7 +230,9 @@ def _train_one(config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
 
 
 def tables(workdir: Path, runs: Mapping[str, Mapping[str, Any]], states: Mapping[str, str]) -> list[Report]:
-    """Return two tables of all runs and of the base run's baselines, without and with the expressed genes given.
+    """Return two tables of all runs and of the baselines of the base run.
+
+    The methods in the second table know that the masked genes are expressed; those in the first table do not.
 
     Parameters
     ----------
@@ -236,7 +241,8 @@ def tables(workdir: Path, runs: Mapping[str, Mapping[str, Any]], states: Mapping
     runs
         Configuration of each run, see `configurations`.
     states
-        For each run, "" if it is finished, otherwise the reason why it is not. The tables show the reason as a remark.
+        For each run, the reason why it is not finished, or "" if it is finished. The tables show the reason as a
+        remark.
     """
     measured: dict[str, Report | None] = {}
     states = dict(states)
@@ -288,7 +294,7 @@ def _numbers(row: Mapping[str, Any]) -> list[list[float]]:
 
 
 def _remark(config: Mapping[str, Any], base: Mapping[str, Any]) -> str:
-    """Return a remark if the numbers of a run are not comparable with those of the base run; else ""."""
+    """Return a remark if the results of a run cannot be compared with those of the base run, otherwise ""."""
     found = []
     levels = [each["model"].get("num_bins") for each in (config, base)]
     if levels[0] != levels[1]:

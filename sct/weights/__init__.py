@@ -1,1 +1,1 @@
-"""Model folders, and converters from and to foreign formats."""
+"""Read and write model folders, and convert models from and to other formats."""

@@ -1,4 +1,4 @@
-"""Save and load adapters without the model that they belong to. Every kind of adapter and every family is supported.
+"""Save and load the adapters of a model without the model itself. All kinds of adapters and all families are supported.
 
 An adapter folder holds `adapters.json` and `adapters.safetensors`. `adapters.json` records the family and the weight
 hash of the base model, so adapters cannot be loaded into a different model.
@@ -39,7 +39,7 @@ def _base(model: Pretrained) -> Pretrained:
 
 
 def _types(base: Pretrained) -> list[str]:
-    """Return the names of the dtypes of a model's arrays, sorted."""
+    """Return the sorted names of the dtypes that the arrays of a model have."""
     return sorted({str(value.dtype) for value in flatten(base.variables).values()})
 
 
@@ -97,7 +97,7 @@ def load(model: Pretrained, folder: str | os.PathLike[str]) -> Pretrained:
     Parameters
     ----------
     model
-        The model that the adapters were trained on, loaded with the same dtype as in training.
+        The model on which the adapters were trained. Load it with the same dtype as in training.
     folder
         Adapter folder with `adapters.json` and `adapters.safetensors`.
 
@@ -110,7 +110,7 @@ def load(model: Pretrained, folder: str | os.PathLike[str]) -> Pretrained:
     ConfigError
         The model already has adapters.
     CheckpointError
-        The folder is damaged or was changed, or its adapters were trained on another model.
+        The folder is damaged or was changed, or the adapters in the folder were trained on another model.
     """
     folder = Path(folder).expanduser()
     if model.variables.get(COLLECTION):

@@ -60,7 +60,7 @@ _RULES: tuple[tuple[str, str, dict[str, str]], ...] = (
 
 
 def read_params(path: Path) -> dict[str, dict[str, np.ndarray]]:
-    """Read `params.joblib` safely.
+    """Read the file `params.joblib` without running code from it.
 
     joblib files are pickles, and a pickle can run arbitrary code. This reader allows only plain containers and numeric
     NumPy arrays.
@@ -72,7 +72,8 @@ def read_params(path: Path) -> dict[str, dict[str, np.ndarray]]:
     Raises
     ------
     CheckpointError
-        The file is not a joblib file, needs any other Python object (named in the message), or holds arrays of objects.
+        The file is not a joblib file, needs a Python object other than these (the message names it), or holds arrays of
+        objects.
     """
     import pickle
 
@@ -168,7 +169,7 @@ def convert_params(
     ------
     CheckpointError
         The file holds several models, a key is not in the architecture, two keys map to one parameter, or an array has
-        a wrong rank, a wrong dtype, NaN or infinity. The message lists all of them.
+        a wrong rank, a wrong dtype, NaN or infinity. The message lists all problems.
     """
     models = sorted({key.partition("/")[0] for key in params})
     if len(models) > 1:
@@ -203,7 +204,7 @@ def convert_params(
 
 
 def _problem(name: str, leaf: str, value: np.ndarray) -> str:
-    """Return what is wrong with the dtype, rank or values of a Haiku array, or ''."""
+    """Check dtype, rank and values of a Haiku array. Return a text that says what is wrong, or '' for a valid array."""
     if value.dtype.kind != "f" or value.dtype.itemsize > 4:
         return f"is {value.dtype} instead of float32"
     convolution = "conv" in name.rpartition("/")[2]
@@ -218,7 +219,7 @@ def _problem(name: str, leaf: str, value: np.ndarray) -> str:
 
 
 def _converted(name: str, leaf: str, value: np.ndarray, target: str) -> dict[str, np.ndarray]:
-    """Convert one Haiku array to parameters of this project, by path."""
+    """Convert one Haiku array to parameters of this project, as a dict by parameter path."""
     value = value.astype(np.float32)
     if "conv" in name.rpartition("/")[2]:
         if leaf == "b":
@@ -235,7 +236,7 @@ def _converted(name: str, leaf: str, value: np.ndarray, target: str) -> dict[str
 
 
 def _target(name: str, leaf: str, hidden_layers: int) -> str | None:
-    """Return the path of a Haiku parameter in this project, or None if it is not in the architecture."""
+    """Return the path of a Haiku parameter in this project, or None if the architecture has no such parameter."""
     head = re.fullmatch(r"linear(?:_(\d+))?", name)
     if head and leaf in _LAYER:
         layer = int(head[1] or 0)
@@ -273,7 +274,7 @@ _SIZE_PARAMETERS = {
 
 
 def _option(config: Mapping[str, Any], name: str, kind: type, source: str) -> Any:
-    """Return an option of the published configuration and check its type."""
+    """Look up an option in the published configuration, check its type and return it."""
     if name not in config:
         raise CheckpointError(f"{source} has no option {name!r}: use the published config.json.")
     value = config[name]
@@ -343,10 +344,10 @@ def convert_config(
 
 
 def read_vocabulary(folder: Path, num_genes: int) -> GeneVocabulary | None:
-    """Read the gene order of a published model from its two JSON files.
+    """Read the gene order of a published model from the two JSON files of the model.
 
     `ensembl_id_vocab.json` maps Ensembl ids to global indices. `protein_gene_map.json` maps global indices to positions
-    among the protein-coding genes. A position without an Ensembl id is named by its number.
+    among the protein-coding genes. A position without an Ensembl id gets its number as name.
 
     Parameters
     ----------
@@ -401,7 +402,7 @@ def read_vocabulary(folder: Path, num_genes: int) -> GeneVocabulary | None:
 
 
 def numbered(ids: list[str], name: str) -> GeneVocabulary:
-    """Make a vocabulary from Ensembl ids. An empty id becomes a position that is named by its number."""
+    """Make a vocabulary from Ensembl ids. A gene with an empty id is named by its position."""
     human = GeneVocabulary.human()
     symbols = []
     for position, gene in enumerate(ids):
@@ -420,7 +421,7 @@ def convert(folder: Path, genes: GeneVocabulary | None = None, numbered_genes: b
     genes
         Gene order, if the folder has no vocabulary files.
     numbered_genes
-        If the gene order is unknown, name the positions by their numbers.
+        Whether to name the gene positions by their numbers, for a model whose gene order is unknown.
 
     Returns
     -------

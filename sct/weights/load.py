@@ -58,7 +58,8 @@ def load(
         The default rules are those of training (`sct.nn.axes.RULES`), without axes that the mesh lacks. Without a mesh,
         all arrays are placed on the default device.
     dtype
-        dtype of the floating-point arrays: "float32", "bfloat16" or "float16". Default: the dtype in the file.
+        dtype of the floating-point arrays: "float32", "bfloat16" or "float16". By default, arrays keep the dtype that
+        they have in the file.
     genes
         Gene vocabulary of your data. Loading fails if the model has a different vocabulary.
 
@@ -125,15 +126,15 @@ def load(
 
 
 def _vocabulary(folder: Path, config: Mapping[str, Any], model: Any) -> GeneVocabulary | None:
-    """Load the gene vocabulary of a model folder and check its hash; None if the model has no genes."""
+    """Load the gene vocabulary of a model folder and check its hash. Return None if the model has no genes."""
     if config.get("vocabulary_hash") is None and not (folder / GENES).is_file():
         return None
     vocabulary = GeneVocabulary.load(folder / GENES)
     if vocabulary.hash != config.get("vocabulary_hash"):
         raise CheckpointError(
             f"{folder / GENES} has hash {vocabulary.hash[:16]}, but {CONFIG} expects "
-            f"{str(config.get('vocabulary_hash'))[:16]}: restore the file, or save a model with other genes by "
-            "save_pretrained."
+            f"{str(config.get('vocabulary_hash'))[:16]}: restore the file, or use save_pretrained to "
+            "save a model with other genes."
         )
     positions = getattr(model, "num_genes", len(vocabulary))
     if len(vocabulary) > positions:
@@ -145,7 +146,7 @@ def _vocabulary(folder: Path, config: Mapping[str, Any], model: Any) -> GeneVoca
 
 
 def _tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:
-    """Load the tokenizer of a model folder and check its hash; None if the model has no tokenizer."""
+    """Load the tokenizer of a model folder and check its hash. Return None if the model has no tokenizer."""
     named = config.get("tokenizer_hash")
     if named is None:
         return None
@@ -153,7 +154,7 @@ def _tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:
     if tokenizer.fingerprint != named:
         raise CheckpointError(
             f"the tokenizer in {folder} has hash {tokenizer.fingerprint[:16]}, but {CONFIG} expects "
-            f"{str(named)[:16]}: restore its files, or save a model with another tokenizer by save_pretrained."
+            f"{str(named)[:16]}: restore its files, or use save_pretrained to save a model with another tokenizer."
         )
     return tokenizer
 
@@ -161,9 +162,9 @@ def _tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:
 def locate(path: str | os.PathLike[str]) -> Path:
     """Return the model folder or run folder to load for a path or a Hub id. A model on the Hub is downloaded.
 
-    A run folder may contain an exported model in `model`. That sub-folder is returned if it is still the best
-    checkpoint of the run. Every option that names a model uses this function: `sct.load`, `sct.tl`, `init_from`,
-    `data.cell_encoder` and `data.llm`.
+    A run folder may contain an exported model in the sub-folder `model`. This sub-folder is returned if the exported
+    model is still the best checkpoint of the run. Every option that names a model uses this function: `sct.load`,
+    `sct.tl`, `init_from`, `data.cell_encoder` and `data.llm`.
 
     Raises
     ------
@@ -196,12 +197,12 @@ def locate(path: str | os.PathLike[str]) -> Path:
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Load a tokenizer from a file, a folder, a run folder or a model on the Hub.
+    """Load a tokenizer from a file, a folder, a run folder or a model on the Hugging Face Hub.
 
     Raises
     ------
     ConfigError
-        There is no tokenizer.
+        The given place has no tokenizer.
     CheckpointError
         The path looks like a Hub id, but the download failed.
     MissingExtraError
@@ -218,7 +219,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _is_hub_id(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path can only be a Hub id: USER/MODEL, where MODEL is not a file and USER not a local folder."""
+    """Return whether a path is a Hub id: USER/MODEL, where MODEL is no file name and no local folder is called USER."""
     found = (
         re.fullmatch(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)", path) if isinstance(path, str) else None
     )
@@ -228,7 +229,7 @@ def _is_hub_id(path: str | os.PathLike[str]) -> bool:
 
 
 def _download(name: str, only: Sequence[str] | None = None) -> Path:
-    """Download a model from the Hugging Face Hub, or only the files `only`."""
+    """Download a model from the Hugging Face Hub. If `only` is given, download only these files."""
     what = f"there is no folder {name!r}, and downloading it from the Hugging Face Hub"
     hub = load_extra("huggingface_hub", "hub", what=what)
     try:

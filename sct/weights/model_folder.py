@@ -1,7 +1,7 @@
 """Read and write the files of a model folder.
 
-A model folder holds `config.json`, `model.safetensors` and `README.md`, plus `genes.tsv`, a tokenizer, or both. It does
-not depend on this project: any program that reads safetensors can read the weights.
+A model folder holds `config.json`, `model.safetensors` and `README.md`, plus `genes.tsv`, a tokenizer, or both. Any
+program that reads safetensors files can read the weights without this project.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _holds_only(folder: Path, names: re.Pattern[str]) -> bool:
 
 
 def _is_model(folder: Path) -> bool:
-    """Return whether a folder is a model folder without other files, so replacing the folder deletes only the model."""
+    """Return whether a folder is a model folder without other files. Replacing such a folder deletes only the model."""
     try:
         config = json.loads((folder / CONFIG).read_text())
     except (OSError, ValueError):
@@ -90,8 +90,8 @@ def check_target(folder: Path) -> Path:
         backup = replaced(folder)
         if backup.exists() and not (backup.is_dir() and _holds_only(backup, _UNFINISHED)):
             raise CheckpointError(
-                f"{backup} must be free because saving moves the old model there, but it holds other files: move it "
-                "away."
+                f"{backup} holds other files, but saving needs this path for a backup of the old model: move these "
+                "files to another folder."
             )
     except OSError as error:
         raise _unwritable(folder, error) from error
@@ -131,7 +131,7 @@ def save(
     config
         Content of `config.json`.
     genes, tokenizer
-        Saved next to the weights unless None.
+        Gene vocabulary and tokenizer that are saved next to the weights; None for a model without.
     card
         Text of the model card (`README.md`).
     dtype
@@ -139,7 +139,7 @@ def save(
     shard_bytes
         Maximal size of a weights file in bytes.
     foreign
-        Write for other programs, such as `transformers`: without hashes in `config.json`.
+        Whether the folder is for other programs, such as `transformers`. Its `config.json` then has no hashes.
 
     Raises
     ------
@@ -211,7 +211,7 @@ def is_float(value: Any) -> bool:
 
 
 def _kind(value: Any, dtype: str) -> np.dtype:
-    """Return the dtype that an array is saved in.
+    """Return the dtype in which an array is saved.
 
     A float array with a dtype narrower than `dtype` keeps its dtype, because a wider dtype adds no precision.
     """
@@ -227,7 +227,7 @@ def _host(value: Any, dtype: str) -> np.ndarray:
 
 
 def all_finite(value: np.ndarray) -> bool:
-    """Return whether an array has neither NaN nor infinity; always true for integers."""
+    """Return whether all values of an array are finite. The result is always True for an integer array."""
     if not is_float(value):
         return True
     bits = np.ascontiguousarray(value).reshape(-1).view(f"uint{8 * value.dtype.itemsize}")
@@ -239,7 +239,7 @@ def all_finite(value: np.ndarray) -> bool:
 
 
 def check_range(value: np.ndarray, name: str) -> None:
-    """Raise `CheckpointError` if a float16 array overflowed during conversion."""
+    """Raise `CheckpointError` if values of an array became infinite in the conversion to float16."""
     if value.dtype == np.float16 and not all_finite(value):
         raise CheckpointError(
             f"{name} has values that are too large for float16: load the model with dtype bfloat16 or float32."
@@ -247,7 +247,7 @@ def check_range(value: np.ndarray, name: str) -> None:
 
 
 def check_finite_array(value: np.ndarray, name: str, path: Path) -> None:
-    """Raise `CheckpointError` if a weight in a file is NaN or infinite."""
+    """Raise `CheckpointError` if an array from a weights file has NaN or infinity."""
     if not all_finite(value):
         raise CheckpointError(
             f"{path} has NaN or infinite values in {name}: the file is damaged or the training diverged, so use "
@@ -260,7 +260,10 @@ def _bytes(value: Any, dtype: str) -> int:
 
 
 def _shards(flat: Mapping[str, Any], dtype: str, limit: int) -> Iterator[list[str]]:
-    """Yield the paths of the arrays of each file. A file exceeds `limit` bytes only if a single array does."""
+    """Divide the arrays among files of at most `limit` bytes, and yield the paths of the arrays in each file.
+
+    A larger file has only one array.
+    """
     paths: list[str] = []
     size = 0
     for path, value in flat.items():
@@ -273,9 +276,9 @@ def _shards(flat: Mapping[str, Any], dtype: str, limit: int) -> Iterator[list[st
 
 
 def find(folder: Path) -> Path | None:
-    """Return the folder of the model at a path, or None.
+    """Return the folder that holds the model of a path, or None if there is no model.
 
-    If saving was interrupted while it replaced the model, the result is the backup next to the path.
+    If a save was interrupted while it replaced the model, the result is the folder with the backup next to the path.
     """
     candidates = [folder]
     if not folder.exists() and folder.name:
@@ -353,12 +356,12 @@ def verify(folder: Path, config: Mapping[str, Any], shared: bool = False) -> Non
     folder, config
         The model folder, and its configuration from `read_config`.
     shared
-        Set this if all processes load the model: each process then checks only its share of the files.
+        Whether all processes load the model. Each process then checks only its share of the files.
 
     Raises
     ------
     CheckpointError
-        A file is missing, was changed, or was added.
+        A file is missing, was changed, or was added after the model was saved.
 
     Warns
     -----
@@ -386,7 +389,8 @@ def verify(folder: Path, config: Mapping[str, Any], shared: bool = False) -> Non
         raise CheckpointError(f"{folder} has no {name}: the folder is incomplete, so copy or save it again.")
     for name in sorted(present - set(recorded)):
         raise CheckpointError(
-            f"{folder / name} is not listed in {CONFIG}: move it away, or delete the entries {FILES!r} and {SEAL!r} "
+            f"{folder / name} is not listed in {CONFIG}: move the file to another folder, or delete the entries "
+            f"{FILES!r} and {SEAL!r} "
             f"from {CONFIG} if you added it on purpose."
         )
     try:
@@ -467,7 +471,7 @@ class FolderReader:
             file.__exit__(*error)
 
     def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Read a slice of one array; the rest of the file is not read."""
+        """Read a slice of one array, without reading the rest of the file."""
         part = self._owner[name].get_slice(name)
         value = np.asarray(part[index] if index else part[...])
         check_finite_array(value, name, self.folder)

@@ -1,4 +1,4 @@
-"""The handle of a loaded model: its weights, genes and tokenizer, and how to apply and save it."""
+"""Define `Pretrained`: a loaded model with its weights, genes and tokenizer, which can be applied and saved."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def _compiled(family: str, config: Any, wanted: tuple[str, ...]) -> Callable[...
 
 
 def default_card(model: Pretrained, text: str = "") -> str:
-    """Return a model card: size, how to load the model, license, and `text` about the origin of the weights."""
+    """Return a model card with the size, the loading code, the license, and `text` about the origin of the weights."""
     knows = []
     if model.genes is not None:
         knows.append(f"{len(model.genes):,} genes ({model.genes.name}, hash `{model.genes.hash[:16]}`)")
@@ -259,8 +259,8 @@ def data_record(values: Any) -> dict[str, Any]:
 def fitting_rules(mesh: Mesh | None, rules: axes.AxisRules | None) -> axes.AxisRules:
     """Return the sharding rules for a mesh.
 
-    Given rules are checked against the axes of the mesh. Without rules, the default rules are used, without the axes
-    that the mesh lacks.
+    Rules that are given are checked against the axes of the mesh. Otherwise the default rules apply, without the axes
+    that the mesh does not have.
 
     Raises
     ------
@@ -286,13 +286,13 @@ def spans_processes(mesh: Mesh | None) -> bool:
 
 
 def boxed_shapes(family: str, config: Any) -> Any:
-    """Return the variables of a model as shapes with logical axis names, without allocating them."""
+    """Return the shapes and logical axis names of the variables of a model. No arrays are allocated."""
     module = registry.family(family).module
     return jax.eval_shape(lambda key: module(config).init(key, **module.example(config)), jax.random.key(0))
 
 
 def expected_shapes(family: str, config: Any) -> dict[str, Any]:
-    """Return the shapes of a model's variables by path."""
+    """Return the shapes of a model's variables, as a dict by path."""
     return flatten(nn.unbox(boxed_shapes(family, config)))
 
 
@@ -301,7 +301,7 @@ def match(
 ) -> None:
     """Check that loaded arrays fit a model by path, shape and dtype.
 
-    All floating-point dtypes that a model may be stored in count as equal.
+    Floating-point dtypes in which a model may be stored count as equal.
 
     Parameters
     ----------
@@ -310,7 +310,7 @@ def match(
     source
         Name of the file or folder for the error message.
     new
-        Regular expressions of paths that may be missing; those parameters keep their initial value.
+        Regular expressions. Parameters whose path matches one of them may be missing, and keep their initial value.
 
     Raises
     ------
@@ -333,12 +333,12 @@ def match(
     if differences:
         shown = "\n  ".join(differences[:40]) + ("\n  ..." if len(differences) > 40 else "")
         raise CheckpointError(
-            f"{source} does not fit the model, {len(differences)} parameters differ (- missing, + not in the "
-            f"model, ~ another shape or dtype): use the weights of this architecture.\n  {shown}"
+            f"{source} does not fit the model, because {len(differences)} parameters differ (- missing, + not in the "
+            f"model, ~ another shape or dtype): use weights of this architecture.\n  {shown}"
         )
 
 
 def _kind(value: Any) -> str:
-    """Return the dtype of an array, or "floating" for the floating-point dtypes that a model may be stored in."""
+    """Return the dtype of an array, or "floating" for all floating-point dtypes in which a model may be stored."""
     name = str(jnp.dtype(value.dtype))
     return "floating" if name in LOADED_DTYPES else name

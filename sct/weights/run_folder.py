@@ -33,7 +33,7 @@ RECORD, FILES = "sha256.json", "files"
 
 
 def steps(folder: Path) -> list[int]:
-    """Return the steps of the complete checkpoints in a run folder, ascending."""
+    """Return the steps of the complete checkpoints in a run folder, in ascending order."""
     return sorted(int(p.name) for p in (folder / "checkpoints").glob("[0-9]*") if p.name.isdigit())
 
 
@@ -43,7 +43,7 @@ def is_run(folder: Path) -> bool:
 
 
 def best_step(folder: Path) -> int:
-    """Return the step of the best checkpoint of a run. The newest checkpoint records it.
+    """Return the step of the best checkpoint of a run, which the newest checkpoint records.
 
     If the run has not been validated yet, the step of the newest checkpoint is returned.
 
@@ -66,7 +66,10 @@ def best_step(folder: Path) -> int:
 
 
 def is_current(folder: Path, exported: Path) -> bool:
-    """Return whether the exported model of a run is from its best step. It is outdated if the run was continued."""
+    """Return whether the exported model of a run comes from the best step.
+
+    Continuing a run can change its best step.
+    """
     return model_folder.read_config(exported).get("step") == best_step(folder)
 
 
@@ -88,7 +91,10 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def hashed_files(folder: Path) -> dict[str, str]:
-    """Return the hashes of the genes and the tokenizer of a run folder, which define the meaning of its inputs."""
+    """Return the hashes of the genes and the tokenizer of a run folder.
+
+    Both define what the inputs of the model mean.
+    """
     tokenizer = folder / TOKENIZER
     names = [f"{TOKENIZER}/{name}" for name in files_below(tokenizer)] if tokenizer.is_dir() else []
     return hash_files(folder, [GENES, *names])
@@ -132,7 +138,10 @@ def check_genes(vocabulary: GeneVocabulary, described: Mapping[str, Any], folder
 
 
 def record_checkpoint(folder: Path) -> None:
-    """Write the hashes of the files of a checkpoint. Call it before the folder is renamed to mark it as complete."""
+    """Write the hashes of the files of a checkpoint.
+
+    Call this function before the folder gets the name that marks it as complete.
+    """
     names = [name for name in files_below(folder) if "/" in name]
     write_json(folder / RECORD, sealed({FILES: hash_files(folder, names)}))
 
@@ -149,9 +158,9 @@ def verify_checkpoint(
     only
         Items (sub-folders) to check. Default: all.
     shared
-        Set this if all processes load the checkpoint: each process then checks only its share of the files.
+        Whether all processes load the checkpoint. Each process then checks only its share of the files.
     instead
-        What happens after the user deletes the checkpoint, for the error message.
+        Text for the error message: what happens after the user deletes the checkpoint.
 
     Raises
     ------
@@ -202,7 +211,7 @@ def _note(path: Path, what: str) -> None:
 
 
 def check_finite_arrays(arrays: Mapping[str, jax.Array], path: Path) -> None:
-    """Raise `CheckpointError` if a weight of a checkpoint is NaN or infinite. Each process checks its own shards."""
+    """Raise `CheckpointError` if a checkpoint has a NaN or infinite weight. Each process checks its own shards."""
     for name, value in arrays.items():
         for part in value.addressable_shards:
             if part.replica_id == 0:
@@ -210,9 +219,9 @@ def check_finite_arrays(arrays: Mapping[str, jax.Array], path: Path) -> None:
 
 
 def with_masking(data: Any, config: Mapping[str, Any]) -> Any:
-    """Return the data section of a model.
+    """Return the data section of a model with the masking options of its run.
 
-    If it lacks the masking options, they are copied from the run's configuration.
+    If the data section has no masking options, they are copied from the configuration of the run.
     """
     objective = config.get("objective")
     recorded = objective.get("masking") if isinstance(objective, Mapping) else None
@@ -240,7 +249,8 @@ def load(
     family, options = config.get("family"), config.get(MODEL, config.get("model", {}))
     if not isinstance(family, str) or not isinstance(options, dict):
         raise CheckpointError(
-            f"{folder / 'config.json'} has no family and model: the file is damaged, so restore it from a copy."
+            f"{folder / 'config.json'} has no valid entries 'family' and 'model': the file is damaged, so restore it "
+            "from a copy."
         )
     verify_files(folder, described)
     vocabulary = GeneVocabulary.load(folder / GENES)
@@ -275,7 +285,7 @@ def load(
 def _restore(path: Path, boxed: Any, mesh: Any, rules: axes.AxisRules, dtype: str | None) -> dict[str, Any]:
     """Read only the variables of a checkpoint.
 
-    `boxed` has the shapes and logical axes of the model without adapters.
+    `boxed` holds the shapes and logical axis names of the model without adapters.
     """
     import orbax.checkpoint as ocp
 

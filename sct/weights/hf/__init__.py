@@ -1,1 +1,1 @@
-"""Hugging Face folders: configurations, weights and parameter names."""
+"""Read and write Hugging Face folders: configurations, weights and parameter names."""

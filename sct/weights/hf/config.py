@@ -34,7 +34,7 @@ _MISSING: Any = object()
 
 
 class _Options:
-    """The options of a `config.json`, looked up by name and type."""
+    """Look up the options of a `config.json` by name, and check their types."""
 
     def __init__(self, values: Mapping[str, Any], source: str):
         self.values, self.source = values, source
@@ -59,14 +59,14 @@ class _Options:
         return value
 
     def only(self, name: str, default: Any, expected: Any = _MISSING) -> None:
-        """Refuse an option unless it has the only supported value."""
+        """Raise `CheckpointError` unless an option has the only supported value."""
         expected = default if expected is _MISSING else expected
         value = self.values.get(name, default)
         if (default if value is None else value) != expected:
             self.refuse(name, value, f"only {expected!r} is supported: use a model with this setting")
 
     def choice(self, name: str, default: str, known: Mapping[str, str]) -> str:
-        """Look up an activation function in a table; refuse unknown ones."""
+        """Look up an activation function in a table; raise `CheckpointError` if the table does not contain it."""
         value = self.values.get(name) or default
         if value not in known:
             supported = ", ".join(sorted(known))
@@ -146,14 +146,15 @@ def _llama(get: _Options) -> LlamaConfig:
 
 
 def _rope(get: _Options, theta: str, fraction: str, part: float) -> dict[str, Any]:
-    """Read the rotary options.
+    """Read the options of rotary position embedding from a `config.json`.
 
     Parameters
     ----------
     theta, fraction
-        Names of the base and of the rotated fraction of a head in the older spelling.
+        Option names in the older spelling: for the base of the frequencies, and for the fraction of a head that is
+        rotated.
     part
-        Default of the rotated fraction.
+        Default of the fraction of a head that is rotated.
     """
     values = get.values.get("rope_scaling") or get.values.get("rope_parameters") or {}
     if not isinstance(values, Mapping):
@@ -286,7 +287,7 @@ def _same(config: Any, back: Any, name: str) -> bool:
 
 
 def _decoder(config: Any) -> dict[str, Any]:
-    """Return the options that GPT-NeoX and LLaMA have in common."""
+    """Return the options that the configurations of GPT-NeoX and LLaMA have in common."""
     scaling: dict[str, Any] | None = None
     if config.rotary_scaling:
         # `transformers` before 4.45 reads "type", later releases read "rope_type".

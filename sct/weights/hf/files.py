@@ -20,7 +20,7 @@ _DTYPES = ("float16", "bfloat16", "float32", "float64", "bool", "uint8", "int8",
 
 
 def open_weights(folder: Path) -> FolderReader | TorchReader:
-    """Return a reader of the weights of a folder. Use it in a `with` statement.
+    """Return a reader for the weights in a folder. Use the reader in a `with` statement.
 
     Raises
     ------
@@ -38,7 +38,7 @@ def open_weights(folder: Path) -> FolderReader | TorchReader:
 
 
 class TorchReader:
-    """Read the arrays of PyTorch files without running code from them (`weights_only=True`)."""
+    """Read arrays from PyTorch files without running code from these files (`weights_only=True`)."""
 
     def __init__(self, folder: Path):
         self.folder = folder

@@ -62,7 +62,10 @@ class Lazy:
 
 @dataclasses.dataclass(frozen=True)
 class _Opened:
-    """An open folder. Its arrays were checked against the architecture, but not read yet."""
+    """An open Hugging Face folder.
+
+    The names and shapes of its arrays were checked, but the arrays were not read yet.
+    """
 
     family: str
     config: Any
@@ -152,7 +155,7 @@ def _opened(folder: Path) -> Iterator[_Opened]:
 def _settle_copies(
     family: str, config: Any, reader: FolderReader | TorchReader, keys: dict[str, str], source: str
 ) -> None:
-    """Remove duplicate arrays, such as a tied head, from `keys`.
+    """Remove the second copy of arrays that the files hold twice, such as a tied head, from `keys`.
 
     Raises
     ------
@@ -173,7 +176,7 @@ def _settle_copies(
 
 
 def _equal(reader: FolderReader | TorchReader, one: str, other: str) -> bool:
-    """Return whether two arrays of the files are equal. They are compared slice by slice to bound the memory."""
+    """Return whether two arrays in the files are equal. They are compared slice by slice to limit the use of memory."""
     shape = reader.shapes[one].shape
     if reader.shapes[other].shape != shape:
         return False
@@ -258,7 +261,7 @@ def _handle(folder: Path, opened: _Opened, arrays: Mapping[str, Any]) -> Pretrai
 def convert(
     folder: str | os.PathLike[str], output: str | os.PathLike[str], *, dtype: str = "float32"
 ) -> None:
-    """Convert a Hugging Face folder to a model folder. Memory holds only one file of the new folder at a time.
+    """Convert a Hugging Face folder to a model folder. Only one file of the new folder at a time is in memory.
 
     Raises
     ------
@@ -278,7 +281,7 @@ def convert(
 
 
 def tensors(model: Pretrained) -> dict[str, Lazy]:
-    """Return the arrays of a model by their Hugging Face names. Each array is computed only when it is used.
+    """Return the arrays of a model as a dict by Hugging Face name. Each array is computed only when it is used.
 
     Raises
     ------

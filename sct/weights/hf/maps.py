@@ -96,7 +96,7 @@ class NameMap:
     prefix
         Prefix of all names except that of the head. Files of a model without a head do not have it.
     rows
-        The table: our module, Hugging Face's module, and its parameters.
+        The table. A row has the path of a module in this project, its Hugging Face name, and its parameters.
     head
         Name of the head's matrix.
     head_names
@@ -164,13 +164,13 @@ class Entry:
     run: int
 
     def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of each array, given the shape of the parameter."""
+        """Return the shape of each array in the files, given the shape of the parameter."""
         one = ours[1:] if self.stacked else ours
         one = (*one[:-1], one[-1] * self.pieces)
         return one[::-1] if self.transposed else one
 
     def take(self, part: Callable[[tuple[slice, ...]], np.ndarray], index: tuple[slice, ...]) -> np.ndarray:
-        """Read a slice of the parameter of one layer.
+        """Read a slice of a parameter, for one layer.
 
         Parameters
         ----------
@@ -195,7 +195,7 @@ class Entry:
         return np.concatenate(blocks, axis=-1)
 
     def join(self, pieces: list[np.ndarray]) -> np.ndarray:
-        """Fuse the parts of one layer into one array; the inverse of `take`."""
+        """Fuse the parts of an array of one layer into this array; the inverse of `take`."""
         made = pieces[0]
         if self.pieces > 1:
             runs = [x.reshape(*x.shape[:-1], -1, self.run) for x in pieces]
@@ -204,7 +204,7 @@ class Entry:
 
 
 def entries(family: str, config: Any, shapes: Mapping[str, Any]) -> dict[str, Entry]:
-    """Return the location of each parameter of a model, by path, in the order of the family's table.
+    """Return where Hugging Face files hold each parameter of a model, as a dict by path in the order of the table.
 
     Raises
     ------
@@ -239,7 +239,7 @@ def entries(family: str, config: Any, shapes: Mapping[str, Any]) -> dict[str, En
 
 
 def resolve(family: str, keys: list[str], expected: set[str], source: str) -> dict[str, str]:
-    """Map the table's array names to the keys in the files.
+    """Find the key in the files for each array name of the table.
 
     Keys may lack the family's prefix or use an older spelling. A key that is not in the table is mapped to itself.
 
@@ -255,7 +255,7 @@ def resolve(family: str, keys: list[str], expected: set[str], source: str) -> di
     Raises
     ------
     CheckpointError
-        Two keys mean the same array.
+        Two keys in the files belong to the same array name.
     """
     prefix = FAMILIES[family].prefix
     names: dict[str, str] = {}
@@ -276,7 +276,7 @@ def resolve(family: str, keys: list[str], expected: set[str], source: str) -> di
 
 
 def copies(family: str, tied: bool) -> list[tuple[str, str, bool]]:
-    """Return the arrays that files may hold twice.
+    """Return the arrays that Hugging Face files may hold twice.
 
     Each entry is (name of the copy, name of the original, whether both must be equal).
     """

@@ -36,7 +36,7 @@ _ADVICE = (
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read the options of an adapter folder; raise `CheckpointError` for options that are not supported."""
+    """Read the options of an adapter folder. Raise `CheckpointError` for an option that is not supported."""
     given, path = model_folder.read_json(folder / CONFIG), folder / CONFIG
     if given.get("peft_type") != "LORA":
         raise CheckpointError(

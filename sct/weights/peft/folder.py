@@ -45,7 +45,7 @@ _BASE = re.compile(rf"{re.escape(_PREFIX)}(?P<module>.+?)(\.base_layer)?(?P<leaf
 
 @dataclasses.dataclass(frozen=True)
 class _Module:
-    """A dense module of one layer in Hugging Face's naming, and our dense layers that it consists of."""
+    """A dense module under its Hugging Face name, and the dense layers of this project that the module combines."""
 
     layer: int | None
     width: int
@@ -54,7 +54,7 @@ class _Module:
 
 
 def _modules(model: Pretrained) -> dict[str, _Module]:
-    """Return the dense modules of a model by their names in `transformers`."""
+    """Return the dense modules of a model, as a dict by their names in `transformers`."""
     check_choice(
         "the family",
         model.family,
@@ -141,7 +141,10 @@ def load(model: Pretrained, folder: str | os.PathLike[str]) -> Pretrained:
 
 
 def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """Return the value of the first pattern that matches the end of a module's name, or the default."""
+    """Return the value of the first pattern that matches the end of a module's name.
+
+    Return the default if no pattern matches.
+    """
     for pattern, value in patterns.items():
         try:
             if re.match(rf"(.*\.)?({pattern})$", name):
@@ -154,7 +157,10 @@ def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def _known(name: str, family: str, modules: Mapping[str, _Module]) -> str:
-    """Return the name of a module in the table, or ''. Files may lack the prefix or use another name of the head."""
+    """Return the name that the table has for a module in a file, or '' if the table has no such module.
+
+    Files may lack the prefix or use another name for the head.
+    """
     table = FAMILIES[family]
     spelled = [name, table.prefix + name, name.removeprefix(table.prefix)]
     if f"{name}.weight" in table.head_names:
@@ -165,7 +171,7 @@ def _known(name: str, family: str, modules: Mapping[str, _Module]) -> str:
 def _read_matrices(
     folder: Path, model: Pretrained, modules: Mapping[str, _Module]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return both float32 matrices of each adapted module, by the name of the module in the file."""
+    """Return the two float32 matrices of each adapted module, as a dict by the name of the module in the file."""
     found: dict[str, dict[str, np.ndarray]] = {}
     for key, value in read_arrays(folder):
         match = _KEY.fullmatch(key)
@@ -178,7 +184,8 @@ def _read_matrices(
             )
         if value.ndim != 2:
             raise CheckpointError(
-                f"{folder / WEIGHTS} has {key} with shape {value.shape} instead of 2 axes: the file is damaged, so "
+                f"{folder / WEIGHTS} has {key} with shape {value.shape}, but it must have 2 axes: the file is "
+                "damaged, so "
                 "restore it from a copy."
             )
         found.setdefault(match["module"], {})[match["matrix"]] = value.astype(np.float32)
@@ -196,12 +203,14 @@ def _read_matrices(
 
 
 def _is_ours(key: str, value: np.ndarray, model: Pretrained, folder: Path) -> bool:
-    """Return whether an array in an adapter file is a base weight of the model. PEFT also saves an adapted head.
+    """Return whether an array in an adapter file is a weight of the base model.
+
+    PEFT also saves the weights of an adapted head.
 
     Raises
     ------
     CheckpointError
-        It is a base weight, but its values differ from those of the model.
+        The array is a weight of the base model, but its values differ from those of this model.
     """
     match, table = _BASE.fullmatch(key), FAMILIES[model.family]
     if match is None:
@@ -224,7 +233,7 @@ def _is_ours(key: str, value: np.ndarray, model: Pretrained, folder: Path) -> bo
 def _apart(
     module: _Module, first: np.ndarray, second: np.ndarray
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """Split the adapter of a fused module into adapters of its parts.
+    """Split the adapter of a fused module into one adapter for each part of the module.
 
     If every rank is used by exactly one part, the ranks are divided among the parts. This undoes `_together`. Otherwise
     all parts share `lora_A`.
@@ -236,7 +245,7 @@ def _apart(
 
     Returns
     -------
-    Matrices (in, r) and (r, out) of each part, by its number.
+    Matrices (in, r) and (r, out) of each part, as a dict by the number of the part.
     """
     columns = {}
     for piece, (_, entry) in module.parts.items():
@@ -253,7 +262,10 @@ def _apart(
 
 
 def _stack(adapters: Mapping[int | None, Mapping[str, np.ndarray]], layers: int) -> dict[str, np.ndarray]:
-    """Stack the adapters of single layers into one for all layers. Missing layers and ranks are zeros."""
+    """Stack the adapters of single layers into one adapter for all layers.
+
+    Missing layers and missing ranks become zeros.
+    """
     if None in adapters:
         return dict(adapters[None])
     rank = max(adapter["lora_a"].shape[1] for adapter in adapters.values())
@@ -271,7 +283,7 @@ def _stack(adapters: Mapping[int | None, Mapping[str, np.ndarray]], layers: int)
 
 
 def _place(leaf: str, value: np.ndarray, kernel: Any) -> jax.Array:
-    """Place an array of an adapter on the devices of its kernel, sharded along the axes that both have."""
+    """Place an adapter array on the devices of the adapted kernel, sharded along the axes that both arrays have."""
     sharding = getattr(kernel, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return jnp.asarray(value)
@@ -384,7 +396,7 @@ def export(model: Pretrained, folder: str | os.PathLike[str], *, base: str | Non
 def _together(
     module: _Module, adapters: Mapping[str, Mapping[str, np.ndarray]]
 ) -> tuple[np.ndarray, np.ndarray, float] | None:
-    """Join the adapters of the parts of a fused module.
+    """Join the adapters of the parts of a fused module into one adapter of the module.
 
     Returns
     -------
@@ -419,7 +431,10 @@ def _together(
 
 
 def _alpha(scale: float, rank: int) -> float:
-    """Return the alpha of a float32 scale, rounded to 7 digits if that gives exactly the same scale."""
+    """Return the alpha that gives a float32 scale (alpha / rank).
+
+    Alpha is rounded to 7 digits if the scale stays exactly the same.
+    """
     alpha = float(f"{scale * rank:.7g}")
     if np.float32(alpha / rank) != np.float32(scale):
         alpha = scale * rank
@@ -427,7 +442,7 @@ def _alpha(scale: float, rank: int) -> float:
 
 
 def _commonest(values: Any) -> Any:
-    """Return the most frequent value; the first one on ties."""
+    """Return the most frequent value. If several values are equally frequent, return the first of them."""
     found = list(values)
     return max(dict.fromkeys(found), key=found.count)
 
