@@ -69,7 +69,8 @@ class RunSpec:
     optimizer
         Options of the optimizer.
     loop
-        Options of the training loop. If the number of steps is not set, `loop.steps` is 1, see `train_options`.
+        Options of the training loop. If the configuration does not set the number of steps, `loop.steps` is 1; see
+        `train_options`.
     steps
         Number of steps in the configuration; 0 if it is computed from `data.tokens`.
     init_from

@@ -45,7 +45,7 @@ def is_run(folder: Path) -> bool:
 def best_step(folder: Path) -> int:
     """Return the step of the best checkpoint of a run, which the newest checkpoint records.
 
-    If the run has not been validated yet, the step of the newest checkpoint is returned.
+    If the run has no validation yet, return the step of the newest checkpoint.
 
     Raises
     ------

@@ -5,8 +5,9 @@ A PEFT folder holds `adapter_config.json` and `adapter_model.safetensors`, with 
 value. This fused projection has one adapter in PEFT, but up to three adapters in this project:
 
 - Reading splits the adapter: the three adapters share `lora_A`, and each gets its own columns of `lora_B`.
-- Writing joins them. Adapters with the same `lora_A` become one adapter of the same rank. Otherwise the ranks are added
-  up, and each projection has zeros for the ranks of the others. Reading such a file returns the original adapters.
+- Writing joins them. Adapters with the same `lora_A` become one adapter of the same rank. Otherwise the rank of the
+  joint adapter is the sum of their ranks, and each projection has zeros for the ranks of the other projections. Reading
+  such a file returns the original adapters.
 
 Both conversions are exact.
 """
