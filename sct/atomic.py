@@ -23,7 +23,7 @@ _YOUNG_SECONDS = 600.0
 
 
 def _kept(path: Path) -> str:
-    """Return the part of the name of `path` that is also part of its temporary name."""
+    """Return the name of `path`, shortened if it is too long for a part of a temporary name."""
     return os.fsencode(path.name)[:_LONGEST].decode("utf-8", "ignore")
 
 
@@ -75,7 +75,7 @@ def atomic_write(path: str | os.PathLike[str], hold: bool = True) -> Iterator[Pa
 
 @contextmanager
 def _told(path: Path, disk_alone: bool = False) -> Iterator[None]:
-    """Convert system errors about an output to `OutputError`; `disk_alone`: only errors of `disk_trouble`."""
+    """Convert errors of writing `path` to `OutputError`; with `disk_alone`, only errors that `disk_trouble` finds."""
     try:
         yield
     except SctError:
@@ -118,7 +118,7 @@ def atomic_folder(
     folder
         Folder to write. Its parent folder is created if needed.
     is_leftover
-        Returns whether a temporary folder of a process that died while writing may be deleted.
+        Function that returns whether a temporary folder may be deleted, which a process left behind when it died.
 
     Raises
     ------
@@ -170,7 +170,7 @@ def remove(path: Path) -> None:
 
 
 def _remove_leftovers(folder: Path, is_leftover: Callable[[Path], bool]) -> None:
-    """Delete temporary folders of processes that died while writing `folder`; no process locks them."""
+    """Delete temporary folders that no process locks: the processes that wrote them for `folder` have died."""
     for path in _temporaries(folder, stat.S_ISDIR):
         with contextlib.suppress(OSError):  # deleted by another process
             # An empty young folder can belong to a process that has not locked it yet.
@@ -179,14 +179,14 @@ def _remove_leftovers(folder: Path, is_leftover: Callable[[Path], bool]) -> None
 
 
 def _remove_leftover_files(target: Path) -> None:
-    """Delete old temporary files of processes that died while writing `target`; no process locks them."""
+    """Delete old temporary files that no process locks: the processes that wrote them for `target` have died."""
     for path in _temporaries(target, stat.S_ISREG):
         if not _is_young(path):
             _remove_unheld(path)
 
 
 def _temporaries(target: Path, is_kind: Callable[[int], bool]) -> list[Path]:
-    """Return the temporary files or folders of `target`: those with a name that `_beside` creates."""
+    """Return the temporary files or folders for `target`: those whose names have the form that `_beside` makes."""
     name = re.compile(rf"\.{re.escape(_kept(target))}\.[0-9a-f]{{16}}\.tmp")
     with contextlib.suppress(OSError), os.scandir(target.parent) as entries:
         return [

@@ -26,8 +26,7 @@ def check_number(
 
     Raises
     ------
-    ConfigError
-        The check fails. `error` replaces this class.
+        ConfigError The check fails. If `error` is given, this class is raised instead.
     """
     kind = "a whole number" if whole else "a finite number"
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
@@ -47,12 +46,11 @@ def check_at_least(
     error: type[SctError] = ConfigError,
     advice: str = "",
 ) -> None:
-    """Require a number from `least` to `most`; `whole=False` allows fractions.
+    """Require an integer from `least` to `most`; with `whole=False`, fractions are also allowed.
 
     Raises
     ------
-    ConfigError
-        The check fails. `error` replaces this class.
+        ConfigError The check fails. If `error` is given, this class is raised instead.
     """
     check_number(name, value, whole=whole, error=error, advice=advice)
     if value < least or (most is not None and value > most):
@@ -74,8 +72,7 @@ def check_positive(
 
     Raises
     ------
-    ConfigError
-        The check fails. `error` replaces this class.
+        ConfigError The check fails. If `error` is given, this class is raised instead.
     """
     check_number(name, value, error=error, advice=advice)
     if value <= 0 or (most is not None and value > most):
@@ -97,8 +94,7 @@ def check_share(
 
     Raises
     ------
-    ConfigError
-        The check fails. `error` replaces this class.
+        ConfigError The check fails. If `error` is given, this class is raised instead.
     """
     check_number(name, value, error=error, advice=advice)
     if not ((value >= 0 if zero else value > 0) and (value <= 1 if one else value < 1)):
@@ -110,12 +106,11 @@ def check_share(
 def check_multiple(
     name: str, value: int, of: int, what: str = "", *, error: type[SctError] = ConfigError, advice: str = ""
 ) -> None:
-    """Require a multiple of `of`; `what` is the name of `of` in the message.
+    """Require a multiple of the number `of`; `what` is the name of this number in the message.
 
     Raises
     ------
-    ConfigError
-        The check fails. `error` replaces this class.
+        ConfigError The check fails. If `error` is given, this class is raised instead.
     """
     if value % of:
         below, above = value // of * of, -(-value // of) * of
@@ -132,8 +127,7 @@ def check_choice(
 
     Raises
     ------
-    ConfigError
-        The check fails. `error` replaces this class.
+        ConfigError The check fails. If `error` is given, this class is raised instead.
     """
     known = list(choices)
     if isinstance(value, Hashable) and value in known:
@@ -166,8 +160,7 @@ def check_type(
 
     Raises
     ------
-    ConfigError
-        The check fails. `error` replaces this class.
+        ConfigError The check fails. If `error` is given, this class is raised instead.
     """
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds):
@@ -184,8 +177,7 @@ def check_text(name: str, value: Any, *, error: type[SctError] = ConfigError, ad
 
     Raises
     ------
-    ConfigError
-        The check fails. `error` replaces this class.
+        ConfigError The check fails. If `error` is given, this class is raised instead.
     """
     if not isinstance(value, str) or not value.strip():
         to_do = advice or "give a text"
@@ -199,8 +191,7 @@ def check_not_empty(
 
     Raises
     ------
-    ConfigError
-        The check fails. `error` replaces this class.
+        ConfigError The check fails. If `error` is given, this class is raised instead.
     """
     if len(values) < least:
         found = (
@@ -220,8 +211,7 @@ def check_distinct(
 
     Raises
     ------
-    ConfigError
-        The check fails. `error` replaces this class.
+        ConfigError The check fails. If `error` is given, this class is raised instead.
     """
     repeated = [value for value, number in Counter(values).items() if number > 1]
     if repeated:
@@ -233,12 +223,13 @@ def check_distinct(
 def check_one_each(
     what: str, found: int, of: str, expected: int, *, error: type[SctError] = DataError, advice: str = ""
 ) -> None:
-    """Require equal numbers: `found` items called `what` for `expected` items called `of` (both plural).
+    """Require as many items of one kind (`found`) as of another kind (`expected`).
+
+    `what` and `of` are the names of the two kinds in the message, both plural.
 
     Raises
     ------
-    DataError
-        The check fails. `error` replaces this class.
+        DataError The check fails. If `error` is given, this class is raised instead.
     """
     if found != expected:
         to_do = advice or f"give {expected:,} {what}, in the order of the {of}"
@@ -263,8 +254,7 @@ def check_shape(
 
     Raises
     ------
-    DataError
-        The check fails. `error` replaces this class.
+        DataError The check fails. If `error` is given, this class is raised instead.
     """
     shape = tuple(map(int, array.shape))
     sizes = [
@@ -297,8 +287,7 @@ def check_finite(
 
     Raises
     ------
-    DataError
-        The check fails. `error` replaces this class.
+        DataError The check fails. If `error` is given, this class is raised instead.
     """
     import numpy as np
 

@@ -59,7 +59,7 @@ def _usage() -> str:
 
 
 def main(command: str | None = None) -> None:
-    """Run the command that the command line asks for.
+    """Run the command that is named on the command line, such as `train`.
 
     Parameters
     ----------
@@ -142,7 +142,7 @@ def _closed_pipes_end_silently() -> Iterator[None]:
 def _drop_closed_outputs() -> bool:
     """Redirect outputs whose pipe is closed to the null device, so that Python's final flush cannot fail.
 
-    Returns whether there were any.
+    Return whether any output had a closed pipe.
     """
     closed = [stream for stream in (sys.stdout, sys.stderr) if stream is not None and _is_closed(stream)]
     for stream in closed:
@@ -239,7 +239,7 @@ def run_main(
     smaller
         What the user can do if the memory does not suffice.
     stoppable
-        Whether SIGTERM stops the program like Ctrl-C, with exit status 143.
+        Whether SIGTERM stops the program in the same way as Ctrl-C, but with exit status 143.
     """
     # Hide the start-up messages of the XLA runtime, which do not concern users.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

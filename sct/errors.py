@@ -61,7 +61,7 @@ class MissingExtraError(SctError, ImportError):
 
 
 def space_hint(reason: str) -> str:
-    """Return " (free space?)" if the system's reason for a failed write is a lack of space, otherwise ""."""
+    """Return the hint " (free space?)" if a write failed because the disk is full, otherwise ""."""
     short = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
     return " (free space?)" if reason in map(os.strerror, short) else ""
 
@@ -98,7 +98,7 @@ def disk_trouble(error: BaseException) -> str:
 
 
 def _is_of_writer(error: BaseException) -> bool:
-    """Return whether one of the libraries that write files raised this RuntimeError or ValueError."""
+    """Return whether this RuntimeError or ValueError was raised by one of the libraries that write files."""
     if not isinstance(error, RuntimeError | ValueError):
         return False
     module = ""

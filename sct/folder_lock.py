@@ -1,4 +1,7 @@
-"""Folder lock: only one process at a time writes to a folder. The lock names its holder and ends with its process."""
+"""Folder lock: only one process at a time writes to a folder.
+
+The lock file names the process that holds the lock. When this process ends, the lock is released.
+"""
 
 from __future__ import annotations
 
@@ -260,7 +263,7 @@ class _Lock:
         )
 
     def _sign(self, holder: Holder | None) -> None:
-        """Write a holder to the lock file, or clear the file for None. A full disk does not invalidate the lock."""
+        """Write the holder to the lock file, or clear the file for None; ignore errors such as a full disk."""
         text = json.dumps(dataclasses.asdict(holder)).encode() if holder is not None else b""
         with suppress(OSError):
             os.lseek(self._file, 0, os.SEEK_SET)
@@ -343,7 +346,8 @@ class _Beat:
 def _forked() -> None:
     """Drop all locks in a forked process.
 
-    Otherwise the fork would keep the lock after its parent has ended, and signals to the fork would mark the lock.
+    Otherwise the forked process would keep the lock after its parent has ended, and a signal to the forked process
+    would mark the lock as stopping.
     """
     for lock in list(_open):
         lock.forget()

@@ -1,7 +1,8 @@
 """Order the cells of an AnnData into bags: every K consecutive cells of the order are one bag.
 
-Training draws bags at random. Inference needs reproducible bags that contain every cell. The orders here depend only on
-the number of cells, their positions and a seed, and not on how many cells are read at a time.
+Training draws bags at random. Inference needs reproducible bags that contain every cell. The functions of this module
+compute an order only from the number of cells, their positions and a seed. The bags therefore do not depend on how many
+cells are read at a time.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class BagOrder:
 
 
 def _closed(rows: np.ndarray, cells_per_bag: int) -> BagOrder:
-    """Fill up the last bag with the first rows, as context only."""
+    """Fill up the last bag with the first rows of the order, which are context and not targets in this bag."""
     cells = min(cells_per_bag, len(rows))
     missing = -len(rows) % cells
     is_target = np.ones(len(rows) + missing, bool)
@@ -52,9 +53,9 @@ def _closed(rows: np.ndarray, cells_per_bag: int) -> BagOrder:
 def random_order(rows: np.ndarray, cells_per_bag: int, seed: int = 0, window: int = WINDOW) -> BagOrder:
     """Assign each cell to exactly one random bag.
 
-    Rows are split into consecutive windows. Each window is shuffled separately and cut into bags. With at most `window`
-    cells, this is a random partition of all cells. The last bag is filled up with the first cells of the order. Fewer
-    than K cells form one smaller bag.
+    Rows are split into consecutive windows. Each window is shuffled separately and cut into bags. If there are at most
+    `window` cells, all cells are shuffled together. The last bag is filled up with the first cells of the order. If
+    there are fewer than K cells, all of them form one smaller bag.
 
     Parameters
     ----------
@@ -79,10 +80,11 @@ def random_order(rows: np.ndarray, cells_per_bag: int, seed: int = 0, window: in
 def tile_order(rows: np.ndarray, coordinates: np.ndarray, cells_per_bag: int) -> BagOrder:
     """Divide a section into compact tiles of K cells. Each cell is in one tile.
 
-    The section is cut in two across its longer side, and the parts are cut again until they have K cells. The size of a
-    part is a multiple of K, and both parts are as equal as possible. Ties are broken by the order of the rows. Within a
-    tile, cells are sorted by their distance from the cell nearest to its center, as training sorts neighbors. The last
-    tile is filled up with the cells nearest to it.
+    The section is cut in two across its longer side, and each part is cut again, until all parts have K cells. The
+    sizes of the two parts are multiples of K and as equal as possible. Cells with equal coordinates stay in the order
+    of their rows. Within a tile, the first cell is the cell nearest to the center of the tile, and the other cells are
+    sorted by their distance from the first cell, as training sorts neighbors. The last tile is filled up with the cells
+    nearest to it.
 
     Parameters
     ----------
@@ -120,15 +122,16 @@ def tile_order(rows: np.ndarray, coordinates: np.ndarray, cells_per_bag: int) ->
 
 
 def neighbors(places: np.ndarray, cells_per_bag: int) -> np.ndarray:
-    """Return the K nearest cells of each cell, int64 (N, K): the cell itself, then the others by distance (appendix A).
+    """Return the rows of the K nearest cells of each cell, int64 (N, K): the cell itself, then the others by distance.
 
-    Each cell is first in its own bag, even if several cells are at the same place.
+    Spatial training uses the same neighbors (sCT paper, appendix A). Row i starts with cell i, even if several cells
+    are at the same place.
 
     Parameters
     ----------
     places
-        Rescaled coordinates (N, 2), as in training. Rounding decides between equal distances, so other units could give
-        another order.
+        Coordinates (N, 2), rescaled as in training. In other units, rounding could change the order of neighbors at
+        equal distances.
     cells_per_bag
         Number of cells per bag (K).
     """
@@ -145,7 +148,7 @@ def neighbors(places: np.ndarray, cells_per_bag: int) -> np.ndarray:
 def centered_order(rows: np.ndarray, coordinates: np.ndarray, cells_per_bag: int) -> BagOrder:
     """Make one bag for each cell: the cell itself as the target, and its nearest neighbors as context.
 
-    These are the bags of spatial training. Inference with these bags takes K times the compute of inference with tiles.
+    Spatial training uses the same bags. Inference with these bags takes K times the compute of inference with tiles.
     """
     rows = np.asarray(rows, np.int64)
     found = neighbors(coordinates, cells_per_bag)

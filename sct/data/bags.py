@@ -42,9 +42,9 @@ def random_bag_rows(
 ) -> np.ndarray:
     """Return the rows of a bag, ascending, for a study that is stored in random order.
 
-    The rows of the study form a ring. Each epoch starts at a different offset, which depends on the seed, and cuts the
-    ring into blocks. Within a block, cells are assigned to bags at random. An epoch leaves out up to
-    `cells_per_bag - 1` cells, different ones in each epoch.
+    The rows of the study are treated as a ring: the first row follows the last row. Each epoch starts at a different
+    row, which depends on the seed, and cuts the ring into blocks. Within a block, cells are assigned to bags at random.
+    An epoch leaves out up to `cells_per_bag - 1` cells, which differ between epochs.
 
     Parameters
     ----------
@@ -55,15 +55,15 @@ def random_bag_rows(
     number, epoch, seed
         Bag number, epoch and seed.
     shuffle_cells
-        Number of cells per block. With 0, each block is one bag. Its rows are contiguous and take one read, or two
-        reads for the bag across the end of the ring. If a block is as large as the study, any partition of the study
-        into bags is possible.
+        Number of cells per block. With 0, each block is one bag, so the rows of a bag are contiguous and are read at
+        once. Only the bag with the last and the first row of the study needs two reads. If a block is as large as the
+        study, any partition of the study into bags is possible.
     permutation
         Function that returns seeded permutations. It may cache its last result.
     """
     number_of_bags = max(1, n_cells // cells_per_bag)
     if not 0 <= number < number_of_bags:
-        raise IndexError(f"bag {number} of {number_of_bags}")
+        raise IndexError(f"bag {number} does not exist: use a number from 0 to {number_of_bags - 1}.")
     if n_cells <= cells_per_bag:
         return np.arange(n_cells)
     offset = int(_rng(seed, 1, epoch).integers(n_cells))
@@ -194,14 +194,14 @@ class BagSource:
         self.__dict__.update(state, _made={}, _lock=threading.RLock())
 
     def _once(self, what: str, index: int, make: Callable[[], Any]) -> Any:
-        """Return a cached object of a study, and make it at first use. Other threads wait meanwhile."""
+        """Return an object of a study from the cache; create it at the first call, while other threads wait."""
         with self._lock:
             if (what, index) not in self._made:
                 self._made[what, index] = make()
             return self._made[what, index]
 
     def _permutation(self, index: int, size: int, *words: int) -> np.ndarray:
-        """Return a seeded permutation. The last one of each study is cached, because it may be as long as the study."""
+        """Return a seeded permutation; the last one of each study is cached, because it can have one entry per cell."""
         with self._lock:
             kept, order = self._made.get(("permutation", index), (None, None))
             if kept != (size, *words):
@@ -221,14 +221,14 @@ class BagSource:
         return measured
 
     def locate(self, number: int) -> tuple[int, int]:
-        """Return the index of the study of a bag, and the number of the bag within the study."""
+        """Return the index of the study that a bag belongs to, and the number of the bag within this study."""
         if not 0 <= number < len(self):
-            raise IndexError(f"bag {number} of {len(self)}")
+            raise IndexError(f"bag {number} does not exist: use a number from 0 to {len(self) - 1}.")
         study = int(np.searchsorted(self._ends, number, side="right"))
         return study, number - (int(self._ends[study - 1]) if study else 0)
 
     def rows(self, number: int, epoch: int = 0) -> tuple[Study, np.ndarray]:
-        """Return the study of a bag and the rows of its cells."""
+        """Return the study that a bag belongs to, and the rows of the cells in the bag."""
         index, bag = self.locate(number)
         study, options = self.studies[index], self.options
         cells = options.cells_per_bag
@@ -249,7 +249,7 @@ class BagSource:
         return study, spatial_bag_rows(tree, cells, bag, epoch, seed, order)
 
     def describe(self, number: int, epoch: int = 0) -> str:
-        """Describe a bag in messages by its study and rows."""
+        """Return the text that identifies a bag in messages: its study and its rows."""
         study, rows = self.rows(number, epoch)
         return f"study {study.name!r}, rows {rows.min()} to {rows.max()} (bag {number} of epoch {epoch})"
 

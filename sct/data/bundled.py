@@ -48,7 +48,7 @@ def prepare(name: str, folder: Path, seed: int = 0) -> Store:
     Raises
     ------
     ConfigError
-        There is no such data set.
+        `name` is not the name of a bundled data set.
     """
     check_choice("the data set", name, ("pbmc68k",), advice="use this one, or give a store")
     try:

@@ -47,9 +47,10 @@ class CellOptions:
     max_genes
         Number of genes per record; 0 for the whole vocabulary.
     genes
-        Genes to read. "all": the vocabulary, in its order. "expressed": all expressed genes; it is an error if there
-        are more than `max_genes`. "top": the `max_genes` most highly expressed genes; cell, gene and `seed` determine
-        the order of ties. "sampled": `max_genes` random expressed genes. "listed": given genes, expressed or not
+        Genes of a cell to read. "all": all genes of the vocabulary, in the order of the vocabulary. "expressed": all
+        expressed genes; a cell with more than `max_genes` expressed genes is an error. "top": the `max_genes` most
+        highly expressed genes; cell, gene and `seed` determine the order of genes with equal counts. "sampled":
+        `max_genes` random expressed genes. "listed": a fixed list of genes, expressed or not
         (`sct.data.gene_selection.variable_genes`). "": "top" if `max_genes` is set, otherwise "all".
     values
         Kind of expression values: a name in `sct.data.cell_values.VALUES`.
@@ -77,13 +78,13 @@ class CellOptions:
 
     @classmethod
     def of(cls, num_bins: int, data: Any) -> CellOptions:
-        """Make the options of a model from its number of bins and its data section or record."""
+        """Make `CellOptions` from a number of bins, and from the `data` section or the recorded options of a model."""
         given = data if isinstance(data, Mapping) else vars(data)
         named = {name: given[name] for name in ("genes", "values") if name in given}
         return cls(num_bins, int(given["max_genes"]), **named)
 
     def record(self) -> dict[str, Any]:
-        """Return the options that a model folder records; `of` reads them."""
+        """Return the options as a dict, which a model folder records; `CellOptions.of` reads this dict."""
         return {"max_genes": self.max_genes, "genes": self.genes, "values": self.values}
 
     @property
@@ -115,21 +116,22 @@ def cell_records(
     known
         Mask of the genes that the model knows, bool (G,). Other genes are left out before values are computed.
     listed
-        With `genes="listed"`: numbers of the genes (S,), ascending.
+        Numbers of the genes to read (S,), ascending. Used only with `genes="listed"`.
     seed
         Seed of the choice of genes in cells with more than `max_genes` expressed genes.
 
     Returns
     -------
-    Arrays by name: `bins` uint8 (N, S), or `values` float32 (N, S) with "log1p". S is G for "all". Otherwise there is
-    also `genes` int32 (N, S), the gene numbers, ascending and padded with `ABSENT`.
+    Arrays by name: `bins` uint8 (N, S), or `values` float32 (N, S) with "log1p". With `genes="all"`, S is G. With other
+    values of `genes`, there is also the array `genes` int32 (N, S): the gene numbers, ascending and padded with
+    `ABSENT`.
 
     Raises
     ------
     ConfigError
-        With genes="listed": the list is missing, not ascending, or has genes that the model does not know.
+        With `genes="listed"`: `listed` is missing, not ascending, or has genes that the model does not know.
     DataError
-        With genes="expressed": a cell has more expressed genes than `max_genes`.
+        With `genes="expressed"`: a cell has more expressed genes than `max_genes`.
     """
     counts = canonical(counts)
     if known is not None and not known.all():
@@ -145,12 +147,13 @@ def cell_records(
     if options.choice == "listed":
         if listed is None or (np.diff(listed) <= 0).any():
             raise ConfigError(
-                "genes is 'listed', but listed is missing or not ascending: give the gene numbers in ascending order."
+                "genes='listed' needs gene numbers in `listed`, but `listed` is missing or not ascending: give the "
+                "gene numbers in ascending order."
             )
         if known is not None and not known[listed].all():
             raise ConfigError(
-                f"the model does not know {int((~known[listed]).sum())} of the {len(listed)} listed genes: leave them "
-                "out."
+                f"the model does not know {int((~known[listed]).sum())} of the {len(listed)} genes in `listed`: remove "
+                "these genes from `listed`."
             )
         genes = np.broadcast_to(np.asarray(listed, np.int32), (n_cells, len(listed)))
         return {options.name: values[:, listed].toarray(), "genes": genes.copy()}

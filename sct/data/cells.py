@@ -1,4 +1,4 @@
-"""Read the cells of an AnnData in the gene order of a model, block by block to bound the memory."""
+"""Read the cells of an AnnData in the gene order of a model, block by block, to limit the memory that is needed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sct.progress import progress
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """Cells that may be in the same bag: a batch, a slide, or all cells.
+    """A group of cells that may share a bag: a batch, a slide, or all cells.
 
     Attributes
     ----------
@@ -57,7 +57,8 @@ class CellCounts:
     sections
         Sections from which bags are made. Default: all cells are one section.
     layer
-        Location of the raw counts. Default: the first of X, raw and layers["counts"] that has raw counts.
+        Matrix with the raw counts: a layer, "X" or "raw.X". Default: the first of X, raw and layers["counts"] that has
+        raw counts.
     gene_column
         Column of `var` with Ensembl ids or symbols. Default: the column that matches most genes.
     duplicates
@@ -82,7 +83,7 @@ class CellCounts:
     Raises
     ------
     DataError
-        There are no raw counts, too few genes match, or the matrix is on disk and stored by column.
+        There are no raw counts, too few genes match, or the matrix is on disk and stored by column (CSC).
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class CellCounts:
 
     @functools.cached_property
     def keys(self) -> np.ndarray:
-        """Key of each cell, uint64 (N,), from its name; see `sct.data.text.ranking.cell_keys`."""
+        """Key of each cell, uint64 (N,), computed from the name of the cell; see `sct.data.text.ranking.cell_keys`."""
         return cell_keys(self.names)
 
     def _measured(self, var: pd.DataFrame) -> np.ndarray:
@@ -183,7 +184,7 @@ class CellCounts:
         return sparse.vstack(parts, format="csr")
 
     def window(self, reader: Any, number: int, rows: np.ndarray) -> sparse.csr_matrix:
-        """Return the raw counts of window `number` of a reader. The last window is cached."""
+        """Return the raw counts of `rows`, which are window `number` of a reader. The last window is cached."""
         if self._window is None or self._window[0] is not reader or self._window[1] != number:
             self._window = None  # free the memory of the old window first
             self._window = (reader, number, self.read(rows))
@@ -234,7 +235,7 @@ class CellStudy:
         return self.cells.measured
 
     def noisy_genes(self, fraction: float) -> np.ndarray:
-        """Return the mask of genes to treat as unexpressed, bool (G,). Masked counts are not used.
+        """Return the mask of genes to treat as unexpressed, bool (G,), computed without the masked counts.
 
         See `sct.data.tokenize.noisy_genes`.
         """

@@ -33,7 +33,7 @@ ONE_SIDED = (
 
 @dataclasses.dataclass(frozen=True)
 class ClassPrior:
-    """The bias of the class balance among masked genes in training, relative to all genes.
+    """How much more often masked genes are expressed in training than genes in general.
 
     Attributes
     ----------
@@ -74,14 +74,15 @@ class ClassPrior:
 
     @property
     def odds(self) -> float:
-        """Factor on the odds of expression in the paper's evaluation protocol, which keeps the bias.
+        """Factor by which the paper's evaluation protocol multiplies the unbiased odds of expression.
 
-        Without logit adjustment, the resulting probabilities are those of the model's raw logits. With logit
-        adjustment, they are those that a model trained with the paper's loss would give.
+        The paper's protocol keeps the bias of training. For a model without logit adjustment, the factor restores the
+        probabilities of the raw logits. For a model with logit adjustment, the factor gives the probabilities that a
+        model trained with the paper's loss would predict.
         """
         return math.exp(PAPER.log_ratio if self.adjusted else self.log_ratio)
 
     def warn(self) -> None:
-        """Issue a warning if the rates are assumed or the bias cannot be corrected."""
+        """Issue a warning if the masking rates are assumed, or if the bias cannot be corrected."""
         if self.assumed or self.one_sided:
             warnings.warn(ASSUMED if self.assumed else ONE_SIDED, UserWarning, stacklevel=3)

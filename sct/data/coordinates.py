@@ -53,7 +53,7 @@ class Scale:
     low, high
         Corners of the bounding box of all cells, float64 (2,).
     origin
-        float64 (2,).
+        Position that becomes (0, 0), float64 (2,).
     factor
         Scaling factor; 0 if all cells are at the same place.
     """
@@ -213,9 +213,9 @@ def stray_cells(coordinates: np.ndarray) -> np.ndarray:
 
 
 def doubts(coordinates: np.ndarray, obs: pd.DataFrame, divide_by: str) -> list[str]:
-    """Return sentences on what is suspicious about the coordinates of a section.
+    """Return one sentence for each problem with the coordinates of a section.
 
-    Two problems are detected: outlying cells, and several sections in the same plane.
+    Two problems are detected: outlying cells, and several sections whose cells overlap in the same plane.
 
     Parameters
     ----------
@@ -250,12 +250,12 @@ def doubts(coordinates: np.ndarray, obs: pd.DataFrame, divide_by: str) -> list[s
 
 
 def _overlaid(coordinates: np.ndarray, obs: pd.DataFrame) -> tuple[str, str]:
-    """Detect overlaid sections.
+    """Detect sections that overlap in the same plane.
 
     Returns
     -------
-    The column of `obs` that seems to hold the sections, or "" if there is no such column. The evidence that several
-    sections share a plane, or "" if there is no evidence.
+    The column of `obs` that seems to name the sections, or "" if there is no such column. The evidence that several
+    sections overlap, or "" if there is no evidence.
     """
     n = len(coordinates)
     if n < _FEWEST:

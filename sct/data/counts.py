@@ -140,7 +140,7 @@ class CountsChecker:
             bad = values[~finite]
             name = "NaN" if np.isnan(bad).any() else "infinite"
             raise self._refused(
-                f"has {bad.size} {name} values in one block of {values.size}, so the matrix is damaged or imputed"
+                f"has {bad.size} {name} values in a block of {values.size}, so the matrix is damaged or imputed"
             )
         if (low := values.min()) < 0:
             raise self._refused(
@@ -271,7 +271,7 @@ def _check_axes(adata: ad.AnnData) -> None:
 
 
 def _candidates(adata: ad.AnnData, layer: str | None) -> Iterator[tuple[str, Any, pd.DataFrame]]:
-    """Yield (source, matrix, var) of the matrices to check."""
+    """Yield each matrix that may hold the raw counts, as (location, matrix, table of genes)."""
     if layer is not None and layer in adata.layers:
         yield f'layers["{layer}"]', adata.layers[layer], adata.var
         return
@@ -360,7 +360,7 @@ def _blocks(matrix: Any) -> Iterator[tuple[int, Any]]:
 
 
 def _kind(block: Any, values: np.ndarray) -> str:
-    """Return a description of the kind of data that non-negative, non-integer values look like."""
+    """Describe which kind of data non-negative, non-integer values look like, such as log-transformed counts."""
     positive = values[values > 0]
     if positive.max() < 25:  # an upper bound for natural and base-2 logarithms of counts
         for name, counts in (("log1p", np.expm1(positive)), ("log2(x + 1)", np.exp2(positive) - 1)):

@@ -1,4 +1,4 @@
-"""Example data: real cells that need no download, and simulated atlases for tests of scale."""
+"""Example data: real cells that need no download, and simulated atlases for tests with many cells."""
 
 from __future__ import annotations
 
@@ -107,7 +107,9 @@ def recover_counts(logged: sparse.spmatrix, totals: np.ndarray) -> tuple[sparse.
 def simulate_atlas(
     n_studies: int, n_cells: int, n_genes: int, spatial: bool = False, seed: int = 0
 ) -> list[ad.AnnData]:
-    """Simulate studies of one tissue, for tests and benchmarks of scale. They do not replace real cells.
+    """Simulate studies of one tissue, for tests and benchmarks that need many cells.
+
+    Simulated cells do not replace real cells.
 
     All studies share 12 cell types. Each type has a set of upregulated genes over a common heavy-tailed baseline. Each
     study has its own gene effects, depth and cell-type proportions. Each cell has a log-normal library size and a

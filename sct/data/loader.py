@@ -30,7 +30,7 @@ class RecordSource(Protocol):
         ...
 
     def describe(self, number: int, epoch: int = 0) -> str:
-        """Describe a record in messages."""
+        """Return the text that identifies a record in messages."""
         ...
 
 
@@ -56,7 +56,7 @@ class Loader:
         True: endless batches, shuffled differently in each epoch. False: one pass in order. Its last batch is filled up
         with copies of the last record, which have `example_mask` 0.
     limit
-        Number of records of an ordered pass, evenly spaced over the source; 0 for all.
+        With `shuffle=False`: number of records to read, evenly spaced over the source; 0 for all.
     process_index, process_count
         Index of this process and number of processes. Each process reads its part of every batch.
     num_threads, prefetch
@@ -109,7 +109,7 @@ class Loader:
         return -(-records // self.batch_size)
 
     def describe(self, first: int) -> list[str]:
-        """Describe the records of the batch that starts at record `first` of the sequence."""
+        """Return the text that identifies a batch in messages, which starts at record `first` of the sequence."""
         sequence = self._sequence()
         records = [sequence[i] for i in range(first, first + self.batch_size)]
         return [self.source.describe(number, epoch) for number, epoch, _ in records]

@@ -1,4 +1,4 @@
-"""Choose the tokens that a model has to predict, by pure functions of a key and tokens that run on the device.
+"""Choose the tokens that a model has to predict, with pure functions of a random key and tokens that run on the device.
 
 Each function takes tokens (B, K, G) and returns a bool mask of the same shape. PAD is never masked. `apply` replaces
 masked tokens by MASK. Token numbers: levels 0 .. num_bins - 1, PAD = num_bins, MASK = num_bins + 1.
@@ -76,7 +76,7 @@ def drawn_genes(key: jax.Array, tokens: jax.Array, low: float, high: float, num_
 
 
 def whole_cells(key: jax.Array, tokens: jax.Array, num_cells: int, num_bins: int) -> jax.Array:
-    """Mask all genes of `num_cells` random cells of each bag. Cells of PAD are not chosen."""
+    """Mask all genes of `num_cells` random cells of each bag. Cells that consist of PAD are never chosen."""
     present = jnp.any(tokens < num_bins, axis=-1)
     score = jnp.where(present, jax.random.uniform(key, present.shape), jnp.inf)
     rank = jnp.argsort(jnp.argsort(score, axis=-1), axis=-1)
@@ -84,7 +84,7 @@ def whole_cells(key: jax.Array, tokens: jax.Array, num_cells: int, num_bins: int
 
 
 def fixed_genes(tokens: jax.Array, genes: jax.Array, num_bins: int) -> jax.Array:
-    """Mask the same genes, bool (G,), in all cells."""
+    """Mask the same genes in all cells; `genes` is a mask, bool (G,)."""
     return jnp.broadcast_to(genes, tokens.shape) & (tokens < num_bins)
 
 
@@ -144,10 +144,12 @@ class Masking:
         One of "stratified" (the paper), "uniform", "drawn", "drawn_uniform", "drawn_genes", "cells", "genes" and
         "ratio" (see the functions of this module), or "mixture", which draws one of several kinds for each bag.
     expressed, unexpressed
-        Masking rates of "stratified". `expressed` is also the rate of "uniform" and the ratio of "ratio".
+        Masking rates of "stratified". `expressed` is also the masking rate of "uniform" and the masked fraction of
+        "ratio".
     low, high
         Range of the rate of "drawn", "drawn_uniform" and "drawn_genes". With "drawn", unexpressed genes have
-        `unexpressed / expressed` times the rate of expressed genes. With the other two, both have the same rate.
+        `unexpressed / expressed` times the rate of expressed genes. With "drawn_uniform" and "drawn_genes", both have
+        the same rate.
     num_cells
         Number of cells per bag that "cells" masks.
     genes
@@ -236,7 +238,7 @@ class Masking:
 
     @property
     def components(self) -> tuple[tuple[str, float], ...]:
-        """Kinds and their probabilities. Without a mixture, it is one kind with probability 1."""
+        """Pairs of a masking kind and its probability; without a mixture, one kind with probability 1."""
         if self.kind != MIXTURE:
             return ((self.kind, 1.0),)
         total = sum(weight for _, weight in self.mixture)
@@ -264,7 +266,7 @@ class Masking:
 
     @property
     def log_ratio(self) -> float:
-        """log(masking rate of expressed genes / masking rate of unexpressed genes); the mean over a mixture."""
+        """log(masking rate of expressed genes / masking rate of unexpressed genes); the mean over mixed kinds."""
         return sum(weight * self.log_ratio_of(kind) for kind, weight in self.components)
 
     def __call__(self, key: jax.Array, tokens: jax.Array, num_bins: int) -> jax.Array:

@@ -64,9 +64,9 @@ def _cause(error: BaseException) -> str:
 
 
 def hash_group(study: Path, name: str) -> str:
-    """Return the hash of the files without checksums in a group of a study.
+    """Return one hash of all files in a group of a study that do not contain checksums.
 
-    These are all files of a table, and the zarr.json files of arrays.
+    Files without checksums are all files of a table, and the zarr.json files of arrays.
     """
     if GROUPS[name] == "table":
         return hash_folder(study / name)
@@ -161,7 +161,7 @@ class Study:
     def measured(self) -> np.ndarray:
         """Whether each gene was measured, bool (G,): the input had a column for it.
 
-        Other genes are unknown, not zero.
+        The counts of other genes are unknown, not zero.
         """
         return self._whole("var/measured", self.n_genes).astype(bool, copy=False)
 
@@ -177,7 +177,7 @@ class Study:
         return self._scale().apply(np.asarray(self.coordinates))
 
     def _scale(self) -> Scale:
-        """Return the scale of the section. Older stores do not record it, so it is computed from their cells."""
+        """Return the recorded scale of the section; compute it from the cells if the store is too old to record it."""
         import zarr
         from anndata.io import read_elem
 
@@ -208,7 +208,8 @@ class Study:
         """
         if not 0 <= start <= stop <= self.n_cells:
             raise IndexError(
-                f"rows {start} to {stop} are outside the study {self.name!r}, which has {self.n_cells} cells"
+                f"rows {start} to {stop} are outside the study {self.name!r}, which has {self.n_cells} cells: use row "
+                "numbers of this study."
             )
         return self._read_runs([(int(start), int(stop))])
 
@@ -234,7 +235,8 @@ class Study:
         unique, inverse = np.unique(rows, return_inverse=True)
         if unique[0] < 0 or unique[-1] >= self.n_cells:
             raise IndexError(
-                f"a row is outside the study {self.name!r}, which has {self.n_cells} cells: {rows}"
+                f"the rows {rows} are not all in the study {self.name!r}, which has {self.n_cells} cells: use row "
+                "numbers of this study."
             )
         # Join rows that are less than about one chunk apart, because a second read would decode the same chunk again.
         gap = max(1, CHUNK * self.n_cells // max(self.nnz, 1))
@@ -367,7 +369,7 @@ class Study:
         return self._cached[key]
 
     def _request(self, key: str, length: int, runs: Sequence[tuple[int, int]], rows: str) -> list[Any]:
-        """Start reading parts of an array."""
+        """Start reading parts of an array in the background."""
         handle = self._array(key)
         if handle.shape[0] != length:
             raise self._damaged(key, f"it has {handle.shape[0]} values instead of {length}", rows)
@@ -500,7 +502,7 @@ class Store:
         return sum(each.n_cells for each in self.studies)
 
     def split(self, name: str) -> tuple[Study, ...]:
-        """Return the studies of a split: "train", "validation" or "test". There may be none."""
+        """Return the studies of a split ("train", "validation" or "test"); the list can be empty."""
         check_choice("the split", name, SPLITS, error=StoreError)
         return tuple(each for each in self.studies if each.split == name)
 

@@ -195,7 +195,7 @@ def level_borders(low: np.ndarray, high: np.ndarray, num_bins: int) -> np.ndarra
 def _levels_of_logs(
     data: np.ndarray, filled: np.ndarray, starts: np.ndarray, log_range: np.ndarray, num_bins: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compute `_levels` for fractions, or for values above the exact integers of float32."""
+    """Do the same as `_levels` for fractional values, or for values too large for exact integers in float32."""
     keep = data != 0
     logs = np.log1p(data, dtype=np.float64)
     low = np.minimum.reduceat(np.where(keep, logs, np.inf), starts)

@@ -125,7 +125,7 @@ class GeneFeatures:
         cache
             Folder where computed tables are cached. Default: `~/.cache/sct/gene_features`; "" disables the cache.
         batch_size
-            Texts at once.
+            Number of texts that the model reads at once.
         max_tokens
             Maximum number of tokens per text, including the begin token and the item token. Longer texts are truncated
             before the item token. Default: the number of positions of the model, but at most 1,024.
@@ -411,7 +411,7 @@ def _read(
 def _tokens(
     corpus: GeneCorpus, model: Pretrained, item: str, most: int
 ) -> tuple[list[np.ndarray], Pretrained, int]:
-    """Return the tokens of each text, the model with the item token added, and the number of truncated texts."""
+    """Return the tokens of each text, the model with an item token added, and the number of truncated texts."""
     assert model.tokenizer is not None
     tokenizer = model.tokenizer.add_special([item])
     end = tokenizer.token_to_id(item)
@@ -446,7 +446,7 @@ def _in_its_type(model: Pretrained) -> Pretrained:
 
 
 def _place(folder: Path, inputs: Mapping[str, Any]) -> Path:
-    """Return the cache file for some inputs; create the folder and check that it is writable."""
+    """Return the path of the cache file for the given inputs; create its folder and check that it is writable."""
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -462,7 +462,7 @@ def _place(folder: Path, inputs: Mapping[str, Any]) -> Path:
 
 
 def _cached(file: Path, inputs: Mapping[str, Any], corpus: GeneCorpus) -> GeneFeatures | None:
-    """Return the cached features, or None if there is no file or it was made from other inputs."""
+    """Return the features in a cache file, or None if the file does not exist or was made from other inputs."""
     if not file.exists():
         return None
     try:

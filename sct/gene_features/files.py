@@ -39,7 +39,7 @@ def named_rows(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[list[str],
         if name is None:
             have = ", ".join(arrays) or "none"
             raise DataError(
-                f"{path} has the arrays {have}, but needs one named {' or '.join(wanted)}: rename the right one."
+                f"{path} has the arrays {have}, but needs an array named {' or '.join(wanted)}: rename an array."
             )
         chosen.append(arrays[name])
     names, table = chosen
@@ -84,7 +84,7 @@ def text_rows(path: Path) -> tuple[list[str], np.ndarray]:
 
 
 def _is_header(fields: Sequence[str]) -> bool:
-    """Return whether the first line of a table is a header; pandas can write a header of numbers."""
+    """Return whether the first line of a table is a header; a header from pandas can consist of numbers."""
 
     def is_number(field: str) -> bool:
         try:

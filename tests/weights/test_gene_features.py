@@ -405,7 +405,7 @@ def check_read(found: GeneFeatures, path, within: float = 1e-7) -> None:
         ("a.txt", "", "not a table"),
         ("a.txt", "TNF\nCD4\n", "numbers of shape"),
         ("a.csv", "TNF,1,2\n,3,4\n", "row 2"),
-        ("a.txt", "Tnf 1 2\nCd4 1 2\n", "another organism"),
+        ("a.txt", "Tnf 1 2\nCd4 1 2\n", "organism"),
         ("a.pkl", "TNF 1 2\n", r"\.npz, \.csv"),
         ("a.npz", "TNF 1 2\n", r"a\.npz cannot be read"),
     ],

@@ -61,17 +61,17 @@ class Vocabulary(Protocol):
 
     @property
     def position_of_id(self) -> Mapping[str, int]:
-        """Ensembl id -> position."""
+        """Dict from each Ensembl id to the position of its gene."""
         ...
 
     @property
     def owners_of_symbol(self) -> Mapping[str, tuple[int, ...]]:
-        """Approved symbol -> positions of the genes that have it."""
+        """Dict from each approved symbol to the positions of the genes with this symbol."""
         ...
 
     @property
     def owners_of_alias(self) -> Mapping[str, tuple[int, ...]]:
-        """Alias or previous symbol -> positions of the genes that have it."""
+        """Dict from each alias or previous symbol to the positions of the genes with this name."""
         ...
 
     @classmethod
@@ -146,7 +146,7 @@ class GeneAlignment:
         return "\n".join(lines)
 
     def project(self, matrix: Any) -> sparse.csr_matrix:
-        """Reorder the columns of a count matrix to the genes of the vocabulary.
+        """Reorder the columns of a count matrix, so that column i holds gene i of the vocabulary.
 
         Parameters
         ----------
@@ -226,12 +226,13 @@ def find(vocabulary: Vocabulary, names: Iterable[str]) -> np.ndarray:
         if kind == _AMBIGUOUS:
             owners = vocabulary.owners_of_symbol.get(name) or vocabulary.owners_of_alias[name]
             raise DataError(
-                f"{name} is ambiguous ({', '.join(vocabulary.keys[o] for o in owners)}): give the Ensembl id."
+                f"the name {name} is ambiguous (it means {' or '.join(vocabulary.keys[o] for o in owners)}): "
+                "give the Ensembl id."
             )
     named: dict[int, str] = {}
     for name, position in zip(listed, positions.tolist(), strict=True):
         if position in named:
-            raise DataError(f"{named[position]} and {name} are the same gene: leave out one of them.")
+            raise DataError(f"{named[position]} and {name} are names of the same gene: remove one of them.")
         named[position] = name
     return positions
 
@@ -306,9 +307,8 @@ def _report(
     if refused and not add:
         shown = some(f"{gene} as {' and '.join(duplicates[gene])}" for gene in refused)
         raise DataError(
-            f"{prefix}{len(refused):,} genes occur in more than one column by {source} ({shown}): sum their counts "
-            "with "
-            'duplicates="sum", or remove the extra columns.'
+            f"{prefix}{len(refused):,} genes occur in more than one column, according to the names in {source} "
+            f'({shown}): sum their counts with duplicates="sum", or remove the extra columns.'
         )
     present = np.zeros(len(vocabulary), bool)
     present[columns[columns >= 0]] = True
@@ -329,7 +329,7 @@ def _report(
 
 
 def _judge(vocabulary: Vocabulary, names: Sequence[str], matched: int, source: str, prefix: str) -> str:
-    """Warn or raise `DataError` if too few genes matched; return the warning or ''."""
+    """Return a warning if few genes matched, otherwise ''; raise `DataError` if too few genes matched."""
     named = [name for name in names if name]
     # Most genes of a complete annotation are not protein-coding, so the input may have far more genes than can match.
     possible = min(len(named), len(vocabulary))
@@ -417,7 +417,7 @@ def _likely_cause(vocabulary: Vocabulary, names: Sequence[str]) -> str:
 
 
 def name_places(var: Any, column: str | None, prefix: str) -> list[tuple[str, list[str]]]:
-    """Return (label, names) for the index and each string column, any of which may hold the gene names.
+    """Return the candidates for the gene names as (label, names): the index and each string column.
 
     Parameters
     ----------
@@ -436,7 +436,8 @@ def name_places(var: Any, column: str | None, prefix: str) -> list[tuple[str, li
     if not isinstance(var, pd.DataFrame):
         if column is not None:
             raise DataError(
-                f"{prefix}column={column!r} was given with a list of names: pass var as a table, or leave out column."
+                f"{prefix}column={column!r} was given with a list of gene names, but works only with a table: pass var "
+                "as a table, or leave out `column`."
             )
         names = gene_names(var, f"{prefix}the list of gene names")
         if not names:
@@ -516,7 +517,7 @@ def gene_names(values: Any, what: str, *, missing_allowed: bool = False) -> list
 
 
 def some(names: Iterable[str], n: int = 3) -> str:
-    """Return the first `n` names as text, and how many more there are."""
+    """Return a text with the first `n` names and the number of the remaining names."""
     listed = list(names)
     more = f", and {len(listed) - n:,} more" if len(listed) > n else ""
     return ", ".join(listed[:n]) + more

@@ -75,7 +75,7 @@ class GeneCorpus:
         check_distinct("the gene corpus", self.keys, error=DataError, advice="give one text for each gene")
         bare = [key for key, text in zip(self.keys, self.texts, strict=True) if not text.strip()]
         if bare:
-            raise DataError(f"{len(bare)} genes have an empty text ({some(bare)}): leave them out.")
+            raise DataError(f"{len(bare)} genes have an empty text ({some(bare)}): remove these genes.")
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -94,7 +94,7 @@ class GeneCorpus:
         return dict(zip(self.keys, self.texts, strict=True))
 
     def summary(self) -> str:
-        """Return a sentence on how many genes have a text and what was left out."""
+        """Return a sentence that says how many genes have a text and how many were left out."""
         parts = [f"{len(self):,} genes of {self.name} have a text"]
         if self.left_out:
             shown = some(name or "no name" for name in self.left_out)
@@ -163,7 +163,9 @@ class GeneCorpus:
         return [self.text_of.get(key) for key in vocabulary.keys]
 
     def restricted(self, vocabulary: GeneVocabulary) -> GeneVocabulary:
-        """Return the subset of a vocabulary that has a text, in its order (appendix A.3, "gene list mapping").
+        """Return a vocabulary with only those genes of `vocabulary` that have a text, in the same order.
+
+        This is the "gene list mapping" of the ZerOmics paper (appendix A.3).
 
         Raises
         ------
@@ -210,7 +212,7 @@ def find_genes(
         except DataError:
             raise DataError(
                 f"almost none of the {len(names):,} names in {where} ({some(names)}) is a gene of {genes.name}: give "
-                "symbols or Ensembl ids of its genes (are these of another organism?)."
+                "symbols or Ensembl ids of this organism, not of another organism."
             ) from None
     if found.duplicates:
         shown = some(f"{gene} as {' and '.join(given)}" for gene, given in found.duplicates.items())
@@ -262,7 +264,8 @@ def _columns(header: Iterable[str], where: str) -> tuple[list[str], str]:
         if not found:
             have = ", ".join(spelled.values()) or "nothing"
             raise DataError(
-                f"{where} has the columns {have}, but needs a column {' or '.join(wanted)}: rename the right one."
+                f"{where} has the columns {have}, but needs a column named {' or '.join(wanted)}: rename one of the "
+                "columns."
             )
     return naming, telling[0]
 

@@ -44,7 +44,8 @@ _ONE_TO_ONE = "ortholog_one2one"
 # Entries that mean "no gene" in tables. They must be filtered, because some are also aliases of human genes.
 _ABSENT = frozenset(("", "NA", "N/A", "NaN", "nan", "NULL", "None", "-"))
 _COLUMNS = (
-    "give the two columns (source= and target= in Python, --ortholog_columns=SOURCE,TARGET for sct ingest)"
+    "give the names of the gene column and the orthologue column (source= and target= in Python, "
+    "--ortholog_columns=SOURCE,TARGET for sct ingest)"
 )
 
 
@@ -88,14 +89,14 @@ class Orthologues:
         return f"Orthologues({self.name!r}, {len(self):,} one-to-one pairs)"
 
     def summary(self) -> str:
-        """Return a sentence on how many pairs the table has and what was left out."""
+        """Return a sentence that says how many pairs the table has and how many genes were left out."""
         return (
             f"{len(self):,} one-to-one pairs in {self.name}; left out: {len(self.several):,} genes with several "
             f"orthologues or a shared orthologue, and {len(self.without):,} genes without an orthologue"
         )
 
     def fate(self, name: str) -> tuple[str, str]:
-        """Return the result for a gene name (`MAPPED`, `SEVERAL`, ...), and its orthologue or ''."""
+        """Look up a gene name: return whether it was mapped (`MAPPED`, `SEVERAL`, ...), and its orthologue or ''."""
         owners = self.owners.get(name) or self.owners.get(without_version(name), ())
         if len(owners) != 1:
             return (AMBIGUOUS if owners else UNKNOWN), ""
@@ -137,7 +138,7 @@ class MappedGenes:
         return len(self.targets) - sum(self.dropped.values())
 
     def summary(self) -> str:
-        """Return a sentence on how many genes were mapped and why the others were not."""
+        """Return a sentence that says how many genes were mapped and why the others were not mapped."""
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in self.dropped.items())
         return (
             f"{f'{self.report_name}: ' if self.report_name else ''}{self.matched:,} of {len(self.targets):,} genes "
@@ -238,7 +239,7 @@ def read_orthologues(
         if not others and len(sources_of[gene]) == 1 and key not in unfit
     }
     if not pairs:
-        raise DataError(f"{path} has no one-to-one pair of genes: give a table with such pairs.")
+        raise DataError(f"{path} has no one-to-one pair of genes: give a table with one-to-one pairs.")
     several = set(targets_of) - set(pairs)
     everything = {key for key in keys if key}
     return Orthologues(
@@ -375,7 +376,7 @@ def _chosen(
 ) -> tuple[list[str], list[str]]:
     """Return the columns of the genes and the columns of their orthologues."""
     if (source is None) != (target is None):
-        raise DataError("only one of source and target was given: give both columns, or neither.")
+        raise DataError("only one of `source` and `target` was given: give both columns, or neither of them.")
     named = list(table.columns)
     if source is None or target is None:
         sources, targets = _found(named, path, vocabulary)
@@ -384,7 +385,9 @@ def _chosen(
     for name in (*sources, *targets):
         if named.count(name) != 1:
             number = "no" if name not in named else "more than one"
-            raise DataError(f"{path} has {number} column {name!r} among {', '.join(named)}: {_COLUMNS}.")
+            raise DataError(
+                f"{path} has {number} column named {name!r}; the columns are {', '.join(named)}: {_COLUMNS}."
+            )
     return sources, targets
 
 
@@ -438,7 +441,10 @@ def _names(table: pd.DataFrame, columns: Sequence[str]) -> list[tuple[str, ...]]
 
 
 def _keys_of(rows: Sequence[tuple[str, ...]], vocabulary: GeneVocabulary) -> tuple[list[str], int]:
-    """Return the gene of each row, by its first name in the vocabulary, and how many different genes were found."""
+    """Return the key of the gene in each row, and the number of different vocabulary genes that were found.
+
+    The key belongs to the first name of the row that is in the vocabulary. If no name is, it is the first name itself.
+    """
     flat = [name for names in rows for name in names]
     positions = look_up(vocabulary, flat)[0].reshape(len(rows), -1)
     at = np.take_along_axis(positions, (positions >= 0).argmax(axis=1)[:, None], axis=1)[:, 0]
@@ -475,7 +481,7 @@ def _check_direction(
 
 
 def _biomart(name: str) -> re.Match[str] | None:
-    """Match a column name against the BioMart names; the groups of the match tell what the column contains."""
+    """Match a column name against the BioMart names; the groups of the match say what the column contains."""
     return _BIOMART.fullmatch(re.sub(r"[\s_.]+", " ", name.strip().casefold()))
 
 

@@ -74,7 +74,8 @@ class GeneVocabulary:
         lengths = {len(getattr(self, field)) for field in _FIELDS.values()}
         if len(lengths) != 1:
             raise DataError(
-                f"the fields of a gene vocabulary have the lengths {sorted(lengths)}: give one entry per gene."
+                f"the lists of a gene vocabulary (ids, symbols, ...) have different lengths ({sorted(lengths)}): give "
+                "one entry per gene in each list."
             )
         check_not_empty("the gene vocabulary", self.keys, error=DataError)
         if "" in self.keys:
@@ -106,17 +107,17 @@ class GeneVocabulary:
 
     @cached_property
     def position_of_id(self) -> dict[str, int]:
-        """Ensembl id -> position."""
+        """Dict from each Ensembl id to the position of its gene."""
         return {gene: position for position, gene in enumerate(self.ensembl_ids) if gene}
 
     @cached_property
     def owners_of_symbol(self) -> dict[str, tuple[int, ...]]:
-        """Approved symbol -> positions of the genes that have it."""
+        """Dict from each approved symbol to the positions of the genes with this symbol."""
         return _owners((symbol,) for symbol in self.symbols)
 
     @cached_property
     def owners_of_alias(self) -> dict[str, tuple[int, ...]]:
-        """Alias or previous symbol -> positions of the genes that have it."""
+        """Dict from each alias or previous symbol to the positions of the genes with this name."""
         return _owners(new + old for new, old in zip(self.aliases, self.previous, strict=True))
 
     @classmethod
@@ -317,7 +318,7 @@ class GeneVocabulary:
         return _from_rows(rows, name)
 
     def _take(self, positions: Sequence[int]) -> dict[str, Any]:
-        """Return the fields of the genes at `positions`; empty ones for -1."""
+        """Return the table fields (symbols, ...) of the genes at `positions`; position -1 has empty fields."""
         taken = {}
         for field in _FIELDS.values():
             values, empty = getattr(self, field), () if field in _LISTS else ""
@@ -325,7 +326,7 @@ class GeneVocabulary:
         return taken
 
     def _without_foreign_aliases(self, parent: GeneVocabulary, kept: set[int]) -> GeneVocabulary:
-        """Drop aliases that also belong to a gene of `parent` whose position is not in `kept`."""
+        """Drop each alias that also names a left-out gene: a gene of `parent` whose position is not in `kept`."""
 
         def own(names: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(
@@ -366,7 +367,7 @@ def _rows(text: str, header: Sequence[str], path: str) -> list[list[str]]:
 
 
 def _from_rows(rows: list[list[str]], name: str) -> GeneVocabulary:
-    """Make a vocabulary from the rows of its table."""
+    """Make a vocabulary from the rows of a gene table."""
     fields: dict[str, Any] = dict(zip(_FIELDS.values(), zip(*rows, strict=True), strict=False))
     for field in _LISTS:
         fields[field] = tuple(tuple(text.split("|")) if text else () for text in fields[field])
@@ -374,7 +375,7 @@ def _from_rows(rows: list[list[str]], name: str) -> GeneVocabulary:
 
 
 def _owners(names: Iterable[Iterable[str]]) -> dict[str, tuple[int, ...]]:
-    """Return name -> positions of the genes that have it."""
+    """Return a dict from each name to the positions of the genes with this name."""
     owners: dict[str, list[int]] = defaultdict(list)
     for position, of_gene in enumerate(names):
         for name in dict.fromkeys(of_gene):

@@ -1,4 +1,8 @@
-"""Build a store from input files: validate, align genes, shuffle and write. Atomic, resumable and parallel."""
+"""Build a store from input files: validate, align genes, shuffle and write.
+
+Several processes can share the work. An interrupted ingest can be resumed. A store can be opened only when it is
+complete.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +64,7 @@ class IngestReport:
     kept
         Names of unchanged studies that were ingested before.
     refused
-        Location -> reason, for inputs that were left out.
+        Inputs that were left out: dict from the location of an input to the reason.
     notes
         Warnings and remarks for the user.
     """
@@ -228,7 +232,7 @@ def _only_one(root: Path) -> Iterator[None]:
 
 
 def _before(root: Path, vocabulary: GeneVocabulary) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the studies of an existing store, and notes about an unusable manifest or missing studies."""
+    """Return the studies of an existing store, and notes for the user about a damaged manifest or missing studies."""
     try:
         manifest = read_manifest(root) or read_manifest(root, _PREVIOUS)
     except StoreError as error:
@@ -258,7 +262,7 @@ def _check_room(root: Path, inputs: Sequence[Input] = ()) -> None:
 
 
 def _unchanged(root: Path, record: dict[str, Any]) -> bool:
-    """Return whether the record of a study on disk still equals its entry in the manifest."""
+    """Return whether the record file of a study still equals the entry of this study in the manifest."""
     try:
         current = json.loads((root / STUDIES / f"{record['name']}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -281,7 +285,7 @@ def _plan(
     options: IngestOptions,
     table: Orthologues | None,
 ) -> tuple[list[IngestJob], list[dict[str, Any]], dict[str, str]]:
-    """Return the inputs to ingest, the records of finished ones, and location -> reason of unreadable ones."""
+    """Return the inputs to ingest, the records of finished inputs, and why other inputs cannot be read (a dict)."""
     records: dict[str, list[dict[str, Any]]] = {}
     for file in sorted((root / STUDIES).glob("*.json")):
         try:

@@ -52,7 +52,8 @@ class Input:
     def fingerprint(self) -> str:
         """Return a hash that changes when the input changes.
 
-        For files it is a hash of their sizes and modification times, for AnnData objects of their content.
+        The hash of a file is computed from its size and modification time. The hash of an AnnData object is computed
+        from its content.
 
         Raises
         ------

@@ -261,8 +261,8 @@ def _write_studies(
         if not kept.any():
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items())
             raise DataError(
-                f"{source.label}: no cell of the study {name!r} remains after filtering ({reasons}): leave it out, or "
-                "lower min_genes and min_counts."
+                f"{source.label}: no cell of the study {name!r} remains after filtering ({reasons}): remove "
+                "this study from the input, or lower min_genes and min_counts."
             )
         maximum = float(maxima[places][kept].max())
         if options.values == COUNTS and maximum >= MAX_COUNT:
@@ -363,7 +363,8 @@ def _groups(source: OpenInput, name: str, study_key: str | None) -> list[tuple[s
     gaps = int(column.isna().sum())
     if gaps:
         raise DataError(
-            f"{source.label}: obs[{study_key!r}] is missing for {gaps} cells: fill it in, or remove these cells."
+            f"{source.label}: obs[{study_key!r}] has no value for {gaps} cells: fill in the values, or remove "
+            "these cells."
         )
     codes, values = pd.factorize(column.astype(str).to_numpy(dtype=object), sort=True)
     groups: dict[str, np.ndarray] = {}
@@ -387,7 +388,7 @@ def _stream(
     advance: Callable[[float], None],
     values: Values,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Read all counts into `sort`. Return number, sum and maximum of the values of each cell, (N,) each, by place."""
+    """Add all counts to `sort`; return number, sum and maximum of the values of each cell, (N,) in the stored order."""
     n = len(place)
     lengths, totals, maxima = np.zeros(n, np.int64), np.zeros(n), np.zeros(n)
 
@@ -424,7 +425,7 @@ def _stream(
 
 
 def _sorted_blocks(sort: BucketSort, buckets: range, advance: Callable[[float], None]) -> Iterator[Any]:
-    """Yield the sorted counts of each bucket."""
+    """Yield the counts of one bucket after the other, in the stored order of the cells."""
     for bucket in buckets:
         counts, _ = sort.load(bucket)
         yield counts
@@ -434,7 +435,7 @@ def _sorted_blocks(sort: BucketSort, buckets: range, advance: Callable[[float], 
 def _filter(
     lengths: np.ndarray, totals: np.ndarray, options: IngestOptions
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Return the mask of cells to keep, and reason -> number of dropped cells."""
+    """Return the mask of cells to keep, and the number of dropped cells for each reason."""
     least = 0 if options.values != COUNTS and options.min_counts == 1 else options.min_counts
     tests = {
         "without counts": (totals == 0) & (options.min_counts > 0 or options.min_genes > 0),

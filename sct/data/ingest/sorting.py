@@ -102,7 +102,7 @@ class BucketSort:
         self._n_held, self._spilled = 0, False
 
     def add(self, places: np.ndarray, counts: sp.csr_matrix) -> None:
-        """Add n rows.
+        """Add the counts of n cells to the sort.
 
         Parameters
         ----------
@@ -193,7 +193,7 @@ class BucketSort:
         return counts, counts.nnz < before
 
     def close(self) -> None:
-        """Free the memory and delete the files."""
+        """Free the memory and delete the temporary files."""
         self._pieces = []
         if self._spilled:
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -56,7 +56,7 @@ def assign_splits(
 
     Returns
     -------
-    Study -> "train", "validation" or "test", and a sentence on how validation was chosen.
+    Dict from each study to "train", "validation" or "test"; and a sentence that says how validation was chosen.
 
     Raises
     ------
@@ -99,11 +99,12 @@ def assign_splits(
         note = "no study is held out for validation: set --validation=NAME,... to hold out studies"
     if "train" not in splits.values():
         raise ConfigError(
-            f"no study is left for training among {', '.join(names)}: hold out fewer studies, or ingest at least two."
+            f"all studies ({', '.join(names)}) are held out for validation or test, so no study is left for training: "
+            "hold out fewer studies, or ingest at least two."
         )
     return splits, note
 
 
 def _order(name: str, seed: int) -> bytes:
-    """Return the sort key of a study for the automatic choice."""
+    """Return a sort key of a study; the studies with the lowest keys are chosen for validation."""
     return hashlib.sha256(f"{seed}:{name}".encode()).digest()

@@ -47,7 +47,7 @@ def run_jobs(
 
     Returns
     -------
-    The records of the new studies, and location -> reason of refused inputs.
+    The records of the new studies, and a dict from the location of each refused input to the reason.
     """
     if not jobs:
         return [], {}

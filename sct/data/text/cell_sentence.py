@@ -1,9 +1,9 @@
 """Convert cells to cell sentences and back (Cell2Sentence paper, section 3.1).
 
-A cell sentence lists the names of the expressed genes in descending order of expression. It depends only on its own
-cell: genes with equal counts are in a random order that is determined by the seed, the key of the cell and the genes.
-Other cells, other genes and the order of the table have no influence. Ranks start at 1, and logarithms of ranks are
-natural logarithms. Expression is log10(1 + counts per 10,000).
+A cell sentence lists the names of the expressed genes in descending order of expression. Genes with equal counts are in
+a random order, which is determined by the seed, the key of the cell and the genes. A cell sentence does not depend on
+other cells or on the order of cells and genes in the table. Ranks start at 1, and logarithms of ranks are natural
+logarithms. Expression is log10(1 + counts per 10,000).
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def fit_rank(
     counts
         Raw counts (N, G).
     seed, keys
-        Determine which cells are sampled if there are more than `max_cells`; see `rank`.
+        These determine which cells are used if there are more than `max_cells`; see `rank`.
     max_cells
         Maximal number of cells to use; None for all.
     top_k
@@ -310,7 +310,7 @@ def expression(
 def _restore(
     texts: list[str], names: GeneTokens, fit: RankFit, separator: str
 ) -> tuple[sparse.csr_matrix, np.ndarray]:
-    """Return expression, float32 CSR (n, G), and n_words, n_valid, n_unique, int64 (3, n), of n sentences."""
+    """Convert n sentences to expression, float32 CSR (n, G), and count n_words, n_valid and n_unique, int64 (3, n)."""
     if separator.isspace() or not separator:
         n_words, gene = names.find(texts)
     else:
@@ -361,7 +361,7 @@ def counts_like(expression: sparse.csr_matrix, total: float = TARGET) -> sparse.
 
 
 def _mean_ranks(times: np.ndarray) -> np.ndarray:
-    """Return the mean rank, starting at 1, of ascending values that occur `times` times each."""
+    """Return the mean rank of each distinct value, given how often each value occurs, in the order of the ranks."""
     return np.cumsum(times) - (times - 1) / 2
 
 

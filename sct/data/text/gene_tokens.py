@@ -75,7 +75,7 @@ class GeneTokens:
         return sizes, np.fromiter(map(self.places.get, chained, itertools.repeat(-1)), np.int64, sizes.sum())
 
     def _places(self, data: np.ndarray, first: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Return the numbers of the words that start at the bytes `first` of the text."""
+        """Return the numbers of the words that start at the positions `first` of the text; -1 for unknown words."""
         keys = _keys(data, first, lengths, self._parts)
         places = self._index.get_indexer(_hash(keys))
         same = self._lengths[places] == lengths
@@ -105,7 +105,7 @@ def _keys(data: np.ndarray, first: np.ndarray, lengths: np.ndarray, parts: int) 
 
 
 def _hash(keys: list[np.ndarray]) -> np.ndarray:
-    """Return one hash per word of its packed bytes."""
+    """Return one hash for each word, computed from the packed bytes of the word."""
     total = keys[0]
     for key in keys[1:]:
         total = mix(total) ^ key

@@ -192,7 +192,7 @@ class StudyQuestions:
 
     @functools.cached_property
     def candidates(self) -> dict[str, tuple[str, ...]]:
-        """Candidate answers by task. Tasks that no cell has an answer to are left out.
+        """Candidate answers by task. If no cell has an answer to a task, the task is left out.
 
         Raises
         ------
@@ -215,7 +215,7 @@ class StudyQuestions:
         return {task: tuple(many) for task, many in found.items()}
 
     def _named(self, field: str, values: np.ndarray | None, without: Collection[str]) -> list[str]:
-        """Return the names in a field of the metadata file, or by default the names that occur in the cells."""
+        """Return the names that a field of the metadata file lists, or without this field the names in the cells."""
         if values is None:
             return []
         present = set(values) - {""}
@@ -224,17 +224,17 @@ class StudyQuestions:
             return sorted(present - set(without))
         if present - {NORMAL} and not present & set(listed):
             raise ConfigError(
-                f"{field} in the metadata of the study {self.study.name!r} has only values that none of its cells has: "
-                f"write the values as in the cells ({', '.join(sorted(present)[:5])})."
+                f"no value of {field} in the metadata of the study {self.study.name!r} occurs in the cells of this "
+                f"study: write the values as in the cells ({', '.join(sorted(present)[:5])})."
             )
         return [name for name in listed if name not in without]
 
     def values(self, row: int) -> dict[str, str]:
-        """Return the known answers about a cell, by task."""
+        """Return the known answers about a cell, as a dict by task."""
         return {task: answer for task in self.candidates if (answer := self.answer(task, row))}
 
     def longest(self, task: str) -> str:
-        """Return the longest answer to a task that has candidates."""
+        """Return the longest possible answer to a task. The task must have candidates."""
         if task != "cpi" or self.pathways is None:
             return max(self.candidates[task], key=len)
         _, rows = np.unique(self.pathways, return_index=True)
@@ -305,7 +305,7 @@ def fields_of(
 
 
 def questions_of(prompts: Sequence[str], tokenizer: Tokenizer, num_soft: int) -> list[np.ndarray]:
-    """Return the tokens, int32, of questions.
+    """Return the tokens of each question, int32.
 
     The numbers -1 .. -K stand for the soft tokens of the cell. Text that questions share is tokenized only once.
     """
@@ -428,7 +428,7 @@ class InstructionSource:
         return self.cells.describe(number, epoch)
 
     def example(self, study: Study, row: int, epoch: int) -> tuple[int, Example | None]:
-        """Return the number of a cell's task and its instruction; (0, None) if no answer is known."""
+        """Draw a task for a cell; return the task number and the instruction, or (0, None) if no answer is known."""
         asked = self.questions[study.name]
         able = [(task, weight) for task, weight in self.options.tasks if asked.answer(task, row)]
         if not able:

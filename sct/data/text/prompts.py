@@ -126,14 +126,14 @@ class Template:
 
     @cached_property
     def _answer(self) -> tuple[str, str, str]:
-        """Text before the answer, the answer field, and text after the answer."""
+        """Parts of the response: text before the answer, name of the answer field, and text after the answer."""
         parts = _parts(self.response)
         at, field = next((i, name) for i, (_, name) in enumerate(parts) if name)
         before, after = ("".join(text for text, _ in side) for side in (parts[: at + 1], parts[at + 1 :]))
         return before, field, after
 
     def response_for(self, value: str) -> str:
-        """Return the response with this answer."""
+        """Return the response of this template, filled with an answer."""
         before, field, after = self._answer
         return before + _text(field, value) + after
 
@@ -209,7 +209,8 @@ class Prompts:
     ) -> Example:
         """Fill a template of a task with the values of a cell.
 
-        The template is drawn from those whose fields are all known. Task, seed, key and epoch determine the choice.
+        The template is drawn from the templates whose fields are all known. Task, seed, key and epoch determine which
+        template is drawn.
 
         Parameters
         ----------
@@ -219,7 +220,7 @@ class Prompts:
             Values by field name; None means unknown. `num_genes` is the number of genes of a truncated cell sentence,
             and unknown for a complete one. `labels` may be a mapping (see `render_labels`).
         seed, key, epoch
-            Determine the template. The key identifies the cell; see `cell_sentence.cell_keys`.
+            These determine which template is drawn. The key identifies the cell; see `cell_sentence.cell_keys`.
         number
             Use this template, numbered from 0, instead of drawing one.
 

@@ -157,7 +157,7 @@ def rank(
 
 
 def choose(counts: sparse.csr_matrix, n: int, *, seed: int, keys: np.ndarray | None) -> np.ndarray:
-    """Draw `n` cells by their keys and return their rows, ascending. `counts` come from `canonical`."""
+    """Draw `n` cells, determined by their keys, and return their rows, ascending. `counts` come from `canonical`."""
     if keys is None:
         keys = content_keys(counts)
     keys = _checked_keys(keys, counts.shape[0], "cell")

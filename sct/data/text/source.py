@@ -262,12 +262,12 @@ class SentenceSource:
         return texts, start, min(start + self.cells_per_row, texts.study.n_cells)
 
     def describe(self, number: int, epoch: int = 0) -> str:
-        """Describe the cells of a record in messages."""
+        """Return the text that identifies the cells of a record in messages."""
         texts, start, stop = self._place(number)
         return f"cells {start} to {stop - 1} of study {texts.study.name!r}"
 
     def _tokens(self, examples: Sequence[Example]) -> list[tuple[np.ndarray, int]]:
-        """Return the tokens of each example with EOS, and the number of its prompt tokens."""
+        """Return, for each example, the tokens with EOS at the end, and the number of prompt tokens."""
         if not examples:
             return []
         tokenizer = self.tokenizer
@@ -283,7 +283,7 @@ class SentenceSource:
         ]
 
     def record(self, number: int, epoch: int = 0) -> dict[str, np.ndarray]:
-        """Return the record of a row.
+        """Return one record: a row of tokens with the texts of several cells.
 
         Returns
         -------
@@ -292,7 +292,7 @@ class SentenceSource:
         - `input_ids` int32 (T,): tokens.
         - `segments` int32 (T,): number of the text that a token belongs to, from 1; 0 for padding.
         - `predicted` bool (T,): the tokens that the loss predicts, each from the previous tokens of its text.
-        - `cut` int32 (): number of such tokens that did not fit into the row.
+        - `cut` int32 (): number of predicted tokens that did not fit into the row.
         """
         texts, start, stop = self._place(number)
         length = self.options.length

@@ -131,7 +131,7 @@ class Tokenizer:
         return [np.array(ids, np.int32) for ids in self.backend.encode(list(texts), add_special)]
 
     def encode_response(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the token ids of responses after a prompt, a list of int32 (T,).
+        """Return the token ids of responses that follow a prompt, a list of int32 (T,).
 
         The ids of a prompt followed by these ids equal the ids of prompt + `JOIN` + response. Encoding `JOIN` +
         response with `encode` gives other ids for tokenizers that add a space before every text, such as LLaMA's
@@ -296,7 +296,7 @@ def train_bpe(
     if not special or vocab_size < least:
         raise ConfigError(
             f"vocab_size is {vocab_size} with {len(special)} special tokens, but the tokenizer needs at least one "
-            f"special token and {max(least, 257)} tokens: increase them."
+            f"special token and {max(least, 257)} tokens: increase vocab_size, and give a special token."
         )
     library = import_tokenizers()
     model = library.Tokenizer(library.models.BPE())

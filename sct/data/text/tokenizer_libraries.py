@@ -142,7 +142,7 @@ class PieceTokenizer:
         return [before + one + after for one in ids] if before or after else ids
 
     def _encode_around(self, text: str) -> list[int]:
-        """Return the ids of a text with added tokens."""
+        """Return the ids of a text that may contain added tokens; text between added tokens is encoded separately."""
         assert self._split is not None
         ids: list[int] = []
         for i, segment in enumerate(self._split.split(text)):

@@ -108,7 +108,7 @@ def _axis_length(table: Any) -> int:
 
 def _open(item: Input, layer: str | None, spatial_key: str) -> tuple[OpenInput, Callable[[], None]]:
     if item.kind in ("10x_h5", "mtx") and layer not in (None, "X"):
-        raise DataError(f"{item.location} has no layers, but layer is {layer!r}: leave out layer.")
+        raise DataError(f"{item.location} has no layers, but layer={layer!r} was given: leave out `layer`.")
     if item.kind == "mtx":
         return tenx_mtx(Path(item.location)), lambda: None
     if item.adata is not None:

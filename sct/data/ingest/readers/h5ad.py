@@ -45,7 +45,7 @@ class H5adParts:
 
 
 def from_memory(adata: anndata.AnnData) -> H5adParts:
-    """Return the parts of an AnnData object. A backed object is loaded; pass its path instead to bound the memory."""
+    """Return the parts of an AnnData object. A backed object is loaded completely; pass its path to avoid this."""
     if adata.isbacked:
         adata = adata.to_memory()
     raw = adata.raw
@@ -161,7 +161,8 @@ def _coordinates(label: str, value: Any, key: str) -> np.ndarray | None:
     if value is None:
         if key != SPATIAL_KEY:
             raise DataError(
-                f"{label} has no obsm[{key!r}]: set spatial_key to the key of its coordinates, or leave it out."
+                f"{label} has no obsm[{key!r}]: set spatial_key to the key of the coordinates, or leave out "
+                "spatial_key."
             )
         return None
     points = np.asarray(value, dtype=np.float64)

@@ -47,7 +47,7 @@ class Matrix:
         return int(np.prod(self.data.shape))
 
     def sample(self) -> np.ndarray:
-        """Return values from the beginning, the middle and the end."""
+        """Return stored values from the beginning, the middle and the end of the matrix, for a quick check."""
         if self.layout == "dense":
             n, step = self.shape[0], max(1, _SAMPLE // max(1, self.shape[1]))
             starts = sorted({0, max(0, n // 2), max(0, n - step)})
@@ -93,7 +93,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class OpenInput:
-    """An open input.
+    """An input that is open for reading: tables of cells and genes, and blocks of counts.
 
     Attributes
     ----------
@@ -141,7 +141,7 @@ def reading(label: str) -> Iterator[None]:
 
 
 def guarded(label: str, blocks: Callable[[int], Iterator[RowBlock]]) -> Callable[[int], Iterator[RowBlock]]:
-    """Wrap a block function so that its errors name the input."""
+    """Wrap a function that yields blocks, so that its errors name the input."""
 
     def run(entries: int) -> Iterator[RowBlock]:
         with reading(label):

@@ -51,7 +51,7 @@ def _of_features(
     blocks: Callable[[int], Iterator[RowBlock]],
     whole_rows: bool,
 ) -> OpenInput:
-    """Make an input of 10x features. Features that are not genes (antibodies, guides) are left out."""
+    """Make an `OpenInput` from a 10x matrix. Features that are not genes (antibodies, guides) are left out."""
     if shape != (len(barcodes), len(ids)):
         raise ValueError(
             f"its matrix has shape {shape}, but it lists {len(barcodes)} cells and {len(ids)} features"
@@ -135,7 +135,7 @@ def _text(path: Path) -> Any:
 
 
 def _companion(path: Path, prefix: str, names: tuple[str, ...]) -> Path:
-    """Return the other file of a 10x folder, compressed or not."""
+    """Return the file with one of `names` next to a 10x matrix, compressed or not; raise `DataError` without one."""
     for name in names:
         for suffix in ("", ".gz"):
             file = path.with_name(f"{prefix}{name}{suffix}")
