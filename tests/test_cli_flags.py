@@ -98,7 +98,7 @@ WRONG = {
     ("embed", "--model=m"): ["--input and --output are missing"],
     ("embed",): ["--input, --output and --model are missing"],
     ("ingest", "--output=o"): ["--input is missing"],
-    ("impute", "--input=x", "--model=m", "--output=o.h5ad"): ["--genes or --cells is missing"],
+    ("impute", "--input=x", "--model=m", "--output=o.h5ad"): ["--genes and --cells"],
     ("train",): ["--config is missing"],
     ("train", "--config.train.steps=3"): ["--config is missing"],
     (*TRAIN, "--coordinator=a:1"): ["--coordinator", "--multihost"],

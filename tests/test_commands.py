@@ -86,7 +86,7 @@ def test_annotate_counts_labels(files):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--input=no.h5ad", "--model=m", "--output=o.h5ad"], "there is no file no.h5ad"),
+        (["--input=no.h5ad", "--model=m", "--output=o.h5ad"], "no.h5ad does not exist"),
         (["--input=cells.h5ad", "--model=m", "--output=o.h5ad"], "m does not exist"),
         (["--input=cells.h5ad", "--model=model", "--output=o.csv"], "must end with .h5ad"),
         (["--input=cells.h5ad", "--model=model", "--output=cells.h5ad"], "also the input"),

@@ -42,7 +42,8 @@ class TuningOptions:
     Parameters
     ----------
     steps, learning_rate, batch_size
-        Options of AdamW. The learning rate warms up over a tenth of the steps and then follows a cosine decay.
+        Number of training steps, peak learning rate, and cells per step, for AdamW. The learning rate warms up during
+        the first tenth of the steps and then follows a cosine decay.
     """
 
     steps: int = 50
@@ -62,11 +63,11 @@ class Shots:
     Attributes
     ----------
     counts
-        Raw counts (N, G) over the model's genes.
+        Raw counts (N, G) of the genes of the model.
     obs
         Labels of the cells, (N, columns).
     study_metadata
-        Metadata of the study as in a studies file: abstract and candidate answers.
+        Metadata of the study, with the same keys as in a studies file: the abstract and the candidate answers.
     """
 
     counts: sparse.csr_matrix
@@ -75,7 +76,7 @@ class Shots:
 
 
 def _mixture(model: Pretrained) -> dict[str, Any]:
-    """Return the adapter options of a model; default options if its adapters were merged into the decoder."""
+    """Return the adapter options of a model, or the default options if its adapters were merged into the decoder."""
     members = tuple(model.data["members"])
     layers = dict(lora.adapted(model.variables))
     if not layers:
@@ -100,7 +101,7 @@ def _plain(study_metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _longest(instruction_model: InstructionModel, questions: StudyQuestions, task: str, number: int) -> int:
-    """Return the number of tokens of the longest instruction about the first `number` cells."""
+    """Build the instructions for the first `number` cells, and return the number of tokens of the longest one."""
     candidates, sizes = questions.candidates[task], []
     for row in range(number):
         fields = fields_of(
@@ -118,7 +119,7 @@ def tune(
     model: Pretrained, instruction_model: InstructionModel, task: str, shots: Shots, columns: Mapping[str, Any],
     options: TuningOptions, seed: int, place: Path | None = None,
 ) -> InstructionModel:  # fmt: skip
-    """Fine-tune a model on one task with a few cells, with the training loop and loss of the model family.
+    """Fine-tune a model on one task with a few labeled cells, with the usual training loop and loss of its family.
 
     The trained parameters are the cell tokenizer, the universal adapter and the adapter of the task. If the model was
     not trained on the task, there is no adapter for this task, and the universal adapter is the only adapter that is
@@ -129,7 +130,7 @@ def tune(
     model, instruction_model
         The model to fine-tune, and the same model as an `InstructionModel`.
     task
-        "cta", "rci", "tcd" or "cpi". Every cell needs an answer.
+        "cta" (cell type), "rci" (rare cell), "tcd" (tumor) or "cpi" (pathway). Every cell in `shots` needs an answer.
     shots
         Cells to train on.
     columns
@@ -202,14 +203,14 @@ def tune(
 
 
 def drawn(answers: Sequence[str], shots: int, each: bool, seed: int) -> np.ndarray:
-    """Draw the cells to fine-tune on, among the cells that have an answer.
+    """Draw the cells to fine-tune on at random from the cells that have an answer.
 
     Parameters
     ----------
     answers
         Answer of each cell; "" for a cell without an answer.
     shots
-        Maximum number of cells to draw, for each answer or in total; see `each`.
+        Maximum number of cells to draw: per answer or in total, depending on `each`.
     each
         True: draw up to `shots` cells for each answer. False: draw up to `shots` cells in total.
     seed
@@ -227,7 +228,10 @@ def drawn(answers: Sequence[str], shots: int, each: bool, seed: int) -> np.ndarr
     rng = np.random.default_rng([seed, shots])
     known = np.flatnonzero(np.asarray(answers, dtype=object) != "")
     if not len(known):
-        raise ConfigError("no cell of the few-shot part of the study has an answer: add labeled cells.")
+        raise ConfigError(
+            "few-shot fine-tuning needs labeled cells, but no cell of the part of the study "
+            "to train on has a label: add labeled cells."
+        )
     order = rng.permutation(known)
     if not each:
         return np.sort(order[:shots])

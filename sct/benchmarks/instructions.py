@@ -1,4 +1,4 @@
-"""Benchmark of questions about cells: zero-shot, few-shot and baselines (ZerOmics, sections 4.2 and 4.3)."""
+"""Benchmark a model that answers questions about cells, zero-shot and few-shot (ZerOmics, sections 4.2 and 4.3)."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ class InstructionBenchmarkData(benchmarking.CellChoice):
         check_share("data.rare_share", self.rare_share)
         if self.split == "train":
             raise ConfigError(
-                "data.split is 'train', but the benchmark needs cells that the model was not trained on: set it to "
-                "'test' or 'validation'."
+                "data.split is 'train', but the benchmark needs cells that the model was not trained on: "
+                "set --config.data.split to 'test' or 'validation'."
             )
         super().__post_init__()
 
     @property
     def columns(self) -> dict[str, Any]:
-        """Label options of `InstructionData` for few-shot fine-tuning."""
+        """Label columns and thresholds that are passed to `InstructionData` for few-shot fine-tuning, as a dict."""
         return {
             "cell_type": self.cell_type, "disease": self.disease, "pathways": _PATHWAYS, "normal": self.normal,
             "rare_share": self.rare_share,
@@ -116,7 +116,7 @@ class PathwayOptions:
     names
         Names of the gene sets to use; empty for all.
     deviations
-        A pathway is active in cells that score more than this many standard deviations above the mean.
+        A pathway is active in a cell if its score is more than this number of standard deviations above its mean score.
     """
 
     file: str = ""
@@ -171,12 +171,13 @@ class InstructionBenchmarkOptions:
         check_distinct("tasks", tuple(map(task_name, self.tasks)))
         if "tcd" in self.tasks and not self.data.disease:
             raise ConfigError(
-                "tasks has tumor, which needs disease labels: set --config.data.disease to the column of diseases."
+                "`tasks` contains the task tumor, which needs disease labels: set --config.data.disease to "
+                "the column of `obs` with the diseases."
             )
         if "cpi" in self.tasks and not self.pathways.file:
             raise ConfigError(
-                "tasks has pathway, which needs gene sets: set --config.pathways.file to a GMT file, such as MSigDB's "
-                "hallmark sets."
+                "`tasks` contains the task pathway, which needs gene sets: set --config.pathways.file to a "
+                "GMT file, such as MSigDB's hallmark sets."
             )
         for number in self.shots:
             check_at_least("shots", number, 1, advice="remove it, because zero-shot is always evaluated")
@@ -283,16 +284,17 @@ def _benchmark(
     studies, _ = benchmarking.open_cells(data, adata)
     if study_metadata and not set(study_metadata) & {name for name, _ in studies}:
         raise ConfigError(
-            f"data.studies is {data.studies}, which describes the study {sorted(study_metadata)[0]!r}, but the cells "
-            f"have the studies {', '.join(name for name, _ in studies[:5])}: use these names in the file."
+            f"the file data.studies={data.studies} describes the study {sorted(study_metadata)[0]!r}, but "
+            f"the cells come from the studies {', '.join(name for name, _ in studies[:5])}: use the names of "
+            "these studies in the file."
         )
     for name, column in (("cell_type", data.cell_type), ("disease", data.disease)):
         asked_for = set(options.wanted) & ({"tcd"} if name == "disease" else {"cta", "rci"})
         if asked_for and not any(column in cells.obs for _, cells in studies):
             known = ", ".join(map(repr, studies[0][1].obs.columns[:10])) or "none"
             raise ConfigError(
-                f"obs has no column {column!r}, only {known}: set --config.data.{name} to one of them, or choose other "
-                "tasks with --config.tasks."
+                f"`obs` has no column {column!r}, only {known}: set --config.data.{name} to one of these "
+                "columns, or choose other tasks with --config.tasks."
             )
     reports: list[Report] = []
     numbers: dict[str, Any] = {}
@@ -327,26 +329,31 @@ def _benchmark(
             report_folder.keep(reports, output, facts(), numbers)
     if not numbers:
         reasons = [f"{each.title}: {each.rows[0][1]}" for each in reports]
-        raise ConfigError(f"no task could be evaluated: {' '.join(reasons)}")
+        raise ConfigError(f"no task could be evaluated, for these reasons: {' '.join(reasons)}")
     report_folder.write(reports, output, facts(), (), "Questions about cells", numbers)
     return reports
 
 
 def _texts_of(name: str, cells: ad.AnnData) -> dict[str, Any]:
-    """Return the metadata of a study from `adata.uns`; raise ConfigError if a value has the wrong type."""
+    """Read the metadata of a study from `adata.uns`, and return it; raise ConfigError if a value has the wrong type."""
     study_metadata = {}
     for key in (key for key in _UNS if key in cells.uns):
         value = cells.uns[key]
         good = isinstance(value, str) if key == "abstract" else not isinstance(value, str | Mapping)
         if not good:
             form = "a string" if key == "abstract" else "a list of strings"
-            raise ConfigError(f'study {name!r}: adata.uns["{key}"] is {value!r}: set it to {form}.')
+            raise ConfigError(
+                f'in the study {name!r}, adata.uns["{key}"] is {value!r}, but must be {form}: correct it.'
+            )
         study_metadata[key] = value.strip() if key == "abstract" else [str(each) for each in value]
     return {key: value for key, value in study_metadata.items() if len(value)}
 
 
 class _Study:
-    """One study of the benchmark, split into cells to fit on (`support`) and cells to ask about (`query`)."""
+    """One study of the benchmark.
+
+    Its cells are split into cells to train on (`support`) and cells to ask about (`query`).
+    """
 
     def __init__(
         self, name: str, cells: ad.AnnData, study_metadata: Mapping[str, Any], model: Pretrained,
@@ -369,7 +376,7 @@ class _Study:
         self.support, self.query = self._divided()
 
     def _divided(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows to fit on and the rows to ask about.
+        """Split the cells; return the row numbers of the cells to train on, and of the cells to ask about.
 
         With `data.group_key`, whole groups are assigned to one of the two parts. Otherwise the split is stratified by
         label, so that a label with at least two cells is in both parts.
@@ -388,7 +395,8 @@ class _Study:
             return fit, ask
         if len(rows) < 3:
             raise DataError(
-                f"study {self.name!r} has {len(rows)} cells, but at least 3 are needed: add cells."
+                f"the study {self.name!r} has {len(rows)} cells, but at least 3 are needed to split it: add "
+                "cells to the study."
             )
         present = [name for name in (data.cell_type, data.disease) if name and name in self.obs]
         least = int(min(data.share, 1 - data.share) * len(rows))
@@ -424,13 +432,13 @@ class _Study:
 
     @functools.cached_property
     def records(self) -> dict[str, np.ndarray]:
-        """Model inputs of the cells to ask about."""
+        """Model inputs for the cells to ask about, as a dict of arrays."""
         return cell_records(
             self.counts[self.query], self.instruction_model.cells, self.instruction_model.known
         )
 
     def measure(self, task: str) -> tuple[Report, dict[str, Any]]:
-        """Evaluate one task. Return its table and its numbers."""
+        """Evaluate one task; return its result table and its numbers for `results.json`."""
         return self._pathways() if task == "cpi" else self._single(task)
 
     def _score(
@@ -442,7 +450,7 @@ class _Study:
         seed: int,
         others: bool = False,
     ) -> pd.DataFrame:
-        """Return the probabilities (rows, candidates) of the candidates for the query cells `rows`.
+        """Return the probability of each candidate answer for the query cells `rows`, (rows, candidates).
 
         Each seed uses its own prompt template and order of candidates. `others` is a control: each cell gets the soft
         tokens of another cell.
@@ -461,7 +469,7 @@ class _Study:
         self, task: str, fit: np.ndarray, answers: np.ndarray, obs: pd.DataFrame, study_metadata: dict[str, Any],
         ask: Callable[[InstructionModel, int], Any], fit_few: Callable[[np.ndarray], Any],
     ) -> tuple[dict[str, tuple[str, Any]], list[str]]:  # fmt: skip
-        """Return the few-shot rows of the table by name, and notes about rows that could not be computed.
+        """Compute the few-shot rows of the table; return row name -> row, and notes on rows that could not be computed.
 
         Each number of shots gives two rows of the table. The first is the model after fine-tuning on a few of the cells
         `fit`; `ask` evaluates this model. The second is the baseline that `fit_few` fits on the same cells.
@@ -501,7 +509,7 @@ class _Study:
         return made, notes
 
     def _single(self, task: str) -> tuple[Report, dict[str, Any]]:
-        """Return table and numbers of a task with one right answer per cell: "cta", "rci" or "tcd"."""
+        """Evaluate a task with one right answer per cell ("cta", "rci" or "tcd"); return its table and its numbers."""
         column = self.data.disease if task == "tcd" else self.data.cell_type
         named = "disease" if task == "tcd" else "cell_type"
         if not column or column not in self.obs:
@@ -511,15 +519,19 @@ class _Study:
                 else f"data.{named} is not set"
             )
             what = named.replace("_", " ")
-            raise ConfigError(f"{found}: set --config.data.{named} to a column with {what} labels.")
+            raise ConfigError(
+                f"{found}, but this task needs {what} labels: set --config.data.{named} to a "
+                f"column with {what} labels."
+            )
         asked = self._questions(self.obs, self.study_metadata)
         if task not in asked.candidates:
             raise ConfigError(
-                f"study {self.name!r} needs both rare and common cell types (data.rare_share): list the rare types in "
-                "adata.uns['rare'] or in the file of --config.data.studies."
+                f"the task rare_cell needs both rare and common cell types, but the study {self.name!r} has "
+                "only one kind (data.rare_share): list the rare types in adata.uns['rare'] or in the file of "
+                "--config.data.studies."
                 if task == "rci"
-                else f"study {self.name!r} has fewer than two different answers in the column {column!r}: set "
-                f"--config.data.{named} to another column."
+                else f"the column {column!r} of the study {self.name!r} has fewer than two different "
+                f"labels, but at least two are needed: set --config.data.{named} to another column."
             )
         candidates, options = asked.candidates[task], self.options
         answers = np.array([asked.answer(task, row) for row in range(len(self.obs))], dtype=object)
@@ -528,8 +540,8 @@ class _Study:
         true, counts = answers[self.query[rows]], self.counts[self.query[rows]]
         if len(set(true)) < 2 or len(set(answers[fit])) < 2:
             raise ConfigError(
-                f"study {self.name!r} has fewer than two different answers in one of its two parts: add cells with "
-                "other labels, or change data.seed or data.share."
+                f"the study {self.name!r} is split into two parts, and one part has fewer than two "
+                "different labels: add cells with other labels, or change data.seed or data.share."
             )
         listed = {"cta": {"cell_types": list(candidates)}, "rci": {"rare": sorted(asked.rare)}}
         listed["tcd"] = {"diseases": [name for name in candidates if name != NORMAL]}
@@ -574,9 +586,10 @@ class _Study:
     def _by_markers(
         self, task: str, counts: sparse.csr_matrix, fit: np.ndarray, names: list[str], candidates: list[str]
     ) -> tuple[dict[str, tuple[str, labels.LabelPrediction]], list[str]]:
-        """Return the row of the marker-gene baseline, or no row and a note with the reason.
+        """Compute the row of the marker-gene baseline; if that fails, return no row and a note with the reason.
 
-        Marker genes come from the file of `markers` for the task "cta", otherwise from the cells to fit on.
+        For the task "cta", marker genes come from the file `markers`, if given. Otherwise they are found in the
+        training cells.
         """
         given = self.markers is not None and task == "cta"
         try:
@@ -605,7 +618,7 @@ class _Study:
         return notes
 
     def _pathways(self) -> tuple[Report, dict[str, Any]]:
-        """Return table and numbers of the task "cpi", in which several pathways can be active in a cell."""
+        """Evaluate the task "cpi", in which several pathways can be active in a cell; return table and numbers."""
         asked = self.options.pathways
         gene_sets = pathways.read_gene_sets(asked.file, asked.names)
         measured = np.array(self.symbols, dtype=object)[self.measured].tolist()
@@ -644,12 +657,15 @@ class _Study:
 
 
 def folded(task: str, names: np.ndarray) -> np.ndarray:
-    """Return the answers as they are scored: for "tcd", every disease becomes "tumor cell" (ZerOmics, appendix B.1)."""
+    """Return the answers in the form that is scored.
+
+    For "tcd", every disease becomes "tumor cell" (ZerOmics, appendix B.1).
+    """
     return np.where(names == NORMAL, NORMAL, TUMOR).astype(object) if task == "tcd" else names
 
 
 def prediction(task: str, table: pd.DataFrame) -> labels.LabelPrediction:
-    """Return the most probable answer and the probabilities of each cell, as they are scored (see `folded`)."""
+    """Return each cell's most probable answer and its probabilities, in the form that is scored (see `folded`)."""
     best = table.columns.to_numpy(object)[table.to_numpy().argmax(axis=1)]
     if task == "tcd":
         table = pd.DataFrame({NORMAL: table[NORMAL], TUMOR: 1 - table[NORMAL]})

@@ -176,7 +176,7 @@ class CellImputationOptions:
     run
         Whether to run this protocol.
     numbers
-        Numbers of cells to mask in a bag; (0,) for the numbers of the paper, scaled to the bag size.
+        Numbers of cells to mask in a bag. (0,) selects the numbers of the paper, scaled to the bag size.
     """
 
     run: bool = True
@@ -264,7 +264,7 @@ class BenchmarkOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One study to evaluate: its cells, and their counts as a table with a single section."""
+    """One study to evaluate: its cells (`adata`), and their counts aligned to the genes of the model (`table`)."""
 
     name: str
     adata: ad.AnnData
@@ -353,7 +353,7 @@ def _benchmark(
 
 
 def facts_of(handle: Pretrained | None, folder: str) -> dict[str, str]:
-    """Return facts about the process and the model, for the report; `folder` is "" for a model in memory."""
+    """Return facts about the running process and the model, for the report; `folder` is "" for a model in memory."""
     if handle is None:
         what = ("none (baselines only)", "-", "-", "-")
     else:
@@ -367,7 +367,7 @@ def facts_of(handle: Pretrained | None, folder: str) -> dict[str, str]:
 def read_options(
     kind: type[Any], config: Mapping[str, Any], adata: ad.AnnData | None, overwrite: bool
 ) -> tuple[Any, Path]:
-    """Read and check the options of a benchmark. Return the options and the checked output folder.
+    """Read and check the options of a benchmark; return the options and the checked output folder.
 
     Parameters
     ----------
@@ -392,22 +392,26 @@ def _vocabulary(path: str) -> GeneVocabulary:
 def open_cells(
     data: CellChoice, adata: ad.AnnData | None = None
 ) -> tuple[list[tuple[str, ad.AnnData]], Store | None]:
-    """Return the studies to evaluate, in memory, and the store with the training studies for the baselines, or None."""
+    """Read the studies to evaluate into memory.
+
+    Also open the store with training studies for the baselines, or return None if there is none.
+    """
     path = Path(data.path).expanduser()
     train = Store.open(Path(data.train).expanduser()) if data.train else None
     if adata is not None:
         return _divided(adata, data, "cells"), train
     if not path.exists():
         raise DataError(
-            f"data.path is {path}, which does not exist: set it to an .h5ad file, a .zarr folder or a store."
+            f"data.path is {path}, which does not exist: set --config.data.path to an .h5ad file, a .zarr "
+            "folder or a store."
         )
     if path.is_dir() and (path / "manifest.json").is_file():
         store = Store.open(path)
         chosen = store.split(data.split)
         if not chosen:
             raise DataError(
-                f"the store {path} has no study in the split {data.split!r}: assign one with "
-                f"`launch.ingest --{data.split}=NAME`, or choose another split with --config.data.split."
+                f"the store {path} has no study in the split {data.split!r}: assign a study to this split "
+                f"with `launch.ingest --{data.split}=NAME`, or choose another split with --config.data.split."
             )
         whole = dataclasses.replace(data, study_key="")
         return [
@@ -418,13 +422,14 @@ def open_cells(
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"data.path is {path}, which is neither a store nor a readable AnnData ({reason}): set it to another file."
+            f"data.path is {path}, which is neither a store nor a readable AnnData file ({reason}): set "
+            "--config.data.path to an .h5ad file, a .zarr folder or a store."
         ) from error
     return _divided(cells, data, path.stem), train
 
 
 def _divided(cells: ad.AnnData, data: CellChoice, name: str) -> list[tuple[str, ad.AnnData]]:
-    """Split a table into its studies (name, cells), each with at most `max_cells` cells."""
+    """Split an AnnData into its studies, as (name, cells), and keep at most `max_cells` cells per study."""
     spatial_key = data.spatial_key if data.spatial_key in cells.obsm else None
     parts = []
     for section in inputs.sections(cells, data.study_key or None, spatial_key):
@@ -460,7 +465,10 @@ def part_of(name: str, study: ad.AnnData, vocabulary: GeneVocabulary, data: Cell
         inputs.keep_scales(study, made.sections, None, data.spatial_key)
     filled = made.cell_totals > 0
     if not filled.any():
-        raise DataError(f"study {name!r} has no counts in the genes of the model: use other cells.")
+        raise DataError(
+            f"all cells of the study {name!r} have zero counts in the genes of the model: use a "
+            "study with counts in these genes."
+        )
     if not filled.all():
         study = study[filled].copy()
         made = table(study)
@@ -474,9 +482,9 @@ def _measure(
     options: BenchmarkOptions,
     numbers: dict[str, Any],
 ) -> Iterator[tuple[list[Report], list[Figure]]]:
-    """Run all protocols, yield their tables and figures, and add their numbers to `numbers`.
+    """Run all evaluation protocols, yield the tables and figures of each, and add the numbers to `numbers`.
 
-    A protocol that cannot run gives a table with the reason.
+    For a protocol that cannot run, yield a table with the reason.
     """
     gene, cell, fixed = options.gene_imputation, options.cell_imputation, options.fixed_genes
     with_fixed = fixed.run == "always" or (fixed.run == "spatial" and any(part.spatial for part in parts))
@@ -534,7 +542,7 @@ def reason(title: str, error: SctError) -> Report:
 
 
 def _imputer(handle: Pretrained | None) -> BagReader | None:
-    """Return the imputation interface of a model, or None if its family cannot impute."""
+    """Return the object that imputes with a model, or None if the model family cannot impute."""
     if handle is None or families.model(handle.family).impute is None:
         return None
     return cast(BagReader, families.require(handle, "impute"))
@@ -575,7 +583,7 @@ def _held_out(
 
 
 def _reliability_figure(outcome: natural.NaturalResult) -> Figure:
-    """Return the reliability diagram of the probabilities of expression."""
+    """Draw the reliability diagram of the predicted probability of expression."""
     caption = (
         f"Measured genes masked {'in all cells' if outcome.whole_genes else 'at random'}, all draws together. "
         "Probabilities on the diagonal are calibrated."
@@ -590,7 +598,7 @@ def _reliability_figure(outcome: natural.NaturalResult) -> Figure:
 
 
 def _imputation_figures(outcome: ProtocolResult, cells_per_bag: int) -> list[Figure]:
-    """Return the figures of MCC curves, and of the model's confusion matrix in the first setting."""
+    """Draw the MCC curves of all methods, and the confusion matrix of the model in the first setting."""
     titles = {
         "ratio": ("MCC against masking ratio", "masked genes", 1),
         "cells": ("MCC against masked cells", "masked cells of a bag", cells_per_bag),
@@ -619,12 +627,13 @@ def _imputation_figures(outcome: ProtocolResult, cells_per_bag: int) -> list[Fig
 def _embedding(
     part: Part, handle: Pretrained | None, options: BenchmarkOptions
 ) -> tuple[Report, list[Figure], dict[str, Any]]:
-    """Return table, figures and numbers of the embedding of a study."""
+    """Evaluate the embedding of a study; return the table, the figures and the numbers."""
     data, asked = options.data, options.embedding
     labels = part.adata.obs.get(data.label_key)
     if labels is None:
         raise DataError(
-            f"obs has no column {data.label_key!r}: set --config.data.label_key to a column with cell labels."
+            f"`obs` has no column {data.label_key!r}: set --config.data.label_key to a column with cell "
+            "labels."
         )
     settings = embeddings.EmbeddingMetricOptions(
         seeds=options.seeds, folds=asked.folds, k=asked.k, resolution=asked.resolution,

@@ -5,8 +5,8 @@
 
 Writes a copy of the input with labels in obs["sct_label"] and their probabilities in obs["sct_label_probability"].
 With --reference, a cell takes the label of most of its nearest reference cells, or "unknown" below --threshold. A model
-of cell sentences needs no reference; --candidates restricts its answers. In a clone, `python -m launch.annotate` is the
-same program.
+of cell sentences needs no reference; --candidates restricts the labels that it can give. In a clone, `python -m
+launch.annotate` is the same program.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@
     sct benchmark --config=benchmark_zeromics --config.model=runs/zeromics_llm --config.data.path=cells.h5ad
 
 Measures imputation of genes and of whole cells, and embeddings if the cells have labels; every method gets the same
-cells and the same masked positions. With benchmark_zeromics it measures answers to questions about cells, zero- and
-few-shot. Writes report.html, report.md, report.json and results.json to the folder --config.output; --overwrite
-replaces an existing report. Any field of the configuration is set by --config.section.field=value. In a clone,
-`python -m launch.benchmark` is the same program.
+cells and the same masked positions. With --config=benchmark_zeromics, the command measures zero-shot and few-shot
+answers to questions about cells. Writes report.html, report.md, report.json and results.json to the folder
+--config.output; --overwrite replaces an existing report. Any field of the configuration is set by
+--config.section.field=value. In a clone, `python -m launch.benchmark` is the same program.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value.to_dict()
     name = config.pop("benchmark", "zero_shot" if "gene_imputation" in config else "")
     if name not in _BENCHMARKS:
-        raise FlagError("--config is not a benchmark configuration: write --config=benchmark.")
+        raise FlagError("--config does not name a benchmark configuration: write --config=benchmark.")
     console = Console()
     for table in importlib.import_module(_BENCHMARKS[name]).benchmark(
         config, overwrite=output_flags.OVERWRITE.value

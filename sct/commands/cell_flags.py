@@ -1,4 +1,4 @@
-"""Flags that all commands for .h5ad files share: the cells, the model, and how bags are formed."""
+"""Define the flags that all commands for .h5ad files share: the cells, the model, and how bags are formed."""
 
 from __future__ import annotations
 
@@ -66,6 +66,6 @@ def scales(adata: Any) -> list[str]:
 
 
 def given() -> dict[str, Any]:
-    """Return the entries of `options` whose flags were set on the command line."""
+    """Return only those entries of `options` whose flags were set on the command line."""
     flag = flags.FLAGS
     return {name: value for name, value in options().items() if flag[name].present}

@@ -1,4 +1,7 @@
-"""Folder for compiled programs (JAX's persistent compilation cache). An unusable folder never stops a command."""
+"""Store compiled programs in a folder (JAX's persistent compilation cache).
+
+An unusable folder never stops a command.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +22,16 @@ _usual: Any = None
 
 
 def keep_programs(folder: str | None = None) -> str:
-    """Keep compiled programs in a folder, so that later runs do not compile them again.
+    """Store compiled programs in a folder, so that later runs do not compile them again.
 
-    If the folder cannot be used, print one sentence on standard error. An entry that cannot be read is compiled again
-    and replaced.
+    If the folder cannot be used, one sentence is printed on standard error. If the file of a stored program cannot be
+    read, the program is compiled again and the file is replaced.
 
     Parameters
     ----------
     folder
-        Folder to use. '' means none. None means the environment variable JAX_COMPILATION_CACHE_DIR, or
-        `~/.cache/sct/xla` if it is not set.
+        Folder to use. '' means no folder. None means the folder in the environment variable JAX_COMPILATION_CACHE_DIR,
+        or `~/.cache/sct/xla` if the variable is not set.
 
     Returns
     -------
@@ -56,7 +59,7 @@ def keep_programs(folder: str | None = None) -> str:
 
 
 def _listen(folder: Path) -> None:
-    """Handle JAX's warnings about entries of the folder: report write errors once, and delete damaged entries."""
+    """Handle JAX's warnings about stored programs: report write errors only once, and delete damaged files."""
     global _usual
     reported: set[str] = set()
     _usual = _usual or warnings.showwarning

@@ -1,4 +1,4 @@
-"""Find configurations by name, and check their fields before the flags are parsed."""
+"""Find configuration files by name, and check the fields set on the command line before the flags are parsed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def prepare(argv: Sequence[str]) -> list[str]:
 
     Returns
     -------
-    The words, with --config=FILE before the flags that set its fields.
+    The words, in which --config=FILE comes before the flags that set fields of the configuration.
 
     Raises
     ------
@@ -56,7 +56,7 @@ def prepare(argv: Sequence[str]) -> list[str]:
 
 
 def keys(argv: Sequence[str]) -> list[str]:
-    """Return the fields of the configuration on a command line, such as "train.steps"; [] without a configuration."""
+    """Return the field names of a command line's configuration, such as "train.steps"; [] without a configuration."""
     try:
         value = _without_config(argv)[1]
         return [] if value is None else list(_leaves(_read(*_named(value))))
@@ -65,7 +65,10 @@ def keys(argv: Sequence[str]) -> list[str]:
 
 
 def _without_config(argv: Sequence[str]) -> tuple[list[str], str | None]:
-    """Remove `--config` from the words of a command line. Returns the other words and its last value, or None."""
+    """Remove `--config` from the words of a command line.
+
+    Return the other words, and the last value of `--config` or None.
+    """
     words, value = [], None
     rest = iter(argv)
     for word in rest:
@@ -79,7 +82,7 @@ def _without_config(argv: Sequence[str]) -> tuple[list[str], str | None]:
 
 
 def _named(value: str) -> tuple[Path, str | None]:
-    """Return the file and the variant (or None) for a value of `--config`."""
+    """Return the configuration file and the variant (or None) that a value of `--config` names."""
     name, colon, variant = value.partition(":")
     return _find(name), variant if colon else None
 
@@ -99,16 +102,18 @@ def _find(name: str) -> Path:
 
 
 def _read(path: Path, variant: str | None) -> Any:
-    """Return the configuration that a file makes for a variant. Raises `FlagError` if the file cannot make it."""
+    """Run a configuration file and return its configuration for a variant. Raises `FlagError` if the file fails."""
     try:
         module = runpy.run_path(str(path))
     except Exception as error:
         raise FlagError(
-            f"--config={path}: running the file failed ({_where(error, path)}): correct the file."
+            f"--config={path}: the configuration file raised an error ({_where(error, path)}): correct the "
+            "file."
         ) from error
     if "get_config" not in module:
         raise FlagError(
-            f"--config={path}: the file has no function get_config: give a configuration file that has one."
+            f"--config={path}: the file has no function get_config: set --config to a file that defines "
+            "get_config()."
         )
     try:
         return module["get_config"](*([] if variant is None else [variant]))
@@ -118,15 +123,16 @@ def _read(path: Path, variant: str | None) -> Any:
             meant = nearest(variant, known)
             hint = f"did you mean {path.stem}:{meant}?" if meant else f"choose from {', '.join(known)}."
             raise FlagError(
-                f"--config={path.stem}:{variant}: there is no variant {variant!r}; {hint}"
+                f"--config={path.stem}:{variant}: the configuration has no variant {variant!r}; {hint}"
             ) from error
         raise FlagError(
-            f"--config={path}: get_config failed ({_where(error, path)}): correct the file."
+            f"--config={path}: the function get_config raised an error ({_where(error, path)}): correct the "
+            "file."
         ) from error
 
 
 def _where(error: BaseException, path: Path) -> str:
-    """Describe an error in a configuration file, with the number of its line."""
+    """Describe an error in a configuration file, with the line number at which it occurred."""
     lines = [
         frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
     ]
@@ -146,7 +152,7 @@ def _leaves(config: Any, before: str = "") -> Iterator[str]:
 
 
 def _with_current_names(config: Any, words: Sequence[str]) -> list[str]:
-    """Replace the names of renamed fields in words that set them; `FlagError` if a field is set by both names."""
+    """Replace old names of renamed fields in command-line words. Raise `FlagError` if a field is set by both names."""
     found, notices = [], []
     given = {match[2] for word in words if (match := _FIELD.fullmatch(word))}
     for word in words:
@@ -155,7 +161,8 @@ def _with_current_names(config: Any, words: Sequence[str]) -> list[str]:
         if before and after and before[2] != after[2]:
             if after[2] in given:
                 raise FlagError(
-                    f"--config.{before[2]} and --config.{after[2]} are two names of one field: remove one of them."
+                    f"--config.{before[2]} and --config.{after[2]} are two names of the same field: remove "
+                    "one of these flags."
                 )
             if is_former:
                 notices.append(renamed(f"config.{before[2]}", f"config.{after[2]}"))
@@ -166,14 +173,14 @@ def _with_current_names(config: Any, words: Sequence[str]) -> list[str]:
 
 
 def _with_own_name(config: Any, word: str) -> tuple[str, bool]:
-    """Use the name of a renamed field that the configuration has, in a word that sets the field.
+    """Replace the name of a renamed field, in a word that sets it, by the name that the configuration uses.
 
     A configuration file of an earlier version has former names, and current names also work with it. Other words are
     returned unchanged.
 
     Returns
     -------
-    The word, and whether it had a former name that was replaced.
+    The word, and whether a former name in the word was replaced.
     """
     match = _FIELD.fullmatch(word)
     if match is None or match[2] in config or "family" not in config:
@@ -207,7 +214,10 @@ def _with_own_name(config: Any, word: str) -> tuple[str, bool]:
 
 
 def _has(config: Any, names: Sequence[str]) -> bool:
-    """Return whether a configuration has the field with these names, from the outermost section inwards."""
+    """Return whether a configuration has a field.
+
+    The field is given as the names of its sections, outermost first, and its own name.
+    """
     node = config
     for name in names:
         if not isinstance(node, ConfigDict) or name not in node:
@@ -217,7 +227,7 @@ def _has(config: Any, names: Sequence[str]) -> bool:
 
 
 def _check_fields(config: Any, words: Sequence[str]) -> None:
-    """Raise `FlagError` if a `--config.section.field=value` sets a field that the configuration does not have."""
+    """Raise `FlagError` if a word `--config.section.field=value` sets a field that the configuration does not have."""
     for place, word in enumerate(words):
         match = _FIELD.fullmatch(word)
         if match is None:
@@ -241,7 +251,7 @@ def _check_fields(config: Any, words: Sequence[str]) -> None:
 
 
 def _meant(config: Any, node: Any, names: list[str], depth: int) -> str:
-    """Return the end of the message on an unknown field: the field that was probably meant, or the existing fields."""
+    """Return the end of the error message about an unknown field, which suggests similar or existing fields."""
     before = names[:depth]
     if not isinstance(node, ConfigDict):
         return f": it is a value and not a section, so write --{'.'.join(['config', *before])}=VALUE."

@@ -1,4 +1,4 @@
-"""Convert published weights to a model folder, and back.
+"""Convert published weights to a model folder, or a model folder to the Hugging Face format.
 
     sct convert --from=haiku-sct --input=DIR --output=MODEL_DIR
     sct convert --from=haiku-sct --input=DIR --genes=genes.tsv --output=MODEL_DIR --dtype=bfloat16
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     source, target = (Path(flag.value).expanduser().resolve() for flag in (_INPUT, _OUTPUT))
     if target.is_relative_to(source):
         raise ConfigError(
-            f"--output is {target}, which is the input folder or lies inside it: choose another --output."
+            f"--output is {target}, which is the input folder or a folder inside it: choose another --output."
         )
     known = families.converters()
     written = [name for name, each in known.items() if each.write is not None]
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
             raise FlagError(f"--{flag.name}={flag.value} is wrong: choose from {', '.join(names)}{hint}.")
     if (_FROM.value == OWN) == (_TO.value == OWN):
         raise FlagError(
-            f"--from={_FROM.value} --to={_TO.value} is not a conversion: use --to={OWN} with --from="
+            f"--from={_FROM.value} --to={_TO.value} is not a supported conversion: use --to={OWN} with --from="
             f"{' or --from='.join(known)}, and --to={' or --to='.join(written)} with --from={OWN}."
         )
     numbered = [name for name, each in known.items() if each.takes_genes]
@@ -95,9 +95,10 @@ def main(argv: list[str]) -> None:
 
 
 def _least_bytes(source: Path) -> int:
-    """Estimate the least number of bytes that the output needs.
+    """Estimate the minimum size of the output in bytes.
 
-    It is half of the smallest set of weights files in the input folder, and a quarter with --dtype=bfloat16.
+    The estimate is half the size of the smallest set of weights files in the input folder, or a quarter with
+    --dtype=bfloat16.
     """
     folders = [folder for folder in (source, source / "jax_params") if folder.is_dir()]
     files = [file for folder in folders for file in folder.iterdir()]

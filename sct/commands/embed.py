@@ -4,8 +4,8 @@
     sct embed --input=slide.h5ad --model=models/sct --spatial_key=spatial --batch_key=slide --output=out.h5ad
 
 Writes a copy of the input with the embedding in obsm["X_sct"] and its settings in uns["X_sct"]. The input needs raw
-counts (in X, raw or a layer) and genes as Ensembl ids or symbols. Files above 1 GB are read in blocks. In a clone,
-`python -m launch.embed` is the same program.
+counts (in X, raw or a layer) and genes as Ensembl ids or symbols. Input files above 1 GB are read in blocks, to save
+memory. In a clone, `python -m launch.embed` is the same program.
 """
 
 from __future__ import annotations

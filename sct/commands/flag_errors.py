@@ -1,4 +1,4 @@
-"""Errors of the command line, and suggestions for misspelled names."""
+"""Define the error for a wrong command line, and suggest the right name for a misspelled one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _UNTIL = "0.2.0"  # the release in which former names stop working
 
 
 class FlagError(ConfigError):
-    """The command line is wrong. The command prints this sentence and its usage, and exits with status 2."""
+    """Raised if the command line is wrong. The command prints the message and its usage, and exits with status 2."""
 
 
 def nearest(word: str, names: Iterable[str]) -> str:
@@ -22,5 +22,5 @@ def nearest(word: str, names: Iterable[str]) -> str:
 
 
 def renamed(old: str, new: str) -> str:
-    """Return the notice to print when a flag is given under its former name."""
+    """Return the notice that is printed if a flag is given by its former name."""
     return f"note: --{old} is now --{new}; the former name works until release {_UNTIL}."

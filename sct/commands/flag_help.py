@@ -22,7 +22,7 @@ def text(command: Command) -> str:
 
 
 def _entry(flag: flags.Flag[Any]) -> str:
-    """Return the help of one flag: how to write it, with its description to the right or below."""
+    """Return the help text of one flag: how to write the flag, and its description to the right or below."""
     written = f"  --[no]{flag.name}" if flag.boolean else f"  --{flag.name}={value_of(flag)}"
     gap = " " * _INDENT
     lines = textwrap.wrap(_sentences(flag), _WIDTH - _INDENT)

@@ -29,7 +29,7 @@ class Command:
     Attributes
     ----------
     program
-        Name under which it was called, such as "sct embed" or "python -m launch.embed".
+        Name under which the command was called, such as "sct embed" or "python -m launch.embed".
     module
         Module of `sct.commands` that has the function `main`.
     """
@@ -39,7 +39,10 @@ class Command:
 
     @property
     def flags(self) -> dict[str, flags.Flag[Any]]:
-        """Return the flags by name: first the required flags, then the others, both in the order of definition."""
+        """Return the flags by name.
+
+        Required flags come first, then the others, each group in the order of definition.
+        """
         modules = (self.module.__name__, *getattr(self.module, "FLAG_MODULES", ()))
         defined = flags.FLAGS.flags_by_module_dict()
         found = [flag for name in modules for flag in defined.get(name, [])]
@@ -48,7 +51,7 @@ class Command:
 
     @property
     def renamed(self) -> dict[str, str]:
-        """Return the current names of renamed flags, by former name."""
+        """Return the renamed flags, as former name -> current name."""
         return getattr(self.module, "RENAMED_FLAGS", {})
 
     @property
@@ -77,7 +80,9 @@ class Command:
         try:
             words = flags.FLAGS.read_flags_from_files(list(argv[1:]), force_gnu=False)
         except flags.Error as error:
-            raise FlagError(f"--flagfile cannot be read ({_sentence(error)}): give another file.") from error
+            raise FlagError(
+                f"--flagfile cannot be read ({_sentence(error)}): set --flagfile to a readable file."
+            ) from error
         words = self._with_new_names(words)
         given, others = self._split(words)
         has_config = "config" in self.flags
@@ -96,7 +101,10 @@ class Command:
             raise FlagError(_explained(error)) from error
 
     def _with_new_names(self, words: Sequence[str]) -> list[str]:
-        """Return the words with former flag names replaced by current ones. Print a notice for each former name."""
+        """Replace former flag names by current ones in the words of a command line.
+
+        Print a notice for each former name.
+        """
         found, noted = [], set()
         matches = [re.fullmatch(r"--?(no)?(\w+)(=.*)?", word, re.DOTALL) for word in words]
         names = {match[2] for match in matches if match}
@@ -105,7 +113,7 @@ class Command:
             if match and new:
                 if new in names:
                     raise FlagError(
-                        f"--{match[2]} and --{new} are two names of one flag: remove --{match[2]}."
+                        f"--{match[2]} and --{new} are two names of the same flag: remove --{match[2]}."
                     )
                 word = f"--{match[1] or ''}{new}{match[3] or ''}"
                 if new not in noted:
@@ -146,7 +154,7 @@ class Command:
         return given, others
 
     def _takes_value(self, name: str) -> bool:
-        """Return whether the word after `--name` is the value of this flag."""
+        """Return whether the word after `--name` is the value of the flag `name`."""
         if name in flags.FLAGS:
             return not flags.FLAGS[name].boolean
         return name.startswith("config.") and "config" in self.flags
@@ -160,7 +168,8 @@ class Command:
             if "config" in self.flags:
                 return
             raise FlagError(
-                f"{self.program} has no flag --{name}, because it takes no configuration: remove it."
+                f"{self.program} has no flag --{name}, because this command takes no configuration: remove "
+                f"--{name}."
             )
         known = flags.FLAGS
         if name not in known and name.startswith("no") and name[2:] in known and known[name[2:]].boolean:
@@ -179,7 +188,7 @@ class Command:
             raise FlagError(f"--{name}={text} is wrong: {_expected(flag, text)}.") from error
 
     def _meant(self, name: str, words: Sequence[str]) -> str:
-        """Return the end of the message on an unknown flag: the flag that was probably meant."""
+        """Return the end of the error message about an unknown flag: the flag that was probably meant."""
         plain = name.replace("-", "_").lower()
         if plain.startswith("no") and plain[2:] in self.flags:
             return f": --{plain[2:]} is not a switch, write --{plain[2:]}={value_of(self.flags[plain[2:]])}."
@@ -192,7 +201,7 @@ class Command:
         return f": did you mean --{meant}?" if meant else "."
 
     def _refusal(self, word: str, given: Sequence[str], words: Sequence[str]) -> str:
-        """Return the message on an unexpected positional argument, with the flag that was probably meant."""
+        """Return the error message about an unexpected positional argument, with the flag that was probably meant."""
         start = f"{self.program} takes no positional argument {word!r}"
         before = list(words)[list(words).index(word) - 1] if word != words[0] else ""
         name, mark, value = word.partition("=")
@@ -250,7 +259,7 @@ def value_of(flag: flags.Flag[Any]) -> str:
 
 
 def _expected(flag: flags.Flag[Any], text: str) -> str:
-    """Return the part of a message that says which values a flag accepts."""
+    """Return the part of an error message that says which values a flag accepts."""
     if isinstance(flag.parser, flags.EnumParser):
         choices = list(flag.parser.enum_values)
         found = nearest(text.lower(), choices)
@@ -262,7 +271,7 @@ def _expected(flag: flags.Flag[Any], text: str) -> str:
 
 
 def _explained(error: BaseException) -> str:
-    """Return the message for an error of absl or ml_collections, such as a field of the wrong type."""
+    """Convert an error of absl or ml_collections, such as a field of the wrong type, to a plain error message."""
     text = str(error)
     if match := re.match(r"flag --([\w.]+)=(.*?): ", text, re.DOTALL):
         name, value = match[1], match[2]
@@ -274,7 +283,7 @@ def _explained(error: BaseException) -> str:
 
 
 def _expected_of_field(flag: flags.Flag[Any]) -> str:
-    """Return the part of a message that says which values a configuration field accepts, and its default."""
+    """Return the part of an error message that says which values a configuration field accepts, and its default."""
     kind = type(flag.parser).__name__
     if "ConfigDict" in kind:
         return f"it is a section, so set its fields one by one (--{flag.name}.FIELD=VALUE)"

@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     pairs = [text.partition("=") for text in _LABELS.value]
     if any(not (name.strip() and mark and value.strip()) for name, mark, value in pairs):
         raise FlagError(
-            f"--label={' --label='.join(_LABELS.value)} is wrong: write each as --label=NAME=VALUE."
+            f"--label={' --label='.join(_LABELS.value)} is wrong: write each label as --label=NAME=VALUE."
         )
     adata = generate_cells(
         _MODEL.value,

@@ -46,13 +46,15 @@ def main(argv: list[str]) -> None:
         file = Path(_CELLS.value).expanduser()
         if not file.is_file() and file.suffix in (".txt", ".tsv", ".csv"):
             raise FlagError(
-                f"--cells={file}: there is no such file: give a file with one cell name per line, or the names."
+                f"--cells={file} names a file that does not exist: give a file with one cell name per line, "
+                "or the names separated by commas."
             )
         listed = file.read_text().split("\n") if file.is_file() else _CELLS.value.split(",")
         cells = [name.strip() for name in listed if name.strip()]
     if genes is None and cells is None:
         raise FlagError(
-            "--genes or --cells is missing: write --genes=CD3E,MS4A1, --genes=missing or --cells=NAMES."
+            "at least one of --genes and --cells is needed: write --genes=CD3E,MS4A1, --genes=missing or "
+            "--cells=NAMES."
         )
     adata = tables.read(cell_flags.INPUT.value, may_be_backed=cells is None)
     asked = MISSING if genes == [MISSING] else genes

@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
     from sct.data.ingest import build as ingest
 
     if not [*_INPUT.value, *argv[1:]]:
-        raise FlagError("--input is missing: write --input=PATH.")
+        raise FlagError("--input is missing, but ingest needs one or more inputs: write --input=PATH.")
     ingest.main(
         [*_INPUT.value, *argv[1:]],
         _OUTPUT.value,

@@ -1,4 +1,4 @@
-"""The flag --overwrite, for all commands that write a file or folder."""
+"""Define the flag --overwrite for all commands that write a file or folder."""
 
 from __future__ import annotations
 

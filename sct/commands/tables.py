@@ -27,11 +27,11 @@ def read(path: str, may_be_backed: bool = True) -> ad.AnnData:
     """
     file = Path(path).expanduser()
     if not file.exists():
-        raise DataError(f"there is no file {file}: check the path.")
+        raise DataError(f"the input {file} does not exist: check the path.")
     if file.suffix not in (".h5ad", ".zarr"):
         raise DataError(
-            f"{file} is neither an .h5ad file nor a .zarr folder: read it in Python (for example with "
-            "scanpy.read_10x_h5) and write it with adata.write_h5ad."
+            f"the input {file} is neither an .h5ad file nor a .zarr folder: read the file in Python (for "
+            "example with scanpy.read_10x_h5) and write it as .h5ad with adata.write_h5ad."
         )
     try:
         if file.suffix == ".zarr":
@@ -40,11 +40,14 @@ def read(path: str, may_be_backed: bool = True) -> ad.AnnData:
         return ad.read_h5ad(file, backed="r" if large else None)
     except (OSError, KeyError, ValueError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{file} cannot be read as AnnData ({reason}): give another file.") from error
+        raise DataError(
+            f"the input {file} cannot be read as AnnData ({reason}): give an .h5ad file or a "
+            ".zarr folder that anndata can read."
+        ) from error
 
 
 def check_output(path: str, source: str | None = None, overwrite: bool = False, needed: int = 0) -> Path:
-    """Check the path of an .h5ad file to write, and return it.
+    """Check the path of an .h5ad file that a command will write, and return the path.
 
     Raises `ConfigError` if the path does not end with .h5ad, is the input file, exists (unless `overwrite`), or cannot
     be written.
@@ -54,17 +57,17 @@ def check_output(path: str, source: str | None = None, overwrite: bool = False, 
     path
         Path of the output.
     source
-        Path of the input, whose content the output will also hold; None if there is no input.
+        Path of the input file, whose content is copied to the output; None if there is no input.
     overwrite
         Whether the output may replace an existing file.
     needed
-        Least number of bytes of the output, if there is no input.
+        Minimum size of the output in bytes; used only if there is no input.
     """
     target = Path(path).expanduser()
     if target.suffix != ".h5ad":
-        raise ConfigError(f"--output is {target}, but must end with .h5ad: rename it.")
+        raise ConfigError(f"--output is {target}, but must end with .h5ad: change --output.")
     if source is not None and target.resolve() == Path(source).expanduser().resolve():
-        raise ConfigError(f"--output is {target}, which is also the input: choose another --output.")
+        raise ConfigError(f"--output is {target}, which is also the input file: choose another --output.")
     copied = 0
     if source is not None and Path(source).suffix == ".h5ad":
         copied = outputs.size_of(Path(source).expanduser())
@@ -73,19 +76,19 @@ def check_output(path: str, source: str | None = None, overwrite: bool = False, 
 
 
 def write(adata: ad.AnnData, source: str, target: Path, added: Mapping[str, Sequence[str]]) -> None:
-    """Write a copy of the input file with the results added. The file appears under its name when it is complete.
+    """Write a copy of the input file, to which the results are added. The file gets its name only when it is complete.
 
     Parameters
     ----------
     adata
-        Object from `read`, with results.
+        AnnData that `read` returned, to which the results were added.
     source
-        Path from which it was read.
+        Path of the file from which `adata` was read.
     target
         File to write.
     added
-        New keys in each of "obs", "obsm", "layers" and "uns". If the input is an .h5ad file, everything else is copied
-        unchanged from the file.
+        New keys in each of "obs", "obsm", "layers" and "uns". If the input is an .h5ad file, all other content is
+        copied unchanged from the input file.
     """
     with replacing(target) as temporary:
         if Path(source).suffix != ".h5ad":
@@ -115,7 +118,9 @@ def _blocks(file: Path) -> Iterator[bytes]:
                 yield block
     except OSError as error:
         reason = error.strerror or first_line(error)
-        raise DataError(f"{file} cannot be read ({reason}): give another file.") from error
+        raise DataError(
+            f"the input {file} cannot be read ({reason}): check the file, or give another input file."
+        ) from error
 
 
 @contextmanager
@@ -135,4 +140,6 @@ def replacing(target: Path) -> Iterator[Path]:
         if isinstance(error, RuntimeError) and not disk_trouble(error):
             raise
         reason = disk_trouble(error) or getattr(error, "strerror", None) or first_line(error)
-        raise DataError(f"{target} cannot be written ({reason}): choose another --output.") from error
+        raise DataError(
+            f"the output {target} cannot be written ({reason}): choose another --output."
+        ) from error

@@ -78,7 +78,7 @@ _STATUS = {"signal": AGAIN, "interrupt": 130, "failed": 1}
 
 
 def main(argv: list[str]) -> int:
-    """Train a model or a sweep and return the exit status."""
+    """Train one model, or all models of a sweep, and return the exit status of the command."""
     keep_programs(_CACHE.value)  # before the import of JAX, which reads the environment
 
     from sct.train import processes
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
 
 
 def _run() -> str:
-    """Train one run or a sweep, and return the reason why it ended."""
+    """Train one run or all runs of a sweep, and return the reason why training ended."""
     from sct.train import experiment, sweep
 
     file, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")

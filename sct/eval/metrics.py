@@ -1,4 +1,4 @@
-"""Metrics of numpy arrays, computed by scikit-learn, scanpy and scib-metrics.
+"""Metrics on numpy arrays, computed with scikit-learn, scanpy and scib-metrics.
 
 Libraries of the `analysis` extra are imported on first use. If one is missing, MissingExtraError names the package to
 install. Of `sct`, this module imports only `sct.extras`.
@@ -92,8 +92,9 @@ def matthews_from_confusion(confusion: np.ndarray) -> float:
     Parameters
     ----------
     confusion
-        (rows, classes) counts, true class by predicted class. A matrix with fewer rows than columns has rows for the
-        last classes only. For example, a matrix without the row of class 0 ignores the samples of class 0.
+        (rows, classes) counts; rows are true classes and columns are predicted classes. A matrix with fewer rows than
+        columns has rows for the last classes only. For example, a matrix without the row of class 0 ignores the samples
+        of class 0.
 
     Returns
     -------
@@ -133,7 +134,7 @@ def cross_entropy(true: np.ndarray, chance: np.ndarray, least: float = 1e-6) -> 
     chance
         (n, classes) predicted probabilities.
     least
-        Lower bound of the probabilities; smaller ones are replaced by it.
+        Lower bound of the probabilities; smaller probabilities are replaced by this value.
     """
     if len(true) == 0:
         return float("nan")
@@ -158,7 +159,7 @@ class Reliability(NamedTuple):
 
     @property
     def calibration_error(self) -> float:
-        """Expected calibration error (Guo et al., ICML 2017): mean of |predicted - observed|, weighted by `number`."""
+        """Expected calibration error: mean |predicted - observed| over predictions (Guo et al., ICML 2017)."""
         filled = self.number > 0
         if not filled.any():
             return float("nan")
@@ -167,7 +168,7 @@ class Reliability(NamedTuple):
 
 
 def reliability(true: np.ndarray, probability: np.ndarray, bins: int = 15) -> Reliability:
-    """Return the reliability of predicted probabilities (n,) for true labels, bool (n,), in bins of equal width."""
+    """Compare predicted probabilities (n,) with true labels, bool (n,), in probability bins of equal width."""
     index = np.minimum((np.asarray(probability, np.float64) * bins).astype(int), bins - 1)
     count = np.bincount(index, minlength=bins)
     sums = [
@@ -246,7 +247,7 @@ def quiet() -> Iterator[None]:
 def codes(labels: Any) -> np.ndarray:
     """Return labels (N,) as integers, numbered by first appearance.
 
-    With these integers a metric cannot depend on the names of the labels, which would otherwise decide ties.
+    A metric computed from these integers does not depend on the names of the labels, which could otherwise decide ties.
     """
     return pd.factorize(np.asarray(labels, dtype=object), use_na_sentinel=False)[0]
 
@@ -294,9 +295,10 @@ class KnnAccuracy(NamedTuple):
     Attributes
     ----------
     accuracy, macro_f1
-        Metrics over all cells in the folds; each cell is predicted once.
+        Accuracy and macro-F1 over all cells in the folds; each cell is predicted once, when its fold is the test fold.
     left_out_cells, left_out_labels
-        Number of labels with fewer cells than folds (`left_out_labels`), and the number of their cells.
+        `left_out_labels` is the number of labels that have fewer cells than there are folds. `left_out_cells` is the
+        number of cells with these labels.
     """
 
     accuracy: float
@@ -379,7 +381,7 @@ def neighbor_graph(embedding: np.ndarray, n_neighbors: int = 15, *, seed: int = 
 
 
 def leiden_of_graph(graph: sparse.csr_matrix, resolution: float = 1.0, *, seed: int = 0) -> np.ndarray:
-    """Return Leiden clusters, int (N,), of a weighted graph (N, N); modularity, computed by igraph."""
+    """Cluster a weighted graph (N, N) by the Leiden algorithm (igraph, modularity); return the clusters, int (N,)."""
     scanpy = load_extra("scanpy", "analysis")
     load_extra("igraph", "analysis")
     from anndata import AnnData
@@ -447,7 +449,7 @@ def silhouette(
 
     Returns
     -------
-    The width; NaN if all cells have the same label, or no two cells have the same label.
+    The mean width; NaN if all cells have the same label, or if every cell has a different label.
     """
     names = codes(labels)
     if len(names) > max_cells:
@@ -496,9 +498,9 @@ def scib(
 
     Returns
     -------
-    Metric -> value, rounded to five decimals, in [0, 1] with 1 the best. Then the aggregates "bio" and "batch" (means
-    of their metrics that are not NaN) and "total" (0.6 bio + 0.4 batch). A metric that is undefined for these cells is
-    NaN; for example kBET, if every label has fewer than ten cells or a single batch.
+    Metric -> value, rounded to five decimals, in [0, 1]; 1 is the best value. The aggregates follow: "bio" and "batch"
+    are the means of their metrics that are not NaN, and "total" is 0.6 bio + 0.4 batch. A metric that is undefined for
+    these cells is NaN; for example kBET, if every label has fewer than ten cells or a single batch.
 
     Raises
     ------

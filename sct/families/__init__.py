@@ -38,7 +38,7 @@ def _built_in() -> dict[str, Family]:
 
 
 def all_families() -> dict[str, Family]:
-    """Return all families by name: the built-in ones and the registered ones."""
+    """Return all built-in and registered families, as a dict by name."""
     return {**_built_in(), **_ADDED}
 
 
@@ -69,7 +69,7 @@ def register(family: Family) -> None:
 
 
 def _components(family: Family) -> list[tuple[str, str, Any]]:
-    """List every named component of a family, as (type of component, name, component)."""
+    """List every named component of a family, such as an architecture, as (type of component, name, component)."""
     models = [("architecture", name, each.architecture) for name, each in family.models.items()]
     tasks = [("task", kind.name, kind) for each in family.models.values() for kind in each.tasks]
     converters = [("converter", name, each) for name, each in family.converters.items()]
@@ -86,12 +86,12 @@ def unregister(family: Family) -> None:
 
 
 def models() -> dict[str, FamilyModel]:
-    """Return the architectures of all families, by name."""
+    """Return the architectures of all families, as a dict by name."""
     return {name: each for family in all_families().values() for name, each in family.models.items()}
 
 
 def model(name: str) -> FamilyModel:
-    """Return the architecture with this name.
+    """Return the architecture with the given name.
 
     Raises
     ------
@@ -127,12 +127,12 @@ def require(handle: Pretrained, name: str) -> Any:
         can = f"can {', '.join(offered)}, but not {ABILITIES[name]}" if offered else "does not read cells"
         trained_with = f" (train one with {configs})" if configs else ""
         raise ConfigError(
-            f"the model has the architecture {handle.family!r}, which {can}: "
-            f"use a model that can {ABILITIES[name]}{trained_with}."
+            f"the model has the architecture {handle.family!r}, which {can}: use a model that can "
+            f"{ABILITIES[name]}{trained_with}."
         )
     return make(handle)
 
 
 def converters() -> Mapping[str, Converter]:
-    """Return the converters for other projects' weight formats, by format name."""
+    """Return the converters for the weight formats of other projects, as a dict by format name."""
     return {name: each for family in all_families().values() for name, each in family.converters.items()}

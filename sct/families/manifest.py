@@ -1,4 +1,4 @@
-"""The manifest of a family: its architectures, their tasks, what a trained model can do, and weight converters."""
+"""Define the manifest of a family: its architectures, their tasks, the abilities of its models, and its converters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sct.weights.pretrained import Pretrained
 
 @dataclasses.dataclass(frozen=True)
 class FamilyModel:
-    """One architecture of a family.
+    """One architecture of a family, with its tasks and abilities.
 
     Each ability (`embed`, `impute`, ...) is a function from a loaded model to the object that implements the ability,
     or None if the architecture does not offer it.
@@ -64,7 +64,7 @@ class FamilyModel:
 
     @property
     def abilities(self) -> tuple[str, ...]:
-        """Names of the abilities that this architecture offers, as in `ABILITIES`."""
+        """Names of the abilities that this architecture offers, which are keys of `ABILITIES`."""
         return tuple(name for name in ABILITIES if getattr(self, name) is not None)
 
 
@@ -87,7 +87,7 @@ class Converter:
     ----------
     read
         Function of (source, target, dtype, genes, numbered) that converts the folder `source` to a model folder
-        `target`. `numbered` replaces gene names with numbers.
+        `target`. If `numbered` is True, the genes are named by numbers.
     write
         Function of (model, target, dtype) that writes `model` in the other format; None if the format is read only.
     notice
@@ -107,7 +107,7 @@ class Converter:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A family: its architectures, converters and documentation.
+    """A model family, with its architectures, converters and documentation.
 
     Attributes
     ----------

@@ -20,12 +20,12 @@ from sct.tasks.task_spec import TaskInputs, TaskSpec
 
 
 def task_specs() -> dict[str, TaskSpec]:
-    """Return the task specifications of all families, by task name."""
+    """Return the task specifications of all families, as a dict by task name."""
     return {spec.name: spec for model in families.models().values() for spec in model.tasks}
 
 
 def task_spec_of(config: Mapping[str, Any]) -> TaskSpec:
-    """Return the specification of a configuration's task.
+    """Return the specification of the task that a configuration names.
 
     Raises
     ------
@@ -55,7 +55,7 @@ def data_of(config: Mapping[str, Any]) -> Any:
 
 
 def adapters_of(config: Mapping[str, Any]) -> AdapterConfig | None:
-    """Return the adapters that a configuration trains on a frozen model, or None if it trains the model itself.
+    """Return the options of the adapters that a configuration trains, or None if it trains the model itself.
 
     Raises
     ------
@@ -75,15 +75,19 @@ def adapters_of(config: Mapping[str, Any]) -> AdapterConfig | None:
             if names
             else "accepts only the adapters of its task: leave adapters.kind empty"
         )
-        raise ConfigError(f"adapters.kind is {options.kind!r}, but {architecture!r} {accepts}.")
+        raise ConfigError(
+            f"adapters.kind is {options.kind!r}, but the architecture {architecture!r} {accepts}."
+        )
     objective = registry.build(task_spec_of(config).objective, config.get("objective", {}), "objective")
     if objective.has_adapters:
         raise ConfigError(
-            f"adapters.kind is {options.kind!r} and objective.lora is also set: set only one of them."
+            f"adapters.kind is {options.kind!r} and objective.lora is also set: set only one of these "
+            "options."
         )
     if not config.get("init_from"):
         raise ConfigError(
-            "adapters need a pretrained model: set --config.init_from=MODEL, or leave adapters.kind empty."
+            "adapters need a pretrained model, but --config.init_from is not set: set "
+            "--config.init_from=MODEL, or leave adapters.kind empty."
         )
     return made
 
@@ -95,9 +99,9 @@ def make_task(
     parent_data_spec: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Any, Any]:
-    """Build the task of a configuration, and return it with the configuration's data section.
+    """Build the task that a configuration names, and return the task and the configuration's data section.
 
-    If a task on text is given no tokenizer, it trains one. See `TaskInputs` for `parent_data_spec` and `mesh`.
+    If a task on text gets no tokenizer, a tokenizer is trained. See `TaskInputs` for `parent_data_spec` and `mesh`.
 
     Raises
     ------

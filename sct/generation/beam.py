@@ -1,4 +1,4 @@
-"""Beam search for the most probable answer."""
+"""Find the most probable answer by beam search."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class _BeamState(NamedTuple):
 
 
 def _take(tree: Any, chosen: jax.Array) -> Any:
-    """Select entries (B, K', ...) of arrays (B, K, ...) by indices (B, K')."""
+    """In each of B rows, select K' of the K entries of each array (B, K, ...), by indices (B, K')."""
     return jax.tree.map(lambda x: jax.vmap(lambda row, i: row[i])(x, chosen), tree)
 
 
@@ -63,10 +63,10 @@ def decode(
     trie: Trie | None = None,
     soft: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Find the best answer to each prompt; arguments and results as in `sct.generation.generate.decode`.
+    """Find the best answer to each prompt. Arguments and results are those of `sct.generation.generate.decode`.
 
-    The search for a prompt ends when none of its beams can become better than its best finished answer. The result is
-    the same as in transformers with `early_stopping="never"`, which searches for K answers.
+    The search for a prompt ends when none of its beams can become better than its best finished answer. The result
+    equals the best of the K answers that the library transformers finds with `early_stopping="never"`.
     """
     rows, length = ids.shape
     vocab = config.vocab_size

@@ -24,18 +24,18 @@ from sct.nn.stack import unstack
 
 
 class Cache(NamedTuple):
-    """Key-value cache of B texts with M slots each; padding also takes slots.
+    """Key-value cache of B texts. Each text has M slots, one per token; padding tokens also take slots.
 
     Attributes
     ----------
     keys, values
         One array (B, H', M, D) per layer; H' is the number of key-value heads.
     filled
-        True where a slot has a token, bool (B, M).
+        True where a slot holds a token and not padding, bool (B, M).
     used
-        Number of used slots, int32 (), the same for all rows.
+        Number of used slots, int32 (), which is the same for all texts.
     positions
-        Number of tokens in each row, int32 (B,).
+        Number of tokens in each text, int32 (B,).
     """
 
     keys: tuple[jax.Array, ...]
@@ -48,7 +48,7 @@ class Cache(NamedTuple):
 def layers_of(
     variables: dict[str, Any], config: DecoderConfig
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Split the variables of a decoder into those outside the layers and those of each layer, for `extend`."""
+    """Split the variables of a decoder into those outside the layers and one dict per layer, as `extend` needs them."""
     rest, layers = {}, [{} for _ in range(config.num_layers)]  # type: ignore[var-annotated]
     for name, tree in variables.items():
         rest[name] = {key: value for key, value in tree.items() if key != "layers"}
@@ -144,7 +144,10 @@ def extend(
 def _attend_slots(
     query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array, prefix: Prefix | None
 ) -> jax.Array:
-    """Attend from queries (B, T, H, D) to a prefix and to the slots (B, H', M, D) where `seen` (B, T, M) is True."""
+    """Compute attention from queries (B, T, H, D) to a prefix and to cached slots (B, H', M, D).
+
+    Each query attends only to the slots for which `seen` (B, T, M) is True.
+    """
     rows, length, heads, size = query.shape
     if prefix is not None:
         front, more = prefix.keys.shape[1:3], (rows, length, prefix.keys.shape[1])
@@ -172,5 +175,5 @@ def _attend_slots(
 
 
 def scores_of(config: DecoderConfig, parts: tuple[dict[str, Any], Any], hidden: jax.Array) -> jax.Array:
-    """Return the logits of the next token, float32 (..., V), from hidden states (..., D)."""
+    """Compute the logits of the next token, float32 (..., V), from hidden states (..., D)."""
     return cast(jax.Array, Decoder(config).apply(parts[0], hidden, method="logits"))

@@ -43,13 +43,15 @@ class CellSentenceModel:
     top_k
         Maximum number of genes in a cell sentence; 0 for all expressed genes.
     fits
-        Linear fit of expression against log rank for each training study, and for all studies ("all").
+        Linear fit of expression against log rank, one for each training study, and one for all studies together
+        ("all").
     labels
-        Values of each label in the training data, most frequent first. The key "labels" has values of combined labels.
+        Label name -> its values in the training data, most frequent first. The key "labels" holds the combinations of
+        labels.
     tasks
         Tasks that the model was trained on, from `sct.data.text.prompts.TASKS`.
     length
-        Training length in tokens; prompt and answer together have at most this length.
+        Length of training texts in tokens; prompt and answer together have at most this length.
     """
 
     config: DecoderConfig
@@ -72,7 +74,7 @@ class CellSentenceModel:
         genes: GeneVocabulary | None,
         data: Mapping[str, Any],
     ) -> CellSentenceModel:
-        """Build the interface from the parts of a pretrained model.
+        """Build the `CellSentenceModel` from the parts of a pretrained model.
 
         Raises
         ------
@@ -101,7 +103,7 @@ class CellSentenceModel:
         )  # fmt: skip
 
     def check(self, task: str) -> None:
-        """Raise `ConfigError` if the model was not trained on the task."""
+        """Raise `ConfigError` if the model was not trained on the given task."""
         check_choice(
             "the task",
             task,
@@ -117,7 +119,7 @@ class CellSentenceModel:
         keys: Sequence[int] | None,
         number: int | None,
     ) -> tuple[list[np.ndarray], list[int]]:
-        """Return the prompt tokens and the template number of each cell."""
+        """Write the prompt for each cell; return its tokens and the number of the template that was used."""
         self.check(task)
         keys = range(len(fields)) if keys is None else keys
         asked = [
@@ -128,7 +130,7 @@ class CellSentenceModel:
         return [np.concatenate([self.tokenizer.begin, each]) for each in ids], [each.number for each in asked]
 
     def options(self, task: str, prompts: Sequence[np.ndarray], **changes: Any) -> DecodingOptions:
-        """Return the decoding options for prompts: the paper's defaults, overridden by `changes`.
+        """Return the decoding options for prompts: the paper's defaults, with the options in `changes` replaced.
 
         By default, prompt and answer together have at most the training length (also for models with rotary positions,
         which could read longer texts). A generated cell has at most 8 tokens per gene.
@@ -148,8 +150,8 @@ class CellSentenceModel:
             longest = max(map(len, prompts), default=0)
             if longest >= row:
                 raise DataError(
-                    f"a prompt has {longest} tokens, but prompt and answer together must have at most {row}, as in "
-                    "training: use fewer genes per cell, or set max_new_tokens."
+                    f"a prompt has {longest} tokens, but prompt and answer together must have at most {row} "
+                    "tokens, as in training: use fewer genes per cell, or set `max_new_tokens`."
                 )
             given["max_new_tokens"] = row - longest
             if TASKS[task].answer == "cell":
@@ -175,8 +177,8 @@ class CellSentenceModel:
         fields
             Values for the fields of the prompt templates, one mapping per cell.
         seed, keys
-            The template and the random samples of a cell depend on the seed and on the key of the cell. Default keys:
-            0, 1, ...
+            The choice of template and the random sampling for a cell depend on the seed and on the key of the cell.
+            Default keys: 0, 1, ...
         options
             Fields of `sct.generation.decoding.DecodingOptions` that override the paper's defaults.
 
@@ -245,11 +247,15 @@ class CellSentenceModel:
         ][:templates]
         if not usable:
             raise ConfigError(
-                f"all templates of the task {task!r} need fields that some cells lack: add these fields to all cells."
+                f"every prompt template of the task {task!r} has a field for which some cells have no "
+                "value: add values for the fields of one template to all cells."
             )
         end = self.tokenizer.eos
         if end is None:
-            raise ConfigError("the tokenizer has no end token: set eos_token in the tokenizer files.")
+            raise ConfigError(
+                "the tokenizer has no end token, but generation needs one: set `eos_token` in "
+                "the tokenizer files."
+            )
         total = np.zeros((len(fields), len(candidates)))
         for number in usable:
             prompts, _ = self._prompts(task, fields, 0, None, number)
@@ -269,7 +275,7 @@ class CellSentenceModel:
         return expression(sentences, self.gene_names, self.line(fit))
 
     def line(self, fit: str) -> RankFit:
-        """Return the linear fit that converts ranks to expression, for one training study or for "all".
+        """Return the linear fit that converts gene ranks to expression, for one training study or for all ("all").
 
         Raises
         ------
@@ -281,6 +287,6 @@ class CellSentenceModel:
 
 
 def _normalized(logs: np.ndarray) -> np.ndarray:
-    """Normalize log probabilities (N, C), so that the probabilities of a row sum to 1."""
+    """Normalize log probabilities (N, C) per row, so that the C probabilities of a row sum to 1."""
     highest = logs.max(axis=1, keepdims=True)
     return logs - highest - np.log(np.exp(logs - highest).sum(axis=1, keepdims=True))

@@ -95,13 +95,13 @@ class DecodingOptions:
         draws = self.temperature or self.top_k or self.top_p < 1 or self.repetition_penalty != 1
         if self.beams > 1 and draws:
             raise ConfigError(
-                f"beams is {self.beams}, but beam search uses no temperature, top_k, top_p or repetition_penalty: "
-                "leave these out, or set beams=1."
+                f"beams is {self.beams}, but beam search does not use temperature, top_k, top_p or "
+                "repetition_penalty: do not set these four options, or set beams=1."
             )
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
             raise ConfigError(
-                "temperature is 0 (greedy decoding), but top_k and top_p need sampling: set temperature above 0, or "
-                "leave them out."
+                "temperature is 0 (greedy decoding), but `top_k` and `top_p` need sampling: set "
+                "`temperature` above 0, or do not set `top_k` and `top_p`."
             )
 
 
@@ -126,13 +126,13 @@ class Generated:
 
     @classmethod
     def of(cls, ids: np.ndarray, finished: np.ndarray, log_probability: np.ndarray) -> Generated:
-        """Build the result from one row of the compiled loop's output; unused positions of `ids` are negative."""
+        """Build the result from one output row of the decoding loop; unused positions of `ids` are negative."""
         ids = ids[ids >= 0]
         return cls(ids[:-1] if finished else ids, float(log_probability), bool(finished))
 
 
 def ready(config: DecoderConfig, variables: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the parameters for decoding (`layers_of`), with matrices in the compute dtype."""
+    """Split the parameters for decoding (see `layers_of`), and convert matrices to the compute dtype."""
     kind = jnp.dtype(config.dtype)
     return jax.tree.map(
         lambda leaf: leaf.astype(kind) if leaf.ndim > 1 else leaf, layers_of(variables, config)
@@ -148,14 +148,14 @@ def _prepared(config: DecoderConfig) -> Any:
 
 
 def made_parts(config: DecoderConfig, variables: dict[str, Any]) -> DecoderParts:
-    """Return the parameters for decoding (`ready`), computed in one compiled call."""
+    """Prepare the parameters for decoding (see `ready`) in one compiled call."""
     return cast(DecoderParts, _prepared(config)(variables))
 
 
 def prepared(model: LanguageModel) -> DecoderParts:
     """Return the parameters of a model for decoding, prepared once for all batches.
 
-    A model with an attribute `parts` has already prepared them for all its calls.
+    If the model has an attribute `parts`, its parameters are already prepared, and this attribute is returned.
     """
     if (own := getattr(model, "parts", None)) is not None:
         return cast(DecoderParts, own)
@@ -163,13 +163,13 @@ def prepared(model: LanguageModel) -> DecoderParts:
 
 
 def known_tokens(model: LanguageModel) -> int:
-    """Return the number of tokens that the tokenizer knows; the embedding table can have more rows (padding)."""
+    """Return the number of tokens that the tokenizer knows. The embedding table can have more rows, as padding."""
     size = model.tokenizer.vocab_size if model.tokenizer is not None else model.config.vocab_size
     return min(size, model.config.vocab_size)
 
 
 def only_known(scores: jax.Array, known: int) -> jax.Array:
-    """Mask logits (..., V) so that only the first `known` tokens can be chosen."""
+    """Mask the logits (..., V) of all tokens except the first `known`, so that the other tokens are never chosen."""
     return (
         scores
         if known >= scores.shape[-1]
@@ -178,11 +178,14 @@ def only_known(scores: jax.Array, known: int) -> jax.Array:
 
 
 def check_model(model: LanguageModel) -> DecoderConfig:
-    """Return the configuration of a text decoder; `ConfigError` for other models, or if a required GPU is missing."""
+    """Return the configuration of a text decoder.
+
+    Raise `ConfigError` for other models, or if a required GPU is missing.
+    """
     if not isinstance(model.config, DecoderConfig):
         raise ConfigError(
-            f"a model with {type(model.config).__name__} cannot generate text: use a model of the family gpt2, neox or "
-            "llama."
+            f"a model with the configuration {type(model.config).__name__} cannot generate text: use a "
+            "model of the family gpt2, neox or llama."
         )
     registry.check_device(model.config)
     return model.config
@@ -202,18 +205,21 @@ def check_prompts(
         low, high = int(prompt.min()), int(prompt.max())
         if (low < 0 and not soft) or high >= config.vocab_size:
             raise DataError(
-                f"{what} {number} has the token {low if low < 0 else high}, but the model knows the tokens 0 to "
-                f"{config.vocab_size - 1}: use the tokenizer of this model."
+                f"{what} {number} contains the token id {low if low < 0 else high}, but the model knows the "
+                f"token ids 0 to {config.vocab_size - 1}: use the tokenizer of this model."
             )
         if config.positions == "learned" and len(prompt) + new > config.max_length:
             raise DataError(
                 f"{what} {number} has {len(prompt)} tokens and max_new_tokens is {new}, but the model has only "
-                f"{config.max_length} positions: shorten the {what}, or generate fewer tokens."
+                f"{config.max_length} positions: shorten the {what}, or lower `max_new_tokens`."
             )
 
 
 def padded(prompts: Sequence[np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return left-padded prompts and their attention mask, (rows, T); missing rows repeat the last prompt."""
+    """Pad prompts on the left; return tokens and attention mask, (rows, T).
+
+    If there are too few prompts, the last one is repeated.
+    """
     longest = max(map(len, prompts))
     length = -(-longest // PROMPT_STEP) * PROMPT_STEP
     ids, attention_mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
@@ -224,14 +230,17 @@ def padded(prompts: Sequence[np.ndarray], rows: int) -> tuple[np.ndarray, np.nda
 
 
 def soft_of(soft: SoftPrompts | None, chosen: Sequence[int], rows: int) -> jax.Array | None:
-    """Return the soft prompts (rows, K, D) of the chosen prompts; missing rows repeat the last one, as in `padded`."""
+    """Return the soft prompts (rows, K, D) of the chosen prompts.
+
+    If there are too few prompts, the last one is repeated, as in `padded`.
+    """
     if soft is None:
         return None
     return soft([chosen[min(row, len(chosen) - 1)] for row in range(rows)])
 
 
 def batches(prompts: Sequence[np.ndarray], size: int, what: str, active: bool = True) -> Iterator[list[int]]:
-    """Yield the prompt numbers of each batch, sorted by prompt length, and show a progress bar."""
+    """Sort prompts by length, yield the prompt numbers of each batch, and show a progress bar."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     with progress(what, len(prompts), active=active) as bar:
         for first in range(0, len(order), size):

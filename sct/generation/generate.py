@@ -92,9 +92,9 @@ def decode(
     new
         Largest number of tokens to generate per row (N).
     uses
-        Which sampling options any of the rows uses.
+        The sampling options that at least one row uses.
     known
-        Number of tokens that may be generated: those that the tokenizer knows.
+        Number of tokens that the tokenizer knows. Only these tokens may be generated.
     parts
         Variables of the model, from `prepared`.
     ids
@@ -108,7 +108,7 @@ def decode(
     trie
         Trie of the allowed answers. None allows every answer.
     soft
-        Soft tokens (B, K, D), for which the negative tokens of the prompts stand.
+        Soft tokens (B, K, D), which replace the negative tokens of the prompts.
 
     Returns
     -------
@@ -168,16 +168,17 @@ def decode(
 
 
 def _check_trie(trie: Trie, config: DecoderConfig, options: DecodingOptions, stop: Sequence[int]) -> None:
-    """Raise `ConfigError` if an answer of a trie has a token that the model lacks, or could not end."""
+    """Raise `ConfigError` if an allowed answer has a token that the model lacks, or cannot be completed."""
     highest, depth = int(trie.tokens.max()), trie.longest
     if highest >= config.vocab_size:
         raise ConfigError(
-            f"an allowed answer has the token {highest}, but the model has the tokens 0 to {config.vocab_size - 1}: "
-            "make the trie with the model's tokenizer."
+            f"an allowed answer contains the token id {highest}, but the model has the token ids 0 to "
+            f"{config.vocab_size - 1}: make the trie with the model's tokenizer."
         )
     if trie.stop not in stop:
         raise ConfigError(
-            f"the allowed answers end with the token {trie.stop}, but it is not in `stop`: add it to `stop`."
+            f"the allowed answers end with the token id {trie.stop}, but `stop` does not contain this "
+            f"token: add {trie.stop} to `stop`."
         )
     if options.max_new_tokens < depth:
         raise ConfigError(
@@ -197,7 +198,7 @@ def generate(
     soft: SoftPrompts | None = None,
     progress_bar: bool = True,
 ) -> list[Generated]:
-    """Continue prompts with a decoder.
+    """Generate an answer to each prompt with a decoder.
 
     Parameters
     ----------
@@ -238,18 +239,21 @@ def generate(
     check_prompts(config, arrays, options.max_new_tokens, soft=soft is not None)
     numbers = [int(seeds) + i for i in range(len(arrays))] if np.ndim(seeds) == 0 else [int(i) for i in seeds]  # type: ignore[union-attr,arg-type]
     if len(numbers) != len(arrays):
-        raise ConfigError(f"{len(numbers)} seeds were given for {len(arrays)} prompts: give one for each.")
+        raise ConfigError(
+            f"{len(numbers)} seeds were given for {len(arrays)} prompts: give one seed for each prompt."
+        )
     if stop is None:
         end = model.tokenizer.eos if model.tokenizer is not None else None
         stop = [] if end is None else [end]
     if strange := [token for token in stop if not 0 <= token < config.vocab_size]:
         raise ConfigError(
-            f"stop has the token {strange[0]}, but the model has the tokens 0 to {config.vocab_size - 1}: use the "
-            "model's tokenizer."
+            f"`stop` contains the token id {strange[0]}, but the model has the token ids 0 to "
+            f"{config.vocab_size - 1}: use token ids of the model's tokenizer."
         )
     if min(numbers) < 0 or max(numbers) >= 1 << 32:
         raise ConfigError(
-            f"seeds range from {min(numbers)} to {max(numbers)}, but must be between 0 and 2 ** 32 - 1: choose others."
+            f"seeds range from {min(numbers)} to {max(numbers)}, but must be between 0 and 2 ** 32 - 1: "
+            "choose seeds in this range."
         )
     if trie is not None:
         _check_trie(trie, config, options, stop)
@@ -282,6 +286,6 @@ def generate(
 
 
 def _checked(made: list[Generated]) -> list[Generated]:
-    """Return the answers, or raise `CheckpointError` if the log probability of one is NaN or infinite."""
+    """Return the answers; raise `CheckpointError` if the log probability of an answer is NaN or infinite."""
     check_outputs(np.array([each.log_probability for each in made]), "probabilities of texts", "prompts")
     return made

@@ -32,7 +32,7 @@ CellBins = Mapping[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class TextDecoder:
-    """The text decoder of a ZerOmics model, as generation needs it."""
+    """The text decoder of a ZerOmics model, with the attributes that text generation needs."""
 
     config: DecoderConfig
     variables: dict[str, Any]
@@ -68,7 +68,7 @@ class InstructionModel:
     cells
         Options of the conversion from counts to model input.
     known
-        Mask of the genes that the cell model knows, bool (G,).
+        Whether the cell model knows each gene, bool (G,).
     normal
         Names that mean a normal cell.
     """
@@ -90,7 +90,7 @@ class InstructionModel:
         genes: GeneVocabulary | None,
         data: Mapping[str, Any],
     ) -> InstructionModel:
-        """Build the interface from the parts of a pretrained model.
+        """Build the `InstructionModel` from the parts of a pretrained model.
 
         Raises
         ------
@@ -100,8 +100,8 @@ class InstructionModel:
         fits = isinstance(config, ZerOmicsConfig) and tokenizer is not None and genes is not None
         if not fits or data.get("task") != TASK:
             raise ConfigError(
-                "the model is not tuned on instructions about cells: use a model that was trained with the task "
-                "instructions, for example with configs/zeromics_llm.py."
+                "the model is not tuned on instructions about cells: use a model that was trained with the "
+                "task `instructions`, for example with configs/zeromics_llm.py."
             )
         assert tokenizer is not None
         assert genes is not None
@@ -117,7 +117,7 @@ class InstructionModel:
         return TextDecoder(self.config.llm, parts, self.tokenizer)
 
     def soft(self, records: CellBins, rows: Sequence[int]) -> jax.Array:
-        """Return the soft prompts (n, K, E) of the cells `rows`."""
+        """Compute the soft prompts (n, K, E) that represent the cells in the given rows."""
         chosen = {
             name: jnp.asarray(value[list(rows)])
             for name, value in records.items()
@@ -134,7 +134,7 @@ class InstructionModel:
         keys: Sequence[int],
         seed: int,
     ) -> list[np.ndarray]:
-        """Return the prompt tokens of each cell for one template."""
+        """Write the prompt for each cell with one template, and return its tokens."""
         asked = [
             self.prompts.ask(
                 task, fields_of(task, abstract, candidates, (seed, int(key), 0, 1)), number=number
@@ -179,7 +179,7 @@ class InstructionModel:
         batch_size
             Number of cells processed at once.
         cells
-            For control experiments: for each prompt, the index of the cell that replaces its own cell.
+            For control experiments: for each prompt, the index of another cell whose soft tokens it gets.
 
         Returns
         -------
@@ -200,8 +200,8 @@ class InstructionModel:
             # In sorted order, a name comes directly before the names that start with it.
             if longer.startswith(name):
                 raise ConfigError(
-                    f"the pathway {longer!r} starts with the name of the pathway {name!r}, so their scores cannot be "
-                    "separated: leave one of them out."
+                    f"the pathway {longer!r} starts with the name of the pathway {name!r}, so their scores "
+                    "cannot be separated: remove one of these two pathways."
                 )
         templates = range(templates) if isinstance(templates, int) else templates
         if not templates or not all(0 <= number < len(usable) for number in templates):
@@ -244,7 +244,7 @@ class InstructionModel:
         records, abstracts
             See `score`.
         keys, seed
-            The random samples of a cell depend on the seed and on the key of the cell. Default keys: 0, 1, ...
+            The random sampling for a cell depends on the seed and on the key of the cell. Default keys: 0, 1, ...
         options
             Decoding options. Default: greedy decoding of up to 64 tokens.
 

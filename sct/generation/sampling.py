@@ -25,7 +25,7 @@ class Sampling(NamedTuple):
 
 
 class Uses(NamedTuple):
-    """Flags for the steps that at least one row needs; unused steps are not compiled."""
+    """One flag per sampling step: whether at least one row needs it. Steps that no row needs are not compiled."""
 
     sample: bool
     top_k: bool
@@ -34,7 +34,7 @@ class Uses(NamedTuple):
 
 
 def _as_ordered(values: jax.Array) -> jax.Array:
-    """Return non-negative float32 values as int32 values with the same order."""
+    """Convert non-negative float32 values to int32 values that sort in the same order."""
     return lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
 
 
@@ -43,11 +43,13 @@ _SHORT = 256
 
 
 def _largest(enough: jax.Array, values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Return a mask (B, V) of the fewest largest values of each row whose weights (B, V) sum to `enough` (B,).
+    """In each row, select as few of the largest values as are needed for their weights (B, V) to sum to `enough` (B,).
 
-    Values equal to the smallest selected value are also selected. If a row needs more than the few hundred best values,
-    the threshold is found by a binary search over the bits of the float, because sorting tens of thousands of tokens
-    takes longer than the model itself.
+    Return the mask (B, V) of the selected values.
+
+    Values equal to the smallest selected value are also selected. If a row needs more than the few hundred largest
+    values, the threshold is found by a binary search over the bits of the float, because sorting tens of thousands of
+    tokens takes longer than running the model.
     """
     best, where = lax.top_k(values, min(_SHORT, values.shape[1]))
     sums = jnp.cumsum(jnp.take_along_axis(weights, where, axis=1), axis=1)
@@ -97,9 +99,9 @@ def adjusted(scores: jax.Array, sampling: Sampling, seen: jax.Array | None, uses
 
 
 def choose(scores: jax.Array, sampling: Sampling, step: jax.Array, uses: Uses) -> jax.Array:
-    """Choose one token per row of adjusted logits (B, V): sampled, or the best token; int32 (B,).
+    """Choose one token per row from adjusted logits (B, V), by sampling or as the most probable token; int32 (B,).
 
-    The sample of a row depends only on its seed, the step and its own logits.
+    The token sampled in a row depends only on the seed of the row, the step and the logits of the row.
     """
     best = jnp.argmax(scores, axis=-1)
     if not uses.sample:

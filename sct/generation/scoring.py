@@ -37,7 +37,7 @@ def log_probabilities(
     lengths: jax.Array,
     soft: jax.Array | None = None,
 ) -> jax.Array:
-    """Compute the log probability of each answer after each prompt, in one compiled program.
+    """Compute the log probability that each answer follows each prompt, in one compiled program.
 
     Each prompt is read once. Each answer then starts from the key-value cache of the prompts.
 
@@ -54,7 +54,7 @@ def log_probabilities(
 
     Returns
     -------
-    float32 (B, C), sums over the tokens of an answer.
+    float32 (B, C): log probabilities, summed over the tokens of an answer.
     """
     rows, (_, size) = len(ids), answers.shape
     cache = empty(config, rows, ids.shape[1] + size)
@@ -82,7 +82,7 @@ def score(
     per_token: bool = False,
     soft: SoftPrompts | None = None,
 ) -> np.ndarray:
-    """Compute the log-likelihood of each candidate answer after each prompt.
+    """Compute the log-likelihood that each candidate answer follows each prompt.
 
     Parameters
     ----------

@@ -21,7 +21,7 @@ class Trie(NamedTuple):
     tokens
         Tokens allowed after each node, int32 (nodes, maximum number of children), padded with -1.
     children
-        Node that each of these tokens leads to, int32 of the same shape.
+        Node that is reached by each token in `tokens`, int32 of the same shape.
     stop
         Stop token at the end of each sequence.
     longest
@@ -34,33 +34,33 @@ class Trie(NamedTuple):
     longest: int
 
     def allowed(self, nodes: jax.Array, vocab_size: int) -> jax.Array:
-        """Return a mask of the tokens allowed after nodes (B,), bool (B, V)."""
+        """Return which tokens are allowed after each node (B,), as a mask (B, V)."""
         tokens = self.tokens[nodes]
         rows = jnp.arange(len(nodes))[:, None]
         where = jnp.where(tokens >= 0, tokens, vocab_size)  # out of bounds: dropped by mode="drop"
         return jnp.zeros((len(nodes), vocab_size), bool).at[rows, where].set(True, mode="drop")
 
     def follow(self, nodes: jax.Array, tokens: jax.Array) -> jax.Array:
-        """Return the next nodes (B,) after allowed tokens (B,)."""
+        """Return the nodes (B,) that are reached from nodes (B,) by allowed tokens (B,)."""
         taken = self.tokens[nodes] == tokens[:, None]
         return jnp.where(taken, self.children[nodes], 0).sum(axis=1)
 
 
 def make_trie(sequences: Sequence[Sequence[int]], stop: int) -> Trie:
-    """Build the trie of some sequences, each followed by the token `stop`.
+    """Build the trie of the allowed token sequences. Each sequence is followed by the token `stop`.
 
     Raises
     ------
     ConfigError
-        There is no sequence, or a sequence is empty or contains `stop`.
+        No sequence is given, or a sequence is empty or contains `stop`.
     """
     check_not_empty("the list of allowed answers", sequences)
     nodes: list[dict[int, int]] = [{}]
     for sequence in sequences:
         if not len(sequence) or stop in sequence:
             raise ConfigError(
-                f"an allowed answer has the tokens {list(map(int, sequence))}, but must have at least one token and no "
-                f"stop token ({stop}): correct the list of answers."
+                f"an allowed answer has the token ids {list(map(int, sequence))}, but must have at least "
+                f"one token and must not contain the stop token ({stop}): correct the list of answers."
             )
         node = 0
         for token in (*sequence, stop):

@@ -38,7 +38,7 @@ class Annotator(Protocol):
 
     @property
     def annotate(self) -> Callable[..., ad.AnnData | None]:
-        """Function that writes the most probable label of each cell; it takes the arguments of `sct.tl.annotate`."""
+        """Write the most probable label of each cell to an AnnData. The arguments are those of `sct.tl.annotate`."""
         ...
 
 
@@ -50,7 +50,7 @@ def candidates_of(
     Raises
     ------
     ConfigError
-        The model was not trained to predict this label, or it has no list of values and `candidates` is missing.
+        The model was not trained to predict this label. Or `given` is missing and the model has no list of values.
     """
     known = [name for name in ("cell_type", "tissue", LABELS) if f"cell_to_{name}" in sentence_model.tasks]
     if label_key is None:
@@ -66,7 +66,7 @@ def candidates_of(
     sentence_model.check(f"cell_to_{field}")
     if isinstance(given, str):
         raise ConfigError(
-            f"candidates is the string {given!r}, but it must be a list: pass a list of two or more labels."
+            f"`candidates` is the string {given!r}, but it must be a list: pass a list of two or more labels."
         )
     if given is not None:
         texts = [render_labels(each) if isinstance(each, Mapping) else str(each) for each in given]
@@ -79,13 +79,13 @@ def candidates_of(
         learned = set(parse_labels(found[0]))
         if keys != learned and keys != {LABELS}:
             raise ConfigError(
-                f"label_key is {', '.join(sorted(keys))}, but the model predicts {', '.join(sorted(learned))} in "
-                "combination: set label_key to a list of these."
+                f"label_key is {', '.join(sorted(keys))}, but the model predicts "
+                f"{', '.join(sorted(learned))} in combination: set `label_key` to the list of all these labels."
             )
     if not found:
         other = f", or set label_key to {' or '.join(known)}" if known else ""
         raise ConfigError(
-            f"the model has no list of {field} values to choose from: pass candidates=[...]{other}."
+            f"the model stores no list of {field} values to choose from: pass candidates=[...]{other}."
         )
     return field, found
 
@@ -99,9 +99,10 @@ def write_answers(
     unknown: str = "",
     asked_for: Collection[str] | None = None,
 ) -> None:
-    """Write the most probable of C answers for each cell, and all probabilities (N, C); see `sct.tl.annotate`.
+    """Write each cell's most probable answer, and the probabilities (N, C) of all C answers; see `sct.tl.annotate`.
 
-    `obs` gets the probability of the written answer or, with `asked_for`, the total probability of these answers.
+    `obs` gets the probability of the written answer. With `asked_for`, `obs` gets the sum of the probabilities of the
+    answers in `asked_for` instead.
     """
     best = probabilities.argmax(axis=1)
     highest = probabilities[np.arange(len(best)), best]
@@ -141,14 +142,14 @@ class SentenceAnnotator:
         batch_size: int = 8,
         **options: Any,
     ) -> ad.AnnData | None:
-        """Write the most probable label of each cell; see `sct.tl.annotate`."""
+        """Score the candidate labels and write the most probable label of each cell; see `sct.tl.annotate`."""
         model, sentence_model = self.model, cell_sentence_model_of(self.model)
         field, answers = candidates_of(sentence_model, label_key, candidates)
         parts = pd.DataFrame([parse_labels(answer) for answer in answers] if field == LABELS else None)
         if "probability" in parts:
             raise ConfigError(
                 "the model predicts a label named 'probability', but this name is reserved for "
-                f"obs[{key_added}_probability]: train with another label name."
+                f"obs[{key_added}_probability]: rename the label in the training data and train again."
             )
         fields, _ = questions(adata, model, sentence_model, **options)
         logs = sentence_model.score(

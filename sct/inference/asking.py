@@ -21,7 +21,7 @@ from sct.weights.pretrained import Pretrained
 
 
 def instruction_model_of(model: Pretrained) -> InstructionModel:
-    """Return the `InstructionModel` of a loaded model; `ConfigError` if it was not trained on instructions."""
+    """Return the `InstructionModel` of a loaded model; raise `ConfigError` if it was not trained on instructions."""
     return InstructionModel.of(model.config, model.variables, model.tokenizer, model.genes, model.data)
 
 
@@ -31,14 +31,14 @@ def check_key(name: str) -> None:
 
 
 def study_metadata_of(adata: ad.AnnData, name: str, given: Any, form: str, argument: str = "") -> Any:
-    """Return study metadata from the argument `given`, or else from `adata.uns[name]`.
+    """Return study metadata from the argument `given`; if it is None, return it from `adata.uns[name]`.
 
     Parameters
     ----------
     adata
         Cells.
     name
-        Key in `uns`.
+        Key of the metadata in `uns`.
     given
         Value that the user passed; None if the value comes from `uns`.
     form
@@ -65,7 +65,7 @@ def study_metadata_of(adata: ad.AnnData, name: str, given: Any, form: str, argum
     names = list(found) if many else []
     if wrong := [each for each in names if not isinstance(each, str) or not each.strip()]:
         raise ConfigError(
-            f"{where} contains {wrong[0]!r}, but every entry must be a non-empty string: correct it."
+            f"{where} contains {wrong[0]!r}, but every entry must be a non-empty string: correct this entry."
         )
     if not names:
         raise ConfigError(f'{where} is {found!r}, but it must be {form}: write it like ["one", "two"].')
@@ -75,7 +75,7 @@ def study_metadata_of(adata: ad.AnnData, name: str, given: Any, form: str, argum
 def blocks_of(
     adata: ad.AnnData, model: Pretrained, instruction_model: InstructionModel, options: dict[str, Any]
 ) -> Iterator[tuple[CellBins, list[int]]]:
-    """Yield blocks of some thousands of cells, as (binned records, keys of the cells)."""
+    """Yield the cells in blocks of some thousands, each as (model input records, keys of the cells)."""
     table = CellCounts(adata, model.vocabulary, **options)
     inputs.check_counted(table)
     for records, rows in binned_cells.blocks(table, instruction_model.cells, instruction_model.known):
@@ -103,7 +103,7 @@ def answer_by_candidates(
     duplicates: Literal["error", "sum"] = "error",
     values: Values = COUNTS,
 ) -> ad.AnnData | None:
-    """Score candidate answers to a task about each cell, and write the most probable one.
+    """Score the candidate answers to a task for each cell, and write the most probable answer.
 
     Parameters
     ----------
@@ -178,7 +178,8 @@ class InstructionAnnotator:
         """Predict the type of each cell; see `sct.tl.annotate`."""
         if label_key not in (None, "cell_type"):
             raise ConfigError(
-                f"label_key is {label_key!r}, but this model only predicts cell types: omit label_key."
+                f"label_key is {label_key!r}, but this model only predicts cell types: do not pass "
+                "`label_key`."
             )
         types = study_metadata_of(adata, "cell_types", candidates, "a list of names", "candidates")
         instruction_model = instruction_model_of(self.model)

@@ -24,20 +24,20 @@ PrepareInputs = Callable[[Mapping[str, np.ndarray], np.ndarray], dict[str, np.nd
 
 
 def check_context(context: str, section: Section) -> None:
-    """Raise `ConfigError` if the context is unknown, or "neighbors" without positions."""
+    """Raise `ConfigError` if the context is unknown, or if it is "neighbors" but the cells have no positions."""
     check_choice("context", context, CONTEXTS)
     if context != CONTEXTS[0] and section.places is None:
         raise ConfigError(
-            f"context is {context!r}, which needs the positions of the cells: also set spatial_key, or set "
-            f"context={CONTEXTS[0]!r}."
+            f"context is {context!r}, which needs the positions of the cells: also set `spatial_key`, or "
+            f"set context={CONTEXTS[0]!r}."
         )
 
 
 def plan_bags(section: Section, cells_per_bag: int, seed: int, context: str = "tiles") -> BagOrder:
     """Group the cells of a section into bags.
 
-    Cells without positions are grouped at random. With positions, bags are tiles of the section, or with
-    `context="neighbors"` the neighborhood of each cell.
+    Cells without positions are grouped at random. With positions, each bag is a tile of the section. With
+    `context="neighbors"`, each bag is a cell and its nearest cells.
 
     Raises
     ------
@@ -75,7 +75,7 @@ class BagReader:
         return int(size)
 
     def options(self, cells_per_bag: int, spatial: bool, with_counts: bool = False) -> BagOptions:
-        """Return the options that make bags as in training."""
+        """Return the bag options that the model was trained with."""
         config = self.model.config
         return BagOptions(
             cells_per_bag=cells_per_bag,
@@ -87,7 +87,7 @@ class BagReader:
         )
 
     def probabilities(self, prior: ClassPrior) -> Any:
-        """Return the function that computes level probabilities, see `sct.models.sct.level_probabilities`."""
+        """Return a function that computes level probabilities; see `sct.models.sct.level_probabilities`."""
         return level_probabilities(self.model.config, prior.offset)
 
     def results(
@@ -110,7 +110,8 @@ class BagReader:
         orders
             Bags of each section; None skips a section.
         inputs
-            Function of (bag, rows) that returns inputs to add or replace, without the batch axis.
+            Function of (bag, rows) that returns model inputs, without the batch axis. They are added to the usual
+            inputs, or replace the inputs with the same names.
         with_counts, masked_cells, masked_genes
             See `BagOptions` and `CellStudy`.
         """

@@ -16,7 +16,7 @@ from sct.weights.pretrained import Pretrained
 
 
 def check_known(cells: CellCounts, known: np.ndarray) -> None:
-    """Raise `DataError` if too few of the model's known genes, bool (G,), were measured."""
+    """Raise `DataError` if too few of the genes that the model knows, bool (G,), were measured in the cells."""
     possible = min(int(cells.measured.sum()), int(known.sum()))
     check_shared(
         int((cells.measured & known).sum()), possible, "those of adata, and those with features in the model"
@@ -26,7 +26,7 @@ def check_known(cells: CellCounts, known: np.ndarray) -> None:
 def binned(
     cells: CellCounts, rows: np.ndarray, options: CellOptions, known: np.ndarray, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Return the binned records of some rows of a table, see `sct.data.cell_records.cell_records`.
+    """Convert some rows of a table to expression bins; see `sct.data.cell_records.cell_records`.
 
     Raises
     ------
@@ -38,7 +38,8 @@ def binned(
     if empty.any():
         raise DataError(
             f"{int(empty.sum()):,} of {len(rows):,} cells have no counts for any gene that the model knows "
-            f"(first: row {int(rows[np.argmax(empty)])}), but every cell needs some: remove these cells."
+            f"(first: row {int(rows[np.argmax(empty)])}), but every cell needs some counts: remove the cells "
+            "without counts."
         )
     return cell_records(counts, options, known, seed=seed)
 
@@ -46,7 +47,7 @@ def binned(
 def blocks(
     cells: CellCounts, options: CellOptions, known: np.ndarray
 ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-    """Yield blocks of some thousands of cells, as (binned records, rows of the cells)."""
+    """Yield the cells in blocks of some thousands, each as (records of expression bins, row numbers of the cells)."""
     check_known(cells, known)
     for start in range(0, cells.n_cells, BLOCK):
         rows = np.arange(start, min(start + BLOCK, cells.n_cells))
@@ -59,7 +60,7 @@ class BinReader(SingleCells):
     Parameters
     ----------
     model
-        Cell encoder, whose data record has `max_genes` and `dropped`.
+        Cell encoder. Its stored data options must include `max_genes` and `dropped`.
     """
 
     def __init__(self, model: Pretrained):
@@ -86,11 +87,11 @@ class BinReader(SingleCells):
 
     @property
     def tokens(self) -> int:
-        """Number of genes that are read per cell."""
+        """Number of genes that the model reads per cell."""
         return self.options.max_genes or len(self.known)
 
     def records(self, cells: CellCounts, rows: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-        """Return the bins, uint8 (n, S), and with `max_genes` also the gene indices, int32 (n, S)."""
+        """Return expression bins, uint8 (n, S); with `max_genes` also the indices of their genes, int32 (n, S)."""
         if rows[0] == 0:
             check_known(cells, self.known)
         return binned(cells, rows, self.options, self.known, seed)

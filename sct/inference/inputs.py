@@ -1,4 +1,4 @@
-"""Check the arguments of the tools (a model and an AnnData), and record how a result was made."""
+"""Check the model and the AnnData that a function of `sct.tl` gets, and record how a result was made."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ModelLike = Pretrained | str | os.PathLike[str]
 
 
 def load_model(model: ModelLike) -> Pretrained:
-    """Return the model, loading it if `model` is a path or a Hub id.
+    """Return `model` if it is a loaded model; load it if it is a path or a Hub id.
 
     Raises
     ------
@@ -53,19 +53,23 @@ def check_table(adata: Any, copy: bool) -> None:
         advice="read a file with anndata.read_h5ad first",
     )
     if not adata.n_obs:
-        raise DataError("adata has no cells, but it must have at least one: check how it was filtered.")
+        raise DataError(
+            "adata has no cells, but at least one is needed: check the filters that were applied to adata."
+        )
     if adata.isbacked and adata.is_view:
         raise DataError(
-            "adata is a view of a backed AnnData, which cannot store results: load it with adata.to_memory() first."
+            "adata is a view of a backed AnnData, which cannot store results: load adata with "
+            "adata.to_memory() first."
         )
     if adata.isbacked and copy:
         raise DataError(
-            "adata is backed and cannot be copied, but copy is True: set copy=False, or load it with adata.to_memory()."
+            "adata is backed and cannot be copied, but copy is True: set copy=False, or load adata with "
+            "adata.to_memory()."
         )
 
 
 def output_adata(adata: ad.AnnData, copy: bool) -> ad.AnnData:
-    """Return the AnnData to write results to: a copy, or `adata` itself. A view becomes an actual AnnData."""
+    """Return the AnnData to which results are written: a copy, or `adata` itself. A view becomes an actual AnnData."""
     if copy:
         return adata.copy()
     if adata.is_view:
@@ -98,8 +102,8 @@ def sections(adata: ad.AnnData, batch_key: str | None, spatial_key: str | None) 
         values = column(adata, batch_key, "batch_key")
         if values.isna().any():
             raise DataError(
-                f"obs[{batch_key!r}] is missing for {int(values.isna().sum()):,} cells, but every cell needs a batch: "
-                "fill in the values, or remove these cells."
+                f"obs[{batch_key!r}] has no value for {int(values.isna().sum()):,} cells, but every cell "
+                "needs a batch: fill in the values, or remove these cells."
             )
         parts = [(str(name), np.flatnonzero(values == name)) for name in values.unique()]
     if spatial_key is None:
@@ -142,13 +146,13 @@ def keep_scales(
 
 
 def column(adata: ad.AnnData, name: str, what: str) -> Any:
-    """Return the column `name` of `obs`; `DataError` if it does not exist. `what` is the argument in the message."""
+    """Return the column `name` of `obs`; raise `DataError` if it is missing. The message names the argument `what`."""
     check_choice(what, name, adata.obs.columns, error=DataError, advice="set it to a column of obs")
     return adata.obs[name]
 
 
 def check_counted(cells: CellCounts, needed: np.ndarray | None = None) -> None:
-    """Raise `DataError` if cells (those in `needed`, by default all) have no counts of the model's genes."""
+    """Raise `DataError` if a cell in `needed` (by default all cells) has no counts of the model's genes."""
     empty = cells.cell_totals == 0
     if needed is not None:
         empty &= needed
@@ -161,7 +165,10 @@ def check_counted(cells: CellCounts, needed: np.ndarray | None = None) -> None:
 
 
 def record(model: Pretrained, table: CellCounts, /, **settings: Any) -> Mapping[str, Any]:
-    """Return the record that a tool writes to `uns`, to reproduce a result. None becomes "", as h5ad has no None."""
+    """Return the parameters that a function writes to `uns`, so that its result can be reproduced.
+
+    None becomes "", because h5ad files cannot store None.
+    """
     return {
         "sct_version": __version__,
         "model": repr(model),

@@ -1,4 +1,4 @@
-"""Checks of predicted cell labels."""
+"""Warn the user if predicted cell labels look wrong."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def warn_of_labels(
     *,
     may_be_alike: bool = False,
 ) -> None:
-    """Warn if labels are not informative: most cells are unknown, or nearly all cells have the same label.
+    """Warn if predicted labels are not informative: most cells are unknown, or nearly all cells have the same label.
 
     Parameters
     ----------
     labels
         Label of each cell, (N,).
     answers
-        Labels to choose from.
+        Labels that the model chose from.
     probability
         Probability of each label, (N,).
     unknown
-        Label of cells without a prediction.
+        Label that cells without a prediction have.
     why_unknown
-        Why a cell has no prediction and what to do, for the warning.
+        Text for the warning: why a cell has no prediction, and what to do.
     may_be_alike
         Do not warn if nearly all cells have the same label. This is expected in a search for rare or tumor cells.
 

@@ -1,4 +1,4 @@
-"""Interface of cell readers, and the base class of readers of single cells.
+"""Define the interface of cell readers, and the base class of readers that read cells one by one.
 
 `sct.inference.bags` has the reader of bags.
 """
@@ -74,7 +74,7 @@ class CellReader(Protocol):
 
 
 class SingleCells(abc.ABC):
-    """Base class of readers of single cells. A subclass defines how a cell becomes model inputs (`records`).
+    """Base class of readers that read cells one by one. A subclass converts cells to model inputs (`records`).
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ class SingleCells(abc.ABC):
 
     @abc.abstractmethod
     def records(self, cells: CellCounts, rows: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-        """Return the model inputs (n, ...) for the rows (n,) of the table."""
+        """Convert the cells in the rows (n,) of the table to model inputs (n, ...)."""
 
     def results(
         self,
@@ -110,7 +110,7 @@ class SingleCells(abc.ABC):
         batch_size: int | None = None,
         seed: int = 0,
     ) -> Iterator[RecordOutputs]:
-        """Run the model over all cells; see `CellReader.results`."""
+        """Run the model over all cells, one by one; see `CellReader.results`."""
         runner = Runner(self.model, batch_size, _TOKENS, "cells")
         self.model = runner.model  # a second call then finds the parameters on the devices
         is_target = np.ones(1, bool)

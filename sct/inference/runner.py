@@ -33,7 +33,7 @@ class Record:
     inputs
         Inputs of the model by name, without the batch axis.
     bag
-        Other arrays of these cells that the reader passes on to the outputs.
+        Other arrays about these cells. They are not model inputs, but are passed on to the outputs.
     """
 
     rows: np.ndarray
@@ -61,7 +61,7 @@ class RecordOutputs:
 
 
 class Runner:
-    """Apply a model to records.
+    """Apply a model to records of cells, batch by batch.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ class Runner:
         self.model = dataclasses.replace(model, variables=jax.device_put(model.variables, everywhere))
 
     def size(self, number: int, tokens: int) -> int:
-        """Return the batch size for `number` records of `tokens` tokens each, as a multiple of the device count."""
+        """Choose the batch size for `number` records of `tokens` tokens each, as a multiple of the device count."""
         devices = len(self._devices)
         size = self.batch_size
         if size is None:

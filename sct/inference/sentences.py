@@ -18,7 +18,7 @@ _STEP = 64  # pad texts to multiples of this number of tokens, so that JAX compi
 
 
 def cell_sentence_model_of(model: Pretrained) -> CellSentenceModel:
-    """Return the `CellSentenceModel` of a loaded model; `ConfigError` if it was not trained on cell sentences."""
+    """Return the `CellSentenceModel` of a loaded model; raise `ConfigError` if it was not trained on cell sentences."""
     return CellSentenceModel.of(model.config, model.variables, model.tokenizer, model.genes, model.data)
 
 
@@ -30,7 +30,7 @@ def written(
     top_k: int | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Return the cell sentences of the given rows, in the gene names of the model.
+    """Convert the cells in the given rows to cell sentences, with the gene names that the model uses.
 
     A sentence has at most `top_k` genes, and never more than in the training of the model.
     """
@@ -57,7 +57,7 @@ def questions(
     gene_column: str | None = None,
     duplicates: Literal["error", "sum"] = "error",
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Return the prompt fields of each cell, and the keys of the cells, uint64 (N,).
+    """Return the values that fill the prompt template for each cell, and the keys of the cells, uint64 (N,).
 
     Raises
     ------
@@ -76,7 +76,7 @@ def questions(
 
 
 class SentenceReader(SingleCells):
-    """Reader that turns each cell into a sentence. The embedding is the mean of the last hidden states over its tokens.
+    """Reader that turns each cell into a sentence. A cell's embedding is its mean last hidden state over the tokens.
 
     Parameters
     ----------

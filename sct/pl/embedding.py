@@ -1,4 +1,4 @@
-"""UMAP of an embedding, colored by a column of obs or by a gene."""
+"""Plot a UMAP of an embedding, colored by a column of obs or by the expression of a gene."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def umap(
 
     The UMAP coordinates are stored in `obsm["X_umap_" + basis]`, and their settings in `uns["X_umap_" + basis]`. Later
     calls reuse them if the seed and the embeddings of all cells are unchanged; this also works for a subset of the
-    cells. No other field is written, not even scanpy's `X_umap`. Nothing is written to a view. An array of this name
-    that this function did not write is used unchanged.
+    cells. No other field is written, not even scanpy's `X_umap`. If `adata` is a view, nothing is written. If
+    `obsm["X_umap_" + basis]` was written by another function, it is used unchanged.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ def umap(
 
 
 def _coordinates(adata: AnnData, basis: str, seed: int) -> np.ndarray:
-    """Return UMAP coordinates (N, 2), from obsm if they are still valid."""
+    """Return UMAP coordinates (N, 2): the stored ones in obsm if they are still valid, otherwise new ones."""
     embedding = positions(adata, basis)
     key = f"X_umap_{basis}"
     made = adata.uns.get(key)
@@ -129,7 +129,7 @@ def _categories(
     order: np.ndarray,
     size: float,
 ) -> Axes:
-    """Draw points in random order with the color and marker of their category, and a legend."""
+    """Draw points in random order, with a color and a marker for each category, and add a legend."""
     from matplotlib.lines import Line2D
 
     missing = pd.isna(names).to_numpy()
@@ -170,10 +170,12 @@ def _categories(
 
 
 def _numbers(ax: Axes, points: np.ndarray, values: np.ndarray, name: str, size: float) -> None:
-    """Draw points colored by a number, highest values on top, and a color bar."""
+    """Draw points colored by a number, with the highest values on top, and add a color bar."""
     known = np.isfinite(values)
     if not known.any():
-        raise DataError(f"{name!r} has no number in any cell: choose another column or gene.")
+        raise DataError(
+            f"{name!r} has no numeric value in any cell: choose another column or gene for `color`."
+        )
     ax.scatter(points[~known, 0], points[~known, 1], s=size, color=style.GRAY, linewidths=0)
     order = np.flatnonzero(known)[np.argsort(values[known], kind="stable")]
     drawn = ax.scatter(

@@ -30,8 +30,8 @@ def imputation_confusion(confusion: np.ndarray, *, normalize: bool = True, ax: A
         the sCT paper (appendix D.3); otherwise levels are numbered from 0. If there are fewer rows than columns, the
         rows are the highest levels, for example when only expressed genes are scored.
     normalize
-        If True, the color and the first line of a matrix cell show the fraction of its row. If False, the color shows
-        the count.
+        If True, the color and the first line of a matrix cell show the count as a fraction of the sum of the row. If
+        False, the color shows the count.
     ax
         Axes to draw in; None for a new figure.
 
@@ -49,15 +49,19 @@ def imputation_confusion(confusion: np.ndarray, *, normalize: bool = True, ax: A
     counts = np.asarray(confusion)
     if counts.ndim != 2 or not 0 < counts.shape[0] <= counts.shape[1]:
         raise DataError(
-            f"confusion has the shape {counts.shape}, but must have two axes (true levels, predicted levels) and at "
-            "most as many true as predicted levels: pass such a matrix."
+            f"`confusion` has the shape {counts.shape}, but must be a matrix with one row per true level "
+            "and one column per predicted level, and not more rows than columns: pass such a matrix."
         )
     if counts.dtype.kind not in "iuf" or not (np.isfinite(counts).all() and (counts >= 0).all()):
         raise DataError(
-            "confusion has values that are not counts: pass the number of positions for each pair of levels."
+            "`confusion` has values that are not counts: pass the number of positions for each pair of a "
+            "true and a predicted level."
         )
     if counts.sum() == 0:
-        raise DataError("confusion has only zeros: score at least one position before plotting.")
+        raise DataError(
+            "`confusion` contains only zeros, so there is nothing to plot: pass the confusion "
+            "matrix of at least one scored position."
+        )
     rows, columns = counts.shape
     totals = counts.sum(axis=1, keepdims=True)
     share = np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
@@ -105,7 +109,7 @@ def mcc_by_ratio(
     Parameters
     ----------
     curves
-        For each method, a list of (masked fraction in (0, 1], MCC of each seed). Leave out fractions without a value.
+        For each method, a list of (masked fraction in (0, 1], MCC of each seed). Do not list fractions without a value.
         The legend marks a method without any value as "not run".
     models
         Methods that are models; their lines are thicker. See `sct.eval.imputation.scoring.ProtocolResult.labels`.
@@ -203,7 +207,8 @@ def reliability(curves: Mapping[str, Any], *, models: Collection[str] = (), ax: 
         kept = np.stack([predicted[filled], observed[filled]])
         if not ((kept >= 0) & (kept <= 1)).all():
             raise DataError(
-                f"the curve {str(name)!r} has values outside [0, 1]: pass probabilities and fractions."
+                f"the curve {str(name)!r} has values outside [0, 1]: pass probabilities and fractions "
+                "between 0 and 1."
             )
         if filled.any():
             points[str(name)] = (*kept, count[filled] / count.sum())
@@ -240,7 +245,7 @@ def reliability(curves: Mapping[str, Any], *, models: Collection[str] = (), ax: 
 
 
 def _curve(name: str, curve: Sequence[tuple[float, Sequence[float]]]) -> np.ndarray:
-    """Return (R, 3): masked fraction, mean and standard deviation over seeds, without fractions that have no value."""
+    """Return one row per masked fraction that has a value, (R, 3): fraction, mean MCC and standard deviation."""
     rows = []
     for ratio, values in curve:
         measured = np.asarray(values, dtype=float)
@@ -248,12 +253,14 @@ def _curve(name: str, curve: Sequence[tuple[float, Sequence[float]]]) -> np.ndar
         check_share(f"a masked fraction of the curve {name!r}", ratio, zero=False, error=DataError)
         if (np.abs(measured) > 1 + 1e-9).any():
             raise DataError(
-                f"the curve {name!r} has an MCC outside [-1, 1] at the masked fraction {ratio}: pass correlations."
+                f"the curve {name!r} has an MCC outside [-1, 1] at the masked fraction {ratio}: pass MCC "
+                "values between -1 and 1."
             )
         if measured.size:
             rows.append((float(ratio), measured.mean(), measured.std()))
     if len({row[0] for row in rows}) < len(rows):
         raise DataError(
-            f"the curve {name!r} has the same masked fraction twice: put all its seeds in one list."
+            f"the curve {name!r} has the same masked fraction twice: put the values of all seeds for this "
+            "fraction into one list."
         )
     return np.array(sorted(rows)).reshape(-1, 3)

@@ -1,4 +1,4 @@
-"""Spatial maps of the imputed and the observed expression of a gene."""
+"""Plot spatial maps of the imputed and the observed expression of a gene."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def spatial(
 ) -> Any:
     """Plot the imputed and the observed expression of a gene side by side, on the same color scale.
 
-    Imputed values come from `layers[layer]`. For a gene that the panel lacks, they come from the column of this name in
-    the table `obsm[layer]`. The parameters in `uns` that `sct.tl.impute` wrote show which genes and cells were imputed,
-    and where the observed counts are. If another tool wrote the layer, all its values are shown, the title names the
-    layer, and the observed values come from X.
+    Imputed values come from `layers[layer]`. For a gene that the panel lacks, they come from the column with the name
+    of the gene in the table `obsm[layer]`. The parameters in `uns` that `sct.tl.impute` wrote show which genes and
+    cells were imputed, and where the observed counts are. If another tool wrote the layer, all its values are shown,
+    the title names the layer, and the observed values come from X.
 
     Cells without an imputed value are gray, and the title shows how many cells have one. The width of a spot is the
     median distance to the nearest neighbor. The color scale ends at the 99.5th percentile of all values; an arrow on
@@ -111,7 +111,7 @@ def spatial(
 
 
 def _record(adata: AnnData, layer: str) -> Mapping[str, Any] | None:
-    """Return the parameters that `sct.tl.impute` wrote for a layer or table; None if another tool wrote it."""
+    """Return the parameters that `sct.tl.impute` wrote for a layer or table; None if another tool wrote its values."""
     for ending in (EXPECTED, LEVEL):
         record = adata.uns.get(layer.removesuffix(ending)) if layer.endswith(ending) else None
         if isinstance(record, Mapping) and {"genes", "cells", "counts_from"} <= record.keys():
@@ -125,7 +125,7 @@ def _names(record: Mapping[str, Any], field: str) -> list[str]:
 
 
 def _imputed(adata: AnnData, gene: str, layer: str, record: Mapping[str, Any] | None) -> np.ndarray:
-    """Return imputed values (N,) of a gene from the layer or the table in obsm; NaN for cells without one."""
+    """Return the imputed values (N,) of a gene from a layer or obsm table; NaN for cells without an imputed value."""
     table = adata.obsm.get(layer)
     if layer not in adata.layers and table is None:
         raise DataError(
@@ -155,8 +155,8 @@ def _imputed(adata: AnnData, gene: str, layer: str, record: Mapping[str, Any] | 
             values[~adata.obs_names.isin(cells)] = np.nan
     if not np.isfinite(values).any():
         raise DataError(
-            f"{layer!r} has no imputed value of the gene {gene!r} in these {len(values):,} cells: impute it with "
-            "sct.tl.impute(genes=...)."
+            f"{layer!r} has no imputed value of the gene {gene!r} in these {len(values):,} cells: impute "
+            "the gene with sct.tl.impute(genes=...)."
         )
     return values
 
@@ -177,7 +177,7 @@ def _imputed_columns(adata: AnnData, record: Mapping[str, Any], columns: list[st
 
 
 def _observed(adata: AnnData, gene: str, record: Mapping[str, Any] | None) -> np.ndarray:
-    """Return observed values (N,) of a gene from the counts that the imputation read; NaN if it was not measured."""
+    """Return the observed values (N,) of a gene from the counts that the imputation read; NaN if unmeasured."""
     place = "X" if record is None else str(record["counts_from"])
     raw, layer = place == "raw.X", None
     if place.startswith('layers["'):
@@ -185,7 +185,8 @@ def _observed(adata: AnnData, gene: str, record: Mapping[str, Any] | None) -> np
     gone = adata.raw is None if raw else adata.X is None if layer is None else layer not in adata.layers
     if gone:
         raise DataError(
-            f"the observed counts were in {place}, but adata no longer has it: restore it, or set compare=False."
+            f"the imputation read the observed counts from {place}, but adata no longer has {place}: "
+            "restore the counts there, or set compare=False."
         )
     var = adata.raw.var if raw else adata.var
     name = _row_name(var, gene)
@@ -202,7 +203,7 @@ def _observed(adata: AnnData, gene: str, record: Mapping[str, Any] | None) -> np
 
 
 def _row_name(var: pd.DataFrame, gene: str) -> str | None:
-    """Return the var_name of a gene, which can be a var_name or a value in any column of var; None if absent."""
+    """Find a gene by its var_name or by a value in any column of var, and return its var_name; None if it is absent."""
     if gene in var.index:
         found = var.index[var.index == gene]
     else:
@@ -212,7 +213,8 @@ def _row_name(var: pd.DataFrame, gene: str) -> str | None:
         found = var.index[named]
     if len(found) > 1:
         raise DataError(
-            f"var has the gene {gene!r} {len(found)} times: keep one of them, or set compare=False."
+            f"`var` has the gene {gene!r} {len(found)} times, so its observed values are ambiguous: keep "
+            "one of these columns, or set compare=False."
         )
     return str(found[0]) if len(found) else None
 
@@ -229,7 +231,7 @@ def _spot_width(places: np.ndarray) -> float:
 def _spots(
     ax: Axes, places: np.ndarray, values: np.ndarray, width: float, limits: tuple[float, float]
 ) -> Any:
-    """Draw spots with a width in the unit of the coordinates; spots without a value are gray and at the bottom."""
+    """Draw spots whose width is in the unit of the coordinates. Spots without a value are gray and below the others."""
     from matplotlib.collections import EllipseCollection
 
     known = np.isfinite(values)

@@ -23,7 +23,7 @@ CONTINUOUS = "viridis"
 
 
 def new_axes(width: float, height: float, columns: int = 1) -> Any:
-    """Return the axes of a new pyplot figure: one, or an array (columns,) of several.
+    """Create a pyplot figure with one row of axes; return the axes, or an array (columns,) if there are several.
 
     Raises
     ------
@@ -36,7 +36,7 @@ def new_axes(width: float, height: float, columns: int = 1) -> Any:
 
 
 def legend_outside(ax: Axes, handles: Sequence[Any], labels: Sequence[str], *, points: bool) -> Legend:
-    """Add a legend to the right of the axes; labels are shown literally, even with "_" or "$"."""
+    """Add a legend to the right of the axes. Labels are shown as they are, even if they contain "_" or "$"."""
     # Matplotlib drops labels that begin with "_" and reads "$" as mathematics, so the text is set afterwards.
     labels = [wrapped(label) for label in labels]
     legend = ax.legend(
@@ -60,7 +60,7 @@ def legend_outside(ax: Axes, handles: Sequence[Any], labels: Sequence[str], *, p
 
 
 def wrapped(label: str) -> str:
-    """Break a label into lines that fit the legend."""
+    """Break a label into lines that fit the width of the legend."""
     return textwrap.fill(label, _LABEL, break_long_words=True)
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def near(name: str, known: Iterable[str | None]) -> str:
-    """Return the last part of an error message about an unknown name: similar names, or existing ones."""
+    """Return the last part of an error message about an unknown name, which suggests similar or existing names."""
     # Newer versions of anndata list X among the layers as None.
     names = [str(one) for one in known if one is not None]
     if close := nearest(name, names, n=3, cutoff=0.5):
@@ -48,7 +48,7 @@ def gene_values(adata: AnnData, gene: str, layer: str | None = None) -> np.ndarr
         raise DataError(f"var_names has no gene {gene!r}: {near(gene, adata.var_names)}")
     if len(found) > 1:
         raise DataError(
-            f"var_names has the gene {gene!r} {len(found)} times, but names must be unique: call "
+            f"`var_names` has the gene {gene!r} {len(found)} times, but names must be unique: call "
             "adata.var_names_make_unique()."
         )
     # Subset first, so that only one column of a backed file is read.
@@ -84,14 +84,15 @@ def positions(adata: AnnData, key: str, width: int | None = None) -> np.ndarray:
     array = np.asarray(adata.obsm[key])
     if array.ndim != 2 or array.shape[1] < (width or 1):
         raise DataError(
-            f"obsm[{key!r}] has the shape {array.shape}, but must have at least {width or 1} columns: choose another "
-            "key."
+            f"obsm[{key!r}] has the shape {array.shape}, but must have at least {width or 1} columns: "
+            "choose the key of another array in obsm."
         )
     try:
         array = array[:, :width].astype(np.float64 if width else np.float32, copy=False)
     except ValueError as error:
         raise DataError(
-            f"obsm[{key!r}] has values of type {array.dtype}, but must have numbers: choose another key."
+            f"obsm[{key!r}] has values of type {array.dtype}, but must have numbers: choose the key of "
+            "another array in obsm."
         ) from error
     check_finite(f"obsm[{key!r}]", array, "cells", advice="remove these cells first")
     return array

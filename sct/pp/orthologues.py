@@ -1,4 +1,4 @@
-"""`sct.pp.to_orthologues`."""
+"""`sct.pp.to_orthologues`: replace the genes of another species by their human orthologues."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ def to_orthologues(
         Column of `var` and `raw.var` with the Ensembl ids or symbols that the table uses ("index" for the index). By
         default, the column is detected.
     key_added
-        `uns[key_added]`: name and number of pairs of the table, the column with the gene names, the number of genes
-        before, the number of mapped genes, and the number of dropped genes by reason.
+        `uns[key_added]`: name of the table and its number of gene pairs, the column with the gene names, the number of
+        genes before the mapping, the number of mapped genes, and the number of dropped genes for each reason.
 
     Returns
     -------
-    AnnData (N, mapped genes). `var_names` are human symbols; if two genes share a symbol, their Ensembl ids; if the
-    human gene table lacks a gene, its name in the orthologue table. `var["ensembl_id"]` has the human Ensembl ids, ''
-    if unknown. `var["source_gene"]` has the original names. An existing column "ensembl_id" is renamed to
-    "source_ensembl_id".
+    AnnData (N, mapped genes). `var_names` are human gene symbols, with two exceptions. Genes that share a symbol get
+    their Ensembl ids. A gene that the human gene table lacks gets its name in the orthologue table. `var["ensembl_id"]`
+    has the human Ensembl ids, or '' if unknown. `var["source_gene"]` has the original names. An existing column
+    "ensembl_id" is renamed to "source_ensembl_id".
 
     Raises
     ------
@@ -71,7 +71,8 @@ def to_orthologues(
         table = read_orthologues(table, source=source, target=target)
     elif source is not None or target is not None:
         raise DataError(
-            "source and target select columns of a file, but table is already an Orthologues object: leave them out."
+            "`source` and `target` select columns of a file, but `table` is already an Orthologues object: "
+            "do not pass `source` and `target`."
         )
     mapped = map_orthologues(adata.var, table, column=gene_column)
     if adata.isbacked:
@@ -99,7 +100,7 @@ def to_orthologues(
 
 
 def _renamed(adata: ad.AnnData, mapped: MappedGenes, table: Orthologues) -> ad.AnnData:
-    """Return the genes that have an orthologue, named by this orthologue."""
+    """Keep only the genes that have an orthologue, and rename each gene to its orthologue."""
     mapped.check_distinct(
         "sum these columns or remove all but one, or set gene_column to a column of var with distinct genes"
     )

@@ -1,4 +1,4 @@
-"""`sct.pp.spatial_scale`."""
+"""`sct.pp.spatial_scale`: store the scale of the positions of each section."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def spatial_scale(
     """Store the spatial scale of each section, so that subsets of the section keep it.
 
     Models read positions that are rescaled per section. Call this function before you remove cells or split a section
-    into query and reference. Otherwise a subset is stretched to the range of the whole section. `sct.tl.embed`,
-    `impute` and `spatial_neighbors` also store the scale of their input.
+    into query and reference. Otherwise the positions of the subset are stretched to the range of the whole section.
+    `sct.tl.embed`, `impute` and `spatial_neighbors` also store the scale of their input.
 
     Parameters
     ----------

@@ -1,1 +1,1 @@
-"""Training tasks: each defines its batches, its loss, the trained parameters and the evaluation."""
+"""Training tasks. Each task defines its batches, its loss, the parameters that are trained, and the evaluation."""

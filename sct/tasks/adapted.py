@@ -61,10 +61,12 @@ class AdapterOptions:
                     if self.kind
                     else "is set, but adapters.kind is empty"
                 )
-                raise ConfigError(f"adapters.{field.name} {problem}: remove it, or change adapters.kind.")
+                raise ConfigError(
+                    f"adapters.{field.name} {problem}: remove adapters.{field.name}, or change adapters.kind."
+                )
 
     def config(self, architecture: str) -> AdapterConfig:
-        """Return the options of the chosen kind. The default targets depend on the architecture or on the kind."""
+        """Return the options of the chosen adapter kind. Default targets depend on the architecture or the kind."""
         kind = KINDS[self.kind]
         names = {field.name for field in dataclasses.fields(kind)} - {"targets"}  # type: ignore[arg-type]
         given = {name: getattr(self, name) for name in names if hasattr(self, name)}
@@ -74,7 +76,7 @@ class AdapterOptions:
 
 
 class Adapted:
-    """Wrapper that trains adapters on the frozen model of a task. All other attributes come from the task.
+    """Wrapper of a task that trains adapters on its frozen model. All other attributes are those of the task.
 
     Parameters
     ----------
@@ -93,7 +95,9 @@ class Adapted:
 
     def __init__(self, task: Task, config: AdapterConfig):
         if task.lora is not None:
-            raise ConfigError("the task already trains adapters: leave adapters.kind empty.")
+            raise ConfigError(
+                "the task already trains adapters, and cannot train further ones: leave adapters.kind empty."
+            )
         self.task, self.lora = task, config
         self.may_be_missing = (*task.may_be_missing, *adapters.NEW)
 
@@ -103,7 +107,7 @@ class Adapted:
         return getattr(self.task, name)
 
     def init(self, rng: jax.Array) -> Variables:
-        """Return the initial variables of the model and its adapters, boxed."""
+        """Return the initial variables of the model and its adapters, boxed with their logical axis names."""
         variables = self.task.init(rng)
         made = adapters.init(jax.random.fold_in(rng, 1), variables["params"], self.lora)
         return {**variables, COLLECTION: made}
@@ -111,5 +115,5 @@ class Adapted:
     def loss(
         self, variables: Variables, batch: DeviceBatch, rng: jax.Array, train: bool
     ) -> tuple[jax.Array, MetricSums]:
-        """Return the loss of the task. Modules read their adapters from the variables."""
+        """Return the loss of the wrapped task. Modules read their adapters from the variables."""
         return self.task.loss(variables, batch, rng, train)

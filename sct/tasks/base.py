@@ -1,4 +1,4 @@
-"""The interface between a task and the training loop."""
+"""Define the interface between a training task and the training loop."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def file_option() -> Any:
 
 
 def files_of(options: Any) -> dict[str, str]:
-    """Return the files that a section of options names, by option name (options made by `file_option`)."""
+    """Return the paths in all options of a section that were made by `file_option`, as option name -> path."""
     named = [field.name for field in dataclasses.fields(options) if field.metadata.get(_IS_FILE)]
     return {name: path for name in named if (path := getattr(options, name))}
 
@@ -55,7 +55,7 @@ class StoreConfig:
 
     @property
     def text_length(self) -> int:
-        """Number of tokens in a row of text; 0 for tasks without text."""
+        """Number of tokens in each row of training text; 0 for tasks without text."""
         return 0
 
 
@@ -66,7 +66,7 @@ class ObjectiveConfig:
     Attributes
     ----------
     BEFORE
-        Options that were added later, with the value to assume for older runs that do not record them.
+        Options that were added in later versions. The value is assumed for older runs, which do not record the option.
     """
 
     BEFORE: ClassVar[Mapping[str, Any]] = types.MappingProxyType({})
@@ -88,9 +88,10 @@ def check_study_names(study_metadata: Mapping[str, Any], store: Store, file: str
 
 
 def held_out_split(store: Store) -> tuple[str | None, str]:
-    """Return the split to evaluate a finished model on, and a note for the report.
+    """Return the name of the split on which a finished model is evaluated, and a note for the report.
 
-    The split is "test" if the store has test studies, else "validation", else None.
+    The split is "test" if the store has test studies. Otherwise it is "validation" if the store has validation studies,
+    and None if it has neither.
     """
     if store.split("test"):
         return "test", ""
@@ -115,7 +116,7 @@ class Evaluator(Protocol):
     report: Report | None
 
     def __call__(self, variables: Variables) -> Iterator[tuple[str, float]]:
-        """Evaluate the model: yield (name, value) pairs and set `report`."""
+        """Evaluate the model, yield all metrics as (name, value) pairs, and store the table in `report`."""
         ...
 
 
@@ -127,10 +128,10 @@ class Objective(Protocol):
     trainable
         Table of (regular expression over parameter paths, whether to train them), see `sct.nn.paths`.
     loss_normalizer
-        Name of the sum that is the denominator of the mean loss, for example the number of masked positions. Gradient
+        Name of the sum by which the total loss is divided, for example the number of masked positions. Gradient
         accumulation weights the microbatches by this sum.
     monitor, monitor_mode
-        Metric that early stopping and keep-best watch, and whether "min" or "max" is best.
+        Metric that decides about early stopping and the best checkpoint, and whether "min" or "max" is best.
     """
 
     trainable: Sequence[tuple[str, bool]]
@@ -139,21 +140,27 @@ class Objective(Protocol):
     monitor_mode: str
 
     def init(self, rng: jax.Array) -> Variables:
-        """Return the initial variables, boxed with their logical axis names. May be traced by `jax.eval_shape`."""
+        """Return the initial variables, boxed with their logical axis names.
+
+        The function can be traced by `jax.eval_shape`.
+        """
         ...
 
     def loss(
         self, variables: Variables, batch: DeviceBatch, rng: jax.Array, train: bool
     ) -> tuple[jax.Array, MetricSums]:
-        """Return the scalar loss, and sums for `compute_metrics` that may be added over batches."""
+        """Return the scalar loss, and sums over the batch.
+
+        The sums of several batches may be added for `compute_metrics`.
+        """
         ...
 
     def compute_metrics(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Return the metrics to log, from sums over one or more batches."""
+        """Compute the metrics to log from the sums over one or more batches."""
         ...
 
     def operations(self, records: int) -> float:
-        """Return the FLOPs of the matrix products in one forward pass of the loss; a multiply-add counts as 2."""
+        """Return the FLOPs of the matrix products in one forward pass of the loss. A multiply-add counts as 2 FLOPs."""
         ...
 
 
@@ -167,7 +174,7 @@ class TaskData(Protocol):
     vocabulary
         Genes of the model.
     tokens_per_record
-        Tokens per record; converts `data.tokens` to steps.
+        Tokens per training record. The number of steps is computed from `data.tokens` with this number.
     """
 
     store: Store
@@ -189,7 +196,7 @@ class Origin(Protocol):
     Attributes
     ----------
     license
-        License of the arrays that `take_pretrained_params` returns.
+        License text of the arrays that `take_pretrained_params` returns.
     may_be_missing
         Patterns of parameters that may be missing from the model named in `init_from`.
     lora

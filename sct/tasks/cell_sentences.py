@@ -1,4 +1,4 @@
-"""Train a language model on cell sentences: the genes of a cell in descending order of expression (Cell2Sentence)."""
+"""Train a language model on cell sentences: a cell's genes in descending order of expression (Cell2Sentence)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _MAX_LABELS = 1000  # a column with more distinct values is treated as free text
 
 @dataclasses.dataclass(frozen=True)
 class SentenceData(StoreConfig):
-    """Data options: the cells, and the labels and texts about them.
+    """Data options: which cells to train on, and which labels and texts describe them.
 
     Parameters
     ----------
@@ -60,13 +60,13 @@ class SentenceData(StoreConfig):
         Columns of `obs` that describe a cell in combination (cell type, stimulation, exposure, ...). The model predicts
         the combined labels of a cell, or generates cells for them.
     studies
-        YAML file with labels and abstracts of whole studies, `STUDY: {abstract: ..., tissue: ...}`.
+        YAML file with the labels and abstracts of whole studies, in the form `STUDY: {abstract: ..., tissue: ...}`.
     tokenizer
         Tokenizer file or folder. By default, the tokenizer of the model named in `init_from`; without that, a tokenizer
         is trained.
     vocab_size, corpus_cells
-        Used if a tokenizer is trained: the largest size of its vocabulary, and the number of cells in its training
-        corpus.
+        Used only if a tokenizer is trained: the maximum size of its vocabulary, and the number of cells whose texts it
+        is trained on.
     """
 
     top_k: int = 100
@@ -87,7 +87,7 @@ class SentenceData(StoreConfig):
 
     @property
     def text_length(self) -> int:
-        """Number of tokens in a row of text."""
+        """Number of tokens in each row of training text."""
         return self.length
 
 
@@ -109,7 +109,7 @@ class Adapters:
             )
 
     def config(self, family: str) -> lora.LoraConfig | None:
-        """Return the LoRA options for a family, or None if the whole model is trained."""
+        """Return the LoRA options for a model family, or None if the whole model is trained."""
         if not self.rank:
             return None
         own: dict[str, Any] = {"targets": self.targets} if self.targets else {}
@@ -126,7 +126,7 @@ class CellSentencesConfig(ObjectiveConfig):
     tasks
         Pairs of (task, sampling weight). The tasks are those of `sct.data.text.prompts.TASKS`.
     loss_on
-        Tokens that the loss covers: "response" for fine-tuning a pretrained model, or "all" for training from random
+        Tokens that enter the loss: "response" for fine-tuning a pretrained model, or "all" for training from random
         parameters (appendix C).
     balance
         Unit that has equal weight in the loss: "tokens", as in the paper, or "texts". With "texts", the few tokens of a
@@ -134,9 +134,9 @@ class CellSentencesConfig(ObjectiveConfig):
     prompts
         JSON file with further prompt templates.
     perturbation, control
-        `perturbation` is the entry of `data.labels` that names the treatment of a cell. `control` is the treatment to
-        compare the others with; by default, the most frequent other treatment. The report after training then evaluates
-        cells generated for label combinations that are not in the training data.
+        `perturbation` is the entry of `data.labels` that names the treatment of a cell. `control` is the treatment with
+        which each other treatment is compared; by default, the most frequent other treatment. The report after training
+        then evaluates cells generated for label combinations that are not in the training data.
     lora
         Options of LoRA adapters (`sct.models.lora.LoraConfig`), which are trained while the model stays frozen. If
         `targets` is empty, the default targets of the family are used. `rank` 0 trains the whole model.
@@ -178,12 +178,13 @@ class CellSentencesConfig(ObjectiveConfig):
         """Raise `ConfigError` if LoRA is on, but training starts from random parameters."""
         if self.lora.rank and not init_from:
             raise ConfigError(
-                "LoRA needs a pretrained model: set --config.init_from=MODEL, or set objective.lora.rank to 0."
+                "LoRA needs a pretrained model, but --config.init_from is not set: set "
+                "--config.init_from=MODEL, or set objective.lora.rank to 0."
             )
 
 
 def options_of(config: CellSentencesConfig, data: SentenceData, seed: int) -> SentenceOptions:
-    """Return the options that turn cells into texts, from a configuration's objective and data sections."""
+    """Combine a configuration's objective and data sections into the options that turn cells into texts."""
     columns = {name: getattr(data, name) for name in ("cell_type", "tissue", "organism", "abstract")}
     return SentenceOptions(
         top_k=data.top_k,
@@ -200,7 +201,7 @@ def options_of(config: CellSentencesConfig, data: SentenceData, seed: int) -> Se
 def corpus(
     studies: Sequence[Study], store: Store, options: SentenceOptions, prompts: Prompts, cells: int
 ) -> Iterator[str]:
-    """Yield the texts of about `cells` cells, in proportion to the size of each study, to train a tokenizer."""
+    """Yield the texts of about `cells` cells, on which a tokenizer is trained. Larger studies give more cells."""
     total = sum(study.n_cells for study in studies)
     for study in studies:
         texts = Texts(study, store.vocabulary, options, prompts)
@@ -257,8 +258,9 @@ class CellSentences:
             )
         if model.positions == "learned" and data.length > model.max_length:
             raise ConfigError(
-                f"data.length is {data.length}, but the model has only {model.max_length} positions: set data.length "
-                f"to {model.max_length} or less, or raise model.max_length if you train from random parameters."
+                f"data.length is {data.length} tokens, but the model has only {model.max_length} positions: "
+                f"set data.length to {model.max_length} or less, or raise model.max_length if you train from "
+                "random parameters."
             )
         if config.perturbation:
             check_choice(
@@ -275,11 +277,11 @@ class CellSentences:
         self.may_be_missing: Sequence[str] = lora.NEW if self.lora else ()
 
     def take_pretrained_params(self) -> Mapping[str, Any]:
-        """Return no parameters: all start from random values."""
+        """Return no arrays, because all parameters start from random values."""
         return {}
 
     def init(self, rng: jax.Array) -> Variables:
-        """Return the initial variables, boxed."""
+        """Return the initial variables, boxed with their logical axis names."""
         variables = cast(Variables, self.model.init(rng, *Decoder.example(self.model_config).values()))
         if self.lora is None:
             return variables
@@ -293,9 +295,9 @@ class CellSentences:
     ) -> tuple[jax.Array, MetricSums]:
         """Return the mean cross-entropy of the predicted tokens, balanced by tokens or by texts.
 
-        Also returns sums: `loss` and `predicted`, the unbalanced loss and the number of tokens in it; `weighted` and
-        `weight`, whose ratio is the balanced loss; `right`, the number of correct tokens; and `cut`, the number of
-        tokens that did not fit into the rows.
+        Also returns sums over the batch. `loss` is the unbalanced loss, and `predicted` is the number of tokens in it.
+        The balanced loss is `weighted` / `weight`. `right` is the number of correctly predicted tokens. `cut` is the
+        number of tokens that did not fit into the rows.
         """
         ids, segments = batch["input_ids"], batch["segments"]
         drops = self.model_config.dropout or (isinstance(self.lora, lora.LoraConfig) and self.lora.dropout)
@@ -331,12 +333,12 @@ class CellSentences:
 
     @functools.cached_property
     def alone(self) -> bool:
-        """Whether each row holds only one text, in training and in validation."""
+        """Whether each row holds only one text, in the training data and in the validation data."""
         sources = [self.dataset(split) for split in ("train", "validation")]
         return all(source.cells_per_row == 1 for source in sources if source is not None)
 
     def compute_metrics(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Return the balanced mean loss in nats, the token perplexity and accuracy, and the share of cut tokens."""
+        """Return the balanced mean loss in nats, the token perplexity and accuracy, and the fraction of cut tokens."""
         count, cut = max(float(sums["predicted"]), 1.0), float(sums["cut"])
         loss = float(sums["weighted"]) / max(float(sums["weight"]), 1e-9)
         summary = {
@@ -348,7 +350,7 @@ class CellSentences:
 
     @functools.cache  # noqa: B019 (a run has one task)
     def dataset(self, split: str) -> SentenceSource | None:
-        """Return the rows of text of a split; None if the split lacks studies, or cells with the labels of a task."""
+        """Return the rows of text of a split; None if it has no studies, or no cells with the labels of a task."""
         studies = self.store.split(split)
         if not studies:
             return None
@@ -357,7 +359,10 @@ class CellSentences:
         return source if needs or source.possible else None
 
     def evaluators(self) -> Sequence[Evaluator]:
-        """Return the evaluations of labels, generated cells and texts, on the test or else the validation studies."""
+        """Return the evaluations of labels, generated cells and texts.
+
+        They use the test studies; without test studies, the validation studies.
+        """
         held_out, note = held_out_split(self.store)
         if held_out is None or not self.config.report_cells:
             return ()
@@ -384,7 +389,7 @@ class CellSentences:
         return list(reports(self._writer, train, after, *options))
 
     def _writer(self, variables: Variables) -> CellSentenceModel:
-        """Return a `CellSentenceModel` with these variables."""
+        """Return a `CellSentenceModel` that uses the given variables."""
         parts = self.exports()
         return CellSentenceModel.of(
             self.model_config, variables, parts["tokenizer"], parts["genes"], parts["data"]
@@ -396,7 +401,7 @@ class CellSentences:
 
     @functools.cached_property
     def fits(self) -> dict[str, RankFit]:
-        """Linear fit of expression over log rank for each training study, and for all of them together ("all")."""
+        """Linear fits of expression against log rank: one per training study, and one for all together ("all")."""
         parts, found = [], {}
         for study in self.store.split("train"):
             counts = study.read(0, min(study.n_cells, _FIT_CELLS))
@@ -406,7 +411,7 @@ class CellSentences:
 
     @functools.cached_property
     def _label_counts(self) -> dict[str, Counter[str]]:
-        """Number of training cells per value, for each label and for the combined labels ("labels")."""
+        """Count the training cells that have each value, for each label and for the combined labels ("labels")."""
         found: dict[str, Counter[str]] = {}
         for study in self.store.split("train"):
             obs = study.obs({*self.options.fields.values(), *self.options.labels})
@@ -433,7 +438,7 @@ class CellSentences:
         return found
 
     def labels(self) -> dict[str, list[str]]:
-        """Return the values in the training cells, most frequent first, per label and for the combined labels."""
+        """Return the values of each label, and of the combined labels, in the training cells, most frequent first."""
         return {
             field: sorted(counts, key=lambda value, counts=counts: (-counts[value], value))  # type: ignore[misc]
             for field, counts in self._label_counts.items()
@@ -441,11 +446,11 @@ class CellSentences:
         }
 
     def operations(self, records: int) -> float:
-        """Return the FLOPs of the matrix products in one forward pass; a multiply-add counts as 2."""
+        """Return the FLOPs of the matrix products in one forward pass. A multiply-add counts as 2 FLOPs."""
         return Decoder.flops(self.model_config, records, self.data.length)
 
     def exports(self) -> dict[str, Any]:
-        """Return the genes, the tokenizer, and the options that made the training texts."""
+        """Return the genes, the tokenizer, and the options that turned cells into training texts."""
         described = {
             "task": NAME,
             "tasks": [name for name, _ in self.options.tasks],
@@ -458,7 +463,7 @@ class CellSentences:
         return {"genes": self.vocabulary, "tokenizer": self.tokenizer, "data": described}
 
     def notes(self, fresh: bool) -> Sequence[str]:
-        """Return notices on the fit of expression over rank, on packing, and on the loss of a new model."""
+        """Return notices on the fit of expression against rank, on packing, and on the loss of a new model."""
         fit, source = self.fits["all"], self.dataset("train")
         rows = 0 if source is None else source.cells_per_row
         many = "1 cell" if rows == 1 else f"{rows} cells"
@@ -479,7 +484,7 @@ class CellSentences:
 
 
 def _per_text(counts: jax.Array, segments: jax.Array) -> jax.Array:
-    """Sum counts (B, T) over each text; every token gets the sum of its text."""
+    """Sum per-token counts (B, T) over each packed text, and return for every token the sum of its text."""
     texts = segments.shape[1] + 1
 
     def of_row(counts: jax.Array, segments: jax.Array) -> jax.Array:
@@ -489,7 +494,7 @@ def _per_text(counts: jax.Array, segments: jax.Array) -> jax.Array:
 
 
 def make(inputs: TaskInputs) -> CellSentences:
-    """Build the task from the inputs of a configuration."""
+    """Build the task from `TaskInputs`, which hold the sections of a configuration."""
     assert inputs.tokenizer is not None
     model = registry.model_config(inputs.architecture, inputs.model, inputs.tokenizer.vocab_size)
     return CellSentences(

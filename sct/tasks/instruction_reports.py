@@ -1,4 +1,4 @@
-"""Evaluations after instruction tuning: answers about held-out cells, baselines and a control (ZerOmics, 4.2)."""
+"""Evaluate a model after instruction tuning by its answers about held-out cells, with baselines (ZerOmics, 4.2)."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ MODEL, OTHERS = "ZerOmics", "ZerOmics, soft tokens of other cells"
 
 
 class Answers:
-    """Evaluate the answers to one task about held-out cells, by scoring all candidate answers.
+    """Evaluate a model's answers to one task about held-out cells, by scoring all candidate answers.
 
-    The control asks the same questions with the soft tokens permuted among the cells of a study. The accuracy of the
-    control comes from the text of the question, not from the cell.
+    In the control, each cell gets the soft tokens of another cell of its study. The accuracy of the control comes from
+    the text of the question alone, not from the cell.
 
     Parameters
     ----------
     instruction_model
-        Function from variables to the model that answers.
+        Function that takes variables and returns the model that answers.
     task
         Code of the task: "cta" (cell type), "rci" (rare cell) or "tcd" (tumor).
     train, held_out
-        Studies to fit the baselines on, and studies to evaluate.
+        Studies on which the baselines are fitted, and studies that are evaluated.
     cells, seeds
         Largest number of held-out cells, and number of random seeds.
     note
@@ -58,7 +58,7 @@ class Answers:
         self.report: Report | None = None
 
     def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
-        """Evaluate the model: yield the numbers of the table, and store the table in `report`."""
+        """Evaluate the model, yield all metrics as (name, value) pairs, and store the table in `report`."""
         instruction_model = self.instruction_model(variables)
         names = sorted({name for each, _ in self.held_out for name in each.candidates[self.task]})
         shares: dict[str, list[pd.DataFrame]] = {MODEL: [], OTHERS: []}

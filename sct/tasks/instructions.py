@@ -1,4 +1,4 @@
-"""Instruction tuning: a language model answers questions about a cell, given as soft tokens (ZerOmics, section 3.2)."""
+"""Instruction tuning: a language model reads a cell as soft tokens and answers questions about it (ZerOmics, 3.2)."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class InstructionData(StoreConfig):
     Parameters
     ----------
     cell_encoder
-        Cell encoder: a run of `configs/zeromics_sc.py` or its model folder.
+        Cell encoder: the run folder or model folder of a run of `configs/zeromics_sc.py`.
     llm
         Pretrained decoder: a Hugging Face LLaMA folder or a model folder. "" starts from a random decoder with the
         options `model.llm`.
@@ -104,7 +104,7 @@ class InstructionData(StoreConfig):
 
     @property
     def text_length(self) -> int:
-        """Number of tokens in a row of text."""
+        """Number of tokens in each row of training text."""
         return self.length
 
 
@@ -120,14 +120,16 @@ class InstructionsConfig(ObjectiveConfig):
     prompts
         JSON file with further prompt templates.
     rank, alpha, dropout
-        Options of each LoRA adapter in the mixture (the paper uses rank 8 and alpha 8).
+        Options of each LoRA adapter. The paper uses rank 8 and alpha 8.
     targets
         Regular expressions over module paths of the decoder. The default is the query and value projections.
     universal, of_tasks
-        Whether to train a universal adapter, and one adapter per task. The ablations of Table 5 leave one of them out.
+        Whether to train a universal adapter, and whether to train one adapter per task. The ablations of Table 5 leave
+        out one of these.
     members
-        Names of the adapters in the model named in `init_from`, if it was trained on other tasks. A task without an
-        adapter then trains the universal one. By default, the names follow from `universal`, `of_tasks` and `tasks`.
+        Names of the adapters in the model named in `init_from`, if that model was trained on other tasks. A task
+        without an adapter then trains the universal adapter. By default, the names follow from `universal`, `of_tasks`
+        and `tasks`.
     train_llm, train_cells
         Also train the parameters of the decoder, or of the cell encoder.
     report_cells, report_seeds
@@ -162,8 +164,8 @@ class InstructionsConfig(ObjectiveConfig):
         check_at_least("report_seeds", self.report_seeds, 1)
         if not self.tasks or not (self.universal or self.of_tasks):
             raise ConfigError(
-                "objective has no task or no adapter to train: list one or more tasks in objective.tasks, and set "
-                "objective.universal or objective.of_tasks to True."
+                "the section `objective` has no task or no adapter to train: list one or more tasks in "
+                "objective.tasks, and set objective.universal or objective.of_tasks to True."
             )
         alone = [task for task, _ in self.tasks if task not in self.members]
         if self.members and UNIVERSAL not in self.members and alone:
@@ -175,7 +177,7 @@ class InstructionsConfig(ObjectiveConfig):
 
     @property
     def mixture(self) -> Mixture:
-        """The mixture of LoRA adapters, whose outputs are summed."""
+        """LoRA adapters of the decoder (universal and per task), whose outputs are summed."""
         members = [UNIVERSAL] * self.universal + [task for task, _ in self.tasks] * self.of_tasks
         members = list(self.members) or members
         targets = tuple(f"llm/.*{target}" for target in self.targets)
@@ -185,7 +187,7 @@ class InstructionsConfig(ObjectiveConfig):
 def options_of(
     config: InstructionsConfig, data: InstructionData, num_soft: int, seed: int
 ) -> InstructionOptions:
-    """Return the options of the instructions about cells, from a configuration's objective and data sections."""
+    """Combine a configuration's objective and data sections into the options that turn cells into instructions."""
     if not (data.studies or data.dataset):
         raise ConfigError(
             "data.studies is empty, but instructions need the abstract of each study: set --config.data.studies to a "
@@ -258,7 +260,7 @@ def parts_of(
     params : dict
         Pretrained arrays by parameter path.
     license : str
-        Licenses of the two models.
+        License texts of the two models.
 
     Raises
     ------
@@ -267,16 +269,16 @@ def parts_of(
     """
     if not data.cell_encoder:
         raise ConfigError(
-            "data.cell_encoder is empty, but instruction tuning needs a cell encoder: train one with "
-            "configs/zeromics_sc.py and set --config.data.cell_encoder to its run."
+            "data.cell_encoder is empty, but instruction tuning needs a cell encoder: train a cell encoder "
+            "with configs/zeromics_sc.py and set --config.data.cell_encoder to its run folder."
         )
     made = dict(values)
     given: dict[str, Any] = {}
     cells = load(data.cell_encoder, genes=vocabulary, mesh=mesh)
     if not isinstance(cells.config, ZerOmicsCellsConfig):
         raise ConfigError(
-            f"data.cell_encoder is {data.cell_encoder}, a model of the family {cells.family!r}, but it must be of the "
-            "family zeromics_cells: train one with configs/zeromics_sc.py."
+            f"data.cell_encoder is {data.cell_encoder}, a model of the family {cells.family!r}, but it must "
+            "be of the family zeromics_cells: train a cell encoder with configs/zeromics_sc.py."
         )
     learned = CellOptions.of(cells.config.num_bins, cells.data).record()
     for option, asked in CellOptions.of(cells.config.num_bins, data).record().items():
@@ -292,8 +294,8 @@ def parts_of(
         models["llm"] = load(data.llm, mesh=mesh, dtype=kind if frozen else None)
         if not isinstance(models["llm"].config, LlamaConfig):
             raise ConfigError(
-                f"data.llm is {data.llm}, a model of the family {models['llm'].family!r}, but it must be of the family "
-                "llama: give a LLaMA folder."
+                f"data.llm is {data.llm}, a model of the family {models['llm'].family!r}, but it must be of "
+                "the family llama: set data.llm to the folder of a LLaMA model."
             )
     for name, model in models.items():
         own = made.get(name, {})
@@ -358,8 +360,8 @@ class Instructions:
             )
         if model.llm.vocab_size < tokenizer.vocab_size:
             raise ConfigError(
-                f"the decoder has {model.llm.vocab_size} tokens, but the tokenizer has {tokenizer.vocab_size}: use the "
-                "tokenizer of the decoder (leave data.tokenizer empty)."
+                f"the decoder knows {model.llm.vocab_size} tokens, but the tokenizer has "
+                f"{tokenizer.vocab_size}: leave data.tokenizer empty to use the tokenizer of the decoder."
             )
         self.config, self.data, self.model_config, self.store, self.seed = config, data, model, store, seed
         self.model, self.tokenizer, self.vocabulary = ZerOmics(model), tokenizer, store.vocabulary
@@ -390,7 +392,7 @@ class Instructions:
         return given
 
     def init(self, rng: jax.Array) -> Variables:
-        """Return the initial variables, boxed."""
+        """Return the initial variables, boxed with their logical axis names."""
         variables = cast(Variables, self.model.init(rng, *ZerOmics.example(self.model_config).values()))
         adapters = lora.init(jax.random.fold_in(rng, 1), variables["params"], self.mixture.config)
         params = dict(variables["params"])
@@ -403,7 +405,7 @@ class Instructions:
         return {**variables, "params": params, "adapters": adapters}
 
     def gates(self, task: jax.Array) -> jax.Array:
-        """Return which adapter columns each cell trains (B, members x rank), given the task index of each cell (B,)."""
+        """Return which adapter columns (B, members x rank) each cell trains, given the task index of each cell (B,)."""
         members = self.mixture.members
         own = jnp.asarray(
             [[member in (UNIVERSAL, name) for member in members] for name, _ in self.config.tasks]
@@ -415,8 +417,9 @@ class Instructions:
     ) -> tuple[jax.Array, MetricSums]:
         """Return the mean cross-entropy of the answer tokens, including the end token.
 
-        Also returns sums: `loss`; `predicted` and `right`, the numbers of predicted and of correct tokens; and per
-        task (T,) `answers` and `exact`, the numbers of answers and of answers with every token correct.
+        Also returns sums over the batch. `loss` is the summed loss. `predicted` is the number of predicted tokens, and
+        `right` is the number of correct ones. For each task, (T,), `answers` is the number of answers, and `exact` is
+        the number of answers in which every token is correct.
         """
         ids, genes = batch["input_ids"], batch.get("genes")
         if train:
@@ -458,7 +461,7 @@ class Instructions:
         return total / jnp.maximum(count, 1.0), sums
 
     def compute_metrics(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Return the mean loss in nats, the token accuracy, and the share of exactly correct answers per task."""
+        """Return the mean loss in nats, the token accuracy, and each task's fraction of exactly correct answers."""
         count = max(float(sums["predicted"]), 1.0)
         summary = {"loss": float(sums["loss"]) / count, "accuracy": float(sums["right"]) / count}
         for (task, _), answers, exact in zip(self.config.tasks, sums["answers"], sums["exact"], strict=True):
@@ -483,7 +486,10 @@ class Instructions:
         )
 
     def evaluators(self) -> Sequence[Evaluator]:
-        """Return the evaluations of answers against baselines, on the test or else the validation studies."""
+        """Return the evaluations of answers against baselines.
+
+        They use the test studies; without test studies, the validation studies.
+        """
         held_out, note = held_out_split(self.store)
         if held_out is None or not self.config.report_cells:
             return ()
@@ -498,7 +504,7 @@ class Instructions:
         return list(reports(self._instruction_model, train, after, *options))
 
     def _instruction_model(self, variables: Variables) -> InstructionModel:
-        """Return an `InstructionModel` with these variables."""
+        """Return an `InstructionModel` that uses the given variables."""
         parts = self.exports()
         return InstructionModel.of(
             self.model_config, variables, parts["tokenizer"], parts["genes"], parts["data"]
@@ -509,12 +515,12 @@ class Instructions:
         return int(np.prod(batch["input_ids"].shape))
 
     def operations(self, records: int) -> float:
-        """Return the FLOPs of the matrix products in one forward pass; a multiply-add counts as 2."""
+        """Return the FLOPs of the matrix products in one forward pass. A multiply-add counts as 2 FLOPs."""
         genes = self.data.max_genes or self.model_config.cells.num_genes
         return ZerOmics.flops(self.model_config, records, self.data.length, genes)
 
     def exports(self) -> dict[str, Any]:
-        """Return the genes, the tokenizer, and the options that made the training instructions."""
+        """Return the genes, the tokenizer, and the options that turned cells into training instructions."""
         described = {
             "task": NAME,
             "tasks": [task for task, _ in self.config.tasks],
@@ -541,7 +547,7 @@ class Instructions:
 
 
 def make(inputs: TaskInputs) -> Instructions:
-    """Build the task from the inputs of a configuration."""
+    """Build the task from `TaskInputs`, which hold the sections of a configuration."""
     assert inputs.tokenizer is not None
     vocabulary, parent, values = inputs.store.vocabulary, inputs.parent_data_spec, dict(inputs.model)
     if parent is not None and parent.get("task") == NAME:
@@ -553,15 +559,15 @@ def make(inputs: TaskInputs) -> Instructions:
                 for each in (parent["members"], inputs.objective.mixture.members)
             )
             raise ConfigError(
-                f"the model has adapters for {has}, but the configuration asks for {asked}: list the same names in the "
-                "same order in objective.members."
+                f"the model has the adapters {has}, but the configuration asks for {asked}: list the names "
+                "of the model's adapters in the same order in objective.members."
             )
         known = known_genes(len(vocabulary), parent["dropped"])
     else:
         if not inputs.data.llm and not inputs.objective.train_llm:
             raise ConfigError(
-                "LoRA needs a pretrained decoder: set --config.data.llm=FOLDER, or train the decoder itself with "
-                "--config.objective.train_llm=True."
+                "LoRA needs a pretrained decoder, but --config.data.llm is not set: set "
+                "--config.data.llm=FOLDER, or train the decoder itself with --config.objective.train_llm=True."
             )
         size = inputs.tokenizer.vocab_size
         values, known, given, license = parts_of(

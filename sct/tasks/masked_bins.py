@@ -1,4 +1,4 @@
-"""Masked bins: a cell encoder predicts the expression bin and the identity of masked genes (ZerOmics, section 3.1)."""
+"""Train a cell encoder to predict the expression bin and the identity of masked genes (ZerOmics, section 3.1)."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def check_binned(data: Any) -> None:
     if CellOptions.of(2, data).name != "bins" or data.genes == "listed":
         raise ConfigError(
             f"data.values is {data.values!r} and data.genes is {data.genes!r}, but this task supports only "
-            "quantiles or levels in data.values, and all, expressed, top or sampled in data.genes: change the option "
-            "that has another value."
+            "data.values=quantiles or levels, and data.genes=all, expressed, top or sampled: change the "
+            "option that has another value."
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class BinData(StoreConfig):
-    """Data options: the cells, and the text features of their genes.
+    """Data options: which cells to train on, and how the text features of their genes are computed.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ def gene_features(
     known : numpy.ndarray
         bool (G,), whether the gene has a feature.
     source : dict
-        How the features were computed.
+        Record of how the features were computed.
 
     Raises
     ------
@@ -131,8 +131,8 @@ class MaskedBinsConfig(ObjectiveConfig):
     substituted
         Probability that an unmasked non-zero bin is replaced by a different random bin, which may be zero (p_s).
     max_masked_fraction
-        Largest share of a cell's positions at which the heads are evaluated. Masked positions beyond this share are
-        left out of the loss and counted in `dropped_targets`.
+        Maximum fraction of a cell's positions at which the output heads are evaluated. Masked positions beyond this
+        fraction are left out of the loss and counted in `dropped_targets`.
     report_cells, report_seeds
         Number of held-out cells in the report after training (0: no report), and number of random masks per cell.
     """
@@ -219,7 +219,7 @@ class MaskedBins:
         return given
 
     def init(self, rng: jax.Array) -> Variables:
-        """Return the initial variables, boxed."""
+        """Return the initial variables, boxed with their logical axis names."""
         return cast(Variables, self.model.init(rng, *ZerOmicsCells.example(self.model_config).values()))
 
     def mask_bins(
@@ -275,7 +275,7 @@ class MaskedBins:
         return sums["loss"] / jnp.maximum(count, 1.0), sums
 
     def compute_metrics(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Return the mean losses in nats, and the accuracies of the predicted bin and gene at masked positions."""
+        """Return the mean losses in nats, and the accuracies of the predicted bins and genes at masked positions."""
         count = max(float(sums["masked"]), 1.0)
         names = {
             "loss": "loss",
@@ -300,7 +300,10 @@ class MaskedBins:
         return CellSource(studies, self.options, self.known, exhaustive=split != "train", seed=self.seed)
 
     def evaluators(self) -> Sequence[Evaluator]:
-        """Return the evaluation of predicted bins against per-gene baselines, on test or else validation studies."""
+        """Return the evaluation of predicted bins against baselines.
+
+        It uses the test studies; without test studies, the validation studies.
+        """
         held_out, note = held_out_split(self.store)
         if held_out is None or not self.config.report_cells:
             return ()
@@ -320,7 +323,10 @@ class MaskedBins:
     def _predict(
         self, variables: Variables, batch: Mapping[str, jax.Array], rng: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Return log-probabilities of the bins, float32 (B, S, num_bins + 1), and the mask, bool (B, S)."""
+        """Mask bins at random and predict them.
+
+        Return log probabilities of all bins, float32 (B, S, num_bins + 1), and the mask, bool (B, S).
+        """
         bins, genes = batch["bins"].astype(jnp.int32), batch.get("genes")
         seen, masked = self.mask_bins(rng, bins, jnp.ones(bins.shape, bool))
         hidden = self.model.apply(variables, seen, genes, method="hidden_states")
@@ -332,11 +338,14 @@ class MaskedBins:
         return int(np.prod(batch["bins"].shape))
 
     def operations(self, records: int) -> float:
-        """Return the FLOPs of the matrix products in one forward pass without heads; a multiply-add counts as 2."""
+        """Return the FLOPs of the matrix products in one forward pass without the heads.
+
+        A multiply-add counts as 2 FLOPs.
+        """
         return ZerOmicsCells.flops(self.model_config, records, self.tokens_per_record)
 
     def exports(self) -> dict[str, Any]:
-        """Return the genes, and the options that made the training inputs."""
+        """Return the genes, and the options that turned counts into training inputs."""
         data = {
             "task": NAME,
             **self.options.record(),
@@ -346,7 +355,7 @@ class MaskedBins:
         return {"genes": self.vocabulary, "data": data}
 
     def notes(self, fresh: bool) -> Sequence[str]:
-        """Return notices on the number of genes with features, and on masked genes that the loss leaves out."""
+        """Return notices on the number of genes that have features, and on masked genes that the loss leaves out."""
         dropped = int((~self.known).sum())
         return (
             f"{len(self.known) - dropped:,} genes have a feature ({self.described['kind']})"
@@ -364,7 +373,7 @@ class MaskedBins:
 
 
 def make(inputs: TaskInputs) -> MaskedBins:
-    """Build the task from the inputs of a configuration."""
+    """Build the task from `TaskInputs`, which hold the sections of a configuration."""
     vocabulary, parent, features = inputs.store.vocabulary, inputs.parent_data_spec, None
     if parent is not None and parent.get("task") == NAME:
         known = known_genes(len(vocabulary), parent["dropped"])

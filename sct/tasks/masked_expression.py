@@ -53,14 +53,14 @@ class MaskedExpressionConfig(ObjectiveConfig):
         gene, not only for masked ones. With False, training uses the paper's loss, and inference adds the same
         logarithm to the logit of level 0 (`sct.data.class_prior`).
     max_masked_fraction
-        Largest share of a bag's positions at which training evaluates the head. Masked positions beyond this share are
-        left out of the loss and counted in `dropped_targets`. 0 evaluates the head at every position. If several
-        devices share the cells of a bag, each gets an equal part of these positions. The loss depends on the number of
-        devices only if positions are dropped.
+        Maximum fraction of a bag's positions at which training evaluates the output head. Masked positions beyond this
+        fraction are left out of the loss and counted in `dropped_targets`. 0 evaluates the head at every position. If
+        several devices share the cells of a bag, each gets an equal part of these positions. The loss depends on the
+        number of devices only if positions are dropped.
     report_ratio, report_seeds
-        Share of genes to mask, and number of random masks, in the report after training.
+        Fraction of genes to mask, and number of random masks, in the report after training.
     report_bags
-        Number of held-out bags in that report, spaced evenly over the split; 0 for all.
+        Number of held-out bags in the report after training, spaced evenly over the split; 0 for all bags.
     """
 
     BEFORE: ClassVar[Mapping[str, Any]] = types.MappingProxyType({"logit_adjustment": False})
@@ -87,14 +87,15 @@ class MaskedExpressionConfig(ObjectiveConfig):
             and rule.expressed > self.max_masked_fraction
         ):
             raise ConfigError(
-                f"masking {rule.kind!r} masks a fraction of {rule.expressed} of all positions, but max_masked_fraction "
-                f"is only {self.max_masked_fraction}: set max_masked_fraction above {rule.expressed}, or to 0."
+                f"the masking rule {rule.kind!r} masks a fraction of {rule.expressed} of all positions, but "
+                f"objective.max_masked_fraction is only {self.max_masked_fraction}: set "
+                f"objective.max_masked_fraction above {rule.expressed}, or to 0 for no limit."
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class BagData(StoreConfig):
-    """Data options: the cells, and how they are grouped into bags.
+    """Data options: which cells to train on, and how they are grouped into bags.
 
     Parameters
     ----------
@@ -108,7 +109,7 @@ class BagData(StoreConfig):
     noise_fraction: float = BagOptions.noise_fraction
 
     def options(self, seed: int) -> BagOptions:
-        """Return the bag options, with this seed."""
+        """Return the bag options with the given seed."""
         return BagOptions(
             cells_per_bag=self.cells_per_bag,
             shuffle_cells=self.shuffle_cells,
@@ -128,7 +129,7 @@ class MaskedExpression:
     model
         Configuration of the architecture. `num_genes` must be at least the size of the store's vocabulary.
     bags
-        How to form bags. The model's configuration overrides `num_positions`, `num_bins` and `spatial`.
+        Options for forming bags. The model's configuration overrides `num_positions`, `num_bins` and `spatial`.
     store
         Store with the cells.
     """
@@ -171,11 +172,11 @@ class MaskedExpression:
         self.tokens_per_record = bags.cells_per_bag * model.num_genes
 
     def take_pretrained_params(self) -> Mapping[str, Any]:
-        """Return no parameters: all start from random values."""
+        """Return no arrays, because all parameters start from random values."""
         return {}
 
     def init(self, rng: jax.Array) -> Variables:
-        """Return the initial variables, boxed."""
+        """Return the initial variables, boxed with their logical axis names."""
         return cast(Variables, self.model.init(rng, *SCT.example(self.model_config).values()))
 
     def loss(
@@ -251,12 +252,17 @@ class MaskedExpression:
         return summary
 
     def dataset(self, split: str) -> BagSource | None:
-        """Return the bags of a split: random bags for "train", else every cell once; None for an empty split."""
+        """Return the bags of a split: random bags for "train", and bags with every cell once for other splits.
+
+        Return None for an empty split.
+        """
         studies = self.store.split(split)
         return BagSource(studies, self.bags, exhaustive=split != "train") if studies else None
 
     def evaluators(self) -> Sequence[Evaluator]:
-        """Return the evaluations of imputation against baselines, on the test or else the validation studies.
+        """Return the evaluations of imputation against baselines.
+
+        They use the test studies; without test studies, the validation studies.
 
         The first evaluation masks genes at random and scores all masked genes. The second evaluation follows the sCT
         paper.
@@ -298,11 +304,11 @@ class MaskedExpression:
         return max(1, round(self.config.max_masked_fraction * self.tokens_per_record))
 
     def operations(self, records: int) -> float:
-        """Return the FLOPs of the matrix products in one forward pass; a multiply-add counts as 2."""
+        """Return the FLOPs of the matrix products in one forward pass. A multiply-add counts as 2 FLOPs."""
         return SCT.flops(self.model_config, records, self.bags.cells_per_bag, self.head_positions)
 
     def exports(self) -> dict[str, Any]:
-        """Return the genes, and the options that made the training inputs."""
+        """Return the genes, and the options that turned counts into training inputs."""
         data = {
             "cells_per_bag": self.bags.cells_per_bag,
             "noise_fraction": self.bags.noise_fraction,
@@ -322,7 +328,7 @@ class MaskedExpression:
 
 
 def make(inputs: TaskInputs) -> MaskedExpression:
-    """Build the task from the inputs of a configuration."""
+    """Build the task from `TaskInputs`, which hold the sections of a configuration."""
     model = registry.model_config(inputs.architecture, inputs.model, len(inputs.store.vocabulary))
     return MaskedExpression(inputs.objective, model, inputs.data.options(inputs.seed), inputs.store)
 

@@ -1,4 +1,4 @@
-"""Evaluations after training on cell sentences: predicted labels, generated cells and generated texts."""
+"""Evaluate a model trained on cell sentences: its predicted labels, generated cells and generated texts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class LabeledReferenceCells:
 
     @classmethod
     def read(cls, studies: Sequence[Any], field: str, most: int) -> LabeledReferenceCells:
-        """Read up to about `most` cells that have the label, in proportion to the size of each study.
+        """Read up to about `most` cells that have the label `field`. Larger studies give more cells.
 
         `studies` are `sct.data.text.source.Texts` or `sct.data.text.instructions.StudyQuestions`.
         """
@@ -67,7 +67,7 @@ def _text(value: Any) -> str:
 
 
 def _table(names: Sequence[str], field: str) -> pd.DataFrame:
-    """Return labels as a table with one column per label."""
+    """Convert labels (N,), which may be combined labels, to a table with one column per single label."""
     if field != "labels":
         return pd.DataFrame({field: list(names)})
     return pd.DataFrame([parse_labels(name) for name in names])
@@ -85,9 +85,9 @@ class PredictedLabels:
     Parameters
     ----------
     sentence_model
-        Function from variables to the model that predicts.
+        Function that takes variables and returns the model that predicts.
     train, held_out
-        Cells to fit the baselines on, and cells to predict.
+        Cells on which the baselines are fitted, and cells that are predicted.
     field
         "cell_type", "tissue" or "labels".
     seeds
@@ -114,7 +114,7 @@ class PredictedLabels:
         self.note = ""
 
     def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
-        """Evaluate the model: yield the numbers of the table, and store the table in `report`."""
+        """Evaluate the model, yield all metrics as (name, value) pairs, and store the table in `report`."""
         sentence_model = self.sentence_model(variables)
         answers = _values(sentence_model, self.field)
         asked = [
@@ -137,11 +137,12 @@ class PredictedLabels:
 
 
 def _values(sentence_model: CellSentenceModel, field: str) -> list[str]:
-    """Return the values of a label in the training cells; `ConfigError` if the model did not record them."""
+    """Return a label's values in the training cells; raise `ConfigError` if the model did not record them."""
     if field not in sentence_model.labels:
         raise ConfigError(
-            f"{field} has too many values in the training data to score each as a candidate: use a column with fewer "
-            "values, or set objective.report_cells to 0 to skip the reports."
+            f"the label {field} has too many values in the training data to score each value as a "
+            "candidate: use a column with fewer values, or set objective.report_cells to 0 to skip the "
+            "reports."
         )
     return list(sentence_model.labels[field])
 
@@ -181,7 +182,7 @@ class GeneratedCells:
         self.note = ""
 
     def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
-        """Evaluate the model: yield the numbers of the table, and store the table in `report`."""
+        """Evaluate the model, yield all metrics as (name, value) pairs, and store the table in `report`."""
         sentence_model = self.sentence_model(variables)
         sizes = pd.Series(self.held_out.labels).value_counts()
         if self.field != "labels":
@@ -200,7 +201,10 @@ class GeneratedCells:
 
 
 def _generate(sentence_model: CellSentenceModel, field: str, sizes: pd.Series, cells: int) -> CellSet:
-    """Generate about `cells` cells, in proportion to the held-out cells per label (`sizes`); at most half of these."""
+    """Generate about `cells` cells in all.
+
+    Each label gets a number in proportion to its held-out cells (`sizes`), and at most half of that number.
+    """
     number = np.maximum(1, np.floor(sizes / 2 * min(1.0, 2 * cells / sizes.sum()))).astype(int)
     wanted = np.repeat(sizes.index.to_numpy(), number)
     cut = {"num_genes": sentence_model.top_k} if sentence_model.top_k else {}
@@ -213,7 +217,10 @@ def _generate(sentence_model: CellSentenceModel, field: str, sizes: pd.Series, c
 
 
 def _expression(sentence_model: CellSentenceModel) -> generation.Express:
-    """Return a function from counts to (expression recovered from their sentences, sentences)."""
+    """Return a function that converts counts to cell sentences.
+
+    The function returns the expression that is recovered from the sentences, and the sentences.
+    """
 
     def express(counts: sparse.csr_matrix) -> tuple[Any, Sequence[str]]:
         written = sentences(counts, sentence_model.gene_names, top_k=sentence_model.top_k or None)
@@ -223,20 +230,20 @@ def _expression(sentence_model: CellSentenceModel) -> generation.Express:
 
 
 def _cell_set(sentence_model: CellSentenceModel, cells: LabeledReferenceCells) -> CellSet:
-    """Return real cells as sentences, with the expression recovered from these sentences."""
+    """Write real cells as cell sentences; return them with the expression recovered from these sentences."""
     written = _written(sentence_model, cells)
     return CellSet(sentence_model.expression(written)[0], cells.labels, written)
 
 
 @dataclasses.dataclass(frozen=True)
 class Contrast:
-    """The reference that unseen combinations of labels are compared with.
+    """Defines with which training cells an unseen combination of labels is compared.
 
     Attributes
     ----------
     perturbation, control
-        Label that names the treatment of a cell, and its value to compare with; "" for the most frequent other value in
-        the training cells.
+        `perturbation` is the label that names the treatment of a cell. `control` is the treatment to compare with; ""
+        means the most frequent other treatment in the training cells.
     seen
         Combinations of labels in the training cells.
     """
@@ -275,12 +282,12 @@ class PerturbedCells:
     sentence_model, train, held_out, seeds, cells
         See `GeneratedCells`.
     contrast
-        The reference to compare with.
+        With which training cells an unseen combination of labels is compared.
 
     Attributes
     ----------
     opposite
-        Unseen combination -> training combination that differs only in the perturbation.
+        Maps each unseen combination of labels to a training combination that differs only in the perturbation.
     """
 
     name = "perturbed"
@@ -301,7 +308,7 @@ class PerturbedCells:
         self.note = ""
 
     def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
-        """Evaluate the model: yield the numbers of the table, and store the table in `report`."""
+        """Evaluate the model, yield all metrics as (name, value) pairs, and store the table in `report`."""
         sentence_model = self.sentence_model(variables)
         unseen = pd.Series(self.held_out.labels)
         sizes = unseen[unseen.isin(list(self.opposite))].value_counts()
@@ -340,7 +347,7 @@ class DescribedCells:
         self.note = ""
 
     def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
-        """Evaluate the model: yield the numbers of the table, and store the table in `report`."""
+        """Evaluate the model, yield all metrics as (name, value) pairs, and store the table in `report`."""
         sentence_model = self.sentence_model(variables)
         asked = [
             {"cell": text, **_cut(sentence_model, text)} for text in _written(sentence_model, self.held_out)
@@ -361,7 +368,7 @@ class DescribedCells:
 
 
 def means(numbers: Mapping[str, Mapping[str, Sequence[float]]]) -> Iterator[tuple[str, float]]:
-    """Yield the mean over seeds of each table cell, as ("row/column", mean)."""
+    """Yield the mean over seeds of each cell of a result table, as ("row/column", mean)."""
     for row, columns in numbers.items():
         for column, values in columns.items():
             if len(values):
@@ -381,7 +388,7 @@ def reports(
     note: str = "",
     contrast: Contrast | None = None,
 ) -> Iterator[Measurement]:
-    """Yield the evaluations of the tasks that a model was trained on, with `note` below each report.
+    """Yield one evaluation for each task that a model was trained on. The text `note` is shown below each report.
 
     They cover predicted labels, generated cells and generated texts. With a `contrast`, cells generated for unseen
     combinations of labels are also evaluated. A label is skipped if held-out and training cells share fewer than two of

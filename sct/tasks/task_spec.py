@@ -1,4 +1,4 @@
-"""Specification of a task: the classes of its configuration sections, and the function that builds the task."""
+"""Define the specification of a task: its configuration classes, and the function that builds the task."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TaskInputs:
     tokenizer
         Tokenizer of tasks on text; None for other tasks.
     parent_data_spec
-        The `data` record of the resumed run or of the model named in `init_from`; None for a new model.
+        Data options that the resumed run, or the model named in `init_from`, was trained with; None for a new model.
     mesh
         Device mesh for the pretrained models that the task loads; None for one device.
     """
@@ -68,7 +68,8 @@ class TaskSpec:
     speed
         Modes of `launch.speed` that support this task.
     everywhere
-        Objective options that evaluate the head at every position, as the reference for `launch.speed`.
+        Objective options with which the output head is evaluated at every position, for the reference in
+        `launch.speed`.
     """
 
     name: str

@@ -80,9 +80,10 @@ def annotate(
     threshold
         Minimum probability of a label; cells below it are "unknown". Default: 0.5 with a reference, 0 for text models.
     n_contexts
-        With a reference: number of bag draws (seeds `seed`, `seed + 1`, ...). Neighbors are computed from the mean
-        embedding of these draws. Default: 3 for models that read bags, otherwise 1. With `spatial_key` it must be 1,
-        because the positions determine the bags; a reference without positions is then read in one random draw.
+        With a reference: how often bags are drawn at random (seeds `seed`, `seed + 1`, ...). Neighbors are computed
+        from the mean embedding over these draws. Default: 3 for models that read bags, otherwise 1. With `spatial_key`
+        it must be 1, because the positions determine the bags. The bags of a reference without positions are then drawn
+        once.
     key_added
         Prefix of the results:
 
@@ -113,9 +114,15 @@ def annotate(
     inputs.check_table(adata, copy)
     if reference is None:
         if use_rep is not None or n_neighbors != 15:
-            raise ConfigError("use_rep and n_neighbors need reference=...: set it, or leave them out.")
+            raise ConfigError(
+                "`use_rep` and `n_neighbors` have no effect without a reference: set "
+                "reference=..., or do not pass these two options."
+            )
         if n_contexts is not None:
-            raise ConfigError("n_contexts needs reference=...: set it, or leave n_contexts out.")
+            raise ConfigError(
+                "`n_contexts` has no effect without a reference: set reference=..., or do not "
+                "pass `n_contexts`."
+            )
         return _by_answers(
             adata,
             model,
@@ -128,8 +135,8 @@ def annotate(
         )
     if candidates is not None or not isinstance(label_key, str):
         raise ConfigError(
-            "with a reference, the labels come from one column of reference.obs: set label_key to the name of this "
-            "column, and leave candidates out."
+            "with `reference`, the labels come from one column of `reference.obs`: set `label_key` to the "
+            "name of this column, and do not pass `candidates`."
         )
     threshold = 0.5 if threshold is None else threshold
     inputs.check_table(reference, False)
@@ -142,7 +149,8 @@ def annotate(
     known = np.flatnonzero(labels.notna().to_numpy())
     if not len(known):
         raise DataError(
-            f"no reference cell has a label in obs[{label_key!r}]: set label_key to a column with labels."
+            f"all reference cells have a missing label in obs[{label_key!r}]: set `label_key` to a column "
+            "with labels."
         )
     given = options if n_contexts is None else {**options, "n_contexts": n_contexts}
     _check_options(adata, reference, use_rep, given)
@@ -152,8 +160,8 @@ def annotate(
     if use_rep is None:
         if model is None:
             raise ConfigError(
-                "model and use_rep are missing: pass a model to compute embeddings, or set use_rep to use existing "
-                "ones."
+                "`model` and `use_rep` are both missing: pass `model` to compute embeddings, or set "
+                "`use_rep` to the key of existing embeddings in obsm."
             )
         handle, use_rep = inputs.load_model(model), "X_sct"
         if n_contexts is None:
@@ -186,8 +194,8 @@ def annotate(
     searched, asked = np.asarray(reference.obsm[use_rep])[known], np.asarray(target.obsm[use_rep])
     if searched.shape[1] != asked.shape[1]:
         raise DataError(
-            f"obsm[{use_rep!r}] of adata has {asked.shape[1]} columns, but obsm[{use_rep!r}] of the reference has "
-            f"{searched.shape[1]}: embed both with the same model."
+            f"obsm[{use_rep!r}] of adata has {asked.shape[1]} columns, but obsm[{use_rep!r}] of the "
+            f"reference has {searched.shape[1]}: compute both embeddings with the same model."
         )
     shares, best = _shares(searched, asked, labels.to_numpy()[known], n_neighbors)
     probability = shares.to_numpy()[np.arange(len(asked)), best].astype(np.float32)
@@ -227,7 +235,7 @@ def _by_answers(
     copy: bool,
     options: Mapping[str, Any],
 ) -> ad.AnnData | None:
-    """Annotate without a reference, with a model that answers in text."""
+    """Annotate cells without a reference, with a model that answers in text."""
     handle = inputs.load_model(model) if model is not None else None
     if handle is None or families.model(handle.family).annotate is None:
         words = dict.fromkeys(
@@ -255,7 +263,7 @@ def _by_answers(
 def _contexts(
     reference: ad.AnnData, query: ad.AnnData, model: Pretrained, options: Mapping[str, Any]
 ) -> list[Contexts]:
-    """Return the contexts of the reference and of the query; `DataError` if they share almost no genes."""
+    """Plan the embedding of the reference and of the query; raise `DataError` if they share almost no genes."""
     found = []
     for cells in (reference, query):
         here = {name: value for name, value in options.items() if _applies(name, value, cells)}
@@ -278,19 +286,19 @@ def _check_options(
         check_choice("the option", name, (*_EMBED_OPTIONS, "n_contexts"))
         if use_rep is not None:
             raise ConfigError(
-                f"{name} configures a new embedding, but use_rep={use_rep!r} selects an existing one: leave {name} or "
-                "use_rep out."
+                f"`{name}` is an option for computing a new embedding, but use_rep={use_rep!r} selects an "
+                f"existing embedding: pass only one of `{name}` and `use_rep`."
             )
     for name, where in (("batch_key", "obs"), ("spatial_key", "obsm")):
         key = options.get(name)
         if key is not None and not any(key in getattr(cells, where) for cells in (adata, reference)):
             raise DataError(
-                f"neither adata nor the reference has {where}[{key!r}]: set {name} to an existing key."
+                f"neither adata nor the reference has {where}[{key!r}]: set `{name}` to an existing key."
             )
 
 
 def _applies(name: str, value: Any, cells: ad.AnnData) -> bool:
-    """Return whether an option of `embed` applies to these cells: a key applies only if the cells have it."""
+    """Return whether an option of `embed` can be used for these cells; a key can be used only if the AnnData has it."""
     if value is None:
         return False
     if name == "batch_key":
@@ -301,7 +309,7 @@ def _applies(name: str, value: Any, cells: ad.AnnData) -> bool:
 def _shares(
     searched: np.ndarray, asked: np.ndarray, labels: np.ndarray, n_neighbors: int
 ) -> tuple[pd.DataFrame, np.ndarray]:
-    """Return the fraction of each label among the neighbors of each cell (N, labels), and the best label's column."""
+    """Return the fraction of each label among each cell's neighbors, (N, labels), and the column of the best label."""
     codes, names = pd.factorize(labels.astype(str), sort=True)
     size = min(n_neighbors, len(searched))
     index = NearestNeighbors(n_neighbors=size, metric="cosine").fit(searched)

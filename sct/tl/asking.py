@@ -22,7 +22,10 @@ from sct.weights.pretrained import Pretrained
 
 
 def _load(adata: ad.AnnData, copy: bool, model: inputs.ModelLike) -> tuple[Pretrained, InstructionModel]:
-    """Check the input AnnData; return the loaded model and its instruction interface."""
+    """Check the input AnnData and load the model.
+
+    Return the loaded model and the object that answers questions with it.
+    """
     inputs.check_table(adata, copy)
     handle = inputs.load_model(model)
     return handle, families.require(handle, "ask")
@@ -121,7 +124,8 @@ def find_tumor(
     ]
     if not named:
         raise ConfigError(
-            f"diseases contains no disease: add at least one; the answer {NORMAL!r} is always included."
+            f"`diseases` names no tumor, but at least one is needed: add the name of a tumor; the answer "
+            f"{NORMAL!r} is added automatically."
         )
     return answer_by_candidates(
         adata,

@@ -60,7 +60,8 @@ def embed(
         `obsm[key_added]`: the embedding, float32 (N, D). `uns[key_added]`: the parameters. With `spatial_key`,
         `uns["sct_sections"]`: the scale of each section.
     batch_key
-        Column of `obs` with the batch of each cell (a donor, a slide). All cells of a bag come from the same batch.
+        Column of `obs` with the batch of each cell, such as its donor or slide. All cells of a bag come from the same
+        batch.
     spatial_key
         Key of the positions in `obsm`, for sCT. Bags then contain neighboring cells. Models that were trained with
         coordinates also read the positions.
@@ -77,8 +78,8 @@ def embed(
     seed
         Random seed of the bags. For cell sentences, random seed of the order of genes with equal counts.
     n_contexts
-        Number of bag draws (seeds `seed`, `seed + 1`, ...). The result is the mean of their embeddings. With
-        `spatial_key` it must be 1, because the positions determine the bags.
+        How often bags are drawn at random (seeds `seed`, `seed + 1`, ...). The result is the mean embedding over the
+        draws. With `spatial_key` it must be 1, because the positions determine the bags.
     copy
         If True, return a modified copy and leave `adata` unchanged.
 
@@ -108,18 +109,18 @@ def embed(
 
 @dataclasses.dataclass(frozen=True)
 class Contexts:
-    """Plan for embedding the cells of an AnnData in one or several draws of bags.
+    """Plan for embedding the cells of an AnnData, in bags that are drawn once or several times.
 
     Attributes
     ----------
     model
         The loaded model.
     reader
-        Applies the model to cells.
+        Object that applies the model to cells.
     cells
         Counts of the cells, aligned to the genes of the model.
     settings
-        The parameters, as they are written to `uns`.
+        The parameters in the form in which they are written to `uns`.
     context, batch_size
         See `embed`.
     """
@@ -138,7 +139,7 @@ class Contexts:
         batch_size: int | None = None, gene_column: str | None = None,
         duplicates: Literal["error", "sum"] = "error", seed: int = 0, n_contexts: int = 1,
     ) -> Contexts:  # fmt: skip
-        """Check the arguments of `embed` and build the plan."""
+        """Check the arguments of `embed`, and return the plan for embedding the cells."""
         reader: CellReader = families.require(model, "embed")
         _check_single(
             reader,
@@ -153,8 +154,8 @@ class Contexts:
         check_at_least("n_contexts", n_contexts, 1)
         if n_contexts > 1 and spatial_key is not None:
             raise ConfigError(
-                f"n_contexts is {n_contexts}, but with spatial_key it must be 1, because the positions determine the "
-                "bags: leave out n_contexts or spatial_key."
+                f"n_contexts is {n_contexts}, but with spatial_key it must be 1, because the positions "
+                "determine the bags: do not pass `n_contexts`, or do not pass `spatial_key`."
             )
         parts = inputs.sections(adata, batch_key, spatial_key)
         bags.check_context(context, parts[0])
@@ -170,7 +171,7 @@ class Contexts:
         return cls(model, reader, cells, settings, context, batch_size)
 
     def draws(self) -> Iterator[np.ndarray]:
-        """Yield the embedding (N, D) float32 of each bag draw."""
+        """Draw the bags once or several times; for each draw, yield the embedding of all cells, float32 (N, D)."""
         settings, name = self.settings, self.reader.readout
         for seed in range(settings["seed"], settings["seed"] + settings["n_contexts"]):
             orders = None
@@ -190,7 +191,10 @@ class Contexts:
             yield embedding
 
     def write(self, target: ad.AnnData, total: np.ndarray, key: str) -> None:
-        """Write the mean embedding and the parameters; `total` (N, D) is the sum over the bag draws."""
+        """Write the mean embedding and the parameters to the AnnData.
+
+        `total` (N, D) is the sum of the embeddings over all draws.
+        """
         settings = self.settings
         target.obsm[key] = (total / np.float32(settings["n_contexts"])).astype(np.float32, copy=False)
         inputs.keep_scales(target, self.cells.sections, settings["batch_key"], settings["spatial_key"])
@@ -203,6 +207,6 @@ def _check_single(reader: CellReader, model: Pretrained, **given: Any) -> None:
     for name, value in given.items():
         if not reader.in_bags and value != defaults[name]:
             raise ConfigError(
-                f"{name} is {value!r}, but models of the family {model.family!r} read single cells, not bags: leave "
-                f"{name} out."
+                f"{name} is {value!r}, but models of the family {model.family!r} read single cells, not "
+                f"bags: do not pass `{name}`."
             )

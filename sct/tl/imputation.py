@@ -104,8 +104,8 @@ def impute(
     inputs.check_table(adata, copy)
     if genes is None and cells is None:
         raise ConfigError(
-            'genes and cells are both missing: set genes=["CD3E", ...], genes="missing" for the genes that the panel '
-            "lacks, or cells=..."
+            '`genes` and `cells` are both missing: set genes=["CD3E", ...], genes="missing" for the genes that the '
+            "panel lacks, or cells=..."
         )
     handle = inputs.load_model(model)
     reader: BagReader = families.require(handle, "impute")
@@ -114,7 +114,8 @@ def impute(
     size = reader.cells_per_bag(cells_per_bag)
     if adata.isbacked and cells is not None:
         raise DataError(
-            "adata is backed, but cells=... needs it in memory: load it with adata.to_memory(), or impute genes only."
+            "adata is backed, but the option cells=... needs an AnnData in memory: load adata with "
+            "adata.to_memory(), or impute only genes."
         )
     check_at_least("seed", seed, 0)
     chosen = None if cells is None else _rows(adata, cells)
@@ -157,17 +158,19 @@ def impute(
 def _masked_cell_order(
     section: Section, hidden: np.ndarray, cells_per_bag: int, seed: int
 ) -> BagOrder | None:
-    """Return the bags of a section, given a mask (n,) of its hidden cells; None if no cell is hidden."""
+    """Plan the bags of a section for a mask (n,) of the cells to impute; return None if no cell is to be imputed."""
     where = f" of {section.name}" if section.name else ""
     if not hidden.any():
         return None
     if hidden.all():
         raise DataError(
-            f"all {len(hidden):,} cells{where} are selected for imputation, but some must stay visible: select fewer."
+            f"all {len(hidden):,} cells{where} are selected for imputation, but some cells must stay "
+            "visible: select fewer cells."
         )
     if cells_per_bag < 2:
         raise ConfigError(
-            "cells_per_bag is 1, but imputing whole cells needs other cells in the bag: set it to 2 or more."
+            "`cells_per_bag` is 1, but imputing whole cells needs other cells in the bag: set "
+            "`cells_per_bag` to 2 or more."
         )
     # A section can be smaller than a bag; most of its cells must stay visible too.
     most = max(1, int(HIDDEN_SHARE * min(cells_per_bag, len(hidden))))
@@ -175,7 +178,7 @@ def _masked_cell_order(
 
 
 def _rows(adata: ad.AnnData, cells: Any) -> np.ndarray:
-    """Return a mask (N,) of the selected cells."""
+    """Convert names, row numbers or a mask of cells to a mask (N,)."""
     given = np.asarray(cells)
     mask = np.zeros(adata.n_obs, bool)
     if given.dtype == bool:
@@ -184,8 +187,8 @@ def _rows(adata: ad.AnnData, cells: Any) -> np.ndarray:
     elif given.dtype.kind in "iu":
         if given.size and not (given.min() >= 0 and given.max() < adata.n_obs):
             raise DataError(
-                f"cells has row numbers {given.min()} to {given.max()}, but adata has rows 0 to {adata.n_obs - 1}: use "
-                "row numbers in this range."
+                f"`cells` has row numbers from {given.min()} to {given.max()}, but adata has the rows 0 to "
+                f"{adata.n_obs - 1}: use row numbers in this range."
             )
         mask[given] = True
     else:
@@ -198,12 +201,15 @@ def _rows(adata: ad.AnnData, cells: Any) -> np.ndarray:
         if (found < 0).any():
             lost = np.atleast_1d(given)[found < 0]
             raise DataError(
-                f"{len(lost):,} cells are not in obs_names (first: {str(lost[0])!r}): correct their names, or leave "
-                "them out."
+                f"{len(lost):,} names in `cells` are not in obs_names (first: {str(lost[0])!r}): correct "
+                "these names, or remove them from `cells`."
             )
         mask[found] = True
     if not mask.any():
-        raise DataError("cells selects no cell: select at least one.")
+        raise DataError(
+            "`cells` selects no cell, but at least one is needed: pass the cells to impute, or "
+            "leave `cells` out to impute genes in all cells."
+        )
     return mask
 
 
@@ -219,7 +225,7 @@ def _genes(
         wanted = np.flatnonzero(~table.measured)
         if not len(wanted):
             raise DataError(
-                'genes is "missing", but adata has all genes of the model: set genes to a list of names.'
+                'genes is "missing", but adata already has all genes of the model: set `genes` to a list of gene names.'
             )
         alone = [
             vocabulary.owners_of_symbol.get(vocabulary.symbols[gene]) == (gene,) for gene in wanted.tolist()
@@ -241,8 +247,8 @@ class _Predictions:
     rows
         Row number of each cell, int (m,).
     values
-        Arrays (m, n) by result suffix (`RESULTS`): expected counts (float32), level (uint8), probability of expression
-        (float32).
+        One array (m, n) for each suffix in `RESULTS`: expected counts (float32), levels (uint8), and probabilities of
+        expression (float32).
     """
 
     rows: np.ndarray
@@ -259,7 +265,7 @@ def _predict(
     masked_genes: np.ndarray | None,
     batch_size: int | None,
 ) -> _Predictions:
-    """Predict the genes `wanted` (vocabulary positions) in the cells `chosen` (a mask)."""
+    """Predict the genes with the vocabulary positions `wanted` in the cells of the mask `chosen`."""
     config = reader.model.config
     whole = masked_genes is None
     places = np.flatnonzero(chosen)
@@ -326,7 +332,10 @@ def _write(
     key: str,
     model: Any,
 ) -> np.ndarray:
-    """Write predictions to layers, or to obsm for genes without a column; return a mask of the genes in layers."""
+    """Write predictions to layers, or to obsm for genes without a column of their own.
+
+    Return a mask of the genes written to layers.
+    """
     places = result.rows
     there = column[wanted] >= 0
     if target.isbacked:
@@ -374,7 +383,7 @@ def _write(
 
 
 def _columns(target: ad.AnnData, table: CellCounts) -> np.ndarray:
-    """Return the column of `target.var` of each vocabulary gene, -1 if no column or several columns have it."""
+    """Return the column number in `target` of each vocabulary gene; -1 if the gene has no column or several columns."""
     column = np.full(len(table.vocabulary), -1)
     of_input = table.alignment.columns
     times = np.bincount(of_input[of_input >= 0], minlength=len(column))
@@ -399,7 +408,9 @@ def _counts(target: ad.AnnData, table: CellCounts) -> sparse.csr_matrix:
 
 
 def _levels(target: ad.AnnData, table: CellCounts, column: np.ndarray, model: Any) -> sparse.csr_matrix:
-    """Return the level (N, n_var) of each observed count, from the range of the cell's counts of the model's genes.
+    """Return the level of each observed count, (N, n_var).
+
+    The range of a cell is that of its counts of the model's genes.
 
     The levels that the model reads may differ, because it reads neither hidden values nor genes below the noise
     threshold.

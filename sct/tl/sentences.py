@@ -38,14 +38,16 @@ def to_sentences(
 ) -> pd.Series:
     """Convert each cell to a cell sentence: its expressed genes in descending order (Cell2Sentence paper, section 3.1).
 
-    Genes with equal counts are in random order. This order depends only on the seed, the name of the cell and the gene.
+    Genes with equal counts are in random order. The random order depends only on the seed and on the names of cell and
+    gene.
 
     Parameters
     ----------
     adata
         Raw counts (N, n_var), in memory or backed.
     top_k
-        Maximum number of genes in a sentence. Default: all expressed genes; with `model`, the number that it reads.
+        Maximum number of genes in a sentence. Default: all expressed genes; with `model`, the number that the model
+        reads.
     seed
         Random seed of the order of genes with equal counts.
     model
@@ -73,7 +75,8 @@ def to_sentences(
         check_at_least("top_k", top_k, 1, advice="leave it out to write all expressed genes")
     if model is None and (gene_column is not None or duplicates != "error"):
         raise ConfigError(
-            "gene_column and duplicates match genes to a model, but model is missing: set model, or leave them out."
+            "`gene_column` and `duplicates` have no effect without a model: set `model`, or do not pass "
+            "these two options."
         )
     if model is not None:
         handle = inputs.load_model(model)
@@ -93,7 +96,10 @@ def to_sentences(
 
 
 def _gene_names(var: pd.DataFrame) -> list[str]:
-    """Return the name of each gene, or its symbol if the name is an Ensembl id in the human gene table."""
+    """Return the name of each gene.
+
+    A name that is an Ensembl id in the human gene table is replaced by the gene symbol.
+    """
     names = [str(name) for name in var.index]
     human = GeneVocabulary.human()
     symbols = dict(zip(human.ensembl_ids, sentence_gene_names(human), strict=True))
@@ -162,7 +168,8 @@ def generate_cells(
     if len(asked) > 1:
         given_as = ["text" if name == "abstract" else name for name in asked]
         raise ConfigError(
-            f"{' and '.join(given_as)} are set, but only one condition is allowed: keep one, or combine them in labels."
+            f"{' and '.join(given_as)} are all set, but only one condition is allowed: keep one of them, or "
+            "combine labels in the option `labels`."
         )
     name = next(iter(asked), None)
     task = "unconditional" if name is None else f"{name}_to_cell"
@@ -217,12 +224,13 @@ def _check_known(sentence_model: CellSentenceModel, name: str, many: Sequence[An
 
 
 def _in_order(sentence_model: CellSentenceModel, labels: Any) -> dict[str, Any]:
-    """Return labels in the order of the training data; `ConfigError` if one is missing or unknown."""
+    """Return labels in the order of the training data; raise `ConfigError` if a label is missing or unknown."""
     learned = list(parse_labels(next(iter(sentence_model.labels.get("labels", [""])), "")))
     if not isinstance(labels, Mapping) or (learned and set(labels) != set(learned)):
         shown = ", ".join(map(str, labels)) if isinstance(labels, Mapping) else repr(labels)
         raise ConfigError(
-            f"labels has {shown}, but the model learned {', '.join(learned)} together: set exactly these."
+            f"`labels` has {shown}, but the model learned {', '.join(learned)} together: set exactly the "
+            "labels that the model learned."
         )
     return {key: labels[key] for key in learned or labels}
 

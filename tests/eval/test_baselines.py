@@ -323,7 +323,7 @@ def test_methods_say_why_they_cannot_answer():
         (Magic(), cells, "masked cells"),
         (OwnKnnSmoothing(), genes, "masked in all cells"),
         (Magic(), genes, "masked in all cells"),
-        (NeighborMean(CELLS), everything, "no cell"),
+        (NeighborMean(CELLS), everything, "without masked genes"),
     ):
         with pytest.raises(Unavailable, match=reason):
             method.predict(CELLS, draw)

@@ -502,7 +502,7 @@ def test_whole_cells_have_their_own_baseline(outcomes):
     assert rows["mean of the visible cells of the bag that express the gene"].given_expressed
     assert (
         rows["kNN smoothing, k = 5"].remark
-        == "the masked cells have no visible genes, which this method needs"
+        == "all genes of the masked cells are masked, but this method needs visible genes"
     )
     assert "MAGIC" not in rows
     other = imputation.whole_cell_imputation(hold_out(HELD_OUT), None, numbers=(2,), seeds=1)
@@ -565,7 +565,9 @@ def test_fixed_genes_are_masked_in_all_cells_and_scored_by_group():
     assert (seen[0].mask != seen[1].mask).any()
     rows = {row.method: row for row in outcome.settings[0].rows}
     assert "masked in all cells" in rows["kNN smoothing, k = 5"].remark
-    assert rows[REFERENCE_NAME.split(",")[0]].remark == "no training studies were given"
+    assert (
+        rows[REFERENCE_NAME.split(",")[0]].remark == "this method needs training studies, but none were given"
+    )
 
 
 def test_a_group_without_genes_says_so():

@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_an_error():
     for arguments, message in (
         ((made, true, pairs[:3]), "row number"),
         ((made, true, pairs.astype(float)), "row number"),
-        ((made, true, pairs + 1), "row numbers from 0"),
+        ((made, true, pairs + 1), "true texts"),
         ((made[:, :3], true, pairs), "columns"),
         ((made * np.nan, true, pairs), "NaN"),
     ):
@@ -289,5 +289,5 @@ def test_reports_that_cannot_be_made_are_errors():
         txt.compare({"m": GENERATED[:3]}, TRUE, PAIRS)
     with pytest.raises(ConfigError, match="seeds"):
         txt.compare({"m": GENERATED}, TRUE, PAIRS, seeds=0)
-    with pytest.raises(ConfigError, match="generated has a name"):
+    with pytest.raises(ConfigError, match="same name"):
         txt.compare({txt.DRAWN: GENERATED}, TRUE, PAIRS, TRAINING)

@@ -117,7 +117,7 @@ def test_itself_as_the_reference_gives_its_own_labels(adata, model):
         ({"label_key": "kind", "use_rep": "X", "threshold": 2}, ConfigError, "threshold"),
         ({"label_key": "kind", "use_rep": "X", "n_neighbors": 0}, ConfigError, "n_neighbors"),
         ({"label_key": "kind", "use_rep": "X", "n_neighbours": 3}, ConfigError, "'n_neighbours'"),
-        ({"label_key": "kind", "use_rep": "X", "seed": 3}, ConfigError, "seed .*use_rep='X'"),
+        ({"label_key": "kind", "use_rep": "X", "seed": 3}, ConfigError, "seed.*use_rep='X'"),
     ],
 )
 def test_wrong_input_is_a_sentence(options, error, words):
@@ -171,8 +171,8 @@ def test_several_contexts_are_averaged_and_their_agreement_is_told(adata, model)
     assert "sct_label_agreement" not in query.obs, "bags of neighbours are not drawn"
     for given, words in (
         ({"n_contexts": 0}, "n_contexts is 0"),
-        ({"n_contexts": 2, "spatial_key": "spatial"}, "leave out n_contexts"),
-        ({"n_contexts": 2, "use_rep": "X_sct"}, "n_contexts .*use_rep='X_sct'"),
+        ({"n_contexts": 2, "spatial_key": "spatial"}, "do not pass `n_contexts`"),
+        ({"n_contexts": 2, "use_rep": "X_sct"}, "n_contexts.*use_rep='X_sct'"),
     ):
         with pytest.raises(ConfigError, match=words):
             sct.tl.annotate(query, model, reference=reference, **options, **given)

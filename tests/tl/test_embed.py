@@ -380,7 +380,7 @@ def test_several_contexts_are_averaged(adata, model):
     assert sct.tl.embed(adata, model, n_contexts=2, copy=True).uns["X_sct"]["n_contexts"] == 2
     for given, words in (
         ({"n_contexts": 0}, "n_contexts is 0"),
-        ({"n_contexts": 2, "spatial_key": "spatial"}, "leave out n_contexts"),
+        ({"n_contexts": 2, "spatial_key": "spatial"}, "do not pass `n_contexts`"),
     ):
         with pytest.raises(ConfigError, match=words):
             embedded(adata, model, **given)

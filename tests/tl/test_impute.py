@@ -250,10 +250,10 @@ def test_results_survive_a_file(adata, model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({}, ConfigError, "genes and cells"),
+        ({}, ConfigError, "both missing"),
         ({"genes": ["NOSUCHGENE"]}, DataError, "NOSUCHGENE"),
         ({"genes": []}, DataError, "empty"),
-        ({"cells": [1, 99]}, DataError, "numbers 1 to 99"),
+        ({"cells": [1, 99]}, DataError, "from 1 to 99"),
         ({"cells": ["nobody"]}, DataError, "'nobody'"),
         ({"cells": np.ones(3, bool)}, DataError, "shape"),
         ({"cells": np.zeros(CELLS, bool)}, DataError, "no cell"),
@@ -301,7 +301,7 @@ def test_a_study_of_a_store_knows_what_its_panel_lacks(adata, model, tmp_path):
 
 def test_whole_cells_need_others_in_their_bag(adata, model):
     for keys in ({}, {"spatial_key": "spatial"}):
-        with pytest.raises(ConfigError, match="cells_per_bag is 1"):
+        with pytest.raises(ConfigError, match="cells_per_bag` is 1"):
             sct.tl.impute(adata, model, cells=[0, 5], cells_per_bag=1, **keys)
     sct.tl.impute(adata, model, cells=np.arange(30), cells_per_bag=2)
     assert np.isfinite(dense(adata.layers["sct_expected"])).all()

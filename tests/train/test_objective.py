@@ -225,7 +225,7 @@ def test_configuration_errors_say_what_to_do(config, tmp_path):
         (config(objective__report_seeds=0), "report_seeds is 0"),
         (
             config(objective__masking={"kind": "uniform"}, objective__max_masked_fraction=0.05),
-            "set max_masked_fraction above",
+            "max_masked_fraction above",
         ),
         (config(objective__masking={"unexpressed": 0.0}), "logit_adjustment=False"),
         (config(train__patience=-1), "train.patience is -1"),

@@ -39,24 +39,24 @@ class BaselineCells:
 
     @functools.cached_property
     def log(self) -> sparse.csr_matrix:
-        """log1p of counts per 10,000, float32 (N, G); a cell without counts has zeros."""
+        """Return log1p counts per 10,000, float32 (N, G); the row of a cell without counts is zero."""
         return log_expression(self.counts).astype(np.float32)
 
     @functools.cached_property
     def principal(self) -> np.ndarray:
-        """Principal components (N, P) of all cells."""
+        """Return the first `components` principal components of the log counts of all cells, (N, P)."""
         return _fit(self.log, self.components).transform(self.log)
 
 
 def _fit(values: sparse.csr_matrix, components: int) -> Any:
-    """Fit a PCA to a sparse matrix; arpack centers it without making it dense."""
+    """Fit a PCA to a sparse matrix; the solver arpack centers the matrix without making it dense."""
     components = min(components, min(values.shape) - 1)
     # Only the start vector of arpack is random, so a fixed seed is enough.
     return decomposition.PCA(components, svd_solver="arpack", random_state=0).fit(values)
 
 
 def _by_scanpy(cells: BaselineCells) -> Any:
-    """Return an AnnData of log1p counts per 10,000, computed by scanpy, so that rounding matches scanpy's recipe."""
+    """Compute log1p counts per 10,000 with scanpy, so that rounding is the same as in scanpy, and return an AnnData."""
     scanpy = load_extra("scanpy", "analysis")
     from anndata import AnnData
 
@@ -67,7 +67,10 @@ def _by_scanpy(cells: BaselineCells) -> Any:
 
 
 def hvg_pca(cells: BaselineCells, genes: int, seed: int) -> np.ndarray:
-    """Return principal components (N, P) by scanpy's standard recipe: `genes` variable genes, scaled, clipped at 10."""
+    """Return principal components (N, P), computed by scanpy from `genes` highly variable genes.
+
+    The genes are scaled and clipped at 10 first.
+    """
     scanpy = load_extra("scanpy", "analysis")
     adata = _by_scanpy(cells)
     adata = adata[:, variable_genes(adata.X, genes)].copy()
@@ -77,7 +80,7 @@ def hvg_pca(cells: BaselineCells, genes: int, seed: int) -> np.ndarray:
 
 
 def scvi(cells: BaselineCells, genes: int, seed: int, epochs: int | None = None) -> np.ndarray:
-    """Return the latent space (N, 10) of scVI, trained with its defaults on raw counts of variable genes and batches.
+    """Train scVI with its default settings on raw counts of highly variable genes, and return its latent space (N, 10).
 
     Parameters
     ----------
@@ -126,7 +129,7 @@ def scvi(cells: BaselineCells, genes: int, seed: int, epochs: int | None = None)
 
 
 def classify(cells: BaselineCells, seed: int, folds: int = 5, k: int = 5) -> dict[str, tuple[float, float]]:
-    """Return the cross-validated accuracy of k-NN and logistic regression on principal components.
+    """Return the cross-validated accuracy and macro-F1 of k-NN and logistic regression on principal components.
 
     PCA and classifier are fitted on the cells of the training folds only.
 

@@ -40,7 +40,8 @@ class EmbeddingMethod:
     fitted_on
         Data that the method was fitted on, as shown in the table.
     fits
-        Number of seeds for which the function is called. Seed s of the evaluation uses embedding s % fits.
+        Number of seeds (0, 1, ...) for which the function `embedding` is called, so number of embeddings that are
+        computed. Seed s of the evaluation uses the embedding with the index s % fits.
     remark
         Remark for the reader of the table.
     """
@@ -64,7 +65,7 @@ class EmbeddingMetricOptions:
     seeds
         Number of random seeds (0, 1, ...) for the folds, the Leiden clustering and the subsampling.
     folds, k
-        Number of cross-validation folds, and number of neighbors that vote.
+        Number of cross-validation folds, and number of nearest neighbors that vote in the k-NN classification.
     resolution, graph_neighbors
         Resolution of the Leiden clustering, and neighbors of each cell in its graph.
     components, genes
@@ -159,7 +160,8 @@ def measure(
     cells, kept, notes = _labeled(counts, labels, batch, options.components)
     if taken := [name for name in map(options.name, options.baselines) if name in methods]:
         raise ConfigError(
-            f"methods has the name {taken[0]!r}, which is the name of a baseline: use another name."
+            f"`methods` has an entry named {taken[0]!r}, but this is the name of a baseline: use another "
+            "name."
         )
     rows: dict[str, EmbeddingMethod] = {}
     for name, method in methods.items():
@@ -185,7 +187,10 @@ def measure(
 def _labeled(
     counts: Any, labels: Any, batch: Any, components: int
 ) -> tuple[BaselineCells, np.ndarray, list[str]]:
-    """Return the cells that have a label, bool (N,) which cells these are, and a note about the other cells."""
+    """Select the cells that have a label.
+
+    Return these cells, a bool mask (N,) of them, and a note on the excluded cells.
+    """
     names = pd.Series(np.asarray(labels, dtype=object))
     for what, given in (("labels", names), ("batches", names if batch is None else batch)):
         check_one_each(what, len(given), "cells", counts.shape[0])
@@ -198,10 +203,10 @@ def _labeled(
     batches = None
     if batch is not None:
         batches = metrics.codes(np.asarray(batch, dtype=object)[kept])
-        if (number := len(np.unique(batches))) < 2:
+        if len(np.unique(batches)) < 2:
             raise DataError(
-                f"the cells have {number} batch, but at least two are needed: leave the batch out or choose another "
-                "batch column."
+                "all cells have the same batch, but batch metrics need at least two batches: leave the "
+                "batch out or choose another batch column."
             )
     cells = BaselineCells(
         sparse.csr_matrix(counts)[kept].astype(np.float32),
@@ -265,7 +270,7 @@ def _add(
 
 
 def _reason(error: Exception) -> str:
-    """Return an error as one line of text; errors of other libraries start with the name of their type."""
+    """Return an error as one line of text. If another library raised it, the line starts with the type of the error."""
     text = str(error).strip().split("\n")[0]
     return (
         text
@@ -279,7 +284,10 @@ def _reason(error: Exception) -> str:
 def _measure(
     method: EmbeddingMethod, cells: BaselineCells, kept: np.ndarray | None, options: EmbeddingMetricOptions
 ) -> tuple[dict[str, list[float]], list[str]]:
-    """Return all metrics of one embedding as column -> values, and the remarks."""
+    """Compute all metrics of one embedding.
+
+    Return them as column -> one value per seed, and return remarks for the table.
+    """
     remarks = [method.remark]
     try:
         with metrics.quiet():
@@ -305,7 +313,7 @@ def _measure(
 
 
 def _checked(embedding: Any, cells: BaselineCells, kept: np.ndarray | None) -> np.ndarray:
-    """Check an embedding and return its labeled cells, float32 (labeled cells, D).
+    """Check the shape and values of an embedding, and return its rows for labeled cells, float32 (labeled cells, D).
 
     `kept`, bool (N,), says which rows have a label; None if the embedding contains only labeled cells.
     """

@@ -45,7 +45,7 @@ class GenerationOptions:
     Attributes
     ----------
     seeds
-        Number of random draws of the compared cells, with the seeds 0, 1, ...
+        How often the compared cells are drawn at random, with the seeds 0, 1, ...
     ks
         Numbers of neighbors (k) of the k-NN accuracy.
     per_label
@@ -55,7 +55,8 @@ class GenerationOptions:
     variable_genes
         Perturbations only: number of highly variable genes, selected in the training cells; 0 for all genes.
     differential_genes
-        Perturbations only: number of genes that differ most between a condition and its opposite.
+        Perturbations only: number of differential genes of a condition, which are the genes whose expression differs
+        most between the condition and its opposite condition (such as the control).
     log_base
         Perturbations only: base of the logarithm of expression.
     """
@@ -78,7 +79,10 @@ class GenerationOptions:
 
 
 def log_normalized(counts: sparse.csr_matrix) -> tuple[sparse.csr_matrix, None]:
-    """Return log10(1 + counts per 10,000) of raw counts (N, G) (Cell2Sentence, equation 1), and None as sentences."""
+    """Convert raw counts (N, G) to log10(1 + counts per 10,000) (Cell2Sentence, equation 1).
+
+    The second return value, None, means that the cells have no sentences.
+    """
     return sparse.csr_matrix(log_expression(counts, np.float64) / np.log(10)), None
 
 
@@ -100,9 +104,9 @@ def profile_counts(
 
     Returns
     -------
-    Raw counts (M, G) and rows (M,) of training cells. Each cell is a multinomial draw from the summed counts of its
-    label. Its total count is that of a training cell of the label, whose row is returned. A training cell is used twice
-    only if the label has too few cells.
+    Raw counts (M, G), and the row numbers (M,) of one training cell per drawn cell. Each drawn cell is a multinomial
+    sample from the summed counts of its label, and its total count equals that of a random training cell of this label.
+    A training cell is used twice only if the label has too few cells.
 
     Raises
     ------
@@ -117,7 +121,10 @@ def profile_counts(
             "the training counts have negative or fractional values, but whole counts are needed: pass raw counts."
         )
     if missing := sorted(map(str, set(asked) - set(labels))):
-        raise DataError(f"no training cell has the label {missing[0]!r}: leave it out or add training cells.")
+        raise DataError(
+            f"cells with the label {missing[0]!r} are requested, but no training cell has this "
+            "label: remove the label from the request or add training cells."
+        )
     totals = np.asarray(counts.sum(axis=1)).ravel().astype(np.int64)
     donors = np.empty(len(asked), np.int64)
     blocks, order = [], []
@@ -134,9 +141,9 @@ def profile_counts(
 def _split(
     generated: CellSet, real: CellSet, labels: Sequence[Any], options: GenerationOptions, seed: int
 ) -> tuple[CellSet, CellSet, CellSet]:
-    """Return reference cells (real), generated cells, and other real cells.
+    """Split the real cells in two, and return the real reference cells, generated cells, and the other real cells.
 
-    Per label, the last two sets have the same number of cells.
+    For each label, the sets of generated cells and of other real cells have the same number of cells.
     """
     rng = np.random.default_rng(seed)
     parts: list[list[np.ndarray]] = [[], [], []]
@@ -154,7 +161,7 @@ def _split(
 
 
 def _shared_labels(generated: CellSet, real: CellSet, training: Any = None) -> tuple[list[Any], list[str]]:
-    """Return the labels that can be compared, and notes about cells of other labels."""
+    """Return the labels that both sets contain and that can be compared, and notes about the excluded cells."""
     if generated.expression.shape[1] != real.expression.shape[1]:
         raise DataError(
             f"generated cells have {generated.expression.shape[1]:,} genes, but real cells have "
@@ -168,8 +175,8 @@ def _shared_labels(generated: CellSet, real: CellSet, training: Any = None) -> t
     labels = sorted(has[0].index[keep], key=str)
     if not labels:
         raise DataError(
-            "no label of the generated cells occurs in two or more real cells: generate cells for labels that at least "
-            "two real cells have."
+            "a label can be compared only if at least two real cells have it, which holds for no label of "
+            "the generated cells: generate cells for the labels of the real cells."
         )
     left, unasked = (~pd.Series(cells.labels).isin(labels) for cells in (generated, real))
     notes = []
@@ -190,7 +197,10 @@ def _column(k: int, space: str) -> str:
 def _by_label(
     cells: CellSet, distances: Mapping[str, np.ndarray], reference: CellSet, options: GenerationOptions
 ) -> dict[str, float]:
-    """Return the metrics that depend on the labels of the cells, by column."""
+    """Compute the metrics that depend on labels, as column -> value.
+
+    They are the k-NN accuracies and the correlations of mean profiles.
+    """
     values: dict[str, float] = {}
     for space, matrix in distances.items():
         accuracies = nearest_label_accuracy(matrix, reference.labels, cells.labels, options.ks)
@@ -223,7 +233,8 @@ def compare(
     - the generated cells, and the same cells with shuffled labels (control);
     - the other half of the real cells, which shows the best values a generator can reach;
     - copied training cells, and multinomial draws from the mean training profile of the label (baselines);
-    - guesses of the label by its frequency, and of the most common label (baselines of the accuracy).
+    - labels guessed at random with their frequencies, and the most common label for all cells (baselines for the
+      accuracy).
 
     Parameters
     ----------
@@ -233,7 +244,8 @@ def compare(
     training_counts, training_labels
         (T, G) raw counts and (T,) labels of the generator's training cells, or both None.
     express
-        Function: raw counts (n, G) -> expression (n, G), and n sentences or None, processed like the real cells.
+        Function: raw counts (n, G) -> expression (n, G), and a list of n sentences or None. It must process counts in
+        the same way as those of the real cells were processed.
     options
         See `GenerationOptions`.
 
@@ -251,7 +263,9 @@ def compare(
     """
     options = options or GenerationOptions()
     if (training_counts is None) != (training_labels is None):
-        raise ConfigError("only one of training_counts and training_labels is given: pass both or neither.")
+        raise ConfigError(
+            "only one of `training_counts` and `training_labels` is given: pass both or neither."
+        )
     labels, notes = _shared_labels(generated, real, training_labels)
     if len(labels) < 2:
         raise DataError(
@@ -316,7 +330,7 @@ def _expressed(express: Express, counts: sparse.csr_matrix, labels: np.ndarray) 
 def _available(
     generated: CellSet, real: CellSet, options: GenerationOptions
 ) -> tuple[list[str], bool, list[str]]:
-    """Return the spaces for k-NN accuracy, whether to compute Gromov-Wasserstein, and notes on missing libraries."""
+    """Return the k-NN distances to use, whether Gromov-Wasserstein can be computed, and notes on missing libraries."""
     spaces, measured, missing = ["expression"], options.max_cells > 0, []
     if generated.sentences is not None and real.sentences is not None:
         try:
@@ -335,7 +349,7 @@ def _available(
 
 
 def _guesses(made: np.ndarray, real: np.ndarray, columns: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Return the accuracy of guesses from the label frequencies of the real cells, by row and column."""
+    """Return the expected accuracy of guessing labels by their frequency in real cells, as row -> column -> value."""
     frequency = pd.Series(real).value_counts(normalize=True)
     asked = pd.Series(made).value_counts(normalize=True).reindex(frequency.index, fill_value=0.0)
     # If several labels are most common, average over them.

@@ -79,7 +79,7 @@ class CellSet:
 
 
 def token_distances(queries: Sequence[str], references: Sequence[str], *, workers: int = -1) -> np.ndarray:
-    """Return Levenshtein distances between cell sentences, with genes instead of characters (Cell2Sentence, Table 8).
+    """Return Levenshtein distances between cell sentences, counted in genes, not characters (Cell2Sentence, Table 8).
 
     Parameters
     ----------
@@ -122,7 +122,10 @@ def expression_distances(cells: Any, references: Any) -> np.ndarray:
 
 
 def _votes(distances: np.ndarray) -> np.ndarray:
-    """Return almost equal weights for sorted neighbors; if labels tie, the label of the nearest cell wins."""
+    """Return almost equal vote weights for neighbors sorted by distance.
+
+    Nearer neighbors weigh slightly more, so that in a tie the label of the nearest cell wins.
+    """
     return np.tile(1 + 0.5 ** (2 + np.arange(distances.shape[1])), (len(distances), 1))
 
 
@@ -176,8 +179,8 @@ def nearest_label_accuracy(
 def _check_known(generated: np.ndarray, real: np.ndarray) -> None:
     if unknown := sorted(map(str, set(generated) - set(real))):
         raise DataError(
-            f"generated cells have the label {unknown[0]!r}, but no real cell has it: remove these cells or add real "
-            "cells."
+            f"generated cells have the label {unknown[0]!r}, but no real cell has this label: remove these "
+            "generated cells or add real cells of this label."
         )
 
 
@@ -226,7 +229,7 @@ def gromov_wasserstein(real: Any, generated: Any, *, max_cells: int = 1000, seed
 
 
 class Correlations(NamedTuple):
-    """Agreement of two expression profiles.
+    """How well two expression profiles agree.
 
     Attributes
     ----------
@@ -242,7 +245,7 @@ class Correlations(NamedTuple):
 
 
 def correlations(real: np.ndarray, generated: np.ndarray) -> Correlations:
-    """Return the agreement between a real and a generated expression profile.
+    """Compute how well a generated expression profile agrees with a real one: Pearson and Spearman correlation, and R2.
 
     Parameters
     ----------
@@ -251,9 +254,9 @@ def correlations(real: np.ndarray, generated: np.ndarray) -> Correlations:
 
     Returns
     -------
-    Pearson and Spearman correlation in [-1, 1] and R2 in (-inf, 1], with 1 the best; NaN if a profile is constant. R2
-    is 1 - residual variance / total variance of the real profile, not the square of the Pearson correlation. In Table 7
-    of the paper, R2 is lower than the square of the Pearson correlation.
+    Pearson and Spearman correlation in [-1, 1], and R2 in (-inf, 1]; 1 is the best value, and NaN if a profile is
+    constant. R2 is 1 - residual variance / total variance of the real profile, not the square of the Pearson
+    correlation. In Table 7 of the paper, R2 is lower than the square of the Pearson correlation.
     """
     if len(real) < 2 or np.ptp(real) == 0 or np.ptp(generated) == 0:
         return Correlations(np.nan, np.nan, np.nan)
@@ -265,7 +268,10 @@ def correlations(real: np.ndarray, generated: np.ndarray) -> Correlations:
 
 
 def mean_profiles(expression: Any, labels: Any) -> pd.DataFrame:
-    """Return the mean expression (L, G) of the cells (N, G) of each label; labels are in order of first appearance."""
+    """Return the mean expression (L, G) of the cells of each of the L labels.
+
+    The labels are in order of first appearance.
+    """
     names, labels = pd.factorize(np.asarray(labels, dtype=object))
     member = sparse.csr_matrix((np.ones(len(names)), (names, np.arange(len(names)))))
     sums = member @ expression
@@ -310,8 +316,9 @@ def sentence_quality(table: pd.DataFrame) -> dict[str, float]:
 
     Returns
     -------
-    Dict of "length", the mean of n_words, and of "valid genes" and "unique genes", the means of n_valid / n_words and
-    n_unique / n_words, in [0, 1], with 1 the best. These fractions are 0 for a sentence without words.
+    Dict with three means over sentences. "length" is the mean of n_words. "valid genes" is the mean of n_valid /
+    n_words. "unique genes" is the mean of n_unique / n_words. Both fractions are in [0, 1], and 1 is the best value.
+    They are 0 for a sentence without words.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Evaluate generated perturbed cells: mean expression and its change, over variable and over differential genes."""
+"""Evaluate generated perturbed cells: correlate their mean expression, and its change, with those of real cells."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NO_CHANGE = "training cells of the opposite condition"
 
 
 def chosen_genes(expression: Any, number: int = 5000, *, log_base: float = 10.0) -> np.ndarray:
-    """Return the columns of the most variable genes of log-transformed expression (N, G).
+    """Select the most variable genes of log-transformed expression (N, G), and return their column numbers.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ def chosen_genes(expression: Any, number: int = 5000, *, log_base: float = 10.0)
 
 
 def differential_genes(cells: Any, opposite: Any, number: int = 20) -> np.ndarray:
-    """Return the columns of the genes that differ most between two sets of cells, up or down.
+    """Return the column numbers of the genes whose expression differs most, up or down, between two sets of cells.
 
     Genes are ranked by the absolute score of scanpy's Wilcoxon rank-sum test with tie correction.
 
@@ -59,7 +59,7 @@ def differential_genes(cells: Any, opposite: Any, number: int = 20) -> np.ndarra
 
     Returns
     -------
-    int (number,); fewer if there are fewer genes.
+    int (number,) column numbers; shorter if there are fewer than `number` genes.
 
     Raises
     ------
@@ -99,7 +99,7 @@ def perturbation_correlations(
     genes: np.ndarray | None = None,
     differential: Mapping[Any, np.ndarray],
 ) -> pd.DataFrame:
-    """Return how well mean generated profiles agree with real ones under unseen conditions.
+    """Correlate mean expression profiles of generated and real cells for conditions absent from the training cells.
 
     See Cell2Sentence, section 4.2, Table 2.
 
@@ -108,7 +108,8 @@ def perturbation_correlations(
     generated, real, training
         Cells with their conditions as labels. The training cells contain no cell of the evaluated conditions.
     opposite
-        Evaluated condition -> condition of the training cells that it is compared with, such as the control.
+        Maps each evaluated condition to the condition of the training cells with which it is compared, such as the
+        control.
     genes
         Columns of the genes to use, such as `chosen_genes` of the training cells; None for all genes.
     differential
@@ -116,9 +117,9 @@ def perturbation_correlations(
 
     Returns
     -------
-    Table with one row per condition and the columns `PERTURBATION_COLUMNS`: correlations in [-1, 1], with 1 the best,
-    over `genes` and over the differential genes. In the Δ columns, the mean training profile of the opposite condition
-    is first subtracted from both profiles. NaN if a profile is constant.
+    Table with one row per condition and the columns `PERTURBATION_COLUMNS`. The values are correlations in [-1, 1] over
+    `genes` and over the differential genes; 1 is the best value, and NaN means that a profile is constant. In the Δ
+    columns, the mean training profile of the opposite condition is first subtracted from both profiles.
     """
     profiles = [mean_profiles(each.expression, each.labels) for each in (generated, real, training)]
     chosen = slice(None) if genes is None else genes
@@ -147,8 +148,8 @@ def compare_perturbations(
     """Compare cells generated for unseen conditions with real cells and controls.
 
     See Cell2Sentence, section 4.2, Table 2. Cells are drawn as in `sct.eval.generation.cells.compare`. Variable genes
-    are selected in the training cells. The differential genes of a condition are those between the reference real cells
-    and the training cells of the opposite condition. The rows of the table are:
+    are selected in the training cells. The differential genes of a condition are those whose expression differs most
+    between the reference real cells and the training cells of the opposite condition. The rows of the table are:
 
     - the generated cells, and the same cells with shuffled conditions (control);
     - other real cells, which show the best values a generator can reach;
@@ -181,8 +182,8 @@ def compare_perturbations(
         ):
             if (number := int((cells.labels == label).sum())) < least:
                 raise DataError(
-                    f"condition {label!r} has {number} {what} cells, but at least {least} are needed: add cells or "
-                    "leave the condition out."
+                    f"condition {label!r} has {number} {what} cells, but at least {least} are needed: add "
+                    "cells of this condition or leave the condition out."
                 )
     genes = chosen_genes(training.expression, options.variable_genes, log_base=options.log_base)
     names = (GENERATED, SHUFFLED, REAL, NO_CHANGE)

@@ -35,8 +35,9 @@ EmbedTexts = Callable[[Sequence[str]], np.ndarray]
 def tfidf_embedding(fitted_on: Sequence[str], components: int = 100, *, seed: int = 0) -> EmbedTexts:
     """Return a text embedding by TF-IDF and truncated SVD, which needs no downloaded model.
 
-    The embedding compares the words of texts, not their meaning: a paraphrase in other words is far away. Words that
-    do not occur in `fitted_on` are ignored. To compare numbers with a paper, use the embedding of a language model.
+    The embedding compares the words of texts, not their meaning: a paraphrase in other words has a distant embedding.
+    Words that do not occur in `fitted_on` are ignored. To compare numbers with a paper, use the embedding of a language
+    model.
 
     Parameters
     ----------
@@ -54,7 +55,7 @@ def tfidf_embedding(fitted_on: Sequence[str], components: int = 100, *, seed: in
     Raises
     ------
     DataError
-        There are fewer than two texts, or fewer than two words in them.
+        `fitted_on` has fewer than two texts, or the texts have fewer than two distinct words.
     """
     words = TfidfVectorizer(sublinear_tf=True, stop_words="english")
     try:
@@ -63,8 +64,8 @@ def tfidf_embedding(fitted_on: Sequence[str], components: int = 100, *, seed: in
         weights = np.zeros((len(fitted_on), 0))
     if min(weights.shape) < 2:
         raise DataError(
-            f"fitted_on has {len(fitted_on)} texts with {weights.shape[1]} distinct words, but TF-IDF needs at least "
-            "two of each: pass more texts."
+            f"`fitted_on` has {len(fitted_on)} texts with {weights.shape[1]} distinct words, but TF-IDF "
+            "needs at least two texts and two distinct words: pass more texts."
         )
     svd = TruncatedSVD(min(components, min(weights.shape) - 1), algorithm="arpack", random_state=seed)
     svd.fit(weights)
@@ -110,8 +111,8 @@ def similarity(generated: np.ndarray, true: np.ndarray, pairs: Any) -> Similarit
     true
         (S, D) embeddings of the true texts, one per study.
     pairs
-        int (N,): for each generated text, the index of the true text of its study. A true text without generated texts
-        enters only `others`.
+        int (N,): for each generated text, the index of the true text of its study. A true text for which no text was
+        generated is used only for the mean `others`.
 
     Returns
     -------
@@ -127,13 +128,13 @@ def similarity(generated: np.ndarray, true: np.ndarray, pairs: Any) -> Similarit
     _check(generated, true)
     if pairs.shape != (len(generated),) or not np.issubdtype(pairs.dtype, np.integer):
         raise DataError(
-            f"pairs has the shape {pairs.shape} and type {pairs.dtype}, but {len(generated)} integers are needed: pass "
-            "one row number per generated text."
+            f"`pairs` has the shape {pairs.shape} and type {pairs.dtype}, but {len(generated)} integers are "
+            "needed: pass the row number of one true text per generated text."
         )
     if pairs.min() < 0 or pairs.max() >= len(true):
         raise DataError(
-            f"pairs has values from {pairs.min()} to {pairs.max()}, but there are {len(true)} true texts: use row "
-            f"numbers from 0 to {len(true) - 1}."
+            f"`pairs` has values from {pairs.min()} to {pairs.max()}, but there are {len(true)} true texts: "
+            f"use row numbers of true texts, from 0 to {len(true) - 1}."
         )
     asked, numbers = np.unique(pairs, return_inverse=True)
     sums = np.zeros((len(asked), len(true)))
@@ -157,7 +158,10 @@ def similarity(generated: np.ndarray, true: np.ndarray, pairs: Any) -> Similarit
 
 
 def _components(generated: np.ndarray, true: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the pairs of embeddings whose correlation is defined: two or more components, which are not all equal."""
+    """Return the pairs of embeddings whose correlation is defined.
+
+    An embedding needs two or more components that are not all equal.
+    """
     if generated.shape[1] < 2:
         return []
     varied = (np.ptp(generated, axis=1) > 0) & (np.ptp(true, axis=1) > 0)
@@ -177,9 +181,9 @@ def _check(generated: np.ndarray, true: np.ndarray) -> None:
 def mmd(generated: np.ndarray, true: np.ndarray) -> float:
     """Return the maximum mean discrepancy between two sets of embeddings (Cell2Sentence, section 4.4, Table 4).
 
-    It is the square root of the biased estimate: the mean kernel within each set, minus twice the mean kernel across
-    the sets. The kernel is Gaussian, exp(-d^2 / (2 s^2)), and s is the median of the non-zero distances between all
-    points.
+    It is the square root of the biased estimate. The estimate is the sum of the mean kernel values within each set,
+    minus twice the mean kernel value between the sets. The kernel is Gaussian, exp(-d^2 / (2 s^2)), and s is the median
+    of the non-zero distances between all points.
 
     Parameters
     ----------
@@ -278,11 +282,12 @@ class _Row:
     Attributes
     ----------
     texts, pairs
-        For each seed: the N texts, and the row of the true text of each text, int (N,).
+        For each seed, the N texts; and for each seed, the index of the true text that each text is compared with, int
+        (N,).
     fitted_on
         Where the texts come from; "" for generated texts.
     is_control
-        Whether the pairs are shuffled, so that metrics that ignore pairs are left out.
+        Whether the pairs are shuffled. Metrics that do not depend on the pairs are then left out of the row.
     """
 
     texts: list[Sequence[str]]
@@ -303,9 +308,9 @@ def compare(
 ) -> tuple[Report, metrics.MetricDraws]:
     """Compare generated texts with controls and baselines (Cell2Sentence, section 4.4, Table 4).
 
-    The control of each set of generated texts is the same set with shuffled pairs. It shows the similarity of texts
-    that do not depend on their cell. With training texts, two baselines are added: random training texts, and the
-    training text that is most similar to all others, used for every cell.
+    The control of each set of generated texts is the same set with shuffled pairs. It shows how similar texts are to
+    the true texts if they do not depend on their cell. With training texts, two baselines are added: random training
+    texts, and the training text that is most similar to all others, used for every cell.
 
     Parameters
     ----------
@@ -320,9 +325,9 @@ def compare(
     embed
         Function: n texts -> (n, D). By default `tfidf_embedding` of the true and the training texts.
     embedding
-        Description of `embed`, for the note.
+        Description of `embed`, for the note below the table.
     seeds
-        Number of random shuffles and draws, with the seeds 0, 1, ...
+        How often pairs are shuffled and random texts are drawn, with the seeds 0, 1, ...
 
     Returns
     -------
@@ -340,7 +345,8 @@ def compare(
     pairs = np.asarray(pairs)
     if len(true) < 2:
         raise DataError(
-            f"there are {len(true)} true texts, but comparing own with other texts needs at least two: add texts."
+            f"there are {len(true)} true texts, but at least two are needed to compare a generated text "
+            "with the texts of other studies: add true texts."
         )
     for name, texts in generated.items():
         check_one_each(f"texts of {name!r}", len(texts), "pairs", len(pairs))
@@ -379,7 +385,7 @@ def _rows(
     embed: EmbedTexts,
     seeds: int,
 ) -> dict[str, _Row]:
-    """Return the rows of the table by name."""
+    """Return the rows of the table as a dict by row name."""
     rows: dict[str, _Row] = {}
     rngs = [np.random.default_rng(seed) for seed in range(seeds)]
     shuffled = [rng.permutation(pairs) for rng in rngs]
@@ -394,7 +400,10 @@ def _rows(
         typical = int(cosine_similarity(embed(training)).mean(axis=1).argmax())
         rows[TYPICAL] = _Row([[training[typical]] * len(pairs)], [pairs], "training texts")
     if len(rows) < 2 * len(generated) + 2 * bool(training):
-        raise ConfigError("generated has a name that another row of the table uses: choose another name.")
+        raise ConfigError(
+            "`generated` has an entry with the same name as another row of the table: choose "
+            "another name for this entry."
+        )
     return rows
 
 
@@ -407,7 +416,7 @@ def _measured(
     is_control: bool,
     reasons: dict[str, None],
 ) -> dict[str, float]:
-    """Return all metrics by column; notes about missing libraries are added to `reasons`."""
+    """Compute all metrics of a row; return column -> value, and add notes on missing libraries to `reasons`."""
     points = np.asarray(embed(list(texts)), float)
     own = [true[i] for i in pairs]
     values = dict(zip(PAIRED, similarity(points, originals, pairs), strict=True))

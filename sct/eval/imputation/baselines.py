@@ -26,19 +26,22 @@ _CELLS_AT_ONCE, _GENES_AT_ONCE, _REFERENCE_AT_ONCE = 256, 2000, 1024
 
 
 class Unavailable(Exception):  # noqa: N818
-    """The method cannot run on these cells. The message is the reason, which the table shows as the remark."""
+    """Raised by a method that cannot run on these cells.
+
+    The message is the reason, which the table shows as the remark.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class LevelPrediction:
-    """Predicted levels (n,) and raw counts (n,) at the scored positions of a `Masked`."""
+    """Predicted expression levels (n,) and raw counts (n,) at the n scored (cell, gene) positions of a `Masked`."""
 
     levels: np.ndarray
     counts: np.ndarray
 
 
 class ImputationMethod(Protocol):
-    """Interface of an imputation method, which fills one or two rows of the table.
+    """Interface of an imputation method. Each of its one or two predictions becomes a row of the table.
 
     Attributes
     ----------
@@ -58,8 +61,8 @@ class ImputationMethod(Protocol):
 
         Returns
         -------
-        Predictions by form. In the form with key True, the method knows that the positions are expressed. In the form
-        with key False, the method does not know this. A method returns one form or both.
+        One or two predictions. The one with the key True uses the knowledge that the genes at the scored positions are
+        expressed. The one with the key False does not use this knowledge.
 
         Raises
         ------
@@ -70,14 +73,15 @@ class ImputationMethod(Protocol):
 
 
 def from_levels(masked: Masked, levels: np.ndarray) -> LevelPrediction:
-    """Return a prediction of levels (n,); its counts are the median counts of these levels in each cell."""
+    """Turn predicted levels (n,) into a prediction whose counts are the cell's median counts at these levels."""
     return LevelPrediction(levels, masked.medians[masked.cells, levels])
 
 
 def from_counts(masked: Masked, counts: np.ndarray) -> dict[bool, LevelPrediction]:
-    """Return a prediction of raw counts (n,) in both forms; levels are computed from the counts and the cell's range.
+    """Turn predicted raw counts (n,) into two predictions: with and without the knowledge that genes are expressed.
 
-    In the form with key True, which knows that the genes are expressed, each count is raised to at least 1.
+    Levels are computed from the counts and the range of the cell. The prediction with the key True uses the knowledge
+    that the genes are expressed, so each count is raised to at least 1. The prediction with the key False does not.
     """
     low, high = masked.low[masked.cells], masked.high[masked.cells]
     levels = digitize(np.log1p(counts), low, high, masked.medians.shape[1])
@@ -91,7 +95,7 @@ def from_counts(masked: Masked, counts: np.ndarray) -> dict[bool, LevelPredictio
 
 @functools.lru_cache(maxsize=1)  # all protocols of a run use the same training studies
 def level_frequencies(train: BagSource) -> np.ndarray:
-    """Return how many training cells have each measured gene at each level, int64 (P, num_bins).
+    """Count the training cells that have each measured gene at each level, int64 (P, num_bins).
 
     The result is cached: do not modify it.
     """
@@ -105,9 +109,9 @@ def level_frequencies(train: BagSource) -> np.ndarray:
 
 
 class CommonLevel:
-    """Most common level of each gene, among all levels or among the levels above zero.
+    """Baseline that predicts the most common level of each gene, among all levels or among the levels above zero.
 
-    The variant with only the levels above zero knows that the gene is expressed. This variant is a strong baseline,
+    The variant that counts only levels above zero knows that the gene is expressed. This variant is a strong baseline,
     because the levels of most genes vary little. For a gene that no cell expresses, the prediction is the lowest
     possible level.
 
@@ -127,20 +131,20 @@ class CommonLevel:
         self.fitted_on = TRAINING
 
     def frequencies(self, eval_cells: EvalCells, masked: Masked) -> np.ndarray:
-        """Return the level frequencies (n, num_bins) of the gene at each scored position."""
+        """Return how often the gene at each scored position has each level, (n, num_bins)."""
         if self._train is None:
-            raise Unavailable("no training studies were given")
+            raise Unavailable("this method needs training studies, but none were given")
         return self._train[masked.genes]
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
-        """See `ImputationMethod`; returns one form."""
+        """Predict either with or without the knowledge that the genes are expressed; see `ImputationMethod`."""
         frequencies = self.frequencies(eval_cells, masked)[:, self.first :]
         levels = self.first + frequencies.argmax(axis=1)
         return {bool(self.first): from_levels(masked, levels)}
 
 
 class OthersCommonLevel(CommonLevel):
-    """Most common level of each gene in the other cells of the same study, including their masked genes.
+    """Baseline that predicts the most common level of a gene in the other cells of the study, including masked values.
 
     The variant with `expressed=True` is the reference baseline: a useful imputation method must beat it.
 
@@ -155,7 +159,7 @@ class OthersCommonLevel(CommonLevel):
         self.fitted_on = OTHER_CELLS
 
     def frequencies(self, eval_cells: EvalCells, masked: Masked) -> np.ndarray:
-        """See `CommonLevel`."""
+        """Return how often the gene at each scored position has each level in other cells, (n, num_bins)."""
         frequencies = eval_cells.frequencies[eval_cells.study[masked.cells], masked.genes]
         frequencies[np.arange(len(frequencies)), masked.levels] -= 1
         return frequencies
@@ -165,14 +169,17 @@ def _require_visible(masked: Masked) -> None:
     """Raise `Unavailable` if no scored cell has a visible count."""
     shown = np.diff(masked.visible.indptr)[masked.cells]
     if shown.size and not shown.any():
-        raise Unavailable("the masked cells have no visible genes, which this method needs")
+        raise Unavailable("all genes of the masked cells are masked, but this method needs visible genes")
 
 
 def require_shown(masked: Masked) -> None:
     """Raise `Unavailable` if all scored genes are masked in every cell."""
     hidden = np.asarray(masked.mask.all(axis=0))
     if masked.genes.size and hidden[masked.genes].all():
-        raise Unavailable("the genes are masked in all cells that this method is fitted on")
+        raise Unavailable(
+            "this method needs cells in which the masked genes are visible, but these genes "
+            "are masked in all cells"
+        )
 
 
 def _smoothed(
@@ -183,8 +190,8 @@ def _smoothed(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Average the counts of the neighbors of each cell and scale them to the library size of the cell.
 
-    A neighbor that does not show a gene is left out of the mean of this gene. The library size is the sum over the
-    genes that are visible in both the cell and its neighbors.
+    A neighbor in which a gene is masked or not measured is left out of the mean of this gene. The library size is the
+    sum over the genes that are visible in both the cell and its neighbors.
 
     Parameters
     ----------
@@ -193,7 +200,7 @@ def _smoothed(
     reference
         Counts (M, G).
     shown_in
-        Function that maps neighbors (m, k) to the number of the k neighbors that show each gene, (m, G).
+        Function that maps neighbors (m, k) to the number of these k neighbors in which each gene is visible, (m, G).
     masked
         The scored positions.
 
@@ -268,7 +275,7 @@ def _nearest(
 
 
 class KnnSmoothing:
-    """Mean raw counts of the nearest training cells, scaled to the library size of the cell.
+    """Baseline that predicts the mean raw counts of the nearest training cells, scaled to the library size of the cell.
 
     The similarity is the cosine of log1p counts per 10,000 over the genes visible in the cell. Neighbors whose study
     did not measure a gene are left out of the mean of this gene.
@@ -281,8 +288,8 @@ class KnnSmoothing:
         Number of neighbors (k).
     max_cells
         Maximum number of training cells to search, divided equally among the studies. The first cells of a study are
-        used if the study is stored in random order. Spatial studies are stored in spatial order; of these, evenly
-        spaced cells are used.
+        used if the study is stored in random order. Spatial studies are stored in spatial order, so evenly spaced cells
+        of the study are used.
     """
 
     fitted_on, remark = TRAINING, ""
@@ -294,13 +301,13 @@ class KnnSmoothing:
             self.neighbors = min(neighbors, self._reference.counts.shape[0])
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
-        """See `ImputationMethod`; returns both forms."""
+        """Predict with and without the knowledge that the genes are expressed; see `ImputationMethod`."""
         return from_counts(masked, self.smooth(eval_cells, masked)[0])
 
     def smooth(self, eval_cells: EvalCells, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean counts (n,) at the scored positions, and the number of cells (n,) in each mean."""
+        """Return the mean count (n,) at each scored (cell, gene) position, and the number of averaged cells (n,)."""
         if self._reference is None:
-            raise Unavailable("no training studies were given")
+            raise Unavailable("this method needs training studies, but none were given")
         _require_visible(masked)
         genes = self._reference.counts.shape[1]
         rows = np.zeros((len(eval_cells), self.neighbors), int)
@@ -330,7 +337,10 @@ class _Reference:
         self._profiles: dict[bytes, sparse.csr_matrix] = {}
 
     def profile(self, genes: np.ndarray) -> sparse.csr_matrix:
-        """Return the profiles (M, G) of all cells, restricted to `genes`, bool (G,); the last result is cached."""
+        """Return the log-normalized profiles (M, G) of all cells over the genes in `genes`, bool (G,).
+
+        The last result is cached.
+        """
         key = genes.tobytes()
         if key not in self._profiles:
             shown = sparse.csr_matrix(self.counts @ sparse.diags(genes.astype(np.float32)))
@@ -338,14 +348,17 @@ class _Reference:
         return self._profiles[key]
 
     def shown_in(self, rows: np.ndarray) -> np.ndarray:
-        """Count the cells that measured each gene, int (n, G), for each of the n sets of k cells in `rows` (n, k)."""
+        """For each of n sets of k cells, count the cells in which each gene is measured, int (n, G).
+
+        The sets are given as row numbers `rows` (n, k).
+        """
         of_study = (self.study[rows][..., None] == np.arange(len(self.measured))).sum(axis=1)
         return of_study @ self.measured.astype(np.float32)
 
 
 @functools.lru_cache(maxsize=1)  # shared by all numbers of neighbors and all protocols
 def _reference(train: BagSource, max_cells: int) -> _Reference:
-    """Read about `max_cells` training cells, the same number from each study."""
+    """Read about `max_cells` training cells in all, the same number from each study."""
     for study in train.studies:
         study.check_counts()
     each = -(-max_cells // len(train.studies))
@@ -361,10 +374,10 @@ def _reference(train: BagSource, max_cells: int) -> _Reference:
 
 
 class OwnKnnSmoothing:
-    """Mean raw counts of the nearest other scored cells, from their visible counts only.
+    """Baseline that predicts the mean visible counts of the nearest cells among the other evaluated cells.
 
-    Similarity and scaling are those of `KnnSmoothing`. Neighbors in which a gene is masked are left out of the mean of
-    this gene.
+    Cells are compared and counts are scaled as in `KnnSmoothing`. Neighbors in which a gene is masked are left out of
+    the mean of this gene.
 
     Parameters
     ----------
@@ -380,15 +393,15 @@ class OwnKnnSmoothing:
         self.name = f"kNN smoothing, k = {neighbors}"
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
-        """See `ImputationMethod`; returns both forms."""
+        """Predict with and without the knowledge that the genes are expressed; see `ImputationMethod`."""
         return from_counts(masked, self.smooth(eval_cells, masked)[0])
 
     def smooth(self, eval_cells: EvalCells, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean counts (n,) at the scored positions, and the number of cells (n,) in each mean."""
+        """Return the mean count (n,) at each scored (cell, gene) position, and the number of averaged cells (n,)."""
         _require_visible(masked)
         require_shown(masked)
         if len(eval_cells) < 2:
-            raise Unavailable("there is only one cell, so it has no neighbors")
+            raise Unavailable("this method needs neighbor cells, but there is only one cell")
         k = min(self.neighbors, len(eval_cells) - 1)
         profile = log_expression(masked.visible)
         rows = _nearest(profile, masked.shown, profile, masked.shown, k)
@@ -396,7 +409,7 @@ class OwnKnnSmoothing:
 
 
 class NeighborMean:
-    """Mean raw counts of the visible cells of the bag, for whole-cell imputation.
+    """Baseline for whole-cell imputation that predicts the mean raw counts of the visible cells of the bag.
 
     A cell is visible if none of its genes is masked.
 
@@ -409,7 +422,7 @@ class NeighborMean:
         coordinates, the mean is over all visible cells.
     expressed
         Whether to average only the visible cells that express the gene. The method then knows that the gene is
-        expressed, so it returns only the form with key True.
+        expressed, so it returns only the prediction with the key True.
     """
 
     fitted_on, remark = THESE_CELLS, ""
@@ -423,7 +436,7 @@ class NeighborMean:
             self.remark = "for cells without spatial coordinates: mean of all visible cells of the bag"
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
-        """See `ImputationMethod`; returns both forms, or only the given-expressed form if `expressed` is set."""
+        """Predict counts; with `expressed`, only the prediction that knows that the genes are expressed is returned."""
         weights = self._weights(eval_cells, masked)
         counts = pick(weights @ masked.visible, masked.cells, masked.genes)
         if not self.expressed:
@@ -433,7 +446,10 @@ class NeighborMean:
         return {True: from_counts(masked, counts)[True]}
 
     def _weights(self, eval_cells: EvalCells, masked: Masked) -> sparse.csr_matrix:
-        """Return the weights (N, N), CSR: row i holds the weight of each visible cell in the mean of cell i."""
+        """Return a CSR matrix (N, N).
+
+        Row i holds the weights of the visible cells in the mean that is predicted for cell i.
+        """
         touched = np.asarray(masked.mask.any(axis=1))
         rows, columns, shares = [], [], []
         for bag in np.unique(eval_cells.bag[masked.cells]):
@@ -450,7 +466,9 @@ class NeighborMean:
             columns.append(chosen.ravel())
             shares.append(np.full(chosen.size, 1 / chosen.shape[1], np.float32))
         if not rows:
-            raise Unavailable("no cell of the bags has all its genes visible")
+            raise Unavailable(
+                "this method needs cells without masked genes, but every cell of the bags has masked genes"
+            )
         place = (np.concatenate(rows), np.concatenate(columns))
         return sparse.csr_matrix((np.concatenate(shares), place), (len(eval_cells), len(eval_cells)))
 
@@ -478,11 +496,11 @@ class Magic:
         self.seed = seed
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
-        """See `ImputationMethod`; returns both forms."""
+        """Predict with and without the knowledge that the genes are expressed; see `ImputationMethod`."""
         return from_counts(masked, self.smooth(eval_cells, masked)[0])
 
     def smooth(self, eval_cells: EvalCells, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
-        """Return diffused counts (n,) at the scored positions, and the effective number of cells (n,) behind each.
+        """Return the diffused count (n,) at each scored position, and the effective number of averaged cells (n,).
 
         The effective number counts only cells in which the gene is visible.
         """
@@ -531,7 +549,7 @@ class Magic:
 def standard_methods(
     eval_cells: EvalCells, train: BagSource | None, *, whole_cells: bool = False, magic: bool = True
 ) -> list[ImputationMethod]:
-    """Return all baselines, the reference baseline first. Those that need no masked cells are fitted here.
+    """Return all baselines, the reference baseline first. Baselines that can be fitted before masking are fitted here.
 
     Parameters
     ----------

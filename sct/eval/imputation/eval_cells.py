@@ -33,11 +33,11 @@ class BagBatch:
     Attributes
     ----------
     numbers
-        int (B,) numbers of the bags.
+        int (B,) index of each bag in its source.
     cells
-        Slice of the rows of `EvalCells` that holds their cells.
+        Slice of the rows of `EvalCells` that holds the cells of these bags.
     bag, slot
-        int (cells,) index of each cell's bag in the batch, and the cell's position in the bag.
+        int (cells,) index of each cell's bag within the batch, and index of the cell within its bag.
     """
 
     numbers: np.ndarray
@@ -57,7 +57,7 @@ class EvalCells:
     counts
         Raw counts, CSR float32 (N, P).
     low, high
-        float32 (N,) range of each cell; see `sct.data.tokenize.Bins`.
+        float32 (N,) lowest and highest non-zero expression value of each cell; see `sct.data.tokenize.Bins`.
     medians, means
         float32 (N, num_bins) median and mean raw count of each level in each cell. Ranges, medians and means reveal the
         library size of a cell, so methods must use those of `Masked` instead.
@@ -65,7 +65,7 @@ class EvalCells:
         float32 (N, 2) rescaled spatial coordinates; NaN for cells of studies without coordinates; None if no study has
         coordinates.
     bag, slot
-        int (N,) number of each cell's bag in its source, ascending, and the cell's position in the bag.
+        int (N,) index of each cell's bag in its source, ascending, and index of the cell within its bag.
     study
         int (N,) index of each cell's study.
     measured
@@ -103,8 +103,9 @@ class EvalCells:
         options = source.options
         if not (options.with_counts and source.exhaustive):
             raise ConfigError(
-                f"the bags have with_counts={options.with_counts} and exhaustive={source.exhaustive}, but scoring "
-                "needs raw counts, and each cell only once: set with_counts=True and exhaustive=True."
+                f"the source of the bags has with_counts={options.with_counts} and "
+                f"exhaustive={source.exhaustive}, but scoring needs raw counts and bags that contain each cell "
+                "once: set with_counts=True and exhaustive=True."
             )
         coordinates = {
             index: study.rescaled_coordinates() for index, study in enumerate(source.studies) if study.spatial
@@ -142,12 +143,12 @@ class EvalCells:
 
     @cached_property
     def eligible(self) -> np.ndarray:
-        """Positions that may be masked, bool (N, P): as in training, measured genes only, never PAD."""
+        """Positions that may be masked, bool (N, P): measured genes only, as in training."""
         return self.measured[self.study] & (self.tokens < self.num_bins)
 
     @cached_property
     def frequencies(self) -> np.ndarray:
-        """Number of cells of each study that have each gene at each level, int32 (studies, P, num_bins)."""
+        """For each study, gene and level, the number of cells with this level, int32 (studies, P, num_bins)."""
         out = np.zeros((*self.measured.shape, self.num_bins), np.int32)
         for index in np.unique(self.study):
             tokens = self.tokens[self.study == index]
@@ -157,7 +158,7 @@ class EvalCells:
 
     @cached_property
     def _starts(self) -> np.ndarray:
-        """Row of the first cell of each bag, followed by the number of cells."""
+        """Row number of the first cell of each bag, followed by the number of all cells."""
         return np.append(np.flatnonzero(np.diff(self.bag, prepend=-1)), len(self))
 
     @property
@@ -166,7 +167,10 @@ class EvalCells:
         return len(self._starts) - 1
 
     def batches(self, bags_per_batch: int = 0) -> Iterator[BagBatch]:
-        """Yield all bags in order, `bags_per_batch` at a time; 0 chooses it so that a batch is moderately large."""
+        """Yield all bags in order, `bags_per_batch` at a time.
+
+        With 0, the number is chosen for a moderate batch size.
+        """
         if not bags_per_batch:
             bags_per_batch = max(1, POSITIONS_AT_ONCE // (self.cells_per_bag * self.tokens.shape[1]))
         size = min(bags_per_batch, self.num_bags)
@@ -180,7 +184,7 @@ class EvalCells:
             yield BagBatch(numbers, cells, bag, self.slot[cells])
 
     def padded(self, batch: BagBatch, values: np.ndarray, fill: Any) -> np.ndarray:
-        """Arrange per-cell `values` (N, ...) as bags (B, K, ...), with `fill` in the empty slots."""
+        """Arrange one value per cell (N, ...) as bags (B, K, ...), with `fill` in the empty slots of a bag."""
         shape = (len(batch.numbers), self.cells_per_bag, *values.shape[1:])
         out = np.full(shape, fill, values.dtype)
         out[batch.bag, batch.slot] = values[batch.cells]
@@ -203,7 +207,7 @@ def pick(matrix: sparse.csr_matrix, rows: np.ndarray, columns: np.ndarray) -> np
 def shown_ranges(
     eval_cells: EvalCells, mask: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the ranges and level counts of each cell that imputation methods may use.
+    """Return the expression range of each cell, and the typical counts of its levels, that imputation methods may use.
 
     A cell with visible genes keeps its own values. If all genes of a cell are masked, its own values would reveal its
     library size. Such a cell gets the mean over the cells of its bag that have visible genes, or over such cells of all
@@ -212,7 +216,7 @@ def shown_ranges(
 
     Returns
     -------
-    low, high (N,); medians, means of the levels (N, num_bins).
+    low, high (N,): range of each cell; medians, means (N, num_bins): median and mean raw count of each level.
     """
     own = np.column_stack([eval_cells.low, eval_cells.high, eval_cells.medians, eval_cells.means])
     shown = (~mask & eval_cells.eligible).any(axis=1)
@@ -237,7 +241,7 @@ class Masked:
     Attributes
     ----------
     mask
-        bool (N, P): masked positions, expressed or not; never PAD.
+        bool (N, P): masked positions, expressed or not; PAD positions are never masked.
     shown
         bool (N, P): measured genes that are not masked.
     visible
@@ -247,8 +251,8 @@ class Masked:
     levels, counts
         (n,) true levels, uint8, and true raw counts, float32, of the scored positions.
     low, high, medians, means
-        float32 ranges (N,), and medians and means of the levels (N, num_bins), that methods may use; see
-        `shown_ranges`.
+        float32 range of each cell (N,), and median and mean raw count of each level (N, num_bins), that methods may
+        use; see `shown_ranges`.
     """
 
     mask: np.ndarray
@@ -267,7 +271,7 @@ class Masked:
     def of(
         cls, eval_cells: EvalCells, mask: np.ndarray, scored: tuple[np.ndarray, np.ndarray] | None = None
     ) -> Masked:
-        """Mask the positions `mask`, bool (N, P).
+        """Mask the positions at which `mask`, bool (N, P), is True.
 
         `scored` is the pair (cells, genes) of the scored positions, ordered by cell; by default, all masked positions
         that are expressed.
@@ -305,7 +309,7 @@ def _masks(
 
 
 def _draw(eval_cells: EvalCells, rule: Rule, seed: int, amounts: np.ndarray) -> np.ndarray:
-    """Return a random mask (N, P) of measured genes; `amounts` has one entry per bag.
+    """Return a random mask (N, P) of measured genes. `amounts` gives the amount to mask in each bag.
 
     The PRNG key of a bag depends only on the seed and the number of the bag.
     """
@@ -324,13 +328,16 @@ def _draw(eval_cells: EvalCells, rule: Rule, seed: int, amounts: np.ndarray) -> 
 
 
 def mask_ratio(eval_cells: EvalCells, ratio: float, seed: int) -> Masked:
-    """Mask exactly round(`ratio` x n) of the n measured genes of each cell; score those that are expressed."""
+    """Mask exactly round(`ratio` x n) of the n measured genes of each cell.
+
+    Score the masked genes that are expressed.
+    """
     amounts = np.full(eval_cells.num_bags, ratio, np.float32)
     return Masked.of(eval_cells, _draw(eval_cells, masking.exact_ratio, seed, amounts))
 
 
 def mask_measured(eval_cells: EvalCells, ratio: float, seed: int, most: int) -> Masked:
-    """Mask exactly round(`ratio` x n) of the n measured genes of each cell; score all of them, expressed or not.
+    """Mask exactly round(`ratio` x n) of the n measured genes of each cell; score all masked genes, expressed or not.
 
     If more than `most` positions are masked, a random sample of `most` positions is scored. The `means` of the result
     are computed from the visible genes of each cell.
@@ -340,7 +347,10 @@ def mask_measured(eval_cells: EvalCells, ratio: float, seed: int, most: int) -> 
 
 
 def mask_measured_genes(eval_cells: EvalCells, ratio: float, seed: int, most: int) -> Masked:
-    """Mask the same round(`ratio` x n) of the n measured genes in all cells; score them as in `mask_measured`."""
+    """Mask the same round(`ratio` x n) of the n measured genes in all cells.
+
+    Score all masked genes, expressed or not.
+    """
     genes = np.flatnonzero(eval_cells.measured.any(axis=0))
     hidden = np.zeros(eval_cells.tokens.shape[1], bool)
     hidden[np.random.default_rng(seed).choice(genes, round(ratio * len(genes)), replace=False)] = True
@@ -348,7 +358,7 @@ def mask_measured_genes(eval_cells: EvalCells, ratio: float, seed: int, most: in
 
 
 def _all_scored(eval_cells: EvalCells, mask: np.ndarray, seed: int, most: int) -> Masked:
-    """Score masked positions of any level, at most `most`; compute the mean count of a level from visible genes."""
+    """Score at most `most` masked positions, of any level; compute the mean count of a level from visible genes."""
     places = np.flatnonzero(mask)
     if len(places) > most:
         places = np.sort(np.random.default_rng(seed).choice(places, most, replace=False))

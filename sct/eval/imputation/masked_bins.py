@@ -24,8 +24,8 @@ Predict = Callable[[Any, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, j
 class PredictedBins:
     """Evaluator of predicted bins of masked genes in held-out cells; see `sct.tasks.base.Evaluator`.
 
-    The model is compared with two baselines that use bin frequencies of the training cells: those of the masked gene,
-    and those of all genes.
+    The model is compared with two baselines: the bin frequencies of the masked gene in the training cells, and the bin
+    frequencies of all genes in the training cells.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ class PredictedBins:
         self.report: Report | None = None
 
     def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
-        """Evaluate the model: yield the (name, value) pairs of the table, and set `report`."""
+        """Evaluate the model, yield all metrics as (name, value) pairs, and store the table in `report`."""
         overall, of_gene = self._frequencies()
         baselines = {GENE: np.log(of_gene), OVERALL: np.broadcast_to(np.log(overall), of_gene.shape)}
         predict = jax.jit(self.predict)
@@ -113,7 +113,7 @@ class PredictedBins:
         self.report = report
 
     def _frequencies(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the bin frequencies in training cells: of all genes together (N,), and of each gene (G, N)."""
+        """Return the bin frequencies in the training cells: of all genes together (N,), and of each gene (G, N)."""
         counts = np.zeros((self.num_genes, self.num_bins + 1))
         for number in track(spread(len(self.train), _TRAINING_CELLS), "counting bins"):
             record = self.train.record(number)

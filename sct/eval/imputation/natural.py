@@ -89,14 +89,19 @@ class Estimate:
 
 
 class Estimator(Protocol):
-    """Interface of a method; see `sct.eval.imputation.baselines.ImputationMethod` for the attributes."""
+    """Interface of a method that returns an `Estimate`.
+
+    See `sct.eval.imputation.baselines.ImputationMethod` for the attributes.
+    """
 
     name: str
     fitted_on: str
     remark: str
 
     def estimate(self, eval_cells: EvalCells, masked: Masked) -> Estimate:
-        """Estimate the scored positions from the data that `ImputationMethod.predict` may use.
+        """Estimate the levels and counts at the scored positions.
+
+        Only data that `ImputationMethod.predict` may use is used.
 
         Raises
         ------
@@ -130,7 +135,7 @@ class LevelFrequency:
         )
 
     def estimate(self, eval_cells: EvalCells, masked: Masked) -> Estimate:
-        """See `Estimator`."""
+        """Estimate level probabilities and counts at the scored positions; see `Estimator`."""
         # One pseudocount, spread over all levels, so that no probability is zero.
         chance = self._of.frequencies(eval_cells, masked) + 1 / eval_cells.num_bins
         chance = (chance / chance.sum(axis=1, keepdims=True)).astype(np.float32)
@@ -138,7 +143,7 @@ class LevelFrequency:
 
 
 class CountMethod(abc.ABC):
-    """Base class of methods that predict a count; a negative binomial converts it to level probabilities.
+    """Base class of methods that predict a count; a negative binomial distribution turns it into level probabilities.
 
     To fit the dispersion of a gene, some of the visible genes are masked as well. The method predicts them, and their
     true counts are known.
@@ -159,11 +164,11 @@ class CountMethod(abc.ABC):
         """
 
     def _of_visible(self) -> CountMethod:
-        """Return the variant of the method that uses visible counts only, for fitting the dispersion."""
+        """Return the variant of the method that uses only visible counts; it is used to fit the dispersion."""
         return self
 
     def estimate(self, eval_cells: EvalCells, masked: Masked) -> Estimate:
-        """See `Estimator`."""
+        """Estimate level probabilities and counts at the scored positions; see `Estimator`."""
         known = _mask_more(eval_cells, masked)
         expected = self._of_visible().counts(eval_cells, known)
         dispersion = dispersions(known.genes, expected, known.counts, masked.mask.shape[1])
@@ -171,7 +176,7 @@ class CountMethod(abc.ABC):
 
 
 def _mask_more(eval_cells: EvalCells, masked: Masked) -> Masked:
-    """Mask a random fraction of the visible genes too; the additional positions are the scored ones."""
+    """Mask a random fraction of the visible genes in addition, and score only these additional positions."""
     rng = np.random.default_rng(len(masked.cells))
     more = masked.shown & (rng.random(masked.mask.shape, np.float32) < RATIO)
     places = np.flatnonzero(more)
@@ -181,7 +186,7 @@ def _mask_more(eval_cells: EvalCells, masked: Masked) -> Masked:
 
 
 class GeneMean(CountMethod):
-    """Mean count of each gene, scaled to the library size of the cell.
+    """Baseline that predicts the mean count of each gene, scaled to the library size of the cell.
 
     The library size is the sum over the visible genes of the cell.
 
@@ -191,7 +196,7 @@ class GeneMean(CountMethod):
         `TRAINING`: training studies; `OTHER_CELLS`: the other cells of the study, including their masked genes; or
         `THESE_CELLS`: the other cells of the study, visible counts only.
     train
-        Result of `training_means`; only for `TRAINING`.
+        Result of `training_means`; used only if `fitted_on` is `TRAINING`.
     """
 
     remark = ""
@@ -203,9 +208,9 @@ class GeneMean(CountMethod):
         return GeneMean(THESE_CELLS) if self.fitted_on == OTHER_CELLS else self
 
     def counts(self, eval_cells: EvalCells, masked: Masked) -> np.ndarray:
-        """See `CountMethod`."""
+        """Return the expected count (n,) at each scored position; see `CountMethod`."""
         if self.fitted_on == TRAINING and self._train is None:
-            raise Unavailable("no training studies were given")
+            raise Unavailable("this method needs training studies, but none were given")
         known = masked.visible if self.fitted_on == THESE_CELLS else eval_cells.counts
         shown = masked.shown if self.fitted_on == THESE_CELLS else eval_cells.eligible
         if self.fitted_on == THESE_CELLS:
@@ -265,7 +270,7 @@ class Smoother(Protocol):
     remark: str
 
     def smooth(self, eval_cells: EvalCells, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean counts (n,) at the scored positions, and the number of cells (n,) in each mean.
+        """Return the mean count (n,) at each scored (cell, gene) position, and the number of averaged cells (n,).
 
         Raises
         ------
@@ -276,7 +281,7 @@ class Smoother(Protocol):
 
 
 class Smoothed(CountMethod):
-    """Smoothed counts, with the mean of the gene as one additional neighbor.
+    """Counts averaged over similar cells, to which the mean count of the gene is added as one more neighbor.
 
     The mean of a few neighbors is often zero for a gene that is rare but not absent; adding the gene's mean avoids
     this.
@@ -286,7 +291,7 @@ class Smoothed(CountMethod):
     method
         Smoothing method.
     gene_mean
-        Gene means of the same cells.
+        Gene means of the cells that `method` averages over.
     """
 
     def __init__(self, method: Smoother, gene_mean: GeneMean):
@@ -295,13 +300,13 @@ class Smoothed(CountMethod):
         self._method, self._mean = method, gene_mean
 
     def counts(self, eval_cells: EvalCells, masked: Masked) -> np.ndarray:
-        """See `CountMethod`."""
+        """Return the expected count (n,) at each scored position; see `CountMethod`."""
         smoothed, cells = self._method.smooth(eval_cells, masked)
         return (cells * smoothed + self._mean.counts(eval_cells, masked)) / (cells + 1)
 
 
 class ModelEstimator:
-    """The model as an `Estimator`. Its probabilities are those of `ImputationModel.chances`."""
+    """An `ImputationModel` as an `Estimator`, with the level probabilities from `ImputationModel.chances`."""
 
     def __init__(self, model: ImputationModel):
         self.name, self.fitted_on, self.remark = model.name, model.fitted_on, model.remark
@@ -310,7 +315,10 @@ class ModelEstimator:
     def estimate(
         self, eval_cells: EvalCells, masked: Masked, tick: Callable[[int], None] = lambda bags: None
     ) -> Estimate:
-        """See `Estimator`; `tick` is called with the number of bags finished since the last call."""
+        """Return level probabilities and counts.
+
+        `tick` is called with the number of bags finished since the last call.
+        """
         chance = self._model.chances(eval_cells, masked, tick)
         return from_levels(masked, chance)
 
@@ -322,7 +330,10 @@ def from_levels(masked: Masked, chance: np.ndarray) -> Estimate:
 
 
 def _blocks(masked: Masked) -> Iterator[tuple[slice, slice]]:
-    """Yield slices of consecutive cells, each with the slice of their scored positions."""
+    """Cut the cells into blocks.
+
+    For each block, yield the slice of its cells and the slice of their scored positions.
+    """
     for first in range(0, len(masked.mask), _CELLS_AT_ONCE):
         stop = min(first + _CELLS_AT_ONCE, len(masked.mask))
         yield slice(first, stop), slice(*np.searchsorted(masked.cells, [first, stop]))
@@ -367,7 +378,7 @@ def dispersions(genes: np.ndarray, mean: np.ndarray, counts: np.ndarray, num_gen
 
 
 def negative_binomial(masked: Masked, mean: np.ndarray, dispersion: np.ndarray) -> Estimate:
-    """Return the estimate for negative binomial counts with means (n,) and per-gene dispersions (P,).
+    """Convert negative binomial counts with means (n,) and one dispersion per gene (P,) to level probabilities.
 
     The level probabilities follow from the range of each cell. A dispersion of zero is a Poisson distribution.
     """
@@ -392,7 +403,7 @@ def negative_binomial(masked: Masked, mean: np.ndarray, dispersion: np.ndarray) 
 def estimators(
     eval_cells: EvalCells, model: ImputationModel | None, train: BagSource | None, *, magic: bool = True
 ) -> list[Estimator]:
-    """Return the model (if given) and the baselines; parameters as in `natural_imputation`."""
+    """Return the model (if given) and all baselines as estimators. The parameters are those of `natural_imputation`."""
     frequencies = None if train is None else baselines.level_frequencies(train)
     means = None if train is None else training_means(train)
     of_training, of_these = GeneMean(TRAINING, means), GeneMean(THESE_CELLS)
@@ -423,7 +434,7 @@ class NaturalRow:
     numbers
         Metric -> one number per draw.
     reliability
-        Reliability of the probability of expression, one per draw.
+        Reliability diagram data of the predicted probability of expression, one entry per draw.
     """
 
     method: str
@@ -482,7 +493,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _mean_of_means(group: np.ndarray, values: np.ndarray, sizes: np.ndarray) -> float:
-    """Return the mean, over all non-empty groups, of the mean value in the group."""
+    """Average the values within each group, and return the mean of these averages over all non-empty groups."""
     sums = np.bincount(group, weights=values, minlength=len(sizes))
     return _mean(np.divide(sums, sizes, out=np.full(len(sizes), np.nan), where=sizes > 0))
 
@@ -519,7 +530,7 @@ class NaturalResult:
         return f"natural imputation{' of whole genes' * self.whole_genes}"
 
     def report(self, columns: dict[str, tuple[str, str]], what: str, notes: tuple[str, ...]) -> Report:
-        """Return a table of the metrics `columns`, with `what` in its title."""
+        """Return a table with the metrics in `columns`. The text `what` is part of its title."""
         draws = len(self.positions)
         expressed = [x for row in self.rows for x in row.numbers.get("expressed", ())][:draws]
         share = f", {np.mean(expressed):.1%} expressed" if expressed else ""
@@ -537,7 +548,7 @@ class NaturalResult:
 
     @property
     def reports(self) -> list[Report]:
-        """Two tables: metrics of expression, and metrics of counts."""
+        """Return two tables: the metrics of expressed versus unexpressed, and the metrics of the counts."""
         return [
             self.report(EXPRESSION, "expression", (*_EXPRESSION_NOTES, _RANGES)),
             self.report(COUNTS, "counts", (*_COUNTS_NOTES, _RANGES)),
@@ -545,7 +556,7 @@ class NaturalResult:
 
     @property
     def summary(self) -> Report:
-        """One table of the most important metrics."""
+        """Return one table with the most important metrics."""
         return self.report(
             SUMMARY, "expression and counts", (*_EXPRESSION_NOTES, *_COUNTS_NOTES[1:], _RANGES)
         )
@@ -556,7 +567,7 @@ class NaturalResult:
 
     @property
     def reliability(self) -> dict[str, metrics.Reliability]:
-        """Reliability of the probability of expression, over all draws: {row label: reliability}."""
+        """Return the reliability diagram data of each row over all draws, as {row label: reliability}."""
         found = {}
         for row in self.rows:
             if not row.reliability:
@@ -678,7 +689,7 @@ class NaturalImputation:
         self.report: Report | None = None
 
     def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
-        """Evaluate the model: yield the (name, value) pairs of all metrics, and set `report`."""
+        """Evaluate the model, yield all metrics as (name, value) pairs, and store the table in `report`."""
         outcome = natural_imputation(
             EvalCells.read(self.eval_cells, self.max_bags),
             ImputationModel(self._probabilities, variables),

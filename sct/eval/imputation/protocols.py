@@ -1,8 +1,8 @@
 """Compare a model with baselines on imputation of masked genes and cells (sCT paper, section 4 and appendix C).
 
 The metrics are the MCC of the level and the mean absolute error of the raw count. Only masked genes that are expressed
-are scored. A method that knows this (*given expressed*) has an easier task. Therefore a method can have two rows: one
-that chooses among all levels, and one that is given that the gene is expressed.
+are scored. A method that knows this (*given expressed*) has an easier task. Therefore a method can have two rows in the
+table. In one row, it chooses among all levels. In the other row, it knows that the gene is expressed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ def _run(
     settings: Sequence[tuple[str, Sequence[Callable[[], Draw]]]],
     description: str,
 ) -> list[tuple[str, dict[str, list[ScoreRow]], dict[str, list[int]]]]:
-    """Score each setting (title, draws) and return its title, rows and positions, with one progress bar for all."""
+    """Score all settings, given as (title, draws).
+
+    Return the title, the rows and the positions of each setting. All settings share one progress bar.
+    """
     units = sum(eval_cells.num_bags if isinstance(method, ImputationModel) else 1 for method in methods)
     total = units * sum(len(draws) for _, draws in settings)
     with progress(description, total) as bar:
@@ -67,7 +70,7 @@ def _by_amount(
     description: str,
     ranges: str = OWN_RANGES,
 ) -> list[Setting]:
-    """Return one setting for each masked amount; `titles` maps the amounts to titles."""
+    """Turn the scored settings into one `Setting` per masked amount; `titles` maps each amount to its title."""
 
     def draw(amount: Any, seed: int) -> Draw:
         masked = mask(eval_cells, amount, seed)
@@ -106,7 +109,7 @@ def gene_imputation(
     train
         Exhaustive bags of the studies that the model was trained on, for the baselines fitted on them; or None.
     ratios
-        Fractions of genes to mask; one table each.
+        Fractions of the measured genes to mask; each fraction has its own table.
     seeds
         Number of random masks per ratio; they use the seeds 0 .. seeds - 1.
     magic
@@ -134,8 +137,8 @@ def cells_to_mask(cells_per_bag: int) -> tuple[int, ...]:
     """
     if cells_per_bag < 2:
         raise DataError(
-            f"cells_per_bag is {cells_per_bag}, but whole-cell imputation needs other, visible cells in the bag: set "
-            "it to 2 or more."
+            f"`cells_per_bag` is {cells_per_bag}, but whole-cell imputation needs visible cells next to the "
+            "masked cells of a bag: set `cells_per_bag` to 2 or more."
         )
     numbers = [min(max(1, round(share * cells_per_bag)), cells_per_bag - 1) for share in CELL_SHARES]
     return tuple(dict.fromkeys(numbers))
@@ -158,10 +161,10 @@ def whole_cell_imputation(
     Parameters
     ----------
     numbers
-        Numbers of cells to mask in each bag of K cells; one table each. By default those of `cells_to_mask`. In a bag
-        with fewer than K cells the same fraction is masked.
+        Numbers of cells to mask in each bag of K cells; each number has its own table. Default: those of
+        `cells_to_mask`. In a bag with fewer than K cells the same fraction is masked.
     eval_cells, model, train, seeds, magic, cells_name
-        See `gene_imputation`. MAGIC needs visible genes in each cell, so its row holds only this reason.
+        See `gene_imputation`. MAGIC needs visible genes in each cell, so its row shows only this reason and no numbers.
 
     Returns
     -------
@@ -177,7 +180,8 @@ def whole_cell_imputation(
     for number in numbers:
         if not 0 < number < whole:
             raise DataError(
-                f"numbers has {number} masked cells, but a bag has {whole} cells: choose 1 to {whole - 1}."
+                f"`numbers` contains {number} masked cells, but a bag has {whole} cells and at least one "
+                f"must stay visible: choose numbers from 1 to {whole - 1}."
             )
     methods = _methods(eval_cells, model, train, whole_cells=True, magic=magic)
     titles = {number: f"Imputation of {number} of {whole} cells, {cells_name}" for number in numbers}
@@ -273,7 +277,8 @@ class GeneImputation:
     probabilities, odds
         See `ImputationModel`.
     train, eval_cells
-        Exhaustive bags with counts: those that the baselines are fitted on, and those that are scored.
+        Exhaustive bags with counts, which contain each cell once. The baselines are fitted on `train`; `eval_cells` is
+        scored.
     split
         Name of the held-out split, for the title.
     ratio, seeds
@@ -301,7 +306,7 @@ class GeneImputation:
         self.report: Report | None = None
 
     def __call__(self, variables: Any) -> Iterator[tuple[str, float]]:
-        """Evaluate the model: yield the (name, value) pairs of the table, and set `report`."""
+        """Evaluate the model, yield all metrics as (name, value) pairs, and store the table in `report`."""
         outcome = gene_imputation(
             EvalCells.read(self.eval_cells, self.max_bags),
             ImputationModel(self._probabilities, variables, odds=self.odds),

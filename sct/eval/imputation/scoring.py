@@ -1,4 +1,4 @@
-"""Score a model and the baselines at the same masked positions, and make the result tables."""
+"""Score a model and the baselines at the same masked (cell, gene) positions, and make the result tables."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class ImputationModel:
     def chances(
         self, eval_cells: EvalCells, masked: Masked, tick: Callable[[int], None] = lambda bags: None
     ) -> np.ndarray:
-        """Return the level probabilities (n, num_bins) at the scored positions.
+        """Return the model's probability of each level at each scored position, (n, num_bins).
 
         `tick` is called with the number of bags finished since the last call.
         """
@@ -110,7 +110,7 @@ class ImputationModel:
     def predict(
         self, eval_cells: EvalCells, masked: Masked, tick: Callable[[int], None] = lambda bags: None
     ) -> dict[bool, LevelPrediction]:
-        """See `baselines.ImputationMethod`; returns both forms.
+        """Predict with and without the knowledge that the genes are expressed; see `baselines.ImputationMethod`.
 
         The predicted count is the expected median count of the levels, as in the sCT paper.
         """
@@ -142,7 +142,7 @@ class ScoreRow:
     confusion
         int (num_bins, num_bins), true by predicted level, summed over draws.
     both
-        Whether the method has both forms, so that `label` must name the form.
+        Whether the method has two rows, with and without given expressed, so that `label` must name the variant.
     key
         `sct.eval.reports.report.MODEL`, `REFERENCE` for the reference baseline, "" for other baselines.
     """
@@ -161,12 +161,18 @@ class ScoreRow:
 
     @property
     def label(self) -> str:
-        """Unique name of the row: the method, the cells it is fitted on, and its form if the method has both."""
+        """Unique name of the row: the method and the cells it is fitted on.
+
+        "given expressed" is added if the method has two rows.
+        """
         name = self.method if self.key == MODEL else f"{self.method}, {self.fitted_on}"
         return f"{name}, given expressed" if self.given_expressed and self.both else name
 
     def score(self, masked: Masked, prediction: LevelPrediction, chosen: np.ndarray, num_bins: int) -> None:
-        """Add the metrics of one draw, computed at the positions `chosen`, bool (n,)."""
+        """Compute the metrics of one random mask and append them.
+
+        Only positions for which `chosen`, bool (n,), is True are used.
+        """
         true, levels = masked.levels[chosen].astype(np.int64), prediction.levels[chosen].astype(np.int64)
         truth, counts = masked.counts[chosen], np.asarray(prediction.counts[chosen], np.float64)
         with warnings.catch_warnings():
@@ -180,14 +186,14 @@ class ScoreRow:
         self.confusion = matrix if self.confusion is None else self.confusion + matrix
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the row as JSON content."""
+        """Return the row as a dict that JSON can store."""
         out = {**dataclasses.asdict(self), "label": self.label}
         return {key: value for key, value in out.items() if key not in ("confusion", "both")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Result of one setting of a protocol, which becomes one table.
+    """Result of one setting of a protocol, such as one mask ratio. Each setting becomes one table.
 
     Attributes
     ----------
@@ -211,7 +217,7 @@ class Setting:
     ranges: str = OWN_RANGES
 
     def report(self) -> Report:
-        """Return the table."""
+        """Return the result table of this setting."""
         total, draws = sum(self.positions), len(self.positions)
         title = f"{self.name} ({total:,} masked expressed genes in {draws} draw{'s' * (draws != 1)})"
         report = Report(title, COLUMNS, notes=(*_NOTES, self.ranges, *self.notes))
@@ -242,12 +248,12 @@ class ProtocolResult:
 
     @property
     def reports(self) -> list[Report]:
-        """One table per setting."""
+        """Return one result table per setting."""
         return [setting.report() for setting in self.settings]
 
     @property
     def curves(self) -> dict[str, list[tuple[Any, list[float]]]]:
-        """MCC curves of all rows: {row label: [(value of the setting, [MCC of each draw]), ...]}."""
+        """Return the MCC curve of each row as {row label: [(value of the setting, [MCC of each draw]), ...]}."""
         curves: dict[str, list[tuple[Any, list[float]]]] = {}
         for setting in self.settings:
             for row in setting.rows:
@@ -262,7 +268,7 @@ class ProtocolResult:
 
     @property
     def confusion(self) -> dict[Any, dict[str, np.ndarray]]:
-        """Confusion matrices of the model, true by predicted level.
+        """Return the confusion matrices of the model; rows are true levels and columns are predicted levels.
 
         They have the form {value of the setting: {row label: (num_bins, num_bins)}}.
         """
@@ -294,7 +300,7 @@ class ProtocolResult:
 def _answer(
     method: ImputationMethod, eval_cells: EvalCells, masked: Masked, tick: Callable[[int], None]
 ) -> dict[bool, LevelPrediction] | str:
-    """Return the predictions of a method, or the reason why it has none."""
+    """Run a method and return its predictions, or the reason why the method cannot run."""
     try:
         if isinstance(method, ImputationModel):
             return method.predict(eval_cells, masked, tick)
@@ -318,7 +324,7 @@ def measure(
     draws: Iterable[Callable[[], Draw]],
     tick: Callable[[int], None] = lambda units: None,
 ) -> tuple[dict[str, list[ScoreRow]], dict[str, list[int]]]:
-    """Score all methods at the same positions.
+    """Score all methods at the same masked (cell, gene) positions.
 
     Parameters
     ----------

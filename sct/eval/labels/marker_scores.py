@@ -1,4 +1,4 @@
-"""Label cells by marker genes, without a model: each cell gets the label whose markers score highest."""
+"""Label cells by marker genes, without a model: each cell gets the label whose marker genes have the highest score."""
 
 from __future__ import annotations
 
@@ -37,10 +37,15 @@ def read_markers(path: str | Path) -> dict[str, tuple[str, ...]]:
         content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"cannot read the marker file {path} ({reason}): pass a JSON file.") from error
+        raise DataError(
+            f"cannot read the marker file {path} ({reason}): pass a readable JSON file."
+        ) from error
     form = '{"B cell": ["MS4A1", "CD79A"], ...}'
     if not isinstance(content, dict) or not content:
-        raise DataError(f"the marker file {path} holds no JSON object, or an empty one: write it as {form}.")
+        raise DataError(
+            f"the marker file {path} must contain a non-empty JSON object, but it does not: "
+            f"write it as {form}."
+        )
     for label, genes in content.items():
         if not isinstance(genes, list) or not genes or not all(isinstance(gene, str) for gene in genes):
             raise DataError(
@@ -57,7 +62,7 @@ def _table(counts: Any, symbols: Sequence[str]) -> ad.AnnData:
 
 @contextlib.contextmanager
 def _name_label(label: str) -> Iterator[None]:
-    """Turn scanpy's error into one that names the label; scanpy fails if no other gene has a similar expression."""
+    """Replace scanpy's error by one that names the label. scanpy fails if no other gene has a similar expression."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
@@ -143,8 +148,8 @@ def marker_scores(
             scores[label] = table.obs["score"].to_numpy(float)
     if not scores:
         raise DataError(
-            "no candidate label has a marker among the measured genes: use the candidate labels as keys of the "
-            "markers, and gene symbols of these cells."
+            "none of the candidate labels has a marker gene that is measured in these cells: use the "
+            "candidate labels as keys of the markers, and symbols of measured genes as values."
         )
     lowest = min(own.min() for own in scores.values())
     return pd.DataFrame(

@@ -54,9 +54,9 @@ class LabelOptions:
     Attributes
     ----------
     seeds
-        Number of random draws of the shuffled controls and of the guesses, with the seeds 0, 1, ...
+        How often the shuffled controls and the random guesses are drawn, with the seeds 0, 1, ...
     components, k
-        Number of principal components of the baselines, and number of neighbors that vote.
+        Number of principal components of the baselines, and number of nearest neighbors that vote in the k-NN baseline.
     positive
         Label whose F1 score gets its own column, such as "Yes"; "" for none.
     """
@@ -72,13 +72,19 @@ class LabelOptions:
 
 
 def _right(true: pd.DataFrame, predicted: pd.DataFrame) -> np.ndarray:
-    """Return whether each predicted label is right, bool (N, keys)."""
+    """Return whether the predicted label of each cell and key equals the true label, bool (N, keys)."""
     if missing := [key for key in true if key not in predicted]:
-        raise DataError(f"the predictions lack the key {missing[0]!r}: predict every key of the true labels.")
+        raise DataError(
+            f"the predictions have no column {missing[0]!r}, but the true labels have one: "
+            "predict every column of the true labels."
+        )
     check_not_empty("the table of true labels", true, error=DataError)
     check_one_each("predictions", len(predicted), "cells", len(true))
     if missing := [key for key in true if true[key].isna().any()]:
-        raise DataError(f"the true labels have missing values in {missing[0]!r}: remove these cells.")
+        raise DataError(
+            f"the true labels have missing values in the column {missing[0]!r}: remove the "
+            "cells without a label."
+        )
     pairs = [(true[key].to_numpy(object), predicted[key].to_numpy(object)) for key in true]
     return np.stack([np.asarray(a == b, dtype=bool) for a, b in pairs], axis=1)
 
@@ -118,7 +124,7 @@ def _integers(true: pd.Series, predicted: pd.Series) -> tuple[np.ndarray, np.nda
 
 
 def macro_f1(true: pd.Series, predicted: pd.Series) -> float:
-    """Return the macro-F1 of one key (N,), in [0, 1], with 1 the best: the mean F1 over true and predicted labels.
+    """Return the macro-F1 of one key (N,): the mean F1 over true and predicted labels, in [0, 1]; 1 is the best value.
 
     A label that is predicted, but is true for no cell, has an F1 of 0.
     """
@@ -140,14 +146,15 @@ class LabelAreas(NamedTuple):
     Attributes
     ----------
     auroc_average, auprc_average
-        Area of one candidate against the rest, averaged over the candidates that are true for some but not all cells.
+        Area under the curve of one candidate against the rest, averaged over the candidates that are the true label of
+        some but not all cells.
     auroc_flatten, auprc_flatten
-        Area over all pairs of a cell and a candidate.
+        Area under the curve over all pairs of a cell and a candidate.
     absent
-        Candidates that are true for no cell. They are not in the average; in the flattened areas they are negative
-        pairs.
+        Candidates that are not the true label of any cell. They are left out of the average. In the flattened areas,
+        their pairs are negative.
     unknown
-        True labels that are not candidates. They get the lowest score in every cell.
+        True labels that are missing among the candidates. They get the lowest score in every cell.
     """
 
     auroc_average: float
@@ -171,8 +178,8 @@ def areas(true: pd.Series, probabilities: pd.DataFrame) -> LabelAreas:
 
     Returns
     -------
-    See `LabelAreas`. Values are in [0, 1], with 1 the best. By chance, AUROC is 0.5 and AUPRC is the fraction of
-    positive pairs. NaN if all cells have the same true label.
+    See `LabelAreas`. Values are in [0, 1], and 1 is the best value. Random scores give an AUROC of 0.5 and an AUPRC
+    equal to the fraction of positive pairs. Values are NaN if all cells have the same true label.
 
     Raises
     ------
@@ -220,8 +227,9 @@ def joint(true: pd.DataFrame, probabilities: Mapping[str, pd.DataFrame]) -> tupl
 
     Returns
     -------
-    True combinations (N,) as tuples, and the products of probabilities (N, combinations), for the combinations that
-    are true for some cell. Both are the input of `areas`. A label that is not a candidate has probability 0.
+    The true combination of labels of each cell (N,), as tuples, and the products of probabilities (N, combinations) for
+    the combinations that occur as true ones. Both are the input of `areas`. A label that is not a candidate has
+    probability 0.
     """
     combined = pd.Series(list(true.itertuples(index=False, name=None)), index=true.index, dtype=object)
     names = list(dict.fromkeys(combined))
@@ -235,7 +243,10 @@ def joint(true: pd.DataFrame, probabilities: Mapping[str, pd.DataFrame]) -> tupl
 
 
 def f1_of(label: Any, true: pd.Series, predicted: pd.Series) -> float:
-    """Return the F1 of one label, in [0, 1], with 1 the best; 0 if never predicted, NaN if no cell has the label."""
+    """Return the F1 of one label, in [0, 1]; 1 is the best value.
+
+    It is 0 if the label is never predicted, and NaN if no cell has the label.
+    """
     has, says = (np.asarray(each.to_numpy(object) == label, dtype=bool) for each in (true, predicted))
     return float(f1_score(has, says, zero_division=0.0)) if has.any() else float("nan")
 
@@ -247,7 +258,7 @@ def _f1_column(positive: str) -> list[str]:
 def _values(
     true: pd.DataFrame, prediction: LabelPrediction, positive: str = ""
 ) -> tuple[dict[str, float], list[str]]:
-    """Return all metrics of one prediction by column, and remarks."""
+    """Compute all metrics of one prediction; return them as column -> value, and remarks for the table."""
     several, remarks = true.shape[1] > 1, []
     right = _right(true, prediction.labels)
     f1s = [macro_f1(true[key], prediction.labels[key]) for key in true]
@@ -268,7 +279,8 @@ def _values(
         return values, remarks
     if missing := [key for key in true if key not in prediction.probabilities]:
         raise DataError(
-            f"probabilities lacks the key {missing[0]!r}: give probabilities for all keys or for none."
+            f"`probabilities` has no entry for the key {missing[0]!r}: give probabilities for all keys or "
+            "for none."
         )
     found = [areas(true[key], prediction.probabilities[key]) for key in true]
     with metrics.quiet():
@@ -297,7 +309,7 @@ def _columns(true: pd.DataFrame, positive: str) -> list[str]:
 
 
 def components(training_counts: Any, counts: Any, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return principal components of log expression, fitted on training cells.
+    """Fit a PCA on the log expression of training cells, and return the principal components of both sets of cells.
 
     Parameters
     ----------
@@ -339,7 +351,7 @@ def classify(
 
     Returns
     -------
-    Name of the baseline -> its predicted labels and probabilities.
+    Dict that maps the name of each baseline to its predicted labels and probabilities.
     """
     options = options or LabelOptions()
     before, after = components(training_counts, counts, options.components)
@@ -351,7 +363,10 @@ def classify(
 
 
 def _predicted(kind: Any, before: np.ndarray, training: pd.DataFrame, after: np.ndarray) -> LabelPrediction:
-    """Fit one classifier per key on features (T, D) and predict features (N, D); `kind()` returns a classifier."""
+    """Fit one classifier per key on training features (T, D), and predict the labels of cells with features (N, D).
+
+    `kind()` returns an unfitted classifier.
+    """
     labels, probabilities = {}, {}
     for key in training:
         names = training[key].to_numpy(object)
@@ -366,7 +381,7 @@ def _predicted(kind: Any, before: np.ndarray, training: pd.DataFrame, after: np.
 
 
 def _guesses(training: pd.DataFrame, n: int, seed: int) -> dict[str, LabelPrediction]:
-    """Return `n` predictions of the baselines that use only the label frequencies of the training cells."""
+    """Return predictions for `n` cells of the baselines that use only the label frequencies of the training cells."""
     nothing = np.zeros((len(training), 1)), training, np.zeros((n, 1))
     common = training.value_counts(sort=False)
     best = dict(zip(training.columns, common[common == common.max()].index[0], strict=True))
@@ -400,7 +415,7 @@ def compare(
     - each prediction, and the same prediction shuffled among the cells (control);
     - PCA + logistic regression and PCA + k-NN;
     - the most common label of each key, and, with several keys, the most common combination of labels;
-    - guesses by the label frequencies.
+    - labels guessed at random with their frequencies in the training cells.
 
     Parameters
     ----------
@@ -434,17 +449,23 @@ def compare(
     options, beside = options or LabelOptions(), beside or {}
     missing = [key for key in true if key not in training]
     if missing or not len(true.columns):
-        what = f"{missing[0]!r}" if missing else "any key"
-        raise DataError(f"true and training labels do not share {what}: pass both tables with the same keys.")
+        what = f"the column {missing[0]!r}" if missing else "any column"
+        raise DataError(
+            f"the tables of true and training labels do not share {what}: pass two tables with "
+            "the same columns."
+        )
     if (counts is None) != (training_counts is None):
-        raise ConfigError("only one of counts and training_counts is given: pass both or neither.")
+        raise ConfigError("only one of `counts` and `training_counts` is given: pass both or neither.")
     for name, table, matrix in (("cells", true, counts), ("training cells", training, training_counts)):
         if matrix is not None:
             check_one_each("rows of counts", matrix.shape[0], name, len(table))
     kept, fits = (~table[list(true)].isna().any(axis=1).to_numpy() for table in (true, training))
     if not kept.any() or not fits.any():
         table_name = "training" if kept.any() else "true"
-        raise DataError(f"in the {table_name} labels, no cell has a label for every key: choose other keys.")
+        raise DataError(
+            f"in the table of {table_name} labels, every cell lacks the label of at least one "
+            "column: choose columns with more labels."
+        )
     notes = []
     if left := int((~kept).sum()):
         notes.append(f"{left:,} cells that lack a true label are excluded.")

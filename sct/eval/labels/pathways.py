@@ -1,4 +1,4 @@
-"""Define which pathways are active in cells by a rank-based score, and compare predictions with baselines.
+"""Decide by a rank-based score which pathways are active in each cell, and compare predictions with baselines.
 
 Source: ZerOmics paper, section 4.3 and appendix B.1 (cell pathway inference).
 """
@@ -43,13 +43,14 @@ def read_gene_sets(path: str | Path, names: Sequence[str] = ()) -> dict[str, tup
     Parameters
     ----------
     path
-        GMT file: lines of name, description and gene symbols, separated by tabs, such as MSigDB's hallmark sets.
+        GMT file, such as MSigDB's hallmark sets. Each line has a name, a description and gene symbols, separated by
+        tabs.
     names
-        Names of the sets to read, as in the file or as returned by `plain_name`; empty for all sets.
+        Names of the gene sets to read, as in the file or as returned by `plain_name`; empty to read all sets.
 
     Returns
     -------
-    Plain name -> gene symbols.
+    Dict that maps the readable name of each set (see `plain_name`) to its gene symbols.
 
     Raises
     ------
@@ -60,7 +61,9 @@ def read_gene_sets(path: str | Path, names: Sequence[str] = ()) -> dict[str, tup
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"cannot read the gene sets in {path} ({reason}): pass a GMT file.") from error
+        raise DataError(
+            f"cannot read the gene sets in {path} ({reason}): pass a readable GMT file."
+        ) from error
     # decoupler's reader splits at any white space, so a word of the description would become a gene.
     rows = [[field.strip() for field in line.split("\t")] for line in lines if line.strip()]
     if any(len(row) < 3 or not row[0] for row in rows) or not rows:
@@ -70,7 +73,10 @@ def read_gene_sets(path: str | Path, names: Sequence[str] = ()) -> dict[str, tup
     found = {row[0]: tuple(gene for gene in row[2:] if gene) for row in rows}
     plain = {plain_name(name): own for name, own in found.items()}
     if len(plain) < len(rows) or any("," in name for name in plain):
-        raise DataError(f"{path} has two sets with the same name, or a name with a comma: rename these sets.")
+        raise DataError(
+            f"{path} has two gene sets with the same name, or a gene set whose name has a "
+            "comma: rename these sets."
+        )
     for name in (name for name in names if plain_name(name) not in plain):
         check_choice("the gene set", name, found, error=DataError, advice=f"choose a set of {path}")
     return {plain_name(name): plain[plain_name(name)] for name in names} if names else plain
@@ -83,7 +89,7 @@ def plain_name(name: str) -> str:
 
 
 def _is_symbol(word: str) -> bool:
-    """Return whether a word is a gene or complex symbol: it has a digit, has no vowel, or is in `_SYMBOLS`."""
+    """Return whether a word is a gene or protein complex symbol: it has a digit, has no vowel, or is in `_SYMBOLS`."""
     return any(c.isdigit() for c in word) or not set(word.upper()) & set("AEIOUY") or word in _SYMBOLS
 
 
@@ -91,8 +97,8 @@ def activities(counts: Any, symbols: Sequence[str], gene_sets: Mapping[str, Sequ
     """Return the activity of gene sets in cells: how much higher the genes of a set rank than the other genes.
 
     The score is decoupler's univariate linear model on the ranks of a cell's genes, which is equivalent to a rank-sum
-    test. Equal counts share their mean rank, so the score does not depend on the order of the genes. (decoupler's
-    AUCell ranks equal counts by column, and most counts are equal.)
+    test. Equal counts share their mean rank, so the score does not depend on the order of the genes. decoupler's AUCell
+    is not used, because it ranks equal counts by column, and most counts are equal.
 
     Parameters
     ----------
@@ -105,7 +111,7 @@ def activities(counts: Any, symbols: Sequence[str], gene_sets: Mapping[str, Sequ
 
     Returns
     -------
-    Table float64 (N, sets) of t-values, for the sets with at least five of the G genes.
+    Table float64 (N, sets) of t-values. It contains only sets of which at least five genes are among the G genes.
 
     Raises
     ------
@@ -154,15 +160,15 @@ def active(scores: pd.DataFrame, deviations: float = 1.0) -> pd.DataFrame:
 
 
 class PathwayAreas(NamedTuple):
-    """AUROC and AUPRC of N cells and S pathways (ZerOmics, appendix B.1), in [0, 1], with 1 the best.
+    """AUROC and AUPRC of N cells and S pathways, in [0, 1]; 1 is the best value (ZerOmics, appendix B.1).
 
     Attributes
     ----------
     auroc_average, auprc_average
-        Area over the pathways of a cell, averaged over the cells with both active and inactive pathways; NaN if there
-        is no such cell.
+        Area under the curve over the pathways of a cell, averaged over the cells that have both active and inactive
+        pathways; NaN if no cell has both.
     auroc_flatten, auprc_flatten
-        Area over all pairs of a cell and a pathway.
+        Area under the curve over all pairs of a cell and a pathway.
     """
 
     auroc_average: float
@@ -172,7 +178,10 @@ class PathwayAreas(NamedTuple):
 
 
 def areas(true: np.ndarray, scores: np.ndarray) -> PathwayAreas:
-    """Return AUROC and AUPRC of scores (N, S) for the true active pathways, bool (N, S); higher scores mean active."""
+    """Compare scores (N, S) with the truly active pathways, bool (N, S), by AUROC and AUPRC.
+
+    A higher score means more likely active.
+    """
     check_shape("the table of true pathways", true, ("cells", "pathways"))
     check_shape("the table of scores", scores, ((len(true), "cells"), (true.shape[1], "pathways")))
     check_finite("the table of scores", scores, "cells")
@@ -216,7 +225,7 @@ class PathwayCells:
         gene_sets: Mapping[str, Sequence[str]],
         deviations: float = 1.0,
     ) -> PathwayCells:
-        """Compute the activity of the pathways in cells; see `activities` and `active` for the parameters."""
+        """Compute which pathways are active in the given cells; see `activities` and `active` for the parameters."""
         found = active(activities(counts, symbols, gene_sets), deviations)
         log = log_expression(sparse.csr_matrix(counts, dtype=np.float32))
         places = {symbol: place for place, symbol in enumerate(symbols)}
@@ -243,7 +252,7 @@ def _with_depth(cells: PathwayCells) -> float:
 
 
 def _probabilities(kind: Any, before: np.ndarray, true: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Return probabilities (N, S) that each pathway is active, from one classifier per pathway.
+    """Fit one classifier per pathway on training cells; return each pathway's probability of being active (N, S).
 
     Parameters
     ----------
@@ -264,7 +273,7 @@ def _probabilities(kind: Any, before: np.ndarray, true: np.ndarray, after: np.nd
 
 
 def logistic(train: PathwayCells, cells: PathwayCells, options: labels.LabelOptions) -> np.ndarray:
-    """Return scores (N, S) of logistic regression on principal components, one model per pathway."""
+    """Fit a logistic regression on principal components for each pathway, and return its scores (N, S)."""
     before, after = labels.components(train.counts, cells.counts, options.components)
     with metrics.quiet():
         return _probabilities(
@@ -277,8 +286,8 @@ def baselines(
 ) -> dict[str, np.ndarray]:
     """Return the scores (N, S) of all baselines by name.
 
-    The baselines are logistic regression, k-NN and the frequency of each pathway, fitted on training cells, and the
-    mean expression of the pathway's genes. The mean expression uses the genes that define the true labels.
+    Three baselines are fitted on training cells: logistic regression, k-NN and the frequency of each pathway. The
+    fourth is the mean expression of the genes of the pathway, which also define the true labels.
     """
     before, after = labels.components(train.counts, cells.counts, options.components)
     known = train.active.to_numpy()
@@ -326,7 +335,8 @@ def compare(
     for name, scores in baselines(train, cells, options).items():
         if name in rows:
             raise ConfigError(
-                f"predictions has the name {name!r}, which is the name of a baseline: use another name."
+                f"`predictions` has an entry named {name!r}, but this is the name of a baseline: use "
+                "another name."
             )
         rows[name] = labels.TRAINING, [scores]
     true = cells.active.to_numpy()

@@ -37,7 +37,7 @@ _LIBRARIES = ("jax", "flax", "numpy", "scipy", "scikit-learn", "anndata", "scanp
 
 
 def environment() -> dict[str, str]:
-    """Return facts about this process: command, date, versions, machine, devices.
+    """Return facts about the running process: command, date, versions of packages, machine and devices.
 
     The function imports no library. It lists the JAX devices only if JAX is already imported, because listing them
     starts the JAX backend.
@@ -84,7 +84,7 @@ def keep(
 
 
 def read(path: Path) -> list[Report]:
-    """Return the tables of a `report.json`. Files written by version 0.1.0 also work.
+    """Read a `report.json` and return its tables. Files written by version 0.1.0 also work.
 
     Raises
     ------
@@ -129,8 +129,8 @@ def write(
     folder
         Output folder; created if it does not exist.
     facts
-        Name -> value of everything that the numbers depend on; start from `environment()`. With facts, `report.json`
-        is `{"facts": ..., "reports": [...]}`; without facts it is the list of tables.
+        Name -> value of everything that the numbers depend on; start from the result of `environment()`. With facts,
+        `report.json` is `{"facts": ..., "reports": [...]}`; without facts it is the list of tables.
     figures
         Figures of the HTML page.
     title

@@ -287,7 +287,7 @@ def _table(name: str, report: Report) -> str:
 
 
 def _number(cell: Any, best: bool) -> str:
-    """Return a numeric cell as HTML; its tooltip lists the single measurements."""
+    """Return a numeric table cell as HTML; its tooltip lists the single measurements."""
     kind = "number best" if best else "number"
     if not isinstance(cell, list):
         return f'<td class="{kind}">{escape(cell_text(cell))}</td>'
@@ -317,9 +317,9 @@ def _caption(text: str) -> str:
 
 
 def _inline(name: str, title: str, document: str) -> str:
-    """Return an SVG document as an element of the page, with unique ids and the page's colors for black and white.
+    """Return an SVG document as an element of the page. Its ids become unique, and black and white become page colors.
 
-    The element is written from the parsed tree, so the browser sees only what was checked here.
+    The element is written from the parsed and checked XML tree, so the browser sees only checked content.
     """
     # Drop the XML head, because it could define entities, and the comments, because Matplotlib repeats labels in them.
     found = re.search(r"<svg\b.*</svg>", re.sub(r"<!--.*?-->", "", document, flags=re.DOTALL), re.DOTALL)
@@ -328,7 +328,7 @@ def _inline(name: str, title: str, document: str) -> str:
     except ET.ParseError as error:
         raise _not_plain(str(error)) from None
     if root is None:
-        raise _not_plain("it has no <svg>")
+        raise _not_plain("it has no <svg> element")
     _clean(root, name)
     root.attrib.update({"xmlns": _SVG, "role": "img", "aria-label": title})
     return ET.tostring(root, encoding="unicode")
@@ -337,8 +337,8 @@ def _inline(name: str, title: str, document: str) -> str:
 def _clean(element: ET.Element, name: str) -> None:
     """Clean an SVG element and its children in place.
 
-    Namespaces are removed from the names, and ids get the prefix `name`. Raises DataError for an element that is not in
-    `_DRAWING`, an event handler, or a reference to something outside the document.
+    Namespaces are removed from the element names, and ids get the prefix `name`. Raises DataError for an element that
+    is not in `_DRAWING`, an event handler, or a reference to something outside the document.
     """
     space, _, kind = element.tag.rpartition("}")
     if space not in ("", f"{{{_SVG}") or kind not in _DRAWING:

@@ -43,14 +43,14 @@ class Summary:
 
     @property
     def value(self) -> str:
-        """Mean as text, such as "0.422"; "n/a" if all measurements are NaN, "-" if there are none."""
+        """Mean as text, such as "0.422"; "n/a" if all measurements are NaN, and "-" if nothing was measured."""
         if self.asked == 0:
             return "-"
         return "n/a" if self.count == 0 else self._digits(self.mean)
 
     @property
     def spread(self) -> str:
-        """Standard deviation and count as text: "± 0.012 (5)", "± 0.012 (4 of 5)", "(1)" or ""."""
+        """Standard deviation and number of measurements as text: "± 0.012 (5)", "± 0.012 (4 of 5)", "(1)" or ""."""
         if self.count == 0:
             return ""
         seeds = f"({self.count})" if self.count == self.asked else f"({self.count} of {self.asked})"
@@ -67,7 +67,10 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column of a report. `key` identifies it in programs and never changes; `title` is shown and may change."""
+    """A column of a report.
+
+    Programs find the column by `key`, which never changes. People see `title`, which may change.
+    """
 
     key: str
     title: str
@@ -118,19 +121,28 @@ class Report:
         self.keys = tuple(column.key for column in self.columns)
         self.titles = tuple(column.title for column in self.columns)
         if len(set(self.keys)) < len(self.keys):
-            raise ValueError(f"column keys must be unique, but they are {', '.join(self.keys)}")
+            raise ValueError(
+                f"column keys must be unique, but they are {', '.join(self.keys)}: give each "
+                "column its own key."
+            )
         self.rows: list[list[Any]] = []
         self.row_keys: list[str] = []
         for key, direction in self.better.items():
             if key not in self.keys:
-                raise ValueError(f"better has the key {key!r}: it must be one of {', '.join(self.keys)}")
+                raise ValueError(
+                    f"`better` has the key {key!r}, which is no column key: use one of "
+                    f"{', '.join(self.keys)}."
+                )
             if direction not in ("max", "min"):
-                raise ValueError(f"better[{key!r}] is {direction!r}: it must be 'max' or 'min'")
+                raise ValueError(f"`better[{key!r}]` is {direction!r}: set it to 'max' or 'min'.")
 
     def add(self, *cells: Any, key: str = "") -> None:
-        """Append a row of texts and lists of numbers; `key` is the key of the row."""
+        """Append a row, given as texts and lists of numbers. Programs find the row by `key`."""
         if len(cells) != len(self.columns):
-            raise ValueError(f"the row has {len(cells)} cells, but the table has {len(self.columns)} columns")
+            raise ValueError(
+                f"the row has {len(cells)} cells, but the table has {len(self.columns)} "
+                "columns: pass one cell per column."
+            )
         measured = (list, tuple, np.ndarray)
         self.rows.append([[float(x) for x in each] if isinstance(each, measured) else each for each in cells])
         self.row_keys.append(key)
@@ -141,13 +153,13 @@ class Report:
         return list(zip(self.row_keys, cells, strict=True))
 
     def numeric(self) -> list[bool]:
-        """Return, for each column, whether it holds measurements."""
+        """Return one bool per column: whether the column holds measurements."""
         return [any(isinstance(row[i], list) for row in self.rows) for i in range(len(self.columns))]
 
     def best(self) -> set[tuple[int, int]]:
-        """Return the (row, column) of the cells with the best mean of their column, as rounded for display.
+        """Return the (row, column) of each table cell whose mean, as rounded for display, is the best of its column.
 
-        A column in which all shown means are equal, or only one row has a number, has no best cell.
+        If all shown means of a column are equal, or if only one row has a number, the column has no best cell.
         """
         found: set[tuple[int, int]] = set()
         for name, direction in self.better.items():
@@ -191,7 +203,7 @@ class Report:
         return f"**{escape(self.title)}**\n\n{line(map(escape, self.titles))}{rule}{body}{notes}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the table with all measurements as JSON content; NaN becomes None, infinity becomes "inf"."""
+        """Return the table with all measurements as a dict for JSON; NaN becomes None, infinity becomes "inf"."""
         return {
             "title": self.title,
             "columns": list(self.titles),
@@ -211,7 +223,7 @@ def cell_text(cell: Any) -> str:
 
 
 def plain(content: Any) -> Any:
-    """Return content that JSON can store: NaN becomes None, and infinity becomes "inf" or "-inf"."""
+    """Convert values to content that JSON can store: NaN becomes None, and infinity becomes "inf" or "-inf"."""
     if isinstance(content, Mapping):
         return {str(key): plain(value) for key, value in content.items()}
     if isinstance(content, list | tuple):

@@ -1,4 +1,4 @@
-"""Lay out tables for the terminal with rich, which distributes the width over the columns and wraps text."""
+"""Lay out tables for the terminal with the library rich, which sets column widths and wraps text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Layout = Literal["wide", "narrow", "list"]
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """Content of a table. The first column names the row.
+    """Text content of a table. The first column holds the names of the rows.
 
     Attributes
     ----------
@@ -59,7 +59,7 @@ def table(content: Content, width: int | None = None) -> Table:
 
 
 def _table(content: Content, layout: Layout, text_width: int | None = None) -> Table:
-    """Return the table in a layout; text columns have at most `text_width` characters."""
+    """Return a rich table in the given layout; text columns have at most `text_width` characters."""
     titles, numeric = content.columns, content.numeric
     texts = [i for i in range(1, len(titles)) if not numeric[i]]
     numbers = [i for i in range(1, len(titles)) if numeric[i]]
