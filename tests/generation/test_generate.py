@@ -184,8 +184,8 @@ def test_generation_compiles_once_for_prompts_of_like_length(gpt2):
     ("prompts", "changes", "error", "words"),
     [
         ([[]], {"max_new_tokens": 4}, DataError, "prompt 0.*tokens"),
-        ([[1], [99]], {"max_new_tokens": 4}, DataError, "token 99"),
-        ([[-1]], {"max_new_tokens": 4}, DataError, "token -1"),
+        ([[1], [99]], {"max_new_tokens": 4}, DataError, "token id 99"),
+        ([[-1]], {"max_new_tokens": 4}, DataError, "token id -1"),
         ([[1] * 120], {"max_new_tokens": 50}, DataError, "160 positions"),
         ([[1]], {"top_p": 0.9}, ConfigError, "temperature"),
         ([[1]], {"top_p": 1.5, "temperature": 1.0}, ConfigError, "top_p"),
