@@ -56,7 +56,7 @@ _UNS = ("abstract", "cell_types", "rare", "diseases")
 
 @dataclasses.dataclass(frozen=True)
 class InstructionBenchmarkData(benchmarking.CellChoice):
-    """Cells to ask about.
+    """Options of the cells to ask about.
 
     Parameters
     ----------
@@ -73,7 +73,8 @@ class InstructionBenchmarkData(benchmarking.CellChoice):
     group_key
         Column of `obs`, such as the donor. All cells of a group are in the same part of the study.
     share
-        Share of the cells, or groups, of each study that the questions are about. The other cells fit the baselines.
+        Fraction of the cells (or groups) of each study that the model is asked about. The baselines are fitted on the
+        other cells.
     """
 
     max_cells: int = 3_000

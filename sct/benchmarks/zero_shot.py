@@ -44,14 +44,14 @@ _REPORT_BYTES = 10_000_000  # disk space that a report with figures may need
 
 @dataclasses.dataclass(frozen=True)
 class CellChoice:
-    """Cells that a benchmark reads from a file or a store.
+    """Options of the cells that a benchmark reads from a file or a store.
 
     Parameters
     ----------
     path
         File (.h5ad or .zarr) or store with the cells.
     split
-        Split of a store to score: "test", "validation" or "train".
+        Split whose studies are scored if `path` is a store: "test", "validation" or "train".
     layer
         Where the raw counts are: "X", "raw" or a layer. By default, the first of these that holds raw counts.
     gene_column
@@ -59,11 +59,11 @@ class CellChoice:
     duplicates
         What to do if several columns belong to one gene: "error", or "sum" to add their counts.
     study_key
-        Column of `obs` that divides a file into studies, donors or slides; "" for a single study.
+        Column of `obs` by which a file is divided into studies, donors or slides; "" if the file is a single study.
     max_cells
-        Number of cells drawn at random from each study; 0 for all cells.
+        Maximum number of cells drawn at random from each study; 0 for all cells.
     seed
-        Seed of the choice of cells.
+        Random seed with which the cells are drawn.
     """
 
     path: str = ""
@@ -90,7 +90,7 @@ class CellChoice:
 
 @dataclasses.dataclass(frozen=True)
 class ZeroShotData(CellChoice):
-    """Cells to evaluate.
+    """Options of the cells to evaluate.
 
     Parameters
     ----------
@@ -127,11 +127,11 @@ class NaturalImputationOptions:
     Parameters
     ----------
     run
-        Whether to run this part.
+        Whether to run this evaluation.
     ratio
-        Share of the measured genes of each cell that is masked.
+        Fraction of the measured genes of each cell that is masked.
     whole_genes
-        Whether to mask genes also in all cells at once, as `sct.tl.impute` does.
+        Whether to add an evaluation in which the same genes are masked in all cells, as `sct.tl.impute` does.
     """
 
     run: bool = True
@@ -149,9 +149,9 @@ class GeneImputationOptions:
     Parameters
     ----------
     run
-        Whether to run this part.
+        Whether to run this evaluation.
     ratios
-        Shares of the measured genes of each cell that are masked, one evaluation per share.
+        Fractions of the measured genes of each cell that are masked. Each fraction is evaluated separately.
     magic
         Whether to include the baseline MAGIC.
     """
@@ -210,7 +210,7 @@ class EmbeddingOptions:
     Parameters
     ----------
     run
-        Whether to run this part.
+        Whether to run this evaluation.
     k, folds
         Number of neighbors that vote for the label of a cell, and number of cross-validation folds.
     resolution
