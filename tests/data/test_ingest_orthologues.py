@@ -166,7 +166,7 @@ def test_two_columns_of_one_gene(table, tmp_path):
     mouse.var_names = [mouse_id(0) if name == f"{mouse_id(7)}.2" else name for name in mouse.var_names]
     inputs = [write_as(mouse, "csr", tmp_path)]
     words = (
-        rf"sample\.h5ad: 1 genes .* by index \(Ensembl ids\) \({mouse_id(0)}.* and {mouse_id(0)}.* for ENSG.*with "
+        rf"sample\.h5ad: 1 genes .* index \(Ensembl ids\) \({mouse_id(0)}.* and {mouse_id(0)}.* for ENSG.*with "
         'duplicates="sum"'
     )
     with pytest.raises(DataError, match=words):

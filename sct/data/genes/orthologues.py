@@ -157,7 +157,7 @@ class MappedGenes:
             shown = some(f"{' and '.join(names)} for {target}" for target, names in twice.items())
             raise DataError(
                 f"{f'{self.report_name}: ' if self.report_name else ''}{len(twice):,} genes occur in more than one "
-                f"column by {self.source} ({shown}): {remedy}."
+                f"column, according to the names in {self.source} ({shown}): {remedy}."
             )
 
 
