@@ -17,6 +17,7 @@ _NAMES = {
     "Store": "sct.data.store",
     "load": "sct.weights.load",
     "SctError": "sct.errors",
+    "settings": "sct.global_settings",
 }
 
 __all__ = ["__version__", *_MODULES, *_NAMES]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import resource
 import select
 import signal
 import sys
 import threading
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -27,13 +30,15 @@ _COMMANDS = {
     "ingest": "ingest h5ad, 10x, zarr and CELLxGENE Census data into a store",
     "convert": "convert published weights to a model folder, and back",
     "speed": "measure the speed of a configuration on this machine",
+    "models": "list the model families, and the models in folders",
+    "doctor": "check the installation: versions, devices, memory, caches and extras",
 }
 
 # Commands that run a model.
 _COMPUTING = ("embed", "impute", "annotate", "generate", "benchmark", "train", "speed")
 
 # Flags that ask for help. They are handled here, because absl's own help prints local file names and exits with 1.
-_HELP = ("-h", "--help", "-help", "-?", "--helpfull", "--helpshort")
+_HELP = ("-h", "--help", "-help", "-?", "--helpfull", "--helpshort", "--helpxml", "--help=true")
 
 # Advice for each command when the memory does not suffice.
 _SMALLER = {
@@ -54,7 +59,13 @@ _SMALLER = {
 def _usage() -> str:
     lines = [f"  sct {name:<10} {what}" for name, what in _COMMANDS.items()]
     return "\n".join(
-        ["usage: sct COMMAND [--flag=value ...]", "", *lines, "", "sct COMMAND --help lists its flags."]
+        [
+            "usage: sct COMMAND [--flag=value ...]",
+            "",
+            *lines,
+            "",
+            "sct COMMAND --help lists its flags. sct --version prints the version.",
+        ]
     )
 
 
@@ -76,7 +87,7 @@ def _main(command: str | None) -> None:
         if len(argv) < 2 or argv[1] in _HELP or argv[1] == "help":
             print(_usage())
             sys.exit(0 if len(argv) > 1 else 2)
-        if argv[1] == "--version":
+        if argv[1] in ("--version", "-V"):
             from sct import __version__
 
             print(__version__)
@@ -97,6 +108,8 @@ def _main(command: str | None) -> None:
     if command in _COMPUTING and not asks_for_help:
         keep_freed_memory()
     module = importlib.import_module(f"sct.commands.{command}")
+    for name in getattr(module, "FLAG_MODULES", ()):
+        importlib.import_module(name)
     from sct.commands.flag_parsing import Command
 
     called = Command(program, module)
@@ -105,17 +118,51 @@ def _main(command: str | None) -> None:
 
         print(flag_help.text(called))
         sys.exit(0)
-    if command in _COMPUTING and command != "train":  # `train` has a flag for the folder
-        from sct.commands.compilation import keep_programs
 
-        keep_programs()
+    def program_of(words: list[str]) -> int | None:
+        from sct.commands import session_flags
+
+        session_flags.apply()
+        started = time.monotonic()
+        if command in _COMPUTING:
+            _prepare_jax(command)
+        status: int | None = module.main(words)
+        _hint_at_costs(started, command in _COMPUTING)
+        return status
+
     run_main(
-        module.main,
+        program_of,
         argv,
         called,
         "resume" if command in ("train", "ingest") else "start over",
         _SMALLER.get(command, "use smaller inputs, or a machine with more memory"),
         stoppable=command != "train",  # `train` saves a checkpoint first
+    )
+
+
+def _prepare_jax(command: str) -> None:
+    """Choose the device and the folder for compiled programs, before JAX starts."""
+    from sct.commands import device_flag
+    from sct.commands.compilation import keep_programs
+
+    device_flag.select()
+    if command != "train":  # `train` has a flag for the folder, and joins other processes before JAX starts
+        keep_programs()
+        device_flag.check()
+
+
+def _hint_at_costs(started: float, computing: bool) -> None:
+    """Print a hint on what a command used: the device, the time and the memory."""
+    from sct import devices, messages
+    from sct.global_settings import HINTS, settings
+
+    if settings.verbosity < HINTS:
+        return
+    where = f" on {devices.described()}" if computing and "jax" in sys.modules else ""
+    # Linux counts in kB, macOS in bytes.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    messages.hint(
+        f"hint: {time.monotonic() - started:,.1f} s{where}; peak memory of the process {peak / 1e9:.2f} GB"
     )
 
 
@@ -264,6 +311,7 @@ def run_main(
     def guarded(rest: list[str]) -> int | None:
         # Hide the log messages of JAX and Orbax: the search for backends, and every stage of saving.
         logging.set_verbosity(logging.ERROR)
+        warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
         try:
             with _ended_by_sigterm() if stoppable else nullcontext():
                 return program(rest)

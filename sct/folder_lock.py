@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -20,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from sct import messages
 from sct.errors import ConfigError, FolderInUseError
 
 try:
@@ -154,10 +154,9 @@ class _Lock:
             if time.monotonic() - began > (SAVING_SECONDS if stopping else NOTICE_SECONDS):
                 raise self._refusal(holder, option)
             if stopping and not announced:
-                print(
+                messages.notice(
                     f"{holder} was asked to stop and is still saving to {self.path.parent}: waiting for it to end.",
-                    file=sys.stderr, flush=True,
-                )  # fmt: skip
+                )
                 announced = True
             time.sleep(_POLL_SECONDS)
         self._mine = True
@@ -235,11 +234,10 @@ class _Lock:
         with tempfile.TemporaryFile(dir=self.path.parent) as new:  # gives the present time of the file system
             if abs(os.fstat(new.fileno()).st_mtime - before) > OLD_SECONDS:
                 return False
-        print(
+        messages.notice(
             f"{self.path.parent} was last used by {holder}: checking for up to {SILENT_SECONDS:.0f} s "
             "whether this process is still running.",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        )
         end = time.monotonic() + SILENT_SECONDS
         while time.monotonic() < end:
             time.sleep(_POLL_SECONDS)

@@ -1,7 +1,8 @@
 """Progress display for all work that can take more than five seconds.
 
-On a terminal it is a live progress bar. If standard error is a file or a pipe, it prints one line per interval, so that
-logs stay readable.
+On a terminal it is a live progress bar, and in a notebook a line that is replaced. If standard error is a file or a
+pipe, it prints a line from time to time, so that logs stay readable. With `sct.settings.verbosity` below "info",
+nothing is shown.
 """
 
 from __future__ import annotations
@@ -10,9 +11,16 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from sct import messages
+from sct.global_settings import INFO, settings
 
 T = TypeVar("T")
+
+# Seconds: a notebook shows a task that takes longer, the longest time between two lines in a file, and the time from
+# which the rate of a progress bar is computed.
+_SHORT, _LONGEST, _MEMORY = 1.0, 300.0, 3600.0
 
 
 def _clock(seconds: float) -> str:
@@ -22,18 +30,23 @@ def _clock(seconds: float) -> str:
 
 
 class ProgressBar:
-    """Progress display of one task, created by `progress`; call `update` when units are done."""
+    """Progress display of one task, created by `progress`; call `update` when units are done.
+
+    The first unit is not part of the rate, because JAX compiles the program during this unit.
+    """
 
     def __init__(self, description: str, total: int | None, done: int, interval: float, active: bool = True):
         self.description, self.total, self.done = description, total, done
-        self._first, self._start, self._interval = done, time.monotonic(), interval
-        self._last = self._start
+        self._begun = time.monotonic()
+        self._last, self._interval = self._begun, interval
+        # Time and units at the start of the rate; None until the first unit is done.
+        self._rate_from: tuple[float, int] | None = None
         self._note = ""
-        self._active = active
-        self._rich = None
-        self._task = None
-        if active and sys.stderr.isatty():
-            from rich.console import Console
+        self._active = active and settings.verbosity >= INFO
+        self._rich: Any = None
+        self._task: Any = None
+        self._handle: Any = None
+        if self._active and sys.stderr.isatty() and not messages.in_notebook():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._rich = Progress(
@@ -42,8 +55,9 @@ class ProgressBar:
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[note]}"),
                 TimeRemainingColumn(),
-                console=Console(stderr=True),
+                console=messages.console(stderr=True),
                 transient=False,
+                speed_estimate_period=_MEMORY,  # a step may take minutes
             )
             self._task = self._rich.add_task(description, total=total, completed=done, note="")
             self._rich.start()
@@ -52,37 +66,74 @@ class ProgressBar:
         """Advance by `advance` units; the short text `note` is shown until the next note."""
         self.done += advance
         self._note = note or self._note
+        now = time.monotonic()
+        if advance and self._rate_from is None:
+            self._rate_from = (now, self.done)
         if not self._active:
             return
-        if self._rich is not None and self._task is not None:
+        if self._rich is not None:
             self._rich.update(self._task, advance=advance)
             if note:
                 self._rich.update(self._task, note=note)
-            return
-        now = time.monotonic()
-        if now - self._last >= self._interval or (self.done == self.total and now - self._start > 5):
+        elif messages.is_kernel():
+            if now - self._begun > _SHORT and now - self._last > _SHORT:
+                self._last = now
+                self._show(self._line(now))
+        elif now - self._last >= max(self._interval, min((now - self._begun) / 20, _LONGEST)):
             self._last = now
             self.write(self._line(now))
 
+    def restart_clock(self) -> None:
+        """Measure the rate, and so the time left, from the next unit on. Call this after a compilation."""
+        self._rate_from = None
+        if self._rich is not None:
+            self._rich.reset(self._task, completed=self.done, note=self._note)
+
     def _line(self, now: float) -> str:
         total = f"/{self.total}" if self.total is not None else ""
-        rate = (self.done - self._first) / max(now - self._start, 1e-9)
-        left = f", {_clock((self.total - self.done) / rate)} left" if self.total and rate > 0 else ""
+        seconds = self._left(now)
+        left = f", {_clock(seconds)} left" if seconds is not None else ""
         return f"{self.description} {self.done}{total}{' ' + self._note if self._note else ''}{left}"
 
+    def _left(self, now: float) -> float | None:
+        """Return the seconds until the task is done; None if they are unknown."""
+        if self.total is None or self._rate_from is None:
+            return None
+        since, first = self._rate_from
+        if self.done <= first or self.done >= self.total:
+            return None
+        return (self.total - self.done) * (now - since) / (self.done - first)
+
+    def _show(self, line: str) -> None:
+        """Show a line in a notebook, in place of the previous line of this task."""
+        from IPython.display import display
+
+        content = {"text/plain": line}
+        if self._handle is None:
+            self._handle = display(content, raw=True, display_id=True)
+        else:
+            self._handle.update(content, raw=True)
+
     def write(self, text: str) -> None:
-        """Print a line above the progress bar (terminal) or to standard error (file)."""
+        """Print a line above the progress bar (terminal), to standard output (notebook) or to standard error (file)."""
         if not self._active:
             return
         if self._rich is not None:
-            self._rich.console.print(text, highlight=False)
+            self._rich.console.print(text, highlight=False, markup=False)
         else:
-            print(text, file=sys.stderr, flush=True)
+            # Notebooks mark standard error as if it were an error.
+            print(text, file=sys.stdout if messages.in_notebook() else sys.stderr, flush=True)
 
     def close(self) -> None:
         """Close the display; later updates have no effect on the terminal."""
+        now = time.monotonic()
         if self._rich is not None:
             self._rich.stop()
+        elif self._active and self._handle is not None:
+            self._show(f"{self._line(now)} in {_clock(now - self._begun)}")
+        elif self._active and self._last > self._begun:  # lines were printed, so print the last one too
+            self.write(f"{self._line(now)} in {_clock(now - self._begun)}")
+        self._active = False
 
 
 @contextmanager
@@ -105,7 +156,7 @@ def progress(
     done
         Number of units already done, for a resumed run.
     interval
-        Seconds between two lines if standard error is not a terminal.
+        Seconds between two lines if standard error is not a terminal. Later lines are rarer, up to 5 minutes apart.
     active
         If False, show nothing. Only the first process of a multi-process run shows progress.
     """

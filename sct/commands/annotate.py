@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from absl import flags
 
+from sct import messages
 from sct.commands import cell_flags, output_flags
 
 _REFERENCE = flags.DEFINE_string(
@@ -50,7 +51,7 @@ _KEY = flags.DEFINE_string(
     "key_added", "sct_label", "Column of obs to write; also the prefix of all other names that are written."
 )
 
-FLAG_MODULES = ("sct.commands.cell_flags", "sct.commands.output_flags")
+FLAG_MODULES = ("sct.commands.cell_flags", "sct.commands.output_flags", "sct.commands.device_flag")
 
 
 def main(argv: list[str]) -> None:
@@ -80,5 +81,5 @@ def main(argv: list[str]) -> None:
     }
     tables.write(adata, cell_flags.INPUT.value, target, added)
     for name, count in adata.obs[key].value_counts().items():
-        print(f"{count:>10,}  {name}")
-    print(f'obs["{key}"] in {target}')
+        messages.info(f"{count:>10,}  {name}")
+    messages.info(f'obs["{key}"] in {target}')

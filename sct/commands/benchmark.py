@@ -34,7 +34,7 @@ flags.mark_flag_as_required("config")
 
 # Modules by the value of `benchmark` in a configuration.
 _BENCHMARKS = {"zero_shot": "sct.benchmarks.zero_shot", "instructions": "sct.benchmarks.instructions"}
-FLAG_MODULES = ("sct.commands.output_flags",)
+FLAG_MODULES = ("sct.commands.output_flags", "sct.commands.device_flag")
 
 
 def main(argv: list[str]) -> None:

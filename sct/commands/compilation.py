@@ -13,12 +13,20 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-DEFAULT = "~/.cache/sct/xla"
+from sct import messages
+from sct.global_settings import WARNINGS, settings
+
+DEFAULT = "~/.cache/sct/xla"  # `sct.settings.cache_dir` replaces ~/.cache/sct
 _VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 _TROUBLE = re.compile(
     r"Error (reading|writing) persistent compilation cache entry for '(.+?)': (.*)", re.DOTALL
 )
 _usual: Any = None
+
+
+def usual_folder() -> str:
+    """Return the environment variable JAX_COMPILATION_CACHE_DIR, or the folder `xla` of `sct.settings.cache_dir`."""
+    return os.environ.get(_VARIABLE, str(settings.cache_dir / "xla"))
 
 
 def keep_programs(folder: str | None = None) -> str:
@@ -30,14 +38,13 @@ def keep_programs(folder: str | None = None) -> str:
     Parameters
     ----------
     folder
-        Folder to use. '' means no folder. None means the folder in the environment variable JAX_COMPILATION_CACHE_DIR,
-        or `~/.cache/sct/xla` if the variable is not set.
+        Folder to use. '' means no folder. None means the result of `usual_folder`.
 
     Returns
     -------
     The folder in use, or '' if there is none.
     """
-    chosen = os.environ.get(_VARIABLE, DEFAULT) if folder is None else folder
+    chosen = usual_folder() if folder is None else folder
     # JAX itself handles buckets (gs://...).
     if chosen and "://" not in chosen:
         chosen = os.path.abspath(os.path.expanduser(chosen))
@@ -55,6 +62,7 @@ def keep_programs(folder: str | None = None) -> str:
         jax.config.update("jax_compilation_cache_dir", chosen or None)
     if chosen:
         _listen(Path(chosen))
+        messages.hint(f"hint: compiled programs are kept in {chosen}")
     return chosen
 
 
@@ -87,8 +95,8 @@ def _listen(folder: Path) -> None:
 
 
 def _say(folder: str, reason: str) -> None:
-    print(
+    messages.notice(
         f"the folder for compiled programs {folder} cannot be written ({reason}), so every run compiles again: set "
         "another folder with --compilation_cache=FOLDER or JAX_COMPILATION_CACHE_DIR.",
-        file=sys.stderr,
+        WARNINGS,
     )

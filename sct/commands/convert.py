@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from sct import outputs
+from sct import messages, outputs
 from sct.commands import output_flags
 from sct.commands.flag_errors import FlagError, nearest
 from sct.errors import ConfigError
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
     outputs.check_folder(target, "--output", output_flags.OVERWRITE.value, _least_bytes(source))
     if _FROM.value == OWN:
         _write(known[str(_TO.value)], source, target)
-        print(f"{known[str(_TO.value)].title or _TO.value} folder: {_OUTPUT.value}")
+        messages.info(f"{known[str(_TO.value)].title or _TO.value} folder: {_OUTPUT.value}")
         return
     converter = known[str(_FROM.value)]
     numbered_genes = _GENES.value == "none"
@@ -90,8 +90,8 @@ def main(argv: list[str]) -> None:
     genes = GeneVocabulary.load(Path(str(_GENES.value)).expanduser()) if named else None
     converter.read(source, target, _DTYPE.value, genes, numbered_genes)
     if converter.notice:
-        print(converter.notice)
-    print(f"model folder: {_OUTPUT.value}")
+        messages.info(converter.notice)
+    messages.info(f"model folder: {_OUTPUT.value}")
 
 
 def _least_bytes(source: Path) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from absl import flags
 
+from sct import messages
 from sct.commands import cell_flags, output_flags
 
 _KEY = flags.DEFINE_string("key_added", "X_sct", "Key in obsm to write the embedding to.")
@@ -25,7 +26,7 @@ _CONTEXTS = flags.DEFINE_integer(
     "n_contexts", 1, "Number of random bags per cell; the embedding is their mean.", lower_bound=1
 )
 
-FLAG_MODULES = ("sct.commands.cell_flags", "sct.commands.output_flags")
+FLAG_MODULES = ("sct.commands.cell_flags", "sct.commands.output_flags", "sct.commands.device_flag")
 flags.mark_flag_as_required("model")
 
 
@@ -47,8 +48,8 @@ def main(argv: list[str]) -> None:
         adata, cell_flags.INPUT.value, target, {"obsm": [key], "uns": [key, *cell_flags.scales(adata)]}
     )
     settings = adata.uns[key]
-    print(
+    messages.info(
         f"{adata.n_obs:,} cells embedded by {settings['model']}; counts from {settings['counts_from']}, "
         f"{settings['genes_matched']:,} genes matched"
     )
-    print(f'obsm["{key}"] in {target}')
+    messages.info(f'obsm["{key}"] in {target}')

@@ -11,7 +11,7 @@ from typing import Any
 
 from absl import flags
 
-from sct.commands import configuration
+from sct.commands import configuration, session_flags
 from sct.commands.flag_errors import FlagError, nearest, renamed
 
 # Placeholders for values in usage and help, for flags whose type is not enough to choose one.
@@ -43,7 +43,7 @@ class Command:
 
         Required flags come first, then the others, each group in the order of definition.
         """
-        modules = (self.module.__name__, *getattr(self.module, "FLAG_MODULES", ()))
+        modules = (self.module.__name__, *getattr(self.module, "FLAG_MODULES", ()), session_flags.__name__)
         defined = flags.FLAGS.flags_by_module_dict()
         found = [flag for name in modules for flag in defined.get(name, [])]
         found.sort(key=lambda flag: not is_required(flag))

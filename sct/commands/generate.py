@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from absl import flags
 
+from sct import messages
 from sct.commands import output_flags
 from sct.commands.flag_errors import FlagError
 
@@ -44,7 +45,7 @@ _TOP_P = flags.DEFINE_float(
 )  # fmt: skip
 _SIZE = flags.DEFINE_integer("batch_size", 32, "Number of cells generated at once.", lower_bound=1)
 
-FLAG_MODULES = ("sct.commands.output_flags",)
+FLAG_MODULES = ("sct.commands.output_flags", "sct.commands.device_flag")
 RENAMED_FLAGS = {"text": "abstract"}
 _BYTES_PER_CELL = 1000  # lower limit: a sentence of a hundred genes, and their values
 
@@ -79,8 +80,8 @@ def main(argv: list[str]) -> None:
     with tables.replacing(target) as temporary:
         adata.write_h5ad(temporary)
     shares = adata.obs[["valid_share", "unique_share"]].mean()
-    print(
+    messages.info(
         f"{adata.n_obs:,} cells of {adata.obs['n_words'].mean():.0f} words on average; {shares.iloc[0]:.1%} of the "
         f"words are genes of the model, and {shares.iloc[1]:.1%} are distinct genes"
     )
-    print(f"cells in {target}")
+    messages.info(f"cells in {target}")

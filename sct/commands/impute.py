@@ -16,6 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
+from sct import messages
 from sct.commands import cell_flags, output_flags
 from sct.commands.flag_errors import FlagError
 
@@ -29,7 +30,7 @@ _KEY = flags.DEFINE_string(
     "key_added", "sct", "Prefix of the names written: PREFIX_expected, PREFIX_level, PREFIX_probability."
 )
 
-FLAG_MODULES = ("sct.commands.cell_flags", "sct.commands.output_flags")
+FLAG_MODULES = ("sct.commands.cell_flags", "sct.commands.output_flags", "sct.commands.device_flag")
 flags.mark_flag_as_required("model")
 
 
@@ -64,10 +65,10 @@ def main(argv: list[str]) -> None:
     tables.write(adata, cell_flags.INPUT.value, target, {**added, "uns": [key, *cell_flags.scales(adata)]})
     settings = adata.uns[key]
     what = f"{len(settings['genes']):,} genes" if len(settings["genes"]) else "all genes"
-    print(
+    messages.info(
         f"imputed {what} of {len(settings['cells']) or adata.n_obs:,} cells with {settings['model']}; counts from "
         f"{settings['counts_from']}"
     )
     for slot, keys in added.items():
         for name in keys:
-            print(f'{slot}["{name}"] in {target}')
+            messages.info(f'{slot}["{name}"] in {target}')

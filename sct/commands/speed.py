@@ -69,7 +69,7 @@ _CEILING = flags.DEFINE_integer(
 )
 flags.mark_flag_as_required("config")
 
-FLAG_MODULES = ("sct.commands.output_flags",)
+FLAG_MODULES = ("sct.commands.output_flags", "sct.commands.device_flag")
 
 
 def main(argv: list[str]) -> None:

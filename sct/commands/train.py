@@ -32,6 +32,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from sct.commands import device_flag
 from sct.commands.compilation import DEFAULT, keep_programs
 from sct.commands.configuration import prepare
 from sct.commands.flag_errors import FlagError
@@ -73,6 +74,8 @@ _JOIN = flags.DEFINE_integer(
 _ONLY = flags.DEFINE_list("only", [], "Names of the runs of a sweep to train. Default: all runs.")
 flags.mark_flag_as_required("config")
 
+FLAG_MODULES = ("sct.commands.device_flag",)
+
 # Exit status by the reason why a run or a sweep ended; other reasons have status 0.
 _STATUS = {"signal": AGAIN, "interrupt": 130, "failed": 1}
 
@@ -87,6 +90,7 @@ def main(argv: list[str]) -> int:
         processes.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _JOIN.value)
     elif (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value) != (None, None, None):
         raise FlagError("--coordinator, --num_processes and --process_id need --multihost: add --multihost.")
+    device_flag.check()  # after `join`, before which JAX must not start
     with processes.together():
         return _STATUS.get(_run(), 0)
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from sct import messages
 from sct.data.masking import Masking
 from sct.errors import CheckpointError, ConfigError
 
@@ -85,4 +85,4 @@ class ClassPrior:
     def warn(self) -> None:
         """Issue a warning if the masking rates are assumed, or if the bias cannot be corrected."""
         if self.assumed or self.one_sided:
-            warnings.warn(ASSUMED if self.assumed else ONE_SIDED, UserWarning, stacklevel=3)
+            messages.warn(ASSUMED if self.assumed else ONE_SIDED, stacklevel=3)

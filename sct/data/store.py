@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as sp
 
+from sct import messages
 from sct.checks import check_choice, check_distinct
 from sct.data.coordinates import SCALES, SPATIAL_KEY, Scale, read_scales, write_scales
 from sct.data.genes.vocabulary import GeneVocabulary
@@ -480,10 +480,9 @@ class Store:
             )
         store = cls(path, manifest, vocabulary)
         if not all("hashes" in study.record for study in store.studies):
-            warnings.warn(
+            messages.warn(
                 f"{path / MANIFEST} was written by an earlier release and has no hashes of some studies, so changes of "
                 "their cell metadata cannot be detected: run the ingest again to rebuild these studies.",
-                UserWarning,
                 stacklevel=2,
             )
         for study in store.studies:

@@ -24,6 +24,7 @@ HUGGING_FACE = Converter(
     lambda model, target, dtype: hf.save(model, target, dtype=dtype),
     hf.NOTICE,
     title="Hugging Face",
+    weights="GPT-2, GPT-NeoX (Pythia), LLaMA and BERT models of Hugging Face",
 )
 
 

@@ -96,6 +96,8 @@ class Converter:
         Whether the user may supply the gene order.
     title
         Display name of the format.
+    weights
+        Published weights that have this format, in a few words.
     """
 
     read: Callable[[Path, Path, str, GeneVocabulary | None, bool], None]
@@ -103,6 +105,7 @@ class Converter:
     notice: str = ""
     takes_genes: bool = False
     title: str = ""
+    weights: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,5 +33,12 @@ FAMILY = Family(
             impute=BagReader,
         )
     },
-    converters={"haiku-sct": Converter(_convert, notice=haiku_sct.NOTICE, takes_genes=True)},
+    converters={
+        "haiku-sct": Converter(
+            _convert,
+            notice=haiku_sct.NOTICE,
+            takes_genes=True,
+            weights="the published sCellTransformer (Haiku parameters)",
+        )
+    },
 )

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import tempfile
-import warnings
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
+from sct import messages
 from sct.atomic import atomic_write
 from sct.checks import check_at_least, check_distinct, check_one_each
 from sct.data.genes.corpus import GeneCorpus, find_genes, suffix_of
@@ -29,6 +29,7 @@ from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text.cell_sentence import normalize
 from sct.errors import ConfigError, DataError
 from sct.gene_features.files import DELIMITERS, TABLES, named_rows, read_arrays, text_rows
+from sct.global_settings import settings
 from sct.models.decoder_config import DecoderConfig
 from sct.nn.paths import flatten, unflatten
 from sct.progress import progress
@@ -36,7 +37,7 @@ from sct.weights.pretrained import Pretrained
 from sct.weights.vocabulary import resized
 
 ITEM = "<|item|>"
-CACHE = "~/.cache/sct/gene_features"
+_CACHE = "gene_features"  # sub-folder of `sct.settings.cache_dir`
 MAX_TOKENS = 1024  # the longest summary of RefSeq has 3,415 letters
 _FORMAT = 1
 _STEP = 64  # texts are padded to a multiple of this number, so that XLA compiles few lengths
@@ -123,7 +124,8 @@ class GeneFeatures:
         item
             String of the item token.
         cache
-            Folder where computed tables are cached. Default: `~/.cache/sct/gene_features`; "" disables the cache.
+            Folder where computed tables are cached. Default: the folder
+            `gene_features` in `sct.settings.cache_dir`; "" disables the cache.
         batch_size
             Number of texts that the model reads at once.
         max_tokens
@@ -164,7 +166,8 @@ class GeneFeatures:
             )
         check_at_least("batch_size", batch_size, 1)
         inputs = {"corpus": corpus.hash, "model": _identity(model), "item": item, "max_tokens": most}
-        kept = None if cache == "" else _place(Path(CACHE if cache is None else cache).expanduser(), inputs)
+        folder = settings.cache_dir / _CACHE if cache is None else Path(cache).expanduser()
+        kept = None if cache == "" else _place(folder, inputs)
         if kept is not None and (found := _cached(kept, inputs, corpus)) is not None:
             return found
         table, cut = _read(corpus, model, item, most, batch_size, progress_bar)
@@ -174,7 +177,7 @@ class GeneFeatures:
             try:
                 made.save(kept)
             except DataError as error:  # a full disk must not lose the result of hours
-                warnings.warn(f"the gene features are not cached: {error}", UserWarning, stacklevel=2)
+                messages.warn(f"the gene features are not cached: {error}", stacklevel=2)
         return made
 
     @classmethod
@@ -382,10 +385,9 @@ def _read(
     """Return the hidden states at the item tokens, float32 (G, D), and the number of truncated texts."""
     tokens, grown, cut = _tokens(corpus, model, item, most)
     if cut:
-        warnings.warn(
+        messages.warn(
             f"{cut:,} of {len(corpus):,} texts of {corpus.name} were truncated to {most} tokens: set a larger "
             "max_tokens if the model has enough positions",
-            UserWarning,
             stacklevel=3,
         )
     decoder = _in_its_type(grown)
@@ -471,7 +473,7 @@ def _cached(file: Path, inputs: Mapping[str, Any], corpus: GeneCorpus) -> GeneFe
             raise DataError(f"{file} was made from other inputs")
     except DataError as error:
         message = f"the gene features are computed again, because the cached file cannot be used: {error}"
-        warnings.warn(message, UserWarning, stacklevel=3)
+        messages.warn(message, stacklevel=3)
         return None
     return found
 

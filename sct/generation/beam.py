@@ -164,7 +164,7 @@ def search(
     made: list[Generated | None] = [None] * len(prompts)
     rows = min(options.batch_size, len(prompts))
     ends, parts = jnp.asarray(list(stop), jnp.int32), prepared(model)
-    for chosen in batches(prompts, rows, "searching", progress_bar):
+    for chosen in batches(prompts, rows, "generating texts", progress_bar):
         ids, attention_mask = padded([prompts[i] for i in chosen], rows)
         found = decode(
             model.config, options.max_new_tokens, options.beams, known_tokens(model), parts, ids, attention_mask,

@@ -266,7 +266,7 @@ def generate(
     made: list[Generated | None] = [None] * len(arrays)
     rows = min(options.batch_size, len(arrays))
     ends = jnp.asarray(list(stop), jnp.int32)
-    for chosen in batches(arrays, rows, "generating", progress_bar):
+    for chosen in batches(arrays, rows, "generating texts", progress_bar):
         ids, attention_mask = padded([arrays[i] for i in chosen], rows)
         own = [numbers[i] for i in chosen]
         sampling = Sampling(

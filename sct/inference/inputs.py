@@ -10,6 +10,7 @@ from typing import Any
 import anndata as ad
 import numpy as np
 
+from sct import messages
 from sct.checks import check_choice, check_type
 from sct.data.cells import CellCounts, Section
 from sct.data.coordinates import SCALES, Scale, doubts, read_scales, write_scales
@@ -129,7 +130,7 @@ def sections(adata: ad.AnnData, batch_key: str | None, spatial_key: str | None) 
             raise DataError(f"{where}: {error}") from error
         if len(rows) == scale.cells:
             for doubt in doubts(places, adata.obs.iloc[rows], "batch_key={!r}"):
-                warnings.warn(f"{where}: {doubt}", UserWarning, stacklevel=3)
+                messages.warn(f"{where}: {doubt}", stacklevel=3)
         found.append(section)
     return found
 

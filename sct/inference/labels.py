@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
+
+from sct import messages
 
 _MIN_CELLS = 20  # fewer cells may really all have the same label
 _SAME_SHARE = 0.99  # share of cells with the same label that causes a warning
@@ -44,17 +45,16 @@ def warn_of_labels(
     """
     lost = float(np.mean(labels == unknown))
     if lost > 0.5:
-        warnings.warn(f"{lost:.0%} of the cells are {unknown!r}: {why_unknown}", UserWarning, stacklevel=4)
+        messages.warn(f"{lost:.0%} of the cells are {unknown!r}: {why_unknown}", stacklevel=4)
     names, counts = np.unique(labels[labels != unknown].astype(str), return_counts=True)
     if may_be_alike or len(labels) < _MIN_CELLS or len(answers) < 2 or not len(names):
         return
     most = int(counts.argmax())
     if counts[most] >= _SAME_SHARE * len(labels):
         mean = float(probability[labels == names[most]].mean())
-        warnings.warn(
+        messages.warn(
             f"{counts[most]:,} of {len(labels):,} cells have the same label {str(names[most])!r} out of "
             f"{len(answers):,} candidates (mean probability {mean:.4f}): the model may not distinguish these cells, so "
             "check it on cells with known labels first",
-            UserWarning,
             stacklevel=4,
         )

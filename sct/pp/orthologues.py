@@ -9,11 +9,11 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
+from sct import messages
 from sct.checks import check_type
 from sct.data.genes.alignment import ENSEMBL, look_up
 from sct.data.genes.orthologues import MappedGenes, Orthologues, map_orthologues, read_orthologues
 from sct.errors import DataError
-from sct.progress import progress
 from sct.version import __version__
 
 
@@ -93,9 +93,8 @@ def to_orthologues(
         "mapped": mapped.matched,
         "dropped": dict(mapped.dropped),
     }
-    with progress("orthologues") as bar:
-        for sentence in sentences:
-            bar.write(sentence)
+    for sentence in sentences:
+        messages.notice(sentence)
     return result
 
 

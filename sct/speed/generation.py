@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sct import messages
 from sct.errors import ConfigError, MissingExtraError, SctError
 from sct.generation.cache import empty, extend, scores_of
 from sct.generation.decoding import DecodingOptions, ready
@@ -153,7 +153,7 @@ def measure(job: SpeedJob) -> dict[str, Any]:
         else:
             found["sampled_tokens_per_s"] = rate
     rates = f"{found['generated_tokens_per_s']:,.0f} tokens/s greedy, {found['sampled_tokens_per_s']:,.0f} sampled"
-    print(f"{rates}; now timing transformers (if installed), which takes longer", file=sys.stderr, flush=True)
+    messages.notice(f"{rates}; now timing transformers (if installed), which takes longer")
     ceiling = max(before, memory_ceiling(config.dtype))
     itemsize = jnp.dtype(config.dtype).itemsize
     read = sum(leaf.size for leaf in jax.tree.leaves(model.variables)) * itemsize

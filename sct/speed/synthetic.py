@@ -85,7 +85,7 @@ def write_h5ad(path: Path, genes: GeneVocabulary, n_cells: int, nonzeros: int, s
     """Write synthetic cells to an .h5ad file, block by block, so that memory does not limit their number."""
     var = pd.DataFrame(index=pd.Index(np.array(genes.keys, dtype=object), dtype=object))
     obs = pd.DataFrame(index=pd.Index([f"cell{i}" for i in range(n_cells)], dtype=object))
-    with quiet_anndata(), h5py.File(path, "w") as file, progress("synthetic cells", n_cells) as bar:
+    with quiet_anndata(), h5py.File(path, "w") as file, progress("making synthetic cells", n_cells) as bar:
         ad.io.write_elem(file, "/", ad.AnnData(obs=obs, var=var))
         for counts in blocks(n_cells, len(genes), nonzeros, seed):
             if "X" not in file or not isinstance(file["X"], h5py.Group):

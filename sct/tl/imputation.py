@@ -296,7 +296,7 @@ def _predict(
     )
     most = full * len(wanted)
     for one in reader.results(
-        table, orders, ("logits",), "imputing", batch_size, inputs=masked, with_counts=True, masked_cells=chosen,
+        table, orders, ("logits",), "imputing cells", batch_size, inputs=masked, with_counts=True, masked_cells=chosen,
         masked_genes=masked_genes,
     ):  # fmt: skip
         masked_slots = np.flatnonzero(chosen[one.rows])

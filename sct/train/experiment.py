@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from sct import messages
 from sct.atomic import write_json
 from sct.data.store import SPLITS
 from sct.errors import AGAIN, ConfigError, SctError
@@ -77,9 +77,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> TrainResu
 
 def _run(spec: RunSpec, workdir: Path) -> TrainResult:
     """Train, evaluate and export in a folder that this process has locked."""
-    from rich.console import Console
-
-    console = Console(quiet=jax.process_index() != 0)
+    console = messages.console(quiet=jax.process_index() != 0)
     start = begin(spec, workdir)
     task, options = start.task, spec.train_options(start.task.tokens_per_record)
     if jax.process_index() == 0:
@@ -178,9 +176,8 @@ def _exit_on_sigterm() -> Iterator[None]:
         return
 
     def stop(number: int, frame: Any) -> None:
-        print(
-            "stop requested: training is saved; run the same command again to evaluate the model.",
-            file=sys.stderr,
+        messages.notice(
+            "stop requested: training is saved; run the same command again to evaluate the model."
         )
         raise SystemExit(AGAIN)
 

@@ -296,6 +296,7 @@ def train(
             jax.block_until_ready(scalars if compiled else pending[max(len(pending) - 3, 0)].scalars)
             if compiled:
                 started, tokens = time.monotonic(), 0
+                bar.restart_clock()
 
             logs = now.step % config.log_every == 0 or now.step == 1
             stop = _any_stop_requested(bool(asked), logs)
@@ -309,7 +310,9 @@ def train(
             if logs:
                 values, now.unlogged = _compute_metrics(task, now.unlogged), []
                 rate = tokens / max(time.monotonic() - started, 1e-9)
-                values |= {"learning_rate": float(schedule(now.step - 1)), "tokens_per_second": rate}
+                values |= {"learning_rate": float(schedule(now.step - 1))}
+                if tokens:  # no rate is known directly after a compilation
+                    values |= {"tokens_per_second": rate}
                 log.write(now.step, values, "train")
                 bar.update(0, _progress_text(values, rate))
             if logs or saves:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from sct import messages
 from sct.checks import check_choice
 from sct.errors import CheckpointError, ConfigError, FolderInUseError, SctError
 from sct.eval.imputation import scoring
@@ -151,9 +152,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str], only: Sequen
     FolderInUseError
         Another process is training one of the runs.
     """
-    from rich.console import Console
-
-    console = Console(quiet=jax.process_index() != 0)
+    console = messages.console(quiet=jax.process_index() != 0)
     workdir = Path(workdir).expanduser().absolute()
     runs = configurations(config)
     wanted = chosen(list(runs), only)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sct import messages
 from sct.atomic import atomic_folder, replaced
 from sct.checks import check_choice, check_type
 from sct.data.genes.vocabulary import GeneVocabulary
@@ -370,10 +370,9 @@ def verify(folder: Path, config: Mapping[str, Any], shared: bool = False) -> Non
     """
     recorded = config.get(FILES)
     if recorded is None or SEAL not in config:
-        warnings.warn(
+        messages.warn(
             f"{folder / CONFIG} has no hashes of {'itself' if recorded else 'the files'}, so changes cannot be "
             "detected: save the model again with save_pretrained to record the hashes.",
-            UserWarning,
             stacklevel=4,
         )
     if recorded is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sct import messages
 from sct.atomic import write_json
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text.tokenizer import Tokenizer
-from sct.errors import CheckpointError
+from sct.errors import CheckpointError, first_line
 from sct.hashes import SEAL, files_below, first_changed, hash_files, is_changed, sealed
 from sct.models import lora, registry
 from sct.nn import axes
@@ -202,10 +202,9 @@ def _check(
 
 
 def _note(path: Path, what: str) -> None:
-    warnings.warn(
+    messages.warn(
         f"{path} was written by an earlier release and has no hashes of the {what}, so changes cannot be detected: "
         "check yourself that nothing was changed.",
-        UserWarning,
         stacklevel=4,
     )
 
@@ -280,6 +279,31 @@ def load(
     text = f"## Training\n\nCheckpoint of step {step:,} of a run with this configuration:\n\n```json\n"
     card = pretrained.default_card(made, f"{text}{json.dumps(config, indent=1)}\n```")
     return dataclasses.replace(made, card=card)
+
+
+def parameters(folder: Path, step: int) -> int:
+    """Return the number of parameters in a checkpoint of a run, without reading the weights.
+
+    Raises
+    ------
+    CheckpointError
+        The checkpoint cannot be read.
+    """
+    import orbax.checkpoint as ocp
+
+    path = (folder / "checkpoints" / str(step) / "state").absolute()
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        saved = handler.metadata(path)
+        saved = getattr(saved, "tree", saved)
+        groups = [saved.get(group) or {} for group in ("trained", "frozen")]
+        return sum(int(np.prod(leaf.shape)) for leaves in groups for leaf in leaves.values())
+    except Exception as error:  # for damaged files, orbax raises errors of many types
+        raise CheckpointError(
+            f"the checkpoint {path.parent} cannot be read ({first_line(error)}): it is damaged, so give another folder."
+        ) from error
+    finally:
+        handler.close()
 
 
 def _restore(path: Path, boxed: Any, mesh: Any, rules: axes.AxisRules, dtype: str | None) -> dict[str, Any]:

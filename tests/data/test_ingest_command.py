@@ -42,7 +42,7 @@ def test_command_line_in_parallel(three: list[Path], tmp_path: Path) -> None:
         "--validation=b",
     )
     assert done.returncode == 0, done.stderr
-    for word in ("a", "b", "c", "train", "validation", "120", "genes matched", "why dropped"):
+    for word in ("a", "b", "c", "train", "validation", "120 cells; 0 cells dropped", "matched"):
         assert word in done.stdout
     assert "Warning" not in done.stderr
     run(three, tmp_path / "straight", validation=("b",))

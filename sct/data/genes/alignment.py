@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from sct import messages
 from sct.checks import check_choice, check_not_empty
 from sct.errors import DataError
 
@@ -341,7 +341,7 @@ def _judge(vocabulary: Vocabulary, names: Sequence[str], matched: int, source: s
     )
     if not possible or matched < REFUSE_BELOW * possible:
         raise DataError(message)
-    warnings.warn(message, UserWarning, stacklevel=5)
+    messages.warn(message, stacklevel=5)
     return message
 
 
@@ -375,7 +375,7 @@ def check_shared(shared: int, possible: int, what: str) -> None:
     )
     if shared < max(1, REFUSE_BELOW * possible):
         raise DataError(message)
-    warnings.warn(message, UserWarning, stacklevel=3)
+    messages.warn(message, stacklevel=3)
 
 
 def _likely_cause(vocabulary: Vocabulary, names: Sequence[str]) -> str:

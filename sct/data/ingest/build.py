@@ -10,11 +10,13 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sct import messages
 from sct.atomic import remove, write_json
 from sct.data.counts import COUNTS
 from sct.data.genes.orthologues import Orthologues
@@ -29,6 +31,7 @@ from sct.data.store import (
     GROUPS,
     MANIFEST,
     SCHEMA_VERSION,
+    SPLITS,
     STUDIES,
     check_study,
     read_manifest,
@@ -76,42 +79,47 @@ class IngestReport:
     notes: tuple[str, ...] = ()
 
     def table(self) -> Table:
-        """Return a `rich` table with one row per study."""
-        from rich.table import Table
+        """Return a `rich` table with one row per study, which fits the width of the terminal."""
+        from sct import terminal
 
-        table = Table(title=str(self.path), title_justify="left")
-        for name in ("study", "split", "order"):
-            table.add_column(name, overflow="fold")
-        for name in ("cells", "dropped", "genes matched", "genes per cell"):
-            table.add_column(name, justify="right")
-        for name in ("why dropped", "counts from"):
-            table.add_column(name, overflow="fold")
-        for each in self.studies:
-            reasons = each["dropped"]
-            table.add_row(
-                each["name"],
-                each["split"],
-                each["order"],
-                f"{each['n_cells']:,}",
-                f"{sum(reasons.values()):,}",
-                f"{each['n_genes_matched']:,}",
-                f"{each['median_nnz_per_cell']:,.0f}",
-                ", ".join(f"{n:,} {reason}" for reason, n in reasons.items()),
-                each["counts_from"],
-            )
+        columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+            "study": lambda each: each["name"],
+            "split": lambda each: each["split"],
+            "order": lambda each: each["order"],
+            "cells": lambda each: f"{each['n_cells']:,}",
+            "dropped": lambda each: f"{sum(each['dropped'].values()):,}",
+            "genes matched": lambda each: f"{each['n_genes_matched']:,}",
+            "genes per cell": lambda each: f"{each['median_nnz_per_cell']:,.0f}",
+            "why dropped": lambda each: ", ".join(f"{n:,} {why}" for why, n in each["dropped"].items()),
+            "counts from": lambda each: each["counts_from"],
+        }
+        # A text that is the same for all studies takes no column.
+        texts = {
+            name: {columns[name](each) for each in self.studies}
+            for name in ("order", "why dropped", "counts from")
+        }
+        same = {name: values.pop() for name, values in texts.items() if len(values) == 1}
+        shown = {name: text for name, text in columns.items() if name not in same}
+        rows = [[text(each) for text in shown.values()] for each in self.studies]
+        numeric = [name in ("cells", "dropped", "genes matched", "genes per cell") for name in shown]
+        notes = [f"{name} (all studies): {text}" for name, text in same.items() if text]
+        return terminal.table(terminal.Content("Studies", list(shown), rows, numeric, (), notes))
+
+    def summary(self) -> str:
+        """Return one line: the store, and the numbers of its studies, cells and dropped cells."""
         total = sum(each["n_cells"] for each in self.studies)
         dropped = sum(sum(each["dropped"].values()) for each in self.studies)
-        table.add_section()
-        table.add_row(f"{len(self.studies)} studies", "", "", f"{total:,}", f"{dropped:,}", "", "", "", "")
-        return table
+        splits = Counter(each["split"] for each in self.studies)
+        parts = ", ".join(f"{splits[split]} {split}" for split in SPLITS if splits[split])
+        return (
+            f"{self.path}: {len(self.studies)} {'study' if len(self.studies) == 1 else 'studies'} ({parts}), "
+            f"{total:,} cells; {dropped:,} cells dropped"
+        )
 
     def print(self) -> None:
-        """Print the table, the refused inputs and the notes to standard output."""
-        from rich.console import Console
-
-        console = Console()
-        if not console.is_terminal:
-            console.width = max(console.width, 160)
+        """Print the summary, the table, the refused inputs and the notes to standard output."""
+        console = messages.console()
+        console.print(self.summary(), soft_wrap=True, markup=False, highlight=False)
         console.print(self.table())
         for location, reason in self.refused.items():
             console.print(

@@ -66,7 +66,7 @@ def run_jobs(
         else:
             fresh.extend(outcome)
 
-    with progress("ingest", total) as bar:
+    with progress("ingesting cells", total) as bar:
         for job in in_memory if processes > 1 else jobs:
             take(job, _attempt(root, job, vocabulary, options, _Meter(bar, job.item.name)))
         if processes > 1:

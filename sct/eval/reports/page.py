@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import io
 import re
-import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from sct import messages
 from sct.errors import DataError, first_line
 from sct.eval.reports.report import Report, Summary, cell_text
 
@@ -307,7 +307,7 @@ def _figure(name: str, figure: Figure) -> str:
         Exception
     ) as error:  # drawing libraries raise many types, for example for a label they cannot parse
         reason = first_line(error)
-        warnings.warn(f"figure {figure.title!r} is not in report.html: {reason}", UserWarning, stacklevel=4)
+        messages.warn(f"figure {figure.title!r} is not in report.html: {reason}", stacklevel=4)
         drawn = f'<p class="notes">This figure could not be drawn: {escape(reason)}</p>'
     return f'<section id="{name}"><h2>{escape(figure.title)}</h2>{drawn}</section>\n'
 

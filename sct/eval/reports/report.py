@@ -178,7 +178,7 @@ class Report:
 
     def table(self, width: int | None = None) -> Table:
         """Return a rich table that fits `width` characters, by default the width of the terminal."""
-        from sct.eval.reports import terminal
+        from sct import terminal
 
         rows = [[cell_text(cell) for cell in row] for row in self.rows]
         content = terminal.Content(self.title, self.titles, rows, self.numeric(), self.best(), self.notes)

@@ -1,0 +1,113 @@
+"""List the model families, and the models in folders.
+
+    sct models
+    sct models --input=runs --input=models/mine
+
+Prints what each family can do, how to train it, and which published weights it loads. With --input, prints the models
+in these folders instead: their architecture, number of parameters, genes and training step. A folder is a run folder, a
+model folder, a Hugging Face folder, or a folder that contains such folders. The weights are not read.
+"""
+
+from __future__ import annotations
+
+import runpy
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from sct.commands.configuration import config_folder
+
+if TYPE_CHECKING:
+    from sct.families import Family
+    from sct.weights.listing import FolderSummary
+
+_INPUT = flags.DEFINE_multi_string("input", [], "Folder with models, or with folders of models.")
+
+_WIDTH, _INDENT = 80, 18
+TAKES_ARGUMENTS = True  # folders may also be given without --input
+
+
+def main(argv: list[str]) -> int:
+    """Print the families, or the models in the given folders. The exit status is 1 if a model is damaged."""
+    folders = [*_INPUT.value, *argv[1:]]
+    if not folders:
+        print("\n".join(_families()))
+        return 0
+    from sct.weights.listing import find_models
+
+    found = [each for folder in folders for each in find_models(Path(folder).expanduser())]
+    print("\n".join(_models(found, folders)))
+    return 1 if any(each.trouble for each in found) else 0
+
+
+def _families() -> Iterator[str]:
+    """Yield the lines on all families."""
+    from sct import families
+
+    known = families.all_families()
+    yield f"{len(known)} model families: {', '.join(known)}"
+    trained_by = _configurations()
+    for family in known.values():
+        yield ""
+        yield from textwrap.wrap(f"{family.name}: {family.title}.", _WIDTH)
+        for what, text in _facts(family, trained_by):
+            yield from textwrap.wrap(
+                text, _WIDTH, initial_indent=f"  {what:<{_INDENT - 2}}", subsequent_indent=" " * _INDENT,
+                break_on_hyphens=False, break_long_words=False,
+            )  # fmt: skip
+
+
+def _facts(family: Family, trained_by: dict[str, list[str]]) -> Iterator[tuple[str, str]]:
+    """Yield what is known of a family, as pairs of a heading and a text."""
+    from sct.families.manifest import ABILITIES
+
+    for name, model in family.models.items():
+        can = ", ".join(ABILITIES[each] for each in model.abilities)
+        yield name, f"can {can}" if model.abilities else "is a part of other models"
+        if trained_by.get(name):
+            yield "", f"train with --config={', '.join(trained_by[name])}"
+    for name, converter in family.converters.items():
+        command = f"sct convert --from={name} --input=DIR --output=MODEL_DIR"
+        yield "weights", f"{converter.weights or converter.title or name}: {command}"
+    if family.paper:
+        yield "paper", family.paper
+    if family.guide:
+        yield "guide", family.guide
+
+
+def _configurations() -> dict[str, list[str]]:
+    """Return the configurations that train each architecture, with their variants: "sct_sc[:mini|quickstart]"."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(config_folder().glob("*.py")):
+        module: dict[str, Any] = runpy.run_path(str(path))
+        config: Any = module["get_config"]() if "get_config" in module else {}
+        if "family" in config:
+            variants = "|".join(filter(None, module.get("VARIANTS", ())))
+            found.setdefault(config["family"], []).append(f"{path.stem}{f'[:{variants}]' * bool(variants)}")
+    return found
+
+
+def _models(found: list[FolderSummary], folders: list[str]) -> Iterator[str]:
+    """Yield the lines on the models in folders."""
+    from sct import families
+
+    where = ", ".join(folders)
+    yield f"{len(found) or 'no'} model{'s' * (len(found) != 1)} in {where}"
+    owners = {name: family.name for family in families.all_families().values() for name in family.models}
+    for each in found:
+        family = owners.get(each.architecture, "")
+        about = [f"{each.architecture}{f' (family {family})' * (family not in ('', each.architecture))}"]
+        about += [f"{each.parameters:,} parameters"] if each.parameters is not None else []
+        about += [f"{each.genes:,} genes"] if each.genes is not None else []
+        about += [f"step {each.step:,}"] if each.step is not None else []
+        yield ""
+        yield f"{each.path}"
+        text = each.trouble or ", ".join(about)
+        kind = {"run": "run folder", "model": "model folder"}.get(each.kind, each.kind)
+        yield from textwrap.wrap(
+            f"{kind}: {text}", _WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False,
+            break_long_words=False,
+        )  # fmt: skip

@@ -1,0 +1,63 @@
+"""Everything that is printed beside errors. What is printed depends on `sct.settings.verbosity`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import TYPE_CHECKING
+
+from sct.global_settings import HINTS, INFO, WARNINGS, settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def info(text: str) -> None:
+    """Print a line about a result on standard output."""
+    if settings.verbosity >= INFO:
+        print(text, flush=True)
+
+
+def notice(text: str, level: int = INFO) -> None:
+    """Print a line on standard error, from a level of verbosity on."""
+    if settings.verbosity >= level:
+        print(text, file=sys.stderr, flush=True)
+
+
+def hint(text: str) -> None:
+    """Print a line on standard error if hints are wanted."""
+    notice(text, HINTS)
+
+
+def warn(text: str, stacklevel: int = 2) -> None:
+    """Issue a `UserWarning` unless only errors are wanted; `stacklevel` is that of `warnings.warn` in the caller."""
+    if settings.verbosity >= WARNINGS:
+        warnings.warn(text, UserWarning, stacklevel=stacklevel + 1)
+
+
+def in_notebook() -> bool:
+    """Return whether the output goes to a Jupyter notebook, also from a command that a cell runs with `!`."""
+    # A command of a cell has a pseudo-terminal, although its output is stored as text.
+    return is_kernel() or "JPY_PARENT_PID" in os.environ
+
+
+def is_kernel() -> bool:
+    """Return whether this process is the Python of a Jupyter notebook."""
+    interactive = sys.modules.get("IPython")
+    return interactive is not None and hasattr(interactive.get_ipython(), "kernel")
+
+
+def console(*, quiet: bool = False, stderr: bool = False, level: int = INFO) -> Console:
+    """Return a rich console for tables and text, which prints nothing below a level of verbosity.
+
+    Notebooks get plain text, because control sequences of terminals would be stored in the notebook.
+    """
+    from rich.console import Console
+
+    quiet = quiet or settings.verbosity < level
+    if in_notebook():
+        return Console(
+            quiet=quiet, stderr=stderr, force_terminal=False, force_jupyter=False, color_system=None
+        )
+    return Console(quiet=quiet, stderr=stderr)
