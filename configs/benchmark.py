@@ -13,7 +13,7 @@ The benchmark has these parts. A bag is a group of cells that sCT reads together
   has zero counts. By default, this part runs only for data with positions.
 - Embedding: the embedding of the cells is compared with the labels of the cells. This part needs labeled cells.
 
-The folder `config.output` gets tables, plots and all numbers as report.html, report.md and report.json. If `data.path`
+The folder --output gets tables, plots and all numbers as report.html, report.md and report.json. If `data.path`
 is a store, the studies of the test split are scored, and baselines are also fitted on the training studies. If
 `data.path` is a file, set `--config.data.train=STORE` to the store that the model was trained on.
 

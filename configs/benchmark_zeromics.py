@@ -13,7 +13,7 @@ The benchmark has four tasks:
 The abstract of a study is read from `adata.uns["abstract"]` or from the YAML file `data.studies`. Two thirds of the
 cells of each study are training cells, and one third are test cells. Baselines are fitted on the training cells. The
 cells for few-shot fine-tuning are training cells too. All methods answer the same questions about the test cells. The
-folder `config.output` gets the tables and all numbers as report.html, report.md, report.json and results.json.
+folder --output gets the tables and all numbers as report.html, report.md, report.json and results.json.
 
 :quick uses one seed, and the test cells of the quick start. The model is fine-tuned once on one cell and once on five
 cells for each possible answer. The model must be a run of zeromics_llm:quickstart.

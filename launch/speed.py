@@ -1,6 +1,6 @@
 """Measure the speed of a configuration on this machine, compared with the machine's limit.
 
-    python -m launch.speed --config=configs/sct_sc.py --mode=train --json=speed.json
+    python -m launch.speed --config=configs/sct_sc.py --mode=train --output=speed.json
 
 `--help` lists all flags; see also `sct.commands.speed`.
 """

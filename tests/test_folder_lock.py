@@ -189,7 +189,7 @@ def test_one_that_never_ends_saving_is_not_waited_for(tmp_path, holder, monkeypa
 
 
 def test_another_thread_of_the_process_is_refused(tmp_path):
-    with only_one(tmp_path, "benchmark", "--config.output"), ThreadPoolExecutor(1) as pool:
+    with only_one(tmp_path, "benchmark", "--output"), ThreadPoolExecutor(1) as pool:
         with pytest.raises(FolderInUseError, match=f"a benchmark .*process {os.getpid()}") as error:
             pool.submit(held, tmp_path).result()
         assert "kill" not in str(error.value)

@@ -45,9 +45,9 @@ def test_a_file_is_refused_where_it_could_not_be_written(tmp_path, monkeypatch):
     assert not refusal(outputs.check_file, tmp_path / "deep" / "er" / "new", "--output")
     monkeypatch.chdir(tmp_path)
     assert not refusal(outputs.check_file, Path("new"), "--output")
-    said = refusal(outputs.check_file, tmp_path / "new", "--json", needed=1 << 60)
+    said = refusal(outputs.check_file, tmp_path / "new", "--output", needed=1 << 60)
     assert "free space" in said
-    assert "--json" in said
+    assert "--output" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "there"]
 
 
@@ -97,9 +97,9 @@ def test_every_command_refuses_an_output_before_the_work(files):
         "convert": ["--from=hf", f"--input={files}/nothing", f"--output={files}/model"],
         "benchmark": [
             "--config=benchmark", "--config.model=nothing", f"--config.data.path={files}/cells.h5ad",
-            f"--config.output={files}/report",
+            f"--output={files}/report",
         ],
-        "speed": ["--config=sct_sc:quickstart", f"--json={files}/speed.json"],
+        "speed": ["--config=sct_sc:quickstart", f"--output={files}/speed.json"],
     }  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     started = {

@@ -246,7 +246,7 @@ def benchmark(
     """
     values = {name: value for name, value in config.items() if name != "benchmark"}
     options, output = benchmarking.read_options(InstructionBenchmarkOptions, values, adata, overwrite)
-    with only_one(output, "benchmark", "--config.output"):
+    with only_one(output, "benchmark", "--output"):
         return _benchmark(options, output, adata, model)
 
 

@@ -308,7 +308,7 @@ def benchmark(
         An option, the cells or the model are not usable; the message says what to change.
     """
     options, output = read_options(BenchmarkOptions, config, adata, overwrite)
-    with only_one(output, "benchmark", "--config.output"):
+    with only_one(output, "benchmark", "--output"):
         return _benchmark(options, output, adata, model)
 
 
@@ -381,7 +381,7 @@ def read_options(
         values.setdefault("data", {})["path"] = "(in memory)"
     options = build(kind, values, "config")
     output = Path(options.output).expanduser()
-    check_folder(output, "--config.output", overwrite, _REPORT_BYTES, report_folder.FILES)
+    check_folder(output, "--output", overwrite, _REPORT_BYTES, report_folder.FILES)
     return options, output
 
 

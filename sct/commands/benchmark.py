@@ -1,15 +1,15 @@
 """Benchmark a model against reference baselines, on cells that it was not trained on.
 
     sct benchmark --config=benchmark --config.model=runs/mine --config.data.path=cells.h5ad
-    sct benchmark --config=benchmark --config.model=runs/mine --config.data.path=STORE --config.output=runs/results
+    sct benchmark --config=benchmark --config.model=runs/mine --config.data.path=STORE --output=runs/results
     sct benchmark --config=benchmark:quick --config.model=runs/mine --config.data.path=cells.h5ad
     sct benchmark --config=benchmark_zeromics --config.model=runs/zeromics_llm --config.data.path=cells.h5ad
 
 Measures imputation of genes and of whole cells, and embeddings if the cells have labels; every method gets the same
 cells and the same masked positions. With --config=benchmark_zeromics, the command measures zero-shot and few-shot
-answers to questions about cells. Writes report.html, report.md, report.json and results.json to the folder
---config.output; --overwrite replaces an existing report. Any field of the configuration is set by
---config.section.field=value. In a clone, `python -m launch.benchmark` is the same program.
+answers to questions about cells. Writes report.html, report.md, report.json and results.json to the folder --output;
+--overwrite replaces an existing report. Any field of the configuration is set by --config.section.field=value. In a
+clone, `python -m launch.benchmark` is the same program.
 """
 
 from __future__ import annotations
@@ -32,9 +32,16 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 flags.mark_flag_as_required("config")
 
+_OUTPUT = flags.DEFINE_string(
+    "output",
+    None,
+    "Folder to write the report to. Default: the folder in the configuration, such as runs/benchmark.",
+)
+
 # Modules by the value of `benchmark` in a configuration.
 _BENCHMARKS = {"zero_shot": "sct.benchmarks.zero_shot", "instructions": "sct.benchmarks.instructions"}
 FLAG_MODULES = ("sct.commands.output_flags", "sct.commands.device_flag")
+RENAMED_FLAGS = {"config.output": "output"}
 
 
 def main(argv: list[str]) -> None:
@@ -42,6 +49,8 @@ def main(argv: list[str]) -> None:
     from rich.console import Console
 
     config = _CONFIG.value.to_dict()
+    if _OUTPUT.value:
+        config["output"] = _OUTPUT.value
     name = config.pop("benchmark", "zero_shot" if "gene_imputation" in config else "")
     if name not in _BENCHMARKS:
         raise FlagError("--config does not name a benchmark configuration: write --config=benchmark.")

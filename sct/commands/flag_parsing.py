@@ -17,9 +17,13 @@ from sct.commands.flag_errors import FlagError, nearest, renamed
 # Placeholders for values in usage and help, for flags whose type is not enough to choose one.
 _VALUES = {
     "config": "NAME[:VARIANT]", "input": "PATH", "output": "PATH", "model": "MODEL", "reference": "PATH",
-    "workdir": "FOLDER", "compilation_cache": "FOLDER", "json": "PATH", "orthologs": "PATH", "label": "NAME=VALUE",
+    "workdir": "FOLDER", "compilation_cache": "FOLDER", "orthologs": "PATH", "label": "NAME=VALUE",
     "coordinator": "HOST:PORT", "from": "FORMAT", "to": "FORMAT",
 }  # fmt: skip
+
+
+# A folder in which a run resumes is --workdir, and every other output is --output.
+_OUTPUTS = {"output": "workdir", "workdir": "output"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +110,7 @@ class Command:
         Print a notice for each former name.
         """
         found, noted = [], set()
-        matches = [re.fullmatch(r"--?(no)?(\w+)(=.*)?", word, re.DOTALL) for word in words]
+        matches = [re.fullmatch(r"--?(no)?([\w.]+)(=.*)?", word, re.DOTALL) for word in words]
         names = {match[2] for match in matches if match}
         for word, match in zip(words, matches, strict=True):
             new = self.renamed.get(match[2]) if match else None
@@ -192,6 +196,8 @@ class Command:
         plain = name.replace("-", "_").lower()
         if plain.startswith("no") and plain[2:] in self.flags:
             return f": --{plain[2:]} is not a switch, write --{plain[2:]}={value_of(self.flags[plain[2:]])}."
+        if (other := _OUTPUTS.get(plain)) in self.flags:
+            return f": did you mean --{other}?"
         names = [*self.flags, *(f"no{each}" for each, flag in self.flags.items() if flag.boolean), "help"]
         keys = configuration.keys(words) if "config" in self.flags else []
         found = [key for key in keys if plain in (key, key.rpartition(".")[2])]  # --train.steps, --steps

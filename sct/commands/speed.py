@@ -1,10 +1,10 @@
 """Measure the speed of a configuration on this machine, compared with the machine's limit.
 
-    sct speed --config=sct_sc --mode=train --json=speed.json
+    sct speed --config=sct_sc --mode=train --output=speed.json
     sct speed --config=sct_sc --mode=forward --config.model.dtype=float32 --config.data.cells_per_bag=10
     sct speed --config=sct_sc --mode=loader --config.data.store=STORE
 
-Prints a table of times, memory and throughput. --json writes all numbers to a file. The modes are:
+Prints a table of times, memory and throughput. --output writes all numbers to a file. The modes are:
 
     forward   run the model on a batch, with logits at all positions
     train     run a training step, with optimizer and loader
@@ -46,7 +46,7 @@ _MODE = flags.DEFINE_enum(
     ["forward", "train", "loader", "ingest", "embed", "save", "generate"],
     "What to measure.",
 )
-_JSON = flags.DEFINE_string("json", None, "JSON file to write all numbers to.")
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file to write all numbers to.")
 _STEPS = flags.DEFINE_integer(
     "steps", 5, "Number of timed repetitions, at least 3 (1 for --mode=ingest).", lower_bound=1
 )
@@ -70,6 +70,7 @@ _CEILING = flags.DEFINE_integer(
 flags.mark_flag_as_required("config")
 
 FLAG_MODULES = ("sct.commands.output_flags", "sct.commands.device_flag")
+RENAMED_FLAGS = {"json": "output"}
 
 
 def main(argv: list[str]) -> None:
@@ -85,9 +86,9 @@ def main(argv: list[str]) -> None:
     options = SpeedOptions(
         _MODE.value, _STEPS.value, _WARMUP.value, _CHECK.value, _CELLS.value, _NONZEROS.value, _CEILING.value
     )
-    path = Path(_JSON.value).expanduser() if _JSON.value else None
+    path = Path(_OUTPUT.value).expanduser() if _OUTPUT.value else None
     if path is not None:
-        outputs.check_file(path, "--json", output_flags.OVERWRITE.value)
+        outputs.check_file(path, "--output", output_flags.OVERWRITE.value)
     # Without the cache, the compilation time cannot be that of loading a program that an earlier run compiled.
     jax.config.update("jax_enable_compilation_cache", False)
     found = measure(_CONFIG.value.to_dict(), options)

@@ -161,5 +161,5 @@ def write(found: Mapping[str, Any], path: Path) -> None:
         write_json(path, found)
     except OSError as error:
         raise ConfigError(
-            f"--json={path} cannot be written ({error.strerror or error}): choose another path."
+            f"--output={path} cannot be written ({error.strerror or error}): choose another path."
         ) from error

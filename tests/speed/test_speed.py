@@ -205,7 +205,7 @@ def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
 @pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_all_numbers(tmp_path):
     file = tmp_path / "speed.json"
-    done = command("--mode=forward", "--config.data.cells_per_bag=4", f"--json={file}")
+    done = command("--mode=forward", "--config.data.cells_per_bag=4", f"--output={file}")
     assert done.returncode == 0, done.stderr
     assert "achieved / ceiling" in done.stdout
     assert str(file) in done.stdout
@@ -221,7 +221,7 @@ def test_the_command_prints_a_table_and_writes_all_numbers(tmp_path):
     ("words", "sentence"),
     [
         (["--mode=generate"], "gpt2, neox, llama"),
-        (["--mode=train", "--json=pyproject.toml/speed.json"], "another --json"),
+        (["--mode=train", "--output=pyproject.toml/speed.json"], "another --output"),
     ],
 )
 def test_a_mistake_is_one_sentence(words, sentence):
@@ -236,7 +236,7 @@ def test_a_mistake_is_one_sentence(words, sentence):
 def test_several_devices_are_measured_together(tmp_path, mode):
     file = tmp_path / "speed.json"
     done = command(
-        f"--mode={mode}", "--config.data.cells_per_bag=4", f"--json={file}", "--config.train.mesh=data=2,sequence=2",
+        f"--mode={mode}", "--config.data.cells_per_bag=4", f"--output={file}", "--config.train.mesh=data=2,sequence=2",
         "--config.train.batch_size=2",
         JAX_NUM_CPU_DEVICES="4",
     )  # fmt: skip
