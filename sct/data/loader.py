@@ -109,7 +109,7 @@ class Loader:
         return -(-records // self.batch_size)
 
     def describe(self, first: int) -> list[str]:
-        """Return the text that identifies a batch in messages, which starts at record `first` of the sequence."""
+        """Describe, for messages, each record of the batch that starts at record `first` of the sequence."""
         sequence = self._sequence()
         records = [sequence[i] for i in range(first, first + self.batch_size)]
         return [self.source.describe(number, epoch) for number, epoch, _ in records]

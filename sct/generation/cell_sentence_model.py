@@ -132,8 +132,8 @@ class CellSentenceModel:
     def options(self, task: str, prompts: Sequence[np.ndarray], **changes: Any) -> DecodingOptions:
         """Return the decoding options for prompts: the paper's defaults, with the options in `changes` replaced.
 
-        By default, prompt and answer together have at most the training length (also for models with rotary positions,
-        which could read longer texts). A generated cell has at most 8 tokens per gene.
+        By default, a prompt with its answer has at most as many tokens as a text in training. This limit also holds
+        for models with rotary positions, which could read longer texts. A generated cell has at most 8 tokens per gene.
 
         Raises
         ------

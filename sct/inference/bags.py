@@ -108,7 +108,7 @@ class BagReader:
         Parameters
         ----------
         orders
-            Bags of each section; None skips a section.
+            For each section (tissue slice or study), the order in which bags take its cells. None skips the section.
         inputs
             Function of (bag, rows) that returns model inputs, without the batch axis. They are added to the usual
             inputs, or replace the inputs with the same names.

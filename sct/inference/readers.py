@@ -60,9 +60,10 @@ class CellReader(Protocol):
         cells
             Table of cells.
         orders
-            Bags of each section; None for readers of single cells.
+            For each section (tissue slice or study), the order in which bags take its cells. None if the model reads
+            one cell at a time.
         names
-            Names of outputs of the model.
+            Names of the model outputs to return.
         what
             Label of the progress bar.
         batch_size

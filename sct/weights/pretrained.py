@@ -301,7 +301,8 @@ def match(
 ) -> None:
     """Check that loaded arrays fit a model by path, shape and dtype.
 
-    Floating-point dtypes in which a model may be stored count as equal.
+    Two different dtypes fit if both are floating-point types in which a model can be stored, such as float32 and
+    bfloat16.
 
     Parameters
     ----------

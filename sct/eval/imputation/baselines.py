@@ -73,7 +73,7 @@ class ImputationMethod(Protocol):
 
 
 def from_levels(masked: Masked, levels: np.ndarray) -> LevelPrediction:
-    """Turn predicted levels (n,) into a prediction whose counts are the cell's median counts at these levels."""
+    """Convert predicted levels (n,) to counts: the median count of the genes of a cell at each level."""
     return LevelPrediction(levels, masked.medians[masked.cells, levels])
 
 
