@@ -660,13 +660,23 @@ def _embedding(
             f"All cells have the same {data.batch_key}, so batch integration is not evaluated.",
         )
     figures = [
-        _umap(part, color) for color in (data.label_key, data.batch_key) if color and handle is not None
+        _umap(part, color, data.seed)
+        for color in (data.label_key, data.batch_key)
+        if color and handle is not None
     ]
     return table, figures, measured
 
 
-def _umap(part: Part, color: str) -> Figure:
-    draw = functools.partial(_drawn, "umap", (7, 5), part.adata, basis="X_sct", color=color)
+# Key of the UMAP coordinates in obsm. The input can already have an X_umap of another embedding.
+_UMAP = "X_umap_sct"
+
+
+def _umap(part: Part, color: str, seed: int) -> Figure:
+    def draw() -> str:
+        if _UMAP not in part.adata.obsm:
+            part.adata.obsm[_UMAP] = embeddings.umap(part.adata.obsm["X_sct"], seed)
+        return _drawn("umap", (7, 5), part.adata, color, basis=_UMAP)
+
     title = f"UMAP of the model's embedding, {part.name}, by {color}"
     return Figure(title, draw, f"Colored by {color}.")
 

@@ -1,184 +1,209 @@
-"""Plot a UMAP of an embedding, colored by a column of obs or by the expression of a gene."""
+"""UMAP of an embedding, colored by columns of obs or by genes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
 
+from sct.checks import check_at_least, check_choice, check_not_empty, check_positive
 from sct.errors import DataError
+from sct.extras import missing_extra
 from sct.pl import style
-from sct.pl.values import cell_values, positions
+from sct.pl.coloring import (
+    Categories,
+    Limit,
+    Numbers,
+    add_legend,
+    check_limits,
+    coloring,
+    legend_size,
+    limits,
+)
+from sct.pl.values import positions
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-# Number of categories with a distinct combination of color and marker.
-_NAMED = len(style.COLORS) * len(style.MARKERS)
+UMAP = "X_umap"
 
 
 def umap(
     adata: AnnData,
+    color: str | Sequence[str] | None = None,
     *,
-    basis: str = "X_sct",
-    color: str | None = None,
     layer: str | None = None,
+    basis: str = UMAP,
+    vmin: Limit = None,
+    vmax: Limit = "p99",
+    legend_loc: Literal["right margin", "on data"] | None = "right margin",
+    size: float | None = None,
+    ncols: int = 3,
     seed: int = 0,
-    ax: Axes | None = None,
-) -> Axes:
-    """Plot a UMAP of an embedding, and compute the UMAP if needed.
+    ax: Axes | Sequence[Axes] | None = None,
+    save: str | os.PathLike[str] | None = None,
+) -> Axes | list[Axes]:
+    """Plot a UMAP of the cells, colored by labels, numbers or genes.
 
-    The UMAP coordinates are stored in `obsm["X_umap_" + basis]`, and their settings in `uns["X_umap_" + basis]`. Later
-    calls reuse them if the seed and the embeddings of all cells are unchanged; this also works for a subset of the
-    cells. No other field is written, not even scanpy's `X_umap`. If `adata` is a view, nothing is written. If
-    `obsm["X_umap_" + basis]` was written by another function, it is used unchanged.
+    This function only draws. Compute the UMAP with scanpy first::
+
+        sct.tl.embed(adata, model)
+        sc.pp.neighbors(adata, use_rep="X_sct")
+        sc.tl.umap(adata)
+        sct.pl.umap(adata, color=["cell_type", "CD3E"])
+
+    `adata` is never changed. If `obsm["X_umap"]` already exists, it is drawn as it is, even if it was computed from
+    another embedding; `uns["neighbors"]["params"]["use_rep"]` names the embedding that scanpy used.
 
     Parameters
     ----------
     adata
-        Cells (N, G).
-    basis
-        Key of the embedding (N, D) in `obsm`.
+        Cells (N, G) with coordinates `obsm[basis]`.
     color
-        Column of `obs` (categories or numbers) or name of a gene; None for one color. If there are more than 40
-        categories, the 40 most frequent ones have colors and the others are gray. Cells without a value are gray.
+        Column of `obs` (categories or numbers), gene, or a list of these with one panel each. None draws all cells in
+        one color. A gene is a name in `var_names` or in any column of `var`.
+
+        Categories have the colors in `uns[color + "_colors"]`, where scanpy keeps them. Without this key, each category
+        has its own color, and labels such as "unknown" and missing values are gray. If there are more than 100
+        categories, the legend names the 100 most frequent ones, and the cells of the others are gray.
     layer
-        Layer with the values of the gene; None for X.
+        Layer with the values of genes; None for X. A key that `sct.tl.impute` wrote, such as "sct_expected", shows
+        imputed genes, also genes that are not in `var`; cells without an imputed value are gray.
+    basis
+        Key of the coordinates (N, 2) in `obsm`.
+    vmin, vmax
+        Limits of the color scale of numbers and genes: a number, a percentile such as "p99", or None for the smallest
+        or largest value. For a gene without negative values, `vmin=None` means 0. Values beyond a limit have the color
+        of the limit, and the color bar ends in an arrow. By default, the scale ends at the 99th percentile, so that a
+        few outliers do not darken all other cells. If this percentile is 0, the scale ends at the largest value.
+    legend_loc
+        "right margin", "on data" (names at the median position of each category), or None for no legend.
+    size
+        Area of a point in square points (1/72 inch). Default: smaller for more cells.
+    ncols
+        Maximum number of panels in a row.
     seed
-        Random seed of the UMAP and of the drawing order of the cells.
+        Random seed of the drawing order of categories. Numbers are drawn in ascending order.
     ax
-        Axes to draw in; None for a new figure.
+        Axes to draw in, one per panel; None for a new figure.
+    save
+        Path of an image file to write, such as "umap.png" or "umap.pdf". The suffix sets the format. An existing file
+        is replaced.
 
     Returns
     -------
-    The axes.
+    The axes; a list of axes if `color` is a list.
 
     Raises
     ------
     DataError
-        The embedding, column, gene or layer does not exist, or the embedding has NaN.
+        There is no UMAP yet, or a column, gene, layer or array does not exist or has no values.
+    ConfigError
+        An option is out of range, or `save` has an unknown suffix or a folder that does not exist.
     MissingExtraError
-        Matplotlib or umap-learn is not installed.
+        Matplotlib is not installed, or scanpy if there is no UMAP yet.
     """
-    values = None if color is None else cell_values(adata, color, layer)
-    points = _coordinates(adata, basis, seed)
-    size = float(np.clip(60_000 / max(len(points), 1), 1.5, 28))
+    path = style.check_save(save)
+    check_choice("legend_loc", legend_loc, style.LEGENDS)
+    check_at_least("ncols", ncols, 1)
+    check_at_least("seed", seed, 0)
+    check_limits(vmin, vmax)
+    if size is not None:
+        check_positive("size", size)
+    names = style.names_of(color)
+    points = _coordinates(adata, basis)
+    panels = [None if name is None else coloring(adata, name, layer) for name in names]
+    area = float(np.clip(60_000 / len(points), 1.5, 28)) if size is None else float(size)
     order = np.random.default_rng(seed).permutation(len(points))
-    if values is None:
-        ax = style.new_axes(5, 4.6) if ax is None else ax
-        ax.scatter(points[:, 0], points[:, 1], s=size, color=style.COLORS[0], linewidths=0)
-    elif _is_categorical(values):
-        ax = _categories(ax, points, pd.Series(np.asarray(values, dtype=object)), values, order, size)
+    if ax is None:
+        sizes = np.array([legend_size(each, legend_loc) for each in panels])
+        width, height = 4.6 + sizes[:, 0].max(), max(4.6, sizes[:, 1].max())
+        axes = style.new_grid(len(panels), width, height, ncols)
     else:
-        ax = style.new_axes(5.6, 4.6) if ax is None else ax
-        _numbers(ax, points, np.asarray(values, dtype=float), str(color), size)
-    style.bare(ax)
-    ax.set_xlabel("UMAP 1", loc="left", fontsize=8)
-    ax.set_ylabel("UMAP 2", loc="bottom", fontsize=8)
-    ax.set_title(basis if color is None else color, parse_math=False, fontsize=11)
-    return ax
+        axes = style.given_axes(ax, len(panels))
+    label = basis.removeprefix("X_")
+    label = "UMAP" if label.startswith("umap") else label
+    for one, panel in zip(axes, panels, strict=True):
+        _draw(one, points, panel, order, area, (vmin, vmax))
+        if isinstance(panel, Categories):
+            add_legend(one, panel, points, legend_loc)
+        style.bare(one)
+        one.set_xlabel(f"{label} 1", loc="left", fontsize=8)
+        one.set_ylabel(f"{label} 2", loc="bottom", fontsize=8)
+        one.set_title(panel.title if panel is not None else "", parse_math=False, fontsize=11)
+    style.write_figure(axes[0].figure, path)
+    return axes[0] if color is None or isinstance(color, str) else axes
 
 
-def _coordinates(adata: AnnData, basis: str, seed: int) -> np.ndarray:
-    """Return UMAP coordinates (N, 2): the stored ones in obsm if they are still valid, otherwise new ones."""
-    embedding = positions(adata, basis)
-    key = f"X_umap_{basis}"
-    made = adata.uns.get(key)
-    if key in adata.obsm:
-        picture = positions(adata, key, width=2)
-        if not isinstance(made, Mapping) or "basis" not in made:
-            return picture  # written by another tool
-        known = np.asarray(made.get("row_hashes", ()), np.uint64)
-        if int(made["seed"]) == seed and np.isin(_row_hashes(embedding, picture), known).all():
-            return picture
-    from sct.eval.embedding.measures import umap as layout
-
-    points = layout(embedding, seed)
-    if not adata.is_view:
-        adata.obsm[key] = points
-        adata.uns[key] = {"basis": basis, "seed": seed, "row_hashes": np.sort(_row_hashes(embedding, points))}
-    return points.astype(np.float64)
-
-
-def _row_hashes(embedding: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Return a hash (N,) uint64 of the embedding (N, D) and the UMAP coordinates (N, 2) of each cell.
-
-    Subsetting and reordering change obsm but not uns, so the hashes identify cells by content.
-    """
-    rows = np.concatenate([embedding.astype(np.float32), points.astype(np.float32)], axis=1)
-    return pd.util.hash_pandas_object(pd.DataFrame(rows), index=False).to_numpy()
-
-
-def _is_categorical(values: Any) -> bool:
-    dtype = values.dtype
-    return (
-        isinstance(dtype, pd.CategoricalDtype)
-        or not pd.api.types.is_numeric_dtype(dtype)
-        or pd.api.types.is_bool_dtype(dtype)
-    )
-
-
-def _categories(
-    ax: Axes | None,
+def _draw(
+    ax: Axes,
     points: np.ndarray,
-    names: pd.Series,
-    values: Any,
+    panel: Categories | Numbers | None,
     order: np.ndarray,
-    size: float,
-) -> Axes:
-    """Draw points in random order, with a color and a marker for each category, and add a legend."""
-    from matplotlib.lines import Line2D
-
-    missing = pd.isna(names).to_numpy()
-    labels = names.astype(str).to_numpy()
-    counts = pd.Series(labels[~missing]).value_counts(sort=False)
-    known = [str(c) for c in values.cat.categories] if isinstance(values.dtype, pd.CategoricalDtype) else []
-    present = [c for c in known if c in counts.index] or sorted(counts.index)
-    named = present
-    if len(present) > _NAMED:
-        commonest = set(counts.sort_values(ascending=False, kind="stable").index[:_NAMED])
-        named = [name for name in present if name in commonest]
-    kinds = pd.Index(named).get_indexer(labels)
-    kinds[missing] = -1
-    legend = [(style.COLORS[i % 8], style.MARKERS[i // 8], name) for i, name in enumerate(named)]
-    rest = len(present) - len(named)
-    if rest:
-        cells = int(((kinds < 0) & ~missing).sum())
-        legend.append((style.GRAY, "o", f"{rest} rarer categories ({cells:,} cells)"))
-    if missing.any():
-        legend.append((style.GRAY, "o", f"no value ({int(missing.sum()):,} cells)"))
-
-    texts = [text for *_, text in legend]
-    height = max(4.6, 0.19 * min(len(texts), 21) + 0.6)
-    ax = style.new_axes(4.6 + style.legend_width(texts), height) if ax is None else ax
-    if (kinds < 0).any():
-        ax.scatter(points[kinds < 0, 0], points[kinds < 0, 1], s=size, color=style.GRAY, linewidths=0)
-    palette = np.array(style.COLORS)
-    for i, marker in enumerate(style.MARKERS):
-        drawn = order[(kinds[order] >= 8 * i) & (kinds[order] < 8 * (i + 1))]
-        if len(drawn):
-            colors = palette[kinds[drawn] % 8].tolist()
-            ax.scatter(points[drawn, 0], points[drawn, 1], s=size, c=colors, marker=marker, linewidths=0)
-    handles = [
-        Line2D([], [], linestyle="", marker=marker, color=color, markersize=6) for color, marker, _ in legend
-    ]
-    style.legend_outside(ax, handles, texts, points=True)
-    return ax
-
-
-def _numbers(ax: Axes, points: np.ndarray, values: np.ndarray, name: str, size: float) -> None:
-    """Draw points colored by a number, with the highest values on top, and add a color bar."""
-    known = np.isfinite(values)
-    if not known.any():
-        raise DataError(
-            f"{name!r} has no numeric value in any cell: choose another column or gene for `color`."
-        )
-    ax.scatter(points[~known, 0], points[~known, 1], s=size, color=style.GRAY, linewidths=0)
-    order = np.flatnonzero(known)[np.argsort(values[known], kind="stable")]
-    drawn = ax.scatter(
-        points[order, 0], points[order, 1], s=size, c=values[order], cmap=style.CONTINUOUS, linewidths=0
+    area: float,
+    ends: tuple[Limit, Limit],
+) -> None:
+    """Draw the points of one panel, and the color bar of numbers."""
+    look: dict[str, Any] = {"s": area, "linewidths": 0, "rasterized": len(points) > style.MAX_VECTOR_POINTS}
+    if panel is None:
+        ax.scatter(points[:, 0], points[:, 1], color=style.COLORS[0], **look)
+        return
+    gray = panel.codes < 0 if isinstance(panel, Categories) else ~np.isfinite(panel.values)
+    if gray.any():
+        ax.scatter(points[gray, 0], points[gray, 1], color=style.GRAY, **look)
+    if isinstance(panel, Categories):
+        drawn = order[~gray[order]]
+        ax.scatter(points[drawn, 0], points[drawn, 1], c=panel.of_cells()[drawn].tolist(), **look)
+        return
+    low, high, extend = limits(panel.values, *ends, panel.from_zero)
+    known = np.flatnonzero(~gray)
+    drawn = known[np.argsort(panel.values[known], kind="stable")]
+    mappable = ax.scatter(
+        points[drawn, 0],
+        points[drawn, 1],
+        c=panel.values[drawn],
+        cmap=style.CONTINUOUS,
+        vmin=low,
+        vmax=high,
+        **look,
     )
-    style.color_bar([ax], drawn, name)
+    style.color_bar([ax], mappable, panel.unit, extend)
+
+
+def _coordinates(adata: AnnData, basis: str) -> np.ndarray:
+    """Return the coordinates (N, 2); the error of a missing UMAP names the two calls that compute it."""
+    if basis not in adata.obsm and basis == UMAP:
+        if importlib.util.find_spec("scanpy") is None:
+            raise missing_extra("scanpy", "analysis", "a UMAP")
+        embeddings = _embeddings(adata)
+        first = "" if embeddings else "sct.tl.embed(adata, model), "
+        raise DataError(
+            f"obsm has no {UMAP!r}, but this plot needs UMAP coordinates: call {first}"
+            f"{_calls(embeddings[0] if embeddings else 'X_sct')} before this plot."
+        )
+    check_choice("basis", basis, adata.obsm, error=DataError)
+    width = np.shape(adata.obsm[basis])[-1]
+    if width > 3:
+        raise DataError(
+            f"obsm[{basis!r}] has {width} columns, but the coordinates of a plot have 2: call {_calls(basis)}, and "
+            "leave basis out."
+        )
+    points = positions(adata, basis, width=2)
+    check_not_empty("the list of cells in adata", points, error=DataError)
+    return points
+
+
+def _calls(use_rep: str) -> str:
+    return f'sc.pp.neighbors(adata, use_rep="{use_rep}") and sc.tl.umap(adata)'
+
+
+def _embeddings(adata: AnnData) -> list[str]:
+    """Return the keys of obsm that `sct.tl.embed` wrote; else "X_pca" or the first array that can be embedded."""
+    records = {key: adata.uns.get(key) for key in adata.obsm}
+    made = [key for key, record in records.items() if isinstance(record, Mapping) and "weights" in record]
+    arrays = [key for key in adata.obsm if np.ndim(adata.obsm[key]) == 2 and np.shape(adata.obsm[key])[1] > 3]
+    return made or [key for key in ("X_sct", "X_pca") if key in adata.obsm] or arrays

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,13 @@ LEVELS = ("unexpressed", "low", "moderate", "high-moderate", "high")
 _LINES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
 
 
-def imputation_confusion(confusion: np.ndarray, *, normalize: bool = True, ax: Axes | None = None) -> Axes:
+def imputation_confusion(
+    confusion: np.ndarray,
+    *,
+    normalize: bool = True,
+    ax: Axes | None = None,
+    save: str | os.PathLike[str] | None = None,
+) -> Axes:
     """Plot the confusion matrix of true and imputed expression levels.
 
     Parameters
@@ -34,6 +41,8 @@ def imputation_confusion(confusion: np.ndarray, *, normalize: bool = True, ax: A
         False, the color shows the count.
     ax
         Axes to draw in; None for a new figure.
+    save
+        Path of an image file to write; see `sct.pl.umap`.
 
     Returns
     -------
@@ -43,9 +52,12 @@ def imputation_confusion(confusion: np.ndarray, *, normalize: bool = True, ax: A
     ------
     DataError
         `confusion` is not a matrix of counts.
+    ConfigError
+        `save` has an unknown suffix or a folder that does not exist.
     MissingExtraError
         Matplotlib is not installed.
     """
+    path = style.check_save(save)
     counts = np.asarray(confusion)
     if counts.ndim != 2 or not 0 < counts.shape[0] <= counts.shape[1]:
         raise DataError(
@@ -91,6 +103,7 @@ def imputation_confusion(confusion: np.ndarray, *, normalize: bool = True, ax: A
         spine.set_visible(False)
     ax.set(xlabel="imputed level", ylabel="true level")
     style.color_bar([ax], image, "fraction of the true level" if normalize else "positions")
+    style.write_figure(ax.figure, path)
     return ax
 
 
@@ -101,6 +114,7 @@ def mcc_by_ratio(
     reference: Collection[str] = (),
     masked: str = "masked genes",
     ax: Axes | None = None,
+    save: str | os.PathLike[str] | None = None,
 ) -> Axes:
     """Plot the Matthews correlation (MCC) of imputed levels against the fraction of masked genes or cells.
 
@@ -119,6 +133,8 @@ def mcc_by_ratio(
         Label of the horizontal axis.
     ax
         Axes to draw in; None for a new figure.
+    save
+        Path of an image file to write; see `sct.pl.umap`.
 
     Returns
     -------
@@ -128,9 +144,12 @@ def mcc_by_ratio(
     ------
     DataError
         No method has a value, a masked fraction is outside (0, 1] or occurs twice, or an MCC is outside [-1, 1].
+    ConfigError
+        `save` has an unknown suffix or a folder that does not exist.
     MissingExtraError
         Matplotlib is not installed.
     """
+    path = style.check_save(save)
     points = {str(name): _curve(str(name), curve) for name, curve in curves.items()}
     ratios = sorted({ratio for curve in points.values() for ratio in curve[:, 0].tolist()})
     check_not_empty("the list of values in curves", ratios, error=DataError, advice="pass at least one MCC")
@@ -170,10 +189,17 @@ def mcc_by_ratio(
     ax.grid(axis="y", color=style.GRAY, alpha=0.4, linewidth=0.7)
     style.open_frame(ax)
     style.legend_outside(ax, [handles[name] for name in drawn], labels, points=False)
+    style.write_figure(ax.figure, path)
     return ax
 
 
-def reliability(curves: Mapping[str, Any], *, models: Collection[str] = (), ax: Axes | None = None) -> Axes:
+def reliability(
+    curves: Mapping[str, Any],
+    *,
+    models: Collection[str] = (),
+    ax: Axes | None = None,
+    save: str | os.PathLike[str] | None = None,
+) -> Axes:
     """Plot a reliability diagram: the observed fraction of expressed genes against the predicted probability.
 
     The curve of a well-calibrated method is on the diagonal. A curve below the diagonal means that the method predicts
@@ -188,6 +214,8 @@ def reliability(curves: Mapping[str, Any], *, models: Collection[str] = (), ax: 
         Methods that are models; their lines are thicker. See `sct.eval.imputation.natural.NaturalResult.labels`.
     ax
         Axes to draw in; None for a new figure.
+    save
+        Path of an image file to write; see `sct.pl.umap`.
 
     Returns
     -------
@@ -197,9 +225,12 @@ def reliability(curves: Mapping[str, Any], *, models: Collection[str] = (), ax: 
     ------
     DataError
         No method has a value, or a value is outside [0, 1].
+    ConfigError
+        `save` has an unknown suffix or a folder that does not exist.
     MissingExtraError
         Matplotlib is not installed.
     """
+    path = style.check_save(save)
     points = {}
     for name, curve in curves.items():
         predicted, observed, count = (np.asarray(values, dtype=float) for values in curve)
@@ -241,6 +272,7 @@ def reliability(curves: Mapping[str, Any], *, models: Collection[str] = (), ax: 
     )  # fmt: skip
     style.open_frame(ax)
     style.legend_outside(ax, handles, list(points), points=False)
+    style.write_figure(ax.figure, path)
     return ax
 
 

@@ -1,226 +1,219 @@
-"""Plot spatial maps of the imputed and the observed expression of a gene."""
+"""Spatial maps of labels, of numbers, and of measured and imputed genes."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
 from scipy.spatial import cKDTree
 
-from sct.checks import check_not_empty, check_one_each
-from sct.data.counts import TOLERANCE
+from sct.checks import check_at_least, check_choice, check_not_empty, check_positive
 from sct.errors import DataError
 from sct.pl import style
-from sct.pl.values import dense, gene_values, near, positions
+from sct.pl.coloring import (
+    Categories,
+    Limit,
+    Numbers,
+    add_legend,
+    check_limits,
+    coloring,
+    gene_coloring,
+    legend_size,
+    limits,
+)
+from sct.pl.imputed import EXPECTED, impute_record, observed_values
+from sct.pl.values import positions
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-# sct.tl.impute appends these suffixes to key_added.
-EXPECTED, LEVEL = "_expected", "_level"
+# Panels of one color scale: a single one, or the imputed and the observed values of a gene.
+Group = list[Categories | Numbers | None]
 
 
 def spatial(
     adata: AnnData,
-    gene: str,
+    color: str | Sequence[str] | None = None,
     *,
-    layer: str = "sct_expected",
+    layer: str | None = None,
+    compare: bool = False,
     spatial_key: str = "spatial",
-    compare: bool = True,
+    vmin: Limit = None,
+    vmax: Limit = "p99",
+    legend_loc: Literal["right margin", "on data"] | None = "right margin",
+    spot_size: float | None = None,
+    ncols: int = 3,
     ax: Axes | Sequence[Axes] | None = None,
-) -> Any:
-    """Plot the imputed and the observed expression of a gene side by side, on the same color scale.
+    save: str | os.PathLike[str] | None = None,
+) -> Axes | list[Axes]:
+    """Plot cells or spots at their positions in a slide, colored by labels, numbers or genes.
 
-    Imputed values come from `layers[layer]`. For a gene that the panel lacks, they come from the column with the name
-    of the gene in the table `obsm[layer]`. The parameters in `uns` that `sct.tl.impute` wrote show which genes and
-    cells were imputed, and where the observed counts are. If another tool wrote the layer, all its values are shown,
-    the title names the layer, and the observed values come from X.
-
-    Cells without an imputed value are gray, and the title shows how many cells have one. The width of a spot is the
-    median distance to the nearest neighbor. The color scale ends at the 99.5th percentile of all values; an arrow on
-    the color bar marks higher values. Plot one slide at a time.
+    With `layer="sct_expected"` and `compare=True`, the imputed and the observed counts of a gene stand side by side, on
+    the same color scale. `adata` is never changed. Plot one slide at a time.
 
     Parameters
     ----------
     adata
         Cells or spots (N, G) of one slide.
-    gene
-        Name of the gene.
+    color
+        Column of `obs`, gene, or a list of these; see `sct.pl.umap`. None draws all spots in one color.
     layer
-        Key of the imputed values: expected raw counts or, with `compare=False`, levels ("sct_level").
+        Layer with the values of genes; None for X, which shows measured genes.
+
+        A key that `sct.tl.impute` wrote shows imputed genes: "sct_expected" (expected raw counts), "sct_level"
+        (expression levels) or "sct_probability" (probability that the gene is expressed). A gene that the panel lacks
+        comes from the table `obsm[layer]`. Cells without an imputed value are gray, and the title shows how many cells
+        have one.
+    compare
+        If True, plot the observed values of each gene beside the values of `layer`. The observed values are the raw
+        counts that `sct.tl.impute` read. For a layer of another tool, they come from X. For a gene that the panel
+        lacks, the second map shows gray spots.
     spatial_key
         Key of the coordinates (N, 2) in `obsm`. The y axis points down, as in images.
-    compare
-        If True, also plot the observed values. For a gene that the panel lacks, the second map shows gray spots.
+    vmin, vmax, legend_loc
+        See `sct.pl.umap`. With `compare`, the limits are computed from the imputed and the observed values together.
+    spot_size
+        Diameter of a spot, in the unit of the coordinates. Default: the spot diameter that Space Ranger wrote to
+        `uns["spatial"]`, otherwise the median distance to the nearest neighbor.
+    ncols
+        Maximum number of panels in a row. With `compare`, a gene has two panels.
     ax
-        Axes to draw in (two with `compare`); None for a new figure.
+        Axes to draw in, one per panel; None for a new figure.
+    save
+        Path of an image file to write, such as "map.png" or "map.pdf". The suffix sets the format. An existing file is
+        replaced.
 
     Returns
     -------
-    The axes. With `compare`, an array (2,) of axes: imputed and observed.
+    The axes. A list of axes if `color` is a list, or with `compare`: for each gene, imputed and observed.
 
     Raises
     ------
     DataError
-        The coordinates, layer or gene do not exist, the gene was not imputed, the observed counts have been moved or
-        changed since the imputation, levels are compared with counts, or the number of axes is wrong.
+        The coordinates, a column, a layer or a gene do not exist, a gene was not imputed, the observed counts have been
+        moved or changed since the imputation, `compare` does not apply, or the number of axes is wrong.
+    ConfigError
+        An option is out of range, or `save` has an unknown suffix or a folder that does not exist.
     MissingExtraError
         Matplotlib is not installed.
     """
+    path = style.check_save(save)
+    check_choice("legend_loc", legend_loc, style.LEGENDS)
+    check_at_least("ncols", ncols, 1)
+    check_limits(vmin, vmax)
+    if spot_size is not None:
+        check_positive("spot_size", spot_size)
+    names = style.names_of(color)
     places = positions(adata, spatial_key, width=2)
     check_not_empty("the list of cells in adata", places, error=DataError)
-    record = _record(adata, layer)
-    levels = record is not None and layer.endswith(LEVEL)
-    maps = [("imputed", _imputed(adata, gene, layer, record))]
-    if compare:
-        if levels:
-            raise DataError(
-                f"{layer!r} has levels, but the observed values are raw counts, so they cannot share a color scale: "
-                "set compare=False."
-            )
-        maps.append(("observed", _observed(adata, gene, record)))
-
+    _check_compare(layer, compare, adata)
+    groups = [_group(adata, name, layer, compare) for name in names]
+    panels = [panel for group in groups for panel in group]
     if ax is None:
         spread = np.ptp(places, axis=0)
-        height = float(np.clip(4.2 * (spread[1] or 1) / (spread[0] or 1), 2.8, 7))
-        axes = np.atleast_1d(style.new_axes(4.2 * len(maps) + 0.9, height + 0.5, columns=len(maps)))
+        height = float(np.clip(4.2 * (spread[1] or 1) / (spread[0] or 1), 2.8, 7)) + 0.5
+        sizes = np.array([legend_size(each, legend_loc) for each in panels])
+        axes = _grid(groups, 4.2 + sizes[:, 0].max(), max(height, sizes[:, 1].max()), ncols)
     else:
-        axes = np.atleast_1d(np.asarray(ax, dtype=object)).ravel()
-        check_one_each("axes", len(axes), f"maps (compare={compare})", len(maps))
-
-    pooled = np.concatenate([values[np.isfinite(values)] for _, values in maps])
-    low, high = min(float(pooled.min()), 0.0), float(np.quantile(pooled, 0.995))
-    high = high if high > low else float(pooled.max())
-    high = high if high > low else low + 1
-    width = _spot_width(places)
-    for one, (name, values) in zip(axes, maps, strict=True):
-        drawn = _spots(one, places, values, width, (low, high))
-        known = int(np.isfinite(values).sum())
-        if name == "imputed":
-            mappable = drawn
-            name = layer if record is None else "imputed level" if levels else name
-            name += f" in {known:,} of {len(places):,} cells" if known < len(places) else ""
-        title = f"{gene}, {name}" if known else f"{gene}, not in the panel"
-        one.set_title(title, parse_math=False, fontsize=11)
-    label = "expression" if record is None else "level" if levels else "raw counts"
-    style.color_bar(list(axes), mappable, label, "max" if pooled.max() > high else "neither")
-    return axes if compare else axes[0]
+        axes = style.given_axes(ax, len(panels))
+    width = _spot_width(adata, places, spatial_key) if spot_size is None else float(spot_size)
+    start = 0
+    for group in groups:
+        _draw_group(axes[start : start + len(group)], places, group, width, (vmin, vmax), legend_loc)
+        start += len(group)
+    style.write_figure(axes[0].figure, path)
+    return axes[0] if len(axes) == 1 and (color is None or isinstance(color, str)) else axes
 
 
-def _record(adata: AnnData, layer: str) -> Mapping[str, Any] | None:
-    """Return the parameters that `sct.tl.impute` wrote for a layer or table; None if another tool wrote its values."""
-    for ending in (EXPECTED, LEVEL):
-        record = adata.uns.get(layer.removesuffix(ending)) if layer.endswith(ending) else None
-        if isinstance(record, Mapping) and {"genes", "cells", "counts_from"} <= record.keys():
-            return record
-    return None
-
-
-def _names(record: Mapping[str, Any], field: str) -> list[str]:
-    """Return a list of names from the imputation parameters; empty if the field is missing."""
-    return [str(name) for name in np.ravel(np.asarray(record.get(field, ()), dtype=object)) if str(name)]
-
-
-def _imputed(adata: AnnData, gene: str, layer: str, record: Mapping[str, Any] | None) -> np.ndarray:
-    """Return the imputed values (N,) of a gene from a layer or obsm table; NaN for cells without an imputed value."""
-    table = adata.obsm.get(layer)
-    if layer not in adata.layers and table is None:
+def _check_compare(layer: str | None, compare: bool, adata: AnnData) -> None:
+    """Raise `DataError` if the values of the layer cannot be compared with observed counts."""
+    if not compare:
+        return
+    if layer is None:
         raise DataError(
-            f"neither layers nor obsm has {layer!r}: run sct.tl.impute first, or set layer to an existing key."
+            'compare is True, but layer is None, so there are no imputed values: set layer="sct_expected", or leave '
+            "compare out."
         )
-    columns = list(adata.var_names) if layer in adata.layers else []
-    if record is not None:
-        columns = _imputed_columns(adata, record, columns)
-    aside = list(table.columns) if isinstance(table, pd.DataFrame) else []
-    if gene in columns:
-        values = gene_values(adata, gene, layer).astype(float)
-    elif isinstance(table, pd.DataFrame) and gene in aside:
-        values = dense(table[gene].to_numpy()).astype(float)
-    elif layer in adata.layers and gene in adata.var_names:
+    if impute_record(adata, layer) is not None and not layer.endswith(EXPECTED):
         raise DataError(
-            f"the gene {gene!r} was not imputed, so {layer!r} has only its observed values: impute it with "
-            f"sct.tl.impute(genes=...), or plot an imputed gene; {near(gene, [*columns, *aside])}"
+            f"compare is True, but {layer!r} does not have counts, so it cannot share a color scale with the observed "
+            "counts: set compare=False."
         )
-    else:
-        raise DataError(
-            f"{layer!r} has no imputed values of the gene {gene!r}: {near(gene, [*columns, *aside])}"
-        )
-    # The table can come from an earlier call that imputed other cells and left NaN in the rest.
-    if record is not None and (gene in columns or gene in _names(record, "genes")):
-        cells = _names(record, "cells")
-        if cells:
-            values[~adata.obs_names.isin(cells)] = np.nan
-    if not np.isfinite(values).any():
-        raise DataError(
-            f"{layer!r} has no imputed value of the gene {gene!r} in these {len(values):,} cells: impute "
-            "the gene with sct.tl.impute(genes=...)."
-        )
-    return values
 
 
-def _imputed_columns(adata: AnnData, record: Mapping[str, Any], columns: list[str]) -> list[str]:
-    """Return the columns of a layer that were imputed; the other columns have observed values."""
-    given = _names(record, "genes")
-    inside = set(_names(record, "var_names"))
-    if "var_names" in record and (inside or given):
-        return [name for name in columns if name in inside]
-    if not (given and columns):
-        return columns  # whole cells were imputed, or there is no layer
-    # Users name genes as in var_names or as in any column of var.
-    named = adata.var_names.isin(given)
-    for column in adata.var.columns:
-        named |= adata.var[column].astype(str).isin(given).to_numpy()
-    return [name for name, one in zip(columns, named, strict=True) if one]
-
-
-def _observed(adata: AnnData, gene: str, record: Mapping[str, Any] | None) -> np.ndarray:
-    """Return the observed values (N,) of a gene from the counts that the imputation read; NaN if unmeasured."""
-    place = "X" if record is None else str(record["counts_from"])
-    raw, layer = place == "raw.X", None
-    if place.startswith('layers["'):
-        layer = place.removeprefix('layers["').removesuffix('"]')
-    gone = adata.raw is None if raw else adata.X is None if layer is None else layer not in adata.layers
-    if gone:
-        raise DataError(
-            f"the imputation read the observed counts from {place}, but adata no longer has {place}: "
-            "restore the counts there, or set compare=False."
-        )
-    var = adata.raw.var if raw else adata.var
-    name = _row_name(var, gene)
+def _group(adata: AnnData, name: str | None, layer: str | None, compare: bool) -> Group:
+    """Return the panels of one entry of `color`."""
     if name is None:
-        return np.full(adata.n_obs, np.nan)
-    values = dense(adata.raw[:, [name]].X) if raw else gene_values(adata, name, layer)
-    values = values.astype(float)
-    if record is not None and ((values < 0) | (np.abs(values - np.rint(values)) > TOLERANCE)).any():
-        raise DataError(
-            f"{place} had raw counts at the time of the imputation, but its values of {gene!r} are not raw counts now: "
-            "restore the counts, or set compare=False."
-        )
-    return values
+        return [None]
+    if name in adata.obs.columns or not compare:
+        return [coloring(adata, name, layer)]
+    assert layer is not None
+    imputed = gene_coloring(adata, name, layer)
+    observed = observed_values(adata, name, layer)
+    title = f"{name}, observed" if np.isfinite(observed).any() else f"{name}, not in the panel"
+    return [imputed, Numbers(title, observed, imputed.unit)]
 
 
-def _row_name(var: pd.DataFrame, gene: str) -> str | None:
-    """Find a gene by its var_name or by a value in any column of var, and return its var_name; None if it is absent."""
-    if gene in var.index:
-        found = var.index[var.index == gene]
-    else:
-        named = np.zeros(len(var), bool)
-        for column in var.columns:
-            named |= (var[column].astype(str) == gene).to_numpy()
-        found = var.index[named]
-    if len(found) > 1:
-        raise DataError(
-            f"`var` has the gene {gene!r} {len(found)} times, so its observed values are ambiguous: keep "
-            "one of these columns, or set compare=False."
-        )
-    return str(found[0]) if len(found) else None
+def _grid(groups: Sequence[Group], width: float, height: float, ncols: int) -> list[Axes]:
+    """Return new axes for all panels; the panels of a group are in the same row."""
+    ncols = max(ncols, *map(len, groups), 1)
+    places: list[int] = []
+    for group in groups:
+        start = places[-1] + 1 if places else 0
+        start += (ncols - start % ncols) * (start % ncols + len(group) > ncols)
+        places += range(start, start + len(group))
+    slots = style.new_grid(places[-1] + 1, width, height, ncols)
+    for place, unused in enumerate(slots):
+        if place not in places:
+            unused.remove()
+    return [slots[place] for place in places]
 
 
-def _spot_width(places: np.ndarray) -> float:
-    """Return the median distance to the nearest other spot, or 1/50 of the slide if all spots coincide."""
+def _draw_group(
+    axes: Sequence[Axes],
+    places: np.ndarray,
+    group: Group,
+    width: float,
+    ends: tuple[Limit, Limit],
+    legend_loc: str | None,
+) -> None:
+    """Draw panels with the same color scale, and their legend or color bar."""
+    numbers = [panel for panel in group if isinstance(panel, Numbers)]
+    low, high, extend = 0.0, 1.0, "neither"
+    if numbers:
+        pooled = np.concatenate([panel.values for panel in numbers])
+        low, high, extend = limits(pooled, *ends, numbers[0].from_zero)
+    mappable = None
+    for ax, panel in zip(axes, group, strict=True):
+        if isinstance(panel, Numbers):
+            drawn = _spots(ax, places, np.isfinite(panel.values), width)
+            drawn.set_array(panel.values[np.isfinite(panel.values)])
+            drawn.set_cmap(style.CONTINUOUS)
+            drawn.set_clim(low, high)
+            mappable = mappable or drawn
+        elif isinstance(panel, Categories):
+            known = panel.codes >= 0
+            _spots(ax, places, known, width).set_facecolors(panel.of_cells()[known].tolist())
+            add_legend(ax, panel, places, legend_loc)
+        else:
+            _spots(ax, places, np.ones(len(places), bool), width).set_facecolors(style.COLORS[0])
+        ax.set_title(panel.title if panel is not None else "", parse_math=False, fontsize=11)
+    if numbers:
+        style.color_bar(list(axes), mappable, numbers[0].unit, extend)
+
+
+def _spot_width(adata: AnnData, places: np.ndarray, spatial_key: str) -> float:
+    """Return the diameter of a spot in the unit of the coordinates."""
+    libraries = adata.uns.get("spatial") if spatial_key == "spatial" else None
+    if isinstance(libraries, Mapping) and len(libraries) == 1:
+        (library,) = libraries.values()
+        factors = library.get("scalefactors") if isinstance(library, Mapping) else None
+        diameter = factors.get("spot_diameter_fullres") if isinstance(factors, Mapping) else None
+        if diameter is not None and float(diameter) > 0:
+            return float(diameter)
     unique = np.unique(places, axis=0)
     if len(unique) < 2:
         return float(np.ptp(places, axis=0).max() / 50) or 1.0
@@ -228,13 +221,13 @@ def _spot_width(places: np.ndarray) -> float:
     return float(np.median(distance[:, 1]))
 
 
-def _spots(
-    ax: Axes, places: np.ndarray, values: np.ndarray, width: float, limits: tuple[float, float]
-) -> Any:
-    """Draw spots whose width is in the unit of the coordinates. Spots without a value are gray and below the others."""
+def _spots(ax: Axes, places: np.ndarray, known: np.ndarray, width: float) -> Any:
+    """Draw spots with a width in the unit of the coordinates; gray ones (not `known`) are at the bottom.
+
+    Returns the collection of the known spots, which the caller colors.
+    """
     from matplotlib.collections import EllipseCollection
 
-    known = np.isfinite(values)
     drawn = None
     for chosen in (~known, known):
         n = int(chosen.sum())
@@ -247,13 +240,8 @@ def _spots(
             offset_transform=ax.transData,
             linewidths=0,
             facecolors=style.GRAY,
-            # In a vector file, each spot takes about half a kilobyte.
-            rasterized=n > 500,
+            rasterized=n > style.MAX_VECTOR_SPOTS,
         )
-        if chosen is known:
-            drawn.set_array(values[known])
-            drawn.set_cmap(style.CONTINUOUS)
-            drawn.set_clim(*limits)
         if n:
             ax.add_collection(drawn)
     low, high = places.min(axis=0) - width, places.max(axis=0) + width

@@ -1,4 +1,4 @@
-"""Read values for plots: columns of obs, genes of X or of a layer, and arrays of obsm."""
+"""Read values for plots: genes of X or of a layer, and arrays of obsm."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from sct.checks import check_choice, check_finite, nearest
 from sct.errors import DataError
 
 if TYPE_CHECKING:
-    import pandas as pd
     from anndata import AnnData
 
 
@@ -32,44 +32,51 @@ def dense(column: Any) -> np.ndarray:
     return np.asarray(column.toarray() if hasattr(column, "toarray") else column).ravel()
 
 
-def gene_values(adata: AnnData, gene: str, layer: str | None = None) -> np.ndarray:
-    """Return the values (N,) of one gene in X or in a layer.
+def gene_row(var: pd.DataFrame, gene: str) -> str | None:
+    """Return the var_name of a gene, which can be a var_name or a value in any column of var; None if absent.
 
     Raises
     ------
     DataError
-        The gene or the layer does not exist, or several columns have the name of the gene.
+        Several rows of var have this name.
+    """
+    if gene in var.index:
+        found = var.index[var.index == gene]
+    else:
+        named = np.zeros(len(var), bool)
+        for column in var.columns:
+            if not pd.api.types.is_numeric_dtype(var[column].dtype):
+                named |= (var[column].astype(str) == gene).to_numpy()
+        found = var.index[named]
+    if len(found) > 1:
+        raise DataError(
+            f"var has the gene {gene!r} {len(found)} times, but a gene must be unique: keep one of these rows, or call "
+            "adata.var_names_make_unique() and use the name in var_names."
+        )
+    return str(found[0]) if len(found) else None
+
+
+def gene_values(adata: AnnData, gene: str, layer: str | None = None) -> np.ndarray:
+    """Return the values (N,) of one gene in X or in a layer; the gene is a var_name or a value in a column of var.
+
+    Raises
+    ------
+    DataError
+        The gene or the layer does not exist, or several rows of var have the name of the gene.
     """
     if layer is not None:
         # Newer versions of anndata list X among the layers, as None.
         check_choice("layer", layer, [each for each in adata.layers if each is not None], error=DataError)
-    found = np.flatnonzero(adata.var_names == gene)
-    if len(found) == 0:
-        raise DataError(f"var_names has no gene {gene!r}: {near(gene, adata.var_names)}")
-    if len(found) > 1:
+    elif adata.X is None:
         raise DataError(
-            f"`var_names` has the gene {gene!r} {len(found)} times, but names must be unique: call "
-            "adata.var_names_make_unique()."
+            "adata has no X, but layer is None, which means X: set layer to a key of adata.layers."
         )
+    name = gene_row(adata.var, gene)
+    if name is None:
+        raise DataError(f"var_names has no gene {gene!r}: {near(gene, adata.var_names)}")
     # Subset first, so that only one column of a backed file is read.
-    column = adata[:, [int(found[0])]]
+    column = adata[:, adata.var_names.get_indexer_for([name])]
     return dense(column.X if layer is None else column.layers[layer])
-
-
-def cell_values(adata: AnnData, name: str, layer: str | None = None) -> pd.Series | np.ndarray:
-    """Return the column of obs with this name or, if there is none, the values of the gene.
-
-    Raises
-    ------
-    DataError
-        The name is neither a column of obs nor a gene.
-    """
-    if name in adata.obs.columns:
-        return adata.obs[name]
-    if name in adata.var_names:
-        return gene_values(adata, name, layer)
-    known = [*adata.obs.columns, *adata.var_names]
-    raise DataError(f"{name!r} is neither a column of obs nor a gene: {near(name, known)}")
 
 
 def positions(adata: AnnData, key: str, width: int | None = None) -> np.ndarray:

@@ -102,6 +102,41 @@ def test_the_page_is_whole_escaped_and_loads_nothing():
     assert not re.search(r"(?:fill|stroke): #(?:000000|ffffff)", text)
 
 
+def test_a_figure_cut_out_of_the_page_keeps_its_look():
+    """As a file of its own it is well-formed XML, needs no style of the page, and shows the same picture."""
+    import xml.etree.ElementTree as ET
+
+    (cut,) = re.findall(r"<svg.*?</svg>", page("t", [], [Figure("One", figure_svg(drawing()))]), re.DOTALL)
+    root = ET.fromstring(cut)
+    assert "var(" not in cut
+    assert "currentColor" not in cut
+    style = page("t", [], [])
+    parts = {"ink-fill", "ink-stroke", "paper-fill", "paper-stroke"}
+    for element in root.iter():
+        classes = set(element.get("class", "").split())
+        assert classes <= parts
+        for each in classes:
+            kind, _, name = each.partition("-")
+            assert element.get(name) == {"ink": "#000000", "paper": "#ffffff"}[kind]
+            assert name + ":" not in element.get("style", "")
+            assert f".{each} {{ {name}:" in style
+    used = {each for element in root.iter() for each in element.get("class", "").split()}
+    assert {"ink-stroke", "paper-fill"} <= used
+    (background,) = (e for e in root.iter() if e.get("id", "").endswith("patch_1"))
+    assert background[0].get("fill") == "#ffffff"
+    assert (root.get("stroke-linejoin"), root.get("stroke-linecap")) == ("round", "butt")
+
+
+def test_a_class_of_a_foreign_figure_does_not_meet_the_rules_of_the_page():
+    svg = (
+        f'<svg {SVG}><path class="number ink-fill" style="fill: #FFFFFF;stroke:#000000; opacity: 0.5"/></svg>'
+    )
+    text = page("t", [], [Figure("Mine", svg)])
+    (path,) = re.findall(r"<path[^>]*>", text)
+    assert 'class="paper-fill ink-stroke"' in path
+    assert 'style="opacity: 0.5"' in path
+
+
 def test_the_same_input_makes_the_same_page():
     assert whole() == whole()
 

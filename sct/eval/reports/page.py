@@ -85,7 +85,10 @@ tbody tr:hover > :not(.best) { background: var(--hover); }
 .figures section { min-width: 0; }
 figure { margin: 0; }
 figure svg { display: block; max-width: 100%; height: auto; fill: currentColor; }
-figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
+.ink-fill { fill: currentColor; }
+.ink-stroke { stroke: currentColor; }
+.paper-fill { fill: var(--paper); }
+.paper-stroke { stroke: var(--paper); }
 figcaption { margin-top: .6rem; color: var(--soft); font-size: .88rem; max-width: 44rem; }
 footer { margin-top: 3rem; color: var(--soft); font-size: .82rem; }
 @media (max-width: 40rem) {
@@ -319,7 +322,8 @@ def _caption(text: str) -> str:
 def _inline(name: str, title: str, document: str) -> str:
     """Return an SVG document as an element of the page. Its ids become unique, and black and white become page colors.
 
-    The element is written from the parsed and checked XML tree, so the browser sees only checked content.
+    The element is written from the parsed tree, so the browser sees only what was checked here. Without the page's
+    style, the element is still a complete SVG document: it has its own black and white and its own namespaces.
     """
     # Drop the XML head, because it could define entities, and the comments, because Matplotlib repeats labels in them.
     found = re.search(r"<svg\b.*</svg>", re.sub(r"<!--.*?-->", "", document, flags=re.DOTALL), re.DOTALL)
@@ -330,7 +334,9 @@ def _inline(name: str, title: str, document: str) -> str:
     if root is None:
         raise _not_plain("it has no <svg> element")
     _clean(root, name)
-    root.attrib.update({"xmlns": _SVG, "role": "img", "aria-label": title})
+    root.attrib.update({"xmlns": _SVG, "xmlns:xlink": _XLINK, "role": "img", "aria-label": title})
+    # Matplotlib sets these two in a <style>, which would apply to the whole page.
+    root.attrib.update({"stroke-linejoin": "round", "stroke-linecap": "butt"})
     return ET.tostring(root, encoding="unicode")
 
 
@@ -347,7 +353,7 @@ def _clean(element: ET.Element, name: str) -> None:
     given, element.attrib = element.attrib, {}
     for key, value in given.items():
         space, _, attribute = key.rpartition("}")
-        if space not in ("", f"{{{_XLINK}", f"{{{_XML}"):
+        if space not in ("", f"{{{_XLINK}", f"{{{_XML}") or attribute == "class":
             continue
         data = attribute == "href" and value.startswith("data:image/")
         if attribute.lower().startswith("on"):
@@ -365,8 +371,9 @@ def _clean(element: ET.Element, name: str) -> None:
         else:
             value = re.sub(r"(url\(\s*['\"]?#)", rf"\g<1>{name}-", value)
         if attribute == "style":
-            value = re.sub(r"(stroke|fill): #000000", r"\1: currentColor", value)
-            value = re.sub(r"(stroke|fill): #ffffff", r"\1: var(--paper)", value)
+            value = _themed(element, value)
+            if not value:
+                continue
         prefix = {f"{{{_XLINK}": "xlink:", f"{{{_XML}": "xml:"}.get(space, "")
         element.attrib[prefix + attribute] = value
     for child in list(element):
@@ -375,6 +382,23 @@ def _clean(element: ET.Element, name: str) -> None:
             element.remove(child)
         else:
             _clean(child, name)
+
+
+def _themed(element: ET.Element, style: str) -> str:
+    """Return the style of an element without its black and white, which become attributes and classes.
+
+    The page's rules for these classes override the attributes. Without the page, the attributes apply.
+    """
+    kept = []
+    for declaration in filter(None, map(str.strip, style.split(";"))):
+        name, _, value = (part.strip() for part in declaration.partition(":"))
+        kind = {"#000000": "ink", "#ffffff": "paper"}.get(value.lower())
+        if kind is None or name not in ("fill", "stroke"):
+            kept.append(declaration)
+            continue
+        element.attrib[name] = value
+        element.attrib["class"] = f"{element.attrib.get('class', '')} {kind}-{name}".strip()
+    return "; ".join(kept)
 
 
 def _not_plain(reason: str) -> DataError:
