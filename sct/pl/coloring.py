@@ -92,7 +92,9 @@ def coloring(adata: AnnData, name: str, layer: str | None) -> Categories | Numbe
         if not _is_categorical(values):
             numbers = np.asarray(values.astype(float), dtype=float)
             if not np.isfinite(numbers).any():
-                raise DataError(f"obs[{name!r}] has no number in any cell: choose another column or a gene.")
+                raise DataError(
+                    f"obs[{name!r}] has no numeric value in any cell: choose another column or gene for `color`."
+                )
             return Numbers(name, numbers, name, from_zero=False)
         return _categories(adata, name, values)
     return gene_coloring(adata, name, layer)
@@ -117,7 +119,7 @@ def gene_coloring(adata: AnnData, gene: str, layer: str | None) -> Numbers:
         raise DataError(f"{gene!r} is neither a column of obs nor a gene: {near(gene, known_names)}")
     values = gene_values(adata, gene, layer).astype(float)
     if not np.isfinite(values).any():
-        raise DataError(f"the gene {gene!r} has no number in any cell: choose another gene or layer.")
+        raise DataError(f"the gene {gene!r} has no numeric value in any cell: choose another gene or layer.")
     return Numbers(gene if layer is None else f"{gene}, {layer}", values, _unit(adata, values, layer))
 
 
@@ -156,7 +158,7 @@ def _categories(adata: AnnData, name: str, values: pd.Series) -> Categories:
             found = found[present]
         names = [str(each) for each in found]
     if not (codes >= 0).any():
-        raise DataError(f"obs[{name!r}] has no value in any cell: choose another column or a gene.")
+        raise DataError(f"obs[{name!r}] has no value in any cell: choose another column or gene for `color`.")
     counts = np.bincount(codes[codes >= 0], minlength=len(names))
     given = _given_colors(adata, name, len(names))
     unlabeled = [each.strip().lower() in UNLABELED for each in names]

@@ -1,4 +1,4 @@
-"""UMAP of an embedding, colored by columns of obs or by genes."""
+"""Plot a UMAP of an embedding, colored by columns of obs or by genes."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ UNITS = {
 
 
 def impute_record(adata: AnnData, layer: str | None) -> Mapping[str, Any] | None:
-    """Return the parameters that `sct.tl.impute` wrote for a layer or table; None if another tool wrote it."""
+    """Return the parameters that `sct.tl.impute` wrote for a layer or table; None if another tool wrote its values."""
     for ending in UNITS:
         record = adata.uns.get(layer.removesuffix(ending)) if layer and layer.endswith(ending) else None
         if isinstance(record, Mapping) and {"genes", "cells", "counts_from"} <= record.keys():
@@ -39,7 +39,7 @@ def _names(record: Mapping[str, Any], field: str) -> list[str]:
 
 
 def imputed_values(adata: AnnData, gene: str, layer: str) -> np.ndarray:
-    """Return the imputed values (N,) of a gene from a layer or a table in obsm; NaN for cells without one.
+    """Return the imputed values (N,) of a gene from a layer or obsm table; NaN for cells without an imputed value.
 
     Raises
     ------
@@ -75,8 +75,8 @@ def imputed_values(adata: AnnData, gene: str, layer: str) -> np.ndarray:
             values[~adata.obs_names.isin(cells)] = np.nan
     if not np.isfinite(values).any():
         raise DataError(
-            f"{layer!r} has no imputed value of the gene {gene!r} in these {len(values):,} cells: impute it with "
-            "sct.tl.impute(genes=...)."
+            f"{layer!r} has no imputed value of the gene {gene!r} in these {len(values):,} cells: impute "
+            "the gene with sct.tl.impute(genes=...)."
         )
     return values
 
@@ -97,7 +97,7 @@ def _imputed_columns(adata: AnnData, record: Mapping[str, Any], columns: list[st
 
 
 def observed_values(adata: AnnData, gene: str, layer: str) -> np.ndarray:
-    """Return observed values (N,) of a gene from the counts that the imputation read; NaN if it was not measured.
+    """Return the observed values (N,) of a gene from the counts that the imputation read; NaN if unmeasured.
 
     Raises
     ------
@@ -112,7 +112,8 @@ def observed_values(adata: AnnData, gene: str, layer: str) -> np.ndarray:
     gone = adata.raw is None if raw else adata.X is None if counts is None else counts not in adata.layers
     if gone:
         raise DataError(
-            f"the observed counts were in {place}, but adata no longer has it: restore it, or set compare=False."
+            f"the imputation read the observed counts from {place}, but adata no longer has {place}: "
+            "restore the counts there, or set compare=False."
         )
     var = adata.raw.var if raw else adata.var
     name = gene_row(var, gene)

@@ -1,4 +1,4 @@
-"""Spatial maps of labels, of numbers, and of measured and imputed genes."""
+"""Plot spatial maps of labels, of numbers, and of measured and imputed genes."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def _spot_width(adata: AnnData, places: np.ndarray, spatial_key: str) -> float:
 
 
 def _spots(ax: Axes, places: np.ndarray, known: np.ndarray, width: float) -> Any:
-    """Draw spots with a width in the unit of the coordinates; gray ones (not `known`) are at the bottom.
+    """Draw spots whose width is in the unit of the coordinates; spots not in `known` are gray and below the others.
 
     Returns the collection of the known spots, which the caller colors.
     """

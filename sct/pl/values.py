@@ -33,7 +33,7 @@ def dense(column: Any) -> np.ndarray:
 
 
 def gene_row(var: pd.DataFrame, gene: str) -> str | None:
-    """Return the var_name of a gene, which can be a var_name or a value in any column of var; None if absent.
+    """Find a gene by its var_name or by a value in any column of var, and return its var_name; None if it is absent.
 
     Raises
     ------
@@ -50,8 +50,8 @@ def gene_row(var: pd.DataFrame, gene: str) -> str | None:
         found = var.index[named]
     if len(found) > 1:
         raise DataError(
-            f"var has the gene {gene!r} {len(found)} times, but a gene must be unique: keep one of these rows, or call "
-            "adata.var_names_make_unique() and use the name in var_names."
+            f"`var` has the gene {gene!r} {len(found)} times, but a gene must be unique: keep one of these rows, or "
+            "call adata.var_names_make_unique() and use the name in var_names."
         )
     return str(found[0]) if len(found) else None
 
