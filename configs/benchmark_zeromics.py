@@ -16,14 +16,20 @@ cells for few-shot fine-tuning are training cells too. All methods answer the sa
 folder --output gets the tables and all numbers as report.html, report.md, report.json and results.json.
 
 :quick uses one seed, and the test cells of the quick start. The model is fine-tuned once on one cell and once on five
-cells for each possible answer. The model must be a run of zeromics_llm:quickstart.
+cells for each possible answer. The model is the run runs/zeromics_llm of zeromics_llm:quickstart. If this run is not
+finished, it is trained first.
 
-    python -m launch.benchmark --config=configs/benchmark_zeromics.py:quick --config.model=runs/zeromics_llm
+    python -m launch.benchmark --config=configs/benchmark_zeromics.py:quick
 """
+
+import runpy
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
 VARIANTS = ("", "quick")
+
+_MODEL = runpy.run_path(str(Path(__file__).with_name("zeromics_llm.py")))
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -78,4 +84,10 @@ def get_config(variant: str = "") -> ConfigDict:
         config.seeds = 1
         config.shots = (1, 5)
         config.data.dataset = "pbmc68k"
+        config.model = "runs/zeromics_llm"
+        config.builds_on = ConfigDict()  # runs that are trained first if they do not exist
+        config.builds_on.model = ConfigDict()
+        config.builds_on.model.option = "model"  # option that names the run
+        config.builds_on.model.workdir = "runs/zeromics_llm"
+        config.builds_on.model.config = _MODEL["get_config"]("quickstart")
     return config

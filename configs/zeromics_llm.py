@@ -12,16 +12,21 @@ the soft tokens from the output of the cell model. The file STUDIES.yaml has the
         --config.data.studies=STUDIES.yaml --config.data.cell_encoder=runs/zeromics_sc \
         --config.data.llm=LLAMA_FOLDER --workdir=runs/zeromics_llm
 
-:quickstart trains a small LLaMA from random initialization on real blood cells from scanpy, on 2 CPU cores. First run
-zeromics_sc:quickstart with the run folder runs/zeromics_sc. The small LLaMA learns from only 490 cells. Answers about
-other studies or tasks need a LLaMA that was pretrained on text.
+:quickstart trains a small LLaMA from random initialization on real blood cells from scanpy, on 2 CPU cores. If the
+folder runs/zeromics_sc has no finished cell model, zeromics_sc:quickstart is trained there first. The small LLaMA
+learns from only 490 cells. Answers about other studies or tasks need a LLaMA that was pretrained on text.
 
     python -m launch.train --config=configs/zeromics_llm.py:quickstart --workdir=runs/zeromics_llm
 """
 
+import runpy
+from pathlib import Path
+
 from ml_collections import ConfigDict
 
 VARIANTS = ("", "quickstart")
+
+_CELL_MODEL = runpy.run_path(str(Path(__file__).with_name("zeromics_sc.py")))
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -130,4 +135,9 @@ def get_config(variant: str = "") -> ConfigDict:
         config.optimizer.update(peak_lr=2e-3, warmup_steps=30, final_lr=1e-5, weight_decay=0.1)
         config.train.update(batch_size=16, steps=250, log_every=10, eval_every=50, checkpoint_every=50)
         config.train.update(loader_threads=1, eval_records=0, mesh="data")
+        config.builds_on = ConfigDict()  # runs that are trained first if they do not exist
+        config.builds_on.cell_model = ConfigDict()
+        config.builds_on.cell_model.option = "data.cell_encoder"  # option that names the run
+        config.builds_on.cell_model.workdir = "runs/zeromics_sc"
+        config.builds_on.cell_model.config = _CELL_MODEL["get_config"]("quickstart")
     return config

@@ -309,6 +309,7 @@ def run_main(
             sys.exit(refuse(error))
 
     def guarded(rest: list[str]) -> int | None:
+        nonlocal again
         # Hide the log messages of JAX and Orbax: the search for backends, and every stage of saving.
         logging.set_verbosity(logging.ERROR)
         warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
@@ -321,6 +322,8 @@ def run_main(
             print(f"error: {error}", file=sys.stderr)
             return AGAIN if isinstance(error, ProcessLostError) else 1
         except (KeyboardInterrupt, _Terminated) as stop:
+            # A stopped training says itself what the same command does.
+            again = str(stop) if isinstance(stop, KeyboardInterrupt) and stop.args else again
             print(f"stopped; run the same command again to {again}", file=sys.stderr)
             return 130 if isinstance(stop, KeyboardInterrupt) else 143
         except Exception as error:

@@ -25,9 +25,10 @@ from sct.errors import ConfigError
 from sct.families.tasks import data_of, make_task, task_spec_of
 from sct.models import registry
 from sct.tasks.masked_expression import MaskedExpression, MaskedExpressionConfig
-from sct.train import sharding, sweep
+from sct.train import parents, sharding, sweep
 from sct.train.loop import TrainConfig
 from sct.train.optim import OptimizerConfig, make_optimizer
+from sct.train.run_spec import RunSpec
 from sct.train.state import State, init_state, make_eval_step, make_train_step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -331,3 +332,26 @@ def test_instructions_of_the_quickstart_fit_into_its_rows(tmp_path):
         assert {name for each in source.questions.values() for name in each.candidates} == {"cta", "rci"}
         longest = max(int(source.record(number)["attention_mask"].sum()) for number in range(len(source)))
         assert data.length - 64 < longest <= data.length
+
+
+def test_runs_to_build_on_are_those_of_another_configuration():
+    """Each is named by the option that uses it, and is what its own configuration makes."""
+    known = {str(values(path, variant)): (path.stem, variant) for path, variant in CASES}
+    found = {}
+    for path in FILES:
+        for variant in load(path).VARIANTS:
+            config = values(path, variant)
+            rest, builds_on = parents.split(config)
+            assert len(builds_on) == len(config.get("builds_on", {})), f"{path.stem}:{variant}"
+            for parent in builds_on:
+                found[path.stem, variant, parent.option] = (*known[str(dict(parent.config))], parent.workdir)
+            if "train" in rest and "sweep" not in rest:
+                RunSpec.of(rest)
+    assert found == {
+        ("zeromics_llm", "quickstart", "data.cell_encoder"): (
+            "zeromics_sc",
+            "quickstart",
+            "runs/zeromics_sc",
+        ),
+        ("benchmark_zeromics", "quick", "model"): ("zeromics_llm", "quickstart", "runs/zeromics_llm"),
+    }

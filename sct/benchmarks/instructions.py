@@ -39,6 +39,7 @@ from sct.eval.reports.report import Report
 from sct.folder_lock import only_one
 from sct.generation.instruction_model import InstructionModel
 from sct.inference import inputs
+from sct.train.parents import ParentRun, split
 from sct.weights.pretrained import Pretrained
 
 TUMOR = "tumor cell"
@@ -244,10 +245,11 @@ def benchmark(
     SctError
         An option, the cells or the model are not usable; the message says what to change.
     """
+    config, builds_on = split(config)
     values = {name: value for name, value in config.items() if name != "benchmark"}
     options, output = benchmarking.read_options(InstructionBenchmarkOptions, values, adata, overwrite)
     with only_one(output, "benchmark", "--output"):
-        return _benchmark(options, output, adata, model)
+        return _benchmark(options, output, adata, model, builds_on if model is None else ())
 
 
 def _benchmark(
@@ -255,6 +257,7 @@ def _benchmark(
     output: Path,
     adata: ad.AnnData | None,
     model: inputs.ModelLike | None,
+    builds_on: Sequence[ParentRun],
 ) -> list[Report]:
     """Run the benchmark and write the report; the caller holds the lock of the folder."""
     started = time.monotonic()
@@ -274,6 +277,7 @@ def _benchmark(
     markers = marker_scores.read_markers(options.markers) if options.markers else None
     if options.pathways.file:
         pathways.read_gene_sets(options.pathways.file, options.pathways.names)
+    benchmarking.train_missing(builds_on)
     handle = inputs.load_model(model or options.model)
     instruction_model = families.require(handle, "ask")
     output.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from sct.data.class_prior import ClassPrior
 from sct.data.coordinates import SCALES
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.store import SPLITS, Store
-from sct.errors import ConfigError, DataError, SctError
+from sct.errors import AGAIN, ConfigError, DataError, SctError
 from sct.eval.embedding import measures as embeddings
 from sct.eval.imputation import natural
 from sct.eval.imputation import protocols as imputation
@@ -36,6 +36,8 @@ from sct.inference.bags import BagReader, plan_bags
 from sct.models.registry import build
 from sct.outputs import check_folder
 from sct.tl.embedding import embed
+from sct.train.experiment import train_parents
+from sct.train.parents import ParentRun, split
 from sct.weights.pretrained import Pretrained
 
 ASSUMED_RATES = "its masking rates are not recorded: 15% and 1% are assumed"
@@ -307,8 +309,11 @@ def benchmark(
     SctError
         An option, the cells or the model are not usable; the message says what to change.
     """
+    config, builds_on = split(config)
     options, output = read_options(BenchmarkOptions, config, adata, overwrite)
     with only_one(output, "benchmark", "--output"):
+        if model is None:
+            train_missing(builds_on)
         return _benchmark(options, output, adata, model)
 
 
@@ -362,6 +367,24 @@ def facts_of(handle: Pretrained | None, folder: str) -> dict[str, str]:
         **report_folder.environment(),
         **dict(zip(("model", "model folder", "weights", "license of the model"), what, strict=True)),
     }
+
+
+def train_missing(builds_on: Sequence[ParentRun]) -> None:
+    """Train the runs that a benchmark builds on, unless they are finished.
+
+    Raises
+    ------
+    KeyboardInterrupt, SystemExit
+        Ctrl-C or SIGTERM stopped the training, after it has saved a checkpoint.
+    SctError
+        Any error of `sct.train.experiment.train_parents`.
+    """
+    stopped = train_parents(builds_on)
+    if stopped is None:
+        return
+    if stopped.reason == "interrupt":
+        raise KeyboardInterrupt("resume")
+    raise SystemExit(AGAIN if stopped.reason == "signal" else 0)
 
 
 def read_options(

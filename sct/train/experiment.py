@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,16 @@ from sct.eval.reports.report import Report
 from sct.families.tasks import data_of
 from sct.hashes import sealed
 from sct.tasks.base import Export, Variables
-from sct.train import processes, resume
+from sct.train import parents, processes, resume
 from sct.train.checkpoint import Checkpoints
 from sct.train.loop import TrainConfig, TrainResult, train
 from sct.train.run_spec import RunSpec
 from sct.train.start import Start, begin, open_data
 from sct.version import __version__
 from sct.weights import pretrained, run_folder
+
+# Reasons why training ended before its last step.
+STOPPED = ("signal", "interrupt", "stop_at")
 
 
 def check_data(config: Mapping[str, Any], workdir: Path) -> None:
@@ -42,11 +45,15 @@ def check_data(config: Mapping[str, Any], workdir: Path) -> None:
 
 def check_same_run(config: Mapping[str, Any], workdir: Path) -> None:
     """Raise `ConfigError` if the run in a folder differs from the configuration in options that affect the results."""
-    resume.check_options(resume.read(workdir / run_folder.CONFIG), RunSpec.of(config), workdir)
+    spec = RunSpec.of(parents.split(config)[0])
+    resume.check_options(resume.read(workdir / run_folder.CONFIG), spec, workdir)
 
 
 def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> TrainResult:
     """Train a configuration in a run folder. A second call with the same folder resumes the run.
+
+    The section `builds_on` of a configuration names runs whose models it uses (`sct.train.parents.split`). They are
+    trained first, each in its own run folder, unless they are finished.
 
     The finished folder contains `config.json`, `data.json`, `genes.tsv`, `metrics.jsonl`, `tensorboard/`,
     `checkpoints/`, `model/` (the best checkpoint as a model folder), `report.md` and `report.json`.
@@ -58,6 +65,10 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> TrainResu
     workdir
         Run folder.
 
+    Returns
+    -------
+    The result of the training. If the training of a run in `builds_on` was stopped, the result of that run.
+
     Raises
     ------
     FolderInUseError
@@ -65,14 +76,65 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> TrainResu
     SctError
         Any error that the user can fix.
     """
+    return _locked_run(config, workdir, "--workdir")
+
+
+def _locked_run(config: Mapping[str, Any], workdir: str | os.PathLike[str], option: str) -> TrainResult:
+    """Do the work of `run`. `option` names the folder in error messages."""
     workdir = Path(workdir).expanduser().absolute()
+    config, builds_on = parents.split(config)
     spec = RunSpec.of(config)
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(
-            f"--workdir is {workdir}, which is a file, but it must be a folder: choose another path."
+            f"{option} is {workdir}, which is a file, but it must be a folder: choose another path."
         )
-    with processes.held_by_first(workdir, "training", "--workdir"):
+    with processes.held_by_first(workdir, "training", option):
+        if builds_on and not run_folder.steps(
+            workdir
+        ):  # a run that resumes has the models in its checkpoints
+            check_data(config, workdir)
+            stopped = train_parents(builds_on)
+            if stopped is not None:
+                return stopped
         return _run(spec, workdir)
+
+
+def train_parents(builds_on: Sequence[parents.ParentRun]) -> TrainResult | None:
+    """Train or resume the runs that a configuration builds on, unless they are finished.
+
+    Returns
+    -------
+    None, or the result of a run whose training was stopped before its end.
+
+    Raises
+    ------
+    ConfigError
+        A folder holds neither a run nor a model, or an unfinished run with other options.
+    SctError
+        Any error of `run`.
+    """
+    from rich.console import Console
+
+    console = Console(quiet=jax.process_index() != 0)
+    for parent in builds_on:
+        if processes.decided_by_first(parent.is_ready):
+            continue
+        resumes = run_folder.is_run(parent.folder)
+        state, what = ("is not finished", "resuming") if resumes else ("does not exist yet", "training")
+        console.print(f"{parent.option} is {parent.workdir}, which {state}: {what} it first.", soft_wrap=True)
+        try:
+            result = _locked_run(parent.config, parent.workdir, f"--config.{parent.option}")
+        except ConfigError as error:
+            if not resumes:
+                raise
+            raise ConfigError(
+                f"{parent.option} is {parent.workdir}, an unfinished run that cannot be resumed here ({error}): finish "
+                f"it with its own command, or set --config.{parent.option} to a trained model."
+            ) from error
+        if result.reason in STOPPED:
+            return result
+        processes.check_shared(parent.folder / "model" / "config.json")
+    return None
 
 
 def _run(spec: RunSpec, workdir: Path) -> TrainResult:
@@ -81,11 +143,11 @@ def _run(spec: RunSpec, workdir: Path) -> TrainResult:
     start = begin(spec, workdir)
     task, options = start.task, spec.train_options(start.task.tokens_per_record)
     if jax.process_index() == 0:
-        _write_settings(spec, start, workdir)
+        _write_settings(spec, start, options.steps, workdir)
     processes.check_shared(workdir / run_folder.CONFIG)
     _announce(console, start, options, workdir)
     result = train(task, options, spec.optimizer, workdir, start.variables)
-    if result.reason in ("signal", "interrupt", "stop_at"):
+    if result.reason in STOPPED:
         console.print(
             f"stopped at step {result.progress.step:,} of {options.steps:,}; run folder: {workdir}",
             soft_wrap=True,
@@ -96,12 +158,13 @@ def _run(spec: RunSpec, workdir: Path) -> TrainResult:
     return result
 
 
-def _write_settings(spec: RunSpec, start: Start, workdir: Path) -> None:
+def _write_settings(spec: RunSpec, start: Start, steps: int, workdir: Path) -> None:
     """Write the configuration to the run folder and, for a new run, its genes and the record of its data."""
     architecture = dataclasses.asdict(start.task.model_config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / run_folder.CONFIG, sealed({**spec.values, run_folder.MODEL: architecture}))
+        resolved = {run_folder.MODEL: architecture, run_folder.STEPS: steps}
+        write_json(workdir / run_folder.CONFIG, sealed({**spec.values, **resolved}))
     except OSError as error:
         raise ConfigError(
             f"the run folder {workdir} is not writable ({error.strerror}): choose another --workdir."

@@ -322,6 +322,14 @@ def held_by_first(folder: Path, doing: str, option: str) -> Iterator[None]:
         yield
 
 
+def decided_by_first(ask: Callable[[], bool]) -> bool:
+    """Return the answer of process 0 in all processes. All processes must call this."""
+    answer = ask()
+    if jax.process_count() > 1:
+        answer = bool(multihost_utils.broadcast_one_to_all(np.asarray(answer)))
+    return answer
+
+
 @contextmanager
 def only_first_speaks() -> Iterator[None]:
     """Discard progress bars and warnings of all processes except the first."""

@@ -14,6 +14,7 @@ from sct.data.store import Store
 from sct.errors import CheckpointError, ConfigError, SctError, StoreError
 from sct.models import registry
 from sct.tasks.base import ObjectiveConfig
+from sct.train.loop import TrainConfig
 from sct.train.run_spec import SECTIONS, RunSpec, section_types
 from sct.weights import run_folder
 
@@ -128,6 +129,27 @@ def check_folder(described: Mapping[str, Any], store: Store, spec: RunSpec, work
             )
     run_folder.verify_files(workdir, described)
     run_folder.check_genes(GeneVocabulary.load(workdir / run_folder.GENES), described, workdir)
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether a run has reached its end, was evaluated and exported, and has not been trained further since.
+
+    Raises
+    ------
+    CheckpointError
+        The run is damaged.
+    """
+    exported = folder / "model"
+    if not (exported / "config.json").is_file() or not (folder / "report.json").is_file():
+        return False
+    if not (run_folder.is_run(folder) and run_folder.is_current(folder, exported)):
+        return False
+    # A lengthened run keeps the model and the report of its shorter training until its new end.
+    settings = read(folder / run_folder.CONFIG)
+    options, trained = settings.get("train") or {}, run_folder.steps(folder)[-1]
+    patience = options.get("patience", TrainConfig.patience)
+    stopped_early = bool(patience) and run_folder.progress(folder)["stale"] >= patience
+    return stopped_early or trained >= (settings.get(run_folder.STEPS) or options.get("steps") or 0)
 
 
 def describe(store: Store) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from sct.eval.reports import folder as report_folder
 from sct.eval.reports.report import FITTED_ON, METHOD, MODEL, REMARK, Report
 from sct.families.tasks import task_spec_of
 from sct.models import registry
-from sct.train import experiment
+from sct.train import experiment, resume
 from sct.train.run_spec import section_types, with_current_names
 from sct.weights import run_folder
 
@@ -196,18 +196,10 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str], only: Sequen
     return Sweep(reason, states)
 
 
-def is_finished(folder: Path) -> bool:
-    """Return whether a run was evaluated and exported, and was not trained further afterwards."""
-    exported = folder / "model"
-    if not (exported / "config.json").is_file() or not (folder / "report.json").is_file():
-        return False
-    return run_folder.is_run(folder) and run_folder.is_current(folder, exported)
-
-
 def _status(folder: Path) -> str:
     """Return why a run is not finished, or "" if the run is finished. For a damaged run, return the error message."""
     try:
-        return "" if is_finished(folder) else _unfinished(folder)
+        return "" if resume.is_finished(folder) else _unfinished(folder)
     except SctError as error:
         return str(error)
 
@@ -219,11 +211,11 @@ def _unfinished(folder: Path) -> str:
 
 def _train_one(config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
     """Train one run unless it is finished. Return why the run is not finished ("" if it is) and why training ended."""
-    if is_finished(folder):
+    if resume.is_finished(folder):
         experiment.check_same_run(config, folder)
         return "", "finished"
     result = experiment.run(config, folder)
-    if result.reason in ("signal", "interrupt", "stop_at"):
+    if result.reason in experiment.STOPPED:
         return f"stopped at step {result.progress.step:,}", result.reason
     return "", result.reason
 

@@ -24,8 +24,9 @@ from sct.nn import axes
 from sct.nn.paths import flatten, unflatten
 from sct.weights import model_folder, pretrained
 
-# TOKENIZER: sub-folder of a run on text. MODEL: section of the run's config.json with the complete architecture.
-TOKENIZER, MODEL = "tokenizer", "resolved_model"
+# TOKENIZER: sub-folder of a run on text. MODEL, STEPS: entries of the run's config.json with the complete architecture
+# and with the number of steps.
+TOKENIZER, MODEL, STEPS = "tokenizer", "resolved_model", "resolved_steps"
 # Files of a run: its options, the description of its data, and its genes. HASHES: key in data.json for file hashes.
 CONFIG, DATA, GENES, HASHES = "config.json", "data.json", "genes.tsv", "hashes"
 # RECORD: file in a checkpoint with the hashes of its other files. FILES: key in that file.
@@ -52,17 +53,28 @@ def best_step(folder: Path) -> int:
     CheckpointError
         The newest checkpoint is damaged.
     """
-    last = steps(folder)[-1]
-    path = folder / "checkpoints" / str(last) / "progress" / "metadata"
+    best = progress(folder)["best_step"]
+    return steps(folder)[-1] if best is None else int(best)
+
+
+def progress(folder: Path) -> dict[str, Any]:
+    """Return the progress of a run, which its newest checkpoint records: the fields of `RunProgress` by name.
+
+    Raises
+    ------
+    CheckpointError
+        The newest checkpoint is damaged.
+    """
+    path = folder / "checkpoints" / str(steps(folder)[-1]) / "progress" / "metadata"
     verify_checkpoint(path.parent.parent, only=("progress",))
-    progress = model_folder.read_json(path)
-    best = progress.get("best_step")
-    if not isinstance(best, (int, type(None))):
-        raise CheckpointError(
-            f"{path} has best_step = {best!r}, but a step must be a whole number: the checkpoint is damaged, so delete "
-            f"its folder {path.parent.parent}."
-        )
-    return last if best is None else best
+    found = {"best_step": None, "stale": 0, **model_folder.read_json(path)}
+    for name, kinds in (("best_step", (int, type(None))), ("stale", (int,))):
+        if not isinstance(found[name], kinds):
+            raise CheckpointError(
+                f"{path} has {name} = {found[name]!r}, but it must be a whole number: the checkpoint is damaged, so "
+                f"delete its folder {path.parent.parent}."
+            )
+    return found
 
 
 def is_current(folder: Path, exported: Path) -> bool:

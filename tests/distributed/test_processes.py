@@ -22,7 +22,7 @@ from sct.data.loader import Loader
 from sct.data.store import Store
 from sct.errors import AGAIN, ConfigError, DataError, ProcessLostError
 from sct.families.tasks import make_task
-from sct.train import processes
+from sct.train import processes, resume
 from sct.train.experiment import run
 from tests.distributed.processes import ROOT, Run, free_port, write_config
 from tests.train.conftest import CONFIG, merged
@@ -102,6 +102,23 @@ def test_two_processes_train_as_one_read_their_share_and_one_goes_on(small, stra
     assert_same(tmp_path / "run", straight)
 
 
+@pytest.mark.slow
+def test_two_processes_train_the_run_that_they_build_on(small, tmp_path):
+    first = small(train__stop_at=0, train__steps=3)
+    parent = {"option": "init_from", "workdir": str(tmp_path / "first"), "config": first}
+    config = {**small(train__stop_at=2), "init_from": parent["workdir"], "builds_on": {"first": parent}}
+    with Run(write_config(config, tmp_path / "two.py"), tmp_path / "run", 2) as two:
+        assert two.statuses() == [0, 0], two.everything()
+        assert "does not exist yet: training it first" in two.said(0)
+        assert "training it first" not in two.said(1)
+    assert resume.is_finished(tmp_path / "first")
+    alone = run(
+        {**config, "init_from": str(tmp_path / "first" / "model"), "builds_on": {}}, tmp_path / "alone"
+    )
+    assert alone.progress.step == 2
+    assert_same(tmp_path / "run", tmp_path / "alone", 2)
+
+
 @pytest.mark.parametrize(
     ("where", "count", "number", "sentence"),
     [
@@ -150,7 +167,7 @@ def test_processes_that_do_not_find_each_other_say_so(small, tmp_path, words, se
 # A process that joins others, none or one, and then ends in one of several ways.
 ENDS = """
 import ctypes, faulthandler, os, sys, threading, time
-from sct.train import processes
+from sct.train import processes, resume
 faulthandler.enable()
 processes.join("127.0.0.1:" + sys.argv[1], 1, 0)
 libc = ctypes.CDLL(None)

@@ -1,0 +1,119 @@
+"""The runs that a configuration builds on: whether they are ready to use, or must be trained first."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sct.checks import check_type
+from sct.errors import ConfigError
+from sct.train import resume
+from sct.weights import model_folder, run_folder
+
+SECTION = "builds_on"
+_FIELDS = ("option", "workdir", "config")
+# Everything that a run writes to its folder before its first checkpoint. Temporary files begin with a dot.
+_BEGUN = re.compile(
+    rf"\..*|store|checkpoints|tensorboard|metrics\.jsonl|{run_folder.TOKENIZER}|{run_folder.CONFIG}"
+    rf"|{run_folder.DATA}|{run_folder.GENES}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParentRun:
+    """A run whose model another configuration uses.
+
+    Attributes
+    ----------
+    name
+        Name in the section `builds_on`.
+    option
+        Option that names the model, such as "data.cell_encoder".
+    workdir
+        Run folder, as written in the configuration.
+    config
+        Configuration that trains the model.
+    """
+
+    name: str
+    option: str
+    workdir: str
+    config: Mapping[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """Absolute path of the run folder."""
+        return Path(self.workdir).expanduser().absolute()
+
+    def is_ready(self) -> bool:
+        """Return whether the folder holds a finished run or a model. If not, the run must be trained or resumed.
+
+        Raises
+        ------
+        ConfigError
+            The folder holds neither a run nor a model.
+        CheckpointError
+            The run is damaged.
+        """
+        folder = self.folder
+        if model_folder.find(folder) is not None:
+            return True
+        if run_folder.is_run(folder):
+            return resume.is_finished(folder)
+        if model_folder.find(folder / "model") is not None:
+            return True
+        is_begun = not folder.exists() or (
+            folder.is_dir() and all(_BEGUN.fullmatch(file.name) for file in folder.iterdir())
+        )
+        if not is_begun:
+            raise ConfigError(
+                f"{self.option} is {self.workdir}, which is neither a run folder nor a model folder: rename it, so "
+                f"that the model can be trained there, or set --config.{self.option} to a trained model."
+            )
+        return False
+
+
+def split(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[ParentRun, ...]]:
+    """Separate a configuration from the runs that it builds on.
+
+    Parameters
+    ----------
+    config
+        Configuration as a nested dict. Its optional section `builds_on` maps names to entries with the fields `option`,
+        `workdir` and `config`: the model in `option` comes from the run `workdir`, which `config` trains.
+
+    Returns
+    -------
+    The configuration without `builds_on`, and the runs. An entry whose option names another model than `workdir` is
+    left out.
+
+    Raises
+    ------
+    ConfigError
+        The section does not have this form.
+    """
+    values = dict(config)
+    section = values.pop(SECTION, None) or {}
+    check_type(SECTION, section, Mapping, "a section of named runs")
+    parents = []
+    for name, entry in section.items():
+        check_type(f"{SECTION}.{name}", entry, Mapping, "a section of named options")
+        if set(entry) != set(_FIELDS):
+            raise ConfigError(
+                f"{SECTION}.{name} has the fields {', '.join(entry) or 'none'}, but it must have {', '.join(_FIELDS)}: "
+                "add or remove fields."
+            )
+        parent = ParentRun(name, str(entry["option"]), str(entry["workdir"]), entry["config"])
+        if _value(values, parent.option) == parent.workdir:
+            parents.append(parent)
+    return values, tuple(parents)
+
+
+def _value(config: Any, option: str) -> Any:
+    """Return the value of an option such as "data.cell_encoder"; None if the configuration does not have it."""
+    for name in option.split("."):
+        config = config.get(name) if isinstance(config, Mapping) else None
+    return config
