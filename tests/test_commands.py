@@ -89,6 +89,7 @@ def test_annotate_counts_labels(files):
         (["--input=no.h5ad", "--model=m", "--output=o.h5ad"], "no.h5ad does not exist"),
         (["--input=cells.h5ad", "--model=m", "--output=o.h5ad"], "m does not exist"),
         (["--input=cells.h5ad", "--model=model", "--output=o.csv"], "must end with .h5ad"),
+        (["--input=cells.h5ad", "--model=model", "--step=3", "--output=o.h5ad"], "not a run folder"),
         (["--input=cells.h5ad", "--model=model", "--output=cells.h5ad"], "also the input"),
         (["--input=cells.h5ad", "--model=model", "--output=cells.h5ad/o.h5ad"], "is not a folder"),
     ],

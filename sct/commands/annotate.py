@@ -14,7 +14,7 @@ from __future__ import annotations
 from absl import flags
 
 from sct import messages
-from sct.commands import cell_flags, output_flags
+from sct.commands import cell_flags, model_flags, output_flags
 
 _REFERENCE = flags.DEFINE_string(
     "reference", None, "Annotated cells to transfer labels from: an .h5ad file or a .zarr folder."
@@ -51,7 +51,12 @@ _KEY = flags.DEFINE_string(
     "key_added", "sct_label", "Column of obs to write; also the prefix of all other names that are written."
 )
 
-FLAG_MODULES = ("sct.commands.cell_flags", "sct.commands.output_flags", "sct.commands.device_flag")
+FLAG_MODULES = (
+    "sct.commands.cell_flags",
+    "sct.commands.model_flags",
+    "sct.commands.output_flags",
+    "sct.commands.device_flag",
+)
 
 
 def main(argv: list[str]) -> None:
@@ -69,7 +74,7 @@ def main(argv: list[str]) -> None:
     if reference is not None and not _REP.value:
         made = ["X_sct"]
     annotate(
-        adata, cell_flags.MODEL.value, reference=reference, label_key=_LABEL.value, use_rep=_REP.value,
+        adata, model_flags.model(), reference=reference, label_key=_LABEL.value, use_rep=_REP.value,
         candidates=_CANDIDATES.value or None, n_neighbors=_NEIGHBORS.value, threshold=_THRESHOLD.value,
         n_contexts=_CONTEXTS.value, key_added=key,
         **({} if _REP.value else options),

@@ -1,4 +1,4 @@
-"""Define the flags that all commands for .h5ad files share: the cells, the model, and how bags are formed."""
+"""Define the flags that all commands for .h5ad files share: the cells, and how bags are formed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ INPUT = flags.DEFINE_string(
     "input", None, "Cells to read: an .h5ad file or a .zarr folder with raw counts.", required=True
 )
 OUTPUT = flags.DEFINE_string("output", None, ".h5ad file to write.", required=True)
-MODEL: flags.FlagHolder[Any] = flags.DEFINE_string(
-    "model", None, "Model: a model folder, a run folder or a Hub id."
-)
 _LAYER = flags.DEFINE_string(
     "layer", None, "Where the raw counts are: X, raw or a layer. Default: the first that holds raw counts."
 )

@@ -13,7 +13,7 @@ from __future__ import annotations
 from absl import flags
 
 from sct import messages
-from sct.commands import cell_flags, output_flags
+from sct.commands import cell_flags, model_flags, output_flags
 
 _KEY = flags.DEFINE_string("key_added", "X_sct", "Key in obsm to write the embedding to.")
 _CONTEXT = flags.DEFINE_enum(
@@ -26,7 +26,12 @@ _CONTEXTS = flags.DEFINE_integer(
     "n_contexts", 1, "Number of random bags per cell; the embedding is their mean.", lower_bound=1
 )
 
-FLAG_MODULES = ("sct.commands.cell_flags", "sct.commands.output_flags", "sct.commands.device_flag")
+FLAG_MODULES = (
+    "sct.commands.cell_flags",
+    "sct.commands.model_flags",
+    "sct.commands.output_flags",
+    "sct.commands.device_flag",
+)
 flags.mark_flag_as_required("model")
 
 
@@ -41,7 +46,7 @@ def main(argv: list[str]) -> None:
     adata = tables.read(cell_flags.INPUT.value)
     key = _KEY.value
     embed(
-        adata, cell_flags.MODEL.value, key_added=key, context=_CONTEXT.value, n_contexts=_CONTEXTS.value,
+        adata, model_flags.model(), key_added=key, context=_CONTEXT.value, n_contexts=_CONTEXTS.value,
         **cell_flags.options(),
     )  # fmt: skip
     tables.write(

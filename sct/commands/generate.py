@@ -13,10 +13,9 @@ from __future__ import annotations
 from absl import flags
 
 from sct import messages
-from sct.commands import output_flags
+from sct.commands import model_flags, output_flags
 from sct.commands.flag_errors import FlagError
 
-_MODEL = flags.DEFINE_string("model", None, "Model: a model folder, a run folder or a Hub id.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, ".h5ad file to write.", required=True)
 _CELL_TYPE = flags.DEFINE_multi_string("cell_type", [], "Cell type to generate.")
 _TISSUE = flags.DEFINE_multi_string("tissue", [], "Tissue to generate cells of.")
@@ -45,7 +44,8 @@ _TOP_P = flags.DEFINE_float(
 )  # fmt: skip
 _SIZE = flags.DEFINE_integer("batch_size", 32, "Number of cells generated at once.", lower_bound=1)
 
-FLAG_MODULES = ("sct.commands.output_flags", "sct.commands.device_flag")
+FLAG_MODULES = ("sct.commands.model_flags", "sct.commands.output_flags", "sct.commands.device_flag")
+flags.mark_flag_as_required("model")
 RENAMED_FLAGS = {"text": "abstract"}
 _BYTES_PER_CELL = 1000  # lower limit: a sentence of a hundred genes, and their values
 
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
             f"--label={' --label='.join(_LABELS.value)} is wrong: write each label as --label=NAME=VALUE."
         )
     adata = generate_cells(
-        _MODEL.value,
+        model_flags.model(),
         cell_type=_CELL_TYPE.value or None,
         tissue=_TISSUE.value or None,
         labels={name.strip(): value.strip() for name, _, value in pairs} or None,

@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 
 from sct import messages
-from sct.commands import cell_flags, output_flags
+from sct.commands import cell_flags, model_flags, output_flags
 from sct.commands.flag_errors import FlagError
 
 _GENES = flags.DEFINE_list(
@@ -30,7 +30,12 @@ _KEY = flags.DEFINE_string(
     "key_added", "sct", "Prefix of the names written: PREFIX_expected, PREFIX_level, PREFIX_probability."
 )
 
-FLAG_MODULES = ("sct.commands.cell_flags", "sct.commands.output_flags", "sct.commands.device_flag")
+FLAG_MODULES = (
+    "sct.commands.cell_flags",
+    "sct.commands.model_flags",
+    "sct.commands.output_flags",
+    "sct.commands.device_flag",
+)
 flags.mark_flag_as_required("model")
 
 
@@ -59,7 +64,7 @@ def main(argv: list[str]) -> None:
         )
     adata = tables.read(cell_flags.INPUT.value, may_be_backed=cells is None)
     asked = MISSING if genes == [MISSING] else genes
-    impute(adata, cell_flags.MODEL.value, genes=asked, cells=cells, key_added=key, **cell_flags.options())
+    impute(adata, model_flags.model(), genes=asked, cells=cells, key_added=key, **cell_flags.options())
     names = [f"{key}_{ending}" for ending in RESULTS]
     added = {slot: [n for n in names if n in getattr(adata, slot)] for slot in ("layers", "obsm")}
     tables.write(adata, cell_flags.INPUT.value, target, {**added, "uns": [key, *cell_flags.scales(adata)]})

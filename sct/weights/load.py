@@ -11,7 +11,7 @@ from typing import Any, cast
 import flax.linen as nn
 from jax.sharding import Mesh
 
-from sct.checks import check_choice
+from sct.checks import check_choice, check_number
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.text import tokenizer as tokenizers
 from sct.data.text.tokenizer import Tokenizer
@@ -41,6 +41,7 @@ _LOCAL = ("runs", "models")
 def load(
     path: str | os.PathLike[str],
     *,
+    step: int | None = None,
     mesh: Mesh | None = None,
     rules: axes.AxisRules | None = None,
     dtype: str | None = None,
@@ -53,6 +54,9 @@ def load(
     path
         One of: a model folder; a run folder, whose best checkpoint is loaded; a Hugging Face folder of a text model
         (see `sct.weights.hf.folder`); the id of a model on the Hugging Face Hub.
+    step
+        Training step of the checkpoint to load from a run folder. A run keeps its latest checkpoints and the best one.
+        Default: the best checkpoint.
     mesh, rules
         Shard the arrays over a mesh by the rules of their logical axes; each device reads only its own shard.
         The default rules are those of training (`sct.nn.axes.RULES`), without axes that the mesh lacks. Without a mesh,
@@ -71,7 +75,8 @@ def load(
     ------
     CheckpointError
         The folder is missing, damaged or was changed (checked by file hashes), a weight is NaN or infinite, or the
-        arrays do not fit the architecture. The message lists all differences.
+        arrays do not fit the architecture. The message lists all differences. Also if the run has no checkpoint of
+        `step`; the message lists the steps that exist.
     ConfigError
         The rules name an axis that the mesh does not have.
     StoreError
@@ -85,9 +90,9 @@ def load(
     if dtype is not None:
         check_choice("dtype", dtype, LOADED_DTYPES, error=CheckpointError)
     rules = fitting_rules(mesh, rules)
-    folder = locate(path)
+    folder = locate(path) if step is None else _run_of(path, step)
     if run_folder.is_run(folder):
-        return run_folder.load(folder, mesh=mesh, rules=rules, dtype=dtype, genes=genes)
+        return run_folder.load(folder, mesh=mesh, rules=rules, dtype=dtype, genes=genes, step=step)
     if model_folder.is_foreign(folder):
         return hf.load(folder, mesh=mesh, rules=rules, dtype=dtype, genes=genes)
     config = model_folder.read_config(folder)
@@ -123,6 +128,17 @@ def load(
         data_record(data),
         tokenizer,
     )
+
+
+def _run_of(path: str | os.PathLike[str], step: int) -> Path:
+    """Return a run folder from which the checkpoint of a step is to be loaded."""
+    check_number("step", step, whole=True, error=CheckpointError)
+    folder = Path(path).expanduser()
+    if not run_folder.is_run(folder):
+        raise CheckpointError(
+            f"step is {step}, but {folder} is not a run folder with checkpoints: leave out step, or give a run folder."
+        )
+    return folder
 
 
 def _vocabulary(folder: Path, config: Mapping[str, Any], model: Any) -> GeneVocabulary | None:

@@ -243,16 +243,22 @@ def with_masking(data: Any, config: Mapping[str, Any]) -> Any:
 
 
 def load(
-    folder: Path, *, mesh: Any, rules: axes.AxisRules, dtype: str | None, genes: GeneVocabulary | None
+    folder: Path,
+    *,
+    mesh: Any,
+    rules: axes.AxisRules,
+    dtype: str | None,
+    genes: GeneVocabulary | None,
+    step: int | None = None,
 ) -> pretrained.Pretrained:
-    """Load the best checkpoint of a run folder; see `sct.load` for the parameters.
+    """Load a checkpoint of a run folder, by default the best one; see `sct.load` for the parameters.
 
     Only the variables are read, not the optimizer state. Each device reads only its own shard.
 
     Raises
     ------
     CheckpointError
-        A file of the run is damaged or was changed, or the best checkpoint was deleted.
+        A file of the run is damaged or was changed, or the checkpoint does not exist.
     StoreError
         `genes` differs from the vocabulary of the run.
     """
@@ -268,7 +274,13 @@ def load(
     check_genes(vocabulary, described, folder)
     if genes is not None:
         vocabulary.check_same(genes, what=f"the run {folder}", other_what="the data")
-    step, available = best_step(folder), steps(folder)
+    available = steps(folder)
+    if step is not None and step not in available:
+        raise CheckpointError(
+            f"{folder} has no checkpoint of step {step}, only of {', '.join(map(str, available))} (a run keeps the "
+            "latest train.keep_last checkpoints and the best one): choose one of these steps."
+        )
+    step = best_step(folder) if step is None else step
     if step not in available:
         raise CheckpointError(
             f"the best step of {folder} is {step}, but only the checkpoints {', '.join(map(str, available))} are left: "

@@ -796,6 +796,35 @@ def test_an_export_from_before_the_run_went_on_is_not_taken(model, a_run):
 
 
 @pytest.mark.slow
+def test_any_checkpoint_of_a_run_is_loaded_by_its_step(a_run):
+    best = sct.load(a_run)
+    early, late = sct.load(a_run, step=10), sct.load(a_run, step=15)
+    assert (early.step, late.step) == (10, 15)
+    assert "step 10" in early.card
+    equal((late if best.step == 15 else early).variables, best.variables)
+    checkpoints = ocp.CheckpointManager(a_run.absolute() / "checkpoints", item_names=("state", "progress"))
+    for model in (early, late):
+        state = checkpoints.restore(model.step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))[
+            "state"
+        ]
+        equal(
+            flatten(model.variables),
+            jax.tree.map(np.asarray, {**state["trained"], **(state["frozen"] or {})}),
+        )
+    checkpoints.close()
+    early.save_pretrained(a_run / "model")
+    equal(sct.load(a_run, step=15).variables, late.variables)
+    for path, step, words in (
+        (a_run, 12, "step 12, only of .*10, 15"),
+        (a_run, 1.5, "step is 1.5"),
+        (a_run / "model", 10, "not a run folder"),
+        ("someone/a-model", 10, "not a run folder"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            sct.load(path, step=step)
+
+
+@pytest.mark.slow
 def test_a_best_checkpoint_that_is_gone_is_said(a_run):
     set_best(a_run, 3)
     with pytest.raises(CheckpointError, match=r"best step .* is 3, but only the checkpoints .*15 are left"):
