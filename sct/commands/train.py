@@ -5,7 +5,8 @@
 
 Writes a run folder with checkpoints, metrics, the best model as a model folder, and a report. A configuration is a
 file, or the name of one that sct provides; a variant may follow after a colon. `--config.section.field=value` sets a
-field of the configuration. Run the same command again to resume the run in `--workdir`.
+field of the configuration. Run the same command again to resume the run in `--workdir`. With a larger
+`--config.train.steps`, the same command lengthens a finished run.
 
 A configuration with a section `sweep`, such as sct_ablations, defines several runs. They are trained one after the
 other, each in the folder `WORKDIR/NAME`; `--only=NAME,NAME` selects some of them. In a clone, `python -m launch.train`

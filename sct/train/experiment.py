@@ -43,14 +43,25 @@ def check_data(config: Mapping[str, Any], workdir: Path) -> None:
         open_data(data, workdir)
 
 
-def check_same_run(config: Mapping[str, Any], workdir: Path) -> None:
-    """Raise `ConfigError` if the run in a folder differs from the configuration in options that affect the results."""
-    spec = RunSpec.of(parents.split(config)[0])
-    resume.check_options(resume.read(workdir / run_folder.CONFIG), spec, workdir)
+def is_same_length(config: Mapping[str, Any], workdir: Path) -> bool:
+    """Return whether a configuration gives the run in a folder the length that it has.
+
+    Raises
+    ------
+    ConfigError
+        Other options that affect the results differ from those of the run.
+    """
+    spec, recorded = RunSpec.of(parents.split(config)[0]), resume.read(workdir / run_folder.CONFIG)
+    resume.check_options(recorded, spec, workdir)
+    return not resume.is_length_changed(recorded, spec)
 
 
 def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> TrainResult:
     """Train a configuration in a run folder. A second call with the same folder resumes the run.
+
+    With more steps, a second call lengthens the run. Training continues from the latest checkpoint with the next
+    records, and the learning-rate schedule is computed for the new number of steps. The model and the reports of the
+    shorter run stay in the folder until the new ones replace them.
 
     The section `builds_on` of a configuration names runs whose models it uses (`sct.train.parents.split`). They are
     trained first, each in its own run folder, unless they are finished.

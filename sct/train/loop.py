@@ -38,7 +38,9 @@ class TrainConfig:
     Parameters
     ----------
     steps
-        Number of training steps (optimizer updates), which is also the length of the learning-rate schedule.
+        Number of training steps (optimizer updates), which is also the length of the learning-rate schedule. A larger
+        number lengthens a finished run. With a constant schedule, the weights of a lengthened run equal those of a run
+        that had this number from the start.
     batch_size
         Records per batch, over all devices.
     grad_accum_steps

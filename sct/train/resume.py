@@ -15,16 +15,19 @@ from sct.errors import CheckpointError, ConfigError, SctError, StoreError
 from sct.models import registry
 from sct.tasks.base import ObjectiveConfig
 from sct.train.loop import TrainConfig
+from sct.train.optim import learning_rate
 from sct.train.run_spec import SECTIONS, RunSpec, section_types
 from sct.weights import run_folder
 
-# Options that may change on resume. They do not change what a training step computes.
+# Options that set the length of a run; see `check_length`.
+_LENGTH = {"train": {"steps"}, "data": {"tokens"}}
+# Options that may change on resume. Except for the length, they do not change what a training step computes.
 _MAY_CHANGE = {
     "train": {
         "stop_at", "log_every", "eval_every", "checkpoint_every", "keep_last", "patience", "loader_threads",
-        "eval_records", "mesh",
+        "eval_records", "mesh", *_LENGTH["train"],
     },
-    "data": {"store"},
+    "data": {"store", *_LENGTH["data"]},
 }  # fmt: skip
 
 
@@ -129,6 +132,73 @@ def check_folder(described: Mapping[str, Any], store: Store, spec: RunSpec, work
             )
     run_folder.verify_files(workdir, described)
     run_folder.check_genes(GeneVocabulary.load(workdir / run_folder.GENES), described, workdir)
+
+
+def is_length_changed(recorded: Mapping[str, Any], spec: RunSpec) -> bool:
+    """Return whether an option that sets the length of the run differs from that of the run folder."""
+    types = section_types(spec.family, spec.task_spec)
+    for section, names in _LENGTH.items():
+        before, after = (
+            _all_options(types[section], values.get(section) or {}) for values in (recorded, spec.values)
+        )
+        if any(before.get(name) != after.get(name) for name in names):
+            return True
+    return False
+
+
+def check_length(recorded: Mapping[str, Any], spec: RunSpec, tokens_per_record: int, folder: Path) -> str:
+    """Check that a run may resume with another number of steps, and return a message about the change.
+
+    Parameters
+    ----------
+    recorded
+        `config.json` of the run folder.
+    spec
+        Specification of the run that is to resume.
+    tokens_per_record
+        Tokens per record of the task.
+    folder
+        Run folder.
+
+    Returns
+    -------
+    The message: the old and the new number of steps, and what happens to the learning rate. "" if nothing changes.
+
+    Raises
+    ------
+    ConfigError
+        The run has already been trained for more steps, or it has stopped early and would stop again at once.
+    CheckpointError
+        The newest checkpoint is damaged.
+    """
+    old = dataclasses.replace(
+        spec,
+        steps=recorded.get(run_folder.STEPS) or (recorded.get("train") or {}).get("steps") or 0,
+        data=dataclasses.replace(spec.data, tokens=(recorded.get("data") or {}).get("tokens") or 0.0),
+    )
+    before, after = (each.train_options(tokens_per_record).steps for each in (old, spec))
+    if before == after:
+        return ""
+    trained, now = run_folder.steps(folder)[-1], run_folder.progress(folder)
+    if after <= trained:
+        raise ConfigError(
+            f"the run in {folder} is trained to step {trained:,} of {before:,}, but the configuration asks for "
+            f"{after:,} steps: set --config.train.steps to more than {trained:,}, or to {before:,} to keep its length."
+        )
+    if spec.loop.patience and now["stale"] >= spec.loop.patience:
+        raise ConfigError(
+            f"the run in {folder} stopped early at step {trained:,}, after {now['stale']} validations without "
+            f"improvement, but the configuration asks for {after:,} steps: to train on, also set "
+            "--config.train.patience to a larger number, or to 0 to never stop early."
+        )
+    was, becomes = (float(learning_rate(spec.optimizer, steps)(trained)) for steps in (before, after))
+    schedule = (
+        f"the learning rate stays {was:.3g}"
+        if was == becomes
+        else f"the {spec.optimizer.schedule} schedule is computed anew for {after:,} steps, which changes the learning "
+        f"rate from {was:.3g} to {becomes:.3g}"
+    )
+    return f"the run had {before:,} steps and now has {after:,}: at step {trained:,}, {schedule}."
 
 
 def is_finished(folder: Path) -> bool:

@@ -113,6 +113,8 @@ def from_model(spec: RunSpec, workdir: Path) -> Start:
 def resumed(spec: RunSpec, workdir: Path) -> Start:
     """Resume the run in a folder on the same data, with the architecture and the tokenizer that the folder records.
 
+    The number of steps may differ from the recorded one (`sct.train.resume.check_length`).
+
     Raises
     ------
     ConfigError, StoreError, CheckpointError
@@ -130,7 +132,9 @@ def resumed(spec: RunSpec, workdir: Path) -> Start:
     model = (settings.get(run_folder.MODEL) if spec.task_spec.inherits_architecture else None) or spec.model
     task = spec.make_task(store, model, tokenizer, described.get("model"), mesh)
     license = described.get("license") or "unknown"
-    return Start(store, task, license, step=run_folder.steps(workdir)[-1])
+    changed = resume.check_length(settings, spec, task.tokens_per_record, workdir)
+    remarks = (changed,) if changed else ()
+    return Start(store, task, license, step=run_folder.steps(workdir)[-1], remarks=remarks)
 
 
 def open_data(config: StoreConfig, workdir: Path) -> Store:

@@ -211,8 +211,7 @@ def _unfinished(folder: Path) -> str:
 
 def _train_one(config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
     """Train one run unless it is finished. Return why the run is not finished ("" if it is) and why training ended."""
-    if resume.is_finished(folder):
-        experiment.check_same_run(config, folder)
+    if resume.is_finished(folder) and experiment.is_same_length(config, folder):
         return "", "finished"
     result = experiment.run(config, folder)
     if result.reason in experiment.STOPPED:
