@@ -826,3 +826,34 @@ def test_full_install_from_the_index(wheel, tmp_path):
     assert checked.returncode == 0, checked.stdout
     code = "import sct; print(sct.datasets.pbmc68k().shape)"
     assert run(python, "-P", "-c", code, cwd=tmp_path).stdout.strip() == "(700, 765)"
+
+
+def test_every_public_signature_is_spelt_out_and_documented():
+    """A user reads all arguments of a function in its own help: none hide behind **options."""
+    import inspect
+
+    import sct
+    from sct.weights.pretrained import Pretrained
+
+    public = {f"{part}.{name}": getattr(getattr(sct, part), name)
+              for part in ("tl", "pl", "pp", "datasets") for name in dir(getattr(sct, part))}  # fmt: skip
+    public |= {name: getattr(sct, name) for name in sct.__all__ if not inspect.ismodule(getattr(sct, name))}
+    public["Pretrained"] = Pretrained
+    for name, made in list(public.items()):
+        if inspect.isclass(made):
+            public |= {f"{name}.{key}": getattr(made, key) for key in vars(made) if not key.startswith("_")}
+    functions = {
+        name: each for name, each in public.items() if inspect.isfunction(each) or inspect.ismethod(each)
+    }
+    assert len(functions) > 25
+    wrong = []
+    for name, function in functions.items():
+        text = inspect.getdoc(function) or ""
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                wrong.append(f"{name}(**{parameter.name})")
+            elif name.startswith(("tl.", "pl.", "pp.")) and not re.search(
+                rf"^(\w+, )*{parameter.name}(, \w+)*$", text, re.MULTILINE
+            ):
+                wrong.append(f"{name}: {parameter.name} is not in the docstring")
+    assert not wrong

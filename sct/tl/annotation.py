@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import anndata as ad
 import numpy as np
@@ -12,6 +12,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from sct import families
 from sct.checks import check_at_least, check_choice, check_finite, check_share
+from sct.data.counts import COUNTS, Values
 from sct.data.genes.alignment import check_shared
 from sct.errors import ConfigError, DataError
 from sct.inference import inputs
@@ -23,9 +24,13 @@ from sct.weights.pretrained import Pretrained
 
 UNKNOWN = "unknown"
 CONTEXTS = 3  # default number of bag draws; docs/tools.md has measurements with other numbers
-_EMBED_OPTIONS = (
-    "layer", "batch_key", "spatial_key", "context", "cells_per_bag", "batch_size", "gene_column", "duplicates", "seed",
-)  # fmt: skip
+# Options that are passed on to `embed` or to a text model -> default.
+_DEFAULTS: dict[str, Any] = {
+    "layer": None, "batch_key": None, "spatial_key": None, "context": "tiles", "cells_per_bag": None,
+    "batch_size": None, "gene_column": None, "duplicates": "error", "seed": 0, "templates": 1, "abstract": None,
+    "values": COUNTS,
+}  # fmt: skip
+_TEXT_OPTIONS = ("templates", "abstract", "values")
 
 
 def annotate(
@@ -39,9 +44,20 @@ def annotate(
     n_neighbors: int = 15,
     threshold: float | None = None,
     n_contexts: int | None = None,
+    layer: str | None = None,
+    batch_key: str | None = None,
+    spatial_key: str | None = None,
+    context: str = "tiles",
+    cells_per_bag: int | None = None,
+    batch_size: int | None = None,
+    gene_column: str | None = None,
+    duplicates: Literal["error", "sum"] = "error",
+    seed: int = 0,
+    templates: int = 1,
+    abstract: str | None = None,
+    values: Values = COUNTS,
     key_added: str = "sct_label",
     copy: bool = False,
-    **options: Any,
 ) -> ad.AnnData | None:
     """Annotate cells by label transfer from a reference, or with a text model.
 
@@ -84,6 +100,24 @@ def annotate(
         from the mean embedding over these draws. Default: 3 for models that read bags, otherwise 1. With `spatial_key`
         it must be 1, because the positions determine the bags. The bags of a reference without positions are then drawn
         once.
+    layer, gene_column, duplicates
+        See `sct.tl.embed`.
+    batch_key, spatial_key, context, cells_per_bag
+        With a reference: options of the bags, see `sct.tl.embed`. `batch_key` and `spatial_key` are used for each
+        AnnData that has them.
+    batch_size
+        Number of bags or cells processed at once. Default: with a reference, see `sct.tl.embed`; for text models, 8
+        cells.
+    seed
+        With a reference: random seed of the bags. For a cell-sentence model: random seed of the order of genes with
+        equal counts. For a ZerOmics model: random seed of the order in which the question lists the possible answers.
+    templates
+        For text models: number of question templates. The probabilities are averaged over the templates.
+    abstract
+        For a ZerOmics model: abstract of the study, which the model reads with each cell. Default:
+        `adata.uns["abstract"]`.
+    values
+        For a ZerOmics model: "activity" for values that are not counts, such as gene activity of chromatin.
     key_added
         Prefix of the results:
 
@@ -97,12 +131,6 @@ def annotate(
         - `obs[key_added + "_" + label]`: one column per label, for labels that the model learned together.
     copy
         If True, return a modified copy and leave `adata` unchanged.
-    options
-        With a reference: options of `sct.tl.embed`, such as `layer`, `batch_key`, `spatial_key` and `seed`. `batch_key`
-        and `spatial_key` are used for each AnnData that has them. For a cell-sentence model: `layer`, `gene_column`,
-        `duplicates`, `seed`, `batch_size` (number of cells processed at once) and `templates` (number of question
-        templates to average over). A ZerOmics model also takes `abstract` (by default `adata.uns["abstract"]`) and
-        `values` ("activity" for a matrix that does not hold counts).
 
     Raises
     ------
@@ -112,6 +140,12 @@ def annotate(
         A column or an embedding is missing, no reference cell has a label, or `sct.tl.embed` cannot read the data.
     """
     inputs.check_table(adata, copy)
+    passed = {
+        "layer": layer, "batch_key": batch_key, "spatial_key": spatial_key, "context": context,
+        "cells_per_bag": cells_per_bag, "batch_size": batch_size, "gene_column": gene_column, "duplicates": duplicates,
+        "seed": seed, "templates": templates, "abstract": abstract, "values": values,
+    }  # fmt: skip
+    options = {name: value for name, value in passed.items() if value != _DEFAULTS[name]}
     if reference is None:
         if use_rep is not None or n_neighbors != 15:
             raise ConfigError(
@@ -187,9 +221,9 @@ def annotate(
             error=DataError,
             advice=f"run sct.tl.embed on {name}, or leave use_rep out",
         )
-        values = np.asarray(cells.obsm[use_rep])[known if cells is reference else slice(None)]
+        vectors = np.asarray(cells.obsm[use_rep])[known if cells is reference else slice(None)]
         check_finite(
-            f"obsm[{use_rep!r}] of {name}", values, "cells", advice="embed these cells again, or remove them"
+            f"obsm[{use_rep!r}] of {name}", vectors, "cells", advice="embed these cells again, or remove them"
         )
     searched, asked = np.asarray(reference.obsm[use_rep])[known], np.asarray(target.obsm[use_rep])
     if searched.shape[1] != asked.shape[1]:
@@ -283,7 +317,11 @@ def _check_options(
 ) -> None:
     """Raise `ConfigError` or `DataError` for options that would have no effect."""
     for name in options:
-        check_choice("the option", name, (*_EMBED_OPTIONS, "n_contexts"))
+        if name in _TEXT_OPTIONS:
+            raise ConfigError(
+                f"`{name}` is an option of text models, but with a reference the labels come from its cells: do not "
+                f"pass `{name}`, or do not pass `reference`."
+            )
         if use_rep is not None:
             raise ConfigError(
                 f"`{name}` is an option for computing a new embedding, but use_rep={use_rep!r} selects an "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import anndata as ad
 import numpy as np
@@ -36,9 +36,15 @@ def find_rare(
     model: inputs.ModelLike,
     *,
     abstract: str | None = None,
+    seed: int = 0,
+    templates: int = 1,
+    batch_size: int = 8,
+    layer: str | None = None,
+    gene_column: str | None = None,
+    duplicates: Literal["error", "sum"] = "error",
+    values: Values = COUNTS,
     key_added: str = "sct_rare",
     copy: bool = False,
-    **options: Any,
 ) -> ad.AnnData | None:
     """Find rare cells: ask the model whether each cell belongs to a rare type (ZerOmics paper, section 3.2).
 
@@ -50,17 +56,22 @@ def find_rare(
         Instruction-tuned ZerOmics model: result of `sct.load`, a path or a Hub id.
     abstract
         Abstract of the study, which the model reads with each cell. Default: `adata.uns["abstract"]`.
+    seed
+        Random seed of the order in which the question lists the possible answers.
+    templates
+        Number of question templates. The probabilities are averaged over the templates.
+    batch_size
+        Number of cells processed at once.
+    layer, gene_column, duplicates
+        See `sct.tl.embed`.
+    values
+        "activity" for values that are not counts, such as gene activity of chromatin.
     key_added
         Prefix of the results. `obs[key_added]`: "Yes" or "No". `obs[key_added + "_probability"]`: probability that
         the cell is rare. `obsm[key_added + "_probabilities"]`: float32 (N, 2), probabilities of "Yes" and "No".
         `uns[key_added]`: the parameters.
     copy
         If True, return a modified copy and leave `adata` unchanged.
-    options
-        `seed`: random seed of the order in which the question lists the possible answers. `templates`: number of
-        question templates to average over. `batch_size`: number of cells processed at once. `values`: "activity" for
-        values that are not counts, such as gene activity of chromatin. `layer`, `gene_column`, `duplicates`: see
-        `sct.tl.embed`.
 
     Raises
     ------
@@ -80,7 +91,13 @@ def find_rare(
         key_added,
         copy,
         asked_for=(YES,),
-        **options,
+        seed=seed,
+        templates=templates,
+        batch_size=batch_size,
+        layer=layer,
+        gene_column=gene_column,
+        duplicates=duplicates,
+        values=values,
     )
 
 
@@ -90,9 +107,15 @@ def find_tumor(
     *,
     diseases: Sequence[str] | None = None,
     abstract: str | None = None,
+    seed: int = 0,
+    templates: int = 1,
+    batch_size: int = 8,
+    layer: str | None = None,
+    gene_column: str | None = None,
+    duplicates: Literal["error", "sum"] = "error",
+    values: Values = COUNTS,
     key_added: str = "sct_tumor",
     copy: bool = False,
-    **options: Any,
 ) -> ad.AnnData | None:
     """Find tumor cells: ask the model which tumor each cell comes from, or whether it is a normal cell.
 
@@ -103,7 +126,7 @@ def find_tumor(
     ----------
     diseases
         Names of tumors. Default: `adata.uns["diseases"]`. The answer "normal cell" is always added.
-    adata, model, abstract, copy, options
+    adata, model, abstract, seed, templates, batch_size, layer, gene_column, duplicates, values, copy
         See `find_rare`.
     key_added
         Prefix of the results. `obs[key_added]`: a tumor or "normal cell". `obs[key_added + "_probability"]`:
@@ -137,7 +160,13 @@ def find_tumor(
         key_added,
         copy,
         asked_for=named,
-        **options,
+        seed=seed,
+        templates=templates,
+        batch_size=batch_size,
+        layer=layer,
+        gene_column=gene_column,
+        duplicates=duplicates,
+        values=values,
     )
 
 
@@ -147,9 +176,15 @@ def infer_pathways(
     *,
     gene_sets: Sequence[str] | None = None,
     abstract: str | None = None,
+    seed: int = 0,
+    templates: int = 1,
+    batch_size: int = 8,
+    layer: str | None = None,
+    gene_column: str | None = None,
+    duplicates: Literal["error", "sum"] = "error",
+    values: Values = COUNTS,
     key_added: str = "sct_pathways",
     copy: bool = False,
-    **options: Any,
 ) -> ad.AnnData | None:
     """Rank pathways by their predicted activity in each cell.
 
@@ -160,7 +195,7 @@ def infer_pathways(
     gene_sets
         Names of two or more pathways. Default: `adata.uns["gene_sets"]`. A mapping from names to genes also works;
         only its names are used.
-    adata, model, abstract, copy, options
+    adata, model, abstract, seed, templates, batch_size, layer, gene_column, duplicates, values, copy
         See `find_rare`.
     key_added
         Prefix of the results. `obs[key_added]`: the most probable pathway. `obs[key_added + "_probability"]`: its
@@ -175,8 +210,9 @@ def infer_pathways(
     handle, instruction_model = _load(adata, copy, model)
     listed = study_metadata_of(adata, "gene_sets", gene_sets, "a list of names")
     return answer_by_candidates(
-        adata, handle, instruction_model, "cpi", listed, abstract, key_added, copy, **options
-    )
+        adata, handle, instruction_model, "cpi", listed, abstract, key_added, copy, seed=seed, templates=templates,
+        batch_size=batch_size, layer=layer, gene_column=gene_column, duplicates=duplicates, values=values,
+    )  # fmt: skip
 
 
 def ask(

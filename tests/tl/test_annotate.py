@@ -116,7 +116,8 @@ def test_itself_as_the_reference_gives_its_own_labels(adata, model):
         ({"label_key": "kind", "use_rep": "Y"}, DataError, r"obsm of adata\) is 'Y'"),
         ({"label_key": "kind", "use_rep": "X", "threshold": 2}, ConfigError, "threshold"),
         ({"label_key": "kind", "use_rep": "X", "n_neighbors": 0}, ConfigError, "n_neighbors"),
-        ({"label_key": "kind", "use_rep": "X", "n_neighbours": 3}, ConfigError, "'n_neighbours'"),
+        ({"label_key": "kind", "use_rep": "X", "templates": 3}, ConfigError, "`templates`.*reference"),
+        ({"label_key": "kind", "abstract": "A study."}, ConfigError, "`abstract`.*reference"),
         ({"label_key": "kind", "use_rep": "X", "seed": 3}, ConfigError, "seed.*use_rep='X'"),
     ],
 )
