@@ -107,7 +107,7 @@ def _least_bytes(source: Path) -> int:
 
 
 def _write(converter: Converter, source: Path, target: Path) -> None:
-    """Convert a model folder to another format."""
+    """Convert a model folder to the format that --to names."""
     import jax
 
     from sct.weights.load import load

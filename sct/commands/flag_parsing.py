@@ -235,7 +235,9 @@ class Command:
         missing = [f"--{name}" for name in required if name not in given]
         if missing:
             listed = " and ".join([", ".join(missing[:-1]), missing[-1]] if missing[1:] else missing)
-            raise FlagError(f"{listed} {'is' if len(missing) == 1 else 'are'} missing.")
+            raise FlagError(
+                f"{listed} {'is missing: add this flag' if len(missing) == 1 else 'are missing: add these flags'}."
+            )
         for name in required:
             if not given[name]:
                 raise FlagError(f"--{name} needs a value: write --{name}={self._value_of(name)}.")

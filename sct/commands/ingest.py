@@ -96,7 +96,7 @@ RENAMED_FLAGS = {
 
 
 def main(argv: list[str]) -> None:
-    """Ingest the inputs into the store, according to the flags."""
+    """Ingest the inputs into the store, as the flags of the command line say."""
     from sct.data.ingest import build as ingest
 
     if not [*_INPUT.value, *argv[1:]]:

@@ -79,7 +79,7 @@ def extend(
     first: bool = False,
     soft: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """Read more tokens of each text and add them to the cache.
+    """Run the decoder on more tokens of each text, and add their keys and values to the cache.
 
     Parameters
     ----------

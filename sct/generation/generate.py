@@ -83,7 +83,7 @@ def decode(
     trie: Trie | None = None,
     soft: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Continue a batch of prompts, in one compiled program.
+    """Generate the next tokens of each prompt in a batch, in one compiled program.
 
     Parameters
     ----------

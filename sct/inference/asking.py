@@ -175,7 +175,7 @@ class InstructionAnnotator:
         abstract: str | None = None,
         **options: Any,
     ) -> ad.AnnData | None:
-        """Predict the type of each cell; see `sct.tl.annotate`."""
+        """Predict the cell type of each cell; see `sct.tl.annotate`."""
         if label_key not in (None, "cell_type"):
             raise ConfigError(
                 f"label_key is {label_key!r}, but this model only predicts cell types: do not pass "

@@ -90,7 +90,7 @@ class SingleCells(abc.ABC):
         self.model = model
 
     def cells_per_bag(self, asked: int | None = None) -> int:
-        """Return 1: cells are read one by one."""
+        """Return 1, because these readers read cells one by one."""
         return 1
 
     @property

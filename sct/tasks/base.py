@@ -102,7 +102,7 @@ def held_out_split(store: Store) -> tuple[str | None, str]:
 
 
 class Evaluator(Protocol):
-    """An evaluation at the end of training.
+    """Interface of an evaluation that runs at the end of training.
 
     Attributes
     ----------
@@ -165,7 +165,7 @@ class Objective(Protocol):
 
 
 class TaskData(Protocol):
-    """The data of a task.
+    """The part of a task that provides the training data.
 
     Attributes
     ----------
@@ -191,7 +191,7 @@ class TaskData(Protocol):
 
 
 class Origin(Protocol):
-    """Pretrained parameters that training starts from.
+    """The part of a task that provides pretrained parameters, from which training starts.
 
     Attributes
     ----------
@@ -217,7 +217,7 @@ class Origin(Protocol):
 
 
 class Export(Protocol):
-    """Evaluation and export of a trained model.
+    """The part of a task that evaluates and exports the trained model.
 
     Attributes
     ----------

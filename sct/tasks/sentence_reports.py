@@ -26,7 +26,7 @@ TRAINING_CELLS = 5000  # number of training cells that baselines are fitted on
 
 @dataclasses.dataclass(frozen=True)
 class LabeledReferenceCells:
-    """Labeled cells of a split.
+    """Labeled cells of one data split, read into memory.
 
     Attributes
     ----------

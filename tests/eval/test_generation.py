@@ -270,7 +270,7 @@ def test_quality_follows_the_definitions():
     ("change", "message"),
     [
         ({"labels": ["a"]}, r"\b1 label"),
-        ({"labels": ["a", None]}, r"labels has 1 "),
+        ({"labels": ["a", None]}, r"labels` has 1 "),
         ({"sentences": ["A"]}, r"\b1 sentence"),
         ({"quality": pd.DataFrame({"n_words": [1]})}, r"\b1 quality"),
         ({"expression": np.array([[1.0], [np.nan]])}, "NaN"),

@@ -502,7 +502,7 @@ def test_whole_cells_have_their_own_baseline(outcomes):
     assert rows["mean of the visible cells of the bag that express the gene"].given_expressed
     assert (
         rows["kNN smoothing, k = 5"].remark
-        == "all genes of the masked cells are masked, but this method needs visible genes"
+        == "all genes of the masked cells are masked, but this method needs visible genes: use another method"
     )
     assert "MAGIC" not in rows
     other = imputation.whole_cell_imputation(hold_out(HELD_OUT), None, numbers=(2,), seeds=1)
@@ -566,7 +566,8 @@ def test_fixed_genes_are_masked_in_all_cells_and_scored_by_group():
     rows = {row.method: row for row in outcome.settings[0].rows}
     assert "masked in all cells" in rows["kNN smoothing, k = 5"].remark
     assert (
-        rows[REFERENCE_NAME.split(",")[0]].remark == "this method needs training studies, but none were given"
+        rows[REFERENCE_NAME.split(",")[0]].remark
+        == "this method needs training studies, but none were given: give a store with training studies"
     )
 
 

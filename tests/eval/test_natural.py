@@ -269,7 +269,9 @@ def test_a_method_that_cannot_run_is_a_row_with_the_reason():
     outcome = natural_imputation(hold_out(HELD_OUT), None, None, seeds=2, magic=False)
     remarks = {(row.method, row.fitted_on): row.remark for row in outcome.rows if not row.numbers}
     assert {fitted for _, fitted in remarks} == {TRAINING}
-    assert set(remarks.values()) == {"this method needs training studies, but none were given"}
+    assert set(remarks.values()) == {
+        "this method needs training studies, but none were given: give a store with training studies"
+    }
     for table in (*outcome.reports, outcome.summary):
         assert len(table.rows) == len(outcome.rows)
         assert "needs training studies" in table.markdown()

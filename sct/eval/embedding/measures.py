@@ -108,7 +108,7 @@ class EmbeddingMetricOptions:
                 check_choice(name, each, known)
 
     def name(self, baseline: str) -> str:
-        """Return the name of a baseline in the table."""
+        """Return the name under which the table shows a baseline."""
         return baseline.replace("k-NN", f"{self.k}-NN")
 
 

@@ -61,7 +61,7 @@ class CellSet:
             if given is not None:
                 check_one_each(name, len(given), "cells", matrix.shape[0])
         if missing := int(pd.isna(self.labels).sum()):
-            raise DataError(f"labels has {missing:,} missing values: remove the cells without a label.")
+            raise DataError(f"`labels` has {missing:,} missing values: remove the cells without a label.")
         check_finite(
             "expression",
             matrix.data if sparse.issparse(matrix) else matrix,

@@ -54,7 +54,7 @@ class ImputationMethod(Protocol):
     remark: str
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
-        """Predict the scored positions of `masked`.
+        """Predict the levels and raw counts at the scored positions of `masked`.
 
         A method may use `masked.visible`, the tokens that are not masked, and the ranges, medians and means of
         `masked`, but not those of `eval_cells`.
@@ -133,7 +133,9 @@ class CommonLevel:
     def frequencies(self, eval_cells: EvalCells, masked: Masked) -> np.ndarray:
         """Return how often the gene at each scored position has each level, (n, num_bins)."""
         if self._train is None:
-            raise Unavailable("this method needs training studies, but none were given")
+            raise Unavailable(
+                "this method needs training studies, but none were given: give a store with training studies"
+            )
         return self._train[masked.genes]
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
@@ -169,7 +171,9 @@ def _require_visible(masked: Masked) -> None:
     """Raise `Unavailable` if no scored cell has a visible count."""
     shown = np.diff(masked.visible.indptr)[masked.cells]
     if shown.size and not shown.any():
-        raise Unavailable("all genes of the masked cells are masked, but this method needs visible genes")
+        raise Unavailable(
+            "all genes of the masked cells are masked, but this method needs visible genes: use another method"
+        )
 
 
 def require_shown(masked: Masked) -> None:
@@ -307,7 +311,9 @@ class KnnSmoothing:
     def smooth(self, eval_cells: EvalCells, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
         """Return the mean count (n,) at each scored (cell, gene) position, and the number of averaged cells (n,)."""
         if self._reference is None:
-            raise Unavailable("this method needs training studies, but none were given")
+            raise Unavailable(
+                "this method needs training studies, but none were given: give a store with training studies"
+            )
         _require_visible(masked)
         genes = self._reference.counts.shape[1]
         rows = np.zeros((len(eval_cells), self.neighbors), int)
@@ -401,7 +407,7 @@ class OwnKnnSmoothing:
         _require_visible(masked)
         require_shown(masked)
         if len(eval_cells) < 2:
-            raise Unavailable("this method needs neighbor cells, but there is only one cell")
+            raise Unavailable("this method needs neighbor cells, but there is only one cell: use more cells")
         k = min(self.neighbors, len(eval_cells) - 1)
         profile = log_expression(masked.visible)
         rows = _nearest(profile, masked.shown, profile, masked.shown, k)
@@ -467,7 +473,7 @@ class NeighborMean:
             shares.append(np.full(chosen.size, 1 / chosen.shape[1], np.float32))
         if not rows:
             raise Unavailable(
-                "this method needs cells without masked genes, but every cell of the bags has masked genes"
+                "this method needs cells without masked genes, but every cell has masked genes: mask fewer cells"
             )
         place = (np.concatenate(rows), np.concatenate(columns))
         return sparse.csr_matrix((np.concatenate(shares), place), (len(eval_cells), len(eval_cells)))

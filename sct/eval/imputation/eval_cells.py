@@ -163,7 +163,7 @@ class EvalCells:
 
     @property
     def num_bags(self) -> int:
-        """Number of bags."""
+        """Number of bags that contain the cells."""
         return len(self._starts) - 1
 
     def batches(self, bags_per_batch: int = 0) -> Iterator[BagBatch]:

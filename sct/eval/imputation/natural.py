@@ -99,9 +99,9 @@ class Estimator(Protocol):
     remark: str
 
     def estimate(self, eval_cells: EvalCells, masked: Masked) -> Estimate:
-        """Estimate the levels and counts at the scored positions.
+        """Estimate level probabilities and expected counts at the scored positions.
 
-        Only data that `ImputationMethod.predict` may use is used.
+        The method may use the same data as `ImputationMethod.predict`.
 
         Raises
         ------
@@ -210,7 +210,9 @@ class GeneMean(CountMethod):
     def counts(self, eval_cells: EvalCells, masked: Masked) -> np.ndarray:
         """Return the expected count (n,) at each scored position; see `CountMethod`."""
         if self.fitted_on == TRAINING and self._train is None:
-            raise Unavailable("this method needs training studies, but none were given")
+            raise Unavailable(
+                "this method needs training studies, but none were given: give a store with training studies"
+            )
         known = masked.visible if self.fitted_on == THESE_CELLS else eval_cells.counts
         shown = masked.shown if self.fitted_on == THESE_CELLS else eval_cells.eligible
         if self.fitted_on == THESE_CELLS:
@@ -423,7 +425,7 @@ def estimators(
 
 @dataclasses.dataclass
 class NaturalRow:
-    """Metrics of one method.
+    """Metrics of one imputation method, which become one row of the tables.
 
     Attributes
     ----------
@@ -562,7 +564,7 @@ class NaturalResult:
         )
 
     def labels(self, key: str) -> list[str]:
-        """Return the labels of the rows whose key is `key`."""
+        """Return the labels of the table rows whose `key` is the given one."""
         return [row.label for row in self.rows if row.key == key]
 
     @property
@@ -584,7 +586,7 @@ class NaturalResult:
         return found
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all numbers as JSON content."""
+        """Return all numbers as a dict that JSON can store."""
         rows = [
             {
                 "method": row.method,

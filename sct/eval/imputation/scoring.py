@@ -262,7 +262,7 @@ class ProtocolResult:
         return curves
 
     def labels(self, key: str) -> list[str]:
-        """Return the labels of the rows whose key is `key`."""
+        """Return the labels of the table rows whose `key` is the given one."""
         rows = (row for setting in self.settings for row in setting.rows)
         return list(dict.fromkeys(row.label for row in rows if row.key == key))
 
@@ -282,7 +282,7 @@ class ProtocolResult:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all numbers as JSON content."""
+        """Return all numbers as a dict that JSON can store."""
         settings = [
             {
                 self.axis: setting.value,

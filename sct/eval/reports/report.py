@@ -33,7 +33,7 @@ class Summary:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Summary:
-        """Compute the summary of measurements."""
+        """Compute mean, standard deviation and count of repeated measurements."""
         array = np.asarray(values, dtype=float)
         kept = array[~np.isnan(array)]
         if kept.size == 0:
