@@ -136,6 +136,10 @@ class ProgressBar:
         self._active = False
 
 
+# Number of open displays that hide the displays of their parts.
+_alone = 0
+
+
 @contextmanager
 def progress(
     description: str,
@@ -144,6 +148,7 @@ def progress(
     done: int = 0,
     interval: float = 15.0,
     active: bool = True,
+    alone: bool = False,
 ) -> Iterator[ProgressBar]:
     """Show the progress of a task on standard error.
 
@@ -159,11 +164,16 @@ def progress(
         Seconds between two lines if standard error is not a terminal. Later lines are rarer, up to 5 minutes apart.
     active
         If False, show nothing. Only the first process of a multi-process run shows progress.
+    alone
+        If True, tasks that run inside this task show nothing, for example because it repeats them many times.
     """
-    bar = ProgressBar(description, total, done, interval, active)
+    global _alone
+    bar = ProgressBar(description, total, done, interval, active and not _alone)
+    _alone += alone
     try:
         yield bar
     finally:
+        _alone -= alone
         bar.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -114,6 +115,7 @@ class CellCounts:
         self.sections = tuple(sections) if sections is not None else (Section("", np.arange(self.n_cells)),)
         self.measured = self._measured(found.var)
         self._window: tuple[Any, int, sparse.csr_matrix] | None = None
+        self._zeroed: np.ndarray | None = None
         self.gene_totals = np.zeros((len(self.sections), len(vocabulary)))
         self.cell_totals = np.zeros(self.n_cells)
         self._count()
@@ -162,8 +164,28 @@ class CellCounts:
             block = (counts.exact_integers(block) if self.values == counts.COUNTS else block)[inverse.ravel()]
         projected = self.alignment.project(block).astype(np.float32)
         projected.sum_duplicates()
+        if self._zeroed is not None:
+            projected.data[self._zeroed[projected.indices]] = 0
         projected.eliminate_zeros()
         return projected
+
+    def without(self, genes: np.ndarray) -> CellCounts:
+        """Return the same cells with the counts of some genes set to zero. The matrix is neither copied nor changed.
+
+        Parameters
+        ----------
+        genes
+            Mask of the genes of the vocabulary, bool (G,).
+        """
+        changed = copy.copy(self)
+        changed._zeroed = genes if self._zeroed is None else genes | self._zeroed
+        changed._window = None
+        changed.gene_totals = np.where(genes, 0.0, self.gene_totals)
+        changed.cell_totals = np.zeros(self.n_cells)
+        for start in range(0, self.n_cells, WINDOW):
+            rows = np.arange(start, min(start + WINDOW, self.n_cells))
+            changed.cell_totals[rows] = np.asarray(changed.read(rows).sum(axis=1)).ravel()
+        return changed
 
     def _from_disk(self, rows: np.ndarray) -> sparse.csr_matrix:
         """Read ascending rows of a matrix on disk as CSR."""

@@ -10,6 +10,7 @@ _FUNCTIONS = {
     "impute": "sct.tl.imputation",
     "annotate": "sct.tl.annotation",
     "benchmark": "sct.benchmarks.zero_shot",
+    "perturb": "sct.tl.perturbation",
     "spatial_neighbors": "sct.tl.neighbors",
     "to_sentences": "sct.tl.sentences",
     "generate_cells": "sct.tl.sentences",
@@ -22,7 +23,7 @@ _FUNCTIONS = {
 
 __all__ = [
     "annotate", "ask", "benchmark", "describe", "embed", "find_rare", "find_tumor", "generate_cells", "impute",
-    "infer_pathways", "spatial_neighbors", "to_sentences",
+    "infer_pathways", "perturb", "spatial_neighbors", "to_sentences",
 ]  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import anndata as ad
@@ -170,9 +170,19 @@ class Contexts:
         }  # fmt: skip
         return cls(model, reader, cells, settings, context, batch_size)
 
-    def draws(self) -> Iterator[np.ndarray]:
-        """Draw the bags once or several times; for each draw, yield the embedding of all cells, float32 (N, D)."""
+    def draws(self, masked_genes: np.ndarray | None = None) -> Iterator[np.ndarray]:
+        """Yield the embedding (N, D) float32 of each bag draw.
+
+        Parameters
+        ----------
+        masked_genes
+            Mask of genes that are hidden from the model in all cells, bool (G,). This needs a reader of bags whose
+            model has a mask token.
+        """
         settings, name = self.settings, self.reader.readout
+        hidden: dict[str, Any] = {}
+        if masked_genes is not None:
+            hidden = {"masked_genes": masked_genes, "inputs": self._masked(np.flatnonzero(masked_genes))}
         for seed in range(settings["seed"], settings["seed"] + settings["n_contexts"]):
             orders = None
             if self.reader.in_bags:
@@ -182,13 +192,25 @@ class Contexts:
                 ]
             embedding = np.zeros((0, 0), np.float32)
             for one in self.reader.results(
-                self.cells, orders, (name,), "embedding cells", self.batch_size, seed
+                self.cells, orders, (name,), "embedding cells", self.batch_size, seed, **hidden
             ):
                 vectors = one.outputs[name]
                 if not embedding.size:
                     embedding = np.zeros((self.cells.n_cells, vectors.shape[-1]), np.float32)
                 embedding[one.rows[one.is_target]] = vectors[one.is_target]
             yield embedding
+
+    def _masked(self, genes: np.ndarray) -> bags.PrepareInputs:
+        """Return a function that replaces the tokens of genes (n,) of a bag by the mask token."""
+        config = self.model.config
+
+        def prepare(bag: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
+            tokens = bag["tokens"].copy()
+            here = tokens[:, genes]
+            tokens[:, genes] = np.where(here < config.num_bins, config.mask, here)
+            return {"tokens": tokens}
+
+        return prepare
 
     def write(self, target: ad.AnnData, total: np.ndarray, key: str) -> None:
         """Write the mean embedding and the parameters to the AnnData.

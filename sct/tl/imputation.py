@@ -255,6 +255,33 @@ class _Predictions:
     values: dict[str, np.ndarray]
 
 
+def predict_genes(
+    reader: BagReader,
+    prior: ClassPrior,
+    table: CellCounts,
+    orders: list[BagOrder],
+    genes: np.ndarray,
+    batch_size: int | None = None,
+) -> np.ndarray:
+    """Return the expected counts (N, n), float32, of hidden genes in all cells.
+
+    Parameters
+    ----------
+    reader, prior, table
+        Reader of the model, its class prior, and the cells.
+    orders
+        Bags of each section.
+    genes
+        Positions of the hidden genes in the vocabulary (n,).
+    batch_size
+        See `impute`.
+    """
+    masked = np.isin(np.arange(len(table.vocabulary)), genes)
+    everywhere = np.ones(table.n_cells, bool)
+    found = _predict(reader, prior, table, list(orders), genes, everywhere, masked, batch_size)
+    return found.values["expected"]
+
+
 def _predict(
     reader: BagReader,
     prior: ClassPrior,

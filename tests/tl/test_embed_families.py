@@ -116,3 +116,24 @@ def test_labels_are_transferred_between_sentences(text_model, cells):  # noqa: F
     assert list(cells.obs["sct_label"]) == list(reference.obs["kind"])
     assert cells.uns["sct_label"]["n_contexts"] == 1
     assert "sct_label_agreement" not in cells.obs
+
+
+def test_a_gene_is_knocked_out_of_the_cells_that_express_it(asked, cell_model, text_model, cells):  # noqa: F811
+    """Models of single cells see a knock-out in no other cell, and cannot hide a gene."""
+    for model in (asked, cell_model, text_model):
+        columns = model.genes.align(cells.var).columns
+        share = np.asarray((cells.X > 0).mean(axis=0)).ravel()
+        usable = [
+            name
+            for name, at, s in zip(cells.var_names, columns, share, strict=True)
+            if at >= 0 and 0.2 < s < 0.8
+        ]
+        gene = usable[0]
+        made = sct.tl.perturb(cells, model, [gene], n_random=2, copy=True)
+        changed = made.obsm["sct_perturb"][gene].to_numpy()
+        expressed = cells[:, gene].X.toarray().ravel() > 0
+        assert (changed[~expressed] < 1e-9).all()
+        assert changed[expressed].max() > 1e-6
+        for options in ({"mode": "mask"}, {"targets": [usable[1]]}):
+            with pytest.raises(ConfigError, match="impute"):
+                sct.tl.perturb(cells, model, [gene], n_random=2, **options)
