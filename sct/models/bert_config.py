@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from sct.checks import check_multiple, check_share
+from sct.models.card_text import CardText
 from sct.models.checks import check_fields
 
 _CHOICES = {
@@ -50,6 +51,14 @@ class BertConfig:
     dtype
         Type of the computation. Parameters, norms and logits are always float32.
     """
+
+    CARD: ClassVar[CardText] = CardText(
+        title="BERT text model",
+        summary="A text model that computes feature vectors of texts about genes, for the ZerOmics cell model.",
+        use="Features of gene texts (`sct.gene_features`). The model is meant for research.",
+        limits=("The model reads text only, no cells.",),
+        tags=("feature-extraction",),
+    )
 
     vocab_size: int = 30_522
     embed_dim: int = 768

@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from sct.checks import check_multiple, check_share
 from sct.errors import ConfigError
+from sct.models.card_text import CardText
 from sct.models.checks import check_fields
 from sct.nn.attention import rotary_frequencies
 
@@ -83,6 +84,22 @@ class DecoderConfig:
     dtype
         Type of the computation. Parameters, norms and logits are always float32.
     """
+
+    CARD: ClassVar[CardText] = CardText(
+        title="Language model for cell sentences",
+        summary="A causal language model reads and writes cells as sentences: lists of gene names, from the highest to "
+        'the lowest count. Paper: "Cell2Sentence: Teaching Large Language Models the Language of Biology".',
+        use="Generation of cells with given labels, annotation of cells with labels, and embedding of cells, if the "
+        "model was trained on cell sentences. The model is meant for research.",
+        limits=(
+            "A cell sentence holds ranks of genes, so counts are only estimated from the ranks.",
+            "Generated cells repeat the composition and the errors of the training studies.",
+            "Only labels that occur in the training studies can be generated or predicted.",
+            "The model is not validated for diagnosis or treatment.",
+        ),
+        example='sct.tl.annotate(adata, model)  # adata.obs["sct_label"]',
+        tags=("transcriptomics", "cell-sentences", "text-generation"),
+    )
 
     vocab_size: int = 50_257
     embed_dim: int = 768

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from sct.checks import check_at_least, check_multiple
 from sct.errors import ConfigError
+from sct.models.card_text import CardText
 from sct.models.checks import MOST, check_fields
 from sct.nn.norm import EPSILON
 
@@ -86,6 +87,23 @@ class SCTConfig:
     dtype
         Type of the computation. Parameters, norms and logits are always float32.
     """
+
+    CARD: ClassVar[CardText] = CardText(
+        title="sCT: levels of masked genes in groups of cells",
+        summary="sCT reads up to 20,000 genes of a group of cells (a bag) at once, with a convolution tower, a "
+        'transformer and a deconvolution tower. It predicts the expression levels of masked genes. Paper: "A long '
+        'range foundation model for zero-shot predictions in single-cell and spatial transcriptomics data".',
+        use="Embedding, annotation by label transfer, and imputation of genes and cells, in single-cell and spatial "
+        "transcriptomics of human or mouse. The model is meant for research.",
+        limits=(
+            "The embedding and the imputation of a cell depend on the other cells of its bag.",
+            "The model predicts levels of counts, not exact counts.",
+            "Results on tissues, species or technologies that are not among the training studies may be worse.",
+            "The model is not validated for diagnosis or treatment.",
+        ),
+        example='sct.tl.embed(adata, model)  # adata.obsm["X_sct"]',
+        tags=("transcriptomics", "gene-imputation", "cell-embedding"),
+    )
 
     num_genes: int = 19_968
     num_bins: int = 5

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from sct.errors import ConfigError, DataError
+from sct.models.card_text import CardText
 from sct.models.checks import check_fields, check_range, check_text
 from sct.models.decoder import Decoder
 from sct.models.decoder_config import LlamaConfig
@@ -41,6 +42,21 @@ class ZerOmicsConfig:
         is an ablation (the paper's "w/o SCT"): the mean over genes is the only soft token. If D differs from E, a
         random matrix that is not trained maps the mean to the decoder's width.
     """
+
+    CARD: ClassVar[CardText] = CardText(
+        title="ZerOmics: answers to questions about cells",
+        summary="A LLaMA with low-rank adapters reads soft tokens computed from a cell, and answers questions. "
+        'Paper: "ZerOmics: toward general models for single-cell analysis with instruction tuning".',
+        use="Questions about the types, rare types, diseases and pathways of cells of a study, given its abstract. The "
+        "model is meant for research.",
+        limits=(
+            "The model chooses from given candidates, and its probabilities are not calibrated.",
+            "Questions and studies unlike those of the training may get wrong answers.",
+            "The model is not validated for diagnosis or treatment.",
+        ),
+        example='sct.tl.annotate(adata, model)  # adata.obs["sct_label"]',
+        tags=("transcriptomics", "instruction-tuning", "question-answering"),
+    )
 
     cells: ZerOmicsCellsConfig = dataclasses.field(default_factory=ZerOmicsCellsConfig)
     llm: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)

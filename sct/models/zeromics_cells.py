@@ -19,6 +19,7 @@ from sct.checks import check_shape
 from sct.errors import DataError
 from sct.models.bert import BertLayer
 from sct.models.bert_config import BertConfig
+from sct.models.card_text import CardText
 from sct.models.checks import check_fields, check_range
 from sct.nn import axes
 from sct.nn.chunked_attention import Mask
@@ -51,6 +52,22 @@ class ZerOmicsCellsConfig:
         has no transformer layers: it projects the text feature of each gene and multiplies it by the gene's bin. The
         mean over genes is then a weighted mean of their text features.
     """
+
+    CARD: ClassVar[CardText] = CardText(
+        title="ZerOmics cell model",
+        summary="A transformer over the genes of a cell reads bins of expression, and features of gene texts. "
+        'Paper: "ZerOmics: toward general models for single-cell analysis with instruction tuning".',
+        use="Embedding of single cells, and the cell model of a ZerOmics model that answers questions. The model is "
+        "meant for research.",
+        limits=(
+            "The model reads bins of expression, not counts.",
+            "Features of genes carry over what their texts say, including errors of the texts.",
+            "Results on tissues, species or technologies that are not among the training studies may be worse.",
+            "The model is not validated for diagnosis or treatment.",
+        ),
+        example='sct.tl.embed(adata, model)  # adata.obsm["X_sct"]',
+        tags=("transcriptomics", "cell-embedding"),
+    )
 
     num_genes: int = 20_124
     feature_dim: int = 5120

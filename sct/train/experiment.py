@@ -302,14 +302,16 @@ def _announce(console: Any, start: Start, options: TrainConfig, workdir: Path) -
 
 def _training_section(spec: RunSpec, start: Start, result: TrainResult, reports: list[Report]) -> str:
     """Return the training section of the model card, in Markdown."""
-    studies = [f"{study.name} ({study.n_cells:,} cells)" for study in start.store.split("train")]
+    train = start.store.split("train")
+    studies = [f"{study.name} ({study.n_cells:,} cells)" for study in train]
     listed = ", ".join(studies[:20]) + (f" and {len(studies) - 20:,} more" if len(studies) > 20 else "")
     return "\n".join(
         [
             "## Training", "",
-            f"{result.progress.step:,} steps ({result.reason}); best validation at step "
-            f"{result.progress.best_step}. Studies: {listed}.", "",
-            *[report.markdown() for report in reports],
-            "Configuration:", "", "```json", json.dumps(spec.values, indent=1), "```",
+            f"Trained on {sum(study.n_cells for study in train):,} cells for {result.progress.step:,} steps "
+            f"({result.reason}); best validation at step {result.progress.best_step}. Studies: {listed}.", "",
+            *([f"This training started from the model {spec.init_from}.", ""] if spec.init_from else []),
+            *(["## Results", "", *[report.markdown() for report in reports], ""] if reports else []),
+            "## Configuration", "", "```json", json.dumps(spec.values, indent=1), "```",
         ]
     )  # fmt: skip

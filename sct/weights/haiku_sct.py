@@ -477,7 +477,9 @@ def convert(folder: Path, genes: GeneVocabulary | None = None, numbered_genes: b
             "give the vocabulary that the model was trained with."
         )
     model = Pretrained("sct", config, unflatten(arrays), vocabulary, license=LICENSE, data=DATA_OPTIONS)
-    origin = "Converted from the published sCellTransformer weights (Haiku parameters). " + NOTICE
+    origin = (
+        "## Origin\n\nConverted from the published sCellTransformer weights (Haiku parameters). " + NOTICE
+    )
     if vocabulary.name == "numbered":
         origin += " The gene order is unknown: gene positions are named by their numbers."
     return dataclasses.replace(model, card=default_card(model, origin))

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from sct.data.text.tokenizer import Tokenizer
 from sct.data.tokenize import NOISE_FRACTION
 from sct.errors import CheckpointError, ConfigError, DataError
 from sct.models import registry
+from sct.models.card_text import CardText
 from sct.nn import axes
 from sct.nn.paths import flatten
 from sct.version import DISTRIBUTION, REPOSITORY, __version__
@@ -222,8 +224,45 @@ def _compiled(family: str, config: Any, wanted: tuple[str, ...]) -> Callable[...
     return jax.jit(run)
 
 
+# Licenses by which the Hugging Face Hub knows weights. Any other license is "other" with a name.
+_HUB_LICENSES = frozenset((
+    "apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-3.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0",
+    "cc-by-nc-nd-4.0", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "openrail",
+    "bigscience-openrail-m", "llama2", "llama3", "llama3.1", "gemma", "unknown", "other",
+))  # fmt: skip
+
+
+def _front_matter(model: Pretrained, tags: Sequence[str]) -> list[str]:
+    """Return the YAML block of a model card, as the Hugging Face Hub reads it."""
+    license = model.license.strip().lower()
+    named = ["license: " + (license if license in _HUB_LICENSES else "other")]
+    if license not in _HUB_LICENSES:
+        named.append(f"license_name: {json.dumps(model.license)}")
+    tags = list(dict.fromkeys(["single-cell", *tags, model.family]))
+    return ["---", "library_name: sct", *named, f"tags: [{', '.join(tags)}]", "---"]
+
+
 def default_card(model: Pretrained, text: str = "") -> str:
-    """Return a model card with the size, the loading code, the license, and `text` about the origin of the weights."""
+    """Return a model card: what the model is, how to load it, its use, its limits and its license.
+
+    Parameters
+    ----------
+    model
+        Model to describe. The text about its architecture is `CARD` of the configuration class.
+    text
+        Markdown about the origin of the weights: training data, results, or conversion.
+    """
+    about: CardText | None = getattr(model.config, "CARD", None)
+    example = about.example.splitlines() if about else []
+    rights = (
+        "The license of these weights is not recorded. Before you share them, choose a license that the training data "
+        "allows, and replace `license: unknown` at the top of this file."
+        if model.license == "unknown"
+        else f"License of the weights: {model.license}."
+    )
+    code = (
+        "The code of sct has the license Apache-2.0. The training data keeps the licenses of its providers."
+    )
     knows = []
     if model.genes is not None:
         knows.append(f"{len(model.genes):,} genes ({model.genes.name}, hash `{model.genes.hash[:16]}`)")
@@ -231,12 +270,15 @@ def default_card(model: Pretrained, text: str = "") -> str:
         knows.append(f"{model.tokenizer.vocab_size:,} tokens (hash `{model.tokenizer.fingerprint[:16]}`)")
     return "\n".join(
         [
-            "---", "library_name: sct", f"license: {model.license}", "tags: [single-cell]", "---", "",
-            f"# {model.family} model", "",
+            *_front_matter(model, about.tags if about else ()), "",
+            f"# {about.title if about else f'{model.family} model'}", "", *([about.summary, ""] if about else []),
             f"{', '.join([*knows, f'{model.size:,} parameters'])}, written by sct {__version__}.", "",
             f"To load it, `pip install {DISTRIBUTION}`{f' ({REPOSITORY})' if REPOSITORY else ''}, then", "",
-            "```python", "import sct", 'model = sct.load("THIS_FOLDER")', "```", "",
-            text, "", "## License", "", model.license, "",
+            "```python", "import sct", 'model = sct.load("THIS_FOLDER")', *example, "```", "",
+            *(["## Intended use", "", about.use, ""] if about else []),
+            *([text, ""] if text else []),
+            *(["## Limitations", "", *[f"- {each}" for each in about.limits], ""] if about else []),
+            "## License", "", f"{rights} {code}", "",
         ]
     )  # fmt: skip
 

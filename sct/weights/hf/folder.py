@@ -248,13 +248,18 @@ def _handle(folder: Path, opened: _Opened, arrays: Mapping[str, Any]) -> Pretrai
     tokenizer = Tokenizer.load(folder) if any((folder / name).is_file() for name in _TOKENIZERS) else None
     genes = GeneVocabulary.load(folder / GENES) if (folder / GENES).is_file() else None
     card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
-    named = re.search(r"\A---\n(?:.*\n)*?license:[ \t]*(\S+)[ \t]*\n(?:.*\n)*?---\n", card)
-    license = named[1].strip("\"'") if named else "unknown"
+    found = {
+        name: named[1].strip("\"'")
+        for name in ("license", "license_name")
+        if (named := re.search(rf"\A---\n(?:.*\n)*?{name}:[ \t]*(\S.*?)[ \t]*\n(?:.*\n)*?---\n", card))
+    }
+    license = found.get("license", "unknown")
+    license = found.get("license_name", license) if license == "other" else license
     made = Pretrained(
         opened.family, opened.config, unflatten(dict(arrays)), genes, license=license, tokenizer=tokenizer
     )
     return dataclasses.replace(
-        made, card=default_card(made, "Converted from a Hugging Face folder. " + NOTICE)
+        made, card=default_card(made, "## Origin\n\nConverted from a Hugging Face folder. " + NOTICE)
     )
 
 
