@@ -99,7 +99,10 @@ def check_share(
     check_number(name, value, error=error, advice=advice)
     if not ((value >= 0 if zero else value > 0) and (value <= 1 if one else value < 1)):
         interval = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
-        to_do = advice or "set it between 0 and 1"
+        ends = "between 0 and 1"
+        if not (zero and one):
+            ends = f"{'to 0 or more' if zero else 'above 0'}, and {'at most' if one else 'below'} 1"
+        to_do = advice or f"set it {ends}"
         raise _refusal(f"{name} is {_shown(value)}", f"must be in {interval}", to_do, error)
 
 
@@ -216,8 +219,10 @@ def check_distinct(
     repeated = [value for value, number in Counter(values).items() if number > 1]
     if repeated:
         others = f" (and {len(repeated) - 1:,} more)" * (len(repeated) > 1)
-        to_do = advice or "leave out the repetition"
-        raise _refusal(f"{name} has {_shown(repeated[0])}{others} twice", "must have each once", to_do, error)
+        to_do = advice or "remove the repeated entries"
+        raise _refusal(
+            f"{name} has {_shown(repeated[0])}{others} twice", "must have no repeated entries", to_do, error
+        )
 
 
 def check_one_each(
@@ -296,7 +301,7 @@ def check_finite(
         rows = wrong.reshape(len(wrong), -1).any(axis=1)
         share = f"{int(rows.sum()):,} of {len(rows):,} {of}"
         found = f"{name} has NaN or infinity in {share} (first: row {int(rows.argmax())})"
-        raise _refusal(found, "must be finite", advice or "give finite values, or leave these out", error)
+        raise _refusal(found, "must be finite", advice or f"give finite values, or remove these {of}", error)
 
 
 def nearest(value: Any, choices: Collection[Any], n: int = 1, cutoff: float = 0.6) -> list[Any]:

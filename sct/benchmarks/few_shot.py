@@ -229,8 +229,8 @@ def drawn(answers: Sequence[str], shots: int, each: bool, seed: int) -> np.ndarr
     known = np.flatnonzero(np.asarray(answers, dtype=object) != "")
     if not len(known):
         raise ConfigError(
-            "few-shot fine-tuning needs labeled cells, but no cell of the part of the study "
-            "to train on has a label: add labeled cells."
+            "few-shot fine-tuning needs labeled cells, but none of the cells to train on has a label: add labeled "
+            "cells to the study."
         )
     order = rng.permutation(known)
     if not each:

@@ -296,10 +296,10 @@ def _benchmark(
     for name, column in (("cell_type", data.cell_type), ("disease", data.disease)):
         asked_for = set(options.wanted) & ({"tcd"} if name == "disease" else {"cta", "rci"})
         if asked_for and not any(column in cells.obs for _, cells in studies):
-            known = ", ".join(map(repr, studies[0][1].obs.columns[:10])) or "none"
+            known = ", ".join(map(repr, studies[0][1].obs.columns[:10])) or "no columns"
             raise ConfigError(
-                f"`obs` has no column {column!r}, only {known}: set --config.data.{name} to one of these "
-                "columns, or choose other tasks with --config.tasks."
+                f"`obs` has no column {column!r}, but has {known}: set --config.data.{name} to one of these columns, "
+                "or choose other tasks with --config.tasks."
             )
     reports: list[Report] = []
     numbers: dict[str, Any] = {}
@@ -348,7 +348,8 @@ def _texts_of(name: str, cells: ad.AnnData) -> dict[str, Any]:
         if not good:
             form = "a string" if key == "abstract" else "a list of strings"
             raise ConfigError(
-                f'in the study {name!r}, adata.uns["{key}"] is {value!r}, but must be {form}: correct it.'
+                f'in the study {name!r}, adata.uns["{key}"] is {value!r}, but must be {form}: correct this entry of '
+                "uns."
             )
         study_metadata[key] = value.strip() if key == "abstract" else [str(each) for each in value]
     return {key: value for key, value in study_metadata.items() if len(value)}
@@ -393,7 +394,8 @@ class _Study:
             if groups.nunique() < 2:
                 raise ConfigError(
                     f"all cells of study {self.name!r} have the same value in the column {data.group_key!r}, so this "
-                    "column cannot split them: leave data.group_key empty."
+                    "column cannot split the cells: name a column with two or more values in data.group_key, or "
+                    "leave data.group_key empty."
                 )
             split = GroupShuffleSplit(1, test_size=data.share, random_state=data.seed)
             fit, ask = next(split.split(rows, groups=groups))
@@ -531,9 +533,10 @@ class _Study:
         asked = self._questions(self.obs, self.study_metadata)
         if task not in asked.candidates:
             raise ConfigError(
-                f"the task rare_cell needs both rare and common cell types, but the study {self.name!r} has "
-                "only one kind (data.rare_share): list the rare types in adata.uns['rare'] or in the file of "
-                "--config.data.studies."
+                f"the task rare_cell needs both rare and common cell types, but the study {self.name!r} has only "
+                "one of the two: list the rare types in adata.uns['rare'] or in the file of --config.data.studies, or "
+                "change data.rare_share, the fraction of the cells below which a cell type is rare "
+                f"({self.data.rare_share:g})."
                 if task == "rci"
                 else f"the column {column!r} of the study {self.name!r} has fewer than two different "
                 f"labels, but at least two are needed: set --config.data.{named} to another column."
@@ -545,8 +548,9 @@ class _Study:
         true, counts = answers[self.query[rows]], self.counts[self.query[rows]]
         if len(set(true)) < 2 or len(set(answers[fit])) < 2:
             raise ConfigError(
-                f"the study {self.name!r} is split into two parts, and one part has fewer than two "
-                "different labels: add cells with other labels, or change data.seed or data.share."
+                f"the study {self.name!r} is split into cells to train on and cells to ask about, but one of these "
+                "two parts has fewer than two different labels: add cells with other labels, or change data.seed or "
+                "data.share."
             )
         listed = {"cta": {"cell_types": list(candidates)}, "rci": {"rare": sorted(asked.rare)}}
         listed["tcd"] = {"diseases": [name for name in candidates if name != NORMAL]}

@@ -69,11 +69,14 @@ class CellOptions:
         for name, known in (("genes", ("", *GENES)), ("values", tuple(VALUES))):
             check_choice(name, getattr(self, name), known)
         if self.values == "levels" and self.num_bins < 2:
-            raise ConfigError("num_bins is 1, but must be at least 2 with values='levels': increase it.")
+            raise ConfigError(
+                "num_bins is 1, but must be at least 2 with values='levels': increase num_bins."
+            )
         if (self.choice in ("all", "listed")) == bool(self.max_genes):
             needed = "0" if self.max_genes else "at least 1"
             raise ConfigError(
-                f"max_genes is {self.max_genes}, but must be {needed} with genes={self.choice!r}: change one of them."
+                f"max_genes is {self.max_genes}, but must be {needed} with genes={self.choice!r}: change max_genes, "
+                "or choose another value for genes."
             )
 
     @classmethod
@@ -147,8 +150,8 @@ def cell_records(
     if options.choice == "listed":
         if listed is None or (np.diff(listed) <= 0).any():
             raise ConfigError(
-                "genes='listed' needs gene numbers in `listed`, but `listed` is missing or not ascending: give the "
-                "gene numbers in ascending order."
+                "genes='listed' needs the positions of the genes in the vocabulary, in ascending order, but `listed` "
+                "is missing or not ascending: pass these positions as `listed`."
             )
         if known is not None and not known[listed].all():
             raise ConfigError(
@@ -161,7 +164,7 @@ def cell_records(
     if longest > most and options.choice == "expressed":
         raise DataError(
             f"a cell has {longest:,} expressed genes, but max_genes is {most:,}: increase max_genes, or set genes to "
-            "'top' or 'sampled'."
+            "'top' or 'sampled' to keep only max_genes genes of such a cell."
         )
     if longest > most:
         keys = content_keys(counts)

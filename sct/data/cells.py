@@ -104,8 +104,8 @@ class CellCounts:
         self.matrix = found.matrix
         if isinstance(self.matrix, CSCDataset):
             raise DataError(
-                f"{found.source} is stored on disk by column (CSC), so single cells cannot be read: save it as CSR "
-                "(adata.X = adata.X.tocsr()), or load it into memory."
+                f"{found.source} is stored on disk by column (CSC), so single cells cannot be read: load the data "
+                f"with adata.to_memory(), or save {found.source} in CSR format, which stores the values by row."
             )
         self.alignment = vocabulary.align(found.var, column=gene_column, duplicates=duplicates)
         self.vocabulary = vocabulary
@@ -276,7 +276,8 @@ class CellStudy:
         """Return the rescaled coordinates (len(order), 2)."""
         if self.section.places is None:
             raise DataError(
-                f"the cells of {self.name!r} have no coordinates: use a model or setting without coordinates."
+                f"the cells of {self.name!r} have no coordinates: set spatial_key to the key of the coordinates in "
+                "obsm, or use a model that needs no coordinates."
             )
         return self.section.places[np.searchsorted(self.section.rows, self.order.rows)]
 

@@ -61,7 +61,9 @@ class ClassPrior:
         try:
             masking = Masking.from_record(recorded)
         except ConfigError as error:
-            raise CheckpointError(f"the masking record of this model is invalid: {error}") from error
+            raise CheckpointError(
+                f"the masking rates that this model was trained with cannot be read: {error}"
+            ) from error
         try:
             return cls(masking.log_ratio, adjusted)
         except ConfigError:  # a masking rate of zero has no logarithm

@@ -189,9 +189,9 @@ def read_scales(uns: Any, spatial_key: str, batch_key: str | None) -> dict[str, 
         }
     except (KeyError, IndexError, TypeError, ValueError, DataError) as error:
         raise DataError(
-            f"uns[{SCALES!r}][{spatial_key!r}] is not a valid record of section scales ({type(error).__name__}: "
-            f"{error}): delete it (del adata.uns[{SCALES!r}]), and compute it again from complete sections with "
-            "sct.pp.spatial_scale."
+            f"uns[{SCALES!r}][{spatial_key!r}] must contain the coordinate scale of each section, but cannot be read "
+            f"({type(error).__name__}: {error}): delete the entry (del adata.uns[{SCALES!r}]), and compute the scales "
+            "again from complete sections with sct.pp.spatial_scale."
         ) from error
 
 

@@ -140,7 +140,7 @@ class CountsChecker:
             bad = values[~finite]
             name = "NaN" if np.isnan(bad).any() else "infinite"
             raise self._refused(
-                f"has {bad.size} {name} values in a block of {values.size}, so the matrix is damaged or imputed"
+                f"has {bad.size:,} {name} values among {values.size:,} values, so the matrix is damaged or imputed"
             )
         if (low := values.min()) < 0:
             raise self._refused(
@@ -149,7 +149,9 @@ class CountsChecker:
         if self.values != COUNTS:
             positive = values[values > 0]
             if positive.size and not (positive.min() >= _SMALLEST and positive.max() <= _LARGEST):
-                raise self._refused("has values that are too small or too large for float32 (scale them)")
+                raise self._refused(
+                    "has values that are too small or too large for float32, so multiply all values by a constant"
+                )
             return
         nearest = np.rint(values)
         distance = np.abs(values - nearest)
@@ -260,7 +262,10 @@ def exact_integers(matrix: Any) -> Any:
 def _check_axes(adata: ad.AnnData) -> None:
     if adata.n_obs == 0 or adata.n_vars == 0:
         empty = "cells" if adata.n_obs == 0 else "genes"
-        raise DataError(f"the data has {adata.n_obs} cells x {adata.n_vars} genes: give data with {empty}.")
+        raise DataError(
+            f"the data has {adata.n_obs} cells and {adata.n_vars} genes, but at least one of each is needed: check "
+            f"the filters that removed all {empty}."
+        )
     repeated = adata.obs_names[adata.obs_names.duplicated()].unique()
     if len(repeated):
         shown = ", ".join(map(str, repeated[:3])) + (", ..." if len(repeated) > 3 else "")

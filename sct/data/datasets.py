@@ -58,8 +58,9 @@ def _pbmc68k() -> ad.AnnData:
     counts, residual = recover_counts(shipped.raw.X, shipped.obs["n_counts"].to_numpy())
     if residual >= MAX_RESIDUAL:
         raise DataError(
-            f"a count of scanpy's pbmc68k_reduced differs by {residual:.3f} from an integer, but must differ by less "
-            f"than {MAX_RESIDUAL}: install scanpy >= 1.11."
+            f"the counts recovered from scanpy's pbmc68k_reduced differ from integers by up to {residual:.3f}, but "
+            f"must differ by less than {MAX_RESIDUAL}, so this release of scanpy contains other data: install scanpy "
+            ">= 1.11."
         )
     labels = shipped.obs["bulk_labels"].astype(str).astype("category")
     return ad.AnnData(

@@ -219,7 +219,8 @@ class Masking:
             return cls(**fields)
         except TypeError as error:
             raise ConfigError(
-                f"the masking record is invalid ({error}): restore the original configuration."
+                f"the entry `masking` of the model's configuration is not valid ({error}): restore the original "
+                "configuration file."
             ) from error
 
     def _check_mixture(self) -> None:
@@ -254,7 +255,10 @@ class Masking:
         """
         if kind not in ("stratified", "drawn"):
             if kind in ("uniform", "ratio") and not self.expressed:
-                raise ConfigError(f"masking kind {kind!r} masks nothing: set masking.expressed above 0.")
+                raise ConfigError(
+                    f"masking.expressed is 0, so the masking kind {kind!r} masks no gene: set masking.expressed above "
+                    "0."
+                )
             return 0.0
         for name in ("expressed", "unexpressed"):
             if not getattr(self, name):

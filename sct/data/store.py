@@ -153,8 +153,8 @@ class Study:
         """Raise `StoreError` if the values of the study are not counts."""
         if self.values != "counts":
             raise StoreError(
-                f"the study {self.name!r} of {self.path.parent.parent} has {self.values} values instead of counts, "
-                "which only ZerOmics can read: use a store without this study."
+                f"the study {self.name!r} of {self.path.parent.parent} has {self.values} values, but raw counts are "
+                "needed here (only models of the family ZerOmics read other values): use a store without this study."
             )
 
     @property
@@ -209,7 +209,7 @@ class Study:
         if not 0 <= start <= stop <= self.n_cells:
             raise IndexError(
                 f"rows {start} to {stop} are outside the study {self.name!r}, which has {self.n_cells} cells: use row "
-                "numbers of this study."
+                f"numbers from 0 to {self.n_cells}."
             )
         return self._read_runs([(int(start), int(stop))])
 
@@ -235,8 +235,8 @@ class Study:
         unique, inverse = np.unique(rows, return_inverse=True)
         if unique[0] < 0 or unique[-1] >= self.n_cells:
             raise IndexError(
-                f"the rows {rows} are not all in the study {self.name!r}, which has {self.n_cells} cells: use row "
-                "numbers of this study."
+                f"row {unique[0] if unique[0] < 0 else unique[-1]} is outside the study {self.name!r}, which has "
+                f"{self.n_cells} cells: use row numbers from 0 to {self.n_cells - 1}."
             )
         # Join rows that are less than about one chunk apart, because a second read would decode the same chunk again.
         gap = max(1, CHUNK * self.n_cells // max(self.nnz, 1))
@@ -451,15 +451,15 @@ class Store:
         if manifest is None:
             if path.is_file():
                 raise StoreError(
-                    f"{path} is a file, but must be a store: convert it with launch.ingest --input={path} "
-                    "--output=STORE."
+                    f"{path} is a file, but must be the folder of a store: convert the file with launch.ingest "
+                    f"--input={path} --output=STORE."
                 )
             if not path.is_dir():
                 raise StoreError(f"there is no store at {path}: make one with launch.ingest --output={path}.")
             if (path / "store" / MANIFEST).is_file():
                 raise StoreError(f"{path} is a run folder, but must be a store: use {path / 'store'}.")
             raise StoreError(
-                f"{path} has no {MANIFEST}, because the ingest was interrupted, refused or never run: run the ingest "
+                f"{path} has no {MANIFEST}, so the ingest was interrupted or refused, or never ran: run the ingest "
                 "again."
             )
         genes = path / GENES
@@ -517,8 +517,9 @@ class Store:
         """Raise `StoreError` unless the store has the genes of `vocabulary`, in the same order."""
         if vocabulary.hash != self.vocabulary.hash:
             raise StoreError(
-                f"the store {self.path} has the gene vocabulary {self.vocabulary.name!r} ({self.vocabulary.hash}), but "
-                f"must have {vocabulary.name!r} ({vocabulary.hash}): ingest the data again with that vocabulary."
+                f"the store {self.path} has the gene vocabulary {self.vocabulary.name!r} ({self.vocabulary.hash}), "
+                f"but must have {vocabulary.name!r} ({vocabulary.hash}): ingest the data again with the vocabulary "
+                f"{vocabulary.name!r}."
             )
 
 
@@ -575,7 +576,7 @@ def study_path(name: str) -> str:
     if not isinstance(name, str) or not _STUDY_NAME.fullmatch(name):
         raise StoreError(
             f"a study is called {name!r}, but names may only have letters, digits, '-', '_' and single dots in "
-            "between: rename it."
+            "between: rename the study."
         )
     return f"{STUDIES}/{name}.zarr"
 

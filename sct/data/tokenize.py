@@ -115,7 +115,8 @@ def bin_counts(
     data = np.asarray(counts.data, dtype=np.float32)
     if data.size and not (data.min() >= 0 and np.isfinite(data.max())):
         raise DataError(
-            "the counts are negative or not finite, but levels are computed from raw counts: give raw counts."
+            "the counts have negative values, NaN or infinity, but levels are computed from raw counts: give raw "
+            "counts."
         )
     log_range, level = _levels(data, counts, drop, num_bins)
     low, high = log_range.astype(np.float32)

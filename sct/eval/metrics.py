@@ -281,8 +281,8 @@ def stratified_folds(
     kept = sizes[names] >= folds
     if (sizes >= folds).sum() < 2:
         raise ValueError(
-            f"the number of labels with at least {folds} cells is {(sizes >= folds).sum()}, but cross-validation with "
-            f"{folds} folds needs 2 such labels: use fewer folds."
+            f"only {(sizes >= folds).sum()} of {len(sizes)} labels have at least {folds} cells, but cross-validation "
+            f"with {folds} folds needs two such labels: use fewer folds."
         )
     rows = np.flatnonzero(kept)
     splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)

@@ -220,9 +220,14 @@ class GeneFeatures:
                 f"{path} has an unknown file format: use a file that ends with one of {', '.join(TABLES)}."
             )
         nameless = [at for at, name in enumerate(names) if not name]
-        if nameless or not names:
-            what = f"no gene name in row {nameless[0] + 1}" if nameless else "no rows"
-            raise DataError(f"{path} has {what}: each row must start with the name of a gene.")
+        if not names:
+            raise DataError(
+                f"{path} has no rows: give one row per gene, with the gene name and its features."
+            )
+        if nameless:
+            raise DataError(
+                f"{path} has no gene name in row {nameless[0] + 1}: name this gene, or remove the row."
+            )
         genes = GeneVocabulary.human() if genes is None else genes
         at, unknown = find_genes(names, genes, str(path), "row")
         rows = np.flatnonzero(at >= 0)
@@ -421,8 +426,8 @@ def _tokens(
     room = most - len(tokenizer.begin) - 1
     if room < 1:
         raise ConfigError(
-            f"max_tokens is {most}, but the special tokens already need {most - room}: set it to {most - room + 1} or "
-            "more."
+            f"max_tokens is {most}, but the special tokens already need {most - room}: set max_tokens to "
+            f"{most - room + 1} or more."
         )
     texts = tokenizer.encode_batch(corpus.texts)
     for key, ids in zip(corpus.keys, texts, strict=True):
@@ -486,7 +491,7 @@ def _own(path: Path, arrays: Mapping[str, np.ndarray]) -> GeneFeatures:
         made = GeneFeatures(tuple(arrays["keys"].tolist()), arrays["table"], about["source"])
     except (KeyError, ValueError, AttributeError, TypeError) as error:
         raise DataError(
-            f"{path} is not a valid file of GeneFeatures.save ({error}): delete it and create it again."
+            f"{path} is not a valid file of GeneFeatures.save ({error}): delete the file and create it again."
         ) from None
     if form != _FORMAT:
         raise DataError(
@@ -494,6 +499,7 @@ def _own(path: Path, arrays: Mapping[str, np.ndarray]) -> GeneFeatures:
         )
     if made.hash != written:
         raise DataError(
-            f"{path} was changed after it was written (its hash differs): delete it and create it again."
+            f"{path} was changed after it was written (the hash of its content differs): delete the file and create "
+            "it again."
         )
     return made

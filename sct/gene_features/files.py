@@ -26,9 +26,10 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise DataError(f"the file {path} does not exist: check the path.") from None
     except Exception as error:  # numpy and zipfile raise many types of errors for a damaged file
-        raise DataError(
-            f"{path} cannot be read ({first_line(error)}): write it again, with names as strings and not as objects."
-        ) from None
+        to_do = "check that the file is complete and has the format .npz"
+        if "allow_pickle" in str(error):
+            to_do = "save the file again, with the gene names as a NumPy string array instead of dtype object"
+        raise DataError(f"{path} cannot be read ({first_line(error)}): {to_do}.") from None
 
 
 def named_rows(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[list[str], np.ndarray]:
@@ -39,14 +40,16 @@ def named_rows(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[list[str],
         if name is None:
             have = ", ".join(arrays) or "none"
             raise DataError(
-                f"{path} has the arrays {have}, but needs an array named {' or '.join(wanted)}: rename an array."
+                f"{path} has the arrays {have}, but needs an array named {' or '.join(wanted)}: rename the array that "
+                f"contains the {'gene names' if wanted == _NAMES else 'features'}."
             )
         chosen.append(arrays[name])
     names, table = chosen
     if names.dtype.kind != "U" or names.ndim != 1 or table.ndim != 2 or len(names) != len(table):
         raise DataError(
             f"{path} has names of shape {names.shape} ({names.dtype}) and a table of shape {table.shape}, but needs "
-            "strings of shape (genes,) and numbers of shape (genes, features): write it again."
+            "strings of shape (genes,) and numbers of shape (genes, features): save the file again with arrays of "
+            "these shapes."
         )
     return [name.strip() for name in names.tolist()], table
 
@@ -65,7 +68,8 @@ def text_rows(path: Path) -> tuple[list[str], np.ndarray]:
         )  # fmt: skip
     except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
         raise DataError(
-            f"{path} is not a table with a name and numbers in each line ({error}): write it again."
+            f"{path} is not a table with a name and numbers in each line ({error}): write one line per gene, with the "
+            "gene name and the same number of values."
         ) from None
     names, numbers = frame[0].str.strip().tolist(), frame.iloc[:, 1:]
     for column in numbers.columns[[kind.kind not in "fiu" for kind in numbers.dtypes]]:
@@ -73,7 +77,7 @@ def text_rows(path: Path) -> tuple[list[str], np.ndarray]:
         at = int(np.flatnonzero(wrong)[0]) if wrong.any() else 0
         raise DataError(
             f"{path} has {numbers[column].iloc[at]!r} as feature {column} of {names[at]!r}, but must have a number: "
-            "correct it."
+            "correct this value."
         )
     if promised is not None and numbers.shape != (expected := tuple(map(int, promised.groups()))):
         raise DataError(

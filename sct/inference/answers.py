@@ -79,8 +79,8 @@ def candidates_of(
         learned = set(parse_labels(found[0]))
         if keys != learned and keys != {LABELS}:
             raise ConfigError(
-                f"label_key is {', '.join(sorted(keys))}, but the model predicts "
-                f"{', '.join(sorted(learned))} in combination: set `label_key` to the list of all these labels."
+                f"label_key is {', '.join(sorted(keys))}, but the model predicts {', '.join(sorted(learned))} in "
+                f"combination: set label_key to {sorted(learned)!r}."
             )
     if not found:
         other = f", or set label_key to {' or '.join(known)}" if known else ""

@@ -56,7 +56,7 @@ def study_metadata_of(adata: ad.AnnData, name: str, given: Any, form: str, argum
     where = f'adata.uns["{name}"]' if given is None else argument
     if found is None:
         raise ConfigError(
-            f'{argument} is missing, but it must be {form}: pass {argument}=... or set adata.uns["{name}"].'
+            f'{argument} is missing, but must be {form}: pass {argument}=... or set adata.uns["{name}"].'
         )
     if form == "a text":
         check_text(where, found)
@@ -68,7 +68,7 @@ def study_metadata_of(adata: ad.AnnData, name: str, given: Any, form: str, argum
             f"{where} contains {wrong[0]!r}, but every entry must be a non-empty string: correct this entry."
         )
     if not names:
-        raise ConfigError(f'{where} is {found!r}, but it must be {form}: write it like ["one", "two"].')
+        raise ConfigError(f'{where} is {found!r}, but must be {form}: write a list like ["one", "two"].')
     return [str(each) for each in names]
 
 

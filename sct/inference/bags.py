@@ -28,8 +28,8 @@ def check_context(context: str, section: Section) -> None:
     check_choice("context", context, CONTEXTS)
     if context != CONTEXTS[0] and section.places is None:
         raise ConfigError(
-            f"context is {context!r}, which needs the positions of the cells: also set `spatial_key`, or "
-            f"set context={CONTEXTS[0]!r}."
+            f"context is {context!r}, but choosing the neighbors of a cell needs the positions of the cells: also set "
+            f"`spatial_key`, or set context={CONTEXTS[0]!r}."
         )
 
 

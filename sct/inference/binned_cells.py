@@ -18,9 +18,7 @@ from sct.weights.pretrained import Pretrained
 def check_known(cells: CellCounts, known: np.ndarray) -> None:
     """Raise `DataError` if too few of the genes that the model knows, bool (G,), were measured in the cells."""
     possible = min(int(cells.measured.sum()), int(known.sum()))
-    check_shared(
-        int((cells.measured & known).sum()), possible, "those of adata, and those with features in the model"
-    )
+    check_shared(int((cells.measured & known).sum()), possible, "adata and the genes that the model knows")
 
 
 def binned(
@@ -37,9 +35,9 @@ def binned(
     empty = np.asarray(counts[:, known].sum(axis=1)).ravel() == 0
     if empty.any():
         raise DataError(
-            f"{int(empty.sum()):,} of {len(rows):,} cells have no counts for any gene that the model knows "
-            f"(first: row {int(rows[np.argmax(empty)])}), but every cell needs some counts: remove the cells "
-            "without counts."
+            f"{int(empty.sum()):,} of {len(rows):,} cells have no counts of the genes that the model knows (first: "
+            f"row {int(rows[np.argmax(empty)])}), but every cell needs some counts of these genes: remove the cells "
+            "without such counts."
         )
     return cell_records(counts, options, known, seed=seed)
 

@@ -160,8 +160,9 @@ def check_counted(cells: CellCounts, needed: np.ndarray | None = None) -> None:
     if empty.any():
         raise DataError(
             f"{int(empty.sum()):,} of {cells.n_cells:,} cells have no counts of the model's genes (first: row "
-            f"{int(np.argmax(empty))}), but every cell needs some: remove them, for example with adata = "
-            "adata[adata[:, model.genes.align(adata.var).columns >= 0].X.sum(axis=1) > 0].copy()."
+            f"{int(np.argmax(empty))}), but every cell needs some counts of these genes: remove such cells, for "
+            "example with adata = adata[adata[:, model.genes.align(adata.var).columns >= 0].X.sum(axis=1) > "
+            "0].copy()."
         )
 
 

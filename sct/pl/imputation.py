@@ -61,8 +61,8 @@ def imputation_confusion(
     counts = np.asarray(confusion)
     if counts.ndim != 2 or not 0 < counts.shape[0] <= counts.shape[1]:
         raise DataError(
-            f"`confusion` has the shape {counts.shape}, but must be a matrix with one row per true level "
-            "and one column per predicted level, and not more rows than columns: pass such a matrix."
+            f"`confusion` has the shape {counts.shape}, but must be a matrix with one row per true level, one column "
+            "per predicted level, and at least as many columns as rows: pass a confusion matrix of this form."
         )
     if counts.dtype.kind not in "iuf" or not (np.isfinite(counts).all() and (counts >= 0).all()):
         raise DataError(

@@ -308,7 +308,7 @@ def _contexts(
     # Each can have enough genes of the model and still share few with the other.
     measured = [each.cells.measured for each in found]
     shared = int((measured[0] & measured[1]).sum())
-    check_shared(shared, min(int(each.sum()) for each in measured), "those of adata and of the reference")
+    check_shared(shared, min(int(each.sum()) for each in measured), "adata and the reference")
     return found
 
 
@@ -331,7 +331,7 @@ def _check_options(
         key = options.get(name)
         if key is not None and not any(key in getattr(cells, where) for cells in (adata, reference)):
             raise DataError(
-                f"neither adata nor the reference has {where}[{key!r}]: set `{name}` to an existing key."
+                f"neither adata nor the reference has {where}[{key!r}]: set `{name}` to a key of {where}."
             )
 
 

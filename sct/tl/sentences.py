@@ -227,10 +227,14 @@ def _in_order(sentence_model: CellSentenceModel, labels: Any) -> dict[str, Any]:
     """Return labels in the order of the training data; raise `ConfigError` if a label is missing or unknown."""
     learned = list(parse_labels(next(iter(sentence_model.labels.get("labels", [""])), "")))
     if not isinstance(labels, Mapping) or (learned and set(labels) != set(learned)):
-        shown = ", ".join(map(str, labels)) if isinstance(labels, Mapping) else repr(labels)
+        if not isinstance(labels, Mapping):
+            raise ConfigError(
+                f"`labels` contains {labels!r}, but must contain dicts: pass a dict from label name to value per "
+                "condition."
+            )
         raise ConfigError(
-            f"`labels` has {shown}, but the model learned {', '.join(learned)} together: set exactly the "
-            "labels that the model learned."
+            f"`labels` has {', '.join(map(str, labels))}, but the model learned {', '.join(learned)} together: set "
+            "exactly the labels that the model learned."
         )
     return {key: labels[key] for key in learned or labels}
 

@@ -77,7 +77,7 @@ def test_zeromics_reads_it_as_it_reads_counts(tmp_path):
 def test_models_of_counts_refuse_it(tmp_path):
     run([write_as(activity(), "csr", tmp_path)], tmp_path / "store", values="activity")
     store = Store.open(tmp_path / "store")
-    words = "'sample' .* has activity values instead of counts, which only ZerOmics can read"
+    words = "'sample' .* has activity values.*ZerOmics"
     with pytest.raises(StoreError, match=words):
         BagSource(store.studies, BagOptions(cells_per_bag=4)).record(0)
     with pytest.raises(StoreError, match=words):
@@ -151,7 +151,7 @@ def test_cells_of_a_table(tmp_path):
     [
         (lambda x: -x, "negative"),
         (lambda x: x * np.nan, "NaN"),
-        (lambda x: x * np.inf, "block"),
+        (lambda x: x * np.inf, "NaN|infinite"),
         (lambda x: x * 1e-42, "float32"),
         (lambda x: x * 1e39, "float32"),
         (lambda x: x * 0, "only zeros"),

@@ -40,7 +40,7 @@ def test_the_offset_follows_from_the_record():
 
 def test_a_record_that_cannot_be_read_is_not_taken_for_another():
     for record in ({"newer_field": 1}, {"expressed": 2.0}, {"kind": "newer"}):
-        with pytest.raises(CheckpointError, match="masking record"):
+        with pytest.raises(CheckpointError, match="masking rates"):
             ClassPrior.of({"masking": record})
 
 

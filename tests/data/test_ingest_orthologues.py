@@ -156,7 +156,7 @@ def test_human_files_and_bad_tables_are_refused(table, tmp_path):
         run([mouse], tmp_path / "other", orthologues=str(tmp_path / "none.tsv"))
     assert not (tmp_path / "other").exists()
     for columns in (("mouse",), ("mouse", "human")):
-        with pytest.raises(ConfigError, match="SOURCE,TARGET"):
+        with pytest.raises(ConfigError, match="orthologue_columns"):
             IngestOptions(orthologues=None if len(columns) > 1 else "x", orthologue_columns=columns)
 
 

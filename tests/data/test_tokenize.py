@@ -147,7 +147,7 @@ def test_zeros_and_duplicates_in_the_matrix_do_not_matter():
 
 def test_wrong_input_is_refused():
     for bad in (-1.0, np.nan, np.inf):
-        with pytest.raises(DataError, match="negative or not finite"):
+        with pytest.raises(DataError, match="NaN or infinity"):
             tokens_of([[1.0, bad]])
     with pytest.raises(DataError, match="2 genes"):
         tokens_of([[1.0, 2.0]], num_positions=1)

@@ -305,8 +305,8 @@ def test_draws_keep_totals_and_means_of_their_label():
     _, donors = generation.profile_counts(raw, train.labels, train.labels, np.random.default_rng(0))
     assert len(set(donors)) == len(train)
     for arguments, message in (
-        ((raw * 0.3, train.labels, asked), "whole counts"),
-        ((-raw, train.labels, asked), "whole counts"),
+        ((raw * 0.3, train.labels, asked), "whole numbers"),
+        ((-raw, train.labels, asked), "whole numbers"),
         ((raw, train.labels[1:], asked), "299"),
         ((raw, train.labels, ["z"]), "'z'"),
     ):

@@ -45,7 +45,7 @@ def test_a_file_of_gene_sets_is_read(tmp_path: Path):
     path.write_text("one two\tof two words\tA\tB\n")
     assert pathways.read_gene_sets(path) == {"one two": ("A", "B")}
     for text, words in (
-        ("one_two\thttp\tA\none two\thttp\tB\n", "same name"),
+        ("one_two\thttp\tA\none two\thttp\tB\n", "more than one gene set"),
         ("a, b\thttp\tA\n", "comma"),
         ("HYPOXIA A B\n", "GMT"),
         ("", "GMT"),
@@ -88,7 +88,7 @@ def test_activity_follows_the_ranks_of_the_genes():
     np.testing.assert_allclose(
         pathways.activities(ones[:, order], named, SETS), pathways.activities(ones, SYMBOLS, SETS), atol=1e-6
     )
-    with pytest.raises(DataError, match="8 of the 9 genes"):
+    with pytest.raises(DataError, match="1 of the 2 gene sets"):
         pathways.activities(counts, SYMBOLS, {"low": SETS["low"], "few": SETS["few"]})
 
 

@@ -289,5 +289,5 @@ def test_reports_that_cannot_be_made_are_errors():
         txt.compare({"m": GENERATED[:3]}, TRUE, PAIRS)
     with pytest.raises(ConfigError, match="seeds"):
         txt.compare({"m": GENERATED}, TRUE, PAIRS, seeds=0)
-    with pytest.raises(ConfigError, match="same name"):
+    with pytest.raises(ConfigError, match="another name"):
         txt.compare({txt.DRAWN: GENERATED}, TRUE, PAIRS, TRAINING)

@@ -421,7 +421,7 @@ def test_bad_texts_are_refused(name, content, message, tmp_path):
     [
         ({"names": np.array(NAMES), "table": ROWS}, r"names, table.*keys"),
         ({"keys": np.array(NAMES), "x": ROWS}, r"keys, x.*embeddings"),
-        ({"keys": np.array(NAMES, object), "table": ROWS}, "objects"),
+        ({"keys": np.array(NAMES, object), "table": ROWS}, "string array"),
         ({"keys": np.array(NAMES[:3]), "table": ROWS}, r"\(3,\)"),
         ({"keys": np.arange(4), "table": ROWS}, "strings"),
         ({"keys": np.array(NAMES), "table": ROWS.astype(str)}, "numbers of shape"),

@@ -220,7 +220,8 @@ def find(vocabulary: Vocabulary, names: Iterable[str]) -> np.ndarray:
         )
         raise DataError(
             f"{some(unknown)} not found among the {len(vocabulary):,} genes of the vocabulary {vocabulary.name}: give "
-            "Ensembl ids or symbols of its genes" + (f" (did you mean {', '.join(near)}?)." if near else ".")
+            "Ensembl ids or symbols of these genes"
+            + (f" (did you mean {', '.join(near)}?)." if near else ".")
         )
     for name, kind in zip(listed, kinds, strict=True):
         if kind == _AMBIGUOUS:
@@ -336,8 +337,8 @@ def _judge(vocabulary: Vocabulary, names: Sequence[str], matched: int, source: s
     if possible and matched >= WARN_BELOW * possible:
         return ""
     message = (
-        f"{prefix}only {matched:,} of {len(named):,} gene names were found in the vocabulary "
-        f"{vocabulary.name} ({len(vocabulary):,} genes) by {source}: {_likely_cause(vocabulary, named)}"
+        f"{prefix}only {matched:,} of {len(named):,} gene names, taken from {source}, were found in the vocabulary "
+        f"{vocabulary.name} ({len(vocabulary):,} genes): {_likely_cause(vocabulary, named)}"
     )
     if not possible or matched < REFUSE_BELOW * possible:
         raise DataError(message)
@@ -355,7 +356,7 @@ def check_shared(shared: int, possible: int, what: str) -> None:
     possible
         Number of genes that could be shared.
     what
-        The two data sets for messages, e.g. "of adata and of the reference".
+        The two sets of genes for messages, e.g. "adata and the reference".
 
     Raises
     ------
@@ -370,8 +371,8 @@ def check_shared(shared: int, possible: int, what: str) -> None:
     if possible and shared >= WARN_BELOW * possible:
         return
     message = (
-        f"only {shared:,} of {possible:,} genes are shared ({what}), and missing genes are treated as zero counts: use "
-        "data with the same genes."
+        f"only {shared:,} of {possible:,} genes are shared by {what}, and missing genes are treated as zero counts: "
+        "use data with the same genes."
     )
     if shared < max(1, REFUSE_BELOW * possible):
         raise DataError(message)
@@ -407,8 +408,8 @@ def _likely_cause(vocabulary: Vocabulary, names: Sequence[str]) -> str:
         names
     ):
         return (
-            f"these are human genes, but few are among the {len(vocabulary):,} of this vocabulary, so give all "
-            "measured genes instead of a selection such as highly variable genes."
+            f"these are human genes, but few of them are among the {len(vocabulary):,} genes of this vocabulary, so "
+            "give all measured genes instead of a selection such as highly variable genes."
         )
     return (
         f"the names ({some(names)}) may be of another species, or the gene names are in another column, so give the "

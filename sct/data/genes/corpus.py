@@ -134,7 +134,9 @@ class GeneCorpus:
         given = [(name.strip(), text.strip()) for name, text in rows if text.strip()]
         named = [(name, text) for name, text in given if name]
         if not named:
-            raise DataError(f"no gene in {path} has both a name and a text: give at least one.")
+            raise DataError(
+                f"no gene in {path} has both a name and a text: give at least one gene with both."
+            )
         at, unknown = find_genes([name for name, _ in named], genes, str(path), "text")
         chosen = sorted(np.flatnonzero(at >= 0).tolist(), key=lambda row: at[row])
         return cls(
@@ -211,8 +213,8 @@ def find_genes(
             found = genes.align(names, duplicates="sum")
         except DataError:
             raise DataError(
-                f"almost none of the {len(names):,} names in {where} ({some(names)}) is a gene of {genes.name}: give "
-                "symbols or Ensembl ids of this organism, not of another organism."
+                f"almost none of the {len(names):,} names in {where} ({some(names)}) is a gene of the vocabulary "
+                f"{genes.name}: give symbols or Ensembl ids of the organism of this vocabulary."
             ) from None
     if found.duplicates:
         shown = some(f"{gene} as {' and '.join(given)}" for gene, given in found.duplicates.items())
@@ -243,12 +245,12 @@ def read_text(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path} line {line}: the text is not UTF-8: save the file in this encoding."
-        ) from None
+        raise DataError(f"{path} line {line}: the text is not UTF-8: save the file as UTF-8.") from None
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path} cannot be read ({reason}): check the path and the file.") from None
+        raise DataError(
+            f"{path} cannot be read ({reason}): check that the path is right and that the file is complete."
+        ) from None
 
 
 def _columns(header: Iterable[str], where: str) -> tuple[list[str], str]:
@@ -264,8 +266,8 @@ def _columns(header: Iterable[str], where: str) -> tuple[list[str], str]:
         if not found:
             have = ", ".join(spelled.values()) or "nothing"
             raise DataError(
-                f"{where} has the columns {have}, but needs a column named {' or '.join(wanted)}: rename one of the "
-                "columns."
+                f"{where} has the columns {have}, but needs a column named {' or '.join(wanted)}: give one of the "
+                "columns this name."
             )
     return naming, telling[0]
 
@@ -287,14 +289,14 @@ def _table_rows(path: Path) -> list[tuple[str, str]]:
                 continue
             if len(row) != len(header):
                 raise DataError(
-                    f"{path} line {reader.line_num}: the line has {len(row)} fields, but the header has {len(header)}: "
-                    "correct it."
+                    f"{path} line {reader.line_num}: the line has {len(row)} fields, but the header has "
+                    f"{len(header)}: correct this line."
                 )
             fields = dict(zip(header, row, strict=True))
             rows.append((_first(fields, naming), fields[telling]))
     except csv.Error as error:
         raise DataError(
-            f"{path} line {reader.line_num}: the line is not valid ({error}): correct it."
+            f"{path} line {reader.line_num}: the line is not valid ({error}): correct this line."
         ) from None
     if header is None:
         raise DataError(f"{path} is empty: give a table with a header.")
@@ -309,7 +311,7 @@ def _json_rows(path: Path) -> list[tuple[str, str]]:
     except ValueError as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path} is not valid JSON ({error}): correct it.") from None
+        raise DataError(f"{path} is not valid JSON ({error}): correct the file at this position.") from None
     pairs: list[tuple[Any, Any]] = []
     if isinstance(content, _Pairs):
         pairs = list(content)
@@ -319,11 +321,14 @@ def _json_rows(path: Path) -> list[tuple[str, str]]:
             naming, telling = _columns(fields, f"{path} entry {number}")
             pairs.append((_first(fields, naming), fields[telling]))
     else:
-        raise DataError(f"{path} must be an object {{gene: text}} or a list of objects: correct it.")
+        raise DataError(
+            f"{path} must contain a JSON object {{gene: text}}, or a list of JSON objects with a name and a text "
+            "each: rewrite the file in one of these forms."
+        )
     for name, text in pairs:
         if not isinstance(name, str) or not isinstance(text, str | None):
             raise DataError(
-                f"{path} has {text!r} for the gene {name!r}, but both must be strings: correct it."
+                f"{path} has the text {text!r} for the gene {name!r}, but both must be strings: correct this entry."
             )
     return [(name, text or "") for name, text in pairs]
 

@@ -216,8 +216,8 @@ def read_orthologues(
         if not fits.any():
             have = some(sorted(set(table[kind])))
             raise DataError(
-                f"{path} has no pair of type {_ONE_TO_ONE!r} in the column {kind!r}, but {have}: use the homology "
-                "types of Ensembl, or remove this column."
+                f"{path} has no pair of type {_ONE_TO_ONE!r} in the column {kind!r}, only the types {have}: use the "
+                "names of homology types in Ensembl, or remove this column."
             )
     owners: dict[str, set[str]] = defaultdict(set)
     targets_of: dict[str, set[str]] = defaultdict(set)
@@ -239,7 +239,10 @@ def read_orthologues(
         if not others and len(sources_of[gene]) == 1 and key not in unfit
     }
     if not pairs:
-        raise DataError(f"{path} has no one-to-one pair of genes: give a table with one-to-one pairs.")
+        raise DataError(
+            f"{path} has no one-to-one pair (a gene with exactly one orthologue, which is the orthologue of no other "
+            "gene): give a table with one-to-one pairs, because only these are used."
+        )
     several = set(targets_of) - set(pairs)
     everything = {key for key in keys if key}
     return Orthologues(
@@ -326,15 +329,15 @@ def _check_species(
     )
     if most > found:
         raise DataError(
-            f"{prefix}the gene names are already those of {table.vocabulary.name} ({some(names)}): leave out the "
-            f"orthologue table {table.name} (--orthologs) for this input, or give a table with these names."
+            f"{prefix}the gene names are already those of {table.vocabulary.name} ({some(names)}), so the orthologue "
+            f"table {table.name} cannot map them: leave out the table (--orthologs) for this input, or give a table "
+            "from these genes to other genes."
         )
     if not enough:
         raise DataError(
-            f"{prefix}only {found:,} of {len(chosen):,} gene names are in the orthologue table {table.name}; the input "
-            f"has names such as {some(chosen)}, and the table has names such as {some(table.owners)}: give a table of "
-            "this species with names like those of the input, or set gene_column= to a column of var with names like "
-            "those of the table."
+            f"{prefix}only {found:,} of {len(chosen):,} gene names (such as {some(chosen)}) are in the orthologue "
+            f"table {table.name}, which has names such as {some(table.owners)}: give a table for the species of the "
+            "input, or set gene_column= to a column of var with names like those of the table."
         )
 
 
@@ -349,11 +352,11 @@ def _table(text: str, path: Path) -> pd.DataFrame:
             if len(row) != len(rows[0]):
                 raise DataError(
                     f"{path} line {reader.line_num}: the line has {len(row)} fields, but the header has "
-                    f"{len(rows[0])}: correct it."
+                    f"{len(rows[0])}: correct this line."
                 )
     except csv.Error as error:
         raise DataError(
-            f"{path} line {reader.line_num}: the line is not valid ({error}): correct it."
+            f"{path} line {reader.line_num}: the line is not valid ({error}): correct this line."
         ) from None
     if len(rows) < 2:
         raise DataError(
@@ -409,7 +412,10 @@ def _found(named: list[str], path: Path, vocabulary: GeneVocabulary) -> tuple[li
     human = next((species for species in _HUMAN if species in by_species), "")
     others = [species for species in by_species if species != human]
     if human not in by_species or len(others) != 1:
-        raise DataError(f"{path} has genes of several species ({', '.join(named)}): {_COLUMNS}.")
+        raise DataError(
+            f"{path} has columns of several species ({', '.join(named)}), so it is unclear which two columns to use: "
+            f"{_COLUMNS}."
+        )
     # Put ids before symbols, because ids are unambiguous.
     of = {species: [name for _, name in sorted(columns)] for species, columns in by_species.items()}
     return of[others[0]], of[human]
@@ -426,7 +432,8 @@ def _kind_column(named: Sequence[str], path: Path, chosen: Sequence[str]) -> str
     ]
     if len(kinds) > 1:
         raise DataError(
-            f"{path} has several columns with homology types ({', '.join(kinds)}): keep only the one for these species."
+            f"{path} has several columns with homology types ({', '.join(kinds)}): keep only the column for the two "
+            "species of the table."
         )
     return kinds[0] if kinds else None
 
@@ -470,8 +477,8 @@ def _check_direction(
     # Symbols of many species are spelled like the human ones. They are evidence only if the orthologues do not match.
     if own >= max(REFUSE_BELOW * len(ids), 1) or (hardly and _keys_of(of_sources, vocabulary)[1] > n_known):
         raise DataError(
-            f"{path} has genes of {vocabulary.name} in the column {sources[0]!r} instead of the orthologue column "
-            f"{targets[0]!r}: {_COLUMNS}."
+            f"{path} has genes of {vocabulary.name} in the gene column {sources[0]!r}, but must have them in the "
+            f"orthologue column {targets[0]!r}: {_COLUMNS}."
         )
     if hardly:
         raise DataError(

@@ -163,7 +163,9 @@ class GeneVocabulary:
         check_one_each("symbols", len(given), "ids", len(genes))
         for text in (name, *genes, *given):
             if re.search(r"[\t\n\r|]", text):
-                raise DataError(f"the name {text!r} contains a tab, a '|' or a line break: rename it.")
+                raise DataError(
+                    f"the name {text!r} contains a tab, a '|' or a line break: rename this gene or vocabulary."
+                )
         fields |= {"ensembl_ids": tuple(genes), "symbols": tuple(given)}
         return cls(**fields, name=name)._without_foreign_aliases(human, set(at))
 
@@ -183,7 +185,7 @@ class GeneVocabulary:
         if absent:
             raise DataError(
                 f"{len(absent)} of {len(wanted)} genes are not in the vocabulary {self.name} ({some(absent)}): give "
-                "Ensembl ids of its genes."
+                "Ensembl ids of genes of this vocabulary."
             )
         at = sorted({self.position_of_id[gene] for gene in wanted})
         part = GeneVocabulary(**self._take(at), name=f"{self.name}, {len(at)} of its genes")
@@ -258,7 +260,7 @@ class GeneVocabulary:
             f"{what} has the gene vocabulary {self.name} ({len(self):,} genes, hash {self.hash[:16]}), but "
             f"{other_what} has {other.name} ({len(other):,} genes, hash {other.hash[:16]}), "
             f"{'the same genes in another order' if same_set else f'with {common:,} genes in common'}: use the same "
-            "vocabulary for both, for example by running the ingest again with the other vocabulary."
+            f"vocabulary for both, for example by ingesting the data again with the vocabulary {self.name}."
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -211,8 +211,8 @@ def _only_one(root: Path) -> Iterator[None]:
         (root / STUDIES).mkdir(parents=True, exist_ok=True)
         if (root / STUDIES).is_symlink():
             raise StoreError(
-                f"{root / STUDIES} is a symbolic link, but it must be a folder of the store: replace it by a folder, "
-                "or choose another output."
+                f"{root / STUDIES} is a symbolic link, but must be a folder of the store: replace the link with a "
+                "folder, or choose another output."
             )
         lock = os.open(root, os.O_RDONLY)
     except OSError as error:
@@ -249,9 +249,9 @@ def _before(root: Path, vocabulary: GeneVocabulary) -> tuple[list[dict[str, Any]
         return [], []
     if manifest["vocabulary"]["hash"] != vocabulary.hash:
         raise StoreError(
-            f"{root} is a store with the gene vocabulary {manifest['vocabulary']['name']!r} "
-            f"({manifest['vocabulary']['hash']}) instead of {vocabulary.name!r} ({vocabulary.hash}): choose another "
-            "output."
+            f"the store {root} has the gene vocabulary {manifest['vocabulary']['name']!r} "
+            f"({manifest['vocabulary']['hash']}), but this ingest uses {vocabulary.name!r} ({vocabulary.hash}): "
+            "choose another output, or ingest with the vocabulary of the store."
         )
     present = [each for each in manifest["studies"] if (root / each["path"] / "zarr.json").is_file()]
     missing = [each["name"] for each in manifest["studies"] if each not in present]
@@ -346,8 +346,8 @@ def _check_record(record: dict[str, Any], file: Path) -> None:
     check_study(record, file)
     if record["name"] != file.stem:
         raise StoreError(
-            f"{file} describes the study {record['name']!r} instead of {file.stem!r}: delete the file, and run the "
-            "ingest again."
+            f"{file} describes the study {record['name']!r}, but must describe {file.stem!r}: delete the file, and "
+            "run the ingest again."
         )
 
 

@@ -125,8 +125,8 @@ def find_inputs(
             )
         if name is not None and len(each) > 1:
             raise DataError(
-                f"{path} contains {len(each)} inputs, but {name!r} can be the name of only one: give each input as "
-                "NAME=PATH."
+                f"{path} contains {len(each)} inputs, but the name {name!r} can be given to only one: give each input "
+                "as NAME=PATH."
             )
         found += [Input(name or _study_name(where), kind, str(where)) for kind, where in each]
         ignored += left
@@ -229,8 +229,8 @@ def _without_repeats(found: Iterable[Input]) -> list[Input]:
         same = each.adata is None and Path(other.location).absolute() == Path(each.location).absolute()
         if not same or other.kind != each.kind:
             raise DataError(
-                f"{other.location} and {each.location} would both have the study name {each.name!r}: rename one of "
-                "them as NAME=PATH."
+                f"{other.location} and {each.location} would both have the study name {each.name!r}: give one of them "
+                "another name as NAME=PATH."
             )
     return list(kept.values())
 

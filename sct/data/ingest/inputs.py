@@ -91,13 +91,18 @@ class IngestOptions:
 
     def __post_init__(self) -> None:
         check_values(self.values)
-        if self.orthologue_columns is not None and (
-            self.orthologues is None or len(self.orthologue_columns) != 2
-        ):
-            raise ConfigError(
-                f"orthologue_columns is {','.join(self.orthologue_columns)}, but must be two columns of the table in "
-                "orthologues: set orthologues, and give the columns as SOURCE,TARGET."
-            )
+        if self.orthologue_columns is not None:
+            columns = ",".join(self.orthologue_columns)
+            if self.orthologues is None:
+                raise ConfigError(
+                    f"orthologue_columns is {columns}, but no orthologue table was given: set orthologues to the file "
+                    "of the table."
+                )
+            if len(self.orthologue_columns) != 2:
+                raise ConfigError(
+                    f"orthologue_columns is {columns}, but must name two columns of the orthologue table: give "
+                    "SOURCE,TARGET, the column of the genes and the column of their orthologues."
+                )
 
     def read_orthologues(self, vocabulary: GeneVocabulary) -> Orthologues | None:
         """Read the orthologue table, or return None without one; raise `DataError` if it is invalid."""
@@ -268,7 +273,7 @@ def _write_studies(
         if options.values == COUNTS and maximum >= MAX_COUNT:
             raise DataError(
                 f"{source.label} has a count of {maximum:,.0f}, but the largest count that can be stored exactly is "
-                f"{MAX_COUNT - 1:,}: check that these are counts of molecules."
+                f"{MAX_COUNT - 1:,}: check that the values are raw counts of molecules."
             )
         cells = cell_at[places][kept]
         partial[name] = folder / f".{name}.partial"
@@ -373,7 +378,7 @@ def _groups(source: OpenInput, name: str, study_key: str | None) -> list[tuple[s
         if study in groups:
             raise DataError(
                 f"{source.label}: two values of obs[{study_key!r}] would both give the study name {study!r}: rename "
-                "one of them."
+                "one of these values."
             )
         groups[study] = np.flatnonzero(codes == code)
     return list(groups.items())

@@ -18,13 +18,16 @@ def check_splits(
     """Raise `ConfigError` if a study is listed in two splits, or is not among `known`."""
     both = sorted(set(validation or ()) & set(test or ()))
     if both:
-        raise ConfigError(f"{', '.join(both)} is in both validation and test: remove it from one of them.")
+        raise ConfigError(
+            f"validation and test both list {', '.join(both)}, but a study can be in only one split: remove each of "
+            "these studies from one of the two lists."
+        )
     if known is None:
         return
     unknown = sorted((set(validation or ()) | set(test or ())) - set(known))
     if unknown:
         raise ConfigError(
-            f"validation or test lists {', '.join(unknown)}, but there is no such study: choose from "
+            f"validation or test lists {', '.join(unknown)}, but the store has no study of this name: choose from "
             f"{', '.join(sorted(known))}."
         )
 
@@ -100,7 +103,7 @@ def assign_splits(
     if "train" not in splits.values():
         raise ConfigError(
             f"all studies ({', '.join(names)}) are held out for validation or test, so no study is left for training: "
-            "hold out fewer studies, or ingest at least two."
+            "hold out fewer studies, or ingest more."
         )
     return splits, note
 

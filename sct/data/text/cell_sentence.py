@@ -149,8 +149,8 @@ def quality(
         mitochondrial = np.array([name[:3].upper() == "MT-" for name in names])
         if not mitochondrial.any():
             raise DataError(
-                f"no gene name starts with 'MT-' ({some(names)}), but max_mitochondrial needs mitochondrial genes: "
-                "give gene symbols, or set max_mitochondrial=None."
+                f"no gene name starts with 'MT-' (the names are {some(names)}), but max_mitochondrial needs "
+                "mitochondrial genes: give gene symbols, or set max_mitochondrial=None."
             )
         cells &= counts @ (mitochondrial & genes).astype(np.float64) <= max_mitochondrial * totals
     return cells, genes
@@ -238,10 +238,15 @@ def fit_rank(
     starts = np.flatnonzero((position == 1) | (np.diff(ranked.counts, prepend=0) != 0))
     weight = np.diff(starts, append=n)
     values = np.log10(1 + ranked.counts[starts] * factors[starts])
-    if lengths.max(initial=0) < 2 or not np.ptp(values):
+    if lengths.max(initial=0) < 2:
         raise DataError(
-            f"the {n:,} pairs of rank and expression have only one rank or one value, but fitting a line needs two of "
-            "each: give cells with more expressed genes."
+            f"none of the {len(lengths):,} cells has more than one ranked gene, but fitting a line needs at least two "
+            "ranks: give cells with more expressed genes, or increase top_k."
+        )
+    if not np.ptp(values):
+        raise DataError(
+            f"the {n:,} ranked genes all have the same expression, but fitting a line needs at least two different "
+            "values: give cells with more expressed genes."
         )
     _, which = np.unique(values, return_inverse=True)
     value_rank = _mean_ranks(np.bincount(which, weight))[which]

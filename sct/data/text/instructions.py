@@ -96,11 +96,13 @@ def read_study_texts(path: str | Path) -> dict[str, dict[str, Any]]:
                 isinstance(text, str) and text.strip() and MARK not in text for text in texts
             ):
                 form = "a non-empty text without NUL" if field == "abstract" else "a list of non-empty texts"
-                raise ConfigError(f"{path}: {field} of {study} is {value!r}, but must be {form}: correct it.")
+                raise ConfigError(
+                    f"{path}: {field} of {study} is {value!r}, but must be {form}: correct this field."
+                )
             if field == "gene_sets" and any(BETWEEN.strip() in text for text in texts):
                 raise ConfigError(
                     f"{path}: gene_sets of {study} has a name with a comma, but commas separate the pathways of a "
-                    "cell: rename this pathway."
+                    "cell: remove the comma from this name."
                 )
             check_distinct(f"{path}: {field} of {study}", texts)
     return content
@@ -224,8 +226,8 @@ class StudyQuestions:
             return sorted(present - set(without))
         if present - {NORMAL} and not present & set(listed):
             raise ConfigError(
-                f"no value of {field} in the metadata of the study {self.study.name!r} occurs in the cells of this "
-                f"study: write the values as in the cells ({', '.join(sorted(present)[:5])})."
+                f"the cells of the study {self.study.name!r} have none of the {field} that the metadata of the study "
+                f"lists: spell the listed names as in the cells ({', '.join(sorted(present)[:5])})."
             )
         return [name for name in listed if name not in without]
 
@@ -385,9 +387,12 @@ class InstructionSource:
         for task, _ in self.options.tasks:
             if not any(task in each.candidates for each in self.questions.values()):
                 column = {"tcd": "disease", "cpi": "pathways"}.get(task, "cell_type")
+                values = "at least two values"
+                if task == "rci":
+                    values = f"common types and rare types (below {self.options.rare_share:g} of the cells)"
                 raise ConfigError(
                     f"no study has labels for the task {task_name(task)!r}: set data.{column} to a column of obs with "
-                    "at least two values (for rare cells, one type must be below data.rare_share), or remove the task."
+                    f"{values}, or remove the task."
                 )
 
     def _check_rare(self) -> None:
@@ -396,8 +401,9 @@ class InstructionSource:
             listed = set(each.study_metadata.get("rare", ()))
             if each.cell_types is not None and listed and not listed & set(each.cell_types):
                 raise ConfigError(
-                    f"the file given as data.studies lists rare types of {each.study.name!r}, but no cell has any of "
-                    f"them: spell {sorted(listed)[0]!r} as in the column data.cell_type."
+                    f"the file given as data.studies lists rare cell types of {each.study.name!r}, but no cell has "
+                    f"one of these types: spell the types, such as {sorted(listed)[0]!r}, as in the column of obs "
+                    "that data.cell_type names."
                 )
 
     def _check_lengths(self) -> None:
@@ -416,8 +422,8 @@ class InstructionSource:
     def _check_length(self, number: int, study: LabeledCells) -> None:
         if number > self.options.length:
             raise ConfigError(
-                f"an instruction about the study {study.name!r} has {number} tokens, but a row has only "
-                f"{self.options.length}: increase data.length, or shorten its abstract."
+                f"an instruction about the study {study.name!r} has {number} tokens, but data.length allows only "
+                f"{self.options.length}: increase data.length, or shorten the abstract of this study."
             )
 
     def __len__(self) -> int:

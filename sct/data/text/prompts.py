@@ -261,7 +261,8 @@ class Prompts:
         known = {name: value for name, value in fields.items() if value is not None}
         if unknown := sorted(set(known) - set(FIELDS) | (set(known) & {"genes"})):
             raise ConfigError(
-                f"there is no field {unknown[0]!r}: use {', '.join(name for name in FIELDS if name != 'genes')}."
+                f"fields has an unknown field {unknown[0]!r}: use "
+                f"{', '.join(name for name in FIELDS if name != 'genes')}."
             )
         if missing := [name for name in needed.prompt if name not in known]:
             raise ConfigError(f"the task {task!r} needs the field {missing[0]!r}: add it to fields.")
@@ -309,8 +310,8 @@ class Prompts:
         usable = [i for i, template in enumerate(self.templates[task]) if template.prompt_fields <= have]
         if not usable:
             raise ConfigError(
-                f"every template of the task {task!r} needs more than the fields {', '.join(sorted(have))}: give more "
-                "fields, or add a template for these fields."
+                f"no template of the task {task!r} can be filled in with only the fields {', '.join(sorted(have))}: "
+                "give more fields, or add a template that needs only these fields."
             )
         digest = hashlib.blake2b(repr((task, *map(int, key))).encode(), digest_size=8).digest()
         return usable[int.from_bytes(digest, "little") % len(usable)]
@@ -380,8 +381,9 @@ def render_labels(labels: Mapping[str, Any]) -> str:
         for part, marks in ((name, ";:\n"), (value, ";\n")):
             if not part.strip() or part != part.strip() or any(mark in part for mark in marks):
                 raise DataError(
-                    f"the label {name!r}: {value!r} is empty, begins or ends with white space, or contains a reserved "
-                    "character (';', a line break, ':' in a name): rename it."
+                    f"the label {name!r} has the value {value!r}, but a name or value must not be empty, begin or end "
+                    "with white space, or contain ';' or a line break, and a name must not contain ':': rename the "
+                    "label or its value."
                 )
     check_not_empty("labels", texts, error=DataError, advice="give at least one name with its value")
     return "; ".join(f"{name}: {value}" for name, value in texts.items())
@@ -422,24 +424,27 @@ def _merged(base: Prompts, text: str, file: str) -> Prompts:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{file} is not valid JSON ({error}): correct it.") from None
+        raise ConfigError(f"{file} is not valid JSON ({error}): correct the file at this position.") from None
     if (
         not isinstance(content, dict)
         or set(content) != {"version", "tasks"}
         or content["version"] != _VERSION
     ):
         raise ConfigError(
-            f'{file} must have the form {{"version": {_VERSION}, "tasks": {{...}}}}: correct it.'
+            f'{file} must have the form {{"version": {_VERSION}, "tasks": {{...}}}}: rewrite the file in this form.'
         )
     merged = {task: base.templates.get(task, ()) for task in base.tasks}
     tasks = content["tasks"]
     if not isinstance(tasks, dict):
-        raise ConfigError(f'{file}: "tasks" must be a JSON object with one entry per task: correct it.')
+        raise ConfigError(
+            f'{file}: "tasks" must be a JSON object with one entry per task: rewrite "tasks" in this form.'
+        )
     codes = [given if given in base.tasks else task_code(given) for given in tasks]
     for task, given, entry in zip(codes, tasks, tasks.values(), strict=True):
         if codes.count(task) > 1:
             raise ConfigError(
-                f"{file}: the task {task_name(task)!r} is given by its name and by its code: use one entry."
+                f"{file}: the task {task_name(task)!r} has two entries, one under its name and one under its code: "
+                "keep only one entry."
             )
         if task not in base.tasks:
             check_choice(f"{file}: the task", given, list(map(task_name, base.tasks)))
@@ -449,7 +454,7 @@ def _merged(base: Prompts, text: str, file: str) -> Prompts:
         if not isinstance(templates, list) or not templates or not isinstance(replace, bool):
             raise ConfigError(
                 f'{file}: the task {task!r} must have the form {{"replace": false, "templates": [...]}} with at least '
-                "one template: correct it."
+                "one template: rewrite this entry in this form."
             )
         start = () if replace else merged[task]
         seen = {_squeezed(template): f"built-in template {i}" for i, template in enumerate(start, 1)}
@@ -458,7 +463,7 @@ def _merged(base: Prompts, text: str, file: str) -> Prompts:
             where = f"{file}: task {task!r}, template {i}"
             template = _checked(raw, base.tasks[task], where)
             if (same := seen.setdefault(_squeezed(template), f"template {i}")) != f"template {i}":
-                raise ConfigError(f"{where} repeats {same}: remove one of them.")
+                raise ConfigError(f"{where} repeats {same}: remove this template.")
             added.append(template)
         merged[task] = (*start, *added)
     return Prompts(merged, base.tasks)
@@ -477,18 +482,21 @@ def _checked(raw: Any, needed: TaskFields, where: str) -> Template:
         or set(raw) != {"prompt", "response"}
         or not all(isinstance(text, str) for text in raw.values())
     ):
-        raise ConfigError(f'{where} must have the form {{"prompt": TEXT, "response": TEXT}}: correct it.')
+        raise ConfigError(
+            f'{where} must have the form {{"prompt": TEXT, "response": TEXT}}: rewrite the template in this form.'
+        )
     for side, text in raw.items():
         if not text.strip() or text != text.strip():
             state = "begins or ends with white space" if text.strip() else "is empty"
             raise ConfigError(
-                f"{where}: the {side} {state}, but it must begin and end with text: correct it."
+                f"{where}: the {side} {state}, but must begin and end with text: correct the {side}."
             )
         try:
             parsed = list(string.Formatter().parse(text))
         except ValueError as error:
             raise ConfigError(
-                f"{where}: the {side} has an unmatched brace ({error}): write literal braces twice."
+                f"{where}: the {side} has an unmatched brace ({error}): close the field, or write {{{{ or }}}} for a "
+                "brace in the text."
             ) from None
         names = [
             name + (f":{spec}" if spec else "") + (f"!{conversion}" if conversion else "")
@@ -501,16 +509,23 @@ def _checked(raw: Any, needed: TaskFields, where: str) -> Template:
             )
         if side == "response" and names != [needed.answer]:
             raise ConfigError(
-                f"{where}: the response has the fields {names}, but must have only {{{needed.answer}}}, once: correct "
-                "it."
+                f"{where}: the response has the fields {names}, but must have only the field {{{needed.answer}}}, "
+                "once: correct the response."
             )
         if side == "prompt" and needed.answer in names:
-            raise ConfigError(f"{where}: the prompt contains the answer {{{needed.answer}}}: remove it.")
+            raise ConfigError(
+                f"{where}: the prompt contains the field {{{needed.answer}}}, which is the answer of the task: remove "
+                "this field from the prompt."
+            )
         if side == "prompt" and (missing := [name for name in needed.prompt if name not in names]):
-            raise ConfigError(f"{where}: the prompt must contain the field {{{missing[0]}}}: add it.")
+            raise ConfigError(
+                f"{where}: the prompt lacks the field {{{missing[0]}}}, which every prompt of this task needs: add "
+                "this field to the prompt."
+            )
         if needed.soft and side == "prompt" and names.count("cell") != 1:
             raise ConfigError(
-                f"{where}: the prompt has {{cell}} {names.count('cell')} times, but must have it once: correct it."
+                f"{where}: the prompt has {{cell}} {names.count('cell')} times, but must have {{cell}} exactly once: "
+                "correct the prompt."
             )
         if not needed.soft and re.search(r"\S\{cell\}|\{cell\}\S", text):
             raise ConfigError(

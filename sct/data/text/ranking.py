@@ -60,7 +60,7 @@ def canonical(counts: sparse.csr_matrix) -> sparse.csr_matrix:
         counts.sum_duplicates()
     if counts.nnz and not (counts.data.min() >= 0 and np.isfinite(counts.data.max())):
         raise DataError(
-            "the counts are negative or not finite, but ranking needs raw counts: give raw counts."
+            "the counts have negative values, NaN or infinity, but ranking needs raw counts: give raw counts."
         )
     counts = counts.astype(np.float32, copy=False)
     if counts.nnz and counts.data.min() == 0:
@@ -118,7 +118,8 @@ def rank(
     n_cells, n_genes = counts.shape
     if n_genes > 1 << _GENE_BITS:
         raise DataError(
-            f"the cells have {n_genes:,} genes, but at most {1 << _GENE_BITS:,} can be ranked: select genes first."
+            f"the cells have {n_genes:,} genes, but at most {1 << _GENE_BITS:,} can be ranked: select fewer genes "
+            "first."
         )
     if top_k is not None:
         check_at_least("top_k", top_k, 1, error=DataError, advice="give a number of genes, or None for all")
@@ -220,6 +221,7 @@ def _checked_keys(keys: np.ndarray, n: int, what: str) -> np.ndarray:
     keys = np.asarray(keys)
     if keys.dtype != np.uint64 or keys.shape != (n,):
         raise DataError(
-            f"the {what} keys are {keys.dtype} {keys.shape}, but must be uint64 ({n},): give one key per {what}."
+            f"the {what} keys have the type {keys.dtype} and the shape {keys.shape}, but must have the type uint64 "
+            f"and the shape ({n},): give one key per {what}."
         )
     return keys

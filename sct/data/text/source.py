@@ -233,8 +233,9 @@ class SentenceSource:
                     break
             else:
                 raise ConfigError(
-                    f"the task {name!r} needs {' and '.join(sorted(needed))}, but no study has these fields: set their "
-                    f"columns of obs (available: {', '.join(sorted(columns)) or 'none'}), or remove the task."
+                    f"the task {name!r} needs {' and '.join(sorted(needed))}, but no study has all of these fields: "
+                    f"set the options for them to columns of obs (available: {', '.join(sorted(columns)) or 'none'}), "
+                    "or remove the task."
                 )
 
     @property

@@ -29,7 +29,8 @@ def read_study_file(path: str | Path, form: str) -> dict[str, dict[Any, Any]]:
         content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(
-            f"the study metadata in {path} cannot be read ({error}): check the file."
+            f"the study metadata in {path} cannot be read ({error}): check that the path is right and that the file "
+            "is valid YAML."
         ) from error
     if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
         raise wrong_form(path, form)
@@ -38,4 +39,4 @@ def read_study_file(path: str | Path, form: str) -> dict[str, dict[Any, Any]]:
 
 def wrong_form(path: str | Path, form: str) -> ConfigError:
     """Return the error for a file with an unexpected format."""
-    return ConfigError(f"{path} must have the form `{form}`: correct it.")
+    return ConfigError(f"{path} must have the form `{form}`: rewrite the file in this form.")

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from sct.checks import check_choice
+from sct.checks import check_at_least, check_choice, check_not_empty
 from sct.data.text.prompts import JOIN
 from sct.data.text.tokenizer_libraries import (
     JSON,
@@ -146,7 +146,8 @@ class Tokenizer:
         whole = self.backend.encode([_ANCHOR + JOIN + text for text in texts], False)
         if any(ids[: len(head)] != head for ids in whole):
             raise ConfigError(
-                "the tokenizer merges words across a space: use a tokenizer that splits text at spaces."
+                "the tokenizer merges words across a space, so prompt and response cannot be tokenized separately: "
+                "use a tokenizer that splits text at spaces."
             )
         return [np.array(ids[len(head) :], np.int32) for ids in whole]
 
@@ -293,11 +294,13 @@ def train_bpe(
         The library `tokenizers` is not installed.
     """
     least = 256 + len(set(special))
-    if not special or vocab_size < least:
-        raise ConfigError(
-            f"vocab_size is {vocab_size} with {len(special)} special tokens, but the tokenizer needs at least one "
-            f"special token and {max(least, 257)} tokens: increase vocab_size, and give a special token."
-        )
+    check_not_empty("special", special, advice="give a special token, such as '<|endoftext|>'")
+    check_at_least(
+        "vocab_size",
+        vocab_size,
+        least,
+        advice=(f"set it to {least} or more, which is 256 bytes and {least - 256} special tokens"),
+    )
     library = import_tokenizers()
     model = library.Tokenizer(library.models.BPE())
     words = library.pre_tokenizers.Split(library.Regex(_WORDS), "isolated")
@@ -337,8 +340,8 @@ def _added(config: dict[str, Any], folder: Path, pieces: int) -> tuple[str, ...]
     beyond = sorted(number for number in ids if number >= pieces)
     if beyond != list(range(pieces, pieces + len(beyond))):
         raise ConfigError(
-            f"{folder} adds tokens with the ids {beyond[:3]}..., but {MODEL} has {pieces:,} tokens, so ids must be "
-            f"consecutive from {pieces}: correct {_CONFIG}."
+            f"{folder} adds tokens with the ids {', '.join(map(str, beyond[:3]))}..., but the ids must be consecutive "
+            f"from {pieces}, the number of tokens of {MODEL}: correct {_CONFIG}."
         )
     return tuple(ids[number] for number in beyond)
 

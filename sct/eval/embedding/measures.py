@@ -197,8 +197,8 @@ def _labeled(
     kept = ~(names.isna() | (names.astype(str).str.strip() == "")).to_numpy()
     if (number := names[kept].nunique()) < 2:
         raise DataError(
-            f"the {kept.sum():,} cells with a label have {number} different labels, but at least two are needed: "
-            "choose another label column."
+            f"the {kept.sum():,} cells with a label have {number} different {'label' if number == 1 else 'labels'}, "
+            "but at least two are needed: choose another label column."
         )
     batches = None
     if batch is not None:

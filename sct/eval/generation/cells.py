@@ -118,7 +118,8 @@ def profile_counts(
     check_one_each("training labels", len(labels), "cells", counts.shape[0])
     if ((counts.data < 0) | (counts.data % 1 != 0)).any():
         raise DataError(
-            "the training counts have negative or fractional values, but whole counts are needed: pass raw counts."
+            "the training counts have negative or fractional values, but must be whole numbers of at least 0: pass "
+            "raw counts."
         )
     if missing := sorted(map(str, set(asked) - set(labels))):
         raise DataError(
@@ -174,9 +175,12 @@ def _shared_labels(generated: CellSet, real: CellSet, training: Any = None) -> t
     keep = np.logical_and.reduce(has)
     labels = sorted(has[0].index[keep], key=str)
     if not labels:
+        needed = "at least two real cells" + (
+            " and at least one training cell" if training is not None else ""
+        )
         raise DataError(
-            "a label can be compared only if at least two real cells have it, which holds for no label of "
-            "the generated cells: generate cells for the labels of the real cells."
+            f"no label of the generated cells belongs to {needed}, so no label can be compared: generate cells for "
+            "the labels of the real cells."
         )
     left, unasked = (~pd.Series(cells.labels).isin(labels) for cells in (generated, real))
     notes = []

@@ -333,7 +333,8 @@ def sentence_quality(table: pd.DataFrame) -> dict[str, float]:
     words, valid, unique = (table[name].to_numpy(float) for name in names)
     if not ((words >= valid) & (valid >= unique) & (unique >= 0)).all():
         raise DataError(
-            "the table of sentences has rows that violate n_words >= n_valid >= n_unique >= 0: correct these columns."
+            "the table of sentences has rows that violate n_words >= n_valid >= n_unique >= 0: correct the columns "
+            "n_words, n_valid and n_unique."
         )
     shares = [np.divide(n, words, out=np.zeros_like(words), where=words > 0).mean() for n in (valid, unique)]
     return dict(zip(QUALITY, map(float, (words.mean(), *shares)), strict=True))

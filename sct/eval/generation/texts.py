@@ -400,9 +400,10 @@ def _rows(
         typical = int(cosine_similarity(embed(training)).mean(axis=1).argmax())
         rows[TYPICAL] = _Row([[training[typical]] * len(pairs)], [pairs], "training texts")
     if len(rows) < 2 * len(generated) + 2 * bool(training):
+        others = {SHUFFLED.format(name) for name in generated} | ({DRAWN, TYPICAL} if training else set())
         raise ConfigError(
-            "`generated` has an entry with the same name as another row of the table: choose "
-            "another name for this entry."
+            f"`generated` has an entry named {next(name for name in generated if name in others)!r}, but another row "
+            "of the table has this name: choose another name for this entry."
         )
     return rows
 

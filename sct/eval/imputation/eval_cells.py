@@ -103,9 +103,9 @@ class EvalCells:
         options = source.options
         if not (options.with_counts and source.exhaustive):
             raise ConfigError(
-                f"the source of the bags has with_counts={options.with_counts} and "
-                f"exhaustive={source.exhaustive}, but scoring needs raw counts and bags that contain each cell "
-                "once: set with_counts=True and exhaustive=True."
+                f"the source of the bags has with_counts={options.with_counts} and exhaustive={source.exhaustive}, "
+                "but scoring needs raw counts (with_counts=True) and bags that contain each cell once "
+                "(exhaustive=True): create the source with both options set to True."
             )
         coordinates = {
             index: study.rescaled_coordinates() for index, study in enumerate(source.studies) if study.spatial

@@ -180,8 +180,8 @@ def whole_cell_imputation(
     for number in numbers:
         if not 0 < number < whole:
             raise DataError(
-                f"`numbers` contains {number} masked cells, but a bag has {whole} cells and at least one "
-                f"must stay visible: choose numbers from 1 to {whole - 1}."
+                f"`numbers` contains {number}, but a bag has {whole} cells and at least one of them must stay "
+                f"visible: choose numbers of masked cells from 1 to {whole - 1}."
             )
     methods = _methods(eval_cells, model, train, whole_cells=True, magic=magic)
     titles = {number: f"Imputation of {number} of {whole} cells, {cells_name}" for number in numbers}

@@ -43,8 +43,7 @@ def read_markers(path: str | Path) -> dict[str, tuple[str, ...]]:
     form = '{"B cell": ["MS4A1", "CD79A"], ...}'
     if not isinstance(content, dict) or not content:
         raise DataError(
-            f"the marker file {path} must contain a non-empty JSON object, but it does not: "
-            f"write it as {form}."
+            f"the marker file {path} must contain a JSON object with at least one label: write the object as {form}."
         )
     for label, genes in content.items():
         if not isinstance(genes, list) or not genes or not all(isinstance(gene, str) for gene in genes):
@@ -67,7 +66,8 @@ def _name_label(label: str) -> Iterator[None]:
         yield
     except (RuntimeError, ValueError) as error:
         raise DataError(
-            f"scanpy cannot score the markers of {label!r} ({error}): use fewer markers, or cells with more genes."
+            f"scanpy cannot score the markers of {label!r} ({error}): pass fewer markers for this label, or cells "
+            "with more genes."
         ) from error
 
 
@@ -148,8 +148,8 @@ def marker_scores(
             scores[label] = table.obs["score"].to_numpy(float)
     if not scores:
         raise DataError(
-            "none of the candidate labels has a marker gene that is measured in these cells: use the "
-            "candidate labels as keys of the markers, and symbols of measured genes as values."
+            "none of the candidate labels has a marker gene that is measured in these cells: use the candidate "
+            "labels as keys of the marker dict, and symbols of measured genes as its values."
         )
     lowest = min(own.min() for own in scores.values())
     return pd.DataFrame(

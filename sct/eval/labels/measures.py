@@ -451,8 +451,8 @@ def compare(
     if missing or not len(true.columns):
         what = f"the column {missing[0]!r}" if missing else "any column"
         raise DataError(
-            f"the tables of true and training labels do not share {what}: pass two tables with "
-            "the same columns."
+            f"the tables of true and training labels must have the same columns, but do not share {what}: pass two "
+            "tables with the same columns."
         )
     if (counts is None) != (training_counts is None):
         raise ConfigError("only one of `counts` and `training_counts` is given: pass both or neither.")
@@ -463,8 +463,8 @@ def compare(
     if not kept.any() or not fits.any():
         table_name = "training" if kept.any() else "true"
         raise DataError(
-            f"in the table of {table_name} labels, every cell lacks the label of at least one "
-            "column: choose columns with more labels."
+            f"no cell in the table of {table_name} labels has a label in every column: choose columns in which more "
+            "cells have a label."
         )
     notes = []
     if left := int((~kept).sum()):

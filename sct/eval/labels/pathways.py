@@ -6,6 +6,7 @@ Source: ZerOmics paper, section 4.3 and appendix B.1 (cell pathway inference).
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,10 +73,15 @@ def read_gene_sets(path: str | Path, names: Sequence[str] = ()) -> dict[str, tup
         )
     found = {row[0]: tuple(gene for gene in row[2:] if gene) for row in rows}
     plain = {plain_name(name): own for name, own in found.items()}
-    if len(plain) < len(rows) or any("," in name for name in plain):
+    if len(plain) < len(rows):
+        name, _ = Counter(plain_name(row[0]) for row in rows).most_common(1)[0]
         raise DataError(
-            f"{path} has two gene sets with the same name, or a gene set whose name has a "
-            "comma: rename these sets."
+            f"{path} has more than one gene set named {name!r}: rename all but one of these sets."
+        )
+    if commas := [name for name in plain if "," in name]:
+        raise DataError(
+            f"{path} has a gene set named {commas[0]!r}, but commas separate the gene sets of a cell: remove the "
+            "comma from this name."
         )
     for name in (name for name in names if plain_name(name) not in plain):
         check_choice("the gene set", name, found, error=DataError, advice=f"choose a set of {path}")
@@ -130,11 +136,10 @@ def activities(counts: Any, symbols: Sequence[str], gene_sets: Mapping[str, Sequ
     ]
     net = pd.DataFrame(pairs, columns=["source", "target"])
     if net["source"].nunique() < 2:
-        of_sets = {gene for own in gene_sets.values() for gene in own}
         raise DataError(
-            f"{len(known & of_sets):,} of the {len(of_sets):,} genes in the gene sets are measured in these cells "
-            f"and known to the model, but at least two gene sets must have {_LEAST} or more such genes: use gene sets "
-            "with human symbols, or other cells."
+            f"only {net['source'].nunique()} of the {len(gene_sets):,} gene sets have {_LEAST} or more genes that are "
+            "measured in these cells and known to the model, but at least two such sets are needed: use gene sets "
+            "with human symbols, or cells with more measured genes."
         )
     matrix, found = sparse.csr_matrix(counts, dtype=np.float32), []
     for first in track(range(0, matrix.shape[0], _BLOCK), "scoring pathways"):

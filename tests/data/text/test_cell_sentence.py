@@ -301,9 +301,9 @@ def test_unusable_input_is_refused():
     names = ["A", "B"]
     with pytest.raises(DataError, match="'B-C'"):
         sentences(csr([[1, 2]]), ["A", "B-C"], separator="-")
-    with pytest.raises(DataError, match="negative or not finite"):
+    with pytest.raises(DataError, match="NaN or infinity"):
         sentences(csr([[1, -2]]), names)
-    with pytest.raises(DataError, match="negative or not finite"):
+    with pytest.raises(DataError, match="NaN or infinity"):
         normalize(csr([[1, np.nan]]))
     with pytest.raises(DataError, match="CSR"):
         rank(np.ones((2, 2)))

@@ -153,7 +153,7 @@ BAD_JSON = {
     "two texts": ('{"TNF": "x", "TNF": "y"}', "TNF and TNF"),
     "broken": ('{"TNF": "x"', "is not valid JSON"),
     "a number": ('{"TNF": 3}', "3 for the gene 'TNF'"),
-    "no objects": ('["TNF"]', "must be an object"),
+    "no objects": ('["TNF"]', "a JSON object"),
     "no column": (
         '[{"symbol": "TNF", "text": "x"}, {"symbol": "CD4"}]',
         "entry 2 has the columns symbol, .*text",

@@ -86,7 +86,10 @@ def from_group(group: Any) -> H5adParts:
         return read_elem(group[path]) if path in group else None
 
     if not hasattr(group["obs"], "keys"):
-        raise ValueError("it was written by anndata before 0.7: read it and write it again")
+        raise DataError(
+            f"{getattr(group, 'filename', 'the input')} has the format of anndata before 0.7: read it with "
+            "anndata.read_h5ad, and write it again."
+        )
     return H5adParts(
         obs=lambda: read_elem(group["obs"]),
         var=lambda of_raw: read_elem(group["raw/var" if of_raw else "var"]),

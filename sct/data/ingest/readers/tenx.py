@@ -22,8 +22,8 @@ def tenx_h5(label: str, file: Any) -> OpenInput:
     if len(groups) != 1:
         names = ", ".join(file.keys())
         raise DataError(
-            f"{label} has {len(groups)} 10x count matrices (groups: {names}), but must have exactly one: write one "
-            "file per genome."
+            f"{label} has {len(groups)} 10x count matrices (groups: {names}), but must have exactly one: give a file "
+            "with one matrix, such as one file per genome."
         )
     group = groups[0]
     features = group.get("features")
