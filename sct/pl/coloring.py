@@ -231,7 +231,7 @@ def limits(values: np.ndarray, vmin: Limit, vmax: Limit, from_zero: bool = True)
     if high <= low:
         if isinstance(vmin, (int, float)) and isinstance(vmax, (int, float)):
             raise ConfigError(
-                f"vmin is {vmin} and vmax is {vmax}, but vmin must be below vmax: change one of them."
+                f"vmin is {vmin} and vmax is {vmax}, but vmin must be below vmax: lower vmin, or increase vmax."
             )
         low, high = (low, low + 1) if not isinstance(vmax, (int, float)) else (high - 1, high)
     ends = {(True, True): "both", (True, False): "min", (False, True): "max", (False, False): "neither"}
