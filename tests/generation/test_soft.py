@@ -101,7 +101,7 @@ def test_a_penalty_is_for_tokens_alone():
 @pytest.mark.slow
 def test_negative_tokens_need_vectors():
     model = make(CONFIGS["gpt2"], "gpt2")
-    with pytest.raises(DataError, match="token -1"):
+    with pytest.raises(DataError, match="token id -1"):
         generate(model, [[-1, 4]], DecodingOptions(max_new_tokens=2))
-    with pytest.raises(DataError, match="token -1"):
+    with pytest.raises(DataError, match="token id -1"):
         score(model, [[-1, 4]], [[5]])
