@@ -7,19 +7,16 @@ import graphlib
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tomllib
 import venv
-import warnings
 import zipfile
 from collections.abc import Collection, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -684,29 +681,6 @@ def test_constraints_are_names_and_versions(path):
     names = [line.split("==")[0] for line in lines]
     assert names == sorted(set(names))
     assert {"jax", "jaxlib", "flax", "anndata", "scanpy", "pytest"} <= set(names)
-
-
-@pytest.mark.slow
-def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
-    pytest.importorskip("scanpy", reason="the real cells come with scanpy: make install brings it")
-    from sct.train.experiment import run as train
-
-    config = runpy.run_path(str(ROOT / "configs" / "sct_sc.py"))["get_config"]("quickstart")
-    config.train.update(steps=2, eval_every=2)
-    config.objective.update(report_seeds=1, report_bags=1)
-    config.model.update(num_downsamples=3, num_layers=1)
-    config.data.cells_per_bag = 4
-    train(config.to_dict(), tmp_path / "runs" / "quickstart")
-    monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    names: dict[str, Any] = {}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*of the cells are 'unknown'")  # after two steps of training
-        exec(compile(example, "README.md", "exec"), names)
-    assert names["cells"].obsm["X_sct"].shape == (700, 64)
-    assert names["cells"].layers["sct_expected"].shape == (700, 765)
-    assert list(names["cells"].uns["sct"]["var_names"]) == ["CD3D", "CD79A"]
-    assert "sct_label" in names["query"].obs
 
 
 @pytest.fixture(scope="module")

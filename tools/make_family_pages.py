@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import functools
 import inspect
+import runpy
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -40,28 +42,51 @@ def link(part: Any) -> str:
     return f"[`{part.__qualname__}`](../../{path.as_posix()})"
 
 
-def rows(name: str, model: FamilyModel) -> list[tuple[str, str]]:
+def options(section: str, name: str) -> tuple[str, str]:
+    """Return the row (component, source) with the link to a section of the configuration reference."""
+    kind = "family" if section == "model" else "task"
+    return f"options of `{section}`", f"[reference](../configuration.md#{section}-{kind}-{name})"
+
+
+def components(name: str, model: FamilyModel) -> list[tuple[str, str]]:
     """Return the rows (component, source) of the table for one architecture, called `name`."""
     made = [
         ("configuration", link(model.architecture.config)),
         ("model", link(model.architecture.module)),
     ]
-    made += [
-        (f"task `{kind.name}`", f"{link(kind.make)}, options {link(kind.objective)}") for kind in model.tasks
-    ]
+    if model.tasks:
+        made.append(options("model", name))
+    for kind in model.tasks:
+        made.append((f"task `{kind.name}`", link(kind.make)))
+        made += [("objective", link(kind.objective)), options("objective", kind.name)]
+        made += [("data", link(kind.data)), options("data", kind.name)]
     if model.config:
         made.append(("training configuration", f"[`{model.config}`](../../{model.config})"))
-    made += [
-        (ABILITIES[each], f"`{FUNCTIONS[each]}`, implemented by {link(getattr(model, each))}")
-        for each in model.abilities
-    ]
-    targets = ", ".join(f"`{target}`" for target in model.architecture.targets) or "none"
+    made += [("adapter", link(kind)) for kind in model.adapters] or [("adapters", "only those of its task")]
     # An unescaped `|` would end the table cell.
-    made.append(
-        ("adapters", ", ".join(link(kind) for kind in model.adapters) or "only the adapters of its task")
-    )
-    made.append(("default LoRA layers", targets.replace("|", "\\|")))
+    targets = [f"`{target}`".replace("|", "\\|") for target in model.architecture.targets]
+    made.append(("default LoRA layers", ", ".join(targets) or "none"))
     return made
+
+
+def table(*rows: tuple[str, ...]) -> list[str]:
+    """Return the lines of a Markdown table, whose first row is the header, and an empty line."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return [lines[0], f"|{'---|' * len(rows[0])}", *lines[1:], ""]
+
+
+def quickstart(config: str) -> list[str]:
+    """Return the lines of the command that trains the quick start of a configuration file; none if it has none."""
+    module = runpy.run_path(str(ROOT / config))
+    if "quickstart" not in module["VARIANTS"]:
+        return []
+    name = Path(config).stem
+    return [
+        "Train a small model on real blood cells:",
+        "",
+        f"    sct train --config={name}:quickstart --workdir=runs/{name}",
+        "",
+    ]
 
 
 def page(family: Family) -> str:
@@ -70,32 +95,38 @@ def page(family: Family) -> str:
     if family.paper:
         lines += [f"Paper: {family.paper}.", ""]
     if family.guide:
-        lines += [f"User guide: [`{family.guide}`](../../{family.guide}).", ""]
-    lines += [f"Manifest: [`sct/families/{family.name}.py`](../../sct/families/{family.name}.py).", ""]
+        guide = Path(family.guide)
+        lines += [f"User guide: [`{family.guide}`](../{guide.relative_to('docs')}).", ""]
+    lines += [
+        "[Example configurations](../configurations.md) lists the sizes, the data and the run times.",
+        "",
+    ]
     for name, model in family.models.items():
-        lines += [f"## `{name}`", "", "| component | source |", "|---|---|"]
-        lines += [f"| {part} | {where} |" for part, where in rows(name, model)] + [""]
+        lines += [f"## `{name}`", ""]
+        lines += quickstart(model.config) if model.config else []
+        abilities = [
+            (ABILITIES[each], f"`{FUNCTIONS[each]}`", link(getattr(model, each))) for each in model.abilities
+        ]
+        if abilities:
+            lines += table(("a trained model can", "function", "implemented by"), *abilities)
+        lines += table(("component", "source"), *components(name, model))
     if family.converters:
         lines += ["## Weight conversion", ""]
         for name, each in family.converters.items():
-            genes = (
-                "; add `--genes=VOCABULARY` if the weights do not name their genes"
-                if each.takes_genes
-                else ""
-            )
-            what = f" ({each.title} folders)" if each.title else ""
-            lines.append(
-                f"- `python -m launch.convert --from={name} --input=DIR --output=MODEL_DIR`{what}{genes}"
-            )
+            if each.title:
+                lines += [f"From {each.title} folders to model folders, and back:", ""]
+            lines.append(f"    sct convert --from={name} --input=DIR --output=MODEL_DIR")
             if each.write is not None:
-                lines.append(
-                    f"- convert back: `python -m launch.convert --from=sct --to={name} --input=MODEL_DIR --output=DIR`"
-                )
-        lines.append("")
+                lines.append(f"    sct convert --from=sct --to={name} --input=MODEL_DIR --output=DIR")
+            lines.append("")
+            if each.takes_genes:
+                lines += ["Add `--genes=VOCABULARY` if the weights do not name their genes.", ""]
     notices = dict.fromkeys([family.license, *(each.notice for each in family.converters.values())])
-    texts = [notice.strip() for notice in notices if notice]
+    texts = [textwrap.fill(notice.strip(), 120) for notice in notices if notice]
     if texts:
         lines += ["## Licenses of published weights", "", *texts, ""]
+    manifest = f"sct/families/{family.name}.py"
+    lines += [f"The manifest of this family is [`{manifest}`](../../{manifest}).", ""]
     return "\n".join(lines)
 
 

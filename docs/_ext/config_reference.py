@@ -112,8 +112,8 @@ def value(default: Any) -> str:
     return repr(default)
 
 
-def sections() -> Iterator[tuple[str, str, str, list[Option]]]:
-    """Yield (anchor, title, introduction, options) of every section of the reference."""
+def sections() -> Iterator[tuple[str, str, list[Option]]]:
+    """Yield (title, introduction, options) of every section of the reference."""
     from sct.benchmarks.instructions import InstructionBenchmarkOptions
     from sct.benchmarks.zero_shot import BenchmarkOptions
     from sct.families import models
@@ -125,21 +125,21 @@ def sections() -> Iterator[tuple[str, str, str, list[Option]]]:
     trained = {name: model for name, model in models().items() if model.tasks}
     for name, model in trained.items():
         kind = model.architecture.config
-        yield f"model-{name}", f"`model`, family `{name}`", summary(kind), list(options(kind, "model"))
+        yield f"`model`, family `{name}`", summary(kind), list(options(kind, "model"))
     for name, spec in task_specs().items():
         families = " or ".join(f"`{family}`" for family in trained_by(spec))
         for section, kind in (("data", spec.data), ("objective", spec.objective)):
             text = f"{summary(kind)} This task trains the family {families}."
-            yield f"{section}-{name}", f"`{section}`, task `{name}`", text, list(options(kind, section))
+            yield f"`{section}`, task `{name}`", text, list(options(kind, section))
     for section, kind in (
         ("adapters", AdapterOptions),
         ("optimizer", OptimizerConfig),
         ("train", TrainConfig),
     ):
-        yield section, f"`{section}`", summary(kind), list(options(kind, section))
+        yield f"`{section}`", summary(kind), list(options(kind, section))
     for name, kind in (("benchmark", BenchmarkOptions), ("benchmark_zeromics", InstructionBenchmarkOptions)):
         text = f"All options of [`configs/{name}.py`](../configs/{name}.py). {summary(kind)}"
-        yield name, f"Benchmark `{name}`", text, list(options(kind, ""))
+        yield f"Benchmark `{name}`", text, list(options(kind, ""))
 
 
 def summary(kind: type[Any]) -> str:
@@ -150,17 +150,13 @@ def summary(kind: type[Any]) -> str:
 def markdown() -> str:
     """Return the reference as Markdown."""
     found = []
-    for anchor, title, text, listed in sections():
-        found += [f"({anchor.replace('_', '-')}-options)=", "", f"## {title}", "", text, ""]
+    for title, text, listed in sections():
+        found += [f"## {title}", "", text, ""]
         grouped: dict[tuple[str, str], list[Option]] = {}
         for option in listed:
             grouped.setdefault((option.path.rpartition(".")[0], option.text), []).append(option)
         for (_, meaning), group in grouped.items():
-            terms = [
-                f"`{each.path}` ({each.type}{f', default `{each.default}`' * bool(each.default)})"
-                for each in group
-            ]
-            found += [", ".join(terms), *definition(meaning), ""]
+            found += [", ".join(map(term, group)), *definition(meaning), ""]
     return "\n".join(found)
 
 

@@ -119,7 +119,8 @@ class BagOptions:
     num_bins
         Number of expression levels, including zero.
     shuffle_cells
-        See `random_bag_rows`.
+        Number of cells per block. The cells of a block are assigned to bags at random. With 0, each bag is one block of
+        cells that are stored next to each other, in random order; see `random_bag_rows`.
     noise_fraction
         Genes of a study that have fewer counts per cell than this value are set to zero; see
         `sct.data.tokenize.noisy_genes`.

@@ -75,8 +75,11 @@ class SCTConfig:
     rotary
         Whether the transformer uses rotary position embedding, over the whole flat sequence. Without it, the
         transformer does not depend on the order of positions.
-    use_spatial, spatial_encoding, num_scales, sigma_min, sigma_max
-        Whether the model reads cell coordinates, and their encoding; see `sct.nn.spatial.spatial_features`.
+    use_spatial
+        Whether the model reads cell coordinates.
+    spatial_encoding, num_scales, sigma_min, sigma_max
+        Encoding of the cell coordinates ("paper", or "reference" as in the published checkpoint), number of scales, and
+        the two constants of the scales, in units of the rescaled coordinates; see `sct.nn.spatial.spatial_features`.
     layer_norm_eps
         Epsilon of every norm.
     remat

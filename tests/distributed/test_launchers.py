@@ -4,65 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.command_lines import commands, errors
 
 ROOT = Path(__file__).resolve().parents[2]
 SLURM, TPU = ROOT / "launch" / "slurm", ROOT / "launch" / "tpu"
 SCRIPTS = [SLURM / "train.sh", TPU / "train.sh"]
 TEXTS = [*SCRIPTS, SLURM / "README.md", TPU / "README.md"]
-
-# Parses each line of standard input as the flags of a program, in a process of its own, since flags are global.
-PARSE = """
-import importlib, os, shlex, sys
-from sct.commands.flag_parsing import Command, FlagError
-for line in sys.stdin:
-    program, *words = shlex.split(line)
-    if os.fork() == 0:
-        status = 1
-        try:
-            module = importlib.import_module("sct.commands." + program)
-            Command(program, module).parse([program, *words])
-            status = 0
-        except FlagError as error:
-            print(line.strip(), ":", error, file=sys.stderr)
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
-    if os.wait()[1]:
-        sys.exit(1)
-"""
-
-
-def commands(text: str) -> list[list[str]]:
-    """Programs of this project and their words in a text, without what stands for something to fill in."""
-    joined = re.sub(r"\\\n\s*", " ", text)
-    found = []
-    for line in joined.splitlines():
-        for pattern, program in (
-            (r"-m launch\.(\w+)(.*)", None),
-            (r"(?:sbatch .*)?launch/(?:slurm|tpu)/train\.sh (?:start )?(--config.*)", "train"),
-        ):
-            match = re.search(pattern, line)
-            if match is None:
-                continue
-            name, rest = (program, match[1]) if program else (match[1], match[2])
-            # What follows is no longer the command, or stands for words that a user fills in.
-            rest = re.sub(r"[`;>#|\"$].*|\.\.\.", "", rest)
-            found.append([name, *shlex.split(rest)])
-    return found
-
-
-def parse(found: list[list[str]]) -> subprocess.CompletedProcess[str]:
-    lines = "\n".join(shlex.join(words) for words in found)
-    return subprocess.run(
-        [sys.executable, "-c", PARSE], input=lines, cwd=ROOT, text=True, capture_output=True, check=False
-    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.parent.name)
@@ -82,15 +35,14 @@ def test_every_command_fits_the_flags():
     # A command must be given its configuration; what stands in a script for the user's words has none.
     whole = [w for w in found if w[0] == "ingest" or any(re.match("--config=.", x) for x in w)]
     assert len(whole) >= 8
-    done = parse(whole)
-    assert done.returncode == 0, done.stderr
+    assert errors(whole) == {}
 
 
 @pytest.mark.parametrize(
     "wrong", ["--config.data.shop=x", "--no_such_flag=1", "--config.train.batch_size=many", "word"]
 )
 def test_a_wrong_command_would_be_found(wrong):
-    assert parse([["train", "--config=configs/sct_sc.py", wrong]]).returncode == 1
+    assert len(errors([["train", "--config=configs/sct_sc.py", wrong]])) == 1
 
 
 def fakes(folder: Path, **programs: str) -> dict[str, str]:
