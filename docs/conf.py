@@ -15,6 +15,8 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path[:0] = [str(ROOT), str(DOCS / "_ext")]
 
+from sphinx.ext.napoleon import NumpyDocstring  # noqa: E402
+
 import sct  # noqa: E402
 from sct.version import REPOSITORY, __version__  # noqa: E402
 
@@ -43,12 +45,19 @@ myst_heading_anchors = 3
 nb_execution_mode = "off"
 
 autosummary_generate = True
-autodoc_typehints = "none"  # numpydoc sections describe the parameters; the signatures have the types
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
+autodoc_typehints_format = "short"
+python_use_unqualified_type_names = True
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_google_docstring = False
-# A section Returns is prose here, as in scanpy; napoleon would read each of its lines as a type.
-napoleon_custom_sections = ["Returns", "Yields"]
+# A section Returns is prose here, as in scanpy, but napoleon reads each of its lines as a type. It also reads the words
+# before a colon in the docstring of a property as a type.
+NumpyDocstring._consume_returns_section = lambda self, preprocess_types=False: [
+    ("", "", self._dedent(self._consume_to_next_section()))
+]
+NumpyDocstring._parse_attribute_docstring = lambda self: list(self._lines)
 
 # The last line of a command may be a comment, and prompts are not part of a command.
 copybutton_prompt_text = r">>> |\$ "

@@ -405,11 +405,17 @@ def trained(config: str, folder: Path, change: Callable[[Any], None]) -> None:
 
 def small_sct(values: Any) -> None:
     values.objective.update(report_seeds=1, report_bags=1)
-    values.model.update(num_downsamples=3, num_layers=1)
+    values.model.update(num_downsamples=3, num_layers=4)  # an example names blocks 2 and 3
     values.data.cells_per_bag = 4
 
 
 def small_text(values: Any) -> None:
+    splits = ("train", "validation", "test")
+    Path("STUDIES.yaml").write_text(
+        "".join(f"pbmc68k_{name}: {{abstract: Blood cells.}}\n" for name in splits)
+    )
+    values.data.studies = "STUDIES.yaml"
+    values.objective.tasks += (("cell_to_abstract", 1.0),)  # an example describes cells
     values.objective.update(report_cells=0)
     values.model.update(embed_dim=32, num_layers=1, num_heads=2, ffn_dim=32)
 
