@@ -42,7 +42,9 @@ for words in json.load(sys.stdin):
                 os._exit(status)
         status = os.wait()[1]
         said.seek(0)
-        errors.append(said.read().strip() or f"status {status}" if status else "")
+        text = said.read().strip()
+        # A former name of a flag gives a notice: "note: --old is now --new".
+        errors.append(text or f"status {status}" if status or text.startswith("note: ") else "")
 json.dump(errors, sys.stdout)
 """
 

@@ -99,6 +99,7 @@ def test_a_wrong_command_line_is_found():
         "python -m launch.train --config=configs/sct_sc.py:no_such_variant",
         "python -m launch.train --config=configs/sct_sc.py --config.train.mesh.data=2",
         "sct train --config=sct_sc --config.train.batch_size=many  # a comment",
+        "sct ingest --input=x --output=y --skip_bad",  # the former name of a flag
     ]
     incomplete = "sct annotate --n_contexts=8"
     found = wrong_commands([Piece("page", 1, None, line) for line in [*lines, incomplete]])
