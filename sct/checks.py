@@ -26,7 +26,8 @@ def check_number(
 
     Raises
     ------
-        ConfigError The check fails. If `error` is given, this class is raised instead.
+    ConfigError
+        The check fails. If the argument `error` is given, this class is raised instead.
     """
     kind = "a whole number" if whole else "a finite number"
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
@@ -50,7 +51,8 @@ def check_at_least(
 
     Raises
     ------
-        ConfigError The check fails. If `error` is given, this class is raised instead.
+    ConfigError
+        The check fails. If the argument `error` is given, this class is raised instead.
     """
     check_number(name, value, whole=whole, error=error, advice=advice)
     if value < least or (most is not None and value > most):
@@ -72,7 +74,8 @@ def check_positive(
 
     Raises
     ------
-        ConfigError The check fails. If `error` is given, this class is raised instead.
+    ConfigError
+        The check fails. If the argument `error` is given, this class is raised instead.
     """
     check_number(name, value, error=error, advice=advice)
     if value <= 0 or (most is not None and value > most):
@@ -94,7 +97,8 @@ def check_share(
 
     Raises
     ------
-        ConfigError The check fails. If `error` is given, this class is raised instead.
+    ConfigError
+        The check fails. If the argument `error` is given, this class is raised instead.
     """
     check_number(name, value, error=error, advice=advice)
     if not ((value >= 0 if zero else value > 0) and (value <= 1 if one else value < 1)):
@@ -113,7 +117,8 @@ def check_multiple(
 
     Raises
     ------
-        ConfigError The check fails. If `error` is given, this class is raised instead.
+    ConfigError
+        The check fails. If the argument `error` is given, this class is raised instead.
     """
     if value % of:
         below, above = value // of * of, -(-value // of) * of
@@ -130,7 +135,8 @@ def check_choice(
 
     Raises
     ------
-        ConfigError The check fails. If `error` is given, this class is raised instead.
+    ConfigError
+        The check fails. If the argument `error` is given, this class is raised instead.
     """
     known = list(choices)
     if isinstance(value, Hashable) and value in known:
@@ -163,7 +169,8 @@ def check_type(
 
     Raises
     ------
-        ConfigError The check fails. If `error` is given, this class is raised instead.
+    ConfigError
+        The check fails. If the argument `error` is given, this class is raised instead.
     """
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds):
@@ -180,7 +187,8 @@ def check_text(name: str, value: Any, *, error: type[SctError] = ConfigError, ad
 
     Raises
     ------
-        ConfigError The check fails. If `error` is given, this class is raised instead.
+    ConfigError
+        The check fails. If the argument `error` is given, this class is raised instead.
     """
     if not isinstance(value, str) or not value.strip():
         to_do = advice or "give a text"
@@ -194,7 +202,8 @@ def check_not_empty(
 
     Raises
     ------
-        ConfigError The check fails. If `error` is given, this class is raised instead.
+    ConfigError
+        The check fails. If the argument `error` is given, this class is raised instead.
     """
     if len(values) < least:
         found = (
@@ -214,7 +223,8 @@ def check_distinct(
 
     Raises
     ------
-        ConfigError The check fails. If `error` is given, this class is raised instead.
+    ConfigError
+        The check fails. If the argument `error` is given, this class is raised instead.
     """
     repeated = [value for value, number in Counter(values).items() if number > 1]
     if repeated:
@@ -234,7 +244,8 @@ def check_one_each(
 
     Raises
     ------
-        DataError The check fails. If `error` is given, this class is raised instead.
+    DataError
+        The check fails. If the argument `error` is given, this class is raised instead.
     """
     if found != expected:
         to_do = advice or f"give {expected:,} {what}, in the order of the {of}"
@@ -259,7 +270,8 @@ def check_shape(
 
     Raises
     ------
-        DataError The check fails. If `error` is given, this class is raised instead.
+    DataError
+        The check fails. If the argument `error` is given, this class is raised instead.
     """
     shape = tuple(map(int, array.shape))
     sizes = [
@@ -292,7 +304,8 @@ def check_finite(
 
     Raises
     ------
-        DataError The check fails. If `error` is given, this class is raised instead.
+    DataError
+        The check fails. If the argument `error` is given, this class is raised instead.
     """
     import numpy as np
 

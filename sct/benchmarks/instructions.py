@@ -173,13 +173,13 @@ class InstructionBenchmarkOptions:
         check_distinct("tasks", tuple(map(task_name, self.tasks)))
         if "tcd" in self.tasks and not self.data.disease:
             raise ConfigError(
-                "`tasks` contains the task tumor, which needs disease labels: set --config.data.disease to "
-                "the column of `obs` with the diseases."
+                "`tasks` contains tumor, but data.disease is not set: set --config.data.disease to the column of "
+                "`obs` with the diseases."
             )
         if "cpi" in self.tasks and not self.pathways.file:
             raise ConfigError(
-                "`tasks` contains the task pathway, which needs gene sets: set --config.pathways.file to a "
-                "GMT file, such as MSigDB's hallmark sets."
+                "`tasks` contains pathway, but pathways.file is not set: set --config.pathways.file to a GMT file, "
+                "such as MSigDB's hallmark sets."
             )
         for number in self.shots:
             check_at_least("shots", number, 1, advice="remove it, because zero-shot is always evaluated")

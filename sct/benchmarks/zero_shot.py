@@ -425,8 +425,8 @@ def open_cells(
         return _divided(adata, data, "cells"), train
     if not path.exists():
         raise DataError(
-            f"data.path is {path}, which does not exist: set --config.data.path to an .h5ad file, a .zarr "
-            "folder or a store."
+            f"data.path is {path}, but there is no such file or folder: set --config.data.path to an .h5ad file, a "
+            ".zarr folder or a store."
         )
     if path.is_dir() and (path / "manifest.json").is_file():
         store = Store.open(path)
@@ -445,7 +445,7 @@ def open_cells(
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"data.path is {path}, which is neither a store nor a readable AnnData file ({reason}): set "
+            f"data.path is {path}, but this is neither a store nor a readable AnnData file ({reason}): set "
             "--config.data.path to an .h5ad file, a .zarr folder or a store."
         ) from error
     return _divided(cells, data, path.stem), train

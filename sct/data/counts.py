@@ -144,7 +144,7 @@ class CountsChecker:
             )
         if (low := values.min()) < 0:
             raise self._refused(
-                f"has negative values (e.g. {low:.4g}), which looks like scaled (z-scored) or corrected data"
+                f"has negative values (e.g. {low:.4g}), so they look like scaled (z-scored) or corrected data"
             )
         if self.values != COUNTS:
             positive = values[values > 0]
@@ -159,7 +159,7 @@ class CountsChecker:
         off |= (nearest == 0) & (values != 0)
         if off.any():
             raise self._refused(
-                f"has values that are not integers (e.g. {values[np.argmax(off)]:.5g}), which looks like "
+                f"has values that are not integers (e.g. {values[np.argmax(off)]:.5g}), so they look like "
                 f"{_kind(block, values)}"
             )
         self.inexact |= bool(distance.any())

@@ -182,7 +182,7 @@ class Masking:
         if {"drawn", "drawn_uniform", "drawn_genes"} & set(kinds) and not self.low < self.high:
             raise ConfigError(
                 f"masking.low is {self.low} and masking.high is {self.high}, but low must be less than high for the "
-                f"kind {self.kind!r}: change one of them."
+                f"kind {self.kind!r}: lower masking.low, or increase masking.high."
             )
         if "drawn" in kinds:
             check_positive("masking.expressed", self.expressed, advice="set it above 0 for the kind 'drawn'")

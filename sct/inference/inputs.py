@@ -59,8 +59,8 @@ def check_table(adata: Any, copy: bool) -> None:
         )
     if adata.isbacked and adata.is_view:
         raise DataError(
-            "adata is a view of a backed AnnData, which cannot store results: load adata with "
-            "adata.to_memory() first."
+            "adata is a view of a backed AnnData, and a view cannot store results: load adata with adata.to_memory() "
+            "first."
         )
     if adata.isbacked and copy:
         raise DataError(

@@ -224,7 +224,7 @@ def _targets(names: Sequence[str], asked: dict[str, tuple[int, ...]], cells: Cel
     both = [name for name, at in zip(names, found.tolist(), strict=True) if at in perturbed]
     if both:
         raise DataError(
-            f"targets contains {both[0]!r}, which is also perturbed: remove it from targets or from genes."
+            f"targets contains {both[0]!r}, but this gene is also perturbed: remove the gene from targets or genes."
         )
     most = int(TARGET_SHARE * cells.measured.sum())
     if len(names) > most:

@@ -240,8 +240,8 @@ def read_orthologues(
     }
     if not pairs:
         raise DataError(
-            f"{path} has no one-to-one pair (a gene with exactly one orthologue, which is the orthologue of no other "
-            "gene): give a table with one-to-one pairs, because only these are used."
+            f"{path} has no one-to-one pair of genes, but only genes with exactly one orthologue can be mapped: give "
+            "a table with one-to-one pairs."
         )
     several = set(targets_of) - set(pairs)
     everything = {key for key in keys if key}

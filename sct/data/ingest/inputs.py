@@ -422,8 +422,8 @@ def _stream(
             counts, summed = sort.load(bucket)
             if summed and not adds:
                 raise DataError(
-                    f"{source.label} has two entries for the same cell and gene: the file is damaged, so write it "
-                    "again."
+                    f"{source.label} has two entries for the same cell and gene, so the file is damaged: create the "
+                    "file again from the original data."
                 )
             note(np.arange(sort.edges[bucket], sort.edges[bucket + 1]), counts)
     return lengths, totals, maxima

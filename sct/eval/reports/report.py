@@ -130,8 +130,7 @@ class Report:
         for key, direction in self.better.items():
             if key not in self.keys:
                 raise ValueError(
-                    f"`better` has the key {key!r}, which is no column key: use one of "
-                    f"{', '.join(self.keys)}."
+                    f"`better` has the key {key!r}, but no column has this key: use one of {', '.join(self.keys)}."
                 )
             if direction not in ("max", "min"):
                 raise ValueError(f"`better[{key!r}]` is {direction!r}: set it to 'max' or 'min'.")

@@ -87,8 +87,8 @@ def from_group(group: Any) -> H5adParts:
 
     if not hasattr(group["obs"], "keys"):
         raise DataError(
-            f"{getattr(group, 'filename', 'the input')} has the format of anndata before 0.7: read it with "
-            "anndata.read_h5ad, and write it again."
+            f"{getattr(group, 'filename', 'the input')} has the format of anndata before 0.7: read the file with "
+            "anndata.read_h5ad, and save the result with write_h5ad."
         )
     return H5adParts(
         obs=lambda: read_elem(group["obs"]),
