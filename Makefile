@@ -10,7 +10,7 @@ INPUTS := pyproject.toml $(wildcard constraints/*.txt)
 # Tests choose their own devices, so JAX settings of the shell must not reach them.
 QUIET_ENV = env $(foreach name,$(filter JAX_% XLA_%,$(.VARIABLES)),-u $(name))
 
-.PHONY: help quickstart install test test-most test-all lint format docs wheel clean
+.PHONY: help quickstart install test test-most test-all lint format docs notebooks check-notebooks wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +22,8 @@ help:
 	@echo "make lint         check style and types"
 	@echo "make format       format the code"
 	@echo "make docs         build the documentation site, docs/_build/html/index.html"
+	@echo "make notebooks    run the notebooks and store their outputs; NOTEBOOKS='03 04' chooses some of them"
+	@echo "make check-notebooks   run the notebooks with small settings, without changing them"
 	@echo "make wheel        build dist/*.whl"
 	@echo "make clean        remove .venv, caches and built files (keeps runs/ and stores/)"
 
@@ -52,6 +54,12 @@ format: $(VENV)/.test
 docs: $(VENV)/.docs
 	@$(QUIET_ENV) JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -E -q -W --keep-going -j auto -d docs/_build/doctrees docs docs/_build/html
 	@echo docs/_build/html/index.html
+
+notebooks: $(VENV)/.test
+	@$(QUIET_ENV) $(BIN)/python tools/run_notebooks.py $(NOTEBOOKS)
+
+check-notebooks: $(VENV)/.test
+	@$(QUIET_ENV) $(BIN)/python tools/run_notebooks.py --quick $(NOTEBOOKS)
 
 wheel: $(VENV)/.test
 	@log=$$($(BIN)/python -m build --wheel --no-isolation --outdir dist . 2>&1) || { echo "$$log" >&2; exit 1; }

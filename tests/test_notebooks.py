@@ -1,75 +1,96 @@
-"""The notebooks run from their first cell to their last, in a fresh kernel, with a short training of a small model."""
+"""Notebooks have one form, and bad outputs are found. `make check-notebooks` runs the notebooks."""
 
 from __future__ import annotations
 
-import os
-import re
+import ast
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 
-from sct.version import DISTRIBUTION, REPOSITORY
+from sct.version import DISTRIBUTION
+from tests.cases import each
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-FEW_STEPS = 20
-SMALL = "--config.model.num_downsamples=3 --config.model.num_layers=1 --config.data.cells_per_bag=4"
+TOOL = SimpleNamespace(**runpy.run_path(str(ROOT / "tools" / "run_notebooks.py"), run_name="run_notebooks"))
+NOTEBOOKS = {path.stem: nbformat.read(path, as_version=4) for path in TOOL.notebooks()}
+CASES = [(name,) for name in NOTEBOOKS]
+LARGEST = 300_000  # bytes of a notebook, so that it opens quickly
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Where notebooks run; they share the model that the first of them trains."""
-    return tmp_path_factory.mktemp("notebooks")
+def code_cells(notebook) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(path, folder, monkeypatch):
-    from nbclient import NotebookClient
+def test_notebooks_are_valid_and_small():
+    def check(name):
+        notebook = NOTEBOOKS[name]
+        nbformat.validate(notebook)
+        assert (TOOL.FOLDER / f"{name}.ipynb").stat().st_size < LARGEST
 
-    notebook = nbformat.read(path, as_version=4)
-    (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
-    parameters.source, changed = re.subn(r"STEPS = \d+", f"STEPS = {FEW_STEPS}", parameters.source)
-    assert changed == 1
-    (training,) = [cell for cell in notebook.cells if "sct train --config=" in cell.source]
-    training.source = training.source.replace(" --workdir=", f" {SMALL} --workdir=")
-    assert SMALL in training.source
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}})
-    client.execute()
-    printed = [
-        output.get("text", "")
-        for cell in notebook.cells
-        if cell.cell_type == "code"
-        for output in cell.get("outputs", [])
-    ]
-    assert not any("error:" in text or "Traceback" in text for text in printed), printed
-    # After so few steps most labels are unknown, which annotate says. tqdm, which umap-learn imports, asks for
-    # ipywidgets, which nothing here needs.
-    expected = ("of the cells are 'unknown'", "TqdmWarning: IProgress not found")
-    warned = [text for text in printed if "Warning" in text and not any(each in text for each in expected)]
-    assert not warned, warned
-    pictures = [
-        output
-        for cell in notebook.cells
-        if cell.cell_type == "code"
-        for output in cell.get("outputs", [])
-        if "image/png" in output.get("data", {})
-    ]
-    assert pictures
+    each(check, CASES)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_clean_and_opens_in_colab_where_there_is_an_address(path):
-    notebook = nbformat.read(path, as_version=4)
-    nbformat.validate(notebook)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert not any(cell.outputs or cell.execution_count for cell in code), (
-        "outputs are not kept in the repository"
-    )
-    badge = f"{(REPOSITORY or '').removeprefix('https:/')}/blob/main/notebooks/{path.name}"
-    addresses = re.findall(r"\(https://(\S+)\)", notebook.cells[0].source)
-    assert any(address.endswith(badge) for address in addresses) == (REPOSITORY is not None)
-    assert REPOSITORY or not any("colab" in address for address in addresses)
-    assert f'"{DISTRIBUTION}[analysis]"' in code[0].source
+def test_notebooks_begin_with_title_badge_and_installation_and_set_quick_values_of_their_parameters():
+    def check(name):
+        notebook = NOTEBOOKS[name]
+        assert notebook.cells[0].cell_type == "markdown"
+        assert notebook.cells[0].source.startswith("# ")
+        badge = TOOL.colab_badge(name)
+        assert notebook.cells[0].source.count("colab-badge") == bool(badge)
+        assert badge in notebook.cells[0].source, "run `python tools/run_notebooks.py --badges`"
+        install, parameters = code_cells(notebook)[:2]
+        assert f'"{DISTRIBUTION}[' in install.source
+        assert parameters.metadata.get("tags") == ["parameters"]
+        names = {target.id for line in ast.parse(parameters.source).body for target in line.targets}
+        assert TOOL.QUICK[name].keys() <= names
+
+    each(check, CASES)
+    assert TOOL.QUICK.keys() == NOTEBOOKS.keys()
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ({"name": "stdout", "text": "error: --config is missing"}, "an error"),
+        ({"name": "stdout", "text": "ok\nTraceback (most recent call last):"}, "an error"),
+        ({"name": "stdout", "text": "x.py:1: UserWarning: few genes"}, "a warning"),
+        ({"name": "stdout", "text": "\x1b[2Ktraining"}, "a control character"),
+        ({"name": "stdout", "text": "training 1\rtraining 2"}, "a control character"),
+        ({"name": "stdout", "text": "run folder: /tmp/runs/x"}, "a path of this machine"),
+        ({"name": "stderr", "text": "training 1/2"}, "standard error"),
+        ({"output_type": "error", "ename": "KeyError", "evalue": "x", "traceback": []}, "KeyError"),
+        ({"name": "stdout", "text": "step 20: validation loss 0.93 </tmp> runs/tmp/x"}, None),
+    ],
+)
+def test_outputs_that_are_not_fit_for_readers_are_found(output, reason):
+    cell = nbformat.v4.new_code_cell("x")
+    cell.outputs = [nbformat.from_dict({"output_type": "stream", **output})]
+    found = TOOL.problems(nbformat.v4.new_notebook(cells=[cell]))
+    assert (not found) if reason is None else any(reason in problem for problem in found)
+
+
+def test_the_record_of_a_run_depends_on_code_cells_only():
+    notebook = next(iter(NOTEBOOKS.values())).copy()
+    before = TOOL.record(notebook)
+    notebook.cells = [nbformat.v4.new_markdown_cell("text"), *notebook.cells]
+    assert TOOL.record(notebook) == before
+    notebook.cells = [*notebook.cells, nbformat.v4.new_code_cell("1")]
+    assert TOOL.record(notebook) != before
+
+
+def test_the_badge_appears_with_the_address_of_the_project_and_disappears_without_it(monkeypatch):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Title\n\nText")])
+    names = TOOL.set_badge.__globals__
+    monkeypatch.setitem(names, "REPOSITORY", "https://github.com/owner/project")
+    for _ in range(2):
+        TOOL.set_badge(notebook, "01_x")
+        title, _, badge, _, text = notebook.cells[0].source.split("\n")
+        assert (title, text) == ("# Title", "Text")
+        assert "/github/owner/project/blob/main/notebooks/01_x.ipynb)" in badge
+    for address in (None, "https://gitlab.com/owner/project"):
+        monkeypatch.setitem(names, "REPOSITORY", address)
+        TOOL.set_badge(notebook, "01_x")
+        assert notebook.cells[0].source == "# Title\n\nText"
