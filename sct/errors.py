@@ -61,9 +61,9 @@ class MissingExtraError(SctError, ImportError):
 
 
 def space_hint(reason: str) -> str:
-    """Return the hint " (free space?)" if a write failed because the disk is full, otherwise ""."""
+    """Return " and has enough free space" if a write failed because the disk is full, otherwise ""."""
     short = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
-    return " (free space?)" if reason in map(os.strerror, short) else ""
+    return " and has enough free space" if reason in map(os.strerror, short) else ""
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:

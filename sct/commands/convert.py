@@ -70,8 +70,9 @@ def main(argv: list[str]) -> None:
             raise FlagError(f"--{flag.name}={flag.value} is wrong: choose from {', '.join(names)}{hint}.")
     if (_FROM.value == OWN) == (_TO.value == OWN):
         raise FlagError(
-            f"--from={_FROM.value} --to={_TO.value} is not a supported conversion: use --to={OWN} with --from="
-            f"{' or --from='.join(known)}, and --to={' or --to='.join(written)} with --from={OWN}."
+            f"--from={_FROM.value} cannot be combined with --to={_TO.value}, because exactly one of the two must be "
+            f"{OWN}: use --to={OWN} with --from={' or --from='.join(known)}, or --from={OWN} with "
+            f"--to={' or --to='.join(written)}."
         )
     numbered = [name for name, each in known.items() if each.takes_genes]
     if _GENES.value and _FROM.value not in numbered:

@@ -117,7 +117,7 @@ class Command:
             if match and new:
                 if new in names:
                     raise FlagError(
-                        f"--{match[2]} and --{new} are two names of the same flag: remove --{match[2]}."
+                        f"--{match[2]} is the former name of --{new}, but both are given: remove --{match[2]}."
                     )
                 word = f"--{match[1] or ''}{new}{match[3] or ''}"
                 if new not in noted:
@@ -235,9 +235,8 @@ class Command:
         missing = [f"--{name}" for name in required if name not in given]
         if missing:
             listed = " and ".join([", ".join(missing[:-1]), missing[-1]] if missing[1:] else missing)
-            raise FlagError(
-                f"{listed} {'is missing: add this flag' if len(missing) == 1 else 'are missing: add these flags'}."
-            )
+            written = " ".join(f"{flag}={self._value_of(flag[2:])}" for flag in missing)
+            raise FlagError(f"{listed} {'is' if len(missing) == 1 else 'are'} missing: write {written}.")
         for name in required:
             if not given[name]:
                 raise FlagError(f"--{name} needs a value: write --{name}={self._value_of(name)}.")

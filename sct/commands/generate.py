@@ -60,10 +60,9 @@ def main(argv: list[str]) -> None:
         _OUTPUT.value, overwrite=output_flags.OVERWRITE.value, needed=max(cells, 0) * _BYTES_PER_CELL
     )
     pairs = [text.partition("=") for text in _LABELS.value]
-    if any(not (name.strip() and mark and value.strip()) for name, mark, value in pairs):
-        raise FlagError(
-            f"--label={' --label='.join(_LABELS.value)} is wrong: write each label as --label=NAME=VALUE."
-        )
+    for text, (name, mark, value) in zip(_LABELS.value, pairs, strict=True):
+        if not (name.strip() and mark and value.strip()):
+            raise FlagError(f"--label={text} is wrong: write each label as --label=NAME=VALUE.")
     adata = generate_cells(
         model_flags.model(),
         cell_type=_CELL_TYPE.value or None,

@@ -59,8 +59,8 @@ def main(argv: list[str]) -> None:
         cells = [name.strip() for name in listed if name.strip()]
     if genes is None and cells is None:
         raise FlagError(
-            "at least one of --genes and --cells is needed: write --genes=CD3E,MS4A1, --genes=missing or "
-            "--cells=NAMES."
+            "at least one of --genes and --cells is needed: write --genes=CD3E,MS4A1 (names of genes), "
+            "--genes=missing (all genes that the input lacks) or --cells=NAMES (names of cells)."
         )
     adata = tables.read(cell_flags.INPUT.value, may_be_backed=cells is None)
     asked = MISSING if genes == [MISSING] else genes

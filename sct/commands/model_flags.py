@@ -22,7 +22,9 @@ def model() -> Any:
     if _STEP.value is None:
         return MODEL.value
     if MODEL.value is None:
-        raise FlagError("--step chooses a checkpoint of --model, which is missing: add --model=RUN_FOLDER.")
+        raise FlagError(
+            "--step chooses a checkpoint of a run, but --model is missing: add --model=RUN_FOLDER."
+        )
     from sct.weights.load import load
 
     return load(MODEL.value, step=_STEP.value)

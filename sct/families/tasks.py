@@ -39,7 +39,8 @@ def task_spec_of(config: Mapping[str, Any]) -> TaskSpec:
     spec = known[str(name)]
     if spec not in models[str(family)].tasks:
         raise ConfigError(
-            f"the task {name!r} cannot train {family!r}: set family to one of {', '.join(trained_by(spec))}."
+            f"the task {name!r} cannot train a model of the family {family!r}: set family to one of "
+            f"{', '.join(trained_by(spec))}."
         )
     return spec
 
@@ -81,8 +82,8 @@ def adapters_of(config: Mapping[str, Any]) -> AdapterConfig | None:
     objective = registry.build(task_spec_of(config).objective, config.get("objective", {}), "objective")
     if objective.has_adapters:
         raise ConfigError(
-            f"adapters.kind is {options.kind!r} and objective.lora is also set: set only one of these "
-            "options."
+            f"adapters.kind is {options.kind!r} and objective.lora.rank is also set, but only one of the two can add "
+            "adapters: leave adapters.kind empty, or set objective.lora.rank to 0."
         )
     if not config.get("init_from"):
         raise ConfigError(

@@ -150,8 +150,9 @@ class CellSentenceModel:
             longest = max(map(len, prompts), default=0)
             if longest >= row:
                 raise DataError(
-                    f"a prompt has {longest} tokens, but prompt and answer together must have at most {row} "
-                    "tokens, as in training: use fewer genes per cell, or set `max_new_tokens`."
+                    f"a prompt has {longest} tokens, but prompt and answer together must have at most {row} tokens, "
+                    "as in training: use fewer genes per cell, or set `max_new_tokens` to allow longer texts than in "
+                    "training."
                 )
             given["max_new_tokens"] = row - longest
             if TASKS[task].answer == "cell":
@@ -240,15 +241,16 @@ class CellSentenceModel:
         check_not_empty("candidates", candidates)
         check_distinct("candidates", candidates)
         self.check(task)
-        usable = [
-            number
-            for number, template in enumerate(self.prompts.templates[task])
-            if all(template.prompt_fields <= {*each, "genes"} for each in fields)
-        ][:templates]
+        lacking = [
+            {name for each in fields for name in template.prompt_fields - {*each, "genes"}}
+            for template in self.prompts.templates[task]
+        ]
+        usable = [number for number, names in enumerate(lacking) if not names][:templates]
         if not usable:
+            fewest = min(lacking, key=len)
             raise ConfigError(
-                f"every prompt template of the task {task!r} has a field for which some cells have no "
-                "value: add values for the fields of one template to all cells."
+                f"no prompt template of the task {task!r} can be used for all cells, because some cells have no value "
+                f"for {', '.join(sorted(fewest))}: add these values for all cells."
             )
         end = self.tokenizer.eos
         if end is None:

@@ -184,8 +184,8 @@ def check_model(model: LanguageModel) -> DecoderConfig:
     """
     if not isinstance(model.config, DecoderConfig):
         raise ConfigError(
-            f"a model with the configuration {type(model.config).__name__} cannot generate text: use a "
-            "model of the family gpt2, neox or llama."
+            f"this model cannot generate text, because its configuration is of type {type(model.config).__name__}: "
+            "use a model of the family gpt2, neox or llama."
         )
     registry.check_device(model.config)
     return model.config
@@ -205,8 +205,8 @@ def check_prompts(
         low, high = int(prompt.min()), int(prompt.max())
         if (low < 0 and not soft) or high >= config.vocab_size:
             raise DataError(
-                f"{what} {number} contains the token id {low if low < 0 else high}, but the model knows the "
-                f"token ids 0 to {config.vocab_size - 1}: use the tokenizer of this model."
+                f"{what} {number} contains the token id {low if low < 0 else high}, but the model has only the token "
+                f"ids 0 to {config.vocab_size - 1}: encode the text with the tokenizer of this model."
             )
         if config.positions == "learned" and len(prompt) + new > config.max_length:
             raise DataError(

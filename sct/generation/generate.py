@@ -172,8 +172,8 @@ def _check_trie(trie: Trie, config: DecoderConfig, options: DecodingOptions, sto
     highest, depth = int(trie.tokens.max()), trie.longest
     if highest >= config.vocab_size:
         raise ConfigError(
-            f"an allowed answer contains the token id {highest}, but the model has the token ids 0 to "
-            f"{config.vocab_size - 1}: make the trie with the model's tokenizer."
+            f"an allowed answer contains the token id {highest}, but the model has only the token ids 0 to "
+            f"{config.vocab_size - 1}: encode the allowed answers with the model's tokenizer."
         )
     if trie.stop not in stop:
         raise ConfigError(
@@ -247,7 +247,7 @@ def generate(
         stop = [] if end is None else [end]
     if strange := [token for token in stop if not 0 <= token < config.vocab_size]:
         raise ConfigError(
-            f"`stop` contains the token id {strange[0]}, but the model has the token ids 0 to "
+            f"`stop` contains the token id {strange[0]}, but the model has only the token ids 0 to "
             f"{config.vocab_size - 1}: use token ids of the model's tokenizer."
         )
     if min(numbers) < 0 or max(numbers) >= 1 << 32:

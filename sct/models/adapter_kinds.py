@@ -44,8 +44,9 @@ def _matrices(params: Any, name: str) -> dict[str, Box]:
             continue
         if not isinstance(box, Box):
             raise ConfigError(
-                f"the {name} of {layer!r} has no axis names: pass the boxed parameters from `module.init`, or the "
-                "boxed shapes from `sct.weights.pretrained.boxed_shapes`."
+                f"the {name} of {layer!r} is an array without axis names, but adapters need the axis names: pass the "
+                "parameters exactly as `module.init` returns them, or the shapes from "
+                "`sct.weights.pretrained.boxed_shapes`."
             )
         # The kernel of a convolution has a third axis, its positions, and gets no adapter.
         if len(box.names) - is_stacked(box) == 2:
@@ -105,8 +106,8 @@ class AdapterConfig(abc.ABC):
         numbers = self.layers if isinstance(self.layers, tuple) else (None,)
         if len(set(numbers)) < len(numbers) or not all(type(n) is int and n >= 0 for n in numbers):
             raise ConfigError(
-                f"`layers` is {self.layers!r}, but must be a tuple of distinct block numbers, counted from 0: correct "
-                "it, or use () for all blocks."
+                f"`layers` is {self.layers!r}, but must be a tuple of distinct block numbers, counted from 0: write "
+                "for example (0, 1), or () for all blocks."
             )
 
     @property
@@ -291,7 +292,7 @@ class BottleneckConfig(AdapterConfig):
     layers: tuple[int, ...] = ()
 
     arrays: ClassVar[Kind] = BOTTLENECK
-    place: ClassVar[str] = "dense layer or table"
+    place: ClassVar[str] = "dense layer or embedding table"
 
     def __post_init__(self) -> None:
         self.check_places()
@@ -372,7 +373,7 @@ class PrefixConfig(AdapterConfig):
     layers: tuple[int, ...] = ()
 
     arrays: ClassVar[Kind] = PREFIX
-    place: ClassVar[str] = "attention"
+    place: ClassVar[str] = "attention layer"
 
     def __post_init__(self) -> None:
         self.check_places()

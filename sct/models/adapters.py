@@ -71,10 +71,12 @@ def chosen(params: Any, config: AdapterConfig) -> dict[str, Box]:
     for own in sets:
         for number in config.layers:
             if number not in own:
-                most = f"in the blocks 0 to {max(own)}" if own else "in no block"
+                blocks = f"in the blocks 0 to {max(own)}" if max(own, default=0) else "in block 0"
+                found_in = blocks if own else "outside the numbered blocks"
+                choose = f"choose from 0 to {max(own)}, or " if max(own, default=0) else ""
                 raise ConfigError(
-                    f"`layers` has {number}, but the {config.place}s that match `targets` are {most}: choose from "
-                    "these blocks, or set `layers` to () for all blocks."
+                    f"`layers` has the block number {number}, but the layers that match `targets` are {found_in}: "
+                    f"{choose}set `layers` to () for all layers that match."
                 )
     return {place: box for place, box in found.items() if numbers[place].intersection(config.layers)}
 
@@ -152,8 +154,8 @@ def init(rng: jax.Array, params: Any, *configs: AdapterConfig) -> dict[str, Any]
                 values[config.arrays.layers] = jnp.asarray(sorted(config.layers), jnp.int32)
             if under(place, config.arrays.trained[0]) in made:
                 raise ConfigError(
-                    f"two configurations give {place!r} a {config.arrays.name} adapter, but a layer has at most one of "
-                    "each kind: change the targets of one of them."
+                    f"two configurations give {place!r} a {config.arrays.name} adapter, but a layer can have only one "
+                    "adapter of each kind: change `targets` in one of the two configurations."
                 )
             made |= {under(place, array): b.replace_boxed(values[array]) for array, b in boxes.items()}
     return unflatten(made)
@@ -208,8 +210,8 @@ def adapters_of(variables: Mapping[str, Any]) -> Iterator[tuple[str, Kind, dict[
         kind = kind_of(array)
         if kind is None:
             raise CheckpointError(
-                f"the collection {COLLECTION!r} has {path}, which belongs to no kind of adapter: make adapters with "
-                "`sct.models.adapters.init`."
+                f"the collection {COLLECTION!r} has the array {path}, but no kind of adapter has an array of this "
+                "name: remove the array, or make the adapters with `sct.models.adapters.init`."
             )
         adapters.setdefault((layer, kind), {})[array] = value
     for (layer, kind), arrays in adapters.items():
@@ -265,8 +267,8 @@ def merge(variables: Mapping[str, Any]) -> dict[str, Any]:
     for layer, kind, adapter in adapters_of(variables):
         if kind is not LOW_RANK:
             raise ConfigError(
-                f"{layer!r} has a {kind.name} adapter, but only low-rank adapters can be merged into a layer: keep the "
-                "adapters separate, or train low-rank adapters."
+                f"{layer!r} has a {kind.name} adapter, but only low-rank (LoRA) adapters can be merged into a layer: "
+                "use the model without merging, or train LoRA adapters."
             )
         path = under(layer, "kernel")
         if path not in params:

@@ -63,9 +63,9 @@ def check_outputs(values: np.ndarray, what: str, of: str = "rows") -> None:
     if wrong.any():
         rows = wrong.reshape(len(wrong), -1).any(axis=1)
         raise CheckpointError(
-            f"the {what} of the model have NaN or infinity in {int(rows.sum()):,} of {len(rows):,} {of}, because its "
-            "weights are damaged or too large for its compute type: set dtype to float32 in the model's configuration, "
-            "or use another model."
+            f"the {what} of the model have NaN or infinity in {int(rows.sum()):,} of {len(rows):,} {of}, probably "
+            "because the weights are damaged or the numbers are too large for the model's dtype: set dtype to "
+            "float32 in the configuration of the model, or use another model."
         )
 
 
@@ -78,14 +78,16 @@ def check_range(name: str, values: Any, most: int, least: int = 0) -> None:
     """
     if not jnp.issubdtype(values.dtype, jnp.integer):
         raise DataError(
-            f"{name} has the type {values.dtype}, but must have an integer type: convert the values."
+            f"{name} has the type {values.dtype}, but must have an integer type: convert it to an integer type, such "
+            "as int32."
         )
     if isinstance(values, jax.core.Tracer) or not getattr(values, "is_fully_addressable", True):
         return
     low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
     if low < least or high > most:
         raise DataError(
-            f"{name} has values from {low} to {high}, but the model accepts {least} to {most}: correct the values."
+            f"{name} has values from {low} to {high}, but the model accepts only values from {least} to {most}: "
+            "correct the values outside this range."
         )
 
 
@@ -106,12 +108,12 @@ def check_text(inputs: Any, vocab_size: int, max_length: int | None) -> None:
     check_range("input_ids", ids, vocab_size - 1)
     if max_length is not None and ids.shape[1] > max_length:
         raise DataError(
-            f"input_ids has {ids.shape[1]} tokens in a row, but the model has only {max_length} positions: shorten the "
-            "texts."
+            f"each row of input_ids has {ids.shape[1]} tokens, but the model has only {max_length} positions: shorten "
+            "the texts."
         )
     for name in ("attention_mask", "segments", "positions", "token_type_ids"):
         value = inputs.get(name)
         if value is not None:
-            check_shape(name, value, ids.shape, advice="give the shape of input_ids")
+            check_shape(name, value, ids.shape, advice=f"give {name} the same shape as input_ids")
     if inputs.get("attention_mask") is not None:
         check_range("attention_mask", inputs["attention_mask"].astype(jnp.int32), 1)

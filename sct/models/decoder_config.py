@@ -138,17 +138,18 @@ class DecoderConfig:
                 self.embed_dim,
                 self.num_heads,
                 "num_heads",
-                advice="change one of them, or give head_dim",
+                advice="change one of them, or set head_dim",
             )
         if self.num_heads % self.kv_heads:
             raise ConfigError(
-                f"num_kv_heads is {self.num_kv_heads}, but must divide num_heads ({self.num_heads}): change one of "
-                "them."
+                f"num_kv_heads is {self.num_kv_heads}, but must be a divisor of num_heads ({self.num_heads}): change "
+                "one of the two."
             )
         if self.positions == "rotary" and (self.rotary_dim < 2 or self.rotary_dim % 2):
             raise ConfigError(
                 f"rotary_fraction is {self.rotary_fraction}, which rotates {self.rotary_dim} of the {self.head_size} "
-                "features of a head, but their number must be even and at least 2: change rotary_fraction."
+                "features of a head, but the number of rotated features must be even and at least 2: change "
+                "rotary_fraction."
             )
         if self.rotary_scaling == "llama3" and self.rotary_low >= self.rotary_high:
             raise ConfigError(

@@ -65,8 +65,8 @@ class Mixture:
     def __post_init__(self) -> None:
         if not self.members or len(set(self.members)) < len(self.members):
             raise ConfigError(
-                f"`members` is {self.members!r}, but must be a tuple of one or more distinct names: give each "
-                "name once."
+                f"`members` is {self.members!r}, but must be a tuple of one or more distinct names: give at least one "
+                "name, and each name only once."
             )
 
     @property

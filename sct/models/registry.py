@@ -94,8 +94,7 @@ def with_current_names(
         if name != given:
             if name in values:
                 raise ConfigError(
-                    f"{where} has both {given} and {name}, but they are the same option: remove {given}, its former "
-                    "name."
+                    f"{where} has both {given} and {name}, but {given} is the former name of {name}: remove {given}."
                 )
             if not recorded:
                 warnings.warn(
@@ -158,7 +157,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
             or (isinstance(value, bool) and not isinstance(default, bool))
         ):
             raise ConfigError(
-                f"{where}.{name} is {value!r}, but must be of type {type(default).__name__}: correct the value."
+                f"{where}.{name} is {value!r}, but must be of type {type(default).__name__}: give a value of this "
+                "type."
             )
         made[name] = value
     return cls(**made)
@@ -214,8 +214,8 @@ def check_device(config: Any) -> None:
         if getattr(part, "dtype", None) == "float16":
             raise ConfigError(
                 f"model.{path}dtype is float16, but CPUs support float32 and bfloat16 only: use a GPU, or set "
-                f"--config.model.{path}dtype=float32; for a saved model, set model.{path}dtype in its config.json and "
-                f"delete the entry {SEAL!r} there."
+                f"--config.model.{path}dtype=float32 (for a saved model, set model.{path}dtype in its config.json and "
+                f"delete the entry {SEAL!r} there, because this checksum no longer matches)."
             )
         nested = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
         parts += [

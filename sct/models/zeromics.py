@@ -67,7 +67,8 @@ class ZerOmicsConfig:
         check_fields(self, {"tokenizer": TOKENIZERS}, {"num_soft": 1})
         if self.tokenizer == "none" and self.num_soft != 1:
             raise ConfigError(
-                f"num_soft is {self.num_soft}, but with tokenizer='none' a cell is a single soft token: set num_soft=1."
+                f"num_soft is {self.num_soft}, but with tokenizer='none' each cell becomes exactly one soft token "
+                "(one input vector of the language model): set num_soft=1."
             )
 
     @classmethod

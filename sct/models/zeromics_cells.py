@@ -131,11 +131,11 @@ class ZerOmicsCells(nn.Module):
         check_range("bins", bins, config.mask)
         if genes is None and bins.shape[1] != config.num_genes:
             raise DataError(
-                f"`bins` has {bins.shape[1]} genes per cell, but the model has {config.num_genes}: pass `genes`, which "
-                "gives the index of each gene in the vocabulary."
+                f"`bins` has {bins.shape[1]} genes per cell, but the model has {config.num_genes} genes: pass "
+                "`genes`, an array with the index in the model's vocabulary of each gene in `bins`."
             )
         if genes is not None:
-            check_shape("genes", genes, bins.shape, advice="give the shape of bins")
+            check_shape("genes", genes, bins.shape, advice="give genes the same shape as bins")
             check_range("genes", genes, config.num_genes - 1, least=-1)
 
     @staticmethod

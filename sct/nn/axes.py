@@ -190,9 +190,9 @@ def on_each_device(
     devices = math.prod(mesh.shape[axis] for axis in RULES[CELL])
     if cells % devices:
         raise ConfigError(
-            f"a bag has {cells} cells, but the mesh splits each bag among {devices} devices and needs a multiple of "
-            f"{devices}: set --config.data.cells_per_bag={-(-cells // devices) * devices}, or use fewer devices along "
-            f"the mesh axis {RULES[CELL][0]!r}."
+            f"a bag has {cells} cells, but this number must be a multiple of {devices}, because the mesh splits each "
+            f"bag among {devices} devices: set --config.data.cells_per_bag={-(-cells // devices) * devices}, or use "
+            f"fewer devices along the mesh axis {RULES[CELL][0]!r}."
         )
     if not any(where):
         return function(params, *sequences)
@@ -235,9 +235,9 @@ def neighbor_positions(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
         return outside, outside
     if x.shape[1] < size:
         raise ConfigError(
-            f"a device along the mesh axis {along[0]!r} holds {x.shape[1]} positions of a sequence, but the "
-            f"convolution on the neighboring devices reads {size} of them: use fewer devices along {along[0]!r}, or "
-            "set a larger --config.data.cells_per_bag."
+            f"each device along the mesh axis {along[0]!r} holds only {x.shape[1]} positions of a sequence, but a "
+            f"convolution reads {size} positions from each neighboring device: use fewer devices along {along[0]!r}, "
+            "or set a larger --config.data.cells_per_bag."
         )
     parts = jax.lax.axis_size(along)
     # A device that receives nothing gets zeros from `ppermute`.

@@ -56,8 +56,8 @@ def resolve(rules: PathRules[T], paths: Iterable[str], what: str) -> dict[str, T
                 break
         else:
             raise ConfigError(
-                f"no {what} rule matches the parameter {path!r}: add a rule for it, or a last rule with the pattern "
-                "'.*'."
+                f"no {what} rule matches the parameter {path!r}: add a rule for this parameter, or a last rule with "
+                "the pattern '.*' for all other parameters."
             )
     unused = [rules[i][0] for i in range(len(rules)) if i not in used and rules[i][0] != ".*"]
     if unused:

@@ -91,8 +91,9 @@ def _require(what: str, made: Outputs, expected: Outputs, limits: Mapping[str, f
             leaves = [gradient_difference(made[n], e)[2] for n, e in expected.items() if isinstance(e, dict)]
             raise SctError(
                 f"the {name} of {what} differs from the reference implementation by {value:.2g} in relative norm, but "
-                f"at most {limits[name]:.2g} is allowed{f' (worst leaf: {leaves[0]})' if leaves else ''}: report this "
-                "as a bug in the step, which was not timed."
+                f"at most {limits[name]:.2g} is "
+                f"allowed{f' (largest difference: the gradient of {leaves[0]})' if leaves else ''}, so the training "
+                "step was not timed: report this as a bug in the training step."
             )
     return found
 

@@ -98,7 +98,7 @@ def check(model: Pretrained) -> Check:
     if not difference <= limit:
         raise SctError(
             f"logits with and without a key-value cache differ by {difference:.1e} in relative norm, but at most "
-            f"{limit:.1e} is allowed: report this as a bug in generation, which was not timed."
+            f"{limit:.1e} is allowed, so generation was not timed: report this as a bug in generation."
         )
     return {"differences": {"scores with a cache": difference}, "limits": {"scores with a cache": limit}}
 
@@ -128,8 +128,8 @@ def measure(job: SpeedJob) -> dict[str, Any]:
     config: DecoderConfig = model.config
     if config.positions == "learned" and config.max_length < PROMPT + NEW:
         raise ConfigError(
-            f"the model has {config.max_length} positions, but prompt and generated tokens need {PROMPT + NEW}: raise "
-            "--config.model.max_length."
+            f"the model has {config.max_length} positions, but the measurement needs {PROMPT + NEW} ({PROMPT} for a "
+            f"prompt and {NEW} for generated tokens): set --config.model.max_length to {PROMPT + NEW} or more."
         )
     compared = check(model)
     prompts, options = prompts_of(config), DecodingOptions(max_new_tokens=NEW, batch_size=ROWS)

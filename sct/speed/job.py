@@ -83,8 +83,12 @@ class SpeedJob:
 
     def __post_init__(self) -> None:
         if "sweep" in self.config or "train" not in self.config:
+            found = (
+                "is a sweep of several training runs" if "sweep" in self.config else "has no section `train`"
+            )
             raise ConfigError(
-                "--config is not the configuration of a single training run: use one, such as configs/sct_sc.py."
+                f"--config {found}, but this command measures a single training run: use another configuration, such "
+                "as configs/sct_sc.py."
             )
         mode = self.options.mode
         if mode != "generate" and mode not in self.task_spec.speed:
@@ -185,7 +189,8 @@ class SpeedJob:
         """Open the store that the configuration names, or the store that `prepare_cells` has created."""
         if self.data.store and self.data.dataset:
             raise ConfigError(
-                "data.store and data.dataset are both set, but only one is allowed: leave one of them empty."
+                "data.store and data.dataset are both set, but only one is allowed: set one of the two to an empty "
+                "text."
             )
         return Store.open(Path(self.data.store).expanduser() if self.data.store else self.folder / "store")
 
@@ -208,7 +213,7 @@ class SpeedJob:
         task, _ = make_task({**self.config, **changed}, store)
         if not store.split("train"):
             raise ConfigError(
-                f"the store {store.path} has no study in the split 'train': ingest a training study, or change the "
-                "splits."
+                f"the store {store.path} has no study in the split 'train', but the measurement needs one: ingest "
+                "another study, or ingest again with fewer studies in --validation and --test."
             )
         return task

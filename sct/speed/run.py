@@ -113,7 +113,8 @@ def _apart(function: Callable[[SpeedJob], Any], job: SpeedJob) -> Any:
         except BrokenProcessPool as error:
             raise ConfigError(
                 "the process that prepares the cells and compares results with the reference implementation was "
-                "killed, probably because of a lack of memory: use fewer cells (--cells, --check_cells=1)."
+                "killed, probably because of a lack of memory: use fewer cells in the measurement (--cells) or in "
+                "the comparison (--check_cells=1)."
             ) from error
 
 

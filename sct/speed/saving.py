@@ -60,8 +60,8 @@ def check_save(job: SpeedJob, store: Store) -> Check:
     wrong = sum(not np.array_equal(a, b) for a, b in pairs)
     if wrong:
         raise SctError(
-            f"{wrong} arrays of the restored checkpoint differ from the saved ones, but must be identical: report "
-            "this as a bug in saving, which was not timed."
+            f"{wrong} arrays of the restored checkpoint differ from the saved ones, but must be identical, so saving "
+            "was not timed: report this as a bug in saving."
         )
     return {"differences": {"restored state": 0.0}, "limits": {"restored state": 0.0}}
 

@@ -96,7 +96,8 @@ class Adapted:
     def __init__(self, task: Task, config: AdapterConfig):
         if task.lora is not None:
             raise ConfigError(
-                "the task already trains adapters, and cannot train further ones: leave adapters.kind empty."
+                "the objective of the task already trains adapters, but adapters.kind asks for further adapters: "
+                "leave adapters.kind empty."
             )
         self.task, self.lora = task, config
         self.may_be_missing = (*task.may_be_missing, *adapters.NEW)

@@ -41,7 +41,7 @@ from sct.tasks.task_spec import TaskInputs, TaskSpec
 
 NAME = TASK
 _FIT_CELLS = 5000  # cells per study in the fit of expression over log rank
-_MAX_LABELS = 1000  # a column with more distinct values is treated as free text, not as a label
+MAX_LABELS = 1000  # a column with more distinct values is treated as free text, not as a label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +163,8 @@ class CellSentencesConfig(ObjectiveConfig):
             if len(entry) != 2 or entry[0] not in TASKS or not float(entry[1]) > 0:
                 raise ConfigError(
                     f"objective.tasks has the entry {entry!r}, but each entry must be a pair of a task and a positive "
-                    f"weight: choose the task from {', '.join(TASKS)}."
+                    f"weight, such as ({next(iter(TASKS))!r}, 1.0): correct this entry with a task from "
+                    f"{', '.join(TASKS)}."
                 )
         check_not_empty("objective.tasks", self.tasks)
         check_at_least("report_cells", self.report_cells, 0)
@@ -254,7 +255,7 @@ class CellSentences:
         if model.vocab_size < tokenizer.vocab_size:
             raise ConfigError(
                 f"model.vocab_size is {model.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens: set "
-                "model.vocab_size to 0."
+                "model.vocab_size to 0 to use the number of tokens of the tokenizer."
             )
         if model.positions == "learned" and data.length > model.max_length:
             raise ConfigError(
@@ -442,7 +443,7 @@ class CellSentences:
         return {
             field: sorted(counts, key=lambda value, counts=counts: (-counts[value], value))  # type: ignore[misc]
             for field, counts in self._label_counts.items()
-            if 0 < len(counts) <= _MAX_LABELS
+            if 0 < len(counts) <= MAX_LABELS
         }
 
     def operations(self, records: int) -> float:

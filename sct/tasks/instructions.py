@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sct.checks import check_at_least, check_share
+from sct.checks import check_at_least, check_not_empty, check_share
 from sct.data.bundled import study_texts
 from sct.data.cell_records import CellOptions, known_genes
 from sct.data.genes.corpus import GeneCorpus
@@ -155,24 +155,27 @@ class InstructionsConfig(ObjectiveConfig):
             if len(entry) != 2 or task_code(entry[0]) not in TRAINED_TASKS or not float(entry[1]) > 0:
                 raise ConfigError(
                     f"objective.tasks has the entry {entry!r}, but each entry must be a pair of a task and a positive "
-                    f"weight: choose the task from {', '.join(map(task_name, TRAINED_TASKS))}."
+                    f"weight, such as ({task_name(TRAINED_TASKS[0])!r}, 1.0): correct this entry with a task from "
+                    f"{', '.join(map(task_name, TRAINED_TASKS))}."
                 )
         # Store codes, so that a run started with codes can resume with names.
         object.__setattr__(self, "tasks", tuple((task_code(task), weight) for task, weight in self.tasks))
         object.__setattr__(self, "members", tuple(map(task_code, self.members)))
         check_at_least("report_cells", self.report_cells, 0)
         check_at_least("report_seeds", self.report_seeds, 1)
-        if not self.tasks or not (self.universal or self.of_tasks):
+        check_not_empty("objective.tasks", self.tasks)
+        if not (self.universal or self.of_tasks):
             raise ConfigError(
-                "the section `objective` has no task or no adapter to train: list one or more tasks in "
-                "objective.tasks, and set objective.universal or objective.of_tasks to True."
+                "objective.universal and objective.of_tasks are both False, so no adapter would be trained: set one of "
+                "the two options to True."
             )
         alone = [task for task, _ in self.tasks if task not in self.members]
         if self.members and UNIVERSAL not in self.members and alone:
             raise ConfigError(
-                f"objective.members contains neither {task_name(alone[0])!r} nor {UNIVERSAL!r}, so the task "
-                f"{task_name(alone[0])!r} would train no adapter: start from a model with a universal adapter, or "
-                "leave objective.members empty and train a new model."
+                f"objective.members contains neither {task_name(alone[0])!r} nor {UNIVERSAL!r}, so no adapter would "
+                f"learn the task {task_name(alone[0])!r}: remove this task from objective.tasks, start from a model "
+                f"with an adapter named {task_name(alone[0])!r} or {UNIVERSAL!r}, or leave objective.members empty to "
+                "train new adapters."
             )
 
     @property
@@ -356,11 +359,11 @@ class Instructions:
         if model.num_genes != len(store.vocabulary):
             raise ConfigError(
                 f"the cell encoder has {model.num_genes} genes, but the store's vocabulary has "
-                f"{len(store.vocabulary)}: ingest the cells with the vocabulary of the cell encoder."
+                f"{len(store.vocabulary)}: ingest the cells again with the genes of the cell encoder (--genes=FILE)."
             )
         if model.llm.vocab_size < tokenizer.vocab_size:
             raise ConfigError(
-                f"the decoder knows {model.llm.vocab_size} tokens, but the tokenizer has "
+                f"the decoder has only {model.llm.vocab_size} tokens in its vocabulary, but the tokenizer has "
                 f"{tokenizer.vocab_size}: leave data.tokenizer empty to use the tokenizer of the decoder."
             )
         self.config, self.data, self.model_config, self.store, self.seed = config, data, model, store, seed
@@ -559,8 +562,8 @@ def make(inputs: TaskInputs) -> Instructions:
                 for each in (parent["members"], inputs.objective.mixture.members)
             )
             raise ConfigError(
-                f"the model has the adapters {has}, but the configuration asks for {asked}: list the names "
-                "of the model's adapters in the same order in objective.members."
+                f"the model has the adapters {has}, but the configuration asks for {asked}: list {has} in "
+                "objective.members, in this order."
             )
         known = known_genes(len(vocabulary), parent["dropped"])
     else:

@@ -43,11 +43,15 @@ NAME = "masked_bins"
 
 def check_binned(data: Any) -> None:
     """Raise `ConfigError` if a data section asks for unbinned values, or for a fixed list of genes."""
-    if CellOptions.of(2, data).name != "bins" or data.genes == "listed":
+    if CellOptions.of(2, data).name != "bins":
         raise ConfigError(
-            f"data.values is {data.values!r} and data.genes is {data.genes!r}, but this task supports only "
-            "data.values=quantiles or levels, and data.genes=all, expressed, top or sampled: change the "
-            "option that has another value."
+            f"data.values is {data.values!r}, but this task supports only binned values: set data.values to quantiles "
+            "or levels."
+        )
+    if data.genes == "listed":
+        raise ConfigError(
+            "data.genes is 'listed', but this task does not support a fixed list of genes: set data.genes to all, "
+            "expressed, top or sampled."
         )
 
 
@@ -193,18 +197,19 @@ class MaskedBins:
         if model.num_genes != len(store.vocabulary):
             raise ConfigError(
                 f"the model has {model.num_genes} genes, but the store's vocabulary has {len(store.vocabulary)}: set "
-                "model.num_genes to 0."
+                "model.num_genes to 0 to use the number of genes in the vocabulary."
             )
         if features is not None and features.shape != (model.num_genes, model.feature_dim):
             raise ConfigError(
-                f"the gene features have {features.shape[1]} dimensions, but model.feature_dim is {model.feature_dim}: "
-                "set model.feature_dim to 0."
+                f"the gene features have {features.shape[1]} dimensions, but model.feature_dim is "
+                f"{model.feature_dim}: set model.feature_dim to 0 to use the number of dimensions of the gene "
+                "features."
             )
         if model.encoder != "transformer":
             raise ConfigError(
-                f"model.encoder is {model.encoder!r}, which has nothing to train, but this task trains a transformer: "
-                "set model.encoder=transformer. To answer questions with the weighted encoder, set "
-                "--config.model.cells.encoder=weighted in instruction tuning; it needs no training here."
+                f"model.encoder is {model.encoder!r}, which has no parameters to train here, but this task trains a "
+                "transformer: set model.encoder=transformer, or skip this training and set "
+                f"--config.model.cells.encoder={model.encoder} in instruction tuning."
             )
         self.config, self.data, self.model_config, self.store, self.seed = config, data, model, store, seed
         self.model, self.vocabulary = ZerOmicsCells(model), store.vocabulary

@@ -87,8 +87,8 @@ class MaskedExpressionConfig(ObjectiveConfig):
             and rule.expressed > self.max_masked_fraction
         ):
             raise ConfigError(
-                f"the masking rule {rule.kind!r} masks a fraction of {rule.expressed} of all positions, but "
-                f"objective.max_masked_fraction is only {self.max_masked_fraction}: set "
+                f"the masking rule {rule.kind!r} masks the fraction {rule.expressed} of the gene positions, but "
+                f"objective.max_masked_fraction allows only {self.max_masked_fraction}: set "
                 f"objective.max_masked_fraction above {rule.expressed}, or to 0 for no limit."
             )
 
@@ -146,8 +146,9 @@ class MaskedExpression:
         genes = len(store.vocabulary)
         if model.num_genes < genes:
             raise ConfigError(
-                f"model.num_genes is {model.num_genes}, but the store's vocabulary has {genes} "
-                f"genes: set model.num_genes to 0 or to {pad_to_multiple(genes, model.num_downsamples)}."
+                f"model.num_genes is {model.num_genes}, but the store's vocabulary has {genes} genes: set "
+                f"model.num_genes to {pad_to_multiple(genes, model.num_downsamples)}, or to 0 to compute it from the "
+                "vocabulary."
             )
         for split in SPLITS:
             for study in store.split(split):
@@ -158,10 +159,11 @@ class MaskedExpression:
                 f"model.use_spatial is True, but no training study of {store.path} has coordinates: ingest the data "
                 "with --spatial_key, or set model.use_spatial to False."
             )
-        if studies and bags.cells_per_bag > max(study.n_cells for study in studies):
+        largest = max((study.n_cells for study in studies), default=bags.cells_per_bag)
+        if bags.cells_per_bag > largest:
             raise ConfigError(
-                f"data.cells_per_bag is {bags.cells_per_bag}, but the largest training study has only "
-                f"{max(study.n_cells for study in studies)} cells: lower data.cells_per_bag."
+                f"data.cells_per_bag is {bags.cells_per_bag}, but the largest training study has only {largest} cells: "
+                f"set data.cells_per_bag to {largest} or less."
             )
         self.config, self.model_config, self.store = config, model, store
         self.model = SCT(model)

@@ -20,6 +20,7 @@ from sct.eval.generation.measures import CellSet
 from sct.eval.labels import measures as labels
 from sct.eval.reports.report import Report
 from sct.generation.cell_sentence_model import CellSentenceModel
+from sct.tasks.cell_sentences import MAX_LABELS
 
 TRAINING_CELLS = 5000  # number of training cells that baselines are fitted on
 
@@ -140,9 +141,9 @@ def _values(sentence_model: CellSentenceModel, field: str) -> list[str]:
     """Return a label's values in the training cells; raise `ConfigError` if the model did not record them."""
     if field not in sentence_model.labels:
         raise ConfigError(
-            f"the label {field} has too many values in the training data to score each value as a "
-            "candidate: use a column with fewer values, or set objective.report_cells to 0 to skip the "
-            "reports."
+            f"the label {field} has no values or more than {MAX_LABELS:,} different values in the training cells, but "
+            "the report scores each value as a possible answer: use a column with fewer values, or set "
+            "objective.report_cells to 0 to skip the reports."
         )
     return list(sentence_model.labels[field])
 

@@ -170,7 +170,7 @@ class Checkpoints:
         step = self.latest if step is None else step
         if step is None:
             raise CheckpointError(
-                f"{self._manager.directory} contains no complete checkpoint, but one is needed to resume: start a new "
+                f"{self._manager.directory} contains no complete checkpoint, so the run cannot resume: start a new "
                 "run in another --workdir."
             )
         older = [other for other in self.steps() if other < step]
@@ -223,8 +223,8 @@ class Checkpoints:
             reason = _reason(error)
             raise CheckpointError(
                 f"the checkpoint of step {self._begun} cannot be written to {self._manager.directory} "
-                f"({reason}): check that the folder is writable{space_hint(reason)}, and run the same command again, "
-                "which resumes " + (f"from step {max(older)}." if older else "from the start.")
+                f"({reason}): check that the folder is writable{space_hint(reason)}, then run the same command again "
+                + (f"to resume from step {max(older)}." if older else "to start from the beginning.")
             ) from error
 
 

@@ -139,8 +139,9 @@ def train_parents(builds_on: Sequence[parents.ParentRun]) -> TrainResult | None:
             if not resumes:
                 raise
             raise ConfigError(
-                f"{parent.option} is {parent.workdir}, an unfinished run that cannot be resumed here ({error}): finish "
-                f"it with its own command, or set --config.{parent.option} to a trained model."
+                f"{parent.option} is {parent.workdir}, an unfinished run that cannot be resumed here ({error}): "
+                f"finish this run with the command that started it, or set --config.{parent.option} to a trained "
+                "model."
             ) from error
         if result.reason in STOPPED:
             return result

@@ -91,9 +91,8 @@ class MetricLog:
         except OSError as error:
             reason = error.strerror or str(error)
             raise CheckpointError(
-                f"the metrics cannot be written to the run folder {self._folder} ({reason}): check that the "
-                f"folder is writable{space_hint(reason)}, and run the same command again, which resumes from the last "
-                "checkpoint."
+                f"the metrics cannot be written to the run folder {self._folder} ({reason}): check that the folder is "
+                f"writable{space_hint(reason)}, then run the same command again to resume from the last checkpoint."
             ) from error
 
     def __enter__(self) -> MetricLog:

@@ -98,7 +98,7 @@ class TrainConfig:
             self.batch_size,
             self.grad_accum_steps,
             "train.grad_accum_steps",
-            advice="change one of them",
+            advice="change one of the two options",
         )
         _check_ramp(self)
 
@@ -126,13 +126,15 @@ def _check_ramp(config: TrainConfig) -> None:
             )
         if not (stage[0] > before[0] and before[1] < stage[1] < config.batch_size):
             raise ConfigError(
-                f"train.batch_ramp is {config.batch_ramp}, but its steps and batch sizes must increase, and the sizes "
-                f"must be below train.batch_size ({config.batch_size}): change or remove the stage {tuple(stage)}."
+                f"train.batch_ramp has the stage {tuple(stage)}, but the step and the batch size must increase from "
+                f"stage to stage, and the batch size must stay below train.batch_size ({config.batch_size}): change "
+                "or remove this stage."
             )
         if stage[1] > config.microbatch and stage[1] % config.microbatch:
             raise ConfigError(
-                f"train.batch_ramp has batches of {stage[1]} records, but microbatches have {config.microbatch} "
-                f"(train.batch_size / train.grad_accum_steps): use a multiple of {config.microbatch}."
+                f"train.batch_ramp has a stage with batches of {stage[1]} records, but a microbatch has "
+                f"{config.microbatch} records (train.batch_size / train.grad_accum_steps): change the {stage[1]} to a "
+                f"multiple of {config.microbatch}."
             )
         before = (stage[0], stage[1])
 
@@ -246,7 +248,8 @@ def train(
     source = task.dataset("train")
     if source is None:
         raise ConfigError(
-            "the store has no study in the split 'train', but training needs one: ingest one, or change the splits."
+            "the store has no study in the split 'train', but training needs one: ingest another study, or ingest "
+            "again with fewer studies in --validation and --test."
         )
     shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     shares |= {"num_threads": config.loader_threads}
@@ -364,8 +367,8 @@ def _check_batches(config: TrainConfig, mesh: Mesh) -> None:
     for what, size in named.items():
         if size % share:
             raise ConfigError(
-                f"{what} records, but the mesh splits them over {share} devices: set this number to a multiple of "
-                f"{share}."
+                f"{what} records, but this number must be a multiple of {share}, because the mesh splits the records "
+                f"over {share} devices: change this number."
             )
 
 
@@ -407,11 +410,10 @@ def _fetch(pending: list[Step]) -> list[dict[str, Any]]:
     for step, (scalars, _) in zip(pending, fetched, strict=True):
         if not (np.isfinite(scalars["loss"]) and np.isfinite(scalars["gradient_norm"])):
             raise DivergedError(
-                f"the loss of step {step.number} is {scalars['loss']} and its gradient norm is "
+                f"the loss of step {step.number} is {scalars['loss']} and the gradient norm is "
                 f"{scalars['gradient_norm']}, but both must be finite (batch: {'; '.join(step.describe())}): start a "
-                "new "
-                "run in another --workdir, lower the learning rate or clip the gradient, and set "
-                "--config.init_from=THIS_FOLDER to start from the best checkpoint of this run."
+                "new run from the best checkpoint of this run (--config.init_from=THIS_FOLDER and another "
+                "--workdir), with a lower learning rate or with gradient clipping."
             )
     return [
         {

@@ -70,8 +70,8 @@ class ParentRun:
         )
         if not is_begun:
             raise ConfigError(
-                f"{self.option} is {self.workdir}, which is neither a run folder nor a model folder: rename it, so "
-                f"that the model can be trained there, or set --config.{self.option} to a trained model."
+                f"{self.option} is {self.workdir}, which is neither a run folder nor a model folder: rename this "
+                f"folder, so that the model can be trained there, or set --config.{self.option} to a trained model."
             )
         return False
 

@@ -29,7 +29,10 @@ from sct.folder_lock import only_one
 # A process that does not answer for this many seconds counts as lost. The others then end within a minute.
 HEARTBEAT_SECONDS = 30
 
-_HOW = "start it through Slurm or on a TPU pod, or give --coordinator=HOST:PORT, --num_processes and --process_id"
+_HOW = (
+    "start the command through Slurm or on a TPU pod, or give --coordinator=HOST:PORT, --num_processes and "
+    "--process_id"
+)
 _CODES = (
     "UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED"  # status codes that mean that another process has ended
 )
@@ -291,8 +294,8 @@ def check_shared(file: Path, seconds: float = 60.0) -> None:
     if not seen.all():
         missing = ", ".join(map(str, np.flatnonzero(~seen)))
         raise ConfigError(
-            f"process {missing} does not see {file}, which process 0 has written: choose a --workdir on a file system "
-            "that all processes share."
+            f"process 0 has written {file}, but process {missing} cannot see this file: choose a --workdir on a file "
+            "system that all processes share."
         )
 
 

@@ -127,8 +127,8 @@ def check_folder(described: Mapping[str, Any], store: Store, spec: RunSpec, work
     for option, digest in hashes_of(spec.files).items():
         if described.get("files", {}).get(option) != digest:
             raise ConfigError(
-                f"the file of {option} has changed since the run in {workdir} started: restore the file, or choose "
-                "another --workdir."
+                f"the file that {option} names has changed since the run in {workdir} started: restore the file, or "
+                "choose another --workdir."
             )
     run_folder.verify_files(workdir, described)
     run_folder.check_genes(GeneVocabulary.load(workdir / run_folder.GENES), described, workdir)
@@ -183,7 +183,8 @@ def check_length(recorded: Mapping[str, Any], spec: RunSpec, tokens_per_record: 
     if after <= trained:
         raise ConfigError(
             f"the run in {folder} is trained to step {trained:,} of {before:,}, but the configuration asks for "
-            f"{after:,} steps: set --config.train.steps to more than {trained:,}, or to {before:,} to keep its length."
+            f"{after:,} steps: set --config.train.steps to more than {trained:,}, or keep the old length with "
+            f"--config.train.steps={before}."
         )
     if spec.loop.patience and now["stale"] >= spec.loop.patience:
         raise ConfigError(

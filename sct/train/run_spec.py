@@ -158,8 +158,8 @@ class RunSpec:
         if not steps:
             if self.data.tokens <= 0:
                 raise ConfigError(
-                    "the configuration has neither train.steps nor data.tokens, but the length of the run must be "
-                    "given: set one of them."
+                    "train.steps and data.tokens are both 0, but one of them must give the length of the run: set "
+                    "train.steps to a number of training steps, or data.tokens to a number of tokens."
                 )
             steps = round(self.data.tokens / (self.loop.batch_size * tokens_per_record))
         return dataclasses.replace(self.loop, steps=steps)

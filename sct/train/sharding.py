@@ -99,8 +99,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """
     if config.devices and jax.process_count() > 1:
         raise ConfigError(
-            f"the mesh uses only {config.devices} device(s), but all devices of the {jax.process_count()} processes "
-            "are needed: set devices=0 in the mesh, or start only one process."
+            f"the mesh uses only {config.devices} device(s), but {jax.process_count()} processes must use all their "
+            "devices: set devices=0 (all devices) in the mesh, or start only one process."
         )
     arranged = arrange(config, jax.devices() if devices is None else devices)
     types = (AxisType.Auto,) * len(MESH_AXES)
@@ -136,8 +136,8 @@ def arrange(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
         shape[shape.index(REST)] = len(used) // rest if rest > 0 else 0
     if min(shape) < 1 or math.prod(shape) != len(used):
         raise ConfigError(
-            f"a mesh of {dict(zip(MESH_AXES, shape, strict=True))} does not fit {len(used)} devices: "
-            f"choose sizes whose product is {len(used)}, or set one of them to -1."
+            f"a mesh of {dict(zip(MESH_AXES, shape, strict=True))} does not fit {len(used)} devices: choose sizes "
+            f"whose product is {len(used)}, or set one size to -1 to compute it from the others."
         )
     arranged = np.empty(len(used), object)
     arranged[:] = used

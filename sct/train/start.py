@@ -170,8 +170,8 @@ def _check_family(spec: RunSpec, parent: Pretrained) -> None:
     families = trained_by(spec.task_spec)
     if parent.family not in families:
         raise ConfigError(
-            f"init_from is a model of the family {parent.family!r}, which the task {spec.task!r} cannot train: use a "
-            f"model of the family {' or '.join(families)}."
+            f"init_from is a model of the family {parent.family!r}, but the task {spec.task!r} cannot train this "
+            f"family: use a model of the family {' or '.join(families)}."
         )
     if parent.family != spec.family:
         raise ConfigError(

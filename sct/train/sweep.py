@@ -82,7 +82,7 @@ def configurations(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for name in changes:
         if not _NAME.fullmatch(name):
             raise ConfigError(
-                f"a run of the sweep is named {name!r}, but the name must also be valid for a folder: use at most "
+                f"a run of the sweep is named {name!r}, but the name must also be valid as a folder name: use at most "
                 "200 letters, digits, '.', '-' and '_', and begin with a letter or digit."
             )
     renamed = {
@@ -274,7 +274,8 @@ def _imputation_table(folder: Path) -> Report | None:
         return next((table for table in report_folder.read(path) if wanted <= set(table.keys)), None)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path} is damaged ({error}): delete it and start the sweep again, which evaluates this run again."
+            f"{path} is damaged ({error}): delete this file and start the sweep again, so that this run is evaluated "
+            "again."
         ) from error
 
 

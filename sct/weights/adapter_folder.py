@@ -118,7 +118,7 @@ def load(model: Pretrained, folder: str | os.PathLike[str]) -> Pretrained:
     config = _read_config(folder)
     if config["family"] != model.family or config["base"] != model.fingerprint:
         types = _types(model)
-        advice = "pass the model that they were trained on"
+        advice = "pass the model that the adapters were trained on"
         if config["family"] == model.family and config["base_dtypes"] != types:
             theirs = " and ".join(config["base_dtypes"])
             advice += f", loaded with dtype {theirs} instead of {' and '.join(types)}"
@@ -152,7 +152,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     config, path = model_folder.read_json(folder / CONFIG), folder / CONFIG
     if config.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format_version {config.get('format_version')!r}, but this release reads version "
+            f"{path} has format_version {config.get('format_version')!r}, but this release reads only version "
             f"{FORMAT_VERSION}: upgrade with pip install --upgrade {DISTRIBUTION}."
         )
     recorded = config.get(model_folder.FILES)

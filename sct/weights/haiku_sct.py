@@ -12,6 +12,7 @@ import io
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,8 @@ def read_params(path: Path) -> dict[str, dict[str, np.ndarray]]:
         def find_class(self, module: str, name: str) -> Any:
             if (module, name) not in allowed:
                 raise CheckpointError(
-                    f"{path} needs {module}.{name}, but weights need only arrays: the file may be malicious, so "
-                    "download the published file again."
+                    f"{path} would load {module}.{name} when it is read, but a file of weights needs only arrays: the "
+                    "file may be malicious, so download the published file again."
                 )
             return allowed[module, name]
 
@@ -174,7 +175,8 @@ def convert_params(
     models = sorted({key.partition("/")[0] for key in params})
     if len(models) > 1:
         raise CheckpointError(
-            f"{source} holds the parameters of {len(models)} models ({', '.join(models[:5])}): keep only one model."
+            f"{source} holds the parameters of {len(models)} models ({', '.join(models[:5])}), but must hold one "
+            "model: save the parameters of each model to a separate file."
         )
     converted: dict[str, np.ndarray] = {}
     made_of: dict[str, list[str]] = {}
@@ -197,8 +199,9 @@ def convert_params(
     ]
     if problems:
         raise CheckpointError(
-            f"{source} has {len(problems)} parameters that do not fit sCT (+ not in the model, ~ wrong array): use "
-            "the published file of this architecture.\n  " + "\n  ".join(problems[:40])
+            f"{source} has {len(problems)} parameters that do not fit the sCT architecture (in the list below, + "
+            "marks a parameter that the architecture does not have, and ~ marks a wrong array): use the published "
+            "file of this architecture.\n  " + "\n  ".join(problems[:40])
         )
     return {path: np.ascontiguousarray(value) for path, value in converted.items()}
 
@@ -310,8 +313,8 @@ def convert_config(
     for path, foreign in _SIZE_PARAMETERS.items():
         if path not in converted:
             raise CheckpointError(
-                f"{params_source} has no {foreign}, whose shape gives the size of the model: use the published "
-                "params.joblib."
+                f"{params_source} has no array {foreign}, but its shape is needed to find the size of the model: use "
+                "the published params.joblib."
             )
     scale, first, stem = (converted[path] for path in _SIZE_PARAMETERS)
     values = {
@@ -337,8 +340,8 @@ def convert_config(
     for name, value in expected.items():
         if config.get(name, value) not in (value, None):
             raise CheckpointError(
-                f"{source} has {name} = {config[name]}, but its other options require {value}: use the published "
-                "config.json."
+                f"{source} has {name} = {config[name]}, but the other options in this file require {value}: use the "
+                "published config.json."
             )
     return made
 
@@ -371,8 +374,8 @@ def read_vocabulary(folder: Path, num_genes: int) -> GeneVocabulary | None:
         return None
     if not all(exists):
         raise CheckpointError(
-            f"{files[exists.index(False)]} is missing, but both vocabulary files are needed: add it, or delete the "
-            "other one and give --genes."
+            f"{files[exists.index(False)]} is missing, but both vocabulary files are needed: add this file, or delete "
+            f"{files[exists.index(True)].name} and give --genes."
         )
     try:
         indices, positions = (json.loads(file.read_text()) for file in files)
@@ -389,15 +392,22 @@ def read_vocabulary(folder: Path, num_genes: int) -> GeneVocabulary | None:
         ) from error
     if not coding or not ids:
         raise CheckpointError(
-            f"the vocabulary files in {files[0].parent} name no gene: download them again, or delete them and give "
-            "--genes."
+            f"the vocabulary files in {files[0].parent} contain no genes: download them again, or delete them and "
+            "give --genes."
+        )
+    outside = [position for position in coding.values() if not 0 <= position < num_genes]
+    if outside:
+        raise CheckpointError(
+            f"{files[1]} has the gene position {outside[0]}, but the model has only the positions 0 to "
+            f"{num_genes - 1}: use the vocabulary files of this model."
+        )
+    repeated = [position for position, count in Counter(coding.values()).items() if count > 1]
+    if repeated:
+        raise CheckpointError(
+            f"{files[1]} gives the position {repeated[0]} to several genes, but each gene must have its own position: "
+            "use the vocabulary files of this model."
         )
     size = max(coding.values()) + 1
-    if len(set(coding.values())) != len(coding) or size > num_genes or min(coding.values()) < 0:
-        raise CheckpointError(
-            f"{files[1]} maps {len(coding)} genes to positions {min(coding.values())} to {size - 1}, but each gene "
-            f"needs its own position among the {num_genes} of the model: use the vocabulary files of this model."
-        )
     return numbered([ids.get(position, "") for position in range(size)], "sct-published")
 
 
@@ -441,7 +451,8 @@ def convert(folder: Path, genes: GeneVocabulary | None = None, numbered_genes: b
     if params_file is None or config_file is None:
         missing = "params.joblib" if params_file is None else "config.json"
         raise CheckpointError(
-            f"there is no {missing} in {folder} or in its sub-folder jax_params: give the folder with the weights."
+            f"there is no {missing} in {folder} or in its sub-folder jax_params: give the folder that contains "
+            "params.joblib and config.json."
         )
     try:
         foreign = json.loads(config_file.read_text())
@@ -461,14 +472,14 @@ def convert(folder: Path, genes: GeneVocabulary | None = None, numbered_genes: b
     vocabulary = read_vocabulary(folder, config.num_genes)
     if vocabulary is not None and (genes is not None or numbered_genes):
         raise CheckpointError(
-            f"{folder} has vocabulary files, which define the gene order: leave out --genes."
+            f"{folder} has vocabulary files, and these define the gene order, so --genes has no use: remove --genes."
         )
     vocabulary = vocabulary or genes
     if vocabulary is None:
         if not numbered_genes:
             raise CheckpointError(
-                f"{folder} has no ensembl_id_vocab.json and protein_gene_map.json, so the gene order is unknown: give "
-                "it as --genes=FILE, or name the positions by their numbers with --genes=none."
+                f"{folder} has neither ensembl_id_vocab.json nor protein_gene_map.json, so the gene order is unknown: "
+                "give the gene order as --genes=FILE, or use numbers instead of gene names with --genes=none."
             )
         vocabulary = numbered([""] * config.num_genes, "numbered")
     if len(vocabulary) > config.num_genes:

@@ -136,7 +136,7 @@ def _run_of(path: str | os.PathLike[str], step: int) -> Path:
     folder = Path(path).expanduser()
     if not run_folder.is_run(folder):
         raise CheckpointError(
-            f"step is {step}, but {folder} is not a run folder with checkpoints: leave out step, or give a run folder."
+            f"step is {step}, but {folder} is not a run folder with checkpoints: remove step, or give a run folder."
         )
     return folder
 
@@ -149,8 +149,8 @@ def _vocabulary(folder: Path, config: Mapping[str, Any], model: Any) -> GeneVoca
     if vocabulary.hash != config.get("vocabulary_hash"):
         raise CheckpointError(
             f"{folder / GENES} has hash {vocabulary.hash[:16]}, but {CONFIG} expects "
-            f"{str(config.get('vocabulary_hash'))[:16]}: restore the file, or use save_pretrained to "
-            "save a model with other genes."
+            f"{str(config.get('vocabulary_hash'))[:16]}: restore {GENES} from a copy, or, to use other genes, save a "
+            "new model with save_pretrained."
         )
     positions = getattr(model, "num_genes", len(vocabulary))
     if len(vocabulary) > positions:
@@ -170,7 +170,8 @@ def _tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:
     if tokenizer.fingerprint != named:
         raise CheckpointError(
             f"the tokenizer in {folder} has hash {tokenizer.fingerprint[:16]}, but {CONFIG} expects "
-            f"{str(named)[:16]}: restore its files, or use save_pretrained to save a model with another tokenizer."
+            f"{str(named)[:16]}: restore the tokenizer files from a copy, or, to use another tokenizer, save a new "
+            "model with save_pretrained."
         )
     return tokenizer
 
@@ -203,8 +204,8 @@ def locate(path: str | os.PathLike[str]) -> Path:
         if _is_hub_id(path):
             return _download(str(path))
         raise CheckpointError(
-            f"the folder {folder} does not exist: give a model folder, a run folder, or a Hub id (USER/MODEL, where "
-            "USER is not a local folder)."
+            f"the folder {folder} does not exist: give a model folder, a run folder, or a Hub id of the form "
+            "USER/MODEL (if there is a local folder named USER, only local models are searched)."
         )
     raise CheckpointError(
         f"{folder} is neither a model folder ({CONFIG} and {WEIGHTS}) nor a run folder with a checkpoint: give another "

@@ -84,8 +84,8 @@ def check_target(folder: Path) -> Path:
             )
         if folder.exists() and any(folder.iterdir()) and not _is_model(folder):
             raise CheckpointError(
-                f"{folder} is not a model folder or holds other files, which saving would delete: choose a new or an "
-                "empty folder."
+                f"{folder} has files that do not belong to a saved model, but saving would delete all files in this "
+                "folder: choose a new or an empty folder."
             )
         backup = replaced(folder)
         if backup.exists() and not (backup.is_dir() and _holds_only(backup, _UNFINISHED)):
@@ -184,8 +184,8 @@ def _write(
         for path, value in on_host.items():
             if not all_finite(value):
                 raise CheckpointError(
-                    f"{path} has NaN or infinite values in {value.dtype}: the training has probably diverged, so save "
-                    "an earlier checkpoint."
+                    f"the parameter {path} has NaN or infinite values as {value.dtype}: the training has probably "
+                    "diverged, so save an earlier checkpoint."
                 )
         # Metadata has a single entry, because safetensors writes several in random order.
         save_file(on_host, folder / name, metadata={"format": "pt" if foreign else "sct"})
@@ -326,10 +326,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     config = read_json(path)
     version, family = config.get("format_version"), config.get("family")
-    if version != FORMAT_VERSION or not isinstance(family, str) or family not in registry.MODELS:
+    if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format_version {version} and family {family!r}, but this release reads version "
-            f"{FORMAT_VERSION} of {', '.join(registry.MODELS)}: upgrade with pip install --upgrade {DISTRIBUTION}."
+            f"{path} has format_version {version!r}, but this release reads only version {FORMAT_VERSION}: upgrade "
+            f"with pip install --upgrade {DISTRIBUTION}."
+        )
+    if not isinstance(family, str) or family not in registry.MODELS:
+        raise CheckpointError(
+            f"{path} has the family {family!r}, but the known families are {', '.join(registry.MODELS)}: upgrade with "
+            f"pip install --upgrade {DISTRIBUTION}, or add your own family first with sct.families.register."
         )
     wanted: dict[str, type | tuple[type, ...]] = {
         "model": dict, "license": (str, type(None)), "step": (int, type(None)),

@@ -315,8 +315,8 @@ def fitting_rules(mesh: Mesh | None, rules: axes.AxisRules | None) -> axes.AxisR
     unknown = sorted({axis for wanted in rules.values() for axis in wanted} - available)
     if mesh is not None and unknown:
         raise ConfigError(
-            f"the rules use the mesh axis {unknown[0]!r}, but the mesh has {', '.join(mesh.axis_names)}: rename the "
-            "axis in the rules or in the mesh."
+            f"the rules use the mesh axis {unknown[0]!r}, but the mesh has only the axes "
+            f"{', '.join(mesh.axis_names)}: rename the axis in the rules or in the mesh."
         )
     return rules
 
@@ -376,8 +376,9 @@ def match(
     if differences:
         shown = "\n  ".join(differences[:40]) + ("\n  ..." if len(differences) > 40 else "")
         raise CheckpointError(
-            f"{source} does not fit the model, because {len(differences)} parameters differ (- missing, + not in the "
-            f"model, ~ another shape or dtype): use weights of this architecture.\n  {shown}"
+            f"{source} does not fit the model, because {len(differences)} parameters differ (in the list below, - "
+            "marks a missing parameter, + a parameter that the model does not have, and ~ another shape or dtype): "
+            f"use weights of this architecture.\n  {shown}"
         )
 
 

@@ -72,7 +72,7 @@ def progress(folder: Path) -> dict[str, Any]:
         if not isinstance(found[name], kinds):
             raise CheckpointError(
                 f"{path} has {name} = {found[name]!r}, but it must be a whole number: the checkpoint is damaged, so "
-                f"delete its folder {path.parent.parent}."
+                f"delete the checkpoint folder {path.parent.parent}."
             )
     return found
 
@@ -188,7 +188,7 @@ def verify_checkpoint(
         if not only:
             _note(folder, "files")
         return
-    advice = f"delete the folder of that checkpoint {instead}"
+    advice = f"delete the checkpoint folder {folder} {instead}"
     content = model_folder.read_json(folder / RECORD)
     recorded = content.get(FILES)
     if SEAL not in content or is_changed(content) or not isinstance(recorded, dict):
@@ -207,10 +207,12 @@ def _check(
             f"{error.filename or folder} cannot be read ({error.strerror}): check its permissions."
         ) from error
     if changed is not None:
-        what = "is damaged or was changed" if (folder / changed).exists() else "is missing"
-        raise CheckpointError(
-            f"{folder / changed} {what} after it was written (see its sha256 in {named_in.name}): {advice}."
+        found = (
+            f"is damaged or was changed after it was written (its sha256 differs from the one in {named_in.name})"
+            if (folder / changed).exists()
+            else f"is missing, but it is listed in {named_in.name}"
         )
+        raise CheckpointError(f"{folder / changed} {found}: {advice}.")
 
 
 def _note(path: Path, what: str) -> None:

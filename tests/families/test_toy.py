@@ -162,7 +162,7 @@ def test_names_are_taken_once():
     families.register(families.all_families()["sct"])
     families.unregister(families.all_families()["sct"])
     assert {"sct", "toy"} <= set(registry.MODELS)
-    with pytest.raises(ConfigError, match="cannot train 'sct': set family to one of toy"):
+    with pytest.raises(ConfigError, match=r"cannot train .*'sct': set family to one of toy"):
         task_spec_of({"family": "sct", "task": "toy_bins"})
     assert registry.family("toy").config is toy.ToyConfig
     shapes = boxed_shapes("toy", toy.ToyConfig(30))

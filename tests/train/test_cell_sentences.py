@@ -259,7 +259,7 @@ def test_values_of_labels_are_those_that_texts_tell(prompts, tmp_path):
 
 
 def test_a_text_or_a_study_with_more_values_than_labels_have_is_no_label(prompts, monkeypatch):
-    monkeypatch.setattr(cell_sentences, "_MAX_LABELS", 2)
+    monkeypatch.setattr(cell_sentences, "MAX_LABELS", 2)
     assert "cell_type" not in task_of(prompts, study(40)).labels()
 
 

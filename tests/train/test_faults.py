@@ -234,7 +234,7 @@ def test_a_small_disk_that_is_full(config, tmp_path, whole):
 def test_an_error_of_the_last_save_is_not_swallowed(tmp_path):
     state = State(jnp.zeros((), jnp.int32), {"a": jnp.ones(100_000)}, {}, (), jnp.zeros(2, jnp.uint32))
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    with files_no_larger_than(500), pytest.raises(CheckpointError, match=r"step 7 .*from the start\.$"):  # noqa: PT012
+    with files_no_larger_than(500), pytest.raises(CheckpointError, match=r"step 7 .*from the beginning\.$"):  # noqa: PT012
         checkpoints.save(state, RunProgress(step=7))
         checkpoints.close()
     assert Checkpoints(tmp_path / "checkpoints").latest is None

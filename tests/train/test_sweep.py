@@ -297,5 +297,5 @@ def test_a_damaged_report_says_what_to_do(tmp_path, swept, content):
     (tmp_path / "base" / "report.json").write_text(content)
     (no, _) = sweep.tables(tmp_path, runs, {**dict.fromkeys(runs, "not trained yet"), "base": ""})
     remarks = {row[0]: row[-1] for row in no.rows}
-    assert re.search(r"base.report\.json is damaged .*delete it", remarks.pop("base"))
+    assert re.search(r"base.report\.json is damaged .*delete this file", remarks.pop("base"))
     assert set(remarks.values()) == {"not trained yet"}

@@ -423,7 +423,7 @@ def test_the_vocabulary_files_give_the_order(folder):
 
 def test_vocabulary_files_must_fit(folder):
     vocabulary_files(folder, 300)
-    with pytest.raises(CheckpointError, match="300 genes"):
+    with pytest.raises(CheckpointError, match="positions 0 to 255"):
         haiku_sct.convert(folder)
     (folder / "protein_gene_map.json").unlink()
     with pytest.raises(CheckpointError, match=r"protein_gene_map\.json"):

@@ -434,8 +434,8 @@ def test_the_command(folder, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--from=hf", "--to=hf"], "--from=hf --to=hf is not a supported conversion"),
-        (["--from=sct"], "--from=sct --to=sct is not a supported conversion"),
+        (["--from=hf", "--to=hf"], "--from=hf cannot be combined with --to=hf"),
+        (["--from=sct"], "--from=sct cannot be combined with --to=sct"),
         (["--from=hf", "--genes=none"], "--genes only works with --from=haiku-sct"),
         (["--from=hf"], "has no config.json"),
     ],

@@ -507,7 +507,7 @@ def test_nothing_is_overwritten_that_is_no_model(model, tmp_path, there, also):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (target / name).write_text(text)
     before = files(tmp_path)
-    with pytest.raises(CheckpointError, match="other files") as error:
+    with pytest.raises(CheckpointError, match="do not belong") as error:
         model.save_pretrained(target)
     assert "\n" not in str(error.value)
     assert files(tmp_path) == before
@@ -928,7 +928,7 @@ def test_every_byte_of_a_run_folder_is_checked(finished_run, config, store, tmp_
             uses["resume"](folder)
             wrong.append(f"resume with {alter.__name__}: not refused")
         except CheckpointError as error:
-            if "15/state" not in str(error) or "delete the folder" not in str(error):
+            if "15/state" not in str(error) or "delete the checkpoint folder" not in str(error):
                 wrong.append(f"resume with {alter.__name__}: {error}")
     assert not wrong, "\n".join(wrong)
 

@@ -49,7 +49,8 @@ class _Options:
         if value is None:
             if default is _MISSING:
                 raise CheckpointError(
-                    f"{self.source} has no option {name!r}, which the architecture requires: add it."
+                    f"{self.source} has no option {name!r}, but this architecture requires this option: add it to the "
+                    "file."
                 )
             return default
         if kind is float and type(value) is int:
@@ -159,7 +160,7 @@ def _rope(get: _Options, theta: str, fraction: str, part: float) -> dict[str, An
     values = get.values.get("rope_scaling") or get.values.get("rope_parameters") or {}
     if not isinstance(values, Mapping):
         get.refuse("rope_parameters", values, "it must be a JSON object: correct it")
-    rope = _Options(values, f"{get.source}, rope_parameters,")
+    rope = _Options(values, f"rope_parameters in {get.source}")
     kind = rope("rope_type", str, "default", also="type")
     if kind not in ("default", "linear", "llama3"):
         rope.refuse(
@@ -223,8 +224,8 @@ def read(foreign: Mapping[str, Any], source: str) -> tuple[str, Any]:
     kind = foreign.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise CheckpointError(
-            f"{source} has model_type = {kind!r}, but the supported Hugging Face models are {', '.join(FAMILIES)}: use "
-            "one of these."
+            f"{source} has model_type = {kind!r}, but the supported Hugging Face model types are "
+            f"{', '.join(FAMILIES)}: use a model of one of these types."
         )
     get = _Options(foreign, source)
     for name in ("quantization_config", "auto_map", "pruned_heads"):
@@ -250,8 +251,8 @@ def write(family: str, config: Any, dtype: str) -> dict[str, Any]:
     """
     if family not in _WRITE:
         raise ConfigError(
-            f"the family {family!r} has no Hugging Face format: use a model of the families {', '.join(_WRITE)}, or "
-            "save a model folder with save_pretrained."
+            f"the family {family!r} has no Hugging Face format: use a model of one of the families "
+            f"{', '.join(_WRITE)}, or save a model folder with save_pretrained."
         )
     made = {**_WRITE[family](config), "tie_word_embeddings": config.tied, "torch_dtype": dtype}
     try:

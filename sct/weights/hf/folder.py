@@ -139,8 +139,9 @@ def _opened(folder: Path) -> Iterator[_Opened]:
         head = FAMILIES[family].head
         if head in expected and head not in keys:
             raise CheckpointError(
-                f"{folder} has no {head}, but its {CONFIG} says that the head is not tied to the embeddings: give the "
-                "weights of a model with its language-model head."
+                f"{folder} has no {head}, which holds the weights of the language-model head, but {CONFIG} says that "
+                "the head does not share the weights of the token embeddings: give a folder of a model with a "
+                "language-model head."
             )
         ignored = re.compile(FAMILIES[family].ignored)
         found = {
@@ -170,8 +171,9 @@ def _settle_copies(
             keys[original] = other
         elif compared and not _equal(reader, keys[original], other):
             raise CheckpointError(
-                f"{source} ties {copy} to {original} in its {CONFIG}, but the two arrays differ: set "
-                "tie_word_embeddings to false, or delete the wrong array."
+                f"{CONFIG} in {source} says that {copy} and {original} are the same array (tie_word_embeddings), but "
+                "the two arrays differ: set tie_word_embeddings to false to use both arrays, or delete the wrong "
+                "array."
             )
 
 

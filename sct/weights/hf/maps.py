@@ -232,8 +232,9 @@ def entries(family: str, config: Any, shapes: Mapping[str, Any]) -> dict[str, En
     unknown = sorted(set(shapes) - set(found))
     if unknown:
         raise CheckpointError(
-            f"the Hugging Face format of {family} does not support the parameter {unknown[0]}: merge adapters first, "
-            "or save a model folder with save_pretrained."
+            f"the Hugging Face format of {family} does not support the parameter {unknown[0]}: if this is an adapter, "
+            "merge it into the model first (sct.models.lora.merge); otherwise save a model folder with "
+            "save_pretrained."
         )
     return found
 
@@ -269,7 +270,7 @@ def resolve(family: str, keys: list[str], expected: set[str], source: str) -> di
         name = fits[0] if fits else key
         if name in names:
             raise CheckpointError(
-                f"{source} has {name} twice, as {names[name]} and as {key}: delete one of them."
+                f"{source} has the array {name} twice, under the names {names[name]} and {key}: delete one of the two."
             )
         names[name] = key
     return names

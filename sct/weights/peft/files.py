@@ -141,8 +141,8 @@ def write(
         for place in (folder, replaced(folder)):
             if place.exists() and not (place.is_dir() and is_ours(place)):
                 raise CheckpointError(
-                    f"{place} holds other files than those of an adapter, which saving would delete: choose a new or "
-                    "an empty folder."
+                    f"{place} has files that do not belong to an adapter, but saving would delete all files in this "
+                    "folder: choose a new or an empty folder."
                 )
         with atomic_folder(folder, is_ours) as new:
             save_file(tensors, new / arrays, metadata={"format": "pt"})

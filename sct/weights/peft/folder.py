@@ -226,8 +226,8 @@ def _is_ours(key: str, value: np.ndarray, model: Pretrained, folder: Path) -> bo
     if np.array_equal(ours, value.astype(ours.dtype)) or np.array_equal(ours.astype(value.dtype), value):
         return True
     raise CheckpointError(
-        f"{folder / WEIGHTS} has {key}, but its values differ from the weights of the model: use the model that the "
-        "adapter was trained on, with the same token vocabulary."
+        f"the array {key} in {folder / WEIGHTS} differs from the array in the model: use the model that the adapter "
+        "was trained on, with the same token vocabulary."
     )
 
 
@@ -364,13 +364,14 @@ def export(model: Pretrained, folder: str | os.PathLike[str], *, base: str | Non
             ranks[name], alphas[name] = len(first), _alpha(scale, len(first))
     if not tensors:
         raise ConfigError(
-            f"the adapters of {model!r} have scale 0 in all layers, so they have no effect: write adapters with a "
-            "positive scale."
+            f"the adapters of {model!r} have scale 0 (alpha / rank) in all layers, so they have no effect: write "
+            "adapters with a scale above 0."
         )
     if len(rates) > 1:
         raise CheckpointError(
             f"the adapters have the dropout rates {', '.join(f'{rate:g}' for rate in sorted(rates))}, but the PEFT "
-            "format has one rate for all: write the adapters to separate folders."
+            "format has one dropout rate for all adapters in a folder: use the same rate for all, or write the "
+            "adapters to separate folders."
         )
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     config = {
