@@ -1,8 +1,8 @@
-"""Order the cells of an AnnData into bags: every K consecutive cells of the order are one bag.
+"""Group the cells of an AnnData into bags: sets of K cells that the model reads together.
 
 Training draws bags at random. Inference needs reproducible bags that contain every cell. The functions of this module
-compute an order only from the number of cells, their positions and a seed. The bags therefore do not depend on how many
-cells are read at a time.
+compute an order of the cells; every K consecutive cells of the order are one bag. The order depends only on the number
+of cells, their spatial coordinates and a seed. The bags therefore do not depend on how many cells are read at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WINDOW = 10_000
 
 @dataclasses.dataclass(frozen=True)
 class BagOrder:
-    """Row numbers of cells in the order of the bags: the first K rows are the first bag, and so on.
+    """List the row numbers of the cells bag by bag: the first K row numbers are the first bag, and so on.
 
     Attributes
     ----------
@@ -37,12 +37,12 @@ class BagOrder:
     cells_per_bag: int
 
     def without_context(self) -> BagOrder:
-        """Return the order without context cells. Each cell occurs once, and the last bag may be incomplete."""
+        """Return the order without the cells that were added as context; the last bag may be incomplete."""
         return BagOrder(self.rows[self.is_target], self.is_target[self.is_target], self.cells_per_bag)
 
 
 def _closed(rows: np.ndarray, cells_per_bag: int) -> BagOrder:
-    """Fill up the last bag with the first rows of the order, which are context and not targets in this bag."""
+    """Fill up an incomplete last bag with the first cells of the order; in this bag they are only context."""
     cells = min(cells_per_bag, len(rows))
     missing = -len(rows) % cells
     is_target = np.ones(len(rows) + missing, bool)
@@ -78,13 +78,13 @@ def random_order(rows: np.ndarray, cells_per_bag: int, seed: int = 0, window: in
 
 
 def tile_order(rows: np.ndarray, coordinates: np.ndarray, cells_per_bag: int) -> BagOrder:
-    """Divide a section into compact tiles of K cells. Each cell is in one tile.
+    """Divide a tissue section into compact tiles of K neighboring cells. Each cell is in one tile.
 
     The section is cut in two across its longer side, and each part is cut again, until all parts have K cells. The
     sizes of the two parts are multiples of K and as equal as possible. Cells with equal coordinates stay in the order
-    of their rows. Within a tile, the first cell is the cell nearest to the center of the tile, and the other cells are
-    sorted by their distance from the first cell, as training sorts neighbors. The last tile is filled up with the cells
-    nearest to it.
+    of their rows. Within a tile, the first cell is the cell nearest to the center of the tile. The other cells are
+    sorted by their distance from the first cell, as in the bags of spatial training. The last tile is filled up with
+    the cells nearest to it.
 
     Parameters
     ----------
@@ -122,7 +122,7 @@ def tile_order(rows: np.ndarray, coordinates: np.ndarray, cells_per_bag: int) ->
 
 
 def neighbors(places: np.ndarray, cells_per_bag: int) -> np.ndarray:
-    """Return the rows of the K nearest cells of each cell, int64 (N, K): the cell itself, then the others by distance.
+    """Return the row numbers of each cell and its nearest cells, int64 (N, K), sorted by distance.
 
     Spatial training uses the same neighbors (sCT paper, appendix A). Row i starts with cell i, even if several cells
     are at the same place.
@@ -177,7 +177,7 @@ def masked_cell_order(
     rows
         Row numbers, int (N,).
     hidden
-        Mask of the masked cells, bool (N,).
+        bool (N,): True for the cells to predict, whose counts are masked.
     cells_per_bag
         Number of cells per bag (K).
     masked_per_bag

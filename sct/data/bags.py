@@ -40,7 +40,7 @@ def random_bag_rows(
     shuffle_cells: int = 0,
     permutation: Callable[..., np.ndarray] = _permutation,
 ) -> np.ndarray:
-    """Return the rows of a bag, ascending, for a study that is stored in random order.
+    """Return the ascending row numbers of the cells of one bag, for a study that is stored in random order.
 
     The rows of the study are treated as a ring: the first row follows the last row. Each epoch starts at a different
     row, which depends on the seed, and cuts the ring into blocks. Within a block, cells are assigned to bags at random.
@@ -53,11 +53,11 @@ def random_bag_rows(
     cells_per_bag
         Number of cells per bag (K).
     number, epoch, seed
-        Bag number, epoch and seed.
+        Number of the bag within the epoch, number of the epoch, and random seed.
     shuffle_cells
         Number of cells per block. With 0, each block is one bag, so the rows of a bag are contiguous and are read at
-        once. Only the bag with the last and the first row of the study needs two reads. If a block is as large as the
-        study, any partition of the study into bags is possible.
+        once. Only a bag that contains both the last and the first row of the study needs two reads. If a block is as
+        large as the study, any partition of the study into bags is possible.
     permutation
         Function that returns seeded permutations. It may cache its last result.
     """
@@ -85,7 +85,7 @@ def spatial_bag_rows(
     seed: int,
     permutation: Callable[..., np.ndarray] = _permutation,
 ) -> np.ndarray:
-    """Return the rows of a center cell and its nearest neighbors, nearest first (paper, appendix A).
+    """Return the row numbers of a center cell and its nearest neighbors, nearest first (sCT paper, appendix A).
 
     An epoch has `n_cells // cells_per_bag` different center cells, drawn at random.
 
@@ -96,7 +96,7 @@ def spatial_bag_rows(
     cells_per_bag
         Number of cells per bag (K).
     number, epoch, seed
-        Bag number, epoch and seed.
+        Number of the bag within the epoch, number of the epoch, and random seed.
     permutation
         Function that returns seeded permutations. It may cache its last result.
     """
@@ -115,23 +115,23 @@ class BagOptions:
     cells_per_bag
         Number of cells per bag (K). The paper uses 50.
     num_positions
-        Number of gene positions of the model (P): the size of the vocabulary plus padding.
+        Length of the model's gene axis (P): the number of genes in the vocabulary plus padding.
     num_bins
         Number of expression levels, including zero.
     shuffle_cells
         Number of cells per block. The cells of a block are assigned to bags at random. With 0, each bag is one block of
         cells that are stored next to each other, in random order; see `random_bag_rows`.
     noise_fraction
-        Genes of a study that have fewer counts per cell than this value are set to zero; see
+        The counts of a gene are set to zero in a study if its mean count per cell there is below this value; see
         `sct.data.tokenize.noisy_genes`.
     spatial
         Add coordinates to the bags. Cells of studies without coordinates have NaN.
     spatial_bags
         Make bags of spatial studies from neighboring cells. False draws random cells of the study, as an ablation.
     with_counts
-        Add raw counts, and the counts that represent each level, for evaluation.
+        Add the raw counts, and the typical raw counts of each expression level, for evaluation.
     seed
-        Seed of the choice of cells.
+        Random seed that determines which cells are in a bag.
     """
 
     cells_per_bag: int = CELLS_PER_BAG
@@ -153,11 +153,12 @@ class BagOptions:
 
 
 class BagSource:
-    """All bags of several studies, addressed by number and epoch. It is picklable and thread-safe.
+    """Make the bags of several studies, given a bag number and an epoch. The object is picklable and thread-safe.
 
     `source.record(number, epoch)` returns these arrays:
 
-    - `tokens` uint8 (K, P). In a study with fewer than K cells, the missing cells consist of PAD.
+    - `tokens` uint8 (K, P). If a study has fewer than K cells, the rows of the missing cells are filled with the token
+      PAD.
     - `measured` bool (P,): the genes that the study measured.
     - `rows` int32 (K,): row of each cell in its study, -1 for missing cells.
     - With `options.spatial`: `coordinates` float32 (K, 2), NaN for cells without coordinates.
@@ -195,14 +196,14 @@ class BagSource:
         self.__dict__.update(state, _made={}, _lock=threading.RLock())
 
     def _once(self, what: str, index: int, make: Callable[[], Any]) -> Any:
-        """Return an object of a study from the cache; create it at the first call, while other threads wait."""
+        """Return a cached object that belongs to a study; create it at the first call, while other threads wait."""
         with self._lock:
             if (what, index) not in self._made:
                 self._made[what, index] = make()
             return self._made[what, index]
 
     def _permutation(self, index: int, size: int, *words: int) -> np.ndarray:
-        """Return a seeded permutation; the last one of each study is cached, because it can have one entry per cell."""
+        """Return a seeded permutation. Only the last one of each study is cached, because it can be large."""
         with self._lock:
             kept, order = self._made.get(("permutation", index), (None, None))
             if kept != (size, *words):
@@ -216,7 +217,7 @@ class BagSource:
         return self._once("coordinates", index, lambda: study.rescaled_coordinates())
 
     def _measured(self, study: Study) -> np.ndarray:
-        """Return the mask (P,) of gene positions that a study measured. Padding counts as not measured."""
+        """Return which genes a study measured, bool (P,). Padding counts as not measured."""
         measured = np.zeros(self.options.num_positions, bool)
         measured[: study.n_genes] = study.measured
         return measured
@@ -229,7 +230,7 @@ class BagSource:
         return study, number - (int(self._ends[study - 1]) if study else 0)
 
     def rows(self, number: int, epoch: int = 0) -> tuple[Study, np.ndarray]:
-        """Return the study that a bag belongs to, and the rows of the cells in the bag."""
+        """Return the study that a bag belongs to, and the row numbers of the bag's cells in this study."""
         index, bag = self.locate(number)
         study, options = self.studies[index], self.options
         cells = options.cells_per_bag

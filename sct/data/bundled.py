@@ -1,4 +1,4 @@
-"""Stores of real cells that are included in installed packages, for first runs and tests."""
+"""Make stores from real cells that installed packages include, for first runs and tests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def study_texts(name: str) -> dict[str, dict[str, str]]:
 
 
 def prepare(name: str, folder: Path, seed: int = 0) -> Store:
-    """Make a store of a bundled data set, or open it if it exists.
+    """Make a store from a bundled data set, or open the store if it already exists.
 
     "pbmc68k" has 700 blood cells (`sct.datasets.pbmc68k`), split at random into 70% training, 10% validation and 20%
     test cells, as three studies. Its vocabulary is the human protein-coding genes that were measured.
@@ -43,7 +43,7 @@ def prepare(name: str, folder: Path, seed: int = 0) -> Store:
     folder
         Folder of the store.
     seed
-        Seed of the split and of the order of the cells.
+        Random seed of the split into studies and of the order of the cells.
 
     Raises
     ------

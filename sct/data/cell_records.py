@@ -1,7 +1,8 @@
-"""Training records of single cells: a choice of genes, and the expression values of these genes.
+"""Convert cells to training records: selected genes of a cell, and the expression values of these genes.
 
-The genes and the kind of values are chosen independently: any gene selection of `GENES` works with any values of
-`sct.data.cell_values.VALUES`. Values are computed from all known genes of the cell, and then the genes are selected.
+The selection of genes and the kind of expression values are independent options: any gene selection in `GENES` works
+with any kind of values in `sct.data.cell_values.VALUES`. The values are computed from all genes of the cell that the
+model knows. Only then are the genes selected.
 
 With quantile bins, zero is bin 0, and non-zero values get bins 1 to N by their quantile among the non-zero values of
 the cell (ZerOmics, appendix A.3). Scaling all values of a cell does not change quantiles. Therefore raw counts give the
@@ -29,7 +30,7 @@ GENES = ("all", "expressed", "top", "sampled", "listed")
 
 
 def known_genes(number: int, dropped: Sequence[int]) -> np.ndarray:
-    """Return the mask (G,) of the genes that a model knows, given the numbers of the unknown genes."""
+    """Return which genes a model knows, bool (G,), given the vocabulary positions of all other genes."""
     known = np.ones(number, bool)
     known[list(dropped)] = False
     return known
@@ -47,11 +48,11 @@ class CellOptions:
     max_genes
         Number of genes per record; 0 for the whole vocabulary.
     genes
-        Genes of a cell to read. "all": all genes of the vocabulary, in the order of the vocabulary. "expressed": all
-        expressed genes; a cell with more than `max_genes` expressed genes is an error. "top": the `max_genes` most
-        highly expressed genes; cell, gene and `seed` determine the order of genes with equal counts. "sampled":
-        `max_genes` random expressed genes. "listed": a fixed list of genes, expressed or not
-        (`sct.data.gene_selection.variable_genes`). "": "top" if `max_genes` is set, otherwise "all".
+        Which genes of a cell the model reads. "all": all genes of the vocabulary, in the order of the vocabulary.
+        "expressed": all expressed genes; a cell with more than `max_genes` expressed genes is an error. "top": the
+        `max_genes` most highly expressed genes; cell, gene and `seed` determine the order of genes with equal counts.
+        "sampled": `max_genes` random expressed genes. "listed": a fixed list of genes, expressed or not
+        (`sct.data.gene_selection.variable_genes`). "" (the default) means "top" if `max_genes` is set, otherwise "all".
     values
         Kind of expression values: a name in `sct.data.cell_values.VALUES`.
     """
@@ -81,23 +82,23 @@ class CellOptions:
 
     @classmethod
     def of(cls, num_bins: int, data: Any) -> CellOptions:
-        """Make `CellOptions` from a number of bins, and from the `data` section or the recorded options of a model."""
+        """Make `CellOptions` from a number of bins and the data options of a configuration or a model folder."""
         given = data if isinstance(data, Mapping) else vars(data)
         named = {name: given[name] for name in ("genes", "values") if name in given}
         return cls(num_bins, int(given["max_genes"]), **named)
 
     def record(self) -> dict[str, Any]:
-        """Return the options as a dict, which a model folder records; `CellOptions.of` reads this dict."""
+        """Return the options as a dict, which is stored in a model folder and read by `CellOptions.of`."""
         return {"max_genes": self.max_genes, "genes": self.genes, "values": self.values}
 
     @property
     def choice(self) -> str:
-        """The gene selection, one of `GENES`."""
+        """Return the gene selection that is in effect, one of `GENES`."""
         return self.genes or ("top" if self.max_genes else "all")
 
     @property
     def name(self) -> str:
-        """Name of the array of values in a record: "values" or "bins"."""
+        """Return the name of the record's array of expression values, "values" or "bins"."""
         return "values" if self.values == "log1p" else "bins"
 
 
@@ -119,15 +120,15 @@ def cell_records(
     known
         Mask of the genes that the model knows, bool (G,). Other genes are left out before values are computed.
     listed
-        Numbers of the genes to read (S,), ascending. Used only with `genes="listed"`.
+        Vocabulary positions of the genes to read (S,), ascending. Used only with `genes="listed"`.
     seed
         Seed of the choice of genes in cells with more than `max_genes` expressed genes.
 
     Returns
     -------
-    Arrays by name: `bins` uint8 (N, S), or `values` float32 (N, S) with "log1p". With `genes="all"`, S is G. With other
-    values of `genes`, there is also the array `genes` int32 (N, S): the gene numbers, ascending and padded with
-    `ABSENT`.
+    Dict of arrays: `bins` uint8 (N, S), or with `values="log1p"` the array `values` float32 (N, S). With `genes="all"`,
+    S is G. With other values of `genes`, there is also the array `genes` int32 (N, S): the gene numbers, ascending and
+    padded with `ABSENT`.
 
     Raises
     ------
@@ -185,9 +186,9 @@ def cell_records(
 
 
 class CellSource:
-    """Records of single cells; see `sct.data.loader.RecordSource`.
+    """Make training records of single cells; see `sct.data.loader.RecordSource`.
 
-    A record has the arrays of `cell_records` and the row of the cell in its study, `row` int32 ().
+    A record has the arrays of `cell_records`, and the row number of the cell in its study as `row`, int32 ().
 
     Parameters
     ----------
@@ -200,7 +201,7 @@ class CellSource:
     exhaustive
         Return the cells in file order instead of random order.
     seed
-        Seed of the order of the cells, and of sampled genes in each epoch.
+        Random seed of the order of the cells, and of the genes that are sampled in each epoch.
     listed
         See `cell_records`.
     """

@@ -1,4 +1,4 @@
-"""Expression values of genes as model input: quantile bins, levels, or log-normalized expression."""
+"""Convert raw counts to model inputs: quantile bins, expression levels, or log-normalized expression."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def quantile_bins(counts: sparse.csr_matrix, num_bins: int = 10) -> sparse.csr_m
 
     Returns
     -------
-    uint8 CSR (N, G), with the columns of each row ascending.
+    Bin numbers, uint8 CSR (N, G), with ascending column indices in each row.
 
     Raises
     ------
@@ -53,7 +53,7 @@ def quantile_bins(counts: sparse.csr_matrix, num_bins: int = 10) -> sparse.csr_m
 
 
 def log_values(counts: sparse.csr_matrix, num_bins: int = 0) -> sparse.csr_matrix:
-    """Return log1p of counts per 10,000, float32 CSR (N, G). `num_bins` is ignored."""
+    """Return log1p of counts per 10,000, float32 CSR (N, G). The argument `num_bins` is ignored."""
     return log_expression(canonical(counts)).astype(np.float32)
 
 

@@ -26,14 +26,14 @@ from sct.progress import progress
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A group of cells that may share a bag: a batch, a slide, or all cells.
+    """Describe a group of cells that may share a bag: a batch, a slide, or all cells.
 
     Attributes
     ----------
     name
         Name for messages; "" if there is only one section.
     rows
-        Rows of the cells, int64 (n,), ascending.
+        Row numbers of the cells in the AnnData, int64 (n,), ascending.
     places
         Rescaled coordinates of the cells, float32 (n, 2), or None.
     scale
@@ -47,7 +47,7 @@ class Section:
 
 
 class CellCounts:
-    """Raw counts of the N cells of an AnnData, in the order of the G genes of a vocabulary.
+    """Read raw counts of the N cells of an AnnData, in the order of the G genes of a vocabulary.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ class CellCounts:
     vocabulary
         Gene vocabulary of the model.
     sections
-        Sections from which bags are made. Default: all cells are one section.
+        Groups of cells, such as slides, that never share a bag. Default: all cells are one group.
     layer
         Matrix with the raw counts: a layer, "X" or "raw.X". Default: the first of X, raw and layers["counts"] that has
         raw counts.
@@ -70,12 +70,12 @@ class CellCounts:
     Attributes
     ----------
     counts_from, notes
-        Location of the counts, and messages for the user.
+        Name of the matrix in which the counts were found, and messages for the user.
     alignment
         Mapping from columns to genes, with a report.
     measured
-        Whether each gene was measured, bool (G,): the input has a column for it. A study of a store has a column for
-        every gene, and records which genes its source had.
+        Whether each gene was measured, bool (G,): whether the input has a column for the gene. In a study of a store,
+        the genes that its original input file had count as measured.
     cell_totals
         Sum of each cell's counts over the genes of the vocabulary, (N,).
     gene_totals
@@ -122,7 +122,7 @@ class CellCounts:
 
     @functools.cached_property
     def keys(self) -> np.ndarray:
-        """Key of each cell, uint64 (N,), computed from the name of the cell; see `sct.data.text.ranking.cell_keys`."""
+        """Return a hash of each cell's name, uint64 (N,), which seeds random choices; see `ranking.cell_keys`."""
         return cell_keys(self.names)
 
     def _measured(self, var: pd.DataFrame) -> np.ndarray:
@@ -152,7 +152,7 @@ class CellCounts:
                 bar.update(len(rows))
 
     def read(self, rows: np.ndarray) -> sparse.csr_matrix:
-        """Return the raw counts of rows, float32 CSR (len(rows), G). Any order and repeated rows are allowed."""
+        """Return the raw counts of the given rows, float32 CSR (len(rows), G), in any order and also repeated."""
         rows = np.asarray(rows, np.int64)
         if not len(rows):
             return sparse.csr_matrix((0, len(self.vocabulary)), dtype=np.float32)
@@ -206,7 +206,7 @@ class CellCounts:
         return sparse.vstack(parts, format="csr")
 
     def window(self, reader: Any, number: int, rows: np.ndarray) -> sparse.csr_matrix:
-        """Return the raw counts of `rows`, which are window `number` of a reader. The last window is cached."""
+        """Return the raw counts of `rows`, which are cached for further calls with the same reader and number."""
         if self._window is None or self._window[0] is not reader or self._window[1] != number:
             self._window = None  # free the memory of the old window first
             self._window = (reader, number, self.read(rows))
@@ -214,14 +214,14 @@ class CellCounts:
 
 
 class CellStudy:
-    """The cells of a section in bag order, with the interface of a study for `sct.data.bags.BagSource`.
+    """Provide the cells of one section bag by bag, with the interface that `sct.data.bags.BagSource` needs.
 
     Parameters
     ----------
     cells
         Counts of all cells.
     number
-        Number of the section in `cells.sections`.
+        Index of the section (batch or slide) in `cells.sections`.
     order
         Order of the cells, bag after bag.
     masked_cells, masked_genes
@@ -253,11 +253,11 @@ class CellStudy:
 
     @property
     def measured(self) -> np.ndarray:
-        """Whether each gene was measured, bool (G,)."""
+        """Return whether each gene was measured, bool (G,)."""
         return self.cells.measured
 
     def noisy_genes(self, fraction: float) -> np.ndarray:
-        """Return the mask of genes to treat as unexpressed, bool (G,), computed without the masked counts.
+        """Return which genes are noise and treated as unexpressed, bool (G,); masked counts are not used.
 
         See `sct.data.tokenize.noisy_genes`.
         """
@@ -273,7 +273,7 @@ class CellStudy:
         return noisy_genes(totals, n_cells, fraction)
 
     def rescaled_coordinates(self) -> np.ndarray:
-        """Return the rescaled coordinates (len(order), 2)."""
+        """Return the rescaled coordinates (len(order), 2) of the cells, bag by bag."""
         if self.section.places is None:
             raise DataError(
                 f"the cells of {self.name!r} have no coordinates: set spatial_key to the key of the coordinates in "
@@ -282,7 +282,7 @@ class CellStudy:
         return self.section.places[np.searchsorted(self.section.rows, self.order.rows)]
 
     def read_rows(self, rows: np.ndarray) -> sparse.csr_matrix:
-        """Return the raw counts (len(rows), G) at positions in the bag order. The window around them is cached."""
+        """Return raw counts (len(rows), G) of the cells at these indices of the bag order, and cache nearby cells."""
         rows = np.asarray(rows, np.int64)
         number = int(rows[0]) // self._size
         if int(rows[-1]) // self._size != number:
@@ -294,7 +294,7 @@ class CellStudy:
         return self._without_hidden(block, self.order.rows[rows])
 
     def read(self, start: int, stop: int) -> sparse.csr_matrix:
-        """Return the raw counts of a range of positions in the bag order."""
+        """Return raw counts of the cells with the indices `start` to `stop` - 1 in the bag order."""
         return self.read_rows(np.arange(start, stop))
 
     def _without_hidden(self, block: sparse.csr_matrix, rows: np.ndarray) -> sparse.csr_matrix:

@@ -33,7 +33,7 @@ ONE_SIDED = (
 
 @dataclasses.dataclass(frozen=True)
 class ClassPrior:
-    """How much more often masked genes are expressed in training than genes in general.
+    """Describe how much more often training masks expressed genes than unexpressed genes, to correct predictions.
 
     Attributes
     ----------
@@ -42,7 +42,7 @@ class ClassPrior:
     adjusted
         Whether the training loss already removed the bias (logit adjustment).
     assumed
-        Whether the rates of the paper are assumed, because the model has no record of its own rates.
+        Whether the masking rates of the sCT paper are assumed, because the model folder does not record its own rates.
     one_sided
         Whether training masked only expressed or only unexpressed genes. This cannot be corrected.
     """
@@ -54,7 +54,7 @@ class ClassPrior:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> ClassPrior:
-        """Read the masking rates from the `data` section of a model; raise `CheckpointError` if they are invalid."""
+        """Read the masking rates from a model's data options; raise `CheckpointError` if they are invalid."""
         recorded, adjusted = data.get("masking"), data.get("logit_adjustment") is True
         if not isinstance(recorded, Mapping):
             return cls(PAPER.log_ratio, adjusted, assumed=not adjusted)
@@ -71,16 +71,16 @@ class ClassPrior:
 
     @property
     def offset(self) -> float:
-        """Value to add to the logit of "unexpressed" to remove the bias."""
+        """Return the value to add to the logit of "unexpressed" to remove the bias."""
         return 0.0 if self.adjusted else self.log_ratio
 
     @property
     def odds(self) -> float:
-        """Factor by which the paper's evaluation protocol multiplies the unbiased odds of expression.
+        """Return the factor by which the evaluation of the sCT paper multiplies the unbiased odds of expression.
 
-        The paper's protocol keeps the bias of training. For a model without logit adjustment, the factor restores the
-        probabilities of the raw logits. For a model with logit adjustment, the factor gives the probabilities that a
-        model trained with the paper's loss would predict.
+        The paper's evaluation does not remove the bias of training. For a model without logit adjustment, the factor
+        restores the probabilities of the raw logits. For a model with logit adjustment, the factor gives the
+        probabilities that a model trained with the paper's loss would predict.
         """
         return math.exp(PAPER.log_ratio if self.adjusted else self.log_ratio)
 

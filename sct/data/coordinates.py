@@ -1,4 +1,4 @@
-"""Spatial coordinates of cells: rescaling to the units of models, and checks for suspicious coordinates."""
+"""Rescale the spatial coordinates of cells to the units of models, and check them for suspicious values."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _GRID = 0.4
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """The rescaling of the coordinates of a section: (position - origin) * factor.
+    """Rescale the coordinates of a tissue section: (position - origin) * factor.
 
     The scale is computed once from all cells of the section. A subset of the cells therefore keeps its position in the
     section.
@@ -163,7 +163,7 @@ def read_scales(uns: Any, spatial_key: str, batch_key: str | None) -> dict[str, 
 
     Returns
     -------
-    Section -> scale; empty if `uns` has no scales for this key and column.
+    Dict from the name of each section to its `Scale`; empty if `uns` has no scales for this key and column.
 
     Raises
     ------
@@ -196,7 +196,7 @@ def read_scales(uns: Any, spatial_key: str, batch_key: str | None) -> dict[str, 
 
 
 def stray_cells(coordinates: np.ndarray) -> np.ndarray:
-    """Return the mask (N,) of outlying cells.
+    """Return which cells lie far away from all others, bool (N,).
 
     The central range holds 98% of the cells on each axis. A cell is outlying if its distance from this range exceeds
     the length of the range.
@@ -224,7 +224,7 @@ def doubts(coordinates: np.ndarray, obs: pd.DataFrame, divide_by: str) -> list[s
     obs
         Table of the cells, searched for columns with sections.
     divide_by
-        Option by which the user names the column with sections, such as "batch_key={!r}".
+        Option that the message recommends for naming the column with sections, such as "batch_key={!r}".
     """
     coordinates = np.asarray(coordinates, np.float64)
     found = []
@@ -293,7 +293,7 @@ def _overlaid(coordinates: np.ndarray, obs: pd.DataFrame) -> tuple[str, str]:
 
 
 def _crowded(steps: np.ndarray) -> float:
-    """Return the fraction of cells with a neighbor closer than the pitch of their grid; 0 if there is no grid.
+    """Return the fraction of cells with a neighbor closer than the spacing of their grid; 0 if there is no grid.
 
     On a grid, nearly all cells have a neighbor at the same offset (the pitch) and none closer, unless several grids are
     overlaid.

@@ -39,7 +39,7 @@ def check_values(values: str) -> None:
 
 
 class _NotCountsError(DataError):
-    """A matrix is not raw counts. `finding` is the message without advice, so that `validate` can list several."""
+    """Error: a matrix does not hold raw counts. `finding` says why; `validate` lists the findings of all matrices."""
 
     def __init__(self, what: str, reason: str, advice: str = ADVICE):
         super().__init__(f"{what} {reason}; {advice}")
@@ -48,13 +48,14 @@ class _NotCountsError(DataError):
 
 @dataclass(frozen=True)
 class ValidatedCounts:
-    """Valid raw counts, and where they were found.
+    """Hold valid raw counts, and where they were found.
 
     Attributes
     ----------
     matrix
-        Raw counts (N, n_var). In memory: CSR of exact integers in the dtype of the input. It may share the arrays of
-        the input, so do not modify it. Backed: the matrix on disk; pass blocks that you read to `exact_integers`.
+        Raw counts (N, n_var). In memory: CSR of exact integers in the dtype of the input. The matrix may share memory
+        with the input, so do not modify it. Backed: the matrix on disk; round each block that you read from it with
+        `exact_integers`.
     source
         'X', 'raw.X' or 'layers["..."]'.
     var
@@ -244,7 +245,7 @@ def validate(adata: ad.AnnData, *, layer: str | None = None, values: Values = CO
 def exact_integers(matrix: Any) -> Any:
     """Round values to whole numbers. The array type (dense or sparse) and the dtype do not change.
 
-    Use it only for values that `validate` or `CountsChecker` accepted.
+    Use this function only for values that `validate` or `CountsChecker` accepted.
     """
     values = matrix.data if sparse.issparse(matrix) else matrix
     if values.dtype.kind != "f":
@@ -295,7 +296,7 @@ def _candidates(adata: ad.AnnData, layer: str | None) -> Iterator[tuple[str, Any
 
 
 def _check(matrix: Any, source: str, values: Values = COUNTS) -> tuple[Any, int, list[str]]:
-    """Check one matrix. Return it (CSR if in memory), the number of cells without counts, and the warnings to show."""
+    """Check one matrix; return the matrix (CSR if in memory), the number of empty cells, and the warnings to show."""
     on_disk = isinstance(matrix, CSRDataset | CSCDataset | h5py.Dataset | zarr.Array)
     if not on_disk:
         matrix = _in_memory(matrix, source)
@@ -348,7 +349,7 @@ def _in_memory(matrix: Any, source: str) -> Any:
 
 
 def _blocks(matrix: Any) -> Iterator[tuple[int, Any]]:
-    """Yield (first row, block) of bounded size. Blocks are rows, or columns of a CSC matrix on disk."""
+    """Cut a matrix into blocks of rows (a CSC matrix on disk: of columns); yield (first row or column, block)."""
     if isinstance(matrix, CSRDataset | CSCDataset):
         indptr = matrix.group["indptr"][:]
     elif sparse.issparse(matrix):
@@ -365,7 +366,7 @@ def _blocks(matrix: Any) -> Iterator[tuple[int, Any]]:
 
 
 def _kind(block: Any, values: np.ndarray) -> str:
-    """Describe which kind of data non-negative, non-integer values look like, such as log-transformed counts."""
+    """Guess from non-negative, non-integer values what kind of data they are, such as log-transformed counts."""
     positive = values[values > 0]
     if positive.max() < 25:  # an upper bound for natural and base-2 logarithms of counts
         for name, counts in (("log1p", np.expm1(positive)), ("log2(x + 1)", np.exp2(positive) - 1)):

@@ -1,4 +1,4 @@
-"""Example data: real cells that need no download, and simulated atlases for tests with many cells."""
+"""Provide example data: real cells that need no download, and simulated atlases for tests with many cells."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def _counts(
     positions: np.ndarray,
     states: np.ndarray,
 ) -> sparse.csr_matrix:
-    """Draw counts (N, G) block by block: first which entries are positive, then only their values."""
+    """Draw counts (N, G) block by block: draw which counts are positive, then draw the values of these counts."""
     n_cells, n_genes = len(composition), profiles.shape[1]
     profiles, states = profiles.astype(np.float32), states.astype(np.float32)
     dropout_at = np.float32(libraries.mean() / n_genes * 0.2)

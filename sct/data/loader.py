@@ -1,4 +1,4 @@
-"""The data loader of all model families: a Grain pipeline over numbered records.
+"""Load batches of training examples (records) for all model families, with the library Grain.
 
 The seed alone determines the order of the records. Batch b consists of the records b * B to b * B + B - 1 of a globally
 shuffled sequence, for any number of processes. The state of the loader is the number of records drawn so far.
@@ -19,7 +19,7 @@ Batch = dict[str, np.ndarray]
 
 
 class RecordSource(Protocol):
-    """Interface of a source of records, addressed by number and epoch."""
+    """Interface of a data source that returns one training example (a record) for a record number and an epoch."""
 
     def __len__(self) -> int:
         """Return the number of records in an epoch."""
@@ -51,7 +51,7 @@ class Loader:
     batch_size
         Number of records in a batch over all processes (B).
     seed
-        Seed of the order.
+        Random seed of the order of the records.
     shuffle
         True: endless batches, shuffled differently in each epoch. False: one pass in order. Its last batch is filled up
         with copies of the last record, which have `example_mask` 0.
@@ -94,7 +94,7 @@ class Loader:
         self._ordered = None if shuffle else spread(len(source), limit)
 
     def _sequence(self) -> grain.MapDataset:
-        """Return the sequence of (record number, epoch, example mask)."""
+        """Return the sequence in which records are read, with entries (record number, epoch, example mask)."""
         length = len(self.source)
         if (ordered := self._ordered) is not None:
             return grain.MapDataset.range(len(self) * self.batch_size).map(
@@ -109,7 +109,7 @@ class Loader:
         return -(-records // self.batch_size)
 
     def describe(self, first: int) -> list[str]:
-        """Describe, for messages, each record of the batch that starts at record `first` of the sequence."""
+        """Return one text per record of a batch, for messages; `first` is the index of the batch's first record."""
         sequence = self._sequence()
         records = [sequence[i] for i in range(first, first + self.batch_size)]
         return [self.source.describe(number, epoch) for number, epoch, _ in records]
@@ -147,7 +147,7 @@ class Loader:
 
 
 class BatchIterator(Iterator[Batch]):
-    """Iterator over batches. Its state is the number `records_drawn`, which checkpoints save."""
+    """Iterate over batches. The only state is the number `records_drawn`, which checkpoints save."""
 
     def __init__(self, batches: Any, records_drawn: int, batch_size: int):
         self._batches, self.records_drawn, self._batch_size = batches, records_drawn, batch_size

@@ -1,7 +1,7 @@
 """Choose the tokens that a model has to predict, with pure functions of a random key and tokens that run on the device.
 
 Each function takes tokens (B, K, G) and returns a bool mask of the same shape. PAD is never masked. `apply` replaces
-masked tokens by MASK. Token numbers: levels 0 .. num_bins - 1, PAD = num_bins, MASK = num_bins + 1.
+masked tokens by MASK. A token is an expression level from 0 to num_bins - 1, or PAD = num_bins, or MASK = num_bins + 1.
 
 A rule that masks expressed genes more often than unexpressed ones changes the class balance: masked genes are expressed
 more often than genes in general. `Masking.draw` therefore also returns the log ratio of the two rates, so that the loss
@@ -39,7 +39,7 @@ def stratified(
 ) -> jax.Array:
     """Mask expressed genes with one probability and unexpressed genes with another (paper: 0.15 and 0.01).
 
-    The rates are numbers, or arrays that broadcast to (B, K, G).
+    Both probabilities are numbers, or arrays that can be broadcast to (B, K, G).
     """
     rate = jnp.where(tokens == 0, unexpressed, expressed)
     return (jax.random.uniform(key, tokens.shape) < rate) & (tokens < num_bins)
@@ -53,10 +53,10 @@ def uniform(key: jax.Array, tokens: jax.Array, rate: float, num_bins: int) -> ja
 def drawn(
     key: jax.Array, tokens: jax.Array, low: float, high: float, unexpressed_share: float, num_bins: int
 ) -> jax.Array:
-    """Mask expressed genes with a rate that is drawn per bag from U(low, high).
+    """Mask expressed genes with a probability that is drawn for each bag from the uniform distribution U(low, high).
 
-    Unexpressed genes are masked with `unexpressed_share` times this rate. A model that is trained in this way can be
-    used with any masking ratio.
+    Unexpressed genes are masked with `unexpressed_share` times this probability. A model that is trained with this rule
+    can be used with any fraction of masked genes.
     """
     draw, place = jax.random.split(key)
     rate = jax.random.uniform(draw, (tokens.shape[0], 1, 1), minval=low, maxval=high)
@@ -64,10 +64,10 @@ def drawn(
 
 
 def drawn_genes(key: jax.Array, tokens: jax.Array, low: float, high: float, num_bins: int) -> jax.Array:
-    """Mask genes in all cells of a bag, with a rate that is drawn per bag from U(low, high).
+    """Mask the same genes in all cells of a bag, each with a probability that is drawn per bag from U(low, high).
 
-    This trains the imputation of genes that were measured in no cell. If masked genes are always visible in other cells
-    of the bag, the model learns to copy them, and learns little about how often a gene is expressed.
+    This rule trains a model to impute genes that were measured in no cell. If masked genes are always visible in other
+    cells of the bag, the model learns to copy them, and learns little about how often a gene is expressed.
     """
     draw, place = jax.random.split(key)
     rate = jax.random.uniform(draw, (tokens.shape[0], 1, 1), minval=low, maxval=high)
@@ -115,7 +115,7 @@ def within_budget(key: jax.Array, mask: jax.Array, budget: int) -> tuple[jax.Arr
     mask
         bool (..., L).
     budget
-        Maximal number of positions per row (P).
+        Maximum number of masked tokens to return per row (P).
 
     Returns
     -------
@@ -136,7 +136,7 @@ def within_budget(key: jax.Array, mask: jax.Array, budget: int) -> tuple[jax.Arr
 
 @dataclasses.dataclass(frozen=True)
 class Masking:
-    """A masking rule with its parameters. It is hashable.
+    """Define how tokens are masked: the kind of masking and its parameters. The object is hashable.
 
     Parameters
     ----------
@@ -239,14 +239,14 @@ class Masking:
 
     @property
     def components(self) -> tuple[tuple[str, float], ...]:
-        """Pairs of a masking kind and its probability; without a mixture, one kind with probability 1."""
+        """Return pairs of a masking kind and its probability; without a mixture, one kind with probability 1."""
         if self.kind != MIXTURE:
             return ((self.kind, 1.0),)
         total = sum(weight for _, weight in self.mixture)
         return tuple((kind, weight / total) for kind, weight in self.mixture)
 
     def log_ratio_of(self, kind: str) -> float:
-        """Return log(masking rate of expressed genes / masking rate of unexpressed genes) of one kind.
+        """Return log(masking rate of expressed genes / masking rate of unexpressed genes) for one kind of masking.
 
         Raises
         ------
@@ -270,7 +270,7 @@ class Masking:
 
     @property
     def log_ratio(self) -> float:
-        """log(masking rate of expressed genes / masking rate of unexpressed genes); the mean over mixed kinds."""
+        """Return log(masking rate of expressed / unexpressed genes); for a mixture, the mean over its kinds."""
         return sum(weight * self.log_ratio_of(kind) for kind, weight in self.components)
 
     def __call__(self, key: jax.Array, tokens: jax.Array, num_bins: int) -> jax.Array:
@@ -296,7 +296,7 @@ class Masking:
         return self(key, tokens, num_bins), ratios[self._chosen(key, tokens.shape[0])]
 
     def _chosen(self, key: jax.Array, num_bags: int) -> jax.Array:
-        """Return the number of the mixture component of each bag, (B,)."""
+        """Draw a kind of masking from the mixture for each bag; return its index in `mixture`, (B,)."""
         if self.kind != MIXTURE:
             return jnp.zeros(num_bags, jnp.int32)
         weights = jnp.log(jnp.asarray([weight for _, weight in self.components], jnp.float32))

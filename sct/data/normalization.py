@@ -1,4 +1,4 @@
-"""Log-normalized expression: log1p of counts per 10,000."""
+"""Compute log-normalized expression: log1p of counts per 10,000."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
     STORE/genes.tsv            the gene vocabulary
     STORE/studies/NAME.zarr    an AnnData group (zarr v3), also readable by `anndata.read_zarr`
 
-TensorStore reads the rows. Contiguous rows are contiguous bytes on disk, and every chunk has a checksum. A missing or
-damaged chunk is an error and is never read as zeros. `sct.data.ingest.build` writes this format.
+TensorStore reads the rows. Consecutive rows are stored next to each other on disk, and every chunk has a checksum. A
+missing or damaged chunk is an error and is never read as zeros. `sct.data.ingest.build` writes this format.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _rising(indices: np.ndarray, indptr: np.ndarray, n_genes: int) -> bool:
 
 
 class Study:
-    """One study of a store: the cells of one input, in the stored order.
+    """Read one study of a store: the cells of one input, in the stored order.
 
     Objects are cheap to create, picklable and thread-safe. Files are opened at the first read.
 
@@ -107,7 +107,7 @@ class Study:
         Whether the cells have coordinates. Spatial studies are stored along a space-filling curve, others in random
         order.
     record
-        Entry of the study in the manifest.
+        Entry of the study in `manifest.json`, as a dict.
     values
         "counts", or "activity" for other non-negative values.
     """
@@ -138,14 +138,14 @@ class Study:
 
     @property
     def gene_totals(self) -> np.ndarray:
-        """Total raw count of each gene over the cells of the study, float64 (G,)."""
+        """Return the total raw count of each gene over the cells of the study, float64 (G,)."""
         totals = self._whole("var/total_counts", self.n_genes)
         if not np.isclose(totals.sum(), float(self.record["total_counts"]), rtol=1e-9, atol=0.5):
             raise self._damaged("var/total_counts", "its sum differs from the total in the manifest")
         return totals
 
     def noisy_genes(self, fraction: float) -> np.ndarray:
-        """Return the mask of genes to treat as unexpressed, bool (G,); see `sct.data.tokenize.noisy_genes`."""
+        """Return which genes are noise and treated as unexpressed, bool (G,); see `sct.data.tokenize.noisy_genes`."""
         self.check_counts()
         return noisy_genes(self.gene_totals, self.n_cells, fraction)
 
@@ -159,7 +159,7 @@ class Study:
 
     @property
     def measured(self) -> np.ndarray:
-        """Whether each gene was measured, bool (G,): the input had a column for it.
+        """Return whether each gene was measured, bool (G,), which means that the input had a column for it.
 
         The counts of other genes are unknown, not zero.
         """
@@ -167,7 +167,7 @@ class Study:
 
     @property
     def coordinates(self) -> np.ndarray | None:
-        """Coordinates of the cells in the unit of the input, float32 (N, 2); None for a study without coordinates."""
+        """Return the coordinates of the cells in the unit of the input, float32 (N, 2), or None if there are none."""
         if not self.spatial:
             return None
         return self._whole("obsm/spatial", self.n_cells).astype(np.float32, copy=False)
@@ -177,7 +177,7 @@ class Study:
         return self._scale().apply(np.asarray(self.coordinates))
 
     def _scale(self) -> Scale:
-        """Return the recorded scale of the section; compute it from the cells if the store is too old to record it."""
+        """Return the recorded scale of the coordinates; if an old store has none, compute it from the cells."""
         import zarr
         from anndata.io import read_elem
 
@@ -214,7 +214,7 @@ class Study:
         return self._read_runs([(int(start), int(stop))])
 
     def read_rows(self, rows: Sequence[int] | np.ndarray) -> sp.csr_matrix:
-        """Read rows in any order. Rows may be repeated. Rows that are close together are read at once.
+        """Read rows in any order. Rows may be repeated. Rows that are close together are read in one request.
 
         Returns
         -------
@@ -273,7 +273,7 @@ class Study:
 
     @property
     def obs_columns(self) -> tuple[str, ...]:
-        """Names of the columns of `obs`."""
+        """Return the names of the columns of `obs`."""
         import zarr
 
         self._verify("obs", once=True)
@@ -444,7 +444,7 @@ class Store:
         Warns
         -----
         UserWarning
-            Studies have no hashes, so changes cannot be detected.
+            The store has no hashes of its files, so changed files cannot be detected.
         """
         path = Path(path)
         manifest = read_manifest(path)
@@ -497,7 +497,7 @@ class Store:
 
     @property
     def n_cells(self) -> int:
-        """Total number of cells of all studies."""
+        """Return the total number of cells of all studies."""
         return sum(each.n_cells for each in self.studies)
 
     def split(self, name: str) -> tuple[Study, ...]:
@@ -582,7 +582,7 @@ def study_path(name: str) -> str:
 
 
 def check_study(record: Mapping[str, Any], file: Path) -> None:
-    """Raise `StoreError` if a record in `file` has an invalid study name, folder or split."""
+    """Raise `StoreError` if the entry of a study in `file` has an invalid study name, folder or split."""
     try:
         expected = study_path(record["name"])
     except StoreError as error:

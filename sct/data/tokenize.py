@@ -38,7 +38,7 @@ def noisy_genes(gene_totals: np.ndarray, n_cells: int, fraction: float = NOISE_F
 
 @dataclasses.dataclass(frozen=True)
 class Bins:
-    """Expression levels of K cells.
+    """Expression levels of K cells, which are the input tokens of sCT.
 
     Attributes
     ----------
@@ -60,7 +60,7 @@ class Bins:
 
 
 def digitize(log_counts: np.ndarray, low: np.ndarray, high: np.ndarray, num_bins: int) -> np.ndarray:
-    """Return the level, 1 .. num_bins - 1, of log1p counts in the range [low, high]. The arguments broadcast.
+    """Return the level, 1 .. num_bins - 1, of log1p counts in the range [low, high]; all arguments can be arrays.
 
     A value on a border belongs to the higher level. A value outside the range gets the level of the nearer end. If the
     range has width zero, the level is 1.

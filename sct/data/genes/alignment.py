@@ -38,7 +38,7 @@ _UNKNOWN, _ID, _SYMBOL, _ALIAS, _PAR_Y, _AMBIGUOUS = range(6)
 
 
 class Vocabulary(Protocol):
-    """The interface of a gene vocabulary that this module needs; see `sct.data.genes.vocabulary.GeneVocabulary`."""
+    """Define the methods of a gene vocabulary that this module needs; see `vocabulary.GeneVocabulary`."""
 
     def __len__(self) -> int:
         """Return the number of genes (G)."""
@@ -46,32 +46,32 @@ class Vocabulary(Protocol):
 
     @property
     def name(self) -> str:
-        """Name of the vocabulary, for messages."""
+        """Return the name of the vocabulary, for messages."""
         ...
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Unique key of each gene: its Ensembl id, or its symbol if it has no id."""
+        """Return a unique key of each gene, which is its Ensembl id, or its symbol if it has no id."""
         ...
 
     @property
     def symbols(self) -> tuple[str, ...]:
-        """Approved symbol of each gene."""
+        """Return the approved symbol of each gene."""
         ...
 
     @property
     def position_of_id(self) -> Mapping[str, int]:
-        """Dict from each Ensembl id to the position of its gene."""
+        """Return a dict from each Ensembl id to the position of its gene in the vocabulary."""
         ...
 
     @property
     def owners_of_symbol(self) -> Mapping[str, tuple[int, ...]]:
-        """Dict from each approved symbol to the positions of the genes with this symbol."""
+        """Return a dict from each approved symbol to the vocabulary positions of the genes with this symbol."""
         ...
 
     @property
     def owners_of_alias(self) -> Mapping[str, tuple[int, ...]]:
-        """Dict from each alias or previous symbol to the positions of the genes with this name."""
+        """Return a dict from each alias or previous symbol to the vocabulary positions of the genes with this name."""
         ...
 
     @classmethod
@@ -82,7 +82,7 @@ class Vocabulary(Protocol):
 
 @dataclass(frozen=True)
 class GeneAlignment:
-    """The mapping from the columns of an input to the genes of a vocabulary.
+    """Map the columns of an input to the genes of a vocabulary, and report names that did not match.
 
     Attributes
     ----------
@@ -95,17 +95,17 @@ class GeneAlignment:
     matched
         Number of vocabulary genes that the input has.
     by_alias
-        Input name -> gene, for names matched by an alias or previous symbol.
+        Dict from each input name that is an alias or previous symbol to the gene that it was matched to.
     ambiguous
-        Input name -> candidate genes, for ambiguous names: the name belongs to several genes, or it is an alias of a
-        gene that another column names directly. These columns are not used.
+        Dict from each ambiguous input name to its candidate genes. A name is ambiguous if it belongs to several genes,
+        or if it is an alias of a gene that another column names directly. Columns with ambiguous names are not used.
     missing
         Vocabulary genes that the input lacks (Ensembl id, or symbol if there is no id).
     unknown
         Input names that are not in the vocabulary; '' for a column without a name.
     duplicates
-        Gene -> input names, for genes with several columns. This includes the ``_PAR_Y`` copy of a gene whose X copy is
-        present. The ``_PAR_Y`` copy is used only if duplicates are summed.
+        Dict from each gene with several columns to the input names of these columns. This includes the ``_PAR_Y`` copy
+        of a gene whose X copy is present. The ``_PAR_Y`` copy is used only if duplicates are summed.
     warning
         Warning about a suspicious result, or ''.
     """
@@ -354,7 +354,7 @@ def check_shared(shared: int, possible: int, what: str) -> None:
     shared
         Number of shared genes.
     possible
-        Number of genes that could be shared.
+        Number of genes that would be shared in the best case, for example the size of the smaller set.
     what
         The two sets of genes for messages, e.g. "adata and the reference".
 
@@ -418,7 +418,7 @@ def _likely_cause(vocabulary: Vocabulary, names: Sequence[str]) -> str:
 
 
 def name_places(var: Any, column: str | None, prefix: str) -> list[tuple[str, list[str]]]:
-    """Return the candidates for the gene names as (label, names): the index and each string column.
+    """Return the columns that could hold the gene names, as pairs (label, names): the index and each string column.
 
     Parameters
     ----------
@@ -427,7 +427,7 @@ def name_places(var: Any, column: str | None, prefix: str) -> list[tuple[str, li
     column
         Use only this column ("index" for the index).
     prefix
-        Text before error messages.
+        Text at the beginning of each error message.
 
     Raises
     ------
@@ -484,7 +484,7 @@ def gene_names(values: Any, what: str, *, missing_allowed: bool = False) -> list
     values
         The names.
     what
-        What they are, for messages.
+        Description of the names for messages, such as "gene names".
     missing_allowed
         Return a missing name as '' instead of raising an error.
 

@@ -60,7 +60,7 @@ class GeneCorpus:
     left_out
         Names in the file that are unknown or ambiguous in the gene table; '' for a text without a gene name.
     empty
-        Number of genes in the file without text.
+        Number of genes for which the file has no text.
     """
 
     keys: tuple[str, ...]
@@ -85,12 +85,12 @@ class GeneCorpus:
 
     @cached_property
     def hash(self) -> str:
-        """Hash (sha256, hexadecimal) of the keys and texts in their order."""
+        """Return a hash (sha256, hexadecimal) of the gene keys and texts in their order."""
         return hashlib.sha256(json.dumps([self.keys, self.texts]).encode()).hexdigest()
 
     @cached_property
     def text_of(self) -> dict[str, str]:
-        """Gene key -> text."""
+        """Return a dict from each gene key to the text of the gene."""
         return dict(zip(self.keys, self.texts, strict=True))
 
     def summary(self) -> str:
@@ -115,8 +115,9 @@ class GeneCorpus:
         ----------
         path
             A .tsv or .csv file with a header, or a .json file; each may be compressed (.gz). A table has a gene column
-            (`ensembl_id`, `symbol` or `gene`; with several, the first non-empty one names the gene) and a text column
-            (`text` or `summary`). A JSON file has the form {gene: text}, or is a list of objects with such fields.
+            (`ensembl_id`, `symbol` or `gene`) and a text column (`text` or `summary`). If a table has several gene
+            columns, the first non-empty one names the gene. A JSON file has the form {gene: text}, or is a list of
+            objects that have the columns of a table as fields.
         genes
             Gene table for looking up names. Default: the shipped human genes.
 
@@ -199,7 +200,7 @@ def find_genes(
 
     Returns
     -------
-    Positions in the table, int64 (n,), -1 for unknown or ambiguous names; and these names.
+    Positions in the gene table, int64 (n,), -1 for unknown or ambiguous names; and a list of these names.
 
     Raises
     ------
@@ -334,7 +335,7 @@ def _json_rows(path: Path) -> list[tuple[str, str]]:
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """The (key, value) pairs of a JSON object."""
+    """Store a JSON object as a list of (key, value) pairs, so that repeated keys are not lost."""
 
 
 def _first(fields: dict[str, Any], names: Sequence[str]) -> Any:

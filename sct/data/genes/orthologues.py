@@ -60,14 +60,14 @@ class Orthologues:
     name
         Name of the table, such as its file name.
     target_of
-        Gene of the other species -> its orthologue: the key of the gene in the vocabulary, or the name in the table for
-        a gene that the vocabulary lacks.
+        Dict from each gene of the other species to its orthologue. The orthologue is given as its key in the
+        vocabulary, or as its name in the table if the vocabulary lacks it.
     owners
-        Ensembl id or symbol -> genes of the other species that have it.
+        Dict from each Ensembl id or symbol to the genes of the other species with this name.
     several
-        Genes that are not one-to-one: they have several orthologues, or share an orthologue with other genes.
+        Genes of the other species that have several orthologues, or share an orthologue with another gene.
     without
-        Genes without an orthologue.
+        Genes of the other species without an orthologue.
     vocabulary
         Gene vocabulary in which the orthologues were looked up.
     digest
@@ -120,7 +120,7 @@ class MappedGenes:
     table
         Name of the orthologue table.
     dropped
-        Reason -> number of genes that were not mapped.
+        Dict from each reason to the number of genes that were not mapped for this reason.
     report_name
         Name of the input for messages, or ''.
     """
@@ -450,7 +450,8 @@ def _names(table: pd.DataFrame, columns: Sequence[str]) -> list[tuple[str, ...]]
 def _keys_of(rows: Sequence[tuple[str, ...]], vocabulary: GeneVocabulary) -> tuple[list[str], int]:
     """Return the key of the gene in each row, and the number of different vocabulary genes that were found.
 
-    The key belongs to the first name of the row that is in the vocabulary. If no name is, it is the first name itself.
+    The key is that of the first name that the vocabulary contains. If it contains no name of the row, the key is the
+    first name itself.
     """
     flat = [name for names in rows for name in names]
     positions = look_up(vocabulary, flat)[0].reshape(len(rows), -1)

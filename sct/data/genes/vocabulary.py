@@ -1,4 +1,4 @@
-"""The gene vocabulary: the ordered list of genes that matrices, models and stores use."""
+"""Define the gene vocabulary: the ordered list of genes that matrices, models and stores use."""
 
 from __future__ import annotations
 
@@ -97,27 +97,27 @@ class GeneVocabulary:
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
-        """Unique key of each gene: its Ensembl id, or its symbol if it has no id."""
+        """Return a unique key of each gene, which is its Ensembl id, or its symbol if it has no id."""
         return tuple(gene or symbol for gene, symbol in zip(self.ensembl_ids, self.symbols, strict=True))
 
     @cached_property
     def hash(self) -> str:
-        """Hash (sha256, hexadecimal) of the ordered keys. Equal hashes mean the same genes in the same order."""
+        """Return a hash (sha256, hexadecimal) of the gene keys. Equal hashes mean the same genes in the same order."""
         return hashlib.sha256("\n".join(self.keys).encode()).hexdigest()
 
     @cached_property
     def position_of_id(self) -> dict[str, int]:
-        """Dict from each Ensembl id to the position of its gene."""
+        """Return a dict from each Ensembl id to the position of its gene in the vocabulary."""
         return {gene: position for position, gene in enumerate(self.ensembl_ids) if gene}
 
     @cached_property
     def owners_of_symbol(self) -> dict[str, tuple[int, ...]]:
-        """Dict from each approved symbol to the positions of the genes with this symbol."""
+        """Return a dict from each approved symbol to the vocabulary positions of the genes with this symbol."""
         return _owners((symbol,) for symbol in self.symbols)
 
     @cached_property
     def owners_of_alias(self) -> dict[str, tuple[int, ...]]:
-        """Dict from each alias or previous symbol to the positions of the genes with this name."""
+        """Return a dict from each alias or previous symbol to the vocabulary positions of the genes with this name."""
         return _owners(new + old for new, old in zip(self.aliases, self.previous, strict=True))
 
     @classmethod

@@ -56,7 +56,7 @@ _LEFT_IN_STUDIES = re.compile(r"\..+\.([0-9a-f]{16}\.tmp|partial|spill|download)
 
 @dataclass(frozen=True)
 class IngestReport:
-    """The result of an ingest.
+    """Report the result of an ingest (the conversion of input files to a store).
 
     Attributes
     ----------
@@ -79,7 +79,7 @@ class IngestReport:
     notes: tuple[str, ...] = ()
 
     def table(self) -> Table:
-        """Return a `rich` table with one row per study, which fits the width of the terminal."""
+        """Return a `rich` table that has one row per study and fits the width of the terminal."""
         from sct import terminal
 
         columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -106,7 +106,7 @@ class IngestReport:
         return terminal.table(terminal.Content("Studies", list(shown), rows, numeric, (), notes))
 
     def summary(self) -> str:
-        """Return one line: the store, and the numbers of its studies, cells and dropped cells."""
+        """Return a line with the path of the store and its numbers of studies, cells and dropped cells."""
         total = sum(each["n_cells"] for each in self.studies)
         dropped = sum(sum(each["dropped"].values()) for each in self.studies)
         splits = Counter(each["split"] for each in self.studies)
@@ -205,7 +205,7 @@ def ingest(
 
 @contextlib.contextmanager
 def _only_one(root: Path) -> Iterator[None]:
-    """Create the folder, lock it against other ingests, and remove temporary files of an interrupted ingest."""
+    """Create the store folder, lock it against other ingests, and remove temporary files of an interrupted ingest."""
     made = not root.exists()
     try:
         (root / STUDIES).mkdir(parents=True, exist_ok=True)
@@ -240,7 +240,7 @@ def _only_one(root: Path) -> Iterator[None]:
 
 
 def _before(root: Path, vocabulary: GeneVocabulary) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the studies of an existing store, and notes for the user about a damaged manifest or missing studies."""
+    """Return the studies of the store before this ingest, and notes about a damaged manifest or missing studies."""
     try:
         manifest = read_manifest(root) or read_manifest(root, _PREVIOUS)
     except StoreError as error:
@@ -293,7 +293,7 @@ def _plan(
     options: IngestOptions,
     table: Orthologues | None,
 ) -> tuple[list[IngestJob], list[dict[str, Any]], dict[str, str]]:
-    """Return the inputs to ingest, the records of finished inputs, and why other inputs cannot be read (a dict)."""
+    """Return the inputs to ingest, the metadata of studies already ingested, and why other inputs are refused."""
     records: dict[str, list[dict[str, Any]]] = {}
     for file in sorted((root / STUDIES).glob("*.json")):
         try:

@@ -30,7 +30,7 @@ _GENERIC = re.compile(
 
 @dataclass(frozen=True)
 class Input:
-    """An input: a file, folder, Census data set or AnnData object, from which one or more studies are made.
+    """Describe one input of an ingest: a file, folder, Census data set or AnnData object.
 
     Attributes
     ----------
@@ -206,7 +206,8 @@ def _is_anndata_zarr(path: Path) -> bool:
 def _study_name(path: Path) -> str:
     """Return the study name, made from the file name.
 
-    A standard 10x file name does not name the study. The nearest parent folder without a standard name is used instead.
+    Standard 10x file names, such as matrix.mtx, do not identify a study. For these, the name is made from the nearest
+    parent folder that does not have a standard name.
     """
     stem = MTX.sub("", path.name).strip("._-") if MTX.search(path.name) else path.stem
     if path.suffix in (".h5ad", ".zarr"):

@@ -1,4 +1,4 @@
-"""Convert one input to studies: read, validate, align genes, sort, write, and finally move into the store."""
+"""Convert one input to studies: read, validate, align genes, sort, write, and finally move them into the store."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class IngestOptions:
     spatial_key
         Key of the coordinates in `obsm`. Inputs with this key become spatial studies.
     seed
-        Seed of the order of the cells in non-spatial studies and of the choice of validation studies.
+        Random seed of the order of the cells in non-spatial studies, and of the choice of validation studies.
     min_genes, min_counts
         Cells with fewer expressed genes or a smaller total count, over the genes of the vocabulary, are dropped and
         reported. With `values="activity"`, the default of `min_counts` drops only cells whose values are all zero.
@@ -65,7 +65,7 @@ class IngestOptions:
         Orthologue table for inputs of another species (`sct.data.genes.orthologues.read_orthologues`). All inputs must
         be of this species. None: do not map the genes.
     orthologue_columns
-        Gene column and orthologue column of this table. Default: found by name.
+        Gene column and orthologue column of the orthologue table. By default, the columns are found by their names.
     values
         "counts" for raw counts, or "activity" for other non-negative values, such as gene activities of chromatin data.
         Only ZerOmics can read a store of activities.
@@ -393,7 +393,7 @@ def _stream(
     advance: Callable[[float], None],
     values: Values,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Add all counts to `sort`; return number, sum and maximum of the values of each cell, (N,) in the stored order."""
+    """Add all counts to `sort`; return the number, sum and maximum of each cell's counts, (N,), in stored order."""
     n = len(place)
     lengths, totals, maxima = np.zeros(n, np.int64), np.zeros(n), np.zeros(n)
 
@@ -430,7 +430,7 @@ def _stream(
 
 
 def _sorted_blocks(sort: BucketSort, buckets: range, advance: Callable[[float], None]) -> Iterator[Any]:
-    """Yield the counts of one bucket after the other, in the stored order of the cells."""
+    """Yield the counts of all cells in stored order, one bucket (range of consecutive cells) at a time."""
     for bucket in buckets:
         counts, _ = sort.load(bucket)
         yield counts

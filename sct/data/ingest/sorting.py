@@ -1,4 +1,4 @@
-"""The order of the cells in a study, and an external sort into this order.
+"""Decide the order of the cells in a stored study, and sort the counts into this order with bounded memory.
 
 The position ("place") of every cell in the store is known before its counts are read: it comes from a seeded
 permutation, or from the rank along a space-filling curve. Blocks of input rows are split by ranges of places (buckets).
@@ -24,7 +24,7 @@ _SMALL, _LARGE = np.dtype("<u2"), np.dtype("<f4")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Memory limits of an ingest. They do not change the result.
+    """Set the memory limits of an ingest. They do not change the result.
 
     Attributes
     ----------
@@ -33,7 +33,7 @@ class Sizes:
     bucket
         Number of values to sort at a time.
     held
-        Number of values to keep in memory before they are spilled to disk.
+        Maximum number of values to keep in memory; further values are written to temporary files.
     """
 
     block: int = 1_000_000
@@ -81,18 +81,18 @@ def random_rank(n: int, name: str, seed: int) -> np.ndarray:
 
 
 class BucketSort:
-    """External sort of CSR rows by place.
+    """Sort CSR rows by their position in the store (their "place"), on disk if they do not fit into memory.
 
     Parameters
     ----------
     folder
-        Folder for spilled values. It is created when needed and removed by `close`.
+        Folder for temporary files. It is created when needed and removed by `close`.
     edges
         First place of each bucket, and the end of the last bucket, (buckets + 1,).
     n_genes
         Number of columns (G).
     held
-        Number of values to keep in memory before they are spilled.
+        Maximum number of values to keep in memory; further values are written to files.
     """
 
     def __init__(self, folder: Path, edges: np.ndarray, n_genes: int, held: int):
@@ -200,7 +200,7 @@ class BucketSort:
 
 
 def cut_places(sizes_of_studies: list[int], n_values: int, bucket: int) -> tuple[np.ndarray, list[range]]:
-    """Split the places of consecutive studies into buckets. A bucket never spans two studies.
+    """Split the cells of consecutive studies into buckets that are sorted one by one. A bucket never spans two studies.
 
     Parameters
     ----------
@@ -213,7 +213,7 @@ def cut_places(sizes_of_studies: list[int], n_values: int, bucket: int) -> tuple
 
     Returns
     -------
-    The edges, (buckets + 1,), and the buckets of each study.
+    First place of each bucket and the end of the last bucket, (buckets + 1,), and the buckets of each study.
     """
     n_cells = sum(sizes_of_studies)
     per_bucket = max(1, int(n_cells * bucket / max(n_values, 1)))

@@ -55,7 +55,7 @@ def assign_splits(
         Fraction of the studies for validation, chosen by a hash of their names. Default: 0.1 if there are at least ten
         studies and no validation study yet, otherwise no automatic choice.
     seed
-        Seed of the choice.
+        Random seed of the choice of validation studies.
 
     Returns
     -------

@@ -22,7 +22,7 @@ from sct.progress import ProgressBar, progress
 
 @dataclass(frozen=True)
 class IngestJob:
-    """An input to ingest.
+    """Describe the ingest of one input, as it is sent to a worker process.
 
     Attributes
     ----------
@@ -76,7 +76,7 @@ def run_jobs(
 
 
 class _Meter:
-    """Adds up fractional progress and reports whole cells to a progress bar."""
+    """Add up fractional progress, and report whole cells to a progress bar."""
 
     def __init__(self, bar: ProgressBar, name: str):
         self._bar, self._name, self._rest = bar, name, 0.0

@@ -49,7 +49,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 class _Appender:
-    """Writes a one-dimensional array incrementally, one shard at a time."""
+    """Write a one-dimensional array incrementally, one shard at a time."""
 
     def __init__(self, path: Path, dtype: str, length: int, fill: int):
         self._array = create_array(path, dtype, (length,), CHUNK, CHUNK * CHUNKS_PER_SHARD, fill)
@@ -272,11 +272,12 @@ def write_study(
     kept
         Mask of the cells to write, bool (N,).
     lengths
-        Number of values of each cell, int64 (N,).
+        Number of non-zero values of each cell, int64 (N,).
     maximum
         Largest value of the kept cells, below 2^24; infinity if values may be fractions.
     frame
-        `obs`, `vocabulary`, `measured`, `coordinates` and `scale` for `write_frame`. Its rows are the kept cells.
+        Arguments of `write_frame`: `obs`, `vocabulary`, `measured`, `coordinates` and `scale`. The rows of `obs` and
+        `coordinates` are the kept cells.
 
     Returns
     -------

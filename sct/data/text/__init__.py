@@ -1,1 +1,1 @@
-"""Cells as text: cell sentences, prompt templates, instructions and tokenizers."""
+"""Represent cells as text: cell sentences, prompt templates, instructions and tokenizers."""

@@ -41,7 +41,7 @@ _BLOCK = 256  # sentences to split at a time, so that their words fit into the C
 
 @dataclasses.dataclass(frozen=True)
 class RankFit:
-    """The fitted line expression = slope x log(rank) + intercept of a data set (section 3.1).
+    """Store the line expression = slope x log(rank) + intercept that was fitted to a data set (section 3.1).
 
     Attributes
     ----------
@@ -78,7 +78,7 @@ def normalize(counts: sparse.csr_matrix, target: float = TARGET) -> sparse.csr_m
     counts
         Raw counts (N, G).
     target
-        Total count to normalize each cell to.
+        Total count of each cell after normalization.
 
     Returns
     -------
@@ -210,7 +210,7 @@ def fit_rank(
     counts
         Raw counts (N, G).
     seed, keys
-        These determine which cells are used if there are more than `max_cells`; see `rank`.
+        Seed and cell keys, which determine the sampled cells if there are more than `max_cells`; see `rank`.
     max_cells
         Maximal number of cells to use; None for all.
     top_k
@@ -266,9 +266,9 @@ def expression(
 ) -> tuple[sparse.csr_matrix, pd.DataFrame]:
     """Convert cell sentences to expression (equations 2 and 3, appendix D).
 
-    The rank of a gene is its position in the sentence. Unknown words are ignored, but still count as positions. A gene
-    that occurs several times gets the mean of its ranks. A gene that does not occur gets expression 0. Where the fitted
-    line is negative, which happens at high ranks, the expression is set to 0.
+    The rank of a gene is its position in the sentence. Unknown words are ignored, but the words after them keep their
+    rank. A gene that occurs several times gets the mean of its ranks. A gene that does not occur gets expression 0. At
+    high ranks the fitted line can be negative; the expression is then set to 0.
 
     Parameters
     ----------
@@ -350,8 +350,8 @@ def _restore(
 def counts_like(expression: sparse.csr_matrix, total: float = TARGET) -> sparse.csr_matrix:
     """Convert log expression to counts: (10 ** expression - 1) x total / 10,000, CSR (N, G).
 
-    The result is in counts per `total` and is not rounded to integers. If the expression comes from a sentence, the
-    counts of a cell sum to `total` only approximately, because the fitted line is approximate.
+    The result is not rounded to integers. If the expression comes from a sentence, the counts of a cell sum to `total`
+    only approximately, because the fitted line is approximate.
 
     Parameters
     ----------
@@ -366,7 +366,7 @@ def counts_like(expression: sparse.csr_matrix, total: float = TARGET) -> sparse.
 
 
 def _mean_ranks(times: np.ndarray) -> np.ndarray:
-    """Return the mean rank of each distinct value, given how often each value occurs, in the order of the ranks."""
+    """Return the mean rank of each distinct value, given how often each value occurs (the value of rank 1 first)."""
     return np.cumsum(times) - (times - 1) / 2
 
 

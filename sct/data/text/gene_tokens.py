@@ -18,9 +18,9 @@ _LOW_BYTES = np.array([(1 << 8 * n) - 1 for n in range(_BYTES + 1)], np.uint64)
 
 
 class GeneTokens:
-    """A fast lookup table for the words of many texts.
+    """Look up the words of many texts in a fast table.
 
-    Words are not split into Python strings; their bytes are compared eight at a time. This takes half the time of
+    Words are not split into Python strings; their bytes are compared eight at a time. The lookup takes half the time of
     `str.split` and a dictionary.
 
     Parameters
@@ -75,7 +75,7 @@ class GeneTokens:
         return sizes, np.fromiter(map(self.places.get, chained, itertools.repeat(-1)), np.int64, sizes.sum())
 
     def _places(self, data: np.ndarray, first: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Return the numbers of the words that start at the positions `first` of the text; -1 for unknown words."""
+        """Return the numbers of the words whose first bytes are at the indices `first` of the text; -1 if unknown."""
         keys = _keys(data, first, lengths, self._parts)
         places = self._index.get_indexer(_hash(keys))
         same = self._lengths[places] == lengths
@@ -92,9 +92,9 @@ def _keys(data: np.ndarray, first: np.ndarray, lengths: np.ndarray, parts: int) 
     data
         Text as uint8, followed by eight more bytes.
     first, lengths
-        First byte and number of bytes of each word.
+        Index of the first byte and number of bytes of each word.
     parts
-        Number of integers per word. Bytes beyond them are ignored.
+        Number of integers per word. Bytes of a word that do not fit into these integers are ignored.
     """
     eight = np.ndarray((len(data) - _BYTES + 1,), "<u8", data, strides=(1,))
     found = []

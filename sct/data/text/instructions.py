@@ -1,4 +1,4 @@
-"""Instructions about cells: a question with the cell as soft tokens, and the expected answer.
+"""Make instructions about cells: questions in which soft tokens (vectors) stand for a cell, and their answers.
 
 ZerOmics paper, section 3.2 ("Instruction design", "Tuning strategy"), appendix A.3 and Table 7. The metadata of the
 studies is read from a YAML file::
@@ -60,9 +60,9 @@ class InstructionOptions:
         A cell type is rare if fewer than this fraction of the study's cells have it. Ignored for studies that list
         their rare types.
     studies
-        Study name -> metadata from the YAML file.
+        Dict from the name of each study to its metadata in the YAML file.
     seed
-        Seed of the choice of tasks and templates and of the order of candidates.
+        Random seed of the choice of tasks and templates, and of the order of the candidate answers.
     """
 
     tasks: tuple[tuple[str, float], ...] = (("cta", 1.0), ("rci", 1.0), ("tcd", 1.0))
@@ -113,12 +113,12 @@ class LabeledCells(Protocol):
 
     @property
     def name(self) -> str:
-        """Name of the study."""
+        """Return the name of the study."""
         ...
 
     @property
     def n_cells(self) -> int:
-        """Number of cells (N)."""
+        """Return the number of cells (N)."""
         ...
 
     def obs(self, columns: Collection[str] | None = None) -> pd.DataFrame:
@@ -127,7 +127,7 @@ class LabeledCells(Protocol):
 
 
 class StudyQuestions:
-    """The questions that can be asked about the cells of one study, and their answers.
+    """Determine which questions can be asked about the cells of one study, and their answers.
 
     Parameters
     ----------
@@ -153,7 +153,7 @@ class StudyQuestions:
 
     @functools.cached_property
     def _labels(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Key of each cell, and the labels by column. Cells with the same label share one string, to save memory."""
+        """Return the key of each cell, and the labels by column. Equal labels share one string, to save memory."""
         named = (self.options.cell_type, self.options.disease, self.options.pathways)
         table = self.study.obs({name for name in named if name})
         return cell_keys(table.index), {str(name): _shared_texts(table[name]) for name in table}
@@ -184,7 +184,7 @@ class StudyQuestions:
 
     @functools.cached_property
     def rare(self) -> frozenset[str]:
-        """Rare cell types of the study."""
+        """Return the rare cell types of the study."""
         if self.cell_types is None:
             return frozenset()
         if "rare" in self.study_metadata:
@@ -194,7 +194,7 @@ class StudyQuestions:
 
     @functools.cached_property
     def candidates(self) -> dict[str, tuple[str, ...]]:
-        """Candidate answers by task. If no cell has an answer to a task, the task is left out.
+        """Return the candidate answers by task. If no cell has an answer to a task, the task is left out.
 
         Raises
         ------
@@ -217,7 +217,7 @@ class StudyQuestions:
         return {task: tuple(many) for task, many in found.items()}
 
     def _named(self, field: str, values: np.ndarray | None, without: Collection[str]) -> list[str]:
-        """Return the names that a field of the metadata file lists, or without this field the names in the cells."""
+        """Return the names in a field of the metadata file; without this field, the names in the cells' labels."""
         if values is None:
             return []
         present = set(values) - {""}
@@ -331,17 +331,17 @@ def tokens_of(example: Example, tokenizer: Tokenizer, num_soft: int) -> tuple[np
 
 
 class InstructionSource:
-    """Records of cells with one instruction each; see `sct.data.loader.RecordSource`.
+    """Make training records of a cell and one instruction about it; see `sct.data.loader.RecordSource`.
 
     A record has the arrays of `sct.data.cell_records.CellSource` and, in addition:
 
     - `input_ids` int32 (T,): the tokens of question and answer.
-    - `attention_mask` bool (T,): attention mask, False for padding.
+    - `attention_mask` bool (T,): True for tokens, False for padding.
     - `predicted` bool (T,): the tokens of the answer and EOS, which the loss predicts.
-    - `task` int32 (): the position of the task in the options.
+    - `task` int32 (): the index of the task in `options.tasks`.
 
-    The seed, the cell and the epoch determine the task, the template and the order of the candidates. A cell without
-    any known answer has no predicted token.
+    The seed, the cell and the epoch determine the task, the template and the order of the candidates. If no answer
+    about a cell is known, the loss predicts no token of its record.
 
     Parameters
     ----------

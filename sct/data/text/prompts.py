@@ -1,4 +1,4 @@
-"""Prompt templates: the wording of questions about a cell and of their answers.
+"""Read and fill prompt templates: the wordings of questions about a cell and of their answers.
 
 A template file is JSON::
 
@@ -21,11 +21,11 @@ of text). Each task defines its answer field and the fields that a prompt must c
 - A prompt may contain any field except the answer. A template is used only for cells whose values are known for all
   fields of the template.
 - The renderer fills in `{genes}`: "expressed genes", or "100 most highly expressed genes" if `num_genes` is 100.
-- Literal braces are doubled.
+- A brace in the text is written twice: `{{` or `}}`.
 - For cell sentences, white space must surround `{cell}`, so that each gene name remains a separate word.
 - With `"replace": true`, the templates of the file replace the built-in templates. Otherwise they are added after the
   built-in templates.
-- Error messages number templates from 1.
+- Error messages count the templates of a task from 1.
 
 A prompt must not end with white space, and a response must not begin with it. `JOIN`, a single space, is put between
 them. Byte-level tokenizers make this space part of the first word of the response. Therefore prompt and response have
@@ -59,7 +59,7 @@ _LONG = ("cell", "abstract")  # answers that may span several lines
 
 
 class TaskFields(NamedTuple):
-    """The answer field of a task, and the fields that its prompt must contain."""
+    """Define the answer field of a task, and the fields that the prompt of the task must contain."""
 
     answer: str
     prompt: tuple[str, ...]
@@ -103,7 +103,7 @@ def task_name(code: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """One wording of a question and its answer.
+    """Store one wording of a question and its answer.
 
     Attributes
     ----------
@@ -116,17 +116,17 @@ class Template:
 
     @cached_property
     def prompt_parts(self) -> tuple[tuple[str, str | None], ...]:
-        """Segments of the prompt: literal text, and the field that follows it or None."""
+        """Return the segments of the prompt, as pairs of a literal text and the field that follows it (or None)."""
         return _parts(self.prompt)
 
     @cached_property
     def prompt_fields(self) -> frozenset[str]:
-        """Fields of the prompt."""
+        """Return the fields of the prompt."""
         return frozenset(field for _, field in self.prompt_parts if field)
 
     @cached_property
     def _answer(self) -> tuple[str, str, str]:
-        """Parts of the response: text before the answer, name of the answer field, and text after the answer."""
+        """Return the text before the answer, the name of the answer field, and the text after the answer."""
         parts = _parts(self.response)
         at, field = next((i, name) for i, (_, name) in enumerate(parts) if name)
         before, after = ("".join(text for text, _ in side) for side in (parts[: at + 1], parts[at + 1 :]))
@@ -161,12 +161,12 @@ class Template:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A question about one cell, and its answer.
+    """Store a question about one cell, and its answer.
 
     Attributes
     ----------
     task, number
-        The template is `Prompts.templates[task][number]`.
+        Task, and number of the template, which is `Prompts.templates[task][number]`.
     prompt, response
         Filled template. The response is empty if it was made by `Prompts.ask`.
     """
@@ -178,7 +178,7 @@ class Example:
 
     @property
     def text(self) -> str:
-        """Prompt, `JOIN` and response."""
+        """Return the prompt and the response as one text, joined by `JOIN` (a space)."""
         return self.prompt + JOIN + self.response if self.response else self.prompt
 
 
@@ -191,7 +191,7 @@ class Prompts:
     templates
         Templates by task.
     tasks
-        Fields of each task: `TASKS` or `INSTRUCTIONS`.
+        Answer field and required prompt fields of each task: the dict `TASKS` or `INSTRUCTIONS`.
     """
 
     templates: Mapping[str, tuple[Template, ...]]
@@ -220,9 +220,9 @@ class Prompts:
             Values by field name; None means unknown. `num_genes` is the number of genes of a truncated cell sentence,
             and unknown for a complete one. `labels` may be a mapping (see `render_labels`).
         seed, key, epoch
-            These determine which template is drawn. The key identifies the cell; see `cell_sentence.cell_keys`.
+            Seed, key of the cell and epoch, which determine the drawn template; for keys see `ranking.cell_keys`.
         number
-            Use this template, numbered from 0, instead of drawing one.
+            Number of the template to use, counted from 0. Default: draw a template.
 
         Returns
         -------
@@ -256,7 +256,7 @@ class Prompts:
         epoch: int = 0,
         number: int | None = None,
     ) -> Example:
-        """Fill only the prompt, for a model to answer. The answer field is ignored; see `render` for the parameters."""
+        """Fill only the prompt, so that a model can generate the answer; see `render` for the parameters."""
         needed = self._task(task)
         known = {name: value for name, value in fields.items() if value is not None}
         if unknown := sorted(set(known) - set(FIELDS) | (set(known) & {"genes"})):

@@ -25,12 +25,12 @@ _BLOCK = 1 << 20  # entries at a time, so that their keys fit into the CPU cache
 
 
 class Ranked(NamedTuple):
-    """Expressed genes of N cells in descending order of expression.
+    """List the expressed genes of N cells, in descending order of expression within each cell.
 
     Attributes
     ----------
     indptr
-        int64 (N + 1,): the entries of cell i are indptr[i] to indptr[i + 1].
+        int64 (N + 1,): the entries of cell i have the indices indptr[i] to indptr[i + 1] - 1.
     genes
         int32: columns of the genes.
     counts
@@ -158,7 +158,7 @@ def rank(
 
 
 def choose(counts: sparse.csr_matrix, n: int, *, seed: int, keys: np.ndarray | None) -> np.ndarray:
-    """Draw `n` cells, determined by their keys, and return their rows, ascending. `counts` come from `canonical`."""
+    """Return ascending row numbers of `n` cells, chosen by their keys. `counts` must come from `canonical`."""
     if keys is None:
         keys = content_keys(counts)
     keys = _checked_keys(keys, counts.shape[0], "cell")
@@ -179,7 +179,7 @@ def sort_rows(entry: np.ndarray, indptr: np.ndarray, top_k: int | None = None) -
 
 
 def content_keys(counts: sparse.csr_matrix) -> np.ndarray:
-    """Return a key for each cell, uint64 (N,), computed from its counts. `counts` come from `canonical`."""
+    """Return a key for each cell, uint64 (N,), computed from its counts. `counts` must come from `canonical`."""
     return _content_keys(counts, mix(np.arange(1, counts.shape[1] + 1, dtype=np.uint64)))
 
 

@@ -1,4 +1,4 @@
-"""Training records of cell sentences for `sct.data.loader`: each is a row of tokens with prompts of several cells."""
+"""Make training records of cell sentences: rows of tokens, each with the prompts and answers of several cells."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ class SentenceOptions:
     tasks
         Pairs of a task of `sct.data.text.prompts.TASKS` and its relative sampling weight.
     fields
-        Prompt field -> column of `obs`.
+        Dict from each prompt field to the column of `obs` with its values.
     labels
         Columns of `obs` that form the field "labels".
     studies
-        Study name -> prompt field -> text for all its cells, such as the abstract.
+        Texts that apply to all cells of a study, such as its abstract: {study name: {prompt field: text}}.
     all_tokens
         Compute the loss on all tokens instead of only the response tokens.
     seed
-        Seed of the order of ties and of the choice of tasks and templates.
+        Random seed of the order of genes with equal counts, and of the choice of tasks and templates.
     """
 
     top_k: int = 100
@@ -84,7 +84,7 @@ def read_studies(path: str | Path) -> dict[str, dict[str, str]]:
 
 
 class Texts:
-    """The prompts and cell sentences of one study.
+    """Make the prompts and cell sentences of one study.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ class Texts:
 
     @functools.cached_property
     def obs(self) -> pd.DataFrame:
-        """Metadata of the cells: only the columns that prompts use."""
+        """Return the metadata of the cells, only the columns that prompts use."""
         return self.study.obs({*self.options.fields.values(), *self.options.labels})
 
     @functools.cached_property
@@ -125,14 +125,14 @@ class Texts:
 
     @functools.cached_property
     def _columns(self) -> dict[str, np.ndarray]:
-        """Values of each column as strings; "" for missing values."""
+        """Return the values of each column as strings, "" for missing values."""
         return {
             name: np.where(self.obs[name].isna(), "", self.obs[name].astype(str).str.strip()).astype(object)
             for name in self.obs
         }
 
     def sentences(self, start: int, stop: int, epoch: int = 0) -> list[str]:
-        """Return the cell sentences of rows `start` to `stop`. The order of ties differs between epochs."""
+        """Return the sentences of rows `start` to `stop` - 1. The order of genes with equal counts differs by epoch."""
         options = self.options
         return sentences(
             self.study.read(start, stop), self.gene_names, top_k=options.top_k or None, seed=options.seed + epoch,
@@ -146,7 +146,7 @@ class Texts:
         return {**self.values(row), "cell": sentence, **cut}
 
     def examples(self, start: int, stop: int, epoch: int) -> list[Example]:
-        """Return one example for each cell in rows `start` to `stop`.
+        """Return one question with its answer for each cell in the rows `start` to `stop` - 1.
 
         Cells without the fields of any task are left out.
         """
@@ -162,7 +162,7 @@ class Texts:
 
 
 def _draw(tasks: Sequence[tuple[str, float]], fields: Mapping[str, Any], key: tuple[int, ...]) -> str | None:
-    """Draw a task for a cell by weight, among the tasks whose fields are known; None if there is none."""
+    """Draw a task for a cell by weight, from the tasks whose prompt fields are known; return None if there is none."""
     able = [
         (name, weight) for name, weight in tasks if {TASKS[name].answer, *TASKS[name].prompt} <= set(fields)
     ]
@@ -170,7 +170,7 @@ def _draw(tasks: Sequence[tuple[str, float]], fields: Mapping[str, Any], key: tu
 
 
 class SentenceSource:
-    """Records of cell sentences; see `sct.data.loader.RecordSource`.
+    """Make training records of cell sentences; see `sct.data.loader.RecordSource`.
 
     A record is a row of T tokens with the texts of several consecutive cells of a study. The store keeps cells in
     random order. The number of cells per row is estimated from the text lengths of a sample, so that nearly all texts
@@ -240,7 +240,7 @@ class SentenceSource:
 
     @property
     def possible(self) -> bool:
-        """Whether any of the first cells of a study has the fields of a task."""
+        """Return whether any of the first cells of a study has the prompt fields of a task."""
         return any(texts.examples(0, min(texts.study.n_cells, _SAMPLE), 0) for texts in self.texts)
 
     def _cells_per_row(self) -> int:

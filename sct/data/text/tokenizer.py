@@ -1,7 +1,7 @@
-"""One tokenizer class for the libraries `tokenizers` (tokenizer.json) and `sentencepiece` (tokenizer.model).
+"""Provide one tokenizer class for the libraries `tokenizers` and `sentencepiece`.
 
-The libraries do all splitting and joining of text. Token ids are therefore the same as in `transformers` for the same
-folder.
+`tokenizers` reads a tokenizer.json, `sentencepiece` a tokenizer.model. The libraries do all splitting and joining of
+text. Token ids are therefore the same as in `transformers` for the same folder.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ _WORDS = r" ?\w+(?:[-./]\w+)*| ?[^\s\w]+|\s+"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """Converts text to token ids and back.
+    """Convert text to token ids and back.
 
     Attributes
     ----------
     backend
-        The library's tokenizer. Use the methods of this class instead.
+        Tokenizer object of the library. Do not call it directly; use the methods of this class.
     bos_token, eos_token, pad_token, unk_token
         The special tokens, or None.
     """
@@ -123,7 +123,7 @@ class Tokenizer:
         return cls(backend, **{f"{role}_token": name for role, name in names.items()})
 
     def encode(self, text: str, add_special: bool = False) -> np.ndarray:
-        """Return the token ids of a text, int32 (T,). `add_special` adds the model's own special tokens around it."""
+        """Return the token ids of a text, int32 (T,). `add_special` adds the tokenizer's special tokens."""
         return self.encode_batch([text], add_special)[0]
 
     def encode_batch(self, texts: Sequence[str], add_special: bool = False) -> list[np.ndarray]:
@@ -174,32 +174,32 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, including added tokens. An embedding table needs at least this many rows."""
+        """Return the number of tokens, including added tokens. An embedding table needs at least this many rows."""
         return self.backend.size
 
     @property
     def bos(self) -> int | None:
-        """Id of the beginning-of-text token, or None."""
+        """Return the id of the beginning-of-text token, or None."""
         return self._id(self.bos_token)
 
     @property
     def eos(self) -> int | None:
-        """Id of the end-of-text token, or None."""
+        """Return the id of the end-of-text token, or None."""
         return self._id(self.eos_token)
 
     @property
     def begin(self) -> np.ndarray:
-        """Ids to put before every text, int32: BOS, or nothing if there is no BOS or BOS and EOS are the same token."""
+        """Return the ids to put before every text, int32: BOS, or none if there is no BOS or it equals EOS."""
         return np.array([self.bos] if self.bos not in (None, self.eos) else [], np.int32)
 
     @property
     def pad(self) -> int | None:
-        """Id of the padding token, or None."""
+        """Return the id of the padding token, or None."""
         return self._id(self.pad_token)
 
     @property
     def unk(self) -> int | None:
-        """Id of the token for unknown text, or None."""
+        """Return the id of the token for unknown text, or None."""
         return self._id(self.unk_token)
 
     def _id(self, token: str | None) -> int | None:
@@ -235,7 +235,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash (sha256, hexadecimal) of everything that determines token ids and text."""
+        """Return a hash (sha256, hexadecimal) of everything that determines token ids and text."""
         names = json.dumps([getattr(self, f"{role}_token") for role in ROLES])
         config = json.dumps(self.backend.config(), sort_keys=True)
         parts = (self.backend.file.encode(), self.backend.content(), config.encode(), names.encode())

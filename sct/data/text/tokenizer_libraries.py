@@ -21,10 +21,10 @@ class Backend(Protocol):
     size: int  # number of tokens
 
     def encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
-        """Return the ids of texts. `special` adds the model's own special tokens around them."""
+        """Return the token ids of each text. With `special`, the tokenizer's own special tokens are added around it."""
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
-        """Return the text of ids."""
+        """Convert token ids to text."""
 
     def id_of(self, token: str) -> int | None:
         """Return the id of a token, or None."""
@@ -46,7 +46,7 @@ class Backend(Protocol):
 
 
 class JsonTokenizer:
-    """A tokenizer.json, read by the library `tokenizers`."""
+    """Use a tokenizer.json with the library `tokenizers`."""
 
     file = JSON
 
@@ -64,11 +64,11 @@ class JsonTokenizer:
         self.size = 1 + max(self._model.get_vocab(with_added_tokens=True).values())
 
     def encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
-        """Return the ids of texts. `special` adds the model's own special tokens around them."""
+        """Return the token ids of each text. With `special`, the tokenizer's own special tokens are added around it."""
         return [encoding.ids for encoding in self._model.encode_batch(texts, add_special_tokens=special)]
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
-        """Return the text of ids."""
+        """Convert token ids to text."""
         return self._model.decode(ids, skip_special_tokens=skip_special)
 
     def id_of(self, token: str) -> int | None:
@@ -100,7 +100,7 @@ class JsonTokenizer:
 
 
 class PieceTokenizer:
-    """A tokenizer.model, read by the library `sentencepiece`, with optional added tokens after its own tokens.
+    """Use a tokenizer.model with the library `sentencepiece`; tokens can be added after its own tokens.
 
     The text between added tokens is encoded separately, so the space that the model adds before a text also follows an
     added token. Text that equals a control token, such as "<s>", is encoded as ordinary text.
@@ -132,7 +132,7 @@ class PieceTokenizer:
         self.__init__(*state)  # type: ignore[misc]
 
     def encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
-        """Return the ids of texts. `special` adds the model's own special tokens around them."""
+        """Return the token ids of each text. With `special`, the tokenizer's own special tokens are added around it."""
         if self._split is None:
             ids = self._model.encode(list(texts), out_type=int)
         else:
@@ -153,7 +153,7 @@ class PieceTokenizer:
         return ids
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
-        """Return the text of ids."""
+        """Convert token ids to text."""
         text, run = [], []
         for number in ids:
             special = number >= self._pieces or self._model.is_control(number)

@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class H5adParts:
-    """Functions that return the parts of an AnnData in memory or on disk; None for missing parts.
+    """Collect functions that return the parts of an AnnData in memory or on disk; they return None for missing parts.
 
     Attributes
     ----------
     obs
-        Returns the table of cells.
+        Function that returns the table of cells.
     var
-        Returns the table of genes; with True, that of `raw`.
+        Function that returns the table of genes; called with True, it returns the table of genes of `raw`.
     matrix
-        Returns X, raw or a layer by name.
+        Function that returns X, raw or a layer, given its name.
     obsm
-        Returns an entry of `obsm` by key.
+        Function that returns an array of `obsm`, given its key.
     layers
         Names of the layers.
     """

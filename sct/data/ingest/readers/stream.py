@@ -1,4 +1,4 @@
-"""The common result of all readers: tables of cells and genes, and blocks of counts in bounded memory."""
+"""Define the common result of all readers: tables of cells and genes, and blocks of counts in bounded memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SAMPLE = 100_000
 
 @dataclass(frozen=True)
 class Matrix:
-    """A count matrix on disk or in memory, as sliceable arrays.
+    """Describe a count matrix on disk or in memory by its sliceable arrays.
 
     Attributes
     ----------
@@ -43,7 +43,7 @@ class Matrix:
 
     @property
     def n_values(self) -> int:
-        """Number of stored values: an upper bound on the number of non-zero values."""
+        """Return the number of stored values, which is an upper bound on the number of non-zero values."""
         return int(np.prod(self.data.shape))
 
     def sample(self) -> np.ndarray:
@@ -93,7 +93,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class OpenInput:
-    """An input that is open for reading: tables of cells and genes, and blocks of counts.
+    """Provide an input that is open for reading: tables of cells and genes, and blocks of counts.
 
     Attributes
     ----------
@@ -106,7 +106,7 @@ class OpenInput:
     taken
         Location of the counts: "X", "raw.X", 'layers["counts"]', ...
     n_values
-        Upper bound on the number of values.
+        Upper bound on the number of non-zero counts.
     whole_rows
         Whether each row is in exactly one block.
     blocks
@@ -125,7 +125,7 @@ class OpenInput:
 
 @contextmanager
 def reading(label: str) -> Iterator[None]:
-    """Convert any error of a damaged file to a `DataError` that names the file."""
+    """Convert any error while reading a damaged file to a `DataError` that names the file."""
     try:
         yield
     except SctError:

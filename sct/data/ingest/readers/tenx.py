@@ -78,7 +78,7 @@ def _of_features(
 
 
 def tenx_mtx(path: Path) -> OpenInput:
-    """Open a 10x folder: `matrix.mtx` (genes x cells), `features.tsv` or `genes.tsv`, and `barcodes.tsv`, or `.gz`."""
+    """Open a 10x folder: `matrix.mtx`, `features.tsv` or `genes.tsv`, and `barcodes.tsv`, each may end with `.gz`."""
     prefix = MTX.sub("", path.name)
     features = _companion(path, prefix, ("features.tsv", "genes.tsv"))
     table = pd.read_csv(features, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=3)
@@ -135,7 +135,7 @@ def _text(path: Path) -> Any:
 
 
 def _companion(path: Path, prefix: str, names: tuple[str, ...]) -> Path:
-    """Return the file with one of `names` next to a 10x matrix, compressed or not; raise `DataError` without one."""
+    """Return the file next to a 10x matrix that has one of `names` (or with .gz); raise `DataError` if none exists."""
     for name in names:
         for suffix in ("", ".gz"):
             file = path.with_name(f"{prefix}{name}{suffix}")
