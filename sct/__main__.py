@@ -1,4 +1,4 @@
-"""`python -m sct` is the `sct` command."""
+"""Run the `sct` command as `python -m sct`."""
 
 from sct.cli import main
 

@@ -1,4 +1,4 @@
-"""Atomic writes: a file or folder appears under its name only when it is complete."""
+"""Write files and folders atomically: each appears under its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def atomic_write(path: str | os.PathLike[str], hold: bool = True) -> Iterator[Pa
 
 @contextmanager
 def _told(path: Path, disk_alone: bool = False) -> Iterator[None]:
-    """Convert errors of writing `path` to `OutputError`; with `disk_alone`, only errors that `disk_trouble` finds."""
+    """Convert errors while writing `path` to `OutputError`; with `disk_alone`, convert only errors of the disk."""
     try:
         yield
     except SctError:
@@ -118,7 +118,7 @@ def atomic_folder(
     folder
         Folder to write. Its parent folder is created if needed.
     is_leftover
-        Function that returns whether a temporary folder may be deleted, which a process left behind when it died.
+        Function that returns whether a temporary folder was left behind by a process that died and may be deleted.
 
     Raises
     ------

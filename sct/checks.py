@@ -1,4 +1,4 @@
-"""Validation of options and arrays. Each error is one sentence: what was found, what is expected, what to do.
+"""Check options and arrays. Each error is one sentence: what was found, what is expected, what to do.
 
 Arguments that all checks share: `name` is the option as the user wrote it, or the name of the array. `advice` replaces
 the default "what to do". `error` is the class of the error: `ConfigError` for options, `DataError` for arrays and

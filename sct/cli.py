@@ -271,7 +271,7 @@ def run_main(
 
     Errors of `sct.errors`, a full or broken disk, and exhausted memory are printed as one sentence. Any other exception
     is a bug of this project and keeps its traceback. The exit status is 2 after a wrong command line, and
-    `sct.errors.AGAIN` after a run lost another process.
+    `sct.errors.AGAIN` if another process of the run was lost.
 
     Parameters
     ----------
@@ -280,11 +280,12 @@ def run_main(
     argv
         Words of the command line. The default is `sys.argv`.
     command
-        Command that reads the flags. Its usage is printed after the message on a wrong command line.
+        Name of the command that reads the flags; its usage is printed after an error in the command line.
     again
-        What running the same command again does after Ctrl-C or a disk error, such as "resume".
+        Verb that says what the same command does if the user runs it again after Ctrl-C or a disk error, such as
+        "resume".
     smaller
-        What the user can do if the memory does not suffice.
+        Advice for the case that the memory does not suffice, such as a smaller batch.
     stoppable
         Whether SIGTERM stops the program in the same way as Ctrl-C, but with exit status 143.
     """

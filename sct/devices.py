@@ -1,4 +1,4 @@
-"""The kind of device on which JAX runs. JAX is imported only where it is needed."""
+"""Choose and check the kind of device on which JAX runs. JAX is imported only where it is needed."""
 
 from __future__ import annotations
 

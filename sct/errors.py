@@ -1,4 +1,4 @@
-"""Errors that a user can fix.
+"""Define the errors that a user can fix.
 
 Each message is one sentence: what was found, what was expected, what to do next. The command line prints only the
 message and exits with status 1 (`AGAIN` for a `ProcessLostError`). Only defects of this project show a traceback.
@@ -27,7 +27,7 @@ class StoreError(SctError, ValueError):
 
 
 class ConfigError(SctError, ValueError):
-    """An option or configuration has an invalid value, or two of its values contradict each other."""
+    """An option or configuration has an invalid value, or two options contradict each other."""
 
 
 class FolderInUseError(SctError, RuntimeError):

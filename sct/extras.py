@@ -1,4 +1,4 @@
-"""Optional libraries: import them when needed, and tell the user how to install a missing one."""
+"""Import optional libraries when they are needed, and tell the user how to install a missing one."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def missing_extra(library: str, extra: str, what: str = "") -> MissingExtraError
     library
         Name of the library on the package index.
     extra
-        Extra of this project that includes the library.
+        Name of the pip extra of this project that includes the library.
     what
-        What needs the library, as the subject of the message ("a plot").
+        Name of the function or task that needs the library, as the subject of the message, such as "a plot".
     """
     found = f"{what} needs {library}" if what else f"{library} is not installed"
     return MissingExtraError(f'{found}: pip install "{DISTRIBUTION}[{extra}]"')

@@ -1,4 +1,4 @@
-"""Folder lock: only one process at a time writes to a folder.
+"""Lock folders, so that only one process at a time writes to a folder.
 
 The lock file names the process that holds the lock. When this process ends, the lock is released.
 """
@@ -42,18 +42,18 @@ _open: set[_Lock] = set()
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """Content of the lock file: the process that holds the folder.
+    """Describe the process that holds the lock of a folder, as written to the lock file.
 
     Attributes
     ----------
     host, pid
         Host name and process id.
     since
-        Start in local time of the host, ISO 8601.
+        Time at which the process took the lock, in local time of the host, ISO 8601.
     doing
-        Kind of work: "training", "benchmark".
+        Kind of work that the process does, such as "training" or "benchmark".
     stopping
-        Whether the process was asked to stop (SIGTERM, Ctrl-C) and is saving.
+        Whether the process was asked to stop (SIGTERM, Ctrl-C) and is now saving its state.
     token
         Unique id of the holder.
     """
@@ -83,9 +83,9 @@ def only_one(folder: Path, doing: str, option: str) -> Iterator[None]:
     folder
         Folder to lock. If this function created it and it is empty at the end, it is deleted.
     doing
-        Kind of work, for the messages: "training".
+        Kind of work that this process does, for messages of other processes, such as "training".
     option
-        Command line option of the folder, for the messages.
+        Command line option that sets the folder, for error messages.
 
     Raises
     ------
@@ -113,7 +113,7 @@ def only_one(folder: Path, doing: str, option: str) -> Iterator[None]:
 
 
 class _Lock:
-    """Lock file of a folder."""
+    """Open, lock and update the lock file of one folder."""
 
     def __init__(self, path: Path, doing: str):
         now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
@@ -229,7 +229,7 @@ class _Lock:
             return os.fstat(file.fileno()).st_mtime
 
     def _is_alive(self, holder: Holder) -> bool:
-        """Return whether a holder without flock still touches the lock file."""
+        """Return whether the holder still touches the lock file, for cases in which flock cannot tell."""
         before = self._touched()
         with tempfile.TemporaryFile(dir=self.path.parent) as new:  # gives the present time of the file system
             if abs(os.fstat(new.fileno()).st_mtime - before) > OLD_SECONDS:

@@ -1,4 +1,4 @@
-"""Settings of a Python session, public as `sct.settings`: verbosity, cache folder and device."""
+"""Define the settings of a Python session, `sct.settings`: verbosity, cache folder and device."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Settings:
 
     @property
     def verbosity(self) -> int:
-        """How much is printed, from 0 (only errors) to 3 (also hints)."""
+        """Return how much is printed, from 0 (only errors) to 3 (also hints)."""
         return self._verbosity
 
     @verbosity.setter

@@ -1,4 +1,4 @@
-"""SHA-256 hashes that detect changed files."""
+"""Compute SHA-256 hashes, to detect changed files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def hash_json(content: Any) -> str:
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a JSON object with the hash of its entries under the key `SEAL`."""
+    """Return a copy of a JSON object, with a hash of its entries added under the key `SEAL`."""
     rest = {name: value for name, value in content.items() if name != SEAL}
     return {**rest, SEAL: hash_json(rest)}
 
@@ -62,7 +62,7 @@ def first_changed(folder: Path, recorded: Mapping[str, str], shared: bool = Fals
     folder
         Folder of the files.
     recorded
-        Recorded hashes by file name.
+        Dict from the name of each file to its hash when it was written.
     shared
         If True, all JAX processes must call this function. Each process reads a part of the files, and all get the same
         result.

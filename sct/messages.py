@@ -1,4 +1,4 @@
-"""Everything that is printed beside errors. What is printed depends on `sct.settings.verbosity`."""
+"""Print all messages except errors. `sct.settings.verbosity` determines which messages are printed."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ def info(text: str) -> None:
 
 
 def notice(text: str, level: int = INFO) -> None:
-    """Print a line on standard error, from a level of verbosity on."""
+    """Print a line on standard error if `sct.settings.verbosity` is at least `level`."""
     if settings.verbosity >= level:
         print(text, file=sys.stderr, flush=True)
 
 
 def hint(text: str) -> None:
-    """Print a line on standard error if hints are wanted."""
+    """Print a line on standard error if `sct.settings.verbosity` is "hints"."""
     notice(text, HINTS)
 
 
 def warn(text: str, stacklevel: int = 2) -> None:
-    """Issue a `UserWarning` unless only errors are wanted; `stacklevel` is that of `warnings.warn` in the caller."""
+    """Issue a `UserWarning` unless verbosity is "errors"; `stacklevel` is that of `warnings.warn` in the caller."""
     if settings.verbosity >= WARNINGS:
         warnings.warn(text, UserWarning, stacklevel=stacklevel + 1)
 
 
 def in_notebook() -> bool:
-    """Return whether the output goes to a Jupyter notebook, also from a command that a cell runs with `!`."""
+    """Return whether the output goes to a Jupyter notebook, directly or from a command run there with `!`."""
     # A command of a cell has a pseudo-terminal, although its output is stored as text.
     return is_kernel() or "JPY_PARENT_PID" in os.environ
 
@@ -49,7 +49,7 @@ def is_kernel() -> bool:
 
 
 def console(*, quiet: bool = False, stderr: bool = False, level: int = INFO) -> Console:
-    """Return a rich console for tables and text, which prints nothing below a level of verbosity.
+    """Return a rich console for tables and text; it prints nothing if the verbosity is below `level`.
 
     Notebooks get plain text, because control sequences of terminals would be stored in the notebook.
     """

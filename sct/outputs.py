@@ -19,11 +19,11 @@ def check_file(path: Path, option: str, overwrite: bool = False, needed: int = 0
     path
         File to write. Its parent folders may be missing.
     option
-        Command line option of the file, for the messages: "--output".
+        Command line option that sets the file, for error messages, such as "--output".
     overwrite
         Whether an existing file may be replaced.
     needed
-        Minimum size of the file in bytes.
+        Number of bytes that must be free on the disk for the file.
     """
     with _readable(path, option):
         is_folder, is_there = path.is_dir(), path.exists() or path.is_symlink()
@@ -107,7 +107,7 @@ def size_of(path: Path) -> int:
 
 
 def size(n_bytes: int) -> str:
-    """Format a number of bytes: "1.5 GB"."""
+    """Format a number of bytes as text, such as "1.5 GB"."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n_bytes >= factor:
             return f"{n_bytes / factor:.1f} {unit}"

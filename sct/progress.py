@@ -1,7 +1,7 @@
-"""Progress display for all work that can take more than five seconds.
+"""Show the progress of all work that can take more than five seconds.
 
-On a terminal it is a live progress bar, and in a notebook a line that is replaced. If standard error is a file or a
-pipe, it prints a line from time to time, so that logs stay readable. With `sct.settings.verbosity` below "info",
+A terminal shows a live progress bar, and a notebook shows one line that is updated. If standard error is a file or a
+pipe, a line is printed from time to time, so that logs stay readable. With `sct.settings.verbosity` below "info",
 nothing is shown.
 """
 
@@ -30,9 +30,9 @@ def _clock(seconds: float) -> str:
 
 
 class ProgressBar:
-    """Progress display of one task, created by `progress`; call `update` when units are done.
+    """Display the progress of one task, created by `progress`; call `update` when units of work are done.
 
-    The first unit is not part of the rate, because JAX compiles the program during this unit.
+    The first unit does not count for the speed, because JAX compiles the program during this unit.
     """
 
     def __init__(self, description: str, total: int | None, done: int, interval: float, active: bool = True):
@@ -63,7 +63,7 @@ class ProgressBar:
             self._rich.start()
 
     def update(self, advance: int = 1, note: str = "") -> None:
-        """Advance by `advance` units; the short text `note` is shown until the next note."""
+        """Add `advance` finished units; the short text `note` is shown until the next note."""
         self.done += advance
         self._note = note or self._note
         now = time.monotonic()
@@ -84,7 +84,7 @@ class ProgressBar:
             self.write(self._line(now))
 
     def restart_clock(self) -> None:
-        """Measure the rate, and so the time left, from the next unit on. Call this after a compilation."""
+        """Compute speed and remaining time only from later units. Call this method after a compilation."""
         self._rate_from = None
         if self._rich is not None:
             self._rich.reset(self._task, completed=self.done, note=self._note)

@@ -19,7 +19,7 @@ Layout = Literal["wide", "narrow", "list"]
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """Text content of a table. The first column holds the names of the rows.
+    """Hold the text content of a table. The first column contains the names of the rows.
 
     Attributes
     ----------
@@ -30,7 +30,7 @@ class Content:
     numeric
         Whether each column holds numbers.
     best
-        (row, column) of the cells that are shown in bold.
+        Set of (row, column) index pairs of the table cells that are shown in bold.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""Version, package name and repository of this project; all output files record the version."""
+"""Define the version, package name and repository of this project; all output files record the version."""
 
 __version__ = "0.1.0"
 

@@ -58,14 +58,14 @@ class TuningOptions:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Shots:
-    """The cells for few-shot fine-tuning, with their labels.
+    """Hold the cells for few-shot fine-tuning, with their labels.
 
     Attributes
     ----------
     counts
         Raw counts (N, G) of the genes of the model.
     obs
-        Labels of the cells, (N, columns).
+        Table of the labels of the cells (N rows).
     study_metadata
         Metadata of the study, with the same keys as in a studies file: the abstract and the candidate answers.
     """
@@ -121,9 +121,9 @@ def tune(
 ) -> InstructionModel:  # fmt: skip
     """Fine-tune a model on one task with a few labeled cells, with the usual training loop and loss of its family.
 
-    The trained parameters are the cell tokenizer, the universal adapter and the adapter of the task. If the model was
-    not trained on the task, there is no adapter for this task, and the universal adapter is the only adapter that is
-    trained. The input model is not changed.
+    The trained parameters are the cell tokenizer (which converts a cell to soft tokens), the universal adapter (which
+    all tasks share) and the adapter of the task. If the model was not trained on the task, it has no adapter for this
+    task, so only the cell tokenizer and the universal adapter are trained. The input model is not changed.
 
     Parameters
     ----------
@@ -134,9 +134,9 @@ def tune(
     shots
         Cells to train on.
     columns
-        The fields `cell_type`, `disease`, `pathways`, `normal` and `rare_share` of `InstructionData`.
+        Dict with the options `cell_type`, `disease`, `pathways`, `normal` and `rare_share` of `InstructionData`.
     options, seed
-        Training options, and the random seed for the order of cells, templates and candidates.
+        Training options, and the random seed of the order of cells and candidates and of the choice of templates.
     place
         Folder for temporary files; None for the system's default folder.
 

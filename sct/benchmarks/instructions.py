@@ -57,7 +57,7 @@ _UNS = ("abstract", "cell_types", "rare", "diseases")
 
 @dataclasses.dataclass(frozen=True)
 class InstructionBenchmarkData(benchmarking.CellChoice):
-    """Options of the cells to ask about.
+    """Options that select the cells about which the model is asked.
 
     Parameters
     ----------
@@ -72,9 +72,10 @@ class InstructionBenchmarkData(benchmarking.CellChoice):
     rare_share
         A cell type is rare if fewer than this fraction of the study's cells have it.
     group_key
-        Column of `obs`, such as the donor. All cells of a group are in the same part of the study.
+        Column of `obs`, such as the donor. Cells of the same group are never split between the cells to train on and
+        the cells to ask about.
     share
-        Fraction of the cells (or groups) of each study that the model is asked about. The baselines are fitted on the
+        Fraction of the cells (or groups) of each study about which the model is asked. The baselines are fitted on the
         other cells.
     """
 
@@ -100,7 +101,7 @@ class InstructionBenchmarkData(benchmarking.CellChoice):
 
     @property
     def columns(self) -> dict[str, Any]:
-        """Label columns and thresholds that are passed to `InstructionData` for few-shot fine-tuning, as a dict."""
+        """Return the options of `InstructionData` for few-shot fine-tuning, as a dict: label columns and thresholds."""
         return {
             "cell_type": self.cell_type, "disease": self.disease, "pathways": _PATHWAYS, "normal": self.normal,
             "rare_share": self.rare_share,
@@ -140,17 +141,20 @@ class InstructionBenchmarkOptions:
         Names of the tasks: "cell_type", "rare_cell", "tumor", "pathway"; () for all tasks whose columns or gene sets
         are set.
     shots
-        Numbers of cells with each answer for few-shot fine-tuning. For pathways, the numbers are cells in total. The
-        model without fine-tuning is always measured.
+        Numbers of training cells for few-shot fine-tuning; the model is fine-tuned and evaluated once for each number.
+        Each number counts the cells per answer, or for pathways all cells. The model without fine-tuning is always
+        evaluated.
     seeds
-        Number of random seeds. Each seed has its own template, order of candidates, few-shot cells and control.
+        Number of random seeds. Each seed has its own prompt template, order of candidate answers, few-shot cells and
+        control.
     templates
-        Number of prompt templates. 1 uses one template, which the seed selects. A larger number averages over the first
-        templates.
+        Number of prompt templates. With 1, each seed uses another template. With a larger number n, the probabilities
+        are averaged over the first n templates.
     batch_size
         Number of questions that are computed at once.
     markers
-        JSON file with marker genes, `{"B cell": ["MS4A1", ...]}`; "" finds markers in the fitting part of each study.
+        JSON file with marker genes, `{"B cell": ["MS4A1", ...]}`; "" finds markers in those cells of each study that
+        the model is not asked about.
     """
 
     data: InstructionBenchmarkData = dataclasses.field(default_factory=InstructionBenchmarkData)
@@ -189,7 +193,7 @@ class InstructionBenchmarkOptions:
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        """Tasks to evaluate: `tasks`, or by default all tasks whose required options are set."""
+        """Return the tasks to evaluate: `tasks`, or by default all tasks whose required options are set."""
         known = {
             "cta": self.data.cell_type, "rci": self.data.cell_type, "tcd": self.data.disease, "cpi": self.pathways.file,
         }  # fmt: skip
@@ -198,7 +202,7 @@ class InstructionBenchmarkOptions:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Table:
-    """Labels of a study in memory; implements `sct.data.text.instructions.LabeledCells`."""
+    """Hold the labels of a study in memory; the class implements `sct.data.text.instructions.LabeledCells`."""
 
     name: str
     labels: pd.DataFrame
@@ -221,8 +225,8 @@ def benchmark(
 ) -> list[Report]:
     """Ask a model about the cells of studies, zero-shot and few-shot, compare it with baselines, and write a report.
 
-    Each study is split into two parts. The larger part is used to fit the baselines and to draw few-shot cells. All
-    methods are scored on the same cells of the smaller part.
+    The cells of each study are split into training cells and query cells. The baselines are fitted on the training
+    cells, from which the few-shot cells are also drawn. All methods are scored on the same query cells.
 
     Parameters
     ----------
@@ -356,7 +360,7 @@ def _texts_of(name: str, cells: ad.AnnData) -> dict[str, Any]:
 
 
 class _Study:
-    """One study of the benchmark.
+    """Evaluate the tasks on one study of the benchmark.
 
     Its cells are split into cells to train on (`support`) and cells to ask about (`query`).
     """
@@ -439,7 +443,7 @@ class _Study:
 
     @functools.cached_property
     def records(self) -> dict[str, np.ndarray]:
-        """Model inputs for the cells to ask about, as a dict of arrays."""
+        """Return the model inputs for the query cells, as a dict of arrays."""
         return cell_records(
             self.counts[self.query], self.instruction_model.cells, self.instruction_model.known
         )
@@ -476,7 +480,7 @@ class _Study:
         self, task: str, fit: np.ndarray, answers: np.ndarray, obs: pd.DataFrame, study_metadata: dict[str, Any],
         ask: Callable[[InstructionModel, int], Any], fit_few: Callable[[np.ndarray], Any],
     ) -> tuple[dict[str, tuple[str, Any]], list[str]]:  # fmt: skip
-        """Compute the few-shot rows of the table; return row name -> row, and notes on rows that could not be computed.
+        """Compute the few-shot rows of the table; return them by name, and notes on rows that could not be computed.
 
         Each number of shots gives two rows of the table. The first is the model after fine-tuning on a few of the cells
         `fit`; `ask` evaluates this model. The second is the baseline that `fit_few` fits on the same cells.
@@ -666,7 +670,7 @@ class _Study:
 
 
 def folded(task: str, names: np.ndarray) -> np.ndarray:
-    """Return the answers in the form that is scored.
+    """Return the answers as they are scored.
 
     For "tcd", every disease becomes "tumor cell" (ZerOmics, appendix B.1).
     """
@@ -674,7 +678,7 @@ def folded(task: str, names: np.ndarray) -> np.ndarray:
 
 
 def prediction(task: str, table: pd.DataFrame) -> labels.LabelPrediction:
-    """Return each cell's most probable answer and its probabilities, in the form that is scored (see `folded`)."""
+    """Return each cell's most probable answer and its probabilities, with the answers changed by `folded`."""
     best = table.columns.to_numpy(object)[table.to_numpy().argmax(axis=1)]
     if task == "tcd":
         table = pd.DataFrame({NORMAL: table[NORMAL], TUMOR: 1 - table[NORMAL]})

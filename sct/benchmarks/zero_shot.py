@@ -99,15 +99,15 @@ class ZeroShotData(CellChoice):
     train
         Store with the studies that the model was trained on, for the baselines. Not needed if `path` is a store.
     spatial_key
-        Key of `obsm` with spatial coordinates. It is used if it exists.
+        Key of the spatial coordinates in `obsm`. A study without this key is evaluated without coordinates.
     label_key
-        Column of `obs` with labels. It is used if it exists.
+        Column of `obs` with labels, such as cell types. A study without this column has no evaluation of embeddings.
     batch_key
         Column of `obs` with batches, for integration metrics; "" for none.
     cells_per_bag
-        Number of cells per bag; 0 for the number in training.
+        Number of cells per bag; 0 uses the number with which the model was trained.
     max_bags
-        Number of bags that are scored in imputation, spaced evenly; 0 for all bags.
+        Maximum number of bags in which imputation is evaluated, spaced evenly over the study; 0 for all bags.
     """
 
     train: str = ""
@@ -176,7 +176,7 @@ class CellImputationOptions:
     Attributes
     ----------
     run
-        Whether to run this protocol.
+        Whether to run this evaluation.
     numbers
         Numbers of cells to mask in a bag. (0,) selects the numbers of the paper, scaled to the bag size.
     """
@@ -192,9 +192,10 @@ class FixedGenesOptions:
     Parameters
     ----------
     run
-        When to run this part: "always", "never", or "spatial" for data with spatial coordinates.
+        When to run this evaluation: "always", "never", or "spatial", which means only for data with spatial
+        coordinates.
     per_group
-        Number of genes in each group. Genes are grouped by the share of cells with zero counts.
+        Number of genes to mask in each group. Genes are grouped by the fraction of cells in which their count is zero.
     """
 
     run: str = "spatial"
@@ -230,18 +231,18 @@ class EmbeddingOptions:
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkOptions:
-    """Options of the zero-shot benchmark: the model, the cells, and one section per part.
+    """Options of the zero-shot benchmark: the model, the cells, and one group of options per evaluation.
 
     Parameters
     ----------
     model
         Model folder, run folder or Hub id; "" measures only the baselines.
     genes
-        Without a model: a vocabulary file; "" for all human protein-coding genes.
+        File with the gene vocabulary, used only without a model; "" for all human protein-coding genes.
     output
         Folder of the report.
     seeds
-        Number of random draws, over which each part is repeated.
+        Number of random seeds; each evaluation is repeated with each seed.
     """
 
     data: ZeroShotData = dataclasses.field(default_factory=ZeroShotData)
@@ -266,7 +267,7 @@ class BenchmarkOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One study to evaluate: its cells (`adata`), and their counts aligned to the genes of the model (`table`)."""
+    """Hold one study to evaluate: its cells (`adata`), and counts aligned to the genes of the model (`table`)."""
 
     name: str
     adata: ad.AnnData
@@ -274,7 +275,7 @@ class Part:
 
     @property
     def spatial(self) -> bool:
-        """Whether the cells have spatial coordinates."""
+        """Return whether the cells have spatial coordinates."""
         return self.table.sections[0].places is not None
 
 
@@ -565,7 +566,7 @@ def reason(title: str, error: SctError) -> Report:
 
 
 def _imputer(handle: Pretrained | None) -> BagReader | None:
-    """Return the object that imputes with a model, or None if the model family cannot impute."""
+    """Return the reader that imputes with a model, or None if the model family cannot impute."""
     if handle is None or families.model(handle.family).impute is None:
         return None
     return cast(BagReader, families.require(handle, "impute"))

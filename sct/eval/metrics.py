@@ -1,7 +1,7 @@
-"""Metrics on numpy arrays, computed with scikit-learn, scanpy and scib-metrics.
+"""Compute metrics of numpy arrays with scikit-learn, scanpy and scib-metrics.
 
 Libraries of the `analysis` extra are imported on first use. If one is missing, MissingExtraError names the package to
-install. Of `sct`, this module imports only `sct.extras`.
+install. This module imports no other module of `sct` than `sct.extras`.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def cross_entropy(true: np.ndarray, chance: np.ndarray, least: float = 1e-6) -> 
     chance
         (n, classes) predicted probabilities.
     least
-        Lower bound of the probabilities; smaller probabilities are replaced by this value.
+        Smallest probability to use; smaller probabilities are replaced by this value.
     """
     if len(true) == 0:
         return float("nan")
@@ -143,7 +143,7 @@ def cross_entropy(true: np.ndarray, chance: np.ndarray, least: float = 1e-6) -> 
 
 
 class Reliability(NamedTuple):
-    """Data of a reliability diagram: predicted probability and observed frequency per bin.
+    """Hold the data of a reliability diagram: predicted probability and observed frequency in each bin.
 
     Attributes
     ----------
@@ -159,7 +159,7 @@ class Reliability(NamedTuple):
 
     @property
     def calibration_error(self) -> float:
-        """Expected calibration error: mean |predicted - observed| over predictions (Guo et al., ICML 2017)."""
+        """Return the expected calibration error, the mean of |predicted - observed| (Guo et al., ICML 2017)."""
         filled = self.number > 0
         if not filled.any():
             return float("nan")
@@ -290,7 +290,7 @@ def stratified_folds(
 
 
 class KnnAccuracy(NamedTuple):
-    """Result of cross-validated classification.
+    """Hold the result of cross-validated classification.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Gene features: one vector per gene, computed by a text decoder from a gene corpus or read from a file.
+"""Compute gene features (one vector per gene) from a gene corpus by a text decoder, or read them from a file.
 
 In the ZerOmics paper (section 3.1), an item token follows the summary of a gene. The hidden state of a decoder at this
 token is the feature of the gene. Other tables (Gene2vec, random features) and cell embeddings that use only such a
@@ -45,7 +45,7 @@ _STEP = 64  # texts are padded to a multiple of this number, so that XLA compile
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GeneFeatures:
-    """Feature vectors of G genes.
+    """Hold the feature vectors of G genes.
 
     Attributes
     ----------
@@ -87,12 +87,12 @@ class GeneFeatures:
 
     @property
     def size(self) -> int:
-        """Number of features (D)."""
+        """Return the number of features per gene (D)."""
         return self.table.shape[1]
 
     @cached_property
     def hash(self) -> str:
-        """sha256 (hexadecimal) over keys and table."""
+        """Return a hash (sha256, hexadecimal) of the keys and the table."""
         digest = hashlib.sha256(json.dumps([self.keys, self.size]).encode())
         digest.update(self.table.data)
         return digest.hexdigest()
@@ -484,7 +484,7 @@ def _cached(file: Path, inputs: Mapping[str, Any], corpus: GeneCorpus) -> GeneFe
 
 
 def _own(path: Path, arrays: Mapping[str, np.ndarray]) -> GeneFeatures:
-    """Return the features in a file that `GeneFeatures.save` wrote."""
+    """Read the features from a file that `GeneFeatures.save` wrote."""
     try:
         about = json.loads(str(arrays["about"]))
         form, written = about["format"], about["hash"]

@@ -1,4 +1,4 @@
-"""Readers of gene feature files in common formats."""
+"""Read files of gene features in common formats."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ Candidates = Sequence[str] | Sequence[Mapping[str, Any]]
 
 
 class Annotator(Protocol):
-    """Object that predicts cell labels with a language model.
+    """Interface of objects that predict cell labels with a language model.
 
     Attributes
     ----------
@@ -50,7 +50,8 @@ def candidates_of(
     Raises
     ------
     ConfigError
-        The model was not trained to predict this label. Or `given` is missing and the model has no list of values.
+        The model was not trained to predict this label. Or `given` is missing, and the model does not store the
+        possible labels.
     """
     known = [name for name in ("cell_type", "tissue", LABELS) if f"cell_to_{name}" in sentence_model.tasks]
     if label_key is None:

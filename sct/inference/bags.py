@@ -1,4 +1,4 @@
-"""Reader for models that read cells in bags (sCT): each record is a bag of cells with all genes."""
+"""Run models that read cells in bags (sCT): each record is a bag of cells with the levels of all genes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PrepareInputs = Callable[[Mapping[str, np.ndarray], np.ndarray], dict[str, np.nd
 
 
 def check_context(context: str, section: Section) -> None:
-    """Raise `ConfigError` if the context is unknown, or if it is "neighbors" but the cells have no positions."""
+    """Raise `ConfigError` if `context` is unknown, or is "neighbors" although the cells have no spatial positions."""
     check_choice("context", context, CONTEXTS)
     if context != CONTEXTS[0] and section.places is None:
         raise ConfigError(
@@ -34,7 +34,7 @@ def check_context(context: str, section: Section) -> None:
 
 
 def plan_bags(section: Section, cells_per_bag: int, seed: int, context: str = "tiles") -> BagOrder:
-    """Group the cells of a section into bags.
+    """Group the cells of a section (a batch or slide) into bags.
 
     Cells without positions are grouped at random. With positions, each bag is a tile of the section. With
     `context="neighbors"`, each bag is a cell and its nearest cells.

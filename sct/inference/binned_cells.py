@@ -1,4 +1,4 @@
-"""Reader for the cell encoder of ZerOmics, which reads cells as expression bins (quantiles or levels)."""
+"""Run the cell encoder of ZerOmics, which reads cells as expression bins (quantiles or levels)."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class BinReader(SingleCells):
 
     @property
     def tokens(self) -> int:
-        """Number of genes that the model reads per cell."""
+        """Return the number of genes that the model reads per cell."""
         return self.options.max_genes or len(self.known)
 
     def records(self, cells: CellCounts, rows: np.ndarray, seed: int) -> dict[str, np.ndarray]:

@@ -28,13 +28,13 @@ def warn_of_labels(
     labels
         Label of each cell, (N,).
     answers
-        Labels that the model chose from.
+        Labels among which the model could choose.
     probability
         Probability of each label, (N,).
     unknown
-        Label that cells without a prediction have.
+        Label of cells without a prediction, such as "unknown".
     why_unknown
-        Text for the warning: why a cell has no prediction, and what to do.
+        Text for the warning that says why a cell has no prediction, and what to do.
     may_be_alike
         Do not warn if nearly all cells have the same label. This is expected in a search for rare or tumor cells.
 

@@ -24,7 +24,7 @@ _TOKENS = 1 << 16
 
 
 class CellReader(Protocol):
-    """Object that runs a model over cells and returns one vector per cell.
+    """Interface of objects that run a model over cells and return one vector per cell.
 
     Attributes
     ----------
@@ -96,7 +96,7 @@ class SingleCells(abc.ABC):
     @property
     @abc.abstractmethod
     def tokens(self) -> int:
-        """Approximate number of tokens per cell."""
+        """Return the approximate number of tokens per cell."""
 
     @abc.abstractmethod
     def records(self, cells: CellCounts, rows: np.ndarray, seed: int) -> dict[str, np.ndarray]:

@@ -22,12 +22,12 @@ TOKENS_PER_DEVICE = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One input example of a model: a bag of cells, or a single cell.
+    """Hold one input example of a model: a bag of cells, or a single cell.
 
     Attributes
     ----------
     rows
-        int (K,), rows of the cells in the table.
+        int (K,), row numbers of the cells in the table of cells.
     is_target
         bool (K,), whether this record provides the result of the cell.
     inputs
@@ -44,7 +44,7 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class RecordOutputs:
-    """Outputs of the model for one record.
+    """Hold the outputs of the model for one record.
 
     Attributes
     ----------
@@ -72,7 +72,7 @@ class Runner:
     tokens
         Number of tokens per device, for the default batch size.
     noun
-        Plural noun for records in error messages.
+        Plural noun that error messages use for the records, such as "cells".
 
     Raises
     ------
@@ -113,7 +113,7 @@ class Runner:
         size
             Number of records per batch, see the method `size`.
         names
-            Names of outputs or intermediates of the model.
+            Names of the outputs or intermediates of the model to return.
 
         Raises
         ------

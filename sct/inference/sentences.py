@@ -1,4 +1,4 @@
-"""Reader for language models that read cells as sentences of gene names."""
+"""Run language models that read cells as sentences of gene names."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def questions(
     gene_column: str | None = None,
     duplicates: Literal["error", "sum"] = "error",
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Return the values that fill the prompt template for each cell, and the keys of the cells, uint64 (N,).
+    """Return the values to fill into the prompt template of each cell, and the keys of the cells, uint64 (N,).
 
     Raises
     ------
@@ -97,7 +97,7 @@ class SentenceReader(SingleCells):
 
     @property
     def tokens(self) -> int:
-        """Largest number of tokens per cell."""
+        """Return the largest number of tokens per cell."""
         return self.sentence_model.length
 
     def records(self, cells: CellCounts, rows: np.ndarray, seed: int) -> dict[str, np.ndarray]:

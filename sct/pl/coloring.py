@@ -32,14 +32,14 @@ UNLABELED = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Categories:
-    """Colors of cells by category.
+    """Hold the colors of cells by category.
 
     Attributes
     ----------
     title
         Title of the panel.
     codes
-        (N,) position of each cell's category in `names`; -1 for gray cells without an entry in `names`.
+        (N,) index of each cell's category in `names`; -1 for cells whose category is not in `names`, which are gray.
     names, colors
         Name and color of each category that the legend names.
     legend
@@ -59,7 +59,7 @@ class Categories:
 
 @dataclasses.dataclass(frozen=True)
 class Numbers:
-    """Values of cells for a continuous color scale.
+    """Hold values of cells for a continuous color scale.
 
     Attributes
     ----------
@@ -283,7 +283,7 @@ def add_legend(ax: Axes, chosen: Categories, points: np.ndarray, legend_loc: str
 
 
 def legend_size(chosen: Any, legend_loc: str | None) -> tuple[float, float]:
-    """Return the approximate width and height in inches of what stands to the right of a panel."""
+    """Return the approximate width and height in inches of the legend or color bar to the right of a panel."""
     if isinstance(chosen, Categories) and legend_loc == "right margin":
         texts = [text for _, text in chosen.legend]
         return style.legend_width(texts), style.legend_height(texts)

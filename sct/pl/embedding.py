@@ -175,7 +175,7 @@ def _draw(
 
 
 def _coordinates(adata: AnnData, basis: str) -> np.ndarray:
-    """Return the coordinates (N, 2); the error of a missing UMAP names the two calls that compute it."""
+    """Return the coordinates (N, 2); if the UMAP is missing, raise an error that says how to compute it."""
     if basis not in adata.obsm and basis == UMAP:
         if importlib.util.find_spec("scanpy") is None:
             raise missing_extra("scanpy", "analysis", "a UMAP")
@@ -202,7 +202,7 @@ def _calls(use_rep: str) -> str:
 
 
 def _embeddings(adata: AnnData) -> list[str]:
-    """Return the keys of obsm that `sct.tl.embed` wrote; else "X_pca" or the first array that can be embedded."""
+    """Return the `obsm` keys of embeddings by `sct.tl.embed`; if none, "X_pca" or the first array for a UMAP."""
     records = {key: adata.uns.get(key) for key in adata.obsm}
     made = [key for key, record in records.items() if isinstance(record, Mapping) and "weights" in record]
     arrays = [key for key in adata.obsm if np.ndim(adata.obsm[key]) == 2 and np.shape(adata.obsm[key])[1] > 3]

@@ -1,4 +1,4 @@
-"""Plots of the imputation benchmark: confusion matrix, MCC by masked fraction, and reliability diagram."""
+"""Plot results of the imputation benchmark: confusion matrix, MCC by masked fraction, and reliability diagram."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def imputation_confusion(
     Parameters
     ----------
     confusion
-        Number of positions for each true level (rows) and each predicted level (columns). Five levels get the names of
-        the sCT paper (appendix D.3); otherwise levels are numbered from 0. If there are fewer rows than columns, the
-        rows are the highest levels, for example when only expressed genes are scored.
+        Number of (cell, gene) pairs for each true level (rows) and each predicted level (columns). Five levels get the
+        names of the sCT paper (appendix D.3); otherwise levels are numbered from 0. If there are fewer rows than
+        columns, the rows are the highest levels, for example when only expressed genes are scored.
     normalize
         If True, the color and the first line of a matrix cell show the count as a fraction of the sum of the row. If
         False, the color shows the count.
@@ -126,9 +126,10 @@ def mcc_by_ratio(
         For each method, a list of (masked fraction in (0, 1], MCC of each seed). Do not list fractions without a value.
         The legend marks a method without any value as "not run".
     models
-        Methods that are models; their lines are thicker. See `sct.eval.imputation.scoring.ProtocolResult.labels`.
+        Names of the methods that are models; their lines are thicker. See
+        `sct.eval.imputation.scoring.ProtocolResult.labels`.
     reference
-        Methods that are reference baselines; their lines are thick, black and dashed.
+        Names of the methods that are reference baselines; their lines are thick, black and dashed.
     masked
         Label of the horizontal axis.
     ax
@@ -211,7 +212,8 @@ def reliability(
         For each method, the result of `sct.eval.metrics.reliability`: predicted probability, observed fraction and
         number of predictions, each (bins,).
     models
-        Methods that are models; their lines are thicker. See `sct.eval.imputation.natural.NaturalResult.labels`.
+        Names of the methods that are models; their lines are thicker. See
+        `sct.eval.imputation.natural.NaturalResult.labels`.
     ax
         Axes to draw in; None for a new figure.
     save

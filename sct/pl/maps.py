@@ -145,7 +145,7 @@ def _check_compare(layer: str | None, compare: bool, adata: AnnData) -> None:
 
 
 def _group(adata: AnnData, name: str | None, layer: str | None, compare: bool) -> Group:
-    """Return the panels of one entry of `color`."""
+    """Return the panels for one entry of the argument `color`: one panel, or with `compare` two for a gene."""
     if name is None:
         return [None]
     if name in adata.obs.columns or not compare:
@@ -224,7 +224,7 @@ def _spot_width(adata: AnnData, places: np.ndarray, spatial_key: str) -> float:
 def _spots(ax: Axes, places: np.ndarray, known: np.ndarray, width: float) -> Any:
     """Draw spots whose width is in the unit of the coordinates; spots not in `known` are gray and below the others.
 
-    Returns the collection of the known spots, which the caller colors.
+    Returns the Matplotlib collection of the spots in `known`, so that the caller can color them.
     """
     from matplotlib.collections import EllipseCollection
 

@@ -1,4 +1,4 @@
-"""Shared parts of all plots: axes, colors, legends that are never cut off, and files."""
+"""Provide shared parts of all plots: axes, colors, legends that are never cut off, and image files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sct.pp.spatial_scale`: store the scale of the positions of each section."""
+"""`sct.pp.spatial_scale`: store how the spatial positions of each tissue section are rescaled."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from sct.inference import inputs
 def spatial_scale(
     adata: ad.AnnData, *, spatial_key: str = SPATIAL_KEY, batch_key: str | None = None
 ) -> ad.AnnData:
-    """Store the spatial scale of each section, so that subsets of the section keep it.
+    """Store how the positions of each tissue section are rescaled, so that subsets of a section keep this scale.
 
-    Models read positions that are rescaled per section. Call this function before you remove cells or split a section
-    into query and reference. Otherwise the positions of the subset are stretched to the range of the whole section.
-    `sct.tl.embed`, `impute` and `spatial_neighbors` also store the scale of their input.
+    Models read positions that are rescaled separately for each section. Call this function before you remove cells or
+    split a section into query and reference. Otherwise the positions of the subset are stretched to the range of the
+    whole section. `sct.tl.embed`, `impute` and `spatial_neighbors` also store the scale of their input.
 
     Parameters
     ----------

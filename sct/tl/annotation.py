@@ -98,8 +98,8 @@ def annotate(
     n_contexts
         With a reference: how often bags are drawn at random (seeds `seed`, `seed + 1`, ...). Neighbors are computed
         from the mean embedding over these draws. Default: 3 for models that read bags, otherwise 1. With `spatial_key`
-        it must be 1, because the positions determine the bags. The bags of a reference without positions are then drawn
-        once.
+        it must be 1, because the spatial positions determine the bags. For a reference without positions, bags are then
+        drawn once.
     layer, gene_column, duplicates
         See `sct.tl.embed`.
     batch_key, spatial_key, context, cells_per_bag
@@ -297,7 +297,7 @@ def _by_answers(
 def _contexts(
     reference: ad.AnnData, query: ad.AnnData, model: Pretrained, options: Mapping[str, Any]
 ) -> list[Contexts]:
-    """Plan the embedding of the reference and of the query; raise `DataError` if they share almost no genes."""
+    """Prepare the embedding of the reference and of `adata`; raise `DataError` if they share almost no genes."""
     found = []
     for cells in (reference, query):
         here = {name: value for name, value in options.items() if _applies(name, value, cells)}
@@ -315,7 +315,7 @@ def _contexts(
 def _check_options(
     adata: ad.AnnData, reference: ad.AnnData, use_rep: str | None, options: Mapping[str, Any]
 ) -> None:
-    """Raise `ConfigError` or `DataError` for options that would have no effect."""
+    """Raise `ConfigError` or `DataError` if an option is set that would have no effect."""
     for name in options:
         if name in _TEXT_OPTIONS:
             raise ConfigError(
@@ -347,7 +347,7 @@ def _applies(name: str, value: Any, cells: ad.AnnData) -> bool:
 def _shares(
     searched: np.ndarray, asked: np.ndarray, labels: np.ndarray, n_neighbors: int
 ) -> tuple[pd.DataFrame, np.ndarray]:
-    """Return the fraction of each label among each cell's neighbors, (N, labels), and the column of the best label."""
+    """Return the fraction of each cell's neighbors with each label, (N, labels), and the column of the best label."""
     codes, names = pd.factorize(labels.astype(str), sort=True)
     size = min(n_neighbors, len(searched))
     index = NearestNeighbors(n_neighbors=size, metric="cosine").fit(searched)

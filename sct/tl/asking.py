@@ -188,7 +188,8 @@ def infer_pathways(
 ) -> ad.AnnData | None:
     """Rank pathways by their predicted activity in each cell.
 
-    This is the task "cell pathway inference" of the ZerOmics paper. Models are not tuned on this task.
+    This is the task "cell pathway inference" of the ZerOmics paper. Models answer it zero-shot: they are not trained on
+    this task.
 
     Parameters
     ----------
@@ -237,7 +238,7 @@ def ask(
     Parameters
     ----------
     question
-        The question. In the prompt it follows the abstract and the cell.
+        Question to ask about each cell. In the prompt, the question follows the abstract and the cell.
     max_new_tokens
         Maximum number of tokens in an answer.
     temperature

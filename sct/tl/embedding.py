@@ -37,16 +37,16 @@ def embed(
 ) -> ad.AnnData | None:
     """Compute cell embeddings with a pretrained model, without training.
 
-    The embedding of a cell is a mean: for sCT over the transformer positions of the cell (sCT paper, section 4), for
-    the ZerOmics cell model over the genes of the cell, and for cell-sentence models over the last hidden states of the
-    sentence tokens. All models except sCT read single cells. They ignore the groups of `batch_key` and do not accept
-    `spatial_key`, `context`, `cells_per_bag` and `n_contexts`.
+    The embedding of a cell is a mean of output vectors of the model. sCT averages over the transformer positions of the
+    cell (sCT paper, section 4). The ZerOmics cell model averages over the genes of the cell. Cell-sentence models
+    average the last hidden states over the tokens of the sentence. All models except sCT read single cells. They ignore
+    the groups of `batch_key` and do not accept `spatial_key`, `context`, `cells_per_bag` and `n_contexts`.
 
     sCT reads bags of cells, so the embedding of a cell depends on its bag. Bags are drawn with `seed` from windows of
-    10,000 cells of a batch. With `spatial_key`, bags are compact tiles of the section. The last bag is filled up with
-    the first cells (with `spatial_key`, with the nearest cells). The result depends only on the cells, their order and
-    the seed. `batch_size`, the devices and backed mode change the result at most by rounding errors. Repeating a call
-    gives bit-identical results.
+    10,000 cells of a batch. With `spatial_key`, bags are compact tiles of the section. A last bag with too few cells is
+    filled up with the first cells, or with `spatial_key` with the nearest cells. The result depends only on the cells,
+    their order and the seed. `batch_size`, the devices and backed mode change the result at most by rounding errors.
+    Repeating a call gives bit-identical results.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ def embed(
         Random seed of the bags. For cell sentences, random seed of the order of genes with equal counts.
     n_contexts
         How often bags are drawn at random (seeds `seed`, `seed + 1`, ...). The result is the mean embedding over the
-        draws. With `spatial_key` it must be 1, because the positions determine the bags.
+        draws. With `spatial_key` it must be 1, because the spatial positions determine the bags.
     copy
         If True, return a modified copy and leave `adata` unchanged.
 
@@ -109,14 +109,14 @@ def embed(
 
 @dataclasses.dataclass(frozen=True)
 class Contexts:
-    """Plan for embedding the cells of an AnnData, in bags that are drawn once or several times.
+    """Embed the cells of an AnnData, in bags that are drawn once or several times.
 
     Attributes
     ----------
     model
         The loaded model.
     reader
-        Object that applies the model to cells.
+        Object that runs the model over cells.
     cells
         Counts of the cells, aligned to the genes of the model.
     settings
@@ -139,7 +139,7 @@ class Contexts:
         batch_size: int | None = None, gene_column: str | None = None,
         duplicates: Literal["error", "sum"] = "error", seed: int = 0, n_contexts: int = 1,
     ) -> Contexts:  # fmt: skip
-        """Check the arguments of `embed`, and return the plan for embedding the cells."""
+        """Check the arguments of `embed`, and prepare the embedding of the cells."""
         reader: CellReader = families.require(model, "embed")
         _check_single(
             reader,
@@ -176,8 +176,8 @@ class Contexts:
         Parameters
         ----------
         masked_genes
-            Mask of genes that are hidden from the model in all cells, bool (G,). This needs a reader of bags whose
-            model has a mask token.
+            Mask of genes that are hidden from the model in all cells, bool (G,). Only models that read bags of cells
+            and have a mask token can hide genes.
         """
         settings, name = self.settings, self.reader.readout
         hidden: dict[str, Any] = {}

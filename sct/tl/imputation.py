@@ -51,11 +51,12 @@ def impute(
 
     The requested values are hidden from the model, whether they were measured or not. The model predicts a probability
     for each expression level. The expected raw count is the sum over levels of probability x mean count of the level.
-    The mean count of a level is computed from the visible genes of the cell. If a cell has no visible genes, it is the
-    average over the visible cells of the bag. Level 1 is computed per gene, see `sct.data.tokenize.expected_counts`.
+    The mean count of a level is computed from the visible genes of the cell. If a cell has no visible genes, the mean
+    count is averaged over the visible cells of the bag. The mean count of level 1 is computed separately for each gene,
+    see `sct.data.tokenize.expected_counts`.
 
-    Training masks expressed genes more often than unexpressed genes. The predicted probabilities are corrected for
-    this, unless the training loss already was (`sct.data.class_prior`).
+    Training masks expressed genes more often than unexpressed genes. The predicted probabilities are corrected for this
+    bias, unless the training loss already corrects it (`sct.data.class_prior`).
 
     Results with `key_added="sct"`:
 
@@ -83,7 +84,7 @@ def impute(
         Result of `sct.load`, a path or a Hub id.
     genes
         Ids or symbols of genes that the model knows; they do not have to be in `adata`. "missing" imputes all genes of
-        the model that the panel lacks (N x thousands of values).
+        the model that `adata` lacks (N x thousands of values).
     cells
         Cells to impute: names, row numbers, or a mask (N,). Without `genes`, all genes of `adata` are imputed in these
         cells. With `genes`, only these genes are imputed in these cells.
@@ -158,7 +159,7 @@ def impute(
 def _masked_cell_order(
     section: Section, hidden: np.ndarray, cells_per_bag: int, seed: int
 ) -> BagOrder | None:
-    """Plan the bags of a section for a mask (n,) of the cells to impute; return None if no cell is to be imputed."""
+    """Group the cells of a section into bags, given which cells to impute (n,); return None if there are none."""
     where = f" of {section.name}" if section.name else ""
     if not hidden.any():
         return None
@@ -240,7 +241,7 @@ def _genes(
 
 @dataclasses.dataclass(frozen=True)
 class _Predictions:
-    """Predictions for m cells and n genes.
+    """Hold the predictions for n genes in m cells.
 
     Attributes
     ----------
@@ -268,9 +269,9 @@ def predict_genes(
     Parameters
     ----------
     reader, prior, table
-        Reader of the model, its class prior, and the cells.
+        Object that runs the model over bags of cells, the correction for the masking rates of training, and the cells.
     orders
-        Bags of each section.
+        Order of the cells in bags, one entry for each section (batch or slide).
     genes
         Positions of the hidden genes in the vocabulary (n,).
     batch_size
@@ -292,7 +293,7 @@ def _predict(
     masked_genes: np.ndarray | None,
     batch_size: int | None,
 ) -> _Predictions:
-    """Predict the genes with the vocabulary positions `wanted` in the cells of the mask `chosen`."""
+    """Predict the genes at the vocabulary positions `wanted`, in the cells for which the mask `chosen` is True."""
     config = reader.model.config
     whole = masked_genes is None
     places = np.flatnonzero(chosen)
@@ -435,9 +436,9 @@ def _counts(target: ad.AnnData, table: CellCounts) -> sparse.csr_matrix:
 
 
 def _levels(target: ad.AnnData, table: CellCounts, column: np.ndarray, model: Any) -> sparse.csr_matrix:
-    """Return the level of each observed count, (N, n_var).
+    """Return the expression level of each observed count, (N, n_var).
 
-    The range of a cell is that of its counts of the model's genes.
+    Levels divide the range of a cell's counts; the range is computed from the genes that the model knows.
 
     The levels that the model reads may differ, because it reads neither hidden values nor genes below the noise
     threshold.

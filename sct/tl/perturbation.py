@@ -1,4 +1,4 @@
-"""`sct.tl.perturb`: knock out genes in silico, and measure how much the model's view of the cells changes."""
+"""`sct.tl.perturb`: knock out genes in silico, and measure how much the embeddings of the cells change."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def perturb(
 
     **Null distribution.** Genes that are expressed in many cells change an embedding more than rare genes. The effect
     of each perturbation is therefore compared with that of `n_random` random perturbations of the same size. Each
-    random gene is expressed in a similar fraction of cells as the gene that it stands for. The p-value is
-    (1 + number of random perturbations with at least this effect) / (1 + `n_random`), so it is at least
-    1 / (1 + `n_random`). The q-value is the p-value after Benjamini-Hochberg correction.
+    random gene is expressed in a similar fraction of cells as the gene that it replaces. The p-value is (1 + number of
+    random perturbations with at least this effect) / (1 + `n_random`), so it is at least 1 / (1 + `n_random`). The
+    q-value is the p-value after Benjamini-Hochberg correction.
 
     The result describes the model, not the cells: a model predicts the consequences of a knock-out only as far as they
     are visible in the correlations that it learned. The model runs once for each perturbation and each random
@@ -189,7 +189,7 @@ def perturb(
 
 
 def _asked(genes: Any, cells: CellCounts) -> dict[str, tuple[int, ...]]:
-    """Return the perturbations: name -> positions of the genes in the vocabulary, ascending."""
+    """Return the perturbations, as a dict from each name to the ascending vocabulary positions of the genes."""
     listed = [genes] if isinstance(genes, str) else list(genes)
     check_not_empty("genes", listed)
     sets = [[each] if isinstance(each, str) else list(each) for each in listed]
@@ -204,7 +204,7 @@ def _asked(genes: Any, cells: CellCounts) -> dict[str, tuple[int, ...]]:
 
 
 def _find(names: Sequence[str], cells: CellCounts) -> np.ndarray:
-    """Return the positions of genes in the vocabulary; `DataError` if one is unknown or was not measured."""
+    """Return the vocabulary positions of genes; raise `DataError` if a gene is unknown or was not measured."""
     found = cells.vocabulary.find(list(names))
     lacking = [name for name, at in zip(names, found.tolist(), strict=True) if not cells.measured[at]]
     if lacking:
@@ -249,7 +249,7 @@ def _detection(cells: CellCounts) -> tuple[np.ndarray, np.ndarray]:
 def _random_sets(
     name: str, members: tuple[int, ...], expressed: np.ndarray, targets: np.ndarray, n_random: int, seed: int
 ) -> list[tuple[int, ...]]:
-    """Draw random sets of genes, each expressed in a similar fraction of cells as the member that it replaces."""
+    """Draw random sets of genes. Each gene is expressed in a similar fraction of cells as the gene that it replaces."""
     free = np.flatnonzero(expressed > 0)
     free = free[~np.isin(free, [*members, *targets.tolist()])]
     needed = n_random + len(members) - 1
@@ -298,7 +298,7 @@ class _Predictor:
         ]
 
     def __call__(self, members: tuple[int, ...] = (), cells: CellCounts | None = None) -> np.ndarray:
-        """Return the expected counts in `cells`, or with mode="mask" those with the genes `members` hidden."""
+        """Return the expected counts of the targets; with mode="mask", the genes `members` are hidden as well."""
         asked = self.targets
         if self.mode == "mask":
             asked = np.concatenate([asked, np.asarray(members, np.int64)])
@@ -314,7 +314,7 @@ class _Predictor:
 
 
 def _p_value(observed: Any, null: np.ndarray) -> Any:
-    """Return the p-values of effects (...) by those of random perturbations (n_random, ...); NaN without the latter."""
+    """Compare effects (...) with random effects (n_random, ...), and return p-values (...); NaN if `n_random` is 0."""
     if not len(null):
         return np.full(np.shape(observed), np.nan)
     return (1 + (null >= observed).sum(axis=0)) / (1 + len(null))
@@ -330,7 +330,7 @@ def _effects(
     done: dict[tuple[int, ...], tuple[float, np.ndarray]],
     cells: CellCounts,
 ) -> pd.DataFrame:
-    """Return the table of effects, one row per perturbation."""
+    """Return a table of the effects on the embeddings, with one row per perturbation."""
     rows = []
     for name, members in asked.items():
         null = np.array([done[one][0] for one in draws[name]])

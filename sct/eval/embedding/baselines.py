@@ -27,7 +27,7 @@ class BaselineCells:
     counts
         (N, G) raw counts.
     labels, batch
-        (N,) labels and batches as integers; `batch` may be None.
+        (N,) label and batch of each cell as integers; `batch` may be None.
     components
         Number of principal components of the baselines.
     """

@@ -40,8 +40,8 @@ class EmbeddingMethod:
     fitted_on
         Data that the method was fitted on, as shown in the table.
     fits
-        Number of seeds (0, 1, ...) for which the function `embedding` is called, so number of embeddings that are
-        computed. Seed s of the evaluation uses the embedding with the index s % fits.
+        Number of embeddings to compute: the function `embedding` is called with the seeds 0 to `fits` - 1. Seed s of
+        the evaluation uses the embedding of seed s % `fits`.
     remark
         Remark for the reader of the table.
     """
@@ -52,7 +52,7 @@ class EmbeddingMethod:
     remark: str = ""
 
     def fit(self, number: int) -> np.ndarray:
-        """Return the embedding (N, D) for one seed."""
+        """Return the embedding (N, D) of the method for one random seed."""
         return self.embedding(number) if callable(self.embedding) else self.embedding
 
 
@@ -136,7 +136,8 @@ def measure(
     Parameters
     ----------
     methods
-        Name -> `EmbeddingMethod`, or an embedding (N, D), which is labeled as zero-shot.
+        Dict from the name of each method to an `EmbeddingMethod`, or to an embedding (N, D), which the table calls
+        zero-shot.
     counts
         (N, G) raw counts of these cells.
     labels, batch
@@ -146,8 +147,9 @@ def measure(
 
     Returns
     -------
-    The report, and the numbers: method -> column -> one value per seed (a single value if nothing is random). If a
-    method or metric fails, or its library is missing, the table shows "-" and the reason in the remark.
+    The report, and a nested dict of all numbers, {method: {column: [one value per seed]}}, with a single value if
+    nothing is random. If a method or metric fails, or its library is missing, the table shows "-" and the reason in the
+    remark.
 
     Raises
     ------
@@ -286,7 +288,7 @@ def _measure(
 ) -> tuple[dict[str, list[float]], list[str]]:
     """Compute all metrics of one embedding.
 
-    Return them as column -> one value per seed, and return remarks for the table.
+    Return the metrics as {column: [one value per seed]}, and remarks for the table.
     """
     remarks = [method.remark]
     try:
@@ -392,7 +394,7 @@ def _fitted(cells: BaselineCells, options: EmbeddingMetricOptions) -> dict[str, 
 def _classified(
     names: list[str], cells: BaselineCells, options: EmbeddingMetricOptions
 ) -> dict[str, tuple[dict[str, list[float]], list[str]]]:
-    """Return (values, remarks) of each PCA classifier in `names`, by row name."""
+    """Return the metrics and the remarks of each PCA classifier in `names`, as a dict by row name."""
     columns = (f"{options.k}-NN accuracy", "macro F1")
     kinds = {PCA_KNN: "knn", PCA_LOGISTIC: "logistic"}
     try:

@@ -45,7 +45,7 @@ class GenerationOptions:
     Attributes
     ----------
     seeds
-        How often the compared cells are drawn at random, with the seeds 0, 1, ...
+        Number of random draws of the compared cells. The draws have the seeds 0, 1, ...
     ks
         Numbers of neighbors (k) of the k-NN accuracy.
     per_label
@@ -81,7 +81,7 @@ class GenerationOptions:
 def log_normalized(counts: sparse.csr_matrix) -> tuple[sparse.csr_matrix, None]:
     """Convert raw counts (N, G) to log10(1 + counts per 10,000) (Cell2Sentence, equation 1).
 
-    The second return value, None, means that the cells have no sentences.
+    Return this expression, and None in place of cell sentences.
     """
     return sparse.csr_matrix(log_expression(counts, np.float64) / np.log(10)), None
 
@@ -142,7 +142,7 @@ def profile_counts(
 def _split(
     generated: CellSet, real: CellSet, labels: Sequence[Any], options: GenerationOptions, seed: int
 ) -> tuple[CellSet, CellSet, CellSet]:
-    """Split the real cells in two, and return the real reference cells, generated cells, and the other real cells.
+    """Split the real cells in halves; return the reference half, sampled generated cells, and the other real half.
 
     For each label, the sets of generated cells and of other real cells have the same number of cells.
     """
@@ -201,7 +201,7 @@ def _column(k: int, space: str) -> str:
 def _by_label(
     cells: CellSet, distances: Mapping[str, np.ndarray], reference: CellSet, options: GenerationOptions
 ) -> dict[str, float]:
-    """Compute the metrics that depend on labels, as column -> value.
+    """Compute the metrics that depend on labels, as a dict by column.
 
     They are the k-NN accuracies and the correlations of mean profiles.
     """
@@ -248,15 +248,15 @@ def compare(
     training_counts, training_labels
         (T, G) raw counts and (T,) labels of the generator's training cells, or both None.
     express
-        Function: raw counts (n, G) -> expression (n, G), and a list of n sentences or None. It must process counts in
-        the same way as those of the real cells were processed.
+        Function that converts raw counts (n, G) to expression (n, G) and to a list of n sentences or None. The real
+        cells must have been converted by the same function.
     options
         See `GenerationOptions`.
 
     Returns
     -------
-    The report, and the numbers: row -> column -> one value per seed. If the library of a metric is missing, the table
-    shows "-" and the reason in a note.
+    The report, and a nested dict of all numbers: {row name: {column: [one value per seed]}}. If the library of a metric
+    is missing, the table shows "-" and the reason in a note.
 
     Raises
     ------
@@ -353,7 +353,7 @@ def _available(
 
 
 def _guesses(made: np.ndarray, real: np.ndarray, columns: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Return the expected accuracy of guessing labels by their frequency in real cells, as row -> column -> value."""
+    """Return the expected accuracy of guessing labels by their frequency in real cells, as {row: {column: value}}."""
     frequency = pd.Series(real).value_counts(normalize=True)
     asked = pd.Series(made).value_counts(normalize=True).reindex(frequency.index, fill_value=0.0)
     # If several labels are most common, average over them.

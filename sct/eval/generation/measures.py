@@ -25,7 +25,7 @@ QUALITY = ("length", "valid genes", "unique genes")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CellSet:
-    """Cells with their labels.
+    """Hold the expression, the labels and optionally the cell sentences of N cells.
 
     Attributes
     ----------
@@ -144,11 +144,11 @@ def nearest_label_accuracy(
     real_labels, generated_labels
         (N,) labels of the real cells, and (M,) requested labels of the generated cells.
     ks
-        Numbers of neighbors.
+        Numbers of nearest real cells that vote (k); there is one accuracy for each k.
 
     Returns
     -------
-    k -> accuracy in [0, 1], higher is better; NaN if there are fewer than k real cells.
+    Dict from each k to the accuracy in [0, 1], higher is better; NaN if there are fewer than k real cells.
 
     Raises
     ------
@@ -187,11 +187,11 @@ def _check_known(generated: np.ndarray, real: np.ndarray) -> None:
 def gromov_wasserstein(real: Any, generated: Any, *, max_cells: int = 1000, seed: int = 0) -> float:
     """Return the Gromov-Wasserstein discrepancy between two sets of cells (Cell2Sentence, section 4.2, Table 1).
 
-    It is the minimum, over couplings of the two sets, of the mean of (d(i, j) - d'(i', j'))^2. Here d and d' are the
-    Euclidean distances in expression space within each set, and all cells have equal weight. It is computed by POT's
-    `gromov_wasserstein2` with the squared loss, without a square root. The problem is not convex. The function returns
-    the lower of two local minima: one starts from the product of the weights, the other from the optimal transport
-    plan in expression space.
+    The discrepancy is the minimum, over couplings of the two sets, of the mean of (d(i, j) - d'(i', j'))^2. Here d and
+    d' are the Euclidean distances in expression space within each set, and all cells have equal weight. The library POT
+    computes it with `gromov_wasserstein2` and the squared loss, without a square root. The problem is not convex. The
+    function returns the lower of two local minima: one starts from the product of the weights, the other from the
+    optimal transport plan in expression space.
 
     Parameters
     ----------
@@ -229,7 +229,7 @@ def gromov_wasserstein(real: Any, generated: Any, *, max_cells: int = 1000, seed
 
 
 class Correlations(NamedTuple):
-    """How well two expression profiles agree.
+    """Measure how well two expression profiles agree.
 
     Attributes
     ----------
@@ -256,7 +256,8 @@ def correlations(real: np.ndarray, generated: np.ndarray) -> Correlations:
     -------
     Pearson and Spearman correlation in [-1, 1], and R2 in (-inf, 1]; 1 is the best value, and NaN if a profile is
     constant. R2 is 1 - residual variance / total variance of the real profile, not the square of the Pearson
-    correlation. In Table 7 of the paper, R2 is lower than the square of the Pearson correlation.
+    correlation. Table 7 of the paper must use this definition too, because its R2 is lower than the squared Pearson
+    correlation.
     """
     if len(real) < 2 or np.ptp(real) == 0 or np.ptp(generated) == 0:
         return Correlations(np.nan, np.nan, np.nan)

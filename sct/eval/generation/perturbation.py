@@ -1,4 +1,4 @@
-"""Evaluate generated perturbed cells: correlate their mean expression, and its change, with those of real cells."""
+"""Evaluate generated perturbed cells: correlate their mean expression, and its change, with that of real cells."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def perturbation_correlations(
     genes
         Columns of the genes to use, such as `chosen_genes` of the training cells; None for all genes.
     differential
-        Condition -> columns of its differential genes.
+        Dict from each condition to the column numbers of its differential genes.
 
     Returns
     -------
@@ -164,7 +164,8 @@ def compare_perturbations(
 
     Returns
     -------
-    The report, with means over conditions, and the numbers: row -> column -> one value per seed.
+    The report, with means over conditions, and a nested dict of all numbers: {row name: {column: [one value per
+    seed]}}.
 
     Raises
     ------

@@ -50,7 +50,7 @@ def tfidf_embedding(fitted_on: Sequence[str], components: int = 100, *, seed: in
 
     Returns
     -------
-    Function: n texts -> float64 (n, D).
+    Function that converts n texts to embeddings, float64 (n, D).
 
     Raises
     ------
@@ -73,12 +73,12 @@ def tfidf_embedding(fitted_on: Sequence[str], components: int = 100, *, seed: in
 
 
 class Similarity(NamedTuple):
-    """Similarity of generated texts to their own true text, compared with the similarity to the other true texts.
+    """Hold the similarity of generated texts to their own true text, and to the true texts of other studies.
 
     Attributes
     ----------
     own, others
-        Mean cosine similarity, in [-1, 1].
+        Mean cosine similarity of generated texts to their own true text, and to the other true texts, in [-1, 1].
     t, t_p
         Statistic and two-sided p-value of Student's t-test; t is positive if texts are closer to their own true text.
     ks, ks_p
@@ -158,7 +158,7 @@ def similarity(generated: np.ndarray, true: np.ndarray, pairs: Any) -> Similarit
 
 
 def _components(generated: np.ndarray, true: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the pairs of embeddings whose correlation is defined.
+    """Return only those pairs of embeddings for which a correlation is defined.
 
     An embedding needs two or more components that are not all equal.
     """
@@ -181,9 +181,9 @@ def _check(generated: np.ndarray, true: np.ndarray) -> None:
 def mmd(generated: np.ndarray, true: np.ndarray) -> float:
     """Return the maximum mean discrepancy between two sets of embeddings (Cell2Sentence, section 4.4, Table 4).
 
-    It is the square root of the biased estimate. The estimate is the sum of the mean kernel values within each set,
-    minus twice the mean kernel value between the sets. The kernel is Gaussian, exp(-d^2 / (2 s^2)), and s is the median
-    of the non-zero distances between all points.
+    The discrepancy is the square root of its biased squared estimate. This estimate is the sum of the mean kernel
+    values within each set, minus twice the mean kernel value between the sets. The kernel is Gaussian, exp(-d^2 / (2
+    s^2)), and s is the median of the non-zero distances between all points.
 
     Parameters
     ----------
@@ -238,7 +238,7 @@ def wasserstein(generated: np.ndarray, true: np.ndarray) -> float:
 def bleu(generated: Sequence[str], true: Sequence[str]) -> float:
     """Return the corpus BLEU score of N generated texts against their N true texts, in [0, 100], higher is better.
 
-    It is computed by sacrebleu.
+    The library sacrebleu computes the score.
 
     Raises
     ------
@@ -252,7 +252,7 @@ def bleu(generated: Sequence[str], true: Sequence[str]) -> float:
 def rouge(generated: Sequence[str], true: Sequence[str]) -> dict[str, float]:
     """Return the ROUGE-1, ROUGE-2 and ROUGE-L F-scores of N generated texts against their N true texts.
 
-    They are computed by rouge-score with stemming.
+    The library rouge-score computes the scores, with stemming.
 
     Returns
     -------
@@ -277,7 +277,7 @@ def _check_texts(generated: Sequence[str], true: Sequence[str]) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Row:
-    """A row of the table.
+    """Describe a row of the table by the texts that are compared.
 
     Attributes
     ----------
@@ -285,7 +285,7 @@ class _Row:
         For each seed, the N texts; and for each seed, the index of the true text that each text is compared with, int
         (N,).
     fitted_on
-        Where the texts come from; "" for generated texts.
+        Studies that the texts were copied from; "" for generated texts.
     is_control
         Whether the pairs are shuffled. Metrics that do not depend on the pairs are then left out of the row.
     """
@@ -315,7 +315,7 @@ def compare(
     Parameters
     ----------
     generated
-        Name -> N generated texts.
+        Dict from the name of each method to its N generated texts.
     true
         The S true texts, one per study.
     pairs
@@ -323,16 +323,17 @@ def compare(
     training
         Texts of the training studies; may be empty.
     embed
-        Function: n texts -> (n, D). By default `tfidf_embedding` of the true and the training texts.
+        Function that converts n texts to embeddings (n, D). Default: `tfidf_embedding` of the true and the training
+        texts.
     embedding
         Description of `embed`, for the note below the table.
     seeds
-        How often pairs are shuffled and random texts are drawn, with the seeds 0, 1, ...
+        Number of times that pairs are shuffled and random texts are drawn, with the seeds 0, 1, ...
 
     Returns
     -------
-    The report, and the numbers: row -> column -> one value, or one value per seed for random rows. If the library of a
-    metric is missing, the table shows "-" and the reason in a note.
+    The report, and a nested dict of all numbers: {row name: {column: [values]}}, with one value per seed for random
+    rows. If the library of a metric is missing, the table shows "-" and the reason in a note.
 
     Raises
     ------
@@ -417,7 +418,7 @@ def _measured(
     is_control: bool,
     reasons: dict[str, None],
 ) -> dict[str, float]:
-    """Compute all metrics of a row; return column -> value, and add notes on missing libraries to `reasons`."""
+    """Compute all metrics of a row as a dict by column, and add notes on missing libraries to `reasons`."""
     points = np.asarray(embed(list(texts)), float)
     own = [true[i] for i in pairs]
     values = dict(zip(PAIRED, similarity(points, originals, pairs), strict=True))

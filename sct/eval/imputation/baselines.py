@@ -26,15 +26,15 @@ _CELLS_AT_ONCE, _GENES_AT_ONCE, _REFERENCE_AT_ONCE = 256, 2000, 1024
 
 
 class Unavailable(Exception):  # noqa: N818
-    """Raised by a method that cannot run on these cells.
+    """Signal that an imputation method cannot run on the given cells.
 
-    The message is the reason, which the table shows as the remark.
+    The message of this error is the reason, which the table shows as a remark.
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class LevelPrediction:
-    """Predicted expression levels (n,) and raw counts (n,) at the n scored (cell, gene) positions of a `Masked`."""
+    """Hold predicted expression levels (n,) and raw counts (n,) for the n scored (cell, gene) pairs of a `Masked`."""
 
     levels: np.ndarray
     counts: np.ndarray
@@ -73,7 +73,7 @@ class ImputationMethod(Protocol):
 
 
 def from_levels(masked: Masked, levels: np.ndarray) -> LevelPrediction:
-    """Convert predicted levels (n,) to counts: the median count of the genes of a cell at each level."""
+    """Convert predicted expression levels (n,) to raw counts: the median count of the cell's genes at this level."""
     return LevelPrediction(levels, masked.medians[masked.cells, levels])
 
 
@@ -139,7 +139,7 @@ class CommonLevel:
         return self._train[masked.genes]
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
-        """Predict either with or without the knowledge that the genes are expressed; see `ImputationMethod`."""
+        """Predict levels and raw counts, with or without (`expressed`) the knowledge that the genes are expressed."""
         frequencies = self.frequencies(eval_cells, masked)[:, self.first :]
         levels = self.first + frequencies.argmax(axis=1)
         return {bool(self.first): from_levels(masked, levels)}
@@ -192,7 +192,7 @@ def _smoothed(
     shown_in: Callable[[np.ndarray], np.ndarray],
     masked: Masked,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Average the counts of the neighbors of each cell and scale them to the library size of the cell.
+    """Predict masked counts of a cell by the mean counts of its neighbors, scaled to the library size of the cell.
 
     A neighbor in which a gene is masked or not measured is left out of the mean of this gene. The library size is the
     sum over the genes that are visible in both the cell and its neighbors.
@@ -246,8 +246,8 @@ def _nearest(
 ) -> np.ndarray:
     """Return the rows (N, k) of `reference` with the highest cosine similarity to each row of `query`.
 
-    Only genes visible in both cells enter the similarity. If the norm of a reference cell also counted the other genes,
-    cells without counts in the masked genes would always be nearest.
+    Only genes visible in both cells enter the similarity. If the norm of a reference cell also included its other
+    genes, the nearest cells would always be those without counts in the masked genes.
 
     Parameters
     ----------
@@ -305,7 +305,7 @@ class KnnSmoothing:
             self.neighbors = min(neighbors, self._reference.counts.shape[0])
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
-        """Predict with and without the knowledge that the genes are expressed; see `ImputationMethod`."""
+        """Predict levels and raw counts, once with and once without the knowledge that the genes are expressed."""
         return from_counts(masked, self.smooth(eval_cells, masked)[0])
 
     def smooth(self, eval_cells: EvalCells, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
@@ -326,14 +326,14 @@ class KnnSmoothing:
 
 
 class _Reference:
-    """Training cells in which neighbors are searched.
+    """Hold the training cells among which the nearest cells are searched.
 
     Attributes
     ----------
     counts
         Raw counts, CSR (M, G).
     study
-        int (M,) study of each cell.
+        int (M,): index of the study of each cell.
     measured
         bool (studies, G): whether the study measured the gene.
     """
@@ -399,7 +399,7 @@ class OwnKnnSmoothing:
         self.name = f"kNN smoothing, k = {neighbors}"
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
-        """Predict with and without the knowledge that the genes are expressed; see `ImputationMethod`."""
+        """Predict levels and raw counts, once with and once without the knowledge that the genes are expressed."""
         return from_counts(masked, self.smooth(eval_cells, masked)[0])
 
     def smooth(self, eval_cells: EvalCells, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
@@ -442,7 +442,7 @@ class NeighborMean:
             self.remark = "for cells without spatial coordinates: mean of all visible cells of the bag"
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
-        """Predict counts; with `expressed`, only the prediction that knows that the genes are expressed is returned."""
+        """Predict levels and raw counts; with `expressed`, only the variant that knows that the genes are expressed."""
         weights = self._weights(eval_cells, masked)
         counts = pick(weights @ masked.visible, masked.cells, masked.genes)
         if not self.expressed:
@@ -452,9 +452,9 @@ class NeighborMean:
         return {True: from_counts(masked, counts)[True]}
 
     def _weights(self, eval_cells: EvalCells, masked: Masked) -> sparse.csr_matrix:
-        """Return a CSR matrix (N, N).
+        """Return the weights of cells in the means that are predicted, CSR (N, N).
 
-        Row i holds the weights of the visible cells in the mean that is predicted for cell i.
+        Row i holds the weights of the visible cells in the mean for cell i.
         """
         touched = np.asarray(masked.mask.any(axis=1))
         rows, columns, shares = [], [], []
@@ -483,7 +483,7 @@ _PROBES = 100  # random sign vectors used to estimate the sums of squared weight
 
 
 class Magic:
-    """MAGIC (van Dijk et al., Cell 2018): diffusion of expression over a neighbor graph of the cells.
+    """Baseline MAGIC (van Dijk et al., Cell 2018), which diffuses expression over a neighbor graph of the cells.
 
     The diffusion operator comes from the package magic-impute with its default parameters (k = 5, decay 1, t = 3,
     100 components). It is fitted on the square root of the visible counts per 10,000, as the documentation of the
@@ -502,7 +502,7 @@ class Magic:
         self.seed = seed
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
-        """Predict with and without the knowledge that the genes are expressed; see `ImputationMethod`."""
+        """Predict levels and raw counts, once with and once without the knowledge that the genes are expressed."""
         return from_counts(masked, self.smooth(eval_cells, masked)[0])
 
     def smooth(self, eval_cells: EvalCells, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
@@ -562,7 +562,7 @@ def standard_methods(
     eval_cells
         Cells to score.
     train
-        Exhaustive bags of the training studies, or None without training studies.
+        Bags of the training studies that contain each cell once (`BagSource` with `exhaustive=True`), or None.
     whole_cells
         Whether whole cells will be masked. If so, the means of the visible cells of the bag are added as baselines.
     magic

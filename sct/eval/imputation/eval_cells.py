@@ -1,4 +1,4 @@
-"""Cells used to evaluate imputation, and the random masks that all methods share."""
+"""Hold the cells on which imputation is evaluated, and draw the random masks that all methods share."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Rule = Callable[..., jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class BagBatch:
-    """A batch of consecutive bags.
+    """Locate the cells of consecutive bags that are processed together.
 
     Attributes
     ----------
@@ -53,7 +53,7 @@ class EvalCells:
     Attributes
     ----------
     tokens
-        uint8 (N, P) levels; PAD (= `num_bins`) at positions beyond the gene vocabulary.
+        uint8 (N, P): expression level of each gene in each cell; PAD (= `num_bins`) beyond the genes of the vocabulary.
     counts
         Raw counts, CSR float32 (N, P).
     low, high
@@ -67,11 +67,11 @@ class EvalCells:
     bag, slot
         int (N,) index of each cell's bag in its source, ascending, and index of the cell within its bag.
     study
-        int (N,) index of each cell's study.
+        int (N,): index of the study of each cell.
     measured
         bool (studies, P): whether the study measured the gene.
     cells_per_bag, num_bins
-        K, and the number of levels including zero.
+        Number of cells per bag (K), and number of expression levels including zero.
     spatial
         Whether the model receives the coordinates.
     """
@@ -143,12 +143,12 @@ class EvalCells:
 
     @cached_property
     def eligible(self) -> np.ndarray:
-        """Positions that may be masked, bool (N, P): measured genes only, as in training."""
+        """Return which genes may be masked in each cell, bool (N, P): only measured genes, as in training."""
         return self.measured[self.study] & (self.tokens < self.num_bins)
 
     @cached_property
     def frequencies(self) -> np.ndarray:
-        """For each study, gene and level, the number of cells with this level, int32 (studies, P, num_bins)."""
+        """Return the number of cells with each expression level by study and gene, int32 (studies, P, num_bins)."""
         out = np.zeros((*self.measured.shape, self.num_bins), np.int32)
         for index in np.unique(self.study):
             tokens = self.tokens[self.study == index]
@@ -158,18 +158,18 @@ class EvalCells:
 
     @cached_property
     def _starts(self) -> np.ndarray:
-        """Row number of the first cell of each bag, followed by the number of all cells."""
+        """Return the row number of the first cell of each bag, followed by the number of all cells."""
         return np.append(np.flatnonzero(np.diff(self.bag, prepend=-1)), len(self))
 
     @property
     def num_bags(self) -> int:
-        """Number of bags that contain the cells."""
+        """Return the number of bags that contain the cells."""
         return len(self._starts) - 1
 
     def batches(self, bags_per_batch: int = 0) -> Iterator[BagBatch]:
         """Yield all bags in order, `bags_per_batch` at a time.
 
-        With 0, the number is chosen for a moderate batch size.
+        With `bags_per_batch=0`, the number of bags is chosen for a moderate batch size.
         """
         if not bags_per_batch:
             bags_per_batch = max(1, POSITIONS_AT_ONCE // (self.cells_per_bag * self.tokens.shape[1]))
@@ -234,7 +234,7 @@ def shown_ranges(
 
 @dataclasses.dataclass(frozen=True)
 class Masked:
-    """One random mask of the cells, and the true values at the scored positions.
+    """Hold one random mask of the cells, and the true values of the scored (cell, gene) pairs.
 
     By default, the scored positions are the masked genes that are expressed.
 
@@ -309,7 +309,7 @@ def _masks(
 
 
 def _draw(eval_cells: EvalCells, rule: Rule, seed: int, amounts: np.ndarray) -> np.ndarray:
-    """Return a random mask (N, P) of measured genes. `amounts` gives the amount to mask in each bag.
+    """Return a random mask (N, P) of measured genes; `amounts` is the masked fraction or cell number of each bag.
 
     The PRNG key of a bag depends only on the seed and the number of the bag.
     """
@@ -330,7 +330,7 @@ def _draw(eval_cells: EvalCells, rule: Rule, seed: int, amounts: np.ndarray) -> 
 def mask_ratio(eval_cells: EvalCells, ratio: float, seed: int) -> Masked:
     """Mask exactly round(`ratio` x n) of the n measured genes of each cell.
 
-    Score the masked genes that are expressed.
+    Only the masked genes that are expressed are scored.
     """
     amounts = np.full(eval_cells.num_bags, ratio, np.float32)
     return Masked.of(eval_cells, _draw(eval_cells, masking.exact_ratio, seed, amounts))
@@ -349,7 +349,7 @@ def mask_measured(eval_cells: EvalCells, ratio: float, seed: int, most: int) -> 
 def mask_measured_genes(eval_cells: EvalCells, ratio: float, seed: int, most: int) -> Masked:
     """Mask the same round(`ratio` x n) of the n measured genes in all cells.
 
-    Score all masked genes, expressed or not.
+    All masked genes are scored, whether they are expressed or not.
     """
     genes = np.flatnonzero(eval_cells.measured.any(axis=0))
     hidden = np.zeros(eval_cells.tokens.shape[1], bool)
@@ -358,7 +358,7 @@ def mask_measured_genes(eval_cells: EvalCells, ratio: float, seed: int, most: in
 
 
 def _all_scored(eval_cells: EvalCells, mask: np.ndarray, seed: int, most: int) -> Masked:
-    """Score at most `most` masked positions, of any level; compute the mean count of a level from visible genes."""
+    """Score at most `most` masked genes, expressed or not; compute mean counts of levels from visible genes only."""
     places = np.flatnonzero(mask)
     if len(places) > most:
         places = np.sort(np.random.default_rng(seed).choice(places, most, replace=False))

@@ -22,7 +22,7 @@ Predict = Callable[[Any, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, j
 
 
 class PredictedBins:
-    """Evaluator of predicted bins of masked genes in held-out cells; see `sct.tasks.base.Evaluator`.
+    """Evaluate how well a model predicts the bins of masked genes in held-out cells; see `sct.tasks.base.Evaluator`.
 
     The model is compared with two baselines: the bin frequencies of the masked gene in the training cells, and the bin
     frequencies of all genes in the training cells.
@@ -30,10 +30,10 @@ class PredictedBins:
     Parameters
     ----------
     predict
-        Function (variables, records, key) -> log probabilities of the bins (B, S, N + 1), and bool (B, S): which
-        positions are masked.
+        Function (variables, records, key) that returns the log probabilities of the bins (B, S, N + 1), and which of
+        the S genes of each cell are masked, bool (B, S).
     train, eval_cells
-        Training cells, in which bins are counted, and held-out cells, which are predicted.
+        Training cells, whose bins are counted for the baselines, and held-out cells, whose masked genes are predicted.
     num_bins, num_genes
         Number of bins of non-zero values (N), and number of genes.
     cells, seeds

@@ -82,14 +82,14 @@ _COUNTS_NOTES = (
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Predicted level probabilities (n, num_bins) and expected raw counts (n,) at the scored positions."""
+    """Hold level probabilities (n, num_bins) and expected raw counts (n,) of the n scored (cell, gene) pairs."""
 
     chance: np.ndarray
     counts: np.ndarray
 
 
 class Estimator(Protocol):
-    """Interface of a method that returns an `Estimate`.
+    """Interface of an imputation method that returns level probabilities and expected counts as an `Estimate`.
 
     See `sct.eval.imputation.baselines.ImputationMethod` for the attributes.
     """
@@ -112,7 +112,7 @@ class Estimator(Protocol):
 
 
 class LevelFrequency:
-    """Baseline that predicts the level frequencies of each gene in other cells, the same for every cell.
+    """Baseline that predicts for every cell how often a gene has each expression level in other cells.
 
     Parameters
     ----------
@@ -176,7 +176,7 @@ class CountMethod(abc.ABC):
 
 
 def _mask_more(eval_cells: EvalCells, masked: Masked) -> Masked:
-    """Mask a random fraction of the visible genes in addition, and score only these additional positions."""
+    """Additionally mask a random fraction of the visible genes, and score only these genes."""
     rng = np.random.default_rng(len(masked.cells))
     more = masked.shown & (rng.random(masked.mask.shape, np.float32) < RATIO)
     places = np.flatnonzero(more)
@@ -247,11 +247,11 @@ class GeneMean(CountMethod):
 
 
 def training_means(train: BagSource) -> tuple[np.ndarray, np.ndarray]:
-    """Return each gene's mean count in an average training cell, and the number of cells that measured it, (G,) each.
+    """Return each gene's mean count in an average training cell, and the number of cells in which it was measured.
 
-    The means are the maximum likelihood estimate of the model: gene total in a study = depth of the study x mean of the
-    gene, over the genes that each study measured. Thus studies of a small gene panel and of the whole transcriptome
-    are combined correctly.
+    Both arrays have the shape (G,). The means are the maximum likelihood estimate of the model: total count of a gene
+    in a study = depth of the study x mean of the gene, over the genes that each study measured. Thus studies of a small
+    gene panel and of the whole transcriptome are combined correctly.
     """
     totals = np.array([study.gene_totals for study in train.studies], np.float64)
     measured = np.array([study.measured for study in train.studies])
@@ -283,7 +283,7 @@ class Smoother(Protocol):
 
 
 class Smoothed(CountMethod):
-    """Counts averaged over similar cells, to which the mean count of the gene is added as one more neighbor.
+    """Baseline that averages counts over similar cells and one more neighbor, which has the mean count of each gene.
 
     The mean of a few neighbors is often zero for a gene that is rare but not absent; adding the gene's mean avoids
     this.
@@ -293,7 +293,7 @@ class Smoothed(CountMethod):
     method
         Smoothing method.
     gene_mean
-        Gene means of the cells that `method` averages over.
+        Baseline with the mean count of each gene in the cells that `method` averages over.
     """
 
     def __init__(self, method: Smoother, gene_mean: GeneMean):
@@ -308,7 +308,7 @@ class Smoothed(CountMethod):
 
 
 class ModelEstimator:
-    """An `ImputationModel` as an `Estimator`, with the level probabilities from `ImputationModel.chances`."""
+    """Adapt an `ImputationModel` to the interface `Estimator`; level probabilities come from its method `chances`."""
 
     def __init__(self, model: ImputationModel):
         self.name, self.fitted_on, self.remark = model.name, model.fitted_on, model.remark
@@ -317,7 +317,7 @@ class ModelEstimator:
     def estimate(
         self, eval_cells: EvalCells, masked: Masked, tick: Callable[[int], None] = lambda bags: None
     ) -> Estimate:
-        """Return level probabilities and counts.
+        """Return the model's level probabilities and expected counts of the scored (cell, gene) pairs.
 
         `tick` is called with the number of bags finished since the last call.
         """
@@ -326,7 +326,7 @@ class ModelEstimator:
 
 
 def from_levels(masked: Masked, chance: np.ndarray) -> Estimate:
-    """Convert level probabilities (n, num_bins) to an estimate that also has the expected counts."""
+    """Compute expected counts from level probabilities (n, num_bins), and return both as an `Estimate`."""
     low, high, means = (values[masked.cells] for values in (masked.low, masked.high, masked.means))
     return Estimate(chance, expected_counts(chance, means, low, high))
 
@@ -344,8 +344,8 @@ def _blocks(masked: Masked) -> Iterator[tuple[slice, slice]]:
 def dispersions(genes: np.ndarray, mean: np.ndarray, counts: np.ndarray, num_genes: int) -> np.ndarray:
     """Estimate the dispersion of each gene; the variance of a count is mean + dispersion * mean^2.
 
-    The method of moments gives a dispersion per gene. With few counts this is uncertain, so it is shrunk towards the
-    mean dispersion of all genes. The prior standard deviation of a gene's dispersion equals that mean.
+    The method of moments gives a dispersion per gene. With few counts this estimate is uncertain, so it is shrunk
+    towards the mean dispersion of all genes. The prior standard deviation of a gene's dispersion equals that mean.
 
     Parameters
     ----------
@@ -425,7 +425,7 @@ def estimators(
 
 @dataclasses.dataclass
 class NaturalRow:
-    """Metrics of one imputation method, which become one row of the tables.
+    """Hold the metrics of one imputation method, which become one row of the tables.
 
     Attributes
     ----------
@@ -434,7 +434,7 @@ class NaturalRow:
     key
         `sct.eval.reports.report.MODEL` for the model, "" for baselines.
     numbers
-        Metric -> one number per draw.
+        Dict from each metric to a list with one number per draw of the random mask.
     reliability
         Reliability diagram data of the predicted probability of expression, one entry per draw.
     """
@@ -448,11 +448,11 @@ class NaturalRow:
 
     @property
     def label(self) -> str:
-        """Unique name of the row: the method and, for baselines, the cells it is fitted on."""
+        """Return a unique name of the row: the method and, for baselines, the cells it is fitted on."""
         return self.method if self.key == MODEL else f"{self.method}, {self.fitted_on}"
 
     def score(self, eval_cells: EvalCells, masked: Masked, estimate: Estimate) -> None:
-        """Add the metrics of one draw."""
+        """Compute the metrics of an estimate for one random mask, and append them to `numbers`."""
         expressed = masked.levels > 0  # noise genes count as unexpressed
         probability = 1 - estimate.chance[:, 0]
         table = metrics.reliability(expressed, probability)
@@ -507,13 +507,13 @@ class NaturalResult:
     Attributes
     ----------
     title
-        Title of the tables: what was masked, in which cells.
+        Title of the tables, which says what was masked and in which cells.
     ratio
         Fraction of the measured genes that was masked.
     rows
         Metrics of each method, the model first.
     positions
-        Number of scored positions in each draw.
+        Number of scored (cell, gene) pairs in each draw of the random mask.
     whole_genes
         Whether the same genes were masked in all cells.
     """
@@ -528,11 +528,11 @@ class NaturalResult:
 
     @property
     def name(self) -> str:
-        """Name of the protocol."""
+        """Return the name of the evaluation protocol."""
         return f"natural imputation{' of whole genes' * self.whole_genes}"
 
     def report(self, columns: dict[str, tuple[str, str]], what: str, notes: tuple[str, ...]) -> Report:
-        """Return a table with the metrics in `columns`. The text `what` is part of its title."""
+        """Return a table with the metrics in `columns`. The text `what` is part of the table title."""
         draws = len(self.positions)
         expressed = [x for row in self.rows for x in row.numbers.get("expressed", ())][:draws]
         share = f", {np.mean(expressed):.1%} expressed" if expressed else ""
@@ -663,7 +663,7 @@ def natural_imputation(
 
 
 class NaturalImputation:
-    """Evaluator that runs `natural_imputation` after training, without MAGIC.
+    """Run `natural_imputation` after training, without the baseline MAGIC.
 
     Parameters
     ----------

@@ -44,9 +44,10 @@ def _run(
     settings: Sequence[tuple[str, Sequence[Callable[[], Draw]]]],
     description: str,
 ) -> list[tuple[str, dict[str, list[ScoreRow]], dict[str, list[int]]]]:
-    """Score all settings, given as (title, draws).
+    """Score all methods in several settings (such as masked fractions), each given as (title, draws).
 
-    Return the title, the rows and the positions of each setting. All settings share one progress bar.
+    Return the title, the table rows and the numbers of scored (cell, gene) pairs of each setting. All settings share
+    one progress bar.
     """
     units = sum(eval_cells.num_bags if isinstance(method, ImputationModel) else 1 for method in methods)
     total = units * sum(len(draws) for _, draws in settings)
@@ -70,7 +71,7 @@ def _by_amount(
     description: str,
     ranges: str = OWN_RANGES,
 ) -> list[Setting]:
-    """Turn the scored settings into one `Setting` per masked amount; `titles` maps each amount to its title."""
+    """Score all methods; return one `Setting` for each masked fraction or cell number, the keys of `titles`."""
 
     def draw(amount: Any, seed: int) -> Draw:
         masked = mask(eval_cells, amount, seed)
@@ -98,7 +99,7 @@ def gene_imputation(
 ) -> ProtocolResult:
     """Evaluate imputation of randomly masked genes (sCT paper, section 4, Table 1).
 
-    In every cell a fraction of the measured genes is masked at random, independently of their level.
+    In every cell a fraction of the measured genes is masked at random, independently of their expression level.
 
     Parameters
     ----------
@@ -107,7 +108,8 @@ def gene_imputation(
     model
         Usually an `ImputationModel`; None to score only the baselines.
     train
-        Exhaustive bags of the studies that the model was trained on, for the baselines fitted on them; or None.
+        Bags of the studies that the model was trained on, each cell once (`BagSource` with `exhaustive=True`), on which
+        baselines are fitted; or None.
     ratios
         Fractions of the measured genes to mask; each fraction has its own table.
     seeds
@@ -192,7 +194,7 @@ def whole_cell_imputation(
 
 
 def sparsity_groups(eval_cells: EvalCells) -> dict[str, np.ndarray]:
-    """Return the gene positions of each sparsity group (sCT paper, appendix C.1).
+    """Return the vocabulary positions of the genes in each sparsity group (sCT paper, appendix C.1).
 
     The sparsity of a gene is the fraction of cells with zero counts, among the cells whose study measured the gene.
     Genes that no cell expresses are in no group.
@@ -270,14 +272,14 @@ def fixed_gene_imputation(
 
 
 class GeneImputation:
-    """Evaluator that runs `gene_imputation` at one ratio after training, without MAGIC.
+    """Run `gene_imputation` for one fraction of masked genes after training, without the baseline MAGIC.
 
     Parameters
     ----------
     probabilities, odds
         See `ImputationModel`.
     train, eval_cells
-        Exhaustive bags with counts, which contain each cell once. The baselines are fitted on `train`; `eval_cells` is
+        Bags with raw counts that contain each cell once. The baselines are fitted on `train`, and `eval_cells` is
         scored.
     split
         Name of the held-out split, for the title.

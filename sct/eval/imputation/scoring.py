@@ -49,7 +49,7 @@ Probabilities = Callable[[Any, jax.Array, jax.Array | None], jax.Array]
 
 
 class ImputationModel:
-    """A trained model as an imputation method.
+    """Use a trained model as an imputation method.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ class ImputationModel:
     name, fitted_on, remark
         See `sct.eval.imputation.baselines.ImputationMethod`.
     bags_per_batch
-        B; 0 chooses it from the size of a bag.
+        Number of bags that the model reads at once (B); 0 chooses the number from the size of a bag.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class ImputationModel:
     def predict(
         self, eval_cells: EvalCells, masked: Masked, tick: Callable[[int], None] = lambda bags: None
     ) -> dict[bool, LevelPrediction]:
-        """Predict with and without the knowledge that the genes are expressed; see `baselines.ImputationMethod`.
+        """Predict levels and raw counts, once with and once without the knowledge that the genes are expressed.
 
         The predicted count is the expected median count of the levels, as in the sCT paper.
         """
@@ -128,7 +128,7 @@ class ImputationModel:
 
 @dataclasses.dataclass
 class ScoreRow:
-    """One row of a table: a method, and whether the method knows that the masked genes are expressed.
+    """Hold the metrics of one method, with or without the knowledge that the masked genes are expressed.
 
     Attributes
     ----------
@@ -161,9 +161,9 @@ class ScoreRow:
 
     @property
     def label(self) -> str:
-        """Unique name of the row: the method and the cells it is fitted on.
+        """Return a unique name of the row: the method and the cells it is fitted on.
 
-        "given expressed" is added if the method has two rows.
+        If the method has two rows, "given expressed" is added to the name of one of them.
         """
         name = self.method if self.key == MODEL else f"{self.method}, {self.fitted_on}"
         return f"{name}, given expressed" if self.given_expressed and self.both else name
@@ -171,7 +171,7 @@ class ScoreRow:
     def score(self, masked: Masked, prediction: LevelPrediction, chosen: np.ndarray, num_bins: int) -> None:
         """Compute the metrics of one random mask and append them.
 
-        Only positions for which `chosen`, bool (n,), is True are used.
+        Only the (cell, gene) pairs for which `chosen`, bool (n,), is True are used.
         """
         true, levels = masked.levels[chosen].astype(np.int64), prediction.levels[chosen].astype(np.int64)
         truth, counts = masked.counts[chosen], np.asarray(prediction.counts[chosen], np.float64)
@@ -193,16 +193,16 @@ class ScoreRow:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Result of one setting of a protocol, such as one mask ratio. Each setting becomes one table.
+    """Hold the result of one setting of a protocol, such as one fraction of masked genes; it becomes one table.
 
     Attributes
     ----------
     name, value
-        Title of the setting, and its value on the axis of a plot, such as the mask ratio.
+        Title of the setting, and its value on the horizontal axis of a plot, such as the fraction of masked genes.
     rows
         Rows of the table.
     positions
-        Number of scored positions in each draw.
+        Number of scored (cell, gene) pairs in each draw of the random mask.
     notes
         Further notes below the table.
     ranges
@@ -230,7 +230,7 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class ProtocolResult:
-    """Result of an imputation protocol.
+    """Hold the results of all settings of an imputation protocol.
 
     Attributes
     ----------
@@ -253,7 +253,7 @@ class ProtocolResult:
 
     @property
     def curves(self) -> dict[str, list[tuple[Any, list[float]]]]:
-        """Return the MCC curve of each row as {row label: [(value of the setting, [MCC of each draw]), ...]}."""
+        """Return the MCC of each row by setting, as {row label: [(value of the setting, [MCC of each draw]), ...]}."""
         curves: dict[str, list[tuple[Any, list[float]]]] = {}
         for setting in self.settings:
             for row in setting.rows:
@@ -336,7 +336,8 @@ def measure(
         Functions that each return a draw (`Masked`) and its groups of positions, {group: bool (n,)}. Groups are scored
         separately, and every draw has the same group names.
     tick
-        Called with the number of finished work units: bags for the model, draws for the baselines.
+        Progress callback, called with the number of finished units of work: bags for the model, draws for the
+        baselines.
 
     Returns
     -------

@@ -26,7 +26,7 @@ def read_markers(path: str | Path) -> dict[str, tuple[str, ...]]:
 
     Returns
     -------
-    Label -> gene symbols.
+    Dict from each label to its marker genes (symbols).
 
     Raises
     ------
@@ -61,7 +61,7 @@ def _table(counts: Any, symbols: Sequence[str]) -> ad.AnnData:
 
 @contextlib.contextmanager
 def _name_label(label: str) -> Iterator[None]:
-    """Replace scanpy's error by one that names the label. scanpy fails if no other gene has a similar expression."""
+    """Replace an error of scanpy by one that names the label, for labels without genes of similar expression."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
@@ -87,7 +87,7 @@ def find_markers(
 
     Returns
     -------
-    Label -> gene symbols, best first. Empty if there are fewer than two labels.
+    Dict from each label to its marker genes (symbols), the best first. Empty if there are fewer than two labels.
     """
     scanpy = load_extra("scanpy", "cells")
     table = _table(counts, symbols)
@@ -123,7 +123,7 @@ def marker_scores(
     symbols
         Symbols of the G genes.
     markers
-        Label -> gene symbols.
+        Dict from each label to its marker genes (symbols).
     candidates
         Candidate labels. A candidate without measured markers gets a score below all others in every cell.
 

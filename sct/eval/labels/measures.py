@@ -32,7 +32,7 @@ AREAS = ("AUROC (average)", "AUROC (flatten)", "AUPRC (average)", "AUPRC (flatte
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LabelPrediction:
-    """Predicted labels of N cells.
+    """Hold the predicted labels of N cells.
 
     Attributes
     ----------
@@ -40,7 +40,7 @@ class LabelPrediction:
         (N, keys) table of labels, one column per key (a key is a kind of label, such as "cell_type"). A missing label
         (None or NaN: the method gave no valid answer) counts as wrong.
     probabilities
-        Key -> (N, candidates) table of probabilities or other scores; None if there are no scores.
+        Dict from each key to a table (N, candidates) of probabilities or other scores; None if there are no scores.
     """
 
     labels: pd.DataFrame
@@ -54,7 +54,7 @@ class LabelOptions:
     Attributes
     ----------
     seeds
-        How often the shuffled controls and the random guesses are drawn, with the seeds 0, 1, ...
+        Number of random draws of the shuffled controls and the guessed labels, with the seeds 0, 1, ...
     components, k
         Number of principal components of the baselines, and number of nearest neighbors that vote in the k-NN baseline.
     positive
@@ -110,7 +110,7 @@ def exact_accuracy(true: pd.DataFrame, predicted: pd.DataFrame) -> float:
 
 
 def partial_accuracy(true: pd.DataFrame, predicted: pd.DataFrame) -> float:
-    """Return the mean accuracy over keys (Cell2Sentence, section 4.3, Table 3, "partial label"), in [0, 1].
+    """Return the accuracy, in [0, 1], averaged over the kinds of labels (Cell2Sentence, Table 3, "partial label").
 
     For parameters and errors see `exact_accuracy`.
     """
@@ -118,13 +118,13 @@ def partial_accuracy(true: pd.DataFrame, predicted: pd.DataFrame) -> float:
 
 
 def _integers(true: pd.Series, predicted: pd.Series) -> tuple[np.ndarray, np.ndarray]:
-    """Return true and predicted labels (N,) of one key as integers; a missing prediction counts as a separate label."""
+    """Return true and predicted labels (N,) as integers; a missing prediction counts as a separate label."""
     both = metrics.codes([*true, *(None if pd.isna(each) else each for each in predicted)])
     return both[: len(true)], both[len(true) :]
 
 
 def macro_f1(true: pd.Series, predicted: pd.Series) -> float:
-    """Return the macro-F1 of one key (N,): the mean F1 over true and predicted labels, in [0, 1]; 1 is the best value.
+    """Return the macro-F1 of predicted labels (N,): the mean F1 over all labels, in [0, 1]; 1 is the best value.
 
     A label that is predicted, but is true for no cell, has an F1 of 0.
     """
@@ -132,7 +132,7 @@ def macro_f1(true: pd.Series, predicted: pd.Series) -> float:
 
 
 def kappa(true: pd.Series, predicted: pd.Series) -> float:
-    """Return Cohen's kappa of one key (N,), in [-1, 1]: 1 is perfect agreement, 0 is agreement by chance.
+    """Return Cohen's kappa of true and predicted labels (N,), in [-1, 1]: 1 is perfect, 0 is agreement by chance.
 
     Kappa is NaN if all cells have the same label and this label is predicted for all of them.
     """
@@ -141,12 +141,12 @@ def kappa(true: pd.Series, predicted: pd.Series) -> float:
 
 
 class LabelAreas(NamedTuple):
-    """AUROC and AUPRC of one key.
+    """Hold the AUROC and AUPRC of the predicted probabilities of one kind of label.
 
     Attributes
     ----------
     auroc_average, auprc_average
-        Area under the curve of one candidate against the rest, averaged over the candidates that are the true label of
+        Area under the curve of each candidate against the rest, averaged over the candidates that are the true label of
         some but not all cells.
     auroc_flatten, auprc_flatten
         Area under the curve over all pairs of a cell and a candidate.
@@ -216,14 +216,14 @@ def areas(true: pd.Series, probabilities: pd.DataFrame) -> LabelAreas:
 
 
 def joint(true: pd.DataFrame, probabilities: Mapping[str, pd.DataFrame]) -> tuple[pd.Series, pd.DataFrame]:
-    """Combine the labels of all keys into one key, and multiply their probabilities as if keys were independent.
+    """Combine several kinds of labels into one, and multiply their probabilities as if they were independent.
 
     Parameters
     ----------
     true
         (N, keys) true labels.
     probabilities
-        Key -> (N, candidates) probabilities, for every key.
+        Dict from each key (kind of label) to the probabilities of its candidates (N, candidates).
 
     Returns
     -------
@@ -243,9 +243,9 @@ def joint(true: pd.DataFrame, probabilities: Mapping[str, pd.DataFrame]) -> tupl
 
 
 def f1_of(label: Any, true: pd.Series, predicted: pd.Series) -> float:
-    """Return the F1 of one label, in [0, 1]; 1 is the best value.
+    """Return the F1 score of one label, in [0, 1]; 1 is the best value.
 
-    It is 0 if the label is never predicted, and NaN if no cell has the label.
+    The F1 is 0 if the label is never predicted, and NaN if no cell has the label.
     """
     has, says = (np.asarray(each.to_numpy(object) == label, dtype=bool) for each in (true, predicted))
     return float(f1_score(has, says, zero_division=0.0)) if has.any() else float("nan")
@@ -258,7 +258,7 @@ def _f1_column(positive: str) -> list[str]:
 def _values(
     true: pd.DataFrame, prediction: LabelPrediction, positive: str = ""
 ) -> tuple[dict[str, float], list[str]]:
-    """Compute all metrics of one prediction; return them as column -> value, and remarks for the table."""
+    """Compute all metrics of one prediction, as a dict by column, and remarks for the table."""
     several, remarks = true.shape[1] > 1, []
     right = _right(true, prediction.labels)
     f1s = [macro_f1(true[key], prediction.labels[key]) for key in true]
@@ -363,7 +363,7 @@ def classify(
 
 
 def _predicted(kind: Any, before: np.ndarray, training: pd.DataFrame, after: np.ndarray) -> LabelPrediction:
-    """Fit one classifier per key on training features (T, D), and predict the labels of cells with features (N, D).
+    """Fit a classifier per kind of label on training features (T, D), and predict labels from features (N, D).
 
     `kind()` returns an unfitted classifier.
     """
@@ -381,7 +381,7 @@ def _predicted(kind: Any, before: np.ndarray, training: pd.DataFrame, after: np.
 
 
 def _guesses(training: pd.DataFrame, n: int, seed: int) -> dict[str, LabelPrediction]:
-    """Return predictions for `n` cells of the baselines that use only the label frequencies of the training cells."""
+    """Predict the labels of `n` cells by baselines that know only how frequent each label is in training cells."""
     nothing = np.zeros((len(training), 1)), training, np.zeros((n, 1))
     common = training.value_counts(sort=False)
     best = dict(zip(training.columns, common[common == common.max()].index[0], strict=True))
@@ -420,7 +420,8 @@ def compare(
     Parameters
     ----------
     predictions
-        Name -> `LabelPrediction` of the N cells, or a list of them with one per seed of the model.
+        Dict from the name of each method to its `LabelPrediction` of the N cells, or to a list with one per seed of the
+        model.
     true
         (N, keys) true labels.
     training
@@ -430,14 +431,15 @@ def compare(
     options
         See `LabelOptions`.
     beside
-        Further rows without a shuffled control, placed before the baselines: name -> (data it was fitted on,
-        prediction as in `predictions`).
+        Methods for further rows without a shuffled control, which are placed before the baselines. Dict from the name
+        of each method to the data it was fitted on and its prediction, given as in `predictions`.
 
     Returns
     -------
-    The report, and the numbers: row -> column -> one value per seed. With one key, the columns are accuracy, macro F1,
-    kappa and `AREAS`. With several keys, they are exact and partial accuracy, the means over keys of the other metrics,
-    the AUROC of the combinations (`joint`), and the accuracy of each key. Rows without probabilities have no `AREAS`.
+    The report, and a nested dict of all numbers: {row name: {column: [one value per seed]}}. With one key, the columns
+    are accuracy, macro F1, kappa and `AREAS`. With several keys, they are exact and partial accuracy, the means over
+    keys of the other metrics, the AUROC of the combinations (`joint`), and the accuracy of each key. Rows without
+    probabilities have no `AREAS`.
 
     Raises
     ------

@@ -113,7 +113,7 @@ def activities(counts: Any, symbols: Sequence[str], gene_sets: Mapping[str, Sequ
     symbols
         Symbols of the G genes.
     gene_sets
-        Name -> gene symbols.
+        Dict from the name of each gene set to its gene symbols.
 
     Returns
     -------
@@ -157,7 +157,7 @@ def activities(counts: Any, symbols: Sequence[str], gene_sets: Mapping[str, Sequ
 
 
 def active(scores: pd.DataFrame, deviations: float = 1.0) -> pd.DataFrame:
-    """Return which sets are active in each cell, bool (N, sets).
+    """Return which gene sets are active in each cell, bool (N, sets).
 
     A set is active if its score is more than `deviations` standard deviations above its mean over the cells.
     """
@@ -165,7 +165,7 @@ def active(scores: pd.DataFrame, deviations: float = 1.0) -> pd.DataFrame:
 
 
 class PathwayAreas(NamedTuple):
-    """AUROC and AUPRC of N cells and S pathways, in [0, 1]; 1 is the best value (ZerOmics, appendix B.1).
+    """Hold the AUROC and AUPRC of the scores of S pathways in N cells, in [0, 1] (ZerOmics, appendix B.1).
 
     Attributes
     ----------
@@ -206,7 +206,7 @@ def areas(true: np.ndarray, scores: np.ndarray) -> PathwayAreas:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PathwayCells:
-    """Cells and the activity of S pathways in them.
+    """Hold the counts of N cells, and which of S pathways are active in each cell.
 
     Attributes
     ----------
@@ -318,7 +318,7 @@ def compare(
     Parameters
     ----------
     predictions
-        Name -> (data it was fitted on, scores (N, S) with one array per seed).
+        Dict from the name of each method to the data it was fitted on and its scores, one array (N, S) per seed.
     cells, train
         Cells to predict, and training cells for the baselines, with the same pathways.
     options
@@ -326,7 +326,7 @@ def compare(
 
     Returns
     -------
-    The report, and the numbers: row -> column of `AREAS` -> one value per seed.
+    The report, and a nested dict of all numbers: {row name: {column of `AREAS`: [one value per seed]}}.
 
     Raises
     ------

@@ -68,7 +68,7 @@ def _json(content: Any) -> str:
 def keep(
     reports: Sequence[Report], folder: Path, facts: Mapping[str, str], numbers: Mapping[str, Any]
 ) -> None:
-    """Save the results so far as `unfinished.json`, so that an interrupted run loses at most one part.
+    """Save the results so far as `unfinished.json`, so that an interrupted run loses at most one evaluation.
 
     The file holds the tables of `report.json` and the numbers of `results.json`. An earlier report in the folder stays
     unchanged. `write` deletes the file.
@@ -129,15 +129,15 @@ def write(
     folder
         Output folder; created if it does not exist.
     facts
-        Name -> value of everything that the numbers depend on; start from the result of `environment()`. With facts,
+        Dict of everything that the numbers depend on, by name; start from the result of `environment()`. With facts,
         `report.json` is `{"facts": ..., "reports": [...]}`; without facts it is the list of tables.
     figures
         Figures of the HTML page.
     title
         Heading of the page.
     numbers
-        Name -> numbers that are in no table. If given, they are written to `results.json` as
-        `{"facts": ..., **numbers}`. NaN and infinity are written as in `Report.as_dict`.
+        Dict of numbers that are in no table, by name. If given, they are written to `results.json` as `{"facts": ...,
+        **numbers}`. NaN and infinity are written as in `Report.as_dict`.
     """
     tables = [report.as_dict() for report in reports]
     head = "".join(f"- {escape(name)}: {escape(str(value))}\n" for name, value in (facts or {}).items())

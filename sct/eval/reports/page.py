@@ -147,7 +147,7 @@ for (const table of document.querySelectorAll("table")) {
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A figure of a page.
+    """Hold one figure of an HTML page.
 
     Attributes
     ----------
@@ -221,7 +221,7 @@ def page(
     figures
         Figures, shown after the tables.
     facts
-        Name -> value, such as command, versions, date, machine and run time.
+        Dict of facts about the run by name, such as command, versions, date, machine and run time.
     """
     entries = [(f"table-{i}", report.title) for i, report in enumerate(reports, 1)]
     entries += [(f"figure-{i}", figure.title) for i, figure in enumerate(figures, 1)]
@@ -256,7 +256,7 @@ def _facts(facts: Mapping[str, str]) -> str:
 
 
 def _table(name: str, report: Report) -> str:
-    """Return a table as a section of the page."""
+    """Return a table as an HTML element."""
     numeric, best = report.numeric(), report.best()
     heads = []
     for column, is_number in zip(report.columns, numeric, strict=True):
@@ -290,7 +290,7 @@ def _table(name: str, report: Report) -> str:
 
 
 def _number(cell: Any, best: bool) -> str:
-    """Return a numeric table cell as HTML; its tooltip lists the single measurements."""
+    """Return a numeric table cell as HTML, with a tooltip that lists the single measurements."""
     kind = "number best" if best else "number"
     if not isinstance(cell, list):
         return f'<td class="{kind}">{escape(cell_text(cell))}</td>'
@@ -302,7 +302,7 @@ def _number(cell: Any, best: bool) -> str:
 
 
 def _figure(name: str, figure: Figure) -> str:
-    """Return a figure as a section of the page; if drawing fails, return a section that gives the reason."""
+    """Return a figure as an HTML element; if drawing fails, return an element that gives the reason."""
     try:
         text = figure.svg if isinstance(figure.svg, str) else figure.svg()
         drawn = f"<figure>{_inline(name, figure.title, text)}{_caption(figure.caption)}</figure>"
@@ -322,8 +322,8 @@ def _caption(text: str) -> str:
 def _inline(name: str, title: str, document: str) -> str:
     """Return an SVG document as an element of the page. Its ids become unique, and black and white become page colors.
 
-    The element is written from the parsed tree, so the browser sees only what was checked here. Without the page's
-    style, the element is still a complete SVG document: it has its own black and white and its own namespaces.
+    The element is written from the parsed SVG tree, so the browser sees only content that this function has checked.
+    The element is also a complete SVG document outside the page: it has its own colors and namespaces.
     """
     # Drop the XML head, because it could define entities, and the comments, because Matplotlib repeats labels in them.
     found = re.search(r"<svg\b.*</svg>", re.sub(r"<!--.*?-->", "", document, flags=re.DOTALL), re.DOTALL)
@@ -385,9 +385,9 @@ def _clean(element: ET.Element, name: str) -> None:
 
 
 def _themed(element: ET.Element, style: str) -> str:
-    """Return the style of an element without its black and white, which become attributes and classes.
+    """Move black and white from the style of an SVG element to attributes and classes; return the remaining style.
 
-    The page's rules for these classes override the attributes. Without the page, the attributes apply.
+    In the page, the style rules of these classes override the attributes. Outside the page, the attributes apply.
     """
     kept = []
     for declaration in filter(None, map(str.strip, style.split(";"))):

@@ -1,4 +1,4 @@
-"""Result tables, which can be printed or written as Markdown or JSON."""
+"""Make result tables that can be printed or written as Markdown or JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Mean and standard deviation of repeated measurements, ignoring NaN.
+    """Hold the mean and standard deviation of repeated measurements, ignoring NaN.
 
     Attributes
     ----------
@@ -43,14 +43,14 @@ class Summary:
 
     @property
     def value(self) -> str:
-        """Mean as text, such as "0.422"; "n/a" if all measurements are NaN, and "-" if nothing was measured."""
+        """Return the mean as text, such as "0.422"; "n/a" if all measurements are NaN, "-" if nothing was measured."""
         if self.asked == 0:
             return "-"
         return "n/a" if self.count == 0 else self._digits(self.mean)
 
     @property
     def spread(self) -> str:
-        """Standard deviation and number of measurements as text: "± 0.012 (5)", "± 0.012 (4 of 5)", "(1)" or ""."""
+        """Return standard deviation and number of measurements as text: "± 0.012 (5)", "± 0.012 (4 of 5)" or "(1)"."""
         if self.count == 0:
             return ""
         seeds = f"({self.count})" if self.count == self.asked else f"({self.count} of {self.asked})"
@@ -67,7 +67,7 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column of a report.
+    """Describe a column of a report by its key and its title.
 
     Programs find the column by `key`, which never changes. People see `title`, which may change.
     """
@@ -136,7 +136,7 @@ class Report:
                 raise ValueError(f"`better[{key!r}]` is {direction!r}: set it to 'max' or 'min'.")
 
     def add(self, *cells: Any, key: str = "") -> None:
-        """Append a row, given as texts and lists of numbers. Programs find the row by `key`."""
+        """Append a row, given as texts and lists of numbers. Programs can find the row by `key`."""
         if len(cells) != len(self.columns):
             raise ValueError(
                 f"the row has {len(cells)} cells, but the table has {len(self.columns)} "
