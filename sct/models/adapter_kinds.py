@@ -31,12 +31,15 @@ _PREFIX_DEVIATION = 0.02
 
 
 def is_stacked(box: Box) -> bool:
-    """Return whether the first axis of a boxed array is the layer axis of a stack."""
+    """Return whether the first axis of an array, boxed with its axis names, runs over the layers of a stack."""
     return bool(box.names) and box.names[0] == axes.LAYERS
 
 
 def _matrices(params: Any, name: str) -> dict[str, Box]:
-    """Find the boxed matrices called `name` ("kernel" or "embedding") and return them as a dict by layer path."""
+    """Find the boxed matrices of all layers, called `name` in each layer, and return them as a dict by layer path.
+
+    `name` is "kernel" for dense layers and "embedding" for embedding tables. A box holds an array and its axis names.
+    """
     found = {}
     for path, box in flatten(params).items():
         layer, _, leaf = path.rpartition("/")
@@ -55,7 +58,7 @@ def _matrices(params: Any, name: str) -> dict[str, Box]:
 
 
 def kernels(params: Any) -> dict[str, Box]:
-    """Find the boxed kernels of all dense layers in boxed parameters and return them as a dict by layer path.
+    """Find the kernels of all dense layers in boxed parameters, and return the boxed kernels as a dict by layer path.
 
     Raises
     ------
@@ -73,7 +76,7 @@ class AdapterConfig(abc.ABC):
     Attributes
     ----------
     arrays
-        Kind of adapter, which lists the names of its arrays.
+        The kind of adapter: a `Kind` object with the names of the adapter's arrays.
     place
         Term that error messages use for a layer that can have this kind of adapter, such as "dense layer".
     targets
@@ -118,17 +121,17 @@ class AdapterConfig(abc.ABC):
     @staticmethod
     @abc.abstractmethod
     def places(params: Any) -> dict[str, Box]:
-        """Return the boxed matrices of all layers that can have such an adapter, as a dict by layer path."""
+        """Return the boxed matrices of all layers that can have this kind of adapter, as a dict by layer path."""
 
     @staticmethod
     @abc.abstractmethod
     def size_of(shape: tuple[int, ...]) -> int:
-        """Return the size of an adapter, given the shape of its first array."""
+        """Compute the rank, width or length of an adapter from the shape of its first array."""
 
     @property
     @abc.abstractmethod
     def numbers(self) -> dict[str, float]:
-        """Return the values of the adapter arrays that are not trained, as a dict by array name."""
+        """Return the values of the adapter's constants, which are not trained, as a dict by array name."""
 
     @staticmethod
     @abc.abstractmethod
@@ -142,7 +145,7 @@ class AdapterConfig(abc.ABC):
         size
             Rank, width or length of the adapter.
         numbers
-            Names of the arrays of the adapter that are not trained.
+            Names of the adapter's constants, which are arrays that are not trained.
         """
 
     @abc.abstractmethod
@@ -152,7 +155,7 @@ class AdapterConfig(abc.ABC):
     @staticmethod
     @abc.abstractmethod
     def options(adapter: Mapping[str, Any]) -> dict[str, float]:
-        """Compute the options of an adapter from its arrays, and return them as a dict by option name."""
+        """Recover the options of an adapter, such as alpha, from its arrays, as a dict by option name."""
 
 
 def _uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -175,7 +178,7 @@ class LoraConfig(AdapterConfig):
         Regular expressions, such as "layers/attention/query" or "head". A dense layer gets an adapter if one of the
         expressions matches the path of the layer (`re.search`). In a stack, every layer of the stack gets an adapter.
     rank
-        Number of columns of the first matrix, and of rows of the second matrix (r).
+        Rank r of the adapter, whose two matrices have the shapes (in, r) and (r, out).
     alpha
         The output of the adapter is multiplied by alpha / rank.
     dropout
@@ -203,7 +206,7 @@ class LoraConfig(AdapterConfig):
 
     @classmethod
     def of(cls, family: str, **options: Any) -> LoraConfig:
-        """Make a configuration from options.
+        """Make the configuration of this kind of adapter from a dict of options.
 
         If `targets` is not among the options, use the default targets of the model family.
         """
@@ -220,24 +223,24 @@ class LoraConfig(AdapterConfig):
 
     @property
     def size(self) -> int:
-        """See `AdapterConfig`."""
+        """Return the rank of the adapter."""
         return self.rank
 
     @staticmethod
     def size_of(shape: tuple[int, ...]) -> int:
-        """See `AdapterConfig`."""
+        """Return the rank of a low-rank adapter whose array `lora_a` has the given shape."""
         return shape[-1]
 
     @property
     def numbers(self) -> dict[str, float]:
-        """See `AdapterConfig`."""
+        """Return the scale and the dropout rate of the adapter, which are not trained, as a dict by array name."""
         # Without dropout there is no "dropout" array, so that the layer draws no random numbers.
         dropout = {"dropout": self.dropout} if self.dropout else {}
         return {"scale": self.alpha / self.rank, **dropout}
 
     @staticmethod
     def shapes(box: Box, size: int, numbers: Collection[str]) -> Shapes:
-        """See `AdapterConfig`."""
+        """Return the shapes and axis names of the arrays in the low-rank adapter of one layer."""
         (width, features), (into, out) = box.value.shape[-2:], box.names[-2:]
         dropout: Shapes = {"dropout": ((), ())} if "dropout" in numbers else {}
         return {
@@ -248,12 +251,12 @@ class LoraConfig(AdapterConfig):
         }
 
     def draw(self, key: jax.Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.Array]:
-        """See `AdapterConfig`."""
+        """Draw the initial `lora_a` at random, and make an initial `lora_b` of zeros (both float32)."""
         return {"lora_a": _uniform(key, shapes["lora_a"]), "lora_b": jnp.zeros(shapes["lora_b"], jnp.float32)}
 
     @staticmethod
     def options(adapter: Mapping[str, Any]) -> dict[str, float]:
-        """See `AdapterConfig`."""
+        """Recover alpha and dropout from the arrays of a low-rank adapter, as a dict by option name."""
         rank = np.shape(adapter["lora_a"])[-1]
         return {"alpha": _first(adapter["scale"]) * rank, "dropout": _first(adapter.get("dropout", 0.0))}
 
@@ -265,9 +268,9 @@ class BottleneckConfig(AdapterConfig):
     The output y (..., D) of the layer becomes `y + scale * up(relu(down(y)))`, where `down` and `up` are dense layers
     with biases. A bottleneck of width s has 2 D s + s + D trained parameters.
 
-    The default targets make the paper's "gene encoder prompt": a bottleneck after the attention and after the
-    feed-forward layer of each block, before the residual connection. A bottleneck after the embedding of genes or bins
-    is the paper's "gene token prompt".
+    By default, the bottlenecks are the "gene encoder prompt" of the scPEFT paper: in each block, one follows the
+    attention and one follows the feed-forward layer, both before the residual connection. A bottleneck after the
+    embedding of genes or bins is the "gene token prompt" of that paper.
 
     Parameters
     ----------
@@ -279,8 +282,9 @@ class BottleneckConfig(AdapterConfig):
     scale
         Factor by which the output of `up` is multiplied.
     skip
-        Whether the output contains y. With a skip, `up` starts at zero, so that a new bottleneck changes nothing. The
-        paper has no skip: its output is `scale * up(relu(down(y)))`, and both dense layers start at random values.
+        Whether y is added to the output of the bottleneck. If True, `up` is initialized with zeros, so a new bottleneck
+        does not change the output of its layer. The scPEFT paper does not add y: its output is `scale *
+        up(relu(down(y)))`, and both dense layers are initialized with random values.
     layers
         See `LoraConfig`.
     """
@@ -301,27 +305,27 @@ class BottleneckConfig(AdapterConfig):
 
     @property
     def size(self) -> int:
-        """See `AdapterConfig`."""
+        """Return the width of the bottleneck."""
         return self.width
 
     @staticmethod
     def places(params: Any) -> dict[str, Box]:
-        """See `AdapterConfig`."""
+        """Return the boxed matrices of all dense layers and embedding tables, as a dict by layer path."""
         return {**kernels(params), **_matrices(params, "embedding")}
 
     @staticmethod
     def size_of(shape: tuple[int, ...]) -> int:
-        """See `AdapterConfig`."""
+        """Return the width of a bottleneck whose array `bottleneck_down` has the given shape."""
         return shape[-1]
 
     @property
     def numbers(self) -> dict[str, float]:
-        """See `AdapterConfig`."""
+        """Return the two constants of a bottleneck, which are not trained, as a dict by array name."""
         return {"bottleneck_scale": self.scale, "bottleneck_skip": float(self.skip)}
 
     @staticmethod
     def shapes(box: Box, size: int, numbers: Collection[str]) -> Shapes:
-        """See `AdapterConfig`."""
+        """Return the shapes and axis names of the arrays in the bottleneck of one layer."""
         features, out = box.value.shape[-1], box.names[-1]
         return {
             "bottleneck_down": ((features, size), (out, None)),
@@ -333,7 +337,7 @@ class BottleneckConfig(AdapterConfig):
         }
 
     def draw(self, key: jax.Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.Array]:
-        """See `AdapterConfig`."""
+        """Make the initial arrays of a bottleneck (float32). Biases, and `up` with a skip, are zeros."""
         down, up = jax.random.split(key)
         zeros = {name: jnp.zeros(shapes[name], jnp.float32) for name in BOTTLENECK.trained}
         drawn = {"bottleneck_down": _uniform(down, shapes["bottleneck_down"])}
@@ -343,7 +347,7 @@ class BottleneckConfig(AdapterConfig):
 
     @staticmethod
     def options(adapter: Mapping[str, Any]) -> dict[str, float]:
-        """See `AdapterConfig`."""
+        """Recover the scale and the skip from the arrays of a bottleneck, as a dict by option name."""
         return {name: _first(adapter[f"bottleneck_{name}"]) for name in ("scale", "skip")}
 
 
@@ -381,12 +385,12 @@ class PrefixConfig(AdapterConfig):
 
     @property
     def size(self) -> int:
-        """See `AdapterConfig`."""
+        """Return the number of vectors in the prefix."""
         return self.length
 
     @staticmethod
     def places(params: Any) -> dict[str, Box]:
-        """See `AdapterConfig`."""
+        """Return the boxed key kernels of all attention layers, as a dict by the path of the attention layer."""
         dense = kernels(params)
         keys = {
             layer.rpartition("/")[0]: box for layer, box in dense.items() if layer.rpartition("/")[2] == "key"
@@ -397,26 +401,26 @@ class PrefixConfig(AdapterConfig):
 
     @staticmethod
     def size_of(shape: tuple[int, ...]) -> int:
-        """See `AdapterConfig`."""
+        """Return the number of vectors in a prefix whose array `prefix` has the given shape."""
         return shape[-2]
 
     @property
     def numbers(self) -> dict[str, float]:
-        """See `AdapterConfig`."""
+        """Return an empty dict, because a prefix has no constants."""
         return {}
 
     @staticmethod
     def shapes(box: Box, size: int, numbers: Collection[str]) -> Shapes:
-        """See `AdapterConfig`."""
+        """Return the shape and the axis names of the array in the prefix of one attention layer."""
         return {"prefix": ((size, box.value.shape[-2]), (None, box.names[-2]))}
 
     def draw(self, key: jax.Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.Array]:
-        """See `AdapterConfig`."""
+        """Draw the initial vectors of a prefix at random (float32)."""
         return {"prefix": _PREFIX_DEVIATION * jax.random.normal(key, shapes["prefix"], jnp.float32)}
 
     @staticmethod
     def options(adapter: Mapping[str, Any]) -> dict[str, float]:
-        """See `AdapterConfig`."""
+        """Return an empty dict, because the array of a prefix records none of its options."""
         return {}
 
 

@@ -36,7 +36,7 @@ _NUMBER = re.compile(r"(?:^|/)[a-z][a-z_]*_(\d+)/")
 
 
 def under(layer: str, array: str) -> str:
-    """Return the path of an array: the path of its layer, a slash and the name of the array."""
+    """Return the path of an adapter array: the path of its layer, a slash and the name of the array."""
     return f"{layer}/{array}" if layer else array
 
 
@@ -82,7 +82,10 @@ def chosen(params: Any, config: AdapterConfig) -> dict[str, Box]:
 
 
 def _numbers(place: str, box: Box) -> set[int]:
-    """Return the numbers of the blocks to which a matrix belongs: all for a stack, otherwise one or none."""
+    """Return the numbers of the blocks that use a matrix.
+
+    A matrix of a stack of blocks is used by all blocks, any other matrix by one block or none.
+    """
     if is_stacked(box):
         return set(range(box.value.shape[0]))
     match = _NUMBER.search(place)
@@ -92,7 +95,7 @@ def _numbers(place: str, box: Box) -> set[int]:
 def _boxes(
     config: type[AdapterConfig], box: Box, size: int, numbers: Any, layers: int | None
 ) -> dict[str, Box]:
-    """Return the boxed array shapes of the adapter for a matrix, as a dict by array name.
+    """Return the array shapes of the adapter for a matrix, boxed with axis names, as a dict by array name.
 
     If only some layers of a stack have an adapter, `layers` is the number of these layers; otherwise `layers` is None.
     """
@@ -162,7 +165,7 @@ def init(rng: jax.Array, params: Any, *configs: AdapterConfig) -> dict[str, Any]
 
 
 def beside(variables: Any, found: Mapping[str, Any]) -> Any:
-    """Add the boxed shapes of the adapters in a weights file to the boxed shapes of a model.
+    """Extend the boxed shapes of a model by the boxed shapes of the adapters in a weights file.
 
     Parameters
     ----------

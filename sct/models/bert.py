@@ -1,4 +1,4 @@
-"""BERT, a bidirectional transformer encoder for text (Devlin et al. 2019); see `BertConfig`."""
+"""Define BERT, a bidirectional transformer encoder for text (Devlin et al. 2019); see `BertConfig`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _linear(config: BertConfig, features: int, into: str, out: str, name: str) -
 
 
 class BertAttention(nn.Module):
-    """Multi-head attention with its projections."""
+    """Compute multi-head attention, with dense layers for the queries, keys, values and outputs."""
 
     config: BertConfig
 
@@ -149,9 +149,9 @@ class Bert(nn.Module):
                 self.head = Linear(config.vocab_size, names, dtype=dtype, kernel_init=_init)
 
     def embed(self, input_ids: jax.Array, types: jax.Array | None, positions: jax.Array) -> jax.Array:
-        """Sum the embeddings of tokens, token types and positions, all (B, T).
+        """Embed tokens, token types and positions, each integers (B, T), and sum the three embeddings.
 
-        Apply the layer norm and return (B, T, D).
+        The layer norm is applied to the sum. Returns (B, T, D).
         """
         types = jnp.zeros_like(input_ids) if types is None else types
         x = self.norm(self.token(input_ids) + self.position(positions) + self.type(types))

@@ -30,9 +30,10 @@ class BertConfig:
         Width (D), number of layers, number of attention heads (which must divide D), and width of the feed-forward
         layers.
     max_length
-        Largest number of positions: the size of the position table.
+        Largest number of tokens in a text, which is the number of rows in the table of position embeddings.
     num_types
-        Number of token types: first text, second text, and so on.
+        Number of token types. The type of a token says whether it belongs to the first text, the second text, and so
+        on.
     norm_eps
         Epsilon of the layer norms.
     activation
@@ -49,7 +50,7 @@ class BertConfig:
         What each layer saves for the backward pass: "level" saves only the layer's inputs, "products" also the outputs
         of matrix products, "none" everything.
     dtype
-        Type of the computation. Parameters, norms and logits are always float32.
+        Data type in which the layers compute. Parameters, norms and logits are always float32.
     """
 
     CARD: ClassVar[CardText] = CardText(

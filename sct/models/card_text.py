@@ -1,4 +1,4 @@
-"""The part of a model card that is the same for all models of an architecture."""
+"""Define the part of a model card that is the same for all models of an architecture."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class CardText:
-    """Describe an architecture for the readers of its model cards. A configuration class holds it as `CARD`.
+    """Text that describes an architecture in the model cards of its models.
+
+    The configuration class of the architecture stores the text as `CARD`.
 
     Attributes
     ----------

@@ -72,7 +72,7 @@ def check_outputs(values: np.ndarray, what: str, of: str = "rows") -> None:
 def check_range(name: str, values: Any, most: int, least: int = 0) -> None:
     """Raise `DataError` unless an array holds integers from `least` to `most`.
 
-    JAX would silently clip an index out of range.
+    This check is needed because JAX silently clips an index that is out of range.
 
     Values of traced arrays are not checked. `name` names the array in the message.
     """

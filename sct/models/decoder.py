@@ -1,4 +1,4 @@
-"""Causal transformer over text tokens: GPT-2, GPT-NeoX and LLaMA; see `DecoderConfig`.
+"""Define a causal transformer over text tokens, for GPT-2, GPT-NeoX and LLaMA; see `DecoderConfig`.
 
 ZerOmics, Cell2Sentence and scMMGPT use these decoders.
 
@@ -35,7 +35,7 @@ _DEVIATION = 0.02
 def _initializer(config: DecoderConfig, adds: bool = False) -> axes.Initializer:
     """Return the initializer of weight matrices.
 
-    `adds` is True for a matrix whose output enters a residual connection.
+    `adds` is True for a matrix whose output is added to the residual connection.
     """
     if config.init == "xavier":
         return jax.nn.initializers.glorot_normal()
@@ -48,7 +48,7 @@ def _norm(config: DecoderConfig, name: str | None = None) -> nn.Module:
 
 
 class CausalAttention(nn.Module):
-    """Causal multi-head attention with its projections."""
+    """Compute causal multi-head attention, with dense layers for the queries, keys, values and outputs."""
 
     config: DecoderConfig
 
@@ -56,7 +56,7 @@ class CausalAttention(nn.Module):
     def __call__(self, x: jax.Array, positions: jax.Array, attention: Attention) -> jax.Array:
         """Apply attention to the vectors x (B, T, D) of tokens at positions (B, T), and return (B, T, D).
 
-        `attention` is the attention function; see `Attention`.
+        `attention` is the function that computes attention from queries, keys and values.
         """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         linear = functools.partial(Linear, dtype=dtype)
@@ -135,7 +135,10 @@ class Block(nn.Module):
 
 
 def running_positions(segments: jax.Array) -> jax.Array:
-    """Number the tokens of each run of equal segment numbers from 0: integers (B, T) -> positions (B, T)."""
+    """Compute the position (B, T) of each token in its text, counted from 0, from segment numbers (B, T).
+
+    Consecutive tokens with the same segment number form a text.
+    """
     index = jnp.arange(segments.shape[1])
     starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
@@ -194,7 +197,8 @@ class Decoder(nn.Module):
     def embed(self, input_ids: jax.Array, positions: jax.Array, soft: jax.Array | None = None) -> jax.Array:
         """Embed tokens at positions, both integers (B, T), as vectors (B, T, D).
 
-        The token id -1 - k stands for the soft token `soft[row, k]`, where `soft` has the shape (B, K, D).
+        A negative token id -1 - k is replaced by the vector `soft[row, k]` (a soft token), where `soft` has the shape
+        (B, K, D).
         """
         if soft is None:
             x = self.token(input_ids)

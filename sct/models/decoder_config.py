@@ -47,7 +47,7 @@ class DecoderConfig:
     num_kv_heads
         Number of key and value heads, which must divide `num_heads` (grouped-query attention). 0 means `num_heads`.
     head_dim
-        Features of a head. 0 means embed_dim / num_heads.
+        Number of features of an attention head. 0 means embed_dim / num_heads.
     max_length
         With learned positions, the size of the position table. With rotary positions, the longest text that the model
         was trained for.
@@ -57,9 +57,10 @@ class DecoderConfig:
     rotary_fraction, rotary_base
         Fraction of a head's features that is rotated, and base of the frequencies.
     rotary_scaling, rotary_factor, rotary_low, rotary_high, rotary_length
-        Change of the rotary frequencies for longer texts. "" keeps all frequencies. "linear" divides them by
-        `rotary_factor`. "llama3" (Llama 3.1) divides the frequencies with a wavelength above rotary_length /
-        rotary_low, keeps those with a wavelength below rotary_length / rotary_high, and interpolates between the two.
+        How the rotary frequencies are changed so that the model can read longer texts. "" keeps all frequencies.
+        "linear" divides them by `rotary_factor`. "llama3" (Llama 3.1) divides the frequencies with a wavelength above
+        rotary_length / rotary_low, keeps those with a wavelength below rotary_length / rotary_high, and interpolates
+        between the two.
     norm, norm_eps
         Norm before attention, before feed-forward and after the last block ("layer" or "rms"), and its epsilon.
     mlp
@@ -75,14 +76,14 @@ class DecoderConfig:
         Dropout rate of the embeddings and of the outputs of attention and feed-forward, in training only. Attention
         weights have no dropout, because flash attention does not support it.
     init
-        Initialization of the parameters: "normal" with standard deviation 0.02, smaller for matrices whose outputs
-        enter a residual connection (Radford et al. 2019); or "xavier" (Glorot & Bengio 2010), which Cell2Sentence uses
-        (appendix C).
+        Initialization of the parameters: "normal" with standard deviation 0.02, or smaller for matrices whose outputs
+        are added to a residual connection (Radford et al. 2019); or "xavier" (Glorot & Bengio 2010), which
+        Cell2Sentence uses (appendix C).
     remat
         What each block saves for the backward pass: "level" saves only the block's inputs, "products" also the outputs
         of matrix products, "none" everything.
     dtype
-        Type of the computation. Parameters, norms and logits are always float32.
+        Data type in which the layers compute. Parameters, norms and logits are always float32.
     """
 
     CARD: ClassVar[CardText] = CardText(
@@ -190,7 +191,7 @@ class DecoderConfig:
         return int(self.head_size * self.rotary_fraction)
 
     def frequencies(self) -> jax.Array:
-        """Return the rotation angle per position of each pair of features, in radians, float32 (rotary_dim / 2,)."""
+        """Return the rotation angle of each pair of features, in radians per position, float32 (rotary_dim / 2,)."""
         plain = rotary_frequencies(self.rotary_dim, self.rotary_base)
         if self.rotary_scaling == "linear":
             return plain / self.rotary_factor
@@ -205,7 +206,7 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config(DecoderConfig):
-    """GPT-2. The defaults are GPT-2 small.
+    """Architecture of GPT-2. The default sizes are those of GPT-2 small.
 
     GPT-2 medium has 24 layers, width 1,024 and 16 heads. GPT-2 large has 36 layers, width 1,280 and 20 heads.
     """
@@ -213,7 +214,7 @@ class GPT2Config(DecoderConfig):
 
 @dataclasses.dataclass(frozen=True)
 class NeoXConfig(DecoderConfig):
-    """GPT-NeoX. The defaults are Pythia-160m."""
+    """Architecture of GPT-NeoX. The default sizes are those of Pythia-160m."""
 
     vocab_size: int = 50_304
     max_length: int = 2048
@@ -226,7 +227,7 @@ class NeoXConfig(DecoderConfig):
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig(DecoderConfig):
-    """LLaMA 1, 2 and 3. The defaults are LLaMA-2-7B."""
+    """Architecture of LLaMA 1, 2 and 3. The default sizes are those of LLaMA-2-7B."""
 
     vocab_size: int = 32_000
     embed_dim: int = 4096

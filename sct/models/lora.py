@@ -45,18 +45,19 @@ def adapted(variables: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Several low-rank adapters (members) for every layer (ZerOmics paper, section 3.2).
+    """Several low-rank adapters, called members, for every layer (ZerOmics paper, section 3.2).
 
-    The outputs of all members are summed. Each sample of a batch trains only some of the members. The matrices of all
-    members are concatenated to one adapter of rank `len(members) * rank`, whose output is this sum. A forward pass
-    therefore runs one adapter, and merging and exporting treat this adapter like any other.
+    The output of the mixture is the sum of the outputs of its members. Each sample of a batch trains only some of the
+    members. The matrices of all members are concatenated to a single adapter of rank `len(members) * rank`, which
+    computes this sum. A forward pass therefore computes only one adapter, which can be merged and exported like any
+    other adapter.
 
     Parameters
     ----------
     members
-        Names of the members, such as "universal" and the names of tasks.
+        Names of the adapters in the mixture: "universal" for an adapter that all tasks share, and the names of tasks.
     each
-        Options of one member. The output of each member is multiplied by `alpha / rank`.
+        Options of each adapter in the mixture. The output of each adapter is multiplied by `alpha / rank`.
     """
 
     members: tuple[str, ...]
@@ -71,17 +72,17 @@ class Mixture:
 
     @property
     def config(self) -> LoraConfig:
-        """Return the options of the single adapter that holds all members."""
+        """Return the options of the single adapter into which all adapters of the mixture are concatenated."""
         number = len(self.members)
         return dataclasses.replace(self.each, rank=self.each.rank * number, alpha=self.each.alpha * number)
 
     def place(self, member: str) -> slice:
-        """Return the slice of the rank that belongs to a member: its columns of `lora_a` and its rows of `lora_b`."""
+        """Return the slice of columns of `lora_a`, and rows of `lora_b`, that belong to one adapter of the mixture."""
         first = self.members.index(member) * self.each.rank
         return slice(first, first + self.each.rank)
 
     def gate(self, trains: jax.Array) -> jax.Array:
-        """Expand a 0-1 mask of members (B, members) to a mask of adapter columns, float32 (B, members * rank)."""
+        """Expand a 0-1 mask of adapters (B, members) to a mask of their columns, float32 (B, members * rank)."""
         return jnp.repeat(trains.astype(jnp.float32), self.each.rank, axis=1)
 
 

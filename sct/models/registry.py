@@ -1,4 +1,4 @@
-"""List all architectures: the configuration, the Flax module and the default adapter targets of each family name."""
+"""Look up the configuration class, the Flax module and the default adapter targets of an architecture by its name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ QUERY_VALUE, QUERY_KEY_VALUE = (r"attention/(query|value)$",), (r"attention/(que
 
 
 class Architecture(NamedTuple):
-    """An architecture of `MODELS`.
+    """One architecture: an entry of the table `MODELS`.
 
     Attributes
     ----------
@@ -61,8 +61,8 @@ def with_current_names(
 ) -> dict[str, Any]:
     """Replace former option names in the values of a configuration by the current names.
 
-    For one release, a renamed option is also accepted under its former name. The field declares it:
-    `dataclasses.field(default=15, metadata={"formerly": "stem_taps"})`.
+    For one release, a renamed option is also accepted under its former name. The field of the option declares the
+    former name: `dataclasses.field(default=15, metadata={"formerly": "stem_taps"})`.
 
     Parameters
     ----------
@@ -232,7 +232,7 @@ def family(name: str) -> Architecture:
 def model_config(name: str, values: Mapping[str, Any], num_genes: int | None = None) -> Any:
     """Make the configuration of a model family from plain values.
 
-    `num_genes` is the number of genes in the vocabulary. It replaces sizes that are 0 or missing in the values.
+    `num_genes`, the number of genes in the vocabulary, replaces sizes that are 0 or missing in the values.
     """
     cls, where = family(name).config, f"model ({name})"
     if num_genes is not None:

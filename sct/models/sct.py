@@ -1,4 +1,4 @@
-"""sCT (sCellTransformer): a convolutional U-Net with a transformer at its center, over the genes of many cells.
+"""Define sCT (sCellTransformer): a convolutional U-Net over the genes of many cells, with a transformer at its center.
 
 Source: "A long range foundation model for zero-shot predictions in single-cell and spatial transcriptomics data",
 section 3. Where the paper's text and the published checkpoint differ, an option of `SCTConfig` chooses between them.
@@ -41,7 +41,7 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 class Stem(nn.Module):
-    """Convolution with a long kernel over the embedded tokens, then GELU."""
+    """Apply a convolution with a long kernel to the embedded tokens, then GELU."""
 
     config: SCTConfig
 
@@ -67,9 +67,9 @@ class Stem(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """Norm followed by a convolution: the building block of both towers. `upsample` doubles the number of positions.
+    """Apply a norm, then a convolution. Both towers consist of such blocks. `upsample` doubles the number of positions.
 
-    The GELU that follows is not part of this module.
+    The GELU after the convolution is not part of this module.
     """
 
     config: SCTConfig
@@ -90,7 +90,10 @@ class ConvBlock(nn.Module):
         self.conv = Conv(self.features, self.kernel_size, self.upsample, cell, dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply the block to x (B, K * G, C) and return (B, K * G, features). `upsample` doubles the positions."""
+        """Apply the block to x (B, K * G, C) and return (B, K * G, features).
+
+        With `upsample`, the result has twice as many positions: (B, 2 K * G, features).
+        """
         return self.convolve(self.normalize(x))
 
     def normalize(self, x: jax.Array) -> jax.Array:
@@ -182,7 +185,7 @@ class SCT(nn.Module):
     intermediates: ClassVar[tuple[str, ...]] = ("conv_out", "transformer_out", "deconv_out")
 
     def setup(self) -> None:
-        """Declare the parts of the model, with the names that the paper uses."""
+        """Declare the submodules of the model, with the names that the paper uses."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         filters, genes, levels = config.filters, config.num_genes, range(config.num_downsamples)
         self.token_embed = Embed(config.num_bins + 2, config.token_embed_dim, dtype)
@@ -213,16 +216,14 @@ class SCT(nn.Module):
         tokens
             Integers (B, K, G): 0 is unexpressed, 1 to num_bins - 1 are expression levels, then PAD and MASK.
         coordinates
-            Rescaled coordinates of the cells (B, K, 2), for models with `use_spatial`. NaN marks a cell without
-            coordinates; its spatial term is zero.
+            Rescaled coordinates of the cells (B, K, 2), for models with `use_spatial`. A cell without coordinates has
+            NaN, and its coordinate embedding is zero.
         positions
             Positions in the flat sequence of length K * G at which to evaluate the head, integers (B, P). None means
             all positions. With shape (B, S, P), the sequence is cut into S equal parts, and positions are counted from
             the start of each part, so that each device reads only its own part.
 
-        Returns
-        -------
-        A dict with these arrays, where n is the number of levels:
+        Returns ------- A dict with these arrays, where n is the number of tower levels:
 
         - `logits`, float32 (B, K, G, num_bins + 2); with `positions`, the shape of `positions` plus a last axis of
           num_bins + 2.
@@ -308,7 +309,7 @@ class SCT(nn.Module):
     def decode(self, x: jax.Array, skips: list[jax.Array]) -> jax.Array:
         """Apply the deconvolution tower to x (B, K * G / 2^n, embed_dim) and return (B, K * G, filters[0]).
 
-        `skips` are the inputs of the levels, which `encode` returns.
+        `skips` are the inputs of the levels of the convolution tower, which `encode` returns.
         """
         for level, skip in zip(self.up, reversed(skips), strict=True):
             x = level(x, skip if self.config.use_skip_connection else None)
@@ -407,7 +408,7 @@ def level_probabilities(
     """Make a function that computes the probability of each expression level.
 
     The function takes (variables, tokens (B, K, G), coordinates (B, K, 2) or None) and returns (B, K, G, num_bins).
-    `offset` is added to the logit of "unexpressed"; see `sct.data.class_prior`.
+    `offset` is added to the logit of the level "unexpressed"; see `sct.data.class_prior`.
     """
     module = SCT(config)
 

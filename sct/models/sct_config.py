@@ -53,7 +53,7 @@ class SCTConfig:
         `num_bins` and the MASK token is `num_bins + 1`, so there are `num_bins + 2` tokens.
     token_embed_dim, embed_dim
         Width of the token embeddings, and width of the transformer. The widths of the tower levels grow linearly from
-        the first to the second.
+        `token_embed_dim` to `embed_dim`.
     num_downsamples
         Number of levels in each tower. Each level of the convolution tower halves the number of positions.
     num_layers, num_heads, ffn_dim
@@ -63,7 +63,8 @@ class SCTConfig:
     stem_kernel_size, conv_kernel_size
         Kernel sizes of the convolutions in the stem and in the towers.
     use_skip_connection
-        Whether the input of each level is added to the output of the matching level of the deconvolution tower.
+        Whether the input of each level of the convolution tower is added to the output of the matching level of the
+        deconvolution tower.
     norm
         Norm in the towers: "shared" (as in the paper), "shared_fixed" (without learnable scale and bias), "layer" or
         "none".
@@ -83,12 +84,12 @@ class SCTConfig:
     layer_norm_eps
         Epsilon of every norm.
     remat
-        What levels and blocks save for the backward pass in addition to their inputs. "level" saves nothing and needs
-        the least memory. "products" saves the outputs of convolutions and matrix products (but not attention scores),
-        so that only cheap operations are recomputed. "none" saves everything. For levels in chunks (on CPU) see
-        `sct.nn.execution`.
+        What tower levels and transformer blocks save for the backward pass in addition to their inputs. "level" saves
+        nothing and needs the least memory. "products" saves the outputs of convolutions and matrix products (but not
+        attention scores), so that only cheap operations are recomputed. "none" saves everything. On CPU, tower levels
+        run in chunks and save other values; see `sct.nn.execution`.
     dtype
-        Type of the computation. Parameters, norms and logits are always float32.
+        Data type in which the layers compute. Parameters, norms and logits are always float32.
     """
 
     CARD: ClassVar[CardText] = CardText(
@@ -166,12 +167,12 @@ class SCTConfig:
 
     @property
     def pad(self) -> int:
-        """Return the number of the PAD token, which marks gene positions and cells that are padding."""
+        """Return the id of the PAD token, which marks gene positions and cells that are padding."""
         return self.num_bins
 
     @property
     def mask(self) -> int:
-        """Return the number of the MASK token, which marks masked positions."""
+        """Return the id of the MASK token, which replaces the expression level at masked positions."""
         return self.num_bins + 1
 
     @property

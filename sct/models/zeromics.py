@@ -1,4 +1,4 @@
-"""ZerOmics: a text decoder that reads cells as soft tokens inside instructions.
+"""Define ZerOmics, a text decoder whose instructions contain cells as soft tokens (vectors computed from a cell).
 
 Source: ZerOmics paper, section 3.2, equation 6, and appendix C.3.
 """
@@ -73,9 +73,9 @@ class ZerOmicsConfig:
 
     @classmethod
     def fit(cls, values: Mapping[str, Any], num_genes: int) -> dict[str, Any]:
-        """Return configuration values in which sizes that are 0 get their actual value.
+        """Return configuration values in which every size of 0 is replaced by the actual size.
 
-        The number of genes becomes the size of the vocabulary; other sizes become their defaults.
+        The number of genes is set to the size of the vocabulary, and other sizes are set to their defaults.
         """
         cells = ZerOmicsCellsConfig.fit(values.get("cells", {}), num_genes)
         return {
@@ -203,7 +203,8 @@ class ZerOmics(nn.Module):
     ) -> jax.Array:
         """Compute the hidden vectors (B, T, E) of instructions (B, T).
 
-        The token id -1 - k stands for the soft token `soft[row, k]`, where `soft` has the shape (B, K, E).
+        A negative token id -1 - k is replaced by the vector `soft[row, k]` (a soft token), where `soft` has the shape
+        (B, K, E).
         """
         return self.llm.hidden_states(input_ids, attention_mask, soft=soft)
 

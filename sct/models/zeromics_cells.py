@@ -1,4 +1,4 @@
-"""Cell model of ZerOmics: a transformer over the genes of a cell.
+"""Define the cell model of ZerOmics: a transformer over the genes of a cell.
 
 The input for each gene is the sum of an embedding of its expression bin and a projection of its text feature.
 
@@ -42,7 +42,7 @@ class ZerOmicsCellsConfig:
     feature_dim
         Width of a gene's text feature (F): the hidden size of the text model that computed it.
     num_bins
-        Number of expression bins for non-zero values. Zero and the mask are two more tokens.
+        Number of expression bins for non-zero values. There is one more token for zero and one for masked genes.
     embed_dim, num_layers, num_heads, ffn_dim
         Width (D), number of layers, number of attention heads, and width of the feed-forward layers.
     norm_eps, activation, dropout, remat, dtype
@@ -89,9 +89,9 @@ class ZerOmicsCellsConfig:
 
     @classmethod
     def fit(cls, values: Mapping[str, Any], num_genes: int) -> dict[str, Any]:
-        """Return configuration values in which sizes that are 0 get their actual value.
+        """Return configuration values in which every size of 0 is replaced by the actual size.
 
-        `num_genes` becomes the size of the vocabulary, and `feature_dim` becomes its default.
+        `num_genes` is set to the size of the vocabulary, and `feature_dim` is set to its default.
         """
         width = values.get("feature_dim") or cls.feature_dim
         return {**values, "num_genes": values.get("num_genes") or num_genes, "feature_dim": width}

@@ -1,1 +1,1 @@
-"""Layers that the model families share. Each layer names the axes of its parameters (see `sct.nn.axes`)."""
+"""Define the layers that the model families share. Each layer names the axes of its parameters (see `sct.nn.axes`)."""

@@ -1,13 +1,13 @@
 """Apply the adapter of a layer. Adapters are stored in a separate Flax collection, "adapters".
 
-An adapter never changes the parameters of its layer. The arrays of an adapter have the path of the layer. There are
-three kinds of adapters:
+An adapter never changes the parameters of its layer. The arrays of an adapter are stored under the path of the layer.
+There are three kinds of adapters:
 
 - **Low-rank** (LoRA; Hu et al. 2022), for a dense layer of shape (in, out). Trained arrays: `lora_a` (in, r) and
   `lora_b` (r, out). The constant `scale` is alpha / r. The constant `dropout` is the fraction of inputs that is set to
   zero when the call has a PRNG key named "dropout". In training, the adapter may also have an array `trained` (B, r).
-  Where `trained` is 1, the gradient of this sample reaches that column of `lora_a` and the matching row of `lora_b`.
-  Where `trained` is 0, the gradient does not reach them (see `sct.models.lora.gated`).
+  If `trained[b, j]` is 1, sample b contributes to the gradients of column j of `lora_a` and row j of `lora_b`. If it is
+  0, the sample does not contribute to them (see `sct.models.lora.gated`).
 - **Bottleneck** (scPEFT, "gene encoder prompt" and "gene token prompt"), for a dense layer or an embedding table with
   outputs y (..., D). Trained arrays: `bottleneck_down` (D, s), `bottleneck_down_bias` (s), `bottleneck_up` (s, D) and
   `bottleneck_up_bias` (D). Constants: `bottleneck_scale` and `bottleneck_skip`. The layer then returns
@@ -47,7 +47,7 @@ class Kind(NamedTuple):
     trained
         Names of the trained arrays. Every adapter of this kind has the first array of this list.
     numbers
-        Names of the arrays that are not trained.
+        Names of the constants, which are arrays that are not trained.
     layers
         Name of the array that lists the layers with an adapter, for a stack in which only some layers have one.
     """
@@ -59,7 +59,10 @@ class Kind(NamedTuple):
 
     @property
     def on(self) -> str:
-        """Return the name of the bool array that marks the layers of a stack with an adapter; see `for_all_layers`."""
+        """Return the name of the bool array that says which layers of a stack have an adapter.
+
+        See `for_all_layers`.
+        """
         return f"{self.layers}_on"
 
     @property
@@ -88,12 +91,12 @@ def for_all_layers(adapters: dict[str, Any], number: int) -> dict[str, Any]:
     """Extend the adapters of a stack in which only some layers have an adapter to all layers of the stack.
 
     A layer without an adapter gets arrays of zeros. A low-rank adapter of zeros adds nothing to its layer. For the
-    other kinds, the array `Kind.on`, bool (number,), says which layers have an adapter.
+    other kinds, the array with the name `Kind.on`, bool (number,), is True for the layers that have an adapter.
 
     Parameters
     ----------
     adapters
-        Collection "adapters" of the stack, or of a part of it.
+        Collection "adapters" of the stack, or of one module in its layers.
     number
         Number of layers in the stack.
     """
@@ -182,7 +185,7 @@ class Prefix(NamedTuple):
     Attributes
     ----------
     keys, values
-        Shape (1 or B, n, H', D). Rotary position embedding is not applied to them.
+        Arrays (1 or B, n, H', D) for n prefix vectors and H' heads. Rotary position embedding is not applied to them.
     on
         Whether queries attend to the prefix, bool (). None means that they always do.
     """

@@ -26,7 +26,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, Mask | None], jax.Array]
 
 
 def rotary_frequencies(features: int, base: float = 10_000.0) -> jax.Array:
-    """Return the rotation angle per position of feature pair i, in radians: `base ** (-2 i / features)`.
+    """Return the rotation angle of each feature pair i, in radians per position: `base ** (-2 i / features)`.
 
     Shape (features / 2,), float32.
     """
@@ -48,7 +48,7 @@ def rotary(x: jax.Array, positions: jax.Array, frequencies: jax.Array | None = N
     positions
         Position of each token, shape (L,) or (B, L).
     frequencies
-        Radians per position of each pair. The default is `rotary_frequencies(D)`.
+        Rotation angle of each feature pair, in radians per position. The default is `rotary_frequencies(D)`.
 
     Returns
     -------

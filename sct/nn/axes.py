@@ -162,14 +162,15 @@ def on_each_device(
 ) -> jax.Array:
     """Run a function on the bags and cells that each device holds.
 
-    The function gets the device's part of each sequence. Inside it, only `neighbor_positions` communicates with other
-    devices. XLA manages the mesh axes that shard neither bags nor cells, such as those of parameters. If no mesh shards
-    bags or cells, this is `function(params, *sequences)`.
+    The function gets the device's part of each sequence. Inside the function, only `neighbor_positions` communicates
+    with other devices. XLA manages the mesh axes that shard neither bags nor cells, such as those of parameters. If no
+    mesh shards bags or cells, the result is `function(params, *sequences)`.
 
     Parameters
     ----------
     function
-        (params, *sequences) -> sequence (B, L', D), with the same number of positions for every cell.
+        Function that maps (params, *sequences) to a sequence (B, L', D) with the same number of positions for every
+        cell.
     params
         Tree of parameters. Each device gets complete parameters, except along the mesh axes that XLA manages.
     sequences
@@ -247,7 +248,9 @@ def neighbor_positions(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 
 
 def shardings(boxed: Any, mesh: Mesh, rules: AxisRules) -> Any:
-    """Return the shardings of boxed variables (from `module.init`), as a tree. They follow from the logical axis names.
+    """Compute the shardings of boxed variables, as a tree, from their logical axis names.
+
+    The boxed variables come from `module.init`.
 
     Variables without axis names are replicated on all devices.
     """

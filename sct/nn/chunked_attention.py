@@ -3,8 +3,8 @@
 Queries and keys are cut into chunks. A block is one chunk of queries with one chunk of keys. A softmax over all keys
 needs only a running maximum and a running sum, in float32 (Rabe & Staats 2021, "Self-attention does not need O(n^2)
 memory"; Dao et al. 2022, "FlashAttention"). The backward pass recomputes the attention weights of each block from its
-scores and the saved logarithm of the sum. In addition to inputs, outputs and gradients, memory holds one block: batch x
-heads x query chunk x key chunk.
+scores and the saved log-sum-exp of each query. In addition to inputs, outputs and gradients, memory holds one block:
+batch x heads x query chunk x key chunk.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Mask(NamedTuple):
     ----------
     query, key
         Segment numbers of queries, int32 (B, L), and of keys, int32 (B, M). None means that there is one segment. By
-        convention 0 is padding. Keys may also have the segment `EVERYONE` or `NO_ONE`.
+        convention 0 is padding. A key in the segment `EVERYONE` is attended to by every query, and a key in `NO_ONE` by
+        no query.
     order
         For causal attention, the index of the first query among the keys, int32 (): query i attends to keys 0 to
         `order + i`. None means all keys.

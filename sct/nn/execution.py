@@ -12,15 +12,16 @@ two methods, because a norm needs all positions of a cell, and a convolution nee
 **Devices.** Each device runs the layer on its own cells, and receives the borders of the normalized sequence from its
 neighbors. Without this, XLA would gather the whole sequence for every norm and convolution.
 
-**Chunks.** On CPU, a tower level processes the bag in chunks of a few cells, for two reasons. A chunk stays in the
-cache. And XLA for CPU fuses a sum with all elementwise operations around it into one loop, which runs at a tenth of the
-memory bandwidth; it does not fuse across the loop over chunks. With chunks, the time of a training step on 10 full-size
-cells fell from 38 s to 21 s, and its memory from 11.6 GiB to 4.6 GiB. Accelerators process the whole bag at once.
+**Chunks.** On CPU, a tower level processes the bag in chunks of a few cells, for two reasons. First, a chunk stays in
+the cache. Second, XLA for CPU fuses a sum with all elementwise operations around it into one loop, which runs at a
+tenth of the memory bandwidth. XLA does not fuse operations across the loop over chunks. With chunks, the time of a
+training step on 10 full-size cells fell from 38 s to 21 s, and its memory from 11.6 GiB to 4.6 GiB. Accelerators
+process the whole bag at once.
 
 **Saved values.** `remat` sets which values the forward pass saves for the backward pass, which recomputes the rest:
 "none" saves everything, "products" saves the outputs of convolutions and matrix products, and "level" saves nothing. A
-tower level in chunks also saves its normalized input, except with "level". With "none", a level in chunks saves the
-same values as with "products".
+tower level that runs in chunks also saves its normalized input, except with "level". With "none", such a level saves
+the same values as with "products".
 """
 
 from __future__ import annotations
@@ -100,8 +101,8 @@ def by_cells(
 def by_positions(layer: nn.Module, method: str, x: jax.Array, cells: int | None = None) -> jax.Array:
     """Apply a layer's method that treats each position separately, (..., C) -> (..., C'), to chunks of positions.
 
-    This saves memory in layers with hidden vectors much wider than their inputs. In the head of sCT, a million
-    positions at once take 4 GiB, and another 4 GiB for the gradient.
+    This saves memory in layers with hidden vectors much wider than their inputs. In the head of sCT, the hidden vectors
+    of a million positions take 4 GiB, and their gradients another 4 GiB.
 
     Parameters
     ----------
@@ -111,7 +112,7 @@ def by_positions(layer: nn.Module, method: str, x: jax.Array, cells: int | None 
         Input vectors (..., C).
     cells
         Number of cells (K) if x is a whole bag (B, K * G, C); each device then processes its own cells. None if x holds
-        other positions; on a mesh these are processed all at once.
+        only some positions of a bag; on a mesh, these positions are processed all at once.
     """
     if layer.is_initializing() or use_reference() or (cells is None and axes.is_sharded()):
         return cast(jax.Array, getattr(layer, method)(x))
@@ -125,7 +126,7 @@ def rematerialized(layer: _Layer, remat: str, prevent_cse: bool = True) -> _Laye
     """Return the layer's class, changed so that the backward pass recomputes the values that `remat` does not save.
 
     `remat="none"` saves everything, "products" saves the outputs of matrix products (but not attention scores), and
-    "level" saves nothing. `prevent_cse=False` is enough inside a loop; see `jax.checkpoint`.
+    "level" saves nothing. `prevent_cse=False` is safe if a loop (`jax.lax.scan`) runs the layer; see `jax.checkpoint`.
     """
     if remat == "none":
         return layer

@@ -23,7 +23,7 @@ class Linear(nn.Module):
     use_bias
         Whether the layer has a bias.
     dtype
-        Type of the computation. Parameters are float32.
+        Data type in which the layer computes. Parameters are float32.
     kernel_init
         Initializer of the kernel.
     """
@@ -67,6 +67,6 @@ class Embed(nn.Module):
     def scores(self, x: jax.Array) -> jax.Array:
         """Multiply vectors (..., features) with every vector of the table and return (..., num).
 
-        This is an output head with weights tied to the embeddings.
+        Models whose output head shares its weights with the token embeddings use this method as the head.
         """
         return jnp.einsum("...i,vi->...v", x.astype(self.dtype), self.table.astype(self.dtype))

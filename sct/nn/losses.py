@@ -1,4 +1,4 @@
-"""Cross-entropy losses over large vocabularies."""
+"""Compute cross-entropy losses over large vocabularies."""
 
 from __future__ import annotations
 

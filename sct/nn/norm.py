@@ -1,4 +1,4 @@
-"""Layer norms. Means and variances are always computed in float32, whatever the compute dtype."""
+"""Define normalization layers. Means and variances are always computed in float32, whatever the compute dtype."""
 
 from __future__ import annotations
 

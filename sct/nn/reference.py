@@ -1,7 +1,8 @@
 """Select reference kernels: the plain implementation of every layer, to which tests compare the fast implementations.
 
 Layers have several equivalent implementations (two phases for a transposed convolution, chunks, custom gradients), and
-choose one by backend and size. Inside `reference_kernels`, each layer uses the one that follows its definition.
+choose one by backend and size. Inside `reference_kernels`, each layer uses the implementation that follows its
+mathematical definition.
 """
 
 from __future__ import annotations

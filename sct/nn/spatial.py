@@ -24,9 +24,9 @@ def spatial_features(
     num_scales, sigma_min, sigma_max
         Number of scales (S), and the two constants of the formula, in the unit of the coordinates.
     mode
-        "paper" computes cos x, cos y, sin x and sin y for each scale: 4 S features. s runs over 0, 1, ..., S - 1.
-        "reference" computes only cos x and sin y for each scale: 2 S features. s runs over
-        linspace(sigma_min, sigma_max, S), as in the published checkpoint.
+        "paper" computes cos x, cos y, sin x and sin y for each scale: 4 S features. The scale index s takes the values
+        0, 1, ..., S - 1. "reference" computes only cos x and sin y for each scale: 2 S features. In this mode, s takes
+        the values linspace(sigma_min, sigma_max, S), as in the published checkpoint.
 
     Returns
     -------

@@ -16,7 +16,7 @@ from sct.nn.execution import rematerialized
 
 
 class _Step(nn.Module):
-    """A layer in the form that `scan` needs: (x, arguments that all layers share) -> (output, None)."""
+    """Wrap a layer in the form that `scan` needs: (x, arguments that all layers share) -> (output, None)."""
 
     layer: type[nn.Module]
     config: Any
