@@ -1,4 +1,4 @@
-"""Zero-shot benchmark of a model, with baselines, on an .h5ad file or a store (sCT paper, section 4).
+"""Benchmark a model zero-shot against baselines, on an .h5ad file or a store (sCT paper, section 4).
 
     python -m launch.benchmark --config=configs/benchmark.py --config.model=runs/mine --config.data.path=cells.h5ad
     python -m launch.benchmark --config=configs/benchmark.py --config.model=runs/mine --config.data.path=STORE
@@ -10,7 +10,7 @@ The benchmark has these parts. A bag is a group of cells that sCT reads together
 - Gene imputation of the paper: 15, 30, 40 or 80% of the genes are masked at random. Only expressed genes are scored.
 - Cell imputation: 1, 10, 20 or 40 cells of a bag of 50 cells are masked.
 - Fixed genes: a fixed set of genes is masked in all cells. Results are grouped by the fraction of cells in which a gene
-  has zero counts. By default, this part runs only for data with positions.
+  has zero counts. By default, this part runs only for cells with spatial coordinates.
 - Embedding: the embedding of the cells is compared with the labels of the cells. This part needs labeled cells.
 
 The folder --output gets tables, plots and all numbers as report.html, report.md and report.json. If `data.path`
@@ -69,7 +69,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.cell_imputation.numbers = (0,)
 
     config.fixed_genes = ConfigDict()
-    config.fixed_genes.run = "spatial"  # "always", "never", or "spatial" for data with positions
+    config.fixed_genes.run = "spatial"  # "always", "never", or "spatial" for cells with spatial coordinates
     config.fixed_genes.per_group = 25
 
     config.embedding = ConfigDict()

@@ -1,4 +1,4 @@
-"""Zero-shot and few-shot benchmark of answers to questions about cells of unseen studies (ZerOmics, Tables 1 to 4).
+"""Benchmark zero-shot and few-shot answers to questions about cells of unseen studies (ZerOmics, Tables 1 to 4).
 
     python -m launch.benchmark --config=configs/benchmark_zeromics.py --config.model=runs/zeromics_llm \
         --config.data.path=cells.h5ad --config.data.disease=disease --config.pathways.file=h.all.symbols.gmt

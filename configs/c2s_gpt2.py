@@ -1,4 +1,4 @@
-"""Cell2Sentence with GPT-2: generates cells and predicts labels.
+"""Train Cell2Sentence with GPT-2, which generates cells and predicts their labels.
 
 A cell is written as a cell sentence: the names of the 100 most highly expressed genes, from the highest to the lowest
 count.

@@ -1,4 +1,4 @@
-"""Cell2Sentence with Pythia-160m: cell sentences of all expressed genes, in up to 9,200 tokens (paper, section 4).
+"""Train Cell2Sentence with Pythia-160m on sentences of all expressed genes, up to 9,200 tokens (paper, section 4).
 
 This command fine-tunes Pythia-160m from a Hugging Face folder. The folder must contain `config.json`,
 `model.safetensors` and `tokenizer.json`:

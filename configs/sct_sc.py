@@ -1,4 +1,4 @@
-"""sCT on single-cell RNA-seq (stage 1 of the paper; stage 2 is `sct_spatial.py`), and small variants.
+"""Train sCT on single-cell RNA-seq data (stage 1 of the paper; stage 2 is `sct_spatial.py`), also as small variants.
 
 A bag is a group of cells that sCT reads together. A gene token is one gene in one cell.
 
@@ -11,7 +11,7 @@ tokens):
     (--config.train.batch_size=8). The paper trained for five days on one A100.
 
 :mini is a small model for a laptop and your own store. It has 2.4 million parameters, all genes of the vocabulary, bags
-of 8 cells, and a mixture of maskings (see MIXTURE). The run time was not measured:
+of 8 cells, and a mixture of masking rules (see MIXTURE). The run time was not measured:
 
     python -m launch.train --config=configs/sct_sc.py:mini --config.data.store=STORE --workdir=runs/mini
 

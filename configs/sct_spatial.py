@@ -1,4 +1,4 @@
-"""sCT on spatial data (stage 2 of the paper): continues from a single-cell model and adds coordinates.
+"""Train sCT on spatial data (stage 2 of the paper), from a single-cell model to which cell coordinates are added.
 
 A bag is a group of cells or spots that sCT reads together: here a spot and the spots nearest to it. A gene token is one
 gene in one spot.
@@ -9,9 +9,9 @@ Without a variant, the full model is trained on 1.5 x 10^11 gene tokens, from th
     python -m launch.train --config=configs/sct_spatial.py --config.data.store=SPATIAL_STORE \
         --config.init_from=runs/sct --workdir=runs/sct_spatial
 
-    Hardware: as for stage 1, one A100 80 GB or better. The store needs positions (`launch.ingest --spatial_key`) and
-    the gene vocabulary of the stage 1 model. Without init_from, training starts from random initialization and prints
-    a notice.
+    Hardware: as for stage 1, one A100 80 GB or better. The store needs coordinates of the spots (`launch.ingest
+    --spatial_key`) and the gene vocabulary of the stage 1 model. Without init_from, training starts from random
+    initialization and prints a notice.
 
 :mini trains the small model on a laptop, from a run of `configs/sct_sc.py:mini`:
 

@@ -1,4 +1,4 @@
-"""Cell model of ZerOmics: a transformer over the genes of a cell, aligned with texts about these genes.
+"""Train the cell model of ZerOmics: a transformer over the genes of a cell, aligned with texts about these genes.
 
 A gene feature is a vector computed from a text about a gene. A bin is the class of an expression value in its cell.
 

@@ -49,7 +49,7 @@ def options(section: str, name: str) -> tuple[str, str]:
 
 
 def components(name: str, model: FamilyModel) -> list[tuple[str, str]]:
-    """Return the rows (component, source) of the table for one architecture, called `name`."""
+    """Return the rows (component, source file) of the table that lists the components of the architecture `name`."""
     made = [
         ("configuration", link(model.architecture.config)),
         ("model", link(model.architecture.module)),
@@ -76,7 +76,7 @@ def table(*rows: tuple[str, ...]) -> list[str]:
 
 
 def quickstart(config: str) -> list[str]:
-    """Return the lines of the command that trains the quick start of a configuration file; none if it has none."""
+    """Return lines with the command that trains a configuration file's quick start; [] if it has no quick start."""
     module = runpy.run_path(str(ROOT / config))
     if "quickstart" not in module["VARIANTS"]:
         return []

@@ -63,7 +63,7 @@ def position(location: str) -> tuple[int, int, int]:
 
 
 def split(names: str) -> list[str]:
-    """Split a list that is separated by '|', and return its non-empty names."""
+    """Split a string at each '|', and return the non-empty names."""
     return [name for name in names.split("|") if name]
 
 

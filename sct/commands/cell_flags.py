@@ -56,7 +56,7 @@ def options() -> dict[str, Any]:
 
 
 def scales(adata: Any) -> list[str]:
-    """Return the keys of `uns` that hold the scale of the spatial coordinates of each section; [] if there are none."""
+    """Return the keys of `uns` with the coordinate scale of each tissue section; [] if there are none."""
     from sct.data.coordinates import SCALES
 
     return [SCALES] if SCALES in adata.uns else []

@@ -1,4 +1,4 @@
-"""The flag --device, for all commands that run a model."""
+"""Define the flag --device, for all commands that run a model."""
 
 from __future__ import annotations
 

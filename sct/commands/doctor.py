@@ -85,7 +85,7 @@ def _version(library: str) -> str:
 
 
 def _requirements() -> dict[str, list[str]]:
-    """Return the required libraries of this project by extra; "" has those that are always required."""
+    """Return the libraries that each extra requires, as a dict; the key "" lists those that are always required."""
     try:
         listed = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
@@ -170,7 +170,7 @@ def _memory() -> tuple[int, int]:
 
 
 def _memory_of_gpus() -> list[str]:
-    """Return the free and the total memory of each GPU of NVIDIA, as the driver reports them."""
+    """Describe the free and the total memory of each NVIDIA GPU in one line; [] if the driver reports nothing."""
     command = ["nvidia-smi", "--query-gpu=index,memory.free,memory.total", "--format=csv,noheader,nounits"]
     try:
         listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout

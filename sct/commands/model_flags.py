@@ -1,4 +1,4 @@
-"""Flags that choose a model: its place, and the checkpoint of a run."""
+"""Define the flags that choose a model: its path or Hub id, and the checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ _STEP = flags.DEFINE_integer(
 
 
 def model() -> Any:
-    """Return the model of the flags, as a path for functions of `sct.tl`; with --step, return it loaded."""
+    """Return the path of the model that the flags choose.
+
+    With --step, load that checkpoint and return the loaded model.
+    """
     if _STEP.value is None:
         return MODEL.value
     if MODEL.value is None:

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
 
 
 def _families() -> Iterator[str]:
-    """Yield the lines on all families."""
+    """Yield the lines of text that describe all model families."""
     from sct import families
 
     known = families.all_families()
@@ -61,7 +61,7 @@ def _families() -> Iterator[str]:
 
 
 def _facts(family: Family, trained_by: dict[str, list[str]]) -> Iterator[tuple[str, str]]:
-    """Yield what is known of a family, as pairs of a heading and a text."""
+    """Yield the facts about a model family, as pairs of a heading and a text."""
     from sct.families.manifest import ABILITIES
 
     for name, model in family.models.items():
@@ -91,7 +91,7 @@ def _configurations() -> dict[str, list[str]]:
 
 
 def _models(found: list[FolderSummary], folders: list[str]) -> Iterator[str]:
-    """Yield the lines on the models in folders."""
+    """Yield the lines of text that describe the models in folders."""
     from sct import families
 
     where = ", ".join(folders)

@@ -1,4 +1,4 @@
-"""Flags of every command: how much is printed. Commands that run a model also have the flag --device."""
+"""Define the flags of every command, --quiet and --verbose. Commands that run a model also have the flag --device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def apply() -> None:
     Raises
     ------
     FlagError
-        Both flags are given.
+        Both --quiet and --verbose are given.
     """
     if _QUIET.value and _VERBOSE.value:
         raise FlagError("--quiet and --verbose contradict each other: remove one of them.")

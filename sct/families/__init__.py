@@ -103,7 +103,7 @@ def model(name: str) -> FamilyModel:
 
 
 def require(handle: Pretrained, name: str) -> Any:
-    """Return the object that implements an ability of a loaded model, such as its cell reader.
+    """Return the object that implements an ability of a loaded model, such as embedding cells.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Cell2Sentence: a causal language model reads and writes cells as lists of gene names, highest expression first."""
+"""Define the family Cell2Sentence: language models that read and write cells as ranked lists of gene names."""
 
 from __future__ import annotations
 

@@ -37,12 +37,12 @@ class FamilyModel:
     adapters
         Adapter types that the architecture accepts (`sct.models.adapter_kinds`).
     embed
-        Returns the reader that embeds cells (`sct.tl.embed`).
+        Returns the object with which `sct.tl.embed` embeds cells.
     impute
-        Returns the reader that predicts the expression levels of masked genes (`sct.tl.impute` and the imputation
-        benchmark).
+        Returns the object that predicts the expression levels of masked genes, for `sct.tl.impute` and the imputation
+        benchmark.
     annotate
-        Returns the annotator that predicts cell labels as text (`sct.tl.annotate` without a reference).
+        Returns the object that predicts cell labels as text, for `sct.tl.annotate` without a reference.
     generate, describe
         Return the model that generates cells as sentences (`sct.tl.generate_cells`) or describes cells
         (`sct.tl.describe`).
@@ -81,7 +81,7 @@ ABILITIES: Mapping[str, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Converter:
-    """Reader and writer of another project's weight format.
+    """Functions that read and write weights in the format of another project.
 
     Attributes
     ----------
@@ -97,7 +97,7 @@ class Converter:
     title
         Display name of the format.
     weights
-        Published weights that have this format, in a few words.
+        Short text that says which published weights have this format.
     """
 
     read: Callable[[Path, Path, str, GeneVocabulary | None, bool], None]

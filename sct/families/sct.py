@@ -1,4 +1,4 @@
-"""sCT: reads bags of 50 cells x 20,000 genes with a convolution tower, a transformer and a deconvolution tower."""
+"""Define the family sCT: a transformer between two convolution towers, which reads bags of 50 cells x 20,000 genes."""
 
 from __future__ import annotations
 

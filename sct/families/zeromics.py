@@ -1,4 +1,4 @@
-"""ZerOmics: a cell encoder that uses gene summaries, and a language model that answers questions about cells."""
+"""Define the family ZerOmics: a cell encoder that uses gene summaries, and a language model that answers questions."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Text generation with decoders: sampling, beam search, constrained decoding and scoring of candidate answers."""
+"""Generate text with decoders, by sampling, beam search or constrained decoding, and score candidate answers."""

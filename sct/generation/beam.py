@@ -45,7 +45,7 @@ class _BeamState(NamedTuple):
 
 
 def _take(tree: Any, chosen: jax.Array) -> Any:
-    """In each of B rows, select K' of the K entries of each array (B, K, ...), by indices (B, K')."""
+    """Select K' of the K entries in each row of arrays (B, K, ...), by indices (B, K'); return arrays (B, K', ...)."""
     return jax.tree.map(lambda x: jax.vmap(lambda row, i: row[i])(x, chosen), tree)
 
 

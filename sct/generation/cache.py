@@ -1,4 +1,4 @@
-"""Decoding with a key-value cache: each token is computed once, and later tokens attend to its keys and values.
+"""Decode with a key-value cache: each token is computed once, and later tokens attend to its keys and values.
 
 Training runs the stacked layers in a loop (scan). Decoding unrolls them over separate parameters, because a loop would
 copy the parameters and the cache of each layer for each token. These copies would cost more than the matrix products of
@@ -84,9 +84,9 @@ def extend(
     Parameters
     ----------
     config
-        Architecture.
+        Configuration of the decoder's architecture.
     parts
-        Parameters, as returned by `layers_of`.
+        Parameters of the decoder, as `layers_of` returns them.
     cache
         Cache of the previous tokens.
     ids

@@ -1,4 +1,4 @@
-"""Ask a decoder that was trained on cell sentences about cells, and parse its answers."""
+"""Prompt a decoder that was trained on cell sentences, and parse its answers."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class CellSentenceModel:
         genes: GeneVocabulary | None,
         data: Mapping[str, Any],
     ) -> CellSentenceModel:
-        """Build the `CellSentenceModel` from the parts of a pretrained model.
+        """Make a `CellSentenceModel` from a pretrained model and the options that it was trained with.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""Shared parts of all decoding methods: options, parameters, batches of prompts, and results."""
+"""Define what all decoding methods share: options, prepared parameters, batches of prompts, and results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class LanguageModel(Protocol):
 
     @property
     def config(self) -> Any:
-        """Architecture."""
+        """Configuration of the model's architecture."""
         ...
 
     @property
@@ -61,9 +61,10 @@ class DecodingOptions:
     top_k
         Sample only from the `top_k` most probable tokens; 0 for all.
     top_p
-        Sample only from the fewest most probable tokens whose probabilities sum to `top_p`; 1 for all.
+        Sample only from the smallest set of most probable tokens whose probabilities sum to at least `top_p`; 1 for
+        all.
     repetition_penalty
-        Values above 1 make tokens less likely that the prompt or the answer already contains.
+        Values above 1 lower the probability of tokens that the prompt or the answer already contains; 1 has no effect.
     beams
         Number of beams. Values above 1 use beam search without sampling.
     length_penalty

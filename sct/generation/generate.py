@@ -1,4 +1,4 @@
-"""Text generation with a decoder. One compiled loop continues a batch of prompts of different lengths."""
+"""Generate text with a decoder. One compiled loop continues a batch of prompts of different lengths."""
 
 from __future__ import annotations
 

@@ -68,9 +68,9 @@ class InstructionModel:
     cells
         Options of the conversion from counts to model input.
     known
-        Whether the cell model knows each gene, bool (G,).
+        Whether the cell model can read each gene, bool (G,).
     normal
-        Names that mean a normal cell.
+        Disease names that mean that a cell is normal.
     """
 
     config: ZerOmicsConfig
@@ -90,7 +90,7 @@ class InstructionModel:
         genes: GeneVocabulary | None,
         data: Mapping[str, Any],
     ) -> InstructionModel:
-        """Build the `InstructionModel` from the parts of a pretrained model.
+        """Make an `InstructionModel` from a pretrained model and the options that it was trained with.
 
         Raises
         ------

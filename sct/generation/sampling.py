@@ -43,7 +43,7 @@ _SHORT = 256
 
 
 def _largest(enough: jax.Array, values: jax.Array, weights: jax.Array) -> jax.Array:
-    """In each row, select as few of the largest values as are needed for their weights (B, V) to sum to `enough` (B,).
+    """In each row, select the largest values, as many as needed until their weights (B, V) sum to `enough` (B,).
 
     Return the mask (B, V) of the selected values.
 

@@ -1,4 +1,4 @@
-"""Trie for constrained decoding: the answer is always one of a list of token sequences."""
+"""Constrain decoding by a trie (prefix tree), so that the answer is always one of a list of token sequences."""
 
 from __future__ import annotations
 

@@ -223,7 +223,9 @@ class SCT(nn.Module):
             all positions. With shape (B, S, P), the sequence is cut into S equal parts, and positions are counted from
             the start of each part, so that each device reads only its own part.
 
-        Returns ------- A dict with these arrays, where n is the number of tower levels:
+        Returns
+        -------
+        A dict with these arrays, where n is the number of tower levels:
 
         - `logits`, float32 (B, K, G, num_bins + 2); with `positions`, the shape of `positions` plus a last axis of
           num_bins + 2.

@@ -49,8 +49,8 @@ class ZerOmicsCellsConfig:
         See `sct.models.bert_config.BertConfig`.
     encoder
         "transformer", or "weighted", an ablation of the second training stage (paper, Table 5, "GenePT"). "weighted"
-        has no transformer layers: it projects the text feature of each gene and multiplies it by the gene's bin. The
-        mean over genes is then a weighted mean of their text features.
+        has no transformer layers: it projects the text feature of each gene and multiplies the result by the gene's
+        bin. The cell embedding is then a weighted mean of the genes' text features.
     """
 
     CARD: ClassVar[CardText] = CardText(

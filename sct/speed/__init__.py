@@ -1,1 +1,1 @@
-"""Measure for `launch.speed` how fast each part runs, and compare the speed with the limits of the machine."""
+"""Measure the speed of training, inference and data loading for `launch.speed`, and compare it with machine limits."""

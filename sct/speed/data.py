@@ -37,7 +37,7 @@ def _read_plainly(study: Study, rows: np.ndarray) -> np.ndarray:
 
 
 def _tokens_by_definition(counts: np.ndarray, num_bins: int, num_positions: int) -> np.ndarray:
-    """Compute the levels (K, G) by definition: log1p, then equal bins between the lowest and highest non-zero value."""
+    """Compute expression levels (K, G) by definition: log1p, then equal bins from lowest to highest non-zero value."""
     tokens = np.full((len(counts), num_positions), num_bins, np.uint8)
     for cell, row in enumerate(counts):
         levels, expressed = np.zeros(len(row), np.uint8), row > 0
@@ -53,7 +53,7 @@ def _tokens_by_definition(counts: np.ndarray, num_bins: int, num_positions: int)
 
 
 def check_loader(job: SpeedJob, store: Store) -> dict[str, Any]:
-    """Compare a bag from the loader with levels that are computed from counts read by anndata.
+    """Compare a bag from the loader with expression levels that are computed from the counts that anndata reads.
 
     Raise `SctError` if they differ.
     """

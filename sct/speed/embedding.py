@@ -26,7 +26,7 @@ from sct.weights.pretrained import Pretrained
 def _pretrained(job: SpeedJob, task: Any, variables: Any) -> Pretrained:
     """Return a model with the given variables.
 
-    Its option noise_fraction=0 keeps all genes, even if there are few cells.
+    The model has the data option noise_fraction=0, which keeps all genes, even if there are few cells.
     """
     data = {"cells_per_bag": task.bags.cells_per_bag, "noise_fraction": 0.0}
     return Pretrained(job.config["family"], task.model_config, variables, task.vocabulary, data=data)

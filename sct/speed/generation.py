@@ -1,6 +1,6 @@
 """Measure the mode `generate` in tokens per second.
 
-Compare it with the memory bandwidth and with Hugging Face transformers.
+Compare the result with the memory bandwidth and with Hugging Face transformers.
 """
 
 from __future__ import annotations
@@ -178,7 +178,10 @@ def measure(job: SpeedJob) -> dict[str, Any]:
 
 
 def beside_transformers(model: Pretrained, prompts: list[np.ndarray], steps: int) -> dict[str, Any]:
-    """Measure Hugging Face transformers with the same weights. Return its rates, or a note if it is not installed."""
+    """Measure the tokens per second of Hugging Face transformers with the same weights.
+
+    The result is a note if that library is not installed.
+    """
     try:
         rate = _transformers(model, prompts, steps)
     except MissingExtraError:

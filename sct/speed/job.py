@@ -123,13 +123,13 @@ class SpeedJob:
 
     @property
     def cells_per_record(self) -> int:
-        """Number of cells in a bag; 1 if records are single cells."""
+        """Number of cells in a bag; 1 if the task reads single cells instead of bags."""
         return int(getattr(self.data, "cells_per_bag", 1))
 
     def of_cells(self, cells: int) -> dict[str, int]:
         """Return the data option that sets `cells` cells per bag, as a dict.
 
-        The dict is empty if records are single cells.
+        The dict is empty if the task reads single cells instead of bags.
         """
         return {"cells_per_bag": cells} if hasattr(self.data, "cells_per_bag") else {}
 

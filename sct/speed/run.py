@@ -45,7 +45,7 @@ def measure(config: Mapping[str, Any], options: SpeedOptions, apart: bool = True
     options
         Options of the measurement.
     apart
-        Whether to use a separate process for this work. If False, this process does everything.
+        Whether a separate process prepares the cells and does the comparison. If False, this process does everything.
 
     Returns
     -------

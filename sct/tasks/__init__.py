@@ -1,1 +1,4 @@
-"""Training tasks. Each task defines its batches, its loss, the parameters that are trained, and the evaluation."""
+"""Define the training tasks.
+
+Each task sets its batches, its loss, the parameters that it trains, and its evaluation.
+"""

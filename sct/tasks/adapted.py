@@ -76,7 +76,9 @@ class AdapterOptions:
 
 
 class Adapted:
-    """Wrapper of a task that trains adapters on its frozen model. All other attributes are those of the task.
+    """Wrap a task so that it trains adapters while the model stays frozen.
+
+    Attributes that the wrapper does not define are those of the wrapped task.
 
     Parameters
     ----------

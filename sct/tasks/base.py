@@ -43,10 +43,10 @@ class StoreConfig:
     store
         Store folder that `launch.ingest` wrote.
     dataset
-        Data set to use instead of a store: "pbmc68k", the cells that scanpy ships. Training writes them to a store
-        in the run folder.
+        Data set to use instead of a store: "pbmc68k", the blood cells that come with scanpy. Training writes these
+        cells to a store in the run folder.
     tokens
-        Number of tokens to train on. If `train.steps` is 0, the number of steps is computed from this number of tokens.
+        Number of tokens to train on. It determines the number of training steps if `train.steps` is 0.
     """
 
     store: str = ""
@@ -66,7 +66,8 @@ class ObjectiveConfig:
     Attributes
     ----------
     BEFORE
-        Options that were added in later versions. The value is assumed for older runs, which do not record the option.
+        Options that were added in later versions, as option name -> value. Runs of earlier versions did not record the
+        option and are assumed to have used this value.
     """
 
     BEFORE: ClassVar[Mapping[str, Any]] = types.MappingProxyType({})
@@ -128,8 +129,8 @@ class Objective(Protocol):
     trainable
         Table of (regular expression over parameter paths, whether to train them), see `sct.nn.paths`.
     loss_normalizer
-        Name of the sum by which the total loss is divided, for example the number of masked positions. Gradient
-        accumulation weights the microbatches by this sum.
+        Name of the sum over a batch by which the total loss of the batch is divided, for example the number of masked
+        positions. Gradient accumulation weights each microbatch by its own value of this sum.
     monitor, monitor_mode
         Metric that decides about early stopping and the best checkpoint, and whether "min" or "max" is best.
     """
@@ -149,9 +150,9 @@ class Objective(Protocol):
     def loss(
         self, variables: Variables, batch: DeviceBatch, rng: jax.Array, train: bool
     ) -> tuple[jax.Array, MetricSums]:
-        """Return the scalar loss, and sums over the batch.
+        """Return the scalar loss, and sums over the batch from which metrics are computed.
 
-        The sums of several batches may be added for `compute_metrics`.
+        To compute metrics over several batches, add up their sums and pass the totals to `compute_metrics`.
         """
         ...
 
@@ -198,7 +199,7 @@ class Origin(Protocol):
     license
         License text of the arrays that `take_pretrained_params` returns.
     may_be_missing
-        Patterns of parameters that may be missing from the model named in `init_from`.
+        Regular expressions for the paths of parameters that may be missing from the model named in `init_from`.
     lora
         Options of the adapters that the task trains, or None.
     """
@@ -232,7 +233,7 @@ class Export(Protocol):
         ...
 
     def exports(self) -> dict[str, Any]:
-        """Return further fields of `sct.weights.pretrained.Pretrained` to save in the model folder."""
+        """Return fields of `sct.weights.pretrained.Pretrained`, such as the genes, to save in the model folder."""
         ...
 
     def notes(self, fresh: bool) -> Sequence[str]:

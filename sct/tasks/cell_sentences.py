@@ -362,7 +362,7 @@ class CellSentences:
     def evaluators(self) -> Sequence[Evaluator]:
         """Return the evaluations of labels, generated cells and texts.
 
-        They use the test studies; without test studies, the validation studies.
+        The evaluations use the test studies, or the validation studies if there are no test studies.
         """
         held_out, note = held_out_split(self.store)
         if held_out is None or not self.config.report_cells:
@@ -464,7 +464,7 @@ class CellSentences:
         return {"genes": self.vocabulary, "tokenizer": self.tokenizer, "data": described}
 
     def notes(self, fresh: bool) -> Sequence[str]:
-        """Return notices on the fit of expression against rank, on packing, and on the loss of a new model."""
+        """Return notices on the fit of expression against rank, on the packing of texts, and on a new model's loss."""
         fit, source = self.fits["all"], self.dataset("train")
         rows = 0 if source is None else source.cells_per_row
         many = "1 cell" if rows == 1 else f"{rows} cells"

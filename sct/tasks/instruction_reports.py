@@ -1,4 +1,4 @@
-"""Evaluate a model after instruction tuning by its answers about held-out cells, with baselines (ZerOmics, 4.2)."""
+"""Evaluate the answers of an instruction-tuned model about held-out cells against baselines (ZerOmics, section 4.2)."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ MODEL, OTHERS = "ZerOmics", "ZerOmics, soft tokens of other cells"
 
 
 class Answers:
-    """Evaluate a model's answers to one task about held-out cells, by scoring all candidate answers.
+    """Evaluate a model's answers in one task on held-out cells, by scoring all candidate answers.
 
-    In the control, each cell gets the soft tokens of another cell of its study. The accuracy of the control comes from
-    the text of the question alone, not from the cell.
+    The report also has a control, in which each cell gets the soft tokens of another cell of its study. The accuracy of
+    this control shows how much the text of the question alone reveals.
 
     Parameters
     ----------

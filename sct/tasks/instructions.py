@@ -1,4 +1,4 @@
-"""Instruction tuning: a language model reads a cell as soft tokens and answers questions about it (ZerOmics, 3.2)."""
+"""Train a language model to answer questions about a cell that it reads as soft tokens (ZerOmics, section 3.2)."""
 
 from __future__ import annotations
 
@@ -124,12 +124,12 @@ class InstructionsConfig(ObjectiveConfig):
     targets
         Regular expressions over module paths of the decoder. The default is the query and value projections.
     universal, of_tasks
-        Whether to train a universal adapter, and whether to train one adapter per task. The ablations of Table 5 leave
-        out one of these.
+        Whether to train a universal adapter, which all tasks share, and whether to train one adapter per task. The
+        ablations of Table 5 leave out one of the two.
     members
         Names of the adapters in the model named in `init_from`, if that model was trained on other tasks. A task
-        without an adapter then trains the universal adapter. By default, the names follow from `universal`, `of_tasks`
-        and `tasks`.
+        without an adapter of its own then trains the universal adapter. By default, the names follow from `universal`,
+        `of_tasks` and `tasks`.
     train_llm, train_cells
         Also train the parameters of the decoder, or of the cell encoder.
     report_cells, report_seeds
@@ -259,7 +259,7 @@ def parts_of(
     architecture : dict
         Options of the whole model.
     known : numpy.ndarray
-        bool (G,), whether the cell encoder knows the gene.
+        bool (G,), whether the cell encoder can read the gene.
     params : dict
         Pretrained arrays by parameter path.
     license : str
@@ -330,7 +330,7 @@ class Instructions:
     store
         Store with the cells.
     known
-        bool (G,), whether the cell encoder knows the gene.
+        bool (G,), whether the cell encoder can read the gene.
     given
         Pretrained arrays of the two models, by parameter path. Empty if they come from a checkpoint or from
         `init_from`.
@@ -491,7 +491,7 @@ class Instructions:
     def evaluators(self) -> Sequence[Evaluator]:
         """Return the evaluations of answers against baselines.
 
-        They use the test studies; without test studies, the validation studies.
+        The evaluations use the test studies, or the validation studies if there are no test studies.
         """
         held_out, note = held_out_split(self.store)
         if held_out is None or not self.config.report_cells:
@@ -537,7 +537,7 @@ class Instructions:
         return {"genes": self.vocabulary, "tokenizer": self.tokenizer, "data": described}
 
     def notes(self, fresh: bool) -> Sequence[str]:
-        """Return a notice on which parts of the model are trained."""
+        """Return a notice that says which components of the model are trained."""
         parts = [
             f"{len(self.mixture.members)} adapters ({', '.join(self.mixture.members)})",
             "the cell tokenizer",

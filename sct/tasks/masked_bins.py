@@ -307,7 +307,7 @@ class MaskedBins:
     def evaluators(self) -> Sequence[Evaluator]:
         """Return the evaluation of predicted bins against baselines.
 
-        It uses the test studies; without test studies, the validation studies.
+        The evaluation uses the test studies, or the validation studies if there are no test studies.
         """
         held_out, note = held_out_split(self.store)
         if held_out is None or not self.config.report_cells:

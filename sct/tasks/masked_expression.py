@@ -1,4 +1,4 @@
-"""Masked expression modeling: predict the expression levels of masked genes (sCT paper, section 3)."""
+"""Train a model to predict the expression levels of masked genes (sCT paper, section 3)."""
 
 from __future__ import annotations
 
@@ -264,7 +264,7 @@ class MaskedExpression:
     def evaluators(self) -> Sequence[Evaluator]:
         """Return the evaluations of imputation against baselines.
 
-        They use the test studies; without test studies, the validation studies.
+        The evaluations use the test studies, or the validation studies if there are no test studies.
 
         The first evaluation masks genes at random and scores all masked genes. The second evaluation follows the sCT
         paper.

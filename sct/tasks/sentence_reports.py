@@ -1,4 +1,4 @@
-"""Evaluate a model trained on cell sentences: its predicted labels, generated cells and generated texts."""
+"""Evaluate the predicted labels, generated cells and generated texts of a model that was trained on cell sentences."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class LabeledReferenceCells:
     labels
         Label of each cell (N,). Combined labels are written as one string.
     keys
-        uint64 (N,), see `sct.data.text.cell_sentence.cell_keys`.
+        Key of each cell, uint64 (N,), which seeds random choices for the cell; see
+        `sct.data.text.cell_sentence.cell_keys`.
     """
 
     counts: sparse.csr_matrix
@@ -81,7 +82,7 @@ def _written(sentence_model: CellSentenceModel, cells: LabeledReferenceCells) ->
 
 
 class PredictedLabels:
-    """Evaluate predicted labels of held-out cells against baselines, by candidate scoring (Cell2Sentence, Table 3).
+    """Predict labels of held-out cells by candidate scoring; compare them with baselines (Cell2Sentence, Table 3).
 
     Parameters
     ----------
@@ -204,7 +205,8 @@ class GeneratedCells:
 def _generate(sentence_model: CellSentenceModel, field: str, sizes: pd.Series, cells: int) -> CellSet:
     """Generate about `cells` cells in all.
 
-    Each label gets a number in proportion to its held-out cells (`sizes`), and at most half of that number.
+    The number of generated cells of a label is proportional to the number of its held-out cells (`sizes`), and at most
+    half as large, but at least 1.
     """
     number = np.maximum(1, np.floor(sizes / 2 * min(1.0, 2 * cells / sizes.sum()))).astype(int)
     wanted = np.repeat(sizes.index.to_numpy(), number)
@@ -218,9 +220,9 @@ def _generate(sentence_model: CellSentenceModel, field: str, sizes: pd.Series, c
 
 
 def _expression(sentence_model: CellSentenceModel) -> generation.Express:
-    """Return a function that converts counts to cell sentences.
+    """Return a function that writes cells as sentences and recovers their expression from the sentences.
 
-    The function returns the expression that is recovered from the sentences, and the sentences.
+    The function takes raw counts (N, G), and returns the recovered expression (N, G) and the N sentences.
     """
 
     def express(counts: sparse.csr_matrix) -> tuple[Any, Sequence[str]]:
@@ -238,7 +240,7 @@ def _cell_set(sentence_model: CellSentenceModel, cells: LabeledReferenceCells) -
 
 @dataclasses.dataclass(frozen=True)
 class Contrast:
-    """Defines with which training cells an unseen combination of labels is compared.
+    """Define with which training cells an unseen combination of labels is compared.
 
     Attributes
     ----------
@@ -369,7 +371,7 @@ class DescribedCells:
 
 
 def means(numbers: Mapping[str, Mapping[str, Sequence[float]]]) -> Iterator[tuple[str, float]]:
-    """Yield the mean over seeds of each cell of a result table, as ("row/column", mean)."""
+    """Yield the mean over seeds of each entry of a result table, as ("row/column", mean)."""
     for row, columns in numbers.items():
         for column, values in columns.items():
             if len(values):
@@ -391,9 +393,9 @@ def reports(
 ) -> Iterator[Measurement]:
     """Yield one evaluation for each task that a model was trained on. The text `note` is shown below each report.
 
-    They cover predicted labels, generated cells and generated texts. With a `contrast`, cells generated for unseen
-    combinations of labels are also evaluated. A label is skipped if held-out and training cells share fewer than two of
-    its values.
+    The evaluations cover predicted labels, generated cells and generated texts. With a `contrast`, cells generated for
+    unseen combinations of labels are also evaluated. A label is skipped if held-out and training cells share fewer than
+    two of its values.
     """
     made: list[Measurement] = []
     for field in ("cell_type", "tissue", "labels"):

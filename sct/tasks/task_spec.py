@@ -68,8 +68,8 @@ class TaskSpec:
     speed
         Modes of `launch.speed` that support this task.
     everywhere
-        Objective options with which the output head is evaluated at every position, for the reference in
-        `launch.speed`.
+        Values of objective options with which the output head is evaluated at every position. `launch.speed` uses them
+        for the reference implementation.
     """
 
     name: str

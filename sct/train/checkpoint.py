@@ -1,6 +1,7 @@
 """Save and restore the checkpoints of a run.
 
-Orbax writes them atomically and in the background. The latest checkpoints and the best one are kept.
+The library Orbax writes each checkpoint atomically and in the background. The latest checkpoints and the best one are
+kept.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ SAVE_SECONDS = 6 * 3600
 
 @dataclasses.dataclass
 class RunProgress:
-    """Progress of a run: the part of its state that is not in arrays.
+    """Progress of a run: the part of the training state that is not stored in arrays.
 
     Attributes
     ----------
     step
         Number of updates so far.
     records_drawn
-        State of the loader: the records drawn so far (see `sct.data.loader`).
+        Number of training records (such as bags of cells) that the loader has drawn so far; see `sct.data.loader`.
     best, best_step
         Best value of the monitored metric so far, and its step; None before the first validation.
     stale
@@ -126,7 +127,7 @@ class Checkpoints:
     def save(self, state: State, progress: RunProgress) -> None:
         """Wait until the previous checkpoint is saved, then start to save a new one in the background.
 
-        The method returns as soon as Orbax holds the arrays. The caller may then donate the state.
+        The method returns as soon as Orbax has copied the arrays. The caller may then donate the state.
 
         Raises
         ------

@@ -44,7 +44,7 @@ def check_data(config: Mapping[str, Any], workdir: Path) -> None:
 
 
 def is_same_length(config: Mapping[str, Any], workdir: Path) -> bool:
-    """Return whether a configuration gives the run in a folder the length that it has.
+    """Return whether a configuration has the same number of training steps as the run in a folder.
 
     Raises
     ------
@@ -57,14 +57,16 @@ def is_same_length(config: Mapping[str, Any], workdir: Path) -> bool:
 
 
 def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> TrainResult:
-    """Train a configuration in a run folder. A second call with the same folder resumes the run.
+    """Train the model of a configuration in a run folder. A second call with the same folder resumes the run.
 
-    With more steps, a second call lengthens the run. Training continues from the latest checkpoint with the next
-    records, and the learning-rate schedule is computed for the new number of steps. The model and the reports of the
-    shorter run stay in the folder until the new ones replace them.
+    If the configuration of the second call has more steps, training continues beyond the end of the first run. It
+    starts from the latest checkpoint and reads the records that follow, and the learning-rate schedule is computed for
+    the new number of steps. The model and the reports of the shorter run stay in the folder until the new ones replace
+    them.
 
-    The section `builds_on` of a configuration names runs whose models it uses (`sct.train.parents.split`). They are
-    trained first, each in its own run folder, unless they are finished.
+    The section `builds_on` of a configuration names other runs whose models this configuration uses
+    (`sct.train.parents.split`). These other runs are trained first, each in its own run folder, unless they are
+    finished.
 
     The finished folder contains `config.json`, `data.json`, `genes.tsv`, `metrics.jsonl`, `tensorboard/`,
     `checkpoints/`, `model/` (the best checkpoint as a model folder), `report.md` and `report.json`.
@@ -91,7 +93,10 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> TrainResu
 
 
 def _locked_run(config: Mapping[str, Any], workdir: str | os.PathLike[str], option: str) -> TrainResult:
-    """Do the work of `run`. `option` names the folder in error messages."""
+    """Lock the run folder and train in it, as `run` does.
+
+    `option` is the name of the folder's option in error messages.
+    """
     workdir = Path(workdir).expanduser().absolute()
     config, builds_on = parents.split(config)
     spec = RunSpec.of(config)
@@ -245,7 +250,10 @@ def _evaluate(
 
 @contextmanager
 def _exit_on_sigterm() -> Iterator[None]:
-    """Exit with status `AGAIN` on SIGTERM. The trained model is saved, so the same command repeats the evaluation."""
+    """Exit with status `AGAIN` on SIGTERM.
+
+    The trained model is already saved, so running the same command again only repeats the evaluation.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

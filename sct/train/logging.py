@@ -29,8 +29,8 @@ class MetricLog:
     folder
         Run folder.
     step
-        Step from which the run starts or resumes. Lines of later steps come from a run that was killed after its last
-        checkpoint. They are removed, because the resumed run writes them again.
+        Step from which the run starts or resumes. The log may have lines of later steps if the run was killed after its
+        last checkpoint. These lines are removed, because the resumed run writes them again.
     active
         Whether to write. If False, all methods do nothing.
 

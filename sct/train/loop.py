@@ -1,4 +1,4 @@
-"""The training loop of all tasks. Read it from top to bottom."""
+"""Run the training loop, which all tasks share. Read this file from top to bottom."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class TrainConfig:
         number lengthens a finished run. With a constant schedule, the weights of a lengthened run equal those of a run
         that had this number from the start.
     batch_size
-        Records per batch, over all devices.
+        Number of training records (bags, cells or rows of text) in a batch, over all devices.
     grad_accum_steps
         Number of microbatches per batch (gradient accumulation). The update equals that of the whole batch. The memory
         use is that of batch_size / grad_accum_steps records. The random masks depend on this number, so it cannot
@@ -65,7 +65,7 @@ class TrainConfig:
     loader_threads
         Number of threads that read and tokenize data.
     eval_records
-        Number of records per validation, spaced evenly over the split; 0 for all.
+        Number of validation records that each validation uses, spaced evenly over the validation split; 0 for all.
     mesh
         Number of devices along each mesh axis. Configurations also accept a string, see
         `sct.train.sharding.MeshConfig.parse`.
@@ -182,7 +182,7 @@ class Step(NamedTuple):
     describe
         Function that returns the names of the records in the batch of this step.
     scalars, sums
-        Results of the compiled step.
+        Results of the compiled step: the loss and the gradient norm, and the task's sums over the batch.
     """
 
     number: int

@@ -1,4 +1,4 @@
-"""The runs that a configuration builds on: whether they are ready to use, or must be trained first."""
+"""Find the other runs whose models a configuration uses, and whether these runs must be trained first."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ParentRun:
     name
         Name in the section `builds_on`.
     option
-        Option that names the model, such as "data.cell_encoder".
+        Option of the configuration that names the model, such as "data.cell_encoder".
     workdir
         Run folder, as written in the configuration.
     config
@@ -87,8 +87,8 @@ def split(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[ParentRun, .
 
     Returns
     -------
-    The configuration without `builds_on`, and the runs. An entry whose option names another model than `workdir` is
-    left out.
+    The configuration without `builds_on`, and the runs. An entry is left out if its option was changed to name another
+    model than the one in `workdir`.
 
     Raises
     ------

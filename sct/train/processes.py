@@ -1,4 +1,4 @@
-"""Training runs with several processes: connect the processes, and end all of them when one ends."""
+"""Connect the processes of a training run, and end all of them when one ends."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def join(coordinator: str | None, count: int | None, number: int | None, seconds
         Number of processes, and number of this process, counted from 0. None under Slurm or on a TPU pod, which
         provide them.
     seconds
-        Time in seconds that the processes wait for each other.
+        Longest time in seconds that the processes wait for each other.
 
     Raises
     ------
@@ -301,7 +301,7 @@ def check_shared(file: Path, seconds: float = 60.0) -> None:
 
 @contextmanager
 def held_by_first(folder: Path, doing: str, option: str) -> Iterator[None]:
-    """Lock a folder, so that no other run uses it; see `sct.folder_lock.only_one`.
+    """Lock a folder inside this context, so that no other run uses the folder; see `sct.folder_lock.only_one`.
 
     Process 0 holds the lock for all processes.
 
@@ -326,7 +326,10 @@ def held_by_first(folder: Path, doing: str, option: str) -> Iterator[None]:
 
 
 def decided_by_first(ask: Callable[[], bool]) -> bool:
-    """Return the answer of process 0 in all processes. All processes must call this."""
+    """Ask in every process, and return the answer of process 0 in all of them.
+
+    All processes must call this function.
+    """
     answer = ask()
     if jax.process_count() > 1:
         answer = bool(multihost_utils.broadcast_one_to_all(np.asarray(answer)))

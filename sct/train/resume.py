@@ -88,7 +88,7 @@ def check_options(recorded: Mapping[str, Any], spec: RunSpec, workdir: Path) -> 
 
 
 def _all_options(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all options of a section.
+    """Return all options of a section of the configuration, as a dict by name.
 
     An option that the run folder does not record gets the value that the run used.
     """
@@ -156,7 +156,7 @@ def check_length(recorded: Mapping[str, Any], spec: RunSpec, tokens_per_record: 
     spec
         Specification of the run that is to resume.
     tokens_per_record
-        Tokens per record of the task.
+        Number of tokens in one training record of the task.
     folder
         Run folder.
 

@@ -146,7 +146,7 @@ class RunSpec:
         Parameters
         ----------
         tokens_per_record
-            Tokens per record of the task.
+            Number of tokens in one training record of the task.
 
         Raises
         ------

@@ -29,8 +29,8 @@ HOSTS = 0  # the number of hosts
 class MeshConfig:
     """Number of devices along each mesh axis.
 
-    -1 means all remaining devices and may be used for one axis. 0 means the number of hosts. Configurations and the
-    command line also accept a string; see `parse`.
+    A size of -1 means all remaining devices; only one axis may have it. A size of 0 means the number of hosts.
+    Configurations and the command line also accept a string; see `parse`.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ class MeshConfig:
 
     @classmethod
     def parse(cls, text: str) -> MeshConfig:
-        """Parse the name of a preset, or sizes such as "data=2,fsdp=4".
+        """Parse a string that is the name of a preset, or sizes of mesh axes such as "data=2,fsdp=4".
 
         The presets are "data" (all devices on the axis `data`), "single" (only the first device), "fsdp" (all devices
         on the axis `fsdp`) and "pod" (one copy of the model per host, split over the devices of the host by `fsdp`). If
@@ -155,7 +155,7 @@ def _host(device: Any) -> int:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of batches, which splits their first axis over `data` and `fsdp`."""
+    """Return the sharding of batches: the first axis of each array is split over the mesh axes `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 

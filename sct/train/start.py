@@ -55,9 +55,9 @@ class Start:
 
 
 def begin(spec: RunSpec, workdir: Path) -> Start:
-    """Resume the run if its folder has checkpoints.
+    """Prepare the inputs of training: resume the run if its folder has checkpoints.
 
-    Otherwise start from the model in `init_from`, or from random parameters.
+    If the folder has no checkpoints, start from the model in `init_from`, or from random parameters.
     """
     if run_folder.steps(workdir):
         return resumed(spec, workdir)

@@ -136,10 +136,10 @@ def make_train_step(
     Parameters
     ----------
     microbatch
-        Records per microbatch; 0 for the whole batch. If a batch is larger, its size must be a multiple of
+        Number of records in a microbatch; 0 for the whole batch. If a batch is larger, its size must be a multiple of
         `microbatch`. A batch of n microbatches is processed one microbatch at a time. The records m, m + n, m + 2 n,
-        ... form microbatch m, and its key is the step's key folded with m. The update equals that of the whole batch
-        with the same masks.
+        ... form microbatch m, whose PRNG key is `fold_in(key of the step, m)`. The update equals that of the whole
+        batch with the same masks.
     """
 
     def gradient_of(

@@ -285,7 +285,7 @@ def _numbers(row: Mapping[str, Any]) -> list[list[float]]:
 
 
 def _remark(config: Mapping[str, Any], base: Mapping[str, Any]) -> str:
-    """Return a remark if the results of a run cannot be compared with those of the base run, otherwise ""."""
+    """Return a sentence that says why a run's results cannot be compared with those of the base run; "" if they can."""
     found = []
     levels = [each["model"].get("num_bins") for each in (config, base)]
     if levels[0] != levels[1]:

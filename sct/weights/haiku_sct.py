@@ -73,8 +73,8 @@ def read_params(path: Path) -> dict[str, dict[str, np.ndarray]]:
     Raises
     ------
     CheckpointError
-        The file is not a joblib file, needs a Python object other than these (the message names it), or holds arrays of
-        objects.
+        The file is not a joblib file, holds arrays of objects, or needs a Python object that is neither a plain
+        container nor a numeric array. The message names this object.
     """
     import pickle
 
@@ -98,7 +98,7 @@ def read_params(path: Path) -> dict[str, dict[str, np.ndarray]]:
     }
 
     class Unpickler(numpy_pickle.NumpyUnpickler):
-        """Unpickler that allows only arrays."""
+        """Read a pickle that holds only plain containers and numeric arrays; refuse every other object."""
 
         def find_class(self, module: str, name: str) -> Any:
             if (module, name) not in allowed:

@@ -75,8 +75,8 @@ def load(
     ------
     CheckpointError
         The folder is missing, damaged or was changed (checked by file hashes), a weight is NaN or infinite, or the
-        arrays do not fit the architecture. The message lists all differences. Also if the run has no checkpoint of
-        `step`; the message lists the steps that exist.
+        arrays do not fit the architecture. The message lists all differences. The run has no checkpoint of `step`; the
+        message lists the steps that exist.
     ConfigError
         The rules name an axis that the mesh does not have.
     StoreError
@@ -131,7 +131,7 @@ def load(
 
 
 def _run_of(path: str | os.PathLike[str], step: int) -> Path:
-    """Return a run folder from which the checkpoint of a step is to be loaded."""
+    """Check that a path is a run folder with checkpoints, and that `step` is a whole number; return the path."""
     check_number("step", step, whole=True, error=CheckpointError)
     folder = Path(path).expanduser()
     if not run_folder.is_run(folder):

@@ -131,7 +131,7 @@ def save(
     config
         Content of `config.json`.
     genes, tokenizer
-        Gene vocabulary and tokenizer that are saved next to the weights; None for a model without.
+        Gene vocabulary and tokenizer that are saved next to the weights; None if the model has none.
     card
         Text of the model card (`README.md`).
     dtype
@@ -262,7 +262,7 @@ def _bytes(value: Any, dtype: str) -> int:
 def _shards(flat: Mapping[str, Any], dtype: str, limit: int) -> Iterator[list[str]]:
     """Divide the arrays among files of at most `limit` bytes, and yield the paths of the arrays in each file.
 
-    A larger file has only one array.
+    An array that is larger than `limit` gets a file of its own.
     """
     paths: list[str] = []
     size = 0
@@ -276,7 +276,7 @@ def _shards(flat: Mapping[str, Any], dtype: str, limit: int) -> Iterator[list[st
 
 
 def find(folder: Path) -> Path | None:
-    """Return the folder that holds the model of a path, or None if there is no model.
+    """Return the folder that holds the model saved at a path, or None if no model was saved there.
 
     If a save was interrupted while it replaced the model, the result is the folder with the backup next to the path.
     """

@@ -54,8 +54,8 @@ class Pretrained:
     variables
         Nested dict of arrays.
     genes
-        Gene vocabulary: the genes at the model's input positions, or the genes whose names it can write. None for a
-        model that uses only text.
+        Gene vocabulary: the genes at the model's input positions, or the genes whose names the model can write. None
+        for a model that uses only text.
     card
         Text of the model card.
     license
@@ -86,7 +86,7 @@ class Pretrained:
 
     @property
     def size(self) -> int:
-        """Number of parameters."""
+        """Number of parameters of the model."""
         return sum(int(np.prod(value.shape)) for value in flatten(self.variables).values())
 
     @property
@@ -108,7 +108,7 @@ class Pretrained:
     def apply(
         self, *, intermediates: Sequence[str] = (), outputs: Sequence[str] | None = None, **inputs: Any
     ) -> dict[str, jax.Array]:
-        """Run the model. It is compiled once for each combination of input shapes.
+        """Run the model on input arrays. The model is compiled once for each combination of input shapes.
 
         Parameters
         ----------
@@ -122,8 +122,8 @@ class Pretrained:
 
         Returns
         -------
-        Arrays by name. For sCT: `logits` float32 (B, K, G, levels + 2) and `cell_embedding` float32 (B, K, D). Its
-        intermediates are `conv_out`, `transformer_out` and `deconv_out`.
+        Arrays by name. For sCT: `logits` float32 (B, K, G, levels + 2) and `cell_embedding` float32 (B, K, D). The
+        intermediate activations of sCT are `conv_out`, `transformer_out` and `deconv_out`.
 
         Raises
         ------
@@ -233,7 +233,7 @@ _HUB_LICENSES = frozenset((
 
 
 def _front_matter(model: Pretrained, tags: Sequence[str]) -> list[str]:
-    """Return the YAML block of a model card, as the Hugging Face Hub reads it."""
+    """Return the YAML block at the beginning of a model card, in the format that the Hugging Face Hub reads."""
     license = model.license.strip().lower()
     named = ["license: " + (license if license in _HUB_LICENSES else "other")]
     if license not in _HUB_LICENSES:
@@ -248,7 +248,7 @@ def default_card(model: Pretrained, text: str = "") -> str:
     Parameters
     ----------
     model
-        Model to describe. The text about its architecture is `CARD` of the configuration class.
+        Model to describe. The attribute `CARD` of its configuration class describes the architecture.
     text
         Markdown about the origin of the weights: training data, results, or conversion.
     """
@@ -301,7 +301,7 @@ def data_record(values: Any) -> dict[str, Any]:
 def fitting_rules(mesh: Mesh | None, rules: axes.AxisRules | None) -> axes.AxisRules:
     """Return the sharding rules for a mesh.
 
-    Rules that are given are checked against the axes of the mesh. Otherwise the default rules apply, without the axes
+    If rules are given, they are checked against the axes of the mesh. If not, the default rules apply, without the axes
     that the mesh does not have.
 
     Raises

@@ -80,7 +80,7 @@ def progress(folder: Path) -> dict[str, Any]:
 def is_current(folder: Path, exported: Path) -> bool:
     """Return whether the exported model of a run comes from the best step.
 
-    Continuing a run can change its best step.
+    If a run is trained further, its best step can change.
     """
     return model_folder.read_config(exported).get("step") == best_step(folder)
 
@@ -105,7 +105,7 @@ def read(path: Path) -> dict[str, Any]:
 def hashed_files(folder: Path) -> dict[str, str]:
     """Return the hashes of the genes and the tokenizer of a run folder.
 
-    Both define what the inputs of the model mean.
+    The genes and the tokenizer define what the inputs of the model mean.
     """
     tokenizer = folder / TOKENIZER
     names = [f"{TOKENIZER}/{name}" for name in files_below(tokenizer)] if tokenizer.is_dir() else []
@@ -120,7 +120,7 @@ def verify_files(folder: Path, described: Mapping[str, Any]) -> None:
     folder
         Run folder.
     described
-        Content of its `data.json`.
+        Content of `data.json` in the run folder.
 
     Raises
     ------

@@ -152,10 +152,10 @@ def _rope(get: _Options, theta: str, fraction: str, part: float) -> dict[str, An
     Parameters
     ----------
     theta, fraction
-        Option names in the older spelling: for the base of the frequencies, and for the fraction of a head that is
-        rotated.
+        Names of two options in the older spelling: the base of the frequencies, and the fraction of a head's features
+        that is rotated.
     part
-        Default of the fraction of a head that is rotated.
+        Fraction of a head's features that is rotated, if `config.json` does not give it.
     """
     values = get.values.get("rope_scaling") or get.values.get("rope_parameters") or {}
     if not isinstance(values, Mapping):
@@ -213,8 +213,8 @@ _READ: dict[str, Callable[[_Options], Any]] = {
 def read(foreign: Mapping[str, Any], source: str) -> tuple[str, Any]:
     """Return the family and the configuration that a `config.json` describes.
 
-    BERT's `config.json` does not state which heads the model has. The returned configuration has both heads; adjust it
-    after looking at the weights.
+    BERT's `config.json` does not say whether the model has an MLM head and a pooler. The returned configuration has
+    both; the caller removes those for which there are no weights.
 
     Raises
     ------

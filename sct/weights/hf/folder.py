@@ -156,7 +156,7 @@ def _opened(folder: Path) -> Iterator[_Opened]:
 def _settle_copies(
     family: str, config: Any, reader: FolderReader | TorchReader, keys: dict[str, str], source: str
 ) -> None:
-    """Remove the second copy of arrays that the files hold twice, such as a tied head, from `keys`.
+    """Remove from `keys` the second copy of each array that the files hold twice, such as a tied output head.
 
     Raises
     ------
@@ -216,7 +216,7 @@ def load(
     CheckpointError
         The architecture is not supported, or the weights do not fit it. The message lists all differences.
     MissingExtraError
-        torch or the library of the tokenizer is needed but not installed.
+        torch, or the library that reads the tokenizer, is needed but not installed.
     """
     folder = Path(folder).expanduser()
     if dtype is not None:
@@ -246,7 +246,7 @@ def _place(opened: _Opened, path: str, sharding: Any, dtype: str | None) -> jax.
 
 
 def _handle(folder: Path, opened: _Opened, arrays: Mapping[str, Any]) -> Pretrained:
-    """Make the model of a folder from its arrays, with the folder's tokenizer, genes and license."""
+    """Make a model from the arrays of a folder, and add the folder's tokenizer, genes and license."""
     tokenizer = Tokenizer.load(folder) if any((folder / name).is_file() for name in _TOKENIZERS) else None
     genes = GeneVocabulary.load(folder / GENES) if (folder / GENES).is_file() else None
     card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
@@ -335,7 +335,7 @@ def save(
 
     The folder is written atomically and split into files like a model folder; see `Pretrained.save_pretrained` for the
     parameters. Weights and architecture are preserved exactly. Options that only affect training (initialization,
-    rematerialization, compute dtype) are not saved, as the format does not have them.
+    rematerialization, compute dtype) are not saved, because the format has no fields for them.
 
     Raises
     ------

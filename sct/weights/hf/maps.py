@@ -89,18 +89,20 @@ _BERT: tuple[_ROW, ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class NameMap:
-    """Array names in the Hugging Face files of a family.
+    """Names of the arrays in the Hugging Face files of a model family.
 
     Attributes
     ----------
     prefix
-        Prefix of all names except that of the head. Files of a model without a head do not have it.
+        Prefix of all array names except the name of the output head. If a model was saved without its head, the names
+        in its files have no prefix.
     rows
-        The table. A row has the path of a module in this project, its Hugging Face name, and its parameters.
+        Rows of the table. A row holds the path of a module in this project, the Hugging Face name of the module, and
+        the names of its parameters.
     head
-        Name of the head's matrix.
+        Name of the matrix of the output head.
     head_names
-        All names that releases of `transformers` use for the head's matrix.
+        All names that releases of `transformers` use for the matrix of the output head.
     ignored
         Regular expression of arrays to ignore: they are not learned (masks, frequencies, positions) or belong to
         another task.
@@ -114,7 +116,7 @@ class NameMap:
 
     @property
     def table(self) -> str:
-        """Name of the token embedding matrix, which a tied head shares."""
+        """Name of the matrix of token embeddings, which is also the matrix of a tied output head."""
         return f"{self.rows[0][1]}.weight"
 
 
@@ -152,8 +154,9 @@ class Entry:
     transposed
         Whether the arrays have the shape (out, in).
     piece, pieces, run
-        Number of this part, number of parts, and block size. The parts alternate along the output axis in blocks of
-        `run` features: a block of part 0, a block of part 1, and so on, then the next block of part 0.
+        For a fused array: the number of this part, the number of parts, and the block size. The parts alternate along
+        the output axis in blocks of `run` features: a block of part 0, a block of part 1, and so on, then the next
+        block of part 0.
     """
 
     names: tuple[str, ...]
@@ -175,7 +178,7 @@ class Entry:
         Parameters
         ----------
         part
-            Function that reads a slice of the array.
+            Function that takes an index and returns this slice of the layer's array.
         index
             Slice of the parameter, without the layer axis.
         """
@@ -195,7 +198,7 @@ class Entry:
         return np.concatenate(blocks, axis=-1)
 
     def join(self, pieces: list[np.ndarray]) -> np.ndarray:
-        """Fuse the parts of an array of one layer into this array; the inverse of `take`."""
+        """Fuse parameters, such as query, key and value, into one array of a layer; the inverse of `take`."""
         made = pieces[0]
         if self.pieces > 1:
             runs = [x.reshape(*x.shape[:-1], -1, self.run) for x in pieces]
@@ -240,7 +243,7 @@ def entries(family: str, config: Any, shapes: Mapping[str, Any]) -> dict[str, En
 
 
 def resolve(family: str, keys: list[str], expected: set[str], source: str) -> dict[str, str]:
-    """Find the key in the files for each array name of the table.
+    """Match each array name of the table to a key in the files, and return the keys as a dict by array name.
 
     Keys may lack the family's prefix or use an older spelling. A key that is not in the table is mapped to itself.
 

@@ -158,7 +158,7 @@ def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def _known(name: str, family: str, modules: Mapping[str, _Module]) -> str:
-    """Return the name that the table has for a module in a file, or '' if the table has no such module.
+    """Return the table's name for a module that a file names, or '' if the table does not contain the module.
 
     Files may lack the prefix or use another name for the head.
     """
@@ -234,10 +234,10 @@ def _is_ours(key: str, value: np.ndarray, model: Pretrained, folder: Path) -> bo
 def _apart(
     module: _Module, first: np.ndarray, second: np.ndarray
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """Split the adapter of a fused module into one adapter for each part of the module.
+    """Split the adapter of a fused module, such as query + key + value, into one adapter for each part of the module.
 
-    If every rank is used by exactly one part, the ranks are divided among the parts. This undoes `_together`. Otherwise
-    all parts share `lora_A`.
+    If each row of `lora_A` is used by exactly one part, each part gets its own rows, which undoes `_together`.
+    Otherwise all parts get the whole `lora_A`.
 
     Parameters
     ----------
@@ -398,7 +398,7 @@ def export(model: Pretrained, folder: str | os.PathLike[str], *, base: str | Non
 def _together(
     module: _Module, adapters: Mapping[str, Mapping[str, np.ndarray]]
 ) -> tuple[np.ndarray, np.ndarray, float] | None:
-    """Join the adapters of the parts of a fused module into one adapter of the module.
+    """Join the adapters of the parts of a fused module, such as query, key and value, into one adapter of the module.
 
     Returns
     -------
@@ -433,7 +433,7 @@ def _together(
 
 
 def _alpha(scale: float, rank: int) -> float:
-    """Return the alpha that gives a float32 scale (alpha / rank).
+    """Return the alpha for which alpha / rank is the given float32 scale.
 
     Alpha is rounded to 7 digits if the scale stays exactly the same.
     """
