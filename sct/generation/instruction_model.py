@@ -70,7 +70,7 @@ class InstructionModel:
     known
         Whether the cell model can read each gene, bool (G,).
     normal
-        Disease names that mean that a cell is normal.
+        Values of the disease column that mean a normal cell.
     """
 
     config: ZerOmicsConfig
