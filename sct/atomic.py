@@ -36,9 +36,9 @@ def _beside(path: Path) -> Path:
 def atomic_write(path: str | os.PathLike[str], hold: bool = True) -> Iterator[Path]:
     """Yield an empty temporary file, which replaces `path` when the block ends.
 
-    The temporary file is always new: existing files are not changed, and links are not followed. It is flushed to disk
-    before it replaces `path`. If the block fails, it is deleted. If `path` is a link, the link is replaced, not its
-    target. Temporary files of processes that died while writing `path` are deleted.
+    The temporary file is always new: existing files are not changed, and links are not followed. The temporary file is
+    flushed to disk before it replaces `path`. If the block fails, the temporary file is deleted. If `path` is a link,
+    the link is replaced, not its target. Temporary files of processes that died while writing `path` are deleted.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The `sct` command, such as `sct train` and `sct ingest`. It works without a clone of the repository."""
+"""Run the `sct` command, such as `sct train` and `sct ingest`. The command works without a clone of the repository."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class InstructionBenchmarkData(benchmarking.CellChoice):
     dataset
         Data set to use instead of `path`: "pbmc68k", the cells that scanpy ships.
     studies
-        YAML file with abstracts and candidate answers of the studies. It takes precedence over `adata.uns`.
+        YAML file with abstracts and candidate answers of the studies. The file takes precedence over `adata.uns`.
     cell_type, disease
         Columns of `obs` with cell types and diseases; "" for none.
     normal

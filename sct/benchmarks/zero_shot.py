@@ -286,7 +286,7 @@ def benchmark(
     *,
     overwrite: bool = True,
 ) -> list[Report]:
-    """Evaluate a model and baselines on the same cells and the same masked positions, and write a report.
+    """Evaluate a model and baselines on the same cells and the same masked genes, and write a report.
 
     Parameters
     ----------

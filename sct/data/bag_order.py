@@ -80,11 +80,11 @@ def random_order(rows: np.ndarray, cells_per_bag: int, seed: int = 0, window: in
 def tile_order(rows: np.ndarray, coordinates: np.ndarray, cells_per_bag: int) -> BagOrder:
     """Divide a tissue section into compact tiles of K neighboring cells. Each cell is in one tile.
 
-    The section is cut in two across its longer side, and each part is cut again, until all parts have K cells. The
-    sizes of the two parts are multiples of K and as equal as possible. Cells with equal coordinates stay in the order
-    of their rows. Within a tile, the first cell is the cell nearest to the center of the tile. The other cells are
-    sorted by their distance from the first cell, as in the bags of spatial training. The last tile is filled up with
-    the cells nearest to it.
+    The tissue section is cut in two across its longer side, and each piece is cut again, until all pieces have K cells.
+    The two pieces of a cut have as equal numbers of cells as possible, in multiples of K. Cells with equal coordinates
+    stay in the order of their rows. Within a tile, the first cell is the cell nearest to the center of the tile. The
+    other cells are sorted by their distance from the first cell, as in the bags of spatial training. The last tile is
+    filled up with the cells nearest to it.
 
     Parameters
     ----------

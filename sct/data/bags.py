@@ -59,7 +59,7 @@ def random_bag_rows(
         once. Only a bag that contains both the last and the first row of the study needs two reads. If a block is as
         large as the study, any partition of the study into bags is possible.
     permutation
-        Function that returns seeded permutations. It may cache its last result.
+        Function that returns seeded permutations; the function may cache its last result.
     """
     number_of_bags = max(1, n_cells // cells_per_bag)
     if not 0 <= number < number_of_bags:
@@ -98,7 +98,7 @@ def spatial_bag_rows(
     number, epoch, seed
         Number of the bag within the epoch, number of the epoch, and random seed.
     permutation
-        Function that returns seeded permutations. It may cache its last result.
+        Function that returns seeded permutations; the function may cache its last result.
     """
     n_cells = tree.n
     center = permutation(n_cells, seed, 3, epoch)[number]

@@ -38,7 +38,7 @@ def known_genes(number: int, dropped: Sequence[int]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class CellOptions:
-    """Options for converting cells to records.
+    """Options for converting cells to training records (model inputs of one cell).
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ class CellOptions:
         Number of bins for non-zero values (10 in the ZerOmics paper); zero is bin 0. With `values="levels"`, there are
         `num_bins` - 1 bins for non-zero values.
     max_genes
-        Number of genes per record; 0 for the whole vocabulary.
+        Maximum number of genes of a cell that the model reads; 0 for all genes of the vocabulary.
     genes
         Which genes of a cell the model reads. "all": all genes of the vocabulary, in the order of the vocabulary.
         "expressed": all expressed genes; a cell with more than `max_genes` expressed genes is an error. "top": the
@@ -109,7 +109,7 @@ def cell_records(
     listed: np.ndarray | None = None,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Convert the counts of cells to records.
+    """Convert the counts of cells to model inputs: expression values and numbers of selected genes.
 
     Parameters
     ----------

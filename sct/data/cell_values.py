@@ -16,8 +16,8 @@ def quantile_bins(counts: sparse.csr_matrix, num_bins: int = 10) -> sparse.csr_m
     """Assign the non-zero values of each cell to quantile bins 1 .. `num_bins`.
 
     Bin = 1 + floor(num_bins x share), where share is the fraction of the cell's non-zero values that are smaller. Equal
-    values have the same bin. With 10 bins, a share of 5% is bin 1 and a share of 18% is bin 2 (examples of the ZerOmics
-    paper).
+    values have the same bin. For example, with 10 bins, a value that is larger than 5% of the values is in bin 1, and
+    one that is larger than 18% is in bin 2 (ZerOmics paper).
 
     Parameters
     ----------

@@ -31,7 +31,7 @@ class Section:
     Attributes
     ----------
     name
-        Name for messages; "" if there is only one section.
+        Name of the group for messages; "" if there is only one group.
     rows
         Row numbers of the cells in the AnnData, int64 (n,), ascending.
     places
@@ -52,7 +52,7 @@ class CellCounts:
     Parameters
     ----------
     adata
-        In memory or backed. It is not changed.
+        Cells in memory or backed. The AnnData is not changed.
     vocabulary
         Gene vocabulary of the model.
     sections
@@ -79,7 +79,7 @@ class CellCounts:
     cell_totals
         Sum of each cell's counts over the genes of the vocabulary, (N,).
     gene_totals
-        Sum of each gene's counts over the cells of each section, (sections, G).
+        Sum of each gene's counts over the cells of each section (group of cells), (sections, G).
 
     Raises
     ------
@@ -229,7 +229,7 @@ class CellStudy:
         only `masked_cells` is given, all genes of these cells are masked. If only `masked_genes` is given, these genes
         are masked in all cells. If both are None, nothing is masked.
     name
-        Name to use instead of the name of the section.
+        Name of the study. Default: the name of the section.
     """
 
     split = "test"

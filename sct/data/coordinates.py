@@ -43,8 +43,8 @@ _GRID = 0.4
 class Scale:
     """Rescale the coordinates of a tissue section: (position - origin) * factor.
 
-    The scale is computed once from all cells of the section. A subset of the cells therefore keeps its position in the
-    section.
+    The scale is computed once from all cells of the tissue section. If cells are removed later, the rescaled
+    coordinates of the other cells do not change.
 
     Attributes
     ----------
@@ -150,7 +150,7 @@ def write_scales(scales: dict[str, Scale], batch_key: str | None) -> dict[str, A
 
 
 def read_scales(uns: Any, spatial_key: str, batch_key: str | None) -> dict[str, Scale]:
-    """Read the scales of the sections from `uns`.
+    """Read from `uns` how the coordinates of each tissue section are rescaled.
 
     Parameters
     ----------
@@ -159,7 +159,7 @@ def read_scales(uns: Any, spatial_key: str, batch_key: str | None) -> dict[str, 
     spatial_key
         Key of the coordinates in `obsm`.
     batch_key
-        Column of `obs` with the sections, or None for a single section.
+        Column of `obs` with the tissue section of each cell, or None for a single section.
 
     Returns
     -------
@@ -213,9 +213,9 @@ def stray_cells(coordinates: np.ndarray) -> np.ndarray:
 
 
 def doubts(coordinates: np.ndarray, obs: pd.DataFrame, divide_by: str) -> list[str]:
-    """Return one sentence for each problem with the coordinates of a section.
+    """Return one sentence for each problem with the spatial coordinates of a tissue section.
 
-    Two problems are detected: outlying cells, and several sections whose cells overlap in the same plane.
+    Two problems are detected: outlying cells, and cells of several tissue sections that overlap in the same plane.
 
     Parameters
     ----------
@@ -250,7 +250,7 @@ def doubts(coordinates: np.ndarray, obs: pd.DataFrame, divide_by: str) -> list[s
 
 
 def _overlaid(coordinates: np.ndarray, obs: pd.DataFrame) -> tuple[str, str]:
-    """Detect sections that overlap in the same plane.
+    """Detect whether the coordinates mix several tissue sections that overlap in the same plane.
 
     Returns
     -------

@@ -1,7 +1,7 @@
 """Load batches of training examples (records) for all model families, with the library Grain.
 
 The seed alone determines the order of the records. Batch b consists of the records b * B to b * B + B - 1 of a globally
-shuffled sequence, for any number of processes. The state of the loader is the number of records drawn so far.
+shuffled sequence, for any number of processes. The state of the loader is the number of records returned so far.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def spread(number: int, limit: int) -> list[int]:
 
 
 class Loader:
-    """Iterate over batches of records, either shuffled and endless or in order and once.
+    """Iterate over batches of training examples (records), either shuffled and endless or in order and once.
 
     Parameters
     ----------

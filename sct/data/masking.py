@@ -147,13 +147,13 @@ class Masking:
         Masking rates of "stratified". `expressed` is also the masking rate of "uniform" and the masked fraction of
         "ratio".
     low, high
-        Range of the rate of "drawn", "drawn_uniform" and "drawn_genes". With "drawn", unexpressed genes have
+        Range of the masking rate of "drawn", "drawn_uniform" and "drawn_genes". With "drawn", unexpressed genes have
         `unexpressed / expressed` times the rate of expressed genes. With "drawn_uniform" and "drawn_genes", both have
         the same rate.
     num_cells
         Number of cells per bag that "cells" masks.
     genes
-        Gene positions that "genes" masks.
+        Vocabulary positions of the genes that "genes" masks.
     mixture
         Kinds and weights of "mixture", such as (("drawn", 3.0), ("cells", 1.0)). The parameters of each kind are the
         fields above.
@@ -202,7 +202,7 @@ class Masking:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Masking:
-        """Make a rule from its JSON record in a model folder or run folder.
+        """Make a masking rule from its JSON entry in a model folder or run folder.
 
         Raises
         ------

@@ -48,8 +48,9 @@ class Bins:
     low, high
         Range of log1p of the non-zero counts of each cell, float32 (K,); 0 for an empty cell.
     medians, means
-        Median and mean raw count of each level, float32 (K, num_bins), or None; see `level_values`. The medians convert
-        a predicted level to a count. The means convert a predicted distribution to an expected count.
+        Median and mean raw count of each expression level, float32 (K, num_bins), or None; see `level_values`. The
+        medians convert a predicted level to a raw count. The means convert predicted probabilities of levels to an
+        expected raw count.
     """
 
     tokens: np.ndarray
@@ -60,10 +61,10 @@ class Bins:
 
 
 def digitize(log_counts: np.ndarray, low: np.ndarray, high: np.ndarray, num_bins: int) -> np.ndarray:
-    """Return the level, 1 .. num_bins - 1, of log1p counts in the range [low, high]; all arguments can be arrays.
+    """Return the expression level, 1 .. num_bins - 1, of log1p counts in the range [low, high].
 
-    A value on a border belongs to the higher level. A value outside the range gets the level of the nearer end. If the
-    range has width zero, the level is 1.
+    All arguments can be arrays. A count on the border of two levels gets the higher level. A count outside the range
+    gets the level of the nearer end. If the range has width zero, the level is 1.
     """
     levels = num_bins - 1
     low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
@@ -82,17 +83,17 @@ def bin_counts(
 ) -> Bins:
     """Convert raw counts to expression levels, separately for each cell (sCT paper, section 3).
 
-    Levels are uniform bins of log1p(count) between the lowest and the highest non-zero value of the cell. Zero is level
-    0. If all non-zero counts of a cell are equal, they have level 1.
+    Expression levels are uniform bins of log1p(count) between the lowest and the highest non-zero value of the cell. A
+    count of zero has level 0. If all non-zero counts of a cell are equal, they have level 1.
 
     Parameters
     ----------
     counts
         Raw counts (K, G), CSR. Repeated entries are summed.
     num_bins
-        Number of levels, including zero.
+        Number of expression levels, including zero.
     num_positions
-        Number of gene positions of the result (>= G). Additional positions are PAD.
+        Number of columns of the result (>= G). Columns after the last gene contain PAD.
     drop
         Mask of genes to treat as unexpressed, bool (G,); see `noisy_genes`.
     with_values
@@ -131,7 +132,7 @@ def bin_counts(
 
 
 def levels_of(counts: sparse.csr_matrix, num_bins: int) -> sparse.csr_matrix:
-    """Return the levels 1 .. `num_bins` - 1 of the counts of each cell, uint8 CSR (N, G); see `bin_counts`."""
+    """Return the expression levels 1 .. `num_bins` - 1 of the non-zero counts, uint8 CSR (N, G); see `bin_counts`."""
     _, level = _levels(np.asarray(counts.data, np.float32), counts, None, num_bins)
     made = sparse.csr_matrix((level, counts.indices.copy(), counts.indptr.copy()), counts.shape)
     made.sort_indices()
@@ -141,9 +142,9 @@ def levels_of(counts: sparse.csr_matrix, num_bins: int) -> sparse.csr_matrix:
 def _levels(
     data: np.ndarray, counts: sparse.csr_matrix, drop: np.ndarray | None, num_bins: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the range of log1p counts of each cell, float64 (2, K), and the level of each stored count.
+    """Return the range of log1p counts of each cell, float64 (2, K), and the expression level of each stored count.
 
-    Counts of dropped genes have level 0.
+    Counts of genes in `drop` have level 0.
     """
     filled = np.flatnonzero(np.diff(counts.indptr))
     log_range = np.zeros((2, counts.shape[0]))
@@ -179,7 +180,7 @@ def _levels(
 
 
 def level_borders(low: np.ndarray, high: np.ndarray, num_bins: int) -> np.ndarray:
-    """Return the smallest count in each of the levels 2 .. num_bins - 1, for cells with log1p counts in [low, high].
+    """Return the smallest count of the expression levels 2 .. num_bins - 1, for log1p counts in [low, high].
 
     Returns
     -------
@@ -210,7 +211,7 @@ def _levels_of_logs(
 def level_values(
     rows: np.ndarray, level: np.ndarray, counts: np.ndarray, low: np.ndarray, high: np.ndarray, num_bins: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the raw counts that represent each level in each cell: median and mean of the counts in that level.
+    """Return the raw counts that represent each expression level in each cell: median and mean of its counts.
 
     A level without any gene is represented by the middle of its bin on the log scale. The sCT paper (section 4,
     "Metrics") always uses the median. Means are needed to convert a distribution over levels to an *expected* raw
@@ -223,7 +224,7 @@ def level_values(
     low, high
         Ranges of the cells (K,); see `Bins`.
     num_bins
-        Number of levels, including zero.
+        Number of expression levels, including zero.
 
     Returns
     -------
@@ -254,19 +255,19 @@ def level_average(probabilities: np.ndarray, values: np.ndarray) -> np.ndarray:
 def expected_counts(
     probabilities: np.ndarray, means: np.ndarray, low: np.ndarray, high: np.ndarray
 ) -> np.ndarray:
-    """Return the expected raw counts for predicted distributions over levels.
+    """Return the expected raw counts for predicted probabilities of expression levels.
 
-    Level 2 and higher levels are represented by the mean count of the level in the cell. For level 1 this mean would be
-    far too large for rare genes, which mostly have a count of 1, while other genes of the level have several counts.
-    Level 1 is therefore represented by the mean of a negative binomial distribution with the predicted probabilities of
-    level 0 and of the levels above 1.
+    Level 2 and higher levels are represented by the mean count of the level in the cell. For level 1, the mean would be
+    far too large for rare genes: their count is mostly 1, while other genes of level 1 have larger counts. Level 1 is
+    therefore represented by the mean of a negative binomial distribution with the predicted probabilities of level 0
+    and of the levels above 1.
 
     Parameters
     ----------
     probabilities
-        Predicted probabilities of the levels, (n, num_bins).
+        Predicted probabilities of the expression levels, (n, num_bins).
     means
-        Mean counts of the levels in the cell of each row, (n, num_bins); see `level_values`.
+        Mean raw counts of the expression levels in the cell of each row, (n, num_bins); see `level_values`.
     low, high
         Range of the cell of each row, (n,); see `Bins`.
 
@@ -302,7 +303,7 @@ def _first_level(none: np.ndarray, first: np.ndarray, level_mean: np.ndarray, bo
     first
         Probabilities of the counts 1 .. border - 1, (n,).
     level_mean
-        Mean of these counts over all genes of the cell, (n,). It is used if no negative binomial fits.
+        Mean of these counts over all genes of the cell, (n,), which is used if no negative binomial fits.
     border
         Smallest count of level 2.
     """

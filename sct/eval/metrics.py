@@ -320,7 +320,8 @@ def cross_validated(predict: Any, labels: Any, *, seed: int = 0, folds: int = 5)
     Parameters
     ----------
     predict
-        Function (train rows, labels of the train rows as integers, test rows) -> predicted labels of the test rows.
+        Function of (training rows, labels of the training rows as integers, test rows) that predicts the labels of the
+        test rows.
     labels
         (N,) labels.
     seed, folds
@@ -498,9 +499,10 @@ def scib(
 
     Returns
     -------
-    Metric -> value, rounded to five decimals, in [0, 1]; 1 is the best value. The aggregates follow: "bio" and "batch"
-    are the means of their metrics that are not NaN, and "total" is 0.6 bio + 0.4 batch. A metric that is undefined for
-    these cells is NaN; for example kBET, if every label has fewer than ten cells or a single batch.
+    Dict from each metric to its value in [0, 1], rounded to five decimals; 1 is the best value. The last entries are
+    aggregates: "bio" and "batch" are the means of their metrics that are not NaN, and "total" is 0.6 bio + 0.4 batch. A
+    metric that is undefined for these cells is NaN; for example kBET, if every label has fewer than ten cells or a
+    single batch.
 
     Raises
     ------

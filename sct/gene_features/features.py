@@ -184,7 +184,7 @@ class GeneFeatures:
     def load(cls, path: str | os.PathLike[str], genes: GeneVocabulary | None = None) -> GeneFeatures:
         """Read gene features from a file.
 
-        Gene names are Ensembl ids or symbols. They are matched in the same way as in `GeneCorpus.load`. Unknown genes
+        Gene names are Ensembl ids or symbols. Names are matched in the same way as in `GeneCorpus.load`. Unknown genes
         are dropped; `source["left_out"]` is their number. Files that `save` wrote are loaded without matching.
 
         Parameters

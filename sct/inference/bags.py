@@ -1,4 +1,4 @@
-"""Run models that read cells in bags (sCT): each record is a bag of cells with the levels of all genes."""
+"""Run models that read cells in bags (sCT): an input is a bag of cells with the expression levels of all genes."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class BagReader:
         )
 
     def probabilities(self, prior: ClassPrior) -> Any:
-        """Return a function that computes level probabilities; see `sct.models.sct.level_probabilities`."""
+        """Return a function that computes expression level probabilities; see `sct.models.sct.level_probabilities`."""
         return level_probabilities(self.model.config, prior.offset)
 
     def results(
@@ -110,8 +110,8 @@ class BagReader:
         orders
             For each section (tissue slice or study), the order in which bags take its cells. None skips the section.
         inputs
-            Function of (bag, rows) that returns model inputs, without the batch axis. They are added to the usual
-            inputs, or replace the inputs with the same names.
+            Function of (bag, rows) that returns model inputs, without the batch axis. These inputs are added to the
+            usual inputs, or replace usual inputs with the same names.
         with_counts, masked_cells, masked_genes
             See `BagOptions` and `CellStudy`.
         """
@@ -138,7 +138,7 @@ class BagReader:
 def _records(
     source: BagSource, studies: Sequence[CellStudy], options: BagOptions, inputs: PrepareInputs | None
 ) -> Iterator[Record]:
-    """Yield the bags of all studies as records, one after the other."""
+    """Yield the bags of all studies one after the other, each as a model input (`Record`)."""
     size = options.cells_per_bag
     for number in range(len(source)):
         bag, (study, place) = source.record(number), source.locate(number)

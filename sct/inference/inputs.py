@@ -81,11 +81,11 @@ def output_adata(adata: ad.AnnData, copy: bool) -> ad.AnnData:
 
 
 def sections(adata: ad.AnnData, batch_key: str | None, spatial_key: str | None) -> list[Section]:
-    """Split the cells into sections by the column `batch_key` of `obs`, in order of first appearance.
+    """Split the cells into sections (batches or slides) by the column `batch_key` of `obs`.
 
-    Positions are rescaled per section, see `sct.data.coordinates.Scale`. If `uns` contains the scale of a section, that
-    scale is used, so that a subset keeps the coordinates of the whole section. Otherwise the scale is computed from the
-    given cells.
+    Sections are in the order of their first appearance. Positions are rescaled per section, see
+    `sct.data.coordinates.Scale`. If `uns` contains the scale of a section, that scale is used, so that a subset keeps
+    the coordinates of the whole section. Otherwise the scale is computed from the given cells.
 
     Raises
     ------
@@ -138,7 +138,7 @@ def sections(adata: ad.AnnData, batch_key: str | None, spatial_key: str | None) 
 def keep_scales(
     target: ad.AnnData, sections: Sequence[Section], batch_key: str | None, spatial_key: str | None
 ) -> None:
-    """Write the scales of the sections to `uns`, so that subsets of `target` keep them."""
+    """Write to `uns` how the positions of each section are rescaled, so that subsets of `target` keep this scale."""
     scales = {section.name: section.scale for section in sections if section.scale is not None}
     if spatial_key is not None and scales:
         target.uns[SCALES] = {

@@ -1,4 +1,4 @@
-"""Apply a model to records of cells, in batches, on all devices of this process."""
+"""Apply a model to cells or bags of cells, in batches, on all devices of this process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Record:
     inputs
         Inputs of the model by name, without the batch axis.
     bag
-        Other arrays about these cells. They are not model inputs, but are passed on to the outputs.
+        Other arrays about these cells. These arrays are not model inputs, but are passed on to the outputs.
     """
 
     rows: np.ndarray
@@ -61,7 +61,7 @@ class RecordOutputs:
 
 
 class Runner:
-    """Apply a model to records of cells, batch by batch.
+    """Apply a model to records (single cells or bags of cells), batch by batch.
 
     Parameters
     ----------

@@ -116,7 +116,7 @@ def mcc_by_ratio(
     ax: Axes | None = None,
     save: str | os.PathLike[str] | None = None,
 ) -> Axes:
-    """Plot the Matthews correlation (MCC) of imputed levels against the fraction of masked genes or cells.
+    """Plot the Matthews correlation (MCC) of imputed expression levels by the fraction of masked genes or cells.
 
     Lines are means over seeds; bands are one standard deviation. The legend is sorted by the last value of each line.
 

@@ -22,9 +22,9 @@ def spatial_scale(
     adata
         All cells of the sections, with positions `obsm[spatial_key]` (N, 2) in any unit.
     spatial_key
-        Key of the positions in `obsm`.
+        Key of the spatial positions in `obsm`.
     batch_key
-        Column of `obs` with the section of each cell. Use the same column in later calls.
+        Column of `obs` with the tissue section of each cell. Use the same column in later calls.
 
     Returns
     -------

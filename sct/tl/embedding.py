@@ -39,14 +39,15 @@ def embed(
 
     The embedding of a cell is a mean of output vectors of the model. sCT averages over the transformer positions of the
     cell (sCT paper, section 4). The ZerOmics cell model averages over the genes of the cell. Cell-sentence models
-    average the last hidden states over the tokens of the sentence. All models except sCT read single cells. They ignore
-    the groups of `batch_key` and do not accept `spatial_key`, `context`, `cells_per_bag` and `n_contexts`.
+    average the last hidden states over the tokens of the sentence. All models except sCT read single cells. Models of
+    single cells ignore the groups of `batch_key` and do not accept `spatial_key`, `context`, `cells_per_bag` and
+    `n_contexts`.
 
     sCT reads bags of cells, so the embedding of a cell depends on its bag. Bags are drawn with `seed` from windows of
-    10,000 cells of a batch. With `spatial_key`, bags are compact tiles of the section. A last bag with too few cells is
-    filled up with the first cells, or with `spatial_key` with the nearest cells. The result depends only on the cells,
-    their order and the seed. `batch_size`, the devices and backed mode change the result at most by rounding errors.
-    Repeating a call gives bit-identical results.
+    10,000 cells of a batch. With `spatial_key`, bags are compact tiles of the tissue section. A last bag with too few
+    cells is filled up with the first cells, or with `spatial_key` with the nearest cells. The result depends only on
+    the cells, their order and the seed. `batch_size`, the devices and backed mode change the result at most by rounding
+    errors. Repeating a call gives bit-identical results.
 
     Parameters
     ----------
@@ -63,8 +64,8 @@ def embed(
         Column of `obs` with the batch of each cell, such as its donor or slide. All cells of a bag come from the same
         batch.
     spatial_key
-        Key of the positions in `obsm`, for sCT. Bags then contain neighboring cells. Models that were trained with
-        coordinates also read the positions.
+        Key of the spatial coordinates in `obsm`, for sCT. Bags then contain neighboring cells. Models that were trained
+        with coordinates also read them.
     context
         With `spatial_key`: "tiles" divides a section into tiles of `cells_per_bag` cells. "neighbors" makes one bag
         per cell, with the cell and its nearest cells, as in training; this takes `cells_per_bag` times the computation.

@@ -51,9 +51,9 @@ def impute(
 
     The requested values are hidden from the model, whether they were measured or not. The model predicts a probability
     for each expression level. The expected raw count is the sum over levels of probability x mean count of the level.
-    The mean count of a level is computed from the visible genes of the cell. If a cell has no visible genes, the mean
-    count is averaged over the visible cells of the bag. The mean count of level 1 is computed separately for each gene,
-    see `sct.data.tokenize.expected_counts`.
+    The mean count of an expression level is computed from the visible genes of the cell. If a cell has no visible
+    genes, the mean count is averaged over the visible cells of the bag. The mean count of level 1 is computed
+    separately for each gene, see `sct.data.tokenize.expected_counts`.
 
     Training masks expressed genes more often than unexpressed genes. The predicted probabilities are corrected for this
     bias, unless the training loss already corrects it (`sct.data.class_prior`).
@@ -61,9 +61,9 @@ def impute(
     Results with `key_added="sct"`:
 
     - `layers["sct_expected"]` (N, n_var) float32 CSR: expected raw count of imputed values, raw count of all others.
-    - `layers["sct_level"]` (N, n_var) uint8 CSR: most likely level of imputed values (0 unexpressed, 1 lowest, ...),
-      observed level of all others. Levels divide the range of all counts of a cell. Genes that the model does not know
-      have no level.
+    - `layers["sct_level"]` (N, n_var) uint8 CSR: most likely expression level of imputed values (0 unexpressed, 1
+      lowest, ...), observed level of all others. Levels divide the range of all counts of a cell. Genes that the model
+      does not know have no level.
     - `layers["sct_probability"]` (N, n_var) float32 CSR: probability that the raw count is at least 1; 1 or 0 for
       values that were not imputed.
     - `obsm["sct_expected"]`, `obsm["sct_level"]` and `obsm["sct_probability"]`: tables (N, genes) for genes that are
@@ -73,8 +73,8 @@ def impute(
 
     X is never changed. Results of an earlier call with the same `key_added` are removed. The bags are the same as in
     `sct.tl.embed`. If whole cells are imputed, at least one and at most a fifth of the cells of a bag are hidden (one
-    cell if a bag has fewer than five). The other cells of the bag are visible: random cells or, with positions, the
-    nearest cells.
+    cell if a bag has fewer than five). The other cells of the bag are visible: random cells or, with spatial positions,
+    the nearest cells.
 
     Parameters
     ----------
@@ -440,8 +440,8 @@ def _levels(target: ad.AnnData, table: CellCounts, column: np.ndarray, model: An
 
     Levels divide the range of a cell's counts; the range is computed from the genes that the model knows.
 
-    The levels that the model reads may differ, because it reads neither hidden values nor genes below the noise
-    threshold.
+    These levels may differ from those that the model reads, because the model reads neither hidden values nor genes
+    below the noise threshold.
     """
     known = np.flatnonzero(column >= 0)
     place = sparse.csr_matrix(

@@ -31,7 +31,7 @@ def spatial_neighbors(
     cells_per_bag
         Number of cells in a bag (K), including the cell itself.
     spatial_key
-        Key of the positions in `obsm`.
+        Key of the spatial positions in `obsm`.
     batch_key
         Column of `obs` with the slide of each cell. Neighbors always come from the same slide.
     key_added

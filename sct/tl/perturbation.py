@@ -81,9 +81,9 @@ def perturb(
         this. "mask" hides the genes, so that the model does not know whether they are expressed. This needs a model
         that can impute genes.
     targets
-        Genes whose expected counts are compared, at most a fifth of the measured genes. They are hidden from the model
-        and predicted with and without the perturbation, as in `sct.tl.impute`. This needs a model that can impute
-        genes.
+        Genes whose expected counts are compared, at most a fifth of the measured genes. The target genes are hidden
+        from the model and predicted with and without the perturbation, as in `sct.tl.impute`. This needs a model that
+        can impute genes.
     metric
         Distance between embeddings: "cosine" (1 - cosine similarity) or "euclidean".
     n_random

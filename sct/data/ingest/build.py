@@ -270,7 +270,7 @@ def _check_room(root: Path, inputs: Sequence[Input] = ()) -> None:
 
 
 def _unchanged(root: Path, record: dict[str, Any]) -> bool:
-    """Return whether the record file of a study still equals the entry of this study in the manifest."""
+    """Return whether the metadata file of a study still equals the entry of this study in the manifest."""
     try:
         current = json.loads((root / STUDIES / f"{record['name']}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -342,7 +342,7 @@ def _plan(
 
 
 def _check_record(record: dict[str, Any], file: Path) -> None:
-    """Raise `StoreError` if the record file of a study describes another study."""
+    """Raise `StoreError` if the metadata file of a study describes another study."""
     check_study(record, file)
     if record["name"] != file.stem:
         raise StoreError(

@@ -145,7 +145,7 @@ def ingest_input(
     advance: Callable[[float], None] = lambda cells: None,
     sizes: Sizes | None = None,
 ) -> list[dict[str, Any]]:
-    """Write the studies of one input to the folder `root`/studies and return their records.
+    """Write the studies of one input to the folder `root`/studies; return the metadata of each study as a dict.
 
     Parameters
     ----------
@@ -223,7 +223,7 @@ def _write_studies(
     sizes: Sizes,
     advance: Callable[[float], None],
 ) -> list[dict[str, Any]]:
-    """Write the studies of an open input under temporary names, recorded in `partial`, and return their records."""
+    """Write the studies of an open input under temporary names, listed in `partial`; return their metadata."""
     alignment, mapped = _align(source, vocabulary, options, table)
     groups = _groups(source, item.name, options.study_key)
     n_cells = len(source.obs)
@@ -337,7 +337,7 @@ def _align(
 
 
 def _doubts(source: OpenInput, groups: Sequence[tuple[str, np.ndarray]], options: IngestOptions) -> list[str]:
-    """Return notes about suspicious coordinates, such as several sections that may share one plane."""
+    """Return notes about suspicious coordinates, such as several tissue sections that may share one plane."""
     if source.spatial is None:
         return []
     found = [

@@ -47,7 +47,7 @@ def run_jobs(
 
     Returns
     -------
-    The records of the new studies, and a dict from the location of each refused input to the reason.
+    The metadata of the new studies, and a dict from the location of each refused input to the reason.
     """
     if not jobs:
         return [], {}
@@ -115,7 +115,7 @@ def _in_pool(
     processes: int,
     bar: ProgressBar,
 ) -> Iterator[tuple[IngestJob, list[dict[str, Any]] | str]]:
-    """Run the jobs in worker processes; yield each job with its records or the reason of its refusal."""
+    """Run the jobs in worker processes; yield each job with the metadata of its studies or why it was refused."""
     context = multiprocessing.get_context("spawn")
     done = context.Value("d", 0.0)
     meter = _Meter(bar, "")
@@ -161,7 +161,7 @@ def _attempt(
     options: IngestOptions,
     advance: Callable[[float], None],
 ) -> list[dict[str, Any]] | str:
-    """Ingest one input; return the records of its studies, or the reason why it is refused."""
+    """Ingest one input; return the metadata of its studies, or the reason why the input is refused."""
     try:
         return ingest_input(
             root,

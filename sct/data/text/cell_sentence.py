@@ -104,7 +104,7 @@ def quality(
     max_counts: float | None = None,
     max_mitochondrial: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the cells and genes that pass quality control (section 3.1).
+    """Return the cells and genes that pass quality control (Cell2Sentence paper, section 3.1).
 
     There are three filters, applied once in this order:
 
@@ -203,7 +203,7 @@ def fit_rank(
     max_cells: int | None = 5000,
     top_k: int | None = None,
 ) -> RankFit:
-    """Fit normalized expression as a linear function of log(rank), over all cells (section 3.1).
+    """Fit normalized expression as a linear function of log(rank), over all cells (Cell2Sentence paper, 3.1).
 
     Parameters
     ----------

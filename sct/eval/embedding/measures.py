@@ -36,7 +36,7 @@ class EmbeddingMethod:
     Attributes
     ----------
     embedding
-        (N, D) embedding of the N cells, in their order, or a function seed -> (N, D) that computes it.
+        (N, D) embedding of the N cells, in their order, or a function that computes this embedding for a given seed.
     fitted_on
         Data that the method was fitted on, as shown in the table.
     fits

@@ -91,7 +91,7 @@ def profile_counts(
 ) -> tuple[sparse.csr_matrix, np.ndarray]:
     """Draw cells from the mean expression profile of their label.
 
-    This baseline knows the mean of each label, but not how genes vary together within a label.
+    These drawn cells are a baseline that knows the mean of each label, but not how genes vary together within a label.
 
     Parameters
     ----------
@@ -203,7 +203,7 @@ def _by_label(
 ) -> dict[str, float]:
     """Compute the metrics that depend on labels, as a dict by column.
 
-    They are the k-NN accuracies and the correlations of mean profiles.
+    These metrics are the k-NN accuracies and the correlations of mean profiles.
     """
     values: dict[str, float] = {}
     for space, matrix in distances.items():

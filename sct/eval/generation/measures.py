@@ -205,8 +205,8 @@ def gromov_wasserstein(real: Any, generated: Any, *, max_cells: int = 1000, seed
 
     Returns
     -------
-    Discrepancy >= 0, in squared units of expression; lower is better. It is 0 if the sets are equal up to rotation,
-    reflection and translation.
+    Discrepancy >= 0, in squared units of expression; lower is better. The discrepancy is 0 if the sets are equal up to
+    rotation, reflection and translation.
 
     Raises
     ------
@@ -319,7 +319,7 @@ def sentence_quality(table: pd.DataFrame) -> dict[str, float]:
     -------
     Dict with three means over sentences. "length" is the mean of n_words. "valid genes" is the mean of n_valid /
     n_words. "unique genes" is the mean of n_unique / n_words. Both fractions are in [0, 1], and 1 is the best value.
-    They are 0 for a sentence without words.
+    For a sentence without words, both fractions are 0.
 
     Raises
     ------

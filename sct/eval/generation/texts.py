@@ -101,8 +101,8 @@ def similarity(generated: np.ndarray, true: np.ndarray, pairs: Any) -> Similarit
     """Test if generated texts are closer to their own true text than to others (Cell2Sentence, section 4.4, Table 4).
 
     The cosine similarities between the texts generated for study i and the true text of study j are averaged to one
-    number per pair (i, j). The tests compare the numbers with i = j to those with i != j. They assume independent
-    samples, which holds only approximately. Therefore compare the result with that of shuffled pairs.
+    number per pair (i, j). The tests compare the numbers with i = j to those with i != j. The tests assume independent
+    samples, which these numbers are only approximately. Therefore compare the result with that of shuffled pairs.
 
     Parameters
     ----------
@@ -308,9 +308,9 @@ def compare(
 ) -> tuple[Report, metrics.MetricDraws]:
     """Compare generated texts with controls and baselines (Cell2Sentence, section 4.4, Table 4).
 
-    The control of each set of generated texts is the same set with shuffled pairs. It shows how similar texts are to
-    the true texts if they do not depend on their cell. With training texts, two baselines are added: random training
-    texts, and the training text that is most similar to all others, used for every cell.
+    The control of each set of generated texts is the same set with shuffled pairs. The control shows how similar texts
+    are to the true texts if they do not depend on their cell. With training texts, two baselines are added: random
+    training texts, and the training text that is most similar to all others, used for every cell.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Baseline imputation methods, which are scored at the same masked positions as the model."""
+"""Impute by baseline methods, which are scored on the same masked (cell, gene) pairs as the model."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ class ImputationMethod(Protocol):
     remark: str
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
-        """Predict the levels and raw counts at the scored positions of `masked`.
+        """Predict the expression levels and raw counts of the scored (cell, gene) pairs of `masked`.
 
         A method may use `masked.visible`, the tokens that are not masked, and the ranges, medians and means of
         `masked`, but not those of `eval_cells`.
 
         Returns
         -------
-        One or two predictions. The one with the key True uses the knowledge that the genes at the scored positions are
-        expressed. The one with the key False does not use this knowledge.
+        Dict with one or two predictions. The prediction with the key True uses the knowledge that all scored genes are
+        expressed. The prediction with the key False does not use this knowledge.
 
         Raises
         ------
@@ -95,7 +95,7 @@ def from_counts(masked: Masked, counts: np.ndarray) -> dict[bool, LevelPredictio
 
 @functools.lru_cache(maxsize=1)  # all protocols of a run use the same training studies
 def level_frequencies(train: BagSource) -> np.ndarray:
-    """Count the training cells that have each measured gene at each level, int64 (P, num_bins).
+    """Count, for each gene and expression level, the training cells with this level, int64 (P, num_bins).
 
     The result is cached: do not modify it.
     """
@@ -109,16 +109,16 @@ def level_frequencies(train: BagSource) -> np.ndarray:
 
 
 class CommonLevel:
-    """Baseline that predicts the most common level of each gene, among all levels or among the levels above zero.
+    """Baseline that predicts the most common expression level of each gene, of all levels or of those above zero.
 
-    The variant that counts only levels above zero knows that the gene is expressed. This variant is a strong baseline,
-    because the levels of most genes vary little. For a gene that no cell expresses, the prediction is the lowest
-    possible level.
+    The variant that counts only expression levels above zero knows that the gene is expressed. This variant is a strong
+    baseline, because the levels of most genes vary little. For a gene that no cell expresses, the prediction is the
+    lowest possible level.
 
     Parameters
     ----------
     expressed
-        Whether to count only levels above zero.
+        Whether to count only expression levels above zero.
     train
         Level frequencies in the training studies from `level_frequencies`, or None without training studies.
     """
@@ -131,7 +131,7 @@ class CommonLevel:
         self.fitted_on = TRAINING
 
     def frequencies(self, eval_cells: EvalCells, masked: Masked) -> np.ndarray:
-        """Return how often the gene at each scored position has each level, (n, num_bins)."""
+        """Return how often each expression level occurs for the gene of each scored pair, (n, num_bins)."""
         if self._train is None:
             raise Unavailable(
                 "this method needs training studies, but none were given: give a store with training studies"
@@ -139,21 +139,21 @@ class CommonLevel:
         return self._train[masked.genes]
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
-        """Predict levels and raw counts, with or without (`expressed`) the knowledge that the genes are expressed."""
+        """Predict expression levels and raw counts; `expressed` says whether genes are known to be expressed."""
         frequencies = self.frequencies(eval_cells, masked)[:, self.first :]
         levels = self.first + frequencies.argmax(axis=1)
         return {bool(self.first): from_levels(masked, levels)}
 
 
 class OthersCommonLevel(CommonLevel):
-    """Baseline that predicts the most common level of a gene in the other cells of the study, including masked values.
+    """Baseline that predicts a gene's most common expression level in the other cells of the study, even if masked.
 
     The variant with `expressed=True` is the reference baseline: a useful imputation method must beat it.
 
     Parameters
     ----------
     expressed
-        Whether to count only levels above zero.
+        Whether to count only expression levels above zero.
     """
 
     def __init__(self, expressed: bool):
@@ -161,7 +161,7 @@ class OthersCommonLevel(CommonLevel):
         self.fitted_on = OTHER_CELLS
 
     def frequencies(self, eval_cells: EvalCells, masked: Masked) -> np.ndarray:
-        """Return how often the gene at each scored position has each level in other cells, (n, num_bins)."""
+        """Return how often each level of the gene of each scored pair occurs in other cells, (n, num_bins)."""
         frequencies = eval_cells.frequencies[eval_cells.study[masked.cells], masked.genes]
         frequencies[np.arange(len(frequencies)), masked.levels] -= 1
         return frequencies
@@ -206,11 +206,11 @@ def _smoothed(
     shown_in
         Function that maps neighbors (m, k) to the number of these k neighbors in which each gene is visible, (m, G).
     masked
-        The scored positions.
+        Mask of the cells, with the scored (cell, gene) pairs.
 
     Returns
     -------
-    Mean counts (n,) at the scored positions, and the number of neighbors (n,) in each mean.
+    Mean counts (n,) for the scored (cell, gene) pairs, and the number of neighbors (n,) in each mean.
     """
     positions, genes = masked.mask.shape[1], reference.shape[1]
     out, of = np.zeros((2, len(masked.cells)), np.float32)
@@ -246,8 +246,8 @@ def _nearest(
 ) -> np.ndarray:
     """Return the rows (N, k) of `reference` with the highest cosine similarity to each row of `query`.
 
-    Only genes visible in both cells enter the similarity. If the norm of a reference cell also included its other
-    genes, the nearest cells would always be those without counts in the masked genes.
+    The similarity is computed only from genes that are visible in both cells. If the norm of a reference cell also
+    included its other genes, the nearest cells would always be those without counts in the masked genes.
 
     Parameters
     ----------
@@ -305,7 +305,7 @@ class KnnSmoothing:
             self.neighbors = min(neighbors, self._reference.counts.shape[0])
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
-        """Predict levels and raw counts, once with and once without the knowledge that the genes are expressed."""
+        """Predict expression levels and raw counts, once with and once without knowing that genes are expressed."""
         return from_counts(masked, self.smooth(eval_cells, masked)[0])
 
     def smooth(self, eval_cells: EvalCells, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
@@ -399,7 +399,7 @@ class OwnKnnSmoothing:
         self.name = f"kNN smoothing, k = {neighbors}"
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
-        """Predict levels and raw counts, once with and once without the knowledge that the genes are expressed."""
+        """Predict expression levels and raw counts, once with and once without knowing that genes are expressed."""
         return from_counts(masked, self.smooth(eval_cells, masked)[0])
 
     def smooth(self, eval_cells: EvalCells, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
@@ -442,7 +442,7 @@ class NeighborMean:
             self.remark = "for cells without spatial coordinates: mean of all visible cells of the bag"
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
-        """Predict levels and raw counts; with `expressed`, only the variant that knows that the genes are expressed."""
+        """Predict expression levels and raw counts; with `expressed`, only knowing that genes are expressed."""
         weights = self._weights(eval_cells, masked)
         counts = pick(weights @ masked.visible, masked.cells, masked.genes)
         if not self.expressed:
@@ -485,8 +485,8 @@ _PROBES = 100  # random sign vectors used to estimate the sums of squared weight
 class Magic:
     """Baseline MAGIC (van Dijk et al., Cell 2018), which diffuses expression over a neighbor graph of the cells.
 
-    The diffusion operator comes from the package magic-impute with its default parameters (k = 5, decay 1, t = 3,
-    100 components). It is fitted on the square root of the visible counts per 10,000, as the documentation of the
+    The diffusion operator comes from the package magic-impute with its default parameters (k = 5, decay 1, t = 3, 100
+    components). MAGIC is fitted on the square root of the visible counts per 10,000, as the documentation of the
     package recommends. The diffused values are squared and scaled to the library size of the cell's visible genes.
 
     Parameters
@@ -502,11 +502,11 @@ class Magic:
         self.seed = seed
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
-        """Predict levels and raw counts, once with and once without the knowledge that the genes are expressed."""
+        """Predict expression levels and raw counts, once with and once without knowing that genes are expressed."""
         return from_counts(masked, self.smooth(eval_cells, masked)[0])
 
     def smooth(self, eval_cells: EvalCells, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
-        """Return the diffused count (n,) at each scored position, and the effective number of averaged cells (n,).
+        """Return the diffused count of each scored pair (n,), and the effective number of averaged cells (n,).
 
         The effective number counts only cells in which the gene is visible.
         """

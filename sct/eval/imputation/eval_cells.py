@@ -59,8 +59,8 @@ class EvalCells:
     low, high
         float32 (N,) lowest and highest non-zero expression value of each cell; see `sct.data.tokenize.Bins`.
     medians, means
-        float32 (N, num_bins) median and mean raw count of each level in each cell. Ranges, medians and means reveal the
-        library size of a cell, so methods must use those of `Masked` instead.
+        float32 (N, num_bins): median and mean raw count of each expression level in each cell. Ranges, medians and
+        means reveal the library size of a cell, so methods must use those of `Masked` instead.
     coordinates
         float32 (N, 2) rescaled spatial coordinates; NaN for cells of studies without coordinates; None if no study has
         coordinates.
@@ -216,7 +216,8 @@ def shown_ranges(
 
     Returns
     -------
-    low, high (N,): range of each cell; medians, means (N, num_bins): median and mean raw count of each level.
+    low, high (N,): expression range of each cell; medians, means (N, num_bins): median and mean raw count of each
+    expression level.
     """
     own = np.column_stack([eval_cells.low, eval_cells.high, eval_cells.medians, eval_cells.means])
     shown = (~mask & eval_cells.eligible).any(axis=1)
@@ -236,23 +237,23 @@ def shown_ranges(
 class Masked:
     """Hold one random mask of the cells, and the true values of the scored (cell, gene) pairs.
 
-    By default, the scored positions are the masked genes that are expressed.
+    By default, a (cell, gene) pair is scored if the gene is masked and expressed in this cell.
 
     Attributes
     ----------
     mask
-        bool (N, P): masked positions, expressed or not; PAD positions are never masked.
+        bool (N, P): whether each gene is masked in each cell; PAD is never masked.
     shown
         bool (N, P): measured genes that are not masked.
     visible
-        CSR float32 (N, P) raw counts without the masked positions. Methods may use no other counts.
+        CSR float32 (N, P): raw counts without the masked ones. Methods may use no other counts.
     cells, genes
-        int (n,) cell and gene of each scored position, ordered by cell.
+        int (n,): row of the cell and position of the gene of each scored (cell, gene) pair, ordered by cell.
     levels, counts
-        (n,) true levels, uint8, and true raw counts, float32, of the scored positions.
+        (n,): true expression levels, uint8, and true raw counts, float32, of the scored (cell, gene) pairs.
     low, high, medians, means
-        float32 range of each cell (N,), and median and mean raw count of each level (N, num_bins), that methods may
-        use; see `shown_ranges`.
+        float32: expression range of each cell (N,), and median and mean raw count of each expression level (N,
+        num_bins). Methods may use these values; see `shown_ranges`.
     """
 
     mask: np.ndarray
@@ -271,10 +272,10 @@ class Masked:
     def of(
         cls, eval_cells: EvalCells, mask: np.ndarray, scored: tuple[np.ndarray, np.ndarray] | None = None
     ) -> Masked:
-        """Mask the positions at which `mask`, bool (N, P), is True.
+        """Mask the genes of each cell for which `mask`, bool (N, P), is True.
 
-        `scored` is the pair (cells, genes) of the scored positions, ordered by cell; by default, all masked positions
-        that are expressed.
+        `scored` gives the (cell, gene) pairs to score as two arrays (cells, genes), ordered by cell. By default, all
+        masked pairs in which the gene is expressed are scored.
         """
         tokens, all_counts = eval_cells.tokens, eval_cells.counts
         mask = mask & (tokens < eval_cells.num_bins)
@@ -339,8 +340,8 @@ def mask_ratio(eval_cells: EvalCells, ratio: float, seed: int) -> Masked:
 def mask_measured(eval_cells: EvalCells, ratio: float, seed: int, most: int) -> Masked:
     """Mask exactly round(`ratio` x n) of the n measured genes of each cell; score all masked genes, expressed or not.
 
-    If more than `most` positions are masked, a random sample of `most` positions is scored. The `means` of the result
-    are computed from the visible genes of each cell.
+    If more than `most` (cell, gene) pairs are masked, a random sample of `most` pairs is scored. The `means` of the
+    result are computed from the visible genes of each cell.
     """
     amounts = np.full(eval_cells.num_bags, ratio, np.float32)
     return _all_scored(eval_cells, _draw(eval_cells, masking.exact_ratio, seed, amounts), seed, most)
@@ -387,7 +388,7 @@ def mask_cells(eval_cells: EvalCells, num_cells: int, seed: int) -> Masked:
 
 
 def mask_genes(eval_cells: EvalCells, genes: np.ndarray) -> Masked:
-    """Mask the gene positions `genes` in all cells whose study measured them."""
+    """Mask the genes at the vocabulary positions `genes` in all cells whose study measured them."""
     chosen = np.zeros(eval_cells.tokens.shape[1], bool)
     chosen[genes] = True
     hidden = masking.fixed_genes(jnp.asarray(eval_cells.tokens), jnp.asarray(chosen), eval_cells.num_bins)

@@ -4,7 +4,7 @@ The sCT paper scores only masked genes that are expressed. A user who imputes a 
 expressed. Here a fraction of the *measured* genes of each cell is masked at random and every masked position is scored.
 The metrics test three things: how well a method separates expressed from unexpressed genes, whether its probabilities
 are calibrated (a probability of 0.3 should be right in 30% of cases), and how close its expected counts are to the true
-counts. Every method returns level probabilities and an expected count at the same positions.
+counts. Every method returns probabilities of expression levels and an expected count for the same (cell, gene) pairs.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Estimator(Protocol):
     remark: str
 
     def estimate(self, eval_cells: EvalCells, masked: Masked) -> Estimate:
-        """Estimate level probabilities and expected counts at the scored positions.
+        """Estimate probabilities of expression levels, and expected counts, for the scored (cell, gene) pairs.
 
         The method may use the same data as `ImputationMethod.predict`.
 
@@ -135,7 +135,7 @@ class LevelFrequency:
         )
 
     def estimate(self, eval_cells: EvalCells, masked: Masked) -> Estimate:
-        """Estimate level probabilities and counts at the scored positions; see `Estimator`."""
+        """Estimate level probabilities and counts of the scored (cell, gene) pairs; see `Estimator`."""
         # One pseudocount, spread over all levels, so that no probability is zero.
         chance = self._of.frequencies(eval_cells, masked) + 1 / eval_cells.num_bins
         chance = (chance / chance.sum(axis=1, keepdims=True)).astype(np.float32)
@@ -155,7 +155,7 @@ class CountMethod(abc.ABC):
 
     @abc.abstractmethod
     def counts(self, eval_cells: EvalCells, masked: Masked) -> np.ndarray:
-        """Return the expected counts (n,) at the scored positions.
+        """Return the expected counts (n,) of the scored (cell, gene) pairs.
 
         Raises
         ------
@@ -168,7 +168,7 @@ class CountMethod(abc.ABC):
         return self
 
     def estimate(self, eval_cells: EvalCells, masked: Masked) -> Estimate:
-        """Estimate level probabilities and counts at the scored positions; see `Estimator`."""
+        """Estimate level probabilities and counts of the scored (cell, gene) pairs; see `Estimator`."""
         known = _mask_more(eval_cells, masked)
         expected = self._of_visible().counts(eval_cells, known)
         dispersion = dispersions(known.genes, expected, known.counts, masked.mask.shape[1])
@@ -208,7 +208,7 @@ class GeneMean(CountMethod):
         return GeneMean(THESE_CELLS) if self.fitted_on == OTHER_CELLS else self
 
     def counts(self, eval_cells: EvalCells, masked: Masked) -> np.ndarray:
-        """Return the expected count (n,) at each scored position; see `CountMethod`."""
+        """Return the expected count (n,) of each scored (cell, gene) pair; see `CountMethod`."""
         if self.fitted_on == TRAINING and self._train is None:
             raise Unavailable(
                 "this method needs training studies, but none were given: give a store with training studies"
@@ -302,7 +302,7 @@ class Smoothed(CountMethod):
         self._method, self._mean = method, gene_mean
 
     def counts(self, eval_cells: EvalCells, masked: Masked) -> np.ndarray:
-        """Return the expected count (n,) at each scored position; see `CountMethod`."""
+        """Return the expected count (n,) of each scored (cell, gene) pair; see `CountMethod`."""
         smoothed, cells = self._method.smooth(eval_cells, masked)
         return (cells * smoothed + self._mean.counts(eval_cells, masked)) / (cells + 1)
 
@@ -334,7 +334,7 @@ def from_levels(masked: Masked, chance: np.ndarray) -> Estimate:
 def _blocks(masked: Masked) -> Iterator[tuple[slice, slice]]:
     """Cut the cells into blocks.
 
-    For each block, yield the slice of its cells and the slice of their scored positions.
+    For each block, yield the slice of its cells and the slice of their scored (cell, gene) pairs.
     """
     for first in range(0, len(masked.mask), _CELLS_AT_ONCE):
         stop = min(first + _CELLS_AT_ONCE, len(masked.mask))
@@ -380,9 +380,10 @@ def dispersions(genes: np.ndarray, mean: np.ndarray, counts: np.ndarray, num_gen
 
 
 def negative_binomial(masked: Masked, mean: np.ndarray, dispersion: np.ndarray) -> Estimate:
-    """Convert negative binomial counts with means (n,) and one dispersion per gene (P,) to level probabilities.
+    """Convert negative binomial counts with means (n,) and dispersions per gene (P,) to expression level probabilities.
 
-    The level probabilities follow from the range of each cell. A dispersion of zero is a Poisson distribution.
+    The expression range of each cell determines which counts belong to which level. A dispersion of zero is a Poisson
+    distribution.
     """
     num_bins = masked.medians.shape[1]
     # `low` and `high` are log1p of whole counts, rounded to float32. Recompute them exactly for the level borders.
@@ -616,7 +617,7 @@ def natural_imputation(
     cells_name: str = "held-out cells",
     whole_genes: bool = False,
 ) -> NaturalResult:
-    """Evaluate imputation of randomly masked measured genes; all masked positions are scored, expressed or not.
+    """Evaluate imputation of randomly masked measured genes; all masked genes are scored, expressed or not.
 
     Parameters
     ----------

@@ -1,8 +1,9 @@
 """Compare a model with baselines on imputation of masked genes and cells (sCT paper, section 4 and appendix C).
 
-The metrics are the MCC of the level and the mean absolute error of the raw count. Only masked genes that are expressed
-are scored. A method that knows this (*given expressed*) has an easier task. Therefore a method can have two rows in the
-table. In one row, it chooses among all levels. In the other row, it knows that the gene is expressed.
+The metrics are the MCC of the expression level and the mean absolute error of the raw count. Only masked genes that are
+expressed are scored. A method that knows that these genes are expressed (*given expressed*) has an easier task.
+Therefore a method can have two rows in the table. In one row, the method chooses among all levels. In the other row,
+the method knows that the gene is expressed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Score a model and the baselines at the same masked (cell, gene) positions, and make the result tables."""
+"""Score a model and the baselines on the same masked (cell, gene) pairs, and make the result tables."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ class ImputationModel:
     Parameters
     ----------
     probabilities
-        Function (variables, masked tokens (B, K, P), coordinates (B, K, 2) or None) -> probabilities of the levels
-        (B, K, P, num_bins), corrected for the masking rates in training.
+        Function of the variables, the masked tokens (B, K, P), and the coordinates (B, K, 2) or None. The function
+        returns probabilities of the expression levels (B, K, P, num_bins), corrected for the masking rates in training.
     variables
         Parameters of the model.
     odds
-        Factor by which `predict` multiplies the odds of being expressed when it chooses among all levels. It reproduces
-        the evaluation of the sCT paper, whose training loss has the same effect (`sct.data.class_prior`).
+        Factor by which `predict` multiplies the odds of being expressed when it chooses among all levels. The factor
+        reproduces the evaluation of the sCT paper, whose training loss has the same effect (`sct.data.class_prior`).
     name, fitted_on, remark
         See `sct.eval.imputation.baselines.ImputationMethod`.
     bags_per_batch
@@ -85,7 +85,7 @@ class ImputationModel:
     def chances(
         self, eval_cells: EvalCells, masked: Masked, tick: Callable[[int], None] = lambda bags: None
     ) -> np.ndarray:
-        """Return the model's probability of each level at each scored position, (n, num_bins).
+        """Return the model's probability of each expression level for each scored (cell, gene) pair, (n, num_bins).
 
         `tick` is called with the number of bags finished since the last call.
         """
@@ -110,7 +110,7 @@ class ImputationModel:
     def predict(
         self, eval_cells: EvalCells, masked: Masked, tick: Callable[[int], None] = lambda bags: None
     ) -> dict[bool, LevelPrediction]:
-        """Predict levels and raw counts, once with and once without the knowledge that the genes are expressed.
+        """Predict expression levels and raw counts, once with and once without knowing that genes are expressed.
 
         The predicted count is the expected median count of the levels, as in the sCT paper.
         """
@@ -137,10 +137,10 @@ class ScoreRow:
     given_expressed
         Whether the method knows that the masked genes are expressed; None if it could not run.
     mcc, delta_mcc, mae, msle
-        One number per draw: MCC of the levels, MCC minus the MCC of the reference baseline, mean absolute error of the
-        raw counts, and mean squared error of the log1p counts.
+        One number per random mask: MCC of the expression levels, MCC minus the MCC of the reference baseline, mean
+        absolute error of the raw counts, and mean squared error of the log1p counts.
     confusion
-        int (num_bins, num_bins), true by predicted level, summed over draws.
+        int (num_bins, num_bins): confusion matrix of true (rows) and predicted (columns) levels, summed over the masks.
     both
         Whether the method has two rows, with and without given expressed, so that `label` must name the variant.
     key
@@ -206,7 +206,7 @@ class Setting:
     notes
         Further notes below the table.
     ranges
-        Note on how levels and counts are derived from the range of a cell.
+        Note on how expression levels and counts are derived from the expression range of a cell.
     """
 
     name: str
@@ -270,7 +270,7 @@ class ProtocolResult:
     def confusion(self) -> dict[Any, dict[str, np.ndarray]]:
         """Return the confusion matrices of the model; rows are true levels and columns are predicted levels.
 
-        They have the form {value of the setting: {row label: (num_bins, num_bins)}}.
+        The result has the form {value of the setting: {row label: (num_bins, num_bins)}}.
         """
         return {
             setting.value: {
@@ -324,7 +324,7 @@ def measure(
     draws: Iterable[Callable[[], Draw]],
     tick: Callable[[int], None] = lambda units: None,
 ) -> tuple[dict[str, list[ScoreRow]], dict[str, list[int]]]:
-    """Score all methods at the same masked (cell, gene) positions.
+    """Score all methods on the same masked (cell, gene) pairs.
 
     Parameters
     ----------
@@ -333,8 +333,8 @@ def measure(
     methods
         Imputation methods. The first one is the reference baseline.
     draws
-        Functions that each return a draw (`Masked`) and its groups of positions, {group: bool (n,)}. Groups are scored
-        separately, and every draw has the same group names.
+        Functions that each return one random mask (`Masked`) and groups of its scored pairs, {group: bool (n,)}. Groups
+        are scored separately, and all masks have the same group names.
     tick
         Progress callback, called with the number of finished units of work: bags for the model, draws for the
         baselines.

@@ -117,7 +117,8 @@ def activities(counts: Any, symbols: Sequence[str], gene_sets: Mapping[str, Sequ
 
     Returns
     -------
-    Table float64 (N, sets) of t-values. It contains only sets of which at least five genes are among the G genes.
+    Table float64 (N, sets) of t-values. The table contains only gene sets of which at least five genes are among the G
+    genes.
 
     Raises
     ------

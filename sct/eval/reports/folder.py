@@ -39,8 +39,8 @@ _LIBRARIES = ("jax", "flax", "numpy", "scipy", "scikit-learn", "anndata", "scanp
 def environment() -> dict[str, str]:
     """Return facts about the running process: command, date, versions of packages, machine and devices.
 
-    The function imports no library. It lists the JAX devices only if JAX is already imported, because listing them
-    starts the JAX backend.
+    The function imports no library. JAX devices are listed only if JAX is already imported, because listing them starts
+    the JAX backend.
     """
     command = [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]
     facts = {

@@ -100,7 +100,7 @@ class Report:
     notes
         Sentences under the table.
     better
-        Key of a numeric column -> "max" or "min". The best mean of the column is shown in bold.
+        Dict from the key of a numeric column to "max" or "min". The best mean of the column is shown in bold.
 
     Raises
     ------
