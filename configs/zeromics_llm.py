@@ -1,7 +1,7 @@
 """Train ZerOmics by instruction tuning, so that LLaMA-2 answers questions about cells.
 
-A soft token is a vector computed from a cell. LLaMA reads soft tokens in the same way as word embeddings. Here each
-cell has 500 soft tokens.
+A soft token is a vector computed from a cell. LLaMA reads soft tokens in the same way as word embeddings. Each cell has
+500 soft tokens in this configuration.
 
 Without a variant, the model has the sizes of the paper. LLaMA-2-13B is frozen, with a mixture of low-rank adapters: one
 for all tasks and one per task. The cell model of configs/zeromics_sc.py is frozen too. A linear cell tokenizer computes

@@ -2,9 +2,9 @@
 
     python tools/make_gene_table.py SOURCE.tsv.gz sct/data/assets/genes_human.tsv.gz
 
-SOURCE is a tab-separated table of GENCODE 48 genes joined with the HGNC complete set. Its columns are ensembl_id,
-symbol, biotype, hgnc_id, hgnc_symbol_2020, name, locus_group, alias_symbols, prev_symbols and location. Only
-protein-coding genes are written. Running the tool twice writes the same bytes.
+SOURCE is a tab-separated table of GENCODE 48 genes joined with the HGNC complete set. The columns of SOURCE are
+ensembl_id, symbol, biotype, hgnc_id, hgnc_symbol_2020, name, locus_group, alias_symbols, prev_symbols and location.
+Only protein-coding genes are written. Running the tool twice writes the same bytes.
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ BAND_DIGITS = (
 
 
 def band_position(arm: str, digits: str) -> tuple[int, int]:
-    """Return the sort key (arm, position) of a band's start. It grows from the telomere of p to the telomere of q.
+    """Return the sort key (arm, position) of a band's start.
+
+    The key grows from the telomere of the short arm (p) to the telomere of the long arm (q).
 
     The digits of a band are a decimal fraction of the arm, counted from the centromere: band 36.3 contains 36.31 to
-    36.33. No digits mean the whole arm. On the short arm (p), the end of a band that is far from the centromere comes
-    first. The position there is the negated end of the interval that the digits span.
+    36.33. No digits mean the whole arm. On the short arm, a band starts at its end that is far from the centromere. The
+    position of this end is the negated upper end of the interval that the digits span.
     """
     digits = digits.replace(".", "")
     low = int(digits.ljust(BAND_DIGITS, "0") or 0)

@@ -1,6 +1,6 @@
 """Store compiled programs in a folder (JAX's persistent compilation cache).
 
-An unusable folder never stops a command.
+If the folder cannot be used, the command continues without it.
 """
 
 from __future__ import annotations

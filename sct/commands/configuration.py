@@ -173,10 +173,10 @@ def _with_current_names(config: Any, words: Sequence[str]) -> list[str]:
 
 
 def _with_own_name(config: Any, word: str) -> tuple[str, bool]:
-    """Replace the name of a renamed field, in a word that sets it, by the name that the configuration uses.
+    """In a word that sets a renamed field, replace the name of the field by the name that the configuration uses.
 
-    A configuration file of an earlier version has former names, and current names also work with it. Other words are
-    returned unchanged.
+    A configuration file of an earlier version has former names. The command line may use the current names even for
+    such a file. Other words are returned unchanged.
 
     Returns
     -------

@@ -22,5 +22,5 @@ def select() -> None:
 
 
 def check() -> None:
-    """Raise `ConfigError` if JAX does not run on the chosen device. This starts JAX unless --device is auto."""
+    """Raise `ConfigError` if JAX does not run on the chosen device. The check starts JAX unless --device is auto."""
     devices.check(_DEVICE.value, _OPTION)

@@ -43,7 +43,7 @@ def all_families() -> dict[str, Family]:
 
 
 def register(family: Family) -> None:
-    """Add a family. Its architectures can then be trained, loaded and used like the built-in ones.
+    """Add a family. The architectures of the family can then be trained, loaded and used like built-in architectures.
 
     Registering a second family with the same name replaces the first one. Registering a built-in family again has no
     effect.

@@ -1,8 +1,8 @@
 """Decode with a key-value cache: each token is computed once, and later tokens attend to its keys and values.
 
 Training runs the stacked layers in a loop (scan). Decoding unrolls them over separate parameters, because a loop would
-copy the parameters and the cache of each layer for each token. These copies would cost more than the matrix products of
-a few rows.
+copy the parameters and the cache of each layer for each token. Copying parameters and cache would take longer than the
+matrix products of a few rows.
 """
 
 from __future__ import annotations

@@ -132,8 +132,9 @@ class CellSentenceModel:
     def options(self, task: str, prompts: Sequence[np.ndarray], **changes: Any) -> DecodingOptions:
         """Return the decoding options for prompts: the paper's defaults, with the options in `changes` replaced.
 
-        By default, a prompt with its answer has at most as many tokens as a text in training. This limit also holds
-        for models with rotary positions, which could read longer texts. A generated cell has at most 8 tokens per gene.
+        By default, a prompt with its answer has at most as many tokens as a text in training. The limit also holds for
+        models with rotary positions, although these could read longer texts. A generated cell has at most 8 tokens per
+        gene.
 
         Raises
         ------
@@ -223,7 +224,7 @@ class CellSentenceModel:
         candidates
             C different answers.
         templates
-            Number of prompt templates to average probabilities over.
+            Number of prompt templates over which the probabilities are averaged.
         batch_size
             Number of cells processed at once.
 

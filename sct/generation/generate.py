@@ -54,7 +54,8 @@ class _State(NamedTuple):
     log_probability
         Log probability of the generated tokens of each row, float32 (B,).
     seen
-        Which tokens occur in each row, for the repetition penalty, bool (B, V). None without a penalty.
+        Which tokens occur in each row, for the repetition penalty, bool (B, V). None if no row has a repetition
+        penalty.
     node
         Current node of each row in the trie, int32 (B,).
     """
@@ -216,8 +217,8 @@ def generate(
     trie
         Trie of the allowed answers, from `sct.generation.trie.make_trie`. None allows every answer.
     soft
-        Function that takes the indices of n prompts and returns their soft tokens (n, K, D). It is called for each
-        batch of prompts. The token -1 - k of a prompt stands for its soft token k.
+        Function that takes the indices of n prompts and returns their soft tokens (n, K, D). The function is called
+        once for each batch of prompts. The token -1 - k of a prompt stands for its soft token k.
     progress_bar
         Whether to show a progress bar.
 

@@ -175,7 +175,7 @@ class InstructionModel:
             The order of the candidates in a prompt depends on the seed and on the key of the cell. Default keys: 0, 1,
             ...
         templates
-            Prompt templates to average probabilities over: the number of templates, or a list of template numbers.
+            Prompt templates over which the probabilities are averaged: their number, or a list of template numbers.
         batch_size
             Number of cells processed at once.
         cells

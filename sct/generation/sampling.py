@@ -76,9 +76,9 @@ def _largest(enough: jax.Array, values: jax.Array, weights: jax.Array) -> jax.Ar
 def adjusted(scores: jax.Array, sampling: Sampling, seen: jax.Array | None, uses: Uses) -> jax.Array:
     """Apply the sampling parameters to logits (B, V), in the order of the Hugging Face logits processors.
 
-    First, the repetition penalty (Keskar et al. 2019) makes tokens that a row already contains (`seen`, bool (B, V))
-    less likely: positive logits are divided by it, negative logits are multiplied by it. Then follow temperature, top-k
-    and top-p (Holtzman et al. 2020). Excluded tokens get a very low logit.
+    The repetition penalty (Keskar et al. 2019) is applied first, to tokens that a row already contains (`seen`, bool
+    (B, V)): positive logits are divided by the penalty, and negative logits are multiplied by it. Temperature, top-k
+    and top-p (Holtzman et al. 2020) are applied next, in this order. Excluded tokens get a very low logit.
     """
     if uses.penalty and seen is not None:
         penalty = sampling.penalty[:, None]

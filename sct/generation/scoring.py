@@ -89,13 +89,13 @@ def score(
     model
         A text decoder.
     prompts, candidates
-        Tokens of each prompt and each candidate. Candidates should end with the stop token. Otherwise a candidate that
-        is a prefix of another one always has the higher likelihood.
+        Tokens of each prompt and each candidate. Candidates should end with the stop token. If they do not, a candidate
+        that is a prefix of another candidate always has the higher likelihood of the two.
     batch_size
         Number of prompts processed at once.
     per_token
-        If True, divide by the number of tokens, so that long answers are not at a disadvantage. The result is then not
-        a log probability.
+        If True, divide each log-likelihood by the number of tokens in the candidate, so that long answers are not at a
+        disadvantage. The divided values are not log probabilities.
     soft
         See `sct.generation.generate.generate`.
 

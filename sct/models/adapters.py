@@ -1,8 +1,8 @@
 """Make, find, count and check the adapters of a model, and merge low-rank adapters into its parameters.
 
 The collection "adapters" holds the adapter of each layer under the path of the layer. `sct.nn.adapters` defines the
-arrays of an adapter and what it computes. `sct.models.adapter_kinds` defines the options of each kind. Only `merge`
-changes the model's parameters.
+arrays of an adapter and what it computes. `sct.models.adapter_kinds` defines the options of each kind. The function
+`merge` changes the model's parameters; no other function here does.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def _config_of(kind: Kind) -> type[AdapterConfig]:
 
 
 def check_same(variables: Mapping[str, Any], config: AdapterConfig, what: str) -> None:
-    """Raise `ConfigError` if the adapters of a model have another kind or other options than a configuration.
+    """Raise `ConfigError` if a model's adapters differ from a configuration in their kind or their options.
 
     The kind and the options of existing adapters cannot change, so a different configuration would have no effect.
     `what` names the model in the message.

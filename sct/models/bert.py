@@ -87,7 +87,7 @@ class BertLayer(nn.Module):
     def add(self, x: jax.Array, y: jax.Array, name: str) -> jax.Array:
         """Add y (B, T, D) to x (B, T, D), and apply the layer norm called `name`.
 
-        Here y is the output of attention or of the feed-forward layer.
+        The array y is the output of attention or of the feed-forward layer.
         """
         y = drop(self, y, self.config.dropout) if self.config.dropout else y
         return LayerNorm(self.config.norm_eps, name=name)(x + y)

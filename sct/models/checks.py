@@ -72,7 +72,7 @@ def check_outputs(values: np.ndarray, what: str, of: str = "rows") -> None:
 def check_range(name: str, values: Any, most: int, least: int = 0) -> None:
     """Raise `DataError` unless an array holds integers from `least` to `most`.
 
-    This check is needed because JAX silently clips an index that is out of range.
+    Without such a check, JAX would silently clip an index that is out of range.
 
     Values of traced arrays are not checked. `name` names the array in the message.
     """
@@ -92,7 +92,7 @@ def check_range(name: str, values: Any, most: int, least: int = 0) -> None:
 
 
 def check_text(inputs: Any, vocab_size: int, max_length: int | None) -> None:
-    """Raise `DataError` unless `input_ids` (B, T) holds tokens of the vocabulary and the other text inputs fit.
+    """Raise `DataError` unless `input_ids` (B, T) holds tokens of the vocabulary and other inputs have its shape.
 
     Parameters
     ----------

@@ -237,7 +237,7 @@ class Decoder(nn.Module):
         return self.finish(x)
 
     def finish(self, x: jax.Array) -> jax.Array:
-        """Apply the norm after the last block to x (B, T, D)."""
+        """Apply the final norm of the decoder to x (B, T, D), the output of the last block."""
         return self.norm(x)
 
     def logits(self, hidden: jax.Array) -> jax.Array:

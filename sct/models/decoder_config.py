@@ -49,8 +49,8 @@ class DecoderConfig:
     head_dim
         Number of features of an attention head. 0 means embed_dim / num_heads.
     max_length
-        With learned positions, the size of the position table. With rotary positions, the longest text that the model
-        was trained for.
+        With learned positions, the number of rows in the table of position embeddings, which limits the length of
+        texts. With rotary positions, the longest text that the model was trained for.
     positions
         "learned" adds a learned vector per position to the tokens. "rotary" applies rotary position embedding to
         queries and keys.
@@ -187,7 +187,7 @@ class DecoderConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """Return how many features of a head rotary position embedding rotates."""
+        """Return the number of features of a head that rotary position embedding rotates."""
         return int(self.head_size * self.rotary_fraction)
 
     def frequencies(self) -> jax.Array:

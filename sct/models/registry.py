@@ -34,7 +34,7 @@ class Architecture(NamedTuple):
     Attributes
     ----------
     config, module
-        Classes of the configuration and of the Flax module.
+        The configuration class and the Flax module class of the architecture.
     targets
         Dense layers that get a low-rank adapter by default; see `sct.models.adapter_kinds.LoraConfig`. Empty if the
         architecture has no default.
@@ -191,7 +191,7 @@ def inherited(config: Any, given: Mapping[str, Any], length: int = 0) -> dict[st
         Configuration of the existing model. If its class defines `with_length(values, length)`, that method adapts the
         values to `length`; other models accept any length.
     given
-        Values of the new configuration. Only dtype, remat and dropout are taken from it.
+        Values of the new configuration. Only dtype, remat and dropout are taken from these values.
     length
         Tokens per row of text in the new training; 0 if it has no text.
     """

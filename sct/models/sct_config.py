@@ -74,8 +74,8 @@ class SCTConfig:
         With "flat", convolutions run over the flat cells-by-genes sequence and cross the borders between cells, as in
         the paper. With "cell", they do not cross these borders.
     rotary
-        Whether the transformer uses rotary position embedding, over the whole flat sequence. Without it, the
-        transformer does not depend on the order of positions.
+        Whether the transformer uses rotary position embedding, over the whole flat sequence. Without rotary position
+        embedding, the order of the positions does not affect the transformer.
     use_spatial
         Whether the model reads cell coordinates.
     spatial_encoding, num_scales, sigma_min, sigma_max
@@ -159,7 +159,7 @@ class SCTConfig:
     def fit(cls, values: Mapping[str, Any], num_genes: int) -> dict[str, Any]:
         """Return configuration values in which `num_genes`, if missing or 0, is set to the size of the vocabulary.
 
-        This size is rounded up to a multiple of 2 ** num_downsamples.
+        The size of the vocabulary is rounded up to a multiple of 2 ** num_downsamples.
         """
         levels = values.get("num_downsamples", cls.num_downsamples)
         check_at_least("num_downsamples", levels, 1, most=MOST["num_downsamples"])

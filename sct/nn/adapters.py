@@ -185,7 +185,8 @@ class Prefix(NamedTuple):
     Attributes
     ----------
     keys, values
-        Arrays (1 or B, n, H', D) for n prefix vectors and H' heads. Rotary position embedding is not applied to them.
+        Arrays (1 or B, n, H', D) for n prefix vectors and H' heads. Rotary position embedding is not applied to the
+        keys of a prefix.
     on
         Whether queries attend to the prefix, bool (). None means that they always do.
     """

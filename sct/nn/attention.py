@@ -80,8 +80,8 @@ def attend(
     The memory use of the first and the third implementation grows linearly with L.
 
     On a mesh, each device computes attention for its own queries, heads and bags. If the sequence is split among
-    devices, each device first gathers all keys and values. These two arrays of B x L x H x D are small compared with
-    the scores of the device's queries.
+    devices, each device first gathers all keys and values. The gathered keys and values, B x L x H x D numbers each,
+    are small compared with the scores of the device's queries.
 
     Parameters
     ----------

@@ -6,10 +6,10 @@ without one.
 
 A layer is distributed over devices in one of two ways:
 
-- `constrain` states how an activation is sharded, and XLA adds the communication. This suits matrix products.
-- `on_each_device` runs a function on the bags and cells that each device holds. This suits norms and convolutions along
-  the sequence, for which XLA would gather the whole sequence. `neighbor_positions` fetches the few positions that a
-  convolution needs from the neighboring devices.
+- `constrain` states how an activation is sharded, and XLA adds the communication; layers with matrix products use it.
+- `on_each_device` runs a function on the bags and cells that each device holds. Norms and convolutions along the
+  sequence use it, because XLA would gather the whole sequence for them. `neighbor_positions` fetches the few positions
+  that a convolution needs from the neighboring devices.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ class Mask(NamedTuple):
     ----------
     query, key
         Segment numbers of queries, int32 (B, L), and of keys, int32 (B, M). None means that there is one segment. By
-        convention 0 is padding. A key in the segment `EVERYONE` is attended to by every query, and a key in `NO_ONE` by
-        no query.
+        convention, padding has the segment number 0. A key in the segment `EVERYONE` is attended to by every query, and
+        a key in `NO_ONE` by no query.
     order
         For causal attention, the index of the first query among the keys, int32 (): query i attends to keys 0 to
         `order + i`. None means all keys.
@@ -149,8 +149,8 @@ class _Blocks(NamedTuple):
     def bias(self, i: Any, j: Any) -> jax.Array | None:
         """Return the bias that is added to the scores of block (i, j), with shape (B or 1, 1, c, c').
 
-        The bias is 0 for keys to which a query attends, `UNSEEN` for other keys, and -inf for padding. None means all
-        zeros.
+        The bias is 0 for keys to which a query attends, `UNSEEN` for other keys, and -inf for padding. The result is
+        None if the bias is 0 for all keys.
         """
         take = functools.partial(lax.dynamic_index_in_dim, keepdims=False)
         query, key = (

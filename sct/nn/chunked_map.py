@@ -33,11 +33,11 @@ def chunked_map(function: ChunkFunction, save: bool, params: Any, inputs: Any) -
     Parameters
     ----------
     function
-        Pure function. It must be hashable, because it is a static argument.
+        Pure function. The function must be hashable, because it is a static argument of a compiled function.
     save
         Whether the forward pass saves the `saveable` values for the backward pass.
     params
-        Tree of arrays, the same for all chunks. Its gradient is the sum over the chunks.
+        Tree of arrays, the same for all chunks. The gradient of `params` is summed over the chunks.
     inputs
         Tree of arrays (n, ...), for n chunks.
 
@@ -148,7 +148,9 @@ def _put(arrays: Any, chunks: Any, i: jax.Array) -> Any:
 
 
 def _room(shape: tuple[int, ...], dtype: Any, after: jax.Array) -> jax.Array:
-    """Return a buffer of a given shape. Its initial values do not matter, because all of them are overwritten later.
+    """Return a buffer of a given shape.
+
+    The initial values of the buffer do not matter, because all of them are overwritten later.
 
     The buffer depends on the array `after`, so XLA does not allocate it before `after` exists.
     """

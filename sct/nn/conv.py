@@ -44,7 +44,7 @@ def _conv_in_loop(x: jax.Array, kernel: jax.Array, pads: tuple[int, int]) -> jax
     """Convolve as `_library_conv` does, but compute the kernel's gradient as one matrix product per kernel position.
 
     Inside a loop, XLA for CPU (jax 0.10) computes this gradient as a convolution with a kernel as long as the sequence.
-    That runs at 5 GFLOP/s, while the matrix products run at more than 100 GFLOP/s.
+    The convolution runs at 5 GFLOP/s, while the matrix products run at more than 100 GFLOP/s.
     """
     return _library_conv(x, kernel, pads)
 
@@ -73,12 +73,12 @@ _conv_in_loop.defvjp(_conv_in_loop_forward, _conv_in_loop_backward)
 def conv_transpose_2x(x: jax.Array, kernel: jax.Array, halo: int = 0) -> jax.Array:
     """Apply a transposed convolution with stride 2 and "SAME" padding: (B, L, C) -> (B, 2L, F).
 
-    The output equals `lax.conv_transpose(x, kernel, (2,), "SAME")`. It is computed as two stride-1 convolutions, one
-    for the even and one for the odd output positions. On CPU, the gradient of the strided convolution runs at
-    3 GFLOP/s. The two stride-1 convolutions have the ordinary gradient of a convolution.
+    The output equals `lax.conv_transpose(x, kernel, (2,), "SAME")`. The output is computed by two stride-1
+    convolutions, one for the even and one for the odd output positions. On CPU, the gradient of the strided convolution
+    runs at 3 GFLOP/s. The two stride-1 convolutions have the ordinary gradient of a convolution.
 
-    Output position 2m + p is the sum of kernel[j] * x[m + (p + j - a) / 2] over the kernel positions j for which
-    p + j - a is even. Here a is the left padding of the dilated input.
+    Output position 2m + p is the sum of kernel[j] * x[m + (p + j - a) / 2] over the kernel positions j for which p + j
+    - a is even. In this formula, a is the left padding of the dilated input.
 
     Parameters
     ----------
@@ -87,8 +87,8 @@ def conv_transpose_2x(x: jax.Array, kernel: jax.Array, halo: int = 0) -> jax.Arr
     kernel
         Shape (k, C, F).
     halo
-        Number of positions at each end of x that come from the neighboring parts of the sequence. These positions
-        replace the padding.
+        Number of positions at each end of x that come from the neighboring parts of the sequence. The positions of the
+        halo replace the padding.
     """
     size = kernel.shape[0]
     left = -(-size // 2) if size > 1 else 0  # left padding of the dilated input under "SAME", stride 2
@@ -134,8 +134,8 @@ class Conv(nn.Module):
     def __call__(self, x: jax.Array, borders: Borders | None = None) -> jax.Array:
         """Convolve x (B, L, C) and return (B, L, features), or (B, 2L, features) with `upsample`.
 
-        If x is a part of a longer sequence, `borders` are the positions before and after x, each (B, halo, C) with
-        halo = `halo_of(kernel_size, upsample)`. They replace the padding.
+        If x is a part of a longer sequence, `borders` are the positions before and after x, each (B, halo, C) with halo
+        = `halo_of(kernel_size, upsample)`. The borders replace the padding.
         """
         shape = (self.kernel_size, x.shape[-1], self.features)
         kernel = axes.param(

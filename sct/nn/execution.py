@@ -10,7 +10,7 @@ two methods, because a norm needs all positions of a cell, and a convolution nee
   and after x.
 
 **Devices.** Each device runs the layer on its own cells, and receives the borders of the normalized sequence from its
-neighbors. Without this, XLA would gather the whole sequence for every norm and convolution.
+neighbors. If layers did not exchange borders, XLA would gather the whole sequence for every norm and convolution.
 
 **Chunks.** On CPU, a tower level processes the bag in chunks of a few cells, for two reasons. First, a chunk stays in
 the cache. Second, XLA for CPU fuses a sum with all elementwise operations around it into one loop, which runs at a
@@ -101,8 +101,8 @@ def by_cells(
 def by_positions(layer: nn.Module, method: str, x: jax.Array, cells: int | None = None) -> jax.Array:
     """Apply a layer's method that treats each position separately, (..., C) -> (..., C'), to chunks of positions.
 
-    This saves memory in layers with hidden vectors much wider than their inputs. In the head of sCT, the hidden vectors
-    of a million positions take 4 GiB, and their gradients another 4 GiB.
+    Chunks of positions save memory in layers with hidden vectors much wider than their inputs. In the head of sCT, the
+    hidden vectors of a million positions take 4 GiB, and their gradients another 4 GiB.
 
     Parameters
     ----------

@@ -60,7 +60,8 @@ class SharedLayerNorm(nn.Module):
     """Layer norm over the gene axis of each cell and channel (sCT paper, section 3).
 
     Scale and bias have one entry per gene position, and all cells and channels share them. The layer therefore learns
-    statistics of each gene. With `learnable=False` it has no scale and no bias (ablation in the paper's Fig. 8).
+    statistics of each gene. With `learnable=False`, the layer has no scale and no bias (an ablation in Fig. 8 of the
+    sCT paper).
     """
 
     num_positions: int

@@ -1,7 +1,8 @@
 """Match ordered tables of regular expressions to parameter paths.
 
-Such tables choose which parameters are trained, and set their weight decay and learning rate. The first pattern that
-matches a path applies. A path without a match is an error, so that a renamed layer cannot silently change its group.
+Such tables choose which parameters of a model are trained, and set the weight decay and learning rate of each. The
+first pattern that matches a path applies. A path without a match is an error, so that a renamed layer cannot silently
+change its group.
 """
 
 from __future__ import annotations

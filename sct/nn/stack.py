@@ -35,7 +35,7 @@ def stack(layer: type[nn.Module], config: Any, number: int, remat: str, name: st
     Parameters
     ----------
     layer
-        Class of the layer. Its constructor takes only the configuration.
+        Class of the layer. The constructor of this class takes only the configuration.
     config
         Configuration of every layer.
     number

@@ -37,7 +37,9 @@ def run_steps(
     devices: Sequence[Any],
     active: bool = True,
 ) -> dict[str, Any]:
-    """Time steps, and measure the compute ceiling before and after the steps. The reported memory is that of the steps.
+    """Time steps, and measure the compute ceiling before and after the steps.
+
+    The reported memory is the memory that the steps use.
 
     Returns
     -------

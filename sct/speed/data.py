@@ -55,7 +55,7 @@ def _tokens_by_definition(counts: np.ndarray, num_bins: int, num_positions: int)
 def check_loader(job: SpeedJob, store: Store) -> dict[str, Any]:
     """Compare a bag from the loader with expression levels that are computed from the counts that anndata reads.
 
-    Raise `SctError` if they differ.
+    Raise `SctError` if the two differ.
     """
     task = job.task(store)
     source = task.dataset("train")
@@ -210,7 +210,7 @@ def measure_ingest(job: SpeedJob, store: Store | None = None) -> dict[str, Any]:
 
 
 def check_ingest(file: Path, store: Store) -> dict[str, Any]:
-    """Compare random cells of a store with the source file; anndata reads both. Raise `SctError` if they differ."""
+    """Compare random cells of a store with the source file (read by anndata). Raise `SctError` if a cell differs."""
     study = store.studies[0]
     rows = np.unique(np.random.default_rng(0).integers(study.n_cells, size=_CHECKED_CELLS))
     names = study.obs().index.to_numpy()[rows]

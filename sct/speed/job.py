@@ -65,7 +65,7 @@ class SpeedOptions:
 
 @dataclasses.dataclass(frozen=True)
 class SpeedJob:
-    """A speed measurement. It can be pickled, so that another process can prepare the cells.
+    """A speed measurement. The measurement can be pickled, so that another process can prepare the cells.
 
     Attributes
     ----------

@@ -39,8 +39,8 @@ class HostPeak:
 
     `bytes` is the peak, `before` is the memory on entry in bytes, and `how` is the method. "VmHWM" is the kernel's
     counter, which is reset on entry. "sampled" is the maximum of regular samples, used if the counter cannot be reset.
-    "whole process" is the peak since the start of the process, used if no other number exists. On entry, freed
-    memory is returned to the system, so that the peak only includes later work.
+    "whole process" is the peak since the start of the process, used if the system offers no other measure. On entry,
+    freed memory is returned to the system, so that the peak only includes later work.
     """
 
     def __init__(self) -> None:

@@ -80,7 +80,7 @@ def keep_gradient() -> optax.GradientTransformation:
 def moved_state(task: Task, mesh: Any, seed: int) -> tuple[State, State, dict[str, np.ndarray]]:
     """Make a training state with random parameters and random offsets; see the docstring of this module.
 
-    Return the state, its abstract form, and a copy of its variables by path.
+    Return the state, its shapes and dtypes, and a copy of its variables by path.
     """
     abstract, make_state = init_state(task, lambda _: keep_gradient(), mesh, seed)
     state = make_state()

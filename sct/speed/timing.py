@@ -54,7 +54,7 @@ def timed(
     what
         Description in the progress bar.
     active
-        Whether to show a progress bar. Set it to False if the step shows its own.
+        Whether to show a progress bar. Use False if the step shows a progress bar of its own.
     """
     wall, cpu, wait = [], [], []
     with progress(what, repeats, active=active) as bar:

@@ -143,7 +143,7 @@ class Objective(Protocol):
     def init(self, rng: jax.Array) -> Variables:
         """Return the initial variables, boxed with their logical axis names.
 
-        The function can be traced by `jax.eval_shape`.
+        The method can be traced by `jax.eval_shape`, which computes only shapes.
         """
         ...
 
@@ -161,7 +161,7 @@ class Objective(Protocol):
         ...
 
     def operations(self, records: int) -> float:
-        """Return the FLOPs of the matrix products in one forward pass of the loss. A multiply-add counts as 2 FLOPs."""
+        """Count the FLOPs of all matrix products in one forward pass of the loss. A multiply-add counts as 2 FLOPs."""
         ...
 
 
@@ -211,8 +211,8 @@ class Origin(Protocol):
     def take_pretrained_params(self) -> Mapping[str, Any]:
         """Return pretrained arrays by parameter path, for example gene features or a frozen decoder.
 
-        A new training run uses them instead of random initial values. Parameters from `init_from` take precedence. The
-        task drops its own reference to the arrays, which frees their memory.
+        A new training run uses these arrays instead of random initial values. Parameters from `init_from` take
+        precedence. The task then drops its reference to the arrays, so that their memory can be freed.
         """
         ...
 

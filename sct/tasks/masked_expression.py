@@ -55,8 +55,8 @@ class MaskedExpressionConfig(ObjectiveConfig):
     max_masked_fraction
         Maximum fraction of a bag's positions at which training evaluates the output head. Masked positions beyond this
         fraction are left out of the loss and counted in `dropped_targets`. 0 evaluates the head at every position. If
-        several devices share the cells of a bag, each gets an equal part of these positions. The loss depends on the
-        number of devices only if positions are dropped.
+        several devices share the cells of a bag, each device gets an equal part of these positions. The loss depends on
+        the number of devices only if positions are dropped.
     report_ratio, report_seeds
         Fraction of genes to mask, and number of random masks, in the report after training.
     report_bags

@@ -63,8 +63,8 @@ class TaskSpec:
     tokenizer
         Function (store, objective, data, seed) that trains a tokenizer; None for tasks without text.
     inherits_architecture
-        Whether the model's sizes depend on input files. If so, a resumed run, or one with `init_from`, keeps the sizes
-        of the earlier model.
+        Whether the model's sizes depend on input files. If True, a run that resumes, or that starts from the model in
+        `init_from`, keeps the sizes of the earlier model.
     speed
         Modes of `launch.speed` that support this task.
     everywhere

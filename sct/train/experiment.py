@@ -228,7 +228,7 @@ def _evaluate(
 ) -> tuple[list[Report], Exception | None]:
     """Evaluate a trained model. Return the reports, and the unexpected error that ended the evaluation or None.
 
-    The caller first saves the model, and then raises the unexpected error.
+    The caller saves the model before it raises the unexpected error.
     """
     reports: list[Report] = []
     for evaluator in task.evaluators():

@@ -38,9 +38,9 @@ class TrainConfig:
     Parameters
     ----------
     steps
-        Number of training steps (optimizer updates), which is also the length of the learning-rate schedule. A larger
-        number lengthens a finished run. With a constant schedule, the weights of a lengthened run equal those of a run
-        that had this number from the start.
+        Number of training steps (optimizer updates), which is also the length of the learning-rate schedule. With a
+        larger number than before, training of a finished run continues up to this number. With a constant schedule, the
+        weights of a lengthened run equal those of a run that had this number from the start.
     batch_size
         Number of training records (bags, cells or rows of text) in a batch, over all devices.
     grad_accum_steps
@@ -50,7 +50,7 @@ class TrainConfig:
     batch_ramp
         Stages with smaller batches at the start of training: pairs of (last step of the stage, records per batch), both
         increasing. All stages use microbatches of the same size; a batch that is smaller than a microbatch is processed
-        at once.
+        as a whole.
     log_every, eval_every, checkpoint_every
         Number of steps between log entries, validations and checkpoints. Every validation and every checkpoint also
         adds a log entry.

@@ -20,7 +20,7 @@ class OptimizerConfig:
     Parameters
     ----------
     peak_lr, init_lr, final_lr
-        Learning rate after the warm-up, at the first step, and at the end.
+        Learning rates: at the end of the warm-up, at the first step, and at the end of training.
     warmup_steps
         Number of steps of linear warm-up.
     schedule

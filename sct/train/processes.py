@@ -51,10 +51,10 @@ def join(coordinator: str | None, count: int | None, number: int | None, seconds
     Parameters
     ----------
     coordinator
-        "HOST:PORT" of process 0. None under Slurm or on a TPU pod, which provide it.
+        "HOST:PORT" of process 0. Use None under Slurm or on a TPU pod, where JAX finds the address.
     count, number
-        Number of processes, and number of this process, counted from 0. None under Slurm or on a TPU pod, which
-        provide them.
+        Number of processes, and number of this process, counted from 0. Use None under Slurm or on a TPU pod, where JAX
+        finds both numbers.
     seconds
         Longest time in seconds that the processes wait for each other.
 
@@ -258,7 +258,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _is_loss(error: BaseException) -> bool:
     """Return whether an error comes from JAX and says that another process has ended.
 
-    Only JAX's own errors count, because other errors may contain the same words in paths and names.
+    An error of another type does not count, because it may contain the same words in paths and names.
     """
     return isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(str(error)) is not None
 

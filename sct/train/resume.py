@@ -90,7 +90,7 @@ def check_options(recorded: Mapping[str, Any], spec: RunSpec, workdir: Path) -> 
 def _all_options(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return all options of a section of the configuration, as a dict by name.
 
-    An option that the run folder does not record gets the value that the run used.
+    An option that was added after the run started is not recorded; it gets the value that the run used in effect.
     """
     if issubclass(kind, ObjectiveConfig):
         values = {**kind.BEFORE, **values}

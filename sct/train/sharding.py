@@ -113,8 +113,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 def arrange(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
     """Return the devices as an array in the shape of the mesh.
 
-    Devices of one host are adjacent. Devices communicate most along the last axes, so these axes stay within a host if
-    their sizes allow it.
+    Devices of one host are adjacent. Devices communicate most along the last axes of the mesh, so each of these axes
+    stays within a host if its size allows it.
 
     Raises
     ------
@@ -147,7 +147,7 @@ def arrange(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
 def _host(device: Any) -> int:
     """Return the host index of a device.
 
-    A host of GPUs is a group of GPUs with direct links, which several processes may share. For other devices, the host
+    GPUs that are linked directly count as one host, even if several processes share them. For other devices, the host
     index is the process index.
     """
     group = getattr(device, "slice_index", None) if device.platform == "gpu" else None

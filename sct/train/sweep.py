@@ -53,7 +53,7 @@ class Sweep:
 
 
 def configurations(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the configuration of each run of a sweep, by name. The unchanged base comes first.
+    """Return the configuration of each run of a sweep, by name. The base configuration without changes comes first.
 
     Parameters
     ----------

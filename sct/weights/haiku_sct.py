@@ -300,7 +300,7 @@ def convert_config(
     config
         Content of the published `config.json`.
     converted
-        Arrays by path, from `convert_params`. Their shapes give the number of genes and the kernel sizes.
+        Arrays by path, from `convert_params`. The shapes of these arrays give the number of genes and the kernel sizes.
     source, params_source
         Names of the two files for error messages.
 

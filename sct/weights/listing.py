@@ -44,7 +44,7 @@ class FolderSummary:
 
 
 def find_models(folder: Path) -> Iterator[FolderSummary]:
-    """Yield the models of a folder: the folder itself, or the folders below it, two levels deep.
+    """Yield a summary of each model in a folder: of the folder itself, or of its sub-folders and their sub-folders.
 
     Raises
     ------

@@ -139,7 +139,8 @@ def save(
     shard_bytes
         Maximal size of a weights file in bytes.
     foreign
-        Whether the folder is for other programs, such as `transformers`. Its `config.json` then has no hashes.
+        Whether the folder is for other programs, such as `transformers`. The `config.json` of such a folder has no
+        hashes.
 
     Raises
     ------
@@ -361,7 +362,7 @@ def verify(folder: Path, config: Mapping[str, Any], shared: bool = False) -> Non
     folder, config
         The model folder, and its configuration from `read_config`.
     shared
-        Whether all processes load the model. Each process then checks only its share of the files.
+        Whether all processes load the model. If True, each process checks only its share of the files.
 
     Raises
     ------

@@ -170,9 +170,9 @@ def verify_checkpoint(
     only
         Items (sub-folders) to check. Default: all.
     shared
-        Whether all processes load the checkpoint. Each process then checks only its share of the files.
+        Whether all processes load the checkpoint. If True, each process checks only its share of the files.
     instead
-        Text for the error message: what happens after the user deletes the checkpoint.
+        Part of the error message that says what happens after the user deletes the damaged checkpoint.
 
     Raises
     ------
@@ -232,7 +232,7 @@ def check_finite_arrays(arrays: Mapping[str, jax.Array], path: Path) -> None:
 
 
 def with_masking(data: Any, config: Mapping[str, Any]) -> Any:
-    """Return the data section of a model with the masking options of its run.
+    """Add the masking options of a run to the data section of its model, and return the data section.
 
     If the data section has no masking options, they are copied from the configuration of the run.
     """

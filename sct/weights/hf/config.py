@@ -1,8 +1,8 @@
 """Convert architectures between `config.json` of Hugging Face and the configurations of this project.
 
 An option that changes the output of the model is either converted or refused. Rotary options are read in both
-spellings: `rope_theta` with `rope_scaling`, and `rope_parameters` (since `transformers` 5). They are written in the
-older spelling, which all releases of `transformers` read.
+spellings: `rope_theta` with `rope_scaling`, and `rope_parameters` (since `transformers` 5). Rotary options are written
+in the older spelling, which all releases of `transformers` read.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Read and write Hugging Face folders of text models: GPT-2, GPT-NeoX (Pythia), LLaMA and BERT.
 
-Weights are copied from the files to the devices one parameter at a time. Host memory therefore holds at most one
-parameter (stacked over layers) in addition to the arrays on the devices, never a second copy of the model.
+Weights are copied from the files to the devices one parameter at a time. Besides the arrays on the devices, host memory
+therefore holds at most one parameter (stacked over layers), never a second copy of the model.
 """
 
 from __future__ import annotations
@@ -178,7 +178,10 @@ def _settle_copies(
 
 
 def _equal(reader: FolderReader | TorchReader, one: str, other: str) -> bool:
-    """Return whether two arrays in the files are equal. They are compared slice by slice to limit the use of memory."""
+    """Return whether two arrays in the files are equal.
+
+    The arrays are compared slice by slice to limit the use of memory.
+    """
     shape = reader.shapes[one].shape
     if reader.shapes[other].shape != shape:
         return False
@@ -214,7 +217,8 @@ def load(
     Raises
     ------
     CheckpointError
-        The architecture is not supported, or the weights do not fit it. The message lists all differences.
+        The architecture is not supported, or the weights do not fit the architecture. The message lists all
+        differences.
     MissingExtraError
         torch, or the library that reads the tokenizer, is needed but not installed.
     """

@@ -7,7 +7,7 @@ value. This fused projection has one adapter in PEFT, but up to three adapters i
 - Reading splits the adapter: the three adapters share `lora_A`, and each gets its own columns of `lora_B`.
 - Writing joins them. Adapters with the same `lora_A` become one adapter of the same rank. Otherwise the rank of the
   joint adapter is the sum of their ranks, and each projection has zeros for the ranks of the other projections. Reading
-  such a file returns the original adapters.
+  a file with such a joint adapter returns the original adapters.
 
 Both conversions are exact.
 """
@@ -88,8 +88,8 @@ def load(model: Pretrained, folder: str | os.PathLike[str]) -> Pretrained:
     """Load the adapters of a PEFT folder into a text model.
 
     The parameters of the model do not change. Adapters of all layers are stacked: a layer without an adapter gets
-    zeros, and a lower rank is padded with zeros. These zeros do not change the output and cannot be trained. On a mesh,
-    adapters get the sharding of the kernels that they adapt.
+    zeros, and a lower rank is padded with zeros. The zeros do not change the output of the model and cannot be trained.
+    On a mesh, adapters get the sharding of the kernels that they adapt.
 
     Parameters
     ----------
