@@ -28,7 +28,7 @@ SHARE = 0.02
 
 
 def _state(job: SpeedJob, store: Store) -> tuple[State, State]:
-    """Return the initial training state with its optimizer, and its abstract form."""
+    """Return the initial training state with its optimizer, and the shapes and dtypes of its arrays."""
     task, mesh = job.task(store), sharding.make_mesh(job.train.mesh)
     abstract, make = init_state(
         task, lambda shapes: make_optimizer(job.optimizer, job.train.steps, shapes)[0], mesh, job.train.seed
