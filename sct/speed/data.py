@@ -210,7 +210,7 @@ def measure_ingest(job: SpeedJob, store: Store | None = None) -> dict[str, Any]:
 
 
 def check_ingest(file: Path, store: Store) -> dict[str, Any]:
-    """Compare random cells of a store with the source file, both read by anndata. Raise `SctError` if a cell differs."""
+    """Compare random cells of a store with the source file, both read by anndata; raise `SctError` if one differs."""
     study = store.studies[0]
     rows = np.unique(np.random.default_rng(0).integers(study.n_cells, size=_CHECKED_CELLS))
     names = study.obs().index.to_numpy()[rows]
