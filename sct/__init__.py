@@ -1,4 +1,4 @@
-"""Long-context single-cell foundation models in JAX.
+"""Train and use long-context single-cell foundation models in JAX.
 
 `import sct` is fast: it does not import JAX or scanpy. Submodules and classes (`sct.datasets`, `sct.GeneVocabulary`,
 `sct.Store`, ...) are imported at their first use.

@@ -237,7 +237,7 @@ def keep_freed_memory() -> None:
 
 
 class _Terminated(SystemExit):
-    """Raised when the process receives SIGTERM."""
+    """Signal that the process has received SIGTERM."""
 
 
 @contextmanager
@@ -278,7 +278,7 @@ def run_main(
     program
         Function that takes the remaining arguments and returns the exit status, or None for 0.
     argv
-        Words of the command line. The default is `sys.argv`.
+        Command line as a list of words. The default is `sys.argv`.
     command
         Name of the command that reads the flags; its usage is printed after an error in the command line.
     again

@@ -1,1 +1,1 @@
-"""Benchmarks of pretrained models, including those that fine-tune the model first."""
+"""Benchmark pretrained models, zero-shot or after fine-tuning on a few cells."""

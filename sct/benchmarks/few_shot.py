@@ -1,4 +1,4 @@
-"""Few-shot fine-tuning of a model that answers questions about cells (ZerOmics, section 4.3)."""
+"""Fine-tune a model that answers questions about cells on a few labeled cells (ZerOmics, section 4.3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Implementation of `sct.tl.benchmark`: compare a model with baselines on unseen cells (sCT paper, section 4)."""
+"""Implement `sct.tl.benchmark`: compare a model with baselines on unseen cells (sCT paper, section 4)."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class ZeroShotData(CellChoice):
 
 @dataclasses.dataclass(frozen=True)
 class NaturalImputationOptions:
-    """Options of natural imputation, which masks expressed and unexpressed genes alike.
+    """Options of natural imputation, in which expressed and unexpressed genes are equally likely to be masked.
 
     Parameters
     ----------

@@ -1,1 +1,1 @@
-"""Data pipeline: gene vocabularies, ingest, stores, tokens, bags of cells, and batch loading."""
+"""Prepare data for models: gene vocabularies, ingest, stores, tokens, bags of cells, and batch loading."""

@@ -169,8 +169,8 @@ def masked_cell_order(
 
     Each bag has `masked_per_bag` masked cells (the last bag may have fewer). Visible cells fill the rest of the bag.
     Without coordinates, the masked and the visible cells of a bag are random, and each visible cell is used once before
-    any is used again. With coordinates, the masked cells of a bag are a tile, and the visible cells nearest to the
-    center of the tile fill the bag.
+    any is used again. With coordinates, the masked cells of a bag are neighbors (a tile), and the visible cells nearest
+    to the center of this tile fill the bag.
 
     Parameters
     ----------

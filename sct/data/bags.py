@@ -1,4 +1,4 @@
-"""Bags of K cells of one study: the input unit of sCT.
+"""Make bags of K cells of one study, which sCT reads as one input.
 
 A bag of a single-cell study has random cells. A bag of a spatial study has a cell and its nearest neighbors in the
 plane, or random cells as an ablation. Seed, study, epoch and bag number determine the cells of a bag, so any bag can be

@@ -1,4 +1,4 @@
-"""The store: a folder with one AnnData zarr group per study. All studies have the same genes in the same order.
+"""Read a store: a folder with one AnnData zarr group per study. All studies have the same genes in the same order.
 
     STORE/manifest.json        list of the studies; written last, so a store that can be opened is complete
     STORE/genes.tsv            the gene vocabulary
@@ -66,7 +66,7 @@ def _cause(error: BaseException) -> str:
 def hash_group(study: Path, name: str) -> str:
     """Return one hash of all files in a group of a study that do not contain checksums.
 
-    Files without checksums are all files of a table, and the zarr.json files of arrays.
+    Only the chunks of arrays contain checksums. The files of tables and the zarr.json files do not.
     """
     if GROUPS[name] == "table":
         return hash_folder(study / name)
@@ -413,7 +413,7 @@ class Study:
 
 
 class Store:
-    """A collection of studies with a common gene vocabulary. Open it with `Store.open`.
+    """Give access to the studies of a store, which share a gene vocabulary. Use `Store.open` to open a store.
 
     Attributes
     ----------

@@ -1,6 +1,6 @@
 """Convert raw counts to tokens, vectorized over the rows of a CSR matrix.
 
-Tokens are computed during loading, so a store does not need to be rewritten for another model.
+Tokens are computed when cells are loaded, so one store of raw counts serves models with different tokens.
 """
 
 from __future__ import annotations

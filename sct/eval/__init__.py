@@ -1,1 +1,1 @@
-"""Metrics, baselines, evaluation protocols and reports."""
+"""Evaluate models: metrics, baselines, evaluation protocols and reports."""

@@ -482,8 +482,8 @@ def scib(
 ) -> dict[str, float]:
     """Return the metrics of bio conservation and batch correction from scib-metrics, with the library's defaults.
 
-    Neighbors are exact. Their number is 15, 50 or 90, depending on the metric, and lower if there are fewer cells.
-    Therefore only k-means depends on a random seed, which is 0 as in scib-metrics.
+    Neighbors are exact. The number of neighbors is 15, 50 or 90, depending on the metric, and lower if there are fewer
+    cells. Therefore only k-means depends on a random seed, which is 0 as in scib-metrics.
 
     Parameters
     ----------

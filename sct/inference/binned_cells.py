@@ -16,7 +16,7 @@ from sct.weights.pretrained import Pretrained
 
 
 def check_known(cells: CellCounts, known: np.ndarray) -> None:
-    """Raise `DataError` if too few of the genes that the model knows, bool (G,), were measured in the cells."""
+    """Raise `DataError` if too few of the model's genes, given as a mask, bool (G,), were measured in the cells."""
     possible = min(int(cells.measured.sum()), int(known.sum()))
     check_shared(int((cells.measured & known).sum()), possible, "adata and the genes that the model knows")
 

@@ -1,6 +1,6 @@
-"""Define the interface of cell readers, and the base class of readers that read cells one by one.
+"""Define the interface of readers (which run a model over cells), and the base class for reading single cells.
 
-`sct.inference.bags` has the reader of bags.
+The reader of bags of cells is in `sct.inference.bags`.
 """
 
 from __future__ import annotations

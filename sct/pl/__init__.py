@@ -1,4 +1,4 @@
-"""Plots of an AnnData and of benchmark results, as in scanpy.
+"""Plot an AnnData or benchmark results, as in scanpy.
 
 Each function draws, returns the Matplotlib axes and changes no data. `save="figure.png"` also writes a file. To compute
 what is drawn, use `sct.tl` and scanpy: `sct.tl.embed`, `sc.pp.neighbors(adata, use_rep="X_sct")`, `sc.tl.umap`.

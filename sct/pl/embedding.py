@@ -64,8 +64,8 @@ def umap(
     adata
         Cells (N, G) with coordinates `obsm[basis]`.
     color
-        Column of `obs` (categories or numbers), gene, or a list of these with one panel each. None draws all cells in
-        one color. A gene is a name in `var_names` or in any column of `var`.
+        Name of a column of `obs` (categories or numbers) or of a gene, or a list of such names with one panel each.
+        None draws all cells in one color. A gene is a name in `var_names` or in any column of `var`.
 
         Categories have the colors in `uns[color + "_colors"]`, where scanpy keeps them. Without this key, each category
         has its own color, and labels such as "unknown" and missing values are gray. If there are more than 100

@@ -59,7 +59,8 @@ def spatial(
     adata
         Cells or spots (N, G) of one slide.
     color
-        Column of `obs`, gene, or a list of these; see `sct.pl.umap`. None draws all spots in one color.
+        Name of a column of `obs` or of a gene, or a list of such names; see `sct.pl.umap`. None draws all spots in one
+        color.
     layer
         Layer with the values of genes; None for X, which shows measured genes.
 

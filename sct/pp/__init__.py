@@ -1,4 +1,4 @@
-"""Preprocessing functions: each function returns a new AnnData and leaves its input unchanged."""
+"""Preprocess cells: each function returns a new AnnData and leaves its input unchanged."""
 
 from __future__ import annotations
 

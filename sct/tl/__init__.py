@@ -1,4 +1,4 @@
-"""Analysis functions with the conventions of scanpy: each function writes its results into the input AnnData."""
+"""Analyze cells with the conventions of scanpy: each function writes its results into the input AnnData."""
 
 from __future__ import annotations
 

@@ -114,8 +114,8 @@ def perturb(
         The model has no cell embeddings, `mode` or `targets` needs a model that can impute genes, or an option is out
         of range.
     DataError
-        A gene is unknown or not measured, a cell expresses no other genes, too few genes are left to draw random ones,
-        or `sct.tl.embed` cannot read the data.
+        A gene is unknown or not measured, a cell expresses only knocked-out genes, there are too few genes from which
+        random genes can be drawn, or `sct.tl.embed` cannot read the data.
     CheckpointError
         The model output is not finite. In this case nothing is written.
     """

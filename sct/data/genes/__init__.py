@@ -1,1 +1,1 @@
-"""Gene vocabularies, gene name resolution, orthologues, and text descriptions of genes."""
+"""Identify genes: gene vocabularies, matching of gene names, orthologues, and text descriptions of genes."""

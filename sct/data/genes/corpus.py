@@ -1,4 +1,4 @@
-"""The gene corpus: a text description of each gene, from a file or from the shipped gene table.
+"""Read or make the gene corpus: a text description of each gene, from a file or from the shipped gene table.
 
 The ZerOmics paper (appendices A.2 and A.3) uses the GeneCards summaries of the genes in the HUGO Gene Nomenclature, and
 leaves out genes without a summary. The license of GeneCards does not allow this package to ship the summaries, so users
@@ -47,7 +47,7 @@ _PLACES = {
 
 @dataclass(frozen=True)
 class GeneCorpus:
-    """Text descriptions of genes, one per gene.
+    """Hold one text description for each gene.
 
     Attributes
     ----------

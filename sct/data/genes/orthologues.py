@@ -51,7 +51,7 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Orthologues:
-    """One-to-one pairs of the genes of another species and the genes of a vocabulary.
+    """Hold one-to-one pairs of a gene of another species and a gene of a vocabulary.
 
     A gene of the other species is identified by its Ensembl id, or by its symbol if it has no id.
 
@@ -107,7 +107,7 @@ class Orthologues:
 
 @dataclass(frozen=True)
 class MappedGenes:
-    """The genes of an input, mapped to their orthologues.
+    """Hold the genes of an input and the orthologue to which each gene is mapped.
 
     Attributes
     ----------
@@ -134,7 +134,7 @@ class MappedGenes:
 
     @property
     def matched(self) -> int:
-        """Number of genes of the input that were mapped."""
+        """Return the number of genes of the input that were mapped."""
         return len(self.targets) - sum(self.dropped.values())
 
     def summary(self) -> str:

@@ -45,7 +45,7 @@ _HEADER = (*_FIELDS, "vocabulary", "vocabulary_size")
 
 @dataclass(frozen=True)
 class GeneVocabulary:
-    """An ordered list of genes. The order matters, because models with convolutions depend on it.
+    """Hold an ordered list of genes. The order matters, because models with convolutions depend on it.
 
     Attributes
     ----------
@@ -142,7 +142,8 @@ class GeneVocabulary:
         ids
             Ensembl ids (a version suffix is dropped) or other identifiers; '' for a gene without id.
         symbols
-            Approved symbols. Default: those of the shipped table, or the id for genes that it lacks.
+            Approved symbols. Default: the symbol of each gene in the shipped table, or the id of a gene that this table
+            lacks.
         name
             Name of the vocabulary.
 
@@ -328,7 +329,7 @@ class GeneVocabulary:
         return taken
 
     def _without_foreign_aliases(self, parent: GeneVocabulary, kept: set[int]) -> GeneVocabulary:
-        """Drop each alias that also names a left-out gene: a gene of `parent` whose position is not in `kept`."""
+        """Drop each alias that also names a removed gene (a gene of `parent` whose position is not in `kept`)."""
 
         def own(names: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(

@@ -416,7 +416,7 @@ def main(inputs: Sequence[str], output: str | None, *, genes: str | None = None,
     Raises
     ------
     ConfigError
-        No output was given, or `ingest` raised this error.
+        No output folder was given, or an option of `ingest` is invalid.
     """
     if not output:
         raise ConfigError("--output is missing: set it to the folder of the store.")

@@ -49,8 +49,9 @@ class IngestOptions:
     seed
         Random seed of the order of the cells in non-spatial studies, and of the choice of validation studies.
     min_genes, min_counts
-        Cells with fewer expressed genes or a smaller total count, over the genes of the vocabulary, are dropped and
-        reported. With `values="activity"`, the default of `min_counts` drops only cells whose values are all zero.
+        Minimum number of expressed genes and minimum total count of a cell, over the genes of the vocabulary. Other
+        cells are dropped, and the number of dropped cells is reported. With `values="activity"`, the default of
+        `min_counts` drops only cells whose values are all zero.
     validation, test
         Names of the studies in these splits. None keeps the current splits.
     validation_fraction

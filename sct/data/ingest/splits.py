@@ -48,7 +48,7 @@ def assign_splits(
     names
         All studies of the store.
     previous
-        Current split of each study. It is kept unless a list or a fraction is given.
+        Current split of each study, which is kept unless a list or a fraction is given.
     validation, test
         Complete list of the studies in a split; `()` empties the split. None keeps the current split.
     fraction

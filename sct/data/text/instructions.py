@@ -160,7 +160,7 @@ class StudyQuestions:
 
     @property
     def keys(self) -> np.ndarray:
-        """Key of each cell, uint64 (N,)."""
+        """Return the key of each cell, uint64 (N,), a hash of its name."""
         return self._labels[0]
 
     def _column(self, name: str) -> np.ndarray | None:
@@ -168,18 +168,18 @@ class StudyQuestions:
 
     @functools.cached_property
     def cell_types(self) -> np.ndarray | None:
-        """Cell type of each cell, "" if unknown; None if the study has no such column."""
+        """Return the cell type of each cell, "" if unknown; None if the study has no such column."""
         return self._column(self.options.cell_type)
 
     @functools.cached_property
     def diseases(self) -> np.ndarray | None:
-        """Disease of each cell or `NORMAL`, "" if unknown; None if the study has no such column."""
+        """Return the disease of each cell or `NORMAL`, "" if unknown; None if the study has no such column."""
         found = self._column(self.options.disease)
         return None if found is None else np.where(np.isin(found, self.options.normal), NORMAL, found)
 
     @functools.cached_property
     def pathways(self) -> np.ndarray | None:
-        """Active pathways of each cell as one string, "" for none; None if the study has no such column."""
+        """Return the active pathways of each cell as one string, "" for none; None if the study has no such column."""
         return self._column(self.options.pathways)
 
     @functools.cached_property

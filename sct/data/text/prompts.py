@@ -184,7 +184,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """The templates of all tasks, from `load_prompts`.
+    """Hold and fill the templates of all tasks; `load_prompts` makes this object.
 
     Attributes
     ----------

@@ -90,7 +90,8 @@ def rank(
 ) -> Ranked:
     """Sort the expressed genes of each cell by descending expression, with ties in a seeded random order.
 
-    Raw counts are ranked instead of normalized counts. Both have the same order, but only raw counts have exact ties.
+    Raw counts are ranked instead of normalized counts. Raw and normalized counts give the same ranks, but rounding
+    errors of normalized counts can break ties.
 
     Parameters
     ----------

@@ -73,7 +73,7 @@ def read_studies(path: str | Path) -> dict[str, dict[str, str]]:
     Raises
     ------
     ConfigError
-        The file cannot be read or has another form.
+        The file cannot be read or does not have this format.
     """
     form = "STUDY: {abstract: TEXT, tissue: TEXT}"
     content = read_study_file(path, form)
@@ -108,7 +108,7 @@ class Texts:
 
     @functools.cached_property
     def keys(self) -> np.ndarray:
-        """Key of each cell, uint64 (N,)."""
+        """Return the key of each cell, uint64 (N,), a hash of its name."""
         return cell_keys(self.obs.index)
 
     def values(self, row: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Adapters for the libraries `tokenizers` and `sentencepiece`, which are imported only when needed."""
+"""Give the libraries `tokenizers` and `sentencepiece` one interface; both are imported only when needed."""
 
 from __future__ import annotations
 

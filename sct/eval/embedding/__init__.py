@@ -1,1 +1,1 @@
-"""Evaluation of cell embeddings: metrics and baselines."""
+"""Evaluate cell embeddings by metrics, and compare them with baselines."""

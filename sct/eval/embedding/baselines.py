@@ -20,7 +20,7 @@ from sct.extras import load_extra
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BaselineCells:
-    """Raw counts and labels of the cells that the baselines are fitted on.
+    """Hold the raw counts and labels of the cells that the baselines are fitted on.
 
     Attributes
     ----------

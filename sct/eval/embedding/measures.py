@@ -31,7 +31,7 @@ BASELINES = (PCA, HVG_PCA, SCVI, PCA_KNN, PCA_LOGISTIC)
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingMethod:
-    """An embedding to evaluate.
+    """Describe an embedding to evaluate.
 
     Attributes
     ----------

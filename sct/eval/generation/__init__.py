@@ -1,1 +1,1 @@
-"""Evaluation of generated cells and texts: metrics and reports."""
+"""Evaluate generated cells and texts by metrics, and report the results."""

@@ -1,4 +1,4 @@
-"""Metrics of generated cells: k-NN accuracy, Gromov-Wasserstein discrepancy, mean profiles, sentence quality."""
+"""Measure generated cells: k-NN accuracy, Gromov-Wasserstein discrepancy, mean profiles, sentence quality."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Evaluation of imputation: masks, baselines, protocols and metrics."""
+"""Evaluate imputation: masks, baselines, protocols and metrics."""

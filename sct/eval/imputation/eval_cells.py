@@ -48,7 +48,7 @@ class BagBatch:
 
 @dataclasses.dataclass(frozen=True)
 class EvalCells:
-    """All N cells to score, in memory, ordered by bag. Empty slots of a bag are not stored.
+    """Hold all N cells to score in memory, ordered by bag. The empty slots of incomplete bags are not stored.
 
     Attributes
     ----------

@@ -503,7 +503,7 @@ def _mean_of_means(group: np.ndarray, values: np.ndarray, sizes: np.ndarray) -> 
 
 @dataclasses.dataclass(frozen=True)
 class NaturalResult:
-    """Result of `natural_imputation`.
+    """Hold the result of `natural_imputation`.
 
     Attributes
     ----------

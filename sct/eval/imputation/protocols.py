@@ -164,8 +164,8 @@ def whole_cell_imputation(
     Parameters
     ----------
     numbers
-        Numbers of cells to mask in each bag of K cells; each number has its own table. Default: those of
-        `cells_to_mask`. In a bag with fewer than K cells the same fraction is masked.
+        Numbers of cells to mask in each bag of K cells; each number has its own table. Default: the numbers that
+        `cells_to_mask` returns. In a bag with fewer than K cells the same fraction is masked.
     eval_cells, model, train, seeds, magic, cells_name
         See `gene_imputation`. MAGIC needs visible genes in each cell, so its row shows only this reason and no numbers.
 

@@ -1,1 +1,1 @@
-"""Evaluation of predicted labels and pathways: metrics and baselines."""
+"""Evaluate predicted labels and pathways by metrics, and compare them with baselines."""

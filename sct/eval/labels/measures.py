@@ -410,7 +410,7 @@ def compare(
 ) -> tuple[Report, metrics.MetricDraws]:
     """Compare predicted labels with baselines fitted on training cells (Cell2Sentence, section 4.3, Tables 3 and 9).
 
-    All rows are scored on the same cells: those with all true labels. The rows are:
+    All rows are scored on the same cells: those for which all true labels are known. The rows are:
 
     - each prediction, and the same prediction shuffled among the cells (control);
     - PCA + logistic regression and PCA + k-NN;

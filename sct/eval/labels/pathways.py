@@ -95,7 +95,7 @@ def plain_name(name: str) -> str:
 
 
 def _is_symbol(word: str) -> bool:
-    """Return whether a word is a gene or protein complex symbol: it has a digit, has no vowel, or is in `_SYMBOLS`."""
+    """Return whether a word is a gene symbol: a word that has a digit, has no vowel, or is in `_SYMBOLS`."""
     return any(c.isdigit() for c in word) or not set(word.upper()) & set("AEIOUY") or word in _SYMBOLS
 
 

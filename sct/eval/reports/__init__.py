@@ -1,1 +1,1 @@
-"""Result tables, and how they are printed and saved."""
+"""Make result tables, print them and save them."""

@@ -83,7 +83,7 @@ MODEL, REFERENCE = "model", "reference"
 
 
 class Report:
-    """A table whose numeric cells are lists of repeated measurements.
+    """Hold a table whose numeric cells are lists of repeated measurements.
 
     Attributes
     ----------
