@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _COMMANDS = {
     "embed": "compute an embedding for each cell of an .h5ad file",
     "impute": "impute genes or whole cells of an .h5ad file",
-    "annotate": "annotate cells, by label transfer or by a model that answers with text",
+    "annotate": "annotate cells, by label transfer or by a language model",
     "generate": "generate cells with a model of cell sentences",
     "benchmark": "benchmark a model against reference baselines",
     "train": "train a model, or resume a run",
@@ -31,7 +31,7 @@ _COMMANDS = {
     "convert": "convert published weights to a model folder, and back",
     "speed": "measure the speed of a configuration on this machine",
     "models": "list the model families, and the models in folders",
-    "doctor": "check the installation: versions, devices, memory, caches and extras",
+    "doctor": "check the installation and the devices of this machine",
 }
 
 # Commands that run a model.

@@ -259,6 +259,9 @@ def test_help_describes_every_flag(tmp_path):
         wrong += [
             (name, entry) for entry in entries if not entry.strip().endswith(".") or len(entry.split()) < 4
         ]
+        wrong += [(name, line) for line in out.splitlines() if len(line) > 80]
+        if "(default:" in out or "None" in out:
+            wrong.append((name, "a default that tells nothing"))
         if name == "ingest" and len(entries) < 20:
             wrong.append((name, len(entries)))
     assert not wrong

@@ -17,6 +17,8 @@ import zipfile
 from collections.abc import Collection, Iterator
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -579,6 +581,16 @@ def test_no_module_starts_a_jax_backend():
     done = run(sys.executable, "-c", START, *names, cwd=ROOT, JAX_PLATFORMS="no_such_platform")
     assert done.stdout.strip() == "imported", done.stderr
     assert "no_such_platform" in done.stderr
+
+
+def test_public_modules_list_only_public_names():
+    import sct
+
+    public = {name: getattr(sct, name) for name in sct.__all__ if isinstance(getattr(sct, name), ModuleType)}
+    assert set(public) == {"datasets", "pl", "pp", "tl"}
+    assert {name: dir(each) for name, each in public.items()} == {
+        name: sorted(each.__all__) for name, each in public.items()
+    }
 
 
 def test_public_names_resolve():

@@ -19,9 +19,11 @@ import importlib
 from absl import flags
 from ml_collections import config_flags
 
+from sct import messages
 from sct.commands import output_flags
 from sct.commands.configuration import prepare
 from sct.commands.flag_errors import FlagError
+from sct.global_settings import HINTS, settings
 
 __all__ = ["main", "prepare"]
 
@@ -45,8 +47,8 @@ RENAMED_FLAGS = {"config.output": "output"}
 
 
 def main(argv: list[str]) -> None:
-    """Run the benchmark of the configuration, print its tables, and write the report."""
-    from rich.console import Console
+    """Run the benchmark of the configuration, write the report, and print its summary."""
+    from sct.eval.reports.summary import summary
 
     config = _CONFIG.value.to_dict()
     if _OUTPUT.value:
@@ -54,9 +56,13 @@ def main(argv: list[str]) -> None:
     name = config.pop("benchmark", "zero_shot" if "gene_imputation" in config else "")
     if name not in _BENCHMARKS:
         raise FlagError("--config does not name a benchmark configuration: write --config=benchmark.")
-    console = Console()
-    for table in importlib.import_module(_BENCHMARKS[name]).benchmark(
+    reports = importlib.import_module(_BENCHMARKS[name]).benchmark(
         config, overwrite=output_flags.OVERWRITE.value
-    ):
-        console.print(table.table())
-    console.print(f"report: {config['output']}/report.html", soft_wrap=True)
+    )
+    console, compared = messages.console(), summary(reports)
+    if compared is not None:
+        console.print(compared)
+    if compared is None or settings.verbosity >= HINTS:
+        for report in reports:
+            console.print(report.table())
+    console.print(f"report: {config['output']}/report.html", soft_wrap=True, highlight=False, markup=False)

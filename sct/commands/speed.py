@@ -76,9 +76,9 @@ RENAMED_FLAGS = {"json": "output"}
 def main(argv: list[str]) -> None:
     """Measure the speed of a configuration and print the result."""
     import jax
-    from rich.console import Console
 
-    from sct import outputs
+    from sct import messages, outputs
+    from sct.global_settings import ERRORS, INFO, settings
     from sct.speed import report
     from sct.speed.job import SpeedOptions
     from sct.speed.run import measure
@@ -92,9 +92,9 @@ def main(argv: list[str]) -> None:
     # Without the cache, the compilation time cannot be that of loading a program that an earlier run compiled.
     jax.config.update("jax_enable_compilation_cache", False)
     found = measure(_CONFIG.value.to_dict(), options)
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 120)
+    # The table is the result, so --quiet does not hide it, unless it is in a file.
+    console = messages.console(quiet=path is not None and settings.verbosity < INFO, level=ERRORS)
+    console.print(report.summary(found), soft_wrap=True, highlight=False)
     console.print(report.table(found))
     for note in report.notes(found):
         console.print(note, soft_wrap=True, highlight=False)

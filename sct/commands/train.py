@@ -18,10 +18,10 @@ the others end within a minute. Run the command again, with any number of proces
 Exit status:
 
     0    nothing is left to do (also after train.stop_at)
-    75   run the same command again: the run received SIGTERM, or lost another process
+    75   run the command again: it received SIGTERM, or lost another process
     130  the run was stopped by Ctrl-C, and has saved a checkpoint
     2    the command line is wrong
-    1    any other mistake, another process trains in the run folder, or the loss is not finite
+    1    another mistake, a run folder in use, or a loss that is not finite
 
 The command can be started again at once: it waits for a process that is still saving to the same run folder.
 """

@@ -28,6 +28,10 @@ _LIBRARY = 5_000.0
 _BLOCK_VALUES = 8_000_000
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def pbmc68k() -> ad.AnnData:
     """Return raw counts of 700 real peripheral blood cells x 765 genes (Zheng et al. 2017, 10x Genomics).
 

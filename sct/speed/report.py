@@ -87,6 +87,25 @@ def quantity(value: float | None, unit: str) -> str:
     return f"{value:.3g} {signs[power]}{unit}"
 
 
+def summary(found: Mapping[str, Any]) -> str:
+    """Return one line with the time of a step, the throughput and the share of the machine's limit, if measured."""
+    parts = [f"{quantity(found['step_seconds'], 's')} per step"] if "step_seconds" in found else []
+    rates = {
+        "tokens_per_s": "gene tokens",
+        "cells_per_s": "cells",
+        "generated_tokens_per_s": "generated tokens",
+    }
+    for name, what in rates.items():
+        if found.get(name):
+            parts.append(f"{quantity(found[name], '/s').removesuffix(' /s')} {what}/s")
+            break
+    for name, limit in (("utilisation", "the limit"), ("utilisation_of_memory", "the limit of memory")):
+        if found.get(name):
+            parts.append(f"{found[name]:.0%} of {limit} of this machine")
+            break
+    return f"{found['mode']}: {', '.join(parts) or 'see the table'}"
+
+
 def table(found: Mapping[str, Any]) -> Table:
     """Return a `rich` table of a measurement."""
     from rich.table import Table
@@ -95,8 +114,8 @@ def table(found: Mapping[str, Any]) -> Table:
     if found.get("devices_used", 1) > 1:
         where = f"{found['devices_used']} devices, {where}"
     shown = Table(title=f"{found['mode']} on {where}", title_justify="left", show_header=False)
-    shown.add_column("what")
-    shown.add_column("value", justify="right")
+    shown.add_column("what", overflow="fold")
+    shown.add_column("value", justify="right", no_wrap=True)
     shown.add_column("remark", overflow="fold")
     for name, label in _NAMES.items():
         if name in found:

@@ -21,7 +21,9 @@ from sct.atomic import write_json
 from sct.data.store import SPLITS
 from sct.errors import AGAIN, ConfigError, SctError
 from sct.eval.reports.report import Report
+from sct.eval.reports.summary import compares, summary
 from sct.families.tasks import data_of
+from sct.global_settings import HINTS, settings
 from sct.hashes import sealed
 from sct.tasks.base import Export, Variables
 from sct.train import parents, processes, resume
@@ -218,9 +220,22 @@ def _finish(
         )
         card = pretrained.default_card(model, _training_section(spec, start, result, reports))
         dataclasses.replace(model, card=card).save_pretrained(workdir / "model")
+    _print_results(console, reports, workdir)
     if failed is not None:
         raise failed
     console.print(f"run folder: {workdir}", soft_wrap=True)
+
+
+def _print_results(console: Any, reports: list[Report], workdir: Path) -> None:
+    """Print one table that compares the model with the best baselines, and the tables that it does not cover."""
+    compared = summary(reports)
+    if compared is not None:
+        console.print(compared)
+    for report in reports:
+        if settings.verbosity >= HINTS or not compares(report):
+            console.print(report.table())
+    if reports:
+        console.print(f"report: {workdir / 'report.md'}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _evaluate(
@@ -241,7 +256,6 @@ def _evaluate(
         except Exception as error:
             return reports, error
         if evaluator.report is not None:
-            console.print(evaluator.report.table())
             reports.append(evaluator.report)
         if jax.process_index() == 0:
             write_json(workdir / f"{evaluator.name}.json", numbers)
