@@ -208,6 +208,10 @@ def test_the_command_prints_a_table_and_writes_all_numbers(tmp_path):
     done = command("--mode=forward", "--config.data.cells_per_bag=4", f"--output={file}")
     assert done.returncode == 0, done.stderr
     assert "achieved / ceiling" in done.stdout
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("forward: ")
+    assert "of the limit of this machine" in lines[0]
+    assert max(len(line) for line in lines if line[:1] in "┏┃┡│└") <= 80
     assert str(file) in done.stdout
     found = json.loads(file.read_text())
     assert found["mode"] == "forward"

@@ -49,7 +49,8 @@ def summary(reports: Sequence[Report]) -> Table | None:
     with_model = [row for row in rows if not math.isnan(row.model)]
     wins = sum(row.gain > 0 for row in with_model)
     title = f"The model is better than the best baseline in {wins} of {len(with_model)} measurements"
-    notes = ["Baseline: the best one of each measurement. Lower is better for metrics marked with ↓."]
+    lower = " Lower is better for metrics marked with ↓." * any(row.lower_is_better for row in rows)
+    notes = [f"Baseline: the best one of each measurement.{lower}"]
     notes += [f"Not measured: {report.title}: {report.rows[0][-1]}" for report in reports if _failed(report)]
     table = Table(
         title=Text(title if with_model else "The best baseline of each measurement"), title_justify="left",
