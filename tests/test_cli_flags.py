@@ -210,6 +210,9 @@ def test_right_command_lines_get_as_far_as_their_input(tmp_path):
         if each[0] != 1 or ends not in each[2]
     ]
     assert not wrong
+    (quiet,) = outcomes([["sct", *right[3], "--quiet"]], tmp_path)
+    assert len(quiet[2].splitlines()) == 1
+    assert quiet[2].startswith("error: ")
     notices = [[line for line in err.splitlines() if line.startswith("note: ")] for _, _, err in found]
     assert [len(each) for each in notices] == [0, 0, 0, 2, 1, 0]
     assert "--skip_invalid" in notices[3][0]

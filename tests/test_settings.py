@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import os
 import subprocess
@@ -210,3 +211,22 @@ def test_a_notebook_gets_one_line_that_is_replaced_and_no_control_sequences():
     assert shown[-1] == "embedding cells 10/10 in 0:05"
     assert all(line.startswith("embedding cells ") for line in shown)
     assert 3 < len(shown) < 7
+
+
+def test_everything_that_prints_obeys_the_settings():
+    """Commands whose output is their result print by themselves, and `sct.cli` prints errors."""
+    free = {"messages.py", "progress.py", "cli.py", "commands/doctor.py", "commands/models.py"}
+    found = []
+    for path in sorted((ROOT / "sct").rglob("*.py")):
+        if (name := path.relative_to(ROOT / "sct").as_posix()) in free:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            of_a_name = called == "warnings.warn" and "FutureWarning" in ast.unparse(node)
+            measures = called == "Console" and name == "terminal.py"
+            prints = called in ("print", "warnings.warn", "Console", "sys.stderr.write")
+            if prints and not of_a_name and not measures:
+                found.append(f"{name}:{node.lineno} calls {called}")
+    assert not found

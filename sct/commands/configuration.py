@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import runpy
-import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,8 +13,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import sct
+from sct import messages
 from sct.commands.flag_errors import FlagError, nearest, renamed
 from sct.errors import SctError
+from sct.global_settings import WARNINGS
 
 _FIELD = re.compile(r"--?(no)?config\.([^=]*)(=.*)?", re.DOTALL)
 
@@ -168,7 +169,7 @@ def _with_current_names(config: Any, words: Sequence[str]) -> list[str]:
                 notices.append(renamed(f"config.{before[2]}", f"config.{after[2]}"))
         found.append(new)
     for notice in notices:
-        print(notice, file=sys.stderr)
+        messages.notice(notice, WARNINGS)
     return found
 
 

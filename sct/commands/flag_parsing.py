@@ -11,8 +11,10 @@ from typing import Any
 
 from absl import flags
 
+from sct import messages
 from sct.commands import configuration, session_flags
 from sct.commands.flag_errors import FlagError, nearest, renamed
+from sct.global_settings import ERRORS, WARNINGS, settings
 
 # Placeholders for values in usage and help, for flags whose type is not enough to choose one.
 _VALUES = {
@@ -87,6 +89,8 @@ class Command:
             raise FlagError(
                 f"--flagfile cannot be read ({_sentence(error)}): set --flagfile to a readable file."
             ) from error
+        if "--quiet" in words:  # the notices below come before the flags are read
+            settings.verbosity = ERRORS
         words = self._with_new_names(words)
         given, others = self._split(words)
         has_config = "config" in self.flags
@@ -121,7 +125,7 @@ class Command:
                     )
                 word = f"--{match[1] or ''}{new}{match[3] or ''}"
                 if new not in noted:
-                    print(renamed(match[2], new), file=sys.stderr)
+                    messages.notice(renamed(match[2], new), WARNINGS)
                 noted.add(new)
             found.append(word)
         return found

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from sct import messages
 from sct.errors import ConfigError, DataError
 from sct.extras import load_extra
 from sct.pl import style
@@ -192,10 +192,9 @@ def _given_colors(adata: AnnData, name: str, categories: int) -> list[str]:
     wrong = [each for each in given if not colors.is_color_like(each)]
     if wrong or len(given) < categories:
         found = f"the value {wrong[0]!r}, which is not a color" if wrong else f"{len(given)} colors"
-        warnings.warn(
+        messages.warn(
             f"uns[{key!r}] has {found}, but it must have a color for each of the {categories} categories of "
             f"obs[{name!r}]: correct or delete it; the plot uses other colors.",
-            UserWarning,
             stacklevel=5,
         )
         return []

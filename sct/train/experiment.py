@@ -131,9 +131,7 @@ def train_parents(builds_on: Sequence[parents.ParentRun]) -> TrainResult | None:
     SctError
         Any error of `run`.
     """
-    from rich.console import Console
-
-    console = Console(quiet=jax.process_index() != 0)
+    console = messages.console(quiet=jax.process_index() != 0)
     for parent in builds_on:
         if processes.decided_by_first(parent.is_ready):
             continue
