@@ -18,7 +18,6 @@ from collections.abc import Collection, Iterator
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
