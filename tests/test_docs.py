@@ -156,7 +156,12 @@ def test_every_option_that_a_sentence_names_exists():
 
 def test_every_flag_that_a_sentence_names_exists():
     source = "".join(
-        path.read_text() for path in [*(ROOT / "sct" / "commands").glob("*.py"), ROOT / "sct" / "cli.py"]
+        path.read_text()
+        for path in [
+            *(ROOT / "sct" / "commands").glob("*.py"),
+            ROOT / "sct" / "cli.py",
+            *(ROOT / "tools").glob("*.py"),
+        ]
     )
     known = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)) | set(re.findall(r'"--(\w+)"', source))
     named = [

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+import runpy
 import tempfile
 from pathlib import Path
 
@@ -20,11 +20,9 @@ matplotlib.use("agg")
 
 import scanpy as sc
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # for `configs`
-
 import sct
-from configs.benchmark import get_config
+
+BENCHMARK = Path(__file__).resolve().parents[1] / "configs" / "benchmark.py"
 
 # Row of the benchmark -> label in the figure. The other rows either repeat a method on other cells or are near 0.
 LABELS = {
@@ -48,7 +46,7 @@ def draw_umap(run: Path, output: Path) -> None:
 
 def draw_imputation(run: Path, output: Path) -> None:
     """Write the MCC of the model and of baselines for each masking ratio, measured on the held-out cells of the run."""
-    config = get_config().to_dict()
+    config = runpy.run_path(str(BENCHMARK))["get_config"]().to_dict()
     config["data"]["path"] = str(run / "store")
     for part in ("natural_imputation", "cell_imputation", "embedding"):
         config[part]["run"] = False

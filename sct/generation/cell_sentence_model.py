@@ -23,6 +23,7 @@ from sct.generation.scoring import score
 from sct.models.decoder_config import DecoderConfig
 
 TASK = "cell_sentences"
+MAX_LABELS = 1000  # a column with more distinct values is treated as free text, not as a label
 # Values of the Cell2Sentence paper (appendix D).
 TEMPERATURE, TOP_P = 0.7, 0.9
 _TOKENS_PER_WORD = 8  # per gene name; more than any supported tokenizer needs on average

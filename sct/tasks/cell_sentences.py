@@ -20,7 +20,7 @@ from sct.data.text.prompts import TASKS, Prompts, load_prompts, parse_labels, re
 from sct.data.text.source import SentenceOptions, SentenceSource, Texts, read_studies
 from sct.data.text.tokenizer import VOCAB_SIZE, Tokenizer, train_bpe
 from sct.errors import ConfigError
-from sct.generation.cell_sentence_model import TASK, CellSentenceModel
+from sct.generation.cell_sentence_model import MAX_LABELS, TASK, CellSentenceModel
 from sct.models import lora, registry
 from sct.models.adapter_kinds import AdapterConfig
 from sct.models.decoder import Decoder
@@ -41,7 +41,6 @@ from sct.tasks.task_spec import TaskInputs, TaskSpec
 
 NAME = TASK
 _FIT_CELLS = 5000  # cells per study in the fit of expression over log rank
-MAX_LABELS = 1000  # a column with more distinct values is treated as free text, not as a label
 
 
 @dataclasses.dataclass(frozen=True)

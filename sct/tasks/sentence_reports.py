@@ -19,8 +19,7 @@ from sct.eval.generation import perturbation, texts
 from sct.eval.generation.measures import CellSet
 from sct.eval.labels import measures as labels
 from sct.eval.reports.report import Report
-from sct.generation.cell_sentence_model import CellSentenceModel
-from sct.tasks.cell_sentences import MAX_LABELS
+from sct.generation.cell_sentence_model import MAX_LABELS, CellSentenceModel
 
 TRAINING_CELLS = 5000  # number of training cells that baselines are fitted on
 
