@@ -84,7 +84,7 @@ class ProgressBar:
             self.write(self._line(now))
 
     def restart_clock(self) -> None:
-        """Compute speed and remaining time only from later units. Call this method after a compilation."""
+        """Compute the speed and the remaining time only from steps after this call. Call it after a compilation."""
         self._rate_from = None
         if self._rich is not None:
             self._rich.reset(self._task, completed=self.done, note=self._note)

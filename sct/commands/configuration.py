@@ -176,8 +176,8 @@ def _with_current_names(config: Any, words: Sequence[str]) -> list[str]:
 def _with_own_name(config: Any, word: str) -> tuple[str, bool]:
     """In a word that sets a renamed field, replace the name of the field by the name that the configuration uses.
 
-    A configuration file of an earlier version has former names. The command line may use the current names even for
-    such a file. Other words are returned unchanged.
+    Some options have been renamed. A configuration file that was written for an earlier version of sct uses the old
+    names. The command line may use the new names even with such a file. Other words are returned unchanged.
 
     Returns
     -------

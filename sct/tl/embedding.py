@@ -156,7 +156,7 @@ class Contexts:
         if n_contexts > 1 and spatial_key is not None:
             raise ConfigError(
                 f"n_contexts is {n_contexts}, but with spatial_key it must be 1, because the positions "
-                "determine the bags: do not pass `n_contexts`, or do not pass `spatial_key`."
+                "already decide which cells are read together: do not pass `n_contexts`, or do not pass `spatial_key`."
             )
         parts = inputs.sections(adata, batch_key, spatial_key)
         bags.check_context(context, parts[0])

@@ -314,7 +314,7 @@ class _Predictor:
 
 
 def _p_value(observed: Any, null: np.ndarray) -> Any:
-    """Compare effects (...) with random effects (n_random, ...), and return p-values (...); NaN if `n_random` is 0."""
+    """Return the p-value of each observed effect, from the effects of random perturbations `null` (n_random, ...)."""
     if not len(null):
         return np.full(np.shape(observed), np.nan)
     return (1 + (null >= observed).sum(axis=0)) / (1 + len(null))

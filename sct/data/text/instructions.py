@@ -402,8 +402,8 @@ class InstructionSource:
             if each.cell_types is not None and listed and not listed & set(each.cell_types):
                 raise ConfigError(
                     f"the file given as data.studies lists rare cell types of {each.study.name!r}, but no cell has "
-                    f"one of these types: spell the types, such as {sorted(listed)[0]!r}, as in the column of obs "
-                    "that data.cell_type names."
+                    f"one of these types: write each type, for example {sorted(listed)[0]!r}, exactly as in the obs "
+                    "column that is set by data.cell_type."
                 )
 
     def _check_lengths(self) -> None:
