@@ -100,7 +100,7 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 
 
 def replaced(folder: Path) -> Path:
-    """Return the temporary name of the old folder while `atomic_folder` replaces it."""
+    """Return the temporary name that the old folder has while `atomic_folder` replaces this folder."""
     return folder.with_name(f".{folder.name}.old")
 
 

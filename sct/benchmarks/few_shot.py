@@ -223,7 +223,7 @@ def drawn(answers: Sequence[str], shots: int, each: bool, seed: int) -> np.ndarr
     Raises
     ------
     ConfigError
-        No cell has an answer.
+        No cell has a label that can be used as the answer.
     """
     rng = np.random.default_rng([seed, shots])
     known = np.flatnonzero(np.asarray(answers, dtype=object) != "")

@@ -418,7 +418,12 @@ def _read(
 def _tokens(
     corpus: GeneCorpus, model: Pretrained, item: str, most: int
 ) -> tuple[list[np.ndarray], Pretrained, int]:
-    """Return the tokens of each text, the model with an item token added, and the number of truncated texts."""
+    """Tokenize the texts, each followed by the token `item`, which is added to the model if the model lacks the token.
+
+    Returns
+    -------
+    Token ids of each text, the model, and the number of truncated texts.
+    """
     assert model.tokenizer is not None
     tokenizer = model.tokenizer.add_special([item])
     end = tokenizer.token_to_id(item)

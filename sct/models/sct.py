@@ -142,7 +142,7 @@ class TowerLevel(nn.Module):
         return self.block.normalize(x)
 
     def convolve(self, x: jax.Array, borders: Borders | None, skip: jax.Array | None) -> jax.Array:
-        """Apply all operations after the first norm to x (B, K * G, C); see `Conv` for `borders`."""
+        """Apply to x (B, K * G, C) the operations that follow the first norm of the block; see `Conv` for `borders`."""
         h = self.block.convolve(x, borders)
         y = gelu(h) + gelu(self.residual(gelu(h)))
         if not self.upsample:

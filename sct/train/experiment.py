@@ -97,7 +97,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> TrainResu
 def _locked_run(config: Mapping[str, Any], workdir: str | os.PathLike[str], option: str) -> TrainResult:
     """Lock the run folder and train in it, as `run` does.
 
-    `option` is the name of the folder's option in error messages.
+    Error messages name `option`, the command-line option that gives the folder, such as `--workdir`.
     """
     workdir = Path(workdir).expanduser().absolute()
     config, builds_on = parents.split(config)

@@ -394,9 +394,8 @@ def verify(folder: Path, config: Mapping[str, Any], shared: bool = False) -> Non
         raise CheckpointError(f"{folder} has no {name}: the folder is incomplete, so copy or save it again.")
     for name in sorted(present - set(recorded)):
         raise CheckpointError(
-            f"{folder / name} is not listed in {CONFIG}: move the file to another folder, or delete the entries "
-            f"{FILES!r} and {SEAL!r} "
-            f"from {CONFIG} if you added it on purpose."
+            f"{folder / name} is not listed in {CONFIG}: move the file to another folder, or, if you added this file on "
+            f"purpose, delete the entries {FILES!r} and {SEAL!r} from {CONFIG}."
         )
     try:
         changed = first_changed(folder, recorded, shared)

@@ -562,7 +562,8 @@ def standard_methods(
     eval_cells
         Cells to score.
     train
-        Bags of the training studies that contain each cell once (`BagSource` with `exhaustive=True`), or None.
+        Bags of the training studies, or None. All bags together contain each cell exactly once (`BagSource` with
+        `exhaustive=True`).
     whole_cells
         Whether whole cells will be masked. If so, the means of the visible cells of the bag are added as baselines.
     magic

@@ -280,7 +280,7 @@ class GeneImputation:
     probabilities, odds
         See `ImputationModel`.
     train, eval_cells
-        Bags with raw counts that contain each cell once. The baselines are fitted on `train`, and `eval_cells` is
+        Bags with raw counts. All bags together contain each cell exactly once. The baselines are fitted on `train`, and `eval_cells` is
         scored.
     split
         Name of the held-out split, for the title.

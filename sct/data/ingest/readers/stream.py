@@ -136,7 +136,7 @@ def reading(label: str) -> Iterator[None]:
         else:
             cause = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise DataError(
-            f"{label} cannot be read ({cause}): check that the file is complete and has the format of its name."
+            f"{label} cannot be read ({cause}): check that the file is complete and that its format matches its suffix."
         ) from error
 
 
