@@ -394,8 +394,8 @@ def verify(folder: Path, config: Mapping[str, Any], shared: bool = False) -> Non
         raise CheckpointError(f"{folder} has no {name}: the folder is incomplete, so copy or save it again.")
     for name in sorted(present - set(recorded)):
         raise CheckpointError(
-            f"{folder / name} is not listed in {CONFIG}: move the file to another folder, or, if you added this file on "
-            f"purpose, delete the entries {FILES!r} and {SEAL!r} from {CONFIG}."
+            f"{folder / name} is not listed in {CONFIG}: move the file to another folder, or, if you added this file "
+            f"on purpose, delete the entries {FILES!r} and {SEAL!r} from {CONFIG}."
         )
     try:
         changed = first_changed(folder, recorded, shared)

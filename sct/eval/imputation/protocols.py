@@ -280,8 +280,8 @@ class GeneImputation:
     probabilities, odds
         See `ImputationModel`.
     train, eval_cells
-        Bags with raw counts. All bags together contain each cell exactly once. The baselines are fitted on `train`, and `eval_cells` is
-        scored.
+        Bags with raw counts. All bags together contain each cell exactly once. The baselines are fitted on `train`, and
+        `eval_cells` is scored.
     split
         Name of the held-out split, for the title.
     ratio, seeds
