@@ -16,6 +16,7 @@ _NAMES = {
     "GeneVocabulary": "sct.data.genes.vocabulary",
     "Store": "sct.data.store",
     "load": "sct.weights.load",
+    "export": "sct.result_tables",
     "SctError": "sct.errors",
     "settings": "sct.global_settings",
 }

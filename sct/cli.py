@@ -24,6 +24,7 @@ _COMMANDS = {
     "embed": "compute an embedding for each cell of an .h5ad file",
     "impute": "impute genes or whole cells of an .h5ad file",
     "annotate": "annotate cells, by label transfer or by a language model",
+    "perturb": "knock out genes in silico, and compare with random genes",
     "generate": "generate cells with a model of cell sentences",
     "benchmark": "benchmark a model against reference baselines",
     "train": "train a model, or resume a run",
@@ -35,7 +36,7 @@ _COMMANDS = {
 }
 
 # Commands that run a model.
-_COMPUTING = ("embed", "impute", "annotate", "generate", "benchmark", "train", "speed")
+_COMPUTING = ("embed", "impute", "annotate", "perturb", "generate", "benchmark", "train", "speed")
 
 # Flags that ask for help. They are handled here, because absl's own help prints local file names and exits with 1.
 _HELP = ("-h", "--help", "-help", "-?", "--helpfull", "--helpshort", "--helpxml", "--help=true")
@@ -50,7 +51,7 @@ _SMALLER = {
     "speed": "use smaller batches or bags (--config.train.batch_size, --config.data.cells_per_bag), or compare fewer "
     "cells with the reference implementation (--check_cells=1)",
     **dict.fromkeys(
-        ("embed", "impute", "annotate"),
+        ("embed", "impute", "annotate", "perturb"),
         "compute fewer or smaller bags at once (--batch_size=1, --cells_per_bag)",
     ),
 }

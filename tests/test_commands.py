@@ -53,6 +53,60 @@ def test_embed_writes_the_input_with_the_embedding(files):
 
 
 @pytest.mark.slow
+def test_a_table_holds_the_results_alone(files):
+    """The suffix of --output chooses the format, and the columns are named by gene."""
+    import pandas as pd
+
+    source, gene = f"--input={files}/cells.h5ad", slide().var_names[10]
+    cells = slide()
+    cases = {
+        "embed": ([], "out.csv", [f"X_sct_{i}" for i in range(32)]),
+        "impute": ([f"--genes={gene}"], "out.parquet", [gene]),
+        "perturb": ([f"--genes={gene}", "--n_random=1"], "out.tsv", [gene]),
+        "annotate": (
+            [f"--reference={files}/cells.h5ad", "--label_key=cell_type", "--n_contexts=1"],
+            "deep/out.csv.gz",
+            ["sct_label", "sct_label_probability"],
+        ),
+    }
+    for command, (options, name, columns) in cases.items():
+        done = run(command, source, f"--model={files}/model", f"--output={files}/{name}", *options)
+        assert done.returncode == 0, done.stderr
+        assert name in done.stdout
+        path = files / name
+        table = (
+            pd.read_parquet(path)
+            if path.suffix == ".parquet"
+            else pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
+        )
+        assert list(table.columns) == ["cell", *columns], command
+        assert table["cell"].tolist() == list(cells.obs_names)
+        if command == "embed":
+            sct.tl.embed(cells, made())
+            np.testing.assert_allclose(table.iloc[:, 1:], cells.obsm["X_sct"], rtol=1e-4, atol=1e-5)
+    again = run("embed", source, f"--model={files}/model", f"--output={files}/out.csv")
+    assert again.returncode == 1
+    assert "--overwrite" in again.stderr
+
+
+@pytest.mark.slow
+def test_perturb_prints_effects_and_writes_them(files):
+    genes = list(slide().var_names[10:12])
+    done = run(
+        "perturb", f"--input={files}/cells.h5ad", f"--model={files}/model", f"--output={files}/perturbed.h5ad",
+        f"--genes={genes[0]},{genes[0]}+{genes[1]}", "--n_random=3", f"--targets={slide().var_names[20]}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    after, before = ad.read_h5ad(files / "perturbed.h5ad"), slide()
+    sct.tl.perturb(before, made(), [genes[0], genes], n_random=3, targets=[slide().var_names[20]])
+    np.testing.assert_allclose(after.obsm["sct_perturb"], before.obsm["sct_perturb"], rtol=1e-4)
+    effects = after.uns["sct_perturb"]["effects"]
+    assert effects["p_value"].tolist() == before.uns["sct_perturb"]["effects"]["p_value"].tolist()
+    assert len(after.uns["sct_perturb"]["targets"]) == 2
+    assert all(name in done.stdout for name in effects.index)
+
+
+@pytest.mark.slow
 def test_impute_genes_there_and_not_there(files):
     genes = [slide().var_names[10], made().genes.keys[0]]
     done = run(
@@ -88,7 +142,7 @@ def test_annotate_counts_labels(files):
     [
         (["--input=no.h5ad", "--model=m", "--output=o.h5ad"], "no.h5ad does not exist"),
         (["--input=cells.h5ad", "--model=m", "--output=o.h5ad"], "m does not exist"),
-        (["--input=cells.h5ad", "--model=model", "--output=o.csv"], "must end with .h5ad"),
+        (["--input=cells.h5ad", "--model=model", "--output=o.txt"], "suffix of --output"),
         (["--input=cells.h5ad", "--model=model", "--step=3", "--output=o.h5ad"], "not a run folder"),
         (["--input=cells.h5ad", "--model=model", "--output=cells.h5ad"], "also the input"),
         (["--input=cells.h5ad", "--model=model", "--output=cells.h5ad/o.h5ad"], "is not a folder"),

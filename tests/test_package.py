@@ -53,6 +53,7 @@ _BELOW_FAMILIES = _MESSAGES | {
 }
 _BELOW_TRAIN = _BELOW_FAMILIES | {"families"}
 _ALL = _BELOW_TRAIN | {
+    "result_tables",
     "train",
     "speed",
     "pp",
@@ -79,6 +80,7 @@ ALLOWED: dict[str, set[str]] = {
     "progress": _MESSAGES,
     "terminal": set(),
     "atomic": {"errors"},
+    "result_tables": {"atomic", "checks", "errors", "extras"},
     "outputs": {"errors"},
     "folder_lock": {"errors"} | _MESSAGES,
     "nn": {"nn", "checks", "errors"},
@@ -183,7 +185,7 @@ ALLOWED: dict[str, set[str]] = {
 OPTIONAL = {
     "torch", "transformers", "scanpy", "cellxgene_census", "huggingface_hub", "matplotlib", "igraph",
     "umap", "scib_metrics", "ot", "decoupler", "tokenizers", "sentencepiece", "sacrebleu",
-    "rouge_score", "rapidfuzz", "joblib", "magic", "scvi",
+    "rouge_score", "rapidfuzz", "joblib", "magic", "scvi", "pyarrow",
 }  # fmt: skip
 # Extras of programs that are run, and of plugins that jax finds by itself.
 TOOLS = {"test", "docs", "cuda", "tpu"}

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Ability -> function of `sct.tl`.
 FUNCTIONS = {
     "embed": "sct.tl.embed",
+    "embed_genes": "sct.tl.gene_embeddings",
     "impute": "sct.tl.impute",
     "annotate": "sct.tl.annotate",
     "generate": "sct.tl.generate_cells",

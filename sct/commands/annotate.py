@@ -3,7 +3,8 @@
     sct annotate --input=cells.h5ad --reference=atlas.h5ad --label_key=cell_type --model=runs/mine --output=out.h5ad
     sct annotate --input=cells.h5ad --model=runs/c2s --output=out.h5ad
 
-Writes a copy of the input with labels in obs["sct_label"] and their probabilities in obs["sct_label_probability"].
+Writes a copy of the input with labels in obs["sct_label"] and their probabilities in obs["sct_label_probability"]. If
+--output ends with .csv, .tsv or .parquet, only these columns are written, as a table with one row per cell.
 With --reference, a cell takes the label of most of its nearest reference cells, or "unknown" below --threshold. A model
 of cell sentences needs no reference; --candidates restricts the labels that it can give. In a clone, `python -m
 launch.annotate` is the same program.
@@ -84,7 +85,9 @@ def main(argv: list[str]) -> None:
         "obsm": [f"{key}_probabilities", *made],
         "uns": [key, *made, *cell_flags.scales(adata)],
     }
-    tables.write(adata, cell_flags.INPUT.value, target, added)
+    scores = [f"{key}_{ending}" for ending in ("probability", "agreement")]
+    table = [key, *(name for name in scores if name in adata.obs)]
+    tables.write(adata, cell_flags.INPUT.value, target, added, table)
     for name, count in adata.obs[key].value_counts().items():
         messages.info(f"{count:>10,}  {name}")
-    messages.info(f'obs["{key}"] in {target}')
+    messages.info(f'obs["{key}"] in {target}' if target.suffix == ".h5ad" else f"{key} in {target}")

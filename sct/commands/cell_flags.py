@@ -9,7 +9,12 @@ from absl import flags
 INPUT = flags.DEFINE_string(
     "input", None, "Cells to read: an .h5ad file or a .zarr folder with raw counts.", required=True
 )
-OUTPUT = flags.DEFINE_string("output", None, ".h5ad file to write.", required=True)
+OUTPUT = flags.DEFINE_string(
+    "output",
+    None,
+    "File to write: .h5ad, or a table of the results alone (.csv, .tsv or .parquet).",
+    required=True,
+)
 _LAYER = flags.DEFINE_string(
     "layer", None, "Where the raw counts are: X, raw or a layer. Default: the first that holds raw counts."
 )

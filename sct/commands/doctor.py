@@ -42,6 +42,7 @@ EXTRAS = {
     "hub": "models of the Hugging Face Hub",
     "haiku": "conversion of the published sCellTransformer weights",
     "torch": "weights in the format pytorch_model.bin",
+    "parquet": "results as Parquet files",
     "census": "ingest from CELLxGENE Census",
 }
 _LEAST_DISK, _LEAST_MEMORY = 1e9, 2e9

@@ -3,7 +3,8 @@
     sct embed --input=cells.h5ad --model=runs/mine --output=embedded.h5ad
     sct embed --input=slide.h5ad --model=models/sct --spatial_key=spatial --batch_key=slide --output=out.h5ad
 
-Writes a copy of the input with the embedding in obsm["X_sct"] and its settings in uns["X_sct"]. The input needs raw
+Writes a copy of the input with the embedding in obsm["X_sct"] and its settings in uns["X_sct"]. If --output ends with
+.csv, .tsv or .parquet, only the embedding is written, as a table with one row per cell. The input needs raw
 counts (in X, raw or a layer) and genes as Ensembl ids or symbols. Input files above 1 GB are read in blocks, to save
 memory. In a clone, `python -m launch.embed` is the same program.
 """
@@ -50,11 +51,11 @@ def main(argv: list[str]) -> None:
         **cell_flags.options(),
     )  # fmt: skip
     tables.write(
-        adata, cell_flags.INPUT.value, target, {"obsm": [key], "uns": [key, *cell_flags.scales(adata)]}
+        adata, cell_flags.INPUT.value, target, {"obsm": [key], "uns": [key, *cell_flags.scales(adata)]}, [key]
     )
     settings = adata.uns[key]
     messages.info(
         f"{adata.n_obs:,} cells embedded by {settings['model']}; counts from {settings['counts_from']}, "
         f"{settings['genes_matched']:,} genes matched"
     )
-    messages.info(f'obsm["{key}"] in {target}')
+    messages.info(f'obsm["{key}"] in {target}' if target.suffix == ".h5ad" else f"{key} in {target}")

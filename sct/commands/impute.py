@@ -6,8 +6,9 @@
 
 Writes a copy of the input with expected raw counts in layers["sct_expected"], the most likely expression levels in
 layers["sct_level"] and the probability that a gene is expressed in layers["sct_probability"]. Genes that the input
-lacks are written to tables of the same names in obsm. X is not changed. In a clone, `python -m launch.impute` is the
-same program.
+lacks are written to tables of the same names in obsm. X is not changed. If --output ends with .csv, .tsv or .parquet,
+only the expected raw counts of the imputed genes are written, as a table with one row per cell. In a clone, `python -m
+launch.impute` is the same program.
 """
 
 from __future__ import annotations
@@ -67,13 +68,18 @@ def main(argv: list[str]) -> None:
     impute(adata, model_flags.model(), genes=asked, cells=cells, key_added=key, **cell_flags.options())
     names = [f"{key}_{ending}" for ending in RESULTS]
     added = {slot: [n for n in names if n in getattr(adata, slot)] for slot in ("layers", "obsm")}
-    tables.write(adata, cell_flags.INPUT.value, target, {**added, "uns": [key, *cell_flags.scales(adata)]})
+    tables.write(
+        adata, cell_flags.INPUT.value, target, {**added, "uns": [key, *cell_flags.scales(adata)]}, names[:1]
+    )
     settings = adata.uns[key]
     what = f"{len(settings['genes']):,} genes" if len(settings["genes"]) else "all genes"
     messages.info(
         f"imputed {what} of {len(settings['cells']) or adata.n_obs:,} cells with {settings['model']}; counts from "
         f"{settings['counts_from']}"
     )
+    if target.suffix != ".h5ad":
+        messages.info(f"{names[0]} in {target}")
+        return
     for slot, keys in added.items():
         for name in keys:
             messages.info(f'{slot}["{name}"] in {target}')

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import anndata as ad
 
-from sct import outputs
+from sct import outputs, result_tables
 from sct.atomic import atomic_write
 from sct.errors import ConfigError, DataError, disk_trouble, first_line
 
@@ -47,10 +47,11 @@ def read(path: str, may_be_backed: bool = True) -> ad.AnnData:
 
 
 def check_output(path: str, source: str | None = None, overwrite: bool = False, needed: int = 0) -> Path:
-    """Check the path of an .h5ad file that a command will write, and return the path.
+    """Check the path of the file that a command will write, and return the path.
 
-    Raises `ConfigError` if the path does not end with .h5ad, is the input file, exists (unless `overwrite`), or cannot
-    be written.
+    The file is an .h5ad file. If there is an input, it can also be a table: a .csv, .tsv or .parquet file, see
+    `sct.export`. Raises `ConfigError` if the path has another suffix, is the input file, exists (unless `overwrite`),
+    or cannot be written.
 
     Parameters
     ----------
@@ -64,19 +65,25 @@ def check_output(path: str, source: str | None = None, overwrite: bool = False, 
         Minimum size of the output in bytes; used only if there is no input.
     """
     target = Path(path).expanduser()
-    if target.suffix != ".h5ad":
+    if source is not None:
+        result_tables.check_suffix(target, "--output", [".h5ad"])
+    elif target.suffix != ".h5ad":
         raise ConfigError(f"--output is {target}, but must end with .h5ad: change --output.")
     if source is not None and target.resolve() == Path(source).expanduser().resolve():
         raise ConfigError(f"--output is {target}, which is also the input file: choose another --output.")
     copied = 0
-    if source is not None and Path(source).suffix == ".h5ad":
+    if source is not None and Path(source).suffix == target.suffix == ".h5ad":
         copied = outputs.size_of(Path(source).expanduser())
     outputs.check_file(target, "--output", overwrite, max(copied, needed))
     return target
 
 
-def write(adata: ad.AnnData, source: str, target: Path, added: Mapping[str, Sequence[str]]) -> None:
-    """Write a copy of the input file, to which the results are added. The file gets its name only when it is complete.
+def write(
+    adata: ad.AnnData, source: str, target: Path, added: Mapping[str, Sequence[str]], table: Sequence[str]
+) -> None:
+    """Write a copy of the input file, to which the results are added; or write only the results, as a table.
+
+    The file gets its name only when it is complete.
 
     Parameters
     ----------
@@ -89,7 +96,13 @@ def write(adata: ad.AnnData, source: str, target: Path, added: Mapping[str, Sequ
     added
         New keys in each of "obs", "obsm", "layers" and "uns". If the input is an .h5ad file, all other content is
         copied unchanged from the input file.
+    table
+        Keys of the results to write if `target` is a table, see `sct.export`.
     """
+    if target.suffix != ".h5ad":
+        target.parent.mkdir(parents=True, exist_ok=True)
+        result_tables.export(adata, table, target)
+        return
     with replacing(target) as temporary:
         if Path(source).suffix != ".h5ad":
             adata.write_h5ad(temporary)

@@ -7,6 +7,7 @@ from pathlib import Path
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.families.manifest import Converter, Family, FamilyModel
 from sct.inference.answers import SentenceAnnotator
+from sct.inference.gene_vectors import TokenVectors
 from sct.inference.sentences import SentenceReader, cell_sentence_model_of
 from sct.models import registry
 from sct.models.adapter_kinds import CONFIGS
@@ -35,6 +36,7 @@ def _decoder(name: str, config: str) -> FamilyModel:
         config=config,
         adapters=CONFIGS,
         embed=SentenceReader,
+        embed_genes=TokenVectors,
         annotate=SentenceAnnotator,
         generate=cell_sentence_model_of,
         describe=cell_sentence_model_of,

@@ -12,6 +12,7 @@ from sct.generation.cell_sentence_model import CellSentenceModel
 from sct.generation.instruction_model import InstructionModel
 from sct.inference.answers import Annotator
 from sct.inference.bags import BagReader
+from sct.inference.gene_vectors import GeneVectors
 from sct.inference.readers import CellReader
 from sct.models.adapter_kinds import AdapterConfig, LoraConfig
 from sct.models.registry import Architecture
@@ -38,6 +39,8 @@ class FamilyModel:
         Adapter types that the architecture accepts (`sct.models.adapter_kinds`).
     embed
         Returns the object with which `sct.tl.embed` embeds cells.
+    embed_genes
+        Returns the object that computes a vector for each gene (`sct.tl.gene_embeddings`).
     impute
         Returns the object that predicts the expression levels of masked genes, for `sct.tl.impute` and the imputation
         benchmark.
@@ -56,6 +59,7 @@ class FamilyModel:
     config: str = ""
     adapters: tuple[type[AdapterConfig], ...] = (LoraConfig,)
     embed: Callable[[Pretrained], CellReader] | None = None
+    embed_genes: Callable[[Pretrained], GeneVectors] | None = None
     impute: Callable[[Pretrained], BagReader] | None = None
     annotate: Callable[[Pretrained], Annotator] | None = None
     generate: Callable[[Pretrained], CellSentenceModel] | None = None
@@ -71,6 +75,7 @@ class FamilyModel:
 # Ability -> verb phrase. Error messages and the family pages use it after "can".
 ABILITIES: Mapping[str, str] = {
     "embed": "embed cells",
+    "embed_genes": "embed genes",
     "impute": "impute genes",
     "annotate": "predict cell labels",
     "generate": "generate cells",

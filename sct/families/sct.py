@@ -7,6 +7,7 @@ from pathlib import Path
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.families.manifest import Converter, Family, FamilyModel
 from sct.inference.bags import BagReader
+from sct.inference.gene_vectors import ContextualVectors
 from sct.models import registry
 from sct.models.adapter_kinds import CONFIGS
 from sct.tasks import masked_expression
@@ -30,6 +31,7 @@ FAMILY = Family(
             config="configs/sct_sc.py",
             adapters=CONFIGS,
             embed=BagReader,
+            embed_genes=ContextualVectors,
             impute=BagReader,
         )
     },

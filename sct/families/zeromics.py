@@ -8,6 +8,7 @@ from sct.families.cell2sentence import HUGGING_FACE
 from sct.families.manifest import Family, FamilyModel
 from sct.inference.asking import InstructionAnnotator, instruction_model_of
 from sct.inference.binned_cells import BinReader
+from sct.inference.gene_vectors import TextFeatureVectors
 from sct.models import registry
 from sct.models.adapter_kinds import CONFIGS
 from sct.tasks import instructions, masked_bins
@@ -26,6 +27,7 @@ FAMILY = Family(
             config="configs/zeromics_llm.py",
             adapters=(),  # the task trains its own mixture of adapters
             embed=functools.partial(BinReader.of_part, part="cells", architecture=_CELLS),
+            embed_genes=functools.partial(TextFeatureVectors, part="cells"),
             annotate=InstructionAnnotator,
             ask=instruction_model_of,
         ),
@@ -35,6 +37,7 @@ FAMILY = Family(
             config="configs/zeromics_sc.py",
             adapters=CONFIGS,
             embed=BinReader,
+            embed_genes=TextFeatureVectors,
         ),
         # Computes gene features from texts.
         "bert": FamilyModel(registry.MODELS["bert"], adapters=CONFIGS),

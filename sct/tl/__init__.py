@@ -10,6 +10,7 @@ _FUNCTIONS = {
     "impute": "sct.tl.imputation",
     "annotate": "sct.tl.annotation",
     "benchmark": "sct.benchmarks.zero_shot",
+    "gene_embeddings": "sct.tl.gene_embedding",
     "perturb": "sct.tl.perturbation",
     "spatial_neighbors": "sct.tl.neighbors",
     "to_sentences": "sct.tl.sentences",
@@ -22,8 +23,8 @@ _FUNCTIONS = {
 }
 
 __all__ = [
-    "annotate", "ask", "benchmark", "describe", "embed", "find_rare", "find_tumor", "generate_cells", "impute",
-    "infer_pathways", "perturb", "spatial_neighbors", "to_sentences",
+    "annotate", "ask", "benchmark", "describe", "embed", "find_rare", "find_tumor", "gene_embeddings", "generate_cells",
+    "impute", "infer_pathways", "perturb", "spatial_neighbors", "to_sentences",
 ]  # fmt: skip
 
 
