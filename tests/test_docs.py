@@ -73,10 +73,10 @@ SENTENCES = [
 
 
 def wrong_commands(found: list[Piece]) -> list[str]:
-    """Command lines that their flag parsers refuse; one within a sentence may lack required flags."""
+    """Command lines that their flag parsers refuse; one within a sentence may lack required flags and values."""
     words = {place: command_lines.commands(place.text) for place in found}
     refused = command_lines.errors(words for each in words.values() for words in each)
-    missing = re.compile(r"error: [-\w, ]+ (is|are) missing\b")
+    missing = re.compile(r"error: [-\w, ]+ (is|are) missing\b|error: --\w+ needs a value\b")
     return [
         f"{piece.place}: {line}\n  {refused[line]}"
         for piece, lines in words.items()
