@@ -39,7 +39,7 @@ from sct.version import REPOSITORY, __version__  # noqa: E402
 
 FOLDER = ROOT / "notebooks"
 RECORD = "sct"  # key in the metadata of a notebook
-TIMEOUT = 1200  # seconds for one cell
+TIMEOUT = 3600  # seconds for one cell, on a busy machine
 # Values that --quick sets after the cell tagged "parameters", by notebook.
 QUICK: dict[str, dict[str, Any]] = {
     "01_embed_annotate": {"STEPS": 20},
@@ -202,6 +202,8 @@ def smaller(picture: str) -> str:
 def prepare_environment(quick: bool) -> None:
     """Set the variables with which kernels start."""
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    # On a busy machine, XLA prints lines about slow compilations.
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     # The import of umap-learn asks for ipywidgets, which no notebook needs.
     os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
     if quick:  # compile quickly, as in the tests
@@ -241,7 +243,12 @@ def main() -> int:
     failed = 0
     for path in chosen:
         before, cpu = time.monotonic(), cpu_seconds()
-        notebook = run(path, options.quick)
+        try:
+            notebook = run(path, options.quick)
+        except TimeoutError as error:
+            print(f"{path.name}: failed: {error}", file=sys.stderr, flush=True)
+            failed += 1
+            continue
         tidy(notebook)
         found = problems(notebook, ACCEPTED_IF_QUICK if options.quick else ())
         print(
