@@ -63,7 +63,9 @@ def components(name: str, model: FamilyModel) -> list[tuple[str, str]]:
         made += [("data", link(kind.data)), options("data", kind.name)]
     if model.config:
         made.append(("training configuration", f"[`{model.config}`](../../{model.config})"))
-    made += [("adapter", link(kind)) for kind in model.adapters] or [("adapters", "only those of its task")]
+    made += [("adapter", link(kind)) for kind in model.adapters] or [
+        ("adapters", "only the adapters that the task trains")
+    ]
     # An unescaped `|` would end the table cell.
     targets = [f"`{target}`".replace("|", "\\|") for target in model.architecture.targets]
     made.append(("default LoRA layers", ", ".join(targets) or "none"))
@@ -99,7 +101,7 @@ def page(family: Family) -> str:
         guide = Path(family.guide)
         lines += [f"User guide: [`{family.guide}`](../{guide.relative_to('docs')}).", ""]
     lines += [
-        "[Example configurations](../configurations.md) lists the sizes, the data and the run times.",
+        "The page [Example configurations](../configurations.md) lists the model sizes, the data and the run times.",
         "",
     ]
     for name, model in family.models.items():
@@ -115,19 +117,28 @@ def page(family: Family) -> str:
         lines += ["## Weight conversion", ""]
         for name, each in family.converters.items():
             if each.title:
-                lines += [f"From {each.title} folders to model folders, and back:", ""]
+                lines += [
+                    f"Convert a {each.title} folder to a model folder, or a model folder to a {each.title} folder:",
+                    "",
+                ]
             lines.append(f"    sct convert --from={name} --input=DIR --output=MODEL_DIR")
             if each.write is not None:
                 lines.append(f"    sct convert --from=sct --to={name} --input=MODEL_DIR --output=DIR")
             lines.append("")
             if each.takes_genes:
-                lines += ["Add `--genes=VOCABULARY` if the weights do not name their genes.", ""]
+                lines += [
+                    "If the folder `DIR` does not contain the names of the genes, add `--genes=VOCABULARY`.",
+                    "",
+                ]
     notices = dict.fromkeys([family.license, *(each.notice for each in family.converters.values())])
-    texts = [textwrap.fill(notice.strip(), 120) for notice in notices if notice]
+    texts = [textwrap.fill(notice.strip(), 120, break_on_hyphens=False) for notice in notices if notice]
     if texts:
         lines += ["## Licenses of published weights", "", *texts, ""]
     manifest = f"sct/families/{family.name}.py"
-    lines += [f"The manifest of this family is [`{manifest}`](../../{manifest}).", ""]
+    lines += [
+        f"This family is defined in [`{manifest}`](../../{manifest}).",
+        "",
+    ]
     return "\n".join(lines)
 
 

@@ -45,7 +45,7 @@ def _decoder(name: str, config: str) -> FamilyModel:
 
 FAMILY = Family(
     name="cell2sentence",
-    title="A language model reads cells as sentences of gene names. It generates, labels and describes cells",
+    title="A language model reads cells as sentences of gene names, and generates, labels and describes cells",
     paper="Cell2Sentence: teaching large language models the language of biology (ICML 2024)",
     guide="docs/cell_sentences.md",
     license=hf.NOTICE,

@@ -20,7 +20,7 @@ def _convert(source: Path, target: Path, dtype: str, genes: GeneVocabulary | Non
 
 FAMILY = Family(
     name="sct",
-    title="sCT reads bags of 50 cells with all genes, and predicts the expression levels of masked genes",
+    title="sCT reads bags (groups of 50 cells with all genes) and predicts the expression levels of masked genes",
     paper="A long range foundation model for zero-shot predictions in single-cell and spatial transcriptomics data",
     guide="docs/tools.md",
     license=haiku_sct.NOTICE,

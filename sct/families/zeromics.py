@@ -17,7 +17,8 @@ _CELLS = "zeromics_cells"
 
 FAMILY = Family(
     name="zeromics",
-    title="A cell model reads expression bins and gene texts. A LLaMA with LoRA adapters answers questions about cells",
+    title="A cell model reads expression bins and texts about genes. A LLaMA with LoRA adapters answers questions "
+    "about cells",
     paper="ZerOmics: toward general models for single-cell analysis with instruction tuning",
     guide="docs/zeromics.md",
     models={

@@ -27,8 +27,9 @@ from sct.weights.pretrained import DATA_OPTIONS, Pretrained, default_card, expec
 
 LICENSE = "cc-by-nc-sa-4.0"
 NOTICE = (
-    "The published sCellTransformer weights have the license CC BY-NC-SA 4.0: non-commercial use, with "
-    "attribution, under the same license. The license also applies to the converted model."
+    "The published sCellTransformer weights have the license CC BY-NC-SA 4.0: you may use and share them "
+    "only for non-commercial purposes, with attribution and under the same license. The license also applies to the "
+    "converted model."
 )
 
 # Rows: pattern of the Haiku module name (without the model name), parameter path in this project, and Haiku parameter

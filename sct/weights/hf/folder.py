@@ -43,7 +43,7 @@ from sct.weights.pretrained import (
     match,
 )
 
-NOTICE = "The weights keep their original license. See the page from which you downloaded them."
+NOTICE = "Converted weights keep the license of the original weights. See the page of the original weights."
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _COMPARED = 1 << 24  # numbers per step when two copies of an array are compared; bounds the memory
 
