@@ -570,7 +570,7 @@ class NaturalResult:
 
     @property
     def reliability(self) -> dict[str, metrics.Reliability]:
-        """Return a reliability diagram for each row of the results table, pooled over all random masks: {row label: data}."""
+        """Return a reliability diagram for each row of the table, pooled over all random masks: {row label: data}."""
         found = {}
         for row in self.rows:
             if not row.reliability:
