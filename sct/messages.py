@@ -12,6 +12,8 @@ from sct.global_settings import HINTS, INFO, WARNINGS, settings
 if TYPE_CHECKING:
     from rich.console import Console
 
+_PACKAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
+
 
 def info(text: str) -> None:
     """Print a line about a result on standard output."""
@@ -30,10 +32,15 @@ def hint(text: str) -> None:
     notice(text, HINTS)
 
 
-def warn(text: str, stacklevel: int = 2) -> None:
-    """Issue a `UserWarning` unless verbosity is "errors"; `stacklevel` is that of `warnings.warn` in the caller."""
-    if settings.verbosity >= WARNINGS:
-        warnings.warn(text, UserWarning, stacklevel=stacklevel + 1)
+def warn(text: str, category: type[Warning] = UserWarning) -> None:
+    """Issue a warning that names the line of the user's code that called sct, unless verbosity is "errors"."""
+    if settings.verbosity < WARNINGS:
+        return
+    # Python 3.12 has skip_file_prefixes for this, but Python 3.11 does not.
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, category, stacklevel=level)
 
 
 def in_notebook() -> bool:

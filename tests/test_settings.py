@@ -101,7 +101,7 @@ def test_each_level_prints_its_own_and_those_below(verbosity, capsys):
         settings.verbosity = level
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            messages.warn("a warning", stacklevel=1)
+            messages.warn("a warning")
         messages.info("a result")
         messages.notice("a notice")
         messages.hint("a hint")
@@ -230,3 +230,12 @@ def test_everything_that_prints_obeys_the_settings():
             if prints and not of_a_name and not measures:
                 found.append(f"{name}:{node.lineno} calls {called}")
     assert not found
+
+
+def test_a_warning_names_the_line_of_the_user():
+    """The library is several calls deep, but the warning names the code that called it."""
+    from sct.data.class_prior import ClassPrior
+
+    with pytest.warns(UserWarning, match="masking") as caught:
+        ClassPrior.of({}).warn()
+    assert [each.filename for each in caught] == [__file__]

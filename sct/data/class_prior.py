@@ -87,4 +87,4 @@ class ClassPrior:
     def warn(self) -> None:
         """Issue a warning if the masking rates are assumed, or if the bias cannot be corrected."""
         if self.assumed or self.one_sided:
-            messages.warn(ASSUMED if self.assumed else ONE_SIDED, stacklevel=3)
+            messages.warn(ASSUMED if self.assumed else ONE_SIDED)

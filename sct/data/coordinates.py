@@ -224,8 +224,7 @@ def doubts(coordinates: np.ndarray, obs: pd.DataFrame, divide_by: str) -> list[s
     obs
         Table of the cells, searched for columns with sections.
     divide_by
-        Template of the option to recommend, such as "batch_key={!r}". The placeholder is replaced by the name of the
-        column that contains the sections.
+        Option that the message recommends for naming the column with sections, such as "batch_key={!r}".
     """
     coordinates = np.asarray(coordinates, np.float64)
     found = []

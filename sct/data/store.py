@@ -483,7 +483,6 @@ class Store:
             messages.warn(
                 f"{path / MANIFEST} was written by an earlier release and has no hashes of some studies, so changes of "
                 "their cell metadata cannot be detected: run the ingest again to rebuild these studies.",
-                stacklevel=2,
             )
         for study in store.studies:
             if not (study.path / "zarr.json").is_file():

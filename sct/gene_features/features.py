@@ -177,7 +177,7 @@ class GeneFeatures:
             try:
                 made.save(kept)
             except DataError as error:  # a full disk must not lose the result of hours
-                messages.warn(f"the gene features are not cached: {error}", stacklevel=2)
+                messages.warn(f"the gene features are not cached: {error}")
         return made
 
     @classmethod
@@ -393,7 +393,6 @@ def _read(
         messages.warn(
             f"{cut:,} of {len(corpus):,} texts of {corpus.name} were truncated to {most} tokens: set a larger "
             "max_tokens if the model has enough positions",
-            stacklevel=3,
         )
     decoder = _in_its_type(grown)
     rows = min(batch_size, len(tokens))
@@ -483,7 +482,7 @@ def _cached(file: Path, inputs: Mapping[str, Any], corpus: GeneCorpus) -> GeneFe
             raise DataError(f"{file} was made from other inputs")
     except DataError as error:
         message = f"the gene features are computed again, because the cached file cannot be used: {error}"
-        messages.warn(message, stacklevel=3)
+        messages.warn(message)
         return None
     return found
 

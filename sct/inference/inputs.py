@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import anndata as ad
@@ -130,9 +130,18 @@ def sections(adata: ad.AnnData, batch_key: str | None, spatial_key: str | None) 
             raise DataError(f"{where}: {error}") from error
         if len(rows) == scale.cells:
             for doubt in doubts(places, adata.obs.iloc[rows], "batch_key={!r}"):
-                messages.warn(f"{where}: {doubt}", stacklevel=3)
+                messages.warn(f"{where}: {doubt}")
         found.append(section)
     return found
+
+
+def gene_names(option: str, names: Any) -> list[str]:
+    """Return an option that is one name or several names of genes as a list; raise `ConfigError` for other types."""
+    check_type(option, names, (str, Iterable), "a gene name, or a list of gene names")
+    listed = [names] if isinstance(names, str) else list(names)
+    for name in listed:
+        check_type(f"a gene name in {option}", name, str, "a string")
+    return listed
 
 
 def keep_scales(

@@ -45,7 +45,7 @@ def warn_of_labels(
     """
     lost = float(np.mean(labels == unknown))
     if lost > 0.5:
-        messages.warn(f"{lost:.0%} of the cells are {unknown!r}: {why_unknown}", stacklevel=4)
+        messages.warn(f"{lost:.0%} of the cells are {unknown!r}: {why_unknown}")
     names, counts = np.unique(labels[labels != unknown].astype(str), return_counts=True)
     if may_be_alike or len(labels) < _MIN_CELLS or len(answers) < 2 or not len(names):
         return
@@ -56,5 +56,4 @@ def warn_of_labels(
             f"{counts[most]:,} of {len(labels):,} cells have the same label {str(names[most])!r} out of "
             f"{len(answers):,} candidates (mean probability {mean:.4f}): the model may not distinguish these cells, so "
             "check it on cells with known labels first",
-            stacklevel=4,
         )

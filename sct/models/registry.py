@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 
+from sct import messages
 from sct.checks import check_choice
 from sct.errors import ConfigError
 from sct.hashes import SEAL
@@ -97,11 +97,10 @@ def with_current_names(
                     f"{where} has both {given} and {name}, but {given} is the former name of {name}: remove {given}."
                 )
             if not recorded:
-                warnings.warn(
+                messages.warn(
                     f"{where}.{given} was renamed to {name}: use the new name, because the next release refuses the "
                     "old one.",
                     FutureWarning,
-                    stacklevel=2,
                 )
         kind = type(_default(fields[name])) if name in fields else object
         if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):

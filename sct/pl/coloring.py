@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from sct.errors import ConfigError, DataError
 from sct.extras import load_extra
 from sct.pl import style
 from sct.pl.imputed import EXPECTED, UNITS, impute_record, imputed_values
-from sct.pl.values import gene_row, gene_values, near
+from sct.pl.values import check_real, gene_row, gene_values, near
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -85,12 +87,14 @@ def coloring(adata: AnnData, name: str, layer: str | None) -> Categories | Numbe
     Raises
     ------
     DataError
-        The name is neither a column of obs nor a gene, the layer does not exist, or no cell has a value.
+        The name is neither a column of obs nor a gene, the layer does not exist, the values are complex numbers, or no
+        cell has a value.
     """
     if name in adata.obs.columns:
         values = adata.obs[name]
         if not _is_categorical(values):
-            numbers = np.asarray(values.astype(float), dtype=float)
+            check_real(f"obs[{name!r}]", values)
+            numbers = values.to_numpy(dtype=float, na_value=np.nan)
             if not np.isfinite(numbers).any():
                 raise DataError(
                     f"obs[{name!r}] has no numeric value in any cell: choose another column or gene for `color`."
@@ -117,7 +121,9 @@ def gene_coloring(adata: AnnData, gene: str, layer: str | None) -> Numbers:
     if gene_row(adata.var, gene) is None:
         known_names = [*adata.obs.columns, *adata.var_names]
         raise DataError(f"{gene!r} is neither a column of obs nor a gene: {near(gene, known_names)}")
-    values = gene_values(adata, gene, layer).astype(float)
+    values = gene_values(adata, gene, layer)
+    check_real("X" if layer is None else f"layers[{layer!r}]", values)
+    values = values.astype(float)
     if not np.isfinite(values).any():
         raise DataError(f"the gene {gene!r} has no numeric value in any cell: choose another gene or layer.")
     return Numbers(gene if layer is None else f"{gene}, {layer}", values, _unit(adata, values, layer))
@@ -150,7 +156,8 @@ def _categories(adata: AnnData, name: str, values: pd.Series) -> Categories:
         names = [str(each) for each in values.cat.categories]
     else:
         missing = values.isna().to_numpy()
-        codes, found = pd.factorize(values.where(~values.isna(), "").astype(str), sort=True)
+        texts = values.astype(object).where(~missing, "")  # a nullable column cannot hold ""
+        codes, found = pd.factorize(texts.astype(str), sort=True)
         if missing.any():
             # Re-number without the placeholder of missing values.
             present = np.unique(codes[~missing])
@@ -188,20 +195,34 @@ def _given_colors(adata: AnnData, name: str, categories: int) -> list[str]:
     if key not in adata.uns:
         return []
     colors = load_extra("matplotlib.colors", "analysis", "matplotlib", what="a plot")
-    given = [str(each) for each in np.ravel(np.asarray(adata.uns[key], dtype=object))]
+    value = adata.uns[key]
+    single = isinstance(value, str) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0
+    given = [_color(each) for each in ([value] if single else value)]
     wrong = [each for each in given if not colors.is_color_like(each)]
     if wrong or len(given) < categories:
         found = f"the value {wrong[0]!r}, which is not a color" if wrong else f"{len(given)} colors"
         messages.warn(
             f"uns[{key!r}] has {found}, but it must have a color for each of the {categories} categories of "
             f"obs[{name!r}]: correct or delete it; the plot uses other colors.",
-            stacklevel=5,
         )
         return []
-    return [colors.to_hex(each) for each in given[:categories]]
+    return [colors.to_hex(each, keep_alpha=colors.to_rgba(each)[3] < 1) for each in given[:categories]]
 
 
-def limits(values: np.ndarray, vmin: Limit, vmax: Limit, from_zero: bool = True) -> tuple[float, float, str]:
+def _color(value: Any) -> Any:
+    """Return a color as a string or as a tuple of red, green, blue and optionally alpha; other values as they are."""
+    if isinstance(value, str):
+        return str(value)
+    try:
+        numbers = tuple(np.asarray(value, dtype=float).tolist())
+    except (TypeError, ValueError):
+        return value
+    return numbers if np.isfinite(numbers).all() else str(numbers)
+
+
+def limits(
+    values: np.ndarray, vmin: Limit, vmax: Limit, from_zero: bool = True, title: str = ""
+) -> tuple[float, float, str]:
     """Return the limits of a color scale, and which ends of the color bar have an arrow.
 
     Parameters
@@ -210,15 +231,18 @@ def limits(values: np.ndarray, vmin: Limit, vmax: Limit, from_zero: bool = True)
         Numbers; NaN is ignored.
     vmin, vmax
         A number, a percentile such as "p99", or None for the smallest or largest value. If a percentile leaves no
-        range, the smallest or largest value is used instead.
+        range, the smallest or largest value is used instead. If all values are equal, the range has the width 1.
     from_zero
         Whether `vmin=None` means 0 if no value is negative.
+    title
+        Title of the panel for error messages.
 
     Raises
     ------
     ConfigError
-        A limit is neither a number nor a percentile, or `vmin` is not below `vmax`.
+        A limit is neither a number nor a percentile, `vmin` is not below `vmax`, or no value is within a limit.
     """
+    check_limits(vmin, vmax)
     known = values[np.isfinite(values)]
     lowest, highest = float(known.min()), float(known.max())
     start = min(lowest, 0.0) if from_zero else lowest
@@ -228,19 +252,40 @@ def limits(values: np.ndarray, vmin: Limit, vmax: Limit, from_zero: bool = True)
     if high <= low and isinstance(vmin, str):
         low = start
     if high <= low:
-        if isinstance(vmin, (int, float)) and isinstance(vmax, (int, float)):
+        of = f" of {title!r}" * bool(title)
+        if low > highest or (low == high == highest > lowest):
             raise ConfigError(
-                f"vmin is {vmin} and vmax is {vmax}, but vmin must be below vmax: lower vmin, or increase vmax."
+                f"vmin is {vmin}, but the largest value{of} is {highest:g}, so no value is above vmin: lower vmin, or "
+                "set vmax to a number above vmin."
             )
-        low, high = (low, low + 1) if not isinstance(vmax, (int, float)) else (high - 1, high)
+        if high < low or lowest < highest:
+            raise ConfigError(
+                f"vmax is {vmax}, but the color scale{of} begins at {low:g}: increase vmax, or set vmin to a number "
+                "below vmax."
+            )
+        low, high = (high - 1, high) if _is_number(vmax) else (low, low + 1)
     ends = {(True, True): "both", (True, False): "min", (False, True): "max", (False, False): "neither"}
     return low, high, ends[lowest < low, highest > high]
 
 
 def check_limits(vmin: Limit, vmax: Limit) -> None:
-    """Raise `ConfigError` if a limit is neither a number, a percentile nor None."""
-    for name, value in (("vmin", vmin), ("vmax", vmax)):
-        _limit(name, value, np.zeros(1), 0.0)
+    """Raise `ConfigError` if a limit is not a number, a percentile or None, or if `vmin` is not below `vmax`."""
+    # Percentiles of 0 to 100 are the percents themselves.
+    low, high = (
+        _limit(name, value, np.arange(101.0), 0.0) for name, value in (("vmin", vmin), ("vmax", vmax))
+    )
+    alike = (_is_number(vmin) and _is_number(vmax)) or (isinstance(vmin, str) and isinstance(vmax, str))
+    if alike and high <= low:
+        raise ConfigError(
+            f"vmin is {vmin} and vmax is {vmax}, but vmin must be below vmax: lower vmin, or increase vmax."
+        )
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a limit is a finite number; a bool is not a number."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()  # a scalar of NumPy or JAX
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _limit(name: str, value: Limit, known: np.ndarray, default: float) -> float:
@@ -253,7 +298,7 @@ def _limit(name: str, value: Limit, known: np.ndarray, default: float) -> float:
             percent = -1.0
         if value.startswith("p") and 0 <= percent <= 100:
             return float(np.percentile(known, percent))
-    elif not isinstance(value, bool) and np.ndim(value) == 0 and np.isfinite(value):
+    elif _is_number(value):
         return float(value)
     raise ConfigError(
         f'{name} is {value!r}, but must be a number or a percentile from "p0" to "p100": set it to {name}="p99", for '

@@ -159,7 +159,7 @@ def _draw(
         drawn = order[~gray[order]]
         ax.scatter(points[drawn, 0], points[drawn, 1], c=panel.of_cells()[drawn].tolist(), **look)
         return
-    low, high, extend = limits(panel.values, *ends, panel.from_zero)
+    low, high, extend = limits(panel.values, *ends, panel.from_zero, panel.title)
     known = np.flatnonzero(~gray)
     drawn = known[np.argsort(panel.values[known], kind="stable")]
     mappable = ax.scatter(

@@ -80,7 +80,7 @@ def imputation_confusion(
     shown = share if normalize else counts.astype(float)
     names = LEVELS if columns == len(LEVELS) else tuple(map(str, range(columns)))
     side = min(1.6 + 0.85 * columns, 9)
-    ax = style.new_axes(side + 1.0, min(1.5 + 0.75 * rows, 8)) if ax is None else ax
+    ax = style.new_axes(side + 1.0, min(1.5 + 0.75 * rows, 8)) if ax is None else style.given_axes(ax, 1)[0]
     top = 1.0 if normalize else float(counts.max())
     image = ax.imshow(shown, cmap="Blues", vmin=0, vmax=top, aspect="auto")
     if columns <= 10:
@@ -161,7 +161,7 @@ def mcc_by_ratio(
     drawn = sorted(points, key=last, reverse=True)
     others = [name for name in points if name not in reference]
     labels = [name if len(points[name]) else f"{name} (not run)" for name in drawn]
-    ax = style.new_axes(5.2 + style.legend_width(labels), 4.2) if ax is None else ax
+    ax = style.new_axes(5.2 + style.legend_width(labels), 4.2) if ax is None else style.given_axes(ax, 1)[0]
     handles = {}
     for name in [*others, *(name for name in points if name in reference)]:
         curve = points[name]
@@ -251,7 +251,11 @@ def reliability(
         error=DataError,
         advice="pass at least one curve with a count above 0",
     )
-    ax = style.new_axes(4.6 + style.legend_width(list(points)), 4.4) if ax is None else ax
+    ax = (
+        style.new_axes(4.6 + style.legend_width(list(points)), 4.4)
+        if ax is None
+        else style.given_axes(ax, 1)[0]
+    )
     ax.plot([0, 1], [0, 1], color=style.GRAY, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     handles = []
     for number, (name, (predicted, observed, share)) in enumerate(points.items()):

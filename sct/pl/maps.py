@@ -186,7 +186,7 @@ def _draw_group(
     low, high, extend = 0.0, 1.0, "neither"
     if numbers:
         pooled = np.concatenate([panel.values for panel in numbers])
-        low, high, extend = limits(pooled, *ends, numbers[0].from_zero)
+        low, high, extend = limits(pooled, *ends, numbers[0].from_zero, numbers[0].title)
     mappable = None
     for ax, panel in zip(axes, group, strict=True):
         if isinstance(panel, Numbers):

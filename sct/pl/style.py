@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,9 +80,12 @@ def given_axes(ax: Any, panels: int) -> list[Axes]:
     Raises
     ------
     DataError
-        The number of axes is not the number of panels.
+        `ax` has something else than Matplotlib axes, or the number of axes is not the number of panels.
     """
+    kind = load_extra("matplotlib.axes", "analysis", "matplotlib", what="a plot").Axes
     axes = list(np.atleast_1d(np.asarray(ax, dtype=object)).ravel())
+    for each in axes:
+        check_type("ax", each, kind, "Matplotlib axes, or a list of these", error=DataError)
     check_one_each("axes in ax", len(axes), "panels", panels)
     return axes
 
@@ -93,17 +96,17 @@ def names_of(color: str | Sequence[str] | None) -> list[str | None]:
     Raises
     ------
     DataError
-        The list is empty or has an entry that is neither a string nor None.
+        `color` is not a name or a list of names, the list is empty, or an entry is neither a string nor None.
     """
+    expected = "a column of obs or a gene, or a list of these"
+    check_type("color", color, (str, type(None), Iterable), expected, error=DataError)
     names: list[str | None] = [color] if color is None or isinstance(color, str) else list(color)
     if not names:
         raise DataError(
             "color is an empty list, but it must name at least one panel: add a column or a gene."
         )
     for name in names:
-        check_type(
-            "color", name, (str, type(None)), "a column of obs or a gene, or a list of these", error=DataError
-        )
+        check_type("color", name, (str, type(None)), expected, error=DataError)
     return names
 
 

@@ -27,6 +27,14 @@ def near(name: str, known: Iterable[str | None]) -> str:
     return f"choose from {', '.join(map(repr, names[:5]))}{more}."
 
 
+def check_real(name: str, values: Any) -> None:
+    """Raise `DataError` if values are complex numbers."""
+    if np.iscomplexobj(values):
+        raise DataError(
+            f"{name} has complex numbers, but a plot needs real numbers: plot their absolute values or real parts."
+        )
+
+
 def dense(column: Any) -> np.ndarray:
     """Return a column of a sparse or dense matrix as a dense array (N,)."""
     return np.asarray(column.toarray() if hasattr(column, "toarray") else column).ravel()
@@ -94,6 +102,7 @@ def positions(adata: AnnData, key: str, width: int | None = None) -> np.ndarray:
             f"obsm[{key!r}] has the shape {array.shape}, but must have at least {width or 1} columns: "
             "choose the key of another array in obsm."
         )
+    check_real(f"obsm[{key!r}]", array)
     try:
         array = array[:, :width].astype(np.float64 if width else np.float32, copy=False)
     except ValueError as error:

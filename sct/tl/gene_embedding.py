@@ -81,7 +81,7 @@ def gene_embeddings(
             f"`adata` has no effect, because the gene vectors of the family {handle.family!r} do not depend on cells: "
             "do not pass `adata`."
         )
-    listed = None if genes is None else [genes] if isinstance(genes, str) else list(genes)
+    listed = None if genes is None else inputs.gene_names("genes", genes)
     if listed is not None:
         check_not_empty("genes", listed)
     wanted = np.arange(len(vocabulary)) if listed is None else vocabulary.find(listed)

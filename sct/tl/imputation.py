@@ -235,7 +235,7 @@ def _genes(
             vocabulary.symbols[gene] if unique else vocabulary.keys[gene]
             for gene, unique in zip(wanted.tolist(), alone, strict=True)
         ]
-    listed = [genes] if isinstance(genes, str) else list(genes)
+    listed = inputs.gene_names("genes", genes)
     return vocabulary.find(listed), listed
 
 

@@ -10,10 +10,11 @@ from typing import Any, Literal
 import anndata as ad
 import numpy as np
 import pandas as pd
+from scipy import sparse
 from scipy.stats import false_discovery_control
 
-from sct import families
-from sct.checks import check_at_least, check_choice, check_distinct, check_not_empty
+from sct import families, messages
+from sct.checks import check_at_least, check_choice, check_distinct, check_not_empty, check_type
 from sct.data.bag_order import WINDOW
 from sct.data.cells import CellCounts
 from sct.data.class_prior import ClassPrior
@@ -27,8 +28,9 @@ from sct.tl.imputation import predict_genes
 MODES, METRICS = ("zero", "mask"), ("cosine", "euclidean")
 # Largest fraction of the measured genes that `targets` may hide from the model at once.
 TARGET_SHARE = 0.2
-# Random genes are drawn from this many times as many genes with the most similar expression frequency.
-_POOL = 3
+# Random genes are drawn from this many times as many genes with the most similar expression frequency. Genes whose
+# frequency differs by more than the tolerance are used only if there are too few others.
+_POOL, _TOLERANCE = 3, 0.05
 
 
 def perturb(
@@ -59,10 +61,16 @@ def perturb(
     perturbation. With `targets`, the function also measures how the expected raw counts of other genes change.
 
     **Null distribution.** Genes that are expressed in many cells change an embedding more than rare genes. The effect
-    of each perturbation is therefore compared with that of `n_random` random perturbations of the same size. Each
-    random gene is expressed in a similar fraction of cells as the gene that it replaces. The p-value is (1 + number of
+    of each perturbation is therefore compared with that of `n_random` different random perturbations of the same size.
+    Each random gene is drawn from the genes for which the fraction of cells that express them is nearest to that of the
+    gene it replaces. Nothing else is matched, in particular not the number of counts. The p-value is (1 + number of
     random perturbations with at least this effect) / (1 + `n_random`), so it is at least 1 / (1 + `n_random`). The
     q-value is the p-value after Benjamini-Hochberg correction.
+
+    A small p-value means that the effect is larger than that of most genes expressed in about as many cells. Few genes
+    are expressed in as many cells as the most frequent genes, such as housekeeping and ribosomal genes. If
+    `null_fraction` in the results is below `fraction_expressed`, a small p-value may only mean that the perturbation
+    changes more cells than the random ones. A warning names such perturbations.
 
     The result describes the model, not the cells: a model predicts the consequences of a knock-out only as far as they
     are visible in the correlations that it learned. The model runs once for each perturbation and each random
@@ -96,8 +104,9 @@ def perturb(
         - `obsm[key_added]`: table (N, perturbations) with the effect on each cell. The columns are the perturbations;
           the genes of a list are joined by "+".
         - `uns[key_added]["effects"]`: table with one row per perturbation. `effect` is the mean effect over the cells,
-          `fraction_expressed` the fraction of cells that express one of the genes, `null_mean` and `null_std` describe
-          the effects of the random perturbations, `p_value` and `q_value` are explained above.
+          `fraction_expressed` the fraction of cells that express one of the genes, and `null_fraction` the mean of this
+          fraction over the random perturbations. `null_mean` and `null_std` describe the effects of the random
+          perturbations, `p_value` and `q_value` are explained above.
         - `uns[key_added]["targets"]`, with `targets`: table with one row per perturbation and target gene. `expected`
           is the mean expected raw count without the perturbation, and `change` its change by the perturbation.
           `p_value` is the fraction of random perturbations with at least this absolute change, computed as above.
@@ -111,13 +120,18 @@ def perturb(
     Raises
     ------
     ConfigError
-        The model has no cell embeddings, `mode` or `targets` needs a model that can impute genes, or an option is out
-        of range.
+        The model has no cell embeddings, `mode` or `targets` needs a model that can impute genes, `genes` or `targets`
+        is not a list of names, or an option is out of range.
     DataError
         A gene is unknown or not measured, a cell expresses only knocked-out genes, there are too few genes from which
         random genes can be drawn, or `sct.tl.embed` cannot read the data.
     CheckpointError
         The model output is not finite. In this case nothing is written.
+
+    Warns
+    -----
+    UserWarning
+        `null_fraction` and `fraction_expressed` of a perturbation differ by more than 0.05.
     """
     inputs.check_table(adata, copy)
     check_choice("mode", mode, MODES)
@@ -129,7 +143,7 @@ def perturb(
         cells_per_bag=cells_per_bag, batch_size=batch_size, gene_column=gene_column, duplicates=duplicates, seed=seed,
     )  # fmt: skip
     asked = _asked(genes, found.cells)
-    listed = None if targets is None else [targets] if isinstance(targets, str) else list(targets)
+    listed = None if targets is None else inputs.gene_names("targets", targets)
     wanted = np.zeros(0, np.int64) if listed is None else _targets(listed, asked, found.cells)
     predictor = None
     if listed is not None:
@@ -149,6 +163,8 @@ def perturb(
     }
     # Perturbations can share random genes, which are then computed once.
     todo = dict.fromkeys([*asked.values(), *(one for several in draws.values() for one in several)])
+    fractions = _fractions(asked, draws, found.cells)
+    _warn_if_unmatched(fractions)
 
     cells = found.cells
     done: dict[tuple[int, ...], tuple[float, np.ndarray]] = {}  # mean effect, mean change of each target
@@ -180,7 +196,7 @@ def perturb(
             genes=np.asarray(list(asked), dtype=str),
         )
     )  # fmt: skip
-    record["effects"] = _effects(asked, draws, done, cells)
+    record["effects"] = _effects(asked, draws, done, fractions)
     if listed is not None and counted is not None:
         record["targets"] = _changes(asked, draws, done, listed, counted.mean(axis=0, dtype=np.float64))
     inputs.keep_scales(target, cells.sections, batch_key, spatial_key)
@@ -190,9 +206,10 @@ def perturb(
 
 def _asked(genes: Any, cells: CellCounts) -> dict[str, tuple[int, ...]]:
     """Return the perturbations, as a dict from each name to the ascending vocabulary positions of the genes."""
+    check_type("genes", genes, (str, Iterable), "a list of gene names")
     listed = [genes] if isinstance(genes, str) else list(genes)
     check_not_empty("genes", listed)
-    sets = [[each] if isinstance(each, str) else list(each) for each in listed]
+    sets = [inputs.gene_names("an entry of genes", each) for each in listed]
     made: dict[str, tuple[int, ...]] = {}
     names = []
     for each in sets:
@@ -249,7 +266,7 @@ def _detection(cells: CellCounts) -> tuple[np.ndarray, np.ndarray]:
 def _random_sets(
     name: str, members: tuple[int, ...], expressed: np.ndarray, targets: np.ndarray, n_random: int, seed: int
 ) -> list[tuple[int, ...]]:
-    """Draw random sets of genes. Each gene is expressed in a similar fraction of cells as the gene that it replaces."""
+    """Draw different random sets of genes; each gene has nearly the expression frequency of the gene it replaces."""
     free = np.flatnonzero(expressed > 0)
     free = free[~np.isin(free, [*members, *targets.tolist()])]
     needed = n_random + len(members) - 1
@@ -262,16 +279,63 @@ def _random_sets(
     replacements = []
     for member in members:
         shuffled = rng.permutation(free)  # genes with equal fractions are in random order
-        nearest = np.argsort(np.abs(expressed[shuffled] - expressed[member]), kind="stable")
-        replacements.append(rng.permutation(shuffled[nearest[: _POOL * max(needed, 1)]]))
-    sets = []
+        gaps = np.abs(expressed[shuffled] - expressed[member])
+        nearest = np.argsort(gaps, kind="stable")[: _POOL * max(needed, 1)]
+        similar = int((gaps[nearest] <= _TOLERANCE).sum())
+        replacements.append(rng.permutation(shuffled[nearest[: max(needed, similar)]]))
+    sets: dict[tuple[int, ...], None] = {}
     for draw in range(n_random):
         chosen: list[int] = []
-        for candidates in replacements:
-            rolled = np.roll(candidates, -draw).tolist()
-            chosen.append(next(gene for gene in rolled if gene not in chosen))
-        sets.append(tuple(sorted(chosen)))
-    return sets
+        for number, candidates in enumerate(replacements, 1):
+            others = (gene for gene in np.roll(candidates, -draw).tolist() if gene not in chosen)
+            if number == len(members):
+                # The pool is large enough that one of its genes completes a new set.
+                chosen.append(next(gene for gene in others if tuple(sorted([*chosen, gene])) not in sets))
+            else:
+                chosen.append(next(others))
+        sets[tuple(sorted(chosen))] = None
+    return list(sets)
+
+
+def _fractions(
+    asked: dict[str, tuple[int, ...]], draws: dict[str, list[tuple[int, ...]]], cells: CellCounts
+) -> dict[str, tuple[float, float]]:
+    """Return the fraction of cells that express one of the genes, and its mean over the random sets, by perturbation.
+
+    The mean is NaN if there are no random sets.
+    """
+    sets = [one for name in asked for one in (asked[name], *draws[name])]
+    genes = np.array([gene for one in sets for gene in one])
+    of_set = np.repeat(np.arange(len(sets)), [len(one) for one in sets])
+    member = sparse.csr_matrix(
+        (np.ones(len(genes), np.float32), (genes, of_set)), (len(cells.vocabulary), len(sets))
+    )
+    express = np.zeros(len(sets))
+    for start in range(0, cells.n_cells, WINDOW):
+        block = sparse.csr_matrix(cells.read(np.arange(start, min(start + WINDOW, cells.n_cells))))
+        express += (block @ member).getnnz(axis=0)
+    found, at = {}, 0
+    for name in asked:
+        own, *random = (express[at : at + 1 + len(draws[name])] / cells.n_cells).tolist()
+        found[name] = own, float(np.mean(random)) if random else float("nan")
+        at += 1 + len(draws[name])
+    return found
+
+
+def _warn_if_unmatched(fractions: dict[str, tuple[float, float]]) -> None:
+    """Warn if the random genes of a perturbation are expressed in clearly more or fewer cells than its genes."""
+    gaps = {name: abs(own - null) for name, (own, null) in fractions.items()}
+    unmatched = [name for name, gap in gaps.items() if gap > _TOLERANCE]
+    if unmatched:
+        worst = max(unmatched, key=gaps.__getitem__)
+        own, null = fractions[worst]
+        messages.warn(
+            f"the random genes of {len(unmatched):,} of {len(fractions):,} perturbations are not expressed in a "
+            f"similar fraction of cells (largest difference: {worst!r} with {own:.1%}, its random genes with "
+            f"{null:.1%}), because too few other genes are, so these p-values are too small if the random genes are "
+            "rarer and too large if they are more frequent: compare fraction_expressed and null_fraction, or set "
+            "n_random lower."
+        )
 
 
 def _distance(before: np.ndarray, after: np.ndarray, metric: str) -> np.ndarray:
@@ -328,7 +392,7 @@ def _effects(
     asked: dict[str, tuple[int, ...]],
     draws: dict[str, list[tuple[int, ...]]],
     done: dict[tuple[int, ...], tuple[float, np.ndarray]],
-    cells: CellCounts,
+    fractions: dict[str, tuple[float, float]],
 ) -> pd.DataFrame:
     """Return a table of the effects on the embeddings, with one row per perturbation."""
     rows = []
@@ -337,7 +401,8 @@ def _effects(
         rows.append(
             {
                 "effect": done[members][0],
-                "fraction_expressed": _fraction_expressing(cells, members),
+                "fraction_expressed": fractions[name][0],
+                "null_fraction": fractions[name][1],
                 "null_mean": null.mean() if len(null) else np.nan,
                 "null_std": null.std() if len(null) else np.nan,
                 "p_value": float(_p_value(done[members][0], null)),
@@ -346,15 +411,6 @@ def _effects(
     table = pd.DataFrame(rows, index=pd.Index(asked, name="perturbation", dtype=object))
     table["q_value"] = _q_values(table["p_value"].to_numpy())
     return table
-
-
-def _fraction_expressing(cells: CellCounts, members: tuple[int, ...]) -> float:
-    """Return the fraction of cells that express at least one of the genes."""
-    count = 0
-    for start in range(0, cells.n_cells, WINDOW):
-        block = cells.read(np.arange(start, min(start + WINDOW, cells.n_cells)))
-        count += int((block[:, list(members)].getnnz(axis=1) > 0).sum())
-    return count / cells.n_cells
 
 
 def _changes(

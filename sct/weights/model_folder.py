@@ -379,7 +379,6 @@ def verify(folder: Path, config: Mapping[str, Any], shared: bool = False) -> Non
         messages.warn(
             f"{folder / CONFIG} has no hashes of {'itself' if recorded else 'the files'}, so changes cannot be "
             "detected: save the model again with save_pretrained to record the hashes.",
-            stacklevel=4,
         )
     if recorded is None:
         return

@@ -219,7 +219,6 @@ def _note(path: Path, what: str) -> None:
     messages.warn(
         f"{path} was written by an earlier release and has no hashes of the {what}, so changes cannot be detected: "
         "check yourself that nothing was changed.",
-        stacklevel=4,
     )
 
 

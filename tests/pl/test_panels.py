@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import xml.etree.ElementTree as ET
 
@@ -410,6 +411,11 @@ def test_many_points_are_one_image_in_a_vector_file(tmp_path):
         {"vmin": [1]},
         {"vmax": float("nan")},
         {"vmin": 3, "vmax": 2},
+        {"vmax": {}},
+        {"vmin": 1j},
+        {"vmin": True},
+        {"vmin": "p50", "vmax": "p10"},
+        {"vmin": 1e9},
     ],
 )
 def test_limits_that_cannot_be_are_refused(options):
@@ -429,3 +435,104 @@ def test_from_an_embedding_to_the_plot_as_in_scanpy(tmp_path):
     np.testing.assert_allclose(
         np.sort(points(panels[0]), axis=0), np.sort(adata.obsm["X_umap"], axis=0), rtol=1e-6
     )
+
+
+def test_colors_in_uns_may_be_rows_of_red_green_and_blue():
+    adata = labeled(pd.Categorical(["T", "B", "C", "T"], ["T", "B", "C"]))
+    names, rgb = ["red", "#00ff00", "blue"], np.eye(3)
+    expected = {"T": "#ff0000", "B": "#00ff00", "C": "#0000ff"}
+    wrong = []
+    for given in (
+        names, np.array(names, dtype=object), tuple(map(tuple, rgb)), rgb, rgb.astype(np.float32), rgb.tolist(),
+        np.column_stack([rgb, np.ones(3)]), ["red", (0.0, 1.0, 0.0), np.array([0, 0, 1])],
+    ):  # fmt: skip
+        adata.uns["label_colors"] = given
+        sct.pl.umap(adata, "label", ax=(ax := axes()))
+        if colors_of(ax, adata) != expected:
+            wrong.append((given, colors_of(ax, adata)))
+    for given in (
+        rgb * 255, rgb[:, :2], [(np.nan, 0, 0)] * 3, [0.1, 0.2, 0.3], {"T": "red"}, 5, ["red", ["a"], None],
+        np.zeros((3, 3, 3)),
+    ):  # fmt: skip
+        adata.uns["label_colors"] = given
+        with pytest.warns(UserWarning, match="label_colors") as caught:
+            sct.pl.umap(adata, "label", ax=(ax := axes()))
+        if colors_of(ax, adata)["T"] != style.COLORS[0] or caught[0].filename != __file__:
+            wrong.append((given, caught[0].filename))
+    assert not wrong
+
+
+def test_columns_of_any_type_are_drawn_or_refused():
+    adata, wrong = cells(), []
+    n = adata.n_obs
+    missing = np.arange(n) % 3 == 0
+
+    def nullable(values, dtype):
+        return pd.array(
+            [None if gap else value for gap, value in zip(missing, values, strict=True)], dtype=dtype
+        )
+
+    gap = f"no value ({missing.sum()} cells)"
+    for column, expected in (
+        (nullable([True, False] * (n // 2), "boolean"), ["False", "True", gap]),
+        (nullable(["a", "b"] * (n // 2), "string"), ["a", "b", gap]),
+        (nullable([True, False] * (n // 2), object), ["False", "True", gap]),
+        (nullable([pd.Timestamp("2020-01-01")] * n, "datetime64[ns]"), ["2020-01-01 00:00:00", gap]),
+        (nullable(range(n), "Int64"), None),
+        (nullable(range(n), "Float64"), None),
+        (pd.arrays.SparseArray(np.arange(n) % 2), None),
+        (np.arange(n, dtype=np.uint8), None),
+    ):
+        adata.obs["column"] = column
+        try:
+            sct.pl.umap(adata, "column", ax=(ax := axes()))
+        except Exception as error:
+            wrong.append((column, error))
+            continue
+        if expected is not None and legend(ax) != expected:
+            wrong.append((column, legend(ax)))
+        if expected is None and len(ax.collections[-1].get_array()) != (~pd.isna(column)).sum():
+            wrong.append((column, "cells"))
+    assert not wrong
+    adata.obs["column"] = np.ones(n) * 1j
+    adata.layers["waves"] = adata.X * 1j
+    for color, layer in (("column", None), ("CD8A", "waves")):
+        with pytest.raises(DataError, match="complex"):
+            sct.pl.umap(adata, color, layer=layer)
+
+
+def test_what_is_no_color_and_no_axes_is_refused():
+    for draw in (sct.pl.umap, sct.pl.spatial):
+        for options in (
+            {"color": 5},
+            {"color": [5]},
+            {"ax": 3},
+            {"color": ["CD8A", "total"], "ax": [axes(), 3]},
+        ):
+            with pytest.raises(DataError, match="ax is" if "ax" in options else "color is"):
+                draw(slide(), **options)
+    for draw, data in (
+        (sct.pl.mcc_by_ratio, {"model": [(0.5, [0.1])]}),
+        (sct.pl.imputation_confusion, np.eye(5)),
+    ):
+        with pytest.raises(DataError, match="ax is"):
+            draw(data, ax=3)
+
+
+def test_a_limit_never_changes_the_other_one():
+    from sct.pl.coloring import limits
+
+    values, wrong = np.array([0.0, 1, 2, 5]), []
+    for vmin, vmax in (
+        (5, "p99"), (10, "p99"), (10, None), (10, "p10"), (None, -1), (None, 0), ("p50", -1), ("p50", "p10"),
+        ("p10", "p10"), (np.float32(9), np.float64(3)),
+    ):  # fmt: skip
+        with contextlib.suppress(ConfigError):
+            wrong.append((vmin, vmax, limits(values, vmin, vmax)))
+    assert not wrong
+    for vmin, vmax, expected in (
+        (3, "p50", (3, 5)), ("p50", 1, (0, 1)), (10, 20, (10, 20)), (np.float32(1), np.int64(4), (1, 4)),
+    ):  # fmt: skip
+        assert limits(values, vmin, vmax)[:2] == expected
+    assert limits(np.zeros(3), 0, "p99")[:2] == limits(np.zeros(3), None, None)[:2] == (0, 1)
+    assert limits(np.full(3, 3.0), None, 3, from_zero=False)[:2] == (2, 3)

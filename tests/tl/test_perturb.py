@@ -174,6 +174,66 @@ def test_random_genes_are_expressed_as_often():
     assert len(set(_random_sets("x", (3,), np.ones(6), np.array([4]), 4, 0))) == 4
 
 
+def test_random_sets_do_not_repeat_and_are_near():
+    from sct.tl.perturbation import _random_sets
+
+    wrong, rng = [], np.random.default_rng(0)
+    for members, genes, n_random in (
+        ((3, 8), 23, 20),
+        ((0, 1, 2), 15, 10),
+        ((5,), 31, 30),
+        ((2, 9), 400, 50),
+    ):
+        expressed = rng.random(genes) * 0.98 + 0.01
+        for seed in range(20):
+            sets = _random_sets("x", members, expressed, np.zeros(0, int), n_random, seed)
+            if len(set(sets)) < n_random or any(len(set(one)) < len(members) for one in sets):
+                wrong.append((members, seed))
+    assert not wrong
+    # A frequent gene among rare ones gets only the nearest ones, which all are used.
+    expressed = np.r_[np.linspace(0.1, 0.6, 500), 0.99]
+    sets = _random_sets("x", (500,), expressed, np.zeros(0, int), 20, 0)
+    assert sorted(sets) == [(gene,) for gene in range(480, 500)]
+
+
+def test_random_genes_of_a_frequent_gene_are_reported_as_rarer(adata, model):
+    genes = known(adata, model)
+    counts = adata.X.tolil()
+    for gene in genes[1:]:  # a housekeeping gene, and genes that a third of the cells can express
+        counts[np.arange(CELLS) % 3 > 0, adata.var_names.get_loc(gene)] = 0
+    counts[:, adata.var_names.get_loc(genes[0])] = 2
+    counts[:, adata.var_names.get_loc(genes[1])] = 1
+    counts[:, adata.var_names.get_loc(genes[2])] = 1
+    adata.X = sparse.csr_matrix(counts)
+    rare = known(adata, model)[25]
+    with pytest.warns(UserWarning, match=f"1 of 2 perturbations.*{genes[0]}") as caught:
+        made = run(adata, model, [genes[0], rare], n_random=10)
+    assert {each.filename for each in caught} == {__file__}
+    effects = made.uns["sct_perturb"]["effects"]
+    own, null = effects["fraction_expressed"], effects["null_fraction"]
+    assert own[genes[0]] == 1
+    assert null[genes[0]] < 0.6
+    assert abs(own[rare] - null[rare]) < 0.05
+    none = run(adata, model, [genes[0]], n_random=0).uns["sct_perturb"]["effects"]
+    assert none["null_fraction"].isna().all()
+
+
+def test_null_fractions_are_those_of_a_plain_loop(adata, model):
+    from sct.data.cells import CellCounts
+    from sct.tl.perturbation import _fractions
+
+    cells = CellCounts(adata, model.genes)
+    express = cells.read(np.arange(CELLS)).toarray() > 0
+    asked, draws = {"a": (0,), "b": (1, 2)}, {"a": [(3,), (4,)], "b": [(2, 5), (0, 7), (8, 9)]}
+
+    def fraction(one):
+        return express[:, list(one)].any(axis=1).mean()
+
+    for name, (own, null) in _fractions(asked, draws, cells).items():
+        assert own == pytest.approx(fraction(asked[name]))
+        assert null == pytest.approx(np.mean([fraction(one) for one in draws[name]]))
+
+
 def test_a_perturbation_of_cells_on_disk_is_the_same(adata, model, tmp_path):
     gene = known(adata, model)[0]
     adata.write_h5ad(tmp_path / "x.h5ad")
@@ -194,6 +254,12 @@ def test_what_cannot_be_perturbed_is_refused(adata, model):
     cases = [
         (adata, [], {}, ConfigError, "genes"),
         (adata, [[]], {}, ConfigError, "genes"),
+        (adata, 5, {}, ConfigError, "genes is 5"),
+        (adata, [None], {}, ConfigError, "genes is None"),
+        (adata, [5], {}, ConfigError, "genes is 5"),
+        (adata, [[genes[0], None]], {}, ConfigError, "genes is None"),
+        (adata, [genes[0]], {"targets": 5}, ConfigError, "targets is 5"),
+        (adata, [genes[0]], {"targets": [None]}, ConfigError, "targets is None"),
         (adata, [genes[0], genes[0]], {}, ConfigError, "twice"),
         (adata, ["no such gene"], {}, DataError, "no such gene"),
         (adata, [outside], {}, DataError, outside),

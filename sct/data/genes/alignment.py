@@ -342,7 +342,7 @@ def _judge(vocabulary: Vocabulary, names: Sequence[str], matched: int, source: s
     )
     if not possible or matched < REFUSE_BELOW * possible:
         raise DataError(message)
-    messages.warn(message, stacklevel=5)
+    messages.warn(message)
     return message
 
 
@@ -376,7 +376,7 @@ def check_shared(shared: int, possible: int, what: str) -> None:
     )
     if shared < max(1, REFUSE_BELOW * possible):
         raise DataError(message)
-    messages.warn(message, stacklevel=3)
+    messages.warn(message)
 
 
 def _likely_cause(vocabulary: Vocabulary, names: Sequence[str]) -> str:

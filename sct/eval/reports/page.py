@@ -310,7 +310,7 @@ def _figure(name: str, figure: Figure) -> str:
         Exception
     ) as error:  # drawing libraries raise many types, for example for a label they cannot parse
         reason = first_line(error)
-        messages.warn(f"figure {figure.title!r} is not in report.html: {reason}", stacklevel=4)
+        messages.warn(f"figure {figure.title!r} is not in report.html: {reason}")
         drawn = f'<p class="notes">This figure could not be drawn: {escape(reason)}</p>'
     return f'<section id="{name}"><h2>{escape(figure.title)}</h2>{drawn}</section>\n'
 
