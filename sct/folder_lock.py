@@ -291,7 +291,7 @@ class _Lock:
 
 
 class _Beat:
-    """Touch the lock file regularly in a thread, and mark it immediately when this process is asked to stop.
+    """Touch the lock file regularly from a thread. Record in the file at once that this process was asked to stop.
 
     The thread receives signals through a socket (`signal.set_wakeup_fd`). Python signal handlers would run too late,
     because one training step can take minutes.

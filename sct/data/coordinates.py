@@ -224,7 +224,8 @@ def doubts(coordinates: np.ndarray, obs: pd.DataFrame, divide_by: str) -> list[s
     obs
         Table of the cells, searched for columns with sections.
     divide_by
-        Option that the message recommends for naming the column with sections, such as "batch_key={!r}".
+        Template of the option to recommend, such as "batch_key={!r}". The placeholder is replaced by the name of the
+        column that contains the sections.
     """
     coordinates = np.asarray(coordinates, np.float64)
     found = []

@@ -132,7 +132,7 @@ class ZerOmicsCells(nn.Module):
         if genes is None and bins.shape[1] != config.num_genes:
             raise DataError(
                 f"`bins` has {bins.shape[1]} genes per cell, but the model has {config.num_genes} genes: pass "
-                "`genes`, an array with the index in the model's vocabulary of each gene in `bins`."
+                "`genes`, an array that gives, for each gene in `bins`, its index in the model's vocabulary."
             )
         if genes is not None:
             check_shape("genes", genes, bins.shape, advice="give genes the same shape as bins")

@@ -186,7 +186,7 @@ class _Watch:
             os.write(2, os.pread(self.held.fileno(), 1 << 20, 0))
 
     def keep_reading(self, answer: Callable[[str], tuple[int, str] | None]) -> None:
-        """Show output to standard error again, but keep reading the messages that C code writes to it."""
+        """Stop hiding standard error, but keep reading the messages that C code writes to standard error."""
         self.restore()
         if os.name != "posix" or shutil.which("tee") is None:
             return

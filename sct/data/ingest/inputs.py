@@ -224,7 +224,7 @@ def _write_studies(
     sizes: Sizes,
     advance: Callable[[float], None],
 ) -> list[dict[str, Any]]:
-    """Write the studies of an open input under temporary names, listed in `partial`; return their metadata."""
+    """Write the studies of an open input under temporary names, add these names to `partial`, and return metadata."""
     alignment, mapped = _align(source, vocabulary, options, table)
     groups = _groups(source, item.name, options.study_key)
     n_cells = len(source.obs)

@@ -27,8 +27,8 @@ def check_splits(
     unknown = sorted((set(validation or ()) | set(test or ())) - set(known))
     if unknown:
         raise ConfigError(
-            f"validation or test lists {', '.join(unknown)}, but the store has no study of this name: choose from "
-            f"{', '.join(sorted(known))}."
+            f"the option `validation` or `test` has {', '.join(unknown)}, but the store has no study "
+            f"of this name: choose from {', '.join(sorted(known))}."
         )
 
 

@@ -401,9 +401,9 @@ class InstructionSource:
             listed = set(each.study_metadata.get("rare", ()))
             if each.cell_types is not None and listed and not listed & set(each.cell_types):
                 raise ConfigError(
-                    f"the file given as data.studies lists rare cell types of {each.study.name!r}, but no cell has "
-                    f"one of these types: write each type, for example {sorted(listed)[0]!r}, exactly as in the obs "
-                    "column that is set by data.cell_type."
+                    f"the file given as data.studies lists rare cell types of {each.study.name!r} (for example "
+                    f"{sorted(listed)[0]!r}), but no cell has one of these types: spell each type exactly as in the "
+                    "obs column that data.cell_type names."
                 )
 
     def _check_lengths(self) -> None:

@@ -207,8 +207,8 @@ def _labeled(
         batches = metrics.codes(np.asarray(batch, dtype=object)[kept])
         if len(np.unique(batches)) < 2:
             raise DataError(
-                "all cells have the same batch, but batch metrics need at least two batches: leave the "
-                "batch out or choose another batch column."
+                "all cells have the same batch, but batch metrics need at least two batches: choose "
+                "another batch column, or give no batch column to skip these metrics."
             )
     cells = BaselineCells(
         sparse.csr_matrix(counts)[kept].astype(np.float32),

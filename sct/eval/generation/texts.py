@@ -418,7 +418,7 @@ def _measured(
     is_control: bool,
     reasons: dict[str, None],
 ) -> dict[str, float]:
-    """Compute all metrics of a row as a dict by column, and add notes on missing libraries to `reasons`."""
+    """Compute all metrics of one row of the table: {column: value}. Note in `reasons` which libraries are missing."""
     points = np.asarray(embed(list(texts)), float)
     own = [true[i] for i in pairs]
     values = dict(zip(PAIRED, similarity(points, originals, pairs), strict=True))

@@ -570,7 +570,7 @@ class NaturalResult:
 
     @property
     def reliability(self) -> dict[str, metrics.Reliability]:
-        """Return the reliability diagram data of each row over all draws, as {row label: reliability}."""
+        """Return a reliability diagram for each row of the table, pooled over all random masks: {row label: data}."""
         found = {}
         for row in self.rows:
             if not row.reliability:
