@@ -39,6 +39,18 @@ def _programs_are_dropped() -> Iterator[None]:
     drop_programs()
 
 
+@pytest.fixture(autouse=True)
+def _settings_are_restored() -> Iterator[None]:
+    """A command that a test runs in this process may set `sct.settings` by its flags."""
+    from sct.global_settings import settings
+
+    names = ("_verbosity", "_cache_dir", "_device")
+    before = [getattr(settings, name) for name in names]
+    yield
+    for name, value in zip(names, before, strict=True):
+        setattr(settings, name, value)
+
+
 def _optional(env: str, folder: str) -> Path:
     path = Path(os.environ.get(env, ROOT.parent / "shared" / folder))
     if not path.is_dir():

