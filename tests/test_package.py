@@ -84,7 +84,7 @@ ALLOWED: dict[str, set[str]] = {
     "outputs": {"errors"},
     "folder_lock": {"errors"} | _MESSAGES,
     "nn": {"nn", "checks", "errors"},
-    "models": {"models", "nn", "checks", "errors", "hashes"},
+    "models": {"models", "nn", "checks", "errors", "hashes"} | _MESSAGES,
     "data": {
         "data",
         "checks",
