@@ -58,13 +58,15 @@ def is_kernel() -> bool:
 def console(*, quiet: bool = False, stderr: bool = False, level: int = INFO) -> Console:
     """Return a rich console for tables and text; it prints nothing if the verbosity is below `level`.
 
-    Notebooks get plain text, because control sequences of terminals would be stored in the notebook.
+    Text is printed unchanged: paths and error messages can contain `[x]` or `:x:`, which rich would read as markup or
+    emoji. Notebooks get plain text, because control sequences of terminals would be stored in the notebook.
     """
     from rich.console import Console
 
     quiet = quiet or settings.verbosity < level
     if in_notebook():
         return Console(
-            quiet=quiet, stderr=stderr, force_terminal=False, force_jupyter=False, color_system=None
-        )
-    return Console(quiet=quiet, stderr=stderr)
+            quiet=quiet, stderr=stderr, markup=False, emoji=False, force_terminal=False, force_jupyter=False,
+            color_system=None,
+        )  # fmt: skip
+    return Console(quiet=quiet, stderr=stderr, markup=False, emoji=False)

@@ -50,10 +50,10 @@ class ProgressBar:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._rich = Progress(
-                TextColumn("[bold]{task.description}"),
+                TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(bar_width=20),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 TimeRemainingColumn(),
                 console=messages.console(stderr=True),
                 transient=False,
@@ -119,7 +119,7 @@ class ProgressBar:
         if not self._active:
             return
         if self._rich is not None:
-            self._rich.console.print(text, highlight=False, markup=False)
+            self._rich.console.print(text, highlight=False)
         else:
             # Notebooks mark standard error as if it were an error.
             print(text, file=sys.stdout if messages.in_notebook() else sys.stderr, flush=True)

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,11 +91,15 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> TrainResu
     SctError
         Any error that the user can fix.
     """
-    return _locked_run(config, workdir, "--workdir")
+    with _locked(config, workdir, "--workdir") as run_in_folder:
+        return run_in_folder()
 
 
-def _locked_run(config: Mapping[str, Any], workdir: str | os.PathLike[str], option: str) -> TrainResult:
-    """Lock the run folder and train in it, as `run` does.
+@contextmanager
+def _locked(
+    config: Mapping[str, Any], workdir: str | os.PathLike[str], option: str
+) -> Iterator[Callable[[], TrainResult]]:
+    """Lock the run folder, and yield a function that trains in it as `run` does.
 
     Error messages name `option`, the command-line option that gives the folder, such as `--workdir`.
     """
@@ -106,15 +110,18 @@ def _locked_run(config: Mapping[str, Any], workdir: str | os.PathLike[str], opti
         raise ConfigError(
             f"{option} is {workdir}, which is a file, but it must be a folder: choose another path."
         )
-    with processes.held_by_first(workdir, "training", option):
-        if builds_on and not run_folder.steps(
-            workdir
-        ):  # a run that resumes has the models in its checkpoints
+
+    def run_in_folder() -> TrainResult:
+        # A run that resumes has the models in its checkpoints.
+        if builds_on and not run_folder.steps(workdir):
             check_data(config, workdir)
             stopped = train_parents(builds_on)
             if stopped is not None:
                 return stopped
         return _run(spec, workdir)
+
+    with processes.held_by_first(workdir, "training", option):
+        yield run_in_folder
 
 
 def train_parents(builds_on: Sequence[parents.ParentRun]) -> TrainResult | None:
@@ -133,25 +140,39 @@ def train_parents(builds_on: Sequence[parents.ParentRun]) -> TrainResult | None:
     """
     console = messages.console(quiet=jax.process_index() != 0)
     for parent in builds_on:
-        if processes.decided_by_first(parent.is_ready):
-            continue
-        resumes = run_folder.is_run(parent.folder)
-        state, what = ("is not finished", "resuming") if resumes else ("does not exist yet", "training")
-        console.print(f"{parent.option} is {parent.workdir}, which {state}: {what} it first.", soft_wrap=True)
-        try:
-            result = _locked_run(parent.config, parent.workdir, f"--config.{parent.option}")
-        except ConfigError as error:
-            if not resumes:
-                raise
-            raise ConfigError(
-                f"{parent.option} is {parent.workdir}, an unfinished run that cannot be resumed here ({error}): "
-                f"finish this run with the command that started it, or set --config.{parent.option} to a trained "
-                "model."
-            ) from error
-        if result.reason in STOPPED:
+        result = _train_parent(parent, console)
+        if result is not None and result.reason in STOPPED:
             return result
-        processes.check_shared(parent.folder / "model" / "config.json")
+        del result  # free the memory of this model before the next one is trained
     return None
+
+
+def _train_parent(parent: parents.ParentRun, console: Any) -> TrainResult | None:
+    """Train or resume a run that a configuration builds on; return None if it is already finished."""
+    if processes.decided_by_first(parent.is_ready):
+        return None
+    resumes = run_folder.is_run(parent.folder)
+    try:
+        with _locked(parent.config, parent.folder, f"--config.{parent.option}") as run_in_folder:
+            # Another process may have finished the run before this process got the lock.
+            if processes.decided_by_first(parent.is_ready):
+                return None
+            resumes = run_folder.is_run(parent.folder)
+            state, what = ("is not finished", "resuming") if resumes else ("does not exist yet", "training")
+            console.print(
+                f"{parent.option} is {parent.workdir}, which {state}: {what} it first.", soft_wrap=True
+            )
+            result = run_in_folder()
+    except ConfigError as error:
+        if not resumes:
+            raise
+        raise ConfigError(
+            f"{parent.option} is {parent.workdir}, an unfinished run that cannot be resumed here ({error}): "
+            f"finish this run with the command that started it, or set --config.{parent.option} to a trained model."
+        ) from error
+    if result.reason not in STOPPED:
+        processes.check_shared(parent.folder / "model" / "config.json")
+    return result
 
 
 def _run(spec: RunSpec, workdir: Path) -> TrainResult:
@@ -233,7 +254,7 @@ def _print_results(console: Any, reports: list[Report], workdir: Path) -> None:
         if settings.verbosity >= HINTS or not compares(report):
             console.print(report.table())
     if reports:
-        console.print(f"report: {workdir / 'report.md'}", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"report: {workdir / 'report.md'}", soft_wrap=True, highlight=False)
 
 
 def _evaluate(

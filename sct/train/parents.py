@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,7 +47,7 @@ class ParentRun:
     @property
     def folder(self) -> Path:
         """Absolute path of the run folder."""
-        return Path(self.workdir).expanduser().absolute()
+        return _absolute(self.workdir)
 
     def is_ready(self) -> bool:
         """Return whether the folder holds a finished run or a model. If not, the run must be trained or resumed.
@@ -88,12 +89,12 @@ def split(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[ParentRun, .
     Returns
     -------
     The configuration without `builds_on`, and the runs. An entry is left out if its option was changed to name another
-    model than the one in `workdir`.
+    model than the one in `workdir`. Two ways to write the same folder, such as `runs/x` and `./runs/x/`, are equal.
 
     Raises
     ------
     ConfigError
-        The section does not have this form.
+        The section does not have this form, or the configuration does not have an option that the section names.
     """
     values = dict(config)
     section = values.pop(SECTION, None) or {}
@@ -106,14 +107,27 @@ def split(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[ParentRun, .
                 f"{SECTION}.{name} has the fields {', '.join(entry) or 'none'}, but it must have {', '.join(_FIELDS)}: "
                 "add or remove fields."
             )
+        check_type(f"{SECTION}.{name}.config", entry["config"], Mapping, "a configuration with sections")
         parent = ParentRun(name, str(entry["option"]), str(entry["workdir"]), entry["config"])
-        if _value(values, parent.option) == parent.workdir:
+        model = _value(values, parent)
+        if isinstance(model, str) and model and _absolute(model) == parent.folder:
             parents.append(parent)
     return values, tuple(parents)
 
 
-def _value(config: Any, option: str) -> Any:
-    """Return the value of an option such as "data.cell_encoder"; None if the configuration does not have it."""
-    for name in option.split("."):
-        config = config.get(name) if isinstance(config, Mapping) else None
-    return config
+def _absolute(path: str) -> Path:
+    """Return the absolute path of a folder, without `..`. A user name that does not exist, as in `~name`, stays."""
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def _value(config: Mapping[str, Any], parent: ParentRun) -> Any:
+    """Return the value of the option that names the model of a run."""
+    found: Any = config
+    for name in parent.option.split("."):
+        if not isinstance(found, Mapping) or name not in found:
+            raise ConfigError(
+                f"{SECTION}.{parent.name}.option is {parent.option!r}, but the configuration has no such option: "
+                "correct the name."
+            )
+        found = found[name]
+    return found

@@ -163,6 +163,7 @@ def check_length(recorded: Mapping[str, Any], spec: RunSpec, tokens_per_record: 
     Returns
     -------
     The message: the old and the new number of steps, and what happens to the learning rate. "" if nothing changes.
+    If the new number of steps is that of the newest checkpoint, the run ends there without further training.
 
     Raises
     ------
@@ -180,11 +181,13 @@ def check_length(recorded: Mapping[str, Any], spec: RunSpec, tokens_per_record: 
     if before == after:
         return ""
     trained, now = run_folder.steps(folder)[-1], run_folder.progress(folder)
-    if after <= trained:
+    if after == trained:
+        return f"the run had {before:,} steps and now has {after:,}, which it has reached: no step is left to train."
+    if after < trained:
         raise ConfigError(
             f"the run in {folder} is trained to step {trained:,} of {before:,}, but the configuration asks for "
-            f"{after:,} steps: set --config.train.steps to more than {trained:,}, or keep the old length with "
-            f"--config.train.steps={before}."
+            f"{after:,} steps: set --config.train.steps to {trained} to end the run there, or to a larger number to "
+            "train on."
         )
     if spec.loop.patience and now["stale"] >= spec.loop.patience:
         raise ConfigError(

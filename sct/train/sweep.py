@@ -173,12 +173,10 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str], only: Sequen
             raise  # another sweep is training this run, and will train the next ones
         except SctError as error:
             states[name], ended = str(error), "failed"
-            console.print(f"{name} failed: {error}", soft_wrap=True, markup=False)
+            console.print(f"{name} failed: {error}", soft_wrap=True)
         else:
             took = time.monotonic() - started
-            console.print(
-                f"{name}: {states[name] or 'finished'} ({took / 60:.1f} min)", soft_wrap=True, markup=False
-            )
+            console.print(f"{name}: {states[name] or 'finished'} ({took / 60:.1f} min)", soft_wrap=True)
         if ended in ("signal", "interrupt"):
             reason = ended
             break

@@ -89,14 +89,40 @@ def test_a_schedule_that_decays_is_computed_anew_and_the_change_is_said(config, 
     assert whole.progress.step == 10
 
     # Fewer steps than trained are refused; a run that has not come as far may be shortened.
-    with pytest.raises(
-        ConfigError, match=r"trained to step 11 of 20.* 11 steps: .*train\.steps to more than 11"
-    ):
-        run(config(train__steps=11, **cosine), tmp_path)
+    with pytest.raises(ConfigError, match=r"trained to step 11 of 20.* 10 steps: .*train\.steps to 11"):
+        run(config(train__steps=10, **cosine), tmp_path)
     with pytest.raises(ConfigError, match="asks for 5 steps"):
         run(config(train__steps=5, **cosine), tmp_path)
+    assert not resume.is_finished(tmp_path)
+    # Exactly the trained number ends the run where it is.
+    capfd.readouterr()
+    ended = run(config(train__steps=11, **cosine), tmp_path)
+    assert (ended.reason, ended.progress.step) == ("finished", 11)
+    assert "had 20 steps and now has 11" in capfd.readouterr().out
+    assert resume.is_finished(tmp_path)
     assert run(config(train__steps=12, **cosine), tmp_path).progress.step == 12
-    assert "had 20 steps and now has 12" in capfd.readouterr().out
+    assert "had 11 steps and now has 12" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_lengthening_that_never_began_is_undone(config, short, tmp_path, monkeypatch):
+    """The configuration of the longer run is on disk, but the newest checkpoint is that of the finished run."""
+    folder = shutil.copytree(short[0], tmp_path / "run")
+
+    def killed(*arguments, **options):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "train", killed)
+        with pytest.raises(MemoryError):
+            run(config(train__steps=1000, **CONSTANT), folder)
+    assert not resume.is_finished(folder)
+    ended = run(config(train__steps=10, **CONSTANT), folder)
+    assert (ended.reason, ended.progress.step) == ("finished", 10)
+    assert resume.is_finished(folder)
+    assert run_folder.steps(folder) == run_folder.steps(short[0])
+    reports = [json.loads((each / "report.json").read_text()) for each in (short[0], folder)]
+    assert reports[0] == reports[1]
 
 
 @pytest.mark.slow

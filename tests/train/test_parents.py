@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import pytest
 from sct.errors import ConfigError, FolderInUseError, StoreError
 from sct.folder_lock import only_one
 from sct.train import experiment, parents, resume
+from sct.train.checkpoint import RunProgress
 from sct.train.experiment import run
+from sct.train.loop import TrainResult
 from sct.weights import run_folder
 
 from .conftest import merged, read_log, without_times
@@ -46,9 +50,68 @@ def test_only_the_models_that_options_name_are_trained(pair, tmp_path):
     values, builds_on = parents.split({**pair(), "init_from": "elsewhere"})
     assert (values["init_from"], builds_on) == ("elsewhere", ())
     assert parents.split({"model": "x"}) == ({"model": "x"}, ())
-    for wrong, word in (({"a": {"option": "x"}}, "workdir"), ([1], "builds_on"), ({"a": 1}, r"builds_on\.a")):
+    entry = pair()["builds_on"]["first_stage"]
+    for wrong, word in (
+        ({"a": {"option": "x"}}, "workdir"),
+        ([1], "builds_on"),
+        ({"a": 1}, r"builds_on\.a"),
+        ({"a": {**entry, "config": "sct_sc"}}, r"builds_on\.a\.config"),
+        ({"a": {**entry, "option": "init_form"}}, r"builds_on\.a\.option.*init_form"),
+        ({"a": {**entry, "option": "init_from.model"}}, r"builds_on\.a\.option"),
+    ):
         with pytest.raises(ConfigError, match=word):
             parents.split({**values, "builds_on": wrong})
+
+
+def test_one_folder_may_be_written_in_several_ways(pair, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    entry = {**pair()["builds_on"]["first_stage"], "workdir": "runs/x"}
+    same = (
+        "runs/x",
+        "./runs/x",
+        "runs/x/",
+        "runs//x",
+        "~/runs/x",
+        "runs/y/../x",
+        str(tmp_path / "runs" / "x"),
+    )
+    others = ("", None, "runs", "runs/x/model", "~nobody_has_this_name/runs/x")
+    found = {
+        named: len(parents.split({**pair(), "init_from": named, "builds_on": {"a": entry}})[1])
+        for named in (*same, *others)
+    }
+    assert found == {**dict.fromkeys(same, 1), **dict.fromkeys(others, 0)}
+
+
+def test_a_run_that_another_process_finished_is_not_trained_again(pair, monkeypatch, capsys):
+    """The other process finishes between the first look at the folder and the lock."""
+    answers = [False, True]
+    monkeypatch.setattr(parents.ParentRun, "is_ready", lambda parent: answers.pop(0))
+    monkeypatch.setattr(experiment, "_run", lambda *arguments: pytest.fail("trained again"))
+    assert experiment.train_parents(parents.split(pair())[1]) is None
+    assert not answers
+    assert not capsys.readouterr().out
+
+
+def test_only_one_result_is_in_memory(pair, config, tmp_path, monkeypatch):
+    """The model of the first run is freed before the second run is trained."""
+    first = pair()["builds_on"]["first_stage"]
+    entries = {name: {**first, "workdir": str(tmp_path / name), "option": name} for name in "ab"}
+    living: list[weakref.ref[Any]] = []
+
+    def trained(spec: Any, workdir: Path) -> Any:
+        gc.collect()
+        assert not [each for each in living if each() is not None]
+        result = TrainResult(None, RunProgress(), "finished")
+        living.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(experiment, "_run", trained)
+    monkeypatch.setattr(experiment.processes, "check_shared", lambda path: None)
+    options = {name: entry["workdir"] for name, entry in entries.items()}
+    assert experiment.train_parents(parents.split({**options, "builds_on": entries})[1]) is None
+    assert len(living) == 2
 
 
 def test_a_folder_that_is_something_else_is_refused_before_training(pair, tmp_path):

@@ -119,14 +119,12 @@ class IngestReport:
     def print(self) -> None:
         """Print the summary, the table, the refused inputs and the notes to standard output."""
         console = messages.console()
-        console.print(self.summary(), soft_wrap=True, markup=False, highlight=False)
+        console.print(self.summary(), soft_wrap=True, highlight=False)
         console.print(self.table())
         for location, reason in self.refused.items():
-            console.print(
-                f"left out: {reason if location in reason else f'{location}: {reason}'}", markup=False
-            )
+            console.print(f"left out: {reason if location in reason else f'{location}: {reason}'}")
         for note in self.notes:
-            console.print(note, markup=False, highlight=False)
+            console.print(note, highlight=False)
 
 
 def ingest(
