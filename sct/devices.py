@@ -38,22 +38,56 @@ def select(device: str, option: str = "settings.device") -> None:
         jax.config.update("jax_platforms", platforms or None)
 
 
-def check(device: str, option: str = "settings.device") -> None:
-    """Start JAX, and raise `ConfigError` if it does not run on this kind of device. "auto" does not start JAX."""
+def check(device: str, option: str = "settings.device", is_late: bool = False) -> None:
+    """Start JAX, and raise `ConfigError` if it does not run on this kind of device. "auto" does not start JAX.
+
+    Parameters
+    ----------
+    device, option
+        See `select`.
+    is_late
+        Whether JAX started with another choice before `select` was called.
+    """
     if device == "auto":
         return
     import jax
 
-    found = jax.default_backend()
-    if found == device:
+    if jax.default_backend() == device:
         return
-    if device == "cpu":
+    if device == "cpu" or is_late:
         raise ConfigError(
-            f"{option} is 'cpu', but JAX already runs on {found}: set {option} before the first computation, or start "
-            "Python again."
+            f"{option} is {device!r}, but JAX already runs on {described()}: set {option} before the first "
+            "computation, or start Python again."
         )
-    to_do = advice(device) or f"set {option} to {found} or auto"
+    to_do = advice(device) or f"set {option} to {jax.default_backend()} or auto"
     raise ConfigError(f"{option} is {device!r}, but JAX finds only {described()}: {to_do}.")
+
+
+def use(device: str, option: str = "settings.device") -> None:
+    """Choose and check the kind of device. If JAX does not run on it, undo the choice and raise `ConfigError`."""
+    variable, loaded = os.environ.get(_VARIABLE), sys.modules.get("jax")
+    platforms = loaded.config.jax_platforms if loaded is not None else variable
+    try:
+        select(device, option)
+        # Without a choice, JAX looked for all devices when it started, so an earlier call would not have helped.
+        check(device, option, is_late=bool(platforms) and _is_started())
+    except BaseException:
+        if variable is None:
+            os.environ.pop(_VARIABLE, None)
+        else:
+            os.environ[_VARIABLE] = variable
+        if "jax" in sys.modules:
+            import jax
+
+            jax.config.update("jax_platforms", platforms or None)
+        raise
+
+
+def _is_started() -> bool:
+    """Return whether JAX has chosen its devices, after which JAX_PLATFORMS has no effect."""
+    # JAX has no public function for this that does not start JAX.
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    return bool(getattr(bridge, "backends_are_initialized", lambda: False)())
 
 
 def described() -> str:

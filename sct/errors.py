@@ -46,6 +46,20 @@ class ProcessLostError(SctError, ConnectionError):
     """Another process of a multi-process run has ended or does not respond."""
 
 
+class TrainingStoppedError(SctError, RuntimeError):
+    """A training that must end before the rest of the call can run was stopped, after it has saved a checkpoint.
+
+    Attributes
+    ----------
+    reason
+        Why it stopped: "signal" (SIGTERM) or "stop_at" (the option train.stop_at).
+    """
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
 class OutputError(SctError, OSError):
     """A file or folder cannot be written. The arguments are those of `OSError`: number, reason, path."""
 

@@ -67,7 +67,7 @@ class Settings:
     @property
     def cache_dir(self) -> Path:
         """Folder of all caches."""
-        return self._cache_dir or _absolute(os.environ.get(CACHE_VARIABLE) or _FOLDER)
+        return self._cache_dir or _absolute(os.environ.get(CACHE_VARIABLE) or _FOLDER, CACHE_VARIABLE)
 
     @cache_dir.setter
     def cache_dir(self, value: str | os.PathLike[str]) -> None:
@@ -76,7 +76,7 @@ class Settings:
                 f"settings.cache_dir is {value!r}, but it must be the path of a folder: set it to a path such as "
                 f"{_FOLDER!r}."
             )
-        folder = _absolute(value)
+        folder = _absolute(value, "settings.cache_dir")
         if folder.exists() and not folder.is_dir():
             raise ConfigError(
                 f"settings.cache_dir is {folder}, which is a file, but it must be a folder: choose another path."
@@ -90,8 +90,7 @@ class Settings:
 
     @device.setter
     def device(self, value: str) -> None:
-        devices.select(value)
-        devices.check(value)
+        devices.use(value)
         self._device = value
 
     def __repr__(self) -> str:
@@ -117,8 +116,14 @@ _DESCRIBED = {
 }
 
 
-def _absolute(path: str | os.PathLike[str]) -> Path:
-    return Path(path).expanduser().absolute()
+def _absolute(path: str | os.PathLike[str], option: str) -> Path:
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{option} is {os.fspath(path)!r}, which begins with the home folder of a user that does not exist: write "
+            "the path in full."
+        ) from error
 
 
 settings = Settings()

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from sct import devices, families
-from sct.commands import doctor
+from sct.commands import doctor, models
 from sct.commands.configuration import config_folder
 from sct.errors import SctError
+from sct.global_settings import settings
+from sct.weights import listing
 from sct.weights.listing import find_models
 from tests.tl.conftest import made
 
@@ -57,6 +61,9 @@ def test_doctor_sees_a_gpu_that_jax_does_not_use(monkeypatch):
     monkeypatch.setattr(devices, "hardware", lambda: "gpu")
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    # The command sets these variables if they are not set; here they must not stay set for other tests.
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "2")
     rows = list(doctor._devices(problems))
     assert any("cuda]" in problem for problem in problems)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -112,6 +119,49 @@ def test_models_in_folders_are_described_without_their_weights(tmp_path):
     assert states == {"mine": False, "damaged": True}
     with pytest.raises(SctError, match="does not exist"):
         list(find_models(tmp_path / "none"))
+
+
+def test_an_unreadable_folder_is_listed_with_its_reason(tmp_path, monkeypatch):
+    """A folder without the permission to read it, to look into it, or to read the files of its model."""
+    for name in ("a", "b", "c", "d/e"):
+        (tmp_path / name).mkdir(parents=True)
+    kind, inside = listing._kind, Path.iterdir
+
+    def refuse(what):
+        raise PermissionError(13, "Permission denied", str(what))
+
+    monkeypatch.setattr(
+        listing,
+        "_kind",
+        lambda path: refuse(path) if path.name == "a" else "run" * (path.name == "c") or kind(path),
+    )
+    monkeypatch.setattr(Path, "iterdir", lambda path: refuse(path) if path.name in "be" else inside(path))
+    monkeypatch.setitem(listing._READERS, "run", refuse)
+    found = {each.path.name: (each.kind, each.trouble) for each in find_models(tmp_path)}
+    assert {name: kind for name, (kind, _) in found.items()} == {"a": "folder", "b": "folder", "c": "run"}
+    assert all("Permission denied" in trouble for _, trouble in found.values())
+
+
+def test_quiet_prints_only_the_problems(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(settings, "_verbosity", 0)
+    for name in ("_software", "_devices", "_caches", "_extras"):
+        monkeypatch.setattr(doctor, name, lambda problems: iter([("JAX runs on", "1 CPU device")]))
+    assert doctor.main([]) == 0
+    assert not capsys.readouterr().out
+    monkeypatch.setattr(doctor, "_caches", lambda problems: problems.append("the disk is full.") or [])
+    assert doctor.main([]) == 1
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["not", "-"]
+    made().save_pretrained(tmp_path / "mine")
+    shutil.copytree(tmp_path / "mine", tmp_path / "damaged")
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    monkeypatch.setattr(models, "_INPUT", SimpleNamespace(value=[]))
+    assert models.main(["models"]) == 0
+    assert models.main(["models", str(tmp_path / "mine")]) == 0
+    assert not capsys.readouterr().out
+    assert models.main(["models", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert said.splitlines()[0] == str(tmp_path / "damaged")
+    assert "mine" not in said
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import sct
-from sct import messages, progress
+from sct import devices, messages, progress
 from sct.errors import ConfigError
 from sct.global_settings import Settings, settings
 
@@ -36,7 +36,7 @@ def test_settings_take_what_they_document_and_refuse_the_rest(tmp_path, monkeypa
     refused = (
         ("verbosity", 4), ("verbosity", -1), ("verbosity", True), ("verbosity", "loud"), ("verbosity", 1.0),
         ("cache_dir", ""), ("cache_dir", None), ("cache_dir", tmp_path / "file"), ("device", "cuda:0"),
-        ("device", None),
+        ("device", None), ("cache_dir", "~nobody_has_this_name/x"),
     )  # fmt: skip
     for name, value in refused:
         try:
@@ -51,6 +51,9 @@ def test_settings_take_what_they_document_and_refuse_the_rest(tmp_path, monkeypa
         made.verbos = 1
     monkeypatch.setenv("SCT_CACHE_DIR", str(tmp_path / "of the environment"))
     assert made.cache_dir == tmp_path / "of the environment"
+    monkeypatch.setenv("SCT_CACHE_DIR", "~nobody_has_this_name/x")
+    with pytest.raises(ConfigError, match="SCT_CACHE_DIR"):
+        _ = made.cache_dir
     made.cache_dir = tmp_path / "mine"
     assert made.cache_dir == tmp_path / "mine"
     assert str(tmp_path / "mine") in repr(made)
@@ -64,7 +67,7 @@ def test_the_table_of_settings_fits_the_terminal():
 
 
 DEVICES = """
-import sys
+import os
 import sct
 sct.settings.device = "cpu"
 import jax
@@ -74,7 +77,7 @@ try:
     sct.settings.device = "tpu"
 except sct.SctError as error:
     print(error)
-print(sct.settings.device)
+print(sct.settings.device, os.environ["JAX_PLATFORMS"], jax.config.jax_platforms)
 """
 
 
@@ -92,7 +95,25 @@ def test_the_device_is_chosen_before_jax_starts():
     refusal, device = done.stdout.splitlines()
     assert "tpu" in refusal
     assert "1 CPU device" in refusal
-    assert device == "cpu"
+    assert "start Python again" in refusal
+    assert device == "cpu cpu cpu"
+
+
+def test_a_refused_device_changes_nothing(monkeypatch):
+    import jax
+
+    monkeypatch.setattr(devices, "check", lambda *arguments, **options: pytest.fail("no such device"))
+    before = jax.config.jax_platforms
+    for variable in (None, "cpu"):
+        if variable is None:
+            monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+        else:
+            monkeypatch.setenv("JAX_PLATFORMS", variable)
+        with pytest.raises(pytest.fail.Exception):
+            settings.device = "gpu"
+        assert os.environ.get("JAX_PLATFORMS") == variable
+        assert jax.config.jax_platforms == before
+    assert settings.device == "auto"
 
 
 def test_each_level_prints_its_own_and_those_below(verbosity, capsys):
@@ -120,6 +141,25 @@ def test_each_level_prints_its_own_and_those_below(verbosity, capsys):
         (0, False, False, False), (1, False, False, False), (1, True, True, False), (1, True, True, True),
     ]  # fmt: skip
     assert warned[0].filename == __file__
+
+
+def test_text_of_the_user_is_printed_unchanged(monkeypatch, capsys):
+    """A path or an error message is not markup of rich."""
+    text = "runs/[old]/a[/b] :smile: [bold]"
+    console = messages.console()
+    console.print(text, soft_wrap=True)
+    console.rule(text)
+    assert capsys.readouterr().out.count(text) == 2
+    terminal = type("Terminal", (io.StringIO,), {"isatty": lambda self: True})()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress.progress(text, 2) as bar:
+        bar.update(1, note=text)
+        bar.write(text)
+    assert terminal.getvalue().count("[old]") >= 3
+    for notebook in (False, True):
+        monkeypatch.setattr(messages, "in_notebook", lambda answer=notebook: answer)
+        messages.console().print(text, soft_wrap=True)
+        assert text in capsys.readouterr().out
 
 
 class Clock:

@@ -97,12 +97,30 @@ def options(kind: type[Any], section: str) -> Iterator[Option]:
         default, path = default_of(field), f"{before}{field.name}"
         if hasattr(default, "parse"):  # a structured option that is written as text
             rules = " ".join(inspect.cleandoc(default.parse.__doc__).split("\n\nRaises")[0].split())
-            yield Option(path, "str", repr("data"), rules)
+            yield Option(path, "str", repr(written(default)), rules)
         elif dataclasses.is_dataclass(default):
             yield Option(path, "section", "", described(kind).get(field.name) or summary(type(default)))
             yield from options(type(default), path)
         else:
             yield Option(path, str(field.type), value(default), text_of(kind, field.name))
+
+
+def written(default: Any) -> str:
+    """Return the text from which a structured option is read: the name of a preset, or all its fields.
+
+    Raises
+    ------
+    LookupError
+        The text does not give the same option.
+    """
+    presets = getattr(sys.modules[type(default).__module__], "PRESETS", {})
+    fields = ",".join(f"{name}={each}" for name, each in dataclasses.asdict(default).items())
+    text = next((name for name, preset in presets.items() if preset == default), fields)
+    if type(default).parse(text) != default:
+        raise LookupError(
+            f"{type(default).__qualname__} cannot be written as text: {text!r} is not {default}"
+        )
+    return text
 
 
 def value(default: Any) -> str:

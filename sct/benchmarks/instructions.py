@@ -281,9 +281,6 @@ def _benchmark(
     markers = marker_scores.read_markers(options.markers) if options.markers else None
     if options.pathways.file:
         pathways.read_gene_sets(options.pathways.file, options.pathways.names)
-    benchmarking.train_missing(builds_on)
-    handle = inputs.load_model(model or options.model)
-    instruction_model = families.require(handle, "ask")
     output.mkdir(parents=True, exist_ok=True)
     if data.dataset:
         prepare(data.dataset, output / "store")
@@ -305,6 +302,10 @@ def _benchmark(
                 f"`obs` has no column {column!r}, but has {known}: set --config.data.{name} to one of these columns, "
                 "or choose other tasks with --config.tasks."
             )
+    # Only now: training takes longer than finding the mistakes above.
+    benchmarking.train_missing(builds_on)
+    handle = inputs.load_model(model or options.model)
+    instruction_model = families.require(handle, "ask")
     reports: list[Report] = []
     numbers: dict[str, Any] = {}
     sizes: list[str] = []

@@ -21,7 +21,7 @@ from sct.data.class_prior import ClassPrior
 from sct.data.coordinates import SCALES
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.store import SPLITS, Store
-from sct.errors import AGAIN, ConfigError, DataError, SctError
+from sct.errors import ConfigError, DataError, SctError, TrainingStoppedError, first_line
 from sct.eval.embedding import measures as embeddings
 from sct.eval.imputation import natural
 from sct.eval.imputation import protocols as imputation
@@ -313,27 +313,31 @@ def benchmark(
     config, builds_on = split(config)
     options, output = read_options(BenchmarkOptions, config, adata, overwrite)
     with only_one(output, "benchmark", "--output"):
-        if model is None:
-            train_missing(builds_on)
-        return _benchmark(options, output, adata, model)
+        return _benchmark(options, output, adata, model, builds_on if model is None else ())
 
 
 def _benchmark(
-    options: BenchmarkOptions, output: Path, adata: ad.AnnData | None, model: inputs.ModelLike | None
+    options: BenchmarkOptions,
+    output: Path,
+    adata: ad.AnnData | None,
+    model: inputs.ModelLike | None,
+    builds_on: Sequence[ParentRun],
 ) -> list[Report]:
     """Run the benchmark and write the report; the caller holds the lock of the folder."""
     started = time.monotonic()
+    # Find mistakes in the options of the cells before training the models that are missing.
+    studies, train = open_cells(options.data, adata)
+    for _, cells in studies if options.data.batch_key else ():
+        inputs.column(cells, options.data.batch_key, "data.batch_key")
+    train_missing(builds_on)
     chosen = model if model is not None else options.model
     handle = inputs.load_model(chosen) if chosen else None
     if handle is not None:
         families.require(handle, "embed")
     vocabulary = handle.vocabulary if handle is not None else _vocabulary(options.genes)
-    studies, train = open_cells(options.data, adata)
     if train is not None:
         train.check_vocabulary(vocabulary)
     parts = [part_of(name, study, vocabulary, options.data) for name, study in studies]
-    for part in parts if options.data.batch_key else ():
-        inputs.column(part.adata, options.data.batch_key, "data.batch_key")
     facts = {
         **facts_of(handle, options.model),
         "cells per bag": str(_bag_size(_imputer(handle), options.data)),
@@ -375,8 +379,10 @@ def train_missing(builds_on: Sequence[ParentRun]) -> None:
 
     Raises
     ------
-    KeyboardInterrupt, SystemExit
-        Ctrl-C or SIGTERM stopped the training, after it has saved a checkpoint.
+    KeyboardInterrupt
+        Ctrl-C stopped the training, after it has saved a checkpoint.
+    TrainingStoppedError
+        SIGTERM or the option train.stop_at stopped the training, after it has saved a checkpoint.
     SctError
         Any error of `sct.train.experiment.train_parents`.
     """
@@ -385,7 +391,12 @@ def train_missing(builds_on: Sequence[ParentRun]) -> None:
         return
     if stopped.reason == "interrupt":
         raise KeyboardInterrupt("resume")
-    raise SystemExit(AGAIN if stopped.reason == "signal" else 0)
+    why = {"signal": "SIGTERM", "stop_at": "train.stop_at"}[stopped.reason]
+    raise TrainingStoppedError(
+        f"the training of a model that the benchmark needs was stopped by {why} at step {stopped.progress.step:,}: "
+        "run the same benchmark again to resume it.",
+        stopped.reason,
+    )
 
 
 def read_options(
@@ -444,9 +455,8 @@ def open_cells(
     try:
         cells = ad.read_zarr(path) if path.is_dir() else ad.read_h5ad(path, backed="r")
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"data.path is {path}, but this is neither a store nor a readable AnnData file ({reason}): set "
+            f"data.path is {path}, but this is neither a store nor a readable AnnData file ({first_line(error)}): set "
             "--config.data.path to an .h5ad file, a .zarr folder or a store."
         ) from error
     return _divided(cells, data, path.stem), train

@@ -23,6 +23,7 @@ from sct import messages
 from sct.commands import output_flags
 from sct.commands.configuration import prepare
 from sct.commands.flag_errors import FlagError
+from sct.errors import AGAIN, TrainingStoppedError
 from sct.global_settings import HINTS, settings
 
 __all__ = ["main", "prepare"]
@@ -46,8 +47,8 @@ FLAG_MODULES = ("sct.commands.output_flags", "sct.commands.device_flag")
 RENAMED_FLAGS = {"config.output": "output"}
 
 
-def main(argv: list[str]) -> None:
-    """Run the benchmark of the configuration, write the report, and print its summary."""
+def main(argv: list[str]) -> int:
+    """Run the benchmark of the configuration, write the report, and print its summary; return the exit status."""
     from sct.eval.reports.summary import summary
 
     config = _CONFIG.value.to_dict()
@@ -56,13 +57,18 @@ def main(argv: list[str]) -> None:
     name = config.pop("benchmark", "zero_shot" if "gene_imputation" in config else "")
     if name not in _BENCHMARKS:
         raise FlagError("--config does not name a benchmark configuration: write --config=benchmark.")
-    reports = importlib.import_module(_BENCHMARKS[name]).benchmark(
-        config, overwrite=output_flags.OVERWRITE.value
-    )
+    try:
+        reports = importlib.import_module(_BENCHMARKS[name]).benchmark(
+            config, overwrite=output_flags.OVERWRITE.value
+        )
+    except TrainingStoppedError as stopped:
+        messages.notice(str(stopped))
+        return AGAIN if stopped.reason == "signal" else 0
     console, compared = messages.console(), summary(reports)
     if compared is not None:
         console.print(compared)
     if compared is None or settings.verbosity >= HINTS:
         for report in reports:
             console.print(report.table())
-    console.print(f"report: {config['output']}/report.html", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"report: {config['output']}/report.html", soft_wrap=True, highlight=False)
+    return 0

@@ -5,7 +5,8 @@
 
 Prints whether sct is ready on this machine, and what to do if it is not. Then it prints the versions of sct and its
 libraries, the devices of JAX with their memory, the cache folders with their sizes, and the extras that are missing.
-With --verbose, the versions of all required libraries are printed. The exit status is 0 if sct is ready, otherwise 1.
+With --verbose, the versions of all required libraries are printed; with --quiet, only the problems. The exit status is
+0 if sct is ready, otherwise 1.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pathlib import Path
 from sct import devices
 from sct.commands.compilation import usual_folder
 from sct.errors import first_line
-from sct.global_settings import HINTS, settings
+from sct.global_settings import HINTS, INFO, settings
 from sct.outputs import size, size_of
 from sct.version import DISTRIBUTION, __version__
 
@@ -62,10 +63,10 @@ def main(argv: list[str]) -> int:
         print(f"not ready: sct {__version__} has {what} on this machine")
         for problem in problems:
             print(textwrap.fill(problem, _WIDTH, initial_indent="  - ", subsequent_indent="    "))
-    else:
+    elif settings.verbosity >= INFO:
         where = next((value for name, value in found[1][1] if name == "JAX runs on"), "")
         print(f"ready: sct {__version__} runs on {where}")
-    for title, rows in found:
+    for title, rows in found if settings.verbosity >= INFO else ():
         print(f"\n{title}")
         for name, value in rows:
             print(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from sct.commands.configuration import config_folder
+from sct.global_settings import INFO, settings
 
 if TYPE_CHECKING:
     from sct.families import Family
@@ -31,16 +32,24 @@ TAKES_ARGUMENTS = True  # folders may also be given without --input
 
 
 def main(argv: list[str]) -> int:
-    """Print the families, or the models in the given folders. The exit status is 1 if a model is damaged."""
-    folders = [*_INPUT.value, *argv[1:]]
+    """Print the families, or the models in the given folders. The exit status is 1 if a model is damaged.
+
+    With --quiet, only the damaged models are printed.
+    """
+    folders, quiet = [*_INPUT.value, *argv[1:]], settings.verbosity < INFO
     if not folders:
-        print("\n".join(_families()))
+        if not quiet:
+            print("\n".join(_families()))
         return 0
     from sct.weights.listing import find_models
 
     found = [each for folder in folders for each in find_models(Path(folder).expanduser())]
-    print("\n".join(_models(found, folders)))
-    return 1 if any(each.trouble for each in found) else 0
+    damaged = [each for each in found if each.trouble]
+    if not quiet:
+        print("\n".join(_models(found, folders)))
+    elif damaged:
+        print("\n".join(line for each in damaged for line in _model(each)))
+    return 1 if damaged else 0
 
 
 def _families() -> Iterator[str]:
@@ -92,22 +101,27 @@ def _configurations() -> dict[str, list[str]]:
 
 def _models(found: list[FolderSummary], folders: list[str]) -> Iterator[str]:
     """Yield the lines of text that describe the models in folders."""
+    count = sum(each.kind != "folder" for each in found)
+    yield f"{count or 'no'} model{'s' * (count != 1)} in {', '.join(folders)}"
+    for each in found:
+        yield ""
+        yield from _model(each)
+
+
+def _model(each: FolderSummary) -> Iterator[str]:
+    """Yield the lines of text that describe the model in a folder."""
     from sct import families
 
-    where = ", ".join(folders)
-    yield f"{len(found) or 'no'} model{'s' * (len(found) != 1)} in {where}"
     owners = {name: family.name for family in families.all_families().values() for name in family.models}
-    for each in found:
-        family = owners.get(each.architecture, "")
-        about = [f"{each.architecture}{f' (family {family})' * (family not in ('', each.architecture))}"]
-        about += [f"{each.parameters:,} parameters"] if each.parameters is not None else []
-        about += [f"{each.genes:,} genes"] if each.genes is not None else []
-        about += [f"step {each.step:,}"] if each.step is not None else []
-        yield ""
-        yield f"{each.path}"
-        text = each.trouble or ", ".join(about)
-        kind = {"run": "run folder", "model": "model folder"}.get(each.kind, each.kind)
-        yield from textwrap.wrap(
-            f"{kind}: {text}", _WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False,
-            break_long_words=False,
-        )  # fmt: skip
+    family = owners.get(each.architecture, "")
+    about = [f"{each.architecture}{f' (family {family})' * (family not in ('', each.architecture))}"]
+    about += [f"{each.parameters:,} parameters"] if each.parameters is not None else []
+    about += [f"{each.genes:,} genes"] if each.genes is not None else []
+    about += [f"step {each.step:,}"] if each.step is not None else []
+    yield f"{each.path}"
+    text = each.trouble or ", ".join(about)
+    kind = {"run": "run folder", "model": "model folder"}.get(each.kind, each.kind)
+    yield from textwrap.wrap(
+        f"{kind}: {text}", _WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False,
+        break_long_words=False,
+    )  # fmt: skip

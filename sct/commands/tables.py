@@ -39,9 +39,8 @@ def read(path: str, may_be_backed: bool = True) -> ad.AnnData:
         large = may_be_backed and file.stat().st_size > BACKED_BYTES
         return ad.read_h5ad(file, backed="r" if large else None)
     except (OSError, KeyError, ValueError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"the input {file} cannot be read as AnnData ({reason}): give an .h5ad file or a "
+            f"the input {file} cannot be read as AnnData ({first_line(error)}): give an .h5ad file or a "
             ".zarr folder that anndata can read."
         ) from error
 

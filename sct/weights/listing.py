@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sct.data.genes.vocabulary import GeneVocabulary
-from sct.errors import CheckpointError, SctError
+from sct.errors import CheckpointError, SctError, first_line
 from sct.weights import adapter_folder, model_folder, run_folder
 from sct.weights.model_folder import FolderReader
 
@@ -25,7 +26,7 @@ class FolderSummary:
     path
         The folder.
     kind
-        "run", "model", "adapters" or "Hugging Face".
+        "run", "model", "adapters" or "Hugging Face"; "folder" if the folder cannot be read.
     architecture
         Name of the architecture, or the model type of a Hugging Face folder.
     parameters, genes, step
@@ -46,32 +47,34 @@ class FolderSummary:
 def find_models(folder: Path) -> Iterator[FolderSummary]:
     """Yield a summary of each model in a folder: of the folder itself, or of its sub-folders and their sub-folders.
 
+    A folder that cannot be read has a summary that says why.
+
     Raises
     ------
     CheckpointError
-        The folder does not exist or cannot be read.
+        The folder does not exist.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise CheckpointError(
-            f"{folder} {'is a file' if folder.exists() else 'does not exist'}, but it must be a folder: give a model "
-            "folder, a run folder, or a folder of such folders."
+            f"{folder} {'is a file' if os.path.exists(folder) else 'does not exist'}, but it must be a folder: "
+            "give a model folder, a run folder, or a folder of such folders."
         )
     yield from _found(folder, _DEPTH)
 
 
 def _found(folder: Path, depth: int) -> Iterator[FolderSummary]:
-    kind = _kind(folder)
+    inside = []
+    try:
+        kind = _kind(folder)
+        if not kind and depth:
+            inside = sorted(
+                path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
+            )
+    except OSError as error:
+        yield FolderSummary(folder, "folder", trouble=_unreadable(error))
+        return
     if kind:
         yield _summary(folder, kind)
-        return
-    if not depth:
-        return
-    try:
-        inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder} cannot be read ({error.strerror}): check its permissions."
-        ) from error
     for path in inside:
         yield from _found(path, depth - 1)
 
@@ -95,6 +98,12 @@ def _summary(folder: Path, kind: str) -> FolderSummary:
         return _READERS[kind](folder)
     except SctError as error:
         return FolderSummary(folder, kind, trouble=str(error))
+    except OSError as error:
+        return FolderSummary(folder, kind, trouble=_unreadable(error))
+
+
+def _unreadable(error: OSError) -> str:
+    return f"cannot be read ({error.strerror or first_line(error)}): check the permissions of the folder."
 
 
 def _run(folder: Path) -> FolderSummary:

@@ -374,9 +374,8 @@ def _restore(path: Path, boxed: Any, mesh: Any, rules: axes.AxisRules, dtype: st
     except CheckpointError:
         raise
     except Exception as error:  # for damaged files, orbax raises errors of many types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(
-            f"the checkpoint {path.parent} cannot be read ({reason}): it is damaged, so give another folder."
+            f"the checkpoint {path.parent} cannot be read ({first_line(error)}): it is damaged, so give another folder."
         ) from error
     finally:
         handler.close()

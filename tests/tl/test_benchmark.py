@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy import sparse
 
 import sct
+from sct.benchmarks import instructions, zero_shot
 from sct.benchmarks.zero_shot import BenchmarkOptions, ZeroShotData, open_cells, part_of
+from sct.commands import benchmark as command
 from sct.data.coordinates import rescale_coordinates
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.ingest.build import IngestOptions, ingest
-from sct.errors import ConfigError, DataError, StoreError
+from sct.errors import ConfigError, DataError, StoreError, TrainingStoppedError
 from sct.inference import inputs
 from tests.tl.conftest import made, slide
 
@@ -255,3 +258,44 @@ def test_a_part_of_a_section_is_measured_as_it_lies_in_the_whole():
         again = inputs.sections(part.adata, None, "spatial")  # as sct.tl.embed divides them
         np.testing.assert_array_equal(again[0].places, places)
         assert len(more) == bool(key)
+
+
+def stopped_training(reason):
+    """A training of a needed model that stopped, in the place of `train_parents`."""
+    return lambda builds_on: SimpleNamespace(reason=reason, progress=SimpleNamespace(step=7))
+
+
+def test_mistakes_in_the_cells_are_found_before_a_model_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(zero_shot, "train_parents", lambda builds_on: pytest.fail("trained first"))
+    settings = config(
+        tmp_path / "out", data__path=str(tmp_path / "nowhere.h5ad"), model=str(tmp_path / "run")
+    )
+    with pytest.raises(DataError, match=r"nowhere\.h5ad"):
+        sct.tl.benchmark(settings)
+    with pytest.raises(DataError, match="no_such_batch"):
+        sct.tl.benchmark(config(tmp_path / "out", data__batch_key="no_such_batch"), slide())
+    questions = runpy.run_path(str(ROOT / "configs" / "benchmark_zeromics.py"))["get_config"](
+        "quick"
+    ).to_dict()
+    questions |= {"output": str(tmp_path / "out")}
+    questions["data"] |= {"dataset": "", "path": str(tmp_path / "nowhere.h5ad")}
+    with pytest.raises(DataError, match=r"nowhere\.h5ad"):
+        instructions.benchmark(questions)
+
+
+def test_a_stopped_training_is_an_error_of_the_library_and_a_status_of_the_command(monkeypatch, tmp_path):
+    for reason, status in (("signal", 75), ("stop_at", 0)):
+        monkeypatch.setattr(zero_shot, "train_parents", stopped_training(reason))
+        with pytest.raises(TrainingStoppedError, match="step 7") as caught:
+            sct.tl.benchmark(config(tmp_path / "out"), slide())
+        assert caught.value.reason == reason
+        settings = config(tmp_path / "out", data__path="cells.h5ad")
+        values = SimpleNamespace(value=SimpleNamespace(to_dict=lambda settings=settings: settings))
+        monkeypatch.setattr(command, "_CONFIG", values)
+        monkeypatch.setattr(command, "_OUTPUT", SimpleNamespace(value=None))
+        monkeypatch.setattr(command.output_flags, "OVERWRITE", SimpleNamespace(value=True))
+        monkeypatch.setattr(zero_shot, "open_cells", lambda data, adata: ([], None))
+        assert command.main(["benchmark"]) == status
+    monkeypatch.setattr(zero_shot, "train_parents", stopped_training("interrupt"))
+    with pytest.raises(KeyboardInterrupt):
+        sct.tl.benchmark(config(tmp_path / "out"), slide())
