@@ -194,9 +194,9 @@ def test_an_input_that_cannot_be_read_is_not_told_as_an_output(tmp_path):
 
     cells, source = slide(), tmp_path / "cells.h5ad"
     with pytest.raises(DataError, match=r"cells\.h5ad cannot be read \(No such file"):
-        tables.write(cells, str(source), tmp_path / "out.h5ad", {})
+        tables.write(cells, str(source), tmp_path / "out.h5ad", {}, [])
     cells.write_h5ad(source)
-    tables.write(cells, str(source), tmp_path / "out.h5ad", {})
+    tables.write(cells, str(source), tmp_path / "out.h5ad", {}, [])
     assert (tmp_path / "out.h5ad").read_bytes() == source.read_bytes()
 
 

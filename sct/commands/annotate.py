@@ -15,7 +15,7 @@ from __future__ import annotations
 from absl import flags
 
 from sct import messages
-from sct.commands import cell_flags, model_flags, output_flags
+from sct.commands import cell_flags, model_flags
 
 _REFERENCE = flags.DEFINE_string(
     "reference", None, "Annotated cells to transfer labels from: an .h5ad file or a .zarr folder."
@@ -52,12 +52,7 @@ _KEY = flags.DEFINE_string(
     "key_added", "sct_label", "Column of obs to write; also the prefix of all other names that are written."
 )
 
-FLAG_MODULES = (
-    "sct.commands.cell_flags",
-    "sct.commands.model_flags",
-    "sct.commands.output_flags",
-    "sct.commands.device_flag",
-)
+FLAG_MODULES = cell_flags.WITH_MODEL
 
 
 def main(argv: list[str]) -> None:
@@ -65,9 +60,7 @@ def main(argv: list[str]) -> None:
     from sct.commands import tables
     from sct.tl.annotation import annotate
 
-    target = tables.check_output(
-        cell_flags.OUTPUT.value, cell_flags.INPUT.value, output_flags.OVERWRITE.value
-    )
+    target = cell_flags.checked_output()
     adata = tables.read(cell_flags.INPUT.value)
     reference = tables.read(_REFERENCE.value) if _REFERENCE.value else None
     key, made = _KEY.value, []

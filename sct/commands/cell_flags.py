@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from absl import flags
+
+from sct.commands import output_flags
+
+# Modules with the flags of every command that applies a model to the cells of a file.
+WITH_MODEL = (
+    "sct.commands.cell_flags",
+    "sct.commands.model_flags",
+    "sct.commands.output_flags",
+    "sct.commands.device_flag",
+)
 
 INPUT = flags.DEFINE_string(
     "input", None, "Cells to read: an .h5ad file or a .zarr folder with raw counts.", required=True
@@ -44,6 +55,13 @@ _DUPLICATES = flags.DEFINE_enum(
     "If several columns belong to one gene: stop with an error, or sum them.",
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Random seed: the same seed gives the same bags.")
+
+
+def checked_output() -> Path:
+    """Check the path in --output before the computation, and return the path; see `tables.check_output`."""
+    from sct.commands import tables
+
+    return tables.check_output(OUTPUT.value, INPUT.value, output_flags.OVERWRITE.value)
 
 
 def options() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from absl import flags
 
 from sct import messages
-from sct.commands import cell_flags, model_flags, output_flags
+from sct.commands import cell_flags, model_flags
 
 _KEY = flags.DEFINE_string("key_added", "X_sct", "Key in obsm to write the embedding to.")
 _CONTEXT = flags.DEFINE_enum(
@@ -27,12 +27,7 @@ _CONTEXTS = flags.DEFINE_integer(
     "n_contexts", 1, "Number of random bags per cell; the embedding is their mean.", lower_bound=1
 )
 
-FLAG_MODULES = (
-    "sct.commands.cell_flags",
-    "sct.commands.model_flags",
-    "sct.commands.output_flags",
-    "sct.commands.device_flag",
-)
+FLAG_MODULES = cell_flags.WITH_MODEL
 flags.mark_flag_as_required("model")
 
 
@@ -41,9 +36,7 @@ def main(argv: list[str]) -> None:
     from sct.commands import tables
     from sct.tl.embedding import embed
 
-    target = tables.check_output(
-        cell_flags.OUTPUT.value, cell_flags.INPUT.value, output_flags.OVERWRITE.value
-    )
+    target = cell_flags.checked_output()
     adata = tables.read(cell_flags.INPUT.value)
     key = _KEY.value
     embed(

@@ -18,7 +18,7 @@ from pathlib import Path
 from absl import flags
 
 from sct import messages
-from sct.commands import cell_flags, model_flags, output_flags
+from sct.commands import cell_flags, model_flags
 from sct.commands.flag_errors import FlagError
 
 _GENES = flags.DEFINE_list(
@@ -31,12 +31,7 @@ _KEY = flags.DEFINE_string(
     "key_added", "sct", "Prefix of the names written: PREFIX_expected, PREFIX_level, PREFIX_probability."
 )
 
-FLAG_MODULES = (
-    "sct.commands.cell_flags",
-    "sct.commands.model_flags",
-    "sct.commands.output_flags",
-    "sct.commands.device_flag",
-)
+FLAG_MODULES = cell_flags.WITH_MODEL
 flags.mark_flag_as_required("model")
 
 
@@ -45,9 +40,7 @@ def main(argv: list[str]) -> None:
     from sct.commands import tables
     from sct.tl.imputation import MISSING, RESULTS, impute
 
-    target = tables.check_output(
-        cell_flags.OUTPUT.value, cell_flags.INPUT.value, output_flags.OVERWRITE.value
-    )
+    target = cell_flags.checked_output()
     genes, key, cells = _GENES.value, _KEY.value, None
     if _CELLS.value is not None:
         file = Path(_CELLS.value).expanduser()

@@ -14,7 +14,7 @@ from __future__ import annotations
 from absl import flags
 
 from sct import messages
-from sct.commands import cell_flags, model_flags, output_flags
+from sct.commands import cell_flags, model_flags
 
 _GENES = flags.DEFINE_list(
     "genes", None, "Genes to knock out, separated by commas; genes joined by '+' are knocked out together.",
@@ -34,12 +34,7 @@ _RANDOM = flags.DEFINE_integer(
 )
 _KEY = flags.DEFINE_string("key_added", "sct_perturb", "Key in obsm and uns to write the results to.")
 
-FLAG_MODULES = (
-    "sct.commands.cell_flags",
-    "sct.commands.model_flags",
-    "sct.commands.output_flags",
-    "sct.commands.device_flag",
-)
+FLAG_MODULES = cell_flags.WITH_MODEL
 flags.mark_flag_as_required("model")
 
 
@@ -48,9 +43,7 @@ def main(argv: list[str]) -> None:
     from sct.commands import tables
     from sct.tl.perturbation import perturb
 
-    target = tables.check_output(
-        cell_flags.OUTPUT.value, cell_flags.INPUT.value, output_flags.OVERWRITE.value
-    )
+    target = cell_flags.checked_output()
     adata, key = tables.read(cell_flags.INPUT.value), _KEY.value
     genes = [each.split("+") for each in _GENES.value]
     perturb(
