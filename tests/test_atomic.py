@@ -249,7 +249,7 @@ def write_cells(folder: Path) -> str:
     cells = ad.AnnData(np.ones((2, 3), np.float32))
     cells.write_h5ad(folder / "in.h5ad")
     cells.obsm["X_sct"] = np.ones((2, 1), np.float32)
-    tables.write(cells, str(folder / "in.h5ad"), folder / "out.h5ad", {"obsm": ["X_sct"]})
+    tables.write(cells, str(folder / "in.h5ad"), folder / "out.h5ad", {"obsm": ["X_sct"]}, [])
     return "out.h5ad"
 
 

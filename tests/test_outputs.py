@@ -309,7 +309,7 @@ def test_whatever_is_written_to_a_full_disk_ends_in_one_sentence(small_disk, tmp
         ),
         "report": lambda: report_folder.write([table], small_disk / "report", {"seed": "1"}),
         "cells": lambda: tables.write(
-            cells, str(tmp_path / "in.h5ad"), small_disk / "o.h5ad", {"obsm": ["X_sct"]}
+            cells, str(tmp_path / "in.h5ad"), small_disk / "o.h5ad", {"obsm": ["X_sct"]}, []
         ),
         "model": lambda: made().save_pretrained(small_disk / "model"),
         "store": lambda: ingest([("many", many)], small_disk / "store"),
@@ -330,4 +330,4 @@ def test_whatever_is_written_to_a_full_disk_ends_in_one_sentence(small_disk, tmp
     assert left == [small_disk / "kept"]
     assert (small_disk / "kept").read_text() == "x" * 280_000
     with pytest.raises(DataError, match=FULL):
-        tables.write(cells, str(tmp_path / "x.zarr"), small_disk / "o.h5ad", {})
+        tables.write(cells, str(tmp_path / "x.zarr"), small_disk / "o.h5ad", {}, [])
