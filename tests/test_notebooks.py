@@ -80,7 +80,7 @@ def test_notebooks_begin_with_title_badge_and_installation_and_set_quick_values_
         ({"name": "stdout", "text": "x.py:1: UserWarning: few genes"}, "a warning"),
         ({"name": "stdout", "text": "\x1b[2Ktraining"}, "a control character"),
         ({"name": "stdout", "text": "training 1\rtraining 2"}, "a control character"),
-        ({"name": "stdout", "text": "run folder: /tmp/runs/x"}, "a path of this machine"),
+        ({"name": "stdout", "text": "run folder: /" + "tmp/runs/x"}, "a path of this machine"),
         ({"name": "stderr", "text": "training 1/2"}, "standard error"),
         ({"output_type": "error", "ename": "KeyError", "evalue": "x", "traceback": []}, "KeyError"),
         ({"name": "stdout", "text": "step 20: validation loss 0.93 </tmp> runs/tmp/x"}, None),
@@ -91,6 +91,20 @@ def test_outputs_that_are_not_fit_for_readers_are_found(output, reason):
     cell.outputs = [nbformat.from_dict({"output_type": "stream", **output})]
     found = TOOL.problems(nbformat.v4.new_notebook(cells=[cell]))
     assert (not found) if reason is None else any(reason in problem for problem in found)
+
+
+def test_an_accepted_warning_hides_no_other_problem():
+    accepted = "x.py:1: UserWarning: 60% of the cells are 'unknown'\n  annotate(cells)\n"
+    for name, more, expected in (
+        ("stderr", "", False),
+        ("stderr", "training 1/2\n", True),
+        ("stdout", "", False),
+        ("stdout", "error: no such file\n", True),
+    ):
+        cell = nbformat.v4.new_code_cell("x")
+        cell.outputs = [nbformat.v4.new_output("stream", name=name, text=accepted + more)]
+        found = TOOL.problems(nbformat.v4.new_notebook(cells=[cell]), TOOL.ACCEPTED_IF_QUICK)
+        assert bool(found) == expected, (name, more)
 
 
 def test_the_record_of_a_run_depends_on_code_cells_only():

@@ -1,6 +1,6 @@
 """Run the notebooks, store their outputs, and write their Colab badges.
 
-    python tools/run_notebooks.py             # full settings; writes the outputs into notebooks/
+    python tools/run_notebooks.py             # full settings; writes the outputs of good runs into notebooks/
     python tools/run_notebooks.py 03 04       # only the notebooks whose names start with these
     python tools/run_notebooks.py --quick     # small settings; changes no file
     python tools/run_notebooks.py --badges    # only writes the Colab badges
@@ -35,6 +35,7 @@ import nbformat
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from sct.atomic import write_text  # noqa: E402
 from sct.version import REPOSITORY, __version__  # noqa: E402
 
 FOLDER = ROOT / "notebooks"
@@ -97,13 +98,14 @@ def problems(notebook: Any, accepted: Sequence[str] = ()) -> list[str]:
     notebook
         Notebook with outputs.
     accepted
-        Parts of warnings that are not a problem.
+        Parts of warnings that are not a problem. Only the lines of these warnings are left out.
     """
     found = []
     for number, stream, text in texts(notebook):
-        if any(part in text for part in accepted):
-            continue
-        if stream == "stderr":
+        for part in accepted:
+            # Python prints the line of code that caused a warning, indented, below the warning.
+            text = re.sub(rf"^.*{re.escape(part)}.*\n?(  .*\n?)?", "", text, flags=re.MULTILINE)
+        if stream == "stderr" and text.strip():
             found.append(f"cell {number} wrote to standard error: {text[:500]}")
         for what, pattern in PROBLEMS.items():
             match = pattern.search(text)
@@ -237,7 +239,7 @@ def main() -> int:
         for path in chosen:
             notebook = nbformat.read(path, as_version=4)
             set_badge(notebook, path.stem)
-            nbformat.write(notebook, path)
+            write_text(path, nbformat.writes(notebook) + "\n")
         return 0
     prepare_environment(options.quick)
     failed = 0
@@ -245,7 +247,7 @@ def main() -> int:
         before, cpu = time.monotonic(), cpu_seconds()
         try:
             notebook = run(path, options.quick)
-        except TimeoutError as error:
+        except (TimeoutError, RuntimeError) as error:  # a cell takes too long, or the kernel died
             print(f"{path.name}: failed: {error}", file=sys.stderr, flush=True)
             failed += 1
             continue
@@ -263,9 +265,9 @@ def main() -> int:
         if options.quick and options.output:
             options.output.mkdir(parents=True, exist_ok=True)
             nbformat.write(notebook, options.output / path.name)
-        if not options.quick:
+        if not options.quick and not found:
             set_badge(notebook, path.stem)
-            nbformat.write(notebook, path)
+            write_text(path, nbformat.writes(notebook) + "\n")
     print(f"{len(chosen) - failed} passed, {failed} failed")
     return int(failed > 0)
 
