@@ -260,6 +260,14 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def _without_home(words: list[str]) -> str:
+    """Return the message for a path such as ~name/x when there is no user `name`, with the word that contains it."""
+    paths = [word for word in words if word.rpartition("=")[2].startswith("~")]
+    unknown = [path for path in paths if os.path.expanduser(path.rpartition("=")[2]).startswith("~")]
+    where = unknown[0] if unknown else "a path"
+    return f"{where} begins with ~ and no home folder was found for it: give the full path"
+
+
 def run_main(
     program: Callable[[list[str]], int | None],
     argv: list[str] | None = None,
@@ -336,6 +344,9 @@ def run_main(
                     f"same command again to {again}.",
                     file=sys.stderr,
                 )
+                return 1
+            if isinstance(error, RuntimeError) and "home directory" in str(error):  # of Path.expanduser
+                print(f"error: {_without_home(sys.argv if argv is None else argv)}", file=sys.stderr)
                 return 1
             if not isinstance(error, MemoryError) and not (
                 isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)

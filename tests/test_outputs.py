@@ -251,6 +251,19 @@ def test_a_full_disk_ends_a_command_in_one_sentence(error, words, monkeypatch, c
     assert all(word in said for word in words), said
 
 
+def test_a_home_folder_of_no_user_ends_a_command_in_one_sentence(monkeypatch, capsys):
+    from absl import app
+
+    monkeypatch.setattr(app, "run", lambda guarded, argv, flags_parser: guarded(argv))
+    cli.run_main(
+        lambda words: Path(words[-1].partition("=")[2]).expanduser() and 0,
+        ["sct", "--output=~/x", "--workdir=~nouser/x"],
+    )
+    said = capsys.readouterr().err
+    assert len(said.strip().splitlines()) == 1
+    assert "--workdir=~nouser/x" in said and "full path" in said
+
+
 def test_a_defect_keeps_its_traceback(monkeypatch):
     from absl import app
 

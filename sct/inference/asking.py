@@ -75,7 +75,7 @@ def study_metadata_of(adata: ad.AnnData, name: str, given: Any, form: str, argum
 def blocks_of(
     adata: ad.AnnData, model: Pretrained, instruction_model: InstructionModel, options: dict[str, Any]
 ) -> Iterator[tuple[CellBins, list[int]]]:
-    """Yield the cells in blocks of some thousands, each as a pair: model inputs, and keys of the cells."""
+    """Yield blocks of a few thousand cells, each as (model inputs, keys of the cells)."""
     table = CellCounts(adata, model.vocabulary, **options)
     inputs.check_counted(table)
     for records, rows in binned_cells.blocks(table, instruction_model.cells, instruction_model.known):

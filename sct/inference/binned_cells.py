@@ -16,7 +16,7 @@ from sct.weights.pretrained import Pretrained
 
 
 def check_known(cells: CellCounts, known: np.ndarray) -> None:
-    """Raise `DataError` if too few of the model's genes, given as a mask, bool (G,), were measured in the cells."""
+    """Raise `DataError` if too few of the genes that the model knows (bool, (G,)) were measured in the cells."""
     possible = min(int(cells.measured.sum()), int(known.sum()))
     check_shared(int((cells.measured & known).sum()), possible, "adata and the genes that the model knows")
 
@@ -45,7 +45,7 @@ def binned(
 def blocks(
     cells: CellCounts, options: CellOptions, known: np.ndarray
 ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-    """Yield the cells in blocks of some thousands, each as (records of expression bins, row numbers of the cells)."""
+    """Yield blocks of a few thousand cells, each as (records of expression bins, row numbers of the cells)."""
     check_known(cells, known)
     for start in range(0, cells.n_cells, BLOCK):
         rows = np.arange(start, min(start + BLOCK, cells.n_cells))

@@ -213,8 +213,8 @@ def check_device(config: Any) -> None:
         if getattr(part, "dtype", None) == "float16":
             raise ConfigError(
                 f"model.{path}dtype is float16, but CPUs support float32 and bfloat16 only: use a GPU, or set "
-                f"--config.model.{path}dtype=float32 (for a saved model, set model.{path}dtype in its config.json and "
-                f"delete the entry {SEAL!r} there, because this checksum no longer matches)."
+                f"--config.model.{path}dtype=float32 (for a saved model, change model.{path}dtype in its config.json, "
+                f"and delete the checksum {SEAL!r} there, which does not fit the changed file)."
             )
         nested = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
         parts += [
@@ -231,7 +231,7 @@ def family(name: str) -> Architecture:
 def model_config(name: str, values: Mapping[str, Any], num_genes: int | None = None) -> Any:
     """Make the configuration of a model family from plain values.
 
-    `num_genes`, the number of genes in the vocabulary, replaces sizes that are 0 or missing in the values.
+    If the number of genes is 0 or missing in `values`, it is set from `num_genes`, the size of the vocabulary.
     """
     cls, where = family(name).config, f"model ({name})"
     if num_genes is not None:

@@ -17,7 +17,7 @@ EPSILON = 1e-5
 
 
 def _statistics(x: jax.Array, axis: int, epsilon: float) -> tuple[jax.Array, jax.Array]:
-    """Return the mean and 1 / standard deviation of float32 x along an axis, which is kept with size 1."""
+    """Return the mean and 1 / standard deviation of x (float32) along an axis. The results keep the axis (size 1)."""
     mean = jnp.mean(x, axis=axis, keepdims=True)
     variance = jnp.mean(jnp.square(x - mean), axis=axis, keepdims=True)
     return mean, jax.lax.rsqrt(variance + epsilon)

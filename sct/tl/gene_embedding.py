@@ -73,8 +73,8 @@ def gene_embeddings(
     vocabulary = handle.vocabulary
     if maker.needs_cells and adata is None:
         raise ConfigError(
-            f"`adata` is missing, but a model of the family {handle.family!r} has gene vectors only within cells: pass "
-            "cells as adata=..."
+            f"`adata` is missing, but a model of the family {handle.family!r} computes the vector of a gene from the "
+            "cells that express it: pass cells as adata=..."
         )
     if not maker.needs_cells and adata is not None:
         raise ConfigError(

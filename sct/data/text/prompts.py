@@ -339,7 +339,9 @@ def draw_task(weights: Sequence[tuple[str, float]], key: tuple[int, ...]) -> str
 
 
 def load_prompts(path: str | os.PathLike[str] | None = None, built_in: str = SENTENCE_PROMPTS) -> Prompts:
-    """Load the built-in templates, and add or replace those in a template file.
+    """Load the built-in templates and the templates of a file.
+
+    A template of the file is added to the built-in templates, or replaces the built-in template of the same name.
 
     Parameters
     ----------

@@ -341,7 +341,7 @@ def _added(config: dict[str, Any], folder: Path, pieces: int) -> tuple[str, ...]
     if beyond != list(range(pieces, pieces + len(beyond))):
         raise ConfigError(
             f"{folder} adds tokens with the ids {', '.join(map(str, beyond[:3]))}..., but the ids must be consecutive "
-            f"from {pieces}, the number of tokens of {MODEL}: correct {_CONFIG}."
+            f"and start at {pieces}, the number of tokens of {MODEL}: correct {_CONFIG}."
         )
     return tuple(ids[number] for number in beyond)
 

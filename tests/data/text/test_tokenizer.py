@@ -284,7 +284,7 @@ def test_tokens_added_to_a_sentencepiece_folder(pieces, tmp_path):
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<y>": n + 1, "<x>": n, "<s>": 1}))
     assert Tokenizer.load(tmp_path).encode("<y><x>").tolist() == [n + 1, n]
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<y>": n + 1}))
-    with pytest.raises(ConfigError, match=f"consecutive from {n}"):
+    with pytest.raises(ConfigError, match=f"consecutive and start at {n}"):
         Tokenizer.load(tmp_path)
 
 
