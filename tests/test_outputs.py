@@ -261,7 +261,8 @@ def test_a_home_folder_of_no_user_ends_a_command_in_one_sentence(monkeypatch, ca
     )
     said = capsys.readouterr().err
     assert len(said.strip().splitlines()) == 1
-    assert "--workdir=~nouser/x" in said and "full path" in said
+    assert "--workdir=~nouser/x" in said
+    assert "full path" in said
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):

@@ -206,8 +206,8 @@ class InstructionModel:
         templates = range(templates) if isinstance(templates, int) else templates
         if not templates or not all(0 <= number < len(usable) for number in templates):
             raise ConfigError(
-                f"templates is {templates}, but the task {task_name(task)!r} has {len(usable)} templates: use a number "
-                f"from 1 to {len(usable)}, or a list of numbers from 0 to {len(usable) - 1}."
+                f"templates is {templates}, but the task {task_name(task)!r} has {len(usable)} templates: give the "
+                f"number to use (1 to {len(usable)}), or a list of indices (0 to {len(usable) - 1})."
             )
         keys = range(len(abstracts)) if keys is None else keys
         given = range(len(abstracts)) if cells is None else cells

@@ -149,7 +149,7 @@ def read_params(path: Path) -> dict[str, dict[str, np.ndarray]]:
 def convert_params(
     params: Mapping[str, Mapping[str, np.ndarray]], hidden_layers: int, source: str
 ) -> dict[str, np.ndarray]:
-    """Rename and reshape Haiku parameters to the parameter paths of this project.
+    """Convert Haiku parameters to the parameter paths and array shapes of this project.
 
     Convolution biases (out, 1) lose their last axis. Kernels of transposed convolutions (k, out, in) become
     (k, in, out). `fc1` is split into the gate and the up projection.

@@ -197,11 +197,13 @@ def _labeled(
     for what, given in (("labels", names), ("batches", names if batch is None else batch)):
         check_one_each(what, len(given), "cells", counts.shape[0])
     kept = ~(names.isna() | (names.astype(str).str.strip() == "")).to_numpy()
-    if (number := names[kept].nunique()) < 2:
-        raise DataError(
-            f"the {kept.sum():,} cells with a label have {number} different {'label' if number == 1 else 'labels'}, "
-            "but at least two are needed: choose another label column."
+    if names[kept].nunique() < 2:
+        found = (
+            f"all {kept.sum():,} cells with a label have the same label"
+            if kept.any()
+            else "no cell has a label"
         )
+        raise DataError(f"{found}, but at least two labels are needed: choose another label column.")
     batches = None
     if batch is not None:
         batches = metrics.codes(np.asarray(batch, dtype=object)[kept])

@@ -192,7 +192,7 @@ class EvalCells:
 
 
 def pick(matrix: sparse.csr_matrix, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Return the entries of a matrix at `rows` (n,), ascending, and `columns` (n,), as float32 (n,)."""
+    """Return the entries (rows[i], columns[i]) of a matrix, as float32 (n,). `rows` (n,) must be sorted."""
     out = np.zeros(len(rows), np.float32)
     step = max(1, POSITIONS_AT_ONCE // max(matrix.shape[1], 1))
     # Convert blocks to dense: indexing millions of single entries of a sparse matrix is much slower.

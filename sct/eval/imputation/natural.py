@@ -112,7 +112,9 @@ class Estimator(Protocol):
 
 
 class LevelFrequency:
-    """Baseline that predicts for every cell how often a gene has each expression level in other cells.
+    """Baseline that predicts the same probabilities in every cell: the frequency of each level of the gene.
+
+    The frequencies are counted in other cells.
 
     Parameters
     ----------

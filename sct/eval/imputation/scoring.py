@@ -253,7 +253,7 @@ class ProtocolResult:
 
     @property
     def curves(self) -> dict[str, list[tuple[Any, list[float]]]]:
-        """Return the MCC of each row by setting, as {row label: [(value of the setting, [MCC of each draw]), ...]}."""
+        """Return the MCC of each row at each setting, as {row label: [(setting, [MCC of each draw]), ...]}."""
         curves: dict[str, list[tuple[Any, list[float]]]] = {}
         for setting in self.settings:
             for row in setting.rows:

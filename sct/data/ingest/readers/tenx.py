@@ -103,7 +103,9 @@ def tenx_mtx(path: Path) -> OpenInput:
                 genes, cells, values = (chunk[each].to_numpy() for each in range(3))
                 seen += len(chunk)
                 if min(genes.min(), cells.min()) < 1 or genes.max() > n_genes or cells.max() > n_cells:
-                    raise ValueError(f"an entry is outside of its {n_genes} features and {n_cells} cells")
+                    raise ValueError(
+                        f"an entry has an index beyond the {n_genes} features and {n_cells} cells of the matrix"
+                    )
                 block = sp.coo_matrix((values, (cells - 1, genes - 1)), shape=shape).tocsr()
                 if block.nnz != len(chunk):
                     raise ValueError("it has two entries for the same cell and feature")
