@@ -103,6 +103,7 @@ def test_perturb_prints_effects_and_writes_them(files):
     effects = after.uns["sct_perturb"]["effects"]
     assert effects["p_value"].tolist() == before.uns["sct_perturb"]["effects"]["p_value"].tolist()
     assert len(after.uns["sct_perturb"]["targets"]) == 2
+    assert done.stdout.count(f", {slide().var_names[20]}\n") == 2
     assert all(name in done.stdout for name in effects.index)
 
 

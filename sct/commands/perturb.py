@@ -5,8 +5,8 @@
 
 Writes a copy of the input with the effect on each cell in obsm["sct_perturb"], and the effect of each perturbation with
 its p-value in uns["sct_perturb"]["effects"]. If --output ends with .csv, .tsv or .parquet, only the effect on each cell
-is written, as a table with one row per cell. The mean effects and p-values are also printed. In a clone, `python -m
-launch.perturb` is the same program.
+is written, as a table with one row per cell. The mean effects, the p-values and the changes of the targets are also
+printed. In a clone, `python -m launch.perturb` is the same program.
 """
 
 from __future__ import annotations
@@ -54,7 +54,24 @@ def main(argv: list[str]) -> None:
     added = {"obsm": [key], "uns": [key, *cell_flags.scales(adata)]}
     tables.write(adata, cell_flags.INPUT.value, target, added, [key])
     effects = adata.uns[key]["effects"]
-    messages.info(f"{'effect':>12} {'p-value':>9} {'q-value':>9}  perturbation")
+    messages.info(
+        f"{'effect':>10} {'p-value':>8} {'q-value':>8} {'expressed':>9} {'random':>7}  perturbation"
+    )
     for name, row in effects.sort_values("p_value", kind="stable").iterrows():
-        messages.info(f"{row['effect']:>12.4g} {row['p_value']:>9.4f} {row['q_value']:>9.4f}  {name}")
+        messages.info(
+            f"{row['effect']:>10.4g} {row['p_value']:>8.4f} {row['q_value']:>8.4f} {row['fraction_expressed']:>9.1%} "
+            f"{row['null_fraction']:>7.1%}  {name}"
+        )
+    messages.info(
+        "expressed, random: cells that express the genes, or the random genes they are compared with"
+    )
+    if _TARGETS.value:
+        messages.info(
+            f"{'expected':>10} {'change':>10} {'p-value':>8}  perturbation, target (mean raw counts)"
+        )
+        for _, row in adata.uns[key]["targets"].iterrows():
+            messages.info(
+                f"{row['expected']:>10.4g} {row['change']:>+10.3g} {row['p_value']:>8.4f}  {row['perturbation']}, "
+                f"{row['gene']}"
+            )
     messages.info(f'obsm["{key}"] in {target}' if target.suffix == ".h5ad" else f"{key} in {target}")
