@@ -26,7 +26,8 @@ from sct.data.text.ranking import canonical, content_keys, rank
 from sct.errors import ConfigError, DataError
 
 ABSENT = -1  # gene number of padding
-GENES = ("all", "expressed", "top", "sampled", "listed")
+GENES = ("all", "expressed", "top", "sampled", "listed", "hvg")
+FIXED = ("listed", "hvg")  # every cell has the same genes, expressed or not
 
 
 def known_genes(number: int, dropped: Sequence[int]) -> np.ndarray:
@@ -44,7 +45,7 @@ class CellOptions:
     ----------
     num_bins
         Number of bins for non-zero values (10 in the ZerOmics paper); zero is bin 0. With `values="levels"`, there are
-        `num_bins` - 1 bins for non-zero values.
+        `num_bins` - 1 bins for non-zero values. The largest numbers are 65,533 for "quantiles" and 253 for "levels".
     max_genes
         Maximum number of genes of a cell that the model reads; 0 for all genes of the vocabulary.
     genes
@@ -52,7 +53,9 @@ class CellOptions:
         "expressed": all expressed genes; a cell with more than `max_genes` expressed genes is an error. "top": the
         `max_genes` most highly expressed genes; cell, gene and `seed` determine the order of genes with equal counts.
         "sampled": `max_genes` random expressed genes. "listed": a fixed list of genes, expressed or not
-        (`sct.data.gene_selection.variable_genes`). "" (the default) means "top" if `max_genes` is set, otherwise "all".
+        that the caller gives. "hvg": `max_genes` highly variable genes, expressed or not, which a task selects from the
+        training cells (`sct.data.gene_selection.hvg_of`) and saves with the model. "" (the default) means "top" if
+        `max_genes` is set, otherwise "all".
     values
         Kind of expression values: a name in `sct.data.cell_values.VALUES`.
     """
@@ -63,9 +66,8 @@ class CellOptions:
     values: str = "quantiles"
 
     def __post_init__(self) -> None:
-        check_at_least(
-            "num_bins", self.num_bins, 1, most=253
-        )  # bins, including zero and MASK, must fit into uint8
+        # Bins, including zero and MASK, must fit into uint8 or uint16.
+        check_at_least("num_bins", self.num_bins, 1, most=65_533 if self.values == "quantiles" else 253)
         check_at_least("max_genes", self.max_genes, 0)
         for name, known in (("genes", ("", *GENES)), ("values", tuple(VALUES))):
             check_choice(name, getattr(self, name), known)
@@ -120,20 +122,20 @@ def cell_records(
     known
         Mask of the genes that the model knows, bool (G,). Other genes are left out before values are computed.
     listed
-        Vocabulary positions of the genes to read (S,), ascending. Used only with `genes="listed"`.
+        Vocabulary positions of the genes to read (S,), ascending. Used only with `genes="listed"` and `genes="hvg"`.
     seed
         Seed of the choice of genes in cells with more than `max_genes` expressed genes.
 
     Returns
     -------
-    Dict of arrays: `bins` uint8 (N, S), or with `values="log1p"` the array `values` float32 (N, S). With `genes="all"`,
-    S is G. With other values of `genes`, there is also the array `genes` int32 (N, S): the gene numbers, ascending and
-    padded with `ABSENT`.
+    Dict of arrays: `bins` uint8 (N, S), or uint16 for more than 253 bins. With `values="log1p"`, there is the array
+    `values` float32 (N, S) in place of `bins`. With `genes="all"`, S is G. With other values of `genes`, there is also
+    the array `genes` int32 (N, S): the gene numbers, ascending and padded with `ABSENT`.
 
     Raises
     ------
     ConfigError
-        With `genes="listed"`: `listed` is missing, not ascending, or has genes that the model does not know.
+        With `genes="listed"` or "hvg": `listed` is missing, not ascending, or has genes that the model does not know.
     DataError
         With `genes="expressed"`: a cell has more expressed genes than `max_genes`.
     """
@@ -148,11 +150,11 @@ def cell_records(
     if options.choice == "all":
         return {options.name: values.toarray()}
     n_cells = len(values.indptr) - 1
-    if options.choice == "listed":
+    if options.choice in FIXED:
         if listed is None or (np.diff(listed) <= 0).any():
             raise ConfigError(
-                "genes='listed' needs the positions of the genes in the vocabulary, in ascending order, but `listed` "
-                "is missing or not ascending: pass these positions as `listed`."
+                f"genes={options.choice!r} needs the positions of the genes in the vocabulary, in ascending order, but "
+                "`listed` is missing or not ascending: pass these positions as `listed`."
             )
         if known is not None and not known[listed].all():
             raise ConfigError(

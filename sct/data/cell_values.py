@@ -28,7 +28,7 @@ def quantile_bins(counts: sparse.csr_matrix, num_bins: int = 10) -> sparse.csr_m
 
     Returns
     -------
-    Bin numbers, uint8 CSR (N, G), with ascending column indices in each row.
+    Bin numbers, CSR (N, G), uint8 or, for more than 253 bins, uint16, with ascending column indices in each row.
 
     Raises
     ------
@@ -45,7 +45,7 @@ def quantile_bins(counts: sparse.csr_matrix, num_bins: int = 10) -> sparse.csr_m
     begins = (np.diff(values, prepend=-1) != 0) | (np.diff(rows, prepend=-1) != 0)
     place = np.arange(len(values))
     smaller = np.maximum.accumulate(np.where(begins, place, 0)) - starts
-    bins = np.empty(len(values), np.uint8)
+    bins = np.empty(len(values), np.uint8 if num_bins <= 253 else np.uint16)
     bins[order] = 1 + num_bins * smaller // np.repeat(lengths, lengths)
     result = sparse.csr_matrix((bins, counts.indices.copy(), counts.indptr.copy()), counts.shape)
     result.sort_indices()

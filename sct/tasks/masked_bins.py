@@ -15,7 +15,7 @@ import optax
 
 from sct.checks import check_at_least, check_share
 from sct.data import masking
-from sct.data.cell_records import CellOptions, CellSource, known_genes
+from sct.data.cell_records import FIXED, CellOptions, CellSource, known_genes
 from sct.data.genes.corpus import GeneCorpus, suffix_of
 from sct.data.genes.vocabulary import GeneVocabulary
 from sct.data.store import Store
@@ -43,15 +43,15 @@ NAME = "masked_bins"
 
 def check_binned(data: Any) -> None:
     """Raise `ConfigError` if a data section asks for unbinned values, or for a fixed list of genes."""
+    if data.genes in FIXED:
+        raise ConfigError(
+            f"data.genes is {data.genes!r}, but this task does not support a fixed list of genes: set data.genes to "
+            "all, expressed, top or sampled."
+        )
     if CellOptions.of(2, data).name != "bins":
         raise ConfigError(
             f"data.values is {data.values!r}, but this task supports only binned values: set data.values to quantiles "
             "or levels."
-        )
-    if data.genes == "listed":
-        raise ConfigError(
-            "data.genes is 'listed', but this task does not support a fixed list of genes: set data.genes to all, "
-            "expressed, top or sampled."
         )
 
 

@@ -100,7 +100,8 @@ def test_genes_outside_of_the_corpus_are_left_out_before_quantiles_are_taken():
 
 
 CHOICES = {
-    "all": {}, "listed": {}, "expressed": {"max_genes": 40}, "top": {"max_genes": 8}, "sampled": {"max_genes": 8},
+    "all": {}, "listed": {}, "hvg": {"max_genes": 3}, "expressed": {"max_genes": 40}, "top": {"max_genes": 8},
+    "sampled": {"max_genes": 8},
 }  # fmt: skip
 
 
@@ -127,7 +128,7 @@ def test_any_genes_with_any_values(values):
             there = numbers[numbers != ABSENT]
             np.testing.assert_array_equal(read[cell, : len(there)], whole[cell, there])
             assert not read[cell, len(there) :].any()
-            if genes == "listed":
+            if genes in ("listed", "hvg"):
                 assert there.tolist() == listed.tolist()
             else:
                 assert len(there) == min((whole[cell] > 0).sum(), made.max_genes)
@@ -162,6 +163,7 @@ def test_genes_that_cannot_be_chosen():
         ({"genes": "rings"}, "genes"),
         ({"values": "rings"}, "values"),
         ({"genes": "top"}, "max_genes"),
+        ({"genes": "hvg"}, "max_genes"),
         ({"genes": "all", "max_genes": 3}, "max_genes"),
         ({"values": "levels", "num_bins": 1}, "num_bins"),
     ):
@@ -169,10 +171,24 @@ def test_genes_that_cannot_be_chosen():
             CellOptions(**options)
 
 
-@pytest.mark.parametrize("options", [{"num_bins": 0}, {"num_bins": 254}, {"max_genes": -1}])
+@pytest.mark.parametrize(
+    "options",
+    [{"num_bins": 0}, {"num_bins": 65_534}, {"num_bins": 254, "values": "levels"}, {"max_genes": -1}],
+)
 def test_options_that_cannot_be(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         CellOptions(**options)
+
+
+def test_any_number_of_bins():
+    """The numbers of the bins fit into the type, and with as many bins as genes each value has its own."""
+    rng = np.random.default_rng(6)
+    values = np.stack([rng.permutation(3000) + 1.0 for _ in range(2)]).astype(np.float32)
+    for number, kind in ((50, np.uint8), (253, np.uint8), (254, np.uint16), (3000, np.uint16)):
+        bins = cell_records(sp.csr_matrix(values), CellOptions(number))["bins"]
+        assert bins.dtype == kind
+        expected = 1 + number * (values.astype(int) - 1) // 3000
+        np.testing.assert_array_equal(bins, expected)
 
 
 class Study(ToyStudy):
