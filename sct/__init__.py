@@ -1,7 +1,7 @@
 """Train and use long-context single-cell foundation models in JAX.
 
-`import sct` is fast: it does not import JAX or scanpy. Submodules and classes (`sct.datasets`, `sct.GeneVocabulary`,
-`sct.Store`, ...) are imported at their first use.
+`import sct` is fast, because this statement does not import JAX or scanpy. Submodules and classes (`sct.datasets`,
+`sct.GeneVocabulary`, `sct.Store`, ...) are imported at their first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Write files and folders atomically: each appears under its name only when it is complete."""
+"""Write files and folders atomically: a file or folder appears under its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _YOUNG_SECONDS = 600.0
 
 
 def _kept(path: Path) -> str:
-    """Return the name of `path`, shortened if it is too long for a part of a temporary name."""
+    """Return the name of `path` for use in a temporary name. A name that is too long is shortened."""
     return os.fsencode(path.name)[:_LONGEST].decode("utf-8", "ignore")
 
 
@@ -34,7 +34,7 @@ def _beside(path: Path) -> Path:
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], hold: bool = True) -> Iterator[Path]:
-    """Yield an empty temporary file, which replaces `path` when the block ends.
+    """Yield an empty temporary file. When the block ends, this file replaces `path`.
 
     The temporary file is always new: existing files are not changed, and links are not followed. The temporary file is
     flushed to disk before it replaces `path`. If the block fails, the temporary file is deleted. If `path` is a link,
@@ -45,8 +45,8 @@ def atomic_write(path: str | os.PathLike[str], hold: bool = True) -> Iterator[Pa
     path
         File to write, in an existing folder.
     hold
-        Whether to lock the temporary file (`flock`) while it is written. Set it to False if the writing library locks
-        the file itself, as HDF5 does.
+        Whether to lock the temporary file (`flock`) while it is written. Use False if the library that writes the file
+        also locks the file, as HDF5 does.
 
     Raises
     ------
@@ -75,7 +75,7 @@ def atomic_write(path: str | os.PathLike[str], hold: bool = True) -> Iterator[Pa
 
 @contextmanager
 def _told(path: Path, disk_alone: bool = False) -> Iterator[None]:
-    """Convert errors while writing `path` to `OutputError`; with `disk_alone`, convert only errors of the disk."""
+    """Convert errors while writing `path` to `OutputError`. With `disk_alone`, convert only disk errors."""
     try:
         yield
     except SctError:
@@ -108,7 +108,7 @@ def replaced(folder: Path) -> Path:
 def atomic_folder(
     folder: Path, is_leftover: Callable[[Path], bool] = lambda leftover: False
 ) -> Iterator[Path]:
-    """Yield an empty temporary folder, which replaces `folder` when the block ends.
+    """Yield an empty temporary folder. When the block ends, this folder replaces `folder`.
 
     An existing folder is first renamed to `replaced(folder)` and deleted after the replacement. If the process dies in
     between, the next call restores the old folder first.
@@ -118,7 +118,8 @@ def atomic_folder(
     folder
         Folder to write. Its parent folder is created if needed.
     is_leftover
-        Function that returns whether a temporary folder was left behind by a process that died and may be deleted.
+        Function that takes a temporary folder. It returns whether a process that died left this folder behind, so that
+        the folder may be deleted.
 
     Raises
     ------
@@ -170,7 +171,7 @@ def remove(path: Path) -> None:
 
 
 def _remove_leftovers(folder: Path, is_leftover: Callable[[Path], bool]) -> None:
-    """Delete temporary folders that no process locks: the processes that wrote them for `folder` have died."""
+    """Delete the temporary folders for `folder` that no process locks. The processes that wrote them have died."""
     for path in _temporaries(folder, stat.S_ISDIR):
         with contextlib.suppress(OSError):  # deleted by another process
             # An empty young folder can belong to a process that has not locked it yet.
@@ -179,14 +180,14 @@ def _remove_leftovers(folder: Path, is_leftover: Callable[[Path], bool]) -> None
 
 
 def _remove_leftover_files(target: Path) -> None:
-    """Delete old temporary files that no process locks: the processes that wrote them for `target` have died."""
+    """Delete the old temporary files for `target` that no process locks. The processes that wrote them have died."""
     for path in _temporaries(target, stat.S_ISREG):
         if not _is_young(path):
             _remove_unheld(path)
 
 
 def _temporaries(target: Path, is_kind: Callable[[int], bool]) -> list[Path]:
-    """Return the temporary files or folders for `target`: those whose names have the form that `_beside` makes."""
+    """Return the temporary files or folders for `target`, which have names of the form that `_beside` makes."""
     name = re.compile(rf"\.{re.escape(_kept(target))}\.[0-9a-f]{{16}}\.tmp")
     with contextlib.suppress(OSError), os.scandir(target.parent) as entries:
         return [
@@ -213,7 +214,10 @@ def _remove_unheld(path: Path) -> None:
 
 @contextmanager
 def _held(path: Path) -> Iterator[bool]:
-    """Lock a file or folder; yield False if another process locks it, or if the system has no locks."""
+    """Lock a file or folder, and yield whether this worked.
+
+    Yield False if another process holds the lock, or if the system has no locks.
+    """
     try:
         import fcntl
 

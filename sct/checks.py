@@ -1,6 +1,6 @@
-"""Check options and arrays. Each error is one sentence: what was found, what is expected, what to do.
+"""Check options and arrays. Each error message is one sentence: what was found, what is expected, what to do.
 
-Arguments that all checks share: `name` is the option as the user wrote it, or the name of the array. `advice` replaces
+All checks have these arguments: `name` is the option as the user wrote it, or the name of the array. `advice` replaces
 the default "what to do". `error` is the class of the error: `ConfigError` for options, `DataError` for arrays and
 tables.
 """
@@ -22,7 +22,7 @@ _SHOWN = 20  # maximum number of choices in a message
 def check_number(
     name: str, value: Any, *, whole: bool = False, error: type[SctError] = ConfigError, advice: str = ""
 ) -> None:
-    """Require a finite number; a bool is not a number. With `whole`, require an integer.
+    """Require a finite number, or an integer with `whole`. A bool does not count as a number.
 
     Raises
     ------
@@ -47,7 +47,7 @@ def check_at_least(
     error: type[SctError] = ConfigError,
     advice: str = "",
 ) -> None:
-    """Require an integer from `least` to `most`; with `whole=False`, fractions are also allowed.
+    """Require an integer from `least` to `most`. With `whole=False`, fractions are also allowed.
 
     Raises
     ------
@@ -70,7 +70,7 @@ def check_positive(
     error: type[SctError] = ConfigError,
     advice: str = "",
 ) -> None:
-    """Require a number above 0 and at most `most`; fractions are allowed.
+    """Require a number that is above 0 and at most `most`. Fractions are allowed.
 
     Raises
     ------
@@ -93,7 +93,7 @@ def check_share(
     error: type[SctError] = ConfigError,
     advice: str = "",
 ) -> None:
-    """Require a number between 0 and 1; `zero` and `one` control whether 0 and 1 are allowed.
+    """Require a number between 0 and 1. `zero` and `one` say whether 0 and 1 are allowed.
 
     Raises
     ------
@@ -113,7 +113,7 @@ def check_share(
 def check_multiple(
     name: str, value: int, of: int, what: str = "", *, error: type[SctError] = ConfigError, advice: str = ""
 ) -> None:
-    """Require a multiple of the number `of`; `what` is the name of this number in the message.
+    """Require a multiple of the number `of`. `what` is the name of this number in the error message.
 
     Raises
     ------
@@ -131,7 +131,7 @@ def check_multiple(
 def check_choice(
     name: str, value: Any, choices: Iterable[Any], *, error: type[SctError] = ConfigError, advice: str = ""
 ) -> None:
-    """Require one of `choices`; the message suggests the choice with the most similar spelling.
+    """Require one of `choices`. The error message suggests the choice with the most similar spelling.
 
     Raises
     ------
@@ -165,7 +165,7 @@ def check_type(
     error: type[SctError] = ConfigError,
     advice: str = "",
 ) -> None:
-    """Require an instance of `kind`; `what` describes this type in the message. A bool is not a number.
+    """Require an instance of `kind`. `what` describes this type in the error message. A bool is not a number.
 
     Raises
     ------
@@ -238,7 +238,7 @@ def check_distinct(
 def check_one_each(
     what: str, found: int, of: str, expected: int, *, error: type[SctError] = DataError, advice: str = ""
 ) -> None:
-    """Require as many items of one kind (`found`) as of another kind (`expected`).
+    """Require that the number of items of one kind (`found`) equals the number of items of another kind (`expected`).
 
     `what` and `of` are the names of the two kinds in the message, both plural.
 
@@ -300,7 +300,9 @@ def check_shape(
 def check_finite(
     name: str, values: Any, of: str = "rows", *, error: type[SctError] = DataError, advice: str = ""
 ) -> None:
-    """Require an array (N, ...) without NaN and infinity; the message counts the affected rows, called `of` (plural).
+    """Require an array (N, ...) without NaN and infinity.
+
+    The error message counts the affected rows; `of` is the plural noun for the rows.
 
     Raises
     ------
@@ -318,7 +320,7 @@ def check_finite(
 
 
 def nearest(value: Any, choices: Collection[Any], n: int = 1, cutoff: float = 0.6) -> list[Any]:
-    """Return up to `n` choices with a spelling similar to `value`, the most similar first; case does not matter."""
+    """Return up to `n` choices with a spelling similar to `value`, the most similar first, ignoring case."""
     by_text = {str(choice).lower(): choice for choice in choices}
     return [
         by_text[text] for text in difflib.get_close_matches(str(value).lower(), by_text, n=n, cutoff=cutoff)
@@ -326,7 +328,7 @@ def nearest(value: Any, choices: Collection[Any], n: int = 1, cutoff: float = 0.
 
 
 def _shown(value: Any) -> str:
-    """Return the value as text, shortened to 200 characters; numpy numbers are shown as plain numbers."""
+    """Return a value as text, shortened to 200 characters. A numpy number is shown as a plain number."""
     text = repr(
         value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0 else value
     )

@@ -153,7 +153,7 @@ def _prepare_jax(command: str) -> None:
 
 
 def _hint_at_costs(started: float, computing: bool) -> None:
-    """Print a hint on what a command used: the device, the time and the memory."""
+    """Print a hint with the device, the time and the memory that a command used."""
     from sct import devices, messages
     from sct.global_settings import HINTS, settings
 
@@ -169,7 +169,10 @@ def _hint_at_costs(started: float, computing: bool) -> None:
 
 @contextmanager
 def _closed_pipes_end_silently() -> Iterator[None]:
-    """End silently, with exit status 141 (SIGPIPE), when the program that reads the output has ended (`| head -1`)."""
+    """Exit without a message when the program that reads the output has ended, as in `| head -1`.
+
+    The exit status is 141 (SIGPIPE).
+    """
     try:
         try:
             yield
@@ -188,7 +191,7 @@ def _closed_pipes_end_silently() -> Iterator[None]:
 
 
 def _drop_closed_outputs() -> bool:
-    """Redirect outputs whose pipe is closed to the null device, so that Python's final flush cannot fail.
+    """Redirect each output with a closed pipe to the null device, so that Python's final flush cannot fail.
 
     Return whether any output had a closed pipe.
     """
@@ -220,11 +223,13 @@ _PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def keep_freed_memory() -> None:
-    """Keep freed memory in the process for the next step, on a Linux machine without accelerators and huge pages.
+    """Keep freed memory in the process for the next step.
+
+    This applies only to a Linux machine that has neither accelerators nor huge pages.
 
     A training step at full size allocates and frees gigabytes. With pages of 4 KiB, which the system clears one by one,
     allocating and freeing takes a sixth of the time of the step (docs/performance.md). With huge pages the gain is not
-    worth the higher peak memory. Call this before JAX starts its threads.
+    worth the higher peak memory. Call this function before JAX starts its threads.
     """
     if not _on_cpu_of_linux():
         return
@@ -261,7 +266,10 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _without_home(words: list[str]) -> str:
-    """Return the message for a path such as ~name/x when there is no user `name`, with the word that contains it."""
+    """Return the error message for a path that begins with ~ but has no home folder.
+
+    An example is ~name/x without a user `name`. The message names the command line word with this path.
+    """
     paths = [word for word in words if word.rpartition("=")[2].startswith("~")]
     unknown = [path for path in paths if os.path.expanduser(path.rpartition("=")[2]).startswith("~")]
     where = unknown[0] if unknown else "a path"
@@ -289,12 +297,11 @@ def run_main(
     argv
         Command line as a list of words. The default is `sys.argv`.
     command
-        Name of the command that reads the flags; its usage is printed after an error in the command line.
+        Command that reads the flags. The usage of this command is printed after an error in the command line.
     again
-        Verb that says what the same command does if the user runs it again after Ctrl-C or a disk error, such as
-        "resume".
+        Verb, such as "resume". It says what the command does if the user runs it again after Ctrl-C or a disk error.
     smaller
-        Advice for the case that the memory does not suffice, such as a smaller batch.
+        Advice for the user if the memory does not suffice, such as to use a smaller batch.
     stoppable
         Whether SIGTERM stops the program in the same way as Ctrl-C, but with exit status 143.
     """

@@ -39,7 +39,7 @@ def select(device: str, option: str = "settings.device") -> None:
 
 
 def check(device: str, option: str = "settings.device", is_late: bool = False) -> None:
-    """Start JAX, and raise `ConfigError` if it does not run on this kind of device. "auto" does not start JAX.
+    """Start JAX, and raise `ConfigError` if JAX does not run on this kind of device. "auto" does not start JAX.
 
     Parameters
     ----------
@@ -64,7 +64,10 @@ def check(device: str, option: str = "settings.device", is_late: bool = False) -
 
 
 def use(device: str, option: str = "settings.device") -> None:
-    """Choose and check the kind of device. If JAX does not run on it, undo the choice and raise `ConfigError`."""
+    """Choose and check the kind of device.
+
+    If JAX does not run on this kind of device, undo the choice and raise `ConfigError`.
+    """
     variable, loaded = os.environ.get(_VARIABLE), sys.modules.get("jax")
     platforms = loaded.config.jax_platforms if loaded is not None else variable
     try:
@@ -84,7 +87,7 @@ def use(device: str, option: str = "settings.device") -> None:
 
 
 def _is_started() -> bool:
-    """Return whether JAX has chosen its devices, after which JAX_PLATFORMS has no effect."""
+    """Return whether JAX has chosen its devices. From then on, JAX_PLATFORMS has no effect."""
     # JAX has no public function for this that does not start JAX.
     bridge = sys.modules.get("jax._src.xla_bridge")
     return bool(getattr(bridge, "backends_are_initialized", lambda: False)())
@@ -101,7 +104,7 @@ def described() -> str:
 
 
 def hardware() -> str:
-    """Return the kind of accelerator that this machine has according to its device files: "gpu", "tpu" or ""."""
+    """Return the kind of accelerator of this machine: "gpu", "tpu" or "". The device files show the kind."""
     files = {
         "gpu": [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("kfd")],
         "tpu": [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")],
@@ -110,7 +113,10 @@ def hardware() -> str:
 
 
 def advice(device: str) -> str:
-    """Return what to do if the machine has this accelerator but JAX does not use it; "" if the machine lacks it."""
+    """Return advice for the case that JAX does not use an accelerator of the machine.
+
+    Return "" if the machine does not have this kind of accelerator.
+    """
     if hardware() != device:
         return ""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -47,12 +47,12 @@ class ProcessLostError(SctError, ConnectionError):
 
 
 class TrainingStoppedError(SctError, RuntimeError):
-    """A training that must end before the rest of the call can run was stopped, after it has saved a checkpoint.
+    """A training run was stopped after it had saved a checkpoint. The rest of the call needs the complete training.
 
     Attributes
     ----------
     reason
-        Why it stopped: "signal" (SIGTERM) or "stop_at" (the option train.stop_at).
+        Why the training stopped: "signal" (SIGTERM) or "stop_at" (the option train.stop_at).
     """
 
     def __init__(self, message: str, reason: str):
@@ -81,7 +81,10 @@ def space_hint(reason: str) -> str:
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:
-    """Return the first line of an error message, at most `limit` characters; the error class if it has no message."""
+    """Return the first line of an error message, at most `limit` characters.
+
+    If the error has no message, return the name of the error class.
+    """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:limit]
 
@@ -93,7 +96,7 @@ _WRITERS = ("h5py", "tensorstore", "zarr", "anndata", "orbax")
 
 
 def disk_trouble(error: BaseException) -> str:
-    """Return the system's reason if the disk is full, read-only or broken; '' for all other errors.
+    """Return the system's reason if a full, read-only or broken disk caused the error. For all other errors, return ''.
 
     Libraries (HDF5, TensorStore, Orbax) put the reason into the text or the cause of their own errors. A defect of this
     project that occurs while such an error is handled is still reported as a defect.
@@ -112,7 +115,7 @@ def disk_trouble(error: BaseException) -> str:
 
 
 def _is_of_writer(error: BaseException) -> bool:
-    """Return whether this RuntimeError or ValueError was raised by one of the libraries that write files."""
+    """Return whether one of the libraries that write files raised this RuntimeError or ValueError."""
     if not isinstance(error, RuntimeError | ValueError):
         return False
     module = ""

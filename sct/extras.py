@@ -19,7 +19,7 @@ def missing_extra(library: str, extra: str, what: str = "") -> MissingExtraError
     extra
         Name of the pip extra of this project that includes the library.
     what
-        Name of the function or task that needs the library, as the subject of the message, such as "a plot".
+        Name of the function or task that needs the library, such as "a plot". This name is the subject of the message.
     """
     found = f"{what} needs {library}" if what else f"{library} is not installed"
     return MissingExtraError(f'{found}: pip install "{DISTRIBUTION}[{extra}]"')
@@ -40,7 +40,7 @@ def load_extra(module: str, extra: str, library: str = "", what: str = "") -> An
     Raises
     ------
     MissingExtraError
-        The library is not installed. If it is installed but fails to import, its own error is raised.
+        The library is not installed. If the library is installed but its import fails, the original error is raised.
     """
     try:
         return importlib.import_module(module)

@@ -42,14 +42,14 @@ _open: set[_Lock] = set()
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """Describe the process that holds the lock of a folder, as written to the lock file.
+    """Describe the process that holds the lock of a folder. The lock file contains these fields.
 
     Attributes
     ----------
     host, pid
         Host name and process id.
     since
-        Time at which the process took the lock, in local time of the host, ISO 8601.
+        Time at which the process took the lock, in ISO 8601 format and the local time of the host.
     doing
         Kind of work that the process does, such as "training" or "benchmark".
     stopping
@@ -73,15 +73,15 @@ class Holder:
 def only_one(folder: Path, doing: str, option: str) -> Iterator[None]:
     """Lock a folder for this process while the block runs; create the folder if needed.
 
-    The lock is `flock` on the file `.lock`. The system releases it when the process ends for any reason. Some network
-    file systems do not support `flock` across hosts. The holder therefore also touches the file every few seconds; a
-    holder on another host counts as dead after `SILENT_SECONDS` without a touch. If the holder was asked to stop, this
-    function waits until it has ended.
+    The lock is `flock` on the file `.lock`. The system releases the lock when the process ends for any reason. Some
+    network file systems do not support `flock` across hosts. The holder therefore also touches the file every few
+    seconds. A holder on another host counts as dead after `SILENT_SECONDS` without a touch. If the holder was asked to
+    stop, this function waits until it has ended.
 
     Parameters
     ----------
     folder
-        Folder to lock. If this function created it and it is empty at the end, it is deleted.
+        Folder to lock. The folder is deleted if this function created it and it is empty at the end.
     doing
         Kind of work that this process does, for messages of other processes, such as "training".
     option
@@ -130,7 +130,7 @@ class _Lock:
         _open.add(self)
 
     def close(self) -> None:
-        """Close the file. This releases the lock, unless a forked process still has the file open."""
+        """Close the lock file. The lock is released, unless a forked process still has the file open."""
         _open.discard(self)
         if self._file >= 0:
             os.close(self._file)
@@ -163,7 +163,7 @@ class _Lock:
         self._beat = _Beat(self)
 
     def _take(self) -> bool:
-        """Lock the file and write this holder to it; return False if another process holds it."""
+        """Lock the file and write this process to it as the holder. Return False if another process holds the lock."""
         locks = self._flock()
         if locks is False:
             return False
@@ -186,7 +186,7 @@ class _Lock:
         return True
 
     def _flock(self) -> bool | None:
-        """Try to lock the file with flock; return whether it worked, or None if the system has no flock."""
+        """Try to lock the file with flock. Return whether this worked, or None if the system has no flock."""
         if fcntl is None:
             return None
         try:
@@ -211,14 +211,14 @@ class _Lock:
         return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
 
     def _read(self) -> Holder | None:
-        """Return the holder in the lock file, or None; reopen the file to see writes from other hosts."""
+        """Return the holder in the lock file, or None. The file is reopened to see what other hosts wrote."""
         try:
             return Holder(**json.loads(self.path.read_bytes()))
         except (OSError, ValueError, TypeError):
             return None
 
     def _other(self) -> Holder | None:
-        """Return the holder of the lock; wait briefly, because it may not have written its name yet."""
+        """Return the holder of the lock. Wait briefly, because the holder may not have written the lock file yet."""
         end = time.monotonic() + 5 * _POLL_SECONDS
         while (holder := self._read()) is None and time.monotonic() < end:
             time.sleep(_POLL_SECONDS)
@@ -229,7 +229,7 @@ class _Lock:
             return os.fstat(file.fileno()).st_mtime
 
     def _is_alive(self, holder: Holder) -> bool:
-        """Return whether the holder still touches the lock file, for cases in which flock cannot tell."""
+        """Return whether the holder still touches the lock file. This check is for cases that flock cannot decide."""
         before = self._touched()
         with tempfile.TemporaryFile(dir=self.path.parent) as new:  # gives the present time of the file system
             if abs(os.fstat(new.fileno()).st_mtime - before) > OLD_SECONDS:
@@ -261,7 +261,7 @@ class _Lock:
         )
 
     def _sign(self, holder: Holder | None) -> None:
-        """Write the holder to the lock file, or clear the file for None; ignore errors such as a full disk."""
+        """Write the holder to the lock file, or clear the file for None. Errors such as a full disk are ignored."""
         text = json.dumps(dataclasses.asdict(holder)).encode() if holder is not None else b""
         with suppress(OSError):
             os.lseek(self._file, 0, os.SEEK_SET)
@@ -291,7 +291,7 @@ class _Lock:
 
 
 class _Beat:
-    """Touch the lock file regularly from a thread. Record in the file at once that this process was asked to stop.
+    """Touch the lock file regularly from a thread. If this process is asked to stop, record this in the file at once.
 
     The thread receives signals through a socket (`signal.set_wakeup_fd`). Python signal handlers would run too late,
     because one training step can take minutes.

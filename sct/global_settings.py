@@ -25,14 +25,14 @@ class Settings:
     Attributes
     ----------
     verbosity
-        How much is printed. 0 or "errors": only errors. 1 or "warnings": also warnings. 2 or "info": also notices,
-        tables and progress bars (the default). 3 or "hints": also hints, such as the device and the time that a step
-        took.
+        Amount of printed messages. 0 or "errors": only errors. 1 or "warnings": also warnings. 2 or "info": also
+        notices, tables and progress bars (the default). 3 or "hints": also hints, such as the device and the time that
+        a step took.
     cache_dir
         Folder of all caches: compiled programs and gene features. Default: the environment variable SCT_CACHE_DIR, or
         `~/.cache/sct` if it is not set.
     device
-        Kind of device on which models run: "auto" (the best one that JAX finds), "cpu", "gpu" or "tpu". Set the device
+        Kind of device on which models run: "auto" (the best kind that JAX finds), "cpu", "gpu" or "tpu". Set the device
         before the first computation.
     """
 
@@ -51,7 +51,7 @@ class Settings:
 
     @property
     def verbosity(self) -> int:
-        """Return how much is printed, from 0 (only errors) to 3 (also hints)."""
+        """Return the amount of printed messages, from 0 (only errors) to 3 (also hints)."""
         return self._verbosity
 
     @verbosity.setter

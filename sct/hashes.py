@@ -15,13 +15,13 @@ _THREADS = 8
 
 
 def hash_file(path: Path) -> str:
-    """Return the hexadecimal hash of a file; memory use does not depend on the file size."""
+    """Return the hexadecimal hash of a file. The memory use does not depend on the file size."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_files(folder: Path, names: Collection[str]) -> dict[str, str]:
-    """Return the hash of each named file of a folder; several files are read in parallel."""
+    """Return the hash of each named file in a folder. Several files are read in parallel."""
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         found = pool.map(lambda name: hash_file(folder / name), names)
         return dict(zip(names, found, strict=True))
@@ -38,24 +38,24 @@ def hash_folder(folder: Path) -> str:
 
 
 def hash_json(content: Any) -> str:
-    """Return the hash of a JSON value; formatting and the order of keys do not matter."""
+    """Return the hash of a JSON value. The formatting and the order of keys do not change the hash."""
     plain = json.dumps(json.loads(json.dumps(content)), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(plain.encode()).hexdigest()
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a JSON object, with a hash of its entries added under the key `SEAL`."""
+    """Return a copy of a JSON object to which a hash of the entries is added, under the key `SEAL`."""
     rest = {name: value for name, value in content.items() if name != SEAL}
     return {**rest, SEAL: hash_json(rest)}
 
 
 def is_changed(content: Mapping[str, Any]) -> bool:
-    """Return whether the stored hash of a JSON object differs from its entries; False if it has no hash."""
+    """Return whether a JSON object has a stored hash that its entries do not match."""
     return SEAL in content and content[SEAL] != sealed(content)[SEAL]
 
 
 def first_changed(folder: Path, recorded: Mapping[str, str], shared: bool = False) -> str | None:
-    """Return the first file that is missing or differs from its recorded hash; None if all files match.
+    """Return the first file that is missing or does not match its recorded hash. Return None if all files match.
 
     Parameters
     ----------

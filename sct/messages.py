@@ -33,7 +33,7 @@ def hint(text: str) -> None:
 
 
 def warn(text: str, category: type[Warning] = UserWarning) -> None:
-    """Issue a warning that names the line of the user's code that called sct, unless verbosity is "errors"."""
+    """Issue a warning, unless verbosity is "errors". The warning names the line of the user's code that called sct."""
     if settings.verbosity < WARNINGS:
         return
     # Python 3.12 has skip_file_prefixes for this, but Python 3.11 does not.
@@ -44,19 +44,19 @@ def warn(text: str, category: type[Warning] = UserWarning) -> None:
 
 
 def in_notebook() -> bool:
-    """Return whether the output goes to a Jupyter notebook, directly or from a command run there with `!`."""
+    """Return whether the output goes to a Jupyter notebook, directly or from a command that a cell runs with `!`."""
     # A command of a cell has a pseudo-terminal, although its output is stored as text.
     return is_kernel() or "JPY_PARENT_PID" in os.environ
 
 
 def is_kernel() -> bool:
-    """Return whether this process is the Python of a Jupyter notebook."""
+    """Return whether this process is the Python kernel of a Jupyter notebook."""
     interactive = sys.modules.get("IPython")
     return interactive is not None and hasattr(interactive.get_ipython(), "kernel")
 
 
 def console(*, quiet: bool = False, stderr: bool = False, level: int = INFO) -> Console:
-    """Return a rich console for tables and text; it prints nothing if the verbosity is below `level`.
+    """Return a rich console for tables and text. The console prints nothing if the verbosity is below `level`.
 
     Text is printed unchanged: paths and error messages can contain `[x]` or `:x:`, which rich would read as markup or
     emoji. Notebooks get plain text, because control sequences of terminals would be stored in the notebook.

@@ -39,7 +39,9 @@ def check_file(path: Path, option: str, overwrite: bool = False, needed: int = 0
 def check_folder(
     folder: Path, option: str, overwrite: bool = False, needed: int = 0, files: Collection[str] | None = None
 ) -> None:
-    """Raise `ConfigError` if a folder cannot be written, or if it has files to replace and `overwrite` is False.
+    """Raise `ConfigError` if a folder cannot be written.
+
+    The error is also raised if files in the folder would be replaced and `overwrite` is False.
 
     Parameters
     ----------
@@ -65,7 +67,7 @@ def check_folder(
 
 @contextmanager
 def _readable(path: Path, option: str) -> Iterator[None]:
-    """Convert an `OSError` on access to a path (name too long, no permission) to a `ConfigError`."""
+    """Convert an `OSError` from the access to a path (name too long, no permission) to a `ConfigError`."""
     try:
         yield
     except OSError as error:
@@ -101,7 +103,7 @@ def check_room(folder: Path, option: str, needed: int = 0) -> None:
 
 
 def size_of(path: Path) -> int:
-    """Return the size in bytes of a file, or of all files in a folder; 0 if the path does not exist."""
+    """Return the size of a file, or of all files in a folder, in bytes. Return 0 if the path does not exist."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
 

@@ -30,9 +30,9 @@ def _clock(seconds: float) -> str:
 
 
 class ProgressBar:
-    """Display the progress of one task, created by `progress`; call `update` when units of work are done.
+    """Display the progress of one task. `progress` creates this object. Call `update` when units of work are done.
 
-    The first unit does not count for the speed, because JAX compiles the program during this unit.
+    The speed is computed without the first unit, because JAX compiles the program during the first unit.
     """
 
     def __init__(self, description: str, total: int | None, done: int, interval: float, active: bool = True):
@@ -63,7 +63,7 @@ class ProgressBar:
             self._rich.start()
 
     def update(self, advance: int = 1, note: str = "") -> None:
-        """Add `advance` finished units; the short text `note` is shown until the next note."""
+        """Add `advance` finished units. The short text `note` is shown until the next note."""
         self.done += advance
         self._note = note or self._note
         now = time.monotonic()
@@ -96,7 +96,7 @@ class ProgressBar:
         return f"{self.description} {self.done}{total}{' ' + self._note if self._note else ''}{left}"
 
     def _left(self, now: float) -> float | None:
-        """Return the seconds until the task is done; None if they are unknown."""
+        """Return the remaining time of the task in seconds, or None if the time is unknown."""
         if self.total is None or self._rate_from is None:
             return None
         since, first = self._rate_from
@@ -125,7 +125,7 @@ class ProgressBar:
             print(text, file=sys.stdout if messages.in_notebook() else sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Close the display; later updates have no effect on the terminal."""
+        """Close the display. Later updates have no effect on the terminal."""
         now = time.monotonic()
         if self._rich is not None:
             self._rich.stop()
@@ -161,11 +161,11 @@ def progress(
     done
         Number of units already done, for a resumed run.
     interval
-        Seconds between two lines if standard error is not a terminal. Later lines are rarer, up to 5 minutes apart.
+        Seconds between two lines if standard error is not a terminal. The time between later lines grows to 5 minutes.
     active
         If False, show nothing. Only the first process of a multi-process run shows progress.
     alone
-        If True, tasks that run inside this task show nothing, for example because it repeats them many times.
+        If True, tasks inside this task show nothing. This is useful if this task repeats other tasks many times.
     """
     global _alone
     bar = ProgressBar(description, total, done, interval, active and not _alone)
@@ -178,7 +178,7 @@ def progress(
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterate over `items` and show the progress, one unit per item."""
+    """Iterate over `items` and show the progress. Each item is one unit."""
     if total is None and hasattr(items, "__len__"):
         total = len(items)  # type: ignore[arg-type]
     with progress(description, total) as bar:

@@ -32,22 +32,22 @@ Columns = tuple[list[str], Callable[[slice], Any]]
 def export(adata: AnnData, keys: str | Sequence[str], path: str | os.PathLike[str]) -> Path:
     """Write results to a table with one row per cell, as a CSV or Parquet file.
 
-    The first column, "cell", has the names of the cells. Large results are written block by block. The file gets its
-    name only when it is complete; an existing file is replaced.
+    The first column, "cell", has the names of the cells. Large results are written block by block. The file appears
+    under its name only when it is complete. An existing file is replaced.
 
     Parameters
     ----------
     adata
-        Cells (N, n_var), in memory or backed. It is not changed.
+        AnnData with the cells (N, n_var), in memory or backed. The AnnData is not changed.
     keys
         Results to write, one key or several: columns of `obs` (such as "sct_label"), keys of `obsm` ("X_sct"), or keys
-        of `layers` ("sct_expected"). A key that is in `obsm` and in `layers`, as after `sct.tl.impute`, gives the
+        of `layers` ("sct_expected"). A key that is both in `obsm` and in `layers`, as after `sct.tl.impute`, gives the
         columns of both.
 
         A column of `obs` keeps its name. The columns of an array in `obsm` are numbered from 0: "X_sct_0", "X_sct_1".
-        The columns of a table in `obsm` keep their names. The columns of a layer are the names of the genes; of a
-        layer that `sct.tl.impute` wrote, only the imputed genes are written. With several keys, the names of tables and
-        layers begin with the key: "sct_expected:CD3E".
+        The columns of a table in `obsm` keep their names. The columns of a layer have the names of the genes. If
+        `sct.tl.impute` wrote the layer, only the columns of imputed genes are written. With several keys, the column
+        names of tables and layers begin with the key: "sct_expected:CD3E".
     path
         File to write: .csv, .csv.gz, .tsv, .tsv.gz or .parquet. The folder must exist.
 
@@ -93,7 +93,7 @@ def export(adata: AnnData, keys: str | Sequence[str], path: str | os.PathLike[st
 
 
 def check_suffix(path: Path, name: str, others: Sequence[str] = ()) -> None:
-    """Check that the suffix of a path is that of a table, and that the library for this format is installed.
+    """Check that a path has the suffix of a table format, and that the library for this format is installed.
 
     Parameters
     ----------
@@ -124,7 +124,7 @@ def check_suffix(path: Path, name: str, others: Sequence[str] = ()) -> None:
 
 
 def _suffix(path: Path) -> str:
-    """Return the suffix of a path in lower case; of a compressed file, the last two."""
+    """Return the suffix of a path in lower case. For a compressed file, return the last two suffixes."""
     last = path.suffix.lower()
     return Path(path.stem).suffix.lower() + last if last == ".gz" else last
 
@@ -134,7 +134,7 @@ def _parquet() -> Any:
 
 
 def _parts(adata: AnnData, key: str, several: bool) -> list[Columns]:
-    """Return the columns of a key: their names, and a function that reads some rows of them."""
+    """Return the columns of a key: the names of the columns, and a function that reads some of their rows."""
     prefix = f"{key}:" if several else ""
     found: list[Columns] = []
     if key in adata.obs:
@@ -160,7 +160,10 @@ def _parts(adata: AnnData, key: str, several: bool) -> list[Columns]:
 
 
 def _imputed(adata: AnnData, key: str) -> np.ndarray:
-    """Return the column numbers of a layer to write: the imputed genes; all genes if another tool wrote the layer."""
+    """Return the numbers of those columns of a layer that are written.
+
+    These are the columns of the imputed genes, or all columns if another tool wrote the layer.
+    """
     record = adata.uns.get(key.rpartition("_")[0])
     if isinstance(record, Mapping) and "var_names" in record and "counts_from" in record:
         names = np.ravel(np.asarray(record["var_names"], dtype=object)).astype(str)
@@ -171,7 +174,7 @@ def _imputed(adata: AnnData, key: str) -> np.ndarray:
 
 
 def _plain(column: pd.Series) -> np.ndarray:
-    """Return the values of a column of obs; categories become their names."""
+    """Return the values of a column of `obs`. For a categorical column, return the category of each cell."""
     return (
         column.astype(object).to_numpy()
         if isinstance(column.dtype, pd.CategoricalDtype)
@@ -204,7 +207,7 @@ def _write(path: Path, blocks: Iterator[pd.DataFrame]) -> None:
 
 @contextmanager
 def _text(path: Path, compressed: bool) -> Iterator[Any]:
-    """Open a file for text; a compressed file has no time stamp, so that the same table gives the same file."""
+    """Open a file for text. A compressed file has no time stamp, so that the same table gives the same file."""
     with path.open("wb") as raw:
         packed = gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) if compressed else raw
         with io.TextIOWrapper(packed, encoding="utf-8", newline="") as text:

@@ -26,7 +26,7 @@ class Content:
     title, notes
         Text above and below the table.
     columns, rows
-        Titles of the columns, and the cells of each row as text.
+        Titles of the columns, and the table cells of each row as text.
     numeric
         Whether each column holds numbers.
     best
@@ -42,7 +42,7 @@ class Content:
 
 
 def table(content: Content, width: int | None = None) -> Table:
-    """Return a rich table in the widest layout that fits `width` characters, by default the terminal's width.
+    """Return a rich table in the widest layout that fits `width` characters. The default is the terminal's width.
 
     The layouts are "wide" (all columns), "narrow" (the texts of a row are merged into its first column, and standard
     deviations are on a line below the means) and "list" (one column, with the numbers below the texts).
@@ -59,7 +59,7 @@ def table(content: Content, width: int | None = None) -> Table:
 
 
 def _table(content: Content, layout: Layout, text_width: int | None = None) -> Table:
-    """Return a rich table in the given layout; text columns have at most `text_width` characters."""
+    """Return a rich table in the given layout. Text columns have at most `text_width` characters."""
     titles, numeric = content.columns, content.numeric
     texts = [i for i in range(1, len(titles)) if not numeric[i]]
     numbers = [i for i in range(1, len(titles)) if numeric[i]]

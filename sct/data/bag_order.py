@@ -37,12 +37,12 @@ class BagOrder:
     cells_per_bag: int
 
     def without_context(self) -> BagOrder:
-        """Return the order without the cells that were added as context; the last bag may be incomplete."""
+        """Return the order without the cells that were added as context. The last bag may then be incomplete."""
         return BagOrder(self.rows[self.is_target], self.is_target[self.is_target], self.cells_per_bag)
 
 
 def _closed(rows: np.ndarray, cells_per_bag: int) -> BagOrder:
-    """Fill up an incomplete last bag with the first cells of the order; in this bag they are only context."""
+    """Fill up an incomplete last bag with the first cells of the order. The added cells are only context."""
     cells = min(cells_per_bag, len(rows))
     missing = -len(rows) % cells
     is_target = np.ones(len(rows) + missing, bool)
@@ -83,8 +83,8 @@ def tile_order(rows: np.ndarray, coordinates: np.ndarray, cells_per_bag: int) ->
     The tissue section is cut in two across its longer side, and each piece is cut again, until all pieces have K cells.
     The two pieces of a cut have as equal numbers of cells as possible, in multiples of K. Cells with equal coordinates
     stay in the order of their rows. Within a tile, the first cell is the cell nearest to the center of the tile. The
-    other cells are sorted by their distance from the first cell, as in the bags of spatial training. The last tile is
-    filled up with the cells nearest to it.
+    other cells are sorted by their distance from the first cell, as in the bags of spatial training. If the last tile
+    has fewer than K cells, it is filled up with the nearest cells of other tiles.
 
     Parameters
     ----------
@@ -168,9 +168,9 @@ def masked_cell_order(
     """Make bags for predicting completely masked cells from visible cells.
 
     Each bag has `masked_per_bag` masked cells (the last bag may have fewer). Visible cells fill the rest of the bag.
-    Without coordinates, the masked and the visible cells of a bag are random, and each visible cell is used once before
-    any is used again. With coordinates, the masked cells of a bag are neighbors (a tile), and the visible cells nearest
-    to the center of this tile fill the bag.
+    Without coordinates, the masked and the visible cells of a bag are random. No visible cell is used a second time
+    before all visible cells have been used once. With coordinates, the masked cells of a bag are neighbors (a tile),
+    and the visible cells nearest to the center of this tile fill the bag.
 
     Parameters
     ----------

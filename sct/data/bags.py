@@ -40,7 +40,7 @@ def random_bag_rows(
     shuffle_cells: int = 0,
     permutation: Callable[..., np.ndarray] = _permutation,
 ) -> np.ndarray:
-    """Return the ascending row numbers of the cells of one bag, for a study that is stored in random order.
+    """Return the row numbers of the cells of one bag, in ascending order. The study is stored in random order.
 
     The rows of the study are treated as a ring: the first row follows the last row. Each epoch starts at a different
     row, which depends on the seed, and cuts the ring into blocks. Within a block, cells are assigned to bags at random.
@@ -122,8 +122,8 @@ class BagOptions:
         Number of cells per block. The cells of a block are assigned to bags at random. With 0, each bag is one block of
         cells that are stored next to each other, in random order; see `random_bag_rows`.
     noise_fraction
-        The counts of a gene are set to zero in a study if its mean count per cell there is below this value; see
-        `sct.data.tokenize.noisy_genes`.
+        In each study, the counts of a gene are set to zero if the mean count of the gene per cell is below this value;
+        see `sct.data.tokenize.noisy_genes`.
     spatial
         Add coordinates to the bags. Cells of studies without coordinates have NaN.
     spatial_bags
@@ -196,14 +196,14 @@ class BagSource:
         self.__dict__.update(state, _made={}, _lock=threading.RLock())
 
     def _once(self, what: str, index: int, make: Callable[[], Any]) -> Any:
-        """Return a cached object that belongs to a study; create it at the first call, while other threads wait."""
+        """Return a cached object of a study. The first call creates the object, while other threads wait."""
         with self._lock:
             if (what, index) not in self._made:
                 self._made[what, index] = make()
             return self._made[what, index]
 
     def _permutation(self, index: int, size: int, *words: int) -> np.ndarray:
-        """Return a seeded permutation. Only the last one of each study is cached, because it can be large."""
+        """Return a seeded permutation. Only the last permutation of each study is cached, to save memory."""
         with self._lock:
             kept, order = self._made.get(("permutation", index), (None, None))
             if kept != (size, *words):
@@ -217,7 +217,7 @@ class BagSource:
         return self._once("coordinates", index, lambda: study.rescaled_coordinates())
 
     def _measured(self, study: Study) -> np.ndarray:
-        """Return which genes a study measured, bool (P,). Padding counts as not measured."""
+        """Return a mask of the genes that a study measured, bool (P,). Padding counts as not measured."""
         measured = np.zeros(self.options.num_positions, bool)
         measured[: study.n_genes] = study.measured
         return measured
@@ -251,7 +251,7 @@ class BagSource:
         return study, spatial_bag_rows(tree, cells, bag, epoch, seed, order)
 
     def describe(self, number: int, epoch: int = 0) -> str:
-        """Return the text that identifies a bag in messages: its study and its rows."""
+        """Return the text that identifies a bag in messages: the study and the rows of the bag."""
         study, rows = self.rows(number, epoch)
         return f"study {study.name!r}, rows {rows.min()} to {rows.max()} (bag {number} of epoch {epoch})"
 

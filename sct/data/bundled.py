@@ -25,7 +25,10 @@ _ABSTRACTS = {
 
 
 def study_texts(name: str) -> dict[str, dict[str, str]]:
-    """Return the metadata of the studies of a bundled data set, by study name; see `sct.data.text.instructions`."""
+    """Return the metadata of each study in a bundled data set, as a dict by study name.
+
+    `sct.data.text.instructions` describes the metadata.
+    """
     check_choice("the data set", name, _ABSTRACTS, advice="choose one of these, or give a store")
     return {f"{name}_{split}": {"abstract": _ABSTRACTS[name]} for split in _SHARES}
 
@@ -34,7 +37,8 @@ def prepare(name: str, folder: Path, seed: int = 0) -> Store:
     """Make a store from a bundled data set, or open the store if it already exists.
 
     "pbmc68k" has 700 blood cells (`sct.datasets.pbmc68k`), split at random into 70% training, 10% validation and 20%
-    test cells, as three studies. Its vocabulary is the human protein-coding genes that were measured.
+    test cells. Each part is one study of the store. The vocabulary consists of the human protein-coding genes that were
+    measured.
 
     Parameters
     ----------

@@ -31,7 +31,10 @@ FIXED = ("listed", "hvg")  # every cell has the same genes, expressed or not
 
 
 def known_genes(number: int, dropped: Sequence[int]) -> np.ndarray:
-    """Return which genes a model knows, bool (G,), given the vocabulary positions of all other genes."""
+    """Return a mask of the genes that a model knows, bool (G,).
+
+    `dropped` has the vocabulary positions of all other genes.
+    """
     known = np.ones(number, bool)
     known[list(dropped)] = False
     return known
@@ -90,7 +93,7 @@ class CellOptions:
         return cls(num_bins, int(given["max_genes"]), **named)
 
     def record(self) -> dict[str, Any]:
-        """Return the options as a dict, which is stored in a model folder and read by `CellOptions.of`."""
+        """Return the options as a dict for a model folder. `CellOptions.of` reads this dict."""
         return {"max_genes": self.max_genes, "genes": self.genes, "values": self.values}
 
     @property
@@ -100,7 +103,7 @@ class CellOptions:
 
     @property
     def name(self) -> str:
-        """Return the name of the record's array of expression values, "values" or "bins"."""
+        """Return the name of the array that holds the expression values of a record: "values" or "bins"."""
         return "values" if self.values == "log1p" else "bins"
 
 
@@ -111,7 +114,7 @@ def cell_records(
     listed: np.ndarray | None = None,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Convert the counts of cells to model inputs: expression values and numbers of selected genes.
+    """Convert the counts of cells to model inputs: the numbers of the selected genes and their expression values.
 
     Parameters
     ----------
@@ -122,20 +125,23 @@ def cell_records(
     known
         Mask of the genes that the model knows, bool (G,). Other genes are left out before values are computed.
     listed
-        Vocabulary positions of the genes to read (S,), ascending. Used only with `genes="listed"` and `genes="hvg"`.
+        Vocabulary positions of the genes to read, (S,), in ascending order. Used only with `genes="listed"` and
+        `genes="hvg"`.
     seed
         Seed of the choice of genes in cells with more than `max_genes` expressed genes.
 
     Returns
     -------
-    Dict of arrays: `bins` uint8 (N, S), or uint16 for more than 253 bins. With `values="log1p"`, there is the array
-    `values` float32 (N, S) in place of `bins`. With `genes="all"`, S is G. With other values of `genes`, there is also
-    the array `genes` int32 (N, S): the gene numbers, ascending and padded with `ABSENT`.
+    Dict of arrays. The expression values are the array `values`, float32 (N, S), with `values="log1p"`, and otherwise
+    the array `bins`, uint8 (N, S), or uint16 for more than 253 bins. With `genes="all"`, S is G. With any other gene
+    selection, the dict also has the array `genes`, int32 (N, S). Each row has the gene numbers in ascending order,
+    padded with `ABSENT`.
 
     Raises
     ------
     ConfigError
-        With `genes="listed"` or "hvg": `listed` is missing, not ascending, or has genes that the model does not know.
+        With `genes="listed"` or `genes="hvg"`: `listed` is missing, is not in ascending order, or has genes that the
+        model does not know.
     DataError
         With `genes="expressed"`: a cell has more expressed genes than `max_genes`.
     """
@@ -190,7 +196,7 @@ def cell_records(
 class CellSource:
     """Make training records of single cells; see `sct.data.loader.RecordSource`.
 
-    A record has the arrays of `cell_records`, and the row number of the cell in its study as `row`, int32 ().
+    A record has the arrays of `cell_records`, and the array `row`, int32 (): the row number of the cell in its study.
 
     Parameters
     ----------
@@ -226,7 +232,7 @@ class CellSource:
         return len(self.cells)
 
     def describe(self, number: int, epoch: int = 0) -> str:
-        """Return the text that identifies a cell in messages: its study and row."""
+        """Return the text that identifies a cell in messages: the study and the row of the cell."""
         study, rows = self.cells.rows(number, epoch)
         return f"study {study.name!r}, row {rows[0]}"
 

@@ -15,9 +15,9 @@ from sct.data.tokenize import levels_of
 def quantile_bins(counts: sparse.csr_matrix, num_bins: int = 10) -> sparse.csr_matrix:
     """Assign the non-zero values of each cell to quantile bins 1 .. `num_bins`.
 
-    Bin = 1 + floor(num_bins x share), where share is the fraction of the cell's non-zero values that are smaller. Equal
-    values have the same bin. For example, with 10 bins, a value that is larger than 5% of the values is in bin 1, and
-    one that is larger than 18% is in bin 2 (ZerOmics paper).
+    The bin of a value is 1 + floor(num_bins x share). Here, share is the fraction of the cell's non-zero values that
+    are smaller than this value. Equal values have the same bin. For example, with 10 bins, a value that is larger than
+    5% of the values is in bin 1, and a value that is larger than 18% of the values is in bin 2 (ZerOmics paper).
 
     Parameters
     ----------
@@ -28,7 +28,8 @@ def quantile_bins(counts: sparse.csr_matrix, num_bins: int = 10) -> sparse.csr_m
 
     Returns
     -------
-    Bin numbers, CSR (N, G), uint8 or, for more than 253 bins, uint16, with ascending column indices in each row.
+    Bin numbers, CSR (N, G), uint8, or uint16 for more than 253 bins. In each row, the column indices are in ascending
+    order.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Read the cells of an AnnData in the gene order of a model, block by block, to limit the memory that is needed."""
+"""Read the cells of an AnnData in the gene order of a model. Cells are read block by block to limit memory use."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Section:
     name
         Name of the group for messages; "" if there is only one group.
     rows
-        Row numbers of the cells in the AnnData, int64 (n,), ascending.
+        Row numbers of the cells in the AnnData, in ascending order, int64 (n,).
     places
         Rescaled coordinates of the cells, float32 (n, 2), or None.
     scale
@@ -74,8 +74,8 @@ class CellCounts:
     alignment
         Mapping from columns to genes, with a report.
     measured
-        Whether each gene was measured, bool (G,): whether the input has a column for the gene. In a study of a store,
-        the genes that its original input file had count as measured.
+        Mask of the measured genes, bool (G,). A gene is measured if the input has a column for this gene. If the input
+        is a study of a store, a gene is measured if the original input file of the study had the gene.
     cell_totals
         Sum of each cell's counts over the genes of the vocabulary, (N,).
     gene_totals
@@ -152,7 +152,10 @@ class CellCounts:
                 bar.update(len(rows))
 
     def read(self, rows: np.ndarray) -> sparse.csr_matrix:
-        """Return the raw counts of the given rows, float32 CSR (len(rows), G), in any order and also repeated."""
+        """Return the raw counts of the given rows, float32 CSR (len(rows), G).
+
+        The rows can be in any order and can be repeated.
+        """
         rows = np.asarray(rows, np.int64)
         if not len(rows):
             return sparse.csr_matrix((0, len(self.vocabulary)), dtype=np.float32)
@@ -188,7 +191,7 @@ class CellCounts:
         return changed
 
     def _from_disk(self, rows: np.ndarray) -> sparse.csr_matrix:
-        """Read ascending rows of a matrix on disk as CSR."""
+        """Read rows of a matrix on disk, as CSR. The row numbers must be in ascending order."""
         # One contiguous read is faster than reading single cells, unless most of it would be discarded.
         if isinstance(self.matrix, CSRDataset):
             first, last = int(rows[0]), int(rows[-1]) + 1
@@ -206,7 +209,7 @@ class CellCounts:
         return sparse.vstack(parts, format="csr")
 
     def window(self, reader: Any, number: int, rows: np.ndarray) -> sparse.csr_matrix:
-        """Return the raw counts of `rows`, which are cached for further calls with the same reader and number."""
+        """Return the raw counts of `rows`. The counts are cached for further calls with the same reader and number."""
         if self._window is None or self._window[0] is not reader or self._window[1] != number:
             self._window = None  # free the memory of the old window first
             self._window = (reader, number, self.read(rows))
@@ -253,13 +256,13 @@ class CellStudy:
 
     @property
     def measured(self) -> np.ndarray:
-        """Return whether each gene was measured, bool (G,)."""
+        """Return a mask of the measured genes, bool (G,)."""
         return self.cells.measured
 
     def noisy_genes(self, fraction: float) -> np.ndarray:
-        """Return which genes are noise and treated as unexpressed, bool (G,); masked counts are not used.
+        """Return a mask of the genes that are treated as unexpressed because they are noise, bool (G,).
 
-        See `sct.data.tokenize.noisy_genes`.
+        Masked counts are not used. See `sct.data.tokenize.noisy_genes`.
         """
         totals, n_cells = self.cells.gene_totals[self.number], len(self.section.rows)
         cells, genes = self._hidden
@@ -282,7 +285,10 @@ class CellStudy:
         return self.section.places[np.searchsorted(self.section.rows, self.order.rows)]
 
     def read_rows(self, rows: np.ndarray) -> sparse.csr_matrix:
-        """Return raw counts (len(rows), G) of the cells at these indices of the bag order, and cache nearby cells."""
+        """Return the raw counts, (len(rows), G), of the cells at the positions `rows` of the bag order.
+
+        The counts of nearby cells are cached.
+        """
         rows = np.asarray(rows, np.int64)
         number = int(rows[0]) // self._size
         if int(rows[-1]) // self._size != number:
@@ -294,7 +300,7 @@ class CellStudy:
         return self._without_hidden(block, self.order.rows[rows])
 
     def read(self, start: int, stop: int) -> sparse.csr_matrix:
-        """Return raw counts of the cells with the indices `start` to `stop` - 1 in the bag order."""
+        """Return the raw counts of the cells at the positions `start` to `stop` - 1 of the bag order."""
         return self.read_rows(np.arange(start, stop))
 
     def _without_hidden(self, block: sparse.csr_matrix, rows: np.ndarray) -> sparse.csr_matrix:

@@ -75,7 +75,8 @@ class Scale:
         coordinates
             Coordinates (N, 2) in any unit.
         stray
-            Mask (N,) of outlying cells, which are ignored for the bounding box. Default: see `stray_cells`.
+            Mask (N,) of outlying cells, which are ignored for the bounding box. Default: the mask that `stray_cells`
+            returns.
 
         Raises
         ------
@@ -137,7 +138,10 @@ def rescale_coordinates(coordinates: np.ndarray) -> np.ndarray:
 
 
 def write_scales(scales: dict[str, Scale], batch_key: str | None) -> dict[str, Any]:
-    """Return the entry of `uns[SCALES]` for one key of coordinates, in a form that h5ad and zarr can store."""
+    """Return the entry of `uns[SCALES]` for the coordinates under one key of `obsm`.
+
+    The entry has a form that h5ad and zarr can store.
+    """
     return {
         "batch_key": batch_key or "",
         "section": np.array(list(scales), dtype=str),
@@ -196,7 +200,7 @@ def read_scales(uns: Any, spatial_key: str, batch_key: str | None) -> dict[str, 
 
 
 def stray_cells(coordinates: np.ndarray) -> np.ndarray:
-    """Return which cells lie far away from all others, bool (N,).
+    """Return a mask of the cells that lie far away from all others, bool (N,).
 
     The central range holds 98% of the cells on each axis. A cell is outlying if its distance from this range exceeds
     the length of the range.
@@ -255,8 +259,8 @@ def _overlaid(coordinates: np.ndarray, obs: pd.DataFrame) -> tuple[str, str]:
 
     Returns
     -------
-    The column of `obs` that seems to name the sections, or "" if there is no such column. The evidence that several
-    sections overlap, or "" if there is no evidence.
+    Two strings. The first is the column of `obs` that seems to name the sections, or "" if no column seems to. The
+    second is the evidence that several sections overlap, or "" if there is no evidence.
     """
     n = len(coordinates)
     if n < _FEWEST:
@@ -296,8 +300,8 @@ def _overlaid(coordinates: np.ndarray, obs: pd.DataFrame) -> tuple[str, str]:
 def _crowded(steps: np.ndarray) -> float:
     """Return the fraction of cells with a neighbor closer than the spacing of their grid; 0 if there is no grid.
 
-    On a grid, nearly all cells have a neighbor at the same offset (the pitch) and none closer, unless several grids are
-    overlaid.
+    On a single grid, nearly all cells have a neighbor at the same offset (the pitch), and no cell has a closer
+    neighbor. Several overlaid grids have closer neighbors.
 
     Parameters
     ----------

@@ -39,7 +39,10 @@ def check_values(values: str) -> None:
 
 
 class _NotCountsError(DataError):
-    """Error: a matrix does not hold raw counts. `finding` says why; `validate` lists the findings of all matrices."""
+    """Signal that a matrix does not hold raw counts.
+
+    `finding` says why. `validate` lists the findings of all matrices.
+    """
 
     def __init__(self, what: str, reason: str, advice: str = ADVICE):
         super().__init__(f"{what} {reason}; {advice}")
@@ -54,8 +57,8 @@ class ValidatedCounts:
     ----------
     matrix
         Raw counts (N, n_var). In memory: CSR of exact integers in the dtype of the input. The matrix may share memory
-        with the input, so do not modify it. Backed: the matrix on disk; round each block that you read from it with
-        `exact_integers`.
+        with the input, so do not modify it. Backed: the matrix on disk. Use `exact_integers` to round each block that
+        you read from this matrix.
     source
         'X', 'raw.X' or 'layers["..."]'.
     var
@@ -86,7 +89,7 @@ class CountsChecker:
     Attributes
     ----------
     n_values, n_nonzero, maximum
-        Number of values, number of non-zero values, and largest value so far.
+        Number of values, number of non-zero values, and largest value, over all blocks so far.
     inexact
         Whether any value differed from an integer (by at most 0.001); always False for "activity".
     """
@@ -349,7 +352,10 @@ def _in_memory(matrix: Any, source: str) -> Any:
 
 
 def _blocks(matrix: Any) -> Iterator[tuple[int, Any]]:
-    """Cut a matrix into blocks of rows (a CSC matrix on disk: of columns); yield (first row or column, block)."""
+    """Cut a matrix into blocks of rows, and yield pairs (first row, block).
+
+    A CSC matrix on disk is cut into blocks of columns instead. The first row of each of these blocks is 0.
+    """
     if isinstance(matrix, CSRDataset | CSCDataset):
         indptr = matrix.group["indptr"][:]
     elif sparse.issparse(matrix):
@@ -366,7 +372,7 @@ def _blocks(matrix: Any) -> Iterator[tuple[int, Any]]:
 
 
 def _kind(block: Any, values: np.ndarray) -> str:
-    """Guess from non-negative, non-integer values what kind of data they are, such as log-transformed counts."""
+    """Guess the kind of data, such as log-transformed counts, from values that are non-negative and not integers."""
     positive = values[values > 0]
     if positive.max() < 25:  # an upper bound for natural and base-2 logarithms of counts
         for name, counts in (("log1p", np.expm1(positive)), ("log2(x + 1)", np.exp2(positive) - 1)):
@@ -384,7 +390,7 @@ def _kind(block: Any, values: np.ndarray) -> str:
 
 
 def _constant_total(block: Any, *, log: bool) -> float | None:
-    """Return the total per cell if it is nearly the same (within 2%) in all cells of a block, otherwise None."""
+    """Return the total per cell if all cells of a block have nearly the same total (within 2%), otherwise None."""
     if block.ndim != 2:
         return None
     rows = sparse.csr_matrix(block).astype(np.float64)

@@ -35,14 +35,14 @@ def __dir__() -> list[str]:
 def pbmc68k() -> ad.AnnData:
     """Return raw counts of 700 real peripheral blood cells x 765 genes (Zheng et al. 2017, 10x Genomics).
 
-    The cells are those of `scanpy.datasets.pbmc68k_reduced`. scanpy contains them as normalized values. The integer
-    counts are recovered from these values and the total counts: C = rint(expm1(raw.X) * n_counts / 1e4).
+    The cells are those of `scanpy.datasets.pbmc68k_reduced`, which has normalized values. The integer counts are
+    recovered from the normalized values and the total counts: C = rint(expm1(raw.X) * n_counts / 1e4).
 
     Returns
     -------
-    AnnData with `X` (700, 765), raw counts as CSR float32; `obs["cell_type"]` and `obs["bulk_labels"]`, the same
-    labels; `obs["n_counts"]`, the total count of each cell over all measured genes; `var`, indexed by symbol;
-    `uns["study"]` and `uns["source"]`.
+    AnnData. `X` (700, 765) has the raw counts as CSR float32. `obs["cell_type"]` and `obs["bulk_labels"]` have the same
+    labels. `obs["n_counts"]` has the total count of each cell over all measured genes. `var` is indexed by symbol.
+    `uns` has the entries "study" and "source".
 
     Raises
     ------
@@ -98,7 +98,8 @@ def recover_counts(logged: sparse.spmatrix, totals: np.ndarray) -> tuple[sparse.
 
     Returns
     -------
-    Integer counts, float32 CSR (N, G), and the largest distance of a value from an integer before rounding.
+    Two values: the integer counts, float32 CSR (N, G), and the largest distance of a value from an integer before
+    rounding.
     """
     rows = sparse.csr_matrix(logged).astype(np.float64)
     per_value = np.repeat(totals.astype(np.float64), np.diff(rows.indptr))
@@ -129,7 +130,8 @@ def simulate_atlas(
     n_cells
         Number of cells of each study.
     n_genes
-        Number of genes, at most 20,124. They are a random subset of the human vocabulary, in its order.
+        Number of genes, at most 20,124. The genes are a random subset of the human vocabulary, in the order of the
+        vocabulary.
     spatial
         Arrange the cells as spots of a tissue section, with domains that differ in their mixture of cell types.
     seed
@@ -137,9 +139,10 @@ def simulate_atlas(
 
     Returns
     -------
-    One AnnData per study with `X` (n_cells, n_genes), raw counts as CSR float32; `obs["cell_type"]` (for a spot, its
-    most frequent type) and `obs["study"]`; `var` indexed by Ensembl id, with `var["symbol"]`; `uns["study"]`, its name.
-    With `spatial`, also `obsm["spatial"]` (n_cells, 2) in micrometers and `obs["domain"]`.
+    One AnnData per study. `X` (n_cells, n_genes) has raw counts as CSR float32. `obs` has the columns "cell_type" (for
+    a spot: its most frequent cell type) and "study". `var` is indexed by Ensembl id and has the column "symbol".
+    `uns["study"]` is the name of the study. With `spatial`, there are also `obsm["spatial"]` (n_cells, 2) in
+    micrometers and `obs["domain"]`.
 
     Raises
     ------
@@ -168,7 +171,7 @@ def simulate_atlas(
 
 
 def _programs(rng: np.random.Generator, n_genes: int) -> np.ndarray:
-    """Return log expression (types, G): a common baseline, with 5% of the genes upregulated in each type."""
+    """Return the log expression of each cell type, (types, G): a common baseline with 5% of the genes upregulated."""
     baseline = rng.normal(0.0, 2.0, n_genes)
     raised = rng.random((_N_TYPES, n_genes)) < 0.05
     # With this limit, the strongest of 20,000 genes has about 1% of a cell's counts.
@@ -226,7 +229,7 @@ def _counts(
     positions: np.ndarray,
     states: np.ndarray,
 ) -> sparse.csr_matrix:
-    """Draw counts (N, G) block by block: draw which counts are positive, then draw the values of these counts."""
+    """Draw counts (N, G) block by block: first draw which counts are positive, then draw the positive values."""
     n_cells, n_genes = len(composition), profiles.shape[1]
     profiles, states = profiles.astype(np.float32), states.astype(np.float32)
     dropout_at = np.float32(libraries.mean() / n_genes * 0.2)
@@ -254,7 +257,7 @@ def _counts(
 
 
 def _positive_counts(rng: np.random.Generator, means: np.ndarray) -> np.ndarray:
-    """Draw negative binomial counts conditional on being positive, by inverse transform sampling."""
+    """Draw negative binomial counts, given that each count is positive, by inverse transform sampling."""
     odds = means / (means + _DISPERSION)
     term = (1 - odds) ** _DISPERSION  # probability of the count 0, then of 1, 2, ...
     below = term.copy()

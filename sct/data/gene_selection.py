@@ -16,7 +16,7 @@ _CELLS = 20_000  # a choice of genes hardly changes with more cells, and fits in
 
 
 def variable_genes(expression: Any, number: int, *, log_base: float | None = None) -> np.ndarray:
-    """Return the columns of highly variable genes, ascending, by scanpy's default method (`seurat`).
+    """Select highly variable genes by scanpy's default method (`seurat`), and return their columns in ascending order.
 
     Parameters
     ----------

@@ -30,12 +30,12 @@ class RecordSource(Protocol):
         ...
 
     def describe(self, number: int, epoch: int = 0) -> str:
-        """Return the text that identifies a record in messages."""
+        """Return the text that identifies record `number` of `epoch` in messages."""
         ...
 
 
 def spread(number: int, limit: int) -> list[int]:
-    """Return at most `limit` evenly spaced numbers from 0 to `number` - 1; all numbers if `limit` is 0."""
+    """Return at most `limit` evenly spaced integers from 0 to `number` - 1, or all these integers if `limit` is 0."""
     if not limit or limit >= number:
         return list(range(number))
     return [round(i) for i in np.linspace(0, number - 1, limit)]
@@ -49,12 +49,12 @@ class Loader:
     source
         Source of the records.
     batch_size
-        Number of records in a batch over all processes (B).
+        Number of records in a batch (B), counted over all processes.
     seed
         Random seed of the order of the records.
     shuffle
-        True: endless batches, shuffled differently in each epoch. False: one pass in order. Its last batch is filled up
-        with copies of the last record, which have `example_mask` 0.
+        True: endless batches, shuffled differently in each epoch. False: one pass in order. The last batch is filled up
+        with copies of the last record. These copies have `example_mask` 0.
     limit
         With `shuffle=False`: number of records to read, evenly spaced over the source; 0 for all.
     process_index, process_count
@@ -94,7 +94,7 @@ class Loader:
         self._ordered = None if shuffle else spread(len(source), limit)
 
     def _sequence(self) -> grain.MapDataset:
-        """Return the sequence in which records are read, with entries (record number, epoch, example mask)."""
+        """Return the order in which records are read, as a sequence of entries (record number, epoch, example mask)."""
         length = len(self.source)
         if (ordered := self._ordered) is not None:
             return grain.MapDataset.range(len(self) * self.batch_size).map(
@@ -109,7 +109,7 @@ class Loader:
         return -(-records // self.batch_size)
 
     def describe(self, first: int) -> list[str]:
-        """Return one text per record of a batch, for messages; `first` is the index of the batch's first record."""
+        """Return one text per record of a batch, for messages. `first` is the index of the first record."""
         sequence = self._sequence()
         records = [sequence[i] for i in range(first, first + self.batch_size)]
         return [self.source.describe(number, epoch) for number, epoch, _ in records]

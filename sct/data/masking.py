@@ -1,7 +1,8 @@
-"""Choose the tokens that a model has to predict, with pure functions of a random key and tokens that run on the device.
+"""Choose the tokens that a model has to predict.
 
-Each function takes tokens (B, K, G) and returns a bool mask of the same shape. PAD is never masked. `apply` replaces
-masked tokens by MASK. A token is an expression level from 0 to num_bins - 1, or PAD = num_bins, or MASK = num_bins + 1.
+The functions are pure functions of a random key and tokens, and run on the device. Each function takes tokens (B, K, G)
+and returns a bool mask of the same shape. PAD is never masked. `apply` replaces masked tokens by MASK. A token is an
+expression level from 0 to num_bins - 1, or PAD = num_bins, or MASK = num_bins + 1.
 
 A rule that masks expressed genes more often than unexpressed ones changes the class balance: masked genes are expressed
 more often than genes in general. `Masking.draw` therefore also returns the log ratio of the two rates, so that the loss
@@ -66,8 +67,9 @@ def drawn(
 def drawn_genes(key: jax.Array, tokens: jax.Array, low: float, high: float, num_bins: int) -> jax.Array:
     """Mask the same genes in all cells of a bag, each with a probability that is drawn per bag from U(low, high).
 
-    This rule trains a model to impute genes that were measured in no cell. If masked genes are always visible in other
-    cells of the bag, the model learns to copy them, and learns little about how often a gene is expressed.
+    This rule trains a model to impute genes that were measured in no cell. If the genes that are masked in a cell were
+    always visible in other cells of the bag, the model would learn to copy their values, and would learn little about
+    how often a gene is expressed.
     """
     draw, place = jax.random.split(key)
     rate = jax.random.uniform(draw, (tokens.shape[0], 1, 1), minval=low, maxval=high)
@@ -76,7 +78,7 @@ def drawn_genes(key: jax.Array, tokens: jax.Array, low: float, high: float, num_
 
 
 def whole_cells(key: jax.Array, tokens: jax.Array, num_cells: int, num_bins: int) -> jax.Array:
-    """Mask all genes of `num_cells` random cells of each bag. Cells that consist of PAD are never chosen."""
+    """Mask all genes in `num_cells` random cells of each bag. Cells that consist of PAD are never chosen."""
     present = jnp.any(tokens < num_bins, axis=-1)
     score = jnp.where(present, jax.random.uniform(key, present.shape), jnp.inf)
     rank = jnp.argsort(jnp.argsort(score, axis=-1), axis=-1)
@@ -91,9 +93,9 @@ def fixed_genes(tokens: jax.Array, genes: jax.Array, num_bins: int) -> jax.Array
 def exact_ratio(
     key: jax.Array, tokens: jax.Array, ratio: float, num_bins: int, expressed_only: bool = False
 ) -> jax.Array:
-    """Mask exactly round(ratio x n) of the n genes of each cell, for evaluation.
+    """Mask exactly round(ratio x n) of the n genes in each cell, for evaluation.
 
-    With `expressed_only`, n is the number of expressed genes, and only these are masked.
+    With `expressed_only`, n is the number of expressed genes, and only expressed genes are masked.
     """
     eligible = (tokens < num_bins) & ((tokens > 0) | (not expressed_only))
     score = jnp.where(eligible, jax.random.uniform(key, tokens.shape), jnp.inf)
@@ -119,7 +121,8 @@ def within_budget(key: jax.Array, mask: jax.Array, budget: int) -> tuple[jax.Arr
 
     Returns
     -------
-    Positions, int32 (..., P), and which of them are valid, bool (..., P). Invalid positions are 0.
+    Two arrays: the positions, int32 (..., P), and a mask of the valid positions, bool (..., P). Invalid positions are
+    0.
     """
     length = mask.shape[-1]
     turn = jax.random.randint(key, (), 0, length)
@@ -147,16 +150,16 @@ class Masking:
         Masking rates of "stratified". `expressed` is also the masking rate of "uniform" and the masked fraction of
         "ratio".
     low, high
-        Range of the masking rate of "drawn", "drawn_uniform" and "drawn_genes". With "drawn", unexpressed genes have
-        `unexpressed / expressed` times the rate of expressed genes. With "drawn_uniform" and "drawn_genes", both have
-        the same rate.
+        Range of the masking rate of "drawn", "drawn_uniform" and "drawn_genes". With "drawn", the masking rate of
+        unexpressed genes is `unexpressed / expressed` times the rate of expressed genes. With "drawn_uniform" and
+        "drawn_genes", expressed and unexpressed genes have the same rate.
     num_cells
         Number of cells per bag that "cells" masks.
     genes
         Vocabulary positions of the genes that "genes" masks.
     mixture
-        Kinds and weights of "mixture", such as (("drawn", 3.0), ("cells", 1.0)). The parameters of each kind are the
-        fields above.
+        Kinds and weights of "mixture", such as (("drawn", 3.0), ("cells", 1.0)). The fields above give the parameters
+        of each kind.
 
     Raises
     ------
@@ -239,7 +242,7 @@ class Masking:
 
     @property
     def components(self) -> tuple[tuple[str, float], ...]:
-        """Return pairs of a masking kind and its probability; without a mixture, one kind with probability 1."""
+        """Return pairs of a masking kind and its probability. Without a mixture, there is one pair."""
         if self.kind != MIXTURE:
             return ((self.kind, 1.0),)
         total = sum(weight for _, weight in self.mixture)
@@ -270,7 +273,10 @@ class Masking:
 
     @property
     def log_ratio(self) -> float:
-        """Return log(masking rate of expressed / unexpressed genes); for a mixture, the mean over its kinds."""
+        """Return the log ratio of the masking rates of expressed and unexpressed genes.
+
+        The log ratio of a mixture is the mean over its kinds, weighted by their probabilities.
+        """
         return sum(weight * self.log_ratio_of(kind) for kind, weight in self.components)
 
     def __call__(self, key: jax.Array, tokens: jax.Array, num_bins: int) -> jax.Array:
@@ -289,14 +295,14 @@ class Masking:
 
         Returns
         -------
-        The mask, bool (B, K, G), and log(masking rate of expressed genes / masking rate of unexpressed genes) of each
-        bag, float32 (B,).
+        Two arrays: the mask, bool (B, K, G), and the log ratio of each bag, float32 (B,). The log ratio is log(masking
+        rate of expressed genes / masking rate of unexpressed genes).
         """
         ratios = jnp.asarray([self.log_ratio_of(kind) for kind, _ in self.components], jnp.float32)
         return self(key, tokens, num_bins), ratios[self._chosen(key, tokens.shape[0])]
 
     def _chosen(self, key: jax.Array, num_bags: int) -> jax.Array:
-        """Draw a kind of masking from the mixture for each bag; return its index in `mixture`, (B,)."""
+        """Draw a kind of masking from the mixture for each bag. Return the indices of the kinds in `mixture`, (B,)."""
         if self.kind != MIXTURE:
             return jnp.zeros(num_bags, jnp.int32)
         weights = jnp.log(jnp.asarray([weight for _, weight in self.components], jnp.float32))

@@ -11,7 +11,7 @@ TARGET = 1e4  # total count of a cell after normalization
 
 
 def per_count(counts: sparse.csr_matrix, target: float = TARGET, dtype: Any = None) -> np.ndarray:
-    """Return the normalization factor of each cell, target / total count, (N,); 0 for an empty cell.
+    """Return the normalization factor of each cell, (N,): target / total count, or 0 for an empty cell.
 
     Parameters
     ----------
@@ -20,7 +20,7 @@ def per_count(counts: sparse.csr_matrix, target: float = TARGET, dtype: Any = No
     target
         Total count of a cell after normalization.
     dtype
-        dtype of the result. Default: that of the counts, or float64 for integers.
+        dtype of the result. Default: the dtype of the counts, or float64 if the counts are integers.
     """
     totals = np.asarray(counts.sum(axis=1, dtype=dtype)).ravel()
     if not np.issubdtype(totals.dtype, np.floating):
@@ -36,7 +36,7 @@ def log_expression(counts: sparse.csr_matrix, dtype: Any = None) -> sparse.csr_m
     counts
         Raw counts (N, G).
     dtype
-        dtype of the normalization factors; see `per_count`. The result has the wider of this dtype and that of the
-        counts.
+        dtype of the normalization factors; see `per_count`. The dtype of the result is this dtype or the dtype of the
+        counts, whichever is wider.
     """
     return sparse.csr_matrix(sparse.diags(per_count(counts, dtype=dtype)) @ counts).log1p()

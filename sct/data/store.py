@@ -59,12 +59,12 @@ def _shared_context() -> Any:
 
 
 def _cause(error: BaseException) -> str:
-    """Return the message of an error of TensorStore or zarr, without the array specification at its end."""
+    """Return the message of a TensorStore or zarr error, without the array specification at the end of the message."""
     return first_line(error, limit=1000).split(" [")[0]
 
 
 def hash_group(study: Path, name: str) -> str:
-    """Return one hash of all files in a group of a study that do not contain checksums.
+    """Return one hash of those files in a group of a study that contain no checksums.
 
     Only the chunks of arrays contain checksums. The files of tables and the zarr.json files do not.
     """
@@ -104,8 +104,8 @@ class Study:
     n_cells, n_genes, nnz
         Number of cells (N), number of genes in the vocabulary (G), and number of stored values of X.
     spatial
-        Whether the cells have coordinates. Spatial studies are stored along a space-filling curve, others in random
-        order.
+        Whether the cells have coordinates. The cells of spatial studies are stored along a space-filling curve. The
+        cells of other studies are stored in random order.
     record
         Entry of the study in `manifest.json`, as a dict.
     values
@@ -145,7 +145,7 @@ class Study:
         return totals
 
     def noisy_genes(self, fraction: float) -> np.ndarray:
-        """Return which genes are noise and treated as unexpressed, bool (G,); see `sct.data.tokenize.noisy_genes`."""
+        """Return a mask of the genes that are treated as noise, bool (G,); see `sct.data.tokenize.noisy_genes`."""
         self.check_counts()
         return noisy_genes(self.gene_totals, self.n_cells, fraction)
 
@@ -159,15 +159,18 @@ class Study:
 
     @property
     def measured(self) -> np.ndarray:
-        """Return whether each gene was measured, bool (G,), which means that the input had a column for it.
+        """Return a mask of the measured genes, bool (G,). A gene was measured if the input had a column for this gene.
 
-        The counts of other genes are unknown, not zero.
+        The counts of genes that were not measured are unknown, not zero.
         """
         return self._whole("var/measured", self.n_genes).astype(bool, copy=False)
 
     @property
     def coordinates(self) -> np.ndarray | None:
-        """Return the coordinates of the cells in the unit of the input, float32 (N, 2), or None if there are none."""
+        """Return the coordinates of the cells in the unit of the input, float32 (N, 2).
+
+        Return None if the study has no coordinates.
+        """
         if not self.spatial:
             return None
         return self._whole("obsm/spatial", self.n_cells).astype(np.float32, copy=False)
@@ -177,7 +180,7 @@ class Study:
         return self._scale().apply(np.asarray(self.coordinates))
 
     def _scale(self) -> Scale:
-        """Return the recorded scale of the coordinates; if an old store has none, compute it from the cells."""
+        """Return the recorded scale of the coordinates. For an old store without a scale, compute it from the cells."""
         import zarr
         from anndata.io import read_elem
 
@@ -254,7 +257,7 @@ class Study:
     def obs(self, columns: Collection[str] | None = None) -> pd.DataFrame:
         """Return the metadata of the cells, indexed by cell name.
 
-        `columns` selects columns; columns that do not exist are ignored.
+        `columns` selects columns. Names of columns that do not exist are ignored.
         """
         import pandas as pd
         import zarr
@@ -300,7 +303,7 @@ class Study:
         return adata
 
     def _verify(self, group: str, once: bool = False, key: str = "") -> None:
-        """Raise `StoreError` if a file without checksum in a group was changed since it was written.
+        """Raise `StoreError` if a file of a group was changed since it was written. Check only files without checksums.
 
         Parameters
         ----------
@@ -329,7 +332,10 @@ class Study:
         self._verified.add(group)
 
     def _check_chunks(self, key: str) -> None:
-        """Raise `StoreError` if a chunk of an array (1-D or 2-D) is missing; zarr would return fill values instead."""
+        """Raise `StoreError` if a chunk of an array (1-D or 2-D) is missing.
+
+        Without this check, zarr would return fill values for the chunk.
+        """
         array = self._array(key)
         length, rows = array.shape[0], array.chunk_layout.write_chunk.shape[0]
         for number in range(-(-length // rows)):
@@ -500,12 +506,12 @@ class Store:
         return sum(each.n_cells for each in self.studies)
 
     def split(self, name: str) -> tuple[Study, ...]:
-        """Return the studies of a split ("train", "validation" or "test"); the list can be empty."""
+        """Return the studies of a split ("train", "validation" or "test"). The tuple can be empty."""
         check_choice("the split", name, SPLITS, error=StoreError)
         return tuple(each for each in self.studies if each.split == name)
 
     def study(self, name: str) -> Study:
-        """Return a study by its name; raise `StoreError` if there is no such study."""
+        """Return a study by its name; raise `StoreError` if the store has no study of this name."""
         for each in self.studies:
             if each.name == name:
                 return each
@@ -569,8 +575,8 @@ def study_path(name: str) -> str:
     Raises
     ------
     StoreError
-        The name has characters other than letters, digits, `-`, `_` and single dots in between. Other names could lead
-        outside the store.
+        The name has characters other than letters, digits, `-`, `_` and single dots in between. A name with other
+        characters could lead outside the store.
     """
     if not isinstance(name, str) or not _STUDY_NAME.fullmatch(name):
         raise StoreError(

@@ -29,7 +29,7 @@ _LOOKED_UP = 100_000  # values to look up at a time
 
 
 def noisy_genes(gene_totals: np.ndarray, n_cells: int, fraction: float = NOISE_FRACTION) -> np.ndarray:
-    """Return the mask (G,) of genes whose total raw count in a study is below `fraction` x its number of cells.
+    """Return a mask (G,) of the genes whose mean raw count per cell in a study is below `fraction`.
 
     These genes are treated as noise and set to zero before binning (sCT paper, section 3, "Data processing").
     """
@@ -84,7 +84,7 @@ def bin_counts(
     """Convert raw counts to expression levels, separately for each cell (sCT paper, section 3).
 
     Expression levels are uniform bins of log1p(count) between the lowest and the highest non-zero value of the cell. A
-    count of zero has level 0. If all non-zero counts of a cell are equal, they have level 1.
+    count of zero has level 0. If all non-zero counts of a cell are equal, all of them have level 1.
 
     Parameters
     ----------
@@ -142,7 +142,7 @@ def levels_of(counts: sparse.csr_matrix, num_bins: int) -> sparse.csr_matrix:
 def _levels(
     data: np.ndarray, counts: sparse.csr_matrix, drop: np.ndarray | None, num_bins: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the range of log1p counts of each cell, float64 (2, K), and the expression level of each stored count.
+    """Return two arrays: the range of log1p counts of each cell, float64 (2, K), and the level of each stored count.
 
     Counts of genes in `drop` have level 0.
     """
@@ -180,7 +180,7 @@ def _levels(
 
 
 def level_borders(low: np.ndarray, high: np.ndarray, num_bins: int) -> np.ndarray:
-    """Return the smallest count of the expression levels 2 .. num_bins - 1, for log1p counts in [low, high].
+    """Return the smallest count of each expression level 2 .. num_bins - 1, for log1p counts in [low, high].
 
     Returns
     -------
@@ -197,7 +197,7 @@ def level_borders(low: np.ndarray, high: np.ndarray, num_bins: int) -> np.ndarra
 def _levels_of_logs(
     data: np.ndarray, filled: np.ndarray, starts: np.ndarray, log_range: np.ndarray, num_bins: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Do the same as `_levels` for fractional values, or for values too large for exact integers in float32."""
+    """Compute `_levels` for fractional values, or for values too large to be exact integers in float32."""
     keep = data != 0
     logs = np.log1p(data, dtype=np.float64)
     low = np.minimum.reduceat(np.where(keep, logs, np.inf), starts)
@@ -211,11 +211,11 @@ def _levels_of_logs(
 def level_values(
     rows: np.ndarray, level: np.ndarray, counts: np.ndarray, low: np.ndarray, high: np.ndarray, num_bins: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the raw counts that represent each expression level in each cell: median and mean of its counts.
+    """Return the median and the mean of the raw counts at each expression level of each cell.
 
-    A level without any gene is represented by the middle of its bin on the log scale. The sCT paper (section 4,
-    "Metrics") always uses the median. Means are needed to convert a distribution over levels to an *expected* raw
-    count, because counts within a level are skewed.
+    The median and the mean represent the level. For a level without any gene, both are the middle of the level's bin on
+    the log scale. The sCT paper (section 4, "Metrics") always uses the median. Means are needed to convert a
+    distribution over levels to an *expected* raw count, because counts within a level are skewed.
 
     Parameters
     ----------
@@ -294,7 +294,7 @@ def expected_counts(
 
 
 def _first_level(none: np.ndarray, first: np.ndarray, level_mean: np.ndarray, border: int) -> np.ndarray:
-    """Return the mean of the counts 1 .. border - 1 of negative binomial distributions, (n,).
+    """Return the mean over the counts 1 .. border - 1 of each of n negative binomial distributions, (n,).
 
     Parameters
     ----------
@@ -303,7 +303,8 @@ def _first_level(none: np.ndarray, first: np.ndarray, level_mean: np.ndarray, bo
     first
         Probabilities of the counts 1 .. border - 1, (n,).
     level_mean
-        Mean of these counts over all genes of the cell, (n,), which is used if no negative binomial fits.
+        Mean of the counts 1 .. border - 1 over all genes of the cell, (n,). Used if no negative binomial distribution
+        fits.
     border
         Smallest count of level 2.
     """
@@ -333,7 +334,7 @@ def _first_levels(border: int) -> tuple[np.ndarray, np.ndarray]:
 
     Returns
     -------
-    P(count >= border | count > 0), and the mean of the counts 1 .. border - 1, each (logits, dispersions).
+    Two tables, each (logits, dispersions): P(count >= border | count > 0), and the mean of the counts 1 .. border - 1.
     """
     none = 1 / (1 + np.exp(-_LOGITS))[:, None]
     size = 1 / _DISPERSIONS[None, :]

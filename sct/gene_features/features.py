@@ -1,8 +1,8 @@
 """Compute gene features (one vector per gene) from a gene corpus by a text decoder, or read them from a file.
 
 In the ZerOmics paper (section 3.1), an item token follows the summary of a gene. The hidden state of a decoder at this
-token is the feature of the gene. Other tables (Gene2vec, random features) and cell embeddings that use only such a
-table (GenePT) are the ablations in Table 5 of the paper.
+token is the feature of the gene. The ablations in Table 5 of the paper are other tables of gene features (Gene2vec,
+random features), and cell embeddings that use only a table of gene features (GenePT).
 """
 
 from __future__ import annotations
@@ -111,9 +111,9 @@ class GeneFeatures:
     ) -> GeneFeatures:
         """Compute gene features from text with a decoder (ZerOmics paper, section 3.1, equation 3).
 
-        The item token is appended to the text of a gene. The feature is the hidden state at this token, after the last
-        norm. If the tokenizer does not have the item token, it is added; `sct.weights.vocabulary.resized` initializes
-        its embedding.
+        The item token is appended to the text of a gene. The feature is the hidden state at the item token, after the
+        last norm. If the tokenizer does not have the item token, the token is added, and
+        `sct.weights.vocabulary.resized` initializes its embedding.
 
         Parameters
         ----------
@@ -242,7 +242,7 @@ class GeneFeatures:
 
     @classmethod
     def random(cls, vocabulary: GeneVocabulary, size: int, seed: int = 0) -> GeneFeatures:
-        """Return random features (G, size) from a standard normal distribution, as a control without information."""
+        """Return features, (G, size), drawn from a standard normal distribution, as a control without information."""
         check_at_least("size", size, 1)
         table = np.random.default_rng(seed).standard_normal((len(vocabulary), size), np.float32)
         source = {"kind": "random", "vocabulary": vocabulary.hash, "seed": seed, "size": size}
@@ -260,7 +260,7 @@ class GeneFeatures:
         corpus
             Texts of G genes.
         size
-            Number of features (D). Must be smaller than the number of texts and the number of words.
+            Number of features (D). This number must be smaller than the number of texts and than the number of words.
         seed
             Random seed of the singular value decomposition.
 
@@ -292,7 +292,7 @@ class GeneFeatures:
         return cls(corpus.keys, table.astype(np.float32), source)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write an .npz file for `load`; the file appears only when it is complete.
+        """Write an .npz file that `load` can read. The file appears only when it is complete.
 
         Raises
         ------
@@ -319,8 +319,8 @@ class GeneFeatures:
 
         Returns
         -------
-        Features, float32 (G, D), with zeros for genes without features; and a mask of the genes with features, bool
-        (G,).
+        Two arrays: the features, float32 (G, D), with zeros for genes without features; and a mask of the genes with
+        features, bool (G,).
 
         Raises
         ------
@@ -355,7 +355,7 @@ class GeneFeatures:
 
         Returns
         -------
-        float32 (N, D). Cells that express no gene with features have zeros.
+        float32 (N, D). The embedding of a cell that expresses no gene with features is zero.
 
         Raises
         ------
@@ -417,11 +417,11 @@ def _read(
 def _tokens(
     corpus: GeneCorpus, model: Pretrained, item: str, most: int
 ) -> tuple[list[np.ndarray], Pretrained, int]:
-    """Tokenize the texts, each followed by the token `item`, which is added to the model if the model lacks the token.
+    """Tokenize the texts, each followed by the token `item`. If the model lacks this token, add the token to the model.
 
     Returns
     -------
-    Token ids of each text, the model, and the number of truncated texts.
+    Three values: the token ids of each text, the model, and the number of truncated texts.
     """
     assert model.tokenizer is not None
     tokenizer = model.tokenizer.add_special([item])
@@ -447,7 +447,7 @@ def _tokens(
 
 
 def _in_its_type(model: Pretrained) -> Pretrained:
-    """Return the model with its matrices converted to the compute dtype, if this dtype is smaller."""
+    """Return the model with its matrices in the compute dtype. Matrices are converted only if this dtype is smaller."""
     kind = jnp.dtype(model.config.dtype)
     arrays = {path: jnp.asarray(leaf) for path, leaf in flatten(model.variables).items()}
     for path, leaf in arrays.items():

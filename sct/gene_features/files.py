@@ -19,7 +19,7 @@ TABLES = (".npz", *DELIMITERS)  # file extensions that can be read
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of an .npz file; zip checksums detect damaged arrays."""
+    """Return the arrays of an .npz file. The checksums of the zip format detect damaged arrays."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
@@ -88,7 +88,7 @@ def text_rows(path: Path) -> tuple[list[str], np.ndarray]:
 
 
 def _is_header(fields: Sequence[str]) -> bool:
-    """Return whether the first line of a table is a header; a header from pandas can consist of numbers."""
+    """Return whether the first line of a table is a header. A header that pandas wrote can consist of numbers."""
 
     def is_number(field: str) -> bool:
         try:

@@ -39,7 +39,7 @@ def _base(model: Pretrained) -> Pretrained:
 
 
 def _types(base: Pretrained) -> list[str]:
-    """Return the sorted names of the dtypes that the arrays of a model have."""
+    """Return the names of the dtypes of a model's arrays, sorted and without repetition."""
     return sorted({str(value.dtype) for value in flatten(base.variables).values()})
 
 

@@ -82,7 +82,7 @@ def read_params(path: Path) -> dict[str, dict[str, np.ndarray]]:
     from joblib import numpy_pickle
 
     class PlainArray(numpy_pickle.NumpyArrayWrapper):
-        """Array in a joblib file. Arrays of objects are refused, because joblib would unpickle their elements."""
+        """Array in a joblib file. An array of objects is refused, because joblib would unpickle its elements."""
 
         def read_array(self, unpickler: Any, *args: Any) -> np.ndarray:
             if self.dtype.hasobject:
@@ -278,7 +278,7 @@ _SIZE_PARAMETERS = {
 
 
 def _option(config: Mapping[str, Any], name: str, kind: type, source: str) -> Any:
-    """Look up an option in the published configuration, check its type and return it."""
+    """Look up an option in the published configuration, check its type, and return the option."""
     if name not in config:
         raise CheckpointError(f"{source} has no option {name!r}: use the published config.json.")
     value = config[name]
@@ -351,7 +351,7 @@ def read_vocabulary(folder: Path, num_genes: int) -> GeneVocabulary | None:
     """Read the gene order of a published model from the two JSON files of the model.
 
     `ensembl_id_vocab.json` maps Ensembl ids to global indices. `protein_gene_map.json` maps global indices to positions
-    among the protein-coding genes. A position without an Ensembl id gets its number as name.
+    among the protein-coding genes. The name of a position without an Ensembl id is the number of the position.
 
     Parameters
     ----------
@@ -367,7 +367,7 @@ def read_vocabulary(folder: Path, num_genes: int) -> GeneVocabulary | None:
     Raises
     ------
     CheckpointError
-        One of the two files is missing, or a file is damaged or does not fit the model.
+        Only one of the two files exists, or a file is damaged or does not fit the model.
     """
     files = [folder / "ensembl_id_vocab.json", folder / "protein_gene_map.json"]
     exists = [file.is_file() for file in files]
@@ -413,7 +413,7 @@ def read_vocabulary(folder: Path, num_genes: int) -> GeneVocabulary | None:
 
 
 def numbered(ids: list[str], name: str) -> GeneVocabulary:
-    """Make a vocabulary from Ensembl ids. A gene with an empty id is named by its position."""
+    """Make a vocabulary from Ensembl ids. The name of a gene with an empty id is the number of its position."""
     human = GeneVocabulary.human()
     symbols = []
     for position, gene in enumerate(ids):
@@ -432,7 +432,8 @@ def convert(folder: Path, genes: GeneVocabulary | None = None, numbered_genes: b
     genes
         Gene order, if the folder has no vocabulary files.
     numbered_genes
-        Whether to name the gene positions by their numbers, for a model whose gene order is unknown.
+        Whether to use the number of each gene position as the name of the gene, for a model whose gene order is
+        unknown.
 
     Returns
     -------

@@ -19,7 +19,7 @@ _DEPTH = 2  # levels of folders that are searched below a given folder
 
 @dataclasses.dataclass(frozen=True)
 class FolderSummary:
-    """Description of a folder with a model.
+    """Describe a folder that may hold a model.
 
     Attributes
     ----------
@@ -30,9 +30,10 @@ class FolderSummary:
     architecture
         Name of the architecture, or the model type of a Hugging Face folder.
     parameters, genes, step
-        Numbers of parameters and genes, and the training step; None if unknown or if the model has none.
+        Number of parameters, number of genes, and training step. A value is None if it is unknown or if the model has
+        none.
     trouble
-        Why the folder cannot be described, or "".
+        Reason why the folder cannot be described, or "".
     """
 
     path: Path
@@ -45,9 +46,11 @@ class FolderSummary:
 
 
 def find_models(folder: Path) -> Iterator[FolderSummary]:
-    """Yield a summary of each model in a folder: of the folder itself, or of its sub-folders and their sub-folders.
+    """Yield a summary of each model in a folder.
 
-    A folder that cannot be read has a summary that says why.
+    The model is the folder itself. If the folder is not a model, the models are its sub-folders and their sub-folders.
+
+    If a folder cannot be read, its summary says why.
 
     Raises
     ------
@@ -80,7 +83,7 @@ def _found(folder: Path, depth: int) -> Iterator[FolderSummary]:
 
 
 def _kind(folder: Path) -> str:
-    """Return the kind of model in a folder, or ""."""
+    """Return the kind of model in a folder, or "" if there is no model."""
     if run_folder.is_run(folder):
         return "run"
     if (folder / adapter_folder.CONFIG).is_file():

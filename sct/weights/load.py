@@ -58,9 +58,9 @@ def load(
         Training step of the checkpoint to load from a run folder. A run keeps its latest checkpoints and the best one.
         Default: the best checkpoint.
     mesh, rules
-        Shard the arrays over a mesh by the rules of their logical axes; each device reads only its own shard.
-        The default rules are those of training (`sct.nn.axes.RULES`), without axes that the mesh lacks. Without a mesh,
-        all arrays are placed on the default device.
+        Mesh over which the arrays are sharded, and rules that map logical axes to mesh axes. Each device reads only its
+        own shard. The default rules are those of training (`sct.nn.axes.RULES`), without axes that the mesh lacks.
+        Without a mesh, all arrays are placed on the default device.
     dtype
         dtype of the floating-point arrays: "float32", "bfloat16" or "float16". By default, arrays keep the dtype that
         they have in the file.
@@ -74,13 +74,13 @@ def load(
     Raises
     ------
     CheckpointError
-        The folder is missing, damaged or was changed (checked by file hashes), a weight is NaN or infinite, or the
-        arrays do not fit the architecture. The message lists all differences. The run has no checkpoint of `step`; the
+        The folder is missing or damaged, or was changed (checked by file hashes). A weight is NaN or infinite, or the
+        arrays do not fit the architecture; the message lists all differences. The run has no checkpoint of `step`; the
         message lists the steps that exist.
     ConfigError
         The rules name an axis that the mesh does not have.
     StoreError
-        The vocabularies differ.
+        The gene vocabulary of the model differs from `genes`.
 
     Warns
     -----
@@ -131,7 +131,7 @@ def load(
 
 
 def _run_of(path: str | os.PathLike[str], step: int) -> Path:
-    """Check that a path is a run folder with checkpoints, and that `step` is a whole number; return the path."""
+    """Check that a path is a run folder with checkpoints, and that `step` is an integer. Return the path."""
     check_number("step", step, whole=True, error=CheckpointError)
     folder = Path(path).expanduser()
     if not run_folder.is_run(folder):
@@ -219,7 +219,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Raises
     ------
     ConfigError
-        The given place has no tokenizer.
+        The given file, folder or model has no tokenizer.
     CheckpointError
         The path looks like a Hub id, but the download failed.
     MissingExtraError
@@ -236,7 +236,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _is_hub_id(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path is a Hub id: USER/MODEL, where MODEL is no file name and no local folder is called USER."""
+    """Return whether a path is a Hub id: USER/MODEL, where MODEL is not a file name and USER is not a local folder."""
     found = (
         re.fullmatch(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)", path) if isinstance(path, str) else None
     )

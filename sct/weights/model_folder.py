@@ -55,7 +55,7 @@ def _holds_only(folder: Path, names: re.Pattern[str]) -> bool:
 
 
 def _is_model(folder: Path) -> bool:
-    """Return whether a folder is a model folder without other files. Replacing such a folder deletes only the model."""
+    """Return whether a folder holds a model and no other files. Replacing such a folder deletes only the model."""
     try:
         config = json.loads((folder / CONFIG).read_text())
     except (OSError, ValueError):
@@ -131,11 +131,11 @@ def save(
     config
         Content of `config.json`.
     genes, tokenizer
-        Gene vocabulary and tokenizer that are saved next to the weights; None if the model has none.
+        Gene vocabulary and tokenizer to save next to the weights. Each is None if the model has none.
     card
         Text of the model card (`README.md`).
     dtype
-        Widest floating-point dtype in the file: "float32" or "bfloat16".
+        Widest floating-point dtype in the file: "float32" or "bfloat16". Arrays with a narrower dtype keep their dtype.
     shard_bytes
         Maximal size of a weights file in bytes.
     foreign
@@ -277,9 +277,9 @@ def _shards(flat: Mapping[str, Any], dtype: str, limit: int) -> Iterator[list[st
 
 
 def find(folder: Path) -> Path | None:
-    """Return the folder that holds the model saved at a path, or None if no model was saved there.
+    """Return the folder that holds the model saved under a path, or None if no model was saved under this path.
 
-    If a save was interrupted while it replaced the model, the result is the folder with the backup next to the path.
+    If a save was interrupted while it replaced the model, return the folder with the backup next to the path.
     """
     candidates = [folder]
     if not folder.exists() and folder.name:
@@ -418,7 +418,8 @@ class FolderReader:
     folder
         Folder with the weights.
     file
-        Name of the weights file; the default is that of a model folder, which may be split into several files.
+        Name of the weights file. The default is the name in a model folder. The weights may be split into several
+        files.
     """
 
     def __init__(self, folder: Path, file: str = WEIGHTS):
@@ -490,7 +491,7 @@ class FolderReader:
         sharding
             Sharding over a mesh, or None for the default device.
         dtype
-            dtype of the result if the array is floating-point, or None for the dtype in the file.
+            dtype of a floating-point result. None keeps the dtype in the file.
         """
 
         def of(index: tuple[slice, ...] | None) -> np.ndarray:

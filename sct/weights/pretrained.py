@@ -63,8 +63,8 @@ class Pretrained:
     step
         Training step of the weights, or None if they do not come from a run.
     data
-        How the training inputs were made, as far as known. For cells: the entries of `DATA_OPTIONS`, and how genes were
-        masked (`sct.data.class_prior`). For text: the description of the training task.
+        Options with which the training inputs were made, as far as known. For cells: the entries of `DATA_OPTIONS`, and
+        the masking options (`sct.data.class_prior`). For text: the description of the training task.
     tokenizer
         Tokenizer of a text model, otherwise None.
     """
@@ -86,7 +86,7 @@ class Pretrained:
 
     @property
     def size(self) -> int:
-        """Number of parameters of the model."""
+        """Return the number of parameters of the model."""
         return sum(int(np.prod(value.shape)) for value in flatten(self.variables).values())
 
     @property
@@ -98,7 +98,7 @@ class Pretrained:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of the weights, which identifies the model: 16 hexadecimal digits."""
+        """Return a hash of the weights (16 hexadecimal digits), which identifies the model."""
         digest = hashlib.sha256()
         for path, value in sorted(flatten(self.variables).items()):
             digest.update(path.encode())
@@ -115,9 +115,10 @@ class Pretrained:
         intermediates
             Names of activations to return in addition to the outputs.
         outputs
-            Names of the outputs to compute. Default: all. Computations that only other outputs need are skipped.
+            Names of the outputs to compute. Default: all outputs. A computation that none of these outputs needs is
+            skipped.
         inputs
-            Input arrays by name; the names depend on the family. For sCT: `tokens`, integers (B, K, G), and
+            Input arrays by name. The names depend on the model family. For sCT: `tokens`, integers (B, K, G), and
             `coordinates`, (B, K, 2) or None.
 
         Returns
@@ -132,7 +133,7 @@ class Pretrained:
         DataError
             The family does not have this input, an input is missing, or its shape or values do not fit the model.
         ConfigError
-            The model computes in float16 and the device is a CPU, which does not support it.
+            The model computes in float16, which the device, a CPU, does not support.
         """
         registry.check_device(self.config)
         module = registry.family(self.family).module
@@ -168,7 +169,8 @@ class Pretrained:
         folder
             Output folder. It must be new, empty, or a model folder without other files.
         dtype
-            Widest floating-point dtype in the file: "float32" or "bfloat16". Arrays with a narrower dtype keep it.
+            Widest floating-point dtype in the file: "float32" or "bfloat16". Arrays with a narrower dtype keep their
+            dtype.
         shard_bytes
             Maximal size of a weights file in bytes. Larger weights are split into several files, as in Hugging Face
             folders.
@@ -243,7 +245,7 @@ def _front_matter(model: Pretrained, tags: Sequence[str]) -> list[str]:
 
 
 def default_card(model: Pretrained, text: str = "") -> str:
-    """Return a model card: what the model is, how to load it, its use, its limits and its license.
+    """Return a model card, which describes the model, how to load it, its use, its limits and its license.
 
     Parameters
     ----------
@@ -293,7 +295,7 @@ def data_options(values: Any) -> dict[str, Any]:
 
 
 def data_record(values: Any) -> dict[str, Any]:
-    """Return the data section of a model folder without the entries of `data_options` that have a wrong type."""
+    """Return the data section of a model folder. Entries of `data_options` that have a wrong type are left out."""
     given = values if isinstance(values, Mapping) else {}
     return {name: value for name, value in given.items() if isinstance(value, _DATA_TYPES.get(name, object))}
 
@@ -301,7 +303,7 @@ def data_record(values: Any) -> dict[str, Any]:
 def fitting_rules(mesh: Mesh | None, rules: axes.AxisRules | None) -> axes.AxisRules:
     """Return the sharding rules for a mesh.
 
-    If rules are given, they are checked against the axes of the mesh. If not, the default rules apply, without the axes
+    Given rules are checked against the axes of the mesh. Without given rules, the default rules apply, without the axes
     that the mesh does not have.
 
     Raises
@@ -322,7 +324,7 @@ def fitting_rules(mesh: Mesh | None, rules: axes.AxisRules | None) -> axes.AxisR
 
 
 def spans_processes(mesh: Mesh | None) -> bool:
-    """Return whether there are several processes and the mesh has devices of all of them."""
+    """Return whether there are several processes and the mesh has devices of every process."""
     owners = {device.process_index for device in mesh.devices.flat} if mesh is not None else set()
     return jax.process_count() > 1 and len(owners) == jax.process_count()
 
@@ -343,8 +345,8 @@ def match(
 ) -> None:
     """Check that loaded arrays fit a model by path, shape and dtype.
 
-    Two different dtypes fit if both are floating-point types in which a model can be stored, such as float32 and
-    bfloat16.
+    Two different dtypes fit if a model can be stored in each of them and both are floating-point types, such as float32
+    and bfloat16.
 
     Parameters
     ----------
@@ -353,7 +355,8 @@ def match(
     source
         Name of the file or folder for the error message.
     new
-        Regular expressions. Parameters whose path matches one of them may be missing, and keep their initial value.
+        Regular expressions for paths of new parameters. A parameter whose path matches an expression may be missing,
+        and then keeps its initial value.
 
     Raises
     ------
@@ -383,6 +386,6 @@ def match(
 
 
 def _kind(value: Any) -> str:
-    """Return the dtype of an array, or "floating" for all floating-point dtypes in which a model may be stored."""
+    """Return the dtype of an array, or "floating" if it is one of the floating-point dtypes for storing models."""
     name = str(jnp.dtype(value.dtype))
     return "floating" if name in LOADED_DTYPES else name

@@ -44,7 +44,7 @@ def is_run(folder: Path) -> bool:
 
 
 def best_step(folder: Path) -> int:
-    """Return the step of the best checkpoint of a run, which the newest checkpoint records.
+    """Return the step of the best checkpoint of a run. The newest checkpoint records this step.
 
     If the run has no validation yet, return the step of the newest checkpoint.
 
@@ -58,7 +58,7 @@ def best_step(folder: Path) -> int:
 
 
 def progress(folder: Path) -> dict[str, Any]:
-    """Return the progress of a run, which its newest checkpoint records: the fields of `RunProgress` by name.
+    """Return the fields of `RunProgress` by name, as recorded in the newest checkpoint of a run.
 
     Raises
     ------
@@ -78,9 +78,9 @@ def progress(folder: Path) -> dict[str, Any]:
 
 
 def is_current(folder: Path, exported: Path) -> bool:
-    """Return whether the exported model of a run comes from the best step.
+    """Return whether the exported model of a run comes from the best step of the run.
 
-    If a run is trained further, its best step can change.
+    The best step can change if the run is trained further.
     """
     return model_folder.read_config(exported).get("step") == best_step(folder)
 
@@ -172,7 +172,7 @@ def verify_checkpoint(
     shared
         Whether all processes load the checkpoint. If True, each process checks only its share of the files.
     instead
-        Part of the error message that says what happens after the user deletes the damaged checkpoint.
+        Part of the error message. It says what happens after the user deletes the damaged checkpoint.
 
     Raises
     ------
@@ -334,7 +334,7 @@ def parameters(folder: Path, step: int) -> int:
 def _restore(path: Path, boxed: Any, mesh: Any, rules: axes.AxisRules, dtype: str | None) -> dict[str, Any]:
     """Read only the variables of a checkpoint.
 
-    `boxed` holds the shapes and logical axis names of the model without adapters.
+    `boxed` holds the shapes and logical axis names of the variables of the model without adapters.
     """
     import orbax.checkpoint as ocp
 

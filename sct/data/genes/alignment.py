@@ -76,7 +76,7 @@ class Vocabulary(Protocol):
 
     @classmethod
     def human(cls) -> Self:
-        """Return the vocabulary of human protein-coding genes, used to find out why few genes match."""
+        """Return the vocabulary of human protein-coding genes, which helps to explain why few genes match."""
         ...
 
 
@@ -100,9 +100,9 @@ class GeneAlignment:
         Dict from each ambiguous input name to its candidate genes. A name is ambiguous if it belongs to several genes,
         or if it is an alias of a gene that another column names directly. Columns with ambiguous names are not used.
     missing
-        Vocabulary genes that the input lacks (Ensembl id, or symbol if there is no id).
+        Vocabulary genes that the input lacks, each as its Ensembl id, or as its symbol if it has no id.
     unknown
-        Input names that are not in the vocabulary; '' for a column without a name.
+        Input names that are not in the vocabulary. A column without a name is listed as ''.
     duplicates
         Dict from each gene with several columns to the input names of these columns. This includes the ``_PAR_Y`` copy
         of a gene whose X copy is present. The ``_PAR_Y`` copy is used only if duplicates are summed.
@@ -155,9 +155,9 @@ class GeneAlignment:
 
         Returns
         -------
-        CSR (N, G) with sorted indices, without stored zeros, in the dtype of `matrix`. Vocabulary genes that the input
-        lacks are zero. If several columns hold one gene (only with `duplicates="sum"`), they are summed, and integers
-        become int64.
+        CSR (N, G) in the dtype of `matrix`, with sorted indices and without stored zeros. Vocabulary genes that the
+        input lacks have zero counts. If several columns hold the same gene (only with `duplicates="sum"`), these
+        columns are summed, and integers become int64.
 
         Raises
         ------
@@ -243,7 +243,8 @@ def look_up(vocabulary: Vocabulary, names: Sequence[str]) -> tuple[np.ndarray, n
 
     Returns
     -------
-    Vocabulary positions, int64 (n,), -1 if not found or ambiguous; and how each name was matched, int8 (n,).
+    Two arrays: the vocabulary position of each name, int64 (n,), with -1 for a name that is unknown or ambiguous; and
+    how each name was matched, int8 (n,).
     """
     positions = np.full(len(names), -1, np.int64)
     kinds = np.full(len(names), _UNKNOWN, np.int8)
@@ -275,7 +276,7 @@ def _report(
     add: bool,
     prefix: str,
 ) -> GeneAlignment:
-    """Resolve conflicts between the names of an input, and return the alignment."""
+    """Resolve conflicts between gene names of an input that mean the same gene, and return the alignment."""
     keys = vocabulary.keys
     columns = positions.copy()
     ambiguous = {}
@@ -356,7 +357,7 @@ def check_shared(shared: int, possible: int, what: str) -> None:
     possible
         Number of genes that would be shared in the best case, for example the size of the smaller set.
     what
-        The two sets of genes for messages, e.g. "adata and the reference".
+        The two data sets as text for messages, e.g. "adata and the reference".
 
     Raises
     ------
@@ -380,7 +381,7 @@ def check_shared(shared: int, possible: int, what: str) -> None:
 
 
 def _likely_cause(vocabulary: Vocabulary, names: Sequence[str]) -> str:
-    """Return a sentence on why few names matched and what to do."""
+    """Return a sentence that says why few names matched and what the user can do."""
 
     def most(pattern: re.Pattern[str], among: Sequence[str]) -> bool:
         return 2 * sum(pattern.fullmatch(name) is not None for name in among) > len(among)
@@ -418,7 +419,7 @@ def _likely_cause(vocabulary: Vocabulary, names: Sequence[str]) -> str:
 
 
 def name_places(var: Any, column: str | None, prefix: str) -> list[tuple[str, list[str]]]:
-    """Return the columns that could hold the gene names, as pairs (label, names): the index and each string column.
+    """Return the index and each string column of `var` as pairs (label, names), because each could hold the gene names.
 
     Parameters
     ----------
@@ -432,7 +433,7 @@ def name_places(var: Any, column: str | None, prefix: str) -> list[tuple[str, li
     Raises
     ------
     DataError
-        There are no genes, there is no such column, or a name is not a string.
+        There are no genes, the given column does not exist, or a name is not a string.
     """
     if not isinstance(var, pd.DataFrame):
         if column is not None:

@@ -58,7 +58,7 @@ class GeneCorpus:
     name
         Name of the corpus, such as its file name.
     left_out
-        Names in the file that are unknown or ambiguous in the gene table; '' for a text without a gene name.
+        Names in the file that are unknown or ambiguous in the gene table. A text without a gene name is listed as ''.
     empty
         Number of genes for which the file has no text.
     """
@@ -94,7 +94,7 @@ class GeneCorpus:
         return dict(zip(self.keys, self.texts, strict=True))
 
     def summary(self) -> str:
-        """Return a sentence that says how many genes have a text and how many were left out."""
+        """Return a sentence that says how many genes have a text and how many genes were left out."""
         parts = [f"{len(self):,} genes of {self.name} have a text"]
         if self.left_out:
             shown = some(name or "no name" for name in self.left_out)
@@ -108,8 +108,8 @@ class GeneCorpus:
         """Read a corpus from a file.
 
         Gene names are resolved as in `GeneVocabulary.align`: Ensembl ids with or without version, approved symbols, and
-        unambiguous aliases and previous symbols. Genes that are not resolved or have no text are left out and counted.
-        The corpus has the order of the gene table, independent of the order of the file.
+        unambiguous aliases and previous symbols. Genes whose name cannot be resolved and genes without a text are left
+        out and counted. The genes of the corpus are in the order of the gene table, whatever the order of the file.
 
         Parameters
         ----------
@@ -124,8 +124,8 @@ class GeneCorpus:
         Raises
         ------
         DataError
-            The file is missing, damaged or lacks the columns, a gene has two texts, or less than 5% of the genes are
-            known.
+            The file is missing, is damaged, or lacks a gene column or text column. A gene has two texts, or less than
+            5% of the genes are known.
         """
         path = Path(path).expanduser()
         genes = GeneVocabulary.human() if genes is None else genes
@@ -150,7 +150,9 @@ class GeneCorpus:
 
     @classmethod
     def built_in(cls) -> GeneCorpus:
-        """Return a corpus made from the shipped human gene table: type, location and names of each gene.
+        """Return a corpus made from the shipped human gene table.
+
+        Each text gives the type, the location and the names of a gene.
 
         Genes outside the HUGO Gene Nomenclature (HGNC) have no text, as in the paper (appendix A.2).
         """
@@ -200,7 +202,8 @@ def find_genes(
 
     Returns
     -------
-    Positions in the gene table, int64 (n,), -1 for unknown or ambiguous names; and a list of these names.
+    Two values: the position of each name in the gene table, int64 (n,), with -1 for unknown or ambiguous names; and a
+    list of the unknown or ambiguous names.
 
     Raises
     ------
@@ -255,7 +258,7 @@ def read_text(path: Path) -> str:
 
 
 def _columns(header: Iterable[str], where: str) -> tuple[list[str], str]:
-    """Return the gene columns and the text column, as the file spells them."""
+    """Return the names of the gene columns and of the text column, in the spelling of the file."""
     folded = [(name.strip().casefold(), name) for name in header]
     spelled, times = dict(folded), Counter(name for name, _ in folded)
     naming = [spelled[name] for name in GENE_COLUMNS if name in spelled]
@@ -339,7 +342,7 @@ class _Pairs(list[tuple[str, Any]]):
 
 
 def _first(fields: dict[str, Any], names: Sequence[str]) -> Any:
-    """Return the first non-empty field, or ''."""
+    """Return the value of the first field in `names` that is not empty, or '' if all are empty."""
     return next((fields[name] for name in names if fields[name] not in ("", None)), "")
 
 

@@ -65,7 +65,8 @@ class Orthologues:
     owners
         Dict from each Ensembl id or symbol to the genes of the other species with this name.
     several
-        Genes of the other species that have several orthologues, or share an orthologue with another gene.
+        Genes of the other species that are in a pair that is not one-to-one: the gene has several orthologues, or
+        shares an orthologue with another gene.
     without
         Genes of the other species without an orthologue.
     vocabulary
@@ -96,7 +97,7 @@ class Orthologues:
         )
 
     def fate(self, name: str) -> tuple[str, str]:
-        """Look up a gene name: return whether it was mapped (`MAPPED`, `SEVERAL`, ...), and its orthologue or ''."""
+        """Look up a gene name. Return the outcome (`MAPPED`, `SEVERAL`, ...), and the orthologue or ''."""
         owners = self.owners.get(name) or self.owners.get(without_version(name), ())
         if len(owners) != 1:
             return (AMBIGUOUS if owners else UNKNOWN), ""
@@ -138,7 +139,7 @@ class MappedGenes:
         return len(self.targets) - sum(self.dropped.values())
 
     def summary(self) -> str:
-        """Return a sentence that says how many genes were mapped and why the others were not mapped."""
+        """Return a sentence that says how many genes were mapped, and why the other genes were not mapped."""
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in self.dropped.items())
         return (
             f"{f'{self.report_name}: ' if self.report_name else ''}{self.matched:,} of {len(self.targets):,} genes "
@@ -195,8 +196,8 @@ def read_orthologues(
     Raises
     ------
     DataError
-        The file is missing, damaged, empty or lacks the columns, it has several columns with homology types, less than
-        5% of the orthologues are genes of the vocabulary, or no pair is one-to-one.
+        The file is missing, damaged or empty, lacks a gene column or orthologue column, or has several columns with
+        homology types. Less than 5% of the orthologues are genes of the vocabulary, or no pair is one-to-one.
     """
     path, vocabulary = Path(path).expanduser(), vocabulary or GeneVocabulary.human()
     text = read_text(path)
@@ -268,7 +269,7 @@ def map_orthologues(
     Parameters
     ----------
     var
-        `AnnData.var`, or the names themselves: Ensembl ids with or without version, or symbols, as in the table.
+        `AnnData.var`, or the gene names: Ensembl ids with or without version, or symbols, as in the table.
     table
         Orthologues from `read_orthologues`.
     column
@@ -284,7 +285,7 @@ def map_orthologues(
     Raises
     ------
     DataError
-        There are no genes, a name is not a string, the genes already are those of the vocabulary, or less than 5% of
+        There are no genes, a name is not a string, the input already has genes of the vocabulary, or less than 5% of
         the genes that could be mapped are in the table.
     """
     prefix = f"{report_name}: " if report_name else ""
@@ -313,7 +314,7 @@ def map_orthologues(
 def _check_species(
     table: Orthologues, places: Sequence[tuple[Any, ...]], found: int, chosen: Sequence[str], prefix: str
 ) -> None:
-    """Raise `DataError` if the input has genes of the vocabulary itself, or genes that the table does not have."""
+    """Raise `DataError` if the input already has genes of the vocabulary, or genes that the table does not have."""
 
     def own(names: Sequence[str], fates: Sequence[tuple[str, str]]) -> int:
         # Ignore names that are also in the table, because symbols of many species are spelled like the human ones.
@@ -377,7 +378,7 @@ def _chosen(
     target: str | Sequence[str] | None,
     vocabulary: GeneVocabulary,
 ) -> tuple[list[str], list[str]]:
-    """Return the columns of the genes and the columns of their orthologues."""
+    """Return two lists of column names: the gene columns and the orthologue columns of the table."""
     if (source is None) != (target is None):
         raise DataError("only one of `source` and `target` was given: give both columns, or neither of them.")
     named = list(table.columns)
@@ -395,7 +396,10 @@ def _chosen(
 
 
 def _found(named: list[str], path: Path, vocabulary: GeneVocabulary) -> tuple[list[str], list[str]]:
-    """Find the gene and orthologue columns by their BioMart names; otherwise return the first two columns."""
+    """Find the gene columns and the orthologue columns by their BioMart names.
+
+    Without such names, return the first two columns.
+    """
     second = named[1].strip()
     if any(ENSEMBL.fullmatch(name.strip()) for name in named) or second in vocabulary.owners_of_symbol:
         raise DataError(
@@ -422,7 +426,7 @@ def _found(named: list[str], path: Path, vocabulary: GeneVocabulary) -> tuple[li
 
 
 def _kind_column(named: Sequence[str], path: Path, chosen: Sequence[str]) -> str | None:
-    """Return the column with the homology type of the chosen pairs, or None."""
+    """Return the name of the column that has the homology type of the chosen pairs, or None."""
     matches = [(name, match) for name in named if (match := _biomart(name)) is not None]
     species = {match["species"] for name, match in matches if name in chosen} - {None}
     kinds = [
@@ -439,7 +443,7 @@ def _kind_column(named: Sequence[str], path: Path, chosen: Sequence[str]) -> str
 
 
 def _names(table: pd.DataFrame, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return the names of the gene in each row: ids without version, '' for missing names."""
+    """Return the values of `columns` in each row, which name one gene. Ids have no version; a missing name is ''."""
     listed = [
         ["" if (name := text.strip()) in _ABSENT else without_version(name) for text in table[column]]
         for column in columns
@@ -448,10 +452,10 @@ def _names(table: pd.DataFrame, columns: Sequence[str]) -> list[tuple[str, ...]]
 
 
 def _keys_of(rows: Sequence[tuple[str, ...]], vocabulary: GeneVocabulary) -> tuple[list[str], int]:
-    """Return the key of the gene in each row, and the number of different vocabulary genes that were found.
+    """Return two values: the key of the gene in each row, and the number of distinct vocabulary genes that were found.
 
-    The key is that of the first name that the vocabulary contains. If it contains no name of the row, the key is the
-    first name itself.
+    A row may have several names for its gene. The key is the vocabulary key of the first name that the vocabulary
+    contains. If the vocabulary contains no name of the row, the key is the first non-empty name of the row.
     """
     flat = [name for names in rows for name in names]
     positions = look_up(vocabulary, flat)[0].reshape(len(rows), -1)

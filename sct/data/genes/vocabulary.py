@@ -50,7 +50,7 @@ class GeneVocabulary:
     Attributes
     ----------
     ensembl_ids
-        Ensembl id of each gene without version suffix, or ''.
+        Ensembl id of each gene without version suffix; '' for a gene without id.
     symbols
         Approved symbol of each gene. A symbol that several genes share is ambiguous as a name.
     aliases, previous
@@ -135,7 +135,7 @@ class GeneVocabulary:
     ) -> GeneVocabulary:
         """Make a vocabulary of genes in the given order.
 
-        Aliases and descriptions are taken from the shipped human table if it has the gene.
+        The aliases and descriptions of a gene are taken from the shipped human table, if the table has the gene.
 
         Parameters
         ----------
@@ -227,19 +227,22 @@ class GeneVocabulary:
         Raises
         ------
         DataError
-            There are no genes, a name is not a string, a gene has several columns, or less than 5% of the genes that
-            could match do match.
+            There are no genes, a name is not a string, several columns hold the same gene (with `duplicates="error"`),
+            or less than 5% of the genes that could match have a match.
 
         Warns
         -----
         UserWarning
-            Less than half of the genes that could match do match. The number of genes that could match is the size of
-            the input or of the vocabulary, whichever is smaller. The message states the likely cause.
+            Less than half of the genes that could match have a match. The number of genes that could match is the
+            number of genes in the input or in the vocabulary, whichever is smaller. The message states the likely
+            cause.
         """
         return alignment.align(self, var, column, duplicates, report_name)
 
     def find(self, names: Iterable[str]) -> np.ndarray:
-        """Return the positions, int64 (n,), of genes given by Ensembl id, symbol or unambiguous alias.
+        """Return the vocabulary positions of genes, int64 (n,).
+
+        Each gene is given as an Ensembl id, a symbol or an unambiguous alias.
 
         Raises
         ------
@@ -283,7 +286,8 @@ class GeneVocabulary:
         Raises
         ------
         DataError
-            The file is missing, not such a table, truncated, or lists a gene twice. The message gives file and line.
+            The file is missing or truncated, is not a table of this format, or lists a gene twice. The message gives
+            the file and the line.
         """
         try:
             text = Path(path).read_bytes().decode("utf-8")
@@ -321,7 +325,7 @@ class GeneVocabulary:
         return _from_rows(rows, name)
 
     def _take(self, positions: Sequence[int]) -> dict[str, Any]:
-        """Return the table fields (symbols, ...) of the genes at `positions`; position -1 has empty fields."""
+        """Return the table fields (symbols, ...) of the genes at `positions`. The fields are empty for position -1."""
         taken = {}
         for field in _FIELDS.values():
             values, empty = getattr(self, field), () if field in _LISTS else ""
@@ -329,7 +333,10 @@ class GeneVocabulary:
         return taken
 
     def _without_foreign_aliases(self, parent: GeneVocabulary, kept: set[int]) -> GeneVocabulary:
-        """Drop each alias that also names a removed gene (a gene of `parent` whose position is not in `kept`)."""
+        """Drop each alias that is also a name of a removed gene.
+
+        A gene of `parent` is removed if its position is not in `kept`.
+        """
 
         def own(names: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(
@@ -350,7 +357,7 @@ def _human() -> GeneVocabulary:
 
 
 def _rows(text: str, header: Sequence[str], path: str) -> list[list[str]]:
-    """Split a tab-separated table into rows, and check its header and its number of fields."""
+    """Split a tab-separated table into rows, and check the header and the number of fields of each row."""
     lines = text.split("\n")
     if lines[0].split("\t") != list(header):
         raise DataError(

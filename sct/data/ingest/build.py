@@ -65,9 +65,9 @@ class IngestReport:
     studies
         Entries of the manifest, one per study.
     kept
-        Names of unchanged studies that were ingested before.
+        Names of the studies that an earlier ingest wrote and that have not changed.
     refused
-        Inputs that were left out: dict from the location of an input to the reason.
+        Dict from the location of each input that was left out to the reason.
     notes
         Warnings and remarks for the user.
     """
@@ -106,7 +106,7 @@ class IngestReport:
         return terminal.table(terminal.Content("Studies", list(shown), rows, numeric, (), notes))
 
     def summary(self) -> str:
-        """Return a line with the path of the store and its numbers of studies, cells and dropped cells."""
+        """Return a line with the path of the store and the numbers of studies, cells and dropped cells."""
         total = sum(each["n_cells"] for each in self.studies)
         dropped = sum(sum(each["dropped"].values()) for each in self.studies)
         splits = Counter(each["split"] for each in self.studies)
@@ -157,11 +157,12 @@ def ingest(
     Raises
     ------
     DataError
-        Some inputs were refused (the others are finished and kept), or the orthologue table is invalid.
+        Some inputs were refused, or the orthologue table is invalid. Studies of the other inputs are complete and stay
+        in the store folder.
     ConfigError
         Options contradict each other or name unknown studies.
     StoreError
-        The output cannot be written, or it is a store with another gene vocabulary.
+        The output folder cannot be written, or holds a store with another gene vocabulary.
     """
     options = options or IngestOptions()
     vocabulary = vocabulary or GeneVocabulary.human()
@@ -238,7 +239,7 @@ def _only_one(root: Path) -> Iterator[None]:
 
 
 def _before(root: Path, vocabulary: GeneVocabulary) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the studies of the store before this ingest, and notes about a damaged manifest or missing studies."""
+    """Return the studies that the store had before, and notes about a damaged manifest or missing studies."""
     try:
         manifest = read_manifest(root) or read_manifest(root, _PREVIOUS)
     except StoreError as error:
@@ -277,7 +278,10 @@ def _unchanged(root: Path, record: dict[str, Any]) -> bool:
 
 
 def _restore(root: Path) -> None:
-    """Restore the last manifest if none of its studies has changed, so that the store can be opened as before."""
+    """Restore the last manifest, so that the store can be opened as before.
+
+    If one of the studies in this manifest has changed, do nothing.
+    """
     with contextlib.suppress(StoreError):
         manifest = read_manifest(root, _PREVIOUS)
         if manifest is not None and all(_unchanged(root, each) for each in manifest["studies"]):
@@ -291,7 +295,7 @@ def _plan(
     options: IngestOptions,
     table: Orthologues | None,
 ) -> tuple[list[IngestJob], list[dict[str, Any]], dict[str, str]]:
-    """Return the inputs to ingest, the metadata of studies already ingested, and why other inputs are refused."""
+    """Return the inputs to ingest, the metadata of studies already ingested, and the reason for each refused input."""
     records: dict[str, list[dict[str, Any]]] = {}
     for file in sorted((root / STUDIES).glob("*.json")):
         try:

@@ -88,11 +88,12 @@ def find_inputs(
         Any of: h5ad files, 10x .h5 files, folders with `matrix.mtx[.gz]`, AnnData zarr groups, folders that contain any
         of these, `census:DATASET_ID`, and `(name, AnnData)` pairs. `NAME=PATH` sets the name of the study.
     exclude
-        A folder that the search skips, such as the output folder, which may be inside an input folder.
+        A folder that the search skips. The output folder is an example: it may be inside an input folder.
 
     Returns
     -------
-    The inputs, and the .h5 files in folders that were left out because they are not 10x count matrices.
+    Two lists: the inputs, and the .h5 files in the searched folders that were left out because they are not 10x count
+    matrices.
 
     Raises
     ------
@@ -152,7 +153,7 @@ def sanitize(name: str) -> str:
 
 
 def _at(path: Path, exclude: Path | None) -> tuple[list[tuple[str, Path]], list[str]]:
-    """Return the inputs at or below a path as (kind, location), and the .h5 files that are not inputs."""
+    """Return the inputs at or below a path, as pairs (kind, location), and the .h5 files that are not inputs."""
     if not path.exists():
         return [], []
     if path.is_file():
@@ -204,10 +205,10 @@ def _is_anndata_zarr(path: Path) -> bool:
 
 
 def _study_name(path: Path) -> str:
-    """Return the study name, made from the file name.
+    """Return a study name that is made from a file name.
 
-    Standard 10x file names, such as matrix.mtx, do not identify a study. For these, the name is made from the nearest
-    parent folder that does not have a standard name.
+    Standard 10x file names, such as matrix.mtx, do not identify a study. For a file with a standard name, the study
+    name is made from the nearest parent folder that does not have a standard name.
     """
     stem = MTX.sub("", path.name).strip("._-") if MTX.search(path.name) else path.stem
     if path.suffix in (".h5ad", ".zarr"):

@@ -43,17 +43,17 @@ class IngestOptions:
     duplicates
         What to do if several columns hold the same gene: "error", or "sum" their counts.
     study_key
-        Column of `obs` that splits an input into studies, such as sections or donors.
+        Column of `obs` that splits an input into studies, such as a column of tissue sections or donors.
     spatial_key
         Key of the coordinates in `obsm`. Inputs with this key become spatial studies.
     seed
         Random seed of the order of the cells in non-spatial studies, and of the choice of validation studies.
     min_genes, min_counts
-        Minimum number of expressed genes and minimum total count of a cell, over the genes of the vocabulary. Other
-        cells are dropped, and the number of dropped cells is reported. With `values="activity"`, the default of
-        `min_counts` drops only cells whose values are all zero.
+        Minimum number of expressed genes and minimum total count of a cell, over the genes of the vocabulary. Cells
+        below a minimum are dropped, and the number of dropped cells is reported. With `values="activity"`, the default
+        of `min_counts` drops only cells whose values are all zero.
     validation, test
-        Names of the studies in these splits. None keeps the current splits.
+        Names of the studies in the validation split and in the test split. None keeps the current split.
     validation_fraction
         Fraction of the studies for validation; see `sct.data.ingest.splits.assign_splits`.
     processes
@@ -113,7 +113,7 @@ class IngestOptions:
         return read_orthologues(self.orthologues, source=source, target=target, vocabulary=vocabulary)
 
     def digest(self, table: Orthologues | None = None) -> str:
-        """Return a hash of the options and the orthologue table that determine the content of a study."""
+        """Return a hash of everything, besides the input, that determines a study: options and orthologue table."""
         content: tuple[Any, ...] = (
             SCHEMA_VERSION,
             self.layer,
@@ -159,9 +159,9 @@ def ingest_input(
     table
         Orthologue table for inputs of another species.
     stale
-        Names of studies from an earlier version of the input; they are deleted.
+        Names of the studies that an earlier version of the input gave. These studies are deleted.
     advance
-        Progress callback; it is called with the number of cells done since the last call.
+        Progress callback. Its argument is the number of cells that were finished since the last call.
     sizes
         Memory limits. They do not change the result.
 
@@ -224,7 +224,7 @@ def _write_studies(
     sizes: Sizes,
     advance: Callable[[float], None],
 ) -> list[dict[str, Any]]:
-    """Write the studies of an open input under temporary names, add these names to `partial`, and return metadata."""
+    """Write the studies of an open input under temporary names, which are added to `partial`; return the metadata."""
     alignment, mapped = _align(source, vocabulary, options, table)
     groups = _groups(source, item.name, options.study_key)
     n_cells = len(source.obs)
@@ -317,7 +317,10 @@ def _write_studies(
 def _align(
     source: OpenInput, vocabulary: GeneVocabulary, options: IngestOptions, table: Orthologues | None
 ) -> tuple[GeneAlignment, MappedGenes | None]:
-    """Align the genes of an input to the vocabulary, after mapping orthologues if there is a table."""
+    """Align the genes of an input to the vocabulary.
+
+    With an orthologue table, the genes are first mapped to their orthologues.
+    """
     mapped = None
     if table is not None:
         mapped = map_orthologues(source.var, table, column=options.gene_column, report_name=source.label)
@@ -394,7 +397,10 @@ def _stream(
     advance: Callable[[float], None],
     values: Values,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Add all counts to `sort`; return the number, sum and maximum of each cell's counts, (N,), in stored order."""
+    """Add all counts to `sort`. Return the number, the sum and the maximum of the counts of each cell.
+
+    Each of the three arrays has the shape (N,) and is in the stored order of the cells.
+    """
     n = len(place)
     lengths, totals, maxima = np.zeros(n, np.int64), np.zeros(n), np.zeros(n)
 
@@ -431,7 +437,7 @@ def _stream(
 
 
 def _sorted_blocks(sort: BucketSort, buckets: range, advance: Callable[[float], None]) -> Iterator[Any]:
-    """Yield the counts of all cells in stored order, one bucket (range of consecutive cells) at a time."""
+    """Yield the counts of all cells in stored order, one bucket at a time. A bucket is a range of consecutive cells."""
     for bucket in buckets:
         counts, _ = sort.load(bucket)
         yield counts

@@ -1,9 +1,9 @@
 """Decide the order of the cells in a stored study, and sort the counts into this order with bounded memory.
 
-The position ("place") of every cell in the store is known before its counts are read: it comes from a seeded
-permutation, or from the rank along a space-filling curve. Blocks of input rows are split by ranges of places (buckets).
-Buckets are kept in memory as long as they fit, and are otherwise spilled to files. Then each bucket is sorted
-separately.
+The position ("place") of every cell in the store is known before the counts of the cell are read. The place comes from
+a seeded permutation, or from the rank of the cell along a space-filling curve. Blocks of input rows are split by ranges
+of places (buckets). Buckets are kept in memory as long as they fit, and are otherwise spilled to files. Then each
+bucket is sorted separately.
 """
 
 from __future__ import annotations
@@ -81,14 +81,14 @@ def random_rank(n: int, name: str, seed: int) -> np.ndarray:
 
 
 class BucketSort:
-    """Sort CSR rows by their position in the store (their "place"), on disk if they do not fit into memory.
+    """Sort CSR rows by their position in the store (their "place"). Rows that do not fit into memory are kept in files.
 
     Parameters
     ----------
     folder
         Folder for temporary files. It is created when needed and removed by `close`.
     edges
-        First place of each bucket, and the end of the last bucket, (buckets + 1,).
+        First place of each bucket, followed by the end of the last bucket, (buckets + 1,).
     n_genes
         Number of columns (G).
     held
@@ -164,7 +164,7 @@ class BucketSort:
         return pieces + self._pieces[bucket]
 
     def load(self, bucket: int) -> tuple[sp.csr_matrix, bool]:
-        """Return the sorted rows of a bucket, CSR (places, G), and whether repeated entries were summed.
+        """Return two values: the sorted rows of a bucket, as CSR (places, G), and whether repeated entries were summed.
 
         Values are uint16 if all of them fit, otherwise float32.
         """
@@ -200,7 +200,9 @@ class BucketSort:
 
 
 def cut_places(sizes_of_studies: list[int], n_values: int, bucket: int) -> tuple[np.ndarray, list[range]]:
-    """Split the cells of consecutive studies into buckets that are sorted one by one. A bucket never spans two studies.
+    """Split the cells of consecutive studies into buckets, which are sorted one by one.
+
+    A bucket never spans two studies.
 
     Parameters
     ----------
@@ -213,7 +215,8 @@ def cut_places(sizes_of_studies: list[int], n_values: int, bucket: int) -> tuple
 
     Returns
     -------
-    First place of each bucket and the end of the last bucket, (buckets + 1,), and the buckets of each study.
+    Two values: the first place of each bucket, followed by the end of the last bucket, (buckets + 1,); and the range of
+    the buckets of each study.
     """
     n_cells = sum(sizes_of_studies)
     per_bucket = max(1, int(n_cells * bucket / max(n_values, 1)))

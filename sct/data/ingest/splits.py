@@ -15,7 +15,7 @@ AUTOMATIC_FRACTION = 0.1
 def check_splits(
     validation: Collection[str] | None, test: Collection[str] | None, known: Collection[str] | None = None
 ) -> None:
-    """Raise `ConfigError` if a study is listed in two splits, or is not among `known`."""
+    """Raise `ConfigError` if a study is listed in two splits or is not in `known`."""
     both = sorted(set(validation or ()) & set(test or ()))
     if both:
         raise ConfigError(
@@ -48,9 +48,10 @@ def assign_splits(
     names
         All studies of the store.
     previous
-        Current split of each study, which is kept unless a list or a fraction is given.
+        Current split of each study. A study keeps its split unless a list or a fraction is given.
     validation, test
-        Complete list of the studies in a split; `()` empties the split. None keeps the current split.
+        Complete list of the studies in the validation split or the test split; `()` empties the split. None keeps the
+        current split.
     fraction
         Fraction of the studies for validation, chosen by a hash of their names. Default: 0.1 if there are at least ten
         studies and no validation study yet, otherwise no automatic choice.
@@ -59,7 +60,8 @@ def assign_splits(
 
     Returns
     -------
-    Dict from each study to "train", "validation" or "test"; and a sentence that says how validation was chosen.
+    Two values: a dict from each study to "train", "validation" or "test"; and a sentence that says how the validation
+    studies were chosen.
 
     Raises
     ------
@@ -109,5 +111,5 @@ def assign_splits(
 
 
 def _order(name: str, seed: int) -> bytes:
-    """Return a sort key of a study; the studies with the lowest keys are chosen for validation."""
+    """Return a key by which studies are sorted. The studies with the lowest keys are chosen for validation."""
     return hashlib.sha256(f"{seed}:{name}".encode()).digest()

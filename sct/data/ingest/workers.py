@@ -22,7 +22,7 @@ from sct.progress import ProgressBar, progress
 
 @dataclass(frozen=True)
 class IngestJob:
-    """Describe the ingest of one input, as it is sent to a worker process.
+    """Describe the ingest of one input. This object is sent to a worker process.
 
     Attributes
     ----------
@@ -47,7 +47,7 @@ def run_jobs(
 
     Returns
     -------
-    The metadata of the new studies, and a dict from the location of each refused input to the reason.
+    Two values: the metadata of the new studies, and a dict from the location of each refused input to the reason.
     """
     if not jobs:
         return [], {}
@@ -76,7 +76,7 @@ def run_jobs(
 
 
 class _Meter:
-    """Add up fractional progress, and report whole cells to a progress bar."""
+    """Add up the progress in fractions of a cell, and report the number of whole cells to a progress bar."""
 
     def __init__(self, bar: ProgressBar, name: str):
         self._bar, self._name, self._rest = bar, name, 0.0
@@ -115,7 +115,10 @@ def _in_pool(
     processes: int,
     bar: ProgressBar,
 ) -> Iterator[tuple[IngestJob, list[dict[str, Any]] | str]]:
-    """Run the jobs in worker processes; yield each job with the metadata of its studies or why it was refused."""
+    """Run the jobs in worker processes.
+
+    Yield each job with the metadata of its studies, or with the reason why its input was refused.
+    """
     context = multiprocessing.get_context("spawn")
     done = context.Value("d", 0.0)
     meter = _Meter(bar, "")

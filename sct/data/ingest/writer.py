@@ -1,7 +1,7 @@
 """Write a study as an AnnData group of zarr v3 arrays that TensorStore can read fast.
 
-TensorStore writes X, one shard at a time. A shard consists of compressed chunks with a checksum each. anndata writes
-the tables.
+TensorStore writes X, one shard at a time. A shard consists of compressed chunks, and each chunk has a checksum. anndata
+writes the tables.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class _Appender:
 def create_array(
     path: Path, dtype: str, shape: tuple[int, ...], chunk: int, shard: int, fill: Any, encoded: bool = False
 ) -> Any:
-    """Create a sharded, compressed zarr v3 array with a checksum per chunk.
+    """Create a sharded, compressed zarr v3 array in which each chunk has a checksum.
 
     Parameters
     ----------
@@ -140,7 +140,7 @@ def create_array(
 
 @contextmanager
 def quiet_anndata() -> Iterator[None]:
-    """Set the format that anndata writes, and hide warnings of anndata and zarr from users."""
+    """Set the format in which anndata writes, and hide the warnings of anndata and zarr from users."""
     import anndata
     import zarr
 
@@ -162,8 +162,8 @@ def portable_table(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 
     Returns
     -------
-    The table, and the names of the columns that were left out because AnnData cannot store them (mixed or nested
-    objects, dates).
+    Two values: the table, and the names of the columns that were left out because AnnData cannot store their values
+    (mixed or nested objects, dates).
     """
     index = pd.Index(table.index.astype(str).to_numpy(dtype=object), dtype=object)
     written = pd.DataFrame(index=index)
@@ -190,7 +190,7 @@ def _is_folder_name(name: str) -> bool:
 
 
 def _portable(column: pd.Series) -> Any:
-    """Convert a column to a type that all anndata releases can read; return None if there is none."""
+    """Convert a column to a type that all anndata releases can read. Return None if the column has no such type."""
     dtype = column.dtype
     if isinstance(dtype, pd.CategoricalDtype):
         kinds = dtype.categories
@@ -268,7 +268,7 @@ def write_study(
     path
         Folder to create.
     buckets
-        Counts of all N cells in order, in blocks (n, G).
+        Counts of all N cells in stored order, as blocks (n, G) of consecutive cells.
     kept
         Mask of the cells to write, bool (N,).
     lengths

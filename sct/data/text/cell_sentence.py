@@ -1,7 +1,7 @@
 """Convert cells to cell sentences and back (Cell2Sentence paper, section 3.1).
 
 A cell sentence lists the names of the expressed genes in descending order of expression. Genes with equal counts are in
-a random order, which is determined by the seed, the key of the cell and the genes. A cell sentence does not depend on
+a random order. The seed, the key of the cell and the genes determine this order. A cell sentence does not depend on
 other cells or on the order of cells and genes in the table. Ranks start at 1, and logarithms of ranks are natural
 logarithms. Expression is log10(1 + counts per 10,000).
 """
@@ -41,7 +41,7 @@ _BLOCK = 256  # sentences to split at a time, so that their words fit into the C
 
 @dataclasses.dataclass(frozen=True)
 class RankFit:
-    """Store the line expression = slope x log(rank) + intercept that was fitted to a data set (section 3.1).
+    """Store the line that was fitted to a data set: expression = slope x log(rank) + intercept (section 3.1).
 
     Attributes
     ----------
@@ -104,14 +104,14 @@ def quality(
     max_counts: float | None = None,
     max_mitochondrial: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the cells and genes that pass quality control (Cell2Sentence paper, section 3.1).
+    """Return masks of the cells and genes that pass quality control (Cell2Sentence paper, section 3.1).
 
     There are three filters, applied once in this order:
 
     1. Remove cells with fewer than `min_genes` expressed genes.
     2. Remove genes that are expressed in fewer than `min_cells` of the remaining cells.
-    3. Remove cells with more than `max_counts` counts, or a fraction of mitochondrial counts above
-       `max_mitochondrial`, both computed on the remaining genes.
+    3. Remove cells with more than `max_counts` counts, and cells whose fraction of mitochondrial counts is above
+       `max_mitochondrial`. Both numbers are computed from the remaining genes.
 
     Parameters
     ----------
@@ -130,7 +130,7 @@ def quality(
 
     Returns
     -------
-    Masks of the cells, bool (N,), and of the genes, bool (G,), to keep.
+    Two masks: the cells to keep, bool (N,), and the genes to keep, bool (G,).
 
     Raises
     ------
@@ -210,7 +210,8 @@ def fit_rank(
     counts
         Raw counts (N, G).
     seed, keys
-        Seed and cell keys, which determine the sampled cells if there are more than `max_cells`; see `rank`.
+        Seed and cell keys; see `rank`. If there are more than `max_cells` cells, the seed and the keys determine which
+        cells are sampled.
     max_cells
         Maximal number of cells to use; None for all.
     top_k
@@ -268,14 +269,14 @@ def expression(
 
     The rank of a gene is its position in the sentence. Unknown words are ignored, but the words after them keep their
     rank. A gene that occurs several times gets the mean of its ranks. A gene that does not occur gets expression 0. At
-    high ranks the fitted line can be negative; the expression is then set to 0.
+    high ranks, the fitted line can be negative. Negative expression is set to 0.
 
     Parameters
     ----------
     sentences
         N sentences. The index of a pandas Series becomes the index of the table.
     names
-        G gene names: the columns of the result. Names are case-sensitive.
+        G gene names, which become the columns of the result. Upper and lower case matter.
     fit
         Fitted line of the data set, from `fit_rank`.
     separator
@@ -315,7 +316,10 @@ def expression(
 def _restore(
     texts: list[str], names: GeneTokens, fit: RankFit, separator: str
 ) -> tuple[sparse.csr_matrix, np.ndarray]:
-    """Convert n sentences to expression, float32 CSR (n, G), and count n_words, n_valid and n_unique, int64 (3, n)."""
+    """Convert n sentences to expression, and count words.
+
+    Return two arrays: the expression, float32 CSR (n, G), and the counts n_words, n_valid and n_unique, int64 (3, n).
+    """
     if separator.isspace() or not separator:
         n_words, gene = names.find(texts)
     else:
@@ -366,7 +370,7 @@ def counts_like(expression: sparse.csr_matrix, total: float = TARGET) -> sparse.
 
 
 def _mean_ranks(times: np.ndarray) -> np.ndarray:
-    """Return the mean rank of each distinct value, given how often each value occurs (the value of rank 1 first)."""
+    """Return the mean rank of each distinct value. `times` says how often each value occurs, starting with rank 1."""
     return np.cumsum(times) - (times - 1) / 2
 
 

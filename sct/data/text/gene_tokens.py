@@ -20,8 +20,8 @@ _LOW_BYTES = np.array([(1 << 8 * n) - 1 for n in range(_BYTES + 1)], np.uint64)
 class GeneTokens:
     """Look up the words of many texts in a fast table.
 
-    Words are not split into Python strings; their bytes are compared eight at a time. The lookup takes half the time of
-    `str.split` and a dictionary.
+    The texts are not split into Python strings. Instead, the bytes of the words are compared eight at a time. The
+    lookup takes half the time of `str.split` and a dictionary.
 
     Parameters
     ----------
@@ -49,8 +49,8 @@ class GeneTokens:
         Returns
         -------
         tuple
-            Number of words per text, int64 (N,), and the numbers of all M words of all texts in order, int64 (M,). An
-            unknown word has the number -1.
+            Two arrays: how many words each text has, int64 (N,); and the numbers of all M words of all texts in their
+            order, int64 (M,). An unknown word has the number -1.
         """
         joined = "\n".join(texts)
         if not (self._plain and texts and joined.isascii()):
@@ -75,7 +75,10 @@ class GeneTokens:
         return sizes, np.fromiter(map(self.places.get, chained, itertools.repeat(-1)), np.int64, sizes.sum())
 
     def _places(self, data: np.ndarray, first: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Return the numbers of the words whose first bytes are at the indices `first` of the text; -1 if unknown."""
+        """Return the number of each word, or -1 for an unknown word.
+
+        `first` has the index in `data` of the first byte of each word.
+        """
         keys = _keys(data, first, lengths, self._parts)
         places = self._index.get_indexer(_hash(keys))
         same = self._lengths[places] == lengths

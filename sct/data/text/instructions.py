@@ -52,13 +52,13 @@ class InstructionOptions:
     length
         Number of tokens per row (T), including the soft tokens.
     cell_type, disease, pathways
-        Columns of `obs`; "" for none. The pathways column holds the active pathways of a cell, such as "hypoxia,
-        apoptosis".
+        Names of columns of `obs`; "" if there is no column. The pathways column holds the active pathways of a cell,
+        such as "hypoxia, apoptosis".
     normal
         Values of the disease column that mean a normal cell.
     rare_share
-        A cell type is rare if fewer than this fraction of the study's cells have it. Ignored for studies that list
-        their rare types.
+        A cell type is rare if the fraction of the study's cells with this type is below `rare_share`. Ignored for
+        studies that list their rare types.
     studies
         Dict from the name of each study to its metadata in the YAML file.
     seed
@@ -153,14 +153,17 @@ class StudyQuestions:
 
     @functools.cached_property
     def _labels(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Return the key of each cell, and the labels by column. Equal labels share one string, to save memory."""
+        """Return the key of each cell, and a dict from each column to its labels.
+
+        Equal labels share one string, to save memory.
+        """
         named = (self.options.cell_type, self.options.disease, self.options.pathways)
         table = self.study.obs({name for name in named if name})
         return cell_keys(table.index), {str(name): _shared_texts(table[name]) for name in table}
 
     @property
     def keys(self) -> np.ndarray:
-        """Return the key of each cell, uint64 (N,), a hash of its name."""
+        """Return the key of each cell, uint64 (N,). The key is a hash of the cell's name."""
         return self._labels[0]
 
     def _column(self, name: str) -> np.ndarray | None:
@@ -168,18 +171,24 @@ class StudyQuestions:
 
     @functools.cached_property
     def cell_types(self) -> np.ndarray | None:
-        """Return the cell type of each cell, "" if unknown; None if the study has no such column."""
+        """Return the cell type of each cell, or "" if unknown. Return None if the study has no cell-type column."""
         return self._column(self.options.cell_type)
 
     @functools.cached_property
     def diseases(self) -> np.ndarray | None:
-        """Return the disease of each cell or `NORMAL`, "" if unknown; None if the study has no such column."""
+        """Return the disease of each cell (or `NORMAL`), or "" if unknown.
+
+        Return None if the study has no disease column.
+        """
         found = self._column(self.options.disease)
         return None if found is None else np.where(np.isin(found, self.options.normal), NORMAL, found)
 
     @functools.cached_property
     def pathways(self) -> np.ndarray | None:
-        """Return the active pathways of each cell as one string, "" for none; None if the study has no such column."""
+        """Return the active pathways of each cell as one string.
+
+        The string is "" if no pathway is active. Return None if the study has no pathways column.
+        """
         return self._column(self.options.pathways)
 
     @functools.cached_property
@@ -194,7 +203,7 @@ class StudyQuestions:
 
     @functools.cached_property
     def candidates(self) -> dict[str, tuple[str, ...]]:
-        """Return the candidate answers by task. If no cell has an answer to a task, the task is left out.
+        """Return a dict from each task to its candidate answers. Tasks for which no cell has an answer are left out.
 
         Raises
         ------
@@ -217,7 +226,10 @@ class StudyQuestions:
         return {task: tuple(many) for task, many in found.items()}
 
     def _named(self, field: str, values: np.ndarray | None, without: Collection[str]) -> list[str]:
-        """Return the names in a field of the metadata file; without this field, the names in the cells' labels."""
+        """Return the names in a field of the metadata file.
+
+        Without this field, return the names in the labels of the cells.
+        """
         if values is None:
             return []
         present = set(values) - {""}
@@ -232,7 +244,7 @@ class StudyQuestions:
         return [name for name in listed if name not in without]
 
     def values(self, row: int) -> dict[str, str]:
-        """Return the known answers about a cell, as a dict by task."""
+        """Return the known answers about a cell, as a dict from task to answer."""
         return {task: answer for task in self.candidates if (answer := self.answer(task, row))}
 
     def longest(self, task: str) -> str:
@@ -243,7 +255,7 @@ class StudyQuestions:
         return max((self.answer(task, int(row)) for row in rows), key=len) or self.candidates[task][0]
 
     def answer(self, task: str, row: int) -> str:
-        """Return the answer about a cell; "" if it is unknown or if no pathway is active."""
+        """Return the answer to a task for a cell. The answer is "" if it is unknown or if no pathway is active."""
         if task not in self.candidates:
             return ""
         if task == "tcd":
@@ -261,14 +273,14 @@ class StudyQuestions:
 
 
 def _shared_texts(column: pd.Series) -> np.ndarray:
-    """Return labels as strings (N,), "" for missing ones. Equal labels share one string in memory."""
+    """Return labels as strings (N,). A missing label is "". Equal labels share one string in memory."""
     codes, values = pd.factorize(column)
     names = [*(str(value).strip() for value in values), ""]  # the code of missing labels is -1: the last name
     return np.array(names, dtype=object)[codes]
 
 
 def _names(texts: Iterable[str]) -> np.ndarray:
-    """Return the unique pathways in comma-separated strings, sorted."""
+    """Return the sorted distinct pathways that occur in comma-separated strings."""
     named = (name.strip() for text in texts for name in str(text).split(BETWEEN.strip()))
     return np.array(sorted({name for name in named if name}), dtype=object)
 
@@ -307,7 +319,7 @@ def fields_of(
 
 
 def questions_of(prompts: Sequence[str], tokenizer: Tokenizer, num_soft: int) -> list[np.ndarray]:
-    """Return the tokens of each question, int32.
+    """Return the tokens of each question as an int32 array.
 
     The numbers -1 .. -K stand for the soft tokens of the cell. Text that questions share is tokenized only once.
     """
@@ -322,7 +334,10 @@ def questions_of(prompts: Sequence[str], tokenizer: Tokenizer, num_soft: int) ->
 
 
 def tokens_of(example: Example, tokenizer: Tokenizer, num_soft: int) -> tuple[np.ndarray, int]:
-    """Return the int32 tokens of a question, its answer and EOS (if any), and the number of tokens of the question."""
+    """Return the tokens of an example, int32, and how many of these tokens belong to the question.
+
+    The tokens are those of the question, followed by those of the answer and EOS if there is an answer.
+    """
     (question,) = questions_of([example.prompt], tokenizer, num_soft)
     if not example.response:
         return question, len(question)
@@ -331,7 +346,7 @@ def tokens_of(example: Example, tokenizer: Tokenizer, num_soft: int) -> tuple[np
 
 
 class InstructionSource:
-    """Make training records of a cell and one instruction about it; see `sct.data.loader.RecordSource`.
+    """Make training records, each with a cell and one instruction about this cell; see `sct.data.loader.RecordSource`.
 
     A record has the arrays of `sct.data.cell_records.CellSource` and, in addition:
 
@@ -357,8 +372,8 @@ class InstructionSource:
     Raises
     ------
     ConfigError
-        A task cannot be asked about any study, a study has no abstract, an instruction is longer than a row, or the
-        tokenizer has no EOS token.
+        There is a task that cannot be asked about any study, a study has no abstract, an instruction is longer than a
+        row, or the tokenizer has no EOS token.
     """
 
     def __init__(
@@ -396,7 +411,7 @@ class InstructionSource:
                 )
 
     def _check_rare(self) -> None:
-        """Raise `ConfigError` if the metadata file lists rare types of a study, but no cell has any of them."""
+        """Raise `ConfigError` if no cell of a study has a rare cell type that the metadata file lists for the study."""
         for each in self.questions.values():
             listed = set(each.study_metadata.get("rare", ()))
             if each.cell_types is not None and listed and not listed & set(each.cell_types):
@@ -430,11 +445,14 @@ class InstructionSource:
         return len(self.cells)
 
     def describe(self, number: int, epoch: int = 0) -> str:
-        """Return the text that identifies a cell in messages: its study and row."""
+        """Return the text that identifies a cell in messages: the study and the row of the cell."""
         return self.cells.describe(number, epoch)
 
     def example(self, study: Study, row: int, epoch: int) -> tuple[int, Example | None]:
-        """Draw a task for a cell; return the task number and the instruction, or (0, None) if no answer is known."""
+        """Draw a task for a cell.
+
+        Return the number of the task and the instruction, or (0, None) if no answer about the cell is known.
+        """
         asked = self.questions[study.name]
         able = [(task, weight) for task, weight in self.options.tasks if asked.answer(task, row)]
         if not able:

@@ -1,4 +1,4 @@
-"""Read and fill prompt templates: the wordings of questions about a cell and of their answers.
+"""Read and fill prompt templates: texts of questions about a cell and of the answers, with fields to fill in.
 
 A template file is JSON::
 
@@ -103,12 +103,12 @@ def task_name(code: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """Store one wording of a question and its answer.
+    """Store the text of one question and its answer, with fields to fill in.
 
     Attributes
     ----------
     prompt, response
-        Strings with {fields}.
+        Text of the question and text of the answer. Fields are in braces, such as "{cell}".
     """
 
     prompt: str
@@ -116,7 +116,7 @@ class Template:
 
     @cached_property
     def prompt_parts(self) -> tuple[tuple[str, str | None], ...]:
-        """Return the segments of the prompt, as pairs of a literal text and the field that follows it (or None)."""
+        """Return the segments of the prompt as pairs: a literal text, and the field after this text (or None)."""
         return _parts(self.prompt)
 
     @cached_property
@@ -152,8 +152,8 @@ class Template:
     def parse(self, text: str) -> str | None:
         """Extract the answer from a generated response; return None if the response does not match the template.
 
-        White space may differ. A label ends where the text of the template continues or at the end of the line; the
-        rest is ignored. A cell sentence or an abstract extends to the end of the response.
+        White space may differ. A label ends where the text of the template continues or at the end of the line. The
+        rest of the response is ignored. A cell sentence or an abstract extends to the end of the response.
         """
         found = self._pattern.match(text)
         return found.group(1).strip() if found else None
@@ -166,7 +166,7 @@ class Example:
     Attributes
     ----------
     task, number
-        Task, and number of the template, which is `Prompts.templates[task][number]`.
+        Task, and number of the template. The template is `Prompts.templates[task][number]`.
     prompt, response
         Filled template. The response is empty if it was made by `Prompts.ask`.
     """
@@ -218,9 +218,9 @@ class Prompts:
             A task in `self.tasks`.
         fields
             Values by field name; None means unknown. `num_genes` is the number of genes of a truncated cell sentence,
-            and unknown for a complete one. `labels` may be a mapping (see `render_labels`).
+            and unknown for a complete cell sentence. `labels` may be a mapping (see `render_labels`).
         seed, key, epoch
-            Seed, key of the cell and epoch, which determine the drawn template; for keys see `ranking.cell_keys`.
+            Seed, key of the cell (see `ranking.cell_keys`) and epoch. They determine which template is drawn.
         number
             Number of the template to use, counted from 0. Default: draw a template.
 
@@ -280,7 +280,7 @@ class Prompts:
         return Example(task, number, "".join(filled), "")
 
     def response_for(self, task: str, number: int, value: Any) -> str:
-        """Return the response of a template with this answer, for example to score candidate labels."""
+        """Return the response of a template, filled with an answer. This is useful to score candidate labels."""
         return self._template(task, number).response_for(value)
 
     def parse(self, task: str, number: int, text: str) -> str | None:
@@ -301,7 +301,7 @@ class Prompts:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a template file. `load_prompts` reads back exactly these templates, in later releases too."""
+        """Write a template file. `load_prompts` reads exactly these templates, also in later releases."""
         tasks = {task: {"replace": True, "templates": many} for task, many in self.plain().items()}
         text = json.dumps({"version": _VERSION, "tasks": tasks}, indent=1, ensure_ascii=False)
         write_text(path, text + "\n")
@@ -341,7 +341,8 @@ def draw_task(weights: Sequence[tuple[str, float]], key: tuple[int, ...]) -> str
 def load_prompts(path: str | os.PathLike[str] | None = None, built_in: str = SENTENCE_PROMPTS) -> Prompts:
     """Load the built-in templates and the templates of a file.
 
-    A template of the file is added to the built-in templates, or replaces the built-in template of the same name.
+    For each task in the file, the templates of the file are added to the built-in templates of the task. With
+    `"replace": true`, they replace the built-in templates of the task.
 
     Parameters
     ----------
@@ -472,7 +473,7 @@ def _merged(base: Prompts, text: str, file: str) -> Prompts:
 
 
 def _squeezed(template: Template) -> tuple[str, str]:
-    """Return prompt and response in lower case with single spaces, to find repeated templates."""
+    """Return the prompt and the response in lower case with single spaces. Repeated templates then become equal."""
     prompt, response = (" ".join(text.split()).casefold() for text in (template.prompt, template.response))
     return prompt, response
 

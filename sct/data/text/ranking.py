@@ -1,7 +1,7 @@
 """Rank the genes of each cell by expression, with ties in a seeded random order.
 
-The order depends only on the seed, the key of the cell, its counts and its genes. It does not depend on other cells or
-on the order of cells and genes in the table.
+The order depends only on the seed, the key of the cell, the counts of the cell and the genes. It does not depend on
+other cells or on the order of cells and genes in the table.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Ranked(NamedTuple):
     Attributes
     ----------
     indptr
-        int64 (N + 1,): the entries of cell i have the indices indptr[i] to indptr[i + 1] - 1.
+        int64 (N + 1,): in `genes` and `counts`, the entries of cell i have the indices indptr[i] to indptr[i + 1] - 1.
     genes
         int32: columns of the genes.
     counts
@@ -70,7 +70,9 @@ def canonical(counts: sparse.csr_matrix) -> sparse.csr_matrix:
 
 
 def cell_keys(index: Iterable[str]) -> np.ndarray:
-    """Return a key for each cell, uint64 (N,), from its name. Keys are the same in all processes and on all machines.
+    """Return a key for each cell, uint64 (N,), computed from the cell's name.
+
+    Keys are the same in all processes and on all machines.
 
     Raises
     ------
@@ -159,7 +161,10 @@ def rank(
 
 
 def choose(counts: sparse.csr_matrix, n: int, *, seed: int, keys: np.ndarray | None) -> np.ndarray:
-    """Return ascending row numbers of `n` cells, chosen by their keys. `counts` must come from `canonical`."""
+    """Choose `n` cells by their keys, and return their row numbers in ascending order.
+
+    `counts` must come from `canonical`.
+    """
     if keys is None:
         keys = content_keys(counts)
     keys = _checked_keys(keys, counts.shape[0], "cell")
@@ -209,7 +214,10 @@ def _seed_key(seed: int) -> np.ndarray:
 
 
 def hash_names(names: list[str], what: str) -> np.ndarray:
-    """Hash strings to uint64, the same in all processes. `what` describes a string in the error message."""
+    """Hash strings to uint64. Hashes are the same in all processes.
+
+    `what` describes the strings in the error message.
+    """
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong:
         raise DataError(f"{what} {wrong[0]!r} is not a string: give all names as strings.")

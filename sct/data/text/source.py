@@ -1,4 +1,4 @@
-"""Make training records of cell sentences: rows of tokens, each with the prompts and answers of several cells."""
+"""Make training records of cell sentences: rows of tokens. Each row has the prompts and answers of several cells."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class SentenceOptions:
     tasks
         Pairs of a task of `sct.data.text.prompts.TASKS` and its relative sampling weight.
     fields
-        Dict from each prompt field to the column of `obs` with its values.
+        Dict from each prompt field to the column of `obs` that has the values of the field.
     labels
         Columns of `obs` that form the field "labels".
     studies
@@ -103,16 +103,16 @@ class Texts:
 
     @functools.cached_property
     def obs(self) -> pd.DataFrame:
-        """Return the metadata of the cells, only the columns that prompts use."""
+        """Return the metadata of the cells, with only the columns that prompts use."""
         return self.study.obs({*self.options.fields.values(), *self.options.labels})
 
     @functools.cached_property
     def keys(self) -> np.ndarray:
-        """Return the key of each cell, uint64 (N,), a hash of its name."""
+        """Return the key of each cell, uint64 (N,). The key is a hash of the cell's name."""
         return cell_keys(self.obs.index)
 
     def values(self, row: int) -> dict[str, Any]:
-        """Return the known prompt fields of a cell, without its sentence."""
+        """Return the known prompt fields of a cell, as a dict without the cell sentence."""
         found: dict[str, Any] = dict(self.options.studies.get(self.study.name, {}))
         columns = self._columns
         for field, column in self.options.fields.items():
@@ -125,7 +125,7 @@ class Texts:
 
     @functools.cached_property
     def _columns(self) -> dict[str, np.ndarray]:
-        """Return the values of each column as strings, "" for missing values."""
+        """Return the values of each column as strings. A missing value is ""."""
         return {
             name: np.where(self.obs[name].isna(), "", self.obs[name].astype(str).str.strip()).astype(object)
             for name in self.obs
@@ -140,7 +140,7 @@ class Texts:
         )  # fmt: skip
 
     def fields(self, row: int, sentence: str) -> dict[str, Any]:
-        """Return the known prompt fields of a cell, including its sentence."""
+        """Return the known prompt fields of a cell, as a dict with the cell sentence."""
         number = sentence.count(" ") + 1
         cut = {"num_genes": number} if number == self.options.top_k else {}
         return {**self.values(row), "cell": sentence, **cut}
@@ -148,7 +148,7 @@ class Texts:
     def examples(self, start: int, stop: int, epoch: int) -> list[Example]:
         """Return one question with its answer for each cell in the rows `start` to `stop` - 1.
 
-        Cells without the fields of any task are left out.
+        A cell is left out if its sentence is empty, or if no task has all its fields known for the cell.
         """
         made = []
         for row, sentence in zip(range(start, stop), self.sentences(start, stop, epoch), strict=True):
@@ -162,7 +162,7 @@ class Texts:
 
 
 def _draw(tasks: Sequence[tuple[str, float]], fields: Mapping[str, Any], key: tuple[int, ...]) -> str | None:
-    """Draw a task for a cell by weight, from the tasks whose prompt fields are known; return None if there is none."""
+    """Draw a task for a cell by weight, from the tasks whose fields are all known. Return None if no task remains."""
     able = [
         (name, weight) for name, weight in tasks if {TASKS[name].answer, *TASKS[name].prompt} <= set(fields)
     ]
@@ -240,7 +240,7 @@ class SentenceSource:
 
     @property
     def possible(self) -> bool:
-        """Return whether any of the first cells of a study has the prompt fields of a task."""
+        """Return whether at least one of the first cells of a study has all prompt fields of a task."""
         return any(texts.examples(0, min(texts.study.n_cells, _SAMPLE), 0) for texts in self.texts)
 
     def _cells_per_row(self) -> int:
@@ -268,7 +268,7 @@ class SentenceSource:
         return f"cells {start} to {stop - 1} of study {texts.study.name!r}"
 
     def _tokens(self, examples: Sequence[Example]) -> list[tuple[np.ndarray, int]]:
-        """Return, for each example, the tokens with EOS at the end, and the number of prompt tokens."""
+        """Return a pair for each example: the tokens with EOS at the end, and the number of prompt tokens."""
         if not examples:
             return []
         tokenizer = self.tokenizer
@@ -291,8 +291,9 @@ class SentenceSource:
         Arrays by name:
 
         - `input_ids` int32 (T,): tokens.
-        - `segments` int32 (T,): number of the text that a token belongs to, from 1; 0 for padding.
-        - `predicted` bool (T,): the tokens that the loss predicts, each from the previous tokens of its text.
+        - `segments` int32 (T,): number of the text to which a token belongs, counted from 1; 0 for padding.
+        - `predicted` bool (T,): True for the tokens that the loss predicts. A token is predicted from the previous
+          tokens of the same text.
         - `cut` int32 (): number of predicted tokens that did not fit into the row.
         """
         texts, start, stop = self._place(number)

@@ -9,14 +9,14 @@ from sct.errors import ConfigError
 
 
 def read_study_file(path: str | Path, form: str) -> dict[str, dict[Any, Any]]:
-    """Read the entries of a metadata file by study name. The caller checks the fields of the entries.
+    """Read a metadata file as a dict from study name to entry. The caller checks the fields of the entries.
 
     Parameters
     ----------
     path
         YAML file.
     form
-        Example of an entry for error messages.
+        Example of an entry, which error messages show.
 
     Raises
     ------

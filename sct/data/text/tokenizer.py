@@ -1,7 +1,7 @@
 """Provide one tokenizer class for the libraries `tokenizers` and `sentencepiece`.
 
-`tokenizers` reads a tokenizer.json, `sentencepiece` a tokenizer.model. The libraries do all splitting and joining of
-text. Token ids are therefore the same as in `transformers` for the same folder.
+`tokenizers` reads a tokenizer.json, and `sentencepiece` reads a tokenizer.model. The libraries do all splitting and
+joining of text. Token ids are therefore the same as in `transformers` for the same folder.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Tokenizer:
         Raises
         ------
         ConfigError
-            There is no such file, it cannot be read, or a special token is not in the vocabulary.
+            The file does not exist or cannot be read, or a special token is not in the vocabulary.
         MissingExtraError
             The library is not installed.
         """
@@ -169,7 +169,7 @@ class Tokenizer:
         return self.backend.decode(numbers, skip_special)
 
     def token_to_id(self, token: str) -> int | None:
-        """Return the id of a token, or None if it is not in the vocabulary."""
+        """Return the id of a token, or None if the token is not in the vocabulary."""
         return self.backend.id_of(token)
 
     @property
@@ -189,7 +189,10 @@ class Tokenizer:
 
     @property
     def begin(self) -> np.ndarray:
-        """Return the ids to put before every text, int32: BOS, or none if there is no BOS or it equals EOS."""
+        """Return the ids to put before every text, int32: the id of BOS.
+
+        The array is empty if there is no BOS token, or if the BOS token equals the EOS token.
+        """
         return np.array([self.bos] if self.bos not in (None, self.eos) else [], np.int32)
 
     @property
@@ -244,7 +247,8 @@ class Tokenizer:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write tokenizer.json or tokenizer.model, and a tokenizer_config.json that `transformers` also reads.
 
-        A tokenizer file of the other kind in this folder is deleted, because it would define another tokenizer.
+        If the folder has a tokenizer file of the other kind, this file is deleted, because it would define another
+        tokenizer.
         """
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
@@ -276,11 +280,11 @@ def train_bpe(
     texts
         Prompts and responses. The iterable is read once.
     vocab_size
-        Maximal number of tokens. A small corpus gives fewer.
+        Maximal number of tokens. A small corpus gives fewer tokens.
     special
         Special tokens. The first one is BOS and EOS; the second one, if given, is the padding token.
     min_frequency
-        Minimal number of occurrences of a pair to be merged into a token.
+        A pair of tokens is merged into one token only if it occurs at least this many times.
 
     Returns
     -------
@@ -320,7 +324,7 @@ def train_bpe(
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file, or an empty dict if it does not exist."""
+    """Return the content of a JSON file, or an empty dict if the file does not exist."""
     if not path.is_file():
         return {}
     try:
@@ -333,7 +337,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _added(config: dict[str, Any], folder: Path, pieces: int) -> tuple[str, ...]:
-    """Return the tokens that a folder adds after the tokens of its tokenizer.model, in the order of their ids."""
+    """Return the tokens that a folder adds to the tokens of its tokenizer.model, in the order of their ids."""
     decoder = config.get("added_tokens_decoder", {})
     ids = {int(number): token for token, number in _read(folder / _ADDED).items()}
     ids |= {int(number): str(_content(token)) for number, token in decoder.items()}
@@ -352,7 +356,10 @@ def _content(token: Any) -> Any:
 
 
 def _special_names(folder: Path, config: dict[str, Any], backend: Backend) -> dict[str, str | None]:
-    """Return the special tokens by role, each from the first file that defines it. A null entry means no token."""
+    """Return a dict from each role to its special token, taken from the first file that defines the role.
+
+    A null entry in a file means that there is no token.
+    """
     names: dict[str, str | None] = {}
     for source in (config, _read(folder / _SPECIAL)):
         for role in ROLES:

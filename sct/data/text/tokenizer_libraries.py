@@ -21,7 +21,7 @@ class Backend(Protocol):
     size: int  # number of tokens
 
     def encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
-        """Return the token ids of each text. With `special`, the tokenizer's own special tokens are added around it."""
+        """Return the token ids of each text. With `special`, add the tokenizer's special tokens around each text."""
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
         """Convert token ids to text."""
@@ -64,7 +64,7 @@ class JsonTokenizer:
         self.size = 1 + max(self._model.get_vocab(with_added_tokens=True).values())
 
     def encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
-        """Return the token ids of each text. With `special`, the tokenizer's own special tokens are added around it."""
+        """Return the token ids of each text. With `special`, add the tokenizer's special tokens around each text."""
         return [encoding.ids for encoding in self._model.encode_batch(texts, add_special_tokens=special)]
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
@@ -102,8 +102,8 @@ class JsonTokenizer:
 class PieceTokenizer:
     """Use a tokenizer.model with the library `sentencepiece`; tokens can be added after its own tokens.
 
-    The text between added tokens is encoded separately, so the space that the model adds before a text also follows an
-    added token. Text that equals a control token, such as "<s>", is encoded as ordinary text.
+    The text between added tokens is encoded separately. The model adds a space before each separately encoded text, and
+    therefore also after an added token. Text that equals a control token, such as "<s>", is encoded as ordinary text.
     """
 
     file = MODEL
@@ -132,7 +132,7 @@ class PieceTokenizer:
         self.__init__(*state)  # type: ignore[misc]
 
     def encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
-        """Return the token ids of each text. With `special`, the tokenizer's own special tokens are added around it."""
+        """Return the token ids of each text. With `special`, add the tokenizer's special tokens around each text."""
         if self._split is None:
             ids = self._model.encode(list(texts), out_type=int)
         else:
@@ -142,7 +142,7 @@ class PieceTokenizer:
         return [before + one + after for one in ids] if before or after else ids
 
     def _encode_around(self, text: str) -> list[int]:
-        """Return the ids of a text that may contain added tokens; text between added tokens is encoded separately."""
+        """Return the ids of a text that may contain added tokens. Text between added tokens is encoded separately."""
         assert self._split is not None
         ids: list[int] = []
         for i, segment in enumerate(self._split.split(text)):

@@ -155,7 +155,7 @@ def _rope(get: _Options, theta: str, fraction: str, part: float) -> dict[str, An
         Names of two options in the older spelling: the base of the frequencies, and the fraction of a head's features
         that is rotated.
     part
-        Fraction of a head's features that is rotated, if `config.json` does not give it.
+        Fraction of a head's features that is rotated. Used if `config.json` does not give this fraction.
     """
     values = get.values.get("rope_scaling") or get.values.get("rope_parameters") or {}
     if not isinstance(values, Mapping):
@@ -211,10 +211,10 @@ _READ: dict[str, Callable[[_Options], Any]] = {
 
 
 def read(foreign: Mapping[str, Any], source: str) -> tuple[str, Any]:
-    """Return the family and the configuration that a `config.json` describes.
+    """Return the model family and the configuration that a `config.json` describes.
 
     BERT's `config.json` does not say whether the model has an MLM head and a pooler. The returned configuration has
-    both; the caller removes those for which there are no weights.
+    both. The caller removes each of the two that has no weights.
 
     Raises
     ------
@@ -247,7 +247,7 @@ def write(family: str, config: Any, dtype: str) -> dict[str, Any]:
     Raises
     ------
     ConfigError
-        The family has no Hugging Face format, or the format does not support an option, which the message names.
+        The family has no Hugging Face format, or the format does not support an option. The message names the option.
     """
     if family not in _WRITE:
         raise ConfigError(
@@ -277,7 +277,7 @@ def write(family: str, config: Any, dtype: str) -> dict[str, Any]:
 
 
 def _same(config: Any, back: Any, name: str) -> bool:
-    """Return whether two different values of an option describe the same computation."""
+    """Return whether two configurations with different values of an option describe the same computation."""
     if name in ("num_kv_heads", "head_dim"):
         return bool(config.kv_heads == back.kv_heads and config.head_size == back.head_size)
     if name.startswith("rotary_"):

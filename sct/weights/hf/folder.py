@@ -80,7 +80,7 @@ class _Opened:
         return jnp.result_type(*kinds)
 
     def read(self, path: str, index: tuple[slice, ...] | None, dtype: Any) -> np.ndarray:
-        """Read the slice `index` of a parameter; the whole parameter if `index` is None."""
+        """Read the slice `index` of a parameter, or the whole parameter if `index` is None."""
         entry, shape = self.entries[path], self.shapes[path].shape
         index = index or (slice(None),) * len(shape)
         index = tuple(slice(*part.indices(size)) for part, size in zip(index, shape, strict=True))
@@ -156,7 +156,7 @@ def _opened(folder: Path) -> Iterator[_Opened]:
 def _settle_copies(
     family: str, config: Any, reader: FolderReader | TorchReader, keys: dict[str, str], source: str
 ) -> None:
-    """Remove from `keys` the second copy of each array that the files hold twice, such as a tied output head.
+    """Some arrays, such as a tied output head, are in the files twice. Remove their second copies from `keys`.
 
     Raises
     ------
@@ -212,7 +212,7 @@ def load(
     Returns
     -------
     The model. `apply(input_ids=..., attention_mask=...)` returns `logits` float32 (B, T, V). For BERT, the outputs
-    depend on the heads whose weights the folder has.
+    depend on which heads have weights in the folder.
 
     Raises
     ------
@@ -272,7 +272,7 @@ def _handle(folder: Path, opened: _Opened, arrays: Mapping[str, Any]) -> Pretrai
 def convert(
     folder: str | os.PathLike[str], output: str | os.PathLike[str], *, dtype: str = "float32"
 ) -> None:
-    """Convert a Hugging Face folder to a model folder. Only one file of the new folder at a time is in memory.
+    """Convert a Hugging Face folder to a model folder. At any time, memory holds at most one file of the new folder.
 
     Raises
     ------
@@ -344,7 +344,7 @@ def save(
     Raises
     ------
     ConfigError
-        The family has no Hugging Face format, or the format does not support an option, which the message names.
+        The family has no Hugging Face format, or the format does not support an option. The message names the option.
     CheckpointError
         The model has parameters that the format does not support, or the folder holds other files or cannot be written.
     """

@@ -94,8 +94,8 @@ class NameMap:
     Attributes
     ----------
     prefix
-        Prefix of all array names except the name of the output head. If a model was saved without its head, the names
-        in its files have no prefix.
+        Prefix of all array names except the name of the output head. In the files of a model that was saved without its
+        head, array names have no prefix.
     rows
         Rows of the table. A row holds the path of a module in this project, the Hugging Face name of the module, and
         the names of its parameters.
@@ -104,8 +104,8 @@ class NameMap:
     head_names
         All names that releases of `transformers` use for the matrix of the output head.
     ignored
-        Regular expression of arrays to ignore: they are not learned (masks, frequencies, positions) or belong to
-        another task.
+        Regular expression of the names of arrays to ignore. These arrays are not learned (masks, frequencies,
+        positions) or belong to another task.
     """
 
     prefix: str
@@ -116,7 +116,7 @@ class NameMap:
 
     @property
     def table(self) -> str:
-        """Name of the matrix of token embeddings, which is also the matrix of a tied output head."""
+        """Return the name of the token embedding matrix, which is also the matrix of a tied output head."""
         return f"{self.rows[0][1]}.weight"
 
 
@@ -178,7 +178,7 @@ class Entry:
         Parameters
         ----------
         part
-            Function that takes an index and returns this slice of the layer's array.
+            Function that takes an index and returns the slice of the layer's array at this index.
         index
             Slice of the parameter, without the layer axis.
         """
@@ -198,7 +198,7 @@ class Entry:
         return np.concatenate(blocks, axis=-1)
 
     def join(self, pieces: list[np.ndarray]) -> np.ndarray:
-        """Fuse parameters, such as query, key and value, into one array of a layer; the inverse of `take`."""
+        """Fuse parameters, such as query, key and value, into one array of a layer. This is the inverse of `take`."""
         made = pieces[0]
         if self.pieces > 1:
             runs = [x.reshape(*x.shape[:-1], -1, self.run) for x in pieces]
@@ -207,7 +207,7 @@ class Entry:
 
 
 def entries(family: str, config: Any, shapes: Mapping[str, Any]) -> dict[str, Entry]:
-    """Return where Hugging Face files hold each parameter of a model, as a dict by path in the order of the table.
+    """Return a dict from the path of each parameter to its location in Hugging Face files, in the order of the table.
 
     Raises
     ------
@@ -243,9 +243,9 @@ def entries(family: str, config: Any, shapes: Mapping[str, Any]) -> dict[str, En
 
 
 def resolve(family: str, keys: list[str], expected: set[str], source: str) -> dict[str, str]:
-    """Match each array name of the table to a key in the files, and return the keys as a dict by array name.
+    """Match the array names of the table to the keys in the files. Return a dict from array name to key.
 
-    Keys may lack the family's prefix or use an older spelling. A key that is not in the table is mapped to itself.
+    Keys may lack the family's prefix or use an older spelling. The array name of any other key is the key itself.
 
     Parameters
     ----------

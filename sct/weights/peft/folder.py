@@ -5,9 +5,9 @@ A PEFT folder holds `adapter_config.json` and `adapter_model.safetensors`, with 
 value. This fused projection has one adapter in PEFT, but up to three adapters in this project:
 
 - Reading splits the adapter: the three adapters share `lora_A`, and each gets its own columns of `lora_B`.
-- Writing joins them. Adapters with the same `lora_A` become one adapter of the same rank. Otherwise the rank of the
-  joint adapter is the sum of their ranks, and each projection has zeros for the ranks of the other projections. Reading
-  a file with such a joint adapter returns the original adapters.
+- Writing joins the adapters of the fused projection. Adapters with the same `lora_A` become one adapter of the same
+  rank. Otherwise the rank of the joint adapter is the sum of their ranks, and each projection has zeros for the ranks
+  of the other projections. Reading a file with such a joint adapter returns the original adapters.
 
 Both conversions are exact.
 """
@@ -46,7 +46,7 @@ _BASE = re.compile(rf"{re.escape(_PREFIX)}(?P<module>.+?)(\.base_layer)?(?P<leaf
 
 @dataclasses.dataclass(frozen=True)
 class _Module:
-    """A dense module under its Hugging Face name, and the dense layers of this project that the module combines."""
+    """A dense module of a Hugging Face model, and the dense layers of this project that the module combines."""
 
     layer: int | None
     width: int
@@ -105,8 +105,8 @@ def load(model: Pretrained, folder: str | os.PathLike[str]) -> Pretrained:
     Raises
     ------
     CheckpointError
-        The folder is damaged, its adapters do not fit the model, or they are not supported. Only LoRA on dense layers
-        is supported: no DoRA, no trained biases, no other trained modules.
+        The folder is damaged, or its adapters do not fit the model or are not supported. Only LoRA on dense layers is
+        supported: no DoRA, no trained biases, no other trained modules.
     ConfigError
         The model already has adapters, or is not a text model.
     """
@@ -142,9 +142,9 @@ def load(model: Pretrained, folder: str | os.PathLike[str]) -> Pretrained:
 
 
 def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """Return the value of the first pattern that matches the end of a module's name.
+    """Return the value of the first pattern that matches the end of a module's name, or the default.
 
-    Return the default if no pattern matches.
+    The default is returned if no pattern matches.
     """
     for pattern, value in patterns.items():
         try:
@@ -158,9 +158,9 @@ def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def _known(name: str, family: str, modules: Mapping[str, _Module]) -> str:
-    """Return the table's name for a module that a file names, or '' if the table does not contain the module.
+    """Return the key in `modules` of a module that an adapter file calls `name`, or '' if there is no such key.
 
-    Files may lack the prefix or use another name for the head.
+    The name in the file may lack the family's prefix, or may be another name of the head.
     """
     table = FAMILIES[family]
     spelled = [name, table.prefix + name, name.removeprefix(table.prefix)]
@@ -236,8 +236,8 @@ def _apart(
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """Split the adapter of a fused module, such as query + key + value, into one adapter for each part of the module.
 
-    If each row of `lora_A` is used by exactly one part, each part gets its own rows, which undoes `_together`.
-    Otherwise all parts get the whole `lora_A`.
+    If each row of `lora_A` is used by exactly one part, each part gets its own rows. This undoes `_together`. Otherwise
+    all parts get the whole `lora_A`.
 
     Parameters
     ----------
@@ -246,7 +246,7 @@ def _apart(
 
     Returns
     -------
-    Matrices (in, r) and (r, out) of each part, as a dict by the number of the part.
+    Dict from the number of each part to its two matrices, (in, r) and (r, out).
     """
     columns = {}
     for piece, (_, entry) in module.parts.items():
@@ -265,7 +265,7 @@ def _apart(
 def _stack(adapters: Mapping[int | None, Mapping[str, np.ndarray]], layers: int) -> dict[str, np.ndarray]:
     """Stack the adapters of single layers into one adapter for all layers.
 
-    Missing layers and missing ranks become zeros.
+    Layers without an adapter become zeros. An adapter with a lower rank is padded with zeros.
     """
     if None in adapters:
         return dict(adapters[None])
@@ -284,7 +284,7 @@ def _stack(adapters: Mapping[int | None, Mapping[str, np.ndarray]], layers: int)
 
 
 def _place(leaf: str, value: np.ndarray, kernel: Any) -> jax.Array:
-    """Place an adapter array on the devices of the adapted kernel, sharded along the axes that both arrays have."""
+    """Place an adapter array on the devices of the kernel that it adapts. Shard the axes that both arrays have."""
     sharding = getattr(kernel, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return jnp.asarray(value)
@@ -402,7 +402,7 @@ def _together(
 
     Returns
     -------
-    `lora_A` (r, in), `lora_B` (out, r) and the scale, or None if no part has an adapter.
+    Three values: `lora_A` (r, in), `lora_B` (out, r) and the scale. None if no part has an adapter.
     """
     parts: dict[int, tuple[np.ndarray, np.ndarray, np.float32]] = {}
     for piece, (layer, _) in module.parts.items():
@@ -433,7 +433,7 @@ def _together(
 
 
 def _alpha(scale: float, rank: int) -> float:
-    """Return the alpha for which alpha / rank is the given float32 scale.
+    """Return the value of alpha such that alpha / rank equals the given float32 scale.
 
     Alpha is rounded to 7 digits if the scale stays exactly the same.
     """

@@ -1,7 +1,7 @@
 """Read counts from input files in bounded memory.
 
-Every reader returns the tables of cells and genes, optional coordinates, and blocks of counts. A block is a pair of row
-numbers and a CSR matrix of these rows over all genes of the input.
+Every reader returns the tables of cells and genes, optional coordinates, and blocks of counts. A block is a pair: row
+numbers, and a CSR matrix that has these rows and all genes of the input.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def open_source(
         Matrix to read: "X", "raw" or the name of a layer. Default: the first of X, raw and layers["counts"] that has
         raw counts.
     spatial_key
-        Key of the coordinates in `obsm`. Inputs without it are not spatial.
+        Key of the coordinates in `obsm`. Inputs without this key are not spatial.
     folder
         Folder for a temporary download.
     census_version
@@ -79,7 +79,7 @@ def open_source(
 
 
 def count_cells(item: Input) -> int | None:
-    """Return the number of cells of an input for the progress bar, or None if it cannot be read cheaply."""
+    """Return the number of cells of an input, for the progress bar, or None if counting the cells would be slow."""
     try:
         if item.adata is not None:
             return item.adata.n_obs

@@ -1,4 +1,4 @@
-"""Read AnnData objects in memory, in HDF5 files and in zarr groups. Matrices on disk are not loaded completely."""
+"""Read AnnData objects in memory, in HDF5 files and in zarr groups. Matrices on disk are read in blocks."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class H5adParts:
-    """Collect functions that return the parts of an AnnData in memory or on disk; they return None for missing parts.
+    """Collect functions that return the parts of an AnnData in memory or on disk. They return None for a missing part.
 
     Attributes
     ----------
     obs
         Function that returns the table of cells.
     var
-        Function that returns the table of genes; called with True, it returns the table of genes of `raw`.
+        Function that returns the table of genes. With the argument True, the function returns the table of genes of
+        `raw`.
     matrix
         Function that returns X, raw or a layer, given its name.
     obsm
@@ -160,7 +161,7 @@ def _find_counts(label: str, parts: H5adParts, layer: str | None) -> tuple[str, 
 
 
 def _coordinates(label: str, value: Any, key: str) -> np.ndarray | None:
-    """Check coordinates and return them as float64 (N, 2); None if there are none."""
+    """Check coordinates, and return the coordinates as float64 (N, 2), or None if `value` is None."""
     if value is None:
         if key != SPATIAL_KEY:
             raise DataError(

@@ -30,7 +30,7 @@ class Matrix:
     shape
         (N, n_var).
     data
-        Stored values, or the whole matrix if dense.
+        Stored values of a sparse matrix, or the whole dense matrix.
     indices, indptr
         Index arrays of a sparse matrix.
     """
@@ -57,7 +57,10 @@ class Matrix:
         return np.concatenate([np.asarray(self.data[each : each + _SAMPLE]) for each in starts])
 
     def blocks(self, entries: int) -> Iterator[RowBlock]:
-        """Yield blocks of about `entries` stored values. Each row is in one block, except for the layout "csc"."""
+        """Yield blocks of about `entries` stored values.
+
+        Each row is in exactly one block, except with the layout "csc", where a row can be in several blocks.
+        """
         n_rows, n_columns = self.shape
         if self.layout == "dense":
             step = max(1, entries // max(1, n_columns))

@@ -17,7 +17,10 @@ from sct.errors import DataError
 
 
 def tenx_h5(label: str, file: Any) -> OpenInput:
-    """Open a 10x .h5 file. The file stores genes x cells in CSC, which equals cells x genes in CSR."""
+    """Open a 10x .h5 file.
+
+    The file stores a matrix (genes, cells) as CSC. The same arrays are a matrix (cells, genes) as CSR.
+    """
     groups = [each for each in file.values() if hasattr(each, "keys") and "barcodes" in each]
     if len(groups) != 1:
         names = ", ".join(file.keys())
@@ -78,7 +81,10 @@ def _of_features(
 
 
 def tenx_mtx(path: Path) -> OpenInput:
-    """Open a 10x folder: `matrix.mtx`, `features.tsv` or `genes.tsv`, and `barcodes.tsv`, each may end with `.gz`."""
+    """Open a 10x folder with `matrix.mtx`, `barcodes.tsv`, and `features.tsv` or `genes.tsv`.
+
+    Each file name may end with `.gz`.
+    """
     prefix = MTX.sub("", path.name)
     features = _companion(path, prefix, ("features.tsv", "genes.tsv"))
     table = pd.read_csv(features, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=3)
@@ -137,7 +143,10 @@ def _text(path: Path) -> Any:
 
 
 def _companion(path: Path, prefix: str, names: tuple[str, ...]) -> Path:
-    """Return the file next to a 10x matrix that has one of `names` (or with .gz); raise `DataError` if none exists."""
+    """Return the first existing file of `names`, with or without .gz, next to a 10x matrix.
+
+    Raise `DataError` if none of the files exists.
+    """
     for name in names:
         for suffix in ("", ".gz"):
             file = path.with_name(f"{prefix}{name}{suffix}")
