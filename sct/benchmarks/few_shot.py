@@ -42,8 +42,8 @@ class TuningOptions:
     Parameters
     ----------
     steps, learning_rate, batch_size
-        Number of training steps, peak learning rate, and cells per step, for AdamW. The learning rate warms up during
-        the first tenth of the steps and then follows a cosine decay.
+        Number of training steps, peak learning rate of AdamW, and number of cells per step. The learning rate warms up
+        during the first tenth of the steps and then follows a cosine decay.
     """
 
     steps: int = 50
@@ -101,7 +101,7 @@ def _plain(study_metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _longest(instruction_model: InstructionModel, questions: StudyQuestions, task: str, number: int) -> int:
-    """Build the instructions for the first `number` cells, and return the number of tokens of the longest one."""
+    """Build the instructions for the first `number` cells, and return the length of the longest one in tokens."""
     candidates, sizes = questions.candidates[task], []
     for row in range(number):
         fields = fields_of(
@@ -136,7 +136,8 @@ def tune(
     columns
         Dict with the options `cell_type`, `disease`, `pathways`, `normal` and `rare_share` of `InstructionData`.
     options, seed
-        Training options, and the random seed of the order of cells and candidates and of the choice of templates.
+        Training options, and random seed. The seed determines the order of the cells, the order of the candidates and
+        the choice of the templates.
     place
         Folder for temporary files; None for the system's default folder.
 
@@ -203,7 +204,7 @@ def tune(
 
 
 def drawn(answers: Sequence[str], shots: int, each: bool, seed: int) -> np.ndarray:
-    """Draw the cells to fine-tune on at random from the cells that have an answer.
+    """Draw random cells for fine-tuning from the cells that have an answer.
 
     Parameters
     ----------

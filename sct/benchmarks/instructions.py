@@ -57,7 +57,7 @@ _UNS = ("abstract", "cell_types", "rare", "diseases")
 
 @dataclasses.dataclass(frozen=True)
 class InstructionBenchmarkData(benchmarking.CellChoice):
-    """Options that select the cells about which the model is asked.
+    """Options for the cells of the benchmark, and for the split into query cells and training cells.
 
     Parameters
     ----------
@@ -70,10 +70,9 @@ class InstructionBenchmarkData(benchmarking.CellChoice):
     normal
         Values of the disease column that mean a normal cell.
     rare_share
-        A cell type is rare if fewer than this fraction of the study's cells have it.
+        A cell type is rare if less than this fraction of the cells of the study belongs to it.
     group_key
-        Column of `obs`, such as the donor. Cells of the same group are never split between the cells to train on and
-        the cells to ask about.
+        Column of `obs`, such as the donor. All cells of a group are either cells to train on or cells to ask about.
     share
         Fraction of the cells (or groups) of each study about which the model is asked. The baselines are fitted on the
         other cells.
@@ -110,7 +109,7 @@ class InstructionBenchmarkData(benchmarking.CellChoice):
 
 @dataclasses.dataclass(frozen=True)
 class PathwayOptions:
-    """Gene sets of the pathway task, and the threshold above which a pathway is active.
+    """Options of the pathway task: the gene sets, and the threshold above which a pathway is active.
 
     Attributes
     ----------
@@ -142,19 +141,19 @@ class InstructionBenchmarkOptions:
         are set.
     shots
         Numbers of training cells for few-shot fine-tuning; the model is fine-tuned and evaluated once for each number.
-        Each number counts the cells per answer, or for pathways all cells. The model without fine-tuning is always
-        evaluated.
+        For pathways, a number is the total number of cells; for all other tasks, it is the number of cells per answer.
+        The model without fine-tuning is always evaluated.
     seeds
         Number of random seeds. Each seed has its own prompt template, order of candidate answers, few-shot cells and
         control.
     templates
-        Number of prompt templates. With 1, each seed uses another template. With a larger number n, the probabilities
-        are averaged over the first n templates.
+        Number of prompt templates. With 1, each seed uses a different template. With a larger number n, the
+        probabilities are averaged over the first n templates.
     batch_size
         Number of questions that are computed at once.
     markers
-        JSON file with marker genes, `{"B cell": ["MS4A1", ...]}`; "" finds markers in those cells of each study that
-        the model is not asked about.
+        JSON file with marker genes, `{"B cell": ["MS4A1", ...]}`. If "", markers are found in the training cells of
+        each study.
     """
 
     data: InstructionBenchmarkData = dataclasses.field(default_factory=InstructionBenchmarkData)
@@ -237,7 +236,7 @@ def benchmark(
     model
         Model to use instead of `config["model"]`.
     overwrite
-        Whether to replace an earlier report in the folder. If False, an earlier report is an error before the
+        Whether to replace an earlier report in the folder. If False, an earlier report raises an error before the
         computation starts.
 
     Returns
@@ -345,7 +344,7 @@ def _benchmark(
 
 
 def _texts_of(name: str, cells: ad.AnnData) -> dict[str, Any]:
-    """Read the metadata of a study from `adata.uns`, and return it; raise ConfigError if a value has the wrong type."""
+    """Return the metadata of a study from `adata.uns`; raise ConfigError if a value has the wrong type."""
     study_metadata = {}
     for key in (key for key in _UNS if key in cells.uns):
         value = cells.uns[key]
@@ -363,7 +362,7 @@ def _texts_of(name: str, cells: ad.AnnData) -> dict[str, Any]:
 class _Study:
     """Evaluate the tasks on one study of the benchmark.
 
-    Its cells are split into cells to train on (`support`) and cells to ask about (`query`).
+    The cells of the study are split into cells to train on (`support`) and cells to ask about (`query`).
     """
 
     def __init__(
@@ -387,7 +386,7 @@ class _Study:
         self.support, self.query = self._divided()
 
     def _divided(self) -> tuple[np.ndarray, np.ndarray]:
-        """Split the cells; return the row numbers of the cells to train on, and of the cells to ask about.
+        """Split the cells; return the row numbers of the cells to train on and those of the cells to ask about.
 
         With `data.group_key`, whole groups are assigned to one of the two parts. Otherwise the split is stratified by
         label, so that a label with at least two cells is in both parts.
@@ -481,10 +480,10 @@ class _Study:
         self, task: str, fit: np.ndarray, answers: np.ndarray, obs: pd.DataFrame, study_metadata: dict[str, Any],
         ask: Callable[[InstructionModel, int], Any], fit_few: Callable[[np.ndarray], Any],
     ) -> tuple[dict[str, tuple[str, Any]], list[str]]:  # fmt: skip
-        """Compute the few-shot rows of the table; return them by name, and notes on rows that could not be computed.
+        """Return the few-shot rows of the table as a dict by name, and notes on rows that could not be computed.
 
-        Each number of shots gives two rows of the table. The first is the model after fine-tuning on a few of the cells
-        `fit`; `ask` evaluates this model. The second is the baseline that `fit_few` fits on the same cells.
+        Each number of shots gives two rows of the table. The first row is the model after fine-tuning on a few of the
+        cells `fit`; `ask` evaluates this model. The second row is the baseline that `fit_few` fits on the same cells.
         """
         made: dict[str, tuple[str, Any]] = {}
         notes = []
@@ -600,7 +599,7 @@ class _Study:
     def _by_markers(
         self, task: str, counts: sparse.csr_matrix, fit: np.ndarray, names: list[str], candidates: list[str]
     ) -> tuple[dict[str, tuple[str, labels.LabelPrediction]], list[str]]:
-        """Compute the row of the marker-gene baseline; if that fails, return no row and a note with the reason.
+        """Compute the row of the marker-gene baseline. If this fails, return no row, but a note with the reason.
 
         For the task "cta", marker genes come from the file `markers`, if given. Otherwise they are found in the
         training cells.
@@ -632,7 +631,10 @@ class _Study:
         return notes
 
     def _pathways(self) -> tuple[Report, dict[str, Any]]:
-        """Evaluate the task "cpi", in which several pathways can be active in a cell; return table and numbers."""
+        """Evaluate the task "cpi"; return its result table and its numbers for `results.json`.
+
+        In this task, several pathways can be active in a cell.
+        """
         asked = self.options.pathways
         gene_sets = pathways.read_gene_sets(asked.file, asked.names)
         measured = np.array(self.symbols, dtype=object)[self.measured].tolist()
@@ -671,7 +673,7 @@ class _Study:
 
 
 def folded(task: str, names: np.ndarray) -> np.ndarray:
-    """Return the answers as they are scored.
+    """Return the answers in the form in which they are scored.
 
     For "tcd", every disease becomes "tumor cell" (ZerOmics, appendix B.1).
     """
@@ -679,7 +681,10 @@ def folded(task: str, names: np.ndarray) -> np.ndarray:
 
 
 def prediction(task: str, table: pd.DataFrame) -> labels.LabelPrediction:
-    """Return each cell's most probable answer and its probabilities, with the answers changed by `folded`."""
+    """Return the most probable answer of each cell, and the probabilities of all answers.
+
+    The answers are in the form that `folded` returns.
+    """
     best = table.columns.to_numpy(object)[table.to_numpy().argmax(axis=1)]
     if task == "tcd":
         table = pd.DataFrame({NORMAL: table[NORMAL], TUMOR: 1 - table[NORMAL]})

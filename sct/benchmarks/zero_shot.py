@@ -46,7 +46,7 @@ _REPORT_BYTES = 10_000_000  # disk space that a report with figures may need
 
 @dataclasses.dataclass(frozen=True)
 class CellChoice:
-    """Options of the cells that a benchmark reads from a file or a store.
+    """Options for the cells of a benchmark, which are read from a file or a store.
 
     Parameters
     ----------
@@ -61,7 +61,8 @@ class CellChoice:
     duplicates
         What to do if several columns belong to one gene: "error", or "sum" to add their counts.
     study_key
-        Column of `obs` by which a file is divided into studies, donors or slides; "" if the file is a single study.
+        Column of `obs` that divides the cells of a file into studies, donors or slides; "" if the file is a single
+        study.
     max_cells
         Maximum number of cells drawn at random from each study; 0 for all cells.
     seed
@@ -92,12 +93,13 @@ class CellChoice:
 
 @dataclasses.dataclass(frozen=True)
 class ZeroShotData(CellChoice):
-    """Options of the cells to evaluate.
+    """Options for the cells to evaluate.
 
     Parameters
     ----------
     train
-        Store with the studies that the model was trained on, for the baselines. Not needed if `path` is a store.
+        Store with the studies that the model was trained on. Baselines are fitted on these studies. Not needed if
+        `path` is a store.
     spatial_key
         Key of the spatial coordinates in `obsm`. A study without this key is evaluated without coordinates.
     label_key
@@ -267,7 +269,7 @@ class BenchmarkOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Hold one study to evaluate: its cells (`adata`), and counts aligned to the genes of the model (`table`)."""
+    """Hold one study to evaluate: its cells (`adata`), and their counts aligned to the genes of the model (`table`)."""
 
     name: str
     adata: ad.AnnData
@@ -297,7 +299,7 @@ def benchmark(
     model
         Model to use instead of `config["model"]`.
     overwrite
-        Whether to replace an earlier report in the folder. If False, an earlier report is an error before the
+        Whether to replace an earlier report in the folder. If False, an earlier report raises an error before the
         computation starts.
 
     Returns
@@ -363,7 +365,10 @@ def _benchmark(
 
 
 def facts_of(handle: Pretrained | None, folder: str) -> dict[str, str]:
-    """Return facts about the running process and the model, for the report; `folder` is "" for a model in memory."""
+    """Return facts about the running process and the model, for the report.
+
+    `folder` is the folder of the model; "" for a model in memory.
+    """
     if handle is None:
         what = ("none (baselines only)", "-", "-", "-")
     else:
@@ -463,7 +468,7 @@ def open_cells(
 
 
 def _divided(cells: ad.AnnData, data: CellChoice, name: str) -> list[tuple[str, ad.AnnData]]:
-    """Split an AnnData into its studies, as (name, cells), and keep at most `max_cells` cells per study."""
+    """Split an AnnData into studies, each as (name, cells). Keep at most `max_cells` cells per study."""
     spatial_key = data.spatial_key if data.spatial_key in cells.obsm else None
     parts = []
     for section in inputs.sections(cells, data.study_key or None, spatial_key):
@@ -591,7 +596,7 @@ def _bag_size(reader: BagReader | None, data: ZeroShotData) -> int:
 def _held_out(
     parts: list[Part], handle: Pretrained | None, train: Store | None, data: ZeroShotData
 ) -> tuple[EvalCells, BagSource | None, ImputationModel | None]:
-    """Return the cells to impute, the bags of the training studies, and the model as an imputation method."""
+    """Return three values: the cells to impute, the bags of the training studies, and the imputation model."""
     reader = _imputer(handle)
     size = _bag_size(reader, data)
     if reader is not None:

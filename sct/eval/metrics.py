@@ -1,7 +1,7 @@
 """Compute metrics of numpy arrays with scikit-learn, scanpy and scib-metrics.
 
 Libraries of the `analysis` extra are imported on first use. If one is missing, MissingExtraError names the package to
-install. This module imports no other module of `sct` than `sct.extras`.
+install. The only other module of `sct` that this module imports is `sct.extras`.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ def matthews_from_confusion(confusion: np.ndarray) -> float:
     Parameters
     ----------
     confusion
-        (rows, classes) counts; rows are true classes and columns are predicted classes. A matrix with fewer rows than
-        columns has rows for the last classes only. For example, a matrix without the row of class 0 ignores the samples
-        of class 0.
+        (rows, classes) counts; rows are true classes and columns are predicted classes. If a matrix has fewer rows than
+        columns, the rows are the last classes. For example, a matrix without the row of class 0 ignores the samples of
+        class 0.
 
     Returns
     -------
@@ -134,7 +134,7 @@ def cross_entropy(true: np.ndarray, chance: np.ndarray, least: float = 1e-6) -> 
     chance
         (n, classes) predicted probabilities.
     least
-        Smallest probability to use; smaller probabilities are replaced by this value.
+        Lower limit of the probabilities. Smaller probabilities are replaced by this limit.
     """
     if len(true) == 0:
         return float("nan")
@@ -143,7 +143,7 @@ def cross_entropy(true: np.ndarray, chance: np.ndarray, least: float = 1e-6) -> 
 
 
 class Reliability(NamedTuple):
-    """Hold the data of a reliability diagram: predicted probability and observed frequency in each bin.
+    """Hold the data of a reliability diagram: the predicted probability and the observed frequency in each bin.
 
     Attributes
     ----------
@@ -196,7 +196,8 @@ def grouped_pearson(
 
     Returns
     -------
-    float64 (num_groups,). NaN for a group with fewer than `least` values or with constant true values; 0 if only the
+    float64 (num_groups,). A group with fewer than `least` values or with constant true values gets NaN. If only the
+    predicted values of a group are constant, the group gets 0.
         predicted values are constant.
     """
     x, y = np.asarray(first, np.float64), np.asarray(second, np.float64)
@@ -269,7 +270,7 @@ def stratified_folds(
 
     Returns
     -------
-    A list of (train rows, test rows), and a bool array (N,): whether each cell is in the folds.
+    Two values: a list with (train rows, test rows) for each fold, and a mask (N,) that is True for cells in the folds.
 
     Raises
     ------
@@ -462,9 +463,11 @@ def silhouette(
 
 
 def exact_neighbors(embedding: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return indices and Euclidean distances, both (N, k), of the nearest cells of each cell in an embedding (N, D).
+    """Find the k nearest cells of each cell in an embedding (N, D); return their indices and distances, (N, k) each.
 
-    The first neighbor is always the cell itself, even if another cell has the same coordinates.
+    The distances are Euclidean.
+
+    The first of the k cells is always the cell itself, even if another cell has the same coordinates.
     """
     # `kneighbors()` without arguments excludes the cell itself, so it is added in front.
     distances, indices = NearestNeighbors(n_neighbors=k - 1).fit(embedding).kneighbors()
@@ -482,8 +485,8 @@ def scib(
 ) -> dict[str, float]:
     """Return the metrics of bio conservation and batch correction from scib-metrics, with the library's defaults.
 
-    Neighbors are exact. The number of neighbors is 15, 50 or 90, depending on the metric, and lower if there are fewer
-    cells. Therefore only k-means depends on a random seed, which is 0 as in scib-metrics.
+    Neighbors are exact. The number of neighbors is 15, 50 or 90, depending on the metric, or lower if there are too few
+    cells. Because neighbors are exact, only k-means depends on a random seed, which is 0 as in scib-metrics.
 
     Parameters
     ----------
@@ -492,17 +495,17 @@ def scib(
     labels, batch
         (N,) labels and batches.
     before
-        (N, P) cells before integration, such as principal components. "PCR comparison" compares the embedding with
-        them; if None, this metric is NaN.
+        (N, P) representation of the cells before integration, such as principal components. The metric "PCR comparison"
+        compares the embedding with this representation. If None, this metric is NaN.
     metrics
         Names of the metrics to compute, from `SCIB_BIO` and `SCIB_BATCH`.
 
     Returns
     -------
     Dict from each metric to its value in [0, 1], rounded to five decimals; 1 is the best value. The last entries are
-    aggregates: "bio" and "batch" are the means of their metrics that are not NaN, and "total" is 0.6 bio + 0.4 batch. A
-    metric that is undefined for these cells is NaN; for example kBET, if every label has fewer than ten cells or a
-    single batch.
+    aggregates: "bio" and "batch" are the means of the metrics of each kind, ignoring NaN, and "total" is 0.6 bio + 0.4
+    batch. A metric that is undefined for these cells is NaN. For example, kBET is undefined if every label has fewer
+    than ten cells or a single batch.
 
     Raises
     ------

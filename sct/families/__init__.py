@@ -51,7 +51,8 @@ def register(family: Family) -> None:
     Raises
     ------
     ConfigError
-        Another family already uses the name of the family, of an architecture, of a task or of a converter.
+        Another family already uses the name of this family, or the name of one of its architectures, tasks or
+        converters.
     """
     others = [each for name, each in all_families().items() if name not in _ADDED or name != family.name]
     for what, name, part in _components(family):
@@ -69,7 +70,7 @@ def register(family: Family) -> None:
 
 
 def _components(family: Family) -> list[tuple[str, str, Any]]:
-    """List every named component of a family, such as an architecture, as (type of component, name, component)."""
+    """Return every named component of a family, such as an architecture, as (type of component, name, component)."""
     models = [("architecture", name, each.architecture) for name, each in family.models.items()]
     tasks = [("task", kind.name, kind) for each in family.models.values() for kind in each.tasks]
     converters = [("converter", name, each) for name, each in family.converters.items()]

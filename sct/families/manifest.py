@@ -92,7 +92,7 @@ class Converter:
     ----------
     read
         Function of (source, target, dtype, genes, numbered) that converts the folder `source` to a model folder
-        `target`. If `numbered` is True, the genes are named by numbers.
+        `target`. If `numbered` is True, the names of the genes are numbers.
     write
         Function of (model, target, dtype) that writes `model` in the other format; None if the format is read only.
     notice
@@ -128,9 +128,9 @@ class Family:
     license
         License notice for the published weights.
     models
-        Architectures by name. The field `family` of configurations and model folders holds one of these names.
+        Dict of architectures by name. The field `family` of configurations and model folders holds one of these names.
     converters
-        Weight converters, by the format name that `launch.convert` uses.
+        Dict of weight converters. The keys are the format names that `launch.convert` uses.
     """
 
     name: str

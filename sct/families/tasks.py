@@ -56,7 +56,7 @@ def data_of(config: Mapping[str, Any]) -> Any:
 
 
 def adapters_of(config: Mapping[str, Any]) -> AdapterConfig | None:
-    """Return the options of the adapters that a configuration trains, or None if it trains the model itself.
+    """Return the options of the adapters that a configuration trains; None if the model itself is trained.
 
     Raises
     ------
@@ -102,7 +102,7 @@ def make_task(
 ) -> tuple[Any, Any]:
     """Build the task that a configuration names, and return the task and the configuration's data section.
 
-    If a task on text gets no tokenizer, a tokenizer is trained. See `TaskInputs` for `parent_data_spec` and `mesh`.
+    If a text task gets no tokenizer, a tokenizer is trained. See `TaskInputs` for `parent_data_spec` and `mesh`.
 
     Raises
     ------
@@ -129,7 +129,7 @@ def make_task(
 
 
 def task_of(task_spec: TaskSpec, inputs: TaskInputs, adapters: AdapterConfig | None) -> Any:
-    """Build a task from its specification and inputs. With `adapters`, the task trains them and freezes the model.
+    """Build a task from its specification and inputs. With `adapters`, the task trains adapters and freezes the model.
 
     Raises
     ------

@@ -31,7 +31,7 @@ from sct.nn.chunked_attention import UNSEEN
 
 
 class _BeamState(NamedTuple):
-    """State of the search: K active beams for each of B prompts, and the best finished answer of each prompt."""
+    """State of the search: for each of B prompts, K active beams and the best finished answer."""
 
     cache: Cache  # one row per beam; the beams of a prompt are adjacent
     scores: jax.Array  # (B, K, V) logits of the next token
@@ -45,7 +45,7 @@ class _BeamState(NamedTuple):
 
 
 def _take(tree: Any, chosen: jax.Array) -> Any:
-    """Select K' of the K entries in each row of arrays (B, K, ...), by indices (B, K'); return arrays (B, K', ...)."""
+    """From each row of the arrays (B, K, ...), select the entries with the indices (B, K'); return (B, K', ...)."""
     return jax.tree.map(lambda x: jax.vmap(lambda row, i: row[i])(x, chosen), tree)
 
 
@@ -160,7 +160,7 @@ def search(
     soft: SoftPrompts | None = None,
     progress_bar: bool = True,
 ) -> list[Generated]:
-    """Return the best answer to each prompt; called by `sct.generation.generate.generate`."""
+    """Return the best answer to each prompt. `sct.generation.generate.generate` calls this function."""
     made: list[Generated | None] = [None] * len(prompts)
     rows = min(options.batch_size, len(prompts))
     ends, parts = jnp.asarray(list(stop), jnp.int32), prepared(model)

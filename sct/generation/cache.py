@@ -31,9 +31,9 @@ class Cache(NamedTuple):
     keys, values
         One array (B, H', M, D) per layer; H' is the number of key-value heads.
     filled
-        True where a slot holds a token and not padding, bool (B, M).
+        Whether each slot holds a token (True) or padding (False), bool (B, M).
     used
-        Number of used slots, int32 (), which is the same for all texts.
+        Number of used slots, int32 (). It is the same for all texts.
     positions
         Number of tokens in each text, int32 (B,).
     """
@@ -48,7 +48,7 @@ class Cache(NamedTuple):
 def layers_of(
     variables: dict[str, Any], config: DecoderConfig
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Split the variables of a decoder into those outside the layers and one dict per layer, as `extend` needs them."""
+    """Split the variables of a decoder for `extend`: the variables outside the layers, and one dict per layer."""
     rest, layers = {}, [{} for _ in range(config.num_layers)]  # type: ignore[var-annotated]
     for name, tree in variables.items():
         rest[name] = {key: value for key, value in tree.items() if key != "layers"}
@@ -146,7 +146,8 @@ def _attend_slots(
 ) -> jax.Array:
     """Compute attention from queries (B, T, H, D) to a prefix and to cached slots (B, H', M, D).
 
-    Each query attends only to the slots for which `seen` (B, T, M) is True.
+    Each query attends only to the slots for which `seen` (B, T, M) is True. `prefix` holds more keys and values, or is
+    None.
     """
     rows, length, heads, size = query.shape
     if prefix is not None:

@@ -44,11 +44,11 @@ class CellSentenceModel:
     top_k
         Maximum number of genes in a cell sentence; 0 for all expressed genes.
     fits
-        Linear fit of expression against log rank, one for each training study, and one for all studies together
-        ("all").
+        Dict of linear fits of expression against log rank: one for each training study, and one for all studies
+        together (key "all").
     labels
-        Label name -> its values in the training data, most frequent first. The key "labels" holds the combinations of
-        labels.
+        Dict from each label name to the values of this label in the training data, most frequent first. The key
+        "labels" holds the combinations of labels.
     tasks
         Tasks that the model was trained on, from `sct.data.text.prompts.TASKS`.
     length
@@ -120,7 +120,7 @@ class CellSentenceModel:
         keys: Sequence[int] | None,
         number: int | None,
     ) -> tuple[list[np.ndarray], list[int]]:
-        """Write the prompt for each cell; return its tokens and the number of the template that was used."""
+        """Write the prompt for each cell; return the tokens of each prompt and the number of its template."""
         self.check(task)
         keys = range(len(fields)) if keys is None else keys
         asked = [
@@ -133,9 +133,9 @@ class CellSentenceModel:
     def options(self, task: str, prompts: Sequence[np.ndarray], **changes: Any) -> DecodingOptions:
         """Return the decoding options for prompts: the paper's defaults, with the options in `changes` replaced.
 
-        By default, a prompt with its answer has at most as many tokens as a text in training. The limit also holds for
-        models with rotary positions, although these could read longer texts. A generated cell has at most 8 tokens per
-        gene.
+        By default, a prompt and its answer together have at most as many tokens as a training text. This limit also
+        holds for models with rotary positions, although these could read longer texts. A generated cell has at most 8
+        tokens per gene.
 
         Raises
         ------
@@ -180,8 +180,8 @@ class CellSentenceModel:
         fields
             Values for the fields of the prompt templates, one mapping per cell.
         seed, keys
-            The choice of template and the random sampling for a cell depend on the seed and on the key of the cell.
-            Default keys: 0, 1, ...
+            For each cell, the choice of the template and the random sampling depend on the seed and on the key of the
+            cell. Default keys: 0, 1, ...
         options
             Fields of `sct.generation.decoding.DecodingOptions` that override the paper's defaults.
 
@@ -279,7 +279,7 @@ class CellSentenceModel:
         return expression(sentences, self.gene_names, self.line(fit))
 
     def line(self, fit: str) -> RankFit:
-        """Return the linear fit that converts gene ranks to expression, for one training study or for all ("all").
+        """Return the linear fit from gene ranks to expression, of one training study or of all studies ("all").
 
         Raises
         ------

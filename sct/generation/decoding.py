@@ -164,7 +164,7 @@ def prepared(model: LanguageModel) -> DecoderParts:
 
 
 def known_tokens(model: LanguageModel) -> int:
-    """Return the number of tokens that the tokenizer knows. The embedding table can have more rows, as padding."""
+    """Return the number of tokens that the tokenizer knows. The embedding table can have extra rows, as padding."""
     size = model.tokenizer.vocab_size if model.tokenizer is not None else model.config.vocab_size
     return min(size, model.config.vocab_size)
 
@@ -195,7 +195,10 @@ def check_model(model: LanguageModel) -> DecoderConfig:
 def check_prompts(
     config: DecoderConfig, prompts: Sequence[np.ndarray], new: int, what: str = "prompt", soft: bool = False
 ) -> None:
-    """Raise `DataError` if prompts have unknown tokens (`soft` allows negative ones) or no room for `new` tokens."""
+    """Raise `DataError` if a prompt has unknown tokens, or leaves no room for `new` more tokens.
+
+    If `soft` is True, negative tokens are allowed.
+    """
     for number, prompt in enumerate(prompts):
         check_shape(
             f"{what} {number}",
@@ -217,9 +220,9 @@ def check_prompts(
 
 
 def padded(prompts: Sequence[np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pad prompts on the left; return tokens and attention mask, (rows, T).
+    """Pad prompts on the left; return the tokens and the attention mask, (rows, T) each.
 
-    If there are too few prompts, the last one is repeated.
+    If there are fewer than `rows` prompts, the last prompt is repeated.
     """
     longest = max(map(len, prompts))
     length = -(-longest // PROMPT_STEP) * PROMPT_STEP
@@ -233,7 +236,7 @@ def padded(prompts: Sequence[np.ndarray], rows: int) -> tuple[np.ndarray, np.nda
 def soft_of(soft: SoftPrompts | None, chosen: Sequence[int], rows: int) -> jax.Array | None:
     """Return the soft prompts (rows, K, D) of the chosen prompts.
 
-    If there are too few prompts, the last one is repeated, as in `padded`.
+    If there are fewer than `rows` prompts, the last one is repeated, as in `padded`.
     """
     if soft is None:
         return None
@@ -241,7 +244,7 @@ def soft_of(soft: SoftPrompts | None, chosen: Sequence[int], rows: int) -> jax.A
 
 
 def batches(prompts: Sequence[np.ndarray], size: int, what: str, active: bool = True) -> Iterator[list[int]]:
-    """Sort prompts by length, yield the prompt numbers of each batch, and show a progress bar."""
+    """Sort prompts by length, yield one batch of prompt numbers at a time, and show a progress bar."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     with progress(what, len(prompts), active=active) as bar:
         for first in range(0, len(order), size):

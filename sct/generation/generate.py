@@ -54,8 +54,8 @@ class _State(NamedTuple):
     log_probability
         Log probability of the generated tokens of each row, float32 (B,).
     seen
-        Which tokens occur in each row, for the repetition penalty, bool (B, V). None if no row has a repetition
-        penalty.
+        Whether each token already occurs in each row, bool (B, V). Needed for the repetition penalty; None if no row
+        has this penalty.
     node
         Current node of each row in the trie, int32 (B,).
     """
@@ -101,7 +101,7 @@ def decode(
     ids
         Prompts, integers (B, T), padded on the left.
     attention_mask
-        Whether a position holds a token and not padding, bool (B, T).
+        Whether each position holds a token (True) or padding (False), bool (B, T).
     sampling
         Sampling options of each row.
     stop
@@ -212,8 +212,8 @@ def generate(
     stop
         Tokens that end an answer. The default is the end-of-text token of the model's tokenizer.
     seeds
-        One seed per prompt, or a single number: prompt i then has the seed `seeds + i`. An answer depends only on the
-        model, its prompt and its seed, not on the other prompts.
+        One seed per prompt, or a single number. With a single number, prompt i has the seed `seeds + i`. An answer
+        depends only on the model, its prompt and its seed, not on the other prompts.
     trie
         Trie of the allowed answers, from `sct.generation.trie.make_trie`. None allows every answer.
     soft

@@ -134,7 +134,7 @@ class InstructionModel:
         keys: Sequence[int],
         seed: int,
     ) -> list[np.ndarray]:
-        """Write the prompt for each cell with one template, and return its tokens."""
+        """Write the prompt for each cell with one template, and return the tokens of each prompt."""
         asked = [
             self.prompts.ask(
                 task, fields_of(task, abstract, candidates, (seed, int(key), 0, 1)), number=number
@@ -158,8 +158,8 @@ class InstructionModel:
     ) -> np.ndarray:
         """Compute the log probability of each candidate answer for each cell, normalized over the candidates.
 
-        For pathways, an answer can list several pathways, so the score of a pathway is the probability that the
-        answer starts with it. For all other tasks, it is the probability of the whole answer.
+        The answer to the pathway task can list several pathways, so the score of a pathway is the probability that the
+        answer starts with this pathway. For all other tasks, the score is the probability of the whole answer.
 
         Parameters
         ----------
@@ -179,7 +179,7 @@ class InstructionModel:
         batch_size
             Number of cells processed at once.
         cells
-            For control experiments: for each prompt, the index of another cell whose soft tokens it gets.
+            For control experiments: for each prompt, the index of the cell whose soft tokens the prompt gets.
 
         Returns
         -------

@@ -25,7 +25,7 @@ class Sampling(NamedTuple):
 
 
 class Uses(NamedTuple):
-    """One flag per sampling step: whether at least one row needs it. Steps that no row needs are not compiled."""
+    """One flag per sampling step: whether at least one row needs the step. Other steps are not compiled."""
 
     sample: bool
     top_k: bool
@@ -43,9 +43,9 @@ _SHORT = 256
 
 
 def _largest(enough: jax.Array, values: jax.Array, weights: jax.Array) -> jax.Array:
-    """In each row, select the largest values, as many as needed until their weights (B, V) sum to `enough` (B,).
+    """Select the largest values of each row until their weights sum to `enough` (B,); return a mask (B, V).
 
-    Return the mask (B, V) of the selected values.
+    `weights` (B, V) holds the weight of each value.
 
     Values equal to the smallest selected value are also selected. If a row needs more than the few hundred largest
     values, the threshold is found by a binary search over the bits of the float, because sorting tens of thousands of
@@ -99,7 +99,9 @@ def adjusted(scores: jax.Array, sampling: Sampling, seen: jax.Array | None, uses
 
 
 def choose(scores: jax.Array, sampling: Sampling, step: jax.Array, uses: Uses) -> jax.Array:
-    """Choose one token per row from adjusted logits (B, V), by sampling or as the most probable token; int32 (B,).
+    """Choose one token per row from adjusted logits (B, V), int32 (B,).
+
+    The token is sampled or, in rows with greedy decoding, the most probable token.
 
     The token sampled in a row depends only on the seed of the row, the step and the logits of the row.
     """

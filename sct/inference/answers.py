@@ -100,10 +100,12 @@ def write_answers(
     unknown: str = "",
     asked_for: Collection[str] | None = None,
 ) -> None:
-    """Write each cell's most probable answer, and the probabilities (N, C) of all C answers; see `sct.tl.annotate`.
+    """Write the most probable answer of each cell and the probabilities (N, C) of all C answers.
 
-    `obs` gets the probability of the written answer. With `asked_for`, `obs` gets the sum of the probabilities of the
-    answers in `asked_for` instead.
+    The results have the names that `sct.tl.annotate` documents.
+
+    By default, `obs` gets the probability of the most probable answer. With `asked_for`, `obs` gets the summed
+    probability of the answers in `asked_for` instead.
     """
     best = probabilities.argmax(axis=1)
     highest = probabilities[np.arange(len(best)), best]

@@ -21,7 +21,7 @@ from sct.weights.pretrained import Pretrained
 
 
 def instruction_model_of(model: Pretrained) -> InstructionModel:
-    """Return the `InstructionModel` of a loaded model; raise `ConfigError` if it was not trained on instructions."""
+    """Return the `InstructionModel` of a loaded model; raise `ConfigError` if the model was not instruction-tuned."""
     return InstructionModel.of(model.config, model.variables, model.tokenizer, model.genes, model.data)
 
 
@@ -31,7 +31,7 @@ def check_key(name: str) -> None:
 
 
 def study_metadata_of(adata: ad.AnnData, name: str, given: Any, form: str, argument: str = "") -> Any:
-    """Return study metadata from the argument `given`; if it is None, return it from `adata.uns[name]`.
+    """Return study metadata: the value `given` or, if this is None, the value in `adata.uns[name]`.
 
     Parameters
     ----------

@@ -42,7 +42,7 @@ def plan_bags(section: Section, cells_per_bag: int, seed: int, context: str = "t
     Raises
     ------
     ConfigError
-        The context is unknown, or "neighbors" without positions.
+        `context` is unknown, or is "neighbors" although the cells have no positions.
     """
     check_context(context, section)
     if section.places is None:
@@ -75,7 +75,7 @@ class BagReader:
         return int(size)
 
     def options(self, cells_per_bag: int, spatial: bool, with_counts: bool = False) -> BagOptions:
-        """Return the bag options that the model was trained with."""
+        """Return the options of the bags: the arguments, and for all other options the values from training."""
         config = self.model.config
         return BagOptions(
             cells_per_bag=cells_per_bag,
@@ -108,7 +108,8 @@ class BagReader:
         Parameters
         ----------
         orders
-            For each section (tissue slice or study), the order in which bags take its cells. None skips the section.
+            For each section (tissue slice or study), the order in which its cells are put into bags. None skips the
+            section.
         inputs
             Function of (bag, rows) that returns model inputs, without the batch axis. These inputs are added to the
             usual inputs, or replace usual inputs with the same names.

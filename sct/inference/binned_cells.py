@@ -16,7 +16,10 @@ from sct.weights.pretrained import Pretrained
 
 
 def check_known(cells: CellCounts, known: np.ndarray) -> None:
-    """Raise `DataError` if too few of the genes that the model knows (bool, (G,)) were measured in the cells."""
+    """Raise `DataError` if too few of the genes that the model knows were measured.
+
+    The mask `known` (G,) is True for the genes that the model knows.
+    """
     possible = min(int(cells.measured.sum()), int(known.sum()))
     check_shared(int((cells.measured & known).sum()), possible, "adata and the genes that the model knows")
 
@@ -89,7 +92,10 @@ class BinReader(SingleCells):
         return self.options.max_genes or len(self.known)
 
     def records(self, cells: CellCounts, rows: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-        """Return expression bins, uint8 (n, S); with `max_genes` also the indices of their genes, int32 (n, S)."""
+        """Return the expression bins, uint8 (n, S).
+
+        With `max_genes`, also return the indices of the genes, int32 (n, S).
+        """
         if rows[0] == 0:
             check_known(cells, self.known)
         return binned(cells, rows, self.options, self.known, seed)

@@ -1,4 +1,4 @@
-"""One vector per gene of a model: from its input layer, or averaged over the cells that it reads."""
+"""Compute one vector per gene of a model: from its input layer, or as a mean over the cells that it reads."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class GeneVectors(Protocol):
 
 
 class ContextualVectors:
-    """Vectors of a model that reads bags: the mean over cells of its last activations at the position of the gene.
+    """Vectors of a model that reads bags: its last activation at the position of the gene, averaged over cells.
 
     sCT embeds only the expression level of a gene, with the same table for all genes, so it has no vector of a gene
-    alone. What it knows about a gene shows in the activations from which its head predicts the level of the gene.
+    alone. What sCT knows about a gene is in the activations from which the output head predicts the level of the gene.
     """
 
     needs_cells = True
@@ -63,7 +63,7 @@ class ContextualVectors:
 
 
 class TextFeatureVectors:
-    """Vectors of the ZerOmics cell model: the projected text features of the genes, which it adds to the bins."""
+    """Vectors of the ZerOmics cell model: the projected text features that the model adds to the bins of genes."""
 
     needs_cells = False
 

@@ -84,8 +84,8 @@ def sections(adata: ad.AnnData, batch_key: str | None, spatial_key: str | None) 
     """Split the cells into sections (batches or slides) by the column `batch_key` of `obs`.
 
     Sections are in the order of their first appearance. Positions are rescaled per section, see
-    `sct.data.coordinates.Scale`. If `uns` contains the scale of a section, that scale is used, so that a subset keeps
-    the coordinates of the whole section. Otherwise the scale is computed from the given cells.
+    `sct.data.coordinates.Scale`. If `uns` contains the scale of a section, this stored scale is used, so that a subset
+    keeps the coordinates of the whole section. Otherwise the scale is computed from the given cells.
 
     Raises
     ------
@@ -136,7 +136,10 @@ def sections(adata: ad.AnnData, batch_key: str | None, spatial_key: str | None) 
 
 
 def gene_names(option: str, names: Any) -> list[str]:
-    """Return an option that is one name or several names of genes as a list; raise `ConfigError` for other types."""
+    """Return the gene names in an option as a list; raise `ConfigError` if the option has another type.
+
+    The option is one gene name or several gene names.
+    """
     check_type(option, names, (str, Iterable), "a gene name, or a list of gene names")
     listed = [names] if isinstance(names, str) else list(names)
     for name in listed:

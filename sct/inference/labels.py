@@ -21,7 +21,7 @@ def warn_of_labels(
     *,
     may_be_alike: bool = False,
 ) -> None:
-    """Warn if predicted labels are not informative: most cells are unknown, or nearly all cells have the same label.
+    """Warn if most cells are unknown, or if nearly all cells have the same predicted label.
 
     Parameters
     ----------
@@ -36,7 +36,8 @@ def warn_of_labels(
     why_unknown
         Text for the warning that says why a cell has no prediction, and what to do.
     may_be_alike
-        Do not warn if nearly all cells have the same label. This is expected in a search for rare or tumor cells.
+        If True, do not warn if nearly all cells have the same label. This is expected in a search for rare or tumor
+        cells.
 
     Warns
     -----

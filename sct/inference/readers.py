@@ -60,8 +60,8 @@ class CellReader(Protocol):
         cells
             Table of cells.
         orders
-            For each section (tissue slice or study), the order in which bags take its cells. None if the model reads
-            one cell at a time.
+            For each section (tissue slice or study), the order in which its cells are put into bags. None if the model
+            reads one cell at a time.
         names
             Names of the model outputs to return.
         what

@@ -32,7 +32,7 @@ def written(
 ) -> list[str]:
     """Convert the cells in the given rows to cell sentences, with the gene names that the model uses.
 
-    A sentence has at most `top_k` genes, and never more than in the training of the model.
+    A sentence has at most `top_k` genes, and never more than the sentences that the model was trained on.
     """
     longest = min(
         top_k or sentence_model.top_k or len(sentence_model.gene_names),
@@ -57,7 +57,9 @@ def questions(
     gene_column: str | None = None,
     duplicates: Literal["error", "sum"] = "error",
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Return the values to fill into the prompt template of each cell, and the keys of the cells, uint64 (N,).
+    """Return two values: the values to fill into the prompt template of each cell, and the keys of the cells.
+
+    The keys are uint64 (N,).
 
     Raises
     ------

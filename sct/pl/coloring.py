@@ -1,4 +1,4 @@
-"""Decide the colors of the cells of a plot: by a column of obs, by a gene, or one color for all cells."""
+"""Choose the colors of the cells in a plot: by a column of obs, by a gene, or one color for all cells."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Categories:
     title
         Title of the panel.
     codes
-        (N,) index of each cell's category in `names`; -1 for cells whose category is not in `names`, which are gray.
+        (N,) index of each cell's category in `names`. Cells whose category is not in `names` have -1 and are gray.
     names, colors
         Name and color of each category that the legend names.
     legend
@@ -82,7 +82,9 @@ class Numbers:
 
 
 def coloring(adata: AnnData, name: str, layer: str | None) -> Categories | Numbers:
-    """Return the colors of the cells by a column of obs or, if there is no such column, by a gene.
+    """Return the colors of the cells.
+
+    `name` is a column of obs or a gene. If both exist, the column is used.
 
     Raises
     ------
@@ -190,7 +192,7 @@ def _categories(adata: AnnData, name: str, values: pd.Series) -> Categories:
 
 
 def _given_colors(adata: AnnData, name: str, categories: int) -> list[str]:
-    """Return the colors in `uns[name + "_colors"]`, where scanpy keeps them; empty if there are none."""
+    """Return the colors in `uns[name + "_colors"]`, where scanpy stores them. The result is empty without this key."""
     key = f"{name}_colors"
     if key not in adata.uns:
         return []
@@ -210,7 +212,10 @@ def _given_colors(adata: AnnData, name: str, categories: int) -> list[str]:
 
 
 def _color(value: Any) -> Any:
-    """Return a color as a string or as a tuple of red, green, blue and optionally alpha; other values as they are."""
+    """Convert a color to a string or to a tuple of red, green, blue and optionally alpha.
+
+    A value that cannot be converted is returned unchanged.
+    """
     if isinstance(value, str):
         return str(value)
     try:
@@ -307,7 +312,10 @@ def _limit(name: str, value: Limit, known: np.ndarray, default: float) -> float:
 
 
 def add_legend(ax: Axes, chosen: Categories, points: np.ndarray, legend_loc: str | None) -> None:
-    """Add the legend of categories: to the right of the axes, or as names on the cells (N, 2)."""
+    """Add the legend of categories, to the right of the axes or on the cells.
+
+    `points` (N, 2) are the coordinates of the cells.
+    """
     if legend_loc == "right margin":
         from matplotlib.lines import Line2D
 

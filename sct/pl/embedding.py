@@ -67,12 +67,12 @@ def umap(
         Name of a column of `obs` (categories or numbers) or of a gene, or a list of such names with one panel each.
         None draws all cells in one color. A gene is a name in `var_names` or in any column of `var`.
 
-        Categories have the colors in `uns[color + "_colors"]`, where scanpy keeps them. Without this key, each category
-        has its own color, and labels such as "unknown" and missing values are gray. If there are more than 100
-        categories, the legend names the 100 most frequent ones, and the cells of the others are gray.
+        Categories have the colors in `uns[color + "_colors"]`, where scanpy stores them. Without this key, each
+        category has its own color, and labels such as "unknown" and missing values are gray. If there are more than 100
+        categories, the legend names the 100 most frequent ones, and the cells of all other categories are gray.
     layer
         Layer with the values of genes; None for X. A key that `sct.tl.impute` wrote, such as "sct_expected", shows
-        imputed genes, also genes that are not in `var`; cells without an imputed value are gray.
+        imputed genes, even genes that are not in `var`. Cells without an imputed value are gray.
     basis
         Key of the coordinates (N, 2) in `obsm`.
     vmin, vmax
@@ -202,7 +202,11 @@ def _calls(use_rep: str) -> str:
 
 
 def _embeddings(adata: AnnData) -> list[str]:
-    """Return the `obsm` keys of embeddings by `sct.tl.embed`; if none, "X_pca" or the first array for a UMAP."""
+    """Return the `obsm` keys from which a UMAP can be computed: those that `sct.tl.embed` wrote, if there are any.
+
+    Otherwise return "X_sct" and "X_pca" if they exist. If neither exists, return all arrays with more than three
+    columns.
+    """
     records = {key: adata.uns.get(key) for key in adata.obsm}
     made = [key for key, record in records.items() if isinstance(record, Mapping) and "weights" in record]
     arrays = [key for key in adata.obsm if np.ndim(adata.obsm[key]) == 2 and np.shape(adata.obsm[key])[1] > 3]

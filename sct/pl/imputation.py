@@ -126,10 +126,10 @@ def mcc_by_ratio(
         For each method, a list of (masked fraction in (0, 1], MCC of each seed). Do not list fractions without a value.
         The legend marks a method without any value as "not run".
     models
-        Names of the methods that are models; their lines are thicker. See
+        Names of the methods that are models. These methods have thicker lines. See
         `sct.eval.imputation.scoring.ProtocolResult.labels`.
     reference
-        Names of the methods that are reference baselines; their lines are thick, black and dashed.
+        Names of the methods that are reference baselines. These methods have thick, black and dashed lines.
     masked
         Label of the horizontal axis.
     ax
@@ -204,7 +204,7 @@ def reliability(
     """Plot a reliability diagram: the observed fraction of expressed genes against the predicted probability.
 
     The curve of a well-calibrated method is on the diagonal. A curve below the diagonal means that the method predicts
-    "expressed" too often. The size of a point shows the fraction of the predictions in its bin.
+    "expressed" too often. The size of a point shows the fraction of all predictions that are in its bin.
 
     Parameters
     ----------
@@ -212,7 +212,7 @@ def reliability(
         For each method, the result of `sct.eval.metrics.reliability`: predicted probability, observed fraction and
         number of predictions, each (bins,).
     models
-        Names of the methods that are models; their lines are thicker. See
+        Names of the methods that are models. These methods have thicker lines. See
         `sct.eval.imputation.natural.NaturalResult.labels`.
     ax
         Axes to draw in; None for a new figure.
@@ -283,7 +283,10 @@ def reliability(
 
 
 def _curve(name: str, curve: Sequence[tuple[float, Sequence[float]]]) -> np.ndarray:
-    """Return one row per masked fraction that has a value, (R, 3): fraction, mean MCC and standard deviation."""
+    """Return an array (R, 3) with the columns fraction, mean MCC and standard deviation of the MCC.
+
+    There is one row for each masked fraction that has a value.
+    """
     rows = []
     for ratio, values in curve:
         measured = np.asarray(values, dtype=float)

@@ -89,7 +89,8 @@ def spatial(
 
     Returns
     -------
-    The axes. A list of axes if `color` is a list, or with `compare`: for each gene, imputed and observed.
+    The axes; a list of axes if `color` is a list or `compare` is True. With `compare`, each gene has two axes: first
+    the imputed and then the observed values.
 
     Raises
     ------
@@ -146,7 +147,7 @@ def _check_compare(layer: str | None, compare: bool, adata: AnnData) -> None:
 
 
 def _group(adata: AnnData, name: str | None, layer: str | None, compare: bool) -> Group:
-    """Return the panels for one entry of the argument `color`: one panel, or with `compare` two for a gene."""
+    """Return the panels for one entry of the argument `color`. With `compare`, a gene has two panels."""
     if name is None:
         return [None]
     if name in adata.obs.columns or not compare:
@@ -223,9 +224,10 @@ def _spot_width(adata: AnnData, places: np.ndarray, spatial_key: str) -> float:
 
 
 def _spots(ax: Axes, places: np.ndarray, known: np.ndarray, width: float) -> Any:
-    """Draw spots whose width is in the unit of the coordinates; spots not in `known` are gray and below the others.
+    """Draw spots. Spots that are not in `known` are gray, and lie below the other spots.
 
-    Returns the Matplotlib collection of the spots in `known`, so that the caller can color them.
+    The width of the spots is in the unit of the coordinates. Return the Matplotlib collection of the spots in `known`,
+    so that the caller can set their colors.
     """
     from matplotlib.collections import EllipseCollection
 

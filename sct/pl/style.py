@@ -36,7 +36,7 @@ MAX_VECTOR_POINTS, MAX_VECTOR_SPOTS = 2_000, 500
 
 
 def new_axes(width: float, height: float) -> Axes:
-    """Return the axes of a new pyplot figure of this size in inches.
+    """Create a pyplot figure of the given size in inches, and return its axes.
 
     Raises
     ------
@@ -47,7 +47,7 @@ def new_axes(width: float, height: float) -> Axes:
 
 
 def new_grid(panels: int, width: float, height: float, ncols: int) -> list[Axes]:
-    """Return the axes of a new pyplot figure with several panels, row by row.
+    """Create a pyplot figure with several panels; return the axes of the panels, row by row.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ def given_axes(ax: Any, panels: int) -> list[Axes]:
     Raises
     ------
     DataError
-        `ax` has something else than Matplotlib axes, or the number of axes is not the number of panels.
+        `ax` contains an object that is not Matplotlib axes, or the number of axes differs from the number of panels.
     """
     kind = load_extra("matplotlib.axes", "analysis", "matplotlib", what="a plot").Axes
     axes = list(np.atleast_1d(np.asarray(ax, dtype=object)).ravel())
@@ -160,7 +160,7 @@ def _oklab(rgb: np.ndarray) -> np.ndarray:
 
 
 def check_save(save: str | os.PathLike[str] | None) -> Path | None:
-    """Return the path of the argument `save`, after checking that a figure can be written there.
+    """Check that a figure can be written to the path `save`, and return this path.
 
     Raises
     ------

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def near(name: str, known: Iterable[str | None]) -> str:
-    """Return the last part of an error message about an unknown name, which suggests similar or existing names."""
+    """Return the end of an error message about an unknown name. It suggests similar or existing names."""
     # Newer versions of anndata list X among the layers as None.
     names = [str(one) for one in known if one is not None]
     if close := nearest(name, names, n=3, cutoff=0.5):
@@ -41,7 +41,9 @@ def dense(column: Any) -> np.ndarray:
 
 
 def gene_row(var: pd.DataFrame, gene: str) -> str | None:
-    """Find a gene by its var_name or by a value in any column of var, and return its var_name; None if it is absent.
+    """Find a gene by its var_name or by a value in any column of var.
+
+    Return the var_name of the gene; None if the gene is absent.
 
     Raises
     ------
@@ -65,7 +67,9 @@ def gene_row(var: pd.DataFrame, gene: str) -> str | None:
 
 
 def gene_values(adata: AnnData, gene: str, layer: str | None = None) -> np.ndarray:
-    """Return the values (N,) of one gene in X or in a layer; the gene is a var_name or a value in a column of var.
+    """Return the values (N,) of one gene in X or in a layer.
+
+    The gene is given as a var_name or as a value in a column of var.
 
     Raises
     ------

@@ -96,10 +96,10 @@ def annotate(
     threshold
         Minimum probability of a label; cells below it are "unknown". Default: 0.5 with a reference, 0 for text models.
     n_contexts
-        With a reference: how often bags are drawn at random (seeds `seed`, `seed + 1`, ...). Neighbors are computed
-        from the mean embedding over these draws. Default: 3 for models that read bags, otherwise 1. With `spatial_key`
-        it must be 1, because the spatial positions determine the bags. For a reference without positions, bags are then
-        drawn once.
+        With a reference: number of random draws of the bags (seeds `seed`, `seed + 1`, ...). Neighbors are computed
+        from the mean embedding over these draws. Default: 3 for models that read bags, otherwise 1. With `spatial_key`,
+        `n_contexts` must be 1, because the spatial positions determine the bags. If the reference has no positions, its
+        bags are then drawn once.
     layer, gene_column, duplicates
         See `sct.tl.embed`.
     batch_key, spatial_key, context, cells_per_bag
@@ -126,8 +126,9 @@ def annotate(
         - `obsm[key_added + "_probabilities"]`: float32 (N, labels).
         - `uns[key_added]`: the parameters; "labels" names the columns of the probabilities.
         - `obsm["X_sct"]` of `adata` and of the reference: the embedding, if it was computed here.
-        - `obs[key_added + "_agreement"]`, with several contexts: fraction of the single draws that give the same best
-          label as the mean embedding, also for "unknown" cells. `uns[key_added]["agreement"]` is its mean.
+        - `obs[key_added + "_agreement"]`, with several contexts: fraction of the draws in which the cell has the same
+          best label as with the mean embedding, also for "unknown" cells. `uns[key_added]["agreement"]` is the mean
+          over all cells.
         - `obs[key_added + "_" + label]`: one column per label, for labels that the model learned together.
     copy
         If True, return a modified copy and leave `adata` unchanged.
@@ -336,7 +337,10 @@ def _check_options(
 
 
 def _applies(name: str, value: Any, cells: ad.AnnData) -> bool:
-    """Return whether an option of `embed` can be used for these cells; a key can be used only if the AnnData has it."""
+    """Return whether an option of `embed` can be used for these cells.
+
+    A key can be used only if the AnnData contains this key.
+    """
     if value is None:
         return False
     if name == "batch_key":
@@ -347,7 +351,10 @@ def _applies(name: str, value: Any, cells: ad.AnnData) -> bool:
 def _shares(
     searched: np.ndarray, asked: np.ndarray, labels: np.ndarray, n_neighbors: int
 ) -> tuple[pd.DataFrame, np.ndarray]:
-    """Return the fraction of each cell's neighbors with each label, (N, labels), and the column of the best label."""
+    """Return two values: the label fractions (N, labels) and, for each cell, the column of the best label.
+
+    A label fraction is the fraction of the neighbors of a cell that have the label.
+    """
     codes, names = pd.factorize(labels.astype(str), sort=True)
     size = min(n_neighbors, len(searched))
     index = NearestNeighbors(n_neighbors=size, metric="cosine").fit(searched)

@@ -200,8 +200,8 @@ def infer_pathways(
         See `find_rare`.
     key_added
         Prefix of the results. `obs[key_added]`: the most probable pathway. `obs[key_added + "_probability"]`: its
-        probability. `obsm[key_added + "_probabilities"]`: float32 (N, pathways), which sums to 1 over the pathways
-        and ranks them. `uns[key_added]`: the parameters.
+        probability. `obsm[key_added + "_probabilities"]`: float32 (N, pathways), the probabilities by which the
+        pathways are ranked; they sum to 1 in each cell. `uns[key_added]`: the parameters.
 
     Raises
     ------

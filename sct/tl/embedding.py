@@ -44,10 +44,10 @@ def embed(
     `n_contexts`.
 
     sCT reads bags of cells, so the embedding of a cell depends on its bag. Bags are drawn with `seed` from windows of
-    10,000 cells of a batch. With `spatial_key`, bags are compact tiles of the tissue section. A last bag with too few
-    cells is filled up with the first cells, or with `spatial_key` with the nearest cells. The result depends only on
-    the cells, their order and the seed. `batch_size`, the devices and backed mode change the result at most by rounding
-    errors. Repeating a call gives bit-identical results.
+    10,000 cells of a batch. With `spatial_key`, bags are compact tiles of the tissue section. If the last bag has too
+    few cells, it is filled up with the first cells. With `spatial_key`, it is filled up with the nearest cells. The
+    result depends only on the cells, their order and the seed. `batch_size`, the devices and backed mode change the
+    result at most by rounding errors. Repeating a call gives bit-identical results.
 
     Parameters
     ----------
@@ -67,8 +67,9 @@ def embed(
         Key of the spatial coordinates in `obsm`, for sCT. Bags then contain neighboring cells. Models that were trained
         with coordinates also read them.
     context
-        With `spatial_key`: "tiles" divides a section into tiles of `cells_per_bag` cells. "neighbors" makes one bag
-        per cell, with the cell and its nearest cells, as in training; this takes `cells_per_bag` times the computation.
+        With `spatial_key`: "tiles" divides a section into tiles of `cells_per_bag` cells. "neighbors" makes one bag per
+        cell, with the cell and its nearest cells, as in training. "neighbors" takes `cells_per_bag` times as much
+        computation as "tiles".
     cells_per_bag
         Number of cells in a bag (K). Default: the value from training.
     batch_size
@@ -79,8 +80,8 @@ def embed(
     seed
         Random seed of the bags. For cell sentences, random seed of the order of genes with equal counts.
     n_contexts
-        How often bags are drawn at random (seeds `seed`, `seed + 1`, ...). The result is the mean embedding over the
-        draws. With `spatial_key` it must be 1, because the spatial positions determine the bags.
+        Number of random draws of the bags (seeds `seed`, `seed + 1`, ...). The result is the mean embedding over the
+        draws. With `spatial_key`, `n_contexts` must be 1, because the spatial positions determine the bags.
     copy
         If True, return a modified copy and leave `adata` unchanged.
 
@@ -110,7 +111,7 @@ def embed(
 
 @dataclasses.dataclass(frozen=True)
 class Contexts:
-    """Embed the cells of an AnnData, in bags that are drawn once or several times.
+    """Embed the cells of an AnnData. The bags are drawn once or several times.
 
     Attributes
     ----------
@@ -202,7 +203,10 @@ class Contexts:
             yield embedding
 
     def _masked(self, genes: np.ndarray) -> bags.PrepareInputs:
-        """Return a function that replaces the tokens of genes (n,) of a bag by the mask token."""
+        """Return a function that replaces the tokens of some genes in a bag by the mask token.
+
+        `genes` (n,) holds the positions of these genes.
+        """
         config = self.model.config
 
         def prepare(bag: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:

@@ -32,16 +32,16 @@ def gene_embeddings(
     duplicates: Literal["error", "sum"] = "error",
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Return one vector per gene, for example to find genes that are similar to the model.
+    """Return one vector per gene, for example to find genes that the model represents by similar vectors.
 
-    What the vector of a gene is depends on the model:
+    The meaning of the vector depends on the model:
 
     - **ZerOmics**: the text feature of the gene, projected to the width of the cell model. Genes without a text feature
       have no vector.
     - **Cell-sentence models**: the mean input embedding of the tokens of the gene name.
     - **sCT**: sCT embeds only expression levels, so it has no vector of a gene alone. Pass cells as `adata`. The vector
-      is the activation before the output head at the position of the gene, averaged over these cells. It depends on the
-      cells: compare genes within one call. Genes that were not measured have no vector.
+      is the activation before the output head at the position of the gene, averaged over these cells. The vectors
+      depend on the cells, so compare only genes from the same call. Genes that were not measured have no vector.
 
     Parameters
     ----------
@@ -50,14 +50,14 @@ def gene_embeddings(
     genes
         Ids or symbols of genes. Default: all genes that have a vector.
     adata
-        Cells with raw counts (N, n_var), for sCT. They are not changed.
+        Cells with raw counts (N, n_var), for sCT. The AnnData is not changed.
     layer, batch_key, spatial_key, cells_per_bag, batch_size, gene_column, duplicates, seed
         With `adata`: see `sct.tl.embed`.
 
     Returns
     -------
-    Table (genes, D) float32. The index has the given names; by default symbols, or the Ensembl id of a gene whose
-    symbol is not unique.
+    Table (genes, D) float32. The index has the names in `genes`. Without `genes`, the index has gene symbols; a gene
+    whose symbol is not unique has its Ensembl id.
 
     Raises
     ------

@@ -159,7 +159,10 @@ def impute(
 def _masked_cell_order(
     section: Section, hidden: np.ndarray, cells_per_bag: int, seed: int
 ) -> BagOrder | None:
-    """Group the cells of a section into bags, given which cells to impute (n,); return None if there are none."""
+    """Group the cells of a section into bags for the imputation of whole cells.
+
+    The mask `hidden` (n,) is True for the cells to impute. Return None if there are no cells to impute.
+    """
     where = f" of {section.name}" if section.name else ""
     if not hidden.any():
         return None
@@ -264,7 +267,7 @@ def predict_genes(
     genes: np.ndarray,
     batch_size: int | None = None,
 ) -> np.ndarray:
-    """Return the expected counts (N, n), float32, of hidden genes in all cells.
+    """Return the expected counts of hidden genes in all cells, float32 (N, n).
 
     Parameters
     ----------
@@ -360,7 +363,7 @@ def _write(
     key: str,
     model: Any,
 ) -> np.ndarray:
-    """Write predictions to layers, or to obsm for genes without a column of their own.
+    """Write predictions to layers. Predictions of genes without a column of their own are written to obsm.
 
     Return a mask of the genes written to layers.
     """
@@ -438,7 +441,7 @@ def _counts(target: ad.AnnData, table: CellCounts) -> sparse.csr_matrix:
 def _levels(target: ad.AnnData, table: CellCounts, column: np.ndarray, model: Any) -> sparse.csr_matrix:
     """Return the expression level of each observed count, (N, n_var).
 
-    Levels divide the range of a cell's counts; the range is computed from the genes that the model knows.
+    The levels divide the range of the counts of a cell. This range is computed from the genes that the model knows.
 
     These levels may differ from those that the model reads, because the model reads neither hidden values nor genes
     below the noise threshold.

@@ -36,9 +36,9 @@ def spatial_neighbors(
         Column of `obs` with the slide of each cell. Neighbors always come from the same slide.
     key_added
         Prefix of the results. `obsm[key_added]`, int64 (N, K): row numbers of `adata`, first the cell itself and then
-        its neighbors by increasing distance, -1 where a slide has fewer than K cells.
-        `obs[key_added + "_radius"]`: distance to the farthest neighbor, in the unit of the positions.
-        `uns[key_added]`: the parameters.
+        its neighbors by increasing distance. If a slide has fewer than K cells, the remaining entries are -1.
+        `obs[key_added + "_radius"]`: distance to the farthest neighbor, in the unit of the positions. `uns[key_added]`:
+        the parameters.
     copy
         If True, return a modified copy and leave `adata` unchanged.
 

@@ -62,10 +62,10 @@ def perturb(
 
     **Null distribution.** Genes that are expressed in many cells change an embedding more than rare genes. The effect
     of each perturbation is therefore compared with that of `n_random` different random perturbations of the same size.
-    Each random gene is drawn from the genes for which the fraction of cells that express them is nearest to that of the
-    gene it replaces. Nothing else is matched, in particular not the number of counts. The p-value is (1 + number of
-    random perturbations with at least this effect) / (1 + `n_random`), so it is at least 1 / (1 + `n_random`). The
-    q-value is the p-value after Benjamini-Hochberg correction.
+    Each random gene replaces one gene of the perturbation. The random gene is drawn from the genes that are expressed
+    in the most similar fraction of cells. Only this fraction is matched; the number of counts, for example, is not. The
+    p-value is (1 + number of random perturbations with at least this effect) / (1 + `n_random`), so it is at least 1 /
+    (1 + `n_random`). The q-value is the p-value after Benjamini-Hochberg correction.
 
     A small p-value means that the effect is larger than that of most genes expressed in about as many cells. Few genes
     are expressed in as many cells as the most frequent genes, such as housekeeping and ribosomal genes. If
@@ -104,12 +104,13 @@ def perturb(
         - `obsm[key_added]`: table (N, perturbations) with the effect on each cell. The columns are the perturbations;
           the genes of a list are joined by "+".
         - `uns[key_added]["effects"]`: table with one row per perturbation. `effect` is the mean effect over the cells,
-          `fraction_expressed` the fraction of cells that express one of the genes, and `null_fraction` the mean of this
-          fraction over the random perturbations. `null_mean` and `null_std` describe the effects of the random
-          perturbations, `p_value` and `q_value` are explained above.
+          `fraction_expressed` is the fraction of cells that express at least one of the genes, and `null_fraction` is
+          the mean of this fraction over the random perturbations. `null_mean` and `null_std` are the mean and standard
+          deviation of the effects of the random perturbations. `p_value` and `q_value` are explained above.
         - `uns[key_added]["targets"]`, with `targets`: table with one row per perturbation and target gene. `expected`
-          is the mean expected raw count without the perturbation, and `change` its change by the perturbation.
-          `p_value` is the fraction of random perturbations with at least this absolute change, computed as above.
+          is the mean expected raw count without the perturbation. `change` is this mean with the perturbation minus
+          `expected`. `p_value` is the fraction of random perturbations with at least this absolute change, computed as
+          above.
         - `uns[key_added]`: also the parameters.
     seed
         Random seed of the bags and of the random genes. The random genes of a perturbation do not depend on the other
@@ -205,7 +206,7 @@ def perturb(
 
 
 def _asked(genes: Any, cells: CellCounts) -> dict[str, tuple[int, ...]]:
-    """Return the perturbations, as a dict from each name to the ascending vocabulary positions of the genes."""
+    """Return the perturbations, as a dict from each name to the sorted vocabulary positions of its genes."""
     check_type("genes", genes, (str, Iterable), "a list of gene names")
     listed = [genes] if isinstance(genes, str) else list(genes)
     check_not_empty("genes", listed)
@@ -266,7 +267,10 @@ def _detection(cells: CellCounts) -> tuple[np.ndarray, np.ndarray]:
 def _random_sets(
     name: str, members: tuple[int, ...], expressed: np.ndarray, targets: np.ndarray, n_random: int, seed: int
 ) -> list[tuple[int, ...]]:
-    """Draw different random sets of genes; each gene has nearly the expression frequency of the gene it replaces."""
+    """Draw distinct random sets of genes.
+
+    Each random gene is expressed in nearly the same fraction of cells as the gene that it replaces.
+    """
     free = np.flatnonzero(expressed > 0)
     free = free[~np.isin(free, [*members, *targets.tolist()])]
     needed = n_random + len(members) - 1
@@ -300,9 +304,10 @@ def _random_sets(
 def _fractions(
     asked: dict[str, tuple[int, ...]], draws: dict[str, list[tuple[int, ...]]], cells: CellCounts
 ) -> dict[str, tuple[float, float]]:
-    """Return the fraction of cells that express one of the genes, and its mean over the random sets, by perturbation.
+    """For each perturbation, return two fractions of cells, as a dict by name.
 
-    The mean is NaN if there are no random sets.
+    The first is the fraction of cells that express at least one gene of the perturbation. The second is the mean of the
+    same fraction over the random sets, or NaN if there are no random sets.
     """
     sets = [one for name in asked for one in (asked[name], *draws[name])]
     genes = np.array([gene for one in sets for gene in one])
@@ -323,7 +328,7 @@ def _fractions(
 
 
 def _warn_if_unmatched(fractions: dict[str, tuple[float, float]]) -> None:
-    """Warn if the random genes of a perturbation are expressed in clearly more or fewer cells than its genes."""
+    """Warn if the random genes of a perturbation are expressed in clearly more or fewer cells than its own genes."""
     gaps = {name: abs(own - null) for name, (own, null) in fractions.items()}
     unmatched = [name for name, gap in gaps.items() if gap > _TOLERANCE]
     if unmatched:
@@ -339,7 +344,7 @@ def _warn_if_unmatched(fractions: dict[str, tuple[float, float]]) -> None:
 
 
 def _distance(before: np.ndarray, after: np.ndarray, metric: str) -> np.ndarray:
-    """Return the distance (N,) float32 between two embeddings (N, D) of each cell; exactly 0 if they are equal."""
+    """Return the distance between two embeddings (N, D) of each cell, float32 (N,); exactly 0 for equal embeddings."""
     one, other = before.astype(np.float64), after.astype(np.float64)
     if metric == "cosine":
         # Half the squared distance of unit vectors is 1 - cosine similarity, without its cancellation near 0.
@@ -378,7 +383,10 @@ class _Predictor:
 
 
 def _p_value(observed: Any, null: np.ndarray) -> Any:
-    """Return the p-value of each observed effect, from the effects of random perturbations `null` (n_random, ...)."""
+    """Return the p-value of each observed effect.
+
+    `null` (n_random, ...) holds the effects of the random perturbations.
+    """
     if not len(null):
         return np.full(np.shape(observed), np.nan)
     return (1 + (null >= observed).sum(axis=0)) / (1 + len(null))
@@ -420,7 +428,7 @@ def _changes(
     targets: Sequence[str],
     expected: np.ndarray,
 ) -> pd.DataFrame:
-    """Return the table of changes of expected counts, one row per perturbation and target gene."""
+    """Return a table of the changes of expected counts, with one row per perturbation and target gene."""
 
     def parts() -> Iterator[pd.DataFrame]:
         for name, members in asked.items():

@@ -38,8 +38,8 @@ def to_sentences(
 ) -> pd.Series:
     """Convert each cell to a cell sentence: its expressed genes in descending order (Cell2Sentence paper, section 3.1).
 
-    Genes with equal counts are in random order. The random order depends only on the seed and on the names of cell and
-    gene.
+    Genes with equal counts are in random order. The random order depends only on the seed and on the names of the cell
+    and the genes.
 
     Parameters
     ----------
@@ -51,8 +51,8 @@ def to_sentences(
     seed
         Random seed of the order of genes with equal counts.
     model
-        Write only the gene names that this model knows. Without a model, all genes of `adata` are written, by their
-        name. Ensembl ids in the human gene table are replaced by symbols.
+        Write only the gene names that this model knows. Without a model, all genes of `adata` are written with their
+        names. Ensembl ids in the human gene table are replaced by symbols.
     layer
         Layer with the raw counts. By default, the first of X, raw and layers["counts"] that holds raw counts.
     gene_column, duplicates

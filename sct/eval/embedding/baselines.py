@@ -39,24 +39,27 @@ class BaselineCells:
 
     @functools.cached_property
     def log(self) -> sparse.csr_matrix:
-        """Return log1p counts per 10,000, float32 (N, G); the row of a cell without counts is zero."""
+        """Return log1p counts per 10,000, float32 (N, G). The row of a cell without counts contains only zeros."""
         return log_expression(self.counts).astype(np.float32)
 
     @functools.cached_property
     def principal(self) -> np.ndarray:
-        """Return the first `components` principal components of the log counts of all cells, (N, P)."""
+        """Return the first P principal components of the log counts of all cells, (N, P); P is at most `components`."""
         return _fit(self.log, self.components).transform(self.log)
 
 
 def _fit(values: sparse.csr_matrix, components: int) -> Any:
-    """Fit a PCA to a sparse matrix; the solver arpack centers the matrix without making it dense."""
+    """Fit a PCA to a sparse matrix. The solver arpack centers the matrix without making it dense."""
     components = min(components, min(values.shape) - 1)
     # Only the start vector of arpack is random, so a fixed seed is enough.
     return decomposition.PCA(components, svd_solver="arpack", random_state=0).fit(values)
 
 
 def _by_scanpy(cells: BaselineCells) -> Any:
-    """Compute log1p counts per 10,000 with scanpy, so that rounding is the same as in scanpy, and return an AnnData."""
+    """Return an AnnData with log1p counts per 10,000.
+
+    scanpy computes these values, so they are rounded as in scanpy.
+    """
     scanpy = load_extra("scanpy", "analysis")
     from anndata import AnnData
 
@@ -67,9 +70,9 @@ def _by_scanpy(cells: BaselineCells) -> Any:
 
 
 def hvg_pca(cells: BaselineCells, genes: int, seed: int) -> np.ndarray:
-    """Return principal components (N, P), computed by scanpy from `genes` highly variable genes.
+    """Return the principal components (N, P) of `genes` highly variable genes, computed by scanpy.
 
-    The genes are scaled and clipped at 10 first.
+    Before the PCA, scanpy scales each gene and clips the scaled values at 10.
     """
     scanpy = load_extra("scanpy", "analysis")
     adata = _by_scanpy(cells)
@@ -131,11 +134,12 @@ def scvi(cells: BaselineCells, genes: int, seed: int, epochs: int | None = None)
 def classify(cells: BaselineCells, seed: int, folds: int = 5, k: int = 5) -> dict[str, tuple[float, float]]:
     """Return the cross-validated accuracy and macro-F1 of k-NN and logistic regression on principal components.
 
-    PCA and classifier are fitted on the cells of the training folds only.
+    The PCA and the classifier are fitted only on the cells of the training folds.
 
     Returns
     -------
-    {"knn": (accuracy, macro-F1), "logistic": (accuracy, macro-F1)}, on the same folds as `metrics.knn_accuracy`.
+    Dict `{"knn": (accuracy, macro-F1), "logistic": (accuracy, macro-F1)}`. The folds are those of
+    `metrics.knn_accuracy`.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier

@@ -36,12 +36,13 @@ class EmbeddingMethod:
     Attributes
     ----------
     embedding
-        (N, D) embedding of the N cells, in their order, or a function that computes this embedding for a given seed.
+        Embedding (N, D), with the cells in their original order. Or a function that takes a seed and returns such an
+        embedding.
     fitted_on
         Data that the method was fitted on, as shown in the table.
     fits
-        Number of embeddings to compute: the function `embedding` is called with the seeds 0 to `fits` - 1. Seed s of
-        the evaluation uses the embedding of seed s % `fits`.
+        Number of embeddings to compute. If `embedding` is a function, it is called with the seeds 0 to `fits` - 1. The
+        evaluation with seed s uses the embedding with seed s % `fits`.
     remark
         Remark for the reader of the table.
     """
@@ -58,7 +59,7 @@ class EmbeddingMethod:
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingMetricOptions:
-    """Options of the evaluation of embeddings. The defaults follow the published protocols.
+    """Options for evaluating embeddings. The defaults follow the published protocols.
 
     Attributes
     ----------
@@ -69,14 +70,14 @@ class EmbeddingMetricOptions:
     resolution, graph_neighbors
         Resolution of the Leiden clustering, and neighbors of each cell in its graph.
     components, genes
-        Number of principal components, and of highly variable genes, for the baselines that use them.
+        Number of principal components, and number of highly variable genes. Only some baselines use these options.
     baselines
         Names of the baselines to include, from `BASELINES`.
     scvi_fits
         Number of scVI trainings, each with its own seed.
     scvi_epochs
-        Epochs of each scVI training. None uses scVI's rule: 400 epochs up to 20,000 cells. This takes a few minutes on
-        a GPU, and up to an hour for 2,600 cells on two CPU cores.
+        Epochs of each scVI training. None uses scVI's rule, which is 400 epochs for up to 20,000 cells. A training
+        takes a few minutes on a GPU, and up to an hour for 2,600 cells on two CPU cores.
     scib
         Names of the scib-metrics to compute if batches are given, from `metrics.SCIB_BIO` and `metrics.SCIB_BATCH`.
     """
@@ -108,7 +109,7 @@ class EmbeddingMetricOptions:
                 check_choice(name, each, known)
 
     def name(self, baseline: str) -> str:
-        """Return the name under which the table shows a baseline."""
+        """Return the name of a baseline in the table."""
         return baseline.replace("k-NN", f"{self.k}-NN")
 
 
@@ -129,15 +130,16 @@ def measure(
 
     - PCA: 50 principal components of log1p counts per 10,000.
     - HVG + PCA: scanpy's standard recipe, which selects 2,000 highly variable genes, scales, clips at 10 and runs PCA.
-    - scVI, if scvi-tools is installed: trained on the same variable genes of these cells, with their batches.
-    - PCA + k-NN and PCA + logistic regression: PCA and classifier are fitted on the training folds only. There is no
-      single embedding, so these rows have no clustering metrics.
+    - scVI, if scvi-tools is installed: trained on the same highly variable genes of these cells. With `batch`, scVI
+      also reads the batches of the cells.
+    - PCA + k-NN and PCA + logistic regression: PCA and classifier are fitted on the training folds only. Each fold has
+      its own PCA, so there is no single embedding and these rows have no clustering metrics.
 
     Parameters
     ----------
     methods
-        Dict from the name of each method to an `EmbeddingMethod`, or to an embedding (N, D), which the table calls
-        zero-shot.
+        Dict from the name of each method to an `EmbeddingMethod` or to an embedding (N, D). The table describes a plain
+        embedding as zero-shot.
     counts
         (N, G) raw counts of these cells.
     labels, batch
@@ -147,9 +149,9 @@ def measure(
 
     Returns
     -------
-    The report, and a nested dict of all numbers, {method: {column: [one value per seed]}}, with a single value if
-    nothing is random. If a method or metric fails, or its library is missing, the table shows "-" and the reason in the
-    remark.
+    The report, and a nested dict of all numbers: {method: {column: [one value per seed]}}. A number that does not
+    depend on the seed has a single value. If a method or metric fails, or if its library is missing, the table shows
+    "-" and the reason in the remark.
 
     Raises
     ------
@@ -191,7 +193,8 @@ def _labeled(
 ) -> tuple[BaselineCells, np.ndarray, list[str]]:
     """Select the cells that have a label.
 
-    Return these cells, a bool mask (N,) of them, and a note on the excluded cells.
+    Return three values: the cells with a label, a mask (N,) that is True for these cells, and notes on the excluded
+    cells.
     """
     names = pd.Series(np.asarray(labels, dtype=object))
     for what, given in (("labels", names), ("batches", names if batch is None else batch)):
@@ -317,9 +320,10 @@ def _measure(
 
 
 def _checked(embedding: Any, cells: BaselineCells, kept: np.ndarray | None) -> np.ndarray:
-    """Check the shape and values of an embedding, and return its rows for labeled cells, float32 (labeled cells, D).
+    """Check the shape and values of an embedding, and return the rows of the labeled cells as float32.
 
-    `kept`, bool (N,), says which rows have a label; None if the embedding contains only labeled cells.
+    The mask `kept` (N,) is True for the rows of labeled cells. None means that all rows belong to labeled cells. The
+    result has the shape (labeled cells, D).
     """
     array = np.asarray(embedding, dtype=np.float32)
     expected = len(cells.labels) if kept is None else len(kept)
@@ -377,7 +381,10 @@ def _scib(
 
 
 def _fitted(cells: BaselineCells, options: EmbeddingMetricOptions) -> dict[str, EmbeddingMethod]:
-    """Return the baselines that give an embedding; they are fitted on the counts of these cells."""
+    """Return the baselines that give an embedding, as a dict by name.
+
+    These baselines are fitted on the counts of `cells`.
+    """
     batches = "" if cells.batch is None else " and their batches"
     once = "one training, seed 0" if options.scvi_fits == 1 else f"{options.scvi_fits} trainings"
     once += "" if options.scvi_epochs is None else f", {options.scvi_epochs} epochs"

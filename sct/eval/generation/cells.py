@@ -55,7 +55,7 @@ class GenerationOptions:
     variable_genes
         Perturbations only: number of highly variable genes, selected in the training cells; 0 for all genes.
     differential_genes
-        Perturbations only: number of differential genes of a condition, which are the genes whose expression differs
+        Perturbations only: number of differential genes per condition. These are the genes whose expression differs
         most between the condition and its opposite condition (such as the control).
     log_base
         Perturbations only: base of the logarithm of expression.
@@ -81,7 +81,7 @@ class GenerationOptions:
 def log_normalized(counts: sparse.csr_matrix) -> tuple[sparse.csr_matrix, None]:
     """Convert raw counts (N, G) to log10(1 + counts per 10,000) (Cell2Sentence, equation 1).
 
-    Return this expression, and None in place of cell sentences.
+    Return two values: this expression, and None in place of cell sentences.
     """
     return sparse.csr_matrix(log_expression(counts, np.float64) / np.log(10)), None
 
@@ -91,7 +91,7 @@ def profile_counts(
 ) -> tuple[sparse.csr_matrix, np.ndarray]:
     """Draw cells from the mean expression profile of their label.
 
-    These drawn cells are a baseline that knows the mean of each label, but not how genes vary together within a label.
+    The drawn cells are a baseline: they follow the mean of each label, but not how genes vary together within a label.
 
     Parameters
     ----------
@@ -104,9 +104,10 @@ def profile_counts(
 
     Returns
     -------
-    Raw counts (M, G), and the row numbers (M,) of one training cell per drawn cell. Each drawn cell is a multinomial
-    sample from the summed counts of its label, and its total count equals that of a random training cell of this label.
-    A training cell is used twice only if the label has too few cells.
+    Two values: the raw counts (M, G) of the drawn cells, and for each drawn cell the row number of one training cell,
+    (M,). Each drawn cell is a multinomial sample from the summed counts of its label, and its total count equals that
+    of a random training cell of this label. The row number is that of this training cell. A training cell is used twice
+    only if the label has too few cells.
 
     Raises
     ------
@@ -142,9 +143,9 @@ def profile_counts(
 def _split(
     generated: CellSet, real: CellSet, labels: Sequence[Any], options: GenerationOptions, seed: int
 ) -> tuple[CellSet, CellSet, CellSet]:
-    """Split the real cells in halves; return the reference half, sampled generated cells, and the other real half.
+    """Split the real cells into halves; return the reference half, sampled generated cells, and the other half.
 
-    For each label, the sets of generated cells and of other real cells have the same number of cells.
+    For each label, the second and the third set have the same number of cells.
     """
     rng = np.random.default_rng(seed)
     parts: list[list[np.ndarray]] = [[], [], []]
@@ -162,7 +163,11 @@ def _split(
 
 
 def _shared_labels(generated: CellSet, real: CellSet, training: Any = None) -> tuple[list[Any], list[str]]:
-    """Return the labels that both sets contain and that can be compared, and notes about the excluded cells."""
+    """Return the labels that can be compared, and notes on the excluded cells.
+
+    A label can be compared if it has generated cells, at least two real cells and, if `training` is given, a training
+    cell.
+    """
     if generated.expression.shape[1] != real.expression.shape[1]:
         raise DataError(
             f"generated cells have {generated.expression.shape[1]:,} genes, but real cells have "
@@ -235,10 +240,10 @@ def compare(
     other rows have equal numbers of cells per label:
 
     - the generated cells, and the same cells with shuffled labels (control);
-    - the other half of the real cells, which shows the best values a generator can reach;
+    - the other half of the real cells, which shows the best values that a generator can reach;
     - copied training cells, and multinomial draws from the mean training profile of the label (baselines);
-    - labels guessed at random with their frequencies, and the most common label for all cells (baselines for the
-      accuracy).
+    - labels guessed at random by their frequency, and the most common label for all cells (baselines for the accuracy
+      only).
 
     Parameters
     ----------
@@ -334,7 +339,10 @@ def _expressed(express: Express, counts: sparse.csr_matrix, labels: np.ndarray) 
 def _available(
     generated: CellSet, real: CellSet, options: GenerationOptions
 ) -> tuple[list[str], bool, list[str]]:
-    """Return the k-NN distances to use, whether Gromov-Wasserstein can be computed, and notes on missing libraries."""
+    """Return three values: the k-NN distances to use, whether Gromov-Wasserstein can be computed, and notes.
+
+    The notes say which libraries are missing.
+    """
     spaces, measured, missing = ["expression"], options.max_cells > 0, []
     if generated.sentences is not None and real.sentences is not None:
         try:
@@ -353,7 +361,11 @@ def _available(
 
 
 def _guesses(made: np.ndarray, real: np.ndarray, columns: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Return the expected accuracy of guessing labels by their frequency in real cells, as {row: {column: value}}."""
+    """Return the expected accuracy of two baselines that only guess labels, as {row: {column: value}}.
+
+    One baseline guesses labels at random by their frequency in real cells. The other always guesses the most common
+    label.
+    """
     frequency = pd.Series(real).value_counts(normalize=True)
     asked = pd.Series(made).value_counts(normalize=True).reindex(frequency.index, fill_value=0.0)
     # If several labels are most common, average over them.

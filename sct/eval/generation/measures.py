@@ -33,7 +33,7 @@ class CellSet:
         (N, G) normalized expression, dense or sparse. Compared sets need the same genes and units; Cell2Sentence uses
         log10(1 + counts per 10,000).
     labels
-        (N,) cell type or condition: the observed one for real cells, the requested one for generated cells.
+        (N,) cell type or condition: observed for real cells, requested for generated cells.
     sentences
         N cell sentences (gene names separated by spaces), or None.
     quality
@@ -90,7 +90,7 @@ def token_distances(queries: Sequence[str], references: Sequence[str], *, worker
 
     Returns
     -------
-    int32 (M, N): minimum number of genes to insert, delete or replace.
+    int32 (M, N): minimum number of genes to insert, delete or replace to turn one sentence into the other.
 
     Raises
     ------
@@ -254,10 +254,10 @@ def correlations(real: np.ndarray, generated: np.ndarray) -> Correlations:
 
     Returns
     -------
-    Pearson and Spearman correlation in [-1, 1], and R2 in (-inf, 1]; 1 is the best value, and NaN if a profile is
-    constant. R2 is 1 - residual variance / total variance of the real profile, not the square of the Pearson
-    correlation. Table 7 of the paper must use this definition too, because its R2 is lower than the squared Pearson
-    correlation.
+    Pearson and Spearman correlation in [-1, 1], and R2 in (-inf, 1]. The best value is 1. All three are NaN if a
+    profile is constant. R2 is 1 - residual variance / total variance of the real profile, not the square of the Pearson
+    correlation. Table 7 of the paper must use the same definition, because the R2 in the table is lower than the
+    squared Pearson correlation.
     """
     if len(real) < 2 or np.ptp(real) == 0 or np.ptp(generated) == 0:
         return Correlations(np.nan, np.nan, np.nan)

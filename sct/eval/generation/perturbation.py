@@ -59,7 +59,7 @@ def differential_genes(cells: Any, opposite: Any, number: int = 20) -> np.ndarra
 
     Returns
     -------
-    int (number,) column numbers; shorter if there are fewer than `number` genes.
+    int (number,) column numbers; the array is shorter if there are fewer than `number` genes.
 
     Raises
     ------
@@ -108,8 +108,8 @@ def perturbation_correlations(
     generated, real, training
         Cells with their conditions as labels. The training cells contain no cell of the evaluated conditions.
     opposite
-        Maps each evaluated condition to the condition of the training cells with which it is compared, such as the
-        control.
+        Dict from each evaluated condition to its opposite condition, such as the control. The training cells contain
+        the opposite condition.
     genes
         Columns of the genes to use, such as `chosen_genes` of the training cells; None for all genes.
     differential
@@ -118,7 +118,7 @@ def perturbation_correlations(
     Returns
     -------
     Table with one row per condition and the columns `PERTURBATION_COLUMNS`. The values are correlations in [-1, 1] over
-    `genes` and over the differential genes; 1 is the best value, and NaN means that a profile is constant. In the Δ
+    `genes` and over the differential genes. The best value is 1. NaN means that a profile is constant. In the Δ
     columns, the mean training profile of the opposite condition is first subtracted from both profiles.
     """
     profiles = [mean_profiles(each.expression, each.labels) for each in (generated, real, training)]

@@ -98,7 +98,9 @@ class Similarity(NamedTuple):
 
 
 def similarity(generated: np.ndarray, true: np.ndarray, pairs: Any) -> Similarity:
-    """Test if generated texts are closer to their own true text than to others (Cell2Sentence, section 4.4, Table 4).
+    """Test if generated texts are closer to their own true text than to other true texts.
+
+    See Cell2Sentence, section 4.4, Table 4.
 
     The cosine similarities between the texts generated for study i and the true text of study j are averaged to one
     number per pair (i, j). The tests compare the numbers with i = j to those with i != j. The tests assume independent
@@ -158,9 +160,9 @@ def similarity(generated: np.ndarray, true: np.ndarray, pairs: Any) -> Similarit
 
 
 def _components(generated: np.ndarray, true: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return only those pairs of embeddings for which a correlation is defined.
+    """Return the pairs of embeddings for which a correlation is defined.
 
-    An embedding needs two or more components that are not all equal.
+    A correlation is defined if each of the two embeddings has at least two components that are not all equal.
     """
     if generated.shape[1] < 2:
         return []
@@ -181,9 +183,9 @@ def _check(generated: np.ndarray, true: np.ndarray) -> None:
 def mmd(generated: np.ndarray, true: np.ndarray) -> float:
     """Return the maximum mean discrepancy between two sets of embeddings (Cell2Sentence, section 4.4, Table 4).
 
-    The discrepancy is the square root of its biased squared estimate. This estimate is the sum of the mean kernel
-    values within each set, minus twice the mean kernel value between the sets. The kernel is Gaussian, exp(-d^2 / (2
-    s^2)), and s is the median of the non-zero distances between all points.
+    The result is the square root of the biased estimate of the squared discrepancy. This estimate is the sum of the
+    mean kernel values within each set, minus twice the mean kernel value between the sets. The kernel is Gaussian,
+    exp(-d^2 / (2 s^2)), and s is the median of the non-zero distances between all points.
 
     Parameters
     ----------
@@ -282,12 +284,12 @@ class _Row:
     Attributes
     ----------
     texts, pairs
-        For each seed, the N texts; and for each seed, the index of the true text that each text is compared with, int
-        (N,).
+        `texts` holds N texts for each seed. For each seed, `pairs` holds the index of the true text with which each
+        text is compared, int (N,).
     fitted_on
-        Studies that the texts were copied from; "" for generated texts.
+        Studies from which the texts were copied; "" for generated texts.
     is_control
-        Whether the pairs are shuffled. Metrics that do not depend on the pairs are then left out of the row.
+        Whether the pairs are shuffled. If so, the row leaves out the metrics that do not depend on the pairs.
     """
 
     texts: list[Sequence[str]]
@@ -309,7 +311,7 @@ def compare(
     """Compare generated texts with controls and baselines (Cell2Sentence, section 4.4, Table 4).
 
     The control of each set of generated texts is the same set with shuffled pairs. The control shows how similar texts
-    are to the true texts if they do not depend on their cell. With training texts, two baselines are added: random
+    are to the true texts if the texts do not depend on the cells. With training texts, two baselines are added: random
     training texts, and the training text that is most similar to all others, used for every cell.
 
     Parameters

@@ -56,8 +56,8 @@ class ImputationMethod(Protocol):
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
         """Predict the expression levels and raw counts of the scored (cell, gene) pairs of `masked`.
 
-        A method may use `masked.visible`, the tokens that are not masked, and the ranges, medians and means of
-        `masked`, but not those of `eval_cells`.
+        A method may use `masked.visible` and the tokens that are not masked. A method may also use the ranges, medians
+        and means of `masked`, but not the ranges, medians and means of `eval_cells`.
 
         Returns
         -------
@@ -73,7 +73,7 @@ class ImputationMethod(Protocol):
 
 
 def from_levels(masked: Masked, levels: np.ndarray) -> LevelPrediction:
-    """Convert predicted expression levels (n,) to raw counts: the median count of the cell's genes at this level."""
+    """Convert predicted expression levels (n,) to raw counts: the median count of this level in the cell."""
     return LevelPrediction(levels, masked.medians[masked.cells, levels])
 
 
@@ -95,7 +95,7 @@ def from_counts(masked: Masked, counts: np.ndarray) -> dict[bool, LevelPredictio
 
 @functools.lru_cache(maxsize=1)  # all protocols of a run use the same training studies
 def level_frequencies(train: BagSource) -> np.ndarray:
-    """Count, for each gene and expression level, the training cells with this level, int64 (P, num_bins).
+    """Return the number of training cells with each expression level of each gene, int64 (P, num_bins).
 
     The result is cached: do not modify it.
     """
@@ -109,18 +109,19 @@ def level_frequencies(train: BagSource) -> np.ndarray:
 
 
 class CommonLevel:
-    """Baseline that predicts the most common expression level of each gene, of all levels or of those above zero.
+    """Baseline that predicts the most common expression level of each gene.
 
-    The variant that counts only expression levels above zero knows that the gene is expressed. This variant is a strong
-    baseline, because the levels of most genes vary little. For a gene that no cell expresses, the prediction is the
-    lowest possible level.
+    One variant counts all expression levels. The other variant counts only levels above zero, so it knows that the gene
+    is expressed. The second variant is a strong baseline, because the levels of most genes vary little. For a gene that
+    no cell expresses, the prediction is the lowest possible level.
 
     Parameters
     ----------
     expressed
         Whether to count only expression levels above zero.
     train
-        Level frequencies in the training studies from `level_frequencies`, or None without training studies.
+        Level frequencies in the training studies, as returned by `level_frequencies`. None if there are no training
+        studies.
     """
 
     remark = ""
@@ -131,7 +132,7 @@ class CommonLevel:
         self.fitted_on = TRAINING
 
     def frequencies(self, eval_cells: EvalCells, masked: Masked) -> np.ndarray:
-        """Return how often each expression level occurs for the gene of each scored pair, (n, num_bins)."""
+        """For the gene of each scored pair, return the number of cells with each expression level, (n, num_bins)."""
         if self._train is None:
             raise Unavailable(
                 "this method needs training studies, but none were given: give a store with training studies"
@@ -139,14 +140,19 @@ class CommonLevel:
         return self._train[masked.genes]
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
-        """Predict expression levels and raw counts; `expressed` says whether genes are known to be expressed."""
+        """Predict expression levels and raw counts.
+
+        The method knows that the scored genes are expressed only if `expressed` is True.
+        """
         frequencies = self.frequencies(eval_cells, masked)[:, self.first :]
         levels = self.first + frequencies.argmax(axis=1)
         return {bool(self.first): from_levels(masked, levels)}
 
 
 class OthersCommonLevel(CommonLevel):
-    """Baseline that predicts a gene's most common expression level in the other cells of the study, even if masked.
+    """Baseline that predicts the most common expression level of a gene in the other cells of the study.
+
+    The other cells count even if the gene is masked in these cells.
 
     The variant with `expressed=True` is the reference baseline: a useful imputation method must beat it.
 
@@ -161,7 +167,7 @@ class OthersCommonLevel(CommonLevel):
         self.fitted_on = OTHER_CELLS
 
     def frequencies(self, eval_cells: EvalCells, masked: Masked) -> np.ndarray:
-        """Return how often each level of the gene of each scored pair occurs in other cells, (n, num_bins)."""
+        """For the gene of each scored pair, return the number of other cells with each level, (n, num_bins)."""
         frequencies = eval_cells.frequencies[eval_cells.study[masked.cells], masked.genes]
         frequencies[np.arange(len(frequencies)), masked.levels] -= 1
         return frequencies
@@ -192,7 +198,7 @@ def _smoothed(
     shown_in: Callable[[np.ndarray], np.ndarray],
     masked: Masked,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Predict masked counts of a cell by the mean counts of its neighbors, scaled to the library size of the cell.
+    """Predict the masked counts of a cell from the mean counts of its neighbors, scaled to its library size.
 
     A neighbor in which a gene is masked or not measured is left out of the mean of this gene. The library size is the
     sum over the genes that are visible in both the cell and its neighbors.
@@ -204,13 +210,14 @@ def _smoothed(
     reference
         Counts (M, G).
     shown_in
-        Function that maps neighbors (m, k) to the number of these k neighbors in which each gene is visible, (m, G).
+        Function that takes the k neighbors of m cells (m, k). For each of the m cells and each gene, the function
+        returns the number of neighbors in which the gene is visible, (m, G).
     masked
         Mask of the cells, with the scored (cell, gene) pairs.
 
     Returns
     -------
-    Mean counts (n,) for the scored (cell, gene) pairs, and the number of neighbors (n,) in each mean.
+    Two arrays (n,): the mean count of each scored (cell, gene) pair, and the number of neighbors in this mean.
     """
     positions, genes = masked.mask.shape[1], reference.shape[1]
     out, of = np.zeros((2, len(masked.cells)), np.float32)
@@ -287,7 +294,7 @@ class KnnSmoothing:
     Parameters
     ----------
     train
-        Training cells, or None without training studies.
+        Training cells, or None if there are no training studies.
     neighbors
         Number of neighbors (k).
     max_cells
@@ -305,11 +312,11 @@ class KnnSmoothing:
             self.neighbors = min(neighbors, self._reference.counts.shape[0])
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
-        """Predict expression levels and raw counts, once with and once without knowing that genes are expressed."""
+        """Predict expression levels and raw counts twice: with and without knowing that the genes are expressed."""
         return from_counts(masked, self.smooth(eval_cells, masked)[0])
 
     def smooth(self, eval_cells: EvalCells, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
-        """Return the mean count (n,) at each scored (cell, gene) position, and the number of averaged cells (n,)."""
+        """Return two arrays (n,): the mean count of each scored (cell, gene) pair, and the number of averaged cells."""
         if self._reference is None:
             raise Unavailable(
                 "this method needs training studies, but none were given: give a store with training studies"
@@ -343,7 +350,9 @@ class _Reference:
         self._profiles: dict[bytes, sparse.csr_matrix] = {}
 
     def profile(self, genes: np.ndarray) -> sparse.csr_matrix:
-        """Return the log-normalized profiles (M, G) of all cells over the genes in `genes`, bool (G,).
+        """Return the log-normalized profiles (M, G) of all cells.
+
+        Only genes that are True in the mask `genes` (G,) are used.
 
         The last result is cached.
         """
@@ -364,7 +373,7 @@ class _Reference:
 
 @functools.lru_cache(maxsize=1)  # shared by all numbers of neighbors and all protocols
 def _reference(train: BagSource, max_cells: int) -> _Reference:
-    """Read about `max_cells` training cells in all, the same number from each study."""
+    """Read about `max_cells` training cells in total, the same number from each study."""
     for study in train.studies:
         study.check_counts()
     each = -(-max_cells // len(train.studies))
@@ -399,11 +408,11 @@ class OwnKnnSmoothing:
         self.name = f"kNN smoothing, k = {neighbors}"
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
-        """Predict expression levels and raw counts, once with and once without knowing that genes are expressed."""
+        """Predict expression levels and raw counts twice: with and without knowing that the genes are expressed."""
         return from_counts(masked, self.smooth(eval_cells, masked)[0])
 
     def smooth(self, eval_cells: EvalCells, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
-        """Return the mean count (n,) at each scored (cell, gene) position, and the number of averaged cells (n,)."""
+        """Return two arrays (n,): the mean count of each scored (cell, gene) pair, and the number of averaged cells."""
         _require_visible(masked)
         require_shown(masked)
         if len(eval_cells) < 2:
@@ -424,8 +433,8 @@ class NeighborMean:
     eval_cells
         Cells to score.
     neighbors
-        Number of visible cells in the mean (k): the nearest ones in space. If None, or if the cells have no spatial
-        coordinates, the mean is over all visible cells.
+        Number of visible cells to average (k). The spatially nearest visible cells are used. If None, or if the cells
+        have no spatial coordinates, all visible cells of the bag are averaged.
     expressed
         Whether to average only the visible cells that express the gene. The method then knows that the gene is
         expressed, so it returns only the prediction with the key True.
@@ -442,7 +451,10 @@ class NeighborMean:
             self.remark = "for cells without spatial coordinates: mean of all visible cells of the bag"
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
-        """Predict expression levels and raw counts; with `expressed`, only knowing that genes are expressed."""
+        """Predict expression levels and raw counts.
+
+        With `expressed`, only the prediction with the key True is returned.
+        """
         weights = self._weights(eval_cells, masked)
         counts = pick(weights @ masked.visible, masked.cells, masked.genes)
         if not self.expressed:
@@ -452,9 +464,9 @@ class NeighborMean:
         return {True: from_counts(masked, counts)[True]}
 
     def _weights(self, eval_cells: EvalCells, masked: Masked) -> sparse.csr_matrix:
-        """Return the weights of cells in the means that are predicted, CSR (N, N).
+        """Return the weights with which the counts of visible cells are averaged, CSR (N, N).
 
-        Row i holds the weights of the visible cells in the mean for cell i.
+        Row i holds the weights for the prediction of cell i.
         """
         touched = np.asarray(masked.mask.any(axis=1))
         rows, columns, shares = [], [], []
@@ -502,11 +514,11 @@ class Magic:
         self.seed = seed
 
     def predict(self, eval_cells: EvalCells, masked: Masked) -> dict[bool, LevelPrediction]:
-        """Predict expression levels and raw counts, once with and once without knowing that genes are expressed."""
+        """Predict expression levels and raw counts twice: with and without knowing that the genes are expressed."""
         return from_counts(masked, self.smooth(eval_cells, masked)[0])
 
     def smooth(self, eval_cells: EvalCells, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
-        """Return the diffused count of each scored pair (n,), and the effective number of averaged cells (n,).
+        """Return two arrays (n,): the diffused count of each scored pair, and the effective number of averaged cells.
 
         The effective number counts only cells in which the gene is visible.
         """
@@ -541,7 +553,7 @@ class Magic:
         return (out * factor[masked.cells]).astype(np.float32), number.astype(np.float32)
 
     def _operator(self, values: sparse.csr_matrix) -> tuple[Any, int]:
-        """Return the diffusion operator (N, N) of cells (N, G), and the number of diffusion steps."""
+        """Return two values: the diffusion operator (N, N) of the cells (N, G), and the number of diffusion steps."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -565,7 +577,8 @@ def standard_methods(
         Bags of the training studies, or None. All bags together contain each cell exactly once (`BagSource` with
         `exhaustive=True`).
     whole_cells
-        Whether whole cells will be masked. If so, the means of the visible cells of the bag are added as baselines.
+        Whether whole cells will be masked. If so, the baselines `NeighborMean` are added, which average the visible
+        cells of a bag.
     magic
         Whether to include MAGIC.
     """

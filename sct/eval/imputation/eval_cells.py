@@ -37,7 +37,7 @@ class BagBatch:
     cells
         Slice of the rows of `EvalCells` that holds the cells of these bags.
     bag, slot
-        int (cells,) index of each cell's bag within the batch, and index of the cell within its bag.
+        int (cells,): for each cell, the index of its bag within the batch, and the index of the cell within its bag.
     """
 
     numbers: np.ndarray
@@ -53,7 +53,8 @@ class EvalCells:
     Attributes
     ----------
     tokens
-        uint8 (N, P): expression level of each gene in each cell; PAD (= `num_bins`) beyond the genes of the vocabulary.
+        uint8 (N, P): expression level of each gene in each cell. Positions after the last gene of the vocabulary hold
+        PAD (= `num_bins`).
     counts
         Raw counts, CSR float32 (N, P).
     low, high
@@ -65,7 +66,8 @@ class EvalCells:
         float32 (N, 2) rescaled spatial coordinates; NaN for cells of studies without coordinates; None if no study has
         coordinates.
     bag, slot
-        int (N,) index of each cell's bag in its source, ascending, and index of the cell within its bag.
+        int (N,): for each cell, the index of its bag in the source, and the index of the cell within its bag. The cells
+        are sorted by bag.
     study
         int (N,): index of the study of each cell.
     measured
@@ -98,7 +100,8 @@ class EvalCells:
         Raises
         ------
         ConfigError
-            The source has no raw counts, or it may contain a cell twice: the visible copy would reveal the masked one.
+            The source has no raw counts, or it may contain a cell twice. A visible copy of a masked cell would reveal
+            the masked values.
         """
         options = source.options
         if not (options.with_counts and source.exhaustive):
@@ -143,12 +146,15 @@ class EvalCells:
 
     @cached_property
     def eligible(self) -> np.ndarray:
-        """Return which genes may be masked in each cell, bool (N, P): only measured genes, as in training."""
+        """Return a mask (N, P) of the genes that may be masked in each cell.
+
+        As in training, these are the measured genes.
+        """
         return self.measured[self.study] & (self.tokens < self.num_bins)
 
     @cached_property
     def frequencies(self) -> np.ndarray:
-        """Return the number of cells with each expression level by study and gene, int32 (studies, P, num_bins)."""
+        """For each study and gene, count the cells with each expression level, int32 (studies, P, num_bins)."""
         out = np.zeros((*self.measured.shape, self.num_bins), np.int32)
         for index in np.unique(self.study):
             tokens = self.tokens[self.study == index]
@@ -184,7 +190,7 @@ class EvalCells:
             yield BagBatch(numbers, cells, bag, self.slot[cells])
 
     def padded(self, batch: BagBatch, values: np.ndarray, fill: Any) -> np.ndarray:
-        """Arrange one value per cell (N, ...) as bags (B, K, ...), with `fill` in the empty slots of a bag."""
+        """Arrange an array with one entry per cell (N, ...) as bags (B, K, ...). Empty slots of a bag get `fill`."""
         shape = (len(batch.numbers), self.cells_per_bag, *values.shape[1:])
         out = np.full(shape, fill, values.dtype)
         out[batch.bag, batch.slot] = values[batch.cells]
@@ -207,17 +213,17 @@ def pick(matrix: sparse.csr_matrix, rows: np.ndarray, columns: np.ndarray) -> np
 def shown_ranges(
     eval_cells: EvalCells, mask: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the expression range of each cell, and the typical counts of its levels, that imputation methods may use.
+    """Return the expression ranges, and the median and mean counts of levels, that imputation methods may use.
 
     A cell with visible genes keeps its own values. If all genes of a cell are masked, its own values would reveal its
-    library size. Such a cell gets the mean over the cells of its bag that have visible genes, or over such cells of all
-    bags if its bag has none. If no cell has a visible gene, the task is to impute genes rather than cells, and each
-    cell keeps its own values.
+    library size. Such a cell gets the mean values of those cells of its bag that have visible genes. If no cell of the
+    bag has visible genes, the mean is over the cells with visible genes in all bags. If no cell has a visible gene, the
+    task is to impute genes rather than cells, and each cell keeps its own values.
 
     Returns
     -------
-    low, high (N,): expression range of each cell; medians, means (N, num_bins): median and mean raw count of each
-    expression level.
+    Four arrays. `low` and `high` (N,) are the limits of the expression range of each cell. `medians` and `means` (N,
+    num_bins) are the median and mean raw count of each expression level in each cell.
     """
     own = np.column_stack([eval_cells.low, eval_cells.high, eval_cells.medians, eval_cells.means])
     shown = (~mask & eval_cells.eligible).any(axis=1)
@@ -246,9 +252,9 @@ class Masked:
     shown
         bool (N, P): measured genes that are not masked.
     visible
-        CSR float32 (N, P): raw counts without the masked ones. Methods may use no other counts.
+        CSR float32 (N, P): raw counts, except the masked ones. Methods may use only these counts.
     cells, genes
-        int (n,): row of the cell and position of the gene of each scored (cell, gene) pair, ordered by cell.
+        int (n,): row of the cell, and position of the gene, of each scored (cell, gene) pair. Pairs are sorted by cell.
     levels, counts
         (n,): true expression levels, uint8, and true raw counts, float32, of the scored (cell, gene) pairs.
     low, high, medians, means
@@ -274,7 +280,7 @@ class Masked:
     ) -> Masked:
         """Mask the genes of each cell for which `mask`, bool (N, P), is True.
 
-        `scored` gives the (cell, gene) pairs to score as two arrays (cells, genes), ordered by cell. By default, all
+        `scored` gives the (cell, gene) pairs to score as two arrays (cells, genes), sorted by cell. By default, all
         masked pairs in which the gene is expressed are scored.
         """
         tokens, all_counts = eval_cells.tokens, eval_cells.counts
@@ -310,9 +316,10 @@ def _masks(
 
 
 def _draw(eval_cells: EvalCells, rule: Rule, seed: int, amounts: np.ndarray) -> np.ndarray:
-    """Return a random mask (N, P) of measured genes; `amounts` is the masked fraction or cell number of each bag.
+    """Return a random mask (N, P) of measured genes.
 
-    The PRNG key of a bag depends only on the seed and the number of the bag.
+    For each bag, `amounts` holds the fraction of genes to mask or the number of cells to mask. The PRNG key of a bag
+    depends only on the seed and on the number of the bag.
     """
     tokens = np.where(
         eval_cells.eligible, eval_cells.tokens, np.asarray(eval_cells.num_bins, eval_cells.tokens.dtype)
@@ -338,7 +345,9 @@ def mask_ratio(eval_cells: EvalCells, ratio: float, seed: int) -> Masked:
 
 
 def mask_measured(eval_cells: EvalCells, ratio: float, seed: int, most: int) -> Masked:
-    """Mask exactly round(`ratio` x n) of the n measured genes of each cell; score all masked genes, expressed or not.
+    """Mask exactly round(`ratio` x n) of the n measured genes of each cell.
+
+    All masked genes are scored, whether they are expressed or not.
 
     If more than `most` (cell, gene) pairs are masked, a random sample of `most` pairs is scored. The `means` of the
     result are computed from the visible genes of each cell.
@@ -359,7 +368,11 @@ def mask_measured_genes(eval_cells: EvalCells, ratio: float, seed: int, most: in
 
 
 def _all_scored(eval_cells: EvalCells, mask: np.ndarray, seed: int, most: int) -> Masked:
-    """Score at most `most` masked genes, expressed or not; compute mean counts of levels from visible genes only."""
+    """Score the masked (cell, gene) pairs, whether the genes are expressed or not.
+
+    Of more than `most` masked pairs, a random sample of `most` pairs is scored. The mean counts of levels are computed
+    from visible genes only.
+    """
     places = np.flatnonzero(mask)
     if len(places) > most:
         places = np.sort(np.random.default_rng(seed).choice(places, most, replace=False))
@@ -378,8 +391,8 @@ def _all_scored(eval_cells: EvalCells, mask: np.ndarray, seed: int, most: int) -
 def mask_cells(eval_cells: EvalCells, num_cells: int, seed: int) -> Masked:
     """Mask all measured genes of `num_cells` of the K cells of each bag.
 
-    In a bag with fewer than K cells the same fraction is masked: at least one cell, but never all cells. A bag with a
-    single cell is not masked.
+    In a bag with fewer than K cells, the same fraction of the cells is masked: at least one cell, but never all cells.
+    A bag with a single cell is not masked.
     """
     present = np.diff(eval_cells._starts)
     hidden = np.round(num_cells * present / eval_cells.cells_per_bag)

@@ -30,10 +30,11 @@ class PredictedBins:
     Parameters
     ----------
     predict
-        Function (variables, records, key) that returns the log probabilities of the bins (B, S, N + 1), and which of
-        the S genes of each cell are masked, bool (B, S).
+        Function of (variables, records, key) that returns two arrays: the log probabilities of the bins (B, S, N + 1),
+        and a mask (B, S) that is True for the masked genes of each cell.
     train, eval_cells
-        Training cells, whose bins are counted for the baselines, and held-out cells, whose masked genes are predicted.
+        Training cells and held-out cells. The baselines count the bins of the training cells. The masked genes of the
+        held-out cells are predicted.
     num_bins, num_genes
         Number of bins of non-zero values (N), and number of genes.
     cells, seeds
@@ -113,7 +114,7 @@ class PredictedBins:
         self.report = report
 
     def _frequencies(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the bin frequencies in the training cells: of all genes together (N,), and of each gene (G, N)."""
+        """Return two arrays of bin frequencies in the training cells: over all genes (N,), and for each gene (G, N)."""
         counts = np.zeros((self.num_genes, self.num_bins + 1))
         for number in track(spread(len(self.train), _TRAINING_CELLS), "counting bins"):
             record = self.train.record(number)

@@ -119,8 +119,8 @@ class LevelFrequency:
     Parameters
     ----------
     train
-        Level frequencies in the training studies from `sct.eval.imputation.baselines.level_frequencies`. None if there
-        are no training studies, or if `others` is set.
+        Level frequencies in the training studies, as returned by `sct.eval.imputation.baselines.level_frequencies`.
+        None if there are no training studies, or if `others` is True.
     others
         Whether to use the other cells of the same study, including their masked genes, instead of training studies.
     """
@@ -145,10 +145,12 @@ class LevelFrequency:
 
 
 class CountMethod(abc.ABC):
-    """Base class of methods that predict a count; a negative binomial distribution turns it into level probabilities.
+    """Base class of methods that predict counts, from which level probabilities are computed.
 
-    To fit the dispersion of a gene, some of the visible genes are masked as well. The method predicts them, and their
-    true counts are known.
+    The level probabilities are those of a negative binomial distribution whose mean is the predicted count.
+
+    To fit the dispersion of each gene, some of the visible genes are masked as well. The method predicts the counts of
+    these genes, and the predictions are compared with the true counts.
     """
 
     name: str
@@ -166,7 +168,10 @@ class CountMethod(abc.ABC):
         """
 
     def _of_visible(self) -> CountMethod:
-        """Return the variant of the method that uses only visible counts; it is used to fit the dispersion."""
+        """Return the variant of the method that uses only visible counts.
+
+        The dispersion is fitted with this variant.
+        """
         return self
 
     def estimate(self, eval_cells: EvalCells, masked: Masked) -> Estimate:
@@ -196,7 +201,7 @@ class GeneMean(CountMethod):
     ----------
     fitted_on
         `TRAINING`: training studies; `OTHER_CELLS`: the other cells of the study, including their masked genes; or
-        `THESE_CELLS`: the other cells of the study, visible counts only.
+        `THESE_CELLS`: only the visible counts of the other cells of the study.
     train
         Result of `training_means`; used only if `fitted_on` is `TRAINING`.
     """
@@ -249,11 +254,11 @@ class GeneMean(CountMethod):
 
 
 def training_means(train: BagSource) -> tuple[np.ndarray, np.ndarray]:
-    """Return each gene's mean count in an average training cell, and the number of cells in which it was measured.
+    """For each gene, return the mean count in an average training cell and the number of cells that measured it.
 
-    Both arrays have the shape (G,). The means are the maximum likelihood estimate of the model: total count of a gene
-    in a study = depth of the study x mean of the gene, over the genes that each study measured. Thus studies of a small
-    gene panel and of the whole transcriptome are combined correctly.
+    Both arrays have the shape (G,). The means are maximum likelihood estimates. The model is: the total count of a gene
+    in a study is the depth of the study x the mean of the gene. Only the genes that a study measured are used.
+    Therefore, studies of a small gene panel and studies of the whole transcriptome are combined correctly.
     """
     totals = np.array([study.gene_totals for study in train.studies], np.float64)
     measured = np.array([study.measured for study in train.studies])
@@ -274,7 +279,7 @@ class Smoother(Protocol):
     remark: str
 
     def smooth(self, eval_cells: EvalCells, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
-        """Return the mean count (n,) at each scored (cell, gene) position, and the number of averaged cells (n,).
+        """Return two arrays (n,): the mean count of each scored (cell, gene) pair, and the number of averaged cells.
 
         Raises
         ------
@@ -285,10 +290,9 @@ class Smoother(Protocol):
 
 
 class Smoothed(CountMethod):
-    """Baseline that averages counts over similar cells and one more neighbor, which has the mean count of each gene.
+    """Baseline that averages counts over similar cells and one artificial cell with the mean count of each gene.
 
-    The mean of a few neighbors is often zero for a gene that is rare but not absent; adding the gene's mean avoids
-    this.
+    If a gene is rare but not absent, its mean over a few neighbors is often zero. The artificial cell avoids this.
 
     Parameters
     ----------
@@ -310,7 +314,10 @@ class Smoothed(CountMethod):
 
 
 class ModelEstimator:
-    """Adapt an `ImputationModel` to the interface `Estimator`; level probabilities come from its method `chances`."""
+    """Adapt an `ImputationModel` to the interface `Estimator`.
+
+    The level probabilities come from `ImputationModel.chances`.
+    """
 
     def __init__(self, model: ImputationModel):
         self.name, self.fitted_on, self.remark = model.name, model.fitted_on, model.remark
@@ -344,7 +351,7 @@ def _blocks(masked: Masked) -> Iterator[tuple[slice, slice]]:
 
 
 def dispersions(genes: np.ndarray, mean: np.ndarray, counts: np.ndarray, num_genes: int) -> np.ndarray:
-    """Estimate the dispersion of each gene; the variance of a count is mean + dispersion * mean^2.
+    """Estimate the dispersion of each gene, in the model variance = mean + dispersion * mean^2.
 
     The method of moments gives a dispersion per gene. With few counts this estimate is uncertain, so it is shrunk
     towards the mean dispersion of all genes. The prior standard deviation of a gene's dispersion equals that mean.
@@ -382,7 +389,9 @@ def dispersions(genes: np.ndarray, mean: np.ndarray, counts: np.ndarray, num_gen
 
 
 def negative_binomial(masked: Masked, mean: np.ndarray, dispersion: np.ndarray) -> Estimate:
-    """Convert negative binomial counts with means (n,) and dispersions per gene (P,) to expression level probabilities.
+    """Return the expression level probabilities that follow from negative binomial counts.
+
+    The n counts have the means `mean` (n,), and each gene has a dispersion, (P,).
 
     The expression range of each cell determines which counts belong to which level. A dispersion of zero is a Poisson
     distribution.
@@ -437,9 +446,9 @@ class NaturalRow:
     key
         `sct.eval.reports.report.MODEL` for the model, "" for baselines.
     numbers
-        Dict from each metric to a list with one number per draw of the random mask.
+        Dict from the name of each metric to a list with one number per draw of the random mask.
     reliability
-        Reliability diagram data of the predicted probability of expression, one entry per draw.
+        Data of the reliability diagram of the predicted probability of expression, one entry per draw of the mask.
     """
 
     method: str
@@ -553,7 +562,7 @@ class NaturalResult:
 
     @property
     def reports(self) -> list[Report]:
-        """Return two tables: the metrics of expressed versus unexpressed, and the metrics of the counts."""
+        """Return two tables: the metrics of predicting whether genes are expressed, and the metrics of the counts."""
         return [
             self.report(EXPRESSION, "expression", (*_EXPRESSION_NOTES, _RANGES)),
             self.report(COUNTS, "counts", (*_COUNTS_NOTES, _RANGES)),
@@ -567,12 +576,12 @@ class NaturalResult:
         )
 
     def labels(self, key: str) -> list[str]:
-        """Return the labels of the table rows whose `key` is the given one."""
+        """Return the labels of all table rows that have the given key."""
         return [row.label for row in self.rows if row.key == key]
 
     @property
     def reliability(self) -> dict[str, metrics.Reliability]:
-        """Return a reliability diagram for each row of the table, pooled over all random masks: {row label: data}."""
+        """For each row of the table, return a reliability diagram over all random masks, as {row label: data}."""
         found = {}
         for row in self.rows:
             if not row.reliability:

@@ -45,10 +45,10 @@ def _run(
     settings: Sequence[tuple[str, Sequence[Callable[[], Draw]]]],
     description: str,
 ) -> list[tuple[str, dict[str, list[ScoreRow]], dict[str, list[int]]]]:
-    """Score all methods in several settings (such as masked fractions), each given as (title, draws).
+    """Score all methods in several settings, such as masked fractions.
 
-    Return the title, the table rows and the numbers of scored (cell, gene) pairs of each setting. All settings share
-    one progress bar.
+    Each setting is given as (title, draws). For each setting, return the title, the table rows and the numbers of
+    scored (cell, gene) pairs. All settings share one progress bar.
     """
     units = sum(eval_cells.num_bags if isinstance(method, ImputationModel) else 1 for method in methods)
     total = units * sum(len(draws) for _, draws in settings)
@@ -72,7 +72,10 @@ def _by_amount(
     description: str,
     ranges: str = OWN_RANGES,
 ) -> list[Setting]:
-    """Score all methods; return one `Setting` for each masked fraction or cell number, the keys of `titles`."""
+    """Score all methods, and return one `Setting` for each masked fraction or number of masked cells.
+
+    The fractions or numbers are the keys of `titles`.
+    """
 
     def draw(amount: Any, seed: int) -> Draw:
         masked = mask(eval_cells, amount, seed)
@@ -100,7 +103,8 @@ def gene_imputation(
 ) -> ProtocolResult:
     """Evaluate imputation of randomly masked genes (sCT paper, section 4, Table 1).
 
-    In every cell a fraction of the measured genes is masked at random, independently of their expression level.
+    In every cell, a fraction of the measured genes is masked at random. The masking does not depend on the expression
+    level.
 
     Parameters
     ----------
@@ -109,12 +113,12 @@ def gene_imputation(
     model
         Usually an `ImputationModel`; None to score only the baselines.
     train
-        Bags of the studies that the model was trained on, each cell once (`BagSource` with `exhaustive=True`), on which
-        baselines are fitted; or None.
+        Bags of the studies that the model was trained on, or None. Some baselines are fitted on these bags. All bags
+        together contain each cell exactly once (`BagSource` with `exhaustive=True`).
     ratios
         Fractions of the measured genes to mask; each fraction has its own table.
     seeds
-        Number of random masks per ratio; they use the seeds 0 .. seeds - 1.
+        Number of random masks per ratio. The masks have the seeds 0 to `seeds` - 1.
     magic
         Whether MAGIC is one of the baselines.
     cells_name
@@ -131,7 +135,7 @@ def gene_imputation(
 
 
 def cells_to_mask(cells_per_bag: int) -> tuple[int, ...]:
-    """Return how many cells of a bag to mask in each setting: 1, 10, 20 and 40 of 50 cells, scaled to the bag size.
+    """Return the numbers of cells to mask in a bag: 1, 10, 20 and 40 of 50 cells, scaled to the bag size.
 
     Raises
     ------
@@ -165,9 +169,10 @@ def whole_cell_imputation(
     ----------
     numbers
         Numbers of cells to mask in each bag of K cells; each number has its own table. Default: the numbers that
-        `cells_to_mask` returns. In a bag with fewer than K cells the same fraction is masked.
+        `cells_to_mask` returns. In a bag with fewer than K cells, the same fraction of the cells is masked.
     eval_cells, model, train, seeds, magic, cells_name
-        See `gene_imputation`. MAGIC needs visible genes in each cell, so its row shows only this reason and no numbers.
+        See `gene_imputation`. MAGIC needs visible genes in each cell, so the row of MAGIC has no numbers and gives this
+        reason.
 
     Returns
     -------

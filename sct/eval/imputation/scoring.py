@@ -85,7 +85,7 @@ class ImputationModel:
     def chances(
         self, eval_cells: EvalCells, masked: Masked, tick: Callable[[int], None] = lambda bags: None
     ) -> np.ndarray:
-        """Return the model's probability of each expression level for each scored (cell, gene) pair, (n, num_bins).
+        """Return the predicted probability of each expression level for each scored pair, (n, num_bins).
 
         `tick` is called with the number of bags finished since the last call.
         """
@@ -110,7 +110,7 @@ class ImputationModel:
     def predict(
         self, eval_cells: EvalCells, masked: Masked, tick: Callable[[int], None] = lambda bags: None
     ) -> dict[bool, LevelPrediction]:
-        """Predict expression levels and raw counts, once with and once without knowing that genes are expressed.
+        """Predict expression levels and raw counts twice: with and without knowing that the genes are expressed.
 
         The predicted count is the expected median count of the levels, as in the sCT paper.
         """
@@ -142,7 +142,8 @@ class ScoreRow:
     confusion
         int (num_bins, num_bins): confusion matrix of true (rows) and predicted (columns) levels, summed over the masks.
     both
-        Whether the method has two rows, with and without given expressed, so that `label` must name the variant.
+        Whether the method has two rows: one that knows that the masked genes are expressed, and one that does not. If
+        so, `label` must name the variant.
     key
         `sct.eval.reports.report.MODEL`, `REFERENCE` for the reference baseline, "" for other baselines.
     """
@@ -171,7 +172,7 @@ class ScoreRow:
     def score(self, masked: Masked, prediction: LevelPrediction, chosen: np.ndarray, num_bins: int) -> None:
         """Compute the metrics of one random mask and append them.
 
-        Only the (cell, gene) pairs for which `chosen`, bool (n,), is True are used.
+        The mask `chosen` (n,) is True for the (cell, gene) pairs to use.
         """
         true, levels = masked.levels[chosen].astype(np.int64), prediction.levels[chosen].astype(np.int64)
         truth, counts = masked.counts[chosen], np.asarray(prediction.counts[chosen], np.float64)
@@ -253,7 +254,7 @@ class ProtocolResult:
 
     @property
     def curves(self) -> dict[str, list[tuple[Any, list[float]]]]:
-        """Return the MCC of each row at each setting, as {row label: [(setting, [MCC of each draw]), ...]}."""
+        """Return the MCCs of each row in each setting, as {row label: [(setting, [MCC of each draw]), ...]}."""
         curves: dict[str, list[tuple[Any, list[float]]]] = {}
         for setting in self.settings:
             for row in setting.rows:
@@ -262,7 +263,7 @@ class ProtocolResult:
         return curves
 
     def labels(self, key: str) -> list[str]:
-        """Return the labels of the table rows whose `key` is the given one."""
+        """Return the labels of all table rows that have the given key."""
         rows = (row for setting in self.settings for row in setting.rows)
         return list(dict.fromkeys(row.label for row in rows if row.key == key))
 
@@ -333,16 +334,16 @@ def measure(
     methods
         Imputation methods. The first one is the reference baseline.
     draws
-        Functions that each return one random mask (`Masked`) and groups of its scored pairs, {group: bool (n,)}. Groups
-        are scored separately, and all masks have the same group names.
+        List of functions. Each function returns one random mask (`Masked`), and the groups of its scored pairs as a
+        dict {group: mask (n,)}. Groups are scored separately, and all draws have the same groups.
     tick
         Progress callback, called with the number of finished units of work: bags for the model, draws for the
         baselines.
 
     Returns
     -------
-    The rows of each group, in the order reference baseline, model, other methods; and the number of scored positions of
-    each group in each draw. A method that fails in one draw has a single row with the reason.
+    Two dicts by group: the rows, in the order reference baseline, model, other methods; and the number of scored pairs
+    in each draw. A method that fails in one draw has a single row with the reason.
     """
     rows: dict[str, dict[tuple[int, bool], ScoreRow]] = {}
     positions: dict[str, list[int]] = {}

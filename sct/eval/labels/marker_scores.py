@@ -61,7 +61,7 @@ def _table(counts: Any, symbols: Sequence[str]) -> ad.AnnData:
 
 @contextlib.contextmanager
 def _name_label(label: str) -> Iterator[None]:
-    """Replace an error of scanpy by one that names the label, for labels without genes of similar expression."""
+    """If scanpy cannot score the markers of a label, raise an error that names this label."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
@@ -74,7 +74,9 @@ def _name_label(label: str) -> Iterator[None]:
 def find_markers(
     counts: Any, names: Sequence[str], symbols: Sequence[str], number: int = 25
 ) -> dict[str, tuple[str, ...]]:
-    """Return marker genes of each label: the genes most upregulated against all other cells (Welch's t-test, scanpy).
+    """Return the marker genes of each label: the genes that are most upregulated in cells with this label.
+
+    The cells are compared with all other cells by scanpy's Welch's t-test.
 
     Parameters
     ----------
@@ -87,7 +89,8 @@ def find_markers(
 
     Returns
     -------
-    Dict from each label to its marker genes (symbols), the best first. Empty if there are fewer than two labels.
+    Dict from each label to its marker genes (symbols), the best first. The dict is empty if there are fewer than two
+    labels.
     """
     scanpy = load_extra("scanpy", "cells")
     table = _table(counts, symbols)

@@ -37,8 +37,8 @@ class LabelPrediction:
     Attributes
     ----------
     labels
-        (N, keys) table of labels, one column per key (a key is a kind of label, such as "cell_type"). A missing label
-        (None or NaN: the method gave no valid answer) counts as wrong.
+        (N, keys) table of labels, one column per key (a key is a kind of label, such as "cell_type"). None or NaN means
+        that the method gave no valid answer, which counts as wrong.
     probabilities
         Dict from each key to a table (N, candidates) of probabilities or other scores; None if there are no scores.
     """
@@ -58,7 +58,7 @@ class LabelOptions:
     components, k
         Number of principal components of the baselines, and number of nearest neighbors that vote in the k-NN baseline.
     positive
-        Label whose F1 score gets its own column, such as "Yes"; "" for none.
+        Label whose F1 score gets its own column, such as "Yes". With "", no column is added.
     """
 
     seeds: int = 5
@@ -72,7 +72,7 @@ class LabelOptions:
 
 
 def _right(true: pd.DataFrame, predicted: pd.DataFrame) -> np.ndarray:
-    """Return whether the predicted label of each cell and key equals the true label, bool (N, keys)."""
+    """For each cell and key, return whether the predicted label equals the true label, bool (N, keys)."""
     if missing := [key for key in true if key not in predicted]:
         raise DataError(
             f"the predictions have no column {missing[0]!r}, but the true labels have one: "
@@ -146,15 +146,15 @@ class LabelAreas(NamedTuple):
     Attributes
     ----------
     auroc_average, auprc_average
-        Area under the curve of each candidate against the rest, averaged over the candidates that are the true label of
-        some but not all cells.
+        Area under the curve of each candidate against all other candidates. The mean is over the candidates that are
+        the true label of some but not all cells.
     auroc_flatten, auprc_flatten
         Area under the curve over all pairs of a cell and a candidate.
     absent
-        Candidates that are not the true label of any cell. They are left out of the average. In the flattened areas,
-        their pairs are negative.
+        Candidates that are not the true label of any cell. The averaged areas leave these candidates out. In the
+        flattened areas, all pairs with these candidates are negative.
     unknown
-        True labels that are missing among the candidates. They get the lowest score in every cell.
+        True labels that are not candidates. In every cell, these labels get the lowest score.
     """
 
     auroc_average: float
@@ -173,8 +173,8 @@ def areas(true: pd.Series, probabilities: pd.DataFrame) -> LabelAreas:
     true
         (N,) true labels.
     probabilities
-        (N, candidates) table with the same order of cells; the columns are the candidates. Other scores also work, if
-        higher means more likely and scores are comparable between candidates.
+        (N, candidates) table with the same order of cells; the columns are the candidates. Other scores also work if a
+        higher score means more likely and the scores of different candidates are comparable.
 
     Returns
     -------
@@ -227,9 +227,9 @@ def joint(true: pd.DataFrame, probabilities: Mapping[str, pd.DataFrame]) -> tupl
 
     Returns
     -------
-    The true combination of labels of each cell (N,), as tuples, and the products of probabilities (N, combinations) for
-    the combinations that occur as true ones. Both are the input of `areas`. A label that is not a candidate has
-    probability 0.
+    Two values, which are the arguments of `areas`. The first holds the true combination of labels of each cell (N,), as
+    tuples. The second holds the products of probabilities (N, combinations), for all combinations that are true for at
+    least one cell. A label that is not a candidate has probability 0.
     """
     combined = pd.Series(list(true.itertuples(index=False, name=None)), index=true.index, dtype=object)
     names = list(dict.fromkeys(combined))
@@ -258,7 +258,7 @@ def _f1_column(positive: str) -> list[str]:
 def _values(
     true: pd.DataFrame, prediction: LabelPrediction, positive: str = ""
 ) -> tuple[dict[str, float], list[str]]:
-    """Compute all metrics of one prediction, as a dict by column, and remarks for the table."""
+    """Return two values: all metrics of one prediction as a dict by column, and remarks for the table."""
     several, remarks = true.shape[1] > 1, []
     right = _right(true, prediction.labels)
     f1s = [macro_f1(true[key], prediction.labels[key]) for key in true]
@@ -363,7 +363,7 @@ def classify(
 
 
 def _predicted(kind: Any, before: np.ndarray, training: pd.DataFrame, after: np.ndarray) -> LabelPrediction:
-    """Fit a classifier per kind of label on training features (T, D), and predict labels from features (N, D).
+    """Fit one classifier per key on training features (T, D), and predict labels from features (N, D).
 
     `kind()` returns an unfitted classifier.
     """
@@ -420,8 +420,8 @@ def compare(
     Parameters
     ----------
     predictions
-        Dict from the name of each method to its `LabelPrediction` of the N cells, or to a list with one per seed of the
-        model.
+        Dict from the name of each method to its `LabelPrediction` of the N cells, or to a list of predictions, one per
+        seed of the model.
     true
         (N, keys) true labels.
     training
@@ -431,8 +431,8 @@ def compare(
     options
         See `LabelOptions`.
     beside
-        Methods for further rows without a shuffled control, which are placed before the baselines. Dict from the name
-        of each method to the data it was fitted on and its prediction, given as in `predictions`.
+        Further methods, whose rows are placed before the baselines and have no shuffled control. Dict from the name of
+        each method to a pair: the data that the method was fitted on, and its prediction (see `predictions`).
 
     Returns
     -------

@@ -100,11 +100,11 @@ def _is_symbol(word: str) -> bool:
 
 
 def activities(counts: Any, symbols: Sequence[str], gene_sets: Mapping[str, Sequence[str]]) -> pd.DataFrame:
-    """Return the activity of gene sets in cells: how much higher the genes of a set rank than the other genes.
+    """Return the activity of each gene set in each cell: how much higher the genes of the set rank than other genes.
 
-    The score is decoupler's univariate linear model on the ranks of a cell's genes, which is equivalent to a rank-sum
-    test. Equal counts share their mean rank, so the score does not depend on the order of the genes. decoupler's AUCell
-    is not used, because it ranks equal counts by column, and most counts are equal.
+    The score comes from decoupler's univariate linear model, fitted to the ranks of the genes of a cell. It is
+    equivalent to a rank-sum test. Equal counts share their mean rank, so the score does not depend on the order of the
+    genes. decoupler's AUCell is not used, because it ranks equal counts by column, and most counts are equal.
 
     Parameters
     ----------
@@ -117,8 +117,7 @@ def activities(counts: Any, symbols: Sequence[str], gene_sets: Mapping[str, Sequ
 
     Returns
     -------
-    Table float64 (N, sets) of t-values. The table contains only gene sets of which at least five genes are among the G
-    genes.
+    Table float64 (N, sets) of t-values. The table contains only gene sets that have at least five of the G genes.
 
     Raises
     ------
@@ -158,9 +157,10 @@ def activities(counts: Any, symbols: Sequence[str], gene_sets: Mapping[str, Sequ
 
 
 def active(scores: pd.DataFrame, deviations: float = 1.0) -> pd.DataFrame:
-    """Return which gene sets are active in each cell, bool (N, sets).
+    """Return whether each gene set is active in each cell, bool (N, sets).
 
-    A set is active if its score is more than `deviations` standard deviations above its mean over the cells.
+    A gene set is active in a cell if its score is more than `deviations` standard deviations above its mean score over
+    all cells.
     """
     return scores > scores.mean() + deviations * scores.std(ddof=0)
 
@@ -184,7 +184,9 @@ class PathwayAreas(NamedTuple):
 
 
 def areas(true: np.ndarray, scores: np.ndarray) -> PathwayAreas:
-    """Compare scores (N, S) with the truly active pathways, bool (N, S), by AUROC and AUPRC.
+    """Return the AUROC and AUPRC of the scores of pathways (N, S).
+
+    `true`, bool (N, S), says whether each pathway is active in each cell.
 
     A higher score means more likely active.
     """
@@ -252,13 +254,15 @@ class PathwayCells:
 
 
 def _with_depth(cells: PathwayCells) -> float:
-    """Return the Spearman correlation between the number of active pathways of a cell and its total count."""
+    """Return the Spearman correlation, over cells, between the number of active pathways and the total count."""
     with metrics.quiet():
         return float(spearmanr(cells.active.sum(axis=1), np.asarray(cells.counts.sum(axis=1)).ravel())[0])
 
 
 def _probabilities(kind: Any, before: np.ndarray, true: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Fit one classifier per pathway on training cells; return each pathway's probability of being active (N, S).
+    """Fit one classifier per pathway on training cells, and return the probabilities (N, S).
+
+    Each value is the probability that the pathway is active in the cell.
 
     Parameters
     ----------
@@ -293,7 +297,7 @@ def baselines(
     """Return the scores (N, S) of all baselines by name.
 
     Three baselines are fitted on training cells: logistic regression, k-NN and the frequency of each pathway. The
-    fourth is the mean expression of the genes of the pathway, which also define the true labels.
+    fourth baseline is the mean expression of the genes of the pathway. The same genes define the true labels.
     """
     before, after = labels.components(train.counts, cells.counts, options.components)
     known = train.active.to_numpy()
@@ -319,7 +323,8 @@ def compare(
     Parameters
     ----------
     predictions
-        Dict from the name of each method to the data it was fitted on and its scores, one array (N, S) per seed.
+        Dict from the name of each method to a pair: the data that the method was fitted on, and its scores as one array
+        (N, S) per seed.
     cells, train
         Cells to predict, and training cells for the baselines, with the same pathways.
     options

@@ -154,7 +154,8 @@ class Figure:
     title
         Heading of the figure.
     svg
-        SVG document from `figure_svg`, or a function that returns one and is called when the page is written.
+        SVG document from `figure_svg`, or a function that returns an SVG document. The function is called when the page
+        is written.
     caption
         Text below the figure: what it shows, for which cells, with how many seeds.
     """
@@ -165,7 +166,7 @@ class Figure:
 
 
 def figure_svg(figure: Any) -> str:
-    """Return a Matplotlib figure as an SVG document. The same figure always gives the same text.
+    """Return a Matplotlib figure as an SVG document. Equal figures always give equal documents.
 
     Point collections, lines and meshes with more than 2,000 elements are rasterized inside the SVG. The figure is not
     changed.
@@ -290,7 +291,7 @@ def _table(name: str, report: Report) -> str:
 
 
 def _number(cell: Any, best: bool) -> str:
-    """Return a numeric table cell as HTML, with a tooltip that lists the single measurements."""
+    """Return a numeric table cell as HTML. Its tooltip lists the individual measurements."""
     kind = "number best" if best else "number"
     if not isinstance(cell, list):
         return f'<td class="{kind}">{escape(cell_text(cell))}</td>'
@@ -343,8 +344,8 @@ def _inline(name: str, title: str, document: str) -> str:
 def _clean(element: ET.Element, name: str) -> None:
     """Clean an SVG element and its children in place.
 
-    Namespaces are removed from the element names, and ids get the prefix `name`. Raises DataError for an element that
-    is not in `_DRAWING`, an event handler, or a reference to something outside the document.
+    Namespaces are removed from the element names, and ids get the prefix `name`. DataError is raised for three things:
+    an element that is not in `_DRAWING`, an event handler, and a reference to something outside the document.
     """
     space, _, kind = element.tag.rpartition("}")
     if space not in ("", f"{{{_SVG}") or kind not in _DRAWING:

@@ -18,7 +18,7 @@ _GIVEN = "given_expressed"  # column of imputation tables: methods with differen
 
 @dataclasses.dataclass(frozen=True)
 class _Comparison:
-    """The model and the best baseline in one measurement. A value that was not measured is NaN."""
+    """Hold the values of the model and of the best baseline for one metric. A value that was not measured is NaN."""
 
     measured: str
     metric: str
@@ -28,7 +28,7 @@ class _Comparison:
 
     @property
     def gain(self) -> float:
-        """How much better the model is, as shown: a difference that is rounded to 0 is no gain."""
+        """Return how much better the model is than the baseline, rounded to three decimals."""
         difference = round(self.model - self.baseline, 3)
         return -difference if self.lower_is_better else difference
 
@@ -36,8 +36,8 @@ class _Comparison:
 def summary(reports: Sequence[Report]) -> Table | None:
     """Return a table that compares the model with the best baseline in each report, or None if no report has both.
 
-    The metric is the first column of `Report.better`, or else the first numeric column. Reports that do not compare
-    methods have no row, see `compares`. The table fits 80 columns.
+    The metric is the first column of `Report.better`, or else the first numeric column. A report that does not compare
+    methods has no row; see `compares`. The table fits 80 columns.
     """
     from rich import box
     from rich.table import Table
