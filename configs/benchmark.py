@@ -5,12 +5,12 @@
 
 The benchmark has these parts. A bag is a group of cells that sCT reads together.
 
-- Natural imputation: 15% of the measured genes are masked, expressed or not. All masked positions are scored. This part
-  measures the calibration of the probabilities and the expected counts.
+- Natural imputation: 15% of the measured genes are masked, whether or not they are expressed. All masked positions are
+  scored. This part measures the calibration of the probabilities and the expected counts.
 - Gene imputation of the paper: 15, 30, 40 or 80% of the genes are masked at random. Only expressed genes are scored.
 - Cell imputation: 1, 10, 20 or 40 cells of a bag of 50 cells are masked.
-- Fixed genes: a fixed set of genes is masked in all cells. Results are grouped by the fraction of cells in which a gene
-  has zero counts. By default, this part runs only for cells with spatial coordinates.
+- Fixed genes: the same set of genes is masked in all cells. Results are grouped by the fraction of cells in which a
+  gene has zero counts. By default, this part runs only for cells with spatial coordinates.
 - Embedding: the embedding of the cells is compared with the labels of the cells. This part needs labeled cells.
 
 The folder --output gets tables, plots and all numbers as report.html, report.md and report.json. If `data.path`

@@ -15,9 +15,9 @@ cells of each study are training cells, and one third are test cells. Baselines 
 cells for few-shot fine-tuning are training cells too. All methods answer the same questions about the test cells. The
 folder --output gets the tables and all numbers as report.html, report.md, report.json and results.json.
 
-:quick uses one seed, and the test cells of the quick start. The model is fine-tuned once on one cell and once on five
-cells for each possible answer. The model is the run runs/zeromics_llm of zeromics_llm:quickstart. If this run is not
-finished, it is trained first.
+:quick uses one random seed and the test cells of the quick start (blood cells from scanpy). The model is fine-tuned
+once on one cell and once on five cells for each possible answer. The model is the run runs/zeromics_llm of
+zeromics_llm:quickstart. If this run is not finished, it is trained first.
 
     python -m launch.benchmark --config=configs/benchmark_zeromics.py:quick
 """

@@ -1,4 +1,6 @@
-"""Train sCT on single-cell RNA-seq data (stage 1 of the paper; stage 2 is `sct_spatial.py`), also as small variants.
+"""Train sCT on single-cell RNA-seq data, as the full model or as a small variant.
+
+This is stage 1 of the paper; stage 2 is `sct_spatial.py`.
 
 A bag is a group of cells that sCT reads together. A gene token is one gene in one cell.
 

@@ -1,4 +1,4 @@
-"""Train sCT on spatial data (stage 2 of the paper), from a single-cell model to which cell coordinates are added.
+"""Train sCT on spatial data (stage 2 of the paper): a single-cell model learns to read cell coordinates as well.
 
 A bag is a group of cells or spots that sCT reads together: here a spot and the spots nearest to it. A gene token is one
 gene in one spot.

@@ -5,9 +5,9 @@
 
 Writes a copy of the input with labels in obs["sct_label"] and their probabilities in obs["sct_label_probability"]. If
 --output ends with .csv, .tsv or .parquet, only these columns are written, as a table with one row per cell.
-With --reference, a cell takes the label of most of its nearest reference cells, or "unknown" below --threshold. A model
-of cell sentences needs no reference; --candidates restricts the labels that it can give. In a clone, `python -m
-launch.annotate` is the same program.
+With --reference, a cell gets the label with the highest probability among its nearest reference cells. If this
+probability is below --threshold, the label is "unknown". A model of cell sentences needs no reference; --candidates
+restricts the labels that this model can give. In a clone, `python -m launch.annotate` is the same program.
 """
 
 from __future__ import annotations

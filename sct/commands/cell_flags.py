@@ -79,7 +79,10 @@ def options() -> dict[str, Any]:
 
 
 def scales(adata: Any) -> list[str]:
-    """Return the keys of `uns` with the coordinate scale of each tissue section; [] if there are none."""
+    """Return a list with the key of `uns` that holds the coordinate scale of each tissue section.
+
+    If `uns` has no such key, the list is empty.
+    """
     from sct.data.coordinates import SCALES
 
     return [SCALES] if SCALES in adata.uns else []

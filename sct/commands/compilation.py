@@ -25,7 +25,10 @@ _usual: Any = None
 
 
 def usual_folder() -> str:
-    """Return the environment variable JAX_COMPILATION_CACHE_DIR, or the folder `xla` of `sct.settings.cache_dir`."""
+    """Return the folder in the environment variable JAX_COMPILATION_CACHE_DIR.
+
+    If the variable is not set, return the folder `xla` inside `sct.settings.cache_dir`.
+    """
     return os.environ.get(_VARIABLE, str(settings.cache_dir / "xla"))
 
 

@@ -57,7 +57,10 @@ def prepare(argv: Sequence[str]) -> list[str]:
 
 
 def keys(argv: Sequence[str]) -> list[str]:
-    """Return the field names of a command line's configuration, such as "train.steps"; [] without a configuration."""
+    """Return the names of all fields of the configuration that a command line uses, such as "train.steps".
+
+    Return an empty list if the command line names no configuration, or one that cannot be read.
+    """
     try:
         value = _without_config(argv)[1]
         return [] if value is None else list(_leaves(_read(*_named(value))))
@@ -153,7 +156,10 @@ def _leaves(config: Any, before: str = "") -> Iterator[str]:
 
 
 def _with_current_names(config: Any, words: Sequence[str]) -> list[str]:
-    """Replace old names of renamed fields in command-line words. Raise `FlagError` if a field is set by both names."""
+    """Replace the old names of renamed fields in the words of a command line.
+
+    Raise `FlagError` if a field is set under both names.
+    """
     found, notices = [], []
     given = {match[2] for word in words if (match := _FIELD.fullmatch(word))}
     for word in words:
@@ -174,7 +180,7 @@ def _with_current_names(config: Any, words: Sequence[str]) -> list[str]:
 
 
 def _with_own_name(config: Any, word: str) -> tuple[str, bool]:
-    """In a word that sets a renamed field, replace the name of the field by the name that the configuration uses.
+    """Replace the name of a renamed field by the name that the configuration uses, in one word of the command line.
 
     Some options have been renamed. A configuration file that was written for an earlier version of sct uses the old
     names. The command line may use the new names even with such a file. Other words are returned unchanged.
@@ -217,7 +223,7 @@ def _with_own_name(config: Any, word: str) -> tuple[str, bool]:
 def _has(config: Any, names: Sequence[str]) -> bool:
     """Return whether a configuration has a field.
 
-    The field is given as the names of its sections, outermost first, and its own name.
+    `names` holds the names of the sections of the field, outermost first, followed by the name of the field.
     """
     node = config
     for name in names:
@@ -252,7 +258,7 @@ def _check_fields(config: Any, words: Sequence[str]) -> None:
 
 
 def _meant(config: Any, node: Any, names: list[str], depth: int) -> str:
-    """Return the end of the error message about an unknown field, which suggests similar or existing fields."""
+    """Return a suggestion of similar or existing fields, which ends the error message about an unknown field."""
     before = names[:depth]
     if not isinstance(node, ConfigDict):
         return f": it is a value and not a section, so write --{'.'.join(['config', *before])}=VALUE."

@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
 
 
 def _version(library: str) -> str:
-    """Return the installed version of a library, or ""."""
+    """Return the version of a library, or "" if the library is not installed."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
@@ -87,7 +87,7 @@ def _version(library: str) -> str:
 
 
 def _requirements() -> dict[str, list[str]]:
-    """Return the libraries that each extra requires, as a dict; the key "" lists those that are always required."""
+    """Return the libraries that each extra requires, as a dict. The key "" has those that sct always requires."""
     try:
         listed = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
@@ -172,7 +172,10 @@ def _memory() -> tuple[int, int]:
 
 
 def _memory_of_gpus() -> list[str]:
-    """Describe the free and the total memory of each NVIDIA GPU in one line; [] if the driver reports nothing."""
+    """Return one line of text per NVIDIA GPU, with the free and the total memory of the GPU.
+
+    Return an empty list if the driver reports nothing.
+    """
     command = ["nvidia-smi", "--query-gpu=index,memory.free,memory.total", "--format=csv,noheader,nounits"]
     try:
         listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
@@ -203,7 +206,7 @@ def _caches(problems: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _trouble(folder: Path) -> str:
-    """Return why a folder cannot be written, or "" if it can."""
+    """Return the reason why files cannot be stored in a folder, or "" if they can be stored there."""
     place = folder.expanduser().absolute()
     while not place.exists() and place != place.parent:
         place = place.parent

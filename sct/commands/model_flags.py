@@ -20,7 +20,7 @@ _STEP = flags.DEFINE_integer(
 def model() -> Any:
     """Return the path of the model that the flags choose.
 
-    With --step, load that checkpoint and return the loaded model.
+    With --step, load the checkpoint of this step and return the loaded model instead of a path.
     """
     if _STEP.value is None:
         return MODEL.value

@@ -4,8 +4,8 @@
     sct models --input=runs --input=models/mine
 
 Prints what each family can do, how to train it, and which published weights it loads. With --input, prints the models
-in these folders instead: their architecture, number of parameters, genes and training step. A folder is a run folder, a
-model folder, a Hugging Face folder, or a folder that contains such folders. The weights are not read.
+in these folders instead: their architecture, number of parameters, genes and training step. Each folder can be a run
+folder, a model folder, a Hugging Face folder, or a folder that contains such folders. The weights are not read.
 """
 
 from __future__ import annotations

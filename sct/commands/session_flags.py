@@ -1,4 +1,4 @@
-"""Define the flags of every command, --quiet and --verbose. Commands that run a model also have the flag --device."""
+"""Define the flags --quiet and --verbose of every command. Commands that run a model also have the flag --device."""
 
 from __future__ import annotations
 

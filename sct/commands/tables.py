@@ -48,9 +48,9 @@ def read(path: str, may_be_backed: bool = True) -> ad.AnnData:
 def check_output(path: str, source: str | None = None, overwrite: bool = False, needed: int = 0) -> Path:
     """Check the path of the file that a command will write, and return the path.
 
-    The file is an .h5ad file. If there is an input, it can also be a table: a .csv, .tsv or .parquet file, see
-    `sct.export`. Raises `ConfigError` if the path has another suffix, is the input file, exists (unless `overwrite`),
-    or cannot be written.
+    The path must end with .h5ad. If the command has an input file, the path may also end with .csv, .tsv or .parquet;
+    the output is then a table, see `sct.export`. Raises `ConfigError` if the path has another suffix, is the input
+    file, exists (unless `overwrite`), or cannot be written.
 
     Parameters
     ----------
@@ -80,9 +80,9 @@ def check_output(path: str, source: str | None = None, overwrite: bool = False, 
 def write(
     adata: ad.AnnData, source: str, target: Path, added: Mapping[str, Sequence[str]], table: Sequence[str]
 ) -> None:
-    """Write a copy of the input file, to which the results are added; or write only the results, as a table.
+    """Write a copy of the input file with the results added, or write a table that contains only the results.
 
-    The file gets its name only when it is complete.
+    The output file gets its name only when the file is complete.
 
     Parameters
     ----------
@@ -123,7 +123,7 @@ def write(
 
 
 def _blocks(file: Path) -> Iterator[bytes]:
-    """Yield the bytes of a file, block by block. Raises `DataError` if they cannot be read."""
+    """Yield the bytes of a file, block by block. Raises `DataError` if the file cannot be read."""
     try:
         with file.open("rb") as source:
             while block := source.read(_BLOCK):

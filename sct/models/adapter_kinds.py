@@ -31,12 +31,12 @@ _PREFIX_DEVIATION = 0.02
 
 
 def is_stacked(box: Box) -> bool:
-    """Return whether the first axis of an array, boxed with its axis names, runs over the layers of a stack."""
+    """Return whether the first axis of a boxed array is the layer axis of a stack. The box holds the axis names too."""
     return bool(box.names) and box.names[0] == axes.LAYERS
 
 
 def _matrices(params: Any, name: str) -> dict[str, Box]:
-    """Find the boxed matrices of all layers, called `name` in each layer, and return them as a dict by layer path.
+    """Find the boxed matrices called `name` in all layers, and return these matrices as a dict by layer path.
 
     `name` is "kernel" for dense layers and "embedding" for embedding tables. A box holds an array and its axis names.
     """
@@ -83,7 +83,7 @@ class AdapterConfig(abc.ABC):
         Regular expressions. A layer gets an adapter if one of the expressions matches the path of the layer
         (`re.search`).
     layers
-        Numbers of the blocks, counted from 0, whose layers get an adapter. Empty means all blocks.
+        Indices of the blocks whose layers get an adapter, counted from 0. Empty means all blocks.
     """
 
     arrays: ClassVar[Kind]
@@ -184,7 +184,7 @@ class LoraConfig(AdapterConfig):
     dropout
         Fraction of the adapter's inputs that is set to zero during training.
     layers
-        Numbers of the blocks, counted from 0, whose dense layers get an adapter. Empty means all blocks. If `layers` is
+        Indices of the blocks whose dense layers get an adapter, counted from 0. Empty means all blocks. If `layers` is
         set, dense layers outside blocks get no adapter.
     """
 
@@ -337,7 +337,10 @@ class BottleneckConfig(AdapterConfig):
         }
 
     def draw(self, key: jax.Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.Array]:
-        """Make the initial arrays of a bottleneck (float32). Biases, and `up` with a skip, are zeros."""
+        """Make the initial arrays of a bottleneck (float32).
+
+        The biases are zeros. With a skip, the array `bottleneck_up` is zeros too.
+        """
         down, up = jax.random.split(key)
         zeros = {name: jnp.zeros(shapes[name], jnp.float32) for name in BOTTLENECK.trained}
         drawn = {"bottleneck_down": _uniform(down, shapes["bottleneck_down"])}

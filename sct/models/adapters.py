@@ -82,9 +82,9 @@ def chosen(params: Any, config: AdapterConfig) -> dict[str, Box]:
 
 
 def _numbers(place: str, box: Box) -> set[int]:
-    """Return the numbers of the blocks that use a matrix.
+    """Return the indices of the blocks that use a matrix.
 
-    A matrix of a stack of blocks is used by all blocks, any other matrix by one block or none.
+    All blocks of a stack use the stack's matrices. Any other matrix belongs to one block or to no block.
     """
     if is_stacked(box):
         return set(range(box.value.shape[0]))
@@ -95,7 +95,9 @@ def _numbers(place: str, box: Box) -> set[int]:
 def _boxes(
     config: type[AdapterConfig], box: Box, size: int, numbers: Any, layers: int | None
 ) -> dict[str, Box]:
-    """Return the array shapes of the adapter for a matrix, boxed with axis names, as a dict by array name.
+    """Return the shapes of the arrays in the adapter of a matrix, as a dict by array name.
+
+    Each shape is in a box together with the names of the axes.
 
     If only some layers of a stack have an adapter, `layers` is the number of these layers; otherwise `layers` is None.
     """
@@ -122,7 +124,8 @@ def init(rng: jax.Array, params: Any, *configs: AdapterConfig) -> dict[str, Any]
     rng
         PRNG key. The key of each adapter is derived only from this key, the path of the layer and the kind of adapter.
     params
-        The collection "params", or its shapes, boxed with axis names. Under `jax.eval_shape`, no arrays are allocated.
+        The collection "params", or its shapes. Each array or shape is in a box together with its axis names. Under
+        `jax.eval_shape`, no arrays are allocated.
     configs
         Options of the adapters, one configuration per kind. A layer may have one adapter of each kind.
 

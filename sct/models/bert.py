@@ -179,7 +179,8 @@ class Bert(nn.Module):
         input_ids
             Tokens, integers (B, T).
         attention_mask
-            Shape (B, T): 1 for tokens and 0 for padding, on either side. Padding does not change the outputs of tokens.
+            Shape (B, T): 1 for tokens and 0 for padding, which may be on either side. Padding does not change the
+            outputs of tokens.
         token_type_ids
             Token types, integers (B, T). The default is 0.
         segments

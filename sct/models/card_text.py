@@ -22,7 +22,7 @@ class CardText:
     limits
         What the model cannot do or what its results depend on, one sentence each.
     example
-        Lines of Python that use the loaded `model` on cells `adata`; "" for none.
+        Lines of Python that use the loaded `model` on cells `adata`. "" means that the card has no example.
     tags
         Tags for model hubs, in addition to "single-cell".
     """

@@ -92,7 +92,9 @@ def check_range(name: str, values: Any, most: int, least: int = 0) -> None:
 
 
 def check_text(inputs: Any, vocab_size: int, max_length: int | None) -> None:
-    """Raise `DataError` unless `input_ids` (B, T) holds tokens of the vocabulary and other inputs have its shape.
+    """Raise `DataError` unless `input_ids` (B, T) holds tokens of the vocabulary.
+
+    The error is also raised if another input has a different shape from `input_ids`.
 
     Parameters
     ----------
@@ -101,7 +103,7 @@ def check_text(inputs: Any, vocab_size: int, max_length: int | None) -> None:
     vocab_size
         Number of tokens in the vocabulary.
     max_length
-        Largest number of tokens in a row; None for no limit.
+        Largest number of tokens in a row. None means that there is no limit.
     """
     ids = inputs["input_ids"]
     check_shape("input_ids", ids, ("texts", "tokens"))

@@ -113,7 +113,7 @@ class Block(nn.Module):
 
     @nn.compact
     def mix(self, x: jax.Array, positions: jax.Array, attention: Attention) -> jax.Array:
-        """Apply the block as `__call__` does, but with the given attention function; (B, T, D) -> (B, T, D)."""
+        """Apply the block to x (B, T, D) as `__call__` does, but with the given attention function."""
         config = self.config
 
         def attended(x: jax.Array) -> jax.Array:
@@ -135,9 +135,9 @@ class Block(nn.Module):
 
 
 def running_positions(segments: jax.Array) -> jax.Array:
-    """Compute the position (B, T) of each token in its text, counted from 0, from segment numbers (B, T).
+    """Compute the position of each token in its text, (B, T), counted from 0.
 
-    Consecutive tokens with the same segment number form a text.
+    `segments` (B, T) holds the segment number of each token. Consecutive tokens with the same number form a text.
     """
     index = jnp.arange(segments.shape[1])
     starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
@@ -195,7 +195,7 @@ class Decoder(nn.Module):
             )  # fmt: skip
 
     def embed(self, input_ids: jax.Array, positions: jax.Array, soft: jax.Array | None = None) -> jax.Array:
-        """Embed tokens at positions, both integers (B, T), as vectors (B, T, D).
+        """Embed tokens (B, T) at positions (B, T), both integers, and return vectors (B, T, D).
 
         A negative token id -1 - k is replaced by the vector `soft[row, k]` (a soft token), where `soft` has the shape
         (B, K, D).
@@ -259,7 +259,8 @@ class Decoder(nn.Module):
         input_ids
             Tokens, integers (B, T).
         attention_mask
-            Shape (B, T): 1 for tokens and 0 for padding, on either side. Padding does not change the outputs of tokens.
+            Shape (B, T): 1 for tokens and 0 for padding, which may be on either side. Padding does not change the
+            outputs of tokens.
         segments
             For rows that hold several texts one after the other: the number of the text to which each token belongs,
             integers (B, T); 0 is padding. A token attends only to its own text, and positions are counted from the

@@ -166,10 +166,10 @@ class DecoderConfig:
 
     @classmethod
     def with_length(cls, values: Mapping[str, Any], length: int) -> dict[str, Any]:
-        """Return the configuration values for training an existing model further on rows of `length` tokens.
+        """Return the configuration values with which an existing model is trained further on rows of `length` tokens.
 
-        With rotary positions, `max_length` grows to `length` if it is smaller. With learned positions it stays the
-        same, because it is the size of the position table.
+        With rotary positions, `max_length` is raised to `length` if `max_length` is smaller. With learned positions,
+        `max_length` does not change, because it is the number of rows in the table of position embeddings.
         """
         if values["positions"] != "rotary":
             return dict(values)
@@ -191,7 +191,10 @@ class DecoderConfig:
         return int(self.head_size * self.rotary_fraction)
 
     def frequencies(self) -> jax.Array:
-        """Return the rotation angle of each pair of features, in radians per position, float32 (rotary_dim / 2,)."""
+        """Return the rotation angle of each pair of features, in radians per position.
+
+        The result has the shape (rotary_dim / 2,), float32.
+        """
         plain = rotary_frequencies(self.rotary_dim, self.rotary_base)
         if self.rotary_scaling == "linear":
             return plain / self.rotary_factor

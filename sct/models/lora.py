@@ -77,12 +77,12 @@ class Mixture:
         return dataclasses.replace(self.each, rank=self.each.rank * number, alpha=self.each.alpha * number)
 
     def place(self, member: str) -> slice:
-        """Return the slice of columns of `lora_a`, and rows of `lora_b`, that belong to one adapter of the mixture."""
+        """Return the slice that selects one adapter of the mixture: columns of `lora_a` and rows of `lora_b`."""
         first = self.members.index(member) * self.each.rank
         return slice(first, first + self.each.rank)
 
     def gate(self, trains: jax.Array) -> jax.Array:
-        """Expand a 0-1 mask of adapters (B, members) to a mask of their columns, float32 (B, members * rank)."""
+        """Expand a 0-1 mask of adapters (B, members) to a mask of adapter columns (B, members * rank), float32."""
         return jnp.repeat(trains.astype(jnp.float32), self.each.rank, axis=1)
 
 

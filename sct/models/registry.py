@@ -192,7 +192,7 @@ def inherited(config: Any, given: Mapping[str, Any], length: int = 0) -> dict[st
     given
         Values of the new configuration. Only dtype, remat and dropout are taken from these values.
     length
-        Tokens per row of text in the new training; 0 if it has no text.
+        Number of tokens in each row of text in the new training; 0 if the new training uses no text.
     """
     values = computing(dataclasses.asdict(config), given)
     fit = getattr(type(config), "with_length", None)

@@ -67,9 +67,9 @@ class Stem(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """Apply a norm, then a convolution. Both towers consist of such blocks. `upsample` doubles the number of positions.
+    """Apply a norm, then a convolution. Both towers consist of these blocks.
 
-    The GELU after the convolution is not part of this module.
+    `upsample` doubles the number of positions. The GELU after the convolution is not part of this module.
     """
 
     config: SCTConfig
@@ -227,8 +227,8 @@ class SCT(nn.Module):
         -------
         A dict with these arrays, where n is the number of tower levels:
 
-        - `logits`, float32 (B, K, G, num_bins + 2); with `positions`, the shape of `positions` plus a last axis of
-          num_bins + 2.
+        - `logits`, float32 (B, K, G, num_bins + 2). If `positions` is given, the shape is that of `positions`, followed
+          by num_bins + 2.
         - `cell_embedding`, float32 (B, K, embed_dim), the mean over the transformer positions of a cell.
         - `conv_out` and `transformer_out`, (B, K * G / 2^n, embed_dim).
         - `deconv_out`, (B, K * G, filters[0]).
@@ -251,7 +251,7 @@ class SCT(nn.Module):
         }
 
     def embed(self, tokens: jax.Array, coordinates: jax.Array | None = None) -> jax.Array:
-        """Embed tokens (B, K, G) and coordinates (B, K, 2) or None; return (B, K * G, token_embed_dim).
+        """Embed tokens (B, K, G) and, if given, coordinates (B, K, 2). Returns (B, K * G, token_embed_dim).
 
         Raises
         ------
@@ -293,7 +293,8 @@ class SCT(nn.Module):
     def encode(self, x: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         """Apply the stem and the convolution tower of n levels to x (B, K * G, token_embed_dim).
 
-        Returns the output (B, K * G / 2^n, embed_dim), and the input of each level for the skip connections.
+        Returns two values: the output (B, K * G / 2^n, embed_dim), and the list of the inputs of the levels, which the
+        skip connections use.
         """
         x = self.stem(x)
         skips = []
@@ -394,9 +395,10 @@ class SCT(nn.Module):
 
 
 def _at_positions(x: jax.Array, positions: jax.Array) -> jax.Array:
-    """Take the vectors of a sequence x (B, L, C) at positions (B, P), or at positions (B, S, P) in S equal parts of x.
+    """Take the vectors of a sequence x (B, L, C) at positions (B, P) and return (B, 1, P, C).
 
-    Returns (B, 1, P, C) or (B, S, P, C).
+    Positions (B, S, P) refer to S equal parts of x: row s counts from the start of part s. The result is then
+    (B, S, P, C).
     """
     parts = positions.reshape(positions.shape[0], -1, positions.shape[-1])
     rows = rearrange(x, "b (s l) c -> b s l c", s=parts.shape[1])

@@ -228,7 +228,7 @@ class ZerOmics(nn.Module):
         input_ids
             Instructions, integers (B, T), one per cell. The token id -1 - k stands for the soft token k of the cell.
         attention_mask
-            Shape (B, T): 1 for tokens and 0 for padding, on either side.
+            Shape (B, T): 1 for tokens and 0 for padding, which may be on either side.
 
         Returns
         -------

@@ -42,15 +42,15 @@ class ZerOmicsCellsConfig:
     feature_dim
         Width of a gene's text feature (F): the hidden size of the text model that computed it.
     num_bins
-        Number of expression bins for non-zero values. There is one more token for zero and one for masked genes.
+        Number of expression bins for non-zero values. Two more tokens stand for zero and for masked genes.
     embed_dim, num_layers, num_heads, ffn_dim
         Width (D), number of layers, number of attention heads, and width of the feed-forward layers.
     norm_eps, activation, dropout, remat, dtype
         See `sct.models.bert_config.BertConfig`.
     encoder
-        "transformer", or "weighted", an ablation of the second training stage (paper, Table 5, "GenePT"). "weighted"
-        has no transformer layers: it projects the text feature of each gene and multiplies the result by the gene's
-        bin. The cell embedding is then a weighted mean of the genes' text features.
+        "transformer" or "weighted". "weighted" is an ablation of the second training stage (paper, Table 5, "GenePT")
+        without transformer layers. The weighted model projects the text feature of each gene and multiplies the result
+        by the gene's bin. The cell embedding is a weighted mean of the genes' text features.
     """
 
     CARD: ClassVar[CardText] = CardText(

@@ -17,8 +17,8 @@ There are three kinds of adapters:
   may attend to them.
 
 In a stack of equal layers, the first axis of every array is the layer axis. If only some layers have an adapter, this
-axis has one entry for each of these layers, and one more array (`lora_layers`, `bottleneck_layers` or `prefix_layers`)
-holds the numbers of these layers.
+axis has one entry for each of these layers. One more array (`lora_layers`, `bottleneck_layers` or `prefix_layers`)
+then holds the indices of these layers in the stack, counted from 0.
 
 `sct.models.adapters` chooses the layers and makes the arrays.
 """
@@ -49,7 +49,8 @@ class Kind(NamedTuple):
     numbers
         Names of the constants, which are arrays that are not trained.
     layers
-        Name of the array that lists the layers with an adapter, for a stack in which only some layers have one.
+        Name of the array that holds the indices of the layers with an adapter. Only stacks in which some layers have no
+        adapter contain this array.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Kind(NamedTuple):
 
     @property
     def on(self) -> str:
-        """Return the name of the bool array that says which layers of a stack have an adapter.
+        """Return the name of the bool array that marks the layers of a stack that have an adapter.
 
         See `for_all_layers`.
         """
@@ -83,15 +84,15 @@ KINDS = (LOW_RANK, BOTTLENECK, PREFIX)
 
 
 def kind_of(array: str) -> Kind | None:
-    """Return the kind of adapter that has an array of this name, or None if no kind has such an array."""
+    """Return the kind of adapter to which an array of this name belongs, or None if the array belongs to no kind."""
     return next((kind for kind in KINDS if array in kind.arrays), None)
 
 
 def for_all_layers(adapters: dict[str, Any], number: int) -> dict[str, Any]:
-    """Extend the adapters of a stack in which only some layers have an adapter to all layers of the stack.
+    """Add adapters of zeros to those layers of a stack that have no adapter.
 
-    A layer without an adapter gets arrays of zeros. A low-rank adapter of zeros adds nothing to its layer. For the
-    other kinds, the array with the name `Kind.on`, bool (number,), is True for the layers that have an adapter.
+    A low-rank adapter of zeros adds nothing to its layer. The result also has an array with the name `Kind.on` and
+    the shape bool (number,). This array is True for the layers that had an adapter before.
 
     Parameters
     ----------
@@ -188,7 +189,7 @@ class Prefix(NamedTuple):
         Arrays (1 or B, n, H', D) for n prefix vectors and H' heads. Rotary position embedding is not applied to the
         keys of a prefix.
     on
-        Whether queries attend to the prefix, bool (). None means that they always do.
+        Bool scalar: whether queries attend to the prefix. None means that queries always attend to the prefix.
     """
 
     keys: jax.Array

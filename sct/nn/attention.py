@@ -94,7 +94,7 @@ def attend(
         Mask of the keys to which each query attends. By default, a query attends to all keys.
     prefix
         Further keys and values, to which every query attends, whatever the mask. The prefix has no position in the
-        sequence, so the causal order of the mask does not count it.
+        sequence, so the causal order of the mask does not apply to the prefix.
 
     Returns
     -------
@@ -146,9 +146,9 @@ def attend(
 def _with_prefix(
     prefix: Prefix | None, query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | None
 ) -> tuple[jax.Array, jax.Array, Mask | None]:
-    """Put the keys and values (B, n, H', D) of a prefix before those of the sequence.
+    """Put the keys and values (B, n, H', D) of a prefix before the keys and values of the sequence.
 
-    Return all keys, all values and the new mask.
+    Return three values: all keys, all values and the new mask.
     """
     if prefix is None:
         return key, value, mask

@@ -117,7 +117,7 @@ def spec(
 
 
 def placement(shape: tuple[int, ...], *names: str | None) -> tuple[Mesh, PartitionSpec] | None:
-    """Return the mesh and the PartitionSpec of an activation with these axis names.
+    """Return the mesh and the PartitionSpec of an activation with the given shape and axis names.
 
     Return None if activations are not sharded.
     """
@@ -147,7 +147,10 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def shards_of(name: str, size: int) -> int:
-    """Return the number of equal parts into which the mesh cuts an axis of this name and size; 1 without a mesh."""
+    """Return the number of equal parts into which the mesh cuts an axis with the given name and size.
+
+    Without a mesh, the result is 1.
+    """
     placed = placement((size,), name)
     return 1 if placed is None else math.prod(placed[0].shape[axis] for axis in _mesh_axes(placed[1][0]))
 
@@ -163,8 +166,8 @@ def on_each_device(
     """Run a function on the bags and cells that each device holds.
 
     The function gets the device's part of each sequence. Inside the function, only `neighbor_positions` communicates
-    with other devices. XLA manages the mesh axes that shard neither bags nor cells, such as those of parameters. If no
-    mesh shards bags or cells, the result is `function(params, *sequences)`.
+    with other devices. XLA manages the mesh axes that shard neither bags nor cells, such as the axes over which
+    parameters are sharded. If no mesh shards bags or cells, the result is `function(params, *sequences)`.
 
     Parameters
     ----------
@@ -215,15 +218,18 @@ def _manual_axes() -> frozenset[str]:
 
 
 def is_sequence_cut() -> bool:
-    """Return whether sequences are split among devices; `on_each_device` then gives a function only a part of them."""
+    """Return whether sequences are split among devices.
+
+    If they are, a function that `on_each_device` runs gets only a part of each sequence.
+    """
     return bool(_manual_axes().intersection(RULES[CELL]))
 
 
 def neighbor_positions(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """Return the `size` positions before and after this device's part of a sequence, each (B, size, C).
+    """Return the `size` positions before this device's part of a sequence, and the `size` positions after the part.
 
-    x (B, L, C) is the device's part. At the ends of the whole sequence, the missing positions are zeros. If the
-    sequence is not split among devices, both results are zeros.
+    x (B, L, C) is the device's part. Both results have the shape (B, size, C). At the ends of the whole sequence, the
+    missing positions are zeros. If the sequence is not split among devices, both results are zeros.
 
     Raises
     ------
@@ -248,7 +254,7 @@ def neighbor_positions(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 
 
 def shardings(boxed: Any, mesh: Mesh, rules: AxisRules) -> Any:
-    """Compute the shardings of boxed variables, as a tree, from their logical axis names.
+    """Compute a tree with the sharding of each boxed variable, from the logical names of the variable's axes.
 
     The boxed variables come from `module.init`.
 

@@ -53,8 +53,8 @@ class Mask(NamedTuple):
     ----------
     query, key
         Segment numbers of queries, int32 (B, L), and of keys, int32 (B, M). None means that there is one segment. By
-        convention, padding has the segment number 0. A key in the segment `EVERYONE` is attended to by every query, and
-        a key in `NO_ONE` by no query.
+        convention, padding has the segment number 0. Every query attends to the keys in the segment `EVERYONE`, and no
+        query attends to the keys in the segment `NO_ONE`.
     order
         For causal attention, the index of the first query among the keys, int32 (): query i attends to keys 0 to
         `order + i`. None means all keys.
@@ -65,7 +65,9 @@ class Mask(NamedTuple):
     order: jax.Array | int | None = None
 
     def visible(self, queries: jax.Array, keys: jax.Array) -> jax.Array | None:
-        """Return a mask, bool (B or 1, L', M'), of the keys to which each query attends; None if all attend to all.
+        """Return a bool mask (B or 1, L', M') that is True where a query attends to a key.
+
+        Return None if every query attends to all keys.
 
         Parameters
         ----------
@@ -111,7 +113,10 @@ def chunked_attention(
 
 
 def _plan(length: int, most: int) -> tuple[int, int]:
-    """Choose equal chunks of at most `most` positions that need the least padding. Return their number and size."""
+    """Choose chunks of equal size for `length` positions: as few chunks as possible, and as little padding as possible.
+
+    A chunk has at most `most` positions. Return the number of chunks and the number of positions in each.
+    """
     number = -(-length // most)
     return number, -(-length // number)
 
@@ -147,10 +152,10 @@ class _Blocks(NamedTuple):
         return cls(Mask(segments[0], segments[1], mask.order), plans[0], plans[1], length)
 
     def bias(self, i: Any, j: Any) -> jax.Array | None:
-        """Return the bias that is added to the scores of block (i, j), with shape (B or 1, 1, c, c').
+        """Return the bias that is added to the scores of block (i, j).
 
-        The bias is 0 for keys to which a query attends, `UNSEEN` for other keys, and -inf for padding. The result is
-        None if the bias is 0 for all keys.
+        The bias has the shape (B or 1, 1, c, c') and is 0 for keys to which a query attends, `UNSEEN` for other keys,
+        and -inf for padding. The result is None if the bias is 0 for all keys.
         """
         take = functools.partial(lax.dynamic_index_in_dim, keepdims=False)
         query, key = (
@@ -171,7 +176,7 @@ class _Blocks(NamedTuple):
         return jnp.where(keys < self.length, bias, -jnp.inf)
 
     def stop(self, i: Any) -> Any:
-        """Return how many key chunks, counted from the first, the queries of chunk i may attend to."""
+        """Return the number n such that the queries of chunk i may attend only to the first n key chunks."""
         if self.mask.order is None:
             return self.keys[0]
         last = self.mask.order + (i + 1) * self.queries[1]

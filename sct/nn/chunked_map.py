@@ -94,7 +94,10 @@ with_saved_value.defvjp(
 def _map(
     function: ChunkFunction, save: bool, params: Any, inputs: Any
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Compute the outputs (n, ...) of all chunks. With `save`, also return the values (n, ...) marked as `saveable`."""
+    """Compute the outputs (n, ...) of all chunks.
+
+    With `save`, also return the values (n, ...) that the function marks as `saveable`.
+    """
 
     def one(chunk: Any) -> tuple[jax.Array, ...]:
         saved: list[jax.Array] = []

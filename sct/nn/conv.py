@@ -107,7 +107,7 @@ def conv_transpose_2x(x: jax.Array, kernel: jax.Array, halo: int = 0) -> jax.Arr
 
 
 def halo_of(kernel_size: int, upsample: bool = False) -> int:
-    """Return how many positions a convolution reads beyond each end of its part of a sequence.
+    """Return the number of positions that a convolution reads beyond each end of its part of a sequence.
 
     `upsample` is True for the transposed convolution of stride 2.
     """

@@ -99,10 +99,11 @@ def by_cells(
 
 
 def by_positions(layer: nn.Module, method: str, x: jax.Array, cells: int | None = None) -> jax.Array:
-    """Apply a layer's method that treats each position separately, (..., C) -> (..., C'), to chunks of positions.
+    """Apply a method of a layer to chunks of positions: (..., C) -> (..., C').
 
-    Chunks of positions save memory in layers with hidden vectors much wider than their inputs. In the head of sCT, the
-    hidden vectors of a million positions take 4 GiB, and their gradients another 4 GiB.
+    The method must treat each position separately. Chunks of positions save memory in layers with hidden vectors much
+    wider than their inputs. In the head of sCT, the hidden vectors of a million positions take 4 GiB, and their
+    gradients another 4 GiB.
 
     Parameters
     ----------
@@ -135,7 +136,7 @@ def rematerialized(layer: _Layer, remat: str, prevent_cse: bool = True) -> _Laye
 
 
 def cells_per_chunk(cells: int, num_positions: int) -> int:
-    """Return the number of cells in a chunk of a bag; it divides `cells`.
+    """Return the number of cells in each chunk of a bag. This number divides `cells`.
 
     On CPU, the number is the smallest one whose positions fill a chunk. On accelerators, the number is `cells`, so the
     bag is a single chunk. On a mesh, `cells` is the number of cells of a bag on one device.
@@ -193,7 +194,10 @@ def _split(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _borders_of_chunks(x: jax.Array, halo: int, chunks: int) -> Borders:
-    """Return the `halo` positions before and after each of the n chunks of x (B, L, C), both (B * n, 1, halo, C)."""
+    """Return the `halo` positions before each of the n chunks of x (B, L, C), and the `halo` positions after each.
+
+    Both results have the shape (B * n, 1, halo, C).
+    """
     first, last = axes.neighbor_positions(x, halo)
     parts = rearrange(x, "b (n l) c -> b n l c", n=chunks)
     before = jnp.concatenate([first[:, None], parts[:, :-1, -halo:]], axis=1)

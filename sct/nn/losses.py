@@ -38,7 +38,8 @@ def token_losses(
 
     Returns
     -------
-    The losses, float32 (B, T), in nats; and whether the token with the highest score is the target, bool (B, T).
+    Two arrays of shape (B, T): the losses in nats, float32; and whether the token with the highest score is the target,
+    bool.
     """
 
     def of_chunk(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -17,7 +17,10 @@ EPSILON = 1e-5
 
 
 def _statistics(x: jax.Array, axis: int, epsilon: float) -> tuple[jax.Array, jax.Array]:
-    """Return the mean and 1 / standard deviation of x (float32) along an axis. The results keep the axis (size 1)."""
+    """Return the mean and 1 / standard deviation of x (float32) along an axis.
+
+    Both results keep this axis, with size 1.
+    """
     mean = jnp.mean(x, axis=axis, keepdims=True)
     variance = jnp.mean(jnp.square(x - mean), axis=axis, keepdims=True)
     return mean, jax.lax.rsqrt(variance + epsilon)
@@ -102,7 +105,7 @@ _FEW_CELLS = 8
 
 
 def _sum_over_genes(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """Return the sums of x (N, G, D) over G, weighted by `weights` (G,), as (N, 1, D)."""
+    """Multiply x (N, G, D) by `weights` (G,) along G and sum over G. Returns (N, 1, D)."""
     if jax.default_backend() == "cpu" and x.shape[0] <= _FEW_CELLS:
         # XLA for CPU (jax 0.10) fuses a sum with the operations before and after it into one loop, which runs at a
         # third of the memory bandwidth. It does not fuse a matrix product.

@@ -1,8 +1,8 @@
 """Match ordered tables of regular expressions to parameter paths.
 
-Such tables choose which parameters of a model are trained, and set the weight decay and learning rate of each. The
-first pattern that matches a path applies. A path without a match is an error, so that a renamed layer cannot silently
-change its group.
+These tables choose which parameters of a model are trained, and set the weight decay and learning rate of each
+parameter. The first pattern that matches a path applies. A path without a match is an error, so that a renamed layer
+cannot silently change its group.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def resolve(rules: PathRules[T], paths: Iterable[str], what: str) -> dict[str, T]:
-    """Return, for each path, the value of the first rule whose pattern matches it (`re.search`).
+    """Return one value per path: the value of the first rule whose pattern matches the path (`re.search`).
 
     Parameters
     ----------

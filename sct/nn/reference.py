@@ -36,8 +36,8 @@ _share: ContextVar[float] = ContextVar("sct_share_of_chunks", default=1.0)
 def smaller_chunks(share: float) -> Iterator[None]:
     """Multiply the size limits of all chunks by `share`, in code that is traced inside this context.
 
-    A few cells are then cut into as many chunks as a bag that is 1 / share times larger. A comparison of a few cells
-    with the reference kernels therefore tests the same code as a whole bag.
+    A few cells are then cut into as many chunks as a bag that is 1 / share times as large. If a few cells are compared
+    with the reference kernels, the comparison therefore tests the same code that a whole bag uses.
     """
     token = _share.set(share)
     try:

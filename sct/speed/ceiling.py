@@ -65,9 +65,9 @@ def matmul_ceiling(dtype: str, size: int = 0, devices: Sequence[Any] | None = No
 
 
 def _product_seconds(side: int, dtype: str, devices: np.ndarray) -> float:
-    """Return the shortest time in seconds of a product of two square matrices.
+    """Time a product of two square matrices several times, and return the shortest time in seconds.
 
-    All devices compute such a product at once.
+    All devices compute at the same time, one product each.
     """
     mesh = Mesh(devices, ("device",))
     split = PartitionSpec("device")

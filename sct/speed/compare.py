@@ -53,8 +53,8 @@ def difference(made: Any, reference: Any) -> float:
 def gradient_difference(made: Mapping[str, Any], reference: Mapping[str, Any]) -> tuple[float, float, str]:
     """Compare two gradients.
 
-    Return the relative difference of the whole gradient, the relative difference of the worst leaf, and the path of
-    this leaf.
+    Return three values: the relative difference of the whole gradient, the relative difference of the worst leaf (the
+    array that differs most), and the path of this leaf.
     """
     if set(made) != set(reference):
         return float("inf"), float("inf"), str(sorted(set(made) ^ set(reference))[0])

@@ -37,7 +37,11 @@ def _read_plainly(study: Study, rows: np.ndarray) -> np.ndarray:
 
 
 def _tokens_by_definition(counts: np.ndarray, num_bins: int, num_positions: int) -> np.ndarray:
-    """Compute expression levels (K, G) by definition: log1p, then equal bins from lowest to highest non-zero value."""
+    """Compute expression levels (K, G) by definition.
+
+    The levels are bins of equal width on the scale log(1 + count), from the lowest to the highest non-zero value of a
+    cell.
+    """
     tokens = np.full((len(counts), num_positions), num_bins, np.uint8)
     for cell, row in enumerate(counts):
         levels, expressed = np.zeros(len(row), np.uint8), row > 0
@@ -53,7 +57,7 @@ def _tokens_by_definition(counts: np.ndarray, num_bins: int, num_positions: int)
 
 
 def check_loader(job: SpeedJob, store: Store) -> dict[str, Any]:
-    """Compare a bag from the loader with expression levels that are computed from the counts that anndata reads.
+    """Compare the expression levels of a bag from the loader with levels computed from counts that anndata reads.
 
     Raise `SctError` if the two differ.
     """
@@ -78,7 +82,7 @@ def check_loader(job: SpeedJob, store: Store) -> dict[str, Any]:
 
 
 def _some(files: list[Path]) -> list[Path]:
-    """Return the first files up to a total size of `_DISK_BYTES`, and at least one file."""
+    """Return the first files up to a total size of `_DISK_BYTES`, but at least one file."""
     sizes = itertools.accumulate(path.stat().st_size for path in files)
     return [path for path, total in zip(files, sizes, strict=True) if total <= _DISK_BYTES] or files[:1]
 
@@ -210,7 +214,10 @@ def measure_ingest(job: SpeedJob, store: Store | None = None) -> dict[str, Any]:
 
 
 def check_ingest(file: Path, store: Store) -> dict[str, Any]:
-    """Compare random cells of a store with the source file, both read by anndata; raise `SctError` if one differs."""
+    """Compare random cells of a store with the same cells in the source file. Both are read with anndata.
+
+    Raise `SctError` if a cell differs.
+    """
     study = store.studies[0]
     rows = np.unique(np.random.default_rng(0).integers(study.n_cells, size=_CHECKED_CELLS))
     names = study.obs().index.to_numpy()[rows]

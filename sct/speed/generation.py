@@ -180,7 +180,7 @@ def measure(job: SpeedJob) -> dict[str, Any]:
 def beside_transformers(model: Pretrained, prompts: list[np.ndarray], steps: int) -> dict[str, Any]:
     """Measure the tokens per second of Hugging Face transformers with the same weights.
 
-    The result is a note if that library is not installed.
+    If that library is not installed, the result says so.
     """
     try:
         rate = _transformers(model, prompts, steps)

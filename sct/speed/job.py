@@ -123,7 +123,7 @@ class SpeedJob:
 
     @property
     def cells_per_record(self) -> int:
-        """Number of cells in a bag; 1 if the task reads single cells instead of bags."""
+        """Number of cells in a bag. If the task reads single cells instead of bags, the number is 1."""
         return int(getattr(self.data, "cells_per_bag", 1))
 
     def of_cells(self, cells: int) -> dict[str, int]:
@@ -146,7 +146,10 @@ class SpeedJob:
 
     @property
     def synthetic(self) -> bool:
-        """Whether to use synthetic cells: always for an ingest, otherwise if neither a store nor a data set is set."""
+        """Whether the measurement uses synthetic cells.
+
+        An ingest always does. Other modes do if the configuration sets neither a store nor a data set.
+        """
         return self.options.mode == "ingest" or not (self.data.store or self.data.dataset)
 
     @property

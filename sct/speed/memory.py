@@ -121,7 +121,7 @@ def files_below(folders: Iterable[Path]) -> list[Path]:
 
 
 def forget(files: Iterable[Path]) -> None:
-    """Ask the system to drop files from its page cache, which not every system supports."""
+    """Ask the system to drop files from its page cache. Some systems do not support this request."""
     for path in files:
         descriptor = os.open(path, os.O_RDONLY)
         # A failure is harmless: `sequential_read` checks whether files really came from the disk.
@@ -144,8 +144,8 @@ def _read_from_disk() -> int | None:
 def sequential_read(files: Iterable[Path]) -> tuple[float, str]:
     """Read files once, one after the other. Return the bytes per second and the source of the data.
 
-    The source is "disk", "page cache" or "unknown". File systems whose reads the kernel does not count for the process
-    are reported as "page cache".
+    The source is "disk", "page cache" or "unknown". If the kernel does not count the reads from a file system, the
+    source is reported as "page cache".
     """
     files = list(files)
     forget(files)

@@ -164,7 +164,10 @@ def forward(task: Any, mesh: Any) -> Callable[[Any, Mapping[str, Any]], jax.Arra
 
 
 def plain_output(task: Any, arrays: dict[str, np.ndarray], inputs: Mapping[str, Any], name: str) -> Any:
-    """Compute one output of the model on the default device. The context selects reference kernels or fast kernels."""
+    """Compute one output of the model on the default device.
+
+    Layers use reference kernels if the caller is inside `reference_kernels`, and fast kernels otherwise.
+    """
 
     def output(variables: Any, inputs: Mapping[str, Any]) -> jax.Array:
         return cast(dict[str, jax.Array], task.model.apply(variables, **inputs))[name]

@@ -88,7 +88,10 @@ def quantity(value: float | None, unit: str) -> str:
 
 
 def summary(found: Mapping[str, Any]) -> str:
-    """Return one line with the time of a step, the throughput and the share of the machine's limit, if measured."""
+    """Return one line with the time of a step, the throughput and the share of the machine's limit.
+
+    Values that were not measured are left out.
+    """
     parts = [f"{quantity(found['step_seconds'], 's')} per step"] if "step_seconds" in found else []
     rates = {
         "tokens_per_s": "gene tokens",

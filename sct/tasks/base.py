@@ -29,7 +29,10 @@ def file_option() -> Any:
 
 
 def files_of(options: Any) -> dict[str, str]:
-    """Return the paths in all options of a section that were made by `file_option`, as option name -> path."""
+    """Return the paths of the input files that a section of options names, as a dict by option name.
+
+    The fields of these options were made by `file_option`.
+    """
     named = [field.name for field in dataclasses.fields(options) if field.metadata.get(_IS_FILE)]
     return {name: path for name in named if (path := getattr(options, name))}
 
@@ -66,8 +69,8 @@ class ObjectiveConfig:
     Attributes
     ----------
     BEFORE
-        Options that were added in later versions, as option name -> value. Runs of earlier versions did not record the
-        option and are assumed to have used this value.
+        Options that were added in later versions, as a dict by option name. Runs of earlier versions did not record
+        these options. The dict gives the values that these runs are assumed to have used.
     """
 
     BEFORE: ClassVar[Mapping[str, Any]] = types.MappingProxyType({})
@@ -91,8 +94,8 @@ def check_study_names(study_metadata: Mapping[str, Any], store: Store, file: str
 def held_out_split(store: Store) -> tuple[str | None, str]:
     """Return the name of the split on which a finished model is evaluated, and a note for the report.
 
-    The split is "test" if the store has test studies. Otherwise it is "validation" if the store has validation studies,
-    and None if it has neither.
+    The split is "test" if the store has test studies. Otherwise the split is "validation" if the store has validation
+    studies, and None if the store has neither.
     """
     if store.split("test"):
         return "test", ""

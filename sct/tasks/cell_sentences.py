@@ -54,18 +54,18 @@ class SentenceData(StoreConfig):
     length
         Number of tokens in a row. Short texts are packed into one row.
     cell_type, tissue, organism, abstract
-        Columns of `obs` with these labels; "" for none.
+        Columns of `obs` with these labels. "" means that there is no such column.
     labels
         Columns of `obs` that describe a cell in combination (cell type, stimulation, exposure, ...). The model predicts
         the combined labels of a cell, or generates cells for them.
     studies
         YAML file with the labels and abstracts of whole studies, in the form `STUDY: {abstract: ..., tissue: ...}`.
     tokenizer
-        Tokenizer file or folder. By default, the tokenizer of the model named in `init_from`; without that, a tokenizer
-        is trained.
+        Tokenizer file or folder. The default is the tokenizer of the model in `init_from`. If `init_from` is not set, a
+        tokenizer is trained.
     vocab_size, corpus_cells
-        Used only if a tokenizer is trained: the maximum size of its vocabulary, and the number of cells whose texts it
-        is trained on.
+        Used only if a tokenizer is trained: the maximum size of the vocabulary, and the number of cells from whose
+        texts the tokenizer is trained.
     """
 
     top_k: int = 100
@@ -295,9 +295,9 @@ class CellSentences:
     ) -> tuple[jax.Array, MetricSums]:
         """Return the mean cross-entropy of the predicted tokens, balanced by tokens or by texts.
 
-        Also returns sums over the batch. `loss` is the unbalanced loss, and `predicted` is the number of tokens in it.
-        The balanced loss is `weighted` / `weight`. `right` is the number of correctly predicted tokens. `cut` is the
-        number of tokens that did not fit into the rows.
+        Also returns sums over the batch. `loss` is the unbalanced loss, summed over the predicted tokens. `predicted`
+        is the number of these tokens, and `right` is the number of correct ones. The balanced loss is `weighted`
+        divided by `weight`. `cut` is the number of tokens that did not fit into the rows.
         """
         ids, segments = batch["input_ids"], batch["segments"]
         drops = self.model_config.dropout or (isinstance(self.lora, lora.LoraConfig) and self.lora.dropout)
@@ -350,7 +350,10 @@ class CellSentences:
 
     @functools.cache  # noqa: B019 (a run has one task)
     def dataset(self, split: str) -> SentenceSource | None:
-        """Return the rows of text of a split; None if it has no studies, or no cells with the labels of a task."""
+        """Return the rows of text of a split.
+
+        Return None if the split has no studies, or if none of its cells has the labels that a task needs.
+        """
         studies = self.store.split(split)
         if not studies:
             return None
@@ -411,7 +414,7 @@ class CellSentences:
 
     @functools.cached_property
     def _label_counts(self) -> dict[str, Counter[str]]:
-        """Count the training cells that have each value, for each label and for the combined labels ("labels")."""
+        """For each label, count the training cells by value. The key "labels" has the counts of the combined labels."""
         found: dict[str, Counter[str]] = {}
         for study in self.store.split("train"):
             obs = study.obs({*self.options.fields.values(), *self.options.labels})
@@ -438,7 +441,10 @@ class CellSentences:
         return found
 
     def labels(self) -> dict[str, list[str]]:
-        """Return the values of each label, and of the combined labels, in the training cells, most frequent first."""
+        """Return the values that each label has in the training cells, the most frequent value first.
+
+        The key "labels" has the combined labels.
+        """
         return {
             field: sorted(counts, key=lambda value, counts=counts: (-counts[value], value))  # type: ignore[misc]
             for field, counts in self._label_counts.items()

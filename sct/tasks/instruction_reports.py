@@ -37,7 +37,7 @@ class Answers:
     cells, seeds
         Largest number of held-out cells, and number of random seeds.
     note
-        Note to add below the report; "" for none.
+        Note to add below the report. "" means no note.
     """
 
     def __init__(

@@ -127,11 +127,12 @@ class InstructionsConfig(ObjectiveConfig):
         Whether to train a universal adapter, which all tasks share, and whether to train one adapter per task. The
         ablations of Table 5 leave out one of the two.
     members
-        Names of the adapters in the model named in `init_from`, if that model was trained on other tasks. A task
-        without an adapter of its own then trains the universal adapter. By default, the names follow from `universal`,
-        `of_tasks` and `tasks`.
+        Names of the adapters of the model in `init_from`. Set this option if that model was trained on other tasks. A
+        task without an adapter of its own then trains the universal adapter, which all tasks share. By default, the
+        names follow from `universal`, `of_tasks` and `tasks`.
     train_llm, train_cells
-        Also train the parameters of the decoder, or of the cell encoder.
+        `train_llm`: whether to train the parameters of the decoder as well. `train_cells`: whether to train those of
+        the cell encoder as well.
     report_cells, report_seeds
         Number of held-out cells in the reports after training (0: no reports), and number of random seeds.
     """
@@ -408,7 +409,10 @@ class Instructions:
         return {**variables, "params": params, "adapters": adapters}
 
     def gates(self, task: jax.Array) -> jax.Array:
-        """Return which adapter columns (B, members x rank) each cell trains, given the task index of each cell (B,)."""
+        """Return a mask (B, members x rank): an entry is 1 if the cell trains the adapter column, otherwise 0.
+
+        `task` (B,) is the index of each cell's task.
+        """
         members = self.mixture.members
         own = jnp.asarray(
             [[member in (UNIVERSAL, name) for member in members] for name, _ in self.config.tasks]
@@ -421,8 +425,8 @@ class Instructions:
         """Return the mean cross-entropy of the answer tokens, including the end token.
 
         Also returns sums over the batch. `loss` is the summed loss. `predicted` is the number of predicted tokens, and
-        `right` is the number of correct ones. For each task, (T,), `answers` is the number of answers, and `exact` is
-        the number of answers in which every token is correct.
+        `right` is the number of correct ones. `answers` and `exact` have one entry per task, (T,): the number of
+        answers, and the number of answers in which every token is correct.
         """
         ids, genes = batch["input_ids"], batch.get("genes")
         if train:

@@ -243,7 +243,9 @@ class MaskedBins:
     def loss(
         self, variables: Variables, batch: DeviceBatch, rng: jax.Array, train: bool
     ) -> tuple[jax.Array, MetricSums]:
-        """Return the mean of the bin and gene cross-entropies at masked positions (section 3.1, equations 4 and 5).
+        """Return the average of two losses at masked positions: the cross-entropy of the bin and that of the gene.
+
+        See section 3.1, equations 4 and 5 of the paper.
 
         Also returns sums over masked positions: `loss`, `masked` (count), `bin_loss`, `gene_loss`, `bin_right`,
         `gene_right`, `dropped_targets`.

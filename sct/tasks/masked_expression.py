@@ -254,9 +254,9 @@ class MaskedExpression:
         return summary
 
     def dataset(self, split: str) -> BagSource | None:
-        """Return the bags of a split: random bags for "train", and bags with every cell once for other splits.
+        """Return the bags of a split. Return None for an empty split.
 
-        Return None for an empty split.
+        The bags of the split "train" are random. In other splits, the bags contain every cell once.
         """
         studies = self.store.split(split)
         return BagSource(studies, self.bags, exhaustive=split != "train") if studies else None

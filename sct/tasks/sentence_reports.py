@@ -164,7 +164,8 @@ class GeneratedCells:
     sentence_model, train, held_out, field, seeds
         See `PredictedLabels`.
     cells
-        Largest number of cells to generate, in proportion to the number of held-out cells per label.
+        Largest number of cells to generate for all labels together. The number for each label is proportional to the
+        label's number of held-out cells.
     """
 
     def __init__(
@@ -239,13 +240,13 @@ def _cell_set(sentence_model: CellSentenceModel, cells: LabeledReferenceCells) -
 
 @dataclasses.dataclass(frozen=True)
 class Contrast:
-    """Define with which training cells an unseen combination of labels is compared.
+    """Choose the training cells with which an unseen combination of labels is compared.
 
     Attributes
     ----------
     perturbation, control
-        `perturbation` is the label that names the treatment of a cell. `control` is the treatment to compare with; ""
-        means the most frequent other treatment in the training cells.
+        `perturbation` is the label that names the treatment of a cell. `control` is the treatment with which every
+        other treatment is compared. "" means the most frequent other treatment in the training cells.
     seen
         Combinations of labels in the training cells.
     """
@@ -255,7 +256,7 @@ class Contrast:
     seen: frozenset[str]
 
     def opposites(self, train: np.ndarray, held_out: np.ndarray) -> dict[str, str]:
-        """Map each unseen combination of labels to the training combination to compare it with.
+        """Map each unseen combination of labels to the training combination with which it is compared.
 
         The two combinations differ only in the perturbation, and each has two or more cells. Unseen combinations
         without a matching training combination are left out.
@@ -277,14 +278,16 @@ class Contrast:
 
 
 class PerturbedCells:
-    """Evaluate cells generated for label combinations that are not in training (Cell2Sentence, section 4.2, Table 2).
+    """Evaluate cells that were generated for unseen combinations of labels (Cell2Sentence, section 4.2, Table 2).
+
+    An unseen combination is one that no training cell has.
 
     Parameters
     ----------
     sentence_model, train, held_out, seeds, cells
         See `GeneratedCells`.
     contrast
-        With which training cells an unseen combination of labels is compared.
+        Chooses the training cells with which an unseen combination of labels is compared.
 
     Attributes
     ----------

@@ -68,8 +68,8 @@ class TaskSpec:
     speed
         Modes of `launch.speed` that support this task.
     everywhere
-        Values of objective options with which the output head is evaluated at every position. `launch.speed` uses them
-        for the reference implementation.
+        Values of objective options with which the output head is evaluated at every position. `launch.speed` uses these
+        values for the reference implementation.
     """
 
     name: str

@@ -43,8 +43,8 @@ class RunProgress:
     stale
         Number of validations since the validation with the best value.
     unlogged
-        Results of the steps since the last log entry. They are saved if a run stops between two entries. The resumed
-        run then writes the same entry as a run that never stopped.
+        Results of the steps since the last log entry. These results are saved if a run stops between two entries. The
+        resumed run then writes the same entry as a run that never stopped.
     """
 
     step: int = 0
@@ -59,7 +59,7 @@ class _LastAndBest(policies.PreservationPolicy):
     """Keep the latest checkpoints and the best one.
 
     The step of the best checkpoint comes from `RunProgress`. Orbax's own policy does not know the metrics of
-    checkpoints that an earlier process saved, so it would delete the best one after a resume.
+    checkpoints that an earlier process saved, and would therefore delete the best checkpoint after a resume.
     """
 
     def __init__(self, last: int):
@@ -69,13 +69,16 @@ class _LastAndBest(policies.PreservationPolicy):
     def should_preserve(
         self, checkpoints: Sequence[policies.PolicyCheckpointInfo], *, context: policies.PreservationContext
     ) -> Sequence[bool]:
-        """Return a list of bools that says for each checkpoint, in the order of steps, whether to keep it."""
+        """Return one bool per checkpoint, in the order of steps: whether to keep the checkpoint."""
         newest = {info.step for info in checkpoints[-self.last :]}
         return [info.step in newest or info.step == self.best for info in checkpoints]
 
 
 def _not_orbax_error(record: logging.LogRecord) -> bool:
-    """Return False for an error that Orbax logs. Orbax logs it with a traceback, although it also raises the error."""
+    """Return whether to show a log record: False for the errors of Orbax, True for all others.
+
+    Orbax raises these errors as well, so there is no need to show the log records with their tracebacks.
+    """
     return record.levelno < logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
 
 

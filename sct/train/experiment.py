@@ -82,7 +82,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> TrainResu
 
     Returns
     -------
-    The result of the training. If the training of a run in `builds_on` was stopped, the result of that run.
+    The result of the training. If the training of a run in `builds_on` was stopped, this is the result of that run.
 
     Raises
     ------
@@ -246,7 +246,7 @@ def _finish(
 
 
 def _print_results(console: Any, reports: list[Report], workdir: Path) -> None:
-    """Print one table that compares the model with the best baselines, and the tables that it does not cover."""
+    """Print a table that compares the model with the best baselines, and the reports that this table does not cover."""
     compared = summary(reports)
     if compared is not None:
         console.print(compared)
@@ -260,9 +260,10 @@ def _print_results(console: Any, reports: list[Report], workdir: Path) -> None:
 def _evaluate(
     task: Export, variables: Variables, workdir: Path, console: Any
 ) -> tuple[list[Report], Exception | None]:
-    """Evaluate a trained model. Return the reports, and the unexpected error that ended the evaluation or None.
+    """Evaluate a trained model. Return two values: the reports, and an error or None.
 
-    The caller saves the model before it raises the unexpected error.
+    The error is the unexpected error that ended the evaluation. The caller saves the model before it raises the
+    unexpected error.
     """
     reports: list[Report] = []
     for evaluator in task.evaluators():

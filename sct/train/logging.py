@@ -109,7 +109,7 @@ class MetricLog:
 
 
 class _Board:
-    """Writer of one TensorBoard event file, which begins when a run starts or resumes and ends when the run stops."""
+    """Writer of one TensorBoard event file. Each start or resume of a run begins a new file."""
 
     def __init__(self, folder: Path, step: int):
         from tensorboardX.event_file_writer import EventsWriter

@@ -52,8 +52,8 @@ class TrainConfig:
         increasing. All stages use microbatches of the same size; a batch that is smaller than a microbatch is processed
         as a whole.
     log_every, eval_every, checkpoint_every
-        Number of steps between log entries, validations and checkpoints. Every validation and every checkpoint also
-        adds a log entry.
+        Number of steps between two log entries, between two validations, and between two checkpoints. Every validation
+        and every checkpoint also adds a log entry.
     keep_last
         Number of latest checkpoints to keep, in addition to the best one.
     patience
@@ -65,7 +65,8 @@ class TrainConfig:
     loader_threads
         Number of threads that read and tokenize data.
     eval_records
-        Number of validation records that each validation uses, spaced evenly over the validation split; 0 for all.
+        Number of records that each validation uses. The records are spaced evenly over the validation split. 0 means
+        all records.
     mesh
         Number of devices along each mesh axis. Configurations also accept a string, see
         `sct.train.sharding.MeshConfig.parse`.

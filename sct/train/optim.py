@@ -20,7 +20,8 @@ class OptimizerConfig:
     Parameters
     ----------
     peak_lr, init_lr, final_lr
-        Learning rates: at the end of the warm-up, at the first step, and at the end of training.
+        Learning rates: `peak_lr` at the end of the warm-up, `init_lr` at the first step, and `final_lr` at the end of
+        training.
     warmup_steps
         Number of steps of linear warm-up.
     schedule
@@ -33,7 +34,7 @@ class OptimizerConfig:
     weight_decay
         Decoupled weight decay (AdamW) of the parameters that `decay_rules` select; 0 is Adam.
     clip_norm
-        Upper bound on the global norm of the gradient; 0 for none.
+        Upper bound on the global norm of the gradient. 0 means no bound.
     decay_rules, lr_rules
         Tables over parameter paths. A row of `decay_rules` is (regular expression, whether to decay the parameter). A
         row of `lr_rules` is (regular expression, multiplier of the learning rate). See `sct.nn.paths`.

@@ -88,8 +88,9 @@ def split(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[ParentRun, .
 
     Returns
     -------
-    The configuration without `builds_on`, and the runs. An entry is left out if its option was changed to name another
-    model than the one in `workdir`. Two ways to write the same folder, such as `runs/x` and `./runs/x/`, are equal.
+    Two values: the configuration without `builds_on`, and the runs. A run is left out if the value of its `option` was
+    changed to a model other than the one in `workdir`. Different spellings of the same folder, such as `runs/x` and
+    `./runs/x/`, do not count as a change.
 
     Raises
     ------
@@ -116,7 +117,7 @@ def split(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[ParentRun, .
 
 
 def _absolute(path: str) -> Path:
-    """Return the absolute path of a folder, without `..`. A user name that does not exist, as in `~name`, stays."""
+    """Return the absolute path of a folder, without `..`. If the user of `~name` does not exist, `~name` is kept."""
     return Path(os.path.abspath(os.path.expanduser(path)))
 
 

@@ -131,7 +131,8 @@ def _find(host: str, port: int, seconds: float) -> None:
 def _answer_to_loss(status: str, number: int, count: int) -> tuple[int, str] | None:
     """Return the exit status and the message with which this process ends when another process is lost.
 
-    `status` is a text from JAX's coordination service. If it does not report the end of another process, return None.
+    `status` is a text from JAX's coordination service. If the text does not report the end of another process, return
+    None.
     """
     if count == 1 or not re.match(rf"({_CODES}): ", status):
         return None
@@ -281,7 +282,8 @@ def _lost(number: int, count: int, reason: str) -> str:
 def check_shared(file: Path, seconds: float = 60.0) -> None:
     """Raise `ConfigError` if a process does not see a file that process 0 has written.
 
-    All processes must call this. They wait up to `seconds`, because cluster file systems may show a new file late.
+    All processes must call this function. Each process waits up to `seconds`, because cluster file systems may show a
+    new file late.
     """
     if jax.process_count() == 1:
         return
@@ -305,7 +307,7 @@ def held_by_first(folder: Path, doing: str, option: str) -> Iterator[None]:
 
     Process 0 holds the lock for all processes.
 
-    All processes must call this. If process 0 cannot get the lock, all processes raise its error.
+    All processes must call this function. If process 0 cannot get the lock, all processes raise its error.
     """
     with ExitStack() as held:
         refusal: SctError | None = None

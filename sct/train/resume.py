@@ -90,7 +90,8 @@ def check_options(recorded: Mapping[str, Any], spec: RunSpec, workdir: Path) -> 
 def _all_options(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return all options of a section of the configuration, as a dict by name.
 
-    An option that was added after the run started is not recorded; it gets the value that the run used in effect.
+    An option that a later version of sct added is not recorded in the run. The dict then has the value that the run
+    used in effect.
     """
     if issubclass(kind, ObjectiveConfig):
         values = {**kind.BEFORE, **values}
@@ -251,7 +252,7 @@ def _check_data(before: Mapping[str, Any], store: Store, workdir: Path) -> None:
 
 
 def hashes_of(files: Mapping[str, str]) -> dict[str, str]:
-    """Return the SHA-256 hashes of files, by option name; `ConfigError` if a file cannot be read."""
+    """Return the SHA-256 hashes of files, by option name. Raise `ConfigError` if a file cannot be read."""
     found = {}
     for option, path in files.items():
         try:

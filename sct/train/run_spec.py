@@ -76,7 +76,7 @@ class RunSpec:
     init_from
         Run folder or model to start from; "" for random parameters.
     tokenizer
-        Tokenizer file or folder; "" if the configuration names none.
+        Tokenizer file or folder. "" means that the configuration names no tokenizer.
     """
 
     values: Mapping[str, Any]

@@ -102,8 +102,8 @@ def load_into(state: State, arrays: Mapping[str, np.ndarray], new: Sequence[str]
     arrays
         Loaded arrays by path.
     new
-        Regular expressions. Variables whose path matches one of them may be missing in `arrays`, and keep their initial
-        value.
+        Regular expressions. A variable whose path matches one of these expressions may be missing in `arrays`, and then
+        keeps its initial value.
 
     Raises
     ------

@@ -208,7 +208,11 @@ def _unfinished(folder: Path) -> str:
 
 
 def _train_one(config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
-    """Train one run unless it is finished. Return why the run is not finished ("" if it is) and why training ended."""
+    """Train one run unless it is finished. Return two texts.
+
+    The first text is the reason why the run is not finished, or "" if the run is finished. The second text is the
+    reason why training ended.
+    """
     if resume.is_finished(folder) and experiment.is_same_length(config, folder):
         return "", "finished"
     result = experiment.run(config, folder)
@@ -265,7 +269,7 @@ def tables(workdir: Path, runs: Mapping[str, Mapping[str, Any]], states: Mapping
 
 
 def _imputation_table(folder: Path) -> Report | None:
-    """Return the imputation table of a finished run; None if the run has no such table."""
+    """Return the imputation table of a finished run, or None if the report of the run has no imputation table."""
     path = folder / "report.json"
     wanted = {METHOD.key, scoring.GIVEN.key, scoring.NUMBERS[0].key}
     try:
@@ -283,7 +287,7 @@ def _numbers(row: Mapping[str, Any]) -> list[list[float]]:
 
 
 def _remark(config: Mapping[str, Any], base: Mapping[str, Any]) -> str:
-    """Return a sentence that says why a run's results cannot be compared with those of the base run; "" if they can."""
+    """Return the reasons why a run's results cannot be compared with those of the base run, or "" if they can."""
     found = []
     levels = [each["model"].get("num_bins") for each in (config, base)]
     if levels[0] != levels[1]:
