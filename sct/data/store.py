@@ -595,6 +595,6 @@ def check_study(record: Mapping[str, Any], file: Path) -> None:
     if record["path"] != expected or record.get("split", SPLITS[0]) not in SPLITS:
         raise StoreError(
             f"{file} has the path {record['path']!r} and the split {record.get('split')!r} for the study "
-            f"{record['name']!r}, but the path must be {expected!r} and the split one of {', '.join(SPLITS)}: run the "
-            "ingest again."
+            f"{record['name']!r}, but the path must be {expected!r} and the split must be one of {', '.join(SPLITS)}: "
+            "run the ingest again."
         )

@@ -414,7 +414,7 @@ class CellSentences:
 
     @functools.cached_property
     def _label_counts(self) -> dict[str, Counter[str]]:
-        """For each label, count the training cells by value. The key "labels" has the counts of the combined labels."""
+        """For each label column, count the training cells with each value. The key "labels" counts combined labels."""
         found: dict[str, Counter[str]] = {}
         for study in self.store.split("train"):
             obs = study.obs({*self.options.fields.values(), *self.options.labels})
@@ -456,7 +456,7 @@ class CellSentences:
         return Decoder.flops(self.model_config, records, self.data.length)
 
     def exports(self) -> dict[str, Any]:
-        """Return the genes, the tokenizer, and the options that turned cells into training texts."""
+        """Return the genes, the tokenizer, and the options with which cells become training texts."""
         described = {
             "task": NAME,
             "tasks": [name for name, _ in self.options.tasks],

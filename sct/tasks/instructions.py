@@ -527,7 +527,7 @@ class Instructions:
         return ZerOmics.flops(self.model_config, records, self.data.length, genes)
 
     def exports(self) -> dict[str, Any]:
-        """Return the genes, the tokenizer, and the options that turned cells into training instructions."""
+        """Return the genes, the tokenizer, and the options with which cells become training instructions."""
         described = {
             "task": NAME,
             "tasks": [task for task, _ in self.config.tasks],

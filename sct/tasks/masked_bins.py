@@ -352,7 +352,7 @@ class MaskedBins:
         return ZerOmicsCells.flops(self.model_config, records, self.tokens_per_record)
 
     def exports(self) -> dict[str, Any]:
-        """Return the genes, and the options that turned counts into training inputs."""
+        """Return the genes, and the options with which counts become training inputs."""
         data = {
             "task": NAME,
             **self.options.record(),

@@ -310,7 +310,7 @@ class MaskedExpression:
         return SCT.flops(self.model_config, records, self.bags.cells_per_bag, self.head_positions)
 
     def exports(self) -> dict[str, Any]:
-        """Return the genes, and the options that turned counts into training inputs."""
+        """Return the genes, and the options with which counts become training inputs."""
         data = {
             "cells_per_bag": self.bags.cells_per_bag,
             "noise_fraction": self.bags.noise_fraction,

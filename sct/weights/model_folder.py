@@ -405,8 +405,8 @@ def verify(folder: Path, config: Mapping[str, Any], shared: bool = False) -> Non
     if changed is not None:
         raise CheckpointError(
             f"{folder / changed} is damaged or was changed after the model was saved (its sha256 differs from the one "
-            f"in {CONFIG}): copy or save the model again, or delete the entries {FILES!r} and {SEAL!r} from {CONFIG} "
-            "if you changed the file on purpose."
+            f"in {CONFIG}): copy or save the model again, or, if you changed the file on purpose, delete the "
+            f"entries {FILES!r} and {SEAL!r} from {CONFIG}."
         )
 
 

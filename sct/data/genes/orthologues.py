@@ -443,7 +443,7 @@ def _kind_column(named: Sequence[str], path: Path, chosen: Sequence[str]) -> str
 
 
 def _names(table: pd.DataFrame, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return the values of `columns` in each row, which name one gene. Ids have no version; a missing name is ''."""
+    """Return the ids and symbols of the gene in each row. Ids have no version; a missing id or symbol is ''."""
     listed = [
         ["" if (name := text.strip()) in _ABSENT else without_version(name) for text in table[column]]
         for column in columns

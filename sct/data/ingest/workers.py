@@ -144,8 +144,8 @@ def _in_pool(
         raise
     except BrokenProcessPool as error:
         raise StoreError(
-            f"a worker process of the ingest to {root} was killed, probably because memory ran out: run the ingest "
-            "again with fewer processes to resume."
+            f"a worker process of the ingest to {root} was killed, probably because memory ran out: to resume, run "
+            "the ingest again with fewer processes."
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -466,7 +466,7 @@ def _merged(base: Prompts, text: str, file: str) -> Prompts:
             where = f"{file}: task {task!r}, template {i}"
             template = _checked(raw, base.tasks[task], where)
             if (same := seen.setdefault(_squeezed(template), f"template {i}")) != f"template {i}":
-                raise ConfigError(f"{where} repeats {same}: remove this template.")
+                raise ConfigError(f"{where} repeats {same}: remove one of the two.")
             added.append(template)
         merged[task] = (*start, *added)
     return Prompts(merged, base.tasks)

@@ -131,7 +131,7 @@ def similarity(generated: np.ndarray, true: np.ndarray, pairs: Any) -> Similarit
     if pairs.shape != (len(generated),) or not np.issubdtype(pairs.dtype, np.integer):
         raise DataError(
             f"`pairs` has the shape {pairs.shape} and type {pairs.dtype}, but {len(generated)} integers are "
-            "needed: pass the row number of one true text per generated text."
+            "needed: for each generated text, pass the row number of its true text."
         )
     if pairs.min() < 0 or pairs.max() >= len(true):
         raise DataError(

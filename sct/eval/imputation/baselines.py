@@ -206,12 +206,12 @@ def _smoothed(
     Parameters
     ----------
     neighbors
-        int (N, k) neighbors of each cell, as rows of `reference`.
+        Row indices in `reference` of the k neighbors of each cell, int (N, k).
     reference
         Counts (M, G).
     shown_in
-        Function that takes the k neighbors of m cells (m, k). For each of the m cells and each gene, the function
-        returns the number of neighbors in which the gene is visible, (m, G).
+        Function of the row indices of the k neighbors of m cells, int (m, k). For each of the m cells and each gene,
+        the function returns the number of neighbors in which the gene is visible, (m, G).
     masked
         Mask of the cells, with the scored (cell, gene) pairs.
 
