@@ -67,7 +67,7 @@ copybutton_prompt_is_regexp = True
 
 html_theme = "sphinx_book_theme"
 html_title = f"sct {__version__}"
-html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True}
+html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True, "navbar_persistent": []}
 if REPOSITORY:
     html_theme_options |= {
         "repository_url": REPOSITORY,

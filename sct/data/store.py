@@ -211,8 +211,8 @@ class Study:
         """
         if not 0 <= start <= stop <= self.n_cells:
             raise IndexError(
-                f"rows {start} to {stop} are outside the study {self.name!r}, which has {self.n_cells} cells: use row "
-                f"numbers from 0 to {self.n_cells}."
+                f"the rows {start}:{stop} are not all in the study {self.name!r}, which has {self.n_cells} cells: use "
+                f"a range within 0:{self.n_cells} (the end is exclusive)."
             )
         return self._read_runs([(int(start), int(stop))])
 

@@ -333,7 +333,7 @@ class CellSentences:
 
     @functools.cached_property
     def alone(self) -> bool:
-        """Whether each row holds only one text, in the training data and in the validation data."""
+        """Whether each row holds only one text, both in the training data and in the validation data."""
         sources = [self.dataset(split) for split in ("train", "validation")]
         return all(source.cells_per_row == 1 for source in sources if source is not None)
 

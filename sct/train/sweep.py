@@ -112,7 +112,7 @@ def _merged(base: Mapping[str, Any], change: Mapping[str, Any], where: str) -> d
             )
         if isinstance(value, dict) and not isinstance(base[name], dict):
             raise ConfigError(
-                f"{field} is {value!r}, but {name!r} is a field with one value, not a section: give a value, such as "
+                f"{field} is {value!r}, but must be a single value, not a section with fields: give a value such as "
                 f"{base[name]!r}."
             )
         made[name] = _merged(base[name], value, f"{where}.{name}") if isinstance(value, dict) else value

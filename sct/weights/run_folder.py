@@ -278,8 +278,8 @@ def load(
     available = steps(folder)
     if step is not None and step not in available:
         raise CheckpointError(
-            f"{folder} has no checkpoint of step {step}, only of {', '.join(map(str, available))} (a run keeps the "
-            "latest train.keep_last checkpoints and the best one): choose one of these steps."
+            f"{folder} has no checkpoint of step {step}: choose one of the steps {', '.join(map(str, available))} (a "
+            "run keeps the latest train.keep_last checkpoints and the best one)."
         )
     step = best_step(folder) if step is None else step
     if step not in available:

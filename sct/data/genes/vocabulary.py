@@ -254,7 +254,8 @@ class GeneVocabulary:
     def check_same(self, other: GeneVocabulary, *, what: str, other_what: str) -> None:
         """Raise `StoreError` unless both vocabularies have the same genes in the same order.
 
-        `what` and `other_what` describe the owners of the vocabularies in the message, e.g. "the store X", "the model".
+        `what` and `other_what` say in the error message where each vocabulary comes from, such as "the store X" and
+        "the model".
         """
         if self.hash == other.hash:
             return
@@ -318,9 +319,9 @@ class GeneVocabulary:
         for line, row in enumerate(rows, start=2):
             if row[-2:] != [name, str(len(rows))]:
                 raise DataError(
-                    f"{path} line {line}: the line belongs to the vocabulary {row[-2]!r} with {row[-1]} genes, but the "
-                    f"file has {len(rows)} genes of {name!r}: the file is truncated or mixed, so restore it from a "
-                    "copy."
+                    f"line {line} of {path} belongs to the vocabulary {row[-2]!r} with {row[-1]} genes, but the file "
+                    f"has the vocabulary {name!r} with {len(rows)} genes, so lines are missing or come from another "
+                    "file: restore the file from a copy."
                 )
         return _from_rows(rows, name)
 

@@ -41,14 +41,16 @@ _BLOCK = 256  # sentences to split at a time, so that their words fit into the C
 
 @dataclasses.dataclass(frozen=True)
 class RankFit:
-    """Store the line that was fitted to a data set: expression = slope x log(rank) + intercept (section 3.1).
+    """Store the line that was fitted to a data set: expression = slope x ln(rank) + intercept (section 3.1).
+
+    Expression is log10(1 + counts per 10,000).
 
     Attributes
     ----------
     slope
-        Change of expression, log10(1 + counts per 10,000), per unit of the natural logarithm of the rank.
+        Change of the expression when ln(rank) increases by 1.
     intercept
-        Expression at rank 1, log10(1 + counts per 10,000).
+        Expression at rank 1.
     r2
         Fraction of the variance of expression that the line explains.
     pearson, spearman
