@@ -70,7 +70,7 @@ def register(family: Family) -> None:
 
 
 def _components(family: Family) -> list[tuple[str, str, Any]]:
-    """Return every named component of a family, such as an architecture, as (type of component, name, component)."""
+    """Return all named components of a family, each as a tuple (type of component, name, component)."""
     models = [("architecture", name, each.architecture) for name, each in family.models.items()]
     tasks = [("task", kind.name, kind) for each in family.models.values() for kind in each.tasks]
     converters = [("converter", name, each) for name, each in family.converters.items()]

@@ -134,8 +134,8 @@ class Conv(nn.Module):
     def __call__(self, x: jax.Array, borders: Borders | None = None) -> jax.Array:
         """Convolve x (B, L, C) and return (B, L, features), or (B, 2L, features) with `upsample`.
 
-        If x is a part of a longer sequence, `borders` are the positions before and after x, each (B, halo, C) with halo
-        = `halo_of(kernel_size, upsample)`. The borders replace the padding.
+        If x is a part of a longer sequence, `borders` is a pair of arrays (B, halo, C): the vectors directly before and
+        directly after x, with halo = `halo_of(kernel_size, upsample)`. The borders replace the padding.
         """
         shape = (self.kernel_size, x.shape[-1], self.features)
         kernel = axes.param(

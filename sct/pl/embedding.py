@@ -189,8 +189,8 @@ def _coordinates(adata: AnnData, basis: str) -> np.ndarray:
     width = np.shape(adata.obsm[basis])[-1]
     if width > 3:
         raise DataError(
-            f"obsm[{basis!r}] has {width} columns, but the coordinates of a plot have 2: call {_calls(basis)}, and "
-            "leave basis out."
+            f"obsm[{basis!r}] has {width} columns, but a plot needs 2: call {_calls(basis)} first, and then "
+            "plot without `basis`."
         )
     points = positions(adata, basis, width=2)
     check_not_empty("the list of cells in adata", points, error=DataError)

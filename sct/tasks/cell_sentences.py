@@ -201,7 +201,7 @@ def options_of(config: CellSentencesConfig, data: SentenceData, seed: int) -> Se
 def corpus(
     studies: Sequence[Study], store: Store, options: SentenceOptions, prompts: Prompts, cells: int
 ) -> Iterator[str]:
-    """Yield the texts of about `cells` cells, on which a tokenizer is trained. Larger studies give more cells."""
+    """Yield texts for training a tokenizer, from approximately `cells` cells. Larger studies give more cells."""
     total = sum(study.n_cells for study in studies)
     for study in studies:
         texts = Texts(study, store.vocabulary, options, prompts)

@@ -320,8 +320,8 @@ def _check_options(
     for name in options:
         if name in _TEXT_OPTIONS:
             raise ConfigError(
-                f"`{name}` is an option of text models, but with a reference the labels come from its cells: do not "
-                f"pass `{name}`, or do not pass `reference`."
+                f"`{name}` is an option of text models, but `reference` was passed, so the labels come from the cells "
+                f"of the reference: leave out either `{name}` or `reference`."
             )
         if use_rep is not None:
             raise ConfigError(

@@ -411,7 +411,7 @@ class InstructionSource:
                 )
 
     def _check_rare(self) -> None:
-        """Raise `ConfigError` if no cell of a study has a rare cell type that the metadata file lists for the study."""
+        """Raise `ConfigError` if the metadata file lists a rare cell type for a study that has no cell of this type."""
         for each in self.questions.values():
             listed = set(each.study_metadata.get("rare", ()))
             if each.cell_types is not None and listed and not listed & set(each.cell_types):

@@ -57,7 +57,7 @@ class SentenceOptions:
 
 
 def sentence_gene_names(vocabulary: GeneVocabulary) -> tuple[str, ...]:
-    """Return the name of each gene in cell sentences.
+    """Return, for each gene, the name that cell sentences use for it.
 
     The name is the gene's symbol. If the symbol is missing, not unique or contains white space, the name is the Ensembl
     id.
@@ -244,7 +244,7 @@ class SentenceSource:
         return any(texts.examples(0, min(texts.study.n_cells, _SAMPLE), 0) for texts in self.texts)
 
     def _cells_per_row(self) -> int:
-        """Return the number of cells whose texts almost always fit into a row."""
+        """Return how many cells to put into one row, so that their texts together almost always fit."""
         texts = max(self.texts, key=lambda each: each.study.n_cells)
         examples = texts.examples(0, min(texts.study.n_cells, _SAMPLE), 0)
         lengths = np.array([len(ids) for ids, _ in self._tokens(examples)] or [self.options.length], float)

@@ -184,8 +184,8 @@ def _shared_labels(generated: CellSet, real: CellSet, training: Any = None) -> t
             " and at least one training cell" if training is not None else ""
         )
         raise DataError(
-            f"no label of the generated cells belongs to {needed}, so no label can be compared: generate cells for "
-            "the labels of the real cells."
+            f"no label of the generated cells is the label of {needed}, so no label can be compared: generate cells "
+            "for labels of real cells."
         )
     left, unasked = (~pd.Series(cells.labels).isin(labels) for cells in (generated, real))
     notes = []
