@@ -149,7 +149,7 @@ def cells_per_chunk(cells: int, num_positions: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Method:
-    """Wrap a method of an unbound module as a function of variables and inputs. `chunked_map` needs it to be hashable."""
+    """Wrap a method of an unbound module as a hashable function of variables and inputs, for `chunked_map`."""
 
     module: nn.Module
     name: str
