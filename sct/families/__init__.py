@@ -27,7 +27,7 @@ __all__ = [
     "register",
 ]
 
-_BUILT_IN = ("sct", "cell2sentence", "zeromics")
+_BUILT_IN = ("sct", "cell2sentence", "zeromics", "scgpt")
 _ADDED: dict[str, Family] = {}
 
 

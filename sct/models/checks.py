@@ -20,13 +20,16 @@ MOST = {
     "embed_dim": 1 << 16, "token_embed_dim": 1 << 16, "ffn_dim": 1 << 20, "num_layers": 512, "num_heads": 1024,
     "num_kv_heads": 1024, "head_dim": 1 << 14, "max_length": 1 << 24, "rotary_length": 1 << 24, "num_downsamples": 20,
     "num_hidden_layers_head": 64, "stem_kernel_size": 1023, "conv_kernel_size": 1023, "num_scales": 1024,
-    "num_soft": 1 << 16,
+    "num_soft": 1 << 16, "pad_id": 1 << 24, "cls_id": 1 << 24, "num_classes": 1 << 20, "classifier_layers": 64,
+    "num_batches": 1 << 16,
 }  # fmt: skip
 # Options that must be positive, because they are divisors, with their largest values.
 POSITIVE = {
     "layer_norm_eps": 0.1, "norm_eps": 0.1, "rotary_base": 1e12, "rotary_factor": 1e6, "sigma_min": 1e9,
-    "sigma_max": 1e9, "rotary_fraction": 1.0, "rotary_low": 1e6, "rotary_high": 1e6,
+    "sigma_max": 1e9, "rotary_fraction": 1.0, "rotary_low": 1e6, "rotary_high": 1e6, "max_value": 1e9,
 }  # fmt: skip
+# Options that may be negative, with their largest distances from zero.
+SIGNED = {"pad_value": 1e6, "mask_value": 1e6}
 
 
 def check_fields(config: Any, choices: Mapping[str, tuple[str, ...]], least: Mapping[str, int]) -> None:
@@ -39,13 +42,15 @@ def check_fields(config: Any, choices: Mapping[str, tuple[str, ...]], least: Map
     choices
         Allowed values of fields, as a dict by field name.
     least
-        Smallest allowed values of fields, as a dict by field name. `MOST` and `POSITIVE` hold the limits that all
-        families share.
+        Smallest allowed values of fields, as a dict by field name. `MOST`, `POSITIVE` and `SIGNED` hold the limits
+        that all families share.
     """
     for field in (each.name for each in dataclasses.fields(config)):
         value = getattr(config, field)
         if field in POSITIVE:
             check_positive(field, value, most=POSITIVE[field])
+        elif field in SIGNED:
+            check_at_least(field, value, -SIGNED[field], most=SIGNED[field], whole=False)
         elif field in MOST or field in least:
             check_at_least(field, value, least.get(field, 0), most=MOST.get(field))
         elif isinstance(value, float):

@@ -14,6 +14,8 @@ from sct.errors import ConfigError
 from sct.hashes import SEAL
 from sct.models.bert import Bert
 from sct.models.bert_config import BertConfig
+from sct.models.cell_encoder import CellEncoder
+from sct.models.cell_encoder_config import CellEncoderConfig
 from sct.models.decoder import Decoder
 from sct.models.decoder_config import GPT2Config, LlamaConfig, NeoXConfig
 from sct.models.sct import SCT
@@ -53,6 +55,7 @@ MODELS: dict[str, Architecture] = {
     "bert": Architecture(BertConfig, Bert, QUERY_VALUE),
     "zeromics": Architecture(ZerOmicsConfig, ZerOmics),
     "zeromics_cells": Architecture(ZerOmicsCellsConfig, ZerOmicsCells, QUERY_VALUE),
+    "scgpt": Architecture(CellEncoderConfig, CellEncoder, QUERY_VALUE),
 }
 
 

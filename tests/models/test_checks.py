@@ -12,7 +12,7 @@ import pytest
 
 from sct.errors import CheckpointError, ConfigError
 from sct.models import registry
-from sct.models.checks import MOST, POSITIVE, check_outputs
+from sct.models.checks import MOST, POSITIVE, SIGNED, check_outputs
 
 
 def numbers(cls, values=None, path=()):
@@ -39,6 +39,8 @@ def test_sizes_and_numbers_are_bounded_before_anything_is_allocated(family, monk
         values = [10**9, 10**12, -1, True] if kind is int else [math.nan, math.inf, -1.0, True]
         if path[-1] in POSITIVE:
             values.append(0.0)
+        if path[-1] in SIGNED:
+            values[values.index(-1.0)] = -10 * SIGNED[path[-1]]
         for value in values:
             try:
                 registry.model_config(family, nested(path, value), 1000)
@@ -55,7 +57,7 @@ def test_what_is_no_number_is_refused_where_a_number_is_bounded():
     wrong = []
     for family, (cls, *_) in registry.MODELS.items():
         config = registry.model_config(family, {}, 1000)
-        for name in {field.name for field in dataclasses.fields(cls)} & {*MOST, *POSITIVE}:
+        for name in {field.name for field in dataclasses.fields(cls)} & {*MOST, *POSITIVE, *SIGNED}:
             for value in (None, "12"):
                 try:
                     dataclasses.replace(config, **{name: value})
@@ -71,7 +73,8 @@ def test_heads_that_do_not_divide_the_width():
     for family, values in {
         "sct": {"embed_dim": 96, "num_heads": 7}, "bert": {"embed_dim": 96, "num_heads": 7},
         "gpt2": {"embed_dim": 96, "num_heads": 7}, "llama": {"num_heads": 8, "num_kv_heads": 3},
-        "zeromics_cells": {"embed_dim": 96, "num_heads": 7}, "zeromics": {"llm": {"embed_dim": 96, "num_heads": 7}},
+        "zeromics_cells": {"embed_dim": 96, "num_heads": 7},
+        "scgpt": {"embed_dim": 96, "num_heads": 7}, "zeromics": {"llm": {"embed_dim": 96, "num_heads": 7}},
     }.items():  # fmt: skip
         with pytest.raises(ConfigError, match="num_heads"):
             registry.model_config(family, values, 1000)
