@@ -1,4 +1,4 @@
-"""Measure the speed of a configuration on this machine, compared with the machine's limit.
+"""Measure the speed of a configuration on this machine, and compare it with the machine's limit.
 
     python -m launch.speed --config=configs/sct_sc.py --mode=train --output=speed.json
 

@@ -258,7 +258,7 @@ def _check_fields(config: Any, words: Sequence[str]) -> None:
 
 
 def _meant(config: Any, node: Any, names: list[str], depth: int) -> str:
-    """Return a suggestion of similar or existing fields, which ends the error message about an unknown field."""
+    """Return the end of the error message about an unknown field, which suggests similar or existing fields."""
     before = names[:depth]
     if not isinstance(node, ConfigDict):
         return f": it is a value and not a section, so write --{'.'.join(['config', *before])}=VALUE."

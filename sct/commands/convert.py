@@ -5,7 +5,7 @@
     sct convert --from=hf --input=DIR --output=MODEL_DIR
     sct convert --from=sct --to=hf --input=MODEL_DIR --output=DIR
 
-Writes a model folder, which `sct.load` reads, or a Hugging Face folder with --to=hf.
+Writes a model folder, which `sct.load` reads. With --to=hf, writes a Hugging Face folder instead.
 
 haiku-sct: the published sCellTransformer weights. DIR, or the folder `jax_params` inside it, holds `config.json` and
 `params.joblib`. The files `ensembl_id_vocab.json` and `protein_gene_map.json` give the gene order. No code in these

@@ -16,7 +16,7 @@ _OPTION = "--device"
 
 
 def select() -> None:
-    """Choose the device for JAX. Call this before JAX starts."""
+    """Choose the device for JAX. Call this function before JAX starts."""
     if _DEVICE.value != "auto":
         devices.select(_DEVICE.value, _OPTION)
 

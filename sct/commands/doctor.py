@@ -87,7 +87,7 @@ def _version(library: str) -> str:
 
 
 def _requirements() -> dict[str, list[str]]:
-    """Return the libraries that each extra requires, as a dict. The key "" has those that sct always requires."""
+    """Return the libraries that each extra requires, as a dict. The key "" holds those that sct always requires."""
     try:
         listed = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:

@@ -131,7 +131,7 @@ class Command:
         return found
 
     def _split(self, words: Sequence[str]) -> tuple[list[tuple[str, str | None]], list[str]]:
-        """Split words into flags with their values (None for a switch) and positional arguments, as absl does."""
+        """Split words, as absl does, into two lists: (flag, value or None) for each flag, and positional arguments."""
         given: list[tuple[str, str | None]] = []
         others: list[str] = []
         rest = iter(words)

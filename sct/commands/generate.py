@@ -4,7 +4,7 @@
     sct generate --model=runs/c2s --label="cell type=B cell" --label=exposure=acute --n=100 --output=generated.h5ad
 
 Writes an .h5ad file with log10(1 + counts per 10,000) in X. obs has the sentence of each cell, the fraction of its
-words that are genes, and whether the model ended the sentence (or reached the length limit). In a clone,
+words that are genes, and whether the model ended the sentence itself, before the length limit. In a clone,
 `python -m launch.generate` is the same program.
 """
 

@@ -1,4 +1,4 @@
-"""Knock out genes of an .h5ad file in silico, and compare the effect with that of random genes.
+"""Knock out genes in the cells of an .h5ad file in silico, and compare the effect with that of random genes.
 
     sct perturb --input=cells.h5ad --model=runs/mine --genes=GATA1,TAL1,GATA1+TAL1 --output=perturbed.h5ad
     sct perturb --input=cells.h5ad --model=runs/mine --genes=GATA1 --targets=HBB,HBA1 --output=perturbed.h5ad

@@ -18,7 +18,7 @@ _VERBOSE = flags.DEFINE_bool(
 
 
 def apply() -> None:
-    """Set `sct.settings.verbosity` by the flags.
+    """Set `sct.settings.verbosity` to the level that the flags choose.
 
     Raises
     ------

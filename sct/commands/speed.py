@@ -1,4 +1,4 @@
-"""Measure the speed of a configuration on this machine, compared with the machine's limit.
+"""Measure the speed of a configuration on this machine, and compare it with the machine's limit.
 
     sct speed --config=sct_sc --mode=train --output=speed.json
     sct speed --config=sct_sc --mode=forward --config.model.dtype=float32 --config.data.cells_per_bag=10
@@ -19,8 +19,8 @@ Before a step is timed, its results are compared with the reference implementati
 difference is an error.
 
 If the configuration sets neither data.store nor data.dataset, synthetic cells are made in a temporary folder (TMPDIR).
-They have human genes; --config.model.num_genes=N uses the first N genes. Parameters are random. In a clone,
-`python -m launch.speed` is the same program.
+The synthetic cells have human genes; --config.model.num_genes=N uses the first N genes. Parameters are random. In a
+clone, `python -m launch.speed` is the same program.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def _blocks(file: Path) -> Iterator[bytes]:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to. When the file is complete, it replaces `target`.
+    """Yield a temporary path to write to. When the temporary file is complete, it replaces `target`.
 
     Raises
     ------

@@ -3,12 +3,12 @@
     sct train --config=sct_sc:quickstart
     sct train --config=sct_sc --config.data.store=STORE --config.optimizer.peak_lr=2e-4 --workdir=runs/mine
 
-Writes a run folder with checkpoints, metrics, the best model as a model folder, and a report. A configuration is a
-file, or the name of one that sct provides; a variant may follow after a colon. `--config.section.field=value` sets a
-field of the configuration. Run the same command again to resume the run in `--workdir`. With a larger
-`--config.train.steps`, the same command lengthens a finished run.
+Writes a run folder with checkpoints, metrics, the best model as a model folder, and a report. `--config` takes a
+configuration file, or the name of a configuration that sct provides; a variant may follow after a colon.
+`--config.section.field=value` sets a field of the configuration. Run the same command again to resume the run in
+`--workdir`. With a larger `--config.train.steps`, the same command lengthens a finished run.
 
-A configuration with a section `sweep`, such as sct_ablations, defines several runs. They are trained one after the
+A configuration with a section `sweep`, such as sct_ablations, defines several runs. The runs are trained one after the
 other, each in the folder `WORKDIR/NAME`; `--only=NAME,NAME` selects some of them. In a clone, `python -m launch.train`
 is the same program.
 
@@ -21,7 +21,7 @@ Exit status:
     75   run the command again: it received SIGTERM, or lost another process
     130  the run was stopped by Ctrl-C, and has saved a checkpoint
     2    the command line is wrong
-    1    another mistake, a run folder in use, or a loss that is not finite
+    1    another error, such as a run folder in use or a loss that is not finite
 
 The command can be started again at once: it waits for a process that is still saving to the same run folder.
 """

@@ -103,7 +103,7 @@ class AdapterConfig(abc.ABC):
                 re.compile(target)
             except (re.error, TypeError) as error:
                 raise ConfigError(
-                    f"`targets` has {target!r}, but each entry must be a valid regular expression ({error}): "
+                    f"`targets` contains {target!r}, but each entry must be a valid regular expression ({error}): "
                     "correct this entry."
                 ) from None
         numbers = self.layers if isinstance(self.layers, tuple) else (None,)
@@ -176,7 +176,8 @@ class LoraConfig(AdapterConfig):
     ----------
     targets
         Regular expressions, such as "layers/attention/query" or "head". A dense layer gets an adapter if one of the
-        expressions matches the path of the layer (`re.search`). In a stack, every layer of the stack gets an adapter.
+        expressions matches the path of the layer (`re.search`). If the expression matches a stack, every layer of the
+        stack gets an adapter, unless `layers` selects some of them.
     rank
         Rank r of the adapter, whose two matrices have the shapes (in, r) and (r, out).
     alpha
@@ -268,9 +269,9 @@ class BottleneckConfig(AdapterConfig):
     The output y (..., D) of the layer becomes `y + scale * up(relu(down(y)))`, where `down` and `up` are dense layers
     with biases. A bottleneck of width s has 2 D s + s + D trained parameters.
 
-    By default, the bottlenecks are the "gene encoder prompt" of the scPEFT paper: in each block, one follows the
-    attention and one follows the feed-forward layer, both before the residual connection. A bottleneck after the
-    embedding of genes or bins is the "gene token prompt" of that paper.
+    By default, the bottlenecks are the "gene encoder prompt" of the scPEFT paper. Each block then has two bottlenecks:
+    one after the attention and one after the feed-forward layer, both before the residual connection. A bottleneck
+    after the embedding of genes or bins is the "gene token prompt" of that paper.
 
     Parameters
     ----------

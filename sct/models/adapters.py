@@ -53,8 +53,8 @@ def chosen(params: Any, config: AdapterConfig) -> dict[str, Box]:
         if not any(re.search(target, place) for place in places):
             more = ", ..." if len(places) > _SHOWN else ""
             raise ConfigError(
-                f"`targets` has {target!r}, which matches no {config.place} of the model: write a pattern that matches "
-                f"one of these layers: {', '.join(sorted(places)[:_SHOWN])}{more}."
+                f"`targets` contains {target!r}, which matches no {config.place} of the model: write a pattern that "
+                f"matches one of these layers: {', '.join(sorted(places)[:_SHOWN])}{more}."
             )
     found = {
         place: box
@@ -75,7 +75,7 @@ def chosen(params: Any, config: AdapterConfig) -> dict[str, Box]:
                 found_in = blocks if own else "outside the numbered blocks"
                 choose = f"choose from 0 to {max(own)}, or " if max(own, default=0) else ""
                 raise ConfigError(
-                    f"`layers` has the block number {number}, but the layers that match `targets` are {found_in}: "
+                    f"`layers` contains the block number {number}, but the layers that match `targets` are {found_in}: "
                     f"{choose}set `layers` to () for all layers that match."
                 )
     return {place: box for place, box in found.items() if numbers[place].intersection(config.layers)}
@@ -122,7 +122,7 @@ def init(rng: jax.Array, params: Any, *configs: AdapterConfig) -> dict[str, Any]
     Parameters
     ----------
     rng
-        PRNG key. The key of each adapter is derived only from this key, the path of the layer and the kind of adapter.
+        PRNG key. The key for each adapter is derived only from `rng`, the path of the layer and the kind of adapter.
     params
         The collection "params", or its shapes. Each array or shape is in a box together with its axis names. Under
         `jax.eval_shape`, no arrays are allocated.

@@ -149,7 +149,7 @@ class Bert(nn.Module):
                 self.head = Linear(config.vocab_size, names, dtype=dtype, kernel_init=_init)
 
     def embed(self, input_ids: jax.Array, types: jax.Array | None, positions: jax.Array) -> jax.Array:
-        """Embed tokens, token types and positions, each integers (B, T), and sum the three embeddings.
+        """Embed tokens, token types and positions (three integer arrays (B, T)), and sum the three embeddings.
 
         The layer norm is applied to the sum. Returns (B, T, D).
         """
@@ -184,8 +184,8 @@ class Bert(nn.Module):
         token_type_ids
             Token types, integers (B, T). The default is 0.
         segments
-            For rows that hold several texts one after the other: the number of the text to which each token belongs,
-            integers (B, T); 0 is padding. A token attends only to its own text, and positions are counted from the
+            Number of the text to which each token belongs, integers (B, T), for rows that hold several texts one after
+            the other. 0 marks padding. A token attends only to its own text, and positions are counted from the
             beginning of the text. If `segments` is given, `attention_mask` is ignored.
         positions
             Positions of the tokens, integers (B, T). By default, they are counted from the beginning of each text.
@@ -193,7 +193,7 @@ class Bert(nn.Module):
         Returns
         -------
         A dict with `hidden` (B, T, D). With an MLM head it also has `logits`, float32 (B, T, V). With a pooler it also
-        has `pooled` (B, D), which is computed from the first token of each row that is not padding.
+        has `pooled` (B, D), which is computed from one token per row: the first that is not padding.
         """
         if segments is not None:
             places = running_positions(segments)

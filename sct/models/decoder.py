@@ -262,8 +262,8 @@ class Decoder(nn.Module):
             Shape (B, T): 1 for tokens and 0 for padding, which may be on either side. Padding does not change the
             outputs of tokens.
         segments
-            For rows that hold several texts one after the other: the number of the text to which each token belongs,
-            integers (B, T); 0 is padding. A token attends only to its own text, and positions are counted from the
+            Number of the text to which each token belongs, integers (B, T), for rows that hold several texts one after
+            the other. 0 marks padding. A token attends only to its own text, and positions are counted from the
             beginning of the text. If `segments` is given, `attention_mask` is ignored.
         positions
             Positions of the tokens, integers (B, T). By default, they are counted from the beginning of each text.

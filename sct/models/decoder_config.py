@@ -50,7 +50,7 @@ class DecoderConfig:
         Number of features of an attention head. 0 means embed_dim / num_heads.
     max_length
         With learned positions, the number of rows in the table of position embeddings, which limits the length of
-        texts. With rotary positions, the longest text that the model was trained for.
+        texts. With rotary positions, the number of tokens in the longest texts that the model was trained for.
     positions
         "learned" adds a learned vector per position to the tokens. "rotary" applies rotary position embedding to
         queries and keys.
@@ -69,7 +69,8 @@ class DecoderConfig:
         Whether there are biases in the projections to queries, keys and values, in the output projection of attention,
         and in the feed-forward layer.
     parallel
-        Whether attention and feed-forward get the same input, and both outputs are added to it (GPT-NeoX).
+        Whether attention and feed-forward both get the input of the block, and both outputs are added to this input
+        (GPT-NeoX). Otherwise, feed-forward gets the sum of the input and the output of attention.
     tied
         Whether the output head uses the token embeddings as its weights.
     dropout

@@ -150,7 +150,9 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
             value = parse(value)  # a structured option that may also be written as a string
         elif isinstance(default, tuple):
             if not isinstance(value, list | tuple):
-                raise ConfigError(f"{where}.{name} is {value!r}, but must be a list: write ({value!r},).")
+                raise ConfigError(
+                    f"{where}.{name} is {value!r}, but must be a list or a tuple: write ({value!r},)."
+                )
             value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
         elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)

@@ -214,7 +214,8 @@ class SCT(nn.Module):
         Parameters
         ----------
         tokens
-            Integers (B, K, G): 0 is unexpressed, 1 to num_bins - 1 are expression levels, then PAD and MASK.
+            Integers (B, K, G): 0 is unexpressed, 1 to num_bins - 1 are expression levels, and the two highest tokens
+            are PAD (num_bins) and MASK (num_bins + 1).
         coordinates
             Rescaled coordinates of the cells (B, K, 2), for models with `use_spatial`. A cell without coordinates has
             NaN, and its coordinate embedding is zero.
@@ -256,7 +257,8 @@ class SCT(nn.Module):
         Raises
         ------
         ConfigError
-            The number of gene positions is not that of the model, or a model without `use_spatial` gets coordinates.
+            `tokens` and the model have different numbers of gene positions, or a model without `use_spatial` gets
+            coordinates.
         """
         config = self.config
         batch, cells, genes = tokens.shape
@@ -293,8 +295,8 @@ class SCT(nn.Module):
     def encode(self, x: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         """Apply the stem and the convolution tower of n levels to x (B, K * G, token_embed_dim).
 
-        Returns two values: the output (B, K * G / 2^n, embed_dim), and the list of the inputs of the levels, which the
-        skip connections use.
+        Returns two values: the output (B, K * G / 2^n, embed_dim), and a list with the input of each level. The skip
+        connections use these inputs.
         """
         x = self.stem(x)
         skips = []
@@ -397,8 +399,8 @@ class SCT(nn.Module):
 def _at_positions(x: jax.Array, positions: jax.Array) -> jax.Array:
     """Take the vectors of a sequence x (B, L, C) at positions (B, P) and return (B, 1, P, C).
 
-    Positions (B, S, P) refer to S equal parts of x: row s counts from the start of part s. The result is then
-    (B, S, P, C).
+    Positions may also have the shape (B, S, P). Then x is cut into S equal parts, row s of the positions counts from
+    the start of part s, and the result has the shape (B, S, P, C).
     """
     parts = positions.reshape(positions.shape[0], -1, positions.shape[-1])
     rows = rearrange(x, "b (s l) c -> b s l c", s=parts.shape[1])

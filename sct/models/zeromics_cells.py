@@ -48,9 +48,9 @@ class ZerOmicsCellsConfig:
     norm_eps, activation, dropout, remat, dtype
         See `sct.models.bert_config.BertConfig`.
     encoder
-        "transformer" or "weighted". "weighted" is an ablation of the second training stage (paper, Table 5, "GenePT")
-        without transformer layers. The weighted model projects the text feature of each gene and multiplies the result
-        by the gene's bin. The cell embedding is a weighted mean of the genes' text features.
+        "transformer" or "weighted". "weighted" has no transformer layers; it is an ablation of the second training
+        stage (paper, Table 5, "GenePT"). The weighted model projects the text feature of each gene and multiplies the
+        result by the gene's bin. The cell embedding is a weighted mean of the genes' text features.
     """
 
     CARD: ClassVar[CardText] = CardText(

@@ -13,11 +13,11 @@ There are three kinds of adapters:
   `bottleneck_up_bias` (D). Constants: `bottleneck_scale` and `bottleneck_skip`. The layer then returns
   `skip * y + scale * up(relu(down(y)))`.
 - **Prefix** (Li & Liang 2021), for an attention layer whose keys and values are computed from vectors of width D.
-  Trained array: `prefix` (n, D). The attention layer projects these vectors to n more keys and values, and every query
-  may attend to them.
+  Trained array: `prefix` (n, D). The attention layer projects these vectors to n additional keys and n additional
+  values. Every query may attend to these keys.
 
-In a stack of equal layers, the first axis of every array is the layer axis. If only some layers have an adapter, this
-axis has one entry for each of these layers. One more array (`lora_layers`, `bottleneck_layers` or `prefix_layers`)
+In a stack of identical layers, the first axis of every array is the layer axis. If only some layers have an adapter,
+this axis has one entry for each of these layers. One more array (`lora_layers`, `bottleneck_layers` or `prefix_layers`)
 then holds the indices of these layers in the stack, counted from 0.
 
 `sct.models.adapters` chooses the layers and makes the arrays.
@@ -47,7 +47,7 @@ class Kind(NamedTuple):
     trained
         Names of the trained arrays. Every adapter of this kind has the first array of this list.
     numbers
-        Names of the constants, which are arrays that are not trained.
+        Names of the constants: the arrays that training does not change.
     layers
         Name of the array that holds the indices of the layers with an adapter. Only stacks in which some layers have no
         adapter contain this array.
@@ -60,7 +60,7 @@ class Kind(NamedTuple):
 
     @property
     def on(self) -> str:
-        """Return the name of the bool array that marks the layers of a stack that have an adapter.
+        """Return the name of the bool array that says, for each layer of a stack, whether it has an adapter.
 
         See `for_all_layers`.
         """
@@ -84,20 +84,20 @@ KINDS = (LOW_RANK, BOTTLENECK, PREFIX)
 
 
 def kind_of(array: str) -> Kind | None:
-    """Return the kind of adapter to which an array of this name belongs, or None if the array belongs to no kind."""
+    """Return the kind of adapter that has an array with this name, or None if no kind has one."""
     return next((kind for kind in KINDS if array in kind.arrays), None)
 
 
 def for_all_layers(adapters: dict[str, Any], number: int) -> dict[str, Any]:
-    """Add adapters of zeros to those layers of a stack that have no adapter.
+    """Add an adapter to each layer of a stack that has none. All numbers of an added adapter are zero.
 
-    A low-rank adapter of zeros adds nothing to its layer. The result also has an array with the name `Kind.on` and
-    the shape bool (number,). This array is True for the layers that had an adapter before.
+    A low-rank adapter of zeros adds nothing to the output of its layer. The result also contains a bool array
+    (number,), whose name is `Kind.on`. This array is True for the layers that already had an adapter.
 
     Parameters
     ----------
     adapters
-        Collection "adapters" of the stack, or of one module in its layers.
+        Collection "adapters" of the stack, or of one module inside the layers of the stack.
     number
         Number of layers in the stack.
     """

@@ -70,7 +70,7 @@ def attend(
 ) -> jax.Array:
     """Compute softmax attention. Scores are scaled by 1 / sqrt(D).
 
-    The implementation depends on backend, type and length:
+    The implementation depends on the backend, the data type and the length of the sequence:
 
     - cuDNN's flash kernel, through `jax.nn.dot_product_attention`, on GPU with 16-bit types. This kernel does not
       support segments, nor a causal order together with a prefix.
@@ -80,8 +80,8 @@ def attend(
     The memory use of the first and the third implementation grows linearly with L.
 
     On a mesh, each device computes attention for its own queries, heads and bags. If the sequence is split among
-    devices, each device first gathers all keys and values. The gathered keys and values, B x L x H x D numbers each,
-    are small compared with the scores of the device's queries.
+    devices, each device first gathers all keys and values. The gathered keys and the gathered values have B x L x H x D
+    numbers each. They take little memory compared with the scores of the device's queries.
 
     Parameters
     ----------
@@ -228,7 +228,7 @@ def _repeat_heads(shared: jax.Array, query: jax.Array) -> jax.Array:
 def _fits_cudnn(query: jax.Array) -> bool:
     """Return whether cuDNN's flash attention supports queries (B, L, H, D).
 
-    cuDNN needs 16-bit numbers, a D of at most 128 that is a multiple of 8, and an Ampere or newer GPU.
+    cuDNN needs 16-bit numbers, an Ampere or newer GPU, and a head width D that is a multiple of 8 and at most 128.
     """
     if jax.default_backend() != "gpu" or query.dtype.itemsize != 2:
         return False

@@ -1,8 +1,8 @@
 """Name the axes of parameters and activations, and place the arrays on a device mesh.
 
 Layers name the axes of their arrays ("batch", "length", "channel"). Rules map these names to mesh axes ("data", "fsdp",
-"tensor", "sequence"), and `sct.train.sharding` makes the mesh. The same layer code therefore runs on any mesh, and
-without one.
+"tensor", "sequence"), and `sct.train.sharding` makes the mesh. The same layer code therefore runs on any mesh, and also
+without a mesh.
 
 A layer is distributed over devices in one of two ways:
 
@@ -177,9 +177,9 @@ def on_each_device(
     params
         Tree of parameters. Each device gets complete parameters, except along the mesh axes that XLA manages.
     sequences
-        Arrays (B, L, C), each with the positions of `cells` cells, or None.
+        Arrays (B, L, C), each with the positions of `cells` cells. A sequence may also be None.
     cells
-        Cells in a bag (K). A cell is never split between devices.
+        Number of cells in a bag (K). A cell is never split between devices.
 
     Raises
     ------

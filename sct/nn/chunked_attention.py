@@ -1,10 +1,10 @@
-"""Compute attention without storing the whole score matrix, neither in the forward nor in the backward pass.
+"""Compute attention such that neither the forward nor the backward pass stores the whole score matrix.
 
-Queries and keys are cut into chunks. A block is one chunk of queries with one chunk of keys. A softmax over all keys
-needs only a running maximum and a running sum, in float32 (Rabe & Staats 2021, "Self-attention does not need O(n^2)
-memory"; Dao et al. 2022, "FlashAttention"). The backward pass recomputes the attention weights of each block from its
-scores and the saved log-sum-exp of each query. In addition to inputs, outputs and gradients, memory holds one block:
-batch x heads x query chunk x key chunk.
+Queries and keys are cut into chunks. A block is a pair of one chunk of queries and one chunk of keys. A softmax over
+all keys needs only a running maximum and a running sum, in float32 (Rabe & Staats 2021, "Self-attention does not need
+O(n^2) memory"; Dao et al. 2022, "FlashAttention"). The backward pass recomputes the attention weights of each block
+from its scores and the saved log-sum-exp of each query. In addition to inputs, outputs and gradients, memory holds one
+block: batch x heads x query chunk x key chunk.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ EVERYONE, NO_ONE = -(2**31), -(2**31) + 1
 
 
 class Mask(NamedTuple):
-    """Attention mask: a query attends to the keys of its own segment, and in causal attention not to later keys.
+    """Attention mask: a query attends to the keys of its own segment; causal attention also excludes later keys.
 
     Attributes
     ----------
@@ -56,8 +56,8 @@ class Mask(NamedTuple):
         convention, padding has the segment number 0. Every query attends to the keys in the segment `EVERYONE`, and no
         query attends to the keys in the segment `NO_ONE`.
     order
-        For causal attention, the index of the first query among the keys, int32 (): query i attends to keys 0 to
-        `order + i`. None means all keys.
+        For causal attention, the index of the first query among the keys, int32 (). Query i then attends only to the
+        keys 0 to `order + i`. None means that attention is not causal.
     """
 
     query: jax.Array | None = None
@@ -102,8 +102,8 @@ def chunked_attention(
         Mask of the keys to which each query attends. By default, a query attends to all keys. Blocks in which the
         causal order masks every key are skipped.
     chunks
-        Largest number of query positions and of key positions in a block. The default depends on the backend; see
-        `default_chunks`.
+        Two numbers: the largest number of query positions in a block, and the largest number of key positions. The
+        default depends on the backend; see `default_chunks`.
 
     Returns
     -------
@@ -152,7 +152,7 @@ class _Blocks(NamedTuple):
         return cls(Mask(segments[0], segments[1], mask.order), plans[0], plans[1], length)
 
     def bias(self, i: Any, j: Any) -> jax.Array | None:
-        """Return the bias that is added to the scores of block (i, j).
+        """Return the bias that is added to the scores of query chunk i and key chunk j.
 
         The bias has the shape (B or 1, 1, c, c') and is 0 for keys to which a query attends, `UNSEEN` for other keys,
         and -inf for padding. The result is None if the bias is 0 for all keys.

@@ -26,9 +26,9 @@ def chunked_map(function: ChunkFunction, save: bool, params: Any, inputs: Any) -
     The output equals that of `jax.lax.map`. The backward pass recomputes each chunk from `params` and `inputs`. With
     `save`, it uses the saved values that the function marks as `saveable`, and recomputes only the rest.
 
-    `lax.map` itself would need more memory, because it first fills its outputs with zeros. XLA for CPU (jax 0.10) fills
-    the outputs of all loops when a program starts, with one buffer for each loop. In one measurement, these buffers
-    took 1.5 of 4.1 GiB (docs/performance.md).
+    `lax.map` itself would need more memory, because it first fills a buffer for its outputs with zeros. XLA for CPU
+    (jax 0.10) fills the buffers of all loops when a program starts, and gives each loop its own buffer. In one
+    measurement, these buffers took 1.5 GiB of the 4.1 GiB of temporary memory (docs/performance.md).
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ def chunked_map(function: ChunkFunction, save: bool, params: Any, inputs: Any) -
 
     Returns
     -------
-    The outputs of the n chunks, (n, ...).
+    The outputs of the n chunks, stacked along the first axis: (n, ...).
     """
     return _map(function, False, params, inputs)[0]
 

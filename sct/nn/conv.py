@@ -21,8 +21,9 @@ _DIMENSIONS = ("NWC", "WIO", "NWC")
 def conv(x: jax.Array, kernel: jax.Array, padding: tuple[int, int] | None = None) -> jax.Array:
     """Convolve x (B, L, C) with a kernel (k, C, F) at stride 1 and return (B, L, F).
 
-    `padding` gives the number of zeros before the sequence and the number after it. A negative number removes
-    positions. The default is "SAME" padding. With another padding, the length of the output changes accordingly.
+    `padding` is a pair: the number of zeros to add before the sequence, and the number to add after it. A negative
+    number removes positions instead. The default is "SAME" padding. With another padding, the length of the output
+    changes accordingly.
     """
     size = kernel.shape[0]
     pads = ((size - 1) // 2, size // 2) if padding is None else padding
@@ -75,7 +76,8 @@ def conv_transpose_2x(x: jax.Array, kernel: jax.Array, halo: int = 0) -> jax.Arr
 
     The output equals `lax.conv_transpose(x, kernel, (2,), "SAME")`. The output is computed by two stride-1
     convolutions, one for the even and one for the odd output positions. On CPU, the gradient of the strided convolution
-    runs at 3 GFLOP/s. The two stride-1 convolutions have the ordinary gradient of a convolution.
+    runs at 3 GFLOP/s. The two stride-1 convolutions avoid this slow gradient, because their gradient is that of an
+    ordinary convolution.
 
     Output position 2m + p is the sum of kernel[j] * x[m + (p + j - a) / 2] over the kernel positions j for which p + j
     - a is even. In this formula, a is the left padding of the dilated input.

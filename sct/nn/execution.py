@@ -6,17 +6,17 @@ The model files define what a layer computes; this file defines how it runs. Mea
 two methods, because a norm needs all positions of a cell, and a convolution needs the ends of the neighboring cells:
 
 - `normalize(x)` normalizes each cell separately.
-- `convolve(x, borders, skip)` computes the rest of the layer. `borders` are the `halo` positions (B, halo, C) before
-  and after x.
+- `convolve(x, borders, skip)` computes the rest of the layer. `borders` is a pair of arrays (B, halo, C): the `halo`
+  positions before x, and the `halo` positions after x.
 
 **Devices.** Each device runs the layer on its own cells, and receives the borders of the normalized sequence from its
 neighbors. If layers did not exchange borders, XLA would gather the whole sequence for every norm and convolution.
 
-**Chunks.** On CPU, a tower level processes the bag in chunks of a few cells, for two reasons. First, a chunk stays in
-the cache. Second, XLA for CPU fuses a sum with all elementwise operations around it into one loop, which runs at a
-tenth of the memory bandwidth. XLA does not fuse operations across the loop over chunks. With chunks, the time of a
-training step on 10 full-size cells fell from 38 s to 21 s, and its memory from 11.6 GiB to 4.6 GiB. Accelerators
-process the whole bag at once.
+**Chunks.** On CPU, a level of a convolution tower processes the bag in chunks of a few cells, for two reasons. First, a
+chunk stays in the cache. Second, XLA for CPU fuses a sum with all elementwise operations around it into one loop, which
+runs at a tenth of the memory bandwidth. XLA does not fuse operations across the loop over chunks. With chunks, the time
+of a training step on 10 full-size cells fell from 38 s to 21 s, and the memory use of the step fell from 11.6 GiB to
+4.6 GiB. Accelerators process the whole bag at once.
 
 **Saved values.** `remat` sets which values the forward pass saves for the backward pass, which recomputes the rest:
 "none" saves everything, "products" saves the outputs of convolutions and matrix products, and "level" saves nothing. A

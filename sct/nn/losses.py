@@ -21,7 +21,7 @@ _SCORES = 1 << 24
 def token_losses(
     scores: Callable[[jax.Array], jax.Array], hidden: jax.Array, targets: jax.Array, vocab_size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute the cross-entropy of each token in chunks of positions.
+    """Compute the cross-entropy of each token, one chunk of positions at a time.
 
     Neither the forward nor the backward pass stores the scores (logits) of all positions.
 

@@ -46,7 +46,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """RMS norm: division by the root mean square over the last axis, times a scale (Zhang & Sennrich 2019)."""
+    """RMS norm: divide by the root mean square over the last axis, then multiply by a scale (Zhang & Sennrich 2019)."""
 
     epsilon: float = EPSILON
 
@@ -60,7 +60,7 @@ class RMSNorm(nn.Module):
 
 
 class SharedLayerNorm(nn.Module):
-    """Layer norm over the gene axis of each cell and channel (sCT paper, section 3).
+    """Layer norm over the gene axis, separately for each cell and channel (sCT paper, section 3).
 
     Scale and bias have one entry per gene position, and all cells and channels share them. The layer therefore learns
     statistics of each gene. With `learnable=False`, the layer has no scale and no bias (an ablation in Fig. 8 of the

@@ -1,8 +1,8 @@
 """Match ordered tables of regular expressions to parameter paths.
 
 These tables choose which parameters of a model are trained, and set the weight decay and learning rate of each
-parameter. The first pattern that matches a path applies. A path without a match is an error, so that a renamed layer
-cannot silently change its group.
+parameter. The first pattern that matches a path applies. A path that matches no pattern is an error. Otherwise, a layer
+could silently get another value after it was renamed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def resolve(rules: PathRules[T], paths: Iterable[str], what: str) -> dict[str, T
     Raises
     ------
     ConfigError
-        No rule matches a path, or a rule other than ".*" matches no path (most likely a typing error).
+        A path matches none of the rules, or a rule other than ".*" matches none of the paths (most likely a typing
+        error).
     """
     compiled = [(re.compile(pattern), value) for pattern, value in rules]
     found: dict[str, T] = {}

@@ -1,8 +1,8 @@
 """Select reference kernels: the plain implementation of every layer, to which tests compare the fast implementations.
 
-Layers have several equivalent implementations (two phases for a transposed convolution, chunks, custom gradients), and
-choose one by backend and size. Inside `reference_kernels`, each layer uses the implementation that follows its
-mathematical definition.
+Layers have several equivalent implementations (two phases for a transposed convolution, chunks, custom gradients). Each
+layer chooses one of them according to the backend and the size of the input. Inside `reference_kernels`, each layer
+uses the implementation that follows its mathematical definition.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _share: ContextVar[float] = ContextVar("sct_share_of_chunks", default=1.0)
 def smaller_chunks(share: float) -> Iterator[None]:
     """Multiply the size limits of all chunks by `share`, in code that is traced inside this context.
 
-    A few cells are then cut into as many chunks as a bag that is 1 / share times as large. If a few cells are compared
-    with the reference kernels, the comparison therefore tests the same code that a whole bag uses.
+    A few cells are then cut into as many chunks as a bag that is 1 / share times as large. A comparison of a few cells
+    with the reference kernels therefore tests the same code that a whole bag uses.
     """
     token = _share.set(share)
     try:

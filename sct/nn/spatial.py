@@ -14,8 +14,8 @@ def spatial_features(
 ) -> jax.Array:
     """Encode coordinates (B, K, 2) as sines and cosines at several scales.
 
-    With S scales, scale s has the angle coordinate / sigma_s, where sigma_s = sigma_min * (sigma_max / sigma_min) ** (s
-    / (S - 1)). The wavelength of scale s is 2 pi sigma_s.
+    Scale s (of S scales) encodes the angle coordinate / sigma_s, where sigma_s = sigma_min * (sigma_max / sigma_min) **
+    (s / (S - 1)). The wavelength of scale s is 2 pi sigma_s.
 
     Parameters
     ----------

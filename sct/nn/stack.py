@@ -1,4 +1,4 @@
-"""Stack equal layers: each parameter is one array for all layers, and one loop (`jax.lax.scan`) runs the layers.
+"""Stack identical layers: each parameter is one array for all layers, and a loop (`jax.lax.scan`) runs the layers.
 
 XLA compiles only one layer, however many layers the stack has.
 """

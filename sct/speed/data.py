@@ -82,7 +82,7 @@ def check_loader(job: SpeedJob, store: Store) -> dict[str, Any]:
 
 
 def _some(files: list[Path]) -> list[Path]:
-    """Return the first files up to a total size of `_DISK_BYTES`, but at least one file."""
+    """Return the first files whose total size is at most `_DISK_BYTES`, but at least one file."""
     sizes = itertools.accumulate(path.stat().st_size for path in files)
     return [path for path, total in zip(files, sizes, strict=True) if total <= _DISK_BYTES] or files[:1]
 

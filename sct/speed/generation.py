@@ -66,14 +66,14 @@ def model_of(job: SpeedJob) -> Pretrained:
 
 
 def prompts_of(config: DecoderConfig) -> list[np.ndarray]:
-    """Return random prompts with lengths from half of `PROMPT` to `PROMPT`."""
+    """Return random prompts, each with `PROMPT` / 2 to `PROMPT` tokens."""
     rng = np.random.default_rng(0)
     lengths = np.linspace(PROMPT // 2, PROMPT, ROWS).astype(int)
     return [rng.integers(0, config.vocab_size, length) for length in lengths]
 
 
 def check(model: Pretrained) -> Check:
-    """Check that decoding token by token with a key-value cache gives the logits of one forward pass over the text."""
+    """Check that decoding token by token with a key-value cache gives the same logits as one pass over the text."""
     config, length = model.config, 24
     ids = jnp.asarray(np.random.default_rng(1).integers(0, config.vocab_size, (2, length)))
     attention_mask = jnp.arange(length) >= jnp.asarray([[0], [5]])
@@ -106,7 +106,7 @@ def check(model: Pretrained) -> Check:
 def memory_ceiling(dtype: str) -> float:
     """Measure the memory bandwidth in bytes per second.
 
-    The measured operation is the product of a few rows and a large matrix, which is read once.
+    The measured operation multiplies a few rows by a large matrix, and reads the matrix once.
     """
     side = 4096
     width = _CEILING_BYTES // side // jnp.dtype(dtype).itemsize

@@ -37,7 +37,8 @@ class SpeedOptions:
     steps, warmup
         Number of timed repetitions, and number of untimed repetitions before them.
     check_cells
-        Cells per bag in the comparison with the reference implementation; 0 uses 2 cells, but no more than a bag has.
+        Number of cells per bag in the comparison with the reference implementation; 0 uses 2 cells, but no more than a
+        bag has.
     cells
         Number of synthetic cells; 0 uses the default of the mode. The option has no effect if the configuration sets a
         store or a data set.
@@ -148,7 +149,8 @@ class SpeedJob:
     def synthetic(self) -> bool:
         """Whether the measurement uses synthetic cells.
 
-        An ingest always does. Other modes do if the configuration sets neither a store nor a data set.
+        The mode `ingest` always uses synthetic cells. The other modes use them if the configuration sets neither a
+        store nor a data set.
         """
         return self.options.mode == "ingest" or not (self.data.store or self.data.dataset)
 
@@ -171,7 +173,7 @@ class SpeedJob:
 
     @property
     def source(self) -> Path:
-        """The .h5ad file with synthetic cells that an ingest reads."""
+        """The .h5ad file with synthetic cells, which the mode `ingest` reads."""
         return self.folder / f"{synthetic.NAME}.h5ad"
 
     def check_device(self) -> None:
@@ -200,7 +202,7 @@ class SpeedJob:
     def task(self, store: Store, **sections: Mapping[str, Any]) -> Any:
         """Build the task of the configuration with changes in some sections.
 
-        Changes of fields that do not exist are ignored.
+        A change of a field that the section does not have is ignored.
         """
         types = {
             "model": registry.family(str(self.config["family"])).config,

@@ -88,7 +88,7 @@ def quantity(value: float | None, unit: str) -> str:
 
 
 def summary(found: Mapping[str, Any]) -> str:
-    """Return one line with the time of a step, the throughput and the share of the machine's limit.
+    """Return one line: the time of a step, the throughput, and the percentage of the machine's limit that is reached.
 
     Values that were not measured are left out.
     """

@@ -1,4 +1,4 @@
-"""Run a speed measurement: prepare cells, check against the reference, time steps, and describe the machine."""
+"""Run a speed measurement: prepare cells, check the results of a step, time steps, and describe the machine."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def measure(config: Mapping[str, Any], options: SpeedOptions, apart: bool = True
 
     Returns
     -------
-    JSON-compatible results by name, in bytes, seconds and operations (a multiply-add counts as two).
+    Results as a JSON-compatible dict by name. The units are bytes, seconds and operations (a multiply-add counts as
+    two).
 
     Raises
     ------

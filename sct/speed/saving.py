@@ -69,9 +69,9 @@ def check_save(job: SpeedJob, store: Store) -> Check:
 def measure_save(job: SpeedJob, store: Store) -> dict[str, Any]:
     """Time several saves of a training state, without training in between.
 
-    A step is one save, until all data are on disk. `save_blocked_seconds` is the time that the training loop waits for
-    a save. `checkpoint_interval_seconds` is the shortest interval between saves at which saving takes at most 2% of the
-    training time.
+    A step is one save. It ends when all data are on disk. `save_blocked_seconds` is the time that the training loop
+    waits for a save. `checkpoint_interval_seconds` is the shortest interval between saves at which saving takes at most
+    2% of the training time.
     """
     state, _ = _state(job, store)
     blocked: list[float] = []

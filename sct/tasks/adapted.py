@@ -1,4 +1,4 @@
-"""Train adapters on a frozen model, with any task (the section `adapters` of a configuration)."""
+"""Train adapters on a frozen model, in any task. The section `adapters` of a configuration holds the options."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def file_option() -> Any:
 def files_of(options: Any) -> dict[str, str]:
     """Return the paths of the input files that a section of options names, as a dict by option name.
 
-    The fields of these options were made by `file_option`.
+    An option names an input file if its field was made by `file_option`.
     """
     named = [field.name for field in dataclasses.fields(options) if field.metadata.get(_IS_FILE)]
     return {name: path for name in named if (path := getattr(options, name))}
@@ -49,7 +49,7 @@ class StoreConfig:
         Data set to use instead of a store: "pbmc68k", the blood cells that come with scanpy. Training writes these
         cells to a store in the run folder.
     tokens
-        Number of tokens to train on. It determines the number of training steps if `train.steps` is 0.
+        Number of tokens to train on. If `train.steps` is 0, the number of training steps is computed from `tokens`.
     """
 
     store: str = ""

@@ -125,8 +125,8 @@ class CellSentencesConfig(ObjectiveConfig):
     tasks
         Pairs of (task, sampling weight). The tasks are those of `sct.data.text.prompts.TASKS`.
     loss_on
-        Tokens that enter the loss: "response" for fine-tuning a pretrained model, or "all" for training from random
-        parameters (appendix C).
+        Tokens that enter the loss. "response" (only the tokens of the response) is for fine-tuning a pretrained model.
+        "all" (also the tokens of the prompt) is for training from random parameters (appendix C).
     balance
         Unit that has equal weight in the loss: "tokens", as in the paper, or "texts". With "texts", the few tokens of a
         label weigh as much as the many tokens of a cell sentence.
@@ -134,8 +134,9 @@ class CellSentencesConfig(ObjectiveConfig):
         JSON file with further prompt templates.
     perturbation, control
         `perturbation` is the entry of `data.labels` that names the treatment of a cell. `control` is the treatment with
-        which each other treatment is compared; by default, the most frequent other treatment. The report after training
-        then evaluates cells generated for label combinations that are not in the training data.
+        which each of the other treatments is compared. By default, each treatment is compared with the most frequent of
+        the other treatments. The report after training then evaluates cells generated for label combinations that are
+        not in the training data.
     lora
         Options of LoRA adapters (`sct.models.lora.LoraConfig`), which are trained while the model stays frozen. If
         `targets` is empty, the default targets of the family are used. `rank` 0 trains the whole model.
@@ -352,7 +353,8 @@ class CellSentences:
     def dataset(self, split: str) -> SentenceSource | None:
         """Return the rows of text of a split.
 
-        Return None if the split has no studies, or if none of its cells has the labels that a task needs.
+        Return None if the split has no studies. For a split other than "train", also return None if the cells lack the
+        labels that the tasks need.
         """
         studies = self.store.split(split)
         if not studies:
@@ -404,7 +406,7 @@ class CellSentences:
 
     @functools.cached_property
     def fits(self) -> dict[str, RankFit]:
-        """Linear fits of expression against log rank: one per training study, and one for all together ("all")."""
+        """Linear fits of expression against log rank: one per training study, and one for all studies ("all")."""
         parts, found = [], {}
         for study in self.store.split("train"):
             counts = study.read(0, min(study.n_cells, _FIT_CELLS))
@@ -443,7 +445,7 @@ class CellSentences:
     def labels(self) -> dict[str, list[str]]:
         """Return the values that each label has in the training cells, the most frequent value first.
 
-        The key "labels" has the combined labels.
+        The key "labels" holds the combined labels.
         """
         return {
             field: sorted(counts, key=lambda value, counts=counts: (-counts[value], value))  # type: ignore[misc]

@@ -106,8 +106,8 @@ def reports(
 ) -> Iterator[Answers]:
     """Yield the evaluation of each task, with `note` below its report.
 
-    A task is skipped if the training cells or the held-out cells have fewer than two different answers. The task on
-    pathways is always skipped, because a cell may have several pathways: use the benchmark for this task.
+    A task is skipped if the training cells or the held-out cells have fewer than two different answers. The task
+    "pathway" is always skipped, because a cell may have several pathways. The benchmark evaluates this task.
     """
     for task in tasks:
         if task != "cpi" and all(

@@ -1,4 +1,4 @@
-"""Train a language model to answer questions about a cell that it reads as soft tokens (ZerOmics, section 3.2)."""
+"""Train a language model to answer questions about a cell, given as soft tokens (ZerOmics, section 3.2)."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class InstructionData(StoreConfig):
     Parameters
     ----------
     cell_encoder
-        Cell encoder: the run folder or model folder of a run of `configs/zeromics_sc.py`.
+        Run folder or model folder of the cell encoder, which a run of `configs/zeromics_sc.py` trains.
     llm
         Pretrained decoder: a Hugging Face LLaMA folder or a model folder. "" starts from a random decoder with the
         options `model.llm`.
@@ -75,8 +75,8 @@ class InstructionData(StoreConfig):
     length, cell_type, disease, pathways, normal, rare_share
         See `sct.data.text.instructions.InstructionOptions`.
     tokenizer
-        Tokenizer file or folder. By default, the tokenizer of the decoder. Without a pretrained decoder, a tokenizer is
-        trained on the templates, the study metadata and the gene summaries.
+        Tokenizer file or folder. The default is the tokenizer of the decoder. Without a pretrained decoder, a tokenizer
+        is trained on the templates, the study metadata and the gene summaries.
     vocab_size
         Largest vocabulary of a trained tokenizer.
     """
@@ -116,7 +116,7 @@ class InstructionsConfig(ObjectiveConfig):
     ----------
     tasks
         Pairs of (task, sampling weight). The tasks are "cell_type", "rare_cell", "tumor" and "pathway". The paper's
-        codes ("cta", "rci", "tcd", "cpi") also work. Only the codes are stored here.
+        codes ("cta", "rci", "tcd", "cpi") also work. The names are converted to codes, so this field holds only codes.
     prompts
         JSON file with further prompt templates.
     rank, alpha, dropout
@@ -246,8 +246,8 @@ def parts_of(
     vocabulary
         Genes of the store.
     values
-        Options of the architecture. The sizes of the two loaded models override them; options that only affect how the
-        model is computed (such as `dtype`) do not change.
+        Options of the architecture. The sizes of the two loaded models replace the sizes in `values`. Options that only
+        affect how the model is computed (such as `dtype`) do not change.
     vocab_size
         Vocabulary size of the tokenizer, for a decoder with random parameters.
     mesh

@@ -107,7 +107,7 @@ def gene_features(
     Raises
     ------
     SctError
-        The corpus, the model or the table is missing or damaged, or has none of these genes.
+        The corpus, the text model or the feature table is missing or damaged, or none of the genes has a feature.
     """
     path = Path(data.features).expanduser()
     if suffix_of(path) in TABLES:
@@ -167,7 +167,7 @@ class MaskedBins:
     store
         Store with the cells.
     known
-        bool (G,), whether the gene has a feature. Other genes are dropped.
+        bool (G,), whether the gene has a feature. Genes without a feature are dropped.
     features
         Gene features, float32 (G, F). None if they come from a checkpoint or from `init_from`.
     described

@@ -47,10 +47,10 @@ class MaskedExpressionConfig(ObjectiveConfig):
     masking
         Masking rule of training and of the validation loss.
     logit_adjustment
-        Correct the loss for the masking rates. If expressed genes are masked more often than unexpressed ones, the
-        model would otherwise overestimate expression. Inside the loss, log(masking rate of expressed genes / masking
-        rate of unexpressed genes) is subtracted from the logit of level 0. The model's probabilities then hold for any
-        gene, not only for masked ones. With False, training uses the paper's loss, and inference adds the same
+        Whether to correct the loss for the masking rates. If expressed genes are masked more often than unexpressed
+        ones, the model would otherwise overestimate expression. Inside the loss, log(masking rate of expressed genes /
+        masking rate of unexpressed genes) is subtracted from the logit of level 0. The model's probabilities then hold
+        for any gene, not only for masked ones. With False, training uses the paper's loss, and inference adds the same
         logarithm to the logit of level 0 (`sct.data.class_prior`).
     max_masked_fraction
         Maximum fraction of a bag's positions at which training evaluates the output head. Masked positions beyond this

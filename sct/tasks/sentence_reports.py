@@ -157,15 +157,16 @@ class GeneratedCells:
     """Evaluate cells generated for given labels against held-out cells (Cell2Sentence, Tables 1, 8 and 11).
 
     The report also has controls and baselines. All cells, generated and real, are first written as cell sentences. The
-    expression values to compare are then computed from the ranks, with the linear fit of the training cells.
+    expression values to compare are then computed from the ranks of the genes, with the linear fit of the training
+    cells.
 
     Parameters
     ----------
     sentence_model, train, held_out, field, seeds
         See `PredictedLabels`.
     cells
-        Largest number of cells to generate for all labels together. The number for each label is proportional to the
-        label's number of held-out cells.
+        Largest number of cells to generate for all labels together. The number of cells for each label is proportional
+        to the number of held-out cells with this label.
     """
 
     def __init__(
@@ -205,8 +206,8 @@ class GeneratedCells:
 def _generate(sentence_model: CellSentenceModel, field: str, sizes: pd.Series, cells: int) -> CellSet:
     """Generate about `cells` cells in all.
 
-    The number of generated cells of a label is proportional to the number of its held-out cells (`sizes`), and at most
-    half as large, but at least 1.
+    The number of cells to generate for a label is proportional to the label's number of held-out cells (`sizes`). It is
+    at most half the number of held-out cells, but at least 1.
     """
     number = np.maximum(1, np.floor(sizes / 2 * min(1.0, 2 * cells / sizes.sum()))).astype(int)
     wanted = np.repeat(sizes.index.to_numpy(), number)

@@ -77,7 +77,8 @@ class _LastAndBest(policies.PreservationPolicy):
 def _not_orbax_error(record: logging.LogRecord) -> bool:
     """Return whether to show a log record: False for the errors of Orbax, True for all others.
 
-    Orbax raises these errors as well, so there is no need to show the log records with their tracebacks.
+    Orbax not only logs these errors, but also raises them. The log records, which contain tracebacks, are therefore not
+    needed.
     """
     return record.levelno < logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
 

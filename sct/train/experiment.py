@@ -61,10 +61,10 @@ def is_same_length(config: Mapping[str, Any], workdir: Path) -> bool:
 def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> TrainResult:
     """Train the model of a configuration in a run folder. A second call with the same folder resumes the run.
 
-    If the configuration of the second call has more steps, training continues beyond the end of the first run. It
-    starts from the latest checkpoint and reads the records that follow, and the learning-rate schedule is computed for
-    the new number of steps. The model and the reports of the shorter run stay in the folder until the new ones replace
-    them.
+    If the configuration of the second call has more steps, training continues beyond the end of the first run. The
+    second call starts from the latest checkpoint and reads the records that follow. The learning-rate schedule is
+    computed for the new number of steps. The model and the reports of the shorter run stay in the folder until the new
+    ones replace them.
 
     The section `builds_on` of a configuration names other runs whose models this configuration uses
     (`sct.train.parents.split`). These other runs are trained first, each in its own run folder, unless they are
@@ -76,7 +76,7 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> TrainResu
     Parameters
     ----------
     config
-        Configuration as a nested dict, such as the files in `configs/` return.
+        Configuration as a nested dict, such as a file in `configs/` returns.
     workdir
         Run folder.
 
@@ -87,7 +87,8 @@ def run(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> TrainResu
     Raises
     ------
     FolderInUseError
-        Another process is training in the folder. If that process was asked to stop, the call waits for it instead.
+        Another process is training in the folder. If that process was asked to stop, this function raises no error, but
+        waits until the process has ended.
     SctError
         Any error that the user can fix.
     """
@@ -262,8 +263,8 @@ def _evaluate(
 ) -> tuple[list[Report], Exception | None]:
     """Evaluate a trained model. Return two values: the reports, and an error or None.
 
-    The error is the unexpected error that ended the evaluation. The caller saves the model before it raises the
-    unexpected error.
+    If an unexpected error ended the evaluation, this error is the second value. The caller saves the model before it
+    raises the error.
     """
     reports: list[Report] = []
     for evaluator in task.evaluators():

@@ -37,7 +37,7 @@ class MetricLog:
     Raises
     ------
     CheckpointError
-        A file cannot be written. All methods may also raise it.
+        A file cannot be written. All methods may also raise this error.
     """
 
     def __init__(self, folder: Path, step: int = 0, active: bool = True):
@@ -70,7 +70,8 @@ class MetricLog:
     def flush(self) -> None:
         """Write all lines to disk.
 
-        Call this method before saving a checkpoint, because a resumed run expects the earlier lines.
+        Call this method before saving a checkpoint, because a run that resumes from the checkpoint expects all earlier
+        lines in the files.
         """
         if self._active:
             with self._writing():

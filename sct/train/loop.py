@@ -1,4 +1,4 @@
-"""Run the training loop, which all tasks share. Read this file from top to bottom."""
+"""Run the training loop, which all tasks share. This file is meant to be read from top to bottom."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class TrainConfig:
     Parameters
     ----------
     steps
-        Number of training steps (optimizer updates), which is also the length of the learning-rate schedule. With a
-        larger number than before, training of a finished run continues up to this number. With a constant schedule, the
-        weights of a lengthened run equal those of a run that had this number from the start.
+        Number of training steps (optimizer updates), which is also the length of the learning-rate schedule. If you
+        raise `steps` after a run has finished, training continues up to the new number. With a constant schedule, the
+        weights then equal those of a run that had the new number from the start.
     batch_size
         Number of training records (bags, cells or rows of text) in a batch, over all devices.
     grad_accum_steps
-        Number of microbatches per batch (gradient accumulation). The update equals that of the whole batch. The memory
-        use is that of batch_size / grad_accum_steps records. The random masks depend on this number, so it cannot
+        Number of microbatches per batch (gradient accumulation). The update equals that of the whole batch. Memory
+        holds only batch_size / grad_accum_steps records at a time. The random masks depend on this number, so it cannot
         change within a run.
     batch_ramp
         Stages with smaller batches at the start of training: pairs of (last step of the stage, records per batch), both
@@ -232,8 +232,8 @@ def train(
         Run folder, in which `checkpoints/`, `metrics.jsonl` and `tensorboard/` are written.
     start
         Pretrained arrays by parameter path, which replace random initial values. Only paths that match the task's
-        `may_be_missing` may be absent. Ignored if the run resumes from a checkpoint. Arrays on a device may be donated:
-        copy them first if you need them later.
+        `may_be_missing` may be absent. The argument is ignored if the run resumes from a checkpoint. Arrays on a device
+        may be donated: copy them first if you need them later.
     keep
         Whether to write checkpoints. Without checkpoints, the run cannot be resumed, and the result is only in memory.
 
@@ -369,7 +369,7 @@ def _check_batches(config: TrainConfig, mesh: Mesh) -> None:
         if size % share:
             raise ConfigError(
                 f"{what} records, but this number must be a multiple of {share}, because the mesh splits the records "
-                f"over {share} devices: change this number."
+                f"over {share} devices: change the number of records."
             )
 
 

@@ -95,7 +95,7 @@ def split(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[ParentRun, .
     Raises
     ------
     ConfigError
-        The section does not have this form, or the configuration does not have an option that the section names.
+        The section `builds_on` does not have this form, or it names an option that the configuration does not have.
     """
     values = dict(config)
     section = values.pop(SECTION, None) or {}

@@ -56,12 +56,13 @@ def join(coordinator: str | None, count: int | None, number: int | None, seconds
         Number of processes, and number of this process, counted from 0. Use None under Slurm or on a TPU pod, where JAX
         finds both numbers.
     seconds
-        Longest time in seconds that the processes wait for each other.
+        Maximum time in seconds for which the processes wait for each other.
 
     Raises
     ------
     ConfigError
-        The processes cannot connect. If JAX itself notices the failure, it ends the process, after the same message.
+        The processes cannot connect. If JAX itself notices the failure, the same message is printed, and JAX ends the
+        process.
     """
     _check(coordinator, count, number, seconds)
     failure = (
@@ -328,7 +329,7 @@ def held_by_first(folder: Path, doing: str, option: str) -> Iterator[None]:
 
 
 def decided_by_first(ask: Callable[[], bool]) -> bool:
-    """Ask in every process, and return the answer of process 0 in all of them.
+    """Call `ask` in every process, and return the answer of process 0 in all processes.
 
     All processes must call this function.
     """

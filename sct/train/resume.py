@@ -163,8 +163,8 @@ def check_length(recorded: Mapping[str, Any], spec: RunSpec, tokens_per_record: 
 
     Returns
     -------
-    The message: the old and the new number of steps, and what happens to the learning rate. "" if nothing changes.
-    If the new number of steps is that of the newest checkpoint, the run ends there without further training.
+    The message: the old and the new number of steps, and what happens to the learning rate. "" if nothing changes. If
+    the new number of steps equals the step of the newest checkpoint, the run ends without further training.
 
     Raises
     ------

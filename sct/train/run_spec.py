@@ -95,7 +95,7 @@ class RunSpec:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> RunSpec:
-        """Check and resolve a configuration. This reads and writes no files.
+        """Check and resolve a configuration. This method neither reads nor writes files.
 
         Raises
         ------

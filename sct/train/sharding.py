@@ -29,7 +29,7 @@ HOSTS = 0  # the number of hosts
 class MeshConfig:
     """Number of devices along each mesh axis.
 
-    A size of -1 means all remaining devices; only one axis may have it. A size of 0 means the number of hosts.
+    A size of -1 means all remaining devices; only one axis may have this size. A size of 0 means the number of hosts.
     Configurations and the command line also accept a string; see `parse`.
 
     Parameters
@@ -58,12 +58,12 @@ class MeshConfig:
 
         The presets are "data" (all devices on the axis `data`), "single" (only the first device), "fsdp" (all devices
         on the axis `fsdp`) and "pod" (one copy of the model per host, split over the devices of the host by `fsdp`). If
-        sizes contain neither `data` nor a -1, `data` is set to -1.
+        the string gives sizes, but no size for `data` and no size of -1, then `data` is set to -1.
 
         Raises
         ------
         ConfigError
-            The text is neither a preset nor sizes.
+            The text is neither the name of a preset nor a valid list of sizes.
         """
         if text in PRESETS:
             return PRESETS[text]

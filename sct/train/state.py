@@ -62,7 +62,7 @@ MakeOptimizer = Callable[[dict[str, Any]], optax.GradientTransformation]
 def init_state(task: Objective, make_optimizer: MakeOptimizer, mesh: Mesh, seed: int) -> tuple[State, Any]:
     """Return the abstract state (shapes, dtypes and shardings), and a function that makes the state on the mesh.
 
-    Only calling this function allocates memory.
+    `init_state` allocates no memory; only a call of the returned function does.
     """
     key = jax.random.key(seed)
     boxed = jax.eval_shape(task.init, key)

@@ -58,8 +58,8 @@ def configurations(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     Parameters
     ----------
     config
-        A configuration with a section `sweep`, which maps the name of a run to the fields that it changes. The fields
-        are nested as in the configuration.
+        A configuration with a section `sweep`, which maps the name of each run to the fields that this run changes. The
+        fields are nested as in the configuration.
 
     Raises
     ------
@@ -77,7 +77,7 @@ def configurations(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         )
     if BASE in changes:
         raise ConfigError(
-            f"a run of the sweep is named {BASE!r}, but this name is reserved for the unchanged run: rename it."
+            f"a run of the sweep is named {BASE!r}, but this name is reserved for the run without changes: rename it."
         )
     for name in changes:
         if not _NAME.fullmatch(name):

@@ -351,7 +351,7 @@ def read_vocabulary(folder: Path, num_genes: int) -> GeneVocabulary | None:
     """Read the gene order of a published model from the two JSON files of the model.
 
     `ensembl_id_vocab.json` maps Ensembl ids to global indices. `protein_gene_map.json` maps global indices to positions
-    among the protein-coding genes. The name of a position without an Ensembl id is the number of the position.
+    among the protein-coding genes. A position without an Ensembl id gets its number as its name.
 
     Parameters
     ----------
@@ -413,7 +413,7 @@ def read_vocabulary(folder: Path, num_genes: int) -> GeneVocabulary | None:
 
 
 def numbered(ids: list[str], name: str) -> GeneVocabulary:
-    """Make a vocabulary from Ensembl ids. The name of a gene with an empty id is the number of its position."""
+    """Make a vocabulary from Ensembl ids. A gene with an empty id gets the number of its position as its name."""
     human = GeneVocabulary.human()
     symbols = []
     for position, gene in enumerate(ids):
@@ -432,7 +432,7 @@ def convert(folder: Path, genes: GeneVocabulary | None = None, numbered_genes: b
     genes
         Gene order, if the folder has no vocabulary files.
     numbered_genes
-        Whether to use the number of each gene position as the name of the gene, for a model whose gene order is
+        Whether each gene gets the number of its position as its name. Use this option for a model whose gene order is
         unknown.
 
     Returns

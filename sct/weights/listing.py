@@ -48,7 +48,8 @@ class FolderSummary:
 def find_models(folder: Path) -> Iterator[FolderSummary]:
     """Yield a summary of each model in a folder.
 
-    The model is the folder itself. If the folder is not a model, the models are its sub-folders and their sub-folders.
+    If the folder itself is a model, it is the only one. Otherwise, the function searches the sub-folders and their
+    sub-folders.
 
     If a folder cannot be read, its summary says why.
 

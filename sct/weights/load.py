@@ -136,7 +136,7 @@ def _run_of(path: str | os.PathLike[str], step: int) -> Path:
     folder = Path(path).expanduser()
     if not run_folder.is_run(folder):
         raise CheckpointError(
-            f"step is {step}, but {folder} is not a run folder with checkpoints: remove step, or give a run folder."
+            f"step is {step}, but {folder} is not a run folder with checkpoints: omit `step`, or give a run folder."
         )
     return folder
 
@@ -177,7 +177,7 @@ def _tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
-    """Return the model folder or run folder to load for a path or a Hub id. A model on the Hub is downloaded.
+    """Return the model folder or run folder that a path or a Hub id names. A model on the Hub is downloaded.
 
     A run folder may contain an exported model in the sub-folder `model`. This sub-folder is returned if the exported
     model is still the best checkpoint of the run. Every option that names a model uses this function: `sct.load`,

@@ -131,7 +131,8 @@ def save(
     config
         Content of `config.json`.
     genes, tokenizer
-        Gene vocabulary and tokenizer to save next to the weights. Each is None if the model has none.
+        Gene vocabulary and tokenizer to save next to the weights. Each of the two is None if the model does not have
+        it.
     card
         Text of the model card (`README.md`).
     dtype

@@ -303,8 +303,8 @@ def data_record(values: Any) -> dict[str, Any]:
 def fitting_rules(mesh: Mesh | None, rules: axes.AxisRules | None) -> axes.AxisRules:
     """Return the sharding rules for a mesh.
 
-    Given rules are checked against the axes of the mesh. Without given rules, the default rules apply, without the axes
-    that the mesh does not have.
+    Given rules are checked against the axes of the mesh. If no rules are given, the result is the default rules without
+    the axes that the mesh does not have.
 
     Raises
     ------
@@ -345,8 +345,8 @@ def match(
 ) -> None:
     """Check that loaded arrays fit a model by path, shape and dtype.
 
-    Two different dtypes fit if a model can be stored in each of them and both are floating-point types, such as float32
-    and bfloat16.
+    Two different dtypes fit if both are floating-point types in which models can be stored, such as float32 and
+    bfloat16.
 
     Parameters
     ----------

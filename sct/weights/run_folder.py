@@ -152,7 +152,7 @@ def check_genes(vocabulary: GeneVocabulary, described: Mapping[str, Any], folder
 def record_checkpoint(folder: Path) -> None:
     """Write the hashes of the files of a checkpoint.
 
-    Call this function before the folder gets the name that marks it as complete.
+    Call this function before the checkpoint folder is renamed, because the new name marks the folder as complete.
     """
     names = [name for name in files_below(folder) if "/" in name]
     write_json(folder / RECORD, sealed({FILES: hash_files(folder, names)}))

@@ -18,9 +18,9 @@ def resized(model: Pretrained, vocab_size: int) -> Pretrained:
     """Return a text decoder with at least `vocab_size` tokens.
 
     The logits of the existing tokens do not change. A new token starts with the mean embedding of the existing tokens,
-    so the initial probability of a new token is close to the average over tokens (Hewitt 2021, "Initializing new word
-    embeddings for pretrained language models"). A decoder that already has enough tokens, and a model of another kind,
-    are returned unchanged.
+    so the initial probability of the new token is close to the average probability of the existing tokens (Hewitt 2021,
+    "Initializing new word embeddings for pretrained language models"). A decoder that already has enough tokens, and a
+    model of another kind, are returned unchanged.
     """
     config = model.config
     if not isinstance(config, DecoderConfig) or config.vocab_size >= vocab_size:

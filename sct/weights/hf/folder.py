@@ -1,7 +1,7 @@
 """Read and write Hugging Face folders of text models: GPT-2, GPT-NeoX (Pythia), LLaMA and BERT.
 
-Weights are copied from the files to the devices one parameter at a time. Besides the arrays on the devices, host memory
-therefore holds at most one parameter (stacked over layers), never a second copy of the model.
+Weights are copied from the files to the devices one parameter at a time. At any time, the memory of the host therefore
+holds at most one parameter (stacked over layers) that is not yet on the devices, and never a second copy of the model.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _opened(folder: Path) -> Iterator[_Opened]:
 def _settle_copies(
     family: str, config: Any, reader: FolderReader | TorchReader, keys: dict[str, str], source: str
 ) -> None:
-    """Some arrays, such as a tied output head, are in the files twice. Remove their second copies from `keys`.
+    """Remove from `keys` the second copies of arrays that the files hold twice, such as a tied output head.
 
     Raises
     ------

@@ -4,7 +4,7 @@ There are three differences between this project and Hugging Face:
 
 - The parameters of all layers are stacked here, (layers, ...). In Hugging Face files each layer has its own arrays.
 - Query, key and value are three projections here. In GPT-2 and GPT-NeoX files they are one fused projection.
-- Kernels have the shape (in, out) here. The dense layers of PyTorch have (out, in).
+- Kernels have the shape (in, out) here. In the dense layers of PyTorch, kernels have the shape (out, in).
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class NameMap:
 
     @property
     def table(self) -> str:
-        """Return the name of the token embedding matrix, which is also the matrix of a tied output head."""
+        """Return the name of the token embedding matrix. A tied output head uses the same matrix."""
         return f"{self.rows[0][1]}.weight"
 
 
@@ -245,7 +245,8 @@ def entries(family: str, config: Any, shapes: Mapping[str, Any]) -> dict[str, En
 def resolve(family: str, keys: list[str], expected: set[str], source: str) -> dict[str, str]:
     """Match the array names of the table to the keys in the files. Return a dict from array name to key.
 
-    Keys may lack the family's prefix or use an older spelling. The array name of any other key is the key itself.
+    A key may lack the family's prefix or use an older spelling. A key that matches no array name of the table is used
+    as an array name itself.
 
     Parameters
     ----------

@@ -116,8 +116,8 @@ def write(
     config
         Options of the adapter.
     names
-        Two file names: of the file with the options, and of the file with the arrays. The default names are those of
-        the PEFT library. With other names, the hash of the arrays is added to the options.
+        Names of two files: the file with the options, and the file with the arrays. The default names are those of the
+        PEFT library. With other names, the hash of the arrays is added to the options.
 
     Raises
     ------

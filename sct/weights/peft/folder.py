@@ -142,9 +142,9 @@ def load(model: Pretrained, folder: str | os.PathLike[str]) -> Pretrained:
 
 
 def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """Return the value of the first pattern that matches the end of a module's name, or the default.
+    """Return the value of the first pattern that matches the end of a module's name.
 
-    The default is returned if no pattern matches.
+    If no pattern matches, return the default.
     """
     for pattern, value in patterns.items():
         try:
@@ -158,9 +158,9 @@ def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def _known(name: str, family: str, modules: Mapping[str, _Module]) -> str:
-    """Return the key in `modules` of a module that an adapter file calls `name`, or '' if there is no such key.
+    """Return the key in `modules` that corresponds to `name` in an adapter file, or '' if no key corresponds to it.
 
-    The name in the file may lack the family's prefix, or may be another name of the head.
+    `name` may lack the family's prefix, or may be another name of the head.
     """
     table = FAMILIES[family]
     spelled = [name, table.prefix + name, name.removeprefix(table.prefix)]
